@@ -1,0 +1,48 @@
+# The front door. Two commands on a fresh machine: `make quickstart` and `make test`.
+#   PYTHON=python3.12     another interpreter (3.11 to 3.13)
+#   PIP_ARGS='...'        extra arguments of pip, such as a package index of your own
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+# One thread a process: test workers and the processes they start share the cores.
+TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart check format lint types test clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## make .venv and install decoct with its pinned dependencies
+
+# torch goes first and alone: whatever needs torch then finds it there instead of fetching another build.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else f"decoct needs Python 3.11 to 3.13; {sys.executable} is {v.major}.{v.minor}. Choose another: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+quickstart: install ## the whole path on a CPU: teacher, distil, prune, QAT, export, verify, report (about 6 minutes on 2 cores)
+	$(BIN)/decoct run configs/quickstart.yaml
+
+check: format lint types ## formatting, lint, types and the fast tests
+	$(TEST) -m 'not slow and not serving' $(PYTEST_ARGS)
+
+format: install
+	$(BIN)/ruff format --check .
+
+lint: install
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/basedpyright
+
+test: install ## every test but those of the serving stacks
+	$(TEST) -m 'not serving' $(PYTEST_ARGS)
+
+clean: ## remove the venv and caches (runs/ stays)
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,228 @@
+"""The command line: `decoct VERB ...`.
+
+A user's mistake ends with one readable message and exit code 2, a non-finite loss with 1, a failed quality gate with 3.
+`--debug` shows the traceback. Nothing heavy is imported here: help and usage errors come at once.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..models.errors import DecoctError
+
+app = typer.Typer(
+    name="decoct",
+    help="Boil a large language model down to one that can be served: distil, prune, train quantized, export, verify, report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(help="The recipes that come with decoct.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or hub id.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as stages.1.tokens=2M.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder. [default: runs/NAME]", show_default=False)]
+Teacher = Annotated[str | None, typer.Option("--teacher", help="Teacher: model folder or hub id.")]
+Text = Annotated[list[str] | None, typer.Option("--text", help="Text files (txt, jsonl, parquet, globs); repeatable. [default: the Python standard library]", show_default=False)]
+Hub = Annotated[str | None, typer.Option("--hub", help="Hugging Face dataset id, instead of --text.")]
+Tokens = Annotated[str | None, typer.Option("--tokens", help="Training tokens, such as 500k or 2M.")]
+SeqLength = Annotated[int, typer.Option("--seq-length", help="Tokens a window.")]
+Bits = Annotated[int, typer.Option("--bits", help="Bits of a weight.")]
+GroupSize = Annotated[str, typer.Option("--group-size", help="Inputs that share a scale, or 'channel'.")]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Options of every verb; ``main`` reads them before typer does, so that they may stand anywhere."""
+
+
+@app.command(epilog="Example: decoct run configs/quickstart.yaml trainer.devices=2")
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped recipe.")],
+    overrides: Overrides = None,
+    out: Out = None,
+) -> None:
+    """Run a recipe: every stage in order, skipping what is done, resuming what was broken off; ends with the report."""
+    from ..configs.loader import load_recipe
+    from .run.start import start
+
+    start(load_recipe(recipe, overrides or ()), out)
+
+
+@app.command(epilog="Example: decoct distill student/ --teacher HuggingFaceTB/SmolLM2-1.7B --text 'corpus/*.jsonl' --tokens 10M")
+def distill(
+    model: Model,
+    overrides: Overrides = None,
+    teacher: Teacher = None,
+    text: Text = None,
+    hub: Hub = None,
+    tokens: Tokens = "1M",
+    seq_length: SeqLength = 512,
+    out: Out = None,
+) -> None:
+    """Train MODEL to predict what a teacher predicts."""
+    from .verbs import TextChoice, run_verb
+
+    run_verb("distill", model, {"tokens": tokens}, TextChoice(text, hub, seq_length), teacher, overrides, out)
+
+
+@app.command(epilog="Example: decoct prune student/ --ffn 384    or: decoct prune student/ --keep 0.7 --teacher big/ --tokens 2M")
+def prune(
+    model: Model,
+    overrides: Overrides = None,
+    ffn: Annotated[int | None, typer.Option("--ffn", help="FFN channels kept in every layer (the model gets smaller).")] = None,
+    keep: Annotated[float | None, typer.Option("--keep", help="Share of the linear weights that stays (the others become zero).")] = None,
+    teacher: Teacher = None,
+    text: Text = None,
+    hub: Hub = None,
+    tokens: Tokens = None,
+    seq_length: SeqLength = 512,
+    out: Out = None,
+) -> None:
+    """Remove FFN channels of MODEL (--ffn), or set its smallest weights to zero (--keep; along a schedule with --tokens)."""
+    from .verbs import TextChoice, prune_settings, run_verb
+
+    run_verb("prune", model, prune_settings(ffn, keep, tokens), TextChoice(text, hub, seq_length), teacher, overrides, out)
+
+
+@app.command(epilog="Example: decoct qat student/ --teacher big/ --bits 4 --group-size 64 --tokens 5M")
+def qat(
+    model: Model,
+    overrides: Overrides = None,
+    bits: Bits = 4,
+    group_size: GroupSize = "128",
+    teacher: Teacher = None,
+    text: Text = None,
+    hub: Hub = None,
+    tokens: Tokens = "1M",
+    seq_length: SeqLength = 512,
+    out: Out = None,
+) -> None:
+    """Train MODEL with rounded weights; without --teacher it learns from its own unrounded self."""
+    from .verbs import TextChoice, run_verb
+
+    settings = {"tokens": tokens, "weights": {"bits": bits, "group_size": group_size}}
+    run_verb("qat", model, settings, TextChoice(text, hub, seq_length), teacher, overrides, out)
+
+
+@app.command(epilog="Example: decoct quantize student/ --bits 8 --group-size channel")
+def quantize(
+    model: Model,
+    overrides: Overrides = None,
+    bits: Bits = 4,
+    group_size: GroupSize = "128",
+    teacher: Teacher = None,
+    text: Text = None,
+    hub: Hub = None,
+    seq_length: SeqLength = 512,
+    out: Out = None,
+) -> None:
+    """Round the weights of MODEL to the nearest code, without training."""
+    from .verbs import TextChoice, run_verb
+
+    settings = {"weights": {"bits": bits, "group_size": group_size}}
+    run_verb("quantize", model, settings, TextChoice(text, hub, seq_length), teacher, overrides, out)
+
+
+@app.command(epilog="Example: decoct export runs/quickstart/05-qat/model --out served/")
+def export(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Quantized model folder (made by qat or quantize).")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")],
+    form: Annotated[str, typer.Option("--format", help="Format of the packed weights.")] = "compressed-tensors",
+) -> None:
+    """Pack a quantized folder for serving stacks, and check the result with a reader that did not write it."""
+    from .verbs import run_export
+
+    run_export(model, out, form)
+
+
+@app.command(epilog="Example: decoct verify runs/quickstart/06-export/compressed-tensors")
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Export folder.")],
+    source: Annotated[Path | None, typer.Option("--source", help="Quantized folder it was made from; compared element by element.")] = None,
+    runtimes: Annotated[bool, typer.Option("--runtimes/--no-runtimes", help="Also load it in the runtimes that are installed.")] = True,
+) -> None:
+    """Check an export: hashes, structure, scales, every weight, and what installed runtimes make of it."""
+    from .verbs import run_verify
+
+    run_verify(folder, source, runtimes)
+
+
+@app.command(epilog="Example: decoct evaluate served/ --teacher big/ --text 'held-out/*.txt'")
+def evaluate(
+    model: Model,
+    teacher: Teacher = None,
+    text: Text = None,
+    hub: Hub = None,
+    seq_length: SeqLength = 512,
+    tokens: Annotated[str, typer.Option("--tokens", help="Tokens to measure on.")] = "32k",
+    max_perplexity_increase: Annotated[str | None, typer.Option(help="Gate: exit code 3 above this, such as 5%.")] = None,
+    out: Out = None,
+) -> None:
+    """Measure a model folder or export: perplexity, KL and top-1 agreement with a teacher, calibration, size."""
+    from .verbs import TextChoice, run_evaluate
+
+    run_evaluate(model, TextChoice(text, hub, seq_length, tokens), teacher, max_perplexity_increase, out)
+
+
+@recipes_app.command("list", epilog="Example: decoct recipes list")
+def recipes_list() -> None:
+    """The shipped recipes, one line each."""
+    from ..configs.loader import list_recipes
+
+    for name, _, about in list_recipes():
+        typer.echo(f"{name:<30} {about}")
+
+
+@recipes_app.command("show", epilog="Example: decoct recipes show quickstart")
+def recipes_show(name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")]) -> None:
+    """Print a shipped recipe."""
+    from ..configs.loader import shipped_text
+
+    typer.echo(shipped_text(name), nl=False)
+
+
+@recipes_app.command("copy", epilog="Example: decoct recipes copy quickstart my-recipe.yaml")
+def recipes_copy(
+    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
+    target: Annotated[Path | None, typer.Argument(help="File to write. [default: NAME.yaml]", show_default=False)] = None,
+) -> None:
+    """Write a shipped recipe to a file of your own; an existing file is never overwritten."""
+    from .verbs import copy_recipe
+
+    typer.echo(f"wrote {copy_recipe(name, target or Path(f'{name}.yaml'))}")
+
+
+def _split_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    return [a for a in arguments if a != "--debug"], "--debug" in arguments
+
+
+def _tell(message: str) -> None:
+    """One message on rank 0's stderr; the other ranks stay silent."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"decoct: {message}", file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: runs the verb and ends the process with its exit code."""
+    given, debug = _split_debug(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(args=given, prog_name="decoct")
+    except DecoctError as error:
+        if debug:
+            raise
+        _tell(f"error: {error}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _tell("interrupted; run the same command again to go on from the last checkpoint")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""report.{json,md,html}: what each step cost, from what the stages wrote down. Nothing is computed anew here."""
+
+from pathlib import Path
+from typing import Any
+
+from ...models.files import write_json_atomic, write_text_atomic
+from .curves import read_curves
+from .page import render_page
+from .tables import markdown_table
+
+Report = dict[str, Any]
+
+
+def build_report(
+    *,
+    name: str,
+    versions: dict[str, Any],
+    protocol: dict[str, Any],
+    recipe: dict[str, Any],
+    stages: list[dict[str, Any]],
+    baselines: list[dict[str, Any]],
+    exports: list[dict[str, Any]],
+) -> Report:
+    """The report as plain data.
+
+    Args:
+        stages: rows ``{name, kind, path, parameters, bytes, bits_per_weight, sparsity, tokens, seconds, eval}``, the teacher first.
+        baselines: rows of the same form for scale (the teacher merely rounded).
+        exports: rows ``{format, path, bytes, exact, tokens_per_second, runtimes, ...}``, measured on the re-read files.
+    """
+    assert stages, "a report has at least the row of the model it started from"
+    return {
+        "name": name,
+        "version": versions["packages"]["decoct"],
+        "commit": versions["commit"],
+        "versions": versions,
+        "protocol": protocol,
+        "stages": stages,
+        "baselines": baselines,
+        "exports": exports,
+        "recipe": recipe,
+    }
+
+
+def write_report(report: Report, run_dir: Path) -> list[Path]:
+    """Write report.json, report.md and the self-contained report.html into ``run_dir`` and return their paths."""
+    curves = read_curves(run_dir / "metrics.jsonl")
+    targets = [run_dir / f"report.{suffix}" for suffix in ("json", "md", "html")]
+    write_json_atomic(targets[0], report)
+    write_text_atomic(targets[1], markdown_report(report))
+    write_text_atomic(targets[2], render_page(report, curves))
+    return targets
+
+
+def protocol_lines(report: Report) -> list[str]:
+    """How the figures were taken, one sentence a line."""
+    p, v = report["protocol"], report["versions"]
+    packages = ", ".join(f"{n} {v['packages'][n]}" for n in ("decoct", "torch", "transformers", "lightning") if v["packages"].get(n))
+    return [
+        f"Held-out text: {p['text']} (fingerprint {p['text_hash'][:12]}), {p['tokens']:,} tokens "
+        f"in non-overlapping windows of {p['context']}, computed in {p['dtype']}.",
+        "KL is the mean over tokens of KL(teacher || model) in nats; top-1 is how often both predict the same token.",
+        "Size is the weight files on disk; bits per weight = 8 x bytes / parameters, embeddings included, tied tensors once; "
+        "sparsity is the share of zeros in linear weights without embeddings and head.",
+        f"Commit {report['commit'] or 'of an installed package'}; {packages}; Python {v['python']}; "
+        f"{', '.join(v['gpus']) or v['cpu']}, {v['cores']} cores.",
+    ]
+
+
+def markdown_report(report: Report) -> str:
+    """The table, the exports' checks and the protocol as Markdown."""
+    lines = [f"# {report['name']}", "", markdown_table(report), ""]
+    for export in report["exports"]:
+        exact = "rebuilt element by element by an independent reader" if export["exact"] else "NOT exact"
+        lines.append(f"- `{export['format']}` in `{export['path']}`: {exact}.")
+        for runtime, seen in export["runtimes"].items():
+            lines.append(f"  - {runtime}: {', '.join(f'{k} {_short(x)}' for k, x in seen.items() if x is not None)}")
+    return "\n".join([*lines, "", *(f"{line}  " for line in protocol_lines(report)), ""])
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,38 @@
+"""report.html: one self-contained page, nothing loaded from anywhere."""
+
+from importlib import resources
+from typing import Any
+
+from .curves import Curves
+from .pictures import draw_all, render
+from .tables import HEADINGS, report_rows
+
+_CAPTIONS = {
+    "size-quality": "Each point is a model on disk; the line follows the recipe. Unpacked quantized folders are left out.",
+    "curves": "Training curves from metrics.jsonl.",
+    "sparsity": "Zeros per decoder layer.",
+}
+
+
+def render_page(report: dict[str, Any], curves: Curves) -> str:
+    """The page as HTML text, with the pictures as inline SVG and all user text escaped."""
+    import jinja2
+    import yaml
+    from markupsafe import Markup
+
+    from .build import protocol_lines
+
+    pictures = []
+    for name, figure in draw_all(report, curves).items():
+        svg = render(figure, "svg").decode()
+        pictures.append({"name": name, "svg": Markup(svg[svg.index("<svg") :]), "caption": _CAPTIONS[name]})
+    source = resources.files(__package__).joinpath("page.html.j2").read_text()
+    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined).from_string(source)
+    return template.render(
+        report=report,
+        headings=HEADINGS,
+        rows=report_rows(report),
+        pictures=pictures,
+        protocol=protocol_lines(report),
+        recipe=yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True),
+    )

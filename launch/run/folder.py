@@ -1,0 +1,141 @@
+"""The run folder: resolved recipe, versions, one numbered folder per stage, and what each stage says about itself.
+
+    runs/<name>/recipe.yaml  versions.json  metrics.jsonl  report.{json,md,html}
+    runs/<name>/NN-kind/stage.json  model/  checkpoints/
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ...models.errors import UserError
+from ...models.files import check_writable_folder, clean_leftovers, write_json_atomic
+
+STAGE_FILE = "stage.json"
+_PACKAGES = ("decoct", "torch", "lightning", "transformers", "triton", "datasets", "tokenizers", "safetensors", "numpy", "wandb", "bitsandbytes")
+
+
+def versions() -> dict[str, Any]:
+    """Python, platform, cores, GPUs, package versions and the commit of a checkout: what a number needs beside it."""
+    import torch
+
+    found: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "gpus": gpus,
+        "packages": found,
+        "commit": commit(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def commit() -> str | None:
+    """Commit of the checkout that decoct runs from ('-dirty' when files differ); None for an installed wheel."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    try:
+        ask = {"cwd": here, "capture_output": True, "text": True, "timeout": 10}
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **ask)
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **ask)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if head.returncode else head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """One stage's folder and the small JSON file in which it says how far it is."""
+
+    path: Path
+
+    @property
+    def model(self) -> Path:
+        """Where the stage's model folder is, once it is whole."""
+        return self.path / "model"
+
+    def read(self) -> dict[str, Any]:
+        """What stage.json says; {} when the stage never started."""
+        try:
+            return json.loads((self.path / STAGE_FILE).read_text())
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise UserError(f"{self.path / STAGE_FILE} is not readable JSON ({error}); delete the folder to run the stage again") from None
+
+    def write(self, state: dict[str, Any]) -> None:
+        """Replace stage.json."""
+        write_json_atomic(self.path / STAGE_FILE, state)
+
+    def begin(self, key: str, kind: str) -> dict[str, Any]:
+        """Make the folder ready for ``key``: finished and unfinished work of the same key is kept, other work is moved aside.
+
+        Returns: the state of the same key ({} when it starts from nothing).
+        """
+        state = self.read()
+        if state and state.get("key") != key:
+            aside = self._aside(str(state.get("key", "unknown")))
+            self.path.rename(aside)
+            state = {}
+        self.path.mkdir(parents=True, exist_ok=True)
+        clean_leftovers(self.path)
+        if not state:
+            self.write({"key": key, "kind": kind, "state": "running"})
+        return state
+
+    def drop_checkpoints(self, keep: int) -> None:
+        """Delete the stage's checkpoints but the newest ``keep``; they are only of use while the stage is unfinished."""
+        saves = sorted((self.path / "checkpoints").glob("step-*"))
+        for folder in saves[: len(saves) - keep]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _aside(self, key: str) -> Path:
+        base = self.path.with_name(f"{self.path.name}.{key[:8]}")
+        return next(p for n in range(10_000) if not (p := base if n == 0 else base.with_name(f"{base.name}-{n}")).exists())
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """``runs/<name>``."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        """The local truth about training curves."""
+        return self.path / "metrics.jsonl"
+
+    def open(self, recipe_text: str) -> None:
+        """Create the folder (UserError when it cannot be written) with the resolved recipe and the versions in it."""
+        check_writable_folder(self.path, "the run folder (runs/<name>, or --out)")
+        clean_leftovers(self.path)
+        (self.path / "recipe.yaml").write_text(recipe_text)
+        write_json_atomic(self.path / "versions.json", versions())
+
+    def stage(self, name: str) -> StageFolder:
+        """Folder of the stage called ``NN-name``."""
+        return StageFolder(self.path / name)

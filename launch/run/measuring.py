@@ -1,0 +1,174 @@
+"""Measures every model of a run once, remembers the figures in the stage's folder, and hands them to the report."""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...models.files import sha256_json
+from ...models.folder import content_hash, save_model_folder
+from ...models.loading import load_model
+from ...models.teachers import LocalTeacher
+from ...qat.export import export_folder
+from ...qat.modules import fold, quantize_model
+from ...qat.spec import QuantSpec
+from ...trainer.settings import EvaluateSettings
+from ...trainer.stages.context import TeacherRef
+from ...trainer.stages.measure import measure_folder, measure_teacher, quant_record
+from ...trainer.stages.quantize import round_unquantized
+from .folder import RunFolder, StageFolder
+from .origin import Origin
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ...configs.recipe import Recipe, StageEntry
+
+Row = dict[str, Any]
+
+
+class Measuring:
+    """The rows of the report, filled as the run goes (used on rank 0)."""
+
+    def __init__(self, recipe: "Recipe", origin: Origin, teacher: TeacherRef | None, folder: RunFolder, console: "Console") -> None:
+        self.recipe = recipe
+        self.origin = origin
+        self.teacher = teacher
+        self.folder = folder
+        self.console = console
+        self.exports: list[Row] = []
+        self._rows: list[Row] = []
+        self._teacher_row: Row | None = None
+        self._opened: LocalTeacher | None = None
+        self._quantized: str | None = None
+
+    @property
+    def stages(self) -> list[Row]:
+        """Rows of teacher and stages, in order."""
+        first = [self.teacher_row()] if self.teacher else []
+        return first + self._rows
+
+    def protocol(self) -> dict[str, Any]:
+        """How the figures are taken."""
+        windows = self.origin.data.evaluation
+        return {
+            "text": self.origin.data.description,
+            "text_hash": self.origin.data.fingerprint,
+            "context": windows.seq_length,
+            "tokens": len(windows) * windows.seq_length,
+            "dtype": "float32",
+        }
+
+    def teacher_row(self) -> Row:
+        """The teacher's own figures."""
+        assert self.teacher is not None
+        if self._teacher_row is None:
+            seen = self._remembered(self.folder.path / ".measured" / "teacher.json", self.teacher.path, self.teacher.revision)
+            self._teacher_row = {"name": "teacher", "kind": "teacher", "path": self.teacher.name, "tokens": 0, "seconds": 0.0, **seen}
+        return self._teacher_row
+
+    def start_row(self, entry: "StageEntry", at: dict[str, Any]) -> None:
+        """A row for a stage that makes no model: the model as it stands (or, alone, the model the run was given)."""
+        if self.exports:
+            seen = {k: self.exports[-1][k] for k in ("parameters", "bytes", "bits_per_weight", "sparsity", "layer_sparsity", "eval")}
+            path = self.exports[-1]["path"]
+        else:
+            seen = self._remembered(self.folder.path / entry.name / "measured.json", at["path"], at["revision"])
+            path = self._relative(at["path"])
+        self._rows.append({"name": entry.name, "kind": entry.kind, "path": path, "tokens": 0, "seconds": 0.0, **seen})
+
+    def stage_row(self, entry: "StageEntry", folder: StageFolder) -> bool:
+        """Rows of a finished stage; returns whether it made a model that the next stage reads."""
+        state = folder.read()
+        for export in state["exports"]:
+            path = folder.path / export["path"]
+            seen = self._remembered(folder.path / f"measured-{export['format']}.json", str(path), None)
+            speed = next((r["tokens_per_second"] for r in export["runtimes"].values() if r.get("tokens_per_second")), None)
+            self.exports.append({**export, "path": self._relative(str(path)), "tokens_per_second": speed, **seen})
+        if not state["makes_model"]:
+            last = self._rows[-1] if self._rows else {}
+            seen = {k: last.get(k) for k in ("parameters", "bytes", "bits_per_weight", "sparsity")} | {"eval": None}
+            if state["exports"]:
+                seen |= {k: self.exports[-1][k] for k in ("parameters", "bytes", "bits_per_weight", "sparsity")}
+        else:
+            seen = self._remembered(folder.path / "measured.json", str(folder.model), None)
+            if quant_record(str(folder.model)):
+                self._quantized = str(folder.model)
+        self._rows.append(
+            {"name": entry.name, "kind": entry.kind, "path": self._relative(str(folder.path)), "tokens": state["tokens"], "seconds": state["seconds"], **seen}
+        )
+        return state["makes_model"]
+
+    def baselines(self) -> list[Row]:
+        """The teacher merely rounded with the run's QuantSpec, for scale; nothing when there is no teacher or no spec."""
+        wanted = any(isinstance(e.settings, EvaluateSettings) and e.settings.round_teacher for e in self.recipe.stages)
+        if not (wanted and self.teacher and self._quantized):
+            return []
+        quant = quant_record(self._quantized)
+        assert quant is not None
+        spec = QuantSpec.from_json(quant["spec"])
+        place = self.folder.path / f".measured/teacher-rtn-{sha256_json([self.teacher.content, spec.to_json()])[:8]}"
+        packed = place / "packed"
+        if not packed.exists():
+            self._round_teacher(spec, place)
+        seen = self._remembered(place / "measured.json", str(packed), None)
+        form = f"int{spec.bits}"
+        return [{"name": f"teacher rounded to {form}", "kind": "quantize", "path": self._relative(str(packed)), "tokens": 0, "seconds": 0.0, **seen}]
+
+    def _round_teacher(self, spec: QuantSpec, place: Path) -> None:
+        """Round to nearest, pack as the student is packed, and keep only the packed folder."""
+        assert self.teacher is not None
+        self.console.print("rounding the teacher, for scale", highlight=False)
+        model = load_model(self.teacher.path, dtype=torch.float32, revision=self.teacher.revision)
+        state = quantize_model(model, spec)
+        fold(model, state)
+        round_unquantized(model, state)
+        unpacked = place / "unpacked"
+        if unpacked.exists():
+            shutil.rmtree(unpacked)
+        place.mkdir(parents=True, exist_ok=True)
+        record = {"base_model": self.teacher.name, "kind": "quantize", "quant": state.record()}
+        tensors = {"quant.safetensors": state.tensors()}
+        save_model_folder(unpacked, model, self.origin.tokenizer, record, dtype=torch.float32, extra_tensors=tensors)
+        export_folder(unpacked, place / "packed", "compressed-tensors")
+        shutil.rmtree(unpacked)
+
+    def _remembered(self, file: Path, path: str, revision: str | None) -> Row:
+        """Measure ``path``, or read what was measured before on the same bytes, teacher and text."""
+        from ...models.files import write_json_atomic
+
+        key = sha256_json([content_hash(path, revision), self.teacher and self.teacher.content, self.origin.data.fingerprint, self.origin.v_eff])
+        before = _read_json(file)
+        if before.get("key") == key:
+            return before["row"]
+        with self.console.status(f"measuring {Path(path).parent.name if Path(path).name == 'model' else Path(path).name}"):
+            row = measure_folder(path, self._open_teacher(), self.origin.data.evaluation, revision)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(file, {"key": key, "row": row})
+        return row
+
+    def _open_teacher(self) -> LocalTeacher | None:
+        if self.teacher is None:
+            return None
+        if self._opened is None:
+            self._opened = measure_teacher(self.teacher.path, self.teacher.revision, self.origin.v_eff)
+        return self._opened
+
+    def _relative(self, path: str) -> str:
+        """Paths in reports are relative to the run folder, or a bare name: never this machine's."""
+        try:
+            return str(Path(path).resolve().relative_to(self.folder.path.resolve()))
+        except ValueError:
+            return Path(path).name if Path(path).is_dir() else path
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    import json
+
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+
+

@@ -1,0 +1,135 @@
+"""What a run starts from: tokenizer, prepared text, teacher and student. Rank 0 makes each, every rank opens it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...models.errors import UserError
+from ...models.files import sha256_json
+from ...models.folder import content_hash, save_model_folder
+from ...models.loading import load_config, load_model, load_tokenizer
+from ...models.student import student_by_keeping, student_from_config, trim_vocabulary
+from ...models.vocabulary import check_same_vocabulary, effective_vocab
+from ...trainer.cache import cache_dir
+from ...trainer.data.prepare import PreparedData, open_prepared, prepare_data
+from ...trainer.data.text import read_documents
+from ...trainer.scratch import ScratchTeacher, locate_scratch, make_tokenizer
+from ...trainer.stages.context import TeacherRef
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ...configs.recipe import Recipe
+    from .folder import StageFolder
+    from .session import Session
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Tokenizer and text of a run, open on this rank."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    v_eff: int
+    data: PreparedData
+    scratch: ScratchTeacher | None
+
+
+def open_origin(recipe: "Recipe", session: "Session") -> Origin:
+    """Read the text, make or find the tokenizer, tokenize once; the same result on every rank."""
+    told = session.on_first(lambda: _prepare(recipe))
+    tokenizer = load_tokenizer(told["tokenizer"], revision=told["revision"])
+    scratch = ScratchTeacher(Path(told["scratch"])) if told["scratch"] else None
+    return Origin(tokenizer, effective_vocab(tokenizer), open_prepared(Path(told["data"])), scratch)
+
+
+def _prepare(recipe: "Recipe") -> dict[str, Any]:
+    text = read_documents(recipe.data)
+    scratch = None
+    if recipe.teacher and recipe.teacher.scratch:
+        scratch = locate_scratch(recipe.teacher.scratch, recipe.data, recipe.trainer, text, recipe.seed)
+        make_tokenizer(recipe.teacher.scratch, scratch, text)
+    where, revision = _tokenizer_place(recipe, scratch)
+    tokenizer = load_tokenizer(where, revision=revision)
+    _check_vocabularies(recipe, tokenizer)
+    data = prepare_data(recipe.data, tokenizer, cache_dir(), documents=text)
+    return {"tokenizer": where, "revision": revision, "scratch": str(scratch.folder) if scratch else None, "data": str(data.path)}
+
+
+def _tokenizer_place(recipe: "Recipe", scratch: ScratchTeacher | None) -> tuple[str, str | None]:
+    if scratch:
+        return str(scratch.tokenizer), None
+    if recipe.student.path:
+        return recipe.student.path, recipe.student.revision
+    if recipe.teacher and recipe.teacher.path:
+        return recipe.teacher.path, recipe.teacher.revision
+    raise UserError("student.config needs a tokenizer: give a teacher (its tokenizer is used), or student.path")
+
+
+def _check_vocabularies(recipe: "Recipe", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Teacher and student must mean the same by every token id, whatever their heads are padded to."""
+    if recipe.teacher and recipe.student.path:
+        if recipe.teacher.path:
+            check_same_vocabulary(load_tokenizer(recipe.teacher.path, revision=recipe.teacher.revision), tokenizer)
+        else:
+            check_same_vocabulary(tokenizer, load_tokenizer(recipe.student.path, revision=recipe.student.revision))
+
+
+def teacher_ref(recipe: "Recipe", scratch: ScratchTeacher | None) -> TeacherRef | None:
+    """How stages open the recipe's teacher; None when it has none. A scratch teacher must be finished by now."""
+    if recipe.teacher is None:
+        return None
+    path = str(scratch.model) if scratch else str(recipe.teacher.path)
+    name = "a scratch teacher" if scratch else Path(path).name if Path(path).is_dir() else path
+    return TeacherRef(
+        path=path,
+        load_in=recipe.teacher.load_in,
+        revision=recipe.teacher.revision,
+        name=name,
+        content=content_hash(path, recipe.teacher.revision),
+    )
+
+
+def make_student(recipe: "Recipe", origin: Origin, teacher: TeacherRef | None, folder: "StageFolder", record: dict[str, Any]) -> dict[str, Any]:
+    """Make the student's first model folder, unless it is there (rank 0). A student given by path is used where it is.
+
+    Returns: ``{"path", "revision"}`` of the folder that the first stage reads.
+    """
+    settings = recipe.student
+    if settings.path:
+        _refuse_export(settings.path, settings.revision)
+        return {"path": settings.path, "revision": settings.revision}
+    key = sha256_json({"keep": settings.keep and settings.keep.layers, "config": settings.config, "teacher": teacher and teacher.content, "seed": recipe.seed})
+    state = folder.begin(key, "student")
+    if not (state.get("state") == "done" and folder.model.is_dir()):
+        facts = _build_student(recipe, origin, teacher, folder, record)
+        folder.write({"key": key, "kind": "student", "state": "done", **facts})
+    return {"path": str(folder.model), "revision": None}
+
+
+def _build_student(
+    recipe: "Recipe", origin: Origin, teacher: TeacherRef | None, folder: "StageFolder", record: dict[str, Any]
+) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    if recipe.student.keep:
+        if teacher is None:
+            raise UserError("student.keep needs a teacher to cut the student from; add one, or use student.path")
+        source = load_model(teacher.path, dtype=torch.float32, revision=teacher.revision)
+        model, kept = student_by_keeping(source, recipe.student.keep.layers)
+        facts = {"kept": {"layers": kept}}
+    else:
+        model = student_from_config(dict(recipe.student.config or {}), origin.tokenizer, recipe.seed)
+    trim_vocabulary(model, origin.v_eff)
+    dtype = torch.bfloat16 if recipe.trainer.save_dtype == "bf16" else torch.float32
+    save_model_folder(folder.model, model, origin.tokenizer, {**record, "kind": "student", **facts}, dtype=dtype)
+    return facts
+
+
+def _refuse_export(path: str, revision: str | None) -> None:
+    """Packed weights cannot be trained; only `evaluate` reads them."""
+    if Path(path).is_dir() and getattr(load_config(path, revision=revision), "quantization_config", None):
+        raise UserError(f"{path} holds packed weights, which cannot be trained; give the folder it was exported from")
+
+
+__all__ = ["Origin", "make_student", "open_origin", "teacher_ref"]

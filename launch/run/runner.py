@@ -1,0 +1,192 @@
+"""Runs a recipe: each stage in order, done ones skipped, broken ones resumed, every model measured, a report at the end."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...models.errors import GateFailed
+from ...models.folder import content_hash
+from ...trainer.loggers import build_loggers
+from ...trainer.metrics import MetricsSink
+from ...trainer.stages.context import StageContext, TeacherRef
+from ...trainer.stages.evaluate import gate_failures
+from ...trainer.stages.registry import STAGE_KINDS
+from ...trainer.world import World
+from ..report.tables import terminal_table
+from .folder import RunFolder, StageFolder, versions
+from .measuring import Measuring
+from .origin import Origin, make_student, open_origin, teacher_ref
+from .scratch_training import train_scratch_teacher
+from .stage_key import stage_key
+from .session import Session
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ...configs.recipe import Recipe, StageEntry
+
+
+class Runner:
+    """One start of a recipe on this rank."""
+
+    def __init__(self, recipe: "Recipe", run_dir: Path, world: World) -> None:
+        from rich.console import Console
+
+        self.recipe = recipe
+        self.folder = RunFolder(run_dir)
+        self.world = world
+        self.console: Console = Console(quiet=not world.is_first)
+        self.session = Session(world, run_dir)
+
+    def run(self) -> dict[str, Any]:
+        """Run every stage and write the report; GateFailed after that when a gate is not met."""
+        import yaml
+
+        from ...configs.loader import resolved
+
+        started = time.perf_counter()
+        plain = resolved(self.recipe)
+        self.session.on_first(lambda: self.folder.open(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)))
+        self._say(f"[bold]{self.recipe.name}[/] -> {self.folder.path}")
+        origin = open_origin(self.recipe, self.session)
+        self._say(f"text: {origin.data.description}")
+        self.metrics = self._open_metrics(plain)
+        if origin.scratch:
+            train_scratch_teacher(self.recipe, origin, self.session, self.metrics, self.console)
+        teacher = self._teacher(origin)
+        record = {"base_model": teacher.name if teacher else self._student_name(), "run": self.recipe.name}
+        at = self.session.on_first(lambda: make_student(self.recipe, origin, teacher, self.folder.stage("00-student"), record))
+        measuring = Measuring(self.recipe, origin, teacher, self.folder, self.console)
+        for entry in self.recipe.stages:
+            at = self._run_stage(entry, at, origin, teacher, record, measuring)
+        report = self.session.on_first(lambda: self._finish(measuring, plain, time.perf_counter() - started))
+        self.metrics.close()
+        failed = self.session.on_first(lambda: self._gates(report))
+        self.session.close()
+        if failed:
+            raise GateFailed("the model is worse than the recipe allows: " + "; ".join(failed))
+        return report
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False)
+
+    def _student_name(self) -> str:
+        path = self.recipe.student.path
+        return (Path(path).name if Path(path).is_dir() else path) if path else "random weights"
+
+    def _open_metrics(self, plain: dict[str, Any]) -> MetricsSink:
+        if not self.world.is_first:
+            return MetricsSink(self.folder.metrics, writes=False)
+        loggers = build_loggers(self.recipe.logger, self.folder.path, name=self.recipe.name, config=plain, console=self.console)
+        return MetricsSink(self.folder.metrics, loggers)
+
+    def _teacher(self, origin: Origin) -> TeacherRef | None:
+        told = self.session.on_first(lambda: (ref := teacher_ref(self.recipe, origin.scratch)) and asdict(ref))
+        return TeacherRef(**told) if told else None
+
+    def _run_stage(
+        self,
+        entry: "StageEntry",
+        at: dict[str, Any],
+        origin: Origin,
+        teacher: TeacherRef | None,
+        record: dict[str, Any],
+        measuring: Measuring,
+    ) -> dict[str, Any]:
+        """Run one stage on the model folder ``at``; returns where the next stage starts."""
+        kind = STAGE_KINDS[entry.kind]
+        train, finish = kind.load()
+        folder = self.folder.stage(entry.name)
+        if finish is None:
+            self.session.on_first(lambda: measuring.start_row(entry, at))
+            return at
+        begun = self.session.on_first(lambda: self._begin(entry, at, origin, teacher, folder))
+        context = StageContext(
+            name=entry.name,
+            kind=entry.kind,
+            folder=folder.path,
+            input=at["path"],
+            input_revision=at["revision"],
+            record={**record, "parent": begun["input"]},
+            teacher=teacher,
+            data=origin.data,
+            tokenizer=origin.tokenizer,
+            v_eff=origin.v_eff,
+            trainer=self.recipe.trainer,
+            seed=self.recipe.seed,
+            key=begun["key"],
+            metrics=self.metrics,
+            console=self.console,
+        )
+        if not begun["done"]:
+            self._say(f"[bold]{entry.name}[/]")
+            trained = train(entry.settings, context) if train else None
+            self.session.on_first(lambda: self._close_stage(entry, folder, begun, finish(entry.settings, context, trained)))
+        else:
+            self._say(f"[bold]{entry.name}[/] is done, skipped")
+        after = self.session.on_first(lambda: measuring.stage_row(entry, folder))
+        return {"path": str(folder.model), "revision": None} if after else at
+
+    def _begin(
+        self, entry: "StageEntry", at: dict[str, Any], origin: Origin, teacher: TeacherRef | None, folder: StageFolder
+    ) -> dict[str, Any]:
+        source = content_hash(at["path"], at["revision"])
+        key = stage_key(
+            kind=entry.kind,
+            settings=entry.settings,
+            format_version=STAGE_KINDS[entry.kind].format_version,
+            input_hash=source,
+            data=origin.data.fingerprint,
+            teacher=f"{teacher.content}:{teacher.load_in}" if teacher else None,
+            trainer=self.recipe.trainer,
+            seed=self.recipe.seed,
+        )
+        state = folder.begin(key, entry.kind)
+        return {"key": key, "input": source, "done": state.get("state") == "done"}
+
+    def _close_stage(self, entry: "StageEntry", folder: StageFolder, begun: dict[str, Any], result: Any) -> None:
+        folder.write(
+            {
+                "key": begun["key"],
+                "kind": entry.kind,
+                "state": "done",
+                "input": begun["input"],
+                "makes_model": result.model is not None,
+                "tokens": result.tokens,
+                "seconds": result.seconds,
+                "exports": result.exports,
+                **result.facts,
+            }
+        )
+        folder.drop_checkpoints(keep=1 if entry.kind == "qat" else 0)
+
+    def _finish(self, measuring: Measuring, plain: dict[str, Any], seconds: float) -> dict[str, Any]:
+        from ..report.build import build_report, write_report
+        from ..report.tables import duration
+        from .publish import publish
+
+        report = build_report(
+            name=self.recipe.name,
+            versions=versions(),
+            protocol=measuring.protocol(),
+            recipe=plain,
+            stages=measuring.stages,
+            baselines=measuring.baselines(),
+            exports=measuring.exports,
+        )
+        written = write_report(report, self.folder.path)
+        publish(report, self.folder, self.metrics)
+        self.console.print(terminal_table(report))
+        self._say(f"finished in {duration(seconds)}; report: {written[-1]}")
+        return report
+
+    def _gates(self, report: dict[str, Any]) -> list[str]:
+        failed: list[str] = []
+        rows = report["stages"]
+        teacher = rows[0]["eval"] if rows[0]["kind"] == "teacher" else None
+        for entry in self.recipe.stages:
+            if entry.kind == "evaluate":
+                judged = next(row for row in rows if row["name"] == entry.name)["eval"]
+                failed += [f"{entry.name}: {sentence}" for sentence in gate_failures(entry.settings, judged, teacher)]
+        return failed

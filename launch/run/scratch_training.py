@@ -1,0 +1,83 @@
+"""Trains the embedded teacher before the first stage, on all ranks, under a lock: two runs may want the same one."""
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...models.folder import save_model_folder
+from ...trainer.scratch import new_llama, scratch_record, teacher_training
+from ...trainer.stages.context import StageContext
+from ...trainer.stages.training import train_student
+from .folder import StageFolder
+from .origin import Origin
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ...configs.recipe import Recipe
+    from ...trainer.metrics import MetricsSink
+    from .session import Session
+
+STAGE = "teacher"
+
+
+@contextlib.contextmanager
+def only_one_run(folder: Path, console: "Console") -> Iterator[None]:
+    """Hold the folder's lock; says so when it has to wait for another run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.print("another run is training the same teacher; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def train_scratch_teacher(recipe: "Recipe", origin: Origin, session: "Session", metrics: "MetricsSink", console: "Console") -> None:
+    """Make the teacher's model folder in the cache, unless an earlier run did."""
+    assert recipe.teacher and recipe.teacher.scratch and origin.scratch
+    settings, place = recipe.teacher.scratch, origin.scratch
+    lock = contextlib.ExitStack()
+    if session.on_first(lambda: _enter(lock, place.folder, console) or place.model.is_dir()):
+        console.print(f"[bold]{STAGE}[/] found in the cache", highlight=False)
+        lock.close()
+        return
+    with lock:
+        console.print(f"[bold]{STAGE}[/] (trained once, then cached)", highlight=False)
+        student = new_llama(settings, origin.tokenizer, origin.v_eff, recipe.data.seq_length, recipe.seed)
+        context = StageContext(
+            name=STAGE,
+            kind="pretrain",
+            folder=place.folder,
+            input="",
+            input_revision=None,
+            record={},
+            teacher=None,
+            data=origin.data,
+            tokenizer=origin.tokenizer,
+            v_eff=origin.v_eff,
+            trainer=recipe.trainer,
+            seed=recipe.seed,
+            key=place.folder.name,
+            metrics=metrics,
+            console=console,
+        )
+        trained = train_student(student, teacher_training(settings), context)
+        session.on_first(lambda: _save(trained.student, recipe, origin))
+
+
+def _enter(lock: contextlib.ExitStack, folder: Path, console: "Console") -> None:
+    lock.enter_context(only_one_run(folder, console))
+
+
+def _save(model: "torch.nn.Module", recipe: "Recipe", origin: Origin) -> None:
+    assert recipe.teacher and recipe.teacher.scratch and origin.scratch
+    # bf16 is what teachers are published in; the rounded weights are the teacher from here on.
+    record = scratch_record(recipe.teacher.scratch, origin.data)
+    save_model_folder(origin.scratch.model, model, origin.tokenizer, record, dtype=torch.bfloat16)
+    StageFolder(origin.scratch.folder).drop_checkpoints(keep=0)

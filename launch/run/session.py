@@ -1,0 +1,82 @@
+"""Who does what when there are several processes.
+
+Training stages run on all ranks; everything else runs on rank 0 while the others poll a status file in the run folder: no
+collective is pending meanwhile, so nothing can time out. A failure on rank 0 is written there and ends every rank with the
+same exit code.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...models.errors import DecoctError
+from ...models.files import write_json_atomic
+from ...trainer.world import World, connect, value_of_first
+
+POLL_SECONDS = 0.2
+
+
+class RankZeroFailed(SystemExit):
+    """Raised on the other ranks when rank 0 failed; carries its exit code and prints nothing."""
+
+
+class Session:
+    """Runs a function on rank 0 and hands its JSON result to every rank, through status files of this start of the run."""
+
+    def __init__(self, world: World, run_dir: Path) -> None:
+        self.world = world
+        self._count = 0
+        self._folder = run_dir / ".session" / self._agree_on_id()
+
+    def _agree_on_id(self) -> str:
+        """One name for this start on all ranks, so that status files of an earlier start are never read."""
+        if self.world.size == 1:
+            return "single"
+        connect(self.world)
+        return f"{value_of_first(time.time_ns()):x}"
+
+    def on_first(self, work: Callable[[], Any]) -> Any:
+        """Run ``work`` on rank 0 while the others wait; its JSON-able value is returned everywhere.
+
+        Raises: on rank 0 whatever ``work`` raises, on the others ``RankZeroFailed`` with the same exit code.
+        """
+        self._count += 1
+        if self.world.size == 1:
+            return work()
+        status = self._folder / f"{self._count:04d}.json"
+        return self._work_and_tell(work, status) if self.world.is_first else self._wait_for(status)
+
+    @staticmethod
+    def _work_and_tell(work: Callable[[], Any], status: Path) -> Any:
+        status.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            value = work()
+        except BaseException as error:
+            code = error.exit_code if isinstance(error, DecoctError) else 1
+            write_json_atomic(status, {"state": "failed", "code": code})
+            raise
+        write_json_atomic(status, {"state": "done", "value": value})
+        return value
+
+    @staticmethod
+    def _wait_for(status: Path) -> Any:
+        while not status.exists():
+            time.sleep(POLL_SECONDS)
+        told = json.loads(status.read_text())
+        if told["state"] == "failed":
+            raise RankZeroFailed(told["code"])
+        return told["value"]
+
+    def close(self) -> None:
+        """Remove the status files (rank 0) once every rank has read them."""
+        if self.world.size == 1:
+            return
+        import torch.distributed as dist
+
+        dist.barrier()
+        if self.world.is_first:
+            shutil.rmtree(self._folder.parent, ignore_errors=True)
+        dist.destroy_process_group()

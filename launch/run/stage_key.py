@@ -1,0 +1,49 @@
+"""The stage key: what a stage's numbers depend on, in one hash. Same key: the stage is done; changed key: it runs again.
+
+Devices, strategy, paths, data loader workers, checkpoint interval and loggers are not in it: they change no numbers.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+from ...models.files import sha256_json
+from ...trainer.settings import TrainerSettings
+
+# Settings of a stage that say how often to save, not what to compute.
+_NOT_NUMBERS = {"checkpoint_every"}
+_TRAINER_NUMBERS = ("precision", "global_batch_tokens", "gradient_clip", "save_dtype")
+
+
+def stage_key(
+    *,
+    kind: str,
+    settings: Any,
+    format_version: int,
+    input_hash: str,
+    data: str,
+    teacher: str | None,
+    trainer: TrainerSettings,
+    seed: int,
+) -> str:
+    """sha256 (hex) over the stage's settings and everything upstream that changes its numbers.
+
+    Args:
+        kind: stage kind; settings: its dataclass; format_version: version of the stage's own output.
+        input_hash: content hash of the input model folder; data: fingerprint of the prepared data.
+        teacher: content hash and dtype of the teacher, None without one.
+        trainer: precision, global batch, clipping and save dtype are taken from it.
+        seed: the recipe's seed.
+    """
+    chosen = {key: value for key, value in asdict(settings).items() if key not in _NOT_NUMBERS}
+    return sha256_json(
+        {
+            "kind": kind,
+            "settings": chosen,
+            "format": format_version,
+            "input": input_hash,
+            "data": data,
+            "teacher": teacher,
+            "trainer": {name: getattr(trainer, name) for name in _TRAINER_NUMBERS},
+            "seed": seed,
+        }
+    )

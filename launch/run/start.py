@@ -1,0 +1,47 @@
+"""From a recipe to a process or many: starts torchrun itself when the recipe asks for more than one device."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .workers import run_under_torchrun, wanted_processes
+
+if TYPE_CHECKING:
+    from ...configs.recipe import Recipe
+
+
+def start(recipe: "Recipe", out: Path | None) -> None:
+    """Run ``recipe`` in ``out`` (default ``runs/<name>``); raises SystemExit with the workers' code when they failed."""
+    from ...trainer.world import current_world
+
+    world = current_world()
+    if world.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        processes = wanted_processes(recipe.trainer.devices)
+        if processes > 1:
+            code = run_under_torchrun(sys.argv[1:], processes)
+            if code:
+                raise SystemExit(code)
+            return
+    quiet_libraries()
+    from .runner import Runner
+
+    Runner(recipe, out or Path("runs") / recipe.name, world).run()
+
+
+def quiet_libraries() -> None:
+    """Keep third parties' progress bars and advice off the console; warnings that concern numbers stay."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if "TORCHELASTIC_RUN_ID" in os.environ else "true")
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

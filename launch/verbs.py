@@ -1,0 +1,119 @@
+"""Single verbs on a model folder: each is a recipe of one stage, so it resumes, skips and reports like any other run."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..models.errors import UserError
+
+
+@dataclass(frozen=True)
+class TextChoice:
+    """The text that a verb trains or measures on."""
+
+    files: Sequence[str] | None
+    hub: str | None
+    seq_length: int
+    eval_tokens: str | None = None
+
+    def data(self) -> dict[str, Any]:
+        """The ``data`` section of a recipe."""
+        if self.files and self.hub:
+            raise UserError("--text and --hub exclude each other: give the text once")
+        source: dict[str, Any] = {"files": list(self.files)} if self.files else {"hub": self.hub} if self.hub else {"builtin": "python-stdlib"}
+        measured = {"eval_tokens": self.eval_tokens} if self.eval_tokens else {}
+        return {**source, "seq_length": self.seq_length, **measured}
+
+
+def verb_recipe(kind: str, model: str, settings: dict[str, Any], text: TextChoice, teacher: str | None) -> dict[str, Any]:
+    """The recipe, as plain data, that runs one stage of ``kind`` on ``model``."""
+    recipe: dict[str, Any] = {"name": f"{kind}-{_slug(model)}", "student": {"path": model}, "data": text.data()}
+    if teacher:
+        recipe["teacher"] = {"path": teacher}
+    # One window of the default batch must fit a text of any length that a single verb is tried on.
+    recipe["trainer"] = {"global_batch_tokens": text.seq_length * 32}
+    recipe["stages"] = [{kind: {k: v for k, v in settings.items() if v is not None}}]
+    return recipe
+
+
+def _slug(model: str) -> str:
+    path = Path(model)
+    name = path.parent.name if path.name == "model" and path.parent.name else path.name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+
+
+def prune_settings(ffn: int | None, keep: float | None, tokens: str | None) -> dict[str, Any]:
+    """The ``prune`` stage's settings for ``--ffn`` or ``--keep``."""
+    if (ffn is None) == (keep is None):
+        raise UserError("give exactly one of --ffn (channels kept in every layer) and --keep (share of the weights that stays)")
+    if ffn is not None and tokens is not None:
+        raise UserError("--ffn is one shot and takes no --tokens; run `decoct distill` on the result to recover")
+    return {"structured": {"ffn": ffn}} if ffn is not None else {"magnitude": {"keep": keep}, "tokens": tokens}
+
+
+def run_verb(
+    kind: str,
+    model: str,
+    settings: dict[str, Any],
+    text: TextChoice,
+    teacher: str | None,
+    overrides: Sequence[str] | None,
+    out: Path | None,
+) -> None:
+    """Run one stage on a model folder and print where its result is."""
+    from ..configs.loader import recipe_from_dict
+    from .run.start import start
+
+    start(recipe_from_dict(verb_recipe(kind, model, settings, text, teacher), overrides or ()), out)
+
+
+def run_evaluate(model: str, text: TextChoice, teacher: str | None, gate: str | None, out: Path | None) -> None:
+    """Measure a model folder or an export; the gate decides the exit code."""
+    run_verb("evaluate", model, {"max_perplexity_increase": gate, "round_teacher": False}, text, teacher, None, out)
+
+
+def run_export(model: Path, out: Path, form: str) -> None:
+    """Pack a quantized folder, verify it, and say what was found."""
+    from rich.console import Console
+
+    from ..qat.export import export_folder
+
+    console = Console()
+    result = export_folder(model, out, form)
+    console.print(f"wrote {out}: {form}, {result.bytes:,} bytes, every weight rebuilt exactly by an independent reader")
+    run_verify(out, model, runtimes=True)
+
+
+def run_verify(folder: Path, source: Path | None, runtimes: bool) -> None:
+    """Print every check of an export; UserError (exit code 2) when one fails."""
+    from rich.console import Console
+
+    from ..qat.verify import verify_folder
+
+    console = Console()
+    with console.status("verifying"):
+        report = verify_folder(folder, source=source, runtimes=runtimes)
+    for check in report.checks:
+        console.print(f"  ok  {check}", highlight=False)
+    for name, seen in report.runtimes.items():
+        facts = ", ".join(f"{key} {value}" for key, value in seen.items() if value is not None)
+        console.print(f"  {name}: {facts}", highlight=False)
+    if report.problems:
+        raise UserError(f"{folder} is not what was exported:\n" + "\n".join(f"  - {problem}" for problem in report.problems))
+
+
+def copy_recipe(name: str, target: Path) -> Path:
+    """Write a shipped recipe to ``target``; UserError when the file exists or cannot be written."""
+    from ..configs.loader import shipped_text
+
+    text = shipped_text(name)
+    try:
+        with target.open("x") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UserError(f"{target} exists; choose another name: decoct recipes copy {name} FILE") from None
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}); choose another place") from None
+    return target

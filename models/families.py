@@ -1,0 +1,180 @@
+"""What decoct knows about model families: where decoder layers, FFN projections, head and logit transform are.
+
+An explicit map per family instead of tracing: an unknown family is refused by name, never guessed. Only what reshapes a model
+needs the map; ``decoder_linears``, ``backbone_and_head`` and ``head_transform`` work on any causal language model of transformers.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadTransform:
+    """What happens to logits after the head: ``x = logit_scale * x``, then ``softcap * tanh(x / softcap)`` if there is a cap."""
+
+    logit_scale: float = 1.0
+    """Factor on the logits (Cohere, Granite, Falcon-H1)."""
+    softcap: float | None = None
+    """Bound of the logits (Gemma 2 and later)."""
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Final logits, shape and dtype of ``logits``."""
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Where the parts of one ``model_type`` are. Names are relative: ``layers_path`` to the model, the others to a decoder layer."""
+
+    name: str
+    """transformers ``model_type``."""
+    layers_path: str = "model.layers"
+    """The ModuleList of decoder layers."""
+    ffn: str = "mlp"
+    """The gated FFN of a layer."""
+    ffn_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    """Linears whose output rows are FFN channels."""
+    ffn_out: str = "mlp.down_proj"
+    """The linear whose input columns are FFN channels."""
+    ffn_field: str = "intermediate_size"
+    """Config field (and attribute of the FFN) with the number of channels."""
+    depth_field: str = "num_hidden_layers"
+    """Config field with the number of decoder layers."""
+
+    def layers(self, model: nn.Module) -> nn.ModuleList:
+        """The decoder layers, in order."""
+        layers = model.get_submodule(self.layers_path)
+        assert isinstance(layers, nn.ModuleList), f"{self.layers_path} of {self.name} is a {type(layers).__name__}"
+        return layers
+
+    def linear(self, layer: nn.Module, name: str) -> nn.Linear:
+        """The linear ``name`` of a decoder layer (one of ``ffn_in`` and ``ffn_out``)."""
+        module = layer.get_submodule(name)
+        assert isinstance(module, nn.Linear), f"{name} of {self.name} is a {type(module).__name__}"
+        return module
+
+
+FAMILIES: dict[str, Family] = {name: Family(name=name) for name in ("llama", "mistral", "qwen2", "qwen3")}
+
+
+def family_of(config_or_model: "PreTrainedConfig | PreTrainedModel") -> Family:
+    """The family of a transformers config or model.
+
+    Raises:
+        UserError: the family has no map; the message lists those that have one.
+    """
+    config: Any = config_or_model.config if isinstance(config_or_model, nn.Module) else config_or_model
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise UserError(
+            f"model_type {config.model_type!r} cannot be reshaped: pruning channels and keeping layers know the families "
+            f"{', '.join(sorted(FAMILIES))}. Use a model of one of these, or leave out 'prune.structured' and 'student.keep'."
+        )
+    return family
+
+
+def decoder_linears(model: "PreTrainedModel") -> dict[str, nn.Linear]:
+    """Every ``nn.Linear`` (subclasses too) inside the decoder layers, by full name, in module order.
+
+    Works for any causal language model: where the decoder layers are not found, every linear but the output head counts. The head
+    and embeddings are never among them. Empty for models without ``nn.Linear`` in their layers (GPT-2 uses ``Conv1D``).
+    """
+    head = model.get_output_embeddings()
+    prefix = _layers_prefix(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and name.startswith(prefix)
+    }
+
+
+def _layers_prefix(model: "PreTrainedModel") -> str:
+    """Name of the ModuleList of decoder layers with a trailing dot; '' when there is none of the configured length."""
+    family = FAMILIES.get(model.config.model_type)
+    if family is not None:
+        return f"{family.layers_path}."
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return f"{name}."
+    return ""
+
+
+def backbone_and_head(model: "PreTrainedModel") -> tuple[nn.Module, nn.Parameter, nn.Parameter | None]:
+    """The two halves of a causal language model.
+
+    Returns:
+        (backbone, weight [V_padded, H], bias [V_padded] or None). The input of the head is
+        ``backbone(input_ids=..., attention_mask=..., use_cache=False).last_hidden_state`` [B, S, H]; the weight is the embedding
+        table itself when they are tied. What follows the head is ``head_transform(model.config)``.
+
+    Raises:
+        UserError: the model has no separate backbone, or no linear head.
+    """
+    backbone, head = model.base_model, model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if backbone is model or not isinstance(weight, nn.Parameter):
+        raise UserError(
+            f"{type(model).__name__} is not made of a backbone and a linear output head, which losses and evaluation need; "
+            "use a causal language model such as Llama, Mistral, Qwen or Gemma."
+        )
+    bias = getattr(head, "bias", None)
+    return backbone, weight, bias if isinstance(bias, nn.Parameter) else None
+
+
+def head_transform(config: "PreTrainedConfig") -> HeadTransform:
+    """What the model of ``config`` does to its logits after the head (read in transformers' modelling code)."""
+    text: Any = config.get_text_config()
+    kind: str = text.model_type
+    scale = 1.0
+    if kind.startswith("cohere"):
+        scale = text.logit_scale
+    elif kind.startswith("granite"):
+        scale = 1.0 / text.logits_scaling
+    elif kind == "hyperclovax":
+        scale = text.logits_scaling
+    elif kind == "falcon_h1":
+        scale = text.lm_head_multiplier
+    softcap = getattr(text, "final_logit_softcapping", None)
+    return HeadTransform(logit_scale=float(scale), softcap=None if softcap is None else float(softcap))
+
+
+@torch.no_grad()
+def check_head(model: "PreTrainedModel") -> None:
+    """Run four tokens both ways, whole and as backbone + head + transform, and compare the logits.
+
+    Losses bypass the model's own head, so a family with a step between head and logits that is unknown here would be trained on wrong
+    numbers without any error. Does nothing on the meta device.
+
+    Raises:
+        UserError: the two disagree.
+    """
+    backbone, weight, bias = backbone_and_head(model)
+    if weight.is_meta:
+        return
+    ids = torch.arange(4, device=weight.device).remainder(weight.shape[0])[None]
+    training = model.training
+    model.eval()
+    try:
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        model.train(training)
+    logits = head_transform(model.config).apply(nn.functional.linear(hidden, weight, bias).float())
+    tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2
+    error = (logits[..., : expected.shape[-1]] - expected).abs().max().item()
+    if not error <= tolerance * max(1.0, expected.abs().max().item()):
+        raise UserError(
+            f"{type(model).__name__} changes its logits between head and output in a way decoct does not know "
+            f"(difference {error:.3g} on four tokens); use a model of another family."
+        )

@@ -1,0 +1,202 @@
+"""Building students: fewer layers of a teacher, or random weights from a config; and dropping rows no token uses.
+
+A student with fewer layers is built anew from its own config and filled from the teacher's tensors under renumbered names, so that
+everything a layer derives from its index (cache slot, attention type) is right by construction.
+"""
+
+import copy
+import difflib
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+from .families import Family, family_of
+from .vocabulary import effective_vocab
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Fields of a published config.json that transformers accepts under another name, or that say nothing about the architecture.
+_FOREIGN_FIELDS = {"rope_theta", "rope_scaling", "rope_interleaved", "torch_dtype", "_name_or_path", "model_type"}
+
+
+def kept_layers(total: int, keep: int) -> list[int]:
+    """Indices of ``keep`` of ``total`` layers: ``round(linspace(0, total - 1, keep))``, so first and last are among them.
+
+    Halves round up, which keeps the indices distinct and independent of floating point.
+
+    Raises:
+        UserError: ``keep`` is below 2 (below 1 for a model of one layer) or above ``total``.
+    """
+    least = min(2, total)
+    if not least <= keep <= total:
+        raise UserError(
+            f"student.keep.layers={keep} cannot be cut from a teacher of {total} layers; give {least} to {total} "
+            "(first and last layer are always kept)"
+        )
+    if keep == 1:
+        return [0]
+    return [(2 * index * (total - 1) + keep - 1) // (2 * (keep - 1)) for index in range(keep)]
+
+
+@torch.no_grad()
+def student_by_keeping(teacher_model: "PreTrainedModel", layers: int) -> tuple["PreTrainedModel", list[int]]:
+    """A student made of ``layers`` evenly spread decoder layers of the teacher, embeddings, final norm and head.
+
+    Args:
+        teacher_model: Llama, Mistral, Qwen2 or Qwen3; left as it is. On the meta device the student is too.
+        layers: Decoder layers kept, see ``kept_layers``.
+
+    Returns:
+        (student, kept): fp32 copy on the teacher's device in eval mode, its own config; indices of the teacher's layers, ascending.
+
+    Raises:
+        UserError: unknown family, impossible number of layers, or per-layer shapes.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    family = family_of(teacher_model)
+    kept = kept_layers(getattr(teacher_model.config, family.depth_field), layers)
+    config = _shallow_config(teacher_model.config, family, kept)
+    device = teacher_model.device
+    with torch.device(device), no_init_weights():
+        student: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if teacher_model.generation_config is not None:
+        student.generation_config = copy.deepcopy(teacher_model.generation_config)
+    if device.type != "meta":
+        student.load_state_dict(_renumbered(teacher_model.state_dict(), family, kept))
+    return student.eval(), kept
+
+
+def _shallow_config(source: "PreTrainedConfig", family: Family, kept: list[int]) -> "PreTrainedConfig":
+    """The teacher's config with fewer layers: depth, ``layer_types`` and ``max_window_layers`` agree."""
+    config: Any = copy.deepcopy(source)
+    if getattr(config, "per_layer_config", None):
+        raise UserError("the teacher's config has per_layer_config (layers of different shapes); student.keep needs equal layers")
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in kept]
+    if getattr(config, "max_window_layers", None) is not None:
+        # Layers from this index on use the sliding window; below it they attend to everything.
+        config.max_window_layers = sum(index < config.max_window_layers for index in kept)
+    setattr(config, family.depth_field, len(kept))
+    return config
+
+
+def _renumbered(state: dict[str, Tensor], family: Family, kept: list[int]) -> dict[str, Tensor]:
+    """The tensors of the kept layers under their new numbers, and everything outside the layers."""
+    new_index = {old: new for new, old in enumerate(kept)}
+    pattern = re.compile(re.escape(family.layers_path) + r"\.(\d+)\.(.+)")
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        match = pattern.fullmatch(name)
+        if match is None:
+            renamed[name] = tensor
+        elif int(match[1]) in new_index:
+            renamed[f"{family.layers_path}.{new_index[int(match[1])]}.{match[2]}"] = tensor
+    return renamed
+
+
+def student_from_config(config: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", seed: int) -> "PreTrainedModel":
+    """A student with random weights, fp32, on the current default device, in eval mode as ``from_pretrained`` gives it.
+
+    Args:
+        config: ``model_type`` and fields of its transformers config. ``vocab_size`` and the special tokens come from the tokenizer.
+        tokenizer: Its ids size the embedding exactly: no padding rows.
+        seed: Seed of the initial weights; the global generators are left as they were.
+
+    Raises:
+        UserError: unknown ``model_type`` or field (with the nearest valid one), or values that transformers refuses.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = _checked_fields(config, effective_vocab(tokenizer))
+    for name in _SPECIAL_TOKENS:
+        fields.setdefault(name, getattr(tokenizer, name))
+    devices = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        try:
+            built = AutoConfig.for_model(config["model_type"], **fields)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
+        except (StrictDataclassError, ValueError, TypeError) as error:
+            raise UserError(f"student.config is refused by transformers: {error}") from error
+    return model.eval()
+
+
+def _checked_fields(config: dict[str, Any], v_eff: int) -> dict[str, Any]:
+    """The config's fields with ``vocab_size`` set; transformers would ignore a mistyped one in silence."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"student.config.model_type={kind!r} is no causal language model of transformers; use llama, qwen2, qwen3, ...")
+    config_class: Any = CONFIG_MAPPING[kind]
+    known = {*dir(config_class()), *config_class.attribute_map, *_FOREIGN_FIELDS}
+    for name in config:
+        if name not in known or (name.startswith("_") and name not in _FOREIGN_FIELDS):
+            near = difflib.get_close_matches(name, [key for key in known if not key.startswith("_")], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"student.config.{name} is not a field of {config_class.__name__}{hint}")
+    if config.get("vocab_size", v_eff) != v_eff:
+        raise UserError(
+            f"student.config.vocab_size={config['vocab_size']} differs from the tokenizer's {v_eff} tokens; leave it out, "
+            "the student gets one row per token"
+        )
+    return {**{name: value for name, value in config.items() if name != "model_type"}, "vocab_size": v_eff}
+
+
+@torch.no_grad()
+def trim_vocabulary(model: "PreTrainedModel", v_eff: int) -> int:
+    """Drop the rows beyond ``v_eff`` of embedding and head, in place; tied tensors stay tied.
+
+    Returns:
+        The number of rows dropped (0 when there is no padding).
+
+    Raises:
+        UserError: the model has fewer than ``v_eff`` rows.
+    """
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    rows = embedding.weight.shape[0]
+    if rows < v_eff or head.weight.shape[0] < v_eff:
+        raise UserError(
+            f"the model has {min(rows, head.weight.shape[0])} vocabulary rows but its tokenizer has {v_eff} tokens; "
+            "use the tokenizer that belongs to the model"
+        )
+    tied = head.weight is embedding.weight
+    embedding.weight = _first_rows(embedding.weight, v_eff)
+    embedding.num_embeddings = v_eff
+    if embedding.padding_idx is not None and embedding.padding_idx >= v_eff:
+        embedding.padding_idx = None
+    head.weight = embedding.weight if tied else _first_rows(head.weight, v_eff)
+    head.out_features = v_eff
+    if getattr(head, "bias", None) is not None:
+        head.bias = _first_rows(head.bias, v_eff)
+    _set_vocabulary(model, v_eff)
+    return rows - v_eff
+
+
+def _first_rows(parameter: nn.Parameter, rows: int) -> nn.Parameter:
+    if parameter.shape[0] == rows:
+        return parameter
+    return nn.Parameter(parameter[:rows].clone(), requires_grad=parameter.requires_grad)
+
+
+def _set_vocabulary(model: "PreTrainedModel", v_eff: int) -> None:
+    """Make configs and cached attributes say ``v_eff``; a special token on a dropped row is none any more."""
+    text: Any = model.config.get_text_config()
+    text.vocab_size = v_eff
+    for module in model.modules():
+        if isinstance(getattr(module, "vocab_size", None), int):
+            module.vocab_size = v_eff  # pyright: ignore[reportAttributeAccessIssue] - a plain int, not a tensor
+    for holder in (text, model.generation_config):
+        for name in _SPECIAL_TOKENS:
+            token = getattr(holder, name, None)
+            if isinstance(token, int) and token >= v_eff:
+                setattr(holder, name, None)

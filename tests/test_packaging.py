@@ -1,0 +1,55 @@
+"""The package list, the typing links and the lock of imports hold what the folders on disk say."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOP = ("trainer", "models", "losses", "qat", "launch", "configs")
+
+
+def packages_on_disk() -> set[str]:
+    folders = [f for top in TOP for f in (ROOT / top, *(ROOT / top).rglob("*")) if f.is_dir() and f.name != "__pycache__"]
+    return {".".join(("decoct", *f.relative_to(ROOT).parts)) for f in folders}
+
+
+def test_every_folder_is_a_listed_package() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert set(settings["tool"]["setuptools"]["packages"]) == packages_on_disk()
+
+
+def test_every_package_has_init_and_type_marker() -> None:
+    for package in packages_on_disk():
+        folder = ROOT.joinpath(*package.split(".")[1:])
+        assert (folder / "__init__.py").is_file(), package
+        assert (folder / "py.typed").is_file(), package
+
+
+def test_typing_links_cover_every_top_folder() -> None:
+    assert {link.name for link in (ROOT / ".typing" / "decoct").iterdir()} == set(TOP)
+
+
+@pytest.mark.parametrize("package", ["losses", "qat", "models"])
+def test_lower_layers_never_import_upwards(package: str) -> None:
+    upward = ("trainer", "launch", "configs", "lightning")
+    allowed = {"losses": ("losses",), "qat": ("qat", "models"), "models": ("models",)}[package]
+    for file in (ROOT / package).rglob("*.py"):
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            words = line.split()
+            if len(words) < 2 or words[0] not in ("from", "import"):
+                continue
+            top = words[1].removeprefix("decoct.").lstrip(".").split(".")[0]
+            depth = len(file.relative_to(ROOT).parts) - 1
+            leaves = words[1].startswith("." * (depth + 1)) or words[1].startswith("decoct.")
+            assert not (top in upward and (leaves or top == "lightning")), f"{file}:{number}: {line}"
+            assert not leaves or top in allowed, f"{file}:{number}: {line}"
+
+
+@pytest.mark.parametrize("module", ["decoct.losses.settings", "decoct.qat.spec", "decoct.trainer.settings", "decoct.launch.cli"])
+def test_start_up_path_imports_without_torch(module: str) -> None:
+    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'lightning', 'pydantic', 'wandb') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,61 @@
+"""MetricsSink: one JSON line per optimizer step in ``metrics.jsonl`` (the truth), and the same numbers to loggers."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..models.files import append_line, write_text_atomic
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+Number = int | float | None
+
+
+class MetricsSink:
+    """Takes a stage's numbers; only rank 0's sink writes.
+
+    Args:
+        path: ``metrics.jsonl`` of the run; lines of all stages go into it.
+        loggers: Lightning loggers, which get ``<stage>/<name>`` at the stage's own step.
+        writes: False on ranks other than 0.
+    """
+
+    def __init__(self, path: Path, loggers: Sequence["Logger"] = (), *, writes: bool = True) -> None:
+        self.path = path
+        self.loggers = list(loggers)
+        self.writes = writes
+
+    def write(self, stage: str, step: int, values: Mapping[str, Number]) -> None:
+        """Append ``{stage, step, **values}``; loggers get the values that are numbers."""
+        if not self.writes:
+            return
+        append_line(self.path, {"stage": stage, "step": step, **values})
+        numbers = {f"{stage}/{name}": float(value) for name, value in values.items() if value is not None}
+        for logger in self.loggers:
+            logger.log_metrics(numbers, step=step)
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Cut the lines of a stage beyond ``step``: they tell of steps that a resumed run takes again. Torn lines go too."""
+        if not self.writes or not self.path.exists():
+            return
+        text = self.path.read_text()
+        kept = "".join(f"{line}\n" for line in text.split("\n") if line.strip() and not _is_beyond(line, stage, step))
+        if kept != text:
+            write_text_atomic(self.path, kept)
+
+    def flush(self) -> None:
+        """Force the lines to the disk; called before a checkpoint is committed, so that it never is ahead of them."""
+        if self.writes and self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _is_beyond(line: str, stage: str, step: int) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return True
+    return not isinstance(row, dict) or (row.get("stage") == stage and row.get("step", 0) > step)

@@ -1,0 +1,73 @@
+"""Objective: one micro-batch of student, teacher and loss, as sums over its unmasked tokens (law 1)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..losses.linear_divergence import linear_divergence
+from ..losses.linear_divergence.inputs import TeacherHidden
+from ..losses.settings import LossSettings
+from ..losses.shift import shift_for_next_token
+from ..losses.sums import LossSums
+from ..models.families import backbone_and_head, head_transform
+from ..models.teachers import Teacher
+
+
+class Objective:
+    """What a training stage minimises. A plain object: the teacher it holds is in no module tree, state dict or optimizer.
+
+    Args:
+        settings: Divergence, temperature, hard-label weight.
+        v_eff: Tokens of the real vocabulary; heads are sliced to it.
+        teacher: Whose predictions to learn; None = cross-entropy on the text itself.
+        backend: Back end of ``linear_divergence``.
+    """
+
+    def __init__(self, settings: LossSettings, *, v_eff: int, teacher: Teacher | None = None, backend: str = "auto") -> None:
+        self.settings = settings
+        self.v_eff = v_eff
+        self.teacher = None if settings.hard_weight == 1 else teacher
+        self.backend = backend
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the KL to a teacher is measured at all."""
+        return self.teacher is not None
+
+    def to(self, device: torch.device) -> "Objective":
+        """Move the teacher."""
+        if self.teacher is not None:
+            self.teacher.to(device)
+        return self
+
+    def __call__(self, student: nn.Module, batch: Mapping[str, Tensor]) -> LossSums:
+        """Loss sums of a micro-batch; ``loss`` carries the graph.
+
+        Args:
+            student: A causal language model of transformers.
+            batch: input_ids, labels (-100 = no label) and attention_mask, each [B, S] int64.
+        """
+        backbone, head, bias = backbone_and_head(student)
+        output = backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        hidden, labels = shift_for_next_token(output.last_hidden_state, batch["labels"])
+        return linear_divergence(
+            hidden,
+            head,
+            self._teacher_hidden(batch),
+            labels,
+            self.settings,
+            v_eff=self.v_eff,
+            student_bias=bias,
+            student_transform=head_transform(student.config),
+            backend=self.backend,
+        )
+
+    def _teacher_hidden(self, batch: Mapping[str, Tensor]) -> TeacherHidden | None:
+        if self.teacher is None:
+            return None
+        # The teacher keeps the dtype it was loaded in, whatever precision the student trains in.
+        with torch.no_grad(), torch.autocast(batch["input_ids"].device.type, enabled=False):
+            hidden, head, bias, transform = self.teacher.hidden_and_head(batch)
+        shifted, _ = shift_for_next_token(hidden, batch["labels"])
+        return TeacherHidden(shifted, head, bias, transform)

@@ -1,0 +1,153 @@
+"""Progress of a training stage: a rich bar on a terminal, otherwise a plain line every few seconds."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+RATE_WINDOW_SECONDS = 30.0
+"""Speed is averaged over this time, so that one slow step does not make the time left jump."""
+
+
+class Progress(Protocol):
+    """What the training loop tells about itself."""
+
+    def start(self, label: str, total: int, done: int) -> None:
+        """A stage of ``total`` optimizer steps begins, ``done`` of them taken by earlier starts."""
+        ...
+
+    def update(self, step: int, loss: float, tokens: int) -> None:
+        """Optimizer step ``step`` is done; ``tokens`` = input tokens of this step."""
+        ...
+
+    def stop(self) -> None:
+        """The stage has ended, well or badly. May be called twice."""
+        ...
+
+
+class NoProgress:
+    """Silence, for ranks other than 0 and for tests."""
+
+    def start(self, label: str, total: int, done: int) -> None:
+        """Nothing to show."""
+
+    def update(self, step: int, loss: float, tokens: int) -> None:
+        """Nothing to show."""
+
+    def stop(self) -> None:
+        """Nothing to show."""
+
+
+class SpeedMeter:
+    """Steps and tokens per second over the last half minute."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._marks: deque[tuple[float, int, int]] = deque()
+
+    def start(self, step: int) -> None:
+        """Begin at ``step`` now."""
+        self._marks = deque([(self._clock(), step, 0)])
+
+    def add(self, step: int, tokens: int) -> None:
+        """One more step, of so many tokens."""
+        now = self._clock()
+        self._marks.append((now, step, self._marks[-1][2] + tokens))
+        while len(self._marks) > 2 and now - self._marks[0][0] > RATE_WINDOW_SECONDS:
+            self._marks.popleft()
+
+    def rates(self) -> tuple[float, float]:
+        """(steps, tokens) per second; zeros before the first step."""
+        first, last = self._marks[0], self._marks[-1]
+        seconds = last[0] - first[0]
+        return ((last[1] - first[1]) / seconds, (last[2] - first[2]) / seconds) if seconds > 0 else (0.0, 0.0)
+
+
+class LineProgress:
+    """Plain lines for logs: the first step, then one every ``interval`` seconds, then the last step."""
+
+    def __init__(self, console: "Console", *, interval: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._interval = interval
+        self._clock = clock
+        self._meter = SpeedMeter(clock)
+        self._label, self._total, self._last = "", 0, float("-inf")
+
+    def start(self, label: str, total: int, done: int) -> None:
+        """Begin; nothing is printed before the first step."""
+        self._label, self._total, self._last = label, total, float("-inf")
+        self._meter.start(done)
+
+    def update(self, step: int, loss: float, tokens: int) -> None:
+        """Print when it is time."""
+        self._meter.add(step, tokens)
+        now = self._clock()
+        if step < self._total and now - self._last < self._interval:
+            return
+        self._last = now
+        steps_rate, tokens_rate = self._meter.rates()
+        left = format_seconds((self._total - step) / steps_rate) if steps_rate else "?"
+        text = (
+            f"{self._label}  step {step}/{self._total} ({100 * step // self._total}%)  loss {loss:.4f}  {tokens_rate:,.0f} tokens/s  {left} left"
+        )
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        """Nothing is held open."""
+
+
+class BarProgress:
+    """A live bar with tokens/s, loss and the time left."""
+
+    def __init__(self, console: "Console", *, clock: Callable[[], float] = time.monotonic) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as RichProgress
+
+        self._meter = SpeedMeter(clock)
+        self._bar = RichProgress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[rate]} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]} left"),
+            console=console,
+        )
+        self._total = 0
+        self._task = self._bar.add_task("", visible=False, loss="-", rate="-", left="?")
+
+    def start(self, label: str, total: int, done: int) -> None:
+        """Show the bar."""
+        self._meter.start(done)
+        self._total = total
+        self._bar.reset(self._task, total=total, completed=done, description=label, visible=True, loss="-", rate="-", left="?")
+        self._bar.start()
+
+    def update(self, step: int, loss: float, tokens: int) -> None:
+        """Move the bar."""
+        self._meter.add(step, tokens)
+        steps_rate, tokens_rate = self._meter.rates()
+        left = format_seconds((self._total - step) / steps_rate) if steps_rate else "?"
+        self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", rate=f"{tokens_rate:,.0f}", left=left)
+
+    def stop(self) -> None:
+        """Leave the finished bar on the screen."""
+        self._bar.stop()
+
+
+def make_progress(console: "Console | None", *, interval: float = 5.0) -> Progress:
+    """A bar on a terminal, lines elsewhere; None is silent."""
+    if console is None:
+        return NoProgress()
+    return BarProgress(console) if console.is_terminal else LineProgress(console, interval=interval)
+
+
+def format_seconds(seconds: float) -> str:
+    """``0:07``, ``12:30`` or ``3:05:00``."""
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

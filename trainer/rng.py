@@ -1,0 +1,59 @@
+"""Every random generator that training may draw from, as bytes in safetensors form: no pickle on the way back.
+
+Lightning saves no generator at all, so a resumed run with dropout would differ from one never stopped.
+"""
+
+import hashlib
+import random
+
+import numpy as np
+import torch
+
+
+def derive_seed(seed: int, *names: str | int) -> int:
+    """A seed for one named purpose (63 bits): sha256 of the recipe's seed and the names."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def seed_generators(seed: int) -> None:
+    """Seed torch (CPU and all CUDA devices), NumPy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global generator, so it is the one to seed
+    random.seed(seed)
+
+
+def capture_generators(device: torch.device) -> bytes:
+    """The state of torch's CPU generator, the device's own, NumPy's and Python's."""
+    from safetensors.torch import save
+
+    kind, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    if kind != 3 or name != "MT19937":
+        raise RuntimeError(f"unknown generators (python state {kind}, numpy {name}): their state cannot be saved")
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "python.words": torch.tensor(words, dtype=torch.int64),
+        "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy.keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "numpy.position": torch.tensor([position, has_gauss], dtype=torch.int64),
+        "numpy.gauss": torch.tensor([cached], dtype=torch.float64),
+    }
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    return save(tensors)
+
+
+def restore_generators(data: bytes, device: torch.device) -> None:
+    """Inverse of ``capture_generators``; a state saved without this device's generator leaves that one alone."""
+    from safetensors.torch import load
+
+    state = load(data)
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    gauss = state["python.gauss"].tolist()
+    random.setstate((3, tuple(state["python.words"].tolist()), gauss[0] if gauss else None))
+    position, has_gauss = state["numpy.position"].tolist()
+    keys = state["numpy.keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, position, has_gauss, state["numpy.gauss"].item()))  # noqa: NPY002

@@ -1,0 +1,115 @@
+"""The embedded teacher: a byte-level BPE tokenizer and a small Llama trained on the run's own text, cached for the next run.
+
+It lives in ``<cache>/teachers/<hash of text, tokenizer, model and training settings>/``; a broken-off training resumes there.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..losses.settings import LossSettings
+from ..models.errors import UserError
+from ..models.files import atomic_directory, sha256_json
+from ..models.settings import ScratchSettings
+from ..models.tokenizer import train_tokenizer
+from .cache import cache_dir
+from .settings import DataSettings, PretrainSettings, TrainerSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .data.prepare import PreparedData
+    from .data.text import Documents
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ScratchTeacher:
+    """Where a scratch teacher and its tokenizer are, or will be."""
+
+    folder: Path
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder of the tokenizer alone."""
+        return self.folder / "tokenizer"
+
+    @property
+    def model(self) -> Path:
+        """The finished teacher's model folder."""
+        return self.folder / "model"
+
+
+def locate_scratch(settings: ScratchSettings, data: DataSettings, trainer: TrainerSettings, text: "Documents", seed: int) -> ScratchTeacher:
+    """The cache folder that these settings and this text lead to."""
+    key = sha256_json(
+        {
+            "format": _FORMAT,
+            "scratch": asdict(settings),
+            "text": text.fingerprint,
+            "seq_length": data.seq_length,
+            "packing": data.packing,
+            "eval_tokens": data.eval_tokens,
+            "batch": trainer.global_batch_tokens,
+            "precision": trainer.precision,
+            "clip": trainer.gradient_clip,
+            "seed": seed,
+        }
+    )
+    return ScratchTeacher(cache_dir() / "teachers" / key[:32])
+
+
+def make_tokenizer(settings: ScratchSettings, place: ScratchTeacher, text: "Documents") -> None:
+    """Train the tokenizer, unless it is there (rank 0)."""
+    if place.tokenizer.exists():
+        return
+    tokenizer = train_tokenizer(iter(text), settings.vocab)
+    place.folder.mkdir(parents=True, exist_ok=True)
+    with atomic_directory(place.tokenizer) as folder:
+        tokenizer.save_pretrained(folder)
+
+
+def new_llama(settings: ScratchSettings, tokenizer: "PreTrainedTokenizerBase", v_eff: int, context: int, seed: int) -> "PreTrainedModel":
+    """A small Llama with random weights; every weight comes from ``seed``."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if settings.hidden % settings.heads or settings.heads % settings.kv_heads:
+        raise UserError(
+            f"teacher.scratch: hidden={settings.hidden} must be divisible by heads={settings.heads}, "
+            f"and heads by kv_heads={settings.kv_heads}; change one of the three"
+        )
+    config = LlamaConfig(
+        vocab_size=v_eff,
+        hidden_size=settings.hidden,
+        intermediate_size=settings.ffn,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        head_dim=settings.hidden // settings.heads,
+        max_position_embeddings=max(context, 2048),
+        tie_word_embeddings=settings.tie_embeddings,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def teacher_training(settings: ScratchSettings) -> PretrainSettings:
+    """How a scratch teacher is trained."""
+    return PretrainSettings(
+        tokens=settings.tokens,
+        learning_rate=settings.learning_rate,
+        weight_decay=0.1,
+        loss=LossSettings(hard_weight=1.0),
+    )
+
+
+def scratch_record(settings: ScratchSettings, text: "PreparedData") -> dict[str, Any]:
+    """decoct.json of a scratch teacher."""
+    return {"kind": "teacher", "base_model": "trained from scratch", "scratch": asdict(settings), "text": text.description}

@@ -1,0 +1,205 @@
+"""What a user may choose about data, training and stages (plain data; ``configs/`` validates it)."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..losses.settings import LossSettings
+from ..qat.spec import QuantSpec
+
+Precision = Literal["32", "bf16-mixed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The text of a run: exactly one of ``builtin``, ``files`` and ``hub``."""
+
+    builtin: Literal["python-stdlib"] | None = None
+    """Text found on any machine: the sorted .py files of the running Python's standard library, first 8 MB."""
+    files: tuple[str, ...] | None = None
+    """Local .txt, .jsonl or .parquet files; globs allowed, relative to the working directory."""
+    hub: str | None = None
+    """Hugging Face dataset id."""
+    hub_config: str | None = None
+    """Configuration name of the hub dataset."""
+    hub_split: str = "train"
+    """Split of the hub dataset."""
+    text_field: str = "text"
+    """Column or JSON key that holds the text (jsonl, parquet, hub)."""
+    seq_length: int = 512
+    """Tokens per training and evaluation window."""
+    packing: bool = True
+    """Concatenate documents (separated by end-of-text) into full windows; otherwise one document a window, padded."""
+    eval_tokens: int = 32_768
+    """Tokens held out for evaluation (whole documents, never trained on)."""
+    max_documents: int | None = None
+    """Read at most this many documents."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("builtin", "files", "hub") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"data needs exactly one of 'builtin', 'files' and 'hub'; given: {given or 'none'}")
+        if self.seq_length < 2:
+            raise ValueError(f"seq_length={self.seq_length} must be at least 2: a window of one token predicts nothing")
+        if self.eval_tokens < self.seq_length:
+            raise ValueError(f"eval_tokens={self.eval_tokens} is shorter than one window of seq_length={self.seq_length}; raise it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    """How training stages run. Devices, strategy and logging do not change a stage's numbers; the rest does."""
+
+    devices: int | Literal["auto"] = "auto"
+    """Processes on this machine; auto = all GPUs, or one process on a CPU."""
+    strategy: Literal["auto", "ddp"] = "auto"
+    """auto = ddp when there is more than one process."""
+    precision: Precision = "bf16-mixed"
+    """bf16-mixed keeps fp32 master weights; losses are fp32 in both."""
+    global_batch_tokens: int = 65_536
+    """Tokens per optimizer step over all micro-batches and ranks (a multiple of seq_length)."""
+    micro_batch: int | Literal["auto"] = "auto"
+    """Windows per forward pass and rank; auto = the largest that fits 8,192 tokens and divides the global batch."""
+    gradient_clip: float = 1.0
+    """Global gradient norm after which gradients are scaled down; 0 switches clipping off."""
+    num_workers: int = 0
+    """Data loader worker processes per rank."""
+    save_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Dtype of the weights in model folders (quantized folders are fp32: codes times scales are not bf16 numbers)."""
+    deterministic: bool = True
+    """Deterministic algorithms, so that a resumed run ends in the same bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBlock:
+    """Settings shared by every stage that trains; give ``tokens`` or ``steps``."""
+
+    tokens: int | None = None
+    """Training tokens; rounded up to whole optimizer steps."""
+    steps: int | None = None
+    """Optimizer steps."""
+    learning_rate: float | None = None
+    """Peak learning rate; default: derived per stage kind and printed."""
+    warmup: float = 0.05
+    """Share of the steps over which the rate rises linearly, [0, 1)."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after warm-up."""
+    final_learning_rate: float = 0.1
+    """Share of the peak rate kept at the last step, [0, 1]."""
+    weight_decay: float = 0.0
+    """AdamW decay of matrices (never of norms, biases and embeddings)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW moments."""
+    loss: LossSettings = field(default_factory=LossSettings)
+    """Divergence to the teacher, temperature, hard-label weight."""
+    teacher: Literal["recipe", "input"] | None = None
+    """Whose predictions to learn: the recipe's teacher, or this stage's own input model. Default: recipe, if there is one."""
+    checkpoint_every: int | None = None
+    """Optimizer steps between checkpoints; default: a twentieth of the stage, at least 10."""
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.steps is not None:
+            raise ValueError("give 'tokens' or 'steps', not both")
+        for name in ("tokens", "steps", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(TrainingBlock):
+    """Train on the text itself (cross-entropy), without a teacher."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings(TrainingBlock):
+    """Train the student to predict what the teacher predicts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredSettings:
+    """Remove whole channels, so that the dense model is smaller. Numbers state what is kept."""
+
+    ffn: int
+    """FFN channels kept in every layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MagnitudeSettings:
+    """Set the smallest weights of the decoder's linear layers to zero, along a cubic schedule (Zhu & Gupta 2017)."""
+
+    keep: float
+    """Share of these weights that stays, (0, 1)."""
+    scope: Literal["layer", "global"] = "layer"
+    """Choose inside each matrix, or over all of them (each normalised by its mean magnitude)."""
+    update_every: int = 10
+    """Optimizer steps between mask updates."""
+    heal: float = 0.25
+    """Share of the steps, at the end, with the final mask."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep < 1:
+            raise ValueError(f"keep={self.keep} must lie strictly between 0 and 1: it is the share of weights that stays")
+        if self.update_every < 1 or not 0 <= self.heal < 1:
+            raise ValueError("update_every must be at least 1 and heal must lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSettings(TrainingBlock):
+    """Exactly one of ``structured`` (one shot, on calibration text) and ``magnitude`` (trains when tokens or steps are given)."""
+
+    structured: StructuredSettings | None = None
+    """Channels to keep."""
+    magnitude: MagnitudeSettings | None = None
+    """Weights to keep."""
+    calibration_tokens: int = 32_768
+    """Training text that structured pruning scores channels on."""
+
+    def __post_init__(self) -> None:
+        TrainingBlock.__post_init__(self)
+        if (self.structured is None) == (self.magnitude is None):
+            raise ValueError("a prune stage needs exactly one of 'structured' and 'magnitude'")
+        if self.structured is not None and (self.tokens is not None or self.steps is not None):
+            raise ValueError("structured pruning is one shot and takes no 'tokens' or 'steps'; add a distill stage after it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QatSettings(TrainingBlock):
+    """Train with weights rounded in the forward pass; ends in codes and scales ready to pack."""
+
+    weights: QuantSpec = field(default_factory=QuantSpec)
+    """The weight lattice."""
+    skip: tuple[str, ...] = ()
+    """Module name patterns (fnmatch) left in full precision; one that matches nothing is an error. lm_head and embeddings always are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeSettings:
+    """Round without training."""
+
+    weights: QuantSpec = field(default_factory=QuantSpec)
+    """The weight lattice."""
+    method: Literal["rtn"] = "rtn"
+    """rtn = round to nearest."""
+    skip: tuple[str, ...] = ()
+    """As in qat."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """Pack a quantized folder for serving stacks; never rounds."""
+
+    formats: tuple[Literal["compressed-tensors"], ...] = ("compressed-tensors",)
+    """Formats to write, each into its own folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """Measure, and stop with exit code 3 when a gate is not met."""
+
+    max_perplexity_increase: float | None = None
+    """Largest allowed perplexity(model) / perplexity(teacher) - 1; 5% is 0.05."""
+    max_kl: float | None = None
+    """Largest allowed mean KL(teacher || model) in nats."""
+    min_top1: float | None = None
+    """Smallest allowed top-1 agreement with the teacher, in [0, 1]."""
+    round_teacher: bool = True
+    """Also round the teacher with the recipe's QuantSpec (no training) and report it, for scale."""

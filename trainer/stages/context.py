@@ -1,0 +1,85 @@
+"""What a stage is given and what it gives back. Stages know nothing of recipes, run order or the command line."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..settings import TrainerSettings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..data.prepare import PreparedData
+    from ..metrics import MetricsSink
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRef:
+    """A teacher that can be opened again by every stage and rank."""
+
+    path: str
+    """Model folder or hub id."""
+    load_in: str
+    """Dtype of the weights while training, 'fp32' or 'bf16'."""
+    revision: str | None
+    name: str
+    """What reports and cards call it (never a local path)."""
+    content: str
+    """Content hash of its folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageContext:
+    """Everything outside a stage's own settings."""
+
+    name: str
+    """Folder name, such as '01-distill'."""
+    kind: str
+    folder: Path
+    """The stage's folder; the model folder it writes is ``folder / 'model'``."""
+    input: str
+    """Model folder (or hub id) that the stage starts from."""
+    input_revision: str | None
+    record: dict[str, Any]
+    """What every model folder of this run says about its origin (decoct.json)."""
+    teacher: TeacherRef | None
+    data: "PreparedData"
+    tokenizer: "PreTrainedTokenizerBase"
+    v_eff: int
+    """Real vocabulary: both heads are sliced to it before the softmax."""
+    trainer: TrainerSettings
+    seed: int
+    key: str
+    metrics: "MetricsSink"
+    console: "Console"
+
+    @property
+    def model(self) -> Path:
+        """Where the stage's model folder goes."""
+        return self.folder / "model"
+
+
+@dataclass
+class Trained:
+    """What a training stage holds in memory when its last step is done (the same on every rank)."""
+
+    student: "PreTrainedModel"
+    tokens: int
+    seconds: float
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the stage adds to decoct.json."""
+
+
+@dataclass
+class StageResult:
+    """What a finished stage left on disk."""
+
+    model: Path | None
+    """Model folder that the next stage reads; None when this stage makes none."""
+    tokens: int = 0
+    seconds: float = 0.0
+    exports: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+

@@ -1,0 +1,19 @@
+"""Stage `distill`: the student learns to predict what the teacher predicts."""
+
+from ..settings import DistillSettings
+from .context import StageContext, StageResult, Trained
+from .saving import save_trained
+from .training import keep_zeros_hooks, open_student, sparse_modules, train_student
+
+
+def train(settings: DistillSettings, context: StageContext) -> Trained:
+    """Train the input on the settings' loss; exact zeros of a sparse folder stay zero."""
+    student = open_student(context)
+    sparse = sparse_modules(context.input)
+    return train_student(student, settings, context, hooks=keep_zeros_hooks(sparse), facts={"sparse": sparse})
+
+
+def finish(settings: DistillSettings, context: StageContext, trained: Trained | None) -> StageResult:
+    """Write the trained student as a model folder (rank 0)."""
+    assert trained is not None
+    return save_trained(trained, context)

@@ -1,0 +1,23 @@
+"""Stage `evaluate`: hold the run's figures against its gates."""
+
+from typing import Any
+
+from ..settings import EvaluateSettings
+
+
+def gate_failures(settings: EvaluateSettings, model: dict[str, Any], teacher: dict[str, Any] | None) -> list[str]:
+    """Sentences about the gates that are not met; [] when all are.
+
+    Args:
+        model: eval figures (perplexity, kl, top1) of the model that is judged; teacher: the teacher's, when there is one.
+    """
+    failed = []
+    if settings.max_perplexity_increase is not None and teacher is not None:
+        increase = model["perplexity"] / teacher["perplexity"] - 1
+        if not increase <= settings.max_perplexity_increase:
+            failed.append(f"perplexity rose by {increase:.1%}, allowed is max_perplexity_increase={settings.max_perplexity_increase:.1%}")
+    if settings.max_kl is not None and model["kl"] is not None and not model["kl"] <= settings.max_kl:
+        failed.append(f"KL to the teacher is {model['kl']:.4f} nats, allowed is max_kl={settings.max_kl:g}")
+    if settings.min_top1 is not None and model["top1"] is not None and not model["top1"] >= settings.min_top1:
+        failed.append(f"top-1 agreement is {model['top1']:.1%}, wanted is min_top1={settings.min_top1:.1%}")
+    return failed

@@ -1,0 +1,88 @@
+"""The figures of one model folder, as a row of the report."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...models.families import decoder_linears
+from ...models.folder import read_record
+from ...models.loading import load_model
+from ...models.teachers import LocalTeacher
+from ...qat.footprint import bits_per_weight, count_parameters, folder_bytes, linear_sparsity
+from ...qat.verify import load_exported_model
+from ..evaluation import evaluate_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..data.windows import Windows
+
+
+def best_device() -> str:
+    """'cuda' when there is a GPU, else 'cpu'."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def open_for_measuring(path: str, revision: str | None = None) -> "PreTrainedModel":
+    """Any model folder, hub id or export as a plain fp32 model; exports are rebuilt by the independent reader."""
+    if is_export(path):
+        return load_exported_model(Path(path))
+    return load_model(path, dtype=torch.float32, revision=revision)
+
+
+def is_export(path: str) -> bool:
+    """Whether a local folder holds packed weights."""
+    import json
+
+    config = Path(path) / "config.json"
+    try:
+        return "quantization_config" in json.loads(config.read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def measure_teacher(path: str, revision: str | None, v_eff: int) -> LocalTeacher:
+    """The teacher in fp32, against which models are measured."""
+    from ...models.teachers import load_teacher
+
+    return load_teacher(path, dtype=torch.float32, v_eff=v_eff, revision=revision, device=best_device())
+
+
+def measure_model(model: "PreTrainedModel", teacher: LocalTeacher | None, windows: "Windows") -> dict[str, Any]:
+    """Figures of a model in memory: parameters, sparsity, quality and the seconds the measuring took."""
+    started = time.perf_counter()
+    device = best_device()
+    result = evaluate_model(model.to(device), teacher, windows, device=device)
+    return {
+        "parameters": count_parameters(model),
+        "sparsity": linear_sparsity(model),
+        "layer_sparsity": layer_sparsity(model),
+        "eval": {name: getattr(result, name) for name in ("perplexity", "kl", "kl_p99", "top1", "ece")},
+        "eval_tokens": result.tokens,
+        "eval_seconds": time.perf_counter() - started,
+    }
+
+
+def measure_folder(path: str, teacher: LocalTeacher | None, windows: "Windows", revision: str | None = None) -> dict[str, Any]:
+    """A row: the model's figures and the bytes of its weight files (None for a hub id, whose files are not ours to count)."""
+    row = measure_model(open_for_measuring(path, revision), teacher, windows)
+    size = folder_bytes(Path(path)) if Path(path).is_dir() else None
+    return {**row, "bytes": size, "bits_per_weight": None if size is None else bits_per_weight(size, row["parameters"])}
+
+
+def layer_sparsity(model: "PreTrainedModel") -> list[float]:
+    """Share of zeros of the linear weights of each decoder layer, in order."""
+    zeros: dict[int, list[int]] = {}
+    for name, module in decoder_linears(model).items():
+        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        seen = zeros.setdefault(numbers[0] if numbers else 0, [0, 0])
+        seen[0] += int((module.weight == 0).sum())
+        seen[1] += module.weight.numel()
+    return [zeros[layer][0] / zeros[layer][1] for layer in sorted(zeros)]
+
+
+def quant_record(path: str) -> dict[str, Any] | None:
+    """The QuantSpec record of a quantized folder, None for any other."""
+    return read_record(Path(path)).get("quant") if Path(path).is_dir() else None

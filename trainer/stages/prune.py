@@ -1,0 +1,80 @@
+"""Stage `prune`: whole FFN channels in one shot, or single weights along a cubic schedule."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ...models.families import decoder_linears
+from ...models.pruning.magnitude import magnitude_masks
+from ...models.pruning.structured import ffn_channel_scores, prune_ffn
+from ..hooks import MaskHook
+from ..settings import PruneSettings, StructuredSettings
+from .context import StageContext, StageResult, Trained
+from .saving import save_student, save_trained
+from .training import open_student, train_student, training_plan
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+_CALIBRATION_BATCH = 8
+
+
+def train(settings: PruneSettings, context: StageContext) -> Trained | None:
+    """Scheduled magnitude pruning; None when the stage is one shot."""
+    if not trains(settings):
+        return None
+    assert settings.magnitude is not None
+    student = open_student(context)
+    modules = list(decoder_linears(student))
+    hook = MaskHook(settings.magnitude, _steps(settings, context), modules)
+    return train_student(student, settings, context, hooks=[hook], facts={"sparse": modules})
+
+
+def trains(settings: PruneSettings) -> bool:
+    """Whether the settings ask for a schedule (tokens or steps)."""
+    return settings.magnitude is not None and (settings.tokens is not None or settings.steps is not None)
+
+
+def _steps(settings: PruneSettings, context: StageContext) -> int:
+    return training_plan(settings, context, 1).total_steps
+
+
+def finish(settings: PruneSettings, context: StageContext, trained: Trained | None) -> StageResult:
+    """Write the trained student, or prune in one shot and write that (rank 0)."""
+    if trained is not None:
+        return save_trained(trained, context)
+    started = time.perf_counter()
+    student = open_student(context)
+    facts = _prune_structured(student, settings, context) if settings.structured else _prune_once(student, settings)
+    save_student(student, context, facts)
+    return StageResult(model=context.model, seconds=time.perf_counter() - started)
+
+
+def _prune_structured(student: "PreTrainedModel", settings: PruneSettings, context: StageContext) -> dict[str, Any]:
+    assert isinstance(settings.structured, StructuredSettings)
+    scores = ffn_channel_scores(student, calibration_batches(context, settings.calibration_tokens))
+    kept = prune_ffn(student, scores, settings.structured.ffn)
+    context.console.print(f"  kept {settings.structured.ffn} of {len(scores[0])} FFN channels in each of {len(scores)} layers", highlight=False)
+    return {"kept": {"ffn": kept}}
+
+
+def _prune_once(student: "PreTrainedModel", settings: PruneSettings) -> dict[str, Any]:
+    assert settings.magnitude is not None
+    weights = {name: module.weight.data for name, module in decoder_linears(student).items()}
+    for name, mask in magnitude_masks(weights, settings.magnitude.keep, settings.magnitude.scope, None).items():
+        weights[name].mul_(mask)
+    return {"sparse": list(weights)}
+
+
+def calibration_batches(context: StageContext, tokens: int) -> Iterator[dict[str, "torch.Tensor"]]:
+    """The first ``tokens`` of the training windows, in batches."""
+    import torch
+
+    windows = context.data.train
+    count = min(len(windows), max(1, tokens // windows.seq_length))
+    indices = iter(range(count))
+    while chosen := list(itertools.islice(indices, _CALIBRATION_BATCH)):
+        rows = [windows[index] for index in chosen]
+        yield {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "attention_mask")}

@@ -1,0 +1,29 @@
+"""Writing a stage's model folder, with what the next stage and the report need to know beside the weights."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...models.folder import save_model_folder
+from .context import StageContext, StageResult, Trained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def stage_record(context: StageContext, facts: dict[str, Any]) -> dict[str, Any]:
+    """decoct.json of a folder that this stage writes."""
+    return {**context.record, "kind": context.kind, "stage": context.name, "stage_key": context.key, **{k: v for k, v in facts.items() if v}}
+
+
+def save_student(model: "PreTrainedModel", context: StageContext, facts: dict[str, Any]) -> None:
+    """Write ``model`` in the recipe's save dtype."""
+    save_model_folder(context.model, model, context.tokenizer, stage_record(context, facts), dtype=_DTYPES[context.trainer.save_dtype])
+
+
+def save_trained(trained: Trained, context: StageContext) -> StageResult:
+    """Write what a training stage ended with."""
+    save_student(trained.student, context, trained.facts)
+    return StageResult(model=context.model, tokens=trained.tokens, seconds=trained.seconds)

@@ -1,0 +1,111 @@
+"""The part that every training stage shares: open student and teacher, derive the plan, fit, keep zeros."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...models.errors import UserError
+from ...models.folder import read_record
+from ...models.loading import load_model
+from ...models.teachers import LocalTeacher, load_teacher
+from ..fit import fit
+from ..hooks import KeepZeros, StepHook
+from ..objective import Objective
+from ..plan import TrainingPlan, plan_training
+from ..settings import TrainingBlock
+from ..world import current_world
+from .context import StageContext, Trained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Peak rate at 192 hidden channels; it falls with 1 / hidden (muP's rule for AdamW matrices, arXiv 2203.03466, table 3).
+_BASE_RATES = {"pretrain": 3e-3, "distill": 1.5e-3, "prune": 1e-3, "qat": 6e-4}
+_BASE_HIDDEN = 192
+
+
+def default_learning_rate(kind: str, hidden: int) -> float:
+    """Peak learning rate of a stage kind for a model of ``hidden`` channels, when the recipe gives none."""
+    return float(f"{_BASE_RATES[kind] * _BASE_HIDDEN / hidden:.2g}")
+
+
+def open_student(context: StageContext) -> "PreTrainedModel":
+    """The stage's input with fp32 master weights."""
+    return load_model(context.input, dtype=torch.float32, revision=context.input_revision)
+
+
+def open_teacher(settings: TrainingBlock, context: StageContext) -> LocalTeacher | None:
+    """The teacher that the stage learns from; None when its loss needs none."""
+    if settings.loss.hard_weight == 1.0:
+        return None
+    choice = settings.teacher or ("recipe" if context.teacher else "input")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if choice == "input":
+        return load_teacher(context.input, dtype=torch.float32, v_eff=context.v_eff, revision=context.input_revision)
+    if context.teacher is None:
+        raise UserError(f"{context.name}: teacher: recipe, but the recipe has no teacher; add one, or set teacher: input")
+    ref = context.teacher
+    return load_teacher(ref.path, dtype=dtype[ref.load_in], v_eff=context.v_eff, revision=ref.revision)
+
+
+def training_plan(settings: TrainingBlock, context: StageContext, hidden: int) -> TrainingPlan:
+    """The stage's plan, all derived values filled in."""
+    return plan_training(
+        settings,
+        context.trainer,
+        seq_length=context.data.train.seq_length,
+        world=current_world().size,
+        learning_rate=default_learning_rate(context.kind, hidden),
+        seed=context.seed,
+        stage_key=context.key,
+    )
+
+
+def sparse_modules(path: str) -> list[str]:
+    """Matrices whose exact zeros are a mask, as decoct.json of a local model folder lists them."""
+    return list(read_record(Path(path)).get("sparse", [])) if Path(path).is_dir() else []
+
+
+def keep_zeros_hooks(modules: Sequence[str]) -> list[StepHook]:
+    """A hook that keeps the zeros of ``modules``; none when the folder is not sparse."""
+    return [KeepZeros(modules)] if modules else []
+
+
+def train_student(
+    student: "PreTrainedModel",
+    settings: TrainingBlock,
+    context: StageContext,
+    *,
+    hooks: Sequence[StepHook] = (),
+    facts: dict[str, Any] | None = None,
+) -> Trained:
+    """Fit ``student`` in place as the stage's settings say, on all ranks; resumes from the stage's checkpoints."""
+    teacher = open_teacher(settings, context)
+    plan = training_plan(settings, context, student.config.hidden_size)
+    _announce(context, plan, teacher)
+    objective = Objective(settings.loss, v_eff=context.v_eff, teacher=teacher)
+    result = fit(
+        student,
+        objective,
+        context.data.train,
+        plan,
+        work=context.folder,
+        stage=context.name,
+        hooks=hooks,
+        metrics=context.metrics,
+        console=context.console,
+    )
+    return Trained(student=student, tokens=result.tokens, seconds=result.seconds, facts=facts or {})
+
+
+def _announce(context: StageContext, plan: TrainingPlan, teacher: LocalTeacher | None) -> None:
+    """Print what was derived, so that nobody has to guess a default."""
+    learns = "from the text alone" if teacher is None else f"from {teacher.describe()}"
+    tokens = plan.total_steps * plan.batch.global_windows * context.data.train.seq_length
+    context.console.print(
+        f"  {plan.total_steps} steps of {plan.batch.global_windows} windows x {context.data.train.seq_length} tokens ({tokens:,} in all), "
+        f"micro-batch {plan.batch.micro_batch} x {plan.batch.accumulation}, peak learning rate {plan.learning_rate:g}, {learns}",
+        highlight=False,
+    )
