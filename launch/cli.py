@@ -29,7 +29,12 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or hub
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as stages.1.tokens=2M.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder. [default: runs/NAME]", show_default=False)]
 Teacher = Annotated[str | None, typer.Option("--teacher", help="Teacher: model folder or hub id.")]
-Text = Annotated[list[str] | None, typer.Option("--text", help="Text files (txt, jsonl, parquet, globs); repeatable. [default: the Python standard library]", show_default=False)]
+Text = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text", help="Text files (txt, jsonl, parquet, globs); repeatable. [default: the Python standard library]", show_default=False
+    ),
+]
 Hub = Annotated[str | None, typer.Option("--hub", help="Hugging Face dataset id, instead of --text.")]
 Tokens = Annotated[str | None, typer.Option("--tokens", help="Training tokens, such as 500k or 2M.")]
 SeqLength = Annotated[int, typer.Option("--seq-length", help="Tokens a window.")]
@@ -174,7 +179,7 @@ def evaluate(
 @recipes_app.command("list", epilog="Example: decoct recipes list")
 def recipes_list() -> None:
     """The shipped recipes, one line each."""
-    from ..configs.loader import list_recipes
+    from ..configs.shipped import list_recipes
 
     for name, _, about in list_recipes():
         typer.echo(f"{name:<30} {about}")
@@ -183,7 +188,7 @@ def recipes_list() -> None:
 @recipes_app.command("show", epilog="Example: decoct recipes show quickstart")
 def recipes_show(name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")]) -> None:
     """Print a shipped recipe."""
-    from ..configs.loader import shipped_text
+    from ..configs.shipped import shipped_text
 
     typer.echo(shipped_text(name), nl=False)
 

@@ -22,7 +22,9 @@ class TextChoice:
         """The ``data`` section of a recipe."""
         if self.files and self.hub:
             raise UserError("--text and --hub exclude each other: give the text once")
-        source: dict[str, Any] = {"files": list(self.files)} if self.files else {"hub": self.hub} if self.hub else {"builtin": "python-stdlib"}
+        source: dict[str, Any] = (
+            {"files": list(self.files)} if self.files else {"hub": self.hub} if self.hub else {"builtin": "python-stdlib"}
+        )
         measured = {"eval_tokens": self.eval_tokens} if self.eval_tokens else {}
         return {**source, "seq_length": self.seq_length, **measured}
 
@@ -106,7 +108,7 @@ def run_verify(folder: Path, source: Path | None, runtimes: bool) -> None:
 
 def copy_recipe(name: str, target: Path) -> Path:
     """Write a shipped recipe to ``target``; UserError when the file exists or cannot be written."""
-    from ..configs.loader import shipped_text
+    from ..configs.shipped import shipped_text
 
     text = shipped_text(name)
     try:

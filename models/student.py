@@ -7,6 +7,7 @@ everything a layer derives from its index (cache slot, attention type) is right 
 import copy
 import difflib
 import re
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ _FOREIGN_FIELDS = {"rope_theta", "rope_scaling", "rope_interleaved", "torch_dtyp
 def kept_layers(total: int, keep: int) -> list[int]:
     """Indices of ``keep`` of ``total`` layers: ``round(linspace(0, total - 1, keep))``, so first and last are among them.
 
-    Halves round up, which keeps the indices distinct and independent of floating point.
+    Exact arithmetic, halves to even: the indices are distinct and the same on every machine.
 
     Raises:
         UserError: ``keep`` is below 2 (below 1 for a model of one layer) or above ``total``.
@@ -38,9 +39,9 @@ def kept_layers(total: int, keep: int) -> list[int]:
             f"student.keep.layers={keep} cannot be cut from a teacher of {total} layers; give {least} to {total} "
             "(first and last layer are always kept)"
         )
-    if keep == 1:
+    if total == 1:
         return [0]
-    return [(2 * index * (total - 1) + keep - 1) // (2 * (keep - 1)) for index in range(keep)]
+    return [round(Fraction(index * (total - 1), keep - 1)) for index in range(keep)]
 
 
 @torch.no_grad()
@@ -66,6 +67,7 @@ def student_by_keeping(teacher_model: "PreTrainedModel", layers: int) -> tuple["
     device = teacher_model.device
     with torch.device(device), no_init_weights():
         student: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    student.tie_weights()  # part of the initialisation that was left out
     if teacher_model.generation_config is not None:
         student.generation_config = copy.deepcopy(teacher_model.generation_config)
     if device.type != "meta":
@@ -76,7 +78,7 @@ def student_by_keeping(teacher_model: "PreTrainedModel", layers: int) -> tuple["
 def _shallow_config(source: "PreTrainedConfig", family: Family, kept: list[int]) -> "PreTrainedConfig":
     """The teacher's config with fewer layers: depth, ``layer_types`` and ``max_window_layers`` agree."""
     config: Any = copy.deepcopy(source)
-    if getattr(config, "per_layer_config", None):
+    if getattr(config, "is_heterogeneous", False):
         raise UserError("the teacher's config has per_layer_config (layers of different shapes); student.keep needs equal layers")
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[index] for index in kept]
@@ -134,13 +136,13 @@ def _checked_fields(config: dict[str, Any], v_eff: int) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"student.config.model_type={kind!r} is no causal language model of transformers; use llama, qwen2, qwen3, ...")
     config_class: Any = CONFIG_MAPPING[kind]
-    known = {*dir(config_class()), *config_class.attribute_map, *_FOREIGN_FIELDS}
+    known = {*config_class().to_dict(), *config_class.attribute_map, *_FOREIGN_FIELDS}
     for name in config:
-        if name not in known or (name.startswith("_") and name not in _FOREIGN_FIELDS):
-            near = difflib.get_close_matches(name, [key for key in known if not key.startswith("_")], n=1)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"student.config.{name} is not a field of {config_class.__name__}{hint}")
     if config.get("vocab_size", v_eff) != v_eff:
@@ -194,7 +196,7 @@ def _set_vocabulary(model: "PreTrainedModel", v_eff: int) -> None:
     text.vocab_size = v_eff
     for module in model.modules():
         if isinstance(getattr(module, "vocab_size", None), int):
-            module.vocab_size = v_eff  # pyright: ignore[reportAttributeAccessIssue] - a plain int, not a tensor
+            module.vocab_size = v_eff  # pyright: ignore[reportArgumentType] - a plain int, not a tensor
     for holder in (text, model.generation_config):
         for name in _SPECIAL_TOKENS:
             token = getattr(holder, name, None)

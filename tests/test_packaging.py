@@ -1,5 +1,6 @@
 """The package list, the typing links and the lock of imports hold what the folders on disk say."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -53,3 +54,11 @@ def test_start_up_path_imports_without_torch(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'lightning', 'pydantic', 'wandb') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_nobody_imports_a_folder_by_its_bare_name() -> None:
+    """From the repository's root `import models` would work, and give a second copy of every class."""
+    bare = re.compile(rf"^\s*(?:from|import) ({'|'.join(TOP)})\b", re.MULTILINE)
+    for top in (*TOP, "tests"):
+        for file in (ROOT / top).rglob("*.py"):
+            assert not bare.search(file.read_text()), file

@@ -150,7 +150,7 @@ def find_newest_verified(folder: Path) -> tuple[Checkpoint | None, list[tuple[Pa
     for path in _step_folders(folder):
         try:
             return Checkpoint(path, _verify(path)), damaged
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             damaged.append((path, str(error) or type(error).__name__))
     return None, damaged
 

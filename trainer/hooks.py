@@ -4,14 +4,13 @@ A hook is told about the student and its optimizer once, then before each step (
 and after it. Its state goes into every checkpoint; everything else it knows must follow from the step number.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..models.errors import UserError
-from ..models.families import decoder_linears
 from ..models.pruning.magnitude import cubic_keep, magnitude_masks, zero_masks
 from .settings import MagnitudeSettings
 
@@ -43,24 +42,25 @@ class StepHook(Protocol):
 
 
 class KeepZeros:
-    """Keeps the zeros that given linear modules have at the start: a sparse folder's zeros are its mask.
+    """Keeps pruned weights of linear modules at zero: a sparse folder's zeros are its mask.
 
     Args:
-        modules: Names of linear modules, as in ``decoder_linears``; None = all of them.
+        masks: By module name, as in ``decoder_linears``: bool [out, in], True = kept. ``zero_masks`` makes them from weights.
     """
 
     name = "keep_zeros"
 
-    def __init__(self, modules: Sequence[str] | None = None) -> None:
-        self._modules = modules
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
         self._linears: dict[str, nn.Linear] = {}
         self._optimizer: torch.optim.Optimizer | None = None
-        self.masks: dict[str, Tensor] = {}
+        self.masks: dict[str, Tensor] = dict(masks)
 
     def on_start(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Read the masks from the weights."""
-        self._attach(student, optimizer)
-        self._set_masks(zero_masks(self.weights()))
+        """Find the modules, and zero what the masks remove."""
+        self._optimizer = optimizer
+        self._linears = {name: _linear(student, name) for name in self.masks}
+        self._set_masks(self.masks)
+        self._apply()
 
     def before_step(self, step: int) -> None:
         """Removed weights get no gradient, so they have no part in the clipped norm either."""
@@ -81,23 +81,16 @@ class KeepZeros:
         """Take the saved masks."""
         if different := sorted(state.keys() ^ self._linears.keys()):
             raise UserError(f"the checkpoint masks other modules than this stage: {different[0]} is in only one of them")
-        self._set_masks({name: mask.to(self._linears[name].weight.device, torch.bool) for name, mask in state.items()})
+        self._set_masks(state)
+        self._apply()
 
     def weights(self) -> dict[str, Tensor]:
         """The watched weights by module name, detached, sharing memory."""
         return {name: linear.weight.detach() for name, linear in self._linears.items()}
 
-    def _attach(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        linears = decoder_linears(student)
-        names = list(linears) if self._modules is None else list(self._modules)
-        if unknown := [name for name in names if name not in linears]:
-            raise UserError(f"{unknown[0]} is to stay sparse, but the model has no such linear layer; it has e.g. {next(iter(linears), 'none')}")
-        self._linears = {name: linears[name] for name in names}
-        self._optimizer = optimizer
-
-    def _set_masks(self, masks: dict[str, Tensor]) -> None:
-        self.masks = masks
-        for name, mask in masks.items():
+    def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        self.masks = {name: mask.to(self._linears[name].weight.device, torch.bool) for name, mask in masks.items()}
+        for name, mask in self.masks.items():
             # a quantized linear masks inside its forward pass too, so that scales see kept weights only
             if hasattr(self._linears[name], "mask"):
                 self._linears[name].mask = mask
@@ -117,9 +110,9 @@ class MaskHook(KeepZeros):
     """Magnitude pruning on the cubic schedule of Zhu & Gupta 2017; masks only ever shrink.
 
     Args:
+        modules: Names of the linear modules to prune.
         settings: Share kept, scope, update interval and healing time.
         total_steps: Optimizer steps of the stage.
-        modules: Names of linear modules; None = all decoder linears.
         tell: Called with (step, share kept) after each mask update.
     """
 
@@ -127,12 +120,13 @@ class MaskHook(KeepZeros):
 
     def __init__(
         self,
+        modules: Iterable[str],
         settings: MagnitudeSettings,
         total_steps: int,
-        modules: Sequence[str] | None = None,
         tell: Callable[[int, float], None] | None = None,
     ) -> None:
-        super().__init__(modules)
+        super().__init__({})
+        self._modules = list(modules)
         self._settings = settings
         self._total = total_steps
         self._tell = tell
@@ -140,8 +134,9 @@ class MaskHook(KeepZeros):
 
     def on_start(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Start from what is there: weights that are zero already stay zero."""
-        super().on_start(student, optimizer)
         self._keep = 1.0
+        self.masks = zero_masks({name: _linear(student, name).weight.detach() for name in self._modules})
+        super().on_start(student, optimizer)
 
     def after_step(self, step: int) -> None:
         """Shrink the masks when the schedule says so, then apply them."""
@@ -158,11 +153,21 @@ class MaskHook(KeepZeros):
         settings = self._settings
         return settings.keep if step >= self._total else cubic_keep(step, self._total, settings.keep, settings.heal, settings.update_every)
 
+    def state(self) -> dict[str, Tensor]:
+        """The masks and the share they keep."""
+        return {**self.masks, "keep": torch.tensor(self._keep, dtype=torch.float64)}
+
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take the saved masks, and with them the place in the schedule."""
         self._keep = float(state["keep"])
         super().load({name: mask for name, mask in state.items() if name != "keep"})
 
-    def state(self) -> dict[str, Tensor]:
-        """The masks and the share they keep."""
-        return {**self.masks, "keep": torch.tensor(self._keep, dtype=torch.float64)}
+
+def _linear(student: nn.Module, name: str) -> nn.Linear:
+    try:
+        module = student.get_submodule(name)
+    except AttributeError:
+        module = None
+    if not isinstance(module, nn.Linear):
+        raise UserError(f"{name} is to be masked, but the model has no linear layer of that name")
+    return module

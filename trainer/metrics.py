@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..models.files import append_line, write_text_atomic
+from .loggers import finish_loggers
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -15,22 +16,20 @@ Number = int | float | None
 
 
 class MetricsSink:
-    """Takes a stage's numbers; only rank 0's sink writes.
+    """Takes the numbers of training stages.
 
     Args:
-        path: ``metrics.jsonl`` of the run; lines of all stages go into it.
+        path: ``metrics.jsonl`` of the run; lines of all stages go into it. None (ranks other than 0) writes nothing at all.
         loggers: Lightning loggers, which get ``<stage>/<name>`` at the stage's own step.
-        writes: False on ranks other than 0.
     """
 
-    def __init__(self, path: Path, loggers: Sequence["Logger"] = (), *, writes: bool = True) -> None:
+    def __init__(self, path: Path | None, loggers: Sequence["Logger"] = ()) -> None:
         self.path = path
-        self.loggers = list(loggers)
-        self.writes = writes
+        self.loggers = list(loggers) if path is not None else []
 
     def write(self, stage: str, step: int, values: Mapping[str, Number]) -> None:
         """Append ``{stage, step, **values}``; loggers get the values that are numbers."""
-        if not self.writes:
+        if self.path is None:
             return
         append_line(self.path, {"stage": stage, "step": step, **values})
         numbers = {f"{stage}/{name}": float(value) for name, value in values.items() if value is not None}
@@ -39,7 +38,7 @@ class MetricsSink:
 
     def rewind(self, stage: str, step: int) -> None:
         """Cut the lines of a stage beyond ``step``: they tell of steps that a resumed run takes again. Torn lines go too."""
-        if not self.writes or not self.path.exists():
+        if self.path is None or not self.path.exists():
             return
         text = self.path.read_text()
         kept = "".join(f"{line}\n" for line in text.split("\n") if line.strip() and not _is_beyond(line, stage, step))
@@ -48,9 +47,13 @@ class MetricsSink:
 
     def flush(self) -> None:
         """Force the lines to the disk; called before a checkpoint is committed, so that it never is ahead of them."""
-        if self.writes and self.path.exists():
+        if self.path is not None and self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """End the loggers' runs."""
+        finish_loggers(self.loggers)
 
 
 def _is_beyond(line: str, stage: str, step: int) -> bool:

@@ -18,13 +18,13 @@ class Objective:
     """What a training stage minimises. A plain object: the teacher it holds is in no module tree, state dict or optimizer.
 
     Args:
-        settings: Divergence, temperature, hard-label weight.
-        v_eff: Tokens of the real vocabulary; heads are sliced to it.
         teacher: Whose predictions to learn; None = cross-entropy on the text itself.
+        settings: Divergence, temperature, hard-label weight; a weight of 1 leaves the teacher unused.
+        v_eff: Tokens of the real vocabulary; heads are sliced to it.
         backend: Back end of ``linear_divergence``.
     """
 
-    def __init__(self, settings: LossSettings, *, v_eff: int, teacher: Teacher | None = None, backend: str = "auto") -> None:
+    def __init__(self, teacher: Teacher | None, settings: LossSettings, *, v_eff: int, backend: str = "auto") -> None:
         self.settings = settings
         self.v_eff = v_eff
         self.teacher = None if settings.hard_weight == 1 else teacher
@@ -66,8 +66,6 @@ class Objective:
     def _teacher_hidden(self, batch: Mapping[str, Tensor]) -> TeacherHidden | None:
         if self.teacher is None:
             return None
-        # The teacher keeps the dtype it was loaded in, whatever precision the student trains in.
-        with torch.no_grad(), torch.autocast(batch["input_ids"].device.type, enabled=False):
-            hidden, head, bias, transform = self.teacher.hidden_and_head(batch)
+        hidden, head, bias, transform = self.teacher.hidden_and_head(batch)
         shifted, _ = shift_for_next_token(hidden, batch["labels"])
         return TeacherHidden(shifted, head, bias, transform)

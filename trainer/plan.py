@@ -1,12 +1,11 @@
 """TrainingPlan: everything that decides the numbers of one training stage, derived once and hashed into its checkpoints."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ..models.errors import UserError
-from .batch import BatchPlan, derive_batch
-from .settings import Precision, TrainerSettings, TrainingBlock
+from .batch import BatchPlan
+from .settings import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,42 +54,3 @@ class TrainingPlan:
             del fields[name]
         return {**fields, "betas": list(self.betas), "global_windows": self.batch.global_windows}
 
-
-def plan_training(
-    block: TrainingBlock,
-    trainer: TrainerSettings,
-    *,
-    seq_length: int,
-    world: int,
-    learning_rate: float,
-    seed: int,
-    stage_key: str = "",
-) -> TrainingPlan:
-    """Derive the plan of a stage. ``learning_rate`` is the stage kind's default peak, used when the block names none.
-
-    Raises: UserError when neither tokens nor steps are given, or the batch cannot be cut evenly.
-    """
-    batch = derive_batch(trainer.global_batch_tokens, seq_length, world, trainer.micro_batch)
-    if block.steps is not None:
-        steps = block.steps
-    elif block.tokens is not None:
-        steps = math.ceil(block.tokens / (batch.global_windows * seq_length))
-    else:
-        raise UserError("a training stage needs 'tokens' or 'steps'; for example tokens: 10M")
-    return TrainingPlan(
-        total_steps=steps,
-        batch=batch,
-        learning_rate=learning_rate if block.learning_rate is None else block.learning_rate,
-        warmup=block.warmup,
-        schedule=block.schedule,
-        final_learning_rate=block.final_learning_rate,
-        seed=seed,
-        precision=trainer.precision,
-        gradient_clip=trainer.gradient_clip,
-        weight_decay=block.weight_decay,
-        betas=block.betas,
-        checkpoint_every=block.checkpoint_every or max(10, steps // 20),
-        deterministic=trainer.deterministic,
-        num_workers=trainer.num_workers,
-        stage_key=stage_key,
-    )

@@ -203,3 +203,19 @@ class EvaluateSettings:
     """Smallest allowed top-1 agreement with the teacher, in [0, 1]."""
     round_teacher: bool = True
     """Also round the teacher with the recipe's QuantSpec (no training) and report it, for scale."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggerSettings:
+    """Where curves go besides the run folder's ``metrics.jsonl``. ``logger: wandb`` is short for ``logger: {kind: wandb}``."""
+
+    kind: Literal["wandb", "csv", "none"] = "none"
+    """wandb (offline when there is no key), csv = files in the run folder, none = metrics.jsonl alone."""
+    project: str | None = None
+    """W&B project; default: WANDB_PROJECT, then 'decoct'. Unused by csv and none, as are the next three."""
+    entity: str | None = None
+    """W&B user or team; default: the account's own."""
+    group: str | None = None
+    """W&B group that the run is shown in."""
+    tags: tuple[str, ...] = ()
+    """W&B tags."""

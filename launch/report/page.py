@@ -27,7 +27,9 @@ def render_page(report: dict[str, Any], curves: Curves) -> str:
         svg = render(figure, "svg").decode()
         pictures.append({"name": name, "svg": Markup(svg[svg.index("<svg") :]), "caption": _CAPTIONS[name]})
     source = resources.files(__package__).joinpath("page.html.j2").read_text()
-    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined).from_string(source)
+    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined).from_string(
+        source
+    )
     return template.render(
         report=report,
         headings=HEADINGS,

@@ -77,7 +77,9 @@ def training_curves(curves: Curves) -> "Figure":
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for axes, (stage, lines) in zip(panels, curves.items()):
         has_teacher = any(line.get("kl") for line in lines)
-        axes.plot([line["step"] for line in lines], [line["kl" if has_teacher else "loss"] for line in lines], linewidth=1.1, color="#1f4e79")
+        axes.plot(
+            [line["step"] for line in lines], [line["kl" if has_teacher else "loss"] for line in lines], linewidth=1.1, color="#1f4e79"
+        )
         axes.set_title(stage, fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.set_ylabel("KL to teacher, nats" if has_teacher else "cross-entropy, nats", fontsize=8)

@@ -1,7 +1,7 @@
 """The run folder: resolved recipe, versions, one numbered folder per stage, and what each stage says about itself.
 
-    runs/<name>/recipe.yaml  versions.json  metrics.jsonl  report.{json,md,html}
-    runs/<name>/NN-kind/stage.json  model/  checkpoints/
+runs/<name>/recipe.yaml  versions.json  metrics.jsonl  report.{json,md,html}
+runs/<name>/NN-kind/stage.json  model/  checkpoints/
 """
 
 import json
@@ -18,7 +18,19 @@ from ...models.errors import UserError
 from ...models.files import check_writable_folder, clean_leftovers, write_json_atomic
 
 STAGE_FILE = "stage.json"
-_PACKAGES = ("decoct", "torch", "lightning", "transformers", "triton", "datasets", "tokenizers", "safetensors", "numpy", "wandb", "bitsandbytes")
+_PACKAGES = (
+    "decoct",
+    "torch",
+    "lightning",
+    "transformers",
+    "triton",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "wandb",
+    "bitsandbytes",
+)
 
 
 def versions() -> dict[str, Any]:

@@ -96,7 +96,14 @@ class Measuring:
             if quant_record(str(folder.model)):
                 self._quantized = str(folder.model)
         self._rows.append(
-            {"name": entry.name, "kind": entry.kind, "path": self._relative(str(folder.path)), "tokens": state["tokens"], "seconds": state["seconds"], **seen}
+            {
+                "name": entry.name,
+                "kind": entry.kind,
+                "path": self._relative(str(folder.path)),
+                "tokens": state["tokens"],
+                "seconds": state["seconds"],
+                **seen,
+            }
         )
         return state["makes_model"]
 
@@ -114,7 +121,16 @@ class Measuring:
             self._round_teacher(spec, place)
         seen = self._remembered(place / "measured.json", str(packed), None)
         form = f"int{spec.bits}"
-        return [{"name": f"teacher rounded to {form}", "kind": "quantize", "path": self._relative(str(packed)), "tokens": 0, "seconds": 0.0, **seen}]
+        return [
+            {
+                "name": f"teacher rounded to {form}",
+                "kind": "quantize",
+                "path": self._relative(str(packed)),
+                "tokens": 0,
+                "seconds": 0.0,
+                **seen,
+            }
+        ]
 
     def _round_teacher(self, spec: QuantSpec, place: Path) -> None:
         """Round to nearest, pack as the student is packed, and keep only the packed folder."""
@@ -138,7 +154,9 @@ class Measuring:
         """Measure ``path``, or read what was measured before on the same bytes, teacher and text."""
         from ...models.files import write_json_atomic
 
-        key = sha256_json([content_hash(path, revision), self.teacher and self.teacher.content, self.origin.data.fingerprint, self.origin.v_eff])
+        key = sha256_json(
+            [content_hash(path, revision), self.teacher and self.teacher.content, self.origin.data.fingerprint, self.origin.v_eff]
+        )
         before = _read_json(file)
         if before.get("key") == key:
             return before["row"]
@@ -170,5 +188,3 @@ def _read_json(file: Path) -> dict[str, Any]:
         return json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
-
-

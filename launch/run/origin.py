@@ -91,7 +91,9 @@ def teacher_ref(recipe: "Recipe", scratch: ScratchTeacher | None) -> TeacherRef 
     )
 
 
-def make_student(recipe: "Recipe", origin: Origin, teacher: TeacherRef | None, folder: "StageFolder", record: dict[str, Any]) -> dict[str, Any]:
+def make_student(
+    recipe: "Recipe", origin: Origin, teacher: TeacherRef | None, folder: "StageFolder", record: dict[str, Any]
+) -> dict[str, Any]:
     """Make the student's first model folder, unless it is there (rank 0). A student given by path is used where it is.
 
     Returns: ``{"path", "revision"}`` of the folder that the first stage reads.
@@ -100,7 +102,14 @@ def make_student(recipe: "Recipe", origin: Origin, teacher: TeacherRef | None, f
     if settings.path:
         _refuse_export(settings.path, settings.revision)
         return {"path": settings.path, "revision": settings.revision}
-    key = sha256_json({"keep": settings.keep and settings.keep.layers, "config": settings.config, "teacher": teacher and teacher.content, "seed": recipe.seed})
+    key = sha256_json(
+        {
+            "keep": settings.keep and settings.keep.layers,
+            "config": settings.config,
+            "teacher": teacher and teacher.content,
+            "seed": recipe.seed,
+        }
+    )
     state = folder.begin(key, "student")
     if not (state.get("state") == "done" and folder.model.is_dir()):
         facts = _build_student(recipe, origin, teacher, folder, record)

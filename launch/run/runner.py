@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...models.errors import GateFailed
 from ...models.folder import content_hash
-from ...trainer.loggers import build_loggers
+from ...trainer.loggers import build_loggers, finish_loggers
 from ...trainer.metrics import MetricsSink
 from ...trainer.stages.context import StageContext, TeacherRef
 from ...trainer.stages.evaluate import gate_failures
@@ -18,11 +18,10 @@ from .folder import RunFolder, StageFolder, versions
 from .measuring import Measuring
 from .origin import Origin, make_student, open_origin, teacher_ref
 from .scratch_training import train_scratch_teacher
-from .stage_key import stage_key
 from .session import Session
+from .stage_key import stage_key
 
 if TYPE_CHECKING:
-    from rich.console import Console
 
     from ...configs.recipe import Recipe, StageEntry
 
@@ -43,7 +42,7 @@ class Runner:
         """Run every stage and write the report; GateFailed after that when a gate is not met."""
         import yaml
 
-        from ...configs.loader import resolved
+        from ...configs.recipe import resolved
 
         started = time.perf_counter()
         plain = resolved(self.recipe)
@@ -61,7 +60,7 @@ class Runner:
         for entry in self.recipe.stages:
             at = self._run_stage(entry, at, origin, teacher, record, measuring)
         report = self.session.on_first(lambda: self._finish(measuring, plain, time.perf_counter() - started))
-        self.metrics.close()
+        finish_loggers(self.metrics.loggers)
         failed = self.session.on_first(lambda: self._gates(report))
         self.session.close()
         if failed:
@@ -78,7 +77,7 @@ class Runner:
     def _open_metrics(self, plain: dict[str, Any]) -> MetricsSink:
         if not self.world.is_first:
             return MetricsSink(self.folder.metrics, writes=False)
-        loggers = build_loggers(self.recipe.logger, self.folder.path, name=self.recipe.name, config=plain, console=self.console)
+        loggers = build_loggers(self.recipe.logger, self.folder.path, name=self.recipe.name, config=plain, say=self._say)
         return MetricsSink(self.folder.metrics, loggers)
 
     def _teacher(self, origin: Origin) -> TeacherRef | None:

@@ -1,0 +1,66 @@
+"""linear_divergence: from hidden states and heads to the distillation loss, without holding the logits.
+
+Imports torch alone, so it can be lifted into any training loop. ``reference.py`` is the specification, dense and differentiable by
+autograd; ``chunked.py`` gives the same sums and gradients a block of rows at a time (``closed_form.py`` has the derivatives).
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+from ..settings import LossSettings
+from ..sums import LossSums
+from .chunked import chunked_sums
+from .inputs import HiddenStates as HiddenStates
+from .inputs import LogitTransform as LogitTransform
+from .inputs import TeacherHidden as TeacherHidden
+from .inputs import TeacherLogits as TeacherLogits
+from .inputs import TeacherLogitsSource as TeacherLogitsSource
+from .inputs import checked_problem
+from .reference import reference_sums
+
+Backend = Literal["auto", "reference", "chunked"]
+
+
+def linear_divergence(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher: TeacherLogitsSource | None,
+    labels: Tensor,
+    settings: LossSettings,
+    *,
+    v_eff: int,
+    student_bias: Tensor | None = None,
+    student_transform: LogitTransform | None = None,
+    backend: Backend = "auto",
+) -> LossSums:
+    """``(1 - hard_weight) * T^2 * D(teacher, student) + hard_weight * cross-entropy``, summed over the unmasked tokens.
+
+    Heads are cut to ``v_eff`` rows before the product. Products and softmax are fp32 whatever the inputs are and under autocast too
+    (fp64 when the student is fp64). On CUDA ``torch.set_float32_matmul_precision`` still decides whether fp32 products use TF32.
+    Gradients flow to the student's hidden states, head and bias, never to the teacher; each has its tensor's dtype.
+
+    Args:
+        student_hidden: [N, H], last hidden states; row i predicts ``labels[i]``: shift first (``shift_for_next_token``).
+        student_head: [V_padded, H] output embedding with at least ``v_eff`` rows; may be tied to the input embedding.
+        teacher: ``TeacherHidden`` (H may differ) or ``TeacherLogits``, N rows; None = cross-entropy alone.
+        labels: [N] int64 in [0, v_eff), -100 = masked: neither product nor loss is computed there.
+        settings: Divergence, temperature, weights.
+        v_eff: Tokens of the real vocabulary.
+        student_bias: [V_padded] bias of the head, or None.
+        student_transform: Scale and soft cap of the student's logits, or None.
+        backend: "chunked" (what "auto" takes) or "reference".
+
+    Returns:
+        0-dim sums; ``loss`` is 0 with a graph when every token is masked.
+
+    Raises:
+        ValueError: shapes, vocabulary or labels do not fit, there is no teacher for a hard_weight below 1, or no such backend.
+
+    Source: Hinton et al. 2015, arXiv 1503.02531, section 2 (the mixture and T^2).
+    """
+    if backend not in ("auto", "reference", "chunked"):
+        raise ValueError(f"backend={backend!r} is not one of auto, reference, chunked")
+    student = HiddenStates(student_hidden, student_head, student_bias, student_transform)
+    problem = checked_problem(student, teacher, labels, settings, v_eff)
+    return reference_sums(problem) if backend == "reference" else chunked_sums(problem)

@@ -81,5 +81,3 @@ class StageResult:
     seconds: float = 0.0
     exports: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-
-

@@ -56,7 +56,9 @@ def _prune_structured(student: "PreTrainedModel", settings: PruneSettings, conte
     assert isinstance(settings.structured, StructuredSettings)
     scores = ffn_channel_scores(student, calibration_batches(context, settings.calibration_tokens))
     kept = prune_ffn(student, scores, settings.structured.ffn)
-    context.console.print(f"  kept {settings.structured.ffn} of {len(scores[0])} FFN channels in each of {len(scores)} layers", highlight=False)
+    context.console.print(
+        f"  kept {settings.structured.ffn} of {len(scores[0])} FFN channels in each of {len(scores)} layers", highlight=False
+    )
     return {"kept": {"ffn": kept}}
 
 

@@ -15,7 +15,13 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def stage_record(context: StageContext, facts: dict[str, Any]) -> dict[str, Any]:
     """decoct.json of a folder that this stage writes."""
-    return {**context.record, "kind": context.kind, "stage": context.name, "stage_key": context.key, **{k: v for k, v in facts.items() if v}}
+    return {
+        **context.record,
+        "kind": context.kind,
+        "stage": context.name,
+        "stage_key": context.key,
+        **{k: v for k, v in facts.items() if v},
+    }
 
 
 def save_student(model: "PreTrainedModel", context: StageContext, facts: dict[str, Any]) -> None:

@@ -43,11 +43,11 @@ def open_teacher(settings: TrainingBlock, context: StageContext) -> LocalTeacher
     choice = settings.teacher or ("recipe" if context.teacher else "input")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if choice == "input":
-        return load_teacher(context.input, dtype=torch.float32, v_eff=context.v_eff, revision=context.input_revision)
+        return load_teacher(context.input, dtype=torch.float32, v_eff=context.v_eff, revision=context.input_revision, name="its own input")
     if context.teacher is None:
         raise UserError(f"{context.name}: teacher: recipe, but the recipe has no teacher; add one, or set teacher: input")
     ref = context.teacher
-    return load_teacher(ref.path, dtype=dtype[ref.load_in], v_eff=context.v_eff, revision=ref.revision)
+    return load_teacher(ref.path, dtype=dtype[ref.load_in], v_eff=context.v_eff, revision=ref.revision, name=ref.name)
 
 
 def training_plan(settings: TrainingBlock, context: StageContext, hidden: int) -> TrainingPlan:

@@ -1,0 +1,205 @@
+"""What no section can know alone: whether stages have a teacher, a budget, codes to export, widths that divide."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..losses.settings import LossSettings
+from ..models.settings import StudentSettings, TeacherSettings
+from ..trainer.settings import (
+    DataSettings,
+    EvaluateSettings,
+    PruneSettings,
+    QatSettings,
+    QuantizeSettings,
+    TrainerSettings,
+    TrainingBlock,
+)
+from .architectures import HUB_IDS, architecture
+from .problems import Problems
+from .recipe import StageEntry
+
+_QUANTIZERS = ("qat", "quantize")
+_WRITERS = ("pretrain", "distill", "prune", *_QUANTIZERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A recipe being read; what is absent or wrong is None."""
+
+    teacher: TeacherSettings | None
+    student: StudentSettings | None
+    data: DataSettings | None
+    trainer: TrainerSettings | None
+    stages: Sequence[StageEntry | None]
+    teacher_is_known: bool
+    """Whether ``teacher`` None means that there is none (not that it was written wrongly)."""
+
+    @property
+    def lacks_teacher(self) -> bool:
+        """Whether the recipe has no teacher."""
+        return self.teacher is None and self.teacher_is_known
+
+
+def check_draft(draft: Draft, problems: Problems) -> None:
+    """Tell everything that is wrong between the sections and stages that could be read."""
+    _check_start(draft, problems)
+    for entry in draft.stages:
+        if entry is not None:
+            _check_budget(entry, problems)
+            _check_stage_teacher(entry, draft, problems)
+    _check_batch(draft, problems)
+    _check_widths(draft, problems)
+    _check_exports(draft, problems)
+
+
+def _at(entry: StageEntry, *keys: str) -> tuple[str | int, ...]:
+    return ("stages", entry.index, entry.kind, *keys)
+
+
+def trains(entry: StageEntry) -> bool:
+    """Whether a stage takes optimizer steps (prune only when it is given tokens or steps)."""
+    if isinstance(entry.settings, PruneSettings):
+        return entry.settings.tokens is not None or entry.settings.steps is not None
+    return isinstance(entry.settings, TrainingBlock)
+
+
+def _check_start(draft: Draft, problems: Problems) -> None:
+    """Student and teacher fit each other; the scratch teacher is a possible Llama."""
+    if draft.student and draft.lacks_teacher:
+        if draft.student.keep:
+            problems.add(
+                ("student", "keep"), "cuts the student from the teacher, and the recipe has none; add a teacher, or give student.path"
+            )
+        if draft.student.config is not None:
+            problems.add(
+                ("student", "config"), "takes its tokenizer from the teacher, and the recipe has none; add a teacher, or give student.path"
+            )
+    if draft.data and draft.data.hub_config and not draft.data.hub:
+        problems.add(("data", "hub_config"), "configures a hub dataset, and data.hub is not given; remove it, or give data.hub")
+    layers, depth = draft.student.keep.layers if draft.student and draft.student.keep else None, _known_numbers(draft).get("layers")
+    if layers is not None and depth is not None and not min(2, depth) <= layers <= depth:
+        problems.add(
+            ("student", "keep", "layers"), f"{layers} layers cannot be kept of a teacher that has {depth}; give {min(2, depth)} to {depth}"
+        )
+    scratch = draft.teacher.scratch if draft.teacher else None
+    if scratch and min(scratch.heads, scratch.kv_heads) >= 1:
+        if scratch.hidden % scratch.heads:
+            problems.add(("teacher", "scratch", "heads"), f"{scratch.heads} does not divide hidden={scratch.hidden}; change one of them")
+        if scratch.heads % scratch.kv_heads:
+            problems.add(
+                ("teacher", "scratch", "kv_heads"), f"{scratch.kv_heads} does not divide heads={scratch.heads}; change one of them"
+            )
+
+
+def _check_budget(entry: StageEntry, problems: Problems) -> None:
+    settings = entry.settings
+    if entry.kind in ("pretrain", "distill", "qat") and settings.tokens is None and settings.steps is None:
+        problems.add(_at(entry), "trains, and needs 'tokens' or 'steps', such as tokens: 10M")
+
+
+def _check_stage_teacher(entry: StageEntry, draft: Draft, problems: Problems) -> None:
+    """Every stage that learns from a teacher, or is judged against one, has one."""
+    settings = entry.settings
+    if isinstance(settings, EvaluateSettings) and draft.lacks_teacher:
+        gates = [gate for gate in ("max_perplexity_increase", "max_kl", "min_top1") if getattr(settings, gate) is not None]
+        for gate in gates:
+            problems.add(_at(entry, gate), "compares with the teacher, and the recipe has none; add a teacher, or remove the gate")
+    if not isinstance(settings, TrainingBlock):
+        return
+    if entry.kind == "pretrain":
+        if settings.teacher is not None:
+            problems.add(_at(entry, "teacher"), "is not used: pretrain learns from the text alone; use a distill stage, or remove the key")
+        if settings.loss not in (LossSettings(), LossSettings(hard_weight=1.0)):
+            problems.add(_at(entry, "loss"), "is not used: pretrain always trains on cross-entropy; use a distill stage, or remove the key")
+    elif trains(entry) and draft.lacks_teacher and settings.loss.hard_weight != 1.0:
+        if settings.teacher == "recipe":
+            problems.add(_at(entry, "teacher"), "is 'recipe', and the recipe has no teacher; add one, or set teacher: input")
+        elif settings.teacher is None and entry.kind == "distill":
+            remedy = "add one (teacher: {path: ...}), or train on the text alone with loss: {hard_weight: 1.0}"
+            problems.add(_at(entry), f"learns from a teacher, and the recipe has none; {remedy}")
+
+
+def _check_batch(draft: Draft, problems: Problems) -> None:
+    """A global batch is whole windows, and whole micro-batches of them."""
+    trainer, data = draft.trainer, draft.data
+    training = any(entry and trains(entry) for entry in draft.stages) or (draft.teacher and draft.teacher.scratch)
+    if not (trainer and data and training):
+        return
+    batch, length = trainer.global_batch_tokens, data.seq_length
+    windows, rest = divmod(batch, length)
+    if rest:
+        legal = [length * count for count in (windows, windows + 1) if count]
+        nearest = " or ".join(f"{tokens:,}" for tokens in legal)
+        problems.add(
+            ("trainer", "global_batch_tokens"),
+            f"{batch:,} tokens are not a whole number of windows of data.seq_length={length:,}; use {nearest}",
+        )
+    elif isinstance(trainer.micro_batch, int) and trainer.micro_batch >= 1 and windows % trainer.micro_batch:
+        legal = [count for count in range(1, windows + 1) if windows % count == 0]
+        below, above = max(c for c in legal if c < trainer.micro_batch), min((c for c in legal if c > trainer.micro_batch), default=None)
+        nearest = f"{below} or {above}" if above else f"{below}"
+        problems.add(
+            ("trainer", "micro_batch"),
+            f"{trainer.micro_batch} does not divide the {windows:,} windows of an optimizer step "
+            f"(global_batch_tokens={batch:,} / seq_length={length:,}); use {nearest}",
+        )
+
+
+def _known_numbers(draft: Draft) -> dict[str, int]:
+    """Depth and widths that the student starts from or is cut from, as far as they are known without opening a model."""
+    if draft.student is None:
+        return {}
+    config: dict[str, Any] = draft.student.config or {}
+    if draft.student.keep and draft.teacher:
+        if draft.teacher.scratch:
+            scratch = draft.teacher.scratch
+            return {"layers": scratch.layers, "hidden": scratch.hidden, "ffn": scratch.ffn}
+        path = draft.teacher.path or ""
+        config = architecture(path) if path in HUB_IDS and not Path(path).exists() else {}
+    named = {"layers": config.get("num_hidden_layers"), "hidden": config.get("hidden_size"), "ffn": config.get("intermediate_size")}
+    return {name: number for name, number in named.items() if type(number) is int and number > 0}
+
+
+def _check_widths(draft: Draft, problems: Problems) -> None:
+    """FFN channels that are kept exist, and group sizes divide the widths they meet."""
+    widths = {name: number for name, number in _known_numbers(draft).items() if name != "layers"}
+    for entry in draft.stages:
+        settings = entry.settings if entry else None
+        if entry and isinstance(settings, PruneSettings) and settings.structured:
+            kept = settings.structured.ffn
+            if kept > widths.get("ffn", kept):
+                problems.add(_at(entry, "structured", "ffn"), f"keeps {kept} FFN channels of a student that has {widths['ffn']} here")
+            elif "ffn" in widths:
+                widths["ffn"] = kept
+        if entry and isinstance(settings, QatSettings | QuantizeSettings) and not settings.skip:
+            for name, width in widths.items():
+                try:
+                    settings.weights.group_width(width)
+                except ValueError as error:
+                    what = {"hidden": "hidden size", "ffn": "FFN channels"}[name]
+                    problems.add(_at(entry, "weights", "group_size"), f"{error} (the student's {what} at this stage)")
+
+
+def _check_exports(draft: Draft, problems: Problems) -> None:
+    """An export finds codes: the last stage that wrote a model, or the student's own folder, is quantized."""
+    writer: StageEntry | None = None
+    for entry in draft.stages:
+        if entry is None:
+            return
+        if entry.kind in _WRITERS:
+            writer = entry
+        if entry.kind != "export" or (writer and writer.kind in _QUANTIZERS):
+            continue
+        if writer is None and _starts_quantized(draft):
+            continue
+        after = f"; stages.{writer.index} ({writer.kind}) comes last before it and writes none" if writer else ""
+        problems.add(
+            _at(entry), f"packs the codes that a 'qat' or 'quantize' stage writes, and never rounds{after}; put one of the two before it"
+        )
+
+
+def _starts_quantized(draft: Draft) -> bool:
+    path = draft.student.path if draft.student else None
+    return path is not None and (Path(path) / "quant.safetensors").is_file()

@@ -1,0 +1,120 @@
+"""Dotted overrides from the command line: ``stages.1.tokens=2B``, ``trainer.precision=32``, ``data.files=[a.txt,b.txt]``.
+
+An override is written into the recipe's tree before it is read, so its value gets the same meaning and the same messages as one in
+the file. A stage is addressed by its position (from 0), by its ``name``, by its folder's name, or by its kind when there is only one
+of it; the kind after that may be left out.
+"""
+
+from collections.abc import Sequence
+
+from ..models.errors import UserError
+from ..trainer.stages.registry import STAGE_KINDS
+from .nodes import Entry, Listing, Mapping, Node, Scalar, is_null
+from .problems import did_you_mean
+from .reading import SECTIONS, stage_parts
+from .recipe import stage_name
+from .schema import SHORT_FORMS, types_of
+
+
+def apply_overrides(root: Node, overrides: Sequence[str]) -> None:
+    """Write ``key=value`` overrides into the tree, in order; UserError for one that addresses nothing."""
+    for text in overrides:
+        path, separator, value = text.partition("=")
+        keys = [key.strip() for key in path.split(".")]
+        if not separator or not all(keys):
+            raise UserError(f"override '{text}': write key=value, such as trainer.precision=32 or stages.1.tokens=2M")
+        if not isinstance(root, Mapping):
+            return
+        place = f"override '{text}'"
+        node = _value(value.strip(), place)
+        if keys[0] == "stages":
+            _override_stage(root, keys[1:], node, place)
+        else:
+            _write(root, keys, node, place, above="")
+
+
+def _value(text: str, place: str) -> Node:
+    """A list in brackets, quoted text, or a scalar."""
+    if text.startswith("[") and text.endswith("]"):
+        inner = text[1:-1].strip()
+        return Listing([_value(item.strip(), place) for item in inner.split(",")] if inner else [], place)
+    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
+        return Scalar(text[1:-1], place, plain=False)
+    return Scalar(text, place)
+
+
+def _write(mapping: Mapping, keys: Sequence[str], node: Node, place: str, above: str) -> None:
+    """Set ``keys`` below ``mapping``; sections on the way that are absent are made."""
+    key, *rest = keys
+    if not rest:
+        mapping.entries[key] = Entry(place, node)
+        return
+    entry = mapping.entries.get(key)
+    if entry is None or is_null(entry.node):
+        entry = mapping.entries[key] = Entry(place, Mapping(place))
+    elif isinstance(entry.node, Scalar) and not above and SECTIONS.get(key) in SHORT_FORMS:
+        word = SHORT_FORMS[SECTIONS[key]]
+        entry.node = Mapping(entry.node.place, {word: Entry(entry.place, entry.node)})
+    if not isinstance(entry.node, Mapping):
+        raise UserError(f"{place}: {above}{key} is {'a list' if isinstance(entry.node, Listing) else 'a single value'}; set it as a whole")
+    _write(entry.node, rest, node, place, above=f"{above}{key}.")
+
+
+def _override_stage(root: Mapping, keys: Sequence[str], node: Node, place: str) -> None:
+    stages = root.entries["stages"].node if "stages" in root.entries else None
+    if not isinstance(stages, Listing):
+        raise UserError(f"{place}: the recipe has no list of stages")
+    if len(keys) < 2:
+        raise UserError(f"{place}: name a stage and a key of it, such as stages.0.tokens=2M; {_known_stages(stages)}")
+    index = _find_stage(stages, keys[0], place)
+    parts = stage_parts(stages.items[index])
+    if parts is None or parts[0] not in STAGE_KINDS:
+        # The stage itself is wrong; reading the recipe tells how.
+        return
+    kind, body = parts
+    rest = list(keys[1:])
+    if rest[0] in STAGE_KINDS and rest[0] not in types_of(STAGE_KINDS[kind].settings):
+        if rest[0] != kind:
+            raise UserError(f"{place}: stages.{keys[0]} is a '{kind}' stage, not '{rest[0]}'; {_known_stages(stages)}")
+        rest = rest[1:]
+    if not rest or not isinstance(body, Mapping):
+        raise UserError(f"{place}: name a key of the stage, such as stages.{keys[0]}.tokens=2M")
+    old = stages.items[index]
+    key_place = old.entries[kind].place if isinstance(old, Mapping) else old.place
+    stages.items[index] = Mapping(old.place, {kind: Entry(key_place, body)})
+    _write(body, rest, node, place, above=f"stages.{keys[0]}.{kind}.")
+
+
+def _labels(stages: Listing) -> list[tuple[str, str]]:
+    """Kind and name of each stage, as far as they can be told before the recipe is read."""
+    found = []
+    for item in stages.items:
+        kind, body = stage_parts(item) or ("?", item)
+        entry = body.entries.get("name") if isinstance(body, Mapping) else None
+        label = str(entry.node.value) if entry and isinstance(entry.node, Scalar) and not is_null(entry.node) else kind
+        found.append((kind, label))
+    return found
+
+
+def _known_stages(stages: Listing) -> str:
+    return "stages: " + ", ".join(f"{i} ({stage_name(i, label)})" for i, (_, label) in enumerate(_labels(stages)))
+
+
+def _find_stage(stages: Listing, word: str, place: str) -> int:
+    """Position of the stage that ``word`` addresses."""
+    labels = _labels(stages)
+    if word.isascii() and word.isdigit():
+        if int(word[:6]) < len(labels):
+            return int(word[:6])
+        raise UserError(f"{place}: there is no stage {word}; {_known_stages(stages)}")
+    for match in (
+        [i for i, (_, label) in enumerate(labels) if word == stage_name(i, label)],
+        [i for i, (kind, label) in enumerate(labels) if word == label != kind],
+        [i for i, (kind, _) in enumerate(labels) if word == kind],
+    ):
+        if len(match) == 1:
+            return match[0]
+        if match:
+            raise UserError(f"{place}: '{word}' is more than one stage; use the position; {_known_stages(stages)}")
+    names = [name for i, (kind, label) in enumerate(labels) for name in (stage_name(i, label), label, kind)]
+    raise UserError(f"{place}: there is no stage '{word}'{did_you_mean(word, names) or ';'} {_known_stages(stages)}")

@@ -1,0 +1,68 @@
+"""Everything wrong with a recipe, collected and told at once, each problem with its key path and its place.
+
+my.yaml:4: data.seq_lenght: unknown key, did you mean 'seq_length'? (valid here: builtin, files, ...)
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+from ..models.errors import UserError
+from .nodes import KeyPath, Node, dotted, place_of
+
+MOST_SHOWN = 40
+"""Problems that one message tells."""
+
+
+def nearest(word: str, valid: Iterable[str]) -> str | None:
+    """The valid word that ``word`` most likely means, None when nothing is close."""
+    known = {candidate.lower(): candidate for candidate in valid}
+    close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.6)
+    return known[close[0]] if close else None
+
+
+def did_you_mean(word: str, valid: Iterable[str]) -> str:
+    """``", did you mean 'x'?"`` or an empty string."""
+    guess = nearest(word, valid)
+    return f", did you mean '{guess}'?" if guess else ""
+
+
+class Problems:
+    """The problems of one recipe, in the order they were found; a problem told twice is kept once."""
+
+    def __init__(self, source: str, root: Node | None = None) -> None:
+        """``source`` is what the recipe is called in the message; ``root`` gives key paths their places."""
+        self._source = source
+        self._root = root
+        self._found: dict[str, None] = {}
+        self._paths: set[KeyPath] = set()
+        self._excused: set[KeyPath] = set()
+
+    def add(self, path: Sequence[str | int], message: str, *, place: str | None = None) -> None:
+        """Tell that the value at ``path`` is wrong. ``place`` overrides the place that the recipe gives for it."""
+        keys = tuple(path)
+        self._paths.update(keys[:end] for end in range(len(keys) + 1))
+        where = place if place is not None else place_of(self._root, keys) if self._root else ""
+        line = ": ".join(part for part in (where, dotted(keys), message) if part)
+        self._found[line] = None
+
+    def touches(self, path: Sequence[str | int]) -> bool:
+        """Whether something at or below ``path`` is already known to be wrong."""
+        return tuple(path) in self._paths
+
+    def excuse(self, path: Sequence[str | int]) -> None:
+        """Tell that the key at ``path`` was most likely meant by a misspelt one, so that its absence is no second problem."""
+        self._excused.add(tuple(path))
+
+    def excused(self, path: Sequence[str | int]) -> bool:
+        """Whether ``excuse`` was called for ``path``."""
+        return tuple(path) in self._excused
+
+    def stop(self) -> None:
+        """UserError with all problems, when there are any."""
+        lines = list(self._found)
+        if len(lines) == 1:
+            raise UserError(lines[0])
+        if lines:
+            more = [f"and {len(lines) - MOST_SHOWN} more"] if len(lines) > MOST_SHOWN else []
+            told = "".join(f"\n  {line}" for line in [*lines[:MOST_SHOWN], *more])
+            raise UserError(f"{self._source} has {len(lines)} problems:{told}")

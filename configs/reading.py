@@ -1,0 +1,184 @@
+"""From a recipe's tree to a Recipe: the sections, the list of stages, then the checks that need several of them."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..models.settings import StudentSettings, TeacherSettings
+from ..trainer.settings import DataSettings, LoggerSettings, TrainerSettings
+from ..trainer.stages.registry import STAGE_KINDS
+from .checks import Draft, check_draft
+from .nodes import Entry, KeyPath, Listing, Mapping, Node, Scalar, is_null, place_of
+from .problems import Problems, did_you_mean, nearest
+from .recipe import Recipe, StageEntry, stage_name
+from .schema import read_settings, shown, unknown_key
+
+SECTIONS: dict[str, type] = {
+    "teacher": TeacherSettings,
+    "student": StudentSettings,
+    "data": DataSettings,
+    "trainer": TrainerSettings,
+    "logger": LoggerSettings,
+}
+KEYS = ("name", "seed", "teacher", "student", "data", "stages", "trainer", "logger")
+_EXAMPLES = {
+    "student": "where the student starts, such as student: {keep: {layers: 8}}",
+    "data": "the text, such as data: {files: ['corpus/*.txt']}",
+    "stages": "what to do, such as stages: [{distill: {tokens: 10M}}]",
+    "name": "the name of the run and its folder",
+}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_NAME_RULE = "use letters, digits, '.', '_' and '-', at most 100, a letter or digit first: it names a folder"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    """The keys at the top that are no sections."""
+
+    name: str | None = None
+    seed: int = 0
+
+
+def read_recipe(root: Node, problems: Problems, *, default_name: str | None) -> Recipe:
+    """The validated recipe; UserError with everything that is wrong.
+
+    Args:
+        root: tree of the file, overrides applied.
+        problems: what is known to be wrong with it so far.
+        default_name: name of a recipe that gives none (a file's stem); None makes the key required.
+    """
+    if not isinstance(root, Mapping):
+        problems.add((), f"a recipe is a set of keys ({', '.join(KEYS)}); got {shown(root)}")
+        problems.stop()
+    assert isinstance(root, Mapping)
+    for key in root.entries:
+        if key not in KEYS:
+            problems.add((key,), unknown_key(key, KEYS))
+            problems.excuse((nearest(key, KEYS) or key,))
+    name, seed = _read_head(root, problems, default_name)
+    sections = {key: _read_section(root, key, problems) for key in SECTIONS}
+    stages = _read_stages(root, problems)
+    untouched = not (problems.touches(("teacher",)) or problems.excused(("teacher",)))
+    draft = Draft(**{key: sections[key] for key in ("teacher", "student", "data", "trainer")}, stages=stages, teacher_is_known=untouched)
+    check_draft(draft, problems)
+    problems.stop()
+    return Recipe(name=name, seed=seed, stages=tuple(entry for entry in stages if entry), **sections)
+
+
+def _given(root: Mapping, key: str) -> bool:
+    return key in root.entries and not is_null(root.entries[key].node)
+
+
+def _need(key: str, problems: Problems) -> None:
+    if not problems.excused((key,)):
+        problems.add((), f"needs the key '{key}': {_EXAMPLES[key]}")
+
+
+def _read_head(root: Mapping, problems: Problems, default_name: str | None) -> tuple[str, int]:
+    head = Mapping(root.place, {key: root.entries[key] for key in ("name", "seed") if key in root.entries})
+    settings = read_settings(head, _Head, (), problems)
+    if settings is None:
+        return "", 0
+    if not 0 <= settings.seed < 2**32:
+        problems.add(("seed",), f"{settings.seed} is outside 0 .. 2^32 - 1")
+    name = default_name if settings.name is None else settings.name
+    if name is None:
+        _need("name", problems)
+    elif not _NAME.fullmatch(name):
+        problems.add(("name",), f"{shown(name)} cannot name a run; {_NAME_RULE}")
+    return name or "", settings.seed
+
+
+def _read_section(root: Mapping, key: str, problems: Problems) -> Any:
+    """The settings of a section; its defaults or None when it is absent, None when it is wrong."""
+    if not _given(root, key):
+        if key in ("student", "data"):
+            _need(key, problems)
+        return SECTIONS[key]() if key in ("trainer", "logger") else None
+    return read_settings(root.entries[key].node, SECTIONS[key], (key,), problems)
+
+
+def _read_stages(root: Mapping, problems: Problems) -> list[StageEntry | None]:
+    """The stages in order; None where one is wrong."""
+    if not _given(root, "stages"):
+        _need("stages", problems)
+        return []
+    node = root.entries["stages"].node
+    if not isinstance(node, Listing):
+        problems.add(("stages",), f"wants a list of stages ('- distill: {{tokens: 10M}}' and so on, in order); got {shown(node)}")
+        return []
+    if not node.items:
+        problems.add(("stages",), f"is empty; name at least one of {', '.join(STAGE_KINDS)}")
+    stages = [_read_stage(item, index, problems) for index, item in enumerate(node.items)]
+    _check_labels(stages, root, problems)
+    return stages
+
+
+def _read_stage(node: Node, index: int, problems: Problems) -> StageEntry | None:
+    found = stage_parts(node)
+    path: KeyPath = ("stages", index)
+    if found is None:
+        problems.add(path, _shape_message(node))
+        return None
+    kind, body = found
+    if kind not in STAGE_KINDS:
+        problems.add(path, f"unknown stage kind '{kind}'{did_you_mean(kind, STAGE_KINDS) or ';'} kinds: {', '.join(STAGE_KINDS)}")
+        return None
+    path = (*path, kind)
+    label = _read_label(body, kind, path, problems)
+    if isinstance(body, Mapping):
+        body = Mapping(body.place, {key: entry for key, entry in body.entries.items() if key != "name"})
+    settings = read_settings(body, STAGE_KINDS[kind].settings, path, problems, also=("name",))
+    if settings is None:
+        return None
+    return StageEntry(kind=kind, name=stage_name(index, label), settings=settings, index=index)
+
+
+def stage_parts(node: Node) -> tuple[str, Node] | None:
+    """Kind and settings of a stage entry (``- kind: settings`` or ``- kind``); None when it has another shape."""
+    if isinstance(node, Scalar) and isinstance(node.value, str) and not is_null(node):
+        return node.value, Mapping(node.place)
+    if isinstance(node, Mapping) and len(node.entries) == 1:
+        (kind, entry), *_ = node.entries.items()
+        return kind, Mapping(entry.place) if is_null(entry.node) else entry.node
+    return None
+
+
+def _shape_message(node: Node) -> str:
+    if isinstance(node, Mapping) and node.entries:
+        kind = next((key for key in node.entries if key in STAGE_KINDS), None)
+        others = [key for key in node.entries if key != kind]
+        remedy = f"indent {', '.join(others)} below '{kind}:'" if kind else f"write them below one of {', '.join(STAGE_KINDS)}"
+        return f"a stage is one key, its kind, with its settings below it; got the keys {', '.join(node.entries)}: {remedy}"
+    return f"a stage is '- kind' or '- kind: {{settings}}', kind one of {', '.join(STAGE_KINDS)}; got {shown(node)}"
+
+
+def _read_label(body: Node, kind: str, path: KeyPath, problems: Problems) -> str:
+    """The stage's ``name``, or its kind."""
+    entry: Entry | None = body.entries.get("name") if isinstance(body, Mapping) else None
+    if entry is None or is_null(entry.node):
+        return kind
+    value = entry.node.value if isinstance(entry.node, Scalar) else entry.node
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        problems.add((*path, "name"), f"{shown(value)} cannot name a stage; {_NAME_RULE}")
+    elif value.isdigit():
+        problems.add((*path, "name"), f"{shown(value)} would be taken for a position in overrides; begin with a letter")
+    elif value in STAGE_KINDS and value != kind:
+        problems.add((*path, "name"), f"{shown(value)} is another kind of stage; choose a name that is none of {', '.join(STAGE_KINDS)}")
+    else:
+        return value
+    return kind
+
+
+def _check_labels(stages: Sequence[StageEntry | None], root: Node, problems: Problems) -> None:
+    """Names given by the recipe are unique, so that overrides mean one stage."""
+    first: dict[str, StageEntry] = {}
+    for entry in stages:
+        if entry is None or entry.label == entry.kind:
+            continue
+        earlier = first.setdefault(entry.label, entry)
+        if earlier is not entry:
+            place = place_of(root, ("stages", earlier.index, earlier.kind, "name"))
+            at = f"stages.{earlier.index}" + (f" ({place})" if place else "")
+            problems.add(("stages", entry.index, entry.kind, "name"), f"'{entry.label}' is already the name of {at}; names are unique")

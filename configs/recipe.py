@@ -1,0 +1,73 @@
+"""The recipe: one typed value that holds everything a run is told. ``loader.py`` makes it from YAML."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..models.settings import StudentSettings, TeacherSettings
+from ..trainer.settings import DataSettings, LoggerSettings, TrainerSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageEntry:
+    """One stage of a recipe."""
+
+    kind: str
+    """A key of ``trainer.stages.registry.STAGE_KINDS``."""
+    name: str
+    """``NN-<label>``, NN counted from 01: name of the stage's folder, unique in the recipe."""
+    settings: Any
+    """The kind's settings dataclass."""
+    index: int
+    """Position in ``stages``, counted from 0, as overrides address it."""
+
+    @property
+    def label(self) -> str:
+        """The ``name`` that the recipe gives the stage, or its kind."""
+        return self.name.partition("-")[2]
+
+
+def stage_name(index: int, label: str) -> str:
+    """Folder name of the stage at ``index`` (from 0): '01-distill' is the first."""
+    return f"{index + 1:02d}-{label}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Teacher, student, text, stages in order, and how to train and log them."""
+
+    name: str
+    """Name of the run and its folder: letters, digits, dot, dash and underscore."""
+    student: StudentSettings
+    data: DataSettings
+    stages: tuple[StageEntry, ...]
+    teacher: TeacherSettings | None = None
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    logger: LoggerSettings = field(default_factory=LoggerSettings)
+    seed: int = 0
+    """Of everything random: initial weights, data order, split."""
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data with every default filled in; ``recipe_from_dict`` makes an equal Recipe of it."""
+    plain: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed}
+    for section in ("teacher", "student", "data"):
+        settings = getattr(recipe, section)
+        plain[section] = None if settings is None else _plain(asdict(settings))
+    plain["stages"] = [_plain_stage(entry) for entry in recipe.stages]
+    plain["trainer"] = _plain(asdict(recipe.trainer))
+    plain["logger"] = _plain(asdict(recipe.logger))
+    return plain
+
+
+def _plain_stage(entry: StageEntry) -> dict[str, Any]:
+    name = {} if entry.label == entry.kind else {"name": entry.label}
+    return {entry.kind: {**name, **_plain(asdict(entry.settings))}}
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, all the way down."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value

@@ -1,0 +1,124 @@
+"""What a scalar means under the key it stands: numbers with suffixes, percentages, true and false, choices, text.
+
+1k = 1,000, 1M = 1,000,000, 1B = 1,000,000,000 (powers of 1000, as tokens are counted); 1_000 and 1e-4 are numbers; 5% = 0.05
+where a fraction may stand. ``describe`` says in words what a key takes.
+"""
+
+import math
+import re
+import types
+from dataclasses import fields, is_dataclass
+from decimal import Decimal
+from typing import Any, Literal, Union, get_args, get_origin
+
+from .nodes import Scalar, is_null
+
+_NUMBER = re.compile(r"([+-]?)([0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]([+-]?[0-9]{1,3}))?([kMB%]?)")
+_SUFFIXES = {"": Decimal(1), "k": Decimal(10**3), "M": Decimal(10**6), "B": Decimal(10**9), "%": Decimal("0.01")}
+_LARGEST_INT = 2**63 - 1
+
+
+def parse_number(text: str) -> tuple[Decimal, bool] | None:
+    """The exact value of a number as recipes write it and whether it was a percentage; None when it is no number."""
+    match = _NUMBER.fullmatch(text.strip()) if len(text) <= 64 else None
+    if match is None:
+        return None
+    sign, digits, exponent, suffix = match.groups()
+    value = Decimal(f"{sign}{digits.replace('_', '')}e{exponent or 0}") * _SUFFIXES[suffix]
+    return value, suffix == "%"
+
+
+def alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself."""
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def choices(annotation: Any) -> tuple[str, ...]:
+    """The words that a type allows by name."""
+    return tuple(word for option in alternatives(annotation) if get_origin(option) is Literal for word in get_args(option))
+
+
+def read_scalar(scalar: Scalar, annotation: Any) -> Any:
+    """The value of ``scalar`` for a key of type ``annotation``; text that has no meaning there is returned as it is.
+
+    The caller validates the result: this reads, it does not judge.
+    """
+    if is_null(scalar):
+        return None
+    options = alternatives(annotation)
+    if isinstance(scalar.value, str):
+        return _read_text(scalar.value, scalar.plain, annotation, options)
+    if isinstance(scalar.value, float) and not math.isfinite(scalar.value):
+        return str(scalar.value)
+    if type(scalar.value) is float and int in options and float not in options and scalar.value.is_integer():
+        return int(scalar.value)
+    if type(scalar.value) in (int, float) and str(scalar.value) in choices(annotation):
+        return str(scalar.value)
+    return scalar.value
+
+
+def _read_text(text: str, plain: bool, annotation: Any, options: tuple[Any, ...]) -> Any:
+    if text in choices(annotation):
+        return text
+    if Any in options:
+        return _read_free(text) if plain else text
+    if bool in options and plain and text in ("true", "True", "TRUE", "false", "False", "FALSE"):
+        return text.lower() == "true"
+    if int in options or float in options:
+        number = parse_number(text)
+        if number is not None:
+            return _as_type(*number, options, text)
+    return text
+
+
+def _as_type(value: Decimal, percentage: bool, options: tuple[Any, ...], text: str) -> int | float | str:
+    whole = value == value.to_integral_value() and abs(value) <= _LARGEST_INT
+    if int in options and whole and not percentage:
+        return int(value)
+    if float in options and math.isfinite(float(value)):
+        return float(value)
+    return text
+
+
+def _read_free(text: str) -> Any:
+    """YAML's core types, for free-form sections such as ``student.config``; no suffixes, no octals."""
+    if text in ("true", "false"):
+        return text == "true"
+    if re.fullmatch(r"[+-]?(0|[1-9][0-9_]*)", text) and len(text) < 20:
+        return int(text)
+    number = parse_number(text) if text[-1:] not in "kMB%" else None
+    if number is not None and re.search(r"[.eE]", text) and math.isfinite(float(number[0])):
+        return float(number[0])
+    return text
+
+
+def describe(annotation: Any) -> str:
+    """What a key of this type takes, in words."""
+    words = [_describe(option) for option in alternatives(annotation) if option is not type(None)]
+    return " or ".join(words)
+
+
+def _describe(option: Any) -> str:
+    if get_origin(option) is Literal:
+        return _any_of([f"'{word}'" for word in get_args(option)])
+    if get_origin(option) is tuple:
+        inner = get_args(option)
+        if inner[-1] is Ellipsis:
+            return f"a list of {_plural(inner[0])}"
+        return f"a list of {len(inner)} {_plural(inner[0])}"
+    if is_dataclass(option):
+        return f"a section with keys {', '.join(entry.name for entry in fields(option))}"
+    if get_origin(option) is dict:
+        return "a section of keys and values"
+    simple = {int: "a whole number (64, 500k, 2M)", float: "a number (0.1, 1e-4, 5%)", bool: "true or false", str: "text"}
+    return simple.get(option, "a value")
+
+
+def _plural(option: Any) -> str:
+    if get_origin(option) is Literal:
+        return f"{_any_of([repr(word) for word in get_args(option)])}"
+    return {int: "whole numbers", float: "numbers", str: "texts"}.get(option, "values")
+
+
+def _any_of(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

@@ -1,0 +1,48 @@
+"""The recipes that come with decoct: ``configs/*.yaml`` and ``configs/recipes/*.yaml``, known by their file names' stems."""
+
+from pathlib import Path
+
+from ..models.errors import UserError
+from .problems import did_you_mean
+
+_HERE = Path(__file__).resolve().parent
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file, the quickstart first."""
+    files = [*sorted(_HERE.glob("*.yaml")), *sorted((_HERE / "recipes").glob("*.yaml"))]
+    return {file.stem: file for file in files}
+
+
+def list_recipes() -> list[tuple[str, Path, str]]:
+    """(name, file, first comment line) of every shipped recipe."""
+    return [(name, path, _about(path)) for name, path in shipped_recipes().items()]
+
+
+def _about(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def shipped_text(name: str) -> str:
+    """Text of a shipped recipe, comments and all; UserError with the nearest name and the list when there is none."""
+    known = shipped_recipes()
+    if name not in known:
+        raise UserError(f"no shipped recipe is called '{name}'{did_you_mean(name, known) or ';'} shipped: {', '.join(known)}")
+    return known[name].read_text(encoding="utf-8")
+
+
+def find_recipe(path_or_name: str) -> Path:
+    """The file that a path or a shipped name means; a file of that name wins. UserError when there is neither."""
+    path = Path(path_or_name)
+    if path.is_file():
+        return path
+    known = shipped_recipes()
+    if path_or_name in known:
+        return known[path_or_name]
+    if path.is_dir():
+        raise UserError(f"{path_or_name} is a folder; give a recipe file in it, or one of the shipped recipes: {', '.join(known)}")
+    if path.exists():
+        raise UserError(f"{path_or_name} is no regular file; give a recipe file, or one of the shipped recipes: {', '.join(known)}")
+    hint = did_you_mean(path.name.removesuffix(path.suffix) or path_or_name, known) or did_you_mean(path.name, known)
+    raise UserError(f"there is no recipe file '{path_or_name}' and no shipped recipe of that name{hint or ';'} shipped: {', '.join(known)}")

@@ -1,0 +1,217 @@
+"""linear_divergence without the [N, V] logits: blocks of rows go from hidden states to loss and gradient before the next one starts.
+
+The forward pass already knows every gradient up to one scalar, so it computes them block by block (the idea of Liger Kernel's fused
+linear cross-entropy, https://arxiv.org/abs/2410.10989) and the backward pass multiplies by what arrives from above. Held at once: a few
+[rows, V] buffers of a fixed budget, fp32 gradients of hidden states and head, and, for bf16 or fp16 heads, their fp32 copies. Masked
+rows cost nothing, and a frozen head or frozen hidden states have no gradient computed. Nothing is recomputed.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..sums import LossSums
+from .closed_form import BUFFERS_ALONE, BUFFERS_WITH_TEACHER, BlockValues, cross_entropy_block, divergence_block
+from .inputs import HiddenStates, LogitTransform, Problem, TeacherLogits
+
+CPU_BUDGET_BYTES = 2**24
+"""Of all [rows, V] buffers together: about what stays in a last-level cache."""
+BUDGET_BYTES = 2**29
+"""The same on accelerators, whose matrix products want more rows."""
+FEWEST_ROWS = 16
+"""Below this matrix products degenerate; a larger vocabulary exceeds the budget instead."""
+
+
+def rows_per_block(rows: int, v_eff: int, buffers: int, itemsize: int, budget_bytes: int) -> int:
+    """Rows of a block: as many as the budget holds, at least ``FEWEST_ROWS``, in blocks of nearly equal size.
+
+    Args:
+        rows: Unmasked rows in all.
+        v_eff: Vocabulary.
+        buffers: [rows, V] buffers held at once.
+        itemsize: Bytes per element.
+        budget_bytes: For all buffers together.
+    """
+    most = max(FEWEST_ROWS, budget_bytes // (v_eff * buffers * itemsize))
+    blocks = max(1, -(-rows // most))
+    return max(1, -(-rows // blocks))
+
+
+def chunked_sums(problem: Problem, *, rows: int | None = None) -> LossSums:
+    """Sums of ``problem``; ``loss`` has gradients for the student's hidden states, head and bias.
+
+    Args:
+        problem: What to compute.
+        rows: Rows of a block; None = by the memory budget of the device.
+    """
+    student = problem.student
+    # inside the Function gradients are off, so it cannot see by itself that nobody will ask for any
+    wanted = torch.is_grad_enabled()
+    sums = _ChunkedLoss.apply(student.hidden, student.head, student.bias, problem, rows, wanted)
+    loss, cross_entropy, kl, entropy, matches = sums
+    return LossSums(
+        loss=loss,
+        tokens=torch.tensor(len(problem.kept), device=problem.kept.device),
+        kl=kl,
+        cross_entropy=cross_entropy,
+        teacher_entropy=entropy,
+        top1_matches=matches,
+    )
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, problem: Problem, rows: int | None, wanted: bool) -> Any:
+        hidden_wanted, head_wanted, bias_wanted = (wanted and needed for needed in ctx.needs_input_grad[:3])
+        with torch.autocast(hidden.device.type, enabled=False):
+            gradients = _Gradients.zeros(problem, hidden=hidden_wanted, head=head_wanted, bias=bias_wanted)
+            sums = _run(problem, gradients, rows)
+        ctx.dtypes = (hidden.dtype, head.dtype, None if bias is None else bias.dtype)
+        ctx.save_for_backward(gradients.hidden, gradients.head, gradients.bias)
+        ctx.mark_non_differentiable(*sums[1:])
+        ctx.set_materialize_grads(False)
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None, *_: Tensor | None) -> Any:
+        if gradient is None:
+            return (None,) * 6
+        scaled = (None if own is None else (own * gradient).to(dtype) for own, dtype in zip(ctx.saved_tensors, ctx.dtypes))
+        return *scaled, None, None, None
+
+
+@dataclass(frozen=True, eq=False)
+class _Gradients:
+    """Gradients of the loss in the problem's dtype, None where nobody wants one; rows that are masked or padding stay zero."""
+
+    hidden: Tensor | None
+    head: Tensor | None
+    bias: Tensor | None
+
+    @staticmethod
+    def zeros(problem: Problem, *, hidden: bool, head: bool, bias: bool) -> "_Gradients":
+        student, dtype = problem.student, problem.dtype
+        return _Gradients(
+            torch.zeros_like(student.hidden, dtype=dtype) if hidden else None,
+            torch.zeros_like(student.head, dtype=dtype) if head else None,
+            torch.zeros_like(student.bias, dtype=dtype) if bias and student.bias is not None else None,
+        )
+
+    @property
+    def any(self) -> bool:
+        return not (self.hidden is None and self.head is None and self.bias is None)
+
+    def add(self, slope: Tensor, block: Tensor | slice, hidden: Tensor, head: Tensor) -> None:
+        """Add the share of one block, whose gradient with respect to the product is ``slope`` [n, V]."""
+        v_eff = slope.shape[1]
+        if self.hidden is not None:
+            if isinstance(block, slice):
+                torch.mm(slope, head, out=self.hidden[block])
+            else:
+                self.hidden[block] = slope @ head
+        if self.head is not None:
+            self.head[:v_eff].addmm_(slope.T, hidden)
+        if self.bias is not None:
+            self.bias[:v_eff] += slope.sum(0)
+
+
+class _Product:
+    """Final logits of a model, block by block, into a buffer; the head is brought to the problem's dtype once."""
+
+    def __init__(self, states: HiddenStates, problem: Problem) -> None:
+        v_eff, self.dtype = problem.v_eff, problem.dtype
+        self.states = states
+        self.head = states.head.detach()[:v_eff].to(self.dtype)
+        self.bias = None if states.bias is None else states.bias.detach()[:v_eff].to(self.dtype)
+
+    def hidden(self, block: Tensor | slice) -> Tensor:
+        """Rows [n, H] of a block in the problem's dtype."""
+        return self.states.hidden.detach()[block].to(self.dtype)
+
+    def into(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """Final logits [n, V] of ``hidden`` in ``out``."""
+        if self.bias is None:
+            torch.mm(hidden, self.head.T, out=out)
+        else:
+            torch.addmm(self.bias, hidden, self.head.T, out=out)
+        transform = self.states.transform
+        if transform is None:
+            return out
+        if transform.softcap is None:
+            return out if transform.logit_scale == 1 else out.mul_(transform.logit_scale)
+        return out.mul_(transform.logit_scale / transform.softcap).tanh_().mul_(transform.softcap)
+
+
+def _run(problem: Problem, gradients: _Gradients, rows: int | None) -> tuple[Tensor, ...]:
+    """Loss, cross-entropy, KL, teacher entropy and top-1 matches, summed; fills ``gradients``."""
+    labels, v_eff, dtype, teacher = problem.labels, problem.v_eff, problem.dtype, problem.teacher
+    count = len(problem.kept)
+    student = _Product(problem.student, problem)
+    taught = _Product(teacher, problem) if isinstance(teacher, HiddenStates) else teacher
+    buffers = 1 + BUFFERS_ALONE if teacher is None else 2 + BUFFERS_WITH_TEACHER
+    capped = gradients.any and problem.student.transform is not None and problem.student.transform.softcap is not None
+    if rows is None:
+        budget = CPU_BUDGET_BYTES if labels.device.type == "cpu" else BUDGET_BYTES
+        rows = rows_per_block(count, v_eff, buffers + capped, dtype.itemsize, budget)
+    workspace = student.head.new_empty(buffers + capped, min(rows, count), v_eff)
+    # per token, and summed at the end: the result does not depend on where blocks begin
+    figures = student.head.new_zeros(4, count)
+    matches = torch.zeros(count, dtype=torch.bool, device=labels.device)
+    for first in range(0, count, rows):
+        part = slice(first, min(first + rows, count))
+        # without masked rows a block is a view, else a gather
+        block = part if count == len(labels) else problem.kept[part]
+        space = workspace[:, : part.stop - first]
+        hidden = student.hidden(block)
+        logits = student.into(hidden, space[0])
+        capped_slope = _slope_of_cap(logits, problem.student.transform, space[-1]) if capped else None
+        values, slope = _block(problem, taught, logits, labels[block], block, space, gradient=gradients.any)
+        _store(values, figures[:, part], matches[part])
+        if slope is not None:
+            gradients.add(_through(slope, problem.student.transform, capped_slope), block, hidden, student.head)
+    return *figures.sum(1).unbind(), matches.sum()
+
+
+def _block(
+    problem: Problem,
+    teacher: _Product | TeacherLogits | None,
+    logits: Tensor,
+    labels: Tensor,
+    block: Tensor | slice,
+    space: Tensor,
+    *,
+    gradient: bool,
+) -> tuple[BlockValues, Tensor | None]:
+    """Figures of one block, and the gradient with respect to its final logits; ``logits`` are ``space[0]``."""
+    if teacher is None:
+        return cross_entropy_block(logits, labels, space[1], gradient=gradient)
+    if isinstance(teacher, _Product):
+        theirs = teacher.into(teacher.hidden(block), space[1])
+    else:
+        theirs = space[1].copy_(teacher.logits[block, : problem.v_eff])
+    return divergence_block(logits, theirs, labels, space[2:5].unbind(), problem, gradient=gradient)
+
+
+def _slope_of_cap(logits: Tensor, transform: LogitTransform | None, out: Tensor) -> Tensor:
+    """Derivative of the final logits with respect to the scaled product: 1 - tanh^2, from the capped values."""
+    assert transform is not None
+    assert transform.softcap is not None
+    return torch.div(logits, transform.softcap, out=out).square_().neg_().add_(1)
+
+
+def _through(slope: Tensor, transform: LogitTransform | None, capped_slope: Tensor | None) -> Tensor:
+    """Gradient with respect to the product, from that with respect to the final logits."""
+    if capped_slope is not None:
+        slope = slope.mul_(capped_slope)
+    return slope if transform is None or transform.logit_scale == 1 else slope.mul_(transform.logit_scale)
+
+
+def _store(values: BlockValues, figures: Tensor, matches: Tensor) -> None:
+    matches.copy_(values.top1_matches)
+    for row, value in enumerate((values.loss, values.cross_entropy, values.kl, values.teacher_entropy)):
+        if value is not None:
+            figures[row] = value

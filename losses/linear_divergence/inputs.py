@@ -1,0 +1,148 @@
+"""What linear_divergence takes: hidden states with their head, a teacher, labels; checked once, for every back end."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..settings import LossSettings
+from ..shift import MASKED
+
+
+class LogitTransform(Protocol):
+    """What a model does to the product of hidden states and head: ``x = logit_scale * x``, then ``softcap * tanh(x / softcap)``."""
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor on the logits, bias included; 1.0 = none."""
+        ...
+
+    @property
+    def softcap(self) -> float | None:
+        """Bound of the logits; None = none."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenStates:
+    """Logits that are not computed yet: ``transform(hidden @ head.T + bias)``."""
+
+    hidden: Tensor
+    """[N, H], any floating dtype."""
+    head: Tensor
+    """[V_padded, H] output embedding; rows beyond the real vocabulary are never read."""
+    bias: Tensor | None = None
+    """[V_padded] or None."""
+    transform: LogitTransform | None = None
+    """Scale and soft cap; None = neither."""
+
+    def check(self, who: str, v_eff: int) -> None:
+        """Raise ValueError, naming ``who``, unless the parts fit each other and hold ``v_eff`` tokens."""
+        hidden, head, bias = self.hidden, self.head, self.bias
+        if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
+            raise ValueError(
+                f"{who} hidden states of shape {tuple(hidden.shape)} and head of shape {tuple(head.shape)} must be [N, H] and [V, H] "
+                "with the same H; flatten batch and sequence with shift_for_next_token"
+            )
+        if len(head) < v_eff:
+            raise ValueError(f"the {who} head has {len(head)} rows, fewer than the {v_eff} tokens of the vocabulary; check the tokenizer")
+        if bias is not None and (bias.ndim != 1 or len(bias) < v_eff):
+            raise ValueError(f"the {who} bias of shape {tuple(bias.shape)} must have one dimension and at least {v_eff} elements")
+
+    def detached(self) -> "HiddenStates":
+        """The same values without a graph."""
+        return HiddenStates(self.hidden.detach(), self.head.detach(), None if self.bias is None else self.bias.detach(), self.transform)
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherHidden(HiddenStates):
+    """A teacher given by last hidden states and head, so that its logits need never be held either."""
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherLogits:
+    """A teacher given by logits that are there already."""
+
+    logits: Tensor
+    """[N, V_padded], any floating dtype, final (scaled and capped); columns beyond the real vocabulary are never read."""
+
+    def check(self, v_eff: int) -> None:
+        """Raise ValueError unless there are ``v_eff`` columns."""
+        if self.logits.ndim != 2 or self.logits.shape[1] < v_eff:
+            raise ValueError(
+                f"teacher logits of shape {tuple(self.logits.shape)} must be [N, V] with at least the {v_eff} tokens of the vocabulary"
+            )
+
+
+TeacherLogitsSource = TeacherHidden | TeacherLogits
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Everything that a back end needs, checked."""
+
+    student: HiddenStates
+    teacher: HiddenStates | TeacherLogits | None
+    labels: Tensor
+    settings: LossSettings
+    v_eff: int
+    kept: Tensor
+    """[n] int64, ascending: the rows that are not masked."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in: fp64 when the student is, else fp32."""
+        return torch.float64 if torch.float64 in (self.student.hidden.dtype, self.student.head.dtype) else torch.float32
+
+    @property
+    def soft_weight(self) -> float:
+        """Factor on the divergence, T^2 included."""
+        settings = self.settings
+        return (1 - settings.hard_weight) * (settings.temperature**2 if settings.t_squared else 1.0)
+
+
+def checked_problem(
+    student: HiddenStates, teacher: TeacherLogitsSource | None, labels: Tensor, settings: LossSettings, v_eff: int
+) -> Problem:
+    """Check shapes, vocabularies and labels, and find the unmasked rows.
+
+    Raises:
+        ValueError: something does not fit; see ``linear_divergence``.
+    """
+    if v_eff < 1:
+        raise ValueError(f"v_eff={v_eff} must be the number of tokens in the vocabulary, at least 1")
+    student.check("student", v_eff)
+    rows = len(student.hidden)
+    if labels.dtype != torch.int64 or labels.shape != (rows,):
+        raise ValueError(f"labels must be int64 of shape [{rows}], one per student hidden state, not {labels.dtype} {tuple(labels.shape)}")
+    if teacher is None and settings.hard_weight != 1:
+        raise ValueError(
+            f"hard_weight={settings.hard_weight} needs a teacher and there is none; give one, or set hard_weight to 1.0 to train on the "
+            "labels alone"
+        )
+    if isinstance(teacher, TeacherHidden):
+        teacher.check("teacher", v_eff)
+    elif teacher is not None:
+        teacher.check(v_eff)
+    values = None if teacher is None else teacher.hidden if isinstance(teacher, TeacherHidden) else teacher.logits
+    if values is not None and len(values) != rows:
+        raise ValueError(f"the teacher covers {len(values)} positions and the student {rows}; both must see the same tokens")
+    kept = (labels != MASKED).nonzero().squeeze(1)
+    _check_labels(labels[kept], v_eff)
+    return Problem(student, _without_graph(teacher), labels, settings, v_eff, kept)
+
+
+def _without_graph(teacher: TeacherLogitsSource | None) -> HiddenStates | TeacherLogits | None:
+    if isinstance(teacher, TeacherHidden):
+        return teacher.detached()
+    return None if teacher is None else TeacherLogits(teacher.logits.detach())
+
+
+def _check_labels(labels: Tensor, v_eff: int) -> None:
+    """Out of range labels would read foreign memory on a GPU or die in a kernel's assertion, without saying which."""
+    wrong = labels[(labels < 0) | (labels >= v_eff)]
+    if len(wrong):
+        raise ValueError(
+            f"label {int(wrong[0])} is not a token of the vocabulary (0 to {v_eff - 1}); mask positions without a label with {MASKED}"
+        )

@@ -1,0 +1,63 @@
+"""Dense form of linear_divergence: the specification, in plain differentiable PyTorch, holding [N, V] logits."""
+
+import torch
+from torch import Tensor
+
+from ..divergences import chosen_divergence, cross_entropy, forward_kl, teacher_entropy
+from ..sums import LossSums
+from .inputs import HiddenStates, LogitTransform, Problem, TeacherLogits
+
+
+def reference_sums(problem: Problem) -> LossSums:
+    """Sums of ``problem`` by the formulas of ``divergences``; gradients by autograd."""
+    with torch.autocast(problem.labels.device.type, enabled=False):
+        logits = _logits(problem.student, problem)
+        labels = problem.labels[problem.kept]
+        hard = cross_entropy(logits, labels)
+        zero = logits.new_zeros(())
+        if problem.teacher is None:
+            kl = entropy = zero
+            loss, target = hard, labels
+        else:
+            teacher_logits = _logits(problem.teacher, problem)
+            loss = _mixed(logits, teacher_logits, hard, problem)
+            kl = forward_kl(logits.detach(), teacher_logits).sum()
+            entropy = teacher_entropy(teacher_logits).sum()
+            target = teacher_logits.argmax(-1)
+        best = logits.detach()
+        matches = best.gather(1, target.unsqueeze(1)).squeeze(1) >= best.amax(-1)
+        return LossSums(
+            loss=loss.sum(),
+            tokens=torch.tensor(len(labels), device=labels.device),
+            kl=kl,
+            cross_entropy=hard.detach().sum(),
+            teacher_entropy=entropy,
+            top1_matches=matches.sum(),
+        )
+
+
+def _mixed(logits: Tensor, teacher_logits: Tensor, hard: Tensor, problem: Problem) -> Tensor:
+    """Loss per token [n]; a term of weight 0 is left out, so that an infinite one cannot turn it into NaN."""
+    weight = problem.settings.hard_weight
+    if weight == 1:
+        return hard
+    soft = problem.soft_weight * chosen_divergence(logits, teacher_logits, problem.settings)
+    return soft if weight == 0 else soft + weight * hard
+
+
+def _logits(states: HiddenStates | TeacherLogits, problem: Problem) -> Tensor:
+    """Final logits [n, V] of the unmasked rows, in the problem's dtype."""
+    v_eff, dtype, kept = problem.v_eff, problem.dtype, problem.kept
+    if isinstance(states, TeacherLogits):
+        return states.logits[kept, :v_eff].to(dtype)
+    logits = states.hidden[kept].to(dtype) @ states.head[:v_eff].to(dtype).T
+    if states.bias is not None:
+        logits = logits + states.bias[:v_eff].to(dtype)
+    return _transformed(logits, states.transform)
+
+
+def _transformed(logits: Tensor, transform: LogitTransform | None) -> Tensor:
+    if transform is None:
+        return logits
+    logits = logits * transform.logit_scale
+    return logits if transform.softcap is None else transform.softcap * torch.tanh(logits / transform.softcap)

@@ -1,0 +1,29 @@
+"""The causal shift, done once and in one place: position i predicts the token at i + 1."""
+
+from torch import Tensor
+
+MASKED = -100
+"""Label of a position that predicts nothing."""
+
+
+def shift_for_next_token(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Line up hidden states with the labels that they predict.
+
+    The last position of a row has no successor and the first label no predecessor: both go.
+
+    Args:
+        hidden: [B, S, H] hidden states (or logits), any dtype.
+        labels: [B, S] int64 token ids of the same positions, -100 where none is to be predicted.
+
+    Returns:
+        (hidden [B * (S - 1), H], labels [B * (S - 1)]), flattened row by row.
+
+    Raises:
+        ValueError: the two do not cover the same positions.
+    """
+    if hidden.ndim != 3 or hidden.shape[:2] != labels.shape:
+        raise ValueError(
+            f"hidden states of shape {tuple(hidden.shape)} and labels of shape {tuple(labels.shape)} must be [B, S, H] and [B, S] "
+            "with the same B and S; pass labels as they come out of the data, not shifted"
+        )
+    return hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()

@@ -1,0 +1,150 @@
+"""Structured pruning of FFN channels: the dense model becomes physically smaller, every server runs it faster.
+
+A channel c of a gated FFN is one row of the gate and of the up projection (with their biases) and one column of the down projection.
+All layers keep the same number, so the result is an ordinary Hugging Face model with a smaller ``intermediate_size``.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NonFiniteError, UserError
+from ..families import Family, family_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ALIGNMENT = 128
+"""Channels that int4 groups of 128 and packed kernels want the kept number to be a multiple of."""
+
+
+@torch.no_grad()
+def ffn_channel_scores(model: "PreTrainedModel", batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
+    """Importance of every FFN channel: ``S_c = ||W_down[:, c]||_2 * mean_t |a_tc|``, a = the input of the down projection.
+
+    The mean is over all unmasked tokens of all batches, so it does not depend on how the text is batched (fp64 sums). The model runs in
+    eval mode and is left in the mode it was in.
+
+    Args:
+        model: Llama, Mistral, Qwen2 or Qwen3.
+        batches: ``input_ids`` [B, S] and, where there is padding, ``attention_mask`` [B, S]; other keys are ignored.
+
+    Returns:
+        One fp32 tensor [channels] per decoder layer, on the CPU.
+
+    Raises:
+        UserError: unknown family, or no token to score on.
+        NonFiniteError: a layer's activations or weights are NaN or infinite.
+    """
+    family = family_of(model)
+    downs = [family.linear(layer, family.ffn_out) for layer in family.layers(model)]
+    sums = [torch.zeros(down.in_features, dtype=torch.float64, device=down.weight.device) for down in downs]
+    keep_rows: list[Tensor] = [torch.empty(0)]
+    handles = [down.register_forward_pre_hook(_adder(total, keep_rows)) for down, total in zip(downs, sums)]
+    training = model.training
+    model.eval()
+    tokens = 0
+    try:
+        for batch in batches:
+            ids = batch["input_ids"].to(model.device)
+            mask = batch.get("attention_mask", torch.ones_like(ids)).to(model.device)
+            keep_rows[0] = mask.bool()
+            tokens += int(mask.sum())
+            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    if tokens == 0:
+        raise UserError("prune.structured has no token to score channels on; raise prune.calibration_tokens or give more text")
+    return [_score(index, down.weight, total / tokens) for index, (down, total) in enumerate(zip(downs, sums))]
+
+
+def _adder(total: Tensor, keep_rows: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """Pre-hook of a down projection that adds |a| of the unmasked tokens to ``total`` [channels]."""
+
+    def add(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        total.add_(inputs[0][keep_rows[0]].abs().sum(0, dtype=torch.float64))
+
+    return add
+
+
+def _score(index: int, down: Tensor, mean_activation: Tensor) -> Tensor:
+    score = (down.double().norm(dim=0) * mean_activation).float().cpu()
+    if not bool(torch.isfinite(score).all()):
+        raise NonFiniteError(f"FFN channel scores of layer {index} are not finite: the model's weights or activations overflow")
+    return score
+
+
+@torch.no_grad()
+def prune_ffn(model: "PreTrainedModel", scores: Sequence[Tensor], keep: int) -> dict[str, list[int]]:
+    """Cut every FFN down to its ``keep`` best channels, in place, before an optimizer is made.
+
+    Equal to setting the other channels' activations to zero: no other number of the model changes. Equal scores are decided by index
+    (the first stays), order is preserved, and ``keep`` equal to the present number changes nothing.
+
+    Args:
+        model: Llama, Mistral, Qwen2 or Qwen3; its config's ``intermediate_size`` follows.
+        scores: One tensor [channels] per decoder layer.
+        keep: Channels kept in every layer.
+
+    Returns:
+        Kept indices, ascending, by FFN name (``model.layers.0.mlp``).
+
+    Raises:
+        UserError: unknown family, or ``keep`` outside 1..channels.
+        ValueError: scores that do not fit the model's layers.
+    """
+    family = family_of(model)
+    layers = family.layers(model)
+    channels: int = getattr(model.config, family.ffn_field)
+    if not 1 <= keep <= channels:
+        raise UserError(
+            f"prune.structured.ffn={keep} is outside 1..{channels}: it is the number of FFN channels kept in each layer, and this model "
+            f"has {channels}; give a smaller number, a multiple of {ALIGNMENT} if it will be quantized"
+        )
+    if [tuple(score.shape) for score in scores] != [(channels,)] * len(layers):
+        raise ValueError(
+            f"scores of shapes {[tuple(score.shape) for score in scores]} do not fit {len(layers)} layers of {channels} channels"
+        )
+    kept: dict[str, list[int]] = {}
+    for index, (layer, score) in enumerate(zip(layers, scores)):
+        chosen = torch.sort(score, descending=True, stable=True).indices[:keep].sort().values
+        _slice_ffn(family, layer, chosen)
+        kept[f"{family.layers_path}.{index}.{family.ffn}"] = chosen.tolist()
+    setattr(model.config, family.ffn_field, keep)
+    return kept
+
+
+def _slice_ffn(family: Family, layer: nn.Module, chosen: Tensor) -> None:
+    """Keep the chosen rows of the input projections (and biases) and columns of the output projection of one layer."""
+    for name in family.ffn_in:
+        linear = family.linear(layer, name)
+        linear.weight = _selected(linear.weight, 0, chosen)
+        if isinstance(linear.bias, nn.Parameter):
+            linear.bias = _selected(linear.bias, 0, chosen)
+        linear.out_features = len(chosen)
+    down = family.linear(layer, family.ffn_out)
+    down.weight = _selected(down.weight, 1, chosen)
+    down.in_features = len(chosen)
+    ffn: Any = layer.get_submodule(family.ffn)
+    if hasattr(ffn, family.ffn_field):
+        setattr(ffn, family.ffn_field, len(chosen))
+
+
+def _selected(parameter: Tensor, dim: int, chosen: Tensor) -> nn.Parameter:
+    return nn.Parameter(parameter.index_select(dim, chosen.to(parameter.device)), requires_grad=parameter.requires_grad)
+
+
+def alignment_hint(keep: int) -> str | None:
+    """A sentence for the user when ``keep`` channels will not pack well; None when they will."""
+    if keep % ALIGNMENT == 0:
+        return None
+    below = keep - keep % ALIGNMENT
+    near = f"{below} or {below + ALIGNMENT}" if below else str(ALIGNMENT)
+    return (
+        f"prune.structured.ffn={keep} is not a multiple of {ALIGNMENT}: groups of {ALIGNMENT} will not divide the down projection, and "
+        f"packed int4 kernels pad it or fall back; {near} would fit"
+    )

@@ -1,0 +1,148 @@
+"""A teacher that runs in this process.
+
+It is a plain object on purpose. A teacher that is a submodule of what is trained ends up in its checkpoints, its optimizer, its EMA copy
+and its DDP buckets; this one is invisible to ``nn.Module``, is shared by copies and refuses to be pickled.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..families import HeadTransform, backbone_and_head, check_head, head_transform
+from ..vocabulary import check_head_rows, effective_vocab
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Hidden = tuple[Tensor, Tensor, Tensor | None, HeadTransform]
+"""(hidden [B, S, H], head weight [V_eff, H], head bias [V_eff] or None, transform of the logits)."""
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """What a loss needs of a teacher: the two factors of its logits, never the [B, S, V] product."""
+
+    @property
+    def v_eff(self) -> int:
+        """Rows of the head that belong to real tokens."""
+        ...
+
+    def hidden_and_head(self, batch: Mapping[str, Tensor]) -> Hidden:
+        """Last hidden states of ``batch`` and the head that turns them into logits."""
+        ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move to a device, in place."""
+        ...
+
+    def describe(self) -> str:
+        """One line for people."""
+        ...
+
+
+class LocalTeacher:
+    """A causal language model of transformers as a teacher: frozen, in eval mode, in the dtype it was loaded in.
+
+    Args:
+        model: Becomes the teacher's own: its parameters stop requiring gradients.
+        v_eff: Size of the real vocabulary; rows of the head beyond it are padding and never seen.
+        name: What ``describe`` calls it; default: where the model was loaded from.
+
+    Raises:
+        UserError: the head has fewer than ``v_eff`` rows, or the model's logits are not its head's product (``check_head``).
+    """
+
+    def __init__(self, model: "PreTrainedModel", *, v_eff: int, name: str | None = None) -> None:
+        check_head_rows(model, v_eff)
+        check_head(model)
+        self._model = model.eval().requires_grad_(False)
+        self._v_eff = v_eff
+        self._name = name or model.config.name_or_path or model.config.model_type
+
+    @property
+    def v_eff(self) -> int:
+        """Rows of the head that belong to real tokens."""
+        return self._v_eff
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        """The model itself, for evaluation; do not make it an attribute of a module."""
+        return self._model
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move to a device, in place."""
+        self._model.to(device)  # pyright: ignore[reportArgumentType] - transformers' wrapper hides the signature of nn.Module.to
+        return self
+
+    @torch.no_grad()
+    def hidden_and_head(self, batch: Mapping[str, Tensor]) -> Hidden:
+        """Run the backbone, outside autograd and autocast.
+
+        ``no_grad`` and not ``inference_mode``: the results enter the student's graph as constants.
+
+        Args:
+            batch: ``input_ids`` and optionally ``attention_mask``, [B, S] int64, on any device.
+
+        Returns:
+            (hidden [B, S, H], head weight [V_eff, H], head bias [V_eff] or None, transform), all in the teacher's dtype; weight and
+            bias are views of the teacher's own.
+        """
+        backbone, weight, bias = backbone_and_head(self._model)
+        device = weight.device
+        mask = batch.get("attention_mask")
+        with torch.autocast(device.type, enabled=False):
+            output: Any = backbone(
+                input_ids=batch["input_ids"].to(device),
+                attention_mask=None if mask is None else mask.to(device),
+                use_cache=False,
+            )
+        head_bias = None if bias is None else bias[: self._v_eff]
+        return output.last_hidden_state, weight[: self._v_eff], head_bias, head_transform(self._model.config)
+
+    def describe(self) -> str:
+        """Name, family, depth, width, parameters, dtype and vocabulary in one line."""
+        text: Any = self._model.config.get_text_config()
+        parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        dtype = str(self._model.dtype).removeprefix("torch.")
+        return (
+            f"{self._name} ({text.model_type}, {text.num_hidden_layers} layers, hidden {text.hidden_size}, "
+            f"{parameters:,} parameters, {dtype}, {self._v_eff:,} tokens)"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a LocalTeacher is never saved or sent to another process: leave it out of hyperparameters and checkpoints")
+
+
+def load_teacher(
+    path: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    v_eff: int | None = None,
+    name: str | None = None,
+) -> LocalTeacher:
+    """Load a model folder or hub id as a teacher.
+
+    Args:
+        path: Model folder or hub id.
+        dtype: Dtype of its weights and of its hidden states; logits are made in fp32 by the losses.
+        device: Where it runs.
+        revision: Hub revision.
+        v_eff: Size of the real vocabulary; None = of the teacher's own tokenizer.
+        name: What ``describe`` calls it; default: ``path``.
+
+    Raises:
+        UserError: see ``load_model``, ``load_tokenizer`` and ``LocalTeacher``.
+    """
+    from ..loading import load_model, load_tokenizer
+
+    if v_eff is None:
+        v_eff = effective_vocab(load_tokenizer(path, revision=revision))
+    model = load_model(path, dtype=dtype, revision=revision, device=device)
+    return LocalTeacher(model, v_eff=v_eff, name=name or str(path))

@@ -1,0 +1,63 @@
+"""The real vocabulary: what the tokenizer can produce, not how many rows an embedding table was padded to.
+
+V_eff = highest token id + 1. Logits are sliced to it before any softmax, so teacher and student heads padded to different sizes
+are fine as long as their tokenizers give every id the same token.
+"""
+
+from typing import TYPE_CHECKING
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SHOWN = 3
+
+
+def _tokens_by_id(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
+    return {index: token for token, index in tokenizer.get_vocab().items()}
+
+
+def effective_vocab(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """V_eff: the tokenizer's highest id + 1, added tokens included."""
+    tokens = _tokens_by_id(tokenizer)
+    if not tokens:
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no tokens; give a folder with a whole tokenizer")
+    return max(tokens) + 1
+
+
+def check_same_vocabulary(teacher_tokenizer: "PreTrainedTokenizerBase", student_tokenizer: "PreTrainedTokenizerBase") -> int:
+    """V_eff of two tokenizers that give every id the same token (compared by content, not by class or size of the model).
+
+    Raises:
+        UserError: naming the first ids whose tokens differ and both sizes.
+    """
+    teacher, student = _tokens_by_id(teacher_tokenizer), _tokens_by_id(student_tokenizer)
+    differing = sorted(index for index in teacher.keys() | student.keys() if teacher.get(index) != student.get(index))
+    if differing:
+        examples = "; ".join(
+            f"id {index}: teacher {_show(teacher.get(index))}, student {_show(student.get(index))}" for index in differing[:_SHOWN]
+        )
+        raise UserError(
+            f"teacher and student have different vocabularies ({len(teacher):,} and {len(student):,} tokens, {len(differing):,} ids differ): "
+            f"{examples}; distillation compares the two models token by token, so give a student with the teacher's tokenizer"
+        )
+    return effective_vocab(teacher_tokenizer)
+
+
+def check_head_rows(model: "PreTrainedModel", v_eff: int) -> None:
+    """Refuse a model whose head or embedding table has no row for some token of the vocabulary; more rows (padding) are fine."""
+    tables = {"output head": model.get_output_embeddings(), "input embedding": model.get_input_embeddings()}
+    for what, module in tables.items():
+        weight = getattr(module, "weight", None)
+        if weight is None:
+            raise UserError(f"{type(model).__name__} has no {what}; decoct works on causal language models")
+        if weight.shape[0] < v_eff:
+            raise UserError(
+                f"the {what} of {type(model).__name__} has {weight.shape[0]:,} rows but its tokenizer has ids up to {v_eff - 1:,}; "
+                "model and tokenizer do not belong together (or tokens were added without resizing the embeddings)"
+            )
+
+
+def _show(token: str | None) -> str:
+    return "nothing" if token is None else repr(token)

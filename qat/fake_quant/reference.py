@@ -1,0 +1,94 @@
+"""The fake-quant op in plain PyTorch: the spec that the Triton kernel equals bit for bit, and the path of every CPU.
+
+For each group of weights that shares a scale (all arithmetic in fp32; fp64 weights stay fp64):
+
+    w = w * mask
+    s = clamp(round_to_grid(max|w| / divisor), smallest, largest)     s = 1 where max|w| = 0
+    v = w / s                                                         true division
+    q = clamp(round_half_even(v), qmin, qmax)
+    y = q * s                                                         the forward; zeros are +0, as integer codes give
+    dL/dw = dL/dy * 1[qmin <= v <= qmax] * mask                       straight through, s taken as a constant
+
+The limits test the unrounded v and are inclusive. With the default divisor (2^b - 1) / 2 the largest positive weight of a
+group has v near qmax + 1/2: it is clipped to qmax and, as every clipped weight, gets no gradient until the group's
+maximum or its own value moves. A group with a NaN or infinite weight becomes NaN as a whole, so that it cannot pass unseen.
+
+Sources: Bengio et al., arXiv 1308.3432 (straight-through estimator); the clip mask as in LSQ, arXiv 1902.08153, eq. 3.
+"""
+
+import torch
+from torch import Tensor
+
+# How a scale gets onto its grid: fp32 mantissa bits dropped -> the dtype that drops them.
+GRID_DTYPES = {16: torch.bfloat16, 13: torch.float16, 0: torch.float32}
+
+
+def group_scales(absmax: Tensor, divisor: float, dropped_bits: int, smallest: float, largest: float) -> Tensor:
+    """Scales on their grid for groups with the given largest magnitudes, any shape, fp32 or fp64; same shape and dtype.
+
+    Zero groups get 1. A NaN or infinite magnitude gives NaN.
+    """
+    # The divisor is a tensor because CUDA multiplies by the reciprocal of a Python scalar, which is another number.
+    scale = absmax / torch.full((), divisor, dtype=absmax.dtype, device=absmax.device)
+    scale = scale.to(GRID_DTYPES[dropped_bits]).to(absmax.dtype).clamp_(smallest, largest)
+    scale.masked_fill_(absmax == 0, 1.0)
+    return scale.add_(absmax * 0.0)
+
+
+def _flags(flags: Tensor, dtype: torch.dtype) -> Tensor:
+    """0/1 numbers of a bool or uint8 tensor; a bool converts to float several times slower than the same bytes as uint8."""
+    return flags.view(torch.uint8).to(dtype)
+
+
+def _divided(weight: Tensor, mask: Tensor | None, width: int, divisor: float, grid: list[float]) -> tuple[Tensor, Tensor]:
+    """(v [groups, width], scales [groups, 1]) in compute dtype; v is fresh memory."""
+    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    kept = weight.to(compute)
+    if mask is not None:
+        kept = kept * _flags(mask, compute)
+    grouped = kept.reshape(-1, width)
+    scale = group_scales(grouped.abs().amax(1, keepdim=True), divisor, int(grid[0]), grid[1], grid[2])
+    return grouped / scale, scale
+
+
+def quantize(weight: Tensor, mask: Tensor | None, bits: int, width: int, divisor: float, grid: list[float]) -> tuple[Tensor, Tensor]:
+    """(codes int8 [out, in], scales fp32 [out, in / width]) of weights [out, in]; NaN scales mark non-finite groups."""
+    value, scale = _divided(weight, mask, width, divisor, grid)
+    codes = value.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).round_().nan_to_num_(0.0).to(torch.int8)
+    return codes.view(weight.shape), scale.view(weight.shape[0], -1).to(torch.float32)
+
+
+# A custom op, not a bare autograd.Function: a compiler that fused the division or the rounding could change bits.
+@torch.library.custom_op("decoct::fake_quant_reference", mutates_args=())
+def fake_quant(
+    weight: Tensor, mask: Tensor | None, bits: int, width: int, divisor: float, grid: list[float]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y [out, in] in the weight's dtype, passes uint8 [out, in]: 1 where the gradient passes)."""
+    value, scale = _divided(weight, mask, width, divisor, grid)
+    clipped = value.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    # compared in place as floats: a bool result is several times slower on a CPU
+    passes = value.eq_(clipped).to(torch.uint8).view(weight.shape)
+    if mask is not None:
+        passes &= mask.view(torch.uint8)
+    # + 0 turns -0 into the +0 that codes give
+    result = clipped.round_().mul_(scale).add_(0.0)
+    return result.to(weight.dtype).view(weight.shape), passes
+
+
+@fake_quant.register_fake
+def _(weight: Tensor, mask: Tensor | None, bits: int, width: int, divisor: float, grid: list[float]) -> tuple[Tensor, Tensor]:
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device), torch.empty(
+        weight.shape, dtype=torch.uint8, device=weight.device
+    )
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx, grad: Tensor, _passes_grad: Tensor | None):
+    (passes,) = ctx.saved_tensors
+    return grad * _flags(passes, grad.dtype), None, None, None, None, None
+
+
+fake_quant.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,70 @@
+"""How large a model is: parameters, bytes of its weight files, bits per weight, share of zeros.
+
+Tied tensors count once. Embeddings count in bits per weight: of a small quantized model they are most of the bytes.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..models.errors import UserError
+from ..models.families import decoder_linears
+from .modules import QuantLinear
+from .state import QUANT_FILE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_WEIGHT_SUFFIXES = (".safetensors", ".gguf")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files of a model folder (or the one file) that a runtime reads weights from, sorted.
+
+    ``quant.safetensors`` is not among them: it repeats the weights beside it as codes, for export.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    candidates = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
+    files = [file for file in candidates if file.suffix in _WEIGHT_SUFFIXES and file.name != QUANT_FILE]
+    if not files:
+        raise UserError(f"{path} holds no weight files ({' or '.join('*' + s for s in _WEIGHT_SUFFIXES)}); give a model folder")
+    return files
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes of the weight files of a model folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    return sum(file.stat().st_size for file in weight_files(path))
+
+
+def bits_per_weight(size_bytes: int, parameters: int) -> float:
+    """8 x bytes / parameters; ``parameters`` of the whole model, embeddings included."""
+    return 8.0 * size_bytes / parameters
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters; a tensor used in several places counts once. Buffers do not count."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def linear_sparsity(model: "PreTrainedModel") -> float:
+    """Share of exact zeros among the weights of the decoder's linears, embeddings and head left out; 0.0 without linears.
+
+    Of a ``QuantLinear`` the weights that it multiplies with count (codes times scales), not the latent ones: those are stored and
+    served, and rounding makes zeros too.
+    """
+    zeros = total = 0
+    for module in decoder_linears(model).values():
+        weight = module.quantized_weight() if isinstance(module, QuantLinear) else module.weight
+        zeros += int((weight == 0).sum())
+        total += weight.numel()
+    return zeros / total if total else 0.0

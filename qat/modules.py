@@ -1,0 +1,198 @@
+"""Linear layers that train on a lattice: putting them into a model, taking codes and scales out, folding them back.
+
+    names = prepare(model, spec)          # every linear of the decoder layers rounds its weight in the forward
+    ... train ...
+    state = quantize_model(model, spec)   # codes and scales: what is exported
+    fold(model, state)                    # plain linears again, weight = codes * scales: same logits, bit for bit
+
+Parameters are shared, never copied: names in the state dict, optimizers and ties to parameters stay as they are.
+"""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.errors import UserError
+from ..models.families import decoder_linears
+from .fake_quant import fake_quant, quantize
+from .spec import QuantSpec
+from .state import QuantState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class QuantLinear(nn.Linear):
+    """``nn.Linear`` whose weight goes through ``fake_quant`` in every forward, in training and in evaluation alike.
+
+    The parameters ``weight`` [out, in] (latent, unrounded) and ``bias`` are those of the linear it is made from.
+    """
+
+    mask: Tensor | None
+    """bool [out, in], True where a weight is kept; pruned weights are zeros before scales are taken. Not in the state dict."""
+
+    def __init__(self, linear: nn.Linear, spec: QuantSpec) -> None:
+        # on the meta device: nothing is allocated, no random number is drawn
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        spec.group_width(linear.in_features)
+        self.spec = spec
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+        self.register_buffer("mask", None, persistent=False)
+        self.train(linear.training)
+
+    def set_mask(self, mask: Tensor | None) -> None:
+        """Weights to keep: bool [out, in], or None for all; moved to the weight's device."""
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != self.weight.shape):
+            raise ValueError(f"mask must be bool of shape {tuple(self.weight.shape)}, not {mask.dtype} of shape {tuple(mask.shape)}")
+        self.mask = None if mask is None else mask.to(self.weight.device)
+
+    def quantized_weight(self) -> Tensor:
+        """[out, in]: the weight as codes times scales, differentiable."""
+        return fake_quant(self.weight, self.spec, mask=self.mask)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return F.linear(input, self.quantized_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.spec.bits}, group_size={self.spec.group_size}"
+
+
+def prepare(model: "PreTrainedModel", spec: QuantSpec, skip: Sequence[str] = ()) -> list[str]:
+    """Replace the linears of the decoder layers by ``QuantLinear``, in place; embeddings and the head stay as they are.
+
+    Args:
+        model: Any causal language model with ``nn.Linear`` layers, on any device (also meta).
+        spec: The lattice of every replaced weight.
+        skip: fnmatch patterns of full module names left in full precision, such as ``*.down_proj``.
+
+    Returns:
+        Names of the replaced modules, in module order.
+
+    Raises:
+        UserError: a pattern matches nothing, the group size does not divide, or a layer cannot be quantized; the model is untouched.
+    """
+    if _prepared(model):
+        raise UserError("the model's linears are quantized already; prepare takes a plain model. Fold it first.")
+    linears = _targets(model, spec, skip)
+    for name, linear in linears.items():
+        model.set_submodule(name, QuantLinear(linear, spec))
+    return list(linears)
+
+
+@torch.no_grad()
+def quantize_model(model: "PreTrainedModel", spec: QuantSpec, skip: Sequence[str] = ()) -> QuantState:
+    """Codes and scales of the model's (latent) weights; the model stays as it is.
+
+    Args:
+        model: A prepared model, whose ``QuantLinear`` layers and masks are taken, or a plain one (round to nearest).
+        spec: The lattice; of a prepared model the one it was prepared with.
+        skip: As in ``prepare``; of a prepared model the patterns it was prepared with, or empty.
+
+    Raises:
+        UserError: as in ``prepare``, a spec or skip other than the model was prepared with, or NaN or infinite weights.
+    """
+    modules: Mapping[str, nn.Linear] = _prepared(model)
+    if not modules:
+        modules = _targets(model, spec, skip)
+    elif any(cast(QuantLinear, module).spec != spec for module in modules.values()):
+        raise UserError(f"the model was prepared with another lattice than {spec}; quantize it with the one it was trained with.")
+    elif skip and set(_unskipped(model, skip)) != set(modules):
+        raise UserError(f"the model was prepared with other modules than skip={list(skip)} leaves; use the same patterns, or none.")
+    codes, scales = {}, {}
+    for name, module in modules.items():
+        try:
+            code, scale = quantize(module.weight, spec, mask=getattr(module, "mask", None))
+        except ValueError as error:
+            raise UserError(
+                f"{name}.weight cannot be quantized: {error}. Take an earlier checkpoint or lower the learning rate."
+            ) from error
+        codes[name], scales[name] = code.cpu(), scale.cpu()
+    return QuantState(spec=spec, modules=tuple(modules), codes=codes, scales=scales)
+
+
+@torch.no_grad()
+def fold(model: "PreTrainedModel", state: QuantState) -> None:
+    """Put plain ``nn.Linear`` with weight = codes * scales (fp32) in the place of every module of ``state``.
+
+    In fp32 the folded model gives exactly the logits of the prepared one. Parameter names stay; the weights are new parameters.
+
+    Raises:
+        UserError: a module is missing, of another shape, not fp32, or prepared but not in ``state``; the model is untouched.
+    """
+    linears = dict(decoder_linears(model))
+    left = [name for name in _prepared(model) if name not in state.codes]
+    if left:
+        raise UserError(f"module {left[0]} ({len(left)} in all) is prepared, but the codes do not cover it; quantize the whole model.")
+    for name in state.modules:
+        linear = linears.get(name)
+        if linear is None or linear.weight.shape != state.codes[name].shape:
+            found = "missing" if linear is None else f"of shape {tuple(linear.weight.shape)}"
+            raise UserError(
+                f"module {name} is {found}, but the codes have shape {tuple(state.codes[name].shape)}; they are another model's."
+            )
+        if linear.weight.dtype != torch.float32:
+            raise UserError(
+                f"{name}.weight is {linear.weight.dtype}; codes * scales are exact in fp32 only: load the model with dtype=float32."
+            )
+    for name in state.modules:
+        model.set_submodule(name, _plain(linears[name], state.dequantized(name)))
+
+
+def _plain(linear: nn.Linear, weight: Tensor) -> nn.Linear:
+    """A plain linear with this weight and everything else of ``linear``."""
+    plain = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    plain.weight = nn.Parameter(weight.to(linear.weight.device), requires_grad=linear.weight.requires_grad)
+    plain.register_parameter("bias", linear.bias)
+    return plain.train(linear.training)
+
+
+def _prepared(model: nn.Module) -> dict[str, QuantLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def _unskipped(model: "PreTrainedModel", skip: Sequence[str]) -> dict[str, nn.Linear]:
+    """Decoder linears that no pattern matches; a pattern that matches no linear and no embedding at all is an error."""
+    linears = decoder_linears(model)
+    leaves = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in leaves):
+            example = next(iter(linears), "model.layers.0.mlp.down_proj")
+            raise UserError(
+                f"skip: {pattern!r} matches no linear layer of the model; patterns are matched to full names such as "
+                f"{example!r}, so write '*.{example.rsplit('.', 1)[-1]}' for all of a kind."
+            )
+    return {name: module for name, module in linears.items() if not any(fnmatchcase(name, pattern) for pattern in skip)}
+
+
+def _targets(model: "PreTrainedModel", spec: QuantSpec, skip: Sequence[str]) -> dict[str, nn.Linear]:
+    """The linears to quantize, after checking that each can be."""
+    linears = _unskipped(model, skip)
+    if not linears:
+        raise UserError("there is nothing to quantize: " + (f"skip={list(skip)} leaves no linear layer." if skip else _NO_LINEARS))
+    owners: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = owners.setdefault(id(parameter), name)
+        for shared in (name, first):
+            if first != name and shared.removesuffix(".weight") in linears:
+                raise UserError(
+                    f"{shared} is shared between {first} and {name}; shared weights cannot be quantized. Add the module to skip."
+                )
+    for name, linear in linears.items():
+        if type(linear) is not nn.Linear:
+            raise UserError(
+                f"module {name} is a {type(linear).__name__}, not a plain nn.Linear; load the model unquantized, or add it to skip."
+            )
+        try:
+            spec.group_width(linear.in_features)
+        except ValueError as error:
+            raise UserError(f"module {name}: {error} (skip: ['{name}']).") from error
+    return linears
+
+
+_NO_LINEARS = "the model's decoder layers hold no nn.Linear; use a model of a family such as Llama, Mistral or Qwen."

@@ -1,0 +1,274 @@
+"""A broken recipe gets one message that names the key, the line and the remedy; nothing broken is accepted."""
+
+from collections.abc import Callable
+
+import pytest
+
+from decoct.configs import recipe_from_dict
+from decoct.models.errors import UserError
+
+HEAD = """\
+teacher: {path: a/teacher}
+student: {keep: {layers: 4}}
+data: {files: [a.txt], seq_length: 256}
+"""
+NO_TEACHER = "student: {path: a/student}\ndata: {builtin: python-stdlib}\n"
+STAGES = "stages:\n  - distill: {tokens: 1M}\n"
+STAGE_KEYS = (
+    "name, tokens, steps, learning_rate, warmup, schedule, final_learning_rate, weight_decay, betas, loss, teacher, checkpoint_every"
+)
+TOP_KEYS = "name, seed, teacher, student, data, stages, trainer, logger"
+KINDS = "pretrain, distill, prune, qat, quantize, export, evaluate"
+
+BROKEN = {
+    "mistyped key in a section": (
+        HEAD.replace("seq_length", "seq_lenght") + STAGES,
+        "my.yaml:3: data.seq_lenght: unknown key, did you mean 'seq_length'? valid here: builtin, files, hub, hub_config, hub_split, "
+        "text_field, seq_length, packing, eval_tokens, max_documents",
+    ),
+    "mistyped key at the top": (
+        HEAD + STAGES + "trianer: {precision: 32}\n",
+        f"my.yaml:6: trianer: unknown key, did you mean 'trainer'? valid here: {TOP_KEYS}",
+    ),
+    "mistyped section that is required": (
+        HEAD.replace("student:", "studnet:") + STAGES,
+        f"my.yaml:2: studnet: unknown key, did you mean 'student'? valid here: {TOP_KEYS}",
+    ),
+    "mistyped key that is required": (
+        HEAD + "stages:\n  - prune:\n      magnitude: {kep: 0.7}\n",
+        "my.yaml:6: stages.0.prune.magnitude.kep: unknown key, did you mean 'keep'? valid here: keep, scope, update_every, heal",
+    ),
+    "mistyped key of a stage": (
+        HEAD + "stages:\n  - distill:\n      tokens: 1M\n      wramup: 0.1\n",
+        f"my.yaml:7: stages.0.distill.wramup: unknown key, did you mean 'warmup'? valid here: {STAGE_KEYS}",
+    ),
+    "key in the wrong section": (
+        HEAD + STAGES + "precision: 32\n",
+        f"my.yaml:6: precision: unknown key, it belongs at trainer.precision; valid here: {TOP_KEYS}",
+    ),
+    "stage key in the trainer": (
+        HEAD + STAGES + "trainer: {betas: [0.9, 0.99]}\n",
+        "my.yaml:6: trainer.betas: unknown key, it belongs to a stage that trains; valid here: devices, strategy, precision, "
+        "global_batch_tokens, micro_batch, gradient_clip, num_workers, save_dtype, deterministic",
+    ),
+    "duplicate key": (
+        HEAD + STAGES + "trainer:\n  precision: 32\n  devices: 1\n  precision: bf16-mixed\n",
+        "my.yaml:9: trainer.precision: given twice, on lines 7 and 9; keep one",
+    ),
+    "duplicate section": (HEAD + "data: {builtin: python-stdlib}\n" + STAGES, "my.yaml:4: data: given twice, on lines 3 and 4; keep one"),
+    "unknown stage kind": (
+        HEAD + "stages:\n  - distil: {tokens: 1M}\n",
+        f"my.yaml:5: stages.0: unknown stage kind 'distil', did you mean 'distill'? kinds: {KINDS}",
+    ),
+    "stage settings not indented": (
+        HEAD + "stages:\n  - distill:\n    tokens: 1M\n",
+        "my.yaml:5: stages.0: a stage is one key, its kind, with its settings below it; got the keys distill, tokens: "
+        "indent tokens below 'distill:'",
+    ),
+    "no stages": (HEAD, "my.yaml:1: needs the key 'stages': what to do, such as stages: [{distill: {tokens: 10M}}]"),
+    "empty stages": (HEAD + "stages: []\n", f"my.yaml:4: stages: is empty; name at least one of {KINDS}"),
+    "stages as a mapping": (
+        HEAD + "stages:\n  distill: {tokens: 1M}\n",
+        "my.yaml:4: stages: wants a list of stages ('- distill: {tokens: 10M}' and so on, in order); got a section of keys",
+    ),
+    "unsafe stage name": (
+        HEAD + "stages:\n  - distill: {tokens: 1M, name: ../x}\n",
+        "my.yaml:5: stages.0.distill.name: '../x' cannot name a stage; use letters, digits, '.', '_' and '-', at most 100, "
+        "a letter or digit first: it names a folder",
+    ),
+    "stage name that is a number": (
+        HEAD + "stages:\n  - distill: {tokens: 1M, name: 2}\n",
+        "my.yaml:5: stages.0.distill.name: '2' would be taken for a position in overrides; begin with a letter",
+    ),
+    "stage name given twice": (
+        HEAD + "stages:\n  - distill: {tokens: 1M, name: again}\n  - distill: {tokens: 1M, name: again}\n",
+        "my.yaml:6: stages.1.distill.name: 'again' is already the name of stages.0 (my.yaml:5); names are unique",
+    ),
+    "wrong suffix": (
+        HEAD + "stages:\n  - distill: {tokens: 1m}\n",
+        "my.yaml:5: stages.0.distill.tokens: wants a whole number (64, 500k, 2M); got '1m'; suffixes are k, M and B (powers of 1000)",
+    ),
+    "half a step": (
+        HEAD + "stages:\n  - distill: {steps: 1.5}\n",
+        "my.yaml:5: stages.0.distill.steps: wants a whole number (64, 500k, 2M); got '1.5'",
+    ),
+    "percentage of tokens": (
+        HEAD + "stages:\n  - distill: {tokens: 500%}\n",
+        "my.yaml:5: stages.0.distill.tokens: wants a whole number (64, 500k, 2M); got '500%'",
+    ),
+    "boolean for a number": (
+        HEAD + STAGES + "trainer: {devices: true}\n",
+        "my.yaml:6: trainer.devices: wants a whole number (64, 500k, 2M) or 'auto'; got 'true'",
+    ),
+    "number for a boolean": (
+        HEAD + STAGES + "trainer: {deterministic: 1}\n",
+        "my.yaml:6: trainer.deterministic: wants true or false; got '1'",
+    ),
+    "unknown choice": (
+        HEAD + "stages:\n  - distill: {tokens: 1M, schedule: cosin}\n",
+        "my.yaml:5: stages.0.distill.schedule: wants 'cosine', 'linear' or 'constant'; got 'cosin', did you mean 'cosine'?",
+    ),
+    "value where a section belongs": (
+        HEAD + "stages:\n  - distill: {tokens: 1M, loss: forward_kl}\n",
+        "my.yaml:5: stages.0.distill.loss: wants a section with keys divergence, temperature, t_squared, beta, hard_weight; "
+        "got 'forward_kl'",
+    ),
+    "short list": (
+        HEAD + "stages:\n  - distill: {tokens: 1M, betas: [0.9]}\n",
+        "my.yaml:5: stages.0.distill.betas: wants a list of 2 numbers; got a list of 1",
+    ),
+    "missing key": (
+        HEAD + "stages:\n  - prune:\n      structured: {}\n",
+        "my.yaml:6: stages.0.prune.structured: needs the key 'ffn': a whole number (64, 500k, 2M)",
+    ),
+    "a dataclass's own check": (
+        HEAD + "stages:\n  - qat:\n      tokens: 1M\n      weights:\n        bits: 9\n",
+        "my.yaml:8: stages.0.qat.weights.bits: bits=9 is outside 2..8; 4 and 8 are what serving stacks read",
+    ),
+    "two sources of text": (
+        HEAD.replace("seq_length: 256", "builtin: python-stdlib") + STAGES,
+        "my.yaml:3: data: data needs exactly one of 'builtin', 'files' and 'hub'; given: ['builtin', 'files']",
+    ),
+    "percent sign forgotten": (
+        HEAD + "stages:\n  - distill: {tokens: 1M, warmup: 5}\n",
+        "my.yaml:5: stages.0.distill.warmup: 5 is out of range; it must be at least 0 and less than 1",
+    ),
+    "both tokens and steps": (
+        HEAD + "stages:\n  - distill: {tokens: 1M, steps: 3}\n",
+        "my.yaml:5: stages.0.distill: give 'tokens' or 'steps', not both",
+    ),
+    "neither tokens nor steps": (
+        HEAD + "stages:\n  - qat\n",
+        "my.yaml:5: stages.0.qat: trains, and needs 'tokens' or 'steps', such as tokens: 10M",
+    ),
+    "distill without a teacher": (
+        NO_TEACHER + STAGES,
+        "my.yaml:4: stages.0.distill: learns from a teacher, and the recipe has none; add one (teacher: {path: ...}), or train on the text "
+        "alone with loss: {hard_weight: 1.0}",
+    ),
+    "teacher: recipe without one": (
+        NO_TEACHER + "stages:\n  - qat: {tokens: 1M, teacher: recipe}\n",
+        "my.yaml:4: stages.0.qat.teacher: is 'recipe', and the recipe has no teacher; add one, or set teacher: input",
+    ),
+    "student cut from no teacher": (
+        "student: {keep: {layers: 4}}\ndata: {builtin: python-stdlib}\nstages: [quantize]\n",
+        "my.yaml:1: student.keep: cuts the student from the teacher, and the recipe has none; add a teacher, or give student.path",
+    ),
+    "gate without a teacher": (
+        NO_TEACHER + "stages:\n  - evaluate: {max_perplexity_increase: 5%}\n",
+        "my.yaml:4: stages.0.evaluate.max_perplexity_increase: compares with the teacher, and the recipe has none; "
+        "add a teacher, or remove the gate",
+    ),
+    "setting that pretrain ignores": (
+        HEAD + "stages:\n  - pretrain: {tokens: 1M, loss: {temperature: 2}}\n",
+        "my.yaml:5: stages.0.pretrain.loss: is not used: pretrain always trains on cross-entropy; use a distill stage, or remove the key",
+    ),
+    "batch of broken windows": (
+        HEAD + STAGES + "trainer: {global_batch_tokens: 1000}\n",
+        "my.yaml:6: trainer.global_batch_tokens: 1,000 tokens are not a whole number of windows of data.seq_length=256; use 768 or 1,024",
+    ),
+    "micro-batch that does not divide": (
+        HEAD + STAGES + "trainer: {global_batch_tokens: 2048, micro_batch: 3}\n",
+        "my.yaml:6: trainer.micro_batch: 3 does not divide the 8 windows of an optimizer step "
+        "(global_batch_tokens=2,048 / seq_length=256); use 2 or 4",
+    ),
+    "more layers than a known teacher has": (
+        HEAD.replace("a/teacher", "HuggingFaceTB/SmolLM2-1.7B").replace("layers: 4", "layers: 30") + STAGES,
+        "my.yaml:2: student.keep.layers: 30 layers cannot be kept of a teacher that has 24; give 2 to 24",
+    ),
+    "more channels than a scratch teacher has": (
+        HEAD.replace("path: a/teacher", "scratch: {ffn: 256}") + "stages:\n  - prune: {structured: {ffn: 384}}\n",
+        "my.yaml:5: stages.0.prune.structured.ffn: keeps 384 FFN channels of a student that has 256 here",
+    ),
+    "group size that does not divide what pruning left": (
+        HEAD.replace("path: a/teacher", "scratch: {}") + "stages:\n  - prune: {structured: {ffn: 352}}\n"
+        "  - qat: {tokens: 1M, weights: {group_size: 64}}\n",
+        "my.yaml:6: stages.1.qat.weights.group_size: group_size=64 does not divide in_features=352; use 32 or 16, or skip the module "
+        "(the student's FFN channels at this stage)",
+    ),
+    "heads that do not divide": (
+        HEAD.replace("path: a/teacher", "scratch: {heads: 5}") + STAGES,
+        "my.yaml:1: teacher.scratch.heads: 5 does not divide hidden=192; change one of them",
+    ),
+    "export of nothing quantized": (
+        HEAD + STAGES + "  - export\n",
+        "my.yaml:6: stages.1.export: packs the codes that a 'qat' or 'quantize' stage writes, and never rounds; stages.0 (distill) "
+        "comes last before it and writes none; put one of the two before it",
+    ),
+    "export after training undid the codes": (
+        HEAD + "stages:\n  - quantize\n  - distill: {tokens: 1M}\n  - export\n",
+        "my.yaml:7: stages.2.export: packs the codes that a 'qat' or 'quantize' stage writes, and never rounds; stages.1 (distill) "
+        "comes last before it and writes none; put one of the two before it",
+    ),
+    "unknown export format": (
+        HEAD + "stages:\n  - quantize\n  - export: {formats: [gguf]}\n",
+        "my.yaml:6: stages.1.export.formats.0: wants 'compressed-tensors'; got 'gguf'",
+    ),
+    "unknown logger": (
+        HEAD + STAGES + "logger: wanbd\n",
+        "my.yaml:6: logger.kind: wants 'wandb', 'csv' or 'none'; got 'wanbd', did you mean 'wandb'?",
+    ),
+    "unsafe name of the run": (
+        "name: runs/x\n" + HEAD + STAGES,
+        "my.yaml:1: name: 'runs/x' cannot name a run; use letters, digits, '.', '_' and '-', at most 100, "
+        "a letter or digit first: it names a folder",
+    ),
+    "a list instead of a recipe": ("- distill\n", f"my.yaml:1: a recipe is a set of keys ({TOP_KEYS}); got a list of 1"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_recipe_is_refused_with_place_key_and_remedy(case: str, message: Callable[..., str]) -> None:
+    text, expected = BROKEN[case]
+    assert message(text) == expected
+
+
+def test_all_problems_of_a_file_are_told_at_once(message: Callable[..., str]) -> None:
+    text = HEAD.replace("seq_length: 256", "seq_lenght: 256") + (
+        "stages:\n  - distill: {tokens: 1m, warmup: 5, learning_rate: fast}\n  - qat: {weights: {bits: 9}}\n  - expotr\n"
+        "trainer: {devices: yes, precision: 16}\nlogger: tensorboard\n"
+    )
+    lines = message(text).splitlines()
+    assert lines[0] == "my.yaml has 9 problems:"
+    places = [line.strip().split(": ")[:2] for line in lines[1:]]
+    assert places == [
+        ["my.yaml:3", "data.seq_lenght"],
+        ["my.yaml:8", "trainer.devices"],
+        ["my.yaml:8", "trainer.precision"],
+        ["my.yaml:9", "logger.kind"],
+        ["my.yaml:5", "stages.0.distill.warmup"],
+        ["my.yaml:5", "stages.0.distill.tokens"],
+        ["my.yaml:5", "stages.0.distill.learning_rate"],
+        ["my.yaml:6", "stages.1.qat.weights.bits"],
+        ["my.yaml:7", "stages.2"],
+    ]
+
+
+def test_a_flood_of_problems_is_cut(message: Callable[..., str]) -> None:
+    lines = message("".join(f"key{n}: 1\n" for n in range(100))).splitlines()
+    assert lines[0] == "my.yaml has 103 problems:"
+    assert len(lines) == 42
+    assert lines[-1] == "  and 63 more"
+
+
+def test_data_without_a_file_is_told_by_key_path() -> None:
+    with pytest.raises(UserError) as caught:
+        recipe_from_dict({"student": {"path": "x"}, "data": {"builtin": "python-stdlib"}, "stages": [{"qat": {"tokens": "1x"}}]})
+    assert str(caught.value).splitlines() == [
+        "the recipe has 2 problems:",
+        "  needs the key 'name': the name of the run and its folder",
+        "  stages.0.qat.tokens: wants a whole number (64, 500k, 2M); got '1x'; suffixes are k, M and B (powers of 1000)",
+    ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), True, 1.5, {"a": 1}, [1]])
+def test_data_of_the_wrong_type_is_refused(value: object) -> None:
+    with pytest.raises(UserError, match=r"stages\.0\.qat\.tokens: wants a whole number"):
+        recipe_from_dict(
+            {"name": "x", "student": {"path": "x"}, "data": {"builtin": "python-stdlib"}, "stages": [{"qat": {"tokens": value}}]}
+        )
+
+
+def test_data_that_is_no_plain_value_is_refused() -> None:
+    with pytest.raises(UserError, match=r"recipe value data\.files\.0 is a object"):
+        recipe_from_dict({"name": "x", "data": {"files": [object()]}})

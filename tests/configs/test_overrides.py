@@ -1,0 +1,103 @@
+"""Overrides reach every key, are read like the file, and name what they cannot find."""
+
+from collections.abc import Callable
+
+import pytest
+
+from decoct.configs import Recipe
+
+TEXT = """\
+teacher: {path: a/teacher}
+student: {keep: {layers: 4}}
+data: {files: [a.txt], seq_length: 256}
+stages:
+  - distill: {tokens: 1M}
+  - prune: {magnitude: {keep: 0.5}}
+  - distill: {name: recover, tokens: 2M}
+  - qat: {tokens: 3M}
+  - export
+logger: wandb
+"""
+
+
+def test_values_are_read_like_those_of_the_file(load: Callable[..., Recipe]) -> None:
+    recipe = load(
+        TEXT,
+        [
+            "seed=7",
+            "trainer.precision=32",
+            "trainer.gradient_clip=50%",
+            "data.files=[x.txt, '*.jsonl']",
+            "student.keep.layers = 6",
+            "teacher.revision='null'",
+            "logger.project=mine",
+            "stages.0.betas=[0.8,0.99]",
+        ],
+    )
+    assert (recipe.seed, recipe.trainer.precision, recipe.trainer.gradient_clip) == (7, "32", 0.5)
+    assert recipe.data.files == ("x.txt", "*.jsonl")
+    assert recipe.student.keep is not None
+    assert recipe.student.keep.layers == 6
+    assert recipe.teacher is not None
+    assert recipe.teacher.revision == "null"
+    assert (recipe.logger.kind, recipe.logger.project) == ("wandb", "mine")
+    assert recipe.stages[0].settings.betas == (0.8, 0.99)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "stages.2.distill.tokens=2B",
+        "stages.2.tokens=2B",
+        "stages.recover.tokens=2B",
+        "stages.03-recover.tokens=2B",
+        "stages.recover.distill.tokens=2B",
+    ],
+)
+def test_a_stage_is_addressed_by_position_name_or_folder(override: str, load: Callable[..., Recipe]) -> None:
+    assert [getattr(entry.settings, "tokens", None) for entry in load(TEXT, [override]).stages] == [10**6, None, 2 * 10**9, 3 * 10**6, None]
+
+
+def test_a_stage_is_addressed_by_its_kind_when_there_is_one_of_it(load: Callable[..., Recipe]) -> None:
+    recipe = load(TEXT, ["stages.qat.weights.bits=8", "stages.qat.qat.tokens=4M", "stages.export.formats=[compressed-tensors]"])
+    assert (recipe.stages[3].settings.weights.bits, recipe.stages[3].settings.tokens) == (8, 4_000_000)
+
+
+def test_the_last_of_two_overrides_counts_and_null_takes_the_default(load: Callable[..., Recipe]) -> None:
+    recipe = load(TEXT, ["stages.0.tokens=5M", "stages.0.tokens=null", "stages.0.steps=9", "student.keep=null", "student.path=some/model"])
+    assert (recipe.stages[0].settings.tokens, recipe.stages[0].settings.steps) == (None, 9)
+    assert recipe.student.path == "some/model"
+
+
+def test_a_mended_key_is_no_problem_of_the_file(load: Callable[..., Recipe]) -> None:
+    assert load(TEXT.replace("seq_length: 256", "seq_length: short"), ["data.seq_length=512"]).data.seq_length == 512
+
+
+STAGES = "stages: 0 (01-distill), 1 (02-prune), 2 (03-recover), 3 (04-qat), 4 (05-export)"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("trainer.precison=32", ": trainer.precison: unknown key, did you mean 'precision'? valid here: devices, "),
+        ("trianer.precision=32", ": trianer: unknown key, did you mean 'trainer'? valid here: name, "),
+        ("trainer.precision=16", ": trainer.precision: wants '32' or 'bf16-mixed'; got '16'"),
+        ("stages.0.tokns=1M", ": stages.0.distill.tokns: unknown key, did you mean 'tokens'? valid here: name, tokens, "),
+        (
+            "stages.0.loss.temprature=2",
+            ": stages.0.distill.loss.temprature: unknown key, did you mean 'temperature'? valid here: divergence, ",
+        ),
+        ("stages.0.qat.tokens=1M", f": stages.0 is a 'distill' stage, not 'qat'; {STAGES}"),
+        ("stages.recver.tokens=1M", f": there is no stage 'recver', did you mean 'recover'? {STAGES}"),
+        ("stages.distill.tokens=1M", f": 'distill' is more than one stage; use the position; {STAGES}"),
+        ("stages.5.tokens=1M", f": there is no stage 5; {STAGES}"),
+        ("stages.5", ": write key=value, such as trainer.precision=32 or stages.1.tokens=2M"),
+        ("stages.0=3", f": name a stage and a key of it, such as stages.0.tokens=2M; {STAGES}"),
+        ("stages.0.distill=3", ": name a key of the stage, such as stages.0.tokens=2M"),
+        ("trainer..precision=32", ": write key=value, such as trainer.precision=32 or stages.1.tokens=2M"),
+        ("data.files.0=b.txt", ": data.files is a list; set it as a whole"),
+        ("data.seq_length.x=1", ": data.seq_length is a single value; set it as a whole"),
+    ],
+)
+def test_an_override_that_means_nothing_is_refused(override: str, expected: str, message: Callable[..., str]) -> None:
+    assert message(TEXT, [override]).startswith(f"override '{override}'{expected}")

@@ -1,0 +1,51 @@
+"""The page stands alone: pictures inside, nothing fetched, user text escaped."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from decoct.launch.report.build import write_report
+from decoct.launch.report.curves import read_curves
+from decoct.launch.report.page import render_page
+from decoct.launch.report.pictures import draw_all, render
+
+CURVES = {"01-distill": [{"stage": "01-distill", "step": s, "loss": 3.0 / s, "kl": 1.0 / s} for s in range(1, 9)]}
+
+
+def test_page_holds_table_pictures_and_recipe_and_loads_nothing(report: dict[str, Any]) -> None:
+    page = render_page(report, CURVES)
+    assert page.count("<svg") == 3
+    assert "compressed-tensors (re-read)" in page
+    assert "size-quality" in page
+    assert not re.search(r"<(script|link|img|iframe)\b", page)
+    assert not re.search(r"""(src|href)\s*=\s*["']https?:""", page.replace('xlink:href="#', ""))
+    assert "a &lt;b&gt;bold" in page
+    assert "a <b>bold" not in page
+
+
+def test_pictures_are_the_same_bytes_every_time(report: dict[str, Any]) -> None:
+    first, second = (render(draw_all(report, CURVES)["size-quality"], "svg") for _ in range(2))
+    assert first == second
+    assert render(draw_all(report, CURVES)["curves"], "png").startswith(b"\x89PNG")
+
+
+def test_picture_of_a_report_without_curves_or_sparsity(report: dict[str, Any]) -> None:
+    report["stages"][2]["layer_sparsity"] = [0.0, 0.0]
+    assert set(draw_all(report, {})) == {"size-quality"}
+
+
+def test_write_report_writes_three_files_that_agree(report: dict[str, Any], tmp_path: Path) -> None:
+    paths = write_report(report, tmp_path)
+    assert [p.name for p in paths] == ["report.json", "report.md", "report.html"]
+    assert json.loads(paths[0].read_text())["stages"] == report["stages"]
+    assert "| teacher |" in paths[1].read_text()
+    assert "top1 1" in paths[1].read_text()
+
+
+def test_curves_take_the_later_of_two_lines_and_leave_out_a_torn_last_one(tmp_path: Path) -> None:
+    lines = [{"stage": "a", "step": 1, "loss": 3.0}, {"stage": "a", "step": 2, "loss": 9.0}, {"stage": "a", "step": 2, "loss": 2.0}]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"stage": "a", "st')
+    assert [line["loss"] for line in read_curves(file)["a"]] == [3.0, 2.0]
+    assert read_curves(tmp_path / "none.jsonl") == {}

@@ -1,0 +1,53 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from decoct.launch.run.folder import RunFolder, StageFolder
+from decoct.models.errors import UserError
+
+
+def test_work_of_the_same_key_is_kept(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path / "01-distill")
+    assert folder.begin("k" * 64, "distill") == {}
+    (folder.path / "checkpoints").mkdir()
+    assert folder.begin("k" * 64, "distill")["state"] == "running"
+    assert (folder.path / "checkpoints").is_dir()
+
+
+def test_work_of_another_key_is_moved_aside_and_never_overwritten(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path / "01-distill")
+    for key in ("a" * 64, "b" * 64, "a" * 64, "b" * 64):
+        folder.begin(key, "distill")
+        (folder.path / "mark").write_text(key)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["01-distill", "01-distill.aaaaaaaa", "01-distill.aaaaaaaa-1", "01-distill.bbbbbbbb"]
+
+
+def test_broken_stage_file_names_the_file_and_the_remedy(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path / "01-distill")
+    folder.path.mkdir()
+    (folder.path / "stage.json").write_text("{")
+    with pytest.raises(UserError, match=r"stage\.json is not readable JSON .* delete the folder"):
+        folder.begin("k", "distill")
+
+
+def test_run_folder_that_cannot_be_made_is_a_readable_error(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file where a folder should be")
+    with pytest.raises(UserError, match="run folder"):
+        RunFolder(tmp_path / "runs" / "x").open("name: x")
+
+
+def test_open_writes_recipe_and_versions(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "x").open("name: x\n")
+    assert (tmp_path / "x" / "recipe.yaml").read_text() == "name: x\n"
+    assert json.loads((tmp_path / "x" / "versions.json").read_text())["packages"]["torch"]
+
+
+def test_drop_checkpoints_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    StageFolder(tmp_path).drop_checkpoints(keep=1)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
+    StageFolder(tmp_path).drop_checkpoints(keep=0)
+    assert not list((tmp_path / "checkpoints").iterdir())

@@ -1,0 +1,23 @@
+"""The kernels on a CPU: ``test_kernel.py`` in Triton's interpreter, and compiled for GPUs that need not be there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_kernels_equal_the_reference_in_the_interpreter(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    # a process of its own: triton reads the variable when it is first imported, and the GPU tests need it unset
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    tests = Path(__file__).with_name("test_kernel.py")
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", str(tests)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed, result.stdout
+    assert int(passed[1]) > 50

@@ -1,0 +1,160 @@
+import io
+import json
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from decoct.models.errors import UserError
+from decoct.trainer.loggers import build_loggers, finish_loggers, has_wandb_key, log_image, log_summary, log_table, wandb_arguments, wandb_run_id
+from decoct.trainer.metrics import MetricsSink
+from decoct.trainer.settings import LoggerSettings
+
+
+def _png() -> bytes:
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("RGB", (4, 3), (200, 10, 10)).save(out, "PNG")
+    return out.getvalue()
+
+
+def _records(path: Path) -> Iterator[bytes]:
+    """Payloads of a .wandb file: LevelDB's log format behind a header of 7 bytes."""
+    data, block, whole = path.read_bytes(), 32_768, b""
+    assert data[:4] == b":W&B"
+    position = 7
+    while position + 7 <= len(data):
+        if block - position % block < 7:
+            position += block - position % block
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        whole += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last fragment
+            yield whole
+            whole = b""
+
+
+def _read_back(run_dir: Path) -> list[dict[str, Any]]:
+    """What each offline part of a W&B run holds, read from its .wandb file."""
+    from wandb.proto import wandb_internal_pb2
+
+    parts = []
+    for path in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb")):
+        part: dict[str, Any] = {"config": {}, "history": [], "summary": {}}
+        for payload in _records(path):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(payload)
+            kind = record.WhichOneof("record_type")
+            if kind == "run":
+                part |= {"id": record.run.run_id, "project": record.run.project}
+                part["config"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            elif kind == "history":
+                part["history"].append({_key(item): json.loads(item.value_json) for item in record.history.item})
+            elif kind == "summary":
+                part["summary"] |= {_key(item): json.loads(item.value_json) for item in record.summary.update}
+        parts.append(part)
+    return parts
+
+
+def _key(item: Any) -> str:
+    return ".".join(item.nested_key) or item.key
+
+
+def _offline_part(run_dir: Path, steps: range, console: Console) -> None:
+    loggers = build_loggers(
+        LoggerSettings(kind="wandb", tags=("tiny",)), run_dir, name="tiny", config={"seed": 3, "stages": [{"distill": {"steps": 4}}]}, console=console
+    )
+    sink = MetricsSink(run_dir / "metrics.jsonl", loggers)
+    for step in steps:
+        sink.write("01-distill", step, {"loss": 2.0 / step, "kl": None})
+    log_table(loggers, "stages", ("step", "bytes"), [("teacher", 123), ("01-distill", 45)])
+    log_image(loggers, "size-against-quality", _png())
+    log_summary(loggers, {"final/perplexity": 12.5})
+    sink.close()
+
+
+def test_wandb_offline_parts_can_be_read_back_under_one_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere, run_dir = tmp_path / "cwd", tmp_path / "run"
+    elsewhere.mkdir()
+    run_dir.mkdir()
+    monkeypatch.chdir(elsewhere)
+    said = io.StringIO()
+    _offline_part(run_dir, range(1, 3), Console(file=said))
+    _offline_part(run_dir, range(3, 5), Console(file=said))
+    assert list(elsewhere.iterdir()) == [], "nothing beside the run folder"
+    shown = capfd.readouterr()
+    assert shown.out + shown.err == "", "W&B itself stays quiet"
+    identifier = (run_dir / "wandb-run-id.txt").read_text().strip()
+    assert [("offline" in line, identifier in line) for line in said.getvalue().splitlines()] == [(True, True)] * 2
+    parts = _read_back(run_dir)
+    assert [part["id"] for part in parts] == [identifier, identifier]
+    losses = [row["01-distill/loss"] for part in parts for row in part["history"] if "01-distill/loss" in row]
+    assert losses == [2.0, 1.0, 2.0 / 3, 0.5]
+    steps = [row["trainer/global_step"] for part in parts for row in part["history"] if "01-distill/loss" in row]
+    assert steps == [1, 2, 3, 4]
+    first = parts[0]
+    assert first["project"] == "decoct"
+    assert first["config"]["seed"] == 3
+    assert first["config"]["stages"] == [{"distill": {"steps": 4}}]
+    assert first["summary"]["final/perplexity"] == 12.5
+    kept = {path.name.split("_")[0]: path for path in run_dir.glob("wandb/offline-run-*/files/media/*/*") if path.is_file()}
+    table = json.loads(kept["stages"].read_text())
+    assert table["columns"] == ["step", "bytes"]
+    assert table["data"] == [["teacher", 123], ["01-distill", 45]]
+    assert kept["size-against-quality"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_keeps_its_id_and_runs_do_not_share_one(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first = wandb_run_id(tmp_path / "a")
+    assert wandb_run_id(tmp_path / "a") == first
+    assert wandb_run_id(tmp_path / "b") != first
+
+
+def test_keys_are_found_in_environment_and_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert not has_wandb_key()
+    (tmp_path / "netrc").write_text("machine example.org login user password secret\n")
+    os.chmod(tmp_path / "netrc", 0o600)
+    assert not has_wandb_key()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    assert has_wandb_key()
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert has_wandb_key()
+
+
+def test_with_a_key_the_run_is_online_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    wanted = wandb_arguments(LoggerSettings(kind="wandb"), tmp_path, "tiny", {})
+    assert (wanted["mode"], wanted["resume"], wanted["id"]) == ("online", "allow", wandb_run_id(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb_arguments(LoggerSettings(kind="wandb"), tmp_path, "tiny", {})["mode"] == "offline", "the environment has the last word"
+
+
+def test_csv_keeps_the_curves_of_every_start(tmp_path: Path) -> None:
+    for step in (1, 2):
+        loggers = build_loggers(LoggerSettings(kind="csv"), tmp_path, name="tiny", config={})
+        MetricsSink(tmp_path / "metrics.jsonl", loggers).write("a", step, {"loss": 0.5})
+        log_table(loggers, "stages", ("x",), [(1,)])
+        finish_loggers(loggers)
+    files = sorted(tmp_path.glob("csv/version_*/metrics.csv"))
+    assert [path.read_text().splitlines() for path in files] == [["a/loss,step", "0.5,1"], ["a/loss,step", "0.5,2"]]
+
+
+def test_none_is_nothing_and_others_are_refused(tmp_path: Path) -> None:
+    assert build_loggers(LoggerSettings(), tmp_path, name="tiny", config={}) == []
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="wandb, csv and none"):
+        build_loggers(LoggerSettings(kind="tensorboard"), tmp_path, name="tiny", config={})  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,97 @@
+"""Law 6: a run killed anywhere, twice, and started again ends in the same bits as one never killed."""
+
+import json
+import random
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+STEPS = 24
+
+
+def _start(command: list[str], work: Path, kind: str, pause: float) -> subprocess.Popen[str]:
+    options = [str(work), kind, f"steps={STEPS}", "every=5", "micro=4", f"pause={pause}"]
+    return subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _lines(work: Path) -> list[str]:
+    path = work / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _kill_after(process: subprocess.Popen[str], work: Path, step: int) -> int:
+    """SIGKILL once step ``step`` is in the metrics; returns the last step seen."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        lines = _lines(work)
+        if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
+            break
+        time.sleep(0.005)
+    process.kill()
+    _, err = process.communicate()
+    assert process.returncode == -9, f"it should have been running when it was killed: {err}"
+    return json.loads(_lines(work)[-1])["step"]
+
+
+def _finish(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def _final_files(work: Path) -> dict[str, bytes]:
+    folder = work / "stage/checkpoints" / f"step-{STEPS:08d}"
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def _numbers(work: Path) -> list[dict[str, float]]:
+    """All lines, without the two fields that tell of time."""
+    rows = [json.loads(line) for line in _lines(work)]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["distill", "prune", "qat"])
+def test_killed_twice_ends_in_the_same_bits(training_command: list[str], tmp_path: Path, kind: str) -> None:
+    straight, hurt = tmp_path / "straight", tmp_path / "hurt"
+    _finish(_start(training_command, straight, kind, pause=0.0))
+    draw = random.Random()
+    first, second = draw.randint(1, 9), draw.randint(13, 21)
+    killed = [_kill_after(_start(training_command, hurt, kind, pause=0.04), hurt, step) for step in (first, second)]
+    out = _finish(_start(training_command, hurt, kind, pause=0.0))
+    told = f"killed in or after steps {killed}"
+    assert f"resumed from {killed[1] // 5 * 5}" in out, told
+    assert _numbers(hurt) == _numbers(straight), told
+    wanted, found = _final_files(straight), _final_files(hurt)
+    assert wanted.keys() == found.keys() == {"student.safetensors", "optimizer.safetensors", "hooks.safetensors", "rng-0.safetensors"}
+    for name in wanted:
+        assert wanted[name] == found[name], f"{name} differs, {told}"
+
+
+@pytest.mark.slow
+def test_a_kill_during_a_save_loses_nothing(training_command: list[str], tmp_path: Path) -> None:
+    """Killed as soon as a save has begun to write, as often as it takes to finish; every start finds a whole checkpoint."""
+    work = tmp_path / "work"
+    folder = work / "stage/checkpoints"
+    newest = 0
+    for _ in range(3):
+        process = _start(training_command, work, "prune", pause=0.01)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            names = [path.name for path in folder.iterdir()] if folder.exists() else []
+            saving = [int(name.split(".")[1].removeprefix("step-")) for name in names if name.startswith(".step-") and name.endswith(".tmp")]
+            if any(step > newest for step in saving):
+                break
+            time.sleep(0.0005)
+        process.kill()
+        process.communicate()
+        whole = [int(path.name.removeprefix("step-")) for path in folder.glob("step-*")]
+        newest = max(whole, default=0)
+    straight = tmp_path / "straight"
+    _finish(_start(training_command, straight, "prune", pause=0.0))
+    out = _finish(_start(training_command, work, "prune", pause=0.0))
+    assert "damaged" not in out
+    assert _final_files(work) == _final_files(straight)
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]

@@ -1,0 +1,195 @@
+"""One tiny training stage, for tests and for the processes that tests start, kill and start again.
+
+As a script: ``python training_case.py WORK KIND [key=value ...]`` with the options of ``Case``.
+"""
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from decoct.losses.settings import LossSettings
+from decoct.models.families import decoder_linears
+from decoct.models.pruning.magnitude import zero_masks
+from decoct.models.teachers import LocalTeacher
+from decoct.qat.spec import QuantSpec
+from decoct.trainer.batch import BatchPlan
+from decoct.trainer.fit import FitResult, TrainingPlan, fit
+from decoct.trainer.hooks import KeepZeros, MaskHook, StepHook
+from decoct.trainer.metrics import MetricsSink
+from decoct.trainer.objective import Objective
+from decoct.trainer.settings import MagnitudeSettings
+from decoct.trainer.world import current_world
+
+VOCAB = 96
+SEQ = 16
+
+
+def tiny_model(seed: int = 0, *, dropout: float = 0.1, tied: bool = True, layers: int = 2) -> LlamaForCausalLM:
+    """A Llama of some 30,000 weights; the same for the same seed."""
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        attention_dropout=dropout,
+        tie_word_embeddings=tied,
+        max_position_embeddings=64,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
+
+
+class RandomWindows:
+    """Windows of random tokens; every third has masked labels and padding at its end, of its own length."""
+
+    seq_length = SEQ
+
+    def __init__(self, count: int = 40, seed: int = 5) -> None:
+        self.ids = torch.randint(0, VOCAB, (count, SEQ), generator=torch.Generator().manual_seed(seed))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = self.ids[index]
+        length = SEQ - (index % 7) if index % 3 == 0 else SEQ
+        real = torch.arange(SEQ) < length
+        return {"input_ids": ids.clone(), "labels": torch.where(real, ids, -100), "attention_mask": real.long()}
+
+
+class Pause:
+    """Makes steps slow enough to be killed in between; has no state."""
+
+    name = "pause"
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_start(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Nothing to prepare."""
+
+    def before_step(self, step: int) -> None:
+        """Nothing to do."""
+
+    def after_step(self, step: int) -> None:
+        """Wait."""
+        time.sleep(self.seconds)
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing to keep."""
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to restore."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a test varies."""
+
+    kind: str = "distill"
+    """distill, pretrain, prune (scheduled masks), sparse (kept zeros) or qat (sparse and quantized)."""
+    steps: int = 24
+    windows: int = 8
+    micro: int = 4
+    ranks: int = 1
+    every: int = 5
+    rate: float = 3e-3
+    clip: float = 1.0
+    decay: float = 0.1
+    precision: str = "32"
+    dropout: float = 0.1
+    seed: int = 3
+    pause: float = 0.0
+
+    def plan(self) -> TrainingPlan:
+        """The plan of this case."""
+        return TrainingPlan(
+            total_steps=self.steps,
+            batch=BatchPlan(
+                global_windows=self.windows, micro_batch=self.micro, accumulation=self.windows // self.micro // self.ranks
+            ),
+            learning_rate=self.rate,
+            seed=self.seed,
+            precision=self.precision,  # pyright: ignore[reportArgumentType]
+            gradient_clip=self.clip,
+            weight_decay=self.decay,
+            checkpoint_every=self.every,
+        )
+
+    def student(self) -> LlamaForCausalLM:
+        """The student as the stage finds it at every start."""
+        student = tiny_model(1, dropout=self.dropout)
+        if self.kind in ("sparse", "qat"):
+            for linear in decoder_linears(student).values():
+                linear.weight.data[linear.weight.data.abs() < 0.01] = 0.0
+        if self.kind == "qat":
+            from decoct.qat.modules import prepare
+
+            prepare(student, QuantSpec(bits=4, group_size=16))
+        return student
+
+    def hooks(self, student: nn.Module) -> list[StepHook]:
+        """What acts around each step."""
+        hooks: list[StepHook] = [Pause(self.pause)] if self.pause else []
+        linears: dict[str, Any] = decoder_linears(student)  # pyright: ignore[reportArgumentType]
+        if self.kind == "prune":
+            hooks.append(MaskHook(list(linears), MagnitudeSettings(keep=0.4, update_every=3), self.steps))
+        if self.kind in ("sparse", "qat"):
+            hooks.append(KeepZeros(zero_masks({name: module.weight for name, module in linears.items()})))
+        return hooks
+
+    def objective(self) -> Objective:
+        """Forward KL to a fixed teacher, or cross-entropy."""
+        if self.kind == "pretrain":
+            return Objective(None, LossSettings(hard_weight=1.0), v_eff=VOCAB)
+        return Objective(LocalTeacher(tiny_model(2, dropout=0.0), v_eff=VOCAB), LossSettings(hard_weight=0.25), v_eff=VOCAB)
+
+
+def run_case(case: Case, work: Path, *, console: Console | None = None, **changes: Any) -> tuple[FitResult, LlamaForCausalLM]:
+    """Run (or go on with) the stage in ``work``; ``changes`` replace arguments of ``fit``."""
+    student = changes.pop("student", None) or case.student()
+    arguments: dict[str, Any] = {
+        "work": work / "stage",
+        "stage": case.kind,
+        "metrics": MetricsSink(work / "metrics.jsonl" if current_world().is_first else None),
+        "hooks": case.hooks(student),
+        "console": console,
+    }
+    objective = changes.pop("objective", None) or case.objective()
+    windows = changes.pop("windows", None) or RandomWindows()
+    return fit(student, objective, windows, case.plan(), **{**arguments, **changes}), student
+
+
+def main() -> None:
+    """Run one case as the command line says."""
+    from decoct.models.errors import DecoctError
+
+    torch.set_num_threads(1)
+    work, kind, *options = sys.argv[1:]
+    case = Case(kind=kind)
+    for option in options:
+        key, value = option.split("=")
+        case = replace(case, **{key: type(getattr(case, key))(value)})
+    Path(work).mkdir(parents=True, exist_ok=True)
+    try:
+        result, _ = run_case(case, Path(work), console=Console(width=200))
+    except DecoctError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    print(f"done: {result.steps} steps, resumed from {result.resumed_from}")
+
+
+if __name__ == "__main__":
+    main()

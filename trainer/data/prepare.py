@@ -1,0 +1,191 @@
+"""Documents to training and evaluation windows, made once and kept in ``<cache>/tokens/<fingerprint>/``.
+
+A cache entry is ``train.tokens``, ``evaluation.tokens`` (and ``.lengths`` without packing) beside ``manifest.json`` with the size and
+sha256 of each. It is written under a temporary name and renamed, so it is there whole or not at all; one that was damaged later is
+made again.
+"""
+
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...models.errors import UserError
+from ...models.files import atomic_directory, check_free_space, clean_leftovers, sha256_file, sha256_json, write_json_atomic
+from ..settings import DataSettings
+from .split import join_neighbours, split_documents
+from .text import Documents, read_documents
+from .tokens import TokenStream, tokenizer_hash, write_tokens
+from .windows import Windows, write_packed, write_padded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 1
+"""Raised whenever the same settings would lead to other windows."""
+MANIFEST = "manifest.json"
+_LOG = logging.getLogger(__name__)
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedData:
+    """Tokenized text, split into what is trained on and what is held out."""
+
+    train: Windows
+    evaluation: Windows
+    fingerprint: str
+    """sha256 of the text, the tokenizer, the window length, packing and the split."""
+    text_fingerprint: str
+    """sha256 of the text alone."""
+    description: str
+    """What the text is, for people."""
+    path: Path
+    """The cache entry; ``open_prepared`` opens it on other ranks."""
+
+
+def prepare_data(
+    settings: DataSettings,
+    tokenizer: "PreTrainedTokenizerBase",
+    cache_dir: Path,
+    *,
+    documents: Documents | None = None,
+    say: Say = _LOG.warning,
+) -> PreparedData:
+    """Tokenize the text of ``settings``, or find it in the cache (rank 0).
+
+    Args:
+        cache_dir: The cache folder, from ``cache.cache_dir()``.
+        documents: The text, when it has been read already.
+        say: Told of damaged entries, and every ten seconds how far it is.
+
+    Raises:
+        UserError: anything wrong with the text (see ``read_documents``), too little of it, or no room in the cache.
+    """
+    documents = read_documents(settings) if documents is None else documents
+    facts = {
+        "format": FORMAT,
+        "text": documents.fingerprint,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "seq_length": settings.seq_length,
+        "packing": settings.packing,
+        "eval_tokens": settings.eval_tokens,
+    }
+    fingerprint = sha256_json(facts)
+    target = cache_dir / "tokens" / fingerprint
+    if target.exists():
+        damage = _damage(target, thorough=True)
+        if not damage:
+            return open_prepared(target)
+        say(f"tokenized text in {target} is damaged ({damage}); it is made again")
+    with _readable_errors(target.parent):
+        _clear(target)
+        _build(settings, tokenizer, documents, target, {"fingerprint": fingerprint, **facts}, say)
+    return open_prepared(target)
+
+
+def open_prepared(path: Path) -> PreparedData:
+    """Open a cache entry by its folder, as other ranks do with what rank 0 has made.
+
+    Raises: UserError when it is not there, or not whole.
+    """
+    if damage := _damage(path, thorough=False):
+        raise UserError(
+            f"tokenized text in {path} cannot be used ({damage}); run again to make it anew (all ranks need the same DECOCT_CACHE folder)"
+        )
+    manifest = json.loads((path / MANIFEST).read_text())
+    return PreparedData(
+        train=Windows.open(path / "train", manifest["seq_length"]),
+        evaluation=Windows.open(path / "evaluation", manifest["seq_length"]),
+        fingerprint=manifest["fingerprint"],
+        text_fingerprint=manifest["text"],
+        description=manifest["description"],
+        path=path,
+    )
+
+
+def _damage(path: Path, *, thorough: bool) -> str:
+    """What is wrong with a cache entry, '' when nothing is. Hashes are compared only when ``thorough``."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["format"] != FORMAT or manifest["fingerprint"] != path.name:
+            return f"{MANIFEST} belongs to another entry"
+        for name, file in manifest["files"].items():
+            if (path / name).stat().st_size != file["bytes"]:
+                return f"{name} has another size"
+            if thorough and sha256_file(path / name) != file["sha256"]:
+                return f"{name} has another hash"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {type(error).__name__}"
+    return ""
+
+
+def _clear(target: Path) -> None:
+    """Make room for a new entry: no damaged one, no leftovers of processes that died."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clean_leftovers(target.parent)
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    else:
+        target.unlink(missing_ok=True)
+
+
+@contextmanager
+def _readable_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        room = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "check its permissions"
+        raise UserError(
+            f"the tokenized text cannot be written to {folder} ({error.strerror or error}); {room}, or set the environment variable "
+            "DECOCT_CACHE to another folder. Nothing half-written was left behind."
+        ) from error
+
+
+def _build(
+    settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", documents: Documents, target: Path, facts: dict[str, Any], say: Say
+) -> None:
+    try:
+        with atomic_directory(target) as folder, _readable_errors(target.parent):
+            stream_file = folder / "stream"
+            stream = write_tokens(documents, tokenizer, stream_file, say=say, need_end=settings.packing)
+            check_free_space(folder, stream.tokens.nbytes, "the tokenized text (in the cache folder, environment variable DECOCT_CACHE)")
+            description = documents.description + _write_windows(settings, tokenizer, stream, folder)
+            del stream
+            stream_file.unlink()
+            files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.iterdir())}
+            write_json_atomic(folder / MANIFEST, {**facts, "description": description, "files": files})
+    except UserError:
+        # another run may have finished the same entry meanwhile: then there is nothing left to do
+        if _damage(target, thorough=False):
+            raise
+
+
+def _write_windows(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", stream: TokenStream, folder: Path) -> str:
+    """Write both sides; returns what the description has to add."""
+    length, most = settings.seq_length, settings.eval_tokens
+    split = split_documents(stream, seq_length=length, eval_tokens=most, packing=settings.packing)
+    if settings.packing:
+        counts = (
+            write_packed(folder / "train", stream.tokens, join_neighbours(split.train), length),
+            write_packed(folder / "evaluation", stream.tokens, join_neighbours(split.evaluation), length, most // length),
+        )
+    else:
+        # what padding holds is never looked at; any id that embeddings have will do
+        padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
+        counts = (
+            write_padded(folder / "train", stream.tokens, split.train, length, padding),
+            write_padded(folder / "evaluation", stream.tokens, split.evaluation, length, padding, most),
+        )
+    if not all(counts):
+        raise UserError(
+            f"the documents are too short: {counts[0]} training and {counts[1]} evaluation windows of two or more tokens; give more text"
+        )
+    return "" if split.whole else ", held out from the end of the text, inside a document"

@@ -1,0 +1,71 @@
+"""Which documents are held out: a rule that goes by their text alone, so that it is the same on every machine and in any order."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...models.errors import UserError
+from .tokens import TokenStream
+
+_WASTE = 10
+"""Whole documents may hold out a tenth of the text more than asked for; beyond that the text is split inside a document."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Token positions of both sides, int64 [num, 2]: begin and end of each document (or part of one)."""
+
+    train: np.ndarray
+    """In the text's order."""
+    evaluation: np.ndarray
+    """In the order of the documents' hashes."""
+    whole: bool
+    """Whether no document is on both sides."""
+
+
+def split_documents(stream: TokenStream, *, seq_length: int, eval_tokens: int, packing: bool) -> Split:
+    """Hold out the documents with the smallest hashes until they have ``eval_tokens`` tokens; train on the others.
+
+    Documents with the same text are held out together, and evaluated once. Where whole documents would hold out far more than was asked
+    for (one long file, or the same text over and over), the last ``eval_tokens`` tokens of the text are held out instead.
+
+    Raises:
+        UserError: one of the sides would be empty; the message names the key to lower.
+    """
+    total = int(stream.bounds[-1])
+    least = seq_length if packing else 2
+    _check_size(total, len(stream.hashes), least, seq_length, eval_tokens)
+    documents = np.stack([stream.bounds[:-1], stream.bounds[1:]], axis=1)
+    hashes, firsts = np.unique(stream.hashes, return_index=True)
+    held = np.cumsum(np.diff(documents[firsts])[:, 0])
+    count = int(np.searchsorted(held, eval_tokens)) + 1
+    if count <= len(held) and held[count - 1] <= eval_tokens + total // _WASTE:
+        train = documents[stream.hashes > hashes[count - 1]]
+        if np.diff(train).sum() >= least:
+            return Split(train, documents[firsts[:count]], whole=True)
+    cut = total - eval_tokens
+    before, after = documents[documents[:, 0] < cut], documents[documents[:, 1] > cut]
+    return Split(np.minimum(before, cut), np.maximum(after, cut), whole=False)
+
+
+def join_neighbours(segments: np.ndarray) -> np.ndarray:
+    """The same positions in the same order, int64 [num, 2], with segments that touch made one."""
+    if len(segments) == 0:
+        return segments
+    starts = np.flatnonzero(np.r_[True, segments[1:, 0] != segments[:-1, 1]])
+    ends = np.r_[starts[1:] - 1, len(segments) - 1]
+    return np.stack([segments[starts, 0], segments[ends, 1]], axis=1)
+
+
+def _check_size(total: int, documents: int, least: int, seq_length: int, eval_tokens: int) -> None:
+    text = f"the text has {total:,} tokens in {documents:,} document(s)"
+    if total < least:
+        raise UserError(f"{text}, fewer than one window of data.seq_length={seq_length:,}; give more text or lower data.seq_length")
+    if total - eval_tokens >= least:
+        return
+    most = total - least
+    remedy = f"lower data.eval_tokens to at most {most:,}" if most >= seq_length else "lower data.seq_length and data.eval_tokens"
+    raise UserError(
+        f"{text}: with data.eval_tokens={eval_tokens:,} held out, less than one window of data.seq_length={seq_length:,} is left to "
+        f"train on; give more text or {remedy}"
+    )

@@ -1,0 +1,146 @@
+"""Documents to one stream of token ids on disk, in bounded memory."""
+
+import hashlib
+import os
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...models.errors import UserError
+from ...models.files import sha256_json
+from .windows import DTYPE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PIECE_CHARACTERS = 1_000_000
+"""Longer documents are encoded in pieces, cut behind a line end: a tokenizer's memory grows with what it is given at once."""
+_BATCH_CHARACTERS = 2_000_000
+_BATCH_PIECES = 1024
+_REPORT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """All documents, one after the other."""
+
+    tokens: np.ndarray
+    """int32 [T], mapped from disk."""
+    bounds: np.ndarray
+    """int64 [D + 1]; document d is ``tokens[bounds[d]:bounds[d + 1]]``."""
+    hashes: np.ndarray
+    """uint64 [D], of each document's text: what the split goes by, the same on every machine."""
+
+
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """sha256 of all that decides token ids; padding and truncation, which calls switch on and off, are left out."""
+    import json
+
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        facts: Any = [type(tokenizer).__name__, tokenizer.get_vocab()]
+    else:
+        facts = {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")}
+    return sha256_json([facts, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id])
+
+
+def write_tokens(
+    documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", path: Path, *, say: Callable[[str], None], need_end: bool
+) -> TokenStream:
+    """Encode ``documents`` into the file ``path``: an end-of-text token behind each, a begin-of-text one where the tokenizer adds it.
+
+    Args:
+        say: Told every ten seconds how far it is.
+        need_end: Whether documents must be told apart by an end-of-text token (packing).
+
+    Raises:
+        UserError: ``need_end``, and the tokenizer has none.
+    """
+    if need_end and tokenizer.eos_token_id is None:
+        raise UserError(
+            "the tokenizer has no end-of-text token (eos_token), which packing puts between documents; name one in its "
+            "tokenizer_config.json, or set data.packing: false"
+        )
+    begin, end = _outer_ids(tokenizer)
+    bounds, hashes, total = array("q", [0]), array("Q"), 0
+    told = time.monotonic()
+    with path.open("wb") as file, _tokenizers_in_parallel():
+        for batch in _batches(documents):
+            ids = array("i")
+            for (digest, first, last, _), part in zip(batch, _encode(tokenizer, [piece[3] for piece in batch])):
+                ids.extend([*(begin if first else ()), *part, *(end if last else ())])
+                if last:
+                    bounds.append(total + len(ids))
+                    hashes.append(digest)
+            total += len(ids)
+            file.write(np.array(ids, dtype=DTYPE).data)
+            if time.monotonic() - told > _REPORT_SECONDS:
+                told = time.monotonic()
+                say(f"tokenized {len(hashes):,} documents, {total:,} tokens")
+    tokens = np.memmap(path, dtype=DTYPE, mode="r") if total else np.empty(0, dtype=DTYPE)
+    return TokenStream(tokens, np.frombuffer(bounds, dtype=np.int64), np.frombuffer(hashes, dtype=np.uint64))
+
+
+def _outer_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    """Ids put before and behind each document. Begin-of-text only where the tokenizer itself starts a text with it (Llama does)."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    starts: Any = tokenizer("a")["input_ids"]
+    begin = [bos] if isinstance(bos, int) and len(starts) > 1 and starts[0] == bos else []
+    return begin, [eos] if isinstance(eos, int) else []
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
+    ids: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)
+    return ids["input_ids"]
+
+
+_Piece = tuple[int, bool, bool, str]
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[_Piece]]:
+    """(hash of the document, first piece, last piece, text) in batches of about two million characters."""
+    batch: list[_Piece] = []
+    size = 0
+    for text in documents:
+        digest = int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
+        at = 0
+        while at < len(text):
+            cut = _piece_end(text, at)
+            batch.append((digest, at == 0, cut == len(text), text[at:cut]))
+            size += cut - at
+            at = cut
+            if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_PIECES:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _piece_end(text: str, at: int) -> int:
+    if len(text) - at <= PIECE_CHARACTERS:
+        return len(text)
+    line_end = text.rfind("\n", at, at + PIECE_CHARACTERS)
+    return line_end + 1 if line_end >= 0 else at + PIECE_CHARACTERS
+
+
+@contextmanager
+def _tokenizers_in_parallel() -> Iterator[None]:
+    """Threads while encoding; afterwards off, because data loader workers are forked (the library warns of that otherwise).
+
+    A choice that the user has made in the environment is kept.
+    """
+    name = "TOKENIZERS_PARALLELISM"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        os.environ[name] = "false"

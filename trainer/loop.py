@@ -1,0 +1,188 @@
+"""What happens around Lightning's loop: restore before the first step; hooks, metrics, progress and checkpoints after each."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from ..models.errors import UserError
+from .checkpoints import (
+    Checkpoint,
+    TrainingState,
+    load_optimizer_tensors,
+    load_student_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+    student_tensors,
+)
+from .hooks import StepHook
+from .metrics import MetricsSink
+from .module import StepRecord, TrainingModule
+from .plan import TrainingPlan
+from .progress import Progress
+from .rng import capture_generators, derive_seed, restore_generators, seed_generators
+from .world import World, gather_bytes, value_of_first
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageLoop:
+    """The surroundings of one stage's training; everything that is not arithmetic."""
+
+    stage: str
+    plan: TrainingPlan
+    folder: Path
+    """Where checkpoints go."""
+    world: World
+    metrics: MetricsSink
+    progress: Progress
+    say: Say
+
+
+def hook_tensors(hooks: Sequence[StepHook]) -> dict[str, Tensor]:
+    """State of all hooks as ``<hook>/<tensor>``."""
+    return {f"{hook.name}/{key}": value for hook in hooks for key, value in hook.state().items()}
+
+
+def restore(checkpoint: Checkpoint, student: nn.Module, optimizer: torch.optim.Optimizer, hooks: Sequence[StepHook]) -> None:
+    """Put student, optimizer and hooks (started already) back to where the checkpoint was taken."""
+    load_student_tensors(student, checkpoint.tensors("student"))
+    load_optimizer_tensors(student, optimizer, checkpoint.tensors("optimizer"))
+    saved = checkpoint.tensors("hooks")
+    known = {hook.name for hook in hooks}
+    if foreign := sorted({name.split("/", 1)[0] for name in saved} ^ {name.split("/", 1)[0] for name in hook_tensors(hooks)}):
+        raise UserError(f"{checkpoint.path} was written with other hooks than this stage has ({sorted(known)}): {foreign[0]} differs")
+    for hook in hooks:
+        prefix = f"{hook.name}/"
+        hook.load({name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)})
+
+
+class LoopCallback(pl.Callback):
+    """Lightning's side of ``StageLoop``. ``tokens``, ``seconds`` and ``last`` tell what became of the stage."""
+
+    def __init__(self, loop: StageLoop, checkpoint: Checkpoint | None) -> None:
+        self.loop = loop
+        self.checkpoint = checkpoint
+        self.tokens = checkpoint.state.tokens if checkpoint else 0
+        self.saved_step = checkpoint.state.step if checkpoint else 0
+        self.stopped_by: int | None = None
+        self.last: Mapping[str, float | int | None] = {}
+        self._seconds_before = checkpoint.state.seconds if checkpoint else 0.0
+        self._begun = self._step_begun = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Training time over all starts."""
+        return self._seconds_before + time.perf_counter() - self._begun
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Everything is on its device: restore, or seed and start afresh."""
+        assert isinstance(pl_module, TrainingModule)
+        loop, optimizer = self.loop, trainer.optimizers[0]
+        for hook in pl_module.hooks:
+            hook.on_start(pl_module.student, optimizer)
+        if self.checkpoint is not None:
+            restore(self.checkpoint, pl_module.student, optimizer, pl_module.hooks)
+        self._set_generators(pl_module.device)
+        pl_module.signals.install()
+        self._begun = self._step_begun = time.perf_counter()
+        loop.progress.start(loop.stage, loop.plan.total_steps, pl_module.steps_done)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After the last micro-batch of a step: hooks, one metrics line, a checkpoint when it is due."""
+        assert isinstance(pl_module, TrainingModule)
+        record = pl_module.take_record()
+        if record is None:
+            return
+        for hook in pl_module.hooks:
+            hook.after_step(record.step)
+        self._tell(record)
+        self.stopped_by = record.stop
+        plan = self.loop.plan
+        if record.step == plan.total_steps or record.step % plan.checkpoint_every == 0 or record.stop is not None:
+            self._save(pl_module, trainer.optimizers[0], record.step)
+            self._step_begun = time.perf_counter()
+        if record.stop is not None:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The loop has ended well."""
+        self._end(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """The loop has ended badly; the exception goes on."""
+        self._end(pl_module)
+
+    def _end(self, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        pl_module.signals.uninstall()
+        self.loop.progress.stop()
+
+    def _set_generators(self, device: torch.device) -> None:
+        loop, step = self.loop, self.saved_step
+        saved = self.checkpoint.generators(loop.world.rank) if self.checkpoint else None
+        if saved is not None:
+            restore_generators(saved, device)
+            return
+        if self.checkpoint is not None:
+            loop.say(f"{loop.stage}: the checkpoint has no generator state of rank {loop.world.rank}; dropout is seeded anew from step {step}")
+        seed_generators(derive_seed(loop.plan.seed, "dropout", loop.world.rank, step))
+
+    def _tell(self, record: StepRecord) -> None:
+        now = time.perf_counter()
+        self.tokens += record.input_tokens
+        speed = record.input_tokens / max(now - self._step_begun, 1e-9)
+        self._step_begun = now
+        self.last = {"tokens": self.tokens, **record.values, "tokens_per_second": speed, "seconds": self.seconds}
+        self.loop.metrics.write(self.loop.stage, record.step, self.last)
+        loss = record.values["loss"]
+        assert loss is not None
+        self.loop.progress.update(record.step, loss, record.input_tokens)
+
+    def _save(self, module: TrainingModule, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Rank 0 writes for all. A save that fails is told and training goes on, except after the last step."""
+        loop = self.loop
+        generators = gather_bytes(capture_generators(module.device))
+        problem = self._write(module, optimizer, step, generators) if loop.world.is_first else ""
+        if not value_of_first(int(bool(problem))):
+            self.saved_step = step
+            return
+        if step == loop.plan.total_steps or self.stopped_by is not None:
+            raise UserError(
+                f"the checkpoint of step {step} could not be written: {problem or 'see rank 0'}. Checkpoints written before are as they were "
+                f"(the newest is of step {self.saved_step}). Make room or change the run folder, and run again: training continues there."
+            )
+
+    def _write(self, module: TrainingModule, optimizer: torch.optim.Optimizer, step: int, generators: list[bytes]) -> str:
+        """Save on rank 0; returns what went wrong, '' when nothing did."""
+        from safetensors import SafetensorError
+
+        loop = self.loop
+        state = TrainingState(
+            step=step,
+            sample_index=step * loop.plan.batch.global_windows,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            world=loop.world.size,
+            plan=loop.plan.identity(),
+        )
+        try:
+            loop.metrics.flush()
+            save_checkpoint(
+                loop.folder,
+                state,
+                student=student_tensors(module.student),
+                optimizer=optimizer_tensors(module.student, optimizer),
+                hooks=hook_tensors(module.hooks),
+                generators=generators,
+            )
+        except (OSError, SafetensorError, UserError) as error:
+            loop.say(f"{loop.stage}: the checkpoint of step {step} could not be written ({error}); training goes on, the ones before it are kept")
+            return str(error)
+        return ""
