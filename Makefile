@@ -39,7 +39,7 @@ lint: install
 	$(BIN)/ruff check .
 
 types: install
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 test: install ## every test but those of the serving stacks
 	$(TEST) -m 'not serving' $(PYTEST_ARGS)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .families import Family, family_of
-from .vocabulary import effective_vocab
+from .vocabulary import check_head_rows, effective_vocab
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -163,14 +163,10 @@ def trim_vocabulary(model: "PreTrainedModel", v_eff: int) -> int:
     Raises:
         UserError: the model has fewer than ``v_eff`` rows.
     """
+    check_head_rows(model, v_eff)
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     rows = embedding.weight.shape[0]
-    if rows < v_eff or head.weight.shape[0] < v_eff:
-        raise UserError(
-            f"the model has {min(rows, head.weight.shape[0])} vocabulary rows but its tokenizer has {v_eff} tokens; "
-            "use the tokenizer that belongs to the model"
-        )
     tied = head.weight is embedding.weight
     embedding.weight = _first_rows(embedding.weight, v_eff)
     embedding.num_embeddings = v_eff

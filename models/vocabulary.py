@@ -39,7 +39,7 @@ def check_same_vocabulary(teacher_tokenizer: "PreTrainedTokenizerBase", student_
             f"id {index}: teacher {_show(teacher.get(index))}, student {_show(student.get(index))}" for index in differing[:_SHOWN]
         )
         raise UserError(
-            f"teacher and student have different vocabularies ({len(teacher):,} and {len(student):,} tokens, {len(differing):,} ids differ): "
+            f"teacher and student have different vocabularies ({len(teacher):,} and {len(student):,} tokens; {len(differing):,} differ): "
             f"{examples}; distillation compares the two models token by token, so give a student with the teacher's tokenizer"
         )
     return effective_vocab(teacher_tokenizer)

@@ -99,7 +99,7 @@ def load_quant_state(folder: Path) -> QuantState:
     file = folder / QUANT_FILE
     record = read_record(folder).get("quant")
     if record is None or not file.is_file():
-        raise UserError(f"{folder} holds no codes ({QUANT_FILE} and its record): run 'decoct qat' or 'decoct quantize' on the model first.")
+        raise UserError(f"{folder} holds no codes ({QUANT_FILE} and its record): run the stage 'qat' or 'quantize' on the model first.")
     state = _from_record(record, _read_tensors(file), file)
     state.check(str(file))
     if state.hash() != record.get("hash"):

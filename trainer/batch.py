@@ -35,7 +35,7 @@ def derive_batch(global_batch_tokens: int, seq_length: int, world: int, micro_ba
     unit = seq_length * world
     if global_batch_tokens < unit or global_batch_tokens % unit:
         below = global_batch_tokens // unit * unit
-        nearest = f"{below:,} or {below + unit:,}" if below else f"{unit:,}"
+        nearest = f"{below:,} or {below + unit:,}" if below > 0 else f"{unit:,}"
         ranks = f" x {world} processes" if world > 1 else ""
         raise UserError(
             f"trainer.global_batch_tokens={global_batch_tokens:,} must be a multiple of {unit:,} "

@@ -122,7 +122,11 @@ def fit(
         try:
             trainer.fit(module, _loader(windows, plan, world, start))
         except NonFiniteError as error:
-            kept = f"The checkpoint of step {callback.saved_step} is kept in {folder}." if callback.saved_step else "No checkpoint was written yet."
+            kept = (
+                f"The checkpoint of step {callback.saved_step} is kept in {folder}."
+                if callback.saved_step
+                else "No checkpoint was written yet."
+            )
             raise NonFiniteError(f"{stage}: {error} {kept}") from None
     student.eval()
     if callback.stopped_by is not None:
@@ -133,7 +137,11 @@ def fit(
     if module.steps_done != plan.total_steps:
         raise RuntimeError(f"{stage}: training ended after step {module.steps_done} of {plan.total_steps}")
     return FitResult(
-        steps=plan.total_steps, tokens=callback.tokens, seconds=callback.seconds, resumed_from=start if found else None, metrics=callback.last
+        steps=plan.total_steps,
+        tokens=callback.tokens,
+        seconds=callback.seconds,
+        resumed_from=start if found else None,
+        metrics=callback.last,
     )
 
 

@@ -131,7 +131,9 @@ class LoopCallback(pl.Callback):
             restore_generators(saved, device)
             return
         if self.checkpoint is not None:
-            loop.say(f"{loop.stage}: the checkpoint has no generator state of rank {loop.world.rank}; dropout is seeded anew from step {step}")
+            loop.say(
+                f"{loop.stage}: the checkpoint has no generator state of rank {loop.world.rank}; dropout is seeded anew from step {step}"
+            )
         seed_generators(derive_seed(loop.plan.seed, "dropout", loop.world.rank, step))
 
     def _tell(self, record: StepRecord) -> None:
@@ -183,6 +185,8 @@ class LoopCallback(pl.Callback):
                 generators=generators,
             )
         except (OSError, SafetensorError, UserError) as error:
-            loop.say(f"{loop.stage}: the checkpoint of step {step} could not be written ({error}); training goes on, the ones before it are kept")
+            loop.say(
+                f"{loop.stage}: the checkpoint of step {step} could not be written ({error}); training goes on, the ones before it are kept"
+            )
             return str(error)
         return ""

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..losses.linear_divergence import linear_divergence
+from ..losses.linear_divergence import Backend, linear_divergence
 from ..losses.linear_divergence.inputs import TeacherHidden
 from ..losses.settings import LossSettings
 from ..losses.shift import shift_for_next_token
 from ..losses.sums import LossSums
+from ..models.errors import UserError
 from ..models.families import backbone_and_head, head_transform
 from ..models.teachers import Teacher
 
@@ -22,9 +23,16 @@ class Objective:
         settings: Divergence, temperature, hard-label weight; a weight of 1 leaves the teacher unused.
         v_eff: Tokens of the real vocabulary; heads are sliced to it.
         backend: Back end of ``linear_divergence``.
+
+    Raises:
+        UserError: the loss needs a teacher and there is none.
     """
 
-    def __init__(self, teacher: Teacher | None, settings: LossSettings, *, v_eff: int, backend: str = "auto") -> None:
+    def __init__(self, teacher: Teacher | None, settings: LossSettings, *, v_eff: int, backend: Backend = "auto") -> None:
+        if teacher is None and settings.hard_weight < 1:
+            raise UserError(
+                f"loss.hard_weight={settings.hard_weight:g} needs a teacher; name one, or set hard_weight: 1 to train on the text alone"
+            )
         self.settings = settings
         self.v_eff = v_eff
         self.teacher = None if settings.hard_weight == 1 else teacher

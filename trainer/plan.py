@@ -53,4 +53,3 @@ class TrainingPlan:
         for name in ("batch", "checkpoint_every", "num_workers", "deterministic"):
             del fields[name]
         return {**fields, "betas": list(self.betas), "global_windows": self.batch.global_windows}
-

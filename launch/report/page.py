@@ -26,7 +26,7 @@ def render_page(report: dict[str, Any], curves: Curves) -> str:
     for name, figure in draw_all(report, curves).items():
         svg = render(figure, "svg").decode()
         pictures.append({"name": name, "svg": Markup(svg[svg.index("<svg") :]), "caption": _CAPTIONS[name]})
-    source = resources.files(__package__).joinpath("page.html.j2").read_text()
+    source = resources.files("decoct.launch.report").joinpath("page.html.j2").read_text()
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined).from_string(
         source
     )

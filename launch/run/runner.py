@@ -22,7 +22,6 @@ from .session import Session
 from .stage_key import stage_key
 
 if TYPE_CHECKING:
-
     from ...configs.recipe import Recipe, StageEntry
 
 
@@ -76,8 +75,8 @@ class Runner:
 
     def _open_metrics(self, plain: dict[str, Any]) -> MetricsSink:
         if not self.world.is_first:
-            return MetricsSink(self.folder.metrics, writes=False)
-        loggers = build_loggers(self.recipe.logger, self.folder.path, name=self.recipe.name, config=plain, say=self._say)
+            return MetricsSink(None)
+        loggers = build_loggers(self.recipe.logger, self.folder.path, name=self.recipe.name, config=plain, console=self.console)
         return MetricsSink(self.folder.metrics, loggers)
 
     def _teacher(self, origin: Origin) -> TeacherRef | None:

@@ -17,7 +17,7 @@ from ..sums import LossSums
 from .closed_form import BUFFERS_ALONE, BUFFERS_WITH_TEACHER, BlockValues, cross_entropy_block, divergence_block
 from .inputs import HiddenStates, LogitTransform, Problem, TeacherLogits
 
-CPU_BUDGET_BYTES = 2**24
+CPU_BUDGET_BYTES = 2**25
 """Of all [rows, V] buffers together: about what stays in a last-level cache."""
 BUDGET_BYTES = 2**29
 """The same on accelerators, whose matrix products want more rows."""

@@ -5,6 +5,7 @@ and its DDP buckets; this one is invisible to ``nn.Module``, is shared by copies
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, runtime_checkable
 
 import torch
@@ -119,7 +120,7 @@ class LocalTeacher:
 
 
 def load_teacher(
-    path: str,
+    path: str | Path,
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",

@@ -1,0 +1,157 @@
+"""Exporters: a quantized folder becomes a packed one that serving stacks load, checked before it appears under its name.
+
+``export_folder`` does what all formats share; each format is a file of its own, registered in ``EXPORTERS``.
+"""
+
+import difflib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...models.errors import DecoctError, UserError
+from ...models.files import atomic_directory, check_free_space, sha256_file, write_json_atomic
+from ...models.folder import RECORD
+from ..exactness import rebuilt_hashes
+from ..footprint import folder_bytes
+from ..runtimes import check_runtimes
+from . import compressed_tensors
+from .card import CardFacts, card_text
+from .source import ExportSource, open_source
+
+# What a tokenizer consists of in any transformers version, and how text is generated; weights and records are written anew.
+_COPIED_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_COPIED_FOLDERS = ("additional_chat_templates",)
+_RECORD_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """One format."""
+
+    check: Callable[[ExportSource], None]
+    """UserError when the format cannot hold the model exactly."""
+    planned_bytes: Callable[[ExportSource], int]
+    config: Callable[[ExportSource], dict[str, Any]]
+    """The content of config.json."""
+    write: Callable[[Path, ExportSource], None]
+    """Writes the weight files into a folder."""
+
+
+EXPORTERS: dict[str, Exporter] = {
+    compressed_tensors.NAME: Exporter(
+        check=compressed_tensors.check,
+        planned_bytes=compressed_tensors.planned_bytes,
+        config=compressed_tensors.exported_config,
+        write=compressed_tensors.write,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """What was written."""
+
+    format: str
+    path: Path
+    bytes: int
+    """Bytes of the weight files."""
+    exact: bool
+    """An independent reader rebuilt every weight of the source element by element (always true: anything else is an error)."""
+    runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """As ``qat.runtimes.check_runtimes`` gives them; {} when not asked for."""
+
+
+def export_folder(source: Path, target: Path, format: str, *, runtimes: bool = True) -> ExportResult:
+    """Pack a quantized model folder, check the result, and only then give it its name.
+
+    Codes and scales are stored as trained, nothing is rounded again. An independent reader rebuilds every weight and compares; with
+    ``runtimes`` every installed runtime loads the folder in a fresh process and is compared too.
+
+    Args:
+        source: A folder that ``qat`` or ``quantize`` wrote.
+        target: The folder to make; it must not exist.
+        format: A name in ``EXPORTERS``.
+        runtimes: Also load it in installed runtimes (some seconds; a runtime that is not installed is reported, not an error).
+
+    Raises:
+        UserError: unknown format, a source without codes or with damaged ones, a lattice the format cannot hold, an existing target,
+            a disk that refuses.
+        DecoctError: the result is not exact, or a runtime computes other logits. In every case nothing is left behind.
+    """
+    exporter = EXPORTERS.get(format)
+    if exporter is None:
+        near = difflib.get_close_matches(format, EXPORTERS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"format {format!r} is not one of {', '.join(EXPORTERS)}{hint}")
+    source, target = Path(source), Path(target)
+    with atomic_directory(target) as folder:
+        opened = open_source(source)
+        exporter.check(opened)
+        check_free_space(folder, exporter.planned_bytes(opened), f"the export {target}")
+        write_json_atomic(folder / "config.json", exporter.config(opened))
+        exporter.write(folder, opened)
+        _copy_companions(source, folder)
+        hashes = _check_exact(folder, opened)
+        seen = _checked_runtimes(folder) if runtimes else {}
+        size = folder_bytes(folder)
+        (folder / "README.md").write_text(card_text(_facts(opened, target.name, size, seen)), encoding="utf-8")
+        _write_record(folder, opened, {"format": format, "bytes": size, "weights": hashes, "runtimes": seen})
+    return ExportResult(format=format, path=target, bytes=size, exact=True, runtimes=seen)
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    for name in _COPIED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    for name in _COPIED_FOLDERS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
+
+
+def _check_exact(folder: Path, source: ExportSource) -> dict[str, str]:
+    hashes, problems = rebuilt_hashes(folder, source)
+    if problems:
+        raise DecoctError(
+            f"the export is not exact: {problems[0]} ({len(problems)} problems in all). This is a fault of decoct, not of the model; "
+            "nothing was left behind. Please report it."
+        )
+    return hashes
+
+
+def _checked_runtimes(folder: Path) -> dict[str, dict[str, Any]]:
+    seen = check_runtimes(folder)
+    for name, outcome in seen.items():
+        if outcome["status"] in ("differs", "failed"):
+            raise DecoctError(
+                f"{name} ({outcome['version'] or 'version unknown'}) does not run the export as it was trained: {outcome['reason']}. "
+                "Nothing was left behind; try another version of the runtime."
+            )
+    return seen
+
+
+def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[str, Any]]) -> CardFacts:
+    return CardFacts(
+        name=name,
+        base_model=source.record.get("base_model"),
+        model_type=str(source.config.get("model_type", "unknown")),
+        spec=source.state.spec,
+        quantized=len(source.state.modules),
+        unquantized=source.unquantized_linears,
+        parameters=source.structure.parameters,
+        weight_bytes=size,
+        metrics=source.record.get("metrics") or {},
+        runtimes=runtimes,
+    )
+
+
+def _write_record(folder: Path, source: ExportSource, export: dict[str, Any]) -> None:
+    """decoct.json: the source's record, what the export's weights hash to, and the sha256 of every other file."""
+    files = {str(file.relative_to(folder).as_posix()): sha256_file(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+    record = {**source.record, "format": _RECORD_FORMAT, "quant": source.state.record(), "export": export, "files": files}
+    (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoct.configs import Recipe, load_recipe, recipe_from_dict, resolved
@@ -84,6 +84,7 @@ CONFIG_VALUES = st.recursive(
 )
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     tokens=st.integers(1, 10**15),
     rate=st.floats(1e-12, 1e3),

@@ -38,6 +38,10 @@ BROKEN = {
         HEAD + "stages:\n  - prune:\n      magnitude: {kep: 0.7}\n",
         "my.yaml:6: stages.0.prune.magnitude.kep: unknown key, did you mean 'keep'? valid here: keep, scope, update_every, heal",
     ),
+    "mistyped key that alone is missing": (
+        HEAD.replace("keep:", "kep:") + STAGES,
+        "my.yaml:2: student.kep: unknown key, did you mean 'keep'? valid here: path, keep, config, revision",
+    ),
     "mistyped key of a stage": (
         HEAD + "stages:\n  - distill:\n      tokens: 1M\n      wramup: 0.1\n",
         f"my.yaml:7: stages.0.distill.wramup: unknown key, did you mean 'warmup'? valid here: {STAGE_KEYS}",

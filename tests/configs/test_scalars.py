@@ -4,7 +4,7 @@ from decimal import Decimal
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoct.configs.nodes import Scalar
@@ -85,11 +85,13 @@ def test_quotes_make_text() -> None:
     assert read_scalar(Scalar("500k", "", plain=False), int) == 500_000
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_every_float_survives_its_text(value: float) -> None:
     assert read_scalar(Scalar(repr(value), ""), float) == value
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.integers(0, 10**12), st.sampled_from(["k", "M", "B"]))
 def test_suffixes_are_powers_of_1000(number: int, suffix: str) -> None:
     parsed = parse_number(f"{number}{suffix}")

@@ -156,7 +156,9 @@ def test_a_damaged_step_can_be_saved_again_and_its_remains_go(tmp_path: Path) ->
 def test_remains_of_a_killed_save_are_neither_read_nor_kept(tmp_path: Path) -> None:
     path = _save(tmp_path, 5)
     # what a process of this host that is gone had begun to write
-    gone = subprocess.run([sys.executable, "-c", "import os, socket; print(f'{socket.gethostname()}-{os.getpid()}')"], capture_output=True, text=True)
+    gone = subprocess.run(
+        [sys.executable, "-c", "import os, socket; print(f'{socket.gethostname()}-{os.getpid()}')"], capture_output=True, text=True
+    )
     leftover = tmp_path / f".step-00000010.{gone.stdout.strip()}-0123abcd.tmp"
     shutil.copytree(path, leftover)
     found, _ = find_newest_verified(tmp_path)
@@ -168,7 +170,11 @@ def test_remains_of_a_killed_save_are_neither_read_nor_kept(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("other", "named"),
-    [(lambda: _Net(8), "embed.weight is (6, 4)"), (lambda: _Net().to(torch.bfloat16), "bfloat16"), (lambda: nn.Linear(2, 2), "names differ")],
+    [
+        (lambda: _Net(8), "embed.weight is (6, 4)"),
+        (lambda: _Net().to(torch.bfloat16), "bfloat16"),
+        (lambda: nn.Linear(2, 2), "names differ"),
+    ],
 )
 def test_another_model_is_refused_before_it_is_touched(tmp_path: Path, other: type, named: str) -> None:
     checkpoint = Checkpoint(_save(tmp_path, 5), _state(5))

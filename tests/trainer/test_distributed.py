@@ -1,6 +1,7 @@
 """Law 1 over processes: a real torchrun with two ranks (gloo) against one process with the same global batch."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,10 @@ def test_two_ranks_give_the_curve_of_one(training_command: list[str], tmp_path: 
         assert _worst(tmp_path / "one", tmp_path / "two", name) < 1e-5, name
     assert [row["tokens"] for row in _rows(tmp_path / "one")] == [row["tokens"] for row in _rows(tmp_path / "two")]
     assert out.count("step 20/20") == 1, "rank 0 alone shows progress"
-    assert {path.name for path in (tmp_path / "two/stage/checkpoints/step-00000020").glob("rng-*")} == {"rng-0.safetensors", "rng-1.safetensors"}
+    assert {path.name for path in (tmp_path / "two/stage/checkpoints/step-00000020").glob("rng-*")} == {
+        "rng-0.safetensors",
+        "rng-1.safetensors",
+    }
 
 
 def test_two_ranks_resume_in_the_same_bits_and_one_can_take_over(training_command: list[str], tmp_path: Path) -> None:
@@ -51,7 +55,7 @@ def test_two_ranks_resume_in_the_same_bits_and_one_can_take_over(training_comman
     script = training_command[-1]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     _torchrun(script, straight, *common, "steps=12", "micro=2", "ranks=2")
-    _torchrun(script, stopped, *common, "steps=12", "micro=2", "ranks=2")
+    shutil.copytree(straight, stopped)
     last = stopped / "stage/checkpoints/step-00000012"
     (last / "state.json").write_text("{}")
     out = _torchrun(script, stopped, *common, "steps=12", "micro=2", "ranks=2")

@@ -17,7 +17,7 @@ from decoct.trainer.evaluation import EvalResult, calibration_error, evaluate_mo
 V_EFF, PADDED = 50, 64
 
 
-def llama(seed: int, rows: int = PADDED, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def llama(seed: int, rows: int = PADDED) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=rows,
@@ -30,7 +30,13 @@ def llama(seed: int, rows: int = PADDED, dtype: torch.dtype = torch.float32) -> 
         initializer_range=0.3,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    return LlamaForCausalLM(config).eval()
+
+
+def head_of(model: PreTrainedModel) -> torch.nn.Linear:
+    head = model.get_output_embeddings()
+    assert isinstance(head, torch.nn.Linear)
+    return head
 
 
 def text(padded: bool = True) -> Windows:
@@ -54,7 +60,8 @@ def by_hand(model: PreTrainedModel, teacher: PreTrainedModel, windows: Windows) 
         same.append(theirs.argmax(-1) == mine.argmax(-1))
         confidence.append(full.softmax(-1).amax(-1))
         correct.append(full.argmax(-1) == ids[0, 1:])
-    model.float(), teacher.float()
+    for used in (model, teacher):
+        used.float()
     joined = [torch.cat(parts).double().numpy() for parts in (nll, kl, same, confidence, correct)]
     ece = 0.0
     for k in range(15):
@@ -77,7 +84,8 @@ def test_figures_are_those_of_the_models_own_logits(padded: bool) -> None:
     got = evaluate_model(model, LocalTeacher(teacher, v_eff=V_EFF), windows)
     assert got.tokens == expected.tokens == windows.tokens - 7
     assert asdict(got) == pytest.approx(asdict(expected), rel=1e-5)
-    assert 0 < got.top1 < 1  # pyright: ignore[reportOptionalOperand] - there is a teacher
+    assert got.top1 is not None
+    assert 0 < got.top1 < 1
 
 
 def test_perplexity_is_over_the_full_head_and_kl_over_the_real_vocabulary() -> None:
@@ -85,8 +93,8 @@ def test_perplexity_is_over_the_full_head_and_kl_over_the_real_vocabulary() -> N
     model, teacher = llama(0), LocalTeacher(llama(1), v_eff=V_EFF)
     before = evaluate_model(model, teacher, text())
     with torch.no_grad():
-        head = model.get_output_embeddings()
-        head.weight = torch.nn.Parameter(torch.cat([head.weight[:V_EFF], 10 * head.weight[V_EFF:]]))  # pyright: ignore[reportAttributeAccessIssue]
+        head = head_of(model)
+        head.weight = torch.nn.Parameter(torch.cat([head.weight[:V_EFF], 10 * head.weight[V_EFF:]]))
     after = evaluate_model(model, teacher, text())
     assert after.perplexity > before.perplexity * 1.01
     assert (after.kl, after.kl_p99, after.top1) == (before.kl, before.kl_p99, before.top1)
@@ -126,7 +134,7 @@ def test_every_module_is_left_in_its_mode_and_dropout_is_off() -> None:
     model = llama(0)
     expected = evaluate_model(model, None, text())
     model.train()
-    model.model.layers[0].eval()  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue, reportCallIssue]
+    model.get_submodule("model.layers.0").eval()
     modes = {name: module.training for name, module in model.named_modules()}
     assert evaluate_model(model, None, text()) == expected
     assert {name: module.training for name, module in model.named_modules()} == modes
@@ -153,10 +161,10 @@ def test_progress_counts_windows() -> None:
 
 def test_other_dtypes_and_broken_models_are_refused() -> None:
     with pytest.raises(ValueError, match=r"embed_tokens\.weight is torch\.bfloat16"):
-        evaluate_model(llama(0, dtype=torch.bfloat16), None, text())
+        evaluate_model(llama(0).bfloat16(), None, text())
     model = llama(0)
     with torch.no_grad():
-        model.get_output_embeddings().weight[3, 0] = float("nan")  # pyright: ignore[reportIndexIssue]
+        head_of(model).weight[3, 0] = float("nan")
     with pytest.raises(NonFiniteError, match="evaluation windows 0 to 6"):
         evaluate_model(model, None, text())
 

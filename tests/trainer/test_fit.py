@@ -159,7 +159,9 @@ def test_a_save_that_fails_is_told_and_training_goes_on(training: ModuleType, tm
     assert _checkpoints(tmp_path) == ["step-00000003", "step-00000009"]
 
 
-def test_a_last_save_that_fails_ends_the_stage_with_the_remedy(training: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_last_save_that_fails_ends_the_stage_with_the_remedy(
+    training: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import decoct.trainer.checkpoints as checkpoints
 
     def full_at_nine(path: Path, needed: int, what: str) -> None:

@@ -10,7 +10,16 @@ import pytest
 from rich.console import Console
 
 from decoct.models.errors import UserError
-from decoct.trainer.loggers import build_loggers, finish_loggers, has_wandb_key, log_image, log_summary, log_table, wandb_arguments, wandb_run_id
+from decoct.trainer.loggers import (
+    build_loggers,
+    finish_loggers,
+    has_wandb_key,
+    log_image,
+    log_summary,
+    log_table,
+    wandb_arguments,
+    wandb_run_id,
+)
 from decoct.trainer.metrics import MetricsSink
 from decoct.trainer.settings import LoggerSettings
 
@@ -68,7 +77,11 @@ def _key(item: Any) -> str:
 
 def _offline_part(run_dir: Path, steps: range, console: Console) -> None:
     loggers = build_loggers(
-        LoggerSettings(kind="wandb", tags=("tiny",)), run_dir, name="tiny", config={"seed": 3, "stages": [{"distill": {"steps": 4}}]}, console=console
+        LoggerSettings(kind="wandb", tags=("tiny",)),
+        run_dir,
+        name="tiny",
+        config={"seed": 3, "stages": [{"distill": {"steps": 4}}]},
+        console=console,
     )
     sink = MetricsSink(run_dir / "metrics.jsonl", loggers)
     for step in steps:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from decoct.losses.settings import LossSettings
+from decoct.models.errors import UserError
 from decoct.models.teachers import LocalTeacher
 from decoct.trainer.objective import Objective
 
@@ -50,6 +51,11 @@ def test_a_hard_weight_of_one_leaves_the_teacher_unused(training: ModuleType) ->
     objective = Objective(Untouchable(), LossSettings(hard_weight=1.0), v_eff=training.VOCAB)  # pyright: ignore[reportArgumentType]
     objective.to(torch.device("cpu"))(training.tiny_model(), _batch(training))
     assert not objective.has_teacher
+
+
+def test_a_loss_on_predictions_needs_a_teacher(training: ModuleType) -> None:
+    with pytest.raises(UserError, match=r"hard_weight=0\.5 needs a teacher"):
+        Objective(None, LossSettings(hard_weight=0.5), v_eff=training.VOCAB)
 
 
 def test_padding_rows_of_either_head_change_nothing(training: ModuleType) -> None:

@@ -81,7 +81,9 @@ def test_a_kill_during_a_save_loses_nothing(training_command: list[str], tmp_pat
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
             names = [path.name for path in folder.iterdir()] if folder.exists() else []
-            saving = [int(name.split(".")[1].removeprefix("step-")) for name in names if name.startswith(".step-") and name.endswith(".tmp")]
+            saving = [
+                int(name.split(".")[1].removeprefix("step-")) for name in names if name.startswith(".step-") and name.endswith(".tmp")
+            ]
             if any(step > newest for step in saving):
                 break
             time.sleep(0.0005)

@@ -117,9 +117,7 @@ class Case:
         """The plan of this case."""
         return TrainingPlan(
             total_steps=self.steps,
-            batch=BatchPlan(
-                global_windows=self.windows, micro_batch=self.micro, accumulation=self.windows // self.micro // self.ranks
-            ),
+            batch=BatchPlan(global_windows=self.windows, micro_batch=self.micro, accumulation=self.windows // self.micro // self.ranks),
             learning_rate=self.rate,
             seed=self.seed,
             precision=self.precision,  # pyright: ignore[reportArgumentType]

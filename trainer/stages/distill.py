@@ -10,7 +10,7 @@ def train(settings: DistillSettings, context: StageContext) -> Trained:
     """Train the input on the settings' loss; exact zeros of a sparse folder stay zero."""
     student = open_student(context)
     sparse = sparse_modules(context.input)
-    return train_student(student, settings, context, hooks=keep_zeros_hooks(sparse), facts={"sparse": sparse})
+    return train_student(student, settings, context, hooks=keep_zeros_hooks(student, sparse), facts={"sparse": sparse})
 
 
 def finish(settings: DistillSettings, context: StageContext, trained: Trained | None) -> StageResult:

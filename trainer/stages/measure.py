@@ -11,7 +11,7 @@ from ...models.folder import read_record
 from ...models.loading import load_model
 from ...models.teachers import LocalTeacher
 from ...qat.footprint import bits_per_weight, count_parameters, folder_bytes, linear_sparsity
-from ...qat.verify import load_exported_model
+from ...qat.rebuild import load_exported_model
 from ..evaluation import evaluate_model
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ def train(settings: PretrainSettings, context: StageContext) -> Trained:
     student = open_student(context)
     sparse = sparse_modules(context.input)
     alone = replace(settings, loss=LossSettings(hard_weight=1.0))
-    return train_student(student, alone, context, hooks=keep_zeros_hooks(sparse), facts={"sparse": sparse})
+    return train_student(student, alone, context, hooks=keep_zeros_hooks(student, sparse), facts={"sparse": sparse})
 
 
 __all__ = ["StageResult", "finish", "train"]

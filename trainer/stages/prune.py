@@ -28,7 +28,7 @@ def train(settings: PruneSettings, context: StageContext) -> Trained | None:
     assert settings.magnitude is not None
     student = open_student(context)
     modules = list(decoder_linears(student))
-    hook = MaskHook(settings.magnitude, _steps(settings, context), modules)
+    hook = MaskHook(modules, settings.magnitude, _steps(settings, context))
     return train_student(student, settings, context, hooks=[hook], facts={"sparse": modules})
 
 

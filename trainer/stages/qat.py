@@ -13,11 +13,9 @@ def train(settings: QatSettings, context: StageContext) -> Trained:
     sparse = sparse_modules(context.input)
     modules = prepare(student, settings.weights, settings.skip)
     group = settings.weights.group_size
-    context.console.print(
-        f"  {len(modules)} linear layers at {settings.weights.bits} bits, {f'groups of {group}' if isinstance(group, int) else 'one scale a row'}",
-        highlight=False,
-    )
-    return train_student(student, settings, context, hooks=keep_zeros_hooks(sparse), facts={"sparse": sparse})
+    scales = f"groups of {group}" if isinstance(group, int) else "one scale a row"
+    context.console.print(f"  {len(modules)} linear layers at {settings.weights.bits} bits, {scales}", highlight=False)
+    return train_student(student, settings, context, hooks=keep_zeros_hooks(student, sparse), facts={"sparse": sparse})
 
 
 def finish(settings: QatSettings, context: StageContext, trained: Trained | None) -> StageResult:

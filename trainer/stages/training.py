@@ -9,6 +9,7 @@ import torch
 from ...models.errors import UserError
 from ...models.folder import read_record
 from ...models.loading import load_model
+from ...models.pruning.magnitude import zero_masks
 from ...models.teachers import LocalTeacher, load_teacher
 from ..fit import fit
 from ..hooks import KeepZeros, StepHook
@@ -68,9 +69,11 @@ def sparse_modules(path: str) -> list[str]:
     return list(read_record(Path(path)).get("sparse", [])) if Path(path).is_dir() else []
 
 
-def keep_zeros_hooks(modules: Sequence[str]) -> list[StepHook]:
+def keep_zeros_hooks(student: "PreTrainedModel", modules: Sequence[str]) -> list[StepHook]:
     """A hook that keeps the zeros of ``modules``; none when the folder is not sparse."""
-    return [KeepZeros(modules)] if modules else []
+    if not modules:
+        return []
+    return [KeepZeros(zero_masks({name: student.get_submodule(name).weight.detach() for name in modules}))]
 
 
 def train_student(
@@ -85,7 +88,7 @@ def train_student(
     teacher = open_teacher(settings, context)
     plan = training_plan(settings, context, student.config.hidden_size)
     _announce(context, plan, teacher)
-    objective = Objective(settings.loss, v_eff=context.v_eff, teacher=teacher)
+    objective = Objective(teacher, settings.loss, v_eff=context.v_eff)
     result = fit(
         student,
         objective,

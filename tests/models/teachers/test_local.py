@@ -103,7 +103,7 @@ def test_padding_does_not_change_hidden_states(tiny_model: TinyModel) -> None:
 
 
 def test_teacher_without_enough_rows_is_refused(tiny_model: TinyModel) -> None:
-    with pytest.raises(UserError, match="129"):
+    with pytest.raises(UserError, match="128 rows"):
         LocalTeacher(tiny_model("llama"), v_eff=129)
 
 

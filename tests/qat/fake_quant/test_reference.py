@@ -45,6 +45,7 @@ def test_codes_scales_values_and_gradient_equal_the_oracle(
         assert torch.equal(got_codes, codes)
         assert torch.equal(result, values)
         assert torch.equal(dequantize(got_codes, got_scales), values)
+        assert latent.grad is not None
         assert torch.equal(latent.grad, passes * 2 * torch.arange(1.0, 97.0))
 
 

@@ -2,10 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
+import resource
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
@@ -30,7 +31,7 @@ def rows(windows: Windows) -> list[list[int]]:
 
 def documents_of(windows: Windows, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Whole documents in packed windows (the last one is cut)."""
-    return str(tokenizer.decode(sum(rows(windows), []))).split("<|endoftext|>")[:-1]
+    return str(tokenizer.decode(list(chain.from_iterable(rows(windows))))).split("<|endoftext|>")[:-1]
 
 
 def files_of(data: PreparedData) -> dict[str, bytes]:
@@ -51,18 +52,23 @@ def test_packed_windows_hold_whole_documents_on_one_side_only(
     assert trained == [text for text in texts if text in set(trained)], "training text is not in its own order"
 
 
-def test_unpacked_windows_start_documents_and_pad_the_rest(
-    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, texts: list[str]
-) -> None:
+def test_unpacked_windows_hold_one_document_each(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> None:
     data = prepare_data(replace(settings, packing=False), tokenizer, cache_dir())
-    assert 0 < data.evaluation.tokens <= 128
-    seen = "".join(str(tokenizer.decode(row)) for row in rows(data.train) + rows(data.evaluation))
-    complete = [text for text in texts if f"{text}<|endoftext|>" in seen]
-    assert len(complete) >= len(texts) - 1
-    starts = [row for row in rows(data.train) if str(tokenizer.decode(row)).startswith("document ")]
-    assert len(starts) >= len(texts) - 8
-    window = data.train[[len(row) for row in rows(data.train)].index(min(len(row) for row in rows(data.train)))]
-    assert (window["labels"][window["attention_mask"] == 0] == -100).all()
+    encoded = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    cut = [[ids[at : at + 16] for at in range(0, len(ids), 16) if len(ids) - at > 1] for ids in encoded]
+    held, trained = rows(data.evaluation), rows(data.train)
+    assert trained == [window for windows in cut if windows[0] in trained for window in windows]
+    assert held == [window for first in held if (windows := _starting(cut, first)) for window in windows][: len(held)]
+    # the last document held out may lie wholly behind the most tokens
+    assert len([windows for windows in cut if windows[0] in trained or windows[0] in held]) >= len(texts) - 1
+    assert 128 - 16 < data.evaluation.tokens <= 128
+    shortest = min(range(len(trained)), key=lambda index: len(trained[index]))
+    window = data.train[shortest]
+    assert window["labels"].tolist() == [-100, *trained[shortest][1:], *[-100] * (16 - len(trained[shortest]))]
+
+
+def _starting(documents: list[list[list[int]]], first: list[int]) -> list[list[int]]:
+    return next((windows for windows in documents if windows[0] == first), [])
 
 
 def test_second_start_reads_the_cache_and_other_ranks_open_it(
@@ -146,9 +152,9 @@ def test_one_long_document_is_held_out_from_its_end_and_says_so(
     (tmp_path / "book.txt").write_text("\n".join(texts))
     data = prepare_data(DataSettings(files=(str(tmp_path / "book.txt"),), seq_length=16, eval_tokens=64), tokenizer, cache_dir())
     assert data.description == "book.txt, held out from the end of the text, inside a document"
-    ids = [*tokenizer("\n".join(texts))["input_ids"], tokenizer.eos_token_id]  # pyright: ignore[reportGeneralTypeIssues]
-    assert sum(rows(data.evaluation), []) == ids[-64:]
-    assert sum(rows(data.train), []) == ids[: (len(ids) - 64) // 16 * 16]
+    ids = [*tokenizer("\n".join(texts))["input_ids"], tokenizer.eos_token_id]
+    assert list(chain.from_iterable(rows(data.evaluation))) == ids[-64:]
+    assert list(chain.from_iterable(rows(data.train))) == ids[: (len(ids) - 64) // 16 * 16]
 
 
 def test_text_shorter_than_a_window_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -164,27 +170,37 @@ def test_documents_that_are_read_already_are_used(settings: DataSettings, tokeni
     assert prepare_data(other, tokenizer, cache_dir(), documents=documents).text_fingerprint == documents.fingerprint
 
 
-def test_full_disk_is_told_and_leaves_nothing(settings: DataSettings, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A limit on the size of files, in a process of its own, stands for a full disk."""
-    tokenizer.save_pretrained(tmp_path / "tok")
-    code = (
-        "import resource, signal, sys\n"
-        "from pathlib import Path\n"
-        "from transformers import AutoTokenizer\n"
-        "from decoct.models.errors import UserError\n"
-        "from decoct.trainer.data.prepare import prepare_data\n"
-        "from decoct.trainer.settings import DataSettings\n"
-        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
-        "try:\n"
-        "    prepare_data(DataSettings(files=(sys.argv[2],), seq_length=16, eval_tokens=128), tokenizer, Path(sys.argv[3]))\n"
-        "except UserError as error:\n"
-        "    print(error)\n"
-    )
-    assert settings.files is not None
-    command = [sys.executable, "-c", code, str(tmp_path / "tok"), settings.files[0], str(tmp_path / "cache")]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "tokenized text cannot be written" in result.stdout
-    assert "free some space, or set the environment variable DECOCT_CACHE" in result.stdout
-    assert list((tmp_path / "cache" / "tokens").iterdir()) == []
+def test_full_disk_is_told_and_leaves_nothing(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A limit on the size of files stands for a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"tokenized text cannot be written .*free some space, or set .*DECOCT_CACHE"):
+            prepare_data(settings, tokenizer, cache_dir())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((cache_dir() / "tokens").iterdir()) == []
+
+
+def test_a_file_in_place_of_an_entry_is_replaced(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    data = prepare_data(settings, tokenizer, cache_dir())
+    expected = files_of(data)
+    data.path.rename(data.path.with_name("aside"))
+    data.path.write_text("in the way")
+    assert files_of(prepare_data(settings, tokenizer, cache_dir(), say=lambda text: None)) == expected
+
+
+def test_entry_that_another_run_finished_meanwhile_is_taken(
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepare_data(settings, tokenizer, cache_dir())
+    finished = first.path.rename(first.path.with_name("aside"))
+    real = prepare.write_tokens
+
+    def slowly(*given: Any, **more: Any) -> Any:
+        finished.rename(first.path)
+        return real(*given, **more)
+
+    monkeypatch.setattr(prepare, "write_tokens", slowly)
+    assert rows(prepare_data(settings, tokenizer, cache_dir()).train) == rows(first.train)
+    assert [path.name for path in first.path.parent.iterdir()] == [first.fingerprint]

@@ -136,11 +136,10 @@ def test_nothing_to_read_by_max_documents_is_refused(tmp_path: Path) -> None:
 def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A dataset repository as the hub has them, as a local folder, and no network (nor retries to reach it)."""
     import datasets
-    import huggingface_hub
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets-cache")
     datasets.disable_progress_bars()
     folder = tmp_path / "stories"
     folder.mkdir()
@@ -182,6 +181,6 @@ def test_hub_errors_name_the_keys(hub_folder: Path) -> None:
     with pytest.raises(UserError, match=r"data\.hub_split='nope'.*Unknown split"):
         read_documents(DataSettings(hub=str(hub_folder), hub_split="nope"))
     shutil.rmtree(hub_folder)
-    for more in ({}, {"max_documents": 2}):
+    for limit in (None, 2):
         with pytest.raises(UserError, match=r"data\.hub='no-such/set' .*cannot be loaded.*data\.files"):
-            read_documents(DataSettings(hub="no-such/set", **more))
+            read_documents(DataSettings(hub="no-such/set", max_documents=limit))

@@ -1,0 +1,217 @@
+"""A model folder: what ``from_pretrained`` reads, plus ``decoct.json`` with its history and a hash of every file.
+
+Written under a temporary name and renamed, so it is there whole or not at all. What transformers writes is kept, except that the
+config says which dtype was really saved and never names code (``auto_map``).
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import DecoctError, NonFiniteError, UserError
+from .files import atomic_directory, sha256_file, sha256_json, write_json_atomic
+from .folder_check import read_json
+from .hub import hub_commit, local_folder
+from .quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RECORD = "decoct.json"
+FORMAT = 1
+MAX_SHARD = "5GB"
+# The files that decide what numbers a folder gives: README, decoct.json and generation settings do not.
+_CONTENT = (
+    "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json", "*.tiktoken", "chat_template.jinja",
+)  # fmt: skip
+_logger = logging.getLogger(__name__)
+
+
+def save_model_folder(
+    path: Path,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    record: dict[str, Any],
+    *,
+    state_dict: "Mapping[str, Tensor] | None" = None,
+    dtype: "torch.dtype | None",
+    extra_tensors: "Mapping[str, Mapping[str, Tensor]] | None" = None,
+    write_extra: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write ``model`` and ``tokenizer`` to the new folder ``path``; the live model keeps its weights, dtype and config.
+
+    Args:
+        record: Goes into decoct.json, beside ``format`` and ``files`` (name -> sha256), which are set here.
+        state_dict: The weights to write, under the model's own names; default: the model's. Tied weights are written once.
+        dtype: Parameters are cast to it (a copy); None keeps the dtypes they have. Buffers are never cast.
+        extra_tensors: Further safetensors files, such as ``{"quant.safetensors": {...}}``.
+        write_extra: Called with the temporary folder before the hashes are taken.
+
+    Raises:
+        UserError: ``path`` exists, the disk refuses, or the model is remote code that transformers does not know itself.
+        NonFiniteError: a weight is NaN or infinite; nothing is written.
+    """
+    path = Path(path)
+    weights = _weights(model, state_dict, dtype)
+    with atomic_directory(path) as folder:
+        _write_model(folder, model, weights)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+            _check_tokenizer(folder, path, tokenizer)
+        _strip_code(folder)
+        for name, tensors in (extra_tensors or {}).items():
+            _write_tensors(folder / name, tensors)
+        if write_extra is not None:
+            write_extra(folder)
+        files = {name: sha256_file(folder / name) for name in _names(folder) if name != RECORD}
+        own = {key: value for key, value in record.items() if key not in ("format", "files")}
+        write_json_atomic(folder / RECORD, {"format": FORMAT, **own, "files": files})
+    return path
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The content of decoct.json; {} when the folder has none.
+
+    Raises:
+        UserError: it is broken, or of a newer format than this version reads.
+    """
+    file = Path(path) / RECORD
+    if not file.exists():
+        return {}
+    record = read_json(file)
+    version = record.get("format")
+    if type(version) is not int or version < 1 or not isinstance(record.get("files", {}), dict):
+        raise UserError(f"{file} is not a record that decoct wrote; remove it to treat the folder as a plain model, or make it again")
+    if version > FORMAT:
+        raise UserError(f"{file} has format {version}, this version of decoct reads up to {FORMAT}; upgrade decoct")
+    return record
+
+
+def verify_folder_files(path: Path) -> list[str]:
+    """Compare every file with the hash in decoct.json; returns the problems, [] when the folder is whole."""
+    path = Path(path)
+    files = read_record(path).get("files")
+    if not files:
+        return [f"{path / RECORD} is missing or lists no files, so nothing can be compared"]
+    problems = []
+    for name, expected in files.items():
+        file = path / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            problems.append(f"{name}: the record names a file outside the folder")
+        elif not file.is_file():
+            problems.append(f"{name} is missing")
+        elif sha256_file(file) != expected:
+            problems.append(f"{name} has changed since it was written (its sha256 differs from {RECORD})")
+    unlisted = {file.name for pattern in _CONTENT for file in path.glob(pattern)} - files.keys()
+    return problems + [f"{name} was added after the folder was written" for name in sorted(unlisted)]
+
+
+def content_hash(path_or_hub_id: str | Path, revision: str | None = None) -> str:
+    """Hex sha256 over names and bytes of config, weights and tokenizer files; of a hub id, over its name and resolved commit.
+
+    The same bytes give the same hash wherever the folder lies; README, decoct.json and generation settings do not count.
+
+    Raises:
+        UserError: it is no model folder, or a hub id whose commit neither the hub nor the cache can tell.
+    """
+    folder = local_folder(path_or_hub_id, revision=revision)
+    if folder is None:
+        return sha256_json({"hub": str(path_or_hub_id), "commit": hub_commit(str(path_or_hub_id), revision)})
+    read_json(folder / "config.json")
+    return sha256_json({file.name: sha256_file(file) for pattern in _CONTENT for file in folder.glob(pattern)})
+
+
+def _weights(model: "PreTrainedModel", given: "Mapping[str, Tensor] | None", dtype: "torch.dtype | None") -> "dict[str, Tensor]":
+    """A detached state dict to write: checked against the model's names, tied names dropped, parameters cast, all finite."""
+    import torch
+
+    own = model.state_dict()
+    weights = {name: tensor.detach() for name, tensor in (own if given is None else given).items()}
+    tied = {name: source for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items() if source in weights}
+    for name, source in tied.items():
+        other = weights.pop(name, None)
+        if other is not None and not torch.equal(other, weights[source]):
+            raise DecoctError(f"{name} and {source} are tied in the config but differ; set tie_word_embeddings to false before saving")
+    if wrong := (own.keys() - tied.keys()) ^ weights.keys():
+        raise DecoctError(f"the weights to save do not have the model's names; missing or unexpected: {', '.join(sorted(wrong)[:5])}")
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in weights.items():
+        if dtype is not None and name in parameters and tensor.is_floating_point():
+            weights[name] = tensor = tensor.to(dtype)
+        if name in parameters and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise NonFiniteError(f"weight {name} holds NaN or infinite numbers (as {tensor.dtype}); the model is not saved")
+    return weights
+
+
+def _write_model(folder: Path, model: "PreTrainedModel", weights: "dict[str, Tensor]") -> None:
+    from transformers import CONFIG_MAPPING
+
+    config = model.config
+    if model.is_remote_code() and config.model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"model type {config.model_type!r} exists only as code in its repository, which decoct never copies into what it saves; "
+            "use a model type that transformers knows"
+        )
+    saved = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), model.dtype)
+    before = {key: getattr(config, key, None) for key in ("dtype", "architectures")}
+    try:
+        with quiet_transformers():
+            model.save_pretrained(folder, state_dict=weights, max_shard_size=MAX_SHARD)
+    finally:
+        for key, value in before.items():
+            setattr(config, key, value)
+    _edit_json(folder / "config.json", {"dtype": str(saved).removeprefix("torch.")})
+
+
+def _write_tensors(file: Path, tensors: "Mapping[str, Tensor]") -> None:
+    from safetensors.torch import save_file
+
+    if file.suffix != ".safetensors" or file.exists():
+        raise DecoctError(f"extra tensors need a new file name ending in .safetensors, not {file.name}")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def _edit_json(file: Path, changes: dict[str, Any], drop: str | None = None) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content = {**{key: value for key, value in content.items() if key != drop}, **changes}
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _strip_code(folder: Path) -> None:
+    """Nothing we save names or carries code to run on loading."""
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            _edit_json(folder / name, {}, drop="auto_map")
+    for file in folder.glob("*.py"):
+        file.unlink()
+
+
+def _check_tokenizer(folder: Path, path: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """See that AutoTokenizer gives the saved tokenizer back; for some model types it takes the type's own class instead."""
+    from .loading import load_tokenizer
+
+    again = load_tokenizer(folder)
+    if again.get_vocab() != tokenizer.get_vocab():
+        raise DecoctError(f"the tokenizer written for {path} reads back with another vocabulary; the model is not saved")
+    one, two = getattr(tokenizer, "backend_tokenizer", None), getattr(again, "backend_tokenizer", None)
+    if one is not None and two is not None and _splitting(one) != _splitting(two):
+        _logger.warning(
+            "AutoTokenizer reads the tokenizer of %s as %s, which splits text differently from the one it was made with; "
+            "a model of another type (such as llama) keeps it",
+            path,
+            type(again).__name__,
+        )
+
+
+def _splitting(backend: Any) -> list[str]:
+    return [str(part) for part in (backend.normalizer, backend.pre_tokenizer)]
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,108 @@
+"""What a model folder must be before anything in it is loaded.
+
+transformers follows '../' and absolute names in a local index file and falls back to pickled weights, which can run code. Every file
+that it would read is named, placed and checked here first.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .hub import snapshot_root
+from .safetensors_file import read_header
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def check_model_folder(folder: Path) -> list[Path]:
+    """Check a model folder without loading it; returns the weight files that make up the model.
+
+    Raises:
+        UserError: no config.json, no safetensors (pickled weights are never read), an adapter, packed quantized weights, a name in
+            the index that leaves the folder (absolute, '../', a link), or a damaged safetensors file.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder} holds an adapter (adapter_config.json); merge it into its model first (peft: merge_and_unload)")
+    if config.get("quantization_config") is not None:
+        raise UserError(
+            f"{folder} holds packed quantized weights (quantization_config in config.json), which cannot be trained, pruned or quantized "
+            "again; give the model folder from before the export"
+        )
+    files = _weight_files(folder, config)
+    root = snapshot_root(folder)
+    tensors: dict[str, Path] = {}
+    for file in sorted({*files, *folder.glob("*.safetensors")}):
+        if not file.resolve().is_relative_to(root):
+            raise UserError(f"{file} is a link to {file.resolve()}, outside the model folder; copy the file itself into the folder")
+        names = read_header(file).tensors
+        if file in files:
+            if twice := sorted(names.keys() & tensors.keys()):
+                raise UserError(
+                    f"tensor {twice[0]!r} is in both {tensors[twice[0]].name} and {file.name} of {folder}; only one can be meant"
+                )
+            tensors.update(dict.fromkeys(names, file))
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model folder; ``UserError`` when the file is missing or holds something else."""
+    if not path.is_file():
+        raise UserError(f"{path.parent} is not a model folder: it has no {path.name}; give a folder that from_pretrained can read")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable JSON: {error}; fetch or export the model again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object; fetch or export the model again")
+    return content
+
+
+def _weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
+    """The safetensors files that transformers will read, by its own order of preference."""
+    if any(folder.glob("shard-*-model-*.safetensors")):
+        raise UserError(f"{folder} is a distributed training checkpoint; save the model as plain safetensors first (save_pretrained)")
+    named = config.get("transformers_weights")
+    if named is not None:
+        named = _inside(folder, named, "config.json (transformers_weights)")
+        return _indexed(named) if named.name.endswith(".index.json") else [named]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        return _indexed(folder / INDEX)
+    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"{folder} has its weights only as {pickles[0]}: pickled files can run code when they are opened and are never read; convert "
+            "them in a place you trust (AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors)"
+        )
+    raise UserError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}; the copy or download of the model is incomplete")
+
+
+def _indexed(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map; fetch or export the model again")
+    shards: dict[Path, set[str]] = {}
+    for tensor, name in weight_map.items():
+        shards.setdefault(_inside(index.parent, name, index.name), set()).add(tensor)
+    for file, tensors in shards.items():
+        if absent := sorted(tensors - read_header(file).tensors.keys()):
+            raise UserError(f"{index} places tensor {absent[0]!r} in {file.name}, which does not hold it; fetch or export the model again")
+    return sorted(shards)
+
+
+def _inside(folder: Path, name: Any, where: str) -> Path:
+    """``folder / name`` for a plain file name of a file that really lies in the folder."""
+    if not isinstance(name, str) or not name or name in (".", "..") or any(bad in name for bad in "/\\\0"):
+        raise UserError(f"{where} of {folder} names the weight file {name!r}; only plain file names inside the folder are allowed")
+    file = folder / name
+    if not file.resolve().is_relative_to(snapshot_root(folder)):
+        raise UserError(f"{where} of {folder} names {name!r}, a link to {file.resolve()} outside the folder; copy the file itself there")
+    if not file.is_file():
+        raise UserError(f"{where} of {folder} names the weight file {name!r}, which is missing; the copy or download is incomplete")
+    return file

@@ -1,0 +1,100 @@
+"""Is an export the model that was measured? Element by element against its source, and by recorded hash long after.
+
+What is hashed is the fp32 tensor that the independent reader rebuilds, not the file: the record holds for the numbers a runtime
+multiplies with, however their bytes are arranged.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..models.errors import UserError
+from .read_compressed_tensors import PackedFolder
+
+if TYPE_CHECKING:
+    from .export.source import ExportSource
+
+
+def weight_hash(values: NDArray[np.float32]) -> str:
+    """Hex sha256 of the little-endian fp32 bytes of a tensor, row by row."""
+    return hashlib.sha256(np.ascontiguousarray(values, dtype="<f4").tobytes()).hexdigest()
+
+
+def rebuilt_hashes(folder: Path, source: "ExportSource") -> tuple[dict[str, str], list[str]]:
+    """Rebuild every tensor of an export and compare it with its source, element by element.
+
+    Returns:
+        (``weight_hash`` of each rebuilt tensor by original name, sentences about what differs: [] when the export is exact).
+
+    Raises:
+        UserError: the export cannot be read.
+    """
+    opened = PackedFolder(folder)
+    quantized = {f"{module}.weight": module for module in source.state.modules}
+    wanted = set(quantized) | set(source.plain)
+    shapes = opened.shapes()
+    problems = [f"{name} is missing" for name in sorted(wanted - set(shapes))]
+    problems += [f"{name} is not in the source" for name in sorted(set(shapes) - wanted)]
+    hashes: dict[str, str] = {}
+    for name in shapes:
+        rebuilt = opened.tensor(name)
+        hashes[name] = weight_hash(rebuilt)
+        if name in wanted:
+            module = quantized.get(name)
+            tensor = source.state.dequantized(module) if module else source.tensor(name).float()
+            if not np.array_equal(tensor.numpy(), rebuilt):
+                problems.append(f"{name} is not the source's: {_differing(tensor.numpy(), rebuilt)}")
+    return hashes, problems
+
+
+def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]]:
+    """Rebuild every tensor of an export and compare it with the hashes in ``decoct.json`` (none are there in others' exports).
+
+    Every single flipped bit of a tensor's bytes is found: of a code or a plain value by the hash; of a scale by the hash, or, where
+    all codes of the group are zero, because decoct stores such groups with scale 1; of unused bits and shapes by the reader.
+
+    Returns:
+        (number of tensors that were compared with a hash, sentences about what is wrong).
+    """
+    try:
+        opened = PackedFolder(folder)
+        shapes = opened.shapes()
+    except UserError as error:
+        return 0, [str(error)]
+    recorded = record.get("export", {}).get("weights")
+    problems = [] if recorded is None else [f"{name} is missing" for name in sorted(set(recorded) - set(shapes))]
+    compared = 0
+    for name in shapes:
+        try:
+            problem = None if recorded is None else _unit_scales(opened, name)
+            found = weight_hash(opened.tensor(name))
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if problem:
+            problems.append(problem)
+        if recorded is not None:
+            compared += 1
+            if recorded.get(name) != found:
+                what = "is not the weight that was exported" if name in recorded else "was not there when the model was exported"
+                problems.append(f"{name} {what} (sha256 of the rebuilt fp32 tensor)")
+    return compared, problems
+
+
+def _unit_scales(opened: PackedFolder, name: str) -> str | None:
+    """What is wrong with the scales of groups whose codes are all zero, which no dequantized weight shows; None for plain tensors."""
+    module = name.removesuffix(".weight")
+    if module not in opened.modules:
+        return None
+    codes, scales = opened.codes_and_scales(module)
+    empty = ~codes.reshape(*scales.shape, -1).any(axis=2)
+    return f"{module}.weight_scale: a group of zeros has another scale than 1" if (scales[empty] != 1).any() else None
+
+
+def _differing(expected: NDArray[np.float32], found: NDArray[np.float32]) -> str:
+    if expected.shape != found.shape:
+        return f"shape {found.shape} instead of {expected.shape}"
+    return f"{int((expected != found).sum())} of {expected.size} elements differ"

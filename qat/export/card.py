@@ -1,0 +1,133 @@
+"""The model card (README.md) of an export: what it is made of, how large, how good, how to load it, and what was checked.
+
+No path of the machine it was made on is in it.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+from ..footprint import bits_per_weight
+from ..spec import QuantSpec
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What the card tells."""
+
+    name: str
+    """Title, such as the folder's name."""
+    base_model: str | None
+    """Hub id or a name; of a local path only the last part is shown."""
+    model_type: str
+    spec: QuantSpec
+    quantized: int
+    """Number of quantized linears."""
+    unquantized: list[str]
+    """Names of linears left in bf16."""
+    parameters: int
+    weight_bytes: int
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """``{figure: number}``, or ``{row: {figure: number}}`` for several models or texts."""
+    runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """As ``check_runtimes`` gives them; {} when none was asked."""
+
+
+def card_text(facts: CardFacts) -> str:
+    """The card as Markdown with the hub's YAML header."""
+    parts = [
+        _header(facts),
+        f"# {facts.name}\n",
+        _made_of(facts),
+        _evaluation(facts.metrics),
+        _loading(facts.spec.bits),
+        _checked(facts.runtimes),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def shown_name(base_model: str | None) -> str | None:
+    """A hub id or plain name as it is; of a path only its last part."""
+    if base_model is None or (_HUB_ID.fullmatch(base_model) and not Path(base_model).exists()):
+        return base_model
+    return PurePath(base_model).name or None
+
+
+def _header(facts: CardFacts) -> str:
+    shown = shown_name(facts.base_model)
+    base = [f"base_model: {shown}"] if shown and _HUB_ID.fullmatch(shown) else []
+    tags = ["- decoct", "- compressed-tensors", f"- int{facts.spec.bits}", f"- {facts.model_type}"]
+    return "\n".join(["---", "library_name: transformers", "pipeline_tag: text-generation", *base, "tags:", *tags, "---", ""])
+
+
+def _made_of(facts: CardFacts) -> str:
+    spec = facts.spec
+    per = "output row" if isinstance(spec.group_size, str) else f"group of {spec.group_size} inputs"
+    left = f"; in bf16: {', '.join(facts.unquantized)}" if facts.unquantized else ""
+    size = f"{facts.weight_bytes:,} bytes, {bits_per_weight(facts.weight_bytes, facts.parameters):.2f} bits per weight"
+    rows = [
+        ("Base model", shown_name(facts.base_model) or "not recorded"),
+        ("Weights", f"int{spec.bits}, symmetric, one bf16 scale per {per} (compressed-tensors, pack-quantized)"),
+        ("Quantized", f"{facts.quantized} linear layers; embeddings, norms and biases are bf16{left}"),
+        ("Parameters", f"{facts.parameters:,} (tied tensors once)"),
+        ("Weight files", f"{size} (embeddings included); {2 * facts.parameters:,} bytes in bf16"),
+    ]
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""])
+
+
+def _evaluation(metrics: dict[str, Any]) -> str:
+    if not metrics:
+        return ""
+    rows = metrics if all(isinstance(value, dict) for value in metrics.values()) else {"this model": metrics}
+    figures = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = [f"| | {' | '.join(figures)} |", "|---" * (len(figures) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(_figure(row.get(figure)) for figure in figures)} |" for name, row in rows.items()]
+    return "\n".join(["## Evaluation\n", *lines, ""])
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return "" if value is None else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _loading(bits: int) -> str:
+    vllm = "With vLLM" if bits in (4, 8) else f"vLLM reads 4 and 8 bits; whether your version reads {bits} is not known"
+    return f"""## Loading
+
+With transformers (`pip install transformers compressed-tensors`):
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+{vllm}:
+
+```bash
+vllm serve path/to/this/folder
+```
+"""
+
+
+def _checked(runtimes: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "## What was checked\n",
+        "- An independent reader rebuilds every weight of the trained model from these files, element by element.",
+    ]
+    for name, seen in runtimes.items():
+        if seen["status"] == "agrees":
+            lines.append(
+                f"- {name} ({seen['version']}) loads them in a fresh process; in fp32 its logits agree: same token at "
+                f"{seen['top1']:.2%} of {seen['positions']:,} positions, log-probabilities within {seen['max_logprob_diff']:.1g} nats."
+            )
+        else:
+            lines.append(f"- Not checked in {name}: {seen['status']}{'; ' + seen['reason'] if seen['reason'] else ''}.")
+    if not runtimes:
+        lines.append("- Not loaded in a runtime when it was made: `decoct verify` does that.")
+    return "\n".join([*lines, "- Not checked in vLLM here.", "- `decoct verify` repeats these checks and compares every file's hash.", ""])

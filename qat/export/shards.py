@@ -1,0 +1,49 @@
+"""Writing tensors one file at a time, none larger than 5 GB, so that a large model is never held whole in packed form."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+SHARD_BYTES = 5_000_000_000
+"""As transformers cuts files."""
+
+
+def plan_shards(sizes: Mapping[str, int], limit: int = SHARD_BYTES) -> dict[str, list[str]]:
+    """File name -> names of its tensors, filled in the order of ``sizes`` (bytes by tensor name).
+
+    No file holds more than ``limit`` bytes, but a larger tensor gets a file of its own.
+    """
+    files: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if files[-1] and used + size > limit:
+            files.append([])
+            used = 0
+        files[-1].append(name)
+        used += size
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    return {f"model-{number:05d}-of-{len(files):05d}.safetensors": names for number, names in enumerate(files, 1)}
+
+
+def write_shards(folder: Path, shards: Mapping[str, list[str]], make: Callable[[str], Tensor]) -> None:
+    """Write every file of ``shards``, and the index when there is more than one.
+
+    Args:
+        folder: An existing folder.
+        shards: As ``plan_shards`` gives them.
+        make: The tensor of a name; called once per tensor, when its file is written.
+    """
+    from safetensors.torch import save_file
+
+    total = 0
+    for file, names in shards.items():
+        tensors = {name: make(name) for name in names}
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,46 @@
+"""An export as a plain fp32 transformers model, rebuilt by the independent reader: what is measured as "the re-read export"."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..models.errors import UserError
+from ..models.loading import meta_model
+from ..models.quiet import quiet_transformers
+from .read_compressed_tensors import PackedFolder
+from .structure import model_structure, plain_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_exported_model(path: Path) -> "PreTrainedModel":
+    """Rebuild an export (compressed-tensors "pack-quantized") without the package of that name.
+
+    Returns:
+        The model in eval mode on the CPU, plain ``nn.Linear`` layers, fp32: codes times scales, and every other tensor's stored value.
+
+    Raises:
+        UserError: the folder is damaged, of a kind the reader does not know, or its weights are not those its config asks for.
+    """
+    from transformers import GenerationConfig
+
+    path = Path(path)
+    opened = PackedFolder(path)
+    shapes = opened.shapes()
+    problems = model_structure(path).differences(shapes)
+    if problems:
+        raise UserError(f"{path}: {problems[0]} ({len(problems)} differences in all); export the model again")
+    tensors = {name: torch.from_numpy(opened.tensor(name)) for name in shapes}
+    config = plain_config(path)
+    # the auto class wants a path; the model's own takes tensors, ties them and makes the buffers that no file holds
+    model_class = type(meta_model(config))
+    with quiet_transformers():
+        model, loaded = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True)
+    wrong = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in loaded[kind]]
+    if wrong:
+        raise UserError(f"{path}: transformers did not take {sorted(map(str, wrong))[0]} ({len(wrong)} in all); export the model again")
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return model.eval()

@@ -1,0 +1,65 @@
+"""Loads an export as a user would, in a process of its own, and writes down the logits: ``python -m decoct.qat.runtime_check``.
+
+Nothing of decoct runs here but this file: plain transformers with the compressed-tensors package, so that what they make of the folder
+is seen, not what decoct thinks they make of it. ``runtimes.py`` starts it and compares.
+"""
+
+import argparse
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def run_transformers(folder: str, tokens: Tensor) -> tuple[Tensor, dict[str, list[str]]]:
+    """Logits of plain transformers.
+
+    Args:
+        folder: The export.
+        tokens: int64 [B, S].
+
+    Returns:
+        (logits fp32 [B, S, V], names transformers reported as missing, unexpected or mismatched).
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+    model.eval()
+    with torch.inference_mode():
+        logits = torch.cat([model(input_ids=row[None], use_cache=False).logits for row in tokens])
+    names = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    return logits.float(), {kind: sorted(map(str, loaded[kind])) for kind in names if loaded[kind]}
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("transformers", "compressed-tensors", "torch")}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read ``--tokens`` (tensor ``tokens``), write ``--logits`` (tensor ``logits``) and ``--result`` (JSON)."""
+    parser = argparse.ArgumentParser(description="Logits of an export in plain transformers, fp32, on the CPU.")
+    parser.add_argument("folder", help="export folder")
+    parser.add_argument("--tokens", type=Path, required=True, help="safetensors file with 'tokens' int64 [B, S]")
+    parser.add_argument("--logits", type=Path, required=True, help="safetensors file to write, 'logits' fp32 [B, S, V]")
+    parser.add_argument("--result", type=Path, required=True, help="JSON file to write: versions, loading problems")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    options = parser.parse_args(arguments)
+    from safetensors.torch import load_file, save_file
+
+    torch.set_num_threads(options.threads)
+    result: dict[str, Any] = {}
+    try:
+        logits, loading = run_transformers(options.folder, load_file(options.tokens)["tokens"])
+    except ImportError as error:
+        result = {"not_installed": str(error).strip().splitlines()[0]}
+    else:
+        save_file({"logits": logits.contiguous()}, options.logits)
+        result = {"versions": _versions(), "loading": loading}
+    options.result.write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""What weights a model folder must hold according to its config: names, shapes, linears (on the meta device, nothing is allocated)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..models.loading import load_config, meta_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """The weights of one config, under original names."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Every parameter and stored buffer, tied ones under each of their names."""
+    tied: frozenset[str]
+    """Names that repeat another one's tensor and need not be stored (``lm_head.weight`` of a tied model)."""
+    linears: tuple[str, ...]
+    """Every ``nn.Linear``, the head included, in module order."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements, tied ones once."""
+        return sum(math.prod(shape) for name, shape in self.shapes.items() if name not in self.tied)
+
+    def differences(self, found: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """What is missing, unexpected or of another shape in ``found``; [] when it is exactly this model."""
+        problems = [f"{name} is missing" for name in self.shapes if name not in found and name not in self.tied]
+        problems += [f"{name} is unexpected: config.json has no such weight" for name in found if name not in self.shapes]
+        problems += [
+            f"{name} has shape {tuple(shape)}, but config.json asks for {self.shapes[name]}"
+            for name, shape in found.items()
+            if name in self.shapes and tuple(shape) != self.shapes[name]
+        ]
+        return problems
+
+
+def model_structure(folder: Path) -> Structure:
+    """The structure that ``config.json`` of a model folder describes, packed or not.
+
+    Raises:
+        UserError: the config is missing, damaged or of an unknown kind of model.
+    """
+    model = meta_model(plain_config(folder))
+    first: dict[int, str] = {}
+    tied = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            tied.add(name)
+    return Structure(
+        shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        tied=frozenset(tied),
+        linears=tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear)),
+    )
+
+
+def plain_config(folder: Path) -> "PreTrainedConfig":
+    """The config of a model folder as that of the unpacked model."""
+    config = load_config(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config

@@ -1,0 +1,174 @@
+"""Is a folder still what was exported? Hashes, structure, scales, every weight, and what installed runtimes make of it.
+
+Works on exports by others too: without a record there is no hash to compare with, and the report says so.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..models.errors import UserError
+from ..models.folder import RECORD, read_record, verify_folder_files
+from ..models.safetensors_file import read_header
+from .exactness import check_recorded, rebuilt_hashes
+from .footprint import weight_files
+from .read_compressed_tensors import PackedFolder, is_packed
+from .rebuild import load_exported_model as load_exported_model
+from .runtimes import check_runtimes
+from .spec import QuantSpec
+from .structure import model_structure
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class VerifyReport:
+    """What was found; the folder is whole when ``problems`` is empty."""
+
+    problems: list[str] = field(default_factory=list)
+    """One sentence each, naming the file or tensor."""
+    checks: list[str] = field(default_factory=list)
+    """What was checked and found right, one sentence each."""
+    runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By runtime, as ``check_runtimes`` gives it."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def note(self, problems: list[str], passed: str) -> None:
+        """Take up the outcome of one check."""
+        self.problems += [problem for problem in problems if problem not in self.problems]
+        if not problems:
+            self.checks.append(passed)
+
+
+def verify_folder(path: Path, *, source: Path | None = None, runtimes: bool = True, tokens: "Tensor | None" = None) -> VerifyReport:
+    """Check a model folder without changing it; what is wrong with it is reported, not raised.
+
+    Args:
+        path: An export (or any model folder: then files and, of a quantized one, codes are checked).
+        source: The quantized folder it was made from, to compare every weight with.
+        runtimes: Load a sound export in every installed runtime, each in a fresh process, and compare logits.
+        tokens: int64 [B, S] of real text for the runtimes, which adds their perplexity.
+
+    Raises:
+        UserError: ``path`` is no folder, or ``source`` cannot be used.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"no such folder: {path}; give a model folder, such as one that 'decoct export' wrote")
+    report = VerifyReport()
+    record = _check_files(path, report)
+    try:
+        packed = is_packed(path)
+    except UserError as error:
+        report.note([str(error)], "")
+        return report
+    if packed:
+        _check_packed(path, record, report)
+        if source is not None:
+            _check_source(path, Path(source), report)
+        if runtimes:
+            _check_runtimes(path, tokens, report)
+    else:
+        _check_plain(path, record, report)
+        if source is not None:
+            raise UserError(f"{path} is not an export (its weights are plain), so there is nothing to compare with {source}")
+    return report
+
+
+def _check_files(path: Path, report: VerifyReport) -> dict[str, Any]:
+    """Every file's sha256 against the record; returns the record, {} when there is none or it cannot be read."""
+    try:
+        record = read_record(path)
+        problems = verify_folder_files(path) if record else []
+    except UserError as error:
+        report.note([str(error)], "")
+        return {}
+    if not record:
+        report.checks.append(f"no recorded hash to compare with ({RECORD} is not there: the folder was made by another tool)")
+        return {}
+    report.note(problems, f"{len(record.get('files', {}))} files have their recorded sha256")
+    return record
+
+
+def _check_packed(path: Path, record: dict[str, Any], report: VerifyReport) -> None:
+    compared, problems = check_recorded(path, record)
+    note = f", {compared} of them as recorded" if compared else ", nothing recorded to compare them with"
+    report.note(problems, f"an independent reader rebuilds every weight: finite, scales positive{note}")
+    report.note(_structure_problems(path, record), "names and shapes are those that config.json asks for")
+
+
+def _structure_problems(path: Path, record: dict[str, Any]) -> list[str]:
+    """Names, shapes and scheme against config and record."""
+    try:
+        opened, structure = PackedFolder(path), model_structure(path)
+        problems = [f"{path.name}: {problem}" for problem in structure.differences(opened.shapes())]
+        # transformers and vLLM expect packed tensors of every linear that is not in 'ignore'
+        ignored = set(opened.scheme.ignore)
+        if not any(name.startswith("re:") for name in ignored):
+            left = [name for name in structure.linears if name not in opened.modules and name not in ignored]
+            problems += [f"{name} is not packed, but quantization_config.ignore does not name it" for name in left]
+            problems += [f"{name} is packed, but quantization_config.ignore names it" for name in opened.modules if name in ignored]
+        return problems + _record_problems(opened, record)
+    except UserError as error:
+        return [str(error)]
+
+
+def _record_problems(opened: PackedFolder, record: dict[str, Any]) -> list[str]:
+    quant = record.get("quant")
+    if quant is None:
+        return []
+    try:
+        spec, modules = QuantSpec.from_json(quant["spec"]), set(quant["modules"])
+    except (TypeError, KeyError, ValueError) as error:
+        return [f"{RECORD}: the entry 'quant' cannot be read ({error})"]
+    group_size = None if isinstance(spec.group_size, str) else spec.group_size
+    problems = [] if modules == set(opened.modules) else [f"the packed modules are not those that {RECORD} lists"]
+    if (opened.scheme.bits, opened.scheme.group_size) != (spec.bits, group_size):
+        problems.append(f"config.json says bits={opened.scheme.bits}, group_size={opened.scheme.group_size}; {RECORD} says {spec}")
+    return problems
+
+
+def _check_source(path: Path, source: Path, report: VerifyReport) -> None:
+    # export imports what verify uses, so verify imports export only where it needs it
+    from .export.source import open_source
+
+    opened = open_source(source)
+    try:
+        _, problems = rebuilt_hashes(path, opened)
+    except UserError as error:
+        problems = [str(error)]
+    report.note(problems, f"every weight equals that of {source}, element by element")
+
+
+def _check_runtimes(path: Path, tokens: "Tensor | None", report: VerifyReport) -> None:
+    if report.problems:
+        return
+    try:
+        report.runtimes = check_runtimes(path, tokens=tokens)
+    except UserError as error:
+        report.note([str(error)], "")
+    for name, seen in report.runtimes.items():
+        if seen["status"] in ("differs", "failed"):
+            report.note([f"{name} {seen['status']}: {seen['reason']}"], "")
+        elif seen["status"] == "agrees":
+            report.checks.append(f"{name} ({seen['version']}) computes the same logits in fp32")
+
+
+def _check_plain(path: Path, record: dict[str, Any], report: VerifyReport) -> None:
+    """A folder without packed weights: readable files, and of a quantized one codes that are its weights."""
+    from .state import load_quant_state
+
+    try:
+        for file in weight_files(path):
+            read_header(file)
+        report.checks.append("the weights are plain (not packed); every weight file has a sound header")
+        if record.get("quant"):
+            load_quant_state(path)
+            report.checks.append("codes times scales are the stored weights, element by element")
+    except UserError as error:
+        report.note([str(error)], "")

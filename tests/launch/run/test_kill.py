@@ -1,0 +1,78 @@
+"""Kill -9 inside each training stage, twice, and run again: the same bits as a run that was never killed."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.slow
+
+TRAINING = ("01-distill", "02-prune", "03-qat")
+
+
+def recipe(tiny: dict[str, Any], name: str) -> dict[str, Any]:
+    stages = [
+        {"distill": {"steps": 60, "checkpoint_every": 5}},
+        {"prune": {"magnitude": {"keep": 0.6, "update_every": 3}, "steps": 60, "checkpoint_every": 5}},
+        {"qat": {"steps": 60, "checkpoint_every": 5, "weights": {"group_size": 16}}},
+    ]
+    return {**tiny, "name": name, "stages": stages}
+
+
+def steps_done(folder: Path, stage: str) -> int:
+    saves = sorted((folder / stage / "checkpoints").glob("step-*"))
+    return int(saves[-1].name.removeprefix("step-")) if saves else 0
+
+
+def start(file: Path, cwd: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "decoct.launch.cli", "run", str(file)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def kill_in(process: "subprocess.Popen[str]", folder: Path, stage: str, after: int) -> None:
+    """SIGKILL once the stage has a checkpoint of step ``after`` or later."""
+    until = time.monotonic() + 240
+    while steps_done(folder, stage) < after:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until, f"{stage} never came to step {after}"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def fingerprint(folder: Path) -> dict[str, Any]:
+    files = {f"{s}/{n}": folder / s / "model" / n for s in TRAINING for n in ("model.safetensors", "quant.safetensors")}
+    hashes = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items() if file.exists()}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [(line["stage"], line["step"], line["loss"]) for line in lines if line["stage"] in TRAINING]
+    return {"files": hashes, "losses": losses}
+
+
+def test_killed_twice_in_each_stage_ends_in_the_same_bits(tiny: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe(tiny, name), sort_keys=False))
+    whole = start(tmp_path / "whole.yaml", tmp_path)
+    output = whole.communicate(timeout=300)[0]
+    assert whole.returncode == 0, output
+    killed = tmp_path / "runs" / "killed"
+    for stage in TRAINING:
+        for after in (10, 30):
+            kill_in(start(tmp_path / "killed.yaml", tmp_path), killed, stage, after)
+            assert not (killed / stage / "model").exists()
+    last = start(tmp_path / "killed.yaml", tmp_path)
+    output = last.communicate(timeout=300)[0]
+    assert last.returncode == 0, output
+    assert "continues from the checkpoint of step" in output
+    expected, seen = fingerprint(tmp_path / "runs" / "whole"), fingerprint(killed)
+    assert len(expected["files"]) == 4
+    assert seen == expected
+    assert not list(killed.rglob("*.tmp"))

@@ -1,0 +1,100 @@
+"""The quickstart's path, tiny, through the real command line: what it makes, what it skips, what it says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def test_whole_path_leaves_verified_export_and_report(tiny: dict[str, Any], run: Any, read_report: Any, tmp_path: Path) -> None:
+    done = run(tiny)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    report = read_report()
+    rows = {row["name"]: row for row in report["stages"]}
+    assert list(rows) == ["teacher", "01-distill", "02-prune", "03-recover", "04-zeros", "05-qat", "06-export", "07-evaluate"]
+    assert report["stages"][0]["kind"] == "teacher"
+    assert rows["teacher"]["eval"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert rows["teacher"]["eval"]["top1"] == 1.0
+    assert rows["02-prune"]["parameters"] < rows["01-distill"]["parameters"] < rows["teacher"]["parameters"]
+    assert rows["04-zeros"]["sparsity"] == pytest.approx(0.4, abs=0.002)
+    export = report["exports"][0]
+    assert export["exact"]
+    assert export["sparsity"] >= rows["04-zeros"]["sparsity"]
+    assert export["eval"]["perplexity"] == pytest.approx(rows["05-qat"]["eval"]["perplexity"], rel=1e-5)
+    assert export["bytes"] < rows["04-zeros"]["bytes"]
+    assert report["baselines"][0]["name"] == "teacher rounded to int4"
+    page = (tmp_path / "runs/tiny/report.html").read_text()
+    assert page.count("<svg") == 3
+    assert str(tmp_path) not in (tmp_path / "runs/tiny/report.json").read_text().replace(str(tmp_path / "text"), "")
+    assert not list((tmp_path / "runs/tiny").rglob("*.tmp"))
+    card = (tmp_path / "runs/tiny/06-export/compressed-tensors/README.md").read_text()
+    assert str(tmp_path) not in card
+
+    again = run(tiny)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("is done, skipped") == 6
+    assert read_report()["stages"] == report["stages"]
+
+
+def test_changed_settings_run_from_there_and_keep_the_old_folder(tiny: dict[str, Any], run: Any, tmp_path: Path) -> None:
+    tiny["stages"] = [{"distill": {"steps": 4}}, {"distill": {"name": "second", "steps": 4}}]
+    assert run(tiny).returncode == 0
+    before = json.loads((tmp_path / "runs/tiny/02-second/stage.json").read_text())
+    changed = run(tiny, "stages.second.steps=6")
+    assert changed.returncode == 0, changed.stderr
+    assert changed.stdout.count("is done, skipped") == 1
+    aside = tmp_path / f"runs/tiny/02-second.{before['key'][:8]}"
+    assert json.loads((aside / "stage.json").read_text()) == before
+
+
+def test_gate_that_is_not_met_ends_with_code_3_after_the_report(tiny: dict[str, Any], run: Any, read_report: Any) -> None:
+    tiny["stages"] = [{"distill": {"steps": 1}}, {"evaluate": {"max_kl": 1e-9}}]
+    done = run(tiny)
+    assert done.returncode == 3, done.stderr
+    assert "max_kl=1e-09" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert read_report()["stages"][-1]["name"] == "02-evaluate"
+
+
+def test_model_folders_load_in_plain_transformers(tiny: dict[str, Any], run: Any, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tiny["stages"] = [{"distill": {"steps": 2}}, {"quantize": {"weights": {"bits": 8, "group_size": "channel"}}}]
+    assert run(tiny).returncode == 0
+    folder = tmp_path / "runs/tiny/02-quantize/model"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = AutoTokenizer.from_pretrained(folder)("kado lota minu.", return_tensors="pt")
+    assert torch.isfinite(model(**tokens).logits).all()
+
+
+def test_two_processes_give_the_curve_of_one(tiny: dict[str, Any], run: Any, tmp_path: Path) -> None:
+    tiny["stages"] = [{"distill": {"steps": 20}}]
+    curves = []
+    for name, devices in (("one", 1), ("two", 2)):
+        done = run({**tiny, "name": name}, f"trainer.devices={devices}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        curves.append([json.loads(line)["loss"] for line in lines if json.loads(line)["stage"] == "01-distill"])
+    assert len(curves[0]) == 20
+    for alone, together in zip(*curves):
+        assert together == pytest.approx(alone, rel=1e-5)
+
+
+def test_whole_path_runs_under_torchrun(tiny: dict[str, Any], run: Any, read_report: Any) -> None:
+    done = run(tiny, "trainer.devices=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_report()["exports"][0]["exact"]
+
+
+def test_failure_on_rank_0_is_one_message_and_its_code_under_torchrun(tiny: dict[str, Any], run: Any) -> None:
+    tiny["stages"] = [{"quantize": {"weights": {"bits": 4, "group_size": 48}}}]
+    done = run(tiny, "trainer.devices=2")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error:") == 1
+    assert "group_size=48" in done.stderr
+    assert "Traceback" not in done.stderr
