@@ -79,8 +79,8 @@ def node_from_python(data: Any, place: str = "", path: KeyPath = ()) -> Node:
     """The tree of plain Python data (dict, list, tuple, str, int, float, bool, None); UserError for anything else."""
     if isinstance(data, dict):
         for key in data:
-            if not isinstance(key, str):
-                raise UserError(f"recipe key {dotted((*path, repr(key)))} is no text; keys are strings")
+            if not isinstance(key, str) or not key.isprintable():
+                raise UserError(f"recipe key {dotted((*path, ascii(key)))} is no plain text; keys are strings that can be printed")
         return Mapping(place, {key: Entry(place, node_from_python(value, place, (*path, key))) for key, value in data.items()})
     if isinstance(data, list | tuple):
         return Listing([node_from_python(value, place, (*path, index)) for index, value in enumerate(data)], place)

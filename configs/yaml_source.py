@@ -17,6 +17,7 @@ from .problems import Problems
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 16
+MAX_VALUES = 10_000
 
 
 def read_yaml_file(path: Path, label: str) -> tuple[Node, Problems]:
@@ -67,6 +68,7 @@ class _Builder:
         self._label = label
         self._events = events
         self._duplicates: list[tuple[KeyPath, str, str]] = []
+        self._values = 0
 
     def document(self) -> tuple[Node, Problems]:
         root: Node | None = None
@@ -96,6 +98,9 @@ class _Builder:
             raise UserError(f"{place}: YAML tag {event.tag!r} is not allowed in a recipe; quote the text if it is meant literally")
         if len(path) > MAX_DEPTH:
             raise UserError(f"{place}: nested more than {MAX_DEPTH} levels deep; no recipe is")
+        self._values += 1
+        if self._values > MAX_VALUES:
+            raise UserError(f"{place}: more than {MAX_VALUES:,} keys and values; is this a recipe?")
         if isinstance(event, yaml.ScalarEvent):
             return Scalar(event.value, place, plain=event.style is None)
         if isinstance(event, yaml.SequenceStartEvent):
@@ -111,10 +116,10 @@ class _Builder:
     def _mapping(self, place: str, path: KeyPath) -> Mapping:
         found = Mapping(place)
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
+            if isinstance(event, yaml.CollectionStartEvent):
+                raise UserError(f"{self._place(event)}: a list or mapping cannot be a key")
             key = self._node(event, path)
-            if not isinstance(key, Scalar):
-                raise UserError(f"{key.place}: a list or mapping cannot be a key")
-            name = str(key.value)
+            name = str(key.value) if isinstance(key, Scalar) else ""
             if not name.isprintable():
                 raise UserError(f"{key.place}: a key holds characters that cannot be printed; write plain text")
             node = self._node(next(self._events), (*path, name))

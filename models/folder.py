@@ -63,8 +63,9 @@ def save_model_folder(
         _write_model(folder, model, weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-            _check_tokenizer(folder, path, tokenizer)
         _strip_code(folder)
+        if tokenizer is not None:
+            _check_tokenizer(folder, path, tokenizer)
         for name, tensors in (extra_tensors or {}).items():
             _write_tensors(folder / name, tensors)
         if write_extra is not None:

@@ -1,7 +1,7 @@
 """An export as a plain fp32 transformers model, rebuilt by the independent reader: what is measured as "the re-read export"."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,7 +35,7 @@ def load_exported_model(path: Path) -> "PreTrainedModel":
     tensors = {name: torch.from_numpy(opened.tensor(name)) for name in shapes}
     config = plain_config(path)
     # the auto class wants a path; the model's own takes tensors, ties them and makes the buffers that no file holds
-    model_class = type(meta_model(config))
+    model_class: Any = type(meta_model(config))
     with quiet_transformers():
         model, loaded = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True)
     wrong = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in loaded[kind]]

@@ -8,7 +8,7 @@ import argparse
 import importlib.metadata
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ def run_transformers(folder: str, tokens: Tensor) -> tuple[Tensor, dict[str, lis
     """
     from transformers import AutoModelForCausalLM
 
-    model, loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
+    model, loaded = cast(tuple[Any, dict[str, Any]], AutoModelForCausalLM.from_pretrained(folder, **options))
     model.eval()
     with torch.inference_mode():
         logits = torch.cat([model(input_ids=row[None], use_cache=False).logits for row in tokens])

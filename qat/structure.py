@@ -65,5 +65,5 @@ def plain_config(folder: Path) -> "PreTrainedConfig":
     """The config of a model folder as that of the unpacked model."""
     config = load_config(folder)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     return config

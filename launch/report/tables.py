@@ -6,6 +6,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 HEADINGS = ("step", "parameters", "size", "bits/weight", "sparsity", "perplexity", "KL", "p99 KL", "top-1", "tokens", "time")
+WIDE = 136
+"""Characters that the whole table needs."""
+_LEFT_OUT_WHEN_NARROW = {"p99 KL", "tokens", "time"}
 
 
 def report_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -75,13 +78,15 @@ def markdown_table(report: dict[str, Any]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in report_rows(report)])
 
 
-def terminal_table(report: dict[str, Any]) -> "Table":
-    """The table for rich consoles."""
+def terminal_table(report: dict[str, Any], width: int) -> "Table":
+    """The table for a console of ``width`` characters; a narrow one gets the columns that matter most."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=report["name"], title_justify="left", header_style="bold")
-    for index, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=index > 0)
+    shown = [i for i, heading in enumerate(HEADINGS) if width >= WIDE or heading not in _LEFT_OUT_WHEN_NARROW]
+    table = Table(title=report["name"], title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index in shown:
+        table.add_column(HEADINGS[index], justify="right" if index else "left", no_wrap=True)
     for row in report_rows(report):
-        table.add_row(*row)
+        table.add_row(*(row[index] for index in shown))
     return table

@@ -13,7 +13,7 @@ from ...trainer.stages.context import StageContext, TeacherRef
 from ...trainer.stages.evaluate import gate_failures
 from ...trainer.stages.registry import STAGE_KINDS
 from ...trainer.world import World
-from ..report.tables import terminal_table
+from ..report.tables import WIDE, terminal_table
 from .folder import RunFolder, StageFolder, versions
 from .measuring import Measuring
 from .origin import Origin, make_student, open_origin, teacher_ref
@@ -35,6 +35,9 @@ class Runner:
         self.folder = RunFolder(run_dir)
         self.world = world
         self.console: Console = Console(quiet=not world.is_first)
+        if not self.console.is_terminal:
+            # a log file has no width of its own
+            self.console.width = max(self.console.width, WIDE)
         self.session = Session(world, run_dir)
 
     def run(self) -> dict[str, Any]:
@@ -175,7 +178,7 @@ class Runner:
         )
         written = write_report(report, self.folder.path)
         publish(report, self.folder, self.metrics)
-        self.console.print(terminal_table(report))
+        self.console.print(terminal_table(report, self.console.width))
         self._say(f"finished in {duration(seconds)}; report: {written[-1]}")
         return report
 

@@ -13,7 +13,9 @@ from typing import Any
 
 from ...models.errors import DecoctError, UserError
 from ...models.files import atomic_directory, check_free_space, sha256_file, write_json_atomic
+from ...models.folder import FORMAT as RECORD_FORMAT
 from ...models.folder import RECORD
+from ...models.loading import TOKENIZER_FILES
 from ..exactness import rebuilt_hashes
 from ..footprint import folder_bytes
 from ..runtimes import check_runtimes
@@ -22,12 +24,10 @@ from .card import CardFacts, card_text
 from .source import ExportSource, open_source
 
 # What a tokenizer consists of in any transformers version, and how text is generated; weights and records are written anew.
-_COPIED_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+_COPIED = (
+    *TOKENIZER_FILES, "*.tiktoken", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "generation_config.json",
 )  # fmt: skip
-_COPIED_FOLDERS = ("additional_chat_templates",)
-_RECORD_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,10 @@ def export_folder(source: Path, target: Path, format: str, *, runtimes: bool = T
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
-    for name in _COPIED_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    for name in _COPIED_FOLDERS:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, folder / name)
+    for file in (file for pattern in _COPIED for file in source.glob(pattern) if file.is_file()):
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def _check_exact(folder: Path, source: ExportSource) -> dict[str, str]:
@@ -153,5 +151,5 @@ def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[
 def _write_record(folder: Path, source: ExportSource, export: dict[str, Any]) -> None:
     """decoct.json: the source's record, what the export's weights hash to, and the sha256 of every other file."""
     files = {str(file.relative_to(folder).as_posix()): sha256_file(file) for file in sorted(folder.rglob("*")) if file.is_file()}
-    record = {**source.record, "format": _RECORD_FORMAT, "quant": source.state.record(), "export": export, "files": files}
+    record = {**source.record, "format": RECORD_FORMAT, "quant": source.state.record(), "export": export, "files": files}
     (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -276,3 +276,9 @@ def test_data_of_the_wrong_type_is_refused(value: object) -> None:
 def test_data_that_is_no_plain_value_is_refused() -> None:
     with pytest.raises(UserError, match=r"recipe value data\.files\.0 is a object"):
         recipe_from_dict({"name": "x", "data": {"files": [object()]}})
+
+
+@pytest.mark.parametrize("key", [1, "a\ud800", "a\x1b"])
+def test_data_with_a_key_that_is_no_plain_text_is_refused(key: object) -> None:
+    with pytest.raises(UserError, match="is no plain text; keys are strings"):
+        recipe_from_dict({"name": "x", "student": {"config": {key: 1}}})

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from decoct.configs.yaml_source import MAX_BYTES
+from decoct.configs import Recipe
+from decoct.configs.yaml_source import MAX_BYTES, read_yaml_file
+from decoct.models.errors import UserError
 
 UNREADABLE = {
     "unclosed": (
@@ -39,6 +41,8 @@ UNREADABLE = {
     ),
     "two documents": ("a: 1\n---\nb: 2\n", "my.yaml:3: a second YAML document; a recipe file holds one recipe"),
     "deep": ("[" * 5000, "my.yaml:1: nested more than 16 levels deep; no recipe is"),
+    "long": ("[" + "1," * 400_000 + "]", "my.yaml:1: more than 10,000 keys and values; is this a recipe?"),
+    "deep in keys": ("{" * 5000, "my.yaml:1: a list or mapping cannot be a key"),
     "mapping as a key": ("{a: b}: c\n", "my.yaml:1: a list or mapping cannot be a key"),
     "character out of range": ('a: "\\Uffffffff"', "my.yaml: not readable as YAML: "),
     "control character": ("a: \x00", "my.yaml: not readable as YAML: unacceptable character #x0000: special characters are not allowed"),
@@ -71,16 +75,14 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(message: Callable[...,
     assert message(b"\xef\xbb\xbfname: a\r\nsead: 1\r\n").splitlines()[1].startswith("  my.yaml:2: sead: unknown key, did you mean 'seed'?")
 
 
-def test_environment_and_other_keys_are_never_interpolated(load: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_and_other_keys_are_never_interpolated(load: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "told")
     text = "teacher: {path: '${SECRET}'}\nstudent: {path: '${oc.env:SECRET}'}\ndata: {builtin: python-stdlib}\nstages: [quantize]\n"
     recipe = load(text)
-    assert (recipe.teacher.path, recipe.student.path) == ("${SECRET}", "${oc.env:SECRET}")  # type: ignore[attr-defined]
+    assert recipe.teacher is not None
+    assert (recipe.teacher.path, recipe.student.path) == ("${SECRET}", "${oc.env:SECRET}")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    from decoct.configs.yaml_source import read_yaml_file
-    from decoct.models.errors import UserError
-
     with pytest.raises(UserError, match=r"gone\.yaml cannot be read \(No such file or directory\)"):
         read_yaml_file(tmp_path / "gone.yaml", "gone.yaml")

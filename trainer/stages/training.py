@@ -11,10 +11,11 @@ from ...models.folder import read_record
 from ...models.loading import load_model
 from ...models.pruning.magnitude import zero_masks
 from ...models.teachers import LocalTeacher, load_teacher
+from ..batch import derive_batch
 from ..fit import fit
 from ..hooks import KeepZeros, StepHook
 from ..objective import Objective
-from ..plan import TrainingPlan, plan_training
+from ..plan import TrainingPlan
 from ..settings import TrainingBlock
 from ..world import current_world
 from .context import StageContext, Trained
@@ -53,13 +54,26 @@ def open_teacher(settings: TrainingBlock, context: StageContext) -> LocalTeacher
 
 def training_plan(settings: TrainingBlock, context: StageContext, hidden: int) -> TrainingPlan:
     """The stage's plan, all derived values filled in."""
-    return plan_training(
-        settings,
-        context.trainer,
-        seq_length=context.data.train.seq_length,
-        world=current_world().size,
-        learning_rate=default_learning_rate(context.kind, hidden),
+    batch = derive_batch(context.trainer.global_batch_tokens, context.data.train.seq_length, current_world().size, context.trainer.micro_batch)
+    step_tokens = batch.global_windows * context.data.train.seq_length
+    if settings.steps is None and settings.tokens is None:
+        raise UserError(f"{context.name}: a training stage needs 'tokens' or 'steps'; for example tokens: 10M")
+    steps = settings.steps if settings.steps is not None else -(-(settings.tokens or 0) // step_tokens)
+    return TrainingPlan(
+        total_steps=steps,
+        batch=batch,
+        learning_rate=settings.learning_rate or default_learning_rate(context.kind, hidden),
+        warmup=settings.warmup,
+        schedule=settings.schedule,
+        final_learning_rate=settings.final_learning_rate,
+        weight_decay=settings.weight_decay,
+        betas=settings.betas,
+        gradient_clip=context.trainer.gradient_clip,
+        precision=context.trainer.precision,
         seed=context.seed,
+        checkpoint_every=settings.checkpoint_every or max(10, steps // 20),
+        deterministic=context.trainer.deterministic,
+        num_workers=context.trainer.num_workers,
         stage_key=context.key,
     )
 
