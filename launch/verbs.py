@@ -64,7 +64,9 @@ def run_verb(
     overrides: Sequence[str] | None,
     out: Path | None,
 ) -> None:
-    """Run one stage on a model folder and print where its result is."""
+    """Run one stage on a model folder."""
+    if kind == "distill" and not teacher:
+        raise UserError("decoct distill needs a teacher to learn from: --teacher MODEL (a model folder or a hub id)")
     from ..configs.loader import recipe_from_dict
     from .run.start import start
 

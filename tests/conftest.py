@@ -7,7 +7,12 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import json
+import struct
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,3 +32,65 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def read_wandb() -> Callable[[Path], list[dict[str, Any]]]:
+    """Reads every offline part of a run folder: id, project, config, history, summary."""
+    return _read_when_written
+
+
+def _records(path: Path) -> Iterator[bytes]:
+    """Payloads of a .wandb file: LevelDB's log format behind a header of 7 bytes."""
+    data, block, whole = path.read_bytes(), 32_768, b""
+    assert data[:4] == b":W&B"
+    position = 7
+    while position + 7 <= len(data):
+        if block - position % block < 7:
+            position += block - position % block
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        whole += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last fragment
+            yield whole
+            whole = b""
+
+
+def _read_back(run_dir: Path) -> list[dict[str, Any]]:
+    """What each offline part of a W&B run holds, read from its .wandb file."""
+    from wandb.proto import wandb_internal_pb2
+
+    new_record: Any = vars(wandb_internal_pb2)["Record"]
+
+    parts = []
+    for path in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb")):
+        part: dict[str, Any] = {"config": {}, "history": [], "summary": {}}
+        for payload in _records(path):
+            record = new_record()
+            record.ParseFromString(payload)
+            kind = record.WhichOneof("record_type")
+            if kind == "run":
+                part |= {"id": record.run.run_id, "project": record.run.project}
+                part["config"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            elif kind == "history":
+                part["history"].append({_key(item): json.loads(item.value_json) for item in record.history.item})
+            elif kind == "summary":
+                part["summary"] |= {_key(item): json.loads(item.value_json) for item in record.summary.update}
+            part["ended"] = kind == "exit"
+        parts.append(part)
+    return parts
+
+
+def _read_when_written(run_dir: Path) -> list[dict[str, Any]]:
+    """W&B's own process closes the file a moment after ``finish`` returns."""
+    deadline = time.monotonic() + 60
+    parts = _read_back(run_dir)
+    while not all(part.get("ended") for part in parts) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        parts = _read_back(run_dir)
+    return parts
+
+
+def _key(item: Any) -> str:
+    return ".".join(item.nested_key) or item.key

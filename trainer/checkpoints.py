@@ -96,7 +96,7 @@ def load_student_tensors(student: nn.Module, saved: Mapping[str, Tensor]) -> Non
 
 def optimizer_tensors(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimizer state as ``<parameter name>.<state name>``."""
-    names = {parameter: name for name, parameter in student.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in student.named_parameters()}
     return {f"{names[p]}.{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
 
 

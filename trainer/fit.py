@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -37,9 +38,20 @@ from .world import World, connect, current_world, value_of_first
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .data.windows import Windows
 
 _PRECISIONS = {"32": "32-true", "bf16-mixed": "bf16-mixed"}
+
+
+class WindowSource(Protocol):
+    """Training windows, such as ``data.windows.Windows``."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Tensor]:
+        """input_ids, labels (-100 = none) and attention_mask of one window, each [S] int64."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +78,7 @@ def process_count() -> int:
 def fit(
     student: nn.Module,
     objective: Objectivelike,
-    windows: "Windows",
+    windows: WindowSource,
     plan: TrainingPlan,
     *,
     work: Path,
@@ -148,7 +160,7 @@ def fit(
 class _Indexed(Dataset[dict[str, Tensor]]):
     """Windows that carry their own index, so that a bad loss can name them."""
 
-    def __init__(self, windows: "Windows") -> None:
+    def __init__(self, windows: WindowSource) -> None:
         self._windows = windows
 
     def __len__(self) -> int:
@@ -158,7 +170,7 @@ class _Indexed(Dataset[dict[str, Tensor]]):
         return {**self._windows[index], INDEX: torch.tensor(index)}
 
 
-def _loader(windows: "Windows", plan: TrainingPlan, world: World, start: int) -> DataLoader[dict[str, Tensor]]:
+def _loader(windows: WindowSource, plan: TrainingPlan, world: World, start: int) -> DataLoader[dict[str, Tensor]]:
     """This rank's micro-batches of the steps that are left, in order."""
     batches = StepBatches(
         windows,

@@ -157,8 +157,8 @@ class LoopCallback(pl.Callback):
             return
         if step == loop.plan.total_steps or self.stopped_by is not None:
             raise UserError(
-                f"the checkpoint of step {step} could not be written: {problem or 'see rank 0'}. Checkpoints written before are as they were "
-                f"(the newest is of step {self.saved_step}). Make room or change the run folder, and run again: training continues there."
+                f"the checkpoint of step {step} could not be written: {problem or 'see rank 0'}. Those written before are as they were "
+                f"(the newest is of step {self.saved_step}). Make room and run again: training continues there."
             )
 
     def _write(self, module: TrainingModule, optimizer: torch.optim.Optimizer, step: int, generators: list[bytes]) -> str:

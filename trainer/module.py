@@ -34,13 +34,16 @@ _NAMED_SAMPLES = 16
 class Objectivelike(Protocol):
     """What a training stage minimises: any callable that gives sums, such as ``Objective``."""
 
-    has_teacher: bool
+    @property
+    def has_teacher(self) -> bool:
+        """Whether KL and teacher entropy mean anything."""
+        ...
 
     def to(self, device: torch.device) -> Any:
         """Move what it holds."""
         ...
 
-    def __call__(self, student: nn.Module, batch: Mapping[str, Tensor]) -> LossSums:
+    def __call__(self, student: Any, batch: Mapping[str, Tensor]) -> LossSums:
         """Sums over the unmasked tokens of a micro-batch."""
         ...
 
@@ -118,9 +121,9 @@ class TrainingModule(pl.LightningModule):
         step = self.steps_done + 1
         for hook in self.hooks:
             hook.before_step(step)
-        self._norm = get_total_norm(gradients)
+        self._norm = total_norm = get_total_norm(gradients)
         # the one place per step where the host waits for the device
-        *sums, norm = torch.cat([totals, self._norm.to(totals)[None]]).tolist()
+        *sums, norm = torch.cat([totals, total_norm.to(totals)[None]]).tolist()
         self._refuse_non_finite(step, sums, norm)
         if sums[0] == 0:
             for parameter in parameters:

@@ -1,9 +1,10 @@
 """Objective: one micro-batch of student, teacher and loss, as sums over its unmasked tokens (law 1)."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..losses.linear_divergence import Backend, linear_divergence
 from ..losses.linear_divergence.inputs import TeacherHidden
@@ -13,6 +14,9 @@ from ..losses.sums import LossSums
 from ..models.errors import UserError
 from ..models.families import backbone_and_head, head_transform
 from ..models.teachers import Teacher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Objective:
@@ -36,7 +40,7 @@ class Objective:
         self.settings = settings
         self.v_eff = v_eff
         self.teacher = None if settings.hard_weight == 1 else teacher
-        self.backend = backend
+        self.backend: Backend = backend
 
     @property
     def has_teacher(self) -> bool:
@@ -49,7 +53,7 @@ class Objective:
             self.teacher.to(device)
         return self
 
-    def __call__(self, student: nn.Module, batch: Mapping[str, Tensor]) -> LossSums:
+    def __call__(self, student: "PreTrainedModel", batch: Mapping[str, Tensor]) -> LossSums:
         """Loss sums of a micro-batch; ``loss`` carries the graph.
 
         Args:

@@ -90,7 +90,8 @@ class LineProgress:
         self._last = now
         steps_rate, tokens_rate = self._meter.rates()
         left = format_seconds((self._total - step) / steps_rate) if steps_rate else "?"
-        text = f"{self._label}  step {step}/{self._total} ({100 * step // self._total}%)  loss {loss:.4f}  {tokens_rate:,.0f} tokens/s  {left} left"
+        share = 100 * step // self._total
+        text = f"{self._label}  step {step}/{self._total} ({share}%)  loss {loss:.4f}  {tokens_rate:,.0f} tokens/s  {left} left"
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:

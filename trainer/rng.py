@@ -17,9 +17,9 @@ def derive_seed(seed: int, *names: str | int) -> int:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed torch (CPU and all CUDA devices), NumPy and Python."""
+    """Seed torch (CPU and all CUDA devices), NumPy and Python: the global generators, because libraries draw from them."""
     torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global generator, so it is the one to seed
+    np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
@@ -28,7 +28,7 @@ def capture_generators(device: torch.device) -> bytes:
     from safetensors.torch import save
 
     kind, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     if kind != 3 or name != "MT19937":
         raise RuntimeError(f"unknown generators (python state {kind}, numpy {name}): their state cannot be saved")
     tensors = {
@@ -56,4 +56,4 @@ def restore_generators(data: bytes, device: torch.device) -> None:
     random.setstate((3, tuple(state["python.words"].tolist()), gauss[0] if gauss else None))
     position, has_gauss = state["numpy.position"].tolist()
     keys = state["numpy.keys"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, position, has_gauss, state["numpy.gauss"].item()))  # noqa: NPY002
+    np.random.set_state(("MT19937", keys, position, has_gauss, state["numpy.gauss"].item()))

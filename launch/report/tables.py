@@ -6,14 +6,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 HEADINGS = ("step", "parameters", "size", "bits/weight", "sparsity", "perplexity", "KL", "p99 KL", "top-1", "tokens", "time")
-WIDE = 136
+WIDE = 150
 """Characters that the whole table needs."""
 _LEFT_OUT_WHEN_NARROW = {"p99 KL", "tokens", "time"}
 
 
 def report_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Text cells under ``HEADINGS``: teacher and stages, the re-read exports, then what is there for scale."""
-    rows = [_cells(row["name"], row) for row in report["stages"] if row["eval"] or row["kind"] == "teacher"]
+    """Text cells under ``HEADINGS``: teacher and stages that made a model, the re-read exports, then what is there for scale."""
+    # After an export, `evaluate` judges the re-read files, which have a row of their own.
+    twice = "evaluate" if report["exports"] else None
+    rows = [_cells(row["name"], row) for row in report["stages"] if row["eval"] and row["kind"] != twice]
     rows += [_cells(f"{row['format']} (re-read)", row) for row in report["exports"]]
     rows += [_cells(f"{row['name']} (for scale)", row) for row in report["baselines"]]
     return rows

@@ -100,7 +100,8 @@ def make_student(
     """
     settings = recipe.student
     if settings.path:
-        _refuse_export(settings.path, settings.revision)
+        if any(entry.kind != "evaluate" for entry in recipe.stages):
+            _refuse_export(settings.path, settings.revision)
         return {"path": settings.path, "revision": settings.revision}
     key = sha256_json(
         {

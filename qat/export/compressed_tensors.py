@@ -122,6 +122,6 @@ def _plain(source: ExportSource, name: str) -> Tensor:
     if not torch.equal(rounded.to(tensor.dtype), tensor):
         raise UserError(
             f"{source.plain[name]}: {name} has values that bf16 does not hold, so the export would not be the model that was "
-            "measured; quantize the model again (decoct qat and decoct quantize store such tensors on the bf16 grid)"
+            "measured; quantize the model again (the stages 'qat' and 'quantize' store such tensors on the bf16 grid)"
         )
     return rounded.contiguous()

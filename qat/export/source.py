@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...models.errors import UserError
 from ...models.folder import read_record
-from ...models.loading import check_model_folder
+from ...models.folder_check import check_model_folder
 from ...models.safetensors_file import read_header
 from ..state import QuantState, load_quant_state
 from ..structure import Structure, model_structure
@@ -53,7 +53,7 @@ def open_source(folder: Path) -> ExportSource:
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a model folder (no config.json); give the folder that 'decoct qat' or 'decoct quantize' wrote")
+        raise UserError(f"{folder} is not a model folder (no config.json); give the folder that a stage 'qat' or 'quantize' wrote")
     state = load_quant_state(folder)
     structure = model_structure(folder)
     headers = {file: read_header(file).tensors for file in check_model_folder(folder)}

@@ -10,9 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from decoct.models.errors import UserError
+from decoct.models.folder import save_model_folder
 from decoct.qat.fake_quant import fake_quant, quantize
+from decoct.qat.modules import fold, prepare, quantize_model
 from decoct.qat.spec import QuantSpec
 from decoct.qat.state import QUANT_FILE, QuantState, load_quant_state
 
@@ -172,3 +175,24 @@ def test_hash_sees_spec_names_codes_and_scales(state: QuantState) -> None:
         replace(state, scales={name: scale * 2 for name, scale in state.scales.items()}),
     ]
     assert len({one.hash() for one in [state, *changed]}) == 5
+
+
+def test_plain_transformers_gives_the_prepared_logits_from_a_saved_folder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, tie_word_embeddings=True
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.arange(20)[None]
+    prepare(model, SPEC)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    state = quantize_model(model, SPEC)
+    fold(model, state)
+    folder = tmp_path / "quantized"
+    extra = {QUANT_FILE: state.tensors()}
+    save_model_folder(folder, model, None, {"quant": state.record()}, dtype=torch.float32, extra_tensors=extra)
+    assert load_quant_state(folder).hash() == state.hash()
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, expected)

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,13 @@ def _read_back(run_dir: Path) -> list[dict[str, Any]]:
     """What each offline part of a W&B run holds, read from its .wandb file."""
     from wandb.proto import wandb_internal_pb2
 
+    new_record: Any = vars(wandb_internal_pb2)["Record"]
+
     parts = []
     for path in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb")):
         part: dict[str, Any] = {"config": {}, "history": [], "summary": {}}
         for payload in _records(path):
-            record = wandb_internal_pb2.Record()
+            record = new_record()
             record.ParseFromString(payload)
             kind = record.WhichOneof("record_type")
             if kind == "run":
@@ -67,7 +70,18 @@ def _read_back(run_dir: Path) -> list[dict[str, Any]]:
                 part["history"].append({_key(item): json.loads(item.value_json) for item in record.history.item})
             elif kind == "summary":
                 part["summary"] |= {_key(item): json.loads(item.value_json) for item in record.summary.update}
+            part["ended"] = kind == "exit"
         parts.append(part)
+    return parts
+
+
+def _read_when_written(run_dir: Path) -> list[dict[str, Any]]:
+    """W&B's own process closes the file a moment after ``finish`` returns."""
+    deadline = time.monotonic() + 60
+    parts = _read_back(run_dir)
+    while not all(part.get("ended") for part in parts) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        parts = _read_back(run_dir)
     return parts
 
 
@@ -107,7 +121,7 @@ def test_wandb_offline_parts_can_be_read_back_under_one_id(
     assert shown.out + shown.err == "", "W&B itself stays quiet"
     identifier = (run_dir / "wandb-run-id.txt").read_text().strip()
     assert [("offline" in line, identifier in line) for line in said.getvalue().splitlines()] == [(True, True)] * 2
-    parts = _read_back(run_dir)
+    parts = _read_when_written(run_dir)
     assert [part["id"] for part in parts] == [identifier, identifier]
     losses = [row["01-distill/loss"] for part in parts for row in part["history"] if "01-distill/loss" in row]
     assert losses == [2.0, 1.0, 2.0 / 3, 0.5]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...models.families import decoder_linears
 from ...models.pruning.magnitude import magnitude_masks
-from ...models.pruning.structured import ffn_channel_scores, prune_ffn
+from ...models.pruning.structured import alignment_hint, ffn_channel_scores, prune_ffn
 from ..hooks import MaskHook
 from ..settings import PruneSettings, StructuredSettings
 from .context import StageContext, StageResult, Trained

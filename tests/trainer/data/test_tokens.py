@@ -47,9 +47,11 @@ def test_begin_of_text_is_put_where_the_tokenizer_itself_does(tokenizer: PreTrai
     assert stream.tokens[0] == other.bos_token_id != other.eos_token_id
 
 
+@pytest.mark.parametrize("started", [False, True], ids=["plain", "begin-of-text"])
 def test_batches_and_pieces_change_nothing(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    started: bool, tokenizer: PreTrainedTokenizerBase, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tokenizer = with_start(tokenizer) if started else tokenizer
     long = "".join(text + "\n" for text in texts)
     whole = write([long, *texts], tokenizer, tmp_path / "whole")
     monkeypatch.setattr(tokens, "PIECE_CHARACTERS", 400)

@@ -1,0 +1,64 @@
+"""The card says what is there, and claims no check that was not made."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from decoct.qat.export.card import CardFacts, card_text, shown_name
+from decoct.qat.spec import QuantSpec
+
+FACTS = CardFacts(
+    name="student-int4",
+    base_model="org/model",
+    model_type="llama",
+    spec=QuantSpec(bits=4, group_size=128),
+    quantized=7,
+    unquantized=["lm_head"],
+    parameters=1000,
+    weight_bytes=625,
+)
+AGREES = {"status": "agrees", "version": "transformers 5", "top1": 1.0, "positions": 128, "max_logprob_diff": 2e-7, "reason": None}
+ABSENT = {"status": "not installed", "version": None, "reason": "pip install compressed-tensors"}
+
+
+def test_card_has_sizes_and_scheme() -> None:
+    card = card_text(FACTS)
+    for part in ("625 bytes, 5.00 bits per weight", "2,000 bytes in bf16", "group of 128 inputs", "in bf16: lm_head", "base_model: org/model"):
+        assert part in card
+    assert "## Evaluation" not in card
+
+
+def test_card_claims_only_what_was_checked() -> None:
+    assert "decoct verify` does that" in card_text(FACTS)
+    agreed = card_text(dataclasses.replace(FACTS, runtimes={"transformers": AGREES}))
+    assert "(transformers 5) loads them in a fresh process" in agreed
+    assert "Not checked in vLLM here." in agreed
+    absent = card_text(dataclasses.replace(FACTS, runtimes={"transformers": ABSENT}))
+    assert "Not checked in transformers: not installed" in absent
+    assert "fresh process" not in absent
+
+
+def test_card_shows_flat_and_named_metrics() -> None:
+    assert "| this model | 8.125 |" in card_text(dataclasses.replace(FACTS, metrics={"perplexity": 8.125}))
+    named = card_text(dataclasses.replace(FACTS, metrics={"a": {"kl": 0.5}, "b": {"tokens": 2000}}))
+    assert "| | kl | tokens |" in named
+    assert "| b |  | 2,000 |" in named
+
+
+def test_card_of_two_bits_warns_about_readers() -> None:
+    assert "vLLM reads 4 and 8 bits" in card_text(dataclasses.replace(FACTS, spec=QuantSpec(bits=2)))
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [("org/model", "org/model"), ("a scratch teacher", "a scratch teacher"), ("/home/me/model", "model"), ("../x/model", "model"), (None, None)],
+)
+def test_paths_are_never_shown(given: str | None, shown: str | None) -> None:
+    assert shown_name(given) == shown
+
+
+def test_relative_folders_are_paths_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert shown_name("runs/model") == "model"
