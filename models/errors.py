@@ -23,7 +23,7 @@ class NonFiniteError(DecoctError):
     exit_code = 1
 
 
-class GateFailed(DecoctError):
+class GateFailed(DecoctError):  # noqa: N818 - a gate that fails is no error of anyone
     """A quality gate of an ``evaluate`` stage was not met; everything that was made is kept."""
 
     exit_code = 3

@@ -4,6 +4,7 @@ Written under a temporary name and renamed, so it is there whole or not at all. 
 config says which dtype was really saved and never names code (``auto_map``).
 """
 
+import copy
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from .quiet import quiet_transformers
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 RECORD = "decoct.json"
 FORMAT = 1
@@ -30,6 +31,7 @@ _CONTENT = (
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
     "tekken.json", "*.tiktoken", "chat_template.jinja",
 )  # fmt: skip
+_SAMPLING_DIALS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _logger = logging.getLogger(__name__)
 
 
@@ -161,13 +163,31 @@ def _write_model(folder: Path, model: "PreTrainedModel", weights: "dict[str, Ten
         )
     saved = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), model.dtype)
     before = {key: getattr(config, key, None) for key in ("dtype", "architectures")}
+    live: Any = model
+    generation = getattr(model, "generation_config", None)
     try:
+        live.generation_config = _savable(generation)
         with quiet_transformers():
             model.save_pretrained(folder, state_dict=weights, max_shard_size=MAX_SHARD)
     finally:
+        live.generation_config = generation
         for key, value in before.items():
             setattr(config, key, value)
     _edit_json(folder / "config.json", {"dtype": str(saved).removeprefix("torch.")})
+
+
+def _savable(generation: "GenerationConfig | None") -> "GenerationConfig | None":
+    """Settings that transformers agrees to write: sampling dials beside greedy decoding, which do nothing, are dropped."""
+    if generation is None:
+        return None
+    try:
+        with quiet_transformers():
+            generation.validate(strict=True)
+    except ValueError:
+        generation = copy.deepcopy(generation)
+        for dial in _SAMPLING_DIALS if not generation.do_sample else ():
+            setattr(generation, dial, None)
+    return generation
 
 
 def _write_tensors(file: Path, tensors: "Mapping[str, Tensor]") -> None:

@@ -1,6 +1,6 @@
 """From what a user calls a model (a folder or a hub id) to a folder on this machine.
 
-A hub id becomes a snapshot in the Hugging Face cache, pinned to a commit; the checks of ``loading`` then run on that folder just as
+A hub id becomes a snapshot in the Hugging Face cache; the checks of ``loading`` then run on that folder just as
 on a user's own. Pickled weights are never downloaded. Without the hub a cached snapshot is used; the question is asked once, with
 a short time limit, so a machine without a network gets its answer in seconds.
 """
@@ -65,12 +65,13 @@ def hub_snapshot(hub_id: str, *, revision: str | None = None, weights: bool = Tr
     """
     from huggingface_hub import snapshot_download
 
-    commit = hub_commit(hub_id, revision)
+    hub_commit(hub_id, revision)  # asks once, with a short time limit; the download itself would try again and again
     patterns = [*_SMALL_FILES, *(_WEIGHT_FILES if weights else ()), *(("*.py",) if code else ())]
     try:
-        return Path(snapshot_download(hub_id, revision=commit, allow_patterns=patterns))
+        # by the revision's name and not by its commit: only so does the cache note what the name stood for, for use without the hub
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except Exception as error:  # see hub_commit
-        cached = None if _refused(error) else _cached_snapshot(hub_id, commit, patterns)
+        cached = None if _refused(error) else _cached_snapshot(hub_id, revision, patterns)
         if cached is None:
             raise _explained(hub_id, revision, error) from error
         return cached

@@ -81,6 +81,7 @@ def new_llama(settings: ScratchSettings, tokenizer: "PreTrainedTokenizerBase", v
             f"teacher.scratch: hidden={settings.hidden} must be divisible by heads={settings.heads}, "
             f"and heads by kv_heads={settings.kv_heads}; change one of the three"
         )
+    end: Any = tokenizer.eos_token_id
     config = LlamaConfig(
         vocab_size=v_eff,
         hidden_size=settings.hidden,
@@ -91,8 +92,8 @@ def new_llama(settings: ScratchSettings, tokenizer: "PreTrainedTokenizerBase", v
         head_dim=settings.hidden // settings.heads,
         max_position_embeddings=max(context, 2048),
         tie_word_embeddings=settings.tie_embeddings,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=end,
+        eos_token_id=end,
         pad_token_id=None,
     )
     with torch.random.fork_rng():

@@ -17,6 +17,7 @@ from .origin import Origin
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedModel
 
     from ...configs.recipe import Recipe
     from ...trainer.metrics import MetricsSink
@@ -75,7 +76,7 @@ def _enter(lock: contextlib.ExitStack, folder: Path, console: "Console") -> None
     lock.enter_context(only_one_run(folder, console))
 
 
-def _save(model: "torch.nn.Module", recipe: "Recipe", origin: Origin) -> None:
+def _save(model: "PreTrainedModel", recipe: "Recipe", origin: Origin) -> None:
     assert recipe.teacher and recipe.teacher.scratch and origin.scratch
     # bf16 is what teachers are published in; the rounded weights are the teacher from here on.
     record = scratch_record(recipe.teacher.scratch, origin.data)

@@ -37,7 +37,7 @@ def linear_divergence(
     """``(1 - hard_weight) * T^2 * D(teacher, student) + hard_weight * cross-entropy``, summed over the unmasked tokens.
 
     Heads are cut to ``v_eff`` rows before the product. Products and softmax are fp32 whatever the inputs are and under autocast too
-    (fp64 when the student is fp64). On CUDA ``torch.set_float32_matmul_precision`` still decides whether fp32 products use TF32.
+    (fp64 when the student is fp64); ``torch.set_float32_matmul_precision`` still decides whether fp32 products may use TF32.
     Gradients flow to the student's hidden states, head and bias, never to the teacher; each has its tensor's dtype.
 
     Args:

@@ -17,25 +17,39 @@ from ..sums import LossSums
 from .closed_form import BUFFERS_ALONE, BUFFERS_WITH_TEACHER, BlockValues, cross_entropy_block, divergence_block
 from .inputs import HiddenStates, LogitTransform, Problem, TeacherLogits
 
-CPU_BUDGET_BYTES = 2**25
-"""Of all [rows, V] buffers together: about what stays in a last-level cache."""
-BUDGET_BYTES = 2**29
-"""The same on accelerators, whose matrix products want more rows."""
 FEWEST_ROWS = 16
 """Below this matrix products degenerate; a larger vocabulary exceeds the budget instead."""
 
 
-def rows_per_block(rows: int, v_eff: int, buffers: int, itemsize: int, budget_bytes: int) -> int:
-    """Rows of a block: as many as the budget holds, at least ``FEWEST_ROWS``, in blocks of nearly equal size.
+@dataclass(frozen=True)
+class BlockLimits:
+    """How large a block may be."""
+
+    budget_bytes: int
+    """Of all [rows, V] buffers together."""
+    most_rows: int | None = None
+    """Rows beyond which nothing is gained, or None."""
+
+
+CPU_LIMITS = BlockLimits(2**26, 256)
+"""Measured for vocabularies of 2,048 to 8,192: fewer rows slow matrix products down, more push the softmax out of the cache."""
+ACCELERATOR_LIMITS = BlockLimits(2**29)
+"""Many rows for the matrix products, and small beside the weights of a model."""
+
+
+def rows_per_block(rows: int, v_eff: int, buffers: int, itemsize: int, limits: BlockLimits) -> int:
+    """Rows of a block: as many as ``limits`` allow, at least ``FEWEST_ROWS``, in blocks of nearly equal size.
 
     Args:
         rows: Unmasked rows in all.
         v_eff: Vocabulary.
         buffers: [rows, V] buffers held at once.
         itemsize: Bytes per element.
-        budget_bytes: For all buffers together.
+        limits: Bytes of all buffers together, and rows.
     """
-    most = max(FEWEST_ROWS, budget_bytes // (v_eff * buffers * itemsize))
+    most = max(FEWEST_ROWS, limits.budget_bytes // (v_eff * buffers * itemsize))
+    if limits.most_rows is not None:
+        most = min(most, limits.most_rows)
     blocks = max(1, -(-rows // most))
     return max(1, -(-rows // blocks))
 
@@ -77,7 +91,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor | None, *_: Tensor | None) -> Any:
+    # torch declares backward without a signature
+    def backward(ctx: Any, gradient: Tensor | None, *_: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if gradient is None:
             return (None,) * 6
         scaled = (None if own is None else (own * gradient).to(dtype) for own, dtype in zip(ctx.saved_tensors, ctx.dtypes))
@@ -155,8 +170,8 @@ def _run(problem: Problem, gradients: _Gradients, rows: int | None) -> tuple[Ten
     buffers = 1 + BUFFERS_ALONE if teacher is None else 2 + BUFFERS_WITH_TEACHER
     capped = gradients.any and problem.student.transform is not None and problem.student.transform.softcap is not None
     if rows is None:
-        budget = CPU_BUDGET_BYTES if labels.device.type == "cpu" else BUDGET_BYTES
-        rows = rows_per_block(count, v_eff, buffers + capped, dtype.itemsize, budget)
+        limits = CPU_LIMITS if labels.device.type == "cpu" else ACCELERATOR_LIMITS
+        rows = rows_per_block(count, v_eff, buffers + capped, dtype.itemsize, limits)
     workspace = student.head.new_empty(buffers + capped, min(rows, count), v_eff)
     # per token, and summed at the end: the result does not depend on where blocks begin
     figures = student.head.new_zeros(4, count)

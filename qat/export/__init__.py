@@ -4,7 +4,6 @@
 """
 
 import difflib
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -152,4 +151,4 @@ def _write_record(folder: Path, source: ExportSource, export: dict[str, Any]) ->
     """decoct.json: the source's record, what the export's weights hash to, and the sha256 of every other file."""
     files = {str(file.relative_to(folder).as_posix()): sha256_file(file) for file in sorted(folder.rglob("*")) if file.is_file()}
     record = {**source.record, "format": RECORD_FORMAT, "quant": source.state.record(), "export": export, "files": files}
-    (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json_atomic(folder / RECORD, record)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import typer
@@ -23,7 +24,7 @@ SURFACE = {
 }
 
 
-def commands() -> dict[str, typer.core.TyperCommand]:
+def commands() -> dict[str, Any]:
     root = typer.main.get_command(app)
     found = {}
     for name, command in root.commands.items():  # pyright: ignore[reportAttributeAccessIssue]

@@ -146,13 +146,13 @@ def test_bad_input_is_refused(divergence) -> None:
     logits = torch.zeros(2, 4)
     with pytest.raises(ValueError, match=r"\(2, 4\).*\(2, 5\).*slice both to the real vocabulary"):
         divergence(logits, torch.zeros(2, 5))
-    with pytest.raises(ValueError, match="temperature=0.0 must be greater than 0"):
+    with pytest.raises(ValueError, match=r"temperature=0\.0 must be greater than 0"):
         divergence(logits, logits, temperature=0.0)
 
 
 def test_ends_of_beta_and_negative_temperature_are_refused() -> None:
     logits = torch.zeros(2, 4)
-    with pytest.raises(ValueError, match="beta=1.0 must lie strictly between 0 and 1; use forward_kl or reverse_kl"):
+    with pytest.raises(ValueError, match=r"beta=1\.0 must lie strictly between 0 and 1; use forward_kl or reverse_kl"):
         jsd(logits, logits, beta=1.0)
-    with pytest.raises(ValueError, match="temperature=-1.0"):
+    with pytest.raises(ValueError, match=r"temperature=-1\.0"):
         teacher_entropy(logits, temperature=-1.0)

@@ -9,7 +9,8 @@ SCRIPT = """
 import importlib, sys
 for name in {names!r}:
     importlib.import_module(name)
-foreign = ("transformers", "lightning", "pydantic", "datasets", "decoct.models", "decoct.trainer", "decoct.qat", "decoct.configs", "decoct.launch")
+ours = tuple("decoct." + folder for folder in ("models", "trainer", "qat", "configs", "launch"))
+foreign = ("transformers", "lightning", "pydantic", "datasets", *ours)
 loaded = sorted(name for name in sys.modules if name.startswith(foreign))
 assert not loaded, loaded
 """

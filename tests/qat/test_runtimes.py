@@ -1,6 +1,7 @@
 """What plain transformers computes from an export, in a process of its own, against the fake-quant model."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ def test_one_other_token_is_seen() -> None:
 def test_nan_never_agrees(row: int) -> None:
     other = LOGITS.clone()
     other[row, 3, 7] = float("nan")
-    assert not compare_logits(LOGITS, other, TOKENS).agrees
+    seen = compare_logits(LOGITS, other, TOKENS)
+    assert not seen.agrees
+    assert math.isnan(seen.max_logit_diff)
+    assert math.isnan(seen.max_logprob_diff)
 
 
 def test_differences_are_judged_by_the_size_of_the_logits() -> None:
@@ -92,7 +96,6 @@ def test_tokens_must_fit_the_vocabulary(exported: Path) -> None:
         ("llama", 8, "channel", (), False),
         ("qwen2", 4, "channel", ("*.down_proj",), True),
         ("qwen3", 4, 16, (), False),
-        ("qwen2", 8, 16, ("*.k_proj",), False),
         ("mistral", 2, 16, (), False),
     ],
 )

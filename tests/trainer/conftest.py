@@ -30,9 +30,9 @@ def training_command() -> list[str]:
     return [sys.executable, str(CASE_FILE)]
 
 
-@pytest.fixture
-def one_thread() -> Any:
-    """As the processes do it that are compared bit by bit."""
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    """Sums in one order whatever the machine; and threads waiting for each other on busy cores slow tiny models down a hundredfold."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

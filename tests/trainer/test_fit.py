@@ -66,7 +66,7 @@ def test_a_finished_stage_gives_its_result_at_once(training: ModuleType, tmp_pat
     assert not other.training
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(training: ModuleType, tmp_path: Path, one_thread: None) -> None:
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(training: ModuleType, tmp_path: Path) -> None:
     case = training.Case(steps=9, every=3)
     straight, student = training.run_case(case, tmp_path / "straight")
     shutil.copytree(tmp_path / "straight", tmp_path / "hurt")
@@ -85,7 +85,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(training: 
     assert result.tokens == straight.tokens
 
 
-def test_without_any_whole_checkpoint_the_stage_starts_again_and_says_so(training: ModuleType, tmp_path: Path, one_thread: None) -> None:
+def test_without_any_whole_checkpoint_the_stage_starts_again_and_says_so(training: ModuleType, tmp_path: Path) -> None:
     case = training.Case(steps=4, every=2)
     _, student = training.run_case(case, tmp_path)
     for path in (tmp_path / "stage/checkpoints").iterdir():

@@ -54,7 +54,8 @@ def measure_model(model: "PreTrainedModel", teacher: LocalTeacher | None, window
     """Figures of a model in memory: parameters, sparsity, quality and the seconds the measuring took."""
     started = time.perf_counter()
     device = best_device()
-    result = evaluate_model(model.to(device), teacher, windows, device=device)
+    model.to(torch.device(device))  # pyright: ignore[reportArgumentType] - transformers' wrapper hides the signature of nn.Module.to
+    result = evaluate_model(model, teacher, windows, device=device)
     return {
         "parameters": count_parameters(model),
         "sparsity": linear_sparsity(model),

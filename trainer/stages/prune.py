@@ -55,6 +55,8 @@ def finish(settings: PruneSettings, context: StageContext, trained: Trained | No
 def _prune_structured(student: "PreTrainedModel", settings: PruneSettings, context: StageContext) -> dict[str, Any]:
     assert isinstance(settings.structured, StructuredSettings)
     scores = ffn_channel_scores(student, calibration_batches(context, settings.calibration_tokens))
+    if hint := alignment_hint(settings.structured.ffn):
+        context.console.print(f"  {hint}", highlight=False)
     kept = prune_ffn(student, scores, settings.structured.ffn)
     context.console.print(
         f"  kept {settings.structured.ffn} of {len(scores[0])} FFN channels in each of {len(scores)} layers", highlight=False

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...models.errors import UserError
+from ...models.families import decoder_linears
 from ...models.folder import read_record
 from ...models.loading import load_model
 from ...models.pruning.magnitude import zero_masks
@@ -54,7 +55,9 @@ def open_teacher(settings: TrainingBlock, context: StageContext) -> LocalTeacher
 
 def training_plan(settings: TrainingBlock, context: StageContext, hidden: int) -> TrainingPlan:
     """The stage's plan, all derived values filled in."""
-    batch = derive_batch(context.trainer.global_batch_tokens, context.data.train.seq_length, current_world().size, context.trainer.micro_batch)
+    batch = derive_batch(
+        context.trainer.global_batch_tokens, context.data.train.seq_length, current_world().size, context.trainer.micro_batch
+    )
     step_tokens = batch.global_windows * context.data.train.seq_length
     if settings.steps is None and settings.tokens is None:
         raise UserError(f"{context.name}: a training stage needs 'tokens' or 'steps'; for example tokens: 10M")
@@ -87,7 +90,12 @@ def keep_zeros_hooks(student: "PreTrainedModel", modules: Sequence[str]) -> list
     """A hook that keeps the zeros of ``modules``; none when the folder is not sparse."""
     if not modules:
         return []
-    return [KeepZeros(zero_masks({name: student.get_submodule(name).weight.detach() for name in modules}))]
+    linears = decoder_linears(student)
+    if lost := [name for name in modules if name not in linears]:
+        raise UserError(
+            f"decoct.json lists {lost[0]} as sparse, but the model has no such linear layer; the folder was put together from two"
+        )
+    return [KeepZeros(zero_masks({name: linears[name].weight.detach() for name in modules}))]
 
 
 def train_student(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +16,14 @@ V_EFF = 61
 
 
 @dataclass
+class Cap:
+    """A transform of logits, as models describe theirs."""
+
+    logit_scale: float
+    softcap: float | None
+
+
+@dataclass
 class Case:
     """Tensors of one problem. Student and teacher share a vocabulary of 61 tokens, padded to 64 and 72, and differ in width."""
 
@@ -27,13 +34,15 @@ class Case:
     teacher_head: Tensor
     teacher_bias: Tensor | None
     labels: Tensor
-    transform: SimpleNamespace | None = None
-    teacher_transform: SimpleNamespace | None = None
+    transform: Cap | None = None
+    teacher_transform: Cap | None = None
     v_eff: int = V_EFF
 
     def to(self, dtype: torch.dtype) -> "Case":
         """The same with all floating tensors in ``dtype``, as new leaves."""
-        moved = {name: value.detach().to(dtype) for name, value in vars(self).items() if isinstance(value, Tensor) and value.is_floating_point()}
+        moved = {
+            name: value.detach().to(dtype) for name, value in vars(self).items() if isinstance(value, Tensor) and value.is_floating_point()
+        }
         return replace(self, **moved)
 
     def leaves(self) -> list[Tensor]:
@@ -82,12 +91,12 @@ def make_case(rows: int = 13, *, bias: bool = False, capped: bool = False, maske
     if masked:
         labels[torch.arange(rows) % 3 == 1] = -100
         hidden[labels == -100], teacher_hidden[labels == -100] = torch.nan, torch.nan
-    cap = SimpleNamespace(logit_scale=0.75, softcap=20.0) if capped else None
+    cap = Cap(logit_scale=0.75, softcap=20.0) if capped else None
     student_bias, teacher_bias = (randn(64), randn(72)) if bias else (None, None)
     return Case(hidden, head, student_bias, teacher_hidden, teacher_head, teacher_bias, labels, cap, cap)
 
 
-def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, transform: SimpleNamespace | None) -> Tensor:
+def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, transform: Cap | None) -> Tensor:
     logits = hidden @ head.T if bias is None else hidden @ head.T + bias
     if transform is None:
         return logits
@@ -103,13 +112,15 @@ def oracle(case: Case, settings: LossSettings, *, teacher: bool = True) -> dict[
     """Sums by the definitions, in probabilities, token by token, in fp64; ``loss`` has a graph to ``case``'s tensors."""
     assert case.hidden.dtype == torch.float64
     zero = torch.zeros((), dtype=torch.float64)
-    sums = {name: zero for name in ("loss", "kl", "cross_entropy", "teacher_entropy", "top1_matches", "tokens")}
+    sums: dict[str, Tensor] = dict.fromkeys(("loss", "kl", "cross_entropy", "teacher_entropy", "top1_matches", "tokens"), zero)
     for row in [row for row in range(len(case.labels)) if case.labels[row] != -100]:
         z = _logits(case.hidden[row], case.head[: case.v_eff], _cut(case.bias, case.v_eff), case.transform)
         hard, best = -z.softmax(0)[case.labels[row]].log(), case.labels[row]
         loss = hard
         if teacher:
-            y = _logits(case.teacher_hidden[row], case.teacher_head[: case.v_eff], _cut(case.teacher_bias, case.v_eff), case.teacher_transform)
+            y = _logits(
+                case.teacher_hidden[row], case.teacher_head[: case.v_eff], _cut(case.teacher_bias, case.v_eff), case.teacher_transform
+            )
             loss, best = _oracle_loss(z, y, hard, settings), y.argmax()
             sums["kl"] = sums["kl"] + _kl(y.softmax(0), z.softmax(0))
             sums["teacher_entropy"] = sums["teacher_entropy"] - (y.softmax(0) * y.softmax(0).log()).sum()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from decoct.losses.linear_divergence import TeacherHidden, chunked, linear_divergence
-from decoct.losses.linear_divergence.chunked import chunked_sums, rows_per_block
+from decoct.losses.linear_divergence.chunked import BlockLimits, chunked_sums, rows_per_block
 from decoct.losses.linear_divergence.inputs import HiddenStates, checked_problem
 from decoct.losses.linear_divergence.reference import reference_sums
 from decoct.losses.settings import LossSettings
@@ -58,7 +58,9 @@ def test_any_block_size_gives_the_same(case, rows: int, masked: bool) -> None:
     problem = problem_of(own, LossSettings(divergence="jsd", temperature=2.0, hard_weight=0.25))
     sums, expected = chunked_sums(problem, rows=rows), reference_sums(problem)
     for name in FIGURES:
-        torch.testing.assert_close(getattr(sums, name), getattr(expected, name), rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            getattr(sums, name), getattr(expected, name), rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
+        )
     for got, wanted in zip(torch.autograd.grad(sums.loss, leaves), torch.autograd.grad(expected.loss, leaves)):
         torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10)
 
@@ -78,7 +80,8 @@ def test_equals_the_reference_on_odd_sizes(rows, block, vocab, padding, width, h
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, width, generator=generator, dtype=torch.float64, requires_grad=True)
     head = torch.randn(vocab + padding, width, generator=generator, dtype=torch.float64, requires_grad=True)
-    teacher = TeacherHidden(*(torch.randn(n, 2, generator=generator, dtype=torch.float64) for n in (rows, vocab)))
+    teacher_hidden, teacher_head = (torch.randn(n, 2, generator=generator, dtype=torch.float64) for n in (rows, vocab))
+    teacher = TeacherHidden(teacher_hidden, teacher_head)
     labels = torch.randint(-1, vocab, (rows,), generator=generator)
     labels[labels < 0] = -100
     problem = checked_problem(HiddenStates(hidden, head), teacher, labels, LossSettings(divergence=divergence, hard_weight=hard), vocab)
@@ -91,7 +94,7 @@ def test_equals_the_reference_on_odd_sizes(rows, block, vocab, padding, width, h
 
 def test_logits_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """512 rows of 256 tokens under a budget of 64 rows: nothing, temporaries included, comes near [N, V]."""
-    monkeypatch.setattr(chunked, "CPU_BUDGET_BYTES", 64 * 256 * 5 * 4)
+    monkeypatch.setattr(chunked, "CPU_LIMITS", BlockLimits(64 * 256 * 5 * 4))
     hidden, head = torch.randn(512, 8, requires_grad=True), torch.randn(256, 8, requires_grad=True)
     teacher = TeacherHidden(torch.randn(512, 8), torch.randn(256, 8))
     labels = torch.randint(0, 256, (512,))
@@ -170,17 +173,18 @@ def test_an_unused_loss_leaves_other_gradients_alone(case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "v_eff", "budget_bytes", "expected"),
+    ("rows", "v_eff", "limits", "expected"),
     [
-        (2048, 1000, 4 * 5 * 1000 * 512, 512),
-        (1030, 1000, 4 * 5 * 1000 * 512, 344),  # three equal blocks, not two of 512 and a rest of 6
-        (2048, 128_000, 2**20, 16),  # never fewer than 16
-        (7, 1000, 2**30, 7),
-        (0, 1000, 2**30, 1),
+        (2048, 1000, BlockLimits(4 * 5 * 1000 * 512), 512),
+        (1030, 1000, BlockLimits(4 * 5 * 1000 * 512), 344),  # three equal blocks, not two of 512 and a rest of 6
+        (2048, 128_000, BlockLimits(2**20), 16),  # never fewer than 16
+        (2048, 1000, BlockLimits(2**30, 256), 256),
+        (7, 1000, BlockLimits(2**30, 256), 7),
+        (0, 1000, BlockLimits(2**30), 1),
     ],
 )
-def test_rows_of_a_block(rows: int, v_eff: int, budget_bytes: int, expected: int) -> None:
-    assert rows_per_block(rows, v_eff, 5, 4, budget_bytes) == expected
+def test_rows_of_a_block(rows: int, v_eff: int, limits: BlockLimits, expected: int) -> None:
+    assert rows_per_block(rows, v_eff, 5, 4, limits) == expected
 
 
 @pytest.mark.gpu

@@ -24,7 +24,13 @@ ABSENT = {"status": "not installed", "version": None, "reason": "pip install com
 
 def test_card_has_sizes_and_scheme() -> None:
     card = card_text(FACTS)
-    for part in ("625 bytes, 5.00 bits per weight", "2,000 bytes in bf16", "group of 128 inputs", "in bf16: lm_head", "base_model: org/model"):
+    for part in (
+        "625 bytes, 5.00 bits per weight",
+        "2,000 bytes in bf16",
+        "group of 128 inputs",
+        "in bf16: lm_head",
+        "base_model: org/model",
+    ):
         assert part in card
     assert "## Evaluation" not in card
 
@@ -52,7 +58,13 @@ def test_card_of_two_bits_warns_about_readers() -> None:
 
 @pytest.mark.parametrize(
     ("given", "shown"),
-    [("org/model", "org/model"), ("a scratch teacher", "a scratch teacher"), ("/home/me/model", "model"), ("../x/model", "model"), (None, None)],
+    [
+        ("org/model", "org/model"),
+        ("a scratch teacher", "a scratch teacher"),
+        ("/home/me/model", "model"),
+        ("../x/model", "model"),
+        (None, None),
+    ],
 )
 def test_paths_are_never_shown(given: str | None, shown: str | None) -> None:
     assert shown_name(given) == shown

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -129,7 +131,14 @@ def test_tokenizer_record_and_card_come_along(quantized_folder: Build, tmp_path:
     assert "quant.safetensors" not in names
     card = (target / "README.md").read_text()
     assert card.startswith("---\n")
-    for part in ("base_model: someone/some-model", "int4", "group of 16", "| this model | 8.25 | 0.0625 |", "from_pretrained", "vllm serve"):
+    for part in (
+        "base_model: someone/some-model",
+        "int4",
+        "group of 16",
+        "| this model | 8.25 | 0.0625 |",
+        "from_pretrained",
+        "vllm serve",
+    ):
         assert part in card
     for file in ("README.md", "decoct.json", "config.json", "tokenizer_config.json"):
         assert str(tmp_path) not in (target / file).read_text()
@@ -151,7 +160,9 @@ def test_large_models_are_cut_into_shards(quantized_folder: Build, tmp_path: Pat
     files = sorted(target.glob("model-*.safetensors"))
     assert len(files) > 1
     assert all(file.stat().st_size < 26_000 for file in files)
-    assert json.loads((target / "model.safetensors.index.json").read_text())["weight_map"].keys() == {n for f in files for n in load_file(f)}
+    assert json.loads((target / "model.safetensors.index.json").read_text())["weight_map"].keys() == {
+        n for f in files for n in load_file(f)
+    }
     assert not verify_folder(target, source=source, runtimes=False).problems
 
 
@@ -213,7 +224,7 @@ def _other_config(source: Path) -> None:
     (source / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "code out of range": (_code_out_of_range, "outside -8..7"),
     "NaN scale": (_scale(float("nan")), "not a positive finite number"),
     "zero scale": (_scale(0.0), "not a positive finite number"),
@@ -237,6 +248,23 @@ def test_damaged_sources_are_refused(quantized_folder: Build, tmp_path: Path, da
     refused(source, tmp_path / "export", message)
 
 
+def test_a_tied_head_that_is_stored_twice_is_written_once(quantized_folder: Build, tmp_path: Path) -> None:
+    source = quantized_folder(tie_word_embeddings=True)
+    _edit(source / "model.safetensors", lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    target = export_to(source, tmp_path / "export")
+    assert "lm_head.weight" not in load_file(target / "model.safetensors")
+    _edit(source / "model.safetensors", lambda tensors: tensors["lm_head.weight"][0].fill_(1.0))
+    refused(source, tmp_path / "again", "lm_head.weight is stored with values of its own, but config.json ties it")
+
+
+def test_too_little_room_is_said_before_anything_is_written(
+    quantized_folder: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = quantized_folder()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    refused(source, tmp_path / "export", r"the export .*export needs [\d,]+ bytes, but .* has 1,000 bytes free")
+
+
 def test_an_inexact_result_never_appears(quantized_folder: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exporter = EXPORTERS[FORMAT]
 
@@ -255,6 +283,6 @@ def test_a_result_that_a_runtime_rejects_never_appears(
     outcome = {"status": status, "version": "transformers 0", "reason": "because"}
     monkeypatch.setattr(export, "check_runtimes", lambda folder: {"transformers": outcome})
     source = quantized_folder()
-    with pytest.raises(DecoctError, match="transformers 0.*because"):
+    with pytest.raises(DecoctError, match=r"transformers 0.*because"):
         export_folder(source, tmp_path / "export", FORMAT)
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
