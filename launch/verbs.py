@@ -86,8 +86,9 @@ def run_export(model: Path, out: Path, form: str) -> None:
 
     console = Console()
     result = export_folder(model, out, form)
-    console.print(f"wrote {out}: {form}, {result.bytes:,} bytes, every weight rebuilt exactly by an independent reader")
-    run_verify(out, model, runtimes=True)
+    console.print(f"wrote {out}: {form}, {result.bytes:,} bytes, every weight rebuilt exactly by an independent reader", highlight=False)
+    for name, seen in result.runtimes.items():
+        console.print(f"  {name}: {_facts(seen)}", highlight=False)
 
 
 def run_verify(folder: Path, source: Path | None, runtimes: bool) -> None:
@@ -102,10 +103,13 @@ def run_verify(folder: Path, source: Path | None, runtimes: bool) -> None:
     for check in report.checks:
         console.print(f"  ok  {check}", highlight=False)
     for name, seen in report.runtimes.items():
-        facts = ", ".join(f"{key} {value}" for key, value in seen.items() if value is not None)
-        console.print(f"  {name}: {facts}", highlight=False)
+        console.print(f"  {name}: {_facts(seen)}", highlight=False)
     if report.problems:
         raise UserError(f"{folder} is not what was exported:\n" + "\n".join(f"  - {problem}" for problem in report.problems))
+
+
+def _facts(seen: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in seen.items() if value is not None)
 
 
 def copy_recipe(name: str, target: Path) -> Path:

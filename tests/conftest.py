@@ -17,6 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+# Lightning (through pytest's warning filters) may have imported torch before OMP_NUM_THREADS was set above.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

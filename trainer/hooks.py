@@ -109,6 +109,8 @@ class KeepZeros:
 class MaskHook(KeepZeros):
     """Magnitude pruning on the cubic schedule of Zhu & Gupta 2017; masks only ever shrink.
 
+    The masks are all the state there is: the share follows from the step, and choosing it again among what is kept changes nothing.
+
     Args:
         modules: Names of the linear modules to prune.
         settings: Share kept, scope, update interval and healing time.
@@ -152,15 +154,6 @@ class MaskHook(KeepZeros):
         """Share of weights kept after step ``step``; the last step always ends at the target."""
         settings = self._settings
         return settings.keep if step >= self._total else cubic_keep(step, self._total, settings.keep, settings.heal, settings.update_every)
-
-    def state(self) -> dict[str, Tensor]:
-        """The masks and the share they keep."""
-        return {**self.masks, "keep": torch.tensor(self._keep, dtype=torch.float64)}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take the saved masks, and with them the place in the schedule."""
-        self._keep = float(state["keep"])
-        super().load({name: mask for name, mask in state.items() if name != "keep"})
 
 
 def _linear(student: nn.Module, name: str) -> nn.Linear:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .data.prepare import PreparedData
     from .data.text import Documents
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ def new_llama(settings: ScratchSettings, tokenizer: "PreTrainedTokenizerBase", v
         head_dim=settings.hidden // settings.heads,
         max_position_embeddings=max(context, 2048),
         tie_word_embeddings=settings.tie_embeddings,
+        # The usual 0.02 is meant for widths of thousands; a narrow model starts too flat with it (docs/lab-book.md).
+        initializer_range=settings.hidden**-0.5,
         bos_token_id=end,
         eos_token_id=end,
         pad_token_id=None,

@@ -147,7 +147,7 @@ class Measuring:
         record = {"base_model": self.teacher.name, "kind": "quantize", "quant": state.record()}
         tensors = {"quant.safetensors": state.tensors()}
         save_model_folder(unpacked, model, self.origin.tokenizer, record, dtype=torch.float32, extra_tensors=tensors)
-        export_folder(unpacked, place / "packed", "compressed-tensors")
+        export_folder(unpacked, place / "packed", "compressed-tensors", runtimes=False)
         shutil.rmtree(unpacked)
 
     def _remembered(self, file: Path, path: str, revision: str | None) -> Row:

@@ -31,7 +31,7 @@ class BlockLimits:
     """Rows beyond which nothing is gained, or None."""
 
 
-CPU_LIMITS = BlockLimits(2**26, 256)
+CPU_LIMITS = BlockLimits(2**26, 512)
 """Measured for vocabularies of 2,048 to 8,192: fewer rows slow matrix products down, more push the softmax out of the cache."""
 ACCELERATOR_LIMITS = BlockLimits(2**29)
 """Many rows for the matrix products, and small beside the weights of a model."""

@@ -57,9 +57,11 @@ def cross_entropy_block(logits: Tensor, labels: Tensor, buffer: Tensor, *, gradi
     Returns:
         (figures, gradient [n, V] with respect to ``logits`` or None); the gradient lies in ``buffer``.
     """
-    matches = _at(logits, labels) >= logits.amax(-1)
-    hard = -_at(torch.log_softmax(logits, -1, out=buffer), labels)
-    return BlockValues(hard, hard, matches), _minus_onehot(buffer.exp_(), labels, 1.0) if gradient else None
+    own, best = _at(logits, labels), logits.amax(-1)
+    q = torch.softmax(logits, -1, out=buffer)
+    # log-normaliser = best - log(max q), where max q >= 1 / V cannot underflow: cheaper than a second exponential over V
+    hard = (best - own) - q.amax(-1).log()
+    return BlockValues(hard, hard, own >= best), _minus_onehot(q, labels, 1.0) if gradient else None
 
 
 def divergence_block(

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...models.errors import DecoctError, UserError
 from ...models.files import atomic_directory, check_free_space, sha256_file, write_json_atomic
@@ -21,6 +21,9 @@ from ..runtimes import check_runtimes
 from . import compressed_tensors
 from .card import CardFacts, card_text
 from .source import ExportSource, open_source
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What a tokenizer consists of in any transformers version, and how text is generated; weights and records are written anew.
 _COPIED = (
@@ -66,7 +69,7 @@ class ExportResult:
     """As ``qat.runtimes.check_runtimes`` gives them; {} when not asked for."""
 
 
-def export_folder(source: Path, target: Path, format: str, *, runtimes: bool = True) -> ExportResult:
+def export_folder(source: Path, target: Path, format: str, *, runtimes: bool = True, tokens: "Tensor | None" = None) -> ExportResult:
     """Pack a quantized model folder, check the result, and only then give it its name.
 
     Codes and scales are stored as trained, nothing is rounded again. An independent reader rebuilds every weight and compares; with
@@ -77,6 +80,7 @@ def export_folder(source: Path, target: Path, format: str, *, runtimes: bool = T
         target: The folder to make; it must not exist.
         format: A name in ``EXPORTERS``.
         runtimes: Also load it in installed runtimes (some seconds; a runtime that is not installed is reported, not an error).
+        tokens: int64 [B, S] of real text for the runtimes, which adds their perplexity.
 
     Raises:
         UserError: unknown format, a source without codes or with damaged ones, a lattice the format cannot hold, an existing target,
@@ -97,7 +101,7 @@ def export_folder(source: Path, target: Path, format: str, *, runtimes: bool = T
         exporter.write(folder, opened)
         _copy_companions(source, folder)
         hashes = _check_exact(folder, opened)
-        seen = _checked_runtimes(folder) if runtimes else {}
+        seen = _checked_runtimes(folder, tokens) if runtimes else {}
         size = folder_bytes(folder)
         (folder / "README.md").write_text(card_text(_facts(opened, target.name, size, seen)), encoding="utf-8")
         _write_record(folder, opened, {"format": format, "bytes": size, "weights": hashes, "runtimes": seen})
@@ -121,8 +125,8 @@ def _check_exact(folder: Path, source: ExportSource) -> dict[str, str]:
     return hashes
 
 
-def _checked_runtimes(folder: Path) -> dict[str, dict[str, Any]]:
-    seen = check_runtimes(folder)
+def _checked_runtimes(folder: Path, tokens: "Tensor | None") -> dict[str, dict[str, Any]]:
+    seen = check_runtimes(folder, tokens=tokens)
     for name, outcome in seen.items():
         if outcome["status"] in ("differs", "failed"):
             raise DecoctError(

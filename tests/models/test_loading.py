@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from decoct.models.errors import UserError
 from decoct.models.folder_check import check_model_folder
-from decoct.models.loading import load_config, load_model, load_tokenizer, meta_model
+from decoct.models.loading import _check_report, load_config, load_model, load_tokenizer, meta_model
 from decoct.models.tokenizer import train_tokenizer
 
 Edit = Callable[[dict[str, torch.Tensor]], object]
@@ -86,6 +86,14 @@ def test_a_tied_head_may_be_missing(tiny_model: Callable[..., Any], tmp_path: Pa
         _edit_weights(tmp_path / "tied", lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
     model = _load(tmp_path / "tied")
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_tied_head_that_is_reported_as_missing_is_excused_only_with_its_embedding(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    report = {"missing_keys": {"lm_head.weight"}, "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    _check_report("folder", model, report)  # transformers versions differ in whether they report it
+    with pytest.raises(UserError, match=r"2 weights are missing .*lm_head\.weight, model\.embed_tokens\.weight"):
+        _check_report("folder", model, {**report, "missing_keys": {"lm_head.weight", "model.embed_tokens.weight"}})
 
 
 def test_an_untied_head_may_not_be_missing(folder: Path) -> None:

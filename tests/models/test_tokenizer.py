@@ -73,6 +73,7 @@ def test_auto_tokenizer_gives_it_back_beside_a_llama_config(tokenizer: PreTraine
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert isinstance(again, PreTrainedTokenizerFast)
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert again.clean_up_tokenization_spaces is False, "other versions of transformers would take out spaces before punctuation"
     for text in AWKWARD:
         assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
         assert again.decode(again(text)["input_ids"]) == text

@@ -1,9 +1,6 @@
 import io
 import json
 import os
-import struct
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,62 +30,6 @@ def _png() -> bytes:
     return out.getvalue()
 
 
-def _records(path: Path) -> Iterator[bytes]:
-    """Payloads of a .wandb file: LevelDB's log format behind a header of 7 bytes."""
-    data, block, whole = path.read_bytes(), 32_768, b""
-    assert data[:4] == b":W&B"
-    position = 7
-    while position + 7 <= len(data):
-        if block - position % block < 7:
-            position += block - position % block
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        whole += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last fragment
-            yield whole
-            whole = b""
-
-
-def _read_back(run_dir: Path) -> list[dict[str, Any]]:
-    """What each offline part of a W&B run holds, read from its .wandb file."""
-    from wandb.proto import wandb_internal_pb2
-
-    new_record: Any = vars(wandb_internal_pb2)["Record"]
-
-    parts = []
-    for path in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb")):
-        part: dict[str, Any] = {"config": {}, "history": [], "summary": {}}
-        for payload in _records(path):
-            record = new_record()
-            record.ParseFromString(payload)
-            kind = record.WhichOneof("record_type")
-            if kind == "run":
-                part |= {"id": record.run.run_id, "project": record.run.project}
-                part["config"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-            elif kind == "history":
-                part["history"].append({_key(item): json.loads(item.value_json) for item in record.history.item})
-            elif kind == "summary":
-                part["summary"] |= {_key(item): json.loads(item.value_json) for item in record.summary.update}
-            part["ended"] = kind == "exit"
-        parts.append(part)
-    return parts
-
-
-def _read_when_written(run_dir: Path) -> list[dict[str, Any]]:
-    """W&B's own process closes the file a moment after ``finish`` returns."""
-    deadline = time.monotonic() + 60
-    parts = _read_back(run_dir)
-    while not all(part.get("ended") for part in parts) and time.monotonic() < deadline:
-        time.sleep(0.1)
-        parts = _read_back(run_dir)
-    return parts
-
-
-def _key(item: Any) -> str:
-    return ".".join(item.nested_key) or item.key
-
-
 def _offline_part(run_dir: Path, steps: range, console: Console) -> None:
     loggers = build_loggers(
         LoggerSettings(kind="wandb", tags=("tiny",)),
@@ -107,7 +48,7 @@ def _offline_part(run_dir: Path, steps: range, console: Console) -> None:
 
 
 def test_wandb_offline_parts_can_be_read_back_under_one_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    read_wandb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     elsewhere, run_dir = tmp_path / "cwd", tmp_path / "run"
     elsewhere.mkdir()
@@ -121,7 +62,7 @@ def test_wandb_offline_parts_can_be_read_back_under_one_id(
     assert shown.out + shown.err == "", "W&B itself stays quiet"
     identifier = (run_dir / "wandb-run-id.txt").read_text().strip()
     assert [("offline" in line, identifier in line) for line in said.getvalue().splitlines()] == [(True, True)] * 2
-    parts = _read_when_written(run_dir)
+    parts = read_wandb(run_dir)
     assert [part["id"] for part in parts] == [identifier, identifier]
     losses = [row["01-distill/loss"] for part in parts for row in part["history"] if "01-distill/loss" in row]
     assert losses == [2.0, 1.0, 2.0 / 3, 0.5]

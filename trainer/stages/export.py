@@ -2,13 +2,24 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ...models.errors import UserError
+from ...models.folder import read_record
 from ...qat.export import export_folder
 from ...qat.verify import verify_folder
 from ..settings import ExportSettings
 from .context import StageContext, StageResult
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..data.windows import Windows
+
+RUNTIME_POSITIONS = 2048
+"""Held-out positions on which runtimes are compared."""
 
 
 def finish(settings: ExportSettings, context: StageContext, trained: None) -> StageResult:
@@ -20,11 +31,22 @@ def finish(settings: ExportSettings, context: StageContext, trained: None) -> St
 
 
 def _export(source: Path, target: Path, form: str, context: StageContext) -> dict[str, Any]:
-    if not target.exists():
-        export_folder(source, target, form)
-    report = verify_folder(target, source=source)
+    """Write a format, or check what an interrupted start of this stage left whole."""
+    if target.exists():
+        runtimes = read_record(target).get("export", {}).get("runtimes", {})
+    else:
+        runtimes = export_folder(source, target, form, tokens=real_tokens(context.data.evaluation)).runtimes
+    report = verify_folder(target, source=source, runtimes=False)
     if report.problems:
         raise UserError(f"{target} does not verify: {'; '.join(report.problems)}; delete it and run again")
-    for name, seen in report.runtimes.items():
-        context.console.print(f"  {form} in {name}: {', '.join(f'{k} {v}' for k, v in seen.items() if v is not None)}", highlight=False)
-    return {"format": form, "path": target.name, "exact": True, "runtimes": report.runtimes}
+    for name, seen in runtimes.items():
+        facts = ", ".join(f"{key} {value}" for key, value in seen.items() if value is not None)
+        context.console.print(f"  {form} in {name}: {facts}", highlight=False)
+    return {"format": form, "path": target.name, "exact": True, "runtimes": runtimes}
+
+
+def real_tokens(windows: "Windows") -> "Tensor | None":
+    """int64 [B, S]: the first held-out windows that have no padding; None when there is none."""
+    full = [row["input_ids"] for row in map(windows.__getitem__, range(len(windows))) if bool(row["attention_mask"].all())]
+    count = -(-RUNTIME_POSITIONS // windows.seq_length)
+    return torch.stack(full[:count]) if full else None
