@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ...models.errors import UserError
-from ...models.files import check_writable_folder, clean_leftovers, write_json_atomic
+from ...models.files import check_writable_folder, clean_leftovers, write_json_atomic, write_text_atomic
+from ...models.folder import verify_folder_files
 
 STAGE_FILE = "stage.json"
 _PACKAGES = (
@@ -115,9 +116,24 @@ class StageFolder:
             state = {}
         self.path.mkdir(parents=True, exist_ok=True)
         clean_leftovers(self.path)
-        if not state:
+        if state.get("state") == "done" and not self._whole(state):
+            state = {}
+        if state.get("state") != "done":
+            # Killed between the model folder and this file, or the folder was deleted: the checkpoints lead to the same model again.
+            shutil.rmtree(self.model, ignore_errors=True)
             self.write({"key": key, "kind": kind, "state": "running"})
         return state
+
+    def _whole(self, state: dict[str, Any]) -> bool:
+        """Whether what a finished stage made is still there; UserError when it was changed since."""
+        made = [self.model] if state.get("makes_model") else []
+        made += [self.path / export["path"] for export in state.get("exports", [])]
+        if not all(folder.is_dir() for folder in made):
+            return False
+        for folder in made:
+            if problems := verify_folder_files(folder):
+                raise UserError(f"{folder} is damaged: {problems[0]}; delete it and run again to make it anew")
+        return True
 
     def drop_checkpoints(self, keep: int) -> None:
         """Delete the stage's checkpoints but the newest ``keep``; they are only of use while the stage is unfinished."""
@@ -145,7 +161,7 @@ class RunFolder:
         """Create the folder (UserError when it cannot be written) with the resolved recipe and the versions in it."""
         check_writable_folder(self.path, "the run folder (runs/<name>, or --out)")
         clean_leftovers(self.path)
-        (self.path / "recipe.yaml").write_text(recipe_text)
+        write_text_atomic(self.path / "recipe.yaml", recipe_text)
         write_json_atomic(self.path / "versions.json", versions())
 
     def stage(self, name: str) -> StageFolder:

@@ -112,9 +112,9 @@ def make_student(
         }
     )
     state = folder.begin(key, "student")
-    if not (state.get("state") == "done" and folder.model.is_dir()):
+    if state.get("state") != "done":
         facts = _build_student(recipe, origin, teacher, folder, record)
-        folder.write({"key": key, "kind": "student", "state": "done", **facts})
+        folder.write({"key": key, "kind": "student", "state": "done", "makes_model": True, **facts})
     return {"path": str(folder.model), "revision": None}
 
 

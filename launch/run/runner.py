@@ -49,7 +49,7 @@ class Runner:
         started = time.perf_counter()
         plain = resolved(self.recipe)
         self.session.on_first(lambda: self.folder.open(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)))
-        self._say(f"[bold]{self.recipe.name}[/] -> {self.folder.path}")
+        self._say(f"{self.recipe.name} -> {self.folder.path}", style="bold")
         origin = open_origin(self.recipe, self.session)
         self._say(f"text: {origin.data.description}")
         self.metrics = self._open_metrics(plain)
@@ -69,8 +69,9 @@ class Runner:
             raise GateFailed("the model is worse than the recipe allows: " + "; ".join(failed))
         return report
 
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+    def _say(self, text: str, style: str = "") -> None:
+        # File names and recipe names may hold what rich takes for markup.
+        self.console.print(text, style=style, markup=False, highlight=False)
 
     def _student_name(self) -> str:
         path = self.recipe.student.path
@@ -121,11 +122,11 @@ class Runner:
             console=self.console,
         )
         if not begun["done"]:
-            self._say(f"[bold]{entry.name}[/]")
+            self._say(entry.name, style="bold")
             trained = train(entry.settings, context) if train else None
             self.session.on_first(lambda: self._close_stage(entry, folder, begun, finish(entry.settings, context, trained)))
         else:
-            self._say(f"[bold]{entry.name}[/] is done, skipped")
+            self._say(f"{entry.name} is done, skipped")
         after = self.session.on_first(lambda: measuring.stage_row(entry, folder))
         return {"path": str(folder.model), "revision": None} if after else at
 

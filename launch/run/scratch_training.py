@@ -45,11 +45,11 @@ def train_scratch_teacher(recipe: "Recipe", origin: Origin, session: "Session", 
     settings, place = recipe.teacher.scratch, origin.scratch
     lock = contextlib.ExitStack()
     if session.on_first(lambda: _enter(lock, place.folder, console) or place.model.is_dir()):
-        console.print(f"[bold]{STAGE}[/] found in the cache", highlight=False)
+        console.print(f"{STAGE} found in the cache", highlight=False)
         lock.close()
         return
     with lock:
-        console.print(f"[bold]{STAGE}[/] (trained once, then cached)", highlight=False)
+        console.print(f"{STAGE} (trained once, then cached)", style="bold", highlight=False)
         student = new_llama(settings, origin.tokenizer, origin.v_eff, recipe.data.seq_length, recipe.seed)
         context = StageContext(
             name=STAGE,

@@ -1,4 +1,6 @@
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,35 @@ def test_drop_checkpoints_keeps_the_newest(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
     StageFolder(tmp_path).drop_checkpoints(keep=0)
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def finished(folder: StageFolder, **more: object) -> None:
+    folder.begin("k", "distill")
+    folder.model.mkdir()
+    (folder.model / "decoct.json").write_text(json.dumps({"format": 1, "files": {"w": hashlib.sha256(b"1").hexdigest()}}))
+    (folder.model / "w").write_bytes(b"1")
+    folder.write({"key": "k", "kind": "distill", "state": "done", "makes_model": True, "exports": [], **more})
+
+
+def test_finished_stage_whose_model_was_deleted_runs_again(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path / "01-distill")
+    finished(folder)
+    assert folder.begin("k", "distill")["state"] == "done"
+    shutil.rmtree(folder.model)
+    assert folder.begin("k", "distill").get("state") != "done"
+
+
+def test_finished_stage_whose_model_was_changed_is_refused(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path / "01-distill")
+    finished(folder)
+    (folder.model / "w").write_bytes(b"2")
+    with pytest.raises(UserError, match="damaged: w has changed"):
+        folder.begin("k", "distill")
+
+
+def test_model_folder_of_a_start_killed_before_it_said_done_is_made_again(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path / "01-distill")
+    finished(folder)
+    folder.write({"key": "k", "kind": "distill", "state": "running"})
+    folder.begin("k", "distill")
+    assert not folder.model.exists()
