@@ -35,7 +35,7 @@ def size_against_quality(report: dict[str, Any]) -> "Figure":
     """
     figure = _figure(7.5, 4.4)
     axes = figure.subplots()
-    path = [row for row in report["stages"] if row.get("eval") and row["kind"] not in ("qat", "quantize")]
+    path = [row for row in report["stages"] if row.get("eval") and row["kind"] not in ("qat", "quantize", "evaluate")]
     path += [{**row, "kind": "export", "name": f"{row['format']} export"} for row in report["exports"] if row.get("eval")]
     points = [(row["bytes"] / 1e6, row["eval"]["perplexity"]) for row in path]
     axes.plot([x for x, _ in points], [y for _, y in points], color="#bbbbbb", linewidth=1, zorder=1)
@@ -47,9 +47,8 @@ def size_against_quality(report: dict[str, Any]) -> "Figure":
         label = f"{row['name']} (no training)"
         axes.annotate(label, (row["bytes"] / 1e6, row["eval"]["perplexity"]), xytext=(6, -12), textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
-    axes.set_yscale("log")
     axes.set_xlabel("weight files, MB (log)")
-    axes.set_ylabel("held-out perplexity (log), lower is better")
+    axes.set_ylabel("held-out perplexity, lower is better")
     axes.set_title("Size against quality")
     _plain_ticks(axes)
     axes.margins(x=0.18, y=0.15)
@@ -58,15 +57,14 @@ def size_against_quality(report: dict[str, Any]) -> "Figure":
 
 
 def _plain_ticks(axes: Any) -> None:
-    """Numbers instead of powers of ten, also between the decades."""
+    """Megabytes as numbers instead of powers of ten, also between the decades."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(base=10, subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
-        plain = ScalarFormatter()
-        plain.set_scientific(False)
-        axis.set_major_formatter(plain)
-        axis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
+    plain = ScalarFormatter()
+    plain.set_scientific(False)
+    axes.xaxis.set_major_formatter(plain)
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def training_curves(curves: Curves) -> "Figure":
@@ -75,11 +73,11 @@ def training_curves(curves: Curves) -> "Figure":
     rows = -(-len(curves) // columns)
     figure = _figure(3.4 * columns, 2.6 * rows)
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, (stage, lines) in zip(panels, curves.items()):
+    for (stage, lines), axes in zip(curves.items(), panels):
         has_teacher = any(line.get("kl") for line in lines)
-        axes.plot(
-            [line["step"] for line in lines], [line["kl" if has_teacher else "loss"] for line in lines], linewidth=1.1, color="#1f4e79"
-        )
+        steps, values = [line["step"] for line in lines], [line["kl" if has_teacher else "loss"] for line in lines]
+        axes.plot(steps, values, linewidth=0.8, color="#1f4e79", alpha=0.3)
+        axes.plot(steps, _smooth(values), linewidth=1.3, color="#1f4e79")
         axes.set_title(stage, fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.set_ylabel("KL to teacher, nats" if has_teacher else "cross-entropy, nats", fontsize=8)
@@ -88,6 +86,12 @@ def training_curves(curves: Curves) -> "Figure":
     for axes in list(panels):
         axes.set_visible(False)
     return figure
+
+
+def _smooth(values: list[float], share: float = 0.05) -> list[float]:
+    """Mean over a window that ends at each point and spans ``share`` of the curve."""
+    width = max(1, round(len(values) * share))
+    return [sum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(values))]
 
 
 def layer_sparsity(report: dict[str, Any]) -> "Figure":

@@ -135,6 +135,7 @@ class Runner:
     ) -> dict[str, Any]:
         source = content_hash(at["path"], at["revision"])
         key = stage_key(
+            name=entry.name,
             kind=entry.kind,
             settings=entry.settings,
             format_version=STAGE_KINDS[entry.kind].format_version,

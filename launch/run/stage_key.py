@@ -16,6 +16,7 @@ _TRAINER_NUMBERS = ("precision", "global_batch_tokens", "gradient_clip", "save_d
 
 def stage_key(
     *,
+    name: str,
     kind: str,
     settings: Any,
     format_version: int,
@@ -28,6 +29,7 @@ def stage_key(
     """sha256 (hex) over the stage's settings and everything upstream that changes its numbers.
 
     Args:
+        name: name of the stage, from which the order of its data is drawn.
         kind: stage kind; settings: its dataclass; format_version: version of the stage's own output.
         input_hash: content hash of the input model folder; data: fingerprint of the prepared data.
         teacher: content hash and dtype of the teacher, None without one.
@@ -37,6 +39,7 @@ def stage_key(
     chosen = {key: value for key, value in asdict(settings).items() if key not in _NOT_NUMBERS}
     return sha256_json(
         {
+            "name": name,
             "kind": kind,
             "settings": chosen,
             "format": format_version,

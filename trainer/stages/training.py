@@ -17,6 +17,7 @@ from ..fit import fit
 from ..hooks import KeepZeros, StepHook
 from ..objective import Objective
 from ..plan import TrainingPlan
+from ..rng import derive_seed
 from ..settings import TrainingBlock
 from ..world import current_world
 from .context import StageContext, Trained
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Peak rate at 192 hidden channels; it falls with 1 / hidden (muP's rule for AdamW matrices, arXiv 2203.03466, table 3).
-_BASE_RATES = {"pretrain": 3e-3, "distill": 1.5e-3, "prune": 1e-3, "qat": 6e-4}
+_BASE_RATES = {"pretrain": 3e-3, "distill": 8e-4, "prune": 6e-4, "qat": 4e-4}
 _BASE_HIDDEN = 192
 
 
@@ -73,7 +74,8 @@ def training_plan(settings: TrainingBlock, context: StageContext, hidden: int) -
         betas=settings.betas,
         gradient_clip=context.trainer.gradient_clip,
         precision=context.trainer.precision,
-        seed=context.seed,
+        # Each stage draws its own order: the same one would show every stage the same first windows.
+        seed=derive_seed(context.seed, context.name),
         checkpoint_every=settings.checkpoint_every or max(10, steps // 20),
         deterministic=context.trainer.deterministic,
         num_workers=context.trainer.num_workers,

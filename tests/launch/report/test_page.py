@@ -8,7 +8,7 @@ from typing import Any
 from decoct.launch.report.build import write_report
 from decoct.launch.report.curves import read_curves
 from decoct.launch.report.page import render_page
-from decoct.launch.report.pictures import draw_all, render
+from decoct.launch.report.pictures import draw_all, render, training_curves
 
 CURVES = {"01-distill": [{"stage": "01-distill", "step": s, "loss": 3.0 / s, "kl": 1.0 / s} for s in range(1, 9)]}
 
@@ -49,3 +49,8 @@ def test_curves_take_the_later_of_two_lines_and_leave_out_a_torn_last_one(tmp_pa
     file.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"stage": "a", "st')
     assert [line["loss"] for line in read_curves(file)["a"]] == [3.0, 2.0]
     assert read_curves(tmp_path / "none.jsonl") == {}
+
+
+def test_every_panel_of_the_curves_that_stands_empty_is_hidden() -> None:
+    curves = {f"{n:02d}-distill": CURVES["01-distill"] for n in range(5)}
+    assert [axes.get_visible() for axes in training_curves(curves).axes] == [True] * 5 + [False]

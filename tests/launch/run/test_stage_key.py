@@ -10,6 +10,7 @@ from decoct.losses.settings import LossSettings
 from decoct.trainer.settings import DistillSettings, TrainerSettings
 
 BASE: dict[str, Any] = {
+    "name": "01-distill",
     "kind": "distill",
     "settings": DistillSettings(tokens=1000),
     "format_version": 1,
@@ -25,6 +26,7 @@ BASE: dict[str, Any] = {
     "change",
     [
         {"kind": "qat"},
+        {"name": "02-distill"},
         {"settings": DistillSettings(tokens=2000)},
         {"settings": DistillSettings(tokens=1000, loss=LossSettings(temperature=2.0))},
         {"format_version": 2},

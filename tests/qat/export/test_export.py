@@ -281,7 +281,7 @@ def test_a_result_that_a_runtime_rejects_never_appears(
     quantized_folder: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str
 ) -> None:
     outcome = {"status": status, "version": "transformers 0", "reason": "because"}
-    monkeypatch.setattr(export, "check_runtimes", lambda folder: {"transformers": outcome})
+    monkeypatch.setattr(export, "check_runtimes", lambda folder, tokens: {"transformers": outcome})
     source = quantized_folder()
     with pytest.raises(DecoctError, match=r"transformers 0.*because"):
         export_folder(source, tmp_path / "export", FORMAT)
