@@ -9,6 +9,7 @@ HEADINGS = ("step", "parameters", "size", "bits/weight", "sparsity", "perplexity
 WIDE = 150
 """Characters that the whole table needs."""
 _LEFT_OUT_WHEN_NARROW = {"p99 KL", "tokens", "time"}
+_SHORT = {"parameters": "params", "bits/weight": "bits/w", "sparsity": "zeros", "perplexity": "ppl"}
 
 
 def report_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -86,9 +87,12 @@ def terminal_table(report: dict[str, Any], width: int) -> "Table":
     from rich.table import Table
 
     shown = [i for i, heading in enumerate(HEADINGS) if width >= WIDE or heading not in _LEFT_OUT_WHEN_NARROW]
-    table = Table(title=report["name"], title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=report["name"], title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     for index in shown:
-        table.add_column(HEADINGS[index], justify="right" if index else "left", no_wrap=True)
+        heading = HEADINGS[index] if width >= WIDE else _SHORT.get(HEADINGS[index], HEADINGS[index])
+        table.add_column(heading, justify="right" if index else "left", no_wrap=index > 0)
     for row in report_rows(report):
         table.add_row(*(row[index] for index in shown))
     return table

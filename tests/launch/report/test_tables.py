@@ -1,8 +1,10 @@
+import io
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from decoct.launch.report.tables import HEADINGS, count, duration, markdown_table, report_rows, size
+from decoct.launch.report.tables import HEADINGS, count, duration, markdown_table, report_rows, size, terminal_table
 
 
 def test_rows_hold_teacher_stages_export_and_baseline_in_order(report: dict[str, Any]) -> None:
@@ -34,3 +36,14 @@ def test_size(value: int, text: str) -> None:
 @pytest.mark.parametrize(("value", "text"), [(None, "-"), (0.2, "1 s"), (59.4, "59 s"), (61, "1 min 01 s"), (3661, "1 h 01 min")])
 def test_duration(value: float | None, text: str) -> None:
     assert duration(value) == text
+
+
+@pytest.mark.parametrize("width", [80, 100, 150])
+def test_no_number_is_cut_at_any_common_width(width: int, report: dict[str, Any]) -> None:
+    out = io.StringIO()
+    Console(file=out, width=width).print(terminal_table(report, width))
+    text = out.getvalue()
+    assert "\u2026" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for number in ("2.5M", "1.40 MB", "4.48", "30.0%", "10.000", "0.2500", "75.0%"):
+        assert number in text
