@@ -46,7 +46,7 @@ def kill_in(process: "subprocess.Popen[str]", folder: Path, stage: str, after: i
         assert time.monotonic() < until, f"{stage} never came to step {after}"
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
 
 
 def fingerprint(folder: Path) -> dict[str, Any]:
