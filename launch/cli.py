@@ -26,7 +26,7 @@ recipes_app = typer.Typer(help="The recipes that come with decoct.", no_args_is_
 app.add_typer(recipes_app, name="recipes")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or hub id.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as stages.1.tokens=2M.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as stages.0.learning_rate=1e-4.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder. [default: runs/NAME]", show_default=False)]
 Teacher = Annotated[str | None, typer.Option("--teacher", help="Teacher: model folder or hub id.")]
 Text = Annotated[

@@ -83,33 +83,31 @@ def run_export(model: Path, out: Path, form: str) -> None:
     from rich.console import Console
 
     from ..qat.export import export_folder
+    from ..qat.runtimes import outcome_text
 
-    console = Console()
+    console = Console(markup=False, highlight=False, soft_wrap=True)
     result = export_folder(model, out, form)
-    console.print(f"wrote {out}: {form}, {result.bytes:,} bytes, every weight rebuilt exactly by an independent reader", highlight=False)
+    console.print(f"wrote {out}: {form}, {result.bytes:,} bytes, every weight rebuilt exactly by an independent reader")
     for name, seen in result.runtimes.items():
-        console.print(f"  {name}: {_facts(seen)}", highlight=False)
+        console.print(f"  {name}: {outcome_text(seen)}")
 
 
 def run_verify(folder: Path, source: Path | None, runtimes: bool) -> None:
     """Print every check of an export; UserError (exit code 2) when one fails."""
     from rich.console import Console
 
+    from ..qat.runtimes import outcome_text
     from ..qat.verify import verify_folder
 
-    console = Console()
+    console = Console(markup=False, highlight=False, soft_wrap=True)
     with console.status("verifying"):
         report = verify_folder(folder, source=source, runtimes=runtimes)
     for check in report.checks:
-        console.print(f"  ok  {check}", highlight=False)
+        console.print(f"  ok  {check}")
     for name, seen in report.runtimes.items():
-        console.print(f"  {name}: {_facts(seen)}", highlight=False)
+        console.print(f"  {name}: {outcome_text(seen)}")
     if report.problems:
         raise UserError(f"{folder} is not what was exported:\n" + "\n".join(f"  - {problem}" for problem in report.problems))
-
-
-def _facts(seen: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in seen.items() if value is not None)
 
 
 def copy_recipe(name: str, target: Path) -> Path:

@@ -123,6 +123,12 @@ def _check_transformers(folder: Path, tokens: Tensor | None) -> dict[str, Any]:
     )
 
 
+def outcome_text(seen: dict[str, Any]) -> str:
+    """What ``check_runtimes`` says of one runtime, for people: 'agrees, top1 1, max_logprob_diff 0, ...'."""
+    facts = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in seen.items() if value is not None]
+    return ", ".join(fact.removeprefix("status ") for fact in facts)
+
+
 def _outcome(status: str, **facts: Any) -> dict[str, Any]:
     return {"status": status, **dict.fromkeys(("top1", "max_logprob_diff", "perplexity", "version", "positions", "reason")), **facts}
 

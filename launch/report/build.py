@@ -62,6 +62,8 @@ def protocol_lines(report: Report) -> list[str]:
         "KL is the mean over tokens of KL(teacher || model) in nats; top-1 is how often both predict the same token.",
         "Size is the weight files on disk; bits per weight = 8 x bytes / parameters, embeddings included, tied tensors once; "
         "sparsity is the share of zeros in linear weights without embeddings and head.",
+        "Folders before the export hold bf16 weights, after qat or quantize fp32 (codes times scales); exports pack the "
+        "decoder's linear weights and keep embeddings, head and norms in bf16, which weighs heavily in small models.",
         f"Commit {report['commit'] or 'of an installed package'}; {packages}; Python {v['python']}; "
         f"{', '.join(v['gpus']) or v['cpu']}, {v['cores']} cores.",
     ]

@@ -157,12 +157,21 @@ class RunFolder:
         """The local truth about training curves."""
         return self.path / "metrics.jsonl"
 
-    def open(self, recipe_text: str) -> None:
-        """Create the folder (UserError when it cannot be written) with the resolved recipe and the versions in it."""
+    def open(self, recipe_text: str) -> bool:
+        """Create the folder (UserError when it cannot be written) with the resolved recipe and the versions in it.
+
+        Returns: whether it was not there before.
+        """
+        new = not self.path.exists()
         check_writable_folder(self.path, "the run folder (runs/<name>, or --out)")
         clean_leftovers(self.path)
         write_text_atomic(self.path / "recipe.yaml", recipe_text)
         write_json_atomic(self.path / "versions.json", versions())
+        return new
+
+    def discard(self) -> None:
+        """Remove the folder of a start that failed before anything was made."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def stage(self, name: str) -> StageFolder:
         """Folder of the stage called ``NN-name``."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...models.files import sha256_json
-from ...models.folder import content_hash, save_model_folder
+from ...models.folder import content_hash, read_record, save_model_folder
 from ...models.loading import load_model
 from ...models.teachers import LocalTeacher
 from ...qat.export import export_folder
@@ -65,7 +65,10 @@ class Measuring:
         assert self.teacher is not None
         if self._teacher_row is None:
             seen = self._remembered(self.folder.path / ".measured" / "teacher.json", self.teacher.path, self.teacher.revision)
-            self._teacher_row = {"name": "teacher", "kind": "teacher", "path": self.teacher.name, "tokens": 0, "seconds": 0.0, **seen}
+            local = Path(self.teacher.path)
+            # A scratch teacher says what its training took, in whichever run that was.
+            spent = {"tokens": 0, "seconds": 0.0} | (read_record(local).get("training", {}) if local.is_dir() else {})
+            self._teacher_row = {"name": "teacher", "kind": "teacher", "path": self.teacher.name, **spent, **seen}
         return self._teacher_row
 
     def start_row(self, entry: "StageEntry", at: dict[str, Any]) -> None:

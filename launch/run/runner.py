@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...models.errors import GateFailed
+from ...models.errors import GateFailed, UserError
 from ...models.folder import content_hash
 from ...trainer.loggers import build_loggers, finish_loggers
 from ...trainer.metrics import MetricsSink
@@ -48,9 +48,14 @@ class Runner:
 
         started = time.perf_counter()
         plain = resolved(self.recipe)
-        self.session.on_first(lambda: self.folder.open(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)))
+        new = self.session.on_first(lambda: self.folder.open(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)))
         self._say(f"{self.recipe.name} -> {self.folder.path}", style="bold")
-        origin = open_origin(self.recipe, self.session)
+        try:
+            origin = open_origin(self.recipe, self.session)
+        except UserError:
+            if new and self.world.is_first:
+                self.folder.discard()
+            raise
         self._say(f"text: {origin.data.description}")
         self.metrics = self._open_metrics(plain)
         if origin.scratch:
@@ -71,7 +76,7 @@ class Runner:
 
     def _say(self, text: str, style: str = "") -> None:
         # File names and recipe names may hold what rich takes for markup.
-        self.console.print(text, style=style, markup=False, highlight=False)
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def _student_name(self) -> str:
         path = self.recipe.student.path

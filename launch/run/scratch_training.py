@@ -10,14 +10,13 @@ import torch
 
 from ...models.folder import save_model_folder
 from ...trainer.scratch import new_llama, scratch_record, teacher_training
-from ...trainer.stages.context import StageContext
+from ...trainer.stages.context import StageContext, Trained
 from ...trainer.stages.training import train_student
 from .folder import StageFolder
 from .origin import Origin
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedModel
 
     from ...configs.recipe import Recipe
     from ...trainer.metrics import MetricsSink
@@ -69,16 +68,17 @@ def train_scratch_teacher(recipe: "Recipe", origin: Origin, session: "Session", 
             console=console,
         )
         trained = train_student(student, teacher_training(settings), context)
-        session.on_first(lambda: _save(trained.student, recipe, origin))
+        session.on_first(lambda: _save(trained, recipe, origin))
 
 
 def _enter(lock: contextlib.ExitStack, folder: Path, console: "Console") -> None:
     lock.enter_context(only_one_run(folder, console))
 
 
-def _save(model: "PreTrainedModel", recipe: "Recipe", origin: Origin) -> None:
+def _save(trained: Trained, recipe: "Recipe", origin: Origin) -> None:
     assert recipe.teacher and recipe.teacher.scratch and origin.scratch
     # bf16 is what teachers are published in; the rounded weights are the teacher from here on.
-    record = scratch_record(recipe.teacher.scratch, origin.data)
-    save_model_folder(origin.scratch.model, model, origin.tokenizer, record, dtype=torch.bfloat16)
+    training = {"tokens": trained.tokens, "seconds": trained.seconds}
+    record = {**scratch_record(recipe.teacher.scratch, origin.data), "training": training}
+    save_model_folder(origin.scratch.model, trained.student, origin.tokenizer, record, dtype=torch.bfloat16)
     StageFolder(origin.scratch.folder).drop_checkpoints(keep=0)

@@ -59,6 +59,10 @@ class StageContext:
         """Where the stage's model folder goes."""
         return self.folder / "model"
 
+    def say(self, text: str) -> None:
+        """A line of the run's output (rank 0); names in it are never taken for markup, and a log gets it in one piece."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
 
 @dataclass
 class Trained:

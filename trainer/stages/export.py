@@ -9,6 +9,7 @@ import torch
 from ...models.errors import UserError
 from ...models.folder import read_record
 from ...qat.export import export_folder
+from ...qat.runtimes import outcome_text
 from ...qat.verify import verify_folder
 from ..settings import ExportSettings
 from .context import StageContext, StageResult
@@ -40,8 +41,7 @@ def _export(source: Path, target: Path, form: str, context: StageContext) -> dic
     if report.problems:
         raise UserError(f"{target} does not verify: {'; '.join(report.problems)}; delete it and run again")
     for name, seen in runtimes.items():
-        facts = ", ".join(f"{key} {value}" for key, value in seen.items() if value is not None)
-        context.console.print(f"  {form} in {name}: {facts}", highlight=False)
+        context.say(f"  {form} in {name}: {outcome_text(seen)}")
     return {"format": form, "path": target.name, "exact": True, "runtimes": runtimes}
 
 

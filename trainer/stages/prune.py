@@ -55,12 +55,10 @@ def finish(settings: PruneSettings, context: StageContext, trained: Trained | No
 def _prune_structured(student: "PreTrainedModel", settings: PruneSettings, context: StageContext) -> dict[str, Any]:
     assert isinstance(settings.structured, StructuredSettings)
     scores = ffn_channel_scores(student, calibration_batches(context, settings.calibration_tokens))
-    if hint := alignment_hint(settings.structured.ffn):
-        context.console.print(f"  {hint}", highlight=False)
+    if settings.structured.ffn > 128 and (hint := alignment_hint(settings.structured.ffn)):
+        context.say(f"  {hint}")
     kept = prune_ffn(student, scores, settings.structured.ffn)
-    context.console.print(
-        f"  kept {settings.structured.ffn} of {len(scores[0])} FFN channels in each of {len(scores)} layers", highlight=False
-    )
+    context.say(f"  kept {settings.structured.ffn} of {len(scores[0])} FFN channels in each of {len(scores)} layers")
     return {"kept": {"ffn": kept}}
 
 

@@ -14,7 +14,7 @@ def train(settings: QatSettings, context: StageContext) -> Trained:
     modules = prepare(student, settings.weights, settings.skip)
     group = settings.weights.group_size
     scales = f"groups of {group}" if isinstance(group, int) else "one scale a row"
-    context.console.print(f"  {len(modules)} linear layers at {settings.weights.bits} bits, {scales}", highlight=False)
+    context.say(f"  {len(modules)} linear layers at {settings.weights.bits} bits, {scales}")
     return train_student(student, settings, context, hooks=keep_zeros_hooks(student, sparse), facts={"sparse": sparse})
 
 

@@ -131,8 +131,7 @@ def _announce(context: StageContext, plan: TrainingPlan, teacher: LocalTeacher |
     """Print what was derived, so that nobody has to guess a default."""
     learns = "from the text alone" if teacher is None else f"from {teacher.describe()}"
     tokens = plan.total_steps * plan.batch.global_windows * context.data.train.seq_length
-    context.console.print(
+    context.say(
         f"  {plan.total_steps} steps of {plan.batch.global_windows} windows x {context.data.train.seq_length} tokens ({tokens:,} in all), "
-        f"micro-batch {plan.batch.micro_batch} x {plan.batch.accumulation}, peak learning rate {plan.learning_rate:g}, {learns}",
-        highlight=False,
+        f"micro-batch {plan.batch.micro_batch} x {plan.batch.accumulation}, peak learning rate {plan.learning_rate:g}, {learns}"
     )

@@ -1,0 +1,70 @@
+"""Single verbs on a model folder, each through the real command line, one after the other as a user would."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from decoct.launch.verbs import TextChoice, copy_recipe, prune_settings, verb_recipe
+from decoct.models.errors import UserError
+
+
+@pytest.mark.slow
+def test_verbs_lead_from_a_folder_to_a_verified_export(tiny: dict[str, Any], run: Any, corpus: Path, tmp_path: Path) -> None:
+    made = run({**tiny, "name": "made", "stages": [{"distill": {"steps": 1}}]})
+    assert made.returncode == 0, made.stderr
+    student = "runs/made/01-distill/model"
+    text = ["--text", str(corpus / "*.txt"), "--seq-length", "32"]
+    small = ["data.eval_tokens=1024", "trainer.precision=32"]
+
+    def verb(*arguments: str) -> str:
+        command = [sys.executable, "-m", "decoct.launch.cli", *arguments]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    verb("distill", student, *small, "--teacher", student, *text, "--tokens", "4k", "--out", "one")
+    verb("prune", "one/01-distill/model", *small, "--ffn", "32", *text, "--out", "two")
+    verb("prune", "two/01-prune/model", *small, "--keep", "0.5", "--tokens", "4k", *text, "--out", "three [x] y")
+    verb("qat", "three [x] y/01-prune/model", *small, "--group-size", "16", "--tokens", "4k", *text, "--out", "four")
+    verb("quantize", "one/01-distill/model", *small, "--bits", "8", "--group-size", "channel", *text, "--out", "five")
+    assert "every weight rebuilt exactly" in verb("export", "four/01-qat/model", "--out", "served [x] y")
+    assert "served [x] y" in verb("export", "five/01-quantize/model", "--out", "served [x] y 8")
+    assert "ok" in verb("verify", "served [x] y", "--source", "four/01-qat/model", "--no-runtimes")
+    verb("evaluate", "served [x] y", "--teacher", student, *text, "--tokens", "1024", "--out", "six")
+    row = json.loads((tmp_path / "six/report.json").read_text())["stages"][-1]
+    trained = json.loads((tmp_path / "four/report.json").read_text())["stages"][-1]
+    assert row["sparsity"] >= 0.5
+    assert row["eval"]["perplexity"] == pytest.approx(trained["eval"]["perplexity"], rel=1e-5)
+
+
+def test_verb_recipe_is_one_stage_on_the_given_model() -> None:
+    recipe = verb_recipe("qat", "runs/x/01-distill/model", {"tokens": "1M", "other": None}, TextChoice(None, None, 64), "big")
+    assert recipe["name"] == "qat-01-distill"
+    assert recipe["student"] == {"path": "runs/x/01-distill/model"}
+    assert recipe["teacher"] == {"path": "big"}
+    assert recipe["data"] == {"builtin": "python-stdlib", "seq_length": 64}
+    assert recipe["stages"] == [{"qat": {"tokens": "1M"}}]
+
+
+def test_options_that_exclude_each_other_are_refused_by_name() -> None:
+    with pytest.raises(UserError, match="--text and --hub"):
+        TextChoice(["a"], "b", 64).data()
+    with pytest.raises(UserError, match=r"exactly one of --ffn .* and --keep"):
+        prune_settings(None, None, None)
+    with pytest.raises(UserError, match="--ffn is one shot"):
+        prune_settings(32, None, "1M")
+
+
+def test_copy_never_overwrites(tmp_path: Path) -> None:
+    target = copy_recipe("quickstart", tmp_path / "mine.yaml")
+    assert "scratch" in target.read_text()
+    target.write_text("mine")
+    with pytest.raises(UserError, match="exists"):
+        copy_recipe("quickstart", target)
+    assert target.read_text() == "mine"
