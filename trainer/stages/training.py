@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Peak rate at 192 hidden channels; it falls with 1 / hidden (muP's rule for AdamW matrices, arXiv 2203.03466, table 3).
-_BASE_RATES = {"pretrain": 3e-3, "distill": 8e-4, "prune": 6e-4, "qat": 4e-4}
+_BASE_RATES = {"pretrain": 3e-3, "distill": 1.5e-3, "prune": 1e-3, "qat": 6e-4}
 _BASE_HIDDEN = 192
 
 
