@@ -138,7 +138,8 @@ def _checked_runtimes(folder: Path, tokens: "Tensor | None") -> dict[str, dict[s
 
 def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[str, Any]]) -> CardFacts:
     return CardFacts(
-        name=name,
+        # Folders are often called after their format; the run has a name that somebody chose.
+        name=str(source.record.get("run") or name),
         base_model=source.record.get("base_model"),
         model_type=str(source.config.get("model_type", "unknown")),
         spec=source.state.spec,
