@@ -60,9 +60,12 @@ def test_killed_twice_ends_in_the_same_bits(training_command: list[str], tmp_pat
     draw = random.Random()
     first, second = draw.randint(1, 9), draw.randint(13, 21)
     killed = [_kill_after(_start(training_command, hurt, kind, pause=0.04), hurt, step) for step in (first, second)]
+    # The kill may hit the save of its own step, which then never was: what is committed on disk is what counts.
+    newest = max(int(path.name.removeprefix("step-")) for path in (hurt / "stage/checkpoints").glob("step-*"))
     out = _finish(_start(training_command, hurt, kind, pause=0.0))
     told = f"killed in or after steps {killed}"
-    assert f"resumed from {killed[1] // 5 * 5}" in out, told
+    assert killed[1] - newest <= 5, told
+    assert f"resumed from {newest}" in out, told
     assert _numbers(hurt) == _numbers(straight), told
     wanted, found = _final_files(straight), _final_files(hurt)
     assert wanted.keys() == found.keys() == {"student.safetensors", "optimizer.safetensors", "hooks.safetensors", "rng-0.safetensors"}
