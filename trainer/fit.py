@@ -70,11 +70,6 @@ class FitResult:
     """Numbers of the last step; empty when nothing was left to do."""
 
 
-def process_count() -> int:
-    """Ranks that train together, from torchrun's environment; 1 without it."""
-    return current_world().size
-
-
 def fit(
     student: nn.Module,
     objective: Objectivelike,
