@@ -98,6 +98,12 @@ def decoder_linears(model: "PreTrainedModel") -> dict[str, nn.Linear]:
     }
 
 
+def decoder_layers(model: "PreTrainedModel") -> list[nn.Module]:
+    """The decoder layers, in order; empty where they are not found (no family map, and no ModuleList of the configured length)."""
+    prefix = _layers_prefix(model)
+    return list(model.get_submodule(prefix.removesuffix(".")).children()) if prefix else []
+
+
 def _layers_prefix(model: "PreTrainedModel") -> str:
     """Name of the ModuleList of decoder layers with a trailing dot; '' when there is none of the configured length."""
     family = FAMILIES.get(model.config.model_type)

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+LoadIn = Literal["fp32", "bf16", "int8", "nf4"]
+Placement = Literal["replicated", "sharded", "offloaded"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScratchSettings:
@@ -36,14 +39,19 @@ class TeacherSettings:
     """Model folder or hub id."""
     scratch: ScratchSettings | None = None
     """Train a small teacher on the recipe's own text (no download)."""
-    load_in: Literal["fp32", "bf16"] = "bf16"
-    """Dtype in which the teacher's weights are held; its logits are always fp32."""
+    load_in: LoadIn = "bf16"
+    """How its weights are held: fp32, bf16, or the linear layers rounded by bitsandbytes to int8 or nf4. Logits are always fp32."""
+    placement: Placement = "replicated"
+    """replicated = whole on every device; sharded = each process holds a share of every layer; offloaded = in host memory, one layer at a
+    time on the device. int8 and nf4 are replicated."""
     revision: str | None = None
     """Hub revision (commit, tag or branch)."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.scratch is None):
             raise ValueError("a teacher needs exactly one of 'path' (model folder or hub id) and 'scratch'")
+        if self.load_in in ("int8", "nf4") and self.placement != "replicated":
+            raise ValueError(f"placement={self.placement} goes with load_in: bf16 or fp32; a teacher in {self.load_in} is replicated")
 
 
 @dataclass(frozen=True, kw_only=True)

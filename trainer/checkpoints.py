@@ -1,14 +1,16 @@
 """Checkpoints of a training stage: a new folder per save, committed by one rename, verified by hash before it is read.
 
-    checkpoints/step-00000120/student.safetensors     parameters and saved buffers, tied tensors once
-                              optimizer.safetensors   "<parameter>.exp_avg" and the like
-                              hooks.safetensors       "<hook>/<tensor>": masks
-                              rng-<rank>.safetensors  generators of each rank
-                              state.json              step, tokens, seconds, plan
-                              manifest.json           size and sha256 of every file above
+    checkpoints/step-00000120/student-<rank>.safetensors     this rank's part of parameters and saved buffers
+                              optimizer-<rank>.safetensors   "<parameter>.exp_avg" and the like
+                              hooks-<rank>.safetensors       "<hook>/<tensor>": masks
+                              rng-<rank>.safetensors         generators of each rank
+                              pieces.json                    shape of every tensor, and which rows lie in which file
+                              state.json                     step, tokens, seconds, plan
+                              manifest.json                  size and sha256 of every file above
 
-Two are kept, and the older one goes only after the newer is whole on disk. A damaged folder is set aside and the one before
-it used. The teacher is in none of them, and nothing is pickled.
+Any number of ranks may have written it, under any strategy, and any other number may read it: a tensor is put together from its
+pieces, or as much of it as a rank wants. Two are kept, and the older one goes only after the newer is whole on disk. A damaged
+folder is set aside and the one before it used. The teacher is in none of them, and nothing is pickled. ``checkpoint_writing`` writes.
 """
 
 import json
@@ -16,20 +18,25 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..models.errors import UserError
-from ..models.files import atomic_directory, check_free_space, clean_leftovers, sha256_file
+from ..models.files import clean_leftovers, sha256_file
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 2
 MANIFEST = "manifest.json"
+PIECES = "pieces.json"
+STATE = "state.json"
+GROUPS = ("student", "optimizer", "hooks")
+"""Kinds of tensors; each rank writes one file a group."""
+
+Pieces = dict[str, dict[str, dict[str, Any]]]
+"""group -> tensor -> {"shape": [...], "pieces": [[file, first row, past the last row], ...]}; a whole tensor has one piece, rows null."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +52,7 @@ class TrainingState:
     seconds: float
     """Training time so far, over all starts."""
     world: int
-    """Ranks that wrote their generators."""
+    """Ranks that wrote it."""
     plan: dict[str, Any]
     """``TrainingPlan.identity()``: another plan must not continue from here."""
 
@@ -56,12 +63,35 @@ class Checkpoint:
 
     path: Path
     state: TrainingState
+    index: Pieces = field(repr=False)
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """Tensors of ``<name>.safetensors``, on the CPU."""
-        from safetensors.torch import load_file
+    def names(self, group: str) -> list[str]:
+        """Tensors of a group (one of ``GROUPS``)."""
+        return list(self.index[group])
 
-        return load_file(self.path / f"{name}.safetensors")
+    def shape(self, group: str, name: str) -> tuple[int, ...]:
+        """Shape of a whole tensor."""
+        return tuple(self.index[group][name]["shape"])
+
+    def read(self, group: str, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """A tensor, or its rows ``rows[0]`` to ``rows[1]`` (excluded), on the CPU; only what is wanted is read."""
+        from safetensors import safe_open
+
+        parts: list[Tensor] = []
+        for file, first, last in self.index[group][name]["pieces"]:
+            with safe_open(self.path / file, framework="pt") as opened:
+                if first is None:
+                    return opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows[0] : rows[1]]
+                start, stop = (max(first, rows[0]), min(last, rows[1])) if rows else (first, last)
+                # a piece without wanted rows gives none, but shape and dtype
+                parts.append(
+                    opened.get_slice(name)[start - first : max(start, stop) - first] if start < last else opened.get_slice(name)[:0]
+                )
+        return torch.cat(parts)
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """Every tensor of a group, whole, on the CPU."""
+        return {name: self.read(group, name) for name in self.names(group)}
 
     def generators(self, rank: int) -> bytes | None:
         """Generator state of a rank; None when the saving run had fewer ranks."""
@@ -69,87 +99,22 @@ class Checkpoint:
         return path.read_bytes() if path.exists() else None
 
 
-def student_tensors(student: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; a tied tensor appears once, under its first name."""
-    seen: set[int] = set()
-    found: dict[str, Tensor] = {}
-    for name, tensor in student.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            found[name] = tensor.detach()
-    return found
+def open_checkpoint(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of ``step``, which another rank has verified.
 
-
-def load_student_tensors(student: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Copy saved values into the student in place; names, shapes and dtypes must be the same."""
-    current = student_tensors(student)
-    if different := sorted(current.keys() ^ saved.keys()):
-        raise UserError(f"the checkpoint holds another model: {len(different)} names differ, the first is {different[0]}")
-    for name, tensor in current.items():
-        if tensor.shape != saved[name].shape or tensor.dtype != saved[name].dtype:
-            raise UserError(
-                f"the checkpoint holds another model: {name} is {tuple(saved[name].shape)} {saved[name].dtype}, "
-                f"the model has {tuple(tensor.shape)} {tensor.dtype}"
-            )
-        tensor.copy_(saved[name])
-
-
-def optimizer_tensors(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer state as ``<parameter name>.<state name>``."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in student.named_parameters()}
-    return {f"{names[p]}.{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
-
-
-def load_optimizer_tensors(student: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
-    """Inverse of ``optimizer_tensors``: moments on the parameter's device, step counts where they were saved (CPU)."""
-    parameters = dict(student.named_parameters())
-    optimizer.state.clear()
-    for full, value in saved.items():
-        name, key = full.rsplit(".", 1)
-        parameter = parameters[name]
-        optimizer.state[parameter][key] = value.clone() if key == "step" else value.to(parameter.device, copy=True)
-
-
-def save_checkpoint(
-    folder: Path,
-    state: TrainingState,
-    *,
-    student: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
-    hooks: Mapping[str, Tensor],
-    generators: Sequence[bytes],
-) -> Path:
-    """Write ``folder/step-XXXXXXXX`` whole or not at all, then drop all but the newest two.
-
-    Raises: OSError or SafetensorError when the disk does not take it; UserError when too little space is free. Earlier
-    checkpoints are then as they were.
+    Raises: OSError, ValueError, KeyError or TypeError when it cannot be read.
     """
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    groups = {"student": student, "optimizer": optimizer, "hooks": hooks}
-    needed = sum(t.numel() * t.element_size() for tensors in groups.values() for t in tensors.values())
-    check_free_space(folder, needed + (1 << 20), f"checkpoint of step {state.step}")
-    target = folder / f"step-{state.step:08d}"
-    with atomic_directory(target) as temporary:
-        for name, tensors in groups.items():
-            save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, temporary / f"{name}.safetensors")
-        for rank, data in enumerate(generators):
-            (temporary / f"rng-{rank}.safetensors").write_bytes(data)
-        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": state.step, "files": files}, indent=1))
-    for old in [*_step_folders(folder)[KEPT:], *folder.glob("damaged-step-*")]:
-        _remove(old)
-    return target
+    path = step_folder(folder, step)
+    return Checkpoint(path, TrainingState(**json.loads((path / STATE).read_text())), json.loads((path / PIECES).read_text()))
 
 
 def find_newest_verified(folder: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     """The newest checkpoint whose every byte is as written, and the damaged ones before it with what is wrong."""
     damaged: list[tuple[Path, str]] = []
-    for path in _step_folders(folder):
+    for path in step_folders(folder):
         try:
-            return Checkpoint(path, _verify(path)), damaged
+            _verify(path)
+            return open_checkpoint(folder, int(path.name.removeprefix("step-"))), damaged
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             damaged.append((path, str(error) or type(error).__name__))
     return None, damaged
@@ -159,7 +124,7 @@ def set_aside(path: Path) -> Path:
     """Rename a damaged checkpoint, so that its step can be saved again; the next good save removes it."""
     target = path.with_name(f"damaged-{path.name}")
     if target.exists():
-        _remove(target)
+        remove(target)
     return path.rename(target)
 
 
@@ -169,12 +134,30 @@ def prepare_folder(folder: Path) -> None:
     clean_leftovers(folder)
 
 
-def _step_folders(folder: Path) -> list[Path]:
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is."""
+    return folder / f"step-{step:08d}"
+
+
+def step_folders(folder: Path) -> list[Path]:
     """Committed checkpoints, newest first."""
     return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True) if folder.is_dir() else []
 
 
-def _verify(path: Path) -> TrainingState:
+def drop_old(folder: Path) -> None:
+    """Remove all but the newest ``KEPT``, and what was set aside."""
+    for old in [*step_folders(folder)[KEPT:], *folder.glob("damaged-step-*")]:
+        remove(old)
+
+
+def remove(path: Path) -> None:
+    """Rename to a leftover's name first: a removal that is killed half way must not look like a damaged checkpoint."""
+    leftover = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    path.rename(leftover)
+    shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _verify(path: Path) -> None:
     manifest = json.loads((path / MANIFEST).read_text())
     if manifest["format"] != FORMAT:
         raise ValueError(f"format {manifest['format']} is not the one this version writes ({FORMAT})")
@@ -188,13 +171,7 @@ def _verify(path: Path) -> TrainingState:
             raise ValueError(f"{name} has {size} bytes instead of {expected['bytes']}")
         if sha256_file(path / name) != expected["sha256"]:
             raise ValueError(f"the content of {name} is not what was written (sha256 differs)")
-    if not {"student.safetensors", "optimizer.safetensors", "hooks.safetensors", "state.json"} <= manifest["files"].keys():
+    ranks = range(json.loads((path / STATE).read_text())["world"])
+    wanted = {STATE, PIECES, *(f"{group}-{rank}.safetensors" for group in GROUPS for rank in ranks)}
+    if not wanted <= manifest["files"].keys():
         raise ValueError("the manifest does not list every file")
-    return TrainingState(**json.loads((path / "state.json").read_text()))
-
-
-def _remove(path: Path) -> None:
-    """Rename to a leftover's name first: a removal that is killed half way must not look like a damaged checkpoint."""
-    leftover = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    path.rename(leftover)
-    shutil.rmtree(leftover, ignore_errors=True)

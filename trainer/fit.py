@@ -18,26 +18,31 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..models.errors import NonFiniteError, UserError
-from .checkpoints import Checkpoint, find_newest_verified, prepare_folder, set_aside
+from .checkpoints import Checkpoint, find_newest_verified, open_checkpoint, prepare_folder, set_aside
 from .data.order import StepBatches
 from .hooks import StepHook
-from .loop import LoopCallback, Say, StageLoop, restore
+from .loop import LoopCallback, Say, StageLoop
 from .metrics import MetricsSink
 from .module import INDEX, Objectivelike, TrainingModule
 from .optimizer import build_optimizer
 from .plan import TrainingPlan as TrainingPlan
 from .progress import Progress, make_progress
+from .sharding import ParameterViews
 from .signals import StopSignals
+from .state import restore
+from .strategy import lightning_strategy, shards
+from .students import Placed
 from .world import World, connect, current_world, value_of_first
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedModel
 
+    from ..models.streaming import WeightFiles
 
 _PRECISIONS = {"32": "32-true", "bf16-mixed": "bf16-mixed"}
 
@@ -58,6 +63,8 @@ class WindowSource(Protocol):
 class FitResult:
     """What a stage's training came to, over all its starts."""
 
+    student: "PreTrainedModel"
+    """The trained student on the CPU, in eval mode: the one that was given, or under FSDP2 a gathered copy (rank 0 alone)."""
     steps: int
     """Optimizer steps."""
     tokens: int
@@ -71,7 +78,7 @@ class FitResult:
 
 
 def fit(
-    student: nn.Module,
+    student: "PreTrainedModel",
     objective: Objectivelike,
     windows: WindowSource,
     plan: TrainingPlan,
@@ -80,13 +87,14 @@ def fit(
     stage: str,
     metrics: MetricsSink,
     hooks: Sequence[StepHook] = (),
+    weights: "WeightFiles | None" = None,
     console: "Console | None" = None,
     progress: Progress | None = None,
 ) -> FitResult:
-    """Train ``student`` in place on all ranks; continues from ``work/checkpoints`` and returns at once when that is finished.
+    """Train ``student`` on all ranks; continues from ``work/checkpoints`` and returns at once when that is finished.
 
     Args:
-        student: Model with fp32 weights; ends on the CPU, in eval mode.
+        student: Model with fp32 weights, whole on every rank or, with ``weights``, on the meta device. Used up: go on with the result's.
         objective: Sums of a micro-batch; see ``Objective``.
         windows: Training windows.
         plan: All numbers of the stage.
@@ -94,6 +102,7 @@ def fit(
         stage: Name in metrics and messages.
         metrics: Where each step's numbers go.
         hooks: Act around each step, in this order.
+        weights: Where a student on the meta device gets its values from; each rank reads no more than it holds.
         console: Where rank 0 speaks and shows progress; None is silent.
         progress: Shown instead of the console's own.
 
@@ -112,7 +121,8 @@ def fit(
     metrics.rewind(stage, start)
     if found is not None and start == plan.total_steps:
         say(f"{stage}: all {start} steps are done")
-        return _finished(found, student, plan, hooks)
+        return _finished(found, Placed(student, weights, plan, world), plan, hooks, world)
+    placed = Placed(student, weights, plan, world)
     loop = StageLoop(
         stage=stage,
         plan=plan,
@@ -123,7 +133,9 @@ def fit(
         say=say,
     )
     callback = LoopCallback(loop, found)
-    module = TrainingModule(student, objective, plan, hooks=hooks, world=world, signals=StopSignals(), start_step=start)
+    module = TrainingModule(
+        student, objective, plan, hooks=hooks, world=world, signals=StopSignals(), start_step=start, shard=placed.prepare()
+    )
     with _quiet(), _determinism(plan.deterministic):
         trainer = _trainer(plan, world, callback, metrics, work)
         try:
@@ -135,7 +147,6 @@ def fit(
                 else "No checkpoint was written yet."
             )
             raise NonFiniteError(f"{stage}: {error} {kept}") from None
-    student.eval()
     if callback.stopped_by is not None:
         say(f"{stage}: stopped after step {module.steps_done}; the same command continues there")
         if callback.stopped_by == signal.SIGINT:
@@ -144,6 +155,7 @@ def fit(
     if module.steps_done != plan.total_steps:
         raise RuntimeError(f"{stage}: training ended after step {module.steps_done} of {plan.total_steps}")
     return FitResult(
+        student=placed.collect(),
         steps=plan.total_steps,
         tokens=callback.tokens,
         seconds=callback.seconds,
@@ -186,13 +198,12 @@ def _loader(windows: WindowSource, plan: TrainingPlan, world: World, start: int)
 
 def _trainer(plan: TrainingPlan, world: World, callback: LoopCallback, metrics: MetricsSink, work: Path) -> pl.Trainer:
     """Lightning with its own checkpoints, bars, samplers and launching switched off."""
-    distributed = world.size > 1
     environment = TorchElasticEnvironment() if "TORCHELASTIC_RUN_ID" in os.environ else LightningEnvironment()
     return pl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=world.local_size,
         num_nodes=world.nodes,
-        strategy=DDPStrategy(find_unused_parameters=False, broadcast_buffers=False) if distributed else "auto",
+        strategy=lightning_strategy(plan.strategy, world),
         plugins=[environment],
         precision=_PRECISIONS[plan.precision],  # pyright: ignore[reportArgumentType] - a dict's values are plain str
         accumulate_grad_batches=plan.batch.accumulation,
@@ -226,9 +237,12 @@ def _open_checkpoints(folder: Path, plan: TrainingPlan, world: World, stage: str
     step = value_of_first(chosen)
     if step < 0:
         return None
-    found, _ = find_newest_verified(folder)
-    if found is None or found.state.step != step:
-        raise UserError(f"rank {world.rank} cannot read the checkpoint of step {step} in {folder}; all ranks need the same run folder")
+    try:
+        found = open_checkpoint(folder, step)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"rank {world.rank} cannot read the checkpoint of step {step} in {folder} ({error}); all ranks need the same run folder"
+        ) from None
     _check_same_plan(found, plan, folder)
     say(f"{stage}: continues from the checkpoint of step {step} of {plan.total_steps}")
     return found
@@ -245,15 +259,20 @@ def _check_same_plan(found: Checkpoint, plan: TrainingPlan, folder: Path) -> Non
         )
 
 
-def _finished(found: Checkpoint, student: nn.Module, plan: TrainingPlan, hooks: Sequence[StepHook]) -> FitResult:
-    """Only the result is wanted: the student as the last step left it."""
-    optimizer = build_optimizer(student, plan)
-    for hook in hooks:
-        hook.on_start(student, optimizer)
-    restore(found, student, optimizer, hooks)
-    student.eval()
+def _finished(found: Checkpoint, placed: Placed, plan: TrainingPlan, hooks: Sequence[StepHook], world: World) -> FitResult:
+    """Only the result is wanted: the student as the last step left it, on the ranks that would have it after the last step too."""
+    student = placed.student
+    if world.is_first or not shards(plan.strategy, world):
+        student = placed.whole()
+        views = ParameterViews(student)
+        optimizer = build_optimizer(student, plan, views.views)
+        for hook in hooks:
+            hook.on_start(student, optimizer)
+        restore(found, student, views, optimizer, hooks)
     state = found.state
-    return FitResult(steps=state.step, tokens=state.tokens, seconds=state.seconds, resumed_from=state.step, metrics={})
+    return FitResult(
+        student=student.eval(), steps=state.step, tokens=state.tokens, seconds=state.seconds, resumed_from=state.step, metrics={}
+    )
 
 
 def _speaker(console: "Console | None") -> Say:

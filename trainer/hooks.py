@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models.errors import UserError
-from ..models.pruning.magnitude import cubic_keep, magnitude_masks, zero_masks
+from ..models.pruning.magnitude import cubic_keep, stream_masks
 from .settings import MagnitudeSettings
+from .sharding import like, local, own_rows, parameter_of, whole
 
 
 class StepHook(Protocol):
@@ -44,22 +45,28 @@ class StepHook(Protocol):
 class KeepZeros:
     """Keeps pruned weights of linear modules at zero: a sparse folder's zeros are its mask.
 
+    Masks lie as the weights do: whole, or under FSDP2 the rows that this rank holds. ``masks`` (by module name, bool, True = kept) is
+    filled by ``on_start``.
+
     Args:
-        masks: By module name, as in ``decoder_linears``: bool [out, in], True = kept. ``zero_masks`` makes them from weights.
+        modules: Names of linear modules, as in ``decoder_linears``, whose exact zeros stay.
     """
 
     name = "keep_zeros"
 
-    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+    def __init__(self, modules: Iterable[str]) -> None:
+        self._modules = list(modules)
         self._linears: dict[str, nn.Linear] = {}
         self._optimizer: torch.optim.Optimizer | None = None
-        self.masks: dict[str, Tensor] = dict(masks)
+        self._trained: dict[str, Tensor | None] = {}
+        self.masks: dict[str, Tensor] = {}
 
     def on_start(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Find the modules, and zero what the masks remove."""
+        """Find the modules; what is zero now stays zero."""
         self._optimizer = optimizer
-        self._linears = {name: _linear(student, name) for name in self.masks}
-        self._set_masks(self.masks)
+        self._linears = {name: _linear(student, name) for name in self._modules}
+        self._trained = {name: parameter_of(optimizer, linear.weight) for name, linear in self._linears.items()}
+        self._set_masks({name: local(linear.weight) != 0 for name, linear in self._linears.items()})
         self._apply()
 
     def before_step(self, step: int) -> None:
@@ -67,7 +74,7 @@ class KeepZeros:
         for name, mask in self.masks.items():
             gradient = self._linears[name].weight.grad
             if gradient is not None:
-                gradient.mul_(mask)
+                local(gradient).mul_(mask)
 
     def after_step(self, step: int) -> None:
         """Removed weights and their moments are zero, whatever the optimizer did."""
@@ -75,7 +82,7 @@ class KeepZeros:
 
     def state(self) -> dict[str, Tensor]:
         """The masks: True = kept."""
-        return dict(self.masks)
+        return {name: like(mask, self._linears[name].weight) for name, mask in self.masks.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take the saved masks."""
@@ -84,26 +91,29 @@ class KeepZeros:
         self._set_masks(state)
         self._apply()
 
-    def weights(self) -> dict[str, Tensor]:
-        """The watched weights by module name, detached, sharing memory."""
-        return {name: linear.weight.detach() for name, linear in self._linears.items()}
-
     def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
-        self.masks = {name: mask.to(self._linears[name].weight.device, torch.bool) for name, mask in masks.items()}
-        for name, mask in self.masks.items():
-            # a quantized linear masks inside its forward pass too, so that scales see kept weights only
-            if hasattr(self._linears[name], "mask"):
-                self._linears[name].mask = mask
+        for name, mask in masks.items():
+            weight = self._linears[name].weight
+            self.masks[name] = mask.to(weight.device, torch.bool)
+            # A quantized linear masks inside its forward pass too. Sharded it sees the whole weight and this rank a part of the mask;
+            # it needs none, because removed weights are exact zeros, which move no scale and round to zero.
+            if hasattr(self._linears[name], "mask") and local(weight).shape == weight.shape:
+                self._linears[name].mask = self.masks[name]
 
     def _apply(self) -> None:
         assert self._optimizer is not None, "on_start comes first"
         with torch.no_grad():
             for name, mask in self.masks.items():
-                weight = self._linears[name].weight
-                weight.mul_(mask)
-                for moment in self._optimizer.state.get(weight, {}).values():
-                    if isinstance(moment, Tensor) and moment.shape == weight.shape:
-                        moment.mul_(mask)
+                local(self._linears[name].weight).mul_(mask)
+                parameter = self._trained[name]
+                if parameter is not None:
+                    zero_moments(self._optimizer, parameter, mask)
+
+
+def zero_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, mask: Tensor) -> None:
+    for moment in optimizer.state.get(parameter, {}).values():
+        if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+            moment.mul_(mask)
 
 
 class MaskHook(KeepZeros):
@@ -127,8 +137,7 @@ class MaskHook(KeepZeros):
         total_steps: int,
         tell: Callable[[int, float], None] | None = None,
     ) -> None:
-        super().__init__({})
-        self._modules = list(modules)
+        super().__init__(modules)
         self._settings = settings
         self._total = total_steps
         self._tell = tell
@@ -137,7 +146,6 @@ class MaskHook(KeepZeros):
     def on_start(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Start from what is there: weights that are zero already stay zero."""
         self._keep = 1.0
-        self.masks = zero_masks({name: _linear(student, name).weight.detach() for name in self._modules})
         super().on_start(student, optimizer)
 
     def after_step(self, step: int) -> None:
@@ -145,10 +153,20 @@ class MaskHook(KeepZeros):
         keep = self.keep_at(step)
         if keep < self._keep:
             self._keep = keep
-            self._set_masks(magnitude_masks(self.weights(), keep, self._settings.scope, self.masks))
+            self._shrink(keep)
             if self._tell is not None:
                 self._tell(step, keep)
         self._apply()
+
+    def _shrink(self, keep: float) -> None:
+        """New masks, chosen on whole matrices, one gathered at a time: the choice does not depend on how they are spread."""
+        masks = stream_masks(self._whole, self._modules, keep, self._settings.scope)
+        self._set_masks({name: own_rows(mask, self._linears[name].weight) for name, mask in masks})
+
+    def _whole(self, name: str) -> tuple[Tensor, Tensor]:
+        weight = self._linears[name].weight
+        # as bytes: not every back end gathers booleans
+        return whole(weight), whole(like(self.masks[name].to(torch.uint8), weight)).bool()
 
     def keep_at(self, step: int) -> float:
         """Share of weights kept after step ``step``; the last step always ends at the target."""

@@ -1,32 +1,24 @@
 """What happens around Lightning's loop: restore before the first step; hooks, metrics, progress and checkpoints after each."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
 
 from ..models.errors import UserError
-from .checkpoints import (
-    Checkpoint,
-    TrainingState,
-    load_optimizer_tensors,
-    load_student_tensors,
-    optimizer_tensors,
-    save_checkpoint,
-    student_tensors,
-)
-from .hooks import StepHook
+from .checkpoint_writing import save_checkpoint
+from .checkpoints import Checkpoint, TrainingState
 from .metrics import MetricsSink
 from .module import StepRecord, TrainingModule
 from .plan import TrainingPlan
 from .progress import Progress
 from .rng import capture_generators, derive_seed, restore_generators, seed_generators
-from .world import World, gather_bytes, value_of_first
+from .state import restore, state_groups
+from .world import World
 
 Say = Callable[[str], None]
 
@@ -43,24 +35,6 @@ class StageLoop:
     metrics: MetricsSink
     progress: Progress
     say: Say
-
-
-def hook_tensors(hooks: Sequence[StepHook]) -> dict[str, Tensor]:
-    """State of all hooks as ``<hook>/<tensor>``."""
-    return {f"{hook.name}/{key}": value for hook in hooks for key, value in hook.state().items()}
-
-
-def restore(checkpoint: Checkpoint, student: nn.Module, optimizer: torch.optim.Optimizer, hooks: Sequence[StepHook]) -> None:
-    """Put student, optimizer and hooks (started already) back to where the checkpoint was taken."""
-    load_student_tensors(student, checkpoint.tensors("student"))
-    load_optimizer_tensors(student, optimizer, checkpoint.tensors("optimizer"))
-    saved = checkpoint.tensors("hooks")
-    known = {hook.name for hook in hooks}
-    if foreign := sorted({name.split("/", 1)[0] for name in saved} ^ {name.split("/", 1)[0] for name in hook_tensors(hooks)}):
-        raise UserError(f"{checkpoint.path} was written with other hooks than this stage has ({sorted(known)}): {foreign[0]} differs")
-    for hook in hooks:
-        prefix = f"{hook.name}/"
-        hook.load({name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)})
 
 
 class LoopCallback(pl.Callback):
@@ -88,7 +62,7 @@ class LoopCallback(pl.Callback):
         for hook in pl_module.hooks:
             hook.on_start(pl_module.student, optimizer)
         if self.checkpoint is not None:
-            restore(self.checkpoint, pl_module.student, optimizer, pl_module.hooks)
+            restore(self.checkpoint, pl_module.student, pl_module.views, optimizer, pl_module.hooks)
         self._set_generators(pl_module.device)
         pl_module.signals.install()
         self._begun = self._step_begun = time.perf_counter()
@@ -148,23 +122,7 @@ class LoopCallback(pl.Callback):
         self.loop.progress.update(record.step, loss, record.input_tokens)
 
     def _save(self, module: TrainingModule, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Rank 0 writes for all. A save that fails is told and training goes on, except after the last step."""
-        loop = self.loop
-        generators = gather_bytes(capture_generators(module.device))
-        problem = self._write(module, optimizer, step, generators) if loop.world.is_first else ""
-        if not value_of_first(int(bool(problem))):
-            self.saved_step = step
-            return
-        if step == loop.plan.total_steps or self.stopped_by is not None:
-            raise UserError(
-                f"the checkpoint of step {step} could not be written: {problem or 'see rank 0'}. Those written before are as they were "
-                f"(the newest is of step {self.saved_step}). Make room and run again: training continues there."
-            )
-
-    def _write(self, module: TrainingModule, optimizer: torch.optim.Optimizer, step: int, generators: list[bytes]) -> str:
-        """Save on rank 0; returns what went wrong, '' when nothing did."""
-        from safetensors import SafetensorError
-
+        """Every rank writes its part. A save that fails is told and training goes on, except after the last step."""
         loop = self.loop
         state = TrainingState(
             step=step,
@@ -175,18 +133,20 @@ class LoopCallback(pl.Callback):
             plan=loop.plan.identity(),
         )
         try:
-            loop.metrics.flush()
-            save_checkpoint(
-                loop.folder,
-                state,
-                student=student_tensors(module.student),
-                optimizer=optimizer_tensors(module.student, optimizer),
-                hooks=hook_tensors(module.hooks),
-                generators=generators,
+            groups = state_groups(module.student, module.views, optimizer, module.hooks)
+            save_checkpoint(loop.folder, state, groups, capture_generators(module.device), loop.world, before=loop.metrics.flush)
+        except UserError as error:
+            self._refused(step, str(error))
+        else:
+            self.saved_step = step
+
+    def _refused(self, step: int, problem: str) -> None:
+        if step == self.loop.plan.total_steps or self.stopped_by is not None:
+            raise UserError(
+                f"the checkpoint of step {step} could not be written: {problem}. Those written before are as they were "
+                f"(the newest is of step {self.saved_step}). Make room and run again: training continues there."
             )
-        except (OSError, SafetensorError, UserError) as error:
-            loop.say(
-                f"{loop.stage}: the checkpoint of step {step} could not be written ({error}); training goes on, the ones before it are kept"
-            )
-            return str(error)
-        return ""
+        self.loop.say(
+            f"{self.loop.stage}: the checkpoint of step {step} could not be written ({problem}); training goes on, "
+            "the ones before it are kept"
+        )

@@ -21,6 +21,7 @@ from .hooks import StepHook
 from .optimizer import build_optimizer
 from .plan import TrainingPlan
 from .schedule import learning_rate
+from .sharding import ParameterViews
 from .signals import StopSignals
 from .world import World, gather_bytes, sum_over_ranks
 
@@ -62,6 +63,24 @@ class StepRecord:
     """Signal number when any rank was asked to stop."""
 
 
+Shard = Callable[[nn.Module, Any, Any], None]
+"""(module whose forward runs the student, student, device mesh): spreads the student over the mesh, in place."""
+
+
+class _Forward(nn.Module):
+    """One micro-batch as a module call: FSDP2 gathers what lies outside the decoder layers, the head among it, around this forward."""
+
+    def __init__(self, student: nn.Module, objective: Objectivelike) -> None:
+        super().__init__()
+        self.student = student
+        self._objective: Callable[[], Objectivelike] = lambda: objective
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, LossSums]:
+        """(loss, sums): the loss by itself, because FSDP2 looks for tensors in tuples, not in dataclasses."""
+        sums = self._objective()(self.student, batch)
+        return sums.loss, sums
+
+
 class TrainingModule(pl.LightningModule):
     """Holds the student alone; objective and hooks are outside the module tree, its state dict and its optimizer."""
 
@@ -75,11 +94,16 @@ class TrainingModule(pl.LightningModule):
         world: World,
         signals: StopSignals,
         start_step: int,
+        shard: "Shard | None" = None,
     ) -> None:
         super().__init__()
         self.student = student
         # a function, not an attribute: a module assigned here would be registered, whatever it is
         self._objective: Callable[[], Objectivelike] = lambda: objective
+        forward = _Forward(student, objective)
+        self._forward: Callable[[], _Forward] = lambda: forward
+        self._shard = shard
+        self._views: ParameterViews | None = None
         self.plan = plan
         self.hooks = tuple(hooks)
         self.world = world
@@ -90,9 +114,25 @@ class TrainingModule(pl.LightningModule):
         self._norm: Tensor | None = None
         self._record: StepRecord | None = None
 
+    @property
+    def views(self) -> ParameterViews:
+        """What the optimizer steps, by parameter name."""
+        assert self._views is not None, "Lightning configures the optimizers before anything else"
+        return self._views
+
+    def configure_model(self) -> None:
+        """Spread the student over the ranks, where the strategy says so."""
+        if self._shard is not None:
+            self._shard(self._forward(), self.student, self.device_mesh["data_parallel"])  # pyright: ignore[reportOptionalSubscript]
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW with the plan's numbers."""
-        return build_optimizer(self.student, self.plan)
+        """AdamW with the plan's numbers, over this rank's part of the student."""
+        self._views = ParameterViews(self.student)
+        return build_optimizer(self.student, self.plan, self._views.views)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Also of the sharded parameters, which the optimizer does not know."""
+        self.views.drop_gradients()
 
     def on_fit_start(self) -> None:
         """``from_pretrained`` returns eval mode and Lightning keeps it: dropout would silently be off."""
@@ -101,17 +141,18 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Sum of the micro-batch's token losses."""
-        sums = self._objective()(self.student, batch)
+        loss, sums = self._forward()(batch)
         parts = [getattr(sums, name) for name in _SUMS] + [batch["attention_mask"].sum()]
         vector = torch.stack([part.detach().to(torch.float64) for part in parts])
         self._sums = vector if self._sums is None else self._sums + vector
         self._losses.append((batch[INDEX], sums.loss.detach()))
-        return sums.loss
+        return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Sum over ranks, scale gradients to the mean over tokens, and refuse to go on when anything is not finite."""
         assert self._sums is not None
         totals = sum_over_ranks(torch.cat([self._sums, self._sums.new_tensor(self.signals.counts())]))
+        self.views.receive_gradients()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
         scale = self.world.size * self.plan.batch.accumulation / totals[0].clamp(min=1)
@@ -121,7 +162,7 @@ class TrainingModule(pl.LightningModule):
         step = self.steps_done + 1
         for hook in self.hooks:
             hook.before_step(step)
-        self._norm = total_norm = get_total_norm(gradients)
+        self._norm = total_norm = self._total_norm(gradients)
         # the one place per step where the host waits for the device
         *sums, norm = torch.cat([totals, total_norm.to(totals)[None]]).tolist()
         self._refuse_non_finite(step, sums, norm)
@@ -139,6 +180,11 @@ class TrainingModule(pl.LightningModule):
         if gradient_clip_val:
             assert self._norm is not None
             clip_grads_with_norm_([p for group in optimizer.param_groups for p in group["params"]], float(gradient_clip_val), self._norm)
+
+    def _total_norm(self, gradients: list[Tensor]) -> Tensor:
+        """Global norm: of what is here, or of all ranks' rows together."""
+        norm = get_total_norm(gradients)
+        return sum_over_ranks(norm.square()).sqrt() if self.views.sharded else norm
 
     def take_record(self) -> StepRecord | None:
         """The step that has just been taken, once; None between micro-batches."""

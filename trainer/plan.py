@@ -5,7 +5,9 @@ from typing import Any, Literal
 
 from ..models.errors import UserError
 from .batch import BatchPlan
-from .settings import Precision
+from .settings import Optimizer, Precision
+
+_NOT_NUMBERS = ("batch", "checkpoint_every", "num_workers", "deterministic", "strategy", "activation_checkpointing", "compile")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class TrainingPlan:
     """32, or bf16-mixed with fp32 master weights."""
     gradient_clip: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
+    optimizer: Optimizer = "adamw"
+    """Precision and place of the moments."""
     weight_decay: float = 0.0
     """AdamW decay of matrices."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -38,6 +42,12 @@ class TrainingPlan:
     """Optimizer steps between checkpoints."""
     deterministic: bool = True
     """Deterministic algorithms only."""
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """How several ranks share the student; one rank holds it all."""
+    activation_checkpointing: bool = False
+    """Keep the inputs of decoder layers only, and compute the rest again in the backward pass."""
+    compile: bool = False
+    """torch.compile each decoder layer."""
     num_workers: int = 0
     """Data loader workers of each rank."""
     stage_key: str = ""
@@ -48,8 +58,8 @@ class TrainingPlan:
             raise UserError(f"a training stage of {self.total_steps} steps trains nothing; give 'tokens' or 'steps' of at least one step")
 
     def identity(self) -> dict[str, Any]:
-        """The JSON-able part that decides the numbers; where and how fast it runs (micro-batches, workers, saves) is left out."""
+        """The JSON-able part that decides the numbers; where and how fast it runs (micro-batches, strategy, workers, saves) is left out."""
         fields = asdict(self)
-        for name in ("batch", "checkpoint_every", "num_workers", "deterministic"):
+        for name in _NOT_NUMBERS:
             del fields[name]
         return {**fields, "betas": list(self.betas), "global_windows": self.batch.global_windows}

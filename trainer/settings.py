@@ -7,6 +7,8 @@ from ..losses.settings import LossSettings
 from ..qat.spec import QuantSpec
 
 Precision = Literal["32", "bf16-mixed"]
+Strategy = Literal["auto", "ddp", "fsdp2"]
+Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw-8bit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +52,16 @@ class TrainerSettings:
 
     devices: int | Literal["auto"] = "auto"
     """Processes on this machine; auto = all GPUs, or one process on a CPU."""
-    strategy: Literal["auto", "ddp"] = "auto"
-    """auto = ddp when there is more than one process."""
+    strategy: Strategy = "auto"
+    """How several processes share the work: ddp = each holds the whole student, fsdp2 = each holds a share of it; auto = fsdp2 when ddp
+    would not fit on the GPUs at hand."""
+    activation_checkpointing: bool = False
+    """Keep one activation a layer and compute the rest again in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile each decoder layer (the first step takes long; needs a C++ compiler)."""
+    optimizer: Optimizer = "adamw"
+    """adamw = fp32 moments; adamw-8bit and paged-adamw-8bit = bitsandbytes, 2 bytes of moments a weight, the paged one in host memory
+    when the GPU is full."""
     precision: Precision = "bf16-mixed"
     """bf16-mixed keeps fp32 master weights; losses are fp32 in both."""
     global_batch_tokens: int = 65_536

@@ -5,11 +5,17 @@ function below then returns its input.
 """
 
 import os
+import time
+import uuid
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+MEETING_TIMEOUT = timedelta(minutes=10)
+"""Longest wait for all ranks to start."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +50,39 @@ def connect(world: World) -> None:
     """Open the process group once (gloo for CPU tensors, NCCL for CUDA ones); nothing to do for a single process."""
     if world.size == 1 or dist.is_initialized():
         return
+    store, rank, size = next(iter(dist.rendezvous("env://")))
+    backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=_fresh_store(store, rank, size), rank=rank, world_size=size)
+
+
+def _fresh_store(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of the store that only this start of all ranks uses.
+
+    torchrun gives restarted workers the store of those that died, where their addresses still stand (seen with torch 2.13: connecting
+    to them fails or hangs). So rank 0 makes a name, and gives it to each rank in answer to a word that this rank has just made up:
+    what the dead have left is answered too, but never acknowledged.
+    """
+    name = uuid.uuid4().hex
+    if rank:
+        word = uuid.uuid4().hex
+        store.set(f"hello/{rank}", word)
+        store.wait([f"answer/{word}"], MEETING_TIMEOUT)
+        name = store.get(f"answer/{word}").decode()
+        store.set(f"here/{name}/{rank}", "1")
+        return dist.PrefixStore(name, store)
+    missing, deadline = set(range(1, size)), time.monotonic() + MEETING_TIMEOUT.total_seconds()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"hello/{other}"]):
+                store.set(f"answer/{store.get(f'hello/{other}').decode()}", name)
+        time.sleep(0.02)
+        missing -= {other for other in missing if store.check([f"here/{name}/{other}"])}
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"ranks {sorted(missing)} did not come within {MEETING_TIMEOUT}; look at their logs and at the network")
+    return dist.PrefixStore(name, store)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

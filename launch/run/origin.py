@@ -85,6 +85,7 @@ def teacher_ref(recipe: "Recipe", scratch: ScratchTeacher | None) -> TeacherRef 
     return TeacherRef(
         path=path,
         load_in=recipe.teacher.load_in,
+        placement=recipe.teacher.placement,
         revision=recipe.teacher.revision,
         name=name,
         content=content_hash(path, recipe.teacher.revision),

@@ -11,7 +11,7 @@ from ...trainer.settings import TrainerSettings
 
 # Settings of a stage that say how often to save, not what to compute.
 _NOT_NUMBERS = {"checkpoint_every"}
-_TRAINER_NUMBERS = ("precision", "global_batch_tokens", "gradient_clip", "save_dtype")
+_TRAINER_NUMBERS = ("precision", "global_batch_tokens", "gradient_clip", "save_dtype", "optimizer")
 
 
 def stage_key(

@@ -8,7 +8,7 @@ Source: Zhu & Gupta 2017, "To prune, or not to prune" (schedule, equation 1).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -66,15 +66,44 @@ def magnitude_masks(
     Raises:
         NonFiniteError: a weight is NaN or infinite; the message names the tensor.
     """
-    scores = {name: _scores(name, weight, None if current is None else current[name]) for name, weight in weights.items()}
+    masks = stream_masks(lambda name: (weights[name], None if current is None else current[name]), list(weights), keep, scope)
+    return dict(masks)
+
+
+def stream_masks(
+    fetch: Callable[[str], tuple[Tensor, Tensor | None]], names: Sequence[str], keep: float, scope: Literal["layer", "global"]
+) -> Iterator[tuple[str, Tensor]]:
+    """``magnitude_masks``, one matrix at a time: at no time are two of them needed.
+
+    Args:
+        fetch: (latent weight, present mask or None) of a name; called once a matrix with ``layer``, four times with ``global``.
+        names: The matrices, in the order in which equals are kept.
+        keep, scope: As in ``magnitude_masks``.
+
+    Yields:
+        (name, bool mask of the weight's shape).
+    """
     if scope == "layer":
-        flat = {name: _largest([score], _count(keep, score.numel()))[0] for name, score in scores.items()}
-    else:
-        for name, score in scores.items():
-            scores[name] = _normalised(score, keep)
-        chosen = _largest(list(scores.values()), _count(keep, sum(score.numel() for score in scores.values())))
-        flat = dict(zip(scores, chosen, strict=True))
-    return {name: mask.view(weights[name].shape) for name, mask in flat.items()}
+        for name in names:
+            weight, current = fetch(name)
+            score = _scores(name, weight, current)
+            yield name, _largest([score], _count(keep, score.numel()))[0].view(weight.shape)
+        return
+
+    shapes: dict[str, torch.Size] = {}
+
+    def patterns() -> Iterator[Tensor]:
+        for name in names:
+            weight, current = fetch(name)
+            shapes[name] = weight.shape
+            yield _bits(_normalised(_scores(name, weight, current), keep))
+
+    sizes = [(pattern.numel(), int((pattern >= 0).sum())) for pattern in patterns()]
+    count = min(_count(keep, sum(size for size, _ in sizes)), sum(present for _, present in sizes))
+    cut = _cut(patterns, count)
+    for name, pattern in zip(names, patterns(), strict=True):
+        mask, cut = _above(pattern, cut)
+        yield name, mask.view(shapes[name])
 
 
 def zero_masks(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -110,35 +139,51 @@ def _normalised(score: Tensor, keep: float) -> Tensor:
     return torch.where(protected, torch.inf, relative)
 
 
+def _bits(score: Tensor) -> Tensor:
+    """Bit patterns of fp32 scores: they order like the scores, and those that are missing are negative."""
+    return score.contiguous().view(torch.int32)
+
+
 def _largest(scores: list[Tensor], count: int) -> list[Tensor]:
     """Masks of the ``count`` largest scores over all tensors, fewer when fewer are there; ties go to the first in order."""
-    bits = [score.contiguous().view(torch.int32) for score in scores]
-    count = min(count, sum(int((pattern >= 0).sum()) for pattern in bits))
-    if count == 0:
-        return [torch.zeros_like(pattern, dtype=torch.bool) for pattern in bits]
-    threshold, ties = _cut(bits, count)
+    bits = [_bits(score) for score in scores]
+    cut = _cut(lambda: bits, min(count, sum(int((pattern >= 0).sum()) for pattern in bits)))
     masks = []
     for pattern in bits:
-        mask = pattern > threshold
-        equal = (pattern == threshold).nonzero().squeeze(1)[:ties]
-        mask[equal] = True
-        ties -= equal.numel()
+        mask, cut = _above(pattern, cut)
         masks.append(mask)
     return masks
 
 
-def _cut(bits: list[Tensor], count: int) -> tuple[int, int]:
-    """(threshold, ties): everything above the threshold stays, and ``ties`` of those equal to it. Negative patterns are left out."""
-    high, above = _bucket([(pattern >> _LOW_BITS)[pattern >= 0] for pattern in bits], 1 << (31 - _LOW_BITS), count)
-    inside = [pattern[(pattern >> _LOW_BITS) == high] & ((1 << _LOW_BITS) - 1) for pattern in bits]
+def _above(pattern: Tensor, cut: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int] | None]:
+    """(mask of one tensor, the cut for those after it): everything above the threshold, and the first of those equal to it."""
+    if cut is None:
+        return torch.zeros_like(pattern, dtype=torch.bool), None
+    threshold, ties = cut
+    mask = pattern > threshold
+    equal = (pattern == threshold).nonzero().squeeze(1)[:ties]
+    mask[equal] = True
+    return mask, (threshold, ties - equal.numel())
+
+
+def _cut(patterns: Callable[[], Iterable[Tensor]], count: int) -> tuple[int, int] | None:
+    """(threshold, ties): everything above the threshold stays, and ``ties`` of those equal to it; None when nothing stays.
+
+    ``patterns`` gives the tensors one by one, and is called twice. Negative patterns are left out.
+    """
+    if count == 0:
+        return None
+    high, above = _bucket(((pattern >> _LOW_BITS)[pattern >= 0] for pattern in patterns()), 1 << (31 - _LOW_BITS), count)
+    inside = (pattern[(pattern >> _LOW_BITS) == high] & ((1 << _LOW_BITS) - 1) for pattern in patterns())
     low, above_inside = _bucket(inside, 1 << _LOW_BITS, count - above)
     return (high << _LOW_BITS) | low, count - above - above_inside
 
 
-def _bucket(values: list[Tensor], buckets: int, count: int) -> tuple[int, int]:
+def _bucket(values: Iterable[Tensor], buckets: int, count: int) -> tuple[int, int]:
     """(b, above): the bucket that holds the ``count``-th largest value, and how many values lie in higher buckets."""
-    histogram = sum(torch.bincount(value, minlength=buckets).cpu() for value in values)
-    assert isinstance(histogram, Tensor)
+    histogram = torch.zeros(buckets, dtype=torch.int64)
+    for value in values:
+        histogram += torch.bincount(value, minlength=buckets).cpu()
     from_top = histogram.flip(0).cumsum(0)
     position = int(torch.searchsorted(from_top, count))
     bucket = buckets - 1 - position

@@ -9,18 +9,17 @@ import torch
 from torch import nn
 
 from decoct.models.errors import UserError
+from decoct.trainer.checkpoint_writing import save_checkpoint
 from decoct.trainer.checkpoints import (
-    Checkpoint,
     TrainingState,
     find_newest_verified,
-    load_optimizer_tensors,
-    load_student_tensors,
-    optimizer_tensors,
+    open_checkpoint,
     prepare_folder,
-    save_checkpoint,
     set_aside,
-    student_tensors,
 )
+from decoct.trainer.sharding import ParameterViews
+from decoct.trainer.state import load_optimizer, load_student, optimizer_tensors, student_tensors
+from decoct.trainer.world import World
 
 
 class _Net(nn.Module):
@@ -49,14 +48,12 @@ def _state(step: int) -> TrainingState:
 
 def _save(folder: Path, step: int) -> Path:
     net, optimizer = _trained(step)
-    return save_checkpoint(
-        folder,
-        _state(step),
-        student=student_tensors(net),
-        optimizer=optimizer_tensors(net, optimizer),
-        hooks={"magnitude/inner": torch.tensor([[True, False]]), "magnitude/half": torch.tensor([1.5], dtype=torch.bfloat16)},
-        generators=[b"rank zero", b"rank one"],
-    )
+    groups = {
+        "student": student_tensors(net),
+        "optimizer": optimizer_tensors(ParameterViews(net), optimizer),
+        "hooks": {"magnitude/inner": torch.tensor([[True, False]]), "magnitude/half": torch.tensor([1.5], dtype=torch.bfloat16)},
+    }
+    return save_checkpoint(folder, _state(step), groups, b"rank zero", World())
 
 
 def test_everything_comes_back_bit_by_bit(tmp_path: Path) -> None:
@@ -67,21 +64,24 @@ def test_everything_comes_back_bit_by_bit(tmp_path: Path) -> None:
     assert found.state == _state(7)
     net, optimizer = _trained(7)
     other, other_optimizer = _trained(99)
-    load_student_tensors(other, found.tensors("student"))
-    load_optimizer_tensors(other, other_optimizer, found.tensors("optimizer"))
+    load_student(other, found)
+    load_optimizer(ParameterViews(other), other_optimizer, found)
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
     assert other.head.weight is other.embed.weight
-    before, after = optimizer_tensors(net, optimizer), optimizer_tensors(other, other_optimizer)
+    before, after = (
+        optimizer_tensors(ParameterViews(net), optimizer),
+        optimizer_tensors(ParameterViews(other), other_optimizer),
+    )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
     assert torch.equal(found.tensors("hooks")["magnitude/inner"], torch.tensor([[True, False]]))
-    assert [found.generators(rank) for rank in range(3)] == [b"rank zero", b"rank one", None]
+    assert [found.generators(rank) for rank in range(2)] == [b"rank zero", None]
 
 
 def test_tied_tensors_are_stored_once_and_passing_buffers_not_at_all(tmp_path: Path) -> None:
-    path = _save(tmp_path, 1)
-    assert set(Checkpoint(path, _state(1)).tensors("student")) == {"embed.weight", "inner.weight", "inner.bias", "kept"}
+    _save(tmp_path, 1)
+    assert set(open_checkpoint(tmp_path, 1).tensors("student")) == {"embed.weight", "inner.weight", "inner.bias", "kept"}
 
 
 def test_two_are_kept_each_in_its_own_folder(tmp_path: Path) -> None:
@@ -90,7 +90,14 @@ def test_two_are_kept_each_in_its_own_folder(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000015"]
 
 
-FILES = ["student.safetensors", "optimizer.safetensors", "hooks.safetensors", "rng-0.safetensors", "rng-1.safetensors", "state.json"]
+FILES = [
+    "student-0.safetensors",
+    "optimizer-0.safetensors",
+    "hooks-0.safetensors",
+    "rng-0.safetensors",
+    "pieces.json",
+    "state.json",
+]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -177,9 +184,9 @@ def test_remains_of_a_killed_save_are_neither_read_nor_kept(tmp_path: Path) -> N
     ],
 )
 def test_another_model_is_refused_before_it_is_touched(tmp_path: Path, other: type, named: str) -> None:
-    checkpoint = Checkpoint(_save(tmp_path, 5), _state(5))
+    _save(tmp_path, 5)
     with pytest.raises(UserError, match="holds another model") as caught:
-        load_student_tensors(other(), checkpoint.tensors("student"))
+        load_student(other(), open_checkpoint(tmp_path, 5))
     assert named in str(caught.value)
 
 
@@ -189,12 +196,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from decoct.models.errors import UserError
-from decoct.trainer.checkpoints import TrainingState, find_newest_verified, save_checkpoint
+from decoct.trainer.checkpoint_writing import save_checkpoint
+from decoct.trainer.checkpoints import TrainingState, find_newest_verified
+from decoct.trainer.world import World
 
 folder = Path(sys.argv[1])
 def save(step, size):
     state = TrainingState(step=step, sample_index=0, tokens=0, seconds=0.0, world=1, plan={})
-    save_checkpoint(folder, state, student={"w": torch.full((size,), float(step))}, optimizer={}, hooks={}, generators=[b"x"])
+    save_checkpoint(folder, state, {"student": {"w": torch.full((size,), float(step))}}, b"x", World())
 save(1, 4000)
 save(2, 4000)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -70,13 +70,13 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(training: 
     case = training.Case(steps=9, every=3)
     straight, student = training.run_case(case, tmp_path / "straight")
     shutil.copytree(tmp_path / "straight", tmp_path / "hurt")
-    newest = tmp_path / "hurt/stage/checkpoints/step-00000009/student.safetensors"
+    newest = tmp_path / "hurt/stage/checkpoints/step-00000009/student-0.safetensors"
     data = bytearray(newest.read_bytes())
     data[-5] ^= 16
     newest.write_bytes(data)
     console, out = _console()
     result, other = training.run_case(case, tmp_path / "hurt", console=console)
-    assert "step-00000009 is damaged (the content of student.safetensors is not what was written" in out.getvalue()
+    assert "step-00000009 is damaged (the content of student-0.safetensors is not what was written" in out.getvalue()
     assert "continues from the checkpoint of step 6 of 9" in out.getvalue()
     assert result.resumed_from == 6
     assert _same(student, other)
@@ -145,31 +145,31 @@ def test_a_pruning_stage_ends_at_its_target(training: ModuleType, tmp_path: Path
 
 
 def test_a_save_that_fails_is_told_and_training_goes_on(training: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import decoct.trainer.checkpoints as checkpoints
+    import decoct.trainer.checkpoint_writing as checkpoint_writing
 
     def full_at_six(path: Path, needed: int, what: str) -> None:
-        if "step 6" in what:
+        if "step-00000006" in what:
             raise UserError(f"{what} needs {needed} bytes, but 12 bytes are free")
 
-    monkeypatch.setattr(checkpoints, "check_free_space", full_at_six)
+    monkeypatch.setattr(checkpoint_writing, "check_free_space", full_at_six)
     console, out = _console()
     result, _ = training.run_case(training.Case(steps=9, every=3), tmp_path, console=console)
     assert result.steps == 9
-    assert "the checkpoint of step 6 could not be written (checkpoint of step 6 needs" in out.getvalue()
+    assert "the checkpoint of step 6 could not be written (checkpoint step-00000006 needs" in out.getvalue()
     assert _checkpoints(tmp_path) == ["step-00000003", "step-00000009"]
 
 
 def test_a_last_save_that_fails_ends_the_stage_with_the_remedy(
     training: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import decoct.trainer.checkpoints as checkpoints
+    import decoct.trainer.checkpoint_writing as checkpoint_writing
 
     def full_at_nine(path: Path, needed: int, what: str) -> None:
-        if "step 9" in what:
+        if "step-00000009" in what:
             raise UserError(f"{what} needs {needed} bytes, but 12 bytes are free")
 
     case = training.Case(steps=9, every=3)
-    monkeypatch.setattr(checkpoints, "check_free_space", full_at_nine)
+    monkeypatch.setattr(checkpoint_writing, "check_free_space", full_at_nine)
     with pytest.raises(UserError, match=r"step 9 could not be written.*the newest is of step 6.*Make room"):
         training.run_case(case, tmp_path)
     monkeypatch.undo()

@@ -68,7 +68,16 @@ def test_killed_twice_ends_in_the_same_bits(training_command: list[str], tmp_pat
     assert f"resumed from {newest}" in out, told
     assert _numbers(hurt) == _numbers(straight), told
     wanted, found = _final_files(straight), _final_files(hurt)
-    assert wanted.keys() == found.keys() == {"student.safetensors", "optimizer.safetensors", "hooks.safetensors", "rng-0.safetensors"}
+    assert (
+        wanted.keys()
+        == found.keys()
+        == {
+            "student-0.safetensors",
+            "optimizer-0.safetensors",
+            "hooks-0.safetensors",
+            "rng-0.safetensors",
+        }
+    )
     for name in wanted:
         assert wanted[name] == found[name], f"{name} differs, {told}"
 

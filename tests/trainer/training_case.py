@@ -3,6 +3,8 @@
 As a script: ``python training_case.py WORK KIND [key=value ...]`` with the options of ``Case``.
 """
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -11,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
+from safetensors.torch import save_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoct.losses.settings import LossSettings
+from decoct.losses.sums import LossSums
 from decoct.models.families import decoder_linears
-from decoct.models.pruning.magnitude import zero_masks
 from decoct.models.teachers import LocalTeacher
 from decoct.qat.spec import QuantSpec
 from decoct.trainer.batch import BatchPlan
@@ -94,6 +98,47 @@ class Pause:
         """Nothing to restore."""
 
 
+class Strike(Pause):
+    """Sends one rank a signal after a step, on the first start of a torchrun only: ``step:rank:NAME``."""
+
+    name = "strike"
+
+    def __init__(self, order: str) -> None:
+        super().__init__(0.0)
+        step, rank, name = order.split(":")
+        self.step, self.rank, self.signal = int(step), int(rank), signal.Signals[name]
+
+    def after_step(self, step: int) -> None:
+        """Strike."""
+        first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        if first and step == self.step and current_world().rank == self.rank:
+            os.kill(os.getpid(), self.signal)
+
+
+class Ledger:
+    """An objective that writes down which windows it is given, a line a micro-batch: appended to ``ledger-<rank>.txt``."""
+
+    def __init__(self, objective: Objective, work: Path) -> None:
+        self.objective = objective
+        self.path = work / f"ledger-{current_world().rank}.txt"
+
+    @property
+    def has_teacher(self) -> bool:
+        """As the objective."""
+        return self.objective.has_teacher
+
+    def to(self, device: torch.device) -> "Ledger":
+        """Move the objective."""
+        self.objective.to(device)
+        return self
+
+    def __call__(self, student: Any, batch: Mapping[str, Tensor]) -> LossSums:
+        """Note the windows, then compute."""
+        with self.path.open("a") as file:
+            file.write(" ".join(map(str, batch["index"].tolist())) + "\n")
+        return self.objective(student, batch)
+
+
 @dataclass(frozen=True)
 class Case:
     """What a test varies."""
@@ -112,6 +157,12 @@ class Case:
     dropout: float = 0.1
     seed: int = 3
     pause: float = 0.0
+    strategy: str = "ddp"
+    checkpointing: int = 0
+    compile: int = 0
+    optimizer: str = "adamw"
+    ledger: int = 0
+    strike: str = ""
 
     def plan(self) -> TrainingPlan:
         """The plan of this case."""
@@ -124,6 +175,10 @@ class Case:
             gradient_clip=self.clip,
             weight_decay=self.decay,
             checkpoint_every=self.every,
+            strategy=self.strategy,  # pyright: ignore[reportArgumentType]
+            activation_checkpointing=bool(self.checkpointing),
+            compile=bool(self.compile),
+            optimizer=self.optimizer,  # pyright: ignore[reportArgumentType]
         )
 
     def student(self) -> LlamaForCausalLM:
@@ -141,11 +196,13 @@ class Case:
     def hooks(self, student: nn.Module) -> list[StepHook]:
         """What acts around each step."""
         hooks: list[StepHook] = [Pause(self.pause)] if self.pause else []
+        if self.strike:
+            hooks.append(Strike(self.strike))
         linears: dict[str, Any] = decoder_linears(student)  # pyright: ignore[reportArgumentType]
         if self.kind == "prune":
             hooks.append(MaskHook(list(linears), MagnitudeSettings(keep=0.4, update_every=3), self.steps))
         if self.kind in ("sparse", "qat"):
-            hooks.append(KeepZeros(zero_masks({name: module.weight for name, module in linears.items()})))
+            hooks.append(KeepZeros(linears))
         return hooks
 
     def objective(self) -> Objective:
@@ -166,8 +223,11 @@ def run_case(case: Case, work: Path, *, console: Console | None = None, **change
         "console": console,
     }
     objective = changes.pop("objective", None) or case.objective()
+    if case.ledger:
+        objective = Ledger(objective, work)
     windows = changes.pop("windows", None) or RandomWindows()
-    return fit(student, objective, windows, case.plan(), **{**arguments, **changes}), student
+    result = fit(student, objective, windows, case.plan(), **{**arguments, **changes})
+    return result, result.student  # pyright: ignore[reportReturnType]
 
 
 def main() -> None:
@@ -182,11 +242,17 @@ def main() -> None:
         case = replace(case, **{key: type(getattr(case, key))(value)})
     Path(work).mkdir(parents=True, exist_ok=True)
     try:
-        result, _ = run_case(case, Path(work), console=Console(width=200))
+        result, student = run_case(case, Path(work), console=Console(width=200))
     except DecoctError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     print(f"done: {result.steps} steps, resumed from {result.resumed_from}")
+    if current_world().is_first:
+        save_model(student, str(Path(work) / "student.safetensors"))
+    if dist.is_initialized():
+        # a rank that leaves while another is still talking to it takes that one down
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

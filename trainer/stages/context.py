@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...models.settings import LoadIn, Placement
 from ..settings import TrainerSettings
 
 if TYPE_CHECKING:
@@ -20,8 +21,10 @@ class TeacherRef:
 
     path: str
     """Model folder or hub id."""
-    load_in: str
-    """Dtype of the weights while training, 'fp32' or 'bf16'."""
+    load_in: LoadIn
+    """How its weights are held while training."""
+    placement: Placement
+    """Where they are held while training."""
     revision: str | None
     name: str
     """What reports and cards call it (never a local path)."""
@@ -66,7 +69,7 @@ class StageContext:
 
 @dataclass
 class Trained:
-    """What a training stage holds in memory when its last step is done (the same on every rank)."""
+    """What a training stage holds in memory when its last step is done; rank 0's student has all its weights."""
 
     student: "PreTrainedModel"
     tokens: int

@@ -10,7 +10,6 @@ from ...models.errors import UserError
 from ...models.families import decoder_linears
 from ...models.folder import read_record
 from ...models.loading import load_model
-from ...models.pruning.magnitude import zero_masks
 from ...models.teachers import LocalTeacher, load_teacher
 from ..batch import derive_batch
 from ..fit import fit
@@ -97,7 +96,7 @@ def keep_zeros_hooks(student: "PreTrainedModel", modules: Sequence[str]) -> list
         raise UserError(
             f"decoct.json lists {lost[0]} as sparse, but the model has no such linear layer; the folder was put together from two"
         )
-    return [KeepZeros(zero_masks({name: linears[name].weight.detach() for name in modules}))]
+    return [KeepZeros(modules)]
 
 
 def train_student(
@@ -108,7 +107,7 @@ def train_student(
     hooks: Sequence[StepHook] = (),
     facts: dict[str, Any] | None = None,
 ) -> Trained:
-    """Fit ``student`` in place as the stage's settings say, on all ranks; resumes from the stage's checkpoints."""
+    """Fit ``student`` as the stage's settings say, on all ranks; resumes from the stage's checkpoints."""
     teacher = open_teacher(settings, context)
     plan = training_plan(settings, context, student.config.hidden_size)
     _announce(context, plan, teacher)
@@ -124,7 +123,7 @@ def train_student(
         metrics=context.metrics,
         console=context.console,
     )
-    return Trained(student=student, tokens=result.tokens, seconds=result.seconds, facts=facts or {})
+    return Trained(student=result.student, tokens=result.tokens, seconds=result.seconds, facts=facts or {})
 
 
 def _announce(context: StageContext, plan: TrainingPlan, teacher: LocalTeacher | None) -> None:
