@@ -40,7 +40,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    folder = _resolve(path, revision, trust_remote_code, weights=True)
+    folder = find_model_folder(path, revision, trust_remote_code, weights=True)
     check_model_folder(folder)
     try:
         with quiet_transformers():
@@ -58,7 +58,7 @@ def load_model(
     except Exception as error:
         raise _not_loadable(path, "a causal language model", error) from error
     model, report = loaded
-    _check_report(path, model, report)
+    check_report(path, model, report)
     _check_finite(path, model, dtype)
     return model.to(device).eval()
 
@@ -71,7 +71,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remot
     """
     from transformers import AutoTokenizer
 
-    folder = _resolve(path, revision, trust_remote_code, weights=False)
+    folder = find_model_folder(path, revision, trust_remote_code, weights=False)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES) and not any(folder.glob("*.tiktoken")):
         raise UserError(f"{path} has no tokenizer (tokenizer.json or a vocabulary file); copy the tokenizer's files into the folder")
     try:
@@ -85,7 +85,7 @@ def load_config(path: str | Path, *, revision: str | None = None, trust_remote_c
     """Load the config of a folder or hub id (no weights are read or downloaded)."""
     from transformers import AutoConfig
 
-    folder = _resolve(path, revision, trust_remote_code, weights=False)
+    folder = find_model_folder(path, revision, trust_remote_code, weights=False)
     read_json(folder / "config.json")
     try:
         with quiet_transformers():
@@ -106,7 +106,8 @@ def meta_model(config: "PreTrainedConfig") -> "PreTrainedModel":
         raise _not_loadable(config.model_type, "a causal language model", error) from error
 
 
-def _resolve(path: str | Path, revision: str | None, trust_remote_code: bool, *, weights: bool) -> Path:
+def find_model_folder(path: str | Path, revision: str | None, trust_remote_code: bool = False, *, weights: bool) -> Path:
+    """The local folder of a model folder or hub id, which is downloaded when needed (``weights`` and all, or the small files alone)."""
     folder = local_folder(path, revision=revision)
     if folder is not None:
         return folder
@@ -120,7 +121,7 @@ def _not_loadable(path: object, what: str, error: Exception) -> UserError:
     return UserError(f"{path} cannot be loaded as {what}: {first}")
 
 
-def _check_report(path: str | Path, model: "PreTrainedModel", report: dict[str, Any]) -> None:
+def check_report(path: str | Path, model: "PreTrainedModel", report: dict[str, Any]) -> None:
     """Refuse what transformers only warns about; a head that is tied to the embedding may be missing."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     missing = {name for name in report["missing_keys"] if name not in tied or tied[name] in report["missing_keys"]}
@@ -141,8 +142,13 @@ def _few(names: list[str]) -> str:
 
 def _check_finite(path: str | Path, model: "PreTrainedModel", dtype: "torch.dtype") -> None:
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
-            raise UserError(
-                f"weight {name} of {path} holds NaN or infinite numbers (loaded as {dtype}); the model is damaged or was saved after its "
-                "training diverged; fetch it again or take an earlier one"
-            )
+        check_finite(path, name, parameter, dtype)
+
+
+def check_finite(path: str | Path, name: str, weight: "torch.Tensor", dtype: "torch.dtype") -> None:
+    """Refuse NaN and infinite numbers in a weight that was loaded as ``dtype``."""
+    if weight.is_floating_point() and not bool(weight.isfinite().all()):
+        raise UserError(
+            f"weight {name} of {path} holds NaN or infinite numbers (loaded as {dtype}); the model is damaged or was saved after its "
+            "training diverged; fetch it again or take an earlier one"
+        )

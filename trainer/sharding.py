@@ -8,7 +8,7 @@ stored; autocast then makes the bf16 copies, as it does under DDP.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..models.families import decoder_layers
+from ..models.streaming import parameter_places, register
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -116,14 +117,11 @@ def shard(step: nn.Module, student: "PreTrainedModel", mesh: "DeviceMesh", mater
 
 def allocate(student: nn.Module, device: torch.device) -> None:
     """Uninitialised memory for every parameter on the meta device, of a sharded one for this rank's rows; buffers are left alone."""
-    made: dict[int, nn.Parameter] = {}
-    for module, key, parameter in list(_direct_parameters(student)):
+    for places in parameter_places(student):
+        module, key, _ = places[0]
+        parameter = getattr(module, key)
         if parameter.is_meta:
-            empty = made.get(id(parameter))
-            if empty is None:
-                empty = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
-            made[id(parameter)] = empty
-            module.register_parameter(key, empty)
+            register(places, torch.empty_like(parameter, device=device))
 
 
 def skeleton_of(student: "PreTrainedModel") -> "PreTrainedModel":
@@ -136,25 +134,9 @@ def skeleton_of(student: "PreTrainedModel") -> "PreTrainedModel":
 
 def gather_into(skeleton: "PreTrainedModel", student: "PreTrainedModel", *, keep: bool) -> None:
     """Gather the sharded ``student`` tensor by tensor: ranks that ``keep`` fill ``skeleton`` with it on the CPU, the others drop it."""
-    places = _places(skeleton)
-    targets = dict(skeleton.named_parameters())
+    places = {name: hung for hung in parameter_places(skeleton) for _, _, name in hung}
     for name, parameter in student.named_parameters():
         full = whole(parameter)
         if keep:
-            filled = nn.Parameter(full.cpu(), requires_grad=parameter.requires_grad)
-            for module, key in places[id(targets[name])]:
-                module.register_parameter(key, filled)
-
-
-def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Where each parameter hangs, by its id: a tied one in several places."""
-    found: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module, key, parameter in _direct_parameters(model):
-        found.setdefault(id(parameter), []).append((module, key))
-    return found
-
-
-def _direct_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    for module in model.modules():
-        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            yield module, key, parameter
+            # a copy in memory of its own: what was gathered may be a part of padded memory
+            register(places[name], torch.empty_like(full, device="cpu").copy_(full))

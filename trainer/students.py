@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..models.families import decoder_layers
+from ..models.streaming import parameter_places, stored_name
 from .plan import TrainingPlan
 from .sharding import allocate, gather_into, local, row_range, shard, skeleton_of
 from .strategy import shards
@@ -79,13 +80,10 @@ class Placed:
 
     @torch.no_grad()
     def _fill(self) -> None:
-        """Read this rank's rows of every parameter; a tied one is read under the name that the files have."""
+        """Read this rank's rows of every parameter."""
         assert self._weights is not None
-        stored = set(self._weights.names())
-        names: dict[int, list[str]] = {}
-        for name, parameter in self.student.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
-        for parameter in self.student.parameters():
-            name = next(name for name in names[id(parameter)] if name in stored)
+        for places in parameter_places(self.student):
+            module, key, _ = places[0]
+            parameter = getattr(module, key)
             rows = row_range(parameter)
-            local(parameter).copy_(self._weights.read(name, slice(*rows) if rows else None))
+            local(parameter).copy_(self._weights.read(stored_name(places, self._weights), slice(*rows) if rows else None))

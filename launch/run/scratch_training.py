@@ -11,6 +11,7 @@ import torch
 from ...models.folder import save_model_folder
 from ...trainer.scratch import new_llama, scratch_record, teacher_training
 from ...trainer.stages.context import StageContext, Trained
+from ...trainer.stages.opening import OpenStudent
 from ...trainer.stages.training import train_student
 from .folder import StageFolder
 from .origin import Origin
@@ -67,7 +68,9 @@ def train_scratch_teacher(recipe: "Recipe", origin: Origin, session: "Session", 
             metrics=metrics,
             console=console,
         )
-        trained = train_student(student, teacher_training(settings), context)
+        # a scratch teacher is small: nothing is gained by spreading it unless somebody asks for it
+        opened = OpenStudent(student, None, "fsdp2" if recipe.trainer.strategy == "fsdp2" else "ddp")
+        trained = train_student(opened, teacher_training(settings), context)
         session.on_first(lambda: _save(trained, recipe, origin))
 
 

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from decoct.models.errors import UserError
 from decoct.models.folder_check import check_model_folder
-from decoct.models.loading import _check_report, load_config, load_model, load_tokenizer, meta_model
+from decoct.models.loading import check_report, load_config, load_model, load_tokenizer, meta_model
 from decoct.models.tokenizer import train_tokenizer
 
 Edit = Callable[[dict[str, torch.Tensor]], object]
@@ -91,9 +91,9 @@ def test_a_tied_head_may_be_missing(tiny_model: Callable[..., Any], tmp_path: Pa
 def test_a_tied_head_that_is_reported_as_missing_is_excused_only_with_its_embedding(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llama", tie_word_embeddings=True)
     report = {"missing_keys": {"lm_head.weight"}, "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
-    _check_report("folder", model, report)  # transformers versions differ in whether they report it
+    check_report("folder", model, report)  # transformers versions differ in whether they report it
     with pytest.raises(UserError, match=r"2 weights are missing .*lm_head\.weight, model\.embed_tokens\.weight"):
-        _check_report("folder", model, {**report, "missing_keys": {"lm_head.weight", "model.embed_tokens.weight"}})
+        check_report("folder", model, {**report, "missing_keys": {"lm_head.weight", "model.embed_tokens.weight"}})
 
 
 def test_an_untied_head_may_not_be_missing(folder: Path) -> None:

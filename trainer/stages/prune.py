@@ -11,8 +11,9 @@ from ...models.pruning.structured import alignment_hint, ffn_channel_scores, pru
 from ..hooks import MaskHook
 from ..settings import PruneSettings, StructuredSettings
 from .context import StageContext, StageResult, Trained
+from .opening import open_student, whole_student
 from .saving import save_student, save_trained
-from .training import open_student, train_student, training_plan
+from .training import train_student, training_plan
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ def train(settings: PruneSettings, context: StageContext) -> Trained | None:
         return None
     assert settings.magnitude is not None
     student = open_student(context)
-    modules = list(decoder_linears(student))
+    modules = list(decoder_linears(student.model))
     hook = MaskHook(modules, settings.magnitude, _steps(settings, context))
     return train_student(student, settings, context, hooks=[hook], facts={"sparse": modules})
 
@@ -46,7 +47,7 @@ def finish(settings: PruneSettings, context: StageContext, trained: Trained | No
     if trained is not None:
         return save_trained(trained, context)
     started = time.perf_counter()
-    student = open_student(context)
+    student = whole_student(context)
     facts = _prune_structured(student, settings, context) if settings.structured else _prune_once(student, settings)
     save_student(student, context, facts)
     return StageResult(model=context.model, seconds=time.perf_counter() - started)

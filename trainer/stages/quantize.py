@@ -10,8 +10,9 @@ from ...qat.modules import fold, quantize_model
 from ...qat.state import QuantState
 from ..settings import QuantizeSettings
 from .context import StageContext, StageResult
+from .opening import whole_student
 from .saving import stage_record
-from .training import open_student, sparse_modules
+from .training import sparse_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def finish(settings: QuantizeSettings, context: StageContext, trained: None) -> StageResult:
     """Round, fold and write the quantized folder (rank 0)."""
     started = time.perf_counter()
-    student = open_student(context)
+    student = whole_student(context)
     state = quantize_model(student, settings.weights, settings.skip)
     fold(student, state)
     save_quantized(student, state, context, {"sparse": sparse_modules(context.input)})

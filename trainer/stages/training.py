@@ -2,15 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from ...models.errors import UserError
 from ...models.families import decoder_linears
 from ...models.folder import read_record
-from ...models.loading import load_model
-from ...models.teachers import LocalTeacher, load_teacher
+from ...models.teachers import Teacher
 from ..batch import derive_batch
 from ..fit import fit
 from ..hooks import KeepZeros, StepHook
@@ -20,6 +17,7 @@ from ..rng import derive_seed
 from ..settings import TrainingBlock
 from ..world import current_world
 from .context import StageContext, Trained
+from .opening import OpenStudent, stage_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,26 +32,7 @@ def default_learning_rate(kind: str, hidden: int) -> float:
     return float(f"{_BASE_RATES[kind] * _BASE_HIDDEN / hidden:.2g}")
 
 
-def open_student(context: StageContext) -> "PreTrainedModel":
-    """The stage's input with fp32 master weights."""
-    return load_model(context.input, dtype=torch.float32, revision=context.input_revision)
-
-
-def open_teacher(settings: TrainingBlock, context: StageContext) -> LocalTeacher | None:
-    """The teacher that the stage learns from; None when its loss needs none."""
-    if settings.loss.hard_weight == 1.0:
-        return None
-    choice = settings.teacher or ("recipe" if context.teacher else "input")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if choice == "input":
-        return load_teacher(context.input, dtype=torch.float32, v_eff=context.v_eff, revision=context.input_revision, name="its own input")
-    if context.teacher is None:
-        raise UserError(f"{context.name}: teacher: recipe, but the recipe has no teacher; add one, or set teacher: input")
-    ref = context.teacher
-    return load_teacher(ref.path, dtype=dtype[ref.load_in], v_eff=context.v_eff, revision=ref.revision, name=ref.name)
-
-
-def training_plan(settings: TrainingBlock, context: StageContext, hidden: int) -> TrainingPlan:
+def training_plan(settings: TrainingBlock, context: StageContext, hidden: int, strategy: Literal["ddp", "fsdp2"] = "ddp") -> TrainingPlan:
     """The stage's plan, all derived values filled in."""
     batch = derive_batch(
         context.trainer.global_batch_tokens, context.data.train.seq_length, current_world().size, context.trainer.micro_batch
@@ -79,6 +58,10 @@ def training_plan(settings: TrainingBlock, context: StageContext, hidden: int) -
         deterministic=context.trainer.deterministic,
         num_workers=context.trainer.num_workers,
         stage_key=context.key,
+        optimizer=context.trainer.optimizer,
+        strategy=strategy,
+        activation_checkpointing=context.trainer.activation_checkpointing,
+        compile=context.trainer.compile,
     )
 
 
@@ -100,7 +83,7 @@ def keep_zeros_hooks(student: "PreTrainedModel", modules: Sequence[str]) -> list
 
 
 def train_student(
-    student: "PreTrainedModel",
+    student: OpenStudent,
     settings: TrainingBlock,
     context: StageContext,
     *,
@@ -108,12 +91,12 @@ def train_student(
     facts: dict[str, Any] | None = None,
 ) -> Trained:
     """Fit ``student`` as the stage's settings say, on all ranks; resumes from the stage's checkpoints."""
-    teacher = open_teacher(settings, context)
-    plan = training_plan(settings, context, student.config.hidden_size)
+    teacher = stage_teacher(settings, context)
+    plan = training_plan(settings, context, student.model.config.hidden_size, student.strategy)
     _announce(context, plan, teacher)
     objective = Objective(teacher, settings.loss, v_eff=context.v_eff)
     result = fit(
-        student,
+        student.model,
         objective,
         context.data.train,
         plan,
@@ -122,11 +105,12 @@ def train_student(
         hooks=hooks,
         metrics=context.metrics,
         console=context.console,
+        weights=student.weights,
     )
     return Trained(student=result.student, tokens=result.tokens, seconds=result.seconds, facts=facts or {})
 
 
-def _announce(context: StageContext, plan: TrainingPlan, teacher: LocalTeacher | None) -> None:
+def _announce(context: StageContext, plan: TrainingPlan, teacher: Teacher | None) -> None:
     """Print what was derived, so that nobody has to guess a default."""
     learns = "from the text alone" if teacher is None else f"from {teacher.describe()}"
     tokens = plan.total_steps * plan.batch.global_windows * context.data.train.seq_length
@@ -134,3 +118,17 @@ def _announce(context: StageContext, plan: TrainingPlan, teacher: LocalTeacher |
         f"  {plan.total_steps} steps of {plan.batch.global_windows} windows x {context.data.train.seq_length} tokens ({tokens:,} in all), "
         f"micro-batch {plan.batch.micro_batch} x {plan.batch.accumulation}, peak learning rate {plan.learning_rate:g}, {learns}"
     )
+    if options := _options(plan):
+        context.say(f"  {options}")
+
+
+def _options(plan: TrainingPlan) -> str:
+    """What differs from one plain process; '' when nothing does."""
+    ranks = current_world().size
+    named = {
+        f"{ranks} processes ({plan.strategy})": ranks > 1,
+        f"optimizer {plan.optimizer}": plan.optimizer != "adamw",
+        "activation checkpointing": plan.activation_checkpointing,
+        "compiled layers": plan.compile,
+    }
+    return ", ".join(text for text, used in named.items() if used)

@@ -1,0 +1,271 @@
+"""Loading tensor by tensor, so that nothing is in memory twice.
+
+``from_pretrained`` builds the whole model on the host and then moves it. Here it is built on the meta device and each weight goes from the
+mapped file straight to where it belongs: to a GPU, or as the rows that one rank holds. That needs files whose names are the module's own
+(Llama, Mistral, Qwen2, Qwen3 and many others); where transformers renames, fuses or splits weights, ``load_model`` does it.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+from .folder_check import check_model_folder
+from .loading import check_finite, check_report, find_model_folder, load_config, load_model, meta_model
+from .quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Dtypes of weights that are read as they are."""
+
+
+class WeightFiles:
+    """The weights of a checked model folder by name, mapped into memory and read when asked for; a context manager.
+
+    Args:
+        folder: Local model folder, one safetensors file or several with an index.
+
+    Raises:
+        UserError: see ``check_model_folder``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        self.folder = Path(folder)
+        self._open = [safe_open(file, framework="pt") for file in check_model_folder(self.folder)]
+        self._files: dict[str, Any] = {name: file for file in self._open for name in file.keys()}  # noqa: SIM118 - no mapping
+
+    def names(self) -> list[str]:
+        """Every tensor of the folder, in the order of the files."""
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a whole tensor."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """Dtype of a tensor as stored; None for those that no model is trained in (integers, 8 bits and less)."""
+        return DTYPES.get(self._files[name].get_slice(name).get_dtype())
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or some rows of its first dimension, on the CPU in its own dtype; no other rows are read from the disk.
+
+        Args:
+            name: One of ``names()``.
+            rows: Contiguous rows, possibly none; None = all.
+
+        Raises:
+            UserError: there is no such tensor, or what was read is not finite.
+        """
+        if name not in self._files:
+            raise UserError(f"{self.folder} has no weight {name}; fetch or export the model again")
+        file = self._files[name]
+        tensor: Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+        check_finite(self.folder, name, tensor, tensor.dtype)
+        return tensor
+
+    def close(self) -> None:
+        """Forget the files; tensors that were read stay valid."""
+        self._files.clear()
+        self._open.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def can_stream(path: str | Path, revision: str | None = None) -> bool:
+    """Whether the files of a model folder or hub id hold exactly the weights of its modules, under the modules' names.
+
+    False as well for a model that must keep some weights in fp32, has saved buffers, or buffers that only loading can make.
+
+    Raises:
+        UserError: see ``load_config`` and ``check_model_folder``.
+    """
+    folder = find_model_folder(path, revision, weights=True)
+    with WeightFiles(folder) as files:
+        return _fits(meta_model(load_config(folder)), files)
+
+
+def empty_model(path: str | Path, revision: str | None = None) -> "tuple[PreTrainedModel, WeightFiles]":
+    """The model on the meta device in fp32 with real buffers on the CPU, in eval mode, and the files to fill it from.
+
+    Use it where ``can_stream`` is true. A tied weight has several names in the model; ``stored_name`` tells the one in the files.
+
+    Raises:
+        UserError: as ``load_model``, but for weights that are not finite, which ``WeightFiles.read`` refuses.
+    """
+    folder = find_model_folder(path, revision, weights=True)
+    files = WeightFiles(folder)
+    model = _skeleton(folder, torch.float32)
+    _check(path, model, files)
+    materialize_buffers(model, "cpu")
+    return model, files
+
+
+def streamed_model(
+    path: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu", revision: str | None = None
+) -> "PreTrainedModel":
+    """``load_model``, without a copy of the model on the host: the same values, refusals and eval mode.
+
+    Falls back to ``load_model`` where ``can_stream`` is false.
+
+    Raises:
+        UserError: see ``load_model``.
+    """
+    folder = find_model_folder(path, revision, weights=True)
+    with WeightFiles(folder) as files:
+        model = _skeleton(folder, dtype)
+        if not _fits(model, files):
+            return load_model(path, dtype=dtype, revision=revision, device=device)
+        _check(path, model, files)
+        for places in parameter_places(model):
+            register(places, to_device(files, stored_name(places, files), dtype=dtype, device=device))
+    materialize_buffers(model, device)
+    return model
+
+
+@torch.no_grad()
+def to_device(files: WeightFiles, name: str, *, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """One whole weight in memory of its own on ``device``; refuses numbers that are not finite, in the file or in ``dtype``."""
+    stored = files.read(name)
+    tensor = torch.empty(stored.shape, dtype=dtype, device=device).copy_(stored)
+    if stored.dtype != dtype:
+        check_finite(files.folder, name, tensor, dtype)
+    return tensor
+
+
+Place = tuple[nn.Module, str, str]
+"""Where a parameter hangs: (module, attribute, full name)."""
+
+
+def parameter_places(model: nn.Module) -> list[list[Place]]:
+    """Every parameter once, in module order, with all the places where it hangs: a tied one has several."""
+    found: dict[int, list[Place]] = {}
+    for prefix, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            found.setdefault(id(parameter), []).append((module, key, f"{prefix}.{key}" if prefix else key))
+    return list(found.values())
+
+
+def stored_name(places: list[Place], files: WeightFiles) -> str:
+    """The name that the files have for a parameter."""
+    stored = set(files.names())
+    return next(name for _, _, name in places if name in stored)
+
+
+def register(places: list[Place], tensor: Tensor) -> None:
+    """Make ``tensor`` the parameter in all its places, trainable if the one before was."""
+    before = getattr(places[0][0], places[0][1])
+    parameter = nn.Parameter(tensor, requires_grad=before.requires_grad)
+    for module, key, _ in places:
+        module.register_parameter(key, parameter)
+
+
+def materialize_buffers(model: nn.Module, device: torch.device | str) -> None:
+    """Make buffers that are on the meta device real: rotary frequencies, computed in fp32 on the CPU as ``from_pretrained`` does.
+
+    Parameters are left alone. Buffers that are real already only move.
+
+    Raises:
+        UserError: a buffer is none that a rotary embedding's config decides.
+    """
+    for prefix, module in model.named_modules():
+        empty = [key for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        if empty and not _is_rotary(module):
+            raise UserError(f"{type(model).__name__} computes the buffer {prefix}.{empty[0]} only while it is loaded whole; use load_model")
+        if empty:
+            fresh = _computed_buffers(module)
+            for key in empty:
+                module._buffers[key] = fresh[key]
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[key] = buffer.to(device)
+
+
+def _computed_buffers(rotary: nn.Module) -> dict[str, Tensor]:
+    build: Any = type(rotary)
+    with torch.device("cpu"):
+        return dict(build(config=rotary.config).named_buffers(recurse=False))
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    names = {key for key, _ in module.named_buffers(recurse=False)}
+    return "RotaryEmbedding" in type(module).__name__ and hasattr(module, "config") and names <= {"inv_freq", "original_inv_freq"}
+
+
+def _skeleton(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    """The model on the meta device, in ``dtype`` and eval mode, its config as ``from_pretrained`` leaves it."""
+    config = load_config(folder)
+    config.dtype = dtype
+    model: Any = meta_model(config)
+    if (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        try:
+            with quiet_transformers():
+                model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            raise UserError(f"{folder / 'generation_config.json'} cannot be read: {error}; mend or remove it") from error
+    return model.to(dtype).eval()
+
+
+def _unexpected(model: "PreTrainedModel", files: WeightFiles) -> list[str]:
+    """Names in the files that no module has; those that transformers itself ignores in old checkpoints do not count."""
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
+    return [name for name in files.names() if name not in own and not any(re.search(pattern, name) for pattern in ignored)]
+
+
+def _missing(model: "PreTrainedModel", files: WeightFiles) -> list[str]:
+    stored = set(files.names())
+    return [places[0][2] for places in parameter_places(model) if not any(name in stored for _, _, name in places)]
+
+
+def _fits(model: "PreTrainedModel", files: WeightFiles) -> bool:
+    plain = not any(getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
+    buffers = (module for module in model.modules() if any(True for _ in module.named_buffers(recurse=False)))
+    return (
+        plain
+        and all(_is_rotary(module) for module in buffers)
+        and not _missing(model, files)
+        and not _unexpected(model, files)
+        and all(files.dtype(name) is not None for name in files.names())
+        and all(_same(names, files) for names in _stored_twice(model, files))
+    )
+
+
+def _stored_twice(model: "PreTrainedModel", files: WeightFiles) -> Iterator[list[str]]:
+    """Tied weights of which the files hold more than one copy."""
+    stored = set(files.names())
+    for places in parameter_places(model):
+        names = [name for _, _, name in places if name in stored]
+        if len(names) > 1:
+            yield names
+
+
+def _same(names: list[str], files: WeightFiles) -> bool:
+    """Whether copies of a tied weight are equal; transformers unties those that differ."""
+    first, *others = (files.read(name) for name in names)
+    return all(torch.equal(first, other) for other in others)
+
+
+def _check(path: str | Path, model: "PreTrainedModel", files: WeightFiles) -> None:
+    """The refusals of ``load_model`` that need no values."""
+    stored = set(files.names())
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False) if name in stored}
+    report = {
+        "missing_keys": set(_missing(model, files)),
+        "unexpected_keys": set(_unexpected(model, files)),
+        "mismatched_keys": {(name, files.shape(name), shape) for name, shape in shapes.items() if files.shape(name) != shape},
+        "error_msgs": [],
+    }
+    check_report(path, model, report)
