@@ -18,10 +18,10 @@ from torch import Tensor
 from ..models.errors import UserError
 from ..models.files import atomic_directory, check_free_space, sha256_file
 from .checkpoints import FORMAT, GROUPS, MANIFEST, PIECES, STATE, Pieces, TrainingState, drop_old, step_folder
-from .sharding import local, row_range
+from .sharding import Rows, local, row_range
 from .world import World, gather_bytes
 
-Groups = Mapping[str, Mapping[str, Tensor]]
+Groups = Mapping[str, Mapping[str, Tensor | Rows]]
 """Tensors to save by group and name; the same names on every rank."""
 
 
@@ -74,16 +74,16 @@ def _agree(report: dict[str, Any]) -> list[dict[str, Any]]:
     return reports
 
 
-def _own_part(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+def _own_part(tensors: Mapping[str, Tensor | Rows], world: World) -> dict[str, Tensor]:
     """What this rank writes: its rows of sharded tensors, and its share of the others, largest first to the least laden rank."""
     own = {name: local(tensor) for name, tensor in tensors.items() if row_range(tensor) is not None}
+    shared = {name: local(tensor) for name, tensor in tensors.items() if name not in own}
     load = [0] * world.size
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-_bytes(item[1]), item[0])):
-        if name not in own and row_range(tensor) is None:
-            rank = load.index(min(load))
-            load[rank] += _bytes(tensor)
-            if rank == world.rank:
-                own[name] = tensor.detach()
+    for name, tensor in sorted(shared.items(), key=lambda item: (-_bytes(item[1]), item[0])):
+        rank = load.index(min(load))
+        load[rank] += _bytes(tensor)
+        if rank == world.rank:
+            own[name] = tensor
     return own
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..models.errors import UserError
 from ..models.pruning.magnitude import cubic_keep, stream_masks
+from .optimizer_state import zero_moments
 from .settings import MagnitudeSettings
-from .sharding import like, local, own_rows, parameter_of, whole
+from .sharding import Rows, gathered, like, local, own_rows, parameter_of, whole
 
 
 class StepHook(Protocol):
@@ -33,12 +34,12 @@ class StepHook(Protocol):
         """The optimizer has taken step ``step``."""
         ...
 
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that a resumed run needs."""
+    def state(self) -> Mapping[str, Tensor | Rows]:
+        """Tensors that a resumed run needs; of those that lie as a sharded weight does, this rank's rows."""
         ...
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of ``state``; called after ``on_start`` when a run is resumed."""
+        """Inverse of ``state``, rows as plain tensors; called after ``on_start`` when a run is resumed."""
         ...
 
 
@@ -80,7 +81,7 @@ class KeepZeros:
         """Removed weights and their moments are zero, whatever the optimizer did."""
         self._apply()
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor | Rows]:
         """The masks: True = kept."""
         return {name: like(mask, self._linears[name].weight) for name, mask in self.masks.items()}
 
@@ -108,12 +109,6 @@ class KeepZeros:
                 parameter = self._trained[name]
                 if parameter is not None:
                     zero_moments(self._optimizer, parameter, mask)
-
-
-def zero_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, mask: Tensor) -> None:
-    for moment in optimizer.state.get(parameter, {}).values():
-        if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-            moment.mul_(mask)
 
 
 class MaskHook(KeepZeros):
@@ -166,7 +161,7 @@ class MaskHook(KeepZeros):
     def _whole(self, name: str) -> tuple[Tensor, Tensor]:
         weight = self._linears[name].weight
         # as bytes: not every back end gathers booleans
-        return whole(weight), whole(like(self.masks[name].to(torch.uint8), weight)).bool()
+        return whole(weight), gathered(self.masks[name].to(torch.uint8), weight).bool()
 
     def keep_at(self, step: int) -> float:
         """Share of weights kept after step ``step``; the last step always ends at the target."""

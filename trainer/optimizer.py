@@ -1,31 +1,81 @@
-"""AdamW over a student's parameters, with decay where it belongs."""
+"""AdamW over a student's parameters, with decay where it belongs and moments in 32 or 8 bits."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..models.errors import UserError
+from ..models.low_bit import check_low_bit, load_bitsandbytes
 from .plan import TrainingPlan
 
+_EPS = 1e-8
 
-def build_optimizer(student: nn.Module, plan: TrainingPlan, views: Mapping[str, nn.Parameter] | None = None) -> torch.optim.AdamW:
-    """AdamW with fp32 moments; matrices decay, norms, biases and embeddings (a tied head with them) do not.
 
-    Raises: UserError when a trainable parameter is not fp32 (bf16 steps smaller than 2^-8 of a weight are lost), or none is left.
+def build_optimizer(student: nn.Module, plan: TrainingPlan, views: Mapping[str, nn.Parameter] | None = None) -> torch.optim.Optimizer:
+    """AdamW of the plan's kind; matrices decay, norms, biases and embeddings (a tied head with them) do not.
+
+    Args:
+        student: Whose trainable parameters are stepped.
+        plan: Rates, betas, decay, kind of optimizer.
+        views: What to step instead of the parameter of a name: a rank's own rows of it.
+
+    Raises:
+        UserError: see ``adamw``.
     """
-    embeddings = {id(module.weight) for module in student.modules() if isinstance(module, nn.Embedding)}
-    decaying: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    tables = {id(module.weight) for module in student.modules() if isinstance(module, nn.Embedding)}
+    stepped: list[tuple[str, nn.Parameter]] = []
+    embeddings: set[int] = set()
     for name, owner in student.named_parameters():
         parameter = owner if views is None else views.get(name, owner)
+        stepped.append((name, parameter))
+        if id(owner) in tables:
+            embeddings.add(id(parameter))
+    return adamw(stepped, embeddings, plan)
+
+
+def adamw(named_parameters: Iterable[tuple[str, nn.Parameter]], embeddings: Set[int], plan: TrainingPlan) -> torch.optim.Optimizer:
+    """The optimizer over named parameters.
+
+    Args:
+        named_parameters: Parameters on their device; frozen ones are left out.
+        embeddings: ``id`` of those that are embedding tables.
+        plan: ``optimizer`` is adamw (torch, fp32 moments), adamw-8bit or paged-adamw-8bit (bitsandbytes: tensors of at least 4,096 elements
+            have moments of one byte and an fp32 scale for each 256; paged ones may leave a full GPU, on a CPU paging means nothing).
+
+    Raises:
+        UserError: a trainable parameter is not fp32 (bf16 steps smaller than 2^-8 of a weight are lost), none is left, or bitsandbytes is
+            wanted and does not work on the parameters' device.
+    """
+    decaying: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
         if parameter.dtype not in (torch.float32, torch.float64):
             raise UserError(f"{name} is {parameter.dtype}; training needs fp32 weights: load the student with dtype=torch.float32")
-        (decaying if parameter.ndim >= 2 and id(owner) not in embeddings else others).append(parameter)
+        (decaying if parameter.ndim >= 2 and id(parameter) not in embeddings else others).append(parameter)
     groups = [{"params": decaying, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise UserError("the student has no trainable parameter (requires_grad is False everywhere)")
-    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=plan.betas, eps=1e-8)
+    if plan.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=plan.betas, eps=_EPS)
+    return _low_bit_adamw(groups, plan)
+
+
+def _low_bit_adamw(groups: list[dict[str, Any]], plan: TrainingPlan) -> torch.optim.Optimizer:
+    key = f"trainer.optimizer: {plan.optimizer}"
+    bitsandbytes = load_bitsandbytes(key)
+    # a rank may hold no row of a small tensor, and its kernels refuse to be started for nothing
+    held = [{**group, "params": [p for p in group["params"] if p.numel()]} for group in groups]
+    device = groups[0]["params"][0].device
+    check_low_bit(key, device)
+    return bitsandbytes.optim.AdamW8bit(
+        [group for group in held if group["params"]],
+        lr=plan.learning_rate,
+        betas=plan.betas,
+        eps=_EPS,
+        is_paged=plan.optimizer == "paged-adamw-8bit" and device.type == "cuda",
+    )

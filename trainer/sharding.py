@@ -9,6 +9,7 @@ stored; autocast then makes the bf16 copies, as it does under DDP.
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,14 +24,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: "Tensor | Rows") -> Tensor:
     """This rank's rows of a sharded tensor, sharing its memory; any other tensor itself. Outside autograd."""
+    if isinstance(tensor, Rows):
+        return tensor.tensor
     own = tensor.detach()
     return own.to_local() if isinstance(own, DTensor) else own
 
 
-def row_range(tensor: Tensor) -> tuple[int, int] | None:
+@dataclass(frozen=True)
+class Rows:
+    """This rank's rows of something that lies as a sharded parameter does: a mask, or a moment."""
+
+    tensor: Tensor
+    """The rows, on any device."""
+    first: int
+    last: int
+    """Past the last row."""
+    shape: torch.Size
+    """Of the whole."""
+
+
+def row_range(tensor: Tensor | Rows) -> tuple[int, int] | None:
     """First and past-the-last row (of dimension 0) that this rank holds; None when it holds them all."""
+    if isinstance(tensor, Rows):
+        return tensor.first, tensor.last
     if not isinstance(tensor, DTensor):
         return None
     rows, mesh = tensor.shape[0], tensor.device_mesh
@@ -47,11 +65,18 @@ def whole(tensor: Tensor) -> Tensor:
     return own.full_tensor() if isinstance(own, DTensor) else own
 
 
-def like(rows: Tensor, weight: Tensor) -> Tensor:
-    """``rows``, this rank's part of a tensor of ``weight``'s shape, laid out as ``weight`` is (itself where that is not sharded)."""
+def like(rows: Tensor, weight: Tensor) -> Tensor | Rows:
+    """``rows``, this rank's part of a tensor of ``weight``'s shape, with its place in the whole (itself where nothing is sharded)."""
+    held = row_range(weight)
+    return rows if held is None else Rows(rows, *held, weight.shape)
+
+
+def gathered(rows: Tensor, weight: Tensor) -> Tensor:
+    """The whole tensor of which every rank holds the ``rows`` that it holds of ``weight`` (a collective when that is sharded)."""
     if not isinstance(weight, DTensor):
         return rows
-    return DTensor.from_local(rows, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride())
+    placed = DTensor.from_local(rows, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride())
+    return placed.full_tensor()
 
 
 def own_rows(full: Tensor, weight: Tensor) -> Tensor:

@@ -4,15 +4,17 @@ What is sharded stays sharded: a checkpoint takes this rank's rows of it, and gi
 ranks wrote it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..models.errors import UserError
+from .checkpoint_writing import Groups
 from .checkpoints import Checkpoint
 from .hooks import StepHook
-from .sharding import ParameterViews, like, local, row_range
+from .optimizer_state import load_state_tensors, parameter_state
+from .sharding import ParameterViews, Rows, like, local, row_range
 
 
 def student_tensors(student: nn.Module) -> dict[str, Tensor]:
@@ -26,17 +28,16 @@ def student_tensors(student: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def optimizer_tensors(views: ParameterViews, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer state as ``<parameter name>.<state name>``, moments laid out as their parameter."""
-    names: dict[Tensor, str] = {view: name for name, view in views.views.items()}
-    found: dict[str, Tensor] = {}
-    for view, state in optimizer.state.items():
-        for key, value in state.items():
-            found[f"{names[view]}.{key}"] = like(value, views.owners[names[view]]) if value.shape == view.shape else value
-    return found
+def optimizer_tensors(views: ParameterViews, optimizer: torch.optim.Optimizer) -> dict[str, Tensor | Rows]:
+    """Optimizer state as ``<parameter name>.<state name>``: fp32 moments that lie as their parameter does, and step counts."""
+    return {
+        f"{name}.{key}": like(value, views.owners[name]) if value.shape == view.shape else value
+        for name, view in views.views.items()
+        for key, value in parameter_state(optimizer, view).items()
+    }
 
 
-def hook_tensors(hooks: Sequence[StepHook]) -> dict[str, Tensor]:
+def hook_tensors(hooks: Sequence[StepHook]) -> dict[str, Tensor | Rows]:
     """State of all hooks as ``<hook>/<tensor>``."""
     return {f"{hook.name}/{key}": value for hook in hooks for key, value in hook.state().items()}
 
@@ -58,16 +59,34 @@ def load_student(student: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def load_optimizer(views: ParameterViews, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
-    """Inverse of ``optimizer_tensors``: moments on the parameter's device, step counts where they were saved (CPU)."""
-    optimizer.state.clear()
+    """Inverse of ``optimizer_tensors``: of each moment the rows that this rank steps."""
     for full in checkpoint.names("optimizer"):
-        name, key = full.rsplit(".", 1)
-        if name not in views.owners:
-            raise UserError(f"the checkpoint holds another model: it trains {name}, which this student has not")
-        view, owner = views.views[name], views.owners[name]
-        shaped = checkpoint.shape("optimizer", full) == tuple(owner.shape)
-        value = checkpoint.read("optimizer", full, row_range(owner) if shaped else None)
-        optimizer.state[view][key] = value.clone() if key == "step" else value.to(view.device, copy=True)
+        if full.rsplit(".", 1)[0] not in views.owners:
+            raise UserError(f"the checkpoint holds another model: it trains {full.rsplit('.', 1)[0]}, which this student has not")
+    load_state_tensors(optimizer, views.views, _SavedMoments(checkpoint, views))
+
+
+class _SavedMoments(Mapping[str, Tensor]):
+    """Optimizer state in a checkpoint, read when asked for: this rank's rows."""
+
+    def __init__(self, checkpoint: Checkpoint, views: ParameterViews) -> None:
+        self._checkpoint, self._views = checkpoint, views
+        self._names = checkpoint.names("optimizer")
+        self._known = set(self._names)
+
+    def __getitem__(self, full: str) -> Tensor:
+        owner = self._views.owners[full.rsplit(".", 1)[0]]
+        shaped = self._checkpoint.shape("optimizer", full) == tuple(owner.shape)
+        return self._checkpoint.read("optimizer", full, row_range(owner) if shaped else None)
+
+    def __contains__(self, full: object) -> bool:
+        return full in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def load_hooks(hooks: Sequence[StepHook], checkpoint: Checkpoint) -> None:
@@ -97,9 +116,7 @@ def restore(
     load_hooks(hooks, checkpoint)
 
 
-def state_groups(
-    student: nn.Module, views: ParameterViews, optimizer: torch.optim.Optimizer, hooks: Sequence[StepHook]
-) -> Mapping[str, Mapping[str, Tensor]]:
+def state_groups(student: nn.Module, views: ParameterViews, optimizer: torch.optim.Optimizer, hooks: Sequence[StepHook]) -> Groups:
     """Everything a checkpoint holds, by group."""
     return {
         "student": student_tensors(student),

@@ -13,6 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 MEETING_TIMEOUT = timedelta(minutes=10)
 """Longest wait for all ranks to start."""
@@ -50,7 +52,7 @@ def connect(world: World) -> None:
     """Open the process group once (gloo for CPU tensors, NCCL for CUDA ones); nothing to do for a single process."""
     if world.size == 1 or dist.is_initialized():
         return
-    store, rank, size = next(iter(dist.rendezvous("env://")))
+    store, rank, size = next(iter(rendezvous("env://")))
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank)
@@ -58,7 +60,7 @@ def connect(world: World) -> None:
     dist.init_process_group(backend, store=_fresh_store(store, rank, size), rank=rank, world_size=size)
 
 
-def _fresh_store(store: dist.Store, rank: int, size: int) -> dist.Store:
+def _fresh_store(store: Store, rank: int, size: int) -> Store:
     """A part of the store that only this start of all ranks uses.
 
     torchrun gives restarted workers the store of those that died, where their addresses still stand (seen with torch 2.13: connecting
@@ -72,7 +74,7 @@ def _fresh_store(store: dist.Store, rank: int, size: int) -> dist.Store:
         store.wait([f"answer/{word}"], MEETING_TIMEOUT)
         name = store.get(f"answer/{word}").decode()
         store.set(f"here/{name}/{rank}", "1")
-        return dist.PrefixStore(name, store)
+        return PrefixStore(name, store)
     missing, deadline = set(range(1, size)), time.monotonic() + MEETING_TIMEOUT.total_seconds()
     while missing:
         for other in sorted(missing):
@@ -82,7 +84,7 @@ def _fresh_store(store: dist.Store, rank: int, size: int) -> dist.Store:
         missing -= {other for other in missing if store.check([f"here/{name}/{other}"])}
         if time.monotonic() > deadline:
             raise TimeoutError(f"ranks {sorted(missing)} did not come within {MEETING_TIMEOUT}; look at their logs and at the network")
-    return dist.PrefixStore(name, store)
+    return PrefixStore(name, store)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -166,3 +166,21 @@ def test_activation_checkpointing_and_compiled_layers_change_no_curve(training_c
     assert max(_differences(tmp_path / "plain", tmp_path / "both", "loss")) < 1e-4
     names = load_file(tmp_path / "both/student.safetensors").keys()
     assert names == load_file(tmp_path / "plain/student.safetensors").keys(), "compiling renames nothing"
+
+
+def test_moments_of_8_bits_survive_a_kill_and_another_strategy(training_command: list[str], tmp_path: Path) -> None:
+    """Masked, sharded, 8 bits: the same bits after a kill; and one process goes on with what two have sharded."""
+    common = ["prune", "steps=12", "windows=8", "every=4", "dropout=0.0", "hidden=96", "optimizer=adamw-8bit"]
+    two = ["micro=2", "ranks=2", "strategy=fsdp2"]
+    script = training_command[-1]
+    _torchrun(script, tmp_path / "straight", *common, *two, "strike=99:0:SIGKILL")
+    _torchrun(script, tmp_path / "struck", *common, *two, "strike=6:1:SIGKILL", restarts=1)
+    _same_bits(tmp_path / "straight", tmp_path / "struck")
+    shutil.copytree(tmp_path / "straight", tmp_path / "moved")
+    (tmp_path / "moved/stage/checkpoints/step-00000012/state.json").write_text("{}")
+    out = _alone(training_command, tmp_path / "moved", *common, "micro=4", "strike=99:0:SIGKILL")
+    assert "continues from the checkpoint of step 8" in out
+    assert max(_differences(tmp_path / "straight", tmp_path / "moved", "loss")) < 1e-3
+    weights = load_file(tmp_path / "moved/student.safetensors")
+    zeros = [float((t == 0).float().mean()) for name, t in weights.items() if name.endswith("proj.weight")]
+    assert zeros == pytest.approx([0.6] * len(zeros), abs=1e-3)

@@ -36,12 +36,12 @@ VOCAB = 96
 SEQ = 16
 
 
-def tiny_model(seed: int = 0, *, dropout: float = 0.1, tied: bool = True, layers: int = 2) -> LlamaForCausalLM:
+def tiny_model(seed: int = 0, *, dropout: float = 0.1, tied: bool = True, layers: int = 2, hidden: int = 32) -> LlamaForCausalLM:
     """A Llama of some 30,000 weights; the same for the same seed."""
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -163,6 +163,7 @@ class Case:
     optimizer: str = "adamw"
     ledger: int = 0
     strike: str = ""
+    hidden: int = 32
 
     def plan(self) -> TrainingPlan:
         """The plan of this case."""
@@ -183,7 +184,7 @@ class Case:
 
     def student(self) -> LlamaForCausalLM:
         """The student as the stage finds it at every start."""
-        student = tiny_model(1, dropout=self.dropout)
+        student = tiny_model(1, dropout=self.dropout, hidden=self.hidden)
         if self.kind in ("sparse", "qat"):
             for linear in decoder_linears(student).values():
                 linear.weight.data[linear.weight.data.abs() < 0.01] = 0.0

@@ -75,20 +75,26 @@ def test_model_folders_load_in_plain_transformers(tiny: dict[str, Any], run: Any
 def test_two_processes_give_the_curve_of_one(tiny: dict[str, Any], run: Any, tmp_path: Path) -> None:
     tiny["stages"] = [{"distill": {"steps": 20}}]
     curves = []
-    for name, devices in (("one", 1), ("two", 2)):
-        done = run({**tiny, "name": name}, f"trainer.devices={devices}")
+    for name, overrides in (
+        ("one", ["trainer.devices=1"]),
+        ("ddp", ["trainer.devices=2", "trainer.strategy=ddp"]),
+        ("fsdp2", ["trainer.devices=2", "trainer.strategy=fsdp2"]),
+    ):
+        done = run({**tiny, "name": name}, *overrides)
         assert done.returncode == 0, done.stdout + done.stderr
         lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
         curves.append([json.loads(line)["loss"] for line in lines if json.loads(line)["stage"] == "01-distill"])
     assert len(curves[0]) == 20
-    for alone, together in zip(*curves):
-        assert together == pytest.approx(alone, rel=1e-5)
+    for alone, *together in zip(*curves, strict=True):
+        assert together == pytest.approx([alone, alone], rel=1e-5)
 
 
-def test_whole_path_runs_under_torchrun(tiny: dict[str, Any], run: Any, read_report: Any) -> None:
-    done = run(tiny, "trainer.devices=2")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_whole_path_runs_under_torchrun(tiny: dict[str, Any], run: Any, read_report: Any, strategy: str) -> None:
+    done = run(tiny, "trainer.devices=2", f"trainer.strategy={strategy}", "trainer.activation_checkpointing=true")
     assert done.returncode == 0, done.stdout + done.stderr
     assert read_report()["exports"][0]["exact"]
+    assert f"2 processes ({strategy}), activation checkpointing" in done.stdout
 
 
 def test_failure_on_rank_0_is_one_message_and_its_code_under_torchrun(tiny: dict[str, Any], run: Any) -> None:

@@ -1,0 +1,60 @@
+"""The door to bitsandbytes: imported when something asks for it, with a readable refusal where it cannot work.
+
+Version 0.50 has CPU kernels for everything decoct uses of it (nf4 and int8 linear layers, 8-bit AdamW); paged moments need CUDA.
+"""
+
+import logging
+from functools import cache
+from typing import Any
+
+from .errors import UserError
+
+
+@cache
+def load_bitsandbytes(key: str) -> Any:
+    """The module.
+
+    Args:
+        key: Recipe key and value that need it, such as "trainer.optimizer: adamw-8bit", for the message.
+
+    Raises:
+        UserError: it is not installed, or its library does not load here.
+    """
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it remarks at import that an optional package of CPU kernels is absent
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError(f"{key} needs bitsandbytes, which is not installed here ({error}): pip install bitsandbytes") from error
+    except Exception as error:
+        raise _broken(key, error) from error
+    finally:
+        logger.setLevel(level)
+    return bitsandbytes
+
+
+def check_low_bit(key: str, device: Any = "cpu") -> None:
+    """Quantize 256 numbers on ``device`` and back: whether bitsandbytes works there.
+
+    Raises:
+        UserError: it does not, or it is not installed.
+    """
+    import torch
+
+    functional = load_bitsandbytes(key).functional
+    numbers = torch.linspace(-1, 1, 256, device=device)
+    try:
+        back = functional.dequantize_blockwise(*functional.quantize_blockwise(numbers))
+    except Exception as error:
+        raise _broken(key, error) from error
+    if not torch.allclose(back, numbers, atol=0.02):
+        raise UserError(f"{key}: bitsandbytes computes wrong numbers on {device}; install another version of it or leave the key out")
+
+
+def _broken(key: str, error: Exception) -> UserError:
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return UserError(
+        f"{key} needs bitsandbytes, which does not work here: {first}. 'python -m bitsandbytes' says more; install a build for this "
+        "machine, or leave the key out"
+    )

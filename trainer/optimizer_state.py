@@ -1,0 +1,170 @@
+"""The moments of any of our optimizers as fp32 tensors, and back.
+
+torch keeps ``exp_avg`` and ``exp_avg_sq`` in fp32. bitsandbytes keeps one byte an element, an index into a table of 256 numbers, and the
+largest magnitude of each 256 elements; small tensors it keeps in fp32. Those blocks depend on how a tensor is cut over ranks, so a
+checkpoint holds plain fp32 moments. Where the cut is the same again, loading finds scales and codes that decode to the same bits.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+"""Elements of a moment that share a scale in bitsandbytes' 8-bit optimizers."""
+_CHUNK = 4096  # blocks at a time: what bounds the temporaries of coding
+_MOMENTS = {"exp_avg": ("state1", "qmap1", "absmax1"), "exp_avg_sq": ("state2", "qmap2", "absmax2")}
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, name_of: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """``<parameter>.exp_avg``, ``.exp_avg_sq`` (fp32, shaped as the parameter) and ``.step`` (fp32 scalar) of every parameter with state.
+
+    Moments of 8 bits are decoded on the CPU: all of them in fp32 would not fit where they are. The others share the optimizer's memory.
+    """
+    return {
+        f"{name_of[parameter]}.{key}": value
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for key, value in parameter_state(optimizer, parameter).items()
+    }
+
+
+def load_state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Inverse of ``state_tensors``: what was there before is forgotten.
+
+    Args:
+        optimizer: Any of ``build_optimizer``'s kinds, also another than wrote the tensors.
+        parameters: The optimizer's parameters by name; those without state in ``tensors`` start afresh.
+        tensors: Read one parameter at a time, so a mapping that reads from disk needs no room for all of them.
+    """
+    optimizer.state.clear()
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in parameters.items():
+        if f"{name}.step" in tensors and id(parameter) in stepped:
+            set_parameter_state(optimizer, parameter, {key: tensors[f"{name}.{key}"] for key in ("step", *_MOMENTS)})
+
+
+def parameter_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """Step count and moments of one parameter, see ``state_tensors``; empty before its first step."""
+    state = optimizer.state.get(parameter, {})
+    if not state:
+        return {}
+    found = {"step": torch.as_tensor(state["step"], dtype=torch.float32)}
+    for key, (codes, table, scales) in _MOMENTS.items():
+        moment = state[key] if key in state else state[codes]
+        found[key] = moment if moment.dtype != torch.uint8 else decode(moment, state[table], state[scales])
+    return found
+
+
+def set_parameter_state(optimizer: torch.optim.Optimizer, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
+    """Give one parameter its step count and moments."""
+    if not _is_low_bit(optimizer):
+        moments = {key: state[key].to(parameter.device, parameter.dtype, copy=True) for key in _MOMENTS}
+        optimizer.state[parameter] = {"step": state["step"].to("cpu", torch.float32, copy=True), **moments}
+        return
+    group, index = next((g, i) for g, i in _places(optimizer) if optimizer.param_groups[g]["params"][i] is parameter)
+    low_bit: Any = optimizer
+    low_bit.init_state(optimizer.param_groups[group], parameter, group, index)
+    own = optimizer.state[parameter]
+    own["step"] = int(state["step"])
+    for key, (codes, table, scales) in _MOMENTS.items():
+        if own[codes].dtype == torch.uint8:
+            encode(state[key], own[table], codes=own[codes], scales=own[scales])
+        else:
+            own[codes].copy_(state[key])
+
+
+@torch.no_grad()
+def zero_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, mask: Tensor) -> None:
+    """Moments of removed weights become exact zeros, in place.
+
+    Args:
+        optimizer: Any of ``build_optimizer``'s kinds.
+        parameter: One of its parameters; nothing happens before its first step.
+        mask: Bool, shape and device of the parameter; True = kept.
+    """
+    state = optimizer.state.get(parameter, {})
+    for key, (codes, table, _) in _MOMENTS.items():
+        moment = state.get(key, state.get(codes))
+        if moment is None:
+            continue
+        if moment.dtype == torch.uint8:
+            # paged moments lie in memory that torch takes for the CPU's
+            moment.masked_fill_(~mask.to(moment.device), int((state[table] == 0).nonzero()[0]))
+        else:
+            moment.mul_(mask)
+
+
+@torch.no_grad()
+def decode(codes: Tensor, table: Tensor, scales: Tensor) -> Tensor:
+    """``table[codes] * scale of the block``, as the optimizer's kernels read it: fp32 on the CPU, shape of ``codes``.
+
+    Args:
+        codes: uint8; blocks of ``BLOCK`` run over the flattened tensor.
+        table: fp32 [256].
+        scales: fp32 [blocks].
+    """
+    table, scales = table.cpu(), scales.cpu()
+    flat, decoded = codes.reshape(-1).cpu(), torch.empty(codes.numel(), dtype=torch.float32)
+    for first in range(0, len(scales), _CHUNK):
+        part = slice(first * BLOCK, (first + _CHUNK) * BLOCK)
+        numbers = table[flat[part].int()]
+        decoded[part] = numbers * scales[first : first + _CHUNK].repeat_interleave(BLOCK)[: len(numbers)]
+    return decoded.reshape(codes.shape)
+
+
+@torch.no_grad()
+def encode(moment: Tensor, table: Tensor, *, codes: Tensor, scales: Tensor) -> None:
+    """Inverse of ``decode``, into ``codes`` and ``scales``: exact where ``moment`` was decoded in the same blocks, else rounded to nearest."""
+    own, flat, target = table.to("cpu"), moment.detach().reshape(-1).to("cpu", torch.float32), codes.view(-1)
+    for first in range(0, len(scales), _CHUNK):
+        part = slice(first * BLOCK, (first + _CHUNK) * BLOCK)
+        numbers = flat[part]
+        rows = torch.nn.functional.pad(numbers, (0, -len(numbers) % BLOCK)).view(-1, BLOCK)
+        found, scale = _encode_blocks(rows, own)
+        target[part].copy_(found.reshape(-1)[: len(numbers)])
+        scales[first : first + _CHUNK].copy_(scale)
+
+
+def _encode_blocks(rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [B, BLOCK] and scales [B]: of each block the first candidate scale that gives every number back, else its largest."""
+    middles = (table[1:] + table[:-1]) / 2
+    scale = rows.abs().amax(1)
+    codes = _nearest(rows, scale, middles)
+    exact = (table[codes.int()] * scale[:, None] == rows).all(1)
+    for candidate in _candidates(rows, table):
+        if bool(exact.all()):
+            break
+        left = (~exact).nonzero()[:, 0]
+        tried = _nearest(rows[left], candidate[left], middles)
+        fits = (table[tried.int()] * candidate[left, None] == rows[left]).all(1)
+        codes[left[fits]], scale[left[fits]], exact[left[fits]] = tried[fits], candidate[left[fits]], True
+    return codes, scale
+
+
+def _candidates(rows: Tensor, table: Tensor) -> list[Tensor]:
+    """Scales [B] that a block may have had, apart from its largest number.
+
+    The number that set the scale was coded as the table's first or last entry. The last is 1. The first is not -1 but -0.993 (0 where
+    there is no sign), so after a negative number the scale is that quotient, up to the rounding of product and quotient.
+    """
+    lowest = float(table[0])
+    if lowest >= 0:
+        return []
+    near = rows.amin(1) / lowest
+    up, down = torch.full_like(near, torch.inf), torch.zeros_like(near)
+    above, below = torch.nextafter(near, up), torch.nextafter(near, down)
+    return [near, above, below, torch.nextafter(above, up), torch.nextafter(below, down)]
+
+
+def _nearest(rows: Tensor, scale: Tensor, middles: Tensor) -> Tensor:
+    return torch.bucketize(rows / torch.where(scale > 0, scale, 1.0)[:, None], middles).to(torch.uint8)
+
+
+def _is_low_bit(optimizer: torch.optim.Optimizer) -> bool:
+    return hasattr(optimizer, "name2qmap")
+
+
+def _places(optimizer: torch.optim.Optimizer) -> list[tuple[int, int]]:
+    return [(g, i) for g, group in enumerate(optimizer.param_groups) for i in range(len(group["params"]))]
