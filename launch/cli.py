@@ -60,6 +60,39 @@ def run(
     start(load_recipe(recipe, overrides or ()), out)
 
 
+@app.command(epilog="Example: decoct footprint 70B --context 32768 --batch 8")
+def footprint(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hub id, stored architecture, or a size such as 70B.")],
+    context: Annotated[
+        int | None, typer.Option("--context", help="Tokens in the KV cache. [default: the model's, at most 8,192]", show_default=False)
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Sequences in the KV cache.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a model takes at each precision: bare parameters beside the stored weights with scales and embeddings, and the KV cache."""
+    from .plan.ladder import run_footprint
+
+    run_footprint(model, context, batch, as_json)
+
+
+@app.command(epilog="Example: decoct plan qwen3-8b-4b-int4 --gpus 8 --gpu-memory 80GB")
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped recipe.")],
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", help="GPUs on each node. [default: those found here]", show_default=False)] = None,
+    nodes: Annotated[int, typer.Option("--nodes", help="Machines.")] = 1,
+    gpu_memory: Annotated[
+        str | None, typer.Option("--gpu-memory", help="Memory of one GPU, such as 80GB. [default: as found here]", show_default=False)
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", help="GPUs that will serve one copy of the export.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a recipe will need and yield, stage by stage: sizes, tokens, disk, memory by role, and who can serve it. Downloads no weights."""
+    from .plan.verb import run_plan
+
+    run_plan(recipe, overrides or (), gpus, nodes, gpu_memory, tensor_parallel, as_json)
+
+
 @app.command(epilog="Example: decoct distill student/ --teacher HuggingFaceTB/SmolLM2-1.7B --text 'corpus/*.jsonl' --tokens 10M")
 def distill(
     model: Model,

@@ -16,6 +16,7 @@ from .files import atomic_directory, sha256_file, sha256_json, write_json_atomic
 from .folder_check import read_json
 from .hub import hub_commit, local_folder
 from .quiet import quiet_transformers
+from .safetensors_write import write_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -191,11 +192,9 @@ def _savable(generation: "GenerationConfig | None") -> "GenerationConfig | None"
 
 
 def _write_tensors(file: Path, tensors: "Mapping[str, Tensor]") -> None:
-    from safetensors.torch import save_file
-
     if file.suffix != ".safetensors" or file.exists():
         raise DecoctError(f"extra tensors need a new file name ending in .safetensors, not {file.name}")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    write_safetensors(file, tensors, {"format": "pt"})
 
 
 def _edit_json(file: Path, changes: dict[str, Any], drop: str | None = None) -> None:

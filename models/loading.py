@@ -20,6 +20,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
 )  # fmt: skip
 _SHOWN = 5
+_PIECE = 2**22
 
 
 def load_model(
@@ -147,7 +148,8 @@ def _check_finite(path: str | Path, model: "PreTrainedModel", dtype: "torch.dtyp
 
 def check_finite(path: str | Path, name: str, weight: "torch.Tensor", dtype: "torch.dtype") -> None:
     """Refuse NaN and infinite numbers in a weight that was loaded as ``dtype``."""
-    if weight.is_floating_point() and not bool(weight.isfinite().all()):
+    # in pieces: the temporaries of a whole matrix are as large as it is
+    if weight.is_floating_point() and not all(bool(piece.isfinite().all()) for piece in weight.detach().reshape(-1).split(_PIECE)):
         raise UserError(
             f"weight {name} of {path} holds NaN or infinite numbers (loaded as {dtype}); the model is damaged or was saved after its "
             "training diverged; fetch it again or take an earlier one"

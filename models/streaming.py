@@ -5,82 +5,23 @@ mapped file straight to where it belongs: to a GPU, or as the rows that one rank
 (Llama, Mistral, Qwen2, Qwen3 and many others); where transformers renames, fuses or splits weights, ``load_model`` does it.
 """
 
+import ctypes
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import UserError
-from .folder_check import check_model_folder
 from .loading import check_finite, check_report, find_model_folder, load_config, load_model, meta_model
 from .quiet import quiet_transformers
+from .weight_files import WeightFiles as WeightFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Dtypes of weights that are read as they are."""
-
-
-class WeightFiles:
-    """The weights of a checked model folder by name, mapped into memory and read when asked for; a context manager.
-
-    Args:
-        folder: Local model folder, one safetensors file or several with an index.
-
-    Raises:
-        UserError: see ``check_model_folder``.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
-
-        self.folder = Path(folder)
-        self._open = [safe_open(file, framework="pt") for file in check_model_folder(self.folder)]
-        self._files: dict[str, Any] = {name: file for file in self._open for name in file.keys()}  # noqa: SIM118 - no mapping
-
-    def names(self) -> list[str]:
-        """Every tensor of the folder, in the order of the files."""
-        return list(self._files)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a whole tensor."""
-        return tuple(self._files[name].get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype | None:
-        """Dtype of a tensor as stored; None for those that no model is trained in (integers, 8 bits and less)."""
-        return DTYPES.get(self._files[name].get_slice(name).get_dtype())
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """A tensor, or some rows of its first dimension, on the CPU in its own dtype; no other rows are read from the disk.
-
-        Args:
-            name: One of ``names()``.
-            rows: Contiguous rows, possibly none; None = all.
-
-        Raises:
-            UserError: there is no such tensor, or what was read is not finite.
-        """
-        if name not in self._files:
-            raise UserError(f"{self.folder} has no weight {name}; fetch or export the model again")
-        file = self._files[name]
-        tensor: Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
-        check_finite(self.folder, name, tensor, tensor.dtype)
-        return tensor
-
-    def close(self) -> None:
-        """Forget the files; tensors that were read stay valid."""
-        self._files.clear()
-        self._open.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def can_stream(path: str | Path, revision: str | None = None) -> bool:
@@ -122,26 +63,71 @@ def streamed_model(
     Raises:
         UserError: see ``load_model``.
     """
-    folder = find_model_folder(path, revision, weights=True)
-    with WeightFiles(folder) as files:
-        model = _skeleton(folder, dtype)
-        if not _fits(model, files):
+    with open_files(path, revision, dtype) as (model, files):
+        if model is None or files is None:
             return load_model(path, dtype=dtype, revision=revision, device=device)
-        _check(path, model, files)
-        for places in parameter_places(model):
-            register(places, to_device(files, stored_name(places, files), dtype=dtype, device=device))
-    materialize_buffers(model, device)
+        fill(model, files, dtype=dtype, device=device)
+        place(model, device)
     return model
 
 
-@torch.no_grad()
-def to_device(files: WeightFiles, name: str, *, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """One whole weight in memory of its own on ``device``; refuses numbers that are not finite, in the file or in ``dtype``."""
-    stored = files.read(name)
-    tensor = torch.empty(stored.shape, dtype=dtype, device=device).copy_(stored)
-    if stored.dtype != dtype:
-        check_finite(files.folder, name, tensor, dtype)
-    return tensor
+@contextmanager
+def open_files(path: str | Path, revision: str | None, dtype: torch.dtype) -> "Iterator[tuple[PreTrainedModel | None, WeightFiles | None]]":
+    """The model on the meta device in ``dtype`` and eval mode, and the files to ``fill`` it from; (None, None) if it cannot be streamed.
+
+    Raises:
+        UserError: as ``load_model``, where no values are needed to see it.
+    """
+    folder = find_model_folder(path, revision, weights=True)
+    with WeightFiles(folder) as files:
+        model = _skeleton(folder, dtype)
+        if _fits(model, files):
+            _check(path, model, files)
+            yield model, files
+        else:
+            yield None, None
+
+
+def fill(model: nn.Module, files: WeightFiles, *, dtype: torch.dtype, device: torch.device | str, inside: nn.Module | None = None) -> None:
+    """Read every parameter that is still on the meta device, one at a time, into memory of its own on ``device``.
+
+    Args:
+        model: Its names are those of ``files``.
+        files: Where to read from.
+        dtype: Dtype of the parameters.
+        device: Their device.
+        inside: Only the parameters of this part of the model.
+
+    Raises:
+        UserError: a weight is not finite, in the files or in ``dtype``.
+    """
+    wanted = None if inside is None else {id(parameter) for parameter in inside.parameters()}
+    for places in parameter_places(model):
+        parameter = getattr(places[0][0], places[0][1])
+        if parameter.is_meta and (wanted is None or id(parameter) in wanted):
+            name = stored_name(places, files)
+            stored = files.read(name)
+            # memory of its own: what was read is mapped, and would change with the file
+            tensor = torch.empty(stored.shape, dtype=dtype, device=device).copy_(stored)
+            if dtype != stored.dtype:
+                check_finite(files.folder, name, tensor, dtype)
+            register(places, tensor)
+    trim_host()
+
+
+def trim_host() -> None:
+    """Give freed memory back to the system: glibc keeps what large temporaries leave between tensors that stay."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def place(model: nn.Module, device: torch.device | str, *, skip: Set[int] = frozenset()) -> None:
+    """Make buffers real on ``device`` and move every parameter there, one at a time, whose ``id`` is not in ``skip``."""
+    materialize_buffers(model, device)
+    for places in parameter_places(model):
+        parameter = getattr(places[0][0], places[0][1])
+        if id(parameter) not in skip and parameter.device.type != torch.device(device).type:
+            register(places, parameter.detach().to(device))
 
 
 Place = tuple[nn.Module, str, str]

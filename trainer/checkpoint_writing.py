@@ -12,11 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..models.errors import UserError
 from ..models.files import atomic_directory, check_free_space, sha256_file
+from ..models.safetensors_write import write_safetensors
 from .checkpoints import FORMAT, GROUPS, MANIFEST, PIECES, STATE, Pieces, TrainingState, drop_old, step_folder
 from .sharding import Rows, local, row_range
 from .world import World, gather_bytes
@@ -105,13 +105,11 @@ def _open(stack: ExitStack, folder: Path, target: Path, total: int, before: Call
 
 def _write_own(temporary: Path, own: Mapping[str, Mapping[str, Tensor]], generators: bytes, rank: int) -> dict[str, Any]:
     """Write this rank's files; returns ``{"files": {name: {bytes, sha256}}, "problem": text}``."""
-    from safetensors.torch import save_file
-
     written: list[Path] = []
     try:
         for group, tensors in own.items():
             written.append(temporary / f"{group}-{rank}.safetensors")
-            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, written[-1])
+            write_safetensors(written[-1], tensors)
         written.append(temporary / f"rng-{rank}.safetensors")
         written[-1].write_bytes(generators)
         for path in written:
@@ -119,7 +117,7 @@ def _write_own(temporary: Path, own: Mapping[str, Mapping[str, Tensor]], generat
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         return {"files": {path.name: _fingerprint(path) for path in written}, "problem": ""}
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         return {"files": {}, "problem": f"rank {rank}: {error}"}
 
 

@@ -116,7 +116,7 @@ def decode(codes: Tensor, table: Tensor, scales: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode(moment: Tensor, table: Tensor, *, codes: Tensor, scales: Tensor) -> None:
-    """Inverse of ``decode``, into ``codes`` and ``scales``: exact where ``moment`` was decoded in the same blocks, else rounded to nearest."""
+    """Inverse of ``decode``, into ``codes`` and ``scales``: exact for what was decoded in the same blocks, else rounded to nearest."""
     own, flat, target = table.to("cpu"), moment.detach().reshape(-1).to("cpu", torch.float32), codes.view(-1)
     for first in range(0, len(scales), _CHUNK):
         part = slice(first * BLOCK, (first + _CHUNK) * BLOCK)

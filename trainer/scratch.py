@@ -18,7 +18,7 @@ from .cache import cache_dir
 from .settings import DataSettings, PretrainSettings, TrainerSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from .data.prepare import PreparedData
     from .data.text import Documents
@@ -72,17 +72,23 @@ def make_tokenizer(settings: ScratchSettings, place: ScratchTeacher, text: "Docu
         tokenizer.save_pretrained(folder)
 
 
-def new_llama(settings: ScratchSettings, tokenizer: "PreTrainedTokenizerBase", v_eff: int, context: int, seed: int) -> "PreTrainedModel":
-    """A small Llama with random weights; every weight comes from ``seed``."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def scratch_config(settings: ScratchSettings, v_eff: int, context: int, end: int | None = None) -> "LlamaConfig":
+    """The config of a scratch teacher.
+
+    Args:
+        settings: Its shape.
+        v_eff: Tokens of its tokenizer.
+        context: Longest window it will see.
+        end: Id of the end-of-text token.
+    """
+    from transformers import LlamaConfig
 
     if settings.hidden % settings.heads or settings.heads % settings.kv_heads:
         raise UserError(
             f"teacher.scratch: hidden={settings.hidden} must be divisible by heads={settings.heads}, "
             f"and heads by kv_heads={settings.kv_heads}; change one of the three"
         )
-    end: Any = tokenizer.eos_token_id
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=v_eff,
         hidden_size=settings.hidden,
         intermediate_size=settings.ffn,
@@ -98,9 +104,16 @@ def new_llama(settings: ScratchSettings, tokenizer: "PreTrainedTokenizerBase", v
         eos_token_id=end,
         pad_token_id=None,
     )
+
+
+def new_llama(settings: ScratchSettings, tokenizer: "PreTrainedTokenizerBase", v_eff: int, context: int, seed: int) -> "PreTrainedModel":
+    """A small Llama with random weights; every weight comes from ``seed``."""
+    from transformers import LlamaForCausalLM
+
+    end: Any = tokenizer.eos_token_id
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return LlamaForCausalLM(scratch_config(settings, v_eff, context, end))
 
 
 def teacher_training(settings: ScratchSettings) -> PretrainSettings:

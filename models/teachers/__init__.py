@@ -1,6 +1,7 @@
-"""Teachers: where the predictions come from that a student learns."""
+"""Teachers: where the predictions come from that a student learns, in which precision and in whose memory."""
 
 from .local import Hidden as Hidden
 from .local import LocalTeacher as LocalTeacher
 from .local import Teacher as Teacher
 from .local import load_teacher as load_teacher
+from .opening import open_teacher as open_teacher

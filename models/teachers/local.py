@@ -4,6 +4,7 @@ It is a plain object on purpose. A teacher that is a submodule of what is traine
 and its DDP buckets; this one is invisible to ``nn.Module``, is shared by copies and refuses to be pickled.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, runtime_checkable
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, runtime_checkab
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..families import HeadTransform, backbone_and_head, check_head, head_transform
 from ..vocabulary import check_head_rows, effective_vocab
 
@@ -50,17 +52,20 @@ class LocalTeacher:
         model: Becomes the teacher's own: its parameters stop requiring gradients.
         v_eff: Size of the real vocabulary; rows of the head beyond it are padding and never seen.
         name: What ``describe`` calls it; default: where the model was loaded from.
+        held: How its weights are held, for ``describe``; default: the model's dtype.
 
     Raises:
         UserError: the head has fewer than ``v_eff`` rows, or the model's logits are not its head's product (``check_head``).
     """
 
-    def __init__(self, model: "PreTrainedModel", *, v_eff: int, name: str | None = None) -> None:
+    def __init__(self, model: "PreTrainedModel", *, v_eff: int, name: str | None = None, held: str | None = None) -> None:
         check_head_rows(model, v_eff)
         check_head(model)
         self._model = model.eval().requires_grad_(False)
         self._v_eff = v_eff
         self._name = name or model.config.name_or_path or model.config.model_type
+        self._held = held or str(model.dtype).removeprefix("torch.")
+        self._parameters = _count(model)
 
     @property
     def v_eff(self) -> int:
@@ -103,13 +108,11 @@ class LocalTeacher:
         return output.last_hidden_state, weight[: self._v_eff], head_bias, head_transform(self._model.config)
 
     def describe(self) -> str:
-        """Name, family, depth, width, parameters, dtype and vocabulary in one line."""
+        """Name, family, depth, width, parameters, dtype and place of its weights, and vocabulary in one line."""
         text: Any = self._model.config.get_text_config()
-        parameters = sum(parameter.numel() for parameter in self._model.parameters())
-        dtype = str(self._model.dtype).removeprefix("torch.")
         return (
             f"{self._name} ({text.model_type}, {text.num_hidden_layers} layers, hidden {text.hidden_size}, "
-            f"{parameters:,} parameters, {dtype}, {self._v_eff:,} tokens)"
+            f"{self._parameters:,} parameters, {self._held}, {self._v_eff:,} tokens)"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -117,6 +120,27 @@ class LocalTeacher:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a LocalTeacher is never saved or sent to another process: leave it out of hyperparameters and checkpoints")
+
+
+class PinnedTeacher(LocalTeacher):
+    """A teacher whose weights were laid out for one device, that of its head, and stay there."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Nothing, for its own device.
+
+        Raises:
+            UserError: another device.
+        """
+        wanted, own = torch.device(device), backbone_and_head(self._model)[1].device
+        if wanted.type != own.type or wanted.index not in (None, own.index):
+            raise UserError(f"the teacher {self.describe()} was opened for {own} and cannot move to {wanted}; open it there")
+        return self
+
+
+def _count(model: "PreTrainedModel") -> int:
+    """Parameters as the config has them: two weights of nf4 lie in one element, tied parameters count once."""
+    shapes = (getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape) for parameter in model.parameters())
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def load_teacher(

@@ -74,8 +74,13 @@ def teacher_bytes(teacher: TeacherRef | None, ranks: int) -> int:
     """About what a teacher takes on each device."""
     if teacher is None:
         return 0
-    share = {"replicated": 1.0, "sharded": 1 / ranks, "offloaded": 0.1}[teacher.placement]
-    return int(_parameters(teacher.path, teacher.revision) * _BYTES[teacher.load_in] * share)
+    return held_bytes(_parameters(teacher.path, teacher.revision), teacher.load_in, teacher.placement, ranks)
+
+
+def held_bytes(parameters: int, load_in: str, placement: str, ranks: int) -> int:
+    """About what a teacher of ``parameters`` takes on each device."""
+    share = {"replicated": 1.0, "sharded": 1 / ranks, "offloaded": 0.1}[placement]
+    return int(parameters * _BYTES[load_in] * share)
 
 
 def _parameters(path: str, revision: str | None) -> int:

@@ -14,7 +14,7 @@ from ..hooks import KeepZeros, StepHook
 from ..objective import Objective
 from ..plan import TrainingPlan
 from ..rng import derive_seed
-from ..settings import TrainingBlock
+from ..settings import TrainerSettings, TrainingBlock
 from ..world import current_world
 from .context import StageContext, Trained
 from .opening import OpenStudent, stage_teacher
@@ -23,45 +23,72 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Peak rate at 192 hidden channels; it falls with 1 / hidden (muP's rule for AdamW matrices, arXiv 2203.03466, table 3).
-_BASE_RATES = {"pretrain": 3e-3, "distill": 1.5e-3, "prune": 1e-3, "qat": 6e-4}
-_BASE_HIDDEN = 192
+BASE_RATES = {"pretrain": 3e-3, "distill": 1.5e-3, "prune": 1e-3, "qat": 6e-4}
+"""Peak learning rate of each kind of stage at ``BASE_HIDDEN`` channels."""
+BASE_HIDDEN = 192
 
 
 def default_learning_rate(kind: str, hidden: int) -> float:
     """Peak learning rate of a stage kind for a model of ``hidden`` channels, when the recipe gives none."""
-    return float(f"{_BASE_RATES[kind] * _BASE_HIDDEN / hidden:.2g}")
+    return float(f"{BASE_RATES[kind] * BASE_HIDDEN / hidden:.2g}")
 
 
 def training_plan(settings: TrainingBlock, context: StageContext, hidden: int, strategy: Literal["ddp", "fsdp2"] = "ddp") -> TrainingPlan:
     """The stage's plan, all derived values filled in."""
-    batch = derive_batch(
-        context.trainer.global_batch_tokens, context.data.train.seq_length, current_world().size, context.trainer.micro_batch
+    return derive_plan(
+        settings,
+        context.trainer,
+        kind=context.kind,
+        name=context.name,
+        hidden=hidden,
+        seq_length=context.data.train.seq_length,
+        ranks=current_world().size,
+        seed=context.seed,
+        strategy=strategy,
+        stage_key=context.key,
     )
-    step_tokens = batch.global_windows * context.data.train.seq_length
+
+
+def derive_plan(
+    settings: TrainingBlock,
+    trainer: TrainerSettings,
+    *,
+    kind: str,
+    name: str,
+    hidden: int,
+    seq_length: int,
+    ranks: int,
+    seed: int,
+    strategy: Literal["ddp", "fsdp2"] = "ddp",
+    stage_key: str = "",
+) -> TrainingPlan:
+    """A training stage in numbers, from its settings, the trainer's and the student's width; needs no model and no text."""
+    batch = derive_batch(trainer.global_batch_tokens, seq_length, ranks, trainer.micro_batch)
+    step_tokens = batch.global_windows * seq_length
     if settings.steps is None and settings.tokens is None:
-        raise UserError(f"{context.name}: a training stage needs 'tokens' or 'steps'; for example tokens: 10M")
+        raise UserError(f"{name}: a training stage needs 'tokens' or 'steps'; for example tokens: 10M")
     steps = settings.steps if settings.steps is not None else -(-(settings.tokens or 0) // step_tokens)
     return TrainingPlan(
         total_steps=steps,
         batch=batch,
-        learning_rate=settings.learning_rate or default_learning_rate(context.kind, hidden),
+        learning_rate=settings.learning_rate or default_learning_rate(kind, hidden),
         warmup=settings.warmup,
         schedule=settings.schedule,
         final_learning_rate=settings.final_learning_rate,
         weight_decay=settings.weight_decay,
         betas=settings.betas,
-        gradient_clip=context.trainer.gradient_clip,
-        precision=context.trainer.precision,
+        gradient_clip=trainer.gradient_clip,
+        precision=trainer.precision,
         # Each stage draws its own order: the same one would show every stage the same first windows.
-        seed=derive_seed(context.seed, context.name),
+        seed=derive_seed(seed, name),
         checkpoint_every=settings.checkpoint_every or max(10, steps // 20),
-        deterministic=context.trainer.deterministic,
-        num_workers=context.trainer.num_workers,
-        stage_key=context.key,
-        optimizer=context.trainer.optimizer,
+        deterministic=trainer.deterministic,
+        num_workers=trainer.num_workers,
+        stage_key=stage_key,
+        optimizer=trainer.optimizer,
         strategy=strategy,
-        activation_checkpointing=context.trainer.activation_checkpointing,
-        compile=context.trainer.compile,
+        activation_checkpointing=trainer.activation_checkpointing,
+        compile=trainer.compile,
     )
 
 

@@ -1,0 +1,274 @@
+"""What a recipe will need and yield, from shapes alone and in seconds: ``plan`` makes a ``Plan``, ``show`` draws it."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ...models.errors import UserError
+from .disk import EXPORT_BYTES, checkpoint_bytes, model_bytes, quantized_bytes
+from .fitting import Remedy, cheapest_fit, usable
+from .memory import Roles, Situation, training_memory
+from .shapes import ModelShape, StageShape, stage_shapes, student_shape, teacher_shape
+from .targets import Verdict, verdicts
+from .values import Value, recipe_values, settings_values, training_values
+
+if TYPE_CHECKING:
+    from ...configs.recipe import Recipe
+    from ...trainer.settings import TrainerSettings
+
+PRECISIONS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where the recipe is to run."""
+
+    gpus: int
+    """On each node; 0 = CPU."""
+    nodes: int
+    processes: int
+    """On each node."""
+    gpu_memory: int | None
+    """Bytes of one GPU; None when there is none, or it is unknown."""
+
+    @property
+    def ranks(self) -> int:
+        """Processes in all."""
+        return self.processes * self.nodes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a training stage takes."""
+
+    steps: int
+    tokens: int
+    flop: float
+    """Floating point operations: 6 a parameter and token for the student (8 with checkpointing), 2 for the teacher."""
+    memory: Roles
+    fits: bool | None
+    """None when the memory of the device is unknown."""
+    remedy: Remedy | None
+    """What makes it fit, when it does not and something does."""
+    checkpoint_bytes: int
+    """Of one; two are kept, and a third is there while it is written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage."""
+
+    name: str
+    kind: str
+    shape: str
+    parameters: int
+    precisions: dict[str, int]
+    """Bare bytes of the parameters at each precision."""
+    model_bytes: int | None
+    """Weight files that the stage writes; None when it writes no model."""
+    training: Training | None
+    values: list[Value] = field(repr=False)
+    exports: dict[str, int]
+    """Format -> bytes of weight files."""
+    verdicts: list[Verdict]
+    """Whether and how each serving stack will load what this stage exports."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A recipe's plan."""
+
+    name: str
+    machine: Machine
+    teacher: str | None
+    student: str
+    values: list[Value] = field(repr=False)
+    stages: list[StagePlan]
+    disk_bytes: int
+    """All model folders, and three checkpoints of the stage that needs most."""
+
+
+def plan(
+    recipe: "Recipe", *, gpus: int | None = None, gpu_memory: int | None = None, nodes: int = 1, tensor_parallel: int = 1
+) -> Plan:
+    """Plan a recipe.
+
+    Args:
+        recipe: What to plan.
+        gpus: GPUs on each node; None = those of this machine, as ``trainer.devices`` asks for them.
+        gpu_memory: Bytes of one GPU; None = that of this machine's, unknown without one.
+        nodes: Machines.
+        tensor_parallel: GPUs that will serve one copy of the exported model.
+
+    Raises: UserError when a model's numbers are nowhere to be had, or the recipe contradicts itself.
+    """
+    machine = _machine(recipe.trainer, gpus, gpu_memory, nodes)
+    teacher = teacher_shape(recipe)
+    student = student_shape(recipe, teacher)
+    stages = [_stage(recipe, shape, teacher, machine, tensor_parallel) for shape in stage_shapes(recipe, student)]
+    kept = sum((stage.model_bytes or 0) + sum(stage.exports.values()) for stage in stages)
+    largest = max((stage.training.checkpoint_bytes for stage in stages if stage.training), default=0)
+    made = 0 if recipe.student.path else model_bytes(student, _SAVED[recipe.trainer.save_dtype])
+    return Plan(
+        name=recipe.name,
+        machine=machine,
+        teacher=None if teacher is None else f"{teacher.describe()}, {teacher.parameters:,} parameters",
+        student=f"{student.describe()}, {student.parameters:,} parameters ({student.source})",
+        values=recipe_values(recipe),
+        stages=stages,
+        disk_bytes=kept + made + 3 * largest,
+    )
+
+
+def problems(plan: Plan, out: Path | None = None) -> list[str]:
+    """What cannot work, each as a sentence with the remedy; [] when nothing is known to stand in the way."""
+    found: list[str] = []
+    for stage in plan.stages:
+        if stage.training and stage.training.fits is False:
+            found.append(f"{stage.name} {_too_large(stage.training, plan.machine)}")
+    if out is not None:
+        place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+        free = shutil.disk_usage(place).free
+        if free < plan.disk_bytes:
+            found.append(
+                f"the run writes up to {plan.disk_bytes / 1e9:,.1f} GB, and {place} has {free / 1e9:,.1f} GB free; "
+                "free some space or choose another folder with --out"
+            )
+    return found
+
+
+def _too_large(training: Training, machine: Machine) -> str:
+    assert machine.gpu_memory is not None
+    need, room = training.memory.total / 1e9, usable(machine.gpu_memory) / 1e9
+    what = f"needs {need:,.1f} GB on each GPU, and {room:,.1f} GB can be used"
+    if training.remedy is None:
+        return f"{what}; no setting makes it fit: take larger GPUs or a smaller model"
+    return f"{what}; the cheapest way: {' '.join(training.remedy.settings)} ({training.remedy.roles.total / 1e9:,.1f} GB)"
+
+
+_SAVED = {"bf16": "BF16", "fp32": "F32"}
+
+
+def _machine(trainer: "TrainerSettings", gpus: int | None, gpu_memory: int | None, nodes: int) -> Machine:
+    import torch
+
+    here = torch.cuda.device_count()
+    if gpus is None and gpu_memory is not None:
+        gpus = here or (trainer.devices if isinstance(trainer.devices, int) else 1)
+    on_gpu = here if gpus is None else gpus
+    processes = on_gpu or 1 if trainer.devices == "auto" or gpus is not None else int(trainer.devices)
+    if gpu_memory is None and on_gpu and here:
+        gpu_memory = torch.cuda.get_device_properties(0).total_memory
+    return Machine(gpus=on_gpu, nodes=nodes, processes=max(1, processes), gpu_memory=gpu_memory if on_gpu else None)
+
+
+def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, machine: Machine, tensor_parallel: int) -> StagePlan:
+    from ...trainer.settings import ExportSettings, TrainingBlock
+
+    entry, after = shape.entry, shape.after
+    values = settings_values(f"stages.{entry.index}.{entry.kind}", entry.settings)
+    training = None
+    if isinstance(entry.settings, TrainingBlock) and (entry.settings.tokens or entry.settings.steps):
+        training, derived = _training(recipe, shape, teacher, machine)
+        values = derived + [value for value in values if value.key not in {other.key for other in derived}]
+    exports: dict[str, int] = {}
+    judged: Sequence[Verdict] = ()
+    if isinstance(entry.settings, ExportSettings) and shape.quant is not None:
+        exports = {name: EXPORT_BYTES[name](after, shape.quant, shape.skip) for name in entry.settings.formats}
+        judged = verdicts(after.config, shape.quant, shape.skip, tensor_parallel=tensor_parallel)
+    return StagePlan(
+        name=entry.name,
+        kind=entry.kind,
+        shape=after.describe(),
+        parameters=after.parameters,
+        precisions={name: int(after.parameters * width) for name, width in PRECISIONS.items()},
+        model_bytes=_written(recipe, shape),
+        training=training,
+        values=values,
+        exports=exports,
+        verdicts=list(judged),
+    )
+
+
+def _written(recipe: "Recipe", shape: StageShape) -> int | None:
+    if shape.entry.kind in ("qat", "quantize"):
+        assert shape.quant is not None
+        return sum(quantized_bytes(shape.after, shape.quant, shape.skip))
+    if shape.entry.kind in ("pretrain", "distill", "prune"):
+        return model_bytes(shape.after, _SAVED[recipe.trainer.save_dtype])
+    return None
+
+
+def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, machine: Machine) -> tuple[Training, list[Value]]:
+    """Memory, work and derived numbers of one training stage."""
+    from ...trainer.stages.training import derive_plan
+
+    entry, trainer, seq = shape.entry, recipe.trainer, recipe.data.seq_length
+    taught, load_in, placement = _taught(recipe, shape, teacher)
+    steps = derive_plan(
+        entry.settings,
+        trainer,
+        kind=entry.kind,
+        name=entry.name,
+        hidden=shape.before.hidden,
+        seq_length=seq,
+        ranks=machine.ranks,
+        seed=recipe.seed,
+        strategy=_strategy(recipe, shape, taught, load_in, placement, machine),
+    )
+    case = Situation(
+        plan=steps,
+        seq_length=seq,
+        ranks=machine.ranks,
+        on_gpu=machine.gpus > 0,
+        load_in=load_in,
+        placement=placement,
+        quant=shape.quant if entry.kind == "qat" else None,
+        skip=shape.skip,
+    )
+    memory = training_memory(shape.before, taught, case)
+    fits = None if machine.gpu_memory is None else memory.total <= usable(machine.gpu_memory)
+    tokens = steps.total_steps * steps.batch.global_windows * seq
+    work = (8 if steps.activation_checkpointing else 6) * shape.before.parameters + (0 if taught is None else 2 * taught.parameters)
+    masks = entry.kind == "prune" or any(e.kind == "prune" and e.settings.magnitude for e in recipe.stages[: entry.index])
+    training = Training(
+        steps=steps.total_steps,
+        tokens=tokens,
+        flop=float(work) * tokens,
+        memory=memory,
+        fits=fits,
+        remedy=cheapest_fit(shape.before, taught, case, machine.gpu_memory) if fits is False and machine.gpu_memory else None,
+        checkpoint_bytes=checkpoint_bytes(shape.before, masks=masks),
+    )
+    return training, training_values(entry, steps, seq, machine.ranks, shape.before.hidden, trainer)
+
+
+def _taught(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None) -> tuple[ModelShape | None, str, str]:
+    """(teacher of the stage, how it is held, where): none when the loss needs none; a stage may learn from its own input, in fp32."""
+    settings = shape.entry.settings
+    if shape.entry.kind == "pretrain" or settings.loss.hard_weight == 1.0:
+        return None, "bf16", "replicated"
+    if settings.teacher == "input" or recipe.teacher is None:
+        return shape.before, "fp32", "replicated"
+    if teacher is None:
+        raise UserError(f"{shape.entry.name}: teacher: recipe, but the recipe has no teacher; add one, or set teacher: input")
+    return teacher, recipe.teacher.load_in, recipe.teacher.placement
+
+
+def _strategy(
+    recipe: "Recipe", shape: StageShape, taught: ModelShape | None, load_in: str, placement: str, machine: Machine
+) -> Literal["ddp", "fsdp2"]:
+    from ...trainer.stages.opening import held_bytes
+    from ...trainer.strategy import choose_strategy
+
+    held: Any = 0 if taught is None else held_bytes(taught.parameters, load_in, placement, machine.ranks)
+    return choose_strategy(
+        recipe.trainer.strategy,
+        ranks=machine.ranks,
+        parameters=shape.before.parameters,
+        optimizer=recipe.trainer.optimizer,
+        teacher_bytes=held,
+        device_bytes=machine.gpu_memory,
+    )

@@ -1,0 +1,65 @@
+"""Bytes on disk, predicted from names, shapes and dtypes: model folders, exports, checkpoints."""
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from .shapes import ModelShape, quantized_linears
+
+if TYPE_CHECKING:
+    from ...qat.spec import QuantSpec
+
+_WIDTHS = {"F32": 4, "BF16": 2, "I8": 1, "I32": 4, "I64": 8}
+_OPTIMIZER_TENSORS = 2  # both moments, fp32, whatever the optimizer keeps in memory
+
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
+"""name -> (safetensors dtype, shape)."""
+
+
+def safetensors_bytes(tensors: Tensors) -> int:
+    """Size of a safetensors file: header length, header (JSON, padded to 8 bytes), data."""
+    header, offset = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        size = _WIDTHS[dtype]
+        for side in shape:
+            size *= side
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = len(json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")))
+    return 8 + -(-text // 8) * 8 + offset
+
+
+def model_bytes(shape: ModelShape, dtype: str) -> int:
+    """Weight files of a model folder whose tensors are all of ``dtype`` (BF16, F32)."""
+    return safetensors_bytes({name: (dtype, sizes) for name, sizes in shape.tensors.items()})
+
+
+def quantized_bytes(shape: ModelShape, spec: "QuantSpec", skip: tuple[str, ...]) -> tuple[int, int]:
+    """(model.safetensors, quant.safetensors) of a quantized folder: codes times scales in fp32, and int8 codes with fp32 scales."""
+    codes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, (rows, columns) in quantized_linears(shape, skip).items():
+        codes[f"{name}.codes"] = ("I8", (rows, columns))
+        codes[f"{name}.scale"] = ("F32", (rows, columns // spec.group_width(columns)))
+    return model_bytes(shape, "F32"), safetensors_bytes(codes)
+
+
+def compressed_tensors_bytes(shape: ModelShape, spec: "QuantSpec", skip: tuple[str, ...]) -> int:
+    """Weight files of a compressed-tensors export: int32 words of codes, bf16 scales, everything else bf16."""
+    quantized = quantized_linears(shape, skip)
+    stored: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, (rows, columns) in quantized.items():
+        words = -(-columns * spec.bits // 32)
+        stored[f"{name}.weight_packed"] = ("I32", (rows, words))
+        stored[f"{name}.weight_scale"] = ("BF16", (rows, columns // spec.group_width(columns)))
+        stored[f"{name}.weight_shape"] = ("I64", (2,))
+    stored |= {name: ("BF16", sizes) for name, sizes in shape.tensors.items() if name.removesuffix(".weight") not in quantized}
+    return safetensors_bytes(stored)
+
+
+EXPORT_BYTES = {"compressed-tensors": compressed_tensors_bytes}
+"""Format -> function of (shape, spec, skip)."""
+
+
+def checkpoint_bytes(shape: ModelShape, *, masks: bool) -> int:
+    """One checkpoint of a training stage: fp32 weights and moments, and a byte a weight for masks."""
+    return 4 * shape.parameters * (1 + _OPTIMIZER_TENSORS) + (shape.linear if masks else 0)

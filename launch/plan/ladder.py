@@ -1,0 +1,198 @@
+"""The precision ladder of an architecture: what its weights take at each precision, bare and as stored, and its KV cache."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...models.errors import UserError
+from .shapes import ModelShape, config_from, config_of, shape_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LONGEST_CONTEXT = 8192
+"""Context of the KV cache when none is given, if the model has as much."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A mix of precisions. Bits of a number; a group of 0 has no scales."""
+
+    name: str
+    body: float
+    """Bits of the weights of the decoder's linears."""
+    rest: float
+    """Bits of everything else: embeddings, head, norms."""
+    group: int = 0
+    """Weights that share a scale (bf16)."""
+    zero_points: bool = False
+    """Whether a group has a zero point too, as wide as a weight."""
+    embeddings_group: int = 0
+    """Elements of embedding and head that share a scale, where those are rounded too; norms then stay bf16."""
+
+
+RUNGS = (
+    Rung("FP32", 32, 32),
+    Rung("BF16", 16, 16),
+    Rung("INT8", 8, 16, group=128),
+    Rung("INT4", 4, 16, group=128),
+    Rung("INT4, groups of 32", 4, 16, group=32),
+    Rung("INT4 with zero points", 4, 16, group=128, zero_points=True),
+    Rung("INT4, embeddings and head INT8", 4, 8, group=128, embeddings_group=128),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LadderRow:
+    """One rung for one model, in bytes."""
+
+    name: str
+    bare: int
+    """Parameters x the width of the body: the figure people quote."""
+    linears: int
+    """Codes of the decoder's linears."""
+    scales: int
+    """Scales and zero points, of embeddings too."""
+    embeddings: int
+    """Embedding, and the head where it is not the same table."""
+    norms: int
+    """Norms and biases."""
+    kv_cache: int
+    """Keys and values in bf16."""
+
+    @property
+    def stored(self) -> int:
+        """All weights."""
+        return self.linears + self.scales + self.embeddings + self.norms
+
+    @property
+    def served(self) -> int:
+        """Weights and KV cache."""
+        return self.stored + self.kv_cache
+
+
+def ladder(shape: ModelShape, *, context: int, batch: int, nominal: float | None = None) -> list[LadderRow]:
+    """Every rung for ``shape``.
+
+    Args:
+        shape: The model.
+        context: Tokens of each sequence in the cache; batch: sequences.
+        nominal: Parameters that the bare figure goes by, such as 70e9; None = the model's own count.
+    """
+    tables = sum(rows * columns for rows, columns in _tables(shape).values())
+    cache = kv_cache_bytes(shape, context, batch)
+    return [_row(rung, shape, tables, cache, nominal or shape.parameters) for rung in RUNGS]
+
+
+def kv_cache_bytes(shape: ModelShape, context: int, batch: int) -> int:
+    """Keys and values of all layers in bf16."""
+    text: Any = shape.config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return 2 * 2 * shape.layers * heads * head * context * batch
+
+
+def default_context(shape: ModelShape) -> int:
+    """The model's own context, at most 8,192 tokens."""
+    return min(LONGEST_CONTEXT, getattr(shape.config.get_text_config(), "max_position_embeddings", LONGEST_CONTEXT))
+
+
+def find_shape(what: str) -> ModelShape:
+    """The model meant by a folder, hub id, stored name, or a size such as ``70B`` (the stored architecture nearest to it).
+
+    Raises: UserError when it is none of them.
+    """
+    from ...configs.architectures import architecture, names
+
+    wanted = nominal_size(what)
+    if wanted is None:
+        return shape_of(*_config(what, names()))
+    shapes = {name: shape_of(config_from(architecture(name)), f"stored architecture of {name}") for name in names()}
+    name = min(shapes, key=lambda key: abs(shapes[key].parameters - wanted) / wanted)
+    if abs(shapes[name].parameters - wanted) > 0.25 * wanted:
+        known = ", ".join(f"{key} ({shape.parameters / 1e9:.3g}B)" for key, shape in shapes.items())
+        raise UserError(f"no stored architecture has about {what} parameters; give a model folder, a hub id, or one of {known}")
+    return shapes[name]
+
+
+def nominal_size(what: str) -> float | None:
+    """70e9 for ``70B``; None for what is no size, or a folder of that name."""
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MBT])", what, re.IGNORECASE)
+    if size is None or Path(what).is_dir():
+        return None
+    return float(size[1]) * {"M": 1e6, "B": 1e9, "T": 1e12}[size[2].upper()]
+
+
+def _config(what: str, stored: Sequence[str]) -> Any:
+    try:
+        return config_of(what)
+    except UserError as error:
+        raise UserError(f"{error}. Stored architectures: {', '.join(stored)}; or give a size such as 70B") from error
+
+
+def _tables(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """Embedding and head (once when tied): matrices outside the decoder layers."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, sizes in shape.tensors.items():
+        if len(sizes) == 2 and ".layers." not in name:
+            found[name] = (sizes[0], sizes[1])
+    return found
+
+
+def _row(rung: Rung, shape: ModelShape, tables: int, cache: int, counted: float) -> LadderRow:
+    groups = shape.linear // rung.group if rung.group else 0
+    scales = 2 * groups + (int(groups * rung.body / 8) if rung.zero_points else 0)
+    if rung.embeddings_group:
+        scales += 2 * tables // rung.embeddings_group
+    other = shape.parameters - shape.linear - tables
+    return LadderRow(
+        name=rung.name,
+        bare=int(counted * rung.body / 8),
+        linears=int(shape.linear * rung.body / 8),
+        scales=scales,
+        embeddings=int(tables * rung.rest / 8),
+        norms=int(other * (rung.rest if rung.rest > 16 else 16) / 8),
+        kv_cache=cache,
+    )
+
+
+def run_footprint(what: str, context: int | None, batch: int, as_json: bool) -> None:
+    """Print the ladder of a model."""
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    for option, value in (("--context", context), ("--batch", batch)):
+        if value is not None and value < 1:
+            raise UserError(f"{option}={value} must be at least 1")
+    shape = find_shape(what)
+    length = context or default_context(shape)
+    rows = ladder(shape, context=length, batch=batch, nominal=nominal_size(what))
+    if as_json:
+        plain = [{**asdict(row), "stored": row.stored, "served": row.served} for row in rows]
+        print(json.dumps({"model": shape.source, "parameters": shape.parameters, "context": length, "batch": batch, "rows": plain}, indent=1))
+        return
+    _draw(shape, rows, length, batch, Console())
+
+
+def _draw(shape: ModelShape, rows: list[LadderRow], context: int, batch: int, console: "Console") -> None:
+    from rich.table import Table
+
+    from ..report.tables import WIDE
+    from .show import size
+
+    if not console.is_terminal:
+        console.width = max(console.width, WIDE)
+    console.print(f"{shape.source}: {shape.describe()}", markup=False, highlight=False)
+    console.print(f"{shape.parameters:,} parameters; KV cache of {batch} x {context:,} tokens in bf16", highlight=False)
+    table = Table()
+    for name in ("precision", "bare", "linears", "scales", "embeddings, head", "norms", "weights", "KV cache", "together"):
+        table.add_column(name, justify="left" if name == "precision" else "right")
+    for row in rows:
+        parts = (row.bare, row.linears, row.scales, row.embeddings, row.norms, row.stored, row.kv_cache, row.served)
+        table.add_row(row.name, *(size(count) if count else "-" for count in parts))
+    console.print(table)
+    console.print("bare = parameters x width; weights = as stored: embeddings, head and norms stay bf16 unless the row says otherwise")

@@ -1,0 +1,194 @@
+"""Bytes that a training stage holds on one device, by role, from shapes alone.
+
+The peak is taken where the loss is computed: the activations of the whole micro-batch are there, the last step's gradients still are, and
+the blocks of logits come on top. Activations are counted tensor by tensor for a Llama-like layer as autograd saves them (RMSNorm, rotary
+positions, SDPA that keeps no attention matrix, gated FFN); other families are close. What allocators add, and the CUDA context, is in
+``RESERVE``, not here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...losses.linear_divergence.chunked import ACCELERATOR_LIMITS, CPU_LIMITS, rows_per_block
+from ...losses.linear_divergence.closed_form import BUFFERS_ALONE, BUFFERS_WITH_TEACHER
+from .shapes import ModelShape, quantized_linears
+
+if TYPE_CHECKING:
+    from ...qat.spec import QuantSpec
+    from ...trainer.plan import TrainingPlan
+
+RESERVE = 0.08
+"""Share of a GPU left to the CUDA context, workspaces and fragmentation."""
+SMALLEST_8BIT = 4096
+"""Tensors of fewer elements keep fp32 moments in bitsandbytes' 8-bit optimizers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """Bytes on one device."""
+
+    teacher: int
+    """Weights of the teacher."""
+    student: int
+    """fp32 master weights, and under FSDP2 what is gathered at the same time."""
+    gradients: int
+    """fp32."""
+    optimizer: int
+    """Moments."""
+    activations: int
+    """Saved for the backward pass, with copies of weights that it needs; and what the teacher's forward pass takes."""
+    logits: int
+    """Blocks of logits, gradients of head and hidden states."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.teacher + self.student + self.gradients + self.optimizer + self.activations + self.logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """What decides the memory of a stage besides the shapes."""
+
+    plan: "TrainingPlan"
+    seq_length: int
+    ranks: int
+    on_gpu: bool
+    load_in: str = "bf16"
+    """How the teacher is held: fp32, bf16, int8, nf4."""
+    placement: str = "replicated"
+    """Where the teacher is held: replicated, sharded, offloaded."""
+    quant: "QuantSpec | None" = None
+    """Lattice that the student trains on, in a qat stage."""
+    skip: Sequence[str] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.plan.batch.micro_batch * self.seq_length
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the student is spread over ranks."""
+        return self.plan.strategy == "fsdp2" and self.ranks > 1
+
+    @property
+    def mixed(self) -> bool:
+        """bf16 autocast over fp32 masters."""
+        return self.plan.precision == "bf16-mixed"
+
+
+def training_memory(student: ModelShape, teacher: ModelShape | None, case: Situation) -> Roles:
+    """Bytes by role on one device at the peak of a step."""
+    return Roles(
+        teacher=0 if teacher is None else teacher_bytes(teacher, case),
+        student=_student_bytes(student, case),
+        gradients=_gradient_bytes(student, case),
+        optimizer=_optimizer_bytes(student, case),
+        activations=_activation_bytes(student, case) + (0 if teacher is None else _teacher_pass(teacher, case)),
+        logits=_logit_bytes(student, teacher, case),
+    )
+
+
+def teacher_bytes(teacher: ModelShape, case: Situation) -> int:
+    """Weights of the teacher on one device."""
+    width = {"fp32": 4, "bf16": 2}.get(case.load_in, 2)
+    if case.load_in in ("nf4", "int8"):
+        # nf4: half a byte, and an fp32 scale for each 64; int8: a byte, and an fp32 scale a row
+        rows = sum(rows for rows, _ in teacher.linears.values())
+        low = teacher.linear * (0.5 + 4 / 64) if case.load_in == "nf4" else teacher.linear + 4 * rows
+        return int(low) + width * (teacher.parameters - teacher.linear)
+    inside = teacher.parameters - teacher.outside
+    if case.placement == "sharded" and case.ranks > 1:
+        return width * (teacher.outside + inside // case.ranks + 2 * teacher.layer)
+    if case.placement == "offloaded":
+        return width * (teacher.outside + 2 * teacher.layer)
+    return width * teacher.parameters
+
+
+def _share(elements: int, case: Situation) -> int:
+    return -(-elements // case.ranks) if case.sharded else elements
+
+
+def _student_bytes(student: ModelShape, case: Situation) -> int:
+    own = 4 * _share(student.parameters, case)
+    # gathered: everything outside the layers, the layer at work, the one that is fetched, and the buffer that it arrives in
+    return own + (4 * (student.outside + 3 * student.layer) if case.sharded else 0)
+
+
+def _gradient_bytes(student: ModelShape, case: Situation) -> int:
+    own = 4 * _share(student.parameters, case)
+    return own + (4 * 2 * student.layer if case.sharded else 0)
+
+
+def _optimizer_bytes(student: ModelShape, case: Situation) -> int:
+    if case.plan.optimizer == "adamw":
+        return 8 * _share(student.parameters, case)
+    large = sum(size for size in map(_elements, student.tensors.values()) if _share(size, case) >= SMALLEST_8BIT)
+    small = student.parameters - large
+    # a byte a moment, and an fp32 scale for each 256
+    return int(_share(large, case) * (2 + 2 * 4 / 256)) + 8 * _share(small, case)
+
+
+def _layer_activations(student: ModelShape, case: Situation) -> int:
+    """What one decoder layer saves for a micro-batch, without copies of weights."""
+    text: Any = student.config.get_text_config()
+    hidden, ffn = text.hidden_size, text.intermediate_size
+    head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    queries, keys = text.num_attention_heads * head, (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head
+    low = 2 if case.mixed else 4
+    # both norms: input and normalised input in fp32; then what each linear keeps of it (under autocast a bf16 copy each)
+    norms = 2 * 2 * 4 * hidden + (low * 5 * hidden if case.mixed else 4 * 2 * hidden)
+    # queries, keys and values as attention sees them, its result, and the result in the order that the projection reads
+    attention = low * (queries + 2 * keys) + low * 2 * queries + 4 * text.num_attention_heads
+    # gate, its SiLU, up, and their product
+    return case.tokens * (norms + attention + low * 4 * ffn)
+
+
+def _layer_copies(student: ModelShape, case: Situation) -> int:
+    """Copies of one layer's weights that its backward pass needs: quantized values, bf16 casts, flags of clipped weights."""
+    linear = student.linear // max(1, student.layers)
+    if case.quant is None:
+        return 2 * linear if case.mixed else 0
+    quantized = sum(rows * columns for rows, columns in quantized_linears(student, case.skip).values()) // max(1, student.layers)
+    plain = 2 * (linear - quantized) if case.mixed else 0
+    flags = 0 if case.on_gpu else 1  # the Triton kernel computes them again
+    return plain + quantized * ((2 if case.mixed else 4) + flags)
+
+
+def _activation_bytes(student: ModelShape, case: Situation) -> int:
+    layer = _layer_activations(student, case) + _layer_copies(student, case)
+    # embedding, final norm (input, normalised, result)
+    outside = 4 * 4 * case.tokens * student.hidden
+    if case.plan.activation_checkpointing:
+        return outside + student.layers * 4 * case.tokens * student.hidden + layer
+    return outside + student.layers * layer
+
+
+def _teacher_pass(teacher: ModelShape, case: Situation) -> int:
+    """The teacher's forward pass keeps nothing but its last hidden states: one layer's widest moment."""
+    text: Any = teacher.config.get_text_config()
+    width = 4 if case.load_in == "fp32" else 2
+    return case.tokens * width * (3 * text.intermediate_size + 4 * text.hidden_size)
+
+
+def _logit_bytes(student: ModelShape, teacher: ModelShape | None, case: Situation) -> int:
+    vocabulary = student.vocabulary
+    buffers = 1 + BUFFERS_ALONE if teacher is None else 2 + BUFFERS_WITH_TEACHER
+    limits = ACCELERATOR_LIMITS if case.on_gpu else CPU_LIMITS
+    rows = rows_per_block(case.tokens, vocabulary, buffers, 4, limits)
+    blocks = buffers * 4 * min(rows, case.tokens) * vocabulary
+    # the head's gradient, and of the hidden states gradient and shifted copy
+    gradients = 4 * vocabulary * student.hidden + 2 * 4 * case.tokens * student.hidden
+    if teacher is None:
+        return blocks + gradients
+    theirs = 0 if case.load_in == "fp32" else 4 * vocabulary * teacher.hidden
+    return blocks + gradients + theirs + case.tokens * teacher.hidden * (4 if case.load_in == "fp32" else 2)
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

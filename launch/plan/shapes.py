@@ -1,0 +1,202 @@
+"""The shape of every model that a recipe passes through, on the meta device: no weight is read or downloaded."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...models.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from ...configs.recipe import Recipe, StageEntry
+    from ...qat.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Numbers of one architecture. Elements, not bytes; tied tensors once."""
+
+    config: "PreTrainedConfig" = field(repr=False)
+    source: str
+    """Where the numbers come from."""
+    tensors: dict[str, tuple[int, ...]] = field(repr=False)
+    """Shape of every parameter."""
+    linears: dict[str, tuple[int, int]] = field(repr=False)
+    """(out, in) of every linear of the decoder layers."""
+    layer: int
+    """Parameters of one decoder layer (the largest)."""
+
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        return sum(_elements(shape) for shape in self.tensors.values())
+
+    @property
+    def linear(self) -> int:
+        """Weights of the decoder's linears."""
+        return sum(rows * columns for rows, columns in self.linears.values())
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return self.config.get_text_config().num_hidden_layers
+
+    @property
+    def hidden(self) -> int:
+        """Channels."""
+        return self.config.get_text_config().hidden_size
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the head."""
+        return self.config.get_text_config().vocab_size
+
+    @property
+    def outside(self) -> int:
+        """Parameters outside the decoder layers: embedding, final norm, head."""
+        return self.parameters - sum(_elements(s) for name, s in self.tensors.items() if ".layers." in name)
+
+    def describe(self) -> str:
+        """'llama, 24 layers, hidden 2,048, ffn 8,192, vocabulary 49,152'."""
+        text: Any = self.config.get_text_config()
+        ffn = getattr(text, "intermediate_size", None)
+        width = f", ffn {ffn:,}" if isinstance(ffn, int) else ""
+        return f"{text.model_type}, {self.layers} layers, hidden {self.hidden:,}{width}, vocabulary {self.vocabulary:,}"
+
+
+@dataclass(frozen=True)
+class StageShape:
+    """What goes into a stage and what comes out of it."""
+
+    entry: "StageEntry"
+    before: ModelShape
+    after: ModelShape
+    quant: "QuantSpec | None"
+    """The lattice of the weights after the stage, None while they are not quantized."""
+    skip: tuple[str, ...]
+    """Modules that the lattice leaves out."""
+
+
+def shape_of(config: "PreTrainedConfig", source: str) -> ModelShape:
+    """The shape of the model of a transformers config."""
+    from ...models.families import decoder_layers, decoder_linears
+    from ...models.loading import meta_model
+
+    model = meta_model(config)
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)]
+    return ModelShape(
+        config=config,
+        source=source,
+        tensors={name: tuple(p.shape) for name, p in model.named_parameters()},
+        linears={name: (linear.out_features, linear.in_features) for name, linear in decoder_linears(model).items()},
+        layer=max(layers, default=0),
+    )
+
+
+def config_of(path: str, revision: str | None = None) -> tuple["PreTrainedConfig", str]:
+    """(config, where it is from) of a model folder, hub id or stored architecture; the stored numbers spare the way to the hub.
+
+    Raises: UserError when none of them is there.
+    """
+    from ...configs.architectures import HUB_IDS, architecture, names
+    from ...models.loading import load_config
+
+    if Path(path).is_dir():
+        return load_config(path), f"config.json in {path}"
+    if path in HUB_IDS or path in names():
+        return config_from(architecture(path)), f"stored architecture of {path}"
+    return load_config(path, revision=revision), f"config.json of {path}"
+
+
+def config_from(fields: dict[str, Any]) -> "PreTrainedConfig":
+    """The transformers config of plain fields, ``model_type`` among them."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**fields)
+
+
+def teacher_shape(recipe: "Recipe") -> ModelShape | None:
+    """The recipe's teacher; a scratch teacher's vocabulary is taken as asked for."""
+    if recipe.teacher is None:
+        return None
+    if scratch := recipe.teacher.scratch:
+        from ...trainer.scratch import scratch_config
+
+        return shape_of(scratch_config(scratch, scratch.vocab, recipe.data.seq_length), "teacher.scratch")
+    assert recipe.teacher.path is not None
+    return shape_of(*config_of(recipe.teacher.path, recipe.teacher.revision))
+
+
+def student_shape(recipe: "Recipe", teacher: ModelShape | None) -> ModelShape:
+    """The student as the first stage finds it; its vocabulary is the teacher's until the tokenizer is read."""
+    from ...models.loading import meta_model
+    from ...models.student import student_by_keeping
+
+    settings = recipe.student
+    if settings.path:
+        return shape_of(*config_of(settings.path, settings.revision))
+    if settings.keep:
+        if teacher is None:
+            raise UserError("student.keep needs a teacher to cut the student from; add one, or use student.path")
+        student, _ = student_by_keeping(meta_model(teacher.config), settings.keep.layers)
+        return shape_of(student.config, f"{settings.keep.layers} of the teacher's {teacher.layers} layers")
+    fields = dict(settings.config or {})
+    if teacher is not None:
+        fields.setdefault("vocab_size", teacher.vocabulary)
+    return shape_of(config_from(fields), "student.config")
+
+
+def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
+    """Every stage in order."""
+    from ...trainer.settings import PruneSettings, QatSettings, QuantizeSettings
+
+    found: list[StageShape] = []
+    shape, quant, skip = student, None, ()
+    for entry in recipe.stages:
+        before, settings = shape, entry.settings
+        if isinstance(settings, PruneSettings) and settings.structured:
+            shape = _with_ffn(shape, settings.structured.ffn, entry.name)
+        if isinstance(settings, QatSettings | QuantizeSettings):
+            quant, skip = settings.weights, settings.skip
+            check_groups(shape, quant, skip, entry)
+        elif entry.kind in ("pretrain", "distill", "prune"):
+            quant, skip = None, ()
+        found.append(StageShape(entry, before, shape, quant, tuple(skip)))
+    return found
+
+
+def quantized_linears(shape: ModelShape, skip: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """The linears that a lattice covers."""
+    return {name: size for name, size in shape.linears.items() if not any(fnmatchcase(name, pattern) for pattern in skip)}
+
+
+def check_groups(shape: ModelShape, spec: "QuantSpec", skip: Sequence[str], entry: "StageEntry") -> None:
+    """UserError when a group size does not divide a layer's inputs, naming the widths that would do."""
+    for name, (_, columns) in quantized_linears(shape, skip).items():
+        try:
+            spec.group_width(columns)
+        except ValueError as error:
+            raise UserError(f"stages.{entry.index}.{entry.kind}.weights.group_size: module {name}: {error}") from error
+
+
+def _with_ffn(shape: ModelShape, ffn: int, stage: str) -> ModelShape:
+    from ...models.families import family_of
+
+    family = family_of(shape.config)
+    width = getattr(shape.config, family.ffn_field)
+    if ffn > width:
+        raise UserError(f"{stage}: structured.ffn={ffn} keeps more FFN channels than the student's {width}; give at most {width}")
+    config = copy.deepcopy(shape.config)
+    setattr(config, family.ffn_field, ffn)
+    return shape_of(config, f"{shape.source}, ffn {ffn:,} of {width:,}")
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

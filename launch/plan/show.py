@@ -1,0 +1,169 @@
+"""A plan for people: a long form in tables, a short one that `decoct run` begins with, and JSON."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from . import PRECISIONS, Plan, StagePlan, problems
+from .fitting import usable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.table import Table
+
+_ROLES = ("teacher", "student", "gradients", "optimizer", "activations", "logits")
+
+
+def size(count: float) -> str:
+    """Bytes in a unit that reads well: '3.42 GB'."""
+    for unit, width in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= width:
+            return f"{count / width:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def amount(count: float) -> str:
+    """A number of things: '1.71B', '524k'."""
+    for unit, width in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= width:
+            return f"{count / width:.3g}{unit}"
+    return f"{count:g}"
+
+
+def machine_line(plan: Plan) -> str:
+    """'2 nodes x 8 GPUs of 85.0 GB'."""
+    machine = plan.machine
+    what = f"{machine.gpus} GPU{'s' * (machine.gpus != 1)}" if machine.gpus else f"{machine.processes} process(es) on a CPU"
+    memory = f" of {size(machine.gpu_memory)}" if machine.gpu_memory else ""
+    return (f"{machine.nodes} nodes x " if machine.nodes > 1 else "") + what + memory
+
+
+def short_form(plan: Plan) -> str:
+    """A few lines: what each stage costs, and whether it fits."""
+    lines = [f"plan for {machine_line(plan)}:"]
+    for stage in plan.stages:
+        if stage.training:
+            need = size(stage.training.memory.total)
+            state = {True: "fits", False: "does NOT fit", None: "memory unknown"}[stage.training.fits]
+            where = f"{need} a GPU, {state}" if plan.machine.gpus else f"about {need} of memory a process"
+            lines.append(f"  {stage.name}: {amount(stage.training.tokens)} tokens in {stage.training.steps:,} steps, {where}")
+        for form, count in stage.exports.items():
+            held = [v.target for v in stage.verdicts if v.outcome == "ok"]
+            lines.append(f"  {stage.name}: {form}, {size(count)}" + (f"; loads in {', '.join(held)}" if held else ""))
+    lines.append(f"  disk: up to {size(plan.disk_bytes)}")
+    return "\n".join(lines)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data, with the total of each memory."""
+    found = asdict(plan)
+    for stage, plain in zip(plan.stages, found["stages"]):
+        if stage.training:
+            plain["training"]["memory"]["total"] = stage.training.memory.total
+    return {**found, "problems": problems(plan)}
+
+
+def draw(plan: Plan, console: "Console", *, values: bool = True) -> None:
+    """The long form."""
+    console.print(f"[bold]{_safe(plan.name)}[/bold] on {machine_line(plan)}")
+    if plan.teacher:
+        console.print(f"teacher: {plan.teacher}", markup=False, highlight=False)
+    console.print(f"student: {plan.student}", markup=False, highlight=False)
+    console.print(_stages(plan))
+    if any(stage.training for stage in plan.stages):
+        console.print(_memory(plan))
+    for stage in plan.stages:
+        if stage.verdicts:
+            console.print(_targets(stage))
+    if values:
+        console.print(_values(plan))
+    console.print(f"disk: up to {size(plan.disk_bytes)}: every model folder and export, and three checkpoints of the largest stage")
+    for problem in problems(plan):
+        console.print(f"cannot work: {problem}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+
+
+def check_before_run(recipe: Any, out: "Path", console: "Console") -> None:
+    """Print the short form; UserError (exit code 2) when something cannot work. A hub that cannot be reached is told of, not an error here."""
+    from ...models.errors import UserError
+    from . import plan as make_plan
+
+    try:
+        made = make_plan(recipe)
+    except UserError as error:
+        console.print(f"no plan beforehand: {error}", markup=False, highlight=False, soft_wrap=True)
+        return
+    console.print(short_form(made), markup=False, highlight=False, soft_wrap=True)
+    if found := problems(made, out):
+        raise UserError("this recipe cannot work here:\n" + "\n".join(f"  - {problem}" for problem in found))
+
+
+def _table(title: str, columns: dict[str, str]) -> "Table":
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name, justify in columns.items():
+        table.add_column(name, justify=justify)  # pyright: ignore[reportArgumentType] - a dict's values are plain str
+    return table
+
+
+def _stages(plan: Plan) -> "Table":
+    numbers = ["parameters", *PRECISIONS, "writes", "tokens", "steps", "checkpoint", "work"]
+    table = _table("stages", {"stage": "left", "model": "left", **dict.fromkeys(numbers, "right")})
+    for stage in plan.stages:
+        trained = stage.training
+        written = [size(stage.model_bytes)] if stage.model_bytes else [size(count) for count in stage.exports.values()]
+        table.add_row(
+            stage.name,
+            stage.shape,
+            amount(stage.parameters),
+            *(size(count) for count in stage.precisions.values()),
+            ", ".join(written) or "-",
+            *(
+                (amount(trained.tokens), f"{trained.steps:,}", size(trained.checkpoint_bytes), f"{trained.flop:.2g} FLOP")
+                if trained
+                else ("-",) * 4
+            ),
+        )
+    return table
+
+
+def _memory(plan: Plan) -> "Table":
+    where = "GPU" if plan.machine.gpus else "process"
+    table = _table(f"memory of each {where}", {"stage": "left", **dict.fromkeys((*_ROLES, "total"), "right"), "fits": "left"})
+    for stage in plan.stages:
+        if not stage.training:
+            continue
+        roles, memory = stage.training.memory, plan.machine.gpu_memory
+        fits = "unknown" if memory is None else "yes" if stage.training.fits else "no"
+        if stage.training.remedy:
+            fits += f"; {' '.join(stage.training.remedy.settings)} takes {size(stage.training.remedy.roles.total)}"
+        room = f" of {size(usable(memory))}" if memory else ""
+        table.add_row(stage.name, *(size(getattr(roles, role)) for role in _ROLES), size(roles.total) + room, fits)
+    return table
+
+
+def _targets(stage: StagePlan) -> "Table":
+    title = ", ".join(f"{form} {size(count)}" for form, count in stage.exports.items())
+    table = _table(f"{stage.name}: {title}", {"served by": "left", "loads": "left", "why": "left", "nearest that does": "left"})
+    for verdict in stage.verdicts:
+        table.add_row(verdict.target, verdict.outcome, _safe(verdict.reason), _safe(verdict.fix))
+    return table
+
+
+def _values(plan: Plan) -> "Table":
+    table = _table("values", {"key": "left", "value": "left", "from": "left"})
+    told: set[str] = set()
+    derived = [value for stage in plan.stages for value in stage.values]
+    overtaken = {value.key for value in derived}
+    for value in [*(v for v in plan.values if v.key not in overtaken), *derived]:
+        if value.key not in told:
+            told.add(value.key)
+            table.add_row(_safe(value.key), _safe(str(value.value)), _safe(value.origin))
+    return table
+
+
+def _safe(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,80 @@
+"""Every value that a run goes by, with where it comes from: the recipe, a default, or a rule."""
+
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...trainer.batch import MICRO_BATCH_TOKENS
+from ...trainer.stages.training import BASE_HIDDEN, BASE_RATES
+
+if TYPE_CHECKING:
+    from ...configs.recipe import Recipe, StageEntry
+    from ...trainer.plan import TrainingPlan
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value."""
+
+    key: str
+    """As overrides address it, or a name of a derived number below it."""
+    value: Any
+    origin: str
+    """recipe, default, or the rule."""
+
+
+def recipe_values(recipe: "Recipe") -> list[Value]:
+    """All settings of teacher, student, data and trainer; those of stages come with each stage."""
+    found = [Value("seed", recipe.seed, "recipe" if recipe.seed else "default")]
+    for section in ("teacher", "student", "data", "trainer"):
+        settings = getattr(recipe, section)
+        if settings is not None:
+            found += settings_values(section, settings)
+    return found
+
+
+def settings_values(prefix: str, settings: Any) -> list[Value]:
+    """The fields of a settings dataclass, sections inside it too; what is None and says nothing is left out."""
+    found: list[Value] = []
+    for entry in fields(settings):
+        value = getattr(settings, entry.name)
+        default = entry.default if entry.default is not MISSING else entry.default_factory() if entry.default_factory is not MISSING else None
+        if is_dataclass(value):
+            found += settings_values(f"{prefix}.{entry.name}", value)
+        elif value is not None:
+            found.append(Value(f"{prefix}.{entry.name}", value, "default" if value == default else "recipe"))
+    return found
+
+
+def training_values(entry: "StageEntry", plan: "TrainingPlan", seq_length: int, ranks: int, hidden: int, wanted: Any) -> list[Value]:
+    """Derived numbers of a training stage.
+
+    Args:
+        wanted: The recipe's ``TrainerSettings``, whose ``auto`` is decided here.
+    """
+    settings, batch = entry.settings, plan.batch
+    step_tokens = batch.global_windows * seq_length
+    prefix = f"stages.{entry.index}.{entry.kind}"
+    rate = f"{BASE_RATES[entry.kind]:g} x {BASE_HIDDEN} / hidden {hidden:,}"
+    steps = "recipe" if settings.steps is not None else f"tokens {settings.tokens:,} / {step_tokens:,} a step, rounded up"
+    return [
+        Value(f"{prefix}.steps", plan.total_steps, steps),
+        Value(f"{prefix}.tokens", plan.total_steps * step_tokens, f"{plan.total_steps:,} steps x {step_tokens:,}"),
+        Value(f"{prefix}.learning_rate", plan.learning_rate, rate if settings.learning_rate is None else "recipe"),
+        Value(f"{prefix}.warmup steps", round(plan.warmup * plan.total_steps), f"{plan.warmup:g} of the steps"),
+        Value(
+            f"{prefix}.checkpoint_every",
+            plan.checkpoint_every,
+            "recipe" if settings.checkpoint_every else "a twentieth of the steps, at least 10",
+        ),
+        Value(
+            "trainer.micro_batch",
+            batch.micro_batch,
+            f"the most that {MICRO_BATCH_TOKENS:,} tokens hold and that divides a rank's share" if wanted.micro_batch == "auto" else "recipe",
+        ),
+        Value("micro-batches a step", batch.accumulation, f"{batch.global_windows} windows / {ranks} processes / micro_batch"),
+        Value(
+            "trainer.strategy",
+            plan.strategy if ranks > 1 else "one process",
+            "recipe" if wanted.strategy != "auto" else "fsdp2 where ddp would fill more than 60 % of a GPU",
+        ),
+    ]

@@ -1,0 +1,50 @@
+"""The verb `plan`."""
+
+import json
+import re
+from collections.abc import Sequence
+
+from ...models.errors import UserError
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """'80GB', '24 GiB' or '85899345920' in bytes; UserError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in _UNITS or float(match[1]) <= 0:
+        raise UserError(f"{option}={text!r} is no amount of memory; write it as 80GB or 24GiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def run_plan(
+    recipe: str,
+    overrides: Sequence[str],
+    gpus: int | None,
+    nodes: int,
+    gpu_memory: str | None,
+    tensor_parallel: int,
+    as_json: bool,
+) -> None:
+    """Print the plan; UserError (exit code 2) after it when something cannot work."""
+    from rich.console import Console
+
+    from ...configs.loader import load_recipe
+    from ..report.tables import WIDE
+    from . import plan, problems
+    from . import show as drawing
+
+    for option, value in (("--gpus", gpus), ("--nodes", nodes), ("--tensor-parallel", tensor_parallel)):
+        if value is not None and value < 1:
+            raise UserError(f"{option}={value} must be at least 1")
+    memory = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
+    made = plan(load_recipe(recipe, overrides), gpus=gpus, gpu_memory=memory, nodes=nodes, tensor_parallel=tensor_parallel)
+    if as_json:
+        print(json.dumps(drawing.as_json(made), indent=1))
+    else:
+        console = Console()
+        if not console.is_terminal:
+            console.width = max(console.width, WIDE)
+        drawing.draw(made, console)
+    if found := problems(made):
+        raise UserError("this recipe cannot work there:\n" + "\n".join(f"  - {problem}" for problem in found))

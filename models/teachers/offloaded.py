@@ -1,0 +1,100 @@
+"""A teacher whose decoder layers lie in host memory and visit the device one at a time.
+
+Before a layer runs its weights are copied to the device, after it they are dropped; with CUDA the next layer's are on their way meanwhile
+(pinned memory, a stream of its own), so two layers are the most that is ever there. Embedding, final norm and head stay on the device.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..families import decoder_layers
+from ..loading import load_model
+from ..streaming import fill, open_files, place
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def offloaded_model(path: str | Path, *, dtype: torch.dtype, device: torch.device | str, revision: str | None = None) -> "PreTrainedModel":
+    """A frozen causal language model that runs on ``device`` with its decoder layers in host memory, in eval mode.
+
+    It cannot move afterwards, and has no backward pass.
+
+    Raises:
+        UserError: see ``load_model``; or the decoder layers are not found.
+    """
+    device = torch.device(device)
+    with open_files(path, revision, dtype) as (skeleton, files):
+        model = skeleton if skeleton is not None else load_model(path, dtype=dtype, revision=revision)
+        layers = decoder_layers(model)
+        if not layers:
+            raise UserError(f"teacher.placement: offloaded: no list of decoder layers in {path}; use placement: replicated")
+        if files is not None:
+            for layer in layers:
+                fill(model, files, dtype=dtype, device="cpu", inside=layer)
+            fill(model, files, dtype=dtype, device=device)
+        _place_around(model, layers, device)
+    model.requires_grad_(False).eval()
+    Offloading(layers, device)
+    return model
+
+
+def _place_around(model: nn.Module, layers: list[nn.Module], device: torch.device) -> None:
+    """Move everything but the layers' parameters."""
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    place(model, device, skip=inside)
+
+
+class Offloading:
+    """Brings the weights of layers to ``device`` while they run; installed by its constructor, kept alive by the layers' hooks.
+
+    Args:
+        layers: In the order in which they run; their parameters are on the CPU.
+        device: Where they run. The CPU is allowed (weights are copied all the same), for tests.
+    """
+
+    def __init__(self, layers: list[nn.Module], device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._parameters = [list(layer.parameters()) for layer in layers]
+        self._host: list[list[Tensor]] = []
+        self._coming: dict[int, tuple[list[Tensor], torch.cuda.Event | None]] = {}
+        for index, layer in enumerate(layers):
+            self._host.append([self._pin(parameter.detach()) for parameter in self._parameters[index]])
+            self._leave(index)  # lets go of what was not pinned: the host never holds two copies of more than a layer
+            layer.register_forward_pre_hook(lambda *_, index=index: self._enter(index))
+            layer.register_forward_hook(lambda *_, index=index: self._leave(index), always_call=True)
+
+    def _pin(self, weight: Tensor) -> Tensor:
+        return weight.pin_memory() if self._stream is not None else weight
+
+    def _enter(self, index: int) -> None:
+        """Give layer ``index`` its weights, and send for the next layer's."""
+        weights, arrived = self._coming.pop(index, None) or self._send(index)
+        if arrived is not None:
+            here = torch.cuda.current_stream(self._device)
+            here.wait_event(arrived)
+            for weight in weights:
+                weight.record_stream(here)  # or its memory would be given to the next copy while this layer still reads it
+        for parameter, weight in zip(self._parameters[index], weights):
+            parameter.data = weight
+        if self._stream is not None and index + 1 < len(self._parameters):
+            self._coming[index + 1] = self._send(index + 1)
+
+    def _leave(self, index: int) -> None:
+        """Back to the weights in host memory; those on the device are dropped."""
+        for parameter, weight in zip(self._parameters[index], self._host[index]):
+            parameter.data = weight
+
+    def _send(self, index: int) -> tuple[list[Tensor], Any]:
+        if self._stream is None:
+            return [weight.to(self._device, copy=True) for weight in self._host[index]], None
+        with torch.cuda.stream(self._stream):
+            weights = [weight.to(self._device, non_blocking=True) for weight in self._host[index]]
+            arrived = torch.cuda.Event()
+            arrived.record(self._stream)
+        return weights, arrived

@@ -1,0 +1,101 @@
+"""A teacher whose decoder linears are rounded by bitsandbytes: nf4 (QLoRA, arXiv 2305.14314) or int8 (LLM.int8(), arXiv 2208.07339).
+
+Built on the meta device and filled one tensor at a time, so that a model that only fits quantized needs no more than that. Embedding,
+norms and head stay bf16, and so does the arithmetic of nf4; int8 multiplies in 8 bits, with input columns beyond 6.0 in fp16. Both run on
+a CPU as well, where nf4 is decoded for each product.
+"""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..families import decoder_linears
+from ..loading import load_model
+from ..low_bit import check_low_bit, load_bitsandbytes
+from ..streaming import fill, open_files, place
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Rounding = Literal["nf4", "int8"]
+NF4_BLOCK = 64
+"""Weights that share an fp32 scale."""
+OUTLIER = 6.0
+"""Input columns with a larger number are multiplied in fp16 (the paper's threshold)."""
+
+
+def quantized_model(
+    path: str | Path, *, kind: Rounding, device: torch.device | str = "cpu", revision: str | None = None
+) -> "PreTrainedModel":
+    """A frozen causal language model with the linears of its decoder layers in nf4 or int8, the rest in bf16, in eval mode.
+
+    Args:
+        path: Model folder or hub id.
+        kind: nf4 (0.5 byte a weight + an fp32 scale for each 64) or int8 (1 byte + an fp32 scale a row).
+        device: Where it is quantized and runs; it cannot move afterwards.
+        revision: Hub revision.
+
+    Raises:
+        UserError: see ``load_model``; or bitsandbytes is missing or does not work on ``device``.
+    """
+    key = f"teacher.load_in: {kind}"
+    check_low_bit(key, device)
+    _silence()
+    with open_files(path, revision, torch.bfloat16) as (skeleton, files):
+        model = skeleton if skeleton is not None else load_model(path, dtype=torch.bfloat16, revision=revision)
+        linears = decoder_linears(model)
+        if not linears:
+            raise UserError(f"{key}: {path} has no linear layers in its decoder that could be rounded; use load_in: bf16")
+        for name, linear in linears.items():
+            weight = linear.weight if files is None else files.read_as(f"{name}.weight", torch.bfloat16)
+            _replace(model, name, _rounded(key, name, linear, weight.detach(), kind, device))
+        if files is not None:
+            fill(model, files, dtype=torch.bfloat16, device=device)
+        place(model, device)
+    return model.requires_grad_(False).eval()
+
+
+def _rounded(key: str, name: str, linear: nn.Linear, weight: Tensor, kind: Rounding, device: torch.device | str) -> nn.Linear:
+    """bitsandbytes' module for ``linear``, its weight [out, in] quantized on ``device``; a bias is taken over as it is."""
+    modules = load_bitsandbytes(key).nn
+    shape = (linear.in_features, linear.out_features)
+    try:
+        if kind == "nf4":
+            # fp32 scales: rounding those too (compress_statistics) would save 0.4 bits a weight
+            module: Any = modules.Linear4bit(
+                *shape, bias=False, compute_dtype=torch.bfloat16, compress_statistics=False, quant_type="nf4", device="meta"
+            )
+            # its packed CPU kernels want multiples of 32 outputs and exist on some CPUs only; decoding gives the same numbers on all
+            module.support_avx512bf16_for_cpu = False
+            module.weight = modules.Params4bit(
+                weight, requires_grad=False, compress_statistics=False, quant_type="nf4", blocksize=NF4_BLOCK, module=module
+            ).to(device)
+        else:
+            module = modules.Linear8bitLt(*shape, bias=False, has_fp16_weights=False, threshold=OUTLIER, device="meta")
+            module.weight = modules.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{key}: {name} {tuple(weight.shape)} cannot be rounded on {device} ({error}); use load_in: bf16") from error
+    module.bias = linear.bias
+    return module.eval()
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, key = name.rpartition(".")
+    setattr(model.get_submodule(parent), key, module)
+
+
+class _CastRemark(logging.Filter):
+    """bitsandbytes remarks at every int8 product that bf16 inputs are cast to fp16."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "inputs will be cast" not in record.getMessage()
+
+
+def _silence() -> None:
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    if not any(isinstance(known, _CastRemark) for known in logger.filters):
+        logger.addFilter(_CastRemark())

@@ -1,0 +1,81 @@
+"""The weights of a model folder one by one: mapped into memory, checked, and read when asked for."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+from .folder_check import check_model_folder
+from .loading import check_finite
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Dtypes of weights that are read as they are."""
+
+
+class WeightFiles:
+    """The weights of a checked model folder by name, mapped into memory and read when asked for; a context manager.
+
+    Args:
+        folder: Local model folder, one safetensors file or several with an index.
+
+    Raises:
+        UserError: see ``check_model_folder``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        self.folder = Path(folder)
+        self._open = [safe_open(file, framework="pt") for file in check_model_folder(self.folder)]
+        self._files: dict[str, Any] = {name: file for file in self._open for name in file.keys()}  # noqa: SIM118 - no mapping
+
+    def names(self) -> list[str]:
+        """Every tensor of the folder, in the order of the files."""
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a whole tensor."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """Dtype of a tensor as stored; None for those that no model is trained in (integers, 8 bits and less)."""
+        return DTYPES.get(self._files[name].get_slice(name).get_dtype())
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or some rows of its first dimension, on the CPU in its own dtype; no other rows are read from the disk.
+
+        Args:
+            name: One of ``names()``.
+            rows: Contiguous rows, possibly none; None = all.
+
+        Raises:
+            UserError: there is no such tensor, or what was read is not finite.
+        """
+        if name not in self._files:
+            raise UserError(f"{self.folder} has no weight {name}; fetch or export the model again")
+        file = self._files[name]
+        tensor: Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+        check_finite(self.folder, name, tensor, tensor.dtype)
+        return tensor
+
+    def read_as(self, name: str, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
+        """``read`` in another dtype; refuses numbers that are too large for it."""
+        stored = self.read(name, rows)
+        if stored.dtype == dtype:
+            return stored
+        tensor = stored.to(dtype)
+        check_finite(self.folder, name, tensor, dtype)
+        return tensor
+
+    def close(self) -> None:
+        """Forget the files; tensors that were read stay valid."""
+        self._files.clear()
+        self._open.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,99 @@
+"""One real training stage in a fresh process, beside what the plan says of its memory: prints both as JSON.
+
+``python memory_case.py KIND [checkpointing] [cuda]``; KIND is distill or qat. On a CPU the rise of anonymous memory over the state after
+imports, on a GPU the allocator's peak.
+"""
+
+import json
+import re
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from decoct.launch.plan.memory import Situation, training_memory
+from decoct.launch.plan.shapes import shape_of
+from decoct.losses.settings import LossSettings
+from decoct.models.teachers import LocalTeacher
+from decoct.qat.modules import prepare
+from decoct.qat.spec import QuantSpec
+from decoct.trainer.batch import BatchPlan
+from decoct.trainer.fit import fit
+from decoct.trainer.metrics import MetricsSink
+from decoct.trainer.objective import Objective
+from decoct.trainer.plan import TrainingPlan
+
+SEQ, WINDOWS, VOCAB = 256, 4, 8192
+
+
+def config(layers: int) -> LlamaConfig:
+    """A Llama of 768 channels."""
+    return LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        tie_word_embeddings=True,
+    )
+
+
+def anonymous() -> int:
+    """Bytes of memory that no file stands behind."""
+    return int(re.findall(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024
+
+
+class Peak(threading.Thread):
+    """Samples ``anonymous`` until it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.base = self.most = anonymous()
+        self.start()
+
+    def run(self) -> None:
+        """Sample."""
+        while True:
+            self.most = max(self.most, anonymous())
+            time.sleep(0.005)
+
+
+def main() -> None:
+    """Train two steps and print prediction and measurement."""
+    kind, *options = sys.argv[1:]
+    on_gpu = "cuda" in options
+    torch.set_num_threads(1)
+    plan = TrainingPlan(
+        total_steps=2,
+        batch=BatchPlan(global_windows=WINDOWS, micro_batch=WINDOWS, accumulation=1),
+        learning_rate=1e-4,
+        checkpoint_every=10**6,
+        activation_checkpointing="checkpointing" in options,
+        precision="bf16-mixed" if on_gpu else "32",
+    )
+    spec = QuantSpec(bits=4, group_size=64) if kind == "qat" else None
+    case = Situation(plan=plan, seq_length=SEQ, ranks=1, on_gpu=on_gpu, load_in="fp32", quant=spec)
+    student_config, teacher_config = config(6), config(10)
+    roles = training_memory(shape_of(student_config, ""), shape_of(teacher_config, ""), case)
+    rows = torch.randint(0, VOCAB, (16, SEQ))
+    data = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in rows]
+    peak = Peak()
+    teacher = LocalTeacher(LlamaForCausalLM(teacher_config), v_eff=VOCAB)
+    student = LlamaForCausalLM(student_config)
+    if spec is not None:
+        prepare(student, spec)
+    with tempfile.TemporaryDirectory() as folder:
+        objective = Objective(teacher, LossSettings(), v_eff=VOCAB)
+        fit(student, objective, data, plan, work=Path(folder), stage=kind, metrics=MetricsSink(None))
+        measured = torch.cuda.max_memory_allocated() if on_gpu else peak.most - peak.base
+    print(json.dumps({"measured": measured, "predicted": roles.total, "roles": asdict(roles)}))
+
+
+if __name__ == "__main__":
+    main()
