@@ -1,4 +1,4 @@
-"""What every benchmark writes: rows ``{case, system, metric, value, unit}``, printed as a table and kept beside the machine they are from."""
+"""What every benchmark writes: rows ``{case, system, metric, value, unit}``, as a table, and in a file beside the machine they are from."""
 
 import datetime
 import json

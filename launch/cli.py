@@ -60,6 +60,41 @@ def run(
     start(load_recipe(recipe, overrides or ()), out)
 
 
+@app.command(epilog="Example: decoct launch qwen3-8b-4b-int4 --gpus 8 --nodes 2 --target slurm --print")
+def launch(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped recipe.")],
+    overrides: Overrides = None,
+    target: Annotated[str, typer.Option("--target", help="local, torchrun, slurm or kubernetes.")] = "local",
+    show: Annotated[bool, typer.Option("--print", help="Print the command or file, and start nothing.")] = False,
+    gpus: Annotated[int | None, typer.Option("--gpus", help="Processes on each node. [default: the recipe's]", show_default=False)] = None,
+    nodes: Annotated[int, typer.Option("--nodes", help="Machines.")] = 1,
+    max_restarts: Annotated[int, typer.Option("--max-restarts", help="Starts after a crash; each resumes by itself.")] = 3,
+    out: Out = None,
+    job_id: Annotated[str | None, typer.Option("--job-id", help="Rendezvous id, the same on all nodes.", show_default=False)] = None,
+    rdzv_endpoint: Annotated[str | None, typer.Option("--rdzv-endpoint", help="torchrun: HOST:PORT of the first node.")] = None,
+    node_rank: Annotated[int | None, typer.Option("--node-rank", help="torchrun: number of this node.")] = None,
+    grace: Annotated[int, typer.Option("--grace", help="Seconds to save in when the job is stopped.")] = 120,
+    partition: Annotated[str | None, typer.Option("--partition", help="slurm: partition.")] = None,
+    account: Annotated[str | None, typer.Option("--account", help="slurm: account.")] = None,
+    time: Annotated[str | None, typer.Option("--time", help="slurm: time limit, such as 24:00:00.")] = None,
+    image: Annotated[str | None, typer.Option("--image", help="kubernetes: container image.")] = None,
+    namespace: Annotated[str, typer.Option("--namespace", help="kubernetes: namespace.")] = "default",
+    volume_claim: Annotated[str | None, typer.Option("--volume-claim", help="kubernetes: claim for runs and cache.")] = None,
+    secret: Annotated[list[str] | None, typer.Option("--secret", help="kubernetes: VARIABLE=SECRET/KEY; repeatable.")] = None,
+    kind: Annotated[str, typer.Option("--kind", help="kubernetes: trainjob or jobset.")] = "trainjob",
+) -> None:
+    """Run a recipe on this machine's GPUs, on many nodes, or through a scheduler, with restarts, resuming and a log file for each rank."""
+    from .jobs.job import Slurm
+    from .jobs.verb import Choices, run_launch
+
+    choices = Choices(
+        target=target, show=show, gpus=gpus, nodes=nodes, restarts=max_restarts, out=out, job_id=job_id, endpoint=rdzv_endpoint,
+        node_rank=node_rank, grace=grace, slurm=Slurm(partition=partition, account=account, time=time), image=image,
+        namespace=namespace, volume_claim=volume_claim, secrets=secret or (), kind=kind,
+    )  # fmt: skip
+    run_launch(recipe, overrides or (), choices)
+
+
 @app.command(epilog="Example: decoct footprint 70B --context 32768 --batch 8")
 def footprint(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hub id, stored architecture, or a size such as 70B.")],
@@ -87,7 +122,7 @@ def plan(
     tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", help="GPUs that will serve one copy of the export.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a recipe will need and yield, stage by stage: sizes, tokens, disk, memory by role, and who can serve it. Downloads no weights."""
+    """Say what a recipe will need and yield, stage by stage: sizes, tokens, disk, memory by role, who can serve it. Downloads no weights."""
     from .plan.verb import run_plan
 
     run_plan(recipe, overrides or (), gpus, nodes, gpu_memory, tensor_parallel, as_json)
@@ -249,17 +284,28 @@ def _tell(message: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs the verb and ends the process with its exit code."""
+    from .run.workers import FINAL_CODES, remember_outcome, remembered_outcome
+
     given, debug = _split_debug(sys.argv[1:] if arguments is None else arguments)
+    decided = remembered_outcome()
+    if decided is not None:
+        sys.exit(decided)
     try:
         app(args=given, prog_name="decoct")
     except DecoctError as error:
+        remember_outcome(error.exit_code)
         if debug:
             raise
         _tell(f"error: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
+        remember_outcome(130)
         _tell("interrupted; run the same command again to go on from the last checkpoint")
         sys.exit(130)
+    except SystemExit as ended:
+        if ended.code in FINAL_CODES:
+            remember_outcome(int(ended.code))
+        raise
 
 
 if __name__ == "__main__":

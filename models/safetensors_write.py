@@ -1,4 +1,4 @@
-"""Writing safetensors tensor by tensor: the library first copies everything that goes into a file, which for a checkpoint is a second model.
+"""Writing safetensors tensor by tensor: the library first copies all that goes into a file, which for a checkpoint is a second model.
 
 Source of the format: https://github.com/huggingface/safetensors (section "Format").
 """
@@ -46,4 +46,4 @@ def write_safetensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Map
         for _, tensor in ordered:
             if tensor.numel():
                 own = tensor.detach().cpu().contiguous()
-                file.write(memoryview(own.reshape(-1).view(torch.uint8).numpy()))
+                file.write(own.reshape(-1).view(torch.uint8).numpy().data)

@@ -15,6 +15,8 @@ HUB_IDS = {
     "HuggingFaceTB/SmolLM2-360M": "SmolLM2-360M",
     "Qwen/Qwen2.5-0.5B": "Qwen2.5-0.5B",
     "meta-llama/Meta-Llama-3-70B": "Llama-3-70B",
+    "meta-llama/Llama-3.1-8B": "Llama-3.1-8B",
+    "Qwen/Qwen3-8B": "Qwen3-8B",
 }
 """Hub id -> name of the stored architecture."""
 

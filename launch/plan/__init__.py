@@ -90,9 +90,7 @@ class Plan:
     """All model folders, and three checkpoints of the stage that needs most."""
 
 
-def plan(
-    recipe: "Recipe", *, gpus: int | None = None, gpu_memory: int | None = None, nodes: int = 1, tensor_parallel: int = 1
-) -> Plan:
+def plan(recipe: "Recipe", *, gpus: int | None = None, gpu_memory: int | None = None, nodes: int = 1, tensor_parallel: int = 1) -> Plan:
     """Plan a recipe.
 
     Args:
@@ -124,10 +122,11 @@ def plan(
 
 def problems(plan: Plan, out: Path | None = None) -> list[str]:
     """What cannot work, each as a sentence with the remedy; [] when nothing is known to stand in the way."""
-    found: list[str] = []
-    for stage in plan.stages:
-        if stage.training and stage.training.fits is False:
-            found.append(f"{stage.name} {_too_large(stage.training, plan.machine)}")
+    found = [
+        f"{stage.name} {_too_large(stage.training, plan.machine)}"
+        for stage in plan.stages
+        if stage.training and stage.training.fits is False
+    ]
     if out is not None:
         place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
         free = shutil.disk_usage(place).free

@@ -173,7 +173,9 @@ def run_footprint(what: str, context: int | None, batch: int, as_json: bool) -> 
     rows = ladder(shape, context=length, batch=batch, nominal=nominal_size(what))
     if as_json:
         plain = [{**asdict(row), "stored": row.stored, "served": row.served} for row in rows]
-        print(json.dumps({"model": shape.source, "parameters": shape.parameters, "context": length, "batch": batch, "rows": plain}, indent=1))
+        print(
+            json.dumps({"model": shape.source, "parameters": shape.parameters, "context": length, "batch": batch, "rows": plain}, indent=1)
+        )
         return
     _draw(shape, rows, length, batch, Console())
 

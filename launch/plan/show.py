@@ -83,15 +83,17 @@ def draw(plan: Plan, console: "Console", *, values: bool = True) -> None:
         console.print(f"cannot work: {problem}", style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
-def check_before_run(recipe: Any, out: "Path", console: "Console") -> None:
-    """Print the short form; UserError (exit code 2) when something cannot work. A hub that cannot be reached is told of, not an error here."""
+def check_before_run(recipe: Any, out: "Path", console: "Console", *, nodes: int = 1) -> None:
+    """Print the short form; UserError (exit code 2) when something cannot work.
+
+    A model whose numbers cannot be had is left to the run, which needs more of it and says more about it.
+    """
     from ...models.errors import UserError
     from . import plan as make_plan
 
     try:
-        made = make_plan(recipe)
-    except UserError as error:
-        console.print(f"no plan beforehand: {error}", markup=False, highlight=False, soft_wrap=True)
+        made = make_plan(recipe, nodes=nodes)
+    except UserError:
         return
     console.print(short_form(made), markup=False, highlight=False, soft_wrap=True)
     if found := problems(made, out):

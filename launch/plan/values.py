@@ -37,7 +37,9 @@ def settings_values(prefix: str, settings: Any) -> list[Value]:
     found: list[Value] = []
     for entry in fields(settings):
         value = getattr(settings, entry.name)
-        default = entry.default if entry.default is not MISSING else entry.default_factory() if entry.default_factory is not MISSING else None
+        default = (
+            entry.default if entry.default is not MISSING else entry.default_factory() if entry.default_factory is not MISSING else None
+        )
         if is_dataclass(value):
             found += settings_values(f"{prefix}.{entry.name}", value)
         elif value is not None:
@@ -69,7 +71,9 @@ def training_values(entry: "StageEntry", plan: "TrainingPlan", seq_length: int, 
         Value(
             "trainer.micro_batch",
             batch.micro_batch,
-            f"the most that {MICRO_BATCH_TOKENS:,} tokens hold and that divides a rank's share" if wanted.micro_batch == "auto" else "recipe",
+            f"the most that {MICRO_BATCH_TOKENS:,} tokens hold and that divides a rank's share"
+            if wanted.micro_batch == "auto"
+            else "recipe",
         ),
         Value("micro-batches a step", batch.accumulation, f"{batch.global_windows} windows / {ranks} processes / micro_batch"),
         Value(

@@ -5,28 +5,48 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .workers import run_under_torchrun, wanted_processes
+from .workers import Agent, die_with_agent, run_under_torchrun, wanted_processes
 
 if TYPE_CHECKING:
     from ...configs.recipe import Recipe
+    from ...trainer.world import World
+
+_PLANNED = "DECOCT_PLANNED"
+"""Set for the processes that this one starts: the plan has been shown."""
 
 
 def start(recipe: "Recipe", out: Path | None) -> None:
     """Run ``recipe`` in ``out`` (default ``runs/<name>``); raises SystemExit with the workers' code when they failed."""
     from ...trainer.world import current_world
 
+    die_with_agent()
     world = current_world()
+    where = out or Path("runs") / recipe.name
+    _plan_first(recipe, where, world)
     if world.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         processes = wanted_processes(recipe.trainer.devices)
         if processes > 1:
-            code = run_under_torchrun(sys.argv[1:], processes)
+            code = run_under_torchrun(sys.argv[1:], Agent(processes=processes))
             if code:
                 raise SystemExit(code)
             return
     quiet_libraries()
     from .runner import Runner
 
-    Runner(recipe, out or Path("runs") / recipe.name, world).run()
+    Runner(recipe, where, world).run()
+
+
+def _plan_first(recipe: "Recipe", out: Path, world: "World") -> None:
+    """Say what is coming, once for all processes, and stop where something cannot work."""
+    if not world.is_first or os.environ.get(_PLANNED):
+        return
+    quiet_libraries()
+    from rich.console import Console
+
+    from ..plan.show import check_before_run
+
+    check_before_run(recipe, out, Console(), nodes=world.nodes)
+    os.environ[_PLANNED] = "1"
 
 
 def quiet_libraries() -> None:

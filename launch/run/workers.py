@@ -1,9 +1,37 @@
-"""Starting a run's processes: ``decoct run`` on more than one device starts torchrun's agent itself, before any stage."""
+"""Starting a run's processes: decoct starts torchrun's agent itself, restarts what died, and does not restart what was decided.
 
+An agent of torchrun restarts whatever fails. A user's mistake, a failed gate, NaN, Ctrl-C and a preemption would end the same way again,
+so the exit code decides: ``FINAL_CODES`` end the job. Under a torchrun that somebody else started, a worker leaves its code in a file of
+its agent, and restarted workers of that agent end with it at once.
+"""
+
+import hashlib
 import os
+import signal
 import sys
+import tempfile
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FINAL_CODES = (2, 3, 130, 143)
+"""Exit codes after which nothing is started again: a mistake, a gate, Ctrl-C, SIGTERM."""
+_KILLED_BY_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agent:
+    """How the processes of one machine are watched over."""
+
+    processes: int
+    restarts: int = 0
+    """How often processes that died are started again."""
+    logs: Path | None = None
+    """Folder for each rank's own output; rank 0 is on the console too."""
+    grace: int = 30
+    """Seconds between SIGTERM and SIGKILL."""
 
 
 def wanted_processes(devices: int | str) -> int:
@@ -15,29 +43,105 @@ def wanted_processes(devices: int | str) -> int:
     return int(devices)
 
 
-def run_under_torchrun(arguments: Sequence[str], processes: int) -> int:
-    """Run ``decoct <arguments>`` in ``processes`` workers under torchrun's agent and return the exit code they ended with."""
+def run_under_torchrun(arguments: Sequence[str], agent: Agent) -> int:
+    """Run ``decoct <arguments>`` under torchrun's agent on this machine, again after a crash; returns the exit code to end with."""
+    attempt = 0
+    while True:
+        code, decided = _run_once(arguments, agent, attempt)
+        if code == 0 or decided or code in FINAL_CODES or attempt == agent.restarts:
+            return code
+        attempt += 1
+        told = f"start {attempt + 1} of {agent.restarts + 1} continues from the last checkpoint"
+        print(f"decoct: a process died (exit code {code}); {told}", file=sys.stderr, flush=True)
+
+
+def _run_once(arguments: Sequence[str], agent: Agent, attempt: int) -> tuple[int, bool]:
+    """(exit code, whether the workers say that another start would end alike)."""
     import logging
 
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # The workers have already told the user what went wrong; the agent would add its own traceback.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // agent.processes)))
+    run_id = uuid.uuid4().hex
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
+        nproc_per_node=agent.processes,
+        run_id=run_id,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.2,
+        **_options(agent, attempt),
     )
     try:
         elastic_launch(config, sys.executable)("-m", "decoct.launch.cli", *arguments)
     except ChildFailedError as failure:
         codes = [child.exitcode for child in failure.failures.values()]
-        return next((code for code in codes if code > 0), 1)
-    return 0
+        decided = _read_outcome(os.getpid(), run_id)
+        return (decided, True) if decided is not None else (next((code for code in codes if code > 0), 1), False)
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval), True
+    finally:
+        _outcome_file(os.getpid(), run_id).unlink(missing_ok=True)
+    return 0, True
+
+
+def _options(agent: Agent, attempt: int) -> dict[str, Any]:
+    """Logs and grace, as far as this torch has them."""
+    from dataclasses import fields
+
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig
+
+    options: dict[str, Any] = {}
+    if agent.logs is not None:
+        place = agent.logs / f"start-{attempt}"
+        place.mkdir(parents=True, exist_ok=True)
+        options["logs_specs"] = DefaultLogsSpecs(log_dir=str(place), tee=Std.ALL, local_ranks_filter={0})
+    if "shutdown_timeout" in {field.name for field in fields(LaunchConfig)}:
+        options["shutdown_timeout"] = agent.grace
+    return options
+
+
+def die_with_agent() -> None:
+    """Ask Linux to kill this worker when its agent is killed: an orphan would hold its GPU and its place in every collective.
+
+    SIGKILL, not SIGTERM: a save needs all ranks, and those of other machines are to be restarted, not stopped.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    ctypes.CDLL(None, use_errno=True).prctl(_KILLED_BY_PARENTS_DEATH, signal.SIGKILL)
+
+
+def remember_outcome(code: int) -> None:
+    """Leave a final exit code for the agent, and for the workers that it may start next."""
+    if run_id := os.environ.get("TORCHELASTIC_RUN_ID"):
+        _outcome_file(os.getppid(), run_id).write_text(str(code))
+
+
+def remembered_outcome() -> int | None:
+    """The final exit code of this agent's earlier workers; None when they have left none, or these are its first."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    return _read_outcome(os.getppid(), os.environ.get("TORCHELASTIC_RUN_ID", ""))
+
+
+def _read_outcome(agent: int, run_id: str) -> int | None:
+    try:
+        return int(_outcome_file(agent, run_id).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _outcome_file(agent: int, run_id: str) -> Path:
+    """By agent as well as by job: two agents of one job may run on one machine."""
+    name = hashlib.sha256(f"{os.getuid()}/{agent}/{run_id}".encode()).hexdigest()[:24]
+    return Path(tempfile.gettempdir()) / f"decoct-{name}.outcome"

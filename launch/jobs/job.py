@@ -1,0 +1,84 @@
+"""What is launched, apart from where."""
+
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...models.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One recipe on ``nodes`` machines of ``gpus`` processes."""
+
+    recipe: str
+    """Recipe file or shipped name, as given."""
+    name: str
+    """The recipe's name, for the job's."""
+    overrides: Sequence[str] = ()
+    out: Path
+    """Run folder; the machines share it."""
+    gpus: int = 1
+    """Processes on each node, one a GPU."""
+    nodes: int = 1
+    restarts: int = 3
+    """How often processes that died are started again; each start resumes by itself."""
+    job_id: str
+    """Rendezvous id: one for each job, the same on all its nodes."""
+    grace: int = 120
+    """Seconds that a stopped job has to save: between the signal and the end."""
+
+    def arguments(self) -> list[str]:
+        """What follows ``decoct``."""
+        return ["run", self.recipe, *self.overrides, f"trainer.devices={self.gpus}", "--out", str(self.out)]
+
+    @property
+    def logs(self) -> Path:
+        """Folder of each rank's output."""
+        return self.out / "logs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slurm:
+    """Slurm's own settings."""
+
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None
+    """Limit, as sbatch writes it: 24:00:00."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kubernetes:
+    """The cluster's own settings."""
+
+    image: str
+    namespace: str = "default"
+    volume_claim: str
+    """PersistentVolumeClaim for runs and cache."""
+    secrets: Mapping[str, str] = field(default_factory=dict)
+    """Environment variable -> 'secret/key' that holds its value."""
+
+
+def new_job_id(name: str) -> str:
+    """An id of its own for each job: the name, and eight random digits."""
+    return f"{dns_name(name)[:40]}-{uuid.uuid4().hex[:8]}"
+
+
+def dns_name(name: str) -> str:
+    """A name as Kubernetes and hosts want it: lower case, digits, dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "decoct"
+
+
+def parse_secret(text: str) -> tuple[str, str]:
+    """``WANDB_API_KEY=wandb/key`` as (variable, 'secret/key'); a value instead of a reference is refused."""
+    variable, equals, reference = text.partition("=")
+    parts = reference.split("/")
+    if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable) or len(parts) != 2 or not all(parts):
+        raise UserError(
+            "--secret takes VARIABLE=SECRET/KEY, a reference to a key of a Kubernetes secret, such as WANDB_API_KEY=wandb/api-key; "
+            "values are never written into a manifest"
+        )
+    return variable, reference

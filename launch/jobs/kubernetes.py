@@ -1,0 +1,119 @@
+"""Manifests: a Kubeflow TrainJob, or a JobSet where the cluster has no Kubeflow. Secrets are named, never written.
+
+Source: the public CRDs trainer.kubeflow.org/v1alpha1 TrainJob and jobset.x-k8s.io/v1alpha2 JobSet.
+"""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+from .job import Job, Kubernetes, dns_name
+from .torchrun import ENVIRONMENT, MODULE, torchrun_command
+
+WORK = "/workspace"
+"""Where the volume is mounted: runs, cache and the recipe, if it is a file."""
+PORT = 29500
+Kind = Literal["trainjob", "jobset"]
+
+
+def manifest(job: Job, cluster: Kubernetes, kind: Kind = "trainjob") -> str:
+    """The manifest as YAML, for ``kubectl apply -f -``."""
+    import yaml
+
+    made = train_job(job, cluster) if kind == "trainjob" else job_set(job, cluster)
+    return yaml.safe_dump(made, sort_keys=False, width=1000)
+
+
+def train_job(job: Job, cluster: Kubernetes) -> dict[str, Any]:
+    """A TrainJob on the runtime ``torch-distributed``, which starts torchrun on each node by itself."""
+    name = dns_name(job.job_id)
+    return {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": {"name": name, "namespace": cluster.namespace, "labels": {"app.kubernetes.io/name": "decoct"}},
+        "spec": {
+            "runtimeRef": {"apiGroup": "trainer.kubeflow.org", "kind": "ClusterTrainingRuntime", "name": "torch-distributed"},
+            "trainer": {
+                "image": cluster.image,
+                "numNodes": job.nodes,
+                "numProcPerNode": job.gpus,
+                "command": ["torchrun"],
+                "args": ["--max-restarts", str(job.restarts), "-m", MODULE, *job.arguments()],
+                "env": _environment(cluster),
+                "resourcesPerNode": {"limits": {"nvidia.com/gpu": job.gpus}},
+            },
+            "podTemplateOverrides": [
+                {
+                    "targetJobs": [{"name": "node"}],
+                    "spec": {
+                        "terminationGracePeriodSeconds": job.grace,
+                        "containers": [{"name": "node", "volumeMounts": _mounts()}],
+                        "volumes": _volumes(cluster),
+                    },
+                }
+            ],
+        },
+    }
+
+
+def job_set(job: Job, cluster: Kubernetes) -> dict[str, Any]:
+    """A JobSet of one indexed Job: a pod a node, which meet at the first pod."""
+    name = dns_name(job.job_id)
+    head = f"{name}-node-0-0.{name}"
+    command = torchrun_command(replace(job, job_id=name), endpoint=f"{head}:{PORT}", python="python")
+    container = {
+        "name": "node",
+        "image": cluster.image,
+        "workingDir": WORK,
+        "command": command,
+        "env": _environment(cluster),
+        "resources": {"limits": {"nvidia.com/gpu": job.gpus}},
+        "volumeMounts": _mounts(),
+    }
+    pod = {
+        "restartPolicy": "OnFailure",
+        "terminationGracePeriodSeconds": job.grace,
+        "containers": [container],
+        "volumes": _volumes(cluster),
+    }
+    replicated = {
+        "name": "node",
+        "replicas": 1,
+        "template": {
+            "spec": {
+                "completions": job.nodes,
+                "parallelism": job.nodes,
+                "completionMode": "Indexed",
+                "backoffLimit": job.restarts * job.nodes,
+                "template": {"spec": pod},
+            }
+        },
+    }
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {"name": name, "namespace": cluster.namespace, "labels": {"app.kubernetes.io/name": "decoct"}},
+        "spec": {
+            "network": {"enableDNSHostnames": True},
+            "failurePolicy": {"maxRestarts": job.restarts},
+            "replicatedJobs": [replicated],
+        },
+    }
+
+
+def _environment(cluster: Kubernetes) -> list[dict[str, Any]]:
+    plain = {**ENVIRONMENT, "DECOCT_CACHE": f"{WORK}/.cache/decoct", "HF_HOME": f"{WORK}/.cache/huggingface"}
+    found: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in plain.items()]
+    for variable, reference in cluster.secrets.items():
+        secret, _, key = reference.partition("/")
+        found.append({"name": variable, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}})
+    return found
+
+
+def _mounts() -> list[dict[str, Any]]:
+    return [{"name": "work", "mountPath": WORK}, {"name": "shm", "mountPath": "/dev/shm"}]
+
+
+def _volumes(cluster: Kubernetes) -> list[dict[str, Any]]:
+    # processes of a node talk through shared memory, of which a container has 64 MB by default
+    shared = {"name": "shm", "emptyDir": {"medium": "Memory"}}
+    return [{"name": "work", "persistentVolumeClaim": {"claimName": cluster.volume_claim}}, shared]

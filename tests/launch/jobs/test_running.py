@@ -1,0 +1,206 @@
+"""Launched jobs that are killed, stopped and started again: real processes, two ranks, gloo."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from decoct.models.folder import content_hash
+
+pytestmark = pytest.mark.slow
+DECOCT = [sys.executable, "-m", "decoct.launch.cli"]
+
+
+class Case:
+    """A recipe of one distilling stage, its folder, and the processes that were started."""
+
+    def __init__(self, folder: Path, recipe: dict[str, Any]) -> None:
+        self.folder = folder
+        self.file = folder / "recipe.yaml"
+        self.file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "DECOCT_CACHE": str(folder / "cache")}
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, command: list[str], **environment: str) -> subprocess.Popen[str]:
+        """Start ``command`` in a session of its own, output in a file."""
+        with (self.folder / f"log-{len(self.started)}.txt").open("w") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env={**self.environment, **environment},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        self.started.append(process)
+        return process
+
+    def output(self, number: int = 0) -> str:
+        """What the process started as ``number`` has printed."""
+        return (self.folder / f"log-{number}.txt").read_text()
+
+    def steps(self, out: str) -> int:
+        """Lines that the stage has written so far."""
+        file = self.folder / out / "metrics.jsonl"
+        return file.read_text().count('"01-distill"') if file.exists() else 0
+
+    def wait_for(self, ready: Callable[[], bool], seconds: float = 150) -> None:
+        """Until ``ready()``; fails after a while, with what was printed."""
+        end = time.monotonic() + seconds
+        while not ready():
+            assert time.monotonic() < end, "\n".join(self.output(n) for n in range(len(self.started)))
+            time.sleep(0.1)
+
+    def workers(self) -> dict[int, int]:
+        """rank -> process id of the workers that live now."""
+        found: dict[int, int] = {}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                variables = dict(part.partition("=")[::2] for part in (entry / "environ").read_text().split("\0"))
+            except (OSError, UnicodeDecodeError):
+                continue
+            if variables.get("DECOCT_CACHE") == self.environment["DECOCT_CACHE"] and "LOCAL_RANK" in variables:
+                found[int(variables["RANK"])] = int(entry.name)
+        return found
+
+
+@pytest.fixture
+def case(tiny: dict[str, Any], tmp_path: Path) -> Iterator[Case]:
+    tiny["stages"] = [{"distill": {"steps": 60, "checkpoint_every": 5}}]
+    made = Case(tmp_path, tiny)
+    yield made
+    for process in made.started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def straight(case: Case) -> str:
+    """Content of the model that two undisturbed processes make."""
+    done = subprocess.run(
+        [*DECOCT, "run", str(case.file), "trainer.devices=2", "--out", "straight"],
+        cwd=case.folder,
+        env=case.environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return content_hash(case.folder / "straight/01-distill/model")
+
+
+def _port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_killed_rank_is_started_again_with_a_log_for_each_rank(case: Case, straight: str) -> None:
+    job = case.start([*DECOCT, "launch", str(case.file), "--gpus", "2", "--out", "run", "--job-id", "one"])
+    case.wait_for(lambda: case.steps("run") >= 12)
+    os.kill(case.workers()[1], signal.SIGKILL)
+    assert job.wait(timeout=200) == 0, case.output()
+    assert "start 2 of 4 continues from the last checkpoint" in case.output()
+    assert "continues from the checkpoint of step" in case.output()
+    assert content_hash(case.folder / "run/01-distill/model") == straight
+    logs = sorted(path.relative_to(case.folder / "run/logs/one").parts[0] for path in (case.folder / "run/logs/one").rglob("stdout.log"))
+    assert logs == ["start-0", "start-0", "start-1", "start-1"]
+
+
+def test_a_mistake_is_not_tried_again(case: Case) -> None:
+    job = case.start([*DECOCT, "launch", str(case.file), "--gpus", "2", "--out", "run", "data.files=['nowhere/*.txt']"])
+    assert job.wait(timeout=100) == 2, case.output()
+    assert case.output().count("error:") == 1
+    assert "Traceback" not in case.output()
+
+
+def test_sigterm_to_the_launcher_saves_and_ends_with_143(case: Case) -> None:
+    job = case.start([*DECOCT, "launch", str(case.file), "--gpus", "2", "--out", "run", "stages.0.steps=4000"])
+    case.wait_for(lambda: case.steps("run") >= 7)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=40) == 143, case.output()
+    saved = sorted((case.folder / "run/01-distill/checkpoints").glob("step-*"))[-1]
+    assert saved.name == f"step-{case.steps('run'):08d}"
+    assert "Traceback" not in case.output()
+    case.wait_for(lambda: not case.workers(), 10)
+
+
+def test_workers_do_not_outlive_a_killed_agent(case: Case) -> None:
+    job = case.start([*DECOCT, "launch", str(case.file), "--gpus", "2", "--out", "run", "stages.0.steps=4000"])
+    case.wait_for(lambda: case.steps("run") >= 3)
+    assert len(case.workers()) == 2
+    job.kill()
+    case.wait_for(lambda: not case.workers(), 10)
+
+
+def test_two_nodes_one_killed_in_the_middle_end_in_the_same_bits(case: Case, straight: str) -> None:
+    """Two agents on loopback, a process each; the second is killed, as when its machine goes, and started again."""
+    options = ["--target", "torchrun", "--gpus", "1", "--nodes", "2", "--rdzv-endpoint", f"localhost:{_port()}", "--job-id", "pair"]
+    command = [*DECOCT, "launch", str(case.file), *options, "--out", "run"]
+    first = case.start([*command, "--node-rank", "0"])
+    second = case.start([*command, "--node-rank", "1"])
+    case.wait_for(lambda: case.steps("run") >= 12)
+    second.kill()
+    third = case.start([*command, "--node-rank", "1"])
+    assert first.wait(timeout=250) == 0, case.output(0) + case.output(2)
+    assert third.wait(timeout=60) == 0, case.output(2)
+    assert "continues from the checkpoint of step" in case.output(0) + case.output(2)
+    assert content_hash(case.folder / "run/01-distill/model") == straight
+
+
+_SRUN = """#!/bin/bash
+# a stand-in: runs the command on "this node", hands signals on
+for word; do case "$word" in --*) shift;; *) break;; esac; done
+"$@" & child=$!
+trap 'kill -TERM $child' TERM
+wait $child; code=$?
+while kill -0 $child 2>/dev/null; do wait $child; code=$?; done
+exit $code
+"""
+_SCONTROL = """#!/bin/bash
+case "$1" in
+  show) echo localhost;;
+  requeue) echo "$2" >> "$REQUEUED";;
+esac
+"""
+
+
+def test_the_sbatch_file_runs_saves_on_its_signal_and_is_queued_again(case: Case, straight: str) -> None:
+    tools = case.folder / "bin"
+    tools.mkdir()
+    for name, text in (("srun", _SRUN), ("scontrol", _SCONTROL)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    options = ["--target", "slurm", "--gpus", "2", "--out", "run", "--print"]
+    made = subprocess.run(
+        [*DECOCT, "launch", str(case.file), *options], cwd=case.folder, env=case.environment, capture_output=True, text=True, check=True
+    )
+    file = case.folder / "job.sbatch"
+    file.write_text(made.stdout.replace(":29500", f":{_port()}"))
+    slurm = {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NODELIST": "localhost",
+        "REQUEUED": str(case.folder / "requeued"),
+    }
+    job = case.start(["bash", str(file)], **slurm)
+    case.wait_for(lambda: case.steps("run") >= 12)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=90) == 0, case.output()
+    assert (case.folder / "requeued").read_text() == "77\n"
+    again = case.start(["bash", str(file)], **slurm)
+    assert again.wait(timeout=200) == 0, case.output(1)
+    assert "continues from the checkpoint of step" in case.output(1)
+    assert content_hash(case.folder / "run/01-distill/model") == straight
+    assert (case.folder / "requeued").read_text() == "77\n", "a job that ended well is not queued again"
