@@ -122,7 +122,7 @@ def plan(
     tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", help="GPUs that will serve one copy of the export.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a recipe will need and yield, stage by stage: sizes, tokens, disk, memory by role, who can serve it. Downloads no weights."""
+    """Say what a recipe will need and yield, stage by stage: sizes, tokens, disk, memory by role, who serves it. Downloads no weights."""
     from .plan.verb import run_plan
 
     run_plan(recipe, overrides or (), gpus, nodes, gpu_memory, tensor_parallel, as_json)
@@ -242,6 +242,14 @@ def evaluate(
     from .verbs import TextChoice, run_evaluate
 
     run_evaluate(model, TextChoice(text, hub, seq_length, tokens), teacher, max_perplexity_increase, out)
+
+
+@app.command(epilog="Example: decoct doctor")
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show versions and devices, combinations known to be bad, and what is missing for each verb."""
+    from .doctor import run_doctor
+
+    run_doctor(as_json)
 
 
 @recipes_app.command("list", epilog="Example: decoct recipes list")

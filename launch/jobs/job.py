@@ -68,8 +68,9 @@ def new_job_id(name: str) -> str:
 
 
 def dns_name(name: str) -> str:
-    """A name as Kubernetes and hosts want it: lower case, digits, dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "decoct"
+    """A name as Kubernetes and hosts want it (RFC 1035): lower case, digits and dashes, a letter first."""
+    found = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return found if found[:1].isalpha() else f"decoct-{found}".strip("-")
 
 
 def parse_secret(text: str) -> tuple[str, str]:

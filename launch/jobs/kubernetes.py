@@ -24,7 +24,10 @@ def manifest(job: Job, cluster: Kubernetes, kind: Kind = "trainjob") -> str:
 
 
 def train_job(job: Job, cluster: Kubernetes) -> dict[str, Any]:
-    """A TrainJob on the runtime ``torch-distributed``, which starts torchrun on each node by itself."""
+    """A TrainJob on the runtime ``torch-distributed``, whose environment tells torchrun its nodes and where they meet.
+
+    The time that a stopped pod has to save is the runtime's to set: a TrainJob cannot (terminationGracePeriodSeconds is no override).
+    """
     name = dns_name(job.job_id)
     return {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
@@ -45,7 +48,6 @@ def train_job(job: Job, cluster: Kubernetes) -> dict[str, Any]:
                 {
                     "targetJobs": [{"name": "node"}],
                     "spec": {
-                        "terminationGracePeriodSeconds": job.grace,
                         "containers": [{"name": "node", "volumeMounts": _mounts()}],
                         "volumes": _volumes(cluster),
                     },

@@ -176,6 +176,9 @@ def _marlin_widths(case: Case) -> Iterable[Verdict]:
     for name, (rows, columns) in case.linears.items():
         row_parallel = name.endswith(_SPLIT_INPUTS)
         out = rows if row_parallel else rows // case.ranks
+        if name.endswith(("k_proj", "v_proj")):
+            # fewer heads than GPUs: each head is copied
+            out = max(rows // case.ranks, case.head_dim)
         inner = columns // case.ranks if row_parallel else columns
         if (out % 64 == 0 and inner % 128 == 0) or (out % 128 == 0 and inner % 64 == 0):
             continue

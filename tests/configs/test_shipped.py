@@ -32,8 +32,14 @@ def meta_teacher(recipe: Recipe) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture(str(recipe.teacher.path))))
 
 
-def test_the_two_recipes_are_listed_with_what_they_do() -> None:
-    assert NAMES == ["quickstart", "smollm2-1.7b-half-int4"]
+def test_the_recipes_are_listed_with_what_they_do() -> None:
+    assert NAMES == [
+        "quickstart",
+        "llama-3.1-8b-4.5b-depth-int4",
+        "qwen3-8b-4b-int4",
+        "smollm2-1.7b-1b-24gb",
+        "smollm2-1.7b-half-int4",
+    ]
     for name, path, about in list_recipes():
         assert path.read_text() == shipped_text(name)
         assert len(about) > 40
@@ -41,9 +47,7 @@ def test_the_two_recipes_are_listed_with_what_they_do() -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
-    with pytest.raises(
-        UserError, match=r"no shipped recipe is called 'quickstat', did you mean 'quickstart'\? shipped: quickstart, smollm2"
-    ):
+    with pytest.raises(UserError, match=r"no shipped recipe is called 'quickstat', did you mean 'quickstart'\? shipped: quickstart, llama"):
         shipped_text("quickstat")
 
 
@@ -83,6 +87,22 @@ def test_smollm2_is_halved() -> None:
     assert (recipe.data.hub, recipe.data.hub_config) == ("HuggingFaceTB/smollm-corpus", "cosmopedia-v2")
     assert [entry.kind for entry in recipe.stages] == ["distill", "qat", "export", "evaluate"]
     assert (recipe.stages[1].settings.weights.bits, recipe.stages[1].settings.weights.group_size) == (4, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "teacher", "student"),
+    [
+        ("qwen3-8b-4b-int4", 8_190_735_360, 4_717_699_584),
+        ("llama-3.1-8b-4.5b-depth-int4", 8_030_261_248, 4_540_469_248),
+        ("smollm2-1.7b-1b-24gb", 1_711_376_384, 1_040_246_784),
+    ],
+)
+def test_recipes_start_from_models_of_these_sizes(name: str, teacher: int, student: int) -> None:
+    recipe = load_recipe(name)
+    assert recipe.student.keep is not None
+    model = meta_teacher(recipe)
+    assert parameters(model) == teacher
+    assert parameters(student_by_keeping(model, recipe.student.keep.layers)[0]) == student
 
 
 def test_quickstart_goes_through_every_step() -> None:

@@ -83,6 +83,7 @@ def case(tiny: dict[str, Any], tmp_path: Path) -> Iterator[Case]:
     for process in made.started:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.fixture
@@ -141,6 +142,7 @@ def test_workers_do_not_outlive_a_killed_agent(case: Case) -> None:
     case.wait_for(lambda: case.steps("run") >= 3)
     assert len(case.workers()) == 2
     job.kill()
+    job.wait()
     case.wait_for(lambda: not case.workers(), 10)
 
 
@@ -152,6 +154,7 @@ def test_two_nodes_one_killed_in_the_middle_end_in_the_same_bits(case: Case, str
     second = case.start([*command, "--node-rank", "1"])
     case.wait_for(lambda: case.steps("run") >= 12)
     second.kill()
+    second.wait()
     third = case.start([*command, "--node-rank", "1"])
     assert first.wait(timeout=250) == 0, case.output(0) + case.output(2)
     assert third.wait(timeout=60) == 0, case.output(2)

@@ -1,0 +1,46 @@
+"""The precision ladder: bare figures as people quote them, and stored ones that add up."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from decoct.launch.plan.ladder import find_shape, kv_cache_bytes, ladder
+from decoct.launch.plan.shapes import shape_of
+from decoct.models.errors import UserError
+
+
+def test_70b_is_280_140_70_and_35_gigabytes() -> None:
+    done = subprocess.run([sys.executable, "-m", "decoct.launch.cli", "footprint", "70B", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["parameters"] == 70_553_706_496
+    rows = {row["name"]: row for row in found["rows"]}
+    assert [rows[name]["bare"] / 1e9 for name in ("FP32", "BF16", "INT8", "INT4")] == [280, 140, 70, 35]
+    # int4 body with a bf16 scale for each 128, bf16 embedding and head
+    linears = 70_553_706_496 - 2 * 128_256 * 8192 - 161 * 8192
+    assert rows["INT4"]["stored"] == linears // 2 + 2 * linears // 128 + 2 * 2 * 128_256 * 8192 + 2 * 161 * 8192
+    assert rows["FP32"]["stored"] == 4 * 70_553_706_496
+    # 80 layers x keys and values x 8 heads x 128 x bf16
+    assert rows["INT4"]["kv_cache"] == 80 * 2 * 8 * 128 * 2 * 8192
+
+
+def test_rungs_add_up_and_fall() -> None:
+    shape = shape_of(LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=1000), "")
+    rows = ladder(shape, context=100, batch=3)
+    assert all(row.stored == row.linears + row.scales + row.embeddings + row.norms for row in rows)
+    assert all(row.served == row.stored + kv_cache_bytes(shape, 100, 3) for row in rows)
+    by_name = {row.name: row.stored for row in rows}
+    assert by_name["FP32"] > by_name["BF16"] > by_name["INT8"] > by_name["INT4, groups of 32"] > by_name["INT4"]
+    assert by_name["INT4 with zero points"] > by_name["INT4"] > by_name["INT4, embeddings and head INT8"]
+
+
+def test_a_folder_is_read_and_an_unknown_size_is_refused(tmp_path: Path) -> None:
+    LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=100).save_pretrained(tmp_path)
+    assert find_shape(str(tmp_path)).hidden == 64
+    assert find_shape("HuggingFaceTB/SmolLM2-1.7B").parameters == 1_711_376_384
+    with pytest.raises(UserError, match=r"no stored architecture has about 12B parameters.*Qwen3-8B \(8.19B\)"):
+        find_shape("12B")

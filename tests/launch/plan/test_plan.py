@@ -1,0 +1,121 @@
+"""Plans of the shipped recipes and of a tiny one that is then really run."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from decoct.configs import list_recipes, load_recipe, recipe_from_dict
+from decoct.launch.plan import plan, problems
+from decoct.launch.plan.show import as_json, short_form
+from decoct.launch.plan.verb import parse_bytes
+from decoct.models.errors import UserError
+
+NAMES = [name for name, _, _ in list_recipes()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_shipped_recipe_has_a_plan(name: str) -> None:
+    started = time.monotonic()
+    made = plan(load_recipe(name))
+    assert time.monotonic() - started < 7, "10 seconds with the imports"
+    for stage in made.stages:
+        assert stage.parameters > 0
+        if stage.training:
+            assert stage.training.tokens > 0
+            assert stage.training.memory.total > stage.parameters
+    assert made.disk_bytes > 0
+
+
+def test_the_verb_prints_json_in_seconds() -> None:
+    started = time.monotonic()
+    options = ["--gpus", "8", "--gpu-memory", "80GB", "--json"]
+    done = subprocess.run([sys.executable, "-m", "decoct.launch.cli", "plan", "qwen3-8b-4b-int4", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 30, "under 10 on an idle machine"
+    found = json.loads(done.stdout)
+    assert [stage["training"]["fits"] for stage in found["stages"] if stage["training"]] == [True] * 3
+    assert found["problems"] == []
+
+
+def test_values_say_where_they_come_from() -> None:
+    made = plan(load_recipe("quickstart", ["stages.0.distill.tokens=100k"]))
+    values = {value.key: value for stage in made.stages for value in stage.values} | {value.key: value for value in made.values}
+    assert values["stages.0.distill.steps"].value == 196
+    assert values["stages.0.distill.steps"].origin == "tokens 100,000 / 512 a step, rounded up"
+    assert "192 / hidden 192" in values["stages.0.distill.learning_rate"].origin
+    assert values["trainer.gradient_clip"].origin == "default"
+    assert values["trainer.precision"].origin == "recipe"
+
+
+def test_what_does_not_fit_is_refused_with_the_cheapest_remedy() -> None:
+    recipe = load_recipe("smollm2-1.7b-half-int4")
+    made = plan(recipe, gpus=1, gpu_memory=24 * 10**9)
+    found = problems(made)
+    assert [text.split()[0] for text in found] == ["01-distill", "02-qat"]
+    assert "trainer.micro_batch=1 trainer.activation_checkpointing=true" in found[0]
+    assert "does NOT fit" in short_form(made)
+    remedy = made.stages[0].training
+    assert remedy is not None
+    assert remedy.remedy is not None
+    mended = plan(load_recipe("smollm2-1.7b-half-int4", list(remedy.remedy.settings)), gpus=1, gpu_memory=24 * 10**9)
+    assert problems(mended) == [], "the remedy is one"
+    assert as_json(mended)["stages"][0]["training"]["memory"]["total"] == remedy.remedy.roles.total
+
+
+def test_more_processes_hold_less_each_under_fsdp2() -> None:
+    recipe = load_recipe("qwen3-8b-4b-int4")
+    one, eight, sixteen = (plan(recipe, gpus=g, nodes=n, gpu_memory=80 * 10**9) for g, n in ((1, 1), (8, 1), (8, 2)))
+    totals = [made.stages[0].training.memory.optimizer for made in (one, eight, sixteen) if made.stages[0].training]
+    assert totals[0] == pytest.approx(8 * totals[1], rel=1e-3)
+    assert totals[1] == pytest.approx(2 * totals[2], rel=1e-3)
+
+
+def test_a_full_disk_is_told_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    made = plan(load_recipe("quickstart"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))  # pyright: ignore[reportAttributeAccessIssue]
+    assert "GB free" in problems(made, tmp_path / "runs/x")[0]
+
+
+@pytest.mark.parametrize(("text", "count"), [("80GB", 80 * 10**9), ("24 GiB", 24 * 2**30), ("1.5tb", 15 * 10**11), ("1000", 1000)])
+def test_amounts_of_memory(text: str, count: int) -> None:
+    assert parse_bytes(text, "--gpu-memory") == count
+
+
+@pytest.mark.parametrize("text", ["", "much", "80 bananas", "-3GB", "0"])
+def test_what_is_no_amount_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--gpu-memory"):
+        parse_bytes(text, "--gpu-memory")
+
+
+@pytest.mark.slow
+def test_sizes_on_disk_are_within_a_hundredth(tiny: dict[str, Any], run: Any, tmp_path: Path) -> None:
+    tiny["teacher"]["scratch"].update(hidden=64, ffn=128)
+    tiny["stages"][1]["prune"]["structured"]["ffn"] = 96
+    tiny["stages"][-2] = {"export": {}}
+    done = run(tiny)
+    assert done.returncode == 0, done.stderr
+    assert "plan for 1 process(es) on a CPU" in done.stdout
+    folder = tmp_path / "runs/tiny"
+    # the tokenizer that was trained decides the vocabulary; the plan takes it as asked for
+    vocabulary = json.loads((folder / "01-distill/model/config.json").read_text())["vocab_size"]
+    tiny["teacher"]["scratch"]["vocab"] = vocabulary
+    made = {stage.name: stage for stage in plan(recipe_from_dict(yaml.safe_load(yaml.safe_dump(tiny)))).stages}
+    for name, stage in made.items():
+        written = sum(file.stat().st_size for file in (folder / name).glob("model/*.safetensors"))
+        if stage.model_bytes is not None:
+            assert stage.model_bytes == pytest.approx(written, rel=0.01), name
+        for form, count in stage.exports.items():
+            packed = sum(file.stat().st_size for file in (folder / name / form).glob("*.safetensors"))
+            assert count == pytest.approx(packed, rel=0.01), (name, form)
+    saved = next((folder / "05-qat/checkpoints").glob("step-*"))
+    size = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
+    assert made["05-qat"].training is not None
+    assert made["05-qat"].training.checkpoint_bytes == pytest.approx(size, rel=0.1), "small files carry headers and generators"

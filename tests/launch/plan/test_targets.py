@@ -1,0 +1,86 @@
+"""What serving stacks are said to make of an export, and the nearest setting that does."""
+
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
+
+from decoct.launch.plan.targets import verdicts
+from decoct.qat.spec import QuantSpec
+
+
+def _llama(**changes: Any) -> LlamaConfig:
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 8}
+    return LlamaConfig(vocab_size=32000, **{**shape, **changes})
+
+
+def _of(config: PreTrainedConfig, target: str = "vLLM", ranks: int = 1, skip: tuple[str, ...] = (), **spec: Any) -> tuple[str, str, str]:
+    found = {v.target: v for v in verdicts(config, QuantSpec(**spec), skip, tensor_parallel=ranks)}[target]
+    return found.outcome, found.reason, found.fix
+
+
+def test_a_plain_int4_llama_loads_on_the_fast_path() -> None:
+    for target in ("vLLM", "SGLang", "transformers"):
+        assert _of(_llama(), target)[0] == "ok"
+    assert _of(_llama(), bits=8, group_size="channel")[0] == "ok"
+    assert verdicts(_llama(), None, ()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "spec", "ranks", "outcome", "reason", "fix"),
+    [
+        ({}, {"bits": 3}, 1, "no", "4 and 8 bits, not 3", "weights.bits=4"),
+        ({}, {"group_size": 16}, 1, "no", "Marlin has groups of 32, 64, 128", "weights.group_size=32"),
+        ({"intermediate_size": 8256}, {"group_size": 64}, 1, "slower", "gate_proj is 8,256", ""),
+        ({"intermediate_size": 8224}, {"group_size": 32}, 1, "slower", "8,224", "prune.structured.ffn=8192"),
+        ({"intermediate_size": 8064}, {}, 2, "no", "down_proj takes 8,064 inputs", "prune.structured.ffn=7936"),
+        ({"num_key_value_heads": 8}, {}, 16, "ok", "padded", ""),
+        ({"num_attention_heads": 32, "num_key_value_heads": 4}, {}, 6, "no", "32 heads cannot be dealt to 6", "--tensor-parallel 4"),
+    ],
+)
+def test_what_marlin_and_tensor_parallelism_want(
+    changes: dict[str, Any], spec: dict[str, Any], ranks: int, outcome: str, reason: str, fix: str
+) -> None:
+    found = _of(_llama(**changes), ranks=ranks, **spec)
+    if outcome == "slower" and not fix:
+        # 8,256 = 64 x 129: outputs of 64 and inputs of 128 do, so does down_proj with inputs of 64 and outputs of 128
+        assert found[0] == "ok"
+        return
+    assert found[0] == outcome, found
+    assert reason in found[1]
+    assert fix in found[2]
+
+
+def test_the_named_ffn_really_is_legal() -> None:
+    for ffn, ranks in ((8064, 2), (9000, 4), (5000, 1)):
+        _, _, fix = _of(_llama(intermediate_size=ffn), ranks=ranks)
+        nearest = int(fix.partition("prune.structured.ffn=")[2].split(";")[0])
+        assert nearest < ffn
+        assert _of(_llama(intermediate_size=nearest), ranks=ranks)[0] == "ok", (ffn, ranks, nearest)
+
+
+def test_fused_projections_need_one_scheme() -> None:
+    outcome, reason, fix = _of(_llama(), skip=("*.q_proj",))
+    assert outcome == "no"
+    assert "skip leaves out q_proj alone" in reason
+    assert "'*.k_proj', '*.v_proj'" in fix
+    assert _of(_llama(), skip=("*.q_proj", "*.k_proj", "*.v_proj"))[0] == "ok"
+    assert _of(_llama(), skip=("*.down_proj",))[0] == "ok"
+
+
+def test_qwen2_has_no_head_dim_of_its_own_in_vllm() -> None:
+    config = Qwen2Config(hidden_size=896, num_attention_heads=7, num_key_value_heads=1, intermediate_size=4864, num_hidden_layers=2)
+    config.head_dim = 64
+    outcome, reason, fix = _of(config)
+    assert (outcome, "head_dim = hidden / heads" in reason) == ("no", True)
+    assert "--model-impl transformers" in fix
+    config.head_dim = 128
+    assert "head_dim" not in _of(config)[1]
+
+
+def test_blocks_of_llama_cpp_and_onnx() -> None:
+    assert "blocks" not in _of(_llama(), "llama.cpp")[1]
+    assert "multiple" in _of(_llama(), "llama.cpp", group_size=16)[1]
+    assert "not 6" in _of(_llama(), "llama.cpp", bits=6)[1]
+    assert "powers of two" in _of(_llama(), "ONNX Runtime", group_size="channel")[1]
+    assert "does not write yet" in _of(_llama(), "ONNX Runtime")[1]
