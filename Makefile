@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart check format lint types test clean
+.PHONY: help install quickstart check format lint types test bench bench-gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,12 @@ types: install
 
 test: install ## every test but those of the serving stacks
 	$(TEST) -m 'not serving' $(PYTEST_ARGS)
+
+bench: install ## the benchmarks that need no GPU, at their default sizes
+	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
+
+bench-gpu: install ## predicted against measured memory and every other check that needs a GPU
+	$(BIN)/pytest -m gpu $(PYTEST_ARGS)
 
 clean: ## remove the venv and caches (runs/ stays)
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

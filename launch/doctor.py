@@ -104,7 +104,7 @@ def _old_transformers(versions: Versions) -> Finding | None:
 
 def _foreign_triton(versions: Versions) -> Finding | None:
     """torch pins one release of triton; another one compiles kernels that torch does not expect."""
-    pinned = {(2, 11): (3, 6), (2, 12): (3, 7), (2, 13): (3, 7)}
+    pinned: dict[tuple[int, ...], tuple[int, int]] = {(2, 11): (3, 6), (2, 12): (3, 7), (2, 13): (3, 7)}
     torch, triton = _release(versions, "torch"), _release(versions, "triton")
     wanted = pinned.get(torch[:2]) if torch else None
     if wanted and triton and triton[:2] != wanted:

@@ -9,6 +9,7 @@ from decoct.models.families import decoder_linears
 from decoct.models.pruning.magnitude import cubic_keep, zero_masks
 from decoct.trainer.hooks import KeepZeros, MaskHook
 from decoct.trainer.settings import MagnitudeSettings
+from decoct.trainer.sharding import local
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -98,11 +99,13 @@ def test_a_loaded_hook_goes_on_as_if_never_stopped(training: ModuleType, stop: i
         for step in range(1, 13):
             _step(model, optimizer, hook, step)
             if interrupted and step == stop:
-                saved = {name: tensor.clone() for name, tensor in hook.state().items()}
+                saved = {name: local(tensor).clone() for name, tensor in hook.state().items()}
                 hook = MaskHook(list(_weights(model)), settings, 12)
                 hook.on_start(model, optimizer)
                 hook.load(saved)
-        return hook.state(), {name: weight.detach() for name, weight in _weights(model).items()}
+        return {name: local(mask) for name, mask in hook.state().items()}, {
+            name: weight.detach() for name, weight in _weights(model).items()
+        }
 
     straight, resumed = run(False), run(True)
     for part in (0, 1):

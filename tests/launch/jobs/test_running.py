@@ -67,9 +67,10 @@ class Case:
             if not entry.name.isdigit():
                 continue
             try:
-                variables = dict(part.partition("=")[::2] for part in (entry / "environ").read_text().split("\0"))
+                parts = [part.partition("=") for part in (entry / "environ").read_text().split("\0")]
             except (OSError, UnicodeDecodeError):
                 continue
+            variables = {name: value for name, _, value in parts}
             if variables.get("DECOCT_CACHE") == self.environment["DECOCT_CACHE"] and "LOCAL_RANK" in variables:
                 found[int(variables["RANK"])] = int(entry.name)
         return found
