@@ -10,7 +10,9 @@ from decoct.models.errors import UserError
 # parameters of the published checkpoints, tied tensors once
 PUBLISHED = {
     "Llama-3-70B": 70_553_706_496,
+    "Llama-3.1-8B": 8_030_261_248,
     "Qwen2.5-0.5B": 494_032_768,
+    "Qwen3-8B": 8_190_735_360,
     "SmolLM2-1.7B": 1_711_376_384,
     "SmolLM2-360M": 361_821_120,
 }

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from decoct.configs import list_recipes, load_recipe, resolved
+from decoct.configs import list_recipes, load_recipe, recipe_from_dict, resolved
+from decoct.launch.plan import plan
 from decoct.launch.plan.shapes import config_of
 
 pytestmark = pytest.mark.slow
@@ -63,3 +64,15 @@ def test_a_tiny_form_runs_to_a_verified_export(name: str, corpus: Path, run: Any
     assert ("optimizer adamw-8bit" in done.stdout) == (trainer["optimizer"] == "adamw-8bit")
     assert ("2 processes (fsdp2)" in done.stdout) == (trainer["strategy"] == "fsdp2")
     assert (", nf4, replicated" in done.stdout) == (recipe["teacher"]["load_in"] == "nf4")
+    _check_sizes(recipe, tmp_path / "runs" / recipe["name"])
+
+
+def _check_sizes(recipe: dict[str, Any], folder: Path) -> None:
+    """What lies on the disk is what the plan says, within a hundredth."""
+    for stage in plan(recipe_from_dict(recipe)).stages:
+        if stage.model_bytes is not None:
+            written = sum(file.stat().st_size for file in (folder / stage.name / "model").glob("*.safetensors"))
+            assert stage.model_bytes == pytest.approx(written, rel=0.01), stage.name
+        for form, count in stage.exports.items():
+            packed = sum(file.stat().st_size for file in (folder / stage.name / form).glob("*.safetensors"))
+            assert count == pytest.approx(packed, rel=0.01), (stage.name, form)
