@@ -63,8 +63,8 @@ class Kubernetes:
 
 
 def new_job_id(name: str) -> str:
-    """An id of its own for each job: the name, and eight random digits."""
-    return f"{dns_name(name)[:40]}-{uuid.uuid4().hex[:8]}"
+    """An id of its own for each job: the name, and eight random digits; short enough for the names that a JobSet makes of it."""
+    return f"{dns_name(name)[:32].rstrip('-')}-{uuid.uuid4().hex[:8]}"
 
 
 def dns_name(name: str) -> str:

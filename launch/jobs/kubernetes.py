@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from .job import Job, Kubernetes, dns_name
-from .torchrun import ENVIRONMENT, MODULE, torchrun_command
+from .torchrun import AGENT, ENVIRONMENT, MODULE, torchrun_command
 
 WORK = "/workspace"
 """Where the volume is mounted: runs, cache and the recipe, if it is a file."""
@@ -39,7 +39,8 @@ def train_job(job: Job, cluster: Kubernetes) -> dict[str, Any]:
                 "image": cluster.image,
                 "numNodes": job.nodes,
                 "numProcPerNode": job.gpus,
-                "command": ["torchrun"],
+                # torchrun's arguments about nodes and rendezvous come from the runtime's environment (PET_*)
+                "command": ["python", "-m", AGENT],
                 "args": ["--max-restarts", str(job.restarts), "-m", MODULE, *job.arguments()],
                 "env": _environment(cluster),
                 "resourcesPerNode": {"limits": {"nvidia.com/gpu": job.gpus}},
@@ -72,7 +73,7 @@ def job_set(job: Job, cluster: Kubernetes) -> dict[str, Any]:
         "volumeMounts": _mounts(),
     }
     pod = {
-        "restartPolicy": "OnFailure",
+        "restartPolicy": "Never",
         "terminationGracePeriodSeconds": job.grace,
         "containers": [container],
         "volumes": _volumes(cluster),
@@ -86,6 +87,7 @@ def job_set(job: Job, cluster: Kubernetes) -> dict[str, Any]:
                 "parallelism": job.nodes,
                 "completionMode": "Indexed",
                 "backoffLimit": job.restarts * job.nodes,
+                "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": _decided("node")}]},
                 "template": {"spec": pod},
             }
         },
@@ -96,10 +98,18 @@ def job_set(job: Job, cluster: Kubernetes) -> dict[str, Any]:
         "metadata": {"name": name, "namespace": cluster.namespace, "labels": {"app.kubernetes.io/name": "decoct"}},
         "spec": {
             "network": {"enableDNSHostnames": True},
-            "failurePolicy": {"maxRestarts": job.restarts},
+            "failurePolicy": {
+                "maxRestarts": job.restarts,
+                "rules": [{"name": "decided", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+            },
             "replicatedJobs": [replicated],
         },
     }
+
+
+def _decided(container: str) -> dict[str, Any]:
+    """Exit codes that another start would only repeat: a mistake and a failed gate."""
+    return {"containerName": container, "operator": "In", "values": [2, 3]}
 
 
 def _environment(cluster: Kubernetes) -> list[dict[str, Any]]:

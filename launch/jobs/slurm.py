@@ -1,11 +1,13 @@
 """An sbatch file: one torchrun on each node, saved and queued again when Slurm takes the nodes back."""
 
 import shlex
+from dataclasses import replace
 
 from .job import Job, Slurm
 from .torchrun import ENVIRONMENT, torchrun_command
 
 PORT = 29500
+_HEAD, _ID = "\0head", "\0id"  # words that no path and no setting can be
 PREEMPTED = 143
 """What a run ends with after SIGTERM, its checkpoint written."""
 
@@ -13,7 +15,8 @@ PREEMPTED = 143
 def sbatch_script(job: Job, settings: Slurm, *, python: str | None = None) -> str:
     """The file. Slurm sends USR1 ``job.grace`` seconds before the limit; the batch shell hands it on as SIGTERM and queues the job again.
 
-    Log files and the run folder lie relative to where sbatch is called, as the recipe does.
+    Log files and the run folder lie relative to where sbatch is called, as the recipe does. Slurm opens its log before the script runs:
+    the run folder must be there (`decoct launch` makes it; after --print, mkdir it).
     """
     options = {
         "job-name": job.name,
@@ -27,18 +30,19 @@ def sbatch_script(job: Job, settings: Slurm, *, python: str | None = None) -> st
         "output": f"{job.out}/slurm-%j.log",
         "open-mode": "append",
     }
-    header = "\n".join(f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None)
+    header = "\n".join(f"#SBATCH --{key}={_quoted(value)}" for key, value in options.items() if value is not None)
     # $head and the job's id are the shell's to fill in
-    command = torchrun_command(_with_id(job), endpoint="HEAD_NODE", python=python)
-    line = shlex.join(command).replace("HEAD_NODE", f'"$head:{PORT}"').replace("JOB_ID", '"slurm-$SLURM_JOB_ID"')
+    fillings = {_HEAD: f'"$head:{PORT}"', _ID: '"slurm-$SLURM_JOB_ID"'}
+    command = torchrun_command(replace(job, job_id=_ID), endpoint=_HEAD, python=python)
+    line = " ".join(fillings.get(word) or shlex.quote(word) for word in command)
     exports = "\n".join(f"export {key}={value}" for key, value in ENVIRONMENT.items())
     return _SCRIPT.format(header=header, exports=exports, line=line, folder=shlex.quote(str(job.out)), preempted=PREEMPTED)
 
 
-def _with_id(job: Job) -> Job:
-    from dataclasses import replace
-
-    return replace(job, job_id="JOB_ID")
+def _quoted(value: object) -> str:
+    """As sbatch reads an option: in double quotes where it has blanks."""
+    text = str(value)
+    return f'"{text}"' if any(c.isspace() for c in text) else text
 
 
 _SCRIPT = """#!/bin/bash

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from .job import Job
 
 MODULE = "decoct.launch.cli"
+AGENT = "decoct.launch.jobs.agent"
+"""torchrun with exit codes of its own."""
 # A restarted worker must not find the addresses of the dead in its store, and a lost node must not take the store with it.
 ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
@@ -22,10 +24,11 @@ def torchrun_command(
         python: Interpreter; None = the one that runs this.
         logs: Log folder; None = the job's.
     """
-    command = [python or sys.executable, "-m", "torch.distributed.run"]
+    command = [python or sys.executable, "-m", AGENT]
     command += ["--nnodes", str(job.nodes), "--nproc-per-node", str(job.gpus)]
     if node_rank is not None:
-        command += ["--node-rank", str(node_rank)]
+        # the first node holds the meeting place; without this the first to come would, wherever two nodes share a name
+        command += ["--node-rank", str(node_rank), "--rdzv-conf", f"is_host={int(node_rank == 0)}"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", job.job_id]
     command += ["--max-restarts", str(job.restarts)]
     command += ["--log-dir", logs or str(job.logs), "--tee", "3", "--local-ranks-filter", "0"]

@@ -14,7 +14,10 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 FINAL_CODES = (2, 3, 130, 143)
 """Exit codes after which nothing is started again: a mistake, a gate, Ctrl-C, SIGTERM."""
@@ -82,14 +85,21 @@ def _run_once(arguments: Sequence[str], agent: Agent, attempt: int) -> tuple[int
     try:
         elastic_launch(config, sys.executable)("-m", "decoct.launch.cli", *arguments)
     except ChildFailedError as failure:
-        codes = [child.exitcode for child in failure.failures.values()]
-        decided = _read_outcome(os.getpid(), run_id)
-        return (decided, True) if decided is not None else (next((code for code in codes if code > 0), 1), False)
+        return exit_code(failure, run_id)
     except SignalException as stopped:
         return 128 + int(stopped.sigval), True
     finally:
-        _outcome_file(os.getpid(), run_id).unlink(missing_ok=True)
+        forget_outcome(os.getpid(), run_id)
     return 0, True
+
+
+def exit_code(failure: "ChildFailedError", run_id: str) -> tuple[int, bool]:
+    """(code that this agent's job ends with, whether its workers have said that another start would end alike)."""
+    decided = _read_outcome(os.getpid(), run_id)
+    if decided is not None:
+        return decided, True
+    codes = [child.exitcode for child in failure.failures.values()]
+    return next((code for code in codes if code > 0), 1), False
 
 
 def _options(agent: Agent, attempt: int) -> dict[str, Any]:
@@ -132,6 +142,11 @@ def remembered_outcome() -> int | None:
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
     return _read_outcome(os.getppid(), os.environ.get("TORCHELASTIC_RUN_ID", ""))
+
+
+def forget_outcome(agent: int, run_id: str) -> None:
+    """Remove what an agent's workers have left."""
+    _outcome_file(agent, run_id).unlink(missing_ok=True)
 
 
 def _read_outcome(agent: int, run_id: str) -> int | None:

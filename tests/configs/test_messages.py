@@ -53,7 +53,8 @@ BROKEN = {
     "stage key in the trainer": (
         HEAD + STAGES + "trainer: {betas: [0.9, 0.99]}\n",
         "my.yaml:6: trainer.betas: unknown key, it belongs to a stage that trains; valid here: devices, strategy, "
-        "activation_checkpointing, compile, optimizer, precision, global_batch_tokens, micro_batch, gradient_clip, num_workers, save_dtype, deterministic",
+        "activation_checkpointing, compile, optimizer, precision, global_batch_tokens, micro_batch, gradient_clip, "
+        "num_workers, save_dtype, deterministic",
     ),
     "duplicate key": (
         HEAD + STAGES + "trainer:\n  precision: 32\n  devices: 1\n  precision: bf16-mixed\n",

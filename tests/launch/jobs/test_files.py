@@ -54,6 +54,15 @@ def test_sbatch_file() -> None:
     _same_as_golden("job.sbatch", sbatch_script(_job(), settings, python="python"))
 
 
+def test_blanks_and_odd_words_survive_in_the_sbatch_file() -> None:
+    script = sbatch_script(_job(overrides=("name=JOB_ID HEAD_NODE",)), Slurm(), python="python")
+    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
+    options = {key: value for key, _, value in (shlex.split(line)[0].partition("=") for line in lines)}
+    assert options["output"] == "runs/big one/slurm-%j.log"
+    assert "'name=JOB_ID HEAD_NODE'" in script
+    assert '--rdzv-endpoint "$head:29500" --rdzv-id "slurm-$SLURM_JOB_ID"' in script
+
+
 def test_train_job_manifest() -> None:
     _same_as_golden("trainjob.yaml", yaml.safe_dump(train_job(_job(), _cluster()), sort_keys=False))
 

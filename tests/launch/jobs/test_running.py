@@ -120,15 +120,19 @@ def test_a_killed_rank_is_started_again_with_a_log_for_each_rank(case: Case, str
     assert logs == ["start-0", "start-0", "start-1", "start-1"]
 
 
-def test_a_mistake_is_not_tried_again(case: Case) -> None:
-    job = case.start([*DECOCT, "launch", str(case.file), "--gpus", "2", "--out", "run", "data.files=['nowhere/*.txt']"])
+@pytest.mark.parametrize("target", ["local", "torchrun"])
+def test_a_mistake_is_not_tried_again(case: Case, target: str) -> None:
+    options = ["--target", target, "--gpus", "2", "--out", "run", "data.files=['nowhere/*.txt']"]
+    job = case.start([*DECOCT, "launch", str(case.file), *options])
     assert job.wait(timeout=100) == 2, case.output()
     assert case.output().count("error:") == 1
     assert "Traceback" not in case.output()
 
 
-def test_sigterm_to_the_launcher_saves_and_ends_with_143(case: Case) -> None:
-    job = case.start([*DECOCT, "launch", str(case.file), "--gpus", "2", "--out", "run", "stages.0.steps=4000"])
+@pytest.mark.parametrize("target", ["local", "torchrun"])
+def test_sigterm_to_the_launcher_saves_and_ends_with_143(case: Case, target: str) -> None:
+    options = ["--target", target, "--gpus", "2", "--out", "run", "stages.0.steps=4000"]
+    job = case.start([*DECOCT, "launch", str(case.file), *options])
     case.wait_for(lambda: case.steps("run") >= 7)
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=40) == 143, case.output()

@@ -60,6 +60,18 @@ BATCH_JOB = _object(
     parallelism=COUNT,
     completionMode={"enum": ["Indexed", "NonIndexed"]},
     backoffLimit=COUNT,
+    podFailurePolicy=_object(
+        ["rules"],
+        rules=_list(
+            _object(
+                ["action"],
+                action={"enum": ["FailJob", "FailIndex", "Ignore", "Count"]},
+                onExitCodes=_object(
+                    ["operator", "values"], containerName=TEXT, operator={"enum": ["In", "NotIn"]}, values=_list({"type": "integer"})
+                ),
+            )
+        ),
+    ),
     template=_object(["spec"], spec=POD),
 )
 JOB_SET = _object(
@@ -70,7 +82,17 @@ JOB_SET = _object(
     spec=_object(
         ["replicatedJobs"],
         network=_object(enableDNSHostnames={"type": "boolean"}, subdomain=TEXT),
-        failurePolicy=_object(maxRestarts=COUNT),
+        failurePolicy=_object(
+            maxRestarts=COUNT,
+            rules=_list(
+                _object(
+                    ["action"],
+                    name=TEXT,
+                    action={"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
+                    onJobFailureReasons=_list(TEXT),
+                )
+            ),
+        ),
         replicatedJobs=_list(_object(["name", "template"], name=NAME, replicas=COUNT, template=_object(["spec"], spec=BATCH_JOB))),
     ),
 )
@@ -106,7 +128,9 @@ TRAIN_JOB = _object(
 def test_manifests_fit_the_resources_schemas(make: Any, schema: dict[str, Any], name: str) -> None:
     job = Job(recipe="big.yaml", name=name, out=Path("runs/big"), gpus=8, nodes=2, job_id=new_job_id(name))
     cluster = Kubernetes(image="i", volume_claim="runs", secrets={"HF_TOKEN": "hub/token"})
-    jsonschema.validate(make(job, cluster), schema)
+    made = make(job, cluster)
+    jsonschema.validate(made, schema)
+    assert len(f"{made['metadata']['name']}-node-0-0-xxxxx") <= 63, "a JobSet's pods are named so"
     broken = make(job, cluster)
     broken["spec"]["grace"] = 3
     with pytest.raises(jsonschema.ValidationError):

@@ -1,0 +1,42 @@
+"""torchrun, with exit codes that mean something: ``python -m decoct.launch.jobs.agent <torchrun's own arguments>``.
+
+torchrun itself ends with 1 and a traceback whatever happened. A scheduler that is to queue a preempted job again, and to leave a mistake
+alone, needs to know: 2 a mistake, 3 a gate, 130 Ctrl-C, 143 SIGTERM, 1 a crash after the last restart.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run torchrun's agent; returns the code to end with."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+
+    from ..run.workers import exit_code, forget_outcome
+
+    # The workers have already told the user what went wrong; the agent would add its own traceback.
+    for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    given = run.parse_args(list(sys.argv[1:] if arguments is None else arguments))
+    try:
+        run.run(given)
+    except ChildFailedError as failure:
+        return exit_code(failure, given.rdzv_id)[0]
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    except RendezvousError as error:
+        told = "start the job again on all nodes, it continues from the last checkpoint"
+        print(f"decoct: the first node, where the others meet, cannot be reached ({error}); {told}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        forget_outcome(os.getpid(), given.rdzv_id)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
