@@ -5,15 +5,16 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .known_bad import Finding, judge
+
 PACKAGES = (
-    "torch", "triton", "lightning", "transformers", "tokenizers", "safetensors", "datasets", "bitsandbytes", "wandb", "pydantic",
-    "compressed-tensors", "matplotlib", "numpy",
+    "torch", "triton", "lightning", "pytorch-lightning", "transformers", "tokenizers", "safetensors", "datasets", "bitsandbytes",
+    "wandb", "pydantic", "compressed-tensors", "matplotlib", "numpy",
 )  # fmt: skip
 _NEEDED: dict[str, tuple[str, ...]] = {
     "run": ("torch", "lightning", "transformers", "pydantic"),
@@ -25,16 +26,6 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "verify against transformers": ("compressed_tensors",),
 }
 _TOOLS = {"launch --target slurm": "sbatch", "launch --target kubernetes": "kubectl", "trainer.compile": "c++"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A combination that is known to be bad."""
-
-    what: str
-    remedy: str
-    fatal: bool
-    """Whether decoct should not be used with it."""
 
 
 @dataclass(frozen=True)
@@ -53,79 +44,6 @@ class Health:
         return not any(finding.fatal for finding in self.findings)
 
 
-Versions = Mapping[str, str | None]
-
-
-def _release(versions: Versions, package: str) -> tuple[int, ...] | None:
-    """(2, 13, 0) of '2.13.0+cpu'; None when it is not installed."""
-    text = versions.get(package)
-    if text is None:
-        return None
-    numbers = []
-    for part in text.partition("+")[0].split(".")[:3]:
-        digits = "".join(c for c in part if c.isdigit())
-        numbers.append(int(digits) if digits else 0)
-    return tuple(numbers)
-
-
-def _stolen_credentials(versions: Versions) -> Finding | None:
-    if _release(versions, "lightning") in ((2, 6, 2), (2, 6, 3)):
-        return Finding(f"lightning {versions['lightning']} was published with code that steals credentials", "install 2.6.6 or newer", True)
-    return None
-
-
-def _lightning_holes(versions: Versions) -> Finding | None:
-    found = _release(versions, "lightning")
-    if found and found < (2, 6, 6):
-        return Finding(f"lightning {versions['lightning']} runs code from checkpoints (CVE-2026-58659)", "install 2.6.6 or newer", True)
-    return None
-
-
-def _unpickler(versions: Versions) -> Finding | None:
-    found = _release(versions, "torch")
-    if found and found < (2, 10):
-        return Finding(f"torch {versions['torch']} can be taken over by a checkpoint (CVE-2026-24747)", "install 2.11 or newer", True)
-    return None
-
-
-def _old_torch(versions: Versions) -> Finding | None:
-    found = _release(versions, "torch")
-    if found and (2, 10) <= found < (2, 11):
-        return Finding(f"torch {versions['torch']} is older than any that decoct was tested with", "install 2.11 to 2.13", False)
-    return None
-
-
-def _old_transformers(versions: Versions) -> Finding | None:
-    found = _release(versions, "transformers")
-    if found and found < (5,):
-        return Finding(f"transformers {versions['transformers']} has another interface", "install 5.17 or newer", True)
-    return None
-
-
-def _foreign_triton(versions: Versions) -> Finding | None:
-    """torch pins one release of triton; another one compiles kernels that torch does not expect."""
-    pinned: dict[tuple[int, ...], tuple[int, int]] = {(2, 11): (3, 6), (2, 12): (3, 7), (2, 13): (3, 7)}
-    torch, triton = _release(versions, "torch"), _release(versions, "triton")
-    wanted = pinned.get(torch[:2]) if torch else None
-    if wanted and triton and triton[:2] != wanted:
-        wish = ".".join(map(str, wanted))
-        return Finding(f"triton {versions['triton']} is not the one that torch {versions['torch']} wants", f"install triton {wish}", False)
-    return None
-
-
-def _python(versions: Versions) -> Finding | None:
-    found = _release(versions, "python")
-    if found and not (3, 11) <= found[:2] < (3, 14):
-        return Finding(f"Python {versions['python']} is outside 3.11 to 3.13", "use one of these", True)
-    return None
-
-
-KNOWN_BAD: tuple[Callable[[Versions], Finding | None], ...] = (
-    _stolen_credentials, _lightning_holes, _unpickler, _old_torch, _old_transformers, _foreign_triton, _python,
-)  # fmt: skip
-"""Rules over installed versions; the first word on each combination is the maintainers' own advisory or release note."""
-
-
 def installed() -> dict[str, str | None]:
     """Version of Python and of every package that matters; None for those that are not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
@@ -135,11 +53,6 @@ def installed() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[package] = None
     return found
-
-
-def judge(versions: Versions) -> list[Finding]:
-    """What is known to be bad about these versions."""
-    return [finding for rule in KNOWN_BAD if (finding := rule(versions))]
 
 
 def missing() -> dict[str, str]:

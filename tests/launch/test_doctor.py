@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from decoct.launch.doctor import installed, judge
+from decoct.launch.doctor import installed
+from decoct.launch.known_bad import judge
 
 GOOD = {"python": "3.11.7", "torch": "2.13.0+cpu", "triton": "3.7.1", "lightning": "2.6.6", "transformers": "5.23.0"}
 
@@ -27,6 +28,7 @@ def test_a_good_machine_has_no_findings() -> None:
         ({"torch": "2.10.0", "triton": "3.6.0"}, "older than any", False),
         ({"transformers": "4.57.1"}, "another interface", True),
         ({"triton": "3.9.0"}, "not the one that torch 2.13.0+cpu wants", False),
+        ({"pytorch-lightning": "2.5.0"}, "beside pytorch-lightning 2.5.0", False),
         ({"python": "3.10.4"}, "outside 3.11 to 3.13", True),
     ],
 )

@@ -84,6 +84,21 @@ def test_a_full_disk_is_told_before_the_run(tmp_path: Path, monkeypatch: pytest.
     assert "GB free" in problems(made, tmp_path / "runs/x")[0]
 
 
+def test_a_run_that_cannot_work_stops_before_it_begins(tmp_path: Path) -> None:
+    script = (
+        "import collections, shutil; from decoct.launch.cli import main; "
+        "shutil.disk_usage = lambda path: collections.namedtuple('U', 'total used free')(10**9, 10**9, 10**5); "
+        "main(['run', 'quickstart'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "01-distill: 120k tokens in 235 steps" in done.stdout
+    assert "cannot work here" in done.stderr
+    assert "free some space" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
 @pytest.mark.parametrize(("text", "count"), [("80GB", 80 * 10**9), ("24 GiB", 24 * 2**30), ("1.5tb", 15 * 10**11), ("1000", 1000)])
 def test_amounts_of_memory(text: str, count: int) -> None:
     assert parse_bytes(text, "--gpu-memory") == count
