@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from ..models.errors import DecoctError
+from ..models.errors import DecoctError, GateFailed
 
 app = typer.Typer(
     name="decoct",
@@ -292,7 +292,7 @@ def _tell(message: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs the verb and ends the process with its exit code."""
-    from .run.workers import FINAL_CODES, remember_outcome, remembered_outcome
+    from .run.workers import FINAL_CODES, leave, remember_outcome, remembered_outcome
 
     given, debug = _split_debug(sys.argv[1:] if arguments is None else arguments)
     decided = remembered_outcome()
@@ -305,6 +305,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug:
             raise
         _tell(f"error: {error}")
+        if isinstance(error, GateFailed):
+            leave(error.exit_code)  # the run itself is finished
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         remember_outcome(130)
@@ -313,6 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SystemExit as ended:
         if ended.code in FINAL_CODES:
             remember_outcome(int(ended.code))
+        if not ended.code:
+            leave(0)
         raise
 
 

@@ -69,7 +69,7 @@ class Runner:
         report = self.session.on_first(lambda: self._finish(measuring, plain, time.perf_counter() - started))
         finish_loggers(self.metrics.loggers)
         failed = self.session.on_first(lambda: self._gates(report))
-        self.session.close()
+        self.session.close(GateFailed.exit_code if failed else 0)
         if failed:
             raise GateFailed("the model is worse than the recipe allows: " + "; ".join(failed))
         return report

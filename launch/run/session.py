@@ -15,6 +15,7 @@ from typing import Any
 from ...models.errors import DecoctError
 from ...models.files import write_json_atomic
 from ...trainer.world import World, connect, value_of_first
+from .workers import remember_outcome
 
 POLL_SECONDS = 0.2
 
@@ -70,13 +71,18 @@ class Session:
             raise RankZeroFailed(told["code"])
         return told["value"]
 
-    def close(self) -> None:
-        """Remove the status files (rank 0) once every rank has read them."""
+    def close(self, code: int = 0) -> None:
+        """Remove the status files (rank 0) once every rank has read them, and leave the exit ``code`` for the agent.
+
+        From here on nothing is left to do, whatever becomes of the process: gloo's threads may abort one whose peers have just left.
+        The process group stays open for the same reason; ``workers.leave`` ends the process without tearing it down.
+        """
         if self.world.size == 1:
             return
         import torch.distributed as dist
 
         dist.barrier()
+        remember_outcome(code)
         if self.world.is_first:
             shutil.rmtree(self._folder.parent, ignore_errors=True)
-        dist.destroy_process_group()
+        dist.barrier()

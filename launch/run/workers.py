@@ -132,9 +132,12 @@ def die_with_agent() -> None:
 
 
 def remember_outcome(code: int) -> None:
-    """Leave a final exit code for the agent, and for the workers that it may start next."""
+    """Leave a final exit code for the agent, and for the workers that it may start next; 0 when the run is finished."""
     if run_id := os.environ.get("TORCHELASTIC_RUN_ID"):
-        _outcome_file(os.getppid(), run_id).write_text(str(code))
+        file = _outcome_file(os.getppid(), run_id)
+        whole = file.with_suffix(f".{os.getpid()}")
+        whole.write_text(str(code))
+        whole.replace(file)  # never seen empty
 
 
 def remembered_outcome() -> int | None:
@@ -142,6 +145,19 @@ def remembered_outcome() -> int | None:
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
     return _read_outcome(os.getppid(), os.environ.get("TORCHELASTIC_RUN_ID", ""))
+
+
+def leave(code: int) -> None:
+    """End a worker whose run is over at once, without tearing its connections down (that aborts now and then, see ``Session.close``).
+
+    Returns when this process has none: then the interpreter may end it as usual.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def forget_outcome(agent: int, run_id: str) -> None:
@@ -156,7 +172,16 @@ def _read_outcome(agent: int, run_id: str) -> int | None:
         return None
 
 
+def _started(process: int) -> str:
+    """When a process was started, in the kernel's ticks; empty where there is no /proc."""
+    try:
+        # the name, in brackets, may hold blanks; the start is the 22nd field
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
 def _outcome_file(agent: int, run_id: str) -> Path:
-    """By agent as well as by job: two agents of one job may run on one machine."""
-    name = hashlib.sha256(f"{os.getuid()}/{agent}/{run_id}".encode()).hexdigest()[:24]
+    """By agent as well as by job: two agents of one job may run on one machine; by its start, as process numbers come again."""
+    name = hashlib.sha256(f"{os.getuid()}/{agent}/{_started(agent)}/{run_id}".encode()).hexdigest()[:24]
     return Path(tempfile.gettempdir()) / f"decoct-{name}.outcome"

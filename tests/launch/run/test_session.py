@@ -12,9 +12,10 @@ from decoct.launch.run.session import Session
 from decoct.trainer.world import World
 
 SCRIPT = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
 from decoct.launch.run.session import Session
+from decoct.launch.run.workers import leave
 from decoct.models.errors import UserError
 from decoct.trainer.world import current_world
 
@@ -35,14 +36,18 @@ if sys.argv[2] == "fail":
         session.on_first(fail)
     except UserError as error:
         sys.exit(error.exit_code)
-session.close()
+session.close(3 if sys.argv[2] == "gate" else 0)
+if sys.argv[2] == "abort" and world.rank == 1:
+    os.abort()
+leave(3 if sys.argv[2] == "gate" else 0)
+raise AssertionError("a rank that has left goes on")
 """
 
 
-def start(tmp_path: Path, how: str) -> subprocess.CompletedProcess[str]:
+def start(tmp_path: Path, how: str, agent: str = "torch.distributed.run") -> subprocess.CompletedProcess[str]:
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path), how]
+    command = [sys.executable, "-m", agent, "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path), how]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -60,6 +65,13 @@ def test_failure_of_rank_0_ends_the_other_with_its_code(tmp_path: Path) -> None:
     done = start(tmp_path, "fail")
     assert done.returncode == 1
     assert "exitcode  : 2" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "code"), [("well", 0), ("gate", 3), ("abort", 0)])
+def test_a_run_that_is_over_ends_with_its_code_whatever_becomes_of_its_processes(tmp_path: Path, how: str, code: int) -> None:
+    done = start(tmp_path, how, "decoct.launch.jobs.agent")
+    assert done.returncode == code, done.stderr
 
 
 def test_one_process_just_runs_the_work(tmp_path: Path) -> None:
