@@ -2,31 +2,29 @@
 
 With p = softmax(teacher_logits / T), q = softmax(student_logits / T), over a vocabulary of V tokens:
 
-    forward KL   KL(p || q) = sum_v p_v (log p_v - log q_v)                        (Hinton et al. 2015, arXiv 1503.02531)
-    reverse KL   KL(q || p) = sum_v q_v (log q_v - log p_v)                        (Gu et al. 2023, arXiv 2306.08543)
-    JSD          (beta KL(p || m) + (1 - beta) KL(q || m)) / (beta (1 - beta)),    m = beta p + (1 - beta) q
-                                                                                   (Agarwal et al. 2023, arXiv 2306.13649, eq. 1)
+    forward KL        KL(p || q) = sum_v p_v (log p_v - log q_v)                    (Hinton et al. 2015, arXiv 1503.02531)
+    reverse KL        KL(q || p) = sum_v q_v (log q_v - log p_v)                    (Gu et al. 2023, arXiv 2306.08543)
+    symmetric KL      balance KL(p || q) + (1 - balance) KL(q || p)
+    adaptive KL       (g_h KL(p || q) + g_t KL(q || p)) / (g_h + g_t),  g = sum |p - q| over head and tail
+                                                                                    (Wu et al. 2024, arXiv 2404.02657, eq. 11-13)
+    total variation   sum_v |p_v - q_v| / 2                                         (Wen et al. 2023, arXiv 2307.15190)
 
-The published JSD vanishes at both ends of beta; divided by beta (1 - beta) it runs into forward KL at 0 and reverse KL at 1.
-``torch.nn.functional.kl_div`` takes its arguments the other way round; here a name says the direction and the student comes first.
-Every function sums over V, in nats, unscaled by T^2, and leaves the mean over tokens to whoever knows how many there are. Logits are
-finite; fp64 is computed in fp64, everything else in fp32. Gradients flow into both arguments.
+``mixtures.py`` has those that compare with a mixture of p and q. ``torch.nn.functional.kl_div`` takes its arguments the other way
+round; here a name says the direction and the student comes first. Every function sums over V, in nats, unscaled by T^2, and leaves the
+mean over tokens to whoever knows how many there are. Logits are finite; fp64 is computed in fp64, everything else in fp32.
 """
 
 import torch
 from torch import Tensor
 
-from .settings import LossSettings
-
-MAX_LOG_RATIO = 80.0
-"""Bound on |log p - log q| inside exponentials of jsd. exp(80) fits fp32; beyond it the ratio's own weight is below exp(-80) = 2e-35."""
+from .logits import checked_share, checked_temperature, in_full_precision, log_distributions
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) per token: the student must cover whatever the teacher finds likely.
 
     Args:
-        student_logits: [..., V], any floating dtype, finite.
+        student_logits: [..., V], any floating dtype, finite. Gradients flow into both arguments.
         teacher_logits: [..., V], the same vocabulary in the same order.
         temperature: T > 0, divides both logits.
 
@@ -36,7 +34,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
     Raises:
         ValueError: shapes differ, or temperature is not positive.
     """
-    log_q, log_p = _log_distributions(student_logits, teacher_logits, temperature)
+    log_q, log_p = log_distributions(student_logits, teacher_logits, temperature)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
@@ -45,35 +43,76 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
 
     Arguments, result and errors as for ``forward_kl``.
     """
-    log_q, log_p = _log_distributions(student_logits, teacher_logits, temperature)
+    log_q, log_p = log_distributions(student_logits, teacher_logits, temperature)
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
-def jsd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float = 0.5) -> Tensor:
-    """Generalised Jensen-Shannon divergence per token, divided by beta (1 - beta).
+def symmetric_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, balance: float = 0.5) -> Tensor:
+    """``balance`` x forward KL + (1 - ``balance``) x reverse KL per token; 0.5 is half of Jeffreys' divergence.
 
-    log(m / q) is written log1p(beta expm1(log p - log q)): a difference of logarithms would lose the digits that matter when the two
-    models nearly agree, and more of them the smaller beta is.
+    Arguments, result and errors as for ``forward_kl``; ``balance`` lies strictly between 0 and 1.
+    """
+    checked_share("balance", balance, "use forward_kl for 1 and reverse_kl for 0")
+    log_q, log_p = log_distributions(student_logits, teacher_logits, temperature)
+    return ((balance * log_p.exp() - (1 - balance) * log_q.exp()) * (log_p - log_q)).sum(-1)
+
+
+def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, head_mass: float = 0.5) -> Tensor:
+    """Forward and reverse KL per token, weighted by how far the models are apart on the teacher's head and tail.
+
+    The weights are constants to autograd. Where the models are equal both are 1/2.
 
     Args:
-        student_logits: [..., V], as for ``forward_kl``.
+        student_logits: [..., V], as for ``forward_kl``; gradients flow into it alone.
         teacher_logits: [..., V].
         temperature: T > 0, divides both logits.
-        beta: Weight of the teacher in the mixture, strictly between 0 (forward KL) and 1 (reverse KL).
+        head_mass: Teacher probability that makes up the head, strictly between 0 and 1: see ``head_threshold``.
 
     Returns:
         [...], as for ``forward_kl``.
 
     Raises:
-        ValueError: shapes differ, temperature is not positive, or beta is not strictly between 0 and 1.
+        ValueError: shapes differ, temperature is not positive, or head_mass is not strictly between 0 and 1.
     """
-    if not 0 < beta < 1:
-        raise ValueError(f"beta={beta} must lie strictly between 0 and 1; use forward_kl or reverse_kl for the ends")
-    log_q, log_p = _log_distributions(student_logits, teacher_logits, temperature)
-    log_ratio = (log_p - log_q).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    log_m_over_q = torch.log1p(beta * torch.expm1(log_ratio))
-    log_m_over_p = torch.log1p((1 - beta) * torch.expm1(-log_ratio))
-    return -(log_p.exp() * log_m_over_p).sum(-1) / (1 - beta) - (log_q.exp() * log_m_over_q).sum(-1) / beta
+    checked_share("head_mass", head_mass, "use forward_kl or reverse_kl for the ends")
+    log_q, log_p = log_distributions(student_logits, teacher_logits.detach(), temperature)
+    p, q = log_p.exp(), log_q.exp()
+    weight = forward_weight(p, (p - q).detach().abs(), head_mass)
+    forward, reverse = (p * (log_p - log_q)).sum(-1), (q * (log_q - log_p)).sum(-1)
+    return weight * forward + (1 - weight) * reverse
+
+
+def head_threshold(p: Tensor, head_mass: float) -> Tensor:
+    """Smallest probability in the head: the likeliest tokens that have less than ``head_mass`` before them, ties of the last included.
+
+    Args:
+        p: [..., V] probabilities.
+        head_mass: In (0, 1).
+
+    Returns:
+        [..., 1], dtype of ``p``: the head is where ``p`` is at least this.
+    """
+    ordered = p.sort(-1, descending=True).values
+    before = ordered.cumsum(-1) - ordered
+    # float sums may never reach 1: the first token is in the head whatever head_mass is
+    count = (before < head_mass).sum(-1, keepdim=True).clamp(min=1)
+    return ordered.gather(-1, count - 1)
+
+
+def forward_weight(p: Tensor, distance: Tensor, head_mass: float) -> Tensor:
+    """g_h / (g_h + g_t) of ``adaptive_kl`` [...], from p [..., V] and |p - q| [..., V]; 1/2 where the two are equal."""
+    whole = distance.sum(-1)
+    head = (distance * (p >= head_threshold(p, head_mass))).sum(-1)
+    return torch.where(whole > 0, head / whole.clamp(min=torch.finfo(whole.dtype).tiny), 0.5)
+
+
+def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Half the sum of |p - q| per token: the probability that the best coupling of both models draws different tokens, in [0, 1].
+
+    Arguments, result and errors as for ``forward_kl``. Where p = q the gradient is 0.
+    """
+    log_q, log_p = log_distributions(student_logits, teacher_logits, temperature)
+    return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
 
 
 def cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
@@ -102,36 +141,5 @@ def teacher_entropy(teacher_logits: Tensor, *, temperature: float = 1.0) -> Tens
     Raises:
         ValueError: temperature is not positive.
     """
-    log_p = torch.log_softmax(in_full_precision(teacher_logits) / _checked(temperature), -1)
+    log_p = torch.log_softmax(in_full_precision(teacher_logits) / checked_temperature(temperature), -1)
     return -(log_p.exp() * log_p).sum(-1)
-
-
-def chosen_divergence(student_logits: Tensor, teacher_logits: Tensor, settings: LossSettings) -> Tensor:
-    """The divergence that ``settings`` names, at its temperature, per token; unscaled by T^2."""
-    if settings.divergence == "forward_kl":
-        return forward_kl(student_logits, teacher_logits, temperature=settings.temperature)
-    if settings.divergence == "reverse_kl":
-        return reverse_kl(student_logits, teacher_logits, temperature=settings.temperature)
-    return jsd(student_logits, teacher_logits, temperature=settings.temperature, beta=settings.beta)
-
-
-def in_full_precision(tensor: Tensor) -> Tensor:
-    """fp64 as it is, any other dtype as fp32."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _log_distributions(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"student logits of shape {tuple(student_logits.shape)} and teacher logits of shape {tuple(teacher_logits.shape)} must be "
-            "equal in shape; slice both to the real vocabulary when one is padded"
-        )
-    _checked(temperature)
-    student, teacher = in_full_precision(student_logits), in_full_precision(teacher_logits)
-    return torch.log_softmax(student / temperature, -1), torch.log_softmax(teacher / temperature, -1)
-
-
-def _checked(temperature: float) -> float:
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be greater than 0; 1.0 leaves the logits as they are")
-    return temperature

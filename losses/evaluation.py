@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .divergences import forward_kl, in_full_precision
+from .divergences import forward_kl
+from .logits import in_full_precision
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

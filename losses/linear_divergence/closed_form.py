@@ -1,13 +1,6 @@
 """Loss of a block of logits together with its gradient, in closed form and in place: what autograd would hold several copies for.
 
-With p = softmax(z_t / T), q = softmax(z_s / T), d = log p - log q and m = beta p + (1 - beta) q, T times the gradient with respect to
-the student's logits z_s is
-
-    forward KL   q - p
-    reverse KL   q (-d - D),                    D = KL(q || p) = -sum_v q d
-    JSD          q (sum_v q u - u) / beta,      u = log(m / q) = log1p(beta expm1(d))
-
-(distillation formulas as in ``divergences``; the JSD is the one divided by beta (1 - beta)). Cross-entropy adds softmax(z_s) - onehot.
+``slopes.py`` has the divergences; cross-entropy adds softmax(z_s) - onehot.
 """
 
 from collections.abc import Sequence
@@ -16,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..divergences import MAX_LOG_RATIO
 from .inputs import Problem
+from .slopes import Pair, soft
 
 BUFFERS_WITH_TEACHER = 3
 """Buffers [n, V] that a block needs beside its two logits."""
@@ -34,15 +27,6 @@ class BlockValues:
     top1_matches: Tensor
     kl: Tensor | None = None
     teacher_entropy: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _Pair:
-    """Two distributions over V, as three buffers [n, V]."""
-
-    p: Tensor
-    log_q: Tensor
-    d: Tensor
 
 
 def cross_entropy_block(logits: Tensor, labels: Tensor, buffer: Tensor, *, gradient: bool) -> tuple[BlockValues, Tensor | None]:
@@ -81,7 +65,7 @@ def divergence_block(
         (figures, gradient [n, V] with respect to ``logits`` or None); the gradient lies in one of the buffers or the logits.
     """
     settings = problem.settings
-    weight, temperature = settings.hard_weight, settings.temperature
+    weight, temperature = settings.hard_weight, settings.temperature or 1.0
     matches = _at(logits, teacher_logits.argmax(-1)) >= logits.amax(-1)
     pair, entropy = _plain_pair(logits, teacher_logits, buffers)
     hard, kl = -_at(pair.log_q, labels), torch.linalg.vecdot(pair.p, pair.d)
@@ -90,59 +74,39 @@ def divergence_block(
         return figures, _minus_onehot(pair.log_q.exp_(), labels, 1.0) if gradient else None
     student = pair.log_q
     if temperature == 1:
-        soft, slope = _soft(pair, logits, problem, gradient=gradient)
+        value, slope = soft(pair, logits, settings, gradient=gradient)
     else:
         if gradient and weight:
             student.exp_()
         # the plain p and d have been summed up; log q is still needed where cross-entropy has a gradient
         spare = teacher_logits
         pair = _tempered_pair(logits, teacher_logits, temperature, (pair.p, pair.d))
-        soft, slope = _soft(pair, spare, problem, gradient=gradient)
-    loss = soft * problem.soft_weight
+        value, slope = soft(pair, spare, settings, gradient=gradient)
+    loss = value * settings.scale
     if weight:
         loss += weight * hard
     if slope is not None:
-        slope = _scaled(slope, problem.soft_weight / temperature)
+        slope = _scaled(slope, settings.scale / temperature)
         if weight:
             slope = _minus_onehot(slope.add_(student, alpha=weight), labels, weight)
     return BlockValues(loss, hard, matches, kl, entropy), slope
 
 
-def _plain_pair(logits: Tensor, teacher_logits: Tensor, buffers: Sequence[Tensor]) -> tuple[_Pair, Tensor]:
+def _plain_pair(logits: Tensor, teacher_logits: Tensor, buffers: Sequence[Tensor]) -> tuple[Pair, Tensor]:
     """The two distributions at temperature 1, and the teacher's entropy [n]; both logits are left as they are."""
     log_q = torch.log_softmax(logits, -1, out=buffers[0])
     d = torch.log_softmax(teacher_logits, -1, out=buffers[1])
     p = torch.exp(d, out=buffers[2])
     entropy = -torch.linalg.vecdot(p, d)
-    return _Pair(p, log_q, d.sub_(log_q)), entropy
+    return Pair(p, log_q, d.sub_(log_q)), entropy
 
 
-def _tempered_pair(logits: Tensor, teacher_logits: Tensor, temperature: float, buffers: tuple[Tensor, Tensor]) -> _Pair:
+def _tempered_pair(logits: Tensor, teacher_logits: Tensor, temperature: float, buffers: tuple[Tensor, Tensor]) -> Pair:
     """The two distributions at ``temperature``; overwrites both logits."""
     log_q = torch.log_softmax(logits.div_(temperature), -1, out=buffers[0])
     d = torch.log_softmax(teacher_logits.div_(temperature), -1, out=buffers[1])
     p = torch.exp(d, out=logits)
-    return _Pair(p, log_q, d.sub_(log_q))
-
-
-def _soft(pair: _Pair, spare: Tensor, problem: Problem, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """(divergence [n], T times its gradient [n, V] or None). Turns ``log_q`` into q, unless neither is needed; overwrites the rest."""
-    settings = problem.settings
-    p, d = pair.p, pair.d
-    if settings.divergence == "forward_kl":
-        value = torch.linalg.vecdot(p, d)
-        return value, torch.sub(pair.log_q.exp_(), p, out=p) if gradient else None
-    q = pair.log_q.exp_()
-    if settings.divergence == "reverse_kl":
-        value = -torch.linalg.vecdot(q, d)
-        return value, d.add_(value.unsqueeze(1)).mul_(q).neg_() if gradient else None
-    beta = settings.beta
-    d.clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    log_m_over_q = torch.expm1(d, out=spare).mul_(beta).log1p_()
-    log_m_over_p = d.neg_().expm1_().mul_(1 - beta).log1p_()
-    mean = torch.linalg.vecdot(q, log_m_over_q)
-    value = -torch.linalg.vecdot(p, log_m_over_p) / (1 - beta) - mean / beta
-    return value, log_m_over_q.sub_(mean.unsqueeze(1)).mul_(q).div_(-beta) if gradient else None
+    return Pair(p, log_q, d.sub_(log_q))
 
 
 def _at(rows: Tensor, columns: Tensor) -> Tensor:

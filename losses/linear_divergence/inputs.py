@@ -95,12 +95,6 @@ class Problem:
         """What is computed in: fp64 when the student is, else fp32."""
         return torch.float64 if torch.float64 in (self.student.hidden.dtype, self.student.head.dtype) else torch.float32
 
-    @property
-    def soft_weight(self) -> float:
-        """Factor on the divergence, T^2 included."""
-        settings = self.settings
-        return (1 - settings.hard_weight) * (settings.temperature**2 if settings.t_squared else 1.0)
-
 
 def checked_problem(
     student: HiddenStates, teacher: TeacherLogitsSource | None, labels: Tensor, settings: LossSettings, v_eff: int

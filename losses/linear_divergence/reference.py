@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..divergences import chosen_divergence, cross_entropy, forward_kl, teacher_entropy
+from ..choice import chosen_divergence
+from ..divergences import cross_entropy, forward_kl, teacher_entropy
 from ..sums import LossSums
 from .inputs import HiddenStates, LogitTransform, Problem, TeacherLogits
 
@@ -41,7 +42,7 @@ def _mixed(logits: Tensor, teacher_logits: Tensor, hard: Tensor, problem: Proble
     weight = problem.settings.hard_weight
     if weight == 1:
         return hard
-    soft = problem.soft_weight * chosen_divergence(logits, teacher_logits, problem.settings)
+    soft = problem.settings.scale * chosen_divergence(logits, teacher_logits, problem.settings)
     return soft if weight == 0 else soft + weight * hard
 
 

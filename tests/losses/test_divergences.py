@@ -9,10 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from decoct.losses.divergences import chosen_divergence, cross_entropy, forward_kl, jsd, reverse_kl, teacher_entropy
-from decoct.losses.settings import LossSettings
+from decoct.losses.choice import FUNCTIONS, chosen_divergence
+from decoct.losses.divergences import adaptive_kl, cross_entropy, forward_kl, head_threshold, reverse_kl, symmetric_kl, teacher_entropy
+from decoct.losses.mixtures import gkd_jsd, jsd, skew_forward_kl, skew_reverse_kl
+from decoct.losses.settings import DIVERGENCES, Divergence, LossSettings
 
-ALL = (forward_kl, reverse_kl, jsd)
+ALL = tuple(function for function, _ in FUNCTIONS.values())
+SMOOTH = tuple(function for name, (function, _) in FUNCTIONS.items() if name not in ("total_variation", "adaptive_kl"))
 # fp32 logits of size 30 are known to 2e-6, and so is each log-probability
 FP32_ABSOLUTE = 2e-5
 
@@ -82,7 +85,7 @@ def test_jsd_keeps_its_digits_for_a_small_beta() -> None:
     torch.testing.assert_close(jsd(student, teacher, beta=1e-3).double(), exact, rtol=1e-3, atol=FP32_ABSOLUTE)
 
 
-@pytest.mark.parametrize("divergence", ALL)
+@pytest.mark.parametrize("divergence", SMOOTH)
 def test_gradients_are_right(divergence) -> None:
     student, teacher = sharp_pair(rows=2, vocab=5, gap=1.0)
     student, teacher = (student / 8).requires_grad_(), (teacher / 8).requires_grad_()
@@ -107,16 +110,57 @@ def test_cross_entropy_equals_torchs_and_soft_targets_have_the_entropy_as_floor(
     assert teacher_entropy(torch.zeros(1, 8), temperature=3.0).item() == pytest.approx(math.log(8))
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
-def test_chosen_divergence_is_the_named_one(name) -> None:
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_chosen_divergence_is_the_named_one_with_its_dial(name: Divergence) -> None:
     student, teacher = sharp_pair(gap=1.0)
-    expected = {
-        "forward_kl": forward_kl(student, teacher, temperature=2.0),
-        "reverse_kl": reverse_kl(student, teacher, temperature=2.0),
-        "jsd": jsd(student, teacher, temperature=2.0, beta=0.3),
-    }[name]
-    chosen = chosen_divergence(student, teacher, LossSettings(divergence=name, temperature=2.0, beta=0.3))
-    assert torch.equal(chosen, expected)
+    function, dial = FUNCTIONS[name]
+    given: dict[str, float] = {dial: 0.3} if dial else {}
+    chosen = chosen_divergence(student, teacher, LossSettings(divergence=name, temperature=2.0, **given))  # pyright: ignore[reportArgumentType]
+    assert torch.equal(chosen, function(student, teacher, temperature=2.0, **given))
+    assert function.__name__ == name
+
+
+def test_gkd_jsd_is_the_published_one() -> None:
+    student, teacher = sharp_pair(gap=2.0)
+    torch.testing.assert_close(gkd_jsd(student, teacher, beta=0.1), 0.09 * jsd(student, teacher, beta=0.1))
+
+
+def test_skew_kls_by_their_definition_and_their_limit() -> None:
+    student, teacher = sharp_pair(gap=2.0)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    for alpha in (0.1, 0.5, 0.9):
+        mixed = alpha * p + (1 - alpha) * q
+        torch.testing.assert_close(skew_forward_kl(student, teacher, alpha=alpha), (p * (p / mixed).log()).sum(-1), rtol=1e-9, atol=1e-12)
+        mixed = (1 - alpha) * p + alpha * q
+        torch.testing.assert_close(skew_reverse_kl(student, teacher, alpha=alpha), (q * (q / mixed).log()).sum(-1), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(skew_forward_kl(student, teacher, alpha=1e-9), forward_kl(student, teacher), rtol=1e-5, atol=0)
+    torch.testing.assert_close(skew_reverse_kl(student, teacher, alpha=1e-9), reverse_kl(student, teacher), rtol=1e-5, atol=0)
+
+
+def test_symmetric_kl_has_both_ends() -> None:
+    student, teacher = sharp_pair(gap=1.0)
+    forward, reverse = forward_kl(student, teacher), reverse_kl(student, teacher)
+    torch.testing.assert_close(symmetric_kl(student, teacher, balance=0.2), 0.2 * forward + 0.8 * reverse)
+
+
+def test_head_of_adaptive_kl_is_the_likeliest_tokens_up_to_its_mass() -> None:
+    p = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.25, 0.25, 0.25, 0.25], [0.97, 0.01, 0.01, 0.01]])
+    heads = p >= head_threshold(p, 0.5)
+    assert heads.tolist() == [[False, True, True, False], [True] * 4, [True, False, False, False]]
+
+
+def test_adaptive_kl_follows_where_the_models_differ() -> None:
+    """By hand: head = {0}; gaps 0.1 on the head and 0.1 on the tail give both KLs half."""
+    p, q = torch.tensor([[0.6, 0.3, 0.1]]), torch.tensor([[0.5, 0.4, 0.1]])
+    forward, reverse = forward_kl(q.log(), p.log()), reverse_kl(q.log(), p.log())
+    torch.testing.assert_close(adaptive_kl(q.log(), p.log()), (forward + reverse) / 2)
+    q = torch.tensor([[0.6, 0.1, 0.3]])  # all of the gap is in the tail
+    torch.testing.assert_close(adaptive_kl(q.log(), p.log()), reverse_kl(q.log(), p.log()))
+
+
+def test_total_variation_by_hand() -> None:
+    p, q = torch.tensor([[0.6, 0.3, 0.1]]), torch.tensor([[0.1, 0.3, 0.6]])
+    assert FUNCTIONS["total_variation"][0](q.log(), p.log()).item() == pytest.approx(0.5)
 
 
 @settings(max_examples=25, deadline=None)
@@ -136,6 +180,8 @@ def test_properties(seed: int, scale: float, gap: float, temperature: float, bet
         value = divergence(student, teacher, temperature=temperature)
         assert (value >= -1e-12).all()
         assert divergence(teacher, teacher, temperature=temperature).abs().max() < 1e-12
+        if divergence is adaptive_kl:
+            continue  # its head may change with the last bit of a probability
         torch.testing.assert_close(divergence(student + shift, teacher, temperature=temperature), value, rtol=1e-7, atol=1e-9)
     swapped = jsd(teacher, student, temperature=temperature, beta=1 - beta)
     torch.testing.assert_close(jsd(student, teacher, temperature=temperature, beta=beta), swapped, rtol=1e-6, atol=1e-9)

@@ -135,16 +135,38 @@ def _cut(bias: Tensor | None, v_eff: int) -> Tensor | None:
     return None if bias is None else bias[:v_eff]
 
 
-def _oracle_loss(z: Tensor, y: Tensor, hard: Tensor, settings: LossSettings) -> Tensor:
-    p, q = (y / settings.temperature).softmax(0), (z / settings.temperature).softmax(0)
-    if settings.divergence == "forward_kl":
-        soft = _kl(p, q)
-    elif settings.divergence == "reverse_kl":
-        soft = _kl(q, p)
-    else:
-        beta = settings.beta
+def divergence_oracle(p: Tensor, q: Tensor, settings: LossSettings) -> Tensor:
+    """The divergence of one token by its definition, in probabilities [V]; gradients flow into q."""
+    name, alpha, beta = settings.divergence, settings.alpha or 0.0, settings.beta or 0.0
+    if name == "adaptive_kl":
+        assert settings.head_mass is not None
+        gap = (p - q).abs().detach().tolist()
+        ordered = sorted(range(len(p)), key=lambda v: -p[v].item())
+        before = [sum(p[ordered[:place]].tolist()) for place in range(len(p))]
+        head = {v for v, mass in zip(ordered, before) if mass < settings.head_mass}
+        inside, whole = sum(gap[v] for v in head), sum(gap)
+        weight = inside / whole if whole else 0.5
+        return weight * _kl(p, q) + (1 - weight) * _kl(q, p)
+    if name == "symmetric_kl":
+        assert settings.balance is not None
+        return settings.balance * _kl(p, q) + (1 - settings.balance) * _kl(q, p)
+    if name in ("jsd", "gkd_jsd"):
         m = beta * p + (1 - beta) * q
-        soft = (beta * _kl(p, m) + (1 - beta) * _kl(q, m)) / (beta * (1 - beta))
+        published = beta * _kl(p, m) + (1 - beta) * _kl(q, m)
+        return published if name == "gkd_jsd" else published / (beta * (1 - beta))
+    return {
+        "forward_kl": lambda: _kl(p, q),
+        "reverse_kl": lambda: _kl(q, p),
+        "skew_forward_kl": lambda: _kl(p, alpha * p + (1 - alpha) * q),
+        "skew_reverse_kl": lambda: _kl(q, (1 - alpha) * p + alpha * q),
+        "total_variation": lambda: (p - q).abs().sum() / 2,
+    }[name]()
+
+
+def _oracle_loss(z: Tensor, y: Tensor, hard: Tensor, settings: LossSettings) -> Tensor:
+    if settings.temperature is None:
+        return hard
+    soft = divergence_oracle((y / settings.temperature).softmax(0), (z / settings.temperature).softmax(0), settings)
     if settings.t_squared:
         soft = soft * settings.temperature**2
     return (1 - settings.hard_weight) * soft + settings.hard_weight * hard

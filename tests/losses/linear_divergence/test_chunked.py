@@ -16,7 +16,7 @@ from decoct.losses.linear_divergence import TeacherHidden, chunked, linear_diver
 from decoct.losses.linear_divergence.chunked import BlockLimits, chunked_sums, rows_per_block
 from decoct.losses.linear_divergence.inputs import HiddenStates, checked_problem
 from decoct.losses.linear_divergence.reference import reference_sums
-from decoct.losses.settings import LossSettings
+from decoct.losses.settings import DIVERGENCES, LossSettings
 
 FIGURES = ("loss", "kl", "cross_entropy", "teacher_entropy", "top1_matches", "tokens")
 
@@ -73,7 +73,7 @@ def test_any_block_size_gives_the_same(case, rows: int, masked: bool) -> None:
     padding=st.integers(0, 3),
     width=st.integers(1, 5),
     hard=st.sampled_from([0.0, 0.5, 1.0]),
-    divergence=st.sampled_from(["forward_kl", "reverse_kl", "jsd"]),
+    divergence=st.sampled_from(DIVERGENCES),
     seed=st.integers(0, 99),
 )
 def test_equals_the_reference_on_odd_sizes(rows, block, vocab, padding, width, hard, divergence, seed) -> None:

@@ -1,0 +1,32 @@
+"""From a name in a recipe to its divergence."""
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from .divergences import adaptive_kl, forward_kl, reverse_kl, symmetric_kl, total_variation
+from .mixtures import gkd_jsd, jsd, skew_forward_kl, skew_reverse_kl
+from .settings import Divergence, LossSettings
+
+FUNCTIONS: Mapping[Divergence, tuple[Callable[..., Tensor], str | None]] = {
+    "forward_kl": (forward_kl, None),
+    "reverse_kl": (reverse_kl, None),
+    "jsd": (jsd, "beta"),
+    "gkd_jsd": (gkd_jsd, "beta"),
+    "skew_forward_kl": (skew_forward_kl, "alpha"),
+    "skew_reverse_kl": (skew_reverse_kl, "alpha"),
+    "adaptive_kl": (adaptive_kl, "head_mass"),
+    "symmetric_kl": (symmetric_kl, "balance"),
+    "total_variation": (total_variation, None),
+}
+"""name -> (function, its own dial in ``LossSettings``)."""
+
+
+def chosen_divergence(student_logits: Tensor, teacher_logits: Tensor, settings: LossSettings) -> Tensor:
+    """The divergence that ``settings`` names, at its temperature, per token; unscaled by T^2.
+
+    Arguments and result as for ``forward_kl``; ``settings.hard_weight`` is below 1, else there is no temperature to take.
+    """
+    function, dial = FUNCTIONS[settings.divergence]
+    dials = {} if dial is None else {dial: getattr(settings, dial)}
+    return function(student_logits, teacher_logits, temperature=settings.temperature, **dials)

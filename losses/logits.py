@@ -1,0 +1,39 @@
+"""From logits to log-probabilities: precision, temperature and the checks that every divergence shares."""
+
+import torch
+from torch import Tensor
+
+
+def in_full_precision(tensor: Tensor) -> Tensor:
+    """fp64 as it is, any other dtype as fp32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def log_distributions(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(log q, log p): log-softmax of student and teacher at a temperature, fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: shapes differ, or temperature is not positive.
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student logits of shape {tuple(student_logits.shape)} and teacher logits of shape {tuple(teacher_logits.shape)} must be "
+            "equal in shape; slice both to the real vocabulary when one is padded"
+        )
+    checked_temperature(temperature)
+    student, teacher = in_full_precision(student_logits), in_full_precision(teacher_logits)
+    return torch.log_softmax(student / temperature, -1), torch.log_softmax(teacher / temperature, -1)
+
+
+def checked_temperature(temperature: float) -> float:
+    """The temperature; ValueError unless it is positive."""
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be greater than 0; 1.0 leaves the logits as they are")
+    return temperature
+
+
+def checked_share(name: str, value: float, ends: str) -> float:
+    """A number strictly between 0 and 1; ValueError with the advice ``ends`` otherwise."""
+    if not 0 < value < 1:
+        raise ValueError(f"{name}={value} must lie strictly between 0 and 1; {ends}")
+    return value
