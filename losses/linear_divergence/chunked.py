@@ -1,20 +1,18 @@
 """linear_divergence without the [N, V] logits: blocks of rows go from hidden states to loss and gradient before the next one starts.
 
-The forward pass already knows every gradient up to one scalar, so it computes them block by block (the idea of Liger Kernel's fused
-linear cross-entropy, https://arxiv.org/abs/2410.10989) and the backward pass multiplies by what arrives from above. Held at once: a few
-[rows, V] buffers of a fixed budget, fp32 gradients of hidden states and head, and, for bf16 or fp16 heads, their fp32 copies. Masked
-rows cost nothing, and a frozen head or frozen hidden states have no gradient computed. Nothing is recomputed.
+Held at once: a few [rows, V] buffers of a fixed budget, fp32 gradients of hidden states and head, and, for bf16 or fp16 heads, their
+fp32 copies. Masked rows cost nothing, and a frozen head or frozen hidden states have no gradient computed.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..sums import LossSums
 from .closed_form import BUFFERS_ALONE, BUFFERS_WITH_TEACHER, BlockValues, cross_entropy_block, divergence_block
+from .gradients import Gradients, sums_with_gradients
 from .inputs import HiddenStates, LogitTransform, Problem, TeacherLogits
 
 FEWEST_ROWS = 16
@@ -61,77 +59,7 @@ def chunked_sums(problem: Problem, *, rows: int | None = None) -> LossSums:
         problem: What to compute.
         rows: Rows of a block; None = by the memory budget of the device.
     """
-    student = problem.student
-    # inside the Function gradients are off, so it cannot see by itself that nobody will ask for any
-    wanted = torch.is_grad_enabled()
-    sums = _ChunkedLoss.apply(student.hidden, student.head, student.bias, problem, rows, wanted)
-    loss, cross_entropy, kl, entropy, matches = sums
-    return LossSums(
-        loss=loss,
-        tokens=torch.tensor(len(problem.kept), device=problem.kept.device),
-        kl=kl,
-        cross_entropy=cross_entropy,
-        teacher_entropy=entropy,
-        top1_matches=matches,
-    )
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, problem: Problem, rows: int | None, wanted: bool) -> Any:
-        hidden_wanted, head_wanted, bias_wanted = (wanted and needed for needed in ctx.needs_input_grad[:3])
-        with torch.autocast(hidden.device.type, enabled=False):
-            gradients = _Gradients.zeros(problem, hidden=hidden_wanted, head=head_wanted, bias=bias_wanted)
-            sums = _run(problem, gradients, rows)
-        ctx.dtypes = (hidden.dtype, head.dtype, None if bias is None else bias.dtype)
-        ctx.save_for_backward(gradients.hidden, gradients.head, gradients.bias)
-        ctx.mark_non_differentiable(*sums[1:])
-        ctx.set_materialize_grads(False)
-        return sums
-
-    @staticmethod
-    @once_differentiable
-    # torch declares backward without a signature
-    def backward(ctx: Any, gradient: Tensor | None, *_: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if gradient is None:
-            return (None,) * 6
-        scaled = (None if own is None else (own * gradient).to(dtype) for own, dtype in zip(ctx.saved_tensors, ctx.dtypes))
-        return *scaled, None, None, None
-
-
-@dataclass(frozen=True, eq=False)
-class _Gradients:
-    """Gradients of the loss in the problem's dtype, None where nobody wants one; rows that are masked or padding stay zero."""
-
-    hidden: Tensor | None
-    head: Tensor | None
-    bias: Tensor | None
-
-    @staticmethod
-    def zeros(problem: Problem, *, hidden: bool, head: bool, bias: bool) -> "_Gradients":
-        student, dtype = problem.student, problem.dtype
-        return _Gradients(
-            torch.zeros_like(student.hidden, dtype=dtype) if hidden else None,
-            torch.zeros_like(student.head, dtype=dtype) if head else None,
-            torch.zeros_like(student.bias, dtype=dtype) if bias and student.bias is not None else None,
-        )
-
-    @property
-    def any(self) -> bool:
-        return not (self.hidden is None and self.head is None and self.bias is None)
-
-    def add(self, slope: Tensor, block: Tensor | slice, hidden: Tensor, head: Tensor) -> None:
-        """Add the share of one block, whose gradient with respect to the product is ``slope`` [n, V]."""
-        v_eff = slope.shape[1]
-        if self.hidden is not None:
-            if isinstance(block, slice):
-                torch.mm(slope, head, out=self.hidden[block])
-            else:
-                self.hidden[block] = slope @ head
-        if self.head is not None:
-            self.head[:v_eff].addmm_(slope.T, hidden)
-        if self.bias is not None:
-            self.bias[:v_eff] += slope.sum(0)
+    return sums_with_gradients(problem, partial(_run, rows=rows))
 
 
 class _Product:
@@ -161,7 +89,7 @@ class _Product:
         return out.mul_(transform.logit_scale / transform.softcap).tanh_().mul_(transform.softcap)
 
 
-def _run(problem: Problem, gradients: _Gradients, rows: int | None) -> tuple[Tensor, ...]:
+def _run(problem: Problem, gradients: Gradients, rows: int | None) -> tuple[Tensor, ...]:
     """Loss, cross-entropy, KL, teacher entropy and top-1 matches, summed; fills ``gradients``."""
     labels, v_eff, dtype, teacher = problem.labels, problem.v_eff, problem.dtype, problem.teacher
     count = len(problem.kept)
@@ -187,8 +115,22 @@ def _run(problem: Problem, gradients: _Gradients, rows: int | None) -> tuple[Ten
         values, slope = _block(problem, taught, logits, labels[block], block, space, gradient=gradients.any)
         _store(values, figures[:, part], matches[part])
         if slope is not None:
-            gradients.add(_through(slope, problem.student.transform, capped_slope), block, hidden, student.head)
+            _add(gradients, _through(slope, problem.student.transform, capped_slope), block, hidden, student.head)
     return *figures.sum(1).unbind(), matches.sum()
+
+
+def _add(gradients: Gradients, slope: Tensor, block: Tensor | slice, hidden: Tensor, head: Tensor) -> None:
+    """Add the share of one block, whose gradient with respect to the product is ``slope`` [n, V]."""
+    v_eff = slope.shape[1]
+    if gradients.hidden is not None:
+        if isinstance(block, slice):
+            torch.mm(slope, head, out=gradients.hidden[block])
+        else:
+            gradients.hidden[block] = slope @ head
+    if gradients.head is not None:
+        gradients.head[:v_eff].addmm_(slope.T, hidden)
+    if gradients.bias is not None:
+        gradients.bias[:v_eff] += slope.sum(0)
 
 
 def _block(

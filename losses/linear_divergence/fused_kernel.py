@@ -1,0 +1,290 @@
+"""Loss and gradient of a block of logits as one Triton kernel: what ``closed_form`` does in a dozen passes, in two or three.
+
+A program takes one row of the vocabulary. The first pass finds both normalisers (online softmax, Milakov & Gimelshein 2018, arXiv
+1805.02867), the second the divergence and the mean of its slope, the third writes the gradient with respect to the product; forward KL
+and cross-entropy need no mean, so their second pass writes at once. Bias, scale and soft cap are applied on the way. Formulas: ``slopes``.
+
+Runs in Triton's interpreter too, hence no libdevice: ``_expm1`` and ``_log1p`` are made of exp and log, and bf16 is read as int16.
+"""
+
+import triton
+import triton.language as tl
+
+FORWARD, REVERSE, SYMMETRIC, ADAPTIVE, JSD, SKEW_FORWARD, SKEW_REVERSE, VARIATION = range(8)
+_FORWARD = tl.constexpr(FORWARD)
+_REVERSE = tl.constexpr(REVERSE)
+_SYMMETRIC = tl.constexpr(SYMMETRIC)
+_ADAPTIVE = tl.constexpr(ADAPTIVE)
+_JSD = tl.constexpr(JSD)
+_SKEW_FORWARD = tl.constexpr(SKEW_FORWARD)
+_SKEW_REVERSE = tl.constexpr(SKEW_REVERSE)
+_MAX_LOG_RATIO = tl.constexpr(80.0)
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 in fp32: the series to x^9 where |x| < 1/2 (next term below 3e-10 of the result), else the difference."""
+    y = 1.0 + x * (1.0 / 9.0)
+    y = 1.0 + x * (1.0 / 8.0) * y
+    y = 1.0 + x * (1.0 / 7.0) * y
+    y = 1.0 + x * (1.0 / 6.0) * y
+    y = 1.0 + x * (1.0 / 5.0) * y
+    y = 1.0 + x * (1.0 / 4.0) * y
+    y = 1.0 + x * (1.0 / 3.0) * y
+    y = 1.0 + x * (1.0 / 2.0) * y
+    return tl.where(tl.abs(x) < 0.5, x * y, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) in fp32: log(w) scaled by what rounding w = 1 + x lost (Goldberg 1991, theorem 4)."""
+    w = 1.0 + x
+    lost = w - 1.0
+    exact = lost == 0.0
+    return tl.where(exact, x, tl.log(tl.where(exact, 1.0, w)) * tl.math.div_rn(x, tl.where(exact, 1.0, lost)))
+
+
+@triton.jit
+def _logits(
+    row_ptr, bias_ptr, columns, valid, scale, cap, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr
+):  # fmt: skip
+    """fp32 final logits of some columns, -inf beyond the vocabulary, and their derivative with respect to the product."""
+    raw = tl.load(row_ptr + columns, mask=valid, other=0)
+    if raw.dtype == tl.int16:
+        x = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        x = raw.to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + columns, mask=valid, other=0.0)
+    slope = tl.full(x.shape, 1.0, tl.float32)
+    if HAS_SCALE:
+        x *= scale
+        slope *= scale
+    if HAS_CAP:
+        # tanh(y) = -expm1(-2 |y|) / (2 + expm1(-2 |y|)) with the sign of y
+        e = _expm1(-2.0 * tl.abs(x) / cap)
+        t = tl.math.div_rn(-e, 2.0 + e)
+        t = tl.where(x < 0, -t, t)
+        x = t * cap
+        slope *= 1.0 - t * t
+    return tl.where(valid, x, float("-inf")), slope
+
+
+@triton.jit
+def _grown(best, total, x, over):
+    """Online softmax: (maximum, sum of exp((x - maximum) / T)) with another block, ``over`` = 1 / T."""
+    larger = tl.maximum(best, tl.max(x, axis=0))
+    return larger, total * tl.exp((best - larger) * over) + tl.sum(tl.exp((x - larger) * over), axis=0)
+
+
+@triton.jit
+def _at(x, columns, place):
+    """x at one column; 0 when it is not in this block."""
+    return tl.sum(tl.where(columns == place, x, 0.0), axis=0)
+
+
+@triton.jit
+def _slope_g(p, q, d, dial, KIND: tl.constexpr):
+    """g of ``slopes``: T times the gradient is q (g - sum q g). Not for forward KL and the mixtures of both KLs."""
+    if KIND == _REVERSE:
+        g = -d
+    elif KIND == _JSD:
+        g = -_log1p(dial * _expm1(d)) / dial
+    elif KIND == _SKEW_FORWARD:
+        e = _expm1(d)
+        g = -(1.0 - dial) * (1.0 - dial) * tl.math.div_rn(e, 1.0 + dial * e)
+    elif KIND == _SKEW_REVERSE:
+        u = _log1p((1.0 - dial) * _expm1(d))
+        g = -u - dial * _expm1(-u)
+    else:
+        g = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
+    return g
+
+
+@triton.jit
+def _value(p, q, d, g, dial, KIND: tl.constexpr):
+    """Terms whose sum is the divergence; for the mixtures of both KLs, forward KL."""
+    if KIND == _REVERSE:
+        v = -q * d
+    elif KIND == _JSD:
+        v = q * g - p * _log1p((1.0 - dial) * _expm1(-d)) / (1.0 - dial)
+    elif KIND == _SKEW_FORWARD:
+        v = -p * _log1p((1.0 - dial) * _expm1(-d))
+    elif KIND == _SKEW_REVERSE:
+        v = -q * _log1p((1.0 - dial) * _expm1(d))
+    elif KIND == _FORWARD or KIND == _SYMMETRIC or KIND == _ADAPTIVE:
+        v = p * d
+    else:
+        v = tl.abs(p - q) * 0.5
+    return v
+
+
+@triton.jit
+def loss_kernel(
+    product_ptr,  # [n, >= V] fp32: hidden @ head.T of the student
+    product_stride,
+    bias_ptr,  # [V] fp32
+    teacher_ptr,  # [rows, >= V] fp32, fp16 or, as int16, bf16: the teacher's product or final logits
+    teacher_stride,
+    teacher_rows_ptr,  # [n] int64 rows of the teacher, where TEACHER_ROWS
+    teacher_bias_ptr,  # [V] fp32
+    labels_ptr,  # [n] int64
+    head_from_ptr,  # [n] fp32 smallest teacher logit in adaptive KL's head
+    figures_ptr,  # [5, figures_stride] fp32: loss, cross-entropy, KL, teacher entropy, top-1 match
+    figures_stride,
+    slope_ptr,  # [n, V] fp32 or bf16: gradient with respect to the product
+    V,
+    over,  # 1 / T
+    soft_weight,  # factor on the divergence
+    hard_weight,
+    dial,  # beta, alpha or balance
+    scale, cap, teacher_scale, teacher_cap,
+    KIND: tl.constexpr, HAS_TEACHER: tl.constexpr, TEACHER_ROWS: tl.constexpr,
+    SOFT: tl.constexpr,  # whether the divergence has a weight
+    TEMPERED: tl.constexpr,  # T is not 1
+    GRADIENT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
+    TEACHER_BIAS: tl.constexpr, TEACHER_SCALE: tl.constexpr, TEACHER_CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    own_row = product_ptr + row * product_stride
+    teacher_row = row
+    if TEACHER_ROWS:
+        teacher_row = tl.load(teacher_rows_ptr + row)
+    their_row = teacher_ptr + teacher_row * teacher_stride
+    label = tl.load(labels_ptr + row).to(tl.int32)
+
+    # Pass 1: normalisers at temperature 1 and T, the label's logit, and who is likeliest.
+    best = float("-inf")
+    total = 0.0
+    total_t = 0.0
+    labelled = 0.0
+    their_best = float("-inf")
+    their_total = 0.0
+    their_total_t = 0.0
+    at_their_best = 0.0
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        valid = columns < V
+        s, _ = _logits(own_row, bias_ptr, columns, valid, scale, cap, HAS_BIAS, HAS_SCALE, HAS_CAP)
+        labelled += _at(s, columns, label)
+        if TEMPERED:
+            _, total_t = _grown(best, total_t, s, over)
+        best, total = _grown(best, total, s, 1.0)
+        if HAS_TEACHER:
+            t, _ = _logits(
+                their_row, teacher_bias_ptr, columns, valid, teacher_scale, teacher_cap, TEACHER_BIAS, TEACHER_SCALE, TEACHER_CAP
+            )
+            highest = tl.max(t, axis=0)
+            place = tl.min(tl.where(t == highest, columns, V), axis=0)
+            at_their_best = tl.where(highest > their_best, _at(s, columns, place), at_their_best)
+            if TEMPERED:
+                _, their_total_t = _grown(their_best, their_total_t, t, over)
+            their_best, their_total = _grown(their_best, their_total, t, 1.0)
+    log_z = best + tl.log(total)
+    log_z_t = log_z
+    if TEMPERED:
+        log_z_t = best * over + tl.log(total_t)
+    hard = log_z - labelled
+    figure = figures_ptr + row
+    tl.store(figure + figures_stride, hard)
+    if not HAS_TEACHER:
+        tl.store(figure, hard)
+        tl.store(figure + 4 * figures_stride, tl.where(labelled >= best, 1.0, 0.0))
+    else:
+        tl.store(figure + 4 * figures_stride, tl.where(at_their_best >= best, 1.0, 0.0))
+    their_log_z = their_best + tl.log(their_total)
+    their_log_z_t = their_log_z
+    if TEMPERED:
+        their_log_z_t = their_best * over + tl.log(their_total_t)
+    shift = their_log_z - log_z
+    shift_t = their_log_z_t - log_z_t
+
+    # Pass 2: sums over the vocabulary; the gradient at once where it needs none of them.
+    at_once: tl.constexpr = GRADIENT and (not SOFT or KIND == _FORWARD)
+    value = 0.0
+    centre = 0.0
+    kl = 0.0
+    entropy = 0.0
+    apart = 0.0
+    apart_in_head = 0.0
+    head_from = 0.0
+    if KIND == _ADAPTIVE and SOFT:
+        head_from = tl.load(head_from_ptr + row)
+    if HAS_TEACHER or at_once:
+        for start in range(0, V, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            valid = columns < V
+            s, through = _logits(own_row, bias_ptr, columns, valid, scale, cap, HAS_BIAS, HAS_SCALE, HAS_CAP)
+            gradient = tl.zeros([BLOCK], tl.float32)
+            if HAS_TEACHER:
+                t, _ = _logits(
+                    their_row, teacher_bias_ptr, columns, valid, teacher_scale, teacher_cap, TEACHER_BIAS, TEACHER_SCALE, TEACHER_CAP
+                )
+                difference = tl.where(valid, t - s, 0.0)
+                log_p = tl.where(valid, t - their_log_z, 0.0)
+                p = tl.where(valid, tl.exp(log_p), 0.0)
+                kl += tl.sum(p * (difference - shift), axis=0)
+                entropy -= tl.sum(p * log_p, axis=0)
+                if SOFT:
+                    d = tl.where(valid, difference * over - shift_t, 0.0)
+                    if TEMPERED:
+                        p = tl.where(valid, tl.exp(t * over - their_log_z_t), 0.0)
+                    q = tl.where(valid, tl.exp(s * over - log_z_t), 0.0)
+                    if KIND == _FORWARD:
+                        value += tl.sum(p * d, axis=0)
+                        gradient = (q - p) * (soft_weight * over)
+                    elif KIND == _SYMMETRIC or KIND == _ADAPTIVE:
+                        value += tl.sum(p * d, axis=0)
+                        centre -= tl.sum(q * d, axis=0)
+                        if KIND == _ADAPTIVE:
+                            distance = tl.abs(p - q)
+                            apart += tl.sum(distance, axis=0)
+                            apart_in_head += tl.sum(tl.where(t >= head_from, distance, 0.0), axis=0)
+                    else:
+                        d = tl.minimum(tl.maximum(d, -_MAX_LOG_RATIO), _MAX_LOG_RATIO)
+                        g = _slope_g(p, q, d, dial, KIND)
+                        value += tl.sum(_value(p, q, d, g, dial, KIND), axis=0)
+                        centre += tl.sum(q * g, axis=0)
+            if at_once:
+                if not SOFT or hard_weight != 0.0:
+                    one_hot = tl.where(columns == label, 1.0, 0.0)
+                    gradient += hard_weight * (tl.exp(s - log_z) - one_hot)
+                tl.store(slope_ptr + row * V + columns, (gradient * through).to(slope_ptr.dtype.element_ty), mask=valid)
+    forward = dial
+    if KIND == _ADAPTIVE:
+        forward = tl.where(apart > 0, apart_in_head / tl.where(apart > 0, apart, 1.0), 0.5)
+    if KIND == _SYMMETRIC or KIND == _ADAPTIVE:
+        value = forward * value + (1.0 - forward) * centre
+    if HAS_TEACHER:
+        tl.store(figure + 2 * figures_stride, kl)
+        tl.store(figure + 3 * figures_stride, entropy)
+        loss = hard_weight * hard
+        if SOFT:
+            # a term of weight 0 is left out, so that an infinite one cannot turn the loss into NaN
+            loss = tl.where(hard_weight == 0.0, 0.0, loss) + soft_weight * value
+        tl.store(figure, loss)
+
+    # Pass 3: the gradient of those that needed a sum first.
+    if GRADIENT and SOFT and KIND != _FORWARD:
+        for start in range(0, V, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            valid = columns < V
+            s, through = _logits(own_row, bias_ptr, columns, valid, scale, cap, HAS_BIAS, HAS_SCALE, HAS_CAP)
+            t, _ = _logits(
+                their_row, teacher_bias_ptr, columns, valid, teacher_scale, teacher_cap, TEACHER_BIAS, TEACHER_SCALE, TEACHER_CAP
+            )
+            d = tl.where(valid, (t - s) * over - shift_t, 0.0)
+            p = tl.where(valid, tl.exp(t * over - their_log_z_t), 0.0)
+            q = tl.where(valid, tl.exp(s * over - log_z_t), 0.0)
+            if KIND == _SYMMETRIC or KIND == _ADAPTIVE:
+                gradient = forward * (q - p) - (1.0 - forward) * q * (d + centre)
+            else:
+                d = tl.minimum(tl.maximum(d, -_MAX_LOG_RATIO), _MAX_LOG_RATIO)
+                gradient = q * (_slope_g(p, q, d, dial, KIND) - centre)
+            gradient *= soft_weight * over
+            if hard_weight != 0.0:
+                one_hot = tl.where(columns == label, 1.0, 0.0)
+                gradient += hard_weight * (tl.exp(s - log_z) - one_hot)
+            tl.store(slope_ptr + row * V + columns, (gradient * through).to(slope_ptr.dtype.element_ty), mask=valid)

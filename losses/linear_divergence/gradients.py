@@ -1,0 +1,98 @@
+"""The autograd node that the block-wise back ends share: the forward pass fills the gradients, the backward pass scales them.
+
+The forward pass already knows every gradient up to one scalar, so it computes them block by block (the idea of Liger Kernel's fused
+linear cross-entropy, https://arxiv.org/abs/2410.10989) and nothing is recomputed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..sums import LossSums
+from .inputs import Problem
+
+_CAST_ELEMENTS = 2**24
+"""Elements that the backward pass scales at a time: 64 MB of fp32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Gradients of the loss in the problem's dtype, None where nobody wants one; rows that are masked or padding stay zero."""
+
+    hidden: Tensor | None
+    head: Tensor | None
+    bias: Tensor | None
+
+    @staticmethod
+    def zeros(problem: Problem, *, hidden: bool, head: bool, bias: bool) -> "Gradients":
+        """Of the student's tensors that are wanted."""
+        student, dtype = problem.student, problem.dtype
+        return Gradients(
+            torch.zeros_like(student.hidden, dtype=dtype) if hidden else None,
+            torch.zeros_like(student.head, dtype=dtype) if head else None,
+            torch.zeros_like(student.bias, dtype=dtype) if bias and student.bias is not None else None,
+        )
+
+    @property
+    def any(self) -> bool:
+        """Whether any is wanted."""
+        return not (self.hidden is None and self.head is None and self.bias is None)
+
+
+Run = Callable[[Problem, Gradients], tuple[Tensor, ...]]
+"""Fills the gradients; returns loss, cross-entropy, KL, teacher entropy and top-1 matches, summed (0-dim)."""
+
+
+def sums_with_gradients(problem: Problem, run: Run) -> LossSums:
+    """Sums of ``problem`` by ``run``; ``loss`` has gradients for the student's hidden states, head and bias."""
+    student = problem.student
+    # inside the Function gradients are off, so it cannot see by itself that nobody will ask for any
+    wanted = torch.is_grad_enabled()
+    sums = _Loss.apply(student.hidden, student.head, student.bias, problem, run, wanted)
+    loss, cross_entropy, kl, entropy, matches = sums
+    return LossSums(
+        loss=loss,
+        tokens=torch.tensor(len(problem.kept), device=problem.kept.device),
+        kl=kl,
+        cross_entropy=cross_entropy,
+        teacher_entropy=entropy,
+        top1_matches=matches,
+    )
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, problem: Problem, run: Run, wanted: bool) -> Any:
+        hidden_wanted, head_wanted, bias_wanted = (wanted and needed for needed in ctx.needs_input_grad[:3])
+        with torch.autocast(hidden.device.type, enabled=False):
+            gradients = Gradients.zeros(problem, hidden=hidden_wanted, head=head_wanted, bias=bias_wanted)
+            sums = run(problem, gradients)
+        ctx.dtypes = (hidden.dtype, head.dtype, None if bias is None else bias.dtype)
+        ctx.save_for_backward(gradients.hidden, gradients.head, gradients.bias)
+        ctx.mark_non_differentiable(*sums[1:])
+        ctx.set_materialize_grads(False)
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    # torch declares backward without a signature
+    def backward(ctx: Any, gradient: Tensor | None, *_: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if gradient is None:
+            return (None,) * 6
+        scaled = (None if own is None else _scaled(own, gradient, dtype) for own, dtype in zip(ctx.saved_tensors, ctx.dtypes))
+        return *scaled, None, None, None
+
+
+def _scaled(own: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``own * factor`` in ``dtype``; a head's gradient is large, so no whole copy in between."""
+    if own.dtype == dtype or own.numel() <= _CAST_ELEMENTS:
+        return (own * factor).to(dtype)
+    result = torch.empty_like(own, dtype=dtype)
+    rows = max(1, _CAST_ELEMENTS // own[0].numel())
+    for first in range(0, len(own), rows):
+        torch.mul(own[first : first + rows], factor, out=result[first : first + rows])
+    return result
