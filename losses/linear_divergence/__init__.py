@@ -1,7 +1,8 @@
 """linear_divergence: from hidden states and heads to the distillation loss, without holding the logits.
 
 Imports torch alone, so it can be lifted into any training loop. ``reference.py`` is the specification, dense and differentiable by
-autograd; ``chunked.py`` gives the same sums and gradients a block of rows at a time (``closed_form.py`` has the derivatives).
+autograd; ``chunked.py`` gives the same sums and gradients a block of rows at a time, in plain PyTorch (``slopes.py`` has the
+derivatives); ``fused.py`` does so with a Triton kernel between the matrix products.
 """
 
 from typing import Literal
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..settings import LossSettings
 from ..sums import LossSums
 from .chunked import chunked_sums
+from .fused import can_fuse, fused_sums
 from .inputs import HiddenStates as HiddenStates
 from .inputs import LogitTransform as LogitTransform
 from .inputs import TeacherHidden as TeacherHidden
@@ -19,7 +21,8 @@ from .inputs import TeacherLogitsSource as TeacherLogitsSource
 from .inputs import checked_problem
 from .reference import reference_sums
 
-Backend = Literal["auto", "reference", "chunked"]
+Backend = Literal["auto", "reference", "chunked", "triton"]
+_BACKENDS = {"reference": reference_sums, "chunked": chunked_sums, "triton": fused_sums}
 
 
 def linear_divergence(
@@ -49,18 +52,21 @@ def linear_divergence(
         v_eff: Tokens of the real vocabulary.
         student_bias: [V_padded] bias of the head, or None.
         student_transform: Scale and soft cap of the student's logits, or None.
-        backend: "chunked" (what "auto" takes) or "reference".
+        backend: "auto" takes "triton" on a GPU and "chunked" elsewhere; "reference" holds the logits.
 
     Returns:
         0-dim sums; ``loss`` is 0 with a graph when every token is masked.
 
     Raises:
-        ValueError: shapes, vocabulary or labels do not fit, there is no teacher for a hard_weight below 1, or no such backend.
+        ValueError: shapes, vocabulary or labels do not fit, there is no teacher for a hard_weight below 1, there is no such backend,
+            or it cannot run here.
 
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2 (the mixture and T^2).
     """
-    if backend not in ("auto", "reference", "chunked"):
-        raise ValueError(f"backend={backend!r} is not one of auto, reference, chunked")
+    if backend != "auto" and backend not in _BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of auto, {', '.join(_BACKENDS)}")
     student = HiddenStates(student_hidden, student_head, student_bias, student_transform)
     problem = checked_problem(student, teacher, labels, settings, v_eff)
-    return reference_sums(problem) if backend == "reference" else chunked_sums(problem)
+    if backend == "auto":
+        backend = "triton" if can_fuse(problem) else "chunked"
+    return _BACKENDS[backend](problem)

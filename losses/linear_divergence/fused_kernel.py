@@ -4,44 +4,17 @@ A program takes one row of the vocabulary. The first pass finds both normalisers
 1805.02867), the second the divergence and the mean of its slope, the third writes the gradient with respect to the product; forward KL
 and cross-entropy need no mean, so their second pass writes at once. Bias, scale and soft cap are applied on the way. Formulas: ``slopes``.
 
-Runs in Triton's interpreter too, hence no libdevice: ``_expm1`` and ``_log1p`` are made of exp and log, and bf16 is read as int16.
+Runs in Triton's interpreter too, hence bf16 is read as int16.
 """
 
 import triton
 import triton.language as tl
 
-FORWARD, REVERSE, SYMMETRIC, ADAPTIVE, JSD, SKEW_FORWARD, SKEW_REVERSE, VARIATION = range(8)
+from .fused_math import ADAPTIVE, FORWARD, MAX_LOG_RATIO, REVERSE, expm1, slope_g, value
+
 _FORWARD = tl.constexpr(FORWARD)
 _REVERSE = tl.constexpr(REVERSE)
-_SYMMETRIC = tl.constexpr(SYMMETRIC)
 _ADAPTIVE = tl.constexpr(ADAPTIVE)
-_JSD = tl.constexpr(JSD)
-_SKEW_FORWARD = tl.constexpr(SKEW_FORWARD)
-_SKEW_REVERSE = tl.constexpr(SKEW_REVERSE)
-_MAX_LOG_RATIO = tl.constexpr(80.0)
-
-
-@triton.jit
-def _expm1(x):
-    """exp(x) - 1 in fp32: the series to x^9 where |x| < 1/2 (next term below 3e-10 of the result), else the difference."""
-    y = 1.0 + x * (1.0 / 9.0)
-    y = 1.0 + x * (1.0 / 8.0) * y
-    y = 1.0 + x * (1.0 / 7.0) * y
-    y = 1.0 + x * (1.0 / 6.0) * y
-    y = 1.0 + x * (1.0 / 5.0) * y
-    y = 1.0 + x * (1.0 / 4.0) * y
-    y = 1.0 + x * (1.0 / 3.0) * y
-    y = 1.0 + x * (1.0 / 2.0) * y
-    return tl.where(tl.abs(x) < 0.5, x * y, tl.exp(x) - 1.0)
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) in fp32: log(w) scaled by what rounding w = 1 + x lost (Goldberg 1991, theorem 4)."""
-    w = 1.0 + x
-    lost = w - 1.0
-    exact = lost == 0.0
-    return tl.where(exact, x, tl.log(tl.where(exact, 1.0, w)) * tl.math.div_rn(x, tl.where(exact, 1.0, lost)))
 
 
 @triton.jit
@@ -62,7 +35,7 @@ def _logits(
         slope *= scale
     if HAS_CAP:
         # tanh(y) = -expm1(-2 |y|) / (2 + expm1(-2 |y|)) with the sign of y
-        e = _expm1(-2.0 * tl.abs(x) / cap)
+        e = expm1(-2.0 * tl.abs(x) / cap)
         t = tl.math.div_rn(-e, 2.0 + e)
         t = tl.where(x < 0, -t, t)
         x = t * cap
@@ -81,42 +54,6 @@ def _grown(best, total, x, over):
 def _at(x, columns, place):
     """x at one column; 0 when it is not in this block."""
     return tl.sum(tl.where(columns == place, x, 0.0), axis=0)
-
-
-@triton.jit
-def _slope_g(p, q, d, dial, KIND: tl.constexpr):
-    """g of ``slopes``: T times the gradient is q (g - sum q g). Not for forward KL and the mixtures of both KLs."""
-    if KIND == _REVERSE:
-        g = -d
-    elif KIND == _JSD:
-        g = -_log1p(dial * _expm1(d)) / dial
-    elif KIND == _SKEW_FORWARD:
-        e = _expm1(d)
-        g = -(1.0 - dial) * (1.0 - dial) * tl.math.div_rn(e, 1.0 + dial * e)
-    elif KIND == _SKEW_REVERSE:
-        u = _log1p((1.0 - dial) * _expm1(d))
-        g = -u - dial * _expm1(-u)
-    else:
-        g = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
-    return g
-
-
-@triton.jit
-def _value(p, q, d, g, dial, KIND: tl.constexpr):
-    """Terms whose sum is the divergence; for the mixtures of both KLs, forward KL."""
-    if KIND == _REVERSE:
-        v = -q * d
-    elif KIND == _JSD:
-        v = q * g - p * _log1p((1.0 - dial) * _expm1(-d)) / (1.0 - dial)
-    elif KIND == _SKEW_FORWARD:
-        v = -p * _log1p((1.0 - dial) * _expm1(-d))
-    elif KIND == _SKEW_REVERSE:
-        v = -q * _log1p((1.0 - dial) * _expm1(d))
-    elif KIND == _FORWARD or KIND == _SYMMETRIC or KIND == _ADAPTIVE:
-        v = p * d
-    else:
-        v = tl.abs(p - q) * 0.5
-    return v
 
 
 @triton.jit
@@ -141,8 +78,11 @@ def loss_kernel(
     scale, cap, teacher_scale, teacher_cap,
     KIND: tl.constexpr, HAS_TEACHER: tl.constexpr, TEACHER_ROWS: tl.constexpr,
     SOFT: tl.constexpr,  # whether the divergence has a weight
+    HARD: tl.constexpr,  # whether cross-entropy has a weight
     TEMPERED: tl.constexpr,  # T is not 1
-    GRADIENT: tl.constexpr,
+    BOTH_KLS: tl.constexpr,  # symmetric or adaptive
+    EARLY: tl.constexpr,  # the gradient is written in pass 2
+    LATE: tl.constexpr,  # the gradient is written in pass 3
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
     TEACHER_BIAS: tl.constexpr, TEACHER_SCALE: tl.constexpr, TEACHER_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -167,7 +107,7 @@ def loss_kernel(
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         valid = columns < V
-        s, _ = _logits(own_row, bias_ptr, columns, valid, scale, cap, HAS_BIAS, HAS_SCALE, HAS_CAP)
+        s, _ = _logits(own_row, bias_ptr, columns, valid, scale, cap, HAS_BIAS, HAS_SCALE, HAS_CAP)  # pyright: ignore[reportGeneralTypeIssues]
         labelled += _at(s, columns, label)
         if TEMPERED:
             _, total_t = _grown(best, total_t, s, over)
@@ -202,8 +142,7 @@ def loss_kernel(
     shift_t = their_log_z_t - log_z_t
 
     # Pass 2: sums over the vocabulary; the gradient at once where it needs none of them.
-    at_once: tl.constexpr = GRADIENT and (not SOFT or KIND == _FORWARD)
-    value = 0.0
+    divergence = 0.0
     centre = 0.0
     kl = 0.0
     entropy = 0.0
@@ -212,11 +151,13 @@ def loss_kernel(
     head_from = 0.0
     if KIND == _ADAPTIVE and SOFT:
         head_from = tl.load(head_from_ptr + row)
-    if HAS_TEACHER or at_once:
+    if HAS_TEACHER or EARLY:
         for start in range(0, V, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             valid = columns < V
-            s, through = _logits(own_row, bias_ptr, columns, valid, scale, cap, HAS_BIAS, HAS_SCALE, HAS_CAP)
+            s, through = _logits(  # pyright: ignore[reportGeneralTypeIssues]
+                own_row, bias_ptr, columns, valid, scale, cap, HAS_BIAS, HAS_SCALE, HAS_CAP
+            )
             gradient = tl.zeros([BLOCK], tl.float32)
             if HAS_TEACHER:
                 t, _ = _logits(
@@ -233,58 +174,64 @@ def loss_kernel(
                         p = tl.where(valid, tl.exp(t * over - their_log_z_t), 0.0)
                     q = tl.where(valid, tl.exp(s * over - log_z_t), 0.0)
                     if KIND == _FORWARD:
-                        value += tl.sum(p * d, axis=0)
+                        divergence += tl.sum(p * d, axis=0)
                         gradient = (q - p) * (soft_weight * over)
-                    elif KIND == _SYMMETRIC or KIND == _ADAPTIVE:
-                        value += tl.sum(p * d, axis=0)
+                    elif BOTH_KLS:
+                        divergence += tl.sum(p * d, axis=0)
                         centre -= tl.sum(q * d, axis=0)
                         if KIND == _ADAPTIVE:
                             distance = tl.abs(p - q)
                             apart += tl.sum(distance, axis=0)
                             apart_in_head += tl.sum(tl.where(t >= head_from, distance, 0.0), axis=0)
                     else:
-                        d = tl.minimum(tl.maximum(d, -_MAX_LOG_RATIO), _MAX_LOG_RATIO)
-                        g = _slope_g(p, q, d, dial, KIND)
-                        value += tl.sum(_value(p, q, d, g, dial, KIND), axis=0)
+                        if KIND != _REVERSE:
+                            d = tl.minimum(tl.maximum(d, -MAX_LOG_RATIO), MAX_LOG_RATIO)
+                        g = slope_g(p, q, d, dial, KIND)
+                        divergence += tl.sum(value(p, q, d, g, dial, KIND), axis=0)
                         centre += tl.sum(q * g, axis=0)
-            if at_once:
-                if not SOFT or hard_weight != 0.0:
+            if EARLY:
+                if HARD:
                     one_hot = tl.where(columns == label, 1.0, 0.0)
                     gradient += hard_weight * (tl.exp(s - log_z) - one_hot)
                 tl.store(slope_ptr + row * V + columns, (gradient * through).to(slope_ptr.dtype.element_ty), mask=valid)
     forward = dial
     if KIND == _ADAPTIVE:
         forward = tl.where(apart > 0, apart_in_head / tl.where(apart > 0, apart, 1.0), 0.5)
-    if KIND == _SYMMETRIC or KIND == _ADAPTIVE:
-        value = forward * value + (1.0 - forward) * centre
+    if BOTH_KLS:
+        divergence = forward * divergence + (1.0 - forward) * centre
     if HAS_TEACHER:
         tl.store(figure + 2 * figures_stride, kl)
         tl.store(figure + 3 * figures_stride, entropy)
-        loss = hard_weight * hard
+        loss = 0.0
+        # a term of weight 0 is left out, so that an infinite one cannot turn the loss into NaN
+        if HARD:
+            loss += hard_weight * hard
         if SOFT:
-            # a term of weight 0 is left out, so that an infinite one cannot turn the loss into NaN
-            loss = tl.where(hard_weight == 0.0, 0.0, loss) + soft_weight * value
+            loss += soft_weight * divergence
         tl.store(figure, loss)
 
     # Pass 3: the gradient of those that needed a sum first.
-    if GRADIENT and SOFT and KIND != _FORWARD:
+    if LATE:
         for start in range(0, V, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             valid = columns < V
-            s, through = _logits(own_row, bias_ptr, columns, valid, scale, cap, HAS_BIAS, HAS_SCALE, HAS_CAP)
+            s, through = _logits(  # pyright: ignore[reportGeneralTypeIssues]
+                own_row, bias_ptr, columns, valid, scale, cap, HAS_BIAS, HAS_SCALE, HAS_CAP
+            )
             t, _ = _logits(
                 their_row, teacher_bias_ptr, columns, valid, teacher_scale, teacher_cap, TEACHER_BIAS, TEACHER_SCALE, TEACHER_CAP
             )
             d = tl.where(valid, (t - s) * over - shift_t, 0.0)
             p = tl.where(valid, tl.exp(t * over - their_log_z_t), 0.0)
             q = tl.where(valid, tl.exp(s * over - log_z_t), 0.0)
-            if KIND == _SYMMETRIC or KIND == _ADAPTIVE:
+            if BOTH_KLS:
                 gradient = forward * (q - p) - (1.0 - forward) * q * (d + centre)
             else:
-                d = tl.minimum(tl.maximum(d, -_MAX_LOG_RATIO), _MAX_LOG_RATIO)
-                gradient = q * (_slope_g(p, q, d, dial, KIND) - centre)
+                if KIND != _REVERSE:
+                    d = tl.minimum(tl.maximum(d, -MAX_LOG_RATIO), MAX_LOG_RATIO)
+                gradient = q * (slope_g(p, q, d, dial, KIND) - centre)
             gradient *= soft_weight * over
-            if hard_weight != 0.0:
+            if HARD:
                 one_hot = tl.where(columns == label, 1.0, 0.0)
                 gradient += hard_weight * (tl.exp(s - log_z) - one_hot)
             tl.store(slope_ptr + row * V + columns, (gradient * through).to(slope_ptr.dtype.element_ty), mask=valid)

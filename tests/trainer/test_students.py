@@ -16,7 +16,7 @@ from decoct.trainer.students import Placed
 from decoct.trainer.world import World
 
 _ROUND_TRIP = """
-import json, re, sys, threading, time
+import json, os, re, sys, threading, time
 from pathlib import Path
 
 import torch
@@ -68,7 +68,7 @@ figures = {"own": own, "loading": loading, "collecting": peak.rise(), "meta": al
 if world.is_first:
     save_file(dict(whole.named_parameters()), out / "whole.safetensors")
 dist.barrier()
-dist.destroy_process_group()
+os._exit(0)  # gloo's threads may abort a process that tears them down
 """
 
 

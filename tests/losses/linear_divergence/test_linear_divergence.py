@@ -313,6 +313,8 @@ def test_bad_input_is_refused(case) -> None:
         own.sums(soft, "auto", labels=torch.full_like(own.labels, -1))
     with pytest.raises(ValueError, match="backend='dense' is not one of auto, reference, chunked"):
         own.sums(soft, "dense")
+    with pytest.raises(ValueError, match="backend='triton' cannot run on device cpu; use backend='auto', or set TRITON_INTERPRET=1"):
+        own.to(torch.float32).sums(soft, "triton")
     with pytest.raises(ValueError, match="flatten batch and sequence"):
         linear_divergence(torch.zeros(2, 3, 4), own.head, None, own.labels, LossSettings(hard_weight=1.0), v_eff=4)
 

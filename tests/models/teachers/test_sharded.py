@@ -17,10 +17,10 @@ from decoct.models.teachers.sharded import sharded_model
 SavedModel = Callable[..., Path]
 
 _RANK = """
-import json, sys
+import json, os, sys
 import torch
 from torch import nn
-from torch.distributed import destroy_process_group, get_rank, init_process_group
+from torch.distributed import barrier, get_rank, init_process_group
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from decoct.models.families import decoder_layers
@@ -81,7 +81,8 @@ facts = {
 }
 with open(f"{out}/{rank}.json", "w") as file:
     json.dump(facts, file)
-destroy_process_group()
+barrier()
+os._exit(0)  # gloo's threads may abort a process that tears them down
 """
 
 

@@ -1,0 +1,30 @@
+"""The Triton back end on a CPU: ``test_fused.py`` in Triton's interpreter."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("selection", "at_least"),
+    [
+        pytest.param("every_divergence and 2.0-0.25 or no_tokens or refused or frozen", 14, id="some"),
+        pytest.param("test", 120, id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_the_kernel_equals_the_oracle_in_the_interpreter(tmp_path: Path, selection: str, at_least: int) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    # a process of its own: triton reads the variable when it is first imported, and the GPU tests need it unset
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    tests = Path(__file__).with_name("test_fused.py")
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests), "-k", selection]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed, result.stdout
+    assert int(passed[1]) >= at_least, result.stdout
