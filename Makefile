@@ -45,10 +45,12 @@ test: install ## every test but those of the serving stacks
 	$(TEST) -m 'not serving' $(PYTEST_ARGS)
 
 bench: install ## the benchmarks that need no GPU, at their default sizes
+	$(BIN)/python benchmarks/linear_divergence.py --json benchmarks/results/linear_divergence.json
 	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
 
-bench-gpu: install ## predicted against measured memory and every other check that needs a GPU
+bench-gpu: install ## the tests and benchmarks that need a GPU
 	$(BIN)/pytest -m gpu $(PYTEST_ARGS)
+	$(BIN)/python benchmarks/linear_divergence.py --json benchmarks/results/linear_divergence-gpu.json
 
 clean: ## remove the venv and caches (runs/ stays)
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

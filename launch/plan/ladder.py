@@ -118,9 +118,9 @@ def find_shape(what: str) -> ModelShape:
 
 
 def nominal_size(what: str) -> float | None:
-    """70e9 for ``70B``; None for what is no size, or a folder of that name."""
+    """70e9 for ``70B``; None for what is no size above 0, or a folder of that name."""
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MBT])", what, re.IGNORECASE)
-    if size is None or Path(what).is_dir():
+    if size is None or not float(size[1]) or Path(what).is_dir():
         return None
     return float(size[1]) * {"M": 1e6, "B": 1e9, "T": 1e12}[size[2].upper()]
 

@@ -44,3 +44,5 @@ def test_a_folder_is_read_and_an_unknown_size_is_refused(tmp_path: Path) -> None
     assert find_shape("HuggingFaceTB/SmolLM2-1.7B").parameters == 1_711_376_384
     with pytest.raises(UserError, match=r"no stored architecture has about 12B parameters.*Qwen3-8B \(8.19B\)"):
         find_shape("12B")
+    with pytest.raises(UserError, match=r"'0B': .*give the path of a model folder"):
+        find_shape("0B")
