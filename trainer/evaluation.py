@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..losses.evaluation import evaluation_sums
 from ..losses.shift import shift_for_next_token
+from ..models.batches import backbone_inputs
 from ..models.errors import NonFiniteError
 from ..models.families import HeadTransform, backbone_and_head, head_transform
 from .data.windows import IGNORED, Windows
@@ -97,7 +98,7 @@ def evaluate_model(
         for first in range(0, len(windows), batch):
             last = min(first + batch, len(windows))
             inputs = _stack(windows, first, last, device)
-            output = backbone(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+            output = backbone(**backbone_inputs(inputs), use_cache=False)
             _add(tally, output.last_hidden_state, head, teacher, inputs)
             if not torch.isfinite(tally.nll[-1]).all():
                 raise NonFiniteError(

@@ -11,6 +11,7 @@ from ..losses.linear_divergence.inputs import TeacherHidden
 from ..losses.settings import LossSettings
 from ..losses.shift import shift_for_next_token
 from ..losses.sums import LossSums
+from ..models.batches import backbone_inputs
 from ..models.errors import UserError
 from ..models.families import backbone_and_head, head_transform
 from ..models.teachers import Teacher
@@ -58,10 +59,10 @@ class Objective:
 
         Args:
             student: A causal language model of transformers.
-            batch: input_ids, labels (-100 = no label) and attention_mask, each [B, S] int64.
+            batch: input_ids, labels (-100 = no label), attention_mask and, of packed windows, position_ids; each [B, S] int64.
         """
         backbone, head, bias = backbone_and_head(student)
-        output = backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        output = backbone(**backbone_inputs(batch), use_cache=False)
         hidden, labels = shift_for_next_token(output.last_hidden_state, batch["labels"])
         return linear_divergence(
             hidden,

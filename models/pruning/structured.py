@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..batches import backbone_inputs
 from ..errors import NonFiniteError, UserError
 from ..families import Family, family_of
 
@@ -29,7 +30,7 @@ def ffn_channel_scores(model: "PreTrainedModel", batches: Iterable[Mapping[str, 
 
     Args:
         model: Llama, Mistral, Qwen2 or Qwen3.
-        batches: ``input_ids`` [B, S] and, where there is padding, ``attention_mask`` [B, S]; other keys are ignored.
+        batches: ``input_ids`` [B, S] and, where there is padding, ``attention_mask`` [B, S], or ``position_ids`` of packed windows.
 
     Returns:
         One fp32 tensor [channels] per decoder layer, on the CPU.
@@ -48,11 +49,10 @@ def ffn_channel_scores(model: "PreTrainedModel", batches: Iterable[Mapping[str, 
     tokens = 0
     try:
         for batch in batches:
-            ids = batch["input_ids"].to(model.device)
-            mask = batch.get("attention_mask", torch.ones_like(ids)).to(model.device)
+            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).to(model.device)
             keep_rows[0] = mask.bool()
             tokens += int(mask.sum())
-            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+            model.base_model(**backbone_inputs(batch, model.device), use_cache=False)
     finally:
         model.train(training)
         for handle in handles:

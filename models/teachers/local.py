@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, runtime_checkab
 import torch
 from torch import Tensor
 
+from ..batches import backbone_inputs
 from ..errors import UserError
 from ..families import HeadTransform, backbone_and_head, check_head, head_transform
 from ..vocabulary import check_head_rows, effective_vocab
@@ -89,7 +90,7 @@ class LocalTeacher:
         ``no_grad`` and not ``inference_mode``: the results enter the student's graph as constants.
 
         Args:
-            batch: ``input_ids`` and optionally ``attention_mask``, [B, S] int64, on any device.
+            batch: ``input_ids`` and optionally ``attention_mask`` or, of packed windows, ``position_ids``; [B, S] int64, on any device.
 
         Returns:
             (hidden [B, S, H], head weight [V_eff, H], head bias [V_eff] or None, transform), all in the teacher's dtype; weight and
@@ -97,13 +98,8 @@ class LocalTeacher:
         """
         backbone, weight, bias = backbone_and_head(self._model)
         device = weight.device
-        mask = batch.get("attention_mask")
         with torch.autocast(device.type, enabled=False):
-            output: Any = backbone(
-                input_ids=batch["input_ids"].to(device),
-                attention_mask=None if mask is None else mask.to(device),
-                use_cache=False,
-            )
+            output: Any = backbone(**backbone_inputs(batch, device), use_cache=False)
         head_bias = None if bias is None else bias[: self._v_eff]
         return output.last_hidden_state, weight[: self._v_eff], head_bias, head_transform(self._model.config)
 

@@ -68,3 +68,25 @@ def test_padding_rows_of_either_head_change_nothing(training: ModuleType) -> Non
     padded = Objective(LocalTeacher(teacher, v_eff=training.VOCAB), LossSettings(), v_eff=training.VOCAB)(student, batch)
     assert float(padded.loss.detach()) == pytest.approx(float(plain.loss.detach()), rel=1e-6)
     assert isinstance(student, nn.Module)
+
+
+def test_packed_documents_give_the_sums_and_gradients_that_they_give_alone(training: ModuleType) -> None:
+    """Law 1 for packing, and no leakage: neither student nor teacher sees the document before."""
+    sizes = [5, 1, 7, 3]
+    ids = torch.randint(0, training.VOCAB, (1, sum(sizes)), generator=torch.Generator().manual_seed(1))
+    documents = ids[0].split(sizes)
+    labels = torch.cat([torch.cat([torch.tensor([-100]), document[1:]]) for document in documents])[None]
+    positions = torch.cat([torch.arange(size) for size in sizes])[None]
+    packed = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "position_ids": positions}
+    rows = torch.nn.utils.rnn.pad_sequence(list(documents), batch_first=True)
+    real = torch.arange(rows.shape[1])[None] < torch.tensor(sizes)[:, None]
+    padded = {"input_ids": rows, "labels": torch.where(real, rows, -100), "attention_mask": real.long()}
+    student, teacher = training.tiny_model(1, dropout=0.0), training.tiny_model(2, dropout=0.0)
+    objective = Objective(LocalTeacher(teacher, v_eff=training.VOCAB), LossSettings(hard_weight=0.25), v_eff=training.VOCAB)
+    results = [objective(student, batch) for batch in (packed, padded)]
+    for name in ("loss", "tokens", "kl", "cross_entropy", "teacher_entropy", "top1_matches"):
+        own, theirs = (float(getattr(sums, name).detach()) for sums in results)
+        assert own == pytest.approx(theirs, rel=1e-5), name
+    gradients = [torch.autograd.grad(sums.loss, list(student.parameters())) for sums in results]
+    for own, theirs in zip(*gradients):
+        torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-5)

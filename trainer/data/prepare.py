@@ -1,8 +1,8 @@
 """Documents to training and evaluation windows, made once and kept in ``<cache>/tokens/<fingerprint>/``.
 
-A cache entry is ``train.tokens``, ``evaluation.tokens`` (and ``.lengths`` without packing) beside ``manifest.json`` with the size and
-sha256 of each. It is written under a temporary name and renamed, so it is there whole or not at all; one that was damaged later is
-made again.
+A cache entry is ``train.tokens`` and ``evaluation.tokens`` (with ``.starts`` of packed documents, or ``.lengths`` without packing)
+beside ``manifest.json`` with the size and sha256 of each. It is written under a temporary name and renamed, so it is there whole or not
+at all; one that was damaged later is made again.
 """
 
 import errno
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ...models.errors import UserError
 from ...models.files import atomic_directory, check_free_space, clean_leftovers, sha256_file, sha256_json, write_json_atomic
 from ..settings import DataSettings
-from .split import join_neighbours, split_documents
+from .split import split_documents
 from .text import Documents, read_documents
 from .tokens import TokenStream, tokenizer_hash, write_tokens
 from .windows import Windows, write_packed, write_padded
@@ -26,7 +26,7 @@ from .windows import Windows, write_packed, write_padded
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same settings would lead to other windows."""
 MANIFEST = "manifest.json"
 _LOG = logging.getLogger(__name__)
@@ -47,6 +47,11 @@ class PreparedData:
     """What the text is, for people."""
     path: Path
     """The cache entry; ``open_prepared`` opens it on other ranks."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether windows hold several documents, which models must keep apart."""
+        return self.train.starts is not None
 
 
 def prepare_data(
@@ -174,8 +179,8 @@ def _write_windows(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase",
     split = split_documents(stream, seq_length=length, eval_tokens=most, packing=settings.packing)
     if settings.packing:
         counts = (
-            write_packed(folder / "train", stream.tokens, join_neighbours(split.train), length),
-            write_packed(folder / "evaluation", stream.tokens, join_neighbours(split.evaluation), length, most // length),
+            write_packed(folder / "train", stream.tokens, split.train, length),
+            write_packed(folder / "evaluation", stream.tokens, split.evaluation, length, most // length),
         )
     else:
         # what padding holds is never looked at; any id that embeddings have will do

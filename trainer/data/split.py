@@ -48,15 +48,6 @@ def split_documents(stream: TokenStream, *, seq_length: int, eval_tokens: int, p
     return Split(np.minimum(before, cut), np.maximum(after, cut), whole=False)
 
 
-def join_neighbours(segments: np.ndarray) -> np.ndarray:
-    """The same positions in the same order, int64 [num, 2], with segments that touch made one."""
-    if len(segments) == 0:
-        return segments
-    starts = np.flatnonzero(np.r_[True, segments[1:, 0] != segments[:-1, 1]])
-    ends = np.r_[starts[1:] - 1, len(segments) - 1]
-    return np.stack([segments[starts, 0], segments[ends, 1]], axis=1)
-
-
 def _check_size(total: int, documents: int, least: int, seq_length: int, eval_tokens: int) -> None:
     text = f"the text has {total:,} tokens in {documents:,} document(s)"
     if total < least:

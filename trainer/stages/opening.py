@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from ...models.batches import check_packing
 from ...models.errors import UserError
 from ...models.loading import load_config, load_model, meta_model
 from ...models.streaming import WeightFiles, can_stream, empty_model
-from ...models.teachers import Teacher, open_teacher
+from ...models.teachers import LocalTeacher, Teacher, open_teacher
 from ..settings import TrainingBlock
 from ..strategy import choose_strategy, device_bytes, shards
 from ..world import current_world, value_of_first
@@ -39,7 +40,10 @@ def open_student(context: StageContext) -> OpenStudent:
     if shards(strategy, current_world()) and can_stream(place, revision):
         model, weights = empty_model(place, revision)
         return OpenStudent(model, weights, strategy)
-    return OpenStudent(load_model(place, dtype=torch.float32, revision=revision), None, strategy)
+    model = load_model(place, dtype=torch.float32, revision=revision)
+    if context.data.packed:
+        check_packing(model, f"{context.name}: the student")
+    return OpenStudent(model, None, strategy)
 
 
 def whole_student(context: StageContext) -> "PreTrainedModel":
@@ -91,6 +95,13 @@ def stage_teacher(settings: TrainingBlock, context: StageContext) -> Teacher | N
     """The teacher that the stage learns from, on this rank's device; None when its loss needs none."""
     if settings.loss.hard_weight == 1.0:
         return None
+    teacher = _open_teacher(settings, context)
+    if context.data.packed:
+        check_packing(teacher.model, f"{context.name}: the teacher")
+    return teacher
+
+
+def _open_teacher(settings: TrainingBlock, context: StageContext) -> LocalTeacher:
     device = current_device()
     choice = settings.teacher or ("recipe" if context.teacher else "input")
     if choice == "input":

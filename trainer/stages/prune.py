@@ -80,4 +80,4 @@ def calibration_batches(context: StageContext, tokens: int) -> Iterator[dict[str
     indices = iter(range(count))
     while chosen := list(itertools.islice(indices, _CALIBRATION_BATCH)):
         rows = [windows[index] for index in chosen]
-        yield {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "attention_mask")}
+        yield {key: torch.stack([row[key] for row in rows]) for key in rows[0] if key != "labels"}

@@ -87,7 +87,7 @@ def test_second_start_reads_the_cache_and_other_ranks_open_it(
         assert (data.fingerprint, data.text_fingerprint, data.description) == (first.fingerprint, first.text_fingerprint, first.description)
         assert rows(data.train) == rows(first.train)
         assert rows(data.evaluation) == rows(first.evaluation)
-    assert sorted(before) == ["evaluation.tokens", "manifest.json", "train.tokens"]
+    assert sorted(before) == ["evaluation.starts", "evaluation.tokens", "manifest.json", "train.starts", "train.tokens"]
     assert [path.name for path in first.path.parent.iterdir()] == [first.fingerprint]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from decoct.models.errors import UserError
-from decoct.trainer.data.split import Split, join_neighbours, split_documents
+from decoct.trainer.data.split import Split, split_documents
 from decoct.trainer.data.tokens import TokenStream
 
 
@@ -66,10 +66,3 @@ def test_text_too_short_for_a_window_or_for_both_sides_says_what_to_lower() -> N
     with pytest.raises(UserError, match=r"lower data\.seq_length and data\.eval_tokens"):
         split(stream([7]), eval_tokens=4)
     assert len(positions(split(stream([30]), eval_tokens=26).train)) == 4
-
-
-def test_joining_neighbours_keeps_positions_and_order() -> None:
-    segments = np.array([[0, 3], [3, 5], [7, 9], [5, 7], [7, 8]])
-    assert join_neighbours(segments).tolist() == [[0, 5], [7, 9], [5, 8]]
-    assert positions(join_neighbours(segments)) == positions(segments)
-    assert join_neighbours(segments[:0]).tolist() == []

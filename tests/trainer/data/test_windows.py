@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from decoct.trainer.data.windows import Windows, write_packed, write_padded
+from decoct.trainer.data.windows import Windows, join_neighbours, write_packed, write_padded
 
 STREAM = np.arange(100, 130, dtype=np.int32)
 
@@ -42,6 +42,30 @@ def test_packing_joins_segments_in_their_order_and_drops_the_rest(tmp_path: Path
     assert Windows.open(tmp_path / "w", 4).rows.tolist() == [[120, 121, 122, 123], [124, 100, 101, 102]]
     assert write_packed(tmp_path / "w", STREAM, segments, 4, most=1) == 1
     assert Windows.open(tmp_path / "w", 4).rows.tolist() == [[120, 121, 122, 123]]
+
+
+def test_packed_documents_start_again_at_position_0_and_their_first_token_is_not_predicted(tmp_path: Path) -> None:
+    documents = np.array([[0, 5], [5, 6], [20, 23], [10, 13]])
+    assert write_packed(tmp_path / "w", STREAM, documents, 6) == 2
+    windows = Windows.open(tmp_path / "w", 6)
+    assert windows[0]["input_ids"].tolist() == [100, 101, 102, 103, 104, 105]
+    assert windows[0]["position_ids"].tolist() == [0, 1, 2, 3, 4, 0]
+    assert windows[0]["labels"].tolist() == [-100, 101, 102, 103, 104, -100]
+    assert windows[1]["position_ids"].tolist() == [0, 1, 2, 0, 1, 2]
+    assert windows[1]["labels"].tolist() == [-100, 121, 122, -100, 111, 112]
+    assert windows[-1]["position_ids"].tolist() == windows[1]["position_ids"].tolist()
+    # a document cut by a window's end begins anew in the next one, where it cannot see its beginning
+    write_packed(tmp_path / "w", STREAM, documents, 4)
+    windows = Windows.open(tmp_path / "w", 4)
+    assert [windows[i]["position_ids"].tolist() for i in range(3)] == [[0, 1, 2, 3], [0, 0, 0, 1], [0, 0, 1, 2]]
+    copied = pickle.loads(pickle.dumps(windows))
+    assert copied[1]["position_ids"].tolist() == [0, 0, 0, 1]
+
+
+def test_joining_neighbours_keeps_positions_and_order() -> None:
+    segments = np.array([[0, 3], [3, 5], [7, 9], [5, 7], [7, 8]])
+    assert join_neighbours(segments).tolist() == [[0, 5], [7, 9], [5, 8]]
+    assert join_neighbours(segments[:0]).tolist() == []
 
 
 def test_packing_copies_in_parts_without_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
