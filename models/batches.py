@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def backbone_inputs(batch: Mapping[str, Tensor], device: torch.device | str | None = None) -> dict[str, Tensor | None]:
+def backbone_inputs(batch: Mapping[str, Tensor], device: torch.device | str | None = None) -> dict[str, Any]:
     """Arguments of a backbone, or of a whole model, for ``batch``.
 
     Args:
@@ -25,8 +25,9 @@ def backbone_inputs(batch: Mapping[str, Tensor], device: torch.device | str | No
         For packed windows no mask: transformers then builds one from the positions in which a token sees its own document alone.
     """
     keys = ("input_ids", "position_ids") if "position_ids" in batch else ("input_ids", "attention_mask")
-    given: dict[str, Tensor | None] = {key: batch[key] if device is None else batch[key].to(device) for key in keys if key in batch}
-    return {"attention_mask": None, **given}
+    given = {key: batch[key] if device is None else batch[key].to(device) for key in keys if key in batch}
+    # beside a cache, which transformers makes unasked, positions would not count
+    return {"attention_mask": None, "use_cache": False, **given}
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def keeps_documents_apart(model: "PreTrainedModel") -> bool:
     model.eval()
     try:
         packed, alone = (
-            backbone(**backbone_inputs(batch), use_cache=False).last_hidden_state
+            backbone(**backbone_inputs(batch)).last_hidden_state
             for batch in ({"input_ids": ids, "position_ids": positions}, {"input_ids": ids[:, 3:], "position_ids": positions[:, 3:]})
         )
     except TypeError:

@@ -98,7 +98,7 @@ def evaluate_model(
         for first in range(0, len(windows), batch):
             last = min(first + batch, len(windows))
             inputs = _stack(windows, first, last, device)
-            output = backbone(**backbone_inputs(inputs), use_cache=False)
+            output = backbone(**backbone_inputs(inputs))
             _add(tally, output.last_hidden_state, head, teacher, inputs)
             if not torch.isfinite(tally.nll[-1]).all():
                 raise NonFiniteError(

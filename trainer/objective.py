@@ -62,7 +62,7 @@ class Objective:
             batch: input_ids, labels (-100 = no label), attention_mask and, of packed windows, position_ids; each [B, S] int64.
         """
         backbone, head, bias = backbone_and_head(student)
-        output = backbone(**backbone_inputs(batch), use_cache=False)
+        output = backbone(**backbone_inputs(batch))
         hidden, labels = shift_for_next_token(output.last_hidden_state, batch["labels"])
         return linear_divergence(
             hidden,

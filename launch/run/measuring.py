@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...models.files import sha256_json
+from ...models.files import sha256_json, write_json_atomic
 from ...models.folder import content_hash, read_record, save_model_folder
 from ...models.loading import load_model
-from ...models.teachers import LocalTeacher
+from ...models.teachers import LocalTeacher, open_teacher
 from ...qat.export import export_folder
 from ...qat.modules import fold, quantize_model
 from ...qat.spec import QuantSpec
 from ...trainer.settings import EvaluateSettings
 from ...trainer.stages.context import TeacherRef
-from ...trainer.stages.measure import measure_folder, measure_teacher, quant_record
+from ...trainer.stages.drift import ROUNDED, teacher_drift
+from ...trainer.stages.measure import best_device, measure_folder, measure_teacher, quant_record
 from ...trainer.stages.quantize import round_unquantized
 from .folder import RunFolder, StageFolder
 from .origin import Origin
@@ -68,8 +69,43 @@ class Measuring:
             local = Path(self.teacher.path)
             # A scratch teacher says what its training took, in whichever run that was.
             spent = {"tokens": 0, "seconds": 0.0} | (read_record(local).get("training", {}) if local.is_dir() else {})
-            self._teacher_row = {"name": "teacher", "kind": "teacher", "path": self.teacher.name, **spent, **seen}
+            drift = _read_json(self.folder.path / ".measured" / "teacher-drift.json").get("row")
+            held = {"held": {"load_in": self.teacher.load_in, **drift}} if drift and self.teacher.load_in in ROUNDED else {}
+            self._teacher_row = {"name": "teacher", "kind": "teacher", "path": self.teacher.name, **spent, **seen, **held}
         return self._teacher_row
+
+    def teacher_drift(self) -> Row | None:
+        """What holding the teacher in nf4 or int8 costs, measured once and said before training; None for one that is not rounded."""
+        teacher = self.teacher
+        if teacher is None or teacher.load_in not in ROUNDED:
+            return None
+        file = self.folder.path / ".measured" / "teacher-drift.json"
+        key = sha256_json([teacher.content, teacher.load_in, self.origin.data.fingerprint, self.origin.v_eff])
+        before = _read_json(file)
+        drift = before["row"] if before.get("key") == key else self._measure_drift(teacher, file, key)
+        self.console.print(
+            f"teacher in {teacher.load_in}: KL(teacher || {teacher.load_in}) {drift['kl']:.2e} nats, the same likeliest token for "
+            f"{drift['top1']:.1%} of {drift['tokens']:,} held-out tokens",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        return drift
+
+    def _measure_drift(self, teacher: TeacherRef, file: Path, key: str) -> Row:
+        device = best_device()
+        exact = self._open_teacher()
+        assert exact is not None
+        with self.console.status(f"measuring the teacher in {teacher.load_in}"):
+            held = open_teacher(
+                teacher.path, load_in=teacher.load_in, device=device, revision=teacher.revision, v_eff=self.origin.v_eff, name=teacher.name
+            )
+            drift = teacher_drift(exact, held, self.origin.data.evaluation, device)
+        del exact
+        self._release()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(file, {"key": key, "row": drift})
+        return drift
 
     def start_row(self, entry: "StageEntry", at: dict[str, Any]) -> None:
         """A row for a stage that makes no model: the model as it stands (or, alone, the model the run was given)."""
@@ -155,8 +191,6 @@ class Measuring:
 
     def _remembered(self, file: Path, path: str, revision: str | None) -> Row:
         """Measure ``path``, or read what was measured before on the same bytes, teacher and text."""
-        from ...models.files import write_json_atomic
-
         key = sha256_json(
             [content_hash(path, revision), self.teacher and self.teacher.content, self.origin.data.fingerprint, self.origin.v_eff]
         )
@@ -165,6 +199,7 @@ class Measuring:
             return before["row"]
         with self.console.status(f"measuring {Path(path).parent.name if Path(path).name == 'model' else Path(path).name}"):
             row = measure_folder(path, self._open_teacher(), self.origin.data.evaluation, revision)
+        self._release()
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(file, {"key": key, "row": row})
         return row
@@ -175,6 +210,12 @@ class Measuring:
         if self._opened is None:
             self._opened = measure_teacher(self.teacher.path, self.teacher.revision, self.origin.v_eff)
         return self._opened
+
+    def _release(self) -> None:
+        """Give the GPU back to training: the measuring teacher is fp32, and the plan counts on the training one alone."""
+        if best_device() != "cpu":
+            self._opened = None
+            torch.cuda.empty_cache()
 
     def _relative(self, path: str) -> str:
         """Paths in reports are relative to the run folder, or a bare name: never this machine's."""

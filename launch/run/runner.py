@@ -9,6 +9,7 @@ from ...models.errors import GateFailed, UserError
 from ...models.folder import content_hash
 from ...trainer.loggers import build_loggers, finish_loggers
 from ...trainer.metrics import MetricsSink
+from ...trainer.settings import TrainingBlock
 from ...trainer.stages.context import StageContext, TeacherRef
 from ...trainer.stages.evaluate import gate_failures
 from ...trainer.stages.registry import STAGE_KINDS
@@ -64,6 +65,8 @@ class Runner:
         record = {"base_model": teacher.name if teacher else self._student_name(), "run": self.recipe.name}
         at = self.session.on_first(lambda: make_student(self.recipe, origin, teacher, self.folder.stage("00-student"), record))
         measuring = Measuring(self.recipe, origin, teacher, self.folder, self.console)
+        if any(_learns_from_teacher(entry) for entry in self.recipe.stages):
+            self.session.on_first(measuring.teacher_drift)
         for entry in self.recipe.stages:
             at = self._run_stage(entry, at, origin, teacher, record, measuring)
         report = self.session.on_first(lambda: self._finish(measuring, plain, time.perf_counter() - started))
@@ -198,3 +201,13 @@ class Runner:
                 judged = next(row for row in rows if row["name"] == entry.name)["eval"]
                 failed += [f"{entry.name}: {sentence}" for sentence in gate_failures(entry.settings, judged, teacher)]
         return failed
+
+
+def _learns_from_teacher(entry: "StageEntry") -> bool:
+    """Whether a stage trains on what the recipe's teacher predicts."""
+    from ...configs.checks import trains
+
+    settings = entry.settings
+    if not isinstance(settings, TrainingBlock) or entry.kind == "pretrain" or settings.teacher == "input":
+        return False
+    return trains(entry) and settings.loss.hard_weight < 1

@@ -52,7 +52,7 @@ def ffn_channel_scores(model: "PreTrainedModel", batches: Iterable[Mapping[str, 
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).to(model.device)
             keep_rows[0] = mask.bool()
             tokens += int(mask.sum())
-            model.base_model(**backbone_inputs(batch, model.device), use_cache=False)
+            model.base_model(**backbone_inputs(batch, model.device))
     finally:
         model.train(training)
         for handle in handles:

@@ -99,7 +99,7 @@ class LocalTeacher:
         backbone, weight, bias = backbone_and_head(self._model)
         device = weight.device
         with torch.autocast(device.type, enabled=False):
-            output: Any = backbone(**backbone_inputs(batch, device), use_cache=False)
+            output: Any = backbone(**backbone_inputs(batch, device))
         head_bias = None if bias is None else bias[: self._v_eff]
         return output.last_hidden_state, weight[: self._v_eff], head_bias, head_transform(self._model.config)
 

@@ -35,7 +35,7 @@ def test_packed_logits_are_those_of_each_document_alone(tiny_model: TinyModel, k
     cuts = [SIZES, SIZES[::-1]]
     positions = torch.stack([torch.cat([torch.arange(size) for size in sizes]) for sizes in cuts])
     with torch.no_grad():
-        packed = model(**backbone_inputs({"input_ids": ids, "position_ids": positions}), use_cache=False).logits
+        packed = model(**backbone_inputs({"input_ids": ids, "position_ids": positions})).logits
         for row, sizes in enumerate(cuts):
             for own, document in zip(packed[row].split(sizes), ids[row].split(sizes)):
                 torch.testing.assert_close(own, model(input_ids=document[None]).logits[0], rtol=1e-4, atol=1e-4)
@@ -54,7 +54,11 @@ def test_no_gradient_reaches_the_document_before(tiny_model: TinyModel) -> None:
 
 def test_padded_windows_keep_their_mask() -> None:
     ids, mask = torch.ones(1, 3, dtype=torch.int64), torch.tensor([[1, 1, 0]])
-    assert backbone_inputs({"input_ids": ids, "attention_mask": mask, "labels": ids}) == {"input_ids": ids, "attention_mask": mask}
+    assert backbone_inputs({"input_ids": ids, "attention_mask": mask, "labels": ids}) == {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "use_cache": False,
+    }
     packed = backbone_inputs({"input_ids": ids, "attention_mask": mask, "position_ids": ids})
     assert packed["attention_mask"] is None
     assert packed["position_ids"] is ids

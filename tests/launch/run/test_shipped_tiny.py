@@ -63,7 +63,15 @@ def test_a_tiny_form_runs_to_a_verified_export(name: str, corpus: Path, run: Any
     assert ("activation checkpointing" in done.stdout) == trainer["activation_checkpointing"]
     assert ("optimizer adamw-8bit" in done.stdout) == (trainer["optimizer"] == "adamw-8bit")
     assert ("2 processes (fsdp2)" in done.stdout) == (trainer["strategy"] == "fsdp2")
-    assert (", nf4, replicated" in done.stdout) == (recipe["teacher"]["load_in"] == "nf4")
+    rounded = recipe["teacher"]["load_in"] == "nf4"
+    assert (", nf4, replicated" in done.stdout) == rounded
+    assert ("teacher in nf4: KL(teacher || nf4)" in done.stdout) == rounded
+    assert ("held" in report["stages"][0]) == rounded
+    if rounded:
+        held = report["stages"][0]["held"]
+        assert 0 < held["kl"] < 0.5
+        assert f"{held['kl']:.2e} nats" in done.stdout
+        assert done.stdout.index("teacher in nf4") < done.stdout.index("\n01-"), "known before training"
     _check_sizes(recipe, tmp_path / "runs" / recipe["name"])
 
 
