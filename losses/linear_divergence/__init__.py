@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..settings import LossSettings
+from ..sparse import SparseTargets as SparseTargets
 from ..sums import LossSums
 from .chunked import chunked_sums
 from .fused import can_fuse, fused_sums
@@ -46,7 +47,8 @@ def linear_divergence(
     Args:
         student_hidden: [N, H], last hidden states; row i predicts ``labels[i]``: shift first (``shift_for_next_token``).
         student_head: [V_padded, H] output embedding with at least ``v_eff`` rows; may be tied to the input embedding.
-        teacher: ``TeacherHidden`` (H may differ) or ``TeacherLogits``, N rows; None = cross-entropy alone.
+        teacher: ``TeacherHidden`` (H may differ), ``TeacherLogits`` or ``SparseTargets`` (forward KL alone), N rows; None = cross-entropy
+            alone.
         labels: [N] int64 in [0, v_eff), -100 = masked: neither product nor loss is computed there.
         settings: Divergence, temperature, weights.
         v_eff: Tokens of the real vocabulary.

@@ -10,10 +10,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..sparse import SparseTargets
 from ..sums import LossSums
 from .closed_form import BUFFERS_ALONE, BUFFERS_WITH_TEACHER, BlockValues, cross_entropy_block, divergence_block
 from .gradients import Gradients, sums_with_gradients
 from .inputs import HiddenStates, LogitTransform, Problem, TeacherLogits
+from .sparse_form import BUFFERS as SPARSE_BUFFERS
+from .sparse_form import sparse_block
 
 FEWEST_ROWS = 16
 """Below this matrix products degenerate; a larger vocabulary exceeds the budget instead."""
@@ -95,7 +98,7 @@ def _run(problem: Problem, gradients: Gradients, rows: int | None) -> tuple[Tens
     count = len(problem.kept)
     student = _Product(problem.student, problem)
     taught = _Product(teacher, problem) if isinstance(teacher, HiddenStates) else teacher
-    buffers = 1 + BUFFERS_ALONE if teacher is None else 2 + BUFFERS_WITH_TEACHER
+    buffers = _buffers(teacher)
     capped = gradients.any and problem.student.transform is not None and problem.student.transform.softcap is not None
     if rows is None:
         limits = CPU_LIMITS if labels.device.type == "cpu" else ACCELERATOR_LIMITS
@@ -119,6 +122,13 @@ def _run(problem: Problem, gradients: Gradients, rows: int | None) -> tuple[Tens
     return *figures.sum(1).unbind(), matches.sum()
 
 
+def _buffers(teacher: HiddenStates | TeacherLogits | SparseTargets | None) -> int:
+    """Buffers [n, V] of a block, logits included."""
+    if isinstance(teacher, SparseTargets):
+        return 1 + SPARSE_BUFFERS
+    return 1 + BUFFERS_ALONE if teacher is None else 2 + BUFFERS_WITH_TEACHER
+
+
 def _add(gradients: Gradients, slope: Tensor, block: Tensor | slice, hidden: Tensor, head: Tensor) -> None:
     """Add the share of one block, whose gradient with respect to the product is ``slope`` [n, V]."""
     v_eff = slope.shape[1]
@@ -135,7 +145,7 @@ def _add(gradients: Gradients, slope: Tensor, block: Tensor | slice, hidden: Ten
 
 def _block(
     problem: Problem,
-    teacher: _Product | TeacherLogits | None,
+    teacher: _Product | TeacherLogits | SparseTargets | None,
     logits: Tensor,
     labels: Tensor,
     block: Tensor | slice,
@@ -146,6 +156,8 @@ def _block(
     """Figures of one block, and the gradient with respect to its final logits; ``logits`` are ``space[0]``."""
     if teacher is None:
         return cross_entropy_block(logits, labels, space[1], gradient=gradient)
+    if isinstance(teacher, SparseTargets):
+        return sparse_block(logits, teacher[block], labels, space[1:3].unbind(), problem, gradient=gradient)
     if isinstance(teacher, _Product):
         theirs = teacher.into(teacher.hidden(block), space[1])
     else:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..divergences import head_threshold
 from ..settings import Divergence
+from ..sparse import SparseTargets
 from ..sums import LossSums
 from .gradients import Gradients, sums_with_gradients
 from .inputs import HiddenStates, Problem, TeacherLogits
@@ -44,7 +45,9 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def can_fuse(problem: Problem) -> bool:
-    """Whether ``auto`` takes this back end: tensors on a GPU, none of them fp64, and triton is there."""
+    """Whether ``auto`` takes this back end: tensors on a GPU, none of them fp64, no sparse targets, and triton is there."""
+    if isinstance(problem.teacher, SparseTargets):
+        return False
     return TRITON_INSTALLED and problem.labels.is_cuda and all(dtype in _DTYPES for dtype in _input_dtypes(problem))
 
 
@@ -57,8 +60,10 @@ def fused_sums(problem: Problem, *, rows: int | None = None, slope_rows: int | N
         slope_rows: Rows whose slopes are held at a time; None = by ``SLOPE_BYTES``.
 
     Raises:
-        ValueError: triton is not installed or cannot run on this device, or a tensor is fp64.
+        ValueError: triton is not installed or cannot run on this device, a tensor is fp64, or the teacher is given by sparse targets.
     """
+    if isinstance(problem.teacher, SparseTargets):
+        raise ValueError("backend='triton' does not take sparse targets; use backend='auto'")
     if not TRITON_INSTALLED:
         raise ValueError("backend='triton' needs the triton package; install it or use backend='auto'")
     if wrong := [dtype for dtype in _input_dtypes(problem) if dtype not in _DTYPES]:
@@ -79,6 +84,7 @@ def fused_sums(problem: Problem, *, rows: int | None = None, slope_rows: int | N
 
 def _input_dtypes(problem: Problem) -> list[torch.dtype]:
     teacher = problem.teacher
+    assert not isinstance(teacher, SparseTargets)
     theirs = [teacher.logits] if isinstance(teacher, TeacherLogits) else [] if teacher is None else [teacher.hidden, teacher.head]
     return [tensor.dtype for tensor in (problem.student.hidden, problem.student.head, *theirs)]
 
@@ -146,6 +152,7 @@ class _Space:
 def _run(problem: Problem, gradients: Gradients, *, rows: int | None, slope_rows: int | None, kernel: ModuleType) -> tuple[Tensor, ...]:
     """See ``gradients.Run``."""
     count, v_eff, teacher = len(problem.kept), problem.v_eff, problem.teacher
+    assert not isinstance(teacher, SparseTargets)
     student = _Operands(problem.student, v_eff)
     taught = _Operands(teacher, v_eff) if isinstance(teacher, HiddenStates) else teacher
     rows = rows or block_rows(count, v_eff, 4 * (1 + isinstance(taught, _Operands)), LOGIT_BYTES)

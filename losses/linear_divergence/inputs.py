@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..settings import LossSettings
 from ..shift import MASKED
+from ..sparse import SparseTargets
 
 
 class LogitTransform(Protocol):
@@ -75,7 +76,7 @@ class TeacherLogits:
             )
 
 
-TeacherLogitsSource = TeacherHidden | TeacherLogits
+TeacherLogitsSource = TeacherHidden | TeacherLogits | SparseTargets
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +84,7 @@ class Problem:
     """Everything that a back end needs, checked."""
 
     student: HiddenStates
-    teacher: HiddenStates | TeacherLogits | None
+    teacher: HiddenStates | TeacherLogits | SparseTargets | None
     labels: Tensor
     settings: LossSettings
     v_eff: int
@@ -115,6 +116,20 @@ def checked_problem(
             f"hard_weight={settings.hard_weight} needs a teacher and there is none; give one, or set hard_weight to 1.0 to train on the "
             "labels alone"
         )
+    _check_teacher(teacher, rows, settings, v_eff)
+    kept = (labels != MASKED).nonzero().squeeze(1)
+    _check_labels(labels[kept], v_eff)
+    return Problem(student, _without_graph(teacher), labels, settings, v_eff, kept)
+
+
+def _check_teacher(teacher: TeacherLogitsSource | None, rows: int, settings: LossSettings, v_eff: int) -> None:
+    if isinstance(teacher, SparseTargets):
+        teacher.check(rows, v_eff)
+        if settings.hard_weight < 1 and settings.divergence != "forward_kl":
+            raise ValueError(f"divergence={settings.divergence} needs the whole distribution; sparse targets give forward_kl alone")
+        if settings.temperature not in (None, teacher.temperature):
+            raise ValueError(f"temperature={settings.temperature}, and the sparse targets were taken at {teacher.temperature}; use that")
+        return
     if isinstance(teacher, TeacherHidden):
         teacher.check("teacher", v_eff)
     elif teacher is not None:
@@ -122,12 +137,11 @@ def checked_problem(
     values = None if teacher is None else teacher.hidden if isinstance(teacher, TeacherHidden) else teacher.logits
     if values is not None and len(values) != rows:
         raise ValueError(f"the teacher covers {len(values)} positions and the student {rows}; both must see the same tokens")
-    kept = (labels != MASKED).nonzero().squeeze(1)
-    _check_labels(labels[kept], v_eff)
-    return Problem(student, _without_graph(teacher), labels, settings, v_eff, kept)
 
 
-def _without_graph(teacher: TeacherLogitsSource | None) -> HiddenStates | TeacherLogits | None:
+def _without_graph(teacher: TeacherLogitsSource | None) -> HiddenStates | TeacherLogits | SparseTargets | None:
+    if isinstance(teacher, SparseTargets):
+        return teacher
     if isinstance(teacher, TeacherHidden):
         return teacher.detached()
     return None if teacher is None else TeacherLogits(teacher.logits.detach())

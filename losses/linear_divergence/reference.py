@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..choice import chosen_divergence
 from ..divergences import cross_entropy, forward_kl, teacher_entropy
+from ..sparse import SparseTargets, sparse_forward_kl
 from ..sums import LossSums
 from .inputs import HiddenStates, LogitTransform, Problem, TeacherLogits
 
@@ -19,6 +20,11 @@ def reference_sums(problem: Problem) -> LossSums:
         if problem.teacher is None:
             kl = entropy = zero
             loss, target = hard, labels
+        elif isinstance(problem.teacher, SparseTargets):
+            targets = problem.teacher[problem.kept]
+            soft = sparse_forward_kl(logits, targets)
+            loss = _together(soft, hard, problem)
+            kl, entropy, target = soft.detach().sum(), targets.entropy.to(logits.dtype).sum(), targets.best
         else:
             teacher_logits = _logits(problem.teacher, problem)
             loss = _mixed(logits, teacher_logits, hard, problem)
@@ -38,11 +44,17 @@ def reference_sums(problem: Problem) -> LossSums:
 
 
 def _mixed(logits: Tensor, teacher_logits: Tensor, hard: Tensor, problem: Problem) -> Tensor:
+    if problem.settings.hard_weight == 1:
+        return hard
+    return _together(chosen_divergence(logits, teacher_logits, problem.settings), hard, problem)
+
+
+def _together(soft: Tensor, hard: Tensor, problem: Problem) -> Tensor:
     """Loss per token [n]; a term of weight 0 is left out, so that an infinite one cannot turn it into NaN."""
     weight = problem.settings.hard_weight
     if weight == 1:
         return hard
-    soft = problem.settings.scale * chosen_divergence(logits, teacher_logits, problem.settings)
+    soft = problem.settings.scale * soft
     return soft if weight == 0 else soft + weight * hard
 
 

@@ -1,0 +1,160 @@
+"""Sparse teachers against the definitions in fp64, in value and gradient, through every way to the loss."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from decoct.losses.divergences import forward_kl, teacher_entropy
+from decoct.losses.linear_divergence import linear_divergence
+from decoct.losses.settings import LossSettings
+from decoct.losses.sparse import SparseTargets, sparse_forward_kl
+
+VOCAB, ROWS, WIDTH = 41, 7, 9
+FIGURES = ("loss", "kl", "cross_entropy", "teacher_entropy", "top1_matches", "tokens")
+
+
+def pair(seed: int = 0, gap: float = 0.1) -> tuple[Tensor, Tensor, Tensor]:
+    """(student hidden states, student head, teacher logits): sharp, nearly equal logits in fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, head = (torch.randn(n, WIDTH, generator=generator, dtype=torch.float64) for n in (ROWS, VOCAB))
+    head = head * 8 / WIDTH**0.5
+    return hidden, head, hidden @ head.T + gap * torch.randn(ROWS, VOCAB, generator=generator, dtype=torch.float64)
+
+
+def top(teacher: Tensor, kept: int, *, temperature: float = 1.0, unused: int = 0) -> SparseTargets:
+    """The ``kept`` likeliest tokens and the tail, and ``unused`` slots that name a likely token all the same."""
+    log_p = (teacher / temperature).log_softmax(-1)
+    order = log_p.argsort(-1, descending=True)
+    ids, rest = order[:, :kept], order[:, kept:]
+    tail = log_p.gather(1, rest).logsumexp(1) if rest.shape[1] else torch.full((len(teacher),), -torch.inf, dtype=torch.float64)
+    weights = torch.cat([log_p.gather(1, ids), torch.full((len(ids), unused), -torch.inf, dtype=torch.float64)], 1)
+    # the slots that are not in use lie in front, and name the token after the last
+    ids = torch.cat([ids, order[:, [min(kept, VOCAB - 1)] * unused]], 1)
+    return SparseTargets(ids.flip(1), weights.flip(1), teacher_entropy(teacher, temperature=temperature), order[:, 0], tail, temperature)
+
+
+def oracle(student: Tensor, teacher: Tensor, kept: int, temperature: float) -> Tensor:
+    """The bucket form token by token, in probabilities: [rows]."""
+    p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
+    values = []
+    for row in range(len(p)):
+        order = sorted(range(VOCAB), key=lambda v, row=row: -p[row, v].item())
+        value = sum((p[row, v] * (p[row, v] / q[row, v]).log() for v in order[:kept]), torch.zeros((), dtype=torch.float64))
+        if kept < VOCAB:
+            p_tail, q_tail = (sum(x[row, v] for v in order[kept:]) for x in (p, q))
+            value = value + p_tail * torch.log(p_tail / q_tail)  # pyright: ignore[reportArgumentType, reportOperatorIssue]
+        values.append(value)
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize("unused", [0, 2])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kept", [1, 5, VOCAB - 1, VOCAB])
+def test_bucket_form_is_the_kl_of_the_buckets(kept: int, temperature: float, unused: int) -> None:
+    hidden, head, teacher = pair(gap=0.5)
+    student = (hidden @ head.T).requires_grad_()
+    expected = oracle(student, teacher, kept, temperature)
+    value = sparse_forward_kl(student, top(teacher, kept, temperature=temperature, unused=unused))
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+    (wanted,) = torch.autograd.grad(expected.sum(), student)
+    (got,) = torch.autograd.grad(value.sum(), student)
+    torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-12)
+    full = forward_kl(student, teacher, temperature=temperature)
+    assert (value <= full + 1e-12).all()
+    if kept >= VOCAB - 1:
+        torch.testing.assert_close(value, full, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("hard", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("form", ["bucket", "whole", "sampled"])
+def test_both_back_ends_give_the_dense_form(form: str, temperature: float, hard: float, dtype: torch.dtype) -> None:
+    hidden, head, teacher = pair()
+    labels = torch.randint(0, VOCAB, (ROWS,), generator=torch.Generator().manual_seed(1))
+    labels[[1, 4]] = -100
+    targets = top(teacher, VOCAB if form == "whole" else 5, temperature=temperature, unused=1)
+    if form == "sampled":
+        targets = SparseTargets(targets.ids, targets.log_weights, targets.entropy, targets.best, None, temperature)
+    kept = labels != -100
+    given: dict[str, Any] = {} if hard == 1 else {"temperature": temperature}
+    settings = LossSettings(hard_weight=hard, **given)
+    exact = [part.clone().requires_grad_() for part in (hidden, head)]
+    logits = (exact[0] @ exact[1].T)[kept]
+    soft = sparse_forward_kl(logits, targets[kept])
+    cross = -logits.log_softmax(-1)[torch.arange(int(kept.sum())), labels[kept]]
+    loss = (cross if hard == 1 else settings.scale * soft + hard * cross).sum()
+    expected = torch.autograd.grad(loss, exact)
+    padded = torch.cat([head, torch.full((3, WIDTH), torch.nan, dtype=torch.float64)])
+    hidden = torch.where(kept[:, None], hidden, torch.nan)
+    tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 2e-4}
+    for backend in ("reference", "chunked", "auto"):
+        leaves = [part.to(dtype).requires_grad_() for part in (hidden, padded)]
+        sums = linear_divergence(*leaves, targets, labels, settings, v_eff=VOCAB, backend=backend)  # pyright: ignore[reportArgumentType]
+        wanted = (loss, soft.sum(), cross.sum(), targets.entropy[kept].sum())
+        for name, value in zip(FIGURES, wanted):
+            torch.testing.assert_close(getattr(sums, name).double(), value, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        assert int(sums.top1_matches) == int((logits.argmax(-1) == targets.best[kept]).sum())
+        got = torch.autograd.grad(sums.loss, leaves)
+        torch.testing.assert_close(got[0][kept].double(), expected[0][kept], **tolerance)
+        torch.testing.assert_close(got[1][:VOCAB].double(), expected[1], **tolerance)
+        assert got[0][~kept].abs().sum() == 0
+        assert got[1][VOCAB:].abs().sum() == 0
+
+
+def test_sampled_form_is_unbiased_in_value_and_gradient() -> None:
+    """200,000 draws of 8 tokens: the mean estimate is the KL, and its gradient the KL's, within five standard errors."""
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (torch.randn(1, 12, generator=generator, dtype=torch.float64) for _ in range(2))
+    draws, size = 200_000, 8
+    p = teacher.softmax(-1)
+    drawn = torch.multinomial(p.expand(draws, -1), size, replacement=True, generator=generator)
+    weights = torch.zeros(draws, 12, dtype=torch.float64).scatter_add_(1, drawn, torch.full(drawn.shape, 1 / size, dtype=torch.float64))
+    ids = torch.arange(12).expand(draws, -1)
+    entropy, best = teacher_entropy(teacher).expand(draws), teacher.argmax(-1).expand(draws)
+    leaf = student.expand(draws, -1).clone().requires_grad_()
+    values = sparse_forward_kl(leaf, SparseTargets(ids, weights.log(), entropy, best))
+    (gradients,) = torch.autograd.grad(values.sum(), leaf)
+    for seen, truth in ((values[:, None], forward_kl(student, teacher)[:, None]), (gradients, student.softmax(-1) - p)):
+        error = (seen.mean(0) - truth[0]).abs()
+        assert (error <= 5 * seen.std(0) / draws**0.5 + 1e-12).all()
+
+
+def test_a_tail_below_all_precision_gives_no_noise() -> None:
+    """The support holds all but 1e-13: 1 - sum would be rounding noise; a tail of nothing at all is no NaN."""
+    teacher = torch.full((1, 50), -30.0)
+    teacher[0, 3] = 0.0
+    student = (teacher + torch.linspace(-0.1, 0.1, 50)).requires_grad_()
+    log_p = teacher.double().log_softmax(-1)
+    tail = torch.cat([log_p[:, :3], log_p[:, 4:]], 1).logsumexp(1)
+    exact = SparseTargets(torch.tensor([[3]]), log_p[:, [3]], teacher_entropy(teacher.double()), torch.tensor([3]), tail)
+    single = SparseTargets(exact.ids, exact.log_weights.float(), exact.entropy.float(), exact.best, tail.float())
+    value = sparse_forward_kl(student, single)
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    assert value.abs().item() < 1e-6
+    assert gradient.abs().max() < 1e-6
+    nothing = SparseTargets(exact.ids, torch.zeros(1, 1), exact.entropy.float(), exact.best, torch.full((1,), -torch.inf))
+    (gradient,) = torch.autograd.grad(sparse_forward_kl(student, nothing).sum(), student)
+    assert gradient.isfinite().all()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    hidden, head, teacher = pair()
+    labels, targets = torch.zeros(ROWS, dtype=torch.int64), top(teacher, 5)
+
+    def refused(match: str, given: SparseTargets, settings: LossSettings, backend: Any = "auto") -> None:
+        with pytest.raises(ValueError, match=match):
+            linear_divergence(hidden, head, given, labels, settings, v_eff=VOCAB, backend=backend)
+
+    refused("reverse_kl needs the whole distribution; sparse targets give forward_kl alone", targets, LossSettings(divergence="reverse_kl"))
+    refused(r"temperature=2\.0, and the sparse targets were taken at 1\.0", targets, LossSettings(temperature=2.0))
+    refused("covers 3 positions and the student 7", targets[:3], LossSettings())
+    refused("backend='triton' does not take sparse targets", targets, LossSettings(), "triton")
+    wrong = SparseTargets(targets.ids + 30, targets.log_weights, targets.entropy, targets.best, targets.log_tail)
+    refused(r"sparse targets name tokens \d+ to \d+, the vocabulary is 0 to 40", wrong, LossSettings())
+    wrong = SparseTargets(targets.ids, targets.log_weights, targets.entropy[:2], targets.best, targets.log_tail)
+    refused(r"entropy of sparse targets must have shape \[7\]", wrong, LossSettings())
+    wrong = SparseTargets(targets.ids.int(), targets.log_weights, targets.entropy, targets.best)
+    refused(r"ids \[N, K\] int64", wrong, LossSettings())
