@@ -89,10 +89,10 @@ def test_both_back_ends_give_the_dense_form(form: str, temperature: float, hard:
     expected = torch.autograd.grad(loss, exact)
     padded = torch.cat([head, torch.full((3, WIDTH), torch.nan, dtype=torch.float64)])
     hidden = torch.where(kept[:, None], hidden, torch.nan)
-    tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 2e-4}
+    tolerance: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 2e-4}
     for backend in ("reference", "chunked", "auto"):
         leaves = [part.to(dtype).requires_grad_() for part in (hidden, padded)]
-        sums = linear_divergence(*leaves, targets, labels, settings, v_eff=VOCAB, backend=backend)  # pyright: ignore[reportArgumentType]
+        sums = linear_divergence(leaves[0], leaves[1], targets, labels, settings, v_eff=VOCAB, backend=backend)  # pyright: ignore[reportArgumentType]
         wanted = (loss, soft.sum(), cross.sum(), targets.entropy[kept].sum())
         for name, value in zip(FIGURES, wanted):
             torch.testing.assert_close(getattr(sums, name).double(), value, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
