@@ -49,6 +49,7 @@ def check_draft(draft: Draft, problems: Problems) -> None:
         if entry is not None:
             _check_budget(entry, problems)
             _check_stage_teacher(entry, draft, problems)
+    _check_caches(draft, problems)
     _check_batch(draft, problems)
     _check_widths(draft, problems)
     _check_exports(draft, problems)
@@ -119,6 +120,23 @@ def _check_stage_teacher(entry: StageEntry, draft: Draft, problems: Problems) ->
         elif settings.teacher is None and entry.kind == "distill":
             remedy = "add one (teacher: {path: ...}), or train on the text alone with loss: {hard_weight: 1.0}"
             problems.add(_at(entry), f"learns from a teacher, and the recipe has none; {remedy}")
+
+
+def _check_caches(draft: Draft, problems: Problems) -> None:
+    """A cache knows a part of each distribution: enough for forward KL alone. And some stage reads it."""
+    if not (draft.teacher and draft.teacher.cache):
+        return
+    readers = [e for e in draft.stages if e and e.kind != "pretrain" and trains(e) and e.settings.teacher != "input"]
+    readers = [entry for entry in readers if entry.settings.loss.hard_weight < 1]
+    for entry in readers:
+        if entry.settings.loss.divergence != "forward_kl":
+            problems.add(
+                _at(entry, "loss", "divergence"),
+                f"{entry.settings.loss.divergence} needs the teacher's whole distribution, and teacher.cache keeps a part of it; use "
+                "forward_kl, or remove teacher.cache",
+            )
+    if not readers and all(draft.stages):
+        problems.add(("teacher", "cache"), "is read by no stage: none learns from the recipe's teacher; remove it")
 
 
 def _check_batch(draft: Draft, problems: Problems) -> None:

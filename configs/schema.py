@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from ..models.settings import CacheSettings
 from ..trainer.settings import DataSettings, LoggerSettings, TrainerSettings, TrainingBlock
 from .nodes import KeyPath, Listing, Mapping, Node, Scalar, is_null
 from .problems import Problems, did_you_mean, nearest
@@ -18,8 +19,8 @@ from .scalars import alternatives, choices, describe, parse_number, read_scalar
 
 Settings = TypeVar("Settings")
 
-# Sections that may be written as one word: `logger: wandb` is `logger: {kind: wandb}`.
-SHORT_FORMS: dict[type, str] = {LoggerSettings: "kind"}
+# Sections that may be written as one word: `logger: wandb` is `logger: {kind: wandb}`, `cache: top_k` is `cache: {mode: top_k}`.
+SHORT_FORMS: dict[type, str] = {LoggerSettings: "kind", CacheSettings: "mode"}
 # Where a key lives that someone put into the wrong section.
 _SECTIONS: dict[str, type] = {"data": DataSettings, "trainer": TrainerSettings, "logger": LoggerSettings}
 

@@ -60,6 +60,23 @@ def run(
     start(load_recipe(recipe, overrides or ()), out)
 
 
+@app.command(epilog="Example: decoct cache recipe.yaml teacher.cache.mode=top_k")
+def cache(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped recipe.")],
+    overrides: Overrides = None,
+    out: Out = None,
+) -> None:
+    """Let the teacher predict the text of a recipe once and keep it on disk (teacher.cache); nothing is trained."""
+    from ..configs.loader import load_recipe
+    from ..models.errors import UserError
+    from .run.start import start
+
+    loaded = load_recipe(recipe, overrides or ())
+    if loaded.teacher is None or loaded.teacher.cache is None:
+        raise UserError("the recipe keeps no cache of its teacher; add one: teacher.cache.mode=hybrid (or top_k, sampled)")
+    start(loaded, out, only_caches=True)
+
+
 @app.command(epilog="Example: decoct launch qwen3-8b-4b-int4 --gpus 8 --nodes 2 --target slurm --print")
 def launch(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped recipe.")],

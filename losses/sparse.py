@@ -35,6 +35,8 @@ class SparseTargets:
     """[N] fp32 log of the mass outside ``ids`` (bucket form; -inf where there is none); None = sampled form."""
     temperature: float = 1.0
     """Temperature of the distribution."""
+    covered: Tensor | None = None
+    """[N] fp32 mass that is known exactly, in [0, 1]; None = the sum of the weights."""
 
     def check(self, rows: int, v_eff: int) -> None:
         """Raise ValueError, saying what is wrong, unless the parts fit each other, ``rows`` positions and ``v_eff`` tokens."""
@@ -44,7 +46,7 @@ class SparseTargets:
                 f"sparse targets need ids [N, K] int64 and log_weights [N, K] with K at least 1, not {tuple(ids.shape)} {ids.dtype} and "
                 f"{tuple(weights.shape)}"
             )
-        others = {"entropy": self.entropy, "best": self.best, "log_tail": self.log_tail}
+        others = {"entropy": self.entropy, "best": self.best, "log_tail": self.log_tail, "covered": self.covered}
         if wrong := [name for name, part in others.items() if part is not None and part.shape != ids.shape[:1]]:
             raise ValueError(f"{wrong[0]} of sparse targets must have shape [{len(ids)}], one number per position")
         if len(ids) != rows:
@@ -56,7 +58,12 @@ class SparseTargets:
     def __getitem__(self, rows: Tensor | slice) -> "SparseTargets":
         """Some positions."""
         tail = None if self.log_tail is None else self.log_tail[rows]
-        return SparseTargets(self.ids[rows], self.log_weights[rows], self.entropy[rows], self.best[rows], tail, self.temperature)
+        covered = None if self.covered is None else self.covered[rows]
+        return SparseTargets(self.ids[rows], self.log_weights[rows], self.entropy[rows], self.best[rows], tail, self.temperature, covered)
+
+    def covered_mass(self) -> Tensor:
+        """[N] mass of the teacher's distribution that is known exactly."""
+        return self.log_weights.exp().sum(1).clamp(max=1) if self.covered is None else self.covered
 
     def filled(self) -> tuple[Tensor, Tensor]:
         """(ids, weights) [N, K] with slots that are not in use given a used id of their row and weight 0, so that they count nowhere."""

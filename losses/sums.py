@@ -24,3 +24,5 @@ class LossSums:
     """Entropy of the teacher at temperature 1; 0 without a teacher."""
     top1_matches: Tensor
     """Tokens where the teacher's likeliest token (without a teacher: the label) is the student's likeliest, ties included; int64."""
+    covered_mass: Tensor
+    """Mass of the teacher's distribution that is known exactly: the number of tokens for a teacher that is known whole, 0 without one."""

@@ -1,10 +1,15 @@
 """What a user may choose about teacher and student (plain data; the work is done in ``teachers/`` and ``student.py``)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 LoadIn = Literal["fp32", "bf16", "int8", "nf4"]
 Placement = Literal["replicated", "sharded", "offloaded"]
+CacheMode = Literal["top_k", "sampled", "hybrid"]
+
+CACHED_TOKENS: Mapping[CacheMode, int] = {"top_k": 50, "sampled": 13, "hybrid": 32}
+"""Tokens that a cache keeps of each position where the user names no number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,25 @@ class ScratchSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheSettings:
+    """What is kept of a teacher's predictions, so that it runs over the text once and not once a stage and epoch."""
+
+    mode: CacheMode = "hybrid"
+    """top_k = the likeliest tokens, the mass of the others as one number; sampled = the likeliest token and a sample of the others,
+    unbiased; hybrid = a quarter likeliest tokens, three quarters sample, unbiased."""
+    tokens: int | None = None
+    """Tokens kept of each position; default: 50 (top_k), 13 (sampled), 32 (hybrid)."""
+    path: str | None = None
+    """Folder of the cache; default: by content, in the cache folder (environment variable DECOCT_CACHE)."""
+
+    def __post_init__(self) -> None:
+        if self.tokens is None:
+            object.__setattr__(self, "tokens", CACHED_TOKENS[self.mode])
+        elif not 2 <= self.tokens <= 1024:
+            raise ValueError(f"tokens={self.tokens} must lie in 2..1024: how many tokens are kept of each position")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TeacherSettings:
     """Where the teacher comes from: exactly one of ``path`` and ``scratch``."""
 
@@ -46,6 +70,8 @@ class TeacherSettings:
     time on the device. int8 and nf4 are replicated."""
     revision: str | None = None
     """Hub revision (commit, tag or branch)."""
+    cache: CacheSettings | None = None
+    """Let the teacher predict the training text once, keep a part of it on disk and train from that (forward KL)."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.scratch is None):

@@ -28,7 +28,7 @@ from .world import World, gather_bytes, sum_over_ranks
 INDEX = "index"
 """Key of a batch's window indices, int64 [B]: they name the culprits when a loss is not finite."""
 
-_SUMS = ("tokens", "loss", "kl", "cross_entropy", "teacher_entropy", "top1_matches")
+_SUMS = ("tokens", "loss", "kl", "cross_entropy", "teacher_entropy", "top1_matches", "covered_mass")
 _NAMED_SAMPLES = 16
 
 
@@ -58,7 +58,7 @@ class StepRecord:
     input_tokens: int
     """Real tokens fed in (padding not counted)."""
     values: dict[str, float | None]
-    """Means over unmasked tokens: loss, kl, cross_entropy, teacher_entropy, top1; and learning_rate, grad_norm."""
+    """Means over unmasked tokens: loss, kl, cross_entropy, teacher_entropy, top1, covered_mass; and learning_rate, grad_norm."""
     stop: int | None
     """Signal number when any rank was asked to stop."""
 
@@ -200,7 +200,7 @@ class TrainingModule(pl.LightningModule):
         return rate
 
     def _describe(self, step: int, sums: list[float], norm: float, rate: float) -> StepRecord:
-        tokens, loss, kl, cross_entropy, teacher_entropy, top1, inputs, *stops = sums
+        tokens, loss, kl, cross_entropy, teacher_entropy, top1, covered, inputs, *stops = sums
         count = max(tokens, 1.0)
         taught = self._objective().has_teacher
         values: dict[str, float | None] = {
@@ -209,6 +209,7 @@ class TrainingModule(pl.LightningModule):
             "cross_entropy": cross_entropy / count,
             "teacher_entropy": teacher_entropy / count if taught else None,
             "top1": top1 / count,
+            "covered_mass": covered / count if taught else None,
             "learning_rate": rate,
             "grad_norm": norm,
         }

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..losses.linear_divergence import Backend, linear_divergence
-from ..losses.linear_divergence.inputs import TeacherHidden
+from ..losses.linear_divergence.inputs import TeacherHidden, TeacherLogitsSource
 from ..losses.settings import LossSettings
 from ..losses.shift import shift_for_next_token
 from ..losses.sums import LossSums
@@ -15,6 +15,7 @@ from ..models.batches import backbone_inputs
 from ..models.errors import UserError
 from ..models.families import backbone_and_head, head_transform
 from ..models.teachers import Teacher
+from .teaching.cached import SparseTeacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +34,7 @@ class Objective:
         UserError: the loss needs a teacher and there is none.
     """
 
-    def __init__(self, teacher: Teacher | None, settings: LossSettings, *, v_eff: int, backend: Backend = "auto") -> None:
+    def __init__(self, teacher: Teacher | SparseTeacher | None, settings: LossSettings, *, v_eff: int, backend: Backend = "auto") -> None:
         if teacher is None and settings.hard_weight < 1:
             raise UserError(
                 f"loss.hard_weight={settings.hard_weight:g} needs a teacher; name one, or set hard_weight: 1 to train on the text alone"
@@ -67,7 +68,7 @@ class Objective:
         return linear_divergence(
             hidden,
             head,
-            self._teacher_hidden(batch),
+            self._targets(batch),
             labels,
             self.settings,
             v_eff=self.v_eff,
@@ -76,9 +77,11 @@ class Objective:
             backend=self.backend,
         )
 
-    def _teacher_hidden(self, batch: Mapping[str, Tensor]) -> TeacherHidden | None:
+    def _targets(self, batch: Mapping[str, Tensor]) -> TeacherLogitsSource | None:
         if self.teacher is None:
             return None
+        if isinstance(self.teacher, SparseTeacher):
+            return self.teacher.sparse_targets(batch)
         hidden, head, bias, transform = self.teacher.hidden_and_head(batch)
         shifted, _ = shift_for_next_token(hidden, batch["labels"])
         return TeacherHidden(shifted, head, bias, transform)

@@ -2,7 +2,8 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -143,6 +144,46 @@ def make_progress(console: "Console | None", *, interval: float = 5.0) -> Progre
     if console is None:
         return NoProgress()
     return BarProgress(console) if console.is_terminal else LineProgress(console, interval=interval)
+
+
+@contextmanager
+def token_progress(console: "Console", label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Progress of work that is counted in tokens and has no loss: a bar with tokens/s and the time left, a line every 5 s in logs.
+
+    Yields: a function to tell of tokens that are done.
+    """
+    meter, done, told = SpeedMeter(), 0, time.monotonic()
+    meter.start(0)
+    with _token_bar(console, label, total) as show:
+
+        def advance(tokens: int) -> None:
+            nonlocal done, told
+            done += tokens
+            meter.add(done, tokens)
+            _, rate = meter.rates()
+            left = format_seconds(max(0, total - done) / rate) if rate else "?"
+            if console.is_terminal:
+                show(done, f"{rate:,.0f}", left)
+            elif time.monotonic() - told >= 5.0 or done >= total:
+                told = time.monotonic()
+                text = f"{label}  {done:,}/{total:,} tokens  {rate:,.0f} tokens/s  {left} left"
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        yield advance
+
+
+@contextmanager
+def _token_bar(console: "Console", label: str, total: int) -> Iterator[Callable[[int, str, str], None]]:
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = [TextColumn(text) for text in ("{task.fields[rate]} tokens/s", "{task.fields[left]} left")]
+    bar = RichProgress(
+        TextColumn("{task.description}", markup=False), BarColumn(), *columns, console=console, disable=not console.is_terminal
+    )
+    with bar:
+        task = bar.add_task(label, total=total, rate="-", left="?")
+        yield lambda done, rate, left: bar.update(task, completed=done, rate=rate, left=left)
 
 
 def format_seconds(seconds: float) -> str:

@@ -89,6 +89,7 @@ def teacher_ref(recipe: "Recipe", scratch: ScratchTeacher | None) -> TeacherRef 
         revision=recipe.teacher.revision,
         name=name,
         content=content_hash(path, recipe.teacher.revision),
+        cache=recipe.teacher.cache,
     )
 
 

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from ...models.errors import GateFailed, UserError
 from ...models.folder import content_hash
+from ...models.settings import CacheSettings
 from ...trainer.loggers import build_loggers, finish_loggers
 from ...trainer.metrics import MetricsSink
 from ...trainer.settings import TrainingBlock
 from ...trainer.stages.context import StageContext, TeacherRef
 from ...trainer.stages.evaluate import gate_failures
 from ...trainer.stages.registry import STAGE_KINDS
+from ...trainer.stages.training import fill_cache
 from ...trainer.world import World
 from ..report.tables import WIDE, terminal_table
 from .folder import RunFolder, StageFolder, versions
@@ -43,25 +45,8 @@ class Runner:
 
     def run(self) -> dict[str, Any]:
         """Run every stage and write the report; GateFailed after that when a gate is not met."""
-        import yaml
-
-        from ...configs.recipe import resolved
-
         started = time.perf_counter()
-        plain = resolved(self.recipe)
-        new = self.session.on_first(lambda: self.folder.open(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)))
-        self._say(f"{self.recipe.name} -> {self.folder.path}", style="bold")
-        try:
-            origin = open_origin(self.recipe, self.session)
-        except UserError:
-            if new and self.world.is_first:
-                self.folder.discard()
-            raise
-        self._say(f"text: {origin.data.description}")
-        self.metrics = self._open_metrics(plain)
-        if origin.scratch:
-            train_scratch_teacher(self.recipe, origin, self.session, self.metrics, self.console)
-        teacher = self._teacher(origin)
+        plain, origin, teacher = self._open()
         record = {"base_model": teacher.name if teacher else self._student_name(), "run": self.recipe.name}
         at = self.session.on_first(lambda: make_student(self.recipe, origin, teacher, self.folder.stage("00-student"), record))
         measuring = Measuring(self.recipe, origin, teacher, self.folder, self.console)
@@ -76,6 +61,36 @@ class Runner:
         if failed:
             raise GateFailed("the model is worse than the recipe allows: " + "; ".join(failed))
         return report
+
+    def fill_caches(self) -> None:
+        """Let the teacher predict what the stages will need, and stop there."""
+        _, origin, teacher = self._open()
+        for entry in self.recipe.stages:
+            if _learns_from_teacher(entry):
+                self._say(entry.name, style="bold")
+                fill_cache(entry.settings, self._context(entry, origin, teacher))
+        self.session.close()
+
+    def _open(self) -> tuple[dict[str, Any], Origin, TeacherRef | None]:
+        """(resolved recipe, text and tokenizer, teacher), the folder made, a scratch teacher trained."""
+        import yaml
+
+        from ...configs.recipe import resolved
+
+        plain = resolved(self.recipe)
+        new = self.session.on_first(lambda: self.folder.open(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)))
+        self._say(f"{self.recipe.name} -> {self.folder.path}", style="bold")
+        try:
+            origin = open_origin(self.recipe, self.session)
+        except UserError:
+            if new and self.world.is_first:
+                self.folder.discard()
+            raise
+        self._say(f"text: {origin.data.description}")
+        self.metrics = self._open_metrics(plain)
+        if origin.scratch:
+            train_scratch_teacher(self.recipe, origin, self.session, self.metrics, self.console)
+        return plain, origin, self._teacher(origin)
 
     def _say(self, text: str, style: str = "") -> None:
         # File names and recipe names may hold what rich takes for markup.
@@ -93,7 +108,10 @@ class Runner:
 
     def _teacher(self, origin: Origin) -> TeacherRef | None:
         told = self.session.on_first(lambda: (ref := teacher_ref(self.recipe, origin.scratch)) and asdict(ref))
-        return TeacherRef(**told) if told else None
+        if not told:
+            return None
+        cache = told.pop("cache")
+        return TeacherRef(**told, cache=CacheSettings(**cache) if cache else None)
 
     def _run_stage(
         self,
@@ -112,23 +130,7 @@ class Runner:
             self.session.on_first(lambda: measuring.start_row(entry, at))
             return at
         begun = self.session.on_first(lambda: self._begin(entry, at, origin, teacher, folder))
-        context = StageContext(
-            name=entry.name,
-            kind=entry.kind,
-            folder=folder.path,
-            input=at["path"],
-            input_revision=at["revision"],
-            record={**record, "parent": begun["input"]},
-            teacher=teacher,
-            data=origin.data,
-            tokenizer=origin.tokenizer,
-            v_eff=origin.v_eff,
-            trainer=self.recipe.trainer,
-            seed=self.recipe.seed,
-            key=begun["key"],
-            metrics=self.metrics,
-            console=self.console,
-        )
+        context = self._context(entry, origin, teacher, at, {**record, "parent": begun["input"]}, begun["key"])
         if not begun["done"]:
             self._say(entry.name, style="bold")
             trained = train(entry.settings, context) if train else None
@@ -137,6 +139,33 @@ class Runner:
             self._say(f"{entry.name} is done, skipped")
         after = self.session.on_first(lambda: measuring.stage_row(entry, folder))
         return {"path": str(folder.model), "revision": None} if after else at
+
+    def _context(
+        self,
+        entry: "StageEntry",
+        origin: Origin,
+        teacher: TeacherRef | None,
+        at: dict[str, Any] | None = None,
+        record: dict[str, Any] | None = None,
+        key: str = "",
+    ) -> StageContext:
+        return StageContext(
+            name=entry.name,
+            kind=entry.kind,
+            folder=self.folder.stage(entry.name).path,
+            input=at["path"] if at else "",
+            input_revision=at["revision"] if at else None,
+            record=record or {},
+            teacher=teacher,
+            data=origin.data,
+            tokenizer=origin.tokenizer,
+            v_eff=origin.v_eff,
+            trainer=self.recipe.trainer,
+            seed=self.recipe.seed,
+            key=key,
+            metrics=self.metrics,
+            console=self.console,
+        )
 
     def _begin(
         self, entry: "StageEntry", at: dict[str, Any], origin: Origin, teacher: TeacherRef | None, folder: StageFolder
@@ -149,7 +178,7 @@ class Runner:
             format_version=STAGE_KINDS[entry.kind].format_version,
             input_hash=source,
             data=origin.data.fingerprint,
-            teacher=f"{teacher.content}:{teacher.load_in}" if teacher else None,
+            teacher=_teacher_key(teacher),
             trainer=self.recipe.trainer,
             seed=self.recipe.seed,
         )
@@ -201,6 +230,14 @@ class Runner:
                 judged = next(row for row in rows if row["name"] == entry.name)["eval"]
                 failed += [f"{entry.name}: {sentence}" for sentence in gate_failures(entry.settings, judged, teacher)]
         return failed
+
+
+def _teacher_key(teacher: TeacherRef | None) -> str | None:
+    """What of the teacher changes numbers."""
+    if teacher is None:
+        return None
+    kept = f":{teacher.cache.mode}:{teacher.cache.tokens}" if teacher.cache else ""
+    return f"{teacher.content}:{teacher.load_in}{kept}"
 
 
 def _learns_from_teacher(entry: "StageEntry") -> bool:

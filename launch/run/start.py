@@ -15,8 +15,11 @@ _PLANNED = "DECOCT_PLANNED"
 """Set for the processes that this one starts: the plan has been shown."""
 
 
-def start(recipe: "Recipe", out: Path | None) -> None:
-    """Run ``recipe`` in ``out`` (default ``runs/<name>``); raises SystemExit with the workers' code when they failed."""
+def start(recipe: "Recipe", out: Path | None, *, only_caches: bool = False) -> None:
+    """Run ``recipe`` in ``out`` (default ``runs/<name>``); raises SystemExit with the workers' code when they failed.
+
+    With ``only_caches`` the teacher's caches are filled and nothing is trained.
+    """
     from ...trainer.world import current_world
 
     die_with_agent()
@@ -33,7 +36,11 @@ def start(recipe: "Recipe", out: Path | None) -> None:
     quiet_libraries()
     from .runner import Runner
 
-    Runner(recipe, where, world).run()
+    runner = Runner(recipe, where, world)
+    if only_caches:
+        runner.fill_caches()
+    else:
+        runner.run()
 
 
 def _plan_first(recipe: "Recipe", out: Path, world: "World") -> None:

@@ -61,6 +61,7 @@ def sums_with_gradients(problem: Problem, run: Run) -> LossSums:
         cross_entropy=cross_entropy,
         teacher_entropy=entropy,
         top1_matches=matches,
+        covered_mass=problem.covered_mass(),
     )
 
 

@@ -96,6 +96,12 @@ class Problem:
         """What is computed in: fp64 when the student is, else fp32."""
         return torch.float64 if torch.float64 in (self.student.hidden.dtype, self.student.head.dtype) else torch.float32
 
+    def covered_mass(self) -> Tensor:
+        """Mass of the teacher that is known exactly, summed over the unmasked rows: 0-dim."""
+        if isinstance(self.teacher, SparseTargets):
+            return self.teacher[self.kept].covered_mass().sum().to(self.dtype)
+        return torch.tensor(0.0 if self.teacher is None else float(len(self.kept)), dtype=self.dtype, device=self.labels.device)
+
 
 def checked_problem(
     student: HiddenStates, teacher: TeacherLogitsSource | None, labels: Tensor, settings: LossSettings, v_eff: int

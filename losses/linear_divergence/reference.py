@@ -40,6 +40,7 @@ def reference_sums(problem: Problem) -> LossSums:
             cross_entropy=hard.detach().sum(),
             teacher_entropy=entropy,
             top1_matches=matches.sum(),
+            covered_mass=problem.covered_mass(),
         )
 
 

@@ -151,6 +151,16 @@ BROKEN = {
         "my.yaml:4: stages.0.distill: learns from a teacher, and the recipe has none; add one (teacher: {path: ...}), or train on the text "
         "alone with loss: {hard_weight: 1.0}",
     ),
+    "a cache for a divergence that needs everything": (
+        HEAD.replace("teacher: {path: a/teacher}", "teacher: {path: a/teacher, cache: {mode: top_k}}")
+        + "stages:\n  - distill: {tokens: 1M, loss: {divergence: jsd}}\n",
+        "my.yaml:5: stages.0.distill.loss.divergence: jsd needs the teacher's whole distribution, and teacher.cache keeps a part of it; "
+        "use forward_kl, or remove teacher.cache",
+    ),
+    "a cache that nobody reads": (
+        HEAD.replace("teacher: {path: a/teacher}", "teacher: {path: a/teacher, cache: top_k}") + "stages: [quantize]\n",
+        "my.yaml:1: teacher.cache: is read by no stage: none learns from the recipe's teacher; remove it",
+    ),
     "teacher: recipe without one": (
         NO_TEACHER + "stages:\n  - qat: {tokens: 1M, teacher: recipe}\n",
         "my.yaml:4: stages.0.qat.teacher: is 'recipe', and the recipe has no teacher; add one, or set teacher: input",

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...models.settings import LoadIn, Placement
+from ...models.settings import CacheSettings, LoadIn, Placement
 from ..settings import TrainerSettings
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ class TeacherRef:
     """What reports and cards call it (never a local path)."""
     content: str
     """Content hash of its folder."""
+    cache: CacheSettings | None = None
+    """What of it is kept on disk and trained from; None = it runs beside the student."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,11 @@ from ...models.errors import UserError
 from ...models.loading import load_config, load_model, meta_model
 from ...models.streaming import WeightFiles, can_stream, empty_model
 from ...models.teachers import LocalTeacher, Teacher, open_teacher
+from ..plan import TrainingPlan
 from ..settings import TrainingBlock
 from ..strategy import choose_strategy, device_bytes, shards
+from ..teaching.cached import SparseTeacher
+from ..teaching.opening import cached_teacher
 from ..world import current_world, value_of_first
 from .context import StageContext, TeacherRef
 
@@ -91,19 +94,25 @@ def _parameters(path: str, revision: str | None) -> int:
     return sum(parameter.numel() for parameter in meta_model(load_config(path, revision=revision)).parameters())
 
 
-def stage_teacher(settings: TrainingBlock, context: StageContext) -> Teacher | None:
-    """The teacher that the stage learns from, on this rank's device; None when its loss needs none."""
+def stage_teacher(settings: TrainingBlock, context: StageContext, plan: TrainingPlan) -> Teacher | SparseTeacher | None:
+    """The teacher that the stage learns from, on this rank's device or in its cache; None when its loss needs none."""
     if settings.loss.hard_weight == 1.0:
         return None
-    teacher = _open_teacher(settings, context)
+    choice = settings.teacher or ("recipe" if context.teacher else "input")
+    if choice == "recipe" and context.teacher and context.teacher.cache:
+        return cached_teacher(context, settings.loss, plan, lambda: _checked_teacher(choice, context))
+    return _checked_teacher(choice, context)
+
+
+def _checked_teacher(choice: str, context: StageContext) -> LocalTeacher:
+    teacher = _open_teacher(choice, context)
     if context.data.packed:
         check_packing(teacher.model, f"{context.name}: the teacher")
     return teacher
 
 
-def _open_teacher(settings: TrainingBlock, context: StageContext) -> LocalTeacher:
+def _open_teacher(choice: str, context: StageContext) -> LocalTeacher:
     device = current_device()
-    choice = settings.teacher or ("recipe" if context.teacher else "input")
     if choice == "input":
         return open_teacher(
             context.input,

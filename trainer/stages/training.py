@@ -15,6 +15,7 @@ from ..objective import Objective
 from ..plan import TrainingPlan
 from ..rng import derive_seed
 from ..settings import TrainerSettings, TrainingBlock
+from ..teaching.cached import SparseTeacher
 from ..world import current_world
 from .context import StageContext, Trained
 from .opening import OpenStudent, stage_teacher
@@ -92,6 +93,11 @@ def derive_plan(
     )
 
 
+def fill_cache(settings: TrainingBlock, context: StageContext) -> None:
+    """Let the recipe's teacher predict what the stage will need of it, without training (all ranks)."""
+    stage_teacher(settings, context, training_plan(settings, context, BASE_HIDDEN))
+
+
 def sparse_modules(path: str) -> list[str]:
     """Matrices whose exact zeros are a mask, as decoct.json of a local model folder lists them."""
     return list(read_record(Path(path)).get("sparse", [])) if Path(path).is_dir() else []
@@ -118,8 +124,8 @@ def train_student(
     facts: dict[str, Any] | None = None,
 ) -> Trained:
     """Fit ``student`` as the stage's settings say, on all ranks; resumes from the stage's checkpoints."""
-    teacher = stage_teacher(settings, context)
     plan = training_plan(settings, context, student.model.config.hidden_size, student.strategy)
+    teacher = stage_teacher(settings, context, plan)
     _announce(context, plan, teacher)
     objective = Objective(teacher, settings.loss, v_eff=context.v_eff)
     result = fit(
@@ -137,7 +143,7 @@ def train_student(
     return Trained(student=result.student, tokens=result.tokens, seconds=result.seconds, facts=facts or {})
 
 
-def _announce(context: StageContext, plan: TrainingPlan, teacher: Teacher | None) -> None:
+def _announce(context: StageContext, plan: TrainingPlan, teacher: Teacher | SparseTeacher | None) -> None:
     """Print what was derived, so that nobody has to guess a default."""
     learns = "from the text alone" if teacher is None else f"from {teacher.describe()}"
     tokens = plan.total_steps * plan.batch.global_windows * context.data.train.seq_length

@@ -1,0 +1,70 @@
+"""Numbers of any width laid end to end in rows of bytes, and ascending numbers in Elias-Fano form. Runs on any device.
+
+Elias-Fano (Elias 1974, Fano 1971) holds m ascending numbers below U in about m (2 + log2(U / m)) bits, whatever they are: the low bits
+as they are, the high bits as the gaps of a bit vector with m ones. Its size depends on m and U alone, so rows have one size.
+"""
+
+import torch
+from torch import Tensor
+
+
+def unfold(numbers: Tensor, width: int) -> Tensor:
+    """Bits of each number, lowest first: [n, k] int64 -> [n, k * width] uint8."""
+    shifts = torch.arange(width, device=numbers.device)
+    return (numbers.unsqueeze(-1) >> shifts).bitwise_and(1).to(torch.uint8).flatten(1)
+
+
+def fold(bits: Tensor, width: int) -> Tensor:
+    """The inverse of ``unfold``: [n, k * width] uint8 -> [n, k] int64."""
+    if not width:
+        return bits.new_zeros(len(bits), 0, dtype=torch.int64)
+    shifts = torch.arange(width, device=bits.device)
+    return (bits.unflatten(1, (-1, width)).to(torch.int64) << shifts).sum(-1)
+
+
+def to_bytes(bits: Tensor) -> Tensor:
+    """[n, b] bits -> [n, ceil(b / 8)] uint8, the last byte filled with zeros."""
+    return fold(torch.nn.functional.pad(bits, (0, -bits.shape[1] % 8)), 8).to(torch.uint8)
+
+
+def from_bytes(data: Tensor) -> Tensor:
+    """[n, k] uint8 -> [n, 8 k] bits, uint8."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=data.device)
+    return (data.unsqueeze(-1) >> shifts).bitwise_and(1).flatten(1)
+
+
+def low_width(count: int, limit: int) -> int:
+    """Low bits of each of ``count`` ascending numbers in [0, limit]."""
+    return max(0, ((limit + 1) // max(count, 1)).bit_length() - 1)
+
+
+def ascending_width(count: int, limit: int) -> int:
+    """Bits that ``count`` ascending numbers in [0, limit] take."""
+    low = low_width(count, limit)
+    return count * low + count + (limit >> low) if count else 0
+
+
+def unfold_ascending(numbers: Tensor, limit: int) -> Tensor:
+    """Elias-Fano bits of rows of ascending numbers: [n, m] int64 in [0, limit], repeats allowed -> [n, ascending_width] uint8."""
+    rows, count = numbers.shape
+    low = low_width(count, limit)
+    ones = (numbers >> low) + torch.arange(count, device=numbers.device)
+    high = torch.zeros(rows, ascending_width(count, limit) - count * low, dtype=torch.uint8, device=numbers.device)
+    high.scatter_(1, ones, 1)
+    lows = numbers & ((1 << low) - 1)
+    return torch.cat([unfold(lows, low), high], 1) if low else high
+
+
+def fold_ascending(bits: Tensor, count: int, limit: int) -> Tensor:
+    """The inverse of ``unfold_ascending``: [n, m] int64.
+
+    Raises:
+        ValueError: a row does not have ``count`` ones, so these are not the bits of such numbers.
+    """
+    low = low_width(count, limit)
+    lows, high = bits[:, : count * low], bits[:, count * low :]
+    places = high.nonzero()[:, 1]
+    if len(places) != len(bits) * count:
+        raise ValueError(f"{len(places):,} numbers in {len(bits):,} rows of {count}")
+    highs = places.view(len(bits), count) - torch.arange(count, device=bits.device)
+    return (highs << low) + (fold(lows, low) if low else 0)
