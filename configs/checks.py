@@ -49,7 +49,7 @@ def check_draft(draft: Draft, problems: Problems) -> None:
         if entry is not None:
             _check_budget(entry, problems)
             _check_stage_teacher(entry, draft, problems)
-    _check_caches(draft, problems)
+    _check_parts(draft, problems)
     _check_batch(draft, problems)
     _check_widths(draft, problems)
     _check_exports(draft, problems)
@@ -122,21 +122,34 @@ def _check_stage_teacher(entry: StageEntry, draft: Draft, problems: Problems) ->
             problems.add(_at(entry), f"learns from a teacher, and the recipe has none; {remedy}")
 
 
-def _check_caches(draft: Draft, problems: Problems) -> None:
-    """A cache knows a part of each distribution: enough for forward KL alone. And some stage reads it."""
-    if not (draft.teacher and draft.teacher.cache):
+def _check_parts(draft: Draft, problems: Problems) -> None:
+    """A cache or a server gives a part of each distribution: enough for forward KL alone. And some stage reads it."""
+    teacher = draft.teacher
+    if teacher is None or not (teacher.cache or teacher.served):
         return
+    source = "teacher.cache keeps" if teacher.cache else "teacher.served gives"
     readers = [e for e in draft.stages if e and e.kind != "pretrain" and trains(e) and e.settings.teacher != "input"]
     readers = [entry for entry in readers if entry.settings.loss.hard_weight < 1]
     for entry in readers:
-        if entry.settings.loss.divergence != "forward_kl":
+        loss = entry.settings.loss
+        if loss.divergence != "forward_kl":
             problems.add(
                 _at(entry, "loss", "divergence"),
-                f"{entry.settings.loss.divergence} needs the teacher's whole distribution, and teacher.cache keeps a part of it; use "
-                "forward_kl, or remove teacher.cache",
+                f"{loss.divergence} needs the teacher's whole distribution, and {source} a part of it; use forward_kl, or remove "
+                f"{source.split()[0]}",
+            )
+        if teacher.served and loss.temperature != 1:
+            problems.add(
+                _at(entry, "loss", "temperature"), "must be 1 with teacher.served: servers give log-probabilities at temperature 1"
             )
     if not readers and all(draft.stages):
-        problems.add(("teacher", "cache"), "is read by no stage: none learns from the recipe's teacher; remove it")
+        name = "cache" if teacher.cache else "served"
+        problems.add(("teacher", name), "is read by no stage: none learns from the recipe's teacher; remove it")
+    if teacher.cache and teacher.served and (teacher.cache.mode != "top_k" or (teacher.cache.tokens or 0) > teacher.served.tokens):
+        problems.add(
+            ("teacher", "cache"),
+            f"of a served teacher must be top_k with at most teacher.served.tokens={teacher.served.tokens} tokens: nothing else is known",
+        )
 
 
 def _check_batch(draft: Draft, problems: Problems) -> None:

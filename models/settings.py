@@ -56,6 +56,35 @@ class CacheSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServedSettings:
+    """A server that predicts in the teacher's place: OpenAI-compatible, with vLLM's ``prompt_logprobs``."""
+
+    url: str
+    """Address up to and including the version, such as http://host:8000/v1."""
+    model: str
+    """Name of the model on the server."""
+    tokens: int = 20
+    """Likeliest tokens asked for at each position; vLLM allows 20 unless started with --max-logprobs."""
+    requests: int = 8
+    """Requests under way at once."""
+    timeout: float = 120.0
+    """Seconds to wait for an answer."""
+    retries: int = 5
+    """Further tries after a time-out or an overloaded server, with growing pauses."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key, if the server wants one."""
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url={self.url!r} must begin with http:// or https://")
+        for name in ("tokens", "requests", "timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
+        if self.retries < 0:
+            raise ValueError(f"retries={self.retries} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TeacherSettings:
     """Where the teacher comes from: exactly one of ``path`` and ``scratch``."""
 
@@ -72,10 +101,14 @@ class TeacherSettings:
     """Hub revision (commit, tag or branch)."""
     cache: CacheSettings | None = None
     """Let the teacher predict the training text once, keep a part of it on disk and train from that (forward KL)."""
+    served: ServedSettings | None = None
+    """Let a server predict while training (forward KL); ``path`` still names the same model, for tokenizer and measurements."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.scratch is None):
             raise ValueError("a teacher needs exactly one of 'path' (model folder or hub id) and 'scratch'")
+        if self.served and self.scratch:
+            raise ValueError("a served teacher is named by 'path' (the model that the server runs), not by 'scratch'")
         if self.load_in in ("int8", "nf4") and self.placement != "replicated":
             raise ValueError(f"placement={self.placement} goes with load_in: bf16 or fp32; a teacher in {self.load_in} is replicated")
 

@@ -90,6 +90,7 @@ def teacher_ref(recipe: "Recipe", scratch: ScratchTeacher | None) -> TeacherRef 
         name=name,
         content=content_hash(path, recipe.teacher.revision),
         cache=recipe.teacher.cache,
+        served=recipe.teacher.served,
     )
 
 

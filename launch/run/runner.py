@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...models.errors import GateFailed, UserError
 from ...models.folder import content_hash
-from ...models.settings import CacheSettings
+from ...models.settings import CacheSettings, ServedSettings
 from ...trainer.loggers import build_loggers, finish_loggers
 from ...trainer.metrics import MetricsSink
 from ...trainer.settings import TrainingBlock
@@ -110,8 +110,8 @@ class Runner:
         told = self.session.on_first(lambda: (ref := teacher_ref(self.recipe, origin.scratch)) and asdict(ref))
         if not told:
             return None
-        cache = told.pop("cache")
-        return TeacherRef(**told, cache=CacheSettings(**cache) if cache else None)
+        cache, served = told.pop("cache"), told.pop("served")
+        return TeacherRef(**told, cache=CacheSettings(**cache) if cache else None, served=ServedSettings(**served) if served else None)
 
     def _run_stage(
         self,
@@ -237,6 +237,7 @@ def _teacher_key(teacher: TeacherRef | None) -> str | None:
     if teacher is None:
         return None
     kept = f":{teacher.cache.mode}:{teacher.cache.tokens}" if teacher.cache else ""
+    kept += f":served:{teacher.served.model}:{teacher.served.tokens}" if teacher.served else ""
     return f"{teacher.content}:{teacher.load_in}{kept}"
 
 

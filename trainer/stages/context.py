@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...models.settings import CacheSettings, LoadIn, Placement
+from ...models.settings import CacheSettings, LoadIn, Placement, ServedSettings
 from ..settings import TrainerSettings
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ class TeacherRef:
     """Content hash of its folder."""
     cache: CacheSettings | None = None
     """What of it is kept on disk and trained from; None = it runs beside the student."""
+    served: ServedSettings | None = None
+    """Server that predicts in its place."""
 
 
 @dataclass(frozen=True, kw_only=True)

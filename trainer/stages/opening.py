@@ -15,6 +15,7 @@ from ..settings import TrainingBlock
 from ..strategy import choose_strategy, device_bytes, shards
 from ..teaching.cached import SparseTeacher
 from ..teaching.opening import cached_teacher
+from ..teaching.served import ServedTeacher
 from ..world import current_world, value_of_first
 from .context import StageContext, TeacherRef
 
@@ -100,11 +101,13 @@ def stage_teacher(settings: TrainingBlock, context: StageContext, plan: Training
         return None
     choice = settings.teacher or ("recipe" if context.teacher else "input")
     if choice == "recipe" and context.teacher and context.teacher.cache:
-        return cached_teacher(context, settings.loss, plan, lambda: _checked_teacher(choice, context))
-    return _checked_teacher(choice, context)
+        return cached_teacher(context, settings.loss, plan, lambda: _running_teacher(choice, context))
+    return _running_teacher(choice, context)
 
 
-def _checked_teacher(choice: str, context: StageContext) -> LocalTeacher:
+def _running_teacher(choice: str, context: StageContext) -> LocalTeacher | ServedTeacher:
+    if choice == "recipe" and context.teacher and context.teacher.served:
+        return ServedTeacher(context.teacher.served, context.v_eff)
     teacher = _open_teacher(choice, context)
     if context.data.packed:
         check_packing(teacher.model, f"{context.name}: the teacher")

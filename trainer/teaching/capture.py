@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,8 @@ from ...losses.logits import in_full_precision
 from ...losses.shift import MASKED, shift_for_next_token
 from ...losses.sparse import SparseTargets
 from ...models.teachers import Teacher
-from .choosing import choose_rows
+from .cached import SparseTeacher
+from .choosing import choose_rows, rows_of
 from .keys import noise_of, sequence_keys
 from .rows import RowFormat
 from .store import Store
@@ -47,7 +49,7 @@ def stack(windows: "Windows", indices: Sequence[int]) -> dict[str, Tensor]:
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def capture(teacher: Teacher, windows: "Windows", indices: Sequence[int], store: Store, form: RowFormat) -> Iterator[int]:
+def capture(teacher: Teacher | SparseTeacher, windows: "Windows", indices: Sequence[int], store: Store, form: RowFormat) -> Iterator[int]:
     """Let ``teacher`` predict windows and add them to ``store``; yields the tokens of each batch, for progress bars.
 
     The same window gives the same bytes in any batch, order and process (as far as the teacher's own arithmetic does).
@@ -71,8 +73,11 @@ def capture(teacher: Teacher, windows: "Windows", indices: Sequence[int], store:
 
 
 @torch.no_grad()
-def encoded(teacher: Teacher, batch: Mapping[str, Tensor], form: RowFormat) -> Iterator[tuple[Tensor, float]]:
+def encoded(teacher: Teacher | SparseTeacher, batch: Mapping[str, Tensor], form: RowFormat) -> Iterator[tuple[Tensor, float]]:
     """(rows [n, bytes] uint8 in host memory, summed KL(cache || teacher)) of each sequence of a batch."""
+    if isinstance(teacher, SparseTeacher):
+        yield from _encoded_again(teacher, batch, form)
+        return
     hidden, head, bias, transform = teacher.hidden_and_head(batch)
     flat, labels = shift_for_next_token(hidden, batch["labels"].to(hidden.device))
     weight = in_full_precision(head[: form.v_eff])
@@ -90,6 +95,32 @@ def encoded(teacher: Teacher, batch: Mapping[str, Tensor], form: RowFormat) -> I
             error += float(kl_to_full(form.decode(data), log_p).sum())
             parts.append(data.cpu())
         yield (torch.cat(parts) if parts else torch.empty(0, form.bytes, dtype=torch.uint8)), error
+
+
+def _encoded_again(teacher: SparseTeacher, batch: Mapping[str, Tensor], form: RowFormat) -> Iterator[tuple[Tensor, float]]:
+    """Of a teacher that gives a few tokens itself; the error is against what it gave, tokens that are left out counting as its tail."""
+    targets = teacher.sparse_targets(batch)
+    if form.top + form.others > targets.ids.shape[1]:
+        have, wanted = targets.ids.shape[1], form.top + form.others
+        targets = replace(
+            targets,
+            ids=torch.nn.functional.pad(targets.ids, (0, wanted - have)),
+            log_weights=torch.nn.functional.pad(targets.log_weights, (0, wanted - have), value=-torch.inf),
+        )
+    labels = batch["labels"][:, 1:].to(targets.ids.device)
+    for sequence, own in enumerate(labels):
+        known = targets[torch.arange(own.numel(), device=own.device)[own != MASKED] + sequence * own.numel()]
+        data = form.encode(rows_of(known, form))
+        yield data.cpu(), float(_kl_between(form.decode(data), known, form.v_eff).sum())
+
+
+def _kl_between(kept: SparseTargets, known: SparseTargets, v_eff: int) -> Tensor:
+    """KL of two bucket forms per position [n]; tokens that only ``known`` names belong to the tail of ``kept``."""
+    dense = known.log_weights.new_full((len(known.ids), v_eff + 1), -torch.inf)
+    used = known.log_weights > -torch.inf
+    dense.scatter_(1, torch.where(used, known.ids, v_eff), known.log_weights)
+    dense[:, v_eff] = -torch.inf if known.log_tail is None else known.log_tail
+    return kl_to_full(kept, dense)
 
 
 def _log_probabilities(states: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, form: RowFormat) -> Tensor:

@@ -9,6 +9,7 @@ random sampling with replacement (RS-KD, arXiv 2503.16870), at the least varianc
 import torch
 from torch import Tensor
 
+from ...losses.sparse import SparseTargets
 from .rows import RowFormat, Rows, log_code, log_of
 
 
@@ -45,6 +46,19 @@ def _likeliest(log_p: Tensor, form: RowFormat, entropy: Tensor) -> Rows:
     least = kept.amin(1) if form.others else logs[:, -1]
     floor = (log_code(least, up=True) - 1).clamp(min=0)
     return Rows(ids[:, : form.top], logs[:, : form.top], others, kept, floor, outside, entropy)
+
+
+def rows_of(known: SparseTargets, form: RowFormat) -> Rows:
+    """What a top-k cache keeps of a teacher that is itself known in bucket form only, the same tokens or fewer."""
+    logs, order = known.log_weights.topk(form.top + form.others, 1)
+    ids = torch.where(logs > -torch.inf, known.ids.gather(1, order), form.v_eff)
+    outside = known.log_weights.scatter(1, order, -torch.inf).logsumexp(1)
+    tail = outside if known.log_tail is None else torch.logaddexp(outside, known.log_tail)
+    others, by_id = ids[:, form.top :].sort(1)
+    kept = logs[:, form.top :].gather(1, by_id)
+    least = kept.masked_fill(kept == -torch.inf, torch.inf).amin(1).clamp(max=0) if form.others else logs[:, -1]
+    floor = (log_code(least, up=True) - 1).clamp(min=0)
+    return Rows(ids[:, : form.top].clamp(max=form.v_eff - 1), logs[:, : form.top], others, kept, floor, tail, known.entropy)
 
 
 def _threshold(rest: Tensor, count: int) -> Tensor:

@@ -21,6 +21,7 @@ from ..world import current_world, sum_over_ranks
 from .cached import CachedTeacher, row_format
 from .capture import capture, missing_windows
 from .rows import RowFormat
+from .served import ServedTeacher
 from .store import Store, open_store
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def stage_windows(plan: TrainingPlan, windows: "Windows") -> list[int]:
 
 
 def cached_teacher(
-    context: "StageContext", loss: LossSettings, plan: TrainingPlan, open_teacher: "Callable[[], LocalTeacher]"
+    context: "StageContext", loss: LossSettings, plan: TrainingPlan, open_teacher: "Callable[[], LocalTeacher | ServedTeacher]"
 ) -> CachedTeacher:
     """The recipe's teacher, read from its cache; what the stage needs and the cache lacks is captured first (all ranks call this).
 
@@ -86,7 +87,9 @@ def _header(context: "StageContext", settings: CacheSettings, form: RowFormat) -
     teacher = context.teacher
     assert teacher is not None
     transform = head_transform(load_config(teacher.path, revision=teacher.revision))
+    served = {"served": teacher.served.model, "served_tokens": teacher.served.tokens} if teacher.served else {}
     return {
+        **served,
         "teacher": teacher.content,
         "teacher_name": teacher.name,
         "load_in": teacher.load_in,
@@ -113,7 +116,7 @@ def _fill(
     form: RowFormat,
     windows: "Windows",
     missing: Sequence[int],
-    open_teacher: "Callable[[], LocalTeacher]",
+    open_teacher: "Callable[[], LocalTeacher | ServedTeacher]",
 ) -> None:
     """Capture ``missing``, this rank its share of it, and wait until all of it is there."""
     world = current_world()

@@ -1,0 +1,209 @@
+"""A served teacher against the same model here, through a real HTTP server that speaks as vLLM does."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from decoct.losses.settings import LossSettings
+from decoct.models.errors import UserError
+from decoct.models.settings import CacheSettings, ServedSettings
+from decoct.models.teachers import LocalTeacher
+from decoct.trainer.objective import Objective
+from decoct.trainer.teaching.cached import CachedTeacher, SparseTeacher, row_format
+from decoct.trainer.teaching.capture import capture, stack
+from decoct.trainer.teaching.served import ServedTeacher
+from decoct.trainer.teaching.store import open_store
+
+Answer = Callable[[dict[str, Any]], tuple[int, Any]]
+
+
+class Server:
+    """Answers POST /v1/completions by ``answer``; keeps what it was asked."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer, self.asked, self.keys = answer, [], []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.asked.append(body)
+                outer.keys.append(self.headers.get("Authorization"))
+                code, told = outer.answer(body) if self.path == "/v1/completions" else (404, {})
+                data = told if isinstance(told, bytes) else json.dumps(told).encode()
+                self.send_response(code)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def settings(self, **given: Any) -> ServedSettings:
+        return ServedSettings(**{"url": self.url, "model": "big", "retries": 0, **given})
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Answer], Server]]:
+    servers: list[Server] = []
+
+    def start(answer: Answer) -> Server:
+        servers.append(Server(answer))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.http.shutdown()
+        server.http.server_close()
+
+
+def as_vllm(model: Any) -> Answer:
+    """The tokens' log-probabilities as vLLM tells them: the likeliest ones, and the one that stands there."""
+
+    def answer(body: dict[str, Any]) -> tuple[int, Any]:
+        ids = body["prompt"]
+        with torch.no_grad():
+            logs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        told: list[Any] = [None]
+        for at, token in enumerate(ids[1:]):
+            values, best = logs[at].topk(body["prompt_logprobs"])
+            chosen = dict(zip(best.tolist(), values.tolist())) | {token: float(logs[at, token])}
+            told.append({str(i): {"logprob": v, "rank": int((logs[at] > v).sum()) + 1, "decoded_token": "?"} for i, v in chosen.items()})
+        return 200, {"choices": [{"text": "", "prompt_logprobs": told}]}
+
+    return answer
+
+
+@pytest.fixture
+def teacher(training: ModuleType) -> LocalTeacher:
+    return LocalTeacher(training.tiny_model(2, dropout=0.0), v_eff=training.VOCAB)
+
+
+@pytest.fixture
+def batch(training: ModuleType) -> dict[str, torch.Tensor]:
+    return stack(training.RandomWindows(8), [0, 3, 5])
+
+
+@pytest.fixture
+def packed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    length = batch["input_ids"].shape[1]
+    positions = torch.cat([torch.arange(5), torch.arange(1), torch.arange(length - 6)]).expand(3, -1)
+    labels = batch["input_ids"].masked_fill(positions == 0, -100)
+    return {"input_ids": batch["input_ids"], "labels": labels, "attention_mask": torch.ones_like(labels), "position_ids": positions}
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+def test_the_loss_is_that_of_the_model_here(
+    kind: str, serve: Callable[[Answer], Server], teacher: LocalTeacher, training: ModuleType, request: pytest.FixtureRequest
+) -> None:
+    batch = request.getfixturevalue("batch" if kind == "padded" else "packed")
+    server = serve(as_vllm(teacher.model))
+    served = ServedTeacher(server.settings(tokens=training.VOCAB - 1), training.VOCAB)
+    assert isinstance(served, SparseTeacher)
+    student = training.tiny_model(1, dropout=0.0)
+    both = [Objective(who, LossSettings(), v_eff=training.VOCAB)(student, batch) for who in (served, teacher)]
+    ours, theirs = both
+    assert int(ours.tokens) == int(theirs.tokens) > 0
+    assert float(ours.loss.detach()) == pytest.approx(float(theirs.loss.detach()), rel=1e-4)
+    assert float(ours.teacher_entropy) == pytest.approx(float(theirs.teacher_entropy), rel=1e-4)
+    assert int(ours.top1_matches) == int(theirs.top1_matches)
+    gradients = [torch.autograd.grad(sums.loss, list(student.parameters())) for sums in both]
+    for one, two in zip(*gradients):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+    assert all(len(body["prompt"]) > 1 for body in server.asked)
+
+
+def test_few_tokens_are_the_bucket_form(
+    serve: Callable[[Answer], Server], teacher: LocalTeacher, training: ModuleType, batch: dict[str, torch.Tensor]
+) -> None:
+    served = ServedTeacher(serve(as_vllm(teacher.model)).settings(tokens=5), training.VOCAB)
+    sums = [Objective(who, LossSettings(), v_eff=training.VOCAB)(training.tiny_model(1), batch) for who in (served, teacher)]
+    assert 0 < float(sums[0].kl) < float(sums[1].kl)
+    assert 0 < float(sums[0].covered_mass) < int(sums[0].tokens)
+
+
+def test_it_can_be_cached(
+    serve: Callable[[Answer], Server], teacher: LocalTeacher, training: ModuleType, batch: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    server = serve(as_vllm(teacher.model))
+    served = ServedTeacher(server.settings(tokens=12), training.VOCAB)
+    form = row_format(CacheSettings(mode="top_k", tokens=12), training.VOCAB, 1.0)
+    store = open_store(tmp_path / "cache", {"bytes_per_token": form.bytes})
+    list(capture(served, training.RandomWindows(8), [0, 3, 5], store, form))
+    store.refresh()
+    asked = len(server.asked)
+    student = training.tiny_model(1)
+    ours, theirs = (
+        Objective(who, LossSettings(), v_eff=training.VOCAB)(student.eval(), batch) for who in (CachedTeacher(store, form, "t"), served)
+    )
+    # the server also names the token that stands there; the cache leaves it to the tail where it is none of the likeliest
+    assert 0.9 * float(theirs.kl) < float(ours.kl) < 1.01 * float(theirs.kl)
+    (shard,) = store.shards.values()
+    assert 0 <= shard.figures["kl"] / shard.figures["tokens"] < 5e-3
+    assert len(server.asked) == 2 * asked
+
+
+def test_a_server_that_is_busy_is_asked_again(
+    serve: Callable[[Answer], Server],
+    teacher: LocalTeacher,
+    training: ModuleType,
+    batch: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("decoct.trainer.teaching.served.time.sleep", pauses.append)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    good, seen = as_vllm(teacher.model), []
+
+    def answer(body: dict[str, Any]) -> tuple[int, Any]:
+        seen.append(body)
+        return (503, {"error": "busy"}) if len(seen) <= 2 else good(body)
+
+    server = serve(answer)
+    one = {key: value[:1] for key, value in batch.items()}
+    ServedTeacher(server.settings(retries=2, requests=1), training.VOCAB).sparse_targets(one)
+    assert len(seen) == 3
+    assert pauses == [0.5, 1.0]
+    assert server.keys == ["Bearer secret"] * 3
+
+
+WRONG: dict[str, tuple[Answer, str]] = {
+    "a model that is not there": (lambda _: (404, {"error": "no model big"}), "HTTP 404.*no model big.*the model's name"),
+    "busy for good": (lambda _: (503, b"busy"), "gave no answer.*503"),
+    "no JSON": (lambda _: (200, b"<html>"), "gave no answer"),
+    "a server without prompt_logprobs": (lambda _: (200, {"choices": [{"text": ""}]}), r"no choices\[0\]\.prompt_logprobs"),
+    "tokens added": (lambda body: (200, {"choices": [{"prompt_logprobs": [None] * (len(body["prompt"]) + 1)}]}), "must not add or cut"),
+    "foreign tokens": (
+        lambda body: (200, {"choices": [{"prompt_logprobs": [None] + [{"999999": {"logprob": -1.0}}] * (len(body["prompt"]) - 1)}]}),
+        "none of the vocabulary's tokens",
+    ),
+    "probabilities above 1": (
+        lambda body: (200, {"choices": [{"prompt_logprobs": [None] + [{"1": {"logprob": 2.0}}] * (len(body["prompt"]) - 1)}]}),
+        "log-probabilities that are none",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_answers_that_are_none_are_told(
+    case: str, serve: Callable[[Answer], Server], training: ModuleType, batch: dict[str, torch.Tensor]
+) -> None:
+    answer, expected = WRONG[case]
+    with pytest.raises(UserError, match=expected):
+        ServedTeacher(serve(answer).settings(), training.VOCAB).sparse_targets(batch)
+
+
+def test_a_server_that_does_not_run_is_told(training: ModuleType, batch: dict[str, torch.Tensor]) -> None:
+    settings = ServedSettings(url="http://127.0.0.1:9/v1", model="big", retries=0, timeout=2)
+    with pytest.raises(UserError, match=r"teacher\.served\.url.*Check that it runs"):
+        ServedTeacher(settings, training.VOCAB).sparse_targets(batch)
