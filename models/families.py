@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .adapters import effective_head, unwrapped
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -116,26 +117,27 @@ def _layers_prefix(model: "PreTrainedModel") -> str:
     return ""
 
 
-def backbone_and_head(model: "PreTrainedModel") -> tuple[nn.Module, nn.Parameter, nn.Parameter | None]:
-    """The two halves of a causal language model.
+def backbone_and_head(model: "PreTrainedModel") -> tuple[nn.Module, Tensor, Tensor | None]:
+    """The two halves of a causal language model, under a LoRA adapter of peft or not.
 
     Returns:
         (backbone, weight [V_padded, H], bias [V_padded] or None). The input of the head is
         ``backbone(input_ids=..., attention_mask=..., use_cache=False).last_hidden_state`` [B, S, H]; the weight is the embedding
-        table itself when they are tied. What follows the head is ``head_transform(model.config)``.
+        table itself when they are tied, and a sum
+        with a graph when the head has a LoRA adapter. What follows the head is ``head_transform(model.config)``.
 
     Raises:
         UserError: the model has no separate backbone, or no linear head.
     """
-    backbone, head = model.base_model, model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    if backbone is model or not isinstance(weight, nn.Parameter):
+    model = unwrapped(model)
+    backbone = model.base_model
+    weight, bias = effective_head(model.get_output_embeddings())
+    if backbone is model or weight is None:
         raise UserError(
             f"{type(model).__name__} is not made of a backbone and a linear output head, which losses and evaluation need; "
             "use a causal language model such as Llama, Mistral, Qwen or Gemma."
         )
-    bias = getattr(head, "bias", None)
-    return backbone, weight, bias if isinstance(bias, nn.Parameter) else None
+    return backbone, weight, bias
 
 
 def head_transform(config: "PreTrainedConfig") -> HeadTransform:

@@ -1,5 +1,6 @@
 """Teachers: where the predictions come from that a student learns, in which precision and in whose memory."""
 
+from .adapter_base import AdapterBaseTeacher as AdapterBaseTeacher
 from .local import Hidden as Hidden
 from .local import LocalTeacher as LocalTeacher
 from .local import Teacher as Teacher

@@ -1,0 +1,66 @@
+"""Models under a LoRA adapter of peft: what their head really is, and what cannot be taken apart. peft itself is not needed here."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import UserError
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside a peft wrapper, with the adapter's layers in it; any other model as it is.
+
+    Raises:
+        UserError: the adapter adds virtual tokens (prompt or prefix tuning), which the backbone alone does not see.
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UserError("the model's adapter learns prompts, which losses on hidden states would leave out; use LoRA")
+    return model.get_base_model()
+
+
+def effective_head(head: Any) -> tuple[Tensor | None, Tensor | None]:
+    """(weight [V, H], bias [V] or None) that a head multiplies by, its LoRA part included; gradients reach the adapter alone when the base
+    is frozen. (None, None) for a head without a weight.
+
+    ``head.weight`` of a LoRA layer is the base's: a loss that reads it trains on other numbers than the model computes.
+
+    Raises:
+        UserError: dropout before the adapter, or a form of LoRA that is no sum of matrices.
+    """
+    if isinstance(getattr(head, "modules_to_save", None), nn.ModuleDict):
+        head = head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
+    if not hasattr(head, "lora_A"):
+        weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
+        return (weight if isinstance(weight, Tensor) else None), (bias if isinstance(bias, Tensor) else None)
+    base = head.base_layer
+    weight = base.weight
+    if not (head.disable_adapters or head.merged):
+        for name in head.active_adapters:
+            if name in head.lora_A:
+                weight = weight + _update(head, name).to(weight.dtype)
+    return weight, base.bias
+
+
+def _update(head: Any, name: str) -> Tensor:
+    dropout = head.lora_dropout[name]
+    if head.training and getattr(dropout, "p", 0):
+        raise UserError(f"the LoRA adapter {name!r} of the output head has dropout {dropout.p}; losses need it to be 0 there")
+    if getattr(head, "use_dora", {}).get(name) or not isinstance(head.lora_A[name], nn.Linear) or head.lora_B[name].bias is not None:
+        raise UserError(f"the adapter {name!r} of the output head is no plain LoRA (two matrices without bias); leave the head out of it")
+    return head.scaling[name] * (head.lora_B[name].weight @ head.lora_A[name].weight)
+
+
+class EveryModuleInEval:
+    """Eval mode inside a ``with``, and afterwards the mode that each module had."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._training = model, [module for module in model.modules() if module.training]
+
+    def __enter__(self) -> None:
+        self._model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for module in self._training:
+            module.training = True

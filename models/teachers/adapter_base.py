@@ -1,0 +1,62 @@
+"""The model under a student's LoRA adapter as its teacher: the same weights in the same memory, with the adapter switched off."""
+
+from collections.abc import Mapping
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor
+
+from ..adapters import EveryModuleInEval, unwrapped
+from ..batches import backbone_inputs
+from ..errors import UserError
+from ..families import backbone_and_head, head_transform
+from ..vocabulary import check_head_rows
+from .local import Hidden
+
+
+class AdapterBaseTeacher:
+    """What a peft model predicts without its adapter, in eval mode; the student's own modes (dropout) are left as they were.
+
+    Args:
+        student: A ``peft`` model; it is not copied, moved or changed.
+        v_eff: Size of the real vocabulary.
+
+    Raises:
+        UserError: the model has no adapter that can be switched off, or too small a head.
+    """
+
+    def __init__(self, student: Any, *, v_eff: int) -> None:
+        if not hasattr(student, "disable_adapter"):
+            raise UserError("only a model under an adapter (peft's get_peft_model) has a base to learn from; give a teacher")
+        check_head_rows(unwrapped(student), v_eff)
+        self._student: Any = student
+        self._v_eff = v_eff
+
+    @property
+    def v_eff(self) -> int:
+        """Rows of the head that belong to real tokens."""
+        return self._v_eff
+
+    def to(self, device: torch.device | str) -> Self:
+        """Nothing: the weights are the student's, and go where it goes."""
+        return self
+
+    @torch.no_grad()
+    def hidden_and_head(self, batch: Mapping[str, Tensor]) -> Hidden:
+        """Last hidden states and head without the adapter, outside autograd and autocast; see ``LocalTeacher.hidden_and_head``."""
+        with EveryModuleInEval(self._student), self._student.disable_adapter():
+            backbone, weight, bias = backbone_and_head(self._student)
+            with torch.autocast(weight.device.type, enabled=False):
+                output: Any = backbone(**backbone_inputs(batch, weight.device))
+        head_bias = None if bias is None else bias[: self._v_eff]
+        return output.last_hidden_state, weight[: self._v_eff], head_bias, head_transform(self._student.config)
+
+    def describe(self) -> str:
+        """One line for people."""
+        return "the student's own base, its adapter switched off"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an AdapterBaseTeacher is never saved or sent to another process: leave it out of checkpoints")
