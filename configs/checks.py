@@ -85,6 +85,8 @@ def _check_start(draft: Draft, problems: Problems) -> None:
             ("student", "keep", "layers"), f"{layers} layers cannot be kept of a teacher that has {depth}; give {min(2, depth)} to {depth}"
         )
     scratch = draft.teacher.scratch if draft.teacher else None
+    if scratch and draft.data and draft.data.kind == "chat":
+        problems.add(("data", "kind"), "is 'chat', and a scratch teacher's tokenizer has no chat template; give teacher.path")
     if scratch and min(scratch.heads, scratch.kv_heads) >= 1:
         if scratch.hidden % scratch.heads:
             problems.add(("teacher", "scratch", "heads"), f"{scratch.heads} does not divide hidden={scratch.hidden}; change one of them")

@@ -25,6 +25,10 @@ class DataSettings:
     """Configuration name of the hub dataset."""
     hub_split: str = "train"
     """Split of the hub dataset."""
+    kind: Literal["text", "chat"] = "text"
+    """text = documents; chat = rows of messages, or of prompt and completion, through the tokenizer's chat template."""
+    mask_prompts: bool = True
+    """chat: learn what the assistant says and nothing else."""
     text_field: str = "text"
     """Column or JSON key that holds the text (jsonl, parquet, hub)."""
     seq_length: int = 512
@@ -40,6 +44,10 @@ class DataSettings:
         given = [name for name in ("builtin", "files", "hub") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(f"data needs exactly one of 'builtin', 'files' and 'hub'; given: {given or 'none'}")
+        if self.kind == "chat" and self.builtin:
+            raise ValueError("kind=chat needs rows of conversations, and builtin text has none; give 'files' or 'hub'")
+        if self.kind == "text" and not self.mask_prompts:
+            raise ValueError("mask_prompts=false would do nothing: text has no prompts; set kind: chat, or leave it out")
         if self.seq_length < 2:
             raise ValueError(f"seq_length={self.seq_length} must be at least 2: a window of one token predicts nothing")
         if self.eval_tokens < self.seq_length:

@@ -59,6 +59,7 @@ class Measuring:
             "context": windows.seq_length,
             "tokens": len(windows) * windows.seq_length,
             "dtype": "float32",
+            **({"samples": self.origin.data.samples} if self.origin.data.samples else {}),
         }
 
     def teacher_row(self) -> Row:

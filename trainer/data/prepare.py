@@ -11,13 +11,14 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...models.errors import UserError
 from ...models.files import atomic_directory, check_free_space, clean_leftovers, sha256_file, sha256_json, write_json_atomic
 from ..settings import DataSettings
+from .chats import Samples, write_chats
 from .split import split_documents
 from .text import Documents, read_documents
 from .tokens import TokenStream, tokenizer_hash, write_tokens
@@ -45,6 +46,8 @@ class PreparedData:
     """sha256 of the text alone."""
     description: str
     """What the text is, for people."""
+    samples: dict[str, Any] | None
+    """Of conversations: ``read``, ``bad`` (left out) and ``first_bad``; None for text."""
     path: Path
     """The cache entry; ``open_prepared`` opens it on other ranks."""
 
@@ -81,6 +84,8 @@ def prepare_data(
         "packing": settings.packing,
         "eval_tokens": settings.eval_tokens,
     }
+    if settings.kind == "chat":
+        facts |= {"chat_template": tokenizer.chat_template, "mask_prompts": settings.mask_prompts}
     fingerprint = sha256_json(facts)
     target = cache_dir / "tokens" / fingerprint
     if target.exists():
@@ -110,6 +115,7 @@ def open_prepared(path: Path) -> PreparedData:
         fingerprint=manifest["fingerprint"],
         text_fingerprint=manifest["text"],
         description=manifest["description"],
+        samples=manifest.get("samples"),
         path=path,
     )
 
@@ -160,17 +166,30 @@ def _build(
     try:
         with atomic_directory(target) as folder, _readable_errors(target.parent):
             stream_file = folder / "stream"
-            stream = write_tokens(documents, tokenizer, stream_file, say=say, need_end=settings.packing)
+            stream, samples = _write_stream(settings, tokenizer, documents, stream_file, say)
             check_free_space(folder, stream.tokens.nbytes, "the tokenized text (in the cache folder, environment variable DECOCT_CACHE)")
             description = documents.description + _write_windows(settings, tokenizer, stream, folder)
             del stream
             stream_file.unlink()
             files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.iterdir())}
-            write_json_atomic(folder / MANIFEST, {**facts, "description": description, "files": files})
+            write_json_atomic(folder / MANIFEST, {**facts, "description": description, "samples": samples, "files": files})
     except UserError:
         # another run may have finished the same entry meanwhile: then there is nothing left to do
         if _damage(target, thorough=False):
             raise
+
+
+def _write_stream(
+    settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", documents: Documents, file: Path, say: Say
+) -> tuple[TokenStream, dict[str, Any] | None]:
+    """All tokens, and of conversations how many were read and how many left out."""
+    if documents.chats is None:
+        return write_tokens(documents, tokenizer, file, say=say, need_end=settings.packing), None
+    samples = Samples()
+    stream = write_chats(documents.chats(), tokenizer, file, mask_prompts=settings.mask_prompts, samples=samples)
+    if samples.bad:
+        say(f"{samples.bad:,} of {samples.read:,} conversations were left out; the first: {samples.first_bad}")
+    return stream, asdict(samples)
 
 
 def _write_windows(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", stream: TokenStream, folder: Path) -> str:

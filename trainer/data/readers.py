@@ -57,6 +57,8 @@ def missing_field(field: str, there: Iterable[str], where: str) -> UserError:
     """The error for a ``data.text_field`` that a row does not have."""
     names = list(there)
     close = difflib.get_close_matches(field, names, n=1)
+    if not close and ("messages" in names or {"prompt", "completion"} <= set(names)):
+        return UserError(f"data.text_field={field!r} is not in {where}; these are conversations: set data.kind: chat")
     hint = f"; did you mean {close[0]!r}?" if close else "; set data.text_field to the one that holds the text"
     return UserError(f"data.text_field={field!r} is not in {where}; fields there: {', '.join(names) or 'none'}{hint}")
 

@@ -6,7 +6,7 @@ import os
 import platform
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ...models.errors import UserError
 from ...models.files import sha256_file, sha256_json
 from ..settings import DataSettings
+from .chats import rows_of_jsonl, rows_of_parquet
 from .readers import check_text_column, find_files, missing_field, read_file
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class Documents:
     """sha256 of what decides the documents; the same text gives the same on every machine (for the hub: the same revision)."""
     open: Callable[[], Iterable[str]] = field(repr=False, compare=False)
     """Starts reading."""
+    chats: "Callable[[], Iterable[tuple[str, Mapping[str, Any]]]] | None" = field(default=None, repr=False, compare=False)
+    """Starts reading conversations, (where, row) each; None = these are texts."""
 
     def __iter__(self) -> Iterator[str]:
         return (text for text in self.open() if text and not text.isspace())
@@ -55,7 +58,7 @@ def read_documents(settings: DataSettings) -> Documents:
         documents = _file_documents(settings)
     else:
         documents = _hub_documents(settings)
-    if next(iter(documents), None) is None:
+    if next(iter(documents.chats() if documents.chats else documents), None) is None:
         source = "data.hub" if settings.hub else "data.files" if settings.files else "data.builtin"
         raise UserError(f"{source}: {documents.description} holds no text (nothing, or blanks only); give other data")
     return documents
@@ -107,12 +110,26 @@ def _file_documents(settings: DataSettings) -> Documents:
         "max_documents": settings.max_documents,
     }
     named = files[0].name if len(files) == 1 else f"{len(files)} files, {files[0].name} to {files[-1].name}"
+    if settings.kind == "chat":
+        return _file_chats(settings, files, named, {"files": facts["files"], "max_documents": settings.max_documents})
 
     def read() -> Iterator[str]:
         texts = itertools.chain.from_iterable(read_file(file, column) for file in files)
         return itertools.islice(texts, settings.max_documents)
 
     return Documents(named + _limited(settings), sha256_json(facts), read)
+
+
+def _file_chats(settings: DataSettings, files: list[Path], named: str, facts: dict[str, Any]) -> Documents:
+    readers = {".jsonl": rows_of_jsonl, ".parquet": rows_of_parquet}
+    if plain := [file for file in files if file.suffix.lower() not in readers]:
+        raise UserError(f"data.files: {plain[0]} holds no conversations; data.kind: chat reads {' and '.join(readers)} files")
+
+    def read() -> Iterator[tuple[str, Mapping[str, Any]]]:
+        rows = itertools.chain.from_iterable(readers[file.suffix.lower()](file) for file in files)
+        return itertools.islice(rows, settings.max_documents)
+
+    return Documents(named + _limited(settings), sha256_json({"kind": "chat", **facts}), tuple, read)
 
 
 def _hash_file(path: Path) -> str:
@@ -131,6 +148,8 @@ def _hub_documents(settings: DataSettings) -> Documents:
     dataset, revision = _load_hub(settings)
     # a streamed dataset may not know its columns before its first row
     names = dataset.column_names or list(next(iter(dataset), {}))
+    if settings.kind == "chat":
+        return _hub_chats(settings, dataset, revision, named, names)
     if settings.text_field not in names:
         raise missing_field(settings.text_field, names, f"data.hub {named}")
     if dataset.features is not None:
@@ -147,6 +166,19 @@ def _hub_documents(settings: DataSettings) -> Documents:
         return itertools.islice(texts, settings.max_documents)
 
     return Documents(named + _limited(settings), sha256_json(facts), read)
+
+
+def _hub_chats(settings: DataSettings, dataset: Any, revision: str, named: str, names: list[str]) -> Documents:
+    columns = [name for name in ("messages", "prompt", "completion") if name in names]
+    if "messages" not in columns and len(columns) < 2:
+        raise UserError(f"data.hub {named} has no column 'messages', nor 'prompt' and 'completion'; it has {', '.join(names)}")
+    facts = {"hub": [settings.hub, settings.hub_config, settings.hub_split, revision], "max_documents": settings.max_documents}
+    rows: Any = dataset.select_columns(columns)
+
+    def read() -> Iterator[tuple[str, Mapping[str, Any]]]:
+        return itertools.islice(((f"row {number}", row) for number, row in enumerate(rows, 1)), settings.max_documents)
+
+    return Documents(named + _limited(settings), sha256_json({"kind": "chat", **facts}), tuple, read)
 
 
 def _load_hub(settings: DataSettings) -> "tuple[datasets.Dataset | datasets.IterableDataset, str]":

@@ -19,7 +19,7 @@ class Windows:
     """Training or evaluation windows.
 
     Args:
-        rows: int32 [num, seq_length], token ids; anything behind a window's length.
+        rows: int32 [num, seq_length], token ids, ``-1 - id`` for those that are not predicted; anything behind a window's length.
         lengths: int32 [num], real tokens at the start of each row (at least 2); None = all rows are full.
         starts: int64, ascending: where documents begin in the windows laid end to end, which makes them packed ones; None = each
             window is (part of) one document.
@@ -63,17 +63,18 @@ class Windows:
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """One window: ``input_ids``, ``labels``, ``attention_mask`` and, of packed ones, ``position_ids``; each int64 [seq_length].
 
-        ``labels[i]`` is the token at i itself (losses do the causal shift); -100 for the first token of each document and for padding,
+        ``labels[i]`` is the token at i itself (losses do the causal shift); -100 for each document's first token, prompts and padding,
         so the labels that are left count the tokens to predict. Positions start at 0 with each document, and with the window: what
         ``models.batches`` keeps documents apart by.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
-        ids = torch.from_numpy(self.rows[index].astype(np.int64))
+        stored = torch.from_numpy(self.rows[index].astype(np.int64))
+        ids = torch.where(stored < 0, -1 - stored, stored)
         length = self.seq_length if self.lengths is None else int(self.lengths[index])
         mask = torch.zeros_like(ids)
         mask[:length] = 1
-        labels = ids.masked_fill(mask == 0, IGNORED)
+        labels = ids.masked_fill((mask == 0) | (stored < 0), IGNORED)
         labels[0] = IGNORED
         window = {"input_ids": ids, "labels": labels, "attention_mask": mask}
         if self.starts is not None:

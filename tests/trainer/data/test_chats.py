@@ -1,0 +1,167 @@
+"""Conversations against what the template itself renders."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from decoct.models.errors import UserError
+from decoct.trainer.cache import cache_dir
+from decoct.trainer.data.chats import encode_chat
+from decoct.trainer.data.prepare import open_prepared, prepare_data
+from decoct.trainer.settings import DataSettings
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</{{ m['role'] }}>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+# drops what the assistant thought in earlier turns, as reasoning models do
+FORGETFUL = (
+    "{% for m in messages %}<{{ m['role'] }}>{% if loop.last and m['role'] == 'assistant' %}thought {% endif %}"
+    "{{ m['content'] }}</{{ m['role'] }}>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TALK = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "one and one?"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "sure?"},
+    {"role": "assistant", "content": "quite"},
+]
+
+
+@pytest.fixture
+def chatty(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = TEMPLATE
+    return own
+
+
+def said(row: dict[str, Any], tokenizer: Any) -> tuple[str, str]:
+    """(whole text, the parts that are predicted) of a row."""
+    ids, predicted = encode_chat(row, tokenizer)
+    return tokenizer.decode(ids), tokenizer.decode([token for token, own in zip(ids, predicted) if own])
+
+
+def test_every_turn_of_the_assistant_and_nothing_else_is_predicted(chatty: Any) -> None:
+    whole, own = said({"messages": TALK}, chatty)
+    assert whole == chatty.apply_chat_template(TALK, tokenize=False)
+    assert own == "two</assistant>\nquite</assistant>\n"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "one and one?", "completion": "two"},
+        {"prompt": [{"role": "user", "content": "one and one?"}], "completion": [{"role": "assistant", "content": "two"}]},
+    ],
+)
+def test_prompt_and_completion_are_two_turns(chatty: Any, row: dict[str, Any]) -> None:
+    assert said(row, chatty) == ("<user>one and one?</user>\n<assistant>two</assistant>\n", "two</assistant>\n")
+
+
+def test_without_a_template_prompt_and_completion_are_plain_text(tokenizer: Any) -> None:
+    whole, own = said({"prompt": "one and one?", "completion": " two"}, tokenizer)
+    assert whole == "one and one? two" + tokenizer.eos_token
+    assert own.endswith(" two" + tokenizer.eos_token)
+    with pytest.raises(UserError, match="needs a tokenizer with a chat template"):
+        encode_chat({"messages": TALK}, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({}, "neither 'messages' nor"),
+        ({"messages": []}, "neither 'messages' nor"),
+        ({"messages": "hello"}, "neither 'messages' nor"),
+        ({"messages": [{"content": "hello"}]}, "without a role"),
+        ({"messages": TALK[:2]}, "no turn of the assistant"),
+        ({"prompt": "one", "completion": None}, "without a role"),
+    ],
+)
+def test_rows_that_are_no_conversation_say_why(chatty: Any, row: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        encode_chat(row, chatty)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_not_guessed_at(chatty: Any) -> None:
+    chatty.chat_template = FORGETFUL
+    with pytest.raises(ValueError, match="renders earlier turns differently"):
+        encode_chat({"messages": TALK}, chatty)
+    assert said({"messages": TALK[1:3]}, chatty)[1] == "thought two</assistant>\n"
+
+
+def write_rows(tmp_path: Path, rows: list[Any], kind: str = "jsonl") -> DataSettings:
+    file = tmp_path / f"talks.{kind}"
+    if kind == "jsonl":
+        file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    return DataSettings(files=(str(file),), kind="chat", seq_length=64, eval_tokens=128)
+
+
+def talks(count: int) -> list[Any]:
+    return [
+        {"messages": [{"role": "user", "content": f"count to {n}"}, {"role": "assistant", "content": f"{n} " * 9}]} for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_windows_predict_the_assistant_alone(tmp_path: Path, chatty: Any, kind: str, packing: bool) -> None:
+    settings = write_rows(tmp_path, talks(60), kind)
+    data = prepare_data(DataSettings(**{**vars(settings), "packing": packing}), chatty, cache_dir())
+    assert data.samples == {"read": 60, "bad": 0, "first_bad": ""}
+    seen = 0
+    for index in range(len(data.train)):
+        window = data.train[index]
+        assert (window["input_ids"] >= 0).all()
+        predicted = chatty.decode(window["labels"][window["labels"] != -100])
+        assert "user" not in predicted
+        assert "count" not in predicted
+        seen += int((window["labels"] != -100).sum())
+    assert seen > 0
+    everything = prepare_data(DataSettings(**{**vars(settings), "packing": packing, "mask_prompts": False}), chatty, cache_dir())
+    assert sum(int((everything.train[i]["labels"] != -100).sum()) for i in range(len(everything.train))) > 1.3 * seen
+
+
+def test_bad_samples_are_left_out_counted_and_told(tmp_path: Path, chatty: Any) -> None:
+    rows = talks(60)
+    rows[7], rows[9], rows[30] = "{not json", {"messages": TALK[:1]}, {"text": "other"}
+    told: list[str] = []
+    data = prepare_data(write_rows(tmp_path, rows), chatty, cache_dir(), say=told.append)
+    assert data.samples is not None
+    assert (data.samples["read"], data.samples["bad"]) == (60, 3)
+    assert "talks.jsonl:8" in data.samples["first_bad"]
+    assert "3 of 60 conversations were left out" in told[0]
+    assert open_prepared(data.path).samples == data.samples
+
+
+def test_data_that_is_mostly_bad_is_refused(tmp_path: Path, chatty: Any) -> None:
+    rows = [*talks(8), *([{"text": "other"}] * 2)]
+    with pytest.raises(UserError, match=r"2 of 10 conversations cannot be used; the first: talks\.jsonl:9"):
+        prepare_data(write_rows(tmp_path, rows), chatty, cache_dir())
+    assert not list((cache_dir() / "tokens").iterdir())
+
+
+def test_text_files_hold_no_conversations(tmp_path: Path, chatty: Any) -> None:
+    (tmp_path / "a.txt").write_text("hello")
+    with pytest.raises(UserError, match=r"a\.txt holds no conversations"):
+        prepare_data(DataSettings(files=(str(tmp_path / "a.txt"),), kind="chat"), chatty, cache_dir())
+
+
+def test_conversations_read_as_text_are_told_of_the_key(tmp_path: Path, tokenizer: Any) -> None:
+    settings = write_rows(tmp_path, talks(3))
+    with pytest.raises(UserError, match=r"set data\.kind: chat"):
+        prepare_data(DataSettings(**{**vars(settings), "kind": "text"}), tokenizer, cache_dir())
+
+
+def test_switches_that_would_do_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="mask_prompts=false would do nothing"):
+        DataSettings(builtin="python-stdlib", mask_prompts=False)
+    with pytest.raises(ValueError, match="builtin text has none"):
+        DataSettings(builtin="python-stdlib", kind="chat")
