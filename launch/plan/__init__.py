@@ -15,7 +15,7 @@ from .targets import Verdict, verdicts
 from .values import Value, recipe_values, settings_values, training_values
 
 if TYPE_CHECKING:
-    from ...configs.recipe import Recipe
+    from ...configs.recipe import Recipe, StageEntry
     from ...trainer.settings import TrainerSettings
 
 PRECISIONS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
@@ -54,6 +54,8 @@ class Training:
     """What makes it fit, when it does not and something does."""
     checkpoint_bytes: int
     """Of one; two are kept, and a third is there while it is written."""
+    cache_bytes: int = 0
+    """Of the teacher's cache, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,7 @@ def plan(recipe: "Recipe", *, gpus: int | None = None, gpu_memory: int | None = 
         student=f"{student.describe()}, {student.parameters:,} parameters ({student.source})",
         values=recipe_values(recipe),
         stages=stages,
-        disk_bytes=kept + made + 3 * largest,
+        disk_bytes=kept + made + 3 * largest + sum(stage.training.cache_bytes for stage in stages if stage.training),
     )
 
 
@@ -240,8 +242,18 @@ def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, m
         fits=fits,
         remedy=cheapest_fit(shape.before, taught, case, machine.gpu_memory) if fits is False and machine.gpu_memory else None,
         checkpoint_bytes=checkpoint_bytes(shape.before, masks=masks),
+        cache_bytes=_cache_bytes(recipe, entry, taught, tokens),
     )
     return training, training_values(entry, steps, seq, machine.ranks, shape.before.hidden, trainer)
+
+
+def _cache_bytes(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, tokens: int) -> int:
+    """What a cache keeps of the teacher for the tokens of a stage, none of them seen twice: at most that much."""
+    from ...trainer.teaching.cached import row_format
+
+    if teacher is None or recipe.teacher is None or recipe.teacher.cache is None or entry.settings.teacher == "input":
+        return 0
+    return row_format(recipe.teacher.cache, teacher.vocabulary, entry.settings.loss.temperature or 1.0).bytes * tokens
 
 
 def _taught(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None) -> tuple[ModelShape | None, str, str]:

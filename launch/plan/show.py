@@ -78,7 +78,9 @@ def draw(plan: Plan, console: "Console", *, values: bool = True) -> None:
             console.print(_targets(stage))
     if values:
         console.print(_values(plan))
-    console.print(f"disk: up to {size(plan.disk_bytes)}: every model folder and export, and three checkpoints of the largest stage")
+    cached = sum(stage.training.cache_bytes for stage in plan.stages if stage.training)
+    cache = f", and at most {size(cached)} of the teacher's cache" if cached else ""
+    console.print(f"disk: up to {size(plan.disk_bytes)}: every model folder and export, and three checkpoints of the largest stage{cache}")
     for problem in problems(plan):
         console.print(f"cannot work: {problem}", style="bold red", markup=False, highlight=False, soft_wrap=True)
 

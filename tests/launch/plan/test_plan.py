@@ -134,3 +134,11 @@ def test_sizes_on_disk_are_within_a_hundredth(tiny: dict[str, Any], run: Any, tm
     size = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
     assert made["05-qat"].training is not None
     assert made["05-qat"].training.checkpoint_bytes == pytest.approx(size, rel=0.1), "small files carry headers and generators"
+
+
+def test_a_cache_counts_by_its_rows_and_the_tokens_of_stages_that_read_it() -> None:
+    plain = load_recipe("smollm2-1.7b-1b-24gb")
+    cached = load_recipe("smollm2-1.7b-1b-24gb", ["teacher.cache=sampled"])
+    extra = plan(cached).disk_bytes - plan(plain).disk_bytes
+    tokens = sum(stage.training.tokens for stage in plan(plain).stages if stage.training)
+    assert 0 < extra == sum(stage.training.cache_bytes for stage in plan(cached).stages if stage.training) <= 40 * tokens
