@@ -102,6 +102,10 @@ class QuantSpec:
             raise ValueError(f"group_size={self.group_size} does not divide in_features={in_features}; {hint}, or skip the module")
         return self.group_size
 
+    def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Shape of the scales of a weight [out, in]: (out, groups); ValueError when the group size does not divide."""
+        return out_features, in_features // self.group_width(in_features) if in_features else 0
+
     def to_json(self) -> dict[str, Any]:
         """Stable JSON form (all fields, sorted by name)."""
         return dict(sorted(asdict(self).items()))

@@ -7,57 +7,21 @@ Imports torch alone (triton only when its kernels run), so it can be lifted into
 ``reference.py`` holds the formulas and is the CPU path; ``kernel.py`` is the same, bit for bit, on a GPU.
 """
 
-import importlib.util
-from types import ModuleType
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from ..spec import QuantSpec as QuantSpec
 from . import reference
-
-Backend = Literal["auto", "reference", "triton"]
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-
-
-def _use_kernel(weight: Tensor, backend: str) -> bool:
-    if backend == "auto":
-        return weight.is_cuda and weight.dtype in _KERNEL_DTYPES and _TRITON_INSTALLED
-    if backend not in ("reference", "triton"):
-        raise ValueError(f"backend={backend!r} is not one of auto, reference, triton")
-    return backend == "triton"
-
-
-def _kernel(weight: Tensor) -> ModuleType:
-    """The Triton module, after checks that only an explicit ``backend='triton'`` can fail."""
-    if not _TRITON_INSTALLED:
-        raise ValueError("backend='triton' needs the triton package; install it or use backend='auto'")
-    if weight.dtype not in _KERNEL_DTYPES:
-        raise ValueError(f"backend='triton' takes float32, bfloat16 or float16 weights, not {weight.dtype}; use backend='auto'")
-    from . import kernel
-
-    if not kernel.runs_on(weight.device):
-        raise ValueError(
-            f"backend='triton' cannot run on device {weight.device}; use backend='auto', or set TRITON_INTERPRET=1 "
-            "before triton is first imported to run the kernels in its interpreter on a CPU"
-        )
-    return kernel
+from .dispatch import Backend as Backend
+from .dispatch import check_weight, grid_numbers, use_kernel
+from .learned import fake_quant_learned as fake_quant_learned
+from .learned import quantize_with as quantize_with
 
 
 def _arguments(weight: Tensor, spec: QuantSpec, mask: Tensor | None) -> tuple[int, int, float, list[float]]:
     """What the back ends take of a spec, after checking weight and mask."""
-    if weight.ndim != 2 or not weight.is_floating_point():
-        raise ValueError(f"weight must be a floating point matrix [out, in], not {weight.dtype} of shape {tuple(weight.shape)}")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != weight.shape or mask.device != weight.device):
-        raise ValueError(
-            f"mask must be bool of shape {tuple(weight.shape)} on {weight.device}, True where a weight is kept; "
-            f"got {mask.dtype} of shape {tuple(mask.shape)} on {mask.device}"
-        )
-    grid = spec.grid
-    width = spec.group_width(weight.shape[1])
-    return spec.bits, width, spec.divisor_value, [float(grid.dropped_bits), grid.smallest, grid.largest]
+    check_weight(weight, mask)
+    return spec.bits, spec.group_width(weight.shape[1]), spec.divisor_value, grid_numbers(spec)
 
 
 def fake_quant(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, backend: Backend = "auto") -> Tensor:
@@ -83,8 +47,10 @@ def fake_quant(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, b
     Source: Bengio et al., arXiv 1308.3432; Esser et al., arXiv 1902.08153, eq. 1 to 3.
     """
     arguments = _arguments(weight, spec, mask)
-    if _use_kernel(weight, backend):
-        return _kernel(weight).fake_quant(weight, mask, *arguments)
+    if use_kernel(weight, backend):
+        from . import kernel
+
+        return kernel.fake_quant(weight, mask, *arguments)
     return reference.fake_quant(weight, mask, *arguments)[0]
 
 
@@ -105,7 +71,9 @@ def quantize(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, bac
     """
     arguments = _arguments(weight, spec, mask)
     weight = weight.detach()
-    implementation = _kernel(weight) if _use_kernel(weight, backend) else reference
+    implementation = reference
+    if use_kernel(weight, backend):
+        from . import kernel as implementation
     codes, scales = implementation.quantize(weight, mask, *arguments)
     broken = torch.isnan(scales)
     if bool(broken.any()):

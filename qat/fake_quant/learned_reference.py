@@ -1,0 +1,169 @@
+"""Fake quantization by given scales, which may be learned, in plain PyTorch: the spec of ``learned_kernel.py`` and the CPU path.
+
+For each group of N weights that shares a scale (fp32 arithmetic; fp64 weights stay fp64), z = 0 without a zero point:
+
+    s = clamp(round_to_grid(scale), smallest, largest)
+    v = w * mask / s                                               true division
+    c = clamp(round_half_even(v), qmin - z, qmax - z)              the stored code is c + z
+    y = c * s
+    dL/dw = dL/dy * 1[qmin - z <= v <= qmax - z] * mask
+    dL/dscale = 1 / sqrt(N qmax) * sum over the group of dL/dy * (c - v inside the limits, c outside)
+
+Rounding the scale to its grid and its limits is straight through, but a scale beyond a limit keeps only the gradient that brings it
+back: it neither dies nor runs away. c - v = (c s - w) / s is how the sum is computed: c s - w is exact in fp32 for a scale on a
+bf16 or fp16 grid (fp64 serves the rest), whereas the rounding of v by the division is felt in the sum at 8 bits. A NaN or infinite weight gives NaN in its place, a NaN or infinite scale in its whole group, so that neither passes unseen.
+
+Source: Esser et al., LSQ, arXiv 1902.08153, eq. 1 to 3 and section 2.2 (the factor); zero points as constants.
+"""
+
+import torch
+from torch import Tensor
+
+from .reference import GRID_DTYPES
+
+Limits = tuple[float, float] | tuple[Tensor, Tensor]
+
+
+def on_grid(scale: Tensor, grid: list[float]) -> Tensor:
+    """Scales of any shape as fp32 numbers of their grid; NaN for NaN and infinity."""
+    scale = scale.detach().to(torch.float32)
+    return scale.to(GRID_DTYPES[int(grid[0])]).to(torch.float32).clamp_(grid[1], grid[2]).add_(scale * 0.0)
+
+
+def _limits(zeros: Tensor | None, bits: int, dtype: torch.dtype) -> Limits:
+    """(qmin - z, qmax - z): numbers, or [groups, 1] with zero points."""
+    qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    if zeros is None:
+        return float(qmin), float(qmax)
+    shift = zeros.reshape(-1, 1).to(dtype)
+    return qmin - shift, qmax - shift
+
+
+def _clamped(value: Tensor, limits: Limits) -> Tensor:
+    low, high = limits
+    if isinstance(low, Tensor) and isinstance(high, Tensor):
+        return torch.clamp(value, low, high)
+    return torch.clamp(value, float(low), float(high))
+
+
+def _divided(weight: Tensor, scale: Tensor, mask: Tensor | None, width: int, grid: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """(v, w * mask, both [groups, width], scales on their grid [groups or 1, 1]) in compute dtype; v is fresh memory."""
+    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    kept = weight.to(compute)
+    if mask is not None:
+        kept = kept * mask.view(torch.uint8).to(compute)
+    kept = kept.reshape(-1, width)
+    rounded = on_grid(scale, grid).to(compute).reshape(-1, 1)
+    return kept / rounded, kept, rounded
+
+
+def quantize(
+    weight: Tensor, scale: Tensor, mask: Tensor | None, zeros: Tensor | None, bits: int, width: int, grid: list[float]
+) -> Tensor:  # fmt: skip
+    """Codes int8 [out, in], zero point included; those of NaN weights mean nothing."""
+    value, _, _ = _divided(weight, scale, mask, width, grid)
+    codes = _clamped(value, _limits(zeros, bits, value.dtype)).round_().nan_to_num_(0.0)
+    if zeros is not None:
+        codes += zeros.reshape(-1, 1)
+    return codes.to(torch.int8).view(weight.shape)
+
+
+@torch.library.custom_op("decoct::fake_quant_learned_reference", mutates_args=())
+def fake_quant(
+    weight: Tensor, scale: Tensor, mask: Tensor | None, zeros: Tensor | None, bits: int, width: int, grid: list[float], factor: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y [out, in] in the weight's dtype, passes uint8 [out, in]: 1 where the weight's gradient passes)."""
+    value, kept, rounded = _divided(weight, scale, mask, width, grid)
+    clipped = _clamped(value, _limits(zeros, bits, value.dtype))
+    # compared in place as floats: a bool result is several times slower on a CPU
+    passes = value.eq_(clipped).to(torch.uint8).view(weight.shape)
+    if mask is not None:
+        passes &= mask.view(torch.uint8)
+    # minus zero times w: turns the -0 of small negative weights into the +0 that codes give, and infinities into NaN
+    result = clipped.round_().mul_(rounded).add_(kept, alpha=-0.0)
+    return result.to(weight.dtype).view(weight.shape), passes
+
+
+@fake_quant.register_fake
+def _(
+    weight: Tensor, scale: Tensor, mask: Tensor | None, zeros: Tensor | None, bits: int, width: int, grid: list[float], factor: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device), torch.empty(
+        weight.shape, dtype=torch.uint8, device=weight.device
+    )
+
+
+def back_inside(gradient: Tensor, scale: Tensor, grid: list[float]) -> Tensor:
+    """The gradient without what would move a scale that is beyond a limit farther away."""
+    outwards = ((scale < grid[1]) & (gradient > 0)) | ((scale > grid[2]) & (gradient < 0))
+    return gradient.masked_fill(outwards, 0.0)
+
+
+# Also an op: a compiler that leaves out a cast to the scale's grid and back would change numbers.
+@torch.library.custom_op("decoct::fake_quant_learned_reference_scale_gradient", mutates_args=())
+def scale_gradient(
+    grad: Tensor,
+    result: Tensor | None,
+    passes: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    mask: Tensor | None,
+    zeros: Tensor | None,
+    bits: int,
+    width: int,
+    grid: list[float],
+    factor: float,
+) -> Tensor:
+    """dL/dscale fp32 from dL/dy and what the forward gave; ``result`` where its values are exact, else they are made again in fp64."""
+    if result is not None:
+        off = torch.addcmul(result, passes.to(torch.float32), weight, value=-1.0).reshape(-1, width)
+    else:
+        value, _, rounded = _divided(weight, scale, mask, width, grid)
+        off = _clamped(value, _limits(zeros, bits, value.dtype)).round_().to(torch.float64).mul_(rounded.to(torch.float64))
+        off.sub_((weight.to(torch.float64) * passes).reshape(-1, width))
+    sums = off.mul_(grad.reshape(-1, width)).sum(1)
+    if scale.numel() == 1:
+        sums = sums.sum(dtype=torch.float64)
+    sums = sums.reshape(scale.shape) / on_grid(scale, grid).to(sums.dtype) * factor
+    return back_inside(sums.to(torch.float32), scale, grid)
+
+
+@scale_gradient.register_fake
+def _(
+    grad: Tensor,
+    result: Tensor | None,
+    passes: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    mask: Tensor | None,
+    zeros: Tensor | None,
+    bits: int,
+    width: int,
+    grid: list[float],
+    factor: float,
+) -> Tensor:
+    return torch.empty(scale.shape, dtype=torch.float32, device=scale.device)
+
+
+def _save(ctx, inputs, output) -> None:
+    weight, scale, mask, zeros, *ctx.lattice = inputs
+    result, passes = output
+    if not ctx.needs_input_grad[1]:
+        ctx.save_for_backward(passes)
+        return
+    # codes * scales have at most 8 + 11 bits on a bf16 or fp16 grid: exact in fp32, and so is their difference to the weight
+    exact = weight.dtype == torch.float32 and ctx.lattice[2][0] > 0
+    ctx.save_for_backward(passes, result if exact else None, weight, scale, mask, zeros)
+
+
+def _backward(ctx, grad: Tensor, _passes_grad: Tensor | None):
+    passes, *saved = ctx.saved_tensors
+    weight_grad = grad * passes.to(grad.dtype) if ctx.needs_input_grad[0] else None
+    scale_grad = None
+    if ctx.needs_input_grad[1]:
+        result, *rest = saved
+        scale_grad = scale_gradient(grad, result, passes, *rest, *ctx.lattice)
+    return (weight_grad, scale_grad, *[None] * 6)
+
+
+fake_quant.register_autograd(_backward, setup_context=_save)
