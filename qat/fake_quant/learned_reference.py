@@ -10,8 +10,9 @@ For each group of N weights that shares a scale (fp32 arithmetic; fp64 weights s
     dL/dscale = 1 / sqrt(N qmax) * sum over the group of dL/dy * (c - v inside the limits, c outside)
 
 Rounding the scale to its grid and its limits is straight through, but a scale beyond a limit keeps only the gradient that brings it
-back: it neither dies nor runs away. c - v = (c s - w) / s is how the sum is computed: c s - w is exact in fp32 for a scale on a
-bf16 or fp16 grid (fp64 serves the rest), whereas the rounding of v by the division is felt in the sum at 8 bits. A NaN or infinite weight gives NaN in its place, a NaN or infinite scale in its whole group, so that neither passes unseen.
+back: it neither dies nor runs away. c - v = (c s - w) / s is how the sum is computed: c s - w is exact in fp32 for a scale on a bf16
+or fp16 grid (fp64 serves the rest), whereas the rounding of v by the division is felt in the sum at 8 bits. A NaN or infinite weight
+gives NaN in its place, a NaN or infinite scale in its whole group, so that neither passes unseen.
 
 Source: Esser et al., LSQ, arXiv 1902.08153, eq. 1 to 3 and section 2.2 (the factor); zero points as constants.
 """

@@ -1,5 +1,6 @@
 """An oracle written without torch: one weight at a time, grid values looked up in a table, ties decided with fractions."""
 
+import math
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from decoct.qat.spec import QuantSpec
 
-Oracle = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+Oracle = Callable[..., tuple[Tensor, ...]]
 
 
 def _table(dtype: str) -> np.ndarray:
@@ -68,6 +69,43 @@ def _oracle(weight: Tensor, spec: QuantSpec, mask: Tensor | None = None) -> tupl
 @pytest.fixture
 def oracle() -> Oracle:
     return _oracle
+
+
+def _lsq_oracle(
+    weight: Tensor, rounded: Tensor, spec: QuantSpec, upstream: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dL/dw, dL/dscale, sum of the absolute terms of the latter), all fp64: LSQ's formulas, group by group."""
+    width = spec.group_width(weight.shape[1])
+    kept = (weight.float() if mask is None else weight.float() * mask).reshape(*rounded.shape, width)
+    # what the division in fp32 says decides; the terms are fp64
+    value32 = kept / rounded.unsqueeze(-1)
+    value = kept.double() / rounded.double().unsqueeze(-1)
+    inside = (value32 >= spec.qmin) & (value32 <= spec.qmax)
+    step = torch.where(inside, value32.round().double() - value, value32.double().clamp(spec.qmin, spec.qmax))
+    terms = step * upstream.double().reshape(step.shape) / math.sqrt(width * spec.qmax)
+    if mask is not None:
+        inside &= mask.reshape(inside.shape)
+    return upstream.double() * inside.reshape(weight.shape), terms.sum(-1), terms.abs().sum(-1)
+
+
+@pytest.fixture
+def lsq_oracle() -> Oracle:
+    return _lsq_oracle
+
+
+def _same_bits(name: str, got: Tensor, expected: Tensor) -> None:
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}[got.element_size()]
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype), name
+    # which NaN is written is nobody's business
+    differs = (got.view(integers) != expected.view(integers)) & ~(got.isnan() & expected.isnan())
+    worst = (got.double() - expected.double()).abs().nan_to_num().max() if got.numel() else 0.0
+    assert not differs.any(), f"{name} {tuple(got.shape)}: {int(differs.sum())} elements differ, by {worst:.3e} at most"
+
+
+@pytest.fixture
+def same_bits() -> Callable[[str, Tensor, Tensor], None]:
+    """``same_bits(name, got, expected)``: AssertionError unless shapes, dtypes and bits are equal (any NaN equals any)."""
+    return _same_bits
 
 
 @pytest.fixture

@@ -30,10 +30,15 @@ LATTICE = {
 }
 
 
-def ptx(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> str:
-    """PTX of a kernel for Ampere; ptxas (part of triton) has also made machine code of it."""
-    signature = pointers | {"num_groups": "i32"} | dict.fromkeys(constants, "constexpr")
-    compiled = compile_kernel(ASTSource(fn=kernel, signature=signature, constexprs=constants), target=GPUTarget("cuda", 80, 32))
+TARGETS = (80, 90, 100)
+
+
+def ptx(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], capability: int = 80) -> str:
+    """PTX of a kernel; ptxas (part of triton) has also made machine code of it."""
+    signature = {"num_groups": "i32"} | pointers | dict.fromkeys(constants, "constexpr")
+    signature = {name: signature[name] for name in kernel.arg_names}
+    target = GPUTarget("cuda", capability, 32)
+    compiled = compile_kernel(ASTSource(fn=kernel, signature=signature, constexprs=constants), target=target)
     assert compiled.asm["cubin"]
     return compiled.asm["ptx"]
 
@@ -42,15 +47,16 @@ def arithmetic(code: str) -> set[str]:
     return set(re.findall(r"\b((?:div|mul|add|sub|fma|mad|rcp)\.[a-z0-9.]*f32)\b", code))
 
 
+@pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "i16"])
-def test_arithmetic_is_ieee_and_never_fused(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arithmetic_is_ieee_and_never_fused(dtype: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from decoct.qat.fake_quant import kernel
 
     pointers = {"weight_ptr": f"*{dtype}", "mask_ptr": "*u8", "result_ptr": f"*{dtype}", "scale_ptr": "*fp32"}
-    forward = arithmetic(ptx(kernel._forward_kernel, pointers, LATTICE | {"IS_CODES": False}))
+    forward = arithmetic(ptx(kernel._forward_kernel, pointers, LATTICE | {"IS_CODES": False}, capability))
     pointers = {"grad_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "mask_ptr": "*u8", "result_ptr": f"*{dtype}"}
-    gradient = arithmetic(ptx(kernel._gradient_kernel, pointers, LATTICE))
+    gradient = arithmetic(ptx(kernel._gradient_kernel, pointers, LATTICE, capability))
     # no approximate division, no flush of subnormal numbers (.ftz), no fused multiply-add
     assert forward == {"div.rn.f32", "mul.f32", "add.f32"}
     assert gradient == {"div.rn.f32", "mul.f32"}
@@ -63,3 +69,24 @@ def test_codes_take_the_same_arithmetic(tmp_path: Path, monkeypatch: pytest.Monk
     pointers = {"weight_ptr": "*fp32", "mask_ptr": "*u8", "result_ptr": "*i8", "scale_ptr": "*fp32"}
     code = ptx(kernel._forward_kernel, pointers, LATTICE | {"IS_CODES": True, "HAS_MASK": False})
     assert arithmetic(code) == {"div.rn.f32", "add.f32"}
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "i16"])
+def test_given_scales_take_the_same_arithmetic(dtype: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from decoct.qat.fake_quant import learned_kernel
+
+    lattice = {name: value for name, value in LATTICE.items() if name != "DIVISOR"} | {"HAS_ZERO": True, "SHARED": False}
+    inputs = {"weight_ptr": f"*{dtype}", "mask_ptr": "*u8", "scale_ptr": "*fp32", "zero_ptr": "*i8"}
+    forward = arithmetic(
+        ptx(learned_kernel._forward_kernel, inputs | {"result_ptr": f"*{dtype}"}, lattice | {"IS_CODES": False}, capability)
+    )
+    pointers = inputs | {"grad_ptr": f"*{dtype}", "result_ptr": f"*{dtype}", "scale_grad_ptr": "*fp32", "FACTOR": "fp32"}
+    weight_only = {"FOR_WEIGHT": True, "FOR_SCALE": False}
+    gradient = arithmetic(ptx(learned_kernel._gradient_kernel, pointers, lattice | weight_only, capability))
+    assert forward == {"div.rn.f32", "mul.f32", "add.f32", "sub.f32"}
+    assert gradient == {"div.rn.f32", "mul.f32", "sub.f32"}
+    # the sum of the scale's gradient need not be the reference's bit for bit: it may be fused, but never approximate
+    both = ptx(learned_kernel._gradient_kernel, pointers, lattice | {"FOR_WEIGHT": True, "FOR_SCALE": True}, capability)
+    assert not [name for name in arithmetic(both) if "approx" in name or "ftz" in name]
