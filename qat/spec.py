@@ -1,6 +1,12 @@
 """QuantSpec: the one description of a weight lattice that drives reference, kernel, training, packing and export.
 
-Symbols: b bits, q signed code in [-2^(b-1), 2^(b-1)-1], s scale, g group size along the input axis. w ~ q * s.
+Symbols: b bits, q signed code in [-2^(b-1), 2^(b-1)-1], s scale, z zero point, g group size along the input axis.
+
+    int         w ~ (q - z) * s       z = 0 when symmetric
+    nf4         w ~ table[q] * s      16 quantiles of a normal distribution in [-1, 1]; s = absmax (QLoRA, arXiv 2305.14314)
+    fp8_e4m3    w ~ q * s             q float8 e4m3 without infinities, |q| <= 448; s = absmax / 448
+    mxfp4       w ~ q * s             q in 0, .5, 1, 1.5, 2, 3, 4, 6 with a sign; s a power of two (OCP MX v1.0), g = 32
+    nvfp4       w ~ q * s / G         q as in mxfp4; s float8 e4m3, G fp32 per tensor = 448 * 6 / absmax, g = 16
 """
 
 import hashlib
@@ -8,6 +14,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+Kind = Literal["int", "nf4", "fp8_e4m3", "mxfp4", "nvfp4"]
 Divisor = Literal["half_range", "qmax", "full_range"]
 ScaleGrid = Literal["bf16_fp16", "bf16", "fp16", "fp32"]
 
@@ -32,45 +39,93 @@ SCALE_GRIDS: dict[str, GridLimits] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Float:
+    """What a kind that is not int leaves open."""
+
+    bits: int
+    group_sizes: tuple[int | str, ...] | None
+    """None: any."""
+    own_scales: bool
+    """The kind has its own scale format, so that ``scale_grid`` does nothing."""
+
+
+_FLOATS = {
+    "nf4": _Float(bits=4, group_sizes=None, own_scales=False),
+    "fp8_e4m3": _Float(bits=8, group_sizes=("tensor", "channel"), own_scales=False),
+    "mxfp4": _Float(bits=4, group_sizes=(32,), own_scales=True),
+    "nvfp4": _Float(bits=4, group_sizes=(16,), own_scales=True),
+}
+_NOT_STORED = {"kind": "int"}
+"""Fields that came later: at these values they are left out of the JSON form, so that older records and hashes stay."""
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def check_choices(**choices: tuple[object, Any]) -> None:
+    """``name=(value, literal type)``: ValueError naming the first value that is none of its type's."""
+    for name, (value, literal) in choices.items():
+        if value not in get_args(literal):
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(get_args(literal))}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """Symmetric integer lattice of linear weights [out, in], one scale per group of ``group_size`` inputs or per row."""
+    """Lattice of linear weights [out, in]: the codes' kind and width, one scale per ``group_size`` inputs, row or tensor."""
 
+    kind: Kind = "int"
+    """What a code is: int, nf4, fp8_e4m3, mxfp4 or nvfp4 (formulas above)."""
     bits: int = 4
     """Width of a code, 2 to 8."""
-    group_size: int | Literal["channel"] = 128
-    """Consecutive input elements that share a scale; 'channel' = the whole row."""
+    group_size: int | Literal["channel", "tensor"] = 128
+    """Consecutive input elements that share a scale; 'channel' = the whole row, 'tensor' = the whole matrix."""
     symmetric: bool = True
-    """Zero is code 0 and there is no zero point."""
+    """Zero is code 0 and there is no zero point; false (kind int): scale (max - min) / (2^b - 1) and an integer zero point."""
     divisor: Divisor = "half_range"
     """absmax -> scale: half_range (2^b - 1) / 2, qmax 2^(b-1) - 1, full_range 2^(b-1)."""
     scale_grid: ScaleGrid = "bf16_fp16"
     """Values a scale may take: bf16_fp16 = bf16 clamped to [2^-17, 65280], exact in bf16 and in fp16."""
 
     def __post_init__(self) -> None:
+        check_choices(kind=(self.kind, Kind))
         if not _is_int(self.bits):
             raise ValueError(f"bits={self.bits!r} is not a whole number; use 2 to 8")
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits={self.bits} is outside 2..8; 4 and 8 are what serving stacks read")
-        if self.group_size != "channel":
+        if self.group_size not in ("channel", "tensor"):
             if not _is_int(self.group_size):
-                raise ValueError(f"group_size={self.group_size!r} is neither a whole number nor 'channel'")
+                raise ValueError(f"group_size={self.group_size!r} is neither a whole number nor 'channel' or 'tensor'")
             if int(self.group_size) < 1:
                 raise ValueError(f"group_size={self.group_size} must be at least 1; use 32, 64 or 128, or 'channel'")
-        if self.symmetric is False:
-            raise ValueError("symmetric=false is not supported: every export format here stores a symmetric lattice")
-        if self.symmetric is not True:
-            raise ValueError(f"symmetric={self.symmetric!r} is not a truth value; use true")
-        for name, value, allowed in (
-            ("divisor", self.divisor, get_args(Divisor)),
-            ("scale_grid", self.scale_grid, get_args(ScaleGrid)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+        if not isinstance(self.symmetric, bool):
+            raise ValueError(f"symmetric={self.symmetric!r} is not a truth value; use true or false")
+        check_choices(divisor=(self.divisor, Divisor), scale_grid=(self.scale_grid, ScaleGrid))
+        if self.kind == "int":
+            self._check_int()
+        else:
+            self._check_float(_FLOATS[self.kind])
+
+    def _check_int(self) -> None:
+        if not self.symmetric and self.divisor != "half_range":
+            raise ValueError(
+                f"divisor={self.divisor!r} does nothing with symmetric=false, which divides max - min by 2^b - 1; leave it out"
+            )
+
+    def _check_float(self, form: _Float) -> None:
+        """Everything that the kind fixes must be said as it is, or left at its default."""
+        if self.bits != form.bits:
+            raise ValueError(f"kind={self.kind!r} has codes of {form.bits} bits, not {self.bits}; use bits={form.bits}")
+        if form.group_sizes is not None and self.group_size not in form.group_sizes:
+            choices = " or ".join(map(repr, form.group_sizes))
+            raise ValueError(f"kind={self.kind!r} does not take group_size={self.group_size!r}; use group_size={choices}")
+        if not self.symmetric:
+            raise ValueError(f"kind={self.kind!r} has no zero point; leave symmetric out, or use kind='int'")
+        if self.divisor != "half_range":
+            raise ValueError(f"divisor={self.divisor!r} does nothing with kind={self.kind!r}, whose scale is fixed; leave it out")
+        if form.own_scales and self.scale_grid != "bf16_fp16":
+            raise ValueError(f"scale_grid={self.scale_grid!r} does nothing with kind={self.kind!r}, which has its own scales; leave it out")
 
     @property
     def qmin(self) -> int:
@@ -84,7 +139,11 @@ class QuantSpec:
 
     @property
     def divisor_value(self) -> float:
-        """The number that absmax is divided by (exact in fp32)."""
+        """The number that absmax (symmetric=false: max - min) is divided by (exact in fp32)."""
+        if self.kind != "int":
+            return {"nf4": 1.0, "fp8_e4m3": 448.0}.get(self.kind, 6.0)
+        if not self.symmetric:
+            return float(2**self.bits - 1)
         return {"half_range": (2**self.bits - 1) / 2, "qmax": float(self.qmax), "full_range": float(2 ** (self.bits - 1))}[self.divisor]
 
     @property
@@ -93,7 +152,7 @@ class QuantSpec:
         return SCALE_GRIDS[self.scale_grid]
 
     def group_width(self, in_features: int) -> int:
-        """Elements per scale for a row of ``in_features``; ValueError when the group size does not divide it."""
+        """Elements of a row of ``in_features`` per scale; ValueError when the group size does not divide it."""
         if isinstance(self.group_size, str):
             return in_features
         if in_features % self.group_size:
@@ -103,12 +162,14 @@ class QuantSpec:
         return self.group_size
 
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """Shape of the scales of a weight [out, in]: (out, groups); ValueError when the group size does not divide."""
+        """Shape of the scales of a weight [out, in]: (out, groups), (1, 1) for the whole tensor; ValueError as ``group_width``."""
+        if self.group_size == "tensor":
+            return 1, 1
         return out_features, in_features // self.group_width(in_features) if in_features else 0
 
     def to_json(self) -> dict[str, Any]:
-        """Stable JSON form (all fields, sorted by name)."""
-        return dict(sorted(asdict(self).items()))
+        """Stable JSON form (fields sorted by name; those that came later only where they differ from their default)."""
+        return {name: value for name, value in sorted(asdict(self).items()) if _NOT_STORED.get(name, ...) != value}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "QuantSpec":

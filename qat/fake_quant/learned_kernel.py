@@ -163,7 +163,9 @@ def _gradient_kernel(
         tl.store(scale_grad_ptr + rows, total, mask=rows < num_groups)
 
 
-def _launch(kernel, tensors: list[Tensor], like: Tensor, numbers: list[float], width: int, bits: int, grid: list[float], **flags: bool):
+def _launch(
+    kernel, tensors: list[Tensor], like: Tensor, numbers: list[float], width: int, bits: int, grid: list[float], **flags: object
+) -> None:
     """Runs ``kernel`` over all groups of ``like`` on its device."""
     num_groups = like.numel() // width
     if num_groups == 0:

@@ -24,8 +24,17 @@ from decoct.qat.spec import SCALE_GRIDS, QuantSpec
         ({"group_size": 64.0}, "group_size=64.0 is neither"),
         ({"group_size": "row"}, "group_size='row' is neither"),
         ({"group_size": None}, "group_size=None is neither"),
-        ({"symmetric": False}, "symmetric=false is not supported"),
         ({"symmetric": 1}, "symmetric=1 is not a truth value"),
+        ({"kind": "int4"}, "kind='int4' is not one of int, nf4, fp8_e4m3, mxfp4, nvfp4"),
+        ({"symmetric": False, "divisor": "qmax"}, "divisor='qmax' does nothing with symmetric=false"),
+        ({"kind": "nf4", "bits": 8}, "kind='nf4' has codes of 4 bits, not 8; use bits=4"),
+        ({"kind": "fp8_e4m3", "group_size": "channel"}, "kind='fp8_e4m3' has codes of 8 bits, not 4; use bits=8"),
+        ({"kind": "fp8_e4m3", "bits": 8}, "kind='fp8_e4m3' does not take group_size=128; use group_size='tensor' or 'channel'"),
+        ({"kind": "mxfp4"}, "kind='mxfp4' does not take group_size=128; use group_size=32"),
+        ({"kind": "nvfp4", "group_size": 32}, "kind='nvfp4' does not take group_size=32; use group_size=16"),
+        ({"kind": "nf4", "symmetric": False}, "kind='nf4' has no zero point; leave symmetric out"),
+        ({"kind": "nf4", "divisor": "qmax"}, "divisor='qmax' does nothing with kind='nf4'"),
+        ({"kind": "mxfp4", "group_size": 32, "scale_grid": "bf16"}, "scale_grid='bf16' does nothing with kind='mxfp4'"),
         ({"divisor": "absmax"}, "divisor='absmax' is not one of half_range, qmax, full_range"),
         ({"divisor": 7.5}, "divisor=7.5 is not one of"),
         ({"scale_grid": "fp8"}, "scale_grid='fp8' is not one of bf16_fp16, bf16, fp16, fp32"),
@@ -53,6 +62,20 @@ def test_group_width_divides_or_says_what_would() -> None:
         QuantSpec(group_size=32).group_width(33)
 
 
+def test_shape_of_scales() -> None:
+    assert QuantSpec(group_size=32).scale_shape(5, 96) == (5, 3)
+    assert QuantSpec(group_size="channel").scale_shape(5, 97) == (5, 1)
+    assert QuantSpec(group_size="tensor").scale_shape(5, 97) == (1, 1)
+    with pytest.raises(ValueError, match="does not divide in_features=97"):
+        QuantSpec(group_size=32).scale_shape(5, 97)
+
+
+def test_divisors_of_other_lattices() -> None:
+    assert QuantSpec(bits=4, symmetric=False).divisor_value == 15
+    assert QuantSpec(kind="nf4").divisor_value == 1
+    assert QuantSpec(kind="fp8_e4m3", bits=8, group_size="channel").divisor_value == 448
+
+
 def test_json_form_and_hash_are_stable() -> None:
     spec = QuantSpec(bits=4, group_size=64)
     assert json.dumps(spec.to_json()) == (
@@ -62,6 +85,9 @@ def test_json_form_and_hash_are_stable() -> None:
     assert spec.hash() == "8e230e8c4978cad8d3f8fe487395e5147d08fea4e63c20c49ff039d67d306a8b"
     assert QuantSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
     assert replace(spec, bits=8).hash() != spec.hash()
+    other = QuantSpec(kind="mxfp4", group_size=32)
+    assert other.to_json()["kind"] == "mxfp4"
+    assert QuantSpec.from_json(json.loads(json.dumps(other.to_json()))) == other
     with pytest.raises(TypeError, match="zero_point"):
         QuantSpec.from_json({"bits": 4, "zero_point": 8})
 

@@ -15,6 +15,7 @@ import pytest
         pytest.param("test_kernel", "96-32 or tiny_and_large or ties or bad_weights or non_contiguous", 25, id="some"),
         pytest.param("test_kernel", "test", 60, id="all", marks=pytest.mark.slow),
         pytest.param("test_learned_kernel", "test", 30, id="learned"),
+        pytest.param("test_range_kernel", "test", 40, id="range"),
     ],
 )
 def test_kernels_equal_the_reference_in_the_interpreter(tmp_path: Path, file: str, selection: str, at_least: int) -> None:

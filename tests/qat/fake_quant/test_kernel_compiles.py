@@ -90,3 +90,14 @@ def test_given_scales_take_the_same_arithmetic(dtype: str, capability: int, tmp_
     # the sum of the scale's gradient need not be the reference's bit for bit: it may be fused, but never approximate
     both = ptx(learned_kernel._gradient_kernel, pointers, lattice | {"FOR_WEIGHT": True, "FOR_SCALE": True}, capability)
     assert not [name for name in arithmetic(both) if "approx" in name or "ftz" in name]
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "i16"])
+def test_ranges_take_the_same_arithmetic(dtype: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from decoct.qat.fake_quant import range_kernel
+
+    pointers = {"weight_ptr": f"*{dtype}", "mask_ptr": "*u8", "first_ptr": "*fp32", "zero_ptr": "*i8", "high_ptr": "*fp32"}
+    code = arithmetic(ptx(range_kernel._range_kernel, pointers, LATTICE | {"DIVISOR": 15.0, "IS_RANGE": False}, capability))
+    assert code == {"div.rn.f32", "mul.f32", "add.f32", "sub.f32"}

@@ -1,0 +1,80 @@
+"""Fake quantization by scales taken from the weights themselves: absmax of each group, or its range."""
+
+from torch import Tensor
+
+from ..spec import QuantSpec
+from . import reference
+from .dispatch import Backend, check_weight, grid_numbers, use_kernel
+from .learned import fake_quant_learned, quantize_with
+from .ranges import check_groups, range_lattice
+
+
+def _arguments(weight: Tensor, spec: QuantSpec, mask: Tensor | None) -> tuple[int, int, float, list[float]]:
+    """What the back ends take of a spec, after checking weight and mask."""
+    check_weight(weight, mask)
+    return spec.bits, spec.group_width(weight.shape[1]), spec.divisor_value, grid_numbers(spec)
+
+
+def fake_quant(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, backend: Backend = "auto") -> Tensor:
+    """The weights as codes times scales, differentiable by the straight-through estimator.
+
+    y = s * clamp(round(w * mask / s), qmin, qmax) with s = max|w * mask| / divisor of each group, rounded to its grid and
+    taken as a constant; dL/dw = dL/dy * 1[qmin <= w / s <= qmax] * mask (``reference.py`` has every detail). With symmetric=False
+    scale and zero point come from the group's range (``range_reference.py``).
+
+    Args:
+        weight: [out, in], float32, bfloat16, float16 (computed in fp32) or float64 (computed in fp64, reference only);
+            need not be contiguous.
+        spec: The lattice; its group size divides ``in``.
+        mask: bool [out, in], True where a weight is kept; pruned weights are zeros before scales are taken. None keeps all.
+        backend: 'auto' is the Triton kernel on CUDA and the reference elsewhere; both give the same bits.
+
+    Returns:
+        [out, in] in the weight's dtype, contiguous. Zero groups give zeros; a group with a NaN or an infinity gives NaN
+        (no host synchronisation: the loss shows it).
+
+    Raises:
+        ValueError: shape, dtype, mask, group size or back end do not fit.
+
+    Source: Bengio et al., arXiv 1308.3432; Esser et al., arXiv 1902.08153, eq. 1 to 3.
+    """
+    if not spec.symmetric or spec.group_size == "tensor":
+        scale, zeros = range_lattice(weight, spec, mask, backend)
+        return fake_quant_learned(weight, scale, spec, zeros=zeros, mask=mask, backend=backend)
+    arguments = _arguments(weight, spec, mask)
+    if use_kernel(weight, backend):
+        from . import kernel
+
+        return kernel.fake_quant(weight, mask, *arguments)
+    return reference.fake_quant(weight, mask, *arguments)[0]
+
+
+def quantize(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
+    """Codes and scales of the weights: ``dequantize`` of them is ``fake_quant`` of the weights, bit for bit.
+
+    Args:
+        weight: [out, in], as in ``fake_quant``.
+        spec: The lattice.
+        mask: bool [out, in], True where a weight is kept, or None.
+        backend: As in ``fake_quant``.
+
+    Returns:
+        (codes int8 [out, in] in [qmin, qmax], scales fp32 of ``spec.scale_shape(out, in)`` on the spec's grid); zero groups have scale 1.
+
+    Raises:
+        ValueError: as in ``fake_quant``, or a weight is NaN or infinite (waits for the device to tell).
+    """
+    if not spec.symmetric:
+        raise ValueError("codes of a spec with symmetric=false come with zero points; call encode() instead of quantize()")
+    if spec.group_size == "tensor":
+        scale, _ = range_lattice(weight, spec, mask, backend)
+        check_groups(scale)
+        return quantize_with(weight, scale, spec, mask=mask, backend=backend)
+    arguments = _arguments(weight, spec, mask)
+    weight = weight.detach()
+    implementation = reference
+    if use_kernel(weight, backend):
+        from . import kernel as implementation
+    codes, scales = implementation.quantize(weight, mask, *arguments)
+    check_groups(scales)
+    return codes, scales

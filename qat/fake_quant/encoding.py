@@ -1,0 +1,68 @@
+"""Weights as what is stored: codes, scales and, where the lattice has them, zero points and a global scale."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..spec import QuantSpec
+from .absmax import quantize
+from .dispatch import Backend
+from .learned import quantize_with
+from .ranges import check_groups, range_lattice
+
+
+class Encoded(NamedTuple):
+    """A weight [out, in] on its lattice; ``decode`` makes the values."""
+
+    codes: Tensor
+    """[out, in]: int8 in [qmin, qmax] for kind 'int'."""
+    scales: Tensor
+    """fp32 of ``spec.scale_shape(out, in)``."""
+    zeros: Tensor | None = None
+    """int8 in the shape of ``scales`` when the spec is not symmetric."""
+
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+    """fp32 [out, in] = (codes - zeros) * scales, exact for codes of 8 bits or fewer and scales on a bf16 or fp16 grid.
+
+    Args:
+        codes: int8 [out, in].
+        scales: fp32 [out, groups], ``groups`` divides ``in``; or [1, 1] for the whole tensor.
+        zeros: int8 zero points in the shape of ``scales``; None for symmetric codes.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    per_row = codes.ndim == 2 and scales.ndim == 2 and scales.shape[0] == codes.shape[0]
+    if tuple(scales.shape) != (1, 1) and not (per_row and scales.shape[1] and codes.shape[1] % scales.shape[1] == 0):
+        raise ValueError(f"scales of shape {tuple(scales.shape)} do not fit codes of shape {tuple(codes.shape)}")
+    if zeros is not None and zeros.shape != scales.shape:
+        raise ValueError(f"zeros of shape {tuple(zeros.shape)} do not fit scales of shape {tuple(scales.shape)}")
+    grouped = codes.reshape(*scales.shape, codes.numel() // max(1, scales.numel())).to(torch.float32)
+    if zeros is not None:
+        grouped = grouped - zeros.to(torch.float32).unsqueeze(-1)
+    return (grouped * scales.to(torch.float32).unsqueeze(-1)).view(codes.shape)
+
+
+@torch.no_grad()
+def encode(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, backend: Backend = "auto") -> Encoded:
+    """Codes and what belongs to them, for every spec: ``decode`` of them is ``fake_quant`` of the weights, bit for bit.
+
+    Args:
+        weight, spec, mask, backend: As in ``fake_quant``.
+
+    Raises:
+        ValueError: as in ``fake_quant``, or a weight is NaN or infinite (waits for the device to tell).
+    """
+    if spec.symmetric:
+        return Encoded(*quantize(weight, spec, mask=mask, backend=backend))
+    scale, zeros = range_lattice(weight, spec, mask, backend)
+    check_groups(scale)
+    codes, scales = quantize_with(weight, scale, spec, zeros=zeros, mask=mask, backend=backend)
+    return Encoded(codes, scales, zeros)
+
+
+def decode(encoded: Encoded, spec: QuantSpec) -> Tensor:
+    """fp32 [out, in]: the values that ``encode`` stored under the same spec."""
+    return dequantize(encoded.codes, encoded.scales, encoded.zeros)

@@ -1,0 +1,78 @@
+"""Scales and zero points from the range of each group, or of the whole tensor, in plain PyTorch: the spec of ``range_kernel.py``.
+
+With low = min(w * mask, 0) and high = max(w * mask, 0), so that zero is a code (fp32 arithmetic; fp64 weights stay fp64):
+
+    asymmetric    s = clamp(round_to_grid((high - low) / (2^b - 1)), smallest, largest)     s = 1 where high = low = 0
+                  z = clamp(round_half_even(qmin - low / s), qmin, qmax)                     w ~ (q - z) * s
+    symmetric     s from max(high, -low) / divisor as in ``reference.py``; z = 0
+
+Codes and values then come from ``learned_reference.py``, which takes scales and zero points as given. A NaN or infinite weight
+makes the scale of its group NaN.
+
+Source: Jacob et al., arXiv 1712.05877, eq. 1 (integer zero point); the same numbers as compressed-tensors' min-max observer, but s
+is rounded to its grid before z and the codes are taken.
+"""
+
+import torch
+from torch import Tensor
+
+from .reference import group_scales
+
+
+def lattice_of_range(
+    low: Tensor, high: Tensor, bits: int, symmetric: bool, divisor: float, grid: list[float]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(scales fp32, zero points int8) of ranges low <= 0 <= high, any shape."""
+    numbers = (divisor, int(grid[0]), grid[1], grid[2])
+    if symmetric:
+        scale = group_scales(torch.maximum(high, -low), *numbers)
+        return scale.to(torch.float32), torch.zeros_like(scale, dtype=torch.int8)
+    scale = group_scales((high - low).clamp(max=torch.finfo(high.dtype).max), *numbers)
+    qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    zeros = (qmin - low / scale).clamp_(qmin, qmax).round_().nan_to_num_(0.0)
+    # low and high differ in sign, so that their sum is finite unless one of them is not
+    return scale.add_((low + high) * 0.0).to(torch.float32), zeros.to(torch.int8)
+
+
+def group_range(weight: Tensor, mask: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+    """(low, high) [groups] in compute dtype."""
+    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    kept = weight.to(compute)
+    if mask is not None:
+        kept = kept * mask.view(torch.uint8).to(compute)
+    low, high = kept.reshape(-1, width).aminmax(dim=1)
+    return low.clamp_(max=0.0), high.clamp_(min=0.0)
+
+
+def shared_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The range of everything as (low, high) [1]; of an empty tensor (0, 0)."""
+    nothing = low.new_zeros(1)
+    return torch.cat([low, nothing]).amin(0, keepdim=True), torch.cat([high, nothing]).amax(0, keepdim=True)
+
+
+def shape_of(weight: Tensor, width: int, shared: bool) -> tuple[int, int]:
+    """[out, groups] of scales and zero points."""
+    return (1, 1) if shared else (weight.shape[0], weight.shape[1] // width)
+
+
+# An op, so that no compiler leaves out the cast to the grid.
+@torch.library.custom_op("decoct::range_lattice_reference", mutates_args=())
+def lattice(
+    weight: Tensor, mask: Tensor | None, bits: int, width: int, shared: bool, symmetric: bool, divisor: float, grid: list[float]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(scales fp32, zero points int8), both [out, groups] or, shared, [1, 1], of weights [out, in]; NaN scales mark bad groups."""
+    low, high = group_range(weight, mask, width)
+    if shared:
+        low, high = shared_range(low, high)
+    scale, zeros = lattice_of_range(low, high, bits, symmetric, divisor, grid)
+    shape = shape_of(weight, width, shared)
+    return scale.view(shape), zeros.view(shape)
+
+
+@lattice.register_fake
+def _(
+    weight: Tensor, mask: Tensor | None, bits: int, width: int, shared: bool, symmetric: bool, divisor: float, grid: list[float]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shape = shape_of(weight, width, shared)
+    device = weight.device
+    return torch.empty(shape, dtype=torch.float32, device=device), torch.empty(shape, dtype=torch.int8, device=device)

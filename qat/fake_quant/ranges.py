@@ -1,0 +1,35 @@
+"""Scales and zero points taken from the weights: of asymmetric lattices, and of one scale for the whole tensor."""
+
+import torch
+from torch import Tensor
+
+from ..spec import QuantSpec
+from . import range_reference
+from .dispatch import check_weight, grid_numbers, use_kernel
+
+
+@torch.no_grad()
+def range_lattice(weight: Tensor, spec: QuantSpec, mask: Tensor | None, backend: str) -> tuple[Tensor, Tensor | None]:
+    """(scales fp32, zero points int8 or None when the spec is symmetric) of ``spec.scale_shape(out, in)``; constants.
+
+    NaN scales mark groups with NaN or infinite weights. ``range_reference.py`` has the formulas.
+    """
+    check_weight(weight, mask)
+    shared = spec.group_size == "tensor"
+    width = spec.group_width(weight.shape[1])
+    arguments = (mask, spec.bits, width, shared, spec.symmetric, spec.divisor_value, grid_numbers(spec))
+    if use_kernel(weight, backend) and (shared or not spec.symmetric):
+        from . import range_kernel
+
+        scale, zeros = range_kernel.lattice(weight.detach(), *arguments)
+    else:
+        scale, zeros = range_reference.lattice(weight.detach(), *arguments)
+    return scale, None if spec.symmetric else zeros
+
+
+def check_groups(scales: Tensor) -> None:
+    """ValueError, naming the first, when scales say that groups hold NaN or infinite weights (waits for the device to tell)."""
+    broken = torch.isnan(scales)
+    if bool(broken.any()):
+        row, group = (int(i) for i in broken.nonzero()[0])
+        raise ValueError(f"{int(broken.sum())} of {scales.numel()} groups hold NaN or infinite weights, first row {row} group {group}")
