@@ -44,7 +44,8 @@ def ptx(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], capabi
 
 
 def arithmetic(code: str) -> set[str]:
-    return set(re.findall(r"\b((?:div|mul|add|sub|fma|mad|rcp)\.[a-z0-9.]*f32)\b", code))
+    """Names of fp32 instructions; Blackwell has them for pairs too (f32x2)."""
+    return set(re.findall(r"\b((?:div|mul|add|sub|fma|mad|rcp)\.[a-z0-9.]*f32)(?:x2)?\b", code))
 
 
 @pytest.mark.parametrize("capability", TARGETS)
