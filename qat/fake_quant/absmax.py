@@ -5,6 +5,7 @@ from torch import Tensor
 from ..spec import QuantSpec
 from . import reference
 from .dispatch import Backend, check_weight, grid_numbers, use_kernel
+from .floats import fake_quant_float, float_scales
 from .learned import fake_quant_learned, quantize_with
 from .ranges import check_groups, range_lattice
 
@@ -20,7 +21,8 @@ def fake_quant(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, b
 
     y = s * clamp(round(w * mask / s), qmin, qmax) with s = max|w * mask| / divisor of each group, rounded to its grid and
     taken as a constant; dL/dw = dL/dy * 1[qmin <= w / s <= qmax] * mask (``reference.py`` has every detail). With symmetric=False
-    scale and zero point come from the group's range (``range_reference.py``).
+    scale and zero point come from the group's range (``range_reference.py``); kinds other than int have their own code books
+    and scales (``float_reference.py``).
 
     Args:
         weight: [out, in], float32, bfloat16, float16 (computed in fp32) or float64 (computed in fp64, reference only);
@@ -38,6 +40,9 @@ def fake_quant(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, b
 
     Source: Bengio et al., arXiv 1308.3432; Esser et al., arXiv 1902.08153, eq. 1 to 3.
     """
+    if spec.kind != "int":
+        scale, _, _ = float_scales(weight, spec, mask)
+        return fake_quant_float(weight, scale, mask, spec.kind, spec.group_width(weight.shape[1]), backend)
     if not spec.symmetric or spec.group_size == "tensor":
         scale, zeros = range_lattice(weight, spec, mask, backend)
         return fake_quant_learned(weight, scale, spec, zeros=zeros, mask=mask, backend=backend)
@@ -64,6 +69,8 @@ def quantize(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, bac
     Raises:
         ValueError: as in ``fake_quant``, or a weight is NaN or infinite (waits for the device to tell).
     """
+    if spec.kind != "int":
+        raise ValueError(f"codes of kind={spec.kind!r} are no int8; call encode() instead of quantize()")
     if not spec.symmetric:
         raise ValueError("codes of a spec with symmetric=false come with zero points; call encode() instead of quantize()")
     if spec.group_size == "tensor":

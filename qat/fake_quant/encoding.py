@@ -8,6 +8,7 @@ from torch import Tensor
 from ..spec import QuantSpec
 from .absmax import quantize
 from .dispatch import Backend
+from .floats import float_codes, float_scales, float_values
 from .learned import quantize_with
 from .ranges import check_groups, range_lattice
 
@@ -16,18 +17,20 @@ class Encoded(NamedTuple):
     """A weight [out, in] on its lattice; ``decode`` makes the values."""
 
     codes: Tensor
-    """[out, in]: int8 in [qmin, qmax] for kind 'int'."""
+    """[out, in]: int8 in [qmin, qmax] (int), uint8 in 0..15, one a byte (nf4, mxfp4, nvfp4), float8_e4m3fn (fp8_e4m3)."""
     scales: Tensor
-    """fp32 of ``spec.scale_shape(out, in)``."""
+    """fp32 of ``spec.scale_shape(out, in)``: on the spec's grid; powers of two (mxfp4); numbers of float8 e4m3 (nvfp4)."""
     zeros: Tensor | None = None
     """int8 in the shape of ``scales`` when the spec is not symmetric."""
+    global_scale: Tensor | None = None
+    """fp32 [1] that the scales are divided by (nvfp4)."""
 
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
     """fp32 [out, in] = (codes - zeros) * scales, exact for codes of 8 bits or fewer and scales on a bf16 or fp16 grid.
 
     Args:
-        codes: int8 [out, in].
+        codes: int8 [out, in] (or values that stand for codes, fp32).
         scales: fp32 [out, groups], ``groups`` divides ``in``; or [1, 1] for the whole tensor.
         zeros: int8 zero points in the shape of ``scales``; None for symmetric codes.
 
@@ -55,6 +58,11 @@ def encode(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, backe
     Raises:
         ValueError: as in ``fake_quant``, or a weight is NaN or infinite (waits for the device to tell).
     """
+    if spec.kind != "int":
+        divides, stored, whole = float_scales(weight, spec, mask)
+        check_groups(divides)
+        codes = float_codes(weight, divides, spec, mask)
+        return Encoded(codes, stored, global_scale=whole if spec.kind == "nvfp4" else None)
     if spec.symmetric:
         return Encoded(*quantize(weight, spec, mask=mask, backend=backend))
     scale, zeros = range_lattice(weight, spec, mask, backend)
@@ -65,4 +73,7 @@ def encode(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, backe
 
 def decode(encoded: Encoded, spec: QuantSpec) -> Tensor:
     """fp32 [out, in]: the values that ``encode`` stored under the same spec."""
-    return dequantize(encoded.codes, encoded.scales, encoded.zeros)
+    if spec.kind == "int":
+        return dequantize(encoded.codes, encoded.scales, encoded.zeros)
+    scales = encoded.scales if encoded.global_scale is None else encoded.scales / encoded.global_scale
+    return dequantize(float_values(encoded.codes, spec.kind), scales)

@@ -15,6 +15,8 @@ def _arguments(
 ) -> tuple[Tensor | None, Tensor | None, int, int, list[float]]:
     """(mask, zeros, bits, width, grid) as the back ends take them, after checking that the tensors fit."""
     check_weight(weight, mask)
+    if spec.kind != "int":
+        raise ValueError(f"given scales need kind='int'; the scales of kind={spec.kind!r} come from the weights, by fake_quant")
     shape = spec.scale_shape(*weight.shape)
     if scale.dtype != torch.float32 or tuple(scale.shape) != shape or scale.device != weight.device:
         raise ValueError(

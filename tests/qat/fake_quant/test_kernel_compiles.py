@@ -102,3 +102,20 @@ def test_ranges_take_the_same_arithmetic(dtype: str, capability: int, tmp_path: 
     pointers = {"weight_ptr": f"*{dtype}", "mask_ptr": "*u8", "first_ptr": "*fp32", "zero_ptr": "*i8", "high_ptr": "*fp32"}
     code = arithmetic(ptx(range_kernel._range_kernel, pointers, LATTICE | {"DIVISOR": 15.0, "IS_RANGE": False}, capability))
     assert code == {"div.rn.f32", "mul.f32", "add.f32", "sub.f32"}
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("kind", ["nf4", "fp8_e4m3", "mxfp4"])
+def test_floats_take_the_same_arithmetic(kind: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from decoct.qat.fake_quant import float_kernel
+
+    way = {"WAY": float_kernel._WAYS[kind], "LIMIT": float_kernel.LIMITS[kind], "SHARED": False}
+    constants = {name: LATTICE[name] for name in ("WIDTH", "HAS_MASK", "BLOCK_GROUPS", "BLOCK_WIDTH")} | way
+    for dtype in ("fp32", "i16"):
+        pointers = dict.fromkeys(("grad_ptr", "weight_ptr", "result_ptr"), f"*{dtype}")
+        pointers |= {"mask_ptr": "*u8", "scale_ptr": "*fp32", "table_ptr": "*fp32"}
+        forward = arithmetic(ptx(float_kernel._kernel, pointers, constants | {"IS_GRADIENT": False}, capability))
+        gradient = arithmetic(ptx(float_kernel._kernel, pointers, constants | {"IS_GRADIENT": True}, capability))
+        assert forward <= {"div.rn.f32", "mul.f32", "add.f32", "sub.f32"}
+        assert gradient == {"div.rn.f32", "mul.f32"}

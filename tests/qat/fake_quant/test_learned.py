@@ -224,6 +224,7 @@ def test_empty() -> None:
         ({"scale": torch.ones(6, 3)}, r"scale must be float32 of shape \(6, 2\) on cpu for a weight of shape \(6, 32\); got torch.float32"),
         ({"scale": torch.ones(6, 2).bfloat16()}, "got torch.bfloat16"),
         ({"zeros": torch.ones(6, 2).char()}, "the spec is symmetric and has no zero point"),
+        ({"spec": QuantSpec(kind="nf4", group_size=16)}, "given scales need kind='int'"),
         ({"mask": torch.ones(6, 32)}, "mask must be bool"),
         ({"spec": QuantSpec(group_size=64)}, "group_size=64 does not divide in_features=32"),
         ({"backend": "cuda"}, "backend='cuda' is not one of"),

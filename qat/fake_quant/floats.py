@@ -1,0 +1,45 @@
+"""Fake quantization, codes and values of the lattices that are not integers: nf4, fp8_e4m3, mxfp4, nvfp4."""
+
+import torch
+from torch import Tensor
+
+from ..spec import QuantSpec
+from . import float_reference as reference
+from .dispatch import check_weight, grid_numbers, use_kernel
+
+
+def float_scales(weight: Tensor, spec: QuantSpec, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(s that divides, scales as stored, global scale [1]), constants; see ``float_reference.scales``."""
+    check_weight(weight, mask)
+    shared = spec.group_size == "tensor"
+    return reference.scales(weight.detach(), mask, spec.kind, spec.group_width(weight.shape[1]), shared, grid_numbers(spec))
+
+
+def fake_quant_float(weight: Tensor, scale: Tensor, mask: Tensor | None, kind: str, width: int, backend: str) -> Tensor:
+    """y [out, in] by given scales fp32, one for each ``width`` inputs or one in all; differentiable in the weight."""
+    if use_kernel(weight, backend):
+        from . import float_kernel
+
+        return float_kernel.fake_quant(weight, scale, mask, kind, width)
+    return reference.fake_quant(weight, scale, mask, kind, width)[0]
+
+
+def float_codes(weight: Tensor, scale: Tensor, spec: QuantSpec, mask: Tensor | None) -> Tensor:
+    """Codes [out, in] by given scales: uint8 in 0..15, or float8_e4m3fn, whose values are their own codes."""
+    values, _ = reference.rounded(weight.detach(), scale, mask, spec.kind, spec.group_width(weight.shape[1]))
+    # + 0 turns -0 into +0
+    values = values.add_(0.0).view(weight.shape)
+    if spec.kind == "fp8_e4m3":
+        return values.to(torch.float8_e4m3fn)
+    if spec.kind == "nf4":
+        return torch.bucketize(values, values.new_tensor(reference.NF4)).to(torch.uint8)
+    magnitude = torch.bucketize(values.abs(), values.new_tensor(reference.E2M1))
+    return (magnitude + 8 * (values < 0)).to(torch.uint8)
+
+
+def float_values(codes: Tensor, kind: str) -> Tensor:
+    """fp32 value of every code of ``float_codes``, before its scale."""
+    if kind == "fp8_e4m3":
+        return codes.to(torch.float32)
+    table = reference.NF4 if kind == "nf4" else (*reference.E2M1, *(-value for value in reference.E2M1))
+    return torch.tensor(table, dtype=torch.float32, device=codes.device)[codes.long()]
