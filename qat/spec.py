@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args
 
 Kind = Literal["int", "nf4", "fp8_e4m3", "mxfp4", "nvfp4"]
 Divisor = Literal["half_range", "qmax", "full_range"]
+ActivationKind = Literal["int8", "fp8_e4m3"]
+Scaling = Literal["dynamic", "static"]
 ScaleGrid = Literal["bf16_fp16", "bf16", "fp16", "fp32"]
 
 
@@ -179,3 +181,43 @@ class QuantSpec:
     def hash(self) -> str:
         """sha256 of the canonical JSON form."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationSpec:
+    """Lattice of activations [..., features], or of keys and values [..., head_dim] on their way into the cache.
+
+    int8 divides absmax by 127, as serving kernels do; fp8_e4m3 by 448. Scales are fp32.
+    """
+
+    kind: ActivationKind = "int8"
+    """int8 or fp8_e4m3."""
+    scaling: Scaling = "dynamic"
+    """dynamic: a scale for each token (row of the last axis), taken in the forward; static: one given scale for all."""
+    symmetric: bool = True
+    """Zero is code 0; false (kind int8): a zero point beside the scale, the range of the values split into 255 steps."""
+
+    def __post_init__(self) -> None:
+        check_choices(kind=(self.kind, ActivationKind), scaling=(self.scaling, Scaling))
+        if not isinstance(self.symmetric, bool):
+            raise ValueError(f"symmetric={self.symmetric!r} is not a truth value; use true or false")
+        if not self.symmetric and self.kind != "int8":
+            raise ValueError(f"kind={self.kind!r} has no zero point; leave symmetric out, or use kind='int8'")
+
+    @property
+    def lattice(self) -> QuantSpec:
+        """The same lattice as a QuantSpec of the matrix [tokens, features]."""
+        group = "channel" if self.scaling == "dynamic" else "tensor"
+        if self.kind == "fp8_e4m3":
+            return QuantSpec(kind="fp8_e4m3", bits=8, group_size=group, scale_grid="fp32")
+        divisor = "qmax" if self.symmetric else "half_range"
+        return QuantSpec(bits=8, group_size=group, symmetric=self.symmetric, divisor=divisor, scale_grid="fp32")
+
+    def to_json(self) -> dict[str, Any]:
+        """Stable JSON form (all fields, sorted by name)."""
+        return dict(sorted(asdict(self).items()))
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "ActivationSpec":
+        """Inverse of ``to_json``; unknown keys are a TypeError."""
+        return cls(**data)

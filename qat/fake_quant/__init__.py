@@ -6,14 +6,18 @@ Imports torch alone (triton only when its kernels run), so it can be lifted into
 
     fake_quant(weight, spec)                 scales taken from the weight          quantize, encode: its codes
     fake_quant_learned(weight, scale, spec)  scales given, learned by LSQ          quantize_with: its codes
+    fake_quant_activation(x, spec)           activations, keys and values          static_scale: scales of an observed range
 
 Each op is a file of formulas in plain PyTorch, ``*reference.py``, the path of every CPU, and beside it the same, bit for bit, as
 Triton kernels for a GPU, ``*kernel.py``.
 """
 
+from ..spec import ActivationSpec as ActivationSpec
 from ..spec import QuantSpec as QuantSpec
 from .absmax import fake_quant as fake_quant
 from .absmax import quantize as quantize
+from .activations import fake_quant_activation as fake_quant_activation
+from .activations import static_scale as static_scale
 from .dispatch import Backend as Backend
 from .encoding import Encoded as Encoded
 from .encoding import decode as decode

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from decoct.qat.spec import SCALE_GRIDS, QuantSpec
+from decoct.qat.spec import SCALE_GRIDS, ActivationSpec, QuantSpec
 
 
 @pytest.mark.parametrize(
@@ -111,3 +111,25 @@ def test_default_grid_is_exact_in_bf16_and_fp16() -> None:
     inside = every[(every >= grid.smallest) & (every <= grid.largest)]
     assert len(inside) > 4000
     assert torch.equal(inside.half().float(), inside)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"kind": "int4"}, "kind='int4' is not one of int8, fp8_e4m3"),
+        ({"scaling": "ema"}, "scaling='ema' is not one of dynamic, static"),
+        ({"symmetric": 0}, "symmetric=0 is not a truth value"),
+        ({"kind": "fp8_e4m3", "symmetric": False}, "kind='fp8_e4m3' has no zero point; leave symmetric out"),
+    ],
+)
+def test_bad_values_of_activations_are_named(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match="^" + words):
+        ActivationSpec(**given)
+
+
+def test_activations_have_a_json_form_and_a_lattice() -> None:
+    spec = ActivationSpec(scaling="static", symmetric=False)
+    assert json.dumps(spec.to_json()) == '{"kind": "int8", "scaling": "static", "symmetric": false}'
+    assert ActivationSpec.from_json(spec.to_json()) == spec
+    assert spec.lattice == QuantSpec(bits=8, group_size="tensor", symmetric=False, scale_grid="fp32")
+    assert ActivationSpec().lattice.divisor_value == 127

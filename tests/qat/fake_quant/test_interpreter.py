@@ -17,6 +17,7 @@ import pytest
         pytest.param("test_learned_kernel", "test", 30, id="learned"),
         pytest.param("test_range_kernel", "test", 40, id="range"),
         pytest.param("test_float_kernel", "test", 20, id="float"),
+        pytest.param("test_activations", "kernels", 18, id="activations"),
     ],
 )
 def test_kernels_equal_the_reference_in_the_interpreter(tmp_path: Path, file: str, selection: str, at_least: int) -> None:

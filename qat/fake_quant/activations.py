@@ -1,0 +1,83 @@
+"""Fake quantization of activations, and of keys and values on their way into the cache: the ops of weights, over tokens."""
+
+import torch
+from torch import Tensor
+
+from ..spec import ActivationSpec
+from .absmax import fake_quant
+from .dispatch import Backend, grid_numbers
+from .floats import fake_quant_float
+from .learned import fake_quant_learned
+from .range_reference import lattice_of_range
+
+
+def _given(scale: Tensor | None, zero: Tensor | None, x: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of static scaling as [1, 1], after checking that they are there."""
+    if scale is None:
+        raise ValueError("scaling='static' needs a scale: fp32, one number, as static_scale() makes it of an observed range")
+    if scale.numel() != 1 or scale.dtype != torch.float32 or scale.device != x.device:
+        raise ValueError(f"scale must be one float32 number on {x.device}; got {scale.dtype} of {tuple(scale.shape)} on {scale.device}")
+    if (zero is None) != spec.symmetric:
+        remedy = "leave zero out" if spec.symmetric else "give zero, int8, as static_scale() makes it"
+        raise ValueError(f"symmetric={str(spec.symmetric).lower()}: {remedy}")
+    return scale.detach().view(1, 1), None if zero is None else zero.view(1, 1)
+
+
+def fake_quant_activation(
+    x: Tensor,
+    spec: ActivationSpec,
+    *,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Activations as codes times scales, differentiable in ``x`` by the straight-through estimator with a clip mask.
+
+    Dynamic scaling takes scale (and zero point) of each token from its own values: int8 as ``reference.py`` with divisor 127, or
+    ``range_reference.py``; fp8 as ``float_reference.py``. Static scaling takes them as given. Scales are constants in the gradient.
+
+    Args:
+        x: [..., features] (keys or values: [..., head_dim]), float32, bfloat16 or float16; a token is a row of the last axis.
+        spec: The lattice.
+        scale: One fp32 number, static scaling only.
+        zero: One int8 number, static scaling with symmetric=False only.
+        backend: As in ``fake_quant``.
+
+    Returns:
+        Shape and dtype of ``x``, contiguous. A token with a NaN or an infinity is NaN (static: the element is).
+
+    Raises:
+        ValueError: dtype, scale, zero or back end do not fit.
+
+    Source: Dettmers et al., LLM.int8(), arXiv 2208.07339, section 2.1 (per-token absmax); Jacob et al., arXiv 1712.05877, eq. 1.
+    """
+    if x.ndim < 1 or not x.is_floating_point():
+        raise ValueError(f"activations must be floating point [..., features], not {x.dtype} of shape {tuple(x.shape)}")
+    rows = x.reshape(-1, x.shape[-1])
+    lattice = spec.lattice
+    if spec.scaling == "dynamic":
+        if scale is not None or zero is not None:
+            raise ValueError("scaling='dynamic' takes scales from the values; leave scale and zero out, or use scaling='static'")
+        return fake_quant(rows, lattice, backend=backend).view(x.shape)
+    scale, zero = _given(scale, zero, x, spec)
+    if spec.kind == "int8":
+        return fake_quant_learned(rows, scale, lattice, zeros=zero, backend=backend).view(x.shape)
+    return fake_quant_float(rows, scale, None, lattice.kind, rows.shape[1], backend).view(x.shape)
+
+
+@torch.no_grad()
+def static_scale(low: Tensor, high: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point for static scaling, of an observed (calibrated, or moving) range of values.
+
+    Args:
+        low: fp32 [], smallest value seen; numbers above 0 act as 0, so that zero is a code.
+        high: fp32 [], largest value seen; numbers below 0 act as 0.
+        spec: The lattice.
+
+    Returns:
+        (scale fp32 [], zero int8 [] or None when the spec is symmetric); scale 1 for the range [0, 0], NaN for a broken one.
+    """
+    lattice = spec.lattice
+    low, high = low.to(torch.float32).clamp(max=0.0), high.to(torch.float32).clamp(min=0.0)
+    scale, zero = lattice_of_range(low, high, lattice.bits, spec.symmetric, lattice.divisor_value, grid_numbers(lattice))
+    return scale, None if spec.symmetric else zero
