@@ -13,26 +13,26 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def use_kernel(tensor: Tensor, backend: str, what: str = "weights") -> bool:
-    """Whether ``backend`` means the Triton kernels for this tensor.
+def use_kernel(tensor: Tensor, backend: str, dtypes: tuple[torch.dtype, ...] = _KERNEL_DTYPES) -> bool:
+    """Whether ``backend`` means the Triton kernels, which take ``dtypes``, for this tensor.
 
     Raises:
         ValueError: an unknown name, or an explicit 'triton' that cannot run: package, dtype or device do not fit.
     """
     if backend == "auto":
-        return tensor.is_cuda and tensor.dtype in _KERNEL_DTYPES and _TRITON_INSTALLED
+        return tensor.is_cuda and tensor.dtype in dtypes and _TRITON_INSTALLED
     if backend not in ("reference", "triton"):
         raise ValueError(f"backend={backend!r} is not one of auto, reference, triton")
     if backend == "triton":
-        _check_triton(tensor, what)
+        _check_triton(tensor, dtypes)
     return backend == "triton"
 
 
-def _check_triton(tensor: Tensor, what: str) -> None:
+def _check_triton(tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if not _TRITON_INSTALLED:
         raise ValueError("backend='triton' needs the triton package; install it or use backend='auto'")
-    if tensor.dtype not in _KERNEL_DTYPES:
-        raise ValueError(f"backend='triton' takes float32, bfloat16 or float16 {what}, not {tensor.dtype}; use backend='auto'")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"backend='triton' takes float32, bfloat16 or float16, not {tensor.dtype}; use backend='auto'")
     from . import kernel
 
     if not kernel.runs_on(tensor.device):

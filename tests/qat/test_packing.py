@@ -1,12 +1,22 @@
 """Packing is exact for every width and odd sizes, and refuses what would spill."""
 
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from decoct.qat.packing import PACKED_BITS, pack_int32, packed_width, unpack_int32
+from decoct.qat.packing import PACKED_BITS, pack_bits, pack_int32, packed_width, stream_width, unpack_bits, unpack_int32
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 SIZES = (1, 3, 7, 8, 9, 16, 31, 33, 100)
 
@@ -73,3 +83,115 @@ def test_pack_refuses_other_widths_dtypes_and_shapes() -> None:
         pack_int32(codes[0], 4)
     with pytest.raises(ValueError, match=re.escape("9 codes of 4 bits need int32 [out, 2]")):
         unpack_int32(pack_int32(codes, 4), 4, 9)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(2, 8), st.integers(0, 3), st.integers(1, 140), st.randoms(use_true_random=False))
+def test_every_width_equals_the_obvious_packer_and_unpacks(bits: int, rows: int, columns: int, random: Any) -> None:
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    codes = torch.tensor([[random.randint(low, high) for _ in range(columns)] for _ in range(rows)], dtype=torch.int8).view(rows, columns)
+    packed = pack_bits(codes, bits)
+    assert packed.dtype == torch.int32
+    assert packed.shape == (rows, stream_width(columns, bits)) == (rows, -(-columns * bits // 32))
+    assert packed.tolist() == slow_pack(codes, bits)
+    assert torch.equal(unpack_bits(packed, bits, columns), codes)
+    if bits in PACKED_BITS:
+        assert torch.equal(packed, pack_int32(codes, bits))
+
+
+def test_stream_crosses_words() -> None:
+    # codes 0..10 of 3 bits: code 10 has two bits in the first word, one in the second
+    codes = torch.tensor([[0, 1, 2, 3, -4, -3, -2, -1, 0, 1, 2]], dtype=torch.int8)
+    stream = sum((code + 4) << (3 * place) for place, code in enumerate(codes[0].tolist()))
+    assert [word & 0xFFFFFFFF for word in pack_bits(codes, 3)[0].tolist()] == [stream & 0xFFFFFFFF, stream >> 32]
+    assert stream >> 32 == 1
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_unused_bits_are_zero_and_ignored(bits: int) -> None:
+    codes = random_codes(bits, 3, 33)
+    packed = pack_bits(codes, bits)
+    used = 33 * bits % 32
+    assert not bool((packed[:, -1] >> used & ((1 << (32 - used)) - 1)).any())
+    packed[:, -1] |= -1 << used
+    assert torch.equal(unpack_bits(packed, bits, 33), codes)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("columns", SIZES)
+def test_stream_equals_the_compressed_tensors_package(bits: int, columns: int) -> None:
+    package = pytest.importorskip("compressed_tensors.compressors", reason="the compressed-tensors package is not installed")
+    codes = random_codes(bits, 5, columns)
+    theirs = package.pack_quantized.pack_to_int32(codes, bits)
+    if theirs.shape[1] != stream_width(columns, bits):
+        pytest.skip("this version of compressed-tensors packs 3, 5, 6 and 7 bits the older way")
+    assert torch.equal(pack_bits(codes, bits), theirs)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_stream_kernels_give_the_same_words(bits: int) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    if not INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    device = "cpu" if INTERPRETED else "cuda"
+    for rows, columns in ((1, 1), (3, 33), (5, 64), (7, 100), (2, 1500), (0, 8)):
+        codes = random_codes(bits, rows, columns).to(device)
+        packed = pack_bits(codes, bits, backend="triton")
+        assert torch.equal(packed, pack_bits(codes, bits, backend="reference"))
+        assert torch.equal(unpack_bits(packed, bits, columns, backend="triton"), codes)
+        assert torch.equal(pack_bits(codes.t(), bits, backend="triton"), pack_bits(codes.t(), bits, backend="reference"))
+    noise = torch.randint(-(2**31), 2**31, (4, stream_width(50, bits)), dtype=torch.int32, device=device)
+    assert torch.equal(unpack_bits(noise, bits, 50, backend="triton"), unpack_bits(noise, bits, 50, backend="reference"))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="it starts itself")
+def test_stream_kernels_in_the_interpreter(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    # a process of its own: triton reads the variable when it is first imported
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "same_words"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert "7 passed" in result.stdout, result.stdout
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_stream_kernels_compile(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    if INTERPRETED:
+        pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_kernel
+
+    from decoct.qat import packing_kernel
+
+    kernels: dict[str, Any] = {"codes_ptr": packing_kernel._pack_kernel, "words_ptr": packing_kernel._unpack_kernel}
+    for bits in (3, 8):
+        for kernel in kernels.values():
+            types = {"codes_ptr": "*i8", "words_ptr": "*i32", "num_words": "i32", "num_codes": "i32", "COLUMNS": "i32", "WIDTH": "i32"}
+            constants = {"BITS": bits, "BLOCK": 1024}
+            signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+            source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+            assert compile_kernel(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+
+
+@pytest.mark.parametrize("pack", [pack_bits, lambda codes, bits: unpack_bits(codes.int(), bits, 8)])
+def test_stream_refuses_other_widths(pack: Callable[[Tensor, int], Tensor]) -> None:
+    for bits in (1, 9):
+        with pytest.raises(ValueError, match=f"bits={bits} cannot be packed; use 2 to 8"):
+            pack(torch.zeros(2, 8, dtype=torch.int8), bits)
+
+
+def test_stream_refuses_bad_codes_and_shapes() -> None:
+    codes = random_codes(3, 2, 8)
+    with pytest.raises(ValueError, match=re.escape("2 bits hold -2..1")):
+        pack_bits(codes * 0 + 3, 2)
+    with pytest.raises(ValueError, match="int8 matrix"):
+        pack_bits(codes.int(), 3)
+    with pytest.raises(ValueError, match=re.escape("11 codes of 3 bits need int32 [out, 2]")):
+        unpack_bits(pack_bits(codes, 3), 3, 11)
+    with pytest.raises(ValueError, match="backend='triton'"):
+        unpack_bits(pack_bits(codes, 3), 3, 8, backend="triton" if not INTERPRETED else "cuda")
