@@ -71,7 +71,9 @@ class SparseTargets:
     def __getitem__(self, rows: Tensor | slice) -> "SparseTargets":
         """Some positions."""
         parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return SparseTargets(**{name: part[rows] if isinstance(part, Tensor) else part for name, part in parts.items()})
+        for name in [name for name, part in parts.items() if isinstance(part, Tensor)]:
+            parts[name] = parts[name][rows]
+        return SparseTargets(**parts)
 
     def covered_mass(self) -> Tensor:
         """[N] mass of the teacher's distribution that is known exactly."""
