@@ -83,7 +83,7 @@ def test_time_limits_are_slurms() -> None:
     for time in ("90", "24:00:00", "2-12", "1-00:30:00"):
         assert f"--time={time}\n" in sbatch_script(_job(), Slurm(time=time), python="python")
     for time in ("a day", "24h", "1:2:3:4"):
-        with pytest.raises(UserError, match="--time=.* is no time limit"):
+        with pytest.raises(UserError, match=r"--time=.* is no time limit"):
             Slurm(time=time)
 
 
