@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..losses.settings import LossSettings
-from ..models.settings import StudentSettings, TeacherSettings
+from ..models.settings import MOST_TOP_K, StudentSettings, TeacherSettings
 from ..trainer.settings import (
     DataSettings,
     EvaluateSettings,
@@ -147,7 +147,7 @@ def _check_parts(draft: Draft, problems: Problems) -> None:
     if not readers and all(draft.stages):
         name = "cache" if teacher.cache else "served"
         problems.add(("teacher", name), "is read by no stage: none learns from the recipe's teacher; remove it")
-    if teacher.cache and teacher.served and (teacher.cache.mode != "top_k" or (teacher.cache.tokens or 0) > teacher.served.tokens):
+    if teacher.cache and teacher.served and (teacher.cache.mode != "top_k" or (teacher.cache.tokens or MOST_TOP_K) > teacher.served.tokens):
         problems.add(
             ("teacher", "cache"),
             f"of a served teacher must be top_k with at most teacher.served.tokens={teacher.served.tokens} tokens: nothing else is known",

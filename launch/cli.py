@@ -116,9 +116,10 @@ def launch(
 def footprint(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hub id, stored architecture, or a size such as 70B.")],
     context: Annotated[
-        int | None, typer.Option("--context", help="Tokens in the KV cache. [default: the model's, at most 8,192]", show_default=False)
+        str | None,
+        typer.Option("--context", help="Tokens in the KV cache, such as 32k. [default: the model's, at most 8,192]", show_default=False),
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", help="Sequences in the KV cache.")] = 1,
+    batch: Annotated[str, typer.Option("--batch", help="Sequences in the KV cache.")] = "1",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a model takes at each precision: bare parameters beside the stored weights with scales and embeddings, and the KV cache."""

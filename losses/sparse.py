@@ -9,9 +9,18 @@ The bucket form compares V outcomes as |S| + 1: a lower bound of KL(teacher || s
 where the teacher has it. q_t is a sum over the other tokens, never 1 minus a sum, which is noise once S holds nearly everything.
 The sampled form, with tokens drawn from the teacher and w = counts / draws, is an unbiased estimate of the KL, and so is its
 gradient (Anshumann et al. 2025, arXiv 2503.16870); top tokens that are kept exactly beside samples of the rest are a case of it.
+
+Where it is known with which probability r_v each token of S was drawn (1 = for certain), the sampled form has a term more:
+
+    controlled  -sum_S w log q - H + c (sum_S q / r - 1)
+
+sum_S q / r is 1 on average whatever q is, so for any c that does not depend on the draws value and gradient stay unbiased; but its
+error goes with that of the first sum, and the noise of the gradient falls from (1 - r) w^2 to (1 - r) (w - c q / r)^2 a token: to nothing
+as the student reaches the teacher (a difference estimator: Saerndal, Swensson & Wretman 1992, section 6.3). ``control_weight`` has c.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +46,8 @@ class SparseTargets:
     """Temperature of the distribution."""
     covered: Tensor | None = None
     """[N] fp32 mass that is known exactly, in [0, 1]; None = the sum of the weights."""
+    log_inclusion: Tensor | None = None
+    """[N, K] fp32 log of the probability with which each token was drawn, at most 0, 0 = for certain; None = not known."""
 
     def check(self, rows: int, v_eff: int) -> None:
         """Raise ValueError, saying what is wrong, unless the parts fit each other, ``rows`` positions and ``v_eff`` tokens."""
@@ -46,6 +57,8 @@ class SparseTargets:
                 f"sparse targets need ids [N, K] int64 and log_weights [N, K] with K at least 1, not {tuple(ids.shape)} {ids.dtype} and "
                 f"{tuple(weights.shape)}"
             )
+        if self.log_inclusion is not None and (self.log_inclusion.shape != ids.shape or self.log_tail is not None):
+            raise ValueError("log_inclusion of sparse targets goes with the sampled form, one number for each of ids")
         others = {"entropy": self.entropy, "best": self.best, "log_tail": self.log_tail, "covered": self.covered}
         if wrong := [name for name, part in others.items() if part is not None and part.shape != ids.shape[:1]]:
             raise ValueError(f"{wrong[0]} of sparse targets must have shape [{len(ids)}], one number per position")
@@ -57,9 +70,10 @@ class SparseTargets:
 
     def __getitem__(self, rows: Tensor | slice) -> "SparseTargets":
         """Some positions."""
-        tail = None if self.log_tail is None else self.log_tail[rows]
-        covered = None if self.covered is None else self.covered[rows]
-        return SparseTargets(self.ids[rows], self.log_weights[rows], self.entropy[rows], self.best[rows], tail, self.temperature, covered)
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name in [name for name, part in parts.items() if isinstance(part, Tensor)]:
+            parts[name] = parts[name][rows]
+        return SparseTargets(**parts)
 
     def covered_mass(self) -> Tensor:
         """[N] mass of the teacher's distribution that is known exactly."""
@@ -79,6 +93,28 @@ class SparseTargets:
         return torch.special.entr(parts.exp()).sum(1).neg()
 
 
+def control_weight(log_q: Tensor, weights: Tensor, log_inclusion: Tensor) -> Tensor:
+    """c of the controlled form [N], a constant to autograd: min(1, P / Q) exp(-4 B), from what is the same in every draw.
+
+    P and Q are what teacher and student leave for the tokens that are not known for certain, and B is the KL of the certain tokens and
+    that rest as one bucket. Where both models have the same tail up to its size, min(1, P / Q) is the best c; a student far from the
+    teacher (B of a nat or more) gets none, as q / r may be large where r is tiny. 4 was chosen by measurement (docs/lab-book.md).
+
+    Args:
+        log_q: [N, K] log-probabilities of the student.
+        weights: [N, K], 0 where a slot is not in use.
+        log_inclusion: [N, K].
+    """
+    certain = (log_inclusion >= 0) & (weights > 0)
+    log_q, p = log_q.detach(), torch.where(certain, weights, 0.0)
+    least = torch.finfo(log_q.dtype).eps
+    rest = (1 - p.sum(1)).clamp(min=least)
+    left = (1 - torch.where(certain, log_q.exp(), 0.0).sum(1)).clamp(min=least)
+    inside = torch.where(certain, p * (p.clamp(min=torch.finfo(p.dtype).tiny).log() - log_q), 0.0).sum(1)
+    bucket = inside + rest * (rest / left).log()
+    return (rest / left).clamp(max=1) * torch.exp(-4 * bucket.clamp(min=0))
+
+
 def sparse_forward_kl(student_logits: Tensor, targets: SparseTargets) -> Tensor:
     """Bucket or sampled forward KL per token, at the temperature of ``targets``; gradients flow into the logits.
 
@@ -96,6 +132,11 @@ def sparse_forward_kl(student_logits: Tensor, targets: SparseTargets) -> Tensor:
     log_q = torch.log_softmax(in_full_precision(student_logits) / checked_temperature(targets.temperature), -1)
     ids, weights = targets.filled()
     value = targets.negative_entropy().to(log_q.dtype) - (weights.to(log_q.dtype) * log_q.gather(1, ids)).sum(1)
+    if targets.log_inclusion is not None:
+        inclusion = targets.log_inclusion.to(log_q.dtype)
+        known = log_q.gather(1, ids)
+        share = torch.where(weights > 0, (known - inclusion).exp(), 0.0).sum(1)
+        value = value + control_weight(known, weights.to(log_q.dtype), inclusion) * (share - 1)
     if targets.log_tail is None:
         return value
     tail = targets.log_tail.to(log_q.dtype).exp()

@@ -8,8 +8,12 @@ LoadIn = Literal["fp32", "bf16", "int8", "nf4"]
 Placement = Literal["replicated", "sharded", "offloaded"]
 CacheMode = Literal["top_k", "sampled", "hybrid"]
 
-CACHED_TOKENS: Mapping[CacheMode, int] = {"top_k": 50, "sampled": 13, "hybrid": 32}
-"""Tokens that a cache keeps of each position where the user names no number."""
+CACHED_BYTES: Mapping[CacheMode, int] = {"top_k": 120, "sampled": 39, "hybrid": 97}
+"""Bytes that a cache takes of each position at most, where the user names no number of tokens."""
+MOST_TOKENS = 1024
+"""Tokens that a cache may keep of each position."""
+MOST_TOP_K = 50
+"""Tokens that a top-k cache keeps at most, where the user names no number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +48,14 @@ class CacheSettings:
     """top_k = the likeliest tokens, the mass of the others as one number; sampled = the likeliest token and a sample of the others,
     unbiased; hybrid = a quarter likeliest tokens, three quarters sample, unbiased."""
     tokens: int | None = None
-    """Tokens kept of each position; default: 50 (top_k), 13 (sampled), 32 (hybrid)."""
+    """Tokens kept of each position; default: as many as 39 bytes (sampled) or 97 bytes (hybrid) hold, which is 12 and 32 at a vocabulary of
+    128,256 and more at a smaller one; 50 (top_k)."""
     path: str | None = None
     """Folder of the cache; default: by content, in the cache folder (environment variable DECOCT_CACHE)."""
 
     def __post_init__(self) -> None:
-        if self.tokens is None:
-            object.__setattr__(self, "tokens", CACHED_TOKENS[self.mode])
-        elif not 2 <= self.tokens <= 1024:
-            raise ValueError(f"tokens={self.tokens} must lie in 2..1024: how many tokens are kept of each position")
+        if self.tokens is not None and not 2 <= self.tokens <= MOST_TOKENS:
+            raise ValueError(f"tokens={self.tokens} must lie in 2..{MOST_TOKENS}: how many tokens are kept of each position")
 
 
 @dataclass(frozen=True, kw_only=True)

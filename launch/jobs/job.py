@@ -47,7 +47,11 @@ class Slurm:
     partition: str | None = None
     account: str | None = None
     time: str | None = None
-    """Limit, as sbatch writes it: 24:00:00."""
+    """Limit, as sbatch takes it: minutes, 24:00:00, 2-12 or 2-12:30:00."""
+
+    def __post_init__(self) -> None:
+        if self.time is not None and not re.fullmatch(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}", self.time):
+            raise UserError(f"--time={self.time} is no time limit of Slurm's; write minutes, HH:MM:SS or DAYS-HH:MM:SS, such as 24:00:00")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ def sbatch_script(job: Job, settings: Slurm, *, python: str | None = None) -> st
     """The file. Slurm sends USR1 ``job.grace`` seconds before the limit; the batch shell hands it on as SIGTERM and queues the job again.
 
     Log files and the run folder lie relative to where sbatch is called, as the recipe does. Slurm opens its log before the script runs:
-    the run folder must be there (`decoct launch` makes it; after --print, mkdir it).
+    the run folder must be there (`decoct launch` makes it; after --print, mkdir it, as the file says).
     """
     options = {
         "job-name": job.name,
@@ -48,6 +48,7 @@ def _quoted(value: object) -> str:
 _SCRIPT = """#!/bin/bash
 {header}
 #SBATCH --requeue
+# Slurm opens its log before this script runs: {folder} must be there (decoct launch makes it).
 
 set -u
 mkdir -p {folder}

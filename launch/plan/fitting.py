@@ -1,6 +1,6 @@
 """The cheapest change that makes a stage fit a GPU: what costs no quality and no time first, more GPUs last."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ...trainer.batch import divisors
@@ -26,42 +26,69 @@ def usable(device_bytes: int) -> int:
 
 
 def cheapest_fit(student: ModelShape, teacher: ModelShape | None, case: Situation, device_bytes: int) -> Remedy | None:
-    """Changes are tried in order of their cost, each on top of those that saved something and did not suffice; None: nothing helps."""
-    best, applied = training_memory(student, teacher, case), []
-    for name, changed in _changes(case, teacher is not None):
-        trial = changed(case)
-        if trial is None:
+    """The settings that make a stage fit; None: nothing helps.
+
+    Changes are tried in order of their cost, each on top of those that saved something and did not suffice; then those that turn out not
+    to be needed are taken back.
+    """
+
+    def roles(changes: Sequence[Change]) -> Roles:
+        return training_memory(student, teacher, _changed(case, changes))
+
+    least, applied = roles([]).total, list[Change]()
+    for change in _changes(case, teacher is not None):
+        total = roles([*applied, change]).total
+        if total >= least:
             continue
-        roles = training_memory(student, teacher, trial)
-        if roles.total >= best.total:
-            continue
-        if roles.total <= usable(device_bytes):
-            return Remedy((*_without(applied, name), name), roles)
-        best, case, applied = roles, trial, [*_without(applied, name), name]
-    return None
+        least = total
+        applied.append(change)
+        if total <= usable(device_bytes):
+            break
+    else:
+        return None
+    for change in applied[:-1]:
+        fewer = [other for other in applied if other is not change]
+        if roles(fewer).total <= usable(device_bytes):
+            applied = fewer
+    return Remedy(_overrides(case, _changed(case, applied)), roles(applied))
 
 
-def _without(applied: list[str], name: str) -> list[str]:
-    """Earlier settings of the same key are overtaken."""
-    key = name.partition("=")[0]
-    return [other for other in applied if other.partition("=")[0] != key]
+def _changed(case: Situation, changes: Sequence[Change]) -> Situation:
+    for change in changes:
+        case = change(case) or case
+    return case
 
 
-def _changes(case: Situation, taught: bool) -> Iterator[tuple[str, Change]]:
+def _overrides(case: Situation, changed: Situation) -> tuple[str, ...]:
+    """What a user has to say to come from one to the other; read off the result, so that changes which undo each other name nothing."""
+    before, after = case.plan, changed.plan
+    named = {
+        "trainer.micro_batch": (before.batch.micro_batch, after.batch.micro_batch),
+        "trainer.strategy": (before.strategy, after.strategy),
+        "trainer.activation_checkpointing": (before.activation_checkpointing, after.activation_checkpointing),
+        "trainer.optimizer": (before.optimizer, after.optimizer),
+        "teacher.load_in": (case.load_in, changed.load_in),
+        "teacher.placement": (case.placement, changed.placement),
+        "gpus": (case.ranks, changed.ranks),
+    }
+    return tuple(f"{key}={str(new).lower() if isinstance(new, bool) else new}" for key, (old, new) in named.items() if old != new)
+
+
+def _changes(case: Situation, taught: bool) -> Iterator[Change]:
     for size in sorted((s for s in divisors(case.plan.batch.micro_batch) if s < case.plan.batch.micro_batch), reverse=True):
-        yield f"trainer.micro_batch={size}", _micro_batch(size)
+        yield _micro_batch(size)
     if case.ranks > 1:
-        yield "trainer.strategy=fsdp2", lambda c: None if c.sharded else replace(c, plan=replace(c.plan, strategy="fsdp2"))
-    yield "trainer.activation_checkpointing=true", _checkpointing
+        yield lambda c: None if c.sharded else replace(c, plan=replace(c.plan, strategy="fsdp2"))
+    yield lambda c: None if c.plan.activation_checkpointing else replace(c, plan=replace(c.plan, activation_checkpointing=True))
     if taught and case.ranks > 1 and case.load_in in ("bf16", "fp32"):
-        yield "teacher.placement=sharded", lambda c: replace(c, placement="sharded") if c.placement == "replicated" else None
-    yield "trainer.optimizer=adamw-8bit", lambda c: replace(c, plan=replace(c.plan, optimizer="adamw-8bit"))
+        yield lambda c: replace(c, placement="sharded") if c.placement == "replicated" else None
+    yield lambda c: replace(c, plan=replace(c.plan, optimizer="adamw-8bit"))
     if taught:
-        yield "teacher.load_in=nf4", lambda c: replace(c, load_in="nf4", placement="replicated")
-        yield "teacher.placement=offloaded", lambda c: replace(c, load_in="bf16", placement="offloaded")
+        yield lambda c: replace(c, load_in="nf4", placement="replicated")
+        yield lambda c: replace(c, load_in="fp32" if c.load_in == "fp32" else "bf16", placement="offloaded")
     for more in (2, 4, 8, 16, 32, 64):
         if more > case.ranks:
-            yield f"gpus={more}", _more_gpus(more)
+            yield _more_gpus(more)
 
 
 def _micro_batch(size: int) -> Change:
@@ -71,10 +98,6 @@ def _micro_batch(size: int) -> Change:
         return replace(case, plan=replace(case.plan, batch=smaller))
 
     return change
-
-
-def _checkpointing(case: Situation) -> Situation | None:
-    return None if case.plan.activation_checkpointing else replace(case, plan=replace(case.plan, activation_checkpointing=True))
 
 
 def _more_gpus(ranks: int) -> Change:

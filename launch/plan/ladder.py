@@ -158,26 +158,36 @@ def _row(rung: Rung, shape: ModelShape, tables: int, cache: int, counted: float)
     )
 
 
-def run_footprint(what: str, context: int | None, batch: int, as_json: bool) -> None:
+def _count(option: str, text: str) -> int:
+    """A whole number as recipes write them."""
+    from ...configs.scalars import parse_number
+
+    number = parse_number(text)
+    if number is None or number[1] or number[0] != int(number[0]) or number[0] < 1:
+        raise UserError(f"{option}={text} must be a whole number of at least 1, such as 32768 or 32k")
+    return int(number[0])
+
+
+def run_footprint(what: str, context: str | None, batch: str, as_json: bool) -> None:
     """Print the ladder of a model."""
     import json
     from dataclasses import asdict
 
     from rich.console import Console
 
-    for option, value in (("--context", context), ("--batch", batch)):
-        if value is not None and value < 1:
-            raise UserError(f"{option}={value} must be at least 1")
+    batches, asked = _count("--batch", batch), context and _count("--context", context)
     shape = find_shape(what)
-    length = context or default_context(shape)
-    rows = ladder(shape, context=length, batch=batch, nominal=nominal_size(what))
+    length = asked or default_context(shape)
+    rows = ladder(shape, context=length, batch=batches, nominal=nominal_size(what))
     if as_json:
         plain = [{**asdict(row), "stored": row.stored, "served": row.served} for row in rows]
         print(
-            json.dumps({"model": shape.source, "parameters": shape.parameters, "context": length, "batch": batch, "rows": plain}, indent=1)
+            json.dumps(
+                {"model": shape.source, "parameters": shape.parameters, "context": length, "batch": batches, "rows": plain}, indent=1
+            )
         )
         return
-    _draw(shape, rows, length, batch, Console())
+    _draw(shape, rows, length, batches, Console())
 
 
 def _draw(shape: ModelShape, rows: list[LadderRow], context: int, batch: int, console: "Console") -> None:

@@ -15,6 +15,7 @@ from ...trainer.stages.context import StageContext, TeacherRef
 from ...trainer.stages.evaluate import gate_failures
 from ...trainer.stages.registry import STAGE_KINDS
 from ...trainer.stages.training import fill_cache
+from ...trainer.teaching.store import FORMAT as CACHE_FORMAT
 from ...trainer.world import World
 from ..report.tables import WIDE, terminal_table
 from .folder import RunFolder, StageFolder, versions
@@ -236,7 +237,7 @@ def _teacher_key(teacher: TeacherRef | None) -> str | None:
     """What of the teacher changes numbers."""
     if teacher is None:
         return None
-    kept = f":{teacher.cache.mode}:{teacher.cache.tokens}" if teacher.cache else ""
+    kept = f":{teacher.cache.mode}:{teacher.cache.tokens}:{CACHE_FORMAT}" if teacher.cache else ""
     kept += f":served:{teacher.served.model}:{teacher.served.tokens}" if teacher.served else ""
     return f"{teacher.content}:{teacher.load_in}{kept}"
 

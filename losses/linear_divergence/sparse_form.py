@@ -4,6 +4,11 @@ T times the gradient of the divergence (``losses.sparse``) with respect to the s
 
     on S        W q - w,                 W = sum of all weights, that of the tail included
     elsewhere   q (W - w_t / q_t)        (sampled form: W q)
+
+and in the controlled form, with R = sum_S q / r:
+
+    on S        (W - c R) q - w + c q / r
+    elsewhere   (W - c R) q
 """
 
 from collections.abc import Sequence
@@ -11,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..sparse import SparseTargets
+from ..sparse import SparseTargets, control_weight
 from .closed_form import BlockValues
 from .inputs import Problem
 
@@ -36,35 +41,49 @@ def sparse_block(
         (figures, gradient [n, V] with respect to ``logits`` or None). The figure ``kl`` is the divergence itself.
     """
     weight, temperature = problem.settings.hard_weight, targets.temperature
-    matches = _at(logits, targets.best) >= logits.amax(-1)
-    hard = logits.logsumexp(-1) - _at(logits, labels)
     first, second = buffers
-    plain = torch.softmax(logits, -1, out=second).clone() if gradient and weight and temperature != 1 else None
-    log_q = torch.log_softmax(logits.div_(temperature) if temperature != 1 else logits, -1, out=first)
     ids, weights = targets.filled()
-    weights = weights.to(log_q.dtype)
-    value = targets.negative_entropy().to(log_q.dtype) - (weights * log_q.gather(1, ids)).sum(1)
-    q, whole, ratio = log_q.exp_(), weights.sum(1), None
+    weights = weights.to(logits.dtype)
+    best, own, known = logits.amax(-1), _at(logits, labels), logits.gather(1, ids).div_(temperature)
+    matches = _at(logits, targets.best) >= best
+    plain = torch.softmax(logits, -1, out=second)
+    hard = _log_normaliser(best, plain) - own
+    q = plain if temperature == 1 else torch.softmax(logits.div_(temperature), -1, out=first)
+    known -= _log_normaliser(best / temperature, q).unsqueeze(1)
+    value = targets.negative_entropy().to(q.dtype) - (weights * known).sum(1)
+    others = whole = weights.sum(1)
+    slopes = -weights
+    if targets.log_inclusion is not None:
+        inclusion = targets.log_inclusion.to(q.dtype)
+        control = control_weight(known, weights, inclusion).unsqueeze(1)
+        drawn = torch.where(weights > 0, control * (known - inclusion).exp(), 0.0)
+        value = value + drawn.sum(1) - control.squeeze(1)
+        slopes, others = drawn - weights, whole - drawn.sum(1)
     if targets.log_tail is not None:
         tail = targets.log_tail.to(q.dtype).exp()
-        other = second.copy_(q).scatter_(1, ids, 0.0)
-        mass = other.sum(1).clamp(min=torch.finfo(q.dtype).tiny)
+        if temperature == 1 and gradient and weight:
+            q = first.copy_(plain)
+        own_q = torch.where(weights > 0, q.gather(1, ids), 0.0)
+        # known tokens out of the way, the rest is summed as it is: 1 minus a sum would be noise
+        mass = q.scatter_(1, ids, 0.0).sum(1).clamp(min=torch.finfo(q.dtype).tiny)
         value = value - torch.where(tail > 0, tail * mass.log(), 0.0)
-        whole, ratio = whole + tail, tail / mass
+        whole = whole + tail
+        slopes, others = whole.unsqueeze(1) * own_q - weights, whole - tail / mass
     loss = value * problem.settings.scale if weight < 1 else torch.zeros_like(hard)
     figures = BlockValues(loss + weight * hard if weight else loss, hard, matches, value, targets.entropy.to(q.dtype))
     if not gradient:
         return figures, None
-    if plain is None:
-        plain = q
-    slope = logits.copy_(q).mul_(whole.unsqueeze(1))
-    if ratio is not None:
-        slope.sub_(second.mul_(ratio.unsqueeze(1)))
-    slope.scatter_add_(1, ids, -weights).mul_(problem.settings.scale / temperature)
+    factor = problem.settings.scale / temperature
+    slope = torch.mul(q, (others * factor).unsqueeze(1), out=logits).scatter_add_(1, ids, slopes * factor)
     if weight:
         slope.add_(plain, alpha=weight)
         slope[torch.arange(len(slope), device=slope.device), labels] -= weight
     return figures, slope
+
+
+def _log_normaliser(best: Tensor, q: Tensor) -> Tensor:
+    """[n] from the largest logit and the probabilities: max q is at least 1 / V, and a second exponential over V costs more."""
+    return best - q.amax(-1).log()
 
 
 def _at(rows: Tensor, columns: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from decoct.launch.cli import app
 
 SURFACE = {
     "run": {"recipe", "overrides", "--out"},
+    "cache": {"recipe", "overrides", "--out"},
     "plan": {"recipe", "overrides", "--gpus", "--nodes", "--gpu-memory", "--tensor-parallel", "--json"},
     "footprint": {"model", "--context", "--batch", "--json"},
     "launch": {

@@ -1,5 +1,6 @@
 """Sparse teachers against the definitions in fp64, in value and gradient, through every way to the loss."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,14 +71,17 @@ def test_bucket_form_is_the_kl_of_the_buckets(kept: int, temperature: float, unu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("hard", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("form", ["bucket", "whole", "sampled"])
+@pytest.mark.parametrize("form", ["bucket", "whole", "sampled", "controlled"])
 def test_both_back_ends_give_the_dense_form(form: str, temperature: float, hard: float, dtype: torch.dtype) -> None:
     hidden, head, teacher = pair()
     labels = torch.randint(0, VOCAB, (ROWS,), generator=torch.Generator().manual_seed(1))
     labels[[1, 4]] = -100
     targets = top(teacher, VOCAB if form == "whole" else 5, temperature=temperature, unused=1)
-    if form == "sampled":
-        targets = SparseTargets(targets.ids, targets.log_weights, targets.entropy, targets.best, None, temperature)
+    if form in ("sampled", "controlled"):
+        targets = replace(targets, log_tail=None)
+    if form == "controlled":
+        # the two likeliest for certain; slots that are not in use say something all the same
+        targets = replace(targets, log_inclusion=torch.tensor([-0.5, -3.0, -1.0, -0.25, 0.0, 0.0], dtype=torch.float64).expand(ROWS, -1))
     kept = labels != -100
     given: dict[str, Any] = {} if hard == 1 else {"temperature": temperature}
     settings = LossSettings(hard_weight=hard, **given)
@@ -122,6 +126,72 @@ def test_sampled_form_is_unbiased_in_value_and_gradient() -> None:
         assert (error <= 5 * seen.std(0) / draws**0.5 + 1e-12).all()
 
 
+def draw(p: Tensor, certain: int, tau: float, draws: int, *, controlled: bool) -> SparseTargets:
+    """``draws`` samples of p [V]: the ``certain`` likeliest tokens, and each other one by itself with probability min(1, p / tau)."""
+    generator = torch.Generator().manual_seed(5)
+    inclusion = (p / tau).clamp(max=1)
+    inclusion[p.argsort(descending=True)[:certain]] = 1
+    taken = torch.rand(draws, len(p), generator=generator, dtype=torch.float64) < inclusion
+    weights = torch.where(taken, p / inclusion, 0.0)
+    entropy = torch.special.entr(p).sum().expand(draws)
+    told = inclusion.log().expand(draws, -1) if controlled else None
+    return SparseTargets(
+        torch.arange(len(p)).expand(draws, -1), weights.log(), entropy, p.argmax().expand(draws), log_inclusion=told
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("gap", [0.3, 3.0])
+@pytest.mark.parametrize("certain", [0, 1, 3])
+def test_controlled_form_is_unbiased_in_value_and_gradient(certain: int, gap: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    teacher = torch.randn(12, generator=generator, dtype=torch.float64)
+    student = teacher + gap * torch.randn(12, generator=generator, dtype=torch.float64)
+    draws, p = 200_000, teacher.softmax(0)
+    leaf = student.expand(draws, -1).clone().requires_grad_()
+    values = sparse_forward_kl(leaf, draw(p, certain, 0.2, draws, controlled=True))
+    (gradients,) = torch.autograd.grad(values.sum(), leaf)
+    for seen, truth in ((values[:, None], forward_kl(student, teacher)[None]), (gradients, student.softmax(0) - p)):
+        error = (seen.mean(0) - truth).abs()
+        assert (error <= 5 * seen.std(0) / draws**0.5 + 1e-12).all()
+
+
+def test_controlled_form_is_its_formula() -> None:
+    """Value and gradient of one draw against the definition in probabilities, c among it, token by token in fp64."""
+    generator = torch.Generator().manual_seed(2)
+    p, q = (torch.randn(9, generator=generator, dtype=torch.float64).mul(1.5).softmax(0) for _ in range(2))
+    taken, r = [0, 2, 3, 7], {0: 1.0, 2: 0.3, 3: 1.0, 7: 0.05}
+    rest, left = (1 - x[0] - x[3] for x in (p, q))
+    bucket = sum((p[v] * (p[v] / q[v]).log() for v in (0, 3)), rest * (rest / left).log())
+    c = float(min(rest / left, torch.ones(()).double()) * torch.exp(-4 * bucket))
+    assert 0.01 < c < 0.99
+    logits = q.log().clone().requires_grad_()
+    own = logits.softmax(0)
+    entropy = -(p * p.log()).sum()
+    wanted = -sum(p[v] / r[v] * own[v].log() for v in taken) - entropy + c * (sum(own[v] / r[v] for v in taken) - 1)
+    (slope,) = torch.autograd.grad(wanted, logits)
+    ids, weights = torch.tensor([taken]), torch.tensor([[float(p[v]) / r[v] for v in taken]], dtype=torch.float64)
+    inclusion = torch.tensor([[r[v] for v in taken]], dtype=torch.float64).log()
+    targets = SparseTargets(ids, weights.log(), entropy[None], p.argmax()[None], log_inclusion=inclusion)
+    leaf = q.log()[None].clone().requires_grad_()
+    value = sparse_forward_kl(leaf, targets)
+    torch.testing.assert_close(value[0], wanted, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(torch.autograd.grad(value.sum(), leaf)[0][0], slope, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize(("gap", "most"), [(0.0, 1e-9), (0.1, 0.02), (0.5, 0.3), (4.0, 1.2)])
+def test_knowing_how_tokens_were_drawn_takes_the_noise_out_as_the_student_comes_near(gap: float, most: float) -> None:
+    """Variance of the gradient, against that of the same draws without it: nothing at no distance, never much more far away."""
+    generator = torch.Generator().manual_seed(3)
+    teacher = torch.randn(200, generator=generator, dtype=torch.float64)
+    student = teacher + gap * torch.randn(200, generator=generator, dtype=torch.float64)
+    noise = []
+    for controlled in (True, False):
+        leaf = student.expand(4000, -1).clone().requires_grad_()
+        value = sparse_forward_kl(leaf, draw(teacher.softmax(0), 2, 0.05, 4000, controlled=controlled)).sum()
+        noise.append(float(torch.autograd.grad(value, leaf)[0].var(0).sum()))
+    assert noise[0] <= most * noise[1]
+
+
 def test_a_tail_below_all_precision_gives_no_noise() -> None:
     """The support holds all but 1e-13: 1 - sum would be rounding noise; a tail of nothing at all is no NaN."""
     teacher = torch.full((1, 50), -30.0)
@@ -156,5 +226,7 @@ def test_what_does_not_fit_is_refused() -> None:
     refused(r"sparse targets name tokens \d+ to \d+, the vocabulary is 0 to 40", wrong, LossSettings())
     wrong = SparseTargets(targets.ids, targets.log_weights, targets.entropy[:2], targets.best, targets.log_tail)
     refused(r"entropy of sparse targets must have shape \[7\]", wrong, LossSettings())
+    wrong = replace(targets, log_inclusion=torch.zeros_like(targets.log_weights))
+    refused("log_inclusion of sparse targets goes with the sampled form", wrong, LossSettings())
     wrong = SparseTargets(targets.ids.int(), targets.log_weights, targets.entropy, targets.best)
     refused(r"ids \[N, K\] int64", wrong, LossSettings())

@@ -2,7 +2,7 @@
 
 A cache entry is ``train.tokens`` and ``evaluation.tokens`` (with ``.starts`` of packed documents, or ``.lengths`` without packing)
 beside ``manifest.json`` with the size and sha256 of each. It is written under a temporary name and renamed, so it is there whole or not
-at all; one that was damaged later is made again.
+at all; one that was damaged later is made again. Tokenizing that is killed goes on where it was (``unfinished.py``).
 """
 
 import errno
@@ -22,6 +22,7 @@ from .chats import Samples, write_chats
 from .split import split_documents
 from .text import Documents, read_documents
 from .tokens import TokenStream, tokenizer_hash, write_tokens
+from .unfinished import Unfinished, unfinished
 from .windows import Windows, write_packed, write_padded
 
 if TYPE_CHECKING:
@@ -164,14 +165,16 @@ def _build(
     settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", documents: Documents, target: Path, facts: dict[str, Any], say: Say
 ) -> None:
     try:
-        with atomic_directory(target) as folder, _readable_errors(target.parent):
-            stream_file = folder / "stream"
-            stream, samples = _write_stream(settings, tokenizer, documents, stream_file, say)
+        with (
+            atomic_directory(target) as folder,
+            _readable_errors(target.parent),
+            unfinished(target, folder / "stream") as work,
+        ):
+            stream, samples = _write_stream(settings, tokenizer, documents, work, say)
             check_free_space(folder, stream.tokens.nbytes, "the tokenized text (in the cache folder, environment variable DECOCT_CACHE)")
             description = documents.description + _write_windows(settings, tokenizer, stream, folder)
             del stream
-            stream_file.unlink()
-            files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.iterdir())}
+            files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.glob("*.*"))}
             write_json_atomic(folder / MANIFEST, {**facts, "description": description, "samples": samples, "files": files})
     except UserError:
         # another run may have finished the same entry meanwhile: then there is nothing left to do
@@ -180,13 +183,13 @@ def _build(
 
 
 def _write_stream(
-    settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", documents: Documents, file: Path, say: Say
+    settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", documents: Documents, work: Unfinished, say: Say
 ) -> tuple[TokenStream, dict[str, Any] | None]:
     """All tokens, and of conversations how many were read and how many left out."""
     if documents.chats is None:
-        return write_tokens(documents, tokenizer, file, say=say, need_end=settings.packing), None
+        return write_tokens(documents, tokenizer, work, say=say, need_end=settings.packing), None
     samples = Samples()
-    stream = write_chats(documents.chats(), tokenizer, file, mask_prompts=settings.mask_prompts, samples=samples)
+    stream = write_chats(documents.chats(), tokenizer, work.stream, mask_prompts=settings.mask_prompts, samples=samples)
     if samples.bad:
         say(f"{samples.bad:,} of {samples.read:,} conversations were left out; the first: {samples.first_bad}")
     return stream, asdict(samples)

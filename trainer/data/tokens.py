@@ -1,19 +1,20 @@
-"""Documents to one stream of token ids on disk, in bounded memory."""
+"""Documents to one stream of token ids on disk, in bounded memory; cut short, it goes on where it was."""
 
 import hashlib
+import itertools
 import os
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...models.errors import UserError
 from ...models.files import sha256_json
+from .unfinished import Unfinished
 from .windows import DTYPE
 
 if TYPE_CHECKING:
@@ -51,11 +52,12 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def write_tokens(
-    documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", path: Path, *, say: Callable[[str], None], need_end: bool
+    documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", work: Unfinished, *, say: Callable[[str], None], need_end: bool
 ) -> TokenStream:
-    """Encode ``documents`` into the file ``path``: an end-of-text token behind each, a begin-of-text one where the tokenizer adds it.
+    """Encode ``documents`` into ``work``: an end-of-text token behind each, a begin-of-text one where the tokenizer adds it.
 
     Args:
+        work: Documents that it has already are passed over.
         say: Told every ten seconds how far it is.
         need_end: Whether documents must be told apart by an end-of-text token (packing).
 
@@ -68,10 +70,12 @@ def write_tokens(
             "tokenizer_config.json, or set data.packing: false"
         )
     begin, end = _outer_ids(tokenizer)
-    bounds, hashes, total = array("q", [0]), array("Q"), 0
-    told = time.monotonic()
-    with path.open("wb") as file, _tokenizers_in_parallel():
-        for batch in _batches(documents):
+    bounds, hashes = work.bounds, work.hashes
+    total, told = bounds[-1], time.monotonic()
+    if hashes:
+        say(f"tokenizing goes on behind document {len(hashes):,} ({total:,} tokens)")
+    with _tokenizers_in_parallel():
+        for batch in _batches(itertools.islice(documents, len(hashes), None)):
             ids = array("i")
             for (digest, first, last, _), part in zip(batch, _encode(tokenizer, [piece[3] for piece in batch])):
                 ids.extend([*(begin if first else ()), *part, *(end if last else ())])
@@ -79,12 +83,14 @@ def write_tokens(
                     bounds.append(total + len(ids))
                     hashes.append(digest)
             total += len(ids)
-            file.write(np.array(ids, dtype=DTYPE).data)
+            work.write(ids)
+            work.save()
             if time.monotonic() - told > _REPORT_SECONDS:
                 told = time.monotonic()
                 say(f"tokenized {len(hashes):,} documents, {total:,} tokens")
-    tokens = np.memmap(path, dtype=DTYPE, mode="r") if total else np.empty(0, dtype=DTYPE)
-    return TokenStream(tokens, np.frombuffer(bounds, dtype=np.int64), np.frombuffer(hashes, dtype=np.uint64))
+    work.close()
+    tokens = np.memmap(work.stream, dtype=DTYPE, mode="r") if total else np.empty(0, dtype=DTYPE)
+    return TokenStream(tokens, np.array(bounds, dtype=np.int64), np.array(hashes, dtype=np.uint64))
 
 
 def _outer_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:

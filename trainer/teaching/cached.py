@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...losses.shift import MASKED
 from ...losses.sparse import SparseTargets
-from ...models.settings import CacheSettings
+from ...models.settings import CACHED_BYTES, MOST_TOKENS, MOST_TOP_K, CacheSettings
 from .keys import sequence_keys
 from .rows import RowFormat
 from .store import Store
@@ -38,9 +38,16 @@ class SparseTeacher(Protocol):
 
 def row_format(settings: CacheSettings, v_eff: int, temperature: float) -> RowFormat:
     """Sizes of a cache's rows; a vocabulary smaller than ``settings.tokens`` is kept nearly whole."""
-    tokens = min(settings.tokens or 0, v_eff)
-    top = {"top_k": min(4, tokens), "sampled": 1, "hybrid": max(1, tokens // 4)}[settings.mode]
-    return RowFormat(v_eff, top, tokens - top, settings.mode == "top_k", temperature)
+
+    def form(tokens: int) -> RowFormat:
+        top = {"top_k": min(4, tokens), "sampled": 1, "hybrid": max(1, tokens // 4)}[settings.mode]
+        return RowFormat(v_eff, top, tokens - top, settings.mode == "top_k", temperature)
+
+    if settings.tokens is not None:
+        return form(min(settings.tokens, v_eff))
+    most = min(MOST_TOP_K if settings.mode == "top_k" else MOST_TOKENS, v_eff)
+    fitting = (tokens for tokens in range(most, 2, -1) if form(tokens).bytes <= CACHED_BYTES[settings.mode])
+    return form(next(fitting, min(2, v_eff)))
 
 
 class CachedTeacher:
@@ -92,5 +99,6 @@ def spread(known: SparseTargets, labels: Tensor) -> SparseTargets:
         one = torch.zeros(len(wanted), dtype=torch.int64, device=labels.device)
         zero = one.to(torch.float32)
         tail = None if known.log_tail is None else zero - torch.inf
-        return SparseTargets(one[:, None], zero[:, None], zero, one, tail, known.temperature, zero)
+        inclusion = None if known.log_inclusion is None else zero[:, None]
+        return SparseTargets(one[:, None], zero[:, None], zero, one, tail, known.temperature, zero, inclusion)
     return known[(wanted.cumsum(0) - 1).clamp(min=0)]

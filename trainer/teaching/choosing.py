@@ -33,7 +33,7 @@ def choose_rows(log_p: Tensor, form: RowFormat, start: Tensor) -> Rows:
     drawn = through.diff(dim=1, prepend=torch.zeros_like(through[:, :1])) > 0
     ids = _places(certain | (drawn & (rest > 0)), form.others)
     used = ids < form.v_eff
-    logs = rest.gather(1, ids.masked_fill(~used, 0)).clamp(min=tau).log()
+    logs = rest.gather(1, ids.masked_fill(~used, 0)).clamp(min=torch.finfo(rest.dtype).tiny).log()
     return Rows(top_ids, top_logs, ids, logs, floor, None, entropy)
 
 

@@ -5,12 +5,15 @@ A row holds the ``top`` likeliest tokens by themselves and ``others`` more token
     top ids                 ceil(log2 V) bits each
     their log-weights       12 bits each, linear in nats
     ids of the others       Elias-Fano, ascending; the number V = slot not in use
-    their log-weights       4 (top_k) or 6 bits each, linear between the floor and the smallest of the top
+    their weights           4 (top_k) or 7 bits each, see below
     floor, tail             12 bits each, in nats; the tail (mass outside the row) in top_k only
     entropy                 16 bits, as a share of log V
 
-In sampled and hybrid rows the weights are rounded up or down at random such that their expectation is what they were, and the floor is
-the weight of all tokens drawn at random: a row is an unbiased estimate of the distribution.
+Weights of the others are codes on a linear grid of log-weights between the floor and the smallest of the top. In sampled and hybrid rows
+the floor is tau, the weight of every token that was drawn at random; their codes come first, and tell the probability r = p / tau with
+which it was drawn: ``DRAWN_LEVELS`` steps of log r from 0 down to -``DRAWN_RANGE``. Weights of tokens kept for certain, and 1 / r, are
+rounded up or down at random such that their expectation is what they were: the weights of a row are an unbiased estimate of the
+distribution, and sum_S q / r one of sum q, but for tokens below exp(-16) tau.
 """
 
 import math
@@ -27,6 +30,10 @@ _SCALE = (1 << SCALE_BITS) - 1
 LOG_RANGE = 24.0
 """Nats below 0 that a 12-bit log-weight reaches; its step is 0.006."""
 _ENTROPY = (1 << 16) - 1
+DRAWN_LEVELS = 80
+"""Codes of a token that was drawn; the other 48 are for tokens kept for certain. A step is 0.2 nats."""
+DRAWN_RANGE = 16.0
+"""Nats below 0 that the probability of being drawn reaches."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +47,9 @@ class Rows:
     ids: Tensor
     """[n, others] int64 ascending; ``v_eff`` = not in use."""
     logs: Tensor
-    """[n, others] fp32 log-weights."""
+    """[n, others] fp32 log-probabilities."""
     floor: Tensor
-    """[n] int64 code of the least log-weight among ``logs``; see ``log_code``."""
+    """[n] int64 code (see ``log_code``) of the least of ``logs``, or in the sampled form of tau: what is below was drawn at random."""
     log_tail: Tensor | None
     """[n] fp32 log of the mass outside the row; None = sampled form."""
     entropy: Tensor
@@ -79,7 +86,12 @@ class RowFormat:
     @property
     def weight_bits(self) -> int:
         """Bits of the log-weight of one of the others."""
-        return 4 if self.tail else 6
+        return 4 if self.tail else 7
+
+    @property
+    def levels(self) -> int:
+        """Steps of the log-weight of one of the others."""
+        return (1 << self.weight_bits) - (0 if self.tail else DRAWN_LEVELS)
 
     @property
     def widths(self) -> list[int]:
@@ -103,8 +115,11 @@ class RowFormat:
         top_noise, other_noise = (None, None) if noise is None else (noise[:, : self.top], noise[:, self.top :])
         top = _rounded(rows.top_logs, log_of(torch.tensor(0)), log_of(torch.tensor(_SCALE)), _SCALE, top_noise)
         low, high = log_of(rows.floor), log_of(_above(top[:, -1]))
-        most = (1 << self.weight_bits) - 1
-        weights = _rounded(rows.logs, low.unsqueeze(1), high.unsqueeze(1), most, other_noise)
+        low, high = low.unsqueeze(1), high.unsqueeze(1)
+        weights = _rounded(rows.logs, low, high, self.levels - 1, other_noise)
+        if not self.tail:
+            drawn = _rounded(low - rows.logs, torch.zeros_like(low), torch.full_like(low, DRAWN_RANGE), DRAWN_LEVELS - 1, other_noise)
+            weights = torch.where(rows.logs < low, drawn, weights + DRAWN_LEVELS)
         scales = [rows.floor] if rows.log_tail is None else [rows.floor, log_code(rows.log_tail)]
         entropy = (rows.entropy / math.log(max(self.v_eff, 2))).clamp(0, 1).mul(_ENTROPY).round().to(torch.int64)
         parts = [
@@ -128,16 +143,19 @@ class RowFormat:
         others, codes = fold_ascending(ids, self.others, self.v_eff), fold(weights, self.weight_bits)
         levels = fold(scales, SCALE_BITS)
         low, high = log_of(levels[:, :1]), log_of(_above(top_codes[:, -1:]))
-        logs = low + (high - low).clamp(min=0) * codes / ((1 << self.weight_bits) - 1)
+        drawn = torch.zeros_like(codes, dtype=torch.bool) if self.tail else codes < DRAWN_LEVELS
+        steps = codes if self.tail else (codes - DRAWN_LEVELS).clamp(min=0)
         unused = others >= self.v_eff
-        log_weights = torch.cat([log_of(top_codes), logs.masked_fill(unused, -torch.inf)], 1)
-        known = log_weights.masked_fill(torch.cat([torch.zeros_like(first, dtype=torch.bool), codes == 0], 1), -torch.inf)
-        tail, covered = None, known.exp().sum(1)
+        logs = (low + (high - low).clamp(min=0) * steps / (self.levels - 1)).masked_fill(unused, -torch.inf)
+        certain = torch.cat([torch.ones_like(first, dtype=torch.bool), ~drawn], 1)
+        log_weights = torch.cat([log_of(top_codes), logs], 1)
+        tail, inclusion = None, None
         if self.tail:
             tail = torch.where(levels[:, 1] > 0, log_of(levels[:, 1]), -torch.inf)
             whole = torch.logaddexp(log_weights.logsumexp(1), tail)
             log_weights, tail = log_weights - whole.unsqueeze(1), tail - whole
-            covered = log_weights.exp().sum(1)
+        else:
+            inclusion = torch.cat([torch.zeros_like(log_of(top_codes)), drawn * codes * (-DRAWN_RANGE / (DRAWN_LEVELS - 1))], 1)
         return SparseTargets(
             torch.cat([first, others.masked_fill(unused, 0)], 1),
             log_weights,
@@ -145,7 +163,8 @@ class RowFormat:
             first[:, 0],
             tail,
             self.temperature,
-            covered.clamp(max=1),
+            log_weights.masked_fill(~certain, -torch.inf).exp().sum(1).clamp(max=1),
+            inclusion,
         )
 
 

@@ -24,7 +24,7 @@ from ...models.errors import UserError
 from ...models.files import check_free_space, check_writable_folder, sha256_file, storage_error, write_json_atomic
 from .keys import KEY_BYTES
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever bytes come to mean something else."""
 HEADER = "header.json"
 _ENTRY = np.dtype([("key", f"V{KEY_BYTES}"), ("rows", "<i8")])

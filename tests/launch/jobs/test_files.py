@@ -79,6 +79,14 @@ def test_one_node_meets_itself_and_several_must_be_told_where() -> None:
             endpoint_of(wrong, 2)
 
 
+def test_time_limits_are_slurms() -> None:
+    for time in ("90", "24:00:00", "2-12", "1-00:30:00"):
+        assert f"--time={time}\n" in sbatch_script(_job(), Slurm(time=time), python="python")
+    for time in ("a day", "24h", "1:2:3:4"):
+        with pytest.raises(UserError, match=r"--time=.* is no time limit"):
+            Slurm(time=time)
+
+
 @pytest.mark.parametrize("text", ["WANDB_API_KEY", "WANDB_API_KEY=abc123", "WANDB_API_KEY=a/b/c", "1X=a/b", "=a/b"])
 def test_a_secrets_value_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="reference to a key of a Kubernetes secret"):

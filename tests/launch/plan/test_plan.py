@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from decoct.configs import list_recipes, load_recipe, recipe_from_dict
-from decoct.launch.plan import plan, problems
+from decoct.launch.plan import StagePlan, plan, problems
 from decoct.launch.plan.show import as_json, short_form
 from decoct.launch.plan.verb import parse_bytes
 from decoct.models.errors import UserError
@@ -66,6 +67,26 @@ def test_what_does_not_fit_is_refused_with_the_cheapest_remedy() -> None:
     mended = plan(load_recipe("smollm2-1.7b-half-int4", list(remedy.remedy.settings)), gpus=1, gpu_memory=24 * 10**9)
     assert problems(mended) == [], "the remedy is one"
     assert as_json(mended)["stages"][0]["training"]["memory"]["total"] == remedy.remedy.roles.total
+
+
+@pytest.mark.parametrize(("gpus", "memory"), [(1, 24), (2, 80)])
+@pytest.mark.parametrize("name", ["qwen3-8b-4b-int4", "smollm2-1.7b-half-int4"])
+def test_a_remedy_is_valid_and_needs_each_of_its_settings(name: str, gpus: int, memory: int) -> None:
+    for stage in plan(load_recipe(name), gpus=gpus, gpu_memory=memory * 10**9).stages:
+        remedy = stage.training and stage.training.remedy
+        if not remedy:
+            continue
+
+        def fits(settings: Sequence[str], stage: StagePlan = stage) -> bool | None:
+            given = dict(setting.split("=") for setting in settings)
+            count = int(given.pop("gpus", gpus))
+            mended = plan(load_recipe(name, [f"{key}={value}" for key, value in given.items()]), gpus=count, gpu_memory=memory * 10**9)
+            training = next(other for other in mended.stages if other.name == stage.name).training
+            return training and training.fits
+
+        assert fits(remedy.settings)
+        for one in remedy.settings:
+            assert not fits([other for other in remedy.settings if other != one]), f"{one} is not needed"
 
 
 def test_more_processes_hold_less_each_under_fsdp2() -> None:

@@ -1,6 +1,7 @@
 """Documents as token ids."""
 
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from decoct.models.errors import UserError
 from decoct.trainer.data import tokens
 from decoct.trainer.data.tokens import TokenStream, tokenizer_hash, write_tokens
+from decoct.trainer.data.unfinished import Unfinished
 
 
 def write(documents: list[str], tokenizer: PreTrainedTokenizerBase, path: Path, need_end: bool = True) -> TokenStream:
-    return write_tokens(documents, tokenizer, path, say=print, need_end=need_end)
+    with closing(Unfinished(path)) as work:
+        return write_tokens(documents, tokenizer, work, say=print, need_end=need_end)
 
 
 def with_start(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -111,7 +111,7 @@ def test_a_cache_of_something_else_is_refused_with_the_reason(case: dict[str, An
         open_store(folder, {"bytes_per_token": case["form"].bytes, "teacher": "b", "temperature": 2.0})
     header = folder / "header.json"
     header.write_text(json.dumps({**json.loads(header.read_text()), "format": 0}))
-    with pytest.raises(UserError, match="format is 0 there and 1 here"):
+    with pytest.raises(UserError, match="format is 0 there and 2 here"):
         open_store(folder, {"bytes_per_token": case["form"].bytes, "teacher": "a"})
 
 

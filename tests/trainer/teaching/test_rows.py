@@ -1,11 +1,13 @@
 """What a cache keeps against the distribution it was taken from."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from decoct.losses.sparse import sparse_forward_kl
-from decoct.models.settings import CACHED_TOKENS, CacheMode, CacheSettings
+from decoct.models.settings import CacheMode, CacheSettings
 from decoct.trainer.teaching.cached import row_format
 from decoct.trainer.teaching.capture import kl_to_full
 from decoct.trainer.teaching.choosing import choose_rows
@@ -28,10 +30,19 @@ def kept(log_p: Tensor, settings: CacheSettings, temperature: float = 1.0):
     return targets
 
 
-@pytest.mark.parametrize(("mode", "most"), [("top_k", 120), ("sampled", 40), ("hybrid", 96)])
-def test_bytes_a_token_at_a_vocabulary_of_128k(mode: CacheMode, most: int) -> None:
-    assert row_format(CacheSettings(mode=mode), 128_256, 1.0).bytes <= most
-    assert CacheSettings(mode=mode).tokens == CACHED_TOKENS[mode]
+@pytest.mark.parametrize(("mode", "most", "tokens"), [("top_k", 120, 50), ("sampled", 40, 12), ("hybrid", 97, 32)])
+def test_bytes_a_token_at_a_vocabulary_of_128k(mode: CacheMode, most: int, tokens: int) -> None:
+    form = row_format(CacheSettings(mode=mode), 128_256, 1.0)
+    assert form.bytes <= most
+    assert form.top + form.others == tokens
+
+
+@pytest.mark.parametrize("mode", ["top_k", "sampled", "hybrid"])
+def test_a_smaller_vocabulary_leaves_room_for_more_tokens(mode: CacheMode) -> None:
+    large, small = (row_format(CacheSettings(mode=mode), v_eff, 1.0) for v_eff in (128_256, 2048))
+    assert small.bytes <= large.bytes + 1
+    assert small.others >= large.others + (0 if mode == "top_k" else 4)
+    assert row_format(CacheSettings(mode=mode), 1, 1.0).top == 1
 
 
 def test_top_k_keeps_the_likeliest_and_all_of_the_mass() -> None:
@@ -85,6 +96,32 @@ def test_a_sample_gives_the_gradient_of_the_whole_divergence_in_expectation() ->
     torch.testing.assert_close(got[0], (student.softmax(1) - one.exp())[0].detach(), atol=3e-3, rtol=0)
     full = (one.exp() * (one - student.log_softmax(1))).sum()
     assert float(value.detach()) == pytest.approx(float(full.detach()), abs=5e-3)
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 2.0, 5.0])
+def test_a_sample_knows_how_its_tokens_were_drawn(sharpness: float) -> None:
+    """sum_S q / r is 1 on average, whatever q is."""
+    draws = 60_000
+    student = distribution(1, 1.0, 23)
+    targets = kept(distribution(1, sharpness, 23).expand(draws, -1), CacheSettings(mode="hybrid", tokens=12))
+    assert targets.log_inclusion is not None
+    assert (targets.log_inclusion <= 0).all()
+    used = targets.log_weights > -torch.inf
+    share = torch.where(used, (student[0][targets.ids] - targets.log_inclusion).double().exp(), 0.0).sum(1)
+    assert abs(float(share.mean()) - 1) <= 5 * float(share.std()) / draws**0.5 + 1e-4
+
+
+@pytest.mark.parametrize("mode", ["sampled", "hybrid"])
+def test_a_student_like_its_teacher_gets_hardly_any_noise(mode: CacheMode) -> None:
+    """The noise of the gradient is that of rounded weights: below a twentieth of what the draws alone give."""
+    log_p = distribution(2000, 1.0)
+    targets = kept(log_p, CacheSettings(mode=mode))
+    noise = []
+    for given in (targets, replace(targets, log_inclusion=None)):
+        leaf = log_p.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(sparse_forward_kl(leaf, given).sum(), leaf)
+        noise.append(float(gradient.square().sum()))
+    assert 0 < noise[0] < noise[1] / 20
 
 
 def test_samples_are_drawn_once_each_and_fill_the_row() -> None:

@@ -1,9 +1,6 @@
-"""A served teacher against the same model here, through a real HTTP server that speaks as vLLM does."""
+"""A served teacher against the same model here, through a real HTTP server."""
 
-import json
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,66 +19,8 @@ from decoct.trainer.teaching.served import ServedTeacher
 from decoct.trainer.teaching.store import open_store
 
 Answer = Callable[[dict[str, Any]], tuple[int, Any]]
-
-
-class Server:
-    """Answers POST /v1/completions by ``answer``; keeps what it was asked."""
-
-    def __init__(self, answer: Answer) -> None:
-        self.answer, self.asked, self.keys = answer, [], []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.asked.append(body)
-                outer.keys.append(self.headers.get("Authorization"))
-                code, told = outer.answer(body) if self.path == "/v1/completions" else (404, {})
-                data = told if isinstance(told, bytes) else json.dumps(told).encode()
-                self.send_response(code)
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-    def settings(self, **given: Any) -> ServedSettings:
-        return ServedSettings(**{"url": self.url, "model": "big", "retries": 0, **given})
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[[Answer], Server]]:
-    servers: list[Server] = []
-
-    def start(answer: Answer) -> Server:
-        servers.append(Server(answer))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.http.shutdown()
-        server.http.server_close()
-
-
-def as_vllm(model: Any) -> Answer:
-    """The tokens' log-probabilities as vLLM tells them: the likeliest ones, and the one that stands there."""
-
-    def answer(body: dict[str, Any]) -> tuple[int, Any]:
-        ids = body["prompt"]
-        with torch.no_grad():
-            logs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-        told: list[Any] = [None]
-        for at, token in enumerate(ids[1:]):
-            values, best = logs[at].topk(body["prompt_logprobs"])
-            chosen = dict(zip(best.tolist(), values.tolist())) | {token: float(logs[at, token])}
-            told.append({str(i): {"logprob": v, "rank": int((logs[at] > v).sum()) + 1, "decoded_token": "?"} for i, v in chosen.items()})
-        return 200, {"choices": [{"text": "", "prompt_logprobs": told}]}
-
-    return answer
+Serve = Callable[[Answer], Any]
+AsVllm = Callable[[Any], Answer]
 
 
 @pytest.fixture
@@ -104,7 +43,7 @@ def packed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["padded", "packed"])
 def test_the_loss_is_that_of_the_model_here(
-    kind: str, serve: Callable[[Answer], Server], teacher: LocalTeacher, training: ModuleType, request: pytest.FixtureRequest
+    kind: str, serve: Serve, as_vllm: AsVllm, teacher: LocalTeacher, training: ModuleType, request: pytest.FixtureRequest
 ) -> None:
     batch = request.getfixturevalue("batch" if kind == "padded" else "packed")
     server = serve(as_vllm(teacher.model))
@@ -124,7 +63,7 @@ def test_the_loss_is_that_of_the_model_here(
 
 
 def test_few_tokens_are_the_bucket_form(
-    serve: Callable[[Answer], Server], teacher: LocalTeacher, training: ModuleType, batch: dict[str, torch.Tensor]
+    serve: Serve, as_vllm: AsVllm, teacher: LocalTeacher, training: ModuleType, batch: dict[str, torch.Tensor]
 ) -> None:
     served = ServedTeacher(serve(as_vllm(teacher.model)).settings(tokens=5), training.VOCAB)
     sums = [Objective(who, LossSettings(), v_eff=training.VOCAB)(training.tiny_model(1), batch) for who in (served, teacher)]
@@ -133,7 +72,7 @@ def test_few_tokens_are_the_bucket_form(
 
 
 def test_it_can_be_cached(
-    serve: Callable[[Answer], Server], teacher: LocalTeacher, training: ModuleType, batch: dict[str, torch.Tensor], tmp_path: Path
+    serve: Serve, as_vllm: AsVllm, teacher: LocalTeacher, training: ModuleType, batch: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     server = serve(as_vllm(teacher.model))
     served = ServedTeacher(server.settings(tokens=12), training.VOCAB)
@@ -154,7 +93,8 @@ def test_it_can_be_cached(
 
 
 def test_a_server_that_is_busy_is_asked_again(
-    serve: Callable[[Answer], Server],
+    serve: Serve,
+    as_vllm: AsVllm,
     teacher: LocalTeacher,
     training: ModuleType,
     batch: dict[str, torch.Tensor],
@@ -195,9 +135,7 @@ WRONG: dict[str, tuple[Answer, str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_answers_that_are_none_are_told(
-    case: str, serve: Callable[[Answer], Server], training: ModuleType, batch: dict[str, torch.Tensor]
-) -> None:
+def test_answers_that_are_none_are_told(case: str, serve: Serve, training: ModuleType, batch: dict[str, torch.Tensor]) -> None:
     answer, expected = WRONG[case]
     with pytest.raises(UserError, match=expected):
         ServedTeacher(serve(answer).settings(), training.VOCAB).sparse_targets(batch)
