@@ -172,6 +172,10 @@ def _unskipped(model: "PreTrainedModel", skip: Sequence[str]) -> dict[str, nn.Li
 
 def _targets(model: "PreTrainedModel", spec: QuantSpec, skip: Sequence[str]) -> dict[str, nn.Linear]:
     """The linears to quantize, after checking that each can be."""
+    try:
+        spec.check_storable()
+    except ValueError as error:
+        raise UserError(f"weights: {error}") from None
     linears = _unskipped(model, skip)
     if not linears:
         raise UserError("there is nothing to quantize: " + (f"skip={list(skip)} leaves no linear layer." if skip else _NO_LINEARS))

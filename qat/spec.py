@@ -129,6 +129,15 @@ class QuantSpec:
         if form.own_scales and self.scale_grid != "bf16_fp16":
             raise ValueError(f"scale_grid={self.scale_grid!r} does nothing with kind={self.kind!r}, which has its own scales; leave it out")
 
+    def check_storable(self) -> None:
+        """Raise ValueError unless quantized folders and exports can hold the lattice: symmetric integers, a scale per group or row."""
+        for name, value, needed in (("kind", self.kind, "int"), ("symmetric", self.symmetric, True)):
+            if value != needed:
+                told = str(needed).lower()
+                raise ValueError(f"{name}={value!r} can be computed with, but no model folder or export holds it yet; use {name}: {told}")
+        if self.group_size == "tensor":
+            raise ValueError("group_size='tensor' can be computed with, but no model folder or export holds it yet; use 'channel'")
+
     @property
     def qmin(self) -> int:
         """Smallest code."""

@@ -188,6 +188,10 @@ class QatSettings(TrainingBlock):
     skip: tuple[str, ...] = ()
     """Module name patterns (fnmatch) left in full precision; one that matches nothing is an error. lm_head and embeddings always are."""
 
+    def __post_init__(self) -> None:
+        TrainingBlock.__post_init__(self)
+        self.weights.check_storable()
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeSettings:
@@ -199,6 +203,9 @@ class QuantizeSettings:
     """rtn = round to nearest."""
     skip: tuple[str, ...] = ()
     """As in qat."""
+
+    def __post_init__(self) -> None:
+        self.weights.check_storable()
 
 
 @dataclass(frozen=True, kw_only=True)

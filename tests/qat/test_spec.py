@@ -133,3 +133,21 @@ def test_activations_have_a_json_form_and_a_lattice() -> None:
     assert ActivationSpec.from_json(spec.to_json()) == spec
     assert spec.lattice == QuantSpec(bits=8, group_size="tensor", symmetric=False, scale_grid="fp32")
     assert ActivationSpec().lattice.divisor_value == 127
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"symmetric": False}, "symmetric=False .*use symmetric: true"),
+        ({"kind": "nf4"}, "kind='nf4' .*use kind: int"),
+        ({"group_size": "tensor"}, "group_size='tensor' .*use 'channel'"),
+    ],
+)
+def test_what_no_folder_can_hold_is_refused_before_training(given: dict[str, Any], words: str) -> None:
+    from decoct.trainer.settings import QatSettings, QuantizeSettings
+
+    spec = QuantSpec(**given)
+    for refused in (spec.check_storable, lambda: QatSettings(tokens=1, weights=spec), lambda: QuantizeSettings(weights=spec)):
+        with pytest.raises(ValueError, match=words):
+            refused()
+    QuantSpec().check_storable()
