@@ -94,11 +94,11 @@ class SparseTargets:
 
 
 def control_weight(log_q: Tensor, weights: Tensor, log_inclusion: Tensor) -> Tensor:
-    """c of the controlled form [N], a constant to autograd: min(1, P / Q) exp(-8 B), from what is the same in every draw.
+    """c of the controlled form [N], a constant to autograd: min(1, P / Q) exp(-4 B), from what is the same in every draw.
 
     P and Q are what teacher and student leave for the tokens that are not known for certain, and B is the KL of the certain tokens and
     that rest as one bucket. Where both models have the same tail up to its size, min(1, P / Q) is the best c; a student far from the
-    teacher (B of half a nat or more) gets none, as q / r may be large where r is tiny. 8 was chosen by measurement (docs/lab-book.md).
+    teacher (B of a nat or more) gets none, as q / r may be large where r is tiny. 4 was chosen by measurement (docs/lab-book.md).
 
     Args:
         log_q: [N, K] log-probabilities of the student.
@@ -112,7 +112,7 @@ def control_weight(log_q: Tensor, weights: Tensor, log_inclusion: Tensor) -> Ten
     left = (1 - torch.where(certain, log_q.exp(), 0.0).sum(1)).clamp(min=least)
     inside = torch.where(certain, p * (p.clamp(min=torch.finfo(p.dtype).tiny).log() - log_q), 0.0).sum(1)
     bucket = inside + rest * (rest / left).log()
-    return (rest / left).clamp(max=1) * torch.exp(-8 * bucket.clamp(min=0))
+    return (rest / left).clamp(max=1) * torch.exp(-4 * bucket.clamp(min=0))
 
 
 def sparse_forward_kl(student_logits: Tensor, targets: SparseTargets) -> Tensor:
