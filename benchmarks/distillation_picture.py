@@ -31,15 +31,15 @@ def draw(rows: list[dict[str, object]], case: str, file: Path) -> None:
         if (system, "kl") not in seen:
             continue
         speed = seen[system, "tokens_per_second"] / seen["cross_entropy", "tokens_per_second"]
-        axes.errorbar(speed, seen[system, "kl"], yerr=seen.get((system, "kl_sd"), 0), fmt="o", capsize=3)
-        axes.annotate(label, (speed, seen[system, "kl"]), textcoords="offset points", xytext=(6, 5))
+        axes.errorbar(speed, seen[system, "kl"], yerr=seen.get((system, "kl_sd"), 0), fmt="o", capsize=3, label=label)
     axes.set_xlabel("training speed, cross-entropy alone = 1")
     axes.set_ylabel("held-out KL(teacher || student), nats")
     axes.set_ylim(bottom=0)
-    axes.margins(x=0.2)
+    axes.margins(x=0.1)
+    axes.legend(loc="lower center", ncols=3, frameon=False)
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(file, metadata={"Date": None})
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
 if __name__ == "__main__":
