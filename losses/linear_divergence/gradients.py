@@ -71,7 +71,8 @@ class _Loss(torch.autograd.Function):
         hidden_wanted, head_wanted, bias_wanted = (wanted and needed for needed in ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
             gradients = Gradients.zeros(problem, hidden=hidden_wanted, head=head_wanted, bias=bias_wanted)
-            sums = run(problem, gradients)
+            # numbers of their own: FSDP2 warns of a loss that is a view of something
+            sums = tuple(part.clone() for part in run(problem, gradients))
         ctx.dtypes = (hidden.dtype, head.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(gradients.hidden, gradients.head, gradients.bias)
         ctx.mark_non_differentiable(*sums[1:])

@@ -1,6 +1,6 @@
 """What only the chunked back end promises: blocks, memory, work that is not done."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -161,6 +161,14 @@ def test_second_derivatives_are_refused(case) -> None:
     (gradient, _) = torch.autograd.grad(own.sums(LossSettings(), "chunked").loss.square(), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+def test_sums_are_no_views(case: Callable[..., Any]) -> None:
+    """FSDP2 hooks a module's outputs, and warns users of every one that is a view."""
+    made = case().to(torch.float32)
+    made.leaves()
+    sums = made.sums(LossSettings(), "chunked")
+    assert all(part._base is None for part in vars(sums).values())
 
 
 def test_an_unused_loss_leaves_other_gradients_alone(case) -> None:
