@@ -1,0 +1,122 @@
+"""GPTQ: round the columns of a weight one after the other, each making good what rounding the ones before it has cost.
+
+It lowers tr((W - Q) H (W - Q)^T), H = 2/N sum x x^T (Frantar et al., arXiv 2210.17323, algorithm 1). The paper takes the Cholesky
+factor of the inverse of H. Its inverse in turn, R upper triangular with H = R R^T, gives the same codes without an inverse:
+
+    column k is rounded as   v_k = w_k + sum_{i < k} (w_i - q_i) R_ik / R_kk
+
+R is the Cholesky factor of H with rows and columns reversed. One factorization is all, the original weight stays untouched, errors are
+plain differences to it, and what a block of columns has to make good is a matrix product (the paper's lazy updates).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..spec import QuantSpec
+
+BLOCK = 128
+"""Columns between two large products."""
+_INNER = 32  # columns between two small products inside a block
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What all weights with the same inputs share."""
+
+    order: Tensor
+    """int64 [in]: the columns in the order in which they are rounded."""
+    links: Tensor
+    """fp32 [in, in] in that order, lower triangle used: ``links[k, i]`` = R_ik / R_kk."""
+    damping: float
+    """Share of the mean diagonal that was added to the diagonal: what was asked for, or more when that was not enough."""
+
+
+def damping_steps(damping: float) -> list[float]:
+    """The dampings that are tried: the one asked for, then ten times as much each time (at least 0.001), up to 1."""
+    steps = [damping]
+    while (following := max(10 * steps[-1], 1e-3)) <= 1.0:
+        steps.append(following)
+    return steps
+
+
+@torch.no_grad()
+def factorize(hessian: Tensor, damping: float = 0.01, activation_order: bool = True) -> Factor | None:
+    """Prepare a Hessian for ``gptq_codes``.
+
+    Args:
+        hessian: fp32 [in, in], finite; kept as it is. An input that was always zero has a zero row and column: its weights are rounded
+            to nearest and correct nothing.
+        damping: Share of the mean diagonal added to the diagonal; raised by ``damping_steps`` while the Cholesky factor does not exist.
+        activation_order: Round the columns of the largest diagonal first (of equal ones the first); false: from left to right.
+
+    Returns:
+        None when no damping makes the matrix positive definite.
+    """
+    diagonal = hessian.diagonal()
+    natural = torch.arange(len(diagonal), device=hessian.device)
+    order = torch.sort(diagonal, descending=True, stable=True).indices if activation_order else natural
+    last_first = order.flip(0)
+    mean = diagonal.mean()
+    for share in damping_steps(damping):
+        matrix = hessian[last_first][:, last_first]
+        damped = matrix.diagonal().add_(share * mean)
+        damped.masked_fill_(damped == 0, 1.0)
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        # a pivot that is all rounding error passes the factorization, but its ratios are noise without bound
+        if not int(failed) and bool(torch.isfinite(lower).all()):
+            links = lower.flip(0, 1).T.contiguous()
+            return Factor(order=order, links=links.div_(links.diagonal().clone().unsqueeze(1)), damping=share)
+    return None
+
+
+@torch.no_grad()
+def gptq_codes(weight: Tensor, scales: Tensor, factor: Factor, spec: QuantSpec, mask: Tensor | None = None) -> Tensor:
+    """Codes of a weight for given scales, on the lattice of ``fake_quant``: fp32 true division, half to even, clamped.
+
+    Args:
+        weight: [out, in], finite; weights with the same inputs may be stacked along out.
+        scales: fp32 [out, groups] on the spec's grid. Groups are those of the original columns, whatever the order: runtimes need no index.
+        factor: From ``factorize``.
+        spec: A symmetric integer lattice.
+        mask: bool [out, in], True where a weight is kept. The others become 0, and what that costs is made good by later columns.
+
+    Returns:
+        int8 [out, in].
+    """
+    columns = weight.shape[1]
+    width = columns // scales.shape[1]
+    target = weight.detach().to(torch.float32).T[factor.order]  # [in, out]: a column is contiguous
+    kept = None if mask is None else mask.T[factor.order].to(torch.float32)
+    errors = torch.empty_like(target)
+    codes = torch.empty(target.shape, dtype=torch.int8, device=weight.device)
+    by_group = scales.T.contiguous()
+    groups = (factor.order // width).tolist()
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        block = torch.addmm(target[start:stop], factor.links[start:stop, :start], errors[:start])
+        for first in range(start, stop, _INNER):
+            end = min(first + _INNER, stop)
+            part = block[first - start : end - start]
+            part.addmm_(factor.links[first:end, start:first], errors[start:first])
+            _round_columns(part, first, target, errors, kept, factor.links, [by_group[group] for group in groups[first:end]], spec)
+        codes[start:stop] = block.to(torch.int8)
+    restored = torch.empty_like(codes)
+    restored[factor.order] = codes
+    return restored.T.contiguous()
+
+
+def _round_columns(
+    part: Tensor, first: int, target: Tensor, errors: Tensor, kept: Tensor | None, links: Tensor, scales: list[Tensor], spec: QuantSpec
+) -> None:
+    """Round the columns ``part`` [columns, out] in place to codes (as floats), one after the other; fills their ``errors``."""
+    past = errors[first : first + len(scales)]
+    for index, (value, scale) in enumerate(zip(part.unbind(), scales)):
+        if index:
+            value.addmv_(past[:index].T, links[first + index, first : first + index])
+        torch.div(value, scale, out=value)
+        value.round_().clamp_(spec.qmin, spec.qmax)
+        if kept is not None:
+            value.mul_(kept[first + index])
+        torch.addcmul(target[first + index], value, scale, value=-1, out=past[index])
