@@ -79,7 +79,7 @@ def prepare(model: "PreTrainedModel", spec: QuantSpec, skip: Sequence[str] = ())
     """
     if _prepared(model):
         raise UserError("the model's linears are quantized already; prepare takes a plain model. Fold it first.")
-    linears = _targets(model, spec, skip)
+    linears = target_linears(model, spec, skip)
     for name, linear in linears.items():
         model.set_submodule(name, QuantLinear(linear, spec))
     return list(linears)
@@ -99,7 +99,7 @@ def quantize_model(model: "PreTrainedModel", spec: QuantSpec, skip: Sequence[str
     """
     modules: Mapping[str, nn.Linear] = _prepared(model)
     if not modules:
-        modules = _targets(model, spec, skip)
+        modules = target_linears(model, spec, skip)
     elif any(cast(QuantLinear, module).spec != spec for module in modules.values()):
         raise UserError(f"the model was prepared with another lattice than {spec}; quantize it with the one it was trained with.")
     elif skip and set(_unskipped(model, skip)) != set(modules):
@@ -170,7 +170,7 @@ def _unskipped(model: "PreTrainedModel", skip: Sequence[str]) -> dict[str, nn.Li
     return {name: module for name, module in linears.items() if not any(fnmatchcase(name, pattern) for pattern in skip)}
 
 
-def _targets(model: "PreTrainedModel", spec: QuantSpec, skip: Sequence[str]) -> dict[str, nn.Linear]:
+def target_linears(model: "PreTrainedModel", spec: QuantSpec, skip: Sequence[str]) -> dict[str, nn.Linear]:
     """The linears to quantize, after checking that each can be."""
     try:
         spec.check_storable()

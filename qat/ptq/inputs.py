@@ -1,0 +1,106 @@
+"""What the linears of a layer are given by calibration text: second moments of their inputs, one for all that share an input."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...models.errors import NonFiniteError, UserError
+from .replay import Advance, Replay
+
+
+@dataclass
+class SharedInput:
+    """Linears that read the very same tensor, such as the projections to queries, keys and values."""
+
+    names: list[str]
+    """Full module names, in the order in which they run."""
+    moments: Tensor
+    """fp32: H = 2/N sum x x^T [in, in], or its diagonal [in]; N unmasked tokens."""
+
+
+def shared_inputs(replay: Replay, index: int, linears: Mapping[str, nn.Linear], whole: bool, advance: Advance) -> list[SharedInput]:
+    """Run layer ``index`` over all batches and sum what its linears read.
+
+    Args:
+        linears: Linears of that layer, by full name.
+        whole: Sum x x^T; false: its diagonal alone.
+        advance: Told the tokens of every batch that is done.
+
+    Raises:
+        UserError: a linear does not run, or reads something else than a vector for each token.
+        NonFiniteError: an input is NaN or infinite.
+    """
+    sums = _Sums(whole)
+    tokens = 0
+    for number, kept in replay.batches():
+        watched = dict(linears) if number == 0 else {shared.names[0]: linears[shared.names[0]] for shared in sums.shared}
+        handles = [linear.register_forward_pre_hook(sums.adder(name, number == 0, kept)) for name, linear in watched.items()]
+        try:
+            replay.run(index, number)
+        finally:
+            for handle in handles:
+                handle.remove()
+        sums.seen.clear()
+        tokens += replay.tokens(number)
+        advance(replay.tokens(number))
+    return sums.result(linears, tokens)
+
+
+class _Sums:
+    def __init__(self, whole: bool) -> None:
+        self.whole = whole
+        self.shared: list[SharedInput] = []
+        self.seen: list[tuple[Tensor, SharedInput]] = []
+        """Inputs of the current batch; kept alive, so that no other tensor can be taken for one of them."""
+
+    def adder(self, name: str, first: bool, kept: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        """Pre-hook that finds who shares the input (``first`` batch) and adds what ``kept`` [B, S] leaves of it."""
+
+        def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            given: Tensor = inputs[0]
+            if first:
+                known = next((shared for tensor, shared in self.seen if tensor is given), None)
+                if known is not None:
+                    known.names.append(name)
+                    return
+                width = given.shape[-1]
+                moments = torch.zeros((width, width) if self.whole else (width,), dtype=torch.float32, device=given.device)
+                shared = SharedInput([name], moments)
+                self.shared.append(shared)
+                self.seen.append((given, shared))
+            else:
+                shared = next(shared for shared in self.shared if shared.names[0] == name)
+            if given.ndim != 3 or (kept is not None and kept.shape != given.shape[:2]):
+                raise UserError(
+                    f"{name} reads a tensor of shape {tuple(given.shape)}, not one vector for each token, and cannot be calibrated; "
+                    f"add it to skip, or use method rtn or mse without calibration_tokens"
+                )
+            rows = (given.flatten(0, 1) if kept is None else given[kept]).to(torch.float32)
+            if self.whole:
+                shared.moments.addmm_(rows.T, rows)
+            else:
+                shared.moments.add_(rows.square().sum(0))
+
+        return add
+
+    def result(self, linears: Mapping[str, nn.Linear], tokens: int) -> list[SharedInput]:
+        """The finished sums, checked."""
+        ran = {name for shared in self.shared for name in shared.names}
+        if idle := [name for name in linears if name not in ran]:
+            raise UserError(
+                f"{idle[0]} ({len(idle)} in all) took no part in running the calibration text, so nothing is known of its inputs; "
+                "add it to skip, or use method rtn or mse without calibration_tokens"
+            )
+        for shared in self.shared:
+            shared.moments.mul_(2.0 / tokens)
+            diagonal = shared.moments.diagonal() if self.whole else shared.moments
+            # no entry of x x^T can overflow before one of its diagonal does
+            if not bool(torch.isfinite(diagonal).all()):
+                raise NonFiniteError(
+                    f"the inputs of {shared.names[0]} are NaN, infinite or too large to square on the calibration text; the model, or a "
+                    "layer that was rounded before, overflows: take an earlier checkpoint, or more bits"
+                )
+        return self.shared
