@@ -8,7 +8,7 @@ the QuantSpec, the modules and a hash of both. Export reads the codes and never 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,21 @@ class QuantState:
     """What is stored and served: codes and scales per module, on the CPU."""
 
     spec: QuantSpec
-    """The lattice all modules share."""
+    """The lattice of every module that has none of its own."""
     modules: tuple[str, ...]
     """Full module names, in module order."""
     codes: dict[str, Tensor]
     """int8 [out, in] in [qmin, qmax] by module name."""
     scales: dict[str, Tensor]
     """fp32 [out, groups] on the spec's grid by module name."""
+    zero_points: dict[str, Tensor] = field(default_factory=dict)
+    """int8 [out, groups] in [qmin, qmax] by module name; modules with a symmetric lattice have none."""
+    own_specs: dict[str, QuantSpec] = field(default_factory=dict)
+    """Lattices of modules that differ from ``spec``."""
+
+    def spec_of(self, module: str) -> QuantSpec:
+        """The lattice of a module."""
+        return self.own_specs.get(module, self.spec)
 
     def dequantized(self, module: str) -> Tensor:
         """fp32 [out, in] = codes * scales: the weight that plain runtimes see."""
