@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..losses.settings import LossSettings
-from ..qat.spec import QuantSpec
+from ..qat.spec import ActivationSpec, QuantSpec
 
 Precision = Literal["32", "bf16-mixed"]
 Strategy = Literal["auto", "ddp", "fsdp2"]
@@ -187,6 +187,8 @@ class QatSettings(TrainingBlock):
     """The weight lattice."""
     skip: tuple[str, ...] = ()
     """Module name patterns (fnmatch) left in full precision; one that matches nothing is an error. lm_head and embeddings always are."""
+    activations: ActivationSpec | None = None
+    """How the inputs of these layers are rounded, such as {kind: int8}; default: not at all."""
     scales: Literal["learned", "absmax"] = "learned"
     """learned = trained beside the weights (LSQ); absmax = taken anew from the weights in every forward."""
     scale_learning_rate: float | None = None
