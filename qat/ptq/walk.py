@@ -77,8 +77,8 @@ def round_model(
             inputs cannot be calibrated.
         NonFiniteError: inputs of a linear are NaN or infinite.
     """
-    linears = target_linears(model, spec, skip)
     layers = decoder_layers(model)
+    names = _names(target_linears(model, spec, skip), layers or [model])
     calibrates = rounding.needs != "nothing"
     if calibrates:
         _check_calibration(text, layers, rounding)
@@ -96,11 +96,10 @@ def round_model(
     model.eval()
     walk = _Walk(model, spec, rounding, frozenset(sparse), shelf, replay, others, advance)
     for index, layer in enumerate(layers or [model]):
-        modules = {id(module) for module in layer.modules()}
-        walk.layer(index, layer, {name: linear for name, linear in linears.items() if id(linear) in modules}, index + 1 == len(layers))
+        walk.layer(index, layer, names[index], index + 1 == len(layers))
     shelf.close()
     model.train(training)
-    state = QuantState(spec=spec, modules=tuple(linears), codes=walk.codes, scales=walk.scales)
+    state = QuantState(spec=spec, modules=tuple(walk.codes), codes=walk.codes, scales=walk.scales)
     return RoundedModel(state=state, errors=walk.errors, notes=walk.notes)
 
 
@@ -109,6 +108,12 @@ def amount_of_work(model: "PreTrainedModel", spec: QuantSpec, rounding: Rounding
     if rounding.needs == "nothing" or text is None:
         return sum(linear.weight.numel() for linear in target_linears(model, spec, skip).values())
     return text.tokens * max(0, 2 * len(decoder_layers(model)) - 1)
+
+
+def _names(linears: Mapping[str, nn.Linear], layers: Sequence[nn.Module]) -> list[list[str]]:
+    """The names of each layer's linears. The modules themselves are let go of: each has its unrounded weight as long as it lives."""
+    inside = [{id(module) for module in layer.modules()} for layer in layers]
+    return [[name for name, linear in linears.items() if id(linear) in modules] for modules in inside]
 
 
 def _check_calibration(text: CalibrationText | None, layers: Sequence[nn.Module], rounding: Rounding) -> None:
@@ -132,10 +137,10 @@ class _Walk:
         self.errors: dict[str, KindError] = {}
         self.notes: list[str] = []
 
-    def layer(self, index: int, layer: nn.Module, linears: Mapping[str, nn.Linear], last: bool) -> None:
+    def layer(self, index: int, layer: nn.Module, names: Sequence[str], last: bool) -> None:
         """Round one layer, and run it for the next."""
         self.shelf.bring(layer)
-        linears = {name: _linear(self.model, name) for name in linears}
+        linears = {name: _linear(self.model, name) for name in names}
         if self.others is not None:
             rounded_later = {id(linear.weight) for linear in linears.values()}
             _take_values([parameter for parameter in layer.parameters() if id(parameter) not in rounded_later], self.others)

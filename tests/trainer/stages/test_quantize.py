@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -259,6 +258,7 @@ import io, re, sys, threading, time
 from pathlib import Path
 import torch
 from rich.console import Console
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from decoct.models import folder
 from decoct.models.tokenizer import train_tokenizer
 from decoct.qat.spec import QuantSpec
@@ -316,7 +316,6 @@ def test_memory_holds_a_part_of_a_model_that_is_streamed(tmp_path: Path) -> None
     shards = json.loads((tmp_path / "rtn-always/model/model.safetensors.index.json").read_text())
     assert len(set(shards["weight_map"].values())) > 5
     load_quant_state(tmp_path / "gptq-always/model")
-    assert rise["rtn", "always"] < 0.45, rise
-    assert rise["gptq", "always"] < 0.55, rise
-    assert rise["rtn", "never"] > 1, rise
-    shutil.rmtree(tmp_path)
+    assert rise["rtn", "always"] < 0.4, rise
+    assert rise["gptq", "always"] < 0.6, rise
+    assert rise["rtn", "never"] > 1.2, rise
