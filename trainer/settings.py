@@ -187,10 +187,60 @@ class QatSettings(TrainingBlock):
     """The weight lattice."""
     skip: tuple[str, ...] = ()
     """Module name patterns (fnmatch) left in full precision; one that matches nothing is an error. lm_head and embeddings always are."""
+    scales: Literal["learned", "absmax"] = "learned"
+    """learned = trained beside the weights (LSQ); absmax = taken anew from the weights in every forward."""
+    scale_learning_rate: float | None = None
+    """Peak rate of learned scales; default: a thirtieth of the others'."""
+    start: Literal["rtn", "mse", "gptq"] = "rtn"
+    """First scales (and, for gptq, weights): from the largest magnitude, searched for the smallest error, or by GPTQ on training text."""
+    train: Literal["all", "scales"] = "all"
+    """scales = only these, over codes that stay as 'start' makes them: a byte a weight and no optimizer state for it."""
+    lora: int | None = None
+    """Rank of an adapter that trains in place of the quantized weights; what is rounded, and stored, is the merged weight."""
+    delay: float = 0.0
+    """Share of the steps, at the beginning, that train unrounded weights; scales are taken from the weights at its end."""
+    anneal_from: int | None = None
+    """Bits that rounding begins with; a bit less at a time until 'weights' is reached."""
+    anneal: float = 0.5
+    """Share of the steps, after the delay, over which bits are taken away."""
+    freeze_scales: float = 0.0
+    """Share of the steps, at the end, with scales that no longer change."""
+    calibration_tokens: int = 131_072
+    """start: gptq: training text that it looks at."""
 
     def __post_init__(self) -> None:
         TrainingBlock.__post_init__(self)
         self.weights.check_storable()
+        if self.train == "scales" and self.scales != "learned":
+            raise ValueError("train=scales trains the scales and nothing else: it needs scales=learned")
+        if self.scales == "absmax" and (self.start != "rtn" or self.scale_learning_rate is not None):
+            key = "start" if self.start != "rtn" else "scale_learning_rate"
+            raise ValueError(f"{key} does nothing with scales=absmax, which are taken anew in every forward; use scales=learned")
+        self._check_schedule()
+        self._check_trained()
+
+    def _check_schedule(self) -> None:
+        for name in ("delay", "anneal", "freeze_scales"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1): it is a share of the steps")
+        if self.anneal_from is not None and not self.weights.bits < self.anneal_from <= 8:
+            raise ValueError(f"anneal_from={self.anneal_from} must lie above bits={self.weights.bits} and be at most 8")
+        last = self.delay + (self.anneal if self.anneal_from is not None else 0.0)
+        if last + self.freeze_scales > 1:
+            raise ValueError(f"delay, anneal and freeze_scales take {last + self.freeze_scales:.0%} of the steps; together at most 100%")
+        if self.start == "gptq" and (self.delay or self.anneal_from is not None):
+            key = "delay" if self.delay else "anneal_from"
+            raise ValueError(f"{key} does nothing good with start=gptq, which fits the weights as they are to the final bits; leave it out")
+
+    def _check_trained(self) -> None:
+        if self.lora is not None and self.lora < 1:
+            raise ValueError(f"lora={self.lora} must be at least 1: it is the adapter's rank; 16 or 32 are usual")
+        if self.train == "scales":
+            for name, unused in (("lora", None), ("delay", 0.0), ("anneal_from", None), ("freeze_scales", 0.0)):
+                if getattr(self, name) != unused:
+                    raise ValueError(f"{name} does nothing with train=scales, whose codes stay as they are; leave it out")
+        if self.lora is not None and self.start == "gptq":
+            raise ValueError("start=gptq changes the weights that an adapter leaves alone; use start=mse with lora")
 
 
 @dataclass(frozen=True, kw_only=True)
