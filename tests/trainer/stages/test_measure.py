@@ -10,7 +10,7 @@ from decoct.models.loading import load_model
 from decoct.trainer.stages.measure import open_for_measuring
 
 
-def mapped(tensor(tensor: torch.Tensor, folder: Path) -> bool:
+def mapped(tensor: torch.Tensor, folder: Path) -> bool:
     """Whether the memory of a tensor is a file of ``folder``."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         begin, end = (int(part, 16) for part in line.split()[0].split("-"))
