@@ -15,11 +15,21 @@ def model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
 
 
+def first(made: nn.Sequential) -> nn.Linear:
+    linear = made[0]
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def plain_first(made: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(x, first(made).weight, first(made).bias)
+
+
 def test_dynamic_inputs_are_rounded_token_by_token_and_can_be_let_pass() -> None:
     made, x = model(), torch.randn(2, 5, 8)
     plain = made(x)
     inputs = round_inputs(made, ["0"], ActivationSpec())
-    assert torch.equal(made(x), made[1](nn.functional.linear(fake_quant_activation(x, ActivationSpec()), made[0].weight, made[0].bias)))
+    assert torch.equal(made(x), made[1](plain_first(made, fake_quant_activation(x, ActivationSpec()))))
     inputs.enable(False)
     assert torch.equal(made(x), plain)
     assert not inputs.scales()
@@ -32,7 +42,7 @@ def test_static_scales_come_from_the_range_that_was_seen(symmetric: bool) -> Non
     inputs.observe()
     batches = [torch.randn(3, 8), 2 * torch.randn(4, 8)]
     for x in batches:
-        assert torch.equal(made[0](x), nn.functional.linear(x, made[0].weight, made[0].bias)), "without a range everything passes"
+        assert torch.equal(first(made)(x), plain_first(made, x)), "without a range everything passes"
     inputs.set_ranges(inputs.extremes())
     whole = torch.cat(batches)
     scale, zero = static_scale(whole.min(), whole.max(), spec)
@@ -48,7 +58,7 @@ def test_a_module_that_read_nothing_is_named() -> None:
     made = model()
     inputs = round_inputs(made, ["0", "1"], ActivationSpec(scaling="static"))
     inputs.observe()
-    made[0](torch.randn(1, 8))
+    first(made)(torch.randn(1, 8))
     with pytest.raises(UserError, match="1 took no part"):
         inputs.extremes()
 
@@ -57,4 +67,5 @@ def test_gradients_reach_what_lies_before() -> None:
     made = model()
     round_inputs(made, ["1"], ActivationSpec())
     made(torch.randn(3, 8)).sum().backward()
-    assert made[0].weight.grad is not None and made[0].weight.grad.any()
+    gradient = first(made).weight.grad
+    assert gradient is not None and gradient.any()

@@ -28,7 +28,10 @@ def best_device() -> str:
 
 
 def open_for_measuring(path: str, revision: str | None = None) -> "PreTrainedModel":
-    """Any model folder, hub id or export as a plain fp32 model; exports are rebuilt by the independent reader."""
+    """Any model folder, hub id or export as a plain fp32 model; exports are rebuilt by the independent reader.
+
+    Of fp32 folders transformers maps the files, so that a model quantized layer by layer can be measured where memory does not hold it.
+    """
     if is_export(path):
         return load_exported_model(Path(path))
     model = load_model(path, dtype=torch.float32, revision=revision)

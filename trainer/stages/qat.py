@@ -12,15 +12,14 @@ from ...models.loading import load_model
 from ...qat.activations import RoundedInputs, round_inputs
 from ...qat.linear import Extras
 from ...qat.modules import fold, hold_codes, prepare, quantize_model
-from ...qat.ptq import CalibrationText, Rounding, round_model
+from ...qat.ptq import Rounding, round_model
 from ...qat.ptq.cells import into_cells
 from ...qat.state import QUANT_FILE, load_quant_state
 from ..quantizers import Quantizers
-from ..settings import QatSettings, TrainerSettings
+from ..settings import QatSettings, QuantizeSettings, TrainerSettings
 from .context import StageContext, StageResult, Trained
-from .opening import OpenStudent, current_device, open_student
-from .prune import calibration_batches
-from .quantize import save_quantized
+from .opening import OpenStudent, open_student
+from .quantize import Source, round_and_tell, save_quantized, stage_text
 from .saving import stage_record
 from .training import keep_zeros_hooks, sparse_modules, train_student, training_plan
 
@@ -37,17 +36,11 @@ def start(settings: QatSettings, context: StageContext) -> None:
         return
     model = load_model(context.input, dtype=torch.float32, revision=context.input_revision)
     latent = {name: parameter.detach().clone() for name, parameter in model.named_parameters()} if settings.train == "all" else {}
-    text = CalibrationText(batches=list(calibration_batches(context, settings.calibration_tokens)))
-    context.say(f"  GPTQ on {text.tokens:,} tokens")
-    rounded = round_model(
-        model,
-        settings.weights,
-        Rounding(method="gptq", scale="mse"),
-        skip=settings.skip,
-        sparse=sparse_modules(context.input),
-        text=text,
-        device=current_device(),
+    rounding = QuantizeSettings(
+        weights=settings.weights, skip=settings.skip, method="gptq", scale="mse", calibration_tokens=settings.calibration_tokens
     )
+    text = stage_text(rounding, context, model)
+    rounded = round_and_tell(rounding, context, Source(model, {}), text, others=None)
     for name in rounded.state.modules if latent else ():
         weight = model.get_parameter(f"{name}.weight")
         weight.data.copy_(into_cells(latent[f"{name}.weight"], rounded.state.codes[name], rounded.state.scales[name], settings.weights))
