@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..models.errors import UserError
-from .read_compressed_tensors import PackedFolder
+from .fake_quant import dequantize
+from .readers import ExportReader, open_export
 
 if TYPE_CHECKING:
     from .export.source import ExportSource
@@ -32,7 +33,7 @@ def rebuilt_hashes(folder: Path, source: "ExportSource") -> tuple[dict[str, str]
     Raises:
         UserError: the export cannot be read.
     """
-    opened = PackedFolder(folder)
+    opened = open_export(folder)
     quantized = {f"{module}.weight": module for module in source.state.modules}
     wanted = set(quantized) | set(source.plain)
     shapes = opened.shapes()
@@ -43,11 +44,18 @@ def rebuilt_hashes(folder: Path, source: "ExportSource") -> tuple[dict[str, str]
         rebuilt = opened.tensor(name)
         hashes[name] = weight_hash(rebuilt)
         if name in wanted:
-            module = quantized.get(name)
-            tensor = source.state.dequantized(module) if module else source.tensor(name).float()
-            if not np.array_equal(tensor.numpy(), rebuilt):
-                problems.append(f"{name} is not the source's: {_differing(tensor.numpy(), rebuilt)}")
+            expected = source_weight(source, name, quantized.get(name))
+            if not np.array_equal(expected, rebuilt):
+                problems.append(f"{name} is not the source's: {_differing(expected, rebuilt)}")
     return hashes, problems
+
+
+def source_weight(source: "ExportSource", name: str, module: str | None) -> NDArray[np.float32]:
+    """fp32 tensor of a quantized folder: the values of a module's lattice, or of a plain tensor."""
+    if module is None:
+        return source.tensor(name).float().numpy()
+    state = source.state
+    return dequantize(state.codes[module], state.scales[module], state.zero_points.get(module)).numpy()
 
 
 def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]]:
@@ -60,7 +68,7 @@ def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]
         (number of tensors that were compared with a hash, sentences about what is wrong).
     """
     try:
-        opened = PackedFolder(folder)
+        opened = open_export(folder)
         shapes = opened.shapes()
     except UserError as error:
         return 0, [str(error)]
@@ -84,14 +92,14 @@ def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]
     return compared, problems
 
 
-def _unit_scales(opened: PackedFolder, name: str) -> str | None:
+def _unit_scales(opened: ExportReader, name: str) -> str | None:
     """What is wrong with the scales of groups whose codes are all zero, which no dequantized weight shows; None for plain tensors."""
     module = name.removesuffix(".weight")
     if module not in opened.modules:
         return None
-    codes, scales = opened.codes_and_scales(module)
-    empty = ~codes.reshape(*scales.shape, -1).any(axis=2)
-    return f"{module}.weight_scale: a group of zeros has another scale than 1" if (scales[empty] != 1).any() else None
+    lattice = opened.lattice(module)
+    empty = ~lattice.centred().any(axis=2)
+    return f"{module}: a group of zeros has another scale than 1" if (lattice.scales[empty] != 1).any() else None
 
 
 def _differing(expected: NDArray[np.float32], found: NDArray[np.float32]) -> str:

@@ -12,7 +12,8 @@ from ..models.folder import RECORD, read_record, verify_folder_files
 from ..models.safetensors_file import read_header
 from .exactness import check_recorded, rebuilt_hashes
 from .footprint import weight_files
-from .read_compressed_tensors import PackedFolder, is_packed
+from .read_compressed_tensors import is_packed
+from .readers import ExportReader, open_export
 from .rebuild import load_exported_model as load_exported_model
 from .runtimes import check_runtimes
 from .spec import QuantSpec
@@ -105,31 +106,30 @@ def _check_packed(path: Path, record: dict[str, Any], report: VerifyReport) -> N
 def _structure_problems(path: Path, record: dict[str, Any]) -> list[str]:
     """Names, shapes and scheme against config and record."""
     try:
-        opened, structure = PackedFolder(path), model_structure(path)
+        opened, structure = open_export(path), model_structure(path)
         problems = [f"{path.name}: {problem}" for problem in structure.differences(opened.shapes())]
-        # transformers and vLLM expect packed tensors of every linear that is not in 'ignore'
-        ignored = set(opened.scheme.ignore)
-        if not any(name.startswith("re:") for name in ignored):
-            left = [name for name in structure.linears if name not in opened.modules and name not in ignored]
-            problems += [f"{name} is not packed, but quantization_config.ignore does not name it" for name in left]
-            problems += [f"{name} is packed, but quantization_config.ignore names it" for name in opened.modules if name in ignored]
+        # runtimes expect packed tensors of every linear that the config does not leave out
+        problems += opened.unlisted(structure.linears)
         return problems + _record_problems(opened, record)
     except UserError as error:
         return [str(error)]
 
 
-def _record_problems(opened: PackedFolder, record: dict[str, Any]) -> list[str]:
+def _record_problems(opened: ExportReader, record: dict[str, Any]) -> list[str]:
     quant = record.get("quant")
-    if quant is None:
+    if quant is None or not opened.modules:
         return []
     try:
-        spec, modules = QuantSpec.from_json(quant["spec"]), set(quant["modules"])
-    except (TypeError, KeyError, ValueError) as error:
+        modules, own = set(quant["modules"]), quant.get("own_specs") or {}
+        specs = {module: QuantSpec.from_json(own.get(module, quant["spec"])) for module in modules}
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         return [f"{RECORD}: the entry 'quant' cannot be read ({error})"]
-    group_size = None if isinstance(spec.group_size, str) else spec.group_size
     problems = [] if modules == set(opened.modules) else [f"the packed modules are not those that {RECORD} lists"]
-    if (opened.scheme.bits, opened.scheme.group_size) != (spec.bits, group_size):
-        problems.append(f"config.json says bits={opened.scheme.bits}, group_size={opened.scheme.group_size}; {RECORD} says {spec}")
+    for module in opened.modules:
+        spec, scheme = specs.get(module), opened.scheme_of(module)
+        if spec and (scheme.bits, scheme.group_size) != (spec.bits, None if isinstance(spec.group_size, str) else spec.group_size):
+            problems.append(f"config.json says {scheme} of {module}; {RECORD} says {spec}")
+            break
     return problems
 
 
