@@ -177,6 +177,10 @@ class PackedFolder:
         grouped = codes.reshape(codes.shape[0], scales.shape[1], -1).astype(np.float32)
         return (grouped * scales[:, :, None]).reshape(codes.shape)
 
+    def as_stored(self, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """``values``: this format stores every tensor as it is."""
+        return values
+
     def _shape(self, module: str) -> tuple[int, int]:
         place = self._places[module + _SHAPE]
         self._expect(module + _SHAPE, ("I64", "I32"), (2,))

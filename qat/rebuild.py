@@ -8,7 +8,7 @@ import torch
 from ..models.errors import UserError
 from ..models.loading import meta_model
 from ..models.quiet import quiet_transformers
-from .read_compressed_tensors import PackedFolder
+from .readers import open_export
 from .structure import model_structure, plain_config
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def load_exported_model(path: Path) -> "PreTrainedModel":
-    """Rebuild an export (compressed-tensors "pack-quantized") without the package of that name.
+    """Rebuild an export (a folder, or a GGUF file with config.json beside it) without any runtime's package.
 
     Returns:
         The model in eval mode on the CPU, plain ``nn.Linear`` layers, fp32: codes times scales, and every other tensor's stored value.
@@ -27,7 +27,8 @@ def load_exported_model(path: Path) -> "PreTrainedModel":
     from transformers import GenerationConfig
 
     path = Path(path)
-    opened = PackedFolder(path)
+    opened = open_export(path)
+    path = path.parent if path.is_file() else path
     shapes = opened.shapes()
     problems = model_structure(path).differences(shapes)
     if problems:
