@@ -44,14 +44,14 @@ def rebuilt_hashes(folder: Path, source: "ExportSource") -> tuple[dict[str, str]
         rebuilt = opened.tensor(name)
         hashes[name] = weight_hash(rebuilt)
         if name in wanted:
-            expected = source_weight(source, name, quantized.get(name))
+            expected = opened.as_stored(name, source_weight(source, name, quantized.get(name)))
             if not np.array_equal(expected, rebuilt):
                 problems.append(f"{name} is not the source's: {_differing(expected, rebuilt)}")
     return hashes, problems
 
 
 def source_weight(source: "ExportSource", name: str, module: str | None) -> NDArray[np.float32]:
-    """fp32 tensor of a quantized folder: the values of a module's lattice, or of a plain tensor."""
+    """fp32 tensor of a quantized folder: the values of a module's lattice, or of a plain tensor (``module`` None)."""
     if module is None:
         return source.tensor(name).float().numpy()
     state = source.state
@@ -61,8 +61,8 @@ def source_weight(source: "ExportSource", name: str, module: str | None) -> NDAr
 def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]]:
     """Rebuild every tensor of an export and compare it with the hashes in ``decoct.json`` (none are there in others' exports).
 
-    Every single flipped bit of a tensor's bytes is found: of a code or a plain value by the hash; of a scale by the hash, or, where
-    all codes of the group are zero, because decoct stores such groups with scale 1; of unused bits and shapes by the reader.
+    Every single flipped bit of a tensor's bytes is found: of a code or a plain value by the hash; of a scale by the hash of
+    the scales; of unused bits and shapes by the reader.
 
     Returns:
         (number of tensors that were compared with a hash, sentences about what is wrong).
@@ -77,7 +77,7 @@ def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]
     compared = 0
     for name in shapes:
         try:
-            problem = None if recorded is None else _unit_scales(opened, name)
+            problem = None if recorded is None else _scale_problem(opened, name, record)
             found = weight_hash(opened.tensor(name))
         except UserError as error:
             problems.append(str(error))
@@ -92,14 +92,26 @@ def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]
     return compared, problems
 
 
-def _unit_scales(opened: ExportReader, name: str) -> str | None:
-    """What is wrong with the scales of groups whose codes are all zero, which no dequantized weight shows; None for plain tensors."""
+def scale_hashes(folder: Path) -> dict[str, str]:
+    """``weight_hash`` of the scales of every quantized module, as the independent reader finds them."""
+    opened = open_export(folder)
+    return {module: weight_hash(opened.codes_and_scales(module)[1]) for module in opened.modules}
+
+
+def _scale_problem(opened: ExportReader, name: str, record: dict[str, Any]) -> str | None:
+    """What is wrong with the scales of a module, which show in no weight where the codes are zero; None for plain tensors.
+
+    Records of older exports have no hash of the scales: those know that decoct stores groups of zeros with scale 1.
+    """
     module = name.removesuffix(".weight")
     if module not in opened.modules:
         return None
-    lattice = opened.lattice(module)
-    empty = ~lattice.centred().any(axis=2)
-    return f"{module}: a group of zeros has another scale than 1" if (lattice.scales[empty] != 1).any() else None
+    codes, scales = opened.codes_and_scales(module)
+    recorded = record["export"].get("scales")
+    if recorded is not None:
+        return None if recorded.get(module) == weight_hash(scales) else f"{module}: its scales are not those that were exported"
+    empty = ~codes.reshape(*scales.shape, -1).any(axis=2)
+    return f"{module}.weight_scale: a group of zeros has another scale than 1" if (scales[empty] != 1).any() else None
 
 
 def _differing(expected: NDArray[np.float32], found: NDArray[np.float32]) -> str:

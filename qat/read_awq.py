@@ -13,16 +13,14 @@ from numpy.typing import NDArray
 
 from ..models.errors import UserError
 from .read_fields import check_fields, check_group, check_names
-from .read_tensors import Lattice, Scheme, StoredTensors, bit_fields, read_config
+from .read_tensors import Lattice, Scheme, StoredTensors, WeightFolder, bit_fields, read_config
 
 _QWEIGHT, _QZEROS, _SCALES = ".qweight", ".qzeros", ".scales"
 _FIELD_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-class AwqFolder:
+class AwqFolder(WeightFolder):
     """An opened AWQ export: which tensors it has, and each of them as fp32."""
-
-    format = "awq"
 
     def __init__(self, folder: Path) -> None:
         """UserError when config, index or a file header is missing, damaged or foreign."""
@@ -31,10 +29,8 @@ class AwqFolder:
         self._stored = StoredTensors(self.folder)
         names = self._stored.names
         self.modules = tuple(name.removesuffix(_QWEIGHT) for name in names if name.endswith(_QWEIGHT))
-        """Names of the packed modules, in file order."""
         parts = {module + suffix for module in self.modules for suffix in (_QWEIGHT, _QZEROS, _SCALES)}
         self.plain = tuple(name for name in names if name not in parts)
-        """Names of the tensors that are not packed, in file order."""
         for name in sorted(parts - set(names)):
             raise UserError(f"{self.folder}: {name} is missing; the export is incomplete")
         for name in self.plain:

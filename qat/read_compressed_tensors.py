@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ..models.errors import UserError
 from .read_compressed_tensors_config import read_scheme
-from .read_tensors import Lattice, Scheme, StoredTensors, bit_fields, read_config
+from .read_tensors import Lattice, Scheme, StoredTensors, WeightFolder, bit_fields, read_config
 
 _PACKED, _SCALE, _SHAPE, _ZERO = ".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point"
 _INPUT_SCALE, _INPUT_ZERO = ".input_scale", ".input_zero_point"
@@ -47,10 +47,8 @@ def is_packed(folder: Path) -> bool:
     return "quantization_config" in read_config(folder)
 
 
-class PackedFolder:
+class PackedFolder(WeightFolder):
     """An opened export: which tensors it has, and each of them as fp32. Every access reads the file anew; nothing is kept."""
-
-    format = "compressed-tensors"
 
     def __init__(self, folder: Path) -> None:
         """UserError when config, index or a file header is missing, damaged or foreign."""
@@ -66,13 +64,11 @@ class PackedFolder:
         self._unpacked = frozenset(module for module in bytewise if module + _SCALE in self._stored)
         heads = dict.fromkeys(name.removesuffix(_PACKED).removesuffix(".weight") for name in names)
         self.modules = tuple(head for head in heads if head in packed or head in self._unpacked)
-        """Names of the quantized modules, in file order."""
         needed = {module + suffix for module in packed for suffix in (_PACKED, _SCALE, _SHAPE)}
         needed |= {module + suffix for module in self._unpacked for suffix in (".weight", _SCALE)}
         needed |= {module + _ZERO for module in self.modules if not self.scheme_of(module).symmetric}
         needed |= {name for module in self.modules for name in self._input_names(module)}
         self.plain = tuple(name for name in names if name not in needed)
-        """Names of the tensors that are not quantized, in file order."""
         self._quantized = frozenset(f"{module}.weight" for module in self.modules)
         self._check_names(needed)
 
@@ -155,11 +151,6 @@ class PackedFolder:
         scales = self._stored.scales(module + _SCALE, (rows, groups))
         return Lattice(codes=codes, scales=scales, zeros=self._zeros(module, rows, groups, scheme))
 
-    def codes_and_scales(self, module: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-        """(codes [out, in], scales [out, groups]) of a quantized module; UserError as ``lattice``."""
-        lattice = self.lattice(module)
-        return lattice.codes.astype(np.int8), lattice.scales
-
     def tensor(self, name: str) -> NDArray[np.float32]:
         """The fp32 tensor ``name`` of the full state dict: the stored lattice's values, or a plain tensor's exact value.
 
@@ -187,6 +178,10 @@ class PackedFolder:
         if more:
             raise UserError(f"{self._stored.file(name)}: {name} has bits set behind the last column; the file is damaged, export again")
         return unsigned - (1 << (bits - 1))
+
+    def as_stored(self, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """``values``: this format stores every tensor as it is."""
+        return values
 
     def _shape(self, module: str) -> tuple[int, int]:
         if module in self._unpacked:

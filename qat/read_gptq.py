@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from ..models.errors import UserError
 from .read_fields import BITS, check_fields, check_group, module_pattern
-from .read_tensors import Lattice, Scheme, StoredTensors, bit_fields, read_config
+from .read_tensors import Lattice, Scheme, StoredTensors, WeightFolder, bit_fields, read_config
 
 _QWEIGHT, _QZEROS, _SCALES, _G_IDX = ".qweight", ".qzeros", ".scales", ".g_idx"
 
 
-class GptqFolder:
+class GptqFolder(WeightFolder):
     """An opened GPTQ export: which tensors it has, and each of them as fp32."""
 
     def __init__(self, folder: Path) -> None:
@@ -30,11 +30,9 @@ class GptqFolder:
         self._stored = StoredTensors(self.folder)
         names = self._stored.names
         self.modules = tuple(name.removesuffix(_QWEIGHT) for name in names if name.endswith(_QWEIGHT))
-        """Names of the packed modules, in file order."""
         needed = {module + suffix for module in self.modules for suffix in (_QWEIGHT, _QZEROS, _SCALES)}
         parts = needed | {module + _G_IDX for module in self.modules}
         self.plain = tuple(name for name in names if name not in parts)
-        """Names of the tensors that are not packed, in file order."""
         for name in sorted(needed - set(names)):
             raise UserError(f"{self.folder}: {name} is missing; the export is incomplete")
         for name in self.plain:

@@ -5,6 +5,7 @@ file anew; nothing is kept. Sizes are checked against the bytes that are really 
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,45 @@ class Lattice:
     def weight(self) -> NDArray[np.float32]:
         """fp32 [out, in]."""
         return (self.centred().astype(np.float32) * self.scales[:, :, None]).reshape(self.codes.shape)
+
+
+class WeightFolder(ABC):
+    """An opened export in safetensors: which tensors it has, and each of them as fp32."""
+
+    folder: Path
+    modules: tuple[str, ...]
+    """Names of the quantized modules, in file order."""
+    plain: tuple[str, ...]
+    """Names of the tensors that are not quantized, in file order."""
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the full state dict, under original names; tied tensors once."""
+
+    @abstractmethod
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """The fp32 tensor ``name`` of the full state dict; UserError when it is damaged."""
+
+    @abstractmethod
+    def lattice(self, module: str) -> Lattice:
+        """Codes, scales and zero points of a quantized module; UserError when they are damaged."""
+
+    @abstractmethod
+    def scheme_of(self, module: str) -> Scheme:
+        """What the config says of a quantized module."""
+
+    @abstractmethod
+    def unlisted(self, linears: tuple[str, ...]) -> list[str]:
+        """Sentences about linears that are plain or packed against what the config says of them."""
+
+    def codes_and_scales(self, module: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        """(codes [out, in], scales [out, groups]) of a quantized module; UserError as ``lattice``."""
+        lattice = self.lattice(module)
+        return lattice.codes.astype(np.int8), lattice.scales
+
+    def as_stored(self, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """``values``: these formats shift none."""
+        return values
 
 
 @dataclass(frozen=True)

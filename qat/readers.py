@@ -1,8 +1,4 @@
-"""The independent reader of an export, by what its config says it is.
-
-A reader shares no code with the writer. All of them give the same view: names, shapes, every tensor as fp32, and of a quantized
-module its lattice.
-"""
+"""The independent reader of an export, whatever its format. A reader shares no code with the writer."""
 
 from pathlib import Path
 from typing import Protocol
@@ -11,92 +7,65 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..models.errors import UserError
+from ..models.folder import read_record
 from .read_awq import AwqFolder
-from .read_compressed_tensors import PackedFolder
+from .read_compressed_tensors import PackedFolder, is_packed
+from .read_gguf_model import GgufModel, find_gguf
 from .read_gptq import GptqFolder
-from .read_tensors import Lattice, Scheme, StoredTensors, read_config
+from .read_plain import PlainFolder
+from .read_tensors import WeightFolder, read_config
 
 
 class ExportReader(Protocol):
-    """An opened export. Every access reads the file anew; nothing is kept."""
+    """What every reader can do. Names are transformers'."""
 
-    @property
-    def format(self) -> str:
-        """The format's name, as ``EXPORTERS`` has it."""
-        ...
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Names of the quantized modules, in file order."""
-        ...
+    modules: tuple[str, ...]
+    """Modules whose weights are stored as codes and scales."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the full state dict, under original names."""
+        """Shapes of the full state dict; tied tensors once."""
         ...
 
     def tensor(self, name: str) -> NDArray[np.float32]:
-        """A tensor of the full state dict; UserError when it is damaged."""
+        """A tensor as fp32: codes times scales, or the exact stored value."""
         ...
 
-    def lattice(self, module: str) -> Lattice:
-        """Codes, scales and zero points of a quantized module; UserError when they are damaged."""
+    def as_stored(self, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What ``tensor`` gives when the tensor ``name`` of the source holds ``values``: the same, unless the format shifts them."""
         ...
 
-    def scheme_of(self, module: str) -> Scheme:
-        """What the config says of a quantized module."""
-        ...
-
-    def unlisted(self, linears: tuple[str, ...]) -> list[str]:
-        """Sentences about linears that are plain or packed against what the config says of them."""
+    def codes_and_scales(self, module: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        """(codes [out, in], scales [out, groups]); in / groups may be a part of the group that was trained."""
         ...
 
 
-class PlainFolder:
-    """A folder of plain weights as an export: nothing is quantized in it."""
+def open_export(path: Path) -> ExportReader:
+    """The reader that fits a folder or file.
 
-    format = "safetensors"
-    modules: tuple[str, ...] = ()
-
-    def __init__(self, folder: Path) -> None:
-        """UserError when config, index or a file header is missing, damaged or foreign."""
-        self.folder = Path(folder)
-        read_config(self.folder)
-        self._stored = StoredTensors(self.folder)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the state dict."""
-        return {name: self._stored.shape(name) for name in self._stored.names}
-
-    def tensor(self, name: str) -> NDArray[np.float32]:
-        """A tensor's exact value; UserError when it is not a finite bf16, fp16 or fp32 one."""
-        return self._stored.floats(name)
-
-    def lattice(self, module: str) -> Lattice:
-        """There is none."""
-        raise UserError(f"{self.folder}: {module} is not quantized")
-
-    def scheme_of(self, module: str) -> Scheme:
-        """There is none."""
-        raise UserError(f"{self.folder}: {module} is not quantized")
-
-    def unlisted(self, linears: tuple[str, ...]) -> list[str]:
-        """None: every linear is plain."""
-        return []
+    Raises:
+        UserError: it is no export that a reader knows, or damaged.
+    """
+    return GgufModel(path) if find_gguf(path) is not None else open_folder(path)
 
 
-def open_export(folder: Path) -> ExportReader:
-    """Open a folder with the reader of its format.
+def open_folder(path: Path) -> WeightFolder:
+    """The reader that fits a folder of safetensors, by what its config says it is.
 
     Raises:
         UserError: config, index or a file header is missing or damaged, or no reader knows what the config names.
     """
-    folder = Path(folder)
-    config = read_config(folder)
+    path = Path(path)
+    config = read_config(path)
     if "quantization_config" not in config:
-        return PlainFolder(folder)
+        return PlainFolder(path)
     quantization = config["quantization_config"]
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     readers = {"compressed-tensors": PackedFolder, "gptq": GptqFolder, "awq": AwqFolder}
     if not isinstance(method, str) or method not in readers:
-        raise UserError(f"{folder / 'config.json'}: quant_method is {method!r:.100}; decoct reads {', '.join(readers)}")
-    return readers[method](folder)
+        raise UserError(f"{path / 'config.json'}: quant_method is {method!r:.100}; decoct reads {', '.join(readers)}")
+    return readers[method](path)
+
+
+def is_export(path: Path) -> bool:
+    """Whether a folder or file holds an export rather than a model folder; UserError when config.json is missing or broken."""
+    return find_gguf(path) is not None or is_packed(path) or "export" in read_record(path)

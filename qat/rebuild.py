@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def load_exported_model(path: Path) -> "PreTrainedModel":
-    """Rebuild an export of any format that decoct writes, without the packages that usually read it.
+    """Rebuild an export (a folder, or a GGUF file with config.json beside it) without any runtime's package.
 
     Returns:
         The model in eval mode on the CPU, plain ``nn.Linear`` layers, fp32: codes times scales, and every other tensor's stored value.
@@ -28,6 +28,7 @@ def load_exported_model(path: Path) -> "PreTrainedModel":
 
     path = Path(path)
     opened = open_export(path)
+    path = path.parent if path.is_file() else path
     shapes = opened.shapes()
     problems = model_structure(path).differences(shapes)
     if problems:

@@ -12,8 +12,8 @@ from ..models.folder import RECORD, read_record, verify_folder_files
 from ..models.safetensors_file import read_header
 from .exactness import check_recorded, rebuilt_hashes
 from .footprint import weight_files
-from .read_compressed_tensors import is_packed
-from .readers import ExportReader, open_export
+from .read_tensors import WeightFolder
+from .readers import is_export, open_folder
 from .rebuild import load_exported_model as load_exported_model
 from .runtimes import check_runtimes
 from .spec import QuantSpec
@@ -64,7 +64,7 @@ def verify_folder(path: Path, *, source: Path | None = None, runtimes: bool = Tr
     report = VerifyReport()
     record = _check_files(path, report)
     try:
-        packed = is_packed(path)
+        packed = is_export(path)
     except UserError as error:
         report.note([str(error)], "")
         return report
@@ -106,7 +106,7 @@ def _check_packed(path: Path, record: dict[str, Any], report: VerifyReport) -> N
 def _structure_problems(path: Path, record: dict[str, Any]) -> list[str]:
     """Names, shapes and scheme against config and record."""
     try:
-        opened, structure = open_export(path), model_structure(path)
+        opened, structure = open_folder(path), model_structure(path)
         problems = [f"{path.name}: {problem}" for problem in structure.differences(opened.shapes())]
         # runtimes expect packed tensors of every linear that the config does not leave out
         problems += opened.unlisted(structure.linears)
@@ -115,7 +115,7 @@ def _structure_problems(path: Path, record: dict[str, Any]) -> list[str]:
         return [str(error)]
 
 
-def _record_problems(opened: ExportReader, record: dict[str, Any]) -> list[str]:
+def _record_problems(opened: WeightFolder, record: dict[str, Any]) -> list[str]:
     quant = record.get("quant")
     if quant is None or not opened.modules:
         return []

@@ -6,7 +6,8 @@
 import difflib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,13 @@ from ...models.files import atomic_directory, check_free_space, sha256_file, wri
 from ...models.folder import FORMAT as RECORD_FORMAT
 from ...models.folder import RECORD
 from ...models.loading import TOKENIZER_FILES
-from ..exactness import rebuilt_hashes
+from ..exactness import rebuilt_hashes, scale_hashes
 from ..footprint import folder_bytes
 from ..runtimes import check_runtimes
-from . import compressed_tensors
-from .card import CardFacts, card_text
+from . import compressed_tensors, gguf_files
+from .card import CardFacts, FormatCard, card_text
+from .gguf_card import GGUF_CARD
+from .plain_source import PlainSource, Rounding, open_plain_source
 from .source import ExportSource, open_source
 
 if TYPE_CHECKING:
@@ -43,8 +46,19 @@ class Exporter:
     """The content of config.json."""
     write: Callable[[Path, ExportSource], None]
     """Writes the weight files into a folder."""
+    open: Callable[[Path], ExportSource] = open_source
+    """Reads and checks the folder that is exported."""
+    card: FormatCard = field(default_factory=FormatCard)
+    """What the model card says of the format."""
 
 
+_GGUF = Exporter(
+    check=gguf_files.check,
+    planned_bytes=gguf_files.planned_bytes,
+    config=gguf_files.exported_config,
+    write=gguf_files.write,
+    card=GGUF_CARD,
+)
 EXPORTERS: dict[str, Exporter] = {
     compressed_tensors.NAME: Exporter(
         check=compressed_tensors.check,
@@ -52,7 +66,10 @@ EXPORTERS: dict[str, Exporter] = {
         config=compressed_tensors.exported_config,
         write=compressed_tensors.write,
     ),
+    gguf_files.NAME: _GGUF,
+    **{name: replace(_GGUF, open=partial(open_plain_source, dtype=dtype)) for name, dtype in gguf_files.PLAIN_FORMATS.items()},
 }
+"""Format name -> exporter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,23 +81,35 @@ class ExportResult:
     bytes: int
     """Bytes of the weight files."""
     exact: bool
-    """An independent reader rebuilt every weight of the source element by element (always true: anything else is an error)."""
+    """Every weight of the source was rebuilt element by element by an independent reader. False only for plain weights that were rounded
+    to another dtype, as ``allow_inexact`` permits; then the reader rebuilt the rounded ones."""
+    rounding: Rounding | None = None
+    """How far the rounded weights are from the source's; None where nothing was rounded."""
     runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """As ``qat.runtimes.check_runtimes`` gives them; {} when not asked for."""
 
 
-def export_folder(source: Path, target: Path, format: str, *, runtimes: bool = True, tokens: "Tensor | None" = None) -> ExportResult:
-    """Pack a quantized model folder, check the result, and only then give it its name.
+def export_folder(
+    source: Path,
+    target: Path,
+    format: str,
+    *,
+    runtimes: bool = True,
+    tokens: "Tensor | None" = None,
+    allow_inexact: bool = False,
+) -> ExportResult:
+    """Pack a model folder, check the result, and only then give it its name.
 
     Codes and scales are stored as trained, nothing is rounded again. An independent reader rebuilds every weight and compares; with
     ``runtimes`` every installed runtime loads the folder in a fresh process and is compared too.
 
     Args:
-        source: A folder that ``qat`` or ``quantize`` wrote.
+        source: A folder that ``qat`` or ``quantize`` wrote; for gguf-f32, gguf-f16 and gguf-bf16 one with plain weights.
         target: The folder to make; it must not exist.
         format: A name in ``EXPORTERS``.
         runtimes: Also load it in installed runtimes (some seconds; a runtime that is not installed is reported, not an error).
         tokens: int64 [B, S] of real text for the runtimes, which adds their perplexity.
+        allow_inexact: Let plain weights be rounded to a dtype that does not hold them; the largest change is reported.
 
     Raises:
         UserError: unknown format, a source without codes or with damaged ones, a lattice the format cannot hold, an existing target,
@@ -94,8 +123,9 @@ def export_folder(source: Path, target: Path, format: str, *, runtimes: bool = T
         raise UserError(f"format {format!r} is not one of {', '.join(EXPORTERS)}{hint}")
     source, target = Path(source), Path(target)
     with atomic_directory(target) as folder:
-        opened = open_source(source)
+        opened = exporter.open(source)
         exporter.check(opened)
+        rounding = _rounding(opened, format, allow_inexact)
         check_free_space(folder, exporter.planned_bytes(opened), f"the export {target}")
         write_json_atomic(folder / "config.json", exporter.config(opened))
         exporter.write(folder, opened)
@@ -103,9 +133,23 @@ def export_folder(source: Path, target: Path, format: str, *, runtimes: bool = T
         hashes = _check_exact(folder, opened)
         seen = _checked_runtimes(folder, tokens) if runtimes else {}
         size = folder_bytes(folder)
-        (folder / "README.md").write_text(card_text(_facts(opened, target.name, size, seen)), encoding="utf-8")
-        _write_record(folder, opened, {"format": format, "bytes": size, "weights": hashes, "runtimes": seen})
-    return ExportResult(format=format, path=target, bytes=size, exact=True, runtimes=seen)
+        (folder / "README.md").write_text(card_text(_facts(opened, target.name, size, seen), exporter.card), encoding="utf-8")
+        export = {"format": format, "bytes": size, "weights": hashes, "scales": scale_hashes(folder), "runtimes": seen}
+        _write_record(folder, opened, export | ({"rounding": asdict(rounding)} if rounding else {}))
+    return ExportResult(format=format, path=target, bytes=size, exact=rounding is None, runtimes=seen, rounding=rounding)
+
+
+def _rounding(source: ExportSource, format: str, allow_inexact: bool) -> Rounding | None:
+    """What rounding plain weights changes; None when nothing changes. UserError when it does and must not."""
+    if not isinstance(source, PlainSource):
+        return None
+    rounding = source.rounding()
+    if rounding.changed and not allow_inexact:
+        raise UserError(
+            f"{format} does not hold {rounding.changed:,} of the weights of {source.folder} exactly (largest change {rounding.largest:.2g}); "
+            "use --allow-inexact to have them rounded, or another of gguf-bf16, gguf-f16 and gguf-f32"
+        )
+    return rounding if rounding.changed else None
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
@@ -142,7 +186,7 @@ def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[
         name=str(source.record.get("run") or name),
         base_model=source.record.get("base_model"),
         model_type=str(source.config.get("model_type", "unknown")),
-        spec=source.state.spec,
+        spec=source.state.spec if source.state.modules else None,
         quantized=len(source.state.modules),
         unquantized=source.unquantized_linears,
         parameters=source.structure.parameters,
@@ -155,5 +199,6 @@ def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[
 def _write_record(folder: Path, source: ExportSource, export: dict[str, Any]) -> None:
     """decoct.json: the source's record, what the export's weights hash to, and the sha256 of every other file."""
     files = {str(file.relative_to(folder).as_posix()): sha256_file(file) for file in sorted(folder.rglob("*")) if file.is_file()}
-    record = {**source.record, "format": RECORD_FORMAT, "quant": source.state.record(), "export": export, "files": files}
+    quant = {"quant": source.state.record()} if source.state.modules else {}
+    record = {**source.record, "format": RECORD_FORMAT, **quant, "export": export, "files": files}
     write_json_atomic(folder / RECORD, record)
