@@ -5,6 +5,7 @@
 
 import difflib
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -19,8 +20,9 @@ from ...models.loading import TOKENIZER_FILES
 from ..exactness import rebuilt_hashes, scale_hashes
 from ..footprint import folder_bytes
 from ..runtimes import check_runtimes
-from . import compressed_tensors, gguf_files
+from . import awq, compressed_tensors, gguf_files, gptq, safetensors_folder
 from .card import CardFacts, FormatCard, card_text
+from .format_cards import AWQ_CARD, GPTQ_CARD, GPTQ_V2_CARD, PLAIN_CARD
 from .gguf_card import GGUF_CARD
 from .plain_source import PlainSource, Rounding, open_plain_source
 from .source import ExportSource, open_source
@@ -66,6 +68,29 @@ EXPORTERS: dict[str, Exporter] = {
         config=compressed_tensors.exported_config,
         write=compressed_tensors.write,
     ),
+    gptq.V1: Exporter(
+        check=gptq.check_v1,
+        planned_bytes=gptq.planned_bytes,
+        config=partial(gptq.exported_config, format=gptq.V1),
+        write=partial(gptq.write, format=gptq.V1),
+        card=GPTQ_CARD,
+    ),
+    gptq.V2: Exporter(
+        check=gptq.check_v2,
+        planned_bytes=gptq.planned_bytes,
+        config=partial(gptq.exported_config, format=gptq.V2),
+        write=partial(gptq.write, format=gptq.V2),
+        card=GPTQ_V2_CARD,
+    ),
+    awq.NAME: Exporter(check=awq.check, planned_bytes=awq.planned_bytes, config=awq.exported_config, write=awq.write, card=AWQ_CARD),
+    safetensors_folder.NAME: Exporter(
+        check=safetensors_folder.check,
+        planned_bytes=safetensors_folder.planned_bytes,
+        config=safetensors_folder.exported_config,
+        write=safetensors_folder.write,
+        open=safetensors_folder.open_any_folder,
+        card=PLAIN_CARD,
+    ),
     gguf_files.NAME: _GGUF,
     **{name: replace(_GGUF, open=partial(open_plain_source, dtype=dtype)) for name, dtype in gguf_files.PLAIN_FORMATS.items()},
 }
@@ -97,6 +122,7 @@ def export_folder(
     runtimes: bool = True,
     tokens: "Tensor | None" = None,
     allow_inexact: bool = False,
+    reader_version: str | None = None,
 ) -> ExportResult:
     """Pack a model folder, check the result, and only then give it its name.
 
@@ -109,6 +135,7 @@ def export_folder(
         format: A name in ``EXPORTERS``.
         runtimes: Also load it in installed runtimes (some seconds; a runtime that is not installed is reported, not an error).
         tokens: int64 [B, S] of real text for the runtimes, which adds their perplexity.
+        reader_version: Version of the format's package that will read the export: compressed-tensors needs it for 3, 5, 6 and 7 bits.
         allow_inexact: Let plain weights be rounded to a dtype that does not hold them; the largest change is reported.
 
     Raises:
@@ -123,7 +150,7 @@ def export_folder(
         raise UserError(f"format {format!r} is not one of {', '.join(EXPORTERS)}{hint}")
     source, target = Path(source), Path(target)
     with atomic_directory(target) as folder:
-        opened = exporter.open(source)
+        opened = replace(exporter.open(source), reader_version=reader_version)
         exporter.check(opened)
         rounding = _rounding(opened, format, allow_inexact)
         check_free_space(folder, exporter.planned_bytes(opened), f"the export {target}")
@@ -133,7 +160,7 @@ def export_folder(
         hashes = _check_exact(folder, opened)
         seen = _checked_runtimes(folder, tokens) if runtimes else {}
         size = folder_bytes(folder)
-        (folder / "README.md").write_text(card_text(_facts(opened, target.name, size, seen), exporter.card), encoding="utf-8")
+        (folder / "README.md").write_text(card_text(_facts(opened, target.name, size, seen, rounding), exporter.card), encoding="utf-8")
         export = {"format": format, "bytes": size, "weights": hashes, "scales": scale_hashes(folder), "runtimes": seen}
         _write_record(folder, opened, export | ({"rounding": asdict(rounding)} if rounding else {}))
     return ExportResult(format=format, path=target, bytes=size, exact=rounding is None, runtimes=seen, rounding=rounding)
@@ -146,8 +173,8 @@ def _rounding(source: ExportSource, format: str, allow_inexact: bool) -> Roundin
     rounding = source.rounding()
     if rounding.changed and not allow_inexact:
         raise UserError(
-            f"{format} does not hold {rounding.changed:,} of the weights of {source.folder} exactly (largest change {rounding.largest:.2g}); "
-            "use --allow-inexact to have them rounded, or another of gguf-bf16, gguf-f16 and gguf-f32"
+            f"{format} does not hold {rounding.changed:,} of the weights of {source.folder} exactly (largest change "
+            f"{rounding.largest:.2g}); use --allow-inexact to have them rounded, or another of gguf-bf16, gguf-f16 and gguf-f32"
         )
     return rounding if rounding.changed else None
 
@@ -180,7 +207,8 @@ def _checked_runtimes(folder: Path, tokens: "Tensor | None") -> dict[str, dict[s
     return seen
 
 
-def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[str, Any]]) -> CardFacts:
+def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[str, Any]], rounding: Rounding | None) -> CardFacts:
+    lattices = Counter(f"int{s.bits}, {s.group_size}" for s in map(source.state.spec_of, source.state.modules))
     return CardFacts(
         # Folders are often called after their format; the run has a name that somebody chose.
         name=str(source.record.get("run") or name),
@@ -193,12 +221,27 @@ def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[
         weight_bytes=size,
         metrics=source.record.get("metrics") or {},
         runtimes=runtimes,
+        lattices=dict(lattices) if len(lattices) > 1 else {},
+        inputs=_inputs(source),
+        rounding=f"{rounding.changed:,} weights were rounded to the stored dtype, by {rounding.largest:.2g} at most." if rounding else "",
     )
+
+
+def _inputs(source: ExportSource) -> str:
+    inputs = source.activations if source.state.modules else None
+    if inputs is None:
+        return ""
+    scale = "a scale for each token, taken when it comes" if inputs.scaling == "dynamic" else "one stored scale a module"
+    return f"{inputs.kind}, {'symmetric' if inputs.symmetric else 'asymmetric'}, {scale}"
 
 
 def _write_record(folder: Path, source: ExportSource, export: dict[str, Any]) -> None:
     """decoct.json: the source's record, what the export's weights hash to, and the sha256 of every other file."""
     files = {str(file.relative_to(folder).as_posix()): sha256_file(file) for file in sorted(folder.rglob("*")) if file.is_file()}
-    quant = {"quant": source.state.record()} if source.state.modules else {}
-    record = {**source.record, "format": RECORD_FORMAT, **quant, "export": export, "files": files}
+    state = source.state
+    quant = {**(source.record.get("quant") or {}), **state.record()}
+    if state.own_specs:
+        quant.setdefault("own_specs", {module: spec.to_json() for module, spec in state.own_specs.items()})
+    quant_entry = {"quant": quant} if state.modules else {}
+    record = {**source.record, "format": RECORD_FORMAT, **quant_entry, "export": export, "files": files}
     write_json_atomic(folder / RECORD, record)

@@ -36,6 +36,12 @@ class CardFacts:
     """``{figure: number}``, or ``{row: {figure: number}}`` for several models or texts."""
     runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """As ``check_runtimes`` gives them; {} when none was asked."""
+    lattices: dict[str, int] = field(default_factory=dict)
+    """Where modules have different lattices: what each is -> how many modules have it."""
+    inputs: str = ""
+    """How inputs of quantized modules are rounded; '' when they are not."""
+    rounding: str = ""
+    """What was rounded to the stored dtype; '' when nothing was."""
 
 
 def _transformers_and_vllm(facts: CardFacts) -> str:
@@ -67,6 +73,8 @@ class FormatCard:
     """The hub's library_name."""
     scales: str = "bf16 scale per {per} (compressed-tensors, pack-quantized)"
     """How scales are stored; ``{per}`` is what has one."""
+    plain: str = "bf16"
+    """Dtype of linears that are not quantized."""
     rest: str = "embeddings, norms and biases are bf16"
     """What the other tensors are."""
     loading: Callable[[CardFacts], str] = _transformers_and_vllm
@@ -77,7 +85,7 @@ class FormatCard:
     """A runtime that readers of the card will ask about and that was not tried; '' for none."""
 
 
-def card_text(facts: CardFacts, form: FormatCard = FormatCard()) -> str:  # noqa: B008 - frozen
+def card_text(facts: CardFacts, form: FormatCard = FormatCard()) -> str:
     """The card as Markdown with the hub's YAML header."""
     parts = [
         _header(facts, form),
@@ -85,7 +93,7 @@ def card_text(facts: CardFacts, form: FormatCard = FormatCard()) -> str:  # noqa
         _made_of(facts, form),
         _evaluation(facts.metrics),
         f"## Loading\n\n{form.loading(facts)}",
-        _checked(facts.runtimes, form),
+        _checked(facts, form),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -119,9 +127,12 @@ def _made_of(facts: CardFacts, form: FormatCard) -> str:
 def _lattice(facts: CardFacts, spec: QuantSpec, form: FormatCard) -> list[tuple[str, str]]:
     per = "output row" if isinstance(spec.group_size, str) else f"group of {spec.group_size} inputs"
     kind = "symmetric" if spec.symmetric else "asymmetric"
-    left = f"; in bf16: {', '.join(facts.unquantized)}" if facts.unquantized else ""
+    left = f"; in {form.plain}: {', '.join(facts.unquantized)}" if facts.unquantized else ""
+    mixed = "; ".join(f"{count} linears {lattice}" for lattice, count in facts.lattices.items())
+    inputs = [("Inputs", facts.inputs)] if facts.inputs else []
     return [
-        ("Weights", f"int{spec.bits}, {kind}, one {form.scales.format(per=per)}"),
+        ("Weights", (mixed and f"{mixed} ({form.tag})") or f"int{spec.bits}, {kind}, one {form.scales.format(per=per)}"),
+        *inputs,
         ("Quantized", f"{facts.quantized} linear layers; {form.rest}{left}"),
     ]
 
@@ -142,11 +153,15 @@ def _figure(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _checked(runtimes: dict[str, dict[str, Any]], form: FormatCard) -> str:
+def _checked(facts: CardFacts, form: FormatCard) -> str:
+    runtimes = facts.runtimes
     lines = [
         "## What was checked\n",
-        "- An independent reader rebuilds every weight of the trained model from these files, element by element.",
+        "- An independent reader rebuilds every weight of the "
+        f"{'rounded' if facts.rounding else 'trained'} model from these files, element by element.",
     ]
+    if facts.rounding:
+        lines.append(f"- {facts.rounding}")
     for name, seen in runtimes.items():
         if seen["status"] == "agrees":
             arithmetic = "in its own arithmetic" if name in form.own_arithmetic else "in fp32 its logits agree"
