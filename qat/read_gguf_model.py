@@ -78,7 +78,9 @@ class GgufModel:
         self.path = found
         self.architecture = self._entry("general.architecture", str)
         if self.architecture not in _TABLES:
-            raise UserError(f"{found}: the architecture {self.architecture!r:.100} is unknown to this reader; it knows {', '.join(_TABLES)}")
+            raise UserError(
+                f"{found}: the architecture {self.architecture!r:.100} is unknown to this reader; it knows {', '.join(_TABLES)}"
+            )
         self._stored = {self._original(name): name for name in self.file.tensors if name not in EXTRA}
         self.modules = tuple(
             name.removesuffix(".weight") for name, stored in self._stored.items() if self.file.tensors[stored].type in _PACKED

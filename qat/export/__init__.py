@@ -146,8 +146,8 @@ def _rounding(source: ExportSource, format: str, allow_inexact: bool) -> Roundin
     rounding = source.rounding()
     if rounding.changed and not allow_inexact:
         raise UserError(
-            f"{format} does not hold {rounding.changed:,} of the weights of {source.folder} exactly (largest change {rounding.largest:.2g}); "
-            "use --allow-inexact to have them rounded, or another of gguf-bf16, gguf-f16 and gguf-f32"
+            f"{format} does not hold {rounding.changed:,} of the weights of {source.folder} exactly (largest change "
+            f"{rounding.largest:.2g}); use --allow-inexact to have them rounded, or another of gguf-bf16, gguf-f16 and gguf-f32"
         )
     return rounding if rounding.changed else None
 

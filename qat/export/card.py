@@ -77,7 +77,7 @@ class FormatCard:
     """A runtime that readers of the card will ask about and that was not tried; '' for none."""
 
 
-def card_text(facts: CardFacts, form: FormatCard = FormatCard()) -> str:  # noqa: B008 - frozen
+def card_text(facts: CardFacts, form: FormatCard = FormatCard()) -> str:
     """The card as Markdown with the hub's YAML header."""
     parts = [
         _header(facts, form),

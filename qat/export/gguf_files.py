@@ -1,7 +1,8 @@
 """The format "gguf": one file ``model.gguf`` with codes and scales as ggml blocks, read by llama.cpp, Ollama and LM Studio.
 
 Nothing is rounded: symmetric codes of up to 4 bits are Q4_0, wider ones Q8_0, asymmetric 4-bit ones Q4_1 where that is exact; scales
-are exact in fp16. Embedding and head are BF16, norms and biases F32. ``gguf-bf16``, ``gguf-f16`` and ``gguf-f32`` write a plain model folder.
+are exact in fp16. Embedding and head are BF16, norms and biases F32. ``gguf-bf16``, ``gguf-f16`` and ``gguf-f32`` take a plain model
+folder.
 
 Source: layouts and names as in ``gguf_format``, ``gguf_blocks``, ``gguf_names``, ``gguf_metadata``, ``gguf_tokenizer``.
 """
@@ -77,7 +78,9 @@ def block_type(source: ExportSource, module: str) -> TensorType:
         fix = f"prune to a multiple (prune.structured.ffn={nearest})" if "mlp." in module else "prune to a multiple"
         raise UserError(f"{module} has {columns} inputs; GGUF's blocks hold {BLOCK} along a row: {fix}, or skip the module")
     if columns // groups % BLOCK:
-        raise UserError(f"{module}: a GGUF block of {BLOCK} weights has one scale, groups are of {columns // groups}; use group_size={BLOCK}")
+        raise UserError(
+            f"{module}: a GGUF block of {BLOCK} weights has one scale, groups are of {columns // groups}; use group_size={BLOCK}"
+        )
     if spec.kind != "int":
         raise UserError(f"{module}: gguf holds integer codes, not kind={spec.kind!r}")
     if not fits_fp16(state.scales[module].numpy()):

@@ -116,7 +116,9 @@ def _check_attention(c: Any, architecture: str, head_dim: int) -> None:
     period = _PERIODS.get(architecture)
     if period is None:
         if any(kind != "full_attention" for kind in layers):
-            raise UserError(f"llama.cpp's {architecture} has no sliding window, but layer_types asks for one; set use_sliding_window to false")
+            raise UserError(
+                f"llama.cpp's {architecture} has no sliding window, but layer_types asks for one; set use_sliding_window to false"
+            )
         return
     wanted = ["full_attention" if (layer + 1) % period == 0 else "sliding_attention" for layer in range(c.num_hidden_layers)]
     if layers != wanted:

@@ -181,4 +181,3 @@ def _chat_templates(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Value]:
     default = template.get("default") or next(iter(named.values()))
     listed: dict[str, Value] = {"tokenizer.chat_templates": sorted(named)} if named else {}
     return {"tokenizer.chat_template": default, **listed, **{f"tokenizer.chat_template.{name}": text for name, text in named.items()}}
-
