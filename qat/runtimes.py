@@ -1,7 +1,8 @@
 """What installed runtimes make of an export, compared with the model that the independent reader rebuilds.
 
-Each runtime loads the folder in a fresh process, in fp32, on the CPU. There its logits must equal the fake-quant model's to 1e-5 (of
-the largest logit, where that is above 1) and predict the same tokens: only the order of additions may differ.
+Each runtime loads the folder in a fresh process on the CPU. In transformers and fp32 its logits must equal the fake-quant model's to
+1e-5 (of the largest logit, where that is above 1) and predict the same tokens: only the order of additions may differ. llama.cpp, which
+loads GGUF, rounds activations and has a rule of its own (``llama_cpp_runtime.py``).
 """
 
 import importlib.util
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..models.errors import UserError
+from .read_gguf_model import find_gguf
 from .rebuild import load_exported_model
 from .structure import model_structure, plain_config
 
@@ -90,16 +92,20 @@ def check_runtimes(folder: Path, *, tokens: Tensor | None = None) -> dict[str, d
     Raises:
         UserError: the export cannot be rebuilt, or ``tokens`` do not fit its vocabulary.
     """
+    if find_gguf(folder) is not None:
+        from .llama_cpp_runtime import check_llama_cpp
+
+        return {"llama.cpp": check_llama_cpp(Path(folder), tokens)}
     return {"transformers": _check_transformers(Path(folder), tokens)}
 
 
 def _check_transformers(folder: Path, tokens: Tensor | None) -> dict[str, Any]:
     if importlib.util.find_spec("compressed_tensors") is None:
-        return _outcome("not installed", reason="pip install compressed-tensors to have the export loaded and compared")
-    needed, free = 5 * model_structure(folder).parameters, _available_bytes()
+        return outcome("not installed", reason="pip install compressed-tensors to have the export loaded and compared")
+    needed, free = 5 * model_structure(folder).parameters, available_bytes()
     if free is not None and needed > free:
-        return _outcome("skipped", reason=f"loading in fp32 needs about {needed:,} bytes of memory, {free:,} are free")
-    chosen = _chosen_tokens(folder, tokens)
+        return outcome("skipped", reason=f"loading in fp32 needs about {needed:,} bytes of memory, {free:,} are free")
+    chosen = chosen_tokens(folder, tokens)
     with tempfile.TemporaryDirectory(prefix="decoct-verify-") as scratch:
         seen = _run_fresh(folder, chosen, Path(scratch))
         logits = seen.pop("logits", None)
@@ -107,12 +113,12 @@ def _check_transformers(folder: Path, tokens: Tensor | None) -> dict[str, Any]:
         return seen
     if seen["loading"]:
         kind, names = next(iter(seen["loading"].items()))
-        return _outcome("failed", version=seen["version"], reason=f"{kind.replace('_', ' ')}: {names[0]} ({len(names)} in all)")
+        return outcome("failed", version=seen["version"], reason=f"{kind.replace('_', ' ')}: {names[0]} ({len(names)} in all)")
     model = load_exported_model(folder)
     with torch.inference_mode():
         reference = torch.cat([model(input_ids=row[None], use_cache=False).logits for row in chosen])
     seen_values = compare_logits(reference, logits, chosen)
-    return _outcome(
+    return outcome(
         "agrees" if seen_values.agrees else "differs",
         version=seen["version"],
         top1=seen_values.top1,
@@ -129,7 +135,8 @@ def outcome_text(seen: dict[str, Any]) -> str:
     return ", ".join(fact.removeprefix("status ") for fact in facts)
 
 
-def _outcome(status: str, **facts: Any) -> dict[str, Any]:
+def outcome(status: str, **facts: Any) -> dict[str, Any]:
+    """A runtime's entry in the report: every usual key, None where there is nothing to say."""
     return {"status": status, **dict.fromkeys(("top1", "max_logprob_diff", "perplexity", "version", "positions", "reason")), **facts}
 
 
@@ -146,18 +153,19 @@ def _run_fresh(folder: Path, tokens: Tensor, scratch: Path) -> dict[str, Any]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        return _outcome("failed", reason=f"no answer within {TIMEOUT_SECONDS} seconds")
+        return outcome("failed", reason=f"no answer within {TIMEOUT_SECONDS} seconds")
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()
-        return _outcome("failed", reason=f"exit code {done.returncode}: {said[-1] if said else 'no message'}")
+        return outcome("failed", reason=f"exit code {done.returncode}: {said[-1] if said else 'no message'}")
     result = json.loads(paths["result"].read_text(encoding="utf-8"))
     if "not_installed" in result:
-        return _outcome("not installed", reason=result["not_installed"])
+        return outcome("not installed", reason=result["not_installed"])
     version = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     return {"logits": load_file(paths["logits"])["logits"], "loading": result["loading"], "version": version}
 
 
-def _chosen_tokens(folder: Path, tokens: Tensor | None) -> Tensor:
+def chosen_tokens(folder: Path, tokens: Tensor | None) -> Tensor:
+    """``tokens`` when they fit the model, pseudo-random ones when there are none; UserError when they do not."""
     config = plain_config(folder).get_text_config()
     vocabulary = int(config.vocab_size)
     if tokens is None:
@@ -170,7 +178,7 @@ def _chosen_tokens(folder: Path, tokens: Tensor | None) -> Tensor:
     return tokens
 
 
-def _available_bytes() -> int | None:
+def available_bytes() -> int | None:
     """Memory that can be used without swapping, where the system tells (Linux)."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

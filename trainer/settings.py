@@ -212,8 +212,8 @@ class QuantizeSettings:
 class ExportSettings:
     """Pack a quantized folder for serving stacks; never rounds."""
 
-    formats: tuple[Literal["compressed-tensors"], ...] = ("compressed-tensors",)
-    """Formats to write, each into its own folder."""
+    formats: tuple[Literal["compressed-tensors", "gguf"], ...] = ("compressed-tensors",)
+    """Formats to write, each into its own folder: compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp, Ollama)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,6 +129,9 @@ def problems(plan: Plan, out: Path | None = None) -> list[str]:
         for stage in plan.stages
         if stage.training and stage.training.fits is False
     ]
+    for stage in plan.stages:
+        refused = [v for v in stage.verdicts if "gguf" in stage.exports and v.target == "llama.cpp" and v.outcome == "no"]
+        found += [f"{stage.name} exports gguf, which cannot hold this model: {v.reason}" + (f"; {v.fix}" if v.fix else "") for v in refused]
     if out is not None:
         place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
         free = shutil.disk_usage(place).free
@@ -178,7 +181,7 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
     judged: Sequence[Verdict] = ()
     if isinstance(entry.settings, ExportSettings) and shape.quant is not None:
         exports = {name: EXPORT_BYTES[name](after, shape.quant, shape.skip) for name in entry.settings.formats}
-        judged = verdicts(after.config, shape.quant, shape.skip, tensor_parallel=tensor_parallel)
+        judged = verdicts(after.config, shape.quant, shape.skip, tensor_parallel=tensor_parallel, formats=tuple(exports))
     return StagePlan(
         name=entry.name,
         kind=entry.kind,

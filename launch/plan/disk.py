@@ -1,6 +1,7 @@
 """Bytes on disk, predicted from names, shapes and dtypes: model folders, exports, checkpoints."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,18 @@ def compressed_tensors_bytes(shape: ModelShape, spec: "QuantSpec", skip: tuple[s
     return safetensors_bytes(stored)
 
 
-EXPORT_BYTES = {"compressed-tensors": compressed_tensors_bytes}
+def gguf_bytes(shape: ModelShape, spec: "QuantSpec", skip: tuple[str, ...]) -> int:
+    """The file of a GGUF export: blocks of 32 codes with an fp16 scale, other matrices bf16, vectors fp32, and about 40 bytes a token."""
+    quantized, block = quantized_linears(shape, skip), 18 if spec.bits <= 4 else 34
+    total = 40 * shape.vocabulary
+    for name, sizes in shape.tensors.items():
+        elements = math.prod(sizes)
+        packed = name.removesuffix(".weight") in quantized
+        total += 64 + (elements // 32 * block if packed else elements * (4 if len(sizes) == 1 else 2))
+    return total
+
+
+EXPORT_BYTES = {"compressed-tensors": compressed_tensors_bytes, "gguf": gguf_bytes}
 """Format -> function of (shape, spec, skip)."""
 
 

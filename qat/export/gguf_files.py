@@ -1,7 +1,8 @@
 """The format "gguf": one file ``model.gguf`` with codes and scales as ggml blocks, read by llama.cpp, Ollama and LM Studio.
 
 Nothing is rounded: symmetric codes of up to 4 bits are Q4_0, wider ones Q8_0, asymmetric 4-bit ones Q4_1 where that is exact; scales
-are exact in fp16. Embedding and head are BF16, norms and biases F32. ``gguf-bf16``, ``gguf-f16`` and ``gguf-f32`` write a plain model folder.
+are exact in fp16. Embedding and head are BF16, norms and biases F32. ``gguf-bf16``, ``gguf-f16`` and ``gguf-f32`` take a plain model
+folder.
 
 Source: layouts and names as in ``gguf_format``, ``gguf_blocks``, ``gguf_names``, ``gguf_metadata``, ``gguf_tokenizer``.
 """

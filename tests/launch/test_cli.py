@@ -41,7 +41,7 @@ SURFACE = {
     "prune": {"model", "overrides", "--ffn", "--keep", "--teacher", "--text", "--hub", "--tokens", "--seq-length", "--out"},
     "qat": {"model", "overrides", "--bits", "--group-size", "--teacher", "--text", "--hub", "--tokens", "--seq-length", "--out"},
     "quantize": {"model", "overrides", "--bits", "--group-size", "--teacher", "--text", "--hub", "--seq-length", "--out"},
-    "export": {"model", "--out", "--format"},
+    "export": {"model", "--out", "--allow-inexact", "--format"},
     "verify": {"folder", "--source", "--runtimes", "--no-runtimes"},
     "evaluate": {"model", "--teacher", "--text", "--hub", "--seq-length", "--tokens", "--max-perplexity-increase", "--out"},
     "recipes list": set(),
