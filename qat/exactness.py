@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..models.errors import UserError
 from .fake_quant import dequantize
+from .read_compressed_tensors import PackedFolder
 from .readers import ExportReader, open_export
 
 if TYPE_CHECKING:
@@ -95,7 +96,16 @@ def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]
 def scale_hashes(folder: Path) -> dict[str, str]:
     """``weight_hash`` of the scales of every quantized module, as the independent reader finds them."""
     opened = open_export(folder)
-    return {module: weight_hash(opened.codes_and_scales(module)[1]) for module in opened.modules}
+    return {module: _scale_hash(opened, module) for module in opened.modules}
+
+
+def _scale_hash(opened: ExportReader, module: str) -> str:
+    """Hash of a module's scales, and of the scale and zero point of its inputs where they are stored."""
+    scales = opened.codes_and_scales(module)[1]
+    inputs = opened.inputs(module) if isinstance(opened, PackedFolder) else None
+    if inputs is None or inputs.scale is None:
+        return weight_hash(scales)
+    return weight_hash(np.append(scales.ravel(), np.array([inputs.scale, inputs.zero], np.float32)))
 
 
 def _scale_problem(opened: ExportReader, name: str, record: dict[str, Any]) -> str | None:
@@ -109,7 +119,7 @@ def _scale_problem(opened: ExportReader, name: str, record: dict[str, Any]) -> s
     codes, scales = opened.codes_and_scales(module)
     recorded = record["export"].get("scales")
     if recorded is not None:
-        return None if recorded.get(module) == weight_hash(scales) else f"{module}: its scales are not those that were exported"
+        return None if recorded.get(module) == _scale_hash(opened, module) else f"{module}: its scales are not those that were exported"
     empty = ~codes.reshape(*scales.shape, -1).any(axis=2)
     return f"{module}.weight_scale: a group of zeros has another scale than 1" if (scales[empty] != 1).any() else None
 
