@@ -27,7 +27,7 @@ def run_transformers(folder: str, tokens: Tensor) -> tuple[Tensor, dict[str, lis
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True, **_reference_kernel(folder)}
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True, **loading_options(folder)}
     model, loaded = cast(tuple[Any, dict[str, Any]], AutoModelForCausalLM.from_pretrained(folder, **options))
     model.eval()
     with torch.inference_mode():
@@ -36,17 +36,23 @@ def run_transformers(folder: str, tokens: Tensor) -> tuple[Tensor, dict[str, lis
     return logits.float(), {kind: sorted(map(str, loaded[kind])) for kind in names if loaded[kind]}
 
 
-def _reference_kernel(folder: str) -> dict[str, Any]:
-    """Of GPTQ and AWQ the kernel that unpacks weights and multiplies in the inputs' dtype; the fast ones compute in fewer bits."""
+def loading_options(folder: str) -> dict[str, Any]:
+    """What ``from_pretrained`` must be told beyond the folder.
+
+    Of GPTQ and AWQ the kernel that unpacks weights and multiplies in the inputs' dtype (the fast ones compute in fewer bits). Of packed
+    zero points that they are to be dequantized on loading: otherwise transformers 5.23 with compressed-tensors 0.20 expects them unpacked.
+    """
+    import transformers
+
     quantization = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
-    if quantization.get("quant_method") == "gptq":
-        from transformers import GPTQConfig
-
-        return {"quantization_config": GPTQConfig(bits=quantization["bits"], backend="torch")}
-    if quantization.get("quant_method") == "awq":
-        from transformers import AwqConfig
-
-        return {"quantization_config": AwqConfig(backend=cast(Any, "torch_awq"))}
+    method = quantization.get("quant_method")
+    if method == "gptq":
+        return {"quantization_config": transformers.GPTQConfig(bits=quantization["bits"], backend="torch")}
+    if method == "awq":
+        return {"quantization_config": transformers.AwqConfig(backend=cast(Any, "torch_awq"))}
+    groups = quantization.get("config_groups", {}).values()
+    if any(group.get("format") == "pack-quantized" and not group["weights"]["symmetric"] for group in groups):
+        return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
     return {}
 
 

@@ -1,8 +1,8 @@
 """What transformers needs to load an export, and how near its logits must come to the fake-quant model's.
 
 In fp32 they are equal to 1e-5: compressed-tensors, plain weights, and symmetric GPTQ up to 4 bits, which GPTQModel unpacks in fp16 without
-loss. GPTQModel unpacks other weights with one rounding to fp16, and its AWQ kernels compute in fp16: there the rule is that for a
-runtime's own arithmetic, with a perplexity within 0.2 %.
+loss. GPTQModel unpacks other weights with one rounding to fp16, its AWQ kernels compute in fp16, and transformers unpacks zero points of
+compressed-tensors in the dtype of the scales, bf16: there the rule is that for a runtime's own arithmetic, with a perplexity within 0.2 %.
 """
 
 import importlib.util
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .read_awq import AwqFolder
+from .read_compressed_tensors import PackedFolder
 from .read_gptq import GptqFolder
-from .read_tensors import WeightFolder
 from .readers import open_folder
 
 
@@ -46,8 +46,11 @@ def rule_for(folder: Path) -> Rule:
         )
     if isinstance(opened, AwqFolder):
         return Rule(packages=("accelerate", "gptqmodel"), exact=False)
-    return Rule(packages=_packages(opened), exact=True)
-
-
-def _packages(opened: WeightFolder) -> tuple[str, ...]:
-    return ("compressed_tensors",) if opened.modules else ()
+    if isinstance(opened, PackedFolder):
+        groups = opened.scheme.groups
+        zeros = any(group.format == "pack-quantized" and not group.weights.symmetric for group in groups)
+        unreadable = (
+            "transformers, which unpacks zero points on loading alone, takes one scheme there, not several" if len(groups) > 1 else ""
+        )
+        return Rule(packages=("compressed_tensors",), exact=not zeros, unreadable=unreadable if zeros else "")
+    return Rule(packages=(), exact=True)

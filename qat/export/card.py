@@ -46,13 +46,15 @@ class CardFacts:
 
 def _transformers_and_vllm(facts: CardFacts) -> str:
     bits = facts.spec.bits if facts.spec else 16
+    zeros = bool(facts.spec) and not facts.spec.symmetric and not facts.inputs
+    names, option = (", CompressedTensorsConfig", ", quantization_config=CompressedTensorsConfig(dequantize=True)") if zeros else ("", "")
     vllm = "With vLLM" if bits in (4, 8, 16) else f"vLLM reads 4 and 8 bits; whether your version reads {bits} is not known"
     return f"""With transformers (`pip install transformers compressed-tensors`):
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer{names}
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{option})
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 

@@ -1,8 +1,8 @@
 """Plain safetensors in bf16 or fp16: a model folder that every stack loads without knowing of quantization.
 
 Of a quantized folder the weights are codes times scales. Scales have bf16's 8 digits, so that bf16 holds the products of symmetric 2-bit
-codes (powers of two) alone; fp16, with 11, those of up to 4 bits. The dtype is the first of bf16 and fp16 that holds every value; when neither does, the one that changes
-fewer values, and then the export is refused unless inexact ones are allowed.
+codes (powers of two) alone; fp16, with 11, those of up to 4 bits. The dtype is the first of bf16 and fp16 that holds every value; when
+neither does, the one that changes fewer values, and then the export is refused unless inexact ones are allowed.
 """
 
 import math

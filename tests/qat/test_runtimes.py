@@ -131,7 +131,7 @@ def test_another_model_differs(exported: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_runtime_that_breaks_tells_why(exported: Path) -> None:
     installed()
     config = json.loads((exported / "config.json").read_text())
-    config["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["unknown"] = 1
     (exported / "config.json").write_text(json.dumps(config))
     seen = check_runtimes(exported)["transformers"]
     assert seen["status"] == "failed"
