@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from decoct.models.families import decoder_linears
 from decoct.models.folder import save_model_folder
 from decoct.models.pruning.magnitude import magnitude_masks
 from decoct.models.pruning.structured import ffn_channel_scores, prune_ffn
@@ -54,7 +55,7 @@ def held_out(tokenizer: PreTrainedTokenizerFast) -> Tensor:
 
 def _config(model_type: str, overrides: dict[str, Any]) -> Any:
     fields = _GPT2 if model_type == "gpt2" else _CONFIG
-    if model_type in ("llama", "qwen2", "qwen3"):
+    if not model_type.startswith("gemma"):
         fields = {**fields, "sliding_window": None}
     return AutoConfig.for_model(model_type, **{**fields, **overrides})
 
@@ -99,9 +100,9 @@ def _fit(model: PreTrainedModel, text: Tensor) -> None:
 def _prune(model: PreTrainedModel, text: Tensor) -> None:
     """FFN channels from 256 to 192, and three tenths of the remaining weights of each matrix to zero."""
     prune_ffn(model, ffn_channel_scores(model, [{"input_ids": text[:8]}]), 192)
-    for name, mask in magnitude_masks(model, 0.7).items():
-        weight = model.get_submodule(name).get_parameter("weight")
-        weight.mul_(mask)
+    weights = {name: module.weight for name, module in decoder_linears(model).items()}
+    for name, mask in magnitude_masks(weights, 0.7, "layer").items():
+        weights[name].mul_(mask)
 
 
 @pytest.fixture(scope="session")
