@@ -18,7 +18,7 @@ from decoct.models.tokenizer import train_tokenizer
 from decoct.qat.modules import fold, quantize_model
 from decoct.qat.spec import QuantSpec
 
-SEQUENCE, ROWS, STEPS = 128, 16, 120
+SEQUENCE, ROWS, STEPS = 128, 16, 300
 _CONFIG = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -65,7 +65,7 @@ Trained = Callable[..., PreTrainedModel]
 
 @pytest.fixture(scope="session")
 def trained(tokenizer: PreTrainedTokenizerFast) -> Trained:
-    """``trained(model_type, pruned=, **config)``: a model after 120 steps on the standard library; the same one for the same arguments."""
+    """``trained(model_type, pruned=, **config)``: a model after 300 steps on the standard library; the same one for the same arguments."""
     ids: Any = tokenizer("\n".join(stdlib("argparse", "ast", "textwrap", "dataclasses", "inspect")))["input_ids"]
     text = torch.tensor(ids[: len(ids) // SEQUENCE * SEQUENCE]).reshape(-1, SEQUENCE)
     made: dict[str, PreTrainedModel] = {}

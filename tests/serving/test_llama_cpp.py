@@ -47,7 +47,8 @@ ROPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 TEXTS = [
     "def f(x):\n    return x + 12345\n\n\n\tif  True :  pass   \n",
-    "It's we'll I'VE \u00e9t\u00e9 na\u00efve \u4f60\u597d\uff0c\u4e16\u754c \U0001f600\U0001f3fd \u0410\u0431\u0432 \u0e20\u0e32\u0e29\u0e32 ½ ² x³",
+    "It's we'll I'VE \u00e9t\u00e9 na\u00efve \u4f60\u597d\uff0c\u4e16\u754c \U0001f600\U0001f3fd "
+    "\u0410\u0431\u0432 \u0e20\u0e32\u0e29\u0e32 ½ ² x³",
     "<|endoftext|>a<|endoftext|>\n b\r\n\r\nc \u00a0 d\u2003e\u200bf",
 ]
 
