@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from decoct.models.errors import UserError
@@ -131,7 +131,7 @@ def test_folder_has_card_record_and_tokenizer(quantized_folder: Build, tmp_path:
         ({"group_size": 16, **WIDE}, "has one scale, groups are of 16; use group_size=32"),
         ({"group_size": "channel"}, r"down_proj has 48 inputs.*prune.structured.ffn=32.*or skip the module"),
         ({"spec": QuantSpec(group_size=32, scale_grid="fp32"), **WIDE}, "fp16, which does not hold all of them"),
-        ({"model_type": "phi3", "group_size": 32, **WIDE}, "no conversion of model_type 'phi3'; it knows llama, mistral"),
+        ({"model_type": "olmo2", "group_size": 32, **WIDE}, "no conversion of model_type 'olmo2'; it knows llama, mistral"),
         ({"hidden_act": "gelu", "group_size": 32, **WIDE}, "llama.cpp computes silu"),
         ({"model_type": "qwen3", "attention_bias": True, "group_size": 32, **WIDE}, "q_proj.bias: llama.cpp's qwen3"),
         (
@@ -193,8 +193,15 @@ def test_plain_weights_are_rebuilt_exactly(plain_folder: Build, tmp_path: Path, 
     assert "not quantized (gguf)" in (target / "README.md").read_text()
 
 
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
 def test_rounding_plain_weights_is_refused_or_measured(plain_folder: Build, tmp_path: Path) -> None:
     source = plain_folder("llama", torch.float32)
+    edit(source, lambda tensors: tensors["lm_head.weight"].mul_(1.001))
     with pytest.raises(UserError, match=r"gguf-f16 does not hold [\d,]+ of the weights .*--allow-inexact.*gguf-f32"):
         export_folder(source, tmp_path / "export", "gguf-f16", runtimes=False)
     weights = load_file(source / "model.safetensors")
@@ -209,7 +216,8 @@ def test_rounding_plain_weights_is_refused_or_measured(plain_folder: Build, tmp_
 
 
 def test_values_beyond_fp16_are_refused(plain_folder: Build, tmp_path: Path) -> None:
-    source = plain_folder("llama", torch.float32, initializer_range=1e6)
+    source = plain_folder("llama", torch.float32)
+    edit(source, lambda tensors: tensors["lm_head.weight"][0].fill_(1e6))
     with pytest.raises(UserError, match=r"beyond the range of torch\.float16"):
         export_folder(source, tmp_path / "export", "gguf-f16", runtimes=False, allow_inexact=True)
 
@@ -229,7 +237,8 @@ def test_metadata_tells_what_llama_cpp_needs(quantized_folder: Build, tmp_path: 
     (source / "chat_template.jinja").write_text("{{ messages }}")
     file = read_gguf(export_to(source, tmp_path / "export") / FILE)
     wanted = {
-        "general.architecture": "llama", "general.file_type": 2, "general.alignment": 32, "llama.block_count": 2, "llama.context_length": 64,
+        "general.architecture": "llama", "general.file_type": 2, "general.alignment": 32, "llama.block_count": 2,
+        "llama.context_length": 64,
         "llama.embedding_length": 32, "llama.feed_forward_length": 64, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
         "llama.attention.key_length": 8, "llama.rope.dimension_count": 8, "llama.rope.freq_base": 5e5, "llama.vocab_size": 258,
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 0,
