@@ -26,7 +26,7 @@ class Server:
     """llama.cpp with one model, on the CPU."""
 
     def __init__(self, model: str, context: int, threads: int) -> None:
-        import xllamacpp
+        import xllamacpp  # pyright: ignore[reportMissingImports] - a judge, not among the dependencies
 
         parameters: Any = xllamacpp.CommonParams()
         parameters.model.path = model
@@ -109,7 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     tokens: NDArray[np.int64] = np.load(options.tokens)
     server = Server(options.model, max(512, tokens.shape[1] + _GENERATED + 1), options.threads)
-    np.savez(options.seen, **teacher_forced(server, tokens, options.vocabulary))
+    seen = teacher_forced(server, tokens, options.vocabulary)
+    np.savez(options.seen, ids=seen["ids"], logprobs=seen["logprobs"], next=seen["next"])
     result = {
         "version": f"xllamacpp {importlib.metadata.version('xllamacpp')}",
         "tokens_per_second": server.speed(tokens[0, :1].tolist()),

@@ -151,7 +151,8 @@ def test_text_becomes_the_same_tokens(plain_folder: Build, model_type: str) -> N
 def test_text_is_continued_alike(plain_folder: Build, family: str) -> None:
     model_type, options = FAMILIES[family]
     source = plain_folder(model_type, torch.float16, **options)
-    tokenizer, model = load_tokenizer(source), load_model(source, dtype=torch.float32)
+    tokenizer = load_tokenizer(source)
+    model: Any = load_model(source, dtype=torch.float32)
     with serving(exported(source, "gguf-f16")) as server:
         for prompt in ("def main(", "class Path(", "    raise ValueError(", "import "):
             ids: Any = tokenizer(prompt, return_tensors="pt")["input_ids"]

@@ -280,7 +280,7 @@ def test_asymmetric_codes_are_q4_1_where_that_is_exact(quantized_folder: Build, 
 
 
 def test_q4_1_by_hand() -> None:
-    codes, scales, zeros = np.arange(-8, 8, dtype=np.int8).repeat(2)[None], np.float32([[0.5]]), np.int8([[3]])
+    codes, scales, zeros = np.arange(-8, 8, dtype=np.int8).repeat(2)[None], np.array([[0.5]], np.float32), np.array([[3]], np.int8)
     block = pack_q4_1(codes, scales, zeros)[0, 0]
     assert block[:4].view(np.float16).tolist() == [0.5, -5.5]
     assert block[4:].tolist() == [low | (low + 8) << 4 for low in range(8) for _ in range(2)]

@@ -54,7 +54,7 @@ def test_known_pre_tokenizers_have_a_name(tmp_path: Path, pre: Any, model: dict[
     if name == "llama-bpe":
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     folder, size = saved(tmp_path, tokenizer), tokenizer.get_vocab_size()
-    found = tokenizer_metadata(folder, size + 2)
+    found: dict[str, Any] = dict(tokenizer_metadata(folder, size + 2))
     assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", name)
     assert found["tokenizer.ggml.add_bos_token"] is (name == "llama-bpe")
     assert found["tokenizer.ggml.add_eos_token"] is False
@@ -121,7 +121,7 @@ def sentencepiece(
 
 
 def test_sentencepiece_has_scores_and_bytes(tmp_path: Path) -> None:
-    found = tokenizer_metadata(saved(tmp_path, sentencepiece(), unk_token="<unk>"), 268)
+    found: dict[str, Any] = dict(tokenizer_metadata(saved(tmp_path, sentencepiece(), unk_token="<unk>"), 268))
     assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.add_bos_token"]) == ("llama", True)
     assert found["tokenizer.ggml.token_type"] == [2, 3, 3, *[6] * 256, *[1] * 8, 5]
     scores = {token: score.value for token, score in zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.scores"], strict=True)}
