@@ -60,6 +60,11 @@ def _config(model_type: str, overrides: dict[str, Any]) -> Any:
     return AutoConfig.for_model(model_type, **{**fields, **overrides})
 
 
+@pytest.fixture(scope="session")
+def stdlib_texts() -> list[str]:
+    return stdlib("pathlib", "zipfile", "decimal", "this")
+
+
 Trained = Callable[..., PreTrainedModel]
 
 
