@@ -26,7 +26,7 @@ class Server:
     """llama.cpp with one model, on the CPU."""
 
     def __init__(self, model: str, context: int, threads: int) -> None:
-        import xllamacpp
+        import xllamacpp  # pyright: ignore[reportMissingImports] - a judge, not among the dependencies
 
         parameters: Any = xllamacpp.CommonParams()
         parameters.model.path = model
@@ -37,8 +37,11 @@ class Server:
         parameters.warmup = False
         parameters.verbosity = 1
         parameters.cache_ram_mib = 0
+        # a cache of the window alone keeps what a prompt that was changed no longer has (Gemma)
+        parameters.swa_full = True
         parameters.port = 0  # a free one
         self._server: Any = xllamacpp.Server(parameters)
+        self._letter: int = self.ask("/tokenize", {"content": "a"})["tokens"][-1]
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """POST JSON, get JSON."""
@@ -49,7 +52,10 @@ class Server:
 
     def next_token(self, tokens: list[int], count: int) -> dict[int, float]:
         """Token -> log-probability of the ``count`` likeliest ones after ``tokens``; what was computed for a shorter prompt is kept."""
-        body = {"prompt": tokens, "n_predict": 1, "n_probs": count, "temperature": -1.0, "cache_prompt": True, "ignore_eos": True}
+        # probabilities are told of a token that is sent, and neither an end of text nor half a character is; so a letter is chosen, by
+        # a bias that comes after the probabilities
+        chosen = [[self._letter, 1e6]]
+        body = {"prompt": tokens, "n_predict": 1, "n_probs": count, "temperature": -1.0, "cache_prompt": True, "logit_bias": chosen}
         answer = self.ask("/completion", body)
         return {entry["id"]: entry["logprob"] for entry in answer["completion_probabilities"][0]["top_logprobs"]}
 
@@ -82,6 +88,15 @@ def teacher_forced(server: Server, tokens: NDArray[np.int64], vocabulary: int) -
     return {"ids": ids, "logprobs": logprobs, "next": following}
 
 
+def _peak_bytes() -> int:
+    """The most memory this process had. Linux counts the parent's into ``ru_maxrss``, but not into VmHWM."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Read ``--tokens`` (npy, int64 [B, S]), write ``--seen`` (npz, as ``teacher_forced``) and ``--result`` (JSON)."""
     parser = argparse.ArgumentParser(description="What llama.cpp predicts along a text.")
@@ -94,11 +109,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     tokens: NDArray[np.int64] = np.load(options.tokens)
     server = Server(options.model, max(512, tokens.shape[1] + _GENERATED + 1), options.threads)
-    np.savez(options.seen, **teacher_forced(server, tokens, options.vocabulary))
+    seen = teacher_forced(server, tokens, options.vocabulary)
+    np.savez(options.seen, ids=seen["ids"], logprobs=seen["logprobs"], next=seen["next"])
     result = {
         "version": f"xllamacpp {importlib.metadata.version('xllamacpp')}",
         "tokens_per_second": server.speed(tokens[0, :1].tolist()),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "peak_bytes": _peak_bytes(),
     }
     options.result.write_text(json.dumps(result), encoding="utf-8")
     sys.stdout.flush()

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .read_gguf_model import find_gguf
+from .read_gguf_model import GgufModel, find_gguf
 from .rebuild import load_exported_model
 from .runtimes import TIMEOUT_SECONDS, available_bytes, chosen_tokens, outcome
 from .structure import model_structure
@@ -99,7 +99,8 @@ def check_llama_cpp(path: Path, tokens: Tensor | None) -> dict[str, Any]:
     needed, free = 5 * model_structure(folder).parameters, available_bytes()
     if free is not None and needed > free:
         return outcome("skipped", reason=f"rebuilding in fp32 needs about {needed:,} bytes of memory, {free:,} are free")
-    chosen = chosen_tokens(folder, tokens)
+    context = GgufModel(path).number("context_length")
+    chosen = chosen_tokens(folder, tokens)[:, :context]
     model = load_exported_model(path)
     with torch.inference_mode():
         reference = torch.cat([model(input_ids=row[None], use_cache=False).logits for row in chosen])

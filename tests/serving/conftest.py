@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from decoct.models.families import decoder_linears
 from decoct.models.folder import save_model_folder
 from decoct.models.pruning.magnitude import magnitude_masks
 from decoct.models.pruning.structured import ffn_channel_scores, prune_ffn
@@ -17,7 +18,7 @@ from decoct.models.tokenizer import train_tokenizer
 from decoct.qat.modules import fold, quantize_model
 from decoct.qat.spec import QuantSpec
 
-SEQUENCE, ROWS, STEPS = 128, 16, 120
+SEQUENCE, ROWS, STEPS = 128, 16, 300
 _CONFIG = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -54,9 +55,14 @@ def held_out(tokenizer: PreTrainedTokenizerFast) -> Tensor:
 
 def _config(model_type: str, overrides: dict[str, Any]) -> Any:
     fields = _GPT2 if model_type == "gpt2" else _CONFIG
-    if model_type in ("llama", "qwen2", "qwen3"):
+    if not model_type.startswith("gemma"):
         fields = {**fields, "sliding_window": None}
     return AutoConfig.for_model(model_type, **{**fields, **overrides})
+
+
+@pytest.fixture(scope="session")
+def stdlib_texts() -> list[str]:
+    return stdlib("pathlib", "zipfile", "decimal", "this")
 
 
 Trained = Callable[..., PreTrainedModel]
@@ -64,7 +70,7 @@ Trained = Callable[..., PreTrainedModel]
 
 @pytest.fixture(scope="session")
 def trained(tokenizer: PreTrainedTokenizerFast) -> Trained:
-    """``trained(model_type, pruned=, **config)``: a model after 120 steps on the standard library; the same one for the same arguments."""
+    """``trained(model_type, pruned=, **config)``: a model after 300 steps on the standard library; the same one for the same arguments."""
     ids: Any = tokenizer("\n".join(stdlib("argparse", "ast", "textwrap", "dataclasses", "inspect")))["input_ids"]
     text = torch.tensor(ids[: len(ids) // SEQUENCE * SEQUENCE]).reshape(-1, SEQUENCE)
     made: dict[str, PreTrainedModel] = {}
@@ -99,9 +105,9 @@ def _fit(model: PreTrainedModel, text: Tensor) -> None:
 def _prune(model: PreTrainedModel, text: Tensor) -> None:
     """FFN channels from 256 to 192, and three tenths of the remaining weights of each matrix to zero."""
     prune_ffn(model, ffn_channel_scores(model, [{"input_ids": text[:8]}]), 192)
-    for name, mask in magnitude_masks(model, 0.7).items():
-        weight = model.get_submodule(name).get_parameter("weight")
-        weight.mul_(mask)
+    weights = {name: module.weight for name, module in decoder_linears(model).items()}
+    for name, mask in magnitude_masks(weights, 0.7, "layer").items():
+        weights[name].mul_(mask)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """GGUF files in llama.cpp itself: the same tokens, the same text, the same choices along real text."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from decoct.models.folder import save_model_folder
 from decoct.models.loading import load_model, load_tokenizer
 from decoct.qat.export import export_folder
 from decoct.qat.llama_cpp_check import Server
@@ -47,7 +50,8 @@ ROPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 TEXTS = [
     "def f(x):\n    return x + 12345\n\n\n\tif  True :  pass   \n",
-    "It's we'll I'VE \u00e9t\u00e9 na\u00efve \u4f60\u597d\uff0c\u4e16\u754c \U0001f600\U0001f3fd \u0410\u0431\u0432 \u0e20\u0e32\u0e29\u0e32 ½ ² x³",
+    "It's we'll I'VE \u00e9t\u00e9 na\u00efve \u4f60\u597d\uff0c\u4e16\u754c \U0001f600\U0001f3fd "
+    "\u0410\u0431\u0432 \u0e20\u0e32\u0e29\u0e32 ½ ² x³",
     "<|endoftext|>a<|endoftext|>\n b\r\n\r\nc \u00a0 d\u2003e\u200bf",
 ]
 
@@ -134,23 +138,57 @@ def test_a_wrong_file_is_seen(quantized_folder: Build, held_out: Tensor) -> None
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
-def test_text_becomes_the_same_tokens(plain_folder: Build, model_type: str) -> None:
+def test_text_becomes_the_same_tokens(plain_folder: Build, stdlib_texts: list[str], model_type: str) -> None:
     """AutoTokenizer gives Qwen2 its own pre-tokenizer, so both of llama.cpp's are judged."""
-    from .conftest import stdlib  # pyright: ignore[reportMissingImports]
-
     source = plain_folder(model_type, torch.float16)
     tokenizer = load_tokenizer(source)
     with serving(exported(source, "gguf-f16")) as server:
-        for text in [*TEXTS, *stdlib("pathlib", "zipfile", "decimal", "this")]:
+        for text in [*TEXTS, *stdlib_texts]:
             found = server.ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
             assert found == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_text_becomes_the_same_tokens(tmp_path: Path, stdlib_texts: list[str], prefix: bool) -> None:
+    tokenizer = sentencepiece(stdlib_texts[:2], prefix)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(config)
+    source = save_model_folder(tmp_path / "model", model, tokenizer, {}, dtype=torch.float32)
+    reference = load_tokenizer(source)
+    with serving(exported(source, "gguf-f32")) as server:
+        for text in ["Hello, world", "  two  spaces\n\n\ttab ", "na\u00efve \U0001f600 \u4f60\u597d", *stdlib_texts]:
+            found = server.ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+            assert found == reference(text)["input_ids"]
+
+
+def sentencepiece(texts: list[str], prefix: bool) -> PreTrainedTokenizerFast:
+    """A tokenizer as transformers makes one of a SentencePiece model: pieces by rank, every way to cut each of them a merge."""
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", "\u2581")
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=True)
+    trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=900, show_progress=False))
+    content = json.loads(trained.to_str())["model"]
+    joined = list(dict.fromkeys("".join(pair) for pair in content["merges"]))
+    pieces = [*joined, *(piece for piece in content["vocab"] if len(piece) == 1)]
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
+    vocabulary |= {piece: len(vocabulary) + index for index, piece in enumerate(pieces)}
+    known = set(pieces)
+    cuts = [(piece[:cut], piece[cut:]) for piece in joined for cut in range(1, len(piece)) if {piece[:cut], piece[cut:]} <= known]
+    made = Tokenizer(models.BPE(vocabulary, cuts, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    front = [normalizers.Prepend("\u2581")] if prefix else []
+    made.normalizer = normalizers.Sequence([*front, normalizers.Replace(" ", "\u2581")])
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_text_is_continued_alike(plain_folder: Build, family: str) -> None:
     model_type, options = FAMILIES[family]
     source = plain_folder(model_type, torch.float16, **options)
-    tokenizer, model = load_tokenizer(source), load_model(source, dtype=torch.float32)
+    tokenizer = load_tokenizer(source)
+    model: Any = load_model(source, dtype=torch.float32)
     with serving(exported(source, "gguf-f16")) as server:
         for prompt in ("def main(", "class Path(", "    raise ValueError(", "import "):
             ids: Any = tokenizer(prompt, return_tensors="pt")["input_ids"]
