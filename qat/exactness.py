@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..models.errors import UserError
-from .fake_quant import dequantize
 from .read_compressed_tensors import PackedFolder
 from .readers import ExportReader, open_export
 
@@ -55,8 +54,7 @@ def source_weight(source: "ExportSource", name: str, module: str | None) -> NDAr
     """fp32 tensor of a quantized folder: the values of a module's lattice, or of a plain tensor (``module`` None)."""
     if module is None:
         return source.tensor(name).float().numpy()
-    state = source.state
-    return dequantize(state.codes[module], state.scales[module], state.zero_points.get(module)).numpy()
+    return source.state.dequantized(module).numpy()
 
 
 def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]]:

@@ -10,15 +10,16 @@ Parameters are shared, never copied: names in the state dict, optimizers and tie
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.errors import UserError
 from ..models.families import decoder_linears
-from .fake_quant import fake_quant, quantize
+from .fake_quant import quantize
+from .linear import CodesLinear, Extras
+from .linear import QuantLinear as QuantLinear
 from .spec import QuantSpec
 from .state import QuantState
 
@@ -26,50 +27,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class QuantLinear(nn.Linear):
-    """``nn.Linear`` whose weight goes through ``fake_quant`` in every forward, in training and in evaluation alike.
-
-    The parameters ``weight`` [out, in] (latent, unrounded) and ``bias`` are those of the linear it is made from.
-    """
-
-    mask: Tensor | None
-    """bool [out, in], True where a weight is kept; pruned weights are zeros before scales are taken. Not in the state dict."""
-
-    def __init__(self, linear: nn.Linear, spec: QuantSpec) -> None:
-        # on the meta device: nothing is allocated, no random number is drawn
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        spec.group_width(linear.in_features)
-        self.spec = spec
-        self.weight = linear.weight
-        self.register_parameter("bias", linear.bias)
-        self.register_buffer("mask", None, persistent=False)
-        self.train(linear.training)
-
-    def set_mask(self, mask: Tensor | None) -> None:
-        """Weights to keep: bool [out, in], or None for all; moved to the weight's device."""
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != self.weight.shape):
-            raise ValueError(f"mask must be bool of shape {tuple(self.weight.shape)}, not {mask.dtype} of shape {tuple(mask.shape)}")
-        self.mask = None if mask is None else mask.to(self.weight.device)
-
-    def quantized_weight(self) -> Tensor:
-        """[out, in]: the weight as codes times scales, differentiable."""
-        return fake_quant(self.weight, self.spec, mask=self.mask)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
-        return F.linear(input, self.quantized_weight(), self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bits={self.spec.bits}, group_size={self.spec.group_size}"
-
-
-def prepare(model: "PreTrainedModel", spec: QuantSpec, skip: Sequence[str] = ()) -> list[str]:
+def prepare(model: "PreTrainedModel", spec: QuantSpec, skip: Sequence[str] = (), extras: Extras | None = None) -> list[str]:
     """Replace the linears of the decoder layers by ``QuantLinear``, in place; embeddings and the head stay as they are.
 
     Args:
         model: Any causal language model with ``nn.Linear`` layers, on any device (also meta).
         spec: The lattice of every replaced weight.
         skip: fnmatch patterns of full module names left in full precision, such as ``*.down_proj``.
+        extras: Parameters of the layers beside weight and bias; zeros until somebody gives them values.
 
     Returns:
         Names of the replaced modules, in module order.
@@ -81,8 +46,24 @@ def prepare(model: "PreTrainedModel", spec: QuantSpec, skip: Sequence[str] = ())
         raise UserError("the model's linears are quantized already; prepare takes a plain model. Fold it first.")
     linears = target_linears(model, spec, skip)
     for name, linear in linears.items():
-        model.set_submodule(name, QuantLinear(linear, spec))
+        model.set_submodule(name, QuantLinear(linear, spec, extras))
     return list(linears)
+
+
+def hold_codes(model: "PreTrainedModel", state: QuantState) -> None:
+    """Replace the modules of ``state`` by ``CodesLinear``, in place: their weights are dropped, their scales train, nothing else does.
+
+    Args:
+        model: A plain model that ``state`` was made from.
+        state: Its codes and scales.
+    """
+    model.requires_grad_(False)
+    for name in state.modules:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        device = linear.weight.device
+        held = CodesLinear(state.codes[name].to(device), state.scales[name].to(device), linear.bias, state.spec_of(name))
+        model.set_submodule(name, held.train(linear.training))
 
 
 @torch.no_grad()
@@ -97,23 +78,29 @@ def quantize_model(model: "PreTrainedModel", spec: QuantSpec, skip: Sequence[str
     Raises:
         UserError: as in ``prepare``, a spec or skip other than the model was prepared with, or NaN or infinite weights.
     """
-    modules: Mapping[str, nn.Linear] = _prepared(model)
-    if not modules:
-        modules = target_linears(model, spec, skip)
-    elif any(cast(QuantLinear, module).spec != spec for module in modules.values()):
+    prepared = _prepared(model)
+    modules: Mapping[str, nn.Module] = prepared or target_linears(model, spec, skip)
+    if any(module.spec != spec for module in prepared.values()):
         raise UserError(f"the model was prepared with another lattice than {spec}; quantize it with the one it was trained with.")
-    elif skip and set(_unskipped(model, skip)) != set(modules):
+    if prepared and skip and any(fnmatchcase(name, pattern) for name in prepared for pattern in skip):
         raise UserError(f"the model was prepared with other modules than skip={list(skip)} leaves; use the same patterns, or none.")
     codes, scales = {}, {}
     for name, module in modules.items():
         try:
-            code, scale = quantize(module.weight, spec, mask=getattr(module, "mask", None))
+            code, scale = _codes(module, spec)
         except ValueError as error:
             raise UserError(
                 f"{name}.weight cannot be quantized: {error}. Take an earlier checkpoint or lower the learning rate."
             ) from error
         codes[name], scales[name] = code.cpu(), scale.cpu()
     return QuantState(spec=spec, modules=tuple(modules), codes=codes, scales=scales)
+
+
+def _codes(module: nn.Module, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    if isinstance(module, QuantLinear | CodesLinear):
+        return module.codes()
+    assert isinstance(module, nn.Linear)
+    return quantize(module.weight, spec)
 
 
 @torch.no_grad()
@@ -125,18 +112,18 @@ def fold(model: "PreTrainedModel", state: QuantState) -> None:
     Raises:
         UserError: a module is missing, of another shape, not fp32, or prepared but not in ``state``; the model is untouched.
     """
-    linears = dict(decoder_linears(model))
+    linears: dict[str, nn.Linear | CodesLinear] = {**decoder_linears(model), **_held(model)}
     left = [name for name in _prepared(model) if name not in state.codes]
     if left:
         raise UserError(f"module {left[0]} ({len(left)} in all) is prepared, but the codes do not cover it; quantize the whole model.")
     for name in state.modules:
         linear = linears.get(name)
-        if linear is None or linear.weight.shape != state.codes[name].shape:
-            found = "missing" if linear is None else f"of shape {tuple(linear.weight.shape)}"
+        if linear is None or (linear.out_features, linear.in_features) != state.codes[name].shape:
+            found = "missing" if linear is None else f"of shape {(linear.out_features, linear.in_features)}"
             raise UserError(
                 f"module {name} is {found}, but the codes have shape {tuple(state.codes[name].shape)}; they are another model's."
             )
-        if linear.weight.dtype != torch.float32:
+        if isinstance(linear, nn.Linear) and linear.weight.dtype != torch.float32:
             raise UserError(
                 f"{name}.weight is {linear.weight.dtype}; codes * scales are exact in fp32 only: load the model with dtype=float32."
             )
@@ -144,16 +131,21 @@ def fold(model: "PreTrainedModel", state: QuantState) -> None:
         model.set_submodule(name, _plain(linears[name], state.dequantized(name)))
 
 
-def _plain(linear: nn.Linear, weight: Tensor) -> nn.Linear:
+def _plain(linear: nn.Linear | CodesLinear, weight: Tensor) -> nn.Linear:
     """A plain linear with this weight and everything else of ``linear``."""
     plain = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    plain.weight = nn.Parameter(weight.to(linear.weight.device), requires_grad=linear.weight.requires_grad)
+    device = linear.weight.device if isinstance(linear, nn.Linear) else linear.code.device
+    plain.weight = nn.Parameter(weight.to(device), requires_grad=not isinstance(linear, nn.Linear) or linear.weight.requires_grad)
     plain.register_parameter("bias", linear.bias)
     return plain.train(linear.training)
 
 
-def _prepared(model: nn.Module) -> dict[str, QuantLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+def _held(model: nn.Module) -> dict[str, CodesLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, CodesLinear)}
+
+
+def _prepared(model: nn.Module) -> dict[str, QuantLinear | CodesLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear | CodesLinear)}
 
 
 def _unskipped(model: "PreTrainedModel", skip: Sequence[str]) -> dict[str, nn.Linear]:

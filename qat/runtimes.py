@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..models.errors import UserError
+from ..models.host_memory import available_bytes
 from .read_gguf_model import find_gguf
 from .rebuild import load_exported_model
 from .runtime_rules import rule_for
@@ -207,12 +208,3 @@ def chosen_tokens(folder: Path, tokens: Tensor | None) -> Tensor:
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
         raise UserError(f"tokens span {int(tokens.min())}..{int(tokens.max())}, but {folder} has a vocabulary of {vocabulary}")
     return tokens
-
-
-def available_bytes() -> int | None:
-    """Memory that can be used without swapping, where the system tells (Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

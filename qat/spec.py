@@ -11,7 +11,7 @@ Symbols: b bits, q signed code in [-2^(b-1), 2^(b-1)-1], s scale, z zero point, 
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 Kind = Literal["int", "nf4", "fp8_e4m3", "mxfp4", "nvfp4"]
@@ -177,6 +177,10 @@ class QuantSpec:
         if self.group_size == "tensor":
             return 1, 1
         return out_features, in_features // self.group_width(in_features) if in_features else 0
+
+    def with_bits(self, bits: int) -> "QuantSpec":
+        """The same lattice with codes of another width."""
+        return replace(self, bits=bits)
 
     def to_json(self) -> dict[str, Any]:
         """Stable JSON form (fields sorted by name; those that came later only where they differ from their default)."""

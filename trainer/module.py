@@ -196,7 +196,7 @@ class TrainingModule(pl.LightningModule):
         plan = self.plan
         rate = learning_rate(self.steps_done, plan.total_steps, plan.learning_rate, plan.warmup, plan.schedule, plan.final_learning_rate)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate_share"]
         return rate
 
     def _describe(self, step: int, sums: list[float], norm: float, rate: float) -> StepRecord:

@@ -8,13 +8,14 @@ from torch import nn
 
 from ..models.errors import UserError
 from ..models.low_bit import check_low_bit, load_bitsandbytes
+from ..qat.linear import CodesLinear, QuantLinear
 from .plan import TrainingPlan
 
 _EPS = 1e-8
 
 
 def build_optimizer(student: nn.Module, plan: TrainingPlan, views: Mapping[str, nn.Parameter] | None = None) -> torch.optim.Optimizer:
-    """AdamW of the plan's kind; matrices decay, norms, biases and embeddings (a tied head with them) do not.
+    """AdamW of the plan's kind; matrices decay, norms, biases and embeddings (a tied head with them) do not, nor do scales of quantizers.
 
     Args:
         student: Whose trainable parameters are stepped.
@@ -26,16 +27,22 @@ def build_optimizer(student: nn.Module, plan: TrainingPlan, views: Mapping[str, 
     """
     tables = {id(module.weight) for module in student.modules() if isinstance(module, nn.Embedding)}
     stepped: list[tuple[str, nn.Parameter]] = []
+    scales = {id(module.scale) for module in student.modules() if isinstance(module, QuantLinear | CodesLinear)}
     embeddings: set[int] = set()
+    own_rate: set[int] = set()
     for name, owner in student.named_parameters():
         parameter = owner if views is None else views.get(name, owner)
         stepped.append((name, parameter))
         if id(owner) in tables:
             embeddings.add(id(parameter))
-    return adamw(stepped, embeddings, plan)
+        if id(owner) in scales:
+            own_rate.add(id(parameter))
+    return adamw(stepped, embeddings, plan, own_rate)
 
 
-def adamw(named_parameters: Iterable[tuple[str, nn.Parameter]], embeddings: Set[int], plan: TrainingPlan) -> torch.optim.Optimizer:
+def adamw(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], embeddings: Set[int], plan: TrainingPlan, scales: Set[int] = frozenset()
+) -> torch.optim.Optimizer:  # fmt: skip
     """The optimizer over named parameters.
 
     Args:
@@ -43,6 +50,8 @@ def adamw(named_parameters: Iterable[tuple[str, nn.Parameter]], embeddings: Set[
         embeddings: ``id`` of those that are embedding tables.
         plan: ``optimizer`` is adamw (torch, fp32 moments), adamw-8bit or paged-adamw-8bit (bitsandbytes: tensors of at least 4,096 elements
             have moments of one byte and an fp32 scale for each 256; paged ones may leave a full GPU, on a CPU paging means nothing).
+        scales: ``id`` of quantizers' scales: no decay, and the plan's rate for them. A group's ``rate_share`` is its rate as a share of
+            the plan's.
 
     Raises:
         UserError: a trainable parameter is not fp32 (bf16 steps smaller than 2^-8 of a weight are lost), none is left, or bitsandbytes is
@@ -50,13 +59,22 @@ def adamw(named_parameters: Iterable[tuple[str, nn.Parameter]], embeddings: Set[
     """
     decaying: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
+    quantizers: list[nn.Parameter] = []
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
         if parameter.dtype not in (torch.float32, torch.float64):
             raise UserError(f"{name} is {parameter.dtype}; training needs fp32 weights: load the student with dtype=torch.float32")
-        (decaying if parameter.ndim >= 2 and id(parameter) not in embeddings else others).append(parameter)
-    groups = [{"params": decaying, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        if id(parameter) in scales:
+            quantizers.append(parameter)
+        else:
+            (decaying if parameter.ndim >= 2 and id(parameter) not in embeddings else others).append(parameter)
+    share = 1.0 if plan.scale_learning_rate is None else plan.scale_learning_rate / plan.learning_rate
+    groups: list[dict[str, Any]] = [
+        {"params": decaying, "weight_decay": plan.weight_decay, "rate_share": 1.0},
+        {"params": others, "weight_decay": 0.0, "rate_share": 1.0},
+        {"params": quantizers, "weight_decay": 0.0, "rate_share": share, "lr": share * plan.learning_rate},
+    ]
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise UserError("the student has no trainable parameter (requires_grad is False everywhere)")

@@ -20,6 +20,8 @@ class TrainingPlan:
     """Windows of one optimizer step and how they are cut into micro-batches."""
     learning_rate: float
     """Peak rate."""
+    scale_learning_rate: float | None = None
+    """Peak rate of quantizers' scales; None = that of everything else."""
     warmup: float = 0.05
     """Share of the steps over which the rate rises, [0, 1)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

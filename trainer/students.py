@@ -7,6 +7,7 @@ from torch import nn
 
 from ..models.families import decoder_layers
 from ..models.streaming import parameter_places, stored_name
+from ..qat.linear import EXTRA_PARAMETERS
 from .plan import TrainingPlan
 from .sharding import allocate, gather_into, local, row_range, shard, skeleton_of
 from .strategy import shards
@@ -80,10 +81,12 @@ class Placed:
 
     @torch.no_grad()
     def _fill(self) -> None:
-        """Read this rank's rows of every parameter."""
+        """Read this rank's rows of every parameter that has values in the files; a stage's hooks give them to those it has added."""
         assert self._weights is not None
         for places in parameter_places(self.student):
             module, key, _ = places[0]
+            if key in EXTRA_PARAMETERS:
+                continue
             parameter = getattr(module, key)
             rows = row_range(parameter)
             local(parameter).copy_(self._weights.read(stored_name(places, self._weights), slice(*rows) if rows else None))

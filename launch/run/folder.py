@@ -136,7 +136,8 @@ class StageFolder:
         return True
 
     def drop_checkpoints(self, keep: int) -> None:
-        """Delete the stage's checkpoints but the newest ``keep``; they are only of use while the stage is unfinished."""
+        """Delete the stage's checkpoints but the newest ``keep``, and what it started from: only of use while the stage is unfinished."""
+        shutil.rmtree(self.path / "start", ignore_errors=True)
         saves = sorted((self.path / "checkpoints").glob("step-*"))
         for folder in saves[: len(saves) - keep]:
             shutil.rmtree(folder, ignore_errors=True)

@@ -125,16 +125,19 @@ class Runner:
     ) -> dict[str, Any]:
         """Run one stage on the model folder ``at``; returns where the next stage starts."""
         kind = STAGE_KINDS[entry.kind]
-        train, finish = kind.load()
+        work = kind.load()
         folder = self.folder.stage(entry.name)
-        if finish is None:
+        if work.finish is None:
             self.session.on_first(lambda: measuring.start_row(entry, at))
             return at
         begun = self.session.on_first(lambda: self._begin(entry, at, origin, teacher, folder))
         context = self._context(entry, origin, teacher, at, {**record, "parent": begun["input"]}, begun["key"])
         if not begun["done"]:
             self._say(entry.name, style="bold")
-            trained = train(entry.settings, context) if train else None
+            if (first := work.start) is not None:
+                self.session.on_first(lambda: first(entry.settings, context))
+            trained = work.train(entry.settings, context) if work.train else None
+            finish = work.finish
             self.session.on_first(lambda: self._close_stage(entry, folder, begun, finish(entry.settings, context, trained)))
         else:
             self._say(f"{entry.name} is done, skipped")

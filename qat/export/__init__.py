@@ -228,7 +228,7 @@ def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[
 
 
 def _inputs(source: ExportSource) -> str:
-    inputs = source.activations if source.state.modules else None
+    inputs = source.state.activations
     if inputs is None:
         return ""
     scale = "a scale for each token, taken when it comes" if inputs.scaling == "dynamic" else "one stored scale a module"
@@ -238,10 +238,6 @@ def _inputs(source: ExportSource) -> str:
 def _write_record(folder: Path, source: ExportSource, export: dict[str, Any]) -> None:
     """decoct.json: the source's record, what the export's weights hash to, and the sha256 of every other file."""
     files = {str(file.relative_to(folder).as_posix()): sha256_file(file) for file in sorted(folder.rglob("*")) if file.is_file()}
-    state = source.state
-    quant = {**(source.record.get("quant") or {}), **state.record()}
-    if state.own_specs:
-        quant.setdefault("own_specs", {module: spec.to_json() for module, spec in state.own_specs.items()})
-    quant_entry = {"quant": quant} if state.modules else {}
-    record = {**source.record, "format": RECORD_FORMAT, **quant_entry, "export": export, "files": files}
+    quant = {"quant": source.state.record()} if source.state.modules else {}
+    record = {**source.record, "format": RECORD_FORMAT, **quant, "export": export, "files": files}
     write_json_atomic(folder / RECORD, record)

@@ -46,10 +46,10 @@ def check(source: ExportSource) -> None:
             _check_dense(spec, source.reader_version)
         if spec.scale_grid not in ("bf16_fp16", "bf16"):
             raise UserError(f"{NAME} stores scales in bf16, which does not hold scale_grid={spec.scale_grid!r}; quantize with 'bf16_fp16'")
-    check_modules(source, NAME, range(2, 9), head=True)
-    if source.activations is not None:
+    check_modules(source, NAME, range(2, 9), head=True, inputs=True)
+    if source.state.activations is not None:
         for module in state.modules:
-            _check_inputs(source, module, source.activations)
+            _check_inputs(source, module, source.state.activations)
 
 
 def _check_dense(spec: QuantSpec, reader: str | None) -> None:
@@ -77,11 +77,11 @@ def _check_inputs(source: ExportSource, module: str, inputs: ActivationSpec) -> 
             f"{module} has bits={spec.bits}, group_size={spec.group_size} and inputs rounded to int8; kernels for int8 inputs take int8 "
             "weights with a scale per row: quantize with bits=8, group_size='channel', or leave activations out"
         )
-    if inputs.scaling == "static" and not _is_scale(source.input_scales.get(module)):
+    if inputs.scaling == "static" and not _is_scale(source.state.input_scales.get(module)):
         raise UserError(
             f"{module} has static activations but no input scale that is one finite positive number; train or calibrate it again"
         )
-    if inputs.scaling == "static" and not inputs.symmetric and module not in source.input_zeros:
+    if inputs.scaling == "static" and not inputs.symmetric and module not in source.state.input_zeros:
         raise UserError(f"{module} has asymmetric static activations but no input zero point; train or calibrate it again")
 
 
@@ -120,12 +120,12 @@ def _sizes(source: ExportSource) -> dict[str, int]:
 def _part_sizes(source: ExportSource, it: Layer) -> dict[str, int]:
     (rows, columns), groups, bits = it.codes.shape, it.scales.shape[1], it.spec.bits
     scales = {_SCALE: rows * groups * 2}
-    if source.activations is None:
+    if source.state.activations is None:
         zeros = {} if it.zeros is None else {_ZERO: stream_width(rows, bits) * groups * 4}
         return {_PACKED: rows * stream_width(columns, bits) * 4, **scales, _SHAPE: 2 * 8, **zeros}
     zeros = {} if it.zeros is None else {_ZERO: rows * groups}
-    static = source.activations.scaling == "static"
-    inputs = ({_INPUT_SCALE: 4} if static else {}) | ({_INPUT_ZERO: 1} if static and not source.activations.symmetric else {})
+    static = source.state.activations.scaling == "static"
+    inputs = ({_INPUT_SCALE: 4} if static else {}) | ({_INPUT_ZERO: 1} if static and not source.state.activations.symmetric else {})
     return {".weight": rows * columns, **scales, **zeros, **inputs}
 
 
@@ -135,15 +135,15 @@ def _stored(source: ExportSource, name: str) -> Tensor:
         return exact_plain(source, name, torch.bfloat16)
     module, part = name.rsplit(".", 1)
     it = layer(source, module)
-    packed = source.activations is None
+    packed = source.state.activations is None
     make = {
         _PACKED: lambda: pack_bits(it.codes, it.spec.bits),
         _SCALE: lambda: exact_scales(it.scales, torch.bfloat16, NAME, module),
         _SHAPE: lambda: torch.tensor(it.codes.shape, dtype=torch.int64),
         _ZERO: lambda: _zero_points(it, packed),
         ".weight": lambda: it.codes.contiguous(),
-        _INPUT_SCALE: lambda: source.input_scales[module].to(torch.float32).reshape(1),
-        _INPUT_ZERO: lambda: source.input_zeros[module].to(torch.int8).reshape(1),
+        _INPUT_SCALE: lambda: source.state.input_scales[module].to(torch.float32).reshape(1),
+        _INPUT_ZERO: lambda: source.state.input_zeros[module].to(torch.int8).reshape(1),
     }
     return make[f".{part}"]()
 

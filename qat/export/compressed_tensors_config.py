@@ -23,7 +23,7 @@ def quantization_config(source: ExportSource) -> dict[str, Any]:
     lattices: dict[QuantSpec, list[str]] = {}
     for module in state.modules:
         lattices.setdefault(_as_stored(state.spec_of(module)), []).append(module)
-    groups = [_group(spec, source.activations, modules if len(lattices) > 1 else ["Linear"]) for spec, modules in lattices.items()]
+    groups = [_group(spec, source.state.activations, modules if len(lattices) > 1 else ["Linear"]) for spec, modules in lattices.items()]
     formats = {group["format"] for group in groups}
     return {
         "quant_method": NAME,

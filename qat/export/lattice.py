@@ -96,13 +96,20 @@ def plain_config(source: ExportSource, dtype: torch.dtype) -> dict[str, Any]:
     return config | {"dtype": NAMES[dtype]}
 
 
-def check_modules(source: ExportSource, format: str, bits: Sequence[int], *, head: bool) -> None:
+def check_modules(source: ExportSource, format: str, bits: Sequence[int], *, head: bool, inputs: bool = False) -> None:
     """Refuse lattices that a format of integer codes cannot hold, or that servers cannot load.
 
     Raises:
         UserError: naming the first such module and the nearest setting that can be stored.
     """
     state = source.state
+    if not state.modules:
+        raise UserError(f"{source.folder} has no quantized linears, so that there is nothing to pack; export to 'safetensors'")
+    if state.activations is not None and not inputs:
+        raise UserError(
+            f"{format} cannot say that inputs are rounded to {state.activations.kind}, so servers would compute another model; export to "
+            "compressed-tensors, or train without activations"
+        )
     for module in state.modules:
         spec = state.spec_of(module)
         if spec.kind != "int":

@@ -1,7 +1,7 @@
 """The quantized folder that is exported: its codes, and every other tensor, read when it is written."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ...models.errors import UserError
-from ...models.folder import RECORD, read_record
+from ...models.folder import read_record
 from ...models.folder_check import check_model_folder
 from ...models.safetensors_file import read_header
-from ..spec import ActivationSpec
 from ..state import QuantState, load_quant_state
 from ..structure import Structure, model_structure
 
@@ -30,23 +29,8 @@ class ExportSource:
     structure: Structure
     plain: dict[str, Path]
     """Unquantized tensors: name -> the file that holds it, in file order. Tied names are left out."""
-    input_scales: dict[str, Tensor] = field(default_factory=dict)
-    """fp32, one number: scale of a module's inputs, where activations are rounded with a stored scale."""
-    input_zeros: dict[str, Tensor] = field(default_factory=dict)
-    """int8, one number: zero point of a module's inputs, where their lattice is asymmetric and stored."""
     reader_version: str | None = None
     """Version of the format's package that will read the export, where layouts differ between versions and the user named one."""
-
-    @property
-    def activations(self) -> ActivationSpec | None:
-        """How inputs of quantized modules are rounded; None: not at all. UserError when the record says it in an unknown way."""
-        said = (self.record.get("quant") or {}).get("activations")
-        if said is None:
-            return None
-        try:
-            return ActivationSpec.from_json(said)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{self.folder / RECORD}: quant.activations cannot be read ({error}); quantize again") from error
 
     @property
     def unquantized_linears(self) -> list[str]:

@@ -34,6 +34,16 @@ def _arguments(
     return mask, zeros, spec.bits, spec.group_width(weight.shape[1]), grid_numbers(spec)
 
 
+def group_factor(weight: Tensor, scale: Tensor, spec: QuantSpec) -> float:
+    """1 / sqrt(N qmax) with N weights a scale: what the gradient of a scale is multiplied by (LSQ, section 2.2)."""
+    return 1.0 / math.sqrt(max(1, weight.numel() // max(1, scale.numel())) * spec.qmax)
+
+
+def scale_on_grid(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Scales of any shape as fp32 numbers of the spec's grid, a constant; NaN for NaN and infinity."""
+    return reference.on_grid(scale, grid_numbers(spec))
+
+
 def fake_quant_learned(
     weight: Tensor,
     scale: Tensor,
@@ -69,8 +79,7 @@ def fake_quant_learned(
     Source: Esser et al., arXiv 1902.08153, eq. 1 to 3 and section 2.2.
     """
     arguments = _arguments(weight, scale, spec, mask, zeros)
-    shared = weight.numel() // max(1, scale.numel())
-    factor = 1.0 / math.sqrt(max(1, shared) * spec.qmax)
+    factor = group_factor(weight, scale, spec)
     if use_kernel(weight, backend):
         from . import learned_kernel
 

@@ -23,13 +23,14 @@ from decoct.losses.settings import LossSettings
 from decoct.losses.sums import LossSums
 from decoct.models.families import decoder_linears
 from decoct.models.teachers import LocalTeacher
-from decoct.qat.spec import QuantSpec
+from decoct.qat.spec import ActivationSpec, QuantSpec
 from decoct.trainer.batch import BatchPlan
 from decoct.trainer.fit import FitResult, TrainingPlan, fit
 from decoct.trainer.hooks import KeepZeros, MaskHook, StepHook
 from decoct.trainer.metrics import MetricsSink
 from decoct.trainer.objective import Objective
-from decoct.trainer.settings import MagnitudeSettings
+from decoct.trainer.quantizers import Quantizers
+from decoct.trainer.settings import MagnitudeSettings, QatSettings
 from decoct.trainer.world import current_world
 
 VOCAB = 96
@@ -144,7 +145,7 @@ class Case:
     """What a test varies."""
 
     kind: str = "distill"
-    """distill, pretrain, prune (scheduled masks), sparse (kept zeros) or qat (sparse and quantized)."""
+    """distill, pretrain, prune (scheduled masks), sparse (kept zeros), qat (sparse and quantized) or learned (quantized, own scales)."""
     steps: int = 24
     windows: int = 8
     micro: int = 4
@@ -180,6 +181,7 @@ class Case:
             activation_checkpointing=bool(self.checkpointing),
             compile=bool(self.compile),
             optimizer=self.optimizer,  # pyright: ignore[reportArgumentType]
+            scale_learning_rate=self.rate / 30 if self.kind == "learned" else None,
         )
 
     def student(self) -> LlamaForCausalLM:
@@ -192,7 +194,33 @@ class Case:
             from decoct.qat.modules import prepare
 
             prepare(student, QuantSpec(bits=4, group_size=16))
+        if self.kind == "learned":
+            self.quantize(student, self.quantizing())
         return student
+
+    def quantizing(self) -> QatSettings:
+        """The settings of kind 'learned': everything that has a state."""
+        return QatSettings(
+            steps=self.steps,
+            weights=QuantSpec(bits=4, group_size=16),
+            activations=ActivationSpec(scaling="static"),
+            delay=0.2,
+            anneal_from=6,
+            anneal=0.4,
+            freeze_scales=0.2,
+        )
+
+    @staticmethod
+    def quantize(student: LlamaForCausalLM, settings: QatSettings) -> None:
+        """Prepare ``student`` as the stage does."""
+        from decoct.qat.linear import Extras
+        from decoct.qat.modules import prepare
+
+        scale = settings.scales == "learned" or settings.freeze_scales > 0
+        prepare(student, settings.weights, extras=Extras(scale=scale, rank=settings.lora or 0))
+        if settings.lora:
+            for name, parameter in student.named_parameters():
+                parameter.requires_grad_(name.rsplit(".", 1)[-1] in ("scale", "adapter_in", "adapter_out"))
 
     def hooks(self, student: nn.Module) -> list[StepHook]:
         """What acts around each step."""
@@ -204,6 +232,8 @@ class Case:
             hooks.append(MaskHook(list(linears), MagnitudeSettings(keep=0.4, update_every=3), self.steps))
         if self.kind in ("sparse", "qat"):
             hooks.append(KeepZeros(linears))
+        if self.kind == "learned":
+            hooks.append(quantizers(student, self.quantizing(), self))
         return hooks
 
     def objective(self) -> Objective:
@@ -213,9 +243,24 @@ class Case:
         return Objective(LocalTeacher(tiny_model(2, dropout=0.0), v_eff=VOCAB), LossSettings(hard_weight=0.25), v_eff=VOCAB)
 
 
+def quantizers(student: nn.Module, settings: QatSettings, case: Case, kind: type[Quantizers] = Quantizers) -> Quantizers:
+    """The hook of a quantized student, its inputs rounded where the settings say so."""
+    from decoct.qat.activations import round_inputs
+    from decoct.qat.linear import QuantLinear
+
+    names = [name for name, module in student.named_modules() if isinstance(module, QuantLinear)]
+    inputs = round_inputs(student, names, settings.activations) if settings.activations else None
+    return kind(settings, case.steps, case.seed, inputs=inputs)
+
+
 def run_case(case: Case, work: Path, *, console: Console | None = None, **changes: Any) -> tuple[FitResult, LlamaForCausalLM]:
     """Run (or go on with) the stage in ``work``; ``changes`` replace arguments of ``fit``."""
     student = changes.pop("student", None) or case.student()
+    quantizing, hook = changes.pop("quantizing", None), changes.pop("quantizers", Quantizers)
+    if quantizing is not None:
+        student = tiny_model(1, dropout=case.dropout, hidden=case.hidden)
+        case.quantize(student, quantizing)
+        changes["hooks"] = [quantizers(student, quantizing, case, hook)]
     arguments: dict[str, Any] = {
         "work": work / "stage",
         "stage": case.kind,

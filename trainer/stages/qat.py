@@ -1,28 +1,141 @@
 """Stage `qat`: train with rounded weights, end in codes and scales that exporters only shuffle."""
 
-from ...qat.modules import fold, prepare, quantize_model
-from ..settings import QatSettings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...models.errors import UserError
+from ...models.folder import save_model_folder
+from ...models.loading import load_model
+from ...qat.activations import RoundedInputs, round_inputs
+from ...qat.linear import Extras
+from ...qat.modules import fold, hold_codes, prepare, quantize_model
+from ...qat.ptq import Rounding, round_model
+from ...qat.ptq.cells import into_cells
+from ...qat.state import QUANT_FILE, load_quant_state
+from ..quantizers import Quantizers
+from ..settings import QatSettings, QuantizeSettings, TrainerSettings
 from .context import StageContext, StageResult, Trained
-from .opening import open_student
-from .quantize import save_quantized
-from .training import keep_zeros_hooks, sparse_modules, train_student
+from .opening import OpenStudent, open_student
+from .quantize import Source, round_and_tell, save_quantized, stage_text
+from .saving import stage_record
+from .training import keep_zeros_hooks, sparse_modules, train_student, training_plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_START = "start"
+
+
+def start(settings: QatSettings, context: StageContext) -> None:
+    """Rank 0, before all train: GPTQ's codes and scales, in a folder that resumed runs find again."""
+    folder = context.folder / _START
+    if settings.start != "gptq" or folder.exists():
+        return
+    model = load_model(context.input, dtype=torch.float32, revision=context.input_revision)
+    latent = {name: parameter.detach().clone() for name, parameter in model.named_parameters()} if settings.train == "all" else {}
+    rounding = QuantizeSettings(
+        weights=settings.weights, skip=settings.skip, method="gptq", scale="mse", calibration_tokens=settings.calibration_tokens
+    )
+    text = stage_text(rounding, context, model)
+    rounded = round_and_tell(rounding, context, Source(model, {}), text, others=None)
+    for name in rounded.state.modules if latent else ():
+        weight = model.get_parameter(f"{name}.weight")
+        weight.data.copy_(into_cells(latent[f"{name}.weight"], rounded.state.codes[name], rounded.state.scales[name], settings.weights))
+    record = stage_record(context, {"quant": rounded.state.record()})
+    save_model_folder(folder, model, context.tokenizer, record, dtype=torch.float32, extra_tensors={QUANT_FILE: rounded.state.tensors()})
 
 
 def train(settings: QatSettings, context: StageContext) -> Trained:
-    """Train the latent weights through fake-quantized linears."""
-    student = open_student(context)
+    """Train latent weights, or scales alone, through linears that round."""
+    opened = replace(context, input=str(context.folder / _START), input_revision=None) if settings.start == "gptq" else context
+    if settings.train == "scales":
+        opened = replace(opened, trainer=_whole_on_each_rank(context))
+    student = open_student(opened)
     sparse = sparse_modules(context.input)
-    modules = prepare(student.model, settings.weights, settings.skip)
-    group = settings.weights.group_size
-    scales = f"groups of {group}" if isinstance(group, int) else "one scale a row"
-    context.say(f"  {len(modules)} linear layers at {settings.weights.bits} bits, {scales}")
-    return train_student(student, settings, context, hooks=keep_zeros_hooks(student.model, sparse), facts={"sparse": sparse})
+    facts = {"sparse": sparse}
+    if settings.train == "scales":
+        modules = _hold_codes(settings, student, opened, sparse)
+        _announce(settings, len(modules), context)
+        inputs = _round_inputs(settings, student, modules)
+        plan = training_plan(settings, context, student.model.config.hidden_size, student.strategy)
+        hooks = [Quantizers(settings, plan.total_steps, plan.seed, inputs=inputs)] if inputs else []
+        return _with_inputs(train_student(student, settings, context, hooks=hooks, facts=facts), inputs)
+    extras = Extras(scale=settings.scales == "learned" or settings.freeze_scales > 0, rank=settings.lora or 0)
+    modules = prepare(student.model, settings.weights, settings.skip, extras)
+    if settings.lora:
+        _freeze_all_but_adapters(student)
+    _announce(settings, len(modules), context)
+    plan = training_plan(settings, context, student.model.config.hidden_size, student.strategy)
+    given = _given_scales(opened) if settings.start == "gptq" else None
+    inputs = _round_inputs(settings, student, modules)
+    quantizers = Quantizers(settings, plan.total_steps, plan.seed, given, inputs)
+    hooks = [*keep_zeros_hooks(student.model, sparse), quantizers]
+    return _with_inputs(train_student(student, settings, context, hooks=hooks, facts=facts), inputs)
 
 
 def finish(settings: QatSettings, context: StageContext, trained: Trained | None) -> StageResult:
-    """Take codes and scales from the latent weights, fold them, and write the quantized folder (rank 0)."""
+    """Take codes and scales from what was trained, fold them, and write the quantized folder (rank 0)."""
     assert trained is not None
+    facts = dict(trained.facts)
+    inputs: RoundedInputs | None = facts.pop("inputs", None)
     state = quantize_model(trained.student, settings.weights, settings.skip)
+    if inputs is not None:
+        state = replace(state, activations=inputs.spec, input_scales=inputs.scales(), input_zeros=inputs.zeros())
     fold(trained.student, state)
-    save_quantized(trained.student, state, context, trained.facts)
+    save_quantized(trained.student, state, context, facts)
     return StageResult(model=context.model, tokens=trained.tokens, seconds=trained.seconds)
+
+
+def _hold_codes(settings: QatSettings, student: OpenStudent, context: StageContext, sparse: list[str]) -> tuple[str, ...]:
+    if settings.start == "gptq":
+        state = load_quant_state(context.folder / _START)
+    else:
+        state = round_model(student.model, settings.weights, Rounding(method=settings.start), skip=settings.skip, sparse=sparse).state
+    hold_codes(student.model, state)
+    return state.modules
+
+
+def _whole_on_each_rank(context: StageContext) -> TrainerSettings:
+    if context.trainer.strategy == "fsdp2":
+        raise UserError(
+            f"{context.name}: train: scales keeps codes of one byte a weight whole on every rank, and fsdp2 spreads weights; "
+            "set trainer.strategy: ddp (or auto)"
+        )
+    return replace(context.trainer, strategy="ddp")
+
+
+def _round_inputs(settings: QatSettings, student: OpenStudent, modules: Iterable[str]) -> RoundedInputs | None:
+    return round_inputs(student.model, modules, settings.activations) if settings.activations else None
+
+
+def _with_inputs(trained: Trained, inputs: RoundedInputs | None) -> Trained:
+    """What became of the inputs' ranges goes along to ``finish``: a gathered copy of the student has none of them."""
+    return replace(trained, facts={**trained.facts, "inputs": inputs})
+
+
+def _given_scales(context: StageContext) -> Mapping[str, "Tensor"]:
+    from safetensors.torch import load_file
+
+    suffix = ".scale"
+    tensors = load_file(context.folder / _START / QUANT_FILE)
+    return {name.removesuffix(suffix): tensor for name, tensor in tensors.items() if name.endswith(suffix)}
+
+
+def _freeze_all_but_adapters(student: OpenStudent) -> None:
+    own = ("scale", "adapter_in", "adapter_out")
+    for name, parameter in student.model.named_parameters():
+        parameter.requires_grad_(name.rsplit(".", 1)[-1] in own)
+
+
+def _announce(settings: QatSettings, count: int, context: StageContext) -> None:
+    group = settings.weights.group_size
+    shared = f"groups of {group}" if isinstance(group, int) else "one scale a row"
+    trained = {"scales": "scales alone train"}.get(settings.train, f"{settings.scales} scales")
+    more = [f"inputs in {settings.activations.kind}, {settings.activations.scaling}"] if settings.activations else []
+    more += [f"start {settings.start}"] if settings.start != "rtn" else []
+    more += [f"adapters of rank {settings.lora}"] if settings.lora else []
+    more += [f"annealed from {settings.anneal_from} bits"] if settings.anneal_from else []
+    context.say("  " + ", ".join([f"{count} linear layers at {settings.weights.bits} bits", shared, trained, *more]))

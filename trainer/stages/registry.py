@@ -23,53 +23,65 @@ class StageKind:
     """The dataclass of its settings."""
     format_version: int
     """Raised when the same settings come to mean another result; part of the stage key."""
-    load: Callable[[], tuple[Callable[..., Any] | None, Callable[..., Any] | None]]
-    """Imports the stage and returns (train on all ranks, finish on rank 0); either may be None."""
+    load: Callable[[], "Work"]
+    """Imports the stage."""
 
 
-def _pretrain() -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class Work:
+    """What a stage does, in order; each takes (settings, context), the last also what ``train`` gave."""
+
+    start: Callable[..., None] | None = None
+    """On rank 0, before all train."""
+    train: Callable[..., Any] | None = None
+    """On all ranks."""
+    finish: Callable[..., Any] | None = None
+    """On rank 0: writes what the stage makes; None = the stage is only measured."""
+
+
+def _pretrain() -> Work:
     from . import pretrain
 
-    return pretrain.train, pretrain.finish
+    return Work(train=pretrain.train, finish=pretrain.finish)
 
 
-def _distill() -> tuple[Any, Any]:
+def _distill() -> Work:
     from . import distill
 
-    return distill.train, distill.finish
+    return Work(train=distill.train, finish=distill.finish)
 
 
-def _prune() -> tuple[Any, Any]:
+def _prune() -> Work:
     from . import prune
 
-    return prune.train, prune.finish
+    return Work(train=prune.train, finish=prune.finish)
 
 
-def _qat() -> tuple[Any, Any]:
+def _qat() -> Work:
     from . import qat
 
-    return qat.train, qat.finish
+    return Work(start=qat.start, train=qat.train, finish=qat.finish)
 
 
-def _quantize() -> tuple[Any, Any]:
+def _quantize() -> Work:
     from . import quantize
 
-    return None, quantize.finish
+    return Work(finish=quantize.finish)
 
 
-def _export() -> tuple[Any, Any]:
+def _export() -> Work:
     from . import export
 
-    return None, export.finish
+    return Work(finish=export.finish)
 
 
 STAGE_KINDS: dict[str, StageKind] = {
     "pretrain": StageKind(PretrainSettings, 1, _pretrain),
     "distill": StageKind(DistillSettings, 1, _distill),
     "prune": StageKind(PruneSettings, 1, _prune),
-    "qat": StageKind(QatSettings, 1, _qat),
+    "qat": StageKind(QatSettings, 2, _qat),
     "quantize": StageKind(QuantizeSettings, 1, _quantize),
     "export": StageKind(ExportSettings, 1, _export),
     # Its work is what the run does after every stage; the stage itself only names gates.
-    "evaluate": StageKind(EvaluateSettings, 1, lambda: (None, None)),
+    "evaluate": StageKind(EvaluateSettings, 1, Work),
 }

@@ -14,7 +14,7 @@ from ..hooks import KeepZeros, StepHook
 from ..objective import Objective
 from ..plan import TrainingPlan
 from ..rng import derive_seed
-from ..settings import TrainerSettings, TrainingBlock
+from ..settings import QatSettings, TrainerSettings, TrainingBlock
 from ..teaching.cached import SparseTeacher
 from ..world import current_world
 from .context import StageContext, Trained
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Peak rate at 192 hidden channels; it falls with 1 / hidden (muP's rule for AdamW matrices, arXiv 2203.03466, table 3).
-BASE_RATES = {"pretrain": 3e-3, "distill": 1.5e-3, "prune": 1e-3, "qat": 6e-4}
-"""Peak learning rate of each kind of stage at ``BASE_HIDDEN`` channels."""
+BASE_RATES = {"pretrain": 3e-3, "distill": 1.5e-3, "prune": 1e-3, "qat": 6e-4, "lora": 6e-3}
+"""Peak learning rate of each kind of stage at ``BASE_HIDDEN`` channels; adapters take ten times that of the weights."""
+SCALE_RATE_SHARE = 1 / 30
+"""Rate of learned scales as a share of the weights': with equal rates the scales, which are as small as a step, run away."""
 BASE_HIDDEN = 192
 
 
@@ -64,6 +66,12 @@ def derive_plan(
     stage_key: str = "",
 ) -> TrainingPlan:
     """A training stage in numbers, from its settings, the trainer's and the student's width; needs no model and no text."""
+    rate = settings.learning_rate or default_learning_rate(kind, hidden)
+    scale_rate = None
+    if isinstance(settings, QatSettings):
+        rate = settings.learning_rate or default_learning_rate("lora" if settings.lora else kind, hidden)
+        if settings.scales == "learned":
+            scale_rate = settings.scale_learning_rate or rate * SCALE_RATE_SHARE
     batch = derive_batch(trainer.global_batch_tokens, seq_length, ranks, trainer.micro_batch)
     step_tokens = batch.global_windows * seq_length
     if settings.steps is None and settings.tokens is None:
@@ -72,7 +80,8 @@ def derive_plan(
     return TrainingPlan(
         total_steps=steps,
         batch=batch,
-        learning_rate=settings.learning_rate or default_learning_rate(kind, hidden),
+        learning_rate=rate,
+        scale_learning_rate=scale_rate,
         warmup=settings.warmup,
         schedule=settings.schedule,
         final_learning_rate=settings.final_learning_rate,

@@ -29,8 +29,17 @@ def lattice_source(quantized_folder: Callable[..., Path]) -> LatticeSource:
         state = opened.state
         specs = {module: next((s for end, s in (own or {}).items() if module.endswith(end)), spec) for module in state.modules}
         generator = torch.Generator().manual_seed(7)
+        static = activations is not None and activations.scaling == "static"
+        zeros = static and activations is not None and not activations.symmetric
         made = QuantState(
-            spec=spec, modules=state.modules, codes={}, scales={}, own_specs={m: s for m, s in specs.items() if s is not spec}
+            spec=spec,
+            modules=state.modules,
+            codes={},
+            scales={},
+            own_specs={module: its for module, its in specs.items() if its is not spec},
+            activations=activations,
+            input_scales={module: torch.tensor(0.0625) for module in state.modules} if static else {},
+            input_zeros={module: torch.tensor(5, dtype=torch.int8) for module in state.modules} if zeros else {},
         )
         for module, its in specs.items():
             weight = torch.randn(state.codes[module].shape, generator=generator) * 0.1 + 0.03
@@ -41,15 +50,7 @@ def lattice_source(quantized_folder: Callable[..., Path]) -> LatticeSource:
             made.codes[module], made.scales[module] = encoded.codes, encoded.scales
             if encoded.zeros is not None:
                 made.zero_points[module] = encoded.zeros
-        quant = dict(opened.record["quant"]) | ({"activations": activations.to_json()} if activations else {})
-        static = activations is not None and activations.scaling == "static"
-        return dataclasses.replace(
-            opened,
-            state=made,
-            record=opened.record | {"quant": quant},
-            input_scales={module: torch.tensor([0.0625]) for module in state.modules} if static else {},
-            input_zeros={module: torch.tensor([5], dtype=torch.int8) for module in state.modules} if static else {},
-        )
+        return dataclasses.replace(opened, state=made)
 
     return build
 

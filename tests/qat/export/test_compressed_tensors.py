@@ -190,8 +190,8 @@ def test_inputs_that_the_format_has_no_words_for_are_refused(lattice_source: Mak
         with pytest.raises(UserError, match=message):
             export_source(source, FORMAT)
     source = lattice_source(W8, activations=ActivationSpec(scaling="static"))
-    for scale in (None, torch.tensor([0.0]), torch.tensor([float("nan")]), torch.ones(2)):
-        source.input_scales[Q_PROJ] = scale  # pyright: ignore[reportArgumentType]
+    for scale in (torch.tensor(0.0), torch.tensor(float("nan")), torch.ones(2)):
+        source.state.input_scales[Q_PROJ] = scale
         with pytest.raises(UserError, match="no input scale that is one finite positive number"):
             export_source(source, FORMAT)
 

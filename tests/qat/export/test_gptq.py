@@ -18,7 +18,7 @@ from decoct.qat.export import EXPORTERS, gptq
 from decoct.qat.export.source import ExportSource
 from decoct.qat.fake_quant import dequantize
 from decoct.qat.readers import open_export, open_folder
-from decoct.qat.spec import QuantSpec
+from decoct.qat.spec import ActivationSpec, QuantSpec
 from decoct.qat.verify import verify_folder
 
 Make = Callable[..., ExportSource]
@@ -130,27 +130,24 @@ def test_modules_skipped_in_every_layer_are_named_for_readers_without_patterns(l
     assert set(named) == {f"self_attn.{x}_proj" for x in "qkvo"} | {"mlp.gate_proj", "mlp.up_proj"}
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(2.0**-14, torch.float16), (2.0**-30, torch.bfloat16), (2.0**17, torch.bfloat16)])
 def test_other_tensors_are_fp16_where_exact_else_bf16_never_rounded(
-    lattice_source: Make, export_source: Export, quantized_folder: Callable[..., Path]
+    lattice_source: Make, export_source: Export, value: float, dtype: torch.dtype
 ) -> None:
     def change(model: Any) -> None:
-        model.get_parameter("model.norm.weight").data[3] = 2.0**-30
+        for parameter in model.parameters():
+            parameter.data = (parameter.data * 64).round() / 64
+        model.get_parameter("model.norm.weight").data[3] = value
 
-    spec = QuantSpec(bits=4, group_size=16)
-    for dtype, source in (
-        (torch.float16, lattice_source(spec, change=lambda m: [p.data.mul_(1) for p in m.parameters()])),
-        (torch.bfloat16, lattice_source(spec, change=change)),
-    ):
-        if dtype == torch.float16:
-            for name in source.plain:
-                assert torch.equal(source.tensor(name).half().float(), source.tensor(name)) or dtype == torch.float16
-        target = export_source(source, "gptq")
+    for form in ("gptq", "awq"):
+        source = lattice_source(QuantSpec(bits=4, group_size=16), change=change)
+        target = export_source(source, form)
         stored = load_file(target / "model.safetensors")
-        exact = all(torch.equal(source.tensor(name).half().float(), source.tensor(name).float()) for name in source.plain)
-        assert stored["model.norm.weight"].dtype == (torch.float16 if exact else torch.bfloat16)
-        assert json.loads((target / "config.json").read_text())["dtype"] == ("float16" if exact else "bfloat16")
-        assert torch.equal(stored["model.norm.weight"].float(), source.tensor("model.norm.weight").float())
-    assert not exact
+        assert json.loads((target / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+        for name in source.plain:
+            assert stored[name].dtype == dtype
+            assert torch.equal(stored[name].float(), source.tensor(name).float())
+        assert stored[f"{Q_PROJ}.scales"].dtype == torch.float16
 
 
 def test_what_cannot_be_held_is_refused_with_the_module_and_the_remedy(lattice_source: Make, export_source: Export) -> None:
@@ -169,6 +166,8 @@ def test_what_cannot_be_held_is_refused_with_the_module_and_the_remedy(lattice_s
         ("gptq_v2", QuantSpec(bits=4, group_size=2), {}, {"intermediate_size": 46}, "has 46 outputs, no multiple"),
         ("gptq_v2", QuantSpec(kind="nf4", group_size=16), {}, {}, "kind='nf4'"),
     ]
+    with pytest.raises(UserError, match="cannot say that inputs are rounded to int8"):
+        export_source(lattice_source(QuantSpec(bits=4, group_size=16), activations=ActivationSpec()), "gptq")
     for form, spec, own, folder, message in cases:
         made = lattice_source(spec, own, **folder)
         with pytest.raises(UserError, match=message):
