@@ -78,7 +78,7 @@ def run_evaluate(model: str, text: TextChoice, teacher: str | None, gate: str | 
     run_verb("evaluate", model, {"max_perplexity_increase": gate, "round_teacher": False}, text, teacher, None, out)
 
 
-def run_export(model: Path, out: Path, form: str, allow_inexact: bool = False) -> None:
+def run_export(model: Path, out: Path, form: str, allow_inexact: bool = False, reader_version: str | None = None) -> None:
     """Pack a model folder, verify it, and say what was found."""
     from rich.console import Console
 
@@ -86,7 +86,7 @@ def run_export(model: Path, out: Path, form: str, allow_inexact: bool = False) -
     from ..qat.runtimes import outcome_text
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
-    result = export_folder(model, out, form, allow_inexact=allow_inexact)
+    result = export_folder(model, out, form, allow_inexact=allow_inexact, reader_version=reader_version)
     console.print(f"wrote {out}: {form}, {result.bytes:,} bytes, every weight rebuilt exactly by an independent reader")
     if result.rounding:
         console.print(f"  rounded: {result.rounding.changed:,} weights, by {result.rounding.largest:.2g} at most (--allow-inexact)")

@@ -89,7 +89,7 @@ def read_scheme(folder: Path) -> PackedScheme:
     if not isinstance(groups, dict) or not groups:
         raise UserError(f"{file}: quantization_config.config_groups must hold at least one group with weights")
     return PackedScheme(
-        groups=tuple(_group(file, name, group, whole) for name, group in groups.items()),
+        groups=tuple(_group(file, name, group, str(whole)) for name, group in groups.items()),
         ignore=_names(file, "ignore", quantization.get("ignore") or []),
     )
 
@@ -137,7 +137,7 @@ def _inputs(file: Path, inputs: Any) -> InputScheme | None:
         ("input_activations.strategy", inputs.get("strategy"), ("token",) if dynamic else ("tensor",)),
     ]
     check_fields(file, expected)
-    return InputScheme(dynamic=dynamic, symmetric=inputs.get("symmetric", True))
+    return InputScheme(dynamic=bool(dynamic), symmetric=inputs.get("symmetric", True))
 
 
 def _names(file: Path, key: str, names: Any) -> tuple[str, ...]:

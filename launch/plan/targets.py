@@ -117,10 +117,14 @@ def _fast_path(target: str, case: Case) -> str:
     if target in ("vLLM", "SGLang"):
         return f"Marlin, W{case.spec.bits}A16" + (f", tensor parallel over {case.ranks}" if case.ranks > 1 else "")
     return {
-        "transformers": "compressed-tensors; weights are unpacked to bf16 when they are loaded",
+        "transformers": f"{_read_by_transformers(case)}; weights are unpacked to 16-bit floats when they are loaded",
         "llama.cpp": "blocks of 32 hold groups of this size exactly",
         "ONNX Runtime": "MatMulNBits",
     }[target]
+
+
+def _read_by_transformers(case: Case) -> str:
+    return ", ".join(form for form in case.formats if form in SAFETENSORS_FORMATS)
 
 
 def _skipped(name: str, skip: Sequence[str]) -> bool:
@@ -252,9 +256,21 @@ def _gguf_format(case: Case) -> Iterable[Verdict]:
         yield _say("no", "it reads GGUF, which this stage does not write (its own converter would round anew)", "export.formats: add gguf")
 
 
+SAFETENSORS_FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "awq", "safetensors")
+"""Formats that vLLM, SGLang and transformers read."""
+
+
 def _packed_format(case: Case) -> Iterable[Verdict]:
-    if "compressed-tensors" not in case.formats:
+    if not any(form in SAFETENSORS_FORMATS for form in case.formats):
         yield _say("no", "it reads compressed-tensors, which this stage does not write", "export.formats: add compressed-tensors")
+
+
+def _gptq_kernels(case: Case) -> Iterable[Verdict]:
+    """vLLM's fast GPTQ kernels take symmetric weights; what others make of version 2 differs between its releases."""
+    if "gptq_v2" in case.formats and "compressed-tensors" not in case.formats:
+        yield _say(
+            "slower", "not every kernel of every release reads gptq_v2, and none of the fast ones", "export.formats: add compressed-tensors"
+        )
 
 
 def _onnx(case: Case) -> Iterable[Verdict]:
@@ -274,6 +290,7 @@ def _transformers_reader(case: Case) -> Iterable[Verdict]:
 
 _SERVER: tuple[Rule, ...] = (
     _packed_format,
+    _gptq_kernels,
     _family,
     _packed_bits,
     _marlin_groups,

@@ -217,7 +217,8 @@ BROKEN = {
     ),
     "unknown export format": (
         HEAD + "stages:\n  - quantize\n  - export: {formats: [guff]}\n",
-        "my.yaml:6: stages.1.export.formats.0: wants 'compressed-tensors' or 'gguf'; got 'guff', did you mean 'gguf'?",
+        "my.yaml:6: stages.1.export.formats.0: wants 'compressed-tensors', 'gguf', 'gptq', 'gptq_v2', 'awq' or 'safetensors'; got 'guff', "
+        "did you mean 'gguf'?",
     ),
     "unknown logger": (
         HEAD + STAGES + "logger: wanbd\n",

@@ -87,10 +87,12 @@ def test_the_package_unpacks_the_same_weights(lattice_source: Make, export_sourc
     for scheme in parsed.config_groups.values():
         compressor = BaseCompressor.get_value_from_registry(str(scheme.format))
         for module in state.modules if scheme.targets == ["Linear"] else scheme.targets:
-            local = {name.removeprefix(f"{module}."): t for name, t in stored.items() if name.startswith(f"{module}.weight")}
+            local: dict[str, Any] = {
+                name.removeprefix(f"{module}."): t for name, t in stored.items() if name.startswith(f"{module}.weight")
+            }
             # in bf16 the product of code and scale would be rounded
             local["weight_scale"] = local["weight_scale"].float()
-            weight = compressor.decompress(local, scheme)["weight"]
+            weight: Any = compressor.decompress(local, scheme)["weight"]
             expected = dequantize(state.codes[module], state.scales[module], state.zero_points.get(module))
             assert torch.equal(weight.float(), expected), module
             seen.add(module)
