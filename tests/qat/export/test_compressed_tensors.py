@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from decoct.models.errors import UserError
-from decoct.qat.export import compressed_tensors
+from decoct.qat.export import compressed_tensors, export_folder
 from decoct.qat.export.source import ExportSource
 from decoct.qat.fake_quant import dequantize
 from decoct.qat.read_compressed_tensors import Inputs, PackedFolder
@@ -232,3 +232,20 @@ def test_flips_of_zero_points_and_input_scales_are_found(lattice_source: Make, e
         del record["files"]["model.safetensors"]
         (target / "decoct.json").write_text(json.dumps(record))
         assert any(name.rpartition(".")[0] in problem for problem in verify_folder(target, runtimes=False).problems), name
+
+
+@pytest.mark.parametrize(("form", "case"), [(FORMAT, "asymmetric groups"), (FORMAT, "mixed"), (FORMAT, "w8a8 static asymmetric inputs"),
+                                            ("gptq_v2", "asymmetric groups"), ("awq", "asymmetric groups")])  # fmt: skip
+def test_a_folder_goes_all_the_way(lattice_source: Make, tmp_path: Path, form: str, case: str) -> None:
+    """Codes, zero points and input scales as they lie in a quantized folder, with no source made by hand."""
+    made_up = lattice_source(**CASES[case])
+    folder, state = made_up.folder, made_up.state
+    weights = load_file(folder / "model.safetensors") | {f"{module}.weight": state.dequantized(module) for module in state.modules}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(state.tensors(), folder / "quant.safetensors")
+    record = json.loads((folder / "decoct.json").read_text())
+    (folder / "decoct.json").write_text(json.dumps(record | {"quant": state.record()}))
+    export_folder(folder, tmp_path / "export", form, runtimes=False)
+    report = verify_folder(tmp_path / "export", source=folder, runtimes=False)
+    assert report.ok, report.problems
+    assert "element by element" in report.checks[-1]
