@@ -151,6 +151,7 @@ def export_folder(
     source, target = Path(source), Path(target)
     with atomic_directory(target) as folder:
         opened = replace(exporter.open(source), reader_version=reader_version)
+        _check_tokenizer(source)
         exporter.check(opened)
         rounding = _rounding(opened, format, allow_inexact)
         check_free_space(folder, exporter.planned_bytes(opened), f"the export {target}")
@@ -177,6 +178,14 @@ def _rounding(source: ExportSource, format: str, allow_inexact: bool) -> Roundin
             f"{rounding.largest:.2g}); use --allow-inexact to have them rounded, or another of gguf-bf16, gguf-f16 and gguf-f32"
         )
     return rounding if rounding.changed else None
+
+
+def _check_tokenizer(source: Path) -> None:
+    if not any(file.is_file() for pattern in (*TOKENIZER_FILES, "*.tiktoken") for file in source.glob(pattern)):
+        raise UserError(
+            f"{source} has no tokenizer ({', '.join(TOKENIZER_FILES)}), without which no server can read text; copy the tokenizer's files "
+            "of the model it was made from into the folder"
+        )
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
