@@ -320,8 +320,13 @@ def _word(value: object) -> str:
 class ExportSettings:
     """Pack a quantized folder for serving stacks; never rounds."""
 
-    formats: tuple[Literal["compressed-tensors"], ...] = ("compressed-tensors",)
-    """Formats to write, each into its own folder."""
+    formats: tuple[Literal["compressed-tensors", "gguf", "gptq", "gptq_v2", "awq", "safetensors"], ...] = ("compressed-tensors",)
+    """Formats to write, each into its own folder: compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp, Ollama), gptq
+    (symmetric) or gptq_v2 (asymmetric), awq (4 bits), safetensors (plain 16-bit floats)."""
+    allow_inexact: bool = False
+    """Let safetensors round weights that 16-bit floats do not hold; the error is measured and reported. Nothing else is ever rounded."""
+    reader_version: str | None = None
+    """compressed-tensors of 3, 5, 6 or 7 bits: version of the package that will read it, at least 0.18.0 (earlier ones pack otherwise)."""
 
 
 @dataclass(frozen=True, kw_only=True)

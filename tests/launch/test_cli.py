@@ -53,7 +53,7 @@ SURFACE = {
         "--seq-length",
         "--out",
     },
-    "export": {"model", "--out", "--format"},
+    "export": {"model", "--out", "--allow-inexact", "--format", "--reader-version"},
     "verify": {"folder", "--source", "--runtimes", "--no-runtimes"},
     "evaluate": {"model", "--teacher", "--text", "--hub", "--seq-length", "--tokens", "--max-perplexity-increase", "--out"},
     "recipes list": set(),
