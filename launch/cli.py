@@ -192,13 +192,18 @@ def qat(
     text: Text = None,
     hub: Hub = None,
     tokens: Tokens = "1M",
+    train: Annotated[str, typer.Option("--train", help="all, or scales: these alone, over fixed codes of a byte a weight.")] = "all",
+    start: Annotated[
+        str | None, typer.Option("--start", help="First scales: rtn, mse (searched) or gptq. [default: mse]", show_default=False)
+    ] = None,
+    lora: Annotated[int | None, typer.Option("--lora", help="Rank of an adapter that trains instead of the weights.")] = None,
     seq_length: SeqLength = 512,
     out: Out = None,
 ) -> None:
     """Train MODEL with rounded weights; without --teacher it learns from its own unrounded self."""
     from .verbs import TextChoice, run_verb
 
-    settings = {"tokens": tokens, "weights": {"bits": bits, "group_size": group_size}}
+    settings = {"tokens": tokens, "weights": {"bits": bits, "group_size": group_size}, "train": train, "start": start, "lora": lora}
     run_verb("qat", model, settings, TextChoice(text, hub, seq_length), teacher, overrides, out)
 
 

@@ -259,6 +259,7 @@ def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, m
         placement=placement,
         quant=shape.quant if entry.kind == "qat" else None,
         skip=shape.skip,
+        **_trained_in_qat(entry.settings),
     )
     memory = training_memory(shape.before, taught, case)
     fits = None if machine.gpu_memory is None else memory.total <= usable(machine.gpu_memory)
@@ -276,6 +277,14 @@ def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, m
         cache_bytes=_cache_bytes(recipe, entry, taught, tokens),
     )
     return training, training_values(entry, steps, seq, machine.ranks, shape.before.hidden, trainer)
+
+
+def _trained_in_qat(settings: Any) -> dict[str, Any]:
+    from ...trainer.settings import QatSettings
+
+    if not isinstance(settings, QatSettings):
+        return {}
+    return {"learned_scales": settings.scales == "learned", "codes_only": settings.train == "scales", "rank": settings.lora or 0}
 
 
 def _cache_bytes(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, tokens: int) -> int:
