@@ -142,6 +142,12 @@ def _figure(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def _speed(seen: dict[str, Any]) -> str:
+    if not seen.get("tokens_per_second"):
+        return ""
+    return f" It generated {seen['tokens_per_second']:,.0f} tokens per second on the machine it was checked on (CPU)."
+
+
 def _checked(runtimes: dict[str, dict[str, Any]], form: FormatCard) -> str:
     lines = [
         "## What was checked\n",
@@ -153,6 +159,7 @@ def _checked(runtimes: dict[str, dict[str, Any]], form: FormatCard) -> str:
             lines.append(
                 f"- {name} ({seen['version']}) loads them in a fresh process; {arithmetic}: same token at "
                 f"{seen['top1']:.2%} of {seen['positions']:,} positions, log-probabilities within {seen['max_logprob_diff']:.1g} nats."
+                f"{_speed(seen)}"
             )
         else:
             lines.append(f"- Not checked in {name}: {seen['status']}{'; ' + seen['reason'] if seen['reason'] else ''}.")
