@@ -115,6 +115,7 @@ def check_runtimes(folder: Path, *, tokens: Tensor | None = None) -> dict[str, d
     Returns:
         By runtime: ``status`` ('agrees', 'differs', 'failed', 'skipped' or 'not installed'), ``top1``, ``max_logprob_diff`` (nats),
         ``perplexity`` (None without ``tokens``), ``version``, ``positions`` and, when it did not agree, ``reason``.
+        ``arithmetic`` 'own' where the runtime computes in fewer bits than fp32, so that predictions were compared, not logits.
 
     Raises:
         UserError: the export cannot be rebuilt, or ``tokens`` do not fit its vocabulary.
@@ -157,6 +158,7 @@ def _check_transformers(folder: Path, tokens: Tensor | None) -> dict[str, Any]:
         max_logprob_diff=seen_values.max_logprob_diff,
         perplexity=None if tokens is None else seen_values.perplexity,
         positions=chosen.numel(),
+        **({} if rule.exact else {"arithmetic": "own"}),
         reason=None if agrees else f"logits differ by {seen_values.max_logit_diff:.3g}, same token at {seen_values.top1:.2%}",
     )
 

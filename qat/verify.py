@@ -61,10 +61,11 @@ def verify_folder(path: Path, *, source: Path | None = None, runtimes: bool = Tr
         UserError: ``path`` is no folder, or ``source`` cannot be used.
     """
     path = Path(path)
-    if path.is_file() and path.suffix == ".gguf":
-        if not (path.parent / "config.json").is_file():
-            return _verify_bare_gguf(path, source)
-        path = path.parent
+    file = find_gguf(path)
+    if file is not None:
+        path = file.parent
+        if not any((path / name).exists() for name in ("config.json", RECORD)):
+            return _verify_bare_gguf(file, source)
     if not path.is_dir():
         raise UserError(f"no such folder: {path}; give a model folder, such as one that 'decoct export' wrote, or a .gguf file")
     report = VerifyReport()
@@ -178,7 +179,11 @@ def _check_runtimes(path: Path, tokens: "Tensor | None", report: VerifyReport) -
         if seen["status"] in ("differs", "failed"):
             report.note([f"{name} {seen['status']}: {seen['reason']}"], "")
         elif seen["status"] == "agrees":
-            how = "the same logits in fp32" if name == "transformers" else f"the same tokens ({seen['top1']:.2%} of {seen['positions']:,})"
+            how = (
+                "the same logits in fp32"
+                if name == "transformers" and seen.get("arithmetic") != "own"
+                else f"the same tokens ({seen['top1']:.2%} of {seen['positions']:,})"
+            )
             report.checks.append(f"{name} ({seen['version']}) computes {how}")
 
 

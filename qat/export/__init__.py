@@ -59,6 +59,7 @@ _GGUF = Exporter(
     planned_bytes=gguf_files.planned_bytes,
     config=gguf_files.exported_config,
     write=gguf_files.write,
+    open=gguf_files.open_codes,
     card=GGUF_CARD,
 )
 EXPORTERS: dict[str, Exporter] = {

@@ -155,6 +155,12 @@ def _figure(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def _speed(seen: dict[str, Any]) -> str:
+    if not seen.get("tokens_per_second"):
+        return ""
+    return f" It generated {seen['tokens_per_second']:,.0f} tokens per second on the machine it was checked on (CPU)."
+
+
 def _checked(facts: CardFacts, form: FormatCard) -> str:
     runtimes = facts.runtimes
     lines = [
@@ -166,10 +172,13 @@ def _checked(facts: CardFacts, form: FormatCard) -> str:
         lines.append(f"- {facts.rounding}")
     for name, seen in runtimes.items():
         if seen["status"] == "agrees":
-            arithmetic = "in its own arithmetic" if name in form.own_arithmetic else "in fp32 its logits agree"
+            arithmetic = (
+                "in its own arithmetic" if name in form.own_arithmetic or seen.get("arithmetic") == "own" else "in fp32 its logits agree"
+            )
             lines.append(
                 f"- {name} ({seen['version']}) loads them in a fresh process; {arithmetic}: same token at "
                 f"{seen['top1']:.2%} of {seen['positions']:,} positions, log-probabilities within {seen['max_logprob_diff']:.1g} nats."
+                f"{_speed(seen)}"
             )
         else:
             lines.append(f"- Not checked in {name}: {seen['status']}{'; ' + seen['reason'] if seen['reason'] else ''}.")

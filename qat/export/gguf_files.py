@@ -25,7 +25,7 @@ from .gguf_metadata import ROPE_FREQS, model_metadata, rope_frequency_factors
 from .gguf_names import Place, architecture_of, changed, place_of
 from .gguf_tokenizer import tokenizer_metadata
 from .plain_source import PlainSource
-from .source import ExportSource
+from .source import ExportSource, open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -36,6 +36,16 @@ PLAIN_TYPES = {torch.float32: TensorType.F32, torch.float16: TensorType.F16, tor
 PLAIN_FORMATS = {"gguf-f32": torch.float32, "gguf-f16": torch.float16, "gguf-bf16": torch.bfloat16}
 """Names of the formats that take a plain model folder."""
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
+
+
+def open_codes(folder: Path) -> ExportSource:
+    """``open_source``, whose refusal of a folder without codes also names the formats that take one."""
+    try:
+        return open_source(folder)
+    except UserError as error:
+        if "holds no codes" not in str(error):
+            raise
+        raise UserError(f"{error} Weights as they are can be exported with --format {', '.join(PLAIN_FORMATS)}.") from error
 
 
 def check(source: ExportSource) -> None:

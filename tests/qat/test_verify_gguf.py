@@ -125,6 +125,8 @@ def test_a_cut_file_another_source_and_another_config_are_found(exported: Path, 
     config = json.loads((exported / "config.json").read_text())
     (exported / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     assert "model.layers.2.self_attn.q_proj.weight is missing" in problems(exported)
+    (exported / "config.json").unlink()
+    assert "config.json is missing" in problems(exported)
     os.truncate(exported / "model.gguf", 5000)
     assert "truncated" in problems(exported)
 
@@ -133,9 +135,10 @@ def test_a_file_alone_is_read_as_far_as_it_goes(exported: Path, source: Path, tm
     file = tmp_path / "alone" / "model.gguf"
     file.parent.mkdir()
     file.write_bytes((exported / "model.gguf").read_bytes())
-    report = verify_folder(file, source=source)
-    assert report.ok
-    assert "no config.json beside the file" in " ".join(report.checks)
+    for path in (file, file.parent):
+        report = verify_folder(path, source=source)
+        assert report.ok
+        assert "no config.json beside the file" in " ".join(report.checks)
     with pytest.raises(UserError, match=r"config\.json"):
         load_exported_model(file)
     os.truncate(file, file.stat().st_size - 40)

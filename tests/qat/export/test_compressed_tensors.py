@@ -106,6 +106,8 @@ def test_transformers_computes_the_logits_of_the_rebuilt_model(lattice_source: M
     _, target = made(lattice_source, export_source, case)
     seen = check_runtimes(target)["transformers"]
     assert seen["status"] == ("skipped" if case == "mixed with zero points" else "agrees"), seen
+    unpacked_in_bf16 = "asymmetric" in case and "w8a8" not in case
+    assert (seen.get("arithmetic") == "own") is (unpacked_in_bf16 or case in ("outputs that fill no word", "one scale and zero point"))
 
 
 def test_zero_points_are_packed_along_the_outputs(lattice_source: Make, export_source: Export) -> None:
