@@ -89,7 +89,7 @@ def test_delayed_scales_are_taken_when_rounding_begins(training: ModuleType, tmp
                 seen["scale"] = linear.scale.detach().clone()
                 seen["weight"] = linear.weight.detach().clone()
 
-    run(training, tmp_path, Watch, delay=0.5)
+    run(training, tmp_path, Watch, delay=0.5, start="rtn")
     assert torch.equal(seen["scale"], quantize(seen["weight"], SPEC)[1])
 
 
