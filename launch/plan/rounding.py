@@ -7,12 +7,12 @@ widest weights while they are rounded. Linears are taken to share inputs as in a
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...models.families import FUSED
 from .fitting import usable
 from .shapes import ModelShape, StageShape, quantized_linears
-from .targets import FUSED
 
 if TYPE_CHECKING:
-    from ...trainer.settings import QuantizeSettings
+    from ...trainer.quantization_settings import QuantizeSettings
 
 
 @dataclass(frozen=True, kw_only=True)
