@@ -1,7 +1,7 @@
 """Rounding keys and values as they enter the cache: in training, in calibration, while generating and when a stored model is measured.
 
     cache = round_cache(model, ActivationSpec(kind="fp8_e4m3"))                        dynamic: a scale for each token and head
-    cache = round_cache(model, ActivationSpec(kind="fp8_e4m3", scaling="static"))      a scale for the keys, and one for the values, of a layer
+    cache = round_cache(model, ActivationSpec(kind="fp8_e4m3", scaling="static"))      one for the keys, one for the values of a layer
 
 Attention modules of transformers hand keys (after the rotary embedding) and values to ``past_key_values.update`` and go on with what it
 returns. A stand-in for that cache does the rounding and passes on to the real one, where there is one: whatever computes the attention
@@ -9,7 +9,6 @@ returns. A stand-in for that cache does the rounding and passes on to the real o
 """
 
 import inspect
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ..models.errors import UserError
 from ..models.families import decoder_layers
+from .cache_state import CacheState
 from .rounders import Padding, Rounder, Rounders, watch_padding
 from .spec import SCALE_GRIDS, ActivationSpec
 
@@ -83,6 +83,11 @@ class RoundedCache(Rounders):
 
     unseen = "{name}: this attention took no part in running the text, so the range of its keys or values is not known; leave kv_cache out"
 
+    def state(self) -> CacheState:
+        """What a quantized folder holds of it."""
+        attentions = dict.fromkeys(name.rpartition(".")[0] for name in self.rounders)
+        return CacheState(spec=self.spec, attentions=tuple(attentions), scales=self.scales(), zeros=self.zeros())
+
     def set_ranges(self, extremes: Tensor) -> None:
         """Static scales of ranges, on the bf16 grid: servers that hold them in the model's dtype hold the same numbers."""
         super().set_ranges(extremes)
@@ -110,7 +115,7 @@ def cached_attentions(model: "PreTrainedModel") -> dict[str, nn.Module]:
         if len(own) != 1:
             count = "no attention" if not own else f"{len(own)} modules"
             raise UserError(
-                f"kv_cache: {names[id(layer)]} ({type(layer).__name__}) has {count} whose forward takes {_ARGUMENT}, and decoct expects one; "
+                f"kv_cache: {names[id(layer)]} ({type(layer).__name__}) has {count} whose forward takes {_ARGUMENT}, not one; "
                 "leave kv_cache out, or use a model such as Llama, Mistral, Qwen, Gemma or GPT-2"
             )
         found[names[id(own[0])]] = own[0]
@@ -149,10 +154,15 @@ def round_cache(model: "PreTrainedModel", spec: ActivationSpec, padding: Padding
     return RoundedCache(spec, rounders)
 
 
-def round_cache_as_stored(
-    model: "PreTrainedModel", spec: ActivationSpec, scales: Mapping[str, Tensor], zeros: Mapping[str, Tensor]
-) -> RoundedCache:
-    """``round_cache`` with the scales of a quantized folder or an export, by ``<attention module>.k`` and ``.v``."""
-    cache = round_cache(model, spec)
-    cache.set_scales(scales, zeros)
+def round_cache_as_stored(model: "PreTrainedModel", stored: CacheState) -> RoundedCache:
+    """``round_cache`` with the scales of a quantized folder or an export.
+
+    Raises:
+        UserError: as ``round_cache``, or its attention modules are not those of the model.
+    """
+    cache = round_cache(model, stored.spec)
+    if (found := cache.state().attentions) != stored.attentions:
+        other = next(iter(set(found) ^ set(stored.attentions)), found[0])
+        raise UserError(f"kv_cache: the stored scales are not those of this model's attention modules ({other}); quantize again")
+    cache.set_scales(stored.scales, stored.zeros)
     return cache

@@ -3,7 +3,7 @@
 A quantized folder holds ``model.safetensors`` with codes * scales in fp32 under the original names, and beside it
 ``quant.safetensors``: ``<module>.codes`` int8 [out, in], ``<module>.scale`` fp32 [out, groups], for an asymmetric lattice
 ``<module>.zero_point`` int8 [out, groups], for inputs with a stored scale ``<module>.input_scale`` fp32 and ``.input_zero`` int8, one
-number each. ``decoct.json`` records the QuantSpec, the modules and a hash of everything. Export reads the codes and never rounds again.
+number each; of keys and values what ``cache_state.py`` says. ``decoct.json`` records the QuantSpec, the modules and a hash of it all.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..models.errors import UserError
+from .cache_state import CacheState, cache_from_record
 from .fake_quant import dequantize
 from .fake_quant.reference import GRID_DTYPES
 from .spec import ActivationSpec, QuantSpec
@@ -47,6 +48,8 @@ class QuantState:
     """fp32 [] by module name: scales of inputs that are rounded with a stored one."""
     input_zeros: dict[str, Tensor] = field(default_factory=dict)
     """int8 [] by module name: zero points of inputs whose stored lattice has one."""
+    cache: CacheState | None = None
+    """How keys and values are rounded; None = not at all."""
 
     def spec_of(self, module: str) -> QuantSpec:
         """The lattice of a module."""
@@ -58,7 +61,8 @@ class QuantState:
 
     def tensors(self) -> dict[str, Tensor]:
         """The content of ``quant.safetensors``."""
-        return {name + suffix: held[name].contiguous() for suffix, held in self._parts() for name in self.modules if name in held}
+        own = {name + suffix: held[name].contiguous() for suffix, held in self._parts() for name in self.modules if name in held}
+        return own | (self.cache.tensors() if self.cache else {})
 
     def _parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         yield _CODES, self.codes
@@ -72,10 +76,10 @@ class QuantState:
         digest = hashlib.sha256(self.spec.hash().encode())
         if more := self._more():
             digest.update(json.dumps(more, sort_keys=True).encode())
-        for name in self.modules:
-            for tensor in (held[name] for _, held in self._parts() if name in held):
-                digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        own = ((name, held[name]) for name in self.modules for _, held in self._parts() if name in held)
+        for name, tensor in (*own, *(self.cache.tensors().items() if self.cache else ())):
+            digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def record(self) -> dict[str, Any]:
@@ -84,7 +88,8 @@ class QuantState:
 
     def _more(self) -> dict[str, Any]:
         own = {"own_specs": {name: spec.to_json() for name, spec in sorted(self.own_specs.items())}} if self.own_specs else {}
-        return own | ({"activations": self.activations.to_json()} if self.activations else {})
+        own |= {"activations": self.activations.to_json()} if self.activations else {}
+        return own | (self.cache.record() if self.cache else {})
 
     def check(self, where: str) -> None:
         """UserError beginning with ``where`` (a file) unless every code is in range and every scale positive and on the grid."""
@@ -95,6 +100,8 @@ class QuantState:
             )
             if problem := problem or self._input_problem(name):
                 raise UserError(f"{where}: module {name}: {problem}. The file is damaged or not decoct's; quantize again.")
+        if self.cache and (problem := self.cache.problem()):
+            raise UserError(f"{where}: {problem}. The file is damaged or not decoct's; quantize again.")
 
     def _input_problem(self, name: str) -> str | None:
         stored = self.activations is not None and self.activations.scaling == "static"
@@ -179,12 +186,14 @@ def _from_record(record: Any, tensors: Mapping[str, Tensor], file: Path) -> Quan
         spec, modules = QuantSpec.from_json(record["spec"]), tuple(str(name) for name in record["modules"])
         own = {str(name): QuantSpec.from_json(given) for name, given in record.get("own_specs", {}).items()}
         activations = ActivationSpec.from_json(record["activations"]) if record.get("activations") else None
+        cache = cache_from_record(record, tensors)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise UserError(f"{file.parent / 'decoct.json'}: the entry 'quant' cannot be read ({error}); quantize again.") from error
     expected = {name + suffix for name in modules for suffix in (_CODES, _SCALE)}
     expected |= {name + _ZERO for name in modules if not own.get(name, spec).symmetric}
     if activations is not None and activations.scaling == "static":
         expected |= {name + suffix for name in modules for suffix in (_INPUT_SCALE, *([] if activations.symmetric else [_INPUT_ZERO]))}
+    expected |= set(cache.expected() if cache else ())
     differing = sorted(expected ^ set(tensors))
     if differing:
         what = "missing" if differing[0] in expected else "unexpected"
@@ -199,6 +208,7 @@ def _from_record(record: Any, tensors: Mapping[str, Tensor], file: Path) -> Quan
         activations=activations,
         input_scales=_held(tensors, modules, _INPUT_SCALE),
         input_zeros=_held(tensors, modules, _INPUT_ZERO),
+        cache=cache,
     )
 
 

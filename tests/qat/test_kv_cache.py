@@ -108,10 +108,9 @@ def test_with_a_cache_each_value_is_rounded_once(kind: str, attention: str) -> N
     whole = logits(model)
     assert len(seen) == 4
     seen.clear()
-    store, parts = DynamicCache(config=model.config), []
+    store, pieces = DynamicCache(config=model.config), ids().split([5, 1, 1, 5], dim=1)
     with torch.no_grad():
-        for piece in ids().split([5, 1, 1, 5], dim=1):
-            parts.append(model(input_ids=piece, past_key_values=store, use_cache=True).logits)
+        parts = [model(input_ids=piece, past_key_values=store, use_cache=True).logits for piece in pieces]
     assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-4)
     assert sum(x.shape[2] for x in seen) == 4 * 12, "what is in the cache is not rounded again"
     held = store.layers[0].keys
@@ -153,9 +152,15 @@ def test_static_scales_are_those_of_the_text_without_padding(kind: str, symmetri
         assert (zero is None) == symmetric and cache.zeros().get(name) == zero
         assert float(x.abs().max()) > 0
     again = make(kind)
-    round_cache_as_stored(again, spec, cache.scales(), cache.zeros())
+    round_cache_as_stored(again, cache.state())
     assert torch.equal(logits(again), logits(model))
     assert not torch.equal(logits(again), logits(make(kind)))
+
+
+def test_scales_of_another_model_are_refused() -> None:
+    stored = round_cache(make(), INT8).state()
+    with pytest.raises(UserError, match=r"kv_cache: the stored scales are not those of this model's attention modules \(.*attn"):
+        round_cache_as_stored(make(num_hidden_layers=3), stored)
 
 
 def test_padding_behind_the_text_changes_no_range() -> None:
@@ -256,7 +261,7 @@ def test_what_cannot_be_rounded_is_said() -> None:
     latent = AutoConfig.for_model("deepseek_v3", num_hidden_layers=1)
     with torch.device("meta"):
         deepseek = AutoModelForCausalLM.from_config(latent)
-    with pytest.raises(UserError, match="kv_cache: model type 'deepseek_v3' .*compressed form.*leave kv_cache out"):
+    with pytest.raises(UserError, match=r"kv_cache: model type 'deepseek_v3' .*compressed form.*leave kv_cache out"):
         round_cache(deepseek, INT8)
     state_space = AutoConfig.for_model("mamba", hidden_size=16, state_size=4, num_hidden_layers=1, vocab_size=31)
     with pytest.raises(

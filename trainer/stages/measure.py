@@ -10,10 +10,10 @@ from ...models.families import decoder_linears
 from ...models.folder import read_record
 from ...models.loading import load_model
 from ...models.teachers import LocalTeacher
-from ...qat.activations import round_inputs_as_stored
 from ...qat.footprint import bits_per_weight, count_parameters, folder_bytes, linear_sparsity
 from ...qat.rebuild import load_exported_model
 from ...qat.state import load_quant_state
+from ...qat.stored import round_as_stored, rounds_more_than_weights
 from ..evaluation import evaluate_model
 
 if TYPE_CHECKING:
@@ -35,11 +35,8 @@ def open_for_measuring(path: str, revision: str | None = None) -> "PreTrainedMod
     if is_export(path):
         return load_exported_model(Path(path))
     model = load_model(path, dtype=torch.float32, revision=revision)
-    record = quant_record(path)
-    if record and record.get("activations"):
-        state = load_quant_state(Path(path))
-        assert state.activations is not None
-        round_inputs_as_stored(model, state.modules, state.activations, state.input_scales, state.input_zeros)
+    if rounds_more_than_weights(quant_record(path)):
+        round_as_stored(model, load_quant_state(Path(path)))
     return model
 
 
