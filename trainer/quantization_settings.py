@@ -17,6 +17,8 @@ class QatSettings(TrainingBlock):
     """Module name patterns (fnmatch) left in full precision; one that matches nothing is an error. lm_head and embeddings always are."""
     activations: ActivationSpec | None = None
     """How the inputs of these layers are rounded, such as {kind: int8}; default: not at all."""
+    kv_cache: ActivationSpec | None = None
+    """How keys and values are rounded as they enter the cache, such as {kind: fp8_e4m3, scaling: static}; default: not at all."""
     scales: Literal["learned", "absmax"] = "learned"
     """learned = trained beside the weights (LSQ); absmax = taken anew from the weights in every forward."""
     scale_learning_rate: float | None = None

@@ -10,18 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..qat.activations import RoundedInputs
 from ..qat.fake_quant import quantize
 from ..qat.linear import Mode, QuantLinear
 from ..qat.ptq.mse import searched_scales
+from ..qat.rounders import Rounders
 from ..qat.spec import QuantSpec
 from .quantization_settings import QatSettings
+from .ranges import FollowedRanges
 from .rng import derive_seed
 from .sharding import local, own_rows, parameter_of, row_range, whole
-from .world import max_over_ranks
-
-RANGE_SHARE = 0.1
-"""Share of the newest step in the moving average of the inputs' ranges (static scaling)."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,8 @@ class Quantizers:
         total_steps: Optimizer steps of the stage.
         seed: Of the adapters' first values.
         scales: First scales by module name, fp32 [out, groups]; None = from the weights, as ``settings.first`` says.
-        inputs: Rounders of the linears' inputs; static ones follow a moving average over steps of the range that all ranks have seen,
-            so that it does not depend on micro-batches or ranks. They round from the second step on.
+        inputs: Rounders of the linears' inputs; static ones as in ``FollowedRanges``.
+        cache: Those of keys and values.
     """
 
     name = "quantizers"
@@ -52,10 +49,12 @@ class Quantizers:
         total_steps: int,
         seed: int,
         scales: Mapping[str, Tensor] | None = None,
-        inputs: RoundedInputs | None = None,
+        inputs: Rounders | None = None,
+        cache: Rounders | None = None,
     ) -> None:
-        self._settings, self._total, self._seed, self._given, self._inputs = settings, total_steps, seed, scales, inputs
-        self._ranges: Tensor | None = None
+        self._settings, self._total, self._seed, self._given = settings, total_steps, seed, scales
+        followed = {"ranges": inputs, "cache_ranges": cache}
+        self._followed = [FollowedRanges(rounders, key) for key, rounders in followed.items() if rounders is not None]
         self._linears: dict[str, QuantLinear] = {}
         self._stepped: list[Tensor] = []
         self._phase = self.phase_of(1)
@@ -87,8 +86,8 @@ class Quantizers:
             self._start_adapter(name, module)
             if self._phase.mode != "off":
                 self._take_scales(name, module)
-        if self._inputs is not None and self._inputs.spec.scaling == "static":
-            self._inputs.observe()
+        for ranges in self._followed:
+            ranges.start()
 
     def before_step(self, step: int) -> None:
         """Scales that do not train take no step, and the optimizer counts none."""
@@ -99,7 +98,9 @@ class Quantizers:
     def after_step(self, step: int) -> None:
         """Go over to the phase of the next step."""
         self._step = step
-        self._follow_ranges()
+        if self._phase.mode != "fixed":
+            for ranges in self._followed:
+                ranges.follow()
         before, after = self._phase, self.phase_of(min(step + 1, self._total))
         if after == before:
             return
@@ -114,36 +115,25 @@ class Quantizers:
                 local(module.scale).mul_(finer)
 
     def state(self) -> dict[str, Tensor]:
-        """The steps taken, and ranges of inputs: scales and adapters are the student's."""
-        ranges = {} if self._ranges is None else {"ranges": self._ranges}
-        return {"step": torch.tensor(self._step), **ranges}
+        """The steps taken, and ranges of inputs, keys and values: scales and adapters are the student's."""
+        state = {"step": torch.tensor(self._step)}
+        for ranges in self._followed:
+            state |= ranges.state()
+        return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take up the phase that these steps have led to."""
         self._step = int(state["step"])
         self._phase = self.phase_of(min(self._step + 1, self._total))
         self._apply()
-        if "ranges" in state:
-            self._set_ranges(state["ranges"])
+        for ranges in self._followed:
+            ranges.load(state)
 
     def _apply(self) -> None:
         for module in self._linears.values():
             module.mode, module.bits = self._phase.mode, self._phase.bits
-        if self._inputs is not None:
-            self._inputs.enable(self._phase.mode != "off")
-
-    def _follow_ranges(self) -> None:
-        """Take the step's range into the average, unless scales are frozen."""
-        if self._inputs is None or self._inputs.spec.scaling != "static" or self._phase.mode == "fixed":
-            return
-        seen = max_over_ranks(self._inputs.extremes()).cpu()
-        self._inputs.observe()
-        self._set_ranges(seen if self._ranges is None else torch.lerp(self._ranges, seen, RANGE_SHARE))
-
-    def _set_ranges(self, ranges: Tensor) -> None:
-        assert self._inputs is not None
-        self._ranges = ranges
-        self._inputs.set_ranges(ranges)
+        for ranges in self._followed:
+            ranges.enable(self._phase.mode != "off")
 
     @torch.no_grad()
     def _take_scales(self, name: str, module: QuantLinear) -> None:

@@ -143,11 +143,12 @@ def test_an_adapter_trains_over_frozen_weights_and_its_sum_is_rounded(training: 
     [
         {},
         {"activations": ActivationSpec(scaling="static")},
+        {"kv_cache": ActivationSpec(scaling="static", symmetric=False), "delay": 0.2},
         {"delay": 0.4, "anneal_from": 7, "anneal": 0.4},
         {"scales": "absmax", "freeze_scales": 0.3},
         {"lora": 2, "start": "mse"},
     ],
-    ids=["learned", "inputs", "delayed", "frozen", "lora"],
+    ids=["learned", "inputs", "cache", "delayed", "frozen", "lora"],
 )
 def test_stopped_and_resumed_ends_in_the_same_bits(training: ModuleType, tmp_path: Path, changes: dict[str, Any]) -> None:
     _, straight = run(training, tmp_path / "straight", **changes)

@@ -205,6 +205,7 @@ class Case:
             steps=self.steps,
             weights=QuantSpec(bits=4, group_size=16),
             activations=ActivationSpec(scaling="static"),
+            kv_cache=ActivationSpec(kind="fp8_e4m3", scaling="static"),
             delay=0.2,
             anneal_from=6,
             anneal=0.4,
@@ -242,13 +243,15 @@ class Case:
 
 
 def quantizers(student: nn.Module, settings: QatSettings, case: Case, kind: type[Quantizers] = Quantizers) -> Quantizers:
-    """The hook of a quantized student, its inputs rounded where the settings say so."""
+    """The hook of a quantized student, its inputs, keys and values rounded where the settings say so."""
     from decoct.qat.activations import round_inputs
+    from decoct.qat.kv_cache import round_cache
     from decoct.qat.linear import QuantLinear
 
     names = [name for name, module in student.named_modules() if isinstance(module, QuantLinear)]
     inputs = round_inputs(student, names, settings.activations) if settings.activations else None
-    return kind(settings, case.steps, case.seed, inputs=inputs)
+    cache = round_cache(student, settings.kv_cache) if settings.kv_cache else None  # pyright: ignore[reportArgumentType]
+    return kind(settings, case.steps, case.seed, inputs=inputs, cache=cache)
 
 
 def run_case(case: Case, work: Path, *, console: Console | None = None, **changes: Any) -> tuple[FitResult, LlamaForCausalLM]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,6 +10,7 @@ from ...models.errors import UserError
 from ...models.folder import save_model_folder
 from ...models.loading import load_model
 from ...qat.activations import RoundedInputs, round_inputs
+from ...qat.kv_cache import RoundedCache, round_cache
 from ...qat.linear import Extras
 from ...qat.modules import fold, hold_codes, prepare, quantize_model
 from ...qat.ptq import Rounding, round_model
@@ -60,19 +61,19 @@ def train(settings: QatSettings, context: StageContext) -> Trained:
     if settings.train == "scales":
         modules = _hold_codes(settings, student, opened, sparse)
         _announce(settings, len(modules), context)
-        inputs = _round_inputs(settings, student, modules)
+        rounded = _rounded(settings, student, modules)
         plan = training_plan(settings, context, student.model.config.hidden_size, student.strategy)
-        hooks = [Quantizers(settings, plan.total_steps, plan.seed, inputs=inputs)] if inputs else []
-        return _with_inputs(train_student(student, settings, context, hooks=hooks, facts=facts), inputs)
+        hooks = [Quantizers(settings, plan.total_steps, plan.seed, **rounded)] if rounded else []
+        return _with(train_student(student, settings, context, hooks=hooks, facts=facts), rounded)
     extras = Extras(scale=settings.scales == "learned" or settings.freeze_scales > 0, rank=settings.lora or 0)
     modules = prepare(student.model, settings.weights, settings.skip, extras)
     _announce(settings, len(modules), context)
     plan = training_plan(settings, context, student.model.config.hidden_size, student.strategy)
     given = _given_scales(opened) if settings.first == "gptq" else None
-    inputs = _round_inputs(settings, student, modules)
-    quantizers = Quantizers(settings, plan.total_steps, plan.seed, given, inputs)
+    rounded = _rounded(settings, student, modules)
+    quantizers = Quantizers(settings, plan.total_steps, plan.seed, given, **rounded)
     hooks = [*keep_zeros_hooks(student.model, sparse), quantizers]
-    return _with_inputs(train_student(student, settings, context, hooks=hooks, facts=facts), inputs)
+    return _with(train_student(student, settings, context, hooks=hooks, facts=facts), rounded)
 
 
 def finish(settings: QatSettings, context: StageContext, trained: Trained | None) -> StageResult:
@@ -80,9 +81,12 @@ def finish(settings: QatSettings, context: StageContext, trained: Trained | None
     assert trained is not None
     facts = dict(trained.facts)
     inputs: RoundedInputs | None = facts.pop("inputs", None)
+    cache: RoundedCache | None = facts.pop("cache", None)
     state = quantize_model(trained.student, settings.weights, settings.skip)
     if inputs is not None:
         state = replace(state, activations=inputs.spec, input_scales=inputs.scales(), input_zeros=inputs.zeros())
+    if cache is not None:
+        state = replace(state, cache=cache.state())
     fold(trained.student, state)
     save_quantized(trained.student, state, context, facts)
     return StageResult(model=context.model, tokens=trained.tokens, seconds=trained.seconds)
@@ -106,13 +110,15 @@ def _whole_on_each_rank(context: StageContext) -> TrainerSettings:
     return replace(context.trainer, strategy="ddp")
 
 
-def _round_inputs(settings: QatSettings, student: OpenStudent, modules: Iterable[str]) -> RoundedInputs | None:
-    return round_inputs(student.model, modules, settings.activations) if settings.activations else None
+def _rounded(settings: QatSettings, student: OpenStudent, modules: Iterable[str]) -> dict[str, Any]:
+    """Arguments of ``Quantizers``: the student's inputs, keys and values, hooked, where the settings ask for it."""
+    inputs = {"inputs": round_inputs(student.model, modules, settings.activations)} if settings.activations else {}
+    return inputs | ({"cache": round_cache(student.model, settings.kv_cache)} if settings.kv_cache else {})
 
 
-def _with_inputs(trained: Trained, inputs: RoundedInputs | None) -> Trained:
-    """What became of the inputs' ranges goes along to ``finish``: a gathered copy of the student has none of them."""
-    return replace(trained, facts={**trained.facts, "inputs": inputs})
+def _with(trained: Trained, rounded: dict[str, Any]) -> Trained:
+    """What became of their ranges goes along to ``finish``: a gathered copy of the student has none of them."""
+    return replace(trained, facts={**trained.facts, **rounded})
 
 
 def _given_scales(context: StageContext) -> Mapping[str, "Tensor"]:
@@ -128,6 +134,7 @@ def _announce(settings: QatSettings, count: int, context: StageContext) -> None:
     shared = f"groups of {group}" if isinstance(group, int) else "one scale a row"
     trained = {"scales": "scales alone train"}.get(settings.train, f"{settings.scales} scales")
     more = [f"inputs in {settings.activations.kind}, {settings.activations.scaling}"] if settings.activations else []
+    more += [f"keys and values in {settings.kv_cache.kind}, {settings.kv_cache.scaling}"] if settings.kv_cache else []
     more += [f"start {settings.first}"] if settings.scales == "learned" else []
     more += [f"adapters of rank {settings.lora}"] if settings.lora else []
     more += [f"annealed from {settings.anneal_from} bits"] if settings.anneal_from else []
