@@ -93,6 +93,10 @@ class QuantizeSettings:
 
     weights: QuantSpec = field(default_factory=QuantSpec)
     """The weight lattice."""
+    activations: ActivationSpec | None = None
+    """How the inputs of these layers are rounded, such as {kind: int8}; default: not at all."""
+    kv_cache: ActivationSpec | None = None
+    """How keys and values are rounded as they enter the cache, such as {kind: fp8_e4m3, scaling: static}; default: not at all."""
     method: Literal["rtn", "mse", "gptq"] = "rtn"
     """rtn = round to nearest; mse = scales searched for the least squared error; gptq = column by column, later ones making good what
     earlier ones cost, on calibration text (arXiv 2210.17323)."""
@@ -105,8 +109,8 @@ class QuantizeSettings:
     weighted: bool | None = None
     """mse: the error of a weight counts by the mean square of its input, which takes calibration text; default false."""
     calibration_tokens: int | None = None
-    """gptq, and mse with weighted: tokens of training text to calibrate on, in windows chosen at random, default 262,144: the 128
-    windows of 2,048 of the GPTQ paper (section 4), several times the inputs of the widest layers; fewer when the text has fewer."""
+    """gptq, mse with weighted, and static scaling: tokens of training text to calibrate on, in windows chosen at random, default 262,144:
+    the 128 windows of 2,048 of the GPTQ paper (section 4), several times the inputs of the widest layers; fewer when the text has fewer."""
     stream: Literal["auto", "always", "never"] = "auto"
     """Read, round and write one decoder layer after the other, for models larger than memory: the same result, more disk; auto = when
     memory is too small for the whole model in fp32."""
@@ -119,18 +123,21 @@ class QuantizeSettings:
         self._fill("damping", 0.01, "gptq")
         self._fill("activation_order", True, "gptq")
         self._fill("weighted", False, "mse")
-        if self.method == "mse" and not self.weighted and self.calibration_tokens is not None:
+        observes = any(spec is not None and spec.scaling == "static" for spec in (self.activations, self.kv_cache))
+        if observes:
+            self._fill("calibration_tokens", 262_144, self.method)
+        elif self.method == "mse" and not self.weighted and self.calibration_tokens is not None:
             raise ValueError(
                 f"calibration_tokens={self.calibration_tokens} does nothing with method=mse unless weighted is true; leave it out"
             )
-        if self.weighted is not False:
+        elif self.weighted is not False:
             self._fill("calibration_tokens", 262_144, "gptq", "mse")
         if self.damping is not None and not 0 <= self.damping <= 1:
             raise ValueError(f"damping={self.damping:g} must lie in [0, 1]: it is a share of the Hessian's mean diagonal; 0.01 is usual")
 
     @property
     def calibrates(self) -> bool:
-        """Whether the method looks at text."""
+        """Whether there is text to look at, for the method or for static scales."""
         return self.calibration_tokens is not None
 
     def _fill(self, dial: str, default: object, *methods: str) -> None:

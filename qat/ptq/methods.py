@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..fake_quant import quantize_with
-from ..spec import QuantSpec
+from ..spec import ActivationSpec, QuantSpec
 from .gptq import factorize, gptq_codes
 from .mse import absmax_scales, searched_scales
 
@@ -32,10 +32,19 @@ class Rounding:
     """gptq: columns with the largest inputs first."""
     weighted: bool = False
     """mse: the error of a weight counts by the mean square of its input."""
+    activations: ActivationSpec | None = None
+    """How the inputs of the rounded linears are rounded when the model is served; None = not at all."""
+    kv_cache: ActivationSpec | None = None
+    """How keys and values are; None = not at all."""
+
+    @property
+    def observes(self) -> bool:
+        """Whether ranges are taken of the calibration text, for static scales."""
+        return any(spec is not None and spec.scaling == "static" for spec in (self.activations, self.kv_cache))
 
     @property
     def needs(self) -> Needs:
-        """What has to be known of the inputs; anything but 'nothing' takes calibration text."""
+        """What the method has to know of the inputs; anything but 'nothing' takes calibration text, as ``observes`` does."""
         return METHODS[self.method].needs(self)
 
 

@@ -1,5 +1,7 @@
 """Rounding a whole model, decoder layer by decoder layer; what a rounded layer gives is what the next one is calibrated on.
 
+Where inputs, keys or values are rounded too, a layer gives what it will give when it is served (``served.py``).
+
 Sources: Frantar et al., arXiv 2210.17323, section 3 (blocks in order, each on the outputs of the quantized ones before).
 """
 
@@ -22,6 +24,7 @@ from .inputs import SharedInput, shared_inputs
 from .methods import METHODS, Rounding, Stack, nearest
 from .replay import Replay
 from .report import KindError, kind_of, row_energy
+from .served import ServedLayers
 from .shelf import FileShelf, MemoryShelf, Shelf
 from .text import CalibrationText
 
@@ -33,7 +36,7 @@ Advance = Callable[[int], None]
 
 @dataclass
 class RoundedModel:
-    """What ``round_model`` found; the model itself holds codes * scales."""
+    """What ``round_model`` found; the model itself holds codes * scales, and hooks where more than weights is rounded."""
 
     state: QuantState
     errors: dict[str, KindError] = field(default_factory=dict)
@@ -62,10 +65,10 @@ def round_model(
     Args:
         model: Plain, fp32, on the CPU; or on the meta device, from ``empty_model``, together with ``files`` and ``work``.
         spec: The lattice.
-        rounding: The method.
+        rounding: The method, and how inputs, keys and values are rounded. Hessians are those of inputs that are not rounded yet.
         skip: fnmatch patterns of full module names left as they are; one that matches nothing is an error.
         sparse: Modules whose exact zeros are a pruning mask.
-        text: What to calibrate on, where ``rounding.needs`` it.
+        text: What to calibrate on, where ``rounding.needs`` it or ``rounding.observes``.
         files: Where the weights of a model on the meta device are.
         work: An existing folder that then takes the rounded layers, 5 bytes a weight; the model and the codes are views of its files.
         device: Where the work is done, one layer at a time. The model ends on the CPU.
@@ -74,12 +77,12 @@ def round_model(
 
     Raises:
         UserError: as in ``qat.modules.prepare``, weights that are NaN or infinite, text that is missing or empty, or a linear whose
-            inputs cannot be calibrated.
+            inputs cannot be calibrated; as in ``qat.kv_cache.round_cache``.
         NonFiniteError: inputs of a linear are NaN or infinite.
     """
     layers = decoder_layers(model)
     names = _names(target_linears(model, spec, skip), layers or [model])
-    calibrates = rounding.needs != "nothing"
+    calibrates = rounding.needs != "nothing" or rounding.observes
     if calibrates:
         _check_calibration(text, layers, rounding)
     device = torch.device(device)
@@ -99,15 +102,16 @@ def round_model(
         walk.layer(index, layer, names[index], index + 1 == len(layers))
     shelf.close()
     model.train(training)
-    state = QuantState(spec=spec, modules=tuple(walk.codes), codes=walk.codes, scales=walk.scales)
+    state = QuantState(spec=spec, modules=tuple(walk.codes), codes=walk.codes, scales=walk.scales, **walk.served.state())
     return RoundedModel(state=state, errors=walk.errors, notes=walk.notes)
 
 
 def amount_of_work(model: "PreTrainedModel", spec: QuantSpec, rounding: Rounding, skip: Sequence[str], text: CalibrationText | None) -> int:
     """What ``advance`` will be told in all: tokens through layers where there is calibration, else weights."""
-    if rounding.needs == "nothing" or text is None:
+    calibrates, layers = rounding.needs != "nothing", len(decoder_layers(model))
+    if text is None or not (calibrates or rounding.observes):
         return sum(linear.weight.numel() for linear in target_linears(model, spec, skip).values())
-    return text.tokens * max(0, 2 * len(decoder_layers(model)) - 1)
+    return text.tokens * max(0, (calibrates + rounding.observes + 1) * layers - 1)
 
 
 def _names(linears: Mapping[str, nn.Linear], layers: Sequence[nn.Module]) -> list[list[str]]:
@@ -118,9 +122,14 @@ def _names(linears: Mapping[str, nn.Linear], layers: Sequence[nn.Module]) -> lis
 
 def _check_calibration(text: CalibrationText | None, layers: Sequence[nn.Module], rounding: Rounding) -> None:
     if text is None or not text.tokens:
-        raise UserError(f"method {rounding.method} has no token to calibrate on; raise calibration_tokens or give more text")
+        raise UserError(f"{_who(rounding)} no token to calibrate on; raise calibration_tokens or give more text")
     if not layers:
-        raise UserError(f"method {rounding.method} works layer by layer, but the model's decoder layers are not found; use method rtn")
+        remedy = "use method rtn" + (" and scaling: dynamic" if rounding.observes else "")
+        raise UserError(f"{_who(rounding)} to look at layer after layer, but the model's decoder layers are not found; {remedy}")
+
+
+def _who(rounding: Rounding) -> str:
+    return f"method {rounding.method} has" if rounding.needs != "nothing" else "static scales of activations or kv_cache have"
 
 
 class _Walk:
@@ -132,6 +141,7 @@ class _Walk:
     ) -> None:  # fmt: skip
         self.model, self.spec, self.rounding, self.sparse, self.shelf = model, spec, rounding, sparse, shelf
         self.replay, self.others, self.advance = replay, others, advance
+        self.served = ServedLayers(model, rounding, replay, advance)
         self.codes: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
         self.errors: dict[str, KindError] = {}
@@ -147,10 +157,10 @@ class _Walk:
         for name in linears:
             self.errors.setdefault(kind_of(name), KindError())
         rounded: dict[str, tuple[Tensor, Tensor]] = {}
-        if self.replay is None:
+        if self.replay is None or self.rounding.needs == "nothing":
             for name in linears:
                 self._stack([name], linears, None, rounded)
-                self.advance(linears[name].weight.numel())
+                self.advance(linears[name].weight.numel() if self.replay is None else 0)
         elif linears:
             whole = self.rounding.needs == "hessian"
             for shared in shared_inputs(self.replay, index, linears, whole, self.advance):
@@ -163,6 +173,7 @@ class _Walk:
             scales={name: scales for name, (_, scales) in ordered.items()},
         )
         fold(self.model, parts)
+        self.served.layer(index, layer, parts.modules)
         if self.replay is not None and not last:
             self.replay.finish(index, self.advance)
         stored = self.shelf.put_away(layer, parts.tensors())

@@ -75,10 +75,15 @@ def test_ddp_and_fsdp2_give_the_curve_of_one_process(training_command: list[str]
         assert gathered.keys() == alone.keys(), "tied tensors stay tied"
         for name, tensor in gathered.items():
             # weights whose gradient is all but zero take AdamW steps of either sign; the others agree to rounding, but where inputs
-            # are rounded too, jumps reach every weight
-            assert (tensor - alone[name]).abs().median() < (2e-5 if kind == "learned" else 1e-6), (strategy, name)
+            # are rounded too, and keys and values to fp8, jumps reach every weight
+            assert (tensor - alone[name]).abs().median() < (5e-5 if kind == "learned" else 1e-6), (strategy, name)
             if kind == "prune":
                 assert (tensor == 0).float().mean() == (alone[name] == 0).float().mean(), (strategy, name)
+        if kind == "learned":
+            kept = [load_file(place / "stage/checkpoints/step-00000020/hooks-0.safetensors") for place in (tmp_path / "one", work)]
+            ranges = [name for name in kept[0] if name.endswith("ranges")]
+            assert len(ranges) == 2, kept[0].keys()
+            assert all(torch.allclose(kept[0][name], kept[1][name], rtol=1e-3) for name in ranges), strategy
 
 
 def test_fsdp2_ranks_hold_and_write_about_half_each(training_command: list[str], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from ..quantizers import Quantizers
 from ..settings import TrainerSettings
 from .context import StageContext, StageResult, Trained
 from .opening import OpenStudent, open_student
-from .quantize import Source, round_and_tell, save_quantized, stage_text
+from .quantize import Source, round_and_tell, rounded_beside, save_quantized, stage_text
 from .saving import stage_record
 from .training import keep_zeros_hooks, sparse_modules, train_student, training_plan
 
@@ -133,8 +133,7 @@ def _announce(settings: QatSettings, count: int, context: StageContext) -> None:
     group = settings.weights.group_size
     shared = f"groups of {group}" if isinstance(group, int) else "one scale a row"
     trained = {"scales": "scales alone train"}.get(settings.train, f"{settings.scales} scales")
-    more = [f"inputs in {settings.activations.kind}, {settings.activations.scaling}"] if settings.activations else []
-    more += [f"keys and values in {settings.kv_cache.kind}, {settings.kv_cache.scaling}"] if settings.kv_cache else []
+    more = rounded_beside(settings.activations, settings.kv_cache)
     more += [f"start {settings.first}"] if settings.scales == "learned" else []
     more += [f"adapters of rank {settings.lora}"] if settings.lora else []
     more += [f"annealed from {settings.anneal_from} bits"] if settings.anneal_from else []

@@ -18,6 +18,7 @@ from ...models.streaming import can_stream, empty_model
 from ...qat.modules import target_linears
 from ...qat.ptq import CalibrationText, RoundedModel, Rounding, amount_of_work, round_model
 from ...qat.ptq.report import error_lines
+from ...qat.spec import ActivationSpec
 from ...qat.state import QuantState
 from ..evaluation import exact_products
 from ..progress import token_progress
@@ -60,7 +61,8 @@ def finish(settings: QuantizeSettings, context: StageContext, trained: None) -> 
 def rounding_of(settings: QuantizeSettings) -> Rounding:
     """The method and its dials; those that it does not have are at their defaults."""
     dials = {name: getattr(settings, name) for name in ("scale", "damping", "activation_order", "weighted")}
-    return Rounding(method=settings.method, **{name: value for name, value in dials.items() if value is not None})
+    given = {name: value for name, value in dials.items() if value is not None}
+    return Rounding(method=settings.method, activations=settings.activations, kv_cache=settings.kv_cache, **given)
 
 
 def rounding_record(settings: QuantizeSettings, text: CalibrationText | None, rounded: RoundedModel) -> dict[str, Any]:
@@ -135,6 +137,12 @@ def stage_text(settings: QuantizeSettings, context: StageContext, model: "PreTra
     return text
 
 
+def rounded_beside(activations: ActivationSpec | None, kv_cache: ActivationSpec | None) -> list[str]:
+    """What the console says of rounding beside that of weights, in so many parts."""
+    both = {"inputs": activations, "keys and values": kv_cache}
+    return [f"{what} in {spec.kind}, {spec.scaling}" for what, spec in both.items() if spec]
+
+
 def _windows(text: CalibrationText) -> int:
     return sum(len(batch["input_ids"]) for batch in text.batches)
 
@@ -165,8 +173,9 @@ def round_and_tell(
         )
     group = settings.weights.group_size
     scales = f"groups of {group}" if isinstance(group, int) else "one scale a row"
-    context.say(f"  {len(rounded.state.modules)} linear layers at {settings.weights.bits} bits, {scales}, by {settings.method}")
-    for line in error_lines(rounded.errors, text is not None):
+    more = "".join(f", {line}" for line in rounded_beside(settings.activations, settings.kv_cache))
+    context.say(f"  {len(rounded.state.modules)} linear layers at {settings.weights.bits} bits, {scales}, by {settings.method}{more}")
+    for line in error_lines(rounded.errors, rounding.needs != "nothing"):
         context.say(f"    {line}")
     for note in rounded.notes[:_NOTES_TOLD]:
         context.say(f"  {note}")

@@ -1,0 +1,135 @@
+"""Stage quantize with inputs, keys and values: what is stored, from files as from memory, measured as it is stored, padding left out."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from decoct.models.folder import read_record
+from decoct.models.loading import load_model
+from decoct.qat.export import export_folder
+from decoct.qat.ptq import CalibrationText
+from decoct.qat.rebuild import load_exported_model
+from decoct.qat.spec import ActivationSpec, QuantSpec
+from decoct.qat.state import load_quant_state
+from decoct.trainer.data.prepare import PreparedData
+from decoct.trainer.evaluation import evaluate_model
+from decoct.trainer.quantization_settings import QuantizeSettings
+from decoct.trainer.stages import quantize
+from decoct.trainer.stages.context import StageContext
+from decoct.trainer.stages.measure import measure_teacher, open_for_measuring
+from decoct.trainer.stages.quantize import finish
+
+MakeContext = Callable[..., StageContext]
+STATIC = ActivationSpec(scaling="static")
+FP8 = ActivationSpec(kind="fp8_e4m3", scaling="static")
+W8A8 = QuantizeSettings(weights=QuantSpec(bits=8, group_size="channel"), activations=STATIC, kv_cache=FP8, calibration_tokens=4096)
+
+
+def hashes(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "decoct.json"}
+
+
+def said(context: StageContext) -> str:
+    return cast(Any, context.console.file).getvalue()
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_from_files_is_as_from_memory_bit_for_bit(make_context: MakeContext, method: Any) -> None:
+    settings = QuantizeSettings(weights=W8A8.weights, activations=STATIC, kv_cache=FP8, method=method, calibration_tokens=4096)
+    whole, streamed = make_context("01-whole"), make_context("01-streamed")
+    finish(replace(settings, stream="never"), whole, None)
+    finish(replace(settings, stream="always"), streamed, None)
+    assert hashes(streamed.model) == hashes(whole.model)
+    assert read_record(streamed.model)["quant"] == read_record(whole.model)["quant"]
+    assert "by " + method + ", inputs in int8, static, keys and values in fp8_e4m3, static" in said(whole)
+    assert "4,096/" not in said(whole) and "layer tokens" in said(whole)
+    assert ("squared output error" in said(whole)) == (method == "gptq")
+
+
+def test_the_folder_is_measured_as_it_will_be_served(make_context: MakeContext, trained_folder: Path) -> None:
+    context = make_context("01-quantize")
+    finish(W8A8, context, None)
+    state = load_quant_state(context.model)
+    assert state.activations == STATIC and state.cache is not None and state.cache.spec == FP8
+    assert set(state.input_scales) == set(state.modules)
+    assert len(state.cache.scales) == 2 * 3
+    stored, plain = open_for_measuring(str(context.model)), load_model(context.model, dtype=torch.float32)
+    teacher = measure_teacher(str(trained_folder), None, context.v_eff)
+    lost = [evaluate_model(model, teacher, context.data.evaluation).kl for model in (plain, stored)]
+    assert lost[0] is not None and lost[1] is not None
+    assert 0 < 3 * lost[0] < lost[1] < 0.05, "keys, values and inputs cost more than weights of 8 bits, and little"
+
+
+def test_what_needs_no_text_takes_none(make_context: MakeContext) -> None:
+    context = make_context("01-quantize")
+    finish(QuantizeSettings(weights=W8A8.weights, activations=ActivationSpec(), kv_cache=ActivationSpec()), context, None)
+    assert "calibration" not in read_record(context.model)["quant"]["rounding"]
+    state = load_quant_state(context.model)
+    assert state.cache is not None and not state.cache.scales and not state.input_scales
+
+
+def test_padding_is_in_no_range(make_context: MakeContext, prepared: Callable[..., PreparedData], monkeypatch: pytest.MonkeyPatch) -> None:
+    padded, choose = prepared(packing=False), quantize.calibration_text
+    fillers = iter((0, 7))
+
+    def dirty(*arguments: Any) -> CalibrationText:
+        text, filler = choose(*arguments), next(fillers)
+        for batch in text.batches:
+            batch["input_ids"][batch["attention_mask"] == 0] = filler
+        return text
+
+    monkeypatch.setattr(quantize, "calibration_text", dirty)
+    found = []
+    for name in ("01-clean", "01-dirty"):
+        context = make_context(name, data=padded)
+        finish(W8A8, context, None)
+        found.append(load_quant_state(context.model).hash())
+    assert found[0] == found[1]
+
+
+def test_packed_documents_are_calibrated_apart(make_context: MakeContext, prepared: Callable[..., PreparedData]) -> None:
+    """Windows that hold several documents run with positions that start again, and have no padding."""
+    context = make_context("01-quantize", data=prepared(packing=True))
+    finish(W8A8, context, None)
+    assert load_quant_state(context.model).cache is not None
+
+
+def test_w8a8_with_an_fp8_cache_is_packed_exactly_without_training(make_context: MakeContext, tmp_path: Path) -> None:
+    context = make_context("01-quantize")
+    finish(W8A8, context, None)
+    result = export_folder(context.model, tmp_path / "served", "compressed-tensors", runtimes=False)
+    assert result.exact
+    ids = torch.arange(64).view(2, 32)
+    with torch.no_grad():
+        found, expected = (
+            model(input_ids=ids, use_cache=False).logits
+            for model in (load_exported_model(tmp_path / "served"), open_for_measuring(str(context.model)))
+        )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "tokens"),
+    [
+        ({}, None),
+        ({"activations": ActivationSpec()}, None),
+        ({"kv_cache": ActivationSpec()}, None),
+        ({"activations": STATIC}, 262_144),
+        ({"kv_cache": FP8, "method": "mse"}, 262_144),
+        ({"kv_cache": FP8, "calibration_tokens": 1000}, 1000),
+        ({"method": "gptq", "activations": STATIC}, 262_144),
+    ],
+)
+def test_static_scales_look_at_text(given: dict[str, Any], tokens: int | None) -> None:
+    settings = QuantizeSettings(**given)
+    assert settings.calibration_tokens == tokens and settings.calibrates == (tokens is not None)
+
+
+@pytest.mark.parametrize("given", [{"activations": ActivationSpec()}, {"kv_cache": ActivationSpec(), "method": "mse"}])
+def test_dynamic_scales_do_not(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="calibration_tokens=1000 does nothing with method="):
+        QuantizeSettings(calibration_tokens=1000, **given)
