@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..models.errors import UserError
+from .exact_cache import cache_differences, cache_values
 from .read_compressed_tensors import PackedFolder
 from .readers import ExportReader, open_export
 
@@ -39,6 +40,7 @@ def rebuilt_hashes(folder: Path, source: "ExportSource") -> tuple[dict[str, str]
     shapes = opened.shapes()
     problems = [f"{name} is missing" for name in sorted(wanted - set(shapes))]
     problems += [f"{name} is not in the source" for name in sorted(set(shapes) - wanted)]
+    problems += cache_differences(opened, source)
     hashes: dict[str, str] = {}
     for name in shapes:
         rebuilt = opened.tensor(name)
@@ -69,10 +71,17 @@ def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]
     try:
         opened = open_export(folder)
         shapes = opened.shapes()
+        cache = cache_values(opened)
     except UserError as error:
         return 0, [str(error)]
     recorded = record.get("export", {}).get("weights")
     problems = [] if recorded is None else [f"{name} is missing" for name in sorted(set(recorded) - set(shapes))]
+    scales = record.get("export", {}).get("scales") or {}
+    problems += [
+        f"{name}: its k_scale and v_scale are not those that were exported"
+        for name, values in cache.items()
+        if recorded is not None and scales.get(name) != weight_hash(values)
+    ]
     compared = 0
     for name in shapes:
         try:
@@ -92,9 +101,10 @@ def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]
 
 
 def scale_hashes(folder: Path) -> dict[str, str]:
-    """``weight_hash`` of the scales of every quantized module, as the independent reader finds them."""
+    """``weight_hash`` of the scales of every quantized module, and attention module, as the independent reader finds them."""
     opened = open_export(folder)
-    return {module: _scale_hash(opened, module) for module in opened.modules}
+    cache = {name: weight_hash(values) for name, values in cache_values(opened).items()}
+    return {module: _scale_hash(opened, module) for module in opened.modules} | cache
 
 
 def _scale_hash(opened: ExportReader, module: str) -> str:

@@ -8,7 +8,7 @@ group or row, one scheme or several. Source of the layout: compressed-tensors ``
     pack-quantized   P.weight_packed int32 [out, ceil(in b / 32)], P.weight_shape int64 [2]; P.weight_zero_point int32
                      [ceil(out b / 32), groups], packed along the outputs
     int-quantized    P.weight int8 [out, in]; P.weight_zero_point int8 [out, 1]; P.input_scale, P.input_zero_point [1] when static
-    both             P.weight_scale [out, groups]; w = (q - z) * s
+    both             P.weight_scale [out, groups]; w = (q - z) * s; of keys and values what ``read_kv_cache.py`` says
 
 Codes of 3, 5, 6 and 7 bits are read as the dense stream of version 0.18 and later.
 """
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from ..models.errors import UserError
 from .read_compressed_tensors_config import read_scheme
+from .read_kv_cache import cache_attentions, cache_scales, is_cache_scale
 from .read_tensors import Lattice, Scheme, StoredTensors, WeightFolder, bit_fields, read_config
 
 _PACKED, _SCALE, _SHAPE, _ZERO = ".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point"
@@ -68,7 +69,8 @@ class PackedFolder(WeightFolder):
         needed |= {module + suffix for module in self._unpacked for suffix in (".weight", _SCALE)}
         needed |= {module + _ZERO for module in self.modules if not self.scheme_of(module).symmetric}
         needed |= {name for module in self.modules for name in self._input_names(module)}
-        self.plain = tuple(name for name in names if name not in needed)
+        self.attentions = cache_attentions(self.folder, names, self.scheme.cache)
+        self.plain = tuple(name for name in names if name not in needed and not is_cache_scale(name))
         self._quantized = frozenset(f"{module}.weight" for module in self.modules)
         self._check_names(needed)
 
@@ -113,6 +115,14 @@ class PackedFolder(WeightFolder):
             self._stored.expect(module + _INPUT_ZERO, ("I8",), (1,))
             zero = int(self._stored.integers(module + _INPUT_ZERO)[0])
         return Inputs(dynamic=False, symmetric=kind.symmetric, scale=scale, zero=zero)
+
+    def cache(self) -> dict[str, float] | None:
+        """Scales by which keys and values are rounded to fp8, by ``<attention module>.k`` and ``.v``; None when they are not.
+
+        Raises:
+            UserError: one is not a finite positive number.
+        """
+        return cache_scales(self._stored, self.attentions) if self.scheme.cache else None
 
     def unlisted(self, linears: tuple[str, ...]) -> list[str]:
         """Sentences about linears that are plain or packed against what the config says of them."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..models.errors import UserError
 from .read_fields import BITS, check_fields, check_names, module_pattern
+from .read_kv_cache import read_cache_scheme
 from .read_tensors import Scheme, read_config
 
 FORMATS = ("pack-quantized", "int-quantized")
@@ -42,6 +43,8 @@ class PackedScheme:
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
     """Names (or ``re:`` patterns) of linears that are not packed."""
+    cache: bool = False
+    """Keys and values are rounded to fp8 with stored scales."""
 
     @property
     def bits(self) -> int:
@@ -91,6 +94,7 @@ def read_scheme(folder: Path) -> PackedScheme:
     return PackedScheme(
         groups=tuple(_group(file, name, group, str(whole)) for name, group in groups.items()),
         ignore=_names(file, "ignore", quantization.get("ignore") or []),
+        cache=read_cache_scheme(file, quantization.get("kv_cache_scheme")),
     )
 
 

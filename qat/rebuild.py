@@ -9,7 +9,7 @@ from ..models.errors import UserError
 from ..models.loading import meta_model
 from ..models.quiet import quiet_transformers
 from .readers import open_export
-from .rebuild_inputs import Arithmetic, round_inputs
+from .rebuild_inputs import Arithmetic, round_cache, round_inputs
 from .structure import model_structure, plain_config
 
 if TYPE_CHECKING:
@@ -50,4 +50,5 @@ def load_exported_model(path: Path, *, inputs: Arithmetic = "kernels") -> "PreTr
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     round_inputs(model, opened, inputs)
+    round_cache(model, opened)
     return model.eval()

@@ -1,19 +1,26 @@
-"""Rounding the inputs of a rebuilt model's linears, as its export says: serving kernels' way, or that of the compressed-tensors package.
+"""Rounding what a rebuilt model's linears read, and its keys and values, as its export says: serving kernels' way, or that of the
+compressed-tensors package.
 
 Kernels divide a token's absmax by 127 (vLLM's int8 kernels; what decoct trains with), the package by 127.5, so that the two give other
-logits by design. A rebuilt model computes like the kernels; like the package where transformers, which uses it, is compared.
+logits by design. A rebuilt model computes like the kernels; like the package where transformers, which uses it, is compared. Keys and
+values in fp8 are rounded alike by both.
 """
 
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .cache_state import CacheState
 from .fake_quant.activations import fake_quant_activation
+from .kv_cache import round_cache_as_stored
 from .read_compressed_tensors import Inputs, PackedFolder
 from .readers import ExportReader
 from .spec import ActivationSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Arithmetic = Literal["kernels", "compressed-tensors"]
 
@@ -27,6 +34,17 @@ def round_inputs(model: nn.Module, opened: ExportReader, arithmetic: Arithmetic)
         if inputs is not None:
             rounding = partial(like_kernels if arithmetic == "kernels" else like_package, inputs=inputs)
             model.get_submodule(name).register_forward_pre_hook(partial(_hook, rounding))
+
+
+def round_cache(model: "PreTrainedModel", opened: ExportReader) -> None:
+    """Let the model round keys and values as the export says; UserError when its scales belong to other modules."""
+    scales = opened.cache() if isinstance(opened, PackedFolder) else None
+    if scales is None:
+        return
+    attentions = tuple(dict.fromkeys(name.rpartition(".")[0] for name in scales))
+    spec = ActivationSpec(kind="fp8_e4m3", scaling="static")
+    numbers = {name: torch.tensor(scale) for name, scale in scales.items()}
+    round_cache_as_stored(model, CacheState(spec=spec, attentions=attentions, scales=numbers))
 
 
 def _hook(rounding: Any, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

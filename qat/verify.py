@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..models.errors import UserError
 from ..models.folder import RECORD, read_record, verify_folder_files
 from ..models.safetensors_file import read_header
+from .exact_cache import cache_of
 from .exactness import check_recorded, rebuilt_hashes
 from .footprint import weight_files
 from .gguf_structure import gguf_problems
@@ -144,13 +145,21 @@ def _record_problems(opened: WeightFolder, record: dict[str, Any]) -> list[str]:
         specs = {module: QuantSpec.from_json(own.get(module, quant["spec"])) for module in modules}
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         return [f"{RECORD}: the entry 'quant' cannot be read ({error})"]
-    problems = [] if modules == set(opened.modules) else [f"the packed modules are not those that {RECORD} lists"]
+    problems = _cache_problems(opened, quant)
+    problems += [] if modules == set(opened.modules) else [f"the packed modules are not those that {RECORD} lists"]
     for module in opened.modules:
         spec, scheme = specs.get(module), opened.scheme_of(module)
         if spec and (scheme.bits, scheme.group_size) != (spec.bits, None if isinstance(spec.group_size, str) else spec.group_size):
             problems.append(f"config.json says {scheme} of {module}; {RECORD} says {spec}")
             break
     return problems
+
+
+def _cache_problems(opened: WeightFolder, quant: dict[str, Any]) -> list[str]:
+    """Attention modules of which either the export or the record alone says that their keys and values are rounded."""
+    found, recorded = {name.rpartition(".")[0] for name in cache_of(opened)}, set(map(str, quant.get("attentions") or ()))
+    problems = [f"kv_cache: {name} has no k_scale and v_scale, but {RECORD} says so" for name in sorted(recorded - found)]
+    return problems + [f"kv_cache: {name} has a k_scale and v_scale that {RECORD} says nothing of" for name in sorted(found - recorded)]
 
 
 def _check_source(path: Path, source: Path, report: VerifyReport) -> None:

@@ -21,6 +21,7 @@ from ..exactness import rebuilt_hashes, scale_hashes
 from ..footprint import folder_bytes
 from ..runtimes import check_runtimes
 from . import awq, compressed_tensors, gguf_files, gptq, safetensors_folder
+from .beside import check_beside, said_of
 from .card import CardFacts, FormatCard, card_text
 from .format_cards import AWQ_CARD, GPTQ_CARD, GPTQ_V2_CARD, PLAIN_CARD
 from .gguf_card import GGUF_CARD
@@ -50,6 +51,8 @@ class Exporter:
     """Writes the weight files into a folder."""
     open: Callable[[Path], ExportSource] = open_source
     """Reads and checks the folder that is exported."""
+    beside: bool = False
+    """The format says how inputs, keys and values are rounded."""
     card: FormatCard = field(default_factory=FormatCard)
     """What the model card says of the format."""
 
@@ -68,6 +71,7 @@ EXPORTERS: dict[str, Exporter] = {
         planned_bytes=compressed_tensors.planned_bytes,
         config=compressed_tensors.exported_config,
         write=compressed_tensors.write,
+        beside=True,
     ),
     gptq.V1: Exporter(
         check=gptq.check_v1,
@@ -154,6 +158,7 @@ def export_folder(
         opened = replace(exporter.open(source), reader_version=reader_version)
         _check_tokenizer(source)
         exporter.check(opened)
+        check_beside(opened, format, holds=exporter.beside)
         rounding = _rounding(opened, format, allow_inexact)
         check_free_space(folder, exporter.planned_bytes(opened), f"the export {target}")
         write_json_atomic(folder / "config.json", exporter.config(opened))
@@ -232,17 +237,10 @@ def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[
         metrics=source.record.get("metrics") or {},
         runtimes=runtimes,
         lattices=dict(lattices) if len(lattices) > 1 else {},
-        inputs=_inputs(source),
+        inputs=said_of(source.state.activations, "a module"),
+        cache=said_of(source.state.cache and source.state.cache.spec, "for the keys and one for the values of a layer"),
         rounding=f"{rounding.changed:,} weights were rounded to the stored dtype, by {rounding.largest:.2g} at most." if rounding else "",
     )
-
-
-def _inputs(source: ExportSource) -> str:
-    inputs = source.state.activations
-    if inputs is None:
-        return ""
-    scale = "a scale for each token, taken when it comes" if inputs.scaling == "dynamic" else "one stored scale a module"
-    return f"{inputs.kind}, {'symmetric' if inputs.symmetric else 'asymmetric'}, {scale}"
 
 
 def _write_record(folder: Path, source: ExportSource, export: dict[str, Any]) -> None:

@@ -40,6 +40,8 @@ class CardFacts:
     """Where modules have different lattices: what each is -> how many modules have it."""
     inputs: str = ""
     """How inputs of quantized modules are rounded; '' when they are not."""
+    cache: str = ""
+    """How keys and values are rounded as they enter the cache; '' when they are not."""
     rounding: str = ""
     """What was rounded to the stored dtype; '' when nothing was."""
 
@@ -61,7 +63,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 {vllm}:
 
 ```bash
-vllm serve path/to/this/folder
+vllm serve path/to/this/folder{" --kv-cache-dtype fp8" if facts.cache else ""}
 ```
 """
 
@@ -131,10 +133,10 @@ def _lattice(facts: CardFacts, spec: QuantSpec, form: FormatCard) -> list[tuple[
     kind = "symmetric" if spec.symmetric else "asymmetric"
     left = f"; in {form.plain}: {', '.join(facts.unquantized)}" if facts.unquantized else ""
     mixed = "; ".join(f"{count} linears {lattice}" for lattice, count in facts.lattices.items())
-    inputs = [("Inputs", facts.inputs)] if facts.inputs else []
+    beside = {"Inputs": facts.inputs, "Keys and values": facts.cache}
     return [
         ("Weights", (mixed and f"{mixed} ({form.tag})") or f"int{spec.bits}, {kind}, one {form.scales.format(per=per)}"),
-        *inputs,
+        *((name, text) for name, text in beside.items() if text),
         ("Quantized", f"{facts.quantized} linear layers; {form.rest}{left}"),
     ]
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from ...models.errors import UserError
 from ..packing import PACKED_BITS, pack_bits, stream_width
 from ..spec import ActivationSpec, QuantSpec
+from .compressed_tensors_cache import cache_tensors, check_cache
 from .compressed_tensors_config import LAYOUT_VERSION, NAME, quantization_config
 from .lattice import Layer, check_modules, exact_plain, exact_scales, layer, plain_config
 from .shards import plan_shards, write_shards
@@ -50,6 +51,7 @@ def check(source: ExportSource) -> None:
     if source.state.activations is not None:
         for module in state.modules:
             _check_inputs(source, module, source.state.activations)
+    check_cache(source)
 
 
 def _check_dense(spec: QuantSpec, reader: str | None) -> None:
@@ -114,6 +116,7 @@ def _sizes(source: ExportSource) -> dict[str, int]:
     for module in source.state.modules:
         it = layer(source, module)
         sizes |= {module + part: size for part, size in _part_sizes(source, it).items()}
+    sizes |= {name: tensor.nbytes for name, tensor in cache_tensors(source).items()}
     return sizes | {name: 2 * math.prod(source.structure.shapes[name]) for name in source.plain}
 
 
@@ -133,6 +136,8 @@ def _stored(source: ExportSource, name: str) -> Tensor:
     """The tensor that is stored under ``name``."""
     if name in source.plain:
         return exact_plain(source, name, torch.bfloat16)
+    if name in (scales := cache_tensors(source)):
+        return scales[name]
     module, part = name.rsplit(".", 1)
     it = layer(source, module)
     packed = source.state.activations is None

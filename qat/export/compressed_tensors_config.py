@@ -9,6 +9,7 @@ Source: compressed-tensors ``quantization/quant_config.py``, ``quantization/quan
 from typing import Any
 
 from ..spec import ActivationSpec, QuantSpec
+from .compressed_tensors_cache import cache_scheme
 from .source import ExportSource
 
 NAME = "compressed-tensors"
@@ -31,7 +32,7 @@ def quantization_config(source: ExportSource) -> dict[str, Any]:
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": cache_scheme(source),
         "ignore": source.unquantized_linears,
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
     }

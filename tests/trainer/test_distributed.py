@@ -44,6 +44,12 @@ def _differences(one: Path, other: Path, name: str) -> list[float]:
     return [abs(a[name] - b[name]) / abs(a[name]) for a, b in zip(_rows(one), _rows(other), strict=True)]
 
 
+def _ranges(work: Path) -> dict[str, torch.Tensor]:
+    """Ranges of inputs, and of keys and values, in the last checkpoint; ranks share the work of writing them."""
+    files = (work / "stage/checkpoints/step-00000020").glob("hooks-*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items() if name.endswith("ranges")}
+
+
 def _same_bits(one: Path, other: Path) -> None:
     """The checkpoints of the last step agree in every file but the times in state.json."""
     last = sorted((one / "stage/checkpoints").glob("step-*"))[-1]
@@ -80,10 +86,10 @@ def test_ddp_and_fsdp2_give_the_curve_of_one_process(training_command: list[str]
             if kind == "prune":
                 assert (tensor == 0).float().mean() == (alone[name] == 0).float().mean(), (strategy, name)
         if kind == "learned":
-            kept = [load_file(place / "stage/checkpoints/step-00000020/hooks-0.safetensors") for place in (tmp_path / "one", work)]
-            ranges = [name for name in kept[0] if name.endswith("ranges")]
-            assert len(ranges) == 2, kept[0].keys()
-            assert all(torch.allclose(kept[0][name], kept[1][name], rtol=1e-3) for name in ranges), strategy
+            kept, expected = _ranges(work), _ranges(tmp_path / "one")
+            assert kept.keys() == expected.keys() == {"quantizers/ranges", "quantizers/cache_ranges"}
+            # equal to the last bit until the first jump; a rank's own range would differ in most of its numbers
+            assert all((kept[name] / expected[name] - 1).abs().median() < 2e-3 for name in kept), strategy
 
 
 def test_fsdp2_ranks_hold_and_write_about_half_each(training_command: list[str], tmp_path: Path) -> None:
