@@ -13,11 +13,36 @@ _PACKED_BITS = (2, 4, 8)
 
 def refusals(case: Case, settings: "ExportSettings") -> list[str]:
     """One sentence, with the nearest setting that works, for each format that cannot hold the model; [] when all can."""
-    return [f"{form} {reason}" for form in settings.formats for reason in _RULES.get(form, _nothing)(case, settings)][:8]
+    found = (
+        f"{form} {reason}"
+        for form in settings.formats
+        for reasons in (_RULES.get(form, _nothing)(case, settings), _beside(form, case))
+        for reason in reasons
+    )
+    return list(found)[:8]
 
 
 def _nothing(case: Case, settings: "ExportSettings") -> Iterable[str]:
     return ()
+
+
+def _beside(form: str, case: Case) -> Iterable[str]:
+    """Only compressed-tensors has words for what is rounded beside weights, and not for all of it."""
+    if form != "compressed-tensors":
+        for key, what in (("activations", "inputs"), ("kv_cache", "keys and values")):
+            if getattr(case, key) is not None:
+                yield f"cannot say that {what} are rounded ({key}); export to compressed-tensors alone, or leave {key} out"
+        return
+    if case.activations is not None:
+        if case.activations.kind != "int8":
+            yield f"takes inputs in int8, not {case.activations.kind}; use activations.kind=int8"
+        if case.spec.bits != 8 or not isinstance(case.spec.group_size, str):
+            yield "takes int8 inputs with int8 weights and a scale a row; use weights.bits=8 weights.group_size=channel, or no activations"
+    if case.kv_cache is not None and (case.kv_cache.kind, case.kv_cache.scaling) != ("fp8_e4m3", "static"):
+        yield (
+            f"takes keys and values in fp8 with stored scales, not {case.kv_cache.kind}, {case.kv_cache.scaling}; use "
+            "kv_cache.kind=fp8_e4m3 kv_cache.scaling=static, or leave kv_cache out"
+        )
 
 
 def _compressed_tensors(case: Case, settings: "ExportSettings") -> Iterable[str]:

@@ -23,7 +23,7 @@ class RoundingPlan:
     tokens: int
     """Calibration tokens, fewer when the text has fewer; 0 when the method looks at none."""
     flop: float
-    """Floating point operations of calibration: two forward passes, second moments, and rounding against them; 0 without."""
+    """Floating point operations of calibration: two or three forward passes, second moments, and rounding against them; 0 without."""
     device_bytes: int
     """On the GPU that it runs on; 0 without one."""
     host_bytes: int
@@ -55,7 +55,8 @@ def rounding_plan(
     """
     from ...trainer.stages.quantize import memory_in_whole, rounding_of, wants_streaming
 
-    model, needs = shape.before, rounding_of(settings).needs
+    model, rounding = shape.before, rounding_of(settings)
+    needs = rounding.needs
     tokens = settings.calibration_tokens or 0
     layers = _stacks(model, shape.skip, shared=needs != "nothing")
     batch = _batch_bytes(model, seq_length) if tokens else 0
@@ -68,7 +69,7 @@ def rounding_plan(
     return RoundingPlan(
         method=settings.method,
         tokens=tokens,
-        flop=_flop(model, layers, needs, tokens),
+        flop=_flop(model, layers, needs, rounding.observes, tokens),
         device_bytes=device,
         # hidden states of every token are kept between layers
         host_bytes=host + 4 * model.hidden * tokens + (0 if on_gpu else work),
@@ -119,11 +120,11 @@ def _batch_bytes(model: ModelShape, seq_length: int) -> int:
     return 4 * tokens * (3 * max(text.intermediate_size, text.hidden_size) + 3 * text.hidden_size)
 
 
-def _flop(model: ModelShape, layers: list[list[_Stack]], needs: str, tokens: int) -> float:
+def _flop(model: ModelShape, layers: list[list[_Stack]], needs: str, observes: bool, tokens: int) -> float:
     if not tokens:
         return 0.0
-    # each layer runs for its moments, and once more rounded; nothing follows the last one
-    passes = 2.0 * tokens * model.linear * (2 - 1 / max(1, model.layers))
+    # each layer runs for its moments, for ranges behind static scales, and once more rounded; nothing follows the last one
+    passes = 2.0 * tokens * model.linear * ((needs != "nothing") + observes + 1 - 1 / max(1, model.layers))
     if needs != "hessian":
         return passes
     stacks = [stack for layer in layers for stack in layer]

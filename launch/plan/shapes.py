@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from ...configs.recipe import Recipe, StageEntry
-    from ...qat.spec import QuantSpec
+    from ...qat.spec import ActivationSpec, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,10 @@ class StageShape:
     """The lattice of the weights after the stage, None while they are not quantized."""
     skip: tuple[str, ...]
     """Modules that the lattice leaves out."""
+    activations: "ActivationSpec | None" = None
+    """How the inputs of the quantized modules are rounded after the stage."""
+    kv_cache: "ActivationSpec | None" = None
+    """How keys and values are."""
 
 
 def shape_of(config: "PreTrainedConfig", source: str) -> ModelShape:
@@ -156,17 +160,18 @@ def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
     from ...trainer.settings import PruneSettings
 
     found: list[StageShape] = []
-    shape, quant, skip = student, None, ()
+    shape, quant, skip, beside = student, None, (), {}
     for entry in recipe.stages:
         before, settings = shape, entry.settings
         if isinstance(settings, PruneSettings) and settings.structured:
             shape = _with_ffn(shape, settings.structured.ffn, entry.name)
         if isinstance(settings, QatSettings | QuantizeSettings):
             quant, skip = settings.weights, settings.skip
+            beside = {"activations": settings.activations, "kv_cache": settings.kv_cache}
             check_groups(shape, quant, skip, entry)
         elif entry.kind in ("pretrain", "distill", "prune"):
-            quant, skip = None, ()
-        found.append(StageShape(entry, before, shape, quant, tuple(skip)))
+            quant, skip, beside = None, (), {}
+        found.append(StageShape(entry, before, shape, quant, tuple(skip), **beside))
     return found
 
 

@@ -15,7 +15,7 @@ from ...models.families import FUSED
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from ...qat.spec import QuantSpec
+    from ...qat.spec import ActivationSpec, QuantSpec
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """``model_type`` that every target below knows."""
@@ -49,6 +49,10 @@ class Case:
     """GPUs of tensor parallelism."""
     formats: Sequence[str] = ("compressed-tensors",)
     """What is exported."""
+    activations: "ActivationSpec | None" = None
+    """How inputs are rounded."""
+    kv_cache: "ActivationSpec | None" = None
+    """How keys and values are rounded."""
 
     @property
     def ffn(self) -> int:
@@ -88,6 +92,8 @@ def verdicts(
     *,
     tensor_parallel: int = 1,
     formats: Sequence[str] = ("compressed-tensors",),
+    activations: "ActivationSpec | None" = None,
+    kv_cache: "ActivationSpec | None" = None,
 ) -> list[Verdict]:
     """One verdict for each target, the gravest reason first.
 
@@ -97,10 +103,12 @@ def verdicts(
         skip: Patterns of modules left in full precision.
         tensor_parallel: GPUs that serve one copy.
         formats: Names of the formats that are written.
+        activations: How inputs are rounded.
+        kv_cache: How keys and values are.
     """
     if spec is None:
         return []
-    case = Case(config.get_text_config(), spec, skip, tensor_parallel, formats)
+    case = Case(config.get_text_config(), spec, skip, tensor_parallel, formats, activations, kv_cache)
     found = []
     for target, rules in TARGETS.items():
         reasons = [verdict for rule in rules for verdict in rule(case)]
@@ -115,7 +123,9 @@ def verdicts(
 
 def _fast_path(target: str, case: Case) -> str:
     if target in ("vLLM", "SGLang"):
-        return f"Marlin, W{case.spec.bits}A16" + (f", tensor parallel over {case.ranks}" if case.ranks > 1 else "")
+        kernels = f"Marlin, W{case.spec.bits}A16" if case.activations is None else "int8 kernels, W8A8"
+        cache = ", keys and values in fp8" if case.kv_cache else ""
+        return kernels + cache + (f", tensor parallel over {case.ranks}" if case.ranks > 1 else "")
     return {
         "transformers": f"{_read_by_transformers(case)}; weights are unpacked to 16-bit floats when they are loaded",
         "llama.cpp": "blocks of 32 hold groups of this size exactly",
@@ -189,6 +199,8 @@ def _ffn_fix(case: Case, unit: int) -> str:
 
 def _marlin_widths(case: Case) -> Iterable[Verdict]:
     """Marlin tiles: (outputs, inputs) multiples of (64, 128) or (128, 64) on each GPU; others are padded with zeros."""
+    if case.activations is not None:
+        return  # kernels for int8 inputs are others; what they need, the format asks for
     for name, (rows, columns) in case.linears.items():
         row_parallel = name.endswith(_SPLIT_INPUTS)
         out = rows if row_parallel else rows // case.ranks

@@ -70,7 +70,8 @@ def eager_by_hand(model: PreTrainedModel, spec: ActivationSpec, x: Tensor) -> Te
         weights = (q @ k.transpose(2, 3) / 8**0.5 + blind).softmax(-1)
         hidden = hidden + attention.o_proj((weights @ v).transpose(1, 2).flatten(2))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return model.get_output_embeddings()(body.norm(hidden))
+    head: Any = model.get_output_embeddings()
+    return head(body.norm(hidden))
 
 
 @pytest.mark.parametrize("spec", [INT8, FP8, ActivationSpec(symmetric=False)], ids=["int8", "fp8", "asymmetric"])
@@ -113,8 +114,8 @@ def test_with_a_cache_each_value_is_rounded_once(kind: str, attention: str) -> N
         parts = [model(input_ids=piece, past_key_values=store, use_cache=True).logits for piece in pieces]
     assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-4)
     assert sum(x.shape[2] for x in seen) == 4 * 12, "what is in the cache is not rounded again"
-    held = store.layers[0].keys
-    assert held is not None and torch.allclose(fake_quant_activation(held, INT8), held, atol=1e-6)
+    held: Tensor = store.layers[0].keys  # pyright: ignore[reportAttributeAccessIssue]
+    assert torch.allclose(fake_quant_activation(held, INT8), held, atol=1e-6)
 
 
 def test_generating_goes_through_it() -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from decoct.models.errors import UserError
 from decoct.models.safetensors_file import read_header
+from decoct.qat.read_compressed_tensors import PackedFolder
 from decoct.qat.readers import open_folder
 
 SECONDS, BYTES = 2.0, 64_000_000
@@ -153,6 +154,7 @@ def compressed_tensors_folder() -> tuple[dict[str, Any], dict[str, torch.Tensor]
         "quantization_status": "compressed",
         "ignore": ["lm_head", "re:.*router.*"],
         "config_groups": groups,
+        "kv_cache_scheme": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False},
     }
     tensors = {
         "a.weight_packed": words(8, 2),
@@ -163,6 +165,8 @@ def compressed_tensors_folder() -> tuple[dict[str, Any], dict[str, torch.Tensor]
         "b.weight_scale": torch.ones(4, 1, dtype=torch.float16),
         "b.input_scale": torch.ones(1),
         "b.input_zero_point": torch.ones(1, dtype=torch.int8),
+        "attn.k_scale": torch.ones(1),
+        "attn.v_scale": torch.ones(1, dtype=torch.bfloat16),
     }
     return config, tensors
 
@@ -194,6 +198,8 @@ def read_all(folder: Path) -> None:
     """Everything that verify asks a reader."""
     opened = open_folder(folder)
     opened.unlisted(("a", "b", "c", "lm_head", "model.b"))
+    if isinstance(opened, PackedFolder):
+        opened.cache()
     for name in opened.shapes():
         opened.tensor(name)
     for module in opened.modules:

@@ -11,15 +11,22 @@ from decoct.launch.plan.disk import EXPORT_BYTES
 from decoct.launch.plan.formats import refusals
 from decoct.launch.plan.targets import Case
 from decoct.qat.export import EXPORTERS
-from decoct.qat.spec import QuantSpec
+from decoct.qat.spec import ActivationSpec, QuantSpec
 from decoct.trainer.settings import ExportSettings
 
 
 def said(
-    form: Any, *, ffn: int = 512, heads: int = 4, skip: tuple[str, ...] = (), options: dict[str, Any] | None = None, **spec: Any
+    form: Any,
+    *,
+    ffn: int = 512,
+    heads: int = 4,
+    skip: tuple[str, ...] = (),
+    options: dict[str, Any] | None = None,
+    beside: dict[str, ActivationSpec] | None = None,
+    **spec: Any,
 ) -> str:
     config = LlamaConfig(hidden_size=32 * heads, intermediate_size=ffn, num_attention_heads=heads, num_hidden_layers=2)
-    case = Case(config, QuantSpec(**spec), skip, 1)
+    case = Case(config, QuantSpec(**spec), skip, 1, **(beside or {}))
     return "; ".join(refusals(case, ExportSettings(formats=(form,), **(options or {}))))
 
 
@@ -47,6 +54,43 @@ def test_each_limit_is_named_with_the_nearest_setting() -> None:
     assert "export.allow_inexact=true" in said("safetensors", bits=8)
     assert said("safetensors", bits=8, options={"allow_inexact": True}) == ""
     assert "asymmetric codes" in said("safetensors", symmetric=False)
+
+
+FP8 = ActivationSpec(kind="fp8_e4m3", scaling="static")
+
+
+@pytest.mark.parametrize("form", [form for form in EXPORTERS if not form.startswith("gguf-") and form != "compressed-tensors"])
+def test_only_one_format_says_what_is_rounded_beside_weights(form: str) -> None:
+    for key, what, spec in (("kv_cache", "keys and values", FP8), ("activations", "inputs", ActivationSpec())):
+        found = said(form, bits=4, group_size=32, beside={key: spec})
+        assert found == f"{form} cannot say that {what} are rounded ({key}); export to compressed-tensors alone, or leave {key} out"
+
+
+def test_what_compressed_tensors_says_of_it() -> None:
+    form, w8 = "compressed-tensors", {"bits": 8, "group_size": "channel"}
+    assert said(form, **w8, beside={"activations": ActivationSpec(scaling="static"), "kv_cache": FP8}) == ""
+    assert said(form, bits=4, group_size=32, beside={"kv_cache": FP8}) == ""
+    assert "use weights.bits=8 weights.group_size=channel, or no activations" in said(
+        form, bits=4, beside={"activations": ActivationSpec()}
+    )
+    assert "use activations.kind=int8" in said(form, **w8, beside={"activations": FP8})
+    for other in (ActivationSpec(), ActivationSpec(scaling="static"), ActivationSpec(kind="fp8_e4m3")):
+        found = said(form, bits=4, group_size=32, beside={"kv_cache": other})
+        assert found.endswith("use kv_cache.kind=fp8_e4m3 kv_cache.scaling=static, or leave kv_cache out"), found
+        assert f"not {other.kind}, {other.scaling};" in found
+
+
+def test_a_plan_says_so_before_training() -> None:
+    recipe = load_recipe("smollm2-1.7b-half-int4", ["stages.qat.kv_cache.kind=int8", "stages.export.formats=[compressed-tensors,gguf]"])
+    found = [problem for problem in problems(plan(recipe, gpus=0)) if "keys and values" in problem]
+    assert len(found) == 2 and "not int8, dynamic" in found[0] and "gguf cannot say" in found[1]
+    good = ["stages.qat.kv_cache.kind=fp8_e4m3", "stages.qat.kv_cache.scaling=static", "stages.export.formats=[compressed-tensors]"]
+    made = plan(load_recipe("smollm2-1.7b-half-int4", good), gpus=0)
+    assert not [problem for problem in problems(made) if "kv_cache" in problem]
+    assert "keys and values in fp8" in {v.target: v.reason for stage in made.stages for v in stage.verdicts}["vLLM"]
+    inputs = ["stages.qat.activations.kind=int8", "stages.qat.weights.bits=8", "stages.qat.weights.group_size=channel"]
+    made = plan(load_recipe("smollm2-1.7b-half-int4", [*inputs, "stages.export.formats=[compressed-tensors]"]), gpus=0)
+    assert {v.target: v.reason for stage in made.stages for v in stage.verdicts}["vLLM"] == "int8 kernels, W8A8"
 
 
 def test_a_plan_with_such_a_format_has_a_problem_before_training() -> None:

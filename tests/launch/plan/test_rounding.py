@@ -46,6 +46,21 @@ def test_gptq_takes_text_work_and_memory_and_rounding_does_not(monkeypatch: pyte
     assert as_json(made)["stages"][1]["rounding"]["tokens"] == 262_144
 
 
+def test_ranges_take_text_and_a_pass_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "available_bytes", lambda: 10**12)
+    static, fp8 = {"kind": "int8", "scaling": "static"}, {"kind": "fp8_e4m3", "scaling": "static"}
+    _, (rtn, dynamic, ranges, gptq, both) = planned(
+        {}, {"kv_cache": {"kind": "int8"}}, {"activations": static}, {"method": "gptq"}, {"method": "gptq", "kv_cache": fp8}, gpus=1
+    )
+    assert dynamic == rtn
+    assert ranges.tokens == gptq.tokens == both.tokens == 262_144
+    once = 2 * 262_144 * 6_979_321_856
+    assert ranges.flop == once * (2 - 1 / 32)
+    assert both.flop - gptq.flop == pytest.approx(once, rel=1e-9)
+    assert ranges.host_bytes - rtn.host_bytes == 4 * 4096 * 262_144
+    assert both.host_bytes == gptq.host_bytes and both.device_bytes == gptq.device_bytes
+
+
 def test_a_gpu_that_is_too_small_for_a_layer_is_told() -> None:
     made, _ = planned({"method": "gptq"}, {}, gpus=1, gpu_memory=8 * 10**9)
     (problem,) = problems(made)
@@ -79,7 +94,12 @@ torch.set_num_threads(1)
 sizes = dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=3, num_attention_heads=12, num_key_value_heads=12)
 config = LlamaConfig(vocab_size=512, **sizes)
 LlamaForCausalLM(config).save_pretrained(folder)
-stage = {"quantize": {"method": method, "calibration_tokens": 8192} if method == "gptq" else {"method": method}}
+stages = {
+    "rtn": {},
+    "static": {"activations": {"scaling": "static"}, "kv_cache": {"scaling": "static"}, "calibration_tokens": 8192},
+    "gptq": {"method": "gptq", "calibration_tokens": 8192},
+}
+stage = {"quantize": stages[method]}
 data = {"builtin": "python-stdlib", "seq_length": 256}
 recipe = recipe_from_dict({"name": "x", "student": {"path": folder}, "data": data, "stages": [stage]})
 quantize.available_bytes = lambda: 10**12
@@ -106,7 +126,7 @@ print(json.dumps({"measured": most[0], "predicted": predicted.host_bytes - min(4
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell what is anonymous")
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("method", ["rtn", "static", "gptq"])
 def test_prediction_is_within_a_quarter_of_the_memory_of_a_process(method: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "model"), method]
     # what glibc keeps of freed memory is not the model's

@@ -50,10 +50,11 @@ def linears_of(model: PreTrainedModel, layer: int) -> dict[str, nn.Linear]:
 def passes(model: PreTrainedModel, layer: int, ids: Tensor) -> dict[str, Tensor]:
     """What each linear of a layer reads in a whole forward pass over ``ids`` (before any hook of its own)."""
     seen: dict[str, Tensor] = {}
-    handles = [
-        linear.register_forward_pre_hook(lambda _m, x, name=name: seen.update({name: x[0]}), prepend=True)
-        for name, linear in linears_of(model, layer).items()
-    ]
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        return lambda _, x: seen.update({name: x[0]})
+
+    handles = [linear.register_forward_pre_hook(keep(name), prepend=True) for name, linear in linears_of(model, layer).items()]
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
     for handle in handles:
