@@ -39,7 +39,13 @@ def start(settings: QatSettings, context: StageContext) -> None:
     model = load_model(context.input, dtype=torch.float32, revision=context.input_revision)
     latent = {name: parameter.detach().clone() for name, parameter in model.named_parameters()} if settings.train == "all" else {}
     rounding = QuantizeSettings(
-        weights=settings.weights, skip=settings.skip, method="gptq", scale="mse", calibration_tokens=settings.calibration_tokens
+        weights=settings.weights,
+        skip=settings.skip,
+        method="gptq",
+        scale="mse",
+        calibration_tokens=settings.calibration_tokens,
+        activations=settings.activations,
+        kv_cache=settings.kv_cache,
     )
     text = stage_text(rounding, context, model)
     rounded = round_and_tell(rounding, context, Source(model, {}), text, others=None)

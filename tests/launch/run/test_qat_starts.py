@@ -97,6 +97,42 @@ def test_inputs_are_rounded_in_training_and_when_the_folder_is_measured(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("start", ["mse", "gptq"])
+def test_keys_and_values_are_rounded_from_training_to_the_export(tiny: dict[str, Any], run: Run, tmp_path: Path, start: str) -> None:
+    fp8 = {"kind": "fp8_e4m3", "scaling": "static"}
+    said = done(run(recipe(tiny, export=True, start=start, weights={"bits": 4, "group_size": 16}, kv_cache=fp8)))
+    assert "keys and values in fp8_e4m3, static" in said
+    folder, exported = tmp_path / "runs/tiny/01-qat/model", tmp_path / "runs/tiny/02-export/compressed-tensors"
+    state = load_quant_state(folder)
+    assert state.cache is not None and len(state.cache.scales) == 2 * 3
+    ids = torch.arange(64).view(2, 32)
+    with torch.no_grad():
+        plain, stored, rebuilt = (
+            model(input_ids=ids, use_cache=False).logits
+            for model in (load_model(folder, dtype=torch.float32), open_for_measuring(str(folder)), open_for_measuring(str(exported)))
+        )
+    assert torch.equal(stored, rebuilt)
+    assert float((stored - plain).abs().max()) > 1e-3
+    report = json.loads((tmp_path / "runs/tiny/report.json").read_text())
+    (export,) = report["exports"]
+    assert export["exact"] and export["eval"]["kl"] == report["stages"][-2]["eval"]["kl"]
+
+
+@pytest.mark.slow
+def test_w8a8_is_made_without_training(tiny: dict[str, Any], run: Run, tmp_path: Path) -> None:
+    """Inputs by ranges of the calibration text, keys and values too, packed for servers; dynamic keys and values are refused in words."""
+    static = {"kind": "int8", "scaling": "static"}
+    stage = {"weights": {"bits": 8, "group_size": "channel"}, "activations": static, "calibration_tokens": 2048}
+    given = {**tiny, "student": {"keep": {"layers": 3}}, "stages": [{"quantize": stage}, {"export": {}}]}
+    done(run(given, "stages.0.kv_cache.kind=fp8_e4m3", "stages.0.kv_cache.scaling=static"))
+    report = json.loads((tmp_path / "runs/tiny/report.json").read_text())
+    assert report["exports"][0]["exact"]
+    refused = run(given, "name=dynamic", "stages.0.kv_cache.kind=fp8_e4m3")
+    assert refused.returncode == 2
+    assert "kv_cache" in refused.stderr + refused.stdout and "scaling" in refused.stderr + refused.stdout
+
+
+@pytest.mark.slow
 def test_two_sharded_ranks_start_from_the_same_codes_as_one(tiny: dict[str, Any], run: Run, tmp_path: Path) -> None:
     done(run(recipe(tiny, start="gptq"), "name=one"))
     done(run(recipe(tiny, start="gptq"), "name=two", "trainer.devices=2", "trainer.strategy=fsdp2"))
