@@ -119,6 +119,20 @@ def test_keys_and_values_are_rounded_from_training_to_the_export(tiny: dict[str,
 
 
 @pytest.mark.slow
+def test_two_sharded_ranks_find_the_ranges_of_one(tiny: dict[str, Any], run: Run, tmp_path: Path) -> None:
+    """FSDP2 from shapes alone: hooks are there before weights are."""
+    static = {"scaling": "static"}
+    given = recipe(tiny, weights={"bits": 8, "group_size": "channel"}, activations=static, kv_cache={"kind": "fp8_e4m3", **static})
+    done(run(given, "name=one"))
+    done(run(given, "name=two", "trainer.devices=2", "trainer.strategy=fsdp2"))
+    one, two = (load_quant_state(tmp_path / f"runs/{name}/01-qat/model") for name in ("one", "two"))
+    assert one.cache is not None and two.cache is not None
+    for found, expected in ((two.cache.scales, one.cache.scales), (two.input_scales, one.input_scales)):
+        assert found.keys() == expected.keys() and len(found) > 5
+        assert all(torch.allclose(found[name], expected[name], rtol=0.02) for name in found)
+
+
+@pytest.mark.slow
 def test_w8a8_is_made_without_training(tiny: dict[str, Any], run: Run, tmp_path: Path) -> None:
     """Inputs by ranges of the calibration text, keys and values too, packed for servers; dynamic keys and values are refused in words."""
     static = {"kind": "int8", "scaling": "static"}

@@ -109,10 +109,22 @@ def test_hessians_are_of_unrounded_inputs_given_what_served_layers_give(random_m
             assert (codes != rounded.codes[name]).float().mean() < 0.03, name  # near ties fall by the order of sums
             linear.weight.data = dequantize(rounded.codes[name], rounded.scales[name])
         round_inputs(model, linears_of(model, layer), kind).set_scales(rounded.input_scales, rounded.input_zeros)
-    blind = round_model(random_model("llama"), spec, Rounding(method="gptq"), text=text_of(ids)).state
-    first, last = (f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1))
-    assert torch.equal(rounded.codes[first], blind.codes[first]), "the first layer is given nothing rounded"
-    assert not torch.equal(rounded.codes[last], blind.codes[last])
+
+
+@pytest.mark.parametrize("rounding", [Rounding(method="gptq", activations=DYNAMIC), Rounding(method="gptq", kv_cache=DYNAMIC)])
+def test_only_what_comes_from_served_layers_changes_a_hessian(
+    random_model: RandomModel, monkeypatch: pytest.MonkeyPatch, rounding: Rounding
+) -> None:
+    seen: list[Tensor] = []
+    monkeypatch.setattr(
+        "decoct.qat.ptq.methods.factorize", lambda hessian, *more: seen.append(hessian.clone()) or factorize(hessian, *more)
+    )
+    for one in (Rounding(method="gptq"), rounding):
+        round_model(random_model("llama"), SPEC, one, text=text_of(windows()))
+    blind, served = seen[:8], seen[8:]
+    assert len(served) == 8
+    assert all(torch.equal(one, other) for one, other in zip(blind[:4], served[:4])), "nothing of the first layer was rounded before"
+    assert not any(torch.equal(one, other) for one, other in zip(blind[4:], served[4:]))
 
 
 def test_keys_and_values_of_each_layer_have_the_range_of_the_text(random_model: RandomModel) -> None:
