@@ -207,7 +207,7 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
     refused: list[str] = []
     if isinstance(entry.settings, ExportSettings) and shape.quant is not None:
         exports = {name: EXPORT_BYTES[name](after, shape.quant, shape.skip) for name in entry.settings.formats}
-        beside = {"activations": shape.activations, "kv_cache": shape.kv_cache}
+        beside: Any = {"activations": shape.activations, "kv_cache": shape.kv_cache}
         judged = verdicts(after.config, shape.quant, shape.skip, tensor_parallel=tensor_parallel, formats=tuple(exports), **beside)
         refused = refusals(Case(after.config.get_text_config(), shape.quant, shape.skip, tensor_parallel, **beside), entry.settings)
     return StagePlan(

@@ -22,7 +22,7 @@ def said(
     heads: int = 4,
     skip: tuple[str, ...] = (),
     options: dict[str, Any] | None = None,
-    beside: dict[str, ActivationSpec] | None = None,
+    beside: dict[str, Any] | None = None,
     **spec: Any,
 ) -> str:
     config = LlamaConfig(hidden_size=32 * heads, intermediate_size=ffn, num_attention_heads=heads, num_hidden_layers=2)
