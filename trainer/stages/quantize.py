@@ -1,7 +1,8 @@
 """Stage `quantize`: round the weights without training: to nearest, with searched scales, or by GPTQ on calibration text."""
 
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,11 @@ from ...models.folder import save_model_folder
 from ...models.host_memory import available_bytes
 from ...models.loading import load_model
 from ...models.streaming import can_stream, empty_model
-from ...qat.modules import target_linears
 from ...qat.ptq import CalibrationText, RoundedModel, Rounding, amount_of_work, round_model
 from ...qat.ptq.report import error_lines
+from ...qat.spec import QuantSpec
 from ...qat.state import QuantState
+from ...qat.targets import targets
 from ..evaluation import exact_products
 from ..progress import token_progress
 from ..quantization_settings import QuantizeSettings
@@ -121,9 +123,9 @@ def stage_text(settings: QuantizeSettings, context: StageContext, model: "PreTra
     if context.data.packed:
         check_packing(model, f"{context.name}: the student")
     text = calibration_text(context.data.train, settings.calibration_tokens, context.seed)
-    linears = target_linears(model, settings.weights, settings.skip)
-    widest = max(linears, key=lambda name: linears[name].in_features)
-    inputs = linears[widest].in_features
+    widths = {name: target.module.weight.shape[1] for name, target in targets(model, settings.lattices).items()}
+    widest = max(widths, key=lambda name: widths[name])
+    inputs = widths[widest]
     if rounding_of(settings).needs == "hessian" and text.tokens < inputs:
         raise UserError(
             f"{context.name}: {text.tokens:,} tokens are too few to calibrate on: {widest} has {inputs:,} inputs, and method "
@@ -148,14 +150,13 @@ def round_and_tell(
 ) -> RoundedModel:
     """Round the model in place with a progress bar, and say what it cost; ``others`` is the grid of what is not quantized."""
     rounding, device = rounding_of(settings), current_device()
-    total = amount_of_work(source.model, settings.weights, rounding, settings.skip, text)
+    total = amount_of_work(source.model, settings.lattices, rounding, (), text)
     unit = "weights" if text is None else "layer tokens"
     with token_progress(context.console, context.name, total, unit) as advance, exact_products(device.type):
         rounded = round_model(
             source.model,
-            settings.weights,
+            settings.lattices,
             rounding,
-            skip=settings.skip,
             sparse=sparse_modules(context.input),
             text=text,
             device=device,
@@ -163,9 +164,7 @@ def round_and_tell(
             advance=advance,
             **source.streaming,
         )
-    group = settings.weights.group_size
-    scales = f"groups of {group}" if isinstance(group, int) else "one scale a row"
-    context.say(f"  {len(rounded.state.modules)} linear layers at {settings.weights.bits} bits, {scales}, by {settings.method}")
+    context.say(f"  {lattice_words(map(rounded.state.spec_of, rounded.state.modules))}, by {settings.method}")
     for line in error_lines(rounded.errors, text is not None):
         context.say(f"    {line}")
     for note in rounded.notes[:_NOTES_TOLD]:
@@ -173,6 +172,12 @@ def round_and_tell(
     if len(rounded.notes) > _NOTES_TOLD:
         context.say(f"  and {len(rounded.notes) - _NOTES_TOLD} notes more in decoct.json (quant.rounding.notes)")
     return rounded
+
+
+def lattice_words(specs: Iterable[QuantSpec]) -> str:
+    """How many modules have which lattice, the most common first."""
+    counts = Counter(specs)
+    return ", ".join(f"{count} modules in {spec.words()}" for spec, count in counts.most_common())
 
 
 def round_unquantized(model: "PreTrainedModel", state: QuantState) -> None:
