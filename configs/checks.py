@@ -199,7 +199,7 @@ def _check_widths(draft: Draft, problems: Problems) -> None:
                 problems.add(_at(entry, "structured", "ffn"), f"keeps {kept} FFN channels of a student that has {widths['ffn']} here")
             elif "ffn" in widths:
                 widths["ffn"] = kept
-        if entry and isinstance(settings, QatSettings | QuantizeSettings) and not settings.skip:
+        if entry and isinstance(settings, QatSettings | QuantizeSettings) and not settings.skip and not settings.overrides:
             for name, width in widths.items():
                 try:
                     settings.weights.group_width(width)

@@ -67,7 +67,8 @@ class _Walk:
             return self._listing(node, annotation, path)
         if isinstance(section, type):
             return self._section(node, section, path)
-        return {key: self.value(entry.node, Any, (*path, key)) for key, entry in node.entries.items()}
+        inner = _value_type(annotation)
+        return {key: self.value(entry.node, inner, (*path, key)) for key, entry in node.entries.items()}
 
     def _scalar(self, node: Scalar, annotation: Any, section: Any, path: KeyPath) -> Any:
         if section in SHORT_FORMS and not is_null(node):
@@ -117,6 +118,11 @@ def _item_type(annotation: Any, index: int) -> Any:
     if not inner:
         return Any
     return inner[0] if _is_open_list(annotation) else inner[min(index, len(inner) - 1)]
+
+
+def _value_type(annotation: Any) -> Any:
+    """Type of the values of a dict; Any where the type says nothing."""
+    return next((get_args(option)[1] for option in alternatives(annotation) if get_origin(option) is dict and get_args(option)), Any)
 
 
 def unknown_key(key: str, valid: Sequence[str]) -> str:
@@ -199,7 +205,7 @@ def _inner_type(annotation: Any, key: str | int) -> Any:
     section = next((option for option in alternatives(annotation) if is_dataclass(option)), None)
     if isinstance(section, type):
         return types_of(section).get(str(key), Any)
-    return _item_type(annotation, key) if isinstance(key, int) else Any
+    return _item_type(annotation, key) if isinstance(key, int) else _value_type(annotation)
 
 
 def shown(value: Any) -> str:

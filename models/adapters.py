@@ -21,8 +21,8 @@ def unwrapped(model: Any) -> Any:
 
 
 def effective_head(head: Any) -> tuple[Tensor | None, Tensor | None]:
-    """(weight [V, H], bias [V] or None) that a head multiplies by, its LoRA part included; gradients reach the adapter alone when the base
-    is frozen. (None, None) for a head without a weight.
+    """(weight [V, H], bias [V] or None) that a head multiplies by: rounded where it rounds, its LoRA part included; gradients reach the
+    adapter alone when the base is frozen. (None, None) for a head without a weight.
 
     ``head.weight`` of a LoRA layer is the base's: a loss that reads it trains on other numbers than the model computes.
 
@@ -31,6 +31,8 @@ def effective_head(head: Any) -> tuple[Tensor | None, Tensor | None]:
     """
     if isinstance(getattr(head, "modules_to_save", None), nn.ModuleDict):
         head = head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
+    if hasattr(head, "quantized_weight"):
+        return head.quantized_weight(), head.bias
     if not hasattr(head, "lora_A"):
         weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
         return (weight if isinstance(weight, Tensor) else None), (bias if isinstance(bias, Tensor) else None)

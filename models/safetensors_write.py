@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3",
 }  # fmt: skip
 
 

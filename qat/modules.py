@@ -9,48 +9,71 @@ Parameters are shared, never copied: names in the state dict, optimizers and tie
 """
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..models.errors import UserError
 from ..models.families import decoder_linears
-from .fake_quant import quantize
-from .linear import CodesLinear, Extras
+from .codes_linear import CodesLinear
+from .fake_quant import Encoded, encode
+from .lattices import Lattices
+from .linear import Extras, QuantEmbedding, RoundedWeight, TiedHead
 from .linear import QuantLinear as QuantLinear
 from .spec import QuantSpec
 from .state import QuantState
+from .targets import is_tied, targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def prepare(model: "PreTrainedModel", spec: QuantSpec, skip: Sequence[str] = (), extras: Extras | None = None) -> list[str]:
-    """Replace the linears of the decoder layers by ``QuantLinear``, in place; embeddings and the head stay as they are.
+def prepare(model: "PreTrainedModel", spec: QuantSpec | Lattices, skip: Sequence[str] = (), extras: Extras | None = None) -> list[str]:
+    """Replace the linears of the decoder layers by ``QuantLinear``, in place; with lattices for them, embedding and head too.
 
     Args:
         model: Any causal language model with ``nn.Linear`` layers, on any device (also meta).
-        spec: The lattice of every replaced weight.
-        skip: fnmatch patterns of full module names left in full precision, such as ``*.down_proj``.
+        spec: The lattice of every replaced weight, or the lattices of all.
+        skip: Beside a lattice: fnmatch patterns of full module names left in full precision, such as ``*.down_proj``.
         extras: Parameters of the layers beside weight and bias; zeros until somebody gives them values. With adapters nothing but the
-            extras trains.
+            extras trains, and embedding and head, which get none, keep their weights.
 
     Returns:
-        Names of the replaced modules, in module order.
+        Names of the replaced modules, in module order; not that of a head which is tied to the embedding.
 
     Raises:
         UserError: a pattern matches nothing, the group size does not divide, or a layer cannot be quantized; the model is untouched.
     """
     if _prepared(model):
         raise UserError("the model's linears are quantized already; prepare takes a plain model. Fold it first.")
-    linears = target_linears(model, spec, skip)
+    chosen = targets(model, Lattices.of(spec, skip))
+    for name, target in chosen.items():
+        if isinstance(target.module, nn.Embedding) and type(target.module) is not nn.Embedding:
+            raise UserError(
+                f"embedding: {name} is a {type(target.module).__name__}, which does more than look rows up, so that it cannot be trained "
+                "rounded; leave 'embedding' out, or round it without training (stage 'quantize')"
+            )
+    tied = is_tied(model)
     if extras is not None and extras.rank:
         model.requires_grad_(False)
-    for name, linear in linears.items():
-        model.set_submodule(name, QuantLinear(linear, spec, extras))
-    return list(linears)
+    for name, target in chosen.items():
+        module, lattice = target.module, target.spec
+        if isinstance(module, nn.Linear):
+            head = module is model.get_output_embeddings()
+            model.set_submodule(name, QuantLinear(module, lattice, replace(extras, rank=0) if head and extras else extras))
+        else:
+            _replace_embedding(model, name, QuantEmbedding(module, lattice, replace(extras, rank=0) if extras else None), tied)
+    return list(chosen)
+
+
+def _replace_embedding(model: "PreTrainedModel", name: str, embedding: QuantEmbedding, tied: bool) -> None:
+    """Put a rounded embedding in its place, and a head that is tied to it on top of it."""
+    head: Any = model.get_output_embeddings()
+    model.set_submodule(name, embedding)
+    if tied:
+        model.set_output_embeddings(TiedHead(head, embedding))
 
 
 def hold_codes(model: "PreTrainedModel", state: QuantState) -> None:
@@ -58,80 +81,127 @@ def hold_codes(model: "PreTrainedModel", state: QuantState) -> None:
 
     Args:
         model: A plain model that ``state`` was made from.
-        state: Its codes and scales.
+        state: Codes and scales of linears, of kind int.
     """
     model.requires_grad_(False)
     for name in state.modules:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        device = linear.weight.device
-        held = CodesLinear(state.codes[name].to(device), state.scales[name].to(device), linear.bias, state.spec_of(name))
-        model.set_submodule(name, held.train(linear.training))
+        encoded = state.encoded(name).to(linear.weight.device)
+        model.set_submodule(name, CodesLinear(encoded, linear.bias, state.spec_of(name)).train(linear.training))
 
 
 @torch.no_grad()
-def quantize_model(model: "PreTrainedModel", spec: QuantSpec, skip: Sequence[str] = ()) -> QuantState:
+def quantize_model(model: "PreTrainedModel", spec: QuantSpec | Lattices, skip: Sequence[str] = ()) -> QuantState:
     """Codes and scales of the model's (latent) weights; the model stays as it is.
 
     Args:
-        model: A prepared model, whose ``QuantLinear`` layers and masks are taken, or a plain one (round to nearest).
-        spec: The lattice; of a prepared model the one it was prepared with.
+        model: A prepared model, whose layers and masks are taken, or a plain one (round to nearest).
+        spec: The lattice or lattices; of a prepared model those it was prepared with.
         skip: As in ``prepare``; of a prepared model the patterns it was prepared with, or empty.
 
     Raises:
-        UserError: as in ``prepare``, a spec or skip other than the model was prepared with, or NaN or infinite weights.
+        UserError: as in ``prepare``, lattices or skip other than the model was prepared with, or NaN or infinite weights.
     """
+    lattices = Lattices.of(spec, skip)
     prepared = _prepared(model)
-    modules: Mapping[str, nn.Module] = prepared or target_linears(model, spec, skip)
-    if any(module.spec != spec for module in prepared.values()):
-        raise UserError(f"the model was prepared with another lattice than {spec}; quantize it with the one it was trained with.")
-    if prepared and skip and set(_unskipped(model, skip)) != set(prepared):
-        raise UserError(f"the model was prepared with other modules than skip={list(skip)} leaves; use the same patterns, or none.")
-    codes, scales = {}, {}
-    for name, module in modules.items():
+    if prepared:
+        _check_prepared(model, prepared, lattices, asked=bool(skip) or isinstance(spec, Lattices))
+    chosen: Mapping[str, nn.Module] = prepared or {name: target.module for name, target in targets(model, lattices).items()}
+    specs = {name: m.spec for name, m in prepared.items()} or {name: target.spec for name, target in targets(model, lattices).items()}
+    encoded = {}
+    for name, module in chosen.items():
         try:
-            code, scale = _codes(module, spec)
+            encoded[name] = _encoded(module, specs[name])
         except ValueError as error:
             raise UserError(
                 f"{name}.weight cannot be quantized: {error}. Take an earlier checkpoint or lower the learning rate."
             ) from error
-        codes[name], scales[name] = code.cpu(), scale.cpu()
-    return QuantState(spec=spec, modules=tuple(modules), codes=codes, scales=scales)
+    return QuantState.of(lattices.weights, specs, encoded)
 
 
-def _codes(module: nn.Module, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    if isinstance(module, QuantLinear | CodesLinear):
-        return module.codes()
-    assert isinstance(module, nn.Linear)
-    return quantize(module.weight, spec)
+def _encoded(module: nn.Module, spec: QuantSpec) -> Encoded:
+    if isinstance(module, RoundedWeight | CodesLinear):
+        return module.encoded()
+    assert isinstance(module, nn.Linear | nn.Embedding)
+    return encode(module.weight, spec)
+
+
+def _check_prepared(model: "PreTrainedModel", prepared: Mapping[str, "_Prepared"], lattices: Lattices, asked: bool) -> None:
+    """UserError when a prepared model has other lattices, or (``asked``) other modules, than these."""
+    inside = {name: prepared.get(name, module) for name, module in _linears(model).items()}
+    try:
+        wanted = lattices.of_linears(inside if asked else [name for name in inside if name in prepared])
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    ends = [name for name in prepared if name not in inside]
+    if asked and (set(wanted) != set(prepared) - set(ends) or bool(ends) != bool(lattices.embedding or lattices.head)):
+        raise UserError(
+            f"the model was prepared with other modules than skip={list(lattices.skip)} leaves; use the same patterns, or none."
+        )
+    if any(prepared[name].spec != spec for name, spec in wanted.items()):
+        raise UserError(
+            f"the model was prepared with another lattice than {lattices.weights}; quantize it with the one it was trained with."
+        )
 
 
 @torch.no_grad()
 def fold(model: "PreTrainedModel", state: QuantState) -> None:
-    """Put plain ``nn.Linear`` with weight = codes * scales (fp32) in the place of every module of ``state``.
+    """Put plain layers with weight = codes * scales (fp32) in the place of every module of ``state``.
 
     In fp32 the folded model gives exactly the logits of the prepared one. Parameter names stay; the weights are new parameters.
 
     Raises:
         UserError: a module is missing, of another shape, not fp32, or prepared but not in ``state``; the model is untouched.
     """
-    linears = _linears(model)
     left = [name for name in _prepared(model) if name not in state.codes]
     if left:
         raise UserError(f"module {left[0]} ({len(left)} in all) is prepared, but the codes do not cover it; quantize the whole model.")
+    held = dict(model.named_modules())
+    tied = is_tied(model)
     for name in state.modules:
-        linear = linears.get(name)
-        if linear is None or (linear.out_features, linear.in_features) != state.codes[name].shape:
-            found = "missing" if linear is None else f"of shape {(linear.out_features, linear.in_features)}"
+        module = held.get(name)
+        shape = _shape(module)
+        if module is None or shape != tuple(state.codes[name].shape):
+            found = "missing" if module is None else f"of shape {shape}"
             raise UserError(
                 f"module {name} is {found}, but the codes have shape {tuple(state.codes[name].shape)}; they are another model's."
             )
-        if isinstance(linear, nn.Linear) and linear.weight.dtype != torch.float32:
+        if not isinstance(module, CodesLinear) and module.weight.dtype != torch.float32:
             raise UserError(
-                f"{name}.weight is {linear.weight.dtype}; codes * scales are exact in fp32 only: load the model with dtype=float32."
+                f"{name}.weight is {module.weight.dtype}; codes * scales are exact in fp32 only: load the model with dtype=float32."
             )
     for name in state.modules:
-        model.set_submodule(name, _plain(linears[name], state.dequantized(name)))
+        module = held[name]
+        if isinstance(module, nn.Linear | CodesLinear):
+            model.set_submodule(name, _plain(module, state.dequantized(name)))
+        else:
+            _fold_embedding(model, name, module, state.dequantized(name), tied)
+
+
+def _shape(module: nn.Module | None) -> tuple[int, ...] | None:
+    """[out, in] of a layer that can be folded; None for anything else."""
+    if isinstance(module, CodesLinear):
+        return module.out_features, module.in_features
+    return tuple(module.weight.shape) if isinstance(module, nn.Linear | nn.Embedding) else None
+
+
+def _fold_embedding(model: "PreTrainedModel", name: str, embedding: Any, table: Tensor, tied: bool) -> None:
+    """A plain embedding with this table, and the head that is tied to it."""
+    weight = nn.Parameter(table.to(embedding.weight.device), requires_grad=embedding.weight.requires_grad)
+    if isinstance(embedding, QuantEmbedding):
+        rows, columns = weight.shape
+        plain = nn.Embedding(rows, columns, padding_idx=embedding.padding_idx, _weight=weight)
+        plain.weight = weight
+        model.set_submodule(name, plain.train(embedding.training))
+    else:
+        embedding.weight = weight
+    if tied:
+        head: Any = model.get_output_embeddings()
+        if isinstance(head, TiedHead):
+            model.set_output_embeddings(_plain(head, table))
+            head = model.get_output_embeddings()
+        head.weight = weight
 
 
 def _plain(linear: nn.Linear | CodesLinear, weight: Tensor) -> nn.Linear:
@@ -149,53 +219,8 @@ def _linears(model: "PreTrainedModel") -> dict[str, nn.Linear | CodesLinear]:
     return {**decoder_linears(model), **held}
 
 
-def _prepared(model: nn.Module) -> dict[str, QuantLinear | CodesLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear | CodesLinear)}
+_Prepared = QuantLinear | QuantEmbedding | CodesLinear
 
 
-def _unskipped(model: "PreTrainedModel", skip: Sequence[str]) -> dict[str, nn.Linear | CodesLinear]:
-    """Decoder linears that no pattern matches; a pattern that matches no linear and no embedding at all is an error."""
-    linears = _linears(model)
-    leaves = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding | CodesLinear)]
-    for pattern in skip:
-        if not any(fnmatchcase(name, pattern) for name in leaves):
-            example = next(iter(linears), "model.layers.0.mlp.down_proj")
-            raise UserError(
-                f"skip: {pattern!r} matches no linear layer of the model; patterns are matched to full names such as "
-                f"{example!r}, so write '*.{example.rsplit('.', 1)[-1]}' for all of a kind."
-            )
-    return {name: module for name, module in linears.items() if not any(fnmatchcase(name, pattern) for pattern in skip)}
-
-
-def target_linears(model: "PreTrainedModel", spec: QuantSpec, skip: Sequence[str]) -> dict[str, nn.Linear]:
-    """The linears to quantize, after checking that each can be."""
-    try:
-        spec.check_storable()
-    except ValueError as error:
-        raise UserError(f"weights: {error}") from None
-    chosen = _unskipped(model, skip)
-    if not chosen:
-        raise UserError("there is nothing to quantize: " + (f"skip={list(skip)} leaves no linear layer." if skip else _NO_LINEARS))
-    owners: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        first = owners.setdefault(id(parameter), name)
-        for shared in (name, first):
-            if first != name and shared.removesuffix(".weight") in chosen:
-                raise UserError(
-                    f"{shared} is shared between {first} and {name}; shared weights cannot be quantized. Add the module to skip."
-                )
-    linears: dict[str, nn.Linear] = {}
-    for name, linear in chosen.items():
-        if not isinstance(linear, nn.Linear) or type(linear) is not nn.Linear:
-            raise UserError(
-                f"module {name} is a {type(linear).__name__}, not a plain nn.Linear; load the model unquantized, or add it to skip."
-            )
-        try:
-            spec.group_width(linear.in_features)
-        except ValueError as error:
-            raise UserError(f"module {name}: {error} (skip: ['{name}']).") from error
-        linears[name] = linear
-    return linears
-
-
-_NO_LINEARS = "the model's decoder layers hold no nn.Linear; use a model of a family such as Llama, Mistral or Qwen."
+def _prepared(model: nn.Module) -> dict[str, _Prepared]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, _Prepared)}

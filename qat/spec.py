@@ -58,6 +58,8 @@ _FLOATS = {
     "mxfp4": _Float(bits=4, group_sizes=(32,), own_scales=True),
     "nvfp4": _Float(bits=4, group_sizes=(16,), own_scales=True),
 }
+FLOAT_BITS = {kind: form.bits for kind, form in _FLOATS.items()}
+"""Bits of a code of the kinds that are not int."""
 _NOT_STORED = {"kind": "int"}
 """Fields that came later: at these values they are left out of the JSON form, so that older records and hashes stay."""
 
@@ -129,15 +131,6 @@ class QuantSpec:
         if form.own_scales and self.scale_grid != "bf16_fp16":
             raise ValueError(f"scale_grid={self.scale_grid!r} does nothing with kind={self.kind!r}, which has its own scales; leave it out")
 
-    def check_storable(self) -> None:
-        """Raise ValueError unless quantized folders and exports can hold the lattice: symmetric integers, a scale per group or row."""
-        for name, value, needed in (("kind", self.kind, "int"), ("symmetric", self.symmetric, True)):
-            if value != needed:
-                told = str(needed).lower()
-                raise ValueError(f"{name}={value!r} can be computed with, but no model folder or export holds it yet; use {name}: {told}")
-        if self.group_size == "tensor":
-            raise ValueError("group_size='tensor' can be computed with, but no model folder or export holds it yet; use 'channel'")
-
     @property
     def qmin(self) -> int:
         """Smallest code."""
@@ -177,6 +170,12 @@ class QuantSpec:
         if self.group_size == "tensor":
             return 1, 1
         return out_features, in_features // self.group_width(in_features) if in_features else 0
+
+    def words(self) -> str:
+        """The lattice for people: '4 bits in groups of 64, with zero points'."""
+        codes = f"{self.bits} bits" if self.kind == "int" else self.kind
+        shared = {"channel": "with a scale a row", "tensor": "with one scale"}.get(str(self.group_size), f"in groups of {self.group_size}")
+        return f"{codes} {shared}" + ("" if self.symmetric else ", with zero points")
 
     def with_bits(self, bits: int) -> "QuantSpec":
         """The same lattice with codes of another width."""

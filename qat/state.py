@@ -2,8 +2,9 @@
 
 A quantized folder holds ``model.safetensors`` with codes * scales in fp32 under the original names, and beside it
 ``quant.safetensors``: ``<module>.codes`` int8 [out, in], ``<module>.scale`` fp32 [out, groups], for an asymmetric lattice
-``<module>.zero_point`` int8 [out, groups], for inputs with a stored scale ``<module>.input_scale`` fp32 and ``.input_zero`` int8, one
-number each; of keys and values what ``cache_state.py`` says. ``decoct.json`` records the QuantSpec, the modules and a hash of it all.
+``<module>.zero_point`` int8 [out, groups], for nvfp4 ``.global_scale`` fp32 [1], for inputs with a stored scale ``.input_scale`` fp32
+and ``.input_zero`` int8, one number each; of keys and values what ``cache_state.py`` says. ``decoct.json`` records the QuantSpec, the
+modules and a hash of everything. Export reads the codes and never rounds again.
 """
 
 import hashlib
@@ -18,12 +19,13 @@ from torch import Tensor
 
 from ..models.errors import UserError
 from .cache_state import CacheState, cache_from_record
-from .fake_quant import dequantize
-from .fake_quant.reference import GRID_DTYPES
+from .fake_quant import Encoded, decode
 from .spec import ActivationSpec, QuantSpec
+from .state_check import lattice_problem, weight_places
 
 QUANT_FILE = "quant.safetensors"
-_CODES, _SCALE, _ZERO, _INPUT_SCALE, _INPUT_ZERO = ".codes", ".scale", ".zero_point", ".input_scale", ".input_zero"
+_CODES, _SCALE, _ZERO, _GLOBAL = ".codes", ".scale", ".zero_point", ".global_scale"
+_INPUT_SCALE, _INPUT_ZERO = ".input_scale", ".input_zero"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +37,13 @@ class QuantState:
     modules: tuple[str, ...]
     """Full module names, in module order."""
     codes: dict[str, Tensor]
-    """int8 [out, in] in [qmin, qmax] by module name."""
+    """[out, in] by module name, as ``fake_quant.Encoded`` has them: int8 in [qmin, qmax] for kind int."""
     scales: dict[str, Tensor]
-    """fp32 [out, groups] on the spec's grid by module name."""
+    """fp32 of ``spec.scale_shape`` by module name, on the spec's grid (mxfp4: powers of two; nvfp4: numbers of float8 e4m3)."""
     zero_points: dict[str, Tensor] = field(default_factory=dict)
     """int8 [out, groups] in [qmin, qmax] by module name; modules with a symmetric lattice have none."""
+    global_scales: dict[str, Tensor] = field(default_factory=dict)
+    """fp32 [1] by module name, which its scales are divided by (nvfp4 alone)."""
     own_specs: dict[str, QuantSpec] = field(default_factory=dict)
     """Lattices of modules that differ from ``spec``."""
     activations: ActivationSpec | None = None
@@ -51,13 +55,44 @@ class QuantState:
     cache: CacheState | None = None
     """How keys and values are rounded; None = not at all."""
 
+    @classmethod
+    def of(
+        cls, spec: QuantSpec, specs: Mapping[str, QuantSpec], encoded: Mapping[str, Encoded], device: str | None = "cpu"
+    ) -> "QuantState":
+        """The state of modules that have been encoded, in the order of ``encoded``.
+
+        Args:
+            spec: The lattice of most of them.
+            specs: That of each.
+            encoded: Codes and scales of each.
+            device: Where the tensors go; None leaves them where they are.
+        """
+
+        def held(part: str) -> dict[str, Tensor]:
+            found = {name: value for name, one in encoded.items() if (value := getattr(one, part)) is not None}
+            return found if device is None else {name: value.to(device) for name, value in found.items()}
+
+        return cls(
+            spec=spec,
+            modules=tuple(encoded),
+            codes=held("codes"),
+            scales=held("scales"),
+            zero_points=held("zeros"),
+            global_scales=held("global_scale"),
+            own_specs={name: specs[name] for name in encoded if specs[name] != spec},
+        )
+
+    def encoded(self, module: str) -> Encoded:
+        """A module's codes and what belongs to them."""
+        return Encoded(self.codes[module], self.scales[module], self.zero_points.get(module), self.global_scales.get(module))
+
     def spec_of(self, module: str) -> QuantSpec:
         """The lattice of a module."""
         return self.own_specs.get(module, self.spec)
 
     def dequantized(self, module: str) -> Tensor:
-        """fp32 [out, in] = (codes - zero points) * scales: the weight that plain runtimes see."""
-        return dequantize(self.codes[module], self.scales[module], self.zero_points.get(module))
+        """fp32 [out, in]: the weight that plain runtimes see, (codes - zero points) * scales for kind int."""
+        return decode(self.encoded(module), self.spec_of(module))
 
     def tensors(self) -> dict[str, Tensor]:
         """The content of ``quant.safetensors``."""
@@ -68,6 +103,7 @@ class QuantState:
         yield _CODES, self.codes
         yield _SCALE, self.scales
         yield _ZERO, self.zero_points
+        yield _GLOBAL, self.global_scales
         yield _INPUT_SCALE, self.input_scales
         yield _INPUT_ZERO, self.input_zeros
 
@@ -95,10 +131,7 @@ class QuantState:
         """UserError beginning with ``where`` (a file) unless every code is in range and every scale positive and on the grid."""
         for name in self.modules:
             spec = self.spec_of(name)
-            problem = _problem(self.codes[name], self.scales[name], spec) or _zero_problem(
-                self.zero_points.get(name), self.scales[name], spec
-            )
-            if problem := problem or self._input_problem(name):
+            if problem := lattice_problem(self.encoded(name), spec) or self._input_problem(name):
                 raise UserError(f"{where}: module {name}: {problem}. The file is damaged or not decoct's; quantize again.")
         if self.cache and (problem := self.cache.problem()):
             raise UserError(f"{where}: {problem}. The file is damaged or not decoct's; quantize again.")
@@ -116,39 +149,6 @@ class QuantState:
         if stored and not (float(self.input_scales[name]) > 0 and bool(torch.isfinite(self.input_scales[name]).all())):
             return f"its inputs' scale is {float(self.input_scales[name])}, not a positive finite number"
         return None
-
-
-def _zero_problem(zeros: Tensor | None, scales: Tensor, spec: QuantSpec) -> str | None:
-    if spec.symmetric:
-        return None if zeros is None else "zero points are stored for a symmetric lattice"
-    if zeros is None:
-        return "zero points of an asymmetric lattice are missing"
-    if zeros.dtype != torch.int8 or zeros.shape != scales.shape:
-        return f"zero points are {zeros.dtype} of shape {tuple(zeros.shape)}, not int8 of shape {tuple(scales.shape)}"
-    if zeros.numel() and not spec.qmin <= int(zeros.min()) <= int(zeros.max()) <= spec.qmax:
-        return f"zero points span {int(zeros.min())}..{int(zeros.max())}, outside {spec.qmin}..{spec.qmax}"
-    return None
-
-
-def _problem(codes: Tensor, scales: Tensor, spec: QuantSpec) -> str | None:
-    """Why these tensors are no codes and scales of ``spec``; None when they are."""
-    if codes.dtype != torch.int8 or codes.ndim != 2:
-        return f"codes are {codes.dtype} of shape {tuple(codes.shape)}, not an int8 matrix"
-    try:
-        expected = spec.scale_shape(*codes.shape)
-    except ValueError as error:
-        return str(error)
-    if scales.dtype != torch.float32 or tuple(scales.shape) != expected:
-        return f"scales are {scales.dtype} of shape {tuple(scales.shape)}, not float32 of shape {expected}"
-    if codes.numel() and not spec.qmin <= int(codes.min()) <= int(codes.max()) <= spec.qmax:
-        return f"codes span {int(codes.min())}..{int(codes.max())}, outside {spec.qmin}..{spec.qmax}"
-    if not bool((torch.isfinite(scales) & (scales > 0)).all()):
-        return "a scale is not a positive finite number"
-    grid = spec.grid
-    rounded = scales.to(GRID_DTYPES[grid.dropped_bits]).to(torch.float32).clamp(grid.smallest, grid.largest)
-    if not torch.equal(rounded, scales):
-        return f"a scale is not on the grid {spec.scale_grid}"
-    return None
 
 
 def load_quant_state(folder: Path) -> QuantState:
@@ -191,6 +191,7 @@ def _from_record(record: Any, tensors: Mapping[str, Tensor], file: Path) -> Quan
         raise UserError(f"{file.parent / 'decoct.json'}: the entry 'quant' cannot be read ({error}); quantize again.") from error
     expected = {name + suffix for name in modules for suffix in (_CODES, _SCALE)}
     expected |= {name + _ZERO for name in modules if not own.get(name, spec).symmetric}
+    expected |= {name + _GLOBAL for name in modules if own.get(name, spec).kind == "nvfp4"}
     if activations is not None and activations.scaling == "static":
         expected |= {name + suffix for name in modules for suffix in (_INPUT_SCALE, *([] if activations.symmetric else [_INPUT_ZERO]))}
     expected |= set(cache.expected() if cache else ())
@@ -204,6 +205,7 @@ def _from_record(record: Any, tensors: Mapping[str, Tensor], file: Path) -> Quan
         codes=_held(tensors, modules, _CODES),
         scales=_held(tensors, modules, _SCALE),
         zero_points=_held(tensors, modules, _ZERO),
+        global_scales=_held(tensors, modules, _GLOBAL),
         own_specs=own,
         activations=activations,
         input_scales=_held(tensors, modules, _INPUT_SCALE),
@@ -216,31 +218,11 @@ def _held(tensors: Mapping[str, Tensor], modules: tuple[str, ...], suffix: str) 
     return {name: tensors[name + suffix] for name in modules if name + suffix in tensors}
 
 
-def _weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, for a single or a sharded ``model.safetensors``."""
-    from ..models.safetensors_file import read_header
-
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return dict.fromkeys(read_header(single).tensors, single)
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder} has neither a readable model.safetensors nor {index.name} ({error}); quantize again.") from error
-    outside = [file for file in files.values() if Path(file).name != file]
-    if outside:
-        raise UserError(f"{index}: {outside[0]!r} lies outside the folder; the index is damaged or foreign.")
-    for file in set(files.values()):
-        read_header(folder / file)
-    return {name: folder / file for name, file in files.items()}
-
-
 def _check_weights(folder: Path, state: QuantState) -> None:
     """UserError unless the stored fp32 weights are the codes times the scales, element by element."""
     from safetensors import safe_open
 
-    files = _weight_files(folder)
+    files = weight_places(folder)
     for name in state.modules:
         key = f"{name}.weight"
         if key not in files:

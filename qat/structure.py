@@ -24,6 +24,8 @@ class Structure:
     """Names that repeat another one's tensor and need not be stored (``lm_head.weight`` of a tied model)."""
     linears: tuple[str, ...]
     """Every ``nn.Linear``, the head included, in module order."""
+    embedding: str = ""
+    """Name of the input embedding's module."""
 
     @property
     def parameters(self) -> int:
@@ -58,6 +60,7 @@ def model_structure(folder: Path) -> Structure:
         shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
         tied=frozenset(tied),
         linears=tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear)),
+        embedding=next((name for name, module in model.named_modules() if module is model.get_input_embeddings()), ""),
     )
 
 

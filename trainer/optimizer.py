@@ -8,7 +8,8 @@ from torch import nn
 
 from ..models.errors import UserError
 from ..models.low_bit import check_low_bit, load_bitsandbytes
-from ..qat.linear import CodesLinear, QuantLinear
+from ..qat.codes_linear import CodesLinear
+from ..qat.linear import RoundedWeight
 from .plan import TrainingPlan
 
 _EPS = 1e-8
@@ -27,7 +28,7 @@ def build_optimizer(student: nn.Module, plan: TrainingPlan, views: Mapping[str, 
     """
     tables = {id(module.weight) for module in student.modules() if isinstance(module, nn.Embedding)}
     stepped: list[tuple[str, nn.Parameter]] = []
-    scales = {id(module.scale) for module in student.modules() if isinstance(module, QuantLinear | CodesLinear)}
+    scales = {id(module.scale) for module in student.modules() if isinstance(module, RoundedWeight | CodesLinear)}
     embeddings: set[int] = set()
     own_rate: set[int] = set()
     for name, owner in student.named_parameters():

@@ -3,24 +3,54 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..qat.lattices import Lattices, SpecChange
 from ..qat.spec import ActivationSpec, QuantSpec
 from .settings import TrainingBlock
 
 
 @dataclass(frozen=True, kw_only=True)
-class QatSettings(TrainingBlock):
-    """Train with weights rounded in the forward pass; ends in codes and scales ready to pack."""
+class LatticeSettings:
+    """Which module is rounded to what."""
 
     weights: QuantSpec = field(default_factory=QuantSpec)
-    """The weight lattice."""
+    """The weight lattice of the decoder layers' linears."""
     skip: tuple[str, ...] = ()
-    """Module name patterns (fnmatch) left in full precision; one that matches nothing is an error. lm_head and embeddings always are."""
+    """Module name patterns (fnmatch) left in full precision; one that matches nothing is an error."""
+    overrides: dict[str, SpecChange] = field(default_factory=dict)
+    """Module name pattern -> what those linears have otherwise than weights, such as '*.down_proj': {bits: 8}; one that matches nothing is
+    an error, and so are two that differ and match the same module."""
+    embedding: SpecChange | None = None
+    """What the input embedding has otherwise than weights, such as {bits: 8}; of a tied model the head's too. Default: left alone."""
+    head: SpecChange | None = None
+    """What an untied output head has otherwise than weights; default: left alone."""
     activations: ActivationSpec | None = None
-    """How the inputs of these layers are rounded, such as {kind: int8}; default: not at all."""
+    """How the inputs of the linears are rounded, such as {kind: int8}; default: not at all."""
     kv_cache: ActivationSpec | None = None
     """How keys and values are rounded as they enter the cache, such as {kind: fp8_e4m3, scaling: static}; default: not at all."""
+
+    @property
+    def lattices(self) -> Lattices:
+        """The same as the library takes it; ValueError when a change does not go together with weights."""
+        return Lattices(weights=self.weights, skip=self.skip, overrides=self.overrides, embedding=self.embedding, head=self.head)
+
+    @property
+    def ends(self) -> list[str]:
+        """Which of embedding and head are rounded."""
+        return [key for key in ("embedding", "head") if getattr(self, key) is not None]
+
+    def _check_inputs(self) -> None:
+        """Embedding and head have no inputs of the kind that activations round."""
+        for key in self.ends if self.activations is not None else ():
+            raise ValueError(f"{key} cannot be rounded together with activations, which are inputs of the decoder layers; leave one out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QatSettings(LatticeSettings, TrainingBlock):
+    """Train with weights rounded in the forward pass; ends in codes and scales ready to pack."""
+
     scales: Literal["learned", "absmax"] = "learned"
-    """learned = trained beside the weights (LSQ); absmax = taken anew from the weights in every forward."""
+    """learned = trained beside the weights (LSQ); absmax = taken anew from the weights in every forward, as kinds other than int always
+    have them."""
     scale_learning_rate: float | None = None
     """Peak rate of learned scales; default: a thirtieth of the others'."""
     start: Literal["rtn", "mse", "gptq"] | None = None
@@ -43,7 +73,9 @@ class QatSettings(TrainingBlock):
 
     def __post_init__(self) -> None:
         TrainingBlock.__post_init__(self)
-        self.weights.check_storable()
+        _ = self.lattices
+        self._check_kind()
+        self._check_ends()
         if self.train == "scales" and self.scales != "learned":
             raise ValueError("train=scales trains the scales and nothing else: it needs scales=learned")
         searched = self.start not in (None, "rtn")
@@ -58,7 +90,29 @@ class QatSettings(TrainingBlock):
     @property
     def first(self) -> Literal["rtn", "mse", "gptq"]:
         """``start``, or what stands for it."""
-        return self.start or ("mse" if self.scales == "learned" else "rtn")
+        return self.start or ("mse" if self.scales == "learned" and self.weights.kind == "int" else "rtn")
+
+    def _check_kind(self) -> None:
+        """What needs integer codes is refused for other kinds."""
+        if self.weights.kind == "int":
+            return
+        dials = {
+            "start": self.start not in (None, "rtn"),
+            "scale_learning_rate": self.scale_learning_rate is not None,
+            "train": self.train != "all",
+            "anneal_from": self.anneal_from is not None,
+            "freeze_scales": self.freeze_scales > 0,
+        }
+        for key in (key for key, given in dials.items() if given):
+            raise ValueError(
+                f"{key} needs integer codes, and weights have kind={self.weights.kind}, whose scales are never learned; leave it out"
+            )
+
+    def _check_ends(self) -> None:
+        """Embedding and head are refused where they would not be what was asked for."""
+        for key in self.ends if self.train == "scales" else ():
+            raise ValueError(f"{key} does nothing with train=scales, which trains linears of the decoder layers alone; leave it out")
+        self._check_inputs()
 
     def _check_schedule(self) -> None:
         for name in ("delay", "anneal", "freeze_scales"):
@@ -85,18 +139,12 @@ class QatSettings(TrainingBlock):
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeSettings:
+class QuantizeSettings(LatticeSettings):
     """Round without training.
 
     What is not given is filled in, except dials that the chosen method does not have: those stay None, and giving one is an error.
     """
 
-    weights: QuantSpec = field(default_factory=QuantSpec)
-    """The weight lattice."""
-    activations: ActivationSpec | None = None
-    """How the inputs of these layers are rounded, such as {kind: int8}; default: not at all."""
-    kv_cache: ActivationSpec | None = None
-    """How keys and values are rounded as they enter the cache, such as {kind: fp8_e4m3, scaling: static}; default: not at all."""
     method: Literal["rtn", "mse", "gptq"] = "rtn"
     """rtn = round to nearest; mse = scales searched for the least squared error; gptq = column by column, later ones making good what
     earlier ones cost, on calibration text (arXiv 2210.17323)."""
@@ -114,17 +162,17 @@ class QuantizeSettings:
     stream: Literal["auto", "always", "never"] = "auto"
     """Read, round and write one decoder layer after the other, for models larger than memory: the same result, more disk; auto = when
     memory is too small for the whole model in fp32."""
-    skip: tuple[str, ...] = ()
-    """As in qat."""
 
     def __post_init__(self) -> None:
-        self.weights.check_storable()
+        _ = self.lattices
+        if self.weights.kind != "int" and self.method != "rtn":
+            raise ValueError(f"method={self.method} chooses integer codes; kind={self.weights.kind} is rounded to nearest: use method=rtn")
         self._fill("scale", "absmax", "gptq")
         self._fill("damping", 0.01, "gptq")
         self._fill("activation_order", True, "gptq")
         self._fill("weighted", False, "mse")
-        observes = any(spec is not None and spec.scaling == "static" for spec in (self.activations, self.kv_cache))
-        if observes:
+        self._check_inputs()
+        if any(spec is not None and spec.scaling == "static" for spec in (self.activations, self.kv_cache)):
             self._fill("calibration_tokens", 262_144, self.method)
         elif self.method == "mse" and not self.weighted and self.calibration_tokens is not None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The hook that leads quantized linears through a stage: first scales, delay, annealed bits, frozen scales; exact when resumed.
+"""The hook that leads rounded weights through a stage: first scales, delay, annealed bits, frozen scales; exact when resumed.
 
 Everything follows from the step number but what training has made of the scales, and those are parameters of the student.
 """
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..qat.fake_quant import quantize
-from ..qat.linear import Mode, QuantLinear
-from ..qat.ptq.mse import searched_scales
+from ..qat.linear import Mode, RoundedWeight
+from ..qat.ptq.methods import METHODS, Rounding, Stack
 from ..qat.rounders import Rounders
 from ..qat.spec import QuantSpec
+from ..qat.state import QuantState
 from .quantization_settings import QatSettings
 from .ranges import FollowedRanges
 from .rng import derive_seed
-from .sharding import local, own_rows, parameter_of, row_range, whole
+from .sharding import local, own_rows, parameter_of, whole
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Phase:
 
 
 class Quantizers:
-    """Sets the mode and bits of every ``QuantLinear`` before each step, and the first values of scales and adapters.
+    """Sets the mode and bits of every ``RoundedWeight`` before each step, and the first values of scales and adapters.
 
     Args:
         settings: Of the stage.
         total_steps: Optimizer steps of the stage.
         seed: Of the adapters' first values.
-        scales: First scales by module name, fp32 [out, groups]; None = from the weights, as ``settings.first`` says.
+        given: First scales and zero points; None = from the weights, as ``settings.first`` says.
         inputs: Rounders of the linears' inputs; static ones as in ``FollowedRanges``.
         cache: Those of keys and values.
     """
@@ -48,14 +48,14 @@ class Quantizers:
         settings: QatSettings,
         total_steps: int,
         seed: int,
-        scales: Mapping[str, Tensor] | None = None,
+        given: QuantState | None = None,
         inputs: Rounders | None = None,
         cache: Rounders | None = None,
     ) -> None:
-        self._settings, self._total, self._seed, self._given = settings, total_steps, seed, scales
+        self._settings, self._total, self._seed, self._given = settings, total_steps, seed, given
         followed = {"ranges": inputs, "cache_ranges": cache}
         self._followed = [FollowedRanges(rounders, key) for key, rounders in followed.items() if rounders is not None]
-        self._linears: dict[str, QuantLinear] = {}
+        self._modules: dict[str, RoundedWeight] = {}
         self._stepped: list[Tensor] = []
         self._phase = self.phase_of(1)
         self._step = 0
@@ -77,12 +77,12 @@ class Quantizers:
 
     def on_start(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Find the linears; give scales and adapters their first values, each rank those of its rows."""
-        self._linears = {name: module for name, module in student.named_modules() if isinstance(module, QuantLinear)}
-        scales = [parameter_of(optimizer, module.scale) for module in self._linears.values() if module.scale is not None]
+        self._modules = {name: module for name, module in student.named_modules() if isinstance(module, RoundedWeight)}
+        scales = [parameter_of(optimizer, module.scale) for module in self._modules.values() if module.scale is not None]
         self._stepped = [scale for scale in scales if scale is not None]
         self._phase = self.phase_of(1)
         self._apply()
-        for name, module in self._linears.items():
+        for name, module in self._modules.items():
             self._start_adapter(name, module)
             if self._phase.mode != "off":
                 self._take_scales(name, module)
@@ -106,13 +106,11 @@ class Quantizers:
             return
         self._phase = after
         self._apply()
-        for name, module in self._linears.items():
+        for name, module in self._modules.items():
             if before.mode == "off" or (after.mode == "fixed" and before.mode == "absmax"):
                 self._take_scales(name, module)
-            elif after.bits != before.bits and module.scale is not None:
-                # the same range, cut into fewer steps
-                finer = module.spec.with_bits(before.bits).divisor_value / module.spec.with_bits(after.bits).divisor_value
-                local(module.scale).mul_(finer)
+            elif after.bits != before.bits:
+                _cut_anew(module, self._bits(module, before), self._bits(module, after))
 
     def state(self) -> dict[str, Tensor]:
         """The steps taken, and ranges of inputs, keys and values: scales and adapters are the student's."""
@@ -130,43 +128,77 @@ class Quantizers:
             ranges.load(state)
 
     def _apply(self) -> None:
-        for module in self._linears.values():
-            module.mode, module.bits = self._phase.mode, self._phase.bits
+        for module in self._modules.values():
+            module.mode, module.bits = self._phase.mode, self._bits(module, self._phase)
         for ranges in self._followed:
             ranges.enable(self._phase.mode != "off")
 
-    @torch.no_grad()
-    def _take_scales(self, name: str, module: QuantLinear) -> None:
-        """Scales for the weights as they are now, in the lattice in use."""
-        if module.scale is None:
-            return
-        rows, weight = local(module.scale), _merged_rows(module)
-        if self._given is not None:
-            held = row_range(module.scale)
-            given = self._given[name]
-            rows.copy_(given if held is None else given[held[0] : held[1]])
-        elif rows.numel():
-            rows.copy_(first_scales(weight, module.lattice, self._settings.first))
+    def _bits(self, module: RoundedWeight, phase: Phase) -> int:
+        """Bits in use: a module of its own lattice takes part in annealing until its bits are reached."""
+        annealed = self._settings.anneal_from is not None and module.spec.kind == "int"
+        return max(module.spec.bits, phase.bits) if annealed else module.spec.bits
 
     @torch.no_grad()
-    def _start_adapter(self, name: str, module: QuantLinear) -> None:
+    def _take_scales(self, name: str, module: RoundedWeight) -> None:
+        """Scales and zero points for the weights as they are now, in the lattice in use."""
+        if module.scale is None:
+            return
+        if self._given is not None:
+            scales, zeros = self._given.scales[name], self._given.zero_points.get(name)
+            first = (own_rows(scales, module.scale), None if zeros is None else own_rows(zeros, module.scale))
+        elif module.spec.group_size == "tensor":
+            # one scale for rows of every rank
+            scales, zeros = first_scales(_merged(module), module.lattice, self._settings.first)
+            first = (own_rows(scales, module.scale), None if zeros is None else own_rows(zeros, module.scale))
+        else:
+            first = first_scales(_merged_rows(module), module.lattice, self._settings.first)
+        for parameter, values in zip((module.scale, module.zero), first, strict=True):
+            if parameter is not None and values is not None and local(parameter).numel():
+                local(parameter).copy_(values)
+
+    @torch.no_grad()
+    def _start_adapter(self, name: str, module: RoundedWeight) -> None:
         """The product begins as zero; the inner matrix is uniform in +-1 / sqrt(in), the same however it is spread."""
         if module.adapter_in is None or module.adapter_out is None:
             return
         generator = torch.Generator().manual_seed(derive_seed(self._seed, "adapter", name))
-        drawn = (2 * torch.rand(module.adapter_in.shape, generator=generator) - 1) / math.sqrt(module.in_features)
+        drawn = (2 * torch.rand(module.adapter_in.shape, generator=generator) - 1) / math.sqrt(module.weight.shape[1])
         local(module.adapter_in).copy_(own_rows(drawn, module.adapter_in))
         local(module.adapter_out).zero_()
 
 
-def first_scales(weight: Tensor, spec: QuantSpec, start: str) -> Tensor:
-    """fp32 [out, groups]: from the largest magnitude of each group, or searched (start mse)."""
-    return searched_scales(weight, spec) if start == "mse" else quantize(weight, spec)[1]
+def first_scales(weight: Tensor, spec: QuantSpec, start: str) -> tuple[Tensor, Tensor | None]:
+    """(scales fp32, zero points int8 or None): from the range of each group, or searched (start mse)."""
+    if not weight.numel():
+        return weight.new_zeros(0), None
+    rounded = METHODS["mse" if start == "mse" else "rtn"].round(Stack(weight=weight.float(), mask=None, moments=None), spec, Rounding())
+    return rounded.scales, rounded.zeros
 
 
-def _merged_rows(module: QuantLinear) -> Tensor:
+@torch.no_grad()
+def _cut_anew(module: RoundedWeight, before: int, after: int) -> None:
+    """The same range of each group, cut into fewer steps."""
+    if module.scale is None or before == after:
+        return
+    old, new = module.spec.with_bits(before), module.spec.with_bits(after)
+    scale = local(module.scale)
+    lowest = None if module.zero is None else (old.qmin - local(module.zero)) * scale
+    scale.mul_(old.divisor_value / new.divisor_value)
+    if module.zero is not None and lowest is not None:
+        local(module.zero).copy_((new.qmin - lowest / scale).round_().clamp_(new.qmin, new.qmax))
+
+
+def _merged_rows(module: RoundedWeight) -> Tensor:
     """This rank's rows of the weight that is rounded."""
     weight = local(module.weight)
     if module.adapter_in is None or module.adapter_out is None:
         return weight
     return weight + (local(module.adapter_out) @ whole(module.adapter_in)) * (weight != 0)
+
+
+def _merged(module: RoundedWeight) -> Tensor:
+    """All rows of the weight that is rounded (a collective where it is sharded)."""
+    weight = whole(module.weight)
+    if module.adapter_in is None or module.adapter_out is None:
+        return weight
+    return weight + (whole(module.adapter_out) @ whole(module.adapter_in)) * (weight != 0)

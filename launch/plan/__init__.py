@@ -13,7 +13,7 @@ from .formats import refusals
 from .memory import Roles, Situation, training_memory
 from .rounding import RoundingPlan, rounding_plan
 from .shapes import ModelShape, StageShape, stage_shapes, student_shape, teacher_shape
-from .targets import Case, Verdict, verdicts
+from .targets import Verdict, cases, verdicts
 from .values import Value, recipe_values, settings_values, training_values
 
 if TYPE_CHECKING:
@@ -205,11 +205,11 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
     exports: dict[str, int] = {}
     judged: Sequence[Verdict] = ()
     refused: list[str] = []
-    if isinstance(entry.settings, ExportSettings) and shape.quant is not None:
-        exports = {name: EXPORT_BYTES[name](after, shape.quant, shape.skip) for name in entry.settings.formats}
+    if isinstance(entry.settings, ExportSettings) and shape.lattices is not None:
+        exports = {name: EXPORT_BYTES[name](after, shape.lattices) for name in entry.settings.formats}
         beside: Any = {"activations": shape.activations, "kv_cache": shape.kv_cache}
-        judged = verdicts(after.config, shape.quant, shape.skip, tensor_parallel=tensor_parallel, formats=tuple(exports), **beside)
-        refused = refusals(Case(after.config.get_text_config(), shape.quant, shape.skip, tensor_parallel, **beside), entry.settings)
+        judged = verdicts(after.config, shape.lattices, tensor_parallel=tensor_parallel, formats=tuple(exports), **beside)
+        refused = refusals(cases(after.config, shape.lattices, tensor_parallel, tuple(exports), **beside), entry.settings)
     return StagePlan(
         name=entry.name,
         kind=entry.kind,
@@ -228,8 +228,8 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
 
 def _written(recipe: "Recipe", shape: StageShape) -> int | None:
     if shape.entry.kind in ("qat", "quantize"):
-        assert shape.quant is not None
-        return sum(quantized_bytes(shape.after, shape.quant, shape.skip))
+        assert shape.lattices is not None
+        return sum(quantized_bytes(shape.after, shape.lattices))
     if shape.entry.kind in ("pretrain", "distill", "prune"):
         return model_bytes(shape.after, _SAVED[recipe.trainer.save_dtype])
     return None
@@ -259,8 +259,7 @@ def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, m
         on_gpu=machine.gpus > 0,
         load_in=load_in,
         placement=placement,
-        quant=shape.quant if entry.kind == "qat" else None,
-        skip=shape.skip,
+        lattices=shape.lattices if entry.kind == "qat" else None,
         **_trained_in_qat(entry.settings),
     )
     memory = training_memory(shape.before, taught, case)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from .shapes import ModelShape, quantized_linears
 
 if TYPE_CHECKING:
+    from ...qat.lattices import Lattices
     from ...qat.spec import QuantSpec
 
-_WIDTHS = {"F32": 4, "BF16": 2, "I8": 1, "I32": 4, "I64": 8}
+_WIDTHS = {"F32": 4, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "I32": 4, "I64": 8}
 _OPTIMIZER_TENSORS = 2  # both moments, fp32, whatever the optimizer keeps in memory
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -35,68 +36,81 @@ def model_bytes(shape: ModelShape, dtype: str) -> int:
     return safetensors_bytes({name: (dtype, sizes) for name, sizes in shape.tensors.items()})
 
 
-def quantized_bytes(shape: ModelShape, spec: "QuantSpec", skip: tuple[str, ...]) -> tuple[int, int]:
+def quantized_bytes(shape: ModelShape, lattices: "Lattices") -> tuple[int, int]:
     """(model.safetensors, quant.safetensors) of a quantized folder: codes times scales in fp32, and int8 codes with fp32 scales."""
     codes: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, (rows, columns) in quantized_linears(shape, skip).items():
-        codes[f"{name}.codes"] = ("I8", (rows, columns))
-        codes[f"{name}.scale"] = ("F32", (rows, columns // spec.group_width(columns)))
+    for name, (rows, columns, spec) in quantized_linears(shape, lattices).items():
+        scales = spec.scale_shape(rows, columns)
+        codes[f"{name}.codes"] = ({"int": "I8", "fp8_e4m3": "F8_E4M3"}.get(spec.kind, "U8"), (rows, columns))
+        codes[f"{name}.scale"] = ("F32", scales)
+        if not spec.symmetric:
+            codes[f"{name}.zero_point"] = ("I8", scales)
+        if spec.kind == "nvfp4":
+            codes[f"{name}.global_scale"] = ("F32", (1,))
     return model_bytes(shape, "F32"), safetensors_bytes(codes)
 
 
-def compressed_tensors_bytes(shape: ModelShape, spec: "QuantSpec", skip: tuple[str, ...]) -> int:
+def compressed_tensors_bytes(shape: ModelShape, lattices: "Lattices") -> int:
     """Weight files of a compressed-tensors export: int32 words of codes, bf16 scales, everything else bf16."""
-    quantized = quantized_linears(shape, skip)
+    quantized = quantized_linears(shape, lattices)
     stored: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, (rows, columns) in quantized.items():
+    for name, (rows, columns, spec) in quantized.items():
         words = -(-columns * spec.bits // 32)
         stored[f"{name}.weight_packed"] = ("I32", (rows, words))
-        stored[f"{name}.weight_scale"] = ("BF16", (rows, columns // spec.group_width(columns)))
+        groups = spec.scale_shape(rows, columns)[1]
+        stored[f"{name}.weight_scale"] = ("BF16", (rows, groups))
+        if not spec.symmetric:
+            stored[f"{name}.weight_zero_point"] = ("I32", (-(-rows * spec.bits // 32), groups))
         stored[f"{name}.weight_shape"] = ("I64", (2,))
-    return safetensors_bytes(stored | _unquantized(shape, skip))
+    return safetensors_bytes(stored | _unquantized(shape, lattices))
 
 
-def gguf_bytes(shape: ModelShape, spec: "QuantSpec", skip: tuple[str, ...]) -> int:
+def gguf_bytes(shape: ModelShape, lattices: "Lattices") -> int:
     """The file of a GGUF export: blocks of 32 codes with an fp16 scale, other matrices bf16, vectors fp32, and about 40 bytes a token."""
-    quantized, block = quantized_linears(shape, skip), 18 if spec.bits <= 4 else 34
+    quantized = quantized_linears(shape, lattices)
     total = 40 * shape.vocabulary
     for name, sizes in shape.tensors.items():
         elements = math.prod(sizes)
-        packed = name.removesuffix(".weight") in quantized
-        total += 64 + (elements // 32 * block if packed else elements * (4 if len(sizes) == 1 else 2))
+        packed = quantized.get(name.removesuffix(".weight"))
+        total += 64 + (elements // 32 * _block(packed.spec) if packed else elements * (4 if len(sizes) == 1 else 2))
     return total
 
 
-def gptq_bytes(shape: ModelShape, spec: "QuantSpec", skip: tuple[str, ...]) -> int:
+def _block(spec: "QuantSpec") -> int:
+    """Bytes of 32 codes: Q4_0, Q4_1 or Q8_0."""
+    return (18 if spec.symmetric else 20) if spec.bits <= 4 else 34
+
+
+def gptq_bytes(shape: ModelShape, lattices: "Lattices") -> int:
     """Weight files of a GPTQ export: int32 words of codes and zero points, fp16 scales, an int32 a column, everything else 16 bits."""
     stored: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, (rows, columns) in quantized_linears(shape, skip).items():
+    for name, (rows, columns, spec) in quantized_linears(shape, lattices).items():
         groups = spec.scale_shape(rows, columns)[1]
         stored[f"{name}.qweight"] = ("I32", (-(-columns * spec.bits // 32), rows))
         stored[f"{name}.qzeros"] = ("I32", (groups, -(-rows * spec.bits // 32)))
         stored[f"{name}.scales"] = ("BF16", (groups, rows))
         stored[f"{name}.g_idx"] = ("I32", (columns,))
-    return safetensors_bytes(stored | _unquantized(shape, skip))
+    return safetensors_bytes(stored | _unquantized(shape, lattices))
 
 
-def awq_bytes(shape: ModelShape, spec: "QuantSpec", skip: tuple[str, ...]) -> int:
+def awq_bytes(shape: ModelShape, lattices: "Lattices") -> int:
     """Weight files of an AWQ export: int32 words of codes and zero points, fp16 scales, everything else 16 bits."""
     stored: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, (rows, columns) in quantized_linears(shape, skip).items():
+    for name, (rows, columns, spec) in quantized_linears(shape, lattices).items():
         groups = spec.scale_shape(rows, columns)[1]
         stored[f"{name}.qweight"] = ("I32", (columns, -(-rows // 8)))
         stored[f"{name}.qzeros"] = ("I32", (groups, -(-rows // 8)))
         stored[f"{name}.scales"] = ("BF16", (groups, rows))
-    return safetensors_bytes(stored | _unquantized(shape, skip))
+    return safetensors_bytes(stored | _unquantized(shape, lattices))
 
 
-def plain_bytes(shape: ModelShape, spec: "QuantSpec", skip: tuple[str, ...]) -> int:
+def plain_bytes(shape: ModelShape, lattices: "Lattices") -> int:
     """Weight files of a plain export: everything in 16 bits."""
     return model_bytes(shape, "BF16")
 
 
-def _unquantized(shape: ModelShape, skip: tuple[str, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    quantized = quantized_linears(shape, skip)
+def _unquantized(shape: ModelShape, lattices: "Lattices") -> dict[str, tuple[str, tuple[int, ...]]]:
+    quantized = quantized_linears(shape, lattices)
     return {name: ("BF16", sizes) for name, sizes in shape.tensors.items() if name.removesuffix(".weight") not in quantized}
 
 
@@ -108,7 +122,7 @@ EXPORT_BYTES = {
     "awq": awq_bytes,
     "safetensors": plain_bytes,
 }
-"""Format -> function of (shape, spec, skip)."""
+"""Format -> function of (shape, lattices)."""
 
 
 def checkpoint_bytes(shape: ModelShape, *, masks: bool) -> int:

@@ -1,6 +1,6 @@
 """What an export format cannot hold of a recipe's model, said before training: the exporters' own refusals, from shapes alone."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from .targets import Case
@@ -11,19 +11,36 @@ if TYPE_CHECKING:
 _PACKED_BITS = (2, 4, 8)
 
 
-def refusals(case: Case, settings: "ExportSettings") -> list[str]:
-    """One sentence, with the nearest setting that works, for each format that cannot hold the model; [] when all can."""
-    found = (
-        f"{form} {reason}"
-        for form in settings.formats
-        for reasons in (_RULES.get(form, _nothing)(case, settings), _beside(form, case))
-        for reason in reasons
-    )
-    return list(found)[:8]
+def refusals(cases: Sequence[Case], settings: "ExportSettings") -> list[str]:
+    """One sentence, with the nearest setting that works, for each format that cannot hold the model; [] when all can.
+
+    Args:
+        cases: One for each lattice of the model.
+        settings: The export.
+    """
+    said = [f"{form} {reason}" for form in settings.formats for case in cases for reason in _reasons(form, case, settings)]
+    return list(dict.fromkeys(said))[:8]
+
+
+def _reasons(form: str, case: Case, settings: "ExportSettings") -> Iterable[str]:
+    if form == "safetensors":
+        return [*_safetensors(case, settings), *_beside(form, case)]
+    if case.spec.kind != "int":
+        return [f"holds integer codes, not kind={case.spec.kind}; use weights.kind=int, or leave the format out"]
+    return [*_of_ends(form, case), *_RULES.get(form, _nothing)(case, settings), *_beside(form, case)]
 
 
 def _nothing(case: Case, settings: "ExportSettings") -> Iterable[str]:
     return ()
+
+
+def _of_ends(form: str, case: Case) -> Iterable[str]:
+    if form == "gguf":
+        return
+    if "embedding" in case.ends:
+        yield "leaves the embedding alone; leave 'embedding' out, or export to gguf"
+    if "head" in case.ends and form == "awq":
+        yield "has readers that take the head for a plain matrix; leave 'head' out, or export to compressed-tensors"
 
 
 def _beside(form: str, case: Case) -> Iterable[str]:
@@ -85,8 +102,8 @@ def _awq(case: Case, settings: "ExportSettings") -> Iterable[str]:
 
 def _safetensors(case: Case, settings: "ExportSettings") -> Iterable[str]:
     spec = case.spec
-    if not settings.allow_inexact and (spec.bits > 4 or not spec.symmetric):
-        kind = f"{spec.bits}-bit" if spec.symmetric else "asymmetric"
+    if not settings.allow_inexact and (spec.kind != "int" or spec.bits > 4 or not spec.symmetric):
+        kind = spec.kind if spec.kind != "int" else f"{spec.bits}-bit" if spec.symmetric else "asymmetric"
         yield (
             f"stores 16-bit floats, which do not hold {kind} codes times their scales; use export.allow_inexact=true to have them rounded, "
             "or leave the format out (the quantized folder itself is a plain fp32 model)"
@@ -104,5 +121,4 @@ _RULES: dict[str, Callable[[Case, "ExportSettings"], Iterable[str]]] = {
     "gptq": _gptq,
     "gptq_v2": _gptq_v2,
     "awq": _awq,
-    "safetensors": _safetensors,
 }

@@ -7,7 +7,6 @@ positions, SDPA that keeps no attention matrix, gated FFN); other families are c
 activations (measured with two of eight heads), and their scales are two numbers a layer.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from ...losses.linear_divergence.closed_form import BUFFERS_ALONE, BUFFERS_WITH_
 from .shapes import ModelShape, quantized_linears
 
 if TYPE_CHECKING:
-    from ...qat.spec import QuantSpec
+    from ...qat.lattices import Lattices
     from ...trainer.plan import TrainingPlan
 
 RESERVE = 0.08
@@ -60,9 +59,8 @@ class Situation:
     """How the teacher is held: fp32, bf16, int8, nf4."""
     placement: str = "replicated"
     """Where the teacher is held: replicated, sharded, offloaded."""
-    quant: "QuantSpec | None" = None
-    """Lattice that the student trains on, in a qat stage."""
-    skip: Sequence[str] = ()
+    lattices: "Lattices | None" = None
+    """Lattices that the student trains on, in a qat stage."""
     learned_scales: bool = False
     """A scale parameter for each group, in a qat stage."""
     codes_only: bool = False
@@ -120,11 +118,17 @@ def _share(elements: int, case: Situation) -> int:
 
 def _added(student: ModelShape, case: Situation) -> int:
     """Parameters that quantized linears have beside their weights: scales and adapters."""
-    if case.quant is None or not (case.learned_scales or case.rank):
+    if case.lattices is None or not (case.learned_scales or case.rank):
         return 0
-    shapes = quantized_linears(student, case.skip).values()
-    scales = sum(rows * (columns // case.quant.group_width(columns)) for rows, columns in shapes) if case.learned_scales else 0
-    return scales + case.rank * sum(rows + columns for rows, columns in shapes)
+    quantized = quantized_linears(student, case.lattices)
+    scales = sum(one.scales for one in quantized.values() if one.spec.kind == "int") if case.learned_scales else 0
+    return scales + case.rank * sum(one.rows + one.columns for name, one in quantized.items() if name in student.linears)
+
+
+def _quantized_weights(student: ModelShape, case: Situation) -> int:
+    """Weights of decoder linears that are quantized."""
+    quantized = {} if case.lattices is None else quantized_linears(student, case.lattices)
+    return sum(one.rows * one.columns for name, one in quantized.items() if name in student.linears)
 
 
 def _trained(student: ModelShape, case: Situation) -> int:
@@ -134,7 +138,7 @@ def _trained(student: ModelShape, case: Situation) -> int:
 
 def _student_bytes(student: ModelShape, case: Situation) -> int:
     if case.codes_only:
-        quantized = sum(rows * columns for rows, columns in quantized_linears(student, case.skip).values())
+        quantized = _quantized_weights(student, case)
         return quantized + 4 * (student.parameters - quantized + _added(student, case))
     own = 4 * _share(student.parameters + _added(student, case), case)
     # gathered: everything outside the layers, the layer at work, the one that is fetched, and the buffer that it arrives in
@@ -173,9 +177,9 @@ def _layer_activations(student: ModelShape, case: Situation) -> int:
 def _layer_copies(student: ModelShape, case: Situation) -> int:
     """Copies of one layer's weights that its backward pass needs: quantized values, bf16 casts, flags of clipped weights."""
     linear = student.linear // max(1, student.layers)
-    if case.quant is None:
+    if case.lattices is None:
         return 2 * linear if case.mixed else 0
-    quantized = sum(rows * columns for rows, columns in quantized_linears(student, case.skip).values()) // max(1, student.layers)
+    quantized = _quantized_weights(student, case) // max(1, student.layers)
     plain = 2 * (linear - quantized) if case.mixed else 0
     if case.codes_only:
         return plain  # the weight is made again in the backward
@@ -183,10 +187,20 @@ def _layer_copies(student: ModelShape, case: Situation) -> int:
     return plain + quantized * ((2 if case.mixed else 4) + flags)
 
 
+def _table_copies(student: ModelShape, case: Situation) -> int:
+    """Rounded values, flags and bf16 casts of embedding and head; a tied head rounds the table once more."""
+    if case.lattices is None:
+        return 0
+    quantized = quantized_linears(student, case.lattices)
+    tables = [one for name, one in quantized.items() if name not in student.linears]
+    uses = 2 if student.embedding in quantized and not student.head else 1
+    return sum(one.rows * one.columns for one in tables) * uses * (4 + (0 if case.on_gpu else 1) + (2 if case.mixed else 0))
+
+
 def _activation_bytes(student: ModelShape, case: Situation) -> int:
     layer = _layer_activations(student, case) + _layer_copies(student, case)
     # embedding, final norm (input, normalised, result)
-    outside = 4 * 4 * case.tokens * student.hidden
+    outside = 4 * 4 * case.tokens * student.hidden + _table_copies(student, case)
     if case.plan.activation_checkpointing:
         return outside + student.layers * 4 * case.tokens * student.hidden + layer
     return outside + student.layers * layer

@@ -12,6 +12,7 @@ from .fitting import usable
 from .shapes import ModelShape, StageShape, quantized_linears
 
 if TYPE_CHECKING:
+    from ...qat.lattices import Lattices
     from ...trainer.quantization_settings import QuantizeSettings
 
 
@@ -58,7 +59,8 @@ def rounding_plan(
     model, rounding = shape.before, rounding_of(settings)
     needs = rounding.needs
     tokens = settings.calibration_tokens or 0
-    layers = _stacks(model, shape.skip, shared=needs != "nothing")
+    assert shape.lattices is not None
+    layers = _stacks(model, shape.lattices, shared=needs != "nothing")
     batch = _batch_bytes(model, seq_length) if tokens else 0
     codes = max((sum(stack.outputs * stack.inputs for stack in stacks) for stacks in layers), default=0)
     around = 4 * (model.outside + model.layer) + codes
@@ -79,10 +81,12 @@ def rounding_plan(
     )
 
 
-def _stacks(model: ModelShape, skip: tuple[str, ...], *, shared: bool) -> list[list[_Stack]]:
+def _stacks(model: ModelShape, lattices: "Lattices", *, shared: bool) -> list[list[_Stack]]:
     """The stacks of each layer that has linears to round."""
     layers: dict[str, dict[Any, _Stack]] = {}
-    for name, (rows, columns) in quantized_linears(model, skip).items():
+    for name, (rows, columns, _) in quantized_linears(model, lattices).items():
+        if name not in model.linears:
+            continue
         parts = name.split(".")
         number = next((part for part in parts if part.isdigit()), "")
         together = next((names for names in FUSED if shared and parts[-1] in names), name)
@@ -134,7 +138,7 @@ def _flop(model: ModelShape, layers: list[list[_Stack]], needs: str, observes: b
 
 def _work_files(model: ModelShape, shape: StageShape) -> int:
     """The rounded layers on their way: fp32 weights, codes and scales."""
-    assert shape.quant is not None
-    linears = quantized_linears(model, shape.skip).values()
-    scales = sum(rows * (columns // shape.quant.group_width(columns)) for rows, columns in linears)
-    return 4 * (model.parameters - model.outside) + sum(rows * columns for rows, columns in linears) + 4 * scales
+    assert shape.lattices is not None
+    linears = [one for name, one in quantized_linears(model, shape.lattices).items() if name in model.linears]
+    codes = sum(one.rows * one.columns for one in linears)
+    return 4 * (model.parameters - model.outside) + codes + 4 * sum(one.scales for one in linears)

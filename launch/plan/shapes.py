@@ -1,11 +1,9 @@
 """The shape of every model that a recipe passes through, on the meta device: no weight is read or downloaded."""
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...models.errors import UserError
 
@@ -13,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from ...configs.recipe import Recipe, StageEntry
+    from ...qat.lattices import Lattices
     from ...qat.spec import ActivationSpec, QuantSpec
 
 
@@ -29,6 +28,10 @@ class ModelShape:
     """(out, in) of every linear of the decoder layers."""
     layer: int
     """Parameters of one decoder layer (the largest)."""
+    embedding: str = ""
+    """Name of the input embedding's module."""
+    head: str = ""
+    """Name of the output head's module; '' when it is tied to the embedding."""
 
     @property
     def parameters(self) -> int:
@@ -75,22 +78,36 @@ class StageShape:
     entry: "StageEntry"
     before: ModelShape
     after: ModelShape
-    quant: "QuantSpec | None"
-    """The lattice of the weights after the stage, None while they are not quantized."""
-    skip: tuple[str, ...]
-    """Modules that the lattice leaves out."""
+    lattices: "Lattices | None"
+    """The lattices of the weights after the stage, None while they are not quantized."""
     activations: "ActivationSpec | None" = None
-    """How the inputs of the quantized modules are rounded after the stage."""
+    """How the inputs of the quantized linears are rounded after the stage."""
     kv_cache: "ActivationSpec | None" = None
     """How keys and values are."""
+
+
+class Quantized(NamedTuple):
+    """A matrix that is quantized."""
+
+    rows: int
+    columns: int
+    spec: "QuantSpec"
+
+    @property
+    def scales(self) -> int:
+        """Number of its scales."""
+        rows, groups = self.spec.scale_shape(self.rows, self.columns)
+        return rows * groups
 
 
 def shape_of(config: "PreTrainedConfig", source: str) -> ModelShape:
     """The shape of the model of a transformers config."""
     from ...models.families import decoder_layers, decoder_linears
     from ...models.loading import meta_model
+    from ...qat.targets import is_tied
 
     model = meta_model(config)
+    names = {id(module): name for name, module in model.named_modules()}
     layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)]
     return ModelShape(
         config=config,
@@ -98,6 +115,8 @@ def shape_of(config: "PreTrainedConfig", source: str) -> ModelShape:
         tensors={name: tuple(p.shape) for name, p in model.named_parameters()},
         linears={name: (linear.out_features, linear.in_features) for name, linear in decoder_linears(model).items()},
         layer=max(layers, default=0),
+        embedding=names.get(id(model.get_input_embeddings()), ""),
+        head="" if is_tied(model) else names.get(id(model.get_output_embeddings()), ""),
     )
 
 
@@ -160,33 +179,52 @@ def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
     from ...trainer.settings import PruneSettings
 
     found: list[StageShape] = []
-    shape, quant, skip, beside = student, None, (), {}
+    shape, lattices, beside = student, None, {}
     for entry in recipe.stages:
         before, settings = shape, entry.settings
         if isinstance(settings, PruneSettings) and settings.structured:
             shape = _with_ffn(shape, settings.structured.ffn, entry.name)
         if isinstance(settings, QatSettings | QuantizeSettings):
-            quant, skip = settings.weights, settings.skip
+            lattices = settings.lattices
             beside = {"activations": settings.activations, "kv_cache": settings.kv_cache}
-            check_groups(shape, quant, skip, entry)
+            _check_lattices(shape, lattices, entry)
         elif entry.kind in ("pretrain", "distill", "prune"):
-            quant, skip, beside = None, (), {}
-        found.append(StageShape(entry, before, shape, quant, tuple(skip), **beside))
+            lattices, beside = None, {}
+        found.append(StageShape(entry, before, shape, lattices, **beside))
     return found
 
 
-def quantized_linears(shape: ModelShape, skip: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """The linears that a lattice covers."""
-    return {name: size for name, size in shape.linears.items() if not any(fnmatchcase(name, pattern) for pattern in skip)}
+def quantized_linears(shape: ModelShape, lattices: "Lattices") -> dict[str, Quantized]:
+    """What lattices cover: linears of the decoder layers, and embedding and head where they are asked for.
+
+    Raises:
+        ValueError: a pattern changes nothing, or two change one module differently.
+    """
+    specs = lattices.of_linears(shape.linears)
+    found = {name: Quantized(*shape.linears[name], spec) for name, spec in specs.items()}
+    for change, name in ((lattices.embedding, shape.embedding), (lattices.head, shape.head)):
+        if change is not None and name:
+            rows, columns = shape.tensors[f"{name}.weight"]
+            found[name] = Quantized(rows, columns, change.applied(lattices.weights))
+    return found
 
 
-def check_groups(shape: ModelShape, spec: "QuantSpec", skip: Sequence[str], entry: "StageEntry") -> None:
-    """UserError when a group size does not divide a layer's inputs, naming the widths that would do."""
-    for name, (_, columns) in quantized_linears(shape, skip).items():
+def _check_lattices(shape: ModelShape, lattices: "Lattices", entry: "StageEntry") -> None:
+    """UserError when a pattern matches nothing, or a group size does not divide a matrix's inputs, naming the widths that would do."""
+    place = f"stages.{entry.index}.{entry.kind}"
+    try:
+        quantized = quantized_linears(shape, lattices)
+    except ValueError as error:
+        raise UserError(f"{place}.{error}") from error
+    if lattices.head and not shape.head:
+        raise UserError(
+            f"{place}.head: the head is tied to the embedding, whose table it multiplies by; use 'embedding', which then is for both"
+        )
+    for name, (_, columns, spec) in quantized.items():
         try:
             spec.group_width(columns)
         except ValueError as error:
-            raise UserError(f"stages.{entry.index}.{entry.kind}.weights.group_size: module {name}: {error}") from error
+            raise UserError(f"{place}.weights.group_size: module {name}: {error}") from error
 
 
 def _with_ffn(shape: ModelShape, ffn: int, stage: str) -> ModelShape:

@@ -4,9 +4,9 @@ The rules are those of the stacks' loaders (read in vLLM 0.32/0.33, llama.cpp of
 packed weights want widths of certain multiples, tensor parallelism cuts matrices, fused projections share one scheme.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...models.errors import UserError
@@ -15,6 +15,7 @@ from ...models.families import FUSED
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from ...qat.lattices import Lattices
     from ...qat.spec import ActivationSpec, QuantSpec
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -39,20 +40,35 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """What is one matrix in servers and has not one lattice here."""
+
+    names: tuple[str, ...]
+    """Its parts."""
+    left: tuple[str, ...]
+    """Those that are not quantized."""
+
+
+@dataclass(frozen=True)
 class Case:
-    """What a target is asked to hold."""
+    """What a target is asked to hold: one lattice of an export, and the matrices that have it."""
 
     config: Any
     spec: "QuantSpec"
-    skip: Sequence[str]
-    ranks: int
+    linears: dict[str, tuple[int, int]]
+    """(out, in) of the kinds of linears in a layer that have the lattice, such as ``mlp.down_proj``."""
+    ranks: int = 1
     """GPUs of tensor parallelism."""
     formats: Sequence[str] = ("compressed-tensors",)
     """What is exported."""
+    apart: "Apart | None" = None
+    """Linears of one layer that servers make one matrix of, with different lattices."""
+    ends: tuple[str, ...] = ()
+    """Which of embedding and head are quantized."""
     activations: "ActivationSpec | None" = None
     """How inputs are rounded."""
     kv_cache: "ActivationSpec | None" = None
-    """How keys and values are rounded."""
+    """How keys and values are."""
 
     @property
     def ffn(self) -> int:
@@ -64,22 +80,58 @@ class Case:
         """Channels of a head."""
         return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
 
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of the kinds of linears in a layer that are quantized."""
-        c = self.config
-        queries = c.num_attention_heads * self.head_dim
-        keys = (getattr(c, "num_key_value_heads", None) or c.num_attention_heads) * self.head_dim
-        sizes = {
-            "self_attn.q_proj": (queries, c.hidden_size),
-            "self_attn.k_proj": (keys, c.hidden_size),
-            "self_attn.v_proj": (keys, c.hidden_size),
-            "self_attn.o_proj": (c.hidden_size, queries),
-            "mlp.gate_proj": (self.ffn, c.hidden_size),
-            "mlp.up_proj": (self.ffn, c.hidden_size),
-            "mlp.down_proj": (c.hidden_size, self.ffn),
-        }
-        return {name: size for name, size in sizes.items() if not _skipped(name, self.skip)}
+
+def cases(
+    config: "PreTrainedConfig",
+    lattices: "Lattices",
+    ranks: int,
+    formats: Sequence[str],
+    activations: "ActivationSpec | None" = None,
+    kv_cache: "ActivationSpec | None" = None,
+) -> list[Case]:
+    """A case for each lattice of the decoder's linears, that of most modules first; one scale for a matrix is served as one a row."""
+    text: Any = config.get_text_config()
+    sizes = _linears(text)
+    try:
+        specs = lattices.of_linears(f"model.layers.{layer}.{name}" for layer in range(text.num_hidden_layers) for name in sizes)
+    except ValueError:
+        # a model whose modules are called otherwise: what can be said of its overrides is not known here
+        specs = replace(lattices, overrides={}).of_linears(f"model.layers.0.{name}" for name in sizes)
+    ends = tuple(key for key in ("embedding", "head") if getattr(lattices, key) is not None)
+    found = []
+    for spec, _ in Counter(specs.values()).most_common():
+        kinds = {name.split(".", 3)[3] for name, other in specs.items() if other == spec}
+        served = replace(spec, group_size="channel") if spec.group_size == "tensor" else spec
+        linears = {name: size for name, size in sizes.items() if name in kinds}
+        found.append(Case(text, served, linears, ranks, formats, _apart(specs), ends, activations, kv_cache))
+    return found
+
+
+def _linears(c: Any) -> dict[str, tuple[int, int]]:
+    """(out, in) of the kinds of linears in a layer."""
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    queries = c.num_attention_heads * head_dim
+    keys = (getattr(c, "num_key_value_heads", None) or c.num_attention_heads) * head_dim
+    return {
+        "self_attn.q_proj": (queries, c.hidden_size),
+        "self_attn.k_proj": (keys, c.hidden_size),
+        "self_attn.v_proj": (keys, c.hidden_size),
+        "self_attn.o_proj": (c.hidden_size, queries),
+        "mlp.gate_proj": (c.intermediate_size, c.hidden_size),
+        "mlp.up_proj": (c.intermediate_size, c.hidden_size),
+        "mlp.down_proj": (c.hidden_size, c.intermediate_size),
+    }
+
+
+def _apart(specs: "Mapping[str, QuantSpec]") -> Apart | None:
+    """The first matrix of servers whose parts have different lattices."""
+    parents = dict.fromkeys(name.rpartition(".")[0] for name in specs)
+    for parent, names in ((parent, names) for parent in parents for names in FUSED):
+        own = [specs.get(f"{parent}.{name}") for name in names]
+        # q, k, v are not in an MLP
+        if any(own) and len(set(own)) > 1:
+            return Apart(names, tuple(name for name, spec in zip(names, own) if spec is None))
+    return None
 
 
 Rule = Callable[[Case], Iterable[Verdict]]
@@ -87,8 +139,7 @@ Rule = Callable[[Case], Iterable[Verdict]]
 
 def verdicts(
     config: "PreTrainedConfig",
-    spec: "QuantSpec | None",
-    skip: Sequence[str],
+    lattices: "Lattices | None",
     *,
     tensor_parallel: int = 1,
     formats: Sequence[str] = ("compressed-tensors",),
@@ -99,24 +150,23 @@ def verdicts(
 
     Args:
         config: Of the exported model.
-        spec: Lattice of its weights; None = not quantized, which no rule here speaks of.
-        skip: Patterns of modules left in full precision.
+        lattices: Of its weights; None = not quantized, which no rule here speaks of.
         tensor_parallel: GPUs that serve one copy.
         formats: Names of the formats that are written.
         activations: How inputs are rounded.
         kv_cache: How keys and values are.
     """
-    if spec is None:
+    if lattices is None:
         return []
-    case = Case(config.get_text_config(), spec, skip, tensor_parallel, formats, activations, kv_cache)
+    asked = cases(config, lattices, tensor_parallel, formats, activations, kv_cache)
     found = []
     for target, rules in TARGETS.items():
-        reasons = [verdict for rule in rules for verdict in rule(case)]
+        reasons = list(dict.fromkeys(verdict for case in asked for rule in rules for verdict in rule(case)))
         grave = sorted(reasons, key=lambda verdict: ("no", "slower", "ok").index(verdict.outcome))
         found.append(
             Verdict(target, grave[0].outcome, "; ".join(v.reason for v in grave), "; ".join(dict.fromkeys(v.fix for v in grave if v.fix)))
             if grave
-            else Verdict(target, "ok", _fast_path(target, case))
+            else Verdict(target, "ok", _fast_path(target, asked[0]))
         )
     return found
 
@@ -135,10 +185,6 @@ def _fast_path(target: str, case: Case) -> str:
 
 def _read_by_transformers(case: Case) -> str:
     return ", ".join(form for form in case.formats if form in SAFETENSORS_FORMATS)
-
-
-def _skipped(name: str, skip: Sequence[str]) -> bool:
-    return any(fnmatchcase(f"model.layers.0.{name}", pattern) for pattern in skip)
 
 
 def _say(outcome: Outcome, reason: str, fix: str = "") -> Verdict:
@@ -217,12 +263,25 @@ def _marlin_widths(case: Case) -> Iterable[Verdict]:
 
 def _fused(case: Case) -> Iterable[Verdict]:
     """q, k, v and gate, up are one matrix in the server: one scheme for all of them."""
-    for names in FUSED:
-        left = [name for name in names if _skipped(f"self_attn.{name}", case.skip) or _skipped(f"mlp.{name}", case.skip)]
-        if left and len(left) < len(names):
-            others = [f"'*.{name}'" for name in names if name not in left]
-            reason = f"{', '.join(names)} are one matrix there and need one scheme, but skip leaves out {', '.join(left)} alone"
-            yield _say("no", reason, f"skip: add {', '.join(others)}, or drop the pattern")
+    if case.apart is None:
+        return
+    names, left = case.apart.names, case.apart.left
+    parts = f"{', '.join(names)} are one matrix there and need one scheme, but"
+    if left:
+        others = [f"'*.{name}'" for name in names if name not in left]
+        yield _say("no", f"{parts} skip leaves out {', '.join(left)} alone", f"skip: add {', '.join(others)}, or drop the pattern")
+    else:
+        yield _say("no", f"{parts} overrides give them different ones", f"overrides: name all of {', '.join(names)} alike, or none")
+
+
+def _integers(case: Case) -> Iterable[Verdict]:
+    if case.spec.kind != "int":
+        yield _say("no", f"no format that decoct writes holds kind={case.spec.kind} yet", "weights.kind=int")
+
+
+def _plain_embedding(case: Case) -> Iterable[Verdict]:
+    if "embedding" in case.ends:
+        yield _say("no", "the formats that it reads leave the embedding alone", "leave embedding out, or export to gguf")
 
 
 def _fixed_head_dim(case: Case) -> Iterable[Verdict]:
@@ -301,6 +360,8 @@ def _transformers_reader(case: Case) -> Iterable[Verdict]:
 
 
 _SERVER: tuple[Rule, ...] = (
+    _integers,
+    _plain_embedding,
     _packed_format,
     _gptq_kernels,
     _family,
@@ -314,8 +375,8 @@ _SERVER: tuple[Rule, ...] = (
 TARGETS: dict[str, tuple[Rule, ...]] = {
     "vLLM": _SERVER,
     "SGLang": _SERVER,
-    "transformers": (_packed_format, _transformers_reader, _llama_hidden),
-    "llama.cpp": (_gguf_format, _gguf_model, _gguf_blocks),
+    "transformers": (_integers, _plain_embedding, _packed_format, _transformers_reader, _llama_hidden),
+    "llama.cpp": (_integers, _gguf_format, _gguf_model, _gguf_blocks),
     "ONNX Runtime": (_onnx,),
 }
 """Target -> its rules."""

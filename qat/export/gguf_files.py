@@ -24,6 +24,7 @@ from .gguf_format import FILE_TYPES, TensorPlan, TensorType, Value, planned_file
 from .gguf_metadata import ROPE_FREQS, model_metadata, rope_frequency_factors
 from .gguf_names import Place, architecture_of, changed, place_of
 from .gguf_tokenizer import tokenizer_metadata
+from .lattice import layer
 from .plain_source import PlainSource
 from .source import ExportSource, open_source
 
@@ -81,8 +82,11 @@ def block_type(source: ExportSource, module: str) -> TensorType:
     Raises:
         UserError: none does.
     """
-    state, spec = source.state, source.state.spec_of(module)
-    columns, groups = state.codes[module].shape[1], state.scales[module].shape[1]
+    spec = source.state.spec_of(module)
+    if spec.kind != "int":
+        raise UserError(f"{module}: gguf holds integer codes, not kind={spec.kind!r}")
+    held = layer(source, module)
+    columns, groups = held.codes.shape[1], held.scales.shape[1]
     if columns % BLOCK:
         nearest = max(BLOCK, columns // BLOCK * BLOCK)
         fix = f"prune to a multiple (prune.structured.ffn={nearest})" if "mlp." in module else "prune to a multiple"
@@ -91,15 +95,13 @@ def block_type(source: ExportSource, module: str) -> TensorType:
         raise UserError(
             f"{module}: a GGUF block of {BLOCK} weights has one scale, groups are of {columns // groups}; use group_size={BLOCK}"
         )
-    if spec.kind != "int":
-        raise UserError(f"{module}: gguf holds integer codes, not kind={spec.kind!r}")
-    if not fits_fp16(state.scales[module].numpy()):
+    if not fits_fp16(held.scales.numpy()):
         raise UserError(f"{module}: GGUF stores scales in fp16, which does not hold all of them; quantize with scale_grid='bf16_fp16'")
-    if module not in state.zero_points:
+    if held.zeros is None:
         return TensorType.Q4_0 if spec.bits <= 4 else TensorType.Q8_0
     if spec.bits > 4:
         raise UserError(f"{module}: GGUF holds asymmetric codes of 4 bits at most, not {spec.bits}; use symmetric=true, or bits=4")
-    if not fits_fp16(minimums(state.scales[module].numpy(), state.zero_points[module].numpy())):
+    if not fits_fp16(minimums(held.scales.numpy(), held.zeros.numpy())):
         raise UserError(
             f"{module}: Q4_1 stores zero point times scale in fp16, which does not hold all of these products, so other weights than the "
             "trained ones would be served; use symmetric=true, which is always exact"
@@ -152,10 +154,10 @@ def _plain_type(source: ExportSource, place: Place, shape: tuple[int, ...]) -> T
 
 
 def _blocks(source: ExportSource, module: str, kind: TensorType, place: Place, config: "PreTrainedConfig") -> NDArray[np.uint8]:
-    state = source.state
-    codes, scales = (changed(tensor[module], place.change, config).numpy() for tensor in (state.codes, state.scales))
-    if kind == TensorType.Q4_1:
-        return pack_q4_1(codes, scales, changed(state.zero_points[module], place.change, config).numpy())
+    held = layer(source, module)
+    codes, scales = (changed(tensor, place.change, config).numpy() for tensor in (held.codes, held.scales))
+    if held.zeros is not None:
+        return pack_q4_1(codes, scales, changed(held.zeros, place.change, config).numpy())
     return pack_q4_0(codes, scales) if kind == TensorType.Q4_0 else pack_q8_0(codes, scales)
 
 

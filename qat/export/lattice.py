@@ -113,6 +113,8 @@ def check_modules(source: ExportSource, format: str, bits: Sequence[int], *, hea
         spec = state.spec_of(module)
         if spec.kind != "int":
             raise UserError(f"{format} holds integer codes, and {module} has kind={spec.kind!r}; quantize with kind='int'")
+        if module == source.structure.embedding:
+            raise UserError(f"{format}: readers take {module} for a plain table; leave 'embedding' out, or export to gguf")
         if spec.bits not in bits:
             nearest = min((b for b in (4, 8) if b in bits), key=lambda b: (abs(b - spec.bits), -b))
             raise UserError(f"{format} cannot hold bits={spec.bits} ({module}); quantize with bits={nearest}")

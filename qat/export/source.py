@@ -62,7 +62,8 @@ def open_source(folder: Path) -> ExportSource:
     files = {name: file for file, tensors in headers.items() for name in tensors}
     shapes = {name: headers[file][name].shape for name, file in files.items()}
     problems = structure.differences(shapes)
-    problems += [f"{name} is quantized, but no linear of the model" for name in state.modules if name not in structure.linears]
+    known = {*structure.linears, structure.embedding}
+    problems += [f"{name} is quantized, but no linear of the model" for name in state.modules if name not in known]
     if problems:
         more = f" ({len(problems)} differences in all)" if len(problems) > 1 else ""
         raise UserError(f"{folder}: {problems[0]}{more}; weights and config.json are not of one model. Quantize the model again.")

@@ -25,6 +25,11 @@ class Encoded(NamedTuple):
     global_scale: Tensor | None = None
     """fp32 [1] that the scales are divided by (nvfp4)."""
 
+    def to(self, device: torch.device | str) -> "Encoded":
+        """All of it on another device."""
+        zeros, whole = (None if part is None else part.to(device) for part in (self.zeros, self.global_scale))
+        return Encoded(self.codes.to(device), self.scales.to(device), zeros, whole)
+
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
     """fp32 [out, in] = (codes - zeros) * scales, exact for codes of 8 bits or fewer and scales on a bf16 or fp16 grid.

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..fake_quant import quantize_with
+from ..fake_quant import Encoded, encode, quantize_with
 from ..spec import ActivationSpec, QuantSpec
 from .gptq import factorize, gptq_codes
 from .mse import absmax_scales, searched_scales
@@ -67,14 +67,29 @@ class Stack:
 
 @dataclass(frozen=True, kw_only=True)
 class Rounded:
-    """Codes and scales of a stack."""
+    """Codes and scales of a stack, as ``fake_quant.Encoded`` has them."""
 
     codes: Tensor
-    """int8 [out, in]."""
+    """[out, in]; int8 for kind int."""
     scales: Tensor
-    """fp32 [out, groups], on the spec's grid."""
+    """fp32 of ``spec.scale_shape(out, in)``, on the spec's grid."""
+    zeros: Tensor | None = None
+    """int8 in the shape of ``scales``; None for a symmetric lattice."""
+    global_scale: Tensor | None = None
+    """fp32 [1], nvfp4 alone."""
     note: str | None = None
     """What did not go as asked, to follow the modules' names."""
+
+    @property
+    def encoded(self) -> Encoded:
+        """All that belongs to the codes."""
+        return Encoded(self.codes, self.scales, self.zeros, self.global_scale)
+
+    def rows(self, rows: slice) -> Encoded:
+        """That of some rows; of a stack with one scale for all of it only the whole is a matrix of its own."""
+        if len(self.scales) != len(self.codes):
+            return self.encoded
+        return Encoded(self.codes[rows], self.scales[rows], None if self.zeros is None else self.zeros[rows], self.global_scale)
 
 
 @dataclass(frozen=True)
@@ -86,8 +101,9 @@ class Method:
 
 
 def nearest(stack: Stack, spec: QuantSpec, rounding: Rounding | None = None) -> Rounded:
-    """Round to nearest with absmax scales."""
-    return _to_nearest(stack, absmax_scales(stack.weight, spec, stack.mask), spec)
+    """Round to nearest, with the scales that ``fake_quant`` takes from the weights."""
+    codes, scales, zeros, whole = encode(stack.weight, spec, mask=stack.mask)
+    return Rounded(codes=codes, scales=scales, zeros=zeros, global_scale=whole)
 
 
 def _searched(stack: Stack, spec: QuantSpec, rounding: Rounding) -> Rounded:

@@ -5,33 +5,30 @@ Where inputs, keys or values are rounded too, a layer gives what it will give wh
 Sources: Frantar et al., arXiv 2210.17323, section 3 (blocks in order, each on the outputs of the quantized ones before).
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...models.errors import UserError
-from ...models.families import decoder_layers
+from ...models.families import decoder_layers, decoder_linears
 from ...models.weight_files import WeightFiles
-from ..fake_quant import dequantize
-from ..modules import fold, target_linears
+from ..lattices import Lattices
 from ..spec import QuantSpec
 from ..state import QuantState
-from .inputs import SharedInput, shared_inputs
-from .methods import METHODS, Rounding, Stack, nearest
+from ..targets import Target, targets
+from .layers import Advance, Walk, take_values
+from .methods import Rounding
 from .replay import Replay
-from .report import KindError, kind_of, row_energy
-from .served import ServedLayers
+from .report import KindError
 from .shelf import FileShelf, MemoryShelf, Shelf
 from .text import CalibrationText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Advance = Callable[[int], None]
 
 
 @dataclass
@@ -48,7 +45,7 @@ class RoundedModel:
 @torch.no_grad()
 def round_model(
     model: "PreTrainedModel",
-    spec: QuantSpec,
+    spec: QuantSpec | Lattices,
     rounding: Rounding,
     *,
     skip: Sequence[str] = (),
@@ -62,11 +59,13 @@ def round_model(
 ) -> RoundedModel:
     """Round the linears of the decoder layers, in place: plain linears with weight = codes * scales (fp32).
 
+    Embedding and head, where lattices name them, are rounded first, by rtn or else by mse, whatever the method.
+
     Args:
         model: Plain, fp32, on the CPU; or on the meta device, from ``empty_model``, together with ``files`` and ``work``.
-        spec: The lattice.
+        spec: The lattice, or lattices.
         rounding: The method, and how inputs, keys and values are rounded. Hessians are those of inputs that are not rounded yet.
-        skip: fnmatch patterns of full module names left as they are; one that matches nothing is an error.
+        skip: Beside a lattice: fnmatch patterns of full module names left as they are; one that matches nothing is an error.
         sparse: Modules whose exact zeros are a pruning mask.
         text: What to calibrate on, where ``rounding.needs`` it or ``rounding.observes``.
         files: Where the weights of a model on the meta device are.
@@ -81,7 +80,11 @@ def round_model(
         NonFiniteError: inputs of a linear are NaN or infinite.
     """
     layers = decoder_layers(model)
-    names = _names(target_linears(model, spec, skip), layers or [model])
+    lattices = Lattices.of(spec, skip)
+    chosen = targets(model, lattices)
+    specs = {name: target.spec for name, target in chosen.items()}
+    names, ends = _names(chosen, layers or [model], model)
+    del chosen
     calibrates = rounding.needs != "nothing" or rounding.observes
     if calibrates:
         _check_calibration(text, layers, rounding)
@@ -93,31 +96,40 @@ def round_model(
         shelf = FileShelf(model, layers, files, work, device)
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     if others is not None and layers:
-        _take_values([parameter for parameter in model.parameters() if id(parameter) not in inside], others)
+        later = inside | {id(model.get_submodule(name).weight) for name in ends}
+        take_values([parameter for parameter in model.parameters() if id(parameter) not in later], others)
     replay = Replay(model, layers, text.batches, device) if calibrates and text is not None else None
     training = model.training
     model.eval()
-    walk = _Walk(model, spec, rounding, frozenset(sparse), shelf, replay, others, advance)
+    walk = Walk(model, specs, rounding, frozenset(sparse), shelf, replay, others, advance)
+    for name in ends:
+        walk.end(name)
     for index, layer in enumerate(layers or [model]):
         walk.layer(index, layer, names[index], index + 1 == len(layers))
     shelf.close()
     model.train(training)
-    state = QuantState(spec=spec, modules=tuple(walk.codes), codes=walk.codes, scales=walk.scales, **walk.served.state())
-    return RoundedModel(state=state, errors=walk.errors, notes=walk.notes)
+    state = QuantState.of(lattices.weights, specs, {name: walk.encoded[name] for name in specs})
+    return RoundedModel(state=replace(state, **walk.served.state()), errors=walk.errors, notes=walk.notes)
 
 
-def amount_of_work(model: "PreTrainedModel", spec: QuantSpec, rounding: Rounding, skip: Sequence[str], text: CalibrationText | None) -> int:
-    """What ``advance`` will be told in all: tokens through layers where there is calibration, else weights."""
+def amount_of_work(
+    model: "PreTrainedModel", spec: QuantSpec | Lattices, rounding: Rounding, skip: Sequence[str], text: CalibrationText | None
+) -> int:
+    """What ``advance`` will be told in all: tokens through layers where there is calibration, else weights of the decoder layers."""
     calibrates, layers = rounding.needs != "nothing", len(decoder_layers(model))
     if text is None or not (calibrates or rounding.observes):
-        return sum(linear.weight.numel() for linear in target_linears(model, spec, skip).values())
+        linears = decoder_linears(model)
+        return sum(linears[name].weight.numel() for name in targets(model, Lattices.of(spec, skip)) if name in linears)
     return text.tokens * max(0, (calibrates + rounding.observes + 1) * layers - 1)
 
 
-def _names(linears: Mapping[str, nn.Linear], layers: Sequence[nn.Module]) -> list[list[str]]:
-    """The names of each layer's linears. The modules themselves are let go of: each has its unrounded weight as long as it lives."""
-    inside = [{id(module) for module in layer.modules()} for layer in layers]
-    return [[name for name, linear in linears.items() if id(linear) in modules] for modules in inside]
+def _names(chosen: Mapping[str, Target], layers: Sequence[nn.Module], model: "PreTrainedModel") -> tuple[list[list[str]], list[str]]:
+    """The names of each layer's linears, and of embedding and head where they are chosen. The modules themselves are let go of: each has
+    its unrounded weight as long as it lives."""
+    outside = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    ends = [name for name, target in chosen.items() if id(target.module) in outside]
+    inside = [{id(module) for module in layer.modules()} - outside for layer in layers]
+    return [[name for name, target in chosen.items() if id(target.module) in modules] for modules in inside], ends
 
 
 def _check_calibration(text: CalibrationText | None, layers: Sequence[nn.Module], rounding: Rounding) -> None:
@@ -130,94 +142,3 @@ def _check_calibration(text: CalibrationText | None, layers: Sequence[nn.Module]
 
 def _who(rounding: Rounding) -> str:
     return f"method {rounding.method} has" if rounding.needs != "nothing" else "static scales of activations or kv_cache have"
-
-
-class _Walk:
-    """What is gathered on the way."""
-
-    def __init__(
-        self, model: "PreTrainedModel", spec: QuantSpec, rounding: Rounding, sparse: frozenset[str], shelf: Shelf, replay: Replay | None,
-        others: torch.dtype | None, advance: Advance,
-    ) -> None:  # fmt: skip
-        self.model, self.spec, self.rounding, self.sparse, self.shelf = model, spec, rounding, sparse, shelf
-        self.replay, self.others, self.advance = replay, others, advance
-        self.served = ServedLayers(model, rounding, replay, advance)
-        self.codes: dict[str, Tensor] = {}
-        self.scales: dict[str, Tensor] = {}
-        self.errors: dict[str, KindError] = {}
-        self.notes: list[str] = []
-
-    def layer(self, index: int, layer: nn.Module, names: Sequence[str], last: bool) -> None:
-        """Round one layer, and run it for the next."""
-        self.shelf.bring(layer)
-        linears = {name: _linear(self.model, name) for name in names}
-        if self.others is not None:
-            rounded_later = {id(linear.weight) for linear in linears.values()}
-            _take_values([parameter for parameter in layer.parameters() if id(parameter) not in rounded_later], self.others)
-        for name in linears:
-            self.errors.setdefault(kind_of(name), KindError())
-        rounded: dict[str, tuple[Tensor, Tensor]] = {}
-        if self.replay is None or self.rounding.needs == "nothing":
-            for name in linears:
-                self._stack([name], linears, None, rounded)
-                self.advance(linears[name].weight.numel() if self.replay is None else 0)
-        elif linears:
-            whole = self.rounding.needs == "hessian"
-            for shared in shared_inputs(self.replay, index, linears, whole, self.advance):
-                self._stack(shared.names, linears, shared, rounded)
-        ordered = {name: rounded[name] for name in linears}
-        parts = QuantState(
-            spec=self.spec,
-            modules=tuple(ordered),
-            codes={name: codes for name, (codes, _) in ordered.items()},
-            scales={name: scales for name, (_, scales) in ordered.items()},
-        )
-        fold(self.model, parts)
-        self.served.layer(index, layer, parts.modules)
-        if self.replay is not None and not last:
-            self.replay.finish(index, self.advance)
-        stored = self.shelf.put_away(layer, parts.tensors())
-        self.codes |= {name: stored[f"{name}.codes"] for name in ordered}
-        self.scales |= {name: stored[f"{name}.scale"] for name in ordered}
-
-    def _stack(self, names: Sequence[str], linears: Mapping[str, nn.Linear], shared: SharedInput | None, rounded: dict[str, Any]) -> None:
-        """Round linears with the same input together."""
-        weights = [self._finite(name, linears[name].weight.detach()) for name in names]
-        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        masks = [own != 0 if name in self.sparse else torch.ones_like(own, dtype=torch.bool) for name, own in zip(names, weights)]
-        mask = torch.cat(masks) if not self.sparse.isdisjoint(names) else None
-        stack = Stack(weight=weight, mask=mask, moments=None if shared is None else shared.moments)
-        result = METHODS[self.rounding.method].round(stack, self.spec, self.rounding)
-        if result.note:
-            self.notes.append(f"{', '.join(names)}: {result.note}")
-        plain = result if self.rounding.method == "rtn" else nearest(stack, self.spec)
-        energies = [
-            row_energy(rows, stack.moments)
-            for rows in (weight, weight - dequantize(result.codes, result.scales), weight - dequantize(plain.codes, plain.scales))
-        ]
-        begin = 0
-        for name, own in zip(names, weights):
-            rows = slice(begin, begin + len(own))
-            begin += len(own)
-            rounded[name] = (result.codes[rows], result.scales[rows])
-            kind = self.errors[kind_of(name)]
-            kind.linears += 1
-            kind.energy, kind.error, kind.nearest = (
-                before + float(energy[rows].sum()) for before, energy in zip((kind.energy, kind.error, kind.nearest), energies)
-            )
-
-    def _finite(self, name: str, weight: Tensor) -> Tensor:
-        if not bool(torch.isfinite(weight).all()):
-            raise UserError(f"{name}.weight cannot be quantized: it holds NaN or infinite numbers. Take an earlier checkpoint.")
-        return weight
-
-
-def _take_values(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
-    for parameter in parameters:
-        parameter.copy_(parameter.to(dtype))
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    linear = model.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    return linear

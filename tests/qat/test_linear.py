@@ -7,11 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decoct.qat.fake_quant import dequantize, fake_quant, fake_quant_learned, quantize
-from decoct.qat.linear import CodesLinear, Extras, QuantLinear
+from decoct.qat.codes_linear import CodesLinear
+from decoct.qat.fake_quant import Encoded, decode, encode, fake_quant, fake_quant_learned
+from decoct.qat.linear import Extras, QuantEmbedding, QuantLinear, TiedHead
 from decoct.qat.spec import QuantSpec
 
 SPEC = QuantSpec(bits=3, group_size=8)
+ASYMMETRIC = QuantSpec(bits=3, group_size=8, symmetric=False)
+WHOLE = QuantSpec(bits=4, group_size="tensor")
+LATTICES = (SPEC, ASYMMETRIC, WHOLE, QuantSpec(bits=4, group_size="tensor", symmetric=False))
+FLOATS = (
+    QuantSpec(kind="nf4", group_size=8),
+    QuantSpec(kind="fp8_e4m3", bits=8, group_size="channel"),
+    QuantSpec(kind="mxfp4", group_size=32),
+    QuantSpec(kind="nvfp4", group_size=16),
+)
 
 
 def linear(rows: int = 12, columns: int = 24, bias: bool = True) -> nn.Linear:
@@ -23,7 +33,10 @@ def quant(extras: Extras | None = None, spec: QuantSpec = SPEC) -> QuantLinear:
     made = QuantLinear(linear(), spec, extras)
     if made.scale is not None:
         with torch.no_grad():
-            made.scale.copy_(quantize(made.weight, spec)[1] * 1.25)
+            first = encode(made.weight, spec)
+            made.scale.copy_(first.scales * 1.25)
+            if made.zero is not None and first.zeros is not None:
+                made.zero.copy_(first.zeros)
     return made
 
 
@@ -34,11 +47,13 @@ def test_without_extras_the_parameters_are_those_of_the_linear() -> None:
     assert torch.equal(made.quantized_weight(), fake_quant(plain.weight, SPEC))
 
 
-def test_each_mode_rounds_as_it_says() -> None:
-    made = quant(Extras(scale=True))
-    assert made.scale is not None
-    given = fake_quant_learned(made.weight, made.scale, SPEC)
-    for mode, wanted in {"off": made.weight, "absmax": fake_quant(made.weight, SPEC), "learned": given, "fixed": given}.items():
+@pytest.mark.parametrize("spec", LATTICES)
+def test_each_mode_rounds_as_it_says(spec: QuantSpec) -> None:
+    made = quant(Extras(scale=True), spec)
+    assert made.scale is not None and (made.zero is None) == spec.symmetric
+    zeros = encode(made.weight, spec).zeros
+    given = fake_quant_learned(made.weight, made.scale, spec, zeros=zeros)
+    for mode, wanted in {"off": made.weight, "absmax": fake_quant(made.weight, spec), "learned": given, "fixed": given}.items():
         made.mode = mode  # pyright: ignore[reportAttributeAccessIssue]
         assert torch.equal(made.quantized_weight(), wanted), mode
 
@@ -57,14 +72,44 @@ def test_bits_in_use_may_differ_from_the_lattice_that_is_stored() -> None:
     made = quant(Extras(scale=True))
     made.mode, made.bits = "absmax", 6
     assert torch.equal(made.quantized_weight(), fake_quant(made.weight, SPEC.with_bits(6)))
-    codes, _ = made.codes()
+    codes = made.encoded().codes
     assert int(codes.min()) >= SPEC.qmin and int(codes.max()) <= SPEC.qmax
 
 
-def test_codes_of_a_linear_with_scales_are_its_forward_weight() -> None:
-    made = quant(Extras(scale=True))
+@pytest.mark.parametrize("spec", LATTICES)
+def test_codes_of_a_linear_with_scales_are_its_forward_weight(spec: QuantSpec) -> None:
+    made = quant(Extras(scale=True), spec)
     made.mode = "learned"
-    assert torch.equal(dequantize(*made.codes()), made.quantized_weight())
+    assert torch.equal(decode(made.encoded(), spec), made.quantized_weight())
+    assert [name for name, p in made.named_parameters() if not p.requires_grad] == ([] if spec.symmetric else ["zero"])
+
+
+@pytest.mark.parametrize("spec", FLOATS)
+def test_kinds_that_are_not_integers_always_take_their_scales_from_the_weight(spec: QuantSpec) -> None:
+    made = QuantLinear(linear(columns=32), spec, Extras(scale=True))
+    assert made.scale is None and made.zero is None
+    for mode in ("absmax", "learned", "fixed"):
+        made.mode = mode  # pyright: ignore[reportAttributeAccessIssue]
+        assert torch.equal(made.quantized_weight(), fake_quant(made.weight, spec))
+    assert torch.equal(decode(made.encoded(), spec), made.quantized_weight())
+
+
+def test_a_rounded_embedding_and_its_tied_head_see_one_table() -> None:
+    torch.manual_seed(0)
+    table, head = nn.Embedding(10, 16, padding_idx=3), nn.Linear(16, 10, bias=False)
+    head.weight = table.weight
+    made = QuantEmbedding(table, SPEC)
+    tied = TiedHead(head, made)
+    assert tied.weight is made.weight is table.weight and list(tied.children()) == []
+    ids, x = torch.tensor([[0, 3, 9]]), torch.randn(2, 16)
+    rounded = fake_quant(table.weight, SPEC)
+    assert torch.equal(made(ids), rounded[ids]) and torch.equal(tied(x), F.linear(x, rounded))
+    (made(ids).sum() + tied(x).sum()).backward()
+    again = table.weight.detach().clone().requires_grad_()
+    y = fake_quant(again, SPEC)
+    (F.embedding(ids, y, 3).sum() + F.linear(x, y).sum()).backward()
+    assert table.weight.grad is not None and again.grad is not None
+    torch.testing.assert_close(table.weight.grad, again.grad)
 
 
 def test_an_adapter_starts_as_nothing_and_then_moves_the_rounded_weight_but_no_zero() -> None:
@@ -84,26 +129,28 @@ def test_an_adapter_starts_as_nothing_and_then_moves_the_rounded_weight_but_no_z
     assert not made.quantized_weight()[:, ::3].any()
     made(torch.randn(3, 24)).sum().backward()
     assert made.adapter_in.grad is not None and made.adapter_in.grad.any() and made.weight.grad is None
-    assert torch.equal(dequantize(*made.codes()), made.quantized_weight())
+    assert torch.equal(decode(made.encoded(), SPEC), made.quantized_weight())
 
 
-def held(bias: bool = True) -> CodesLinear:
+def held(bias: bool = True, spec: QuantSpec = SPEC) -> CodesLinear:
     plain = linear(bias=bias)
-    codes, scales = quantize(plain.weight, SPEC)
-    return CodesLinear(codes, scales * 1.01, plain.bias, SPEC)
+    first = encode(plain.weight, spec)
+    return CodesLinear(Encoded(first.codes, first.scales * 1.01, first.zeros), plain.bias, spec)
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 5)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_codes_linear_gives_the_product_and_gradients_of_fp64(shape: tuple[int, ...], bias: bool) -> None:
-    made = held(bias)
+@pytest.mark.parametrize("spec", [SPEC, ASYMMETRIC])
+def test_codes_linear_gives_the_product_and_gradients_of_fp64(shape: tuple[int, ...], bias: bool, spec: QuantSpec) -> None:
+    made = held(bias, spec)
     x = torch.randn(*shape, 24, requires_grad=True)
     upstream = torch.randn(*shape, 12)
     made(x).backward(upstream)
     from decoct.qat.fake_quant.learned import scale_on_grid
 
     scale = scale_on_grid(made.scale, SPEC).double().requires_grad_()
-    weight = (made.code.double().view(12, 3, 8) * scale[:, :, None]).view(12, 24)
+    zeros = torch.zeros(12, 3) if made.zero is None else made.zero.double()
+    weight = ((made.code.double().view(12, 3, 8) - zeros[:, :, None]) * scale[:, :, None]).view(12, 24)
     again = x.detach().double().requires_grad_()
     b = None if made.bias is None else made.bias.detach().double().requires_grad_()
     F.linear(again, weight, b).backward(upstream.double())
@@ -131,4 +178,4 @@ def test_codes_linear_refuses_broken_scales() -> None:
     with torch.no_grad():
         made.scale[0, 0] = float("nan")
     with pytest.raises(ValueError, match="1 of 36 scales are NaN or infinite"):
-        made.codes()
+        made.encoded()

@@ -135,19 +135,7 @@ def test_activations_have_a_json_form_and_a_lattice() -> None:
     assert ActivationSpec().lattice.divisor_value == 127
 
 
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({"symmetric": False}, "symmetric=False .*use symmetric: true"),
-        ({"kind": "nf4"}, "kind='nf4' .*use kind: int"),
-        ({"group_size": "tensor"}, "group_size='tensor' .*use 'channel'"),
-    ],
-)
-def test_what_no_folder_can_hold_is_refused_before_training(given: dict[str, Any], words: str) -> None:
-    from decoct.trainer.quantization_settings import QatSettings, QuantizeSettings
-
-    spec = QuantSpec(**given)
-    for refused in (spec.check_storable, lambda: QatSettings(tokens=1, weights=spec), lambda: QuantizeSettings(weights=spec)):
-        with pytest.raises(ValueError, match=words):
-            refused()
-    QuantSpec().check_storable()
+def test_a_lattice_has_words() -> None:
+    assert QuantSpec(bits=4, group_size=64).words() == "4 bits in groups of 64"
+    assert QuantSpec(bits=8, group_size="channel", symmetric=False).words() == "8 bits with a scale a row, with zero points"
+    assert QuantSpec(kind="nf4", group_size="tensor").words() == "nf4 with one scale"

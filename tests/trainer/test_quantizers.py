@@ -102,7 +102,7 @@ def test_delayed_scales_are_taken_when_rounding_begins(training: ModuleType, tmp
         def after_step(self, step: int) -> None:
             super().after_step(step)
             if step == 10:
-                linear = next(iter(self._linears.values()))
+                linear = next(iter(self._modules.values()))
                 assert linear.scale is not None
                 seen["scale"] = linear.scale.detach().clone()
                 seen["weight"] = linear.weight.detach().clone()
@@ -119,8 +119,8 @@ def test_frozen_scales_do_not_move_while_weights_do(training: ModuleType, tmp_pa
         def after_step(self, step: int) -> None:
             super().after_step(step)
             found[step] = (
-                {name: m.scale.detach().clone() for name, m in self._linears.items() if m.scale is not None},
-                next(iter(self._linears.values())).weight.detach().clone(),
+                {name: m.scale.detach().clone() for name, m in self._modules.items() if m.scale is not None},
+                next(iter(self._modules.values())).weight.detach().clone(),
             )
 
     run(training, tmp_path, Watch, scales=scales, freeze_scales=0.5)

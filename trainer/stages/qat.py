@@ -1,6 +1,6 @@
 """Stage `qat`: train with rounded weights, end in codes and scales that exporters only shuffle."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,9 @@ from ...models.errors import UserError
 from ...models.folder import save_model_folder
 from ...models.loading import load_model
 from ...qat.activations import RoundedInputs, round_inputs
+from ...qat.codes_linear import CodesLinear
 from ...qat.kv_cache import RoundedCache, round_cache
-from ...qat.linear import Extras
+from ...qat.linear import Extras, RoundedWeight
 from ...qat.modules import fold, hold_codes, prepare, quantize_model
 from ...qat.ptq import Rounding, round_model
 from ...qat.ptq.cells import into_cells
@@ -21,12 +22,12 @@ from ..quantizers import Quantizers
 from ..settings import TrainerSettings
 from .context import StageContext, StageResult, Trained
 from .opening import OpenStudent, open_student
-from .quantize import Source, round_and_tell, rounded_beside, save_quantized, stage_text
+from .quantize import Source, beside_words, lattice_words, round_and_tell, save_quantized, stage_text
 from .saving import stage_record
 from .training import keep_zeros_hooks, sparse_modules, train_student, training_plan
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 _START = "start"
 
@@ -38,20 +39,15 @@ def start(settings: QatSettings, context: StageContext) -> None:
         return
     model = load_model(context.input, dtype=torch.float32, revision=context.input_revision)
     latent = {name: parameter.detach().clone() for name, parameter in model.named_parameters()} if settings.train == "all" else {}
-    rounding = QuantizeSettings(
-        weights=settings.weights,
-        skip=settings.skip,
-        method="gptq",
-        scale="mse",
-        calibration_tokens=settings.calibration_tokens,
-        activations=settings.activations,
-        kv_cache=settings.kv_cache,
-    )
+    lattices = {name: getattr(settings, name) for name in ("weights", "skip", "overrides", "embedding", "head", "activations", "kv_cache")}
+    rounding = QuantizeSettings(**lattices, method="gptq", scale="mse", calibration_tokens=settings.calibration_tokens)
     text = stage_text(rounding, context, model)
     rounded = round_and_tell(rounding, context, Source(model, {}), text, others=None)
     for name in rounded.state.modules if latent else ():
-        weight = model.get_parameter(f"{name}.weight")
-        weight.data.copy_(into_cells(latent[f"{name}.weight"], rounded.state.codes[name], rounded.state.scales[name], settings.weights))
+        weight, spec = model.get_parameter(f"{name}.weight"), rounded.state.spec_of(name)
+        before = latent[f"{name}.weight"]
+        # other kinds take their scales anew, from the weights as they were
+        weight.data.copy_(into_cells(before, rounded.state.encoded(name), spec) if spec.kind == "int" else before)
     record = stage_record(context, {"quant": rounded.state.record()})
     save_model_folder(folder, model, context.tokenizer, record, dtype=torch.float32, extra_tensors={QUANT_FILE: rounded.state.tensors()})
 
@@ -66,16 +62,16 @@ def train(settings: QatSettings, context: StageContext) -> Trained:
     facts = {"sparse": sparse}
     if settings.train == "scales":
         modules = _hold_codes(settings, student, opened, sparse)
-        _announce(settings, len(modules), context)
+        _announce(settings, student, context)
         rounded = _rounded(settings, student, modules)
         plan = training_plan(settings, context, student.model.config.hidden_size, student.strategy)
         hooks = [Quantizers(settings, plan.total_steps, plan.seed, **rounded)] if rounded else []
         return _with(train_student(student, settings, context, hooks=hooks, facts=facts), rounded)
     extras = Extras(scale=settings.scales == "learned" or settings.freeze_scales > 0, rank=settings.lora or 0)
-    modules = prepare(student.model, settings.weights, settings.skip, extras)
-    _announce(settings, len(modules), context)
+    modules = prepare(student.model, settings.lattices, extras=extras)
+    _announce(settings, student, context)
     plan = training_plan(settings, context, student.model.config.hidden_size, student.strategy)
-    given = _given_scales(opened) if settings.first == "gptq" else None
+    given = load_quant_state(context.folder / _START) if settings.first == "gptq" and settings.train == "all" else None
     rounded = _rounded(settings, student, modules)
     quantizers = Quantizers(settings, plan.total_steps, plan.seed, given, **rounded)
     hooks = [*keep_zeros_hooks(student.model, sparse), quantizers]
@@ -88,7 +84,7 @@ def finish(settings: QatSettings, context: StageContext, trained: Trained | None
     facts = dict(trained.facts)
     inputs: RoundedInputs | None = facts.pop("inputs", None)
     cache: RoundedCache | None = facts.pop("cache", None)
-    state = quantize_model(trained.student, settings.weights, settings.skip)
+    state = quantize_model(trained.student, settings.lattices)
     if inputs is not None:
         state = replace(state, activations=inputs.spec, input_scales=inputs.scales(), input_zeros=inputs.zeros())
     if cache is not None:
@@ -102,7 +98,7 @@ def _hold_codes(settings: QatSettings, student: OpenStudent, context: StageConte
     if settings.first == "gptq":
         state = load_quant_state(context.folder / _START)
     else:
-        state = round_model(student.model, settings.weights, Rounding(method=settings.first), skip=settings.skip, sparse=sparse).state
+        state = round_model(student.model, settings.lattices, Rounding(method=settings.first), sparse=sparse).state
     hold_codes(student.model, state)
     return state.modules
 
@@ -127,20 +123,12 @@ def _with(trained: Trained, rounded: dict[str, Any]) -> Trained:
     return replace(trained, facts={**trained.facts, **rounded})
 
 
-def _given_scales(context: StageContext) -> Mapping[str, "Tensor"]:
-    from safetensors.torch import load_file
-
-    suffix = ".scale"
-    tensors = load_file(context.folder / _START / QUANT_FILE)
-    return {name.removesuffix(suffix): tensor for name, tensor in tensors.items() if name.endswith(suffix)}
-
-
-def _announce(settings: QatSettings, count: int, context: StageContext) -> None:
-    group = settings.weights.group_size
-    shared = f"groups of {group}" if isinstance(group, int) else "one scale a row"
-    trained = {"scales": "scales alone train"}.get(settings.train, f"{settings.scales} scales")
-    more = rounded_beside(settings.activations, settings.kv_cache)
-    more += [f"start {settings.first}"] if settings.scales == "learned" else []
+def _announce(settings: QatSettings, student: OpenStudent, context: StageContext) -> None:
+    modules = [module for module in student.model.modules() if isinstance(module, RoundedWeight | CodesLinear)]
+    learned = settings.scales == "learned" and any(module.spec.kind == "int" for module in modules)
+    trained = "scales alone train" if settings.train == "scales" else "learned scales" if learned else "absmax scales"
+    more = beside_words(settings)
+    more += [f"start {settings.first}"] if learned else []
     more += [f"adapters of rank {settings.lora}"] if settings.lora else []
     more += [f"annealed from {settings.anneal_from} bits"] if settings.anneal_from else []
-    context.say("  " + ", ".join([f"{count} linear layers at {settings.weights.bits} bits", shared, trained, *more]))
+    context.say("  " + ", ".join([lattice_words(module.spec for module in modules), trained, *more]))

@@ -1,7 +1,8 @@
 """Stage `quantize`: round the weights without training: to nearest, with searched scales, or by GPTQ on calibration text."""
 
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,14 +16,14 @@ from ...models.folder import save_model_folder
 from ...models.host_memory import available_bytes
 from ...models.loading import load_model
 from ...models.streaming import can_stream, empty_model
-from ...qat.modules import target_linears
 from ...qat.ptq import CalibrationText, RoundedModel, Rounding, amount_of_work, round_model
 from ...qat.ptq.report import error_lines
-from ...qat.spec import ActivationSpec
+from ...qat.spec import QuantSpec
 from ...qat.state import QuantState
+from ...qat.targets import targets
 from ..evaluation import exact_products
 from ..progress import token_progress
-from ..quantization_settings import QuantizeSettings
+from ..quantization_settings import LatticeSettings, QuantizeSettings
 from .calibration import calibration_text
 from .context import StageContext, StageResult
 from .opening import current_device, stored_parameters
@@ -123,9 +124,9 @@ def stage_text(settings: QuantizeSettings, context: StageContext, model: "PreTra
     if context.data.packed:
         check_packing(model, f"{context.name}: the student")
     text = calibration_text(context.data.train, settings.calibration_tokens, context.seed)
-    linears = target_linears(model, settings.weights, settings.skip)
-    widest = max(linears, key=lambda name: linears[name].in_features)
-    inputs = linears[widest].in_features
+    widths = {name: target.module.weight.shape[1] for name, target in targets(model, settings.lattices).items()}
+    widest = max(widths, key=lambda name: widths[name])
+    inputs = widths[widest]
     if rounding_of(settings).needs == "hessian" and text.tokens < inputs:
         raise UserError(
             f"{context.name}: {text.tokens:,} tokens are too few to calibrate on: {widest} has {inputs:,} inputs, and method "
@@ -135,12 +136,6 @@ def stage_text(settings: QuantizeSettings, context: StageContext, model: "PreTra
     fewer = f", all there are of {settings.calibration_tokens:,}" if text.tokens < settings.calibration_tokens else ""
     context.say(f"  calibrates on {text.tokens:,} tokens in {_windows(text):,} windows{fewer} (sha256 {text.fingerprint()[:12]})")
     return text
-
-
-def rounded_beside(activations: ActivationSpec | None, kv_cache: ActivationSpec | None) -> list[str]:
-    """What the console says of rounding beside that of weights, in so many parts."""
-    both = {"inputs": activations, "keys and values": kv_cache}
-    return [f"{what} in {spec.kind}, {spec.scaling}" for what, spec in both.items() if spec]
 
 
 def _windows(text: CalibrationText) -> int:
@@ -156,14 +151,13 @@ def round_and_tell(
 ) -> RoundedModel:
     """Round the model in place with a progress bar, and say what it cost; ``others`` is the grid of what is not quantized."""
     rounding, device = rounding_of(settings), current_device()
-    total = amount_of_work(source.model, settings.weights, rounding, settings.skip, text)
+    total = amount_of_work(source.model, settings.lattices, rounding, (), text)
     unit = "weights" if text is None else "layer tokens"
     with token_progress(context.console, context.name, total, unit) as advance, exact_products(device.type):
         rounded = round_model(
             source.model,
-            settings.weights,
+            settings.lattices,
             rounding,
-            skip=settings.skip,
             sparse=sparse_modules(context.input),
             text=text,
             device=device,
@@ -171,10 +165,8 @@ def round_and_tell(
             advance=advance,
             **source.streaming,
         )
-    group = settings.weights.group_size
-    scales = f"groups of {group}" if isinstance(group, int) else "one scale a row"
-    more = "".join(f", {line}" for line in rounded_beside(settings.activations, settings.kv_cache))
-    context.say(f"  {len(rounded.state.modules)} linear layers at {settings.weights.bits} bits, {scales}, by {settings.method}{more}")
+    words = [lattice_words(map(rounded.state.spec_of, rounded.state.modules)), f"by {settings.method}", *beside_words(settings)]
+    context.say("  " + ", ".join(words))
     for line in error_lines(rounded.errors, rounding.needs != "nothing"):
         context.say(f"    {line}")
     for note in rounded.notes[:_NOTES_TOLD]:
@@ -182,6 +174,18 @@ def round_and_tell(
     if len(rounded.notes) > _NOTES_TOLD:
         context.say(f"  and {len(rounded.notes) - _NOTES_TOLD} notes more in decoct.json (quant.rounding.notes)")
     return rounded
+
+
+def lattice_words(specs: Iterable[QuantSpec]) -> str:
+    """How many modules have which lattice, the most common first."""
+    counts = Counter(specs)
+    return ", ".join(f"{count} modules in {spec.words()}" for spec, count in counts.most_common())
+
+
+def beside_words(settings: LatticeSettings) -> list[str]:
+    """What is rounded beside weights, in so many parts."""
+    both = {"inputs": settings.activations, "keys and values": settings.kv_cache}
+    return [f"{what} in {spec.kind}, {spec.scaling}" for what, spec in both.items() if spec]
 
 
 def round_unquantized(model: "PreTrainedModel", state: QuantState) -> None:

@@ -20,6 +20,7 @@ from decoct.launch.plan.memory import Situation, training_memory
 from decoct.launch.plan.shapes import shape_of
 from decoct.losses.settings import LossSettings
 from decoct.models.teachers import LocalTeacher
+from decoct.qat.lattices import Lattices
 from decoct.qat.modules import prepare
 from decoct.qat.spec import QuantSpec
 from decoct.trainer.batch import BatchPlan
@@ -78,7 +79,9 @@ def main() -> None:
         precision="bf16-mixed" if on_gpu else "32",
     )
     spec = QuantSpec(bits=4, group_size=64) if kind == "qat" else None
-    case = Situation(plan=plan, seq_length=SEQ, ranks=1, on_gpu=on_gpu, load_in="fp32", quant=spec)
+    case = Situation(
+        plan=plan, seq_length=SEQ, ranks=1, on_gpu=on_gpu, load_in="fp32", lattices=None if spec is None else Lattices(weights=spec)
+    )
     student_config, teacher_config = config(6), config(10)
     roles = training_memory(shape_of(student_config, ""), shape_of(teacher_config, ""), case)
     rows = torch.randint(0, VOCAB, (16, SEQ))

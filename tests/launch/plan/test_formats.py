@@ -9,8 +9,9 @@ from decoct.configs.loader import load_recipe
 from decoct.launch.plan import plan, problems
 from decoct.launch.plan.disk import EXPORT_BYTES
 from decoct.launch.plan.formats import refusals
-from decoct.launch.plan.targets import Case
+from decoct.launch.plan.targets import cases
 from decoct.qat.export import EXPORTERS
+from decoct.qat.lattices import Lattices, SpecChange
 from decoct.qat.spec import ActivationSpec, QuantSpec
 from decoct.trainer.settings import ExportSettings
 
@@ -22,12 +23,13 @@ def said(
     heads: int = 4,
     skip: tuple[str, ...] = (),
     options: dict[str, Any] | None = None,
+    other: dict[str, Any] | None = None,
     beside: dict[str, Any] | None = None,
     **spec: Any,
 ) -> str:
     config = LlamaConfig(hidden_size=32 * heads, intermediate_size=ffn, num_attention_heads=heads, num_hidden_layers=2)
-    case = Case(config, QuantSpec(**spec), skip, 1, **(beside or {}))
-    return "; ".join(refusals(case, ExportSettings(formats=(form,), **(options or {}))))
+    lattices = Lattices(weights=QuantSpec(**spec), skip=skip, **(other or {}))
+    return "; ".join(refusals(cases(config, lattices, 1, (form,), **(beside or {})), ExportSettings(formats=(form,), **(options or {}))))
 
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "gptq_v2", "awq", "gguf", "safetensors"])
@@ -54,6 +56,19 @@ def test_each_limit_is_named_with_the_nearest_setting() -> None:
     assert "export.allow_inexact=true" in said("safetensors", bits=8)
     assert said("safetensors", bits=8, options={"allow_inexact": True}) == ""
     assert "asymmetric codes" in said("safetensors", symmetric=False)
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "gptq_v2", "awq", "gguf"])
+def test_kinds_and_ends_that_a_format_has_no_place_for_are_named(form: str) -> None:
+    assert said(form, kind="nf4") == f"{form} holds integer codes, not kind=nf4; use weights.kind=int, or leave the format out"
+    embedding = said(form, other={"embedding": SpecChange(bits=4, group_size=32)})
+    assert embedding == ("" if form == "gguf" else f"{form} leaves the embedding alone; leave 'embedding' out, or export to gguf")
+    head = said(form, other={"head": SpecChange(group_size=32)}, group_size=32)
+    assert ("export to compressed-tensors" in head) == (form == "awq")
+
+
+def test_lattices_of_single_modules_are_looked_at_too() -> None:
+    assert "use weights.bits=4" in said("awq", other={"overrides": {"*.down_proj": SpecChange(bits=8)}})
 
 
 FP8 = ActivationSpec(kind="fp8_e4m3", scaling="static")

@@ -6,6 +6,7 @@ import pytest
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from decoct.launch.plan.targets import verdicts
+from decoct.qat.lattices import Lattices, SpecChange
 from decoct.qat.spec import QuantSpec
 
 
@@ -20,9 +21,11 @@ def _of(
     ranks: int = 1,
     skip: tuple[str, ...] = (),
     formats: tuple[str, ...] = ("compressed-tensors",),
+    other: dict[str, Any] | None = None,
     **spec: Any,
 ) -> tuple[str, str, str]:
-    found = {v.target: v for v in verdicts(config, QuantSpec(**spec), skip, tensor_parallel=ranks, formats=formats)}[target]
+    lattices = Lattices(weights=QuantSpec(**spec), skip=skip, **(other or {}))
+    found = {v.target: v for v in verdicts(config, lattices, tensor_parallel=ranks, formats=formats)}[target]
     return found.outcome, found.reason, found.fix
 
 
@@ -30,7 +33,7 @@ def test_a_plain_int4_llama_loads_on_the_fast_path() -> None:
     for target in ("vLLM", "SGLang", "transformers"):
         assert _of(_llama(), target)[0] == "ok"
     assert _of(_llama(), bits=8, group_size="channel")[0] == "ok"
-    assert verdicts(_llama(), None, ()) == []
+    assert verdicts(_llama(), None) == []
 
 
 @pytest.mark.parametrize(
@@ -73,6 +76,23 @@ def test_fused_projections_need_one_scheme() -> None:
     assert "'*.k_proj', '*.v_proj'" in fix
     assert _of(_llama(), skip=("*.q_proj", "*.k_proj", "*.v_proj"))[0] == "ok"
     assert _of(_llama(), skip=("*.down_proj",))[0] == "ok"
+
+
+def test_every_lattice_of_a_mixed_model_is_judged() -> None:
+    odd = {"overrides": {"*.down_proj": SpecChange(bits=3)}}
+    outcome, reason, fix = _of(_llama(), other=odd)
+    assert (outcome, "4 and 8 bits, not 3" in reason, fix) == ("no", True, "weights.bits=4")
+    assert _of(_llama(), other={"overrides": {"*.down_proj": SpecChange(bits=8)}})[0] == "ok"
+    apart = _of(_llama(), other={"overrides": {"*.1.self_attn.q_proj": SpecChange(bits=8)}})
+    assert apart[0] == "no" and "overrides give them different ones" in apart[1] and "q_proj, k_proj, v_proj alike" in apart[2]
+
+
+def test_what_no_format_holds_is_said() -> None:
+    assert _of(_llama(), kind="nf4")[::2] == ("no", "weights.kind=int")
+    assert _of(_llama(), group_size="tensor")[0] == "ok", "it is served as one scale a row"
+    embedding = {"embedding": SpecChange(bits=8)}
+    assert _of(_llama(), other=embedding)[::2] == ("no", "leave embedding out, or export to gguf")
+    assert _of(_llama(), "llama.cpp", formats=("gguf",), other=embedding)[0] == "ok"
 
 
 def test_qwen2_has_no_head_dim_of_its_own_in_vllm() -> None:

@@ -1,5 +1,6 @@
 """The walk over a model: who shares inputs, what feeds what, padding, packing, files instead of memory, and what is refused."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from decoct.models.families import decoder_layers
 from decoct.models.folder import save_model_folder
 from decoct.models.streaming import empty_model
 from decoct.qat.fake_quant import dequantize
+from decoct.qat.lattices import Lattices, SpecChange
 from decoct.qat.modules import quantize_model
 from decoct.qat.ptq import CalibrationText, RoundedModel, Rounding, amount_of_work, round_model
 from decoct.qat.ptq.gptq import factorize, gptq_codes
@@ -191,6 +193,45 @@ def test_from_files_is_as_from_memory(random_model: RandomModel, tmp_path: Path,
     one = save_model_folder(tmp_path / "one", model, None, {}, dtype=torch.float32)
     two = save_model_folder(tmp_path / "two", empty, None, {}, dtype=torch.float32)
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+
+
+MIXED = Lattices(
+    weights=SPEC,
+    overrides={"*.down_proj": SpecChange(bits=8), "*.0.*.k_proj": SpecChange(bits=4), "*.o_proj": SpecChange(kind="nf4")},
+    embedding=SpecChange(bits=8, symmetric=False),
+)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_module_gets_its_own_lattice_to_nearest(random_model: RandomModel, tied: bool) -> None:
+    lattices = MIXED if tied else dataclasses.replace(MIXED, head=SpecChange(bits=6))
+    model = random_model("qwen3", tie_word_embeddings=tied)
+    expected = quantize_model(model, lattices)
+    rounded = round_model(model, lattices, Rounding())
+    assert rounded.state.hash() == expected.hash()
+    assert rounded.state.modules[0] == "model.embed_tokens" and ("lm_head" in rounded.state.modules) is not tied
+    for name in rounded.state.modules:
+        assert torch.equal(model.get_parameter(f"{name}.weight"), expected.dequantized(name))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_mixed_lattices_from_files_are_as_from_memory(random_model: RandomModel, tmp_path: Path, tied: bool) -> None:
+    lattices = dataclasses.replace(MIXED, embedding=SpecChange(bits=8))
+    model = random_model("llama", tie_word_embeddings=tied)
+    save_model_folder(tmp_path / "model", model, None, {}, dtype=torch.float32)
+    text = text_of(windows())
+    alone = round_model(random_model("llama", tie_word_embeddings=tied), SPEC, GPTQ, text=text).state
+    expected = round_model(model, lattices, GPTQ, text=text, others=torch.bfloat16)
+    empty, files = empty_model(tmp_path / "model")
+    (tmp_path / "work").mkdir()
+    streamed = round_model(empty, lattices, GPTQ, text=text, files=files, work=tmp_path / "work", others=torch.bfloat16)
+    assert streamed.state.hash() == expected.state.hash()
+    assert torch.equal(logits(empty), logits(model))
+    # values of 8 bits: GPTQ goes below nearest for linears, and the embedding is rounded before they are calibrated
+    assert not torch.equal(expected.state.codes["model.layers.0.self_attn.q_proj"], alone.codes["model.layers.0.self_attn.q_proj"])
+    assert expected.state.spec_of("model.layers.0.self_attn.k_proj").bits == 4
+    assert all(error.relative <= error.relative_nearest for error in expected.errors.values())
+    assert next(iter(expected.errors)) == "model.embed_tokens"
 
 
 def in_file(tensor: Tensor, folder: Path) -> bool:

@@ -141,7 +141,7 @@ def test_what_was_done_is_recorded_and_said(make_context: MakeContext, prepared:
     assert all(0 < error["rounded"] < error["to_nearest"] < 1 and error["linears"] == 3 for error in errors.values())
     told = said(context)
     assert f"calibrates on 2,016 tokens in 63 windows (sha256 {text.fingerprint()[:12]})" in told
-    assert "21 linear layers at 3 bits, groups of 16, by gptq" in told
+    assert "21 modules in 3 bits in groups of 16, by gptq" in told
     assert re.search(r"mlp\.down_proj +squared output error \d\.\d+e-\d\d of the whole, \d\.\d+e-\d\d to nearest", told)
     assert "10,080/10,080 layer tokens" in told
 

@@ -11,6 +11,7 @@ import torch
 from decoct.models.folder import read_record
 from decoct.models.loading import load_model
 from decoct.qat.export import export_folder
+from decoct.qat.lattices import SpecChange
 from decoct.qat.ptq import CalibrationText
 from decoct.qat.rebuild import load_exported_model
 from decoct.qat.spec import ActivationSpec, QuantSpec
@@ -127,6 +128,26 @@ def test_w8a8_with_an_fp8_cache_is_packed_exactly_without_training(make_context:
 def test_static_scales_look_at_text(given: dict[str, Any], tokens: int | None) -> None:
     settings = QuantizeSettings(**given)
     assert settings.calibration_tokens == tokens and settings.calibrates == (tokens is not None)
+
+
+@pytest.mark.parametrize("end", ["embedding", "head"])
+def test_embedding_and_head_have_no_inputs_to_round(end: str) -> None:
+    with pytest.raises(ValueError, match=f"{end} cannot be rounded together with activations"):
+        QuantizeSettings(activations=ActivationSpec(), **{end: SpecChange(bits=8)})
+
+
+def test_every_kind_of_weight_goes_with_a_rounded_cache(make_context: MakeContext) -> None:
+    """Embedding and layers, of different lattices, integers and floats."""
+    change = SpecChange(kind="int", bits=8, group_size="channel", symmetric=True)
+    for number, weights in enumerate((QuantSpec(bits=4, group_size=16, symmetric=False), QuantSpec(kind="nf4", group_size=16))):
+        settings = QuantizeSettings(weights=weights, embedding=change, kv_cache=FP8, calibration_tokens=2048)
+        whole, streamed = make_context(f"01-whole-{number}"), make_context(f"01-streamed-{number}")
+        finish(replace(settings, stream="never"), whole, None)
+        finish(replace(settings, stream="always"), streamed, None)
+        assert hashes(streamed.model) == hashes(whole.model)
+        state = load_quant_state(whole.model)
+        assert state.cache is not None and len(state.cache.scales) == 6
+        open_for_measuring(str(whole.model))
 
 
 @pytest.mark.parametrize("given", [{"activations": ActivationSpec()}, {"kv_cache": ActivationSpec(), "method": "mse"}])

@@ -1,0 +1,107 @@
+"""Which module of a model gets which lattice: one for all linears, other ones by name pattern, and what is left alone.
+
+    Lattices(weights=QuantSpec(bits=4, group_size=64), skip=("*.0.*",), overrides={"*.down_proj": SpecChange(bits=8)})
+
+Embedding and head are left alone unless they are given a lattice. Imports no torch: recipes are read without it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from .spec import FLOAT_BITS, Divisor, Kind, QuantSpec, ScaleGrid
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecChange:
+    """What a lattice has otherwise than the stage's ``weights``; a field that is not given is as there."""
+
+    kind: Kind | None = None
+    """As in weights."""
+    bits: int | None = None
+    """As in weights; of another kind than int that kind's own, if left out."""
+    group_size: int | Literal["channel", "tensor"] | None = None
+    """As in weights."""
+    symmetric: bool | None = None
+    """As in weights."""
+    divisor: Divisor | None = None
+    """As in weights."""
+    scale_grid: ScaleGrid | None = None
+    """As in weights."""
+
+    def __post_init__(self) -> None:
+        if not self.given:
+            raise ValueError(f"an empty section changes nothing; give one of {', '.join(f.name for f in fields(self))}, or leave it out")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields that are changed."""
+        return {entry.name: value for entry in fields(self) if (value := getattr(self, entry.name)) is not None}
+
+    def applied(self, spec: QuantSpec) -> QuantSpec:
+        """``spec`` with the changes; ValueError when they do not go together."""
+        fixed = {"bits": FLOAT_BITS[self.kind]} if self.kind in FLOAT_BITS else {}
+        return replace(spec, **fixed | self.given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lattices:
+    """The lattices of a model's modules; nothing of it depends on the order of the patterns.
+
+    Raises:
+        ValueError: a change does not go together with ``weights``; the message begins with its key.
+    """
+
+    weights: QuantSpec = field(default_factory=QuantSpec)
+    """Of every linear of the decoder layers that nothing below names."""
+    skip: tuple[str, ...] = ()
+    """fnmatch patterns of full module names that are left alone, whatever else matches them."""
+    overrides: Mapping[str, SpecChange] = field(default_factory=dict)
+    """fnmatch pattern of full names of decoder linears -> what their lattice has otherwise."""
+    embedding: SpecChange | None = None
+    """The input embedding's lattice; of a tied model the head's too. None = left alone."""
+    head: SpecChange | None = None
+    """The output head's lattice. None = left alone."""
+
+    def __post_init__(self) -> None:
+        for key, change in self.changes().items():
+            try:
+                change.applied(self.weights)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+
+    @classmethod
+    def of(cls, spec: "QuantSpec | Lattices", skip: Sequence[str] = ()) -> "Lattices":
+        """A lattice for everything but ``skip``; Lattices as they are."""
+        return spec if isinstance(spec, Lattices) else cls(weights=spec, skip=tuple(skip))
+
+    def changes(self) -> dict[str, SpecChange]:
+        """Every change by the key that tells of it."""
+        ends = {"embedding": self.embedding, "head": self.head}
+        return {f"overrides.{name}": change for name, change in self.overrides.items()} | {k: v for k, v in ends.items() if v}
+
+    def of_linears(self, names: Iterable[str]) -> dict[str, QuantSpec]:
+        """The lattice of each decoder linear that is not skipped, in the order of ``names``.
+
+        Raises:
+            ValueError: a pattern of ``overrides`` changes no linear, or two change one differently.
+        """
+        kept = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in self.skip)]
+        found: dict[str, tuple[str, QuantSpec]] = {}
+        for pattern, change in self.overrides.items():
+            matched = [name for name in kept if fnmatchcase(name, pattern)]
+            if not matched:
+                raise ValueError(f"overrides: {pattern!r} matches no linear layer that is quantized; {example_of(kept)}")
+            spec = change.applied(self.weights)
+            for name in matched:
+                other, before = found.setdefault(name, (pattern, spec))
+                if before != spec:
+                    raise ValueError(f"overrides: {other!r} and {pattern!r} both match {name} and differ; let one of them leave it out")
+        return {name: found[name][1] if name in found else self.weights for name in kept}
+
+
+def example_of(names: Iterable[str]) -> str:
+    """How patterns are written, for messages."""
+    example = next(iter(names), "model.layers.0.mlp.down_proj")
+    return f"patterns are matched to full names such as {example!r}, so write '*.{example.rsplit('.', 1)[-1]}' for all of a kind."
