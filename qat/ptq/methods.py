@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..fake_quant import quantize_with
 from ..spec import QuantSpec
+from .fit import fitted_codes
 from .gptq import factorize, gptq_codes
 from .mse import absmax_scales, searched_scales
 
 MethodName = Literal["rtn", "mse", "gptq"]
-ScaleChoice = Literal["absmax", "mse"]
+ScaleChoice = Literal["absmax", "mse", "fitted"]
 Needs = Literal["nothing", "diagonal", "hessian"]
 
 
@@ -24,8 +25,9 @@ class Rounding:
     """How weights are rounded; what a method does not use, it ignores."""
 
     method: MethodName = "rtn"
-    scale: ScaleChoice = "absmax"
-    """gptq: where its scales come from."""
+    scale: ScaleChoice = "fitted"
+    """gptq: where its scales come from: the largest magnitude, a search for the least error of each weight, or that search and then least
+    squares over the outputs in turn with the rounding."""
     damping: float = 0.01
     """gptq: share of the Hessian's mean diagonal added to its diagonal."""
     activation_order: bool = True
@@ -88,17 +90,21 @@ def _searched(stack: Stack, spec: QuantSpec, rounding: Rounding) -> Rounded:
 
 def _gptq(stack: Stack, spec: QuantSpec, rounding: Rounding) -> Rounded:
     assert stack.moments is not None
-    if rounding.scale == "mse":
-        scales = searched_scales(stack.weight, spec, stack.mask, stack.importance)
-    else:
+    if rounding.scale == "absmax":
         scales = absmax_scales(stack.weight, spec, stack.mask)
+    else:
+        scales = searched_scales(stack.weight, spec, stack.mask, stack.importance)
     factor = factorize(stack.moments, rounding.damping, rounding.activation_order)
     if factor is None:
         return _to_nearest(stack, scales, spec, note="rounded to nearest: their Hessian has no Cholesky factor with any damping up to 1")
     note = None
     if factor.damping != rounding.damping:
         note = f"damping raised to {factor.damping:g}: their Hessian has no Cholesky factor with {rounding.damping:g}"
-    return Rounded(codes=gptq_codes(stack.weight, scales, factor, spec, stack.mask), scales=scales, note=note)
+    if rounding.scale == "fitted":
+        codes, scales = fitted_codes(stack.weight, scales, stack.moments, factor, spec, stack.mask)
+    else:
+        codes = gptq_codes(stack.weight, scales, factor, spec, stack.mask)
+    return Rounded(codes=codes, scales=scales, note=note)
 
 
 def _to_nearest(stack: Stack, scales: Tensor, spec: QuantSpec, note: str | None = None) -> Rounded:

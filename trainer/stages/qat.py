@@ -41,7 +41,7 @@ def start(settings: QatSettings, context: StageContext) -> None:
     rounded = round_model(
         model,
         settings.weights,
-        Rounding(method="gptq", scale="mse"),
+        Rounding(method="gptq"),
         skip=settings.skip,
         sparse=sparse_modules(context.input),
         text=text,

@@ -1,0 +1,110 @@
+"""Scales fitted to codes: of all scales, those with which these codes give the outputs nearest to the unrounded weight's.
+
+For given codes the output error of a row is a quadratic function of its scales, and its least point is found by solving one equation in
+as many unknowns as the row has groups:
+
+    A s = b     A_gh = sum_{i in g, j in h} q_i H_ij q_j     b_g = sum_{i in g} q_i (H w)_i
+
+Rounding again with these scales and fitting again lowers the error further: the two take turns as in Lloyd's algorithm (IEEE Trans. Inf.
+Theory 28, 1982), with GPTQ as the rounding.
+"""
+
+import torch
+from torch import Tensor
+
+from ..fake_quant import dequantize
+from ..fake_quant.reference import group_scales
+from ..spec import QuantSpec
+from .gptq import Factor, gptq_codes
+from .report import row_energy
+
+ROUNDS = 1
+"""How often codes are rounded to fitted scales; the last codes get their scales fitted once more."""
+_HOLD = 0.01
+"""Pull to the scales before, as a share of each group's own curvature: groups whose inputs are nearly alike share their error at random
+otherwise, and calibration text is not all text."""
+_PIECE = 2**24  # numbers of all matrices A at a time: 64 MB
+_FARTHEST = 4.0  # a fitted scale that differs by more is no better description of its group but a sign of a near-singular equation
+
+
+@torch.no_grad()
+def fitted_scales(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor, spec: QuantSpec) -> Tensor:
+    """The scales nearest to the least squared output error for these codes.
+
+    Args:
+        weight: fp32 [out, in].
+        codes: int8 [out, in].
+        scales: fp32 [out, groups] that the codes were made with; a group keeps its own where all its codes are zero, or where the fitted
+            one is not a positive number within a factor of 4 of it.
+        hessian: fp32 [in, in], symmetric.
+        spec: Of the grid.
+
+    Returns:
+        fp32 [out, groups] on the spec's grid.
+    """
+    size = max(1, _PIECE // scales.shape[1] ** 2)
+    parts = zip(weight.split(size), codes.split(size), scales.split(size))
+    solved = torch.cat([_least_squares(*part, hessian) for part in parts])
+    usable = (solved > scales / _FARTHEST) & (solved < scales * _FARTHEST)
+    grid = spec.grid
+    return group_scales(torch.where(usable, solved, scales), 1.0, grid.dropped_bits, grid.smallest, grid.largest)
+
+
+def _least_squares(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
+    """The equation's solution for some rows, fp32 [rows, groups]; noise or NaN in a row whose matrix is not positive definite."""
+    rows, groups = scales.shape
+    numbers = codes.to(torch.float32)
+    width = weight.shape[1] // groups
+    target = (weight @ hessian).mul_(numbers).view(rows, groups, width).sum(2)
+    lower = torch.zeros(rows, groups, groups, device=weight.device)
+    for group in range(groups):
+        first = group * width
+        product = numbers[:, first : first + width] @ hessian[first : first + width, first:]
+        lower[:, group:, group] = product.mul_(numbers[:, first:]).view(rows, groups - group, width).sum(2)
+    own = lower.diagonal(dim1=1, dim2=2)
+    hold = (_HOLD * own).masked_fill_(own <= 0, 1.0)
+    target += hold * scales
+    own += hold
+    factor = torch.linalg.cholesky_ex(lower)[0]
+    return torch.cholesky_solve(target.unsqueeze(2), factor).squeeze(2)
+
+
+@torch.no_grad()
+def fitted_codes(
+    weight: Tensor, scales: Tensor, hessian: Tensor, factor: Factor, spec: QuantSpec, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """GPTQ's codes, and scales fitted to them, in ``ROUNDS`` turns; of all turns each row keeps the one with its least output error.
+
+    Args:
+        weight: fp32 [out, in], finite.
+        scales: fp32 [out, groups] to begin with, on the spec's grid.
+        hessian: fp32 [in, in] as given to ``factorize``.
+        factor: Of that Hessian.
+        spec: A symmetric integer lattice.
+        mask: As in ``gptq_codes``.
+
+    Returns:
+        (codes int8 [out, in], scales fp32 [out, groups]); no row is worse than ``gptq_codes`` leaves it.
+    """
+    damped = hessian.clone()
+    damped.diagonal().add_(factor.damping * hessian.diagonal().mean())
+    best = (gptq_codes(weight, scales, factor, spec, mask), scales)
+    codes = best[0]
+    least = row_energy(weight - dequantize(*best), damped)
+    for turn in range(ROUNDS + 1):
+        scales = fitted_scales(weight, codes, scales, damped, spec)
+        best, least = _better(best, least, (codes, scales), weight, damped)
+        if turn < ROUNDS:
+            codes = gptq_codes(weight, scales, factor, spec, mask)
+            best, least = _better(best, least, (codes, scales), weight, damped)
+    return best
+
+
+def _better(
+    best: tuple[Tensor, Tensor], least: Tensor, other: tuple[Tensor, Tensor], weight: Tensor, hessian: Tensor
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Row by row the one of two with the smaller error, and that error."""
+    error = row_energy(weight - dequantize(*other), hessian)
+    smaller = error < least
+    rows = smaller.unsqueeze(1)
+    return (torch.where(rows, other[0], best[0]), torch.where(rows, other[1], best[1])), torch.where(smaller, error, least)
