@@ -2,8 +2,8 @@
 
     PYTHON quantization_peer.py '{"model": FOLDER, "windows": FILE, "out": FILE, "method": "rtn", "bits": 4, "group_size": 64}'
 
-Needs nothing of decoct. ``windows`` holds ``input_ids`` int64 [N, S] and ``starts``; ``out`` takes the rounded weights as fp32 numbers, codes
-times scales, and the scales. Prints {seconds, extra_bytes} as JSON.
+Needs nothing of decoct. ``windows`` holds ``input_ids`` int64 [N, S]; ``out`` takes the rounded weights, codes times scales, and the
+scales, fp32. Prints {seconds, extra_bytes} as JSON.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def modifier(told: dict[str, Any]) -> Any:
     weights = QuantizationArgs(num_bits=told["bits"], type="int", symmetric=True, strategy="group", group_size=told["group_size"])  # pyright: ignore
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     kind = GPTQModifier if told["method"] == "gptq" else QuantizationModifier
-    return kind(config_groups={"group_0": scheme}, ignore=["lm_head"], **told.get("options", {}))
+    return kind(config_groups={"group_0": scheme}, ignore=["lm_head"])
 
 
 def round_once(told: dict[str, Any]) -> tuple[Any, dict[str, float]]:
@@ -53,7 +53,7 @@ def round_once(told: dict[str, Any]) -> tuple[Any, dict[str, float]]:
     if told["method"] == "gptq":
         rows = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
         data = {"dataset": rows, "num_calibration_samples": len(ids), "max_seq_length": ids.shape[1], "shuffle_calibration_samples": False}
-        data["batch_size"] = told.get("batch_size", 1)
+        data["batch_size"] = told.get("batch", 8)
     before, begun = reset_peak(), time.perf_counter()
     oneshot(model=model, recipe=modifier(told), **data)
     return model, {"seconds": time.perf_counter() - begun, "extra_bytes": status("VmHWM") - before}
@@ -65,7 +65,7 @@ def work(told: dict[str, Any]) -> dict[str, float]:
     from compressed_tensors.quantization import fake_quantize
     from safetensors.torch import save_file
 
-    torch.set_num_threads(told.get("threads", 1))
+    torch.set_num_threads(1)
     if told.get("warm"):
         round_once(told)
     model, figures = round_once(told)
