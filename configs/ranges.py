@@ -8,6 +8,7 @@ from ..trainer.settings import (
     DataSettings,
     EvaluateSettings,
     PruneSettings,
+    QuantizeSettings,
     StructuredSettings,
     TrainerSettings,
     TrainingBlock,
@@ -66,6 +67,7 @@ LIMITS: dict[type, dict[str, Limits]] = {
     },
     StructuredSettings: {"ffn": _COUNT},
     PruneSettings: {"calibration_tokens": _COUNT},
+    QuantizeSettings: {"calibration_tokens": _COUNT},
     EvaluateSettings: {"max_perplexity_increase": Limits(-1), "max_kl": _NOT_NEGATIVE, "min_top1": _SHARE},
 }
 

@@ -202,22 +202,27 @@ def qat(
     run_verb("qat", model, settings, TextChoice(text, hub, seq_length), teacher, overrides, out)
 
 
-@app.command(epilog="Example: decoct quantize student/ --bits 8 --group-size channel")
+@app.command(epilog="Example: decoct quantize student/ --method gptq --bits 4 --group-size 64 --text 'corpus/*.txt'")
 def quantize(
     model: Model,
     overrides: Overrides = None,
+    method: Annotated[str, typer.Option("--method", help="rtn (to nearest), mse (searched scales) or gptq (calibrated on text).")] = "rtn",
     bits: Bits = 4,
     group_size: GroupSize = "128",
+    calibration_tokens: Annotated[
+        str | None,
+        typer.Option("--calibration-tokens", help="Tokens of the text to calibrate on. [default: 262,144]", show_default=False),
+    ] = None,
     teacher: Teacher = None,
     text: Text = None,
     hub: Hub = None,
     seq_length: SeqLength = 512,
     out: Out = None,
 ) -> None:
-    """Round the weights of MODEL to the nearest code, without training."""
+    """Round the weights of MODEL without training; with --method gptq on text, a layer at a time."""
     from .verbs import TextChoice, run_verb
 
-    settings = {"weights": {"bits": bits, "group_size": group_size}}
+    settings = {"method": method, "weights": {"bits": bits, "group_size": group_size}, "calibration_tokens": calibration_tokens}
     run_verb("quantize", model, settings, TextChoice(text, hub, seq_length), teacher, overrides, out)
 
 

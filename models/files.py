@@ -132,6 +132,19 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         _fsync_folder(target.parent)
 
 
+@contextmanager
+def scratch_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``target`` for work on the way to it; it is gone afterwards, and ``clean_leftovers`` knows it.
+
+    Raises:
+        UserError: the disk refuses (full, quota, read-only, a file in the way).
+    """
+    with _staged(Path(target), "work on") as temporary:
+        temporary.mkdir()
+        yield temporary
+        _remove(temporary)
+
+
 def write_text_atomic(path: Path, text: str) -> None:
     """Replace ``path`` by ``text`` (UTF-8) in one step; the old file stays whole when that fails."""
     path = Path(path)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..models.errors import UserError
+from ..models.host_memory import available_bytes
 from .rebuild import load_exported_model
 from .structure import model_structure, plain_config
 
@@ -96,7 +97,7 @@ def check_runtimes(folder: Path, *, tokens: Tensor | None = None) -> dict[str, d
 def _check_transformers(folder: Path, tokens: Tensor | None) -> dict[str, Any]:
     if importlib.util.find_spec("compressed_tensors") is None:
         return _outcome("not installed", reason="pip install compressed-tensors to have the export loaded and compared")
-    needed, free = 5 * model_structure(folder).parameters, _available_bytes()
+    needed, free = 5 * model_structure(folder).parameters, available_bytes()
     if free is not None and needed > free:
         return _outcome("skipped", reason=f"loading in fp32 needs about {needed:,} bytes of memory, {free:,} are free")
     chosen = _chosen_tokens(folder, tokens)
@@ -168,12 +169,3 @@ def _chosen_tokens(folder: Path, tokens: Tensor | None) -> Tensor:
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
         raise UserError(f"tokens span {int(tokens.min())}..{int(tokens.max())}, but {folder} has a vocabulary of {vocabulary}")
     return tokens
-
-
-def _available_bytes() -> int | None:
-    """Memory that can be used without swapping, where the system tells (Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -94,7 +94,7 @@ def evaluate_model(
     backbone, weight, bias = backbone_and_head(model)
     head: Head = (weight, bias, head_transform(model.config))
     tally = _Tally([], [], [], [], [])
-    with torch.no_grad(), _eval_mode(model), _exact_products(torch.device(device).type):
+    with torch.no_grad(), _eval_mode(model), exact_products(torch.device(device).type):
         for first in range(0, len(windows), batch):
             last = min(first + batch, len(windows))
             inputs = _stack(windows, first, last, device)
@@ -190,7 +190,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _exact_products(device: str) -> Iterator[None]:
+def exact_products(device: str) -> Iterator[None]:
     """True fp32 matrix products: no autocast and no TF32, whatever training uses."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -147,14 +147,17 @@ def make_progress(console: "Console | None", *, interval: float = 5.0) -> Progre
 
 
 @contextmanager
-def token_progress(console: "Console", label: str, total: int) -> Iterator[Callable[[int], None]]:
+def token_progress(console: "Console", label: str, total: int, unit: str = "tokens") -> Iterator[Callable[[int], None]]:
     """Progress of work that is counted in tokens and has no loss: a bar with tokens/s and the time left, a line every 5 s in logs.
+
+    Args:
+        unit: What is counted, where it is not tokens.
 
     Yields: a function to tell of tokens that are done.
     """
     meter, done, told = SpeedMeter(), 0, time.monotonic()
     meter.start(0)
-    with _token_bar(console, label, total) as show:
+    with _token_bar(console, label, total, unit) as show:
 
         def advance(tokens: int) -> None:
             nonlocal done, told
@@ -166,18 +169,18 @@ def token_progress(console: "Console", label: str, total: int) -> Iterator[Calla
                 show(done, f"{rate:,.0f}", left)
             elif time.monotonic() - told >= 5.0 or done >= total:
                 told = time.monotonic()
-                text = f"{label}  {done:,}/{total:,} tokens  {rate:,.0f} tokens/s  {left} left"
+                text = f"{label}  {done:,}/{total:,} {unit}  {rate:,.0f} {unit}/s  {left} left"
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
 
         yield advance
 
 
 @contextmanager
-def _token_bar(console: "Console", label: str, total: int) -> Iterator[Callable[[int, str, str], None]]:
+def _token_bar(console: "Console", label: str, total: int, unit: str) -> Iterator[Callable[[int, str, str], None]]:
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as RichProgress
 
-    columns = [TextColumn(text) for text in ("{task.fields[rate]} tokens/s", "{task.fields[left]} left")]
+    columns = [TextColumn(text) for text in (f"{{task.fields[rate]}} {unit}/s", "{task.fields[left]} left")]
     bar = RichProgress(
         TextColumn("{task.description}", markup=False), BarColumn(), *columns, console=console, disable=not console.is_terminal
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..qat.activations import RoundedInputs
 from ..qat.fake_quant import quantize
 from ..qat.linear import Mode, QuantLinear
 from ..qat.ptq.mse import searched_scales
@@ -17,6 +18,10 @@ from ..qat.spec import QuantSpec
 from .rng import derive_seed
 from .settings import QatSettings
 from .sharding import local, own_rows, parameter_of, row_range, whole
+from .world import max_over_ranks
+
+RANGE_SHARE = 0.1
+"""Share of the newest step in the moving average of the inputs' ranges (static scaling)."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,22 @@ class Quantizers:
         total_steps: Optimizer steps of the stage.
         seed: Of the adapters' first values.
         scales: First scales by module name, fp32 [out, groups]; None = from the weights, as ``settings.start`` says.
+        inputs: Rounders of the linears' inputs; static ones follow a moving average over steps of the range that all ranks have seen,
+            so that it does not depend on micro-batches or ranks. They round from the second step on.
     """
 
     name = "quantizers"
 
-    def __init__(self, settings: QatSettings, total_steps: int, seed: int, scales: Mapping[str, Tensor] | None = None) -> None:
-        self._settings, self._total, self._seed, self._given = settings, total_steps, seed, scales
+    def __init__(
+        self,
+        settings: QatSettings,
+        total_steps: int,
+        seed: int,
+        scales: Mapping[str, Tensor] | None = None,
+        inputs: RoundedInputs | None = None,
+    ) -> None:
+        self._settings, self._total, self._seed, self._given, self._inputs = settings, total_steps, seed, scales, inputs
+        self._ranges: Tensor | None = None
         self._linears: dict[str, QuantLinear] = {}
         self._stepped: list[Tensor] = []
         self._phase = self.phase_of(1)
@@ -67,11 +82,13 @@ class Quantizers:
         scales = [parameter_of(optimizer, module.scale) for module in self._linears.values() if module.scale is not None]
         self._stepped = [scale for scale in scales if scale is not None]
         self._phase = self.phase_of(1)
+        self._apply()
         for name, module in self._linears.items():
             self._start_adapter(name, module)
-            self._apply(module)
             if self._phase.mode != "off":
                 self._take_scales(name, module)
+        if self._inputs is not None and self._inputs.spec.scaling == "static":
+            self._inputs.observe()
 
     def before_step(self, step: int) -> None:
         """Scales that do not train take no step, and the optimizer counts none."""
@@ -82,33 +99,51 @@ class Quantizers:
     def after_step(self, step: int) -> None:
         """Go over to the phase of the next step."""
         self._step = step
+        self._follow_ranges()
         before, after = self._phase, self.phase_of(min(step + 1, self._total))
         if after == before:
             return
         self._phase = after
+        self._apply()
         for name, module in self._linears.items():
             if before.mode == "off" or (after.mode == "fixed" and before.mode == "absmax"):
-                self._apply(module)
                 self._take_scales(name, module)
             elif after.bits != before.bits and module.scale is not None:
                 # the same range, cut into fewer steps
                 finer = module.spec.with_bits(before.bits).divisor_value / module.spec.with_bits(after.bits).divisor_value
                 local(module.scale).mul_(finer)
-            self._apply(module)
 
     def state(self) -> dict[str, Tensor]:
-        """The steps taken: scales and adapters are the student's."""
-        return {"step": torch.tensor(self._step)}
+        """The steps taken, and ranges of inputs: scales and adapters are the student's."""
+        ranges = {} if self._ranges is None else {"ranges": self._ranges}
+        return {"step": torch.tensor(self._step), **ranges}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take up the phase that these steps have led to."""
         self._step = int(state["step"])
         self._phase = self.phase_of(min(self._step + 1, self._total))
-        for module in self._linears.values():
-            self._apply(module)
+        self._apply()
+        if "ranges" in state:
+            self._set_ranges(state["ranges"])
 
-    def _apply(self, module: QuantLinear) -> None:
-        module.mode, module.bits = self._phase.mode, self._phase.bits
+    def _apply(self) -> None:
+        for module in self._linears.values():
+            module.mode, module.bits = self._phase.mode, self._phase.bits
+        if self._inputs is not None:
+            self._inputs.enable(self._phase.mode != "off")
+
+    def _follow_ranges(self) -> None:
+        """Take the step's range into the average, unless scales are frozen."""
+        if self._inputs is None or self._inputs.spec.scaling != "static" or self._phase.mode == "fixed":
+            return
+        seen = max_over_ranks(self._inputs.extremes()).cpu()
+        self._inputs.observe()
+        self._set_ranges(seen if self._ranges is None else torch.lerp(self._ranges, seen, RANGE_SHARE))
+
+    def _set_ranges(self, ranges: Tensor) -> None:
+        assert self._inputs is not None
+        self._ranges = ranges
+        self._inputs.set_ranges(ranges)
 
     @torch.no_grad()
     def _take_scales(self, name: str, module: QuantLinear) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..losses.settings import LossSettings
-from ..qat.spec import QuantSpec
+from ..qat.spec import ActivationSpec, QuantSpec
 
 Precision = Literal["32", "bf16-mixed"]
 Strategy = Literal["auto", "ddp", "fsdp2"]
@@ -187,6 +187,8 @@ class QatSettings(TrainingBlock):
     """The weight lattice."""
     skip: tuple[str, ...] = ()
     """Module name patterns (fnmatch) left in full precision; one that matches nothing is an error. lm_head and embeddings always are."""
+    activations: ActivationSpec | None = None
+    """How the inputs of these layers are rounded, such as {kind: int8}; default: not at all."""
     scales: Literal["learned", "absmax"] = "learned"
     """learned = trained beside the weights (LSQ); absmax = taken anew from the weights in every forward."""
     scale_learning_rate: float | None = None
@@ -245,17 +247,67 @@ class QatSettings(TrainingBlock):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeSettings:
-    """Round without training."""
+    """Round without training.
+
+    What is not given is filled in, except dials that the chosen method does not have: those stay None, and giving one is an error.
+    """
 
     weights: QuantSpec = field(default_factory=QuantSpec)
     """The weight lattice."""
-    method: Literal["rtn"] = "rtn"
-    """rtn = round to nearest."""
+    method: Literal["rtn", "mse", "gptq"] = "rtn"
+    """rtn = round to nearest; mse = scales searched for the least squared error; gptq = column by column, later ones making good what
+    earlier ones cost, on calibration text (arXiv 2210.17323)."""
+    scale: Literal["absmax", "mse", "fitted"] | None = None
+    """gptq: where its scales come from, default fitted. mse = searched, each input weighted by its mean square; fitted = then also fitted
+    to the layer's outputs by least squares, in turn with the rounding."""
+    damping: float | None = None
+    """gptq: share of the Hessian's mean diagonal added to its diagonal, in [0, 1], default 0.01; raised where that is not enough."""
+    activation_order: bool | None = None
+    """gptq: columns with the largest inputs first, default true; groups stay those of the original columns."""
+    weighted: bool | None = None
+    """mse: the error of a weight counts by the mean square of its input, which takes calibration text; default false."""
+    calibration_tokens: int | None = None
+    """gptq, and mse with weighted: tokens of training text to calibrate on, in windows chosen at random, default 262,144: the 128
+    windows of 2,048 of the GPTQ paper (section 4), several times the inputs of the widest layers; fewer when the text has fewer."""
+    stream: Literal["auto", "always", "never"] = "auto"
+    """Read, round and write one decoder layer after the other, for models larger than memory: the same result, more disk; auto = when
+    memory is too small for the whole model in fp32."""
     skip: tuple[str, ...] = ()
     """As in qat."""
 
     def __post_init__(self) -> None:
         self.weights.check_storable()
+        self._fill("scale", "fitted", "gptq")
+        self._fill("damping", 0.01, "gptq")
+        self._fill("activation_order", True, "gptq")
+        self._fill("weighted", False, "mse")
+        if self.method == "mse" and not self.weighted and self.calibration_tokens is not None:
+            raise ValueError(
+                f"calibration_tokens={self.calibration_tokens} does nothing with method=mse unless weighted is true; leave it out"
+            )
+        if self.weighted is not False:
+            self._fill("calibration_tokens", 262_144, "gptq", "mse")
+        if self.damping is not None and not 0 <= self.damping <= 1:
+            raise ValueError(f"damping={self.damping:g} must lie in [0, 1]: it is a share of the Hessian's mean diagonal; 0.01 is usual")
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the method looks at text."""
+        return self.calibration_tokens is not None
+
+    def _fill(self, dial: str, default: object, *methods: str) -> None:
+        """Fill a dial in where the method has it; refuse one that it has not."""
+        value = getattr(self, dial)
+        if self.method not in methods:
+            if value is not None:
+                has = " and ".join(methods)
+                raise ValueError(f"{dial}={_word(value)} does nothing with method={self.method}: it belongs to {has}; leave it out")
+        elif value is None:
+            object.__setattr__(self, dial, default)
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,6 +94,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def max_over_ranks(values: Tensor) -> Tensor:
+    """Elementwise maximum of a tensor over all ranks, in place, on its own device."""
+    if dist.is_initialized():
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
 def value_of_first(value: int) -> int:
     """The integer that rank 0 passes, on every rank."""
     if not dist.is_initialized():

@@ -10,6 +10,7 @@ from ...models.errors import UserError
 from .disk import EXPORT_BYTES, checkpoint_bytes, model_bytes, quantized_bytes
 from .fitting import Remedy, cheapest_fit, usable
 from .memory import Roles, Situation, training_memory
+from .rounding import RoundingPlan, rounding_plan
 from .shapes import ModelShape, StageShape, stage_shapes, student_shape, teacher_shape
 from .targets import Verdict, verdicts
 from .values import Value, recipe_values, settings_values, training_values
@@ -71,6 +72,8 @@ class StagePlan:
     model_bytes: int | None
     """Weight files that the stage writes; None when it writes no model."""
     training: Training | None
+    rounding: RoundingPlan | None
+    """Of a quantize stage."""
     values: list[Value] = field(repr=False)
     exports: dict[str, int]
     """Format -> bytes of weight files."""
@@ -89,7 +92,7 @@ class Plan:
     values: list[Value] = field(repr=False)
     stages: list[StagePlan]
     disk_bytes: int
-    """All model folders, and three checkpoints of the stage that needs most."""
+    """All model folders, three checkpoints of the stage that needs most, and work files of the quantize stage that needs most."""
 
 
 def plan(recipe: "Recipe", *, gpus: int | None = None, gpu_memory: int | None = None, nodes: int = 1, tensor_parallel: int = 1) -> Plan:
@@ -110,6 +113,7 @@ def plan(recipe: "Recipe", *, gpus: int | None = None, gpu_memory: int | None = 
     stages = [_stage(recipe, shape, teacher, machine, tensor_parallel) for shape in stage_shapes(recipe, student)]
     kept = sum((stage.model_bytes or 0) + sum(stage.exports.values()) for stage in stages)
     largest = max((stage.training.checkpoint_bytes for stage in stages if stage.training), default=0)
+    passing = max((stage.rounding.work_bytes for stage in stages if stage.rounding), default=0)
     made = 0 if recipe.student.path else model_bytes(student, _SAVED[recipe.trainer.save_dtype])
     return Plan(
         name=recipe.name,
@@ -118,7 +122,7 @@ def plan(recipe: "Recipe", *, gpus: int | None = None, gpu_memory: int | None = 
         student=f"{student.describe()}, {student.parameters:,} parameters ({student.source})",
         values=recipe_values(recipe),
         stages=stages,
-        disk_bytes=kept + made + 3 * largest + sum(stage.training.cache_bytes for stage in stages if stage.training),
+        disk_bytes=kept + made + passing + 3 * largest + sum(stage.training.cache_bytes for stage in stages if stage.training),
     )
 
 
@@ -128,6 +132,11 @@ def problems(plan: Plan, out: Path | None = None) -> list[str]:
         f"{stage.name} {_too_large(stage.training, plan.machine)}"
         for stage in plan.stages
         if stage.training and stage.training.fits is False
+    ]
+    found += [
+        f"{stage.name} {_too_wide(stage.rounding, plan.machine)}"
+        for stage in plan.stages
+        if stage.rounding and stage.rounding.fits is False
     ]
     if out is not None:
         place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
@@ -149,6 +158,13 @@ def _too_large(training: Training, machine: Machine) -> str:
     return f"{what}; the cheapest way: {' '.join(training.remedy.settings)} ({training.remedy.roles.total / 1e9:,.1f} GB)"
 
 
+def _too_wide(rounding: RoundingPlan, machine: Machine) -> str:
+    assert machine.gpu_memory is not None
+    need, room = rounding.device_bytes / 1e9, usable(machine.gpu_memory) / 1e9
+    what = f"works on one layer at a time, which takes {need:,.1f} GB on a GPU, and {room:,.1f} GB can be used"
+    return f"{what}; take a larger GPU, or method {'mse' if rounding.tokens else 'rtn'} on a CPU (CUDA_VISIBLE_DEVICES='')"
+
+
 _SAVED = {"bf16": "BF16", "fp32": "F32"}
 
 
@@ -166,7 +182,7 @@ def _machine(trainer: "TrainerSettings", gpus: int | None, gpu_memory: int | Non
 
 
 def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, machine: Machine, tensor_parallel: int) -> StagePlan:
-    from ...trainer.settings import ExportSettings, TrainingBlock
+    from ...trainer.settings import ExportSettings, QuantizeSettings, TrainingBlock
 
     entry, after = shape.entry, shape.after
     values = settings_values(f"stages.{entry.index}.{entry.kind}", entry.settings)
@@ -174,6 +190,10 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
     if isinstance(entry.settings, TrainingBlock) and (entry.settings.tokens or entry.settings.steps):
         training, derived = _training(recipe, shape, teacher, machine)
         values = derived + [value for value in values if value.key not in {other.key for other in derived}]
+    rounding = None
+    if isinstance(entry.settings, QuantizeSettings):
+        seq, memory = recipe.data.seq_length, machine.gpu_memory
+        rounding = rounding_plan(entry.settings, shape, seq, on_gpu=machine.gpus > 0, gpu_memory=memory)
     exports: dict[str, int] = {}
     judged: Sequence[Verdict] = ()
     if isinstance(entry.settings, ExportSettings) and shape.quant is not None:
@@ -187,6 +207,7 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
         precisions={name: int(after.parameters * width) for name, width in PRECISIONS.items()},
         model_bytes=_written(recipe, shape),
         training=training,
+        rounding=rounding,
         values=values,
         exports=exports,
         verdicts=list(judged),

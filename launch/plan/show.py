@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from .rounding import RoundingPlan
+
 _ROLES = ("teacher", "student", "gradients", "optimizer", "activations", "logits")
 
 
@@ -48,11 +50,21 @@ def short_form(plan: Plan) -> str:
             state = {True: "fits", False: "does NOT fit", None: "memory unknown"}[stage.training.fits]
             where = f"{need} a GPU, {state}" if plan.machine.gpus else f"about {need} of memory a process"
             lines.append(f"  {stage.name}: {amount(stage.training.tokens)} tokens in {stage.training.steps:,} steps, {where}")
+        if stage.rounding:
+            lines.append(f"  {stage.name}: {_rounding_line(stage.rounding)}")
         for form, count in stage.exports.items():
             held = [v.target for v in stage.verdicts if v.outcome == "ok"]
             lines.append(f"  {stage.name}: {form}, {size(count)}" + (f"; loads in {', '.join(held)}" if held else ""))
     lines.append(f"  disk: up to {size(plan.disk_bytes)}")
     return "\n".join(lines)
+
+
+def _rounding_line(rounding: "RoundingPlan") -> str:
+    text = f" on {amount(rounding.tokens)} tokens, {rounding.flop:.2g} FLOP" if rounding.tokens else ""
+    state = {True: ", fits", False: ", does NOT fit", None: ""}[rounding.fits]
+    gpu = f"{size(rounding.device_bytes)} on a GPU{state}, " if rounding.device_bytes else ""
+    streamed = f", layer by layer with {size(rounding.work_bytes)} of work files" if rounding.streamed else ""
+    return f"{rounding.method}{text}, {gpu}about {size(rounding.host_bytes)} of memory{streamed}"
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -74,13 +86,18 @@ def draw(plan: Plan, console: "Console", *, values: bool = True) -> None:
     if any(stage.training for stage in plan.stages):
         console.print(_memory(plan))
     for stage in plan.stages:
+        if stage.rounding:
+            console.print(f"{_safe(stage.name)}: {_rounding_line(stage.rounding)}", highlight=False, soft_wrap=True)
         if stage.verdicts:
             console.print(_targets(stage))
     if values:
         console.print(_values(plan))
     cached = sum(stage.training.cache_bytes for stage in plan.stages if stage.training)
     cache = f", and at most {size(cached)} of the teacher's cache" if cached else ""
-    console.print(f"disk: up to {size(plan.disk_bytes)}: every model folder and export, and three checkpoints of the largest stage{cache}")
+    work = ", work files of rounding" if any(stage.rounding and stage.rounding.streamed for stage in plan.stages) else ""
+    console.print(
+        f"disk: up to {size(plan.disk_bytes)}: every model folder and export, and three checkpoints of the largest stage{work}{cache}"
+    )
     for problem in problems(plan):
         console.print(f"cannot work: {problem}", style="bold red", markup=False, highlight=False, soft_wrap=True)
 

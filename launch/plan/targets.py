@@ -18,7 +18,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """``model_type`` that every target below knows."""
 GROUPS = (32, 64, 128)
 """Group sizes of vLLM's Marlin kernels, besides one scale a row."""
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _SPLIT_INPUTS = ("o_proj", "down_proj")
 
 Outcome = Literal["ok", "slower", "no"]
@@ -189,7 +189,7 @@ def _marlin_widths(case: Case) -> Iterable[Verdict]:
 
 def _fused(case: Case) -> Iterable[Verdict]:
     """q, k, v and gate, up are one matrix in the server: one scheme for all of them."""
-    for names in _FUSED:
+    for names in FUSED:
         left = [name for name in names if _skipped(f"self_attn.{name}", case.skip) or _skipped(f"mlp.{name}", case.skip)]
         if left and len(left) < len(names):
             others = [f"'*.{name}'" for name in names if name not in left]

@@ -9,8 +9,8 @@ from typing import Any
 from ...models.files import sha256_json
 from ...trainer.settings import TrainerSettings
 
-# Settings of a stage that say how often to save, not what to compute.
-_NOT_NUMBERS = {"checkpoint_every"}
+# Settings of a stage that say how often to save, or where weights lie meanwhile, not what to compute.
+_NOT_NUMBERS = {"checkpoint_every", "stream"}
 _TRAINER_NUMBERS = ("precision", "global_batch_tokens", "gradient_clip", "save_dtype", "optimizer")
 
 

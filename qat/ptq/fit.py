@@ -18,17 +18,15 @@ from ..spec import QuantSpec
 from .gptq import Factor, gptq_codes
 from .report import row_energy
 
-ROUNDS = 1
-"""How often codes are rounded to fitted scales; the last codes get their scales fitted once more."""
 _HOLD = 0.01
 """Pull to the scales before, as a share of each group's own curvature: groups whose inputs are nearly alike share their error at random
 otherwise, and calibration text is not all text."""
-_PIECE = 2**24  # numbers of all matrices A at a time: 64 MB
+_PIECE = 2**21  # numbers of a matrix that is worked on at a time: 8 MB
 _FARTHEST = 4.0  # a fitted scale that differs by more is no better description of its group but a sign of a near-singular equation
 
 
 @torch.no_grad()
-def fitted_scales(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor, spec: QuantSpec) -> Tensor:
+def fitted_scales(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor, spec: QuantSpec, damping: float = 0.0) -> Tensor:
     """The scales nearest to the least squared output error for these codes.
 
     Args:
@@ -38,30 +36,36 @@ def fitted_scales(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor
             one is not a positive number within a factor of 4 of it.
         hessian: fp32 [in, in], symmetric.
         spec: Of the grid.
+        damping: Added to the Hessian's diagonal.
 
     Returns:
         fp32 [out, groups] on the spec's grid.
     """
-    size = max(1, _PIECE // scales.shape[1] ** 2)
-    parts = zip(weight.split(size), codes.split(size), scales.split(size))
-    solved = torch.cat([_least_squares(*part, hessian) for part in parts])
+    parts = zip(*(whole.split(_rows(weight, scales)) for whole in (weight, codes, scales)))
+    solved = torch.cat([_least_squares(*part, hessian, damping) for part in parts])
     usable = (solved > scales / _FARTHEST) & (solved < scales * _FARTHEST)
     grid = spec.grid
     return group_scales(torch.where(usable, solved, scales), 1.0, grid.dropped_bits, grid.smallest, grid.largest)
 
 
-def _least_squares(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
+def _rows(weight: Tensor, scales: Tensor) -> int:
+    """Rows worked on at a time."""
+    return max(1, _PIECE // max(weight.shape[1], scales.shape[1] ** 2))
+
+
+def _least_squares(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor, damping: float) -> Tensor:
     """The equation's solution for some rows, fp32 [rows, groups]; noise or NaN in a row whose matrix is not positive definite."""
     rows, groups = scales.shape
     numbers = codes.to(torch.float32)
     width = weight.shape[1] // groups
-    target = (weight @ hessian).mul_(numbers).view(rows, groups, width).sum(2)
+    target = torch.addmm(weight, weight, hessian, beta=damping).mul_(numbers).view(rows, groups, width).sum(2)
     lower = torch.zeros(rows, groups, groups, device=weight.device)
     for group in range(groups):
         first = group * width
         product = numbers[:, first : first + width] @ hessian[first : first + width, first:]
         lower[:, group:, group] = product.mul_(numbers[:, first:]).view(rows, groups - group, width).sum(2)
     own = lower.diagonal(dim1=1, dim2=2)
+    own += damping * numbers.square_().view(rows, groups, width).sum(2)
     hold = (_HOLD * own).masked_fill_(own <= 0, 1.0)
     target += hold * scales
     own += hold
@@ -73,7 +77,8 @@ def _least_squares(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tenso
 def fitted_codes(
     weight: Tensor, scales: Tensor, hessian: Tensor, factor: Factor, spec: QuantSpec, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """GPTQ's codes, and scales fitted to them, in ``ROUNDS`` turns; of all turns each row keeps the one with its least output error.
+    """GPTQ's codes, scales fitted to them, GPTQ's codes for those, and scales fitted once more; rows that all this does not help keep the
+    first codes and scales.
 
     Args:
         weight: fp32 [out, in], finite.
@@ -84,27 +89,22 @@ def fitted_codes(
         mask: As in ``gptq_codes``.
 
     Returns:
-        (codes int8 [out, in], scales fp32 [out, groups]); no row is worse than ``gptq_codes`` leaves it.
+        (codes int8 [out, in], scales fp32 [out, groups]).
     """
-    damped = hessian.clone()
-    damped.diagonal().add_(factor.damping * hessian.diagonal().mean())
-    best = (gptq_codes(weight, scales, factor, spec, mask), scales)
-    codes = best[0]
-    least = row_energy(weight - dequantize(*best), damped)
-    for turn in range(ROUNDS + 1):
-        scales = fitted_scales(weight, codes, scales, damped, spec)
-        best, least = _better(best, least, (codes, scales), weight, damped)
-        if turn < ROUNDS:
-            codes = gptq_codes(weight, scales, factor, spec, mask)
-            best, least = _better(best, least, (codes, scales), weight, damped)
-    return best
+    damping = factor.damping * float(hessian.diagonal().mean())
+    first = gptq_codes(weight, scales, factor, spec, mask)
+    between = fitted_scales(weight, first, scales, hessian, spec, damping)
+    codes = gptq_codes(weight, between, factor, spec, mask)
+    fitted = fitted_scales(weight, codes, between, hessian, spec, damping)
+    rows = _rows(weight, scales)
+    for parts in zip(*(whole.split(rows) for whole in (weight, first, scales, codes, fitted))):
+        piece, kept_codes, kept_scales, new_codes, new_scales = parts
+        worse = _errors(piece, new_codes, new_scales, hessian, damping) >= _errors(piece, kept_codes, kept_scales, hessian, damping)
+        new_codes[worse], new_scales[worse] = kept_codes[worse], kept_scales[worse]
+    return codes, fitted
 
 
-def _better(
-    best: tuple[Tensor, Tensor], least: Tensor, other: tuple[Tensor, Tensor], weight: Tensor, hessian: Tensor
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Row by row the one of two with the smaller error, and that error."""
-    error = row_energy(weight - dequantize(*other), hessian)
-    smaller = error < least
-    rows = smaller.unsqueeze(1)
-    return (torch.where(rows, other[0], best[0]), torch.where(rows, other[1], best[1])), torch.where(smaller, error, least)
+def _errors(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor, damping: float) -> Tensor:
+    """fp64 [rows]: what each row's outputs are off by, squared."""
+    off = weight - dequantize(codes, scales)
+    return row_energy(off, hessian) + damping * row_energy(off, None)

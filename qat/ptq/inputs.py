@@ -76,7 +76,7 @@ class _Sums:
             if given.ndim != 3 or (kept is not None and kept.shape != given.shape[:2]):
                 raise UserError(
                     f"{name} reads a tensor of shape {tuple(given.shape)}, not one vector for each token, and cannot be calibrated; "
-                    f"add it to skip, or use method rtn or mse without calibration_tokens"
+                    f"add it to skip, or use method rtn, or mse without weighted"
                 )
             rows = (given.flatten(0, 1) if kept is None else given[kept]).to(torch.float32)
             if self.whole:
@@ -92,7 +92,7 @@ class _Sums:
         if idle := [name for name in linears if name not in ran]:
             raise UserError(
                 f"{idle[0]} ({len(idle)} in all) took no part in running the calibration text, so nothing is known of its inputs; "
-                "add it to skip, or use method rtn or mse without calibration_tokens"
+                "add it to skip, or use method rtn, or mse without weighted"
             )
         for shared in self.shared:
             shared.moments.mul_(2.0 / tokens)

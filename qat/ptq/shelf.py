@@ -49,6 +49,7 @@ class MemoryShelf:
 
     def put_away(self, layer: nn.Module, extra: dict[str, Tensor]) -> dict[str, Tensor]:
         layer.to("cpu")
+        trim_host()
         return {name: tensor.cpu() for name, tensor in extra.items()}
 
     def close(self) -> None:

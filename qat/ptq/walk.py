@@ -54,6 +54,7 @@ def round_model(
     files: WeightFiles | None = None,
     work: Path | None = None,
     device: torch.device | str = "cpu",
+    others: torch.dtype | None = None,
     advance: Advance = lambda done: None,
 ) -> RoundedModel:
     """Round the linears of the decoder layers, in place: plain linears with weight = codes * scales (fp32).
@@ -68,6 +69,7 @@ def round_model(
         files: Where the weights of a model on the meta device are.
         work: An existing folder that then takes the rounded layers, 5 bytes a weight; the model and the codes are views of its files.
         device: Where the work is done, one layer at a time. The model ends on the CPU.
+        others: Dtype that parameters which are not rounded will be stored in: they get its values (as fp32) before the model is run.
         advance: Told of work that is done, in the units of ``amount_of_work``.
 
     Raises:
@@ -75,8 +77,8 @@ def round_model(
             inputs cannot be calibrated.
         NonFiniteError: inputs of a linear are NaN or infinite.
     """
-    linears = target_linears(model, spec, skip)
     layers = decoder_layers(model)
+    names = _names(target_linears(model, spec, skip), layers or [model])
     calibrates = rounding.needs != "nothing"
     if calibrates:
         _check_calibration(text, layers, rounding)
@@ -86,16 +88,18 @@ def round_model(
     else:
         assert work is not None, "a model that is read from files needs a folder for its rounded layers"
         shelf = FileShelf(model, layers, files, work, device)
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    if others is not None and layers:
+        _take_values([parameter for parameter in model.parameters() if id(parameter) not in inside], others)
     replay = Replay(model, layers, text.batches, device) if calibrates and text is not None else None
     training = model.training
     model.eval()
-    walk = _Walk(model, spec, rounding, frozenset(sparse), shelf, replay, advance)
+    walk = _Walk(model, spec, rounding, frozenset(sparse), shelf, replay, others, advance)
     for index, layer in enumerate(layers or [model]):
-        inside = {id(module) for module in layer.modules()}
-        walk.layer(index, layer, {name: linear for name, linear in linears.items() if id(linear) in inside}, index + 1 == len(layers))
+        walk.layer(index, layer, names[index], index + 1 == len(layers))
     shelf.close()
     model.train(training)
-    state = QuantState(spec=spec, modules=tuple(linears), codes=walk.codes, scales=walk.scales)
+    state = QuantState(spec=spec, modules=tuple(walk.codes), codes=walk.codes, scales=walk.scales)
     return RoundedModel(state=state, errors=walk.errors, notes=walk.notes)
 
 
@@ -104,6 +108,12 @@ def amount_of_work(model: "PreTrainedModel", spec: QuantSpec, rounding: Rounding
     if rounding.needs == "nothing" or text is None:
         return sum(linear.weight.numel() for linear in target_linears(model, spec, skip).values())
     return text.tokens * max(0, 2 * len(decoder_layers(model)) - 1)
+
+
+def _names(linears: Mapping[str, nn.Linear], layers: Sequence[nn.Module]) -> list[list[str]]:
+    """The names of each layer's linears. The modules themselves are let go of: each has its unrounded weight as long as it lives."""
+    inside = [{id(module) for module in layer.modules()} for layer in layers]
+    return [[name for name, linear in linears.items() if id(linear) in modules] for modules in inside]
 
 
 def _check_calibration(text: CalibrationText | None, layers: Sequence[nn.Module], rounding: Rounding) -> None:
@@ -118,19 +128,22 @@ class _Walk:
 
     def __init__(
         self, model: "PreTrainedModel", spec: QuantSpec, rounding: Rounding, sparse: frozenset[str], shelf: Shelf, replay: Replay | None,
-        advance: Advance,
+        others: torch.dtype | None, advance: Advance,
     ) -> None:  # fmt: skip
         self.model, self.spec, self.rounding, self.sparse, self.shelf = model, spec, rounding, sparse, shelf
-        self.replay, self.advance = replay, advance
+        self.replay, self.others, self.advance = replay, others, advance
         self.codes: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
         self.errors: dict[str, KindError] = {}
         self.notes: list[str] = []
 
-    def layer(self, index: int, layer: nn.Module, linears: Mapping[str, nn.Linear], last: bool) -> None:
+    def layer(self, index: int, layer: nn.Module, names: Sequence[str], last: bool) -> None:
         """Round one layer, and run it for the next."""
         self.shelf.bring(layer)
-        linears = {name: _linear(self.model, name) for name in linears}
+        linears = {name: _linear(self.model, name) for name in names}
+        if self.others is not None:
+            rounded_later = {id(linear.weight) for linear in linears.values()}
+            _take_values([parameter for parameter in layer.parameters() if id(parameter) not in rounded_later], self.others)
         for name in linears:
             self.errors.setdefault(kind_of(name), KindError())
         rounded: dict[str, tuple[Tensor, Tensor]] = {}
@@ -186,6 +199,11 @@ class _Walk:
         if not bool(torch.isfinite(weight).all()):
             raise UserError(f"{name}.weight cannot be quantized: it holds NaN or infinite numbers. Take an earlier checkpoint.")
         return weight
+
+
+def _take_values(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
+    for parameter in parameters:
+        parameter.copy_(parameter.to(dtype))
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

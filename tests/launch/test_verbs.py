@@ -43,6 +43,52 @@ def test_verbs_lead_from_a_folder_to_a_verified_export(tiny: dict[str, Any], run
     assert row["eval"]["perplexity"] == pytest.approx(trained["eval"]["perplexity"], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_quantize_by_gptq_on_text(tiny: dict[str, Any], run: Any, corpus: Path, tmp_path: Path) -> None:
+    made = run({**tiny, "name": "made", "stages": [{"distill": {"steps": 60}}]})
+    assert made.returncode == 0, made.stderr
+    student = "runs/made/01-distill/model"
+    text = ["--text", str(corpus / "*.txt"), "--seq-length", "32", "data.eval_tokens=1024"]
+
+    def verb(*arguments: str, code: int = 0) -> str:
+        command = [
+            sys.executable,
+            "-m",
+            "decoct.launch.cli",
+            "quantize",
+            student,
+            *text,
+            "--teacher",
+            student,
+            "--group-size",
+            "16",
+            *arguments,
+        ]
+        done = subprocess.run(
+            command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def row(out: str) -> dict[str, Any]:
+        return json.loads((tmp_path / out / "report.json").read_text())["stages"][-1]
+
+    verb("--bits", "3", "--out", "rtn")
+    gptq = ["--method", "gptq", "--bits", "3", "--out", "gptq"]
+    told = verb(*gptq, "--calibration-tokens", "4k")
+    assert "01-quantize: gptq on 4k tokens" in told
+    assert "calibrates on 4,000 tokens in 125 windows" in told
+    assert row("gptq")["eval"]["kl"] < row("rtn")["eval"]["kl"]
+    first = json.loads((tmp_path / "gptq/01-quantize/model/decoct.json").read_text())
+    assert first["quant"]["rounding"]["calibration"]["tokens"] == 4000
+    assert "is done, skipped" in verb(*gptq, "--calibration-tokens", "4k", "stages.0.quantize.stream=always")
+    assert "calibrates on 8,000 tokens" in verb(*gptq, "--calibration-tokens", "8k")
+    assert len(list((tmp_path / "gptq").glob("01-quantize.*"))) == 1, "what other text gave is kept aside"
+    refusal = "calibration_tokens=4000 does nothing with method=rtn: it belongs to gptq and mse"
+    assert refusal in verb("--calibration-tokens", "4k", "--out", "no", code=2)
+    assert "wants 'rtn', 'mse' or 'gptq'; got 'gptk', did you mean 'gptq'?" in verb("--method", "gptk", "--out", "no", code=2)
+
+
 def test_verb_recipe_is_one_stage_on_the_given_model() -> None:
     recipe = verb_recipe("qat", "runs/x/01-distill/model", {"tokens": "1M", "other": None}, TextChoice(None, None, 64), "big")
     assert recipe["name"] == "qat-01-distill"

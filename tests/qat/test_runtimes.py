@@ -74,7 +74,7 @@ def installed() -> None:
 
 def test_too_little_memory_skips(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed()
-    monkeypatch.setattr(runtimes, "_available_bytes", lambda: 1000)
+    monkeypatch.setattr(runtimes, "available_bytes", lambda: 1000)
     seen = check_runtimes(exported)["transformers"]
     assert seen["status"] == "skipped"
     assert "1,000 are free" in seen["reason"]

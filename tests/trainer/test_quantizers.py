@@ -11,7 +11,7 @@ from decoct.qat.fake_quant import quantize
 from decoct.qat.linear import Extras, QuantLinear
 from decoct.qat.modules import prepare, quantize_model
 from decoct.qat.ptq.mse import searched_scales
-from decoct.qat.spec import QuantSpec
+from decoct.qat.spec import ActivationSpec, QuantSpec
 from decoct.trainer.quantizers import Phase, Quantizers
 from decoct.trainer.settings import QatSettings
 
@@ -122,8 +122,14 @@ def test_an_adapter_trains_over_frozen_weights_and_its_sum_is_rounded(training: 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"delay": 0.4, "anneal_from": 7, "anneal": 0.4}, {"scales": "absmax", "freeze_scales": 0.3}, {"lora": 2, "start": "mse"}],
-    ids=["learned", "delayed", "frozen", "lora"],
+    [
+        {},
+        {"activations": ActivationSpec(scaling="static")},
+        {"delay": 0.4, "anneal_from": 7, "anneal": 0.4},
+        {"scales": "absmax", "freeze_scales": 0.3},
+        {"lora": 2, "start": "mse"},
+    ],
+    ids=["learned", "inputs", "delayed", "frozen", "lora"],
 )
 def test_stopped_and_resumed_ends_in_the_same_bits(training: ModuleType, tmp_path: Path, changes: dict[str, Any]) -> None:
     _, straight = run(training, tmp_path / "straight", **changes)

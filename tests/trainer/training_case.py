@@ -23,7 +23,7 @@ from decoct.losses.settings import LossSettings
 from decoct.losses.sums import LossSums
 from decoct.models.families import decoder_linears
 from decoct.models.teachers import LocalTeacher
-from decoct.qat.spec import QuantSpec
+from decoct.qat.spec import ActivationSpec, QuantSpec
 from decoct.trainer.batch import BatchPlan
 from decoct.trainer.fit import FitResult, TrainingPlan, fit
 from decoct.trainer.hooks import KeepZeros, MaskHook, StepHook
@@ -201,7 +201,13 @@ class Case:
     def quantizing(self) -> QatSettings:
         """The settings of kind 'learned': everything that has a state."""
         return QatSettings(
-            steps=self.steps, weights=QuantSpec(bits=4, group_size=16), delay=0.2, anneal_from=6, anneal=0.4, freeze_scales=0.2
+            steps=self.steps,
+            weights=QuantSpec(bits=4, group_size=16),
+            activations=ActivationSpec(scaling="static"),
+            delay=0.2,
+            anneal_from=6,
+            anneal=0.4,
+            freeze_scales=0.2,
         )
 
     @staticmethod
@@ -227,7 +233,7 @@ class Case:
         if self.kind in ("sparse", "qat"):
             hooks.append(KeepZeros(linears))
         if self.kind == "learned":
-            hooks.append(Quantizers(self.quantizing(), self.steps, self.seed))
+            hooks.append(quantizers(student, self.quantizing(), self))
         return hooks
 
     def objective(self) -> Objective:
@@ -237,6 +243,16 @@ class Case:
         return Objective(LocalTeacher(tiny_model(2, dropout=0.0), v_eff=VOCAB), LossSettings(hard_weight=0.25), v_eff=VOCAB)
 
 
+def quantizers(student: nn.Module, settings: QatSettings, case: Case, kind: type[Quantizers] = Quantizers) -> Quantizers:
+    """The hook of a quantized student, its inputs rounded where the settings say so."""
+    from decoct.qat.activations import round_inputs
+    from decoct.qat.linear import QuantLinear
+
+    names = [name for name, module in student.named_modules() if isinstance(module, QuantLinear)]
+    inputs = round_inputs(student, names, settings.activations) if settings.activations else None
+    return kind(settings, case.steps, case.seed, inputs=inputs)
+
+
 def run_case(case: Case, work: Path, *, console: Console | None = None, **changes: Any) -> tuple[FitResult, LlamaForCausalLM]:
     """Run (or go on with) the stage in ``work``; ``changes`` replace arguments of ``fit``."""
     student = changes.pop("student", None) or case.student()
@@ -244,7 +260,7 @@ def run_case(case: Case, work: Path, *, console: Console | None = None, **change
     if quantizing is not None:
         student = tiny_model(1, dropout=case.dropout, hidden=case.hidden)
         case.quantize(student, quantizing)
-        changes["hooks"] = [hook(quantizing, case.steps, case.seed)]
+        changes["hooks"] = [quantizers(student, quantizing, case, hook)]
     arguments: dict[str, Any] = {
         "work": work / "stage",
         "stage": case.kind,

@@ -10,8 +10,10 @@ from ...models.families import decoder_linears
 from ...models.folder import read_record
 from ...models.loading import load_model
 from ...models.teachers import LocalTeacher
+from ...qat.activations import round_inputs_as_stored
 from ...qat.footprint import bits_per_weight, count_parameters, folder_bytes, linear_sparsity
 from ...qat.rebuild import load_exported_model
+from ...qat.state import load_quant_state
 from ..evaluation import evaluate_model
 
 if TYPE_CHECKING:
@@ -26,10 +28,19 @@ def best_device() -> str:
 
 
 def open_for_measuring(path: str, revision: str | None = None) -> "PreTrainedModel":
-    """Any model folder, hub id or export as a plain fp32 model; exports are rebuilt by the independent reader."""
+    """Any model folder, hub id or export as a plain fp32 model; exports are rebuilt by the independent reader.
+
+    Of fp32 folders transformers maps the files, so that a model quantized layer by layer can be measured where memory does not hold it.
+    """
     if is_export(path):
         return load_exported_model(Path(path))
-    return load_model(path, dtype=torch.float32, revision=revision)
+    model = load_model(path, dtype=torch.float32, revision=revision)
+    record = quant_record(path)
+    if record and record.get("activations"):
+        state = load_quant_state(Path(path))
+        assert state.activations is not None
+        round_inputs_as_stored(model, state.modules, state.activations, state.input_scales, state.input_zeros)
+    return model
 
 
 def is_export(path: str) -> bool:

@@ -70,7 +70,7 @@ def stage_strategy(context: StageContext) -> Literal["ddp", "fsdp2"]:
     chosen = choose_strategy(
         "auto",
         ranks=world.size,
-        parameters=_parameters(context.input, context.input_revision),
+        parameters=stored_parameters(context.input, context.input_revision),
         optimizer=settings.optimizer,
         teacher_bytes=teacher_bytes(context.teacher, world.size),
         device_bytes=memory,
@@ -82,7 +82,7 @@ def teacher_bytes(teacher: TeacherRef | None, ranks: int) -> int:
     """About what a teacher takes on each device."""
     if teacher is None:
         return 0
-    return held_bytes(_parameters(teacher.path, teacher.revision), teacher.load_in, teacher.placement, ranks)
+    return held_bytes(stored_parameters(teacher.path, teacher.revision), teacher.load_in, teacher.placement, ranks)
 
 
 def held_bytes(parameters: int, load_in: str, placement: str, ranks: int) -> int:
@@ -91,7 +91,8 @@ def held_bytes(parameters: int, load_in: str, placement: str, ranks: int) -> int
     return int(parameters * _BYTES[load_in] * share)
 
 
-def _parameters(path: str, revision: str | None) -> int:
+def stored_parameters(path: str, revision: str | None) -> int:
+    """Parameters of a model folder or hub id, by its config; tied ones once."""
     return sum(parameter.numel() for parameter in meta_model(load_config(path, revision=revision)).parameters())
 
 

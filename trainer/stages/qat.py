@@ -1,6 +1,6 @@
 """Stage `qat`: train with rounded weights, end in codes and scales that exporters only shuffle."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -9,17 +9,17 @@ import torch
 from ...models.errors import UserError
 from ...models.folder import save_model_folder
 from ...models.loading import load_model
+from ...qat.activations import RoundedInputs, round_inputs
 from ...qat.linear import Extras
 from ...qat.modules import fold, hold_codes, prepare, quantize_model
-from ...qat.ptq import CalibrationText, Rounding, round_model
+from ...qat.ptq import Rounding, round_model
 from ...qat.ptq.cells import into_cells
 from ...qat.state import QUANT_FILE, load_quant_state
 from ..quantizers import Quantizers
-from ..settings import QatSettings, TrainerSettings
+from ..settings import QatSettings, QuantizeSettings, TrainerSettings
 from .context import StageContext, StageResult, Trained
-from .opening import OpenStudent, current_device, open_student
-from .prune import calibration_batches
-from .quantize import save_quantized
+from .opening import OpenStudent, open_student
+from .quantize import Source, round_and_tell, save_quantized, stage_text
 from .saving import stage_record
 from .training import keep_zeros_hooks, sparse_modules, train_student, training_plan
 
@@ -36,17 +36,9 @@ def start(settings: QatSettings, context: StageContext) -> None:
         return
     model = load_model(context.input, dtype=torch.float32, revision=context.input_revision)
     latent = {name: parameter.detach().clone() for name, parameter in model.named_parameters()} if settings.train == "all" else {}
-    text = CalibrationText(batches=list(calibration_batches(context, settings.calibration_tokens)))
-    context.say(f"  GPTQ on {text.tokens:,} tokens")
-    rounded = round_model(
-        model,
-        settings.weights,
-        Rounding(method="gptq"),
-        skip=settings.skip,
-        sparse=sparse_modules(context.input),
-        text=text,
-        device=current_device(),
-    )
+    rounding = QuantizeSettings(weights=settings.weights, skip=settings.skip, method="gptq", calibration_tokens=settings.calibration_tokens)
+    text = stage_text(rounding, context, model)
+    rounded = round_and_tell(rounding, context, Source(model, {}), text, others=None)
     for name in rounded.state.modules if latent else ():
         weight = model.get_parameter(f"{name}.weight")
         weight.data.copy_(into_cells(latent[f"{name}.weight"], rounded.state.codes[name], rounded.state.scales[name], settings.weights))
@@ -65,7 +57,10 @@ def train(settings: QatSettings, context: StageContext) -> Trained:
     if settings.train == "scales":
         modules = _hold_codes(settings, student, opened, sparse)
         _announce(settings, len(modules), context)
-        return train_student(student, settings, context, facts=facts)
+        inputs = _round_inputs(settings, student, modules)
+        plan = training_plan(settings, context, student.model.config.hidden_size, student.strategy)
+        hooks = [Quantizers(settings, plan.total_steps, plan.seed, inputs=inputs)] if inputs else []
+        return _with_inputs(train_student(student, settings, context, hooks=hooks, facts=facts), inputs)
     extras = Extras(scale=settings.scales == "learned" or settings.freeze_scales > 0, rank=settings.lora or 0)
     modules = prepare(student.model, settings.weights, settings.skip, extras)
     if settings.lora:
@@ -73,17 +68,22 @@ def train(settings: QatSettings, context: StageContext) -> Trained:
     _announce(settings, len(modules), context)
     plan = training_plan(settings, context, student.model.config.hidden_size, student.strategy)
     given = _given_scales(opened) if settings.start == "gptq" else None
-    quantizers = Quantizers(settings, plan.total_steps, plan.seed, given)
+    inputs = _round_inputs(settings, student, modules)
+    quantizers = Quantizers(settings, plan.total_steps, plan.seed, given, inputs)
     hooks = [*keep_zeros_hooks(student.model, sparse), quantizers]
-    return train_student(student, settings, context, hooks=hooks, facts=facts)
+    return _with_inputs(train_student(student, settings, context, hooks=hooks, facts=facts), inputs)
 
 
 def finish(settings: QatSettings, context: StageContext, trained: Trained | None) -> StageResult:
     """Take codes and scales from what was trained, fold them, and write the quantized folder (rank 0)."""
     assert trained is not None
+    facts = dict(trained.facts)
+    inputs: RoundedInputs | None = facts.pop("inputs", None)
     state = quantize_model(trained.student, settings.weights, settings.skip)
+    if inputs is not None:
+        state = replace(state, activations=inputs.spec, input_scales=inputs.scales(), input_zeros=inputs.zeros())
     fold(trained.student, state)
-    save_quantized(trained.student, state, context, trained.facts)
+    save_quantized(trained.student, state, context, facts)
     return StageResult(model=context.model, tokens=trained.tokens, seconds=trained.seconds)
 
 
@@ -105,6 +105,15 @@ def _whole_on_each_rank(context: StageContext) -> TrainerSettings:
     return replace(context.trainer, strategy="ddp")
 
 
+def _round_inputs(settings: QatSettings, student: OpenStudent, modules: Iterable[str]) -> RoundedInputs | None:
+    return round_inputs(student.model, modules, settings.activations) if settings.activations else None
+
+
+def _with_inputs(trained: Trained, inputs: RoundedInputs | None) -> Trained:
+    """What became of the inputs' ranges goes along to ``finish``: a gathered copy of the student has none of them."""
+    return replace(trained, facts={**trained.facts, "inputs": inputs})
+
+
 def _given_scales(context: StageContext) -> Mapping[str, "Tensor"]:
     from safetensors.torch import load_file
 
@@ -123,7 +132,8 @@ def _announce(settings: QatSettings, count: int, context: StageContext) -> None:
     group = settings.weights.group_size
     shared = f"groups of {group}" if isinstance(group, int) else "one scale a row"
     trained = {"scales": "scales alone train"}.get(settings.train, f"{settings.scales} scales")
-    more = [f"start {settings.start}"] if settings.start != "rtn" else []
+    more = [f"inputs in {settings.activations.kind}, {settings.activations.scaling}"] if settings.activations else []
+    more += [f"start {settings.start}"] if settings.start != "rtn" else []
     more += [f"adapters of rank {settings.lora}"] if settings.lora else []
     more += [f"annealed from {settings.anneal_from} bits"] if settings.anneal_from else []
     context.say("  " + ", ".join([f"{count} linear layers at {settings.weights.bits} bits", shared, trained, *more]))

@@ -1,31 +1,178 @@
-"""Stage `quantize`: round the weights without training (round to nearest)."""
+"""Stage `quantize`: round the weights without training: to nearest, with searched scales, or by GPTQ on calibration text."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...models.batches import check_packing
+from ...models.errors import UserError
+from ...models.files import scratch_directory
 from ...models.folder import save_model_folder
-from ...qat.modules import fold, quantize_model
+from ...models.host_memory import available_bytes
+from ...models.loading import load_model
+from ...models.streaming import can_stream, empty_model
+from ...qat.modules import target_linears
+from ...qat.ptq import CalibrationText, RoundedModel, Rounding, amount_of_work, round_model
+from ...qat.ptq.report import error_lines
 from ...qat.state import QuantState
+from ..evaluation import exact_products
+from ..progress import token_progress
 from ..settings import QuantizeSettings
+from .calibration import calibration_text
 from .context import StageContext, StageResult
-from .opening import whole_student
+from .opening import current_device, stored_parameters
 from .saving import stage_record
 from .training import sparse_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+STORED = torch.bfloat16
+"""Dtype that exports store everything in that is not quantized, and runtimes compute with."""
+_NOTES_TOLD = 5
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is rounded."""
+
+    model: "PreTrainedModel"
+    """In fp32 in host memory, or on the meta device."""
+    streaming: dict[str, Any]
+    """Arguments of ``round_model`` that say where to read and write it; {} when it is in memory."""
+
 
 def finish(settings: QuantizeSettings, context: StageContext, trained: None) -> StageResult:
     """Round, fold and write the quantized folder (rank 0)."""
     started = time.perf_counter()
-    student = whole_student(context)
-    state = quantize_model(student, settings.weights, settings.skip)
-    fold(student, state)
-    save_quantized(student, state, context, {"sparse": sparse_modules(context.input)})
+    with _opened(settings, context) as source:
+        text = stage_text(settings, context, source.model) if settings.calibrates else None
+        rounded = round_and_tell(settings, context, source, text)
+        record = rounding_record(settings, text, rounded)
+        save_quantized(source.model, rounded.state, context, {"sparse": sparse_modules(context.input)}, rounding=record)
     return StageResult(model=context.model, seconds=time.perf_counter() - started)
+
+
+def rounding_of(settings: QuantizeSettings) -> Rounding:
+    """The method and its dials; those that it does not have are at their defaults."""
+    dials = {name: getattr(settings, name) for name in ("scale", "damping", "activation_order", "weighted")}
+    return Rounding(method=settings.method, **{name: value for name, value in dials.items() if value is not None})
+
+
+def rounding_record(settings: QuantizeSettings, text: CalibrationText | None, rounded: RoundedModel) -> dict[str, Any]:
+    """What decoct.json says of how codes and scales were found (``quant.rounding``)."""
+    names = ("method", "scale", "damping", "activation_order", "weighted")
+    record: dict[str, Any] = {name: value for name in names if (value := getattr(settings, name)) is not None}
+    if text is not None:
+        record["calibration"] = {"tokens": text.tokens, "windows": _windows(text), "sha256": text.fingerprint()}
+    record["relative_error"] = {
+        kind: {"linears": error.linears, "rounded": error.relative, "to_nearest": error.relative_nearest}
+        for kind, error in rounded.errors.items()
+    }
+    return {**record, "notes": rounded.notes}
+
+
+@contextmanager
+def _opened(settings: QuantizeSettings, context: StageContext) -> Iterator[Source]:
+    """The stage's input, whole in host memory or to be read layer by layer. What was rounded of it is on disk until the block ends."""
+    if not _streams(settings, context):
+        yield Source(load_model(context.input, dtype=torch.float32, revision=context.input_revision), {})
+        return
+    with scratch_directory(context.folder / "layers") as work:
+        model, files = empty_model(context.input, context.input_revision)
+        with files:
+            yield Source(model, {"files": files, "work": work})
+
+
+def memory_in_whole(parameters: int) -> int:
+    """About what rounding a model in host memory takes: its weights in fp32, the codes, and a copy of one file of it for writing."""
+    return 5 * parameters + min(4 * parameters, 5 * 10**9)
+
+
+def wants_streaming(settings: QuantizeSettings, parameters: int) -> bool:
+    """Whether a model of so many parameters is rounded layer by layer from its files, where they allow it."""
+    room = available_bytes()
+    too_large = room is not None and memory_in_whole(parameters) > room
+    return settings.stream == "always" or (settings.stream == "auto" and too_large)
+
+
+def _streams(settings: QuantizeSettings, context: StageContext) -> bool:
+    if settings.stream == "never" or not wants_streaming(settings, stored_parameters(context.input, context.input_revision)):
+        return False
+    if can_stream(context.input, context.input_revision):
+        context.say("  layer by layer, from its files and to new ones")
+        return True
+    if settings.stream == "always":
+        raise UserError(
+            f"{context.name}: stream: always, but the files of {context.input} do not hold the weights under the names of the model's "
+            "modules, so that they cannot be read one by one; save the model with decoct or transformers first, or use stream: never"
+        )
+    context.say("  memory is short, but the model's files can only be read whole: they name weights otherwise than its modules do")
+    return False
+
+
+def stage_text(settings: QuantizeSettings, context: StageContext, model: "PreTrainedModel") -> CalibrationText:
+    """Calibration text, checked to be enough for the method."""
+    assert settings.calibration_tokens is not None
+    if context.data.packed:
+        check_packing(model, f"{context.name}: the student")
+    text = calibration_text(context.data.train, settings.calibration_tokens, context.seed)
+    linears = target_linears(model, settings.weights, settings.skip)
+    widest = max(linears, key=lambda name: linears[name].in_features)
+    inputs = linears[widest].in_features
+    if rounding_of(settings).needs == "hessian" and text.tokens < inputs:
+        raise UserError(
+            f"{context.name}: {text.tokens:,} tokens are too few to calibrate on: {widest} has {inputs:,} inputs, and method "
+            f"{settings.method} needs at least as many tokens (calibration_tokens={settings.calibration_tokens:,}, training text "
+            f"{context.data.train.tokens:,} tokens); raise calibration_tokens, give more text, or use method mse"
+        )
+    fewer = f", all there are of {settings.calibration_tokens:,}" if text.tokens < settings.calibration_tokens else ""
+    context.say(f"  calibrates on {text.tokens:,} tokens in {_windows(text):,} windows{fewer} (sha256 {text.fingerprint()[:12]})")
+    return text
+
+
+def _windows(text: CalibrationText) -> int:
+    return sum(len(batch["input_ids"]) for batch in text.batches)
+
+
+def round_and_tell(
+    settings: QuantizeSettings,
+    context: StageContext,
+    source: Source,
+    text: CalibrationText | None,
+    others: torch.dtype | None = STORED,
+) -> RoundedModel:
+    """Round the model in place with a progress bar, and say what it cost; ``others`` is the grid of what is not quantized."""
+    rounding, device = rounding_of(settings), current_device()
+    total = amount_of_work(source.model, settings.weights, rounding, settings.skip, text)
+    unit = "weights" if text is None else "layer tokens"
+    with token_progress(context.console, context.name, total, unit) as advance, exact_products(device.type):
+        rounded = round_model(
+            source.model,
+            settings.weights,
+            rounding,
+            skip=settings.skip,
+            sparse=sparse_modules(context.input),
+            text=text,
+            device=device,
+            others=others,
+            advance=advance,
+            **source.streaming,
+        )
+    group = settings.weights.group_size
+    scales = f"groups of {group}" if isinstance(group, int) else "one scale a row"
+    context.say(f"  {len(rounded.state.modules)} linear layers at {settings.weights.bits} bits, {scales}, by {settings.method}")
+    for line in error_lines(rounded.errors, text is not None):
+        context.say(f"    {line}")
+    for note in rounded.notes[:_NOTES_TOLD]:
+        context.say(f"  {note}")
+    if len(rounded.notes) > _NOTES_TOLD:
+        context.say(f"  and {len(rounded.notes) - _NOTES_TOLD} notes more in decoct.json (quant.rounding.notes)")
+    return rounded
 
 
 def round_unquantized(model: "PreTrainedModel", state: QuantState) -> None:
@@ -33,18 +180,29 @@ def round_unquantized(model: "PreTrainedModel", state: QuantState) -> None:
     quantized = {f"{name}.weight" for name in state.modules}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name not in quantized:
-                parameter.copy_(parameter.to(torch.bfloat16))
+            if name in quantized:
+                continue
+            stored = parameter.to(STORED).to(parameter.dtype)
+            # writing to pages of a mapped file would take memory for them
+            if not torch.equal(stored, parameter):
+                parameter.copy_(stored)
 
 
-def save_quantized(model: "PreTrainedModel", state: QuantState, context: StageContext, facts: dict[str, Any]) -> None:
-    """Write q * s in fp32 under the original names, with codes and scales beside it in quant.safetensors."""
+def save_quantized(
+    model: "PreTrainedModel", state: QuantState, context: StageContext, facts: dict[str, Any], rounding: dict[str, Any] | None = None
+) -> None:
+    """Write q * s in fp32 under the original names, with codes and scales beside it in quant.safetensors.
+
+    Args:
+        rounding: How codes and scales were found, for decoct.json.
+    """
     round_unquantized(model, state)
+    quant = {**state.record(), **({"rounding": rounding} if rounding else {})}
     save_model_folder(
         context.model,
         model,
         context.tokenizer,
-        stage_record(context, {**facts, "quant": state.record()}),
+        stage_record(context, {**facts, "quant": quant}),
         dtype=torch.float32,
         extra_tensors={"quant.safetensors": state.tensors()},
     )

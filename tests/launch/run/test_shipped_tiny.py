@@ -36,7 +36,10 @@ def _tiny(name: str, folder: Path, corpus: Path) -> dict[str, Any]:
     plain = resolved(load_recipe(name))
     _teacher(folder / "teacher", plain["teacher"]["path"], corpus)
     plain["teacher"]["path"] = str(folder / "teacher")
-    plain["student"]["keep"]["layers"] = 2
+    if plain["student"]["keep"]:
+        plain["student"]["keep"]["layers"] = 2
+    else:
+        plain["student"]["path"] = plain["teacher"]["path"]
     plain["data"] = {"files": [str(corpus / "*.txt")], "seq_length": 32, "eval_tokens": 512}
     for stage in plain["stages"]:
         (settings,) = stage.values()
@@ -44,6 +47,8 @@ def _tiny(name: str, folder: Path, corpus: Path) -> dict[str, Any]:
             settings.update(tokens=None, steps=3)
         if settings.get("structured"):
             settings.update(structured={"ffn": 96}, calibration_tokens=512)
+        elif settings.get("calibration_tokens"):
+            settings["calibration_tokens"] = 512
         if settings.get("weights"):
             settings["weights"]["group_size"] = 32
     plain["trainer"].update(global_batch_tokens=512, micro_batch=2, devices=min(2, plain["trainer"]["devices"]))

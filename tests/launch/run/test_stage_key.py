@@ -7,7 +7,7 @@ import pytest
 
 from decoct.launch.run.stage_key import stage_key
 from decoct.losses.settings import LossSettings
-from decoct.trainer.settings import DistillSettings, TrainerSettings
+from decoct.trainer.settings import DistillSettings, QuantizeSettings, TrainerSettings
 
 BASE: dict[str, Any] = {
     "name": "01-distill",
@@ -53,3 +53,18 @@ def test_what_changes_numbers_changes_the_key(change: dict[str, Any]) -> None:
 )
 def test_what_changes_no_numbers_keeps_the_key(change: dict[str, Any]) -> None:
     assert stage_key(**BASE) == stage_key(**{**BASE, **change})
+
+
+def test_how_codes_are_chosen_changes_the_key_and_where_weights_lie_does_not() -> None:
+    base = {**BASE, "kind": "quantize", "settings": QuantizeSettings(method="gptq")}
+    changes = (
+        {"method": "mse"},
+        {"calibration_tokens": 1000},
+        {"damping": 0.1},
+        {"activation_order": False},
+        {"scale": "mse"},
+        {"skip": ("a",)},
+    )
+    keys = {stage_key(**{**base, "settings": QuantizeSettings(**{"method": "gptq", **change})}) for change in changes}
+    assert len(keys | {stage_key(**base)}) == len(changes) + 1
+    assert stage_key(**{**base, "settings": QuantizeSettings(method="gptq", stream="always")}) == stage_key(**base)

@@ -1,0 +1,114 @@
+"""What the plan says of rounding after training: beside what it takes in a fresh process, and what is said where it cannot work."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from decoct.configs import recipe_from_dict
+from decoct.launch.plan import Plan, plan, problems
+from decoct.launch.plan.rounding import RoundingPlan
+from decoct.launch.plan.show import as_json, short_form
+from decoct.trainer.stages import quantize
+
+
+def planned(*settings: dict[str, Any], model: str = "meta-llama/Llama-3.1-8B", **machine: Any) -> tuple[Plan, list[RoundingPlan]]:
+    data = {"builtin": "python-stdlib", "seq_length": 2048}
+    stages = [{"quantize": {"name": f"s{index}", **one}} for index, one in enumerate(settings)]
+    made = plan(recipe_from_dict({"name": "x", "student": {"path": model}, "data": data, "stages": stages}), **machine)
+    return made, [stage.rounding for stage in made.stages if stage.rounding]
+
+
+def test_gptq_takes_text_work_and_memory_and_rounding_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "available_bytes", lambda: 10**12)
+    gptq = {"method": "gptq"}
+    made, (rtn, full, few, streamed) = planned(
+        {}, gptq, {**gptq, "calibration_tokens": 65_536}, {**gptq, "stream": "always"}, gpus=1, gpu_memory=24 * 10**9
+    )
+    assert (rtn.tokens, rtn.flop, rtn.work_bytes) == (0, 0, 0)
+    assert full.tokens == 262_144
+    body = 6_979_321_856
+    passes = 2 * 262_144 * body * (2 - 1 / 32)
+    moments = 2 * 262_144 * 32 * (3 * 4096**2 + 14336**2)
+    assert passes + moments < full.flop < 1.06 * (passes + moments)
+    assert rtn.device_bytes < full.device_bytes == few.device_bytes == streamed.device_bytes < 10e9
+    assert full.host_bytes - few.host_bytes == 4 * 4096 * (262_144 - 65_536)
+    assert streamed.host_bytes < 0.2 * full.host_bytes
+    assert streamed.work_bytes == pytest.approx(5 * body, rel=0.01)
+    alone, _ = planned(gptq, gpus=1, gpu_memory=24 * 10**9)
+    assert made.disk_bytes - 4 * alone.disk_bytes == streamed.work_bytes
+    assert "02-s1: gptq on 262k tokens, 1.2e+16 FLOP, 8.78 GB on a GPU, fits, about 49.4 GB of memory\n" in short_form(made)
+    assert "layer by layer with 35.1 GB of work files" in short_form(made)
+    assert as_json(made)["stages"][1]["rounding"]["tokens"] == 262_144
+
+
+def test_a_gpu_that_is_too_small_for_a_layer_is_told() -> None:
+    made, _ = planned({"method": "gptq"}, {}, gpus=1, gpu_memory=8 * 10**9)
+    (problem,) = problems(made)
+    assert problem.startswith("01-s0 works on one layer at a time, which takes 8.8 GB on a GPU, and 7.4 GB can be used")
+    assert "does NOT fit" in short_form(made)
+
+
+def test_what_is_skipped_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "available_bytes", lambda: 10**12)
+    _, (whole, part) = planned({"method": "gptq"}, {"method": "gptq", "skip": ["*.down_proj"]}, gpus=1)
+    assert whole.device_bytes - part.device_bytes > 4 * 14336**2
+    assert whole.fits is None
+
+
+SCRIPT = """
+import json, re, sys, threading, time
+import torch
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+from decoct.configs import recipe_from_dict
+from decoct.launch.plan import plan
+from decoct.models.loading import load_model
+from decoct.qat.ptq import round_model
+from decoct.trainer.data.windows import Windows
+from decoct.trainer.stages.calibration import calibration_text
+from decoct.trainer.stages.quantize import rounding_of
+
+folder, method = sys.argv[1:]
+torch.set_num_threads(1)
+sizes = dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=3, num_attention_heads=12, num_key_value_heads=12)
+config = LlamaConfig(vocab_size=512, **sizes)
+LlamaForCausalLM(config).save_pretrained(folder)
+stage = {"quantize": {"method": method, "calibration_tokens": 8192} if method == "gptq" else {"method": method}}
+data = {"builtin": "python-stdlib", "seq_length": 256}
+recipe = recipe_from_dict({"name": "x", "student": {"path": folder}, "data": data, "stages": [stage]})
+predicted = plan(recipe).stages[0].rounding
+settings = recipe.stages[0].settings
+
+def anonymous():
+    return int(re.findall(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[0]) * 1024
+
+base, most = anonymous(), [0]
+def watch():
+    while True:
+        most[0] = max(most[0], anonymous() - base)
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+model = load_model(folder, dtype=torch.float32)
+text = calibration_text(Windows(torch.randint(0, 512, (32, 256)).int().numpy()), 8192, 0)
+round_model(model, settings.weights, rounding_of(settings), text=text, others=torch.bfloat16)
+weights = sum(parameter.numel() for parameter in model.parameters())
+# a file in one piece is not written here
+print(json.dumps({"measured": most[0], "predicted": predicted.host_bytes - min(4 * weights, 5 * 10**9)}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell what is anonymous")
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_prediction_is_within_a_quarter_of_the_memory_of_a_process(method: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "model"), method]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["measured"] > 120e6
+    assert found["predicted"] == pytest.approx(found["measured"], rel=0.25), found

@@ -1,0 +1,26 @@
+"""Measuring a quantized folder that memory does not hold: its weights are the pages of its files."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from decoct.models.folder import save_model_folder
+from decoct.models.loading import load_model
+from decoct.trainer.stages.measure import open_for_measuring
+
+
+def mapped(tensor: torch.Tensor, folder: Path) -> bool:
+    """Whether the memory of a tensor is a file of ``folder``."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if begin <= tensor.data_ptr() < end:
+            return str(folder) in line
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell what is mapped")
+def test_fp32_folders_take_no_memory_of_their_own(trained_folder: Path, tmp_path: Path) -> None:
+    folder = save_model_folder(tmp_path / "wide", load_model(trained_folder, dtype=torch.float32), None, {}, dtype=torch.float32)
+    assert all(mapped(parameter, folder) for parameter in open_for_measuring(str(folder)).parameters())
+    assert not any(mapped(parameter, trained_folder) for parameter in open_for_measuring(str(trained_folder)).parameters())
