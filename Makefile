@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart check format lint types test bench bench-gpu clean
+.PHONY: help install quickstart check format lint types test test-serving bench bench-gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,17 @@ types: install
 test: install ## every test but those of the serving stacks
 	$(TEST) -m 'not serving' $(PYTEST_ARGS)
 
+# The serving stacks have a venv of their own: they bring and pin much that decoct does not need.
+SERVING := .venv-serving
+$(SERVING)/.llama-cpp: pyproject.toml constraints.txt tests/serving/requirements-llama-cpp.txt
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt torch
+	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]' -r tests/serving/requirements-llama-cpp.txt
+	@touch $@
+
+test-serving: $(SERVING)/.llama-cpp ## exports in real serving stacks: llama.cpp (about 15 minutes on 2 cores)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(SERVING)/bin/pytest -m serving tests/serving $(PYTEST_ARGS)
+
 bench: install ## the benchmarks that need no GPU, at their default sizes
 	$(BIN)/python benchmarks/linear_divergence.py --json benchmarks/results/linear_divergence.json
 	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
@@ -55,4 +66,4 @@ bench-gpu: install ## the tests and benchmarks that need a GPU
 	$(BIN)/python benchmarks/linear_divergence.py --json benchmarks/results/linear_divergence-gpu.json
 
 clean: ## remove the venv and caches (runs/ stays)
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(SERVING) .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -192,13 +192,18 @@ def qat(
     text: Text = None,
     hub: Hub = None,
     tokens: Tokens = "1M",
+    train: Annotated[str, typer.Option("--train", help="all, or scales: these alone, over fixed codes of a byte a weight.")] = "all",
+    start: Annotated[
+        str | None, typer.Option("--start", help="First scales: rtn, mse (searched) or gptq. [default: mse]", show_default=False)
+    ] = None,
+    lora: Annotated[int | None, typer.Option("--lora", help="Rank of an adapter that trains instead of the weights.")] = None,
     seq_length: SeqLength = 512,
     out: Out = None,
 ) -> None:
     """Train MODEL with rounded weights; without --teacher it learns from its own unrounded self."""
     from .verbs import TextChoice, run_verb
 
-    settings = {"tokens": tokens, "weights": {"bits": bits, "group_size": group_size}}
+    settings = {"tokens": tokens, "weights": {"bits": bits, "group_size": group_size}, "train": train, "start": start, "lora": lora}
     run_verb("qat", model, settings, TextChoice(text, hub, seq_length), teacher, overrides, out)
 
 
@@ -226,21 +231,35 @@ def quantize(
     run_verb("quantize", model, settings, TextChoice(text, hub, seq_length), teacher, overrides, out)
 
 
+_FORMATS = (
+    "compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp), gptq, gptq_v2 (asymmetric), awq (4 bits), safetensors (plain "
+    "16-bit floats); of plain weights also gguf-bf16, gguf-f16 or gguf-f32."
+)
+
+
 @app.command(epilog="Example: decoct export runs/quickstart/05-qat/model --out served/")
 def export(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Quantized model folder (made by qat or quantize).")],
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="Quantized model folder (made by qat or quantize); a plain one for gguf-f16 and the like."),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")],
-    form: Annotated[str, typer.Option("--format", help="Format of the packed weights.")] = "compressed-tensors",
+    form: Annotated[str, typer.Option("--format", help=_FORMATS)] = "compressed-tensors",
+    allow_inexact: Annotated[bool, typer.Option("--allow-inexact", help="Round plain weights that the format does not hold.")] = False,
+    reader_version: Annotated[
+        str | None,
+        typer.Option("--reader-version", help="Of compressed-tensors, for 3, 5, 6 or 7 bits: 0.18.0 or later.", show_default=False),
+    ] = None,
 ) -> None:
     """Pack a quantized folder for serving stacks, and check the result with a reader that did not write it."""
     from .verbs import run_export
 
-    run_export(model, out, form)
+    run_export(model, out, form, allow_inexact, reader_version)
 
 
 @app.command(epilog="Example: decoct verify runs/quickstart/06-export/compressed-tensors")
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Export folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Export folder, or a .gguf file.")],
     source: Annotated[Path | None, typer.Option("--source", help="Quantized folder it was made from; compared element by element.")] = None,
     runtimes: Annotated[bool, typer.Option("--runtimes/--no-runtimes", help="Also load it in the runtimes that are installed.")] = True,
 ) -> None:

@@ -14,7 +14,7 @@ from .known_bad import Finding, judge
 
 PACKAGES = (
     "torch", "triton", "lightning", "pytorch-lightning", "transformers", "tokenizers", "safetensors", "datasets", "bitsandbytes",
-    "wandb", "pydantic", "compressed-tensors", "matplotlib", "numpy",
+    "wandb", "pydantic", "compressed-tensors", "xllamacpp", "matplotlib", "numpy",
 )  # fmt: skip
 _NEEDED: dict[str, tuple[str, ...]] = {
     "run": ("torch", "lightning", "transformers", "pydantic"),
@@ -24,6 +24,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "logger: wandb": ("wandb",),
     "Triton kernels": ("triton",),
     "verify against transformers": ("compressed_tensors",),
+    "verify gguf against llama.cpp": ("xllamacpp",),
 }
 _TOOLS = {"launch --target slurm": "sbatch", "launch --target kubernetes": "kubectl", "trainer.compile": "c++"}
 

@@ -78,16 +78,18 @@ def run_evaluate(model: str, text: TextChoice, teacher: str | None, gate: str | 
     run_verb("evaluate", model, {"max_perplexity_increase": gate, "round_teacher": False}, text, teacher, None, out)
 
 
-def run_export(model: Path, out: Path, form: str) -> None:
-    """Pack a quantized folder, verify it, and say what was found."""
+def run_export(model: Path, out: Path, form: str, allow_inexact: bool = False, reader_version: str | None = None) -> None:
+    """Pack a model folder, verify it, and say what was found."""
     from rich.console import Console
 
     from ..qat.export import export_folder
     from ..qat.runtimes import outcome_text
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
-    result = export_folder(model, out, form)
+    result = export_folder(model, out, form, allow_inexact=allow_inexact, reader_version=reader_version)
     console.print(f"wrote {out}: {form}, {result.bytes:,} bytes, every weight rebuilt exactly by an independent reader")
+    if result.rounding:
+        console.print(f"  rounded: {result.rounding.changed:,} weights, by {result.rounding.largest:.2g} at most (--allow-inexact)")
     for name, seen in result.runtimes.items():
         console.print(f"  {name}: {outcome_text(seen)}")
 

@@ -28,9 +28,9 @@ FORMAT = 1
 MAX_SHARD = "5GB"
 # The files that decide what numbers a folder gives: README, decoct.json and generation settings do not.
 _CONTENT = (
-    "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-    "tekken.json", "*.tiktoken", "chat_template.jinja",
+    "config.json", "*.safetensors", "*.safetensors.index.json", "*.gguf", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json", "*.tiktoken", "chat_template.jinja",
 )  # fmt: skip
 _SAMPLING_DIALS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _logger = logging.getLogger(__name__)

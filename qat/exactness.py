@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..models.errors import UserError
 from .read_compressed_tensors import PackedFolder
+from .readers import ExportReader, open_export
 
 if TYPE_CHECKING:
     from .export.source import ExportSource
@@ -32,7 +33,7 @@ def rebuilt_hashes(folder: Path, source: "ExportSource") -> tuple[dict[str, str]
     Raises:
         UserError: the export cannot be read.
     """
-    opened = PackedFolder(folder)
+    opened = open_export(folder)
     quantized = {f"{module}.weight": module for module in source.state.modules}
     wanted = set(quantized) | set(source.plain)
     shapes = opened.shapes()
@@ -43,24 +44,30 @@ def rebuilt_hashes(folder: Path, source: "ExportSource") -> tuple[dict[str, str]
         rebuilt = opened.tensor(name)
         hashes[name] = weight_hash(rebuilt)
         if name in wanted:
-            module = quantized.get(name)
-            tensor = source.state.dequantized(module) if module else source.tensor(name).float()
-            if not np.array_equal(tensor.numpy(), rebuilt):
-                problems.append(f"{name} is not the source's: {_differing(tensor.numpy(), rebuilt)}")
+            expected = opened.as_stored(name, source_weight(source, name, quantized.get(name)))
+            if not np.array_equal(expected, rebuilt):
+                problems.append(f"{name} is not the source's: {_differing(expected, rebuilt)}")
     return hashes, problems
+
+
+def source_weight(source: "ExportSource", name: str, module: str | None) -> NDArray[np.float32]:
+    """fp32 tensor of a quantized folder: the values of a module's lattice, or of a plain tensor (``module`` None)."""
+    if module is None:
+        return source.tensor(name).float().numpy()
+    return source.state.dequantized(module).numpy()
 
 
 def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]]:
     """Rebuild every tensor of an export and compare it with the hashes in ``decoct.json`` (none are there in others' exports).
 
-    Every single flipped bit of a tensor's bytes is found: of a code or a plain value by the hash; of a scale by the hash, or, where
-    all codes of the group are zero, because decoct stores such groups with scale 1; of unused bits and shapes by the reader.
+    Every single flipped bit of a tensor's bytes is found: of a code or a plain value by the hash; of a scale by the hash of
+    the scales; of unused bits and shapes by the reader.
 
     Returns:
         (number of tensors that were compared with a hash, sentences about what is wrong).
     """
     try:
-        opened = PackedFolder(folder)
+        opened = open_export(folder)
         shapes = opened.shapes()
     except UserError as error:
         return 0, [str(error)]
@@ -69,7 +76,7 @@ def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]
     compared = 0
     for name in shapes:
         try:
-            problem = None if recorded is None else _unit_scales(opened, name)
+            problem = None if recorded is None else _scale_problem(opened, name, record)
             found = weight_hash(opened.tensor(name))
         except UserError as error:
             problems.append(str(error))
@@ -84,12 +91,33 @@ def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]
     return compared, problems
 
 
-def _unit_scales(opened: PackedFolder, name: str) -> str | None:
-    """What is wrong with the scales of groups whose codes are all zero, which no dequantized weight shows; None for plain tensors."""
+def scale_hashes(folder: Path) -> dict[str, str]:
+    """``weight_hash`` of the scales of every quantized module, as the independent reader finds them."""
+    opened = open_export(folder)
+    return {module: _scale_hash(opened, module) for module in opened.modules}
+
+
+def _scale_hash(opened: ExportReader, module: str) -> str:
+    """Hash of a module's scales, and of the scale and zero point of its inputs where they are stored."""
+    scales = opened.codes_and_scales(module)[1]
+    inputs = opened.inputs(module) if isinstance(opened, PackedFolder) else None
+    if inputs is None or inputs.scale is None:
+        return weight_hash(scales)
+    return weight_hash(np.append(scales.ravel(), np.array([inputs.scale, inputs.zero], np.float32)))
+
+
+def _scale_problem(opened: ExportReader, name: str, record: dict[str, Any]) -> str | None:
+    """What is wrong with the scales of a module, which show in no weight where the codes are zero; None for plain tensors.
+
+    Records of older exports have no hash of the scales: those know that decoct stores groups of zeros with scale 1.
+    """
     module = name.removesuffix(".weight")
     if module not in opened.modules:
         return None
     codes, scales = opened.codes_and_scales(module)
+    recorded = record["export"].get("scales")
+    if recorded is not None:
+        return None if recorded.get(module) == _scale_hash(opened, module) else f"{module}: its scales are not those that were exported"
     empty = ~codes.reshape(*scales.shape, -1).any(axis=2)
     return f"{module}.weight_scale: a group of zeros has another scale than 1" if (scales[empty] != 1).any() else None
 

@@ -8,15 +8,20 @@ import torch
 from ..models.errors import UserError
 from ..models.loading import meta_model
 from ..models.quiet import quiet_transformers
-from .read_compressed_tensors import PackedFolder
+from .readers import open_export
+from .rebuild_inputs import Arithmetic, round_inputs
 from .structure import model_structure, plain_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load_exported_model(path: Path) -> "PreTrainedModel":
-    """Rebuild an export (compressed-tensors "pack-quantized") without the package of that name.
+def load_exported_model(path: Path, *, inputs: Arithmetic = "kernels") -> "PreTrainedModel":
+    """Rebuild an export (a folder, or a GGUF file with config.json beside it) without any runtime's package.
+
+    Args:
+        path: The export.
+        inputs: Where the export rounds inputs to int8: like serving kernels, or like the package that transformers loads it with.
 
     Returns:
         The model in eval mode on the CPU, plain ``nn.Linear`` layers, fp32: codes times scales, and every other tensor's stored value.
@@ -27,7 +32,8 @@ def load_exported_model(path: Path) -> "PreTrainedModel":
     from transformers import GenerationConfig
 
     path = Path(path)
-    opened = PackedFolder(path)
+    opened = open_export(path)
+    path = path.parent if path.is_file() else path
     shapes = opened.shapes()
     problems = model_structure(path).differences(shapes)
     if problems:
@@ -43,4 +49,5 @@ def load_exported_model(path: Path) -> "PreTrainedModel":
         raise UserError(f"{path}: transformers did not take {sorted(map(str, wrong))[0]} ({len(wrong)} in all); export the model again")
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    round_inputs(model, opened, inputs)
     return model.eval()

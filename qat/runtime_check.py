@@ -1,10 +1,11 @@
 """Loads an export as a user would, in a process of its own, and writes down the logits: ``python -m decoct.qat.runtime_check``.
 
-Nothing of decoct runs here but this file: plain transformers with the compressed-tensors package, so that what they make of the folder
+Nothing of decoct runs here but this file: plain transformers with the packages that the format needs, so that what they make of the folder
 is seen, not what decoct thinks they make of it. ``runtimes.py`` starts it and compares.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 from pathlib import Path
@@ -26,7 +27,7 @@ def run_transformers(folder: str, tokens: Tensor) -> tuple[Tensor, dict[str, lis
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True, **loading_options(folder)}
     model, loaded = cast(tuple[Any, dict[str, Any]], AutoModelForCausalLM.from_pretrained(folder, **options))
     model.eval()
     with torch.inference_mode():
@@ -35,8 +36,32 @@ def run_transformers(folder: str, tokens: Tensor) -> tuple[Tensor, dict[str, lis
     return logits.float(), {kind: sorted(map(str, loaded[kind])) for kind in names if loaded[kind]}
 
 
+def loading_options(folder: str) -> dict[str, Any]:
+    """What ``from_pretrained`` must be told beyond the folder.
+
+    Of GPTQ and AWQ the kernel that unpacks weights and multiplies in the inputs' dtype (the fast ones compute in fewer bits). Of packed
+    zero points that they are to be dequantized on loading: otherwise transformers 5.23 with compressed-tensors 0.20 expects them unpacked.
+    """
+    import transformers
+
+    quantization = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    method = quantization.get("quant_method")
+    if method == "gptq":
+        return {"quantization_config": transformers.GPTQConfig(bits=quantization["bits"], backend="torch")}
+    if method == "awq":
+        return {"quantization_config": transformers.AwqConfig(backend=cast(Any, "torch_awq"))}
+    groups = quantization.get("config_groups", {}).values()
+    if any(group.get("format") == "pack-quantized" and not group["weights"]["symmetric"] for group in groups):
+        return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
+    return {}
+
+
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("transformers", "compressed-tensors", "torch")}
+    found = {}
+    for name in ("transformers", "compressed-tensors", "optimum", "gptqmodel", "torch"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,10 +1,11 @@
 """What installed runtimes make of an export, compared with the model that the independent reader rebuilds.
 
-Each runtime loads the folder in a fresh process, in fp32, on the CPU. There its logits must equal the fake-quant model's to 1e-5 (of
-the largest logit, where that is above 1) and predict the same tokens: only the order of additions may differ.
+Each runtime loads the folder in a fresh process on the CPU. In transformers and fp32 its logits must equal the fake-quant model's to
+1e-5 (of the largest logit, where that is above 1) and predict the same tokens: only the order of additions may differ. llama.cpp, which
+loads GGUF, rounds activations and has a rule of its own (``llama_cpp_runtime.py``); some kernels of GPTQ and AWQ compute in fp16
+(``runtime_rules.py``).
 """
 
-import importlib.util
 import json
 import math
 import os
@@ -20,11 +21,17 @@ from torch import Tensor
 
 from ..models.errors import UserError
 from ..models.host_memory import available_bytes
+from .read_gguf_model import find_gguf
 from .rebuild import load_exported_model
+from .runtime_rules import rule_for
 from .structure import model_structure, plain_config
 
 TOLERANCE = 1e-5
 """Largest difference of logits in fp32, relative to the largest logit where that is above 1."""
+MARGIN = 0.1
+"""Nats between the first and the second choice above which both must choose the same, in whatever arithmetic."""
+MIN_TOP1, MAX_PERPLEXITY_SHIFT, MIN_POSITIONS = 0.99, 0.002, 2000
+"""In a runtime's own 16-bit arithmetic, over at least so many positions: agreement, and relative difference of the perplexities."""
 TIMEOUT_SECONDS = 3600
 _SEQUENCES, _POSITIONS = 4, 32
 
@@ -41,6 +48,19 @@ class Comparison:
     """Largest difference of a log-probability, nats."""
     perplexity: float
     """The second one's, over all positions but the first of each row."""
+    reference_perplexity: float = math.nan
+    """The first one's."""
+    decided_differently: int = 0
+    """Positions where the second predicts another token though the first one's choice leads by more than 0.1 nat."""
+    positions: int = 0
+
+    @property
+    def near(self) -> bool:
+        """Whether predictions are equal as far as 16-bit arithmetic goes (top-1 and perplexity count from 2,000 positions on)."""
+        if self.decided_differently or not math.isfinite(self.max_logit_diff):
+            return False
+        few = self.positions < MIN_POSITIONS
+        return few or (self.top1 >= MIN_TOP1 and abs(self.perplexity / self.reference_perplexity - 1) <= MAX_PERPLEXITY_SHIFT)
 
     @property
     def agrees(self) -> bool:
@@ -58,15 +78,20 @@ def compare_logits(reference: Tensor, logits: Tensor, tokens: Tensor) -> Compari
     """
     logit_diff = torch.zeros(())
     logprob_diff = torch.zeros((), dtype=torch.float64)
-    nll, same = 0.0, 0
+    nll, same, decided, reference_nll = 0.0, 0, 0, 0.0
     for expected, found, row in zip(reference, logits, tokens):
         difference = (expected - found).abs().max()
         logprobs = found.double().log_softmax(-1)
         # torch.maximum passes NaN on, Python's max does not
         logit_diff = torch.maximum(logit_diff, difference)
-        logprob_diff = torch.maximum(logprob_diff, (expected.double().log_softmax(-1) - logprobs).abs().max())
-        same += int((expected.argmax(-1) == found.argmax(-1)).sum())
+        wanted = expected.double().log_softmax(-1)
+        logprob_diff = torch.maximum(logprob_diff, (wanted - logprobs).abs().max())
+        equal = expected.argmax(-1) == found.argmax(-1)
+        best = wanted.topk(2, dim=-1).values
+        same += int(equal.sum())
+        decided += int((~equal & (best[:, 0] - best[:, 1] > MARGIN)).sum())
         nll -= float(logprobs[:-1].gather(1, row[1:, None]).sum())
+        reference_nll -= float(wanted[:-1].gather(1, row[1:, None]).sum())
     predicted = tokens.shape[0] * (tokens.shape[1] - 1)
     return Comparison(
         top1=same / tokens.numel(),
@@ -74,6 +99,9 @@ def compare_logits(reference: Tensor, logits: Tensor, tokens: Tensor) -> Compari
         largest_logit=float(reference.abs().max()),
         max_logprob_diff=float(logprob_diff),
         perplexity=math.exp(min(nll / predicted, 700.0)) if predicted else math.nan,
+        reference_perplexity=math.exp(min(reference_nll / predicted, 700.0)) if predicted else math.nan,
+        decided_differently=decided,
+        positions=tokens.numel(),
     )
 
 
@@ -87,20 +115,29 @@ def check_runtimes(folder: Path, *, tokens: Tensor | None = None) -> dict[str, d
     Returns:
         By runtime: ``status`` ('agrees', 'differs', 'failed', 'skipped' or 'not installed'), ``top1``, ``max_logprob_diff`` (nats),
         ``perplexity`` (None without ``tokens``), ``version``, ``positions`` and, when it did not agree, ``reason``.
+        ``arithmetic`` 'own' where the runtime computes in fewer bits than fp32, so that predictions were compared, not logits.
 
     Raises:
         UserError: the export cannot be rebuilt, or ``tokens`` do not fit its vocabulary.
     """
+    if find_gguf(folder) is not None:
+        from .llama_cpp_runtime import check_llama_cpp
+
+        return {"llama.cpp": check_llama_cpp(Path(folder), tokens)}
     return {"transformers": _check_transformers(Path(folder), tokens)}
 
 
 def _check_transformers(folder: Path, tokens: Tensor | None) -> dict[str, Any]:
-    if importlib.util.find_spec("compressed_tensors") is None:
-        return _outcome("not installed", reason="pip install compressed-tensors to have the export loaded and compared")
+    rule = rule_for(folder)
+    if rule.unreadable:
+        return outcome("skipped", reason=rule.unreadable)
+    if rule.absent:
+        wanted = " ".join(rule.absent).replace("_", "-")
+        return outcome("not installed", reason=f"pip install {wanted} to have the export loaded and compared")
     needed, free = 5 * model_structure(folder).parameters, available_bytes()
     if free is not None and needed > free:
-        return _outcome("skipped", reason=f"loading in fp32 needs about {needed:,} bytes of memory, {free:,} are free")
-    chosen = _chosen_tokens(folder, tokens)
+        return outcome("skipped", reason=f"loading in fp32 needs about {needed:,} bytes of memory, {free:,} are free")
+    chosen = chosen_tokens(folder, tokens)
     with tempfile.TemporaryDirectory(prefix="decoct-verify-") as scratch:
         seen = _run_fresh(folder, chosen, Path(scratch))
         logits = seen.pop("logits", None)
@@ -108,19 +145,21 @@ def _check_transformers(folder: Path, tokens: Tensor | None) -> dict[str, Any]:
         return seen
     if seen["loading"]:
         kind, names = next(iter(seen["loading"].items()))
-        return _outcome("failed", version=seen["version"], reason=f"{kind.replace('_', ' ')}: {names[0]} ({len(names)} in all)")
-    model = load_exported_model(folder)
+        return outcome("failed", version=seen["version"], reason=f"{kind.replace('_', ' ')}: {names[0]} ({len(names)} in all)")
+    model = load_exported_model(folder, inputs="compressed-tensors")
     with torch.inference_mode():
         reference = torch.cat([model(input_ids=row[None], use_cache=False).logits for row in chosen])
     seen_values = compare_logits(reference, logits, chosen)
-    return _outcome(
-        "agrees" if seen_values.agrees else "differs",
+    agrees = seen_values.agrees if rule.exact else seen_values.near
+    return outcome(
+        "agrees" if agrees else "differs",
         version=seen["version"],
         top1=seen_values.top1,
         max_logprob_diff=seen_values.max_logprob_diff,
         perplexity=None if tokens is None else seen_values.perplexity,
         positions=chosen.numel(),
-        reason=None if seen_values.agrees else f"logits differ by {seen_values.max_logit_diff:.3g}, same token at {seen_values.top1:.2%}",
+        **({} if rule.exact else {"arithmetic": "own"}),
+        reason=None if agrees else f"logits differ by {seen_values.max_logit_diff:.3g}, same token at {seen_values.top1:.2%}",
     )
 
 
@@ -130,7 +169,8 @@ def outcome_text(seen: dict[str, Any]) -> str:
     return ", ".join(fact.removeprefix("status ") for fact in facts)
 
 
-def _outcome(status: str, **facts: Any) -> dict[str, Any]:
+def outcome(status: str, **facts: Any) -> dict[str, Any]:
+    """A runtime's entry in the report: every usual key, None where there is nothing to say."""
     return {"status": status, **dict.fromkeys(("top1", "max_logprob_diff", "perplexity", "version", "positions", "reason")), **facts}
 
 
@@ -147,18 +187,19 @@ def _run_fresh(folder: Path, tokens: Tensor, scratch: Path) -> dict[str, Any]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        return _outcome("failed", reason=f"no answer within {TIMEOUT_SECONDS} seconds")
+        return outcome("failed", reason=f"no answer within {TIMEOUT_SECONDS} seconds")
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()
-        return _outcome("failed", reason=f"exit code {done.returncode}: {said[-1] if said else 'no message'}")
+        return outcome("failed", reason=f"exit code {done.returncode}: {said[-1] if said else 'no message'}")
     result = json.loads(paths["result"].read_text(encoding="utf-8"))
     if "not_installed" in result:
-        return _outcome("not installed", reason=result["not_installed"])
+        return outcome("not installed", reason=result["not_installed"])
     version = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     return {"logits": load_file(paths["logits"])["logits"], "loading": result["loading"], "version": version}
 
 
-def _chosen_tokens(folder: Path, tokens: Tensor | None) -> Tensor:
+def chosen_tokens(folder: Path, tokens: Tensor | None) -> Tensor:
+    """``tokens`` when they fit the model, pseudo-random ones when there are none; UserError when they do not."""
     config = plain_config(folder).get_text_config()
     vocabulary = int(config.vocab_size)
     if tokens is None:

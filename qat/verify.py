@@ -12,7 +12,10 @@ from ..models.folder import RECORD, read_record, verify_folder_files
 from ..models.safetensors_file import read_header
 from .exactness import check_recorded, rebuilt_hashes
 from .footprint import weight_files
-from .read_compressed_tensors import PackedFolder, is_packed
+from .gguf_structure import gguf_problems
+from .read_gguf_model import GgufModel, find_gguf
+from .read_tensors import WeightFolder
+from .readers import is_export, open_folder
 from .rebuild import load_exported_model as load_exported_model
 from .runtimes import check_runtimes
 from .spec import QuantSpec
@@ -49,7 +52,7 @@ def verify_folder(path: Path, *, source: Path | None = None, runtimes: bool = Tr
     """Check a model folder without changing it; what is wrong with it is reported, not raised.
 
     Args:
-        path: An export (or any model folder: then files and, of a quantized one, codes are checked).
+        path: An export (or any model folder: then files and, of a quantized one, codes are checked), or a GGUF file.
         source: The quantized folder it was made from, to compare every weight with.
         runtimes: Load a sound export in every installed runtime, each in a fresh process, and compare logits.
         tokens: int64 [B, S] of real text for the runtimes, which adds their perplexity.
@@ -58,12 +61,17 @@ def verify_folder(path: Path, *, source: Path | None = None, runtimes: bool = Tr
         UserError: ``path`` is no folder, or ``source`` cannot be used.
     """
     path = Path(path)
+    file = find_gguf(path)
+    if file is not None:
+        path = file.parent
+        if not any((path / name).exists() for name in ("config.json", RECORD)):
+            return _verify_bare_gguf(file, source)
     if not path.is_dir():
-        raise UserError(f"no such folder: {path}; give a model folder, such as one that 'decoct export' wrote")
+        raise UserError(f"no such folder: {path}; give a model folder, such as one that 'decoct export' wrote, or a .gguf file")
     report = VerifyReport()
     record = _check_files(path, report)
     try:
-        packed = is_packed(path)
+        packed = is_export(path)
     except UserError as error:
         report.note([str(error)], "")
         return report
@@ -77,6 +85,17 @@ def verify_folder(path: Path, *, source: Path | None = None, runtimes: bool = Tr
         _check_plain(path, record, report)
         if source is not None:
             raise UserError(f"{path} is not an export (its weights are plain), so there is nothing to compare with {source}")
+    return report
+
+
+def _verify_bare_gguf(path: Path, source: Path | None) -> VerifyReport:
+    """A file alone, as others pass it on: no record, and no config to compare its metadata or run a reference with."""
+    report = VerifyReport()
+    _, problems = check_recorded(path, {})
+    report.note(problems, "an independent reader rebuilds every weight: header sound, values and scales finite")
+    report.checks.append("no config.json beside the file: metadata and runtimes are not checked")
+    if source is not None:
+        _check_source(path, source, report)
     return report
 
 
@@ -105,39 +124,43 @@ def _check_packed(path: Path, record: dict[str, Any], report: VerifyReport) -> N
 def _structure_problems(path: Path, record: dict[str, Any]) -> list[str]:
     """Names, shapes and scheme against config and record."""
     try:
-        opened, structure = PackedFolder(path), model_structure(path)
+        if find_gguf(path) is not None:
+            return gguf_problems(GgufModel(path), record)
+        opened, structure = open_folder(path), model_structure(path)
         problems = [f"{path.name}: {problem}" for problem in structure.differences(opened.shapes())]
-        # transformers and vLLM expect packed tensors of every linear that is not in 'ignore'
-        ignored = set(opened.scheme.ignore)
-        if not any(name.startswith("re:") for name in ignored):
-            left = [name for name in structure.linears if name not in opened.modules and name not in ignored]
-            problems += [f"{name} is not packed, but quantization_config.ignore does not name it" for name in left]
-            problems += [f"{name} is packed, but quantization_config.ignore names it" for name in opened.modules if name in ignored]
+        # runtimes expect packed tensors of every linear that the config does not leave out
+        problems += opened.unlisted(structure.linears)
         return problems + _record_problems(opened, record)
     except UserError as error:
         return [str(error)]
 
 
-def _record_problems(opened: PackedFolder, record: dict[str, Any]) -> list[str]:
+def _record_problems(opened: WeightFolder, record: dict[str, Any]) -> list[str]:
     quant = record.get("quant")
-    if quant is None:
+    if quant is None or not opened.modules:
         return []
     try:
-        spec, modules = QuantSpec.from_json(quant["spec"]), set(quant["modules"])
-    except (TypeError, KeyError, ValueError) as error:
+        modules, own = set(quant["modules"]), quant.get("own_specs") or {}
+        specs = {module: QuantSpec.from_json(own.get(module, quant["spec"])) for module in modules}
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         return [f"{RECORD}: the entry 'quant' cannot be read ({error})"]
-    group_size = None if isinstance(spec.group_size, str) else spec.group_size
     problems = [] if modules == set(opened.modules) else [f"the packed modules are not those that {RECORD} lists"]
-    if (opened.scheme.bits, opened.scheme.group_size) != (spec.bits, group_size):
-        problems.append(f"config.json says bits={opened.scheme.bits}, group_size={opened.scheme.group_size}; {RECORD} says {spec}")
+    for module in opened.modules:
+        spec, scheme = specs.get(module), opened.scheme_of(module)
+        if spec and (scheme.bits, scheme.group_size) != (spec.bits, None if isinstance(spec.group_size, str) else spec.group_size):
+            problems.append(f"config.json says {scheme} of {module}; {RECORD} says {spec}")
+            break
     return problems
 
 
 def _check_source(path: Path, source: Path, report: VerifyReport) -> None:
     # export imports what verify uses, so verify imports export only where it needs it
+    from .export import EXPORTERS
     from .export.source import open_source
 
-    opened = open_source(source)
+    folder = path.parent if path.is_file() else path
+    form = read_record(folder).get("export", {}).get("format")
+    opened = EXPORTERS[form].open(source) if form in EXPORTERS else open_source(source)
     try:
         _, problems = rebuilt_hashes(path, opened)
     except UserError as error:
@@ -156,7 +179,12 @@ def _check_runtimes(path: Path, tokens: "Tensor | None", report: VerifyReport) -
         if seen["status"] in ("differs", "failed"):
             report.note([f"{name} {seen['status']}: {seen['reason']}"], "")
         elif seen["status"] == "agrees":
-            report.checks.append(f"{name} ({seen['version']}) computes the same logits in fp32")
+            how = (
+                "the same logits in fp32"
+                if name == "transformers" and seen.get("arithmetic") != "own"
+                else f"the same tokens ({seen['top1']:.2%} of {seen['positions']:,})"
+            )
+            report.checks.append(f"{name} ({seen['version']}) computes {how}")
 
 
 def _check_plain(path: Path, record: dict[str, Any], report: VerifyReport) -> None:

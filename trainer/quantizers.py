@@ -39,7 +39,7 @@ class Quantizers:
         settings: Of the stage.
         total_steps: Optimizer steps of the stage.
         seed: Of the adapters' first values.
-        scales: First scales by module name, fp32 [out, groups]; None = from the weights, as ``settings.start`` says.
+        scales: First scales by module name, fp32 [out, groups]; None = from the weights, as ``settings.first`` says.
         inputs: Rounders of the linears' inputs; static ones follow a moving average over steps of the range that all ranks have seen,
             so that it does not depend on micro-batches or ranks. They round from the second step on.
     """
@@ -156,7 +156,7 @@ class Quantizers:
             given = self._given[name]
             rows.copy_(given if held is None else given[held[0] : held[1]])
         elif rows.numel():
-            rows.copy_(first_scales(weight, module.lattice, self._settings.start))
+            rows.copy_(first_scales(weight, module.lattice, self._settings.first))
 
     @torch.no_grad()
     def _start_adapter(self, name: str, module: QuantLinear) -> None:

@@ -193,8 +193,9 @@ class QatSettings(TrainingBlock):
     """learned = trained beside the weights (LSQ); absmax = taken anew from the weights in every forward."""
     scale_learning_rate: float | None = None
     """Peak rate of learned scales; default: a thirtieth of the others'."""
-    start: Literal["rtn", "mse", "gptq"] = "rtn"
-    """First scales (and, for gptq, weights): from the largest magnitude, searched for the smallest error, or by GPTQ on training text."""
+    start: Literal["rtn", "mse", "gptq"] | None = None
+    """First scales (and, for gptq, weights): from the largest magnitude, searched for the smallest squared error, or by GPTQ on training
+    text. Default: mse, or rtn with absmax scales."""
     train: Literal["all", "scales"] = "all"
     """scales = only these, over codes that stay as 'start' makes them: a byte a weight and no optimizer state for it."""
     lora: int | None = None
@@ -215,11 +216,17 @@ class QatSettings(TrainingBlock):
         self.weights.check_storable()
         if self.train == "scales" and self.scales != "learned":
             raise ValueError("train=scales trains the scales and nothing else: it needs scales=learned")
-        if self.scales == "absmax" and (self.start != "rtn" or self.scale_learning_rate is not None):
-            key = "start" if self.start != "rtn" else "scale_learning_rate"
+        searched = self.start not in (None, "rtn")
+        if self.scales == "absmax" and (searched or self.scale_learning_rate is not None):
+            key = "start" if searched else "scale_learning_rate"
             raise ValueError(f"{key} does nothing with scales=absmax, which are taken anew in every forward; use scales=learned")
         self._check_schedule()
         self._check_trained()
+
+    @property
+    def first(self) -> Literal["rtn", "mse", "gptq"]:
+        """``start``, or what stands for it."""
+        return self.start or ("mse" if self.scales == "learned" else "rtn")
 
     def _check_schedule(self) -> None:
         for name in ("delay", "anneal", "freeze_scales"):
@@ -314,8 +321,13 @@ def _word(value: object) -> str:
 class ExportSettings:
     """Pack a quantized folder for serving stacks; never rounds."""
 
-    formats: tuple[Literal["compressed-tensors"], ...] = ("compressed-tensors",)
-    """Formats to write, each into its own folder."""
+    formats: tuple[Literal["compressed-tensors", "gguf", "gptq", "gptq_v2", "awq", "safetensors"], ...] = ("compressed-tensors",)
+    """Formats to write, each into its own folder: compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp, Ollama), gptq
+    (symmetric) or gptq_v2 (asymmetric), awq (4 bits), safetensors (plain 16-bit floats)."""
+    allow_inexact: bool = False
+    """Let safetensors round weights that 16-bit floats do not hold; the error is measured and reported. Nothing else is ever rounded."""
+    reader_version: str | None = None
+    """compressed-tensors of 3, 5, 6 or 7 bits: version of the package that will read it, at least 0.18.0 (earlier ones pack otherwise)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from ...models.errors import UserError
 from .disk import EXPORT_BYTES, checkpoint_bytes, model_bytes, quantized_bytes
 from .fitting import Remedy, cheapest_fit, usable
+from .formats import refusals
 from .memory import Roles, Situation, training_memory
 from .rounding import RoundingPlan, rounding_plan
 from .shapes import ModelShape, StageShape, stage_shapes, student_shape, teacher_shape
-from .targets import Verdict, verdicts
+from .targets import Case, Verdict, verdicts
 from .values import Value, recipe_values, settings_values, training_values
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ class StagePlan:
     """Format -> bytes of weight files."""
     verdicts: list[Verdict]
     """Whether and how each serving stack will load what this stage exports."""
+    refusals: list[str] = field(default_factory=list)
+    """What the formats of this stage cannot hold, a sentence each with the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +136,10 @@ def problems(plan: Plan, out: Path | None = None) -> list[str]:
         for stage in plan.stages
         if stage.training and stage.training.fits is False
     ]
+    for stage in plan.stages:
+        refused = [v for v in stage.verdicts if "gguf" in stage.exports and v.target == "llama.cpp" and v.outcome == "no"]
+        found += [f"{stage.name} exports gguf, which cannot hold this model: {v.reason}" + (f"; {v.fix}" if v.fix else "") for v in refused]
+    found += [f"{stage.name}: {refusal}" for stage in plan.stages for refusal in stage.refusals]
     found += [
         f"{stage.name} {_too_wide(stage.rounding, plan.machine)}"
         for stage in plan.stages
@@ -196,9 +203,11 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
         rounding = rounding_plan(entry.settings, shape, seq, on_gpu=machine.gpus > 0, gpu_memory=memory)
     exports: dict[str, int] = {}
     judged: Sequence[Verdict] = ()
+    refused: list[str] = []
     if isinstance(entry.settings, ExportSettings) and shape.quant is not None:
         exports = {name: EXPORT_BYTES[name](after, shape.quant, shape.skip) for name in entry.settings.formats}
-        judged = verdicts(after.config, shape.quant, shape.skip, tensor_parallel=tensor_parallel)
+        judged = verdicts(after.config, shape.quant, shape.skip, tensor_parallel=tensor_parallel, formats=tuple(exports))
+        refused = refusals(Case(after.config.get_text_config(), shape.quant, shape.skip, tensor_parallel), entry.settings)
     return StagePlan(
         name=entry.name,
         kind=entry.kind,
@@ -211,6 +220,7 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
         values=values,
         exports=exports,
         verdicts=list(judged),
+        refusals=refused,
     )
 
 
@@ -249,6 +259,7 @@ def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, m
         placement=placement,
         quant=shape.quant if entry.kind == "qat" else None,
         skip=shape.skip,
+        **_trained_in_qat(entry.settings),
     )
     memory = training_memory(shape.before, taught, case)
     fits = None if machine.gpu_memory is None else memory.total <= usable(machine.gpu_memory)
@@ -266,6 +277,14 @@ def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, m
         cache_bytes=_cache_bytes(recipe, entry, taught, tokens),
     )
     return training, training_values(entry, steps, seq, machine.ranks, shape.before.hidden, trainer)
+
+
+def _trained_in_qat(settings: Any) -> dict[str, Any]:
+    from ...trainer.settings import QatSettings
+
+    if not isinstance(settings, QatSettings):
+        return {}
+    return {"learned_scales": settings.scales == "learned", "codes_only": settings.train == "scales", "rank": settings.lora or 0}
 
 
 def _cache_bytes(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, tokens: int) -> int:

@@ -1,6 +1,7 @@
 """Bytes on disk, predicted from names, shapes and dtypes: model folders, exports, checkpoints."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -52,11 +53,61 @@ def compressed_tensors_bytes(shape: ModelShape, spec: "QuantSpec", skip: tuple[s
         stored[f"{name}.weight_packed"] = ("I32", (rows, words))
         stored[f"{name}.weight_scale"] = ("BF16", (rows, columns // spec.group_width(columns)))
         stored[f"{name}.weight_shape"] = ("I64", (2,))
-    stored |= {name: ("BF16", sizes) for name, sizes in shape.tensors.items() if name.removesuffix(".weight") not in quantized}
-    return safetensors_bytes(stored)
+    return safetensors_bytes(stored | _unquantized(shape, skip))
 
 
-EXPORT_BYTES = {"compressed-tensors": compressed_tensors_bytes}
+def gguf_bytes(shape: ModelShape, spec: "QuantSpec", skip: tuple[str, ...]) -> int:
+    """The file of a GGUF export: blocks of 32 codes with an fp16 scale, other matrices bf16, vectors fp32, and about 40 bytes a token."""
+    quantized, block = quantized_linears(shape, skip), 18 if spec.bits <= 4 else 34
+    total = 40 * shape.vocabulary
+    for name, sizes in shape.tensors.items():
+        elements = math.prod(sizes)
+        packed = name.removesuffix(".weight") in quantized
+        total += 64 + (elements // 32 * block if packed else elements * (4 if len(sizes) == 1 else 2))
+    return total
+
+
+def gptq_bytes(shape: ModelShape, spec: "QuantSpec", skip: tuple[str, ...]) -> int:
+    """Weight files of a GPTQ export: int32 words of codes and zero points, fp16 scales, an int32 a column, everything else 16 bits."""
+    stored: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, (rows, columns) in quantized_linears(shape, skip).items():
+        groups = spec.scale_shape(rows, columns)[1]
+        stored[f"{name}.qweight"] = ("I32", (-(-columns * spec.bits // 32), rows))
+        stored[f"{name}.qzeros"] = ("I32", (groups, -(-rows * spec.bits // 32)))
+        stored[f"{name}.scales"] = ("BF16", (groups, rows))
+        stored[f"{name}.g_idx"] = ("I32", (columns,))
+    return safetensors_bytes(stored | _unquantized(shape, skip))
+
+
+def awq_bytes(shape: ModelShape, spec: "QuantSpec", skip: tuple[str, ...]) -> int:
+    """Weight files of an AWQ export: int32 words of codes and zero points, fp16 scales, everything else 16 bits."""
+    stored: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, (rows, columns) in quantized_linears(shape, skip).items():
+        groups = spec.scale_shape(rows, columns)[1]
+        stored[f"{name}.qweight"] = ("I32", (columns, -(-rows // 8)))
+        stored[f"{name}.qzeros"] = ("I32", (groups, -(-rows // 8)))
+        stored[f"{name}.scales"] = ("BF16", (groups, rows))
+    return safetensors_bytes(stored | _unquantized(shape, skip))
+
+
+def plain_bytes(shape: ModelShape, spec: "QuantSpec", skip: tuple[str, ...]) -> int:
+    """Weight files of a plain export: everything in 16 bits."""
+    return model_bytes(shape, "BF16")
+
+
+def _unquantized(shape: ModelShape, skip: tuple[str, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    quantized = quantized_linears(shape, skip)
+    return {name: ("BF16", sizes) for name, sizes in shape.tensors.items() if name.removesuffix(".weight") not in quantized}
+
+
+EXPORT_BYTES = {
+    "compressed-tensors": compressed_tensors_bytes,
+    "gguf": gguf_bytes,
+    "gptq": gptq_bytes,
+    "gptq_v2": gptq_bytes,
+    "awq": awq_bytes,
+    "safetensors": plain_bytes,
+}
 """Format -> function of (shape, spec, skip)."""
 
 

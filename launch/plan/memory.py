@@ -62,6 +62,12 @@ class Situation:
     quant: "QuantSpec | None" = None
     """Lattice that the student trains on, in a qat stage."""
     skip: Sequence[str] = ()
+    learned_scales: bool = False
+    """A scale parameter for each group, in a qat stage."""
+    codes_only: bool = False
+    """Quantized weights are codes of a byte, and only scales train."""
+    rank: int = 0
+    """Rank of the adapters that train instead of the weights; 0 = none."""
 
     @property
     def tokens(self) -> int:
@@ -111,22 +117,39 @@ def _share(elements: int, case: Situation) -> int:
     return -(-elements // case.ranks) if case.sharded else elements
 
 
+def _added(student: ModelShape, case: Situation) -> int:
+    """Parameters that quantized linears have beside their weights: scales and adapters."""
+    if case.quant is None or not (case.learned_scales or case.rank):
+        return 0
+    shapes = quantized_linears(student, case.skip).values()
+    scales = sum(rows * (columns // case.quant.group_width(columns)) for rows, columns in shapes) if case.learned_scales else 0
+    return scales + case.rank * sum(rows + columns for rows, columns in shapes)
+
+
+def _trained(student: ModelShape, case: Situation) -> int:
+    """Parameters with a gradient and moments."""
+    return _added(student, case) + (0 if case.codes_only or case.rank else student.parameters)
+
+
 def _student_bytes(student: ModelShape, case: Situation) -> int:
-    own = 4 * _share(student.parameters, case)
+    if case.codes_only:
+        quantized = sum(rows * columns for rows, columns in quantized_linears(student, case.skip).values())
+        return quantized + 4 * (student.parameters - quantized + _added(student, case))
+    own = 4 * _share(student.parameters + _added(student, case), case)
     # gathered: everything outside the layers, the layer at work, the one that is fetched, and the buffer that it arrives in
     return own + (4 * (student.outside + 3 * student.layer) if case.sharded else 0)
 
 
 def _gradient_bytes(student: ModelShape, case: Situation) -> int:
-    own = 4 * _share(student.parameters, case)
+    own = 4 * _share(_trained(student, case), case)
     return own + (4 * 2 * student.layer if case.sharded else 0)
 
 
 def _optimizer_bytes(student: ModelShape, case: Situation) -> int:
-    if case.plan.optimizer == "adamw":
-        return 8 * _share(student.parameters, case)
+    if case.plan.optimizer == "adamw" or case.codes_only or case.rank:
+        return 8 * _share(_trained(student, case), case)
     large = sum(size for size in map(_elements, student.tensors.values()) if _share(size, case) >= SMALLEST_8BIT)
-    small = student.parameters - large
+    small = _trained(student, case) - large
     # a byte a moment, and an fp32 scale for each 256
     return int(_share(large, case) * (2 + 2 * 4 / 256)) + 8 * _share(small, case)
 
@@ -153,6 +176,8 @@ def _layer_copies(student: ModelShape, case: Situation) -> int:
         return 2 * linear if case.mixed else 0
     quantized = sum(rows * columns for rows, columns in quantized_linears(student, case.skip).values()) // max(1, student.layers)
     plain = 2 * (linear - quantized) if case.mixed else 0
+    if case.codes_only:
+        return plain  # the weight is made again in the backward
     flags = 0 if case.on_gpu else 1  # the Triton kernel computes them again
     return plain + quantized * ((2 if case.mixed else 4) + flags)
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
+from ...models.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -45,6 +47,8 @@ class Case:
     skip: Sequence[str]
     ranks: int
     """GPUs of tensor parallelism."""
+    formats: Sequence[str] = ("compressed-tensors",)
+    """What is exported."""
 
     @property
     def ffn(self) -> int:
@@ -77,7 +81,14 @@ class Case:
 Rule = Callable[[Case], Iterable[Verdict]]
 
 
-def verdicts(config: "PreTrainedConfig", spec: "QuantSpec | None", skip: Sequence[str], *, tensor_parallel: int = 1) -> list[Verdict]:
+def verdicts(
+    config: "PreTrainedConfig",
+    spec: "QuantSpec | None",
+    skip: Sequence[str],
+    *,
+    tensor_parallel: int = 1,
+    formats: Sequence[str] = ("compressed-tensors",),
+) -> list[Verdict]:
     """One verdict for each target, the gravest reason first.
 
     Args:
@@ -85,10 +96,11 @@ def verdicts(config: "PreTrainedConfig", spec: "QuantSpec | None", skip: Sequenc
         spec: Lattice of its weights; None = not quantized, which no rule here speaks of.
         skip: Patterns of modules left in full precision.
         tensor_parallel: GPUs that serve one copy.
+        formats: Names of the formats that are written.
     """
     if spec is None:
         return []
-    case = Case(config.get_text_config(), spec, skip, tensor_parallel)
+    case = Case(config.get_text_config(), spec, skip, tensor_parallel, formats)
     found = []
     for target, rules in TARGETS.items():
         reasons = [verdict for rule in rules for verdict in rule(case)]
@@ -105,10 +117,14 @@ def _fast_path(target: str, case: Case) -> str:
     if target in ("vLLM", "SGLang"):
         return f"Marlin, W{case.spec.bits}A16" + (f", tensor parallel over {case.ranks}" if case.ranks > 1 else "")
     return {
-        "transformers": "compressed-tensors; weights are unpacked to bf16 when they are loaded",
+        "transformers": f"{_read_by_transformers(case)}; weights are unpacked to 16-bit floats when they are loaded",
         "llama.cpp": "blocks of 32 hold groups of this size exactly",
         "ONNX Runtime": "MatMulNBits",
     }[target]
+
+
+def _read_by_transformers(case: Case) -> str:
+    return ", ".join(form for form in case.formats if form in SAFETENSORS_FORMATS)
 
 
 def _skipped(name: str, skip: Sequence[str]) -> bool:
@@ -211,10 +227,11 @@ def _llama_hidden(case: Case) -> Iterable[Verdict]:
 
 
 def _gguf_blocks(case: Case) -> Iterable[Verdict]:
-    """Q4_0 and Q8_0: blocks of 32 with one fp16 scale."""
+    """Q4_0 and Q8_0: blocks of 32 with one fp16 scale. They hold narrower codes exactly, in as many bytes."""
     spec = case.spec
     if spec.bits not in (4, 8):
-        yield _say("no", f"Q4_0 and Q8_0 hold 4 and 8 bits, not {spec.bits}", f"weights.bits={4 if spec.bits < 4 else 8}")
+        held = 4 if spec.bits < 4 else 8
+        yield _say("slower", f"Q4_0 and Q8_0 have 4 and 8 bits, not {spec.bits}: each code takes {held}", f"weights.bits={held}")
     if spec.group_size != "channel" and int(spec.group_size) % 32:
         yield _say("no", f"a block of 32 weights has one scale, and groups of {spec.group_size} are no multiple", "weights.group_size=32")
     for name, (_, columns) in case.linears.items():
@@ -223,8 +240,37 @@ def _gguf_blocks(case: Case) -> Iterable[Verdict]:
             return
 
 
+def _gguf_model(case: Case) -> Iterable[Verdict]:
+    """What the exporter would refuse of the config, before anything is trained."""
+    from ...qat.export.gguf_metadata import model_metadata
+    from ...qat.export.gguf_names import architecture_of
+
+    try:
+        model_metadata(case.config, architecture_of(case.config.model_type))
+    except UserError as error:
+        yield _say("no", str(error))
+
+
 def _gguf_format(case: Case) -> Iterable[Verdict]:
-    yield _say("no", "it reads GGUF, which decoct does not write yet (its own converter would round anew)")
+    if "gguf" not in case.formats:
+        yield _say("no", "it reads GGUF, which this stage does not write (its own converter would round anew)", "export.formats: add gguf")
+
+
+SAFETENSORS_FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "awq", "safetensors")
+"""Formats that vLLM, SGLang and transformers read."""
+
+
+def _packed_format(case: Case) -> Iterable[Verdict]:
+    if not any(form in SAFETENSORS_FORMATS for form in case.formats):
+        yield _say("no", "it reads compressed-tensors, which this stage does not write", "export.formats: add compressed-tensors")
+
+
+def _gptq_kernels(case: Case) -> Iterable[Verdict]:
+    """vLLM's fast GPTQ kernels take symmetric weights; what others make of version 2 differs between its releases."""
+    if "gptq_v2" in case.formats and "compressed-tensors" not in case.formats:
+        yield _say(
+            "slower", "not every kernel of every release reads gptq_v2, and none of the fast ones", "export.formats: add compressed-tensors"
+        )
 
 
 def _onnx(case: Case) -> Iterable[Verdict]:
@@ -242,12 +288,22 @@ def _transformers_reader(case: Case) -> Iterable[Verdict]:
         yield _say("no", f"versions of the format pack {case.spec.bits} bits differently", f"weights.bits={4 if case.spec.bits < 6 else 8}")
 
 
-_SERVER: tuple[Rule, ...] = (_family, _packed_bits, _marlin_groups, _tensor_parallel, _marlin_widths, _fused, _fixed_head_dim)
+_SERVER: tuple[Rule, ...] = (
+    _packed_format,
+    _gptq_kernels,
+    _family,
+    _packed_bits,
+    _marlin_groups,
+    _tensor_parallel,
+    _marlin_widths,
+    _fused,
+    _fixed_head_dim,
+)
 TARGETS: dict[str, tuple[Rule, ...]] = {
     "vLLM": _SERVER,
     "SGLang": _SERVER,
-    "transformers": (_transformers_reader, _llama_hidden),
-    "llama.cpp": (_gguf_blocks, _gguf_format),
+    "transformers": (_packed_format, _transformers_reader, _llama_hidden),
+    "llama.cpp": (_gguf_format, _gguf_model, _gguf_blocks),
     "ONNX Runtime": (_onnx,),
 }
 """Target -> its rules."""

@@ -4,7 +4,8 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...trainer.batch import MICRO_BATCH_TOKENS
-from ...trainer.stages.training import BASE_HIDDEN, BASE_RATES
+from ...trainer.settings import QatSettings
+from ...trainer.stages.training import BASE_HIDDEN, BASE_RATES, LORA_FACTOR, SCALE_RATE_SHARE
 
 if TYPE_CHECKING:
     from ...configs.recipe import Recipe, StageEntry
@@ -57,11 +58,14 @@ def training_values(entry: "StageEntry", plan: "TrainingPlan", seq_length: int, 
     step_tokens = batch.global_windows * seq_length
     prefix = f"stages.{entry.index}.{entry.kind}"
     rate = f"{BASE_RATES[entry.kind]:g} x {BASE_HIDDEN} / hidden {hidden:,}"
+    if isinstance(settings, QatSettings):
+        rate += f" x 2^(3 - bits {settings.weights.bits})" + (f" x {LORA_FACTOR} for adapters" if settings.lora else "")
     steps = "recipe" if settings.steps is not None else f"tokens {settings.tokens:,} / {step_tokens:,} a step, rounded up"
     return [
         Value(f"{prefix}.steps", plan.total_steps, steps),
         Value(f"{prefix}.tokens", plan.total_steps * step_tokens, f"{plan.total_steps:,} steps x {step_tokens:,}"),
         Value(f"{prefix}.learning_rate", plan.learning_rate, rate if settings.learning_rate is None else "recipe"),
+        *_scale_rate(prefix, settings, plan),
         Value(f"{prefix}.warmup steps", round(plan.warmup * plan.total_steps), f"{plan.warmup:g} of the steps"),
         Value(
             f"{prefix}.checkpoint_every",
@@ -82,3 +86,10 @@ def training_values(entry: "StageEntry", plan: "TrainingPlan", seq_length: int, 
             "recipe" if wanted.strategy != "auto" else "fsdp2 where ddp would fill more than 60 % of a GPU",
         ),
     ]
+
+
+def _scale_rate(prefix: str, settings: Any, plan: "TrainingPlan") -> list[Value]:
+    if not isinstance(settings, QatSettings) or plan.scale_learning_rate is None:
+        return []
+    derived = f"learning_rate / {1 / SCALE_RATE_SHARE:.0f}"
+    return [Value(f"{prefix}.scale_learning_rate", plan.scale_learning_rate, "recipe" if settings.scale_learning_rate else derived)]

@@ -5,8 +5,10 @@
 
 import difflib
 import shutil
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +17,14 @@ from ...models.files import atomic_directory, check_free_space, sha256_file, wri
 from ...models.folder import FORMAT as RECORD_FORMAT
 from ...models.folder import RECORD
 from ...models.loading import TOKENIZER_FILES
-from ..exactness import rebuilt_hashes
+from ..exactness import rebuilt_hashes, scale_hashes
 from ..footprint import folder_bytes
 from ..runtimes import check_runtimes
-from . import compressed_tensors
-from .card import CardFacts, card_text
+from . import awq, compressed_tensors, gguf_files, gptq, safetensors_folder
+from .card import CardFacts, FormatCard, card_text
+from .format_cards import AWQ_CARD, GPTQ_CARD, GPTQ_V2_CARD, PLAIN_CARD
+from .gguf_card import GGUF_CARD
+from .plain_source import PlainSource, Rounding, open_plain_source
 from .source import ExportSource, open_source
 
 if TYPE_CHECKING:
@@ -43,8 +48,20 @@ class Exporter:
     """The content of config.json."""
     write: Callable[[Path, ExportSource], None]
     """Writes the weight files into a folder."""
+    open: Callable[[Path], ExportSource] = open_source
+    """Reads and checks the folder that is exported."""
+    card: FormatCard = field(default_factory=FormatCard)
+    """What the model card says of the format."""
 
 
+_GGUF = Exporter(
+    check=gguf_files.check,
+    planned_bytes=gguf_files.planned_bytes,
+    config=gguf_files.exported_config,
+    write=gguf_files.write,
+    open=gguf_files.open_codes,
+    card=GGUF_CARD,
+)
 EXPORTERS: dict[str, Exporter] = {
     compressed_tensors.NAME: Exporter(
         check=compressed_tensors.check,
@@ -52,7 +69,33 @@ EXPORTERS: dict[str, Exporter] = {
         config=compressed_tensors.exported_config,
         write=compressed_tensors.write,
     ),
+    gptq.V1: Exporter(
+        check=gptq.check_v1,
+        planned_bytes=gptq.planned_bytes,
+        config=partial(gptq.exported_config, format=gptq.V1),
+        write=partial(gptq.write, format=gptq.V1),
+        card=GPTQ_CARD,
+    ),
+    gptq.V2: Exporter(
+        check=gptq.check_v2,
+        planned_bytes=gptq.planned_bytes,
+        config=partial(gptq.exported_config, format=gptq.V2),
+        write=partial(gptq.write, format=gptq.V2),
+        card=GPTQ_V2_CARD,
+    ),
+    awq.NAME: Exporter(check=awq.check, planned_bytes=awq.planned_bytes, config=awq.exported_config, write=awq.write, card=AWQ_CARD),
+    safetensors_folder.NAME: Exporter(
+        check=safetensors_folder.check,
+        planned_bytes=safetensors_folder.planned_bytes,
+        config=safetensors_folder.exported_config,
+        write=safetensors_folder.write,
+        open=safetensors_folder.open_any_folder,
+        card=PLAIN_CARD,
+    ),
+    gguf_files.NAME: _GGUF,
+    **{name: replace(_GGUF, open=partial(open_plain_source, dtype=dtype)) for name, dtype in gguf_files.PLAIN_FORMATS.items()},
 }
+"""Format name -> exporter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,23 +107,37 @@ class ExportResult:
     bytes: int
     """Bytes of the weight files."""
     exact: bool
-    """An independent reader rebuilt every weight of the source element by element (always true: anything else is an error)."""
+    """Every weight of the source was rebuilt element by element by an independent reader. False only for plain weights that were rounded
+    to another dtype, as ``allow_inexact`` permits; then the reader rebuilt the rounded ones."""
+    rounding: Rounding | None = None
+    """How far the rounded weights are from the source's; None where nothing was rounded."""
     runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """As ``qat.runtimes.check_runtimes`` gives them; {} when not asked for."""
 
 
-def export_folder(source: Path, target: Path, format: str, *, runtimes: bool = True, tokens: "Tensor | None" = None) -> ExportResult:
-    """Pack a quantized model folder, check the result, and only then give it its name.
+def export_folder(
+    source: Path,
+    target: Path,
+    format: str,
+    *,
+    runtimes: bool = True,
+    tokens: "Tensor | None" = None,
+    allow_inexact: bool = False,
+    reader_version: str | None = None,
+) -> ExportResult:
+    """Pack a model folder, check the result, and only then give it its name.
 
     Codes and scales are stored as trained, nothing is rounded again. An independent reader rebuilds every weight and compares; with
     ``runtimes`` every installed runtime loads the folder in a fresh process and is compared too.
 
     Args:
-        source: A folder that ``qat`` or ``quantize`` wrote.
+        source: A folder that ``qat`` or ``quantize`` wrote; for gguf-f32, gguf-f16 and gguf-bf16 one with plain weights.
         target: The folder to make; it must not exist.
         format: A name in ``EXPORTERS``.
         runtimes: Also load it in installed runtimes (some seconds; a runtime that is not installed is reported, not an error).
         tokens: int64 [B, S] of real text for the runtimes, which adds their perplexity.
+        reader_version: Version of the format's package that will read the export: compressed-tensors needs it for 3, 5, 6 and 7 bits.
+        allow_inexact: Let plain weights be rounded to a dtype that does not hold them; the largest change is reported.
 
     Raises:
         UserError: unknown format, a source without codes or with damaged ones, a lattice the format cannot hold, an existing target,
@@ -94,8 +151,10 @@ def export_folder(source: Path, target: Path, format: str, *, runtimes: bool = T
         raise UserError(f"format {format!r} is not one of {', '.join(EXPORTERS)}{hint}")
     source, target = Path(source), Path(target)
     with atomic_directory(target) as folder:
-        opened = open_source(source)
+        opened = replace(exporter.open(source), reader_version=reader_version)
+        _check_tokenizer(source)
         exporter.check(opened)
+        rounding = _rounding(opened, format, allow_inexact)
         check_free_space(folder, exporter.planned_bytes(opened), f"the export {target}")
         write_json_atomic(folder / "config.json", exporter.config(opened))
         exporter.write(folder, opened)
@@ -103,9 +162,31 @@ def export_folder(source: Path, target: Path, format: str, *, runtimes: bool = T
         hashes = _check_exact(folder, opened)
         seen = _checked_runtimes(folder, tokens) if runtimes else {}
         size = folder_bytes(folder)
-        (folder / "README.md").write_text(card_text(_facts(opened, target.name, size, seen)), encoding="utf-8")
-        _write_record(folder, opened, {"format": format, "bytes": size, "weights": hashes, "runtimes": seen})
-    return ExportResult(format=format, path=target, bytes=size, exact=True, runtimes=seen)
+        (folder / "README.md").write_text(card_text(_facts(opened, target.name, size, seen, rounding), exporter.card), encoding="utf-8")
+        export = {"format": format, "bytes": size, "weights": hashes, "scales": scale_hashes(folder), "runtimes": seen}
+        _write_record(folder, opened, export | ({"rounding": asdict(rounding)} if rounding else {}))
+    return ExportResult(format=format, path=target, bytes=size, exact=rounding is None, runtimes=seen, rounding=rounding)
+
+
+def _rounding(source: ExportSource, format: str, allow_inexact: bool) -> Rounding | None:
+    """What rounding plain weights changes; None when nothing changes. UserError when it does and must not."""
+    if not isinstance(source, PlainSource):
+        return None
+    rounding = source.rounding()
+    if rounding.changed and not allow_inexact:
+        raise UserError(
+            f"{format} does not hold {rounding.changed:,} of the weights of {source.folder} exactly (largest change "
+            f"{rounding.largest:.2g}); use --allow-inexact to have them rounded, or another of gguf-bf16, gguf-f16 and gguf-f32"
+        )
+    return rounding if rounding.changed else None
+
+
+def _check_tokenizer(source: Path) -> None:
+    if not any(file.is_file() for pattern in (*TOKENIZER_FILES, "*.tiktoken") for file in source.glob(pattern)):
+        raise UserError(
+            f"{source} has no tokenizer ({', '.join(TOKENIZER_FILES)}), without which no server can read text; copy the tokenizer's files "
+            "of the model it was made from into the folder"
+        )
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
@@ -136,24 +217,37 @@ def _checked_runtimes(folder: Path, tokens: "Tensor | None") -> dict[str, dict[s
     return seen
 
 
-def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[str, Any]]) -> CardFacts:
+def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[str, Any]], rounding: Rounding | None) -> CardFacts:
+    lattices = Counter(f"int{s.bits}, {s.group_size}" for s in map(source.state.spec_of, source.state.modules))
     return CardFacts(
         # Folders are often called after their format; the run has a name that somebody chose.
         name=str(source.record.get("run") or name),
         base_model=source.record.get("base_model"),
         model_type=str(source.config.get("model_type", "unknown")),
-        spec=source.state.spec,
+        spec=source.state.spec if source.state.modules else None,
         quantized=len(source.state.modules),
         unquantized=source.unquantized_linears,
         parameters=source.structure.parameters,
         weight_bytes=size,
         metrics=source.record.get("metrics") or {},
         runtimes=runtimes,
+        lattices=dict(lattices) if len(lattices) > 1 else {},
+        inputs=_inputs(source),
+        rounding=f"{rounding.changed:,} weights were rounded to the stored dtype, by {rounding.largest:.2g} at most." if rounding else "",
     )
+
+
+def _inputs(source: ExportSource) -> str:
+    inputs = source.state.activations
+    if inputs is None:
+        return ""
+    scale = "a scale for each token, taken when it comes" if inputs.scaling == "dynamic" else "one stored scale a module"
+    return f"{inputs.kind}, {'symmetric' if inputs.symmetric else 'asymmetric'}, {scale}"
 
 
 def _write_record(folder: Path, source: ExportSource, export: dict[str, Any]) -> None:
     """decoct.json: the source's record, what the export's weights hash to, and the sha256 of every other file."""
     files = {str(file.relative_to(folder).as_posix()): sha256_file(file) for file in sorted(folder.rglob("*")) if file.is_file()}
-    record = {**source.record, "format": RECORD_FORMAT, "quant": source.state.record(), "export": export, "files": files}
+    quant = {"quant": source.state.record()} if source.state.modules else {}
+    record = {**source.record, "format": RECORD_FORMAT, **quant, "export": export, "files": files}
     write_json_atomic(folder / RECORD, record)

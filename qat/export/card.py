@@ -4,6 +4,7 @@ No path of the machine it was made on is in it.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -23,7 +24,8 @@ class CardFacts:
     base_model: str | None
     """Hub id or a name; of a local path only the last part is shown."""
     model_type: str
-    spec: QuantSpec
+    spec: QuantSpec | None
+    """None: plain weights."""
     quantized: int
     """Number of quantized linears."""
     unquantized: list[str]
@@ -34,17 +36,66 @@ class CardFacts:
     """``{figure: number}``, or ``{row: {figure: number}}`` for several models or texts."""
     runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """As ``check_runtimes`` gives them; {} when none was asked."""
+    lattices: dict[str, int] = field(default_factory=dict)
+    """Where modules have different lattices: what each is -> how many modules have it."""
+    inputs: str = ""
+    """How inputs of quantized modules are rounded; '' when they are not."""
+    rounding: str = ""
+    """What was rounded to the stored dtype; '' when nothing was."""
 
 
-def card_text(facts: CardFacts) -> str:
+def _transformers_and_vllm(facts: CardFacts) -> str:
+    bits = facts.spec.bits if facts.spec else 16
+    zeros = bool(facts.spec) and not facts.spec.symmetric and not facts.inputs
+    names, option = (", CompressedTensorsConfig", ", quantization_config=CompressedTensorsConfig(dequantize=True)") if zeros else ("", "")
+    vllm = "With vLLM" if bits in (4, 8, 16) else f"vLLM reads 4 and 8 bits; whether your version reads {bits} is not known"
+    return f"""With transformers (`pip install transformers compressed-tensors`):
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer{names}
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{option})
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+{vllm}:
+
+```bash
+vllm serve path/to/this/folder
+```
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatCard:
+    """What a card says of the format; the default is compressed-tensors'."""
+
+    tag: str = "compressed-tensors"
+    library: str = "transformers"
+    """The hub's library_name."""
+    scales: str = "bf16 scale per {per} (compressed-tensors, pack-quantized)"
+    """How scales are stored; ``{per}`` is what has one."""
+    plain: str = "bf16"
+    """Dtype of linears that are not quantized."""
+    rest: str = "embeddings, norms and biases are bf16"
+    """What the other tensors are."""
+    loading: Callable[[CardFacts], str] = _transformers_and_vllm
+    """The commands that load it."""
+    own_arithmetic: tuple[str, ...] = ()
+    """Runtimes that do not compute in fp32."""
+    unchecked: str = "vLLM"
+    """A runtime that readers of the card will ask about and that was not tried; '' for none."""
+
+
+def card_text(facts: CardFacts, form: FormatCard = FormatCard()) -> str:
     """The card as Markdown with the hub's YAML header."""
     parts = [
-        _header(facts),
+        _header(facts, form),
         f"# {facts.name}\n",
-        _made_of(facts),
+        _made_of(facts, form),
         _evaluation(facts.metrics),
-        _loading(facts.spec.bits),
-        _checked(facts.runtimes),
+        f"## Loading\n\n{form.loading(facts)}",
+        _checked(facts, form),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -56,26 +107,36 @@ def shown_name(base_model: str | None) -> str | None:
     return PurePath(base_model).name or None
 
 
-def _header(facts: CardFacts) -> str:
+def _header(facts: CardFacts, form: FormatCard) -> str:
     shown = shown_name(facts.base_model)
     base = [f"base_model: {shown}"] if shown and _HUB_ID.fullmatch(shown) else []
-    tags = ["- decoct", "- compressed-tensors", f"- int{facts.spec.bits}", f"- {facts.model_type}"]
-    return "\n".join(["---", "library_name: transformers", "pipeline_tag: text-generation", *base, "tags:", *tags, "---", ""])
+    bits = [f"- int{facts.spec.bits}"] if facts.spec else []
+    tags = ["- decoct", f"- {form.tag}", *bits, f"- {facts.model_type}"]
+    return "\n".join(["---", f"library_name: {form.library}", "pipeline_tag: text-generation", *base, "tags:", *tags, "---", ""])
 
 
-def _made_of(facts: CardFacts) -> str:
-    spec = facts.spec
-    per = "output row" if isinstance(spec.group_size, str) else f"group of {spec.group_size} inputs"
-    left = f"; in bf16: {', '.join(facts.unquantized)}" if facts.unquantized else ""
+def _made_of(facts: CardFacts, form: FormatCard) -> str:
     size = f"{facts.weight_bytes:,} bytes, {bits_per_weight(facts.weight_bytes, facts.parameters):.2f} bits per weight"
     rows = [
         ("Base model", shown_name(facts.base_model) or "not recorded"),
-        ("Weights", f"int{spec.bits}, symmetric, one bf16 scale per {per} (compressed-tensors, pack-quantized)"),
-        ("Quantized", f"{facts.quantized} linear layers; embeddings, norms and biases are bf16{left}"),
+        *(_lattice(facts, facts.spec, form) if facts.spec else [("Weights", f"not quantized ({form.tag})")]),
         ("Parameters", f"{facts.parameters:,} (tied tensors once)"),
         ("Weight files", f"{size} (embeddings included); {2 * facts.parameters:,} bytes in bf16"),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""])
+
+
+def _lattice(facts: CardFacts, spec: QuantSpec, form: FormatCard) -> list[tuple[str, str]]:
+    per = "output row" if isinstance(spec.group_size, str) else f"group of {spec.group_size} inputs"
+    kind = "symmetric" if spec.symmetric else "asymmetric"
+    left = f"; in {form.plain}: {', '.join(facts.unquantized)}" if facts.unquantized else ""
+    mixed = "; ".join(f"{count} linears {lattice}" for lattice, count in facts.lattices.items())
+    inputs = [("Inputs", facts.inputs)] if facts.inputs else []
+    return [
+        ("Weights", (mixed and f"{mixed} ({form.tag})") or f"int{spec.bits}, {kind}, one {form.scales.format(per=per)}"),
+        *inputs,
+        ("Quantized", f"{facts.quantized} linear layers; {form.rest}{left}"),
+    ]
 
 
 def _evaluation(metrics: dict[str, Any]) -> str:
@@ -94,40 +155,34 @@ def _figure(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _loading(bits: int) -> str:
-    vllm = "With vLLM" if bits in (4, 8) else f"vLLM reads 4 and 8 bits; whether your version reads {bits} is not known"
-    return f"""## Loading
-
-With transformers (`pip install transformers compressed-tensors`):
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-
-{vllm}:
-
-```bash
-vllm serve path/to/this/folder
-```
-"""
+def _speed(seen: dict[str, Any]) -> str:
+    if not seen.get("tokens_per_second"):
+        return ""
+    return f" It generated {seen['tokens_per_second']:,.0f} tokens per second on the machine it was checked on (CPU)."
 
 
-def _checked(runtimes: dict[str, dict[str, Any]]) -> str:
+def _checked(facts: CardFacts, form: FormatCard) -> str:
+    runtimes = facts.runtimes
     lines = [
         "## What was checked\n",
-        "- An independent reader rebuilds every weight of the trained model from these files, element by element.",
+        "- An independent reader rebuilds every weight of the "
+        f"{'rounded' if facts.rounding else 'trained'} model from these files, element by element.",
     ]
+    if facts.rounding:
+        lines.append(f"- {facts.rounding}")
     for name, seen in runtimes.items():
         if seen["status"] == "agrees":
+            arithmetic = (
+                "in its own arithmetic" if name in form.own_arithmetic or seen.get("arithmetic") == "own" else "in fp32 its logits agree"
+            )
             lines.append(
-                f"- {name} ({seen['version']}) loads them in a fresh process; in fp32 its logits agree: same token at "
+                f"- {name} ({seen['version']}) loads them in a fresh process; {arithmetic}: same token at "
                 f"{seen['top1']:.2%} of {seen['positions']:,} positions, log-probabilities within {seen['max_logprob_diff']:.1g} nats."
+                f"{_speed(seen)}"
             )
         else:
             lines.append(f"- Not checked in {name}: {seen['status']}{'; ' + seen['reason'] if seen['reason'] else ''}.")
     if not runtimes:
         lines.append("- Not loaded in a runtime when it was made: `decoct verify` does that.")
-    return "\n".join([*lines, "- Not checked in vLLM here.", "- `decoct verify` repeats these checks and compares every file's hash.", ""])
+    unchecked = [f"- Not checked in {form.unchecked} here."] if form.unchecked else []
+    return "\n".join([*lines, *unchecked, "- `decoct verify` repeats these checks and compares every file's hash.", ""])

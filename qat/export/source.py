@@ -29,6 +29,8 @@ class ExportSource:
     structure: Structure
     plain: dict[str, Path]
     """Unquantized tensors: name -> the file that holds it, in file order. Tied names are left out."""
+    reader_version: str | None = None
+    """Version of the format's package that will read the export, where layouts differ between versions and the user named one."""
 
     @property
     def unquantized_linears(self) -> list[str]:
@@ -64,7 +66,7 @@ def open_source(folder: Path) -> ExportSource:
     if problems:
         more = f" ({len(problems)} differences in all)" if len(problems) > 1 else ""
         raise UserError(f"{folder}: {problems[0]}{more}; weights and config.json are not of one model. Quantize the model again.")
-    _check_tied(folder, files, structure)
+    check_tied(folder, files, structure)
     quantized = {f"{name}.weight" for name in state.modules}
     return ExportSource(
         folder=folder,
@@ -76,7 +78,7 @@ def open_source(folder: Path) -> ExportSource:
     )
 
 
-def _check_tied(folder: Path, files: dict[str, Path], structure: Structure) -> None:
+def check_tied(folder: Path, files: dict[str, Path], structure: Structure) -> None:
     """A tied weight that is stored under a second name must repeat the first: it is written once."""
     for name in structure.tied & set(files):
         copies = [other for other in files if other not in structure.tied and structure.shapes[other] == structure.shapes[name]]

@@ -216,8 +216,9 @@ BROKEN = {
         "comes last before it and writes none; put one of the two before it",
     ),
     "unknown export format": (
-        HEAD + "stages:\n  - quantize\n  - export: {formats: [gguf]}\n",
-        "my.yaml:6: stages.1.export.formats.0: wants 'compressed-tensors'; got 'gguf'",
+        HEAD + "stages:\n  - quantize\n  - export: {formats: [guff]}\n",
+        "my.yaml:6: stages.1.export.formats.0: wants 'compressed-tensors', 'gguf', 'gptq', 'gptq_v2', 'awq' or 'safetensors'; got 'guff', "
+        "did you mean 'gguf'?",
     ),
     "unknown logger": (
         HEAD + STAGES + "logger: wanbd\n",

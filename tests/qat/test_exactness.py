@@ -56,4 +56,8 @@ def test_a_changed_scale_of_a_zero_group_is_found(exported: Path) -> None:
     tensors[f"{Q_PROJ}.weight_scale"][3, 1] = 2.0
     save_file(tensors, exported / "model.safetensors")
     _, problems = check_recorded(exported, read_record(exported))
+    assert problems == [f"{Q_PROJ}: its scales are not those that were exported"]
+    older = read_record(exported)
+    del older["export"]["scales"]
+    _, problems = check_recorded(exported, older)
     assert problems == [f"{Q_PROJ}.weight_scale: a group of zeros has another scale than 1"]

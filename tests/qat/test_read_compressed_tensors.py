@@ -130,9 +130,9 @@ def test_refuses_bits_behind_the_last_column(tmp_path: Path) -> None:
 
 
 SCHEMES: dict[str, tuple[dict[str, Any], str]] = {
-    "3 bits": ({"num_bits": 3}, "num_bits is 3; this reader knows 2 or 4 or 8"),
+    "9 bits": ({"num_bits": 9}, "num_bits is 9; this reader knows 2 or 3 or"),
     "float": ({"type": "float"}, "weights.type is 'float'"),
-    "asymmetric": ({"symmetric": False}, "weights.symmetric is False"),
+    "neither": ({"symmetric": None}, "weights.symmetric is None"),
     "tensor": ({"strategy": "tensor"}, "weights.strategy is 'tensor'"),
     "no group size": ({"strategy": "group"}, "group_size is None"),
     "zero group size": ({"strategy": "group", "group_size": 0}, "group_size is 0"),

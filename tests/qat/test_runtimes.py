@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from decoct.models.errors import UserError
-from decoct.qat import runtimes
+from decoct.qat import runtime_rules, runtimes
 from decoct.qat.export import export_folder
 from decoct.qat.rebuild import load_exported_model
 from decoct.qat.runtimes import check_runtimes, compare_logits
@@ -62,7 +62,7 @@ def test_differences_are_judged_by_the_size_of_the_logits() -> None:
 
 
 def test_a_runtime_that_is_not_installed_is_said_to_be(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(runtime_rules.importlib.util, "find_spec", lambda name: None)
     seen = check_runtimes(exported)["transformers"]
     assert (seen["status"], seen["top1"]) == ("not installed", None)
     assert "compressed-tensors" in seen["reason"]
@@ -116,7 +116,7 @@ def test_plain_transformers_computes_the_same_logits(
 def test_another_model_differs(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed()
 
-    def other(path: Path) -> PreTrainedModel:
+    def other(path: Path, *, inputs: str) -> PreTrainedModel:
         model = load_exported_model(path)
         model.get_parameter("model.layers.1.mlp.up_proj.weight").data[0, 0] += 0.5
         return model
@@ -131,7 +131,7 @@ def test_another_model_differs(exported: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_runtime_that_breaks_tells_why(exported: Path) -> None:
     installed()
     config = json.loads((exported / "config.json").read_text())
-    config["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["unknown"] = 1
     (exported / "config.json").write_text(json.dumps(config))
     seen = check_runtimes(exported)["transformers"]
     assert seen["status"] == "failed"

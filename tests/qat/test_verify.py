@@ -104,7 +104,7 @@ def test_a_cut_weight_file_is_found_without_its_hash(exported: Path) -> None:
         ({"num_bits": 8}, "weight_packed is I32"),
         ({"group_size": 8}, "weight_scale is BF16"),
         ({"strategy": "channel"}, "weight_scale is BF16"),
-        ({"symmetric": False}, "weights.symmetric is False"),
+        ({"symmetric": False}, "weight_zero_point is missing"),
     ],
 )
 def test_an_edited_scheme_is_found(exported: Path, change: dict[str, object], message: str) -> None:

@@ -27,22 +27,23 @@ def finish(settings: ExportSettings, context: StageContext, trained: None) -> St
     """Write one folder per format beside each other (rank 0). The model that goes on is the stage's input."""
     started = time.perf_counter()
     source = Path(context.input)
-    exports = [_export(source, context.folder / form, form, context) for form in settings.formats]
+    exports = [_export(source, context.folder / form, form, settings, context) for form in settings.formats]
     return StageResult(model=None, seconds=time.perf_counter() - started, exports=exports)
 
 
-def _export(source: Path, target: Path, form: str, context: StageContext) -> dict[str, Any]:
+def _export(source: Path, target: Path, form: str, settings: ExportSettings, context: StageContext) -> dict[str, Any]:
     """Write a format, or check what an interrupted start of this stage left whole."""
-    if target.exists():
-        runtimes = read_record(target).get("export", {}).get("runtimes", {})
-    else:
-        runtimes = export_folder(source, target, form, tokens=real_tokens(context.data.evaluation)).runtimes
+    if not target.exists():
+        options = {"allow_inexact": settings.allow_inexact, "reader_version": settings.reader_version}
+        export_folder(source, target, form, tokens=real_tokens(context.data.evaluation), **options)
+    export = read_record(target).get("export", {})
+    runtimes = export.get("runtimes", {})
     report = verify_folder(target, source=source, runtimes=False)
     if report.problems:
         raise UserError(f"{target} does not verify: {'; '.join(report.problems)}; delete it and run again")
     for name, seen in runtimes.items():
         context.say(f"  {form} in {name}: {outcome_text(seen)}")
-    return {"format": form, "path": target.name, "exact": True, "runtimes": runtimes}
+    return {"format": form, "path": target.name, "exact": "rounding" not in export, "runtimes": runtimes}
 
 
 def real_tokens(windows: "Windows") -> "Tensor | None":

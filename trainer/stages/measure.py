@@ -44,13 +44,13 @@ def open_for_measuring(path: str, revision: str | None = None) -> "PreTrainedMod
 
 
 def is_export(path: str) -> bool:
-    """Whether a local folder holds packed weights."""
-    import json
+    """Whether a local folder (or GGUF file) holds packed weights."""
+    from ...models.errors import UserError
+    from ...qat.readers import is_export as has_packed_weights
 
-    config = Path(path) / "config.json"
     try:
-        return "quantization_config" in json.loads(config.read_text())
-    except (OSError, ValueError):
+        return Path(path).exists() and has_packed_weights(Path(path))
+    except UserError:
         return False
 
 

@@ -32,7 +32,7 @@ _START = "start"
 def start(settings: QatSettings, context: StageContext) -> None:
     """Rank 0, before all train: GPTQ's codes and scales, in a folder that resumed runs find again."""
     folder = context.folder / _START
-    if settings.start != "gptq" or folder.exists():
+    if settings.first != "gptq" or folder.exists():
         return
     model = load_model(context.input, dtype=torch.float32, revision=context.input_revision)
     latent = {name: parameter.detach().clone() for name, parameter in model.named_parameters()} if settings.train == "all" else {}
@@ -48,7 +48,7 @@ def start(settings: QatSettings, context: StageContext) -> None:
 
 def train(settings: QatSettings, context: StageContext) -> Trained:
     """Train latent weights, or scales alone, through linears that round."""
-    opened = replace(context, input=str(context.folder / _START), input_revision=None) if settings.start == "gptq" else context
+    opened = replace(context, input=str(context.folder / _START), input_revision=None) if settings.first == "gptq" else context
     if settings.train == "scales":
         opened = replace(opened, trainer=_whole_on_each_rank(context))
     student = open_student(opened)
@@ -67,7 +67,7 @@ def train(settings: QatSettings, context: StageContext) -> Trained:
         _freeze_all_but_adapters(student)
     _announce(settings, len(modules), context)
     plan = training_plan(settings, context, student.model.config.hidden_size, student.strategy)
-    given = _given_scales(opened) if settings.start == "gptq" else None
+    given = _given_scales(opened) if settings.first == "gptq" else None
     inputs = _round_inputs(settings, student, modules)
     quantizers = Quantizers(settings, plan.total_steps, plan.seed, given, inputs)
     hooks = [*keep_zeros_hooks(student.model, sparse), quantizers]
@@ -88,10 +88,10 @@ def finish(settings: QatSettings, context: StageContext, trained: Trained | None
 
 
 def _hold_codes(settings: QatSettings, student: OpenStudent, context: StageContext, sparse: list[str]) -> tuple[str, ...]:
-    if settings.start == "gptq":
+    if settings.first == "gptq":
         state = load_quant_state(context.folder / _START)
     else:
-        state = round_model(student.model, settings.weights, Rounding(method=settings.start), skip=settings.skip, sparse=sparse).state
+        state = round_model(student.model, settings.weights, Rounding(method=settings.first), skip=settings.skip, sparse=sparse).state
     hold_codes(student.model, state)
     return state.modules
 
@@ -133,7 +133,7 @@ def _announce(settings: QatSettings, count: int, context: StageContext) -> None:
     shared = f"groups of {group}" if isinstance(group, int) else "one scale a row"
     trained = {"scales": "scales alone train"}.get(settings.train, f"{settings.scales} scales")
     more = [f"inputs in {settings.activations.kind}, {settings.activations.scaling}"] if settings.activations else []
-    more += [f"start {settings.start}"] if settings.start != "rtn" else []
+    more += [f"start {settings.first}"] if settings.scales == "learned" else []
     more += [f"adapters of rank {settings.lora}"] if settings.lora else []
     more += [f"annealed from {settings.anneal_from} bits"] if settings.anneal_from else []
     context.say("  " + ", ".join([f"{count} linear layers at {settings.weights.bits} bits", shared, trained, *more]))

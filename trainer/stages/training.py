@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Peak rate at 192 hidden channels; it falls with 1 / hidden (muP's rule for AdamW matrices, arXiv 2203.03466, table 3).
-BASE_RATES = {"pretrain": 3e-3, "distill": 1.5e-3, "prune": 1e-3, "qat": 6e-4, "lora": 6e-3}
-"""Peak learning rate of each kind of stage at ``BASE_HIDDEN`` channels; adapters take ten times that of the weights."""
+BASE_RATES = {"pretrain": 3e-3, "distill": 1.5e-3, "prune": 1e-3, "qat": 6e-4}
+"""Peak learning rate of each kind of stage at ``BASE_HIDDEN`` channels; of qat at 3 bits."""
+LORA_FACTOR = 10
+"""Adapters take ten times the rate of weights (arXiv 2405.09673, section 4)."""
 SCALE_RATE_SHARE = 1 / 30
 """Rate of learned scales as a share of the weights': with equal rates the scales, which are as small as a step, run away."""
 BASE_HIDDEN = 192
@@ -34,6 +36,13 @@ BASE_HIDDEN = 192
 def default_learning_rate(kind: str, hidden: int) -> float:
     """Peak learning rate of a stage kind for a model of ``hidden`` channels, when the recipe gives none."""
     return float(f"{BASE_RATES[kind] * BASE_HIDDEN / hidden:.2g}")
+
+
+def quantized_rate(settings: QatSettings, hidden: int) -> float:
+    """Peak learning rate of a qat stage: half as much for each bit more, as the lattice's step is, for what is lost is so small at many
+    bits that a larger one loses more than it finds."""
+    factor = 2.0 ** (3 - settings.weights.bits) * (LORA_FACTOR if settings.lora else 1)
+    return float(f"{factor * default_learning_rate('qat', hidden):.2g}")
 
 
 def training_plan(settings: TrainingBlock, context: StageContext, hidden: int, strategy: Literal["ddp", "fsdp2"] = "ddp") -> TrainingPlan:
@@ -66,12 +75,11 @@ def derive_plan(
     stage_key: str = "",
 ) -> TrainingPlan:
     """A training stage in numbers, from its settings, the trainer's and the student's width; needs no model and no text."""
-    rate = settings.learning_rate or default_learning_rate(kind, hidden)
+    quantizes = isinstance(settings, QatSettings)
+    rate = settings.learning_rate or (quantized_rate(settings, hidden) if quantizes else default_learning_rate(kind, hidden))
     scale_rate = None
-    if isinstance(settings, QatSettings):
-        rate = settings.learning_rate or default_learning_rate("lora" if settings.lora else kind, hidden)
-        if settings.scales == "learned":
-            scale_rate = settings.scale_learning_rate or rate * SCALE_RATE_SHARE
+    if quantizes and settings.scales == "learned":
+        scale_rate = settings.scale_learning_rate or rate * SCALE_RATE_SHARE
     batch = derive_batch(trainer.global_batch_tokens, seq_length, ranks, trainer.micro_batch)
     step_tokens = batch.global_windows * seq_length
     if settings.steps is None and settings.tokens is None:

@@ -97,6 +97,16 @@ def test_more_processes_hold_less_each_under_fsdp2() -> None:
     assert totals[1] == pytest.approx(2 * totals[2], rel=1e-3)
 
 
+def test_a_gguf_that_cannot_be_written_is_told_before_the_run() -> None:
+    recipe = load_recipe("smollm2-1.7b-half-int4", ["stages.export.formats=[gguf,compressed-tensors]"])
+    assert [text for text in problems(plan(recipe)) if "gguf" in text] == []
+    assert "gguf" in short_form(plan(recipe))
+    narrow = load_recipe("smollm2-1.7b-half-int4", ["stages.export.formats=[gguf]", "stages.qat.weights.group_size=16"])
+    found = [text for text in problems(plan(narrow)) if "gguf" in text]
+    assert len(found) == 1
+    assert "weights.group_size=32" in found[0]
+
+
 def test_a_full_disk_is_told_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 

@@ -14,8 +14,15 @@ def _llama(**changes: Any) -> LlamaConfig:
     return LlamaConfig(vocab_size=32000, **{**shape, **changes})
 
 
-def _of(config: PreTrainedConfig, target: str = "vLLM", ranks: int = 1, skip: tuple[str, ...] = (), **spec: Any) -> tuple[str, str, str]:
-    found = {v.target: v for v in verdicts(config, QuantSpec(**spec), skip, tensor_parallel=ranks)}[target]
+def _of(
+    config: PreTrainedConfig,
+    target: str = "vLLM",
+    ranks: int = 1,
+    skip: tuple[str, ...] = (),
+    formats: tuple[str, ...] = ("compressed-tensors",),
+    **spec: Any,
+) -> tuple[str, str, str]:
+    found = {v.target: v for v in verdicts(config, QuantSpec(**spec), skip, tensor_parallel=ranks, formats=formats)}[target]
     return found.outcome, found.reason, found.fix
 
 
@@ -79,8 +86,17 @@ def test_qwen2_has_no_head_dim_of_its_own_in_vllm() -> None:
 
 
 def test_blocks_of_llama_cpp_and_onnx() -> None:
-    assert "blocks" not in _of(_llama(), "llama.cpp")[1]
-    assert "multiple" in _of(_llama(), "llama.cpp", group_size=16)[1]
-    assert "not 6" in _of(_llama(), "llama.cpp", bits=6)[1]
+    assert _of(_llama(), "llama.cpp")[::2] == ("no", "export.formats: add gguf")
+    assert _of(_llama(), "llama.cpp", formats=("gguf",)) == ("ok", "blocks of 32 hold groups of this size exactly", "")
+    assert _of(_llama(), formats=("gguf",))[::2] == ("no", "export.formats: add compressed-tensors")
+    outcome, reason, fix = _of(_llama(), "llama.cpp", formats=("gguf",), group_size=16)
+    assert (outcome, "multiple" in reason, fix) == ("no", True, "weights.group_size=32")
+    assert _of(_llama(), "llama.cpp", formats=("gguf",), bits=6)[::2] == ("slower", "weights.bits=8")
+    narrow = _of(_llama(intermediate_size=8200), "llama.cpp", formats=("gguf",), group_size="channel")
+    assert narrow[0] == "no"
+    assert "prune.structured.ffn=8192" in narrow[2]
+    unknown = _of(_llama(hidden_act="gelu"), "llama.cpp", formats=("gguf",))
+    assert unknown[0] == "no"
+    assert "llama.cpp computes silu" in unknown[1]
     assert "powers of two" in _of(_llama(), "ONNX Runtime", group_size="channel")[1]
     assert "does not write yet" in _of(_llama(), "ONNX Runtime")[1]

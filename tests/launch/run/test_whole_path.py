@@ -40,6 +40,23 @@ def test_whole_path_leaves_verified_export_and_report(tiny: dict[str, Any], run:
     assert read_report()["stages"] == report["stages"]
 
 
+def test_both_formats_of_an_export_are_the_same_model_in_the_report(
+    tiny: dict[str, Any], run: Any, read_report: Any, tmp_path: Path
+) -> None:
+    weights = {"bits": 4, "group_size": 32}
+    tiny["stages"] = [{"quantize": {"weights": weights}}, {"export": {"formats": ["compressed-tensors", "gguf"]}}]
+    done = run(tiny)
+    assert done.returncode == 0, done.stdout + done.stderr
+    packed, gguf = read_report()["exports"]
+    assert (packed["format"], gguf["format"]) == ("compressed-tensors", "gguf")
+    assert gguf["exact"]
+    assert gguf["eval"] == packed["eval"]
+    assert gguf["parameters"] == packed["parameters"]
+    assert gguf["bytes"] == (tmp_path / "runs/tiny/02-export/gguf/model.gguf").stat().st_size
+    assert gguf["runtimes"].keys() == {"llama.cpp"}
+    assert str(tmp_path) not in (tmp_path / "runs/tiny/02-export/gguf/README.md").read_text()
+
+
 def test_changed_settings_run_from_there_and_keep_the_old_folder(tiny: dict[str, Any], run: Any, tmp_path: Path) -> None:
     tiny["stages"] = [{"distill": {"steps": 4}}, {"distill": {"name": "second", "steps": 4}}]
     assert run(tiny).returncode == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from decoct.qat.export.card import CardFacts, card_text, shown_name
+from decoct.qat.export.gguf_card import GGUF_CARD
 from decoct.qat.spec import QuantSpec
 
 FACTS = CardFacts(
@@ -40,6 +41,12 @@ def test_card_claims_only_what_was_checked() -> None:
     agreed = card_text(dataclasses.replace(FACTS, runtimes={"transformers": AGREES}))
     assert "(transformers 5) loads them in a fresh process" in agreed
     assert "Not checked in vLLM here." in agreed
+    assert "tokens per second" not in agreed
+    fast = {"llama.cpp": {**AGREES, "tokens_per_second": 1234.5}}
+    card = card_text(dataclasses.replace(FACTS, runtimes=fast), GGUF_CARD)
+    assert "in its own arithmetic: same token at 100.00%" in card
+    assert "1,234 tokens per second" in card
+    assert "vLLM" not in card
     absent = card_text(dataclasses.replace(FACTS, runtimes={"transformers": ABSENT}))
     assert "Not checked in transformers: not installed" in absent
     assert "fresh process" not in absent

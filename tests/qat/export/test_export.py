@@ -190,6 +190,12 @@ def test_a_folder_without_codes_is_refused(quantized_folder: Build, tmp_path: Pa
     refused(tmp_path / "nowhere", tmp_path / "export", "not a model folder")
 
 
+def test_a_folder_without_a_tokenizer_is_refused(quantized_folder: Build, tmp_path: Path) -> None:
+    source = quantized_folder()
+    (source / "tokenizer.json").unlink()
+    refused(source, tmp_path / "export", "has no tokenizer")
+
+
 def test_unknown_formats_and_existing_targets_are_refused(quantized_folder: Build, tmp_path: Path) -> None:
     source = quantized_folder()
     with pytest.raises(UserError, match="did you mean 'compressed-tensors'"):

@@ -1,0 +1,125 @@
+"""The AWQ format, version "gemm": 4-bit codes packed along the outputs in an interleaved order, read by vLLM, SGLang and transformers.
+
+Per module, with unsigned codes u = q + 8 and zero points z in the same terms: ``qweight`` int32 [in, out / 8], ``qzeros`` int32
+[groups, out / 8] (z itself, packed alike; constant 8 for symmetric weights), ``scales`` fp16 [groups, out]. w = (u - z) * s.
+
+Source: AutoAWQ ``modules/linear/gemm.py``, ``utils/packing_utils.py``; vLLM ``layers/quantization/awq*.py``.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...models.errors import UserError
+from .lattice import check_modules, exact_plain, exact_scales, layer, plain_config, plain_dtype, unsigned
+from .shards import plan_shards, write_shards
+from .source import ExportSource
+
+NAME = "awq"
+COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of eight neighbouring outputs lies in each field of a word, the lowest first."""
+_DTYPES = (torch.float16, torch.bfloat16)
+_PARTS = ("qweight", "qzeros", "scales")
+
+
+def check(source: ExportSource) -> None:
+    """Refuse what the format cannot hold exactly.
+
+    Raises:
+        UserError: naming the module, and the nearest setting that can be stored.
+    """
+    check_modules(source, NAME, (4,), head=False)
+    state = source.state
+    sizes = {module: state.spec_of(module).group_size for module in state.modules}
+    first = next(iter(sizes), "")
+    for module, size in sizes.items():
+        if layer(source, module).group_size != layer(source, first).group_size:
+            raise UserError(
+                f"{NAME} has one group_size, and {module} has {size}, {first} {sizes[first]}; export to gptq or compressed-tensors"
+            )
+        if state.codes[module].shape[0] % 8:
+            raise UserError(
+                f"{NAME} packs 8 outputs in a word, and {module} has {state.codes[module].shape[0]}; skip the module, prune to a multiple "
+                "of 8 (kernels want 64), or export to compressed-tensors"
+            )
+
+
+def pack_columns(codes: Tensor) -> Tensor:
+    """Pack signed 4-bit codes along the last axis, eight to a word in the format's order.
+
+    Args:
+        codes: int8 [rows, out], values in [-8, 7]; out a multiple of 8.
+
+    Returns:
+        int32 [rows, out / 8].
+
+    Raises:
+        ValueError: another width, or a code out of range.
+    """
+    rows, width = codes.shape
+    if width % 8:
+        raise ValueError(f"{width} codes a row are no multiple of 8")
+    blocks = unsigned(codes, 4).view(rows, width // 8, 8)
+    words = torch.zeros(rows, width // 8, dtype=torch.int32, device=codes.device)
+    for place, column in enumerate(COLUMNS):
+        words |= blocks[:, :, column] << (4 * place)
+    return words
+
+
+def quantization_config(source: ExportSource) -> dict[str, Any]:
+    """The ``quantization_config`` of ``config.json``."""
+    first = source.state.modules[0]
+    return {
+        "quant_method": NAME,
+        "bits": 4,
+        "group_size": layer(source, first).group_size or -1,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": [name for name in source.unquantized_linears if name != "lm_head"] or None,
+    }
+
+
+def exported_config(source: ExportSource) -> dict[str, Any]:
+    """``config.json`` of the export: float16 when that holds every unquantized tensor exactly, else bfloat16."""
+    return plain_config(source, plain_dtype(source, _DTYPES)) | {"quantization_config": quantization_config(source)}
+
+
+def planned_bytes(source: ExportSource) -> int:
+    """Bytes of tensor data that ``write`` will store."""
+    return sum(_sizes(source).values())
+
+
+def write(folder: Path, source: ExportSource) -> None:
+    """Write the weight files into ``folder``.
+
+    Raises:
+        UserError: scales that fp16 does not hold, or an unquantized tensor with values that neither fp16 nor bf16 holds.
+    """
+    dtype = plain_dtype(source, _DTYPES)
+    write_shards(folder, plan_shards(_sizes(source)), lambda name: _stored(source, name, dtype))
+
+
+def _sizes(source: ExportSource) -> dict[str, int]:
+    """Bytes of every stored tensor, in the order of writing."""
+    sizes: dict[str, int] = {}
+    for module in source.state.modules:
+        it = layer(source, module)
+        (rows, columns), groups = it.codes.shape, it.scales.shape[1]
+        sizes |= {f"{module}.{part}": n for part, n in zip(_PARTS, (rows * columns // 2, groups * rows // 2, groups * rows * 2))}
+    return sizes | {name: 2 * math.prod(source.structure.shapes[name]) for name in source.plain}
+
+
+def _stored(source: ExportSource, name: str, dtype: torch.dtype) -> Tensor:
+    """The tensor that is stored under ``name``."""
+    if name in source.plain:
+        return exact_plain(source, name, dtype)
+    module, part = name.rsplit(".", 1)
+    it = layer(source, module)
+    if part == "qweight":
+        return pack_columns(it.codes.T)
+    if part == "qzeros":
+        return pack_columns(torch.zeros_like(it.scales, dtype=torch.int8).T if it.zeros is None else it.zeros.T)
+    return exact_scales(it.scales, torch.float16, NAME, module).T.contiguous()

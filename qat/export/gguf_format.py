@@ -1,0 +1,167 @@
+"""Writing the GGUF container: metadata, tensor table, aligned data. Needs no package; the format is small.
+
+File, all little-endian: magic "GGUF", version u32 = 3, number of tensors u64, number of metadata entries u64; the entries (key, type
+u32, value); the table (name, number of dimensions u32, dimensions u64 with the fastest first, type u32, offset u64 from the start of
+the data); zeros up to a multiple of 32; the data, every tensor followed by zeros up to a multiple of 32. A string is its length u64
+and UTF-8 bytes, an array its element type u32, length u64 and elements.
+
+Source: ggml ``docs/gguf.md``; gguf-py ``gguf_writer.py``, ``constants.py``.
+"""
+
+import math
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+VERSION, ALIGNMENT = 3, 32
+
+_U32, _I32, _F32, _BOOL, _STRING, _ARRAY, _U64 = 4, 5, 6, 7, 8, 9, 10
+
+
+class TensorType(IntEnum):
+    """How the elements of a tensor are stored, as ggml numbers it."""
+
+    F32 = 0
+    F16 = 1
+    Q4_0 = 2
+    Q4_1 = 3
+    Q8_0 = 8
+    BF16 = 30
+
+
+BLOCKS = {
+    TensorType.F32: (1, 4),
+    TensorType.F16: (1, 2),
+    TensorType.BF16: (1, 2),
+    TensorType.Q4_0: (32, 18),
+    TensorType.Q4_1: (32, 20),
+    TensorType.Q8_0: (32, 34),
+}
+"""Type -> (elements of a block along the row, bytes of a block)."""
+
+FILE_TYPES = {
+    TensorType.F32: 0,
+    TensorType.F16: 1,
+    TensorType.Q4_0: 2,
+    TensorType.Q4_1: 3,
+    TensorType.Q8_0: 7,
+    TensorType.BF16: 32,
+}
+"""Type of most weights -> ``general.file_type``."""
+
+
+@dataclass(frozen=True)
+class F32:
+    """A metadata number that is stored as fp32 (a plain ``int`` is stored as u32, or u64 where it needs to be)."""
+
+    value: float
+
+
+Value = str | bool | int | F32 | Sequence[str] | Sequence[int] | Sequence[F32]
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """A tensor of the file."""
+
+    name: str
+    type: TensorType
+    shape: tuple[int, ...]
+    """Row-major, as in PyTorch: the last dimension is contiguous. Its length is a multiple of the type's block."""
+    make: Callable[[], NDArray[np.generic]]
+    """The bytes, as any contiguous array; called when it is written, so that one tensor at a time is in memory."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data, without padding."""
+        elements, size = BLOCKS[self.type]
+        return math.prod(self.shape) // elements * size
+
+
+def write_gguf(file: Path, metadata: dict[str, Value], tensors: Sequence[TensorPlan]) -> None:
+    """Write a new file; tensors lie in the order given.
+
+    Raises:
+        ValueError: a value that no metadata type holds, a row that is no multiple of its block, or data of another size than planned.
+    """
+    with Path(file).open("xb") as handle:
+        handle.write(header_bytes(metadata, tensors))
+        for tensor in tensors:
+            _write_data(handle, tensor)
+
+
+def header_bytes(metadata: dict[str, Value], tensors: Sequence[TensorPlan]) -> bytes:
+    """Everything before the data, padded to the alignment."""
+    parts = [b"GGUF", struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
+    for key, value in metadata.items():
+        parts += [_string(key), _value(key, value)]
+    offset = 0
+    for tensor in tensors:
+        if tensor.shape[-1] % BLOCKS[tensor.type][0]:
+            raise ValueError(f"{tensor.name}: rows of {tensor.shape[-1]} are no multiple of a {tensor.type.name} block")
+        parts.append(_string(tensor.name) + struct.pack("<I", len(tensor.shape)))
+        parts.append(struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape)))
+        parts.append(struct.pack("<IQ", tensor.type, offset))
+        offset += tensor.nbytes + _padding(tensor.nbytes)
+    header = b"".join(parts)
+    return header + bytes(_padding(len(header)))
+
+
+def planned_file_bytes(metadata: dict[str, Value], tensors: Sequence[TensorPlan]) -> int:
+    """Size of the file that ``write_gguf`` will make."""
+    return len(header_bytes(metadata, tensors)) + sum(tensor.nbytes + _padding(tensor.nbytes) for tensor in tensors)
+
+
+def _padding(size: int) -> int:
+    return -size % ALIGNMENT
+
+
+def _write_data(handle: BinaryIO, tensor: TensorPlan) -> None:
+    data = np.ascontiguousarray(tensor.make())
+    if data.nbytes != tensor.nbytes:
+        raise ValueError(f"{tensor.name}: {data.nbytes} bytes were made, {tensor.nbytes} planned")
+    handle.write(data.reshape(-1).view(np.uint8).data)
+    handle.write(bytes(_padding(tensor.nbytes)))
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode("utf-8")
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _value(key: str, value: Value) -> bytes:
+    if isinstance(value, str | bool | int | F32):
+        kind, body = _scalar(key, value)
+        return struct.pack("<I", kind) + body
+    items = [_scalar(key, item, element=True) for item in value]
+    kinds = {kind for kind, _ in items}
+    if len(kinds) > 1 or not items:
+        raise ValueError(f"{key}: an array needs elements of one type")
+    return struct.pack("<IIQ", _ARRAY, kinds.pop(), len(items)) + b"".join(body for _, body in items)
+
+
+def _scalar(key: str, value: str | bool | int | F32, element: bool = False) -> tuple[int, bytes]:
+    if isinstance(value, str):
+        return _STRING, _string(value)
+    if isinstance(value, bool):
+        return _BOOL, struct.pack("<?", value)
+    if isinstance(value, F32):
+        return _F32, struct.pack("<f", value.value)
+    if element and -(2**31) <= value < 2**31:  # readers want token types as int32
+        return _I32, struct.pack("<i", value)
+    if 0 <= value < 2**32:
+        return _U32, struct.pack("<I", value)
+    if 0 <= value < 2**64:
+        return _U64, struct.pack("<Q", value)
+    raise ValueError(f"{key}: no metadata type is meant to hold {value!r}")
+
+
+def f32_array(values: Iterable[float]) -> list[F32]:
+    """Numbers as an fp32 array."""
+    return [F32(float(value)) for value in values]

@@ -1,0 +1,165 @@
+"""The GPTQ formats: "gptq" (version 1, symmetric) and "gptq_v2" (also asymmetric), read by vLLM, SGLang, GPTQModel and transformers.
+
+Per module, with unsigned codes u = q + 2^(b-1) and zero points z in the same terms: ``qweight`` int32 [in b / 32, out] packed along the
+inputs, ``qzeros`` int32 [groups, out b / 32] packed along the outputs, ``scales`` fp16 [groups, out], ``g_idx`` int32 [in].
+w = (u - z) * s. Version 1 stores z - 1, field by field, and so has no z = 0: asymmetric weights go to version 2.
+
+Source: GPTQModel ``nn_modules/qlinear/__init__.py``, ``quantization/config.py``; vLLM ``layers/quantization/gptq*.py``.
+"""
+
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...models.errors import UserError
+from ...models.files import write_json_atomic
+from ..packing import pack_int32
+from ..spec import QuantSpec
+from .lattice import FUSED, FUSED_NAMES, check_modules, exact_plain, exact_scales, layer, plain_config, plain_dtype
+from .shards import plan_shards, write_shards
+from .source import ExportSource
+
+V1, V2 = "gptq", "gptq_v2"
+BITS = (2, 4, 8)
+_DTYPES = (torch.float16, torch.bfloat16)
+_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def check_v1(source: ExportSource) -> None:
+    """Refuse what version 1 cannot hold exactly.
+
+    Raises:
+        UserError: naming the module, and the nearest setting or format that can be stored.
+    """
+    for module in source.state.modules:
+        if not source.state.spec_of(module).symmetric:
+            raise UserError(
+                f"{V1} stores zero points less one, so that 0 has no place, and {module} is asymmetric; export to {V2!r}, or quantize "
+                "with symmetric: true, which every server reads"
+            )
+    check_v2(source, V1)
+
+
+def check_v2(source: ExportSource, format: str = V2) -> None:
+    """Refuse what version 2 cannot hold exactly; UserError as ``check_v1``."""
+    check_modules(source, format, BITS, head=True)
+    for module in source.state.modules:
+        spec, (rows, columns) = source.state.spec_of(module), source.state.codes[module].shape
+        unit = 32 // spec.bits
+        for side, size in (("outputs", rows), ("inputs", columns)):
+            if size % unit:
+                raise UserError(
+                    f"{format} packs {unit} codes of {spec.bits} bits in a word, and {module} has {size} {side}, no multiple; "
+                    f"skip the module, or prune to a multiple of {unit} (kernels want 64 outputs and 128 inputs)"
+                )
+
+
+def quantization_config(source: ExportSource, format: str) -> dict[str, Any]:
+    """The ``quantization_config`` of ``config.json``, and all of ``quantize_config.json``."""
+    state = source.state
+    common = Counter(state.spec_of(module) for module in state.modules).most_common(1)[0][0]
+    config: dict[str, Any] = {
+        "quant_method": "gptq",
+        **_settings(common),
+        "desc_act": False,
+        "lm_head": "lm_head" in state.modules,
+        "checkpoint_format": format,
+        "pack_dtype": "int32",
+        "dynamic": _dynamic(source, common),
+        "meta": {"quantizer": ["decoct"]},
+    }
+    blocks = _in_every_block(source)
+    return config if blocks is None else config | {"modules_in_block_to_quantize": blocks}
+
+
+def _settings(spec: QuantSpec) -> dict[str, Any]:
+    return {"bits": spec.bits, "group_size": -1 if isinstance(spec.group_size, str) else spec.group_size, "sym": spec.symmetric}
+
+
+def _dynamic(source: ExportSource, common: QuantSpec) -> dict[str, Any]:
+    """Patterns of modules that differ: '-:' is not quantized, '+:' has settings of its own; servers' fused matrices beside their parts."""
+    state, rules = source.state, {}
+    for module in (name for name in source.unquantized_linears if name != "lm_head"):
+        rules |= {f"-:^{re.escape(name)}$": {} for name in _also_fused(module)}
+    for module in state.modules:
+        spec = state.spec_of(module)
+        if spec != common:
+            rules |= {f"+:^{re.escape(name)}$": _settings(spec) for name in _also_fused(module)}
+    return rules
+
+
+def _also_fused(module: str) -> list[str]:
+    parent, _, name = module.rpartition(".")
+    return [module, *(f"{parent}.{fused}" for fused, parts in zip(FUSED_NAMES, FUSED) if name in parts)]
+
+
+def _in_every_block(source: ExportSource) -> list[list[str]] | None:
+    """Names inside a decoder layer that are quantized, for readers that know no patterns; None when all are, or layers differ."""
+    blocks: dict[str, set[str]] = {}
+    quantized = set(source.state.modules)
+    for name in source.structure.linears:
+        found = re.match(r"(.*?\.\d+)\.(.+)", name)
+        if found:
+            blocks.setdefault(found[1], set())
+            if name in quantized:
+                blocks[found[1]].add(found[2])
+    everywhere = {tuple(sorted(names)) for names in blocks.values()}
+    if len(everywhere) != 1 or all(name in quantized for name in source.structure.linears if re.match(r".*?\.\d+\.", name)):
+        return None
+    return [[name] for name in sorted(everywhere.pop())]
+
+
+def exported_config(source: ExportSource, format: str) -> dict[str, Any]:
+    """``config.json`` of the export: float16 when that holds every unquantized tensor exactly, else bfloat16."""
+    config = plain_config(source, plain_dtype(source, _DTYPES))
+    return config | {"quantization_config": quantization_config(source, format)}
+
+
+def planned_bytes(source: ExportSource) -> int:
+    """Bytes of tensor data that ``write`` will store."""
+    return sum(_sizes(source).values())
+
+
+def write(folder: Path, source: ExportSource, format: str) -> None:
+    """Write the weight files and ``quantize_config.json`` into ``folder``.
+
+    Raises:
+        UserError: scales that fp16 does not hold, or an unquantized tensor with values that neither fp16 nor bf16 holds.
+    """
+    dtype = plain_dtype(source, _DTYPES)
+    write_json_atomic(folder / "quantize_config.json", quantization_config(source, format))
+    write_shards(folder, plan_shards(_sizes(source)), lambda name: _stored(source, name, format, dtype))
+
+
+def _sizes(source: ExportSource) -> dict[str, int]:
+    """Bytes of every stored tensor, in the order of writing."""
+    sizes: dict[str, int] = {}
+    for module in source.state.modules:
+        it = layer(source, module)
+        (rows, columns), groups, bits = it.codes.shape, it.scales.shape[1], it.spec.bits
+        amounts = (rows * columns * bits // 8, groups * rows * bits // 8, groups * rows * 2, columns * 4)
+        sizes |= {f"{module}.{part}": amount for part, amount in zip(_PARTS, amounts)}
+    return sizes | {name: 2 * math.prod(source.structure.shapes[name]) for name in source.plain}
+
+
+def _stored(source: ExportSource, name: str, format: str, dtype: torch.dtype) -> Tensor:
+    """The tensor that is stored under ``name``."""
+    if name in source.plain:
+        return exact_plain(source, name, dtype)
+    module, part = name.rsplit(".", 1)
+    it = layer(source, module)
+    columns, groups = it.codes.shape[1], it.scales.shape[1]
+    if part == "qweight":
+        return pack_int32(it.codes, it.spec.bits).T.contiguous()
+    if part == "qzeros":
+        zeros = torch.zeros_like(it.scales, dtype=torch.int8) if it.zeros is None else it.zeros
+        # less one in each field, before the fields become a word: a word's difference would borrow across fields
+        return pack_int32((zeros.T - (1 if format == V1 else 0)).contiguous(), it.spec.bits)
+    if part == "scales":
+        return exact_scales(it.scales, torch.float16, format, module).T.contiguous()
+    return torch.arange(columns, dtype=torch.int32) // (columns // groups)

@@ -1,0 +1,87 @@
+"""An unquantized model folder as the source of an export, its weights rounded once to the dtype that is written."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...models.errors import UserError
+from ...models.folder import read_record
+from ...models.folder_check import check_model_folder
+from ...models.safetensors_file import read_header
+from ..spec import QuantSpec
+from ..state import QuantState
+from ..structure import model_structure
+from .source import ExportSource, check_tied
+
+_PIECE = 2**22
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainSource(ExportSource):
+    """A checked model folder without codes; ``state`` has no modules."""
+
+    dtype: torch.dtype
+    """What matrices are rounded to (to nearest, ties to even); vectors are kept in fp32."""
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight in fp32 as the export holds it; UserError when it is not finite, or not in ``dtype`` any more."""
+        stored = super().tensor(name)
+        if stored.ndim < 2:
+            return stored.float()
+        rounded = stored.to(self.dtype)
+        if not bool(torch.isfinite(rounded).all()):
+            raise UserError(f"{self.plain[name]}: {name} has values beyond the range of {self.dtype}; export in another type")
+        return rounded.float()
+
+    def rounding(self) -> "Rounding":
+        """How far the export is from the folder."""
+        changed, largest = 0, 0.0
+        for name in self.plain:
+            for piece, rounded in zip(super().tensor(name).flatten().split(_PIECE), self.tensor(name).flatten().split(_PIECE)):
+                difference = (piece.double() - rounded.double()).abs()
+                changed += int((difference > 0).sum())
+                largest = max(largest, float(difference.max()) if difference.numel() else 0.0)
+        return Rounding(changed=changed, largest=largest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """What rounding to the stored dtype did."""
+
+    changed: int
+    """Elements whose value changed."""
+    largest: float
+    """Largest absolute change."""
+
+
+def open_plain_source(folder: Path, dtype: torch.dtype) -> PlainSource:
+    """Read and check a model folder with plain weights.
+
+    Raises:
+        UserError: no such folder, damaged files, or tensors that config.json does not ask for.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a model folder (no config.json); give a folder that from_pretrained can read")
+    headers = {file: read_header(file).tensors for file in check_model_folder(folder)}
+    structure = model_structure(folder)
+    files = {name: file for file, tensors in headers.items() for name in tensors}
+    problems = structure.differences({name: headers[file][name].shape for name, file in files.items()})
+    if problems:
+        raise UserError(
+            f"{folder}: {problems[0]} ({len(problems)} differences in all); weights and config.json are not of one model, or named in an "
+            "older way: then load and save the model with transformers once"
+        )
+    check_tied(folder, files, structure)
+    return PlainSource(
+        folder=folder,
+        config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
+        record=read_record(folder),
+        state=QuantState(spec=QuantSpec(), modules=(), codes={}, scales={}),
+        structure=structure,
+        plain={name: file for name, file in files.items() if name not in structure.tied},
+        dtype=dtype,
+    )

@@ -1,0 +1,54 @@
+"""Rounding the inputs of a rebuilt model's linears, as its export says: serving kernels' way, or that of the compressed-tensors package.
+
+Kernels divide a token's absmax by 127 (vLLM's int8 kernels; what decoct trains with), the package by 127.5, so that the two give other
+logits by design. A rebuilt model computes like the kernels; like the package where transformers, which uses it, is compared.
+"""
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .fake_quant.activations import fake_quant_activation
+from .read_compressed_tensors import Inputs, PackedFolder
+from .readers import ExportReader
+from .spec import ActivationSpec
+
+Arithmetic = Literal["kernels", "compressed-tensors"]
+
+
+def round_inputs(model: nn.Module, opened: ExportReader, arithmetic: Arithmetic) -> None:
+    """Hook the rounding of inputs into every module of ``model`` whose inputs the export says are rounded."""
+    if not isinstance(opened, PackedFolder):
+        return
+    for name in opened.modules:
+        inputs = opened.inputs(name)
+        if inputs is not None:
+            rounding = partial(like_kernels if arithmetic == "kernels" else like_package, inputs=inputs)
+            model.get_submodule(name).register_forward_pre_hook(partial(_hook, rounding))
+
+
+def _hook(rounding: Any, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return rounding(arguments[0]), *arguments[1:]
+
+
+def like_kernels(x: Tensor, inputs: Inputs) -> Tensor:
+    """Inputs [..., features] as ``fake_quant_activation`` rounds them."""
+    spec = ActivationSpec(scaling="dynamic" if inputs.dynamic else "static", symmetric=inputs.symmetric)
+    if inputs.scale is None:
+        return fake_quant_activation(x, spec)
+    zero = None if inputs.symmetric else torch.tensor([inputs.zero], dtype=torch.int8)
+    return fake_quant_activation(x, spec, scale=torch.tensor([inputs.scale]), zero=zero)
+
+
+def like_package(x: Tensor, inputs: Inputs) -> Tensor:
+    """Inputs fp32 [..., features] as compressed-tensors rounds them (``quantization/utils/helpers.py``, ``calculate_qparams``)."""
+    if inputs.scale is not None:
+        scale, zero = torch.tensor(inputs.scale), torch.tensor(float(inputs.zero))
+    else:
+        low, high = x.amin(-1, keepdim=True).clamp(max=0.0), x.amax(-1, keepdim=True).clamp(min=0.0)
+        scale = torch.maximum(-low, high) / 127.5 if inputs.symmetric else (high - low) / 255
+        scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+        zero = torch.zeros(()) if inputs.symmetric else (-128 - low / scale).clamp(-128, 127).round()
+    return ((x / scale + zero).clamp(-128, 127).round() - zero) * scale

@@ -1,0 +1,138 @@
+"""Small models that have learnt some Python, so that their logits mean something, as folders to export."""
+
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from decoct.models.families import decoder_linears
+from decoct.models.folder import save_model_folder
+from decoct.models.pruning.magnitude import magnitude_masks
+from decoct.models.pruning.structured import ffn_channel_scores, prune_ffn
+from decoct.models.tokenizer import train_tokenizer
+from decoct.qat.modules import fold, quantize_model
+from decoct.qat.spec import QuantSpec
+
+SEQUENCE, ROWS, STEPS = 128, 16, 300
+_CONFIG = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 64,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_GPT2 = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512, "bos_token_id": 0, "eos_token_id": 0}
+
+
+def stdlib(*names: str) -> list[str]:
+    """Sources of Python's standard library, which are on every machine."""
+    return [(Path(sysconfig.get_path("stdlib")) / f"{name}.py").read_text(encoding="utf-8") for name in names]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(stdlib("argparse", "ast", "textwrap", "dataclasses"), 1000)
+
+
+@pytest.fixture(scope="session")
+def held_out(tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """int64 [16, 128] of text that no model was trained on: 2,048 positions."""
+    ids: Any = tokenizer("\n".join(stdlib("pathlib", "zipfile")))["input_ids"]
+    return torch.tensor(ids[: ROWS * SEQUENCE]).reshape(ROWS, SEQUENCE)
+
+
+def _config(model_type: str, overrides: dict[str, Any]) -> Any:
+    fields = _GPT2 if model_type == "gpt2" else _CONFIG
+    if not model_type.startswith("gemma"):
+        fields = {**fields, "sliding_window": None}
+    return AutoConfig.for_model(model_type, **{**fields, **overrides})
+
+
+@pytest.fixture(scope="session")
+def stdlib_texts() -> list[str]:
+    return stdlib("pathlib", "zipfile", "decimal", "this")
+
+
+Trained = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture(scope="session")
+def trained(tokenizer: PreTrainedTokenizerFast) -> Trained:
+    """``trained(model_type, pruned=, **config)``: a model after 300 steps on the standard library; the same one for the same arguments."""
+    ids: Any = tokenizer("\n".join(stdlib("argparse", "ast", "textwrap", "dataclasses", "inspect")))["input_ids"]
+    text = torch.tensor(ids[: len(ids) // SEQUENCE * SEQUENCE]).reshape(-1, SEQUENCE)
+    made: dict[str, PreTrainedModel] = {}
+
+    def train(model_type: str, pruned: bool = False, **overrides: Any) -> PreTrainedModel:
+        key = f"{model_type} {pruned} {sorted(overrides.items())}"
+        if key not in made:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = AutoModelForCausalLM.from_config(_config(model_type, {"vocab_size": len(tokenizer), **overrides}))
+                _fit(model, text)
+            if pruned:
+                _prune(model, text)
+            made[key] = model.eval()
+        return made[key]
+
+    return train
+
+
+def _fit(model: PreTrainedModel, text: Tensor) -> None:
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(STEPS):
+        rows = text[torch.randint(0, len(text), (8,))]
+        model(input_ids=rows, labels=rows).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def _prune(model: PreTrainedModel, text: Tensor) -> None:
+    """FFN channels from 256 to 192, and three tenths of the remaining weights of each matrix to zero."""
+    prune_ffn(model, ffn_channel_scores(model, [{"input_ids": text[:8]}]), 192)
+    weights = {name: module.weight for name, module in decoder_linears(model).items()}
+    for name, mask in magnitude_masks(weights, 0.7, "layer").items():
+        weights[name].mul_(mask)
+
+
+@pytest.fixture(scope="session")
+def plain_folder(trained: Trained, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``plain_folder(model_type, dtype, pruned=, **config)``: a folder with weights that ``dtype`` holds."""
+
+    def build(model_type: str, dtype: torch.dtype, pruned: bool = False, **overrides: Any) -> Path:
+        model = trained(model_type, pruned, **overrides)
+        return save_model_folder(tmp_path_factory.mktemp("plain") / "model", model, tokenizer, {"kind": "pretrain"}, dtype=dtype)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def quantized_folder(trained: Trained, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``quantized_folder(model_type, spec, pruned=, **config)``: as the stage 'quantize' writes it."""
+
+    def build(model_type: str, spec: QuantSpec, pruned: bool = False, **overrides: Any) -> Path:
+        original = trained(model_type, pruned, **overrides)
+        model = AutoModelForCausalLM.from_config(original.config)
+        model.load_state_dict({name: tensor.bfloat16().float() for name, tensor in original.state_dict().items()})
+        state = quantize_model(model, spec, ())
+        fold(model, state)
+        record = {"base_model": "someone/some-model", "kind": "quantize", "quant": state.record()}
+        folder, tensors = tmp_path_factory.mktemp("quantized") / "model", {"quant.safetensors": state.tensors()}
+        return save_model_folder(folder, model.eval(), tokenizer, record, dtype=torch.float32, extra_tensors=tensors)
+
+    return build
