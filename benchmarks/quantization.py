@@ -46,7 +46,7 @@ class Size:
     once: tuple[int, ...] = (3,)
     """Widths of ``ONCE``."""
     windows: int = 128
-    tokens: int = 300_000
+    tokens: int = 102_400
     rates: tuple[float, ...] = (1.0, 0.3)
     """torchao's rates, as shares of the stage's own."""
     turns: int = 3

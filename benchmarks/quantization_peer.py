@@ -54,9 +54,13 @@ def round_once(told: dict[str, Any]) -> tuple[Any, dict[str, float]]:
         rows = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
         data = {"dataset": rows, "num_calibration_samples": len(ids), "max_seq_length": ids.shape[1], "shuffle_calibration_samples": False}
         data["batch_size"] = told.get("batch", 8)
-    before, begun, cpu = reset_peak(), time.perf_counter(), time.process_time()
+    before, begun = reset_peak(), time.perf_counter()
     oneshot(model=model, recipe=modifier(told), **data)
-    return model, {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu, "extra_bytes": status("VmHWM") - before}
+    return model, {
+        "seconds": time.perf_counter() - begun,
+        "cpu_seconds": time.process_time() - cpu,
+        "extra_bytes": status("VmHWM") - before,
+    }
 
 
 def work(told: dict[str, Any]) -> dict[str, float]:

@@ -4,6 +4,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def quality(bench: Bench, model: Any) -> dict[str, float]:
     return {"perplexity": seen.perplexity, "kl": seen.kl or 0.0, "kl_p99": seen.kl_p99 or 0.0, "top1": seen.top1 or 0.0}
 
 
-def stage(bench: Bench, system: str, bits: int, group: int, tokens: int, rate: float | None, work: Path) -> tuple[Any, Any]:
+def stage(bench: Bench, system: str, bits: int, group: int, tokens: int, work: Path) -> tuple[Any, Any]:
     """(settings, context) of a `qat` stage that starts from the full model and learns from it, as a recipe would give them."""
     from rich.console import Console
 
@@ -51,7 +52,7 @@ def stage(bench: Bench, system: str, bits: int, group: int, tokens: int, rate: f
     from decoct.trainer.stages.context import StageContext
 
     block = {"weights": {"bits": bits, "group_size": group}, "tokens": tokens, "teacher": "input", **SYSTEMS[system]}
-    plain = {**bench.plain, "stages": [{"qat": block if rate is None else {**block, "learning_rate": rate}}]}
+    plain = {**bench.plain, "stages": [{"qat": block}]}
     recipe = recipe_from_dict(plain)
     assert bench.teacher_path is not None
     context = StageContext(
@@ -69,12 +70,12 @@ def train(bench: Bench, system: str, bits: int, group: int, tokens: int, rate_sh
 
     from decoct.models.loading import load_config, load_model
     from decoct.trainer.stages import qat
-    from decoct.trainer.stages.training import default_learning_rate
+    from decoct.trainer.stages.training import quantized_rate
 
     with tempfile.TemporaryDirectory() as place:
-        hidden = load_config(bench.teacher_path).hidden_size
-        rate = None if rate_share == 1.0 else rate_share * default_learning_rate("qat", hidden)
-        settings, context = stage(bench, system, bits, group, tokens, rate, Path(place))
+        settings, context = stage(bench, system, bits, group, tokens, Path(place))
+        rate = quantized_rate(settings, load_config(str(bench.teacher_path)).hidden_size)
+        settings = replace(settings, learning_rate=rate_share * rate)
         before, begun = reset_peak(), time.perf_counter()
         if system == "torchao":
             model = train_torchao(settings, context)

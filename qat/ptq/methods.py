@@ -13,7 +13,7 @@ from ..fake_quant import quantize_with
 from ..spec import QuantSpec
 from .fit import fitted_codes
 from .gptq import factorize, gptq_codes
-from .mse import absmax_scales, searched_scales
+from .mse import COARSE_FACTORS, FACTORS, absmax_scales, searched_scales
 
 MethodName = Literal["rtn", "mse", "gptq"]
 ScaleChoice = Literal["absmax", "mse", "fitted"]
@@ -93,7 +93,8 @@ def _gptq(stack: Stack, spec: QuantSpec, rounding: Rounding) -> Rounded:
     if rounding.scale == "absmax":
         scales = absmax_scales(stack.weight, spec, stack.mask)
     else:
-        scales = searched_scales(stack.weight, spec, stack.mask, stack.importance)
+        factors = COARSE_FACTORS if rounding.scale == "fitted" else FACTORS
+        scales = searched_scales(stack.weight, spec, stack.mask, stack.importance, factors)
     factor = factorize(stack.moments, rounding.damping, rounding.activation_order)
     if factor is None:
         return _to_nearest(stack, scales, spec, note="rounded to nearest: their Hessian has no Cholesky factor with any damping up to 1")

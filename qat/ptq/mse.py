@@ -1,5 +1,7 @@
 """Scales of weight groups for rounding after training: from the largest magnitude, or searched for the smallest squared error."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,8 @@ from ..spec import QuantSpec
 
 FACTORS = tuple((60 - step) / 50 for step in range(48))
 """What a search multiplies the absmax scale with: 1.2 down to 0.26. Above 1 because the default divisor clips the largest weight."""
+COARSE_FACTORS = FACTORS[::4]
+"""For scales that are fitted afterwards."""
 _PIECE = 2**17  # weights searched at a time: they and their errors stay in a core's cache
 
 
@@ -27,8 +31,10 @@ def absmax_scales(weight: Tensor, spec: QuantSpec, mask: Tensor | None = None) -
 
 
 @torch.no_grad()
-def searched_scales(weight: Tensor, spec: QuantSpec, mask: Tensor | None = None, importance: Tensor | None = None) -> Tensor:
-    """For each group the scale with the smallest squared rounding error, out of ``FACTORS`` times its absmax scale.
+def searched_scales(
+    weight: Tensor, spec: QuantSpec, mask: Tensor | None = None, importance: Tensor | None = None, factors: Sequence[float] = FACTORS
+) -> Tensor:
+    """For each group the scale with the smallest squared rounding error, out of ``factors`` times its absmax scale, and that scale itself.
 
     Minimises sum_j h_j (w_j - s q_j)^2, q the codes that s gives and s on its grid already: what is compared is what is stored.
     The first of equal errors wins, the absmax scale before all. Work space is a few pieces of 131,072 weights (at least one row).
@@ -43,7 +49,7 @@ def searched_scales(weight: Tensor, spec: QuantSpec, mask: Tensor | None = None,
     grouped = _grouped(weight, spec, mask)
     shares = None if importance is None else importance.to(torch.float32).view(1, *grouped.shape[1:])
     rows = max(1, _PIECE // max(1, weight.shape[1]))
-    return torch.cat([_search(part, spec, shares) for part in grouped.split(rows)])
+    return torch.cat([_search(part, spec, shares, factors) for part in grouped.split(rows)])
 
 
 def _grouped(weight: Tensor, spec: QuantSpec, mask: Tensor | None) -> Tensor:
@@ -59,12 +65,12 @@ def _on_grid(absmax: Tensor, factor: float, spec: QuantSpec) -> Tensor:
     return group_scales(absmax * factor, spec.divisor_value, grid.dropped_bits, grid.smallest, grid.largest)
 
 
-def _search(grouped: Tensor, spec: QuantSpec, shares: Tensor | None) -> Tensor:
+def _search(grouped: Tensor, spec: QuantSpec, shares: Tensor | None, factors: Sequence[float]) -> Tensor:
     absmax = grouped.abs().amax(2)
     best = _on_grid(absmax, 1.0, spec)
     least = torch.full_like(best, torch.inf)
     work = torch.empty_like(grouped)
-    for factor in (1.0, *FACTORS):
+    for factor in (1.0, *factors):
         scale = _on_grid(absmax, factor, spec)
         torch.div(grouped, scale.unsqueeze(2), out=work)
         work.round_().clamp_(spec.qmin, spec.qmax).mul_(scale.unsqueeze(2)).sub_(grouped).square_()
