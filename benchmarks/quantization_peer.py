@@ -58,7 +58,6 @@ def round_once(told: dict[str, Any]) -> tuple[Any, dict[str, float]]:
     oneshot(model=model, recipe=modifier(told), **data)
     return model, {
         "seconds": time.perf_counter() - begun,
-        "cpu_seconds": time.process_time() - cpu,
         "extra_bytes": status("VmHWM") - before,
     }
 
