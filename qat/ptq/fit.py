@@ -41,8 +41,9 @@ def fitted_scales(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor
     Returns:
         fp32 [out, groups] on the spec's grid.
     """
-    parts = zip(*(whole.split(_rows(weight, scales)) for whole in (weight, codes, scales)))
-    solved = torch.cat([_least_squares(*part, hessian, damping) for part in parts])
+    rows = _rows(weight, scales)
+    parts = zip(weight.split(rows), codes.split(rows), scales.split(rows))
+    solved = torch.cat([_least_squares(some, own_codes, own_scales, hessian, damping) for some, own_codes, own_scales in parts])
     usable = (solved > scales / _FARTHEST) & (solved < scales * _FARTHEST)
     grid = spec.grid
     return group_scales(torch.where(usable, solved, scales), 1.0, grid.dropped_bits, grid.smallest, grid.largest)
