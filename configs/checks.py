@@ -7,15 +7,8 @@ from typing import Any
 
 from ..losses.settings import LossSettings
 from ..models.settings import MOST_TOP_K, StudentSettings, TeacherSettings
-from ..trainer.settings import (
-    DataSettings,
-    EvaluateSettings,
-    PruneSettings,
-    QatSettings,
-    QuantizeSettings,
-    TrainerSettings,
-    TrainingBlock,
-)
+from ..trainer.quantization_settings import QatSettings, QuantizeSettings
+from ..trainer.settings import DataSettings, EvaluateSettings, PruneSettings, TrainerSettings, TrainingBlock
 from .architectures import HUB_IDS, architecture
 from .problems import Problems
 from .recipe import StageEntry

@@ -4,15 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..models.settings import KeepSettings, ScratchSettings
-from ..trainer.settings import (
-    DataSettings,
-    EvaluateSettings,
-    PruneSettings,
-    QuantizeSettings,
-    StructuredSettings,
-    TrainerSettings,
-    TrainingBlock,
-)
+from ..trainer.quantization_settings import QatSettings, QuantizeSettings
+from ..trainer.settings import DataSettings, EvaluateSettings, PruneSettings, StructuredSettings, TrainerSettings, TrainingBlock
 
 
 @dataclass(frozen=True)
@@ -68,6 +61,7 @@ LIMITS: dict[type, dict[str, Limits]] = {
     StructuredSettings: {"ffn": _COUNT},
     PruneSettings: {"calibration_tokens": _COUNT},
     QuantizeSettings: {"calibration_tokens": _COUNT},
+    QatSettings: {"calibration_tokens": _COUNT, "scale_learning_rate": _POSITIVE},
     EvaluateSettings: {"max_perplexity_increase": Limits(-1), "max_kl": _NOT_NEGATIVE, "min_top1": _SHARE},
 }
 

@@ -2,7 +2,7 @@
 
 inputs = round_inputs(model, modules, ActivationSpec())                     dynamic: a scale for each token
 inputs = round_inputs(model, modules, ActivationSpec(scaling="static"))     until it has a range it lets everything pass
-inputs.observe() ... inputs.take(...)                                       ranges of what was seen since
+inputs.observe(); ...; inputs.set_ranges(inputs.extremes())                 scales of the range that was seen since
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,11 +16,28 @@ from .fake_quant import fake_quant_activation, static_scale
 from .spec import ActivationSpec
 
 
+class _Padding:
+    """Pre-hook of the backbone: remembers which tokens of the batch on its way are text."""
+
+    def __init__(self) -> None:
+        self.text: Tensor | None = None
+        """bool [B, S], False for padding; None where there is none."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        self.text = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def without(self, x: Tensor) -> Tensor:
+        """``x`` [B, S, features] as rows of text alone."""
+        return x[self.text] if self.text is not None and x.shape[:2] == self.text.shape else x
+
+
 class InputRounder:
     """The hook of one module."""
 
-    def __init__(self, spec: ActivationSpec) -> None:
+    def __init__(self, spec: ActivationSpec, padding: _Padding) -> None:
         self.spec = spec
+        self._padding = padding
         self.enabled = True
         self.observing = False
         self.scale: Tensor | None = None
@@ -33,7 +50,7 @@ class InputRounder:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x: Tensor = args[0]
         if self.observing:
-            low, high = x.detach().aminmax()
+            low, high = self._padding.without(x.detach()).aminmax()
             seen = torch.stack([-low, high]).to(torch.float32)
             self.extremes = seen if self.extremes is None else torch.maximum(self.extremes, seen)
         if not self.enabled or (self.spec.scaling == "static" and self.scale is None):
@@ -84,8 +101,13 @@ class RoundedInputs:
 
 
 def round_inputs(model: nn.Module, modules: Iterable[str], spec: ActivationSpec) -> RoundedInputs:
-    """Let ``modules`` (full names) read rounded inputs from now on; static scaling begins once it has ranges."""
-    rounders = {name: InputRounder(spec) for name in modules}
+    """Let ``modules`` (full names) read rounded inputs from now on; static scaling begins once it has ranges.
+
+    Ranges leave out what ``attention_mask`` of transformers' backbone calls padding.
+    """
+    padding = _Padding()
+    getattr(model, "base_model", model).register_forward_pre_hook(padding, with_kwargs=True)
+    rounders = {name: InputRounder(spec, padding) for name in modules}
     for name, rounder in rounders.items():
         model.get_submodule(name).register_forward_pre_hook(rounder)
     return RoundedInputs(spec, rounders)

@@ -19,8 +19,6 @@ from .spec import QuantSpec
 
 Mode = Literal["off", "absmax", "learned", "fixed"]
 """off: the weight passes unrounded; absmax: scales are taken from the weight; learned: the scale parameter trains; fixed: it does not."""
-EXTRA_PARAMETERS = ("scale", "adapter_in", "adapter_out")
-"""Names of the parameters that a quantized linear has beside weight and bias: no model file has values for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +64,10 @@ class QuantLinear(nn.Linear):
         if extras.rank:
             self.weight.requires_grad_(False)
         self.train(linear.training)
+
+    def is_extra(self, parameter: str) -> bool:
+        """Whether the layer has this parameter beside those of the linear it was made from: no model file has values for it."""
+        return parameter in ("scale", "adapter_in", "adapter_out")
 
     def _extra(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=self.weight.device))

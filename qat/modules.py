@@ -34,7 +34,8 @@ def prepare(model: "PreTrainedModel", spec: QuantSpec, skip: Sequence[str] = (),
         model: Any causal language model with ``nn.Linear`` layers, on any device (also meta).
         spec: The lattice of every replaced weight.
         skip: fnmatch patterns of full module names left in full precision, such as ``*.down_proj``.
-        extras: Parameters of the layers beside weight and bias; zeros until somebody gives them values.
+        extras: Parameters of the layers beside weight and bias; zeros until somebody gives them values. With adapters nothing but the
+            extras trains.
 
     Returns:
         Names of the replaced modules, in module order.
@@ -45,6 +46,8 @@ def prepare(model: "PreTrainedModel", spec: QuantSpec, skip: Sequence[str] = (),
     if _prepared(model):
         raise UserError("the model's linears are quantized already; prepare takes a plain model. Fold it first.")
     linears = target_linears(model, spec, skip)
+    if extras is not None and extras.rank:
+        model.requires_grad_(False)
     for name, linear in linears.items():
         model.set_submodule(name, QuantLinear(linear, spec, extras))
     return list(linears)
@@ -82,7 +85,7 @@ def quantize_model(model: "PreTrainedModel", spec: QuantSpec, skip: Sequence[str
     modules: Mapping[str, nn.Module] = prepared or target_linears(model, spec, skip)
     if any(module.spec != spec for module in prepared.values()):
         raise UserError(f"the model was prepared with another lattice than {spec}; quantize it with the one it was trained with.")
-    if prepared and skip and any(fnmatchcase(name, pattern) for name in prepared for pattern in skip):
+    if prepared and skip and set(_unskipped(model, skip)) != set(prepared):
         raise UserError(f"the model was prepared with other modules than skip={list(skip)} leaves; use the same patterns, or none.")
     codes, scales = {}, {}
     for name, module in modules.items():
@@ -112,7 +115,7 @@ def fold(model: "PreTrainedModel", state: QuantState) -> None:
     Raises:
         UserError: a module is missing, of another shape, not fp32, or prepared but not in ``state``; the model is untouched.
     """
-    linears: dict[str, nn.Linear | CodesLinear] = {**decoder_linears(model), **_held(model)}
+    linears = _linears(model)
     left = [name for name in _prepared(model) if name not in state.codes]
     if left:
         raise UserError(f"module {left[0]} ({len(left)} in all) is prepared, but the codes do not cover it; quantize the whole model.")
@@ -140,18 +143,20 @@ def _plain(linear: nn.Linear | CodesLinear, weight: Tensor) -> nn.Linear:
     return plain.train(linear.training)
 
 
-def _held(model: nn.Module) -> dict[str, CodesLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, CodesLinear)}
+def _linears(model: "PreTrainedModel") -> dict[str, nn.Linear | CodesLinear]:
+    """The decoder's linears, those that hold codes among them."""
+    held = {name: module for name, module in model.named_modules() if isinstance(module, CodesLinear)}
+    return {**decoder_linears(model), **held}
 
 
 def _prepared(model: nn.Module) -> dict[str, QuantLinear | CodesLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear | CodesLinear)}
 
 
-def _unskipped(model: "PreTrainedModel", skip: Sequence[str]) -> dict[str, nn.Linear]:
+def _unskipped(model: "PreTrainedModel", skip: Sequence[str]) -> dict[str, nn.Linear | CodesLinear]:
     """Decoder linears that no pattern matches; a pattern that matches no linear and no embedding at all is an error."""
-    linears = decoder_linears(model)
-    leaves = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    linears = _linears(model)
+    leaves = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding | CodesLinear)]
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in leaves):
             example = next(iter(linears), "model.layers.0.mlp.down_proj")
@@ -168,19 +173,20 @@ def target_linears(model: "PreTrainedModel", spec: QuantSpec, skip: Sequence[str
         spec.check_storable()
     except ValueError as error:
         raise UserError(f"weights: {error}") from None
-    linears = _unskipped(model, skip)
-    if not linears:
+    chosen = _unskipped(model, skip)
+    if not chosen:
         raise UserError("there is nothing to quantize: " + (f"skip={list(skip)} leaves no linear layer." if skip else _NO_LINEARS))
     owners: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = owners.setdefault(id(parameter), name)
         for shared in (name, first):
-            if first != name and shared.removesuffix(".weight") in linears:
+            if first != name and shared.removesuffix(".weight") in chosen:
                 raise UserError(
                     f"{shared} is shared between {first} and {name}; shared weights cannot be quantized. Add the module to skip."
                 )
-    for name, linear in linears.items():
-        if type(linear) is not nn.Linear:
+    linears: dict[str, nn.Linear] = {}
+    for name, linear in chosen.items():
+        if not isinstance(linear, nn.Linear) or type(linear) is not nn.Linear:
             raise UserError(
                 f"module {name} is a {type(linear).__name__}, not a plain nn.Linear; load the model unquantized, or add it to skip."
             )
@@ -188,6 +194,7 @@ def target_linears(model: "PreTrainedModel", spec: QuantSpec, skip: Sequence[str
             spec.group_width(linear.in_features)
         except ValueError as error:
             raise UserError(f"module {name}: {error} (skip: ['{name}']).") from error
+        linears[name] = linear
     return linears
 
 

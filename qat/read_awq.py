@@ -13,31 +13,19 @@ from numpy.typing import NDArray
 
 from ..models.errors import UserError
 from .read_fields import check_fields, check_group, check_names
-from .read_tensors import Lattice, Scheme, StoredTensors, WeightFolder, bit_fields, read_config
+from .read_qweight import QWEIGHT, QZEROS, SCALES, QweightFolder
+from .read_tensors import Lattice, Scheme, bit_fields, read_config
 
-_QWEIGHT, _QZEROS, _SCALES = ".qweight", ".qzeros", ".scales"
 _FIELD_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-class AwqFolder(WeightFolder):
+class AwqFolder(QweightFolder):
     """An opened AWQ export: which tensors it has, and each of them as fp32."""
 
     def __init__(self, folder: Path) -> None:
         """UserError when config, index or a file header is missing, damaged or foreign."""
-        self.folder = Path(folder)
+        super().__init__(folder)
         self._scheme, self.ignore = read_scheme(self.folder)
-        self._stored = StoredTensors(self.folder)
-        names = self._stored.names
-        self.modules = tuple(name.removesuffix(_QWEIGHT) for name in names if name.endswith(_QWEIGHT))
-        parts = {module + suffix for module in self.modules for suffix in (_QWEIGHT, _QZEROS, _SCALES)}
-        self.plain = tuple(name for name in names if name not in parts)
-        for name in sorted(parts - set(names)):
-            raise UserError(f"{self.folder}: {name} is missing; the export is incomplete")
-        for name in self.plain:
-            if name.endswith((_QZEROS, _SCALES)):
-                raise UserError(f"{self._stored.file(name)}: {name} belongs to no {_QWEIGHT[1:]}; the export is incomplete")
-            if name.removesuffix(".weight") + _QWEIGHT in parts:
-                raise UserError(f"{self._stored.file(name)}: {name} is stored twice, packed and plain; export again")
 
     def scheme_of(self, module: str) -> Scheme:
         """Bits and group size, one for all modules. Zero points are always stored; whether they are constant only they tell."""
@@ -55,15 +43,6 @@ class AwqFolder(WeightFolder):
                 problems.append(f"{name} is packed, but quantization_config.modules_to_not_convert leaves it out")
         return problems
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the full state dict, under original names."""
-        packed = {f"{module}.weight": self._shape(module) for module in self.modules}
-        return packed | {name: self._stored.shape(name) for name in self.plain}
-
-    def tensor(self, name: str) -> NDArray[np.float32]:
-        """The fp32 tensor ``name`` of the full state dict; UserError as ``lattice``, or when a plain tensor is no finite float one."""
-        return self._stored.floats(name) if name in self._stored else self.lattice(name.removesuffix(".weight")).weight()
-
     def lattice(self, module: str) -> Lattice:
         """Codes, scales and zero points of a packed module.
 
@@ -71,17 +50,15 @@ class AwqFolder(WeightFolder):
             UserError: shapes or dtypes do not fit, or a scale is not finite and positive.
         """
         rows, columns = self._shape(module)
-        width = self._scheme.group_size or columns
-        if not width or columns % width:
-            raise UserError(f"{self._stored.file(module + _QWEIGHT)}: {module}: group_size {width} does not divide its {columns} inputs")
+        width = self._group_width(module, columns, self._scheme)
         groups = columns // width
-        self._stored.expect(module + _QZEROS, ("I32",), (groups, rows // 8))
-        scales = self._stored.scales(module + _SCALES, (groups, rows)).T
-        return Lattice(codes=self._nibbles(module + _QWEIGHT) - 8, scales=scales, zeros=self._nibbles(module + _QZEROS) - 8)
+        self._stored.expect(module + QZEROS, ("I32",), (groups, rows // 8))
+        scales = self._stored.scales(module + SCALES, (groups, rows)).T
+        return Lattice(codes=self._nibbles(module + QWEIGHT) - 8, scales=scales, zeros=self._nibbles(module + QZEROS) - 8)
 
     def _shape(self, module: str) -> tuple[int, int]:
         """(out, in)."""
-        columns, words = self._stored.matrix(module + _QWEIGHT)
+        columns, words = self._stored.matrix(module + QWEIGHT)
         return words * 8, columns
 
     def _nibbles(self, name: str) -> NDArray[np.int16]:

@@ -15,31 +15,19 @@ from numpy.typing import NDArray
 
 from ..models.errors import UserError
 from .read_fields import BITS, check_fields, check_group, module_pattern
-from .read_tensors import Lattice, Scheme, StoredTensors, WeightFolder, bit_fields, read_config
+from .read_qweight import QWEIGHT, QZEROS, SCALES, QweightFolder
+from .read_tensors import Lattice, Scheme, bit_fields, read_config
 
-_QWEIGHT, _QZEROS, _SCALES, _G_IDX = ".qweight", ".qzeros", ".scales", ".g_idx"
+_G_IDX = ".g_idx"
 
 
-class GptqFolder(WeightFolder):
+class GptqFolder(QweightFolder):
     """An opened GPTQ export: which tensors it has, and each of them as fp32."""
 
     def __init__(self, folder: Path) -> None:
         """UserError when config, index or a file header is missing, damaged or foreign."""
-        self.folder = Path(folder)
+        super().__init__(folder, (_G_IDX,))
         self.format, self._scheme, self._dynamic = read_scheme(self.folder)
-        self._stored = StoredTensors(self.folder)
-        names = self._stored.names
-        self.modules = tuple(name.removesuffix(_QWEIGHT) for name in names if name.endswith(_QWEIGHT))
-        needed = {module + suffix for module in self.modules for suffix in (_QWEIGHT, _QZEROS, _SCALES)}
-        parts = needed | {module + _G_IDX for module in self.modules}
-        self.plain = tuple(name for name in names if name not in parts)
-        for name in sorted(needed - set(names)):
-            raise UserError(f"{self.folder}: {name} is missing; the export is incomplete")
-        for name in self.plain:
-            if name.endswith((_QZEROS, _SCALES, _G_IDX)):
-                raise UserError(f"{self._stored.file(name)}: {name} belongs to no {_QWEIGHT[1:]}; the export is incomplete")
-            if name.removesuffix(".weight") + _QWEIGHT in parts:
-                raise UserError(f"{self._stored.file(name)}: {name} is stored twice, packed and plain; export again")
 
     def scheme_of(self, module: str) -> Scheme:
         """Bits and group size of a module: the config's, or what the first ``dynamic`` pattern that fits it says."""
@@ -60,15 +48,6 @@ class GptqFolder(WeightFolder):
                 problems.append(f"{name} is packed, but quantization_config leaves it out")
         return problems
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the full state dict, under original names."""
-        packed = {f"{module}.weight": self._shape(module) for module in self.modules}
-        return packed | {name: self._stored.shape(name) for name in self.plain}
-
-    def tensor(self, name: str) -> NDArray[np.float32]:
-        """The fp32 tensor ``name`` of the full state dict; UserError as ``lattice``, or when a plain tensor is no finite float one."""
-        return self._stored.floats(name) if name in self._stored else self.lattice(name.removesuffix(".weight")).weight()
-
     def lattice(self, module: str) -> Lattice:
         """Codes, scales and zero points of a packed module.
 
@@ -77,26 +56,24 @@ class GptqFolder(WeightFolder):
                 zero points are those of asymmetric weights where the config says symmetric.
         """
         (rows, columns), scheme = self._shape(module), self.scheme_of(module)
-        width = scheme.group_size or columns
-        if not width or columns % width:
-            raise UserError(f"{self._stored.file(module + _QWEIGHT)}: {module}: group_size {width} does not divide its {columns} inputs")
+        width = self._group_width(module, columns, scheme)
         half, groups = 1 << (scheme.bits - 1), columns // width
-        codes = self._fields(module + _QWEIGHT, scheme.bits, columns, transposed=True)
-        self._stored.expect(module + _QZEROS, ("I32",), (groups, -(-rows * scheme.bits // 32)))
+        codes = self._fields(module + QWEIGHT, scheme.bits, columns, transposed=True)
+        self._stored.expect(module + QZEROS, ("I32",), (groups, -(-rows * scheme.bits // 32)))
         # version 1 readers add 1 to the field and keep its width, so that z = 0 would come back as 2^b: it cannot be stored
-        zeros = self._fields(module + _QZEROS, scheme.bits, rows, transposed=False).T + (self.format == "gptq")
+        zeros = self._fields(module + QZEROS, scheme.bits, rows, transposed=False).T + (self.format == "gptq")
         if scheme.symmetric and (zeros != half).any():
             raise UserError(
-                f"{self._stored.file(module + _QZEROS)}: {module}{_QZEROS} holds other zero points than {half}, but sym is true; the file "
+                f"{self._stored.file(module + QZEROS)}: {module}{QZEROS} holds other zero points than {half}, but sym is true; the file "
                 "is damaged, or of the other checkpoint_format (gptq stores zero points less one, gptq_v2 as they are)"
             )
         self._check_order(module, columns, width)
-        scales = self._stored.scales(module + _SCALES, (groups, rows)).T
+        scales = self._stored.scales(module + SCALES, (groups, rows)).T
         return Lattice(codes=codes - half, scales=scales, zeros=zeros - half)
 
     def _shape(self, module: str) -> tuple[int, int]:
         """(out, in): outputs as stored, inputs from ``g_idx``, or as many as the words hold."""
-        name, bits = module + _QWEIGHT, self.scheme_of(module).bits
+        name, bits = module + QWEIGHT, self.scheme_of(module).bits
         words, rows = self._stored.matrix(name)
         order = module + _G_IDX
         columns = self._stored.shape(order)[0] if order in self._stored and self._stored.shape(order) else words * 32 // bits

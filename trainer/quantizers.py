@@ -15,8 +15,8 @@ from ..qat.fake_quant import quantize
 from ..qat.linear import Mode, QuantLinear
 from ..qat.ptq.mse import searched_scales
 from ..qat.spec import QuantSpec
+from .quantization_settings import QatSettings
 from .rng import derive_seed
-from .settings import QatSettings
 from .sharding import local, own_rows, parameter_of, row_range, whole
 from .world import max_over_ranks
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..models.families import decoder_layers
 from ..models.streaming import parameter_places, stored_name
-from ..qat.linear import EXTRA_PARAMETERS
+from ..qat.linear import QuantLinear
 from .plan import TrainingPlan
 from .sharding import allocate, gather_into, local, row_range, shard, skeleton_of
 from .strategy import shards
@@ -85,7 +85,7 @@ class Placed:
         assert self._weights is not None
         for places in parameter_places(self.student):
             module, key, _ = places[0]
-            if key in EXTRA_PARAMETERS:
+            if isinstance(module, QuantLinear) and module.is_extra(key):
                 continue
             parameter = getattr(module, key)
             rows = row_range(parameter)

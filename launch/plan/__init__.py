@@ -189,7 +189,8 @@ def _machine(trainer: "TrainerSettings", gpus: int | None, gpu_memory: int | Non
 
 
 def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, machine: Machine, tensor_parallel: int) -> StagePlan:
-    from ...trainer.settings import ExportSettings, QuantizeSettings, TrainingBlock
+    from ...trainer.quantization_settings import QuantizeSettings
+    from ...trainer.settings import ExportSettings, TrainingBlock
 
     entry, after = shape.entry, shape.after
     values = settings_values(f"stages.{entry.index}.{entry.kind}", entry.settings)
@@ -280,7 +281,7 @@ def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, m
 
 
 def _trained_in_qat(settings: Any) -> dict[str, Any]:
-    from ...trainer.settings import QatSettings
+    from ...trainer.quantization_settings import QatSettings
 
     if not isinstance(settings, QatSettings):
         return {}

@@ -7,12 +7,12 @@ widest weights while they are rounded. Linears are taken to share inputs as in a
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...models.families import FUSED
 from .fitting import usable
 from .shapes import ModelShape, StageShape, quantized_linears
-from .targets import FUSED
 
 if TYPE_CHECKING:
-    from ...trainer.settings import QuantizeSettings
+    from ...trainer.quantization_settings import QuantizeSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,8 @@ def rounding_plan(
     tokens, fitted = settings.calibration_tokens or 0, settings.scale == "fitted"
     layers = _stacks(model, shape.skip, shared=needs != "nothing")
     batch = _batch_bytes(model, seq_length) if tokens else 0
-    around = 4 * (model.outside + model.layer)
+    codes = max((sum(stack.outputs * stack.inputs for stack in stacks) for stacks in layers), default=0)
+    around = 4 * (model.outside + model.layer) + codes
     work = max((_layer_bytes(stacks, needs, batch, fitted) for stacks in layers), default=0)
     streamed = wants_streaming(settings, model.parameters)
     host = (4 * model.outside if on_gpu else around) if streamed else memory_in_whole(model.parameters)
@@ -94,11 +95,10 @@ def _stacks(model: ModelShape, skip: tuple[str, ...], *, shared: bool) -> list[l
 
 
 def _layer_bytes(stacks: list[_Stack], needs: str, batch: int, fitted: bool) -> int:
-    """Bytes of work on one layer, beside its weights."""
+    """Bytes of work on one layer, beside its weights and codes."""
     whole = needs == "hessian"
     moments = 4 * sum(stack.inputs**2 for stack in stacks) if whole else 0
-    codes = sum(stack.outputs * stack.inputs for stack in stacks)
-    return moments + codes + max(batch, *(_stack_bytes(stack, whole, fitted) for stack in stacks))
+    return moments + max(batch, *(_stack_bytes(stack, whole, fitted) for stack in stacks))
 
 
 def _stack_bytes(stack: _Stack, whole: bool, fitted: bool) -> int:

@@ -152,7 +152,8 @@ def student_shape(recipe: "Recipe", teacher: ModelShape | None) -> ModelShape:
 
 def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
     """Every stage in order."""
-    from ...trainer.settings import PruneSettings, QatSettings, QuantizeSettings
+    from ...trainer.quantization_settings import QatSettings, QuantizeSettings
+    from ...trainer.settings import PruneSettings
 
     found: list[StageShape] = []
     shape, quant, skip = student, None, ()

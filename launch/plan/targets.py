@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...models.errors import UserError
+from ...models.families import FUSED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -20,7 +21,6 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """``model_type`` that every target below knows."""
 GROUPS = (32, 64, 128)
 """Group sizes of vLLM's Marlin kernels, besides one scale a row."""
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _SPLIT_INPUTS = ("o_proj", "down_proj")
 
 Outcome = Literal["ok", "slower", "no"]

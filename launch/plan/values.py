@@ -4,7 +4,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...trainer.batch import MICRO_BATCH_TOKENS
-from ...trainer.settings import QatSettings
+from ...trainer.quantization_settings import QatSettings
 from ...trainer.stages.training import BASE_HIDDEN, BASE_RATES, LORA_FACTOR, SCALE_RATE_SHARE
 
 if TYPE_CHECKING:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ...models.errors import UserError
+from ...models.families import FUSED
 from ...models.files import write_json_atomic
 from ..packing import pack_int32
 from ..spec import QuantSpec
-from .lattice import FUSED, FUSED_NAMES, check_modules, exact_plain, exact_scales, layer, plain_config, plain_dtype
+from .lattice import FUSED_NAMES, check_modules, exact_plain, exact_scales, layer, plain_config, plain_dtype
 from .shards import plan_shards, write_shards
 from .source import ExportSource
 

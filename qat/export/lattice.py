@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from ...models.errors import UserError
+from ...models.families import FUSED
 from ..spec import QuantSpec
 from .source import ExportSource
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linears of one block that servers make one matrix of: they need one lattice."""
 FUSED_NAMES = ("qkv_proj", "gate_up_proj")
 """What servers call those matrices."""
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}

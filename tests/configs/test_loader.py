@@ -14,7 +14,8 @@ from decoct.configs import Recipe, load_recipe, recipe_from_dict, resolved
 from decoct.losses.settings import LossSettings
 from decoct.models.errors import UserError
 from decoct.qat.spec import QuantSpec
-from decoct.trainer.settings import DistillSettings, LoggerSettings, QatSettings
+from decoct.trainer.quantization_settings import QatSettings
+from decoct.trainer.settings import DistillSettings, LoggerSettings
 
 FULL = """\
 name: everything

@@ -11,8 +11,9 @@ from decoct.configs import Recipe, list_recipes, load_recipe, recipe_from_dict, 
 from decoct.configs.architectures import architecture
 from decoct.models.errors import UserError
 from decoct.models.student import student_by_keeping
+from decoct.trainer.quantization_settings import QatSettings, QuantizeSettings
 from decoct.trainer.scratch import new_llama
-from decoct.trainer.settings import DistillSettings, PruneSettings, QatSettings, QuantizeSettings
+from decoct.trainer.settings import DistillSettings, PruneSettings
 
 NAMES = [name for name, _, _ in list_recipes()]
 

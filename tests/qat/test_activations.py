@@ -69,3 +69,26 @@ def test_gradients_reach_what_lies_before() -> None:
     made(torch.randn(3, 8)).sum().backward()
     gradient = first(made).weight.grad
     assert gradient is not None and gradient.any()
+
+
+def test_padding_has_no_part_in_the_range() -> None:
+    class Backbone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+            return self.linear(x)
+
+    made, x = Backbone(), torch.randn(2, 5, 8)
+    x[1, 3:] = 100.0
+    mask = torch.ones(2, 5, dtype=torch.int64)
+    mask[1, 3:] = 0
+    inputs = round_inputs(made, ["linear"], ActivationSpec(scaling="static"))
+    inputs.observe()
+    made(x, attention_mask=mask)
+    text = x[mask.bool()]
+    assert torch.equal(inputs.extremes(), torch.stack([-text.min(), text.max()])[None])
+    inputs.observe()
+    made(x)
+    assert float(inputs.extremes()[0, 1]) == 100.0

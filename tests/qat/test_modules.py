@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 
 from decoct.models.errors import UserError
 from decoct.qat.fake_quant import fake_quant
-from decoct.qat.modules import QuantLinear, fold, prepare, quantize_model
+from decoct.qat.modules import QuantLinear, fold, hold_codes, prepare, quantize_model
 from decoct.qat.spec import QuantSpec
 
 SPEC = QuantSpec(bits=4, group_size=16)
@@ -62,6 +62,21 @@ def test_prepare_replaces_decoder_linears_and_nothing_else() -> None:
     assert all(after[name] is before[name] for name in before)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert not model.training
+
+
+def test_codes_that_are_held_are_taken_out_and_folded_as_they_are() -> None:
+    model = tiny()
+    state = quantize_model(model, SPEC, skip=["*.up_proj"])
+    hold_codes(model, state)
+    assert {name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.requires_grad} == {"scale"}
+    held = logits(model)
+    with pytest.raises(UserError, match="other modules than skip"):
+        quantize_model(model, SPEC, skip=["*.down_proj"])
+    again = quantize_model(model, SPEC, skip=["*.up_proj"])
+    assert again.hash() == state.hash()
+    fold(model, again)
+    assert all(type(model.get_submodule(name)) is nn.Linear for name in state.modules)
+    assert torch.equal(logits(model), held)
 
 
 def test_forward_uses_the_rounded_weight_in_training_and_evaluation() -> None:

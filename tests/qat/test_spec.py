@@ -144,7 +144,7 @@ def test_activations_have_a_json_form_and_a_lattice() -> None:
     ],
 )
 def test_what_no_folder_can_hold_is_refused_before_training(given: dict[str, Any], words: str) -> None:
-    from decoct.trainer.settings import QatSettings, QuantizeSettings
+    from decoct.trainer.quantization_settings import QatSettings, QuantizeSettings
 
     spec = QuantSpec(**given)
     for refused in (spec.check_storable, lambda: QatSettings(tokens=1, weights=spec), lambda: QuantizeSettings(weights=spec)):

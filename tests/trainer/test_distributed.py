@@ -74,8 +74,9 @@ def test_ddp_and_fsdp2_give_the_curve_of_one_process(training_command: list[str]
         gathered = load_file(work / "student.safetensors")
         assert gathered.keys() == alone.keys(), "tied tensors stay tied"
         for name, tensor in gathered.items():
-            # weights whose gradient is all but zero take AdamW steps of either sign; the others agree to rounding
-            assert (tensor - alone[name]).abs().median() < 1e-6, (strategy, name)
+            # weights whose gradient is all but zero take AdamW steps of either sign; the others agree to rounding, but where inputs
+            # are rounded too, jumps reach every weight
+            assert (tensor - alone[name]).abs().median() < (2e-5 if kind == "learned" else 1e-6), (strategy, name)
             if kind == "prune":
                 assert (tensor == 0).float().mean() == (alone[name] == 0).float().mean(), (strategy, name)
 

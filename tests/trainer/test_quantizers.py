@@ -12,8 +12,8 @@ from decoct.qat.linear import Extras, QuantLinear
 from decoct.qat.modules import prepare, quantize_model
 from decoct.qat.ptq.mse import searched_scales
 from decoct.qat.spec import ActivationSpec, QuantSpec
+from decoct.trainer.quantization_settings import QatSettings
 from decoct.trainer.quantizers import Phase, Quantizers
-from decoct.trainer.settings import QatSettings
 
 SPEC = QuantSpec(bits=4, group_size=16)
 
@@ -43,6 +43,24 @@ def test_bits_reach_the_lattice_whatever_the_shares() -> None:
         found = phases(anneal_from=7, anneal=share)
         assert found[-1] == Phase("learned", 4)
         assert [phase.bits for phase in found] == sorted((phase.bits for phase in found), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scales": "absmax", "start": "gptq"}, "start does nothing with scales=absmax"),
+        ({"scales": "absmax", "train": "scales"}, "it needs scales=learned"),
+        ({"calibration_tokens": 1000}, "does nothing unless start is gptq"),
+        ({"anneal_from": 4}, "must lie above bits=4"),
+        ({"delay": 0.6, "freeze_scales": 0.5}, "take 110% of the steps"),
+        ({"delay": 0.1, "start": "gptq"}, "delay does nothing good with start=gptq"),
+        ({"train": "scales", "lora": 4}, "lora does nothing with train=scales"),
+        ({"lora": 4, "start": "gptq"}, "use start=mse with lora"),
+    ],
+)
+def test_settings_that_do_nothing_together_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(**changes)
 
 
 @pytest.mark.parametrize("start", ["rtn", "mse"])
@@ -89,7 +107,7 @@ def test_delayed_scales_are_taken_when_rounding_begins(training: ModuleType, tmp
                 seen["scale"] = linear.scale.detach().clone()
                 seen["weight"] = linear.weight.detach().clone()
 
-    run(training, tmp_path, Watch, delay=0.5)
+    run(training, tmp_path, Watch, delay=0.5, start="rtn")
     assert torch.equal(seen["scale"], quantize(seen["weight"], SPEC)[1])
 
 

@@ -12,6 +12,10 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoct.models.streaming import empty_model
+from decoct.qat.linear import Extras, QuantLinear
+from decoct.qat.spec import QuantSpec
+from decoct.trainer.batch import BatchPlan
+from decoct.trainer.plan import TrainingPlan
 from decoct.trainer.students import Placed
 from decoct.trainer.world import World
 
@@ -120,3 +124,28 @@ def test_one_process_fills_an_empty_student_whole(folder: Path, training: Module
     stored = load_file(folder / "model.safetensors")
     assert all(torch.equal(parameter, stored[name]) for name, parameter in placed.collect().named_parameters())
     assert student.lm_head.weight is student.get_input_embeddings().weight
+
+
+def test_only_what_quantized_linears_have_added_is_left_to_a_stages_hooks() -> None:
+    """A parameter called "scale" that belongs to the model is read like any other."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.empty(4, device="meta"))
+            self.linear = QuantLinear(torch.nn.Linear(16, 4, bias=False, device="meta"), QuantSpec(group_size=16), Extras(scale=True))
+
+    held = {"scale": torch.arange(4.0), "linear.weight": torch.randn(4, 16)}
+
+    class Files:
+        def names(self) -> list[str]:
+            return list(held)
+
+        def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+            return held[name]
+
+    plan = TrainingPlan(total_steps=1, batch=BatchPlan(global_windows=1, micro_batch=1, accumulation=1), learning_rate=1.0)
+    made = Placed(Scaled(), Files(), plan, World()).whole()  # pyright: ignore[reportArgumentType]
+    assert torch.equal(made.get_parameter("scale"), held["scale"])
+    assert torch.equal(made.get_parameter("linear.weight"), held["linear.weight"])
+    assert made.get_parameter("linear.scale").shape == (4, 1)

@@ -29,8 +29,9 @@ from decoct.trainer.fit import FitResult, TrainingPlan, fit
 from decoct.trainer.hooks import KeepZeros, MaskHook, StepHook
 from decoct.trainer.metrics import MetricsSink
 from decoct.trainer.objective import Objective
+from decoct.trainer.quantization_settings import QatSettings
 from decoct.trainer.quantizers import Quantizers
-from decoct.trainer.settings import MagnitudeSettings, QatSettings
+from decoct.trainer.settings import MagnitudeSettings
 from decoct.trainer.world import current_world
 
 VOCAB = 96
@@ -218,9 +219,6 @@ class Case:
 
         scale = settings.scales == "learned" or settings.freeze_scales > 0
         prepare(student, settings.weights, extras=Extras(scale=scale, rank=settings.lora or 0))
-        if settings.lora:
-            for name, parameter in student.named_parameters():
-                parameter.requires_grad_(name.rsplit(".", 1)[-1] in ("scale", "adapter_in", "adapter_out"))
 
     def hooks(self, student: nn.Module) -> list[StepHook]:
         """What acts around each step."""

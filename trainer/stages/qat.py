@@ -15,8 +15,9 @@ from ...qat.modules import fold, hold_codes, prepare, quantize_model
 from ...qat.ptq import Rounding, round_model
 from ...qat.ptq.cells import into_cells
 from ...qat.state import QUANT_FILE, load_quant_state
+from ..quantization_settings import QatSettings, QuantizeSettings
 from ..quantizers import Quantizers
-from ..settings import QatSettings, QuantizeSettings, TrainerSettings
+from ..settings import TrainerSettings
 from .context import StageContext, StageResult, Trained
 from .opening import OpenStudent, open_student
 from .quantize import Source, round_and_tell, save_quantized, stage_text
@@ -63,8 +64,6 @@ def train(settings: QatSettings, context: StageContext) -> Trained:
         return _with_inputs(train_student(student, settings, context, hooks=hooks, facts=facts), inputs)
     extras = Extras(scale=settings.scales == "learned" or settings.freeze_scales > 0, rank=settings.lora or 0)
     modules = prepare(student.model, settings.weights, settings.skip, extras)
-    if settings.lora:
-        _freeze_all_but_adapters(student)
     _announce(settings, len(modules), context)
     plan = training_plan(settings, context, student.model.config.hidden_size, student.strategy)
     given = _given_scales(opened) if settings.first == "gptq" else None
@@ -120,12 +119,6 @@ def _given_scales(context: StageContext) -> Mapping[str, "Tensor"]:
     suffix = ".scale"
     tensors = load_file(context.folder / _START / QUANT_FILE)
     return {name.removesuffix(suffix): tensor for name, tensor in tensors.items() if name.endswith(suffix)}
-
-
-def _freeze_all_but_adapters(student: OpenStudent) -> None:
-    own = ("scale", "adapter_in", "adapter_out")
-    for name, parameter in student.model.named_parameters():
-        parameter.requires_grad_(name.rsplit(".", 1)[-1] in own)
 
 
 def _announce(settings: QatSettings, count: int, context: StageContext) -> None:

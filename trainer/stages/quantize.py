@@ -21,7 +21,7 @@ from ...qat.ptq.report import error_lines
 from ...qat.state import QuantState
 from ..evaluation import exact_products
 from ..progress import token_progress
-from ..settings import QuantizeSettings
+from ..quantization_settings import QuantizeSettings
 from .calibration import calibration_text
 from .context import StageContext, StageResult
 from .opening import current_device, stored_parameters

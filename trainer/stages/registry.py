@@ -4,15 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..settings import (
-    DistillSettings,
-    EvaluateSettings,
-    ExportSettings,
-    PretrainSettings,
-    PruneSettings,
-    QatSettings,
-    QuantizeSettings,
-)
+from ..quantization_settings import QatSettings, QuantizeSettings
+from ..settings import DistillSettings, EvaluateSettings, ExportSettings, PretrainSettings, PruneSettings
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from ..fit import fit
 from ..hooks import KeepZeros, StepHook
 from ..objective import Objective
 from ..plan import TrainingPlan
+from ..quantization_settings import QatSettings
 from ..rng import derive_seed
-from ..settings import QatSettings, TrainerSettings, TrainingBlock
+from ..settings import TrainerSettings, TrainingBlock
 from ..teaching.cached import SparseTeacher
 from ..world import current_world
 from .context import StageContext, Trained
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 BASE_RATES = {"pretrain": 3e-3, "distill": 1.5e-3, "prune": 1e-3, "qat": 6e-4}
 """Peak learning rate of each kind of stage at ``BASE_HIDDEN`` channels; of qat at 3 bits."""
 LORA_FACTOR = 10
-"""Adapters take ten times the rate of weights (arXiv 2405.09673, section 4)."""
+"""Adapters take ten times the rate of weights: the usual relation, not measured here."""
 SCALE_RATE_SHARE = 1 / 30
-"""Rate of learned scales as a share of the weights': with equal rates the scales, which are as small as a step, run away."""
+"""Rate of learned scales as a share of the weights': a scale is small, and AdamW's steps are of one size for all."""
 BASE_HIDDEN = 192
 
 

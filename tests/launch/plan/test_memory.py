@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from decoct.launch.plan.memory import Roles
+
+SIZES = {"hidden": 512, "layers": 4, "heads": 8, "kv_heads": 4, "ffn": 1024, "vocab": 512, "tokens": "8k"}
 SCRIPT = Path(__file__).parent / "memory_case.py"
 
 
@@ -26,6 +29,29 @@ def test_prediction_is_within_a_quarter_of_the_memory_of_a_process(arguments: li
     found = _measure(*arguments)
     assert found["measured"] > 500e6
     assert found["predicted"] == pytest.approx(found["measured"], rel=0.25), found
+
+
+def _roles(**qat: Any) -> Roles:
+    from decoct.configs import recipe_from_dict
+    from decoct.launch.plan import plan
+
+    stage = {"qat": {"steps": 2, "weights": {"bits": 4, "group_size": 64}, "teacher": "input", **qat}}
+    data = {"builtin": "python-stdlib", "seq_length": 256}
+    models = {"teacher": {"scratch": SIZES}, "student": {"keep": {"layers": 4}}}
+    training = plan(recipe_from_dict({"name": "x", **models, "data": data, "stages": [stage]})).stages[0].training
+    assert training is not None
+    return training.memory
+
+
+def test_what_does_not_train_takes_no_gradient_and_no_moments() -> None:
+    everything, absmax, scales, lora = _roles(), _roles(scales="absmax"), _roles(train="scales"), _roles(lora=8)
+    linear = 4 * (2 * 512 * 512 + 2 * 256 * 512 + 3 * 512 * 1024)
+    groups, adapters = linear // 64, 4 * 8 * (2 * 1024 + 2 * (512 + 256) + 3 * (512 + 1024))
+    assert everything.student - absmax.student == 4 * groups
+    assert scales.gradients == 4 * groups and scales.optimizer == 8 * groups
+    assert absmax.student - scales.student == 3 * linear - 4 * groups
+    assert lora.optimizer == 8 * (groups + adapters)
+    assert scales.activations < everything.activations
 
 
 @pytest.mark.gpu

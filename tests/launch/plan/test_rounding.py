@@ -71,6 +71,7 @@ from decoct.models.loading import load_model
 from decoct.qat.ptq import round_model
 from decoct.trainer.data.windows import Windows
 from decoct.trainer.stages.calibration import calibration_text
+from decoct.trainer.stages import quantize
 from decoct.trainer.stages.quantize import rounding_of
 
 folder, method = sys.argv[1:]
@@ -81,6 +82,7 @@ LlamaForCausalLM(config).save_pretrained(folder)
 stage = {"quantize": {"method": method, "calibration_tokens": 8192} if method == "gptq" else {"method": method}}
 data = {"builtin": "python-stdlib", "seq_length": 256}
 recipe = recipe_from_dict({"name": "x", "student": {"path": folder}, "data": data, "stages": [stage]})
+quantize.available_bytes = lambda: 10**12
 predicted = plan(recipe).stages[0].rounding
 settings = recipe.stages[0].settings
 
@@ -112,5 +114,5 @@ def test_prediction_is_within_a_quarter_of_the_memory_of_a_process(method: str, 
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["measured"] > 120e6
+    assert found["measured"] > 100e6
     assert found["predicted"] == pytest.approx(found["measured"], rel=0.25), found

@@ -18,9 +18,8 @@ Run = Callable[..., Any]
 
 
 def recipe(tiny: dict[str, Any], *, export: bool = False, **qat: Any) -> dict[str, Any]:
-    stages: list[dict[str, Any]] = [
-        {"qat": {"steps": 8, "weights": {"bits": 2, "group_size": 16}, "teacher": "recipe", "calibration_tokens": 2048, **qat}}
-    ]
+    text = {"calibration_tokens": 2048} if qat.get("start") == "gptq" else {}
+    stages: list[dict[str, Any]] = [{"qat": {"steps": 8, "weights": {"bits": 2, "group_size": 16}, "teacher": "recipe", **text, **qat}}]
     if export:
         stages.append({"export": {}})
     return {**tiny, "student": {"keep": {"layers": 3}}, "stages": stages}
@@ -107,6 +106,20 @@ def test_two_sharded_ranks_start_from_the_same_codes_as_one(tiny: dict[str, Any]
     )
     assert one[0] == pytest.approx(two[0], rel=1e-4)
     assert one[-1] == pytest.approx(two[-1], rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gptq", "scales", "lora"])
+def test_pruned_weights_stay_zero(tiny: dict[str, Any], run: Run, tmp_path: Path, name: str) -> None:
+    given = recipe(tiny, **VARIANTS[name])
+    given["stages"].insert(0, {"prune": {"magnitude": {"keep": 0.6}}})
+    done(run(given))
+    before = load_file(tmp_path / "runs/tiny/01-prune/model/model.safetensors")
+    state = load_quant_state(tmp_path / "runs/tiny/02-qat/model")
+    for module in state.modules:
+        pruned = before[f"{module}.weight"] == 0
+        assert pruned.float().mean() > 0.3
+        assert not state.codes[module][pruned].any(), module
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ import pytest
 
 from decoct.launch.run.stage_key import stage_key
 from decoct.losses.settings import LossSettings
-from decoct.trainer.settings import DistillSettings, QuantizeSettings, TrainerSettings
+from decoct.trainer.quantization_settings import QuantizeSettings
+from decoct.trainer.settings import DistillSettings, TrainerSettings
 
 BASE: dict[str, Any] = {
     "name": "01-distill",

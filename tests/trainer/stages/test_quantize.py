@@ -24,7 +24,7 @@ from decoct.qat.spec import QuantSpec
 from decoct.qat.state import load_quant_state
 from decoct.trainer.data.prepare import PreparedData
 from decoct.trainer.evaluation import evaluate_model
-from decoct.trainer.settings import QuantizeSettings
+from decoct.trainer.quantization_settings import QuantizeSettings
 from decoct.trainer.stages import quantize
 from decoct.trainer.stages.context import StageContext
 from decoct.trainer.stages.quantize import finish, round_unquantized, rounding_of, wants_streaming
@@ -263,7 +263,8 @@ from decoct.models import folder
 from decoct.models.tokenizer import train_tokenizer
 from decoct.qat.spec import QuantSpec
 from decoct.trainer.data.windows import Windows
-from decoct.trainer.settings import QuantizeSettings, TrainerSettings
+from decoct.trainer.quantization_settings import QuantizeSettings
+from decoct.trainer.settings import TrainerSettings
 from decoct.trainer.stages.quantize import finish
 
 def anonymous():

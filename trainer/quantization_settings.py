@@ -1,0 +1,147 @@
+"""What a user may choose about the stages that end in codes: training through the rounding, and rounding without training."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..qat.spec import ActivationSpec, QuantSpec
+from .settings import TrainingBlock
+
+
+@dataclass(frozen=True, kw_only=True)
+class QatSettings(TrainingBlock):
+    """Train with weights rounded in the forward pass; ends in codes and scales ready to pack."""
+
+    weights: QuantSpec = field(default_factory=QuantSpec)
+    """The weight lattice."""
+    skip: tuple[str, ...] = ()
+    """Module name patterns (fnmatch) left in full precision; one that matches nothing is an error. lm_head and embeddings always are."""
+    activations: ActivationSpec | None = None
+    """How the inputs of these layers are rounded, such as {kind: int8}; default: not at all."""
+    scales: Literal["learned", "absmax"] = "learned"
+    """learned = trained beside the weights (LSQ); absmax = taken anew from the weights in every forward."""
+    scale_learning_rate: float | None = None
+    """Peak rate of learned scales; default: a thirtieth of the others'."""
+    start: Literal["rtn", "mse", "gptq"] | None = None
+    """First scales (and, for gptq, weights): from the largest magnitude, searched for the smallest squared error, or by GPTQ on training
+    text. Default: mse, or rtn with absmax scales."""
+    train: Literal["all", "scales"] = "all"
+    """scales = only these, over codes that stay as 'start' makes them: a byte a weight and no optimizer state for it."""
+    lora: int | None = None
+    """Rank of an adapter that trains in place of the quantized weights; what is rounded, and stored, is the merged weight."""
+    delay: float = 0.0
+    """Share of the steps, at the beginning, that train unrounded weights; scales are taken from the weights at its end."""
+    anneal_from: int | None = None
+    """Bits that rounding begins with; a bit less at a time until 'weights' is reached."""
+    anneal: float = 0.5
+    """Share of the steps, after the delay, over which bits are taken away."""
+    freeze_scales: float = 0.0
+    """Share of the steps, at the end, with scales that no longer change."""
+    calibration_tokens: int | None = None
+    """start: gptq: tokens of training text that it looks at; default as in quantize."""
+
+    def __post_init__(self) -> None:
+        TrainingBlock.__post_init__(self)
+        self.weights.check_storable()
+        if self.train == "scales" and self.scales != "learned":
+            raise ValueError("train=scales trains the scales and nothing else: it needs scales=learned")
+        searched = self.start not in (None, "rtn")
+        if self.scales == "absmax" and (searched or self.scale_learning_rate is not None):
+            key = "start" if searched else "scale_learning_rate"
+            raise ValueError(f"{key} does nothing with scales=absmax, which are taken anew in every forward; use scales=learned")
+        if self.start != "gptq" and self.calibration_tokens is not None:
+            raise ValueError(f"calibration_tokens={self.calibration_tokens} does nothing unless start is gptq; leave it out")
+        self._check_schedule()
+        self._check_trained()
+
+    @property
+    def first(self) -> Literal["rtn", "mse", "gptq"]:
+        """``start``, or what stands for it."""
+        return self.start or ("mse" if self.scales == "learned" else "rtn")
+
+    def _check_schedule(self) -> None:
+        for name in ("delay", "anneal", "freeze_scales"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1): it is a share of the steps")
+        if self.anneal_from is not None and not self.weights.bits < self.anneal_from <= 8:
+            raise ValueError(f"anneal_from={self.anneal_from} must lie above bits={self.weights.bits} and be at most 8")
+        last = self.delay + (self.anneal if self.anneal_from is not None else 0.0)
+        if last + self.freeze_scales > 1:
+            raise ValueError(f"delay, anneal and freeze_scales take {last + self.freeze_scales:.0%} of the steps; together at most 100%")
+        if self.start == "gptq" and (self.delay or self.anneal_from is not None):
+            key = "delay" if self.delay else "anneal_from"
+            raise ValueError(f"{key} does nothing good with start=gptq, which fits the weights as they are to the final bits; leave it out")
+
+    def _check_trained(self) -> None:
+        if self.lora is not None and self.lora < 1:
+            raise ValueError(f"lora={self.lora} must be at least 1: it is the adapter's rank; 16 or 32 are usual")
+        if self.train == "scales":
+            for name, unused in (("lora", None), ("delay", 0.0), ("anneal_from", None), ("freeze_scales", 0.0)):
+                if getattr(self, name) != unused:
+                    raise ValueError(f"{name} does nothing with train=scales, whose codes stay as they are; leave it out")
+        if self.lora is not None and self.start == "gptq":
+            raise ValueError("start=gptq changes the weights that an adapter leaves alone; use start=mse with lora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeSettings:
+    """Round without training.
+
+    What is not given is filled in, except dials that the chosen method does not have: those stay None, and giving one is an error.
+    """
+
+    weights: QuantSpec = field(default_factory=QuantSpec)
+    """The weight lattice."""
+    method: Literal["rtn", "mse", "gptq"] = "rtn"
+    """rtn = round to nearest; mse = scales searched for the least squared error; gptq = column by column, later ones making good what
+    earlier ones cost, on calibration text (arXiv 2210.17323)."""
+    scale: Literal["absmax", "mse", "fitted"] | None = None
+    """gptq: where its scales come from, default fitted. mse = searched, each input weighted by its mean square; fitted = then also fitted
+    to the layer's outputs by least squares, in turn with the rounding."""
+    damping: float | None = None
+    """gptq: share of the Hessian's mean diagonal added to its diagonal, in [0, 1], default 0.01; raised where that is not enough."""
+    activation_order: bool | None = None
+    """gptq: columns with the largest inputs first, default true; groups stay those of the original columns."""
+    weighted: bool | None = None
+    """mse: the error of a weight counts by the mean square of its input, which takes calibration text; default false."""
+    calibration_tokens: int | None = None
+    """gptq, and mse with weighted: tokens of training text to calibrate on, in windows chosen at random, default 262,144: the 128
+    windows of 2,048 of the GPTQ paper (section 4), several times the inputs of the widest layers; fewer when the text has fewer."""
+    stream: Literal["auto", "always", "never"] = "auto"
+    """Read, round and write one decoder layer after the other, for models larger than memory: the same result, more disk; auto = when
+    memory is too small for the whole model in fp32."""
+    skip: tuple[str, ...] = ()
+    """As in qat."""
+
+    def __post_init__(self) -> None:
+        self.weights.check_storable()
+        self._fill("scale", "fitted", "gptq")
+        self._fill("damping", 0.01, "gptq")
+        self._fill("activation_order", True, "gptq")
+        self._fill("weighted", False, "mse")
+        if self.method == "mse" and not self.weighted and self.calibration_tokens is not None:
+            raise ValueError(
+                f"calibration_tokens={self.calibration_tokens} does nothing with method=mse unless weighted is true; leave it out"
+            )
+        if self.weighted is not False:
+            self._fill("calibration_tokens", 262_144, "gptq", "mse")
+        if self.damping is not None and not 0 <= self.damping <= 1:
+            raise ValueError(f"damping={self.damping:g} must lie in [0, 1]: it is a share of the Hessian's mean diagonal; 0.01 is usual")
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the method looks at text."""
+        return self.calibration_tokens is not None
+
+    def _fill(self, dial: str, default: object, *methods: str) -> None:
+        """Fill a dial in where the method has it; refuse one that it has not."""
+        value = getattr(self, dial)
+        if self.method not in methods:
+            if value is not None:
+                has = " and ".join(methods)
+                raise ValueError(f"{dial}={_word(value)} does nothing with method={self.method}: it belongs to {has}; leave it out")
+        elif value is None:
+            object.__setattr__(self, dial, default)
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
