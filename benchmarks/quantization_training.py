@@ -151,8 +151,8 @@ def stepper(bench: Bench, system: str, objective: str) -> Callable[[dict[str, An
     from decoct.qat.linear import Extras
     from decoct.qat.modules import prepare
     from decoct.qat.spec import QuantSpec
+    from decoct.trainer.quantization_settings import QatSettings
     from decoct.trainer.quantizers import Quantizers
-    from decoct.trainer.settings import QatSettings
 
     student, loss = bench.student().train(), bench.objective(objective, range(0))
     spec = QuantSpec(bits=BITS, group_size=GROUP)
