@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ...models.errors import UserError
 from ...models.families import decoder_layers
 from ...models.weight_files import WeightFiles
-from ..fake_quant import dequantize
 from ..modules import fold, target_linears
 from ..spec import QuantSpec
 from ..state import QuantState
@@ -181,8 +180,7 @@ class _Walk:
             self.notes.append(f"{', '.join(names)}: {result.note}")
         plain = result if self.rounding.method == "rtn" else nearest(stack, self.spec)
         energies = [
-            row_energy(rows, stack.moments)
-            for rows in (weight, weight - dequantize(result.codes, result.scales), weight - dequantize(plain.codes, plain.scales))
+            row_energy(rows, stack.moments) for rows in (weight, weight - result.values(self.spec), weight - plain.values(self.spec))
         ]
         begin = 0
         for name, own in zip(names, weights):

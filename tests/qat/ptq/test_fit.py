@@ -8,7 +8,7 @@ from decoct.qat.fake_quant import dequantize, quantize
 from decoct.qat.ptq import fit
 from decoct.qat.ptq.fit import fitted_codes, fitted_scales
 from decoct.qat.ptq.gptq import factorize, gptq_codes
-from decoct.qat.ptq.mse import searched_scales
+from decoct.qat.ptq.mse import Lattice, searched_lattice, searched_scales
 from decoct.qat.spec import QuantSpec
 
 from .test_gptq import case, output_error
@@ -66,7 +66,7 @@ def test_no_row_gets_worse_and_together_they_get_better(bits: int, share: float)
     factor = factorize(hessian)
     assert factor is not None
     plain = gptq_codes(weight, scales, factor, spec)
-    codes, fitted = fitted_codes(weight, scales, hessian, factor, spec)
+    codes, fitted = fitted_codes(weight, Lattice(scales, None), hessian, factor, spec)
     assert torch.equal(fitted, fitted.to(torch.bfloat16).float())
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(256)
 
@@ -86,5 +86,5 @@ def test_pruned_weights_stay_zero() -> None:
     spec = QuantSpec(bits=3, group_size=64)
     factor = factorize(hessian)
     assert factor is not None
-    codes, _ = fitted_codes(weight, searched_scales(weight, spec, mask), hessian, factor, spec, mask)
+    codes, _ = fitted_codes(weight, searched_lattice(weight, spec, mask), hessian, factor, spec, mask)
     assert not codes[~mask].any() and codes[mask].any()

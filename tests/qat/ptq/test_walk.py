@@ -15,12 +15,12 @@ from decoct.models.errors import NonFiniteError, UserError
 from decoct.models.families import decoder_layers
 from decoct.models.folder import save_model_folder
 from decoct.models.streaming import empty_model
-from decoct.qat.fake_quant import dequantize
+from decoct.qat.fake_quant import dequantize, quantize
 from decoct.qat.modules import quantize_model
 from decoct.qat.ptq import CalibrationText, RoundedModel, Rounding, amount_of_work, round_model
 from decoct.qat.ptq.gptq import factorize, gptq_codes
 from decoct.qat.ptq.inputs import shared_inputs
-from decoct.qat.ptq.mse import absmax_scales, searched_scales
+from decoct.qat.ptq.mse import searched_scales
 from decoct.qat.ptq.replay import Replay
 from decoct.qat.ptq.report import error_lines, kind_of
 from decoct.qat.spec import QuantSpec
@@ -68,7 +68,7 @@ def slow_walk(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
         for handle in handles:
             handle.remove()
         for name, linear in linears.items():
-            scales = absmax_scales(linear.weight, SPEC)
+            scales = quantize(linear.weight, SPEC)[1]
             factor = factorize((2 / ids.numel() * sums[name]).float())
             assert factor is not None
             found[name] = gptq_codes(linear.weight, scales, factor, SPEC)
