@@ -14,7 +14,6 @@ from ..qat.activations import RoundedInputs
 from ..qat.linear import Mode, RoundedWeight
 from ..qat.ptq.methods import METHODS, Rounding, Stack
 from ..qat.spec import QuantSpec
-from ..qat.state import QuantState
 from .quantization_settings import QatSettings
 from .rng import derive_seed
 from .sharding import local, own_rows, parameter_of, whole
@@ -22,6 +21,9 @@ from .world import max_over_ranks
 
 RANGE_SHARE = 0.1
 """Share of the newest step in the moving average of the inputs' ranges (static scaling)."""
+
+FirstLattice = tuple[Tensor, Tensor | None]
+"""(scales fp32, zero points int8 or None) of a module, both of ``spec.scale_shape``."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Quantizers:
         settings: Of the stage.
         total_steps: Optimizer steps of the stage.
         seed: Of the adapters' first values.
-        given: First scales and zero points; None = from the weights, as ``settings.first`` says.
+        given: First lattices by module name; None = from the weights, as ``settings.first`` says.
         inputs: Rounders of the linears' inputs; static ones follow a moving average over steps of the range that all ranks have seen,
             so that it does not depend on micro-batches or ranks. They round from the second step on.
     """
@@ -51,7 +53,7 @@ class Quantizers:
         settings: QatSettings,
         total_steps: int,
         seed: int,
-        given: QuantState | None = None,
+        given: Mapping[str, FirstLattice] | None = None,
         inputs: RoundedInputs | None = None,
     ) -> None:
         self._settings, self._total, self._seed, self._given, self._inputs = settings, total_steps, seed, given, inputs
@@ -154,7 +156,7 @@ class Quantizers:
         if module.scale is None:
             return
         if self._given is not None:
-            scales, zeros = self._given.scales[name], self._given.zero_points.get(name)
+            scales, zeros = self._given[name]
             first = (own_rows(scales, module.scale), None if zeros is None else own_rows(zeros, module.scale))
         elif module.spec.group_size == "tensor":
             # one scale for rows of every rank
@@ -177,7 +179,7 @@ class Quantizers:
         local(module.adapter_out).zero_()
 
 
-def first_scales(weight: Tensor, spec: QuantSpec, start: str) -> tuple[Tensor, Tensor | None]:
+def first_scales(weight: Tensor, spec: QuantSpec, start: str) -> FirstLattice:
     """(scales fp32, zero points int8 or None): from the range of each group, or searched (start mse)."""
     if not weight.numel():
         return weight.new_zeros(0), None
