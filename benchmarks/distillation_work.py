@@ -24,7 +24,7 @@ class Bench:
         from decoct.launch.run.session import Session
         from decoct.trainer.world import current_world
 
-        self.folder = folder
+        self.folder, self.plain = folder, plain
         self.recipe = recipe_from_dict(plain)
         self.origin = open_origin(self.recipe, Session(current_world(), folder / "run"))
         self.teacher_path = None if self.origin.scratch is None else str(self.origin.scratch.model)

@@ -1,4 +1,4 @@
-"""What codes and scales of a lattice must look like, checked when they are read back: shapes, dtypes, ranges, grids; and where weights lie."""
+"""What codes and scales of a lattice must look like, checked when they are read back: shapes, ranges, grids; and where weights lie."""
 
 import json
 from pathlib import Path

@@ -50,7 +50,8 @@ def adamw(
         named_parameters: Parameters on their device; frozen ones are left out.
         embeddings: ``id`` of those that are embedding tables.
         plan: ``optimizer`` is adamw (torch, fp32 moments), adamw-8bit or paged-adamw-8bit (bitsandbytes: tensors of at least 4,096 elements
-            have moments of one byte and an fp32 scale for each 256; paged ones may leave a full GPU, on a CPU paging means nothing).
+            have moments of one byte and an fp32 scale for each 256, but for scales; paged ones may leave a full GPU, on a CPU paging means
+            nothing).
         scales: ``id`` of quantizers' scales: no decay, and the plan's rate for them. A group's ``rate_share`` is its rate as a share of
             the plan's.
 
@@ -74,7 +75,8 @@ def adamw(
     groups: list[dict[str, Any]] = [
         {"params": decaying, "weight_decay": plan.weight_decay, "rate_share": 1.0},
         {"params": others, "weight_decay": 0.0, "rate_share": 1.0},
-        {"params": quantizers, "weight_decay": 0.0, "rate_share": share, "lr": share * plan.learning_rate},
+        # few, and each steers a whole group of weights: their moments are never of 8 bits
+        {"params": quantizers, "weight_decay": 0.0, "rate_share": share, "lr": share * plan.learning_rate, "optim_bits": 32},
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:
@@ -91,10 +93,22 @@ def _low_bit_adamw(groups: list[dict[str, Any]], plan: TrainingPlan) -> torch.op
     held = [{**group, "params": [p for p in group["params"] if p.numel()]} for group in groups]
     device = groups[0]["params"][0].device
     check_low_bit(key, device)
-    return bitsandbytes.optim.AdamW8bit(
+    return _with_full_groups(bitsandbytes.optim.AdamW8bit)(
         [group for group in held if group["params"]],
         lr=plan.learning_rate,
         betas=plan.betas,
         eps=_EPS,
         is_paged=plan.optimizer == "paged-adamw-8bit" and device.type == "cuda",
     )
+
+
+def _with_full_groups(kind: Any) -> Any:
+    """bitsandbytes' optimizer, with the moments of a group that says ``optim_bits`` in so many bits."""
+
+    class FullGroups(kind):
+        def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+            """Dials of one parameter."""
+            config = super().get_config(gindex, pindex, group)
+            return config | {"optim_bits": group["optim_bits"]} if "optim_bits" in group else config
+
+    return FullGroups

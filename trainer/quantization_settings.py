@@ -148,8 +148,9 @@ class QuantizeSettings(LatticeSettings):
     method: Literal["rtn", "mse", "gptq"] = "rtn"
     """rtn = round to nearest; mse = scales searched for the least squared error; gptq = column by column, later ones making good what
     earlier ones cost, on calibration text (arXiv 2210.17323)."""
-    scale: Literal["absmax", "mse"] | None = None
-    """gptq: where its scales come from, default absmax; mse = searched, each input weighted by its mean square."""
+    scale: Literal["absmax", "mse", "fitted"] | None = None
+    """gptq: where its scales come from, default fitted. mse = searched, each input weighted by its mean square; fitted = then also fitted
+    to the layer's outputs by least squares, in turn with the rounding."""
     damping: float | None = None
     """gptq: share of the Hessian's mean diagonal added to its diagonal, in [0, 1], default 0.01; raised where that is not enough."""
     activation_order: bool | None = None
@@ -167,7 +168,7 @@ class QuantizeSettings(LatticeSettings):
         _ = self.lattices
         if self.weights.kind != "int" and self.method != "rtn":
             raise ValueError(f"method={self.method} chooses integer codes; kind={self.weights.kind} is rounded to nearest: use method=rtn")
-        self._fill("scale", "absmax", "gptq")
+        self._fill("scale", "fitted", "gptq")
         self._fill("damping", 0.01, "gptq")
         self._fill("activation_order", True, "gptq")
         self._fill("weighted", False, "mse")

@@ -14,11 +14,13 @@ from ..qat.linear import Mode, RoundedWeight
 from ..qat.ptq.methods import METHODS, Rounding, Stack
 from ..qat.rounders import Rounders
 from ..qat.spec import QuantSpec
-from ..qat.state import QuantState
 from .quantization_settings import QatSettings
 from .ranges import FollowedRanges
 from .rng import derive_seed
 from .sharding import local, own_rows, parameter_of, whole
+
+FirstLattice = tuple[Tensor, Tensor | None]
+"""(scales fp32, zero points int8 or None) of a module, both of ``spec.scale_shape``."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Quantizers:
         settings: Of the stage.
         total_steps: Optimizer steps of the stage.
         seed: Of the adapters' first values.
-        given: First scales and zero points; None = from the weights, as ``settings.first`` says.
+        given: First lattices by module name; None = from the weights, as ``settings.first`` says.
         inputs: Rounders of the linears' inputs; static ones as in ``FollowedRanges``.
         cache: Those of keys and values.
     """
@@ -48,7 +50,7 @@ class Quantizers:
         settings: QatSettings,
         total_steps: int,
         seed: int,
-        given: QuantState | None = None,
+        given: Mapping[str, FirstLattice] | None = None,
         inputs: Rounders | None = None,
         cache: Rounders | None = None,
     ) -> None:
@@ -144,7 +146,7 @@ class Quantizers:
         if module.scale is None:
             return
         if self._given is not None:
-            scales, zeros = self._given.scales[name], self._given.zero_points.get(name)
+            scales, zeros = self._given[name]
             first = (own_rows(scales, module.scale), None if zeros is None else own_rows(zeros, module.scale))
         elif module.spec.group_size == "tensor":
             # one scale for rows of every rank
@@ -167,7 +169,7 @@ class Quantizers:
         local(module.adapter_out).zero_()
 
 
-def first_scales(weight: Tensor, spec: QuantSpec, start: str) -> tuple[Tensor, Tensor | None]:
+def first_scales(weight: Tensor, spec: QuantSpec, start: str) -> FirstLattice:
     """(scales fp32, zero points int8 or None): from the range of each group, or searched (start mse)."""
     if not weight.numel():
         return weight.new_zeros(0), None

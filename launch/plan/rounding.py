@@ -13,6 +13,7 @@ from .shapes import ModelShape, StageShape, quantized_linears
 
 if TYPE_CHECKING:
     from ...qat.lattices import Lattices
+    from ...qat.ptq import Rounding
     from ...trainer.quantization_settings import QuantizeSettings
 
 
@@ -37,6 +38,9 @@ class RoundingPlan:
     """None when the memory of the device is unknown."""
 
 
+_FITTING = 2**25  # four matrices of 2^21 numbers
+
+
 @dataclass(frozen=True)
 class _Stack:
     """Linears with the same input."""
@@ -58,20 +62,20 @@ def rounding_plan(
 
     model, rounding = shape.before, rounding_of(settings)
     needs = rounding.needs
-    tokens = settings.calibration_tokens or 0
+    tokens, fitted = settings.calibration_tokens or 0, settings.scale == "fitted"
     assert shape.lattices is not None
     layers = _stacks(model, shape.lattices, shared=needs != "nothing")
     batch = _batch_bytes(model, seq_length) if tokens else 0
     codes = max((sum(stack.outputs * stack.inputs for stack in stacks) for stacks in layers), default=0)
     around = 4 * (model.outside + model.layer) + codes
-    work = max((_layer_bytes(stacks, needs, batch) for stacks in layers), default=0)
+    work = max((_layer_bytes(stacks, needs, batch, fitted) for stacks in layers), default=0)
     streamed = wants_streaming(settings, model.parameters)
     host = (4 * model.outside if on_gpu else around) if streamed else memory_in_whole(model.parameters)
     device = around + work if on_gpu else 0
     return RoundingPlan(
         method=settings.method,
         tokens=tokens,
-        flop=_flop(model, layers, needs, rounding.observes, tokens),
+        flop=_flop(model, layers, rounding, tokens),
         device_bytes=device,
         # hidden states of every token are kept between layers
         host_bytes=host + 4 * model.hidden * tokens + (0 if on_gpu else work),
@@ -96,14 +100,14 @@ def _stacks(model: ModelShape, lattices: "Lattices", *, shared: bool) -> list[li
     return [list(stacks.values()) for stacks in layers.values()]
 
 
-def _layer_bytes(stacks: list[_Stack], needs: str, batch: int) -> int:
+def _layer_bytes(stacks: list[_Stack], needs: str, batch: int, fitted: bool) -> int:
     """Bytes of work on one layer, beside its weights and codes."""
     whole = needs == "hessian"
     moments = 4 * sum(stack.inputs**2 for stack in stacks) if whole else 0
-    return moments + max(batch, *(_stack_bytes(stack, whole) for stack in stacks))
+    return moments + max(batch, *(_stack_bytes(stack, whole, fitted) for stack in stacks))
 
 
-def _stack_bytes(stack: _Stack, whole: bool) -> int:
+def _stack_bytes(stack: _Stack, whole: bool, fitted: bool) -> int:
     """Bytes of rounding one stack."""
     weights = stack.outputs * stack.inputs
     # weight, what is left of it and its difference in fp32, and codes twice
@@ -111,8 +115,10 @@ def _stack_bytes(stack: _Stack, whole: bool) -> int:
     if not whole:
         return rounding
     factor = 4 * stack.inputs**2
+    # fitting keeps the codes before, and works on a few rows at a time
+    more = weights + _FITTING if fitted else 0
     # the factor stays while codes are found; before, the damped matrix and its Cholesky factor are beside it
-    return max(3 * factor, factor + rounding)
+    return max(3 * factor, factor + rounding + more)
 
 
 def _batch_bytes(model: ModelShape, seq_length: int) -> int:
@@ -124,16 +130,19 @@ def _batch_bytes(model: ModelShape, seq_length: int) -> int:
     return 4 * tokens * (3 * max(text.intermediate_size, text.hidden_size) + 3 * text.hidden_size)
 
 
-def _flop(model: ModelShape, layers: list[list[_Stack]], needs: str, observes: bool, tokens: int) -> float:
+def _flop(model: ModelShape, layers: list[list[_Stack]], rounding: "Rounding", tokens: int) -> float:
     if not tokens:
         return 0.0
     # each layer runs for its moments, for ranges behind static scales, and once more rounded; nothing follows the last one
-    passes = 2.0 * tokens * model.linear * ((needs != "nothing") + observes + 1 - 1 / max(1, model.layers))
-    if needs != "hessian":
+    looks = (rounding.needs != "nothing") + rounding.observes
+    passes = 2.0 * tokens * model.linear * (looks + 1 - 1 / max(1, model.layers))
+    if rounding.needs != "hessian":
         return passes
     stacks = [stack for layer in layers for stack in layer]
     moments = sum(2.0 * tokens * stack.inputs**2 for stack in stacks)
-    return passes + moments + sum(stack.inputs**3 / 3 + stack.outputs * stack.inputs**2 for stack in stacks)
+    # codes once; or codes twice, the equations of two fits, and two errors to choose by
+    products = 12 if rounding.scale == "fitted" else 1
+    return passes + moments + sum(stack.inputs**3 / 3 + products * stack.outputs * stack.inputs**2 for stack in stacks)
 
 
 def _work_files(model: ModelShape, shape: StageShape) -> int:

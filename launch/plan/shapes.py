@@ -86,6 +86,10 @@ class StageShape:
     """How keys and values are."""
 
 
+class ImpossibleStageError(UserError):
+    """A stage asks for what no model of its shape has: worth stopping for before anything runs."""
+
+
 class Quantized(NamedTuple):
     """A matrix that is quantized."""
 
@@ -210,21 +214,21 @@ def quantized_linears(shape: ModelShape, lattices: "Lattices") -> dict[str, Quan
 
 
 def _check_lattices(shape: ModelShape, lattices: "Lattices", entry: "StageEntry") -> None:
-    """UserError when a pattern matches nothing, or a group size does not divide a matrix's inputs, naming the widths that would do."""
+    """ImpossibleStageError when a pattern matches nothing or a group size does not divide, naming the widths that would do."""
     place = f"stages.{entry.index}.{entry.kind}"
     try:
         quantized = quantized_linears(shape, lattices)
     except ValueError as error:
-        raise UserError(f"{place}.{error}") from error
+        raise ImpossibleStageError(f"{place}.{error}") from error
     if lattices.head and not shape.head:
-        raise UserError(
+        raise ImpossibleStageError(
             f"{place}.head: the head is tied to the embedding, whose table it multiplies by; use 'embedding', which then is for both"
         )
     for name, (_, columns, spec) in quantized.items():
         try:
             spec.group_width(columns)
         except ValueError as error:
-            raise UserError(f"{place}.weights.group_size: module {name}: {error}") from error
+            raise ImpossibleStageError(f"{place}.weights.group_size: module {name}: {error}") from error
 
 
 def _with_ffn(shape: ModelShape, ffn: int, stage: str) -> ModelShape:

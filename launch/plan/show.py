@@ -109,9 +109,12 @@ def check_before_run(recipe: Any, out: "Path", console: "Console", *, nodes: int
     """
     from ...models.errors import UserError
     from . import plan as make_plan
+    from .shapes import ImpossibleStageError
 
     try:
         made = make_plan(recipe, nodes=nodes)
+    except ImpossibleStageError:
+        raise
     except UserError:
         return
     console.print(short_form(made), markup=False, highlight=False, soft_wrap=True)

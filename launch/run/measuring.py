@@ -12,6 +12,7 @@ from ...models.loading import load_model
 from ...models.teachers import LocalTeacher, open_teacher
 from ...qat.export import export_folder
 from ...qat.modules import fold, quantize_model
+from ...qat.packing import PACKED_BITS
 from ...qat.spec import QuantSpec
 from ...trainer.settings import EvaluateSettings
 from ...trainer.stages.context import TeacherRef
@@ -160,7 +161,7 @@ class Measuring:
         if not packed.exists():
             self._round_teacher(spec, place)
         seen = self._remembered(place / "measured.json", str(packed), None)
-        form = f"int{spec.bits}"
+        form = f"int{spec.bits}" if spec.kind == "int" else spec.kind
         return [
             {
                 "name": f"teacher rounded to {form}",
@@ -187,8 +188,12 @@ class Measuring:
         record = {"base_model": self.teacher.name, "kind": "quantize", "quant": state.record()}
         tensors = {"quant.safetensors": state.tensors()}
         save_model_folder(unpacked, model, self.origin.tokenizer, record, dtype=torch.float32, extra_tensors=tensors)
-        export_folder(unpacked, place / "packed", "compressed-tensors", runtimes=False)
-        shutil.rmtree(unpacked)
+        if spec.kind == "int" and spec.bits in PACKED_BITS:
+            export_folder(unpacked, place / "packed", "compressed-tensors", runtimes=False)
+            shutil.rmtree(unpacked)
+        else:
+            # no format packs it: what is measured are its values
+            unpacked.rename(place / "packed")
 
     def _remembered(self, file: Path, path: str, revision: str | None) -> Row:
         """Measure ``path``, or read what was measured before on the same bytes, teacher and text."""

@@ -72,15 +72,20 @@ def factorize(hessian: Tensor, damping: float = 0.01, activation_order: bool = T
 
 
 @torch.no_grad()
-def gptq_codes(weight: Tensor, scales: Tensor, factor: Factor, spec: QuantSpec, mask: Tensor | None = None) -> Tensor:
+def gptq_codes(
+    weight: Tensor, scales: Tensor, factor: Factor, spec: QuantSpec, mask: Tensor | None = None, zeros: Tensor | None = None
+) -> Tensor:
     """Codes of a weight for given scales, on the lattice of ``fake_quant``: fp32 true division, half to even, clamped.
 
     Args:
         weight: [out, in], finite; weights with the same inputs may be stacked along out.
-        scales: fp32 [out, groups] on the spec's grid. Groups are those of the original columns, whatever the order: runtimes need no index.
+        scales: fp32 [out, groups], or [1, 1] for the whole matrix, on the spec's grid. Groups are those of the original columns, whatever
+            the order: runtimes need no index.
         factor: From ``factorize``.
-        spec: A symmetric integer lattice.
-        mask: bool [out, in], True where a weight is kept. The others become 0, and what that costs is made good by later columns.
+        spec: A lattice of kind int.
+        mask: bool [out, in], True where a weight is kept. The others become 0 (the code of the zero point), and what that costs is made
+            good by later columns.
+        zeros: int8 zero points in the shape of ``scales``; None when the spec is symmetric.
 
     Returns:
         int8 [out, in].
@@ -91,7 +96,7 @@ def gptq_codes(weight: Tensor, scales: Tensor, factor: Factor, spec: QuantSpec, 
     kept = None if mask is None else mask.T[factor.order].to(torch.float32)
     errors = torch.empty_like(target)
     codes = torch.empty(target.shape, dtype=torch.int8, device=weight.device)
-    by_group = scales.T.contiguous()
+    steps = _steps(scales, zeros, spec)
     groups = (factor.order // width).tolist()
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
@@ -100,23 +105,37 @@ def gptq_codes(weight: Tensor, scales: Tensor, factor: Factor, spec: QuantSpec, 
             end = min(first + _INNER, stop)
             part = block[first - start : end - start]
             part.addmm_(factor.links[first:end, start:first], errors[start:first])
-            _round_columns(part, first, target, errors, kept, factor.links, [by_group[group] for group in groups[first:end]], spec)
+            _round_columns(part, first, target, errors, kept, factor.links, [steps[group] for group in groups[first:end]])
+        if zeros is not None:
+            block += zeros.T.to(torch.float32)[groups[start:stop]]
         codes[start:stop] = block.to(torch.int8)
     restored = torch.empty_like(codes)
     restored[factor.order] = codes
     return restored.T.contiguous()
 
 
+_Step = tuple[Tensor, float | Tensor, float | Tensor]  # scale and limits of q - z for a column: [out] or [1], numbers without zero points
+
+
+def _steps(scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> list[_Step]:
+    """By group."""
+    by_group = scales.T.contiguous().unbind()
+    if zeros is None:
+        return [(scale, spec.qmin, spec.qmax) for scale in by_group]
+    shifts = zeros.T.to(torch.float32)
+    return [(scale, spec.qmin - shift, spec.qmax - shift) for scale, shift in zip(by_group, shifts)]
+
+
 def _round_columns(
-    part: Tensor, first: int, target: Tensor, errors: Tensor, kept: Tensor | None, links: Tensor, scales: list[Tensor], spec: QuantSpec
-) -> None:
-    """Round the columns ``part`` [columns, out] in place to codes (as floats), one after the other; fills their ``errors``."""
-    past = errors[first : first + len(scales)]
-    for index, (value, scale) in enumerate(zip(part.unbind(), scales)):
+    part: Tensor, first: int, target: Tensor, errors: Tensor, kept: Tensor | None, links: Tensor, steps: list[_Step]
+) -> None:  # fmt: skip
+    """Round the columns ``part`` [columns, out] in place to q - z (as floats), one after the other; fills their ``errors``."""
+    past = errors[first : first + len(steps)]
+    for index, (value, (scale, low, high)) in enumerate(zip(part.unbind(), steps)):
         if index:
             value.addmv_(past[:index].T, links[first + index, first : first + index])
         torch.div(value, scale, out=value)
-        value.round_().clamp_(spec.qmin, spec.qmax)
+        value.round_().clamp_(low, high)  # pyright: ignore[reportArgumentType, reportCallIssue]
         if kept is not None:
             value.mul_(kept[first + index])
         torch.addcmul(target[first + index], value, scale, value=-1, out=past[index])

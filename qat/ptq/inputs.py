@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ...models.errors import NonFiniteError, UserError
-from .replay import Advance, Replay
+from .replay import Advance, Enough, Replay
+
+_BLOCK = 512  # columns of x x^T at a time: of a symmetric matrix only half is worth computing
 
 
 @dataclass
@@ -37,6 +39,7 @@ def shared_inputs(replay: Replay, index: int, linears: Mapping[str, nn.Linear], 
     tokens = 0
     for number, kept in replay.batches():
         watched = dict(linears) if number == 0 else {shared.names[0]: linears[shared.names[0]] for shared in sums.shared}
+        sums.begin(len(watched), number == 0)
         handles = [linear.register_forward_pre_hook(sums.adder(name, number == 0, kept)) for name, linear in watched.items()]
         try:
             replay.run(index, number)
@@ -55,12 +58,25 @@ class _Sums:
         self.shared: list[SharedInput] = []
         self.seen: list[tuple[Tensor, SharedInput]] = []
         """Inputs of the current batch; kept alive, so that no other tensor can be taken for one of them."""
+        self._expected = self._calls = 0
+        self._stops = False
+        """Whether a batch may end with the last input that is looked at: every linear ran exactly once in the first batch."""
+
+    def begin(self, hooks: int, first: bool) -> None:
+        """A batch begins, with that many linears watched."""
+        self._stops = not first and (self._stops or self._calls == self._expected)
+        self._expected, self._calls = hooks, 0
 
     def adder(self, name: str, first: bool, kept: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         """Pre-hook that finds who shares the input (``first`` batch) and adds what ``kept`` [B, S] leaves of it."""
 
         def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            given: Tensor = inputs[0]
+            look(inputs[0])
+            self._calls += 1
+            if self._stops and self._calls == self._expected:
+                raise Enough
+
+        def look(given: Tensor) -> None:
             if first:
                 known = next((shared for tensor, shared in self.seen if tensor is given), None)
                 if known is not None:
@@ -80,7 +96,8 @@ class _Sums:
                 )
             rows = (given.flatten(0, 1) if kept is None else given[kept]).to(torch.float32)
             if self.whole:
-                shared.moments.addmm_(rows.T, rows)
+                for at in range(0, rows.shape[1], _BLOCK):
+                    shared.moments[at : at + _BLOCK, at:].addmm_(rows[:, at : at + _BLOCK].T, rows[:, at:])
             else:
                 shared.moments.add_(rows.square().sum(0))
 
@@ -96,6 +113,9 @@ class _Sums:
             )
         for shared in self.shared:
             shared.moments.mul_(2.0 / tokens)
+            if self.whole:
+                for at in range(0, len(shared.moments), _BLOCK):
+                    shared.moments[at + _BLOCK :, at : at + _BLOCK] = shared.moments[at : at + _BLOCK, at + _BLOCK :].T
             diagonal = shared.moments.diagonal() if self.whole else shared.moments
             # no entry of x x^T can overflow before one of its diagonal does
             if not bool(torch.isfinite(diagonal).all()):

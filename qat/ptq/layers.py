@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.errors import UserError
-from ..fake_quant import Encoded, decode
+from ..fake_quant import Encoded
 from ..modules import fold
 from ..spec import QuantSpec
 from ..state import QuantState
@@ -108,10 +108,7 @@ class Walk:
         if result.note:
             self.notes.append(f"{', '.join(names)}: {result.note}")
         plain = result if rounding.method == "rtn" else nearest(stack, spec)
-        energies = [
-            row_energy(rows, stack.moments)
-            for rows in (weight, weight - decode(result.encoded, spec), weight - decode(plain.encoded, spec))
-        ]
+        energies = [row_energy(rows, stack.moments) for rows in (weight, weight - result.values(spec), weight - plain.values(spec))]
         begin = 0
         for name, own in zip(names, weights):
             rows = slice(begin, begin + len(own))

@@ -9,13 +9,15 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..fake_quant import Encoded, encode, quantize_with
+from ..fake_quant import Encoded, decode, encode, quantize_with
+from ..fake_quant.ranges import range_lattice
 from ..spec import ActivationSpec, QuantSpec
+from .fit import fitted_codes
 from .gptq import factorize, gptq_codes
-from .mse import absmax_scales, searched_scales
+from .mse import COARSE_FACTORS, FACTORS, Lattice, searched_lattice
 
 MethodName = Literal["rtn", "mse", "gptq"]
-ScaleChoice = Literal["absmax", "mse"]
+ScaleChoice = Literal["absmax", "mse", "fitted"]
 Needs = Literal["nothing", "diagonal", "hessian"]
 
 
@@ -24,8 +26,9 @@ class Rounding:
     """How weights are rounded; what a method does not use, it ignores."""
 
     method: MethodName = "rtn"
-    scale: ScaleChoice = "absmax"
-    """gptq: where its scales come from."""
+    scale: ScaleChoice = "fitted"
+    """gptq: where its scales come from: the largest magnitude, a search for the least error of each weight, or that search and then least
+    squares over the outputs in turn with the rounding."""
     damping: float = 0.01
     """gptq: share of the Hessian's mean diagonal added to its diagonal."""
     activation_order: bool = True
@@ -50,7 +53,7 @@ class Rounding:
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """Weights of linears with the same input, one below the other."""
+    """Weights of linears with the same input, one below the other; of one linear where the lattice has a number for the whole matrix."""
 
     weight: Tensor
     """fp32 [out, in], finite."""
@@ -91,6 +94,10 @@ class Rounded:
             return self.encoded
         return Encoded(self.codes[rows], self.scales[rows], None if self.zeros is None else self.zeros[rows], self.global_scale)
 
+    def values(self, spec: QuantSpec) -> Tensor:
+        """fp32 [out, in]: the weights that these stand for."""
+        return decode(self.encoded, spec)
+
 
 @dataclass(frozen=True)
 class Method:
@@ -101,34 +108,47 @@ class Method:
 
 
 def nearest(stack: Stack, spec: QuantSpec, rounding: Rounding | None = None) -> Rounded:
-    """Round to nearest, with the scales that ``fake_quant`` takes from the weights."""
+    """Round to nearest with scales from the largest magnitude or the range: what ``fake_quant`` computes, for every kind."""
     codes, scales, zeros, whole = encode(stack.weight, spec, mask=stack.mask)
     return Rounded(codes=codes, scales=scales, zeros=zeros, global_scale=whole)
 
 
 def _searched(stack: Stack, spec: QuantSpec, rounding: Rounding) -> Rounded:
+    _check_int(spec, rounding)
     importance = stack.importance if rounding.weighted else None
-    return _to_nearest(stack, searched_scales(stack.weight, spec, stack.mask, importance), spec)
+    return _to_nearest(stack, searched_lattice(stack.weight, spec, stack.mask, importance), spec)
 
 
 def _gptq(stack: Stack, spec: QuantSpec, rounding: Rounding) -> Rounded:
+    _check_int(spec, rounding)
     assert stack.moments is not None
-    if rounding.scale == "mse":
-        scales = searched_scales(stack.weight, spec, stack.mask, stack.importance)
+    if rounding.scale == "absmax":
+        lattice = Lattice(*range_lattice(stack.weight, spec, stack.mask, "auto"))
     else:
-        scales = absmax_scales(stack.weight, spec, stack.mask)
+        factors = COARSE_FACTORS if rounding.scale == "fitted" else FACTORS
+        lattice = searched_lattice(stack.weight, spec, stack.mask, stack.importance, factors)
     factor = factorize(stack.moments, rounding.damping, rounding.activation_order)
     if factor is None:
-        return _to_nearest(stack, scales, spec, note="rounded to nearest: their Hessian has no Cholesky factor with any damping up to 1")
+        return _to_nearest(stack, lattice, spec, note="rounded to nearest: their Hessian has no Cholesky factor with any damping up to 1")
     note = None
     if factor.damping != rounding.damping:
         note = f"damping raised to {factor.damping:g}: their Hessian has no Cholesky factor with {rounding.damping:g}"
-    return Rounded(codes=gptq_codes(stack.weight, scales, factor, spec, stack.mask), scales=scales, note=note)
+    scales, zeros = lattice
+    if rounding.scale == "fitted":
+        codes, scales = fitted_codes(stack.weight, lattice, stack.moments, factor, spec, stack.mask)
+    else:
+        codes = gptq_codes(stack.weight, scales, factor, spec, stack.mask, zeros)
+    return Rounded(codes=codes, scales=scales, zeros=zeros, note=note)
 
 
-def _to_nearest(stack: Stack, scales: Tensor, spec: QuantSpec, note: str | None = None) -> Rounded:
-    codes, scales = quantize_with(stack.weight, scales, spec, mask=stack.mask)
-    return Rounded(codes=codes, scales=scales, note=note)
+def _to_nearest(stack: Stack, lattice: Lattice, spec: QuantSpec, note: str | None = None) -> Rounded:
+    codes, scales = quantize_with(stack.weight, lattice.scales, spec, zeros=lattice.zeros, mask=stack.mask)
+    return Rounded(codes=codes, scales=scales, zeros=lattice.zeros, note=note)
+
+
+def _check_int(spec: QuantSpec, rounding: Rounding) -> None:
+    if spec.kind != "int":
+        raise ValueError(f"method={rounding.method!r} rounds to integers, not to kind={spec.kind!r}; use method: rtn, or kind: int")
 
 
 METHODS: dict[str, Method] = {

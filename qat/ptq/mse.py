@@ -1,74 +1,112 @@
-"""Scales of weight groups for rounding after training: from the largest magnitude, or searched for the smallest squared error."""
+"""Scales and zero points of weight groups for rounding after training, searched for the smallest squared error."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..fake_quant.reference import group_scales
+from ..fake_quant.dispatch import grid_numbers
+from ..fake_quant.range_reference import group_range, lattice_of_range, shared_range
 from ..spec import QuantSpec
 
 FACTORS = tuple((60 - step) / 50 for step in range(48))
-"""What a search multiplies the absmax scale with: 1.2 down to 0.26. Above 1 because the default divisor clips the largest weight."""
+"""What a search multiplies the range of a group with: 1.2 down to 0.26. Above 1 because the default divisor clips the largest weight."""
+COARSE_FACTORS = FACTORS[::4]
+"""For scales that are fitted afterwards."""
 _PIECE = 2**17  # weights searched at a time: they and their errors stay in a core's cache
 
 
+class Lattice(NamedTuple):
+    """Where the codes of a weight [out, in] lie: w ~ (q - z) * s."""
+
+    scales: Tensor
+    """fp32 of ``spec.scale_shape(out, in)``, on the spec's grid."""
+    zeros: Tensor | None
+    """int8 in the shape of ``scales``; None when the spec is symmetric."""
+
+
+def searched_scales(
+    weight: Tensor, spec: QuantSpec, mask: Tensor | None = None, importance: Tensor | None = None, factors: Sequence[float] = FACTORS
+) -> Tensor:
+    """The scales of ``searched_lattice``; all there is of a symmetric spec."""
+    return searched_lattice(weight, spec, mask, importance, factors).scales
+
+
 @torch.no_grad()
-def absmax_scales(weight: Tensor, spec: QuantSpec, mask: Tensor | None = None) -> Tensor:
-    """The scales of ``fake_quant``: fp32 [out, groups], largest magnitude of a group / divisor, on the spec's grid.
+def searched_lattice(
+    weight: Tensor, spec: QuantSpec, mask: Tensor | None = None, importance: Tensor | None = None, factors: Sequence[float] = FACTORS
+) -> Lattice:
+    """For each group the lattice with the smallest squared rounding error, out of those of its range and of ``factors`` times its range.
+
+    Minimises sum_j h_j (w_j - s (q_j - z))^2, q the codes that s and z give and s on its grid already: what is compared is what is
+    stored. Asymmetric lattices are tried with the zero point of the shrunk range, one more and one less. The first of equal errors
+    wins, the lattice of the whole range before all. Work space is a few pieces of 131,072 weights (at least one row).
 
     Args:
-        weight: [out, in]; a group with NaN or infinite weights gets NaN, one of zeros 1.
-        spec: A symmetric integer lattice with a scale per group or row.
+        weight: [out, in]; a group with NaN or infinite weights gets a scale of NaN, one of zeros 1.
+        spec: A lattice of kind int.
         mask: bool [out, in], True where a weight is kept; None keeps all.
+        importance: h, fp32 [in], not negative: the diagonal of the Hessian; None = 1 for all.
+        factors: Shares of the range.
 
     Raises:
         ValueError: the group size does not divide ``in``.
     """
-    return _on_grid(_grouped(weight, spec, mask).abs().amax(2), 1.0, spec)
-
-
-@torch.no_grad()
-def searched_scales(weight: Tensor, spec: QuantSpec, mask: Tensor | None = None, importance: Tensor | None = None) -> Tensor:
-    """For each group the scale with the smallest squared rounding error, out of ``FACTORS`` times its absmax scale.
-
-    Minimises sum_j h_j (w_j - s q_j)^2, q the codes that s gives and s on its grid already: what is compared is what is stored.
-    The first of equal errors wins, the absmax scale before all. Work space is a few pieces of 131,072 weights (at least one row).
-
-    Args:
-        weight, spec, mask: As in ``absmax_scales``.
-        importance: h, fp32 [in], not negative: the diagonal of the Hessian; None = 1 for all.
-
-    Returns:
-        fp32 [out, groups].
-    """
-    grouped = _grouped(weight, spec, mask)
-    shares = None if importance is None else importance.to(torch.float32).view(1, *grouped.shape[1:])
-    rows = max(1, _PIECE // max(1, weight.shape[1]))
-    return torch.cat([_search(part, spec, shares) for part in grouped.split(rows)])
-
-
-def _grouped(weight: Tensor, spec: QuantSpec, mask: Tensor | None) -> Tensor:
-    """fp32 [out, groups, width] of the weights that are kept."""
+    width = spec.group_width(weight.shape[1])
     kept = weight.detach().to(torch.float32)
     if mask is not None:
         kept = kept * mask
-    return kept.reshape(weight.shape[0], -1, spec.group_width(weight.shape[1]))
+    low, high = group_range(kept, None, width)
+    grouped = kept.reshape(weight.shape[0], -1, width)
+    shares = None if importance is None else importance.to(torch.float32).view(1, *grouped.shape[1:])
+    pieces = grouped.split(max(1, _PIECE // max(1, weight.shape[1])))
+    if spec.group_size == "tensor":
+        low, high = shared_range(low, high)
+        return _search(pieces, low.view(1, 1), high.view(1, 1), spec, shares, factors)
+    low, high = low.view(grouped.shape[:2]), high.view(grouped.shape[:2])
+    ranges = zip(pieces, low.split(len(pieces[0])), high.split(len(pieces[0])))
+    found = [_search([piece], smallest, largest, spec, shares, factors) for piece, smallest, largest in ranges]
+    zeros = None if spec.symmetric else torch.cat([lattice.zeros for lattice in found if lattice.zeros is not None])
+    return Lattice(torch.cat([lattice.scales for lattice in found]), zeros)
 
 
-def _on_grid(absmax: Tensor, factor: float, spec: QuantSpec) -> Tensor:
-    grid = spec.grid
-    return group_scales(absmax * factor, spec.divisor_value, grid.dropped_bits, grid.smallest, grid.largest)
-
-
-def _search(grouped: Tensor, spec: QuantSpec, shares: Tensor | None) -> Tensor:
-    absmax = grouped.abs().amax(2)
-    best = _on_grid(absmax, 1.0, spec)
-    least = torch.full_like(best, torch.inf)
-    work = torch.empty_like(grouped)
-    for factor in (1.0, *FACTORS):
-        scale = _on_grid(absmax, factor, spec)
-        torch.div(grouped, scale.unsqueeze(2), out=work)
-        work.round_().clamp_(spec.qmin, spec.qmax).mul_(scale.unsqueeze(2)).sub_(grouped).square_()
-        error = (work if shares is None else work.mul_(shares)).sum(2)
+def _search(
+    pieces: Sequence[Tensor], low: Tensor, high: Tensor, spec: QuantSpec, shares: Tensor | None, factors: Sequence[float]
+) -> Lattice:
+    """The best lattice of groups with the ranges low to high; of one range for all ``pieces`` [rows, groups, width], or of one piece."""
+    tried = _candidates(low, high, spec, factors)
+    scales, zeros = next(tried)
+    least = _error(pieces, scales, zeros, spec, shares)
+    least.masked_fill_(torch.isnan(least), torch.inf)
+    for scale, zero in tried:
+        error = _error(pieces, scale, zero, spec, shares)
         better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    return best
+        least, scales, zeros = torch.where(better, error, least), torch.where(better, scale, scales), torch.where(better, zero, zeros)
+    return Lattice(scales, None if spec.symmetric else zeros)
+
+
+def _candidates(low: Tensor, high: Tensor, spec: QuantSpec, factors: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(scales, zero points) to try, those of the whole range first."""
+    numbers = (spec.bits, spec.symmetric, spec.divisor_value, grid_numbers(spec))
+    for factor in (1.0, *factors):
+        scales, zeros = lattice_of_range(low * factor, high * factor, *numbers)
+        for shift in (0,) if spec.symmetric else (0, -1, 1):
+            yield scales, (zeros.to(torch.int16) + shift).clamp_(spec.qmin, spec.qmax).to(torch.int8)
+
+
+def _error(pieces: Sequence[Tensor], scales: Tensor, zeros: Tensor, spec: QuantSpec, shares: Tensor | None) -> Tensor:
+    """Squared error of each group, in the shape of ``scales``."""
+    sums = [_squares(piece, scales.unsqueeze(2), zeros.unsqueeze(2), spec, shares).sum(2) for piece in pieces]
+    return torch.stack([part.sum(dtype=torch.float64) for part in sums]).sum().view(1, 1) if scales.numel() == 1 else sums[0]
+
+
+def _squares(grouped: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, shares: Tensor | None) -> Tensor:
+    off = (grouped / scale).round_()
+    if spec.symmetric:
+        off.clamp_(spec.qmin, spec.qmax)
+    else:
+        shift = zero.to(torch.float32)
+        torch.clamp(off, spec.qmin - shift, spec.qmax - shift, out=off)
+    off.mul_(scale).sub_(grouped).square_()
+    return off if shares is None else off.mul_(shares)

@@ -21,8 +21,8 @@ Batch = Mapping[str, Tensor]
 Advance = Callable[[int], None]
 
 
-class _Enough(Exception):  # noqa: N818 - it ends a forward pass whose rest nobody needs
-    """Raised behind the layer that was asked for."""
+class Enough(Exception):  # noqa: N818 - it ends a forward pass whose rest nobody needs
+    """Raised behind the layer that was asked for, or inside it by a hook that has seen all it wanted."""
 
 
 class Replay:
@@ -46,8 +46,9 @@ class Replay:
             kept = batch["attention_mask"].bool() if "attention_mask" in batch else None
             yield number, None if kept is None or bool(kept.all()) else kept.to(self._device)
 
-    def run(self, index: int, number: int) -> Tensor:
-        """Layer ``index`` on batch ``number``, whose hidden states the layers before have left: its output [B, S, H]."""
+    def run(self, index: int, number: int) -> Tensor | None:
+        """Layer ``index`` on batch ``number``, whose hidden states the layers before have left: its output [B, S, H]; None when a hook
+        has raised ``Enough``."""
         given, result, layer = self._hidden[number], [], self._layers[index]
 
         def give(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -59,14 +60,14 @@ class Replay:
         def take(_module: nn.Module, _args: Any, output: Any) -> None:
             self._tuples = isinstance(output, tuple)
             result.append(output[0] if self._tuples else output)
-            raise _Enough
+            raise Enough
 
         handles = [layer.register_forward_pre_hook(give, with_kwargs=True), layer.register_forward_hook(take)]
         try:
             with _skipped(self._layers[:index], self._tuples):
                 self._backbone(**backbone_inputs(self._batches[number], self._device))
-        except _Enough:
-            return result[0]
+        except Enough:
+            return result[0] if result else None
         finally:
             for handle in handles:
                 handle.remove()
@@ -75,7 +76,9 @@ class Replay:
     def finish(self, index: int, advance: Advance) -> None:
         """Put what layer ``index`` gives for every batch in the place of what it was given."""
         for number, _ in self.batches():
-            self._hidden[number] = self.run(index, number).to("cpu", torch.float32)
+            hidden = self.run(index, number)
+            assert hidden is not None
+            self._hidden[number] = hidden.to("cpu", torch.float32)
             advance(self.tokens(number))
 
     def tokens(self, number: int) -> int:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_BLOCK = 512  # columns of H at a time
+
 
 @dataclass
 class KindError:
@@ -31,11 +33,18 @@ class KindError:
 
 
 def row_energy(rows: Tensor, moments: Tensor | None) -> Tensor:
-    """fp64 [out]: w H w^T of each row w of ``rows`` [out, in]; H [in, in], its diagonal [in], or None for 1."""
+    """fp64 [out]: w H w^T of each row w of ``rows`` [out, in]; H [in, in] and symmetric, its diagonal [in], or None for 1."""
     if moments is None:
         return rows.square().sum(1, dtype=torch.float64)
-    weighted = rows @ moments if moments.ndim == 2 else rows * moments
-    return weighted.mul_(rows).sum(1, dtype=torch.float64)
+    if moments.ndim == 1:
+        return (rows * moments).mul_(rows).sum(1, dtype=torch.float64)
+    energy = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    for at in range(0, rows.shape[1], _BLOCK):
+        # of a symmetric matrix, what lies right of the diagonal counts twice
+        part = rows[:, at : at + _BLOCK]
+        energy += 2 * (part @ moments[at : at + _BLOCK, at:]).mul_(rows[:, at:]).sum(1, dtype=torch.float64)
+        energy -= (part @ moments[at : at + _BLOCK, at : at + _BLOCK]).mul_(part).sum(1, dtype=torch.float64)
+    return energy
 
 
 def kind_of(module: str) -> str:

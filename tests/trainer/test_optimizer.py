@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from decoct.models import low_bit
 from decoct.models.errors import UserError
 from decoct.models.low_bit import load_bitsandbytes
+from decoct.qat.linear import Extras, QuantLinear
+from decoct.qat.spec import QuantSpec
 from decoct.trainer.batch import BatchPlan
 from decoct.trainer.optimizer import build_optimizer
 from decoct.trainer.optimizer_state import decode, encode, load_state_tensors, state_tensors, zero_moments
@@ -74,6 +76,21 @@ def test_8_bit_adamw_follows_adamw_with_a_byte_a_moment() -> None:
     state = optimizers[1].state[low[1].weight]
     assert state["state1"].dtype == state["state2"].dtype == torch.uint8
     assert optimizers[1].state[low[1].bias]["state1"].dtype == torch.float32
+
+
+def test_learned_scales_have_fp32_moments_however_many_they_are() -> None:
+    student = nn.Sequential(QuantLinear(nn.Linear(64, 1200), QuantSpec(bits=4, group_size=16), Extras(scale=True)))
+    optimizer = build_optimizer(student, _plan(LOW_BIT))
+    _steps(student, optimizer, 0, 1)
+    scale, weight = student[0].get_parameter("scale"), student[0].get_parameter("weight")
+    assert scale.numel() > 4096, "bitsandbytes would take 8 bits"
+    assert {optimizer.state[scale][part].dtype for part in ("state1", "state2")} == {torch.float32}
+    assert optimizer.state[weight]["state1"].dtype == torch.uint8
+    saved = {name: tensor.clone() for name, tensor in state_tensors(optimizer, _names(student)).items()}
+    again = build_optimizer(student, _plan(LOW_BIT))
+    load_state_tensors(again, dict(student.named_parameters()), saved)
+    assert again.state[scale]["state1"].dtype == torch.float32
+    assert torch.equal(again.state[scale]["state1"], optimizer.state[scale]["state1"])
 
 
 @pytest.mark.parametrize("kind", ["adamw", LOW_BIT])

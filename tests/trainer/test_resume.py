@@ -53,7 +53,7 @@ def _numbers(work: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["distill", "prune", "qat", "learned"])
+@pytest.mark.parametrize("kind", ["distill", "prune", "qat", "learned", "lattices"])
 def test_killed_twice_ends_in_the_same_bits(training_command: list[str], tmp_path: Path, kind: str) -> None:
     straight, hurt = tmp_path / "straight", tmp_path / "hurt"
     _finish(_start(training_command, straight, kind, pause=0.0))

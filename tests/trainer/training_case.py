@@ -23,6 +23,7 @@ from decoct.losses.settings import LossSettings
 from decoct.losses.sums import LossSums
 from decoct.models.families import decoder_linears
 from decoct.models.teachers import LocalTeacher
+from decoct.qat.lattices import SpecChange
 from decoct.qat.spec import ActivationSpec, QuantSpec
 from decoct.trainer.batch import BatchPlan
 from decoct.trainer.fit import FitResult, TrainingPlan, fit
@@ -36,6 +37,10 @@ from decoct.trainer.world import current_world
 
 VOCAB = 96
 SEQ = 16
+
+
+QUANTIZED = ("learned", "lattices")
+"""Kinds that the stage's hook leads."""
 
 
 def tiny_model(seed: int = 0, *, dropout: float = 0.1, tied: bool = True, layers: int = 2, hidden: int = 32) -> LlamaForCausalLM:
@@ -182,7 +187,7 @@ class Case:
             activation_checkpointing=bool(self.checkpointing),
             compile=bool(self.compile),
             optimizer=self.optimizer,  # pyright: ignore[reportArgumentType]
-            scale_learning_rate=self.rate / 30 if self.kind == "learned" else None,
+            scale_learning_rate=self.rate / 30 if self.kind in QUANTIZED else None,
         )
 
     def student(self) -> LlamaForCausalLM:
@@ -195,12 +200,25 @@ class Case:
             from decoct.qat.modules import prepare
 
             prepare(student, QuantSpec(bits=4, group_size=16))
-        if self.kind == "learned":
+        if self.kind in QUANTIZED:
             self.quantize(student, self.quantizing())
         return student
 
     def quantizing(self) -> QatSettings:
-        """The settings of kind 'learned': everything that has a state."""
+        """The settings of kind 'learned', everything that has a state, and of 'lattices', one of each lattice and a tied table."""
+        if self.kind == "lattices":
+            return QatSettings(
+                steps=self.steps,
+                weights=QuantSpec(bits=4, group_size=16, symmetric=False),
+                overrides={
+                    "*.down_proj": SpecChange(kind="nf4", symmetric=True),
+                    "*.o_proj": SpecChange(group_size="tensor"),
+                    "*.up_proj": SpecChange(bits=8, symmetric=True, group_size="tensor"),
+                },
+                embedding=SpecChange(bits=8, symmetric=True),
+                anneal_from=6,
+                anneal=0.4,
+            )
         return QatSettings(
             steps=self.steps,
             weights=QuantSpec(bits=4, group_size=16),
@@ -219,7 +237,7 @@ class Case:
         from decoct.qat.modules import prepare
 
         scale = settings.scales == "learned" or settings.freeze_scales > 0
-        prepare(student, settings.weights, extras=Extras(scale=scale, rank=settings.lora or 0))
+        prepare(student, settings.lattices, extras=Extras(scale=scale, rank=settings.lora or 0))
 
     def hooks(self, student: nn.Module) -> list[StepHook]:
         """What acts around each step."""
@@ -231,7 +249,7 @@ class Case:
             hooks.append(MaskHook(list(linears), MagnitudeSettings(keep=0.4, update_every=3), self.steps))
         if self.kind in ("sparse", "qat"):
             hooks.append(KeepZeros(linears))
-        if self.kind == "learned":
+        if self.kind in QUANTIZED:
             hooks.append(quantizers(student, self.quantizing(), self))
         return hooks
 

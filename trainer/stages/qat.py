@@ -18,7 +18,7 @@ from ...qat.ptq import Rounding, round_model
 from ...qat.ptq.cells import into_cells
 from ...qat.state import QUANT_FILE, load_quant_state
 from ..quantization_settings import QatSettings, QuantizeSettings
-from ..quantizers import Quantizers
+from ..quantizers import FirstLattice, Quantizers
 from ..settings import TrainerSettings
 from .context import StageContext, StageResult, Trained
 from .opening import OpenStudent, open_student
@@ -39,8 +39,9 @@ def start(settings: QatSettings, context: StageContext) -> None:
         return
     model = load_model(context.input, dtype=torch.float32, revision=context.input_revision)
     latent = {name: parameter.detach().clone() for name, parameter in model.named_parameters()} if settings.train == "all" else {}
-    lattices = {name: getattr(settings, name) for name in ("weights", "skip", "overrides", "embedding", "head", "activations", "kv_cache")}
-    rounding = QuantizeSettings(**lattices, method="gptq", scale="mse", calibration_tokens=settings.calibration_tokens)
+    names = ("weights", "skip", "overrides", "embedding", "head", "activations", "kv_cache")
+    same = {name: getattr(settings, name) for name in names}
+    rounding = QuantizeSettings(**same, method="gptq", calibration_tokens=settings.calibration_tokens)
     text = stage_text(rounding, context, model)
     rounded = round_and_tell(rounding, context, Source(model, {}), text, others=None)
     for name in rounded.state.modules if latent else ():
@@ -71,7 +72,7 @@ def train(settings: QatSettings, context: StageContext) -> Trained:
     modules = prepare(student.model, settings.lattices, extras=extras)
     _announce(settings, student, context)
     plan = training_plan(settings, context, student.model.config.hidden_size, student.strategy)
-    given = load_quant_state(context.folder / _START) if settings.first == "gptq" and settings.train == "all" else None
+    given = _given_lattices(opened) if settings.first == "gptq" else None
     rounded = _rounded(settings, student, modules)
     quantizers = Quantizers(settings, plan.total_steps, plan.seed, given, **rounded)
     hooks = [*keep_zeros_hooks(student.model, sparse), quantizers]
@@ -121,6 +122,16 @@ def _rounded(settings: QatSettings, student: OpenStudent, modules: Iterable[str]
 def _with(trained: Trained, rounded: dict[str, Any]) -> Trained:
     """What became of their ranges goes along to ``finish``: a gathered copy of the student has none of them."""
     return replace(trained, facts={**trained.facts, **rounded})
+
+
+def _given_lattices(context: StageContext) -> dict[str, FirstLattice]:
+    """Scales and zero points that GPTQ chose, by module; the weights beside them are latent ones, inside the codes' cells."""
+    from safetensors.torch import load_file
+
+    suffix = ".scale"
+    tensors = load_file(context.folder / _START / QUANT_FILE)
+    modules = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
+    return {name: (tensors[name + suffix], tensors.get(f"{name}.zero_point")) for name in modules}
 
 
 def _announce(settings: QatSettings, student: OpenStudent, context: StageContext) -> None:

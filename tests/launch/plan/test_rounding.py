@@ -34,7 +34,7 @@ def test_gptq_takes_text_work_and_memory_and_rounding_does_not(monkeypatch: pyte
     body = 6_979_321_856
     passes = 2 * 262_144 * body * (2 - 1 / 32)
     moments = 2 * 262_144 * 32 * (3 * 4096**2 + 14336**2)
-    assert passes + moments < full.flop < 1.02 * (passes + moments)
+    assert passes + moments < full.flop < 1.06 * (passes + moments)
     assert rtn.device_bytes < full.device_bytes == few.device_bytes == streamed.device_bytes < 10e9
     assert full.host_bytes - few.host_bytes == 4 * 4096 * (262_144 - 65_536)
     assert streamed.host_bytes < 0.2 * full.host_bytes

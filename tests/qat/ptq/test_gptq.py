@@ -6,7 +6,6 @@ from torch import Tensor
 
 from decoct.qat.fake_quant import dequantize, quantize
 from decoct.qat.ptq.gptq import damping_steps, factorize, gptq_codes
-from decoct.qat.ptq.mse import absmax_scales
 from decoct.qat.spec import QuantSpec
 
 
@@ -47,7 +46,7 @@ def output_error(codes: Tensor, scales: Tensor, weight: Tensor, hessian: Tensor)
 
 
 def run(weight: Tensor, hessian: Tensor, spec: QuantSpec, order: bool, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    scales = absmax_scales(weight, spec, mask)
+    scales = quantize(weight, spec, mask=mask)[1]
     factor = factorize(hessian, 0.01, order)
     assert factor is not None and factor.damping == 0.01
     return gptq_codes(weight, scales, factor, spec, mask), scales
@@ -107,7 +106,7 @@ def test_inputs_that_were_all_zero_round_to_nearest(damping: float) -> None:
     spec = QuantSpec(bits=4, group_size=32)
     factor = factorize(torch.zeros(64, 64), damping)
     assert factor is not None
-    assert torch.equal(gptq_codes(weight, absmax_scales(weight, spec), factor, spec), quantize(weight, spec)[0])
+    assert torch.equal(gptq_codes(weight, quantize(weight, spec)[1], factor, spec), quantize(weight, spec)[0])
 
 
 def test_pruned_weights_stay_zero_and_others_make_it_good() -> None:
@@ -151,7 +150,7 @@ def test_a_singular_hessian_is_damped_until_it_can_be_factorized() -> None:
     factor = factorize(hessian, 0.0)
     assert factor is not None and factor.damping > 0
     assert torch.equal(hessian, before)
-    scales = absmax_scales(weight, spec)
+    scales = quantize(weight, spec)[1]
     codes = gptq_codes(weight, scales, factor, spec)
     assert output_error(codes, scales, weight, hessian) < output_error(quantize(weight, spec)[0], scales, weight, hessian)
 

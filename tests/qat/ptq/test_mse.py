@@ -1,12 +1,11 @@
-"""Searched scales against brute force, and what both kinds of scales do at the edges."""
+"""Searched scales against brute force, and what they do at the edges."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from decoct.qat.fake_quant import quantize
 from decoct.qat.ptq import mse
-from decoct.qat.ptq.mse import FACTORS, absmax_scales, searched_scales
+from decoct.qat.ptq.mse import FACTORS, searched_scales
 from decoct.qat.spec import SCALE_GRIDS, QuantSpec
 
 
@@ -58,14 +57,6 @@ def test_scales_lie_on_their_grid(grid: str) -> None:
     assert (scales >= spec.grid.smallest).all() and scales.dtype == torch.float32
 
 
-def test_absmax_scales_are_those_of_fake_quant() -> None:
-    weight = some_weights()
-    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) > 0.4
-    for spec in (QuantSpec(bits=4, group_size=32), QuantSpec(bits=2, group_size="channel", divisor="qmax")):
-        for given in (None, mask):
-            assert torch.equal(absmax_scales(weight, spec, given), quantize(weight, spec, mask=given)[1])
-
-
 def test_weights_that_fit_exactly_keep_their_scale() -> None:
     spec = QuantSpec(bits=4, group_size=16, divisor="full_range")
     weight = torch.arange(-8, 8).float().repeat(2, 1) * 0.25
@@ -99,7 +90,6 @@ def test_pieces_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_bad_weights_show_in_their_group_alone_and_groups_must_divide() -> None:
     weight, spec = some_weights(), QuantSpec(bits=4, group_size=32)
     weight[4, 40] = float("nan")
-    for scales in (absmax_scales(weight, spec), searched_scales(weight, spec)):
-        assert torch.isnan(scales).nonzero().tolist() == [[4, 1]]
+    assert torch.isnan(searched_scales(weight, spec)).nonzero().tolist() == [[4, 1]]
     with pytest.raises(ValueError, match="group_size=64 does not divide in_features=96"):
         searched_scales(weight, QuantSpec(bits=4, group_size=64))

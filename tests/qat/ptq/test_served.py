@@ -15,11 +15,10 @@ from decoct.models.families import decoder_layers
 from decoct.models.folder import save_model_folder
 from decoct.models.streaming import empty_model
 from decoct.qat.activations import round_inputs
-from decoct.qat.fake_quant import dequantize, fake_quant_activation, static_scale
+from decoct.qat.fake_quant import dequantize, fake_quant_activation, quantize, static_scale
 from decoct.qat.modules import fold, quantize_model
 from decoct.qat.ptq import CalibrationText, RoundedModel, Rounding, amount_of_work, round_model
 from decoct.qat.ptq.gptq import factorize, gptq_codes
-from decoct.qat.ptq.mse import absmax_scales
 from decoct.qat.spec import ActivationSpec, QuantSpec
 from decoct.qat.stored import round_as_stored
 
@@ -95,7 +94,7 @@ def test_the_model_in_memory_computes_as_the_stored_one(random_model: RandomMode
 def test_hessians_are_of_unrounded_inputs_given_what_served_layers_give(random_model: RandomModel, kind: ActivationSpec) -> None:
     """By whole passes: every layer in turn, the ones before it rounded with their inputs, this one not at all."""
     spec, ids = QuantSpec(bits=3, group_size=16), windows(12)
-    rounding = Rounding(method="gptq", activations=kind)
+    rounding = Rounding(method="gptq", scale="absmax", activations=kind)
     rounded = round_model(random_model("llama"), spec, rounding, text=text_of(ids)).state
     model = random_model("llama")
     for layer in range(len(decoder_layers(model))):
@@ -104,7 +103,7 @@ def test_hessians_are_of_unrounded_inputs_given_what_served_layers_give(random_m
             assert isinstance(linear, nn.Linear)
             factor = factorize((2 / len(rows) * rows.T @ rows).float())
             assert factor is not None
-            scales = absmax_scales(linear.weight, spec)
+            scales = quantize(linear.weight, spec)[1]
             codes = gptq_codes(linear.weight, scales, factor, spec)
             assert (codes != rounded.codes[name]).float().mean() < 0.03, name  # near ties fall by the order of sums
             linear.weight.data = dequantize(rounded.codes[name], rounded.scales[name])

@@ -16,13 +16,13 @@ from decoct.models.errors import NonFiniteError, UserError
 from decoct.models.families import decoder_layers
 from decoct.models.folder import save_model_folder
 from decoct.models.streaming import empty_model
-from decoct.qat.fake_quant import dequantize
+from decoct.qat.fake_quant import dequantize, quantize
 from decoct.qat.lattices import Lattices, SpecChange
 from decoct.qat.modules import quantize_model
 from decoct.qat.ptq import CalibrationText, RoundedModel, Rounding, amount_of_work, round_model
 from decoct.qat.ptq.gptq import factorize, gptq_codes
 from decoct.qat.ptq.inputs import shared_inputs
-from decoct.qat.ptq.mse import absmax_scales, searched_scales
+from decoct.qat.ptq.mse import searched_scales
 from decoct.qat.ptq.replay import Replay
 from decoct.qat.ptq.report import error_lines, kind_of
 from decoct.qat.spec import QuantSpec
@@ -70,7 +70,7 @@ def slow_walk(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
         for handle in handles:
             handle.remove()
         for name, linear in linears.items():
-            scales = absmax_scales(linear.weight, SPEC)
+            scales = quantize(linear.weight, SPEC)[1]
             factor = factorize((2 / ids.numel() * sums[name]).float())
             assert factor is not None
             found[name] = gptq_codes(linear.weight, scales, factor, SPEC)
@@ -81,7 +81,7 @@ def slow_walk(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_gptq_walks_as_whole_forward_passes_would(random_model: RandomModel, kind: str) -> None:
     ids = windows()
-    rounded = round_model(model := random_model(kind), SPEC, GPTQ, text=text_of(ids))
+    rounded = round_model(model := random_model(kind), SPEC, Rounding(method="gptq", scale="absmax"), text=text_of(ids))
     expected = slow_walk(random_model(kind), ids)
     assert list(expected) == list(rounded.state.modules)
     differing = torch.stack([(rounded.state.codes[name] != codes).float().mean() for name, codes in expected.items()])
@@ -289,7 +289,7 @@ def test_cholesky_trouble_is_told_with_the_modules_names(random_model: RandomMod
     rounded = round_model(random_model("llama"), SPEC, Rounding(method="gptq", damping=0.0), text=few)
     assert any("model.layers.0.mlp.down_proj: damping raised to 0.001" in note for note in rounded.notes)
     monkeypatch.setattr("decoct.qat.ptq.methods.factorize", lambda *_: None)
-    given_up = round_model(random_model("llama"), SPEC, GPTQ, text=few)
+    given_up = round_model(random_model("llama"), SPEC, Rounding(method="gptq", scale="absmax"), text=few)
     assert "q_proj, model.layers.0.self_attn.k_proj" in given_up.notes[0] and "rounded to nearest" in given_up.notes[0]
     assert given_up.state.hash() == quantize_model(random_model("llama"), SPEC).hash()
 

@@ -129,7 +129,7 @@ def test_what_was_done_is_recorded_and_said(make_context: MakeContext, prepared:
     record = rounding(context)
     assert {name: record[name] for name in ("method", "scale", "damping", "activation_order")} == {
         "method": "gptq",
-        "scale": "absmax",
+        "scale": "fitted",
         "damping": 0.02,
         "activation_order": True,
     }

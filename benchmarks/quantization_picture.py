@@ -1,0 +1,50 @@
+"""Draws the rows of benchmarks/quantization.py: held-out KL to the full model against bits a weight.
+
+python benchmarks/quantization_picture.py benchmarks/results/quantization.json docs/quantization.svg
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+NAMES = {
+    "rtn": "round to nearest",
+    "mse": "searched scales",
+    "llm-compressor gptq": "GPTQ, llm-compressor",
+    "gptq": "GPTQ",
+    "torchao": "QAT, torchao",
+    "qat_kl": "QAT, absmax scales",
+    "qat_kl_learned": "QAT, learned scales",
+}
+SCALE_BITS = 16
+
+
+def draw(rows: list[dict[str, object]], file: Path) -> None:
+    """A line for each system, over the widths in groups of 64; a weight takes its code and its share of a 16-bit scale."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.hashsalt": "decoct", "font.size": 9})
+    figure, axes = plt.subplots(figsize=(6, 3.8))
+    for system, label in NAMES.items():
+        points = []
+        for row in rows:
+            lattice = re.fullmatch(r"w(\d)-g(64)", str(row["case"]))
+            if lattice and row["system"] == system and row["metric"] == "kl":
+                points.append((int(lattice[1]) + SCALE_BITS / int(lattice[2]), float(str(row["value"]))))
+        if points:
+            axes.plot(*zip(*sorted(points)), marker="o", markersize=4, label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel("bits a weight, scales included")
+    axes.set_ylabel("held-out KL(full || quantized), nats")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+
+
+if __name__ == "__main__":
+    draw(json.loads(Path(sys.argv[1]).read_text())["rows"], Path(sys.argv[2]))

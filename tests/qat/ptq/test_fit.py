@@ -1,0 +1,90 @@
+"""Scales fitted to codes: against a plain fp64 solver, and what they do for GPTQ."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from decoct.qat.fake_quant import dequantize, quantize
+from decoct.qat.ptq import fit
+from decoct.qat.ptq.fit import fitted_codes, fitted_scales
+from decoct.qat.ptq.gptq import factorize, gptq_codes
+from decoct.qat.ptq.mse import Lattice, searched_lattice, searched_scales
+from decoct.qat.spec import QuantSpec
+
+from .test_gptq import case, output_error
+
+
+def slow_scales(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
+    """Row by row in fp64: least squares over the columns that a unit of each scale adds, in the metric of H, held to the scales before."""
+    groups = scales.shape[1]
+    width = weight.shape[1] // groups
+    root = torch.linalg.cholesky(hessian.double()).T
+    rows = []
+    for w, q, s in zip(weight.double(), codes.double(), scales.double()):
+        columns = torch.zeros(len(q), groups, dtype=torch.float64)
+        for group in range(groups):
+            columns[group * width : (group + 1) * width, group] = q[group * width : (group + 1) * width]
+        seen = root @ columns
+        hold = torch.diag(0.1 * seen.norm(dim=0))  # squared: a hundredth of each group's own curvature
+        rows.append(torch.linalg.lstsq(torch.cat([seen, hold]), torch.cat([root @ w, hold @ s])).solution)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("rows", "columns", "bits", "group"), [(9, 192, 3, 64), (4, 96, 2, 16), (3, 33, 4, 11), (2, 8, 8, "channel")])
+def test_they_solve_the_least_squares_problem(rows: int, columns: int, bits: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = case(rows, columns)
+    spec = QuantSpec(bits=bits, group_size=group, scale_grid="fp32")
+    codes, scales = quantize(weight, spec)
+    expected = slow_scales(weight, codes, scales, hessian)
+    got = fitted_scales(weight, codes, scales, hessian, spec)
+    torch.testing.assert_close(got.double(), expected, rtol=2e-4, atol=0)
+    assert output_error(codes, got, weight, hessian) < output_error(codes, scales, weight, hessian)
+    monkeypatch.setattr(fit, "_PIECE", 1)  # a row at a time
+    torch.testing.assert_close(fitted_scales(weight, codes, scales, hessian, spec), got)
+
+
+def test_groups_without_codes_and_wild_answers_keep_their_scales() -> None:
+    weight, hessian = case(6, 128)
+    weight[2, 32:64] = 0
+    weight[4] = 0
+    spec = QuantSpec(bits=4, group_size=32)
+    codes, scales = quantize(weight, spec)
+    got = fitted_scales(weight, codes, scales, hessian, spec)
+    assert got[2, 1] == 1 and (got[4] == 1).all() and (got > 0).all()
+    flipped = codes.clone()
+    flipped[0, :32] = -codes[0, :32]  # the best scale of these is negative
+    assert fitted_scales(weight, flipped, scales, hessian, spec)[0, 0] == scales[0, 0]
+    broken = torch.full_like(hessian, torch.nan)
+    assert torch.equal(fitted_scales(weight, codes, scales, broken, spec), scales)
+
+
+@pytest.mark.parametrize(("bits", "share"), [(2, 0.95), (3, 0.95), (4, 0.95), (8, 1.0)])
+def test_no_row_gets_worse_and_together_they_get_better(bits: int, share: float) -> None:
+    weight, hessian = case(48, 256)
+    spec = QuantSpec(bits=bits, group_size=64)
+    scales = searched_scales(weight, spec, None, hessian.diagonal())
+    factor = factorize(hessian)
+    assert factor is not None
+    plain = gptq_codes(weight, scales, factor, spec)
+    codes, fitted = fitted_codes(weight, Lattice(scales, None), hessian, factor, spec)
+    assert torch.equal(fitted, fitted.to(torch.bfloat16).float())
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(256)
+
+    def row_errors(codes: Tensor, scales: Tensor) -> Tensor:
+        off = dequantize(codes, scales).double() - weight.double()
+        return ((off @ damped.double()) * off).sum(1)
+
+    before, after = row_errors(plain, scales), row_errors(codes, fitted)
+    assert (after <= before * (1 + 1e-4)).all()
+    assert after.sum() <= share * before.sum()  # 8-bit codes fit scales on the bf16 grid too closely to gain
+
+
+def test_pruned_weights_stay_zero() -> None:
+    weight, hessian = case(32, 192)
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(3)) > 0.5
+    weight *= mask
+    spec = QuantSpec(bits=3, group_size=64)
+    factor = factorize(hessian)
+    assert factor is not None
+    codes, _ = fitted_codes(weight, searched_lattice(weight, spec, mask), hessian, factor, spec, mask)
+    assert not codes[~mask].any() and codes[mask].any()
