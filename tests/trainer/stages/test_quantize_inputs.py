@@ -132,8 +132,9 @@ def test_static_scales_look_at_text(given: dict[str, Any], tokens: int | None) -
 
 @pytest.mark.parametrize("end", ["embedding", "head"])
 def test_embedding_and_head_have_no_inputs_to_round(end: str) -> None:
+    change: Any = {end: SpecChange(bits=8)}
     with pytest.raises(ValueError, match=f"{end} cannot be rounded together with activations"):
-        QuantizeSettings(activations=ActivationSpec(), **{end: SpecChange(bits=8)})
+        QuantizeSettings(activations=ActivationSpec(), **change)
 
 
 def test_every_kind_of_weight_goes_with_a_rounded_cache(make_context: MakeContext) -> None:
