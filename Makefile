@@ -57,6 +57,7 @@ test-serving: $(SERVING)/.llama-cpp ## exports in real serving stacks: llama.cpp
 
 bench: install ## the benchmarks that need no GPU, at their default sizes
 	$(BIN)/python benchmarks/linear_divergence.py --json benchmarks/results/linear_divergence.json
+	$(BIN)/python benchmarks/fake_quant.py --json benchmarks/results/fake_quant.json
 	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
 	$(BIN)/python benchmarks/distillation.py --json benchmarks/results/distillation.json
 	$(BIN)/python benchmarks/distillation_picture.py benchmarks/results/distillation.json docs/distillation.svg
@@ -66,6 +67,7 @@ bench: install ## the benchmarks that need no GPU, at their default sizes
 bench-gpu: install ## the tests and benchmarks that need a GPU
 	$(BIN)/pytest -m gpu $(PYTEST_ARGS)
 	$(BIN)/python benchmarks/linear_divergence.py --json benchmarks/results/linear_divergence-gpu.json
+	$(BIN)/python benchmarks/fake_quant.py --json benchmarks/results/fake_quant-gpu.json
 
 clean: ## remove the venv and caches (runs/ stays)
 	rm -rf $(VENV) $(SERVING) .pytest_cache .ruff_cache .hypothesis build *.egg-info
