@@ -13,7 +13,6 @@ from ...qat.activations import RoundedInputs, round_inputs
 from ...qat.linear import Extras
 from ...qat.modules import fold, hold_codes, prepare, quantize_model
 from ...qat.ptq import Rounding, round_model
-from ...qat.ptq.cells import into_cells
 from ...qat.state import QUANT_FILE, load_quant_state
 from ..quantization_settings import QatSettings, QuantizeSettings
 from ..quantizers import Quantizers
@@ -28,21 +27,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _START = "start"
+_BESIDE_ZERO = 1e-3
+"""What is left of a kept weight with code zero."""
 
 
 def start(settings: QatSettings, context: StageContext) -> None:
-    """Rank 0, before all train: GPTQ's codes and scales, in a folder that resumed runs find again."""
+    """Rank 0, before all train: GPTQ's codes and scales, in a folder that resumed runs find again.
+
+    Weights begin as codes times scales, in the middle of their cells: there a code changes when training keeps asking for it. Kept as near
+    as their codes allow to what they were, those that GPTQ has moved lie at the edge of a cell, and the first steps undo what it found.
+    """
     folder = context.folder / _START
     if settings.first != "gptq" or folder.exists():
         return
     model = load_model(context.input, dtype=torch.float32, revision=context.input_revision)
-    latent = {name: parameter.detach().clone() for name, parameter in model.named_parameters()} if settings.train == "all" else {}
+    latent_sparse = sparse_modules(context.input) if settings.train == "all" else []
+    sparse = {name: model.get_parameter(f"{name}.weight").detach().clone() for name in latent_sparse}
     rounding = QuantizeSettings(weights=settings.weights, skip=settings.skip, method="gptq", calibration_tokens=settings.calibration_tokens)
     text = stage_text(rounding, context, model)
     rounded = round_and_tell(rounding, context, Source(model, {}), text, others=None)
-    for name in rounded.state.modules if latent else ():
-        weight = model.get_parameter(f"{name}.weight")
-        weight.data.copy_(into_cells(latent[f"{name}.weight"], rounded.state.codes[name], rounded.state.scales[name], settings.weights))
+    for name, before in sparse.items():
+        # zeros are a mask: a weight that is kept and rounded to zero must not look like one
+        weight = model.get_parameter(f"{name}.weight").data
+        weight.copy_(torch.where((weight == 0) & (before != 0), before * _BESIDE_ZERO, weight))
     record = stage_record(context, {"quant": rounded.state.record()})
     save_model_folder(folder, model, context.tokenizer, record, dtype=torch.float32, extra_tensors={QUANT_FILE: rounded.state.tensors()})
 
