@@ -54,8 +54,8 @@ class QatSettings(LatticeSettings, TrainingBlock):
     scale_learning_rate: float | None = None
     """Peak rate of learned scales; default: a thirtieth of the others'."""
     start: Literal["rtn", "mse", "gptq"] | None = None
-    """First scales (and, for gptq, weights): from the largest magnitude, searched for the smallest squared error, or by GPTQ on training
-    text. Default: mse, or rtn with absmax scales."""
+    """First scales: from the largest magnitude, searched for the smallest squared error, or by GPTQ on training text, whose codes are
+    then the first weights too. Default: gptq; mse with delay, anneal_from or lora; rtn with absmax scales."""
     train: Literal["all", "scales"] = "all"
     """scales = only these, over codes that stay as 'start' makes them: a byte a weight and no optimizer state for it."""
     lora: int | None = None
@@ -70,6 +70,10 @@ class QatSettings(LatticeSettings, TrainingBlock):
     """Share of the steps, at the end, with scales that no longer change."""
     calibration_tokens: int | None = None
     """start: gptq: tokens of training text that it looks at; default as in quantize."""
+    final_learning_rate: float = 0.0
+    """Share of the peak rate kept at the last step, [0, 1]: codes at the edge of their cells come to rest."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW moments; a longer memory than elsewhere, for a model that is near its teacher has gradients that are mostly noise."""
 
     def __post_init__(self) -> None:
         TrainingBlock.__post_init__(self)
@@ -82,7 +86,7 @@ class QatSettings(LatticeSettings, TrainingBlock):
         if self.scales == "absmax" and (searched or self.scale_learning_rate is not None):
             key = "start" if searched else "scale_learning_rate"
             raise ValueError(f"{key} does nothing with scales=absmax, which are taken anew in every forward; use scales=learned")
-        if self.start != "gptq" and self.calibration_tokens is not None:
+        if self.first != "gptq" and self.calibration_tokens is not None:
             raise ValueError(f"calibration_tokens={self.calibration_tokens} does nothing unless start is gptq; leave it out")
         self._check_schedule()
         self._check_trained()
@@ -90,7 +94,10 @@ class QatSettings(LatticeSettings, TrainingBlock):
     @property
     def first(self) -> Literal["rtn", "mse", "gptq"]:
         """``start``, or what stands for it."""
-        return self.start or ("mse" if self.scales == "learned" and self.weights.kind == "int" else "rtn")
+        if self.start is not None or self.scales == "absmax" or self.weights.kind != "int":
+            return self.start or "rtn"
+        # what GPTQ finds belongs to the final bits and to weights that train
+        return "mse" if self.delay or self.anneal_from is not None or self.lora is not None else "gptq"
 
     def _check_kind(self) -> None:
         """What needs integer codes is refused for other kinds."""

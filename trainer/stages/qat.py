@@ -15,8 +15,8 @@ from ...qat.kv_cache import RoundedCache, round_cache
 from ...qat.linear import Extras, RoundedWeight
 from ...qat.modules import fold, hold_codes, prepare, quantize_model
 from ...qat.ptq import Rounding, round_model
-from ...qat.ptq.cells import into_cells
 from ...qat.state import QUANT_FILE, load_quant_state
+from ...qat.targets import targets
 from ..quantization_settings import QatSettings, QuantizeSettings
 from ..quantizers import FirstLattice, Quantizers
 from ..settings import TrainerSettings
@@ -27,30 +27,47 @@ from .saving import stage_record
 from .training import keep_zeros_hooks, sparse_modules, train_student, training_plan
 
 if TYPE_CHECKING:
-    pass
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 _START = "start"
+_BESIDE_ZERO = 1e-3
+"""What is left of a kept weight with code zero."""
 
 
 def start(settings: QatSettings, context: StageContext) -> None:
-    """Rank 0, before all train: GPTQ's codes and scales, in a folder that resumed runs find again."""
+    """Rank 0, before all train: GPTQ's codes and scales, in a folder that resumed runs find again.
+
+    Weights begin as codes times scales, in the middle of their cells: there a code changes when training keeps asking for it. Kept as near
+    as their codes allow to what they were, those that GPTQ has moved lie at the edge of a cell, and the first steps undo what it found.
+    """
     folder = context.folder / _START
     if settings.first != "gptq" or folder.exists():
         return
     model = load_model(context.input, dtype=torch.float32, revision=context.input_revision)
-    latent = {name: parameter.detach().clone() for name, parameter in model.named_parameters()} if settings.train == "all" else {}
+    trains = settings.train == "all"
+    sparse = _weights(model, sparse_modules(context.input) if trains else ())
+    # kinds other than int take their scales anew, from the weights as they were
+    plain = [name for name, target in targets(model, settings.lattices).items() if target.spec.kind != "int"]
+    others = _weights(model, plain if trains else ())
     names = ("weights", "skip", "overrides", "embedding", "head", "activations", "kv_cache")
     same = {name: getattr(settings, name) for name in names}
     rounding = QuantizeSettings(**same, method="gptq", calibration_tokens=settings.calibration_tokens)
     text = stage_text(rounding, context, model)
     rounded = round_and_tell(rounding, context, Source(model, {}), text, others=None)
-    for name in rounded.state.modules if latent else ():
-        weight, spec = model.get_parameter(f"{name}.weight"), rounded.state.spec_of(name)
-        before = latent[f"{name}.weight"]
-        # other kinds take their scales anew, from the weights as they were
-        weight.data.copy_(into_cells(before, rounded.state.encoded(name), spec) if spec.kind == "int" else before)
+    for name, before in sparse.items():
+        # zeros are a mask: a weight that is kept and rounded to zero must not look like one
+        weight = model.get_parameter(f"{name}.weight").data
+        weight.copy_(torch.where((weight == 0) & (before != 0), before * _BESIDE_ZERO, weight))
+    for name, before in others.items():
+        model.get_parameter(f"{name}.weight").data.copy_(before)
     record = stage_record(context, {"quant": rounded.state.record()})
     save_model_folder(folder, model, context.tokenizer, record, dtype=torch.float32, extra_tensors={QUANT_FILE: rounded.state.tensors()})
+
+
+def _weights(model: "PreTrainedModel", modules: Iterable[str]) -> dict[str, "Tensor"]:
+    """Copies of modules' weights."""
+    return {name: model.get_parameter(f"{name}.weight").detach().clone() for name in modules}
 
 
 def train(settings: QatSettings, context: StageContext) -> Trained:
