@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...models.errors import UserError
+from .cases import cases
 from .disk import EXPORT_BYTES, checkpoint_bytes, model_bytes, quantized_bytes
 from .fitting import Remedy, cheapest_fit, usable
 from .formats import refusals
 from .memory import Roles, Situation, training_memory
 from .rounding import RoundingPlan, rounding_plan
 from .shapes import ModelShape, StageShape, stage_shapes, student_shape, teacher_shape
-from .targets import Verdict, cases, verdicts
+from .targets import Verdict, verdicts
 from .values import Value, recipe_values, settings_values, training_values
 
 if TYPE_CHECKING:

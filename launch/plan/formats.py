@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from .targets import Case
+from .cases import Case
 
 if TYPE_CHECKING:
     from ...trainer.settings import ExportSettings

@@ -4,19 +4,18 @@ The rules are those of the stacks' loaders (read in vLLM 0.32/0.33, llama.cpp of
 packed weights want widths of certain multiples, tensor parallelism cuts matrices, fused projections share one scheme.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from ...models.errors import UserError
-from ...models.families import FUSED
+from .cases import Case, cases
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from ...qat.lattices import Lattices
-    from ...qat.spec import ActivationSpec, QuantSpec
+    from ...qat.spec import ActivationSpec
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """``model_type`` that every target below knows."""
@@ -37,101 +36,6 @@ class Verdict:
     reason: str
     fix: str = ""
     """The nearest setting that is ok, as a recipe key; '' when nothing is to be done."""
-
-
-@dataclass(frozen=True)
-class Apart:
-    """What is one matrix in servers and has not one lattice here."""
-
-    names: tuple[str, ...]
-    """Its parts."""
-    left: tuple[str, ...]
-    """Those that are not quantized."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a target is asked to hold: one lattice of an export, and the matrices that have it."""
-
-    config: Any
-    spec: "QuantSpec"
-    linears: dict[str, tuple[int, int]]
-    """(out, in) of the kinds of linears in a layer that have the lattice, such as ``mlp.down_proj``."""
-    ranks: int = 1
-    """GPUs of tensor parallelism."""
-    formats: Sequence[str] = ("compressed-tensors",)
-    """What is exported."""
-    apart: "Apart | None" = None
-    """Linears of one layer that servers make one matrix of, with different lattices."""
-    ends: tuple[str, ...] = ()
-    """Which of embedding and head are quantized."""
-    activations: "ActivationSpec | None" = None
-    """How inputs are rounded."""
-    kv_cache: "ActivationSpec | None" = None
-    """How keys and values are."""
-
-    @property
-    def ffn(self) -> int:
-        """FFN channels."""
-        return self.config.intermediate_size
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of a head."""
-        return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-
-
-def cases(
-    config: "PreTrainedConfig",
-    lattices: "Lattices",
-    ranks: int,
-    formats: Sequence[str],
-    activations: "ActivationSpec | None" = None,
-    kv_cache: "ActivationSpec | None" = None,
-) -> list[Case]:
-    """A case for each lattice of the decoder's linears, that of most modules first; one scale for a matrix is served as one a row."""
-    text: Any = config.get_text_config()
-    sizes = _linears(text)
-    try:
-        specs = lattices.of_linears(f"model.layers.{layer}.{name}" for layer in range(text.num_hidden_layers) for name in sizes)
-    except ValueError:
-        # a model whose modules are called otherwise: what can be said of its overrides is not known here
-        specs = replace(lattices, overrides={}).of_linears(f"model.layers.0.{name}" for name in sizes)
-    ends = tuple(key for key in ("embedding", "head") if getattr(lattices, key) is not None)
-    found = []
-    for spec, _ in Counter(specs.values()).most_common():
-        kinds = {name.split(".", 3)[3] for name, other in specs.items() if other == spec}
-        served = replace(spec, group_size="channel") if spec.group_size == "tensor" else spec
-        linears = {name: size for name, size in sizes.items() if name in kinds}
-        found.append(Case(text, served, linears, ranks, formats, _apart(specs), ends, activations, kv_cache))
-    return found
-
-
-def _linears(c: Any) -> dict[str, tuple[int, int]]:
-    """(out, in) of the kinds of linears in a layer."""
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    queries = c.num_attention_heads * head_dim
-    keys = (getattr(c, "num_key_value_heads", None) or c.num_attention_heads) * head_dim
-    return {
-        "self_attn.q_proj": (queries, c.hidden_size),
-        "self_attn.k_proj": (keys, c.hidden_size),
-        "self_attn.v_proj": (keys, c.hidden_size),
-        "self_attn.o_proj": (c.hidden_size, queries),
-        "mlp.gate_proj": (c.intermediate_size, c.hidden_size),
-        "mlp.up_proj": (c.intermediate_size, c.hidden_size),
-        "mlp.down_proj": (c.hidden_size, c.intermediate_size),
-    }
-
-
-def _apart(specs: "Mapping[str, QuantSpec]") -> Apart | None:
-    """The first matrix of servers whose parts have different lattices."""
-    parents = dict.fromkeys(name.rpartition(".")[0] for name in specs)
-    for parent, names in ((parent, names) for parent in parents for names in FUSED):
-        own = [specs.get(f"{parent}.{name}") for name in names]
-        # q, k, v are not in an MLP
-        if any(own) and len(set(own)) > 1:
-            return Apart(names, tuple(name for name, spec in zip(names, own) if spec is None))
-    return None
 
 
 Rule = Callable[[Case], Iterable[Verdict]]

@@ -7,9 +7,9 @@ from transformers import LlamaConfig
 
 from decoct.configs.loader import load_recipe
 from decoct.launch.plan import plan, problems
+from decoct.launch.plan.cases import cases
 from decoct.launch.plan.disk import EXPORT_BYTES
 from decoct.launch.plan.formats import refusals
-from decoct.launch.plan.targets import cases
 from decoct.qat.export import EXPORTERS
 from decoct.qat.lattices import Lattices, SpecChange
 from decoct.qat.spec import ActivationSpec, QuantSpec
