@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from . import llama_cpp_check
 from .agreement import compare
 from .read_gguf_model import GgufModel, find_gguf
 from .rebuild import load_exported_model
@@ -29,11 +30,14 @@ MAX_PERPLEXITY_SHIFT = 0.005
 PACKAGE = "xllamacpp"
 
 
-def check_llama_cpp(path: Path, tokens: Tensor | None) -> dict[str, Any]:
-    """Load a GGUF export (a folder with config.json) in llama.cpp, in a fresh process, and compare; see ``check_runtimes``."""
+def check_llama_cpp(path: Path, tokens: Tensor | None, python: str | None = None) -> dict[str, Any]:
+    """Load a GGUF export (a folder with config.json) in llama.cpp, in a fresh process, and compare; see ``check_runtimes``.
+
+    ``python`` is an interpreter that has the package, None for the one that runs.
+    """
     file = find_gguf(path)
     assert file is not None, path
-    if importlib.util.find_spec(PACKAGE) is None:
+    if python is None and importlib.util.find_spec(PACKAGE) is None:
         return outcome("not installed", reason=f"pip install {PACKAGE} to have the file loaded in llama.cpp and compared")
     folder = file.parent
     needed, free = 5 * model_structure(folder).parameters, available_bytes()
@@ -46,7 +50,7 @@ def check_llama_cpp(path: Path, tokens: Tensor | None) -> dict[str, Any]:
         reference = torch.cat([model(input_ids=row[None], use_cache=False).logits for row in chosen])
     del model
     with tempfile.TemporaryDirectory(prefix="decoct-verify-") as scratch:
-        result, seen = run_llama_cpp(file, chosen, reference.shape[-1], Path(scratch))
+        result, seen = run_llama_cpp(file, chosen, reference.shape[-1], Path(scratch), python or sys.executable)
     if seen is None:
         return result
     agreement = compare(reference, seen, chosen)
@@ -62,12 +66,14 @@ def check_llama_cpp(path: Path, tokens: Tensor | None) -> dict[str, Any]:
     )
 
 
-def run_llama_cpp(file: Path, tokens: Tensor, vocabulary: int, scratch: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]] | None]:
+def run_llama_cpp(
+    file: Path, tokens: Tensor, vocabulary: int, scratch: Path, python: str
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]] | None]:
     """(version, speed and memory; what it predicted), or (an outcome, None) when it did not get that far."""
     places = {"tokens": scratch / "tokens.npy", "seen": scratch / "seen.npz", "result": scratch / "result.json"}
     np.save(places["tokens"], tokens.numpy())
-    # -P: no module of the current folder is taken for an installed one
-    command = [sys.executable, "-P", "-m", "decoct.qat.llama_cpp_check", str(file.resolve()), "--threads", str(torch.get_num_threads())]
+    # -P: no module of the folder that the script is in is taken for an installed one
+    command = [python, "-P", llama_cpp_check.__file__, str(file.resolve()), "--threads", str(torch.get_num_threads())]
     command += ["--vocabulary", str(vocabulary), *(part for name, place in places.items() for part in (f"--{name}", str(place)))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     try:

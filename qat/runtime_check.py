@@ -20,19 +20,20 @@ from torch import Tensor
 GENERATED = 64
 
 
-def run_transformers(folder: str, tokens: Tensor) -> tuple[Tensor, dict[str, list[str]], float]:
+def run_transformers(folder: str, tokens: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, dict[str, list[str]], float]:
     """Logits of plain transformers, and how fast it generates.
 
     Args:
         folder: The export.
         tokens: int64 [B, S].
+        dtype: What is computed in.
 
     Returns:
         (logits fp32 [B, S, V], names transformers reported as missing, unexpected or mismatched, tokens per second).
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True, **loading_options(folder)}
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True, **loading_options(folder)}
     model, loaded = cast(tuple[Any, dict[str, Any]], AutoModelForCausalLM.from_pretrained(folder, **options))
     model.eval()
     with torch.inference_mode():
@@ -91,19 +92,20 @@ def _versions() -> dict[str, str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read ``--tokens`` (tensor ``tokens``), write ``--logits`` (tensor ``logits``) and ``--result`` (JSON)."""
-    parser = argparse.ArgumentParser(description="Logits of an export in plain transformers, fp32, on the CPU.")
+    parser = argparse.ArgumentParser(description="Logits of an export in plain transformers, on the CPU.")
     parser.add_argument("folder", help="export folder")
     parser.add_argument("--tokens", type=Path, required=True, help="safetensors file with 'tokens' int64 [B, S]")
     parser.add_argument("--logits", type=Path, required=True, help="safetensors file to write, 'logits' fp32 [B, S, V]")
     parser.add_argument("--result", type=Path, required=True, help="JSON file to write: versions, loading problems")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     options = parser.parse_args(arguments)
     from safetensors.torch import load_file, save_file
 
     torch.set_num_threads(options.threads)
     result: dict[str, Any] = {}
     try:
-        logits, loading, speed = run_transformers(options.folder, load_file(options.tokens)["tokens"])
+        logits, loading, speed = run_transformers(options.folder, load_file(options.tokens)["tokens"], getattr(torch, options.dtype))
     except ImportError as error:
         result = {"not_installed": str(error).strip().splitlines()[0]}
     else:

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from ...models.files import write_json_atomic, write_text_atomic
+from ...qat.export.plain_source import Rounding
 from .curves import read_curves
 from .page import render_page
-from ...qat.export.plain_source import Rounding
 from .tables import markdown_table
 
 Report = dict[str, Any]

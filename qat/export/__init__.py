@@ -176,8 +176,8 @@ def _rounding(source: ExportSource, format: str, allow_inexact: bool) -> Roundin
     if rounding.changed and not allow_inexact:
         raise UserError(
             f"{format} does not hold {rounding.changed:,} of the weights of {source.folder} exactly (largest change "
-            f"{rounding.largest:.2g}); use --allow-inexact (in a recipe export.allow_inexact=true) to have them rounded, or another of gguf-bf16, "
-            "gguf-f16 and gguf-f32"
+            f"{rounding.largest:.2g}); use --allow-inexact (in a recipe export.allow_inexact=true) to have them rounded, or another of "
+            "gguf-bf16, gguf-f16 and gguf-f32"
         )
     return rounding if rounding.changed else None
 
