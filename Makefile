@@ -11,10 +11,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart check format lint types test test-serving bench bench-gpu clean
+.PHONY: help install quickstart check format lint types test test-serving test-serving-vllm bench bench-gpu clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## make .venv and install decoct with its pinned dependencies
 
@@ -55,6 +55,16 @@ $(SERVING)/.llama-cpp: pyproject.toml constraints.txt tests/serving/requirements
 test-serving: $(SERVING)/.llama-cpp ## exports in real serving stacks: llama.cpp (about 15 minutes on 2 cores)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(SERVING)/bin/pytest -m serving tests/serving $(PYTEST_ARGS)
 
+SERVING_VLLM := .venv-vllm
+$(SERVING_VLLM)/.installed: tests/serving/requirements-vllm.txt
+	$(PYTHON) -m venv $(SERVING_VLLM)
+	$(SERVING_VLLM)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r $<
+	$(SERVING_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-serving-vllm: install $(SERVING_VLLM)/.installed ## exports served by vLLM on the CPU (about 12 minutes on 2 cores)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 DECOCT_VLLM_PYTHON=$(CURDIR)/$(SERVING_VLLM)/bin/python $(BIN)/pytest -m serving tests/serving/test_vllm.py $(PYTEST_ARGS)
+
 bench: install ## the benchmarks that need no GPU, at their default sizes
 	$(BIN)/python benchmarks/linear_divergence.py --json benchmarks/results/linear_divergence.json
 	$(BIN)/python benchmarks/fake_quant.py --json benchmarks/results/fake_quant.json
@@ -70,4 +80,4 @@ bench-gpu: install ## the tests and benchmarks that need a GPU
 	$(BIN)/python benchmarks/fake_quant.py --json benchmarks/results/fake_quant-gpu.json
 
 clean: ## remove the venv and caches (runs/ stays)
-	rm -rf $(VENV) $(SERVING) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(SERVING) $(SERVING_VLLM) .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -194,7 +194,8 @@ def qat(
     tokens: Tokens = "1M",
     train: Annotated[str, typer.Option("--train", help="all, or scales: these alone, over fixed codes of a byte a weight.")] = "all",
     start: Annotated[
-        str | None, typer.Option("--start", help="First scales: rtn, mse (searched) or gptq. [default: gptq; mse with --lora]", show_default=False)
+        str | None,
+        typer.Option("--start", help="First scales: rtn, mse (searched) or gptq. [default: gptq; mse with --lora]", show_default=False),
     ] = None,
     lora: Annotated[int | None, typer.Option("--lora", help="Rank of an adapter that trains instead of the weights.")] = None,
     seq_length: SeqLength = 512,

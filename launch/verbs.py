@@ -87,9 +87,10 @@ def run_export(model: Path, out: Path, form: str, allow_inexact: bool = False, r
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
     result = export_folder(model, out, form, allow_inexact=allow_inexact, reader_version=reader_version)
-    console.print(f"wrote {out}: {form}, {result.bytes:,} bytes, every weight rebuilt exactly by an independent reader")
+    kind = "rounded weight" if result.rounding else "weight"
+    console.print(f"wrote {out}: {form}, {result.bytes:,} bytes, every {kind} rebuilt exactly by an independent reader")
     if result.rounding:
-        console.print(f"  rounded: {result.rounding.changed:,} weights, by {result.rounding.largest:.2g} at most (--allow-inexact)")
+        console.print(f"  NOT exact: {result.rounding} (--allow-inexact)")
     for name, seen in result.runtimes.items():
         console.print(f"  {name}: {outcome_text(seen)}")
 

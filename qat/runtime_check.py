@@ -8,32 +8,58 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
+import resource
+import sys
+import time
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+GENERATED = 64
 
-def run_transformers(folder: str, tokens: Tensor) -> tuple[Tensor, dict[str, list[str]]]:
-    """Logits of plain transformers.
+
+def run_transformers(folder: str, tokens: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, dict[str, list[str]], float]:
+    """Logits of plain transformers, and how fast it generates.
 
     Args:
         folder: The export.
         tokens: int64 [B, S].
+        dtype: What is computed in.
 
     Returns:
-        (logits fp32 [B, S, V], names transformers reported as missing, unexpected or mismatched).
+        (logits fp32 [B, S, V], names transformers reported as missing, unexpected or mismatched, tokens per second).
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True, **loading_options(folder)}
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True, **loading_options(folder)}
     model, loaded = cast(tuple[Any, dict[str, Any]], AutoModelForCausalLM.from_pretrained(folder, **options))
     model.eval()
     with torch.inference_mode():
         logits = torch.cat([model(input_ids=row[None], use_cache=False).logits for row in tokens])
     names = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    return logits.float(), {kind: sorted(map(str, loaded[kind])) for kind in names if loaded[kind]}
+    return logits.float(), {kind: sorted(map(str, loaded[kind])) for kind in names if loaded[kind]}, _speed(model, tokens[:1, :1])
+
+
+def _speed(model: Any, prompt: Tensor) -> float:
+    """Tokens per second of generating one text; 0 where the model's context leaves no room."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    count = min(GENERATED, room - 1 if room else GENERATED)
+    if count < 1:
+        return 0.0
+    with torch.inference_mode():
+        started = time.perf_counter()
+        made = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=count, min_new_tokens=count)
+        return (made.shape[1] - 1) / (time.perf_counter() - started)
+
+
+def peak_bytes() -> int:
+    """The most memory this process had. Linux counts the parent's into ``ru_maxrss``, but not into VmHWM."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def loading_options(folder: str) -> dict[str, Any]:
@@ -66,24 +92,25 @@ def _versions() -> dict[str, str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read ``--tokens`` (tensor ``tokens``), write ``--logits`` (tensor ``logits``) and ``--result`` (JSON)."""
-    parser = argparse.ArgumentParser(description="Logits of an export in plain transformers, fp32, on the CPU.")
+    parser = argparse.ArgumentParser(description="Logits of an export in plain transformers, on the CPU.")
     parser.add_argument("folder", help="export folder")
     parser.add_argument("--tokens", type=Path, required=True, help="safetensors file with 'tokens' int64 [B, S]")
     parser.add_argument("--logits", type=Path, required=True, help="safetensors file to write, 'logits' fp32 [B, S, V]")
     parser.add_argument("--result", type=Path, required=True, help="JSON file to write: versions, loading problems")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     options = parser.parse_args(arguments)
     from safetensors.torch import load_file, save_file
 
     torch.set_num_threads(options.threads)
     result: dict[str, Any] = {}
     try:
-        logits, loading = run_transformers(options.folder, load_file(options.tokens)["tokens"])
+        logits, loading, speed = run_transformers(options.folder, load_file(options.tokens)["tokens"], getattr(torch, options.dtype))
     except ImportError as error:
         result = {"not_installed": str(error).strip().splitlines()[0]}
     else:
         save_file({"logits": logits.contiguous()}, options.logits)
-        result = {"versions": _versions(), "loading": loading}
+        result = {"versions": _versions(), "loading": loading, "tokens_per_second": speed, "peak_bytes": peak_bytes()}
     options.result.write_text(json.dumps(result), encoding="utf-8")
 
 

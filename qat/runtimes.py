@@ -2,8 +2,8 @@
 
 Each runtime loads the folder in a fresh process on the CPU. In transformers and fp32 its logits must equal the fake-quant model's to
 1e-5 (of the largest logit, where that is above 1) and predict the same tokens: only the order of additions may differ. llama.cpp, which
-loads GGUF, rounds activations and has a rule of its own (``llama_cpp_runtime.py``); some kernels of GPTQ and AWQ compute in fp16
-(``runtime_rules.py``).
+loads GGUF, rounds activations and has a rule of its own (``llama_cpp_runtime.py``), and so has vLLM (``vllm_runtime.py``); some kernels
+of GPTQ and AWQ compute in fp16 (``runtime_rules.py``).
 """
 
 import json
@@ -115,7 +115,8 @@ def check_runtimes(folder: Path, *, tokens: Tensor | None = None) -> dict[str, d
     Returns:
         By runtime: ``status`` ('agrees', 'differs', 'failed', 'skipped' or 'not installed'), ``top1``, ``max_logprob_diff`` (nats),
         ``perplexity`` (None without ``tokens``), ``version``, ``positions`` and, when it did not agree, ``reason``.
-        ``arithmetic`` 'own' where the runtime computes in fewer bits than fp32, so that predictions were compared, not logits.
+        ``arithmetic`` 'own' (of vLLM the dtype) where predictions were compared, not logits. Of a model that was loaded also
+        ``tokens_per_second`` of generating one text and ``peak_bytes``, the most memory that its processes had.
 
     Raises:
         UserError: the export cannot be rebuilt, or ``tokens`` do not fit its vocabulary.
@@ -124,7 +125,9 @@ def check_runtimes(folder: Path, *, tokens: Tensor | None = None) -> dict[str, d
         from .llama_cpp_runtime import check_llama_cpp
 
         return {"llama.cpp": check_llama_cpp(Path(folder), tokens)}
-    return {"transformers": _check_transformers(Path(folder), tokens)}
+    from .vllm_runtime import check_vllm
+
+    return {"transformers": _check_transformers(Path(folder), tokens), "vLLM": check_vllm(Path(folder), tokens)}
 
 
 def _check_transformers(folder: Path, tokens: Tensor | None) -> dict[str, Any]:
@@ -150,6 +153,7 @@ def _check_transformers(folder: Path, tokens: Tensor | None) -> dict[str, Any]:
     with torch.inference_mode():
         reference = torch.cat([model(input_ids=row[None], use_cache=False).logits for row in chosen])
     seen_values = compare_logits(reference, logits, chosen)
+    measured = {name: seen[name] for name in ("tokens_per_second", "peak_bytes")}
     agrees = seen_values.agrees if rule.exact else seen_values.near
     return outcome(
         "agrees" if agrees else "differs",
@@ -159,6 +163,7 @@ def _check_transformers(folder: Path, tokens: Tensor | None) -> dict[str, Any]:
         perplexity=None if tokens is None else seen_values.perplexity,
         positions=chosen.numel(),
         **({} if rule.exact else {"arithmetic": "own"}),
+        **measured,
         reason=None if agrees else f"logits differ by {seen_values.max_logit_diff:.3g}, same token at {seen_values.top1:.2%}",
     )
 
@@ -175,7 +180,7 @@ def outcome(status: str, **facts: Any) -> dict[str, Any]:
 
 
 def _run_fresh(folder: Path, tokens: Tensor, scratch: Path) -> dict[str, Any]:
-    """``logits``, ``loading`` and ``version`` from a new process; an outcome without logits when it did not get that far."""
+    """``logits``, ``loading``, ``version``, speed and memory from a new process; an outcome when it did not get that far."""
     from safetensors.torch import load_file, save_file
 
     paths = {name: scratch / f"{name}.{kind}" for name, kind in (("tokens", "safetensors"), ("logits", "safetensors"), ("result", "json"))}
@@ -195,7 +200,8 @@ def _run_fresh(folder: Path, tokens: Tensor, scratch: Path) -> dict[str, Any]:
     if "not_installed" in result:
         return outcome("not installed", reason=result["not_installed"])
     version = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    return {"logits": load_file(paths["logits"])["logits"], "loading": result["loading"], "version": version}
+    measured = {name: result[name] for name in ("loading", "tokens_per_second", "peak_bytes")}
+    return {"logits": load_file(paths["logits"])["logits"], "version": version, **measured}
 
 
 def chosen_tokens(folder: Path, tokens: Tensor | None) -> Tensor:

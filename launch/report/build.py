@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from ...models.files import write_json_atomic, write_text_atomic
+from ...qat.export.plain_source import Rounding
 from .curves import read_curves
 from .page import render_page
 from .tables import markdown_table
 
 Report = dict[str, Any]
+Row = dict[str, Any]
 
 
 def build_report(
@@ -26,7 +28,8 @@ def build_report(
     Args:
         stages: rows ``{name, kind, path, parameters, bytes, bits_per_weight, sparsity, tokens, seconds, eval}``, the teacher first.
         baselines: rows of the same form for scale (the teacher merely rounded).
-        exports: rows ``{format, path, bytes, exact, tokens_per_second, runtimes, ...}``, measured on the re-read files.
+        exports: rows ``{format, path, bytes, exact, tokens_per_second, peak_bytes, runtimes, ...}``, measured on the re-read files; one
+            that is not exact also has ``rounding`` (as ``qat.export.plain_source.Rounding``).
     """
     assert stages, "a report has at least the row of the model it started from"
     return {
@@ -73,11 +76,18 @@ def markdown_report(report: Report) -> str:
     """The table, the exports' checks and the protocol as Markdown."""
     lines = [f"# {report['name']}", "", markdown_table(report), ""]
     for export in report["exports"]:
-        exact = "rebuilt element by element by an independent reader" if export["exact"] else "NOT exact"
-        lines.append(f"- `{export['format']}` in `{export['path']}`: {exact}.")
+        lines.append(f"- `{export['format']}` in `{export['path']}`: {exactness(export)}.")
         for runtime, seen in export["runtimes"].items():
             lines.append(f"  - {runtime}: {', '.join(f'{k} {_short(x)}' for k, x in seen.items() if x is not None)}")
     return "\n".join([*lines, "", *(f"{line}  " for line in protocol_lines(report)), ""])
+
+
+def exactness(export: Row) -> str:
+    """What a row of ``exports`` says of the weights in its files."""
+    if export["exact"]:
+        return "rebuilt element by element by an independent reader"
+    rounding = export.get("rounding")
+    return f"NOT exact: {Rounding(**rounding)}" if rounding else "NOT exact"
 
 
 def _short(value: Any) -> str:

@@ -20,7 +20,7 @@ def render_page(report: dict[str, Any], curves: Curves) -> str:
     import yaml
     from markupsafe import Markup
 
-    from .build import protocol_lines
+    from .build import exactness, protocol_lines
 
     pictures = []
     for name, figure in draw_all(report, curves).items():
@@ -36,5 +36,6 @@ def render_page(report: dict[str, Any], curves: Curves) -> str:
         rows=report_rows(report),
         pictures=pictures,
         protocol=protocol_lines(report),
+        exactness=exactness,
         recipe=yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True),
     )

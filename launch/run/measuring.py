@@ -125,8 +125,10 @@ class Measuring:
         for export in state["exports"]:
             path = folder.path / export["path"]
             seen = self._remembered(folder.path / f"measured-{export['format']}.json", str(path), None)
-            speed = next((r["tokens_per_second"] for r in export["runtimes"].values() if r.get("tokens_per_second")), None)
-            self.exports.append({**export, "path": self._relative(str(path)), "tokens_per_second": speed, **seen})
+            # of the first runtime that ran it
+            ran = next((outcome for outcome in export["runtimes"].values() if outcome.get("tokens_per_second")), {})
+            measured = {name: ran.get(name) for name in ("tokens_per_second", "peak_bytes")}
+            self.exports.append({**export, "path": self._relative(str(path)), **measured, **seen})
         if not state["makes_model"]:
             last = self._rows[-1] if self._rows else {}
             seen = {k: last.get(k) for k in ("parameters", "bytes", "bits_per_weight", "sparsity")} | {"eval": None}

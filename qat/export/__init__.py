@@ -181,7 +181,8 @@ def _rounding(source: ExportSource, format: str, allow_inexact: bool) -> Roundin
     if rounding.changed and not allow_inexact:
         raise UserError(
             f"{format} does not hold {rounding.changed:,} of the weights of {source.folder} exactly (largest change "
-            f"{rounding.largest:.2g}); use --allow-inexact to have them rounded, or another of gguf-bf16, gguf-f16 and gguf-f32"
+            f"{rounding.largest:.2g}); use --allow-inexact (in a recipe export.allow_inexact=true) to have them rounded, or another of "
+            "gguf-bf16, gguf-f16 and gguf-f32"
         )
     return rounding if rounding.changed else None
 
@@ -239,7 +240,7 @@ def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[
         lattices=dict(lattices) if len(lattices) > 1 else {},
         inputs=said_of(source.state.activations, "a module"),
         cache=said_of(source.state.cache and source.state.cache.spec, "for the keys and one for the values of a layer"),
-        rounding=f"{rounding.changed:,} weights were rounded to the stored dtype, by {rounding.largest:.2g} at most." if rounding else "",
+        rounding=f"{rounding}." if rounding else "",
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from ..footprint import bits_per_weight
 from ..spec import QuantSpec
 
+_ARITHMETIC = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -160,7 +161,8 @@ def _figure(value: Any) -> str:
 def _speed(seen: dict[str, Any]) -> str:
     if not seen.get("tokens_per_second"):
         return ""
-    return f" It generated {seen['tokens_per_second']:,.0f} tokens per second on the machine it was checked on (CPU)."
+    memory = f", with {seen['peak_bytes'] / 1e6:,.0f} MB of memory at most" if seen.get("peak_bytes") else ""
+    return f" It generated {seen['tokens_per_second']:,.0f} tokens per second on the machine it was checked on{memory}."
 
 
 def _checked(facts: CardFacts, form: FormatCard) -> str:
@@ -174,9 +176,8 @@ def _checked(facts: CardFacts, form: FormatCard) -> str:
         lines.append(f"- {facts.rounding}")
     for name, seen in runtimes.items():
         if seen["status"] == "agrees":
-            arithmetic = (
-                "in its own arithmetic" if name in form.own_arithmetic or seen.get("arithmetic") == "own" else "in fp32 its logits agree"
-            )
+            own = name in form.own_arithmetic or seen.get("arithmetic")
+            arithmetic = f"in {_ARITHMETIC.get(str(own), 'its own arithmetic')}" if own else "in fp32 its logits agree"
             lines.append(
                 f"- {name} ({seen['version']}) loads them in a fresh process; {arithmetic}: same token at "
                 f"{seen['top1']:.2%} of {seen['positions']:,} positions, log-probabilities within {seen['max_logprob_diff']:.1g} nats."
@@ -186,5 +187,5 @@ def _checked(facts: CardFacts, form: FormatCard) -> str:
             lines.append(f"- Not checked in {name}: {seen['status']}{'; ' + seen['reason'] if seen['reason'] else ''}.")
     if not runtimes:
         lines.append("- Not loaded in a runtime when it was made: `decoct verify` does that.")
-    unchecked = [f"- Not checked in {form.unchecked} here."] if form.unchecked else []
+    unchecked = [f"- Not checked in {form.unchecked} here."] if form.unchecked and form.unchecked not in runtimes else []
     return "\n".join([*lines, *unchecked, "- `decoct verify` repeats these checks and compares every file's hash.", ""])

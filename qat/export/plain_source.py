@@ -1,6 +1,7 @@
 """An unquantized model folder as the source of an export, its weights rounded once to the dtype that is written."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +39,15 @@ class PlainSource(ExportSource):
 
     def rounding(self) -> "Rounding":
         """How far the export is from the folder."""
-        changed, largest = 0, 0.0
+        changed, largest, squares, errors = 0, 0.0, 0.0, 0.0
         for name in self.plain:
             for piece, rounded in zip(super().tensor(name).flatten().split(_PIECE), self.tensor(name).flatten().split(_PIECE)):
                 difference = (piece.double() - rounded.double()).abs()
                 changed += int((difference > 0).sum())
                 largest = max(largest, float(difference.max()) if difference.numel() else 0.0)
-        return Rounding(changed=changed, largest=largest)
+                squares += float(piece.double().square().sum())
+                errors += float(difference.square().sum())
+        return Rounding(changed=changed, largest=largest, relative=math.sqrt(errors / squares) if squares else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,13 @@ class Rounding:
     """Elements whose value changed."""
     largest: float
     """Largest absolute change."""
+    relative: float
+    """Norm of all changes, over the norm of all weights."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.changed:,} weights were rounded to the stored dtype, by {self.largest:.2g} at most ({self.relative:.2g} of their norm)"
+        )
 
 
 def open_plain_source(folder: Path, dtype: torch.dtype) -> PlainSource:

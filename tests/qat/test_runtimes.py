@@ -110,6 +110,8 @@ def test_plain_transformers_computes_the_same_logits(
     assert seen["max_logprob_diff"] <= 1e-5
     assert seen["perplexity"] > 1
     assert "compressed-tensors" in seen["version"]
+    assert seen["tokens_per_second"] > 0
+    assert 10**8 < seen["peak_bytes"] < 10**10
 
 
 @pytest.mark.slow

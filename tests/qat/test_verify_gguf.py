@@ -14,8 +14,8 @@ from decoct.models.errors import UserError
 from decoct.models.files import sha256_file
 from decoct.models.loading import load_model
 from decoct.qat import llama_cpp_runtime
+from decoct.qat.agreement import MIN_POSITIONS, Agreement, compare
 from decoct.qat.export import export_folder
-from decoct.qat.llama_cpp_runtime import MIN_POSITIONS, Agreement, compare
 from decoct.qat.read_gguf_model import GgufModel
 from decoct.qat.rebuild import load_exported_model
 from decoct.qat.runtimes import check_runtimes
@@ -174,7 +174,7 @@ def seen_from(logits: torch.Tensor) -> dict[str, np.ndarray]:
 def test_equal_predictions_agree() -> None:
     found = compare(LOGITS, seen_from(LOGITS), TEXT)
     nll = torch.nn.functional.cross_entropy(LOGITS[:, :-1].reshape(-1, 50).double(), TEXT[:, 1:].reshape(-1))
-    assert (found.top1, found.decided_differently, found.problem()) == (1.0, 0, None)
+    assert (found.top1, found.decided_differently, found.problem(0.005)) == (1.0, 0, None)
     assert found.max_logprob_diff < 1e-5
     assert found.perplexity == pytest.approx(nll.exp().item(), rel=1e-5)
     assert found.positions == 2560 >= MIN_POSITIONS
@@ -186,8 +186,8 @@ def test_a_clear_choice_made_differently_is_a_problem_and_a_near_tie_is_not() ->
     near[0, 0, top.indices[1]] = top.values[0] - 0.05
     other = near.clone()
     other[0, 0, top.indices[1]] = top.values[0] + 0.05
-    assert compare(near, seen_from(other), TEXT).problem() is None
-    assert "another token at 1 positions" in str(compare(LOGITS, seen_from(_swapped()), TEXT).problem())
+    assert compare(near, seen_from(other), TEXT).problem(0.005) is None
+    assert "another token at 1 positions" in str(compare(LOGITS, seen_from(_swapped()), TEXT).problem(0.005))
 
 
 def _swapped() -> torch.Tensor:
@@ -204,9 +204,9 @@ def _swapped() -> torch.Tensor:
 )
 def test_the_rule_over_real_text(change: dict[str, float], message: str | None) -> None:
     facts = {"top1": 0.995, "decided_differently": 0, "max_logprob_diff": 0.1, "perplexity": 10.04, "reference_perplexity": 10.0}
-    found = Agreement(**{**facts, **change, "positions": MIN_POSITIONS}).problem()  # pyright: ignore[reportArgumentType]
+    found = Agreement(**{**facts, **change, "positions": MIN_POSITIONS}).problem(0.005)  # pyright: ignore[reportArgumentType]
     assert (found is None) if message is None else message in str(found)
-    assert Agreement(**{**facts, **change, "positions": 128}).problem() is None  # pyright: ignore[reportArgumentType]
+    assert Agreement(**{**facts, **change, "positions": 128}).problem(0.005) is None  # pyright: ignore[reportArgumentType]
 
 
 def test_a_runtime_that_is_not_installed_is_said_to_be(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """Small models that have learnt some Python, so that their logits mean something, as folders to export."""
 
+import dataclasses
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from decoct.models.folder import save_model_folder
 from decoct.models.pruning.magnitude import magnitude_masks
 from decoct.models.pruning.structured import ffn_channel_scores, prune_ffn
 from decoct.models.tokenizer import train_tokenizer
+from decoct.qat.activations import round_inputs
+from decoct.qat.lattices import Lattices
 from decoct.qat.modules import fold, quantize_model
-from decoct.qat.spec import QuantSpec
+from decoct.qat.spec import ActivationSpec, QuantSpec
+from decoct.qat.state import QuantState
 
 SEQUENCE, ROWS, STEPS = 128, 16, 300
 READ = ("textwrap", "gettext")
@@ -114,6 +118,17 @@ def _prune(model: PreTrainedModel, text: Tensor) -> None:
         weights[name].mul_(mask)
 
 
+def _with_inputs(model: Any, state: QuantState, activations: ActivationSpec, text: Tensor) -> QuantState:
+    """The state with rounded inputs; stored scales are of the range that ``text`` has."""
+    inputs = round_inputs(model, state.modules, activations)
+    if activations.scaling == "static":
+        inputs.observe()
+        with torch.inference_mode():
+            model(input_ids=text)
+        inputs.set_ranges(inputs.extremes())
+    return dataclasses.replace(state, activations=activations, input_scales=inputs.scales(), input_zeros=inputs.zeros())
+
+
 @pytest.fixture(scope="session")
 def plain_folder(trained: Trained, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``plain_folder(model_type, dtype, pruned=, **config)``: a folder with weights that ``dtype`` holds."""
@@ -126,15 +141,26 @@ def plain_folder(trained: Trained, tokenizer: PreTrainedTokenizerFast, tmp_path_
 
 
 @pytest.fixture(scope="session")
-def quantized_folder(trained: Trained, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``quantized_folder(model_type, spec, pruned=, **config)``: as the stage 'quantize' writes it."""
+def quantized_folder(
+    trained: Trained, tokenizer: PreTrainedTokenizerFast, known_text: Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """``quantized_folder(model_type, spec, pruned=, skip=, activations=, **config)``: as the stage 'quantize' writes it."""
 
-    def build(model_type: str, spec: QuantSpec, pruned: bool = False, **overrides: Any) -> Path:
+    def build(
+        model_type: str,
+        spec: QuantSpec | Lattices,
+        pruned: bool = False,
+        skip: Sequence[str] = (),
+        activations: ActivationSpec | None = None,
+        **overrides: Any,
+    ) -> Path:
         original = trained(model_type, pruned, **overrides)
         model = AutoModelForCausalLM.from_config(original.config)
         model.load_state_dict({name: tensor.bfloat16().float() for name, tensor in original.state_dict().items()})
-        state = quantize_model(model, spec, ())
+        state = quantize_model(model, spec, skip)
         fold(model, state)
+        if activations is not None:
+            state = _with_inputs(model.eval(), state, activations, known_text)
         record = {"base_model": "someone/some-model", "kind": "quantize", "quant": state.record()}
         folder, tensors = tmp_path_factory.mktemp("quantized") / "model", {"quant.safetensors": state.tensors()}
         return save_model_folder(folder, model.eval(), tokenizer, record, dtype=torch.float32, extra_tensors=tensors)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from decoct.models.folder import save_model_folder
 from decoct.models.loading import load_model, load_tokenizer
 from decoct.qat.export import export_folder
+from decoct.qat.lattices import Lattices, SpecChange
 from decoct.qat.llama_cpp_check import Server
 from decoct.qat.llama_cpp_runtime import check_llama_cpp
 from decoct.qat.read_gguf_model import GgufModel
@@ -123,6 +124,17 @@ def test_packed_weights_predict_what_was_trained(
     assert verify_folder(folder, source=source, runtimes=False).ok
     if options.get("pruned"):
         assert (GgufModel(folder).tensor("model.layers.0.mlp.up_proj.weight") == 0).mean() >= 0.3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_rounded_embedding_and_head_predict_what_was_trained(quantized_folder: Build, known_text: Tensor, tied: bool) -> None:
+    ends = {"embedding": SpecChange(bits=8), "head": None if tied else SpecChange(bits=8)}
+    lattices = Lattices(weights=QuantSpec(bits=4, group_size=32), overrides={"*.down_proj": SpecChange(bits=8)}, **ends)
+    folder = exported(quantized_folder("llama", lattices, tie_word_embeddings=tied), "gguf")
+    assert GgufModel(folder).scheme["model.embed_tokens.weight"] == "Q8_0"
+    seen = check_llama_cpp(folder, known_text)
+    print("tied" if tied else "untied", "Q8_0 ends", seen)
+    assert seen["status"] == "agrees", seen
 
 
 def test_a_wrong_file_is_seen(quantized_folder: Build, known_text: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from ...models.errors import UserError
 from ...models.folder import read_record
 from ...qat.export import export_folder
+from ...qat.export.plain_source import Rounding
 from ...qat.runtimes import outcome_text
 from ...qat.verify import verify_folder
 from ..settings import ExportSettings
@@ -43,7 +44,10 @@ def _export(source: Path, target: Path, form: str, settings: ExportSettings, con
         raise UserError(f"{target} does not verify: {'; '.join(report.problems)}; delete it and run again")
     for name, seen in runtimes.items():
         context.say(f"  {form} in {name}: {outcome_text(seen)}")
-    return {"format": form, "path": target.name, "exact": "rounding" not in export, "runtimes": runtimes}
+    rounding = {"rounding": export["rounding"]} if "rounding" in export else {}
+    if rounding:
+        context.say(f"  {form}: {Rounding(**rounding['rounding'])}")
+    return {"format": form, "path": target.name, "exact": not rounding, **rounding, "runtimes": runtimes}
 
 
 def real_tokens(windows: "Windows") -> "Tensor | None":

@@ -1,5 +1,6 @@
 """Plain safetensors: the dtype that is exact where there is one, else a refusal, or the measured error."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +77,9 @@ def test_what_no_dtype_holds_is_refused_or_reported_with_its_error(quantized_fol
     # fp16 has three more digits than bf16, and so changes fewer of these
     assert all(tensor.dtype == torch.float16 for tensor in stored.values())
     record = json.loads((tmp_path / "export" / "decoct.json").read_text())
-    assert record["export"]["rounding"] == {"changed": result.rounding.changed, "largest": result.rounding.largest}
+    errors, norms = (sum(float(x.double().square().sum()) for x in part.values()) for part in (changes, original))
+    assert result.rounding.relative == pytest.approx((errors / norms) ** 0.5)
+    assert record["export"]["rounding"] == dataclasses.asdict(result.rounding)
     assert f"{result.rounding.changed:,} weights were rounded" in (tmp_path / "export" / "README.md").read_text()
     assert verify_folder(tmp_path / "export", source=source, runtimes=False).ok
 

@@ -1,0 +1,80 @@
+"""The benchmark of serving runs, says what is missing, and times nothing that is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")]
+
+SMALL = """
+import sys
+sys.path.insert(0, {folder!r})
+import serving
+import serving_student
+serving.LAYERS["quick"], serving.WIDER["quick"], serving_student.STEPS = 1, 2, 150
+serving.SYSTEMS = {{"transformers": "transformers", "llama.cpp": "no_such_package", "vllm": "nor_this_one"}}
+{more}
+sys.argv = ["serving.py", "--quick", "--json", {file!r}, "--peers", sys.executable, "--threads", "1"]
+serving.main()
+"""
+SAME_FUNCTION = """
+import sys
+sys.path.insert(0, {folder!r})
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+import serving_student
+config = LlamaConfig(vocab_size=50, num_hidden_layers=2, **{{**serving_student.SHAPE, "hidden_size": 32, "intermediate_size": 48}})
+model = LlamaForCausalLM(config).eval()
+wide = serving_student.widened(model, 4)
+tokens = torch.arange(40)[None]
+with torch.inference_mode():
+    expected, found = model(tokens).logits, wide(tokens).logits
+assert sum(p.numel() for p in wide.parameters()) > 8 * sum(p.numel() for p in model.parameters())
+assert (expected - found).abs().max() <= 1e-5 * expected.abs().max(), (expected - found).abs().max()
+"""
+
+
+def run(script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
+
+
+def test_widening_keeps_the_function() -> None:
+    done = run(SAME_FUNCTION.format(folder=str(FOLDER)))
+    assert done.returncode == 0, done.stderr
+
+
+def test_it_writes_rows_of_speed_and_memory_and_of_what_is_missing(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    done = run(SMALL.format(folder=str(FOLDER), file=str(file), more=""))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bf16-folder in transformers: agrees" in done.stderr
+    rows = {(row["case"], row["system"], row["metric"]): row["value"] for row in json.loads(file.read_text())["rows"]}
+    for case in ("bf16", "w4-g32"):
+        assert rows[case, "transformers", "tokens_per_second"] > 0
+        assert rows[case, "transformers", "peak_bytes"] > 10**8
+        assert rows[case, "llama.cpp", "installed"] == rows[case, "vllm", "installed"] == 0
+    assert 0 < rows["w4-g32", "transformers", "bytes"] < 0.7 * rows["bf16", "transformers", "bytes"]
+
+
+WRONG = """
+import decoct.qat.runtimes as runtimes
+load = runtimes.load_exported_model
+def other(path, **options):
+    model = load(path, **options)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    weight.data = weight.data.roll(32, 0)
+    return model
+runtimes.load_exported_model = other
+"""
+
+
+def test_it_times_nothing_that_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    done = run(SMALL.format(folder=str(FOLDER), file=str(file), more=WRONG))
+    assert done.returncode != 0
+    assert "transformers does not serve what was trained" in done.stderr
+    assert not file.exists()
