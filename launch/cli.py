@@ -27,13 +27,11 @@ app.add_typer(recipes_app, name="recipes")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or hub id.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as stages.0.learning_rate=1e-4.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Run folder. [default: runs/NAME]", show_default=False)]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder.", show_default="runs/NAME")]
 Teacher = Annotated[str | None, typer.Option("--teacher", help="Teacher: model folder or hub id.")]
 Text = Annotated[
     list[str] | None,
-    typer.Option(
-        "--text", help="Text files (txt, jsonl, parquet, globs); repeatable. [default: the Python standard library]", show_default=False
-    ),
+    typer.Option("--text", help="Text files (txt, jsonl, parquet, globs); repeatable.", show_default="the Python standard library"),
 ]
 Hub = Annotated[str | None, typer.Option("--hub", help="Hugging Face dataset id, instead of --text.")]
 Tokens = Annotated[str | None, typer.Option("--tokens", help="Training tokens, such as 500k or 2M.")]
@@ -83,7 +81,7 @@ def launch(
     overrides: Overrides = None,
     target: Annotated[str, typer.Option("--target", help="local, torchrun, slurm or kubernetes.")] = "local",
     show: Annotated[bool, typer.Option("--print", help="Print the command or file, and start nothing.")] = False,
-    gpus: Annotated[int | None, typer.Option("--gpus", help="Processes on each node. [default: the recipe's]", show_default=False)] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", help="Processes on each node.", show_default="the recipe's")] = None,
     nodes: Annotated[int, typer.Option("--nodes", help="Machines.")] = 1,
     max_restarts: Annotated[int, typer.Option("--max-restarts", help="Starts after a crash; each resumes by itself.")] = 3,
     out: Out = None,
@@ -117,7 +115,7 @@ def footprint(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hub id, stored architecture, or a size such as 70B.")],
     context: Annotated[
         str | None,
-        typer.Option("--context", help="Tokens in the KV cache, such as 32k. [default: the model's, at most 8,192]", show_default=False),
+        typer.Option("--context", help="Tokens in the KV cache, such as 32k.", show_default="the model's, at most 8,192"),
     ] = None,
     batch: Annotated[str, typer.Option("--batch", help="Sequences in the KV cache.")] = "1",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -132,10 +130,10 @@ def footprint(
 def plan(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped recipe.")],
     overrides: Overrides = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", help="GPUs on each node. [default: those found here]", show_default=False)] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", help="GPUs on each node.", show_default="those found here")] = None,
     nodes: Annotated[int, typer.Option("--nodes", help="Machines.")] = 1,
     gpu_memory: Annotated[
-        str | None, typer.Option("--gpu-memory", help="Memory of one GPU, such as 80GB. [default: as found here]", show_default=False)
+        str | None, typer.Option("--gpu-memory", help="Memory of one GPU, such as 80GB.", show_default="as found here")
     ] = None,
     tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", help="GPUs that will serve one copy of the export.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -195,7 +193,7 @@ def qat(
     train: Annotated[str, typer.Option("--train", help="all, or scales: these alone, over fixed codes of a byte a weight.")] = "all",
     start: Annotated[
         str | None,
-        typer.Option("--start", help="First scales: rtn, mse (searched) or gptq. [default: gptq; mse with --lora]", show_default=False),
+        typer.Option("--start", help="First scales: rtn, mse (searched) or gptq.", show_default="gptq; mse with --lora"),
     ] = None,
     lora: Annotated[int | None, typer.Option("--lora", help="Rank of an adapter that trains instead of the weights.")] = None,
     seq_length: SeqLength = 512,
@@ -217,7 +215,7 @@ def quantize(
     group_size: GroupSize = "128",
     calibration_tokens: Annotated[
         str | None,
-        typer.Option("--calibration-tokens", help="Tokens of the text to calibrate on. [default: 262,144]", show_default=False),
+        typer.Option("--calibration-tokens", help="Tokens of the text to calibrate on.", show_default="262,144"),
     ] = None,
     teacher: Teacher = None,
     text: Text = None,
@@ -315,7 +313,7 @@ def recipes_show(name: Annotated[str, typer.Argument(help="Name of a shipped rec
 @recipes_app.command("copy", epilog="Example: decoct recipes copy quickstart my-recipe.yaml")
 def recipes_copy(
     name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
-    target: Annotated[Path | None, typer.Argument(help="File to write. [default: NAME.yaml]", show_default=False)] = None,
+    target: Annotated[Path | None, typer.Argument(help="File to write.", show_default="NAME.yaml")] = None,
 ) -> None:
     """Write a shipped recipe to a file of your own; an existing file is never overwritten."""
     from .verbs import copy_recipe
@@ -351,6 +349,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(error, GateFailed):
             leave(error.exit_code)  # the run itself is finished
         sys.exit(error.exit_code)
+    except OSError as error:
+        # a path of the user's that nothing more can be said of: too long, a loop of links, a file system that is not one
+        if debug or error.filename is None:
+            raise
+        remember_outcome(2)
+        _tell(f"error: {error.filename}: {error.strerror}; give another path (--debug shows where it was used)")
+        sys.exit(2)
     except KeyboardInterrupt:
         remember_outcome(130)
         _tell("interrupted; run the same command again to go on from the last checkpoint")

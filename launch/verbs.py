@@ -1,6 +1,8 @@
 """Single verbs on a model folder: each is a recipe of one stage, so it resumes, skips and reports like any other run."""
 
+import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,11 @@ def verb_recipe(kind: str, model: str, settings: dict[str, Any], text: TextChoic
     return recipe
 
 
+def _learns(kind: str, settings: dict[str, Any]) -> bool:
+    """Whether the weights that come out depend on the text."""
+    return settings.get("method") == "gptq" if kind == "quantize" else kind != "evaluate"
+
+
 def _slug(model: str) -> str:
     path = Path(model)
     name = path.parent.name if path.name == "model" and path.parent.name else path.name
@@ -70,6 +77,8 @@ def run_verb(
     from ..configs.loader import recipe_from_dict
     from .run.start import start
 
+    if not (text.files or text.hub) and _learns(kind, settings) and os.environ.get("RANK", "0") == "0":
+        print(f"decoct: neither --text nor --hub: {kind} learns from the Python standard library, which is for trying out", file=sys.stderr)
     start(recipe_from_dict(verb_recipe(kind, model, settings, text, teacher), overrides or ()), out)
 
 

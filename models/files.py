@@ -16,7 +16,7 @@ import shutil
 import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ _REASONS = {
     errno.EROFS: ("the file system is read-only", "choose a folder that can be written"),
     errno.EACCES: ("permission was denied", "choose a folder that you may write, or mend its permissions"),
     errno.EPERM: ("permission was denied", "choose a folder that you may write, or mend its permissions"),
+    errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
+    errno.ELOOP: ("links lead in a circle", "choose another folder"),
+    errno.EIO: ("the disk failed to read or write", "look at its health and choose another one"),
     errno.ENOTDIR: ("a file is in the way where a folder should be", "move that file or choose another folder"),
 }
 # Rust libraries (safetensors, tokenizers) give the errno only inside their message.
@@ -84,8 +87,9 @@ def _make_parents(folder: Path, doing: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        way = next((p for p in (folder, *folder.parents) if p.exists()), folder)
-        raise UserError(f"cannot {doing}: {way} is a file where a folder should be; move it or choose another folder") from error
+        way = next((p for p in (folder, *folder.parents) if os.path.lexists(p)), folder)
+        what = "a file where a folder should be" if way.exists() else "a link that leads nowhere"
+        raise UserError(f"cannot {doing}: {way} is {what}; move it or choose another folder") from error
     except OSError as error:
         raise (storage_error(error, folder, "create the folder") or error) from error
 
@@ -99,7 +103,8 @@ def _staged(target: Path, doing: str) -> Iterator[Path]:
     try:
         yield temporary
     except BaseException as error:
-        _remove(temporary)
+        with suppress(OSError):
+            _remove(temporary)
         readable = None if isinstance(error, UserError) else storage_error(error, target, doing)
         if readable is not None:
             raise readable from error

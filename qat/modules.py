@@ -55,6 +55,9 @@ def prepare(model: "PreTrainedModel", spec: QuantSpec | Lattices, skip: Sequence
                 f"embedding: {name} is a {type(target.module).__name__}, which does more than look rows up, so that it cannot be trained "
                 "rounded; leave 'embedding' out, or round it without training (stage 'quantize')"
             )
+        if extras is not None and extras.rank > min(target.module.weight.shape):
+            rows, columns = target.module.weight.shape
+            raise UserError(f"lora={extras.rank} is more than {name} of {rows} x {columns} has ranks; 16 or 32 are usual")
     tied = is_tied(model)
     if extras is not None and extras.rank:
         model.requires_grad_(False)

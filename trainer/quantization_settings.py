@@ -125,6 +125,8 @@ class QatSettings(LatticeSettings, TrainingBlock):
         for name in ("delay", "anneal", "freeze_scales"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1): it is a share of the steps")
+        if self.anneal_from is None and self.anneal != 0.5:
+            raise ValueError(f"anneal={self.anneal:g} does nothing without anneal_from, the bits to begin with")
         if self.anneal_from is not None and not self.weights.bits < self.anneal_from <= 8:
             raise ValueError(f"anneal_from={self.anneal_from} must lie above bits={self.weights.bits} and be at most 8")
         last = self.delay + (self.anneal if self.anneal_from is not None else 0.0)

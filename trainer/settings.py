@@ -190,6 +190,15 @@ class ExportSettings:
     reader_version: str | None = None
     """compressed-tensors of 3, 5, 6 or 7 bits: version of the package that will read it, at least 0.18.0 (earlier ones pack otherwise)."""
 
+    def __post_init__(self) -> None:
+        twice = next((name for name in self.formats if self.formats.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"formats={list(self.formats)} names {twice} twice")
+        if self.reader_version is not None and "compressed-tensors" not in self.formats:
+            raise ValueError(f"reader_version={self.reader_version} is read by compressed-tensors alone, which formats does not name")
+        if self.allow_inexact and "safetensors" not in self.formats:
+            raise ValueError("allow_inexact=true is for safetensors alone, which formats does not name; nothing else is ever rounded")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:

@@ -1,5 +1,6 @@
 """What a recipe will need and yield, from shapes alone and in seconds: ``plan`` makes a ``Plan``, ``show`` draws it."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -147,14 +148,20 @@ def problems(plan: Plan, out: Path | None = None) -> list[str]:
         if stage.rounding and stage.rounding.fits is False
     ]
     if out is not None:
-        place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+        place = next(p for p in (out.absolute(), *out.absolute().parents) if os.path.exists(p))
         free = shutil.disk_usage(place).free
         if free < plan.disk_bytes:
             found.append(
-                f"the run writes up to {plan.disk_bytes / 1e9:,.1f} GB, and {place} has {free / 1e9:,.1f} GB free; "
+                f"the run writes up to {_size(plan.disk_bytes)}, and {place} has {_size(free)} free; "
                 "free some space or choose another folder with --out"
             )
     return found
+
+
+def _size(count: float) -> str:
+    from .show import size
+
+    return size(count)
 
 
 def _too_large(training: Training, machine: Machine) -> str:

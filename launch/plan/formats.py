@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ...models.errors import UserError
 from .cases import Case
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ def refusals(cases: Sequence[Case], settings: "ExportSettings") -> list[str]:
         settings: The export.
     """
     said = [f"{form} {reason}" for form in settings.formats for case in cases for reason in _reasons(form, case, settings)]
+    sizes = list(dict.fromkeys(case.spec.group_size for case in cases))
+    if "awq" in settings.formats and len(sizes) > 1:
+        said.append(f"awq has one group size, not {' and '.join(map(str, sizes))}; export to compressed-tensors or gptq instead")
     return list(dict.fromkeys(said))[:8]
 
 
@@ -27,7 +31,7 @@ def _reasons(form: str, case: Case, settings: "ExportSettings") -> Iterable[str]
         return [*_safetensors(case, settings), *_beside(form, case)]
     if case.spec.kind != "int":
         return [f"holds integer codes, not kind={case.spec.kind}; use weights.kind=int, or leave the format out"]
-    return [*_of_ends(form, case), *_RULES.get(form, _nothing)(case, settings), *_beside(form, case)]
+    return [*_of_ends(form, case), *_of_servers(form, case), *_RULES.get(form, _nothing)(case, settings), *_beside(form, case)]
 
 
 def _nothing(case: Case, settings: "ExportSettings") -> Iterable[str]:
@@ -41,6 +45,14 @@ def _of_ends(form: str, case: Case) -> Iterable[str]:
         yield "leaves the embedding alone; leave 'embedding' out, or export to gguf"
     if "head" in case.ends and form == "awq":
         yield "has readers that take the head for a plain matrix; leave 'head' out, or export to compressed-tensors"
+
+
+def _of_servers(form: str, case: Case) -> Iterable[str]:
+    """What every packed format refuses: parts of one matrix with different lattices, and scales that 16 bits do not hold."""
+    if case.apart and form != "gguf" and not case.apart.left:
+        yield f"is read by servers that make one matrix of {', '.join(case.apart.names)}; give them one lattice"
+    if case.spec.scale_grid == "fp32" or (form == "compressed-tensors" and case.spec.scale_grid == "fp16"):
+        yield f"stores scales in 16 bits, which do not hold scale_grid={case.spec.scale_grid}; use weights.scale_grid=bf16_fp16"
 
 
 def _beside(form: str, case: Case) -> Iterable[str]:
@@ -63,9 +75,18 @@ def _beside(form: str, case: Case) -> Iterable[str]:
 
 
 def _compressed_tensors(case: Case, settings: "ExportSettings") -> Iterable[str]:
+    from ...qat.export.compressed_tensors import check_reader
+
     bits = case.spec.bits
-    if bits not in _PACKED_BITS and settings.reader_version is None:
-        nearest = 4 if bits < 6 else 8
+    if bits in _PACKED_BITS:
+        return
+    nearest = 4 if bits < 6 else 8
+    if settings.reader_version is not None:
+        try:
+            check_reader(case.spec, settings.reader_version)
+        except UserError as error:
+            yield f"cannot be written so: export.{error}"
+    else:
         yield (
             f"packs {bits} bits differently from version to version; use weights.bits={nearest}, or name the version that will read it: "
             "export.reader_version=0.18.0"
@@ -102,7 +123,7 @@ def _awq(case: Case, settings: "ExportSettings") -> Iterable[str]:
 
 def _safetensors(case: Case, settings: "ExportSettings") -> Iterable[str]:
     spec = case.spec
-    if not settings.allow_inexact and (spec.kind != "int" or spec.bits > 4 or not spec.symmetric):
+    if not settings.allow_inexact and (spec.kind not in ("int", "mxfp4") or spec.bits > 4 or not spec.symmetric):
         kind = spec.kind if spec.kind != "int" else f"{spec.bits}-bit" if spec.symmetric else "asymmetric"
         yield (
             f"stores 16-bit floats, which do not hold {kind} codes times their scales; use export.allow_inexact=true to have them rounded, "

@@ -2,10 +2,12 @@
 
 import copy
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...models.errors import UserError
+from ...qat.lattices import example_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -192,6 +194,7 @@ def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
             lattices = settings.lattices
             beside = {"activations": settings.activations, "kv_cache": settings.kv_cache}
             _check_lattices(shape, lattices, entry)
+            _check_calibration(shape, lattices, entry, recipe.data.seq_length)
         elif entry.kind in ("pretrain", "distill", "prune"):
             lattices, beside = None, {}
         found.append(StageShape(entry, before, shape, lattices, **beside))
@@ -213,6 +216,20 @@ def quantized_linears(shape: ModelShape, lattices: "Lattices") -> dict[str, Quan
     return found
 
 
+def _check_calibration(shape: ModelShape, lattices: "Lattices", entry: "StageEntry", seq_length: int) -> None:
+    """ImpossibleStageError when GPTQ is given fewer tokens, in whole windows, than the widest matrix has inputs."""
+    given, method = entry.settings.calibration_tokens, getattr(entry.settings, "method", "gptq")
+    if given is None or method != "gptq":
+        return
+    widest = max((one.columns for name, one in quantized_linears(shape, lattices).items() if name in shape.linears), default=0)
+    tokens = -(-given // seq_length) * seq_length
+    if tokens < widest:
+        raise ImpossibleStageError(
+            f"stages.{entry.index}.{entry.kind}.calibration_tokens: {tokens:,} tokens are too few for a matrix with {widest:,} inputs; "
+            "GPTQ needs at least as many, and many times that are usual"
+        )
+
+
 def _check_lattices(shape: ModelShape, lattices: "Lattices", entry: "StageEntry") -> None:
     """ImpossibleStageError when a pattern matches nothing or a group size does not divide, naming the widths that would do."""
     place = f"stages.{entry.index}.{entry.kind}"
@@ -220,6 +237,12 @@ def _check_lattices(shape: ModelShape, lattices: "Lattices", entry: "StageEntry"
         quantized = quantized_linears(shape, lattices)
     except ValueError as error:
         raise ImpossibleStageError(f"{place}.{error}") from error
+    leaves = [*shape.linears, shape.embedding, shape.head]
+    for pattern in lattices.skip:
+        if not any(fnmatchcase(name, pattern) for name in leaves):
+            raise ImpossibleStageError(f"{place}.skip: {pattern!r} matches no linear layer of the model; {example_of(shape.linears)}")
+    if not quantized:
+        raise ImpossibleStageError(f"{place}: there is nothing to quantize: skip={list(lattices.skip)} leaves no linear layer")
     if lattices.head and not shape.head:
         raise ImpossibleStageError(
             f"{place}.head: the head is tied to the embedding, whose table it multiplies by; use 'embedding', which then is for both"

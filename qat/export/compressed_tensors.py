@@ -63,7 +63,12 @@ def _check_dense(spec: QuantSpec, reader: str | None) -> None:
             f"bits={nearest} (4 and 8 are read by every serving stack), or name the version of compressed-tensors that will read it, at "
             f"least {needed}: --reader-version {needed}"
         )
-    numbers = reader.split(".")
+    check_reader(spec, reader)
+
+
+def check_reader(spec: QuantSpec, reader: str) -> None:
+    """UserError unless that version of the package reads the dense layout of 3, 5, 6 and 7 bits."""
+    needed, numbers = ".".join(map(str, DENSE_VERSION)), reader.split(".")
     if not all(number.isdecimal() for number in numbers) or tuple(map(int, numbers)) < DENSE_VERSION:
         raise UserError(
             f"reader_version={reader!r} reads bits={spec.bits} in another layout than the one written; it must be {needed} or later"
