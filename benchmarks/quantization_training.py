@@ -14,7 +14,7 @@ CROSS_ENTROPY = {"loss": {"hard_weight": 1.0}}
 SYSTEMS: dict[str, dict[str, Any]] = {
     "qat_ce": {"scales": "absmax", **CROSS_ENTROPY},
     "qat_kl": {"scales": "absmax"},
-    "qat_kl_learned": {"scales": "learned", "start": "mse"},
+    "qat_kl_learned": {"scales": "learned"},
     "qat_scales_only": {"train": "scales", "start": "gptq"},
     "torchao": {"scales": "absmax"},
 }
