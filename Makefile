@@ -69,6 +69,7 @@ bench: install ## the benchmarks that need no GPU, at their default sizes
 	$(BIN)/python benchmarks/linear_divergence.py --json benchmarks/results/linear_divergence.json
 	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
 	$(BIN)/python benchmarks/distillation.py --json benchmarks/results/distillation.json
+	$(BIN)/python benchmarks/serving.py --json benchmarks/results/serving.json
 	$(BIN)/python benchmarks/distillation_picture.py benchmarks/results/distillation.json docs/distillation.svg
 
 bench-gpu: install ## the tests and benchmarks that need a GPU
