@@ -76,18 +76,18 @@ Trained = Callable[..., PreTrainedModel]
 
 @pytest.fixture(scope="session")
 def trained(tokenizer: PreTrainedTokenizerFast) -> Trained:
-    """``trained(model_type, pruned=, **config)``: a model after 300 steps on ``READ``; the same one for the same arguments."""
+    """``trained(model_type, pruned=, steps=, **config)``: a model that has learnt ``READ``; the same one for the same arguments."""
     ids: Any = tokenizer("\n".join(stdlib(*READ)))["input_ids"]
     text = torch.tensor(ids[: len(ids) // SEQUENCE * SEQUENCE]).reshape(-1, SEQUENCE)
     made: dict[str, PreTrainedModel] = {}
 
-    def train(model_type: str, pruned: bool = False, **overrides: Any) -> PreTrainedModel:
-        key = f"{model_type} {pruned} {sorted(overrides.items())}"
+    def train(model_type: str, pruned: bool = False, steps: int = STEPS, **overrides: Any) -> PreTrainedModel:
+        key = f"{model_type} {pruned} {steps} {sorted(overrides.items())}"
         if key not in made:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 model = AutoModelForCausalLM.from_config(_config(model_type, {"vocab_size": len(tokenizer), **overrides}))
-                _fit(model, text)
+                _fit(model, text, steps)
             if pruned:
                 _prune(model, text)
             made[key] = model.eval()
@@ -96,11 +96,11 @@ def trained(tokenizer: PreTrainedTokenizerFast) -> Trained:
     return train
 
 
-def _fit(model: PreTrainedModel, text: Tensor) -> None:
+def _fit(model: PreTrainedModel, text: Tensor, steps: int) -> None:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=STEPS, pct_start=0.1)
-    for _ in range(STEPS):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps, pct_start=0.1)
+    for _ in range(steps):
         rows = text[torch.randperm(len(text))[:8]]
         model(input_ids=rows, labels=rows).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -30,8 +30,16 @@ STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, tied, qkv biases": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3, tied, q/k norms": ("qwen3", {"tie_word_embeddings": True}),
     "pruned llama": ("llama", {"pruned": True}),
-    "mistral": ("mistral", {"tie_word_embeddings": True}),
+    # With tied embeddings it learns slowly. After 300 steps (perplexity 3.4) 1 of 2,048 choices in Q8_0 that leads by more than 0.1 nat
+    # falls otherwise; in the fake-quant model itself, with inputs of 8 bits as llama.cpp's, one that leads by 0.095.
+    "mistral": ("mistral", {"tie_word_embeddings": True, "steps": 600}),
 }
+READ_BY_TRANSFORMERS = {
+    **{name: student for name, student in STUDENTS.items() if student[0] in ("llama", "qwen2")},
+    # transformers 5.23 does not read how wide a Qwen3's heads are, and takes 128
+    "qwen3, tied, q/k norms, heads of 128": ("qwen3", {"tie_word_embeddings": True, "head_dim": 128}),
+}
+"""Not Mistral: transformers 5.23 asks the gguf package for names of an architecture 'mistral', which is 'llama' in these files."""
 FAMILIES = {
     **STUDENTS,
     "gemma": ("gemma", {}),
@@ -217,11 +225,11 @@ def test_text_is_continued_alike(plain_folder: Build, known_text: Tensor, family
             assert answer["content"] == tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True), prompt
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", READ_BY_TRANSFORMERS)
 def test_transformers_reads_the_file_alike(quantized_folder: Build, known_text: Tensor, student: str) -> None:
     """A second reader by others: the gguf package's blocks and transformers' own names and permutations."""
     pytest.importorskip("gguf", reason="the gguf package is not installed")
-    model_type, options = STUDENTS[student]
+    model_type, options = READ_BY_TRANSFORMERS[student]
     source = quantized_folder(model_type, QuantSpec(bits=4, group_size=32), **options)
     folder = exported(source, "gguf")
     other = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32).eval()
