@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ...models.errors import DecoctError, UserError
 from ...models.files import atomic_directory, check_free_space, sha256_file, write_json_atomic
 from ...models.folder import FORMAT as RECORD_FORMAT
-from ...models.folder import RECORD, verify_folder_files
+from ...models.folder import RECORD
 from ...models.loading import TOKENIZER_FILES
 from ..exactness import rebuilt_hashes, scale_hashes
 from ..footprint import folder_bytes
@@ -154,15 +154,15 @@ def export_folder(
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"format {format!r} is not one of {', '.join(EXPORTERS)}{hint}")
     source, target = Path(source), Path(target)
-    if target.resolve().is_relative_to(source.resolve()):
+    if target.resolve() != source.resolve() and target.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{target} lies inside the model folder {source}, whose files are on record; choose a place outside it")
     with atomic_directory(target) as folder:
         opened = replace(exporter.open(source), reader_version=reader_version)
-        _check_unchanged(source, opened.record)
         _check_tokenizer(source)
         exporter.check(opened)
         check_beside(opened, format, holds=exporter.beside)
         rounding = _rounding(opened, format, allow_inexact)
+        _check_unchanged(source, opened.record)
         check_free_space(folder, exporter.planned_bytes(opened), f"the export {target}")
         write_json_atomic(folder / "config.json", exporter.config(opened))
         exporter.write(folder, opened)
@@ -191,10 +191,14 @@ def _rounding(source: ExportSource, format: str, allow_inexact: bool) -> Roundin
 
 
 def _check_unchanged(source: Path, record: dict[str, Any]) -> None:
-    """What is packed gets new hashes, so that damage must be found before."""
-    problems = verify_folder_files(source) if record.get("files") else []
-    if problems:
-        raise UserError(f"{source}: {problems[0]} ({len(problems)} in all); the folder is not what was measured: make it again")
+    """What is packed gets new hashes, so that damage must be found before. Tokenizer and chat template may be added later."""
+    for name, recorded in record.get("files", {}).items():
+        file = source / name
+        if file.suffix == ".safetensors" and file.is_file() and sha256_file(file) != recorded:
+            raise UserError(
+                f"{file} has changed since it was written (its sha256 differs from {RECORD}), so it is not the model that was "
+                "measured; make it again"
+            )
 
 
 def _check_tokenizer(source: Path) -> None:

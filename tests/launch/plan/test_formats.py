@@ -67,6 +67,16 @@ def test_kinds_and_ends_that_a_format_has_no_place_for_are_named(form: str) -> N
     assert ("export to compressed-tensors" in head) == (form == "awq")
 
 
+def test_what_the_exporters_would_refuse_after_training_is_said_before() -> None:
+    assert "must be 0.18.0 or later" in said("compressed-tensors", bits=3, options={"reader_version": "0.17"})
+    apart = {"overrides": {"*.q_proj": SpecChange(bits=8)}}
+    assert "one matrix of q_proj, k_proj, v_proj; give them one lattice" in said("compressed-tensors", other=apart)
+    assert "awq has one group size, not 128 and 64" in said("awq", other={"overrides": {"*.down_proj": SpecChange(group_size=64)}})
+    for form in ("compressed-tensors", "gptq", "awq", "gguf"):
+        assert "use weights.scale_grid=bf16_fp16" in said(form, scale_grid="fp32")
+    assert said("safetensors", kind="mxfp4", group_size=32) == ""
+
+
 def test_lattices_of_single_modules_are_looked_at_too() -> None:
     assert "use weights.bits=4" in said("awq", other={"overrides": {"*.down_proj": SpecChange(bits=8)}})
 

@@ -112,7 +112,7 @@ def test_a_full_disk_is_told_before_the_run(tmp_path: Path, monkeypatch: pytest.
 
     made = plan(load_recipe("quickstart"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))  # pyright: ignore[reportAttributeAccessIssue]
-    assert "GB free" in problems(made, tmp_path / "runs/x")[0]
+    assert "MB free" in problems(made, tmp_path / "runs/x")[0]
 
 
 def test_a_run_that_cannot_work_stops_before_it_begins(tmp_path: Path) -> None:

@@ -94,6 +94,12 @@ def test_other_kinds_train_and_are_measured(tiny: dict[str, Any], run: Run, tmp_
         ({"qat": {"steps": 1, "overrides": {"*.down_proj": {"bits": 9}}}}, "overrides.*.down_proj: bits=9 is outside 2..8"),
         ({"qat": {"steps": 1, "train": "scales", "embedding": {"bits": 8}}}, "embedding does nothing with train=scales"),
         ({"qat": {"steps": 1, "weights": {"kind": "nf4", "group_size": 16}, "start": "gptq"}}, "start needs integer codes"),
+        ({"quantize": {"skip": ["*.q_prj"]}}, "stages.0.quantize.skip: '*.q_prj' matches no linear layer"),
+        ({"quantize": {"skip": ["*"]}}, "there is nothing to quantize"),
+        (
+            {"quantize": {"method": "gptq", "calibration_tokens": 10}},
+            "calibration_tokens: 32 tokens are too few for a matrix with 64 inputs",
+        ),
         ({"quantize": {"weights": {"kind": "nf4", "group_size": 16}, "method": "gptq"}}, "kind=nf4 is rounded to nearest: use method=rtn"),
     ],
 )

@@ -246,7 +246,7 @@ def test_a_folder_goes_all_the_way(lattice_source: Make, tmp_path: Path, form: s
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     save_file(state.tensors(), folder / "quant.safetensors")
     record = json.loads((folder / "decoct.json").read_text())
-    (folder / "decoct.json").write_text(json.dumps(record | {"quant": state.record()}))
+    (folder / "decoct.json").write_text(json.dumps(record | {"quant": state.record(), "files": {}}))
     export_folder(folder, tmp_path / "export", form, runtimes=False)
     report = verify_folder(tmp_path / "export", source=folder, runtimes=False)
     assert report.ok, report.problems

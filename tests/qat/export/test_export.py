@@ -207,6 +207,33 @@ def _edit(file: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
+    forget_hashes(file.parent)
+
+
+def forget_hashes(folder: Path) -> None:
+    """As if the files had been written like this: what is wrong must be seen in them."""
+    if not (folder / "decoct.json").exists():
+        return
+    record = json.loads((folder / "decoct.json").read_text())
+    (folder / "decoct.json").write_text(json.dumps(record | {"files": {}}))
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "gguf-f32"])
+def test_a_bit_that_flipped_since_the_folder_was_measured_is_found(quantized_folder: Build, tmp_path: Path, form: str) -> None:
+    source = quantized_folder()
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    # another number of the bf16 grid: nothing in the file itself looks wrong
+    tensors["model.norm.weight"][0] = 0.5
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=r"model\.safetensors has changed since it was written"):
+        export_folder(source, tmp_path / "export", form, runtimes=False)
+    assert not (tmp_path / "export").exists()
+
+
+def test_an_export_does_not_go_into_the_folder_it_is_made_from(quantized_folder: Build) -> None:
+    source = quantized_folder()
+    refused(source, source / "packed", "lies inside the model folder")
 
 
 def _code_out_of_range(source: Path) -> None:

@@ -209,7 +209,7 @@ def test_every_other_format_refuses_the_folder(quantized_folder: Callable[..., P
     state = replace(state, cache=cache()) if beside == "kv_cache" else replace(state, activations=ActivationSpec())
     save_file(state.tensors(), folder / "quant.safetensors")
     record = json.loads((folder / "decoct.json").read_text())
-    (folder / "decoct.json").write_text(json.dumps(record | {"quant": state.record()}))
+    (folder / "decoct.json").write_text(json.dumps(record | {"quant": state.record(), "files": {}}))
     what = r"keys and values are rounded \(kv_cache\)" if beside == "kv_cache" else "inputs are rounded"
     with pytest.raises(UserError, match=f"{form} cannot say that {what}.*compressed-tensors"):
         export_folder(folder, tmp_path / "export", form, runtimes=False, allow_inexact=True)
@@ -221,7 +221,7 @@ def test_a_folder_goes_all_the_way(quantized_folder: Callable[..., Path], tmp_pa
     state = replace(load_quant_state(folder), cache=cache())
     save_file(state.tensors(), folder / "quant.safetensors")
     record = json.loads((folder / "decoct.json").read_text())
-    (folder / "decoct.json").write_text(json.dumps(record | {"quant": state.record()}))
+    (folder / "decoct.json").write_text(json.dumps(record | {"quant": state.record(), "files": {}}))
     export_folder(folder, tmp_path / "export", FORMAT, runtimes=False)
     report = verify_folder(tmp_path / "export", source=folder, runtimes=False)
     assert report.ok, report.problems
