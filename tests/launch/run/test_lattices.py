@@ -97,7 +97,7 @@ def test_other_kinds_train_and_are_measured(tiny: dict[str, Any], run: Run, tmp_
         ({"quantize": {"skip": ["*.q_prj"]}}, "stages.0.quantize.skip: '*.q_prj' matches no linear layer"),
         ({"quantize": {"skip": ["*"]}}, "there is nothing to quantize"),
         (
-            {"quantize": {"method": "gptq", "calibration_tokens": 10}},
+            {"quantize": {"weights": {"group_size": 16}, "method": "gptq", "calibration_tokens": 10}},
             "calibration_tokens: 32 tokens are too few for a matrix with 64 inputs",
         ),
         ({"quantize": {"weights": {"kind": "nf4", "group_size": 16}, "method": "gptq"}}, "kind=nf4 is rounded to nearest: use method=rtn"),
