@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "fake_quant.py"
+pytestmark = pytest.mark.slow
 WRONG = """
 import runpy, sys, torch
 sys.argv = ["fake_quant.py", "--quick"]
