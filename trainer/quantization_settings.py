@@ -99,6 +99,14 @@ class QatSettings(LatticeSettings, TrainingBlock):
         # what GPTQ finds belongs to the final bits and to weights that train
         return "mse" if self.delay or self.anneal_from is not None or self.lora is not None else "gptq"
 
+    @property
+    def start_rounding(self) -> "QuantizeSettings | None":
+        """What rounds the model before training, for ``start: gptq``; None for other starts."""
+        if self.first != "gptq":
+            return None
+        same = {name: getattr(self, name) for name in ("weights", "skip", "overrides", "embedding", "head", "activations", "kv_cache")}
+        return QuantizeSettings(**same, method="gptq", calibration_tokens=self.calibration_tokens, stream="never")
+
     def _check_kind(self) -> None:
         """What needs integer codes is refused for other kinds."""
         if self.weights.kind == "int":

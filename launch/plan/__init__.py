@@ -143,7 +143,7 @@ def problems(plan: Plan, out: Path | None = None) -> list[str]:
         found += [f"{stage.name} exports gguf, which cannot hold this model: {v.reason}" + (f"; {v.fix}" if v.fix else "") for v in refused]
     found += [f"{stage.name}: {refusal}" for stage in plan.stages for refusal in stage.refusals]
     found += [
-        f"{stage.name} {_too_wide(stage.rounding, plan.machine)}"
+        f"{stage.name} {_too_wide(stage.rounding, plan.machine, starts=stage.training is not None)}"
         for stage in plan.stages
         if stage.rounding and stage.rounding.fits is False
     ]
@@ -173,10 +173,12 @@ def _too_large(training: Training, machine: Machine) -> str:
     return f"{what}; the cheapest way: {' '.join(training.remedy.settings)} ({training.remedy.roles.total / 1e9:,.1f} GB)"
 
 
-def _too_wide(rounding: RoundingPlan, machine: Machine) -> str:
+def _too_wide(rounding: RoundingPlan, machine: Machine, *, starts: bool) -> str:
     assert machine.gpu_memory is not None
     need, room = rounding.device_bytes / 1e9, usable(machine.gpu_memory) / 1e9
     what = f"works on one layer at a time, which takes {need:,.1f} GB on a GPU, and {room:,.1f} GB can be used"
+    if starts:
+        return f"rounds the model before it trains and {what}; take a larger GPU, or start: mse"
     return f"{what}; take a larger GPU, or method {'mse' if rounding.tokens else 'rtn'} on a CPU (CUDA_VISIBLE_DEVICES='')"
 
 
@@ -197,7 +199,7 @@ def _machine(trainer: "TrainerSettings", gpus: int | None, gpu_memory: int | Non
 
 
 def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, machine: Machine, tensor_parallel: int) -> StagePlan:
-    from ...trainer.quantization_settings import QuantizeSettings
+    from ...trainer.quantization_settings import QatSettings, QuantizeSettings
     from ...trainer.settings import ExportSettings, TrainingBlock
 
     entry, after = shape.entry, shape.after
@@ -206,10 +208,12 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
     if isinstance(entry.settings, TrainingBlock) and (entry.settings.tokens or entry.settings.steps):
         training, derived = _training(recipe, shape, teacher, machine)
         values = derived + [value for value in values if value.key not in {other.key for other in derived}]
-    rounding = None
-    if isinstance(entry.settings, QuantizeSettings):
+    rounding, rounded = None, entry.settings
+    if isinstance(entry.settings, QatSettings):
+        rounded = entry.settings.start_rounding
+    if isinstance(rounded, QuantizeSettings):
         seq, memory = recipe.data.seq_length, machine.gpu_memory
-        rounding = rounding_plan(entry.settings, shape, seq, on_gpu=machine.gpus > 0, gpu_memory=memory)
+        rounding = rounding_plan(rounded, shape, seq, on_gpu=machine.gpus > 0, gpu_memory=memory)
     exports: dict[str, int] = {}
     judged: Sequence[Verdict] = ()
     refused: list[str] = []

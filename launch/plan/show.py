@@ -51,7 +51,7 @@ def short_form(plan: Plan) -> str:
             where = f"{need} a GPU, {state}" if plan.machine.gpus else f"about {need} of memory a process"
             lines.append(f"  {stage.name}: {amount(stage.training.tokens)} tokens in {stage.training.steps:,} steps, {where}")
         if stage.rounding:
-            lines.append(f"  {stage.name}: {_rounding_line(stage.rounding)}")
+            lines.append(f"  {stage.name}: {'starts with ' if stage.training else ''}{_rounding_line(stage.rounding)}")
         for form, count in stage.exports.items():
             held = [v.target for v in stage.verdicts if v.outcome == "ok"]
             lines.append(f"  {stage.name}: {form}, {size(count)}" + (f"; loads in {', '.join(held)}" if held else ""))
@@ -87,7 +87,8 @@ def draw(plan: Plan, console: "Console", *, values: bool = True) -> None:
         console.print(_memory(plan))
     for stage in plan.stages:
         if stage.rounding:
-            console.print(f"{_safe(stage.name)}: {_rounding_line(stage.rounding)}", highlight=False, soft_wrap=True)
+            starts = "starts with " if stage.training else ""
+            console.print(f"{_safe(stage.name)}: {starts}{_rounding_line(stage.rounding)}", highlight=False, soft_wrap=True)
         if stage.verdicts:
             console.print(_targets(stage))
     if values:

@@ -66,6 +66,7 @@ def training_values(entry: "StageEntry", plan: "TrainingPlan", seq_length: int, 
         Value(f"{prefix}.tokens", plan.total_steps * step_tokens, f"{plan.total_steps:,} steps x {step_tokens:,}"),
         Value(f"{prefix}.learning_rate", plan.learning_rate, rate if settings.learning_rate is None else "recipe"),
         *_scale_rate(prefix, settings, plan),
+        *_start(prefix, settings),
         Value(f"{prefix}.warmup steps", round(plan.warmup * plan.total_steps), f"{plan.warmup:g} of the steps"),
         Value(
             f"{prefix}.checkpoint_every",
@@ -86,6 +87,14 @@ def training_values(entry: "StageEntry", plan: "TrainingPlan", seq_length: int, 
             "recipe" if wanted.strategy != "auto" else "fsdp2 where ddp would fill more than 60 % of a GPU",
         ),
     ]
+
+
+def _start(prefix: str, settings: Any) -> list[Value]:
+    """What a quantized stage begins with, where it is derived."""
+    if not isinstance(settings, QatSettings) or settings.start is not None:
+        return []
+    why = "learned scales; weights train from the first step at the final bits" if settings.first == "gptq" else "of these settings"
+    return [Value(f"{prefix}.start", settings.first, why)]
 
 
 def _scale_rate(prefix: str, settings: Any, plan: "TrainingPlan") -> list[Value]:

@@ -17,7 +17,7 @@ from ...qat.modules import fold, hold_codes, prepare, quantize_model
 from ...qat.ptq import Rounding, round_model
 from ...qat.state import QUANT_FILE, load_quant_state
 from ...qat.targets import targets
-from ..quantization_settings import QatSettings, QuantizeSettings
+from ..quantization_settings import QatSettings
 from ..quantizers import FirstLattice, Quantizers
 from ..settings import TrainerSettings
 from .context import StageContext, StageResult, Trained
@@ -42,7 +42,8 @@ def start(settings: QatSettings, context: StageContext) -> None:
     as their codes allow to what they were, those that GPTQ has moved lie at the edge of a cell, and the first steps undo what it found.
     """
     folder = context.folder / _START
-    if settings.first != "gptq" or folder.exists():
+    rounding = settings.start_rounding
+    if rounding is None or folder.exists():
         return
     model = load_model(context.input, dtype=torch.float32, revision=context.input_revision)
     trains = settings.train == "all"
@@ -50,9 +51,6 @@ def start(settings: QatSettings, context: StageContext) -> None:
     # kinds other than int take their scales anew, from the weights as they were
     plain = [name for name, target in targets(model, settings.lattices).items() if target.spec.kind != "int"]
     others = _weights(model, plain if trains else ())
-    names = ("weights", "skip", "overrides", "embedding", "head", "activations", "kv_cache")
-    same = {name: getattr(settings, name) for name in names}
-    rounding = QuantizeSettings(**same, method="gptq", calibration_tokens=settings.calibration_tokens)
     text = stage_text(rounding, context, model)
     rounded = round_and_tell(rounding, context, Source(model, {}), text, others=None)
     for name, before in sparse.items():

@@ -61,6 +61,20 @@ def test_ranges_take_text_and_a_pass_of_their_own(monkeypatch: pytest.MonkeyPatc
     assert both.host_bytes == gptq.host_bytes and both.device_bytes == gptq.device_bytes
 
 
+def test_a_quantized_stage_that_starts_with_gptq_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "available_bytes", lambda: 10**9)
+    data = {"builtin": "python-stdlib", "seq_length": 2048}
+    stages = [{"qat": {"name": name, "tokens": "1M", **more}} for name, more in (("a", {}), ("b", {"start": "mse"}), ("c", {"lora": 8}))]
+    recipe = recipe_from_dict({"name": "x", "student": {"path": "meta-llama/Llama-3.1-8B"}, "data": data, "stages": stages})
+    made = plan(recipe, gpus=1, gpu_memory=8 * 10**9)
+    first, second, third = (stage.rounding for stage in made.stages)
+    _, (gptq,) = planned({"method": "gptq", "stream": "never"}, gpus=1, gpu_memory=8 * 10**9)
+    assert first == gptq and second is third is None
+    assert "01-a: starts with gptq on 262k tokens" in short_form(made)
+    assert any("01-a rounds the model before it trains" in found and "start: mse" in found for found in problems(made))
+    assert [value.value for value in made.stages[0].values if value.key.endswith("qat.start")] == ["gptq"]
+
+
 def test_a_gpu_that_is_too_small_for_a_layer_is_told() -> None:
     made, _ = planned({"method": "gptq"}, {}, gpus=1, gpu_memory=8 * 10**9)
     (problem,) = problems(made)
