@@ -26,7 +26,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) -e '.[dev]'
 	@touch $@
 
-quickstart: install ## the whole path on a CPU: teacher, distil, prune, QAT, export, verify, report (about 4 minutes on 2 cores after installing)
+quickstart: install ## the whole path on a CPU: teacher, distil, prune, QAT, export, verify, report (some minutes on 2 cores after installing)
 	$(BIN)/decoct run configs/quickstart.yaml
 
 check: format lint types ## formatting, lint, types and the fast tests

@@ -19,7 +19,7 @@ from ..models.errors import UserError
 from ..models.families import decoder_linears
 from .codes_linear import CodesLinear
 from .fake_quant import Encoded, encode
-from .lattices import Lattices
+from .lattices import Lattices, SpecChange
 from .linear import Extras, QuantEmbedding, RoundedWeight, TiedHead
 from .linear import QuantLinear as QuantLinear
 from .spec import QuantSpec
@@ -110,12 +110,12 @@ def quantize_model(model: "PreTrainedModel", spec: QuantSpec | Lattices, skip: S
     prepared = _prepared(model)
     if prepared:
         _check_prepared(model, prepared, lattices, asked=bool(skip) or isinstance(spec, Lattices))
-    chosen: Mapping[str, nn.Module] = prepared or {name: target.module for name, target in targets(model, lattices).items()}
-    specs = {name: m.spec for name, m in prepared.items()} or {name: target.spec for name, target in targets(model, lattices).items()}
+    plain = {} if prepared else targets(model, lattices)
+    specs = {name: one.spec for name, one in (prepared or plain).items()}
     encoded = {}
-    for name, module in chosen.items():
+    for name, spec_of in specs.items():
         try:
-            encoded[name] = _encoded(module, specs[name])
+            encoded[name] = _encoded(prepared[name] if prepared else plain[name].module, spec_of)
         except ValueError as error:
             raise UserError(
                 f"{name}.weight cannot be quantized: {error}. Take an earlier checkpoint or lower the learning rate."
@@ -137,15 +137,22 @@ def _check_prepared(model: "PreTrainedModel", prepared: Mapping[str, "_Prepared"
         wanted = lattices.of_linears(inside if asked else [name for name in inside if name in prepared])
     except ValueError as error:
         raise UserError(str(error)) from None
-    ends = [name for name in prepared if name not in inside]
-    if asked and (set(wanted) != set(prepared) - set(ends) or bool(ends) != bool(lattices.embedding or lattices.head)):
+    ends = {module: change for module, change in _ends(model, lattices) if change is not None}
+    held = {name: module for name, module in prepared.items() if name not in inside}
+    if asked and (set(wanted) != set(prepared) - set(held) or set(held.values()) != set(ends)):
         raise UserError(
             f"the model was prepared with other modules than skip={list(lattices.skip)} leaves; use the same patterns, or none."
         )
-    if any(prepared[name].spec != spec for name, spec in wanted.items()):
+    other = any(module.spec != change.applied(lattices.weights) for module, change in ends.items())
+    if (asked and other) or any(prepared[name].spec != spec for name, spec in wanted.items()):
         raise UserError(
             f"the model was prepared with another lattice than {lattices.weights}; quantize it with the one it was trained with."
         )
+
+
+def _ends(model: "PreTrainedModel", lattices: Lattices) -> list[tuple[Any, SpecChange | None]]:
+    """Embedding and head, each with the lattice it is asked to have."""
+    return [(model.get_input_embeddings(), lattices.embedding), (model.get_output_embeddings(), lattices.head)]
 
 
 @torch.no_grad()

@@ -132,6 +132,15 @@ def quantize_model_with_first_scales(model: PreTrainedModel, lattices: Lattices)
     return quantize_model(model, lattices)
 
 
+@pytest.mark.parametrize("other", ["embedding", "asymmetric"])
+def test_another_lattice_or_choice_of_ends_than_prepared_is_refused(other: str) -> None:
+    model = tiny()
+    prepare(model, Lattices(weights=SPEC, embedding=SpecChange(bits=6)))
+    asked = LATTICES["embedding"] if other == "embedding" else Lattices(weights=SPEC)
+    with pytest.raises(UserError, match="another lattice" if other == "embedding" else "other modules"):
+        quantize_model(model, asked)
+
+
 def test_a_copy_of_a_model_with_a_tied_head_has_a_head_of_its_own() -> None:
     model = tiny(tie_word_embeddings=True)
     prepare(model, LATTICES["embedding"])
