@@ -1,13 +1,14 @@
 """What rounding after training takes, from shapes alone: the work is done one decoder layer at a time, on one GPU or on the CPU.
 
-The peak is everything outside the layers, one layer with its codes, all its Hessians, and either a batch on its way through it or the
-widest weights while they are rounded. Linears are taken to share inputs as in a Llama.
+The peak is everything outside the layers, one layer with its codes, one Hessian, and either a batch on its way through the layer or the
+widest weights while they are rounded. Linears are taken to share inputs, and to run, as in a Llama.
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...models.families import FUSED
+from ...qat.calibration_limits import KEPT_BYTES, TWICE_TO
 from .fitting import usable
 from .shapes import ModelShape, StageShape, quantized_linears
 
@@ -25,7 +26,7 @@ class RoundingPlan:
     tokens: int
     """Calibration tokens, fewer when the text has fewer; 0 when the method looks at none."""
     flop: float
-    """Floating point operations of calibration: two or three forward passes, second moments, and rounding against them; 0 without."""
+    """Floating point operations of calibration: one to three forward passes, second moments, and rounding against them; 0 without."""
     device_bytes: int
     """On the GPU that it runs on; 0 without one."""
     host_bytes: int
@@ -38,7 +39,7 @@ class RoundingPlan:
     """None when the memory of the device is unknown."""
 
 
-_FITTING = 2**25  # four matrices of 2^21 numbers
+_FITTING = 2**24  # four matrices of 2^20 numbers
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,9 @@ def rounding_plan(
     return RoundingPlan(
         method=settings.method,
         tokens=tokens,
-        flop=_flop(model, layers, rounding, tokens),
+        flop=_flop(model, layers, rounding, tokens, twice=shape.lattices.weights.bits <= TWICE_TO),
         device_bytes=device,
-        # hidden states of every token are kept between layers
-        host_bytes=host + 4 * model.hidden * tokens + (0 if on_gpu else work),
+        host_bytes=host + _kept_bytes(model, needs, tokens) + (0 if on_gpu else work),
         streamed=streamed,
         work_bytes=_work_files(model, shape) if streamed else 0,
         fits=None if gpu_memory is None else device <= usable(gpu_memory),
@@ -103,8 +103,7 @@ def _stacks(model: ModelShape, lattices: "Lattices", *, shared: bool) -> list[li
 def _layer_bytes(stacks: list[_Stack], needs: str, batch: int, fitted: bool) -> int:
     """Bytes of work on one layer, beside its weights and codes."""
     whole = needs == "hessian"
-    moments = 4 * sum(stack.inputs**2 for stack in stacks) if whole else 0
-    return moments + max(batch, *(_stack_bytes(stack, whole, fitted) for stack in stacks))
+    return max((4 * stack.inputs**2 if whole else 0) + max(batch, _stack_bytes(stack, whole, fitted)) for stack in stacks)
 
 
 def _stack_bytes(stack: _Stack, whole: bool, fitted: bool) -> int:
@@ -130,18 +129,32 @@ def _batch_bytes(model: ModelShape, seq_length: int) -> int:
     return 4 * tokens * (3 * max(text.intermediate_size, text.hidden_size) + 3 * text.hidden_size)
 
 
-def _flop(model: ModelShape, layers: list[list[_Stack]], rounding: "Rounding", tokens: int) -> float:
+def _kept_bytes(model: ModelShape, needs: str, tokens: int) -> int:
+    """Between passes: hidden states of every token; of a layer whose linears are calibrated also what its attention's and FFN's last
+    linears read, the latter where it is not too much."""
+    hidden, wide = 4 * model.hidden * tokens, _wide_bytes(model, tokens)
+    return hidden if needs == "nothing" else 2 * hidden + (wide if wide <= KEPT_BYTES else 0)
+
+
+def _wide_bytes(model: ModelShape, tokens: int) -> int:
+    text: Any = model.config.get_text_config()
+    return 4 * text.intermediate_size * tokens
+
+
+def _flop(model: ModelShape, layers: list[list[_Stack]], rounding: "Rounding", tokens: int, *, twice: bool) -> float:
     if not tokens:
         return 0.0
-    # each layer runs for its moments, for ranges behind static scales, and once more rounded; nothing follows the last one
-    looks = (rounding.needs != "nothing") + rounding.observes
-    passes = 2.0 * tokens * model.linear * (looks + 1 - 1 / max(1, model.layers))
+    # each layer runs for its moments, for ranges behind static scales, and once more where what was kept does not spare it; nothing
+    # follows the last one
+    serves = rounding.activations is not None or rounding.kv_cache is not None
+    again = rounding.needs == "nothing" or serves or _wide_bytes(model, tokens) > KEPT_BYTES
+    passes = 2.0 * tokens * model.linear * ((rounding.needs != "nothing") + rounding.observes + again * (1 - 1 / max(1, model.layers)))
     if rounding.needs != "hessian":
         return passes
     stacks = [stack for layer in layers for stack in layer]
     moments = sum(2.0 * tokens * stack.inputs**2 for stack in stacks)
-    # codes once; or codes twice, the equations of two fits, and two errors to choose by
-    products = 12 if rounding.scale == "fitted" else 1
+    # codes; and of a fit what they pull, and its equations
+    products = (6 if twice else 3) if rounding.scale == "fitted" else 1
     return passes + moments + sum(stack.inputs**3 / 3 + products * stack.outputs * stack.inputs**2 for stack in stacks)
 
 

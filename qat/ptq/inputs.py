@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...models.errors import NonFiniteError, UserError
 from .replay import Advance, Enough, Replay
 
-_BLOCK = 512  # columns of x x^T at a time: of a symmetric matrix only half is worth computing
+_BLOCK = 256  # columns of x x^T at a time: of a symmetric matrix only half is worth computing
 
 
 @dataclass
@@ -23,19 +23,24 @@ class SharedInput:
     """fp32: H = 2/N sum x x^T [in, in], or its diagonal [in]; N unmasked tokens."""
 
 
-def shared_inputs(replay: Replay, index: int, linears: Mapping[str, nn.Linear], whole: bool, advance: Advance) -> list[SharedInput]:
+def shared_inputs(
+    replay: Replay, index: int, linears: Mapping[str, nn.Linear], whole: bool, advance: Advance,
+    store: list[Tensor] | None = None, once: bool = False,
+) -> list[SharedInput]:  # fmt: skip
     """Run layer ``index`` over all batches and sum what its linears read.
 
     Args:
         linears: Linears of that layer, by full name.
         whole: Sum x x^T; false: its diagonal alone.
         advance: Told the tokens of every batch that is done.
+        store: Takes the inputs of the only linear, one of each batch, on the CPU.
+        once: Whether they are known to run exactly once a pass, which may then end with the last of them.
 
     Raises:
         UserError: a linear does not run, or reads something else than a vector for each token.
         NonFiniteError: an input is NaN or infinite.
     """
-    sums = _Sums(whole)
+    sums = _Sums(whole, once)
     tokens = 0
     for number, kept in replay.batches():
         watched = dict(linears) if number == 0 else {shared.names[0]: linears[shared.names[0]] for shared in sums.shared}
@@ -46,6 +51,9 @@ def shared_inputs(replay: Replay, index: int, linears: Mapping[str, nn.Linear], 
         finally:
             for handle in handles:
                 handle.remove()
+        if store is not None and sums.latest is not None:
+            store.append(sums.latest.to("cpu"))
+        sums.latest = None
         sums.seen.clear()
         tokens += replay.tokens(number)
         advance(replay.tokens(number))
@@ -53,18 +61,20 @@ def shared_inputs(replay: Replay, index: int, linears: Mapping[str, nn.Linear], 
 
 
 class _Sums:
-    def __init__(self, whole: bool) -> None:
-        self.whole = whole
+    def __init__(self, whole: bool, once: bool) -> None:
+        self.whole, self._once = whole, once
         self.shared: list[SharedInput] = []
         self.seen: list[tuple[Tensor, SharedInput]] = []
         """Inputs of the current batch; kept alive, so that no other tensor can be taken for one of them."""
+        self.latest: Tensor | None = None
+        """What was looked at last."""
         self._expected = self._calls = 0
         self._stops = False
         """Whether a batch may end with the last input that is looked at: every linear ran exactly once in the first batch."""
 
     def begin(self, hooks: int, first: bool) -> None:
         """A batch begins, with that many linears watched."""
-        self._stops = not first and (self._stops or self._calls == self._expected)
+        self._stops = self._once or (not first and (self._stops or self._calls == self._expected))
         self._expected, self._calls = hooks, 0
 
     def adder(self, name: str, first: bool, kept: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -72,6 +82,7 @@ class _Sums:
 
         def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             look(inputs[0])
+            self.latest = inputs[0]
             self._calls += 1
             if self._stops and self._calls == self._expected:
                 raise Enough

@@ -7,14 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from ...models.errors import UserError
+from ..calibration_limits import KEPT_BYTES
 from ..fake_quant import Encoded
 from ..modules import fold
 from ..spec import QuantSpec
 from ..state import QuantState
 from .inputs import SharedInput, shared_inputs
 from .methods import METHODS, Rounding, Stack, nearest
+from .order import Step, steps_of
 from .replay import Replay
-from .report import KindError, kind_of, row_energy
+from .report import KindError, kind_of, row_energy, sampled
 from .served import ServedLayers
 from .shelf import Shelf
 
@@ -52,18 +54,45 @@ class Walk:
             for name in linears:
                 self._stack([name], linears, None, rounded)
                 self.advance(linears[name].weight.numel() if self.replay is None else 0)
+            self._fold(rounded)
         elif linears:
-            whole = self.rounding.needs == "hessian"
-            for shared in shared_inputs(self.replay, index, linears, whole, self.advance):
-                for names_alike in self._alike(shared.names):
-                    self._stack(names_alike, linears, shared, rounded)
+            self._calibrated(index, layer, linears, rounded, last)
         ordered = {name: rounded[name] for name in linears}
-        parts = self._fold(ordered)
-        self.served.layer(index, layer, parts.modules)
+        self.served.layer(index, layer, list(ordered))
         if self.replay is not None and not last:
             self.replay.finish(index, self.advance)
-        stored = self.shelf.put_away(layer, parts.tensors())
+        stored = self.shelf.put_away(layer, self._parts(ordered).tensors())
         self.encoded |= {name: _stored(stored, name) for name in ordered}
+
+    def _calibrated(
+        self, index: int, layer: nn.Module, linears: dict[str, nn.Linear], rounded: dict[str, Encoded], last: bool
+    ) -> None:  # fmt: skip
+        """Round the linears of a layer in the order in which they run, each on what the rounded ones before it give."""
+        assert self.replay is not None
+        steps = steps_of(self.replay, index, layer, linears)
+        once = steps is not None
+        steps = steps or [Step(list(linears))]
+        for number, step in enumerate(steps):
+            read = {name: linears[name] for name in (step.names[:1] if once else step.names)}
+            needed = step.part is not None and not (last and number + 1 == len(steps)) and self._keeps(linears[step.names[0]])
+            kept: list[Tensor] | None = [] if needed else None
+            advance = _share(self.advance, number, len(steps))
+            for shared in shared_inputs(self.replay, index, read, self.rounding.needs == "hessian", advance, kept, once):
+                for names in self._alike(step.names if once else shared.names):
+                    self._stack(names, linears, shared, rounded)
+            self._fold({name: rounded[name] for name in step.names})
+            if kept and step.part is not None:
+                self.replay.shorten(step.part, kept)
+            # the unrounded weights are not needed any more
+            for name in step.names:
+                linears[name] = _linear(self.model, name)
+        if self.served.rounds:
+            self.replay.forget()
+
+    def _keeps(self, linear: nn.Linear) -> bool:
+        """Whether all that a linear reads is kept, to spare what comes before it in later passes."""
+        assert self.replay is not None
+        return linear.in_features <= linear.out_features or 4 * linear.in_features * self.replay.positions <= KEPT_BYTES
 
     def end(self, name: str) -> None:
         """Round the embedding or the head, which are outside the layers and have no calibrated inputs."""
@@ -84,12 +113,14 @@ class Walk:
             groups.setdefault((spec, name if alone else ""), []).append(name)
         return list(groups.values())
 
-    def _fold(self, encoded: Mapping[str, Encoded]) -> QuantState:
-        """Put rounded modules in the place of theirs, on the device where they are."""
+    def _parts(self, encoded: Mapping[str, Encoded]) -> QuantState:
+        """Rounded modules, on the device where they are."""
         first = next((self.specs[name] for name in encoded), QuantSpec())
-        parts = QuantState.of(first, self.specs, encoded, device=None)
-        fold(self.model, parts)
-        return parts
+        return QuantState.of(first, self.specs, encoded, device=None)
+
+    def _fold(self, encoded: Mapping[str, Encoded]) -> None:
+        """Put rounded modules in the place of theirs."""
+        fold(self.model, self._parts(encoded))
 
     def _stack(
         self, names: Sequence[str], linears: Mapping[str, Any], shared: SharedInput | None, rounded: dict[str, Encoded],
@@ -101,14 +132,15 @@ class Walk:
         rounding = Rounding() if spec.kind != "int" else rounding or self.rounding
         weights = [self._finite(name, linears[name].weight.detach()) for name in names]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        masks = [own != 0 if name in self.sparse else torch.ones_like(own, dtype=torch.bool) for name, own in zip(names, weights)]
-        mask = torch.cat(masks) if not self.sparse.isdisjoint(names) else None
+        mask = None
+        if not self.sparse.isdisjoint(names):
+            mask = torch.cat([(own != 0).logical_or_(torch.tensor(name not in self.sparse)) for name, own in zip(names, weights)])
         stack = Stack(weight=weight, mask=mask, moments=None if shared is None else shared.moments)
         result = METHODS[rounding.method].round(stack, spec, rounding)
         if result.note:
             self.notes.append(f"{', '.join(names)}: {result.note}")
         plain = result if rounding.method == "rtn" else nearest(stack, spec)
-        energies = [row_energy(rows, stack.moments) for rows in (weight, weight - result.values(spec), weight - plain.values(spec))]
+        wholes = (weight, weight - result.values(spec), weight - plain.values(spec))
         begin = 0
         for name, own in zip(names, weights):
             rows = slice(begin, begin + len(own))
@@ -117,7 +149,8 @@ class Walk:
             kind = self.errors[kind_of(name)]
             kind.linears += 1
             kind.energy, kind.error, kind.nearest = (
-                before + float(energy[rows].sum()) for before, energy in zip((kind.energy, kind.error, kind.nearest), energies)
+                before + float(row_energy(whole[rows][sampled(len(own))], stack.moments).sum())
+                for before, whole in zip((kind.energy, kind.error, kind.nearest), wholes)
             )
 
     def _finite(self, name: str, weight: Tensor) -> Tensor:
@@ -130,6 +163,11 @@ def _stored(tensors: Mapping[str, Tensor], module: str) -> Encoded:
     """What ``QuantState.tensors`` says of a module."""
     codes, scales = tensors[f"{module}.codes"], tensors[f"{module}.scale"]
     return Encoded(codes, scales, tensors.get(f"{module}.zero_point"), tensors.get(f"{module}.global_scale"))
+
+
+def _share(advance: Advance, part: int, parts: int) -> Advance:
+    """Told of work that is one of several parts, tells of its share; the parts of all add up to the whole."""
+    return lambda done: advance(done * (part + 1) // parts - done * part // parts)
 
 
 def take_values(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:

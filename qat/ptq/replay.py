@@ -6,6 +6,8 @@ to a layer. What a layer gave is kept on the CPU in fp32, 4 x hidden bytes a tok
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +27,25 @@ class Enough(Exception):  # noqa: N818 - it ends a forward pass whose rest nobod
     """Raised behind the layer that was asked for, or inside it by a hook that has seen all it wanted."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """A module inside a layer whose output is that of its last linear: given that linear's input, the rest of it need not run again."""
+
+    module: nn.Module
+    linear: str
+    """Full module name."""
+    nones: int | None
+    """How many Nones the module returns behind its tensor, in a tuple; None: it returns the bare tensor."""
+
+
+@dataclass
+class _Shortened:
+    part: Part
+    tensors: list[Tensor]
+    """By batch, what its linear reads, or gives once that is known."""
+    done: list[bool]
+
+
 class Replay:
     """Runs the decoder layers of a model one after the other over the same batches.
 
@@ -36,8 +57,10 @@ class Replay:
     """
 
     def __init__(self, model: "PreTrainedModel", layers: Sequence[nn.Module], batches: Sequence[Batch], device: torch.device) -> None:
-        self._backbone, self._layers, self._batches, self._device = model.base_model, layers, batches, device
+        self._model, self._backbone = model, model.base_model
+        self._layers, self._batches, self._device = layers, batches, device
         self._hidden: list[Tensor | None] = [None] * len(batches)
+        self._shortened: list[_Shortened] = []
         self._tuples = False
 
     def batches(self) -> Iterator[tuple[int, Tensor | None]]:
@@ -46,10 +69,29 @@ class Replay:
             kept = batch["attention_mask"].bool() if "attention_mask" in batch else None
             yield number, None if kept is None or bool(kept.all()) else kept.to(self._device)
 
-    def run(self, index: int, number: int) -> Tensor | None:
-        """Layer ``index`` on batch ``number``, whose hidden states the layers before have left: its output [B, S, H]; None when a hook
-        has raised ``Enough``."""
+    @property
+    def positions(self) -> int:
+        """Tokens of all batches, padding and all."""
+        return sum(batch["input_ids"].numel() for batch in self._batches)
+
+    def shorten(self, part: Part, inputs: Sequence[Tensor]) -> None:
+        """Until ``forget``, have a part of the layer that runs give what its last linear makes of ``inputs``, one for each batch. Whatever
+        these come from must stay as it is."""
+        self._shortened.append(_Shortened(part, list(inputs), [False] * len(inputs)))
+
+    def forget(self) -> None:
+        """Run every part of a layer again."""
+        self._shortened.clear()
+
+    def run(self, index: int, number: int, few: tuple[int, int] | None = None) -> Tensor | None:
+        """Layer ``index`` on batch ``number``, or on ``few`` of its (rows, first tokens), whose hidden states the layers before have left:
+        its output [B, S, H]; None when a hook has raised ``Enough``."""
         given, result, layer = self._hidden[number], [], self._layers[index]
+        batch = self._batches[number]
+        if few is not None:
+            rows, tokens = few
+            batch = {key: tensor[:rows, :tokens] for key, tensor in batch.items()}
+            given = None if given is None else given[:rows, :tokens]
 
         def give(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if given is None:
@@ -64,8 +106,8 @@ class Replay:
 
         handles = [layer.register_forward_pre_hook(give, with_kwargs=True), layer.register_forward_hook(take)]
         try:
-            with _skipped(self._layers[:index], self._tuples):
-                self._backbone(**backbone_inputs(self._batches[number], self._device))
+            with _skipped(self._layers[:index], self._tuples), _replaced(self._short_forwards(number)):
+                self._backbone(**backbone_inputs(batch, self._device))
         except Enough:
             return result[0] if result else None
         finally:
@@ -73,13 +115,25 @@ class Replay:
                 handle.remove()
         raise UserError(f"decoder layer {index} of {type(self._backbone).__name__} never ran; use method rtn or mse, which run nothing")
 
+    def _short_forwards(self, number: int) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        return [(known.part.module, partial(self._short, known, number)) for known in self._shortened]
+
+    def _short(self, known: _Shortened, number: int, *_args: Any, **_kwargs: Any) -> Any:
+        """What a shortened part gives for a batch, which is worked out once."""
+        tensor = known.tensors[number].to(self._device)
+        if not known.done[number]:
+            tensor = self._model.get_submodule(known.part.linear)(tensor)
+            known.tensors[number], known.done[number] = tensor.to("cpu"), True
+        return tensor if known.part.nones is None else (tensor, *[None] * known.part.nones)
+
     def finish(self, index: int, advance: Advance) -> None:
-        """Put what layer ``index`` gives for every batch in the place of what it was given."""
+        """Put what layer ``index`` gives for every batch in the place of what it was given; forgets what was shortened."""
         for number, _ in self.batches():
             hidden = self.run(index, number)
             assert hidden is not None
             self._hidden[number] = hidden.to("cpu", torch.float32)
             advance(self.tokens(number))
+        self.forget()
 
     def tokens(self, number: int) -> int:
         """Tokens of a batch, padding left out."""
@@ -94,10 +148,17 @@ def _skipped(layers: Sequence[nn.Module], tuples: bool) -> Iterator[None]:
     def hand_on(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
         return (hidden_states,) if tuples else hidden_states
 
-    for layer in layers:
-        layer.forward = hand_on
+    with _replaced([(layer, hand_on) for layer in layers]):
+        yield
+
+
+@contextmanager
+def _replaced(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Let modules compute something else."""
+    for module, forward in forwards:
+        module.forward = forward
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for module, _ in forwards:
+            del module.forward

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SAMPLE = 256
+"""Rows of a linear, evenly spread, that stand for all of them: what all cost takes a product with H for each of three figures."""
 _BLOCK = 512  # columns of H at a time
 
 
 @dataclass
 class KindError:
-    """Sums over all linears of one kind, such as ``mlp.down_proj``."""
+    """Sums over all linears of one kind, such as ``mlp.down_proj``: over all their rows, or ``SAMPLE`` rows of each that has more."""
 
     linears: int = 0
     energy: float = 0.0
@@ -30,6 +32,11 @@ class KindError:
     def relative_nearest(self) -> float:
         """``relative`` of rounding to nearest."""
         return self.nearest / self.energy if self.energy else 0.0
+
+
+def sampled(rows: int) -> slice:
+    """Which rows of a linear of so many are looked at."""
+    return slice(0, rows, -(-rows // SAMPLE))
 
 
 def row_energy(rows: Tensor, moments: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
 """Layers that round more than their weights: hooked in once a layer's weights are rounded, so that the next layer is calibrated on what a
 served one gives.
 
-The Hessians of a layer are taken before, of the layer as it was: GPTQ sees its unrounded inputs, keys and values, given what the layers
-before it give as they are served. Ranges behind static scales are those of all calibration text, padding left out, in the layer with its
+The Hessians of a layer are taken before: GPTQ sees its unrounded inputs, keys and values, given what the layers before it give as they are
+served. Ranges behind static scales are those of all calibration text, padding left out, in the layer with its
 weights rounded.
 """
 
@@ -39,6 +39,11 @@ class ServedLayers:
         self._padding = watch_padding(model) if rounding.activations or rounding.kv_cache else None
         self._inputs: dict[str, Rounder] = {}
         self._cache: dict[str, Rounder] = {}
+
+    @property
+    def rounds(self) -> bool:
+        """Whether more than weights is rounded."""
+        return self._padding is not None
 
     def layer(self, index: int, layer: nn.Module, names: Sequence[str]) -> None:
         """Hook layer ``index``, whose linears ``names`` hold codes * scales, and find its static scales.

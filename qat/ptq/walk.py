@@ -1,4 +1,4 @@
-"""Rounding a whole model, decoder layer by decoder layer; what a rounded layer gives is what the next one is calibrated on.
+"""Rounding a whole model, decoder layer by decoder layer; what rounded linears and layers give is what the next ones are calibrated on.
 
 Where inputs, keys or values are rounded too, a layer gives what it will give when it is served (``served.py``).
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from decoct.qat.fake_quant import dequantize, quantize
-from decoct.qat.ptq.gptq import damping_steps, factorize, gptq_codes
+from decoct.qat.ptq.gptq import damping_steps, factorize, gptq_codes, gptq_pass
 from decoct.qat.spec import QuantSpec
 
 
@@ -107,6 +107,24 @@ def test_inputs_that_were_all_zero_round_to_nearest(damping: float) -> None:
     factor = factorize(torch.zeros(64, 64), damping)
     assert factor is not None
     assert torch.equal(gptq_codes(weight, quantize(weight, spec)[1], factor, spec), quantize(weight, spec)[0])
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_pass_leaves_the_error_and_its_gradient(damping: float, order: bool, masked: bool) -> None:
+    weight, hessian = case(9, 330)
+    hessian[7] = hessian[:, 7] = 0  # an input that was always zero counts only where it is damped
+    spec = QuantSpec(bits=3, group_size=33)
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(3)) > 0.5 if masked else None
+    scales = quantize(weight, spec, mask=mask)[1]
+    factor = factorize(hessian, damping, order)
+    assert factor is not None and factor.damping == damping
+    done = gptq_pass(weight, scales, factor, spec, mask)
+    off = weight.double() - dequantize(done.codes, scales).double()
+    pull = off @ (hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(330))
+    torch.testing.assert_close(done.pull(factor).T.double(), pull, rtol=1e-3, atol=1e-3 * float(pull.abs().mean()))
+    torch.testing.assert_close(done.energy(factor), (pull * off).sum(1), rtol=1e-4, atol=0)
 
 
 def test_pruned_weights_stay_zero_and_others_make_it_good() -> None:

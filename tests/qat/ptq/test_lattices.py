@@ -153,14 +153,15 @@ def test_fitted_scales_solve_the_least_squares_problem(spec: QuantSpec, monkeypa
     factor = factorize(hessian, 0.01)
     assert factor is not None
     codes = gptq_codes(weight, scales, factor, spec, mask, zeros)
-    got = fitted_scales(weight, codes, scales, hessian, spec, zeros=zeros)
+    pull = hessian @ (weight - dequantize(codes, scales, zeros)).T
+    got, _ = fitted_scales(codes.T, scales, pull, hessian, spec, zeros=zeros)
     expected = slow_scales(weight, codes, Lattice(scales, zeros), hessian, spec)
     usable = (expected > scales / 4) & (expected < scales * 4) & torch.isfinite(expected)
     torch.testing.assert_close(got.double(), torch.where(usable, expected, scales.double()), rtol=1e-3, atol=0)
     before, after = (output_errors(dequantize(codes, held, zeros), weight, hessian).sum() for held in (scales, got))
     assert after < before
     monkeypatch.setattr("decoct.qat.ptq.fit._PIECE", 1)  # a row at a time
-    torch.testing.assert_close(fitted_scales(weight, codes, scales, hessian, spec, zeros=zeros), got)
+    torch.testing.assert_close(fitted_scales(codes.T, scales, pull, hessian, spec, zeros=zeros)[0], got)
 
 
 def slow_scales(weight: Tensor, codes: Tensor, lattice: Lattice, hessian: Tensor, spec: QuantSpec) -> Tensor:
@@ -202,8 +203,8 @@ def test_every_method_keeps_zeros_and_each_beats_the_one_before(spec: QuantSpec)
     errors = [float(output_errors(rounded.values(spec), stack.weight, hessian).sum()) for rounded in found]
     nearest, _, absmax, searched, fitted = errors
     assert absmax < 0.9 * nearest and fitted < (1.0 if spec.bits == 8 else 0.95) * absmax
-    # the search before a fit is coarser, and codes of 8 bits fit scales on the bf16 grid too closely to gain by it
-    assert fitted < (0.95 if isinstance(spec.group_size, int) else 1.1) * searched
+    # the search before a fit is coarser, codes of 8 bits fit scales on the bf16 grid too closely to gain by it, and 4 bits fit once
+    assert fitted < ((0.95 if spec.bits < 4 else 0.99) if isinstance(spec.group_size, int) else 1.1) * searched
 
 
 def test_zero_points_win_where_weights_lie_to_one_side() -> None:

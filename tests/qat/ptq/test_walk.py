@@ -23,8 +23,9 @@ from decoct.qat.ptq import CalibrationText, RoundedModel, Rounding, amount_of_wo
 from decoct.qat.ptq.gptq import factorize, gptq_codes
 from decoct.qat.ptq.inputs import shared_inputs
 from decoct.qat.ptq.mse import searched_scales
+from decoct.qat.ptq.order import steps_of
 from decoct.qat.ptq.replay import Replay
-from decoct.qat.ptq.report import error_lines, kind_of
+from decoct.qat.ptq.report import SAMPLE, error_lines, kind_of, sampled
 from decoct.qat.spec import QuantSpec
 
 SPEC = QuantSpec(bits=3, group_size=16)
@@ -50,31 +51,39 @@ def logits(model: PreTrainedModel) -> Tensor:
         return model(**backbone_inputs({"input_ids": windows(3)})).logits
 
 
+STEPS = [
+    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    ["self_attn.o_proj"],
+    ["mlp.gate_proj", "mlp.up_proj"],
+    ["mlp.down_proj"],
+]
+
+
 def slow_walk(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
-    """Codes by whole forward passes: after every layer all is run again from the start, one hook for each linear, no sharing."""
+    """Codes by whole forward passes: after every step of every layer all is run again from the start, one hook for each linear."""
     found: dict[str, Tensor] = {}
-    for index in range(len(decoder_layers(model))):
-        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(f"model.layers.{index}.")}
-        sums = {name: torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64) for name, linear in linears.items()}
+    for step in [[f"model.layers.{index}.{name}" for name in names] for index in range(len(decoder_layers(model))) for names in STEPS]:
+        sums: dict[str, Tensor] = {}
 
         def add(name: str) -> Any:
             def hook(_module: nn.Module, inputs: tuple[Tensor]) -> None:
                 rows = inputs[0].flatten(0, 1).double()
-                sums[name] += rows.T @ rows  # noqa: B023 - the hooks are gone before the next layer
+                sums[name] = rows.T @ rows  # noqa: B023 - the hooks are gone before the next step
 
             return hook
 
-        handles = [linear.register_forward_pre_hook(add(name)) for name, linear in linears.items()]
+        handles = [model.get_submodule(name).register_forward_pre_hook(add(name)) for name in step]
         with torch.no_grad():
             model(input_ids=ids)
         for handle in handles:
             handle.remove()
-        for name, linear in linears.items():
-            scales = quantize(linear.weight, SPEC)[1]
+        for name in step:
+            weight = model.get_submodule(name).get_parameter("weight")
+            scales = quantize(weight, SPEC)[1]
             factor = factorize((2 / ids.numel() * sums[name]).float())
             assert factor is not None
-            found[name] = gptq_codes(linear.weight, scales, factor, SPEC)
-            linear.weight.data = dequantize(found[name], scales)
+            found[name] = gptq_codes(weight, scales, factor, SPEC)
+            weight.data = dequantize(found[name], scales)
     return found
 
 
@@ -111,25 +120,91 @@ def test_gptq_loses_less_than_mse_and_mse_less_than_rtn(random_model: RandomMode
         assert 0 < error.error < error.nearest < error.energy and error.linears == 2
 
 
-def test_linears_with_the_same_input_share_its_moments(random_model: RandomModel) -> None:
-    model = random_model("llama")
+def replay_of(model: PreTrainedModel, text: CalibrationText) -> tuple[Replay, nn.Module, dict[str, nn.Linear]]:
+    """Replay, first layer and its linears."""
     layers = decoder_layers(model)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("model.layers.0.")}
+    return Replay(model, layers, text.batches, torch.device("cpu")), layers[0], linears
+
+
+def outputs(replay: Replay) -> Tensor:
+    """What the first layer gives for all of three batches."""
+    given = [replay.run(0, number) for number in range(3)]
+    return torch.cat([one for one in given if one is not None])
+
+
+@torch.no_grad()
+def test_linears_with_the_same_input_share_its_moments(random_model: RandomModel) -> None:
     text = text_of(windows())
-    prefix = "model.layers.0."
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(prefix)}
-    replay = Replay(model, layers, text.batches, torch.device("cpu"))
+    replay, _, linears = replay_of(random_model("llama"), text)
     done: list[int] = []
-    with torch.no_grad():
-        shared = shared_inputs(replay, 0, linears, True, done.append)
-    groups = [[name.removeprefix(prefix) for name in one.names] for one in shared]
-    assert groups == [
-        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-        ["self_attn.o_proj"],
-        ["mlp.gate_proj", "mlp.up_proj"],
-        ["mlp.down_proj"],
-    ]
+    shared = shared_inputs(replay, 0, linears, True, done.append)
+    assert [[name.removeprefix("model.layers.0.") for name in one.names] for one in shared] == STEPS
     assert sum(done) == text.tokens == 12 * 24
     assert all(torch.allclose(one.moments, one.moments.T) for one in shared)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_steps_are_found_in_the_order_in_which_they_run(random_model: RandomModel, kind: str) -> None:
+    replay, layer, linears = replay_of(random_model(kind), text_of(windows()))
+    shuffled = dict(sorted(linears.items()))
+    steps = steps_of(replay, 0, layer, shuffled)
+    assert steps is not None
+    assert [[name.removeprefix("model.layers.0.") for name in step.names] for step in steps] == STEPS
+    parts = [step.part and step.part.module for step in steps]
+    assert parts == [None, layer.self_attn, None, layer.mlp]
+    assert not any(module._forward_hooks for module in layer.modules())
+
+
+@torch.no_grad()
+def test_a_shortened_part_gives_what_it_gave_and_runs_no_more(random_model: RandomModel) -> None:
+    replay, layer, linears = replay_of(random_model("qwen3"), text_of(windows(10)))
+    whole = outputs(replay)
+    calls: list[str] = []
+    for name, linear in linears.items():
+        linear.register_forward_hook(lambda *_, name=name: calls.append(name))
+    steps = steps_of(replay, 0, layer, linears)
+    assert steps is not None
+    for step in steps:
+        if step.part is not None:
+            given: list[Tensor] = []
+            shared_inputs(replay, 0, {step.names[0]: linears[step.names[0]]}, True, lambda _: None, given, once=True)
+            replay.shorten(step.part, given)
+    for _ in range(2):
+        calls.clear()
+        assert torch.equal(whole, outputs(replay))
+    assert not calls, "worked out once, in the pass before"
+    replay.forget()
+    replay.run(0, 0)
+    assert len(calls) == 7 and "forward" not in vars(layer.mlp)
+
+
+def test_inputs_too_wide_to_keep_are_worked_out_again(random_model: RandomModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = text_of(windows())
+    kept = round_model(random_model("llama"), SPEC, GPTQ, text=text)
+    monkeypatch.setattr("decoct.qat.ptq.layers.KEPT_BYTES", 0)
+    assert round_model(random_model("llama"), SPEC, GPTQ, text=text).state.hash() == kept.state.hash()
+
+
+def test_layers_that_do_not_run_every_linear_once_are_calibrated_in_one_pass(random_model: RandomModel) -> None:
+    class Twice(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.inner(x) + self.inner(x)) / 2
+
+    text = text_of(windows())
+    model = random_model("llama")
+    model.set_submodule("model.layers.0.mlp.down_proj", Twice(model.get_submodule("model.layers.0.mlp.down_proj")))
+    replay, layer, linears = replay_of(model, text)
+    with torch.no_grad():
+        assert steps_of(replay, 0, layer, linears) is None
+    rounded = round_model(model, SPEC, GPTQ, text=text)
+    assert len(rounded.state.modules) == 14
+    assert all(error.error < error.nearest for error in rounded.errors.values())
 
 
 def test_layers_run_on_what_the_rounded_ones_before_give(random_model: RandomModel) -> None:
@@ -349,6 +424,13 @@ def test_the_fingerprint_is_of_the_tokens() -> None:
     other[2, 3] += 1
     one, two, cut = text_of(ids, 1).fingerprint(), text_of(other, 1).fingerprint(), text_of(ids.reshape(8, 12)).fingerprint()
     assert len({one, two, cut}) == 3 and len(one) == 64
+
+
+def test_rows_that_stand_for_all_are_spread_over_them() -> None:
+    for rows in (1, 7, SAMPLE, SAMPLE + 1, 5632):
+        seen = range(rows)[sampled(rows)]
+        assert SAMPLE / 2 < len(seen) <= SAMPLE or len(seen) == rows
+        assert rows - seen[-1] <= seen.step
 
 
 def test_lines_of_the_summary(random_model: RandomModel) -> None:
