@@ -181,10 +181,20 @@ def test_a_shortened_part_gives_what_it_gave_and_runs_no_more(random_model: Rand
 
 
 def test_inputs_too_wide_to_keep_are_worked_out_again(random_model: RandomModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = text_of(windows())
+    text, calls, forward = text_of(windows()), [0], nn.Linear.forward
+
+    def counted(linear: nn.Linear, x: Tensor) -> Tensor:
+        calls[0] += 1
+        return forward(linear, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
     kept = round_model(random_model("llama"), SPEC, GPTQ, text=text)
+    # of two layers on three batches: finding the order takes every linear once; then q, k, v, o, gate and up, and down of the first
+    assert calls == [2 * 7 + 3 * (2 * 6 + 1)]
     monkeypatch.setattr("decoct.qat.ptq.layers.KEPT_BYTES", 0)
+    calls[0] = 0
     assert round_model(random_model("llama"), SPEC, GPTQ, text=text).state.hash() == kept.state.hash()
+    assert calls == [2 * 7 + 3 * (2 * 6 + 1 + 2)]  # gate and up of the first once more
 
 
 def test_layers_that_do_not_run_every_linear_once_are_calibrated_in_one_pass(random_model: RandomModel) -> None:
