@@ -1,6 +1,7 @@
 """What each bit costs: the same model rounded by each method, and trained rounded by each recipe, beside llm-compressor and torchao.
 
     python benchmarks/quantization.py [--quick] [--full] [--text FILES ...] [--peers PYTHON ...] [--json FILE]
+    python benchmarks/quantization.py --only qat_kl_learned --tokens 1000000 --text FILES ...
 
 A scratch teacher (the quickstart's on Python's standard library; a stronger one on --text) is quantized to 8, 4, 3 and 2 bits in groups
 of 64. Rows: held-out perplexity, KL(full || quantized) (mean and 99th percentile), top-1 agreement, seconds, peak memory beyond what the
@@ -18,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ class Size:
     rates: tuple[float, ...] = (1.0, 0.3)
     """torchao's rates, as shares of the stage's own."""
     turns: int = 3
+    only: tuple[str, ...] = ()
+    """Systems beside round to nearest; empty = all, and the timings."""
 
 
 SIZES = {
@@ -132,7 +135,11 @@ def systems(runner: Runner, size: Size) -> dict[str, tuple[int, ...]]:
     """The widths of every system that is here; RTN, to which the others are compared, first."""
     peers = dict.fromkeys(PEER_METHODS, size.bits) if runner.compressor else {}
     torchao = {"torchao": size.trained_bits} if runner.torchao else {}
-    return dict.fromkeys(METHODS, size.bits) | peers | dict.fromkeys(TRAINED, size.trained_bits) | dict.fromkeys(ONCE, size.once) | torchao
+    trained = dict.fromkeys(TRAINED, size.trained_bits) | dict.fromkeys(ONCE, size.once)
+    found = dict.fromkeys(METHODS, size.bits) | peers | trained | torchao
+    if unknown := [name for name in size.only if name not in found]:
+        raise SystemExit(f"--only {unknown[0]}: there are {', '.join(found)}")
+    return {name: widths for name, widths in found.items() if not size.only or name in ("rtn", *size.only)}
 
 
 def measure(runner: Runner, size: Size, group: int, bits: int, name: str) -> dict[str, float]:
@@ -189,20 +196,24 @@ def main() -> None:
     parser.add_argument("--full", dest="size", action="store_const", const="full")
     parser.add_argument("--text", nargs="+", default=[], help="text files for a stronger model than the quickstart's")
     parser.add_argument("--peers", nargs="+", default=[], metavar="PYTHON", help="interpreters that have llm-compressor or torchao")
+    parser.add_argument("--only", nargs="+", default=[], metavar="SYSTEM", help="these beside round to nearest, and no timings")
+    parser.add_argument("--tokens", type=int, default=None, help="training tokens")
     parser.add_argument("--json", type=Path, default=None)
     given = parser.parse_args()
-    size = SIZES[given.size]
+    size = replace(SIZES[given.size], only=tuple(given.only))
+    size = size if given.tokens is None else replace(size, tokens=given.tokens)
     texts = [str(Path(name).resolve()) for name in given.text]
     with tempfile.TemporaryDirectory(prefix="quantization-") as place:
         quickstart = Runner(recipe([], given.size), Path(place) / "quickstart", "quickstart " if texts else "", given.peers)
         runners = [Runner(recipe(texts, given.size), Path(place) / "text", "", given.peers)] if texts else []
-        prepare(quickstart.plain, quickstart.folder)
-        for runner in runners:
+        systems(quickstart, size)
+        for runner in runners if texts and size.only else [*runners, quickstart]:
             prepare(runner.plain, runner.folder)
         for runner in runners if texts and given.size != "full" else [*runners, quickstart]:
             quality(runner, size)
-        speed(quickstart, size)
-        rows = [row for runner in [*runners, quickstart] for row in runner.rows] + quickstart.missing()
+        if not size.only:
+            speed(quickstart, size)
+        rows = [row for runner in [*runners, quickstart] for row in runner.rows] + ([] if size.only else quickstart.missing())
     report(rows, "what each bit costs", given.json)
 
 
