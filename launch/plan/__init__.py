@@ -297,7 +297,8 @@ def _trained_in_qat(settings: Any) -> dict[str, Any]:
 
     if not isinstance(settings, QatSettings):
         return {}
-    return {"learned_scales": settings.scales == "learned", "codes_only": settings.train == "scales", "rank": settings.lora or 0}
+    rounds = {"rounds_inputs": settings.activations is not None}
+    return {"learned_scales": settings.scales == "learned", "codes_only": settings.train == "scales", "rank": settings.lora or 0, **rounds}
 
 
 def _cache_bytes(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, tokens: int) -> int:

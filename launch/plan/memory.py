@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...losses.linear_divergence.chunked import ACCELERATOR_LIMITS, CPU_LIMITS, rows_per_block
 from ...losses.linear_divergence.closed_form import BUFFERS_ALONE, BUFFERS_WITH_TEACHER
+from .rounded_inputs import rounded_input_bytes
 from .shapes import ModelShape, quantized_linears
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class Situation:
     """Quantized weights are codes of a byte, and only scales train."""
     rank: int = 0
     """Rank of the adapters that train instead of the weights; 0 = none."""
+    rounds_inputs: bool = False
+    """Quantized linears of the decoder layers read rounded inputs, in a qat stage."""
 
     @property
     def tokens(self) -> int:
@@ -168,8 +171,8 @@ def _layer_activations(student: ModelShape, case: Situation) -> int:
     low = 2 if case.mixed else 4
     # both norms: input and normalised input in fp32; then what each linear keeps of it (under autocast a bf16 copy each)
     norms = 2 * 2 * 4 * hidden + (low * 5 * hidden if case.mixed else 4 * 2 * hidden)
-    # queries, keys and values as attention sees them, its result, and the result in the order that the projection reads
-    attention = low * (queries + 2 * keys) + low * 2 * queries + 4 * text.num_attention_heads
+    # queries, keys and values as attention sees them, and its result, which lies in the order that the projection reads
+    attention = low * (queries + 2 * keys) + low * queries + 4 * text.num_attention_heads
     # gate, its SiLU, up, and their product
     return case.tokens * (norms + attention + low * 4 * ffn)
 
@@ -198,7 +201,7 @@ def _table_copies(student: ModelShape, case: Situation) -> int:
 
 
 def _activation_bytes(student: ModelShape, case: Situation) -> int:
-    layer = _layer_activations(student, case) + _layer_copies(student, case)
+    layer = _layer_activations(student, case) + rounded_input_bytes(student, case) + _layer_copies(student, case)
     # embedding, final norm (input, normalised, result)
     outside = 4 * 4 * case.tokens * student.hidden + _table_copies(student, case)
     if case.plan.activation_checkpointing:

@@ -51,7 +51,7 @@ def fake_quant(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, b
         from . import kernel
 
         return kernel.fake_quant(weight, mask, *arguments)
-    return reference.fake_quant(weight, mask, *arguments)[0]
+    return reference.fake_quant(weight, mask, *arguments)
 
 
 def quantize(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, backend: Backend = "auto") -> tuple[Tensor, Tensor]:

@@ -84,7 +84,7 @@ def fake_quant_learned(
         from . import learned_kernel
 
         return learned_kernel.fake_quant(weight, scale, *arguments, factor)
-    return reference.fake_quant(weight, scale, *arguments, factor)[0]
+    return reference.fake_quant(weight, scale, *arguments, factor)
 
 
 @torch.no_grad()

@@ -17,8 +17,11 @@ gives NaN in its place, a NaN or infinite scale in its whole group, so that neit
 Source: Esser et al., LSQ, arXiv 1902.08153, eq. 1 to 3 and section 2.2 (the factor); zero points as constants.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .reference import GRID_DTYPES
 
@@ -28,7 +31,7 @@ Limits = tuple[float, float] | tuple[Tensor, Tensor]
 def on_grid(scale: Tensor, grid: list[float]) -> Tensor:
     """Scales of any shape as fp32 numbers of their grid; NaN for NaN and infinity."""
     scale = scale.detach().to(torch.float32)
-    return scale.to(GRID_DTYPES[int(grid[0])]).to(torch.float32).clamp_(grid[1], grid[2]).add_(scale * 0.0)
+    return scale.to(GRID_DTYPES[int(grid[0])]).to(torch.float32).clamp_(grid[1], grid[2]).add_(scale, alpha=0.0)
 
 
 def _limits(zeros: Tensor | None, bits: int, dtype: torch.dtype) -> Limits:
@@ -47,14 +50,18 @@ def _clamped(value: Tensor, limits: Limits) -> Tensor:
     return torch.clamp(value, float(low), float(high))
 
 
+def _rounded(scale: Tensor, weight: Tensor, grid: list[float]) -> Tensor:
+    """Scales on their grid [groups or 1, 1] in compute dtype."""
+    return on_grid(scale, grid).to(torch.float64 if weight.dtype == torch.float64 else torch.float32).reshape(-1, 1)
+
+
 def _divided(weight: Tensor, scale: Tensor, mask: Tensor | None, width: int, grid: list[float]) -> tuple[Tensor, Tensor, Tensor]:
     """(v, w * mask, both [groups, width], scales on their grid [groups or 1, 1]) in compute dtype; v is fresh memory."""
-    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    kept = weight.to(compute)
+    rounded = _rounded(scale, weight, grid)
+    kept = weight.to(rounded.dtype)
     if mask is not None:
-        kept = kept * mask.view(torch.uint8).to(compute)
+        kept = kept * mask.view(torch.uint8).to(rounded.dtype)
     kept = kept.reshape(-1, width)
-    rounded = on_grid(scale, grid).to(compute).reshape(-1, 1)
     return kept / rounded, kept, rounded
 
 
@@ -69,29 +76,19 @@ def quantize(
     return codes.to(torch.int8).view(weight.shape)
 
 
-@torch.library.custom_op("decoct::fake_quant_learned_reference", mutates_args=())
-def fake_quant(
-    weight: Tensor, scale: Tensor, mask: Tensor | None, zeros: Tensor | None, bits: int, width: int, grid: list[float], factor: float
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y [out, in] in the weight's dtype, passes uint8 [out, in]: 1 where the weight's gradient passes)."""
+def _forward(
+    weight: Tensor, scale: Tensor, mask: Tensor | None, zeros: Tensor | None, bits: int, width: int, grid: list[float]
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y [out, in] in the weight's dtype, passes uint8 [out, in]: 1 where the weight's gradient passes, scales on their grid)."""
     value, kept, rounded = _divided(weight, scale, mask, width, grid)
     clipped = _clamped(value, _limits(zeros, bits, value.dtype))
-    # compared in place as floats: a bool result is several times slower on a CPU
-    passes = value.eq_(clipped).to(torch.uint8).view(weight.shape)
+    # see ``reference._forward``
+    passes = value.eq_(clipped).to(torch.int8).view(torch.uint8).view(weight.shape)
     if mask is not None:
         passes &= mask.view(torch.uint8)
     # minus zero times w: turns the -0 of small negative weights into the +0 that codes give, and infinities into NaN
     result = clipped.round_().mul_(rounded).add_(kept, alpha=-0.0)
-    return result.to(weight.dtype).view(weight.shape), passes
-
-
-@fake_quant.register_fake
-def _(
-    weight: Tensor, scale: Tensor, mask: Tensor | None, zeros: Tensor | None, bits: int, width: int, grid: list[float], factor: float
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device), torch.empty(
-        weight.shape, dtype=torch.uint8, device=weight.device
-    )
+    return result.to(weight.dtype).view(weight.shape), passes, rounded
 
 
 def back_inside(gradient: Tensor, scale: Tensor, grid: list[float]) -> Tensor:
@@ -100,9 +97,94 @@ def back_inside(gradient: Tensor, scale: Tensor, grid: list[float]) -> Tensor:
     return gradient.masked_fill(outwards, 0.0)
 
 
-# Also an op: a compiler that leaves out a cast to the scale's grid and back would change numbers.
+def _scale_gradient(
+    grad: Tensor,
+    result: Tensor | None,
+    passes: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    rounded: Tensor,
+    mask: Tensor | None,
+    zeros: Tensor | None,
+    bits: int,
+    width: int,
+    grid: list[float],
+    factor: float,
+) -> Tensor:
+    """dL/dscale fp32; ``passes`` in any dtype, ``result`` where its values are exact, else they are made again in fp64."""
+    if result is not None:
+        off = torch.addcmul(result, passes.to(torch.float32), weight, value=-1.0).reshape(-1, width)
+    else:
+        value, _, _ = _divided(weight, scale, mask, width, grid)
+        off = _clamped(value, _limits(zeros, bits, value.dtype)).round_().to(torch.float64).mul_(rounded.to(torch.float64))
+        off.sub_((weight.to(torch.float64) * passes).reshape(-1, width))
+    sums = off.mul_(grad.reshape(-1, width)).sum(1)
+    if scale.numel() == 1:
+        sums = sums.sum(dtype=torch.float64)
+    sums = sums.reshape(scale.shape).div_(rounded.view(scale.shape)).mul_(factor)
+    sums = sums.to(torch.float32)
+    # on a CPU a look at the scales costs less than the seven small operations it saves
+    settled = scale.device.type == "cpu" and scale.numel() > 0 and grid[1] <= float(scale.min()) and float(scale.max()) <= grid[2]
+    return sums if settled else back_inside(sums, scale, grid)
+
+
+def _exact(weight: Tensor, grid: list[float]) -> bool:
+    """Codes * scales have at most 8 + 11 bits on a bf16 or fp16 grid: exact in fp32, and so is their difference to the weight."""
+    return weight.dtype == torch.float32 and grid[0] > 0
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, mask: Tensor | None, zeros: Tensor | None, *numbers: Any) -> Tensor:
+        bits, width, grid, _ = ctx.lattice = numbers
+        result, passes, rounded = _forward(weight, scale, mask, zeros, bits, width, grid)
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(passes, result if _exact(weight, grid) else None, weight, scale, rounded, mask, zeros)
+        else:
+            ctx.save_for_backward(passes)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        passes, *saved = ctx.saved_tensors
+        flags, scale_grad = passes.to(grad.dtype), None
+        if saved:
+            scale_grad = _scale_gradient(grad, saved[0], flags, *saved[1:], *ctx.lattice)
+        # the flags are fresh memory
+        return flags.mul_(grad) if ctx.needs_input_grad[0] else None, scale_grad, *[None] * 6
+
+
+def fake_quant(
+    weight: Tensor, scale: Tensor, mask: Tensor | None, zeros: Tensor | None, bits: int, width: int, grid: list[float], factor: float
+) -> Tensor:  # fmt: skip
+    """y [out, in] in the weight's dtype, differentiable in ``weight`` and ``scale``; compiled, the op below."""
+    if torch.compiler.is_compiling():
+        return fake_quant_op(weight, scale, mask, zeros, bits, width, grid, factor)[0]
+    # an op's dispatch and checks cost more than the arithmetic of a small layer
+    return _Eager.apply(weight, scale, mask, zeros, bits, width, grid, factor)  # pyright: ignore[reportReturnType]
+
+
+# For compilers: one that leaves out a cast to the scale's grid and back, or fuses the division, would change numbers.
+@torch.library.custom_op("decoct::fake_quant_learned_reference", mutates_args=())
+def fake_quant_op(
+    weight: Tensor, scale: Tensor, mask: Tensor | None, zeros: Tensor | None, bits: int, width: int, grid: list[float], factor: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y, passes) as ``_forward`` gives them."""
+    return _forward(weight, scale, mask, zeros, bits, width, grid)[:2]
+
+
+@fake_quant_op.register_fake
+def _(
+    weight: Tensor, scale: Tensor, mask: Tensor | None, zeros: Tensor | None, bits: int, width: int, grid: list[float], factor: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device), torch.empty(
+        weight.shape, dtype=torch.uint8, device=weight.device
+    )
+
+
 @torch.library.custom_op("decoct::fake_quant_learned_reference_scale_gradient", mutates_args=())
-def scale_gradient(
+def scale_gradient_op(
     grad: Tensor,
     result: Tensor | None,
     passes: Tensor,
@@ -115,21 +197,12 @@ def scale_gradient(
     grid: list[float],
     factor: float,
 ) -> Tensor:
-    """dL/dscale fp32 from dL/dy and what the forward gave; ``result`` where its values are exact, else they are made again in fp64."""
-    if result is not None:
-        off = torch.addcmul(result, passes.to(torch.float32), weight, value=-1.0).reshape(-1, width)
-    else:
-        value, _, rounded = _divided(weight, scale, mask, width, grid)
-        off = _clamped(value, _limits(zeros, bits, value.dtype)).round_().to(torch.float64).mul_(rounded.to(torch.float64))
-        off.sub_((weight.to(torch.float64) * passes).reshape(-1, width))
-    sums = off.mul_(grad.reshape(-1, width)).sum(1)
-    if scale.numel() == 1:
-        sums = sums.sum(dtype=torch.float64)
-    sums = sums.reshape(scale.shape) / on_grid(scale, grid).to(sums.dtype) * factor
-    return back_inside(sums.to(torch.float32), scale, grid)
+    """What ``_scale_gradient`` gives."""
+    rounded = _rounded(scale, weight, grid)
+    return _scale_gradient(grad, result, passes, weight, scale, rounded, mask, zeros, bits, width, grid, factor)
 
 
-@scale_gradient.register_fake
+@scale_gradient_op.register_fake
 def _(
     grad: Tensor,
     result: Tensor | None,
@@ -152,9 +225,7 @@ def _save(ctx, inputs, output) -> None:
     if not ctx.needs_input_grad[1]:
         ctx.save_for_backward(passes)
         return
-    # codes * scales have at most 8 + 11 bits on a bf16 or fp16 grid: exact in fp32, and so is their difference to the weight
-    exact = weight.dtype == torch.float32 and ctx.lattice[2][0] > 0
-    ctx.save_for_backward(passes, result if exact else None, weight, scale, mask, zeros)
+    ctx.save_for_backward(passes, result if _exact(weight, ctx.lattice[2]) else None, weight, scale, mask, zeros)
 
 
 def _backward(ctx, grad: Tensor, _passes_grad: Tensor | None):
@@ -163,8 +234,8 @@ def _backward(ctx, grad: Tensor, _passes_grad: Tensor | None):
     scale_grad = None
     if ctx.needs_input_grad[1]:
         result, *rest = saved
-        scale_grad = scale_gradient(grad, result, passes, *rest, *ctx.lattice)
+        scale_grad = scale_gradient_op(grad, result, passes, *rest, *ctx.lattice)
     return (weight_grad, scale_grad, *[None] * 6)
 
 
-fake_quant.register_autograd(_backward, setup_context=_save)
+fake_quant_op.register_autograd(_backward, setup_context=_save)

@@ -16,6 +16,8 @@ maximum or its own value moves. A group with a NaN or infinite weight becomes Na
 Sources: Bengio et al., arXiv 1308.3432 (straight-through estimator); the clip mask as in LSQ, arXiv 1902.08153, eq. 3.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def group_scales(absmax: Tensor, divisor: float, dropped_bits: int, smallest: fl
     scale = absmax / torch.full((), divisor, dtype=absmax.dtype, device=absmax.device)
     scale = scale.to(GRID_DTYPES[dropped_bits]).to(absmax.dtype).clamp_(smallest, largest)
     scale.masked_fill_(absmax == 0, 1.0)
-    return scale.add_(absmax * 0.0)
+    return scale.add_(absmax, alpha=0.0)
 
 
 def _flags(flags: Tensor, dtype: torch.dtype) -> Tensor:
@@ -47,7 +49,8 @@ def _divided(weight: Tensor, mask: Tensor | None, width: int, divisor: float, gr
     if mask is not None:
         kept = kept * _flags(mask, compute)
     grouped = kept.reshape(-1, width)
-    scale = group_scales(grouped.abs().amax(1, keepdim=True), divisor, int(grid[0]), grid[1], grid[2])
+    absmax = torch.maximum(grouped.amax(1, keepdim=True), grouped.amin(1, keepdim=True).neg_())
+    scale = group_scales(absmax, divisor, int(grid[0]), grid[1], grid[2])
     return grouped / scale, scale
 
 
@@ -58,16 +61,12 @@ def quantize(weight: Tensor, mask: Tensor | None, bits: int, width: int, divisor
     return codes.view(weight.shape), scale.view(weight.shape[0], -1).to(torch.float32)
 
 
-# A custom op, not a bare autograd.Function: a compiler that fused the division or the rounding could change bits.
-@torch.library.custom_op("decoct::fake_quant_reference", mutates_args=())
-def fake_quant(
-    weight: Tensor, mask: Tensor | None, bits: int, width: int, divisor: float, grid: list[float]
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _forward(weight: Tensor, mask: Tensor | None, bits: int, width: int, divisor: float, grid: list[float]) -> tuple[Tensor, Tensor]:
     """(y [out, in] in the weight's dtype, passes uint8 [out, in]: 1 where the gradient passes)."""
     value, scale = _divided(weight, mask, width, divisor, grid)
     clipped = value.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    # compared in place as floats: a bool result is several times slower on a CPU
-    passes = value.eq_(clipped).to(torch.uint8).view(weight.shape)
+    # compared in place as floats and kept by way of int8: on a CPU a bool, and the cast to uint8, are several times slower
+    passes = value.eq_(clipped).to(torch.int8).view(torch.uint8).view(weight.shape)
     if mask is not None:
         passes &= mask.view(torch.uint8)
     # + 0 turns -0 into the +0 that codes give
@@ -75,7 +74,38 @@ def fake_quant(
     return result.to(weight.dtype).view(weight.shape), passes
 
 
-@fake_quant.register_fake
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor | None, *numbers: Any) -> Tensor:
+        result, passes = _forward(weight, mask, *numbers)
+        ctx.save_for_backward(passes)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (passes,) = ctx.saved_tensors
+        # the flags are fresh memory
+        return _flags(passes, grads[0].dtype).mul_(grads[0]), None, None, None, None, None
+
+
+def fake_quant(weight: Tensor, mask: Tensor | None, bits: int, width: int, divisor: float, grid: list[float]) -> Tensor:
+    """y [out, in] in the weight's dtype, differentiable in ``weight``; compiled, the op below."""
+    if torch.compiler.is_compiling():
+        return fake_quant_op(weight, mask, bits, width, divisor, grid)[0]
+    # an op's dispatch and checks cost more than the arithmetic of a small layer
+    return _Eager.apply(weight, mask, bits, width, divisor, grid)  # pyright: ignore[reportReturnType]
+
+
+# For compilers: one that fused the division or the rounding could change bits.
+@torch.library.custom_op("decoct::fake_quant_reference", mutates_args=())
+def fake_quant_op(
+    weight: Tensor, mask: Tensor | None, bits: int, width: int, divisor: float, grid: list[float]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What ``_forward`` gives."""
+    return _forward(weight, mask, bits, width, divisor, grid)
+
+
+@fake_quant_op.register_fake
 def _(weight: Tensor, mask: Tensor | None, bits: int, width: int, divisor: float, grid: list[float]) -> tuple[Tensor, Tensor]:
     return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device), torch.empty(
         weight.shape, dtype=torch.uint8, device=weight.device
@@ -91,4 +121,4 @@ def _backward(ctx, grad: Tensor, _passes_grad: Tensor | None):
     return grad * _flags(passes, grad.dtype), None, None, None, None, None
 
 
-fake_quant.register_autograd(_backward, setup_context=_save)
+fake_quant_op.register_autograd(_backward, setup_context=_save)

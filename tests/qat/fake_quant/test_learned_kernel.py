@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from decoct.qat.fake_quant import fake_quant_learned, quantize, quantize_with
-from decoct.qat.fake_quant.learned_reference import fake_quant as reference_op
+from decoct.qat.fake_quant.learned_reference import fake_quant as reference_fake_quant
 from decoct.qat.spec import QuantSpec
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -155,7 +155,7 @@ def test_zero_points_and_a_scale_for_all(poisoned: None, same_bits: SameBits, sh
     for given in (None, zeros):
         numbers = (None, given, 4, 16, [16.0, 2.0**-17, 65280.0], 0.25)
         kernel = run(lambda w, s, n=numbers: kernel_op(w, s, *n), weight, scale)
-        reference = run(lambda w, s, n=numbers: reference_op(w, s, *n)[0], weight, scale)
+        reference = run(lambda w, s, n=numbers: reference_fake_quant(w, s, *n), weight, scale)
         same_bits("values", kernel[0], reference[0])
         same_bits("gradient", kernel[1], reference[1])
         torch.testing.assert_close(kernel[2], reference[2], rtol=2e-6, atol=1e-5)
