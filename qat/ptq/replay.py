@@ -119,11 +119,12 @@ class Replay:
         return [(known.part.module, partial(self._short, known, number)) for known in self._shortened]
 
     def _short(self, known: _Shortened, number: int, *_args: Any, **_kwargs: Any) -> Any:
-        """What a shortened part gives for a batch, which is worked out once."""
-        tensor = known.tensors[number].to(self._device)
-        if not known.done[number]:
-            tensor = self._model.get_submodule(known.part.linear)(tensor)
-            known.tensors[number], known.done[number] = tensor.to("cpu"), True
+        """What a shortened part gives for a batch, which is worked out once. It is a copy: some layers add to it in place (Falcon's)."""
+        if known.done[number]:
+            tensor = known.tensors[number].to(self._device, copy=True)
+        else:
+            tensor = self._model.get_submodule(known.part.linear)(known.tensors[number].to(self._device))
+            known.tensors[number], known.done[number] = tensor.to("cpu", copy=True), True
         return tensor if known.part.nones is None else (tensor, *[None] * known.part.nones)
 
     def finish(self, index: int, advance: Advance) -> None:

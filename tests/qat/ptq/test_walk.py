@@ -127,6 +127,11 @@ def replay_of(model: PreTrainedModel, text: CalibrationText) -> tuple[Replay, nn
     return Replay(model, layers, text.batches, torch.device("cpu")), layers[0], linears
 
 
+def doubled(tensor: Tensor) -> None:
+    """As layers do that add to what a part of them has given, in place."""
+    tensor.mul_(2)
+
+
 def outputs(replay: Replay) -> Tensor:
     """What the first layer gives for all of three batches."""
     given = [replay.run(0, number) for number in range(3)]
@@ -160,6 +165,7 @@ def test_steps_are_found_in_the_order_in_which_they_run(random_model: RandomMode
 @torch.no_grad()
 def test_a_shortened_part_gives_what_it_gave_and_runs_no_more(random_model: RandomModel) -> None:
     replay, layer, linears = replay_of(random_model("qwen3"), text_of(windows(10)))
+    layer.get_submodule("self_attn").register_forward_hook(lambda _module, _inputs, output: doubled(output[0]))
     whole = outputs(replay)
     calls: list[str] = []
     for name, linear in linears.items():
