@@ -1,0 +1,72 @@
+"""The verbs that write and judge what is served, and ``doctor``. Nothing heavy is imported here."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Hub, Model, Out, SeqLength, Teacher, Text
+
+app = typer.Typer()
+
+_FORMATS = (
+    "compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp), gptq, gptq_v2 (asymmetric), awq (4 bits), safetensors (plain "
+    "16-bit floats); of plain weights also gguf-bf16, gguf-f16 or gguf-f32."
+)
+
+
+@app.command(epilog="Example: decoct export runs/quickstart/05-qat/model --out served/")
+def export(
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="Quantized model folder (made by qat or quantize); a plain one for gguf-f16 and the like."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")],
+    form: Annotated[str, typer.Option("--format", help=_FORMATS)] = "compressed-tensors",
+    allow_inexact: Annotated[bool, typer.Option("--allow-inexact", help="Round plain weights that the format does not hold.")] = False,
+    reader_version: Annotated[
+        str | None,
+        typer.Option("--reader-version", help="Of compressed-tensors, for 3, 5, 6 or 7 bits: 0.18.0 or later.", show_default=False),
+    ] = None,
+) -> None:
+    """Pack a quantized folder for serving stacks, and check the result with a reader that did not write it."""
+    from .verbs import run_export
+
+    run_export(model, out, form, allow_inexact, reader_version)
+
+
+@app.command(epilog="Example: decoct verify runs/quickstart/06-export/compressed-tensors")
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Export folder, or a .gguf file.")],
+    source: Annotated[Path | None, typer.Option("--source", help="Quantized folder it was made from; compared element by element.")] = None,
+    runtimes: Annotated[bool, typer.Option("--runtimes/--no-runtimes", help="Also load it in the runtimes that are installed.")] = True,
+) -> None:
+    """Check an export: hashes, structure, scales, every weight, and what installed runtimes make of it."""
+    from .verbs import run_verify
+
+    run_verify(folder, source, runtimes)
+
+
+@app.command(epilog="Example: decoct evaluate served/ --teacher big/ --text 'held-out/*.txt'")
+def evaluate(
+    model: Model,
+    teacher: Teacher = None,
+    text: Text = None,
+    hub: Hub = None,
+    seq_length: SeqLength = 512,
+    tokens: Annotated[str, typer.Option("--tokens", help="Tokens to measure on.")] = "32k",
+    max_perplexity_increase: Annotated[str | None, typer.Option(help="Gate: exit code 3 above this, such as 5%.")] = None,
+    out: Out = None,
+) -> None:
+    """Measure a model folder or export: perplexity, KL and top-1 agreement with a teacher, calibration, size."""
+    from .verbs import TextChoice, run_evaluate
+
+    run_evaluate(model, TextChoice(text, hub, seq_length, tokens), teacher, max_perplexity_increase, out)
+
+
+@app.command(epilog="Example: decoct doctor")
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show versions and devices, combinations known to be bad, and what is missing for each verb."""
+    from .doctor import run_doctor
+
+    run_doctor(as_json)
