@@ -1,19 +1,18 @@
 """What a recipe will need and yield, from shapes alone and in seconds: ``plan`` makes a ``Plan``, ``show`` draws it."""
 
-import os
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...models.errors import UserError
 from .cases import cases
+from .contents import PRECISIONS, Machine, StagePlan, Training
+from .contents import Plan as Plan
 from .disk import EXPORT_BYTES, checkpoint_bytes, model_bytes, quantized_bytes
-from .fitting import Remedy, cheapest_fit, usable
+from .fitting import cheapest_fit, usable
 from .formats import refusals
-from .memory import Roles, Situation, training_memory
-from .rounding import RoundingPlan, rounding_plan
+from .memory import Situation, training_memory
+from .problems import problems as problems
+from .rounding import rounding_plan
 from .shapes import ModelShape, StageShape, stage_shapes, student_shape, teacher_shape
 from .targets import Verdict, verdicts
 from .values import Value, recipe_values, settings_values, training_values
@@ -21,83 +20,6 @@ from .values import Value, recipe_values, settings_values, training_values
 if TYPE_CHECKING:
     from ...configs.recipe import Recipe, StageEntry
     from ...trainer.settings import TrainerSettings
-
-PRECISIONS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Where the recipe is to run."""
-
-    gpus: int
-    """On each node; 0 = CPU."""
-    nodes: int
-    processes: int
-    """On each node."""
-    gpu_memory: int | None
-    """Bytes of one GPU; None when there is none, or it is unknown."""
-
-    @property
-    def ranks(self) -> int:
-        """Processes in all."""
-        return self.processes * self.nodes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """What a training stage takes."""
-
-    steps: int
-    tokens: int
-    flop: float
-    """Floating point operations: 6 a parameter and token for the student (8 with checkpointing), 2 for the teacher."""
-    memory: Roles
-    fits: bool | None
-    """None when the memory of the device is unknown."""
-    remedy: Remedy | None
-    """What makes it fit, when it does not and something does."""
-    checkpoint_bytes: int
-    """Of one; two are kept, and a third is there while it is written."""
-    cache_bytes: int = 0
-    """Of the teacher's cache, at most."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StagePlan:
-    """One stage."""
-
-    name: str
-    kind: str
-    shape: str
-    parameters: int
-    precisions: dict[str, int]
-    """Bare bytes of the parameters at each precision."""
-    model_bytes: int | None
-    """Weight files that the stage writes; None when it writes no model."""
-    training: Training | None
-    rounding: RoundingPlan | None
-    """Of a quantize stage."""
-    values: list[Value] = field(repr=False)
-    exports: dict[str, int]
-    """Format -> bytes of weight files."""
-    verdicts: list[Verdict]
-    """Whether and how each serving stack will load what this stage exports."""
-    refusals: list[str] = field(default_factory=list)
-    """What the formats of this stage cannot hold, a sentence each with the remedy."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A recipe's plan."""
-
-    name: str
-    machine: Machine
-    teacher: str | None
-    student: str
-    values: list[Value] = field(repr=False)
-    stages: list[StagePlan]
-    disk_bytes: int
-    """All model folders, three checkpoints of the stage that needs most, and work files of the quantize stage that needs most."""
 
 
 def plan(recipe: "Recipe", *, gpus: int | None = None, gpu_memory: int | None = None, nodes: int = 1, tensor_parallel: int = 1) -> Plan:
@@ -129,57 +51,6 @@ def plan(recipe: "Recipe", *, gpus: int | None = None, gpu_memory: int | None = 
         stages=stages,
         disk_bytes=kept + made + passing + 3 * largest + sum(stage.training.cache_bytes for stage in stages if stage.training),
     )
-
-
-def problems(plan: Plan, out: Path | None = None) -> list[str]:
-    """What cannot work, each as a sentence with the remedy; [] when nothing is known to stand in the way."""
-    found = [
-        f"{stage.name} {_too_large(stage.training, plan.machine)}"
-        for stage in plan.stages
-        if stage.training and stage.training.fits is False
-    ]
-    for stage in plan.stages:
-        refused = [v for v in stage.verdicts if "gguf" in stage.exports and v.target == "llama.cpp" and v.outcome == "no"]
-        found += [f"{stage.name} exports gguf, which cannot hold this model: {v.reason}" + (f"; {v.fix}" if v.fix else "") for v in refused]
-    found += [f"{stage.name}: {refusal}" for stage in plan.stages for refusal in stage.refusals]
-    found += [
-        f"{stage.name} {_too_wide(stage.rounding, plan.machine, starts=stage.training is not None)}"
-        for stage in plan.stages
-        if stage.rounding and stage.rounding.fits is False
-    ]
-    if out is not None:
-        place = next(p for p in (out.absolute(), *out.absolute().parents) if os.path.exists(p))
-        free = shutil.disk_usage(place).free
-        if free < plan.disk_bytes:
-            found.append(
-                f"the run writes up to {_size(plan.disk_bytes)}, and {place} has {_size(free)} free; "
-                "free some space or choose another folder with --out"
-            )
-    return found
-
-
-def _size(count: float) -> str:
-    from .show import size
-
-    return size(count)
-
-
-def _too_large(training: Training, machine: Machine) -> str:
-    assert machine.gpu_memory is not None
-    need, room = training.memory.total / 1e9, usable(machine.gpu_memory) / 1e9
-    what = f"needs {need:,.1f} GB on each GPU, and {room:,.1f} GB can be used"
-    if training.remedy is None:
-        return f"{what}; no setting makes it fit: take larger GPUs or a smaller model"
-    return f"{what}; the cheapest way: {' '.join(training.remedy.settings)} ({training.remedy.roles.total / 1e9:,.1f} GB)"
-
-
-def _too_wide(rounding: RoundingPlan, machine: Machine, *, starts: bool) -> str:
-    assert machine.gpu_memory is not None
-    need, room = rounding.device_bytes / 1e9, usable(machine.gpu_memory) / 1e9
-    what = f"works on one layer at a time, which takes {need:,.1f} GB on a GPU, and {room:,.1f} GB can be used"
-    if starts:
-        return f"rounds the model before it trains and {what}; take a larger GPU, or start: mse"
-    return f"{what}; take a larger GPU, or method {'mse' if rounding.tokens else 'rtn'} on a CPU (CUDA_VISIBLE_DEVICES='')"
 
 
 _SAVED = {"bf16": "BF16", "fp32": "F32"}

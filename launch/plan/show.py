@@ -3,8 +3,9 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from . import PRECISIONS, Plan, StagePlan, problems
+from .contents import PRECISIONS, Plan, StagePlan
 from .fitting import usable
+from .problems import problems
 
 if TYPE_CHECKING:
     from pathlib import Path

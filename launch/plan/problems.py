@@ -1,0 +1,60 @@
+"""What of a plan cannot work."""
+
+import os
+import shutil
+from pathlib import Path
+
+from .contents import Machine, Plan, Training
+from .fitting import usable
+from .rounding import RoundingPlan
+
+
+def problems(plan: Plan, out: Path | None = None) -> list[str]:
+    """What cannot work, each as a sentence with the remedy; [] when nothing is known to stand in the way."""
+    found = [
+        f"{stage.name} {_too_large(stage.training, plan.machine)}"
+        for stage in plan.stages
+        if stage.training and stage.training.fits is False
+    ]
+    for stage in plan.stages:
+        refused = [v for v in stage.verdicts if "gguf" in stage.exports and v.target == "llama.cpp" and v.outcome == "no"]
+        found += [f"{stage.name} exports gguf, which cannot hold this model: {v.reason}" + (f"; {v.fix}" if v.fix else "") for v in refused]
+    found += [f"{stage.name}: {refusal}" for stage in plan.stages for refusal in stage.refusals]
+    found += [
+        f"{stage.name} {_too_wide(stage.rounding, plan.machine, starts=stage.training is not None)}"
+        for stage in plan.stages
+        if stage.rounding and stage.rounding.fits is False
+    ]
+    if out is not None:
+        place = next(p for p in (out.absolute(), *out.absolute().parents) if os.path.exists(p))
+        free = shutil.disk_usage(place).free
+        if free < plan.disk_bytes:
+            found.append(
+                f"the run writes up to {_size(plan.disk_bytes)}, and {place} has {_size(free)} free; "
+                "free some space or choose another folder with --out"
+            )
+    return found
+
+
+def _size(count: float) -> str:
+    from .show import size
+
+    return size(count)
+
+
+def _too_large(training: Training, machine: Machine) -> str:
+    assert machine.gpu_memory is not None
+    need, room = training.memory.total / 1e9, usable(machine.gpu_memory) / 1e9
+    what = f"needs {need:,.1f} GB on each GPU, and {room:,.1f} GB can be used"
+    if training.remedy is None:
+        return f"{what}; no setting makes it fit: take larger GPUs or a smaller model"
+    return f"{what}; the cheapest way: {' '.join(training.remedy.settings)} ({training.remedy.roles.total / 1e9:,.1f} GB)"
+
+
+def _too_wide(rounding: RoundingPlan, machine: Machine, *, starts: bool) -> str:
+    assert machine.gpu_memory is not None
+    need, room = rounding.device_bytes / 1e9, usable(machine.gpu_memory) / 1e9
+    what = f"works on one layer at a time, which takes {need:,.1f} GB on a GPU, and {room:,.1f} GB can be used"
+    if starts:
+        return f"rounds the model before it trains and {what}; take a larger GPU, or start: mse"
+    return f"{what}; take a larger GPU, or method {'mse' if rounding.tokens else 'rtn'} on a CPU (CUDA_VISIBLE_DEVICES='')"
