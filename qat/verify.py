@@ -68,7 +68,8 @@ def verify_folder(path: Path, *, source: Path | None = None, runtimes: bool = Tr
         if not any((path / name).exists() for name in ("config.json", RECORD)):
             return _verify_bare_gguf(file, source)
     if not path.is_dir():
-        raise UserError(f"no such folder: {path}; give a model folder, such as one that 'decoct export' wrote, or a .gguf file")
+        what = "file" if path.suffix == ".gguf" else "folder"
+        raise UserError(f"no such {what}: {path}; give a model folder, such as one that 'decoct export' wrote, or a .gguf file")
     report = VerifyReport()
     record = _check_files(path, report)
     try:

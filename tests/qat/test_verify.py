@@ -174,6 +174,8 @@ def test_a_quantized_folder_is_verified_too(quantized_folder: Build) -> None:
 def test_no_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         verify(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no such file: .*nowhere\.gguf"):
+        verify(tmp_path / "nowhere.gguf")
 
 
 def test_runtimes_are_not_asked_about_a_damaged_export(exported: Path) -> None:

@@ -15,7 +15,8 @@ def gate_failures(settings: EvaluateSettings, model: dict[str, Any], teacher: di
     if settings.max_perplexity_increase is not None and teacher is not None:
         increase = model["perplexity"] / teacher["perplexity"] - 1
         if not increase <= settings.max_perplexity_increase:
-            failed.append(f"perplexity rose by {increase:.1%}, allowed is max_perplexity_increase={settings.max_perplexity_increase:.1%}")
+            moved = f"fell by {-increase:.1%}" if increase < 0 else f"rose by {increase:.1%}"
+            failed.append(f"perplexity {moved}, allowed is max_perplexity_increase={settings.max_perplexity_increase:.1%}")
     if settings.max_kl is not None and model["kl"] is not None and not model["kl"] <= settings.max_kl:
         failed.append(f"KL to the teacher is {model['kl']:.4f} nats, allowed is max_kl={settings.max_kl:g}")
     if settings.min_top1 is not None and model["top1"] is not None and not model["top1"] >= settings.min_top1:
