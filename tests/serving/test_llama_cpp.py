@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from decoct.qat.llama_cpp_check import Server
 from decoct.qat.llama_cpp_runtime import check_llama_cpp
 from decoct.qat.read_gguf_model import GgufModel
 from decoct.qat.spec import QuantSpec
+from decoct.qat.state import QuantState
 from decoct.qat.verify import verify_folder
 
 pytestmark = [pytest.mark.serving, pytest.mark.usefixtures("llama_cpp")]
@@ -132,6 +134,25 @@ def test_packed_weights_predict_what_was_trained(
     assert verify_folder(folder, source=source, runtimes=False).ok
     if options.get("pruned"):
         assert (GgufModel(folder).tensor("model.layers.0.mlp.up_proj.weight") == 0).mean() >= 0.3
+
+
+def with_minimums_in_fp16(state: QuantState) -> QuantState:
+    """Scales of 7 digits instead of 8, so that fp16 holds their products with zero points (Q4_1's minimums, z + 8 of 4 digits)."""
+    scales = {name: ((scale.view(torch.int32) + 0x10000) & ~0x1FFFF).view(torch.float32) for name, scale in state.scales.items()}
+    return replace(state, scales=scales)
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_zero_points_predict_what_was_trained(quantized_folder: Build, known_text: Tensor, student: str) -> None:
+    model_type, options = STUDENTS[student]
+    spec = QuantSpec(bits=4, group_size=32, symmetric=False)
+    source = quantized_folder(model_type, spec, change=with_minimums_in_fp16, **options)
+    folder = exported(source, "gguf")
+    assert {GgufModel(folder).scheme[f"{module}.weight"] for module in GgufModel(folder).modules} == {"Q4_1"}
+    seen = check_llama_cpp(folder, known_text)
+    print(student, "Q4_1", seen)
+    assert seen["status"] == "agrees", seen
+    assert verify_folder(folder, source=source, runtimes=False).ok
 
 
 @pytest.mark.parametrize("tied", [True, False])
