@@ -11,10 +11,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart check format lint types test test-serving test-serving-vllm bench bench-gpu clean
+.PHONY: help install quickstart check format lint types test test-serving test-serving-llama-cpp test-serving-vllm test-serving-gptq bench bench-gpu clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## make .venv and install decoct with its pinned dependencies
 
@@ -44,26 +44,45 @@ types: install
 test: install ## every test but those of the serving stacks
 	$(TEST) -m 'not serving' $(PYTEST_ARGS)
 
-# The serving stacks have a venv of their own: they bring and pin much that decoct does not need.
+# The judges: real serving stacks, each in a venv of its own, as each brings and pins much that decoct and the others do not take.
+# A test that is skipped in its judge's own target fails there (tests/serving/conftest.py).
+JUDGE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 DECOCT_NO_SKIPS=1
+JUDGE_PIP := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+
+test-serving: ## exports in real serving stacks, one after the other; the others run on when one fails (about an hour on 2 cores)
+	$(MAKE) --keep-going --jobs=1 test-serving-llama-cpp test-serving-vllm test-serving-gptq
+
 SERVING := .venv-serving
 $(SERVING)/.llama-cpp: pyproject.toml constraints.txt tests/serving/requirements-llama-cpp.txt
 	$(PYTHON) -m venv $(SERVING)
-	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt torch
-	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]' -r tests/serving/requirements-llama-cpp.txt
+	$(SERVING)/bin/python $(JUDGE_PIP) -c constraints.txt torch
+	$(SERVING)/bin/python $(JUDGE_PIP) -c constraints.txt -e '.[dev]' -r tests/serving/requirements-llama-cpp.txt
 	@touch $@
 
-test-serving: $(SERVING)/.llama-cpp ## exports in real serving stacks: llama.cpp (about 15 minutes on 2 cores)
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(SERVING)/bin/pytest -m serving tests/serving $(PYTEST_ARGS)
+test-serving-llama-cpp: $(SERVING)/.llama-cpp ## GGUF in llama.cpp, GGUF and compressed-tensors in transformers
+	$(JUDGE) $(SERVING)/bin/pytest -m serving tests/serving/test_transformers.py tests/serving/test_llama_cpp.py $(PYTEST_ARGS)
 
 SERVING_VLLM := .venv-vllm
 $(SERVING_VLLM)/.installed: tests/serving/requirements-vllm.txt
 	$(PYTHON) -m venv $(SERVING_VLLM)
-	$(SERVING_VLLM)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r $<
+	$(SERVING_VLLM)/bin/python $(JUDGE_PIP) -r $<
 	$(SERVING_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-serving-vllm: install $(SERVING_VLLM)/.installed ## exports served by vLLM on the CPU (about 12 minutes on 2 cores)
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 DECOCT_VLLM_PYTHON=$(CURDIR)/$(SERVING_VLLM)/bin/python $(BIN)/pytest -m serving tests/serving/test_vllm.py $(PYTEST_ARGS)
+test-serving-vllm: install $(SERVING_VLLM)/.installed ## compressed-tensors, GPTQ and AWQ served by vLLM on the CPU
+	$(JUDGE) DECOCT_VLLM_PYTHON=$(CURDIR)/$(SERVING_VLLM)/bin/python $(BIN)/pytest -m serving tests/serving/test_vllm.py $(PYTEST_ARGS)
+
+# GPTQModel builds without a GPU and against what is there already: torch first, then pypcre, which its setup imports.
+SERVING_GPTQ := .venv-gptq
+$(SERVING_GPTQ)/.installed: tests/serving/requirements-gptq.txt
+	$(PYTHON) -m venv $(SERVING_GPTQ)
+	$(SERVING_GPTQ)/bin/python $(JUDGE_PIP) -c $< torch setuptools wheel
+	$(SERVING_GPTQ)/bin/python $(JUDGE_PIP) -c $< pypcre
+	BUILD_CUDA_EXT=0 $(SERVING_GPTQ)/bin/python $(JUDGE_PIP) --no-build-isolation -r $<
+	@touch $@
+
+test-serving-gptq: install $(SERVING_GPTQ)/.installed ## GPTQ and AWQ in transformers with GPTQModel
+	$(JUDGE) DECOCT_GPTQ_PYTHON=$(CURDIR)/$(SERVING_GPTQ)/bin/python $(BIN)/pytest -m serving tests/serving/test_gptq_awq.py $(PYTEST_ARGS)
 
 bench: install ## the benchmarks that need no GPU, at their default sizes
 	$(BIN)/python benchmarks/linear_divergence.py --json benchmarks/results/linear_divergence.json
@@ -80,5 +99,5 @@ bench-gpu: install ## the tests and benchmarks that need a GPU
 	$(BIN)/python benchmarks/linear_divergence.py --json benchmarks/results/linear_divergence-gpu.json
 	$(BIN)/python benchmarks/fake_quant.py --json benchmarks/results/fake_quant-gpu.json
 
-clean: ## remove the venv and caches (runs/ stays)
-	rm -rf $(VENV) $(SERVING) $(SERVING_VLLM) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+clean: ## remove the venvs and caches (runs/ stays)
+	rm -rf $(VENV) $(SERVING) $(SERVING_VLLM) $(SERVING_GPTQ) .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,5 +1,5 @@
 """GPTQ and AWQ exports in transformers with GPTQModel, whose packages need versions of their own: an interpreter that has them is named by
-DECOCT_GPTQ_PYTHON (``pip install transformers optimum accelerate gptqmodel`` in a venv; docs/serving.md)."""
+DECOCT_GPTQ_PYTHON (``make test-serving-gptq`` makes one)."""
 
 import json
 import os
@@ -38,6 +38,8 @@ CASES: list[tuple[str, tuple[str, dict[str, Any]], dict[str, Any], tuple[str, ..
     ("gptq", LLAMA, {"bits": 4, "group_size": 32}, ("*.down_proj",)),
     ("gptq_v2", LLAMA, {"bits": 4, "group_size": 16}, ()),
     ("gptq_v2", QWEN2, {"bits": 4, "group_size": 64, "symmetric": False}, ()),
+    ("gptq_v2", QWEN3, {"bits": 4, "group_size": 32, "symmetric": False}, ()),
+    ("gptq_v2", PRUNED, {"bits": 4, "group_size": 64}, ()),
     ("gptq_v2", LLAMA, {"bits": 8, "group_size": "channel", "symmetric": False}, ()),
     ("awq", LLAMA, {"bits": 4, "group_size": 64}, ()),
     ("awq", QWEN2, {"bits": 4, "group_size": 64, "symmetric": False}, ()),

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from decoct.qat.llama_cpp_check import Server
 from decoct.qat.llama_cpp_runtime import check_llama_cpp
 from decoct.qat.read_gguf_model import GgufModel
 from decoct.qat.spec import QuantSpec
+from decoct.qat.state import QuantState
 from decoct.qat.verify import verify_folder
 
 pytestmark = [pytest.mark.serving, pytest.mark.usefixtures("llama_cpp")]
@@ -49,6 +51,11 @@ FAMILIES = {
     "llama with every bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "heads of their own width": ("qwen3", {"head_dim": 64}),
     "padded vocabulary": ("llama", {"vocab_size": 1024}),
+}
+PACKED = {
+    "Q4_0": QuantSpec(bits=4, group_size=32),
+    "Q8_0": QuantSpec(bits=8, group_size="channel"),
+    "Q4_1": QuantSpec(bits=4, group_size=32, symmetric=False),
 }
 ROPES: dict[str, dict[str, Any]] = {
     "llama3": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -132,6 +139,26 @@ def test_packed_weights_predict_what_was_trained(
     assert verify_folder(folder, source=source, runtimes=False).ok
     if options.get("pruned"):
         assert (GgufModel(folder).tensor("model.layers.0.mlp.up_proj.weight") == 0).mean() >= 0.3
+
+
+def with_minimums_in_fp16(state: QuantState) -> QuantState:
+    """Where there are zero points, scales of 7 digits instead of 8: fp16 holds their products with z + 8 of 4 (Q4_1's minimums)."""
+    if not state.zero_points:
+        return state
+    scales = {name: ((scale.view(torch.int32) + 0x10000) & ~0x1FFFF).view(torch.float32) for name, scale in state.scales.items()}
+    return replace(state, scales=scales)
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_zero_points_predict_what_was_trained(quantized_folder: Build, known_text: Tensor, student: str) -> None:
+    model_type, options = STUDENTS[student]
+    source = quantized_folder(model_type, PACKED["Q4_1"], change=with_minimums_in_fp16, **options)
+    folder = exported(source, "gguf")
+    assert {GgufModel(folder).scheme[f"{module}.weight"] for module in GgufModel(folder).modules} == {"Q4_1"}
+    seen = check_llama_cpp(folder, known_text)
+    print(student, "Q4_1", seen)
+    assert seen["status"] == "agrees", seen
+    assert verify_folder(folder, source=source, runtimes=False).ok
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -225,13 +252,15 @@ def test_text_is_continued_alike(plain_folder: Build, known_text: Tensor, family
             assert answer["content"] == tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True), prompt
 
 
+@pytest.mark.parametrize(("stored", "spec"), PACKED.items())
 @pytest.mark.parametrize("student", READ_BY_TRANSFORMERS)
-def test_transformers_reads_the_file_alike(quantized_folder: Build, known_text: Tensor, student: str) -> None:
+def test_transformers_reads_the_file_alike(quantized_folder: Build, known_text: Tensor, student: str, stored: str, spec: QuantSpec) -> None:
     """A second reader by others: the gguf package's blocks and transformers' own names and permutations."""
     pytest.importorskip("gguf", reason="the gguf package is not installed")
     model_type, options = READ_BY_TRANSFORMERS[student]
-    source = quantized_folder(model_type, QuantSpec(bits=4, group_size=32), **options)
+    source = quantized_folder(model_type, spec, change=with_minimums_in_fp16, **options)
     folder = exported(source, "gguf")
+    assert {GgufModel(folder).scheme[f"{module}.weight"] for module in GgufModel(folder).modules} == {stored}
     other = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32).eval()
     model = load_model(source, dtype=torch.float32)
     with torch.inference_mode():
