@@ -207,9 +207,10 @@ def main() -> None:
         quickstart = Runner(recipe([], given.size), Path(place) / "quickstart", "quickstart " if texts else "", given.peers)
         runners = [Runner(recipe(texts, given.size), Path(place) / "text", "", given.peers)] if texts else []
         systems(quickstart, size)
-        for runner in runners if texts and size.only else [*runners, quickstart]:
+        judged = runners if texts and given.size != "full" else [*runners, quickstart]
+        for runner in judged if size.only else [*runners, quickstart]:
             prepare(runner.plain, runner.folder)
-        for runner in runners if texts and given.size != "full" else [*runners, quickstart]:
+        for runner in judged:
             quality(runner, size)
         if not size.only:
             speed(quickstart, size)

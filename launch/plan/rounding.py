@@ -78,7 +78,7 @@ def rounding_plan(
         tokens=tokens,
         flop=_flop(model, layers, rounding, tokens, twice=shape.lattices.weights.bits <= TWICE_TO),
         device_bytes=device,
-        host_bytes=host + _kept_bytes(model, needs, tokens) + (0 if on_gpu else work),
+        host_bytes=host + 4 * tokens * (model.hidden + _kept_inputs(model, layers, needs, tokens)) + (0 if on_gpu else work),
         streamed=streamed,
         work_bytes=_work_files(model, shape) if streamed else 0,
         fits=None if gpu_memory is None else device <= usable(gpu_memory),
@@ -129,16 +129,13 @@ def _batch_bytes(model: ModelShape, seq_length: int) -> int:
     return 4 * tokens * (3 * max(text.intermediate_size, text.hidden_size) + 3 * text.hidden_size)
 
 
-def _kept_bytes(model: ModelShape, needs: str, tokens: int) -> int:
-    """Between passes: hidden states of every token; of a layer whose linears are calibrated also what its attention's and FFN's last
-    linears read, the latter where it is not too much."""
-    hidden, wide = 4 * model.hidden * tokens, _wide_bytes(model, tokens)
-    return hidden if needs == "nothing" else 2 * hidden + (wide if wide <= KEPT_BYTES else 0)
-
-
-def _wide_bytes(model: ModelShape, tokens: int) -> int:
-    text: Any = model.config.get_text_config()
-    return 4 * text.intermediate_size * tokens
+def _kept_inputs(model: ModelShape, layers: list[list[_Stack]], needs: str, tokens: int) -> int:
+    """Numbers a token that a layer keeps beside its hidden states while its linears are calibrated: what the last linears of its attention
+    and FFN read, where it is no wider than the hidden states or not too much."""
+    if needs == "nothing":
+        return 0
+    widths = [[stack.inputs for stack in stacks if stack.outputs == model.hidden] for stacks in layers]
+    return max(sum(width for width in one if width <= model.hidden or 4 * width * tokens <= KEPT_BYTES) for one in widths)
 
 
 def _flop(model: ModelShape, layers: list[list[_Stack]], rounding: "Rounding", tokens: int, *, twice: bool) -> float:
@@ -147,7 +144,8 @@ def _flop(model: ModelShape, layers: list[list[_Stack]], rounding: "Rounding", t
     # each layer runs for its moments, for ranges behind static scales, and once more where what was kept does not spare it; nothing
     # follows the last one
     serves = rounding.activations is not None or rounding.kv_cache is not None
-    again = rounding.needs == "nothing" or serves or _wide_bytes(model, tokens) > KEPT_BYTES
+    widest = max((stack.inputs for layer in layers for stack in layer), default=0)
+    again = rounding.needs == "nothing" or serves or 4 * widest * tokens > KEPT_BYTES
     passes = 2.0 * tokens * model.linear * ((rounding.needs != "nothing") + rounding.observes + again * (1 - 1 / max(1, model.layers)))
     if rounding.needs != "hessian":
         return passes

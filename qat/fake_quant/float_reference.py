@@ -123,7 +123,7 @@ def fake_quant(weight: Tensor, scale: Tensor, mask: Tensor | None, kind: str, wi
     passes = (value.abs_() <= LIMITS[kind]).view(torch.uint8).view(weight.shape)
     if mask is not None:
         passes &= mask.view(torch.uint8)
-    return result.to(weight.dtype).view(weight.shape), passes
+    return result.to(weight.dtype).view(weight.shape).contiguous(), passes.contiguous()
 
 
 @fake_quant.register_fake

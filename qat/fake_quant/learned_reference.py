@@ -88,7 +88,7 @@ def _forward(
         passes &= mask.view(torch.uint8)
     # minus zero times w: turns the -0 of small negative weights into the +0 that codes give, and infinities into NaN
     result = clipped.round_().mul_(rounded).add_(kept, alpha=-0.0)
-    return result.to(weight.dtype).view(weight.shape), passes, rounded
+    return result.to(weight.dtype).view(weight.shape).contiguous(), passes.contiguous(), rounded
 
 
 def back_inside(gradient: Tensor, scale: Tensor, grid: list[float]) -> Tensor:

@@ -71,7 +71,7 @@ def _forward(weight: Tensor, mask: Tensor | None, bits: int, width: int, divisor
         passes &= mask.view(torch.uint8)
     # + 0 turns -0 into the +0 that codes give
     result = clipped.round_().mul_(scale).add_(0.0)
-    return result.to(weight.dtype).view(weight.shape), passes
+    return result.to(weight.dtype).view(weight.shape).contiguous(), passes.contiguous()
 
 
 class _Eager(torch.autograd.Function):

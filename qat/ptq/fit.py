@@ -110,8 +110,9 @@ def _solve(lower: Tensor, target: Tensor, scales: Tensor, spec: QuantSpec) -> tu
 def fitted_codes(
     weight: Tensor, lattice: Lattice, hessian: Tensor, factor: Factor, spec: QuantSpec, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """GPTQ's codes and scales fitted to them; below 4 bits GPTQ's codes for those, and scales fitted once more. Rows that the second turn
-    does not help keep what the first has given (all rows together where they share one scale). Zero points stay as they are.
+    """GPTQ's codes and scales fitted to them; below 4 bits, and of pruned weights, GPTQ's codes for those, and scales fitted once more.
+
+    Rows that the second turn does not help keep what the first has given (all rows together where they share one scale). Zero points stay.
 
     Args:
         weight: fp32 [out, in], finite.
@@ -125,7 +126,7 @@ def fitted_codes(
         (codes int8 [out, in], scales fp32 in the shape of the lattice's).
     """
     codes, scales, error = _turn(weight, lattice.scales, lattice.zeros, hessian, factor, spec, mask)
-    if spec.bits > TWICE_TO or torch.equal(scales, lattice.scales):
+    if (spec.bits > TWICE_TO and mask is None) or torch.equal(scales, lattice.scales):
         return codes, scales
     again, fitted, left = _turn(weight, scales, lattice.zeros, hessian, factor, spec, mask)
     if len(scales) < len(weight):

@@ -44,7 +44,7 @@ def shared_inputs(
     tokens = 0
     for number, kept in replay.batches():
         watched = dict(linears) if number == 0 else {shared.names[0]: linears[shared.names[0]] for shared in sums.shared}
-        sums.begin(len(watched), number == 0)
+        sums.begin(len(watched), number == 0, replay.shape(number))
         handles = [linear.register_forward_pre_hook(sums.adder(name, number == 0, kept)) for name, linear in watched.items()]
         try:
             replay.run(index, number)
@@ -68,12 +68,14 @@ class _Sums:
         """Inputs of the current batch; kept alive, so that no other tensor can be taken for one of them."""
         self.latest: Tensor | None = None
         """What was looked at last."""
+        self.shape: tuple[int, ...] = ()
         self._expected = self._calls = 0
         self._stops = False
         """Whether a batch may end with the last input that is looked at: every linear ran exactly once in the first batch."""
 
-    def begin(self, hooks: int, first: bool) -> None:
-        """A batch begins, with that many linears watched."""
+    def begin(self, hooks: int, first: bool, shape: tuple[int, ...]) -> None:
+        """A batch [B, S] of that shape begins, with that many linears watched."""
+        self.shape = shape
         self._stops = self._once or (not first and (self._stops or self._calls == self._expected))
         self._expected, self._calls = hooks, 0
 
@@ -100,6 +102,11 @@ class _Sums:
                 self.seen.append((given, shared))
             else:
                 shared = next(shared for shared in self.shared if shared.names[0] == name)
+            if self._once and tuple(given.shape[:2]) != self.shape:
+                raise UserError(
+                    f"{name} reads {given.shape[1]} of {self.shape[1]} tokens at a time and cannot be calibrated; "
+                    f"add it to skip, or use method rtn, or mse without weighted"
+                )
             if given.ndim != 3 or (kept is not None and kept.shape != given.shape[:2]):
                 raise UserError(
                     f"{name} reads a tensor of shape {tuple(given.shape)}, not one vector for each token, and cannot be calibrated; "

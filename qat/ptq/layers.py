@@ -34,14 +34,21 @@ class Walk:
         replay: Replay | None, others: torch.dtype | None, advance: Advance,
     ) -> None:  # fmt: skip
         self.model, self.specs, self.rounding, self.sparse, self.shelf = model, specs, rounding, sparse, shelf
-        self.replay, self.others, self.advance = replay, others, advance
-        self.served = ServedLayers(model, rounding, replay, advance)
+        self.replay, self.others, self._tell = replay, others, advance
+        self._told = 0
+        self.served = ServedLayers(model, rounding, replay, self.advance)
         self.encoded: dict[str, Encoded] = {}
         self.errors: dict[str, KindError] = {}
         self.notes: list[str] = []
 
+    def advance(self, done: int) -> None:
+        """Tell of work that is done."""
+        self._told += done
+        self._tell(done)
+
     def layer(self, index: int, layer: nn.Module, names: Sequence[str], last: bool) -> None:
         """Round one layer, and run it for the next."""
+        self._told = 0
         self.shelf.bring(layer)
         linears = {name: _linear(self.model, name) for name in names}
         if self.others is not None:
@@ -61,6 +68,10 @@ class Walk:
         self.served.layer(index, layer, list(ordered))
         if self.replay is not None and not last:
             self.replay.finish(index, self.advance)
+        if self.replay is not None:
+            # a layer with nothing to round is sooner done
+            passes = (self.rounding.needs != "nothing") + self.rounding.observes + (not last)
+            self.advance(self.replay.all_tokens * passes - self._told)
         stored = self.shelf.put_away(layer, self._parts(ordered).tensors())
         self.encoded |= {name: _stored(stored, name) for name in ordered}
 

@@ -53,20 +53,25 @@ class _Seen:
 
     linears: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     """(name, input, output) in the order in which they ran."""
+    versions: dict[str, int] = field(default_factory=dict)
+    """Of each output when its linear gave it: what is added in place later counts up."""
     parts: list[tuple[nn.Module, Any]] = field(default_factory=list)
-    """(module, output): inner modules before the ones around them."""
+    """(module, output) of those that give what a linear has given, untouched: inner modules before the ones around them."""
 
     def linear(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         """Forward hook of a linear."""
 
         def look(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             self.linears.append((name, inputs[0], output))
+            self.versions[name] = output._version
 
         return look
 
     def part(self, module: nn.Module, _inputs: Any, output: Any) -> None:
         """Forward hook of everything else."""
-        self.parts.append((module, output))
+        tensor = _first(output)
+        if any(tensor is given and tensor._version == self.versions[name] for name, _, given in self.linears):
+            self.parts.append((module, output))
 
     def steps(self) -> list[Step]:
         found: list[tuple[Tensor, Step]] = []
@@ -87,7 +92,7 @@ class _Seen:
 def _first(output: Any) -> Any:
     """The tensor that a module gives; None when it gives more than that."""
     if isinstance(output, tuple):
-        return output[0] if all(more is None for more in output[1:]) else None
+        return output[0] if output and all(more is None for more in output[1:]) else None
     return output
 
 

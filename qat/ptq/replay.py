@@ -74,6 +74,11 @@ class Replay:
         """Tokens of all batches, padding and all."""
         return sum(batch["input_ids"].numel() for batch in self._batches)
 
+    @property
+    def all_tokens(self) -> int:
+        """Tokens of all batches, padding left out."""
+        return sum(self.tokens(number) for number in range(len(self._batches)))
+
     def shorten(self, part: Part, inputs: Sequence[Tensor]) -> None:
         """Until ``forget``, have a part of the layer that runs give what its last linear makes of ``inputs``, one for each batch. Whatever
         these come from must stay as it is."""
@@ -96,7 +101,7 @@ class Replay:
         def give(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if given is None:
                 return None
-            hidden = given.to(self._device)
+            hidden = given.to(self._device, copy=True)  # some layers add to it in place
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
         def take(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -136,6 +141,10 @@ class Replay:
             advance(self.tokens(number))
         self.forget()
 
+    def shape(self, number: int) -> tuple[int, ...]:
+        """[B, S] of a batch."""
+        return tuple(self._batches[number]["input_ids"].shape)
+
     def tokens(self, number: int) -> int:
         """Tokens of a batch, padding left out."""
         batch = self._batches[number]
@@ -156,10 +165,15 @@ def _skipped(layers: Sequence[nn.Module], tuples: bool) -> Iterator[None]:
 @contextmanager
 def _replaced(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Let modules compute something else."""
+    # others, such as fused kernels, put a forward of their own on a module too
+    before = [(module, module.__dict__.get("forward")) for module, _ in forwards]
     for module, forward in forwards:
         module.forward = forward
     try:
         yield
     finally:
-        for module, _ in forwards:
-            del module.forward
+        for module, own in before:
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own

@@ -102,12 +102,14 @@ def round_model(
     training = model.training
     model.eval()
     walk = Walk(model, specs, rounding, frozenset(sparse), shelf, replay, others, advance)
-    for name in ends:
-        walk.end(name)
-    for index, layer in enumerate(layers or [model]):
-        walk.layer(index, layer, names[index], index + 1 == len(layers))
-    shelf.close()
-    model.train(training)
+    try:
+        for name in ends:
+            walk.end(name)
+        for index, layer in enumerate(layers or [model]):
+            walk.layer(index, layer, names[index], index + 1 == len(layers))
+        shelf.close()
+    finally:
+        model.train(training)
     state = QuantState.of(lattices.weights, specs, {name: walk.encoded[name] for name in specs})
     return RoundedModel(state=replace(state, **walk.served.state()), errors=walk.errors, notes=walk.notes)
 

@@ -26,7 +26,7 @@ from decoct.qat.ptq.mse import searched_scales
 from decoct.qat.ptq.order import steps_of
 from decoct.qat.ptq.replay import Replay
 from decoct.qat.ptq.report import SAMPLE, error_lines, kind_of, sampled
-from decoct.qat.spec import QuantSpec
+from decoct.qat.spec import ActivationSpec, QuantSpec
 
 SPEC = QuantSpec(bits=3, group_size=16)
 GPTQ = Rounding(method="gptq")
@@ -165,13 +165,13 @@ def test_steps_are_found_in_the_order_in_which_they_run(random_model: RandomMode
 @torch.no_grad()
 def test_a_shortened_part_gives_what_it_gave_and_runs_no_more(random_model: RandomModel) -> None:
     replay, layer, linears = replay_of(random_model("qwen3"), text_of(windows(10)))
+    steps = steps_of(replay, 0, layer, linears)
+    assert steps is not None
     layer.get_submodule("self_attn").register_forward_hook(lambda _module, _inputs, output: doubled(output[0]))
     whole = outputs(replay)
     calls: list[str] = []
     for name, linear in linears.items():
         linear.register_forward_hook(lambda *_, name=name: calls.append(name))
-    steps = steps_of(replay, 0, layer, linears)
-    assert steps is not None
     for step in steps:
         if step.part is not None:
             given: list[Tensor] = []
@@ -349,6 +349,91 @@ def test_memory_holds_one_layer_of_a_model_in_files(random_model: RandomModel, t
     assert set(held) == {1}
     assert all(in_file(codes, work) for codes in rounded.state.codes.values())
     assert all(in_file(p, work) for layer in layers for p in layer.parameters())
+
+
+@pytest.mark.parametrize("skip", [["*layers.0.*"], ["*layers.1.*"], ["*.mlp.*"]])
+@pytest.mark.parametrize("more", [{}, {"method": "gptq"}, {"method": "mse", "weighted": True}])
+@pytest.mark.parametrize("served", [{}, {"activations": ActivationSpec(scaling="static")}, {"kv_cache": ActivationSpec(scaling="static")}])
+def test_progress_adds_up_where_layers_have_nothing_to_round(
+    random_model: RandomModel, skip: list[str], more: dict[str, Any], served: dict[str, Any]
+) -> None:
+    model, text, rounding, done = random_model("llama"), text_of(windows()), Rounding(**more, **served), list[int]()
+    amount = amount_of_work(model, SPEC, rounding, skip, text)
+    round_model(model, SPEC, rounding, skip=skip, text=text, advance=done.append)
+    assert sum(done) == amount and min(done, default=0) >= 0
+
+
+class AddsInPlace(nn.Module):
+    """What it wraps, and its input added in place."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x)
+        out += x
+        return out
+
+
+def test_parts_that_change_what_their_linear_gives_are_run_whole(random_model: RandomModel) -> None:
+    found = []
+    for kept in (True, False):
+        model = random_model("llama")
+        for index in range(2):
+            model.set_submodule(f"model.layers.{index}.mlp", AddsInPlace(model.get_submodule(f"model.layers.{index}.mlp")))
+        with pytest.MonkeyPatch.context() as patch:
+            if not kept:
+                patch.setattr(Replay, "shorten", lambda *_: None)
+            found.append(round_model(model, SPEC, GPTQ, text=text_of(windows())).state.hash())
+        assert all("forward" not in vars(module) for module in model.modules())
+    assert found[0] == found[1]
+
+
+@torch.no_grad()
+def test_hidden_states_are_not_a_layers_to_change(random_model: RandomModel) -> None:
+    replay, _, _ = replay_of(model := random_model("llama"), text_of(windows(8)))
+    replay.finish(0, lambda _: None)
+
+    def adds_in_place(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        args[0].add_(1)
+
+    decoder_layers(model)[1].register_forward_pre_hook(adds_in_place)
+    one, two = (replay.run(1, 0) for _ in range(2))
+    assert one is not None and two is not None and torch.equal(one, two)
+
+
+def test_a_forward_of_its_own_stays_on_a_module(random_model: RandomModel) -> None:
+    model = random_model("llama")
+    attention = model.get_submodule("model.layers.0.self_attn")
+    own = attention.forward
+    attention.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    mine = attention.forward
+    round_model(model, SPEC, GPTQ, text=text_of(windows()))
+    assert attention.forward is mine
+
+
+def test_a_linear_that_reads_windows_in_chunks_is_named(random_model: RandomModel) -> None:
+    class Chunks(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.inner(part) for part in x.split(16, 1)], 1)
+
+    model = random_model("llama")
+    model.set_submodule("model.layers.0.mlp", Chunks(model.get_submodule("model.layers.0.mlp")))
+    with pytest.raises(UserError, match=r"mlp\.inner\.gate_proj reads 16 of 24 tokens at a time"):
+        round_model(model, SPEC, GPTQ, text=text_of(windows()))
+
+
+def test_a_model_that_was_training_goes_on_training_after_an_error(random_model: RandomModel) -> None:
+    model = random_model("llama").train()
+    model.get_submodule("model.layers.1.input_layernorm").get_parameter("weight").data[3] = float("nan")
+    with pytest.raises(NonFiniteError):
+        round_model(model, SPEC, GPTQ, text=text_of(windows()))
+    assert model.training
 
 
 def test_masks_keep_pruned_weights_at_zero(random_model: RandomModel) -> None:
