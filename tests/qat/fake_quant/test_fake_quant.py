@@ -1,5 +1,6 @@
 """The public function around the back ends: arguments, memory layouts, autocast, compile, checkpointing, imports."""
 
+import dataclasses
 import subprocess
 import sys
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from decoct.qat.fake_quant import dequantize, fake_quant, quantize
+from decoct.qat.fake_quant import dequantize, fake_quant, fake_quant_learned, quantize
 from decoct.qat.spec import QuantSpec
 
 SPEC = QuantSpec(bits=4, group_size=16)
@@ -60,6 +61,8 @@ def test_non_contiguous_weights_and_gradients(weight: torch.Tensor) -> None:
     mask = torch.rand(32, 6, generator=torch.Generator().manual_seed(1)).t() > 0.5
     strided = weight.t().contiguous().t()
     assert not strided.is_contiguous()
+    by_row = dataclasses.replace(SPEC, group_size="channel")
+    assert fake_quant(strided, by_row).is_contiguous() and fake_quant_learned(strided, torch.ones(len(strided), 1), by_row).is_contiguous()
     assert not mask.is_contiguous()
     plain = weight.clone().requires_grad_()
     latent = strided.clone(memory_format=torch.preserve_format).requires_grad_()
