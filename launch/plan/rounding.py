@@ -109,10 +109,11 @@ def _layer_bytes(stacks: list[_Stack], needs: str, batch: int, fitted: bool) -> 
 def _stack_bytes(stack: _Stack, whole: bool, fitted: bool) -> int:
     """Bytes of rounding one stack."""
     weights = stack.outputs * stack.inputs
-    # weight, what is left of it and its difference in fp32, and codes twice
-    rounding = 4 * 4 * weights + 2 * weights
     if not whole:
-        return rounding
+        # what rounding leaves of the weights, twice, and their values in fp32; codes twice
+        return 3 * 4 * weights + 2 * weights
+    # weights, what is rounded of them and its errors in fp32, and codes twice
+    rounding = 4 * 4 * weights + 2 * weights
     factor = 4 * stack.inputs**2
     # fitting keeps the codes before, and works on a few rows at a time
     more = weights + _FITTING if fitted else 0
