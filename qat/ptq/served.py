@@ -2,8 +2,7 @@
 served one gives.
 
 The Hessians of a layer are taken before: GPTQ sees its unrounded inputs, keys and values, given what the layers before it give as they are
-served. Ranges behind static scales are those of all calibration text, padding left out, in the layer with its
-weights rounded.
+served. Ranges behind static scales are those of all calibration text, padding left out, in the layer with its weights rounded.
 """
 
 from collections.abc import Callable, Sequence

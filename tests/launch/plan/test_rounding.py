@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen3Config
 
 from decoct.configs import recipe_from_dict
 from decoct.launch.plan import Plan, plan, problems
@@ -64,6 +65,19 @@ def test_ranges_take_text_and_a_pass_of_their_own(monkeypatch: pytest.MonkeyPatc
     assert small.host_bytes - rtn.host_bytes == 4 * 16_384 * (2 * 4096 + 14336)
     assert ranges.host_bytes - rtn.host_bytes == 4 * 4096 * 262_144
     assert both.host_bytes == gptq.host_bytes and both.device_bytes == gptq.device_bytes
+
+
+def test_what_an_attention_wider_than_the_hidden_states_reads_is_counted(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    }
+    Qwen3Config(num_hidden_layers=2, vocab_size=512, tie_word_embeddings=True, **sizes).save_pretrained(tmp_path)
+    _, (rtn, gptq) = planned({}, {"method": "gptq", "calibration_tokens": 16_384}, model=str(tmp_path), gpus=1)
+    assert gptq.host_bytes - rtn.host_bytes == 4 * 16_384 * (1024 + 2048 + 3072)
 
 
 def test_a_quantized_stage_that_starts_with_gptq_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,18 @@ def test_the_gain_is_what_the_damped_error_loses(shared: bool, zeros: Tensor | N
     assert torch.equal(got, got.to(torch.bfloat16).float())
 
 
+@pytest.mark.parametrize(("bits", "masked", "turns"), [(3, False, 2), (4, False, 1), (4, True, 2), (8, True, 2)])
+def test_a_second_turn_is_for_few_bits_and_pruned_weights(bits: int, masked: bool, turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = case(24, 128)
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(3)) > 0.5 if masked else None
+    spec, passes = QuantSpec(bits=bits, group_size=32, scale_grid="fp32"), []
+    monkeypatch.setattr(fit, "gptq_pass", lambda *given: passes.append(1) or gptq_pass(*given))
+    fitted_codes(
+        weight if mask is None else weight * mask, searched_lattice(weight, spec, mask), hessian, factor_of(hessian, 0.01), spec, mask
+    )
+    assert len(passes) == turns
+
+
 def test_pruned_weights_stay_zero() -> None:
     weight, hessian = case(32, 192)
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(3)) > 0.5
