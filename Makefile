@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart check format lint types test test-serving test-serving-llama-cpp test-serving-vllm test-serving-gptq bench bench-gpu clean
+.PHONY: help install quickstart check format lint types test test-slow test-serving test-serving-llama-cpp test-serving-vllm test-serving-gptq bench bench-gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ lint: install
 
 types: install
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+test-slow: install ## the slow tests alone: with `make check`, every test of `make test` runs once
+	$(TEST) -m 'slow and not serving' $(PYTEST_ARGS)
 
 test: install ## every test but those of the serving stacks
 	$(TEST) -m 'not serving' $(PYTEST_ARGS)
