@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ..models.settings import CacheSettings
 from ..trainer.settings import DataSettings, LoggerSettings, TrainerSettings, TrainingBlock
+from .foreign_names import meant_by
 from .nodes import KeyPath, Listing, Mapping, Node, Scalar, is_null
 from .problems import Problems, did_you_mean, nearest
 from .ranges import out_of_range
@@ -126,7 +127,10 @@ def _value_type(annotation: Any) -> Any:
 
 
 def unknown_key(key: str, valid: Sequence[str]) -> str:
-    """The message for a key that does not exist here: the nearest that does, or where it belongs, and all valid ones."""
+    """The message for a key that does not exist here: what it is called or where it belongs, or the nearest, and all valid ones."""
+    foreign = meant_by(key)
+    if foreign:
+        return f"unknown key: {foreign}; valid here: {', '.join(valid)}"
     hint = did_you_mean(key, valid)
     if not hint:
         homes = [f"it belongs at {name}.{key}" for name, section in _SECTIONS.items() if key in types_of(section)]

@@ -13,12 +13,13 @@ import typer
 
 from ..models.errors import DecoctError, GateFailed
 from . import export_verbs, model_verbs, recipe_verbs
+from .command_group import Verbs
 
 app = typer.Typer(
     name="decoct",
+    cls=Verbs,
     help="Boil a large language model down to one that can be served: distil, prune, train quantized, export, verify, report.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -27,8 +28,19 @@ for verbs in (recipe_verbs, model_verbs, export_verbs):
 app.add_typer(recipe_verbs.shipped_app, name="recipes")
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from decoct import __version__
+
+        typer.echo(f"decoct {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="Show the version and end.")] = False,
+) -> None:
     """Options of every verb; ``main`` reads them before typer does, so that they may stand anywhere."""
 
 

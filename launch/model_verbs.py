@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Bits, GroupSize, Hub, Model, Out, Overrides, SeqLength, Teacher, Text, Tokens
+from .options import Bits, GroupSize, Hub, Model, Out, SeqLength, StageOverrides, Teacher, Text, Tokens, TrainTokens
 
 app = typer.Typer()
 
@@ -12,11 +12,11 @@ app = typer.Typer()
 @app.command(epilog="Example: decoct distill student/ --teacher HuggingFaceTB/SmolLM2-1.7B --text 'corpus/*.jsonl' --tokens 10M")
 def distill(
     model: Model,
-    overrides: Overrides = None,
+    overrides: StageOverrides = None,
     teacher: Teacher = None,
     text: Text = None,
     hub: Hub = None,
-    tokens: Tokens = "1M",
+    tokens: TrainTokens = None,
     seq_length: SeqLength = 512,
     out: Out = None,
 ) -> None:
@@ -29,7 +29,7 @@ def distill(
 @app.command(epilog="Example: decoct prune student/ --ffn 384    or: decoct prune student/ --keep 0.7 --teacher big/ --tokens 2M")
 def prune(
     model: Model,
-    overrides: Overrides = None,
+    overrides: StageOverrides = None,
     ffn: Annotated[int | None, typer.Option("--ffn", help="FFN channels kept in every layer (the model gets smaller).")] = None,
     keep: Annotated[float | None, typer.Option("--keep", help="Share of the linear weights that stays (the others become zero).")] = None,
     teacher: Teacher = None,
@@ -48,13 +48,13 @@ def prune(
 @app.command(epilog="Example: decoct qat student/ --teacher big/ --bits 4 --group-size 64 --tokens 5M")
 def qat(
     model: Model,
-    overrides: Overrides = None,
+    overrides: StageOverrides = None,
     bits: Bits = 4,
     group_size: GroupSize = "128",
     teacher: Teacher = None,
     text: Text = None,
     hub: Hub = None,
-    tokens: Tokens = "1M",
+    tokens: TrainTokens = None,
     train: Annotated[str, typer.Option("--train", help="all, or scales: these alone, over fixed codes of a byte a weight.")] = "all",
     start: Annotated[
         str | None,
@@ -74,7 +74,7 @@ def qat(
 @app.command(epilog="Example: decoct quantize student/ --method gptq --bits 4 --group-size 64 --text 'corpus/*.txt'")
 def quantize(
     model: Model,
-    overrides: Overrides = None,
+    overrides: StageOverrides = None,
     method: Annotated[str, typer.Option("--method", help="rtn (to nearest), mse (searched scales) or gptq (calibrated on text).")] = "rtn",
     bits: Bits = 4,
     group_size: GroupSize = "128",

@@ -7,7 +7,11 @@ import typer
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped recipe.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or hub id.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as stages.0.learning_rate=1e-4.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as stages.0.learning_rate=1e-4.")]
+StageOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings of the stage or the recipe, such as learning_rate=1e-4 trainer.precision=32."),
+]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder.", show_default="runs/NAME")]
 Teacher = Annotated[str | None, typer.Option("--teacher", help="Teacher: model folder or hub id.")]
 Text = Annotated[
@@ -16,6 +20,7 @@ Text = Annotated[
 ]
 Hub = Annotated[str | None, typer.Option("--hub", help="Hugging Face dataset id, instead of --text.")]
 Tokens = Annotated[str | None, typer.Option("--tokens", help="Training tokens, such as 500k or 2M.")]
+TrainTokens = Annotated[str | None, typer.Option("--tokens", help="Training tokens, such as 500k or 2M.", show_default="1M")]
 SeqLength = Annotated[int, typer.Option("--seq-length", help="Tokens a window.")]
 Bits = Annotated[int, typer.Option("--bits", help="Bits of a weight.")]
 GroupSize = Annotated[str, typer.Option("--group-size", help="Inputs that share a scale, or 'channel'.")]

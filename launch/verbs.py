@@ -10,6 +10,9 @@ from typing import Any
 
 from ..models.errors import UserError
 
+DEFAULT_TOKENS = {"distill": "1M", "qat": "1M"}
+"""What a verb trains on when neither tokens nor steps are given."""
+
 
 @dataclass(frozen=True)
 class TextChoice:
@@ -40,6 +43,24 @@ def verb_recipe(kind: str, model: str, settings: dict[str, Any], text: TextChoic
     recipe["trainer"] = {"global_batch_tokens": text.seq_length * 32}
     recipe["stages"] = [{kind: {k: v for k, v in settings.items() if v is not None}}]
     return recipe
+
+
+def verb_overrides(kind: str, overrides: Sequence[str]) -> list[str]:
+    """KEY=VALUE of a single verb as overrides of its recipe: a key of the stage stands for itself (``steps=9`` for ``stages.0.steps=9``).
+
+    A key that recipes have at the top (``teacher.load_in``, ``seed``) keeps that meaning.
+    """
+    from ..configs.reading import KEYS
+    from ..configs.schema import types_of
+    from ..trainer.stages.registry import STAGE_KINDS
+
+    own = set(types_of(STAGE_KINDS[kind].settings)) - set(KEYS)
+    return [f"stages.0.{text}" if text.partition("=")[0].partition(".")[0].strip() in own else text for text in overrides]
+
+
+def _gives_steps(override: str) -> bool:
+    keys = override.partition("=")[0].split(".")
+    return keys[0].strip() == "stages" and keys[-1].strip() == "steps"
 
 
 def _learns(kind: str, settings: dict[str, Any]) -> bool:
@@ -77,9 +98,12 @@ def run_verb(
     from ..configs.loader import recipe_from_dict
     from .run.start import start
 
+    given = verb_overrides(kind, overrides or ())
+    if "tokens" in settings and settings["tokens"] is None and kind in DEFAULT_TOKENS and not any(map(_gives_steps, given)):
+        settings = {**settings, "tokens": DEFAULT_TOKENS[kind]}
     if not (text.files or text.hub) and _learns(kind, settings) and os.environ.get("RANK", "0") == "0":
         print(f"decoct: neither --text nor --hub: {kind} learns from the Python standard library, which is for trying out", file=sys.stderr)
-    start(recipe_from_dict(verb_recipe(kind, model, settings, text, teacher), overrides or ()), out)
+    start(recipe_from_dict(verb_recipe(kind, model, settings, text, teacher), given), out)
 
 
 def run_evaluate(model: str, text: TextChoice, teacher: str | None, gate: str | None, out: Path | None) -> None:

@@ -233,6 +233,24 @@ BROKEN = {
 }
 
 
+BROKEN |= {
+    "the rate's short name": (
+        HEAD + "stages:\n  - distill: {tokens: 1M, lr: 1e-4}\n",
+        "my.yaml:5: stages.0.distill.lr: unknown key: the peak learning rate is 'learning_rate' of a stage that trains "
+        f"(stages.0.learning_rate=1e-4); valid here: {STAGE_KEYS}",
+    ),
+    "epochs": (
+        HEAD + "stages:\n  - distill: {tokens: 1M, epochs: 3}\n",
+        "my.yaml:5: stages.0.distill.epochs: unknown key: a stage is as long as its 'tokens' (or 'steps') say, and there are no epochs: "
+        f"N times over a text is N times its tokens; valid here: {STAGE_KEYS}",
+    ),
+    "a seed in the wrong place": (
+        HEAD + "stages:\n  - distill: {tokens: 1M, seed: 3}\n",
+        f"my.yaml:5: stages.0.distill.seed: unknown key: it is 'seed' at the top of the recipe; valid here: {STAGE_KEYS}",
+    ),
+}
+
+
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_recipe_is_refused_with_place_key_and_remedy(case: str, message: Callable[..., str]) -> None:
     text, expected = BROKEN[case]

@@ -1,5 +1,6 @@
 """The command line's surface is frozen: a new or lost option is a decision, made here as well."""
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import typer
 
 from decoct.launch.cli import app
+from decoct.launch.command_group import options_from_pairs
 
 SURFACE = {
     "run": {"recipe", "overrides", "--out"},
@@ -113,3 +115,60 @@ def test_usage_error_ends_with_code_2_and_no_traceback() -> None:
     done = subprocess.run([sys.executable, "-m", "decoct.launch.cli", "run"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+def decoct(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "decoct", *arguments]
+    return subprocess.run(command, env={**os.environ, "COLUMNS": "300", **environment}, capture_output=True, text=True)
+
+
+def test_version_is_told_by_the_package_the_module_and_the_option() -> None:
+    import decoct as package
+
+    assert decoct("--version").stdout == f"decoct {package.__version__}\n"
+
+
+def test_shells_complete_verbs_and_options() -> None:
+    told = decoct(_DECOCT_COMPLETE="complete_bash", COMP_WORDS="decoct q", COMP_CWORD="1")
+    assert told.stdout.split() == ["qat", "quantize"]
+    told = decoct(_DECOCT_COMPLETE="complete_bash", COMP_WORDS="decoct distill --to", COMP_CWORD="2")
+    assert told.stdout.split() == ["--tokens"]
+    assert "_DECOCT_COMPLETE=complete_bash" in decoct("--show-completion", "bash").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["run", "quickstart", "--dry-run"], "`decoct plan RECIPE` says what a run would do"),
+        (["run", "quickstart", "--lr", "1e-4"], "stages.0.learning_rate=1e-4"),
+        (["distill", "x", "--learning-rate", "1e-4"], "learning_rate=VALUE with a single verb"),
+        (["distill", "x", "--precision", "32"], "write trainer.precision=VALUE"),
+        (["qat", "x", "--epochs", "3"], "there are no epochs"),
+    ],
+)
+def test_options_of_other_tools_are_explained(arguments: list[str], hint: str) -> None:
+    done = decoct(*arguments)
+    assert done.returncode == 2
+    assert hint in done.stderr
+
+
+def test_key_value_is_an_option_where_no_recipe_takes_it() -> None:
+    export = commands()["export"].params
+    assert options_from_pairs(export, ["m", "out=a=b", "format=gguf", "allow_inexact=true"]) == [
+        "m", "--out", "a=b", "--format", "gguf", "--allow-inexact",
+    ]  # fmt: skip
+    assert options_from_pairs(export, ["--out", "format=x", "model=1", "--", "out=x"]) == ["--out", "format=x", "model=1", "--", "out=x"]
+    verify = commands()["verify"].params
+    assert options_from_pairs(verify, ["f", "runtimes=false", "runtimes=true"]) == ["f", "--no-runtimes", "--runtimes"]
+    with pytest.raises(typer.BadParameter, match="write runtimes=true or runtimes=false"):
+        options_from_pairs(verify, ["f", "runtimes=maybe"])
+
+
+def test_every_verb_takes_key_value() -> None:
+    for name, command in commands().items():
+        option = next((p.opts[0].lstrip("-") for p in command.params if p.opts[0].startswith("--")), None)
+        if option and not any(p.name == "overrides" for p in command.params):
+            assert options_from_pairs(command.params, [f"{option}=true"])[0] == f"--{option}", name
+    done = decoct("footprint", "70B", "context=32k", "json=true")
+    assert done.returncode == 0
+    assert "32000" in done.stdout

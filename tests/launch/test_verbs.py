@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from decoct.launch.verbs import TextChoice, copy_recipe, prune_settings, verb_recipe
+from decoct.launch.verbs import TextChoice, copy_recipe, prune_settings, run_verb, verb_overrides, verb_recipe
 from decoct.models.errors import UserError
 
 
@@ -96,6 +96,22 @@ def test_verb_recipe_is_one_stage_on_the_given_model() -> None:
     assert recipe["teacher"] == {"path": "big"}
     assert recipe["data"] == {"builtin": "python-stdlib", "seq_length": 64}
     assert recipe["stages"] == [{"qat": {"tokens": "1M"}}]
+
+
+def test_a_key_of_the_stage_stands_for_itself() -> None:
+    assert verb_overrides("distill", ["learning_rate=1e-4", "loss.temperature=2", "teacher.load_in=fp32", "seed=1"]) == [
+        "stages.0.learning_rate=1e-4", "stages.0.loss.temperature=2", "teacher.load_in=fp32", "seed=1",
+    ]  # fmt: skip
+    assert verb_overrides("evaluate", ["max_kl=0.1", "tokens=5"]) == ["stages.0.max_kl=0.1", "tokens=5"]
+
+
+@pytest.mark.parametrize(("given", "tokens", "steps"), [([], 1_000_000, None), (["steps=7"], None, 7), (["tokens=5k"], 5000, None)])
+def test_steps_replace_the_default_tokens(given: list[str], tokens: Any, steps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr("decoct.launch.run.start.start", lambda recipe, out: started.append(recipe))
+    run_verb("distill", "m", {"tokens": None}, TextChoice(["a.txt"], None, 64), "t", given, None)
+    settings = started[0].stages[0].settings
+    assert (settings.tokens, settings.steps) == (tokens, steps)
 
 
 def test_options_that_exclude_each_other_are_refused_by_name() -> None:
