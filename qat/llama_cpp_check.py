@@ -108,17 +108,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     tokens: NDArray[np.int64] = np.load(options.tokens)
+    _tell(options.result, phase="loading")
     server = Server(options.model, max(512, tokens.shape[1] + _GENERATED + 1), options.threads)
+    version = f"xllamacpp {importlib.metadata.version('xllamacpp')}"
+    _tell(options.result, phase="predicting", version=version)
     seen = teacher_forced(server, tokens, options.vocabulary)
     np.savez(options.seen, ids=seen["ids"], logprobs=seen["logprobs"], next=seen["next"])
-    result = {
-        "version": f"xllamacpp {importlib.metadata.version('xllamacpp')}",
-        "tokens_per_second": server.speed(tokens[0, :1].tolist()),
-        "peak_bytes": _peak_bytes(),
-    }
-    options.result.write_text(json.dumps(result), encoding="utf-8")
+    result = {"version": version, "tokens_per_second": server.speed(tokens[0, :1].tolist()), "peak_bytes": _peak_bytes()}
+    _tell(options.result, phase="done", **result)
     sys.stdout.flush()
     os._exit(0)  # the server's threads are not waited for
+
+
+def _tell(file: Path, **facts: Any) -> None:
+    """How far it came (``check_process.py`` reads it, whatever becomes of this process)."""
+    file.write_text(json.dumps(facts), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,7 @@ rule is that of ``agreement.py``, with perplexities within 0.5 %.
 """
 
 import importlib.util
-import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -20,9 +18,10 @@ from torch import Tensor
 
 from . import llama_cpp_check
 from .agreement import compare
+from .check_process import outcome, run_check, unfinished
 from .read_gguf_model import GgufModel, find_gguf
 from .rebuild import load_exported_model
-from .runtimes import TIMEOUT_SECONDS, available_bytes, chosen_tokens, outcome
+from .runtimes import available_bytes, chosen_tokens
 from .structure import model_structure
 
 MAX_PERPLEXITY_SHIFT = 0.005
@@ -76,12 +75,8 @@ def run_llama_cpp(
     command = [python, "-P", llama_cpp_check.__file__, str(file.resolve()), "--threads", str(torch.get_num_threads())]
     command += ["--vocabulary", str(vocabulary), *(part for name, place in places.items() for part in (f"--{name}", str(place)))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return outcome("failed", reason=f"no answer within {TIMEOUT_SECONDS} seconds"), None
-    if done.returncode != 0 or not places["result"].is_file():
-        said = [line for line in done.stderr.strip().splitlines() if line.strip()]
-        return outcome("failed", reason=f"exit code {done.returncode}: {said[-1] if said else 'no message'}"), None
+    ended = run_check(command, places["result"], environment)
+    if not ended.done:
+        return unfinished(ended), None
     with np.load(places["seen"], allow_pickle=False) as arrays:
-        return json.loads(places["result"].read_text(encoding="utf-8")), dict(arrays)
+        return {key: value for key, value in ended.result.items() if key != "phase"}, dict(arrays)

@@ -11,6 +11,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,13 +21,16 @@ from torch import Tensor
 GENERATED = 64
 
 
-def run_transformers(folder: str, tokens: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, dict[str, list[str]], float]:
+def run_transformers(
+    folder: str, tokens: Tensor, dtype: torch.dtype = torch.float32, loaded: Callable[[], None] = lambda: None
+) -> tuple[Tensor, dict[str, list[str]], float]:
     """Logits of plain transformers, and how fast it generates.
 
     Args:
         folder: The export.
         tokens: int64 [B, S].
         dtype: What is computed in.
+        loaded: Called between loading and predicting.
 
     Returns:
         (logits fp32 [B, S, V], names transformers reported as missing, unexpected or mismatched, tokens per second).
@@ -34,12 +38,13 @@ def run_transformers(folder: str, tokens: Tensor, dtype: torch.dtype = torch.flo
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True, **loading_options(folder)}
-    model, loaded = cast(tuple[Any, dict[str, Any]], AutoModelForCausalLM.from_pretrained(folder, **options))
+    model, info = cast(tuple[Any, dict[str, Any]], AutoModelForCausalLM.from_pretrained(folder, **options))
     model.eval()
+    loaded()
     with torch.inference_mode():
         logits = torch.cat([model(input_ids=row[None], use_cache=False).logits for row in tokens])
     names = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    return logits.float(), {kind: sorted(map(str, loaded[kind])) for kind in names if loaded[kind]}, _speed(model, tokens[:1, :1])
+    return logits.float(), {kind: sorted(map(str, info[kind])) for kind in names if info[kind]}, _speed(model, tokens[:1, :1])
 
 
 def _speed(model: Any, prompt: Tensor) -> float:
@@ -103,15 +108,23 @@ def main(arguments: list[str] | None = None) -> None:
     from safetensors.torch import load_file, save_file
 
     torch.set_num_threads(options.threads)
-    result: dict[str, Any] = {}
+    tokens, version = load_file(options.tokens)["tokens"], f"transformers {_versions().get('transformers', 'unknown')}"
+    _tell(options.result, phase="loading", version=version)
     try:
-        logits, loading, speed = run_transformers(options.folder, load_file(options.tokens)["tokens"], getattr(torch, options.dtype))
+        logits, loading, speed = run_transformers(
+            options.folder, tokens, getattr(torch, options.dtype), lambda: _tell(options.result, phase="predicting", version=version)
+        )
     except ImportError as error:
-        result = {"not_installed": str(error).strip().splitlines()[0]}
-    else:
-        save_file({"logits": logits.contiguous()}, options.logits)
-        result = {"versions": _versions(), "loading": loading, "tokens_per_second": speed, "peak_bytes": peak_bytes()}
-    options.result.write_text(json.dumps(result), encoding="utf-8")
+        _tell(options.result, phase="loading", not_installed=str(error).strip().splitlines()[0])
+        return
+    save_file({"logits": logits.contiguous()}, options.logits)
+    measured = {"tokens_per_second": speed, "peak_bytes": peak_bytes()}
+    _tell(options.result, phase="done", versions=_versions(), loading=loading, **measured)
+
+
+def _tell(file: Path, **facts: Any) -> None:
+    """How far it came (``check_process.py`` reads it, whatever becomes of this process)."""
+    file.write_text(json.dumps(facts), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,8 @@ loads GGUF, rounds activations and has a rule of its own (``llama_cpp_runtime.py
 of GPTQ and AWQ compute in fp16 (``runtime_rules.py``).
 """
 
-import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from ..models.errors import UserError
 from ..models.host_memory import available_bytes
+from .check_process import outcome, run_check, unfinished
 from .read_gguf_model import find_gguf
 from .rebuild import load_exported_model
 from .runtime_rules import rule_for
@@ -32,7 +31,6 @@ MARGIN = 0.1
 """Nats between the first and the second choice above which both must choose the same, in whatever arithmetic."""
 MIN_TOP1, MAX_PERPLEXITY_SHIFT, MIN_POSITIONS = 0.99, 0.002, 2000
 """In a runtime's own 16-bit arithmetic, over at least so many positions: agreement, and relative difference of the perplexities."""
-TIMEOUT_SECONDS = 3600
 _SEQUENCES, _POSITIONS = 4, 32
 
 
@@ -113,8 +111,10 @@ def check_runtimes(folder: Path, *, tokens: Tensor | None = None) -> dict[str, d
         tokens: int64 [B, S] of real text, to have perplexities too; None takes 128 pseudo-random tokens.
 
     Returns:
-        By runtime: ``status`` ('agrees', 'differs', 'failed', 'skipped' or 'not installed'), ``top1``, ``max_logprob_diff`` (nats),
-        ``perplexity`` (None without ``tokens``), ``version``, ``positions`` and, when it did not agree, ``reason``.
+        By runtime: ``status``, ``top1``, ``max_logprob_diff`` (nats), ``perplexity`` (None without ``tokens``), ``version``, ``positions``
+        and, when it did not agree, ``reason``. The status is 'agrees'; 'differs': it loaded the export and computes something else, the
+        only one that speaks against the export; 'failed': it loaded it and ended while it predicted; 'skipped': it refused to load it
+        (in the reason its own words), or there is too little memory to compare; or 'not installed'.
         ``arithmetic`` 'own' (of vLLM the dtype) where predictions were compared, not logits. Of a model that was loaded also
         ``tokens_per_second`` of generating one text and ``peak_bytes``, the most memory that its processes had.
 
@@ -148,7 +148,8 @@ def _check_transformers(folder: Path, tokens: Tensor | None) -> dict[str, Any]:
         return seen
     if seen["loading"]:
         kind, names = next(iter(seen["loading"].items()))
-        return outcome("failed", version=seen["version"], reason=f"{kind.replace('_', ' ')}: {names[0]} ({len(names)} in all)")
+        what = f"it loaded something else than was written; {kind.replace('_', ' ')}: {names[0]} ({len(names)} in all)"
+        return outcome("differs", version=seen["version"], reason=what)
     model = load_exported_model(folder, inputs="compressed-tensors")
     with torch.inference_mode():
         reference = torch.cat([model(input_ids=row[None], use_cache=False).logits for row in chosen])
@@ -174,11 +175,6 @@ def outcome_text(seen: dict[str, Any]) -> str:
     return ", ".join(fact.removeprefix("status ") for fact in facts)
 
 
-def outcome(status: str, **facts: Any) -> dict[str, Any]:
-    """A runtime's entry in the report: every usual key, None where there is nothing to say."""
-    return {"status": status, **dict.fromkeys(("top1", "max_logprob_diff", "perplexity", "version", "positions", "reason")), **facts}
-
-
 def _run_fresh(folder: Path, tokens: Tensor, scratch: Path) -> dict[str, Any]:
     """``logits``, ``loading``, ``version``, speed and memory from a new process; an outcome when it did not get that far."""
     from safetensors.torch import load_file, save_file
@@ -189,16 +185,12 @@ def _run_fresh(folder: Path, tokens: Tensor, scratch: Path) -> dict[str, Any]:
     command = [sys.executable, "-P", "-m", "decoct.qat.runtime_check", str(folder.resolve()), "--threads", str(torch.get_num_threads())]
     command += [part for name, path in paths.items() for part in (f"--{name}", str(path))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return outcome("failed", reason=f"no answer within {TIMEOUT_SECONDS} seconds")
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines()
-        return outcome("failed", reason=f"exit code {done.returncode}: {said[-1] if said else 'no message'}")
-    result = json.loads(paths["result"].read_text(encoding="utf-8"))
+    ended = run_check(command, paths["result"], environment)
+    result = ended.result
     if "not_installed" in result:
         return outcome("not installed", reason=result["not_installed"])
+    if not ended.done:
+        return unfinished(ended)
     version = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     measured = {name: result[name] for name in ("loading", "tokens_per_second", "peak_bytes")}
     return {"logits": load_file(paths["logits"])["logits"], "version": version, **measured}

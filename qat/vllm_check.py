@@ -191,13 +191,15 @@ def main(arguments: list[str] | None = None) -> None:
     tokens: NDArray[np.int64] = np.load(options.tokens)
     with tempfile.TemporaryDirectory(prefix="decoct-vllm-") as scratch:
         started = time.perf_counter()
+        _tell(options.result, phase="loading", version=_version())
         context = max(tokens.shape[1], GENERATED) + 1
         try:
             server = Server(options.folder, context, options.threads, Path(scratch), options.dtype)
         except RuntimeError as error:
-            options.result.write_text(json.dumps({"refused": str(error), "version": _version()}), encoding="utf-8")
+            _tell(options.result, phase="loading", version=_version(), words=str(error))
             return
         try:
+            _tell(options.result, phase="predicting", version=_version())
             ready = time.perf_counter() - started
             seen = teacher_forced(server, tokens, options.vocabulary)
             result = {"version": _version(), "tokens_per_second": server.speed(tokens[0, :1].tolist()), "start_seconds": ready}
@@ -205,7 +207,12 @@ def main(arguments: list[str] | None = None) -> None:
         finally:
             server.close()
     np.savez(options.seen, ids=seen["ids"], logprobs=seen["logprobs"], next=seen["next"])
-    options.result.write_text(json.dumps(result), encoding="utf-8")
+    _tell(options.result, phase="done", **result)
+
+
+def _tell(file: Path, **facts: Any) -> None:
+    """How far it came (``check_process.py`` reads it, whatever becomes of this process)."""
+    file.write_text(json.dumps(facts), encoding="utf-8")
 
 
 def _version() -> str:

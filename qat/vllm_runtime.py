@@ -6,9 +6,7 @@ are judged in fp16, or else in bf16 (activations may be too large for fp16), and
 """
 
 import importlib.util
-import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,18 +20,17 @@ from torch import Tensor
 from ..models.host_memory import available_bytes
 from . import vllm_check
 from .agreement import compare
+from .check_process import outcome, run_check, unfinished
 from .read_compressed_tensors import PackedFolder
 from .readers import open_folder
 from .rebuild import load_exported_model
-from .runtimes import TIMEOUT_SECONDS, chosen_tokens, outcome
+from .runtimes import chosen_tokens
 from .structure import model_structure
 
 PYTHON = "DECOCT_VLLM_PYTHON"
 """Environment variable: the interpreter that has vLLM, where it is not the one that runs decoct."""
 MAX_PERPLEXITY_SHIFT = 0.002
 """Relative difference of the perplexities, over at least 2,000 positions."""
-_UNSERVED = ("Failed to find a kernel", "Unsupported quantization config")
-"""What vLLM says of a sound file for which it has no kernel on this device."""
 
 
 def check_vllm(folder: Path, tokens: Tensor | None) -> dict[str, Any]:
@@ -92,16 +89,8 @@ def run_vllm(
     command = [python, "-P", vllm_check.__file__, str(folder.resolve()), "--threads", str(torch.get_num_threads()), "--dtype", dtype]
     command += ["--vocabulary", str(vocabulary), *(part for name, place in places.items() for part in (f"--{name}", str(place)))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT_SECONDS, check=False)
-    except (subprocess.TimeoutExpired, OSError) as error:
-        return outcome("failed", reason=f"{python}: {error}"), None
-    if done.returncode != 0 or not places["result"].is_file():
-        said = [line for line in done.stderr.strip().splitlines() if line.strip()]
-        return outcome("failed", reason=f"exit code {done.returncode}: {said[-1] if said else 'no message'}"), None
-    result = json.loads(places["result"].read_text(encoding="utf-8"))
-    if "refused" in result:
-        unserved = any(words in result["refused"] for words in _UNSERVED)
-        return outcome("skipped" if unserved else "failed", version=result["version"], reason=result["refused"]), None
+    ended = run_check(command, places["result"], environment)
+    if not ended.done:
+        return unfinished(ended), None
     with np.load(places["seen"], allow_pickle=False) as arrays:
-        return result, dict(arrays)
+        return {key: value for key, value in ended.result.items() if key != "phase"}, dict(arrays)

@@ -55,6 +55,8 @@ class Answers(BaseHTTPRequestHandler):
     def do_GET(self):
         self.reply({})
     def do_POST(self):
+        if (place / "dies").exists():
+            os._exit(9)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert body["temperature"] == 0 and body["model"] == "model"
         if "prompt_logprobs" not in body:
@@ -156,20 +158,44 @@ WARNING 11-26 02:20:08 [b.py:2] Found ulimit; this can cause OSError: too many o
 
 
 @pytest.mark.parametrize(
-    ("words", "status", "reason"),
+    ("words", "reason"),
     [
-        (NO_KERNEL, "skipped", "ValueError: Failed to find a kernel that can implement the layer. Reasons: quant type uint8b128 not"),
-        ("Traceback (most recent call last):\nKeyError: 'lm_head.weight_packed'", "failed", "code 1: KeyError: 'lm_head.weight_packed'"),
-        ("", "failed", "vllm serve ended with code 1"),
+        (NO_KERNEL, "ValueError: Failed to find a kernel that can implement the layer. Reasons: quant type uint8b128 not"),
+        ("(Worker pid=7) ERROR 11-30 01:30:02 [d.py:4] ValueError: Marlin does not support weight_bits = uint8b128.", "uint8b128"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "OutOfMemoryError: CUDA out of memory"),
+        ("Traceback (most recent call last):\nKeyError: 'a word that nobody has foreseen'", "code 1: KeyError: 'a word that nobody"),
+        ("", "vllm serve ended with code 1"),
     ],
 )
-def test_a_server_that_does_not_start_says_why(exported: Path, stand_in: Stand, words: str, status: str, reason: str) -> None:
+def test_a_server_that_does_not_start_has_refused_and_says_why(exported: Path, stand_in: Stand, words: str, reason: str) -> None:
     place = stand_in(exported, last_words=words)
     seen = check_vllm(exported, None)
-    assert seen["status"] == status
+    assert seen["status"] == "skipped"
+    assert seen["reason"].startswith("it does not load the export: ")
     assert reason in seen["reason"]
     assert seen["version"] == "vllm 9.8.7"
     assert asked(place) == ["float16"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["last words", "dies"])
+def test_a_sound_export_that_vllm_does_not_serve_verifies_and_is_written(
+    quantized_folder: Build, exported: Path, stand_in: Stand, ending: str
+) -> None:
+    (stand_in(exported) / ending).write_text("ValueError: Marlin does not support weight_bits = uint8b128.")
+    report = verify_folder(exported)
+    assert report.ok, report.problems
+    assert report.runtimes["vLLM"]["status"] == ("failed" if ending == "dies" else "skipped")
+    made = export_folder(quantized_folder(tie_word_embeddings=True), exported.parent / "other", "compressed-tensors")
+    assert made.runtimes["vLLM"]["reason"] == report.runtimes["vLLM"]["reason"]
+    assert "Not checked in vLLM" in (made.path / "README.md").read_text()
+
+
+def test_a_server_that_ends_while_it_predicts_failed_and_is_no_verdict(exported: Path, stand_in: Stand) -> None:
+    (stand_in(exported) / "dies").touch()
+    seen = check_vllm(exported, None)
+    assert seen["status"] == "failed"
+    assert seen["reason"].startswith("it loaded the export and ended while it predicted: ")
 
 
 def test_a_missing_vllm_and_a_missing_interpreter_are_said(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,8 +205,8 @@ def test_a_missing_vllm_and_a_missing_interpreter_are_said(exported: Path, monke
     assert check_runtimes(exported)["vLLM"]["status"] == "not installed"
     monkeypatch.setenv(PYTHON, "/nowhere/python")
     seen = check_vllm(exported, None)
-    assert seen["status"] == "failed"
-    assert "/nowhere/python" in seen["reason"]
+    assert seen["status"] == "skipped"
+    assert "its check did not start" in seen["reason"] and "/nowhere/python" in seen["reason"]
 
 
 def test_int8_inputs_and_plain_weights_are_judged_in_fp32(quantized_folder: Build, exported: Path, tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""A runtime's check in a process of its own, and how far it came: that tells a refusal from another answer.
+
+The scripts (``runtime_check.py``, ``llama_cpp_check.py``, ``vllm_check.py``) write their result file anew as they enter each phase. Which
+phase a process ended in says what happened, whatever its words were: one that ended before or while it loaded the export has refused it
+(no kernel, no memory, a missing package, a crash) and says nothing about the numbers in it; only one that answered can disagree.
+"""
+
+import json
+import re
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_SECONDS = 3600
+STARTING, LOADING, PREDICTING, DONE = "starting", "loading", "predicting", "done"
+"""Phases in their order; a process that has written nothing is starting."""
+_ENDINGS = {
+    STARTING: "its check did not start",
+    LOADING: "it does not load the export",
+    PREDICTING: "it loaded the export and ended while it predicted",
+}
+_ERROR = re.compile(r"[\w.]*[A-Z]\w*(Error|Exception|Exit|Interrupt)\b")
+_LONGEST = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """A check that has ended."""
+
+    phase: str
+    """The last phase it entered."""
+    result: dict[str, Any]
+    """What it wrote last; {} when it wrote nothing."""
+    words: str = ""
+    """Its own last words, where it did not come to the end."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it answered."""
+        return self.phase == DONE
+
+
+def run_check(command: Sequence[str], result: Path, environment: Mapping[str, str], seconds: float = TIMEOUT_SECONDS) -> Ended:
+    """Run a check that writes ``result`` (JSON with ``phase``, and ``words`` where it knows why it ends early)."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", env=dict(environment), timeout=seconds, check=False
+        )
+        words = _last_words(done.returncode, done.stderr)
+    except subprocess.TimeoutExpired:
+        words = f"no answer within {seconds:g} seconds"
+    except OSError as error:
+        words = f"{command[0]}: {error}"
+    found = _read(result)
+    return Ended(phase=str(found.get("phase", STARTING)), result=found, words=str(found.get("words") or words))
+
+
+def unfinished(ended: Ended) -> dict[str, Any]:
+    """The outcome of a check that did not answer: skipped where the runtime refused the export, failed where it had loaded it.
+
+    Neither says that the export is not what was trained.
+    """
+    status = "failed" if ended.phase == PREDICTING else "skipped"
+    reason = f"{_ENDINGS.get(ended.phase, ended.phase)}: {ended.words}"
+    return outcome(status, version=ended.result.get("version"), reason=reason)
+
+
+def outcome(status: str, **facts: Any) -> dict[str, Any]:
+    """A runtime's entry in the report: every usual key, None where there is nothing to say."""
+    return {"status": status, **dict.fromkeys(("top1", "max_logprob_diff", "perplexity", "version", "positions", "reason")), **facts}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _last_words(code: int, stderr: str) -> str:
+    """Why a process ended: the signal that ended it, or the last error that it printed with the lines that follow."""
+    if code < 0:
+        name = signal.Signals(-code).name if -code in {number.value for number in signal.Signals} else str(-code)
+        return f"ended by {name}" + (", as the system does when memory runs out" if -code == signal.SIGKILL else "")
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    last = next((index for index in range(len(lines) - 1, -1, -1) if _ERROR.match(lines[index])), len(lines) - 1)
+    said = " ".join(lines[last : last + 3])[:_LONGEST] if lines else "no message"
+    return f"exit code {code}: {said}"
