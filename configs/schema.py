@@ -5,6 +5,7 @@ checks types and required keys strictly, builds the frozen dataclasses, and so r
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -20,6 +21,7 @@ from .scalars import alternatives, choices, describe, parse_number, read_scalar
 
 Settings = TypeVar("Settings")
 
+_PASSWORD = re.compile(r"://[^/\s]*@")
 # Sections that may be written as one word: `logger: wandb` is `logger: {kind: wandb}`, `cache: top_k` is `cache: {mode: top_k}`.
 SHORT_FORMS: dict[type, str] = {LoggerSettings: "kind", CacheSettings: "mode"}
 # Where a key lives that someone put into the wrong section.
@@ -81,6 +83,10 @@ class _Walk:
         found = read_scalar(node, annotation)
         if isinstance(found, str) and not found.isprintable():
             self._problems.add(path, "holds characters that cannot be printed; write plain text on one line")
+            return ""
+        if isinstance(found, str) and _PASSWORD.search(found):
+            # not shown: this would be printed, logged and written into the run folder
+            self._problems.add(path, "holds an address with a name or password in it (://...@); give the bare address")
             return ""
         return found
 
@@ -189,7 +195,9 @@ def _tell(fault: Any, keys: KeyPath, plain: Any, settings: type, path: KeyPath, 
         message = str(fault["ctx"]["error"])
         # 'bits=9 is outside 2..8' is told at the line of bits
         named = message.partition("=")[0]
-        problems.add((*at, named) if isinstance(value, dict) and named in value else at, message)
+        place = (*at, named) if isinstance(value, dict) and named in value else at
+        if place == at or not problems.touches(place):
+            problems.add(place, message)
     else:
         problems.add(at, f"wants {describe(annotation)}; got {shown(value)}{_hint(value, annotation)}")
 

@@ -1,8 +1,10 @@
 """What a user may choose about teacher and student (plain data; the work is done in ``teachers/`` and ``student.py``)."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 LoadIn = Literal["fp32", "bf16", "int8", "nf4"]
 Placement = Literal["replicated", "sharded", "offloaded"]
@@ -63,28 +65,46 @@ class ServedSettings:
     """A server that predicts in the teacher's place: OpenAI-compatible, with vLLM's ``prompt_logprobs``."""
 
     url: str
-    """Address up to and including the version, such as http://host:8000/v1."""
+    """Address up to and including the version, such as http://host:8000/v1; it holds no key and no password."""
     model: str
     """Name of the model on the server."""
     tokens: int = 20
     """Likeliest tokens asked for at each position; vLLM allows 20 unless started with --max-logprobs."""
     requests: int = 8
-    """Requests under way at once."""
+    """Requests under way at once, each in a thread; at most 256."""
     timeout: float = 120.0
-    """Seconds to wait for an answer."""
+    """Seconds to wait for a whole answer."""
     retries: int = 5
-    """Further tries after a time-out or an overloaded server, with growing pauses."""
+    """Further tries after a time-out, a broken-off answer or an overloaded server, with growing pauses."""
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the key, if the server wants one."""
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"url={self.url!r} must begin with http:// or https://")
-        for name in ("tokens", "requests", "timeout"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
-        if self.retries < 0:
-            raise ValueError(f"retries={self.retries} must not be negative")
+        _check_url(self.url, self.key_variable)
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable):
+            # what it holds is not shown: it may be the key itself
+            raise ValueError("key_variable= names the environment variable that holds the key (letters, digits, '_'), not the key itself")
+        for name, most in (("tokens", 1_000_000), ("requests", 256), ("timeout", 86_400)):
+            if not 0 < getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)} must be greater than 0 and at most {most:,}")
+        if not 0 <= self.retries <= 1000:
+            raise ValueError(f"retries={self.retries} must lie in 0..1000")
+
+
+def _check_url(url: str, key_variable: str) -> None:
+    """A plain address; a password or a key in it, which would be printed, logged and written, is refused without being shown."""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        known, parts = False, urlsplit("")
+    if "@" in url or parts.query or parts.fragment:
+        raise ValueError(
+            "url= holds a name, password or query; addresses are printed and written into files, so put the key into the environment "
+            f"variable {key_variable} (teacher.served.key_variable) and give the bare address, such as http://host:8000/v1"
+        )
+    if not known or not url.isprintable() or " " in url:
+        raise ValueError(f"url={url!r} must begin with http:// or https:// and name a host, such as http://host:8000/v1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -174,6 +174,19 @@ BROKEN = {
         "my.yaml:4: stages.0.evaluate.max_perplexity_increase: compares with the teacher, and the recipe has none; "
         "add a teacher, or remove the gate",
     ),
+    "a password in the address of a served teacher": (
+        HEAD.replace("path: a/teacher", "path: a/teacher, served: {url: 'https://me:canary@host/v1', model: big}") + STAGES,
+        "my.yaml:1: teacher.served.url: holds an address with a name or password in it (://...@); give the bare address",
+    ),
+    "a key in the address of a served teacher": (
+        HEAD.replace("path: a/teacher", "path: a/teacher, served: {url: 'https://host/v1?key=canary', model: big}") + STAGES,
+        "my.yaml:1: teacher.served.url: url= holds a name, password or query; addresses are printed and written into files, so put the key "
+        "into the environment variable OPENAI_API_KEY (teacher.served.key_variable) and give the bare address, such as http://host:8000/v1",
+    ),
+    "a password in any address": (
+        HEAD.replace("a/teacher", "https://me:canary@host/m") + STAGES,
+        "my.yaml:1: teacher.path: holds an address with a name or password in it (://...@); give the bare address",
+    ),
     "setting that pretrain ignores": (
         HEAD + "stages:\n  - pretrain: {tokens: 1M, loss: {temperature: 2}}\n",
         "my.yaml:5: stages.0.pretrain.loss: is not used: pretrain always trains on cross-entropy; use a distill stage, or remove the key",

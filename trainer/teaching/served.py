@@ -5,11 +5,7 @@ so that packed documents stay apart; what comes back are the likeliest tokens of
 """
 
 import json
-import math
-import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, Self
@@ -22,13 +18,11 @@ from ...losses.sparse import SparseTargets
 from ...models.errors import UserError
 from ...models.settings import ServedSettings
 from .cached import spread
+from .prompt_logprobs import NoJsonError, Position, WrongAnswerError, most_bytes, read_positions
+from .server import NoAnswerError, Server
 
-_AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _LEAST_TAIL = 1e-6
 """1 minus a sum of fp32 numbers is noise below this."""
-
-Position = list[tuple[int, float]]
-"""(token, log-probability) of the tokens that are known, the likeliest first."""
 
 
 class ServedTeacher:
@@ -37,11 +31,15 @@ class ServedTeacher:
     Args:
         settings: Address, model, how many tokens, how long to wait.
         v_eff: Tokens of the real vocabulary; what the server says of others counts as tail.
+
+    Raises:
+        UserError: the environment variable of the key holds none.
     """
 
     def __init__(self, settings: ServedSettings, v_eff: int) -> None:
         self._settings, self._v_eff = settings, v_eff
         self._device = torch.device("cpu")
+        self._server = Server(settings.url, settings.key_variable, settings.timeout)
         self._pool = ThreadPoolExecutor(settings.requests)
 
     @property
@@ -55,8 +53,10 @@ class ServedTeacher:
         return self
 
     def describe(self) -> str:
-        """Model, address and tokens a position."""
-        return f"{self._settings.model} served at {self._settings.url} ({self._settings.tokens} tokens a position)"
+        """Model, address, tokens a position, and which variable's key the server is sent."""
+        settings = self._settings
+        key = f", with the key in {settings.key_variable}" if self._server.has_key else ""
+        return f"{settings.model} served at {settings.url} ({settings.tokens} tokens a position{key})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -101,51 +101,23 @@ class ServedTeacher:
             return [[]] * len(ids)
         settings = self._settings
         body = {"model": settings.model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": settings.tokens}
-        return self._read(self._post(json.dumps(body).encode()), len(ids))
-
-    def _post(self, body: bytes) -> Any:
-        settings = self._settings
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(settings.key_variable):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(f"{settings.url.rstrip('/')}/completions", body, headers)
+        question, most = json.dumps(body).encode(), most_bytes(len(ids), settings.tokens)
         trouble = ""
         for turn in range(settings.retries + 1):
             if turn:
                 time.sleep(min(30.0, 0.5 * 2 ** (turn - 1)))
             try:
-                with urllib.request.urlopen(request, timeout=settings.timeout) as answer:
-                    return json.load(answer)
-            except urllib.error.HTTPError as error:
-                trouble = f"HTTP {error.code}: {error.read(500).decode('utf-8', 'replace').strip() or error.reason}"
-                if error.code not in _AGAIN:
+                return read_positions(self._server.post("/completions", question, most), length=len(ids), v_eff=self._v_eff)
+            except WrongAnswerError as error:
+                raise UserError(f"the teacher's server {settings.url} (teacher.served.url) answered with {error}") from None
+            except (NoAnswerError, NoJsonError) as error:
+                trouble = str(error)
+                if isinstance(error, NoAnswerError) and not error.again:
                     break
-            except (OSError, ValueError) as error:
-                trouble = str(getattr(error, "reason", "") or error) or type(error).__name__
         raise UserError(
             f"the teacher's server {settings.url} (teacher.served.url) gave no answer for model {settings.model!r}: {trouble}. Check that "
             f"it runs, the model's name, and that it allows prompt_logprobs of {settings.tokens} (vLLM: --max-logprobs)"
         )
-
-    def _read(self, answer: Any, length: int) -> list[Position]:
-        """The positions of an answer."""
-        try:
-            told = answer["choices"][0]["prompt_logprobs"]
-            if len(told) != length:
-                raise self._wrong(f"{len(told)} positions for a prompt of {length} tokens; it must not add or cut tokens")
-            return [[], *(self._position(position) for position in told[1:])]
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise self._wrong(f"no choices[0].prompt_logprobs as vLLM gives them ({type(error).__name__}: {error})") from None
-
-    def _position(self, told: Mapping[str, Mapping[str, float]]) -> Position:
-        position = [(int(token), float(entry["logprob"])) for token, entry in told.items()]
-        position = [(token, log) for token, log in position if 0 <= token < self._v_eff and log > -math.inf]
-        if not position or any(log > 1e-3 or math.isnan(log) for _, log in position):
-            raise self._wrong("log-probabilities that are none, or none of the vocabulary's tokens")
-        return sorted(position, key=lambda entry: -entry[1])
-
-    def _wrong(self, what: str) -> UserError:
-        return UserError(f"the teacher's server {self._settings.url} (teacher.served.url) answered with {what}")
 
 
 def _documents(batch: Mapping[str, Tensor], row: int) -> list[tuple[int, int, list[int]]]:
