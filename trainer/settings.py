@@ -202,7 +202,7 @@ class ExportSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
-    """Measure, and stop with exit code 3 when a gate is not met."""
+    """Measure, and end the run here, with the report and exit code 3, when a gate is not met."""
 
     max_perplexity_increase: float | None = None
     """Largest allowed perplexity(model) / perplexity(teacher) - 1; 5% is 0.05."""

@@ -1,5 +1,6 @@
 """report.{json,md,html}: what each step cost, from what the stages wrote down. Nothing is computed anew here."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ def build_report(
     stages: list[dict[str, Any]],
     baselines: list[dict[str, Any]],
     exports: list[dict[str, Any]],
+    gates: Sequence[str] = (),
 ) -> Report:
     """The report as plain data.
 
@@ -30,6 +32,7 @@ def build_report(
         baselines: rows of the same form for scale (the teacher merely rounded).
         exports: rows ``{format, path, bytes, exact, tokens_per_second, peak_bytes, runtimes, ...}``, measured on the re-read files; one
             that is not exact also has ``rounding`` (as ``qat.export.plain_source.Rounding``).
+        gates: sentences about gates that were not met; the run ended there.
     """
     assert stages, "a report has at least the row of the model it started from"
     return {
@@ -41,6 +44,7 @@ def build_report(
         "stages": stages,
         "baselines": baselines,
         "exports": exports,
+        "gates": list(gates),
         "recipe": recipe,
     }
 
@@ -75,6 +79,7 @@ def protocol_lines(report: Report) -> list[str]:
 def markdown_report(report: Report) -> str:
     """The table, the exports' checks and the protocol as Markdown."""
     lines = [f"# {report['name']}", "", markdown_table(report), ""]
+    lines += [f"- The run ended at a gate: {sentence}." for sentence in report.get("gates", [])]
     for export in report["exports"]:
         lines.append(f"- `{export['format']}` in `{export['path']}`: {exactness(export)}.")
         for runtime, seen in export["runtimes"].items():

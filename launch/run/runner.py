@@ -45,7 +45,7 @@ class Runner:
         self.session = Session(world, run_dir)
 
     def run(self) -> dict[str, Any]:
-        """Run every stage and write the report; GateFailed after that when a gate is not met."""
+        """Run every stage and write the report. A gate that is not met ends the run where it stands: GateFailed after the report."""
         started = time.perf_counter()
         plain, origin, teacher = self._open()
         record = {"base_model": teacher.name if teacher else self._student_name(), "run": self.recipe.name}
@@ -53,14 +53,19 @@ class Runner:
         measuring = Measuring(self.recipe, origin, teacher, self.folder, self.console)
         if any(_learns_from_teacher(entry) for entry in self.recipe.stages):
             self.session.on_first(measuring.teacher_drift)
+        failed: list[str] = []
+        left = [entry.name for entry in self.recipe.stages]
         for entry in self.recipe.stages:
+            del left[0]
             at = self._run_stage(entry, at, origin, teacher, record, measuring)
-        report = self.session.on_first(lambda: self._finish(measuring, plain, time.perf_counter() - started))
+            if failed := self._judge(entry, measuring):
+                break
+        report = self.session.on_first(lambda: self._finish(measuring, plain, time.perf_counter() - started, failed))
         finish_loggers(self.metrics.loggers)
-        failed = self.session.on_first(lambda: self._gates(report))
         self.session.close(GateFailed.exit_code if failed else 0)
         if failed:
-            raise GateFailed("the model is worse than the recipe allows: " + "; ".join(failed))
+            after = f". Not run: {', '.join(left)}. What is done is kept and skipped when the recipe runs again" if left else ""
+            raise GateFailed(f"the model is worse than the recipe allows: {'; '.join(failed)}{after}")
         return report
 
     def fill_caches(self) -> None:
@@ -205,7 +210,7 @@ class Runner:
         )
         folder.drop_checkpoints(keep=1 if entry.kind == "qat" else 0)
 
-    def _finish(self, measuring: Measuring, plain: dict[str, Any], seconds: float) -> dict[str, Any]:
+    def _finish(self, measuring: Measuring, plain: dict[str, Any], seconds: float, failed: list[str]) -> dict[str, Any]:
         from ..report.build import build_report, write_report
         from ..report.tables import duration
         from .publish import publish
@@ -218,22 +223,25 @@ class Runner:
             stages=measuring.stages,
             baselines=measuring.baselines(),
             exports=measuring.exports,
+            gates=failed,
         )
         written = write_report(report, self.folder.path)
         publish(report, self.folder, self.metrics)
         self.console.print(terminal_table(report, self.console.width))
-        self._say(f"finished in {duration(seconds)}; report: {written[-1]}")
+        self._say(f"{'stopped at a gate' if failed else 'finished'} in {duration(seconds)}; report: {written[-1]}")
         return report
 
-    def _gates(self, report: dict[str, Any]) -> list[str]:
-        failed: list[str] = []
-        rows = report["stages"]
-        teacher = rows[0]["eval"] if rows[0]["kind"] == "teacher" else None
-        for entry in self.recipe.stages:
-            if entry.kind == "evaluate":
-                judged = next(row for row in rows if row["name"] == entry.name)["eval"]
-                failed += [f"{entry.name}: {sentence}" for sentence in gate_failures(entry.settings, judged, teacher)]
-        return failed
+    def _judge(self, entry: "StageEntry", measuring: Measuring) -> list[str]:
+        """Sentences about the gates of an evaluate stage that its model does not meet, the same on every rank; [] for other stages."""
+        if entry.kind != "evaluate":
+            return []
+
+        def judge() -> list[str]:
+            rows = measuring.stages
+            teacher = rows[0]["eval"] if rows[0]["kind"] == "teacher" else None
+            return [f"{entry.name}: {sentence}" for sentence in gate_failures(entry.settings, rows[-1]["eval"], teacher)]
+
+        return self.session.on_first(judge)
 
 
 def _teacher_key(teacher: TeacherRef | None) -> str | None:

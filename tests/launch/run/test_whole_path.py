@@ -68,13 +68,40 @@ def test_changed_settings_run_from_there_and_keep_the_old_folder(tiny: dict[str,
     assert json.loads((aside / "stage.json").read_text()) == before
 
 
-def test_gate_that_is_not_met_ends_with_code_3_after_the_report(tiny: dict[str, Any], run: Any, read_report: Any) -> None:
-    tiny["stages"] = [{"distill": {"steps": 1}}, {"evaluate": {"max_kl": 1e-9}}]
-    done = run(tiny)
+def test_a_gate_ends_the_run_where_it_stands_and_a_wider_one_lets_it_go_on(
+    tiny: dict[str, Any], run: Any, read_report: Any, tmp_path: Path
+) -> None:
+    rounded = {"quantize": {"weights": {"bits": 4, "group_size": 32}}}
+    tiny["stages"] = [rounded, {"evaluate": {"max_kl": 1e-9, "round_teacher": False}}, {"export": {}}]
+    for _ in range(2):  # a second start stands there again
+        done = run(tiny)
+        assert done.returncode == 3, done.stderr
+        assert "02-evaluate: KL to the teacher is" in done.stderr and "max_kl=1e-09" in done.stderr
+        assert "Not run: 03-export." in done.stderr
+        assert "Traceback" not in done.stderr
+        assert "stopped at a gate" in done.stdout
+        assert not (tmp_path / "runs/tiny/03-export").exists()
+        report = read_report()
+        assert report["stages"][-1]["name"] == "02-evaluate"
+        assert report["exports"] == []
+        assert "allowed is max_kl=1e-09" in report["gates"][0]
+        for page in ("report.md", "report.html"):
+            assert "The run ended at a gate: 02-evaluate: KL" in (tmp_path / "runs/tiny" / page).read_text()
+
+    done = run(tiny, "stages.evaluate.max_kl=50")
+    assert done.returncode == 0, done.stderr
+    assert "01-quantize is done, skipped" in done.stdout
+    report = read_report()
+    assert report["gates"] == []
+    assert [row["format"] for row in report["exports"]] == ["compressed-tensors"]
+
+
+def test_a_gate_ends_every_process_with_code_3(tiny: dict[str, Any], run: Any, tmp_path: Path) -> None:
+    tiny["stages"] = [{"distill": {"steps": 1}}, {"evaluate": {"max_kl": 1e-9}}, {"distill": {"name": "after", "steps": 1}}]
+    done = run(tiny, "trainer.devices=2")
     assert done.returncode == 3, done.stderr
-    assert "max_kl=1e-09" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert read_report()["stages"][-1]["name"] == "02-evaluate"
+    assert done.stderr.count("the model is worse than the recipe allows") == 1
+    assert not (tmp_path / "runs/tiny/03-after").exists()
 
 
 def test_model_folders_load_in_plain_transformers(tiny: dict[str, Any], run: Any, tmp_path: Path) -> None:
