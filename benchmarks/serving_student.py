@@ -89,6 +89,7 @@ def forms(place: Path, text: str, layers: int, times: int) -> tuple[dict[str, di
     from decoct.qat.export import export_folder
     from decoct.qat.modules import fold, quantize_model
     from decoct.qat.spec import QuantSpec
+    from decoct.qat.state import QUANT_FILE
 
     small, tokenizer, tokens = trained(text, layers)
     student = widened(small, times)
@@ -96,7 +97,7 @@ def forms(place: Path, text: str, layers: int, times: int) -> tuple[dict[str, di
     student.load_state_dict({name: tensor.bfloat16().float() for name, tensor in student.state_dict().items()})
     state = quantize_model(student, QuantSpec(bits=4, group_size=GROUP))
     fold(student, state)
-    record, tensors = {"kind": "quantize", "quant": state.record()}, {"quant.safetensors": state.tensors()}
+    record, tensors = {"kind": "quantize", "quant": state.record()}, {QUANT_FILE: state.tensors()}
     rounded = save_model_folder(place / "rounded", student, tokenizer, record, dtype=torch.float32, extra_tensors=tensors)
     made: dict[str, dict[str, Path]] = {"bf16": {}, f"w4-g{GROUP}": {}}
     for case, source, packed, gguf in (

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..losses.settings import LossSettings
+from ..models.codes_file import codes_file
 from ..models.settings import MOST_TOP_K, StudentSettings, TeacherSettings
 from ..trainer.quantization_settings import QatSettings, QuantizeSettings
 from ..trainer.settings import DataSettings, EvaluateSettings, PruneSettings, TrainerSettings, TrainingBlock
@@ -228,4 +229,4 @@ def _check_exports(draft: Draft, problems: Problems) -> None:
 
 def _starts_quantized(draft: Draft) -> bool:
     path = draft.student.path if draft.student else None
-    return path is not None and (Path(path) / "quant.safetensors").is_file()
+    return path is not None and codes_file(Path(path)) is not None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .codes_file import CODES
 from .errors import DecoctError, NonFiniteError, UserError
 from .files import atomic_directory, sha256_file, sha256_json, write_json_atomic
 from .folder_check import read_json
@@ -28,7 +29,7 @@ FORMAT = 1
 MAX_SHARD = "5GB"
 # The files that decide what numbers a folder gives: README, decoct.json and generation settings do not.
 _CONTENT = (
-    "config.json", "*.safetensors", "*.safetensors.index.json", "*.gguf", "tokenizer.json", "tokenizer_config.json",
+    "config.json", "*.safetensors", CODES, "*.safetensors.index.json", "*.gguf", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
     "sentencepiece.bpe.model", "tekken.json", "*.tiktoken", "chat_template.jinja",
 )  # fmt: skip
@@ -53,7 +54,7 @@ def save_model_folder(
         record: Goes into decoct.json, beside ``format`` and ``files`` (name -> sha256), which are set here.
         state_dict: The weights to write, under the model's own names; default: the model's. Tied weights are written once.
         dtype: Parameters are cast to it (a copy); None keeps the dtypes they have. Buffers are never cast.
-        extra_tensors: Further safetensors files, such as ``{"quant.safetensors": {...}}``.
+        extra_tensors: Further safetensors files, such as ``{"quant/codes.safetensors": {...}}``.
         write_extra: Called with the temporary folder before the hashes are taken.
 
     Raises:
@@ -112,7 +113,7 @@ def verify_folder_files(path: Path) -> list[str]:
             problems.append(f"{name} is missing")
         elif sha256_file(file) != expected:
             problems.append(f"{name} has changed since it was written (its sha256 differs from {RECORD})")
-    unlisted = {file.name for pattern in _CONTENT for file in path.glob(pattern)} - files.keys()
+    unlisted = {file.relative_to(path).as_posix() for pattern in _CONTENT for file in path.glob(pattern)} - files.keys()
     return problems + [f"{name} was added after the folder was written" for name in sorted(unlisted)]
 
 
@@ -128,7 +129,7 @@ def content_hash(path_or_hub_id: str | Path, revision: str | None = None) -> str
     if folder is None:
         return sha256_json({"hub": str(path_or_hub_id), "commit": hub_commit(str(path_or_hub_id), revision)})
     read_json(folder / "config.json")
-    return sha256_json({file.name: sha256_file(file) for pattern in _CONTENT for file in folder.glob(pattern)})
+    return sha256_json({file.relative_to(folder).as_posix(): sha256_file(file) for pattern in _CONTENT for file in folder.glob(pattern)})
 
 
 def _weights(model: "PreTrainedModel", given: "Mapping[str, Tensor] | None", dtype: "torch.dtype | None") -> "dict[str, Tensor]":
@@ -194,6 +195,7 @@ def _savable(generation: "GenerationConfig | None") -> "GenerationConfig | None"
 def _write_tensors(file: Path, tensors: "Mapping[str, Tensor]") -> None:
     if file.suffix != ".safetensors" or file.exists():
         raise DecoctError(f"extra tensors need a new file name ending in .safetensors, not {file.name}")
+    file.parent.mkdir(exist_ok=True)
     write_safetensors(file, tensors, {"format": "pt"})
 
 

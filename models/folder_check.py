@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .codes_file import codes_file
 from .errors import UserError
 from .hub import snapshot_root
 from .safetensors_file import read_header
@@ -36,7 +37,7 @@ def check_model_folder(folder: Path) -> list[Path]:
     files = _weight_files(folder, config)
     root = snapshot_root(folder)
     tensors: dict[str, Path] = {}
-    for file in sorted({*files, *folder.glob("*.safetensors")}):
+    for file in sorted({*files, *folder.glob("*.safetensors"), *filter(None, [codes_file(folder)])}):
         if not file.resolve().is_relative_to(root):
             raise UserError(f"{file} is a link to {file.resolve()}, outside the model folder; copy the file itself into the folder")
         names = read_header(file).tensors

@@ -1,6 +1,6 @@
 """How keys and values are rounded, as a quantized folder holds it: part of ``QuantState``.
 
-``quant.safetensors`` has ``<attention module>.k_scale`` and ``.v_scale`` fp32, and for an asymmetric lattice ``.k_zero`` and ``.v_zero``
+``quant/codes.safetensors`` has ``<attention module>.k_scale`` and ``.v_scale`` fp32, and for an asymmetric lattice ``.k_zero`` and ``.v_zero``
 int8, one number each, where the scales are stored ones; ``decoct.json`` names the lattice and the attention modules.
 """
 
@@ -35,7 +35,7 @@ class CacheState:
         return [f"{attention}.{part}" for attention in self.attentions for part in PARTS]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Their part of ``quant.safetensors``."""
+        """Their part of ``quant/codes.safetensors``."""
         return {
             name + suffix: held[name].contiguous()
             for name in self.names
@@ -48,7 +48,7 @@ class CacheState:
         return {"kv_cache": self.spec.to_json(), "attentions": list(self.attentions)}
 
     def expected(self) -> Iterator[str]:
-        """Names of the tensors that the lattice has in ``quant.safetensors``."""
+        """Names of the tensors that the lattice has in ``quant/codes.safetensors``."""
         if self.spec.scaling == "static":
             for name in self.names:
                 yield name + _SCALE

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..models.codes_file import OLD_CODES
 from ..models.errors import UserError
 from ..models.families import decoder_linears
 from .modules import QuantLinear
-from .state import QUANT_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,14 +23,14 @@ _WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 def weight_files(path: Path) -> list[Path]:
     """The files of a model folder (or the one file) that a runtime reads weights from, sorted.
 
-    ``quant.safetensors`` is not among them: it repeats the weights beside it as codes, for export.
+    The file of codes is not among them: it repeats the weights beside it as codes, for export.
 
     Raises:
         UserError: there is none.
     """
     path = Path(path)
     candidates = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
-    files = [file for file in candidates if file.suffix in _WEIGHT_SUFFIXES and file.name != QUANT_FILE]
+    files = [file for file in candidates if file.suffix in _WEIGHT_SUFFIXES and file.name != OLD_CODES]
     if not files:
         raise UserError(f"{path} holds no weight files ({' or '.join('*' + s for s in _WEIGHT_SUFFIXES)}); give a model folder")
     return files

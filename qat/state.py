@@ -1,7 +1,7 @@
 """QuantState: the codes and scales of a model, how they lie in a model folder, and the checks when they are read back.
 
-A quantized folder holds ``model.safetensors`` with codes * scales in fp32 under the original names, and beside it
-``quant.safetensors``: ``<module>.codes`` int8 [out, in], ``<module>.scale`` fp32 [out, groups], for an asymmetric lattice
+A quantized folder holds ``model.safetensors`` with codes * scales in fp32 under the original names, and
+``quant/codes.safetensors``: ``<module>.codes`` int8 [out, in], ``<module>.scale`` fp32 [out, groups], for an asymmetric lattice
 ``<module>.zero_point`` int8 [out, groups], for nvfp4 ``.global_scale`` fp32 [1], for inputs with a stored scale ``.input_scale`` fp32
 and ``.input_zero`` int8, one number each; of keys and values what ``cache_state.py`` says. ``decoct.json`` records the QuantSpec, the
 modules and a hash of everything. Export reads the codes and never rounds again.
@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.codes_file import CODES, codes_file
 from ..models.errors import UserError
 from .cache_state import CacheState, cache_from_record
 from .fake_quant import Encoded, decode
 from .spec import ActivationSpec, QuantSpec
 from .state_check import lattice_problem, weight_places
 
-QUANT_FILE = "quant.safetensors"
+QUANT_FILE = CODES
+"""Where ``save_model_folder`` puts the codes."""
 _CODES, _SCALE, _ZERO, _GLOBAL = ".codes", ".scale", ".zero_point", ".global_scale"
 _INPUT_SCALE, _INPUT_ZERO = ".input_scale", ".input_zero"
 
@@ -95,7 +97,7 @@ class QuantState:
         return decode(self.encoded(module), self.spec_of(module))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The content of ``quant.safetensors``."""
+        """The content of ``quant/codes.safetensors``."""
         own = {name + suffix: held[name].contiguous() for suffix, held in self._parts() for name in self.modules if name in held}
         return own | (self.cache.tensors() if self.cache else {})
 
@@ -159,15 +161,15 @@ def load_quant_state(folder: Path) -> QuantState:
     """
     from ..models.folder import read_record
 
-    file = folder / QUANT_FILE
+    file = codes_file(folder)
     record = read_record(folder).get("quant")
-    if record is None or not file.is_file():
+    if record is None or file is None:
         raise UserError(f"{folder} holds no codes ({QUANT_FILE} and its record): run the stage 'qat' or 'quantize' on the model first.")
-    state = _from_record(record, _read_tensors(file), file)
+    state = _from_record(record, _read_tensors(file), file, folder)
     state.check(str(file))
     if state.hash() != record.get("hash"):
         raise UserError(f"{file}: codes or scales differ from what decoct.json recorded; the file was changed. Quantize again.")
-    _check_weights(folder, state)
+    _check_weights(folder, state, file.name)
     return state
 
 
@@ -180,7 +182,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     return load_file(file)
 
 
-def _from_record(record: Any, tensors: Mapping[str, Tensor], file: Path) -> QuantState:
+def _from_record(record: Any, tensors: Mapping[str, Tensor], file: Path, folder: Path) -> QuantState:
     """The state that ``decoct.json`` describes, made of exactly the tensors of the file."""
     try:
         spec, modules = QuantSpec.from_json(record["spec"]), tuple(str(name) for name in record["modules"])
@@ -188,7 +190,7 @@ def _from_record(record: Any, tensors: Mapping[str, Tensor], file: Path) -> Quan
         activations = ActivationSpec.from_json(record["activations"]) if record.get("activations") else None
         cache = cache_from_record(record, tensors)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise UserError(f"{file.parent / 'decoct.json'}: the entry 'quant' cannot be read ({error}); quantize again.") from error
+        raise UserError(f"{folder / 'decoct.json'}: the entry 'quant' cannot be read ({error}); quantize again.") from error
     expected = {name + suffix for name in modules for suffix in (_CODES, _SCALE)}
     expected |= {name + _ZERO for name in modules if not own.get(name, spec).symmetric}
     expected |= {name + _GLOBAL for name in modules if own.get(name, spec).kind == "nvfp4"}
@@ -218,7 +220,7 @@ def _held(tensors: Mapping[str, Tensor], modules: tuple[str, ...], suffix: str) 
     return {name: tensors[name + suffix] for name in modules if name + suffix in tensors}
 
 
-def _check_weights(folder: Path, state: QuantState) -> None:
+def _check_weights(folder: Path, state: QuantState, codes: str) -> None:
     """UserError unless the stored fp32 weights are the codes times the scales, element by element."""
     from safetensors import safe_open
 
@@ -226,10 +228,10 @@ def _check_weights(folder: Path, state: QuantState) -> None:
     for name in state.modules:
         key = f"{name}.weight"
         if key not in files:
-            raise UserError(f"{folder}: {key} is missing from the weights, yet {QUANT_FILE} has codes for it; quantize again.")
+            raise UserError(f"{folder}: {key} is missing from the weights, yet {codes} has codes for it; quantize again.")
         with safe_open(files[key], framework="pt") as opened:
             if key not in opened.keys():  # noqa: SIM118 - not a mapping
                 raise UserError(f"{files[key]}: {key} is not in the file that the index names; the folder is damaged.")
             weight = opened.get_tensor(key)
         if weight.dtype != torch.float32 or not torch.equal(weight, state.dequantized(name)):
-            raise UserError(f"{files[key]}: {key} is not codes * scales of {QUANT_FILE}; the weights were changed. Quantize again.")
+            raise UserError(f"{files[key]}: {key} is not codes * scales of {codes}; the weights were changed. Quantize again.")

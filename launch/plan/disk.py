@@ -37,7 +37,7 @@ def model_bytes(shape: ModelShape, dtype: str) -> int:
 
 
 def quantized_bytes(shape: ModelShape, lattices: "Lattices") -> tuple[int, int]:
-    """(model.safetensors, quant.safetensors) of a quantized folder: codes times scales in fp32, and int8 codes with fp32 scales."""
+    """(model.safetensors, quant/codes.safetensors) of a quantized folder: codes times scales in fp32, and int8 codes with fp32 scales."""
     codes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, (rows, columns, spec) in quantized_linears(shape, lattices).items():
         scales = spec.scale_shape(rows, columns)

@@ -14,6 +14,7 @@ from ...qat.export import export_folder
 from ...qat.modules import fold, quantize_model
 from ...qat.packing import PACKED_BITS
 from ...qat.spec import QuantSpec
+from ...qat.state import QUANT_FILE
 from ...trainer.settings import EvaluateSettings
 from ...trainer.stages.context import TeacherRef
 from ...trainer.stages.drift import ROUNDED, teacher_drift
@@ -188,7 +189,7 @@ class Measuring:
             shutil.rmtree(unpacked)
         place.mkdir(parents=True, exist_ok=True)
         record = {"base_model": self.teacher.name, "kind": "quantize", "quant": state.record()}
-        tensors = {"quant.safetensors": state.tensors()}
+        tensors = {QUANT_FILE: state.tensors()}
         save_model_folder(unpacked, model, self.origin.tokenizer, record, dtype=torch.float32, extra_tensors=tensors)
         if spec.kind == "int" and spec.bits in PACKED_BITS:
             export_folder(unpacked, place / "packed", "compressed-tensors", runtimes=False)

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...models.codes_file import codes_file
 from ...models.errors import UserError
 from ...models.folder import read_record
-from ..state import QUANT_FILE, load_quant_state
+from ..state import load_quant_state
 from .lattice import plain_config
 from .plain_source import PlainSource, open_plain_source
 from .shards import plan_shards, write_shards
@@ -44,7 +45,7 @@ def open_any_folder(folder: Path) -> PlainWeights:
         UserError: as ``open_plain_source``; of a quantized folder also when its weights are not its codes times its scales.
     """
     folder = Path(folder)
-    if (folder / QUANT_FILE).is_file():
+    if codes_file(folder):
         load_quant_state(folder)
     opened = open_plain_source(folder, _DTYPES[0])
     # what is written is plain: the record of the codes stays with the folder that has them

@@ -134,11 +134,13 @@ def test_qat_and_pruning_learn_from_their_input_without_a_teacher() -> None:
     assert recipe.teacher is None
 
 
-def test_export_of_a_folder_that_is_quantized_already_is_allowed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codes", ["quant/codes.safetensors", "quant.safetensors"])
+def test_export_of_a_folder_that_is_quantized_already_is_allowed(tmp_path: Path, codes: str) -> None:
     data = {"name": "x", "student": {"path": str(tmp_path)}, "data": {"builtin": "python-stdlib"}, "stages": ["export"]}
     with pytest.raises(UserError, match="never rounds; put one of the two before it"):
         recipe_from_dict(data)
-    (tmp_path / "quant.safetensors").touch()
+    (tmp_path / codes).parent.mkdir(exist_ok=True)
+    (tmp_path / codes).touch()
     assert recipe_from_dict(data).stages[0].kind == "export"
 
 

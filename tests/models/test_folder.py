@@ -163,14 +163,14 @@ def test_the_record_lists_every_file_and_extras(model: Any, tokenizer: PreTraine
         tokenizer,
         {"kind": "qat", "parent": {"key": 1}, "format": 99, "files": {}},
         dtype=FP32,
-        extra_tensors={"quant.safetensors": {"a.codes": codes.T}},
+        extra_tensors={"quant/codes.safetensors": {"a.codes": codes.T}},
         write_extra=card,
     )
     record = read_record(folder)
     assert (record["format"], record["kind"], record["parent"]) == (1, "qat", {"key": 1})
-    assert record["files"].keys() == {file.name for file in folder.iterdir()} - {"decoct.json"}
-    assert {"README.md", "quant.safetensors", "config.json", "model.safetensors", "tokenizer.json"} <= record["files"].keys()
-    assert torch.equal(load_file(folder / "quant.safetensors")["a.codes"], codes.T)
+    assert record["files"].keys() == {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()} - {"decoct.json"}
+    assert {"README.md", "quant/codes.safetensors", "config.json", "model.safetensors", "tokenizer.json"} <= record["files"].keys()
+    assert torch.equal(load_file(folder / "quant/codes.safetensors")["a.codes"], codes.T)
     assert verify_folder_files(folder) == []
     assert not load_model(folder, dtype=FP32).training
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
@@ -183,9 +183,12 @@ def test_every_change_of_a_file_is_found(model: Any, tokenizer: PreTrainedTokeni
     (folder / "model.safetensors").write_bytes(bytes(data))
     (folder / "generation_config.json").unlink()
     (folder / "more.safetensors").write_bytes(b"")
+    (folder / "quant").mkdir()
+    (folder / "quant/codes.safetensors").write_bytes(b"")
     (folder / "notes.txt").write_text("mine")
     problems = verify_folder_files(folder)
-    assert len(problems) == 3
+    assert len(problems) == 4
+    assert "quant/codes.safetensors was added after the folder was written" in problems
     assert "generation_config.json is missing" in problems
     assert any(problem.startswith("model.safetensors has changed") for problem in problems)
     assert "more.safetensors was added after the folder was written" in problems

@@ -146,8 +146,9 @@ def test_a_truncated_or_foreign_weight_file_is_refused_by_name(folder: Path) -> 
     with pytest.raises(UserError, match=r"model\.safetensors"):
         _load(folder)
     file.write_bytes(data)
-    (folder / "quant.safetensors").write_bytes(data[:100])
-    with pytest.raises(UserError, match=r"quant\.safetensors: truncated"):
+    (folder / "quant").mkdir()
+    (folder / "quant/codes.safetensors").write_bytes(data[:100])
+    with pytest.raises(UserError, match=r"codes\.safetensors: truncated"):
         _load(folder)
 
 

@@ -83,7 +83,7 @@ def quantized_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Quan
         fold(model, state)
         folder = tmp_path / f"quantized-{len(list(tmp_path.iterdir()))}"
         own = {"base_model": "someone/some-model", "kind": "quantize", **(record or {}), "quant": state.record()}
-        tensors = {"quant.safetensors": state.tensors()}
+        tensors = {"quant/codes.safetensors": state.tensors()}
         return save_model_folder(folder, model, tokenizer, own, dtype=torch.float32, extra_tensors=tensors)
 
     return build

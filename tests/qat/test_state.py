@@ -37,6 +37,7 @@ def write(folder: Path, state: QuantState, **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
     weights = {f"{name}.weight": state.dequantized(name) for name in state.modules} | {"model.norm.weight": torch.ones(32)}
     save_file(weights, folder / "model.safetensors")
+    (folder / QUANT_FILE).parent.mkdir(exist_ok=True)
     save_file(state.tensors(), folder / QUANT_FILE)
     (folder / "decoct.json").write_text(json.dumps({"format": 1, "files": {}, "quant": state.record() | changes}))
     return folder
@@ -56,6 +57,16 @@ def test_round_trip(tmp_path: Path, state: QuantState) -> None:
         assert torch.equal(loaded.scales[name], state.scales[name])
         assert torch.equal(loaded.dequantized(name), state.dequantized(name))
     assert set(load_file(tmp_path / QUANT_FILE)) == {f"{name}.{kind}" for name in NAMES for kind in ("codes", "scale")}
+
+
+def test_codes_beside_the_weights_as_older_versions_wrote_them_are_read(tmp_path: Path, state: QuantState) -> None:
+    file = write(tmp_path, state) / QUANT_FILE
+    file.rename(tmp_path / "quant.safetensors")
+    file.parent.rmdir()
+    assert load_quant_state(tmp_path).hash() == state.hash()
+    edit(tmp_path / "quant.safetensors", lambda tensors: tensors[f"{NAMES[0]}.scale"].mul_(2))
+    with pytest.raises(UserError, match=r"quant\.safetensors: codes or scales differ"):
+        load_quant_state(tmp_path)
 
 
 def test_dequantized_is_the_fake_quantized_weight() -> None:
@@ -192,6 +203,8 @@ def test_plain_transformers_gives_the_prepared_logits_from_a_saved_folder(tmp_pa
     folder = tmp_path / "quantized"
     extra = {QUANT_FILE: state.tensors()}
     save_model_folder(folder, model, None, {"quant": state.record()}, dtype=torch.float32, extra_tensors=extra)
+    names = {name for file in folder.glob("*.safetensors") for name in load_file(file)}
+    assert names <= model.state_dict().keys(), "servers load every *.safetensors beside config.json"
     assert load_quant_state(folder).hash() == state.hash()
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():

@@ -89,7 +89,7 @@ def test_a_folder_holds_every_lattice(name: str, tmp_path: Path, tokenizer: PreT
     fold(model, state)
     folder = save_model_folder(
         tmp_path / "model", model, tokenizer, {"quant": state.record()}, dtype=torch.float32,
-        extra_tensors={"quant.safetensors": state.tensors()},
+        extra_tensors={"quant/codes.safetensors": state.tensors()},
     )  # fmt: skip
     again = load_quant_state(folder)
     assert again.hash() == state.hash()

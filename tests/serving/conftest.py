@@ -191,7 +191,7 @@ def quantized_folder(
         if kv_cache is not None:
             state = _with_cache(model.eval(), state, kv_cache, known_text)
         record = {"base_model": "someone/some-model", "kind": "quantize", "quant": state.record()}
-        folder, tensors = tmp_path_factory.mktemp("quantized") / "model", {"quant.safetensors": state.tensors()}
+        folder, tensors = tmp_path_factory.mktemp("quantized") / "model", {"quant/codes.safetensors": state.tensors()}
         return save_model_folder(folder, model.eval(), tokenizer, record, dtype=torch.float32, extra_tensors=tensors)
 
     return build

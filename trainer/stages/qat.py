@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...models.codes_file import codes_file
 from ...models.errors import UserError
 from ...models.folder import save_model_folder
 from ...models.loading import load_model
@@ -144,7 +145,9 @@ def _given_lattices(context: StageContext) -> dict[str, FirstLattice]:
     from safetensors.torch import load_file
 
     suffix = ".scale"
-    tensors = load_file(context.folder / _START / QUANT_FILE)
+    file = codes_file(context.folder / _START)
+    assert file is not None, f"{_START} was written without codes"
+    tensors = load_file(file)
     modules = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
     return {name: (tensors[name + suffix], tensors.get(f"{name}.zero_point")) for name in modules}
 

@@ -19,7 +19,7 @@ from ...models.streaming import can_stream, empty_model
 from ...qat.ptq import CalibrationText, RoundedModel, Rounding, amount_of_work, round_model
 from ...qat.ptq.report import error_lines
 from ...qat.spec import QuantSpec
-from ...qat.state import QuantState
+from ...qat.state import QUANT_FILE, QuantState
 from ...qat.targets import targets
 from ..evaluation import exact_products
 from ..progress import token_progress
@@ -204,7 +204,7 @@ def round_unquantized(model: "PreTrainedModel", state: QuantState) -> None:
 def save_quantized(
     model: "PreTrainedModel", state: QuantState, context: StageContext, facts: dict[str, Any], rounding: dict[str, Any] | None = None
 ) -> None:
-    """Write q * s in fp32 under the original names, with codes and scales beside it in quant.safetensors.
+    """Write q * s in fp32 under the original names, with codes and scales in quant/codes.safetensors.
 
     Args:
         rounding: How codes and scales were found, for decoct.json.
@@ -217,5 +217,5 @@ def save_quantized(
         context.tokenizer,
         stage_record(context, {**facts, "quant": quant}),
         dtype=torch.float32,
-        extra_tensors={"quant.safetensors": state.tensors()},
+        extra_tensors={QUANT_FILE: state.tensors()},
     )

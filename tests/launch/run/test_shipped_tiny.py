@@ -84,7 +84,7 @@ def _check_sizes(recipe: dict[str, Any], folder: Path) -> None:
     """What lies on the disk is what the plan says, within a hundredth."""
     for stage in plan(recipe_from_dict(recipe)).stages:
         if stage.model_bytes is not None:
-            written = sum(file.stat().st_size for file in (folder / stage.name / "model").glob("*.safetensors"))
+            written = sum(file.stat().st_size for file in (folder / stage.name / "model").rglob("*.safetensors"))
             assert stage.model_bytes == pytest.approx(written, rel=0.01), stage.name
         for form, count in stage.exports.items():
             packed = sum(file.stat().st_size for file in (folder / stage.name / form).glob("*.safetensors"))

@@ -244,7 +244,7 @@ def test_a_folder_goes_all_the_way(lattice_source: Make, tmp_path: Path, form: s
     folder, state = made_up.folder, made_up.state
     weights = load_file(folder / "model.safetensors") | {f"{module}.weight": state.dequantized(module) for module in state.modules}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    save_file(state.tensors(), folder / "quant.safetensors")
+    save_file(state.tensors(), folder / "quant/codes.safetensors")
     record = json.loads((folder / "decoct.json").read_text())
     (folder / "decoct.json").write_text(json.dumps(record | {"quant": state.record(), "files": {}}))
     export_folder(folder, tmp_path / "export", form, runtimes=False)

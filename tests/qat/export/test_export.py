@@ -128,7 +128,7 @@ def test_tokenizer_record_and_card_come_along(quantized_folder: Build, tmp_path:
     names = {file.name for file in target.iterdir()}
     assert set(record["files"]) == names - {"decoct.json"}
     assert all(sha256_file(target / name) == value for name, value in record["files"].items())
-    assert "quant.safetensors" not in names
+    assert "quant" not in names
     card = (target / "README.md").read_text()
     assert card.startswith("---\n")
     for part in (
@@ -185,7 +185,7 @@ def test_unquantized_tensors_off_the_bf16_grid_are_refused(quantized_folder: Bui
 
 def test_a_folder_without_codes_is_refused(quantized_folder: Build, tmp_path: Path) -> None:
     source = quantized_folder()
-    (source / "quant.safetensors").unlink()
+    (source / "quant/codes.safetensors").unlink()
     refused(source, tmp_path / "export", "'qat' or 'quantize'")
     refused(tmp_path / "nowhere", tmp_path / "export", "not a model folder")
 
@@ -237,11 +237,11 @@ def test_an_export_does_not_go_into_the_folder_it_is_made_from(quantized_folder:
 
 
 def _code_out_of_range(source: Path) -> None:
-    _edit(source / "quant.safetensors", lambda tensors: tensors[f"{Q_PROJ}.codes"][0].fill_(8))
+    _edit(source / "quant/codes.safetensors", lambda tensors: tensors[f"{Q_PROJ}.codes"][0].fill_(8))
 
 
 def _scale(value: float) -> Callable[[Path], None]:
-    return lambda source: _edit(source / "quant.safetensors", lambda tensors: tensors[f"{Q_PROJ}.scale"][0].fill_(value))
+    return lambda source: _edit(source / "quant/codes.safetensors", lambda tensors: tensors[f"{Q_PROJ}.scale"][0].fill_(value))
 
 
 def _truncate(name: str) -> Callable[[Path], None]:
@@ -261,7 +261,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "code out of range": (_code_out_of_range, "outside -8..7"),
     "NaN scale": (_scale(float("nan")), "not a positive finite number"),
     "zero scale": (_scale(0.0), "not a positive finite number"),
-    "truncated codes": (_truncate("quant.safetensors"), "quant.safetensors"),
+    "truncated codes": (_truncate("quant/codes.safetensors"), "quant/codes.safetensors"),
     "truncated weights": (_truncate("model.safetensors"), "model.safetensors"),
     "foreign file": (lambda source: (source / "model.safetensors").write_text("PK not safetensors"), "model.safetensors"),
     "NaN norm": (_nan_norm, "model.norm.weight holds NaN"),

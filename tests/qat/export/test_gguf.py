@@ -79,7 +79,7 @@ def test_rows_of_queries_and_keys_are_pairs_for_llama_alone(quantized_folder: Bu
     order = [0, 4, 1, 5, 2, 6, 3, 7]
     for model_type, wanted in (("llama", order), ("qwen2", list(range(8)))):
         source = quantized_folder(model_type, group_size=32, **({"attention_bias": True} if model_type == "llama" else {}), **WIDE)
-        state, stored = load_file(source / "quant.safetensors"), read_gguf(export_to(source, tmp_path / model_type) / FILE)
+        state, stored = load_file(source / "quant/codes.safetensors"), read_gguf(export_to(source, tmp_path / model_type) / FILE)
         weights = load_file(source / "model.safetensors")
         for part, heads in (("q", 4), ("k", 2)):
             rows = [8 * head + row for head in range(heads) for row in wanted]
@@ -93,7 +93,7 @@ def test_rows_of_queries_and_keys_are_pairs_for_llama_alone(quantized_folder: Bu
 def test_bytes_are_ggml_blocks(quantized_folder: Build, tmp_path: Path) -> None:
     source = quantized_folder("qwen2", group_size=32, **WIDE)
     file = export_to(source, tmp_path / "export") / FILE
-    state, tensor = load_file(source / "quant.safetensors"), read_gguf(file).tensors["blk.0.attn_q.weight"]
+    state, tensor = load_file(source / "quant/codes.safetensors"), read_gguf(file).tensors["blk.0.attn_q.weight"]
     block = file.read_bytes()[tensor.begin : tensor.begin + 18]
     codes, scale = state[f"{Q_PROJ}.codes"][0] + 8, state[f"{Q_PROJ}.scale"][0, 0]
     assert block[:2] == np.float16(scale.item()).tobytes()
@@ -148,7 +148,7 @@ def test_what_cannot_be_held_is_refused(quantized_folder: Build, tmp_path: Path,
 
 def test_a_folder_without_codes_is_refused_and_the_plain_formats_take_it(quantized_folder: Build, tmp_path: Path) -> None:
     source = quantized_folder(group_size=32, **WIDE)
-    (source / "quant.safetensors").unlink()
+    (source / "quant/codes.safetensors").unlink()
     refused(source, tmp_path / "export", "'qat' or 'quantize'.*--format gguf-f32, gguf-f16, gguf-bf16")
     export_to(source, tmp_path / "plain", "gguf-f32")
 

@@ -207,7 +207,7 @@ def test_every_other_format_refuses_the_folder(quantized_folder: Callable[..., P
     folder = quantized_folder(bits=4, group_size=32, intermediate_size=64)
     state = load_quant_state(folder)
     state = replace(state, cache=cache()) if beside == "kv_cache" else replace(state, activations=ActivationSpec())
-    save_file(state.tensors(), folder / "quant.safetensors")
+    save_file(state.tensors(), folder / "quant/codes.safetensors")
     record = json.loads((folder / "decoct.json").read_text())
     (folder / "decoct.json").write_text(json.dumps(record | {"quant": state.record(), "files": {}}))
     what = r"keys and values are rounded \(kv_cache\)" if beside == "kv_cache" else "inputs are rounded"
@@ -219,7 +219,7 @@ def test_every_other_format_refuses_the_folder(quantized_folder: Callable[..., P
 def test_a_folder_goes_all_the_way(quantized_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder = quantized_folder(bits=4, group_size=16)
     state = replace(load_quant_state(folder), cache=cache())
-    save_file(state.tensors(), folder / "quant.safetensors")
+    save_file(state.tensors(), folder / "quant/codes.safetensors")
     record = json.loads((folder / "decoct.json").read_text())
     (folder / "decoct.json").write_text(json.dumps(record | {"quant": state.record(), "files": {}}))
     export_folder(folder, tmp_path / "export", FORMAT, runtimes=False)

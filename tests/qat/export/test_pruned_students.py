@@ -73,7 +73,7 @@ def test_a_pruned_student_is_exact_in_every_format(
     state = quantize_model(model, QuantSpec(**FORMS[form]))
     fold(model, state)
     record = {"base_model": "someone/some-model", "kind": "quantize", "quant": state.record(), "sparse": list(zeros)}
-    tensors = {"quant.safetensors": state.tensors()}
+    tensors = {"quant/codes.safetensors": state.tensors()}
     source = save_model_folder(tmp_path / "source", model, tokenizer, record, dtype=torch.float32, extra_tensors=tensors)
     target = tmp_path / form
     assert export_folder(source, target, form, runtimes=False).exact

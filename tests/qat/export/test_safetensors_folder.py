@@ -112,13 +112,13 @@ def test_a_flipped_bit_is_found_and_the_folder_is_no_longer_quantized(quantized_
 
 def test_a_damaged_quantized_folder_is_refused(quantized_folder: Build, tmp_path: Path) -> None:
     source = quantized_folder(bits=4, group_size=8, change=fit_for_fp16)
-    tensors = load_file(source / "quant.safetensors")
+    tensors = load_file(source / "quant/codes.safetensors")
     first = next(iter(tensors))
     tensors[first] = tensors[first].clone()
     tensors[first][0] = 1
     from safetensors.torch import save_file
 
-    save_file(tensors, source / "quant.safetensors")
+    save_file(tensors, source / "quant/codes.safetensors")
     with pytest.raises(UserError, match="differ from what decoct"):
         export_folder(source, tmp_path / "export", "safetensors", runtimes=False)
 

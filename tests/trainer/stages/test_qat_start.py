@@ -45,7 +45,7 @@ def test_zeros_of_a_sparse_model_are_its_mask_and_codes_of_zero_are_not(
         before[name] = weight.clone()
     input = save_model_folder(tmp_path / "pruned", model, plain.tokenizer, {"sparse": names}, dtype=torch.float32)
     folder = started(make_context("sparse", kind="qat", input=str(input)), train=train)
-    weights, codes = load_file(folder / "model.safetensors"), load_file(folder / "quant.safetensors")
+    weights, codes = load_file(folder / "model.safetensors"), load_file(folder / "quant/codes.safetensors")
     for name, own in before.items():
         code, weight = codes[f"{name}.codes"], weights[f"{name}.weight"]
         assert not code[own == 0].any() and (code[own != 0] == 0).any()
