@@ -16,6 +16,7 @@ from .errors import DecoctError, NonFiniteError, UserError
 from .files import atomic_directory, sha256_file, sha256_json, write_json_atomic
 from .folder_check import read_json
 from .hub import hub_commit, local_folder
+from .older_readers import mend_tokenizer_config, with_older_fields
 from .quiet import quiet_transformers
 from .safetensors_write import write_safetensors
 
@@ -67,6 +68,7 @@ def save_model_folder(
         _write_model(folder, model, weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+            mend_tokenizer_config(folder / "tokenizer_config.json")
         _strip_code(folder)
         if tokenizer is not None:
             _check_tokenizer(folder, path, tokenizer)
@@ -175,7 +177,9 @@ def _write_model(folder: Path, model: "PreTrainedModel", weights: "dict[str, Ten
         live.generation_config = generation
         for key, value in before.items():
             setattr(config, key, value)
-    _edit_json(folder / "config.json", {"dtype": str(saved).removeprefix("torch.")})
+    file = folder / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8")) | {"dtype": str(saved).removeprefix("torch.")}
+    _edit_json(file, with_older_fields(content))
 
 
 def _savable(generation: "GenerationConfig | None") -> "GenerationConfig | None":

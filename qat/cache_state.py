@@ -1,7 +1,7 @@
 """How keys and values are rounded, as a quantized folder holds it: part of ``QuantState``.
 
-``quant/codes.safetensors`` has ``<attention module>.k_scale`` and ``.v_scale`` fp32, and for an asymmetric lattice ``.k_zero`` and ``.v_zero``
-int8, one number each, where the scales are stored ones; ``decoct.json`` names the lattice and the attention modules.
+``quant/codes.safetensors`` has ``<attention module>.k_scale`` and ``.v_scale`` fp32, and for an asymmetric lattice ``.k_zero`` and
+``.v_zero`` int8, one number each, where the scales are stored ones; ``decoct.json`` names the lattice and the attention modules.
 """
 
 from collections.abc import Iterator, Mapping

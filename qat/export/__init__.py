@@ -17,6 +17,7 @@ from ...models.files import atomic_directory, check_free_space, sha256_file, wri
 from ...models.folder import FORMAT as RECORD_FORMAT
 from ...models.folder import RECORD
 from ...models.loading import TOKENIZER_FILES
+from ...models.older_readers import mend_tokenizer_config, with_older_fields
 from ..exactness import rebuilt_hashes, scale_hashes
 from ..footprint import folder_bytes
 from ..runtimes import check_runtimes
@@ -165,7 +166,7 @@ def export_folder(
         rounding = _rounding(opened, format, allow_inexact)
         _check_unchanged(source, opened.record)
         check_free_space(folder, exporter.planned_bytes(opened), f"the export {target}")
-        write_json_atomic(folder / "config.json", exporter.config(opened))
+        write_json_atomic(folder / "config.json", with_older_fields(exporter.config(opened)))
         exporter.write(folder, opened)
         _copy_companions(source, folder)
         hashes = _check_exact(folder, opened)
@@ -215,6 +216,7 @@ def _copy_companions(source: Path, folder: Path) -> None:
         copy = folder / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
+    mend_tokenizer_config(folder / "tokenizer_config.json")
 
 
 def _check_exact(folder: Path, source: ExportSource) -> dict[str, str]:
