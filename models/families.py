@@ -4,6 +4,8 @@ An explicit map per family instead of tracing: an unknown family is refused by n
 needs the map; ``decoder_linears``, ``backbone_and_head`` and ``head_transform`` work on any causal language model of transformers.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +59,14 @@ class Family:
         layers = model.get_submodule(self.layers_path)
         assert isinstance(layers, nn.ModuleList), f"{self.layers_path} of {self.name} is a {type(layers).__name__}"
         return layers
+
+    def renumbered(self, name: str, kept: Sequence[int]) -> str | None:
+        """Name of a module or tensor in a student that has the layers ``kept`` of this model; None when its layer was dropped."""
+        match = re.fullmatch(re.escape(self.layers_path) + r"\.(\d+)\.(.+)", name)
+        if match is None:
+            return name
+        index = int(match[1])
+        return f"{self.layers_path}.{kept.index(index)}.{match[2]}" if index in kept else None
 
     def linear(self, layer: nn.Module, name: str) -> nn.Linear:
         """The linear ``name`` of a decoder layer (one of ``ffn_in`` and ``ffn_out``)."""

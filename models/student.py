@@ -6,7 +6,6 @@ everything a layer derives from its index (cache slot, attention type) is right 
 
 import copy
 import difflib
-import re
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -91,16 +90,7 @@ def _shallow_config(source: "PreTrainedConfig", family: Family, kept: list[int])
 
 def _renumbered(state: dict[str, Tensor], family: Family, kept: list[int]) -> dict[str, Tensor]:
     """The tensors of the kept layers under their new numbers, and everything outside the layers."""
-    new_index = {old: new for new, old in enumerate(kept)}
-    pattern = re.compile(re.escape(family.layers_path) + r"\.(\d+)\.(.+)")
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        match = pattern.fullmatch(name)
-        if match is None:
-            renamed[name] = tensor
-        elif int(match[1]) in new_index:
-            renamed[f"{family.layers_path}.{new_index[int(match[1])]}.{match[2]}"] = tensor
-    return renamed
+    return {renamed: tensor for name, tensor in state.items() if (renamed := family.renumbered(name, kept)) is not None}
 
 
 def student_from_config(config: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", seed: int) -> "PreTrainedModel":

@@ -168,7 +168,7 @@ class PruneSettings(TrainingBlock):
     magnitude: MagnitudeSettings | None = None
     """Weights to keep."""
     calibration_tokens: int = 32_768
-    """Training text that structured pruning scores channels on."""
+    """Training text that structured pruning scores channels on: windows from all over it, chosen by the seed as in quantize."""
 
     def __post_init__(self) -> None:
         TrainingBlock.__post_init__(self)

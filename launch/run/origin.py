@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...models.errors import UserError
+from ...models.families import family_of
 from ...models.files import sha256_json
 from ...models.folder import content_hash, save_model_folder
 from ...models.loading import load_config, load_model, load_tokenizer
+from ...models.pruning.record import check_sparse, of_kept_layers, sparse_modules
 from ...models.student import student_by_keeping, student_from_config, trim_vocabulary
 from ...models.vocabulary import check_same_vocabulary, effective_vocab
 from ...trainer.cache import cache_dir
@@ -106,36 +108,42 @@ def make_student(
         if any(entry.kind != "evaluate" for entry in recipe.stages):
             _refuse_export(settings.path, settings.revision)
         return {"path": settings.path, "revision": settings.revision}
+    sparse = sparse_modules(teacher.path, teacher.revision) if settings.keep and teacher else []
     key = sha256_json(
         {
             "keep": settings.keep and settings.keep.layers,
             "config": settings.config,
             "teacher": teacher and teacher.content,
             "seed": recipe.seed,
+            # not among the bytes that the teacher's content stands for
+            **({"sparse": sparse} if sparse else {}),
         }
     )
     state = folder.begin(key, "student")
     if state.get("state") != "done":
-        facts = _build_student(recipe, origin, teacher, folder, record)
+        facts = _build_student(recipe, origin, teacher, folder, record, sparse)
         folder.write({"key": key, "kind": "student", "state": "done", "makes_model": True, **facts})
     return {"path": str(folder.model), "revision": None}
 
 
 def _build_student(
-    recipe: "Recipe", origin: Origin, teacher: TeacherRef | None, folder: "StageFolder", record: dict[str, Any]
+    recipe: "Recipe", origin: Origin, teacher: TeacherRef | None, folder: "StageFolder", record: dict[str, Any], sparse: list[str]
 ) -> dict[str, Any]:
     facts: dict[str, Any] = {}
+    zeros: list[str] = []
     if recipe.student.keep:
         if teacher is None:
             raise UserError("student.keep needs a teacher to cut the student from; add one, or use student.path")
         source = load_model(teacher.path, dtype=torch.float32, revision=teacher.revision)
         model, kept = student_by_keeping(source, recipe.student.keep.layers)
-        facts = {"kept": {"layers": kept}}
+        check_sparse(sparse, source)
+        facts, zeros = {"kept": {"layers": kept}}, of_kept_layers(sparse, family_of(source), kept)
     else:
         model = student_from_config(dict(recipe.student.config or {}), origin.tokenizer, recipe.seed)
     trim_vocabulary(model, origin.v_eff)
     dtype = torch.bfloat16 if recipe.trainer.save_dtype == "bf16" else torch.float32
-    save_model_folder(folder.model, model, origin.tokenizer, {**record, "kind": "student", **facts}, dtype=dtype)
+    made = {**record, "kind": "student", **facts, **({"sparse": zeros} if zeros else {})}
+    save_model_folder(folder.model, model, origin.tokenizer, made, dtype=dtype)
     return facts
 
 

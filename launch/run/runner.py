@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...models.errors import GateFailed, UserError
 from ...models.folder import content_hash
+from ...models.pruning.record import sparse_modules
 from ...models.settings import CacheSettings, ServedSettings
 from ...trainer.loggers import build_loggers, finish_loggers
 from ...trainer.metrics import MetricsSink
@@ -190,6 +191,7 @@ class Runner:
             teacher=_teacher_key(teacher),
             trainer=self.recipe.trainer,
             seed=self.recipe.seed,
+            sparse=sparse_modules(at["path"], at["revision"]),
         )
         state = folder.begin(key, entry.kind)
         return {"key": key, "input": source, "done": state.get("state") == "done"}

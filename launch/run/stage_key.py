@@ -3,6 +3,7 @@
 Devices, strategy, paths, data loader workers, checkpoint interval and loggers are not in it: they change no numbers.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +26,7 @@ def stage_key(
     teacher: str | None,
     trainer: TrainerSettings,
     seed: int,
+    sparse: Sequence[str] = (),
 ) -> str:
     """sha256 (hex) over the stage's settings and everything upstream that changes its numbers.
 
@@ -35,6 +37,7 @@ def stage_key(
         teacher: content hash and dtype of the teacher, None without one.
         trainer: precision, global batch, clipping and save dtype are taken from it.
         seed: the recipe's seed.
+        sparse: matrices whose zeros the stage keeps; the input's bytes do not say so.
     """
     chosen = {key: value for key, value in asdict(settings).items() if key not in _NOT_NUMBERS}
     return sha256_json(
@@ -48,5 +51,6 @@ def stage_key(
             "teacher": teacher,
             "trainer": {name: getattr(trainer, name) for name in _TRAINER_NUMBERS},
             "seed": seed,
+            **({"sparse": list(sparse)} if sparse else {}),
         }
     )

@@ -4,14 +4,15 @@ from ..settings import DistillSettings
 from .context import StageContext, StageResult, Trained
 from .opening import open_student
 from .saving import save_trained
-from .training import keep_zeros_hooks, sparse_modules, train_student
+from .training import train_student
+from .zeros import keep_zeros_hooks, tell_unlisted_zeros
 
 
 def train(settings: DistillSettings, context: StageContext) -> Trained:
     """Train the input on the settings' loss; exact zeros of a sparse folder stay zero."""
     student = open_student(context)
-    sparse = sparse_modules(context.input)
-    return train_student(student, settings, context, hooks=keep_zeros_hooks(student.model, sparse), facts={"sparse": sparse})
+    tell_unlisted_zeros(context, student.model)
+    return train_student(student, settings, context, hooks=keep_zeros_hooks(context, student.model))
 
 
 def finish(settings: DistillSettings, context: StageContext, trained: Trained | None) -> StageResult:

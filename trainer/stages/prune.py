@@ -1,8 +1,6 @@
 """Stage `prune`: whole FFN channels in one shot, or single weights along a cubic schedule."""
 
-import itertools
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...models.families import decoder_linears
@@ -10,16 +8,15 @@ from ...models.pruning.magnitude import magnitude_masks
 from ...models.pruning.structured import alignment_hint, ffn_channel_scores, prune_ffn
 from ..hooks import MaskHook
 from ..settings import PruneSettings, StructuredSettings
+from .calibration import calibration_text
 from .context import StageContext, StageResult, Trained
 from .opening import open_student, whole_student
 from .saving import save_student, save_trained
 from .training import train_student, training_plan
+from .zeros import input_zeros
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
-
-_CALIBRATION_BATCH = 8
 
 
 def train(settings: PruneSettings, context: StageContext) -> Trained | None:
@@ -48,6 +45,7 @@ def finish(settings: PruneSettings, context: StageContext, trained: Trained | No
         return save_trained(trained, context)
     started = time.perf_counter()
     student = whole_student(context)
+    input_zeros(context, student)
     facts = _prune_structured(student, settings, context) if settings.structured else _prune_once(student, settings)
     save_student(student, context, facts)
     return StageResult(model=context.model, seconds=time.perf_counter() - started)
@@ -55,7 +53,7 @@ def finish(settings: PruneSettings, context: StageContext, trained: Trained | No
 
 def _prune_structured(student: "PreTrainedModel", settings: PruneSettings, context: StageContext) -> dict[str, Any]:
     assert isinstance(settings.structured, StructuredSettings)
-    scores = ffn_channel_scores(student, calibration_batches(context, settings.calibration_tokens))
+    scores = ffn_channel_scores(student, calibration_text(context.data.train, settings.calibration_tokens, context.seed).batches)
     if settings.structured.ffn > 128 and (hint := alignment_hint(settings.structured.ffn)):
         context.say(f"  {hint}")
     kept = prune_ffn(student, scores, settings.structured.ffn)
@@ -69,15 +67,3 @@ def _prune_once(student: "PreTrainedModel", settings: PruneSettings) -> dict[str
     for name, mask in magnitude_masks(weights, settings.magnitude.keep, settings.magnitude.scope, None).items():
         weights[name].mul_(mask)
     return {"sparse": list(weights)}
-
-
-def calibration_batches(context: StageContext, tokens: int) -> Iterator[dict[str, "torch.Tensor"]]:
-    """The first ``tokens`` of the training windows, in batches."""
-    import torch
-
-    windows = context.data.train
-    count = min(len(windows), max(1, tokens // windows.seq_length))
-    indices = iter(range(count))
-    while chosen := list(itertools.islice(indices, _CALIBRATION_BATCH)):
-        rows = [windows[index] for index in chosen]
-        yield {key: torch.stack([row[key] for row in rows]) for key in rows[0] if key != "labels"}

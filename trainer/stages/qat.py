@@ -25,7 +25,8 @@ from .context import StageContext, StageResult, Trained
 from .opening import OpenStudent, open_student
 from .quantize import Source, beside_words, lattice_words, round_and_tell, save_quantized, stage_text
 from .saving import stage_record
-from .training import keep_zeros_hooks, sparse_modules, train_student, training_plan
+from .training import train_student, training_plan
+from .zeros import input_zeros, keep_zeros_hooks, tell_unlisted_zeros
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +49,9 @@ def start(settings: QatSettings, context: StageContext) -> None:
         return
     model = load_model(context.input, dtype=torch.float32, revision=context.input_revision)
     trains = settings.train == "all"
-    sparse = _weights(model, sparse_modules(context.input) if trains else ())
+    if trains:
+        tell_unlisted_zeros(context, model)
+    sparse = _weights(model, input_zeros(context, model) if trains else ())
     # kinds other than int take their scales anew, from the weights as they were
     plain = [name for name, target in targets(model, settings.lattices).items() if target.spec.kind != "int"]
     others = _weights(model, plain if trains else ())
@@ -75,15 +78,15 @@ def train(settings: QatSettings, context: StageContext) -> Trained:
     if settings.train == "scales":
         opened = replace(opened, trainer=_whole_on_each_rank(context))
     student = open_student(opened)
-    sparse = sparse_modules(context.input)
-    facts = {"sparse": sparse}
     if settings.train == "scales":
-        modules = _hold_codes(settings, student, opened, sparse)
+        modules = _hold_codes(settings, student, context)
         _announce(settings, student, context)
         rounded = _rounded(settings, student, modules)
         plan = training_plan(settings, context, student.model.config.hidden_size, student.strategy)
         hooks = [Quantizers(settings, plan.total_steps, plan.seed, **rounded)] if rounded else []
-        return _with(train_student(student, settings, context, hooks=hooks, facts=facts), rounded)
+        return _with(train_student(student, settings, context, hooks=hooks), rounded)
+    if settings.first != "gptq" and not settings.lora:
+        tell_unlisted_zeros(context, student.model)
     extras = Extras(scale=settings.scales == "learned" or settings.freeze_scales > 0, rank=settings.lora or 0)
     modules = prepare(student.model, settings.lattices, extras=extras)
     _announce(settings, student, context)
@@ -91,8 +94,8 @@ def train(settings: QatSettings, context: StageContext) -> Trained:
     given = _given_lattices(opened) if settings.first == "gptq" else None
     rounded = _rounded(settings, student, modules)
     quantizers = Quantizers(settings, plan.total_steps, plan.seed, given, **rounded)
-    hooks = [*keep_zeros_hooks(student.model, sparse), quantizers]
-    return _with(train_student(student, settings, context, hooks=hooks, facts=facts), rounded)
+    hooks = [*keep_zeros_hooks(context, student.model), quantizers]
+    return _with(train_student(student, settings, context, hooks=hooks), rounded)
 
 
 def finish(settings: QatSettings, context: StageContext, trained: Trained | None) -> StageResult:
@@ -111,10 +114,11 @@ def finish(settings: QatSettings, context: StageContext, trained: Trained | None
     return StageResult(model=context.model, tokens=trained.tokens, seconds=trained.seconds)
 
 
-def _hold_codes(settings: QatSettings, student: OpenStudent, context: StageContext, sparse: list[str]) -> tuple[str, ...]:
+def _hold_codes(settings: QatSettings, student: OpenStudent, context: StageContext) -> tuple[str, ...]:
     if settings.first == "gptq":
         state = load_quant_state(context.folder / _START)
     else:
+        sparse = input_zeros(context, student.model)
         state = round_model(student.model, settings.lattices, Rounding(method=settings.first), sparse=sparse).state
     hold_codes(student.model, state)
     return state.modules

@@ -28,7 +28,7 @@ from .calibration import calibration_text
 from .context import StageContext, StageResult
 from .opening import current_device, stored_parameters
 from .saving import stage_record
-from .training import sparse_modules
+from .zeros import input_zeros
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +55,7 @@ def finish(settings: QuantizeSettings, context: StageContext, trained: None) -> 
         text = stage_text(settings, context, source.model) if settings.calibrates else None
         rounded = round_and_tell(settings, context, source, text)
         record = rounding_record(settings, text, rounded)
-        save_quantized(source.model, rounded.state, context, {"sparse": sparse_modules(context.input)}, rounding=record)
+        save_quantized(source.model, rounded.state, context, {}, rounding=record)
     return StageResult(model=context.model, seconds=time.perf_counter() - started)
 
 
@@ -158,7 +158,7 @@ def round_and_tell(
             source.model,
             settings.lattices,
             rounding,
-            sparse=sparse_modules(context.input),
+            sparse=input_zeros(context, source.model),
             text=text,
             device=device,
             others=others,

@@ -71,7 +71,7 @@ def _export() -> Work:
 STAGE_KINDS: dict[str, StageKind] = {
     "pretrain": StageKind(PretrainSettings, 1, _pretrain),
     "distill": StageKind(DistillSettings, 1, _distill),
-    "prune": StageKind(PruneSettings, 1, _prune),
+    "prune": StageKind(PruneSettings, 2, _prune),
     "qat": StageKind(QatSettings, 2, _qat),
     "quantize": StageKind(QuantizeSettings, 1, _quantize),
     "export": StageKind(ExportSettings, 1, _export),

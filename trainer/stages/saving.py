@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...models.folder import save_model_folder
+from ...models.pruning.record import joined
 from .context import StageContext, StageResult, Trained
+from .zeros import input_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -14,7 +16,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def stage_record(context: StageContext, facts: dict[str, Any]) -> dict[str, Any]:
-    """decoct.json of a folder that this stage writes."""
+    """decoct.json of a folder that this stage writes: the run's facts, the stage's own, and the record of zeros of its input."""
+    facts = {**facts, "sparse": joined(input_record(context), facts.get("sparse", []))}
     return {
         **context.record,
         "kind": context.kind,

@@ -1,16 +1,13 @@
 """The part that every training stage shares: open student and teacher, derive the plan, fit, keep zeros."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ...models.errors import UserError
-from ...models.families import decoder_linears
-from ...models.folder import read_record
 from ...models.teachers import Teacher
 from ..batch import derive_batch
 from ..fit import fit
-from ..hooks import KeepZeros, StepHook
+from ..hooks import StepHook
 from ..objective import Objective
 from ..plan import TrainingPlan
 from ..quantization_settings import QatSettings
@@ -20,9 +17,6 @@ from ..teaching.cached import SparseTeacher
 from ..world import current_world
 from .context import StageContext, Trained
 from .opening import OpenStudent, stage_teacher
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # Peak rate at 192 hidden channels; it falls with 1 / hidden (muP's rule for AdamW matrices, arXiv 2203.03466, table 3).
 BASE_RATES = {"pretrain": 3e-3, "distill": 1.5e-3, "prune": 1e-3, "qat": 6e-4}
@@ -114,23 +108,6 @@ def derive_plan(
 def fill_cache(settings: TrainingBlock, context: StageContext) -> None:
     """Let the recipe's teacher predict what the stage will need of it, without training (all ranks)."""
     stage_teacher(settings, context, training_plan(settings, context, BASE_HIDDEN))
-
-
-def sparse_modules(path: str) -> list[str]:
-    """Matrices whose exact zeros are a mask, as decoct.json of a local model folder lists them."""
-    return list(read_record(Path(path)).get("sparse", [])) if Path(path).is_dir() else []
-
-
-def keep_zeros_hooks(student: "PreTrainedModel", modules: Sequence[str]) -> list[StepHook]:
-    """A hook that keeps the zeros of ``modules``; none when the folder is not sparse."""
-    if not modules:
-        return []
-    linears = decoder_linears(student)
-    if lost := [name for name in modules if name not in linears]:
-        raise UserError(
-            f"decoct.json lists {lost[0]} as sparse, but the model has no such linear layer; the folder was put together from two"
-        )
-    return [KeepZeros(modules)]
 
 
 def train_student(

@@ -35,6 +35,7 @@ BASE: dict[str, Any] = {
         {"data": "e"},
         {"teacher": None},
         {"seed": 1},
+        {"sparse": ["model.layers.0.mlp.up_proj"]},
         *(
             {"trainer": replace(TrainerSettings(), **c)}
             for c in ({"precision": "32"}, {"global_batch_tokens": 1024}, {"gradient_clip": 0.5})
