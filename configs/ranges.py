@@ -45,11 +45,12 @@ LIMITS: dict[type, dict[str, Limits]] = {
     KeepSettings: {"layers": _COUNT},
     DataSettings: {"max_documents": _COUNT},
     TrainerSettings: {
-        "devices": _COUNT,
+        # whatever a machine has; what this one has is looked at when a run starts
+        "devices": Limits(1, 1024),
         "micro_batch": _COUNT,
         "global_batch_tokens": _COUNT,
         "gradient_clip": _NOT_NEGATIVE,
-        "num_workers": _NOT_NEGATIVE,
+        "num_workers": Limits(0, 1024),
     },
     TrainingBlock: {
         "learning_rate": _POSITIVE,

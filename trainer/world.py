@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from ..models.errors import UserError
+
 MEETING_TIMEOUT = timedelta(minutes=10)
 """Longest wait for all ranks to start."""
 
@@ -41,10 +43,16 @@ class World:
 
 
 def current_world() -> World:
-    """The world that torchrun's environment variables describe; one process without them."""
+    """The world that torchrun's environment variables describe; one process without them.
+
+    Raises: UserError when they are missing or no numbers.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return World()
-    read = {name: int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    try:
+        read = {name: int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    except (KeyError, ValueError) as error:
+        raise UserError(f"TORCHELASTIC_RUN_ID is set, but the other variables of torchrun are not whole ({error}); unset it") from None
     return World(rank=read["RANK"], local_rank=read["LOCAL_RANK"], size=read["WORLD_SIZE"], local_size=read["LOCAL_WORLD_SIZE"])
 
 

@@ -17,6 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
+    from ...models.errors import UserError
+    from ..run.counts import check_processes
     from ..run.workers import exit_code, forget_outcome
 
     # The workers have already told the user what went wrong; the agent would add its own traceback.
@@ -24,7 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     given = run.parse_args(list(sys.argv[1:] if arguments is None else arguments))
     try:
+        if str(given.nproc_per_node).isdigit():
+            check_processes(int(given.nproc_per_node))
         run.run(given)
+    except UserError as error:
+        print(f"decoct: error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
     except ChildFailedError as failure:
         return exit_code(failure, given.rdzv_id)[0]
     except SignalException as stopped:

@@ -1,6 +1,7 @@
 """What is launched, apart from where."""
 
 import re
+import unicodedata
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,14 @@ class Job:
     grace: int = 120
     """Seconds that a stopped job has to save: between the signal and the end."""
 
+    def __post_init__(self) -> None:
+        words = {"the recipe": self.recipe, "its name": self.name, "--out": str(self.out), "--job-id": self.job_id}
+        words |= {"an override": " ".join(self.overrides)}
+        for what, text in words.items():
+            check_word(what, text)
+            if text.startswith("-"):
+                raise UserError(f"{what} {text!r} begins with '-', which programs take for an option; choose another name, or a whole path")
+
     def arguments(self) -> list[str]:
         """What follows ``decoct``."""
         return ["run", self.recipe, *self.overrides, f"trainer.devices={self.gpus}", "--out", str(self.out)]
@@ -50,6 +59,8 @@ class Slurm:
     """Limit, as sbatch takes it: minutes, 24:00:00, 2-12 or 2-12:30:00."""
 
     def __post_init__(self) -> None:
+        for option, text in (("--partition", self.partition), ("--account", self.account)):
+            check_word(option, text or "")
         if self.time is not None and not re.fullmatch(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}", self.time):
             raise UserError(f"--time={self.time} is no time limit of Slurm's; write minutes, HH:MM:SS or DAYS-HH:MM:SS, such as 24:00:00")
 
@@ -65,6 +76,23 @@ class Kubernetes:
     secrets: Mapping[str, str] = field(default_factory=dict)
     """Environment variable -> 'secret/key' that holds its value."""
 
+    def __post_init__(self) -> None:
+        check_word("--image", self.image)
+        for option, name in (("--namespace", self.namespace), ("--volume-claim", self.volume_claim)):
+            if not _CLUSTER_NAME.fullmatch(name):
+                raise UserError(f"{option}={name!r} cannot name anything in a cluster; use a-z, 0-9, '-' and '.', at most 253")
+
+
+_CLUSTER_NAME = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+
+
+def check_word(what: str, text: str) -> None:
+    """UserError for a word with line ends, other control characters or broken bytes: in a generated file it would become other lines."""
+    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text):
+        raise UserError(
+            f"{what} {text!r} holds a line end or a character that cannot be printed, which no job file can carry; choose another name"
+        )
+
 
 def new_job_id(name: str) -> str:
     """An id of its own for each job: the name, and eight random digits; short enough for the names that a JobSet makes of it."""
@@ -77,11 +105,14 @@ def dns_name(name: str) -> str:
     return found if found[:1].isalpha() else f"decoct-{found}".strip("-")
 
 
+_SECRET = re.compile(r"[-._a-zA-Z0-9]{1,253}")
+
+
 def parse_secret(text: str) -> tuple[str, str]:
     """``WANDB_API_KEY=wandb/key`` as (variable, 'secret/key'); a value instead of a reference is refused."""
     variable, equals, reference = text.partition("=")
     parts = reference.split("/")
-    if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable) or len(parts) != 2 or not all(parts):
+    if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable) or len(parts) != 2 or not all(map(_SECRET.fullmatch, parts)):
         raise UserError(
             "--secret takes VARIABLE=SECRET/KEY, a reference to a key of a Kubernetes secret, such as WANDB_API_KEY=wandb/api-key; "
             "values are never written into a manifest"

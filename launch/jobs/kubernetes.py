@@ -3,6 +3,7 @@
 Source: the public CRDs trainer.kubeflow.org/v1alpha1 TrainJob and jobset.x-k8s.io/v1alpha2 JobSet.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -41,7 +42,7 @@ def train_job(job: Job, cluster: Kubernetes) -> dict[str, Any]:
                 "numProcPerNode": job.gpus,
                 # torchrun's arguments about nodes and rendezvous come from the runtime's environment (PET_*)
                 "command": ["python", "-m", AGENT],
-                "args": ["--max-restarts", str(job.restarts), "-m", MODULE, *job.arguments()],
+                "args": _literal(["--max-restarts", str(job.restarts), "-m", MODULE, *job.arguments()]),
                 "env": _environment(cluster),
                 "resourcesPerNode": {"limits": {"nvidia.com/gpu": job.gpus}},
             },
@@ -67,7 +68,7 @@ def job_set(job: Job, cluster: Kubernetes) -> dict[str, Any]:
         "name": "node",
         "image": cluster.image,
         "workingDir": WORK,
-        "command": command,
+        "command": _literal(command),
         "env": _environment(cluster),
         "resources": {"limits": {"nvidia.com/gpu": job.gpus}},
         "volumeMounts": _mounts(),
@@ -105,6 +106,11 @@ def job_set(job: Job, cluster: Kubernetes) -> dict[str, Any]:
             "replicatedJobs": [replicated],
         },
     }
+
+
+def _literal(words: Sequence[str]) -> list[str]:
+    """Words as a container gets them: Kubernetes fills in $(NAME) of its own, and takes $$ for $."""
+    return [word.replace("$", "$$") for word in words]
 
 
 def _decided(container: str) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """An sbatch file: one torchrun on each node, saved and queued again when Slurm takes the nodes back."""
 
+import re
 import shlex
-from dataclasses import replace
 
+from ...models.errors import UserError
 from .job import Job, Slurm
 from .torchrun import ENVIRONMENT, torchrun_command
 
 PORT = 29500
-_HEAD, _ID = "\0head", "\0id"  # words that no path and no setting can be
 PREEMPTED = 143
 """What a run ends with after SIGTERM, its checkpoint written."""
 
@@ -17,7 +17,12 @@ def sbatch_script(job: Job, settings: Slurm, *, python: str | None = None) -> st
 
     Log files and the run folder lie relative to where sbatch is called, as the recipe does. Slurm opens its log before the script runs:
     the run folder must be there (`decoct launch` makes it; after --print, mkdir it, as the file says).
+
+    Raises: UserError when the run folder's or the recipe's name holds what Slurm itself reads anew.
     """
+    for what, text in (("--out", str(job.out)), ("the recipe's name", job.name)):
+        if "\\" in text or re.search("packjob|hetjob", text, re.IGNORECASE):
+            raise UserError(f"{what} {text!r} holds a word that Slurm reads anew (a backslash, packjob or hetjob); choose another name")
     options = {
         "job-name": job.name,
         "nodes": job.nodes,
@@ -27,22 +32,24 @@ def sbatch_script(job: Job, settings: Slurm, *, python: str | None = None) -> st
         "account": settings.account,
         "time": settings.time,
         "signal": f"B:USR1@{job.grace}",
-        "output": f"{job.out}/slurm-%j.log",
+        "output": str(job.out).replace("%", "%%") + "/slurm-%j.log",
         "open-mode": "append",
     }
     header = "\n".join(f"#SBATCH --{key}={_quoted(value)}" for key, value in options.items() if value is not None)
-    # $head and the job's id are the shell's to fill in
-    fillings = {_HEAD: f'"$head:{PORT}"', _ID: '"slurm-$SLURM_JOB_ID"'}
-    command = torchrun_command(replace(job, job_id=_ID), endpoint=_HEAD, python=python)
-    line = " ".join(fillings.get(word) or shlex.quote(word) for word in command)
+    command = torchrun_command(job, endpoint="", python=python)
+    words = [shlex.quote(word) for word in command]
+    # $head and the job's id are the shell's to fill in; the first of these options are torchrun's own
+    words[command.index("--rdzv-endpoint") + 1] = f'"$head:{PORT}"'
+    words[command.index("--rdzv-id") + 1] = '"slurm-$SLURM_JOB_ID"'
+    line = " ".join(words)
     exports = "\n".join(f"export {key}={value}" for key, value in ENVIRONMENT.items())
     return _SCRIPT.format(header=header, exports=exports, line=line, folder=shlex.quote(str(job.out)), preempted=PREEMPTED)
 
 
 def _quoted(value: object) -> str:
-    """As sbatch reads an option: in double quotes where it has blanks."""
+    """As sbatch reads an option: in double quotes, with backslashes before quotes, unless all of it is plain."""
     text = str(value)
-    return f'"{text}"' if any(c.isspace() for c in text) else text
+    return text if re.fullmatch(r"[A-Za-z0-9_@%+=:,./-]+", text) else '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
 _SCRIPT = """#!/bin/bash
@@ -51,7 +58,7 @@ _SCRIPT = """#!/bin/bash
 # Slurm opens its log before this script runs: {folder} must be there (decoct launch makes it).
 
 set -u
-mkdir -p {folder}
+mkdir -p -- {folder}
 {exports}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 

@@ -1,5 +1,6 @@
 """The torchrun command of one node of a job."""
 
+import re
 import sys
 from collections.abc import Sequence
 
@@ -44,7 +45,7 @@ def endpoint_of(given: str | None, nodes: int) -> str:
             return "localhost:0"
         raise UserError("several nodes need a meeting place: --rdzv-endpoint HOST:PORT, with a host that is the same for all of them")
     host, colon, port = given.rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not colon or not re.fullmatch(r"[A-Za-z0-9_.:\[\]%-]+", host) or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise UserError(f"--rdzv-endpoint={given!r} is no HOST:PORT; for example node1:29500")
     return given
 

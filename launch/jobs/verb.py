@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...models.errors import UserError
+from ..run.counts import MOST_NODES, MOST_PROCESSES, check_processes
 from .job import Job, Kubernetes, Slurm, dns_name, new_job_id, parse_secret
 from .torchrun import ENVIRONMENT, endpoint_of, shell_line, torchrun_command
 
@@ -41,9 +42,15 @@ def run_launch(recipe: str, overrides: Sequence[str], choices: Choices) -> None:
     """Launch; ends with the job's exit code where the job runs here."""
     if choices.target not in TARGETS:
         raise UserError(f"--target={choices.target!r} is not one of {', '.join(TARGETS)}")
-    for option, value, least in (("--gpus", choices.gpus, 1), ("--nodes", choices.nodes, 1), ("--max-restarts", choices.restarts, 0)):
-        if value is not None and value < least:
-            raise UserError(f"{option}={value} must be at least {least}")
+    counts = (
+        ("--gpus", choices.gpus, 1, MOST_PROCESSES),
+        ("--nodes", choices.nodes, 1, MOST_NODES),
+        ("--max-restarts", choices.restarts, 0, 1000),
+        ("--grace", choices.grace, 0, 65_535),
+    )
+    for option, value, least, most in counts:
+        if value is not None and not least <= value <= most:
+            raise UserError(f"{option}={value} must be at least {least} and at most {most:,}")
     job = _job(recipe, overrides, choices)
     {"local": _local, "torchrun": _torchrun, "slurm": _slurm, "kubernetes": _kubernetes}[choices.target](job, choices)
 
@@ -78,6 +85,7 @@ def _local(job: Job, choices: Choices) -> None:
     if choices.show:
         print(shell_line(torchrun_command(job, endpoint="localhost:0")))
         return
+    check_processes(job.gpus)
     job.logs.mkdir(parents=True, exist_ok=True)
     agent = Agent(processes=job.gpus, restarts=job.restarts, logs=job.logs / job.job_id, grace=job.grace)
     if code := run_under_torchrun(job.arguments(), agent):
@@ -89,6 +97,7 @@ def _torchrun(job: Job, choices: Choices) -> None:
     if choices.show:
         print(shell_line(command))
         return
+    check_processes(job.gpus)
     job.logs.mkdir(parents=True, exist_ok=True)
     os.environ.update(ENVIRONMENT)
     sys.stdout.flush()
@@ -104,7 +113,11 @@ def _slurm(job: Job, choices: Choices) -> None:
         print(script, end="")
         return
     file = _write(job.out / "job.sbatch", script)
-    _call(["sbatch", str(file)], "sbatch", f"the job file is written: {file}; copy it to a machine that has Slurm, and run sbatch there")
+    _call(
+        ["sbatch", str(file.absolute())],
+        "sbatch",
+        f"the job file is written: {file}; copy it to a machine that has Slurm, and run sbatch there",
+    )
 
 
 def _kubernetes(job: Job, choices: Choices) -> None:
@@ -121,7 +134,7 @@ def _kubernetes(job: Job, choices: Choices) -> None:
         print(text, end="")
         return
     file = _write(job.out / "job.yaml", text)
-    _call(["kubectl", "apply", "-f", str(file)], "kubectl", f"the manifest is written: {file}; apply it where kubectl is")
+    _call(["kubectl", "apply", "-f", str(file.absolute())], "kubectl", f"the manifest is written: {file}; apply it where kubectl is")
 
 
 def _write(file: Path, text: str) -> Path:

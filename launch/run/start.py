@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .counts import check_processes, check_workers
 from .workers import Agent, die_with_agent, run_under_torchrun, wanted_processes
 
 if TYPE_CHECKING:
@@ -25,8 +26,12 @@ def start(recipe: "Recipe", out: Path | None, *, only_caches: bool = False) -> N
     die_with_agent()
     world = current_world()
     where = out or Path("runs") / recipe.name
+    check_workers(recipe.trainer.num_workers)
+    alone = world.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+    if alone:
+        check_processes(wanted_processes(recipe.trainer.devices))
     _plan_first(recipe, where, world)
-    if world.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if alone:
         processes = wanted_processes(recipe.trainer.devices)
         if processes > 1:
             code = run_under_torchrun(sys.argv[1:], Agent(processes=processes))

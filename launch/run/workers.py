@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .counts import check_processes
+
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -47,7 +49,11 @@ def wanted_processes(devices: int | str) -> int:
 
 
 def run_under_torchrun(arguments: Sequence[str], agent: Agent) -> int:
-    """Run ``decoct <arguments>`` under torchrun's agent on this machine, again after a crash; returns the exit code to end with."""
+    """Run ``decoct <arguments>`` under torchrun's agent on this machine, again after a crash; returns the exit code to end with.
+
+    Raises: UserError when the machine cannot run so many processes.
+    """
+    check_processes(agent.processes)
     attempt = 0
     while True:
         code, decided = _run_once(arguments, agent, attempt)

@@ -1,0 +1,31 @@
+"""How many processes a machine is asked for: more than it can run would take it down before a message could be read."""
+
+import os
+
+from ...models.errors import UserError
+
+MOST_PROCESSES = 1024
+"""Processes on one machine, whatever it has."""
+MOST_NODES = 65_536
+
+
+def check_processes(count: int) -> None:
+    """UserError when this machine has fewer GPUs than ``count``, or without GPUs fewer cores."""
+    import torch
+
+    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    if count > (gpus or cores):
+        has = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else f"no GPU and {cores} CPU core{'s' * (cores > 1)}"
+        raise UserError(
+            f"{count:,} processes (trainer.devices, or --gpus) are more than this machine runs: it has {has}; give at most {gpus or cores}"
+        )
+
+
+def check_workers(count: int) -> None:
+    """UserError when each process would start more data loader workers than this machine has cores."""
+    cores = os.cpu_count() or 1
+    if count > cores:
+        raise UserError(
+            f"trainer.num_workers={count:,}: each process would start that many more, and this machine has {cores} CPU cores; give at most "
+            f"{cores} (0 reads in the process itself, which is enough for tokenized text)"
+        )
