@@ -79,6 +79,8 @@ def _check_start(draft: Draft, problems: Problems) -> None:
             ("student", "keep", "layers"), f"{layers} layers cannot be kept of a teacher that has {depth}; give {min(2, depth)} to {depth}"
         )
     scratch = draft.teacher.scratch if draft.teacher else None
+    if draft.data and draft.data.eval_tokens == "all" and (scratch or any(entry and entry.kind != "evaluate" for entry in draft.stages)):
+        problems.add(("data", "eval_tokens"), "is 'all', which leaves no text for the stages that need some; give a number, such as 32k")
     if scratch and draft.data and draft.data.kind == "chat":
         problems.add(("data", "kind"), "is 'chat', and a scratch teacher's tokenizer has no chat template; give teacher.path")
     if scratch and min(scratch.heads, scratch.kv_heads) >= 1:

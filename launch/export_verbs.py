@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Hub, Model, Out, SeqLength, Teacher, Text
+from .options import Hub, Model, Out, Overrides, SeqLength, Teacher, Text
 
 app = typer.Typer()
 
@@ -50,18 +50,21 @@ def verify(
 @app.command(epilog="Example: decoct evaluate served/ --teacher big/ --text 'held-out/*.txt'")
 def evaluate(
     model: Model,
+    overrides: Overrides = None,
     teacher: Teacher = None,
     text: Text = None,
     hub: Hub = None,
     seq_length: SeqLength = 512,
-    tokens: Annotated[str, typer.Option("--tokens", help="Tokens to measure on.")] = "32k",
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", help="Tokens to measure on.", show_default="all of --text; 32k of anything else")
+    ] = None,
     max_perplexity_increase: Annotated[str | None, typer.Option(help="Gate: exit code 3 above this, such as 5%.")] = None,
     out: Out = None,
 ) -> None:
     """Measure a model folder or export: perplexity, KL and top-1 agreement with a teacher, calibration, size."""
     from .verbs import TextChoice, run_evaluate
 
-    run_evaluate(model, TextChoice(text, hub, seq_length, tokens), teacher, max_perplexity_increase, out)
+    run_evaluate(model, TextChoice(text, hub, seq_length, tokens), teacher, max_perplexity_increase, overrides, out)
 
 
 @app.command(epilog="Example: decoct doctor")

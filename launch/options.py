@@ -16,7 +16,11 @@ Out = Annotated[Path | None, typer.Option("--out", help="Run folder.", show_defa
 Teacher = Annotated[str | None, typer.Option("--teacher", help="Teacher: model folder or hub id.")]
 Text = Annotated[
     list[str] | None,
-    typer.Option("--text", help="Text files (txt, jsonl, parquet, globs); repeatable.", show_default="the Python standard library"),
+    typer.Option(
+        "--text",
+        help="Text files (txt, jsonl, json, csv, parquet, packed too), globs or folders; repeatable.",
+        show_default="the Python standard library",
+    ),
 ]
 Hub = Annotated[str | None, typer.Option("--hub", help="Hugging Face dataset id, instead of --text.")]
 Tokens = Annotated[str | None, typer.Option("--tokens", help="Training tokens, such as 500k or 2M.")]

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,12 @@ def run_verb(
     start(recipe_from_dict(verb_recipe(kind, model, settings, text, teacher), given), out)
 
 
-def run_evaluate(model: str, text: TextChoice, teacher: str | None, gate: str | None, out: Path | None) -> None:
-    """Measure a model folder or an export; the gate decides the exit code."""
-    run_verb("evaluate", model, {"max_perplexity_increase": gate, "round_teacher": False}, text, teacher, None, out)
+def run_evaluate(
+    model: str, text: TextChoice, teacher: str | None, gate: str | None, overrides: Sequence[str] | None, out: Path | None
+) -> None:
+    """Measure a model folder or an export, on all of the files that are given; the gate decides the exit code."""
+    text = replace(text, eval_tokens=text.eval_tokens or ("all" if text.files else "32k"))
+    run_verb("evaluate", model, {"max_perplexity_increase": gate, "round_teacher": False}, text, teacher, overrides, out)
 
 
 def run_export(model: Path, out: Path, form: str, allow_inexact: bool = False, reader_version: str | None = None) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..losses.evaluation import evaluation_sums
 from ..losses.shift import shift_for_next_token
 from ..models.batches import backbone_inputs
-from ..models.errors import NonFiniteError
+from ..models.errors import NonFiniteError, UserError
 from ..models.families import HeadTransform, backbone_and_head, head_transform
 from .data.windows import IGNORED, Windows
 
@@ -86,6 +86,7 @@ def evaluate_model(
     Raises:
         ValueError: a weight of the model is not fp32.
         NonFiniteError: logits are NaN or infinite.
+        UserError: nothing is to be predicted.
     """
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
@@ -100,12 +101,14 @@ def evaluate_model(
             inputs = _stack(windows, first, last, device)
             output = backbone(**backbone_inputs(inputs))
             _add(tally, output.last_hidden_state, head, teacher, inputs)
-            if not torch.isfinite(tally.nll[-1]).all():
+            if tally.nll and not torch.isfinite(tally.nll[-1]).all():
                 raise NonFiniteError(
                     f"the model's logits are NaN or infinite on evaluation windows {first} to {last - 1}; it is not usable"
                 )
             if progress is not None:
                 progress(last, len(windows))
+    if not tally.nll:
+        raise UserError("no window of the held-out text has a token to predict; give text that is longer, or whose prompts are shorter")
     return _result(tally)
 
 

@@ -117,9 +117,7 @@ class LoopCallback(pl.Callback):
         self._step_begun = now
         self.last = {"tokens": self.tokens, **record.values, "tokens_per_second": speed, "seconds": self.seconds}
         self.loop.metrics.write(self.loop.stage, record.step, self.last)
-        loss = record.values["loss"]
-        assert loss is not None
-        self.loop.progress.update(record.step, loss, record.input_tokens)
+        self.loop.progress.update(record.step, record.values["loss"], record.input_tokens)
 
     def _save(self, module: TrainingModule, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Every rank writes its part. A save that fails is told and training goes on, except after the last step."""

@@ -58,7 +58,8 @@ class StepRecord:
     input_tokens: int
     """Real tokens fed in (padding not counted)."""
     values: dict[str, float | None]
-    """Means over unmasked tokens: loss, kl, cross_entropy, teacher_entropy, top1, covered_mass; and learning_rate, grad_norm."""
+    """Means over unmasked tokens: loss, kl, cross_entropy, teacher_entropy, top1, covered_mass (None where none was to be predicted); and
+    learning_rate, grad_norm."""
     stop: int | None
     """Signal number when any rank was asked to stop."""
 
@@ -202,13 +203,15 @@ class TrainingModule(pl.LightningModule):
     def _describe(self, step: int, sums: list[float], norm: float, rate: float) -> StepRecord:
         tokens, loss, kl, cross_entropy, teacher_entropy, top1, covered, inputs, *stops = sums
         count = max(tokens, 1.0)
-        taught = self._objective().has_teacher
+        # a step without a token to predict has no loss: 0 would look like success
+        learnt = tokens > 0
+        taught = learnt and self._objective().has_teacher
         values: dict[str, float | None] = {
-            "loss": loss / count,
+            "loss": loss / count if learnt else None,
             "kl": kl / count if taught else None,
-            "cross_entropy": cross_entropy / count,
+            "cross_entropy": cross_entropy / count if learnt else None,
             "teacher_entropy": teacher_entropy / count if taught else None,
-            "top1": top1 / count,
+            "top1": top1 / count if learnt else None,
             "covered_mass": covered / count if taught else None,
             "learning_rate": rate,
             "grad_norm": norm,

@@ -20,8 +20,8 @@ class Progress(Protocol):
         """A stage of ``total`` optimizer steps begins, ``done`` of them taken by earlier starts."""
         ...
 
-    def update(self, step: int, loss: float, tokens: int) -> None:
-        """Optimizer step ``step`` is done; ``tokens`` = input tokens of this step."""
+    def update(self, step: int, loss: float | None, tokens: int) -> None:
+        """Optimizer step ``step`` is done; ``tokens`` = input tokens of this step; no loss where nothing was to be predicted."""
         ...
 
     def stop(self) -> None:
@@ -35,7 +35,7 @@ class NoProgress:
     def start(self, label: str, total: int, done: int) -> None:
         """Nothing to show."""
 
-    def update(self, step: int, loss: float, tokens: int) -> None:
+    def update(self, step: int, loss: float | None, tokens: int) -> None:
         """Nothing to show."""
 
     def stop(self) -> None:
@@ -82,7 +82,7 @@ class LineProgress:
         self._label, self._total, self._last = label, total, float("-inf")
         self._meter.start(done)
 
-    def update(self, step: int, loss: float, tokens: int) -> None:
+    def update(self, step: int, loss: float | None, tokens: int) -> None:
         """Print when it is time."""
         self._meter.add(step, tokens)
         now = self._clock()
@@ -92,7 +92,7 @@ class LineProgress:
         steps_rate, tokens_rate = self._meter.rates()
         left = format_seconds((self._total - step) / steps_rate) if steps_rate else "?"
         share = 100 * step // self._total
-        text = f"{self._label}  step {step}/{self._total} ({share}%)  loss {loss:.4f}  {tokens_rate:,.0f} tokens/s  {left} left"
+        text = f"{self._label}  step {step}/{self._total} ({share}%)  loss {_loss(loss)}  {tokens_rate:,.0f} tokens/s  {left} left"
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
@@ -127,16 +127,20 @@ class BarProgress:
         self._bar.reset(self._task, total=total, completed=done, description=label, visible=True, loss="-", rate="-", left="?")
         self._bar.start()
 
-    def update(self, step: int, loss: float, tokens: int) -> None:
+    def update(self, step: int, loss: float | None, tokens: int) -> None:
         """Move the bar."""
         self._meter.add(step, tokens)
         steps_rate, tokens_rate = self._meter.rates()
         left = format_seconds((self._total - step) / steps_rate) if steps_rate else "?"
-        self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", rate=f"{tokens_rate:,.0f}", left=left)
+        self._bar.update(self._task, completed=step, loss=_loss(loss), rate=f"{tokens_rate:,.0f}", left=left)
 
     def stop(self) -> None:
         """Leave the finished bar on the screen."""
         self._bar.stop()
+
+
+def _loss(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.4f}"
 
 
 def make_progress(console: "Console | None", *, interval: float = 5.0) -> Progress:

@@ -17,7 +17,7 @@ class DataSettings:
     builtin: Literal["python-stdlib"] | None = None
     """Text found on any machine: the sorted .py files of the running Python's standard library, first 8 MB."""
     files: tuple[str, ...] | None = None
-    """Local .txt, .jsonl or .parquet files; globs allowed, relative to the working directory."""
+    """Local files (txt, md, jsonl, json, csv, tsv, parquet; packed as gz, bz2, xz or zst), globs or folders."""
     hub: str | None = None
     """Hugging Face dataset id."""
     hub_config: str | None = None
@@ -25,17 +25,19 @@ class DataSettings:
     hub_split: str = "train"
     """Split of the hub dataset."""
     kind: Literal["text", "chat"] = "text"
-    """text = documents; chat = rows of messages, or of prompt and completion, through the tokenizer's chat template."""
+    """text = documents; chat = rows of messages, or of prompt and completion and the like, through the tokenizer's chat template."""
     mask_prompts: bool = True
     """chat: learn what the assistant says and nothing else."""
     text_field: str = "text"
-    """Column or JSON key that holds the text (jsonl, parquet, hub)."""
+    """Column or JSON key that holds the text (jsonl, json, csv, parquet, hub)."""
+    special_tokens: Literal["auto", "text", "control"] = "auto"
+    """What a control token is that the data spells (``<|im_end|>``): text, or the token; auto = text in chats, the token in documents."""
     seq_length: int = 512
     """Tokens per training and evaluation window."""
     packing: bool = True
     """Concatenate documents (separated by end-of-text) into full windows; otherwise one document a window, padded."""
-    eval_tokens: int = 32_768
-    """Tokens held out for evaluation (whole documents, never trained on)."""
+    eval_tokens: int | Literal["all"] = 32_768
+    """Tokens held out for evaluation (whole documents, never trained on); all = the whole text, where no stage learns from it."""
     max_documents: int | None = None
     """Read at most this many documents."""
 
@@ -49,8 +51,13 @@ class DataSettings:
             raise ValueError("mask_prompts=false would do nothing: text has no prompts; set kind: chat, or leave it out")
         if self.seq_length < 2:
             raise ValueError(f"seq_length={self.seq_length} must be at least 2: a window of one token predicts nothing")
-        if self.eval_tokens < self.seq_length:
+        if self.eval_tokens != "all" and self.eval_tokens < self.seq_length:
             raise ValueError(f"eval_tokens={self.eval_tokens} is shorter than one window of seq_length={self.seq_length}; raise it")
+
+    @property
+    def reads_control_tokens(self) -> bool:
+        """Whether control tokens that the data spells are read as such."""
+        return self.special_tokens == "control" or (self.special_tokens == "auto" and self.kind == "text")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,9 +59,10 @@ class Measuring:
             "text": self.origin.data.description,
             "text_hash": self.origin.data.fingerprint,
             "context": windows.seq_length,
-            "tokens": len(windows) * windows.seq_length,
+            "tokens": windows.tokens,
             "dtype": "float32",
             **({"samples": self.origin.data.samples} if self.origin.data.samples else {}),
+            **({"left_out": self.origin.data.left_out} if self.origin.data.left_out else {}),
         }
 
     def teacher_row(self) -> Row:

@@ -55,8 +55,13 @@ def _prepare(recipe: "Recipe") -> dict[str, Any]:
     where, revision = _tokenizer_place(recipe, scratch)
     tokenizer = load_tokenizer(where, revision=revision)
     _check_vocabularies(recipe, tokenizer)
-    data = prepare_data(recipe.data, tokenizer, cache_dir(), documents=text)
+    data = prepare_data(recipe.data, tokenizer, cache_dir(), documents=text, train=_learns(recipe))
     return {"tokenizer": where, "revision": revision, "scratch": str(scratch.folder) if scratch else None, "data": str(data.path)}
+
+
+def _learns(recipe: "Recipe") -> bool:
+    """Whether anything needs text of its own beside what is measured."""
+    return any(entry.kind != "evaluate" for entry in recipe.stages) or bool(recipe.teacher and recipe.teacher.scratch)
 
 
 def _tokenizer_place(recipe: "Recipe", scratch: ScratchTeacher | None) -> tuple[str, str | None]:

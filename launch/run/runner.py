@@ -94,6 +94,8 @@ class Runner:
                 self.folder.discard()
             raise
         self._say(f"text: {origin.data.description}")
+        for reason, count in origin.data.left_out.items():
+            self._say(f"  not used: {count:,} {reason}")
         self.metrics = self._open_metrics(plain)
         if origin.scratch:
             train_scratch_teacher(self.recipe, origin, self.session, self.metrics, self.console)

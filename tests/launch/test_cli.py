@@ -71,7 +71,7 @@ SURFACE = {
     },
     "export": {"model", "--out", "--allow-inexact", "--format", "--reader-version"},
     "verify": {"folder", "--source", "--runtimes", "--no-runtimes"},
-    "evaluate": {"model", "--teacher", "--text", "--hub", "--seq-length", "--tokens", "--max-perplexity-increase", "--out"},
+    "evaluate": {"model", "overrides", "--teacher", "--text", "--hub", "--seq-length", "--tokens", "--max-perplexity-increase", "--out"},
     "recipes list": set(),
     "recipes show": {"name"},
     "recipes copy": {"name", "target"},

@@ -1,4 +1,4 @@
-"""Conversations: rows of ``messages``, or of ``prompt`` and ``completion``, through the tokenizer's chat template, prompts not predicted.
+"""Conversations to tokens: rows through the tokenizer's chat template, prompts not predicted, what is left out counted by reason.
 
 A token that is not to be predicted is stored as ``-1 - id``, so that windows need no second file.
 """
@@ -6,178 +6,224 @@ A token that is not to be predicted is stored as ``-1 - id``, so that windows ne
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...models.errors import UserError
+from .conversations import COLUMNS, SHAPES, Conversation, NothingToLearnError, map_strings, read_conversation
+from .encoding import Encoder
+from .readers import whole_text
+from .rendering import Sample, samples_of
+from .rows import Row
+from .rows import parquet_rows as rows_of_parquet
+from .rows import rows_of as rows_of_jsonl
 from .tokens import TokenStream
 from .windows import DTYPE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["ChatEncoder", "Samples", "encode_chat", "rows_of_jsonl", "rows_of_parquet", "write_chats"]
+
+FORMAT = 2
+"""Raised whenever the same rows would lead to other tokens."""
 MOST_BAD = 0.1
-"""Share of bad samples beyond which the data as a whole is refused."""
-_FIELDS = ("messages", "prompt", "completion")
+"""Share of bad rows beyond which the data as a whole is refused."""
+_MOST_REASONS = 20
+_FIRST_COLUMNS = ("messages", "prompt", "completion")
 
 
 @dataclass
 class Samples:
-    """How many samples were read, and how many of them were left out because something is wrong with them."""
+    """How many rows were read, how many of them were left out because something is wrong with them, and what else was not taught."""
 
     read: int = 0
     bad: int = 0
     first_bad: str = ""
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Rows that were left out, by reason."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What was cut, replaced or not learned of the others."""
 
-    def refuse(self, why: str) -> None:
+    def refuse(self, where: str, why: str) -> None:
         """Count a bad one."""
         self.bad += 1
-        self.first_bad = self.first_bad or why
+        self.first_bad = self.first_bad or f"{where}: {why}"
+        self.reasons[why if why in self.reasons or len(self.reasons) < _MOST_REASONS else "other reasons"] += 1
 
     def check(self) -> None:
         """Raise UserError when too many are bad, or none is good."""
         if self.bad > MOST_BAD * self.read or self.bad == self.read:
+            often = "; ".join(f"{count:,} x {why}" for why, count in self.reasons.most_common(3))
             raise UserError(
-                f"data: {self.bad:,} of {self.read:,} conversations cannot be used; the first: {self.first_bad}. Rows need 'messages' (a "
-                "list of role and content) or 'prompt' and 'completion'"
+                f"data: {self.bad:,} of {self.read:,} conversations cannot be used; the first: {self.first_bad}. In all: {often}. "
+                f"Rows need {', '.join(SHAPES[:-1])} or {SHAPES[-1]}"
             )
 
 
+class ChatEncoder:
+    """Encodes rows.
+
+    Args:
+        mask_prompts: Predict what the assistant says and nothing else.
+        control: Whether control tokens that messages spell are read as such; else they are text.
+        notes: Counts what is cut, replaced or not learned.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        mask_prompts: bool = True,
+        control: bool = False,
+        notes: Counter[str] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.notes: Counter[str] = Counter() if notes is None else notes
+        self._mask_prompts, self._control = mask_prompts, control
+        self._encoder = Encoder(tokenizer)
+
+    def encode(self, row: Mapping[str, Any]) -> list[tuple[list[int], list[bool]]]:
+        """(token ids, whether each is learned) of each of the row's samples; one, unless the template rewrites earlier turns.
+
+        Raises:
+            ValueError: the row is no conversation, the template refuses it, or nothing of it is to be learned.
+            UserError: the tokenizer has no chat template.
+        """
+        samples, mark = self._samples(row)
+        encoded = [self._encoder.encode(sample, mark) for sample in samples]
+        if not any(any(learned[1:]) for _, learned in encoded):
+            raise ValueError("nothing that the assistant says")
+        return encoded
+
+    def _samples(self, row: Mapping[str, Any]) -> tuple[list[Sample], str]:
+        if not self.tokenizer.chat_template:
+            return self._without_template(row)
+        try:
+            return self._render(read_conversation(row))
+        except NothingToLearnError:
+            raise
+        except ValueError:
+            # some templates append arguments as the text they were
+            plain = read_conversation(row, parse_arguments=False)
+            if plain == read_conversation(row):
+                raise
+            return self._render(plain)
+
+    def _render(self, conversation: Conversation) -> tuple[list[Sample], str]:
+        mark = self._mark(conversation.strings)
+        if mark:
+            conversation = replace(
+                conversation,
+                messages=map_strings(conversation.messages, lambda text: self._encoder.marked(text, mark), ("role", "type")),
+                tools=map_strings(conversation.tools, lambda text: self._encoder.marked(text, mark), ("type",)),
+            )
+        return samples_of(conversation, self.tokenizer, self.notes, everything=not self._mask_prompts), mark
+
+    def _without_template(self, row: Mapping[str, Any]) -> tuple[list[Sample], str]:
+        """Prompt and completion one after the other, as they are."""
+        prompt, completion = row.get("prompt"), row.get("completion", row.get("response"))
+        if not isinstance(prompt, str) or not isinstance(completion, str):
+            raise UserError(
+                "data.kind: chat needs a tokenizer with a chat template, and this one has none; use the instruct model's tokenizer, or "
+                "rows of 'prompt' and 'completion' as plain text"
+            )
+        end = self.tokenizer.eos_token if isinstance(self.tokenizer.eos_token, str) else ""
+        if mark := self._mark([prompt, completion]):
+            prompt, completion = self._encoder.marked(prompt, mark), self._encoder.marked(completion, mark)
+        text = prompt + completion + end
+        return [Sample(text, [(len(prompt) if self._mask_prompts else 0, len(text))])], mark
+
+    def _mark(self, strings: list[str]) -> str:
+        mark = self._encoder.mark_for(strings)
+        if mark:
+            read_as = "control tokens" if self._control else "text"
+            self.notes[f"conversations that spell control tokens, which are read as {read_as} (data.special_tokens)"] += 1
+        return "" if self._control else mark
+
+
+def encode_chat(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", **more: Any) -> tuple[list[int], list[bool]]:
+    """(token ids, whether each is learned) of a row, its samples one after the other; ``more`` as of ``ChatEncoder``.
+
+    Raises: as ``ChatEncoder.encode``.
+    """
+    samples = ChatEncoder(tokenizer, **more).encode(row)
+    return [token for ids, _ in samples for token in ids], [own for _, learned in samples for own in learned]
+
+
 def write_chats(
-    rows: Iterable[tuple[str, Mapping[str, Any]]], tokenizer: "PreTrainedTokenizerBase", path: Path, *, mask_prompts: bool, samples: Samples
+    rows: Iterable[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    path: Path,
+    *,
+    mask_prompts: bool,
+    samples: Samples,
+    control: bool = False,
+    seq_length: int | None = None,
 ) -> TokenStream:
     """Encode conversations into the file ``path``.
 
     Args:
-        rows: (where it is from, row).
+        rows: (where it is from, row or why there is none).
         mask_prompts: Predict what the assistant says and nothing else.
         samples: Counts them.
+        control: Whether control tokens that messages spell are read as such.
+        seq_length: Longer samples are counted.
 
     Raises:
-        UserError: more than ``MOST_BAD`` of them are bad.
+        UserError: more than ``MOST_BAD`` of them are bad, or the tokenizer cannot render or encode any.
     """
     bounds, hashes, total = array("q", [0]), array("Q"), 0
+    encoder = ChatEncoder(tokenizer, mask_prompts=mask_prompts, control=control, notes=samples.notes)
     with path.open("wb") as file:
-        for where, row in rows:
+        for where, given in rows:
             samples.read += 1
             try:
-                ids, predicted = encode_chat(row, tokenizer)
-            except ValueError as error:
-                samples.refuse(f"{where}: {error}")
+                row = _whole_row(given, samples.notes)
+                encoded = encoder.encode(row)
+            except UserError:
+                if not isinstance(given, UserError):
+                    raise
+                samples.refuse(where, "a row that cannot be read")
                 continue
-            values = np.array(ids, dtype=DTYPE)
-            if mask_prompts:
-                values = np.where(np.array(predicted), values, -1 - values).astype(DTYPE)
-            file.write(values.data)
-            total += len(ids)
-            bounds.append(total)
-            text = json.dumps([row.get(field) for field in _FIELDS], sort_keys=True, ensure_ascii=False)
-            hashes.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
+            except NothingToLearnError:
+                samples.notes["conversations of which no turn is to be learned (weight 0)"] += 1
+                continue
+            except ValueError as error:
+                samples.refuse(where, str(error))
+                continue
+            digest = _digest(row)
+            if len(encoded) > 1:
+                samples.notes["further samples, of turns that the chat template rewrites later on"] += len(encoded) - 1
+            for ids, learned in encoded:
+                values = np.array(ids, dtype=DTYPE)
+                if mask_prompts:
+                    values = np.where(np.array(learned), values, -1 - values).astype(DTYPE)
+                file.write(values.data)
+                total += len(ids)
+                bounds.append(total)
+                hashes.append(digest)
+                if seq_length is not None and len(ids) > seq_length:
+                    samples.notes["samples longer than a window (data.seq_length), which are cut"] += 1
     samples.check()
     tokens = np.memmap(path, dtype=DTYPE, mode="r") if total else np.empty(0, dtype=DTYPE)
     return TokenStream(tokens, np.frombuffer(bounds, dtype=np.int64), np.frombuffer(hashes, dtype=np.uint64))
 
 
-def encode_chat(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[bool]]:
-    """(token ids, whether each is the assistant's) of a row.
-
-    Which characters are the assistant's is found by rendering the conversation up to each of its turns; no ``{% generation %}`` marks are
-    needed in the template.
-
-    Raises:
-        ValueError: the row is no conversation, has no turn of the assistant, or the template does not render its turns one by one.
-    """
-    messages = row.get("messages")
-    if messages is None:
-        prompt, completion = row.get("prompt"), row.get("completion")
-        if prompt is None and completion is None:
-            raise ValueError("neither 'messages' nor 'prompt' and 'completion'")
-        if isinstance(prompt, str) and isinstance(completion, str) and not tokenizer.chat_template:
-            end = tokenizer.eos_token if isinstance(tokenizer.eos_token, str) else ""
-            return _marked(prompt + completion + end, [(len(prompt), len(prompt + completion + end))], tokenizer)
-        messages = [*_turns(prompt, "user"), *_turns(completion, "assistant")]
-    messages = _checked(messages)
-    if not tokenizer.chat_template:
-        raise UserError(
-            "data.kind: chat needs a tokenizer with a chat template, and this one has none; use the instruct model's tokenizer, or rows of "
-            "'prompt' and 'completion' as plain text"
-        )
-    whole = _render(messages, tokenizer)
-    spans = [_span(messages, turn, whole, tokenizer) for turn, message in enumerate(messages) if message["role"] == "assistant"]
-    if not spans:
-        raise ValueError("no turn of the assistant")
-    return _marked(whole, spans, tokenizer)
+def _whole_row(row: Mapping[str, Any] | UserError, notes: Counter[str]) -> Mapping[str, Any]:
+    if isinstance(row, UserError):
+        raise row
+    return map_strings(dict(row), lambda text: whole_text(text, notes))
 
 
-def _turns(value: Any, role: str) -> list[Any]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else value if isinstance(value, list) else [None]
-
-
-def _checked(messages: Any) -> list[dict[str, Any]]:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("neither 'messages' nor 'prompt' and 'completion'")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(f"a message without a role: {str(message)[:80]}")
-    return messages
-
-
-def _render(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", *, prompt: bool = False) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except (TemplateError, TypeError, KeyError) as error:
-        raise ValueError(f"the chat template refuses it: {error}") from error
-    return text
-
-
-def _span(messages: list[dict[str, Any]], turn: int, whole: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, int]:
-    """Where the assistant's turn begins and ends in the rendered text."""
-    before, after = _render(messages[:turn], tokenizer, prompt=True), _render(messages[: turn + 1], tokenizer)
-    if not (whole.startswith(before) and whole.startswith(after)):
-        raise ValueError("the chat template renders earlier turns differently once later ones are there; split the conversation")
-    return len(before), len(after)
-
-
-def _marked(text: str, spans: list[tuple[int, int]], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[bool]]:
-    """Ids of ``text``, and whether each token's characters lie in one of ``spans``."""
-    told: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    inside = [any(first <= begin and end <= last for first, last in spans) and end > begin for begin, end in told["offset_mapping"]]
-    if not any(inside[1:]):
-        raise ValueError("nothing that the assistant says")
-    return told["input_ids"], inside
-
-
-def rows_of_jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(file and line, row) of a .jsonl file; a line that is no object is an empty row, so that it counts as bad."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            yield f"{path.name}:{number}", row if isinstance(row, dict) else {}
-
-
-def rows_of_parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(file and row, row) of a .parquet file; columns other than those of conversations are not read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in _FIELDS]
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path.name}, row {number}", row
-    except pa.ArrowException as error:
-        raise UserError(f"data.files: {path} is not a whole Parquet file ({str(error).splitlines()[0]}); make or fetch it again") from error
+def _digest(row: Mapping[str, Any]) -> int:
+    """What the split goes by: the conversation's text, the same on every machine."""
+    facts: list[Any] = [row.get(column) for column in _FIRST_COLUMNS]
+    others = {column: row[column] for column in COLUMNS if column not in _FIRST_COLUMNS and row.get(column) is not None}
+    text = json.dumps([*facts, others] if others else facts, sort_keys=True, ensure_ascii=False, default=str)
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little")

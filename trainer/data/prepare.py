@@ -9,21 +9,23 @@ import errno
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...models.errors import UserError
 from ...models.files import atomic_directory, check_free_space, clean_leftovers, sha256_file, sha256_json, write_json_atomic
 from ..settings import DataSettings
+from .chats import FORMAT as CHAT_FORMAT
 from .chats import Samples, write_chats
-from .split import split_documents
+from .sides import write_sides
 from .text import Documents, read_documents
 from .tokens import TokenStream, tokenizer_hash, write_tokens
 from .unfinished import Unfinished, unfinished
-from .windows import Windows, write_packed, write_padded
+from .windows import Windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +51,8 @@ class PreparedData:
     """What the text is, for people."""
     samples: dict[str, Any] | None
     """Of conversations: ``read``, ``bad`` (left out) and ``first_bad``; None for text."""
+    left_out: dict[str, int]
+    """What was left out, cut, replaced or is never taught, by reason."""
     path: Path
     """The cache entry; ``open_prepared`` opens it on other ranks."""
 
@@ -64,6 +68,7 @@ def prepare_data(
     cache_dir: Path,
     *,
     documents: Documents | None = None,
+    train: bool = True,
     say: Say = _LOG.warning,
 ) -> PreparedData:
     """Tokenize the text of ``settings``, or find it in the cache (rank 0).
@@ -71,13 +76,16 @@ def prepare_data(
     Args:
         cache_dir: The cache folder, from ``cache.cache_dir()``.
         documents: The text, when it has been read already.
+        train: Whether anything is trained on. If not, nothing is kept back for it: ``data.eval_tokens`` tokens are measured, or all.
         say: Told of damaged entries, and every ten seconds how far it is.
 
     Raises:
         UserError: anything wrong with the text (see ``read_documents``), too little of it, or no room in the cache.
     """
+    if train and settings.eval_tokens == "all":
+        raise UserError("data.eval_tokens=all leaves nothing to train on; give a number of tokens, such as 32k")
     documents = read_documents(settings) if documents is None else documents
-    facts = {
+    facts: dict[str, Any] = {
         "format": FORMAT,
         "text": documents.fingerprint,
         "tokenizer": tokenizer_hash(tokenizer),
@@ -86,7 +94,11 @@ def prepare_data(
         "eval_tokens": settings.eval_tokens,
     }
     if settings.kind == "chat":
-        facts |= {"chat_template": tokenizer.chat_template, "mask_prompts": settings.mask_prompts}
+        facts |= {"chat_template": tokenizer.chat_template, "mask_prompts": settings.mask_prompts, "chat_format": CHAT_FORMAT}
+    if settings.reads_control_tokens != (settings.kind == "text"):
+        facts["control_tokens"] = settings.reads_control_tokens
+    if not train:
+        facts["train"] = False
     fingerprint = sha256_json(facts)
     target = cache_dir / "tokens" / fingerprint
     if target.exists():
@@ -96,7 +108,7 @@ def prepare_data(
         say(f"tokenized text in {target} is damaged ({damage}); it is made again")
     with _readable_errors(target.parent):
         _clear(target)
-        _build(settings, tokenizer, documents, target, {"fingerprint": fingerprint, **facts}, say)
+        _build(settings, tokenizer, documents, target, {"fingerprint": fingerprint, **facts}, train, say)
     return open_prepared(target)
 
 
@@ -117,6 +129,7 @@ def open_prepared(path: Path) -> PreparedData:
         text_fingerprint=manifest["text"],
         description=manifest["description"],
         samples=manifest.get("samples"),
+        left_out=manifest.get("left_out", {}),
         path=path,
     )
 
@@ -162,7 +175,13 @@ def _readable_errors(folder: Path) -> Iterator[None]:
 
 
 def _build(
-    settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", documents: Documents, target: Path, facts: dict[str, Any], say: Say
+    settings: DataSettings,
+    tokenizer: "PreTrainedTokenizerBase",
+    documents: Documents,
+    target: Path,
+    facts: dict[str, Any],
+    train: bool,
+    say: Say,
 ) -> None:
     try:
         with (
@@ -170,12 +189,14 @@ def _build(
             _readable_errors(target.parent),
             unfinished(target, folder / "stream") as work,
         ):
-            stream, samples = _write_stream(settings, tokenizer, documents, work, say)
+            stream, samples, left_out = _write_stream(settings, tokenizer, documents, work, say)
             check_free_space(folder, stream.tokens.nbytes, "the tokenized text (in the cache folder, environment variable DECOCT_CACHE)")
-            description = documents.description + _write_windows(settings, tokenizer, stream, folder)
+            whole = write_sides(settings, tokenizer, stream, folder, left_out, train=train)
+            description = documents.description + ("" if whole else ", held out from the end of the text, inside a document")
             del stream
             files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.glob("*.*"))}
-            write_json_atomic(folder / MANIFEST, {**facts, "description": description, "samples": samples, "files": files})
+            told = {"description": description, "samples": samples, "left_out": dict(left_out)}
+            write_json_atomic(folder / MANIFEST, {**facts, **told, "files": files})
     except UserError:
         # another run may have finished the same entry meanwhile: then there is nothing left to do
         if _damage(target, thorough=False):
@@ -184,35 +205,24 @@ def _build(
 
 def _write_stream(
     settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", documents: Documents, work: Unfinished, say: Say
-) -> tuple[TokenStream, dict[str, Any] | None]:
-    """All tokens, and of conversations how many were read and how many left out."""
+) -> tuple[TokenStream, dict[str, Any] | None, Counter[str]]:
+    """All tokens; of conversations how many were read and how many left out; and what is not taught, by reason."""
+    control = settings.reads_control_tokens
     if documents.chats is None:
-        return write_tokens(documents, tokenizer, work, say=say, need_end=settings.packing), None
+        stream = write_tokens(documents, tokenizer, work, say=say, need_end=settings.packing, control=control)
+        return stream, None, documents.passed + documents.notes + work.notes
     samples = Samples()
-    stream = write_chats(documents.chats(), tokenizer, work.stream, mask_prompts=settings.mask_prompts, samples=samples)
+    stream = write_chats(
+        documents.chats(),
+        tokenizer,
+        work.stream,
+        mask_prompts=settings.mask_prompts,
+        samples=samples,
+        control=control,
+        seq_length=settings.seq_length,
+    )
     if samples.bad:
         say(f"{samples.bad:,} of {samples.read:,} conversations were left out; the first: {samples.first_bad}")
-    return stream, asdict(samples)
-
-
-def _write_windows(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", stream: TokenStream, folder: Path) -> str:
-    """Write both sides; returns what the description has to add."""
-    length, most = settings.seq_length, settings.eval_tokens
-    split = split_documents(stream, seq_length=length, eval_tokens=most, packing=settings.packing)
-    if settings.packing:
-        counts = (
-            write_packed(folder / "train", stream.tokens, split.train, length),
-            write_packed(folder / "evaluation", stream.tokens, split.evaluation, length, most // length),
-        )
-    else:
-        # what padding holds is never looked at; any id that embeddings have will do
-        padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
-        counts = (
-            write_padded(folder / "train", stream.tokens, split.train, length, padding),
-            write_padded(folder / "evaluation", stream.tokens, split.evaluation, length, padding, most),
-        )
-    if not all(counts):
-        raise UserError(
-            f"the documents are too short: {counts[0]} training and {counts[1]} evaluation windows of two or more tokens; give more text"
-        )
-    return "" if split.whole else ", held out from the end of the text, inside a document"
+    reasons = Counter({f"conversations: {why}": count for why, count in samples.reasons.items()})
+    told = {"read": samples.read, "bad": samples.bad, "first_bad": samples.first_bad}
+    return stream, told, documents.passed + reasons + samples.notes

@@ -48,6 +48,25 @@ def split_documents(stream: TokenStream, *, seq_length: int, eval_tokens: int, p
     return Split(np.minimum(before, cut), np.maximum(after, cut), whole=False)
 
 
+def held_out_only(stream: TokenStream, *, eval_tokens: int | None) -> Split:
+    """Everything is held out: nothing trains.
+
+    Args:
+        eval_tokens: As many documents as hold so many tokens, those with the smallest hashes, each text once; None = all, in their order.
+
+    Raises:
+        UserError: there are fewer than two tokens.
+    """
+    documents = np.stack([stream.bounds[:-1], stream.bounds[1:]], axis=1)
+    if eval_tokens is not None:
+        _, firsts = np.unique(stream.hashes, return_index=True)
+        held = np.cumsum(np.diff(documents[firsts])[:, 0])
+        documents = documents[firsts[: int(np.searchsorted(held, eval_tokens)) + 1]]
+    if np.diff(documents).sum() < 2:
+        raise UserError("the text has fewer than two tokens, and the first one is not predicted; give more text")
+    return Split(documents[:0], documents, whole=True)
+
+
 def _check_size(total: int, documents: int, least: int, seq_length: int, eval_tokens: int) -> None:
     text = f"the text has {total:,} tokens in {documents:,} document(s)"
     if total < least:

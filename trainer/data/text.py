@@ -6,7 +6,8 @@ import os
 import platform
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from ...models.errors import UserError
 from ...models.files import sha256_file, sha256_json
 from ..settings import DataSettings
-from .chats import rows_of_jsonl, rows_of_parquet
-from .readers import check_text_column, find_files, missing_field, read_file
+from .conversations import COLUMNS, SHAPES, is_conversation
+from .files import PLAIN, ROWS, find_files, kind_of, shown, suffix_of
+from .readers import check_text_column, missing_field, read_file
+from .rows import Row, rows_of, without_nulls
 
 if TYPE_CHECKING:
     import datasets
@@ -35,11 +38,20 @@ class Documents:
     """sha256 of what decides the documents; the same text gives the same on every machine (for the hub: the same revision)."""
     open: Callable[[], Iterable[str]] = field(repr=False, compare=False)
     """Starts reading."""
-    chats: "Callable[[], Iterable[tuple[str, Mapping[str, Any]]]] | None" = field(default=None, repr=False, compare=False)
-    """Starts reading conversations, (where, row) each; None = these are texts."""
+    chats: "Callable[[], Iterable[Row]] | None" = field(default=None, repr=False, compare=False)
+    """Starts reading conversations, (where, row or why there is none) each; None = these are texts."""
+    passed: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
+    """What was not taken for text at all, by reason."""
+    notes: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
+    """What the last reading left out or replaced, by reason."""
 
     def __iter__(self) -> Iterator[str]:
-        return (text for text in self.open() if text and not text.isspace())
+        self.notes.clear()
+        for text in self.open():
+            if text and not text.isspace():
+                yield text
+            else:
+                self.notes["blank documents"] += 1
 
 
 def read_documents(settings: DataSettings) -> Documents:
@@ -101,42 +113,44 @@ def stdlib_files(root: Path) -> list[Path]:
 
 
 def _file_documents(settings: DataSettings) -> Documents:
-    files = find_files(settings.files or ())
+    passed: Counter[str] = Counter()
+    files = find_files(settings.files or (), passed)
     column = settings.text_field
-    fields = {column for file in files if file.suffix.lower() != ".txt"}
+    fields = {column for file in files if kind_of(file) not in PLAIN}
     facts = {
-        "files": [[file.suffix.lower(), _hash_file(file)] for file in files],
+        "files": [[suffix_of(file), _hash_file(file)] for file in files],
         "text_field": sorted(fields),
         "max_documents": settings.max_documents,
     }
-    named = files[0].name if len(files) == 1 else f"{len(files)} files, {files[0].name} to {files[-1].name}"
+    first, last = shown(files[0].name), shown(files[-1].name)
+    named = first if len(files) == 1 else f"{len(files)} files, {first} to {last}"
     if settings.kind == "chat":
-        return _file_chats(settings, files, named, {"files": facts["files"], "max_documents": settings.max_documents})
+        return _file_chats(settings, files, named, {"files": facts["files"], "max_documents": settings.max_documents}, passed)
+    notes: Counter[str] = Counter()
 
     def read() -> Iterator[str]:
-        texts = itertools.chain.from_iterable(read_file(file, column) for file in files)
+        texts = itertools.chain.from_iterable(read_file(file, column, notes) for file in files)
         return itertools.islice(texts, settings.max_documents)
 
-    return Documents(named + _limited(settings), sha256_json(facts), read)
+    return Documents(named + _limited(settings), sha256_json(facts), read, passed=passed, notes=notes)
 
 
-def _file_chats(settings: DataSettings, files: list[Path], named: str, facts: dict[str, Any]) -> Documents:
-    readers = {".jsonl": rows_of_jsonl, ".parquet": rows_of_parquet}
-    if plain := [file for file in files if file.suffix.lower() not in readers]:
-        raise UserError(f"data.files: {plain[0]} holds no conversations; data.kind: chat reads {' and '.join(readers)} files")
+def _file_chats(settings: DataSettings, files: list[Path], named: str, facts: dict[str, Any], passed: Counter[str]) -> Documents:
+    if plain := [file for file in files if kind_of(file) in PLAIN]:
+        raise UserError(f"data.files: {shown(plain[0])} holds no conversations; data.kind: chat reads rows ({', '.join(ROWS)})")
 
-    def read() -> Iterator[tuple[str, Mapping[str, Any]]]:
-        rows = itertools.chain.from_iterable(readers[file.suffix.lower()](file) for file in files)
+    def read() -> Iterator[Row]:
+        rows = itertools.chain.from_iterable(rows_of(file, COLUMNS, name=shown(file.name)) for file in files)
         return itertools.islice(rows, settings.max_documents)
 
-    return Documents(named + _limited(settings), sha256_json({"kind": "chat", **facts}), tuple, read)
+    return Documents(named + _limited(settings), sha256_json({"kind": "chat", **facts}), tuple, read, passed)
 
 
 def _hash_file(path: Path) -> str:
     try:
         return sha256_file(path)
     except OSError as error:
-        raise UserError(f"data.files: {path} cannot be read ({error.strerror or error}); check its permissions") from error
+        raise UserError(f"data.files: {shown(path)} cannot be read ({error.strerror or error}); check its permissions") from error
 
 
 def _limited(settings: DataSettings) -> str:
@@ -169,14 +183,14 @@ def _hub_documents(settings: DataSettings) -> Documents:
 
 
 def _hub_chats(settings: DataSettings, dataset: Any, revision: str, named: str, names: list[str]) -> Documents:
-    columns = [name for name in ("messages", "prompt", "completion") if name in names]
-    if "messages" not in columns and len(columns) < 2:
-        raise UserError(f"data.hub {named} has no column 'messages', nor 'prompt' and 'completion'; it has {', '.join(names)}")
+    columns = [name for name in COLUMNS if name in names]
+    if not is_conversation(columns):
+        raise UserError(f"data.hub {named} has none of {', '.join(SHAPES)}; it has {', '.join(names)}")
     facts = {"hub": [settings.hub, settings.hub_config, settings.hub_split, revision], "max_documents": settings.max_documents}
     rows: Any = dataset.select_columns(columns)
 
-    def read() -> Iterator[tuple[str, Mapping[str, Any]]]:
-        return itertools.islice(((f"row {number}", row) for number, row in enumerate(rows, 1)), settings.max_documents)
+    def read() -> Iterator[Row]:
+        return itertools.islice(((f"row {number}", without_nulls(row)) for number, row in enumerate(rows, 1)), settings.max_documents)
 
     return Documents(named + _limited(settings), sha256_json({"kind": "chat", **facts}), tuple, read)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from ...models.errors import UserError
 from ...models.files import sha256_json
+from .encoding import spelling
 from .unfinished import Unfinished
 from .windows import DTYPE
 
@@ -52,7 +53,13 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def write_tokens(
-    documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", work: Unfinished, *, say: Callable[[str], None], need_end: bool
+    documents: Iterable[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    work: Unfinished,
+    *,
+    say: Callable[[str], None],
+    need_end: bool,
+    control: bool = True,
 ) -> TokenStream:
     """Encode ``documents`` into ``work``: an end-of-text token behind each, a begin-of-text one where the tokenizer adds it.
 
@@ -60,6 +67,8 @@ def write_tokens(
         work: Documents that it has already are passed over.
         say: Told every ten seconds how far it is.
         need_end: Whether documents must be told apart by an end-of-text token (packing).
+        control: Whether control tokens that the text spells (``<|endoftext|>``) are read as such; else they are text. Documents that
+            spell some are counted in ``work.notes``.
 
     Raises:
         UserError: ``need_end``, and the tokenizer has none.
@@ -70,6 +79,7 @@ def write_tokens(
             "tokenizer_config.json, or set data.packing: false"
         )
     begin, end = _outer_ids(tokenizer)
+    spelled = _Spelled(tokenizer, control)
     bounds, hashes = work.bounds, work.hashes
     total, told = bounds[-1], time.monotonic()
     if hashes:
@@ -77,7 +87,9 @@ def write_tokens(
     with _tokenizers_in_parallel():
         for batch in _batches(itertools.islice(documents, len(hashes), None)):
             ids = array("i")
-            for (digest, first, last, _), part in zip(batch, _encode(tokenizer, [piece[3] for piece in batch])):
+            for (digest, first, last, text), part in zip(batch, _encode(tokenizer, [piece[3] for piece in batch], control)):
+                if spelled.look(text, part, last):
+                    work.notes[spelled.name] += 1
                 ids.extend([*(begin if first else ()), *part, *(end if last else ())])
                 if last:
                     bounds.append(total + len(ids))
@@ -101,9 +113,29 @@ def _outer_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[in
     return begin, [eos] if isinstance(eos, int) else []
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
-    ids: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)
+def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str], control: bool) -> list[list[int]]:
+    more: dict[str, Any] = {} if control else {"split_special_tokens": True}
+    ids: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False, **more)
     return ids["input_ids"]
+
+
+class _Spelled:
+    """Counts documents that spell control tokens."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", control: bool) -> None:
+        self.name = (
+            f"documents that spell control tokens, which are read as {'control tokens' if control else 'text'} (data.special_tokens)"
+        )
+        self._ids = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special} if control else set()
+        self._pattern = None if control else spelling(tokenizer)
+        self._seen = False
+
+    def look(self, text: str, ids: list[int], last: bool) -> bool:
+        """One more piece; True behind a document that spells some."""
+        self._seen = self._seen or not self._ids.isdisjoint(ids) or bool(self._pattern and self._pattern.search(text))
+        found = self._seen and last
+        self._seen = self._seen and not last
+        return found
 
 
 _Piece = tuple[int, bool, bool, str]

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -38,6 +39,8 @@ class Unfinished:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.bounds, self.hashes = array("q", [0]), array("Q")
+        self.notes: Counter[str] = Counter()
+        """What was found in the documents, by name; goes on with them."""
         self._saved = 0
         self._at = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,12 +63,13 @@ class Unfinished:
             for name, numbers in (("bounds", ends), ("hashes", hashes)):
                 with (self.folder / name).open("rb") as file:
                     numbers.fromfile(file, documents)
+            notes = Counter({str(name): int(count) for name, count in progress.get("notes", {}).items()})
             whole = (not documents or ends[-1] == tokens) and self.stream.stat().st_size >= tokens * 4
-        except (OSError, ValueError, KeyError, TypeError, EOFError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
             return
         if whole:
             self.bounds.extend(ends)
-            self.hashes, self._saved = hashes, documents
+            self.hashes, self._saved, self.notes = hashes, documents, notes
 
     def write(self, ids: array) -> None:
         """Append token ids (int32)."""
@@ -82,7 +86,9 @@ class Unfinished:
                 file.truncate()
                 file.write(numbers[self._saved :])
                 self._sync(file)
-        write_json_atomic(self.folder / "progress.json", {"documents": len(self.hashes), "tokens": self.bounds[-1]})
+        write_json_atomic(
+            self.folder / "progress.json", {"documents": len(self.hashes), "tokens": self.bounds[-1], "notes": dict(self.notes)}
+        )
         self._saved, self._at = len(self.hashes), time.monotonic()
 
     @staticmethod

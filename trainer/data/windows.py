@@ -31,12 +31,12 @@ class Windows:
     @classmethod
     def open(cls, path: Path, seq_length: int) -> "Windows":
         """Map ``<path>.tokens`` and, where they are, ``<path>.lengths`` and ``<path>.starts``."""
-        rows = np.memmap(path.with_suffix(".tokens"), dtype=DTYPE, mode="r").reshape(-1, seq_length)
+        rows = _mapped(path.with_suffix(".tokens"), DTYPE).reshape(-1, seq_length)
         lengths, starts = path.with_suffix(".lengths"), path.with_suffix(".starts")
         windows = cls(
             rows,
             np.fromfile(lengths, dtype=DTYPE) if lengths.exists() else None,
-            np.memmap(starts, dtype=STARTS_DTYPE, mode="r") if starts.exists() else None,
+            _mapped(starts, STARTS_DTYPE) if starts.exists() else None,
         )
         windows._origin = (path, seq_length)
         return windows
@@ -91,6 +91,11 @@ class Windows:
         return self.starts[first:last] - begin
 
 
+def _mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+    """A file as an array; an empty one cannot be mapped."""
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)
+
+
 def _positions(starts: np.ndarray, length: int) -> Tensor:
     """int64 [length]: distance from the last of ``starts``, or from 0."""
     origin = np.zeros(length, dtype=np.int64)
@@ -121,17 +126,81 @@ def write_packed(path: Path, tokens: np.ndarray, documents: np.ndarray, seq_leng
     return num
 
 
+def write_labelled(
+    path: Path, tokens: np.ndarray, documents: np.ndarray, seq_length: int, most: int | None = None, *, padding: int | None = None
+) -> tuple[int, int]:
+    """``write_packed`` for text of which only parts are learned: windows without a token to predict are left out.
+
+    Args:
+        tokens, documents, seq_length, most: As of ``write_packed``.
+        padding: Token id that fills up a last window with what is left, if that is two tokens or more; None = leave it out.
+
+    Returns: (windows written, also to ``<path>.lengths`` where the last one is padded; windows left out).
+    """
+    sizes = np.diff(documents)[:, 0]
+    starts = np.unique(np.cumsum(sizes) - sizes)
+    kept: list[np.ndarray] = []
+    lengths: list[int] = []
+    left_out = 0
+    with path.with_suffix(".tokens").open("wb") as file:
+        for index, row in enumerate(_windows_of(tokens, documents, seq_length)):
+            if len(lengths) == most or (len(row) < seq_length and (padding is None or len(row) < 2)):
+                break
+            first, last = np.searchsorted(starts, [index * seq_length, index * seq_length + len(row)])
+            own = starts[first:last] - index * seq_length
+            learned = row >= 0
+            learned[0] = False
+            learned[own] = False
+            if not learned.any():
+                left_out += 1
+                continue
+            kept.append(own + len(lengths) * seq_length)
+            lengths.append(len(row))
+            _write(file, np.r_[row, np.full(seq_length - len(row), padding or 0, dtype=DTYPE)])
+    np.concatenate([*kept, np.empty(0, dtype=np.int64)]).astype(STARTS_DTYPE).tofile(path.with_suffix(".starts"))
+    if lengths and lengths[-1] < seq_length:
+        np.array(lengths, dtype=DTYPE).tofile(path.with_suffix(".lengths"))
+    return len(lengths), left_out
+
+
+def _windows_of(tokens: np.ndarray, documents: np.ndarray, seq_length: int) -> Iterator[np.ndarray]:
+    """The documents one after the other, int32 [seq_length] at a time; what is left in the end is shorter."""
+    pending = np.empty(0, dtype=DTYPE)
+    for begin, end in join_neighbours(documents).tolist():
+        for at in range(begin, end, _COPY_TOKENS):
+            pending = np.concatenate([pending, tokens[at : min(end, at + _COPY_TOKENS)]])
+            whole = len(pending) // seq_length * seq_length
+            yield from pending[:whole].reshape(-1, seq_length)
+            pending = pending[whole:]
+    if len(pending):
+        yield pending
+
+
 def write_padded(
-    path: Path, tokens: np.ndarray, segments: np.ndarray, seq_length: int, padding: int, most_tokens: int | None = None
-) -> int:
+    path: Path,
+    tokens: np.ndarray,
+    segments: np.ndarray,
+    seq_length: int,
+    padding: int,
+    most_tokens: int | None = None,
+    *,
+    labelled: bool = False,
+) -> tuple[int, int]:
     """Write each segment (a document) as windows of its own, the last one padded; windows of a single token are left out.
 
     Stops before a window that would exceed ``most_tokens`` real tokens.
-    Returns: windows written to ``<path>.tokens``, with ``<path>.lengths``.
+
+    Args:
+        labelled: Leave out windows without a token to predict.
+
+    Returns: (windows written to ``<path>.tokens``, with ``<path>.lengths``; windows left out because nothing is predicted in them).
     """
-    num = total = 0
+    num = total = left_out = 0
     with path.with_suffix(".tokens").open("wb") as file, path.with_suffix(".lengths").open("wb") as lengths:
         for begin, end in _cut(segments, seq_length):
+            if labelled and (tokens[begin + 1 : end] < 0).all():
+                left_out += 1
+                continue
             total += end - begin
             if most_tokens is not None and total > most_tokens:
                 break
@@ -140,7 +209,7 @@ def write_padded(
             _write(file, row)
             _write(lengths, np.array([end - begin], dtype=DTYPE))
             num += 1
-    return num
+    return num, left_out
 
 
 def join_neighbours(segments: np.ndarray) -> np.ndarray:

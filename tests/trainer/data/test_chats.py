@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from decoct.models.errors import UserError
 from decoct.trainer.cache import cache_dir
-from decoct.trainer.data.chats import encode_chat
+from decoct.trainer.data.chats import ChatEncoder, encode_chat
 from decoct.trainer.data.prepare import open_prepared, prepare_data
 from decoct.trainer.settings import DataSettings
 
@@ -39,6 +39,10 @@ def chatty(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     own = copy.deepcopy(tokenizer)
     own.chat_template = TEMPLATE
     return own
+
+
+def learned(samples: list[tuple[list[int], list[bool]]], tokenizer: Any) -> list[str]:
+    return [tokenizer.decode([token for token, own in zip(*sample) if own]) for sample in samples]
 
 
 def said(row: dict[str, Any], tokenizer: Any) -> tuple[str, str]:
@@ -75,12 +79,12 @@ def test_without_a_template_prompt_and_completion_are_plain_text(tokenizer: Any)
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        ({}, "neither 'messages' nor"),
-        ({"messages": []}, "neither 'messages' nor"),
-        ({"messages": "hello"}, "neither 'messages' nor"),
+        ({}, "none of 'messages', .*'prompt' and 'completion'"),
+        ({"messages": []}, "no list of messages"),
+        ({"messages": "hello"}, "is text, and not JSON"),
         ({"messages": [{"content": "hello"}]}, "without a role"),
         ({"messages": TALK[:2]}, "no turn of the assistant"),
-        ({"prompt": "one", "completion": None}, "without a role"),
+        ({"prompt": "one", "completion": None}, "there is prompt alone"),
     ],
 )
 def test_rows_that_are_no_conversation_say_why(chatty: Any, row: dict[str, Any], why: str) -> None:
@@ -88,10 +92,15 @@ def test_rows_that_are_no_conversation_say_why(chatty: Any, row: dict[str, Any],
         encode_chat(row, chatty)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_not_guessed_at(chatty: Any) -> None:
+def test_turns_that_a_template_rewrites_later_are_learned_as_they_were_rendered_last(chatty: Any) -> None:
+    """The last turn in the whole conversation, an earlier one in a sample that ends with it: what a server's prompt leads to."""
     chatty.chat_template = FORGETFUL
-    with pytest.raises(ValueError, match="renders earlier turns differently"):
-        encode_chat({"messages": TALK}, chatty)
+    samples = ChatEncoder(chatty).encode({"messages": TALK})
+    assert [chatty.decode(ids) for ids, _ in samples] == [
+        chatty.apply_chat_template(TALK, tokenize=False),
+        chatty.apply_chat_template(TALK[:3], tokenize=False),
+    ]
+    assert learned(samples, chatty) == ["thought quite</assistant>\n", "thought two</assistant>\n"]
     assert said({"messages": TALK[1:3]}, chatty)[1] == "thought two</assistant>\n"
 
 

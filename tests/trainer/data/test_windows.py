@@ -76,7 +76,7 @@ def test_packing_copies_in_parts_without_loss(tmp_path: Path, monkeypatch: pytes
 
 def test_without_packing_each_document_starts_a_window_and_long_ones_take_several(tmp_path: Path) -> None:
     segments = np.array([[0, 3], [3, 4], [5, 14], [20, 24]])
-    assert write_padded(tmp_path / "w", STREAM, segments, 4, 0) == 4
+    assert write_padded(tmp_path / "w", STREAM, segments, 4, 0) == (4, 0)
     windows = Windows.open(tmp_path / "w", 4)
     assert windows.rows.tolist() == [[100, 101, 102, 0], [105, 106, 107, 108], [109, 110, 111, 112], [120, 121, 122, 123]]
     assert windows.lengths is not None
@@ -84,7 +84,7 @@ def test_without_packing_each_document_starts_a_window_and_long_ones_take_severa
 
 
 def test_padded_windows_stop_at_the_most_tokens(tmp_path: Path) -> None:
-    assert write_padded(tmp_path / "w", STREAM, np.array([[0, 3], [4, 8], [8, 12]]), 4, 0, most_tokens=8) == 2
+    assert write_padded(tmp_path / "w", STREAM, np.array([[0, 3], [4, 8], [8, 12]]), 4, 0, most_tokens=8) == (2, 0)
     assert Windows.open(tmp_path / "w", 4).tokens == 7
 
 

@@ -1,0 +1,237 @@
+"""Rows of every usual shape as one thing: messages, the tools they may call, and which turns are to be learned.
+
+    messages                        [{role, content, tool_calls, weight, ...}], also as JSON text
+    conversations                   the same, or ShareGPT's [{from, value}]
+    prompt, completion              texts, or lists of messages
+    instruction, (input,) output    Alpaca's, with system and history
+    question, answer; prompt, response
+
+and beside them ``tools`` (or ``functions``), ``system`` and ``chat_template_kwargs``.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+SHAPES = ("'messages'", "'conversations'", "'prompt' and 'completion'", "'instruction' and 'output'", "'question' and 'answer'")
+"""What a row may consist of, in words."""
+_LISTS = ("messages", "conversations", "conversation")
+_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response"), ("question", "answer"))
+COLUMNS = (
+    *("messages", "prompt", "completion"),
+    *("conversations", "conversation", "instruction", "input", "output", "history", "question", "answer", "response"),
+    *("system", "tools", "functions", "chat_template_kwargs"),
+)
+"""Columns that are read; others are not."""
+_ROLES = {
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "function_call"), "assistant"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+}
+"""Roles by other names; any other role is left to the template."""
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_NO_FIELDS = ("role", "from", "content", "value", "weight", "train", "loss", "function_call")
+_RESERVED = {
+    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    *("tokenizer_kwargs", "bos_token", "eos_token"),
+}
+_NAMES = {dict: "an object", int: "a number", float: "a number", bool: "a truth value"}
+
+
+class NothingToLearnError(ValueError):
+    """A conversation that is in order, and of which no turn is to be learned."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a chat template is given."""
+
+    messages: list[dict[str, Any]]
+    """``role``, ``content`` (text, or None beside tool calls) and what else the row had, without nulls."""
+    learned: list[bool]
+    """For each message, whether it is an assistant's turn that is to be learned."""
+    tools: list[Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further variables of the template (``chat_template_kwargs``)."""
+
+    @property
+    def strings(self) -> list[str]:
+        """Every text in it."""
+        found: list[str] = []
+        _collect([self.messages, self.tools, self.options], found)
+        return found
+
+
+def is_conversation(columns: Collection[str]) -> bool:
+    """Whether columns of these names hold conversations."""
+    return any(name in columns for name in _LISTS) or any(first in columns and second in columns for first, second in _PAIRS)
+
+
+def read_conversation(row: Mapping[str, Any], *, parse_arguments: bool = True) -> Conversation:
+    """The conversation of a row.
+
+    Args:
+        parse_arguments: Arguments of tool calls that are JSON text become objects, as servers hand them to templates.
+
+    Raises:
+        ValueError: it has none, or one that a model of text cannot read.
+    """
+    given = _messages(row)
+    messages = [_message(each, parse_arguments) for each in given]
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+        given = [{"role": "system"}, *given]
+    learned = [message["role"] == "assistant" and _is_learned(raw) for message, raw in zip(messages, given)]
+    options = _json(row.get("chat_template_kwargs"), "chat_template_kwargs") or {}
+    if not isinstance(options, dict) or _RESERVED & options.keys():
+        raise ValueError("chat_template_kwargs that are no object of the template's own variables")
+    return Conversation(messages, learned, _tools(row), options)
+
+
+def _messages(row: Mapping[str, Any]) -> list[Any]:
+    for column in _LISTS:
+        messages = _json(row.get(column), column)
+        if messages is None:
+            continue
+        if not isinstance(messages, list) or not messages:
+            raise ValueError(f"'{column}' that is no list of messages")
+        return messages
+    for first, second in _PAIRS:
+        if row.get(first) is not None and row.get(second) is not None:
+            return [*_history(row.get("history")), *_turns(_asked(row, first), "user"), *_turns(row[second], "assistant")]
+    there = [name for name in row if name in COLUMNS and row[name] is not None]
+    raise ValueError(f"none of {', '.join(SHAPES)}" + (f"; of these columns there is {', '.join(there)} alone" if there else ""))
+
+
+def _asked(row: Mapping[str, Any], column: str) -> Any:
+    """What the user says; Alpaca's input goes behind the instruction."""
+    more = row.get("input") if column == "instruction" else None
+    return f"{row[column]}\n{more}" if isinstance(row[column], str) and isinstance(more, str) and more.strip() else row[column]
+
+
+def _history(history: Any) -> list[Any]:
+    """Earlier turns as pairs of texts."""
+    pairs = _json(history, "history") or []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise ValueError("'history' that is no list of pairs")
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
+
+
+def _turns(value: Any, role: str) -> list[Any]:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return value if isinstance(value, list) else [value]
+
+
+def _json(value: Any, column: str) -> Any:
+    """A value that may have been stored as JSON text, as tables without nested columns do."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise ValueError(f"'{column}' that is text, and not JSON") from None
+
+
+def _message(message: Any, parse_arguments: bool) -> dict[str, Any]:
+    role = message.get("role", message.get("from")) if isinstance(message, dict) else None
+    if not isinstance(role, str):
+        raise ValueError(f"a message without a role: {str(message)[:80]}")
+    name = _ROLES.get(role.strip().lower(), role)
+    content = _text(message["content"] if "content" in message else message.get("value"))
+    rest = {key: value for key, value in message.items() if key not in _NO_FIELDS and value is not None}
+    if calls := _calls(message, role, content):
+        rest["tool_calls"], content = calls, None if content is None or role.lower() == "function_call" else content
+    if "tool_calls" in rest and parse_arguments:
+        rest["tool_calls"] = _parsed_arguments(rest["tool_calls"])
+    if content is None and not (rest.get("tool_calls") or rest.get("reasoning_content") or rest.get("reasoning")):
+        raise ValueError("a message without content")
+    return {"role": name, "content": content, **rest}
+
+
+def _text(content: Any) -> str | None:
+    """The text of a message; parts of it are joined by line ends, as vLLM and llama.cpp do."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(f"content that is {_NAMES.get(type(content), 'no text')}, not text")
+    texts: list[str] = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else None
+            raise ValueError(f"a part of a message that is no text ({kind if isinstance(kind, str) else 'of no type'})")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _calls(message: Mapping[str, Any], role: str, content: str | None) -> list[dict[str, Any]]:
+    """Tool calls that are written in an older way: OpenAI's function_call, or ShareGPT's turn of that name."""
+    calls: Any = message.get("function_call")
+    if role.strip().lower() == "function_call":
+        calls = _json(content, "function_call")
+    if calls is None:
+        return []
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise ValueError("a function_call without a name")
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _parsed_arguments(calls: Any) -> Any:
+    if not isinstance(calls, list):
+        return calls
+    parsed: list[Any] = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(arguments := function.get("arguments"), str):
+            # what is no JSON a template may still print
+            with suppress(ValueError, RecursionError):
+                call = {**call, "function": {**function, "arguments": json.loads(arguments)}}
+        parsed.append(call)
+    return parsed
+
+
+def _is_learned(message: Mapping[str, Any]) -> bool:
+    """False where a turn says so: ``weight: 0`` (OpenAI), ``train: false``, ``loss: false``."""
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise ValueError("a weight other than 0 and 1")
+    return weight != 0 and message.get("train") is not False and message.get("loss") is not False
+
+
+def _tools(row: Mapping[str, Any]) -> list[Any] | None:
+    tools = _json(row.get("tools"), "tools")
+    if tools is None:
+        functions = _json(row.get("functions"), "functions")
+        tools = [{"type": "function", "function": each} for each in functions] if isinstance(functions, list) else functions
+    if tools is not None and (not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError("'tools' that is no list of objects")
+    return tools or None
+
+
+def _collect(value: Any, found: list[str]) -> None:
+    if isinstance(value, str):
+        found.append(value)
+    elif isinstance(value, dict):
+        for each in value.values():
+            _collect(each, found)
+    elif isinstance(value, list):
+        for each in value:
+            _collect(each, found)
+
+
+def map_strings(value: Any, change: Any, skip: Collection[str] = ()) -> Any:
+    """``value`` with ``change`` applied to every text in it, but for those under the keys ``skip``."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: each if key in skip else map_strings(each, change, skip) for key, each in value.items()}
+    return [map_strings(each, change, skip) for each in value] if isinstance(value, list) else value

@@ -1,0 +1,149 @@
+"""Conversations through the tokenizer's chat template, with the place of every turn that is to be learned.
+
+A turn is learned as it is rendered when it is the last: that is what a server's prompt leads to. Most templates render earlier turns the
+same later on, and one sample then holds all turns. Templates of reasoning models do not (Qwen3 drops the thoughts of earlier turns): a
+turn that is rendered differently later on gets a sample of its own, which ends with it.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .conversations import Conversation, NothingToLearnError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TEMPLATE_ERRORS = (TypeError, KeyError, IndexError, AttributeError, ValueError, ArithmeticError, RecursionError)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text, and the parts of it that are learned: (begin, end) of characters."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+def samples_of(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase", notes: Counter[str], *, everything: bool) -> list[Sample]:
+    """The samples of a conversation, the longest first; each turn is learned in one of them.
+
+    Args:
+        notes: Counts what the template leaves out.
+        everything: Learn prompts too, in one sample.
+
+    Raises:
+        ValueError: the template refuses it, or there is no turn of the assistant.
+        NothingToLearnError: there are some, and all say not to learn them.
+    """
+    messages = _with_content(conversation, tokenizer)
+    turns = [turn for turn, learned in enumerate(conversation.learned) if learned]
+    passed = sum(message["role"] == "assistant" for message in messages) - len(turns)
+    if not turns:
+        if passed:
+            raise NothingToLearnError("no turn of the assistant that is to be learned (weight 0)")
+        raise ValueError("no turn of the assistant")
+    whole = _render(messages, conversation, tokenizer)
+    _note_tools(conversation, whole, notes)
+    if everything:
+        return [Sample(whole, [(0, len(whole))])]
+    if passed:
+        notes["turns of the assistant that say not to learn them (weight 0)"] += passed
+    places = {turn: _place(messages, turn, conversation, tokenizer) for turn in turns}
+    for turn, (text, begin) in places.items():
+        _note_turn(messages[turn], text[begin:], notes)
+    return _gather(whole, places)
+
+
+def _gather(whole: str, places: dict[int, tuple[str, int]]) -> list[Sample]:
+    """As few samples as hold every turn as it is rendered up to it."""
+    samples: list[Sample] = []
+    text, left = whole, dict(places)
+    while left:
+        own = {turn: (begin, len(after)) for turn, (after, begin) in left.items() if text.startswith(after)}
+        if own:
+            samples.append(Sample(text, list(own.values())))
+        left = {turn: place for turn, place in left.items() if turn not in own}
+        if left:
+            text = left[max(left)][0]
+    return samples
+
+
+def _place(messages: list[dict[str, Any]], turn: int, conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, int]:
+    """(the conversation up to and with a turn, where what the assistant says begins in it)."""
+    after = _render(messages[: turn + 1], conversation, tokenizer)
+    before = _try_render(messages[:turn], conversation, tokenizer, prompt=True)
+    if before is not None and after.startswith(before):
+        return after, len(before)
+    content = (messages[turn]["content"] or "").strip()
+    at = after.rfind(content) if content else -1
+    if before is not None:
+        # the prompt may end with what the stored turn has not, such as a <think> that the template opens
+        common = _common_prefix(before, after)
+        bare = _try_render(messages[:turn], conversation, tokenizer, prompt=False)
+        if bare is not None and after.startswith(bare) and common >= len(bare):
+            return after, min(common, at) if at >= len(bare) else common
+    if at < 0:
+        raise ValueError("the chat template does not show where a turn of the assistant begins")
+    return after, at
+
+
+def _common_prefix(first: str, second: str) -> int:
+    """Characters that two texts begin with alike."""
+    pairs = zip(first, second)
+    return next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
+
+
+def _with_content(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, Any]]:
+    """The messages; content that is missing beside tool calls becomes '' where the template would print 'None'."""
+    messages = conversation.messages
+    if all(message["content"] is not None for message in messages):
+        return messages
+    filled = [{**message, "content": message["content"] or ""} for message in messages]
+    text = _try_render(messages, conversation, tokenizer, prompt=False)
+    spelled = sum(string.count("None") for string in conversation.strings)
+    return filled if text is None or text.count("None") > spelled else messages
+
+
+def _render(
+    messages: list[dict[str, Any]], conversation: Conversation, tokenizer: "PreTrainedTokenizerBase", *, prompt: bool = False
+) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        text: Any = tokenizer.apply_chat_template(
+            messages, tools=conversation.tools, tokenize=False, add_generation_prompt=prompt, **conversation.options
+        )
+    except (TemplateError, *_TEMPLATE_ERRORS) as error:
+        raise ValueError(f"the chat template refuses it: {error}") from error
+    return text
+
+
+def _try_render(
+    messages: list[dict[str, Any]], conversation: Conversation, tokenizer: "PreTrainedTokenizerBase", *, prompt: bool
+) -> str | None:
+    """None for a beginning that the template refuses, and for no messages at all."""
+    try:
+        return _render(messages, conversation, tokenizer, prompt=prompt) if messages else None
+    except ValueError:
+        return None
+
+
+def _note_tools(conversation: Conversation, text: str, notes: Counter[str]) -> None:
+    functions = [tool.get("function", tool) for tool in conversation.tools or ()]
+    names = [function["name"] for function in functions if isinstance(function, dict) and isinstance(function.get("name"), str)]
+    if any(name not in text for name in names):
+        notes["conversations whose tools the chat template leaves out"] += 1
+
+
+def _note_turn(message: dict[str, Any], said: str, notes: Counter[str]) -> None:
+    calls = message.get("tool_calls")
+    functions = [call.get("function") for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    names = [function.get("name") for function in functions if isinstance(function, dict)]
+    if (message["content"] or "").strip() not in said or any(isinstance(name, str) and name not in said for name in names):
+        notes["turns of which the chat template leaves something out"] += 1
+    for name in ("reasoning_content", "reasoning"):
+        thought = message.get(name)
+        if isinstance(thought, str) and thought.strip() not in said:
+            notes["turns whose reasoning the chat template leaves out"] += 1
+            return
