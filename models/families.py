@@ -100,10 +100,11 @@ def decoder_linears(model: "PreTrainedModel") -> dict[str, nn.Linear]:
     """Every ``nn.Linear`` (subclasses too) inside the decoder layers, by full name, in module order.
 
     Works for any causal language model: where the decoder layers are not found, every linear but the output head counts. The head
-    and embeddings are never among them. Empty for models without ``nn.Linear`` in their layers (GPT-2 uses ``Conv1D``).
+    and embeddings are never among them. Empty for models without ``nn.Linear`` in their layers (GPT-2 uses ``Conv1D``). What share of the
+    decoder they are, ``capabilities.decoder_weights`` says.
     """
     head = model.get_output_embeddings()
-    prefix = _layers_prefix(model)
+    prefix = layers_prefix(model)
     return {
         name: module
         for name, module in model.named_modules()
@@ -112,21 +113,37 @@ def decoder_linears(model: "PreTrainedModel") -> dict[str, nn.Linear]:
 
 
 def decoder_layers(model: "PreTrainedModel") -> list[nn.Module]:
-    """The decoder layers, in order; empty where they are not found (no family map, and no ModuleList of the configured length)."""
-    prefix = _layers_prefix(model)
+    """The decoder layers, in order; empty where they are not found (no family map, and no ModuleList in the model)."""
+    prefix = layers_prefix(model)
     return list(model.get_submodule(prefix.removesuffix(".")).children()) if prefix else []
 
 
-def _layers_prefix(model: "PreTrainedModel") -> str:
-    """Name of the ModuleList of decoder layers with a trailing dot; '' when there is none of the configured length."""
+def layers_prefix(model: "PreTrainedModel") -> str:
+    """Name of the ModuleList of decoder layers with a trailing dot: of those as long as the config says, or of all, the one that holds
+    most; '' when there is none."""
     family = FAMILIES.get(model.config.model_type)
     if family is not None:
         return f"{family.layers_path}."
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return f"{name}."
-    return ""
+    count = depth_of(model.config)
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    # lists inside a layer, such as experts, belong to the layer
+    outer = {name: module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
+    fitting = {name: module for name, module in outer.items() if len(module) == count} or outer
+    return max(fitting, key=lambda name: sum(p.numel() for p in fitting[name].parameters())) + "." if fitting else ""
+
+
+def text_config(config: "PreTrainedConfig") -> Any:
+    """The config of the language model; of a config with several of them (a text encoder and a decoder) the config itself."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config
+
+
+def depth_of(config: "PreTrainedConfig") -> int | None:
+    """The number of decoder layers that a config states; None where it names it otherwise than Llama's does."""
+    count = getattr(text_config(config), "num_hidden_layers", None)
+    return count if isinstance(count, int) else None
 
 
 def backbone_and_head(model: "PreTrainedModel") -> tuple[nn.Module, Tensor, Tensor | None]:
@@ -154,7 +171,7 @@ def backbone_and_head(model: "PreTrainedModel") -> tuple[nn.Module, Tensor, Tens
 
 def head_transform(config: "PreTrainedConfig") -> HeadTransform:
     """What the model of ``config`` does to its logits after the head (read in transformers' modelling code)."""
-    text: Any = config.get_text_config()
+    text = text_config(config)
     kind: str = text.model_type
     scale = 1.0
     if kind.startswith("cohere"):

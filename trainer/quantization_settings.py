@@ -27,6 +27,9 @@ class LatticeSettings:
     """How the inputs of the linears are rounded, such as {kind: int8}; default: not at all."""
     kv_cache: ActivationSpec | None = None
     """How keys and values are rounded as they enter the cache, such as {kind: fp8_e4m3, scaling: static}; default: not at all."""
+    allow_partial: bool = False
+    """Go on where less than 95 % of the decoder's weights are in linears that can be quantized, as with experts that are one
+    three-dimensional parameter; the others stay as they are."""
 
     @property
     def lattices(self) -> Lattices:
@@ -104,7 +107,10 @@ class QatSettings(LatticeSettings, TrainingBlock):
         """What rounds the model before training, for ``start: gptq``; None for other starts."""
         if self.first != "gptq":
             return None
-        same = {name: getattr(self, name) for name in ("weights", "skip", "overrides", "embedding", "head", "activations", "kv_cache")}
+        same = {
+            name: getattr(self, name)
+            for name in ("weights", "skip", "overrides", "embedding", "head", "activations", "kv_cache", "allow_partial")
+        }
         return QuantizeSettings(**same, method="gptq", calibration_tokens=self.calibration_tokens, stream="never")
 
     def _check_kind(self) -> None:

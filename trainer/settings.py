@@ -176,6 +176,8 @@ class PruneSettings(TrainingBlock):
     """Weights to keep."""
     calibration_tokens: int = 32_768
     """Training text that structured pruning scores channels on: windows from all over it, chosen by the seed as in quantize."""
+    allow_partial: bool = False
+    """magnitude: go on where less than 95 % of the decoder's weights are in linears; the others keep all their weights."""
 
     def __post_init__(self) -> None:
         TrainingBlock.__post_init__(self)

@@ -8,6 +8,7 @@ from .cases import cases
 from .contents import PRECISIONS, Machine, StagePlan, Training
 from .contents import Plan as Plan
 from .disk import EXPORT_BYTES, checkpoint_bytes, model_bytes, quantized_bytes
+from .families import check_families, coverage
 from .fitting import cheapest_fit, usable
 from .formats import refusals
 from .memory import Situation, training_memory
@@ -37,6 +38,7 @@ def plan(recipe: "Recipe", *, gpus: int | None = None, gpu_memory: int | None = 
     machine = _machine(recipe.trainer, gpus, gpu_memory, nodes)
     teacher = teacher_shape(recipe)
     student = student_shape(recipe, teacher)
+    check_families(recipe, teacher, student)
     stages = [_stage(recipe, shape, teacher, machine, tensor_parallel) for shape in stage_shapes(recipe, student)]
     kept = sum((stage.model_bytes or 0) + sum(stage.exports.values()) for stage in stages)
     largest = max((stage.training.checkpoint_bytes for stage in stages if stage.training), default=0)
@@ -106,6 +108,7 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
         exports=exports,
         verdicts=list(judged),
         refusals=refused,
+        coverage=coverage(shape),
     )
 
 

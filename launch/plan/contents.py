@@ -70,6 +70,8 @@ class StagePlan:
     """Whether and how each serving stack will load what this stage exports."""
     refusals: list[str] = field(default_factory=list)
     """What the formats of this stage cannot hold, a sentence each with the remedy."""
+    coverage: float | None = None
+    """Share of the decoder's weights that the stage prunes, quantizes or packs; None for other stages."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...models.errors import UserError
+from ...models.families import text_config
 from .shapes import ModelShape, config_from, config_of, shape_of
 
 if TYPE_CHECKING:
@@ -88,15 +89,12 @@ def ladder(shape: ModelShape, *, context: int, batch: int, nominal: float | None
 
 def kv_cache_bytes(shape: ModelShape, context: int, batch: int) -> int:
     """Keys and values of all layers in bf16."""
-    text: Any = shape.config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return 2 * 2 * shape.layers * heads * head * context * batch
+    return 2 * 2 * shape.layers * shape.dimensions.kv_heads * shape.dimensions.head_dim * context * batch
 
 
 def default_context(shape: ModelShape) -> int:
     """The model's own context, at most 8,192 tokens."""
-    return min(LONGEST_CONTEXT, getattr(shape.config.get_text_config(), "max_position_embeddings", LONGEST_CONTEXT))
+    return min(LONGEST_CONTEXT, getattr(text_config(shape.config), "max_position_embeddings", None) or LONGEST_CONTEXT)
 
 
 def find_shape(what: str) -> ModelShape:
@@ -136,7 +134,7 @@ def _tables(shape: ModelShape) -> dict[str, tuple[int, int]]:
     """Embedding and head (once when tied): matrices outside the decoder layers."""
     found: dict[str, tuple[int, int]] = {}
     for name, sizes in shape.tensors.items():
-        if len(sizes) == 2 and ".layers." not in name:
+        if len(sizes) == 2 and not shape.within(name):
             found[name] = (sizes[0], sizes[1])
     return found
 

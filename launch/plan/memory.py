@@ -8,7 +8,7 @@ activations (measured with two of eight heads), and their scales are two numbers
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...losses.linear_divergence.chunked import ACCELERATOR_LIMITS, CPU_LIMITS, rows_per_block
 from ...losses.linear_divergence.closed_form import BUFFERS_ALONE, BUFFERS_WITH_TEACHER
@@ -164,15 +164,14 @@ def _optimizer_bytes(student: ModelShape, case: Situation) -> int:
 
 def _layer_activations(student: ModelShape, case: Situation) -> int:
     """What one decoder layer saves for a micro-batch, without copies of weights."""
-    text: Any = student.config.get_text_config()
-    hidden, ffn = text.hidden_size, text.intermediate_size
-    head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
-    queries, keys = text.num_attention_heads * head, (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head
+    sizes = student.dimensions
+    hidden, ffn = sizes.hidden, sizes.ffn
+    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     low = 2 if case.mixed else 4
     # both norms: input and normalised input in fp32; then what each linear keeps of it (under autocast a bf16 copy each)
     norms = 2 * 2 * 4 * hidden + (low * 5 * hidden if case.mixed else 4 * 2 * hidden)
     # queries, keys and values as attention sees them, and its result, which lies in the order that the projection reads
-    attention = low * (queries + 2 * keys) + low * queries + 4 * text.num_attention_heads
+    attention = low * (queries + 2 * keys) + low * queries + 4 * sizes.heads
     # gate, its SiLU, up, and their product
     return case.tokens * (norms + attention + low * 4 * ffn)
 
@@ -211,9 +210,8 @@ def _activation_bytes(student: ModelShape, case: Situation) -> int:
 
 def _teacher_pass(teacher: ModelShape, case: Situation) -> int:
     """The teacher's forward pass keeps nothing but its last hidden states: one layer's widest moment."""
-    text: Any = teacher.config.get_text_config()
     width = 4 if case.load_in == "fp32" else 2
-    return case.tokens * width * (3 * text.intermediate_size + 4 * text.hidden_size)
+    return case.tokens * width * (3 * teacher.dimensions.ffn + 4 * teacher.hidden)
 
 
 def _logit_bytes(student: ModelShape, teacher: ModelShape | None, case: Situation) -> int:

@@ -125,9 +125,8 @@ def _batch_bytes(model: ModelShape, seq_length: int) -> int:
     """Bytes of a batch inside a layer, fp32: the gated FFN or attention is the widest, with the layer's own input and normalised input."""
     from ...trainer.stages.calibration import BATCH_TOKENS
 
-    text: Any = model.config.get_text_config()
     tokens = max(1, BATCH_TOKENS // seq_length) * seq_length
-    return 4 * tokens * (3 * max(text.intermediate_size, text.hidden_size) + 3 * text.hidden_size)
+    return 4 * tokens * (3 * max(model.dimensions.ffn, model.hidden) + 3 * model.hidden)
 
 
 def _kept_inputs(model: ModelShape, layers: list[list[_Stack]], needs: str, tokens: int) -> int:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from ...configs.recipe import Recipe, StageEntry
+    from ...models.capabilities import Capabilities
+    from ...models.dimensions import Dimensions
     from ...qat.lattices import Lattices
     from ...qat.spec import ActivationSpec, QuantSpec
 
@@ -30,6 +32,11 @@ class ModelShape:
     """(out, in) of every linear of the decoder layers."""
     layer: int
     """Parameters of one decoder layer (the largest)."""
+    inside: str
+    """What the names of the decoder layers' tensors begin with."""
+    dimensions: "Dimensions" = field(repr=False)
+    family: "Capabilities" = field(repr=False)
+    """What can be done with the model."""
     embedding: str = ""
     """Name of the input embedding's module."""
     head: str = ""
@@ -48,29 +55,31 @@ class ModelShape:
     @property
     def layers(self) -> int:
         """Decoder layers."""
-        return self.config.get_text_config().num_hidden_layers
+        return self.dimensions.layers
 
     @property
     def hidden(self) -> int:
         """Channels."""
-        return self.config.get_text_config().hidden_size
+        return self.dimensions.hidden
 
     @property
     def vocabulary(self) -> int:
         """Rows of the head."""
-        return self.config.get_text_config().vocab_size
+        return self.dimensions.vocabulary
 
     @property
     def outside(self) -> int:
         """Parameters outside the decoder layers: embedding, final norm, head."""
-        return self.parameters - sum(_elements(s) for name, s in self.tensors.items() if ".layers." in name)
+        return sum(_elements(shape) for name, shape in self.tensors.items() if not self.within(name))
+
+    def within(self, name: str) -> bool:
+        """Whether a tensor is in the decoder layers."""
+        return bool(self.inside) and name.startswith(self.inside)
 
     def describe(self) -> str:
         """'llama, 24 layers, hidden 2,048, ffn 8,192, vocabulary 49,152'."""
-        text: Any = self.config.get_text_config()
-        ffn = getattr(text, "intermediate_size", None)
-        width = f", ffn {ffn:,}" if isinstance(ffn, int) else ""
-        return f"{text.model_type}, {self.layers} layers, hidden {self.hidden:,}{width}, vocabulary {self.vocabulary:,}"
+        width = f", ffn {self.dimensions.ffn:,}" if self.linears else ""
+        return f"{self.family.model_type}, {self.layers} layers, hidden {self.hidden:,}{width}, vocabulary {self.vocabulary:,}"
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,9 @@ class Quantized(NamedTuple):
 
 def shape_of(config: "PreTrainedConfig", source: str) -> ModelShape:
     """The shape of the model of a transformers config."""
-    from ...models.families import decoder_layers, decoder_linears
+    from ...models.capabilities import capabilities
+    from ...models.dimensions import dimensions
+    from ...models.families import decoder_layers, decoder_linears, layers_prefix
     from ...models.loading import meta_model
     from ...qat.targets import is_tied
 
@@ -121,6 +132,9 @@ def shape_of(config: "PreTrainedConfig", source: str) -> ModelShape:
         tensors={name: tuple(p.shape) for name, p in model.named_parameters()},
         linears={name: (linear.out_features, linear.in_features) for name, linear in decoder_linears(model).items()},
         layer=max(layers, default=0),
+        inside=layers_prefix(model),
+        dimensions=dimensions(model),
+        family=capabilities(model),
         embedding=names.get(id(model.get_input_embeddings()), ""),
         head="" if is_tied(model) else names.get(id(model.get_output_embeddings()), ""),
     )
@@ -171,6 +185,9 @@ def student_shape(recipe: "Recipe", teacher: ModelShape | None) -> ModelShape:
     if settings.keep:
         if teacher is None:
             raise UserError("student.keep needs a teacher to cut the student from; add one, or use student.path")
+        from .families import check_keeping
+
+        check_keeping(teacher)
         student, _ = student_by_keeping(meta_model(teacher.config), settings.keep.layers)
         return shape_of(student.config, f"{settings.keep.layers} of the teacher's {teacher.layers} layers")
     fields = dict(settings.config or {})
@@ -261,6 +278,8 @@ def _with_ffn(shape: ModelShape, ffn: int, stage: str) -> ModelShape:
     width = getattr(shape.config, family.ffn_field)
     if ffn > width:
         raise UserError(f"{stage}: structured.ffn={ffn} keeps more FFN channels than the student's {width}; give at most {width}")
+    if ffn == width:
+        raise ImpossibleStageError(f"{stage}: structured.ffn={ffn} keeps all FFN channels, so that nothing is pruned; give fewer")
     config = copy.deepcopy(shape.config)
     setattr(config, family.ffn_field, ffn)
     return shape_of(config, f"{shape.source}, ffn {ffn:,} of {width:,}")

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ...models.capabilities import percent
 from .contents import PRECISIONS, Plan, StagePlan
 from .fitting import usable
 from .problems import problems
@@ -53,11 +54,20 @@ def short_form(plan: Plan) -> str:
             lines.append(f"  {stage.name}: {amount(stage.training.tokens)} tokens in {stage.training.steps:,} steps, {where}")
         if stage.rounding:
             lines.append(f"  {stage.name}: {'starts with ' if stage.training else ''}{_rounding_line(stage.rounding)}")
+        if stage.coverage is not None and stage.kind != "export":
+            lines.append(f"  {stage.name}: {coverage_line(stage)}")
         for form, count in stage.exports.items():
             held = [v.target for v in stage.verdicts if v.outcome == "ok"]
             lines.append(f"  {stage.name}: {form}, {size(count)}" + (f"; loads in {', '.join(held)}" if held else ""))
     lines.append(f"  disk: up to {size(plan.disk_bytes)}")
     return "\n".join(lines)
+
+
+def coverage_line(stage: StagePlan) -> str:
+    """'quantizes 98.7% of the decoder's weights'."""
+    assert stage.coverage is not None
+    verb = {"prune": "prunes among", "export": "packs"}.get(stage.kind, "quantizes")
+    return f"{verb} {percent(stage.coverage)} of the decoder's weights"
 
 
 def _rounding_line(rounding: "RoundingPlan") -> str:
@@ -90,6 +100,8 @@ def draw(plan: Plan, console: "Console", *, values: bool = True) -> None:
         if stage.rounding:
             starts = "starts with " if stage.training else ""
             console.print(f"{_safe(stage.name)}: {starts}{_rounding_line(stage.rounding)}", highlight=False, soft_wrap=True)
+        if stage.coverage is not None:
+            console.print(f"{_safe(stage.name)}: {coverage_line(stage)}", highlight=False, soft_wrap=True)
         if stage.verdicts:
             console.print(_targets(stage))
     if values:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...models.capabilities import percent
 from ...models.files import write_json_atomic, write_text_atomic
 from ...qat.export.plain_source import Rounding
 from .curves import read_curves
@@ -80,11 +81,22 @@ def markdown_report(report: Report) -> str:
     """The table, the exports' checks and the protocol as Markdown."""
     lines = [f"# {report['name']}", "", markdown_table(report), ""]
     lines += [f"- The run ended at a gate: {sentence}." for sentence in report.get("gates", [])]
+    lines += [f"- {sentence}." for sentence in coverage_sentences(report)]
     for export in report["exports"]:
         lines.append(f"- `{export['format']}` in `{export['path']}`: {exactness(export)}.")
         for runtime, seen in export["runtimes"].items():
             lines.append(f"  - {runtime}: {', '.join(f'{k} {_short(x)}' for k, x in seen.items() if x is not None)}")
     return "\n".join([*lines, "", *(f"{line}  " for line in protocol_lines(report)), ""])
+
+
+def coverage_sentences(report: Report) -> list[str]:
+    """What share of the decoder's weights each stage worked on, where it says so."""
+    told = ((row, row["coverage"]) for row in report["stages"] if row.get("coverage"))
+    return [
+        f"{row['name']} worked on {percent(seen['share'])} of the decoder's weights"
+        + (f"; left as they are: {', '.join(seen['left'])}" if seen["left"] else "")
+        for row, seen in told
+    ]
 
 
 def exactness(export: Row) -> str:

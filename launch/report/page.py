@@ -20,7 +20,7 @@ def render_page(report: dict[str, Any], curves: Curves) -> str:
     import yaml
     from markupsafe import Markup
 
-    from .build import exactness, protocol_lines
+    from .build import coverage_sentences, exactness, protocol_lines
 
     pictures = []
     for name, figure in draw_all(report, curves).items():
@@ -37,5 +37,6 @@ def render_page(report: dict[str, Any], curves: Curves) -> str:
         pictures=pictures,
         protocol=protocol_lines(report),
         exactness=exactness,
+        coverage=coverage_sentences(report),
         recipe=yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True),
     )

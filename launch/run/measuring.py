@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...models.capabilities import capabilities
+from ...models.errors import UserError
 from ...models.files import sha256_json, write_json_atomic
 from ...models.folder import content_hash, read_record, save_model_folder
 from ...models.loading import load_model
@@ -147,6 +149,7 @@ class Measuring:
                 "path": self._relative(str(folder.path)),
                 "tokens": state["tokens"],
                 "seconds": state["seconds"],
+                "coverage": state.get("coverage"),
                 **seen,
             }
         )
@@ -163,7 +166,12 @@ class Measuring:
         place = self.folder.path / f".measured/teacher-rtn-{sha256_json([self.teacher.content, spec.to_json()])[:8]}"
         packed = place / "packed"
         if not packed.exists():
-            self._round_teacher(spec, place)
+            try:
+                self._round_teacher(spec, place)
+            except UserError as error:
+                # the run's own work is done, and this row is for scale alone
+                self.console.print(f"the teacher is not rounded for scale: {error}", markup=False, highlight=False, soft_wrap=True)
+                return []
         seen = self._remembered(place / "measured.json", str(packed), None)
         form = f"int{spec.bits}" if spec.kind == "int" else spec.kind
         return [
@@ -182,6 +190,8 @@ class Measuring:
         assert self.teacher is not None
         self.console.print("rounding the teacher, for scale", highlight=False)
         model = load_model(self.teacher.path, dtype=torch.float32, revision=self.teacher.revision)
+        if reason := capabilities(model).refusal("rtn"):
+            raise UserError(reason)
         state = quantize_model(model, spec)
         fold(model, state)
         round_unquantized(model, state)

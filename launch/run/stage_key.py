@@ -10,8 +10,8 @@ from typing import Any
 from ...models.files import sha256_json
 from ...trainer.settings import TrainerSettings
 
-# Settings of a stage that say how often to save, or where weights lie meanwhile, not what to compute.
-_NOT_NUMBERS = {"checkpoint_every", "stream"}
+# Settings of a stage that say how often to save, where weights lie meanwhile, or what is agreed to, not what to compute.
+_NOT_NUMBERS = {"checkpoint_every", "stream", "allow_partial"}
 _TRAINER_NUMBERS = ("precision", "global_batch_tokens", "gradient_clip", "save_dtype", "optimizer")
 
 

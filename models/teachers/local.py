@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..batches import backbone_inputs
+from ..dimensions import dimensions
 from ..errors import UserError
-from ..families import HeadTransform, backbone_and_head, check_head, head_transform
+from ..families import HeadTransform, backbone_and_head, check_head, head_transform, text_config
 from ..vocabulary import check_head_rows, effective_vocab
 
 if TYPE_CHECKING:
@@ -105,9 +106,9 @@ class LocalTeacher:
 
     def describe(self) -> str:
         """Name, family, depth, width, parameters, dtype and place of its weights, and vocabulary in one line."""
-        text: Any = self._model.config.get_text_config()
+        sizes, kind = dimensions(self._model), text_config(self._model.config).model_type
         return (
-            f"{self._name} ({text.model_type}, {text.num_hidden_layers} layers, hidden {text.hidden_size}, "
+            f"{self._name} ({kind}, {sizes.layers} layers, hidden {sizes.hidden}, "
             f"{self._parameters:,} parameters, {self._held}, {self._v_eff:,} tokens)"
         )
 

@@ -14,6 +14,7 @@ from ...qat.runtimes import outcome_text
 from ...qat.verify import verify_folder
 from ..settings import ExportSettings
 from .context import StageContext, StageResult
+from .coverage import coverage_facts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +30,8 @@ def finish(settings: ExportSettings, context: StageContext, trained: None) -> St
     started = time.perf_counter()
     source = Path(context.input)
     exports = [_export(source, context.folder / form, form, settings, context) for form in settings.formats]
-    return StageResult(model=None, seconds=time.perf_counter() - started, exports=exports)
+    facts = coverage_facts(context, "packed", read_record(source).get("quant", {}).get("modules", []))
+    return StageResult(model=None, seconds=time.perf_counter() - started, exports=exports, facts=facts)
 
 
 def _export(source: Path, target: Path, form: str, settings: ExportSettings, context: StageContext) -> dict[str, Any]:

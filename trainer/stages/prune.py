@@ -1,15 +1,17 @@
 """Stage `prune`: whole FFN channels in one shot, or single weights along a cubic schedule."""
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ...models.families import decoder_linears
+from ...models.families import decoder_linears, family_of
 from ...models.pruning.magnitude import magnitude_masks
 from ...models.pruning.structured import alignment_hint, ffn_channel_scores, prune_ffn
 from ..hooks import MaskHook
 from ..settings import PruneSettings, StructuredSettings
 from .calibration import calibration_text
 from .context import StageContext, StageResult, Trained
+from .coverage import check_coverage, coverage_facts
 from .opening import open_student, whole_student
 from .saving import save_student, save_trained
 from .training import train_student, training_plan
@@ -24,6 +26,7 @@ def train(settings: PruneSettings, context: StageContext) -> Trained | None:
     if not trains(settings):
         return None
     assert settings.magnitude is not None
+    check_coverage(context, allow_partial=settings.allow_partial)
     student = open_student(context)
     modules = list(decoder_linears(student.model))
     hook = MaskHook(modules, settings.magnitude, _steps(settings, context))
@@ -42,13 +45,24 @@ def _steps(settings: PruneSettings, context: StageContext) -> int:
 def finish(settings: PruneSettings, context: StageContext, trained: Trained | None) -> StageResult:
     """Write the trained student, or prune in one shot and write that (rank 0)."""
     if trained is not None:
-        return save_trained(trained, context)
+        saved = save_trained(trained, context)
+        return replace(saved, facts={**saved.facts, **coverage_facts(context, "pruned among", decoder_linears(trained.student))})
     started = time.perf_counter()
+    if settings.magnitude:
+        check_coverage(context, allow_partial=settings.allow_partial)
     student = whole_student(context)
     input_zeros(context, student)
+    touched = _ffn_linears(student) if settings.structured else list(decoder_linears(student))
     facts = _prune_structured(student, settings, context) if settings.structured else _prune_once(student, settings)
     save_student(student, context, facts)
-    return StageResult(model=context.model, seconds=time.perf_counter() - started)
+    covered = coverage_facts(context, "pruned channels of" if settings.structured else "pruned among", touched)
+    return StageResult(model=context.model, seconds=time.perf_counter() - started, facts=covered)
+
+
+def _ffn_linears(student: "PreTrainedModel") -> list[str]:
+    """The linears whose channels structured pruning removes."""
+    family = family_of(student)
+    return [name for name in decoder_linears(student) if name.endswith((*family.ffn_in, family.ffn_out))]
 
 
 def _prune_structured(student: "PreTrainedModel", settings: PruneSettings, context: StageContext) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...models.codes_file import codes_file
+from ...models.dimensions import hidden_size
 from ...models.errors import UserError
 from ...models.folder import save_model_folder
 from ...models.loading import load_model
@@ -22,6 +23,7 @@ from ..quantization_settings import QatSettings
 from ..quantizers import FirstLattice, Quantizers
 from ..settings import TrainerSettings
 from .context import StageContext, StageResult, Trained
+from .coverage import check_coverage, coverage_facts
 from .opening import OpenStudent, open_student
 from .quantize import Source, beside_words, lattice_words, round_and_tell, save_quantized, stage_text
 from .saving import stage_record
@@ -43,6 +45,7 @@ def start(settings: QatSettings, context: StageContext) -> None:
     Weights begin as codes times scales, in the middle of their cells: there a code changes when training keeps asking for it. Kept as near
     as their codes allow to what they were, those that GPTQ has moved lie at the edge of a cell, and the first steps undo what it found.
     """
+    check_coverage(context, allow_partial=settings.allow_partial, skip=settings.skip)
     folder = context.folder / _START
     rounding = settings.start_rounding
     if rounding is None or folder.exists():
@@ -82,7 +85,7 @@ def train(settings: QatSettings, context: StageContext) -> Trained:
         modules = _hold_codes(settings, student, context)
         _announce(settings, student, context)
         rounded = _rounded(settings, student, modules)
-        plan = training_plan(settings, context, student.model.config.hidden_size, student.strategy)
+        plan = training_plan(settings, context, hidden_size(student.model), student.strategy)
         hooks = [Quantizers(settings, plan.total_steps, plan.seed, **rounded)] if rounded else []
         return _with(train_student(student, settings, context, hooks=hooks), rounded)
     if settings.first != "gptq" and not settings.lora:
@@ -90,7 +93,7 @@ def train(settings: QatSettings, context: StageContext) -> Trained:
     extras = Extras(scale=settings.scales == "learned" or settings.freeze_scales > 0, rank=settings.lora or 0)
     modules = prepare(student.model, settings.lattices, extras=extras)
     _announce(settings, student, context)
-    plan = training_plan(settings, context, student.model.config.hidden_size, student.strategy)
+    plan = training_plan(settings, context, hidden_size(student.model), student.strategy)
     given = _given_lattices(opened) if settings.first == "gptq" else None
     rounded = _rounded(settings, student, modules)
     quantizers = Quantizers(settings, plan.total_steps, plan.seed, given, **rounded)
@@ -111,7 +114,8 @@ def finish(settings: QatSettings, context: StageContext, trained: Trained | None
         state = replace(state, cache=cache.state())
     fold(trained.student, state)
     save_quantized(trained.student, state, context, facts)
-    return StageResult(model=context.model, tokens=trained.tokens, seconds=trained.seconds)
+    covered = coverage_facts(context, "quantized", state.modules)
+    return StageResult(model=context.model, tokens=trained.tokens, seconds=trained.seconds, facts=covered)
 
 
 def _hold_codes(settings: QatSettings, student: OpenStudent, context: StageContext) -> tuple[str, ...]:

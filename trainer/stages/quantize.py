@@ -26,6 +26,7 @@ from ..progress import token_progress
 from ..quantization_settings import LatticeSettings, QuantizeSettings
 from .calibration import calibration_text
 from .context import StageContext, StageResult
+from .coverage import check_coverage, coverage_facts
 from .opening import current_device, stored_parameters
 from .saving import stage_record
 from .zeros import input_zeros
@@ -51,12 +52,14 @@ class Source:
 def finish(settings: QuantizeSettings, context: StageContext, trained: None) -> StageResult:
     """Round, fold and write the quantized folder (rank 0)."""
     started = time.perf_counter()
+    check_coverage(context, allow_partial=settings.allow_partial, skip=settings.skip)
     with _opened(settings, context) as source:
         text = stage_text(settings, context, source.model) if settings.calibrates else None
         rounded = round_and_tell(settings, context, source, text)
         record = rounding_record(settings, text, rounded)
         save_quantized(source.model, rounded.state, context, {}, rounding=record)
-    return StageResult(model=context.model, seconds=time.perf_counter() - started)
+        facts = coverage_facts(context, "quantized", rounded.state.modules)
+    return StageResult(model=context.model, seconds=time.perf_counter() - started, facts=facts)
 
 
 def rounding_of(settings: QuantizeSettings) -> Rounding:

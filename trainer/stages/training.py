@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from ...models.dimensions import hidden_size
 from ...models.errors import UserError
 from ...models.teachers import Teacher
 from ..batch import derive_batch
@@ -119,7 +120,7 @@ def train_student(
     facts: dict[str, Any] | None = None,
 ) -> Trained:
     """Fit ``student`` as the stage's settings say, on all ranks; resumes from the stage's checkpoints."""
-    plan = training_plan(settings, context, student.model.config.hidden_size, student.strategy)
+    plan = training_plan(settings, context, hidden_size(student.model), student.strategy)
     teacher = stage_teacher(settings, context, plan)
     _announce(context, plan, teacher)
     objective = Objective(teacher, settings.loss, v_eff=context.v_eff)

@@ -1,0 +1,178 @@
+"""What decoct can do with a model, and why not: answered from its modules and config, on the meta device, before any weight is read.
+
+Two sources. The modules show what a stage reaches: linears of decoder layers, and not GPT-2's ``Conv1D`` or the experts that transformers
+keeps in one three-dimensional parameter. What only shows when a model runs (documents that see each other, targets that leak) was measured
+once for each architecture of transformers in tiny form (``family_facts.json``, made by ``benchmarks/families.py``); the checks that are
+made when weights are loaded stay, for models that are not in that list.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .errors import UserError
+from .families import FAMILIES, backbone_and_head, decoder_layers, decoder_linears, text_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+LEAST_COVERED = 0.95
+"""Share of the decoder's weights that a stage must reach, unless its setting ``allow_partial`` is true."""
+ACTIONS = ("measure", "distil", "packing", "keep layers", "prune channels", "prune weights", "rtn", "gptq", "qat")
+"""measure = perplexity and KL, which every run ends with; distil = training of any kind; packing = several documents in one window."""
+_WEIGHT_ACTIONS = ("prune weights", "rtn", "gptq", "qat")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderWeights:
+    """The decoder's weights: every parameter of two or more dimensions but embeddings (of tokens, positions) and the output head."""
+
+    total: int
+    linears: Mapping[str, int]
+    """Elements of the linears of the decoder layers, by full name: what pruning and quantization work on."""
+    others: Mapping[str, int]
+    """What they do not reach, in words -> elements, most first."""
+
+    def share(self, names: Iterable[str] | None = None) -> float:
+        """Share of the weights in these linears, in all of them by default; 0.0 of a model without decoder weights."""
+        chosen = self.linears if names is None else [name for name in dict.fromkeys(names) if name in self.linears]
+        return sum(self.linears[name] for name in chosen) / self.total if self.total else 0.0
+
+    def left(self) -> str:
+        """'64.7% experts of one 3-dimensional parameter (MixtralExperts.gate_up_proj), ...'; '' when the linears are everything."""
+        return ", ".join(f"{percent(count / self.total)} {words}" for words, count in list(self.others.items())[:3])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """The answers for one model."""
+
+    model_type: str
+    weights: DecoderWeights
+    reasons: Mapping[str, str]
+    """Action -> why not; actions without a reason are carried."""
+
+    def refusal(self, action: str) -> str | None:
+        """A sentence that names the family and the reason; None when the action is carried."""
+        reason = self.reasons.get(action)
+        return None if reason is None else f"model type {self.model_type!r}: {reason}"
+
+    def partial(self, action: str) -> str | None:
+        """``refusal``, for a stage that may leave weights out: None as well where it reaches some of them."""
+        return None if self.weights.linears and self.reasons.get(action) == _uncovered(self.weights) else self.refusal(action)
+
+
+def capabilities(model: "PreTrainedModel") -> Capabilities:
+    """The answers for ``model``, on any device, meta too; nothing is run."""
+    weights = decoder_weights(model)
+    kind: str = text_config(model.config).model_type
+    reasons = dict(measured_reasons(kind))
+    future = future_setting(model.config)
+    if reason := _without_head(model) or (future and f"it sees later tokens: {future}"):
+        reasons |= dict.fromkeys(("measure", "distil"), reason)
+    if model.config.model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        reasons["keep layers"] = f"keeping layers knows the families {known}"
+        reasons["prune channels"] = f"pruning channels knows the families {known}"
+    if weights.share() < LEAST_COVERED:
+        reasons |= dict.fromkeys(_WEIGHT_ACTIONS, _uncovered(weights))
+    if not decoder_layers(model):
+        reasons.setdefault("gptq", "its decoder layers are not found")
+    return Capabilities(model_type=kind, weights=weights, reasons=reasons)
+
+
+def decoder_weights(model: "PreTrainedModel") -> DecoderWeights:
+    """What of a plain model the stages reach, and what they do not. Shared weights count once."""
+    linears = decoder_linears(model)
+    reached = {id(linear.weight): name for name, linear in linears.items()}
+    ends = {id(getattr(end, "weight", None)) for end in (model.get_input_embeddings(), model.get_output_embeddings())}
+    seen: set[int] = set()
+    covered: dict[str, int] = {}
+    others: Counter[str] = Counter()
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen or parameter.ndim < 2 or id(parameter) in ends or isinstance(module, nn.Embedding):
+                continue
+            seen.add(id(parameter))
+            if (name := reached.get(id(parameter))) is not None:
+                covered[name] = parameter.numel()
+            else:
+                others[_words(module, key, parameter)] += parameter.numel()
+    return DecoderWeights(total=sum(covered.values()) + others.total(), linears=covered, others=dict(others.most_common()))
+
+
+def _words(module: nn.Module, key: str, parameter: Tensor) -> str:
+    kind = type(module).__name__
+    if isinstance(module, nn.Linear):
+        return "linears outside its decoder layers"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "convolutions"
+    if kind == "Conv1D":
+        return "Conv1D layers, whose weights are [in, out]"
+    if parameter.ndim == 3 and "expert" in kind.lower():
+        return f"experts in one 3-dimensional parameter ({kind}.{key})"
+    return f"{kind}.{key}, of {parameter.ndim} dimensions and no nn.Linear"
+
+
+def _uncovered(weights: DecoderWeights) -> str:
+    if not weights.linears:
+        return f"none of its decoder weights is in an nn.Linear: {weights.left() or 'its decoder layers are not found'}"
+    return f"only {percent(weights.share())} of its decoder weights are in nn.Linear; {weights.left()}"
+
+
+def percent(share: float) -> str:
+    """'96.4%', and never 100.0% of what is not all."""
+    return "100%" if share >= 1 else f"{min(share, 0.999):.1%}"
+
+
+def coverage_refusal(weights: DecoderWeights, reached: Iterable[str], named: Iterable[str] = ()) -> str | None:
+    """Why a stage that works on the linears ``reached`` leaves too much; what the user has named to be left (``named``) counts as said.
+
+    None when it is enough.
+    """
+    if weights.total and weights.share([*reached, *named]) >= LEAST_COVERED:
+        return None
+    return f"{_uncovered(weights)}; less than {LEAST_COVERED:.0%} is refused"
+
+
+def future_setting(config: "PreTrainedConfig") -> str | None:
+    """The setting by which a model sees later tokens; None when no setting of its config says so."""
+    text = text_config(config)
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        return f"config.json has use_bidirectional_attention={text.use_bidirectional_attention!r}"
+    if getattr(text, "is_causal", True) is False:
+        return "config.json has is_causal=false"
+    return None
+
+
+def _without_head(model: "PreTrainedModel") -> str | None:
+    try:
+        backbone_and_head(model)
+    except UserError as error:
+        return str(error).partition(", which losses")[0]
+    except Exception as error:  # transformers' own code, of any family
+        return f"its backbone and head cannot be told apart ({type(error).__name__})"
+    return None
+
+
+def measured_reasons(model_type: str) -> Mapping[str, str]:
+    """What running the family in tiny form has shown: action -> why not; {} for one that was not run, or by another transformers."""
+    facts = _facts()
+    return facts["reasons"].get(model_type, {}) if facts["transformers"] == _minor_version() else {}
+
+
+@cache
+def _facts() -> dict[str, Any]:
+    return json.loads(resources.files("decoct.models").joinpath("family_facts.json").read_text(encoding="utf-8"))
+
+
+def _minor_version() -> str:
+    import transformers
+
+    return ".".join(transformers.__version__.split(".")[:2])

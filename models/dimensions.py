@@ -1,0 +1,82 @@
+"""Sizes of a model as estimates need them, read from its modules where its config does not name them as Llama's does.
+
+transformers' configs agree on little: GPT-2 says ``n_embd``, OPT ``ffn_dim``, Gemma 3n has a list of FFN widths, Mamba no heads at all.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .families import decoder_layers, decoder_linears, text_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dimensions:
+    """Sizes of one causal language model."""
+
+    layers: int
+    """Decoder layers."""
+    hidden: int
+    """Channels of the hidden states."""
+    ffn: int
+    """Channels of the widest FFN; where the config does not name them, the widest side of a layer's linears."""
+    heads: int
+    """Query heads; 1 where there is no attention."""
+    kv_heads: int
+    """Key and value heads; 0 where there is no attention, and so no KV cache."""
+    head_dim: int
+    """Channels of a head."""
+    vocabulary: int
+    """Rows of the output head."""
+
+
+def dimensions(model: "PreTrainedModel") -> Dimensions:
+    """The sizes of ``model``, on any device, meta too."""
+    text = text_config(model.config)
+    embedding, head = _shape(model.get_input_embeddings()), _shape(model.get_output_embeddings())
+    hidden = _number(text, "hidden_size", "d_model") or head[1] or embedding[1]
+    sides = [side for linear in decoder_linears(model).values() for side in (linear.out_features, linear.in_features)]
+    heads = _number(text, "num_attention_heads") or 0
+    return Dimensions(
+        layers=len(decoder_layers(model)) or _number(text, "num_hidden_layers") or 1,
+        hidden=hidden,
+        ffn=_number(text, "intermediate_size", "ffn_dim", "ffn_hidden_size") or max(sides, default=4 * hidden),
+        heads=heads or 1,
+        kv_heads=heads and (_number(text, "num_key_value_heads", "num_kv_heads") or heads),
+        head_dim=_number(text, "head_dim") or hidden // (heads or 1),
+        vocabulary=_number(text, "vocab_size") or head[0] or embedding[0],
+    )
+
+
+def hidden_size(model: "PreTrainedModel") -> int:
+    """Channels of the hidden states."""
+    return dimensions(model).hidden
+
+
+def field_of(config: Any, name: str) -> Any:
+    """A config's field; a list of its values where layers have their own, and None where there is none."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        # transformers refuses to give one value for layers of different shapes
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
+
+
+def _number(config: Any, *names: str) -> int | None:
+    """The first of these fields that is a number above 0, or the largest of those of all layers where they differ."""
+    for name in names:
+        value = field_of(config, name)
+        numbers = value if isinstance(value, list | tuple) else [value]
+        found = [number for number in numbers if isinstance(number, int) and not isinstance(number, bool) and number > 0]
+        if found:
+            return max(found)
+    return None
+
+
+def _shape(module: nn.Module | None) -> tuple[int, int]:
+    weight = getattr(module, "weight", None)
+    return (int(weight.shape[0]), int(weight.shape[1])) if weight is not None and weight.ndim == 2 else (0, 0)

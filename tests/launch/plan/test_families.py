@@ -1,0 +1,106 @@
+"""What a family cannot do is said by the plan, with its name and the remedy; what it can do has a plan."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import AutoConfig
+
+from decoct.configs import recipe_from_dict
+from decoct.launch.plan import Plan, plan
+from decoct.launch.plan.shapes import ImpossibleStageError
+from decoct.launch.plan.show import check_before_run, short_form
+from decoct.models.errors import UserError
+
+QUANTIZE = {"quantize": {"weights": {"bits": 4, "group_size": 16}}}
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+_OPT = {"hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_MIXTRAL = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_local_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+FAMILIES = {
+    "gpt2": _GPT2,
+    "opt": _OPT,
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+    "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
+}
+"""Families whose configs lack what the plan once asked for."""
+
+
+def recipe(tmp_path: Path, kind: str, stage: dict[str, Any], **fields: Any) -> Any:
+    """A recipe whose student, and whose teacher where it trains, is a folder with nothing but a config."""
+    folder = tmp_path / kind
+    AutoConfig.for_model(kind, vocab_size=128, **fields).save_pretrained(folder)
+    taught = {"teacher": {"path": str(folder)}} if "distill" in stage else {}
+    data = {"files": ["x/*.txt"], "seq_length": 32, "packing": False}
+    return recipe_from_dict({"name": kind, **taught, "student": {"path": str(folder)}, "data": data, "stages": [stage]}, ())
+
+
+def planned(tmp_path: Path, kind: str, stage: dict[str, Any], **fields: Any) -> Plan:
+    return plan(recipe(tmp_path, kind, stage, **fields))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_families_with_other_names_in_their_configs_have_a_plan(tmp_path: Path, kind: str) -> None:
+    made = planned(tmp_path, kind, {"distill": {"steps": 4}}, **FAMILIES[kind])
+    training = made.stages[0].training
+    assert training is not None
+    assert training.memory.total > 4 * 4 * made.stages[0].parameters / 2
+    assert training.memory.activations > 0
+    assert f"{kind}, 2 layers, hidden 32" in made.student
+
+
+@pytest.mark.parametrize("stage", [QUANTIZE, {"prune": {"magnitude": {"keep": 0.5}}}, {"qat": {"steps": 4, "weights": {"group_size": 16}}}])
+def test_what_reaches_no_weight_is_refused_even_when_part_is_agreed_to(tmp_path: Path, stage: dict[str, Any]) -> None:
+    (kind, settings), *_ = stage.items()
+    for allowed in (False, True):
+        with pytest.raises(ImpossibleStageError, match=rf"01-{kind}: model type 'gpt2': none of its decoder weights.*Conv1D.*families.md"):
+            planned(tmp_path, "gpt2", {kind: {**settings, "allow_partial": allowed}}, **_GPT2)
+
+
+def test_a_part_of_the_weights_is_refused_unless_it_is_agreed_to(tmp_path: Path) -> None:
+    with pytest.raises(ImpossibleStageError, match=r"'mixtral': only 14\.2%.*3-dimensional.*stages\.0\.quantize\.allow_partial=true"):
+        planned(tmp_path, "mixtral", QUANTIZE, **_MIXTRAL)
+    made = planned(tmp_path, "mixtral", {"quantize": {**QUANTIZE["quantize"], "allow_partial": True}}, **_MIXTRAL)
+    assert made.stages[0].coverage == pytest.approx(0.1424, abs=1e-3)
+    assert "01-quantize: quantizes 14.2% of the decoder's weights" in short_form(made)
+
+
+def test_what_skip_names_needs_no_further_word(tmp_path: Path) -> None:
+    stage = {"quantize": {**QUANTIZE["quantize"], "skip": ["*.fc2"]}}
+    made = planned(tmp_path, "opt", stage, **_OPT)
+    assert made.stages[0].coverage == pytest.approx(1 - 2 * 64 * 32 / (2 * (4 * 32 * 32 + 2 * 64 * 32)))
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [({"prune": {"structured": {"ffn": 32}}}, "pruning channels knows the families llama"), ({"distill": {"steps": 4}}, "is_causal=false")],
+)
+def test_a_run_stops_before_work_with_one_message(tmp_path: Path, stage: dict[str, Any], words: str) -> None:
+    fields = {"is_causal": False} if "distill" in stage else {}
+    kind = "gemma" if "prune" in stage else "llama"
+    asked = recipe(tmp_path, kind, stage, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, **fields)
+    with pytest.raises(UserError, match=words):
+        check_before_run(asked, tmp_path / "out", Console(quiet=True))
+
+
+def test_a_student_cannot_be_cut_from_a_family_without_a_map(tmp_path: Path) -> None:
+    AutoConfig.for_model("opt", vocab_size=128, **_OPT).save_pretrained(tmp_path / "opt")
+    plain = {"name": "x", "teacher": {"path": str(tmp_path / "opt")}, "student": {"keep": {"layers": 2}}, "data": {"files": ["x"]}}
+    with pytest.raises(ImpossibleStageError, match=r"student\.keep: model type 'opt'"):
+        plan(recipe_from_dict({**plain, "stages": [{"distill": {"steps": 1}}]}, ()))
+
+
+def test_pruning_to_the_present_width_is_no_stage(tmp_path: Path) -> None:
+    fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with pytest.raises(ImpossibleStageError, match="ffn=64 keeps all FFN channels"):
+        planned(tmp_path, "llama", {"prune": {"structured": {"ffn": 64}}}, **fields)
+    made = planned(tmp_path, "llama", {"prune": {"structured": {"ffn": 32}}}, **fields)
+    assert made.stages[0].coverage == pytest.approx(3 * 64 / (3 * 64 + 4 * 32))
