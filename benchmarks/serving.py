@@ -41,7 +41,8 @@ def interpreter(package: str, peers: list[str]) -> str | None:
 def check(folders: dict[str, Path], pythons: dict[str, str], tokens: Any) -> None:
     """Ends the benchmark when a runtime does not compute what was trained."""
     from decoct.qat.llama_cpp_runtime import check_llama_cpp
-    from decoct.qat.runtimes import check_runtimes, outcome_text
+    from decoct.qat.runtime_words import outcome_text
+    from decoct.qat.runtimes import check_runtimes
 
     seen = check_runtimes(folders["folder"], tokens=tokens)
     if "llama.cpp" in pythons:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Hub, Model, Out, Overrides, SeqLength, Teacher, Text
+from .options import Hub, Model, Out, SeqLength, StageOverrides, Teacher, Text
 
 app = typer.Typer()
 
@@ -50,7 +50,7 @@ def verify(
 @app.command(epilog="Example: decoct evaluate served/ --teacher big/ --text 'held-out/*.txt'")
 def evaluate(
     model: Model,
-    overrides: Overrides = None,
+    overrides: StageOverrides = None,
     teacher: Teacher = None,
     text: Text = None,
     hub: Hub = None,

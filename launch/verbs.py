@@ -119,7 +119,7 @@ def run_export(model: Path, out: Path, form: str, allow_inexact: bool = False, r
     from rich.console import Console
 
     from ..qat.export import export_folder
-    from ..qat.runtimes import outcome_text
+    from ..qat.runtime_words import outcome_text
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
     result = export_folder(model, out, form, allow_inexact=allow_inexact, reader_version=reader_version)
@@ -135,7 +135,7 @@ def run_verify(folder: Path, source: Path | None, runtimes: bool) -> None:
     """Print every check of an export; UserError (exit code 2) when one fails."""
     from rich.console import Console
 
-    from ..qat.runtimes import outcome_text
+    from ..qat.runtime_words import outcome_text
     from ..qat.verify import verify_folder
 
     console = Console(markup=False, highlight=False, soft_wrap=True)

@@ -3,8 +3,9 @@
 Tied tensors count once. Embeddings count in bits per weight: of a small quantized model they are most of the bytes.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from ..models.codes_file import OLD_CODES
 from ..models.errors import UserError
 from ..models.families import decoder_linears
 from .modules import QuantLinear
+from .spec import QuantSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +50,36 @@ def folder_bytes(path: Path) -> int:
 def bits_per_weight(size_bytes: int, parameters: int) -> float:
     """8 x bytes / parameters; ``parameters`` of the whole model, embeddings included."""
     return 8.0 * size_bytes / parameters
+
+
+def packed_bytes(model: nn.Module, record: Mapping[str, Any]) -> int:
+    """Bytes of a quantized model's tensors as exports pack them: codes in whole words, scales, zero points, everything else in 16 bits.
+
+    Args:
+        model: Plain, with the weights of a quantized folder.
+        record: The ``quant`` entry of its ``decoct.json``.
+    """
+    spec = QuantSpec.from_json(record["spec"])
+    own = {name: QuantSpec.from_json(fields) for name, fields in record.get("own_specs", {}).items()}
+    modules = dict(model.named_modules())
+    weights = {name: getattr(modules.get(name), "weight", None) for name in record["modules"]}
+    packed = {id(weight): own.get(name, spec) for name, weight in weights.items()}
+    return sum(_stored(p.shape, packed.get(id(p))) for p in model.parameters())
+
+
+def _stored(shape: torch.Size, spec: QuantSpec | None) -> int:
+    """Bytes of one tensor."""
+    if spec is None:
+        return 2 * shape.numel()
+    rows, columns = shape
+    height, width = spec.scale_shape(rows, columns)
+    words = -(-columns * spec.bits // 32)
+    zeros = 0 if spec.symmetric else 4 * width * -(-rows * spec.bits // 32)
+    return 4 * rows * words + height * width * _scale_bytes(spec) + zeros
+
+
+def _scale_bytes(spec: QuantSpec) -> int:
+    return 1 if spec.kind in ("mxfp4", "nvfp4") else 4 if spec.scale_grid == "fp32" else 2
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -169,12 +169,6 @@ def _check_transformers(folder: Path, tokens: Tensor | None) -> dict[str, Any]:
     )
 
 
-def outcome_text(seen: dict[str, Any]) -> str:
-    """What ``check_runtimes`` says of one runtime, for people: 'agrees, top1 1, max_logprob_diff 0, ...'."""
-    facts = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in seen.items() if value is not None]
-    return ", ".join(fact.removeprefix("status ") for fact in facts)
-
-
 def _run_fresh(folder: Path, tokens: Tensor, scratch: Path) -> dict[str, Any]:
     """``logits``, ``loading``, ``version``, speed and memory from a new process; an outcome when it did not get that far."""
     from safetensors.torch import load_file, save_file

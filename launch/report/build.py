@@ -7,6 +7,7 @@ from typing import Any
 from ...models.capabilities import percent
 from ...models.files import write_json_atomic, write_text_atomic
 from ...qat.export.plain_source import Rounding
+from ...qat.runtime_words import outcome_text
 from .curves import read_curves
 from .page import render_page
 from .tables import markdown_table
@@ -25,15 +26,19 @@ def build_report(
     baselines: list[dict[str, Any]],
     exports: list[dict[str, Any]],
     gates: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> Report:
     """The report as plain data.
 
     Args:
-        stages: rows ``{name, kind, path, parameters, bytes, bits_per_weight, sparsity, tokens, seconds, eval}``, the teacher first.
+        stages: rows ``{name, kind, path, parameters, bytes, bits_per_weight, sparsity, tokens, seconds, eval, change}``, the teacher first,
+            then the model that the first stage works on; ``packed_bytes`` and ``packed_bits_per_weight`` are as an export packs it, and
+            ``change`` is against the row before, as ``launch.run.changes`` has it.
         baselines: rows of the same form for scale (the teacher merely rounded).
         exports: rows ``{format, path, bytes, exact, tokens_per_second, peak_bytes, runtimes, ...}``, measured on the re-read files; one
             that is not exact also has ``rounding`` (as ``qat.export.plain_source.Rounding``).
         gates: sentences about gates that were not met; the run ended there.
+        notes: what a reader should not miss, a sentence each.
     """
     assert stages, "a report has at least the row of the model it started from"
     return {
@@ -46,6 +51,7 @@ def build_report(
         "baselines": baselines,
         "exports": exports,
         "gates": list(gates),
+        "notes": list(notes),
         "recipe": recipe,
     }
 
@@ -68,10 +74,13 @@ def protocol_lines(report: Report) -> list[str]:
         f"Held-out text: {p['text']} (fingerprint {p['text_hash'][:12]}), {p['tokens']:,} tokens "
         f"in non-overlapping windows of {p['context']}, computed in {p['dtype']}.",
         "KL is the mean over tokens of KL(teacher || model) in nats; top-1 is how often both predict the same token.",
-        "Size is the weight files on disk; bits per weight = 8 x bytes / parameters, embeddings included, tied tensors once; "
-        "sparsity is the share of zeros in linear weights without embeddings and head.",
-        "Folders before the export hold bf16 weights, after qat or quantize fp32 (codes times scales); exports pack the "
-        "decoder's linear weights and keep embeddings, head and norms in bf16, which weighs heavily in small models.",
+        "Size is what the model takes where it is served, folder its weight files on disk. After qat or quantize the two differ: the "
+        "folder holds codes times scales in fp32, and an export packs codes and scales and keeps the rest in 16 bits (embeddings, head "
+        "and norms, as a rule, which weigh heavily in small models).",
+        "Bits per weight = 8 x size / parameters, embeddings included, tied tensors once; sparsity is the share of zeros in linear "
+        "weights without embeddings and head.",
+        "Change is of the perplexity, against the row before: a stage against the model it began with, a re-read export against the model "
+        "it was made of.",
         f"Commit {report['commit'] or 'of an installed package'}; {packages}; Python {v['python']}; "
         f"{', '.join(v['gpus']) or v['cpu']}, {v['cores']} cores.",
     ]
@@ -82,10 +91,11 @@ def markdown_report(report: Report) -> str:
     lines = [f"# {report['name']}", "", markdown_table(report), ""]
     lines += [f"- The run ended at a gate: {sentence}." for sentence in report.get("gates", [])]
     lines += [f"- {sentence}." for sentence in coverage_sentences(report)]
+    lines += [line for note in report["notes"] for line in (f"> **Note:** {note}.", "")]
     for export in report["exports"]:
         lines.append(f"- `{export['format']}` in `{export['path']}`: {exactness(export)}.")
         for runtime, seen in export["runtimes"].items():
-            lines.append(f"  - {runtime}: {', '.join(f'{k} {_short(x)}' for k, x in seen.items() if x is not None)}")
+            lines.append(f"  - {runtime}: {outcome_text(seen)}")
     return "\n".join([*lines, "", *(f"{line}  " for line in protocol_lines(report)), ""])
 
 
@@ -105,7 +115,3 @@ def exactness(export: Row) -> str:
         return "rebuilt element by element by an independent reader"
     rounding = export.get("rounding")
     return f"NOT exact: {Rounding(**rounding)}" if rounding else "NOT exact"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

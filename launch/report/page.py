@@ -20,6 +20,7 @@ def render_page(report: dict[str, Any], curves: Curves) -> str:
     import yaml
     from markupsafe import Markup
 
+    from ...qat.runtime_words import outcome_text
     from .build import coverage_sentences, exactness, protocol_lines
 
     pictures = []
@@ -38,5 +39,6 @@ def render_page(report: dict[str, Any], curves: Curves) -> str:
         protocol=protocol_lines(report),
         exactness=exactness,
         coverage=coverage_sentences(report),
+        outcome_text=outcome_text,
         recipe=yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True),
     )

@@ -8,7 +8,15 @@ if TYPE_CHECKING:
 
 from .curves import Curves
 
-_COLOURS = {"teacher": "#1f4e79", "distill": "#2a9d8f", "prune": "#e9a23b", "qat": "#7b5ea7", "quantize": "#999999", "export": "#c0392b"}
+_COLOURS = {
+    "teacher": "#1f4e79",
+    "distill": "#2a9d8f",
+    "prune": "#e9a23b",
+    "qat": "#7b5ea7",
+    "quantize": "#999999",
+    "export": "#c0392b",
+    "student": "#7f8c8d",
+}
 
 
 def draw_all(report: dict[str, Any], curves: Curves) -> dict[str, "Figure"]:

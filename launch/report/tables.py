@@ -5,10 +5,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-HEADINGS = ("step", "parameters", "size", "bits/weight", "sparsity", "perplexity", "KL", "p99 KL", "top-1", "tokens", "time")
-WIDE = 150
-"""Characters that the whole table needs."""
-_LEFT_OUT_WHEN_NARROW = {"p99 KL", "tokens", "time"}
+HEADINGS = (
+    "step", "parameters", "size", "folder", "bits/weight", "sparsity", "perplexity", "change", "KL", "p99 KL", "top-1", "tokens", "time",
+)  # fmt: skip
+WIDE = 180
+"""Characters that the whole table needs, with names of stages as long as people write them."""
+LEFT_OUT_FIRST = ("p99 KL", "folder", "tokens", "sparsity", "time", "parameters", "change", "top-1", "bits/weight")
+"""Columns in the order in which a narrow terminal does without them; the others always stand."""
 _SHORT = {"parameters": "params", "bits/weight": "bits/w", "sparsity": "zeros", "perplexity": "ppl"}
 
 
@@ -27,16 +30,24 @@ def _cells(name: str, row: dict[str, Any]) -> tuple[str, ...]:
     return (
         name,
         count(row.get("parameters")),
+        size(served(row, "bytes")),
         size(row.get("bytes")),
-        _number(row.get("bits_per_weight"), ".2f"),
+        _number(served(row, "bits_per_weight"), ".2f"),
         _number(row.get("sparsity"), ".1%"),
         _number(measured.get("perplexity"), ".3f"),
+        _number((row.get("change") or {}).get("perplexity"), "+.2%"),
         _number(measured.get("kl"), ".4f"),
         _number(measured.get("kl_p99"), ".3f"),
         _number(measured.get("top1"), ".1%"),
         count(row.get("tokens")),
         duration(row.get("seconds")),
     )
+
+
+def served(row: dict[str, Any], figure: str) -> Any:
+    """``bytes`` or ``bits_per_weight`` as the model is served: of a quantized folder, whose weights are fp32, as an export packs it."""
+    packed = row.get(f"packed_{figure}")
+    return row.get(figure) if packed is None else packed
 
 
 def _number(value: float | None, form: str) -> str:
@@ -82,17 +93,38 @@ def markdown_table(report: dict[str, Any]) -> str:
 
 
 def terminal_table(report: dict[str, Any], width: int) -> "Table":
-    """The table for a console of ``width`` characters; a narrow one gets the columns that matter most."""
+    """The table for a console of ``width`` characters; a narrow one goes without the columns that matter least, and says which."""
+    rows = report_rows(report)
+    shown = list(HEADINGS)
+    table = _table(report["name"], rows, shown, short=False)
+    for left_out in (None, *LEFT_OUT_FIRST):
+        if _fits(table, width):
+            break
+        shown = [heading for heading in shown if heading != left_out]
+        table = _table(report["name"], rows, shown, short=True)
+    if missing := [heading for heading in HEADINGS if heading not in shown]:
+        table.caption = f"left out for want of room: {', '.join(missing)}; report.md has them"
+        table.caption_justify = "left"
+    return table
+
+
+def _table(title: str, rows: list[tuple[str, ...]], shown: list[str], *, short: bool) -> "Table":
     from rich import box
     from rich.table import Table
 
-    shown = [i for i, heading in enumerate(HEADINGS) if width >= WIDE or heading not in _LEFT_OUT_WHEN_NARROW]
-    table = Table(
-        title=report["name"], title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
-    )
-    for index in shown:
-        heading = HEADINGS[index] if width >= WIDE else _SHORT.get(HEADINGS[index], HEADINGS[index])
-        table.add_column(heading, justify="right" if index else "left", no_wrap=index > 0)
-    for row in report_rows(report):
-        table.add_row(*(row[index] for index in shown))
+    table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    places = [HEADINGS.index(heading) for heading in shown]
+    longest_word = max((len(word) for row in rows for word in row[0].split()), default=1)
+    # names of steps wrap, at the longest word of most, and are folded rather than cut
+    table.add_column(shown[0], min_width=min(longest_word, 24), overflow="fold")
+    for heading in shown[1:]:
+        table.add_column(_SHORT.get(heading, heading) if short else heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[place] for place in places))
     return table
+
+
+def _fits(table: "Table", width: int) -> bool:
+    """Whether nothing is cut: names of steps may take several lines, numbers may not. (rich's own measure leaves the padding out.)"""
+    widths = [column.min_width or max(map(len, (str(column.header), *map(str, column.cells)))) for column in table.columns]
+    return sum(widths) + 2 * len(widths) <= width

@@ -20,8 +20,10 @@ from ...qat.state import QUANT_FILE
 from ...trainer.settings import EvaluateSettings
 from ...trainer.stages.context import TeacherRef
 from ...trainer.stages.drift import ROUNDED, teacher_drift
-from ...trainer.stages.measure import best_device, measure_folder, measure_teacher, quant_record
+from ...trainer.stages.measure import best_device, measure_folder, measure_teacher, quant_record, too_large_to_measure
 from ...trainer.stages.quantize import round_unquantized
+from ...trainer.stages.registry import STAGE_KINDS
+from .changes import change_between, warning_of
 from .folder import RunFolder, StageFolder
 from .origin import Origin
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from ...configs.recipe import Recipe, StageEntry
 
 Row = dict[str, Any]
+_SIZES = ("parameters", "bytes", "bits_per_weight", "packed_bytes", "packed_bits_per_weight", "sparsity")
 
 
 class Measuring:
@@ -43,6 +46,8 @@ class Measuring:
         self.folder = folder
         self.console = console
         self.exports: list[Row] = []
+        self.notes: list[str] = []
+        """What a reader of the report should not miss, a sentence each."""
         self._rows: list[Row] = []
         self._teacher_row: Row | None = None
         self._opened: LocalTeacher | None = None
@@ -80,6 +85,37 @@ class Measuring:
             self._teacher_row = {"name": "teacher", "kind": "teacher", "path": self.teacher.name, **spent, **seen, **held}
         return self._teacher_row
 
+    def first_row(self, at: dict[str, Any]) -> None:
+        """The row of the model that the first stage works on, so that what each stage changed can be seen; ``evaluate`` works on none.
+
+        A model that does not fit into memory in fp32 has none, which is noted.
+        """
+        if STAGE_KINDS[self.recipe.stages[0].kind].load().finish is None:
+            return
+        made = self.recipe.student.path is None
+        name, file = ("00-student", self.folder.path / "00-student/measured.json") if made else ("input", self._kept("input.json"))
+        if problem := too_large_to_measure(at["path"], at["revision"]):
+            self._note(f"{name} is not measured: {problem}")
+            return
+        seen = self._remembered(file, at["path"], at["revision"])
+        self._add({"name": name, "kind": "student", "path": self._relative(at["path"]), "tokens": 0, "seconds": 0.0, **seen})
+
+    def _kept(self, name: str) -> Path:
+        return self.folder.path / ".measured" / name
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self.console.print(f"note: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    def _add(self, row: Row) -> Row:
+        """Append a row with what changed since the measured one before it (the teacher is the first)."""
+        self._rows.append({**row, "change": change_between(self._before(), row)})
+        return self._rows[-1]
+
+    def _before(self) -> Row | None:
+        """The last row with figures."""
+        return next((row for row in reversed(self.stages) if row.get("eval")), None)
+
     def teacher_drift(self) -> Row | None:
         """What holding the teacher in nf4 or int8 costs, measured once and said before training; None for one that is not rounded."""
         teacher = self.teacher
@@ -116,12 +152,12 @@ class Measuring:
     def start_row(self, entry: "StageEntry", at: dict[str, Any]) -> None:
         """A row for a stage that makes no model: the model as it stands (or, alone, the model the run was given)."""
         if self.exports:
-            seen = {k: self.exports[-1][k] for k in ("parameters", "bytes", "bits_per_weight", "sparsity", "layer_sparsity", "eval")}
+            seen = {k: self.exports[-1].get(k) for k in (*_SIZES, "layer_sparsity", "eval")}
             path = self.exports[-1]["path"]
         else:
             seen = self._remembered(self.folder.path / entry.name / "measured.json", at["path"], at["revision"])
             path = self._relative(at["path"])
-        self._rows.append({"name": entry.name, "kind": entry.kind, "path": path, "tokens": 0, "seconds": 0.0, **seen})
+        self._rows.append({"name": entry.name, "kind": entry.kind, "path": path, "tokens": 0, "seconds": 0.0, **seen, "change": None})
 
     def stage_row(self, entry: "StageEntry", folder: StageFolder) -> bool:
         """Rows of a finished stage; returns whether it made a model that the next stage reads."""
@@ -132,17 +168,19 @@ class Measuring:
             # of the first runtime that ran it
             ran = next((outcome for outcome in export["runtimes"].values() if outcome.get("tokens_per_second")), {})
             measured = {name: ran.get(name) for name in ("tokens_per_second", "peak_bytes")}
-            self.exports.append({**export, "path": self._relative(str(path)), **measured, **seen})
+            row = {**export, "path": self._relative(str(path)), **measured, **seen}
+            self.exports.append({**row, "change": change_between(self._before(), row)})
         if not state["makes_model"]:
             last = self._rows[-1] if self._rows else {}
-            seen = {k: last.get(k) for k in ("parameters", "bytes", "bits_per_weight", "sparsity")} | {"eval": None}
+            seen = {k: last.get(k) for k in _SIZES} | {"eval": None}
             if state["exports"]:
-                seen |= {k: self.exports[-1][k] for k in ("parameters", "bytes", "bits_per_weight", "sparsity")}
+                seen |= {k: self.exports[-1].get(k) for k in _SIZES}
         else:
             seen = self._remembered(folder.path / "measured.json", str(folder.model), None)
             if quant_record(str(folder.model)):
                 self._quantized = str(folder.model)
-        self._rows.append(
+        before = self._before()
+        row = self._add(
             {
                 "name": entry.name,
                 "kind": entry.kind,
@@ -153,6 +191,8 @@ class Measuring:
                 **seen,
             }
         )
+        if warning := warning_of(entry, before, row):
+            self._note(warning)
         return state["makes_model"]
 
     def baselines(self) -> list[Row]:
@@ -174,16 +214,9 @@ class Measuring:
                 return []
         seen = self._remembered(place / "measured.json", str(packed), None)
         form = f"int{spec.bits}" if spec.kind == "int" else spec.kind
-        return [
-            {
-                "name": f"teacher rounded to {form}",
-                "kind": "quantize",
-                "path": self._relative(str(packed)),
-                "tokens": 0,
-                "seconds": 0.0,
-                **seen,
-            }
-        ]
+        row = {"name": f"teacher rounded to {form}", "kind": "quantize", "path": self._relative(str(packed)), "tokens": 0, "seconds": 0.0}
+        row |= seen
+        return [{**row, "change": change_between(self.teacher_row(), row)}]
 
     def _round_teacher(self, spec: QuantSpec, place: Path) -> None:
         """Round to nearest, pack as the student is packed, and keep only the packed folder."""
@@ -211,9 +244,9 @@ class Measuring:
 
     def _remembered(self, file: Path, path: str, revision: str | None) -> Row:
         """Measure ``path``, or read what was measured before on the same bytes, teacher and text."""
-        key = sha256_json(
-            [content_hash(path, revision), self.teacher and self.teacher.content, self.origin.data.fingerprint, self.origin.v_eff]
-        )
+        parts = [content_hash(path, revision), self.teacher and self.teacher.content, self.origin.data.fingerprint, self.origin.v_eff]
+        # rows of quantized folders have had a packed size since this word is in their key
+        key = sha256_json([*parts, "packed"] if quant_record(path) else parts)
         before = _read_json(file)
         if before.get("key") == key:
             return before["row"]

@@ -11,7 +11,6 @@ from ...models.pruning.record import sparse_modules
 from ...models.settings import CacheSettings, ServedSettings
 from ...trainer.loggers import build_loggers, finish_loggers
 from ...trainer.metrics import MetricsSink
-from ...trainer.settings import TrainingBlock
 from ...trainer.stages.context import StageContext, TeacherRef
 from ...trainer.stages.evaluate import gate_failures
 from ...trainer.stages.registry import STAGE_KINDS
@@ -19,6 +18,7 @@ from ...trainer.stages.training import fill_cache
 from ...trainer.teaching.store import FORMAT as CACHE_FORMAT
 from ...trainer.world import World
 from ..report.tables import WIDE, terminal_table
+from .changes import learns_from_teacher
 from .folder import RunFolder, StageFolder, versions
 from .measuring import Measuring
 from .origin import Origin, make_student, open_origin, teacher_ref
@@ -52,10 +52,11 @@ class Runner:
         record = {"base_model": teacher.name if teacher else self._student_name(), "run": self.recipe.name}
         at = self.session.on_first(lambda: make_student(self.recipe, origin, teacher, self.folder.stage("00-student"), record))
         measuring = Measuring(self.recipe, origin, teacher, self.folder, self.console)
-        if any(_learns_from_teacher(entry) for entry in self.recipe.stages):
+        if any(learns_from_teacher(entry) for entry in self.recipe.stages):
             self.session.on_first(measuring.teacher_drift)
         failed: list[str] = []
         left = [entry.name for entry in self.recipe.stages]
+        self.session.on_first(lambda: measuring.first_row(at))
         for entry in self.recipe.stages:
             del left[0]
             at = self._run_stage(entry, at, origin, teacher, record, measuring)
@@ -73,7 +74,7 @@ class Runner:
         """Let the teacher predict what the stages will need, and stop there."""
         _, origin, teacher = self._open()
         for entry in self.recipe.stages:
-            if _learns_from_teacher(entry):
+            if learns_from_teacher(entry):
                 self._say(entry.name, style="bold")
                 fill_cache(entry.settings, self._context(entry, origin, teacher))
         self.session.close()
@@ -228,6 +229,7 @@ class Runner:
             baselines=measuring.baselines(),
             exports=measuring.exports,
             gates=failed,
+            notes=measuring.notes,
         )
         written = write_report(report, self.folder.path)
         publish(report, self.folder, self.metrics)
@@ -255,13 +257,3 @@ def _teacher_key(teacher: TeacherRef | None) -> str | None:
     kept = f":{teacher.cache.mode}:{teacher.cache.tokens}:{CACHE_FORMAT}" if teacher.cache else ""
     kept += f":served:{teacher.served.model}:{teacher.served.tokens}" if teacher.served else ""
     return f"{teacher.content}:{teacher.load_in}{kept}"
-
-
-def _learns_from_teacher(entry: "StageEntry") -> bool:
-    """Whether a stage trains on what the recipe's teacher predicts."""
-    from ...configs.checks import trains
-
-    settings = entry.settings
-    if not isinstance(settings, TrainingBlock) or entry.kind == "pretrain" or settings.teacher == "input":
-        return False
-    return trains(entry) and settings.loss.hard_weight < 1

@@ -8,7 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from decoct.models.errors import UserError
-from decoct.qat.footprint import bits_per_weight, count_parameters, folder_bytes, linear_sparsity, weight_files
+from decoct.models.folder import read_record
+from decoct.models.loading import load_model
+from decoct.models.safetensors_file import read_header
+from decoct.qat.export import export_folder
+from decoct.qat.footprint import bits_per_weight, count_parameters, folder_bytes, linear_sparsity, packed_bytes, weight_files
 from decoct.qat.modules import fold, prepare, quantize_model
 from decoct.qat.spec import QuantSpec
 
@@ -59,3 +63,29 @@ def test_sparsity_of_a_prepared_model_is_that_of_what_is_stored(random_model: Ra
     zeros = sum(int((codes == 0).sum()) for codes in state.codes.values())
     assert latent < prepared == linear_sparsity(model) == zeros / sum(codes.numel() for codes in state.codes.values())
     assert torch.equal(model.get_parameter("model.layers.0.self_attn.q_proj.weight")[3], torch.zeros(32))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_size_is_that_of_an_export(quantized_folder: Build, tmp_path: Path, tied: bool) -> None:
+    folder = quantized_folder(tie_word_embeddings=tied)
+    packed = packed_bytes(load_model(folder, dtype=torch.float32), read_record(folder)["quant"])
+    out = export_folder(folder, tmp_path / "out", "compressed-tensors", runtimes=False).path
+    held = sum(info.end - info.begin for file in weight_files(out) for info in read_header(file).tensors.values() if info.dtype != "I64")
+    assert packed == held
+
+
+def test_packed_size_of_other_lattices(random_model: RandomModel) -> None:
+    model = random_model("llama", tie_word_embeddings=True)
+    name = "model.layers.0.mlp.up_proj"
+    rows, columns = model.get_parameter(f"{name}.weight").shape
+    rest = 2 * (count_parameters(model) - rows * columns)
+
+    def packed(**spec: object) -> int:
+        return packed_bytes(model, {"spec": {"kind": "int", **QuantSpec(group_size=16).to_json(), **spec}, "modules": [name]}) - rest
+
+    groups = columns // 16
+    assert packed() == rows * columns // 2 + 2 * rows * groups
+    assert packed(bits=8) == rows * columns + 2 * rows * groups
+    assert packed(symmetric=False) == rows * columns // 2 + 2 * rows * groups + 4 * groups * -(-rows * 4 // 32)
+    assert packed(kind="nvfp4") == rows * columns // 2 + rows * groups
+    assert packed(group_size="channel", scale_grid="fp32") == rows * columns // 2 + 4 * rows

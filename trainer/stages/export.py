@@ -10,7 +10,7 @@ from ...models.errors import UserError
 from ...models.folder import read_record
 from ...qat.export import export_folder
 from ...qat.export.plain_source import Rounding
-from ...qat.runtimes import outcome_text
+from ...qat.runtime_words import outcome_text
 from ...qat.verify import verify_folder
 from ..settings import ExportSettings
 from .context import StageContext, StageResult

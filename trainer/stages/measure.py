@@ -1,5 +1,6 @@
 """The figures of one model folder, as a row of the report."""
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,9 +9,11 @@ import torch
 
 from ...models.families import decoder_linears
 from ...models.folder import read_record
-from ...models.loading import load_model
+from ...models.host_memory import available_bytes
+from ...models.loading import find_model_folder, load_model
+from ...models.safetensors_file import read_header
 from ...models.teachers import LocalTeacher
-from ...qat.footprint import bits_per_weight, count_parameters, folder_bytes, linear_sparsity
+from ...qat.footprint import bits_per_weight, count_parameters, folder_bytes, linear_sparsity, packed_bytes, weight_files
 from ...qat.rebuild import load_exported_model
 from ...qat.state import load_quant_state
 from ...qat.stored import round_as_stored, rounds_more_than_weights
@@ -75,10 +78,36 @@ def measure_model(model: "PreTrainedModel", teacher: LocalTeacher | None, window
 
 
 def measure_folder(path: str, teacher: LocalTeacher | None, windows: "Windows", revision: str | None = None) -> dict[str, Any]:
-    """A row: the model's figures and the bytes of its weight files (None for a hub id, whose files are not ours to count)."""
-    row = measure_model(open_for_measuring(path, revision), teacher, windows)
+    """A row: the model's figures and the bytes of its weight files (None for a hub id, whose files are not ours to count).
+
+    ``packed_bytes`` is what the model takes where it is served: of a folder with codes an export's size, of any other its own.
+    """
+    model = open_for_measuring(path, revision)
+    row = measure_model(model, teacher, windows)
     size = folder_bytes(Path(path)) if Path(path).is_dir() else None
-    return {**row, "bytes": size, "bits_per_weight": None if size is None else bits_per_weight(size, row["parameters"])}
+    quant = None if is_export(path) else quant_record(path)
+    packed = size if quant is None else packed_bytes(model, quant)
+    return {**row, **_sizes("", size, row["parameters"]), **_sizes("packed_", packed, row["parameters"])}
+
+
+def _sizes(name: str, size: int | None, parameters: int) -> dict[str, Any]:
+    return {f"{name}bytes": size, f"{name}bits_per_weight": None if size is None else bits_per_weight(size, parameters)}
+
+
+def too_large_to_measure(path: str, revision: str | None = None) -> str | None:
+    """Why a folder cannot be measured: figures are taken in fp32, and memory does not hold that. None when it can, or who knows.
+
+    fp32 folders take no memory of their own (transformers maps their files), nor does the copy on a GPU count.
+    """
+    room = available_bytes()
+    if room is None or is_export(path):
+        return None
+    files = weight_files(find_model_folder(path, revision, weights=True))
+    stored = [info for file in files for info in read_header(file).tensors.values() if info.dtype != "F32"]
+    needed = sum(4 * math.prod(info.shape) for info in stored)
+    if needed <= room:
+        return None
+    return f"its weights take {needed / 1e9:.1f} GB in fp32, and {room / 1e9:.1f} GB of memory are free"
 
 
 def layer_sparsity(model: "PreTrainedModel") -> list[float]:

@@ -22,6 +22,8 @@ def test_page_holds_table_pictures_and_recipe_and_loads_nothing(report: dict[str
     assert not re.search(r"""(src|href)\s*=\s*["']https?:""", page.replace('xlink:href="#', ""))
     assert "a &lt;b&gt;bold" in page
     assert "a <b>bold" not in page
+    assert "<strong>Note:</strong> 01-distill ends worse on held-out text than it began: &lt;kl&gt;." in page
+    assert "transformers: loads it and agrees with the model that was trained: the same token at 100.00% of 128 positions" in page
 
 
 def test_pictures_are_the_same_bytes_every_time(report: dict[str, Any]) -> None:
@@ -31,7 +33,8 @@ def test_pictures_are_the_same_bytes_every_time(report: dict[str, Any]) -> None:
 
 
 def test_picture_of_a_report_without_curves_or_sparsity(report: dict[str, Any]) -> None:
-    report["stages"][2]["layer_sparsity"] = [0.0, 0.0]
+    for row in report["stages"]:
+        row["layer_sparsity"] = [0.0, 0.0]
     assert set(draw_all(report, {})) == {"size-quality"}
 
 
@@ -40,7 +43,8 @@ def test_write_report_writes_three_files_that_agree(report: dict[str, Any], tmp_
     assert [p.name for p in paths] == ["report.json", "report.md", "report.html"]
     assert json.loads(paths[0].read_text())["stages"] == report["stages"]
     assert "| teacher |" in paths[1].read_text()
-    assert "top1 1" in paths[1].read_text()
+    assert "> **Note:** 01-distill ends worse" in paths[1].read_text()
+    assert "log-probabilities within 1e-06 nats" in paths[1].read_text()
 
 
 def test_curves_take_the_later_of_two_lines_and_leave_out_a_torn_last_one(tmp_path: Path) -> None:

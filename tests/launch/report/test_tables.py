@@ -4,16 +4,44 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from decoct.launch.report.tables import HEADINGS, count, duration, markdown_table, report_rows, size, terminal_table
+from decoct.launch.report.tables import HEADINGS, LEFT_OUT_FIRST, WIDE, count, duration, markdown_table, report_rows, size, terminal_table
+
+OTHERS = ("compressed-tensors (re-read)", "teacher rounded to int4 (for scale)")
 
 
 def test_rows_hold_teacher_stages_export_and_baseline_in_order(report: dict[str, Any]) -> None:
     rows = report_rows(report)
     names = [row[0] for row in rows]
-    assert names == ["teacher", "01-distill", "02-prune", "03-qat", "compressed-tensors (re-read)", "teacher rounded to int4 (for scale)"]
+    assert names == [
+        "teacher",
+        "00-student",
+        "01-distill",
+        "02-prune",
+        "03-qat",
+        "compressed-tensors (re-read)",
+        "teacher rounded to int4 (for scale)",
+    ]
     assert all(len(row) == len(HEADINGS) for row in rows)
-    assert rows[2][4] == "30.0%"
-    assert rows[4][2:4] == ("1.40 MB", "4.48")
+    assert rows[3][5] == "30.0%"
+    assert rows[5][2:5] == ("1.40 MB", "1.40 MB", "4.48")
+
+
+def test_a_quantized_folder_has_the_size_that_is_served_and_its_own_beside_it(report: dict[str, Any]) -> None:
+    quantized = next(row for row in report_rows(report) if row[0] == "03-qat")
+    assert quantized[HEADINGS.index("size") : HEADINGS.index("bits/weight") + 1] == ("1.39 MB", "10.00 MB", "4.45")
+
+
+def test_reports_of_before_packed_sizes_still_have_a_table(report: dict[str, Any]) -> None:
+    for row in report["stages"]:
+        for key in ("packed_bytes", "packed_bits_per_weight", "change"):
+            row.pop(key, None)
+    quantized = next(row for row in report_rows(report) if row[0] == "03-qat")
+    assert quantized[HEADINGS.index("size")] == "10.00 MB"
+
+
+def test_change_is_told_with_its_sign(report: dict[str, Any]) -> None:
+    column = {row[0]: row[HEADINGS.index("change")] for row in report_rows(report)}
+    assert (column["teacher"], column["00-student"], column["01-distill"]) == ("-", "+150.00%", "-12.50%")
 
 
 def test_markdown_table_has_a_cell_for_every_heading(report: dict[str, Any]) -> None:
@@ -38,12 +66,22 @@ def test_duration(value: float | None, text: str) -> None:
     assert duration(value) == text
 
 
-@pytest.mark.parametrize("width", [80, 100, 150])
+@pytest.mark.parametrize("width", [60, 80, 100, 120, WIDE])
 def test_no_number_is_cut_at_any_common_width(width: int, report: dict[str, Any]) -> None:
+    report["stages"][1]["eval"] = {**report["stages"][1]["eval"], "perplexity": 123456.789}
     out = io.StringIO()
     Console(file=out, width=width).print(terminal_table(report, width))
     text = out.getvalue()
     assert "\u2026" not in text
     assert max(map(len, text.splitlines())) <= width
-    for number in ("2.5M", "1.40 MB", "4.48", "30.0%", "10.000", "0.2500", "75.0%"):
-        assert number in text
+    words = " ".join(text.split())
+    told = words.partition("left out for want of room: ")[2].partition(";")[0].split(", ")
+    missing = [heading for heading in HEADINGS if heading in told]
+    assert missing == ([] if width == WIDE else [heading for heading in told if heading])
+    for place, heading in enumerate(HEADINGS):
+        if place and heading not in missing:
+            assert all(row[place] in text for row in report_rows(report)), heading
+
+
+def test_four_columns_always_stand() -> None:
+    assert set(HEADINGS) - set(LEFT_OUT_FIRST) == {"step", "size", "perplexity", "KL"}

@@ -15,10 +15,14 @@ def test_whole_path_leaves_verified_export_and_report(tiny: dict[str, Any], run:
     assert "Traceback" not in done.stderr
     report = read_report()
     rows = {row["name"]: row for row in report["stages"]}
-    assert list(rows) == ["teacher", "01-distill", "02-prune", "03-recover", "04-zeros", "05-qat", "06-export", "07-evaluate"]
+    assert list(rows) == ["teacher", "00-student", "01-distill", "02-prune", "03-recover", "04-zeros", "05-qat", "06-export", "07-evaluate"]
     assert report["stages"][0]["kind"] == "teacher"
     assert rows["teacher"]["eval"]["kl"] == pytest.approx(0, abs=1e-6)
     assert rows["teacher"]["eval"]["top1"] == 1.0
+    assert rows["00-student"]["change"]["since"] == "teacher"
+    assert rows["01-distill"]["change"]["kl"] == pytest.approx(rows["01-distill"]["eval"]["kl"] - rows["00-student"]["eval"]["kl"])
+    assert rows["05-qat"]["packed_bytes"] < 0.5 * rows["05-qat"]["bytes"]
+    assert rows["05-qat"]["packed_bytes"] == pytest.approx(report["exports"][0]["bytes"], rel=0.25)
     assert rows["02-prune"]["parameters"] < rows["01-distill"]["parameters"] < rows["teacher"]["parameters"]
     assert rows["04-zeros"]["sparsity"] == pytest.approx(0.4, abs=0.002)
     export = report["exports"][0]

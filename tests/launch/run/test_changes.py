@@ -1,0 +1,60 @@
+"""What a stage did to the held-out figures, and when that is worth a warning."""
+
+from typing import Any
+
+import pytest
+
+from decoct.configs import recipe_from_dict
+from decoct.launch.run.changes import change_between, learns_from_teacher, warning_of
+
+
+def row(name: str, perplexity: float, kl: float | None = None) -> dict[str, Any]:
+    return {"name": name, "eval": {"perplexity": perplexity, "kl": kl}}
+
+
+def entry(stage: dict[str, Any], teacher: bool = True) -> Any:
+    recipe = {"name": "x", "student": {"path": "s"}, "data": {"builtin": "python-stdlib"}, "stages": [stage]}
+    return recipe_from_dict({**recipe, "teacher": {"path": "t"}} if teacher else recipe).stages[0]
+
+
+DISTILL = {"distill": {"tokens": "1M"}}
+
+
+def test_change_is_relative_to_the_row_before() -> None:
+    assert change_between(row("a", 10.0, 0.5), row("b", 9.0, 0.25)) == {"since": "a", "perplexity": pytest.approx(-0.1), "kl": -0.25}
+    assert change_between(row("a", 10.0), row("b", 9.0, 0.25)) == {"since": "a", "perplexity": pytest.approx(-0.1), "kl": None}
+    assert change_between(None, row("b", 9.0)) is None
+    assert change_between(row("a", 10.0), {"name": "b", "eval": None}) is None
+
+
+def test_a_distillation_that_ends_with_more_kl_is_told_with_both_figures_and_remedies() -> None:
+    said = warning_of(entry(DISTILL), row("00-student", 100.0, 0.0400), row("01-distill", 99.0, 0.0412)) or ""
+    assert "01-distill ends worse on held-out text than it began: KL to the teacher 0.04 -> 0.0412 (00-student -> 01-distill)" in said
+    assert "stages.0.learning_rate" in said
+
+
+@pytest.mark.parametrize(
+    ("stage", "before", "after", "told"),
+    [
+        (DISTILL, (100.0, 0.04), (120.0, 0.03), False),  # it learns the teacher, and is nearer to it
+        (DISTILL, (100.0, 0.04), (100.0, 0.04001), False),  # no change
+        ({"distill": {"tokens": "1M", "loss": {"hard_weight": 1.0}}}, (100.0, 0.04), (120.0, 0.03), True),  # it learns the text
+        ({"distill": {"tokens": "1M", "teacher": "input"}}, (100.0, 0.04), (99.0, 0.05), False),  # another teacher than the figure's
+        ({"pretrain": {"tokens": "1M"}}, (100.0, 0.04), (99.0, 0.05), False),
+        ({"pretrain": {"tokens": "1M"}}, (100.0, None), (101.0, None), True),
+        ({"qat": {"tokens": "1M"}}, (100.0, 0.04), (120.0, 0.3), False),  # rounding costs something
+    ],
+)
+def test_judged_is_what_a_stage_learns(stage: Any, before: Any, after: Any, told: bool) -> None:
+    assert bool(warning_of(entry(stage), row("a", *before), row("b", *after))) == told
+
+
+def test_nothing_is_said_of_what_was_not_measured() -> None:
+    assert warning_of(entry(DISTILL), None, row("b", 9.0, 1.0)) is None
+
+
+def test_stages_that_learn_from_the_teacher() -> None:
+    assert learns_from_teacher(entry(DISTILL))
+    assert not learns_from_teacher(entry({"distill": {"tokens": "1M", "teacher": "input"}}))
+    assert not learns_from_teacher(entry({"prune": {"magnitude": {"keep": 0.5}}}))
+    assert learns_from_teacher(entry({"prune": {"magnitude": {"keep": 0.5}, "tokens": "1M"}}))
