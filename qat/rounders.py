@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..models.errors import UserError
 from .fake_quant import fake_quant_activation, static_scale
 from .spec import ActivationSpec
+from .token_rows import token_rows
 
 
 class Padding:
@@ -23,8 +24,9 @@ class Padding:
         self.text = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def without(self, x: Tensor) -> Tensor:
-        """``x`` [B, S, ...] as rows of text alone."""
-        return x[self.text] if self.text is not None and x.shape[:2] == self.text.shape else x
+        """``x`` [B, S, ...], or flattened to [B x S, ...], as rows of text alone; all of it where it is neither."""
+        rows = None if self.text is None else token_rows(x, self.text, tuple(self.text.shape))
+        return x if rows is None else rows
 
 
 def watch_padding(model: nn.Module) -> Padding:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..batches import backbone_inputs
+from ..causality import check_causal
 from ..dimensions import dimensions
 from ..errors import UserError
 from ..families import HeadTransform, backbone_and_head, check_head, head_transform, text_config
@@ -57,12 +58,14 @@ class LocalTeacher:
         held: How its weights are held, for ``describe``; default: the model's dtype.
 
     Raises:
-        UserError: the head has fewer than ``v_eff`` rows, or the model's logits are not its head's product (``check_head``).
+        UserError: the head has fewer than ``v_eff`` rows, the model's logits are not its head's product (``check_head``), or it sees later
+            tokens (``check_causal``).
     """
 
     def __init__(self, model: "PreTrainedModel", *, v_eff: int, name: str | None = None, held: str | None = None) -> None:
         check_head_rows(model, v_eff)
         check_head(model)
+        check_causal(model, f"the teacher {name}" if name else "the teacher")
         self._model = model.eval().requires_grad_(False)
         self._v_eff = v_eff
         self._name = name or model.config.name_or_path or model.config.model_type

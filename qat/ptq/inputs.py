@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.errors import NonFiniteError, UserError
+from ..token_rows import token_rows
 from .replay import Advance, Enough, Replay
 
 _BLOCK = 256  # columns of x x^T at a time: of a symmetric matrix only half is worth computing
@@ -102,17 +103,17 @@ class _Sums:
                 self.seen.append((given, shared))
             else:
                 shared = next(shared for shared in self.shared if shared.names[0] == name)
-            if self._once and tuple(given.shape[:2]) != self.shape:
+            rows = token_rows(given, kept, self.shape)
+            if rows is None and given.ndim == 3 and kept is None and not self._once:
+                rows = given.flatten(0, 1)  # a part of the tokens at a time, all of them in the end
+            if rows is None:
+                part = given.ndim == 3 and given.shape[0] == self.shape[0]
+                what = f"{given.shape[1]} of {self.shape[1]} tokens at a time" if part else f"a tensor of shape {tuple(given.shape)}"
                 raise UserError(
-                    f"{name} reads {given.shape[1]} of {self.shape[1]} tokens at a time and cannot be calibrated; "
-                    f"add it to skip, or use method rtn, or mse without weighted"
+                    f"{name} reads {what}, not one vector for each token, and cannot be calibrated; "
+                    "add it to skip, or use method rtn, or mse without weighted"
                 )
-            if given.ndim != 3 or (kept is not None and kept.shape != given.shape[:2]):
-                raise UserError(
-                    f"{name} reads a tensor of shape {tuple(given.shape)}, not one vector for each token, and cannot be calibrated; "
-                    f"add it to skip, or use method rtn, or mse without weighted"
-                )
-            rows = (given.flatten(0, 1) if kept is None else given[kept]).to(torch.float32)
+            rows = rows.to(torch.float32)
             if self.whole:
                 for at in range(0, rows.shape[1], _BLOCK):
                     shared.moments[at : at + _BLOCK, at:].addmm_(rows[:, at : at + _BLOCK].T, rows[:, at:])

@@ -10,7 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..token_rows import token_rows
 from .replay import Part, Replay
+
+_TOKENS = 16
+"""Of the window that layers are looked at on."""
 
 
 @dataclass
@@ -38,11 +42,14 @@ def steps_of(replay: Replay, index: int, layer: nn.Module, linears: Mapping[str,
     parts = [module for module in layer.modules() if id(module) not in own and next(module.children(), None) is not None]
     hooks += [module.register_forward_hook(seen.part) for module in parts]
     try:
-        replay.run(index, 0, few=(1, 16))
+        replay.run(index, 0, few=(1, _TOKENS))
     finally:
         for hook in hooks:
             hook.remove()
-    if sorted(name for name, _, _ in seen.linears) != sorted(linears) or any(given.ndim != 3 for _, given, _ in seen.linears):
+    shape = (1, min(_TOKENS, replay.shape(0)[1]))
+    if sorted(name for name, _, _ in seen.linears) != sorted(linears):
+        return None
+    if any(token_rows(given, None, shape) is None for _, given, _ in seen.linears):
         return None
     return seen.steps()
 

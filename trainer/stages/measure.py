@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...models.families import decoder_linears
+from ...models.causality import check_causal
+from ...models.families import check_head, decoder_linears
 from ...models.folder import read_record
 from ...models.host_memory import available_bytes
 from ...models.loading import find_model_folder, load_model
@@ -38,6 +39,8 @@ def open_for_measuring(path: str, revision: str | None = None) -> "PreTrainedMod
     if is_export(path):
         return load_exported_model(Path(path))
     model = load_model(path, dtype=torch.float32, revision=revision)
+    check_head(model)
+    check_causal(model, f"the model in {path}")
     if rounds_more_than_weights(quant_record(path)):
         round_as_stored(model, load_quant_state(Path(path)))
     return model

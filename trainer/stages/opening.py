@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ...models.batches import check_packing
+from ...models.causality import check_causal
 from ...models.errors import UserError
+from ...models.families import check_head
 from ...models.loading import load_config, load_model, meta_model
 from ...models.streaming import WeightFiles, can_stream, empty_model
 from ...models.teachers import LocalTeacher, Teacher, open_teacher
@@ -45,6 +47,8 @@ def open_student(context: StageContext) -> OpenStudent:
         model, weights = empty_model(place, revision)
         return OpenStudent(model, weights, strategy)
     model = load_model(place, dtype=torch.float32, revision=revision)
+    check_head(model)
+    check_causal(model, f"{context.name}: the student")
     if context.data.packed:
         check_packing(model, f"{context.name}: the student")
     return OpenStudent(model, None, strategy)

@@ -341,22 +341,38 @@ def test_linears_that_idle_are_named(random_model: RandomModel) -> None:
         round_model(model, SPEC, GPTQ, text=text_of(windows()))
 
 
+class Flat(nn.Module):
+    """Reads tokens as rows, as OPT's FFN does; ``least`` = of how many tokens at most."""
+
+    def __init__(self, inner: nn.Module, least: int = 10**6) -> None:
+        super().__init__()
+        self.inner, self.least = inner, least
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        given = self.inner(rows[: self.least])
+        return torch.cat([given, given.new_zeros(len(rows) - len(given), given.shape[1])]).view(*x.shape[:2], -1)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_flattened_inputs_give_the_codes_of_plain_ones(random_model: RandomModel, padded: bool) -> None:
+    mask = torch.ones(12, 24, dtype=torch.int64)
+    mask[::3, 17:] = 0
+    text = text_of(windows(), attention_mask=mask) if padded else text_of(windows())
+    plain, flat = random_model("llama"), random_model("llama")
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        place = f"model.layers.0.mlp.{name}"
+        flat.set_submodule(place, Flat(flat.get_submodule(place)))
+    one, two = (round_model(model, SPEC, GPTQ, text=text) for model in (plain, flat))
+    for name, codes in one.state.codes.items():
+        assert torch.equal(codes, two.state.codes.get(name, two.state.codes.get(f"{name}.inner", codes[:0]))), name
+
+
 def test_linears_that_read_no_token_vectors_are_named(random_model: RandomModel) -> None:
     model = random_model("llama")
-    projection = model.get_submodule("model.layers.0.mlp.down_proj")
-    forward = projection.forward
-
-    class Flat(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x.flatten(0, 1)).view(*x.shape[:2], -1)
-
-    del forward
-    model.set_submodule("model.layers.0.mlp.down_proj", Flat(projection))
-    with pytest.raises(UserError, match=r"down_proj\.inner reads a tensor of shape \(96, 48\)"):
+    place = "model.layers.0.mlp.down_proj"
+    model.set_submodule(place, Flat(model.get_submodule(place), least=40))
+    with pytest.raises(UserError, match=r"down_proj\.inner reads a tensor of shape \(40, 48\)"):
         round_model(model, SPEC, GPTQ, text=text_of(windows()))
 
 
