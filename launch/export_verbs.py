@@ -35,6 +35,18 @@ def export(
     run_export(model, out, form, allow_inexact, reader_version)
 
 
+@app.command(epilog="Example: decoct plain google/gemma-3-4b-it --out gemma-3-4b-text")
+def plain(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")],
+    revision: Annotated[str | None, typer.Option("--revision", help="Hub revision of MODEL.")] = None,
+) -> None:
+    """Make a plain text model that the other verbs take: of text and images, of an adapter, of fp8 or bitsandbytes weights."""
+    from .verbs import run_plain
+
+    run_plain(model, out, revision)
+
+
 @app.command(epilog="Example: decoct verify runs/quickstart/06-export/compressed-tensors")
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Export folder, or a .gguf file.")],

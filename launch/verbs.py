@@ -131,6 +131,16 @@ def run_export(model: Path, out: Path, form: str, allow_inexact: bool = False, r
         console.print(f"  {name}: {outcome_text(seen)}")
 
 
+def run_plain(model: str, out: Path, revision: str | None) -> None:
+    """Make a plain text model, and say of what."""
+    from rich.console import Console
+
+    from ..models.plain import make_plain
+
+    what = make_plain(model, out, revision=revision)
+    Console(markup=False, highlight=False, soft_wrap=True).print(f"wrote {out}: {what}")
+
+
 def run_verify(folder: Path, source: Path | None, runtimes: bool) -> None:
     """Print every check of an export; UserError (exit code 2) when one fails."""
     from rich.console import Console

@@ -11,6 +11,7 @@ from typing import Any
 from .codes_file import codes_file
 from .errors import UserError
 from .hub import snapshot_root
+from .inputs import check_files
 from .safetensors_file import read_header
 
 WEIGHTS = "model.safetensors"
@@ -26,14 +27,8 @@ def check_model_folder(folder: Path) -> list[Path]:
             the index that leaves the folder (absolute, '../', a link), or a damaged safetensors file.
     """
     folder = Path(folder)
+    check_files(folder)
     config = read_json(folder / "config.json")
-    if (folder / "adapter_config.json").exists():
-        raise UserError(f"{folder} holds an adapter (adapter_config.json); merge it into its model first (peft: merge_and_unload)")
-    if config.get("quantization_config") is not None:
-        raise UserError(
-            f"{folder} holds packed quantized weights (quantization_config in config.json), which cannot be trained, pruned or quantized "
-            "again; give the model folder from before the export"
-        )
     files = _weight_files(folder, config)
     root = snapshot_root(folder)
     tensors: dict[str, Path] = {}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import UserError
 from .folder_check import check_model_folder, read_json
 from .hub import hub_snapshot, local_folder
+from .inputs import check_text_model
 from .quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def load_model(
 
     folder = find_model_folder(path, revision, trust_remote_code, weights=True)
     check_model_folder(folder)
+    if not trust_remote_code:
+        check_text_model(path, load_config(folder))
     try:
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -100,6 +103,7 @@ def meta_model(config: "PreTrainedConfig") -> "PreTrainedModel":
     import torch
     from transformers import AutoModelForCausalLM
 
+    check_text_model(config.name_or_path or "the model", config)
     try:
         with quiet_transformers(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)

@@ -11,6 +11,7 @@ from .disk import EXPORT_BYTES, checkpoint_bytes, model_bytes, quantized_bytes
 from .families import check_families, coverage
 from .fitting import cheapest_fit, usable
 from .formats import refusals
+from .inputs import check_inputs
 from .memory import Situation, training_memory
 from .problems import problems as problems
 from .rounding import rounding_plan
@@ -35,6 +36,7 @@ def plan(recipe: "Recipe", *, gpus: int | None = None, gpu_memory: int | None = 
 
     Raises: UserError when a model's numbers are nowhere to be had, or the recipe contradicts itself.
     """
+    check_inputs(recipe)
     machine = _machine(recipe.trainer, gpus, gpu_memory, nodes)
     teacher = teacher_shape(recipe)
     student = student_shape(recipe, teacher)

@@ -70,6 +70,7 @@ SURFACE = {
         "--out",
     },
     "export": {"model", "--out", "--allow-inexact", "--format", "--reader-version"},
+    "plain": {"model", "--out", "--revision"},
     "verify": {"folder", "--source", "--runtimes", "--no-runtimes"},
     "evaluate": {"model", "overrides", "--teacher", "--text", "--hub", "--seq-length", "--tokens", "--max-perplexity-increase", "--out"},
     "recipes list": set(),
