@@ -52,11 +52,12 @@ def verify(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Export folder, or a .gguf file.")],
     source: Annotated[Path | None, typer.Option("--source", help="Quantized folder it was made from; compared element by element.")] = None,
     runtimes: Annotated[bool, typer.Option("--runtimes/--no-runtimes", help="Also load it in the runtimes that are installed.")] = True,
+    accept: Annotated[list[str] | None, typer.Option("--accept", help="A file that you changed: record it as it is. Repeatable.")] = None,
 ) -> None:
     """Check an export: hashes, structure, scales, every weight, and what installed runtimes make of it."""
     from .verbs import run_verify
 
-    run_verify(folder, source, runtimes)
+    run_verify(folder, source, runtimes, accept or ())
 
 
 @app.command(epilog="Example: decoct evaluate served/ --teacher big/ --text 'held-out/*.txt'")

@@ -141,14 +141,17 @@ def run_plain(model: str, out: Path, revision: str | None) -> None:
     Console(markup=False, highlight=False, soft_wrap=True).print(f"wrote {out}: {what}")
 
 
-def run_verify(folder: Path, source: Path | None, runtimes: bool) -> None:
-    """Print every check of an export; UserError (exit code 2) when one fails."""
+def run_verify(folder: Path, source: Path | None, runtimes: bool, accept: Sequence[str] = ()) -> None:
+    """Print every check of an export; UserError (exit code 2) when one fails. Files in ``accept`` are first recorded as they are."""
     from rich.console import Console
 
+    from ..models.record import accept_changes
     from ..qat.runtime_words import outcome_text
     from ..qat.verify import verify_folder
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
+    if accept:
+        accept_changes(folder, accept)
     with console.status("verifying"):
         report = verify_folder(folder, source=source, runtimes=runtimes)
     for check in report.checks:

@@ -162,23 +162,23 @@ def write_text_atomic(path: Path, text: str) -> None:
         _fsync_folder(path.parent)
 
 
-def _finite(obj: Any) -> Any:
+def finite(obj: Any) -> Any:
     """The same data with NaN and infinities as None: JSON has no spelling for them that every reader accepts."""
     if isinstance(obj, float):
         return obj if math.isfinite(obj) else None
     if isinstance(obj, dict):
-        return {key: _finite(value) for key, value in obj.items()}
-    return [_finite(value) for value in obj] if isinstance(obj, list | tuple) else obj
+        return {key: finite(value) for key, value in obj.items()}
+    return [finite(value) for value in obj] if isinstance(obj, list | tuple) else obj
 
 
 def write_json_atomic(path: Path, obj: Any) -> None:
     """Replace ``path`` by ``obj`` as indented JSON in one step; NaN and infinities become null."""
-    write_text_atomic(path, json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text_atomic(path, json.dumps(finite(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def append_line(path: Path, obj: Any) -> None:
     """Append ``obj`` as one JSON line and flush it; NaN and infinities become null. A torn last line (a kill) is closed first."""
-    line = json.dumps(_finite(obj), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    line = json.dumps(finite(obj), ensure_ascii=False, allow_nan=False).encode() + b"\n"
     try:
         with Path(path).open("ab+") as handle:
             if handle.tell() > 0:

@@ -11,13 +11,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .codes_file import CODES
 from .errors import DecoctError, NonFiniteError, UserError
-from .files import atomic_directory, sha256_file, sha256_json, write_json_atomic
-from .folder_check import read_json
+from .files import atomic_directory, sha256_json
+from .hash_cache import cached_sha256
 from .hub import hub_commit, local_folder
+from .json_file import read_json
 from .older_readers import mend_tokenizer_config, with_older_fields
 from .quiet import quiet_transformers
+from .record import CONTENT, write_record
+from .record import FORMAT as FORMAT
+from .record import RECORD as RECORD
+from .record import read_record as read_record
+from .record import verify_folder_files as verify_folder_files
 from .safetensors_write import write_safetensors
 
 if TYPE_CHECKING:
@@ -25,15 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-RECORD = "decoct.json"
-FORMAT = 1
 MAX_SHARD = "5GB"
-# The files that decide what numbers a folder gives: README, decoct.json and generation settings do not.
-_CONTENT = (
-    "config.json", "*.safetensors", CODES, "*.safetensors.index.json", "*.gguf", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-    "sentencepiece.bpe.model", "tekken.json", "*.tiktoken", "chat_template.jinja",
-)  # fmt: skip
 _SAMPLING_DIALS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _logger = logging.getLogger(__name__)
 
@@ -52,7 +49,7 @@ def save_model_folder(
     """Write ``model`` and ``tokenizer`` to the new folder ``path``; the live model keeps its weights, dtype and config.
 
     Args:
-        record: Goes into decoct.json, beside ``format`` and ``files`` (name -> sha256), which are set here.
+        record: Goes into decoct.json, beside ``format``, ``files`` (name -> sha256) and ``sizes``, which are set here.
         state_dict: The weights to write, under the model's own names; default: the model's. Tied weights are written once.
         dtype: Parameters are cast to it (a copy); None keeps the dtypes they have. Buffers are never cast.
         extra_tensors: Further safetensors files, such as ``{"quant/codes.safetensors": {...}}``.
@@ -76,47 +73,8 @@ def save_model_folder(
             _write_tensors(folder / name, tensors)
         if write_extra is not None:
             write_extra(folder)
-        files = {name: sha256_file(folder / name) for name in _names(folder) if name != RECORD}
-        own = {key: value for key, value in record.items() if key not in ("format", "files")}
-        write_json_atomic(folder / RECORD, {"format": FORMAT, **own, "files": files})
+        write_record(folder, record)
     return path
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """The content of decoct.json; {} when the folder has none.
-
-    Raises:
-        UserError: it is broken, or of a newer format than this version reads.
-    """
-    file = Path(path) / RECORD
-    if not file.exists():
-        return {}
-    record = read_json(file)
-    version = record.get("format")
-    if type(version) is not int or version < 1 or not isinstance(record.get("files", {}), dict):
-        raise UserError(f"{file} is not a record that decoct wrote; remove it to treat the folder as a plain model, or make it again")
-    if version > FORMAT:
-        raise UserError(f"{file} has format {version}, this version of decoct reads up to {FORMAT}; upgrade decoct")
-    return record
-
-
-def verify_folder_files(path: Path) -> list[str]:
-    """Compare every file with the hash in decoct.json; returns the problems, [] when the folder is whole."""
-    path = Path(path)
-    files = read_record(path).get("files")
-    if not files:
-        return [f"{path / RECORD} is missing or lists no files, so nothing can be compared"]
-    problems = []
-    for name, expected in files.items():
-        file = path / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            problems.append(f"{name}: the record names a file outside the folder")
-        elif not file.is_file():
-            problems.append(f"{name} is missing")
-        elif sha256_file(file) != expected:
-            problems.append(f"{name} has changed since it was written (its sha256 differs from {RECORD})")
-    unlisted = {file.relative_to(path).as_posix() for pattern in _CONTENT for file in path.glob(pattern)} - files.keys()
-    return problems + [f"{name} was added after the folder was written" for name in sorted(unlisted)]
 
 
 def content_hash(path_or_hub_id: str | Path, revision: str | None = None) -> str:
@@ -131,7 +89,7 @@ def content_hash(path_or_hub_id: str | Path, revision: str | None = None) -> str
     if folder is None:
         return sha256_json({"hub": str(path_or_hub_id), "commit": hub_commit(str(path_or_hub_id), revision)})
     read_json(folder / "config.json")
-    return sha256_json({file.relative_to(folder).as_posix(): sha256_file(file) for pattern in _CONTENT for file in folder.glob(pattern)})
+    return sha256_json({file.relative_to(folder).as_posix(): cached_sha256(file) for pattern in CONTENT for file in folder.glob(pattern)})
 
 
 def _weights(model: "PreTrainedModel", given: "Mapping[str, Tensor] | None", dtype: "torch.dtype | None") -> "dict[str, Tensor]":
@@ -237,7 +195,3 @@ def _check_tokenizer(folder: Path, path: Path, tokenizer: "PreTrainedTokenizerBa
 
 def _splitting(backend: Any) -> list[str]:
     return [str(part) for part in (backend.normalizer, backend.pre_tokenizer)]
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())

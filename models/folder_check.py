@@ -4,7 +4,6 @@ transformers follows '../' and absolute names in a local index file and falls ba
 that it would read is named, placed and checked here first.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ from .codes_file import codes_file
 from .errors import UserError
 from .hub import snapshot_root
 from .inputs import check_files
+from .json_file import read_json as read_json
+from .record import check_record
 from .safetensors_file import read_header
 
 WEIGHTS = "model.safetensors"
@@ -24,7 +25,8 @@ def check_model_folder(folder: Path) -> list[Path]:
 
     Raises:
         UserError: no config.json, no safetensors (pickled weights are never read), an adapter, packed quantized weights, a name in
-            the index that leaves the folder (absolute, '../', a link), or a damaged safetensors file.
+            the index that leaves the folder (absolute, '../', a link), a damaged safetensors file, or a file that is not the one
+            that the folder's record names (``check_record``).
     """
     folder = Path(folder)
     check_files(folder)
@@ -42,20 +44,8 @@ def check_model_folder(folder: Path) -> list[Path]:
                     f"tensor {twice[0]!r} is in both {tensors[twice[0]].name} and {file.name} of {folder}; only one can be meant"
                 )
             tensors.update(dict.fromkeys(names, file))
+    check_record(folder)
     return files
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a model folder; ``UserError`` when the file is missing or holds something else."""
-    if not path.is_file():
-        raise UserError(f"{path.parent} is not a model folder: it has no {path.name}; give a folder that from_pretrained can read")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}; fetch or export the model again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object; fetch or export the model again")
-    return content
 
 
 def _weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:

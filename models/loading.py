@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .folder_check import check_model_folder, read_json
+from .folder_check import check_model_folder
 from .hub import hub_snapshot, local_folder
 from .inputs import check_text_model
+from .json_file import read_json
 from .quiet import quiet_transformers
+from .record import check_record
 
 if TYPE_CHECKING:
     import torch
@@ -112,9 +114,13 @@ def meta_model(config: "PreTrainedConfig") -> "PreTrainedModel":
 
 
 def find_model_folder(path: str | Path, revision: str | None, trust_remote_code: bool = False, *, weights: bool) -> Path:
-    """The local folder of a model folder or hub id, which is downloaded when needed (``weights`` and all, or the small files alone)."""
+    """The local folder of a model folder or hub id, which is downloaded when needed (``weights`` and all, or the small files alone).
+
+    A folder with a record is checked against it, all but the bytes of its weights, which ``check_model_folder`` looks at.
+    """
     folder = local_folder(path, revision=revision)
     if folder is not None:
+        check_record(folder, weights=False)
         return folder
     if trust_remote_code and revision is None:
         raise UserError(f"running code from the hub model {path} needs a pinned revision; give the commit that you have read")

@@ -8,6 +8,7 @@ import torch
 from ..models.errors import UserError
 from ..models.loading import meta_model
 from ..models.quiet import quiet_transformers
+from ..models.record import check_record
 from .readers import open_export
 from .rebuild_inputs import Arithmetic, round_cache, round_inputs
 from .structure import model_structure, plain_config
@@ -27,13 +28,15 @@ def load_exported_model(path: Path, *, inputs: Arithmetic = "kernels") -> "PreTr
         The model in eval mode on the CPU, plain ``nn.Linear`` layers, fp32: codes times scales, and every other tensor's stored value.
 
     Raises:
-        UserError: the folder is damaged, of a kind the reader does not know, or its weights are not those its config asks for.
+        UserError: the folder is damaged or not what its record says, of a kind the reader does not know, or its weights are not those
+            its config asks for.
     """
     from transformers import GenerationConfig
 
     path = Path(path)
     opened = open_export(path)
     path = path.parent if path.is_file() else path
+    check_record(path)
     shapes = opened.shapes()
     problems = model_structure(path).differences(shapes)
     if problems:

@@ -1,12 +1,9 @@
 """Where decoct keeps what it can make again: tokenized text and scratch teachers."""
 
-import os
 from pathlib import Path
 
+from ..models.cache_folder import VARIABLE, cache_folder
 from ..models.files import check_writable_folder
-
-VARIABLE = "DECOCT_CACHE"
-"""Environment variable that names the cache folder."""
 
 
 def cache_dir() -> Path:
@@ -14,6 +11,6 @@ def cache_dir() -> Path:
 
     Raises: UserError when it cannot be made or written.
     """
-    folder = Path(os.environ.get(VARIABLE) or "~/.cache/decoct").expanduser().absolute()
+    folder = cache_folder()
     check_writable_folder(folder, f"the cache folder (environment variable {VARIABLE})")
     return folder

@@ -12,6 +12,7 @@ from ...models.files import sha256_json
 from ...models.folder import content_hash, save_model_folder
 from ...models.loading import load_config, load_model, load_tokenizer
 from ...models.pruning.record import check_sparse, of_kept_layers, sparse_modules
+from ...models.record import check_record
 from ...models.student import student_by_keeping, student_from_config, trim_vocabulary
 from ...models.vocabulary import check_same_vocabulary, effective_vocab
 from ...trainer.cache import cache_dir
@@ -47,6 +48,9 @@ def open_origin(recipe: "Recipe", session: "Session") -> Origin:
 
 
 def _prepare(recipe: "Recipe") -> dict[str, Any]:
+    for path in (recipe.student.path, recipe.teacher and recipe.teacher.path):
+        if path and Path(path).is_dir():
+            check_record(Path(path))  # damage is worth knowing before hours of tokenizing
     text = read_documents(recipe.data)
     scratch = None
     if recipe.teacher and recipe.teacher.scratch:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...models.errors import DecoctError, UserError
-from ...models.files import atomic_directory, check_free_space, sha256_file, write_json_atomic
-from ...models.folder import FORMAT as RECORD_FORMAT
-from ...models.folder import RECORD
+from ...models.files import atomic_directory, check_free_space, write_json_atomic
 from ...models.loading import TOKENIZER_FILES
 from ...models.older_readers import mend_tokenizer_config, with_older_fields
+from ...models.record import check_record, write_record
 from ..exactness import rebuilt_hashes, scale_hashes
 from ..footprint import folder_bytes
 from ..runtimes import check_runtimes
@@ -159,12 +158,12 @@ def export_folder(
     if target.resolve() != source.resolve() and target.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{target} lies inside the model folder {source}, whose files are on record; choose a place outside it")
     with atomic_directory(target) as folder:
+        check_record(source)  # what is packed gets new hashes, so that damage must be found before
         opened = replace(exporter.open(source), reader_version=reader_version)
         _check_tokenizer(source)
         exporter.check(opened)
         check_beside(opened, format, holds=exporter.beside)
         rounding = _rounding(opened, format, allow_inexact)
-        _check_unchanged(source, opened.record)
         check_free_space(folder, exporter.planned_bytes(opened), f"the export {target}")
         write_json_atomic(folder / "config.json", with_older_fields(exporter.config(opened)))
         exporter.write(folder, opened)
@@ -190,17 +189,6 @@ def _rounding(source: ExportSource, format: str, allow_inexact: bool) -> Roundin
             "gguf-bf16, gguf-f16 and gguf-f32"
         )
     return rounding if rounding.changed else None
-
-
-def _check_unchanged(source: Path, record: dict[str, Any]) -> None:
-    """What is packed gets new hashes, so that damage must be found before. Tokenizer and chat template may be added later."""
-    for name, recorded in record.get("files", {}).items():
-        file = source / name
-        if file.suffix == ".safetensors" and file.is_file() and sha256_file(file) != recorded:
-            raise UserError(
-                f"{file} has changed since it was written (its sha256 differs from {RECORD}), so it is not the model that was "
-                "measured; make it again"
-            )
 
 
 def _check_tokenizer(source: Path) -> None:
@@ -264,7 +252,5 @@ def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[
 
 def _write_record(folder: Path, source: ExportSource, export: dict[str, Any]) -> None:
     """decoct.json: the source's record, what the export's weights hash to, and the sha256 of every other file."""
-    files = {str(file.relative_to(folder).as_posix()): sha256_file(file) for file in sorted(folder.rglob("*")) if file.is_file()}
     quant = {"quant": source.state.record()} if source.state.modules else {}
-    record = {**source.record, "format": RECORD_FORMAT, **quant, "export": export, "files": files}
-    write_json_atomic(folder / RECORD, record)
+    write_record(folder, {**source.record, **quant, "export": export})

@@ -71,7 +71,7 @@ SURFACE = {
     },
     "export": {"model", "--out", "--allow-inexact", "--format", "--reader-version"},
     "plain": {"model", "--out", "--revision"},
-    "verify": {"folder", "--source", "--runtimes", "--no-runtimes"},
+    "verify": {"--accept", "folder", "--source", "--runtimes", "--no-runtimes"},
     "evaluate": {"model", "overrides", "--teacher", "--text", "--hub", "--seq-length", "--tokens", "--max-perplexity-increase", "--out"},
     "recipes list": set(),
     "recipes show": {"name"},

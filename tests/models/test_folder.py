@@ -142,6 +142,7 @@ def test_no_code_and_no_local_path_gets_into_the_folder(model: Any, tokenizer: P
     save_model_folder(tmp_path / "first", model, tokenizer, {}, dtype=FP32)
     config = json.loads((tmp_path / "first" / "config.json").read_text())
     (tmp_path / "first" / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "code.C"}}))
+    (tmp_path / "first" / "decoct.json").unlink()
     again, its_tokenizer = load_model(tmp_path / "first", dtype=FP32), load_tokenizer(tmp_path / "first")
     its_tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["code.T", None]}
     save_model_folder(tmp_path / "second", again, its_tokenizer, {}, dtype=FP32)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from decoct.models.errors import UserError
+from decoct.models.record import seal_record
 from decoct.qat.cache_state import CacheState
 from decoct.qat.kv_cache import round_cache
 from decoct.qat.spec import ActivationSpec
@@ -36,7 +37,7 @@ def write(folder: Path, state: QuantState, **changes: Any) -> Path:
     """``state`` in the place of what the folder says of its codes."""
     save_file(state.tensors(), folder / QUANT_FILE)
     record = json.loads((folder / "decoct.json").read_text())
-    (folder / "decoct.json").write_text(json.dumps({**record, "quant": state.record() | changes}))
+    seal_record(folder, {**record, "quant": state.record() | changes})
     return folder
 
 

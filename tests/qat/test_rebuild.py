@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from decoct.models.errors import UserError
 from decoct.models.loading import load_model
+from decoct.models.record import read_record, write_record
 from decoct.qat.export import export_folder
 from decoct.qat.rebuild import load_exported_model
 
@@ -36,6 +37,7 @@ def test_rebuilding_refuses_weights_of_another_config(exported: Path) -> None:
     tensors = load_file(exported / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, exported / "model.safetensors")
+    write_record(exported, read_record(exported))
     with pytest.raises(UserError, match=r"model\.norm\.weight is missing"):
         load_exported_model(exported)
 
@@ -43,5 +45,14 @@ def test_rebuilding_refuses_weights_of_another_config(exported: Path) -> None:
 def test_rebuilding_refuses_shapes_of_another_config(exported: Path) -> None:
     config = json.loads((exported / "config.json").read_text())
     (exported / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+    write_record(exported, read_record(exported))
     with pytest.raises(UserError, match=r"has shape \(\d+, \d+\), but config.json asks for"):
+        load_exported_model(exported)
+
+
+def test_rebuilding_refuses_an_export_that_is_not_what_was_recorded(exported: Path) -> None:
+    data = bytearray((exported / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (exported / "model.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match=r"model\.safetensors has changed since it was written"):
         load_exported_model(exported)

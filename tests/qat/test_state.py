@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from decoct.models.errors import UserError
 from decoct.models.folder import save_model_folder
+from decoct.models.record import seal_record
 from decoct.qat.fake_quant import fake_quant, quantize
 from decoct.qat.modules import fold, prepare, quantize_model
 from decoct.qat.spec import QuantSpec
@@ -39,7 +40,7 @@ def write(folder: Path, state: QuantState, **changes: Any) -> Path:
     save_file(weights, folder / "model.safetensors")
     (folder / QUANT_FILE).parent.mkdir(exist_ok=True)
     save_file(state.tensors(), folder / QUANT_FILE)
-    (folder / "decoct.json").write_text(json.dumps({"format": 1, "files": {}, "quant": state.record() | changes}))
+    seal_record(folder, {"format": 1, "files": {}, "quant": state.record() | changes})
     return folder
 
 

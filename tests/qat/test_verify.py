@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from decoct.models.errors import UserError
-from decoct.models.files import sha256_file
+from decoct.models.record import write_record
 from decoct.models.safetensors_file import read_header
 from decoct.qat.export import export_folder
 from decoct.qat.verify import VerifyReport, verify_folder
@@ -22,8 +22,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 def renew_hashes(folder: Path) -> None:
     """Write the files' present hashes into the record, as a tool that rewrites files would."""
     record = json.loads((folder / "decoct.json").read_text())
-    record["files"] = {name: sha256_file(folder / name) for name in record["files"]}
-    (folder / "decoct.json").write_text(json.dumps(record))
+    write_record(folder, record)
 
 
 def verify(folder: Path, source: Path | None = None) -> VerifyReport:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from decoct.models.errors import UserError
-from decoct.models.files import sha256_file
 from decoct.models.loading import load_model
+from decoct.models.record import write_record
 from decoct.qat import llama_cpp_runtime
 from decoct.qat.agreement import MIN_POSITIONS, Agreement, compare
 from decoct.qat.export import export_folder
@@ -45,8 +45,7 @@ def problems(folder: Path, source: Path | None = None) -> str:
 
 def renew_hashes(folder: Path) -> None:
     record = json.loads((folder / "decoct.json").read_text())
-    record["files"] = {name: sha256_file(folder / name) for name in record["files"]}
-    (folder / "decoct.json").write_text(json.dumps(record))
+    write_record(folder, record)
 
 
 def flip(file: Path, offset: int, bits: int) -> None:
@@ -124,6 +123,8 @@ def test_a_cut_file_another_source_and_another_config_are_found(exported: Path, 
     assert "is not the source's" in problems(exported, other)
     config = json.loads((exported / "config.json").read_text())
     (exported / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    assert "config.json has changed since it was written" in problems(exported)
+    renew_hashes(exported)
     assert "model.layers.2.self_attn.q_proj.weight is missing" in problems(exported)
     (exported / "config.json").unlink()
     assert "config.json is missing" in problems(exported)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from decoct.models.errors import UserError
+from decoct.models.record import seal_record
 from decoct.qat.export import compressed_tensors, export_folder
 from decoct.qat.export.source import ExportSource
 from decoct.qat.fake_quant import dequantize
@@ -232,7 +233,7 @@ def test_flips_of_zero_points_and_input_scales_are_found(lattice_source: Make, e
         tensors[name].view(torch.uint8).flatten()[0] ^= 1
         save_file(tensors, target / "model.safetensors")
         del record["files"]["model.safetensors"]
-        (target / "decoct.json").write_text(json.dumps(record))
+        seal_record(target, record)
         assert any(name.rpartition(".")[0] in problem for problem in verify_folder(target, runtimes=False).problems), name
 
 
@@ -246,7 +247,7 @@ def test_a_folder_goes_all_the_way(lattice_source: Make, tmp_path: Path, form: s
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     save_file(state.tensors(), folder / "quant/codes.safetensors")
     record = json.loads((folder / "decoct.json").read_text())
-    (folder / "decoct.json").write_text(json.dumps(record | {"quant": state.record(), "files": {}}))
+    seal_record(folder, record | {"quant": state.record(), "files": {}})
     export_folder(folder, tmp_path / "export", form, runtimes=False)
     report = verify_folder(tmp_path / "export", source=folder, runtimes=False)
     assert report.ok, report.problems

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from decoct.models.errors import DecoctError, UserError
 from decoct.models.files import sha256_file
-from decoct.models.folder import read_record
 from decoct.models.loading import load_tokenizer
+from decoct.models.record import read_record, seal_record, write_record
 from decoct.qat import export
 from decoct.qat.export import EXPORTERS, compressed_tensors, export_folder
 from decoct.qat.export.source import ExportSource
@@ -193,6 +193,8 @@ def test_a_folder_without_codes_is_refused(quantized_folder: Build, tmp_path: Pa
 def test_a_folder_without_a_tokenizer_is_refused(quantized_folder: Build, tmp_path: Path) -> None:
     source = quantized_folder()
     (source / "tokenizer.json").unlink()
+    refused(source, tmp_path / "export", "tokenizer.json is missing; it is not what was measured")
+    write_record(source, read_record(source))
     refused(source, tmp_path / "export", "has no tokenizer")
 
 
@@ -207,7 +209,8 @@ def _edit(file: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
-    forget_hashes(file.parent)
+    for folder in (file.parent, file.parent.parent):
+        forget_hashes(folder)
 
 
 def forget_hashes(folder: Path) -> None:
@@ -215,7 +218,7 @@ def forget_hashes(folder: Path) -> None:
     if not (folder / "decoct.json").exists():
         return
     record = json.loads((folder / "decoct.json").read_text())
-    (folder / "decoct.json").write_text(json.dumps(record | {"files": {}}))
+    seal_record(folder, record | {"files": {}})
 
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gguf-f32"])
@@ -255,6 +258,7 @@ def _nan_norm(source: Path) -> None:
 def _other_config(source: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    write_record(source, read_record(source))
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from decoct.models.errors import UserError
 from decoct.models.folder import read_record, save_model_folder
+from decoct.models.record import seal_record
 from decoct.qat.export import export_folder
 from decoct.qat.export.gguf_blocks import minimums, pack_q4_1
 from decoct.qat.export.gguf_files import FILE, block_type, check, write
@@ -199,7 +200,7 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None
     save_file(tensors, folder / "model.safetensors")
     # as if the file had been written like this
     record = json.loads((folder / "decoct.json").read_text())
-    (folder / "decoct.json").write_text(json.dumps(record | {"files": {}}))
+    seal_record(folder, record | {"files": {}})
 
 
 def test_rounding_plain_weights_is_refused_or_measured(plain_folder: Build, tmp_path: Path) -> None:

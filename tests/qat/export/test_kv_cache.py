@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from decoct.models.errors import DecoctError, UserError
+from decoct.models.record import seal_record
 from decoct.qat.cache_state import CacheState
 from decoct.qat.export import EXPORTERS, compressed_tensors, compressed_tensors_cache, export_folder
 from decoct.qat.export.source import ExportSource
@@ -110,7 +111,7 @@ def change_tensors(target: Path, change: Callable[[dict[str, Any]], Any]) -> Non
     save_file(tensors, target / "model.safetensors")
     record = json.loads((target / "decoct.json").read_text())
     del record["files"]["model.safetensors"]
-    (target / "decoct.json").write_text(json.dumps(record))
+    seal_record(target, record)
 
 
 def change_config(target: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -119,7 +120,7 @@ def change_config(target: Path, change: Callable[[dict[str, Any]], Any]) -> None
     (target / "config.json").write_text(json.dumps(config))
     record = json.loads((target / "decoct.json").read_text())
     del record["files"]["config.json"]
-    (target / "decoct.json").write_text(json.dumps(record))
+    seal_record(target, record)
 
 
 K, V = f"{ATTENTIONS[0]}.k_scale", f"{ATTENTIONS[1]}.v_scale"
@@ -209,7 +210,7 @@ def test_every_other_format_refuses_the_folder(quantized_folder: Callable[..., P
     state = replace(state, cache=cache()) if beside == "kv_cache" else replace(state, activations=ActivationSpec())
     save_file(state.tensors(), folder / "quant/codes.safetensors")
     record = json.loads((folder / "decoct.json").read_text())
-    (folder / "decoct.json").write_text(json.dumps(record | {"quant": state.record(), "files": {}}))
+    seal_record(folder, record | {"quant": state.record(), "files": {}})
     what = r"keys and values are rounded \(kv_cache\)" if beside == "kv_cache" else "inputs are rounded"
     with pytest.raises(UserError, match=f"{form} cannot say that {what}.*compressed-tensors"):
         export_folder(folder, tmp_path / "export", form, runtimes=False, allow_inexact=True)
@@ -221,7 +222,7 @@ def test_a_folder_goes_all_the_way(quantized_folder: Callable[..., Path], tmp_pa
     state = replace(load_quant_state(folder), cache=cache())
     save_file(state.tensors(), folder / "quant/codes.safetensors")
     record = json.loads((folder / "decoct.json").read_text())
-    (folder / "decoct.json").write_text(json.dumps(record | {"quant": state.record(), "files": {}}))
+    seal_record(folder, record | {"quant": state.record(), "files": {}})
     export_folder(folder, tmp_path / "export", FORMAT, runtimes=False)
     report = verify_folder(tmp_path / "export", source=folder, runtimes=False)
     assert report.ok, report.problems

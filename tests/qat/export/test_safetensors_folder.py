@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from decoct.models.errors import UserError
 from decoct.models.folder import save_model_folder
+from decoct.models.record import read_record, seal_record, write_record
 from decoct.qat.export import export_folder
 from decoct.qat.rebuild import load_exported_model
 from decoct.qat.runtimes import check_runtimes
@@ -106,7 +107,7 @@ def test_a_flipped_bit_is_found_and_the_folder_is_no_longer_quantized(quantized_
     file.write_bytes(data)
     record = json.loads((tmp_path / "export" / "decoct.json").read_text())
     del record["files"]["model.safetensors"]
-    (tmp_path / "export" / "decoct.json").write_text(json.dumps(record))
+    seal_record(tmp_path / "export", record)
     assert "is not the weight that was exported" in " ".join(verify_folder(tmp_path / "export", runtimes=False).problems)
 
 
@@ -119,6 +120,9 @@ def test_a_damaged_quantized_folder_is_refused(quantized_folder: Build, tmp_path
     from safetensors.torch import save_file
 
     save_file(tensors, source / "quant/codes.safetensors")
+    with pytest.raises(UserError, match=r"quant/codes\.safetensors has changed since it was written"):
+        export_folder(source, tmp_path / "export", "safetensors", runtimes=False)
+    write_record(source, read_record(source))
     with pytest.raises(UserError, match="differ from what decoct"):
         export_folder(source, tmp_path / "export", "safetensors", runtimes=False)
 
