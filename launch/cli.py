@@ -1,19 +1,24 @@
 """The command line: `decoct VERB ...`.
 
-A user's mistake ends with one readable message and exit code 2, a non-finite loss with 1, a failed quality gate with 3.
-`--debug` shows the traceback. Nothing heavy is imported here: help and usage errors come at once.
+A user's mistake ends with one readable message and exit code 2, a failure while running (a loss that is not finite, memory, a disk that
+dies) with 1, a failed quality gate with 3; ``boundary`` says which is which. `--debug` shows the traceback. Nothing heavy is imported here:
+help and usage errors come at once.
 """
 
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from contextlib import suppress
+from io import TextIOWrapper
+from typing import Annotated, NoReturn
 
 import typer
 
-from ..models.errors import DecoctError, GateFailed
+from ..models.errors import DecoctError, GateFailed, MemoryFullError, UserError
 from . import export_verbs, model_verbs, recipe_verbs
 from .command_group import Verbs
+
+_INTERRUPTED = "interrupted; run the same command again to go on from the last checkpoint"
 
 app = typer.Typer(
     name="decoct",
@@ -49,9 +54,65 @@ def _split_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
 
 
 def _tell(message: str) -> None:
-    """One message on rank 0's stderr; the other ranks stay silent."""
+    """One message on stderr, whatever it holds; a stream that cannot be written is no second error."""
+    from ..models.terminal_text import printable
+
+    with suppress(OSError, ValueError):
+        print(f"decoct: {printable(message)}", file=sys.stderr, flush=True)
+
+
+def _first_tells(message: str) -> None:
+    """One message for all ranks."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"decoct: {message}", file=sys.stderr, flush=True)
+        _tell(message)
+
+
+def _end(error: BaseException) -> NoReturn:
+    """End the process as the error says: one message and its code, or a traceback and what to do about it."""
+    from .boundary import bug_report, ending_of
+    from .run.workers import FINAL_CODES, leave, remember_outcome, told_by_another
+
+    ending = ending_of(error)
+    rank = os.environ.get("RANK", "0")
+    if ending is None:
+        _tell_bug(bug_report(error))
+        sys.exit(1)
+    if rank == "0":
+        _tell(f"error: {ending.message}")
+    elif ending.by_all or isinstance(error, MemoryFullError) or not told_by_another():
+        _tell(f"rank {rank}: error: {ending.message}")
+    if isinstance(error, DecoctError) or ending.code in FINAL_CODES:
+        remember_outcome(ending.code)  # another start would end the same way
+    if isinstance(error, GateFailed):
+        leave(ending.code)  # the run itself is finished
+    sys.exit(ending.code)
+
+
+def _tell_bug(text: str) -> None:
+    from ..models.terminal_text import printable
+
+    with suppress(OSError, ValueError):
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """UserError for bytes that are not UTF-8: they would fail wherever a name is written, in the middle of a run at worst."""
+    for text in (*arguments, os.environ.get("DECOCT_CACHE", "")):
+        if any("\udc80" <= letter <= "\udcff" for letter in text):
+            try:
+                os.fsencode(text).decode()
+            except UnicodeDecodeError:
+                raise UserError(f"{text} is not UTF-8, and what is written into a run folder must be; rename the file or folder") from None
+            raise UserError(
+                f"this locale's encoding ({sys.getfilesystemencoding()}) lacks letters of {text}; set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+            )
+
+
+def _soften_streams() -> None:
+    """Characters that a terminal's encoding lacks are written as escapes, not raised as errors."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -59,36 +120,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from .run.workers import FINAL_CODES, leave, remember_outcome, remembered_outcome
 
     given, debug = _split_debug(sys.argv[1:] if arguments is None else arguments)
+    _soften_streams()
     decided = remembered_outcome()
     if decided is not None:
         sys.exit(decided)
     try:
+        _check_arguments(given)
         app(args=given, prog_name="decoct")
-    except DecoctError as error:
-        remember_outcome(error.exit_code)
-        if debug:
-            raise
-        _tell(f"error: {error}")
-        if isinstance(error, GateFailed):
-            leave(error.exit_code)  # the run itself is finished
-        sys.exit(error.exit_code)
-    except OSError as error:
-        # a path of the user's that nothing more can be said of: too long, a loop of links, a file system that is not one
-        if debug or error.filename is None:
-            raise
-        remember_outcome(2)
-        _tell(f"error: {error.filename}: {error.strerror}; give another path (--debug shows where it was used)")
-        sys.exit(2)
     except KeyboardInterrupt:
+        _first_tells(_INTERRUPTED)
         remember_outcome(130)
-        _tell("interrupted; run the same command again to go on from the last checkpoint")
         sys.exit(130)
     except SystemExit as ended:
+        if ended.code == 130:  # what typer makes of Ctrl-C
+            _first_tells(_INTERRUPTED)
         if ended.code in FINAL_CODES:
             remember_outcome(int(ended.code))
         if not ended.code:
             leave(0)
         raise
+    except BaseException as error:
+        if debug:
+            if isinstance(error, DecoctError):
+                remember_outcome(error.exit_code)
+            raise
+        _end(error)
 
 
 if __name__ == "__main__":

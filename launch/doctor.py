@@ -126,12 +126,12 @@ def run_doctor(as_json: bool) -> None:
 
 
 def _draw(health: Health) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from .console import CleanConsole
     from .plan.show import size
 
-    console = Console()
+    console = CleanConsole()
     table = Table("package", "version", title="versions", title_justify="left")
     for package, version in health.versions.items():
         table.add_row(package, version or "not installed")

@@ -116,12 +116,11 @@ def run_evaluate(
 
 def run_export(model: Path, out: Path, form: str, allow_inexact: bool = False, reader_version: str | None = None) -> None:
     """Pack a model folder, verify it, and say what was found."""
-    from rich.console import Console
-
     from ..qat.export import export_folder
     from ..qat.runtime_words import outcome_text
+    from .console import CleanConsole
 
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console = CleanConsole(markup=False, highlight=False, soft_wrap=True)
     result = export_folder(model, out, form, allow_inexact=allow_inexact, reader_version=reader_version)
     kind = "rounded weight" if result.rounding else "weight"
     console.print(f"wrote {out}: {form}, {result.bytes:,} bytes, every {kind} rebuilt exactly by an independent reader")
@@ -133,23 +132,21 @@ def run_export(model: Path, out: Path, form: str, allow_inexact: bool = False, r
 
 def run_plain(model: str, out: Path, revision: str | None) -> None:
     """Make a plain text model, and say of what."""
-    from rich.console import Console
-
     from ..models.plain import make_plain
+    from .console import CleanConsole
 
     what = make_plain(model, out, revision=revision)
-    Console(markup=False, highlight=False, soft_wrap=True).print(f"wrote {out}: {what}")
+    CleanConsole(markup=False, highlight=False, soft_wrap=True).print(f"wrote {out}: {what}")
 
 
 def run_verify(folder: Path, source: Path | None, runtimes: bool, accept: Sequence[str] = ()) -> None:
     """Print every check of an export; UserError (exit code 2) when one fails. Files in ``accept`` are first recorded as they are."""
-    from rich.console import Console
-
     from ..models.record import accept_changes
     from ..qat.runtime_words import outcome_text
     from ..qat.verify import verify_folder
+    from .console import CleanConsole
 
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console = CleanConsole(markup=False, highlight=False, soft_wrap=True)
     if accept:
         accept_changes(folder, accept)
     with console.status("verifying"):

@@ -23,6 +23,12 @@ class NonFiniteError(DecoctError):
     exit_code = 1
 
 
+class MemoryFullError(DecoctError):
+    """The memory of a device or of this machine is full; the message names what to lower, the last checkpoint is kept."""
+
+    exit_code = 1
+
+
 class GateFailed(DecoctError):  # noqa: N818 - a gate that fails is no error of anyone
     """A quality gate of an ``evaluate`` stage was not met; everything that was made is kept."""
 

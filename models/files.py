@@ -40,14 +40,20 @@ _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 _active: set[str] = set()
 
 
-def storage_error(error: BaseException, path: Path, doing: str) -> UserError | None:
-    """The readable form of a disk that refuses (full, quota, read-only, permission), or None when ``error`` is something else."""
+def disk_reason(error: BaseException) -> tuple[str, str] | None:
+    """(what a disk that refuses says, the remedy), or None when ``error`` is something else."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (found := _RUST_ERRNO.search(str(error))):
         number = int(found.group(1))
-    if number not in _REASONS:
+    return None if number is None else _REASONS.get(number)
+
+
+def storage_error(error: BaseException, path: Path, doing: str) -> UserError | None:
+    """The readable form of a disk that refuses (full, quota, read-only, permission), or None when ``error`` is something else."""
+    found = disk_reason(error)
+    if found is None:
         return None
-    reason, remedy = _REASONS[number]
+    reason, remedy = found
     return UserError(f"cannot {doing} {path}: {reason}; {remedy}. Nothing half-written was left behind.")
 
 

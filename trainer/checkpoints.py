@@ -105,7 +105,10 @@ def open_checkpoint(folder: Path, step: int) -> Checkpoint:
     Raises: OSError, ValueError, KeyError or TypeError when it cannot be read.
     """
     path = step_folder(folder, step)
-    return Checkpoint(path, TrainingState(**json.loads((path / STATE).read_text())), json.loads((path / PIECES).read_text()))
+    state = TrainingState(**json.loads((path / STATE).read_text()))
+    if type(state.step) is not int or state.step != step or not isinstance(state.plan, dict):
+        raise ValueError(f"{STATE} does not tell of step {step}")
+    return Checkpoint(path, state, json.loads((path / PIECES).read_text()))
 
 
 def find_newest_verified(folder: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
@@ -115,7 +118,7 @@ def find_newest_verified(folder: Path) -> tuple[Checkpoint | None, list[tuple[Pa
         try:
             _verify(path)
             return open_checkpoint(folder, int(path.name.removeprefix("step-"))), damaged
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             damaged.append((path, str(error) or type(error).__name__))
     return None, damaged
 
@@ -159,6 +162,8 @@ def remove(path: Path) -> None:
 
 def _verify(path: Path) -> None:
     manifest = json.loads((path / MANIFEST).read_text())
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ValueError(f"{MANIFEST} lists no files")
     if manifest["format"] != FORMAT:
         raise ValueError(f"format {manifest['format']} is not the one this version writes ({FORMAT})")
     for name, expected in manifest["files"].items():

@@ -21,7 +21,8 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..models.errors import NonFiniteError, UserError
+from ..models.errors import MemoryFullError, NonFiniteError, UserError
+from ..models.memory_errors import asked_for, out_of_memory
 from .checkpoints import Checkpoint, find_newest_verified, open_checkpoint, prepare_folder, set_aside
 from .data.order import StepBatches
 from .hooks import StepHook
@@ -108,6 +109,7 @@ def fit(
 
     Raises:
         NonFiniteError: loss or gradient norm is NaN or infinite; weights and checkpoints are as before that step.
+        MemoryFullError: memory ran out while training; the checkpoints are whole.
         UserError: the checkpoints belong to another plan, or the last one could not be written.
         KeyboardInterrupt, SystemExit(143): stopped by Ctrl-C or SIGTERM, after a checkpoint.
     """
@@ -140,13 +142,19 @@ def fit(
         trainer = _trainer(plan, world, callback, metrics, work)
         try:
             trainer.fit(module, _loader(windows, plan, world, start))
-        except NonFiniteError as error:
+        except Exception as error:
             kept = (
                 f"The checkpoint of step {callback.saved_step} is kept in {folder}."
                 if callback.saved_step
                 else "No checkpoint was written yet."
             )
-            raise NonFiniteError(f"{stage}: {error} {kept}") from None
+            if isinstance(error, NonFiniteError):
+                raise NonFiniteError(f"{stage}: {error} {kept}") from None
+            if whose := out_of_memory(error):
+                raise MemoryFullError(
+                    f"{stage}: {whose} ran out of memory{asked_for(error)}. {_less_memory(plan, windows)} {kept}"
+                ) from error
+            raise
     if callback.stopped_by is not None:
         say(f"{stage}: stopped after step {module.steps_done}; the same command continues there")
         if callback.stopped_by == signal.SIGINT:
@@ -239,7 +247,7 @@ def _open_checkpoints(folder: Path, plan: TrainingPlan, world: World, stage: str
         return None
     try:
         found = open_checkpoint(folder, step)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"rank {world.rank} cannot read the checkpoint of step {step} in {folder} ({error}); all ranks need the same run folder"
         ) from None
@@ -257,6 +265,16 @@ def _check_same_plan(found: Checkpoint, plan: TrainingPlan, folder: Path) -> Non
             f"{folder} holds checkpoints of another training plan ({changes}); continuing would mix the two. "
             "Use the old settings, another run folder, or remove these checkpoints."
         )
+
+
+def _less_memory(plan: TrainingPlan, windows: WindowSource) -> str:
+    """What to lower, with what it is now."""
+    lower = [f"trainer.micro_batch (now {plan.batch.micro_batch})"] if plan.batch.micro_batch > 1 else []
+    length = getattr(windows, "seq_length", None)
+    lower.append(f"data.seq_length (now {length})" if length else "data.seq_length")
+    more = [] if plan.activation_checkpointing else ["set trainer.activation_checkpointing=true"]
+    more.append("load the teacher smaller (teacher.load_in: nf4, teacher.placement: offloaded)")
+    return f"Lower {' or '.join(lower)}, {', or '.join(more)}; `decoct plan` says what each takes."
 
 
 def _finished(found: Checkpoint, placed: Placed, plan: TrainingPlan, hooks: Sequence[StepHook], world: World) -> FitResult:

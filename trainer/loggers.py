@@ -5,6 +5,7 @@ same run, offline each part carries the same id, and ``wandb sync`` joins them.
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,7 @@ def finish_loggers(loggers: Sequence["Logger"], *, exit_code: int = 0) -> None:
 def wandb_run_id(run_dir: Path) -> str:
     """The W&B id of a run folder; made at the first call and the same ever after."""
     path = run_dir / RUN_ID_FILE
-    if path.exists() and (known := path.read_text().strip()):
+    if path.exists() and re.fullmatch("[A-Za-z0-9_-]{1,64}", known := path.read_text(encoding="utf-8", errors="replace").strip()):
         return known
     import secrets
     import string
@@ -103,11 +104,36 @@ def has_wandb_key() -> bool:
     return False
 
 
+_MODES = {name: name for name in ("online", "offline", "disabled", "shared")} | {"dryrun": "offline", "run": "online"}
+"""Values of WANDB_MODE; the last two are W&B's old names."""
+
+
+def wandb_mode() -> str:
+    """How W&B is to run: WANDB_DISABLED and WANDB_MODE decide when they are set, else whether there is a key.
+
+    Raises: UserError for a mode that W&B does not have.
+    """
+    if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("true", "1", "yes", "y", "on", "t"):
+        return "disabled"
+    given = os.environ.get("WANDB_MODE", "").strip()
+    if not given:
+        return "online" if has_wandb_key() else "offline"
+    if given.lower() not in _MODES:
+        raise UserError(f"the environment variable WANDB_MODE={given!r} is none of online, offline and disabled; mend or unset it")
+    return _MODES[given.lower()]
+
+
+def check_logger(settings: LoggerSettings) -> None:
+    """UserError, before any work, for surroundings in which the logger cannot start."""
+    if settings.kind == "wandb":
+        wandb_mode()
+
+
 def wandb_arguments(settings: LoggerSettings, run_dir: Path, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """What ``wandb.init`` is called with: online with a key, offline without (WANDB_MODE decides when it is set)."""
     import wandb
 
-    mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
+    mode = wandb_mode()
     return {
         "name": name,
         "dir": str(run_dir),
@@ -131,12 +157,16 @@ def _wandb(settings: LoggerSettings, run_dir: Path, name: str, config: Mapping[s
     arguments = wandb_arguments(settings, run_dir, name, config)
     if arguments["mode"] != "online" and console is not None:
         text = f"W&B logs {arguments['mode']} into {run_dir / 'wandb'} (run id {arguments['id']}); `wandb sync` uploads it after a login"
+        if arguments["mode"] == "disabled":
+            text = "W&B is switched off (WANDB_MODE or WANDB_DISABLED); metrics.jsonl has the curves"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     # started here, because the logger's own start passes arguments that wandb warns of
     try:
         run = wandb.init(**arguments)
-    except wandb.Error as error:
-        raise UserError(f"logger: wandb cannot start: {error}. WANDB_MODE=offline logs into the run folder only.") from error
+    except (wandb.Error, ValueError, TypeError, OSError) as error:
+        # settings in the environment and in W&B's own files that it does not understand, and keys that are none
+        told = " ".join(str(error).split())[:300]
+        raise UserError(f"logger: wandb cannot start: {told}. WANDB_MODE=offline logs into the run folder only.") from error
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     return WandbLogger(name=name, save_dir=run_dir, project=arguments["project"], id=arguments["id"], experiment=run)

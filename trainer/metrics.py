@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..models.files import append_line, write_text_atomic
 from .loggers import finish_loggers
@@ -40,7 +40,7 @@ class MetricsSink:
         """Cut the lines of a stage beyond ``step``: they tell of steps that a resumed run takes again. Torn lines go too."""
         if self.path is None or not self.path.exists():
             return
-        text = self.path.read_text()
+        text = self.path.read_text(encoding="utf-8", errors="replace")
         kept = "".join(f"{line}\n" for line in text.split("\n") if line.strip() and not _is_beyond(line, stage, step))
         if kept != text:
             write_text_atomic(self.path, kept)
@@ -56,9 +56,17 @@ class MetricsSink:
         finish_loggers(self.loggers)
 
 
-def _is_beyond(line: str, stage: str, step: int) -> bool:
+def read_row(line: str) -> dict[str, Any] | None:
+    """A line of ``metrics.jsonl``: ``stage``, ``step`` and numbers; None when it is none (cut short, damaged)."""
     try:
         row = json.loads(line)
-    except ValueError:
-        return True
-    return not isinstance(row, dict) or (row.get("stage") == stage and row.get("step", 0) > step)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("stage"), str) or type(row.get("step")) is not int:
+        return None
+    return {name: value for name, value in row.items() if name == "stage" or value is None or type(value) in (int, float)}
+
+
+def _is_beyond(line: str, stage: str, step: int) -> bool:
+    row = read_row(line)
+    return row is None or (row["stage"] == stage and row["step"] > step)

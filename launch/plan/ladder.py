@@ -171,7 +171,7 @@ def run_footprint(what: str, context: str | None, batch: str, as_json: bool) -> 
     import json
     from dataclasses import asdict
 
-    from rich.console import Console
+    from ..console import CleanConsole
 
     batches, asked = _count("--batch", batch), context and _count("--context", context)
     shape = find_shape(what)
@@ -185,7 +185,7 @@ def run_footprint(what: str, context: str | None, batch: str, as_json: bool) -> 
             )
         )
         return
-    _draw(shape, rows, length, batches, Console())
+    _draw(shape, rows, length, batches, CleanConsole())
 
 
 def _draw(shape: ModelShape, rows: list[LadderRow], context: int, batch: int, console: "Console") -> None:

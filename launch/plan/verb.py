@@ -27,9 +27,8 @@ def run_plan(
     as_json: bool,
 ) -> None:
     """Print the plan; UserError (exit code 2) after it when something cannot work."""
-    from rich.console import Console
-
     from ...configs.loader import load_recipe
+    from ..console import CleanConsole
     from ..report.tables import WIDE
     from . import plan, problems
     from . import show as drawing
@@ -42,7 +41,7 @@ def run_plan(
     if as_json:
         print(json.dumps(drawing.as_json(made), indent=1))
     else:
-        console = Console()
+        console = CleanConsole()
         if not console.is_terminal:
             console.width = max(console.width, WIDE)
         drawing.draw(made, console)

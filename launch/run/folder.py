@@ -7,6 +7,7 @@ runs/<name>/NN-kind/stage.json  model/  checkpoints/
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -80,6 +81,30 @@ def commit() -> str | None:
     return None if head.returncode else head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
+def state_fault(state: Any) -> str:
+    """What is wrong with the content of a stage.json; '' when nothing is that anybody reads."""
+    if not isinstance(state, dict):
+        return "does not hold what a stage writes into it"
+    wanted: dict[str, tuple[type, ...]] = {"key": (str,), "kind": (str,), "state": (str,), "makes_model": (bool,), "exports": (list,)}
+    wanted |= {"tokens": (int, type(None)), "seconds": (int, float, type(None))}
+    if state.get("state") == "done" and state.get("kind") != "student":
+        missing = [name for name in ("makes_model", "exports") if name not in state]
+        if missing:
+            return f"says that the stage is done, and lacks {', '.join(missing)}"
+    for name, kinds in wanted.items():
+        if name in state and type(state[name]) not in kinds:
+            return f"holds no {name} that a stage writes: {str(state[name])[:40]!r}"
+    if not re.fullmatch("[0-9A-Za-z]{0,128}", state.get("key", "")):
+        return "holds a key that is none"
+    for export in state.get("exports", []):
+        inside = isinstance(export, dict) and isinstance(export.get("path"), str) and isinstance(export.get("format"), str)
+        if not inside or Path(export["path"]).is_absolute() or ".." in Path(export["path"]).parts:
+            return "names an export that is none"
+        if not isinstance(export.get("runtimes"), dict) or not all(isinstance(seen, dict) for seen in export["runtimes"].values()):
+            return "names an export without what runtimes made of it"
+    return ""
+
+
 @dataclass(frozen=True)
 class StageFolder:
     """One stage's folder and the small JSON file in which it says how far it is."""
@@ -93,12 +118,17 @@ class StageFolder:
 
     def read(self) -> dict[str, Any]:
         """What stage.json says; {} when the stage never started."""
+        file = self.path / STAGE_FILE
         try:
-            return json.loads((self.path / STAGE_FILE).read_text())
+            state = json.loads(file.read_text(encoding="utf-8"))
+            fault = state_fault(state)
         except FileNotFoundError:
             return {}
-        except ValueError as error:
-            raise UserError(f"{self.path / STAGE_FILE} is not readable JSON ({error}); delete the folder to run the stage again") from None
+        except (ValueError, RecursionError) as error:
+            state, fault = {}, f"is not readable JSON ({type(error).__name__}: {error})"
+        if fault:
+            raise UserError(f"{file} {fault}; delete the folder {self.path} to run the stage again")
+        return state
 
     def write(self, state: dict[str, Any]) -> None:
         """Replace stage.json."""

@@ -124,7 +124,9 @@ class Measuring:
         file = self.folder.path / ".measured" / "teacher-drift.json"
         key = sha256_json([teacher.content, teacher.load_in, self.origin.data.fingerprint, self.origin.v_eff])
         before = _read_json(file)
-        drift = before["row"] if before.get("key") == key else self._measure_drift(teacher, file, key)
+        drift = (
+            before["row"] if before.get("key") == key and isinstance(before.get("row"), dict) else self._measure_drift(teacher, file, key)
+        )
         self.console.print(
             f"teacher in {teacher.load_in}: KL(teacher || {teacher.load_in}) {drift['kl']:.2e} nats, the same likeliest token for "
             f"{drift['top1']:.1%} of {drift['tokens']:,} held-out tokens",
@@ -185,8 +187,8 @@ class Measuring:
                 "name": entry.name,
                 "kind": entry.kind,
                 "path": self._relative(str(folder.path)),
-                "tokens": state["tokens"],
-                "seconds": state["seconds"],
+                "tokens": state.get("tokens"),
+                "seconds": state.get("seconds"),
                 "coverage": state.get("coverage"),
                 **seen,
             }
@@ -248,7 +250,7 @@ class Measuring:
         # rows of quantized folders have had a packed size since this word is in their key
         key = sha256_json([*parts, "packed"] if quant_record(path) else parts)
         before = _read_json(file)
-        if before.get("key") == key:
+        if before.get("key") == key and _is_row(before.get("row")):
             return before["row"]
         with self.console.status(f"measuring {Path(path).parent.name if Path(path).name == 'model' else Path(path).name}"):
             row = measure_folder(path, self._open_teacher(), self.origin.data.evaluation, revision)
@@ -278,10 +280,18 @@ class Measuring:
             return Path(path).name if Path(path).is_dir() else path
 
 
+def _is_row(row: Any) -> bool:
+    """Whether a remembered row holds what every row does; a damaged one is measured again."""
+    if not isinstance(row, dict) or not isinstance(row.get("eval"), dict | None):
+        return False
+    return all(type(row.get(name, "")) in (int, float, type(None)) for name in ("parameters", "bytes", "bits_per_weight", "sparsity"))
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     import json
 
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}

@@ -34,12 +34,12 @@ class Runner:
     """One start of a recipe on this rank."""
 
     def __init__(self, recipe: "Recipe", run_dir: Path, world: World) -> None:
-        from rich.console import Console
+        from ..console import CleanConsole
 
         self.recipe = recipe
         self.folder = RunFolder(run_dir)
         self.world = world
-        self.console: Console = Console(quiet=not world.is_first)
+        self.console = CleanConsole(quiet=not world.is_first)
         if not self.console.is_terminal:
             # a log file has no width of its own
             self.console.width = max(self.console.width, WIDE)

@@ -21,11 +21,13 @@ def start(recipe: "Recipe", out: Path | None, *, only_caches: bool = False) -> N
 
     With ``only_caches`` the teacher's caches are filled and nothing is trained.
     """
+    from ...trainer.loggers import check_logger
     from ...trainer.world import current_world
 
     die_with_agent()
     world = current_world()
     where = out or Path("runs") / recipe.name
+    check_logger(recipe.logger)
     check_workers(recipe.trainer.num_workers)
     alone = world.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
     if alone:
@@ -53,11 +55,10 @@ def _plan_first(recipe: "Recipe", out: Path, world: "World") -> None:
     if not world.is_first or os.environ.get(_PLANNED):
         return
     quiet_libraries()
-    from rich.console import Console
-
+    from ..console import CleanConsole
     from ..plan.show import check_before_run
 
-    check_before_run(recipe, out, Console(), nodes=world.nodes)
+    check_before_run(recipe, out, CleanConsole(), nodes=world.nodes)
     os.environ[_PLANNED] = "1"
 
 

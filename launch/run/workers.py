@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -151,6 +152,14 @@ def remembered_outcome() -> int | None:
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
     return _read_outcome(os.getppid(), os.environ.get("TORCHELASTIC_RUN_ID", ""))
+
+
+def told_by_another(seconds: float = 1.0) -> bool:
+    """Whether another worker of this agent has left a final code, and so has told the user; waits a moment for one that fails as well."""
+    deadline = time.monotonic() + seconds
+    while (found := _read_outcome(os.getppid(), os.environ.get("TORCHELASTIC_RUN_ID", ""))) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found is not None
 
 
 def leave(code: int) -> None:

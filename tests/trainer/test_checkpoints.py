@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from decoct.models.errors import UserError
@@ -132,6 +134,29 @@ def test_no_flipped_bit_of_the_manifest_is_believed(tmp_path: Path) -> None:
             (path / "manifest.json").write_bytes(data)
             found, damaged = find_newest_verified(tmp_path)
             assert (found is None and len(damaged) == 1) or found == good, bytes(data[position - 20 : position + 20])
+
+
+_NAMES = st.sampled_from(["files", "format", "bytes", "sha256", "x"])
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_NAMES, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(_json)
+@example([])
+@example({"format": 2, "files": []})
+@example({"format": 2, "files": {"state.json": 3}})
+@example({"format": 2, "files": {"\0": {}}})
+def test_whatever_a_manifest_says_the_checkpoint_is_damaged_and_nothing_worse(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "step-00000005" if (tmp_path / "step-00000005").exists() else _save(tmp_path, 5)
+    for text in (json.dumps(content), "[" * 100_000, "\udcff"):
+        (path / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
+        found, damaged = find_newest_verified(tmp_path)
+        assert found is None
+        assert len(damaged) == 1
 
 
 def test_nothing_whole_means_none(tmp_path: Path) -> None:

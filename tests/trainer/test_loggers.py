@@ -10,12 +10,14 @@ from rich.console import Console
 from decoct.models.errors import UserError
 from decoct.trainer.loggers import (
     build_loggers,
+    check_logger,
     finish_loggers,
     has_wandb_key,
     log_image,
     log_summary,
     log_table,
     wandb_arguments,
+    wandb_mode,
     wandb_run_id,
 )
 from decoct.trainer.metrics import MetricsSink
@@ -126,3 +128,46 @@ def test_none_is_nothing_and_others_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="wandb, csv and none"):
         build_loggers(LoggerSettings(kind="tensorboard"), tmp_path, name="tiny", config={})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode"),
+    [
+        ({"WANDB_MODE": "disabled"}, "disabled"),
+        ({"WANDB_MODE": "dryrun"}, "offline"),
+        ({"WANDB_MODE": " Offline "}, "offline"),
+        ({"WANDB_MODE": "online", "WANDB_DISABLED": "true"}, "disabled"),
+        ({"WANDB_MODE": "online", "WANDB_DISABLED": "false"}, "online"),
+    ],
+)
+def test_the_environment_decides_how_wandb_runs(environment: dict[str, str], mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert wandb_mode() == mode
+
+
+def test_a_mode_that_wandb_does_not_have_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(UserError, match="WANDB_MODE='sometimes' is none of online, offline and disabled"):
+        check_logger(LoggerSettings(kind="wandb"))
+    check_logger(LoggerSettings(kind="csv"))
+
+
+@pytest.mark.parametrize("error", [ValueError("API key must have\n40 characters"), TypeError("x"), OSError("y")])
+def test_whatever_wandb_stumbles_over_is_one_message(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("wandb.init", fail)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(UserError, match="logger: wandb cannot start") as caught:
+        build_loggers(LoggerSettings(kind="wandb"), tmp_path, name="tiny", config={})
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("known", [b"\xff", b"../../x", b"a b", b""])
+def test_a_damaged_run_id_is_made_anew(known: bytes, tmp_path: Path) -> None:
+    (tmp_path / "wandb-run-id.txt").write_bytes(known)
+    made = wandb_run_id(tmp_path)
+    assert len(made) == 8
+    assert wandb_run_id(tmp_path) == made

@@ -1,6 +1,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from decoct.trainer.metrics import MetricsSink
 
 
@@ -45,6 +47,19 @@ def test_rewind_removes_a_line_torn_by_a_kill(tmp_path: Path) -> None:
     sink.rewind("a", 5)
     sink.write("a", 2, {"loss": 1.0})
     assert _rows(path) == [("a", 1), ("a", 2)]
+
+
+@pytest.mark.parametrize(
+    "line", [b"\xff\xfe", b"[1]", b"7", b'{"step": 1}', b'{"stage": "a", "step": "9"}', b'{"stage": 1, "step": 1}', b"[" * 100_000]
+)
+def test_rewind_removes_lines_that_tell_of_no_step(line: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = MetricsSink(path)
+    sink.write("a", 1, {"loss": 1.0})
+    with path.open("ab") as file:
+        file.write(line + b"\n")
+    sink.rewind("a", 5)
+    assert _rows(path) == [("a", 1)]
 
 
 def test_loggers_get_the_numbers_under_the_stage_name(tmp_path: Path) -> None:

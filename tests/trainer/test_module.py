@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from decoct.models.errors import NonFiniteError, UserError
+from decoct.models.errors import MemoryFullError, NonFiniteError, UserError
 from decoct.trainer.module import TrainingModule
 from decoct.trainer.optimizer import build_optimizer
 from decoct.trainer.signals import StopSignals
@@ -156,6 +156,29 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_moves(training: Modul
     # and the stage goes on from there once the cause is gone
     result, _ = training.run_case(case, tmp_path)
     assert result.resumed_from == 4
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), None])
+def test_memory_that_runs_out_names_what_to_lower_and_what_is_kept(training: ModuleType, tmp_path: Path, error: Exception | None) -> None:
+    case = training.Case(steps=6, micro=8, every=2)
+    calls = 0
+
+    def spoil(loss: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls <= 3:
+            return loss
+        if error is not None:
+            raise error
+        return loss + torch.empty(2**60, dtype=torch.uint8).sum()
+
+    with pytest.raises(
+        MemoryFullError, match=r"ran out of memory.*trainer\.micro_batch \(now 8\).*The checkpoint of step 2 is kept"
+    ) as caught:
+        training.run_case(case, tmp_path, objective=_poisoned(case.objective(), spoil))
+    assert ("the GPU" in str(caught.value)) == isinstance(error, torch.OutOfMemoryError)
+    # fewer windows at once are no other stage
+    assert training.run_case(training.Case(steps=6, micro=2, every=2), tmp_path)[0].resumed_from == 2
 
 
 def test_the_windows_of_the_bad_micro_batch_are_named(training: ModuleType, tmp_path: Path) -> None:

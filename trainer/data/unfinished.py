@@ -65,7 +65,7 @@ class Unfinished:
                     numbers.fromfile(file, documents)
             notes = Counter({str(name): int(count) for name, count in progress.get("notes", {}).items()})
             whole = (not documents or ends[-1] == tokens) and self.stream.stat().st_size >= tokens * 4
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError, OverflowError, MemoryError):
             return
         if whole:
             self.bounds.extend(ends)

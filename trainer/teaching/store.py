@@ -43,7 +43,7 @@ def open_store(folder: Path, header: dict[str, Any]) -> "Store":
         write_json_atomic(file, header)
     try:
         found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({error}); delete the folder, and it is made again") from None
     if not isinstance(found, dict) or found != json.loads(json.dumps(header)):
         there: dict[str, Any] = found if isinstance(found, dict) else {}
@@ -181,6 +181,6 @@ def _fault(manifest: Path, *, thorough: bool) -> str:
                 return f"{path.name} has another hash"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{manifest.name} cannot be read: {type(error).__name__}"
     return ""

@@ -55,6 +55,13 @@ def test_curves_take_the_later_of_two_lines_and_leave_out_a_torn_last_one(tmp_pa
     assert read_curves(tmp_path / "none.jsonl") == {}
 
 
+def test_curves_leave_out_damaged_lines_wherever_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    bad = b'\xff\n[1]\n{"stage": "a"}\n{"stage": [], "step": 1}\n{"stage": "a", "step": null}\n' + b"[" * 100_000 + b"\n"
+    file.write_bytes(b'{"stage": "a", "step": 1, "loss": 3.0, "note": "x"}\n' + bad + b'{"stage": "a", "step": 2, "loss": 2.0}\n')
+    assert read_curves(file) == {"a": [{"stage": "a", "step": 1, "loss": 3.0}, {"stage": "a", "step": 2, "loss": 2.0}]}
+
+
 def test_every_panel_of_the_curves_that_stands_empty_is_hidden() -> None:
     curves = {f"{n:02d}-distill": CURVES["01-distill"] for n in range(5)}
     assert [axes.get_visible() for axes in training_curves(curves).axes] == [True] * 5 + [False]

@@ -2,10 +2,13 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from decoct.launch.run.folder import RunFolder, StageFolder
+from decoct.launch.run.folder import RunFolder, StageFolder, state_fault
 from decoct.models.errors import UserError
 
 
@@ -85,3 +88,40 @@ def test_model_folder_of_a_start_killed_before_it_said_done_is_made_again(tmp_pa
     folder.write({"key": "k", "kind": "distill", "state": "running"})
     folder.begin("k", "distill")
     assert not folder.model.exists()
+
+
+DONE: dict[str, Any] = {
+    "key": "a" * 64,
+    "kind": "export",
+    "state": "done",
+    "input": "b" * 64,
+    "makes_model": False,
+    "tokens": 0,
+    "seconds": 1.5,
+    "exports": [{"format": "gguf", "path": "gguf", "bytes": 1, "exact": True, "runtimes": {"llama.cpp": {"status": "absent"}}}],
+}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"[1]", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000),
+        *(b'{"key": 1}', b'{"key": "../../x"}', b'{"state": "done"}', b'{"exports": 1}'),
+    ],
+)
+def test_a_damaged_stage_file_is_one_message(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "stage.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"stage\.json .*delete the folder"):
+        StageFolder(tmp_path).read()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(DONE)), st.none() | st.booleans() | st.integers() | st.text(max_size=4) | st.just([1]) | st.just({"a": []}))
+def test_a_stage_file_with_another_value_is_read_or_refused(name: str, value: Any) -> None:
+    fault = state_fault({**DONE, name: value})
+    if not fault:
+        state = {**DONE, name: value}
+        assert isinstance(state["makes_model"], bool)
+        assert all(isinstance(export["path"], str) for export in state["exports"])
+    assert not state_fault(DONE)
+    assert "lacks" in state_fault({key: inner for key, inner in DONE.items() if key != "exports"})
