@@ -63,7 +63,7 @@ $(SERVING)/.llama-cpp: pyproject.toml constraints.txt tests/serving/requirements
 	@touch $@
 
 test-serving-llama-cpp: $(SERVING)/.llama-cpp ## GGUF in llama.cpp, GGUF and compressed-tensors in transformers
-	$(JUDGE) $(SERVING)/bin/pytest -m serving tests/serving/test_transformers.py tests/serving/test_llama_cpp.py $(PYTEST_ARGS)
+	$(JUDGE) $(SERVING)/bin/pytest -m serving tests/serving/test_transformers.py tests/serving/test_llama_cpp.py tests/serving/test_llama_cpp_files.py $(PYTEST_ARGS)
 
 SERVING_VLLM := .venv-vllm
 $(SERVING_VLLM)/.installed: tests/serving/requirements-vllm.txt

@@ -10,8 +10,9 @@ from .options import Hub, Model, Out, SeqLength, StageOverrides, Teacher, Text
 app = typer.Typer()
 
 _FORMATS = (
-    "compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp), gptq, gptq_v2 (asymmetric), awq (4 bits), safetensors (plain "
-    "16-bit floats); of plain weights also gguf-bf16, gguf-f16 or gguf-f32."
+    "compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp), gguf-q2_0 (2 bits, llama.cpp from July 2026 on), gptq, gptq_v2 "
+    "(asymmetric), awq (4 bits), safetensors (plain 16-bit floats), safetensors-f32 (plain, always exact); of plain weights also "
+    "gguf-bf16, gguf-f16 or gguf-f32."
 )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..models.errors import UserError
+from ..models.folder_check import read_json
 from ..models.loading import load_tokenizer
 from .read_gguf_model import GgufModel
 from .spec import QuantSpec
@@ -27,6 +28,10 @@ _FIELDS = {
     "final_logit_softcapping": ("final_logit_softcapping",),
 }
 """Metadata -> names of the config's field."""
+_SAMPLING = {
+    "temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty",
+}  # fmt: skip
+"""general.sampling.* -> names in generation_config.json."""
 
 
 def gguf_problems(model: GgufModel, record: dict[str, Any]) -> list[str]:
@@ -111,7 +116,27 @@ def _token_problems(model: GgufModel, folder: Path) -> list[str]:
     wrong = [(token, index) for token, index in tokenizer.get_vocab().items() if index >= rows or tokens[index] != token]
     problems = [f"token {wrong[0][1]} is another one than in tokenizer.json ({len(wrong):,} differ)"] if wrong else []
     for key, index in (("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)):
-        problems += _differing(f"{key}_token_id", model.file.metadata.get(f"tokenizer.ggml.{key}_token_id"), index)
+        found = model.file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        # a tokenizer may have no end of text while the model has
+        problems += [] if key == "eos" and index is None else _differing(f"{key}_token_id", found, index)
+    return problems + _generation_problems(model, folder)
+
+
+def _generation_problems(model: GgufModel, folder: Path) -> list[str]:
+    """Sampling and ends of text that are not what generation_config.json says. What is not there at all is no fault: older files."""
+    file = folder / "generation_config.json"
+    given, config = (read_json(file) if file.is_file() else {}), plain_config(folder)
+    problems = []
+    for key, name in _SAMPLING.items():
+        found, wanted = model.file.metadata.get(f"general.sampling.{key}"), given.get(name)
+        if found is not None and (wanted is None or np.float32(found) != np.float32(wanted)):
+            problems.append(f"general.sampling.{key} is {found!r}, {file.name} says {wanted!r}")
+    ends = given.get("eos_token_id", getattr(config, "eos_token_id", None))
+    ends = ends if isinstance(ends, list) else [ends]
+    for key in ("eot", "eom"):
+        found = model.file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if found is not None and found not in ends:
+            problems.append(f"{key}_token_id is {found!r}, which ends no text by {file.name}")
     return problems
 
 
@@ -131,5 +156,11 @@ def _record_problems(model: GgufModel, record: dict[str, Any]) -> list[str]:
 
 
 def _in_range(model: GgufModel, module: str, spec: QuantSpec) -> bool:
-    codes, _ = model.codes_and_scales(module)
-    return spec.qmin <= int(codes.min()) <= int(codes.max()) <= spec.qmax
+    codes, scales = model.codes_and_scales(module)
+    blocks = codes.reshape(scales.size, -1).astype(np.int16)
+    if spec.symmetric:
+        # Q2_0 has the signs of codes and scale turned
+        blocks = np.where(scales.reshape(-1, 1) < 0, -blocks, blocks)
+        return spec.qmin <= int(blocks.min()) <= int(blocks.max()) <= spec.qmax
+    # codes are moved by a number that a block may choose: only how far they lie apart is the lattice's
+    return int((blocks.max(1) - blocks.min(1)).max()) <= spec.qmax - spec.qmin

@@ -50,6 +50,11 @@ class Server:
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)
 
+    def get(self, path: str) -> dict[str, Any]:
+        """GET JSON."""
+        with urllib.request.urlopen(self._server.listening_address + path) as answer:
+            return json.load(answer)
+
     def next_token(self, tokens: list[int], count: int) -> dict[int, float]:
         """Token -> log-probability of the ``count`` likeliest ones after ``tokens``; what was computed for a shorter prompt is kept."""
         # probabilities are told of a token that is sent, and neither an end of text nor half a character is; so a letter is chosen, by

@@ -26,7 +26,11 @@ MAX_ITEMS = 1 << 23
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 # ggml type: (name, elements of a block, bytes of a block)
-_TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32, 34), 30: ("BF16", 1, 2)}
+_TYPES = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34), 30: ("BF16", 1, 2), 42: ("Q2_0", 64, 18),
+}  # fmt: skip
+_WITH_MINIMUM = ("Q4_1", "Q5_1")
 _REMEDY = "the file is damaged or not GGUF; fetch or export it again"
 
 
@@ -36,7 +40,7 @@ class GgufTensor:
 
     name: str
     type: str
-    """F32, F16, BF16, Q4_0, Q4_1 or Q8_0."""
+    """F32, F16, BF16, Q2_0, Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0."""
     shape: tuple[int, ...]
     """Row-major: the last dimension is contiguous."""
     begin: int
@@ -55,9 +59,9 @@ class GgufFile:
     """By name, in the order of the table."""
 
     def codes_and_scales(self, name: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-        """(signed codes [out, in], scales [out, in / 32]) of a Q4_0, Q4_1 or Q8_0 tensor.
+        """(signed codes [out, in], scales [out, in / 32]; of Q2_0 in / 64) of a tensor of blocks.
 
-        Of Q4_1 the codes are shifted by 8 like those of Q4_0; its minimums are left out.
+        Of Q4_1 and Q5_1 the codes are shifted like those of Q4_0 and Q5_0; minimums are left out. Codes of Q2_0 are -1 to 2.
 
         Raises:
             UserError: a scale is not finite, or zero though the block's codes are not.
@@ -65,9 +69,9 @@ class GgufFile:
         tensor = self.tensors[name]
         blocks = self._blocks(tensor)
         scales = self._halves(tensor, blocks, 0)
-        packed = blocks[:, 4 if tensor.type == "Q4_1" else 2 :]
-        codes = packed.view(np.int8) if tensor.type == "Q8_0" else _nibbles(packed).astype(np.int8) - np.int8(8)
-        if tensor.type != "Q4_1" and (codes[scales[:, 0] == 0] != 0).any():
+        packed = blocks[:, 4 if tensor.type in _WITH_MINIMUM else 2 :]
+        codes = packed.view(np.int8) if tensor.type == "Q8_0" else _fields(tensor.type, packed) - _MIDDLES[tensor.type]
+        if tensor.type not in _WITH_MINIMUM and (codes[scales[:, 0] == 0] != 0).any():
             raise UserError(f"{self.path}: {name} has a block with scale 0 whose codes are not; {_REMEDY}")
         return codes.reshape(tensor.shape), scales.reshape(*tensor.shape[:-1], -1)
 
@@ -80,13 +84,13 @@ class GgufFile:
         tensor = self.tensors[name]
         if tensor.type in ("F32", "F16", "BF16"):
             values = self._floats(tensor)
-        elif tensor.type == "Q4_1":
+        elif tensor.type in _WITH_MINIMUM:
             blocks = self._blocks(tensor)
             scale, least = self._halves(tensor, blocks, 0), self._halves(tensor, blocks, 2)
-            values = _nibbles(blocks[:, 4:]).astype(np.float32) * scale + least
+            values = _fields(tensor.type, blocks[:, 4:]).astype(np.float32) * scale + least
         else:
             codes, scales = self.codes_and_scales(name)
-            values = codes.reshape(-1, 32).astype(np.float32) * scales.reshape(-1, 1)
+            values = codes.reshape(scales.size, -1).astype(np.float32) * scales.reshape(-1, 1)
         if not np.isfinite(values).all():
             raise UserError(f"{self.path}: {name} holds NaN or infinite values; {_REMEDY}")
         return values.reshape(tensor.shape)
@@ -114,9 +118,24 @@ class GgufFile:
         return raw.view("<f4" if tensor.type == "F32" else "<f2").astype(np.float32)
 
 
-def _nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[blocks, 16] -> [blocks, 32]: the low halves are the first 16 weights."""
-    return np.concatenate([packed % 16, packed // 16], axis=1)
+_MIDDLES = {"Q2_0": np.int8(1), "Q4_0": np.int8(8), "Q4_1": np.int8(8), "Q5_0": np.int8(16), "Q5_1": np.int8(16)}
+"""The field that stands for zero, where the block has no minimum."""
+
+
+def _fields(form: str, packed: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """What follows the numbers of each block, [blocks, bytes], as one field a weight, from 0 on."""
+    if form == "Q2_0":  # four to a byte, the first lowest
+        return (
+            np.stack([packed >> np.uint8(shift) & np.uint8(3) for shift in (0, 2, 4, 6)], axis=2).reshape(len(packed), -1).astype(np.int8)
+        )
+    high = 4 if form.startswith("Q5") else 0
+    low = packed[:, high:]
+    # the low halves are the first 16 weights
+    fields = np.concatenate([low % 16, low // 16], axis=1)
+    if high:  # bit j of a little-endian number is the fifth bit of weight j
+        number = np.ascontiguousarray(packed[:, :high]).view("<u4")
+        fields = fields + np.uint8(16) * ((number >> np.arange(32, dtype=np.uint32)) & 1).astype(np.uint8)
+    return fields.astype(np.int8)
 
 
 def read_gguf(path: Path) -> GgufFile:

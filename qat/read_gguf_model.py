@@ -47,7 +47,7 @@ _TABLES = {
     "gemma3": (_OUTER, _GEMMA_TWO, "model.layers"),
     "gpt2": (_OUTER_GPT2, _GPT2, "transformer.h"),
 }
-_PACKED = ("Q4_0", "Q8_0", "Q4_1")
+_PACKED = ("Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
 def find_gguf(path: Path) -> Path | None:
@@ -87,7 +87,7 @@ class GgufModel:
         )
         """Names of the modules whose weights are blocks of codes, in file order."""
         self.scheme: dict[str, str] = {name: self.file.tensors[stored].type for name, stored in self._stored.items()}
-        """Name -> F32, F16, BF16, Q4_0, Q4_1 or Q8_0."""
+        """Name -> how it is stored, as ``GgufTensor.type``."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the state dict; a tied head is not in it."""
@@ -108,7 +108,7 @@ class GgufModel:
         return values
 
     def codes_and_scales(self, module: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-        """(codes [out, in], scales [out, in / 32]) of a module in Q4_0 or Q8_0, rows in transformers' order."""
+        """(codes [out, in], scales [out, blocks]) of a module, as ``GgufFile.codes_and_scales``, rows in transformers' order."""
         name = f"{module}.weight"
         codes, scales = self.file.codes_and_scales(self._stored[name])
         return self._in_halves(name, codes), self._in_halves(name, scales)

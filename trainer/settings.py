@@ -191,9 +191,12 @@ class PruneSettings(TrainingBlock):
 class ExportSettings:
     """Pack a quantized folder for serving stacks; never rounds."""
 
-    formats: tuple[Literal["compressed-tensors", "gguf", "gptq", "gptq_v2", "awq", "safetensors"], ...] = ("compressed-tensors",)
-    """Formats to write, each into its own folder: compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp, Ollama), gptq
-    (symmetric) or gptq_v2 (asymmetric), awq (4 bits), safetensors (plain 16-bit floats)."""
+    formats: tuple[Literal["compressed-tensors", "gguf", "gguf-q2_0", "gptq", "gptq_v2", "awq", "safetensors", "safetensors-f32"], ...] = (
+        "compressed-tensors",
+    )
+    """Formats to write, each into its own folder: compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp, Ollama), gguf-q2_0
+    (2 bits in llama.cpp from July 2026 on), gptq (symmetric) or gptq_v2 (asymmetric), awq (4 bits), safetensors (plain 16-bit floats),
+    safetensors-f32 (plain, always exact)."""
     allow_inexact: bool = False
     """Let safetensors round weights that 16-bit floats do not hold; the error is measured and reported. Nothing else is ever rounded."""
     reader_version: str | None = None

@@ -67,18 +67,32 @@ def compressed_tensors_bytes(shape: ModelShape, lattices: "Lattices") -> int:
 
 def gguf_bytes(shape: ModelShape, lattices: "Lattices") -> int:
     """The file of a GGUF export: blocks of 32 codes with an fp16 scale, other matrices bf16, vectors fp32, and about 40 bytes a token."""
+    return _gguf_bytes(shape, lattices, q2_0=False)
+
+
+def gguf_q2_0_bytes(shape: ModelShape, lattices: "Lattices") -> int:
+    """The same with symmetric codes of 2 bits in blocks of 64, where rows and groups are whole ones."""
+    return _gguf_bytes(shape, lattices, q2_0=True)
+
+
+def _gguf_bytes(shape: ModelShape, lattices: "Lattices", *, q2_0: bool) -> int:
     quantized = quantized_linears(shape, lattices)
     total = 40 * shape.vocabulary
     for name, sizes in shape.tensors.items():
         elements = math.prod(sizes)
         packed = quantized.get(name.removesuffix(".weight"))
-        total += 64 + (elements // 32 * _block(packed.spec) if packed else elements * (4 if len(sizes) == 1 else 2))
+        narrow = packed and q2_0 and packed.columns % 64 == 0 and packed.spec.group_width(packed.columns) % 64 == 0
+        total += 64 + (elements // 32 * _block(packed.spec, bool(narrow)) if packed else elements * (4 if len(sizes) == 1 else 2))
     return total
 
 
-def _block(spec: "QuantSpec") -> int:
-    """Bytes of 32 codes: Q4_0, Q4_1 or Q8_0."""
-    return (18 if spec.symmetric else 20) if spec.bits <= 4 else 34
+def _block(spec: "QuantSpec", q2_0: bool = False) -> int:
+    """Bytes of 32 codes. Of zero points Q4_1 up to 3 bits and Q5_1 above: 4 bits fit Q4_1 now and then."""
+    if not spec.symmetric:
+        return 20 if spec.bits <= 3 else 24
+    if spec.bits == 2 and q2_0:
+        return 9
+    return 18 if spec.bits <= 4 else 22 if spec.bits == 5 else 34
 
 
 def gptq_bytes(shape: ModelShape, lattices: "Lattices") -> int:
@@ -109,6 +123,11 @@ def plain_bytes(shape: ModelShape, lattices: "Lattices") -> int:
     return model_bytes(shape, "BF16")
 
 
+def plain_f32_bytes(shape: ModelShape, lattices: "Lattices") -> int:
+    """Weight files of a plain export in fp32."""
+    return model_bytes(shape, "F32")
+
+
 def _unquantized(shape: ModelShape, lattices: "Lattices") -> dict[str, tuple[str, tuple[int, ...]]]:
     quantized = quantized_linears(shape, lattices)
     return {name: ("BF16", sizes) for name, sizes in shape.tensors.items() if name.removesuffix(".weight") not in quantized}
@@ -117,10 +136,12 @@ def _unquantized(shape: ModelShape, lattices: "Lattices") -> dict[str, tuple[str
 EXPORT_BYTES = {
     "compressed-tensors": compressed_tensors_bytes,
     "gguf": gguf_bytes,
+    "gguf-q2_0": gguf_q2_0_bytes,
     "gptq": gptq_bytes,
     "gptq_v2": gptq_bytes,
     "awq": awq_bytes,
     "safetensors": plain_bytes,
+    "safetensors-f32": plain_f32_bytes,
 }
 """Format -> function of (shape, lattices)."""
 

@@ -31,6 +31,12 @@ from .source import ExportSource, open_source
 if TYPE_CHECKING:
     from torch import Tensor
 
+_HOLDS_ALL = {
+    "safetensors": "--format safetensors-f32 holds every weight (in a recipe stages.export.formats=[safetensors-f32]); or have them "
+    "rounded: --allow-inexact (in a recipe stages.export.allow_inexact=true)",
+    "gguf": "--format gguf-f32 holds every weight; or have them rounded: --allow-inexact",
+}
+"""What to do where plain weights would be rounded, by the kind of format."""
 # What a tokenizer consists of in any transformers version, and how text is generated; weights and records are written anew.
 _COPIED = (
     *TOKENIZER_FILES, "*.tiktoken", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
@@ -96,7 +102,21 @@ EXPORTERS: dict[str, Exporter] = {
         open=safetensors_folder.open_any_folder,
         card=PLAIN_CARD,
     ),
+    safetensors_folder.WIDE_NAME: Exporter(
+        check=safetensors_folder.check,
+        planned_bytes=safetensors_folder.planned_bytes,
+        config=safetensors_folder.exported_config,
+        write=safetensors_folder.write,
+        open=safetensors_folder.open_wide_folder,
+        card=PLAIN_CARD,
+    ),
     gguf_files.NAME: _GGUF,
+    gguf_files.NARROW_NAME: replace(
+        _GGUF,
+        check=partial(gguf_files.check, q2_0=True),
+        planned_bytes=partial(gguf_files.planned_bytes, q2_0=True),
+        write=partial(gguf_files.write, q2_0=True),
+    ),
     **{name: replace(_GGUF, open=partial(open_plain_source, dtype=dtype)) for name, dtype in gguf_files.PLAIN_FORMATS.items()},
 }
 """Format name -> exporter."""
@@ -185,8 +205,7 @@ def _rounding(source: ExportSource, format: str, allow_inexact: bool) -> Roundin
     if rounding.changed and not allow_inexact:
         raise UserError(
             f"{format} does not hold {rounding.changed:,} of the weights of {source.folder} exactly (largest change "
-            f"{rounding.largest:.2g}); use --allow-inexact (in a recipe export.allow_inexact=true) to have them rounded, or another of "
-            "gguf-bf16, gguf-f16 and gguf-f32"
+            f"{rounding.largest:.2g}); {_HOLDS_ALL[format.partition('-')[0]]}"
         )
     return rounding if rounding.changed else None
 

@@ -1,11 +1,16 @@
-"""Codes and scales as ggml blocks of 32 weights: Q4_0, Q4_1, Q8_0. Nothing is rounded; a scale that fp16 does not hold is an error.
+"""Codes and scales as ggml blocks of 32 weights, or 64. Nothing is rounded; a scale that fp16 does not hold is an error.
 
-    Q4_0   18 bytes   fp16 d, 16 bytes: byte j = u[j] | u[j + 16] << 4      w = d * (u - 8)     u = q + 8
-    Q4_1   20 bytes   fp16 d, fp16 m, the same 16 bytes                     w = d * u + m
-    Q8_0   34 bytes   fp16 d, 32 int8                                       w = d * q
+    Q2_0   18 bytes   64 weights: fp16 d, 16 bytes: byte j = u[4j] | u[4j + 1] << 2 | ...   w = d * (u - 1)    u = 1 - q, d = -s
+    Q4_0   18 bytes   fp16 d, 16 bytes: byte j = u[j] | u[j + 16] << 4                      w = d * (u - 8)    u = q + 8
+    Q4_1   20 bytes   fp16 d, fp16 m, the same 16 bytes                                     w = d * u + m
+    Q5_0   22 bytes   fp16 d, 4 bytes: bit j = fifth bit of u[j], the same 16 bytes         w = d * (u - 16)   u = q + 16
+    Q5_1   24 bytes   fp16 d, fp16 m, the same 4 and 16 bytes                               w = d * u + m
+    Q8_0   34 bytes   fp16 d, 32 int8                                                       w = d * q
 
-A group of g weights (a multiple of 32) is written as g / 32 blocks with the same scale. The asymmetric lattice (q - z) * s is Q4_1
-with d = s and m = -(z + 8) * s, where that product fits fp16: u - 8 - z = q - z.
+A group of g weights (a multiple of the block) is written as several blocks with the same scale. Q2_0 has room for -1 to 2, so that codes of
+-2 to 1 are written with the sign turned in both factors. The asymmetric lattice (q - z) * s is Q4_1 or Q5_1 with d = s, where m fits fp16:
+codes narrower than the block are moved by 8 - z, or 16 - z, so that m = -8 s or -16 s, which always does; codes as wide as the block are
+moved by 8, or 16, and m = -(z + 8) * s often has too many digits.
 
 Source: ggml ``ggml-common.h``, ``ggml-quants.c`` (dequantize_row_*).
 """
@@ -13,9 +18,18 @@ Source: ggml ``ggml-common.h``, ``ggml-quants.c`` (dequantize_row_*).
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 32
+BLOCK, WIDE_BLOCK = 32, 64
+"""Weights of a block; those of Q2_0."""
 
 Bytes = NDArray[np.uint8]
+
+
+def pack_q2_0(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> Bytes:
+    """Symmetric codes of 2 bits: uint8 [out, in / 64, 18]; arguments and errors as ``pack_q4_0``, codes in [-2, 1], in blocks of 64."""
+    _check_range(codes, -2, 1)
+    fields = (1 - codes.astype(np.int16)).astype(np.uint8).reshape(codes.shape[0], -1, WIDE_BLOCK // 4, 4)
+    packed = np.bitwise_or.reduce(fields << np.array([0, 2, 4, 6], np.uint8), axis=3)
+    return np.concatenate([_halves(codes, -scales, WIDE_BLOCK), packed], axis=2)
 
 
 def pack_q4_0(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> Bytes:
@@ -31,24 +45,13 @@ def pack_q4_0(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> Bytes:
     Raises:
         ValueError: a code out of range, a scale that fp16 does not hold, or widths that are no multiples of 32.
     """
-    return np.concatenate([_halves(codes, scales), _nibbles(codes)], axis=2)
+    return np.concatenate([_halves(codes, scales), _nibbles(_moved(codes, 8, 4))], axis=2)
 
 
-def pack_q4_1(codes: NDArray[np.int8], scales: NDArray[np.float32], zero_points: NDArray[np.int8]) -> Bytes:
-    """Asymmetric codes of at most 4 bits, w = (q - z) * s.
-
-    Args:
-        codes: int8 [out, in], values in [-8, 7].
-        scales: fp32 [out, groups].
-        zero_points: int8 [out, groups], values in [-8, 7].
-
-    Returns:
-        uint8 [out, in / 32, 20].
-
-    Raises:
-        ValueError: as ``pack_q4_0``, or (z + 8) * s is not exact in fp16.
-    """
-    return np.concatenate([_halves(codes, scales), _halves(codes, minimums(scales, zero_points)), _nibbles(codes)], axis=2)
+def pack_q5_0(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> Bytes:
+    """Symmetric codes of at most 5 bits: uint8 [out, in / 32, 22]; arguments and errors as ``pack_q4_0``, codes in [-16, 15]."""
+    fields = _moved(codes, 16, 5)
+    return np.concatenate([_halves(codes, scales), _fifth_bits(fields), _nibbles(fields % 16)], axis=2)
 
 
 def pack_q8_0(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> Bytes:
@@ -57,9 +60,35 @@ def pack_q8_0(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> Bytes:
     return np.concatenate([_halves(codes, scales), blocks.view(np.uint8)], axis=2)
 
 
-def minimums(scales: NDArray[np.float32], zero_points: NDArray[np.int8]) -> NDArray[np.float32]:
-    """m of Q4_1: fp32 [out, groups] = -(z + 8) * s, exact (12 bits at most for scales of 8)."""
-    return -(zero_points.astype(np.float32) + np.float32(8)) * scales
+def pack_q4_1(codes: NDArray[np.int8], scales: NDArray[np.float32], zero_points: NDArray[np.int8], bits: int = 4) -> Bytes:
+    """Asymmetric codes of at most 4 bits, w = (q - z) * s.
+
+    Args:
+        codes: int8 [out, in], values in [-2^(bits-1), 2^(bits-1) - 1].
+        scales: fp32 [out, groups].
+        zero_points: int8 [out, groups], values as those of the codes.
+        bits: Width of a code.
+
+    Returns:
+        uint8 [out, in / 32, 20].
+
+    Raises:
+        ValueError: as ``pack_q4_0``, or a minimum is not exact in fp16.
+    """
+    fields = _moved(codes, _offsets(zero_points, bits, 4), 4)
+    return np.concatenate([_halves(codes, scales), _halves(codes, minimums(scales, zero_points, bits)), _nibbles(fields)], axis=2)
+
+
+def pack_q5_1(codes: NDArray[np.int8], scales: NDArray[np.float32], zero_points: NDArray[np.int8], bits: int = 5) -> Bytes:
+    """Asymmetric codes of at most 5 bits: uint8 [out, in / 32, 24]; arguments and errors as ``pack_q4_1``."""
+    fields = _moved(codes, _offsets(zero_points, bits, 5), 5)
+    least = minimums(scales, zero_points, bits, 5)
+    return np.concatenate([_halves(codes, scales), _halves(codes, least), _fifth_bits(fields), _nibbles(fields % 16)], axis=2)
+
+
+def minimums(scales: NDArray[np.float32], zero_points: NDArray[np.int8], bits: int = 4, width: int = 4) -> NDArray[np.float32]:
+    """m of Q4_1 (``width`` 4) or Q5_1 (5) for codes of ``bits``: fp32 [out, groups], exact."""
+    return -(zero_points.astype(np.float32) + _offsets(zero_points, bits, width).astype(np.float32)) * scales
 
 
 def fits_fp16(values: NDArray[np.float32]) -> bool:
@@ -68,20 +97,42 @@ def fits_fp16(values: NDArray[np.float32]) -> bool:
         return bool(np.array_equal(values.astype(np.float16).astype(np.float32), values))
 
 
-def _halves(codes: NDArray[np.int8], numbers: NDArray[np.float32]) -> Bytes:
-    """A number per group as the fp16 of each of its blocks: uint8 [out, in / 32, 2]."""
+def _offsets(zero_points: NDArray[np.int8], bits: int, width: int) -> NDArray[np.int16]:
+    """What is added to the codes of a group, int16 [out, groups]: codes less zero point have a bit more than codes."""
+    half = np.int16(1 << (width - 1))
+    return half - zero_points.astype(np.int16) if bits < width else np.full(zero_points.shape, half)
+
+
+def _halves(codes: NDArray[np.int8], numbers: NDArray[np.float32], block: int = BLOCK) -> Bytes:
+    """A number per group as the fp16 of each of its blocks: uint8 [out, in / block, 2]."""
     (rows, columns), groups = codes.shape, numbers.shape[1]
-    if columns % BLOCK or not groups or columns % groups or columns // groups % BLOCK:
-        raise ValueError(f"{groups} groups of {columns} inputs are no multiples of a block of {BLOCK}")
+    if columns % block or not groups or columns % groups or columns // groups % block:
+        raise ValueError(f"{groups} groups of {columns} inputs are no multiples of a block of {block}")
     if not fits_fp16(numbers):
         raise ValueError("a scale or minimum is not exact in fp16")
-    repeated = np.repeat(numbers.astype("<f2"), columns // groups // BLOCK, axis=1)
-    return np.ascontiguousarray(repeated).view(np.uint8).reshape(rows, columns // BLOCK, 2)
+    repeated = np.repeat(numbers.astype("<f2"), columns // groups // block, axis=1)
+    return np.ascontiguousarray(repeated).view(np.uint8).reshape(rows, columns // block, 2)
 
 
-def _nibbles(codes: NDArray[np.int8]) -> Bytes:
-    """uint8 [out, in / 32, 16]."""
-    if codes.size and not -8 <= int(codes.min()) <= int(codes.max()) <= 7:
-        raise ValueError(f"codes span {int(codes.min())}..{int(codes.max())}; 4 bits hold -8..7")
-    unsigned = (codes.astype(np.int16) + 8).astype(np.uint8).reshape(codes.shape[0], -1, BLOCK)
-    return unsigned[:, :, : BLOCK // 2] | unsigned[:, :, BLOCK // 2 :] << np.uint8(4)
+def _moved(codes: NDArray[np.int8], offset: int | NDArray[np.int16], width: int) -> Bytes:
+    """Codes moved to 0..2^width - 1, in blocks: uint8 [out, in / 32, 32]. ``offset`` is one number, or one a group."""
+    rows, columns = codes.shape
+    by_group = offset if isinstance(offset, int) else np.repeat(offset, columns // offset.shape[1], axis=1)
+    moved = codes.astype(np.int16) + by_group
+    _check_range(moved, 0, (1 << width) - 1)
+    return moved.astype(np.uint8).reshape(rows, -1, BLOCK)
+
+
+def _check_range(values: NDArray[np.int8] | NDArray[np.int16], least: int, most: int) -> None:
+    if values.size and not least <= int(values.min()) <= int(values.max()) <= most:
+        raise ValueError(f"codes span {int(values.min())}..{int(values.max())}; the block holds {least}..{most}")
+
+
+def _nibbles(fields: Bytes) -> Bytes:
+    """[out, blocks, 32] of 0..15 -> uint8 [out, blocks, 16]."""
+    return fields[:, :, : BLOCK // 2] | fields[:, :, BLOCK // 2 :] << np.uint8(4)
+
+
+def _fifth_bits(fields: Bytes) -> Bytes:
+    """[out, blocks, 32] of 0..31 -> uint8 [out, blocks, 4]."""
+    return np.packbits(fields >> np.uint8(4), axis=2, bitorder="little")

@@ -34,7 +34,7 @@ def _loading(facts: CardFacts) -> str:
 GGUF_CARD = FormatCard(
     tag="gguf",
     library="gguf",
-    scales="fp16 scale per {per}, repeated for every 32 weights (GGUF: Q4_0 up to 4 bits, Q8_0 above)",
+    scales="fp16 scale per {per}, repeated for every 32 weights (GGUF: Q4_0, Q5_0 or Q8_0; with zero points Q4_1 or Q5_1)",
     rest="embeddings are bf16, norms and biases fp32",
     loading=_loading,
     own_arithmetic=("llama.cpp",),

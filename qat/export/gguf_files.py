@@ -1,16 +1,17 @@
 """The format "gguf": one file ``model.gguf`` with codes and scales as ggml blocks, read by llama.cpp, Ollama and LM Studio.
 
-Nothing is rounded: symmetric codes of up to 4 bits are Q4_0, wider ones Q8_0, asymmetric 4-bit ones Q4_1 where that is exact; scales
-are exact in fp16. Embedding and head are BF16, norms and biases F32. ``gguf-bf16``, ``gguf-f16`` and ``gguf-f32`` take a plain model
-folder.
+Nothing is rounded: symmetric codes of up to 4 bits are Q4_0, of 5 bits Q5_0, wider ones Q8_0; asymmetric ones of up to 3 bits Q4_1, of 4
+bits Q4_1 or else Q5_1, of 5 bits Q5_1 where that is exact; scales are exact in fp16. ``gguf-q2_0`` writes symmetric codes of 2 bits as
+Q2_0, which llama.cpp reads since July 2026 alone. Embedding and head are BF16, norms and biases F32. ``gguf-bf16``, ``gguf-f16`` and
+``gguf-f32`` take a plain model folder.
 
-Source: layouts and names as in ``gguf_format``, ``gguf_blocks``, ``gguf_names``, ``gguf_metadata``, ``gguf_tokenizer``.
+Source: layouts and names as in the other ``gguf_*`` files here.
 """
 
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from ...models.errors import UserError
 from ..structure import plain_config
-from .gguf_blocks import BLOCK, fits_fp16, minimums, pack_q4_0, pack_q4_1, pack_q8_0
+from .gguf_blocks import BLOCK, WIDE_BLOCK, fits_fp16, minimums, pack_q2_0, pack_q4_0, pack_q4_1, pack_q5_0, pack_q5_1, pack_q8_0
 from .gguf_format import FILE_TYPES, TensorPlan, TensorType, Value, planned_file_bytes, write_gguf
+from .gguf_generation import end_tokens, sampling_metadata
 from .gguf_metadata import ROPE_FREQS, model_metadata, rope_frequency_factors
 from .gguf_names import Place, architecture_of, changed, place_of
 from .gguf_tokenizer import tokenizer_metadata
@@ -31,12 +33,14 @@ from .source import ExportSource, open_source
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-NAME = "gguf"
+NAME, NARROW_NAME = "gguf", "gguf-q2_0"
 FILE = "model.gguf"
 PLAIN_TYPES = {torch.float32: TensorType.F32, torch.float16: TensorType.F16, torch.bfloat16: TensorType.BF16}
 PLAIN_FORMATS = {"gguf-f32": torch.float32, "gguf-f16": torch.float16, "gguf-bf16": torch.bfloat16}
 """Names of the formats that take a plain model folder."""
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
+_SYMMETRIC = {TensorType.Q2_0: pack_q2_0, TensorType.Q4_0: pack_q4_0, TensorType.Q5_0: pack_q5_0, TensorType.Q8_0: pack_q8_0}
+_ASYMMETRIC = {TensorType.Q4_1: pack_q4_1, TensorType.Q5_1: pack_q5_1}
 
 
 def open_codes(folder: Path) -> ExportSource:
@@ -49,21 +53,29 @@ def open_codes(folder: Path) -> ExportSource:
         raise UserError(f"{error} Weights as they are can be exported with --format {', '.join(PLAIN_FORMATS)}.") from error
 
 
-def check(source: ExportSource) -> None:
+def check(source: ExportSource, q2_0: bool = False) -> None:
     """Refuse what the format or llama.cpp cannot hold exactly.
+
+    Args:
+        source: What is exported.
+        q2_0: Write symmetric codes of 2 bits as Q2_0.
 
     Raises:
         UserError: an unknown family, a lattice, width or scale that ggml's blocks do not hold (naming the module and the nearest legal
-            setting), a config that llama.cpp computes otherwise, or a tokenizer it has no equal of.
+            setting), a config that llama.cpp computes otherwise, a tokenizer it has no equal of, or ``q2_0`` without such codes.
     """
-    for module in source.state.modules:
-        block_type(source, module)
-    _plan(source)
+    kinds = [block_type(source, module, q2_0) for module in source.state.modules]
+    if q2_0 and TensorType.Q2_0 not in kinds:
+        raise UserError(
+            f"{NARROW_NAME} is for symmetric weights of 2 bits in groups of a multiple of {WIDE_BLOCK}, and {source.folder} has none; "
+            f"export to {NAME}"
+        )
+    _plan(source, q2_0)
 
 
-def planned_bytes(source: ExportSource) -> int:
+def planned_bytes(source: ExportSource, q2_0: bool = False) -> int:
     """Size of ``model.gguf``."""
-    return planned_file_bytes(*_plan(source))
+    return planned_file_bytes(*_plan(source, q2_0))
 
 
 def exported_config(source: ExportSource) -> dict[str, Any]:
@@ -71,13 +83,13 @@ def exported_config(source: ExportSource) -> dict[str, Any]:
     return {key: value for key, value in source.config.items() if key not in ("torch_dtype", "_name_or_path", "auto_map")}
 
 
-def write(folder: Path, source: ExportSource) -> None:
+def write(folder: Path, source: ExportSource, q2_0: bool = False) -> None:
     """Write ``model.gguf`` into ``folder``."""
-    write_gguf(folder / FILE, *_plan(source))
+    write_gguf(folder / FILE, *_plan(source, q2_0))
 
 
-def block_type(source: ExportSource, module: str) -> TensorType:
-    """Which blocks hold the codes of a module.
+def block_type(source: ExportSource, module: str, q2_0: bool = False) -> TensorType:
+    """The narrowest blocks that hold the codes of a module, Q2_0 among them where ``q2_0`` says so.
 
     Raises:
         UserError: none does.
@@ -98,23 +110,38 @@ def block_type(source: ExportSource, module: str) -> TensorType:
     if not fits_fp16(held.scales.numpy()):
         raise UserError(f"{module}: GGUF stores scales in fp16, which does not hold all of them; quantize with scale_grid='bf16_fp16'")
     if held.zeros is None:
-        return TensorType.Q4_0 if spec.bits <= 4 else TensorType.Q8_0
-    if spec.bits > 4:
-        raise UserError(f"{module}: GGUF holds asymmetric codes of 4 bits at most, not {spec.bits}; use symmetric=true, or bits=4")
-    if not fits_fp16(minimums(held.scales.numpy(), held.zeros.numpy())):
+        wide = columns % WIDE_BLOCK == 0 and columns // groups % WIDE_BLOCK == 0
+        return symmetric_type(spec.bits, q2_0=q2_0 and wide)
+    return _asymmetric_type(module, spec.bits, held.scales.numpy(), held.zeros.numpy())
+
+
+def symmetric_type(bits: int, q2_0: bool = False) -> TensorType:
+    """The narrowest blocks for symmetric codes of ``bits``."""
+    if bits == 2 and q2_0:
+        return TensorType.Q2_0
+    return TensorType.Q4_0 if bits <= 4 else TensorType.Q5_0 if bits == 5 else TensorType.Q8_0
+
+
+def _asymmetric_type(module: str, bits: int, scales: NDArray[np.float32], zeros: NDArray[np.int8]) -> TensorType:
+    if bits > 5:
         raise UserError(
-            f"{module}: Q4_1 stores zero point times scale in fp16, which does not hold all of these products, so other weights than the "
-            "trained ones would be served; use symmetric=true, which is always exact"
+            f"{module}: GGUF holds asymmetric codes of 5 bits at most, not {bits}; use weights.symmetric=true, or weights.bits=4"
         )
-    return TensorType.Q4_1
+    for width, kind in ((4, TensorType.Q4_1), (5, TensorType.Q5_1)):
+        if bits <= width and fits_fp16(minimums(scales, zeros, bits, width)):
+            return kind
+    raise UserError(
+        f"{module}: Q5_1 stores zero point times scale in fp16, which does not hold all of these products, so other weights than the "
+        "trained ones would be served; use weights.symmetric=true or weights.bits=4, which are always exact"
+    )
 
 
-def _plan(source: ExportSource) -> tuple[dict[str, Value], list[TensorPlan]]:
+def _plan(source: ExportSource, q2_0: bool) -> tuple[dict[str, Value], list[TensorPlan]]:
     """Metadata and tensors; no weight is read."""
     config = plain_config(source.folder)
     architecture = architecture_of(config.model_type)
     metadata = model_metadata(config, architecture)
-    tensors = [_tensor(source, name, architecture, config) for name in _order(source)]
+    tensors = [_tensor(source, name, architecture, config, q2_0) for name in _order(source)]
     if (factors := rope_frequency_factors(config)) is not None:
         tensors.append(TensorPlan(ROPE_FREQS, TensorType.F32, (len(factors),), lambda: np.array(factors, "<f4")))
     rows = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
@@ -127,7 +154,9 @@ def _plan(source: ExportSource) -> tuple[dict[str, Value], list[TensorPlan]]:
         "general.quantization_version": 2,
         "general.alignment": 32,
     }
-    return {**general, **metadata, **tokenizer_metadata(source.folder, rows)}, tensors
+    general |= sampling_metadata(source.folder, int(cast(int, metadata[f"{architecture}.context_length"])))
+    tokenizer = tokenizer_metadata(source.folder, rows)
+    return {**general, **metadata, **tokenizer, **end_tokens(source.folder, config, tokenizer)}, tensors
 
 
 def _order(source: ExportSource) -> list[str]:
@@ -135,10 +164,10 @@ def _order(source: ExportSource) -> list[str]:
     return [name for name in source.structure.shapes if name in source.plain or name.removesuffix(".weight") in source.state.codes]
 
 
-def _tensor(source: ExportSource, name: str, architecture: str, config: "PreTrainedConfig") -> TensorPlan:
+def _tensor(source: ExportSource, name: str, architecture: str, config: "PreTrainedConfig", q2_0: bool) -> TensorPlan:
     place, module, shape = place_of(name, architecture), name.removesuffix(".weight"), source.structure.shapes[name]
     if module in source.state.codes:
-        kind = block_type(source, module)
+        kind = block_type(source, module, q2_0)
         return TensorPlan(place.name, kind, shape, partial(_blocks, source, module, kind, place, config))
     if place.change == "transpose":
         shape = shape[::-1]
@@ -157,8 +186,8 @@ def _blocks(source: ExportSource, module: str, kind: TensorType, place: Place, c
     held = layer(source, module)
     codes, scales = (changed(tensor, place.change, config).numpy() for tensor in (held.codes, held.scales))
     if held.zeros is not None:
-        return pack_q4_1(codes, scales, changed(held.zeros, place.change, config).numpy())
-    return pack_q4_0(codes, scales) if kind == TensorType.Q4_0 else pack_q8_0(codes, scales)
+        return _ASYMMETRIC[kind](codes, scales, changed(held.zeros, place.change, config).numpy(), source.state.spec_of(module).bits)
+    return _SYMMETRIC[kind](codes, scales)
 
 
 def _plain(source: ExportSource, name: str, kind: TensorType, place: Place, config: "PreTrainedConfig") -> NDArray[Any]:

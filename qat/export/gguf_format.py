@@ -31,8 +31,11 @@ class TensorType(IntEnum):
     F16 = 1
     Q4_0 = 2
     Q4_1 = 3
+    Q5_0 = 6
+    Q5_1 = 7
     Q8_0 = 8
     BF16 = 30
+    Q2_0 = 42
 
 
 BLOCKS = {
@@ -41,7 +44,10 @@ BLOCKS = {
     TensorType.BF16: (1, 2),
     TensorType.Q4_0: (32, 18),
     TensorType.Q4_1: (32, 20),
+    TensorType.Q5_0: (32, 22),
+    TensorType.Q5_1: (32, 24),
     TensorType.Q8_0: (32, 34),
+    TensorType.Q2_0: (64, 18),
 }
 """Type -> (elements of a block along the row, bytes of a block)."""
 
@@ -51,7 +57,10 @@ FILE_TYPES = {
     TensorType.Q4_0: 2,
     TensorType.Q4_1: 3,
     TensorType.Q8_0: 7,
+    TensorType.Q5_0: 8,
+    TensorType.Q5_1: 9,
     TensorType.BF16: 32,
+    TensorType.Q2_0: 41,
 }
 """Type of most weights -> ``general.file_type``."""
 
@@ -63,7 +72,14 @@ class F32:
     value: float
 
 
-Value = str | bool | int | F32 | Sequence[str] | Sequence[int] | Sequence[F32]
+@dataclass(frozen=True)
+class I32:
+    """A metadata number that is stored as int32."""
+
+    value: int
+
+
+Value = str | bool | int | F32 | I32 | Sequence[str] | Sequence[int] | Sequence[F32]
 
 
 @dataclass(frozen=True)
@@ -136,7 +152,7 @@ def _string(text: str) -> bytes:
 
 
 def _value(key: str, value: Value) -> bytes:
-    if isinstance(value, str | bool | int | F32):
+    if isinstance(value, str | bool | int | F32 | I32):
         kind, body = _scalar(key, value)
         return struct.pack("<I", kind) + body
     items = [_scalar(key, item, element=True) for item in value]
@@ -146,13 +162,17 @@ def _value(key: str, value: Value) -> bytes:
     return struct.pack("<IIQ", _ARRAY, kinds.pop(), len(items)) + b"".join(body for _, body in items)
 
 
-def _scalar(key: str, value: str | bool | int | F32, element: bool = False) -> tuple[int, bytes]:
+def _scalar(key: str, value: str | bool | int | F32 | I32, element: bool = False) -> tuple[int, bytes]:
     if isinstance(value, str):
         return _STRING, _string(value)
     if isinstance(value, bool):
         return _BOOL, struct.pack("<?", value)
     if isinstance(value, F32):
         return _F32, struct.pack("<f", value.value)
+    if isinstance(value, I32) and -(2**31) <= value.value < 2**31:
+        return _I32, struct.pack("<i", value.value)
+    if isinstance(value, I32):
+        raise ValueError(f"{key}: int32 does not hold {value.value}")
     if element and -(2**31) <= value < 2**31:  # readers want token types as int32
         return _I32, struct.pack("<i", value)
     if 0 <= value < 2**32:

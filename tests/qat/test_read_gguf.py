@@ -103,6 +103,21 @@ def test_reads_q8_0_and_q4_1_made_by_hand(tmp_path: Path) -> None:
     assert file.read("b").tolist() == [0.5 * u - 3 for u in [*range(16), *range(15, -1, -1)]]
 
 
+def test_reads_q5_0_q5_1_and_q2_0_made_by_hand(tmp_path: Path) -> None:
+    """Weights 0 to 31 in order: the low halves of the bytes are 0 to 15 twice, the fifth bits those of weights 16 to 31."""
+    nibbles, fifths = bytes(j | j << 4 for j in range(16)), struct.pack("<I", 0xFFFF0000)
+    five = struct.pack("<e", 0.5) + fifths + nibbles
+    one = struct.pack("<ee", 0.5, -3.0) + fifths + nibbles
+    two = struct.pack("<e", -0.25) + bytes([0b11_10_01_00]) * 16
+    tensors = [table("a", (32,), 6, 0), table("b", (32,), 7, 32), table("c", (64,), 42, 64)]
+    file = read(tmp_path, file_of([], tensors, five.ljust(32, b"\0") + one.ljust(32, b"\0") + two))
+    assert file.read("a").tolist() == [0.5 * (u - 16) for u in range(32)]
+    assert file.read("b").tolist() == [0.5 * u - 3 for u in range(32)]
+    assert file.read("c").tolist() == [0.25, 0, -0.25, -0.5] * 16
+    codes, scales = file.codes_and_scales("c")
+    assert (codes.tolist(), scales.tolist()) == ([-1, 0, 1, 2] * 16, [-0.25])
+
+
 HUGE = 1 << 62
 FAULTS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "truncated"),

@@ -16,9 +16,10 @@ from decoct.models.errors import UserError
 from decoct.models.folder import read_record, save_model_folder
 from decoct.models.record import seal_record
 from decoct.qat.export import export_folder
-from decoct.qat.export.gguf_blocks import minimums, pack_q4_1
+from decoct.qat.export.gguf_blocks import minimums, pack_q2_0, pack_q4_1, pack_q5_0
 from decoct.qat.export.gguf_files import FILE, block_type, check, write
 from decoct.qat.export.gguf_format import TensorType
+from decoct.qat.export.gguf_generation import end_tokens
 from decoct.qat.export.source import open_source
 from decoct.qat.read_gguf import read_gguf
 from decoct.qat.read_gguf_model import GgufModel
@@ -53,7 +54,8 @@ def refused(source: Path, target: Path, message: str, form: str = "gguf") -> Non
         ("llama", 2, 32, (), "Q4_0"),
         ("qwen2", 4, "channel", ("*.down_proj",), "Q4_0"),
         ("qwen3", 8, 32, ("*.q_proj", "*.k_proj", "*.v_proj"), "Q8_0"),
-        ("mistral", 5, 32, (), "Q8_0"),
+        ("mistral", 5, 32, (), "Q5_0"),
+        ("llama", 6, 32, (), "Q8_0"),
     ],
 )
 @pytest.mark.parametrize("tied", [True, False])
@@ -278,9 +280,123 @@ def test_asymmetric_codes_are_q4_1_where_that_is_exact(quantized_folder: Build, 
     (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
     codes, zeros = opened.state.codes[Q_PROJ].float(), opened.state.zero_points[Q_PROJ].float()
     assert np.array_equal(GgufModel(tmp_path / FILE).tensor(f"{Q_PROJ}.weight"), ((codes - zeros) * 0.0078125).numpy())
-    # 8 bits of the scale times 4 of the zero point are more than fp16 holds
-    with pytest.raises(UserError, match=r"Q4_1 stores zero point times scale in fp16.*symmetric=true"):
-        check(_asymmetric(source, 255 / 256))
+    # 8 bits of the scale times 4 of the zero point are more than fp16 holds; a bit more room lets the minimum be -16 scales
+    assert block_type(_asymmetric(source, 255 / 256), Q_PROJ) == TensorType.Q5_1
+
+
+@pytest.mark.parametrize(("bits", "stored"), [(2, {"Q4_1"}), (3, {"Q4_1"}), (4, {"Q4_1", "Q5_1"})])
+def test_asymmetric_codes_of_up_to_4_bits_are_always_exact(quantized_folder: Build, tmp_path: Path, bits: int, stored: set[str]) -> None:
+    source = quantized_folder("llama", spec=QuantSpec(bits=bits, group_size=32, symmetric=False), tie_word_embeddings=True, **WIDE)
+    target = export_to(source, tmp_path / "export")
+    expected, model = load_file(source / "model.safetensors"), GgufModel(target)
+    for name, tensor in expected.items():
+        assert np.array_equal(model.tensor(name), tensor.numpy()), name
+    assert {model.scheme[f"{module}.weight"] for module in model.modules} == stored
+    assert not verify_folder(target, source=source, runtimes=False).problems
+
+
+def test_asymmetric_codes_of_5_bits_are_q5_1_where_that_is_exact(quantized_folder: Build) -> None:
+    def opened(scale: float) -> Any:
+        four = _asymmetric(quantized_folder("llama", group_size=32, **WIDE), scale)
+        own = {Q_PROJ: QuantSpec(bits=5, group_size=32, symmetric=False)}
+        return dataclasses.replace(four, state=dataclasses.replace(four.state, own_specs=own))
+
+    assert block_type(opened(0.0078125), Q_PROJ) == TensorType.Q5_1
+    with pytest.raises(UserError, match=r"Q5_1 stores zero point times scale in fp16.*weights\.symmetric=true or weights\.bits=4"):
+        check(opened(255 / 256))
+
+
+TWO_BITS: dict[str, Any] = {"bits": 2, "hidden_size": 64, "head_dim": 16, **WIDE}
+
+
+@pytest.mark.parametrize("group_size", [64, "channel"])
+def test_symmetric_codes_of_2_bits_are_q2_0_where_the_reader_is_said_to_know_it(
+    quantized_folder: Build, tmp_path: Path, group_size: Any
+) -> None:
+    source = quantized_folder("llama", group_size=group_size, tie_word_embeddings=True, **TWO_BITS)
+    target, wider = export_to(source, tmp_path / "narrow", "gguf-q2_0"), export_to(source, tmp_path / "wide")
+    expected, model = load_file(source / "model.safetensors"), GgufModel(target)
+    for name, tensor in expected.items():
+        assert np.array_equal(model.tensor(name), tensor.numpy()), name
+    assert {model.scheme[f"{module}.weight"] for module in model.modules} == {"Q2_0"}
+    assert {GgufModel(wider).scheme[f"{module}.weight"] for module in model.modules} == {"Q4_0"}
+    assert model.file.metadata["general.file_type"] == 41
+    weights = sum(expected[f"{module}.weight"].numel() for module in model.modules)
+    assert (wider / FILE).stat().st_size - (target / FILE).stat().st_size == weights // 64 * (2 * 18 - 18)
+    assert not verify_folder(target, source=source, runtimes=False).problems
+
+
+def test_q2_0_takes_groups_of_64_alone_and_is_refused_where_there_are_none(quantized_folder: Build, tmp_path: Path) -> None:
+    refused(
+        quantized_folder("llama", group_size=32, **TWO_BITS), tmp_path / "a", "in groups of a multiple of 64.*export to gguf", "gguf-q2_0"
+    )
+    refused(quantized_folder("llama", group_size=32, **WIDE), tmp_path / "b", "symmetric weights of 2 bits", "gguf-q2_0")
+
+
+def test_narrow_blocks_by_hand() -> None:
+    codes = np.array([-2, -1, 0, 1], np.int8).repeat(16)[None]
+    block = pack_q2_0(codes, np.array([[0.5]], np.float32))[0, 0]
+    assert block[:2].view(np.float16).tolist() == [-0.5]
+    # u = 1 - q: fields of 3, 2, 1, 0, four to a byte
+    assert block[2:].tolist() == [0b11111111] * 4 + [0b10101010] * 4 + [0b01010101] * 4 + [0] * 4
+    codes = np.arange(-16, 16, dtype=np.int8)[None]
+    block = pack_q5_0(codes, np.array([[0.5]], np.float32))[0, 0]
+    assert block[2:6].tolist() == [0, 0, 255, 255]
+    assert block[6:].tolist() == [j | j << 4 for j in range(16)]
+    with pytest.raises(ValueError, match=r"codes span -1\.\.16; the block holds 0\.\.31"):
+        pack_q5_0(np.array([[-17] + [0] * 31], np.int8), np.array([[0.5]], np.float32))
+    with pytest.raises(ValueError, match=r"holds -2\.\.1"):
+        pack_q2_0(np.full((1, 64), 2, np.int8), np.array([[0.5]], np.float32))
+
+
+def _with_generation(source: Path, **settings: Any) -> Path:
+    content = json.loads((source / "generation_config.json").read_text())
+    (source / "generation_config.json").write_text(json.dumps(content | settings))
+    return source
+
+
+def test_sampling_settings_are_in_the_file(quantized_folder: Build, tmp_path: Path) -> None:
+    dials = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.01, "repetition_penalty": 1.05}
+    source = _with_generation(quantized_folder(group_size=32, **WIDE), **dials)
+    target = export_to(source, tmp_path / "export")
+    metadata = read_gguf(target / FILE).metadata
+    found = {key.removeprefix("general.sampling."): value for key, value in metadata.items() if key.startswith("general.sampling.")}
+    wanted = {"temp": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.01, "penalty_repeat": 1.05, "penalty_last_n": 64}
+    assert found == pytest.approx(wanted, rel=1e-6)
+    assert not verify_folder(target, source=source, runtimes=False).problems
+    record = json.loads((target / "decoct.json").read_text())
+    _with_generation(target, temperature=0.6)
+    del record["files"]["generation_config.json"]
+    (target / "decoct.json").write_text(json.dumps(record))
+    assert any("general.sampling.temp is 0.69" in problem for problem in verify_folder(target, runtimes=False).problems)
+
+
+def test_no_sampling_settings_leave_none_and_a_word_is_refused(quantized_folder: Build, tmp_path: Path) -> None:
+    source = quantized_folder(group_size=32, **WIDE)
+    assert not [key for key in read_gguf(export_to(source, tmp_path / "none") / FILE).metadata if "sampling" in key]
+    refused(_with_generation(source, temperature="hot"), tmp_path / "word", "temperature is 'hot', not a number")
+    refused(_with_generation(source, temperature=None, top_k=1.5), tmp_path / "half", "top_k is 1.5, not a whole number")
+
+
+def test_every_end_of_text_is_in_the_file(quantized_folder: Build, tmp_path: Path) -> None:
+    source = _with_generation(quantized_folder(group_size=32, **WIDE), eos_token_id=[5, 0, 7])
+    target = export_to(source, tmp_path / "export")
+    metadata = read_gguf(target / FILE).metadata
+    ends = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    assert ends == [0, 5, 7]
+    assert not verify_folder(target, source=source, runtimes=False).problems
+    one = read_gguf(export_to(_with_generation(source, eos_token_id=0), tmp_path / "one") / FILE).metadata
+    assert "tokenizer.ggml.eot_token_id" not in one
+    refused(_with_generation(source, eos_token_id=[5, 0, 7, 9]), tmp_path / "many", "ends a text at 4 tokens.*would be lost")
+    refused(_with_generation(source, eos_token_id=[258]), tmp_path / "beyond", "eos_token_id 258 is none of the 258 tokens")
+
+
+def test_ends_that_llama_cpp_knows_by_their_text_need_no_key() -> None:
+    tokenizer = {"tokenizer.ggml.tokens": ["<|im_end|>", "<|endoftext|>", "</done>", "a"], "tokenizer.ggml.eos_token_id": 0}
+    config = AutoConfig.for_model("llama", eos_token_id=[0, 1, 2])
+    assert end_tokens(Path("nowhere"), config, tokenizer) == {"tokenizer.ggml.eot_token_id": 2}
+    bare = {key: value for key, value in tokenizer.items() if "eos" not in key}
+    assert end_tokens(Path("nowhere"), config, bare) == {"tokenizer.ggml.eos_token_id": 0, "tokenizer.ggml.eot_token_id": 2}
 
 
 def test_q4_1_by_hand() -> None:

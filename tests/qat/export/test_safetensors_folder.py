@@ -17,6 +17,7 @@ from decoct.models.record import read_record, seal_record, write_record
 from decoct.qat.export import export_folder
 from decoct.qat.rebuild import load_exported_model
 from decoct.qat.runtimes import check_runtimes
+from decoct.qat.spec import QuantSpec
 from decoct.qat.verify import verify_folder
 
 Build = Callable[..., Path]
@@ -65,7 +66,7 @@ def test_an_unquantized_folder_is_stored_as_it_is(
 
 def test_what_no_dtype_holds_is_refused_or_reported_with_its_error(quantized_folder: Build, tmp_path: Path) -> None:
     source = quantized_folder(bits=8, group_size=16, change=fit_for_fp16)
-    with pytest.raises(UserError, match=r"safetensors does not hold [\d,]+ of the weights .*--allow-inexact"):
+    with pytest.raises(UserError, match=r"safetensors does not hold [\d,]+ of the weights .*safetensors-f32.*--allow-inexact"):
         export_folder(source, tmp_path / "export", "safetensors", runtimes=False)
     assert not (tmp_path / "export").exists()
     result = export_folder(source, tmp_path / "export", "safetensors", runtimes=False, allow_inexact=True)
@@ -85,14 +86,49 @@ def test_what_no_dtype_holds_is_refused_or_reported_with_its_error(quantized_fol
     assert verify_folder(tmp_path / "export", source=source, runtimes=False).ok
 
 
+def test_each_tensor_is_in_the_dtype_that_holds_it_where_no_one_dtype_holds_all(quantized_folder: Build, tmp_path: Path) -> None:
+    """Embeddings of a usual size have values that fp16 does not hold; 4-bit products have digits that bf16 does not hold."""
+
+    def small(model: PreTrainedModel) -> None:
+        weight = model.get_parameter("model.embed_tokens.weight")
+        weight.data[5] = (weight.data[5] * 1e-6).bfloat16().float()
+
+    source = quantized_folder(bits=4, group_size=16, change=small, tie_word_embeddings=True)
+    stored, dtype = exported(source, tmp_path / "export")
+    assert dtype == "float32"
+    for name, tensor in load_file(source / "model.safetensors").items():
+        assert stored[name].dtype == (torch.float16 if "_proj" in name else torch.bfloat16), name
+        assert torch.equal(stored[name].float(), tensor), name
+    assert verify_folder(tmp_path / "export", source=source, runtimes=False).ok
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    assert loaded.dtype == torch.float32
+    with torch.inference_mode():
+        assert torch.equal(loaded(TOKENS).logits, load_exported_model(tmp_path / "export")(TOKENS).logits)
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(bits=8, group_size=16), QuantSpec(bits=5, group_size=16, symmetric=False)])
+def test_fp32_holds_every_lattice(quantized_folder: Build, tmp_path: Path, spec: QuantSpec) -> None:
+    source = quantized_folder(spec=spec)
+    result = export_folder(source, tmp_path / "export", "safetensors-f32", runtimes=False)
+    assert result.exact
+    stored = load_file(tmp_path / "export" / "model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in load_file(source / "model.safetensors").items())
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["dtype"] == "float32"
+    assert result.bytes == (source / "model.safetensors").stat().st_size
+    assert verify_folder(tmp_path / "export", source=source, runtimes=False).ok
+
+
 def test_values_beyond_fp16_go_to_bf16(quantized_folder: Build, tmp_path: Path) -> None:
     def change(model: PreTrainedModel) -> None:
         fit_for_fp16(model)
         model.get_parameter("model.embed_tokens.weight").data[7, 3] = 2.0**17
 
-    source = quantized_folder(bits=4, group_size=8, change=change)
+    source = quantized_folder(bits=8, group_size=8, change=change)
     stored, dtype = exported(source, tmp_path / "export", allow_inexact=True)
     assert dtype == "bfloat16"
+    assert float(stored["model.embed_tokens.weight"][7, 3]) == 2.0**17
+    stored, dtype = exported(quantized_folder(bits=4, group_size=8, change=change), tmp_path / "other")
+    assert dtype == "float32"
     assert float(stored["model.embed_tokens.weight"][7, 3]) == 2.0**17
 
 

@@ -1,0 +1,85 @@
+"""What GGUF files say beyond the usual blocks, in llama.cpp itself: narrow blocks, sampling settings, several ends of a text."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from decoct.models.loading import load_tokenizer
+from decoct.qat.export import export_folder
+from decoct.qat.llama_cpp_check import Server
+from decoct.qat.llama_cpp_runtime import check_llama_cpp
+from decoct.qat.read_gguf_model import GgufModel
+from decoct.qat.spec import QuantSpec
+from decoct.qat.verify import verify_folder
+
+pytestmark = pytest.mark.serving
+Build = Callable[..., Path]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def llama_cpp() -> None:
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
+
+
+@pytest.mark.parametrize(
+    ("form", "spec", "stored"),
+    [
+        ("gguf", QuantSpec(bits=5, group_size=32), {"Q5_0"}),
+        ("gguf", QuantSpec(bits=2, group_size=32, symmetric=False), {"Q4_1"}),
+        ("gguf", QuantSpec(bits=4, group_size=32, symmetric=False), {"Q5_1"}),
+        ("gguf-q2_0", QuantSpec(bits=2, group_size=64), {"Q2_0"}),
+        ("gguf-q2_0", QuantSpec(bits=2, group_size="channel"), {"Q2_0"}),
+    ],
+    ids=["Q5_0", "Q4_1 of 2 bits", "Q5_1 of 4 bits", "Q2_0", "Q2_0 of rows"],
+)
+def test_narrow_blocks_predict_what_was_trained(
+    quantized_folder: Build, known_text: Tensor, form: str, spec: QuantSpec, stored: set[str]
+) -> None:
+    source = quantized_folder("llama", spec)
+    folder = export_folder(source, source.parent / form, form, runtimes=False).path
+    assert {GgufModel(folder).scheme[f"{module}.weight"] for module in GgufModel(folder).modules} == stored
+    seen = check_llama_cpp(folder, known_text)
+    print(stored, spec.group_size, seen)
+    assert seen["status"] == "agrees", seen
+    assert verify_folder(folder, source=source, runtimes=False).ok
+
+
+def with_generation(source: Path, **settings: Any) -> Path:
+    file = source / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return source
+
+
+def test_the_server_samples_as_generation_config_says(plain_folder: Build) -> None:
+    dials = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.02, "repetition_penalty": 1.05}
+    source = with_generation(plain_folder("llama", torch.float16), **dials)
+    folder = export_folder(source, source.parent / "sampling", "gguf-f16", runtimes=False).path
+    told = Server(str(folder / "model.gguf"), 512, 1).get("/props")["default_generation_settings"]["params"]
+    found = {name: told[name] for name in ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "repeat_last_n")}
+    wanted = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.02, "repeat_penalty": 1.05, "repeat_last_n": 512}
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_text_ends_at_every_token_of_the_list(plain_folder: Build, known_text: Tensor) -> None:
+    """The third and fourth token that the model would say are made ends of a text, one at a time beside the usual one."""
+    source = plain_folder("llama", torch.float16)
+    tokenizer = load_tokenizer(source)
+    prompt: Any = known_text[0, :32].tolist()
+    ask = {"prompt": prompt, "n_predict": 8, "temperature": -1.0, "return_tokens": True}
+    usual = export_folder(source, source.parent / "usual", "gguf-f16", runtimes=False).path
+    said = Server(str(usual / "model.gguf"), 512, 1).ask("/completion", ask)["tokens"]
+    first, second = said[2], said[3]
+    assert len({first, second, *said[:2], tokenizer.eos_token_id}) >= 4, "the model says different tokens there"
+    for number, ends in enumerate(([0, first, 999], [0, 999, second])):
+        folder = export_folder(
+            with_generation(source, eos_token_id=ends), source.parent / f"ends-{number}", "gguf-f16", runtimes=False
+        ).path
+        answer = Server(str(folder / "model.gguf"), 512, 1).ask("/completion", ask)
+        assert answer["stop_type"] == "eos"
+        assert answer["tokens"][: 2 + number] == said[: 2 + number]
+        assert len(answer["tokens"]) <= 3 + number
