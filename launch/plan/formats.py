@@ -29,6 +29,8 @@ def refusals(cases: Sequence[Case], settings: "ExportSettings") -> list[str]:
 def _reasons(form: str, case: Case, settings: "ExportSettings") -> Iterable[str]:
     if form == "safetensors":
         return [*_safetensors(case, settings), *_beside(form, case)]
+    if form == "safetensors-f32":
+        return [*_beside(form, case)]
     if case.spec.kind != "int":
         return [f"holds integer codes, not kind={case.spec.kind}; use weights.kind=int, or leave the format out"]
     return [*_of_ends(form, case), *_of_servers(form, case), *_RULES.get(form, _nothing)(case, settings), *_beside(form, case)]
@@ -39,7 +41,7 @@ def _nothing(case: Case, settings: "ExportSettings") -> Iterable[str]:
 
 
 def _of_ends(form: str, case: Case) -> Iterable[str]:
-    if form == "gguf":
+    if form.startswith("gguf"):
         return
     if "embedding" in case.ends:
         yield "leaves the embedding alone; leave 'embedding' out, or export to gguf"
@@ -49,7 +51,7 @@ def _of_ends(form: str, case: Case) -> Iterable[str]:
 
 def _of_servers(form: str, case: Case) -> Iterable[str]:
     """What every packed format refuses: parts of one matrix with different lattices, and scales that 16 bits do not hold."""
-    if case.apart and form != "gguf" and not case.apart.left:
+    if case.apart and not form.startswith("gguf") and not case.apart.left:
         yield f"is read by servers that make one matrix of {', '.join(case.apart.names)}; give them one lattice"
     if case.spec.scale_grid == "fp32" or (form == "compressed-tensors" and case.spec.scale_grid == "fp16"):
         yield f"stores scales in 16 bits, which do not hold scale_grid={case.spec.scale_grid}; use weights.scale_grid=bf16_fp16"
@@ -126,8 +128,8 @@ def _safetensors(case: Case, settings: "ExportSettings") -> Iterable[str]:
     if not settings.allow_inexact and (spec.kind not in ("int", "mxfp4") or spec.bits > 4 or not spec.symmetric):
         kind = spec.kind if spec.kind != "int" else f"{spec.bits}-bit" if spec.symmetric else "asymmetric"
         yield (
-            f"stores 16-bit floats, which do not hold {kind} codes times their scales; use export.allow_inexact=true to have them rounded, "
-            "or leave the format out (the quantized folder itself is a plain fp32 model)"
+            f"stores 16-bit floats, which do not hold {kind} codes times their scales; export to safetensors-f32, "
+            "or use export.allow_inexact=true to have them rounded"
         )
 
 

@@ -17,7 +17,11 @@ def problems(plan: Plan, out: Path | None = None) -> list[str]:
         if stage.training and stage.training.fits is False
     ]
     for stage in plan.stages:
-        refused = [v for v in stage.verdicts if "gguf" in stage.exports and v.target == "llama.cpp" and v.outcome == "no"]
+        refused = [
+            v
+            for v in stage.verdicts
+            if any(form.startswith("gguf") for form in stage.exports) and v.target == "llama.cpp" and v.outcome == "no"
+        ]
         found += [f"{stage.name} exports gguf, which cannot hold this model: {v.reason}" + (f"; {v.fix}" if v.fix else "") for v in refused]
     found += [f"{stage.name}: {refusal}" for stage in plan.stages for refusal in stage.refusals]
     found += [
