@@ -208,7 +208,7 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None
 def test_rounding_plain_weights_is_refused_or_measured(plain_folder: Build, tmp_path: Path) -> None:
     source = plain_folder("llama", torch.float32)
     edit(source, lambda tensors: tensors["lm_head.weight"].mul_(1.001))
-    with pytest.raises(UserError, match=r"gguf-f16 does not hold [\d,]+ of the weights .*--allow-inexact.*gguf-f32"):
+    with pytest.raises(UserError, match=r"gguf-f16 does not hold [\d,]+ of the weights .*--format gguf-f32 .*--allow-inexact"):
         export_folder(source, tmp_path / "export", "gguf-f16", runtimes=False)
     weights = load_file(source / "model.safetensors")
     changes = [(tensor - tensor.half().float()).abs() for name, tensor in weights.items() if tensor.ndim > 1]
