@@ -181,8 +181,8 @@ def export_folder(
         check_record(source)  # what is packed gets new hashes, so that damage must be found before
         opened = replace(exporter.open(source), reader_version=reader_version)
         _check_tokenizer(source)
-        exporter.check(opened)
         check_beside(opened, format, holds=exporter.beside)
+        exporter.check(opened)
         rounding = _rounding(opened, format, allow_inexact)
         check_free_space(folder, exporter.planned_bytes(opened), f"the export {target}")
         write_json_atomic(folder / "config.json", with_older_fields(exporter.config(opened)))
