@@ -106,7 +106,12 @@ def _weights(model: "PreTrainedModel", given: "Mapping[str, Tensor] | None", dty
     if wrong := (own.keys() - tied.keys()) ^ weights.keys():
         raise DecoctError(f"the weights to save do not have the model's names; missing or unexpected: {', '.join(sorted(wrong)[:5])}")
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    seen: set[int] = set()
     for name, tensor in weights.items():
+        # shared in memory, though the model's class ties nothing: each is written, as each would be read
+        if tensor.numel() and tensor.data_ptr() in seen:
+            weights[name] = tensor = tensor.clone()
+        seen.add(tensor.data_ptr())
         if dtype is not None and name in parameters and tensor.is_floating_point():
             weights[name] = tensor = tensor.to(dtype)
         if name in parameters and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -124,6 +129,7 @@ def _write_model(folder: Path, model: "PreTrainedModel", weights: "dict[str, Ten
             "use a model type that transformers knows"
         )
     saved = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), model.dtype)
+    tied = _tied(model, weights)  # before saving, which empties the dict
     before = {key: getattr(config, key, None) for key in ("dtype", "architectures")}
     live: Any = model
     generation = getattr(model, "generation_config", None)
@@ -137,7 +143,18 @@ def _write_model(folder: Path, model: "PreTrainedModel", weights: "dict[str, Ten
             setattr(config, key, value)
     file = folder / "config.json"
     content = json.loads(file.read_text(encoding="utf-8")) | {"dtype": str(saved).removeprefix("torch.")}
+    if tied is not None:
+        for part in (content, content.get("text_config")):
+            if isinstance(part, dict):
+                part["tie_word_embeddings"] = tied
     _edit_json(file, with_older_fields(content))
+
+
+def _tied(model: "PreTrainedModel", weights: "dict[str, Tensor]") -> bool | None:
+    """Whether the head that is written is the embedding's table, by what is written; None for a model without a head of its own."""
+    head: Any = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    return None if name is None or getattr(head, "weight", None) is None else f"{name}.weight" not in weights
 
 
 def _savable(generation: "GenerationConfig | None") -> "GenerationConfig | None":

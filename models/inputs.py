@@ -43,8 +43,8 @@ def check_text_model(path: str | Path, config: "PreTrainedConfig") -> None:
     others = [name for name in parts if any(sense in name for sense in _OTHER_SENSES)]
     if text is config and not others:
         return
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if known and MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].config_class is not type(config):
+    build: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if build is not None and build.config_class is not type(config):
         return  # transformers takes the text model of it itself
     what = ", ".join(name.removesuffix("_config") for name in others) or "other parts"
     message = f"{path} (model type {config.model_type!r}) is more than a text model: it has {what} beside it, which decoct does not train"

@@ -4,6 +4,7 @@ transformers follows '../' in a local index file, falls back to pickled weights 
 warning. Here the folder is checked before anything is loaded (``folder_check``) and the result afterwards.
 """
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 _SHOWN = 5
 _PIECE = 2**22
+_logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -65,6 +67,7 @@ def load_model(
         raise _not_loadable(path, "a causal language model", error) from error
     model, report = loaded
     check_report(path, model, report)
+    settle_ties(path, model)
     _check_finite(path, model, dtype)
     return model.to(device).eval()
 
@@ -145,6 +148,42 @@ def check_report(path: str | Path, model: "PreTrainedModel", report: dict[str, A
     found = [f"{len(names)} weights are {fault}: {_few(names)}" for fault, names in faults.items() if names]
     if found:
         raise UserError(f"the weights in {path} do not fit its config.json; {'; '.join(found)}. Fetch or export the model again")
+
+
+def settle_ties(path: str | Path, model: "PreTrainedModel") -> None:
+    """Make the config say whether the head is the embedding's table, as it is in memory: readers of what is saved believe the config.
+
+    transformers unties a head that the files hold with values of its own, and leaves ``tie_word_embeddings`` as it was.
+    """
+    tied = has_tied_head(model)
+    if tied is None or tied == says_tied(model.config):
+        return
+    if not tied:
+        _logger.warning(
+            "%s says tie_word_embeddings: true, but holds a head with values of its own, which is what was trained and is kept; what is "
+            "saved from here says false",
+            path,
+        )
+    set_tied(model.config, tied)
+
+
+def has_tied_head(model: "PreTrainedModel") -> bool | None:
+    """Whether the output head multiplies by the input embedding's table; None for a model without a plain head."""
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    one, two = getattr(embedding, "weight", None), getattr(head, "weight", None)
+    return None if one is None or two is None else one is two
+
+
+def says_tied(config: "PreTrainedConfig") -> bool:
+    """What ``config`` says of it."""
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+
+
+def set_tied(config: "PreTrainedConfig", tied: bool) -> None:
+    """Write it into ``config``, the part of a text model included."""
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = tied
 
 
 def _few(names: list[str]) -> str:

@@ -90,7 +90,8 @@ def _merged(folder: Path) -> "tuple[PreTrainedModel, Path | str]":
 
 
 def _unpacked(source: str, folder: Path, packed: dict[str, Any]) -> "tuple[str, PreTrainedModel]":
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
 
     method = packed.get("quant_method")
     if method not in UNPACKED or (folder / "decoct.json").is_file():
@@ -115,7 +116,7 @@ def _unpacked(source: str, folder: Path, packed: dict[str, Any]) -> "tuple[str, 
     if left:
         raise UserError(f"{source} cannot be made a plain model: {left[0]} stays packed ({method}); give the model it was made from")
     # a model of its own: the loaded one remembers how it was unpacked, and would be saved so
-    config = load_config(folder)
+    config: Any = load_config(folder)
     del config.quantization_config
     with quiet_transformers():
         plain: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -1,7 +1,8 @@
 """The real vocabulary: what the tokenizer can produce, not how many rows an embedding table was padded to.
 
-V_eff = highest token id + 1. Logits are sliced to it before any softmax, so teacher and student heads padded to different sizes
-are fine as long as their tokenizers give every id the same token.
+V_eff = highest token id + 1, or the rows of the embedding where a tokenizer has ids beyond it (Gemma 3's image token in its text
+models, a pad token that was added without resizing): no text may have those. Logits are sliced to V_eff before any softmax, so teacher
+and student heads padded to different sizes are fine as long as their tokenizers give every id the same token.
 """
 
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _SHOWN = 3
 
@@ -18,12 +19,23 @@ def _tokens_by_id(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
     return {index: token for token, index in tokenizer.get_vocab().items()}
 
 
-def effective_vocab(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """V_eff: the tokenizer's highest id + 1, added tokens included."""
+def effective_vocab(tokenizer: "PreTrainedTokenizerBase", *rows: int | None) -> int:
+    """V_eff: the tokenizer's highest id + 1, added tokens included, but no more than the ``rows`` of any model (None: unknown)."""
     tokens = _tokens_by_id(tokenizer)
     if not tokens:
         raise UserError(f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no tokens; give a folder with a whole tokenizer")
-    return max(tokens) + 1
+    return min(max(tokens) + 1, *(count for count in rows if count is not None), 2**31)
+
+
+def rows_of(config: "PreTrainedConfig") -> int | None:
+    """Rows of the embedding of a model; None where the config does not say."""
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    return rows if isinstance(rows, int) else None
+
+
+def tokens_without_rows(tokenizer: "PreTrainedTokenizerBase", v_eff: int) -> dict[int, str]:
+    """The tokens that no model has a row for, by id, ascending; {} as a rule."""
+    return {index: token for index, token in sorted(_tokens_by_id(tokenizer).items()) if index >= v_eff}
 
 
 def check_same_vocabulary(teacher_tokenizer: "PreTrainedTokenizerBase", student_tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -14,8 +14,9 @@ from ...models.loading import load_config, load_model, load_tokenizer
 from ...models.pruning.record import check_sparse, of_kept_layers, sparse_modules
 from ...models.record import check_record
 from ...models.student import student_by_keeping, student_from_config, trim_vocabulary
-from ...models.vocabulary import check_same_vocabulary, effective_vocab
+from ...models.vocabulary import check_same_vocabulary, effective_vocab, rows_of, tokens_without_rows
 from ...trainer.cache import cache_dir
+from ...trainer.data.known_ids import check_rows
 from ...trainer.data.prepare import PreparedData, open_prepared, prepare_data
 from ...trainer.data.text import read_documents
 from ...trainer.scratch import ScratchTeacher, locate_scratch, make_tokenizer
@@ -37,6 +38,8 @@ class Origin:
     v_eff: int
     data: PreparedData
     scratch: ScratchTeacher | None
+    note: str = ""
+    """What there is to say of the vocabulary; '' as a rule."""
 
 
 def open_origin(recipe: "Recipe", session: "Session") -> Origin:
@@ -44,7 +47,24 @@ def open_origin(recipe: "Recipe", session: "Session") -> Origin:
     told = session.on_first(lambda: _prepare(recipe))
     tokenizer = load_tokenizer(told["tokenizer"], revision=told["revision"])
     scratch = ScratchTeacher(Path(told["scratch"])) if told["scratch"] else None
-    return Origin(tokenizer, effective_vocab(tokenizer), open_prepared(Path(told["data"])), scratch)
+    v_eff = effective_vocab(tokenizer, *_rows(recipe))
+    return Origin(tokenizer, v_eff, open_prepared(Path(told["data"])), scratch, _without_rows(tokenizer, v_eff))
+
+
+def _rows(recipe: "Recipe") -> list[int | None]:
+    """Rows of the embeddings of the models that are given."""
+    given = [(recipe.student.path, recipe.student.revision)]
+    given += [(recipe.teacher.path, recipe.teacher.revision)] if recipe.teacher else []
+    return [rows_of(load_config(path, revision=revision)) for path, revision in given if path]
+
+
+def _without_rows(tokenizer: "PreTrainedTokenizerBase", v_eff: int) -> str:
+    beyond = tokens_without_rows(tokenizer, v_eff)
+    if not beyond:
+        return ""
+    first, token = next(iter(beyond.items()))
+    count = f"{len(beyond):,} tokens have" if len(beyond) > 1 else "one token has"
+    return f"{count} no row in the embedding of {v_eff:,} rows (from id {first:,}, {token!r}); the text has none of them"
 
 
 def _prepare(recipe: "Recipe") -> dict[str, Any]:
@@ -60,6 +80,7 @@ def _prepare(recipe: "Recipe") -> dict[str, Any]:
     tokenizer = load_tokenizer(where, revision=revision)
     _check_vocabularies(recipe, tokenizer)
     data = prepare_data(recipe.data, tokenizer, cache_dir(), documents=text, train=_learns(recipe))
+    check_rows(data, tokenizer, effective_vocab(tokenizer, *_rows(recipe)))
     return {"tokenizer": where, "revision": revision, "scratch": str(scratch.folder) if scratch else None, "data": str(data.path)}
 
 

@@ -97,6 +97,8 @@ class Runner:
         self._say(f"text: {origin.data.description}")
         for reason, count in origin.data.left_out.items():
             self._say(f"  not used: {count:,} {reason}")
+        if origin.note:
+            self._say(f"vocabulary: {origin.note}")
         self.metrics = self._open_metrics(plain)
         if origin.scratch:
             train_scratch_teacher(self.recipe, origin, self.session, self.metrics, self.console)

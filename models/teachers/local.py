@@ -17,7 +17,7 @@ from ..causality import check_causal
 from ..dimensions import dimensions
 from ..errors import UserError
 from ..families import HeadTransform, backbone_and_head, check_head, head_transform, text_config
-from ..vocabulary import check_head_rows, effective_vocab
+from ..vocabulary import check_head_rows, effective_vocab, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -165,9 +165,9 @@ def load_teacher(
     Raises:
         UserError: see ``load_model``, ``load_tokenizer`` and ``LocalTeacher``.
     """
-    from ..loading import load_model, load_tokenizer
+    from ..loading import load_config, load_model, load_tokenizer
 
     if v_eff is None:
-        v_eff = effective_vocab(load_tokenizer(path, revision=revision))
+        v_eff = effective_vocab(load_tokenizer(path, revision=revision), rows_of(load_config(path, revision=revision)))
     model = load_model(path, dtype=dtype, revision=revision, device=device)
     return LocalTeacher(model, v_eff=v_eff, name=name or str(path))

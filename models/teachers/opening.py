@@ -7,7 +7,7 @@ import torch
 
 from ..errors import UserError
 from ..settings import LoadIn, Placement
-from ..vocabulary import effective_vocab
+from ..vocabulary import effective_vocab, rows_of
 from .local import LocalTeacher, PinnedTeacher
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ def open_teacher(
             "half or a quarter of its size already)"
         )
     if v_eff is None:
-        from ..loading import load_tokenizer
+        from ..loading import load_config, load_tokenizer
 
-        v_eff = effective_vocab(load_tokenizer(path, revision=revision))
+        v_eff = effective_vocab(load_tokenizer(path, revision=revision), rows_of(load_config(path, revision=revision)))
     name = name or str(path)
     if placement == "sharded" and _processes() == 1:
         placement = "replicated"

@@ -294,3 +294,37 @@ def test_generation_settings_of_any_kind_can_be_saved(model: Any, tmp_path: Path
     assert model.generation_config.temperature == 0.5
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config
     assert (saved.eos_token_id, saved.do_sample, saved.temperature) == (0, False, None)
+
+
+def test_a_head_of_its_own_under_a_tied_config_is_saved_as_what_it_is(
+    tiny_model: Callable[..., Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("llama", vocab_size=270, tie_word_embeddings=False)
+    first = save_model_folder(tmp_path / "first", model, tokenizer, {}, dtype=FP32)
+    config = json.loads((first / "config.json").read_text())
+    (first / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with caplog.at_level(logging.WARNING):
+        loaded = load_model(first, dtype=FP32)
+    assert "says tie_word_embeddings: true, but holds a head with values of its own" in caplog.text
+    assert loaded.config.tie_word_embeddings is False
+    saved = save_model_folder(tmp_path / "saved", loaded, tokenizer, {}, dtype=FP32)
+    assert json.loads((saved / "config.json").read_text())["tie_word_embeddings"] is False
+    again = load_model(saved, dtype=FP32)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert not torch.equal(again.lm_head.weight, again.model.embed_tokens.weight)
+
+
+def test_the_flag_that_is_written_follows_the_weights_that_are_written(
+    tiny_model: Callable[..., Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    untied = tiny_model("llama", vocab_size=270, tie_word_embeddings=False)
+    untied.config.tie_word_embeddings = True
+    folder = save_model_folder(tmp_path / "untied", untied, tokenizer, {}, dtype=FP32)
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+    assert untied.config.tie_word_embeddings is True, "the live model stays as it is"
+    shared = tiny_model("llama", vocab_size=270, tie_word_embeddings=False)
+    shared.lm_head.weight = shared.model.embed_tokens.weight
+    folder = save_model_folder(tmp_path / "shared", shared, tokenizer, {}, dtype=FP32)
+    again = load_model(folder, dtype=FP32)
+    assert torch.equal(again.lm_head.weight, shared.model.embed_tokens.weight)
+    assert torch.equal(again.model.embed_tokens.weight, shared.model.embed_tokens.weight)

@@ -9,7 +9,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from decoct.models.errors import UserError
-from decoct.models.vocabulary import check_head_rows, check_same_vocabulary, effective_vocab
+from decoct.models.vocabulary import check_head_rows, check_same_vocabulary, effective_vocab, rows_of, tokens_without_rows
 
 
 def _tokenizer(*tokens: str, **vocabulary: int) -> PreTrainedTokenizerFast:
@@ -25,6 +25,16 @@ def test_effective_vocab_is_the_highest_id_plus_one_with_added_tokens() -> None:
     assert effective_vocab(_tokenizer(a=0, b=9)) == 10, "holes in the ids count"
     with pytest.raises(UserError, match="no tokens"):
         effective_vocab(_tokenizer())
+
+
+def test_ids_beyond_the_rows_of_a_model_do_not_count(tiny_model: Callable[..., Any]) -> None:
+    tokenizer = _tokenizer("a", "b", "c")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert effective_vocab(tokenizer, 8, None) == 4
+    assert effective_vocab(tokenizer, 8, 3) == 3
+    assert tokens_without_rows(tokenizer, 3) == {3: "<image>"}
+    assert tokens_without_rows(tokenizer, 4) == {}
+    assert rows_of(tiny_model("llama", vocab_size=64).config) == 64
 
 
 def test_the_same_tokens_in_another_tokenizer_object_are_the_same_vocabulary() -> None:

@@ -40,7 +40,8 @@ def write_sides(
     """
     length, most = settings.seq_length, None if settings.eval_tokens == "all" else settings.eval_tokens
     # what padding holds is never looked at; any id that embeddings have will do
-    padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
+    # (the lower of the two: a pad token that was added later may have no row)
+    padding = min((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), default=0)
     labelled = settings.kind == "chat"
     if train:
         assert most is not None, "prepare_data refuses it"

@@ -1,0 +1,49 @@
+"""Whether a text stays within the rows of an embedding, where the tokenizer has ids beyond them."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...models.errors import UserError
+from ...models.vocabulary import tokens_without_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .prepare import PreparedData
+    from .windows import Windows
+
+_ROWS = 4096
+
+
+def check_rows(data: "PreparedData", tokenizer: "PreTrainedTokenizerBase", v_eff: int) -> None:
+    """Refuse text with a token that no model has a row for. The text is looked through only if the tokenizer has such tokens.
+
+    Args:
+        data: The tokenized text.
+        tokenizer: What it was tokenized with.
+        v_eff: Rows of the smallest embedding.
+
+    Raises:
+        UserError: naming the token, its id, and how often it comes.
+    """
+    beyond = tokens_without_rows(tokenizer, v_eff)
+    if not beyond:
+        return
+    counts = sum((_counts(windows, v_eff, max(beyond) + 1) for windows in (data.train, data.evaluation)), np.zeros(1, np.int64))
+    for index, token in beyond.items():
+        if count := int(counts[index - v_eff]):
+            raise UserError(
+                f"the text has the token {token!r} (id {index:,}) {count:,} times, but the embedding has {v_eff:,} rows, so that the model "
+                f"knows no such token; take it out of the text, or add rows to the model (resize_token_embeddings({max(beyond) + 1}))"
+            )
+
+
+def _counts(windows: "Windows", first: int, end: int) -> np.ndarray:
+    """int64 [end - first]: how often each of these ids comes, padding included."""
+    found = np.zeros(end - first, dtype=np.int64)
+    for at in range(0, len(windows), _ROWS):
+        stored = windows.rows[at : at + _ROWS]
+        ids = np.where(stored < 0, -1 - stored, stored)
+        found += np.bincount(ids[ids >= first] - first, minlength=end - first)[: end - first]
+    return found
