@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .codes_file import codes_file
+from .config_check import check_depth
 from .errors import UserError
 from .hub import snapshot_root
 from .inputs import check_files
@@ -44,6 +45,7 @@ def check_model_folder(folder: Path) -> list[Path]:
                     f"tensor {twice[0]!r} is in both {tensors[twice[0]].name} and {file.name} of {folder}; only one can be meant"
                 )
             tensors.update(dict.fromkeys(names, file))
+    check_depth(config, len(tensors), folder / "config.json")
     check_record(folder)
     return files
 

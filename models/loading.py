@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .config_check import check_numbers, check_size
 from .errors import UserError
 from .folder_check import check_model_folder
 from .hub import hub_snapshot, local_folder
@@ -41,15 +42,17 @@ def load_model(
     ``from_pretrained`` returns eval mode and trainers keep it: whoever trains calls ``.train()``.
 
     Raises:
-        UserError: the folder fails ``check_model_folder``, it is not a causal LM that transformers knows, weights are missing,
-            unexpected or of another shape (a tied head may be missing), or a weight is NaN or infinite.
+        UserError: the folder fails ``check_model_folder`` or its config ``check_numbers``, it is not a causal LM that transformers
+            knows, weights are missing, unexpected or of another shape (a tied head may be missing), or a weight is NaN or infinite.
     """
     from transformers import AutoModelForCausalLM
 
     folder = find_model_folder(path, revision, trust_remote_code, weights=True)
-    check_model_folder(folder)
+    files = check_model_folder(folder)
     if not trust_remote_code:
-        check_text_model(path, load_config(folder))
+        config = load_config(folder)
+        check_text_model(path, config)
+        check_size(path, config, files)
     try:
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -95,7 +98,7 @@ def load_config(path: str | Path, *, revision: str | None = None, trust_remote_c
     from transformers import AutoConfig
 
     folder = find_model_folder(path, revision, trust_remote_code, weights=False)
-    read_json(folder / "config.json")
+    check_numbers(read_json(folder / "config.json"), folder / "config.json")
     try:
         with quiet_transformers():
             return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .config_check import check_numbers
 from .errors import UserError
 from .families import Family, family_of
 from .vocabulary import check_head_rows, effective_vocab
@@ -107,6 +108,7 @@ def student_from_config(config: dict[str, Any], tokenizer: "PreTrainedTokenizerB
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_numbers(config, "student.config")
     fields = _checked_fields(config, effective_vocab(tokenizer))
     for name in _SPECIAL_TOKENS:
         fields.setdefault(name, getattr(tokenizer, name))

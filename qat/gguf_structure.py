@@ -41,7 +41,7 @@ def gguf_problems(model: GgufModel, record: dict[str, Any]) -> list[str]:
         UserError: config or tokenizer beside the file cannot be read.
     """
     folder, name = model.path.parent, model.path.name
-    problems = [f"{name}: {problem}" for problem in model_structure(folder).differences(model.shapes())]
+    problems = [f"{name}: {problem}" for problem in model_structure(folder, model.shapes()).differences(model.shapes())]
     config: Any = plain_config(folder)
     problems += [f"{name}: {problem}" for problem in [*_number_problems(model, config), *_rope_problems(model, config)]]
     problems += [f"{name}: {problem}" for problem in _token_problems(model, folder)]

@@ -38,7 +38,7 @@ def load_exported_model(path: Path, *, inputs: Arithmetic = "kernels") -> "PreTr
     path = path.parent if path.is_file() else path
     check_record(path)
     shapes = opened.shapes()
-    problems = model_structure(path).differences(shapes)
+    problems = model_structure(path, shapes).differences(shapes)
     if problems:
         raise UserError(f"{path}: {problems[0]} ({len(problems)} differences in all); export the model again")
     tensors = {name: torch.from_numpy(opened.tensor(name)) for name in shapes}

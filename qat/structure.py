@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ..models.config_check import check_depth
+from ..models.json_file import read_json
 from ..models.loading import load_config, meta_model
 
 if TYPE_CHECKING:
@@ -44,12 +46,18 @@ class Structure:
         return problems
 
 
-def model_structure(folder: Path) -> Structure:
+def model_structure(folder: Path, found: Mapping[str, tuple[int, ...]] | None = None) -> Structure:
     """The structure that ``config.json`` of a model folder describes, packed or not.
+
+    Args:
+        folder: With a config.json.
+        found: Shapes of the tensors that its files hold, where they are known: a config with more layers than that is never built.
 
     Raises:
         UserError: the config is missing, damaged or of an unknown kind of model.
     """
+    if found is not None:
+        check_depth(read_json(folder / "config.json"), len(found), folder / "config.json")
     model = meta_model(plain_config(folder))
     first: dict[int, str] = {}
     tied = set()

@@ -128,7 +128,8 @@ def _structure_problems(path: Path, record: dict[str, Any]) -> list[str]:
     try:
         if find_gguf(path) is not None:
             return gguf_problems(GgufModel(path), record)
-        opened, structure = open_folder(path), model_structure(path)
+        opened = open_folder(path)
+        structure = model_structure(path, opened.shapes())
         problems = [f"{path.name}: {problem}" for problem in structure.differences(opened.shapes())]
         # runtimes expect packed tensors of every linear that the config does not leave out
         problems += opened.unlisted(structure.linears)

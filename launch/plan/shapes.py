@@ -159,6 +159,9 @@ def config_from(fields: dict[str, Any]) -> "PreTrainedConfig":
     """The transformers config of plain fields, ``model_type`` among them."""
     from transformers import AutoConfig
 
+    from ...models.config_check import check_numbers
+
+    check_numbers(fields, "student.config")
     return AutoConfig.for_model(**fields)
 
 

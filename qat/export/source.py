@@ -57,8 +57,8 @@ def open_source(folder: Path) -> ExportSource:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder (no config.json); give the folder that a stage 'qat' or 'quantize' wrote")
     state = load_quant_state(folder)
-    structure = model_structure(folder)
     headers = {file: read_header(file).tensors for file in check_model_folder(folder)}
+    structure = model_structure(folder)
     files = {name: file for file, tensors in headers.items() for name in tensors}
     shapes = {name: headers[file][name].shape for name, file in files.items()}
     problems = structure.differences(shapes)
