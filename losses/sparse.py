@@ -10,13 +10,14 @@ where the teacher has it. q_t is a sum over the other tokens, never 1 minus a su
 The sampled form, with tokens drawn from the teacher and w = counts / draws, is an unbiased estimate of the KL, and so is its
 gradient (Anshumann et al. 2025, arXiv 2503.16870); top tokens that are kept exactly beside samples of the rest are a case of it.
 
-Where it is known with which probability r_v each token of S was drawn (1 = for certain), the sampled form has a term more:
+Where it is known with which probability r_v each token of S was drawn (1 = for certain), the gradient has less noise as that of
 
-    controlled  -sum_S w log q - H + c (sum_S q / r - 1)
+    controlled  -sum_S (w - x) log q - H,       x = c q / r, a constant to autograd
 
-sum_S q / r is 1 on average whatever q is, so for any c that does not depend on the draws value and gradient stay unbiased; but its
-error goes with that of the first sum, and the noise of the gradient falls from (1 - r) w^2 to (1 - r) (w - c q / r)^2 a token: to nothing
-as the student reaches the teacher (a difference estimator: Saerndal, Swensson & Wretman 1992, section 6.3). ``control_weight`` has c.
+sum_S (q / r) grad log q is 0 on average, as sum_V grad q is, so for any c that does not depend on the draws the gradient stays
+unbiased; but its error goes with that of the first sum, and its noise falls from (1 - r) w^2 to (1 - r) (w - c q / r)^2 a token: to
+nothing as the student reaches the teacher (a difference estimator: Saerndal, Swensson & Wretman 1992, section 6.3). Where q is large
+and r tiny it would grow without bound instead: ``control`` says what c and x are, and has the bound. The value is the sampled form's.
 """
 
 from dataclasses import dataclass, fields
@@ -93,26 +94,53 @@ class SparseTargets:
         return torch.special.entr(parts.exp()).sum(1).neg()
 
 
-def control_weight(log_q: Tensor, weights: Tensor, log_inclusion: Tensor) -> Tensor:
-    """c of the controlled form [N], a constant to autograd: min(1, P / Q) exp(-4 B), from what is the same in every draw.
+MOST_CONTROL = 4.0
+"""Of a drawn token's weight: what x of the controlled form is at most."""
 
-    P and Q are what teacher and student leave for the tokens that are not known for certain, and B is the KL of the certain tokens and
-    that rest as one bucket. Where both models have the same tail up to its size, min(1, P / Q) is the best c; a student far from the
-    teacher (B of a nat or more) gets none, as q / r may be large where r is tiny. 4 was chosen by measurement (docs/lab-book.md).
+
+def control(log_q: Tensor, weights: Tensor, log_inclusion: Tensor) -> Tensor:
+    """x of the controlled form [N, K], a constant to autograd; 0 in slots that are not in use.
+
+    Noise is c q / r - w = w (c q / p - 1) a drawn token. Over the tail the best c is mean (q / p) / mean (q / p)^2, weighted by p. A
+    row knows p = w r of its draws alone, so each draw v gets its c from the others (leave one out):
+
+        c_v = min(1, P / Q) exp(-mean over the other draws of log^2 (q P / (p Q)))
+
+    with P and Q what teacher and student leave for the tokens not known for certain; P is the drawn weights, whose number is fixed. Where
+    log (q / p) is normal of variance s^2, exp(-s^2 - s^4 / 4) stands where exp(-s^2) is best. A draw alone in its row gets none. With c
+    from all draws, which is that of the tokens not drawn,
+
+        x_v = min(c_v q / r - (c_v - c) q, 4 w)     drawn at random
+        x_v = c q                                   known for certain
+
+    The bound. A row may have drawn nothing of where p is tiny and q is not: no c from the row sees that, and the noise of an unbiased
+    estimate is q^2 / r there. Cut at 4 w, a token's slope x - w stays within 3 w and its noise within nine times the plain one's, whatever
+    the student is. It was not measured above the plain one's (docs/lab-book.md).
+
+    The bias. That of the cut is c q - 4 p in expectation where c q > 4 p, so there is none while no token of the tail has more than
+    four times the teacher's probability. Such a token is still pushed down, by (1 - c) q + 3 p instead of q - p, and the expected
+    gradient is 0 only where q = p: with d_v >= 0 what is cut, q_v (1 + sum d) = p_v + d_v there, and d_v > 0 would need
+    q_v sum d <= -3 p_v. Beside it the draws of a row exclude each other a little, so that c_v depends on whether v was drawn: some
+    hundredths of the gradient, of either sign, which cancel over positions.
 
     Args:
         log_q: [N, K] log-probabilities of the student.
         weights: [N, K], 0 where a slot is not in use.
         log_inclusion: [N, K].
     """
-    certain = (log_inclusion >= 0) & (weights > 0)
-    log_q, p = log_q.detach(), torch.where(certain, weights, 0.0)
-    least = torch.finfo(log_q.dtype).eps
-    rest = (1 - p.sum(1)).clamp(min=least)
-    left = (1 - torch.where(certain, log_q.exp(), 0.0).sum(1)).clamp(min=least)
-    inside = torch.where(certain, p * (p.clamp(min=torch.finfo(p.dtype).tiny).log() - log_q), 0.0).sum(1)
-    bucket = inside + rest * (rest / left).log()
-    return (rest / left).clamp(max=1) * torch.exp(-4 * bucket.clamp(min=0))
+    log_q, used = log_q.detach(), weights > 0
+    drawn = used & (log_inclusion < 0)
+    q, least = torch.where(used, log_q.exp(), 0.0), torch.finfo(log_q.dtype).eps
+    rest = torch.where(drawn, weights, 0.0).sum(1, keepdim=True).clamp(min=least)
+    left = (1 - torch.where(drawn, 0.0, q).sum(1, keepdim=True)).clamp(min=least)
+    log_p = weights.clamp(min=torch.finfo(weights.dtype).tiny).log() + log_inclusion
+    apart = torch.where(drawn, log_q - log_p - (left / rest).log(), 0.0).square()
+    count, whole = drawn.sum(1, keepdim=True), apart.sum(1, keepdim=True)
+    most = torch.where(count > 1, (rest / left).clamp(max=1), 0.0)
+    own = most * torch.exp(-(whole - apart) / (count - 1).clamp(min=1))
+    common = most * torch.exp(-whole / count.clamp(min=1))
+    at_random = own * (log_q - log_inclusion).exp() - (own - common) * q
+    return torch.where(drawn, torch.minimum(at_random, MOST_CONTROL * weights), common * q)
 
 
 def sparse_forward_kl(student_logits: Tensor, targets: SparseTargets) -> Tensor:
@@ -133,10 +161,10 @@ def sparse_forward_kl(student_logits: Tensor, targets: SparseTargets) -> Tensor:
     ids, weights = targets.filled()
     value = targets.negative_entropy().to(log_q.dtype) - (weights.to(log_q.dtype) * log_q.gather(1, ids)).sum(1)
     if targets.log_inclusion is not None:
-        inclusion = targets.log_inclusion.to(log_q.dtype)
         known = log_q.gather(1, ids)
-        share = torch.where(weights > 0, (known - inclusion).exp(), 0.0).sum(1)
-        value = value + control_weight(known, weights.to(log_q.dtype), inclusion) * (share - 1)
+        taken_off = control(known, weights.to(log_q.dtype), targets.log_inclusion.to(log_q.dtype))
+        # of value 0
+        value = value + (taken_off * (known - known.detach())).sum(1)
     if targets.log_tail is None:
         return value
     tail = targets.log_tail.to(log_q.dtype).exp()

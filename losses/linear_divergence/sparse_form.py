@@ -5,10 +5,10 @@ T times the gradient of the divergence (``losses.sparse``) with respect to the s
     on S        W q - w,                 W = sum of all weights, that of the tail included
     elsewhere   q (W - w_t / q_t)        (sampled form: W q)
 
-and in the controlled form, with R = sum_S q / r:
+and in the controlled form, with X = sum_S x:
 
-    on S        (W - c R) q - w + c q / r
-    elsewhere   (W - c R) q
+    on S        (W - X) q - w + x
+    elsewhere   (W - X) q
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..sparse import SparseTargets, control_weight
+from ..sparse import SparseTargets, control
 from .closed_form import BlockValues
 from .inputs import Problem
 
@@ -54,11 +54,8 @@ def sparse_block(
     others = whole = weights.sum(1)
     slopes = -weights
     if targets.log_inclusion is not None:
-        inclusion = targets.log_inclusion.to(q.dtype)
-        control = control_weight(known, weights, inclusion).unsqueeze(1)
-        drawn = torch.where(weights > 0, control * (known - inclusion).exp(), 0.0)
-        value = value + drawn.sum(1) - control.squeeze(1)
-        slopes, others = drawn - weights, whole - drawn.sum(1)
+        taken_off = control(known, weights, targets.log_inclusion.to(q.dtype))
+        slopes, others = taken_off - weights, whole - taken_off.sum(1)
     if targets.log_tail is not None:
         tail = targets.log_tail.to(q.dtype).exp()
         if temperature == 1 and gradient and weight:

@@ -1,5 +1,6 @@
 """Sparse teachers against the definitions in fp64, in value and gradient, through every way to the loss."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -126,12 +127,18 @@ def test_sampled_form_is_unbiased_in_value_and_gradient() -> None:
         assert (error <= 5 * seen.std(0) / draws**0.5 + 1e-12).all()
 
 
-def draw(p: Tensor, certain: int, tau: float, draws: int, *, controlled: bool) -> SparseTargets:
-    """``draws`` samples of p [V]: the ``certain`` likeliest tokens, and each other one by itself with probability min(1, p / tau)."""
+def draw(p: Tensor, certain: int, size: int, draws: int, *, controlled: bool) -> SparseTargets:
+    """``draws`` samples of p [V]: the ``certain`` likeliest tokens, and ``size`` others with probabilities like p, in random order."""
     generator = torch.Generator().manual_seed(5)
-    inclusion = (p / tau).clamp(max=1)
-    inclusion[p.argsort(descending=True)[:certain]] = 1
-    taken = torch.rand(draws, len(p), generator=generator, dtype=torch.float64) < inclusion
+    inclusion = torch.ones_like(p)
+    others = p.argsort(descending=True)[certain:]
+    inclusion[others] = size * p[others] / p[others].sum()
+    assert float(inclusion.max()) <= 1
+    order = torch.rand(draws, len(others), generator=generator).argsort(1)
+    through = inclusion[others][order].cumsum(1) + torch.rand(draws, 1, generator=generator, dtype=torch.float64)
+    hit = through.floor().diff(dim=1, prepend=torch.zeros(draws, 1, dtype=torch.float64)) > 0
+    taken = torch.ones(draws, len(p), dtype=torch.bool)
+    taken[:, others] = torch.zeros_like(hit).scatter_(1, order, hit)
     weights = torch.where(taken, p / inclusion, 0.0)
     entropy = torch.special.entr(p).sum().expand(draws)
     told = inclusion.log().expand(draws, -1) if controlled else None
@@ -140,35 +147,49 @@ def draw(p: Tensor, certain: int, tau: float, draws: int, *, controlled: bool) -
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("gap", [0.3, 3.0])
+@pytest.mark.parametrize("gap", [0.2, 0.5, 3.0])
 @pytest.mark.parametrize("certain", [0, 1, 3])
-def test_controlled_form_is_unbiased_in_value_and_gradient(certain: int, gap: float) -> None:
+def test_controlled_form_is_unbiased_in_value_and_nearly_so_in_gradient(certain: int, gap: float) -> None:
+    """The value within five standard errors. Few tokens exclude each other much, so the gradient to a twentieth of what it is."""
     generator = torch.Generator().manual_seed(1)
-    teacher = torch.randn(12, generator=generator, dtype=torch.float64)
-    student = teacher + gap * torch.randn(12, generator=generator, dtype=torch.float64)
-    draws, p = 200_000, teacher.softmax(0)
+    teacher = 0.4 * torch.randn(24, generator=generator, dtype=torch.float64)
+    student = teacher + gap * torch.randn(24, generator=generator, dtype=torch.float64)
+    draws, p = 100_000, teacher.softmax(0)
     leaf = student.expand(draws, -1).clone().requires_grad_()
-    values = sparse_forward_kl(leaf, draw(p, certain, 0.2, draws, controlled=True))
+    values = sparse_forward_kl(leaf, draw(p, certain, 6, draws, controlled=True))
     (gradients,) = torch.autograd.grad(values.sum(), leaf)
-    for seen, truth in ((values[:, None], forward_kl(student, teacher)[None]), (gradients, student.softmax(0) - p)):
-        error = (seen.mean(0) - truth).abs()
-        assert (error <= 5 * seen.std(0) / draws**0.5 + 1e-12).all()
+    values = values.detach()
+    exact = student.softmax(0) - p
+    assert abs(float(values.mean() - forward_kl(student, teacher))) <= 5 * float(values.std()) / draws**0.5 + 1e-12
+    assert (gradients.mean(0) - exact).norm() <= 0.05 * exact.norm() + 5 * (gradients.var(0).sum() / draws).sqrt()
+    assert gradients.sum(1).abs().max() < 1e-12
 
 
 def test_controlled_form_is_its_formula() -> None:
-    """Value and gradient of one draw against the definition in probabilities, c among it, token by token in fp64."""
+    """Value and gradient of one draw against the definition in probabilities, c and the cut among it, token by token in fp64."""
     generator = torch.Generator().manual_seed(2)
-    p, q = (torch.randn(9, generator=generator, dtype=torch.float64).mul(1.5).softmax(0) for _ in range(2))
-    taken, r = [0, 2, 3, 7], {0: 1.0, 2: 0.3, 3: 1.0, 7: 0.05}
-    rest, left = (1 - x[0] - x[3] for x in (p, q))
-    bucket = sum((p[v] * (p[v] / q[v]).log() for v in (0, 3)), rest * (rest / left).log())
-    c = float(min(rest / left, torch.ones(()).double()) * torch.exp(-4 * bucket))
-    assert 0.01 < c < 0.99
+    p = torch.randn(9, generator=generator, dtype=torch.float64).mul(0.5).softmax(0)
+    q = (p * (1 + 0.2 * torch.randn(9, generator=generator, dtype=torch.float64))).tolist()
+    p = p.tolist()
+    p[5], q[5] = p[5] / 3, 2 * q[5]
+    p, q = ([x / sum(row) for x in row] for row in (p, q))
+    taken, drawn = [0, 2, 3, 5, 7], [2, 5, 7]
+    rest, left = 1 - p[0] - p[3], 1 - q[0] - q[3]
+    r = {v: 3 * p[v] / rest if v in drawn else 1.0 for v in taken}
+    apart = {v: math.log(q[v] * rest / (p[v] * left)) ** 2 for v in drawn}
+    most = min(1.0, rest / left)
+    c = most * math.exp(-sum(apart.values()) / 3)
+    own = {v: most * math.exp(-sum(apart[u] for u in drawn if u != v) / 2) for v in drawn}
+    x = {v: c * q[v] for v in (0, 3)} | {v: own[v] * q[v] / r[v] - (own[v] - c) * q[v] for v in drawn}
+    assert x[5] > 4 * p[5] / r[5]
+    x[5] = 4 * p[5] / r[5]
+    assert all(0.01 * p[v] / r[v] < x[v] < 3 * p[v] / r[v] for v in (2, 7))
+    p, q = torch.tensor(p, dtype=torch.float64), torch.tensor(q, dtype=torch.float64)
     logits = q.log().clone().requires_grad_()
-    own = logits.softmax(0)
+    log_own = logits.log_softmax(0)
     entropy = -(p * p.log()).sum()
-    wanted = -sum(p[v] / r[v] * own[v].log() for v in taken) - entropy + c * (sum(own[v] / r[v] for v in taken) - 1)
-    (slope,) = torch.autograd.grad(wanted, logits)
+    wanted = -sum(p[v] / r[v] * log_own[v] for v in taken) - entropy
+    (slope,) = torch.autograd.grad(-sum((p[v] / r[v] - x[v]) * log_own[v] for v in taken), logits)  # pyright: ignore[reportArgumentType]
     ids, weights = torch.tensor([taken]), torch.tensor([[float(p[v]) / r[v] for v in taken]], dtype=torch.float64)
     inclusion = torch.tensor([[r[v] for v in taken]], dtype=torch.float64).log()
     targets = SparseTargets(ids, weights.log(), entropy[None], p.argmax()[None], log_inclusion=inclusion)
@@ -178,16 +199,16 @@ def test_controlled_form_is_its_formula() -> None:
     torch.testing.assert_close(torch.autograd.grad(value.sum(), leaf)[0][0], slope, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize(("gap", "most"), [(0.0, 1e-9), (0.1, 0.02), (0.5, 0.3), (4.0, 1.2)])
+@pytest.mark.parametrize(("gap", "most"), [(0.0, 1e-9), (0.1, 0.02), (0.5, 0.3), (4.0, 1.01)])
 def test_knowing_how_tokens_were_drawn_takes_the_noise_out_as_the_student_comes_near(gap: float, most: float) -> None:
-    """Variance of the gradient, against that of the same draws without it: nothing at no distance, never much more far away."""
+    """Variance of the gradient, against that of the same draws without it: nothing at no distance, never more far away."""
     generator = torch.Generator().manual_seed(3)
     teacher = torch.randn(200, generator=generator, dtype=torch.float64)
     student = teacher + gap * torch.randn(200, generator=generator, dtype=torch.float64)
     noise = []
     for controlled in (True, False):
         leaf = student.expand(4000, -1).clone().requires_grad_()
-        value = sparse_forward_kl(leaf, draw(teacher.softmax(0), 2, 0.05, 4000, controlled=controlled)).sum()
+        value = sparse_forward_kl(leaf, draw(teacher.softmax(0), 8, 12, 4000, controlled=controlled)).sum()
         noise.append(float(torch.autograd.grad(value, leaf)[0].var(0).sum()))
     assert noise[0] <= most * noise[1]
 
