@@ -233,6 +233,10 @@ BROKEN = {
         "my.yaml:6: stages.1.export.formats.0: wants 'compressed-tensors', 'gguf', 'gptq', 'gptq_v2', 'awq' or 'safetensors'; got 'guff', "
         "did you mean 'gguf'?",
     ),
+    "no text left to train on": (
+        HEAD.replace("seq_length: 256", "eval_tokens: all") + STAGES,
+        "my.yaml:3: data.eval_tokens: is 'all', which leaves no text for the stages that need some; give a number, such as 32k",
+    ),
     "unknown logger": (
         HEAD + STAGES + "logger: wanbd\n",
         "my.yaml:6: logger.kind: wants 'wandb', 'csv' or 'none'; got 'wanbd', did you mean 'wandb'?",

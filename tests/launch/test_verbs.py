@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from decoct.launch.cli import app
 from decoct.launch.verbs import TextChoice, copy_recipe, prune_settings, run_verb, verb_overrides, verb_recipe
 from decoct.models.errors import UserError
 
@@ -130,3 +131,23 @@ def test_copy_never_overwrites(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists"):
         copy_recipe("quickstart", target)
     assert target.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("given", "eval_tokens", "length"),
+    [
+        (["--text", "a.txt"], "all", 512),
+        (["--text", "a.txt", "data.seq_length=64"], "all", 64),
+        (["--text", "a.txt", "--tokens", "1k"], 1000, 512),
+        (["--hub", "some/stories"], 32_000, 512),
+        ([], 32_000, 512),
+    ],
+)
+def test_evaluate_measures_all_of_its_files_and_takes_overrides(
+    given: list[str], eval_tokens: int | str, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr("decoct.launch.run.start.start", lambda recipe, out: started.append(recipe))
+    app(["evaluate", "model", *given], standalone_mode=False)
+    assert started[0].data.eval_tokens == eval_tokens
+    assert started[0].data.seq_length == length

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LAST_MARK = 0x10FFFD
+_UNSPELLED = chr(0x10FFFF)
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
@@ -31,6 +32,41 @@ def spelling(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, words))) if words else None
 
 
+def facts_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """What the tokenizer's file says, without padding and truncation.
+
+    Raises: UserError for a slow tokenizer, which has no such file.
+    """
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError("this needs a fast tokenizer (tokenizer.json), which knows where in a text its tokens lie; this one is slow")
+    return {**json.loads(backend.to_str()), "padding": None, "truncation": None}
+
+
+def text_only(facts: dict[str, Any], *, inner: bool = False) -> "Tokenizer":
+    """A tokenizer that takes spelled control tokens for text. Under their ids it has names that nobody spells.
+
+    Args:
+        facts: Of ``facts_of``.
+        inner: For text that does not begin a document: only its very first word may get a space put before it.
+    """
+    from tokenizers import Tokenizer
+
+    facts = json.loads(json.dumps(facts))
+    model = facts["model"]
+    names = {token["content"] for token in facts["added_tokens"] if token["special"]} - {model.get("unk_token")}
+    renamed = {name: f"{_UNSPELLED}{number}{_UNSPELLED}" for number, name in enumerate(sorted(names))}
+    for token in facts["added_tokens"]:
+        token["content"] = renamed.get(token["content"], token["content"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {renamed.get(name, name): number for name, number in model["vocab"].items()}
+    else:  # Unigram: pairs, found in text whatever they are
+        model["vocab"] = [[renamed.get(name, name), score] for name, score in model["vocab"]]
+    if inner:
+        _replace(facts, "prepend_scheme", "first", "never")
+    return Tokenizer.from_str(json.dumps(facts))
+
+
 class Encoder:
     """Encodes samples.
 
@@ -41,11 +77,8 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise UserError("data.kind: chat needs a fast tokenizer (tokenizer.json), which knows where in a text its tokens lie")
         self._tokenizer = tokenizer
-        self._facts: dict[str, Any] = json.loads(backend.to_str())
+        self._facts = facts_of(tokenizer)
         self._trims = _replace(self._facts.get("post_processor"), "trim_offsets", True, False)
         self._copies: dict[tuple[bool, bool], Tokenizer] = {}
         self.pattern = spelling(tokenizer)
@@ -112,13 +145,7 @@ class Encoder:
         if (as_text, inner) not in self._copies:
             from tokenizers import Tokenizer
 
-            facts = {**self._facts, "padding": None, "truncation": None}
-            if inner:
-                # only the very first word of a text gets a space put before it
-                facts = json.loads(json.dumps(facts))
-                _replace(facts, "prepend_scheme", "first", "never")
-            copy = Tokenizer.from_str(json.dumps(facts))
-            copy.encode_special_tokens = as_text
+            copy = text_only(self._facts, inner=inner) if as_text else Tokenizer.from_str(json.dumps(self._facts))
             self._copies[as_text, inner] = copy
         return self._copies[as_text, inner]
 

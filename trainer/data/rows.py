@@ -40,7 +40,8 @@ def rows_of(path: Path, columns: Collection[str] | None = None, *, name: str | N
 
 def _starts_array(stream: BinaryIO) -> bool:
     """Whether a file that should hold an object a line is one JSON array."""
-    return isinstance(stream, io.BufferedReader) and stream.peek(64)[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+    head = stream.peek(64)[:64] if isinstance(stream, io.BufferedReader) else b""
+    return head.decode(encoding_of(head), "ignore").lstrip().startswith("[")
 
 
 def _line_rows(stream: BinaryIO, name: str) -> Iterator[Row]:

@@ -14,11 +14,12 @@ import numpy as np
 
 from ...models.errors import UserError
 from ...models.files import sha256_json
-from .encoding import spelling
+from .encoding import facts_of, spelling, text_only
 from .unfinished import Unfinished
 from .windows import DTYPE
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 PIECE_CHARACTERS = 1_000_000
@@ -80,6 +81,7 @@ def write_tokens(
         )
     begin, end = _outer_ids(tokenizer)
     spelled = _Spelled(tokenizer, control)
+    encoder = tokenizer if control else text_only(facts_of(tokenizer))
     bounds, hashes = work.bounds, work.hashes
     total, told = bounds[-1], time.monotonic()
     if hashes:
@@ -87,7 +89,7 @@ def write_tokens(
     with _tokenizers_in_parallel():
         for batch in _batches(itertools.islice(documents, len(hashes), None)):
             ids = array("i")
-            for (digest, first, last, text), part in zip(batch, _encode(tokenizer, [piece[3] for piece in batch], control)):
+            for (digest, first, last, text), part in zip(batch, _encode(encoder, [piece[3] for piece in batch])):
                 if spelled.look(text, part, last):
                     work.notes[spelled.name] += 1
                 ids.extend([*(begin if first else ()), *part, *(end if last else ())])
@@ -113,9 +115,10 @@ def _outer_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[in
     return begin, [eos] if isinstance(eos, int) else []
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str], control: bool) -> list[list[int]]:
-    more: dict[str, Any] = {} if control else {"split_special_tokens": True}
-    ids: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False, **more)
+def _encode(tokenizer: "PreTrainedTokenizerBase | Tokenizer", texts: list[str]) -> list[list[int]]:
+    if not callable(tokenizer):
+        return [encoded.ids for encoded in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    ids: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)
     return ids["input_ids"]
 
 

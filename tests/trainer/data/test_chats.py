@@ -1,7 +1,10 @@
 """Conversations against what the template itself renders."""
 
 import copy
+import gzip
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from decoct.models.errors import UserError
 from decoct.trainer.cache import cache_dir
 from decoct.trainer.data.chats import ChatEncoder, encode_chat
 from decoct.trainer.data.prepare import open_prepared, prepare_data
+from decoct.trainer.data.text import Documents
 from decoct.trainer.settings import DataSettings
 
 TEMPLATE = (
@@ -105,6 +109,7 @@ def test_turns_that_a_template_rewrites_later_are_learned_as_they_were_rendered_
 
 
 def write_rows(tmp_path: Path, rows: list[Any], kind: str = "jsonl") -> DataSettings:
+    tmp_path.mkdir(exist_ok=True)
     file = tmp_path / f"talks.{kind}"
     if kind == "jsonl":
         file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
@@ -174,3 +179,90 @@ def test_switches_that_would_do_nothing_are_refused() -> None:
         DataSettings(builtin="python-stdlib", mask_prompts=False)
     with pytest.raises(ValueError, match="builtin text has none"):
         DataSettings(builtin="python-stdlib", kind="chat")
+
+
+def test_half_an_emoji_is_replaced_and_counted(tmp_path: Path, chatty: Any) -> None:
+    rows = [json.dumps(row) for row in talks(60)]
+    rows[5] = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "cut \\ud83d"}], "\\ud83d": 1}'
+    data = prepare_data(replace(write_rows(tmp_path, rows), eval_tokens=64), chatty, cache_dir())
+    assert data.samples == {"read": 60, "bad": 0, "first_bad": ""}
+    assert data.left_out["texts with half of a surrogate pair, which became '?'"] == 1
+    windows = [each[i]["input_ids"] for each in (data.train, data.evaluation) for i in range(len(each))]
+    assert "cut ?</assistant>" in "".join(chatty.decode(ids) for ids in windows)
+
+
+def test_every_reason_is_counted(tmp_path: Path, chatty: Any) -> None:
+    rows = talks(80)
+    rows[3], rows[4], rows[5] = "{not json", {"messages": TALK[:1]}, {"messages": TALK[:1]}
+    rows[6] = {"messages": [*TALK[:2], {"role": "assistant", "content": "no", "weight": 0}]}
+    rows[7] = {"messages": [TALK[1], {"role": "assistant", "content": [{"type": "image_url"}]}]}
+    data = prepare_data(write_rows(tmp_path, rows), chatty, cache_dir(), say=lambda text: None)
+    assert data.samples is not None
+    assert (data.samples["read"], data.samples["bad"]) == (80, 4)
+    assert {reason: count for reason, count in data.left_out.items() if "conversations" in reason} == {
+        "conversations: a row that cannot be read": 1,
+        "conversations: no turn of the assistant": 2,
+        "conversations: a part of a message that is no text (image_url)": 1,
+        "conversations of which no turn is to be learned (weight 0)": 1,
+    }
+
+
+def test_samples_of_one_conversation_are_on_one_side(tmp_path: Path, chatty: Any) -> None:
+    chatty.chat_template = FORGETFUL
+    rows = [{"messages": [{**message, "content": f"{n:03d} {message['content']}"} for message in TALK]} for n in range(60)]
+    data = prepare_data(write_rows(tmp_path, rows), chatty, cache_dir())
+    assert data.left_out["further samples, of turns that the chat template rewrites later on"] == 60
+    held, trained = (
+        set(
+            re.findall(
+                r"(\d{3}) (?:be brief|one and|two|sure|quite)", "".join(chatty.decode(side[i]["input_ids"]) for i in range(len(side)))
+            )
+        )
+        for side in (data.evaluation, data.train)
+    )
+    assert held
+    assert trained
+    assert not held & trained
+
+
+@pytest.mark.parametrize("name", ["talks.json", "talks.csv", "talks.jsonl.gz"])
+def test_conversations_come_in_every_kind_of_rows(tmp_path: Path, chatty: Any, name: str) -> None:
+    rows = [{"prompt": f"count to {n}", "completion": f"{n} " * 9} for n in range(60)]
+    file = tmp_path / name
+    if name.endswith(".csv"):
+        file.write_text("prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in rows))
+    elif name.endswith(".gz"):
+        file.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    else:
+        file.write_text(json.dumps(rows))
+    settings = DataSettings(files=(str(file),), kind="chat", seq_length=64, eval_tokens=128)
+    plain = prepare_data(write_rows(tmp_path / "plain", rows), chatty, cache_dir())
+    data = prepare_data(settings, chatty, cache_dir())
+    assert data.samples == {"read": 60, "bad": 0, "first_bad": ""}
+    assert [data.train[i]["input_ids"].tolist() for i in range(len(data.train))] == [
+        plain.train[i]["input_ids"].tolist() for i in range(len(plain.train))
+    ]
+
+
+def test_the_cache_tells_ways_to_read_control_tokens_apart(tmp_path: Path, chatty: Any) -> None:
+    settings = write_rows(tmp_path, talks(60))
+    prints = [
+        prepare_data(
+            replace(settings, kind=kind, text_field="messages", special_tokens=way), chatty, cache_dir(), documents=documents
+        ).fingerprint
+        for kind, documents in (("chat", None), ("text", Documents("told", "0" * 64, lambda: [str(row) for row in talks(60)])))
+        for way in ("auto", "text", "control")
+    ]
+    chat_auto, chat_text, chat_control, text_auto, text_text, text_control = prints
+    assert chat_auto == chat_text != chat_control
+    assert text_auto == text_control != text_text
+
+
+def test_arguments_are_text_for_templates_that_need_it(chatty: Any) -> None:
+    chatty.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}{{ '!' + c.function.arguments }}{% endfor %}"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    assert said(row, chatty)[1] == '!{"a": 1}'
