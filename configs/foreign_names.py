@@ -23,6 +23,7 @@ _CLIP = "it is trainer.gradient_clip"
 _OPTIMIZER = "it is trainer.optimizer: adamw, adamw-8bit or paged-adamw-8bit"
 _BETAS = "it is 'betas' of a stage that trains (stages.0.betas=[0.9,0.99])"
 _SAVES = "it is 'checkpoint_every' of a stage that trains, in optimizer steps"
+_EVALUATIONS = "it is trainer.evaluate_every, in optimizer steps (0 = never)"
 _RESUME = "nothing asks for it: the same command goes on from the newest whole checkpoint"
 _OVERWRITE = "nothing is overwritten: a stage whose settings changed runs again, and its old folder is kept; --out names another run folder"
 _LOGGER = "it is 'logger' at the top of the recipe: wandb, csv or none"
@@ -73,6 +74,7 @@ _MEANT: dict[str, tuple[str, ...]] = {
     _OPTIMIZER: ("optim", "use_8bit_adam"),
     _BETAS: ("adam_beta1", "adam_beta2", "beta1", "beta2", "adam_betas"),
     _SAVES: ("save_steps", "save_every", "save_strategy", "save_interval", "checkpoint_steps", "every_n_train_steps"),
+    _EVALUATIONS: ("eval_steps", "eval_every", "eval_interval", "val_check_interval", "evaluation_strategy", "eval_strategy", "do_eval"),
     _RESUME: ("resume", "resume_from", "resume_from_checkpoint", "ckpt_path"),
     _OVERWRITE: ("overwrite_output_dir", "overwrite", "force"),
     _LOGGER: ("report_to", "wandb", "use_wandb", "tensorboard"),

@@ -51,6 +51,7 @@ LIMITS: dict[type, dict[str, Limits]] = {
         "global_batch_tokens": _COUNT,
         "gradient_clip": _NOT_NEGATIVE,
         "num_workers": Limits(0, 1024),
+        "evaluate_every": _NOT_NEGATIVE,
     },
     TrainingBlock: {
         "learning_rate": _POSITIVE,

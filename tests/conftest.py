@@ -68,7 +68,7 @@ def _read_back(run_dir: Path) -> list[dict[str, Any]]:
 
     parts = []
     for path in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb")):
-        part: dict[str, Any] = {"config": {}, "history": [], "summary": {}}
+        part: dict[str, Any] = {"config": {}, "history": [], "summary": {}, "axes": {}}
         for payload in _records(path):
             record = new_record()
             record.ParseFromString(payload)
@@ -80,6 +80,8 @@ def _read_back(run_dir: Path) -> list[dict[str, Any]]:
                 part["history"].append({_key(item): json.loads(item.value_json) for item in record.history.item})
             elif kind == "summary":
                 part["summary"] |= {_key(item): json.loads(item.value_json) for item in record.summary.update}
+            elif kind == "metric":
+                part["axes"][record.metric.glob_name or record.metric.name] = record.metric.step_metric
             part["ended"] = kind == "exit"
         parts.append(part)
     return parts

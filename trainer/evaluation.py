@@ -95,7 +95,7 @@ def evaluate_model(
     backbone, weight, bias = backbone_and_head(model)
     head: Head = (weight, bias, head_transform(model.config))
     tally = _Tally([], [], [], [], [])
-    with torch.no_grad(), _eval_mode(model), exact_products(torch.device(device).type):
+    with torch.no_grad(), eval_mode(model), exact_products(torch.device(device).type):
         for first in range(0, len(windows), batch):
             last = min(first + batch, len(windows))
             inputs = _stack(windows, first, last, device)
@@ -181,7 +181,7 @@ def calibration_error(confidence: Tensor, correct: Tensor) -> float:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode for a while; afterwards each module is in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -25,6 +25,7 @@ from ..models.errors import MemoryFullError, NonFiniteError, UserError
 from ..models.memory_errors import asked_for, out_of_memory
 from .checkpoints import Checkpoint, find_newest_verified, open_checkpoint, prepare_folder, set_aside
 from .data.order import StepBatches
+from .held_out import HeldOut
 from .hooks import StepHook
 from .loop import LoopCallback, Say, StageLoop
 from .metrics import MetricsSink
@@ -91,6 +92,7 @@ def fit(
     weights: "WeightFiles | None" = None,
     console: "Console | None" = None,
     progress: Progress | None = None,
+    held_out: HeldOut | None = None,
 ) -> FitResult:
     """Train ``student`` on all ranks; continues from ``work/checkpoints`` and returns at once when that is finished.
 
@@ -106,6 +108,7 @@ def fit(
         weights: Where a student on the meta device gets its values from; each rank reads no more than it holds.
         console: Where rank 0 speaks and shows progress; None is silent.
         progress: Shown instead of the console's own.
+        held_out: What the student is evaluated on before the first step and every so many; changes no number of the training.
 
     Raises:
         NonFiniteError: loss or gradient norm is NaN or infinite; weights and checkpoints are as before that step.
@@ -133,6 +136,7 @@ def fit(
         metrics=metrics,
         progress=progress or make_progress(shown),
         say=say,
+        held_out=held_out,
     )
     callback = LoopCallback(loop, found)
     module = TrainingModule(

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 RUN_ID_FILE = "wandb-run-id.txt"
 DEFAULT_PROJECT = "decoct"
+TOKENS = "tokens"
+"""Training tokens of the stage so far: the x-axis of every curve."""
 
 
 def build_loggers(
@@ -167,8 +169,9 @@ def _wandb(settings: LoggerSettings, run_dir: Path, name: str, config: Mapping[s
         # settings in the environment and in W&B's own files that it does not understand, and keys that are none
         told = " ".join(str(error).split())[:300]
         raise UserError(f"logger: wandb cannot start: {told}. WANDB_MODE=offline logs into the run folder only.") from error
-    run.define_metric("trainer/global_step")
-    run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    # curves of stages with batches of different sizes are comparable over tokens, and over nothing else
+    run.define_metric(TOKENS, hidden=True)
+    run.define_metric("*", step_metric=TOKENS, step_sync=True)
     return WandbLogger(name=name, save_dir=run_dir, project=arguments["project"], id=arguments["id"], experiment=run)
 
 

@@ -12,6 +12,7 @@ import torch
 from ..models.errors import UserError
 from .checkpoint_writing import save_checkpoint
 from .checkpoints import Checkpoint, TrainingState
+from .held_out import HeldOut, describe
 from .metrics import MetricsSink
 from .module import StepRecord, TrainingModule
 from .plan import TrainingPlan
@@ -35,6 +36,8 @@ class StageLoop:
     metrics: MetricsSink
     progress: Progress
     say: Say
+    held_out: HeldOut | None = None
+    """What the student is evaluated on meanwhile; None = on nothing."""
 
 
 class LoopCallback(pl.Callback):
@@ -67,6 +70,9 @@ class LoopCallback(pl.Callback):
         pl_module.signals.install()
         self._begun = self._step_begun = time.perf_counter()
         loop.progress.start(loop.stage, loop.plan.total_steps, pl_module.steps_done)
+        if loop.held_out is not None and self.checkpoint is None:
+            loop.metrics.write(loop.stage, 0, {"tokens": 0, **self._evaluate(trainer, pl_module, 0)})
+            self._step_begun = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After the last micro-batch of a step: hooks, one metrics line, a checkpoint when it is due."""
@@ -76,9 +82,11 @@ class LoopCallback(pl.Callback):
             return
         for hook in pl_module.hooks:
             hook.after_step(record.step)
-        self._tell(record)
+        speed = record.input_tokens / max(time.perf_counter() - self._step_begun, 1e-9)
+        plan, held_out = self.loop.plan, self.loop.held_out
+        due = held_out is not None and held_out.due(record.step, plan.total_steps)
+        self._tell(record, speed, self._evaluate(trainer, pl_module, record.step) if due else {})
         self.stopped_by = record.stop
-        plan = self.loop.plan
         if record.step == plan.total_steps or record.step % plan.checkpoint_every == 0 or record.stop is not None:
             self._save(pl_module, trainer.optimizers[0], record.step)
             self._step_begun = time.perf_counter()
@@ -110,12 +118,18 @@ class LoopCallback(pl.Callback):
             )
         seed_generators(derive_seed(loop.plan.seed, "dropout", loop.world.rank, step))
 
-    def _tell(self, record: StepRecord) -> None:
-        now = time.perf_counter()
+    def _evaluate(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> dict[str, float | None]:
+        """Held-out figures after ``step``, told and returned."""
+        assert self.loop.held_out is not None
+        figures = self.loop.held_out.evaluate(module, trainer.precision_plugin.forward_context(), self.loop.world)
+        if text := describe(figures):
+            self.loop.say(f"{self.loop.stage}  step {step}/{self.loop.plan.total_steps}  {text}")
+        return figures
+
+    def _tell(self, record: StepRecord, speed: float, held_out: Mapping[str, float | None]) -> None:
         self.tokens += record.input_tokens
-        speed = record.input_tokens / max(now - self._step_begun, 1e-9)
-        self._step_begun = now
-        self.last = {"tokens": self.tokens, **record.values, "tokens_per_second": speed, "seconds": self.seconds}
+        self._step_begun = time.perf_counter()
+        self.last = {"tokens": self.tokens, **record.values, **held_out, "tokens_per_second": speed, "seconds": self.seconds}
         self.loop.metrics.write(self.loop.stage, record.step, self.last)
         self.loop.progress.update(record.step, record.values["loss"], record.input_tokens)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.files import append_line, write_text_atomic
-from .loggers import finish_loggers
+from .loggers import TOKENS, finish_loggers
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -20,7 +20,7 @@ class MetricsSink:
 
     Args:
         path: ``metrics.jsonl`` of the run; lines of all stages go into it. None (ranks other than 0) writes nothing at all.
-        loggers: Lightning loggers, which get ``<stage>/<name>`` at the stage's own step.
+        loggers: Lightning loggers, which get ``<stage>/<name>`` at the stage's own step, and its tokens once more as ``tokens``: the axis.
     """
 
     def __init__(self, path: Path | None, loggers: Sequence["Logger"] = ()) -> None:
@@ -33,6 +33,8 @@ class MetricsSink:
             return
         append_line(self.path, {"stage": stage, "step": step, **values})
         numbers = {f"{stage}/{name}": float(value) for name, value in values.items() if value is not None}
+        if (tokens := values.get(TOKENS)) is not None:
+            numbers[TOKENS] = float(tokens)
         for logger in self.loggers:
             logger.log_metrics(numbers, step=step)
 
@@ -69,4 +71,5 @@ def read_row(line: str) -> dict[str, Any] | None:
 
 def _is_beyond(line: str, stage: str, step: int) -> bool:
     row = read_row(line)
-    return row is None or (row["stage"] == stage and row["step"] > step)
+    # a stage that begins anew is evaluated before its first step again, and that line has step 0
+    return row is None or (row["stage"] == stage and (step == 0 or row["step"] > step))

@@ -76,9 +76,9 @@ class _Forward(nn.Module):
         self.student = student
         self._objective: Callable[[], Objectivelike] = lambda: objective
 
-    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, LossSums]:
-        """(loss, sums): the loss by itself, because FSDP2 looks for tensors in tuples, not in dataclasses."""
-        sums = self._objective()(self.student, batch)
+    def forward(self, batch: Mapping[str, Tensor], objective: "Objectivelike | None" = None) -> tuple[Tensor, LossSums]:
+        """(loss, sums): the loss by itself, because FSDP2 looks for tensors in tuples, not in dataclasses. ``objective``: another one."""
+        sums = (objective or self._objective())(self.student, batch)
         return sums.loss, sums
 
 
@@ -148,6 +148,17 @@ class TrainingModule(pl.LightningModule):
         self._sums = vector if self._sums is None else self._sums + vector
         self._losses.append((batch[INDEX], sums.loss.detach()))
         return loss
+
+    def evaluation_sums(self, batch: Mapping[str, Tensor], objective: Objectivelike) -> Tensor:
+        """fp64 [3]: tokens, KL and cross-entropy of a micro-batch, summed. Call it without gradients; nothing is noted for the step."""
+        _, sums = self._forward()(batch, objective)
+        return torch.stack([part.detach().to(torch.float64) for part in (sums.tokens, sums.kl, sums.cross_entropy)])
+
+    def reshard(self) -> None:
+        """Let go of what FSDP2 keeps whole between a forward and its backward, after a forward that has none."""
+        release = getattr(self._forward(), "reshard", None)
+        if release is not None:
+            release()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Sum over ranks, scale gradients to the mean over tokens, and refuse to go on when anything is not finite."""

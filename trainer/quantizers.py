@@ -114,6 +114,11 @@ class Quantizers:
             elif after.bits != before.bits:
                 _cut_anew(module, self._bits(module, before), self._bits(module, after))
 
+    def forget_seen(self) -> None:
+        """What passed since the last step was held-out text: no range may follow it."""
+        for ranges in self._followed:
+            ranges.forget_seen()
+
     def state(self) -> dict[str, Tensor]:
         """The steps taken, and ranges of inputs, keys and values: scales and adapters are the student's."""
         state = {"step": torch.tensor(self._step)}

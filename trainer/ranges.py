@@ -42,6 +42,11 @@ class FollowedRanges:
             self._rounders.observe()
             self._set(seen if self._ranges is None else torch.lerp(self._ranges, seen, RANGE_SHARE))
 
+    def forget_seen(self) -> None:
+        """Drop what has been seen since the last step."""
+        if self._follows:
+            self._rounders.observe()
+
     def state(self) -> dict[str, Tensor]:
         """The ranges, once there are any."""
         return {} if self._ranges is None else {self._key: self._ranges}

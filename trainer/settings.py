@@ -90,6 +90,9 @@ class TrainerSettings:
     """Dtype of the weights in model folders (quantized folders are fp32: codes times scales are not bf16 numbers)."""
     deterministic: bool = True
     """Deterministic algorithms, so that a resumed run ends in the same bits."""
+    evaluate_every: int | Literal["auto"] = "auto"
+    """Optimizer steps between evaluations on a small part of the held-out text; auto = about eight a stage, on as much text as costs some
+    two percent of its time; 0 = never. Changes no number of the training."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from .tables import HEADINGS, report_rows
 
 _CAPTIONS = {
     "size-quality": "Each point is a model on disk; the line follows the recipe. Unpacked quantized folders are left out.",
-    "curves": "Training curves from metrics.jsonl.",
+    "curves": "Training curves from metrics.jsonl; points are taken on a small part of the held-out text while the stage trains.",
     "sparsity": "Zeros per decoder layer.",
 }
 

@@ -1,13 +1,17 @@
 """The pictures of a report, drawn by matplotlib as SVG (page, docs) or PNG (W&B)."""
 
 import io
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 from .curves import Curves
+from .tables import count
 
+_TRAINED, _HELD_OUT = "#1f4e79", "#c0392b"
 _COLOURS = {
     "teacher": "#1f4e79",
     "distill": "#2a9d8f",
@@ -76,24 +80,42 @@ def _plain_ticks(axes: Any) -> None:
 
 
 def training_curves(curves: Curves) -> "Figure":
-    """KL to the teacher (or the loss, where there is none) over the optimizer steps, one panel a stage."""
+    """KL to the teacher (or the loss, where there is none) over the training tokens, one panel a stage; held-out figures as points."""
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
     figure = _figure(3.4 * columns, 2.6 * rows)
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for (stage, lines), axes in zip(curves.items(), panels):
         has_teacher = any(line.get("kl") for line in lines)
-        steps, values = [line["step"] for line in lines], [line["kl" if has_teacher else "loss"] for line in lines]
-        axes.plot(steps, values, linewidth=0.8, color="#1f4e79", alpha=0.3)
-        axes.plot(steps, _smooth(values), linewidth=1.3, color="#1f4e79")
+        figures = _points(lines, "kl" if has_teacher else "loss")
+        held_out = _points(lines, "held_out_kl" if has_teacher else "held_out_perplexity", (lambda x: x) if has_teacher else math.log)
+        axes.plot(*zip(*figures), linewidth=0.8, color=_TRAINED, alpha=0.3)
+        axes.plot([x for x, _ in figures], _smooth([y for _, y in figures]), linewidth=1.3, color=_TRAINED, label="training")
+        if held_out:
+            axes.plot(*zip(*held_out), "o-", markersize=3.5, linewidth=1, color=_HELD_OUT, label="held out")
+            axes.legend(fontsize=7)
         axes.set_title(stage, fontsize=9)
-        axes.set_xlabel("step", fontsize=8)
+        axes.set_xlabel("tokens" if any("tokens" in line for line in lines) else "step", fontsize=8)
         axes.set_ylabel("KL to teacher, nats" if has_teacher else "cross-entropy, nats", fontsize=8)
+        axes.xaxis.set_major_locator(_few())
+        axes.xaxis.set_major_formatter(lambda value, _: count(round(value)) if value else "0")
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.25)
     for axes in list(panels):
         axes.set_visible(False)
     return figure
+
+
+def _few() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=4, integer=True)
+
+
+def _points(lines: list[dict[str, Any]], figure: str, scale: Callable[[float], float] = lambda x: x) -> list[tuple[float, float]]:
+    """(tokens, value) of the lines that have the figure; of lines without tokens the step."""
+    chosen = [line for line in lines if line.get(figure) is not None]
+    return [(line["step"] if line.get("tokens") is None else line["tokens"], scale(line[figure])) for line in chosen]
 
 
 def _smooth(values: list[float], share: float = 0.05) -> list[float]:

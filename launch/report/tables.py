@@ -17,12 +17,41 @@ _SHORT = {"parameters": "params", "bits/weight": "bits/w", "sparsity": "zeros", 
 
 def report_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """Text cells under ``HEADINGS``: teacher and stages that made a model, the re-read exports, then what is there for scale."""
+    return [_cells(name, row) for name, row in _shown(report)]
+
+
+def _shown(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     # After an export, `evaluate` judges the re-read files, which have a row of their own.
     twice = "evaluate" if report["exports"] else None
-    rows = [_cells(row["name"], row) for row in report["stages"] if row["eval"] and row["kind"] != twice]
-    rows += [_cells(f"{row['format']} (re-read)", row) for row in report["exports"]]
-    rows += [_cells(f"{row['name']} (for scale)", row) for row in report["baselines"]]
-    return rows
+    rows = [(row["name"], row) for row in report["stages"] if row["eval"] and row["kind"] != twice]
+    rows += [(f"{row['format']} (re-read)", row) for row in report["exports"]]
+    return rows + [(f"{row['name']} (for scale)", row) for row in report["baselines"]]
+
+
+NUMBERS = (
+    "step", "kind", "parameters", "size_bytes", "folder_bytes", "bits_per_weight", "sparsity", "perplexity", "perplexity_change", "kl",
+    "kl_p99", "top1", "ece", "tokens", "seconds",
+)  # fmt: skip
+
+
+def report_numbers(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of ``report_rows`` as numbers under ``NUMBERS``, None where there is none: for trackers, which draw and compare them."""
+    return [_numbers(name, row) for name, row in _shown(report)]
+
+
+def _numbers(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    measured, plain = row.get("eval") or {}, ("parameters", "sparsity", "tokens", "seconds")
+    return {
+        **dict.fromkeys(NUMBERS),
+        **{key: row.get(key) for key in plain},
+        **{key: measured.get(key) for key in ("perplexity", "kl", "kl_p99", "top1", "ece")},
+        "step": name,
+        "kind": row.get("kind", "export"),
+        "size_bytes": served(row, "bytes"),
+        "folder_bytes": row.get("bytes"),
+        "bits_per_weight": served(row, "bits_per_weight"),
+        "perplexity_change": (row.get("change") or {}).get("perplexity"),
+    }
 
 
 def _cells(name: str, row: dict[str, Any]) -> tuple[str, ...]:

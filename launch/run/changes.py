@@ -1,5 +1,6 @@
 """What a stage did to the held-out figures: the change against the model it began with, and a word when training made it worse."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...trainer.settings import TrainingBlock
@@ -36,20 +37,33 @@ def change_between(before: Row | None, after: Row) -> dict[str, Any] | None:
     return {"since": before["name"], "perplexity": new["perplexity"] / old["perplexity"] - 1, "kl": kl}
 
 
-def warning_of(entry: "StageEntry", before: Row | None, after: Row) -> str | None:
-    """A sentence when a stage that only trains ends worse on held-out text than it began; None when it does not, or nothing is known.
+def warning_of(entry: "StageEntry", before: Row | None, after: Row, curve: Sequence[Row] = ()) -> str | None:
+    """A sentence when training ended worse on held-out text than it began; None when it did not, or nothing is known.
 
-    Judged is what the stage learns: the KL to the recipe's teacher, or the perplexity where it learns from the text.
+    Judged is what the stage learns: the KL to the teacher, or the perplexity where it learns from the text. A stage that only trains is
+    held against the row before; one that trains rounded weights against the same weights rounded and not yet trained.
+
+    Args:
+        curve: the stage's lines of metrics.jsonl.
     """
-    if entry.kind not in _ONLY_TRAIN or before is None or not before.get("eval") or not after.get("eval"):
-        return None
-    old, new = before["eval"], after["eval"]
-    figure = "kl" if learns_from_teacher(entry) and old["kl"] is not None and new["kl"] is not None else "perplexity"
-    if not new[figure] > old[figure] * (1 + NOISE):
+    if entry.kind in _ONLY_TRAIN and before is not None and before.get("eval") and after.get("eval"):
+        old, new = before["eval"], after["eval"]
+        kl = learns_from_teacher(entry) and old["kl"] is not None and new["kl"] is not None
+        between = f"{before['name']} -> {entry.name}"
+        return _worse(entry, "kl" if kl else "perplexity", old["kl" if kl else "perplexity"], new["kl" if kl else "perplexity"], between)
+    if entry.kind == "qat" and entry.settings.delay == 0 and entry.settings.anneal_from is None:
+        for figure in ("kl", "perplexity"):
+            seen = [line[f"held_out_{figure}"] for line in curve if line.get(f"held_out_{figure}") is not None]
+            if len(seen) > 1:
+                return _worse(entry, figure, seen[0], seen[-1], "rounded weights before and after training, on the text watched meanwhile")
+    return None
+
+
+def _worse(entry: "StageEntry", figure: str, old: float, new: float, between: str) -> str | None:
+    if not new > old * (1 + NOISE):
         return None
     words = {"kl": "KL to the teacher", "perplexity": "perplexity"}[figure]
     return (
-        f"{entry.name} ends worse on held-out text than it began: {words} {old[figure]:.4g} -> {new[figure]:.4g} ({before['name']} -> "
-        f"{entry.name}). Give it more tokens, a lower peak rate (stages.{entry.index}.learning_rate) or a longer warm-up "
-        f"(stages.{entry.index}.warmup), or leave the stage out"
+        f"{entry.name} ends worse on held-out text than it began: {words} {old:.4g} -> {new:.4g} ({between}). Give it more tokens, a lower "
+        f"peak rate (stages.{entry.index}.learning_rate) or a longer warm-up (stages.{entry.index}.warmup), or leave the stage out"
     )

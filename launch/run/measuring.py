@@ -23,6 +23,7 @@ from ...trainer.stages.drift import ROUNDED, teacher_drift
 from ...trainer.stages.measure import best_device, measure_folder, measure_teacher, quant_record, too_large_to_measure
 from ...trainer.stages.quantize import round_unquantized
 from ...trainer.stages.registry import STAGE_KINDS
+from ..report.curves import read_curves
 from .changes import change_between, warning_of
 from .folder import RunFolder, StageFolder
 from .origin import Origin
@@ -193,7 +194,7 @@ class Measuring:
                 **seen,
             }
         )
-        if warning := warning_of(entry, before, row):
+        if warning := warning_of(entry, before, row, read_curves(self.folder.metrics).get(entry.name, [])):
             self._note(warning)
         return state["makes_model"]
 

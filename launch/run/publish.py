@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from ...trainer.loggers import log_image, log_summary, log_table
 from ..report.curves import read_curves
 from ..report.pictures import draw_all, render
-from ..report.tables import HEADINGS, report_rows
+from ..report.tables import NUMBERS, report_numbers
 
 if TYPE_CHECKING:
     from ...trainer.metrics import MetricsSink
@@ -16,9 +16,21 @@ def publish(report: dict[str, Any], folder: "RunFolder", metrics: "MetricsSink")
     """Log table, pictures and the last model's figures to every logger that can take them."""
     if not metrics.loggers:
         return
-    log_table(metrics.loggers, "stages", HEADINGS, report_rows(report))
+    rows = report_numbers(report)
+    log_table(metrics.loggers, "stages", NUMBERS, [tuple(row.values()) for row in rows])
     for name, figure in draw_all(report, read_curves(folder.metrics)).items():
         log_image(metrics.loggers, name, render(figure, "png"))
     last = (report["exports"] or report["stages"])[-1]
     figures = {f"final/{name}": value for name, value in (last.get("eval") or {}).items() if value is not None}
-    log_summary(metrics.loggers, {**figures, "final/bytes": last["bytes"], "final/parameters": last["parameters"]})
+    figures |= {"final/bytes": last["bytes"], "final/parameters": last["parameters"]}
+    log_summary(metrics.loggers, {**figures, **_stage_figures(rows)})
+
+
+def _stage_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """``<step>/final_<figure>``: every number of every row, beside the step's own curves."""
+    return {
+        f"{row['step']}/final_{key}": value
+        for row in rows
+        for key, value in row.items()
+        if isinstance(value, int | float) and value is not None
+    }

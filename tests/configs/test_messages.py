@@ -24,7 +24,7 @@ BROKEN = {
     "mistyped key in a section": (
         HEAD.replace("seq_length", "seq_lenght") + STAGES,
         "my.yaml:3: data.seq_lenght: unknown key, did you mean 'seq_length'? valid here: builtin, files, hub, hub_config, hub_split, "
-        "kind, mask_prompts, text_field, seq_length, packing, eval_tokens, max_documents",
+        "kind, mask_prompts, text_field, special_tokens, seq_length, packing, eval_tokens, max_documents",
     ),
     "mistyped key at the top": (
         HEAD + STAGES + "trianer: {precision: 32}\n",
@@ -54,7 +54,7 @@ BROKEN = {
         HEAD + STAGES + "trainer: {betas: [0.9, 0.99]}\n",
         "my.yaml:6: trainer.betas: unknown key, it belongs to a stage that trains; valid here: devices, strategy, "
         "activation_checkpointing, compile, optimizer, precision, global_batch_tokens, micro_batch, gradient_clip, "
-        "num_workers, save_dtype, deterministic",
+        "num_workers, save_dtype, deterministic, evaluate_every",
     ),
     "duplicate key": (
         HEAD + STAGES + "trainer:\n  precision: 32\n  devices: 1\n  precision: bf16-mixed\n",

@@ -61,6 +61,21 @@ def _same_bits(one: Path, other: Path) -> None:
     assert (one / "student.safetensors").read_bytes() == (other / "student.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(("strategy", "kind"), [("ddp", "distill"), ("fsdp2", "distill"), ("fsdp2", "learned")])
+def test_evaluating_meanwhile_changes_no_bit_on_two_ranks(training_command: list[str], tmp_path: Path, strategy: str, kind: str) -> None:
+    common = [kind, "steps=12", "windows=8", "micro=2", "ranks=2", "every=5", f"strategy={strategy}"]
+    _torchrun(training_command[-1], tmp_path / "plain", *common)
+    _torchrun(training_command[-1], tmp_path / "watched", *common, "watch=3")
+    _same_bits(tmp_path / "plain", tmp_path / "watched")
+    watched = [row for row in _rows(tmp_path / "watched") if "held_out_kl" in row]
+    assert [row["step"] for row in watched] == [0, 3, 6, 9, 12]
+    _alone(training_command, tmp_path / "one", kind, "steps=12", "windows=8", "micro=2", "every=5", "watch=3")
+    first = _rows(tmp_path / "one")[0]
+    assert (watched[0]["held_out_kl"], watched[0]["held_out_perplexity"]) == pytest.approx(
+        (first["held_out_kl"], first["held_out_perplexity"]), rel=1e-5
+    ), "before any step all hold the same student"
+
+
 @pytest.mark.parametrize("kind", ["distill", "prune", "qat", "learned", "lattices"])
 def test_ddp_and_fsdp2_give_the_curve_of_one_process(training_command: list[str], tmp_path: Path, kind: str) -> None:
     common = [kind, "steps=20", "windows=8", "dropout=0.0", "every=100"]

@@ -42,7 +42,7 @@ def _offline_part(run_dir: Path, steps: range, console: Console) -> None:
     )
     sink = MetricsSink(run_dir / "metrics.jsonl", loggers)
     for step in steps:
-        sink.write("01-distill", step, {"loss": 2.0 / step, "kl": None})
+        sink.write("01-distill", step, {"tokens": 512 * step, "loss": 2.0 / step, "kl": None})
     log_table(loggers, "stages", ("step", "bytes"), [("teacher", 123), ("01-distill", 45)])
     log_image(loggers, "size-against-quality", _png())
     log_summary(loggers, {"final/perplexity": 12.5})
@@ -68,8 +68,9 @@ def test_wandb_offline_parts_can_be_read_back_under_one_id(
     assert [part["id"] for part in parts] == [identifier, identifier]
     losses = [row["01-distill/loss"] for part in parts for row in part["history"] if "01-distill/loss" in row]
     assert losses == [2.0, 1.0, 2.0 / 3, 0.5]
-    steps = [row["trainer/global_step"] for part in parts for row in part["history"] if "01-distill/loss" in row]
-    assert steps == [1, 2, 3, 4]
+    tokens = [row["tokens"] for part in parts for row in part["history"] if "01-distill/loss" in row]
+    assert tokens == [512, 1024, 1536, 2048]
+    assert parts[0]["axes"]["*"] == "tokens"
     first = parts[0]
     assert first["project"] == "decoct"
     assert first["config"]["seed"] == 3

@@ -67,6 +67,8 @@ def test_loggers_get_the_numbers_under_the_stage_name(tmp_path: Path) -> None:
     sink = MetricsSink(tmp_path / "metrics.jsonl", [recorder])  # pyright: ignore[reportArgumentType]
     sink.write("01-distill", 4, {"loss": 2, "kl": None})
     assert recorder.lines == [({"01-distill/loss": 2.0}, 4)]
+    sink.write("01-distill", 5, {"tokens": 512, "loss": 1})
+    assert recorder.lines[1] == ({"01-distill/tokens": 512.0, "01-distill/loss": 1.0, "tokens": 512.0}, 5), "the axis has no stage in it"
 
 
 def test_a_sink_without_a_path_is_silent(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from decoct.qat.lattices import SpecChange
 from decoct.qat.spec import ActivationSpec, QuantSpec
 from decoct.trainer.batch import BatchPlan
 from decoct.trainer.fit import FitResult, TrainingPlan, fit
+from decoct.trainer.held_out import HeldOut, derive_watch
 from decoct.trainer.hooks import KeepZeros, MaskHook, StepHook
 from decoct.trainer.metrics import MetricsSink
 from decoct.trainer.objective import Objective
@@ -171,6 +172,18 @@ class Case:
     ledger: int = 0
     strike: str = ""
     hidden: int = 32
+    watch: int = 0
+    """Optimizer steps between evaluations on held-out windows; 0 = never."""
+
+    def held_out(self, objective: Any) -> HeldOut | None:
+        """Three windows that are never trained on."""
+        if not self.watch:
+            return None
+        text = RandomWindows(9, seed=77)
+        watch = derive_watch(
+            self.watch, total_steps=self.steps, step_windows=self.windows, seq_length=SEQ, available=len(text), ranks=self.ranks
+        )
+        return HeldOut(text, watch, objective.teacher, VOCAB) if watch else None
 
     def plan(self) -> TrainingPlan:
         """The plan of this case."""
@@ -290,6 +303,7 @@ def run_case(case: Case, work: Path, *, console: Console | None = None, **change
     objective = changes.pop("objective", None) or case.objective()
     if case.ledger:
         objective = Ledger(objective, work)
+    changes.setdefault("held_out", case.held_out(getattr(objective, "objective", objective)))
     windows = changes.pop("windows", None) or RandomWindows()
     result = fit(student, objective, windows, case.plan(), **{**arguments, **changes})
     return result, result.student  # pyright: ignore[reportReturnType]

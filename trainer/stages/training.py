@@ -8,6 +8,7 @@ from ...models.errors import UserError
 from ...models.teachers import Teacher
 from ..batch import derive_batch
 from ..fit import fit
+from ..held_out import HeldOut, derive_watch
 from ..hooks import StepHook
 from ..objective import Objective
 from ..plan import TrainingPlan
@@ -124,6 +125,7 @@ def train_student(
     teacher = stage_teacher(settings, context, plan)
     _announce(context, plan, teacher)
     objective = Objective(teacher, settings.loss, v_eff=context.v_eff)
+    held_out = _held_out(context, plan, teacher)
     result = fit(
         student.model,
         objective,
@@ -135,6 +137,7 @@ def train_student(
         metrics=context.metrics,
         console=context.console,
         weights=student.weights,
+        held_out=held_out,
     )
     return Trained(student=result.student, tokens=result.tokens, seconds=result.seconds, facts=facts or {})
 
@@ -149,6 +152,26 @@ def _announce(context: StageContext, plan: TrainingPlan, teacher: Teacher | Spar
     )
     if options := _options(plan):
         context.say(f"  {options}")
+
+
+def _held_out(context: StageContext, plan: TrainingPlan, teacher: Teacher | SparseTeacher | None) -> HeldOut | None:
+    """What the stage is evaluated on while it trains."""
+    text = context.data.evaluation
+    watch = derive_watch(
+        context.trainer.evaluate_every,
+        total_steps=plan.total_steps,
+        step_windows=plan.batch.global_windows,
+        seq_length=text.seq_length,
+        available=len(text),
+        ranks=current_world().size,
+    )
+    if watch is None:
+        return None
+    plural = "s" if watch.every > 1 else ""
+    context.say(
+        f"  evaluated every {watch.every} step{plural} on {watch.windows * text.seq_length:,} held-out tokens (trainer.evaluate_every)"
+    )
+    return HeldOut(text, watch, teacher, context.v_eff)
 
 
 def _options(plan: TrainingPlan) -> str:

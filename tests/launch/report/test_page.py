@@ -1,9 +1,12 @@
 """The page stands alone: pictures inside, nothing fetched, user text escaped."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from decoct.launch.report.build import write_report
 from decoct.launch.report.curves import read_curves
@@ -60,6 +63,21 @@ def test_curves_leave_out_damaged_lines_wherever_they_are(tmp_path: Path) -> Non
     bad = b'\xff\n[1]\n{"stage": "a"}\n{"stage": [], "step": 1}\n{"stage": "a", "step": null}\n' + b"[" * 100_000 + b"\n"
     file.write_bytes(b'{"stage": "a", "step": 1, "loss": 3.0, "note": "x"}\n' + bad + b'{"stage": "a", "step": 2, "loss": 2.0}\n')
     assert read_curves(file) == {"a": [{"stage": "a", "step": 1, "loss": 3.0}, {"stage": "a", "step": 2, "loss": 2.0}]}
+
+
+def test_curves_are_over_tokens_with_held_out_points_and_gaps_where_nothing_was_learnt() -> None:
+    lines = [{"stage": "a", "step": 0, "tokens": 0, "held_out_kl": 0.9, "held_out_perplexity": 20.0}]
+    lines += [{"stage": "a", "step": s, "tokens": 512 * s, "loss": 1.0 / s, "kl": 0.5 / s} for s in range(1, 5)]
+    lines[2] |= {"loss": None, "kl": None}
+    lines[4] |= {"held_out_kl": 0.2, "held_out_perplexity": 11.0}
+    (axes,) = training_curves({"a": lines}).axes
+    trained, _, held_out = axes.get_lines()
+    assert np.asarray(trained.get_xdata()).tolist() == [512, 1536, 2048]
+    assert np.asarray(held_out.get_xydata()).tolist() == [[0, 0.9], [2048, 0.2]]
+    assert axes.get_xlabel() == "tokens"
+    alone = [{**line, "kl": None} for line in lines]
+    (axes,) = training_curves({"a": alone}).axes
+    assert np.asarray(axes.get_lines()[2].get_ydata()).tolist() == [math.log(20.0), math.log(11.0)]
 
 
 def test_every_panel_of_the_curves_that_stands_empty_is_hidden() -> None:

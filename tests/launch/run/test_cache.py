@@ -35,7 +35,7 @@ def said(process: "subprocess.Popen[str]", code: int = 0) -> str:
 
 def curve(folder: Path, name: str) -> list[dict[str, Any]]:
     lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    return [line for line in map(json.loads, lines) if line["stage"] == "01-distill"]
+    return [line for line in map(json.loads, lines) if line["stage"] == "01-distill" and line["step"] > 0]
 
 
 @pytest.mark.slow

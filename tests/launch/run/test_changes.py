@@ -49,6 +49,24 @@ def test_judged_is_what_a_stage_learns(stage: Any, before: Any, after: Any, told
     assert bool(warning_of(entry(stage), row("a", *before), row("b", *after))) == told
 
 
+@pytest.mark.parametrize(
+    ("settings", "seen", "told"),
+    [
+        ({}, [0.04, 0.03, 0.05], True),
+        ({}, [0.04, 0.06, 0.03], False),
+        ({"delay": 0.2}, [0.04, 0.03, 0.05], False),  # it began without rounding
+        ({"anneal_from": 8}, [0.04, 0.03, 0.05], False),  # it began with more bits
+        ({}, [], False),
+    ],
+)
+def test_training_of_rounded_weights_is_held_against_the_same_weights_untrained(settings: Any, seen: list[float], told: bool) -> None:
+    curve = [{"step": n, "held_out_kl": kl} for n, kl in enumerate(seen)] + [{"step": 9, "loss": 1.0}]
+    said = warning_of(entry({"qat": {"tokens": "1M", **settings}}), row("a", 9.0, 0.01), row("b", 9.0, 0.05), curve)
+    assert bool(said) == told
+    if told:
+        assert "KL to the teacher 0.04 -> 0.05 (rounded weights before and after training" in (said or "")
+
+
 def test_nothing_is_said_of_what_was_not_measured() -> None:
     assert warning_of(entry(DISTILL), None, row("b", 9.0, 1.0)) is None
 

@@ -53,7 +53,8 @@ def fingerprint(folder: Path) -> dict[str, Any]:
     files = {f"{s}/{n}": folder / s / "model" / n for s in TRAINING for n in ("model.safetensors", "quant/codes.safetensors")}
     hashes = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items() if file.exists()}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    losses = [(line["stage"], line["step"], line["loss"]) for line in lines if line["stage"] in TRAINING]
+    figures = ("step", "loss", "held_out_kl", "held_out_perplexity")
+    losses = [(line["stage"], *map(line.get, figures)) for line in lines if line["stage"] in TRAINING]
     return {"files": hashes, "losses": losses}
 
 

@@ -122,7 +122,7 @@ def test_model_folders_load_in_plain_transformers(tiny: dict[str, Any], run: Any
 
 def test_two_processes_give_the_curve_of_one(tiny: dict[str, Any], run: Any, tmp_path: Path) -> None:
     tiny["stages"] = [{"distill": {"steps": 20}}]
-    curves = []
+    curves, watched = [], []
     for name, overrides in (
         ("one", ["trainer.devices=1"]),
         ("ddp", ["trainer.devices=2", "trainer.strategy=ddp"]),
@@ -131,10 +131,15 @@ def test_two_processes_give_the_curve_of_one(tiny: dict[str, Any], run: Any, tmp
         done = run({**tiny, "name": name}, *overrides)
         assert done.returncode == 0, done.stdout + done.stderr
         lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
-        curves.append([json.loads(line)["loss"] for line in lines if json.loads(line)["stage"] == "01-distill"])
+        steps = [line for line in map(json.loads, lines) if line["stage"] == "01-distill"]
+        curves.append([line["loss"] for line in steps if line["step"] > 0])
+        watched.append([line["held_out_kl"] for line in steps if "held_out_kl" in line])
     assert len(curves[0]) == 20
     for alone, *together in zip(*curves, strict=True):
         assert together == pytest.approx([alone, alone], rel=1e-5)
+    assert len(watched[0]) > 5
+    for others in watched[1:]:
+        assert others == pytest.approx(watched[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
