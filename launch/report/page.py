@@ -8,7 +8,7 @@ from .pictures import draw_all, render
 from .tables import HEADINGS, report_rows
 
 _CAPTIONS = {
-    "size-quality": "Each point is a model on disk; the line follows the recipe. Unpacked quantized folders are left out.",
+    "size-quality": "Each point is a model, by the size that it is served at; the line follows the recipe.",
     "curves": "Training curves from metrics.jsonl; points are taken on a small part of the held-out text while the stage trains.",
     "sparsity": "Zeros per decoder layer.",
 }

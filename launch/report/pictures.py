@@ -9,13 +9,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 from .curves import Curves
-from .tables import count
+from .labels import place_labels
+from .tables import count, served
 
 _TRAINED, _HELD_OUT = "#1f4e79", "#c0392b"
 _COLOURS = {
     "teacher": "#1f4e79",
     "distill": "#2a9d8f",
-    "prune": "#e9a23b",
+    "prune": "#c77d0a",
     "qat": "#7b5ea7",
     "quantize": "#999999",
     "export": "#c0392b",
@@ -41,42 +42,62 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 def size_against_quality(report: dict[str, Any]) -> "Figure":
-    """Perplexity over bytes of the weight files: the path of the stages, the packed export, the rounded teacher for scale.
+    """Perplexity over bytes as served: the path of the stages, the packed export, the rounded teacher for scale.
 
-    Unpacked quantized folders are left out: they are an intermediate form that nobody serves.
+    Where there is an export, the folder with its codes is left out: it is the same model. Rows without a size (hub ids) or with a
+    perplexity beyond all numbers are left out too.
     """
-    figure = _figure(7.5, 4.4)
+    figure = _figure(7.5, 4.6)
     axes = figure.subplots()
-    path = [row for row in report["stages"] if row.get("eval") and row["kind"] not in ("qat", "quantize", "evaluate")]
-    path += [{**row, "kind": "export", "name": f"{row['format']} export"} for row in report["exports"] if row.get("eval")]
-    points = [(row["bytes"] / 1e6, row["eval"]["perplexity"]) for row in path]
-    axes.plot([x for x, _ in points], [y for _, y in points], color="#bbbbbb", linewidth=1, zorder=1)
-    for row, (x, y) in zip(path, points):
-        axes.scatter(x, y, s=70, color=_COLOURS.get(row["kind"], "#555555"), zorder=3)
-        axes.annotate(row["name"], (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8)
-    for row in (row for row in report["baselines"] if row.get("eval")):
-        axes.scatter(row["bytes"] / 1e6, row["eval"]["perplexity"], s=70, marker="X", color="#999999", zorder=2)
-        label = f"{row['name']} (no training)"
-        axes.annotate(label, (row["bytes"] / 1e6, row["eval"]["perplexity"]), xytext=(6, -12), textcoords="offset points", fontsize=8)
+    twice = ("qat", "quantize", "evaluate") if report["exports"] else ("evaluate",)
+    path = [row for row in report["stages"] if _has_point(row) and row["kind"] not in twice]
+    path += [{**row, "kind": "export", "name": f"{row['format']} export"} for row in report["exports"] if _has_point(row)]
+    others = [row for row in report["baselines"] if _has_point(row)]
+    axes.plot(*zip(*map(_point, path)), color="#bbbbbb", linewidth=1, zorder=1)
+    for row in path:
+        axes.scatter(*_point(row), s=70, color=_COLOURS.get(row["kind"], "#555555"), zorder=3)
+    for row in others:
+        axes.scatter(*_point(row), s=70, marker="X", color="#999999", zorder=2)
     axes.set_xscale("log")
-    axes.set_xlabel("weight files, MB (log)")
-    axes.set_ylabel("held-out perplexity, lower is better")
+    axes.set_xlabel("size as served, MB (log)")
     axes.set_title("Size against quality")
-    _plain_ticks(axes)
-    axes.margins(x=0.18, y=0.15)
+    heights = [_point(row)[1] for row in (*path, *others)]
+    far = bool(heights) and max(heights) > _FAR * min(heights)
+    axes.set_yscale("log" if far else "linear")
+    axes.set_ylabel(f"held-out perplexity{' (log)' if far else ''}, lower is better")
+    _plain_ticks(axes.xaxis)
+    if far:
+        _plain_ticks(axes.yaxis)
+    axes.margins(x=0.18, y=0.18)
     axes.grid(alpha=0.25)
+    names = [row["name"] for row in path] + [f"{row['name']} (no training)" for row in others]
+    colours = [_COLOURS.get(row["kind"], "#555555") for row in path] + ["#777777" for _ in others]
+    place_labels(axes, [_point(row) for row in (*path, *others)], names, colours)
     return figure
 
 
-def _plain_ticks(axes: Any) -> None:
-    """Megabytes as numbers instead of powers of ten, also between the decades."""
+_FAR = 4
+"""Ratio of perplexities from which a linear axis would press all but the worst together."""
+
+
+def _has_point(row: dict[str, Any]) -> bool:
+    return bool(row.get("eval")) and bool(served(row, "bytes")) and math.isfinite(row["eval"]["perplexity"])
+
+
+def _point(row: dict[str, Any]) -> tuple[float, float]:
+    """(megabytes, perplexity)."""
+    return served(row, "bytes") / 1e6, row["eval"]["perplexity"]
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Plain numbers instead of powers of ten, also between the decades."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
+    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
     plain = ScalarFormatter()
     plain.set_scientific(False)
-    axes.xaxis.set_major_formatter(plain)
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(plain)
+    axis.set_minor_formatter(NullFormatter())
 
 
 def training_curves(curves: Curves) -> "Figure":

@@ -1,0 +1,115 @@
+"""Labels of points that lie close together: each beside its point, where it covers no other label and no point."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_RADII = (9, 16, 26, 38, 52, 68, 86, 106, 130, 160, 195)
+"""Distances of a label from its point, in points of a 72nd of an inch."""
+_ANGLES = (35, -35, 145, -145, 0, 180, 90, -90, 15, -15, 165, -165, 60, -60, 120, -120, 75, -75, 105, -105)
+"""Directions in degrees, the preferred ones first."""
+_NEAR = 16
+"""Up to this distance it is plain which point a label belongs to; beyond, a thin line says so."""
+_MARKER = 6.0
+_COVERED = 1000.0
+"""Cost of a covered pixel, in points of distance: nothing is covered where there is room anywhere."""
+
+Box = tuple[float, float, float, float]
+"""Left, bottom, right, top in pixels."""
+
+
+def place_labels(
+    axes: "Axes", points: Sequence[tuple[float, float]], labels: Sequence[str], colours: Sequence[str], *, fontsize: float = 8
+) -> list[Any]:
+    """Write each label beside its point. Call it last: limits and scales of the axes must stand.
+
+    Args:
+        points: x and y in data coordinates.
+        labels: one for each point; colours: of each label.
+
+    Returns: the annotations, in order.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure: Any = axes.figure
+    renderer: Any = FigureCanvasAgg(figure).get_renderer()
+    scale = figure.dpi / 72
+    # what is written must not move the axes again
+    made: list[Any] = []
+    for label, point, colour in zip(labels, points, colours):
+        made.append(axes.annotate(label, point, xytext=(0, 0), textcoords="offset points", fontsize=fontsize, color=colour))
+        made[-1].set_in_layout(False)
+    figure.draw_without_rendering()
+    places = [tuple(axes.transData.transform(point)) for point in points]
+    markers = [(x - _MARKER * scale, y - _MARKER * scale, x + _MARKER * scale, y + _MARKER * scale) for x, y in places]
+    inside = axes.get_window_extent(renderer)
+    taken: list[Box] = []
+    for number, (text, place) in enumerate(zip(made, places)):
+        extent = text.get_window_extent(renderer)
+        size = (extent.width + 2 * scale, extent.height + 1 * scale)
+        others = [other for at, other in enumerate(places) if at != number]
+        candidates = _candidates(place, size, scale)
+        costs = [_cost(box, taken, markers, inside) + _doubt(box, place, others) + 2 * radius for radius, box in candidates]
+        best = min(range(len(costs)), key=lambda order: (costs[order], order))
+        radius, box = candidates[best]
+        taken.append(box)
+        text.set_position(((box[0] - place[0]) / scale + 1, (box[1] - place[1]) / scale + 1))
+        text.set_verticalalignment("bottom")
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.3})
+        if radius > _NEAR or _doubt(box, place, others):
+            nearest = (min(max(place[0], box[0]), box[2]), min(max(place[1], box[1]), box[3]))
+            _tie(axes, text.xy, ((nearest[0] - place[0]) / scale, (nearest[1] - place[1]) / scale))
+    return made
+
+
+def _candidates(place: tuple[float, float], size: tuple[float, float], scale: float) -> list[tuple[float, Box]]:
+    """(distance, box) around a point, near ones first. The box's nearest edge or corner is that far away."""
+    width, height = size
+    found = []
+    for radius in _RADII:
+        for angle in _ANGLES:
+            dx, dy = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+            # the box leans away from the point: its centre is half its size further out
+            x = place[0] + dx * radius * scale + width / 2 * (dx if abs(dx) < 0.3 else math.copysign(1, dx))
+            y = place[1] + dy * radius * scale + height / 2 * (dy if abs(dy) < 0.3 else math.copysign(1, dy))
+            found.append((radius, (x - width / 2, y - height / 2, x + width / 2, y + height / 2)))
+    return found
+
+
+def _cost(box: Box, taken: Sequence[Box], markers: Sequence[Box], inside: Any) -> float:
+    """Pixels of other labels, points and the world outside the axes that the box would cover."""
+    left, bottom, right, top = box
+    area = (right - left) * (top - bottom)
+    within = overlap(box, (inside.x0, inside.y0, inside.x1, inside.y1))
+    covered = sum(overlap(box, other) for other in (*taken, *markers)) + 2 * (area - within)
+    return _COVERED * covered
+
+
+def _doubt(box: Box, place: tuple[float, float], others: Sequence[tuple[float, float]]) -> float:
+    """What it costs that another point is as near to the box as its own: as much as being 75 points further away, where a line tells."""
+    own = _distance(box, place)
+    near = any(_distance(box, other) <= 1.2 * own for other in others)
+    return 150.0 if near else 0.0
+
+
+def _distance(box: Box, place: tuple[float, float]) -> float:
+    """From a point to the nearest place of a box."""
+    x = max(box[0] - place[0], 0.0, place[0] - box[2])
+    y = max(box[1] - place[1], 0.0, place[1] - box[3])
+    return math.hypot(x, y)
+
+
+def overlap(one: Box, other: Box) -> float:
+    """Area that two boxes share."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return width * height if width > 0 and height > 0 else 0.0
+
+
+def _tie(axes: "Axes", point: tuple[float, float], offset: tuple[float, float]) -> None:
+    """A thin line from the point to the nearest place of its label's box."""
+    line = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+    axes.annotate("", xy=point, xytext=offset, textcoords="offset points", arrowprops=line, zorder=1).set_in_layout(False)
