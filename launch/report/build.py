@@ -73,6 +73,7 @@ def protocol_lines(report: Report) -> list[str]:
     return [
         f"Held-out text: {p['text']} (fingerprint {p['text_hash'][:12]}), {p['tokens']:,} tokens "
         f"in non-overlapping windows of {p['context']}, computed in {p['dtype']}.",
+        *_left_out(p.get("left_out", {})),
         "KL is the mean over tokens of KL(teacher || model) in nats; top-1 is how often both predict the same token.",
         "Size is what the model takes where it is served, folder its weight files on disk. After qat or quantize the two differ: the "
         "folder holds codes times scales in fp32, and an export packs codes and scales and keeps the rest in 16 bits (embeddings, head "
@@ -84,6 +85,12 @@ def protocol_lines(report: Report) -> list[str]:
         f"Commit {report['commit'] or 'of an installed package'}; {packages}; Python {v['python']}; "
         f"{', '.join(v['gpus']) or v['cpu']}, {v['cores']} cores.",
     ]
+
+
+def _left_out(counts: dict[str, int]) -> list[str]:
+    """What of the text was not used, by reason; nothing to say where all was."""
+    listed = "; ".join(f"{count:,} {reason}" for reason, count in counts.items())
+    return [f"Not used of the text: {listed}."] if listed else []
 
 
 def markdown_report(report: Report) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from ...models.errors import UserError
 from .conversations import COLUMNS, SHAPES, Conversation, NothingToLearnError, map_strings, read_conversation
 from .encoding import Encoder
+from .files import printable
 from .readers import whole_text
 from .rendering import Sample, samples_of
 from .rows import Row
@@ -35,6 +36,7 @@ FORMAT = 2
 MOST_BAD = 0.1
 """Share of bad rows beyond which the data as a whole is refused."""
 _MOST_REASONS = 20
+_MOST_CHARACTERS = 300
 _FIRST_COLUMNS = ("messages", "prompt", "completion")
 
 
@@ -52,6 +54,7 @@ class Samples:
 
     def refuse(self, where: str, why: str) -> None:
         """Count a bad one."""
+        why = printable(why)[:_MOST_CHARACTERS]
         self.bad += 1
         self.first_bad = self.first_bad or f"{where}: {why}"
         self.reasons[why if why in self.reasons or len(self.reasons) < _MOST_REASONS else "other reasons"] += 1

@@ -39,8 +39,13 @@ _SPECIAL: tuple[tuple[Callable[[int], bool], str], ...] = (
 
 
 def shown(path: Path | str) -> str:
-    """A file's name as it can be printed and written to JSON: bytes that are no UTF-8 as ``\\xff``."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """A file's name as it can be printed and written to JSON: bytes that are no UTF-8, and control characters, as ``\\xff``."""
+    return printable(os.fsencode(path).decode("utf-8", "backslashreplace"))
+
+
+def printable(text: str) -> str:
+    """Text from outside as it can be shown on a terminal: what is no character of a line is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def suffix_of(path: Path) -> str:

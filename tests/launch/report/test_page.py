@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from decoct.launch.report.build import write_report
+from decoct.launch.report.build import markdown_report, write_report
 from decoct.launch.report.curves import read_curves
 from decoct.launch.report.page import render_page
 from decoct.launch.report.pictures import draw_all, render, training_curves
@@ -83,3 +83,10 @@ def test_curves_are_over_tokens_with_held_out_points_and_gaps_where_nothing_was_
 def test_every_panel_of_the_curves_that_stands_empty_is_hidden() -> None:
     curves = {f"{n:02d}-distill": CURVES["01-distill"] for n in range(5)}
     assert [axes.get_visible() for axes in training_curves(curves).axes] == [True] * 5 + [False]
+
+
+def test_what_of_the_text_is_not_used_is_said(report: dict[str, Any]) -> None:
+    assert "Not used" not in markdown_report(report)
+    report["protocol"]["left_out"] = {"blank documents": 1200, "conversations: <b>": 3}
+    assert "Not used of the text: 1,200 blank documents; 3 conversations: <b>." in markdown_report(report)
+    assert "3 conversations: &lt;b&gt;" in render_page(report, {})

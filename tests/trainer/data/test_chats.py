@@ -195,13 +195,15 @@ def test_every_reason_is_counted(tmp_path: Path, chatty: Any) -> None:
     rows = talks(80)
     rows[3], rows[4], rows[5] = "{not json", {"messages": TALK[:1]}, {"messages": TALK[:1]}
     rows[6] = {"messages": [*TALK[:2], {"role": "assistant", "content": "no", "weight": 0}]}
+    rows[8] = {"messages": [{"role": "user\x1b[2J", "content": None}]}
     rows[7] = {"messages": [TALK[1], {"role": "assistant", "content": [{"type": "image_url"}]}]}
     data = prepare_data(write_rows(tmp_path, rows), chatty, cache_dir(), say=lambda text: None)
     assert data.samples is not None
-    assert (data.samples["read"], data.samples["bad"]) == (80, 4)
+    assert (data.samples["read"], data.samples["bad"]) == (80, 5)
     assert {reason: count for reason, count in data.left_out.items() if "conversations" in reason} == {
         "conversations: a row that cannot be read": 1,
         "conversations: no turn of the assistant": 2,
+        "conversations: a message without content": 1,
         "conversations: a part of a message that is no text (image_url)": 1,
         "conversations of which no turn is to be learned (weight 0)": 1,
     }

@@ -154,6 +154,7 @@ def test_names_that_are_no_utf8_are_read_and_shown(tmp_path: Path) -> None:
     assert r"caf\xe9.txt" in str(caught.value)
     assert str(caught.value).isascii()
     assert shown(name) == r"caf\xe9.txt"
+    assert shown("a\nb\x1b[31m.txt") == r"a\nb\x1b[31m.txt"
 
 
 def test_a_file_that_unpacks_to_absurdly_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
