@@ -3,6 +3,7 @@
 It lives in ``<cache>/teachers/<hash of text, tokenizer, model and training settings>/``; a broken-off training resumes there.
 """
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ import torch
 
 from ..losses.settings import LossSettings
 from ..models.errors import UserError
-from ..models.files import atomic_directory, sha256_json
+from ..models.files import atomic_directory, clean_leftovers, sha256_json
+from ..models.locks import waiting_for
 from ..models.settings import ScratchSettings
 from ..models.tokenizer import train_tokenizer
 from .cache import cache_dir
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from .data.text import Documents
 
 _FORMAT = 2
+_LOG = logging.getLogger(__name__)
+LOCK = "lock"
+"""File in the teacher's folder that the run holds which makes it."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,16 @@ def locate_scratch(settings: ScratchSettings, data: DataSettings, trainer: Train
 
 
 def make_tokenizer(settings: ScratchSettings, place: ScratchTeacher, text: "Documents") -> None:
-    """Train the tokenizer, unless it is there (rank 0)."""
+    """Train the tokenizer, unless it is there or another run makes it meanwhile (rank 0)."""
     if place.tokenizer.exists():
         return
-    tokenizer = train_tokenizer(iter(text), settings.vocab)
-    place.folder.mkdir(parents=True, exist_ok=True)
-    with atomic_directory(place.tokenizer) as folder:
-        tokenizer.save_pretrained(folder)
+    with waiting_for(place.folder / LOCK, "makes the same scratch teacher", _LOG.warning):
+        if place.tokenizer.exists():
+            return
+        clean_leftovers(place.folder)
+        tokenizer = train_tokenizer(iter(text), settings.vocab)
+        with atomic_directory(place.tokenizer) as folder:
+            tokenizer.save_pretrained(folder)
 
 
 def scratch_config(settings: ScratchSettings, v_eff: int, context: int, end: int | None = None) -> "LlamaConfig":

@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,8 +19,11 @@ from typing import Any
 from ...models.errors import UserError
 from ...models.files import check_writable_folder, clean_leftovers, write_json_atomic, write_text_atomic
 from ...models.folder import verify_folder_files
+from ...models.locks import Lock, acquire_or_refuse, no_locks
 
 STAGE_FILE = "stage.json"
+LOCK = ".lock"
+"""File in the run folder that its run holds."""
 _PACKAGES = (
     "decoct",
     "torch",
@@ -188,17 +192,24 @@ class RunFolder:
         """The local truth about training curves."""
         return self.path / "metrics.jsonl"
 
-    def open(self, recipe_text: str) -> bool:
-        """Create the folder (UserError when it cannot be written) with the resolved recipe and the versions in it.
+    def lock(self, say: Callable[[str], None]) -> Lock:
+        """Create the folder (UserError when it cannot be written) and make it this process's own until the lock is released.
 
-        Returns: whether it was not there before.
+        Raises: UserError when another run works in it; nothing in it is changed then.
         """
-        new = not self.path.exists()
+        check_writable_folder(self.path, "the run folder (runs/<name>, or --out)")
+        lock = Lock(self.path / LOCK)
+        acquire_or_refuse(lock, f"the run folder {self.path}")
+        if not lock.lockable:
+            say(no_locks(lock.file))
+        return lock
+
+    def open(self, recipe_text: str) -> None:
+        """Create the folder (UserError when it cannot be written) with the resolved recipe and the versions in it."""
         check_writable_folder(self.path, "the run folder (runs/<name>, or --out)")
         clean_leftovers(self.path)
         write_text_atomic(self.path / "recipe.yaml", recipe_text)
         write_json_atomic(self.path / "versions.json", versions())
-        return new
 
     def discard(self) -> None:
         """Remove the folder of a start that failed before anything was made."""

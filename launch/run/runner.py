@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...models.errors import GateFailed, UserError
 from ...models.folder import content_hash
+from ...models.locks import Lock
 from ...models.pruning.record import sparse_modules
 from ...models.settings import CacheSettings, ServedSettings
 from ...trainer.loggers import build_loggers, finish_loggers
@@ -44,9 +45,16 @@ class Runner:
             # a log file has no width of its own
             self.console.width = max(self.console.width, WIDE)
         self.session = Session(world, run_dir)
+        self._lock: Lock | None = None
 
     def run(self) -> dict[str, Any]:
         """Run every stage and write the report. A gate that is not met ends the run where it stands: GateFailed after the report."""
+        try:
+            return self._run()
+        finally:
+            self._unlock()
+
+    def _run(self) -> dict[str, Any]:
         started = time.perf_counter()
         plain, origin, teacher = self._open()
         record = {"base_model": teacher.name if teacher else self._student_name(), "run": self.recipe.name}
@@ -72,12 +80,20 @@ class Runner:
 
     def fill_caches(self) -> None:
         """Let the teacher predict what the stages will need, and stop there."""
-        _, origin, teacher = self._open()
-        for entry in self.recipe.stages:
-            if learns_from_teacher(entry):
-                self._say(entry.name, style="bold")
-                fill_cache(entry.settings, self._context(entry, origin, teacher))
-        self.session.close()
+        try:
+            _, origin, teacher = self._open()
+            for entry in self.recipe.stages:
+                if learns_from_teacher(entry):
+                    self._say(entry.name, style="bold")
+                    fill_cache(entry.settings, self._context(entry, origin, teacher))
+            self.session.close()
+        finally:
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def _open(self) -> tuple[dict[str, Any], Origin, TeacherRef | None]:
         """(resolved recipe, text and tokenizer, teacher), the folder made, a scratch teacher trained."""
@@ -86,7 +102,7 @@ class Runner:
         from ...configs.recipe import resolved
 
         plain = resolved(self.recipe)
-        new = self.session.on_first(lambda: self.folder.open(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)))
+        new = self.session.on_first(lambda: self._enter(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)))
         self._say(f"{self.recipe.name} -> {self.folder.path}", style="bold")
         try:
             origin = open_origin(self.recipe, self.session)
@@ -103,6 +119,13 @@ class Runner:
         if origin.scratch:
             train_scratch_teacher(self.recipe, origin, self.session, self.metrics, self.console)
         return plain, origin, self._teacher(origin)
+
+    def _enter(self, recipe_text: str) -> bool:
+        """Make the run folder this run's own (rank 0); whether it was not there before."""
+        new = not self.folder.path.exists()
+        self._lock = self.folder.lock(self._say)
+        self.folder.open(recipe_text)
+        return new
 
     def _say(self, text: str, style: str = "") -> None:
         # File names and recipe names may hold what rich takes for markup.

@@ -1,15 +1,14 @@
 """Trains the embedded teacher before the first stage, on all ranks, under a lock: two runs may want the same one."""
 
 import contextlib
-import fcntl
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from ...models.folder import save_model_folder
-from ...trainer.scratch import new_llama, scratch_record, teacher_training
+from ...models.locks import waiting_for
+from ...trainer.scratch import LOCK, new_llama, scratch_record, teacher_training
 from ...trainer.stages.context import StageContext, Trained
 from ...trainer.stages.opening import OpenStudent
 from ...trainer.stages.training import train_student
@@ -24,19 +23,6 @@ if TYPE_CHECKING:
     from .session import Session
 
 STAGE = "teacher"
-
-
-@contextlib.contextmanager
-def only_one_run(folder: Path, console: "Console") -> Iterator[None]:
-    """Hold the folder's lock; says so when it has to wait for another run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.print("another run is training the same teacher; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def train_scratch_teacher(recipe: "Recipe", origin: Origin, session: "Session", metrics: "MetricsSink", console: "Console") -> None:
@@ -75,7 +61,10 @@ def train_scratch_teacher(recipe: "Recipe", origin: Origin, session: "Session", 
 
 
 def _enter(lock: contextlib.ExitStack, folder: Path, console: "Console") -> None:
-    lock.enter_context(only_one_run(folder, console))
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    lock.enter_context(waiting_for(folder / LOCK, "makes the same scratch teacher", say))
 
 
 def _save(trained: Trained, recipe: "Recipe", origin: Origin) -> None:

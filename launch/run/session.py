@@ -9,6 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ...trainer.world import World, connect, value_of_first
 from .workers import remember_outcome
 
 POLL_SECONDS = 0.2
+_STALE_SECONDS = 60.0
 
 
 class RankZeroFailed(SystemExit):
@@ -84,5 +86,15 @@ class Session:
         dist.barrier()
         remember_outcome(code)
         if self.world.is_first:
-            shutil.rmtree(self._folder.parent, ignore_errors=True)
+            self._clean()
         dist.barrier()
+
+    def _clean(self) -> None:
+        """Remove the status files of this start and of those that were killed; one that was refused just now may still read its own."""
+        for folder in self._folder.parent.iterdir():
+            with suppress(OSError):
+                old = time.time() - folder.stat().st_mtime > _STALE_SECONDS
+                if folder == self._folder or old or folder.name < self._folder.name:
+                    shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            self._folder.parent.rmdir()

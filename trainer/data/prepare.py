@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...models.errors import UserError
 from ...models.files import atomic_directory, check_free_space, clean_leftovers, sha256_file, sha256_json, write_json_atomic
+from ...models.locks import waiting_for
 from ..settings import DataSettings
 from .chats import FORMAT as CHAT_FORMAT
 from .chats import Samples, write_chats
@@ -71,7 +72,7 @@ def prepare_data(
     train: bool = True,
     say: Say = _LOG.warning,
 ) -> PreparedData:
-    """Tokenize the text of ``settings``, or find it in the cache (rank 0).
+    """Tokenize the text of ``settings``, or find it in the cache (rank 0); waits for another process that makes the same entry.
 
     Args:
         cache_dir: The cache folder, from ``cache.cache_dir()``.
@@ -101,14 +102,16 @@ def prepare_data(
         facts["train"] = False
     fingerprint = sha256_json(facts)
     target = cache_dir / "tokens" / fingerprint
-    if target.exists():
-        damage = _damage(target, thorough=True)
-        if not damage:
-            return open_prepared(target)
-        say(f"tokenized text in {target} is damaged ({damage}); it is made again")
-    with _readable_errors(target.parent):
-        _clear(target)
-        _build(settings, tokenizer, documents, target, {"fingerprint": fingerprint, **facts}, train, say)
+    if not target.exists() or _damage(target, thorough=True):
+        with waiting_for(target.with_name(f"{target.name}.making"), "tokenizes the same text", say):
+            # another process may have made it meanwhile
+            damage = _damage(target, thorough=True) if target.exists() else "missing"
+            if damage:
+                if damage != "missing":
+                    say(f"tokenized text in {target} is damaged ({damage}); it is made again")
+                with _readable_errors(target.parent):
+                    _clear(target)
+                    _build(settings, tokenizer, documents, target, {"fingerprint": fingerprint, **facts}, train, say)
     return open_prepared(target)
 
 

@@ -1,7 +1,8 @@
 """From a stage that wants a cached teacher to one that is whole: what is missing is captured by all ranks together."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,13 +12,14 @@ from ...models.errors import UserError
 from ...models.families import head_transform
 from ...models.files import sha256_json
 from ...models.loading import load_config
+from ...models.locks import Lock, no_locks
 from ...models.settings import CacheSettings
 from ...models.teachers import LocalTeacher
 from ..cache import cache_dir
 from ..data.order import StepBatches
 from ..data.tokens import tokenizer_hash
 from ..plan import TrainingPlan
-from ..world import current_world, sum_over_ranks
+from ..world import current_world, sum_over_ranks, value_of_first
 from .cached import CachedTeacher, row_format
 from .capture import capture, missing_windows
 from .rows import RowFormat
@@ -75,9 +77,12 @@ def cached_teacher(
     store.refresh()
     needed = stage_windows(plan, windows)
     missing = missing_windows(store, windows, needed)
-    _together()
-    if missing:
-        _fill(context, store, form, windows, missing, open_teacher)
+    # another run may have added some between the looks of two ranks
+    if float(sum_over_ranks(torch.tensor([len(missing)], dtype=torch.float64))):
+        with _alone(store, context):
+            store.refresh()
+            if missing := missing_windows(store, windows, needed):
+                _fill(context, store, form, windows, missing, open_teacher)
     if world.is_first:
         context.say(f"  teacher's cache {store.folder}: {_measured(store, form)}")
     return CachedTeacher(store, form, teacher.name)
@@ -148,6 +153,23 @@ def _measured(store: Store, form: RowFormat) -> str:
     size = sum(entry.stat().st_size for entry in (store.folder / "shards").iterdir())
     what = "KL(cache || teacher)" if form.tail else "KL(one draw || teacher)"
     return f"{tokens:,.0f} tokens, {size / max(tokens, 1):.1f} bytes a token with its index, {what} {kl:.2e} nats a token"
+
+
+@contextmanager
+def _alone(store: Store, context: "StageContext") -> Iterator[None]:
+    """Hold the cache's lock on rank 0, so that two runs do not ask the teacher the same. All ranks wait, in short collectives."""
+    world, lock, told = current_world(), Lock(store.folder / "lock"), False
+    with lock:
+        while not value_of_first(int(world.is_first and lock.acquire())):
+            if world.is_first and not told:
+                context.say(f"  {lock.holder()} fills the same teacher's cache; waiting for it")
+                told = True
+            time.sleep(_POLL_SECONDS)
+        if not lock.lockable:
+            context.say(f"  {no_locks(lock.file)}")
+        yield
+        # nobody goes on to read before everybody has written
+        _together()
 
 
 def _together() -> None:

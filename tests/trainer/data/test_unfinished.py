@@ -3,7 +3,9 @@
 import errno
 import fcntl
 import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,29 @@ def test_what_nobody_came_back_for_is_removed(tokenizer: PreTrainedTokenizerBase
     os.utime(old / "progress.json", (0, 0))
     prepared(tokenizer, told(texts))
     assert not old.exists()
+
+
+def test_who_wants_the_same_text_waits_for_the_one_that_tokenizes_it(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> None:
+    """Two at once, as two processes are to the lock: the text is read once, and both have the same entry."""
+    begun, waiting = threading.Event(), threading.Event()
+    reads, said = [], list[str]()
+
+    def slow() -> Iterator[str]:
+        reads.append(1)
+        begun.set()
+        assert waiting.wait(60)
+        yield from texts
+
+    def say(text: str) -> None:
+        said.append(text)
+        waiting.set()
+
+    text = Documents("told", "0" * 64, slow)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(prepared, tokenizer, text)
+        assert begun.wait(60)
+        second = prepare_data(SETTINGS, tokenizer, cache_dir(), documents=text, say=say)
+        assert second.path == first.result().path
+    assert len(reads) == 1
+    assert [line.endswith("tokenizes the same text; waiting for it") for line in said] == [True]
+    assert len(list((cache_dir() / "tokens").iterdir())) == 1
