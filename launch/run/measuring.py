@@ -9,19 +9,18 @@ import torch
 from ...models.capabilities import capabilities
 from ...models.errors import UserError
 from ...models.files import sha256_json, write_json_atomic
-from ...models.folder import content_hash, read_record, save_model_folder
+from ...models.folder import content_hash, read_record
 from ...models.loading import load_model
 from ...models.teachers import LocalTeacher, open_teacher
 from ...qat.export import export_folder
-from ...qat.modules import fold, quantize_model
+from ...qat.folder import save_quantized_folder
+from ...qat.modules import quantize_model
 from ...qat.packing import PACKED_BITS
 from ...qat.spec import QuantSpec
-from ...qat.state import QUANT_FILE
 from ...trainer.settings import EvaluateSettings
 from ...trainer.stages.context import TeacherRef
 from ...trainer.stages.drift import ROUNDED, teacher_drift
 from ...trainer.stages.measure import best_device, measure_folder, measure_teacher, quant_record, too_large_to_measure
-from ...trainer.stages.quantize import round_unquantized
 from ...trainer.stages.registry import STAGE_KINDS
 from ..report.curves import read_curves
 from .changes import change_between, warning_of
@@ -229,15 +228,11 @@ class Measuring:
         if reason := capabilities(model).refusal("rtn"):
             raise UserError(reason)
         state = quantize_model(model, spec)
-        fold(model, state)
-        round_unquantized(model, state)
         unpacked = place / "unpacked"
         if unpacked.exists():
             shutil.rmtree(unpacked)
         place.mkdir(parents=True, exist_ok=True)
-        record = {"base_model": self.teacher.name, "kind": "quantize", "quant": state.record()}
-        tensors = {QUANT_FILE: state.tensors()}
-        save_model_folder(unpacked, model, self.origin.tokenizer, record, dtype=torch.float32, extra_tensors=tensors)
+        save_quantized_folder(model, state, unpacked, tokenizer=self.origin.tokenizer, base_model=self.teacher.name)
         if spec.kind == "int" and spec.bits in PACKED_BITS:
             export_folder(unpacked, place / "packed", "compressed-tensors", runtimes=False)
             shutil.rmtree(unpacked)

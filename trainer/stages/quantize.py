@@ -16,6 +16,7 @@ from ...models.folder import save_model_folder
 from ...models.host_memory import available_bytes
 from ...models.loading import load_model
 from ...models.streaming import can_stream, empty_model
+from ...qat.folder import STORED, round_unquantized
 from ...qat.ptq import CalibrationText, RoundedModel, Rounding, amount_of_work, round_model
 from ...qat.ptq.report import error_lines
 from ...qat.spec import QuantSpec
@@ -34,8 +35,6 @@ from .zeros import input_zeros
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-STORED = torch.bfloat16
-"""Dtype that exports store everything in that is not quantized, and runtimes compute with."""
 _NOTES_TOLD = 5
 
 
@@ -189,19 +188,6 @@ def beside_words(settings: LatticeSettings) -> list[str]:
     """What is rounded beside weights, in so many parts."""
     both = {"inputs": settings.activations, "keys and values": settings.kv_cache}
     return [f"{what} in {spec.kind}, {spec.scaling}" for what, spec in both.items() if spec]
-
-
-def round_unquantized(model: "PreTrainedModel", state: QuantState) -> None:
-    """Put every tensor that is not quantized onto the bf16 grid, in place: the values that exports store and runtimes use."""
-    quantized = {f"{name}.weight" for name in state.modules}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in quantized:
-                continue
-            stored = parameter.to(STORED).to(parameter.dtype)
-            # writing to pages of a mapped file would take memory for them
-            if not torch.equal(stored, parameter):
-                parameter.copy_(stored)
 
 
 def save_quantized(

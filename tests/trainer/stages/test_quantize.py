@@ -18,6 +18,7 @@ from decoct.models.families import decoder_linears
 from decoct.models.folder import read_record, save_model_folder
 from decoct.models.loading import load_model
 from decoct.models.teachers import load_teacher
+from decoct.qat.folder import round_unquantized
 from decoct.qat.modules import fold, quantize_model
 from decoct.qat.ptq import CalibrationText, MethodName, Rounding, ScaleChoice, round_model
 from decoct.qat.spec import QuantSpec
@@ -27,7 +28,7 @@ from decoct.trainer.evaluation import evaluate_model
 from decoct.trainer.quantization_settings import QuantizeSettings
 from decoct.trainer.stages import quantize
 from decoct.trainer.stages.context import StageContext
-from decoct.trainer.stages.quantize import finish, round_unquantized, rounding_of, wants_streaming
+from decoct.trainer.stages.quantize import finish, rounding_of, wants_streaming
 
 MakeContext = Callable[..., StageContext]
 Prepared = Callable[..., PreparedData]
@@ -40,7 +41,8 @@ def said(context: StageContext) -> str:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir() if file.name != "decoct.json"}
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != "decoct.json")
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def rounding(context: StageContext) -> dict[str, Any]:
