@@ -29,6 +29,7 @@ MOST: dict[str, int] = {
     **dict.fromkeys(_POSITIONS, 2**31),
 }
 """The largest number that is taken for each field; the largest models of 2026 are far below."""
+_POSITIVE = ("hidden_size", "vocab_size", "num_attention_heads", "n_embd", "n_head")
 _PRODUCT = 100_000
 _REMEDY = "config.json is damaged or of another model; fetch or export the model again"
 
@@ -47,7 +48,8 @@ def check_numbers(fields: Mapping[str, Any], where: object) -> None:
         for name, most in MOST.items():
             given = part.get(name)
             for value in given if isinstance(given, list) else (given,):
-                if value is not None and (isinstance(value, bool) or (isinstance(value, int | float) and not -1 <= value <= most)):
+                least = 1 if name in _POSITIVE else -1
+                if isinstance(value, bool) or (isinstance(value, int | float) and not least <= value <= most):
                     raise UserError(
                         f"{where}: {name} is {value!r:.40}; a whole number up to {most:,} is allowed. If it was read: {_REMEDY}"
                     )
