@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-VOCABULARY = 128
+VOCABULARY = 320
 _SIZES: dict[str, Any] = {
     # width
     "hidden_size": 64, "d_model": 64, "n_embd": 64, "emb_dim": 64, "embedding_dim": 64, "dim_model_base": 64, "lru_width": 64,
@@ -40,7 +40,33 @@ _SIZES: dict[str, Any] = {
 }  # fmt: skip
 """Field -> its value, where the default config has the field as a number."""
 
-_OF_TYPE: dict[str, dict[str, Any]] = {}
+_OF_TYPE: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gemma3n_text": {"intermediate_size": [128, 128], "activation_sparsity_pattern": [0.0, 0.0], "altup_num_inputs": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "reformer": {"is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_embds": False},
+    "roc_bert": {"pronunciation_vocab_size": 64, "shape_vocab_size": 64, "pronunciation_embed_dim": 16, "shape_embed_dim": 16},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["mamba", "hybrid"]},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "zamba2": {"n_mamba_heads": 8, "layers_block_type": ["mamba", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+}
 """What the rules above leave wrong for one ``model_type``."""
 
 
@@ -48,11 +74,15 @@ def architectures() -> list[str]:
     """Every ``model_type`` that AutoModelForCausalLM knows, sorted."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    return sorted(config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING)
+    return sorted({config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING})
 
 
-def tiny_config(model_type: str) -> Any:
-    """The config, in its tiny form; raises what transformers raises where it cannot be made."""
+def tiny_config(model_type: str, *, decoder: bool = True) -> Any:
+    """The config, in its tiny form; raises what transformers raises where it cannot be made.
+
+    Args:
+        decoder: ``is_decoder``, where the config has it.
+    """
     from transformers import AutoConfig
 
     default = AutoConfig.for_model(model_type)
@@ -61,12 +91,18 @@ def tiny_config(model_type: str) -> Any:
     layers = next(
         (fields[name] for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers") if name in fields), 2
     )
-    kinds = getattr(text, "layer_types", None)
+    kinds = text.to_dict().get("layer_types")
     if kinds:
         # one layer of each kind, at least two
         distinct = list(dict.fromkeys(kinds))
         chosen = distinct if len(distinct) > 1 else distinct * layers
         fields |= {"layer_types": chosen, "num_hidden_layers": len(chosen)}
+    if "is_decoder" in text.to_dict():
+        # BERT and its kin: encoders, unless told otherwise
+        fields["is_decoder"] = decoder
+    if "kv_lora_rank" in fields:
+        # keys and values of all heads come from one latent vector
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
     fields |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0} | _OF_TYPE.get(model_type, {})
     if text is default:
         return AutoConfig.for_model(model_type, **fields)
@@ -81,11 +117,11 @@ def _shrunk(config: Any) -> dict[str, Any]:
     return {key: _SIZES[key] for key, value in plain.items() if key in _SIZES and isinstance(value, int) and not isinstance(value, bool)}
 
 
-def tiny_model(model_type: str) -> Any:
+def tiny_model(model_type: str, *, decoder: bool = True) -> Any:
     """fp32, random weights of a fixed seed, on the CPU, in eval mode."""
     from transformers import AutoModelForCausalLM
 
-    config = tiny_config(model_type)
+    config = tiny_config(model_type, decoder=decoder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

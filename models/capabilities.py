@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .errors import UserError
-from .families import FAMILIES, backbone_and_head, decoder_layers, decoder_linears, text_config
+from .families import FAMILIES, backbone_and_head, decoder_layers, decoder_linears, is_plain_linear, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 LEAST_COVERED = 0.95
 """Share of the decoder's weights that a stage must reach, unless its setting ``allow_partial`` is true."""
-ACTIONS = ("measure", "distil", "packing", "keep layers", "prune channels", "prune weights", "rtn", "gptq", "qat")
-"""measure = perplexity and KL, which every run ends with; distil = training of any kind; packing = several documents in one window."""
+ACTIONS = ("measure", "distil", "packing", "keep layers", "prune channels", "prune weights", "rtn", "gptq", "qat", "export")
+"""measure = perplexity and KL, which every run ends with; distil = training of any kind; packing = several documents in one window; export
+= to any packed format."""
 _WEIGHT_ACTIONS = ("prune weights", "rtn", "gptq", "qat")
 
 
@@ -68,11 +69,21 @@ class Capabilities:
         return None if self.weights.linears and self.reasons.get(action) == _uncovered(self.weights) else self.refusal(action)
 
 
-def capabilities(model: "PreTrainedModel") -> Capabilities:
-    """The answers for ``model``, on any device, meta too; nothing is run."""
+def capabilities(model: "PreTrainedModel", measured: Mapping[str, str] | None = None) -> Capabilities:
+    """The answers for ``model``, on any device, meta too; nothing is run.
+
+    Args:
+        measured: What running its family has shown, action -> why not; None = as it is on record.
+    """
     weights = decoder_weights(model)
     kind: str = text_config(model.config).model_type
-    reasons = dict(measured_reasons(kind))
+    reasons = dict(measured_reasons(kind) if measured is None else measured)
+    # such as routers
+    special = {name.rpartition(".")[2]: type(linear).__name__ for name, linear in _special(model).items()}
+    if special:
+        parts = ", ".join(f"{leaf} ({kind})" for leaf, kind in special.items())
+        patterns = ", ".join(f"'*.{leaf}'" for leaf in special)
+        reasons |= dict.fromkeys(("rtn", "gptq", "qat"), f"{parts} are linears with a forward of their own; add {patterns} to skip")
     future = future_setting(model.config)
     if reason := _without_head(model) or (future and f"it sees later tokens: {future}"):
         reasons |= dict.fromkeys(("measure", "distil"), reason)
@@ -148,7 +159,13 @@ def future_setting(config: "PreTrainedConfig") -> str | None:
         return f"config.json has use_bidirectional_attention={text.use_bidirectional_attention!r}"
     if getattr(text, "is_causal", True) is False:
         return "config.json has is_causal=false"
+    if getattr(text, "is_decoder", None) is False and text.model_type in _facts()["encoders"]:
+        return "config.json has is_decoder=false"
     return None
+
+
+def _special(model: "PreTrainedModel") -> dict[str, nn.Linear]:
+    return {name: linear for name, linear in decoder_linears(model).items() if not is_plain_linear(linear)}
 
 
 def _without_head(model: "PreTrainedModel") -> str | None:

@@ -34,6 +34,15 @@ def future_leak(model: "PreTrainedModel") -> float:
     return float((hidden[0] - hidden[1]).abs().max() / hidden.abs().max().clamp(min=1.0))
 
 
+def future_reason(model: "PreTrainedModel") -> str | None:
+    """'it sees later tokens' with the setting that says so; None for a causal model, found by changing a later token."""
+    tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 3e-2
+    if not future_leak(model) > tolerance:
+        return None
+    why = future_setting(model.config)
+    return "it sees later tokens" + (f": {why}" if why else "")
+
+
 def check_causal(model: "PreTrainedModel", who: str) -> None:
     """Change a later token and see that nothing before it moves.
 
@@ -45,16 +54,9 @@ def check_causal(model: "PreTrainedModel", who: str) -> None:
     Raises:
         UserError: it sees later tokens; the message names the setting, where one of its config says so.
     """
-    leak = future_leak(model)
-    tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 3e-2
-    if not leak > tolerance:
-        return
-    text = text_config(model.config)
-    why = future_setting(model.config)
-    if why is None and getattr(text, "is_decoder", None) is False:
-        why = "config.json has is_decoder=false"
-    remedy = "set it the other way if the model was trained so" if why else "use a causal language model"
-    raise UserError(
-        f"{who} (model type {text.model_type!r}) sees later tokens: changing the last of {_TOKENS} moves the hidden states before it by "
-        f"{leak:.2g} of the largest{f'; {why}' if why else ''}. It would learn, and be measured, on targets that it sees; {remedy}"
-    )
+    if reason := future_reason(model):
+        remedy = "set it the other way if the model was trained so" if ":" in reason else "use a causal language model"
+        raise UserError(
+            f"{who}, model type {text_config(model.config).model_type!r}: {reason}. Changing the last of {_TOKENS} tokens moves what it "
+            f"says of those before, so that it would learn, and be measured, on targets that it sees; {remedy}"
+        )

@@ -26,7 +26,7 @@ class HeadTransform:
     logit_scale: float = 1.0
     """Factor on the logits (Cohere, Granite, Falcon-H1)."""
     softcap: float | None = None
-    """Bound of the logits (Gemma 2 and later)."""
+    """Bound of the logits (Gemma 2 and later, RecurrentGemma, xLSTM)."""
 
     def apply(self, logits: Tensor) -> Tensor:
         """Final logits, shape and dtype of ``logits``."""
@@ -112,6 +112,12 @@ def decoder_linears(model: "PreTrainedModel") -> dict[str, nn.Linear]:
     }
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is ``nn.Linear``, or a subclass that computes the same: weights of others mean something else when rounded."""
+    # Falcon's writes the product out, so that bf16 rounds between product and bias
+    return isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear")
+
+
 def decoder_layers(model: "PreTrainedModel") -> list[nn.Module]:
     """The decoder layers, in order; empty where they are not found (no family map, and no ModuleList in the model)."""
     prefix = layers_prefix(model)
@@ -159,7 +165,8 @@ def backbone_and_head(model: "PreTrainedModel") -> tuple[nn.Module, Tensor, Tens
         UserError: the model has no separate backbone, or no linear head.
     """
     model = unwrapped(model)
-    backbone = model.base_model
+    # some models name another part of them as their base, which then is the whole model
+    backbone = model.base_model if model.base_model is not model else getattr(model, "model", model)
     weight, bias = effective_head(model.get_output_embeddings())
     if backbone is model or weight is None:
         raise UserError(
@@ -182,7 +189,8 @@ def head_transform(config: "PreTrainedConfig") -> HeadTransform:
         scale = text.logits_scaling
     elif kind == "falcon_h1":
         scale = text.lm_head_multiplier
-    softcap = getattr(text, "final_logit_softcapping", None)
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # the last two are RecurrentGemma's and xLSTM's
+    softcap = next((cap for name in caps if (cap := getattr(text, name, None)) is not None), None)
     return HeadTransform(logit_scale=float(scale), softcap=None if softcap is None else float(softcap))
 
 

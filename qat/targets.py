@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..models.errors import UserError
-from ..models.families import decoder_linears
+from ..models.families import decoder_linears, is_plain_linear
 from .lattices import Lattices, SpecChange, example_of
 from .spec import QuantSpec
 
@@ -93,7 +93,7 @@ def _check_shared(model: "PreTrainedModel", chosen: Mapping[str, Target], lattic
 
 def _check_module(name: str, target: Target) -> None:
     module = target.module
-    if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+    if isinstance(module, nn.Linear) and not is_plain_linear(module):
         raise UserError(
             f"module {name} is a {type(module).__name__}, not a plain nn.Linear; load the model unquantized, or add it to skip."
         )

@@ -9,6 +9,7 @@ from .shapes import ImpossibleStageError, ModelShape, StageShape, quantized_line
 
 if TYPE_CHECKING:
     from ...configs.recipe import Recipe, StageEntry
+    from ...trainer.settings import ExportSettings
 
 _TABLE = "docs/families.md has the table of families"
 
@@ -51,7 +52,7 @@ def ffn_linears(shape: ModelShape) -> list[str]:
 def _reasons(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, student: ModelShape) -> Iterator[str]:
     from ...configs.checks import trains
     from ...trainer.quantization_settings import QatSettings, QuantizeSettings
-    from ...trainer.settings import PruneSettings, TrainingBlock
+    from ...trainer.settings import ExportSettings, PruneSettings, TrainingBlock
 
     settings, family = entry.settings, student.family
     teaches = teacher is not None and isinstance(settings, TrainingBlock) and trains(entry) and entry.kind != "pretrain"
@@ -70,11 +71,14 @@ def _reasons(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, 
             yield f"{reason}; use prune.magnitude, or a model of one of these ({_TABLE})"
     elif isinstance(settings, PruneSettings | QatSettings | QuantizeSettings):
         yield from _of_weights(entry, student)
+    elif isinstance(settings, ExportSettings):
+        yield from _of_export(settings, student)
 
 
 def _of_weights(entry: "StageEntry", student: ModelShape) -> Iterator[str]:
     """What the stage does not reach of the weights, and what of its method was seen to fail."""
     from ...trainer.quantization_settings import QatSettings, QuantizeSettings
+    from ...trainer.settings import PruneSettings
 
     settings, reached, named = entry.settings, list(student.linears), list[str]()
     if isinstance(settings, QatSettings | QuantizeSettings):
@@ -84,8 +88,22 @@ def _of_weights(entry: "StageEntry", student: ModelShape) -> Iterator[str]:
     if not agreed and (reason := coverage_refusal(student.family.weights, reached, named)):
         allowed = f", or allow it by name: stages.{entry.index}.{entry.kind}.allow_partial=true" if student.linears else ""
         yield f"model type {student.family.model_type!r}: {reason}. Use a model of another family ({_TABLE}){allowed}"
+    if named or isinstance(settings, PruneSettings):
+        # what was seen of a family is not known of a part of it: the stage itself will say
+        return
     calibrates = isinstance(settings, QuantizeSettings) and settings.calibrates
     starts = isinstance(settings, QatSettings) and settings.first == "gptq"
-    for action, asked in (("gptq", calibrates or starts), ("qat", isinstance(settings, QatSettings))):
-        if asked and (reason := student.family.partial(action)):
-            yield f"{reason}; use {'start: mse' if starts and action == 'gptq' else 'method rtn or mse'} ({_TABLE})"
+    asked = {"rtn": "", "gptq": "use start: mse" if starts else "use method rtn or mse", "qat": "use a stage 'quantize'"}
+    wanted = ["rtn", *(["gptq"] if calibrates or starts else []), *(["qat"] if isinstance(settings, QatSettings) else [])]
+    for action in wanted:
+        if reason := student.family.partial(action):
+            yield f"{reason}; {asked[action]}".rstrip("; ") + f" ({_TABLE})"
+
+
+def _of_export(settings: "ExportSettings", student: ModelShape) -> Iterator[str]:
+    from ...qat.export.family import gguf_refusal
+
+    if reason := student.family.refusal("export"):
+        yield f"{reason} ({_TABLE})"
+    if "gguf" in settings.formats and (reason := gguf_refusal(student.config, student.tensors)):
+        yield f"gguf cannot hold this model: {reason}"

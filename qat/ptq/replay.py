@@ -61,7 +61,8 @@ class Replay:
         self._layers, self._batches, self._device = layers, batches, device
         self._hidden: list[Tensor | None] = [None] * len(batches)
         self._shortened: list[_Shortened] = []
-        self._tuples = False
+        self._behind: dict[int, int | None] = {}
+        """By layer, how many more things it gives behind its tensor, in a tuple; None: the bare tensor."""
 
     def batches(self) -> Iterator[tuple[int, Tensor | None]]:
         """(number, bool [B, S], True for text, or None when all is text) of every batch."""
@@ -105,13 +106,13 @@ class Replay:
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
         def take(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._tuples = isinstance(output, tuple)
-            result.append(output[0] if self._tuples else output)
+            self._behind[index] = len(output) - 1 if isinstance(output, tuple) else None
+            result.append(output[0] if isinstance(output, tuple) else output)
             raise Enough
 
         handles = [layer.register_forward_pre_hook(give, with_kwargs=True), layer.register_forward_hook(take)]
         try:
-            with _skipped(self._layers[:index], self._tuples), _replaced(self._short_forwards(number)):
+            with _skipped(self._layers[:index], self._behind), _replaced(self._short_forwards(number)):
                 self._backbone(**backbone_inputs(batch, self._device))
         except Enough:
             return result[0] if result else None
@@ -152,13 +153,16 @@ class Replay:
 
 
 @contextmanager
-def _skipped(layers: Sequence[nn.Module], tuples: bool) -> Iterator[None]:
-    """Let ``layers`` hand on what they are given, whether their weights are there or not."""
+def _skipped(layers: Sequence[nn.Module], behind: Mapping[int, int | None]) -> Iterator[None]:
+    """Let ``layers`` hand on what they are given, whether their weights are there or not, with Nones for all that they gave behind it."""
 
-    def hand_on(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
-        return (hidden_states,) if tuples else hidden_states
+    def hand_on(nones: int | None) -> Callable[..., Any]:
+        def forward(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+            return hidden_states if nones is None else (hidden_states, *[None] * nones)
 
-    with _replaced([(layer, hand_on) for layer in layers]):
+        return forward
+
+    with _replaced([(layer, hand_on(behind.get(index))) for index, layer in enumerate(layers)]):
         yield
 
 

@@ -39,7 +39,7 @@ def test_a_state_space_passes() -> None:
 def test_the_setting_that_opens_the_future_is_named(tiny_model: TinyModel, kind: str, fields: dict[str, Any], words: str) -> None:
     model = tiny_model(kind, **fields)
     assert future_leak(model) > 0.01
-    with pytest.raises(UserError, match=f"01-distill: the student .*'{kind}'.* sees later tokens.*{words}"):
+    with pytest.raises(UserError, match=f"01-distill: the student, .*'{kind}'.* sees later tokens: {words}"):
         check_causal(model, "01-distill: the student")
     with pytest.raises(UserError, match="the teacher"):
         LocalTeacher(model, v_eff=128)

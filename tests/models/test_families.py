@@ -83,6 +83,7 @@ _TRANSFORMED = {
     "gemma2": {"head_dim": 8, "num_key_value_heads": 2, "final_logit_softcapping": 0.5},
     "cohere": {"num_key_value_heads": 2, "logit_scale": 0.3},
     "granite": {"num_key_value_heads": 2, "logits_scaling": 3.0},
+    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 8, "block_types": ["recurrent", "attention"], "logits_soft_cap": 0.5},
 }
 
 

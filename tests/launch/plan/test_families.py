@@ -1,5 +1,6 @@
 """What a family cannot do is said by the plan, with its name and the remedy; what it can do has a plan."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,41 @@ def test_pruning_to_the_present_width_is_no_stage(tmp_path: Path) -> None:
         planned(tmp_path, "llama", {"prune": {"structured": {"ffn": 64}}}, **fields)
     made = planned(tmp_path, "llama", {"prune": {"structured": {"ffn": 32}}}, **fields)
     assert made.stages[0].coverage == pytest.approx(3 * 64 / (3 * 64 + 4 * 32))
+
+
+def test_what_was_seen_of_a_family_is_refused_with_the_way_around(tmp_path: Path) -> None:
+    gptq = {"quantize": {**QUANTIZE["quantize"], "method": "gptq"}}
+    wide = {"hidden_size": 256, "num_hidden_layers": 2, "state_size": 4}
+    with pytest.raises(
+        ImpossibleStageError, match=r"01-quantize: model type 'mamba': mixer\.dt_proj .* took no part.*use method rtn or mse"
+    ):
+        planned(tmp_path, "mamba", gptq, **wide)
+    skipping = {"quantize": {**gptq["quantize"], "skip": ["*.dt_proj", "*.x_proj"]}}
+    assert planned(tmp_path, "mamba", skipping, **wide).stages[0].coverage == pytest.approx(0.9, abs=0.1)
+    packed = recipe(tmp_path, "opt", {"distill": {"steps": 4}}, **_OPT)
+    with pytest.raises(ImpossibleStageError, match=r"the student, model type 'opt': .* apart; set data\.packing: false"):
+        plan(replace(packed, data=replace(packed.data, packing=True)))
+
+
+def test_an_encoder_is_refused_unless_it_is_told_to_decode(tmp_path: Path) -> None:
+    fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with pytest.raises(ImpossibleStageError, match=r"sees later tokens: config\.json has is_decoder=false"):
+        planned(tmp_path, "bert-generation", {"distill": {"steps": 4}}, **fields)
+    assert planned(tmp_path, "bert-generation", {"distill": {"steps": 4}}, **fields, is_decoder=True).stages
+
+
+def test_a_gguf_of_a_weight_that_llama_cpp_has_not_is_refused_before_work(tmp_path: Path) -> None:
+    fields = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "attention_bias": True}
+    asked = recipe(tmp_path, "qwen3", QUANTIZE, **fields)
+    exporting = recipe_from_dict(
+        {
+            "name": "x",
+            "student": {"path": str(tmp_path / "qwen3")},
+            "data": {"files": ["x"]},
+            "stages": [QUANTIZE, {"export": {"formats": ["gguf"]}}],
+        },
+        (),
+    )
+    assert plan(asked).stages
+    with pytest.raises(ImpossibleStageError, match=r"02-export: gguf cannot hold this model: .*q_proj\.bias"):
+        plan(exporting)
