@@ -23,8 +23,9 @@ from decoct.models.capabilities import capabilities, percent
 from decoct.models.causality import future_reason
 from decoct.models.codes_file import CODES
 from decoct.models.errors import DecoctError, UserError
-from decoct.models.families import backbone_and_head, check_head, decoder_linears, is_plain_linear
+from decoct.models.families import backbone_and_head, check_head, decoder_linears, is_plain_linear, text_config
 from decoct.models.folder import save_model_folder
+from decoct.models.inputs import check_text_model
 from decoct.qat.export.family import gguf_refusal
 from decoct.qat.export.source import open_source
 from decoct.qat.modules import fold, prepare, quantize_model
@@ -67,10 +68,13 @@ def look_at(model_type: str) -> Row:
     row = Row(model_type)
     large: Any = None
     try:
-        if model_type != tiny_config(model_type).get_text_config().model_type:
-            raise UserError("it has parts beside the language model")
+        small = tiny_config(model_type)
+        text = text_config(small)
+        check_text_model("it", small)
+        if text is not small:
+            raise UserError(f"not run: transformers takes its text model, {text.model_type}")
         with torch.device("meta"):
-            large = _made(tiny_config(model_type))
+            large = _made(small)
         if sum(parameter.numel() for parameter in large.parameters()) > LARGEST:
             row.note = f"not run: its tiny form has more than {LARGEST:,} parameters"
         else:
@@ -81,7 +85,13 @@ def look_at(model_type: str) -> Row:
             if "is_decoder" in large.config.to_dict():
                 row.encoder = future_reason(tiny_model(model_type, decoder=False)) is not None
     except UserError as error:
-        row.note = f"not run: {error}"
+        row.note = str(error)
+        if "more than a text model" in row.note:
+            way = "`decoct plain` makes its text model" if "decoct plain" in row.note else "transformers has no text-only form of it"
+            row.note = ""
+            row.share = 0.0
+            row.reasons = dict.fromkeys(COLUMNS, f"it is more than a text model; {way}")
+            return row
     except Exception as error:
         row.note = f"not run: transformers does not run its tiny form ({_first(error)})"
     try:
@@ -282,7 +292,7 @@ def page(rows: list[Row]) -> str:
     for row in rows:
         note = f" [{notes.setdefault(row.note, len(notes) + 1)}]" if row.note else ""
         note += " (with `is_decoder: true`)" if row.encoder else ""
-        share = "-" if row.share is None else percent(row.share)
+        share = "-" if row.share is None or "text model" in row.reasons.get("distil", "") else percent(row.share)
         lines.append(f"| {row.model_type}{note} | {share} | " + " | ".join(cell(row, column) for column in COLUMNS) + " |")
     made = [row for row in rows if row.ran]
     return _PAGE.format(
@@ -300,7 +310,7 @@ def page(rows: list[Row]) -> str:
 
 def _general(row: Row, column: str, reason: str) -> str:
     """The reason without what belongs to one family alone, so that families share it."""
-    if column in ("keep layers", "prune channels"):
+    if column in ("keep layers", "prune channels") and "text model" not in reason:
         return "it is not among the families whose parts are known by name"
     if column == "gguf" and "no conversion of model_type" in reason:
         return "decoct knows no conversion to GGUF"

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from decoct.models.families import text_config
+
 VOCABULARY = 320
 _SIZES: dict[str, Any] = {
     # width
@@ -86,7 +88,7 @@ def tiny_config(model_type: str, *, decoder: bool = True) -> Any:
     from transformers import AutoConfig
 
     default = AutoConfig.for_model(model_type)
-    text = default.get_text_config()
+    text = text_config(default)
     fields = _shrunk(text)
     layers = next(
         (fields[name] for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers") if name in fields), 2
@@ -108,7 +110,7 @@ def tiny_config(model_type: str, *, decoder: bool = True) -> Any:
         return AutoConfig.for_model(model_type, **fields)
     config = copy.deepcopy(default)
     for key, value in fields.items():
-        setattr(config.get_text_config(), key, value)
+        setattr(text_config(config), key, value)
     return config
 
 

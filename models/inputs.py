@@ -38,8 +38,10 @@ def check_text_model(path: str | Path, config: "PreTrainedConfig") -> None:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    from .families import text_config
+
     parts: Any = getattr(type(config), "sub_configs", None) or {}
-    text = config.get_text_config()
+    text = text_config(config)
     others = [name for name in parts if any(sense in name for sense in _OTHER_SENSES)]
     if text is config and not others:
         return
@@ -71,9 +73,10 @@ def position_limit(config: "PreTrainedConfig") -> int | None:
     """The number of positions that a model has a table for; None where any position can be computed."""
     from torch import nn
 
+    from .families import text_config
     from .loading import meta_model
 
-    text: Any = config.get_text_config()
+    text = text_config(config)
     if text.model_type == "mpt":
         return text.max_seq_len
     limit = getattr(text, "max_position_embeddings", None)
