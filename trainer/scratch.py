@@ -14,6 +14,7 @@ from ..losses.settings import LossSettings
 from ..models.errors import UserError
 from ..models.files import atomic_directory, clean_leftovers, sha256_json
 from ..models.locks import waiting_for
+from ..models.record import check_record, write_record
 from ..models.settings import ScratchSettings
 from ..models.tokenizer import train_tokenizer
 from .cache import cache_dir
@@ -70,6 +71,7 @@ def locate_scratch(settings: ScratchSettings, data: DataSettings, trainer: Train
 def make_tokenizer(settings: ScratchSettings, place: ScratchTeacher, text: "Documents") -> None:
     """Train the tokenizer, unless it is there or another run makes it meanwhile (rank 0)."""
     if place.tokenizer.exists():
+        check_scratch(place, place.tokenizer)
         return
     with waiting_for(place.folder / LOCK, "makes the same scratch teacher", _LOG.warning):
         if place.tokenizer.exists():
@@ -78,6 +80,23 @@ def make_tokenizer(settings: ScratchSettings, place: ScratchTeacher, text: "Docu
         tokenizer = train_tokenizer(iter(text), settings.vocab)
         with atomic_directory(place.tokenizer) as folder:
             tokenizer.save_pretrained(folder)
+            write_record(folder, {"kind": "tokenizer"})
+
+
+def check_scratch(place: ScratchTeacher, folder: Path) -> None:
+    """Compare a part of a scratch teacher that an earlier run made with its record.
+
+    Args:
+        place: The teacher.
+        folder: Its tokenizer's folder, or its model's.
+
+    Raises:
+        UserError: a file is not the one that was written, with the way to have it made again.
+    """
+    try:
+        check_record(folder)
+    except UserError as error:
+        raise UserError(f"a scratch teacher of an earlier run is damaged; delete {place.folder}, and it is made again. {error}") from error
 
 
 def scratch_config(settings: ScratchSettings, v_eff: int, context: int, end: int | None = None) -> "LlamaConfig":

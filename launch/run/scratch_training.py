@@ -8,7 +8,7 @@ import torch
 
 from ...models.folder import save_model_folder
 from ...models.locks import waiting_for
-from ...trainer.scratch import LOCK, new_llama, scratch_record, teacher_training
+from ...trainer.scratch import LOCK, ScratchTeacher, check_scratch, new_llama, scratch_record, teacher_training
 from ...trainer.stages.context import StageContext, Trained
 from ...trainer.stages.opening import OpenStudent
 from ...trainer.stages.training import train_student
@@ -30,7 +30,7 @@ def train_scratch_teacher(recipe: "Recipe", origin: Origin, session: "Session", 
     assert recipe.teacher and recipe.teacher.scratch and origin.scratch
     settings, place = recipe.teacher.scratch, origin.scratch
     lock = contextlib.ExitStack()
-    if session.on_first(lambda: _enter(lock, place.folder, console) or place.model.is_dir()):
+    if session.on_first(lambda: _enter(lock, place.folder, console) or _is_made(place)):
         console.print(f"{STAGE} found in the cache", highlight=False)
         lock.close()
         return
@@ -58,6 +58,13 @@ def train_scratch_teacher(recipe: "Recipe", origin: Origin, session: "Session", 
         opened = OpenStudent(student, None, "fsdp2" if recipe.trainer.strategy == "fsdp2" else "ddp")
         trained = train_student(opened, teacher_training(settings), context)
         session.on_first(lambda: _save(trained, recipe, origin))
+
+
+def _is_made(place: ScratchTeacher) -> bool:
+    if not place.model.is_dir():
+        return False
+    check_scratch(place, place.model)
+    return True
 
 
 def _enter(lock: contextlib.ExitStack, folder: Path, console: "Console") -> None:

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...models.errors import UserError
 from ...models.files import atomic_directory, check_free_space, clean_leftovers, sha256_file, sha256_json, write_json_atomic
+from ...models.hash_cache import cached_sha256
 from ...models.locks import waiting_for
+from ...models.seal import seal_is_broken, sealed
 from ..settings import DataSettings
 from .chats import FORMAT as CHAT_FORMAT
 from .chats import Samples, write_chats
@@ -143,10 +145,12 @@ def _damage(path: Path, *, thorough: bool) -> str:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] != FORMAT or manifest["fingerprint"] != path.name:
             return f"{MANIFEST} belongs to another entry"
+        if seal_is_broken(manifest):
+            return f"{MANIFEST} is not what was written"
         for name, file in manifest["files"].items():
             if (path / name).stat().st_size != file["bytes"]:
                 return f"{name} has another size"
-            if thorough and sha256_file(path / name) != file["sha256"]:
+            if thorough and cached_sha256(path / name) != file["sha256"]:
                 return f"{name} has another hash"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -199,7 +203,7 @@ def _build(
             del stream
             files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.glob("*.*"))}
             told = {"description": description, "samples": samples, "left_out": dict(left_out)}
-            write_json_atomic(folder / MANIFEST, {**facts, **told, "files": files})
+            write_json_atomic(folder / MANIFEST, sealed({**facts, **told, "files": files}))
     except UserError:
         # another run may have finished the same entry meanwhile: then there is nothing left to do
         if _damage(target, thorough=False):

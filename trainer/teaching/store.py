@@ -22,6 +22,8 @@ from torch import Tensor
 
 from ...models.errors import UserError
 from ...models.files import check_free_space, check_writable_folder, sha256_file, storage_error, write_json_atomic
+from ...models.hash_cache import cached_sha256
+from ...models.seal import seal_is_broken, sealed
 from .keys import KEY_BYTES
 
 FORMAT = 2
@@ -163,7 +165,7 @@ class Store:
                     file.flush()
                     os.fsync(file.fileno())
             facts = {end[1:]: {"bytes": a.nbytes, "sha256": sha256_file(target.with_suffix(end))} for end, a in files.items()}
-            write_json_atomic(target, {"files": facts, "figures": figures})
+            write_json_atomic(target, sealed({"files": facts, "figures": figures}))
         except OSError as error:
             for ending in files:
                 target.with_suffix(ending).unlink(missing_ok=True)
@@ -173,11 +175,14 @@ class Store:
 def _fault(manifest: Path, *, thorough: bool) -> str:
     """What is wrong with a shard, '' when nothing is."""
     try:
-        for ending, facts in json.loads(manifest.read_text())["files"].items():
+        content = json.loads(manifest.read_text())
+        if seal_is_broken(content):
+            return f"{manifest.name} is not what was written"
+        for ending, facts in content["files"].items():
             path = manifest.with_suffix(f".{ending}")
             if path.stat().st_size != facts["bytes"]:
                 return f"{path.name} has another size"
-            if thorough and sha256_file(path) != facts["sha256"]:
+            if thorough and cached_sha256(path) != facts["sha256"]:
                 return f"{path.name} has another hash"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"

@@ -129,6 +129,17 @@ def test_damaged_entry_is_found_and_made_again(settings: DataSettings, tokenizer
     assert "is damaged" in told[0]
 
 
+def test_a_changed_word_in_the_manifest_is_found_too(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    first = prepare_data(settings, tokenizer, cache_dir())
+    before = files_of(first)
+    file = first.path / "manifest.json"
+    file.write_text(file.read_text().replace(first.description, "another text"))
+    told: list[str] = []
+    again = prepare_data(settings, tokenizer, cache_dir(), say=told.append)
+    assert "manifest.json is not what was written" in told[0]
+    assert files_of(again) == before
+
+
 def test_other_ranks_refuse_an_entry_that_is_not_whole(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     data = prepare_data(settings, tokenizer, cache_dir())
     os.truncate(data.path / "train.tokens", 8)

@@ -86,7 +86,7 @@ def test_a_batch_without_labels_gives_no_loss(case: dict[str, Any], training: Mo
     assert float(sums.loss.detach()) == 0.0 == float(sums.covered_mass)
 
 
-@pytest.mark.parametrize("damage", ["bytes", "size", "manifest"])
+@pytest.mark.parametrize("damage", ["bytes", "size", "manifest", "figures"])
 def test_a_damaged_shard_is_found_and_removed(case: dict[str, Any], damage: str) -> None:
     fill(case, [0, 1])
     fill(case, [2])
@@ -94,6 +94,8 @@ def test_a_damaged_shard_is_found_and_removed(case: dict[str, Any], damage: str)
     rows = shard.with_suffix(".rows")
     if damage == "manifest":
         shard.write_text("{")
+    elif damage == "figures":
+        shard.write_text(shard.read_text().replace('"figures": {', '"figures": {"more": 1, '))
     else:
         data = bytearray(rows.read_bytes())
         data[3] ^= 1
