@@ -116,6 +116,8 @@ def run_evaluate(
 
 def run_export(model: Path, out: Path, form: str, allow_inexact: bool = False, reader_version: str | None = None) -> None:
     """Pack a model folder, verify it, and say what was found."""
+    from ..models.folder import read_record
+    from ..models.stored_names import left_out_words
     from ..qat.export import export_folder
     from ..qat.runtime_words import outcome_text
     from .console import CleanConsole
@@ -124,6 +126,8 @@ def run_export(model: Path, out: Path, form: str, allow_inexact: bool = False, r
     result = export_folder(model, out, form, allow_inexact=allow_inexact, reader_version=reader_version)
     kind = "rounded weight" if result.rounding else "weight"
     console.print(f"wrote {out}: {form}, {result.bytes:,} bytes, every {kind} rebuilt exactly by an independent reader")
+    if left_out := read_record(out).get("left_out"):
+        console.print(f"  {left_out_words(left_out)}")
     if result.rounding:
         console.print(f"  NOT exact: {result.rounding} (--allow-inexact)")
     for name, seen in result.runtimes.items():

@@ -1,8 +1,8 @@
 """Loading tensor by tensor, so that nothing is in memory twice.
 
 ``from_pretrained`` builds the whole model on the host and then moves it. Here it is built on the meta device and each weight goes from the
-mapped file straight to where it belongs: to a GPU, or as the rows that one rank holds. That needs files whose names are the module's own
-(Llama, Mistral, Qwen2, Qwen3 and many others); where transformers renames, fuses or splits weights, ``load_model`` does it.
+mapped file straight to where it belongs: to a GPU, or as the rows that one rank holds. Weights that files and modules call differently
+are renamed as transformers does (``stored_names``); where it fuses or splits weights (experts), ``load_model`` does it.
 """
 
 import ctypes
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .errors import UserError
 from .loading import check_finite, check_report, find_model_folder, load_config, load_model, meta_model
 from .quiet import quiet_transformers
+from .stored_names import module_names
 from .weight_files import WeightFiles as WeightFiles
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def can_stream(path: str | Path, revision: str | None = None) -> bool:
-    """Whether the files of a model folder or hub id hold exactly the weights of its modules, under the modules' names.
+    """Whether the files of a model folder or hub id hold exactly the weights of its modules, under names that lead to the modules'.
 
     False as well for a model that must keep some weights in fp32, has saved buffers, or buffers that only loading can make.
 
@@ -34,7 +35,9 @@ def can_stream(path: str | Path, revision: str | None = None) -> bool:
     """
     folder = find_model_folder(path, revision, weights=True)
     with WeightFiles(folder) as files:
-        return _fits(meta_model(load_config(folder)), files)
+        model = meta_model(load_config(folder))
+        files.call(module_names(model, files.names()))
+        return _fits(model, files)
 
 
 def empty_model(path: str | Path, revision: str | None = None) -> "tuple[PreTrainedModel, WeightFiles]":
@@ -48,6 +51,7 @@ def empty_model(path: str | Path, revision: str | None = None) -> "tuple[PreTrai
     folder = find_model_folder(path, revision, weights=True)
     files = WeightFiles(folder)
     model = _skeleton(folder, torch.float32)
+    files.call(module_names(model, files.names()))
     _check(path, model, files)
     materialize_buffers(model, "cpu")
     return model, files
@@ -81,6 +85,7 @@ def open_files(path: str | Path, revision: str | None, dtype: torch.dtype) -> "I
     folder = find_model_folder(path, revision, weights=True)
     with WeightFiles(folder) as files:
         model = _skeleton(folder, dtype)
+        files.call(module_names(model, files.names()))
         if _fits(model, files):
             _check(path, model, files)
             yield model, files

@@ -1,5 +1,6 @@
 """The weights of a model folder one by one: mapped into memory, checked, and read when asked for."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,18 +31,31 @@ class WeightFiles:
         self.folder = Path(folder)
         self._open = [safe_open(file, framework="pt") for file in check_model_folder(self.folder)]
         self._files: dict[str, Any] = {name: file for file in self._open for name in file.keys()}  # noqa: SIM118 - no mapping
+        self._stored = {name: name for name in self._files}
 
     def names(self) -> list[str]:
         """Every tensor of the folder, in the order of the files."""
-        return list(self._files)
+        return list(self._stored)
+
+    def call(self, names: Mapping[str, str | None]) -> None:
+        """Call tensors by other names from here on: name in the file -> name. One that is None, or taken, stays as in the file."""
+        called: dict[str, str] = {}
+        for stored in self._files:
+            name = names.get(stored) or stored
+            called[stored if name in called else name] = stored
+        self._stored = called
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a whole tensor."""
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
+
+    def _slice(self, name: str) -> Any:
+        stored = self._stored[name]
+        return self._files[stored].get_slice(stored)
 
     def dtype(self, name: str) -> torch.dtype | None:
         """Dtype of a tensor as stored; None for those that no model is trained in (integers, 8 bits and less)."""
-        return DTYPES.get(self._files[name].get_slice(name).get_dtype())
+        return DTYPES.get(self._slice(name).get_dtype())
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor, or some rows of its first dimension, on the CPU in its own dtype; no other rows are read from the disk.
@@ -53,10 +67,10 @@ class WeightFiles:
         Raises:
             UserError: there is no such tensor, or what was read is not finite.
         """
-        if name not in self._files:
+        if name not in self._stored:
             raise UserError(f"{self.folder} has no weight {name}; fetch or export the model again")
-        file = self._files[name]
-        tensor: Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+        stored = self._stored[name]
+        tensor: Tensor = self._files[stored].get_tensor(stored) if rows is None else self._slice(name)[rows]
         check_finite(self.folder, name, tensor, tensor.dtype)
         return tensor
 
@@ -72,6 +86,7 @@ class WeightFiles:
     def close(self) -> None:
         """Forget the files; tensors that were read stay valid."""
         self._files.clear()
+        self._stored.clear()
         self._open.clear()
 
     def __enter__(self) -> Self:

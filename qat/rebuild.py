@@ -38,7 +38,8 @@ def load_exported_model(path: Path, *, inputs: Arithmetic = "kernels") -> "PreTr
     path = path.parent if path.is_file() else path
     check_record(path)
     shapes = opened.shapes()
-    problems = model_structure(path, shapes).differences(shapes)
+    structure = model_structure(path, shapes)
+    problems = structure.differences(shapes)
     if problems:
         raise UserError(f"{path}: {problems[0]} ({len(problems)} differences in all); export the model again")
     tensors = {name: torch.from_numpy(opened.tensor(name)) for name in shapes}
@@ -52,6 +53,6 @@ def load_exported_model(path: Path, *, inputs: Arithmetic = "kernels") -> "PreTr
         raise UserError(f"{path}: transformers did not take {sorted(map(str, wrong))[0]} ({len(wrong)} in all); export the model again")
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    round_inputs(model, opened, inputs)
+    round_inputs(model, opened, inputs, structure.modules)
     round_cache(model, opened)
     return model.eval()

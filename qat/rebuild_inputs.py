@@ -6,6 +6,7 @@ logits by design. A rebuilt model computes like the kernels; like the package wh
 values in fp8 are rounded alike by both.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,15 +26,18 @@ if TYPE_CHECKING:
 Arithmetic = Literal["kernels", "compressed-tensors"]
 
 
-def round_inputs(model: nn.Module, opened: ExportReader, arithmetic: Arithmetic) -> None:
-    """Hook the rounding of inputs into every module of ``model`` whose inputs the export says are rounded."""
+def round_inputs(model: nn.Module, opened: ExportReader, arithmetic: Arithmetic, modules: Mapping[str, str]) -> None:
+    """Hook the rounding of inputs into every module of ``model`` whose inputs the export says are rounded.
+
+    ``modules`` has the names in the model of those that the export calls otherwise.
+    """
     if not isinstance(opened, PackedFolder):
         return
     for name in opened.modules:
         inputs = opened.inputs(name)
         if inputs is not None:
             rounding = partial(like_kernels if arithmetic == "kernels" else like_package, inputs=inputs)
-            model.get_submodule(name).register_forward_pre_hook(partial(_hook, rounding))
+            model.get_submodule(modules.get(name, name)).register_forward_pre_hook(partial(_hook, rounding))
 
 
 def round_cache(model: "PreTrainedModel", opened: ExportReader) -> None:

@@ -10,7 +10,7 @@ modules and a hash of everything. Export reads the codes and never rounds again.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,26 @@ class QuantState:
         """The content of ``quant/codes.safetensors``."""
         own = {name + suffix: held[name].contiguous() for suffix, held in self._parts() for name in self.modules if name in held}
         return own | (self.cache.tensors() if self.cache else {})
+
+    def renamed(self, names: Mapping[str, str]) -> "QuantState":
+        """The same under other module names; those that ``names`` does not have stay."""
+        if not any(name in names for name in self.modules):
+            return self
+
+        def of(held: dict[str, Any]) -> dict[str, Any]:
+            return {names.get(name, name): value for name, value in held.items()}
+
+        return replace(
+            self,
+            modules=tuple(names.get(name, name) for name in self.modules),
+            codes=of(self.codes),
+            scales=of(self.scales),
+            zero_points=of(self.zero_points),
+            global_scales=of(self.global_scales),
+            own_specs=of(self.own_specs),
+            input_scales=of(self.input_scales),
+            input_zeros=of(self.input_zeros),
+        )
 
     def _parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         yield _CODES, self.codes
@@ -225,8 +245,13 @@ def _check_weights(folder: Path, state: QuantState, codes: str) -> None:
     from safetensors import safe_open
 
     files = weight_places(folder)
+    called: dict[str, str] = {}
+    if any(f"{name}.weight" not in files for name in state.modules) and (folder / "config.json").is_file():
+        from .structure import model_structure
+
+        called = model_structure(folder).stored_modules()
     for name in state.modules:
-        key = f"{name}.weight"
+        key = f"{called.get(name, name)}.weight"
         if key not in files:
             raise UserError(f"{folder}: {key} is missing from the weights, yet {codes} has codes for it; quantize again.")
         with safe_open(files[key], framework="pt") as opened:

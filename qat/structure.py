@@ -1,8 +1,8 @@
 """What weights a model folder must hold according to its config: names, shapes, linears (on the meta device, nothing is allocated)."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,14 +11,15 @@ from torch import nn
 from ..models.config_check import check_depth
 from ..models.json_file import read_json
 from ..models.loading import load_config, meta_model
+from ..models.stored_names import module_names, stored_names, stored_tensors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:
-    """The weights of one config, under original names."""
+    """The weights of one config, under the names that they have in files; those of a few families differ from the modules' names."""
 
     shapes: dict[str, tuple[int, ...]]
     """Every parameter and stored buffer, tied ones under each of their names."""
@@ -28,6 +29,22 @@ class Structure:
     """Every ``nn.Linear``, the head included, in module order."""
     embedding: str = ""
     """Name of the input embedding's module."""
+    modules: dict[str, str] = field(default_factory=dict)
+    """Name of a module in files -> its name in the model, where the two differ (``embed_out`` -> ``lm_head`` of GPT-NeoX)."""
+    model: "PreTrainedModel | None" = field(default=None, repr=False, compare=False)
+    """The model on the meta device."""
+
+    def stored_modules(self) -> dict[str, str]:
+        """Name of a module in the model -> its name in files, where the two differ."""
+        return {module: stored for stored, module in self.modules.items()}
+
+    def in_files(self, names: Iterable[str]) -> dict[str, str]:
+        """Names that some folder has for its tensors -> those that transformers writes; a name that it does not know stays."""
+        if self.model is None or all(name in self.shapes for name in names):
+            return {name: name for name in names}
+        written = stored_names(self.model)
+        inside = module_names(self.model, names)
+        return {name: name if name in self.shapes else written.get(inside[name] or name, name) for name in names}
 
     @property
     def parameters(self) -> int:
@@ -61,14 +78,18 @@ def model_structure(folder: Path, found: Mapping[str, tuple[int, ...]] | None = 
     model = meta_model(plain_config(folder))
     first: dict[int, str] = {}
     tied = set()
+    names = stored_names(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if first.setdefault(id(parameter), name) != name:
-            tied.add(name)
+            tied.add(names.get(name, name))
+    stored = {name: names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name, _ in model.named_modules()}
     return Structure(
-        shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        shapes={name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()},
         tied=frozenset(tied),
-        linears=tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear)),
-        embedding=next((name for name, module in model.named_modules() if module is model.get_input_embeddings()), ""),
+        linears=tuple(stored[name] for name, module in model.named_modules() if isinstance(module, nn.Linear)),
+        embedding=next((stored[name] for name, module in model.named_modules() if module is model.get_input_embeddings()), ""),
+        modules={stored[name]: name for name in stored if stored[name] != name},
+        model=model,
     )
 
 

@@ -21,6 +21,7 @@ from ...trainer.world import World
 from ..report.tables import WIDE, terminal_table
 from .changes import learns_from_teacher
 from .folder import RunFolder, StageFolder, versions
+from .left_out import left_out_of, left_out_words
 from .measuring import Measuring
 from .origin import Origin, make_student, open_origin, teacher_ref
 from .scratch_training import train_scratch_teacher
@@ -57,7 +58,10 @@ class Runner:
     def _run(self) -> dict[str, Any]:
         started = time.perf_counter()
         plain, origin, teacher = self._open()
-        record = {"base_model": teacher.name if teacher else self._student_name(), "run": self.recipe.name}
+        record: dict[str, Any] = {"base_model": teacher.name if teacher else self._student_name(), "run": self.recipe.name}
+        if left_out := self.session.on_first(lambda: left_out_of(self.recipe)):
+            record["left_out"] = left_out
+            self._say(f"{left_out_words(left_out)} (heads that predict further tokens and the like; no stage carries them on)")
         at = self.session.on_first(lambda: make_student(self.recipe, origin, teacher, self.folder.stage("00-student"), record))
         measuring = Measuring(self.recipe, origin, teacher, self.folder, self.console)
         if any(learns_from_teacher(entry) for entry in self.recipe.stages):

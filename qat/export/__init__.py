@@ -17,6 +17,7 @@ from ...models.files import atomic_directory, check_free_space, write_json_atomi
 from ...models.loading import TOKENIZER_FILES
 from ...models.older_readers import mend_tokenizer_config, with_older_fields
 from ...models.record import check_record, write_record
+from ...models.stored_names import left_out_words
 from ..exactness import rebuilt_hashes, scale_hashes
 from ..footprint import folder_bytes
 from ..runtimes import check_runtimes
@@ -266,6 +267,7 @@ def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[
         inputs=said_of(source.state.activations, "a module"),
         cache=said_of(source.state.cache and source.state.cache.spec, "for the keys and one for the values of a layer"),
         rounding=f"{rounding}." if rounding else "",
+        left_out=left_out_words(left_out) if (left_out := source.record.get("left_out")) else "",
     )
 
 

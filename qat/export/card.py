@@ -45,6 +45,8 @@ class CardFacts:
     """How keys and values are rounded as they enter the cache; '' when they are not."""
     rounding: str = ""
     """What was rounded to the stored dtype; '' when nothing was."""
+    left_out: str = ""
+    """What the source has that transformers does not load; '' for nothing."""
 
 
 def _transformers_and_vllm(facts: CardFacts) -> str:
@@ -124,6 +126,7 @@ def _made_of(facts: CardFacts, form: FormatCard) -> str:
         ("Base model", shown_name(facts.base_model) or "not recorded"),
         *(_lattice(facts, facts.spec, form) if facts.spec else [("Weights", f"not quantized ({form.tag})")]),
         ("Parameters", f"{facts.parameters:,} (tied tensors once)"),
+        *([("Not included", facts.left_out)] if facts.left_out else []),
         ("Weight files", f"{size} (embeddings included); {2 * facts.parameters:,} bytes in bf16"),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""])

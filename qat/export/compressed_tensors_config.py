@@ -24,7 +24,8 @@ def quantization_config(source: ExportSource) -> dict[str, Any]:
     lattices: dict[QuantSpec, list[str]] = {}
     for module in state.modules:
         lattices.setdefault(_as_stored(state.spec_of(module)), []).append(module)
-    groups = [_group(spec, source.state.activations, modules if len(lattices) > 1 else ["Linear"]) for spec, modules in lattices.items()]
+    targets = {spec: source.also_in_model(modules) if len(lattices) > 1 else ["Linear"] for spec, modules in lattices.items()}
+    groups = [_group(spec, source.state.activations, targets[spec]) for spec in lattices]
     formats = {group["format"] for group in groups}
     return {
         "quant_method": NAME,
@@ -33,7 +34,7 @@ def quantization_config(source: ExportSource) -> dict[str, Any]:
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": cache_scheme(source),
-        "ignore": source.unquantized_linears,
+        "ignore": source.also_in_model(source.unquantized_linears),
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
     }
 

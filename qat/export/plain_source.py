@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from ...models.errors import UserError
-from ...models.folder import read_record
-from ...models.folder_check import check_model_folder
-from ...models.safetensors_file import read_header
 from ..spec import QuantSpec
 from ..state import QuantState
 from ..structure import model_structure
-from .source import ExportSource, check_tied
+from .source import ExportSource
+from .stored_files import check_tied, checked_files, stored_files
 
 _PIECE = 2**22
 
@@ -76,22 +74,23 @@ def open_plain_source(folder: Path, dtype: torch.dtype) -> PlainSource:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder (no config.json); give a folder that from_pretrained can read")
-    headers = {file: read_header(file).tensors for file in check_model_folder(folder)}
+    found = checked_files(folder)
     structure = model_structure(folder)
-    files = {name: file for file, tensors in headers.items() for name in tensors}
-    problems = structure.differences({name: headers[file][name].shape for name, file in files.items()})
+    stored = stored_files(found, structure)
+    problems = structure.differences(stored.shapes)
     if problems:
         raise UserError(
             f"{folder}: {problems[0]} ({len(problems)} differences in all); weights and config.json are not of one model, or named in an "
             "older way: then load and save the model with transformers once"
         )
-    check_tied(folder, files, structure)
+    check_tied(folder, stored, structure)
     return PlainSource(
         folder=folder,
         config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
-        record=read_record(folder),
+        record=stored.record(folder),
         state=QuantState(spec=QuantSpec(), modules=(), codes={}, scales={}),
         structure=structure,
-        plain={name: file for name, file in files.items() if name not in structure.tied},
+        plain={name: file for name, file in stored.files.items() if name not in structure.tied},
+        names_in_files=stored.other_names,
         dtype=dtype,
     )

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ...models.codes_file import codes_file
 from ...models.errors import UserError
-from ...models.folder import read_record
 from ..state import load_quant_state
 from .lattice import holds, plain_config
 from .plain_source import PlainSource, open_plain_source
@@ -71,9 +70,10 @@ def open_wide_folder(folder: Path) -> PlainWeights:
         load_quant_state(folder)
     opened = open_plain_source(folder, torch.float32)
     # what is written is plain: the record of the codes stays with the folder that has them
-    record = {key: value for key, value in read_record(folder).items() if key != "quant"}
-    shared = {"folder": folder, "config": opened.config, "record": record, "state": opened.state}
-    return PlainWeights(**shared, structure=opened.structure, plain=opened.plain, dtype=torch.float32)
+    record = {key: value for key, value in opened.record.items() if key != "quant"}
+    shared: dict[str, Any] = {"folder": folder, "config": opened.config, "record": record, "state": opened.state}
+    shared |= {"structure": opened.structure, "plain": opened.plain, "names_in_files": opened.names_in_files}
+    return PlainWeights(**shared, dtype=torch.float32)
 
 
 def _changed(source: PlainWeights) -> int:

@@ -1,7 +1,8 @@
 """The quantized folder that is exported: its codes, and every other tensor, read when it is written."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,9 @@ import torch
 from torch import Tensor
 
 from ...models.errors import UserError
-from ...models.folder import read_record
-from ...models.folder_check import check_model_folder
-from ...models.safetensors_file import read_header
 from ..state import QuantState, load_quant_state
 from ..structure import Structure, model_structure
+from .stored_files import check_tied, checked_files, read_tensor, stored_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +28,8 @@ class ExportSource:
     structure: Structure
     plain: dict[str, Path]
     """Unquantized tensors: name -> the file that holds it, in file order. Tied names are left out."""
+    names_in_files: dict[str, str] = field(default_factory=dict)
+    """Names of unquantized tensors -> those that the folder's files have for them, where these differ."""
     reader_version: str | None = None
     """Version of the format's package that will read the export, where layouts differ between versions and the user named one."""
 
@@ -38,9 +39,14 @@ class ExportSource:
         quantized = set(self.state.modules)
         return [name for name in self.structure.linears if name not in quantized]
 
+    def also_in_model(self, modules: Iterable[str]) -> list[str]:
+        """``modules`` and the names that they have in the model where those differ: readers look for the one or the other."""
+        inside = self.structure.modules
+        return [name for module in modules for name in (module, *([inside[module]] if module in inside else []))]
+
     def tensor(self, name: str) -> Tensor:
         """An unquantized tensor as it is stored; UserError when it holds NaN or infinite values."""
-        tensor = _read(self.plain[name], name)
+        tensor = read_tensor(self.plain[name], self.names_in_files.get(name, name))
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{self.plain[name]}: {name} holds NaN or infinite values; take an earlier checkpoint")
         return tensor
@@ -57,41 +63,23 @@ def open_source(folder: Path) -> ExportSource:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder (no config.json); give the folder that a stage 'qat' or 'quantize' wrote")
     state = load_quant_state(folder)
-    headers = {file: read_header(file).tensors for file in check_model_folder(folder)}
+    found = checked_files(folder)
     structure = model_structure(folder)
-    files = {name: file for file, tensors in headers.items() for name in tensors}
-    shapes = {name: headers[file][name].shape for name, file in files.items()}
-    problems = structure.differences(shapes)
+    state, stored = state.renamed(structure.stored_modules()), stored_files(found, structure)
+    problems = structure.differences(stored.shapes)
     known = {*structure.linears, structure.embedding}
     problems += [f"{name} is quantized, but no linear of the model" for name in state.modules if name not in known]
     if problems:
         more = f" ({len(problems)} differences in all)" if len(problems) > 1 else ""
         raise UserError(f"{folder}: {problems[0]}{more}; weights and config.json are not of one model. Quantize the model again.")
-    check_tied(folder, files, structure)
+    check_tied(folder, stored, structure)
     quantized = {f"{name}.weight" for name in state.modules}
     return ExportSource(
         folder=folder,
         config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
-        record=read_record(folder),
+        record=stored.record(folder),
         state=state,
         structure=structure,
-        plain={name: file for name, file in files.items() if name not in quantized and name not in structure.tied},
+        plain={name: file for name, file in stored.files.items() if name not in quantized and name not in structure.tied},
+        names_in_files=stored.other_names,
     )
-
-
-def check_tied(folder: Path, files: dict[str, Path], structure: Structure) -> None:
-    """A tied weight that is stored under a second name must repeat the first: it is written once."""
-    for name in structure.tied & set(files):
-        copies = [other for other in files if other not in structure.tied and structure.shapes[other] == structure.shapes[name]]
-        if not any(torch.equal(_read(files[name], name), _read(files[other], other)) for other in copies):
-            raise UserError(
-                f"{folder}: {name} is stored with values of its own, but config.json ties it (tie_word_embeddings); "
-                "set tie_word_embeddings to false or remove the tensor"
-            )
-
-
-def _read(file: Path, name: str) -> Tensor:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as opened:
-        return opened.get_tensor(name)

@@ -152,15 +152,32 @@ def test_old_rotary_buffers_in_the_files_are_ignored_as_in_loading(saved: Callab
     _assert_same(streamed_model(folder, dtype=torch.float32), load_model(folder, dtype=torch.float32))
 
 
-def test_what_cannot_be_streamed_is_loaded(tmp_path: Path) -> None:
+def test_a_model_that_was_saved_without_its_head_is_streamed(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32, bos_token_id=0, eos_token_id=0)
     model = AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(tmp_path / "gpt2")
     _edit(tmp_path / "gpt2", lambda w: [w.update({k.removeprefix("transformer."): w.pop(k)}) for k in list(w)])
-    assert not can_stream(tmp_path / "gpt2")
+    assert can_stream(tmp_path / "gpt2")
     _assert_same(streamed_model(tmp_path / "gpt2", dtype=torch.float32), load_model(tmp_path / "gpt2", dtype=torch.float32))
+
+
+def test_what_cannot_be_streamed_is_loaded(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_local_experts": 2,
+        "num_key_value_heads": 2,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes, vocab_size=64)).eval()
+    model.save_pretrained(tmp_path)
+    assert not can_stream(tmp_path), "experts lie in the files one by one"
+    _assert_same(streamed_model(tmp_path, dtype=torch.float32), load_model(tmp_path, dtype=torch.float32))
 
 
 def test_an_empty_model_has_no_weights_and_real_buffers(saved: Callable[..., Path]) -> None:

@@ -1,0 +1,89 @@
+"""How the tensors of a model are called in files and in its modules, by transformers' own conversion.
+
+Most families use one name for both. GPT-NeoX's files say ``embed_out`` and its module ``lm_head``, others rename whole blocks; experts
+lie in files one by one and in modules as one tensor. transformers renames and converts when it loads, and turns that back when it saves.
+
+Source: ``conversion_mapping.py`` and ``core_model_loading.py`` of transformers 5.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Constants that old checkpoints hold and transformers computes: masks, frequencies, counters.
+_CONSTANTS = re.compile(r"(^|\.)(inv_freq|(attn|attention|crossattention)\.(masked_)?bias|position_ids|(en|de)coder\.version)$")
+_NUMBERED = re.compile(r"[^.]+(\.\D[^.]*)*\.\d+(?=\.)")
+
+
+def stored_tensors(model: "PreTrainedModel") -> dict[str, Tensor]:
+    """What transformers writes of ``model`` (on any device): name in the file -> tensor. Tied ones are there under each name."""
+    return _reverted(model, model.state_dict())
+
+
+def stored_names(model: "PreTrainedModel") -> dict[str, str]:
+    """Module name -> name in the file, of every tensor that lies in the file as it is; those that are split or joined are left out."""
+    state = model.state_dict()
+    names = {id(tensor): name for name, tensor in state.items()}
+    return {names[id(tensor)]: stored for stored, tensor in _reverted(model, state).items() if id(tensor) in names}
+
+
+def _reverted(model: "PreTrainedModel", state: dict[str, Tensor]) -> dict[str, Tensor]:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, dict(state))
+
+
+def module_names(model: "PreTrainedModel", files: Iterable[str]) -> dict[str, str | None]:
+    """Name in the file -> the module name that transformers loads it under; None for parts of a tensor that it joins.
+
+    A name that is no module's stays what the renaming makes of it.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    own: dict[str, Any] = model.state_dict()
+    names = list(files)
+    if all(name in own for name in names):
+        return {name: name for name in names}
+    mapping = get_model_conversion_mapping(model)
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    found: dict[str, str | None] = {}
+    for name in names:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        if renamed not in own and name in own:
+            renamed, pattern = name, None
+        found[name] = renamed if pattern is None else None
+    return found
+
+
+def ignored(model: "PreTrainedModel", files: Iterable[str]) -> list[str]:
+    """Names in the file of tensors that transformers leaves out without a word: further heads that it expects there, and constants."""
+    patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
+    own = model.state_dict()
+    outside = [name for name, inside in module_names(model, files).items() if inside is not None and inside not in own]
+    return [name for name in outside if any(re.search(pattern, name) for pattern in patterns)]
+
+
+def not_loaded(model: "PreTrainedModel", files: Iterable[str]) -> list[str]:
+    """``ignored`` without the constants of old checkpoints, which transformers computes itself."""
+    return [name for name in ignored(model, files) if not _CONSTANTS.search(name)]
+
+
+def summary(names: Iterable[str]) -> dict[str, int]:
+    """Tensors by what they belong to: up to the first number, or the first part: ``{"model.layers.61.*": 17, "mtp.*": 3}``."""
+    return dict(Counter(f"{match[0] if (match := _NUMBERED.match(name)) else name.split('.')[0]}.*" for name in names))
+
+
+def left_out_words(left_out: Mapping[str, int]) -> str:
+    """``summary`` as a sentence without its end."""
+    count = sum(left_out.values())
+    places = ", ".join(f"{name} ({number:,})" for name, number in left_out.items())
+    what = "one tensor that transformers does not load is" if count == 1 else f"{count:,} tensors that transformers does not load are"
+    return f"{what} left out: {places}"
