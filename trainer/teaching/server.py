@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ...models.errors import UserError
+from ...models.terminal_text import printable
 
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _SHOWN = 300
@@ -102,8 +103,8 @@ class Server:
         return NoAnswerError(self._shown(str(reason)) or type(reason).__name__, again=True)
 
     def _shown(self, text: str) -> str:
-        """A server's words on one line, shortened, without the key that it may send back."""
-        return " ".join((text.replace(self._key, "***") if self._key else text).split())[:_SHOWN]
+        """A server's words on one line, shortened, without the key that it may send back and without what steers terminals."""
+        return printable(" ".join((text.replace(self._key, "***") if self._key else text).split())[:_SHOWN])
 
 
 def _whole(answer: http.client.HTTPResponse, most: int) -> bytes:

@@ -170,6 +170,7 @@ def test_a_key_that_the_server_sends_back_is_not_shown(hostile: Callable[[Act], 
     error = trouble(hostile(send(b"bad key\n" + KEY.encode() + b" really", 401)).url)
     assert str(error) == "HTTP 401: bad key *** really"
     assert not error.again
+    assert str(trouble(hostile(send(b"\x1b[2J\xffx", 401)).url)) == "HTTP 401: \\x1b[2J\ufffdx"
 
 
 def test_a_variable_that_holds_no_key_is_told_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
