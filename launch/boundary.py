@@ -74,7 +74,7 @@ def _of_system(error: OSError) -> Ending:
 
 def _is_peers(error: BaseException) -> bool:
     """Whether another rank left this one alone."""
-    if any(kind.__name__ in ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError") for kind in type(error).__mro__):
+    if any(kind.__name__.startswith(("Dist", "Rendezvous")) for kind in type(error).__mro__):
         return True
     return isinstance(error, RuntimeError) and "WORLD_SIZE" in os.environ and _PEERS.search(str(error)) is not None
 

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from .errors import UserError
 from .files import storage_error
@@ -72,13 +72,21 @@ class Lock:
         except OSError:
             return False
 
-    def holder(self) -> str:
-        """Who holds the lock, in words."""
+    def _told(self) -> dict[str, Any]:
         try:
             found = json.loads(self.file.read_text(encoding="utf-8", errors="replace"))
-            return f"process {int(found['process'])} on {str(found['host'])[:80]} (since {str(found['since'])[:40]})"
+            return {"process": int(found["process"]), "host": str(found["host"])[:80], "since": str(found["since"])[:40]}
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return "another process"
+            return {}
+
+    def holder(self) -> str:
+        """Who holds the lock, in words."""
+        told = self._told()
+        return f"process {told['process']} on {told['host']} (since {told['since']})" if told else "another process"
+
+    def is_elsewhere(self) -> bool:
+        """Whether the holder is on another machine, as far as it says."""
+        return self._told().get("host", socket.gethostname()) != socket.gethostname()
 
     def release(self) -> None:
         """Give the lock back; nothing to do when it is not held."""
@@ -111,15 +119,26 @@ def _in_child() -> None:
 os.register_at_fork(after_in_child=_in_child)
 
 
-def acquire_or_refuse(lock: Lock, what: str, *, seconds: float = 2.0) -> None:
-    """Take ``lock``, or say who has ``what``. Waits a moment: a holder that was killed just now may still be going.
+def acquire_or_refuse(lock: Lock, what: str, say: Callable[[str], None], *, seconds: float = 2.0, elsewhere: float = 120.0) -> None:
+    """Take ``lock``, or say who has ``what``.
+
+    Args:
+        lock: To take.
+        what: The thing, as in "the run folder runs/x".
+        say: Told when it waits for another machine.
+        seconds: Wait for a holder on this machine: one that was killed just now may still be going.
+        elsewhere: Wait for a holder on another: a file server takes the locks of a dead machine back after a while (NFS: 90 seconds).
 
     Raises: UserError when another process holds it.
     """
-    deadline = time.monotonic() + seconds
+    began, told = time.monotonic(), False
     while not lock.acquire():
-        if time.monotonic() > deadline:
+        away = lock.is_elsewhere()
+        if time.monotonic() - began > (elsewhere if away else seconds):
             raise UserError(f"{what} is in use by {lock.holder()}; wait until it has ended, stop it, or choose another folder")
+        if away and not told:
+            say(f"{what} is in use by {lock.holder()}; waiting {elsewhere:.0f} seconds, in case that machine has died")
+            told = True
         time.sleep(POLL_SECONDS)
 
 

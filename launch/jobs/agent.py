@@ -17,9 +17,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    from ...models.errors import UserError
+    from ...models.terminal_text import printable
+    from ..boundary import bug_report, ending_of
     from ..run.counts import check_processes
-    from ..run.workers import exit_code, forget_outcome
+    from ..run.workers import exit_code, forget_outcome, tell_killed
 
     # The workers have already told the user what went wrong; the agent would add its own traceback.
     for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"):
@@ -29,10 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if str(given.nproc_per_node).isdigit():
             check_processes(int(given.nproc_per_node))
         run.run(given)
-    except UserError as error:
-        print(f"decoct: error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
     except ChildFailedError as failure:
+        tell_killed(failure)
         return exit_code(failure, given.rdzv_id)[0]
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
@@ -40,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = "start the job again on all nodes, it continues from the last checkpoint"
         print(f"decoct: the first node, where the others meet, cannot be reached ({error}); {told}", file=sys.stderr, flush=True)
         return 1
+    except Exception as error:
+        ending = ending_of(error)
+        print(printable(f"decoct: error: {ending.message}" if ending else bug_report(error)), file=sys.stderr, flush=True)
+        return ending.code if ending else 1
     finally:
         forget_outcome(os.getpid(), given.rdzv_id)
     return 0

@@ -199,7 +199,7 @@ class RunFolder:
         """
         check_writable_folder(self.path, "the run folder (runs/<name>, or --out)")
         lock = Lock(self.path / LOCK)
-        acquire_or_refuse(lock, f"the run folder {self.path}")
+        acquire_or_refuse(lock, f"the run folder {self.path}", say)
         if not lock.lockable:
             say(no_locks(lock.file))
         return lock

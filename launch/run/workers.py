@@ -92,6 +92,7 @@ def _run_once(arguments: Sequence[str], agent: Agent, attempt: int) -> tuple[int
     try:
         elastic_launch(config, sys.executable)("-m", "decoct.launch.cli", *arguments)
     except ChildFailedError as failure:
+        tell_killed(failure)
         return exit_code(failure, run_id)
     except SignalException as stopped:
         return 128 + int(stopped.sigval), True
@@ -107,6 +108,22 @@ def exit_code(failure: "ChildFailedError", run_id: str) -> tuple[int, bool]:
         return decided, True
     codes = [child.exitcode for child in failure.failures.values()]
     return next((code for code in codes if code > 0), 1), False
+
+
+_KILLED = {
+    -signal.SIGKILL: "the kernel does this when memory runs out: lower trainer.micro_batch or data.seq_length, or use fewer processes",
+    -signal.SIGBUS: "a file that it was reading was cut, or its disk failed",
+    -signal.SIGSEGV: "a library crashed",
+    -signal.SIGABRT: "a library gave up; its last words are above",
+}
+
+
+def tell_killed(failure: "ChildFailedError") -> None:
+    """Say which worker died by a signal, and what that means: it could not say so itself."""
+    for rank, child in failure.failures.items():
+        if (why := _KILLED.get(child.exitcode)) is not None:
+            name = signal.Signals(-child.exitcode).name
+            print(f"decoct: rank {rank} was ended by {name}: {why}", file=sys.stderr, flush=True)
 
 
 def _options(agent: Agent, attempt: int) -> dict[str, Any]:

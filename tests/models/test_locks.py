@@ -47,7 +47,7 @@ def test_one_has_it_and_the_other_is_told_who(tmp_path: Path) -> None:
         lock = Lock(file)
         assert not lock.acquire()
         with pytest.raises(UserError, match=rf"the run folder x is in use by process {process.pid} on .* choose another folder"):
-            acquire_or_refuse(lock, "the run folder x", seconds=0)
+            acquire_or_refuse(lock, "the run folder x", print, seconds=0)
         process.communicate("")
     assert not file.exists(), "it is removed when it is given back"
     assert lock.acquire()
@@ -135,6 +135,26 @@ def test_refusing_waits_for_one_that_is_just_going(tmp_path: Path) -> None:
         process.stdin.close()
         began = time.monotonic()
         lock = Lock(tmp_path / "lock")
-        acquire_or_refuse(lock, "x", seconds=20)
+        acquire_or_refuse(lock, "x", print, seconds=20)
         assert time.monotonic() - began < 20
         lock.release()
+
+
+def test_a_holder_on_another_machine_is_given_time_to_be_missed(tmp_path: Path) -> None:
+    """A file server keeps the locks of a machine that died for a while, and a job that is started again must not be refused for that."""
+    file, said = tmp_path / "lock", list[str]()
+    with held_elsewhere(file) as process:
+        file.write_text('{"process": 7, "host": "node9", "since": "then"}')
+
+        def say(text: str) -> None:
+            said.append(text)
+            process.kill()
+
+        lock = Lock(file)
+        acquire_or_refuse(lock, "x", say, seconds=0, elsewhere=20)
+        lock.release()
+    assert said == ["x is in use by process 7 on node9 (since then); waiting 20 seconds, in case that machine has died"]
+    with held_elsewhere(file):
+        file.write_text('{"process": 7, "host": "node9", "since": "then"}')
+        with pytest.raises(UserError, match="process 7 on node9"):
+            acquire_or_refuse(Lock(file), "x", print, seconds=0, elsewhere=0.3)
