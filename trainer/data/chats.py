@@ -112,8 +112,8 @@ class ChatEncoder:
         except NothingToLearnError:
             raise
         except ValueError:
-            # some templates append arguments as the text they were
-            plain = read_conversation(row, parse_arguments=False)
+            # some templates put arguments behind other text
+            plain = read_conversation(row, arguments="text")
             if plain == read_conversation(row):
                 raise
             return self._render(plain)

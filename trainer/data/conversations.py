@@ -13,7 +13,7 @@ import json
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 SHAPES = ("'messages'", "'conversations'", "'prompt' and 'completion'", "'instruction' and 'output'", "'question' and 'answer'")
 """What a row may consist of, in words."""
@@ -71,17 +71,17 @@ def is_conversation(columns: Collection[str]) -> bool:
     return any(name in columns for name in _LISTS) or any(first in columns and second in columns for first, second in _PAIRS)
 
 
-def read_conversation(row: Mapping[str, Any], *, parse_arguments: bool = True) -> Conversation:
+def read_conversation(row: Mapping[str, Any], *, arguments: Literal["object", "text"] = "object") -> Conversation:
     """The conversation of a row.
 
     Args:
-        parse_arguments: Arguments of tool calls that are JSON text become objects, as servers hand them to templates.
+        arguments: Arguments of tool calls that are JSON text become objects, as servers hand them to templates; or objects become text.
 
     Raises:
         ValueError: it has none, or one that a model of text cannot read.
     """
     given = _messages(row)
-    messages = [_message(each, parse_arguments) for each in given]
+    messages = [_message(each, arguments) for each in given]
     system = row.get("system")
     if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
@@ -140,7 +140,7 @@ def _json(value: Any, column: str) -> Any:
         raise ValueError(f"'{column}' that is text, and not JSON") from None
 
 
-def _message(message: Any, parse_arguments: bool) -> dict[str, Any]:
+def _message(message: Any, arguments: str) -> dict[str, Any]:
     role = message.get("role", message.get("from")) if isinstance(message, dict) else None
     if not isinstance(role, str):
         raise ValueError(f"a message without a role: {str(message)[:80]}")
@@ -149,8 +149,8 @@ def _message(message: Any, parse_arguments: bool) -> dict[str, Any]:
     rest = {key: value for key, value in message.items() if key not in _NO_FIELDS and value is not None}
     if calls := _calls(message, role, content):
         rest["tool_calls"], content = calls, None if content is None or role.lower() == "function_call" else content
-    if "tool_calls" in rest and parse_arguments:
-        rest["tool_calls"] = _parsed_arguments(rest["tool_calls"])
+    if "tool_calls" in rest:
+        rest["tool_calls"] = _with_arguments(rest["tool_calls"], arguments)
     if content is None and not (rest.get("tool_calls") or rest.get("reasoning_content") or rest.get("reasoning")):
         raise ValueError("a message without content")
     return {"role": name, "content": content, **rest}
@@ -185,18 +185,20 @@ def _calls(message: Mapping[str, Any], role: str, content: str | None) -> list[d
     return [{"type": "function", "function": call} for call in calls]
 
 
-def _parsed_arguments(calls: Any) -> Any:
+def _with_arguments(calls: Any, form: str) -> Any:
     if not isinstance(calls, list):
         return calls
-    parsed: list[Any] = []
+    changed: list[Any] = []
     for call in calls:
         function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict) and isinstance(arguments := function.get("arguments"), str):
+        if isinstance(function, dict) and (arguments := function.get("arguments")) is not None:
             # what is no JSON a template may still print
-            with suppress(ValueError, RecursionError):
-                call = {**call, "function": {**function, "arguments": json.loads(arguments)}}
-        parsed.append(call)
-    return parsed
+            with suppress(ValueError, RecursionError, TypeError):
+                if isinstance(arguments, str) == (form == "object"):
+                    arguments = json.loads(arguments) if form == "object" else json.dumps(arguments, ensure_ascii=False)
+            call = {**call, "function": {**function, "arguments": arguments}}
+        changed.append(call)
+    return changed
 
 
 def _is_learned(message: Mapping[str, Any]) -> bool:

@@ -246,8 +246,11 @@ def lines_of(stream: BinaryIO, where: str) -> Iterator[tuple[int, str | UserErro
     """(number, text) of each line, or the error of one that cannot be decoded."""
     encoding = encoding_of(stream.peek(4)[:4] if isinstance(stream, io.BufferedReader) else b"")
     if encoding != "utf-8-sig":
-        with io.TextIOWrapper(stream, encoding, newline="\n", errors="replace") as text:
-            yield from enumerate(text, 1)
+        with io.TextIOWrapper(stream, encoding, newline="\n") as text:
+            try:
+                yield from enumerate(text, 1)
+            except UnicodeDecodeError as error:
+                raise UserError(f"data.files: {where} is not {encoding.upper()} throughout ({error.reason}); make it again") from error
         return
     for number, line in enumerate(stream, 1):
         try:

@@ -74,11 +74,12 @@ def _parquet_texts(path: Path, field: str) -> Iterator[str]:
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
-    except (pa.ArrowException, OSError):
-        schema = None  # what is wrong with it is said where it is read
+            names = schema.names
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        schema, names = None, []  # what is wrong with it is said where it is read
     if schema is not None:
-        if field not in schema.names:
-            raise missing_field(field, schema.names, shown(path))
+        if field not in names:
+            raise missing_field(field, names, shown(path))
         check_text_column(schema.field(field).type, field, shown(path))
     for _, row in rows_of(path, [field]):
         yield row.get(field, "") if isinstance(row, Mapping) else ""

@@ -49,9 +49,17 @@ def samples_of(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase",
         return [Sample(whole, [(0, len(whole))])]
     if passed:
         notes["turns of the assistant that say not to learn them (weight 0)"] += passed
-    places = {turn: _place(messages, turn, conversation, tokenizer) for turn in turns}
-    for turn, (text, begin) in places.items():
-        _note_turn(messages[turn], text[begin:], notes)
+    places: dict[int, tuple[str, int]] = {}
+    for turn in turns:
+        after = _try_render(messages[: turn + 1], conversation, tokenizer, prompt=False)
+        if after is None:
+            notes["turns of the assistant that the chat template does not render as the last, which are not learned"] += 1
+            continue
+        begin = _begin_of_turn(after, messages, turn, conversation, tokenizer)
+        _check_turn(messages[turn], after, begin, notes)
+        places[turn] = after, begin
+    if not places:
+        raise ValueError("the chat template renders no turn of the assistant as the last")
     return _gather(whole, places)
 
 
@@ -69,12 +77,13 @@ def _gather(whole: str, places: dict[int, tuple[str, int]]) -> list[Sample]:
     return samples
 
 
-def _place(messages: list[dict[str, Any]], turn: int, conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, int]:
-    """(the conversation up to and with a turn, where what the assistant says begins in it)."""
-    after = _render(messages[: turn + 1], conversation, tokenizer)
+def _begin_of_turn(
+    after: str, messages: list[dict[str, Any]], turn: int, conversation: Conversation, tokenizer: "PreTrainedTokenizerBase"
+) -> int:
+    """Where in ``after``, the conversation up to and with a turn, what the assistant says begins."""
     before = _try_render(messages[:turn], conversation, tokenizer, prompt=True)
     if before is not None and after.startswith(before):
-        return after, len(before)
+        return len(before)
     content = (messages[turn]["content"] or "").strip()
     at = after.rfind(content) if content else -1
     if before is not None:
@@ -82,10 +91,10 @@ def _place(messages: list[dict[str, Any]], turn: int, conversation: Conversation
         common = _common_prefix(before, after)
         bare = _try_render(messages[:turn], conversation, tokenizer, prompt=False)
         if bare is not None and after.startswith(bare) and common >= len(bare):
-            return after, min(common, at) if at >= len(bare) else common
+            return min(common, at) if at >= len(bare) else common
     if at < 0:
         raise ValueError("the chat template does not show where a turn of the assistant begins")
-    return after, at
+    return at
 
 
 def _common_prefix(first: str, second: str) -> int:
@@ -136,14 +145,31 @@ def _note_tools(conversation: Conversation, text: str, notes: Counter[str]) -> N
         notes["conversations whose tools the chat template leaves out"] += 1
 
 
-def _note_turn(message: dict[str, Any], said: str, notes: Counter[str]) -> None:
-    calls = message.get("tool_calls")
-    functions = [call.get("function") for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
-    names = [function.get("name") for function in functions if isinstance(function, dict)]
-    if (message["content"] or "").strip() not in said or any(isinstance(name, str) and name not in said for name in names):
+def _check_turn(message: dict[str, Any], after: str, begin: int, notes: Counter[str]) -> None:
+    """Note what the template leaves out of a turn, and raise ValueError when that is all of it."""
+    content = (message["content"] or "").strip()
+    # a prompt that opens a thought holds the beginning of the content too
+    said = after[max(0, begin - len(content)) :]
+    names = [name for call in message.get("tool_calls") or () if (name := _called(call))]
+    if not all(name in said for name in names):
+        raise ValueError("the chat template does not show the tool calls")
+    # thoughts may be cut, what follows them may not
+    words = content.rpartition("</think>")[2].split()
+    if words and not names and words[-1] not in said:
+        raise ValueError("the chat template does not show what the assistant says")
+    # templates trim and break lines as they like
+    if "".join(content.split()) not in "".join(said.split()):
         notes["turns of which the chat template leaves something out"] += 1
+    elif content and said.rstrip().endswith(content):
+        notes["turns behind which the chat template puts nothing, so that their end is not learned"] += 1
     for name in ("reasoning_content", "reasoning"):
         thought = message.get(name)
         if isinstance(thought, str) and thought.strip() not in said:
             notes["turns whose reasoning the chat template leaves out"] += 1
             return
+
+
+def _called(call: Any) -> str | None:
+    function = call.get("function") if isinstance(call, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None

@@ -124,9 +124,9 @@ def _parquet_batches(path: Path, columns: Collection[str] | None, name: str) -> 
         guard = Expansion(path)
         with pq.ParquetFile(path) as plain:
             schema = plain.schema
-            leaves = [schema.column(i) for i in range(len(plain.schema))]
-            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
             wanted = [given for given in plain.schema_arrow.names if columns is None or given in columns]
+            leaves = [schema.column(i) for i in range(len(plain.schema))]
+            texts = [leaf.path for leaf in leaves if leaf.logical_type.type == "STRING" and leaf.path.split(".")[0] in wanted]
         with pq.ParquetFile(path, read_dictionary=texts) as file:
             number = 0
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):

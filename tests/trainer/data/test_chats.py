@@ -262,9 +262,10 @@ def test_the_cache_tells_ways_to_read_control_tokens_apart(tmp_path: Path, chatt
 
 def test_arguments_are_text_for_templates_that_need_it(chatty: Any) -> None:
     chatty.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}{{ '!' + c.function.arguments }}{% endfor %}"
-        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}{% set f = c.function %}"
+        "{{ f.name + '!' + f.arguments }}{% endfor %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
-    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
-    assert said(row, chatty)[1] == '!{"a": 1}'
+    for arguments in ('{"a": 1}', {"a": 1}):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+        assert said(row, chatty)[1] == 'f!{"a": 1}'

@@ -97,11 +97,31 @@ def test_tools_reach_the_template_and_are_counted_when_it_leaves_them_out(learne
     tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
     talk = [user("sun?"), says("", tool_calls=[call("weather")])]
     assert learned(WITH_TOOLS, talk, tools=[tool]) == ([['weather({"a": 1})<E>']], Counter())
-    _, notes = learned(CHATML, talk, tools=[tool])
-    assert notes == {
-        "conversations whose tools the chat template leaves out": 1,
-        "turns of which the chat template leaves something out": 1,
-    }
+    _, notes = learned(CHATML, [user("sun?"), says("yes")], tools=[tool])
+    assert notes == {"conversations whose tools the chat template leaves out": 1}
+
+
+def test_a_turn_that_the_template_does_not_show_is_not_learned_as_an_empty_one(learned: Any) -> None:
+    with pytest.raises(ValueError, match="does not show the tool calls"):
+        learned(CHATML, [user("sun?"), says("", tool_calls=[call("weather")])])
+    of_parts = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
+    with pytest.raises(ValueError, match="does not show what the assistant says"):
+        learned(of_parts, [user("sun?"), says("yes")])
+
+
+def test_turns_without_an_end_are_counted(learned: Any) -> None:
+    spans, notes = learned(CHATML.replace("<|im_end|>", ""), [user("sun?"), says("yes")])
+    assert spans == [["yes\n"]]
+    assert notes == {"turns behind which the chat template puts nothing, so that their end is not learned": 1}
+
+
+def test_a_turn_that_the_template_does_not_render_as_the_last_is_context(learned: Any) -> None:
+    asks_first = "{% if messages | selectattr('role', 'equalto', 'user') | list | length == 0 %}{{ raise_exception('no user') }}{% endif %}"
+    spans, notes = learned(asks_first + CHATML, [says("welcome"), user("hi"), says("hello")])
+    assert spans == [["hello<|im_end|>\n"]]
+    assert notes == {"turns of the assistant that the chat template does not render as the last, which are not learned": 1}
+    with pytest.raises(ValueError, match="refuses it: no user"):
+        learned(asks_first + CHATML, [says("welcome")])
 
 
 def test_missing_content_beside_calls_is_not_printed_as_none(learned: Any) -> None:

@@ -55,7 +55,11 @@ def test_twice_cut_short_it_ends_in_the_same_windows(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DECOCT_CACHE", str(tmp_path / "plain"))
+    texts = [*texts[:10], "spells <|endoftext|> here", *texts[10:30], "and <|endoftext|> here", *texts[30:], " "]
     whole = content(prepared(tokenizer, told(texts)))
+    counts = prepared(tokenizer, told(texts)).left_out
+    assert counts["documents that spell control tokens, which are read as control tokens (data.special_tokens)"] == 2
+    assert counts["blank documents"] == 1
     monkeypatch.setenv("DECOCT_CACHE", str(tmp_path / "cut"))
     for stop in (20, 41):
         with pytest.raises(KeyboardInterrupt):
