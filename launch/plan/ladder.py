@@ -189,8 +189,7 @@ def run_footprint(what: str, context: str | None, batch: str, as_json: bool) -> 
 
 
 def _draw(shape: ModelShape, rows: list[LadderRow], context: int, batch: int, console: "Console") -> None:
-    from rich.table import Table
-
+    from ..fitting_table import fitting_table
     from ..report.tables import WIDE
     from .show import size
 
@@ -198,11 +197,21 @@ def _draw(shape: ModelShape, rows: list[LadderRow], context: int, batch: int, co
         console.width = max(console.width, WIDE)
     console.print(f"{shape.source}: {shape.describe()}", markup=False, highlight=False)
     console.print(f"{shape.parameters:,} parameters; KV cache of {batch} x {context:,} tokens in bf16", highlight=False)
-    table = Table()
-    for name in ("precision", "bare", "linears", "scales", "embeddings, head", "norms", "weights", "KV cache", "together"):
-        table.add_column(name, justify="left" if name == "precision" else "right")
+    headings = ("precision", "bare", "linears", "scales", "embeddings, head", "norms", "weights", "KV cache", "together")
+    cells = []
     for row in rows:
         parts = (row.bare, row.linears, row.scales, row.embeddings, row.norms, row.stored, row.kv_cache, row.served)
-        table.add_row(row.name, *(size(count) if count else "-" for count in parts))
-    console.print(table)
+        cells.append((row.name, *(size(count) if count else "-" for count in parts)))
+    console.print(
+        fitting_table(
+            None,
+            headings,
+            cells,
+            console.width,
+            text=headings[:1],
+            left_out_first=("norms", "scales", "linears", "embeddings, head"),
+            short={"embeddings, head": "emb+head"},
+            elsewhere="--json has them",
+        )
+    )
     console.print("bare = parameters x width; weights = as stored: embeddings, head and norms stay bf16 unless the row says otherwise")

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ...models.capabilities import percent
+from ..fitting_table import fitting_table
 from .contents import PRECISIONS, Plan, StagePlan
 from .fitting import usable
 from .problems import problems
@@ -93,9 +94,9 @@ def draw(plan: Plan, console: "Console", *, values: bool = True) -> None:
     if plan.teacher:
         console.print(f"teacher: {plan.teacher}", markup=False, highlight=False)
     console.print(f"student: {plan.student}", markup=False, highlight=False)
-    console.print(_stages(plan))
+    console.print(_stages(plan, console.width))
     if any(stage.training for stage in plan.stages):
-        console.print(_memory(plan))
+        console.print(_memory(plan, console.width))
     for stage in plan.stages:
         if stage.rounding:
             starts = "starts with " if stage.training else ""
@@ -103,9 +104,9 @@ def draw(plan: Plan, console: "Console", *, values: bool = True) -> None:
         if stage.coverage is not None:
             console.print(f"{_safe(stage.name)}: {coverage_line(stage)}", highlight=False, soft_wrap=True)
         if stage.verdicts:
-            console.print(_targets(stage))
+            console.print(_targets(stage, console.width))
     if values:
-        console.print(_values(plan))
+        console.print(_values(plan, console.width))
     cached = sum(stage.training.cache_bytes for stage in plan.stages if stage.training)
     cache = f", and at most {size(cached)} of the teacher's cache" if cached else ""
     work = ", work files of rounding" if any(stage.rounding and stage.rounding.streamed for stage in plan.stages) else ""
@@ -136,39 +137,44 @@ def check_before_run(recipe: Any, out: "Path", console: "Console", *, nodes: int
         raise UserError("this recipe cannot work here:\n" + "\n".join(f"  - {problem}" for problem in found))
 
 
-def _table(title: str, columns: dict[str, str]) -> "Table":
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for name, justify in columns.items():
-        table.add_column(name, justify=justify)  # pyright: ignore[reportArgumentType] - a dict's values are plain str
-    return table
+_ELSEWHERE = "--json has them"
 
 
-def _stages(plan: Plan) -> "Table":
-    numbers = ["parameters", *PRECISIONS, "writes", "tokens", "steps", "checkpoint", "work"]
-    table = _table("stages", {"stage": "left", "model": "left", **dict.fromkeys(numbers, "right")})
+def _stages(plan: Plan, width: int) -> "Table":
+    headings = ("stage", "model", "parameters", *PRECISIONS, "writes", "tokens", "steps", "checkpoint", "work")
+    rows = []
     for stage in plan.stages:
         trained = stage.training
         written = [size(stage.model_bytes)] if stage.model_bytes else [size(count) for count in stage.exports.values()]
-        table.add_row(
-            stage.name,
-            stage.shape,
-            amount(stage.parameters),
-            *(size(count) for count in stage.precisions.values()),
-            ", ".join(written) or "-",
-            *(
-                (amount(trained.tokens), f"{trained.steps:,}", size(trained.checkpoint_bytes), f"{trained.flop:.2g} FLOP")
-                if trained
-                else ("-",) * 4
-            ),
+        rows.append(
+            (
+                stage.name,
+                stage.shape,
+                amount(stage.parameters),
+                *(size(count) for count in stage.precisions.values()),
+                ", ".join(written) or "-",
+                *(
+                    (amount(trained.tokens), f"{trained.steps:,}", size(trained.checkpoint_bytes), f"{trained.flop:.2g} FLOP")
+                    if trained
+                    else ("-",) * 4
+                ),
+            )
         )
-    return table
+    return fitting_table(
+        "stages",
+        headings,
+        rows,
+        width,
+        text=("stage", "model", "writes"),
+        left_out_first=("fp32", "int8", "int4", "bf16", "checkpoint", "work", "model", "steps"),
+        short={"parameters": "params"},
+        elsewhere=_ELSEWHERE,
+    )
 
 
-def _memory(plan: Plan) -> "Table":
+def _memory(plan: Plan, width: int) -> "Table":
     where = "GPU" if plan.machine.gpus else "process"
-    table = _table(f"memory of each {where}", {"stage": "left", **dict.fromkeys((*_ROLES, "total"), "right"), "fits": "left"})
+    rows = []
     for stage in plan.stages:
         if not stage.training:
             continue
@@ -177,28 +183,36 @@ def _memory(plan: Plan) -> "Table":
         if stage.training.remedy:
             fits += f"; {' '.join(stage.training.remedy.settings)} takes {size(stage.training.remedy.roles.total)}"
         room = f" of {size(usable(memory))}" if memory else ""
-        table.add_row(stage.name, *(size(getattr(roles, role)) for role in _ROLES), size(roles.total) + room, fits)
-    return table
+        rows.append((stage.name, *(size(getattr(roles, role)) for role in _ROLES), size(roles.total) + room, fits))
+    return fitting_table(
+        f"memory of each {where}",
+        ("stage", *_ROLES, "total", "fits"),
+        rows,
+        width,
+        text=("stage", "fits"),
+        left_out_first=("logits", "gradients", "activations", "optimizer", "student", "teacher"),
+        elsewhere=_ELSEWHERE,
+    )
 
 
-def _targets(stage: StagePlan) -> "Table":
+def _targets(stage: StagePlan, width: int) -> "Table":
     title = ", ".join(f"{form} {size(count)}" for form, count in stage.exports.items())
-    table = _table(f"{stage.name}: {title}", {"served by": "left", "loads": "left", "why": "left", "nearest that does": "left"})
-    for verdict in stage.verdicts:
-        table.add_row(verdict.target, verdict.outcome, _safe(verdict.reason), _safe(verdict.fix))
-    return table
+    headings = ("served by", "loads", "why", "nearest that does")
+    rows = [(verdict.target, verdict.outcome, verdict.reason, verdict.fix) for verdict in stage.verdicts]
+    return fitting_table(f"{stage.name}: {title}", headings, rows, width, text=headings)
 
 
-def _values(plan: Plan) -> "Table":
-    table = _table("values", {"key": "left", "value": "left", "from": "left"})
+def _values(plan: Plan, width: int) -> "Table":
+    headings = ("key", "value", "from")
+    rows: list[tuple[str, ...]] = []
     told: set[str] = set()
     derived = [value for stage in plan.stages for value in stage.values]
     overtaken = {value.key for value in derived}
     for value in [*(v for v in plan.values if v.key not in overtaken), *derived]:
         if value.key not in told:
             told.add(value.key)
-            table.add_row(_safe(value.key), _safe(str(value.value)), _safe(value.origin))
-    return table
+            rows.append((value.key, str(value.value), value.origin))
+    return fitting_table("values", headings, rows, width, text=headings)
 
 
 def _safe(text: str) -> str:

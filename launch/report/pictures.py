@@ -148,6 +148,8 @@ def _smooth(values: list[float], share: float = 0.05) -> list[float]:
 def layer_sparsity(report: dict[str, Any]) -> "Figure":
     """Share of zeros per decoder layer after each stage that has any."""
     rows = [row for row in report["stages"] if row.get("layer_sparsity") and max(row["layer_sparsity"]) > 0]
+    # `evaluate` judges the model of the row before it, unless it stands alone
+    rows = [row for row in rows if row["kind"] != "evaluate"] or rows
     figure = _figure(7.5, 2.8)
     axes = figure.subplots()
     width = 0.8 / len(rows)
@@ -158,7 +160,7 @@ def layer_sparsity(report: dict[str, Any]) -> "Figure":
     axes.set_xlabel("decoder layer")
     axes.set_ylabel("share of zeros")
     axes.set_title("Sparsity of the linear weights")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from ..fitting_table import fitting_table
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -123,37 +125,13 @@ def markdown_table(report: dict[str, Any]) -> str:
 
 def terminal_table(report: dict[str, Any], width: int) -> "Table":
     """The table for a console of ``width`` characters; a narrow one goes without the columns that matter least, and says which."""
-    rows = report_rows(report)
-    shown = list(HEADINGS)
-    table = _table(report["name"], rows, shown, short=False)
-    for left_out in (None, *LEFT_OUT_FIRST):
-        if _fits(table, width):
-            break
-        shown = [heading for heading in shown if heading != left_out]
-        table = _table(report["name"], rows, shown, short=True)
-    if missing := [heading for heading in HEADINGS if heading not in shown]:
-        table.caption = f"left out for want of room: {', '.join(missing)}; report.md has them"
-        table.caption_justify = "left"
-    return table
-
-
-def _table(title: str, rows: list[tuple[str, ...]], shown: list[str], *, short: bool) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    places = [HEADINGS.index(heading) for heading in shown]
-    longest_word = max((len(word) for row in rows for word in row[0].split()), default=1)
-    # names of steps wrap, at the longest word of most, and are folded rather than cut
-    table.add_column(shown[0], min_width=min(longest_word, 24), overflow="fold")
-    for heading in shown[1:]:
-        table.add_column(_SHORT.get(heading, heading) if short else heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(row[place] for place in places))
-    return table
-
-
-def _fits(table: "Table", width: int) -> bool:
-    """Whether nothing is cut: names of steps may take several lines, numbers may not. (rich's own measure leaves the padding out.)"""
-    widths = [column.min_width or max(map(len, (str(column.header), *map(str, column.cells)))) for column in table.columns]
-    return sum(widths) + 2 * len(widths) <= width
+    return fitting_table(
+        report["name"],
+        HEADINGS,
+        report_rows(report),
+        width,
+        text=HEADINGS[:1],
+        left_out_first=LEFT_OUT_FIRST,
+        short=_SHORT,
+        elsewhere="report.md has them",
+    )

@@ -4,11 +4,12 @@ import random
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from decoct.launch.report.labels import overlap, place_labels
-from decoct.launch.report.pictures import render, size_against_quality
+from decoct.launch.report.pictures import layer_sparsity, render, size_against_quality
 
 
 def boxes(figure: Any) -> tuple[list[Any], list[Any], Any]:
@@ -68,7 +69,7 @@ def test_labels_of_twelve_points_in_a_heap(seed: int) -> None:
 
 def test_without_an_export_the_folder_of_codes_is_drawn_at_its_packed_size() -> None:
     (axes,) = size_against_quality({**quickstart(), "exports": []}).axes
-    assert [round(x, 2) for x, _ in [dots.get_offsets()[0] for dots in axes.collections]][5] == 1.3  # pyright: ignore[reportIndexIssue]
+    assert np.asarray(axes.collections[5].get_offsets())[0, 0] == pytest.approx(1.3)
 
 
 def test_a_student_far_from_its_teacher_gets_a_logarithmic_axis() -> None:
@@ -94,3 +95,17 @@ def test_a_label_that_is_far_from_its_point_is_tied_to_it() -> None:
     labels = place_labels(axes, [(0.5, 0.5)] * 9, [f"label {n}" for n in range(9)], ["black"] * 9)
     assert len(labels) == 9
     assert sum(not text.get_text() for text in axes.texts) >= 5
+
+
+def test_the_legend_of_the_zeros_lies_beside_the_bars() -> None:
+    report = quickstart()
+    report["stages"][4]["layer_sparsity"] = [0.3, 0.3]
+    report["stages"].append(row("06-evaluate", "evaluate", 1.3, 102.9, layer_sparsity=[0.3, 0.3]))
+    figure = layer_sparsity(report)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["04-prune"], "evaluate judges the same model"
+    assert legend.get_window_extent(renderer).x0 >= figure.axes[0].get_window_extent(renderer).x1
+    report["stages"] = report["stages"][-1:]
+    assert [text.get_text() for text in layer_sparsity(report).legends[0].get_texts()] == ["06-evaluate"]

@@ -1,0 +1,81 @@
+"""Tables for a console of any width: text wraps, numbers are never cut, and columns that do not fit are left out with a word."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_WIDEST_WORD = 24
+"""Characters that a column of text gets at least, where it has words that long; longer words are folded."""
+
+
+def fitting_table(
+    title: str | None,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    width: int,
+    *,
+    text: Sequence[str],
+    left_out_first: Sequence[str] = (),
+    short: Mapping[str, str] | None = None,
+    elsewhere: str = "",
+) -> "Table":
+    """A table that is at most ``width`` characters wide, if it can be.
+
+    Args:
+        headings: Of the columns.
+        rows: Cells as plain text, as many as headings.
+        text: Headings of the columns that hold text, to the left and in as many lines as it takes; the others hold numbers.
+        left_out_first: Headings in the order in which a narrow table does without them; the others always stand.
+        short: Headings' short forms, used as soon as the table does not fit as it is.
+        elsewhere: Who has what is left out, such as 'report.md has them'.
+    """
+    shown = list(headings)
+    table = _table(title, headings, rows, shown, text, {})
+    for left_out in (None, *left_out_first):
+        if _fits(table, width):
+            break
+        shown = [heading for heading in shown if heading != left_out]
+        table = _table(title, headings, rows, shown, text, short or {})
+    if missing := [heading for heading in headings if heading not in shown]:
+        table.caption = "; ".join(filter(None, [f"left out for want of room: {', '.join(missing)}", elsewhere]))
+        table.caption_justify = "left"
+    return table
+
+
+def _table(
+    title: str | None,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    shown: Sequence[str],
+    text: Sequence[str],
+    short: Mapping[str, str],
+) -> "Table":
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=None if title is None else Text(title),
+        title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
+    places = [list(headings).index(heading) for heading in shown]
+    for place, heading in zip(places, shown):
+        name = short.get(heading, heading)
+        if heading in text:
+            words = [word for row in rows for word in (*row[place].split(), *name.split())]
+            # wraps at blanks; a longer word is folded rather than cut
+            table.add_column(name, min_width=min(max(map(len, words), default=1), _WIDEST_WORD), overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        # as Text: names of stages and paths may hold what rich takes for markup
+        table.add_row(*(Text(row[place]) for place in places))
+    return table
+
+
+def _fits(table: "Table", width: int) -> bool:
+    """Whether nothing is cut. (rich's own measure leaves the padding out.)"""
+    widths = [column.min_width or max(map(len, (str(column.header), *map(str, column.cells)))) for column in table.columns]
+    return sum(widths) + 2 * len(widths) <= width
