@@ -7,10 +7,23 @@ from typing import Any
 from .errors import UserError
 
 
+def what_instead(folder: Path) -> str:
+    """What to give in the place of a folder that is no model, by what lies in it."""
+    checkpoints = [found.parent for found in folder.glob("checkpoint-*/config.json")]
+    if checkpoints:
+        newest = max(checkpoints, key=lambda one: (len(one.name), one.name))
+        return f"give one of the checkpoints in it, such as {newest}"
+    if any(folder.glob("*.gguf")):
+        return "a GGUF file is what is served; give the model folder that it was made from"
+    if any(folder.glob("*.pth")):
+        return "it holds an original release (.pth), which is pickled and never read; give its form for transformers"
+    return "give a folder that from_pretrained can read"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a model folder; ``UserError`` when the file is missing or holds something else."""
     if not path.is_file():
-        raise UserError(f"{path.parent} is not a model folder: it has no {path.name}; give a folder that from_pretrained can read")
+        raise UserError(f"{path.parent} is not a model folder: it has no {path.name}; {what_instead(path.parent)}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

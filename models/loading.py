@@ -4,7 +4,6 @@ transformers follows '../' in a local index file, falls back to pickled weights 
 warning. Here the folder is checked before anything is loaded (``folder_check``) and the result afterwards.
 """
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,10 @@ from .folder_check import check_model_folder
 from .hub import hub_snapshot, local_folder
 from .inputs import check_text_model
 from .json_file import read_json
+from .load_report import check_report
 from .quiet import quiet_transformers
 from .record import check_record
+from .ties import settle_ties
 
 if TYPE_CHECKING:
     import torch
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
 )  # fmt: skip
-_SHOWN = 5
 _PIECE = 2**22
-_logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -85,6 +84,8 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remot
 
     folder = find_model_folder(path, revision, trust_remote_code, weights=False)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES) and not any(folder.glob("*.tiktoken")):
+        if not (folder / "config.json").is_file():
+            read_json(folder / "config.json")
         raise UserError(f"{path} has no tokenizer (tokenizer.json or a vocabulary file); copy the tokenizer's files into the folder")
     try:
         with quiet_transformers():
@@ -136,61 +137,6 @@ def find_model_folder(path: str | Path, revision: str | None, trust_remote_code:
 def _not_loadable(path: object, what: str, error: Exception) -> UserError:
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return UserError(f"{path} cannot be loaded as {what}: {first}")
-
-
-def check_report(path: str | Path, model: "PreTrainedModel", report: dict[str, Any]) -> None:
-    """Refuse what transformers only warns about; a head that is tied to the embedding may be missing."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    missing = {name for name in report["missing_keys"] if name not in tied or tied[name] in report["missing_keys"]}
-    faults = {
-        "missing (they would be random)": sorted(missing),
-        "unexpected": sorted(report["unexpected_keys"]),
-        "of another shape than config.json says": [f"{name} {tuple(a)} vs {tuple(b)}" for name, a, b in sorted(report["mismatched_keys"])],
-        "unreadable": [str(message) for message in report["error_msgs"]],
-    }
-    found = [f"{len(names)} weights are {fault}: {_few(names)}" for fault, names in faults.items() if names]
-    if found:
-        raise UserError(f"the weights in {path} do not fit its config.json; {'; '.join(found)}. Fetch or export the model again")
-
-
-def settle_ties(path: str | Path, model: "PreTrainedModel") -> None:
-    """Make the config say whether the head is the embedding's table, as it is in memory: readers of what is saved believe the config.
-
-    transformers unties a head that the files hold with values of its own, and leaves ``tie_word_embeddings`` as it was.
-    """
-    tied = has_tied_head(model)
-    if tied is None or tied == says_tied(model.config):
-        return
-    if not tied:
-        _logger.warning(
-            "%s says tie_word_embeddings: true, but holds a head with values of its own, which is what was trained and is kept; what is "
-            "saved from here says false",
-            path,
-        )
-    set_tied(model.config, tied)
-
-
-def has_tied_head(model: "PreTrainedModel") -> bool | None:
-    """Whether the output head multiplies by the input embedding's table; None for a model without a plain head."""
-    embedding: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
-    one, two = getattr(embedding, "weight", None), getattr(head, "weight", None)
-    return None if one is None or two is None else one is two
-
-
-def says_tied(config: "PreTrainedConfig") -> bool:
-    """What ``config`` says of it."""
-    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
-
-
-def set_tied(config: "PreTrainedConfig", tied: bool) -> None:
-    """Write it into ``config``, the part of a text model included."""
-    for part in (config, config.get_text_config()):
-        part.tie_word_embeddings = tied
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def _check_finite(path: str | Path, model: "PreTrainedModel", dtype: "torch.dtype") -> None:

@@ -17,7 +17,8 @@ from .folder import save_model_folder
 from .folder_check import read_json
 from .hub import local_folder
 from .inputs import ADAPTER, UNPACKED
-from .loading import check_report, find_model_folder, load_config, load_tokenizer
+from .load_report import check_report
+from .loading import find_model_folder, load_config, load_tokenizer
 from .quiet import quiet_transformers
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
-from .loading import check_finite, check_report, find_model_folder, load_config, load_model, meta_model
+from .load_report import check_report
+from .loading import check_finite, find_model_folder, load_config, load_model, meta_model
 from .quiet import quiet_transformers
 from .stored_names import module_names
 from .weight_files import WeightFiles as WeightFiles

@@ -14,11 +14,13 @@ def check_inputs(recipe: "Recipe") -> None:
     """Refuse a teacher or student that no stage can work on.
 
     Raises:
-        ImpossibleStageError: an adapter, packed weights, a model of more than text, or windows longer than its table of positions.
+        ImpossibleStageError: an adapter, packed weights, a model of more than text, weights of another model than config.json,
+            or windows longer than its table of positions.
         UserError: its config is nowhere to be had.
     """
     from ...models.hub import local_folder
     from ...models.inputs import check_files, check_positions, check_text_model
+    from ...models.load_report import check_names
 
     for key, path, revision, trained in _models(recipe):
         folder = local_folder(path, revision=revision)
@@ -30,6 +32,8 @@ def check_inputs(recipe: "Recipe") -> None:
         config, _ = config_of(path, revision)
         try:
             check_text_model(path, config)
+            if folder is not None and trained and any(folder.glob("*.safetensors")):
+                check_names(path, folder)
             check_positions(path, config, recipe.data.seq_length)
         except UserError as error:
             raise ImpossibleStageError(f"{key}: {error}") from error

@@ -13,7 +13,8 @@ from transformers.utils import logging as transformers_logging
 
 from decoct.models.errors import UserError
 from decoct.models.folder_check import check_model_folder
-from decoct.models.loading import check_report, load_config, load_model, load_tokenizer, meta_model
+from decoct.models.load_report import check_names, check_report
+from decoct.models.loading import load_config, load_model, load_tokenizer, meta_model
 from decoct.models.tokenizer import train_tokenizer
 
 Edit = Callable[[dict[str, torch.Tensor]], object]
@@ -127,6 +128,55 @@ def test_missing_unexpected_and_misshapen_weights_are_refused_by_name(folder: Pa
     assert "1 weights are unexpected: model.layers.0.extra.weight" in message
     assert "model.norm.weight (31,) vs (32,)" in message
     assert "\n" not in message
+    with pytest.raises(UserError) as early:
+        check_names(folder, folder)
+    assert str(early.value) == message, "the same without loading"
+
+
+def _prefixed(prefix: str) -> Edit:
+    return lambda weights: [weights.update({prefix + name: weights.pop(name)}) for name in list(weights)]
+
+
+REMEDIES: dict[str, tuple[Edit, dict[str, Any], str]] = {
+    "torch.compile": (_prefixed("_orig_mod."), {}, r"begins with '_orig_mod\.', which torch\.compile adds; save model\._orig_mod \("),
+    "DDP": (_prefixed("module."), {}, r"begins with 'module\.', which DistributedDataParallel adds; save model\.module \("),
+    "a classifier": (
+        lambda weights: weights.update({"score.weight": weights.pop("lm_head.weight")[:2].clone()}),
+        {"architectures": ["LlamaForSequenceClassification"]},
+        "It is a LlamaForSequenceClassification, which predicts no tokens; give a causal language model",
+    ),
+    "no head": (lambda weights: weights.pop("lm_head.weight"), {}, "set tie_word_embeddings to true in config.json; else the head is lost"),
+}
+
+
+@pytest.mark.parametrize("case", REMEDIES)
+def test_usual_causes_are_named_with_their_remedy(folder: Path, case: str) -> None:
+    edit, config, message = REMEDIES[case]
+    check_names(folder, folder)
+    _edit_weights(folder, edit)
+    _edit_json(folder / "config.json", **config)
+    with pytest.raises(UserError, match=message):
+        _load(folder)
+    with pytest.raises(UserError, match=message):
+        check_names("model", folder)
+
+
+@pytest.mark.parametrize(
+    ("holds", "message"),
+    [
+        ("checkpoint-9/config.json checkpoint-10/config.json", r"give one of the checkpoints in it, such as .*checkpoint-10$"),
+        ("model.gguf", "a GGUF file is what is served; give the model folder that it was made from"),
+        ("consolidated.00.pth", r"an original release \(\.pth\)"),
+        ("notes.txt", "give a folder that from_pretrained can read"),
+    ],
+)
+def test_a_folder_that_is_no_model_says_what_to_give(tmp_path: Path, holds: str, message: str) -> None:
+    for name in holds.split():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for read in (load_config, load_tokenizer):
+        with pytest.raises(UserError, match=message):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import transformers
+from safetensors.torch import load_file, save_file
 
 from decoct.configs.loader import recipe_from_dict
 from decoct.launch.cli import main
@@ -56,9 +57,15 @@ def _vision(folder: Path) -> None:
     transformers.Gemma3Config(text_config=text).save_pretrained(folder)
 
 
+def _prefixed(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file({f"module.{name}": tensor for name, tensor in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "fp8": (_fp8, r"packed quantized weights \(.*: fp8\).*decoct plain"),
     "an adapter": (_adapter, r"holds an adapter of some/base .*decoct plain"),
+    "names of a wrapper": (_prefixed, r"begins with 'module\.', which DistributedDataParallel adds"),
     "text and images": (_vision, r"is more than a text model: it has vision beside it.*decoct plain"),
 }
 

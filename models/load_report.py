@@ -1,0 +1,91 @@
+"""Weights that do not fit a config: what is missing, unexpected or of another shape, and what to do about the usual causes."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SHOWN = 5
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile adds; save model._orig_mod",
+    "module.": "DistributedDataParallel adds; save model.module",
+    "_fsdp_wrapped_module.": "FSDP adds; save its full state dict",
+    "base_model.model.": "an adapter of peft adds; merge it (merge_and_unload) and save the result",
+}
+
+
+def check_report(path: str | Path, model: "PreTrainedModel", report: dict[str, Any]) -> None:
+    """Refuse what transformers only warns about; a head that is tied to the embedding may be missing.
+
+    Args:
+        path: Whose weights they are.
+        model: What they were loaded into.
+        report: ``missing_keys``, ``unexpected_keys``, ``mismatched_keys`` and ``error_msgs`` as ``from_pretrained`` gives them.
+
+    Raises:
+        UserError: naming the first of each, and the remedy.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    missing = sorted(name for name in report["missing_keys"] if name not in tied or tied[name] in report["missing_keys"])
+    unexpected = sorted(report["unexpected_keys"])
+    faults = {
+        "missing (they would be random)": missing,
+        "unexpected": unexpected,
+        "of another shape than config.json says": [f"{name} {tuple(a)} vs {tuple(b)}" for name, a, b in sorted(report["mismatched_keys"])],
+        "unreadable": [str(message) for message in report["error_msgs"]],
+    }
+    found = [f"{len(names)} weights are {fault}: {_few(names)}" for fault, names in faults.items() if names]
+    if found:
+        raise UserError(f"the weights in {path} do not fit its config.json; {'; '.join(found)}. {_remedy(model, missing, unexpected)}")
+
+
+def _remedy(model: "PreTrainedModel", missing: list[str], unexpected: list[str]) -> str:
+    for prefix, cause in _WRAPPERS.items():
+        if unexpected and all(name.startswith(prefix) for name in unexpected):
+            return f"Every name begins with {prefix!r}, which {cause} (save_pretrained)"
+    kind = next(iter(getattr(model.config, "architectures", None) or ()), "")
+    if missing and kind and not kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        return f"It is a {kind}, which predicts no tokens; give a causal language model"
+    head: Any = model.get_output_embeddings()
+    names = {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    if missing and set(missing) == names:
+        return "If its head is the embedding's table, set tie_word_embeddings to true in config.json; else the head is lost: fetch it again"
+    return "Fetch or export the model again"
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def check_names(path: str | Path, folder: Path) -> None:
+    """``check_report`` from names and shapes alone, without loading: nothing is said of families whose weights are split or joined.
+
+    Raises:
+        UserError: as ``check_report``, and ``check_model_folder``.
+    """
+    from .loading import load_config, meta_model
+    from .stored_names import ignored, module_names
+    from .weight_files import WeightFiles
+
+    with WeightFiles(folder) as files:
+        model = meta_model(load_config(folder))
+        names = module_names(model, files.names())
+        if None in names.values():
+            return
+        left_out = {names[name] for name in ignored(model, files.names())}
+        files.call(names)
+        own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        stored = {name: files.shape(name) for name in files.names()}
+        parameters: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameters.setdefault(id(parameter), []).append(name)
+        report = {
+            "missing_keys": {names[0] for names in parameters.values() if not any(name in stored for name in names)},
+            "unexpected_keys": stored.keys() - own.keys() - left_out,
+            "mismatched_keys": {(name, shape, own[name]) for name, shape in stored.items() if own.get(name, shape) != shape},
+            "error_msgs": [],
+        }
+        check_report(path, model, report)
