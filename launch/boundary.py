@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ..models.errors import DecoctError
 from ..models.files import disk_reason
 from ..models.memory_errors import asked_for, out_of_memory
+from ..models.tokenizer_check import is_panic
 
 _GOES_ON = "The same command goes on from the last checkpoint."
 # A disk or a network that may be well again when the same is started once more.
@@ -33,6 +34,8 @@ def ending_of(error: BaseException) -> Ending | None:
     """The exit code and the message of an expected error; None when it is none."""
     if isinstance(error, DecoctError):
         return Ending(error.exit_code, str(error))
+    if is_panic(error):
+        return Ending(2, f"the tokenizer cannot split a text of the data ({str(error).strip():.200}); use another tokenizer", by_all=True)
     if whose := out_of_memory(error):
         return Ending(
             1,

@@ -17,6 +17,7 @@ from .load_report import check_report
 from .quiet import quiet_transformers
 from .record import check_record
 from .ties import settle_ties
+from .tokenizer_check import check_tokenizer_files, read_safely
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
 )  # fmt: skip
+# With runs, which patterns that try every way to split a text do not get through.
+_TRIAL = "Hello, world! 123 " + "a" * 100 + " " * 100 + "é"
 _PIECE = 2**22
 
 
@@ -80,18 +83,27 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remot
     Raises:
         UserError: there is none, or it cannot be read. (transformers alone would make up an empty one from the model type.)
     """
-    from transformers import AutoTokenizer
-
     folder = find_model_folder(path, revision, trust_remote_code, weights=False)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES) and not any(folder.glob("*.tiktoken")):
         if not (folder / "config.json").is_file():
             read_json(folder / "config.json")
         raise UserError(f"{path} has no tokenizer (tokenizer.json or a vocabulary file); copy the tokenizer's files into the folder")
+    check_tokenizer_files(folder)
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+            return read_safely(f"{path} cannot be loaded as a tokenizer", lambda: _tried(folder, trust_remote_code))
+    except UserError:
+        raise
     except Exception as error:
         raise _not_loadable(path, "a tokenizer", error) from error
+
+
+def _tried(folder: Path, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    tokenizer.encode(_TRIAL)  # some contradictions in the files show only here
+    return tokenizer
 
 
 def load_config(path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> "PreTrainedConfig":

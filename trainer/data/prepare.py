@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...models.chat_template import check_chat_template
 from ...models.errors import UserError
 from ...models.files import atomic_directory, check_free_space, clean_leftovers, sha256_file, sha256_json, write_json_atomic
 from ...models.hash_cache import cached_sha256
@@ -111,6 +112,8 @@ def prepare_data(
             if damage:
                 if damage != "missing":
                     say(f"tokenized text in {target} is damaged ({damage}); it is made again")
+                if settings.kind == "chat":
+                    check_chat_template(tokenizer)
                 with _readable_errors(target.parent):
                     _clear(target)
                     _build(settings, tokenizer, documents, target, {"fingerprint": fingerprint, **facts}, train, say)
