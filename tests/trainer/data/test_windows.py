@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from decoct.trainer.data.windows import Windows, join_neighbours, write_packed, write_padded
+from decoct.trainer.data.windows import Windows, join_neighbours, write_labelled, write_packed, write_padded
 
 STREAM = np.arange(100, 130, dtype=np.int32)
 
@@ -95,3 +95,28 @@ def test_mapped_windows_travel_by_name(tmp_path: Path) -> None:
     assert len(pickle.loads(data)) == 100_000
     own = pickle.loads(pickle.dumps(Windows(np.array([[1, 2]], dtype=np.int32))))
     assert own.rows.tolist() == [[1, 2]]
+
+
+def test_windows_without_a_token_to_predict_are_left_out(tmp_path: Path) -> None:
+    """Neither a window's first token nor a document's is predicted, whatever is stored there."""
+    tokens = np.array([-1, -2, 3, -4, 5, -6, -7, -8, -9, -10, 11, -12, 13, 14], dtype=np.int32)
+    documents = np.array([[0, 10], [10, 14]])
+    assert write_labelled(tmp_path / "w", tokens, documents, 4) == (1, 2), "the second begins with 5, in the third 11 begins a document"
+    windows = Windows.open(tmp_path / "w", 4)
+    assert windows.rows.tolist() == [[-1, -2, 3, -4]]
+    assert windows.starts is not None
+    assert windows.starts.tolist() == [0]
+    assert write_labelled(tmp_path / "w", tokens, documents, 4, padding=0) == (2, 2)
+    windows = Windows.open(tmp_path / "w", 4)
+    assert windows.rows.tolist() == [[-1, -2, 3, -4], [13, 14, 0, 0]]
+    assert windows.lengths is not None
+    assert windows.lengths.tolist() == [4, 2]
+    assert windows[1]["labels"].tolist() == [-100, 14, -100, -100]
+    assert write_labelled(tmp_path / "w", tokens, documents, 4, most=0) == (0, 0)
+    assert len(Windows.open(tmp_path / "w", 4)) == 0
+
+
+def test_padded_windows_without_a_token_to_predict_are_left_out(tmp_path: Path) -> None:
+    tokens = np.array([-1, -2, 3, -4, -5, -6, 7, -8], dtype=np.int32)
+    assert write_padded(tmp_path / "w", tokens, np.array([[0, 3], [3, 6], [6, 8]]), 4, 0, labelled=True) == (1, 2)
+    assert Windows.open(tmp_path / "w", 4).rows.tolist() == [[-1, -2, 3, 0]]
