@@ -11,20 +11,31 @@ With p = softmax(teacher_logits / T), q = softmax(student_logits / T), over a vo
 
 ``mixtures.py`` has those that compare with a mixture of p and q. ``torch.nn.functional.kl_div`` takes its arguments the other way
 round; here a name says the direction and the student comes first. Every function sums over V, in nats, unscaled by T^2, and leaves the
-mean over tokens to whoever knows how many there are. Logits are finite; fp64 is computed in fp64, everything else in fp32.
+mean over tokens to whoever knows how many there are. fp64 is computed in fp64, everything else in fp32.
+
+A logit of -inf is a probability of 0. 0 log 0 is 0: a token that neither model can say counts nowhere, and forward KL, total variation and
+all mixtures take a teacher that cannot say some tokens. Where one model can say what the other cannot, forward KL (the student cannot) or
+reverse KL (the teacher cannot) is infinite, and so are both that contain it; the result is inf. Logits of NaN or +inf give NaN.
+
+Both KLs are summed as
+
+    KL(a || b) = sum_v a_v (exp(t_v) - 1 - t_v),   t = log b - log a
+
+which is the same, as both sum to 1, and has no terms that cancel: in fp32 it is right from about 1e-11 nats on, where the sum of -a t ends
+in rounding noise of 1e-7.
 """
 
 import torch
 from torch import Tensor
 
-from .logits import checked_share, checked_temperature, in_full_precision, log_distributions
+from .logits import FLOOR, checked_share, checked_temperature, in_full_precision, log_distributions
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) per token: the student must cover whatever the teacher finds likely.
 
     Args:
-        student_logits: [..., V], any floating dtype, finite. Gradients flow into both arguments.
+        student_logits: [..., V], any floating dtype. Gradients flow into both arguments.
         teacher_logits: [..., V], the same vocabulary in the same order.
         temperature: T > 0, divides both logits.
 
@@ -35,7 +46,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
         ValueError: shapes differ, or temperature is not positive.
     """
     log_q, log_p = log_distributions(student_logits, teacher_logits, temperature)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return _kl(log_p, log_q)
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -44,7 +55,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
     Arguments, result and errors as for ``forward_kl``.
     """
     log_q, log_p = log_distributions(student_logits, teacher_logits, temperature)
-    return (log_q.exp() * (log_q - log_p)).sum(-1)
+    return _kl(log_q, log_p)
 
 
 def symmetric_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, balance: float = 0.5) -> Tensor:
@@ -54,7 +65,7 @@ def symmetric_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature:
     """
     checked_share("balance", balance, "use forward_kl for 1 and reverse_kl for 0")
     log_q, log_p = log_distributions(student_logits, teacher_logits, temperature)
-    return ((balance * log_p.exp() - (1 - balance) * log_q.exp()) * (log_p - log_q)).sum(-1)
+    return balance * _kl(log_p, log_q) + (1 - balance) * _kl(log_q, log_p)
 
 
 def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, head_mass: float = 0.5) -> Tensor:
@@ -78,8 +89,16 @@ def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: 
     log_q, log_p = log_distributions(student_logits, teacher_logits.detach(), temperature)
     p, q = log_p.exp(), log_q.exp()
     weight = forward_weight(p, (p - q).detach().abs(), head_mass)
-    forward, reverse = (p * (log_p - log_q)).sum(-1), (q * (log_q - log_p)).sum(-1)
-    return weight * forward + (1 - weight) * reverse
+    return weight * _kl(log_p, log_q) + (1 - weight) * _kl(log_q, log_p)
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) [...] from logarithms [..., V] of at least ``FLOOR``, with b - a - a t where exp(t) could overflow."""
+    a, t = log_a.exp(), log_b - log_a
+    small = t.clamp(-1, 1)
+    value = torch.where(t == small, a * (torch.expm1(small) - small), log_b.exp() - a - a * t).sum(-1)
+    impossible = ((log_b <= FLOOR) & (log_a > FLOOR)).any(-1)
+    return value.masked_fill(impossible, torch.inf)
 
 
 def head_threshold(p: Tensor, head_mass: float) -> Tensor:
@@ -132,7 +151,7 @@ def teacher_entropy(teacher_logits: Tensor, *, temperature: float = 1.0) -> Tens
     """-sum_v p_v log p_v per token: the floor of cross-entropy against the teacher's soft targets.
 
     Args:
-        teacher_logits: [..., V], any floating dtype, finite.
+        teacher_logits: [..., V], any floating dtype; -inf = a probability of 0.
         temperature: T > 0.
 
     Returns:
@@ -141,5 +160,5 @@ def teacher_entropy(teacher_logits: Tensor, *, temperature: float = 1.0) -> Tens
     Raises:
         ValueError: temperature is not positive.
     """
-    log_p = torch.log_softmax(in_full_precision(teacher_logits) / checked_temperature(temperature), -1)
+    log_p = torch.log_softmax(in_full_precision(teacher_logits) / checked_temperature(temperature), -1).clamp(min=FLOOR)
     return -(log_p.exp() * log_p).sum(-1)

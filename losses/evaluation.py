@@ -20,7 +20,8 @@ class EvaluationSums:
     correct: Tensor
     """Whether the likeliest token is the label, bool."""
     kl: Tensor | None
-    """KL(teacher || student) in nats over the teacher's tokens; None without a teacher."""
+    """KL(teacher || student) in nats over the teacher's tokens, right from about 1e-11 on in fp32; inf where the student cannot say what
+    the teacher can. None without a teacher."""
     top1: Tensor | None
     """Whether student and teacher have the same likeliest token among the teacher's, bool; None without a teacher."""
 

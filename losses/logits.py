@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+FLOOR = -1e30
+"""What log 0 is taken for: exp of it is 0, and differences of two such logarithms are 0 instead of NaN."""
+
 
 def in_full_precision(tensor: Tensor) -> Tensor:
     """fp64 as it is, any other dtype as fp32."""
@@ -10,7 +13,7 @@ def in_full_precision(tensor: Tensor) -> Tensor:
 
 
 def log_distributions(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(log q, log p): log-softmax of student and teacher at a temperature, fp32 (fp64 for fp64).
+    """(log q, log p): log-softmax of student and teacher at a temperature, fp32 (fp64 for fp64), at least ``FLOOR``.
 
     Raises:
         ValueError: shapes differ, or temperature is not positive.
@@ -22,7 +25,8 @@ def log_distributions(student_logits: Tensor, teacher_logits: Tensor, temperatur
         )
     checked_temperature(temperature)
     student, teacher = in_full_precision(student_logits), in_full_precision(teacher_logits)
-    return torch.log_softmax(student / temperature, -1), torch.log_softmax(teacher / temperature, -1)
+    log_q, log_p = torch.log_softmax(student / temperature, -1), torch.log_softmax(teacher / temperature, -1)
+    return log_q.clamp(min=FLOOR), log_p.clamp(min=FLOOR)
 
 
 def checked_temperature(temperature: float) -> float:

@@ -29,6 +29,7 @@ INDEX = "index"
 """Key of a batch's window indices, int64 [B]: they name the culprits when a loss is not finite."""
 
 _SUMS = ("tokens", "loss", "kl", "cross_entropy", "teacher_entropy", "top1_matches", "covered_mass")
+_WITH_REVERSE_KL = ("reverse_kl", "symmetric_kl", "adaptive_kl")
 _NAMED_SAMPLES = 16
 
 
@@ -240,4 +241,15 @@ class TrainingModule(pl.LightningModule):
             what = f"the loss became {sums[1]} in step {step}, in a micro-batch of the training windows {named}"
         else:
             what = f"the gradient norm became {norm} in step {step} (the loss was {sums[1] / max(sums[0], 1.0):.4g})"
-        raise NonFiniteError(f"{what}. The step was not taken. Lower the learning rate, or look at these windows and the teacher's logits.")
+        raise NonFiniteError(f"{what}. The step was not taken. {self._why(sums)}")
+
+    def _why(self, sums: list[float]) -> str:
+        """What to do about it; a loss alone is not finite where reverse KL is asked of a teacher that gives tokens the probability 0."""
+        settings = getattr(self._objective(), "settings", None)
+        divergence = settings.divergence if settings is not None and settings.hard_weight < 1 else ""
+        if divergence in _WITH_REVERSE_KL and not math.isfinite(sums[1]) and math.isfinite(sums[2]) and math.isfinite(sums[3]):
+            return (
+                f"The teacher gives some tokens the probability 0 (logits of -inf), where {divergence} is infinite; use loss.divergence "
+                "forward_kl, jsd, skew_forward_kl or skew_reverse_kl."
+            )
+        return "Lower the learning rate, or look at these windows and the teacher's logits."

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..logits import FLOOR
 from .inputs import Problem
-from .slopes import Pair, soft
+from .slopes import Pair, infinite, soft
 
 BUFFERS_WITH_TEACHER = 3
 """Buffers [n, V] that a block needs beside its two logits."""
@@ -67,8 +68,13 @@ def divergence_block(
     settings = problem.settings
     weight, temperature = settings.hard_weight, settings.temperature or 1.0
     matches = _at(logits, teacher_logits.argmax(-1)) >= logits.amax(-1)
-    pair, entropy = _plain_pair(logits, teacher_logits, buffers)
+    pair, entropy = _plain_pair(logits, teacher_logits, buffers, problem.impossible)
     hard, kl = -_at(pair.log_q, labels), torch.linalg.vecdot(pair.p, pair.d)
+    endless = None
+    if problem.impossible:
+        hard = torch.where(hard >= -FLOOR / 2, torch.inf, hard)
+        kl = kl.masked_fill(infinite(pair.d, "forward_kl"), torch.inf)
+        endless = infinite(pair.d, settings.divergence)
     if weight == 1:
         figures = BlockValues(hard, hard, matches, kl, entropy)
         return figures, _minus_onehot(pair.log_q.exp_(), labels, 1.0) if gradient else None
@@ -80,8 +86,10 @@ def divergence_block(
             student.exp_()
         # the plain p and d have been summed up; log q is still needed where cross-entropy has a gradient
         spare = teacher_logits
-        pair = _tempered_pair(logits, teacher_logits, temperature, (pair.p, pair.d))
+        pair = _tempered_pair(logits, teacher_logits, temperature, (pair.p, pair.d), problem.impossible)
         value, slope = soft(pair, spare, settings, gradient=gradient)
+    if endless is not None:
+        value = value.masked_fill(endless, torch.inf)
     loss = value * settings.scale
     if weight:
         loss += weight * hard
@@ -92,21 +100,27 @@ def divergence_block(
     return BlockValues(loss, hard, matches, kl, entropy), slope
 
 
-def _plain_pair(logits: Tensor, teacher_logits: Tensor, buffers: Sequence[Tensor]) -> tuple[Pair, Tensor]:
+def _plain_pair(logits: Tensor, teacher_logits: Tensor, buffers: Sequence[Tensor], impossible: bool) -> tuple[Pair, Tensor]:
     """The two distributions at temperature 1, and the teacher's entropy [n]; both logits are left as they are."""
-    log_q = torch.log_softmax(logits, -1, out=buffers[0])
-    d = torch.log_softmax(teacher_logits, -1, out=buffers[1])
+    log_q = _log_softmax(logits, buffers[0], impossible)
+    d = _log_softmax(teacher_logits, buffers[1], impossible)
     p = torch.exp(d, out=buffers[2])
     entropy = -torch.linalg.vecdot(p, d)
     return Pair(p, log_q, d.sub_(log_q)), entropy
 
 
-def _tempered_pair(logits: Tensor, teacher_logits: Tensor, temperature: float, buffers: tuple[Tensor, Tensor]) -> Pair:
+def _tempered_pair(logits: Tensor, teacher_logits: Tensor, temperature: float, buffers: tuple[Tensor, Tensor], impossible: bool) -> Pair:
     """The two distributions at ``temperature``; overwrites both logits."""
-    log_q = torch.log_softmax(logits.div_(temperature), -1, out=buffers[0])
-    d = torch.log_softmax(teacher_logits.div_(temperature), -1, out=buffers[1])
+    log_q = _log_softmax(logits.div_(temperature), buffers[0], impossible)
+    d = _log_softmax(teacher_logits.div_(temperature), buffers[1], impossible)
     p = torch.exp(d, out=logits)
     return Pair(p, log_q, d.sub_(log_q))
+
+
+def _log_softmax(logits: Tensor, out: Tensor, impossible: bool) -> Tensor:
+    """Log-probabilities in ``out``; where some may be log 0, at least ``FLOOR``."""
+    logs = torch.log_softmax(logits, -1, out=out)
+    return logs.clamp_(min=FLOOR) if impossible else logs
 
 
 def _at(rows: Tensor, columns: Tensor) -> Tensor:

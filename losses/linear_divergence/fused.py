@@ -45,8 +45,8 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def can_fuse(problem: Problem) -> bool:
-    """Whether ``auto`` takes this back end: tensors on a GPU, none of them fp64, no sparse targets, and triton is there."""
-    if isinstance(problem.teacher, SparseTargets):
+    """Whether ``auto`` takes this back end: tensors on a GPU, none fp64, no sparse targets, no logit of -inf, and triton is there."""
+    if isinstance(problem.teacher, SparseTargets) or problem.impossible:
         return False
     return TRITON_INSTALLED and problem.labels.is_cuda and all(dtype in _DTYPES for dtype in _input_dtypes(problem))
 
@@ -60,8 +60,11 @@ def fused_sums(problem: Problem, *, rows: int | None = None, slope_rows: int | N
         slope_rows: Rows whose slopes are held at a time; None = by ``SLOPE_BYTES``.
 
     Raises:
-        ValueError: triton is not installed or cannot run on this device, a tensor is fp64, or the teacher is given by sparse targets.
+        ValueError: triton is not installed or cannot run on this device, a tensor is fp64, the teacher is given by sparse targets, or
+            a logit may be -inf.
     """
+    if problem.impossible:
+        raise ValueError("backend='triton' does not take logits of -inf (a token of probability 0); use backend='auto'")
     if isinstance(problem.teacher, SparseTargets):
         raise ValueError("backend='triton' does not take sparse targets; use backend='auto'")
     if not TRITON_INSTALLED:

@@ -90,6 +90,8 @@ class Problem:
     v_eff: int
     kept: Tensor
     """[n] int64, ascending: the rows that are not masked."""
+    impossible: bool = False
+    """Whether a token may have a logit of -inf: by a bias, or a teacher's logits. Looked for, so that all others pay nothing for it."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -125,7 +127,17 @@ def checked_problem(
     _check_teacher(teacher, rows, settings, v_eff)
     kept = (labels != MASKED).nonzero().squeeze(1)
     _check_labels(labels[kept], v_eff)
-    return Problem(student, _without_graph(teacher), labels, settings, v_eff, kept)
+    impossible = any(_holds_minus_infinity(model, v_eff) for model in (student, teacher))
+    return Problem(student, _without_graph(teacher), labels, settings, v_eff, kept, impossible)
+
+
+@torch.no_grad()
+def _holds_minus_infinity(model: HiddenStates | TeacherLogitsSource | None, v_eff: int) -> bool:
+    if isinstance(model, TeacherLogits):
+        logits = model.logits[:, :v_eff]
+        return logits.numel() > 0 and float(logits.amin()) == -torch.inf
+    bias = model.bias if isinstance(model, HiddenStates) else None
+    return bias is not None and bool(torch.isneginf(bias[:v_eff]).any())
 
 
 def _check_teacher(teacher: TeacherLogitsSource | None, rows: int, settings: LossSettings, v_eff: int) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import forward_weight
+from ..logits import FLOOR
 from ..mixtures import MAX_LOG_RATIO
 from ..settings import Divergence, LossSettings
 
@@ -48,6 +49,18 @@ def soft(pair: Pair, spare: Tensor, settings: LossSettings, *, gradient: bool) -
         gradient: Whether the gradient is wanted; it lies in one of the buffers.
     """
     return _SLOPES[settings.divergence](pair, spare, settings, gradient)
+
+
+def infinite(d: Tensor, divergence: Divergence) -> Tensor:
+    """[n] rows whose divergence is infinite, from d [n, V] of logarithms that are at least ``FLOOR``: see ``divergences``."""
+    student_alone = d.amin(-1) <= FLOOR / 2
+    teacher_alone = d.amax(-1) >= -FLOOR / 2
+    return {
+        "forward_kl": teacher_alone,
+        "reverse_kl": student_alone,
+        "symmetric_kl": teacher_alone | student_alone,
+        "adaptive_kl": teacher_alone | student_alone,
+    }.get(divergence, torch.zeros_like(student_alone))
 
 
 def _forward_kl(pair: Pair, spare: Tensor, settings: LossSettings, gradient: bool) -> Result:

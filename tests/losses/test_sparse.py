@@ -189,7 +189,8 @@ def test_controlled_form_is_its_formula() -> None:
     log_own = logits.log_softmax(0)
     entropy = -(p * p.log()).sum()
     wanted = -sum(p[v] / r[v] * log_own[v] for v in taken) - entropy
-    (slope,) = torch.autograd.grad(-sum((p[v] / r[v] - x[v]) * log_own[v] for v in taken), logits)  # pyright: ignore[reportArgumentType]
+    left_over = torch.stack([p[v] / r[v] - x[v] for v in taken])
+    (slope,) = torch.autograd.grad(-(left_over * log_own[taken]).sum(), logits)
     ids, weights = torch.tensor([taken]), torch.tensor([[float(p[v]) / r[v] for v in taken]], dtype=torch.float64)
     inclusion = torch.tensor([[r[v] for v in taken]], dtype=torch.float64).log()
     targets = SparseTargets(ids, weights.log(), entropy[None], p.argmax()[None], log_inclusion=inclusion)
