@@ -85,7 +85,7 @@ def evaluate_model(
 
     Raises:
         ValueError: a weight of the model is not fp32.
-        NonFiniteError: logits are NaN or infinite.
+        NonFiniteError: logits are NaN or infinite, but for -inf of the teacher, which is a probability of 0 (``losses.divergences``).
         UserError: nothing is to be predicted.
     """
     for name, parameter in model.named_parameters():
@@ -104,6 +104,10 @@ def evaluate_model(
             if tally.nll and not torch.isfinite(tally.nll[-1]).all():
                 raise NonFiniteError(
                     f"the model's logits are NaN or infinite on evaluation windows {first} to {last - 1}; it is not usable"
+                )
+            if tally.kl and tally.kl[-1].isnan().any():
+                raise NonFiniteError(
+                    f"the teacher's logits are NaN or infinite on evaluation windows {first} to {last - 1}; it is no measure for the model"
                 )
             if progress is not None:
                 progress(last, len(windows))

@@ -45,8 +45,8 @@ def linear_divergence(
     Gradients flow to the student's hidden states, head and bias, never to the teacher; each has its tensor's dtype.
 
     A bias or teacher logit of -inf is a token of probability 0 (``divergences`` says which divergences become infinite by it). In
-    fp32 the loss and ``kl`` are right to about 1e-7 nats a token, their gradient to its own size; ``divergences`` and evaluation compute
-    smaller divergences.
+    fp32 loss and ``kl`` end in rounding noise of about 1e-7 nats a token, but for the reference; smaller ones are computed by
+    ``divergences``. Their gradient is a difference of probabilities, right to about 1e-6 of them.
 
     Args:
         student_hidden: [N, H], last hidden states; row i predicts ``labels[i]``: shift first (``shift_for_next_token``).

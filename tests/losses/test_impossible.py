@@ -27,12 +27,13 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
 
 def textbook(settings: LossSettings, student: Tensor, teacher: Tensor, at: Tensor | None = None) -> Tensor:
     """Per token; ``at`` = the student that the weight of adaptive KL, a constant, is taken from."""
-    p, q = ((x / settings.temperature).softmax(-1) for x in (teacher, student))
+    temperature = settings.temperature or 1.0
+    p, q = ((x / temperature).softmax(-1) for x in (teacher, student))
     beta, alpha = settings.beta or 0.0, settings.alpha or 0.0
     mixture = beta * p + (1 - beta) * q
     gkd = beta * kl(p, mixture) + (1 - beta) * kl(q, mixture)
     if settings.divergence == "adaptive_kl":
-        away = (p - (q if at is None else (at / settings.temperature).softmax(-1)).detach()).abs()
+        away = (p - (q if at is None else (at / temperature).softmax(-1)).detach()).abs()
         ordered, places = torch.sort(p, dim=-1, descending=True, stable=True)
         head = torch.zeros_like(p).scatter(-1, places, ((ordered.cumsum(-1) - ordered) < (settings.head_mass or 0)).double())
         weight = (away * head).sum(-1) / away.sum(-1)
@@ -92,7 +93,7 @@ def test_back_ends_give_the_textbooks_sums(who: str, divergence: Any, temperatur
         teacher = (exact["their_hidden"] @ exact["their_head"].T + exact["their_bias"])[kept]
         cross = -logits.log_softmax(-1)[torch.arange(len(logits)), LABELS[kept]]
         p = teacher.softmax(-1)
-        close = {"rtol": tolerance, "atol": tolerance}
+        close: dict[str, Any] = {"rtol": tolerance, "atol": tolerance}
         torch.testing.assert_close(sums.teacher_entropy.double(), torch.special.entr(p).sum(), **close)
         torch.testing.assert_close(sums.cross_entropy.double(), cross.sum().detach(), **close)
         if who == "student cannot":

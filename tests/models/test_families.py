@@ -111,6 +111,18 @@ def test_check_head_refuses_an_unknown_step_between_head_and_logits(tiny_model: 
     assert not model.training
 
 
+def test_check_head_takes_tokens_that_cannot_be_said(tiny_model: TinyModel) -> None:
+    model = tiny_model("llama")
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(model.lm_head.weight)).index_fill(0, torch.tensor([5]), -torch.inf))
+    check_head(model)
+    model.register_forward_hook(lambda _m, _i, output: output.__class__(logits=output.logits * 1.5))
+    with pytest.raises(UserError, match="changes its logits"):
+        check_head(model)
+    torch.nn.init.constant_(model.lm_head.weight, torch.nan)
+    with pytest.raises(UserError, match="changes its logits"):
+        check_head(model)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_check_head_leaves_the_mode_as_it_was(tiny_model: TinyModel, training: bool) -> None:
     model = tiny_model("llama").train(training)

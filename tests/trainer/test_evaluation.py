@@ -163,10 +163,13 @@ def test_other_dtypes_and_broken_models_are_refused() -> None:
     with pytest.raises(ValueError, match=r"embed_tokens\.weight is torch\.bfloat16"):
         evaluate_model(llama(0).bfloat16(), None, text())
     model = llama(0)
+    teacher = LocalTeacher(model, v_eff=V_EFF)
     with torch.no_grad():
         head_of(model).weight[3, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match="evaluation windows 0 to 6"):
+    with pytest.raises(NonFiniteError, match=r"the model's logits .* evaluation windows 0 to 6"):
         evaluate_model(model, None, text())
+    with pytest.raises(NonFiniteError, match=r"the teacher's logits .* evaluation windows 0 to 6"):
+        evaluate_model(llama(0), teacher, text())
 
 
 def test_calibration_error_is_the_gap_of_each_bin() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,8 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from decoct.losses.linear_divergence import TeacherHidden
+from decoct.losses.settings import DIVERGENCES, LossSettings
 from decoct.models.errors import MemoryFullError, NonFiniteError, UserError
 from decoct.trainer.module import TrainingModule
+from decoct.trainer.objective import Objective
 from decoct.trainer.optimizer import build_optimizer
 from decoct.trainer.signals import StopSignals
 from decoct.trainer.world import World
@@ -55,8 +59,6 @@ def _poisoned(objective: Any, spoil: Callable[[Any, Mapping[str, Tensor]], Tenso
             return self
 
         def __call__(self, student: nn.Module, batch: Mapping[str, Tensor]) -> Any:
-            from dataclasses import replace
-
             sums = objective(student, batch)
             return replace(sums, loss=spoil(sums.loss, batch))
 
@@ -158,6 +160,32 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_moves(training: Modul
     assert result.resumed_from == 4
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_teacher_that_cannot_say_a_token_stops_reverse_kl_alone_and_the_hint_works(
+    training: ModuleType, tmp_path: Path, divergence: Any
+) -> None:
+    """Infinite before the first step, and the divergences that the message names train on."""
+
+    class Mute(Objective):
+        def _targets(self, batch: Mapping[str, Tensor]) -> TeacherHidden:
+            theirs = super()._targets(batch)
+            assert isinstance(theirs, TeacherHidden)
+            bias = torch.zeros(len(theirs.head))
+            bias[7] = -torch.inf
+            return replace(theirs, bias=bias)
+
+    case = training.Case(steps=1, micro=8)
+    teacher = case.objective().teacher
+    for hard_weight in (0.0, 0.25):
+        objective = Mute(teacher, LossSettings(divergence=divergence, hard_weight=hard_weight), v_eff=training.VOCAB)
+        place = tmp_path / str(hard_weight)
+        if divergence not in ("reverse_kl", "symmetric_kl", "adaptive_kl"):
+            assert math.isfinite(training.run_case(case, place, objective=objective)[0].metrics["loss"])
+            continue
+        with pytest.raises(NonFiniteError, match=rf"probability 0 .* where {divergence} is infinite; use loss.divergence forward_kl, jsd"):
+            training.run_case(case, place, objective=objective)
+
+
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), None])
 def test_memory_that_runs_out_names_what_to_lower_and_what_is_kept(training: ModuleType, tmp_path: Path, error: Exception | None) -> None:
     case = training.Case(steps=6, micro=8, every=2)
@@ -203,7 +231,7 @@ def test_a_step_without_any_label_changes_nothing(training: ModuleType, tmp_path
     result, student = training.run_case(case, tmp_path, windows=Blank())
     untouched = case.student().state_dict()
     assert all(torch.equal(untouched[name], tensor) for name, tensor in student.state_dict().items())
-    assert result.metrics["loss"] == 0.0
+    assert result.metrics["loss"] is None
 
 
 def test_gradients_are_clipped_to_the_global_norm_after_scaling(training: ModuleType, tmp_path: Path) -> None:
