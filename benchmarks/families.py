@@ -5,6 +5,7 @@
 """
 
 import argparse
+import copy
 import difflib
 import json
 import re
@@ -26,6 +27,7 @@ from decoct.models.errors import DecoctError, UserError
 from decoct.models.families import backbone_and_head, check_head, decoder_linears, is_plain_linear, text_config
 from decoct.models.folder import save_model_folder
 from decoct.models.inputs import check_text_model
+from decoct.models.teachers import LocalTeacher
 from decoct.qat.export.family import gguf_refusal
 from decoct.qat.export.source import open_source
 from decoct.qat.modules import fold, prepare, quantize_model
@@ -129,7 +131,7 @@ def _measured(model: Any) -> dict[str, str]:
     """Action -> why not, for the actions that a tiny model fails."""
     found: dict[str, str] = {}
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    steps: dict[str, Callable[[Any], None]] = {"measure": _measures, "distil": _trains, "packing": _packs}
+    steps: dict[str, Callable[[Any], None]] = {"measure": _measures, "distil": _learns_and_teaches, "packing": _packs}
     if decoder_linears(model):
         # each of these changes the model
         steps |= {"gptq": _calibrates, "export": _exports, "qat": _trains_rounded}
@@ -185,6 +187,19 @@ def _trains(model: Any) -> None:
     finally:
         model.zero_grad()
         model.eval()
+
+
+def _learns_and_teaches(model: Any) -> None:
+    _trains(model)
+    _teaches(model)
+
+
+def _teaches(model: Any) -> None:
+    """As a teacher in bf16, which is how recipes hold one."""
+    teacher = LocalTeacher(copy.deepcopy(model).to(torch.bfloat16), v_eff=VOCABULARY)
+    hidden, head, _, _ = teacher.hidden_and_head(_batch())
+    if not bool(torch.isfinite(hidden).all()) or hidden.dtype != head.dtype:
+        raise UserError("as a teacher in bf16 it gives no finite hidden states")
 
 
 def _packs(model: Any) -> None:
@@ -257,7 +272,7 @@ slow test: each architecture is run with random weights in a tiny form, and its 
 
 *Weights* is the share of the decoder's weights (embeddings, positions and head left out) in the `nn.Linear` layers that pruning and
 quantization work on. Less than 95 % is refused, unless the stage has `allow_partial: true`; then the rest stays as it is, and the plan, the
-console and the report say how much that is. Experts are left out because transformers keeps them in one three-dimensional parameter.
+console and the report say how much that is. Experts are left out because transformers keeps them in three-dimensional parameters.
 
 *distil* is training and measuring; *packing* is several documents in one window (`data.packing: false` is the other way); *round* is
 rounding to nearest and searched scales; *export* is compressed-tensors, gptq, gptq_v2, awq and safetensors, as far as widths and bits
@@ -315,7 +330,7 @@ def _general(row: Row, column: str, reason: str) -> str:
     if column == "gguf" and "no conversion of model_type" in reason:
         return "decoct knows no conversion to GGUF"
     if reason.startswith("only ") and "3-dimensional" in reason:
-        return "less than 95 % of its decoder weights are in linears: experts are one 3-dimensional parameter"
+        return "less than 95 % of its decoder weights are in linears: experts are in 3-dimensional parameters"
     return reason.replace(f"{row.model_type!r}", "its type")
 
 

@@ -46,7 +46,7 @@ class DecoderWeights:
         return sum(self.linears[name] for name in chosen) / self.total if self.total else 0.0
 
     def left(self) -> str:
-        """'64.7% experts of one 3-dimensional parameter (MixtralExperts.gate_up_proj), ...'; '' when the linears are everything."""
+        """'97.1% experts in 3-dimensional parameters (MixtralExperts)'; '' when the linears are everything."""
         return ", ".join(f"{percent(count / self.total)} {words}" for words, count in list(self.others.items())[:3])
 
 
@@ -127,7 +127,7 @@ def _words(module: nn.Module, key: str, parameter: Tensor) -> str:
     if kind == "Conv1D":
         return "Conv1D layers, whose weights are [in, out]"
     if parameter.ndim == 3 and "expert" in kind.lower():
-        return f"experts in one 3-dimensional parameter ({kind}.{key})"
+        return f"experts in 3-dimensional parameters ({kind})"
     return f"{kind}.{key}, of {parameter.ndim} dimensions and no nn.Linear"
 
 

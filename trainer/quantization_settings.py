@@ -28,8 +28,8 @@ class LatticeSettings:
     kv_cache: ActivationSpec | None = None
     """How keys and values are rounded as they enter the cache, such as {kind: fp8_e4m3, scaling: static}; default: not at all."""
     allow_partial: bool = False
-    """Go on where less than 95 % of the decoder's weights are in linears that can be quantized, as with experts that are one
-    three-dimensional parameter; the others stay as they are."""
+    """Go on where less than 95 % of the decoder's weights are in linears that can be quantized, as with experts in
+    three-dimensional parameters; the others stay as they are."""
 
     @property
     def lattices(self) -> Lattices:

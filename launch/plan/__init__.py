@@ -111,6 +111,7 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
         verdicts=list(judged),
         refusals=refused,
         coverage=coverage(shape),
+        not_exported=shape.after.family.refusal("export") or "" if entry.kind in ("qat", "quantize") else "",
     )
 
 

@@ -72,6 +72,8 @@ class StagePlan:
     """What the formats of this stage cannot hold, a sentence each with the remedy."""
     coverage: float | None = None
     """Share of the decoder's weights that the stage prunes, quantizes or packs; None for other stages."""
+    not_exported: str = ""
+    """Of a stage that quantizes: why no packed format will hold its result; '' when nothing is known against it."""
 
 
 @dataclass(frozen=True, kw_only=True)

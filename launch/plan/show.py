@@ -68,7 +68,8 @@ def coverage_line(stage: StagePlan) -> str:
     """'quantizes 98.7% of the decoder's weights'."""
     assert stage.coverage is not None
     verb = {"prune": "prunes among", "export": "packs"}.get(stage.kind, "quantizes")
-    return f"{verb} {percent(stage.coverage)} of the decoder's weights"
+    after = f"; what it makes cannot be exported: {stage.not_exported}" if stage.not_exported else ""
+    return f"{verb} {percent(stage.coverage)} of the decoder's weights{after}"
 
 
 def _rounding_line(rounding: "RoundingPlan") -> str:

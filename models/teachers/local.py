@@ -105,7 +105,8 @@ class LocalTeacher:
         with torch.autocast(device.type, enabled=False):
             output: Any = backbone(**backbone_inputs(batch, device))
         head_bias = None if bias is None else bias[: self._v_eff]
-        return output.last_hidden_state, weight[: self._v_eff], head_bias, head_transform(self._model.config)
+        hidden = output.last_hidden_state.to(weight.dtype)  # Mamba's are fp32 whatever its weights are
+        return hidden, weight[: self._v_eff], head_bias, head_transform(self._model.config)
 
     def describe(self) -> str:
         """Name, family, depth, width, parameters, dtype and place of its weights, and vocabulary in one line."""

@@ -56,3 +56,11 @@ def test_an_encoder_is_named_as_one() -> None:
 def test_on_the_meta_device_nothing_is_seen() -> None:
     with torch.device("meta"):
         assert future_leak(AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **_MAMBA))) == 0.0
+
+
+def test_a_teacher_in_bf16_whose_hidden_states_are_fp32_has_them_in_the_dtype_of_its_head() -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **_MAMBA)).to(torch.bfloat16)
+    assert model.base_model(input_ids=torch.ones(1, 4, dtype=torch.int64)).last_hidden_state.dtype == torch.float32
+    hidden, head, _, _ = LocalTeacher(model, v_eff=64).hidden_and_head({"input_ids": torch.arange(8)[None]})
+    assert hidden.dtype == head.dtype == torch.bfloat16
