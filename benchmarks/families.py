@@ -5,7 +5,6 @@
 """
 
 import argparse
-import copy
 import difflib
 import json
 import re
@@ -27,7 +26,7 @@ from decoct.models.errors import DecoctError, UserError
 from decoct.models.families import backbone_and_head, check_head, decoder_linears, is_plain_linear, text_config
 from decoct.models.folder import save_model_folder
 from decoct.models.inputs import check_text_model
-from decoct.models.teachers import LocalTeacher
+from decoct.models.teachers import open_teacher
 from decoct.qat.export.family import gguf_refusal
 from decoct.qat.export.source import open_source
 from decoct.qat.modules import fold, prepare, quantize_model
@@ -131,12 +130,12 @@ def _measured(model: Any) -> dict[str, str]:
     """Action -> why not, for the actions that a tiny model fails."""
     found: dict[str, str] = {}
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    steps: dict[str, Callable[[Any], None]] = {"measure": _measures, "distil": _learns_and_teaches, "packing": _packs}
+    steps: dict[str, Callable[[Any], None]] = {"measure": _measures, "distil": _trains, "bf16 teacher": _teaches, "packing": _packs}
     if decoder_linears(model):
         # each of these changes the model
         steps |= {"gptq": _calibrates, "export": _exports, "qat": _trains_rounded}
     for action, step in steps.items():
-        if action not in ("measure", "distil", "packing"):
+        if action in ("gptq", "export", "qat"):
             model = _fresh(model.config, state)
         try:
             step(model)
@@ -189,15 +188,11 @@ def _trains(model: Any) -> None:
         model.eval()
 
 
-def _learns_and_teaches(model: Any) -> None:
-    _trains(model)
-    _teaches(model)
-
-
 def _teaches(model: Any) -> None:
     """As a teacher in bf16, which is how recipes hold one."""
-    teacher = LocalTeacher(copy.deepcopy(model).to(torch.bfloat16), v_eff=VOCABULARY)
-    hidden, head, _, _ = teacher.hidden_and_head(_batch())
+    with tempfile.TemporaryDirectory() as place:
+        folder = save_model_folder(Path(place) / "model", model, None, {"kind": "x"}, dtype=torch.bfloat16)
+        hidden, head, _, _ = open_teacher(folder, v_eff=VOCABULARY, name="it").hidden_and_head(_batch())
     if not bool(torch.isfinite(hidden).all()) or hidden.dtype != head.dtype:
         raise UserError("as a teacher in bf16 it gives no finite hidden states")
 
@@ -301,6 +296,8 @@ def page(rows: list[Row]) -> str:
         reason = row.reasons.get(column)
         if reason is None and not row.ran and column in ("distil", "packing", "gptq", "qat", "export"):
             return "?"
+        if column == "distil" and reason is None and "bf16 teacher" in row.reasons:
+            return "yes; as a teacher in fp32 alone"
         return "yes" if reason is None else f"no [{notes.setdefault(_general(row, column, reason), len(notes) + 1)}]"
 
     lines = []

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 LEAST_COVERED = 0.95
 """Share of the decoder's weights that a stage must reach, unless its setting ``allow_partial`` is true."""
-ACTIONS = ("measure", "distil", "packing", "keep layers", "prune channels", "prune weights", "rtn", "gptq", "qat", "export")
-"""measure = perplexity and KL, which every run ends with; distil = training of any kind; packing = several documents in one window; export
-= to any packed format."""
+ACTIONS = ("measure", "distil", "bf16 teacher", "packing", "keep layers", "prune channels", "prune weights", "rtn", "gptq", "qat", "export")
+"""measure = perplexity and KL, which every run ends with; distil = training of any kind; bf16 teacher = held in bf16 while it teaches;
+packing = several documents in one window; export = to any packed format."""
 _WEIGHT_ACTIONS = ("prune weights", "rtn", "gptq", "qat")
 
 

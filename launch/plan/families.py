@@ -63,6 +63,8 @@ def _reasons(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, 
         action = "distil" if isinstance(settings, TrainingBlock) and trains(entry) else "measure"
         if reason := one.refusal(action):
             yield f"{who}, {reason}; use a model of another family ({_TABLE})"
+        if one is not family and recipe.teacher and recipe.teacher.load_in == "bf16" and (reason := one.refusal("bf16 teacher")):
+            yield f"{who} in bf16, {reason}; set teacher.load_in: fp32"
         reads = action == "distil" or getattr(settings, "calibrates", False) or getattr(settings, "structured", None) is not None
         if reads and recipe.data.packing and (reason := one.refusal("packing")):
             yield f"{who}, {reason}; set data.packing: false"

@@ -71,9 +71,9 @@ def test_a_part_of_the_weights_is_refused_unless_it_is_agreed_to(tmp_path: Path)
         planned(tmp_path, "mixtral", QUANTIZE, **_MIXTRAL)
     made = planned(tmp_path, "mixtral", {"quantize": {**QUANTIZE["quantize"], "allow_partial": True}}, **_MIXTRAL)
     assert made.stages[0].coverage == pytest.approx(0.1424, abs=1e-3)
-    assert "01-quantize: quantizes 14.2% of the decoder's weights; what it makes cannot be exported: model type 'mixtral'" in short_form(
-        made
-    )
+    assert "01-quantize: quantizes 14.2% of the decoder's weights\n" in short_form(made)
+    silent = replace(made, stages=[replace(made.stages[0], not_exported="model type 'x': why")])
+    assert "of the decoder's weights; what it makes cannot be exported: model type 'x': why" in short_form(silent)
 
 
 def test_what_skip_names_needs_no_further_word(tmp_path: Path) -> None:
@@ -145,3 +145,17 @@ def test_a_gguf_of_a_weight_that_llama_cpp_has_not_is_refused_before_work(tmp_pa
     assert plan(asked).stages
     with pytest.raises(ImpossibleStageError, match=r"02-export: gguf cannot hold this model: .*q_proj\.bias"):
         plan(exporting)
+
+
+def test_a_teacher_that_does_not_run_in_bf16_is_asked_for_in_fp32(tmp_path: Path) -> None:
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    AutoConfig.for_model("xlstm", vocab_size=128, hidden_size=64, num_heads=4, num_blocks=2, embedding_dim=64).save_pretrained(teacher)
+    AutoConfig.for_model("opt", vocab_size=128, **_OPT).save_pretrained(student)
+    for load_in in ("bf16", "fp32"):
+        plain: dict[str, Any] = {"name": "x", "teacher": {"path": str(teacher), "load_in": load_in}, "student": {"path": str(student)}}
+        asked = recipe_from_dict({**plain, "data": {"files": ["x"], "packing": False}, "stages": [{"distill": {"steps": 1}}]}, ())
+        if load_in == "fp32":
+            assert plan(asked).stages
+        else:
+            with pytest.raises(ImpossibleStageError, match=r"the teacher in bf16, model type 'xlstm'.*teacher\.load_in: fp32"):
+                plan(asked)
