@@ -159,7 +159,8 @@ def _check_batch(draft: Draft, problems: Problems) -> None:
     batch, length = trainer.global_batch_tokens, data.seq_length
     windows, rest = divmod(batch, length)
     if rest:
-        legal = [length * count for count in (windows, windows + 1) if count]
+        whole = max(1, trainer.micro_batch) if isinstance(trainer.micro_batch, int) else 1
+        legal = [length * whole * count for count in (windows // whole, windows // whole + 1) if count]
         nearest = " or ".join(f"{tokens:,}" for tokens in legal)
         problems.add(
             ("trainer", "global_batch_tokens"),

@@ -1,10 +1,11 @@
 """What a recipe will need and yield, from shapes alone and in seconds: ``plan`` makes a ``Plan``, ``show`` draws it."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...models.errors import UserError
-from .cases import cases
+from .cases import Keys, cases
 from .contents import PRECISIONS, Machine, StagePlan, Training
 from .contents import Plan as Plan
 from .disk import EXPORT_BYTES, checkpoint_bytes, model_bytes, quantized_bytes
@@ -94,7 +95,7 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
     refused: list[str] = []
     if isinstance(entry.settings, ExportSettings) and shape.lattices is not None:
         exports = {name: EXPORT_BYTES[name](after, shape.lattices) for name in entry.settings.formats}
-        beside: Any = {"activations": shape.activations, "kv_cache": shape.kv_cache}
+        beside: Any = {"activations": shape.activations, "kv_cache": shape.kv_cache, "keys": _keys(recipe, entry)}
         judged = verdicts(after.config, shape.lattices, tensor_parallel=tensor_parallel, formats=tuple(exports), **beside)
         refused = refusals(cases(after.config, shape.lattices, tensor_parallel, tuple(exports), **beside), entry.settings)
     return StagePlan(
@@ -113,6 +114,22 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
         coverage=coverage(shape),
         not_exported=shape.after.family.refusal("export") or "" if entry.kind in ("qat", "quantize") else "",
     )
+
+
+def _keys(recipe: "Recipe", export: "StageEntry") -> Keys:
+    """How keys of remedies begin: the export's, those of the stage that rounded last before it, and of the one that prunes channels."""
+    from ...trainer.quantization_settings import QatSettings, QuantizeSettings
+    from ...trainer.settings import PruneSettings
+
+    kinds = Counter(entry.kind for entry in recipe.stages)
+
+    def key(entry: "StageEntry") -> str:
+        return f"stages.{entry.kind if kinds[entry.kind] == 1 else entry.name}."
+
+    before = recipe.stages[: export.index]
+    rounding = [entry for entry in before if isinstance(entry.settings, QatSettings | QuantizeSettings)]
+    pruning = [entry for entry in before if isinstance(entry.settings, PruneSettings) and entry.settings.structured]
+    return Keys(quantizer=key(rounding[-1]) if rounding else "", export=key(export), prune=key(pruning[-1]) if pruning else None)
 
 
 def _written(recipe: "Recipe", shape: StageShape) -> int | None:

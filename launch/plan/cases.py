@@ -25,6 +25,21 @@ class Apart:
 
 
 @dataclass(frozen=True)
+class Keys:
+    """Where a remedy is written in a recipe: how the keys of its overrides begin."""
+
+    quantizer: str = ""
+    """Of the stage that rounded the weights, such as ``stages.qat.``."""
+    export: str = "export."
+    """Of the export."""
+    prune: str | None = "prune."
+    """Of the stage that removes FFN channels; None where none does."""
+
+
+USUAL_KEYS = Keys()
+
+
+@dataclass(frozen=True)
 class Case:
     """What a target is asked to hold: one lattice of an export, and the matrices that have it."""
 
@@ -44,6 +59,34 @@ class Case:
     """How inputs are rounded."""
     kv_cache: "ActivationSpec | None" = None
     """How keys and values are."""
+    keys: Keys = USUAL_KEYS
+    usual: bool = True
+    """Whether the lattice is that of ``weights``, and not of an override."""
+    skip: tuple[str, ...] = ()
+    """Patterns of the linears that are left out."""
+
+    def lattice_fix(self, **values: object) -> str:
+        """The overrides that give the lattice other values; of an override in words, as its pattern is no part of a key."""
+        if self.usual:
+            return " ".join(f"{self.keys.quantizer}weights.{name}={value}" for name, value in values.items())
+        said = ", ".join(f"{name}: {value}" for name, value in values.items())
+        return f"{{{said}}} in {self.keys.quantizer}overrides for {', '.join(self.linears)}"
+
+    def skip_fix(self, *patterns: str) -> str:
+        """The override that leaves out more linears."""
+        return f"{self.keys.quantizer}skip=[{','.join(dict.fromkeys((*self.skip, *patterns)))}]"
+
+    def ffn_fix(self, unit: int) -> str:
+        """FFN channels that fit, as the stage that keeps so many: the next multiple below, or above where there is none."""
+        wanted = max(unit, self.ffn // unit * unit)
+        if self.keys.prune is None:
+            return f"a stage before it: prune: {{structured: {{ffn: {wanted}}}}}"
+        return f"{self.keys.prune}structured.ffn={wanted}"
+
+    def formats_fix(self, *, add: str, instead_of: str = "") -> str:
+        """The override that writes another format too, or in place of one."""
+        kept = [form for form in self.formats if form not in (instead_of, add)]
+        return f"{self.keys.export}formats=[{','.join([*kept, add])}]"
 
     @property
     def ffn(self) -> int:
@@ -63,6 +106,7 @@ def cases(
     formats: Sequence[str],
     activations: "ActivationSpec | None" = None,
     kv_cache: "ActivationSpec | None" = None,
+    keys: Keys = USUAL_KEYS,
 ) -> list[Case]:
     """A case for each lattice of the decoder's linears, that of most modules first; one scale for a matrix is served as one a row."""
     text: Any = config.get_text_config()
@@ -78,7 +122,8 @@ def cases(
         kinds = {name.split(".", 3)[3] for name, other in specs.items() if other == spec}
         served = replace(spec, group_size="channel") if spec.group_size == "tensor" else spec
         linears = {name: size for name, size in sizes.items() if name in kinds}
-        found.append(Case(text, served, linears, ranks, formats, _apart(specs), ends, activations, kv_cache))
+        more = (keys, spec == lattices.weights, tuple(lattices.skip))
+        found.append(Case(text, served, linears, ranks, tuple(formats), _apart(specs), ends, activations, kv_cache, *more))
     return found
 
 

@@ -17,15 +17,14 @@ def problems(plan: Plan, out: Path | None = None) -> list[str]:
         if stage.training and stage.training.fits is False
     ]
     for stage in plan.stages:
-        refused = [
-            v
-            for v in stage.verdicts
-            if any(form.startswith("gguf") for form in stage.exports) and v.target == "llama.cpp" and v.outcome == "no"
+        # of one stack alone the format is its own
+        refused = [v for v in stage.verdicts if v.format.startswith("gguf") and v.target == "llama.cpp" and v.outcome == "no"]
+        found += [
+            f"{stage.name} exports {v.format}, which cannot hold this model: {v.reason}" + (f"; {v.fix}" if v.fix else "") for v in refused
         ]
-        found += [f"{stage.name} exports gguf, which cannot hold this model: {v.reason}" + (f"; {v.fix}" if v.fix else "") for v in refused]
     found += [f"{stage.name}: {refusal}" for stage in plan.stages for refusal in stage.refusals]
     found += [
-        f"{stage.name} {_too_wide(stage.rounding, plan.machine, starts=stage.training is not None)}"
+        f"{stage.name} {_too_wide(stage.rounding, plan.machine, f'stages.{stage.name}', starts=stage.training is not None)}"
         for stage in plan.stages
         if stage.rounding and stage.rounding.fits is False
     ]
@@ -55,10 +54,10 @@ def _too_large(training: Training, machine: Machine) -> str:
     return f"{what}; the cheapest way: {' '.join(training.remedy.settings)} ({training.remedy.roles.total / 1e9:,.1f} GB)"
 
 
-def _too_wide(rounding: RoundingPlan, machine: Machine, *, starts: bool) -> str:
+def _too_wide(rounding: RoundingPlan, machine: Machine, stage: str, *, starts: bool) -> str:
     assert machine.gpu_memory is not None
     need, room = rounding.device_bytes / 1e9, usable(machine.gpu_memory) / 1e9
     what = f"works on one layer at a time, which takes {need:,.1f} GB on a GPU, and {room:,.1f} GB can be used"
     if starts:
-        return f"rounds the model before it trains and {what}; take a larger GPU, or start: mse"
-    return f"{what}; take a larger GPU, or method {'mse' if rounding.tokens else 'rtn'} on a CPU (CUDA_VISIBLE_DEVICES='')"
+        return f"rounds the model before it trains and {what}; take a larger GPU, or {stage}.start=mse"
+    return f"{what}; take a larger GPU, or have it done on a CPU, which takes longer (CUDA_VISIBLE_DEVICES='')"

@@ -58,7 +58,7 @@ def short_form(plan: Plan) -> str:
         if stage.coverage is not None and stage.kind != "export":
             lines.append(f"  {stage.name}: {coverage_line(stage)}")
         for form, count in stage.exports.items():
-            held = [v.target for v in stage.verdicts if v.outcome == "ok"]
+            held = [v.target for v in stage.verdicts if v.format == form and v.outcome == "ok"]
             lines.append(f"  {stage.name}: {form}, {size(count)}" + (f"; loads in {', '.join(held)}" if held else ""))
     lines.append(f"  disk: up to {size(plan.disk_bytes)}")
     return "\n".join(lines)
@@ -198,8 +198,8 @@ def _memory(plan: Plan, width: int) -> "Table":
 
 def _targets(stage: StagePlan, width: int) -> "Table":
     title = ", ".join(f"{form} {size(count)}" for form, count in stage.exports.items())
-    headings = ("served by", "loads", "why", "nearest that does")
-    rows = [(verdict.target, verdict.outcome, verdict.reason, verdict.fix) for verdict in stage.verdicts]
+    headings = ("served by", "format", "loads", "why", "nearest that does")
+    rows = [(verdict.target, verdict.format or "-", verdict.outcome, verdict.reason, verdict.fix) for verdict in stage.verdicts]
     return fitting_table(f"{stage.name}: {title}", headings, rows, width, text=headings)
 
 

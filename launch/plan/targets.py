@@ -1,15 +1,17 @@
 """Will a serving stack load what a recipe exports, on its fast path, and if not, what is the nearest setting that does.
 
-The rules are those of the stacks' loaders (read in vLLM 0.32/0.33, llama.cpp of mid 2026 and ONNX Runtime's contrib operators): kernels for
-packed weights want widths of certain multiples, tensor parallelism cuts matrices, fused projections share one scheme.
+Which stack knows which format, ``qat/format_readers.py`` says; the rules here are about lattices and widths. They are those of the stacks'
+loaders (read in vLLM 0.32/0.33, llama.cpp of mid 2026 and ONNX Runtime's contrib operators): kernels for packed weights want widths of
+certain multiples, tensor parallelism cuts matrices, fused projections share one scheme.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from ...models.errors import UserError
-from .cases import Case, cases
+from ...qat.format_readers import RUNTIMES, formats_for, reading
+from .cases import USUAL_KEYS, Case, Keys, cases
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -32,10 +34,12 @@ class Verdict:
 
     target: str
     outcome: Outcome
-    """ok = on its fast path; slower = it loads and does more than it need; no = it does not load."""
+    """ok = on its fast path; slower = it loads and does more than it need; no = it does not load, or computes another model."""
     reason: str
     fix: str = ""
-    """The nearest setting that is ok, as a recipe key; '' when nothing is to be done."""
+    """The nearest setting that is ok, as overrides of the recipe; '' when nothing is to be done."""
+    format: str = ""
+    """The format that it is about; '' where the stack reads none of those that are written."""
 
 
 Rule = Callable[[Case], Iterable[Verdict]]
@@ -49,8 +53,9 @@ def verdicts(
     formats: Sequence[str] = ("compressed-tensors",),
     activations: "ActivationSpec | None" = None,
     kv_cache: "ActivationSpec | None" = None,
+    keys: Keys = USUAL_KEYS,
 ) -> list[Verdict]:
-    """One verdict for each target, the gravest reason first.
+    """For each target one verdict on each format that it knows, or one that says which it would read; the gravest reason first.
 
     Args:
         config: Of the exported model.
@@ -59,36 +64,62 @@ def verdicts(
         formats: Names of the formats that are written.
         activations: How inputs are rounded.
         kv_cache: How keys and values are.
+        keys: How keys of remedies begin.
     """
     if lattices is None:
         return []
-    asked = cases(config, lattices, tensor_parallel, formats, activations, kv_cache)
-    found = []
-    for target, rules in TARGETS.items():
-        reasons = list(dict.fromkeys(verdict for case in asked for rule in rules for verdict in rule(case)))
-        grave = sorted(reasons, key=lambda verdict: ("no", "slower", "ok").index(verdict.outcome))
-        found.append(
-            Verdict(target, grave[0].outcome, "; ".join(v.reason for v in grave), "; ".join(dict.fromkeys(v.fix for v in grave if v.fix)))
-            if grave
-            else Verdict(target, "ok", _fast_path(target, asked[0]))
-        )
+    asked = cases(config, lattices, tensor_parallel, formats, activations, kv_cache, keys)
+    found: list[Verdict] = []
+    for target in RUNTIMES:
+        known = [form for form in formats if reading(form, target)]
+        found += [_of_format(target, form, asked) for form in known] or [_of_none(target, asked[0])]
     return found
 
 
-def _fast_path(target: str, case: Case) -> str:
+def _of_none(target: str, case: Case) -> Verdict:
+    """Nothing that is written is for this stack."""
+    read = formats_for(target)
+    return Verdict(target, "no", f"it reads {' or '.join(read)}, which this stage does not write", case.formats_fix(add=read[0]))
+
+
+def _of_format(target: str, form: str, asked: Sequence[Case]) -> Verdict:
+    how = reading(form, target)
+    assert how is not None
+    if how.outcome == "misreads":
+        # gptq holds symmetric weights alone
+        other = next(name for name in formats_for(target) if name != "gptq" or all(case.spec.symmetric for case in asked))
+        return Verdict(target, "no", f"it misreads {form}: {how.how}", asked[0].formats_fix(add=other, instead_of=form), form)
+    rules = _rules(target, form)
+    # plain weights have no groups that a cut could break
+    whole = form in PLAIN
+    served = [replace(case, spec=replace(case.spec, group_size="channel")) if whole and case.spec.kind == "int" else case for case in asked]
+    reasons = list(dict.fromkeys(verdict for case in served for rule in rules for verdict in rule(case)))
+    grave = sorted(reasons, key=lambda verdict: ("no", "slower", "ok").index(verdict.outcome))
+    told = f"; {how.how}" if how.how else ""
+    if not grave:
+        return Verdict(target, "ok", _fast_path(target, form, served[0]) + told, format=form)
+    fix = "; ".join(dict.fromkeys(verdict.fix for verdict in grave if verdict.fix))
+    return Verdict(target, grave[0].outcome, "; ".join(v.reason for v in grave) + (told if grave[0].outcome != "no" else ""), fix, form)
+
+
+def _fast_path(target: str, form: str, case: Case) -> str:
+    if form in PLAIN:
+        return "plain weights, as any model's"
     if target in ("vLLM", "SGLang"):
         kernels = f"Marlin, W{case.spec.bits}A16" if case.activations is None else "int8 kernels, W8A8"
         cache = ", keys and values in fp8" if case.kv_cache else ""
         return kernels + cache + (f", tensor parallel over {case.ranks}" if case.ranks > 1 else "")
     return {
-        "transformers": f"{_read_by_transformers(case)}; weights are unpacked to 16-bit floats when they are loaded",
-        "llama.cpp": "blocks of 32 hold groups of this size exactly",
-        "ONNX Runtime": "MatMulNBits",
+        "transformers": "weights are unpacked to 16-bit floats when they are loaded",
+        "llama.cpp": "blocks hold groups of this size exactly",
+        "ONNX Runtime": "MatMulNBits, the same codes and scales",
+        "OpenVINO": "it reads llama.cpp's file",
+        "mlx-lm": "it packs the same codes anew",
     }[target]
 
 
-def _read_by_transformers(case: Case) -> str:
-    return ", ".join(form for form in case.formats if form in SAFETENSORS_FORMATS)
+PLAIN = ("safetensors", "safetensors-f32")
+"""Formats whose weights are not packed."""
 
 
 def _say(outcome: Outcome, reason: str, fix: str = "") -> Verdict:
@@ -103,14 +134,15 @@ def _family(case: Case) -> Iterable[Verdict]:
 def _packed_bits(case: Case) -> Iterable[Verdict]:
     if case.spec.bits not in (4, 8):
         nearest = 4 if case.spec.bits <= 4 else 8
-        yield _say("no", f"its kernels for packed weights take 4 and 8 bits, not {case.spec.bits}", f"weights.bits={nearest}")
+        yield _say("no", f"its kernels for packed weights take 4 and 8 bits, not {case.spec.bits}", case.lattice_fix(bits=nearest))
 
 
 def _marlin_groups(case: Case) -> Iterable[Verdict]:
     group = case.spec.group_size
     if group != "channel" and group not in GROUPS:
         nearest = min(GROUPS, key=lambda size: (abs(size - int(group)), -size))
-        yield _say("no", f"Marlin has groups of {', '.join(map(str, GROUPS))} and whole rows, not {group}", f"weights.group_size={nearest}")
+        reason = f"Marlin has groups of {', '.join(map(str, GROUPS))} and whole rows, not {group}"
+        yield _say("no", reason, case.lattice_fix(group_size=nearest))
 
 
 def _tensor_parallel(case: Case) -> Iterable[Verdict]:
@@ -134,17 +166,12 @@ def _tensor_parallel(case: Case) -> Iterable[Verdict]:
         if size[1] % ranks or (group != "channel" and (size[1] // ranks) % int(group)):
             unit = ranks * (128 if group == "channel" else int(group))
             reason = f"{name} takes {size[1]:,} inputs, and a GPU's share of them is no multiple of the group size {group}"
-            yield _say("no", reason, _ffn_fix(case, unit) if name == "down_proj" else f"--tensor-parallel {_largest_ranks(case, size[1])}")
+            yield _say("no", reason, case.ffn_fix(unit) if name == "down_proj" else f"--tensor-parallel {_largest_ranks(case, size[1])}")
 
 
 def _largest_ranks(case: Case, width: int) -> int:
     unit = 1 if case.spec.group_size == "channel" else int(case.spec.group_size)
     return max((r for r in range(1, case.ranks) if width % (r * unit) == 0), default=1)
-
-
-def _ffn_fix(case: Case, unit: int) -> str:
-    """FFN channels that fit: the next multiple below, or above where there is none."""
-    return f"prune.structured.ffn={max(unit, case.ffn // unit * unit)}"
 
 
 def _marlin_widths(case: Case) -> Iterable[Verdict]:
@@ -160,7 +187,7 @@ def _marlin_widths(case: Case) -> Iterable[Verdict]:
         inner = columns // case.ranks if row_parallel else columns
         if (out % 64 == 0 and inner % 128 == 0) or (out % 128 == 0 and inner % 64 == 0):
             continue
-        fix = _ffn_fix(case, 128 * case.ranks) if name.startswith("mlp.") and case.ffn % (128 * case.ranks) else ""
+        fix = case.ffn_fix(128 * case.ranks) if name.startswith("mlp.") and case.ffn % (128 * case.ranks) else ""
         yield _say("slower", f"{name} is {out:,} x {inner:,} on a GPU; Marlin pads what is no multiple of 64 x 128", fix)
         return
 
@@ -172,20 +199,22 @@ def _fused(case: Case) -> Iterable[Verdict]:
     names, left = case.apart.names, case.apart.left
     parts = f"{', '.join(names)} are one matrix there and need one scheme, but"
     if left:
-        others = [f"'*.{name}'" for name in names if name not in left]
-        yield _say("no", f"{parts} skip leaves out {', '.join(left)} alone", f"skip: add {', '.join(others)}, or drop the pattern")
+        others = [f"*.{name}" for name in names if name not in left]
+        yield _say("no", f"{parts} skip leaves out {', '.join(left)} alone", case.skip_fix(*others))
     else:
-        yield _say("no", f"{parts} overrides give them different ones", f"overrides: name all of {', '.join(names)} alike, or none")
+        fix = f"{case.keys.quantizer}overrides: name all of {', '.join(names)} alike, or none"
+        yield _say("no", f"{parts} overrides give them different ones", fix)
 
 
 def _integers(case: Case) -> Iterable[Verdict]:
     if case.spec.kind != "int":
-        yield _say("no", f"no format that decoct writes holds kind={case.spec.kind} yet", "weights.kind=int")
+        yield _say("no", f"no format that decoct writes holds kind={case.spec.kind} yet", case.lattice_fix(kind="int"))
 
 
 def _plain_embedding(case: Case) -> Iterable[Verdict]:
     if "embedding" in case.ends:
-        yield _say("no", "the formats that it reads leave the embedding alone", "leave embedding out, or export to gguf")
+        fix = f"leave {case.keys.quantizer}embedding out"
+        yield _say("no", "the formats that it reads leave the embedding alone", fix)
 
 
 def _fixed_head_dim(case: Case) -> Iterable[Verdict]:
@@ -202,16 +231,27 @@ def _llama_hidden(case: Case) -> Iterable[Verdict]:
 
 
 def _gguf_blocks(case: Case) -> Iterable[Verdict]:
-    """Q4_0 and Q8_0: blocks of 32 with one fp16 scale. They hold narrower codes exactly, in as many bytes."""
+    """Blocks of 32 with one fp16 scale. They hold narrower codes exactly, in as many bytes."""
     spec = case.spec
-    if spec.bits not in (4, 8):
-        held = 4 if spec.bits < 4 else 8
-        yield _say("slower", f"Q4_0 and Q8_0 have 4 and 8 bits, not {spec.bits}: each code takes {held}", f"weights.bits={held}")
+    held = 4 if spec.bits <= 4 else 5 if spec.bits == 5 else 8
+    narrow = spec.bits == 2 and any(form == "gguf-q2_0" for form in case.formats)
+    if spec.bits != held and spec.symmetric and not narrow:
+        fix = case.lattice_fix(bits=held)
+        if spec.bits == 2 and spec.group_size in ("channel", 64, 128):
+            fix += f", or {case.formats_fix(add='gguf-q2_0', instead_of='gguf')} for a llama.cpp from July 2026 on"
+        yield _say("slower", f"its blocks have 4, 5 and 8 bits, not {spec.bits}: each code takes {held}", fix)
+    if not spec.symmetric and spec.bits > 5:
+        fix = f"{case.lattice_fix(symmetric='true')}, or {case.lattice_fix(bits=4)}"
+        yield _say("no", f"its blocks hold asymmetric codes of 5 bits at most, not {spec.bits}", fix)
+    if not spec.symmetric and spec.bits == 5:
+        fix = f"{case.lattice_fix(symmetric='true')}, or {case.lattice_fix(bits=4)}"
+        yield _say("no", "Q5_1 stores zero point times scale in fp16, which hardly ever holds it at 5 bits", fix)
     if spec.group_size != "channel" and int(spec.group_size) % 32:
-        yield _say("no", f"a block of 32 weights has one scale, and groups of {spec.group_size} are no multiple", "weights.group_size=32")
+        fix = case.lattice_fix(group_size=32)
+        yield _say("no", f"a block of 32 weights has one scale, and groups of {spec.group_size} are no multiple", fix)
     for name, (_, columns) in case.linears.items():
         if columns % 32:
-            yield _say("no", f"{name} has {columns:,} inputs, no multiple of a block of 32", _ffn_fix(case, 32))
+            yield _say("no", f"{name} has {columns:,} inputs, no multiple of a block of 32", case.ffn_fix(32))
             return
 
 
@@ -226,61 +266,57 @@ def _gguf_model(case: Case) -> Iterable[Verdict]:
         yield _say("no", str(error))
 
 
-def _gguf_format(case: Case) -> Iterable[Verdict]:
-    if not any(form.startswith("gguf") for form in case.formats):
-        yield _say("no", "it reads GGUF, which this stage does not write (its own converter would round anew)", "export.formats: add gguf")
-
-
-SAFETENSORS_FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "awq", "safetensors")
-"""Formats that vLLM, SGLang and transformers read."""
-
-
-def _packed_format(case: Case) -> Iterable[Verdict]:
-    if not any(form in SAFETENSORS_FORMATS for form in case.formats):
-        yield _say("no", "it reads compressed-tensors, which this stage does not write", "export.formats: add compressed-tensors")
-
-
-def _gptq_kernels(case: Case) -> Iterable[Verdict]:
+def _asymmetric_gptq(case: Case) -> Iterable[Verdict]:
     """vLLM's fast GPTQ kernels take symmetric weights; what others make of version 2 differs between its releases."""
-    if "gptq_v2" in case.formats and "compressed-tensors" not in case.formats:
-        yield _say(
-            "slower", "not every kernel of every release reads gptq_v2, and none of the fast ones", "export.formats: add compressed-tensors"
-        )
+    fix = case.formats_fix(add="compressed-tensors", instead_of="gptq_v2")
+    yield _say("slower", "not every kernel of every release reads gptq_v2, and none of the fast ones", fix)
 
 
 def _onnx(case: Case) -> Iterable[Verdict]:
     spec = case.spec
     if spec.bits not in (2, 4, 8):
-        yield _say("no", f"MatMulNBits takes 2, 4 and 8 bits, not {spec.bits}", f"weights.bits={4 if spec.bits < 6 else 8}")
+        yield _say("no", f"MatMulNBits takes 2, 4 and 8 bits, not {spec.bits}", case.lattice_fix(bits=4 if spec.bits < 6 else 8))
+    elif spec.bits != 4:
+        yield _say("slower", f"its builder was tried with 4 bits alone, not with {spec.bits}", case.lattice_fix(bits=4))
     group = spec.group_size
     if group == "channel" or int(group) < 16 or int(group) & (int(group) - 1):
-        yield _say("no", f"its block sizes are powers of two from 16 on, not {group}", "weights.group_size=32")
-    yield _say("no", "it reads ONNX, which decoct does not write yet")
+        yield _say("no", f"its block sizes are powers of two from 16 on, not {group}", case.lattice_fix(group_size=32))
+
+
+def _openvino(case: Case) -> Iterable[Verdict]:
+    if case.spec.bits > 4 or not case.spec.symmetric or case.config.model_type not in ("llama", "qwen2", "qwen3"):
+        yield _say("slower", "its reader was tried with Q4_0 of Llama, Qwen2 and Qwen3 alone")
+
+
+def _mlx(case: Case) -> Iterable[Verdict]:
+    if case.spec.group_size not in GROUPS:
+        groups = ", ".join(map(str, GROUPS))
+        yield _say("no", f"it has groups of {groups}, not {case.spec.group_size}", case.lattice_fix(group_size=64))
 
 
 def _transformers_reader(case: Case) -> Iterable[Verdict]:
     if case.spec.bits not in (2, 4, 8):
-        yield _say("no", f"versions of the format pack {case.spec.bits} bits differently", f"weights.bits={4 if case.spec.bits < 6 else 8}")
+        fix = case.lattice_fix(bits=4 if case.spec.bits < 6 else 8)
+        yield _say("no", f"versions of the format pack {case.spec.bits} bits differently", fix)
 
 
-_SERVER: tuple[Rule, ...] = (
-    _integers,
-    _plain_embedding,
-    _packed_format,
-    _gptq_kernels,
-    _family,
-    _packed_bits,
-    _marlin_groups,
-    _tensor_parallel,
-    _marlin_widths,
-    _fused,
-    _fixed_head_dim,
-)
-TARGETS: dict[str, tuple[Rule, ...]] = {
+_PACKED: tuple[Rule, ...] = (_integers, _plain_embedding)
+_SERVER: tuple[Rule, ...] = (*_PACKED, _family, _packed_bits, _marlin_groups, _tensor_parallel, _marlin_widths, _fused, _fixed_head_dim)
+_PLAIN_SERVER: tuple[Rule, ...] = (_family, _tensor_parallel, _fixed_head_dim)
+_RULES: dict[str, tuple[Rule, ...]] = {
     "vLLM": _SERVER,
     "SGLang": _SERVER,
-    "transformers": (_integers, _plain_embedding, _packed_format, _transformers_reader, _llama_hidden),
-    "llama.cpp": (_integers, _gguf_format, _gguf_model, _gguf_blocks),
-    "ONNX Runtime": (_onnx,),
+    "transformers": (*_PACKED, _transformers_reader, _llama_hidden),
+    "llama.cpp": (_integers, _gguf_model, _gguf_blocks),
+    "ONNX Runtime": (*_PACKED, _onnx),
+    "OpenVINO": (_integers, _gguf_model, _gguf_blocks, _openvino),
+    "mlx-lm": (*_PACKED, _mlx),
 }
-"""Target -> its rules."""
+"""Target -> its rules for packed weights."""
+
+
+def _rules(target: str, form: str) -> tuple[Rule, ...]:
+    if form in PLAIN:
+        return _PLAIN_SERVER if target in ("vLLM", "SGLang") else (_llama_hidden,)
+    own = (_asymmetric_gptq,) if form == "gptq_v2" and target in ("vLLM", "SGLang") else ()
+    return (*_RULES[target], *own)

@@ -192,7 +192,8 @@ def export_folder(
         hashes = _check_exact(folder, opened)
         seen = _checked_runtimes(folder, tokens) if runtimes else {}
         size = folder_bytes(folder)
-        (folder / "README.md").write_text(card_text(_facts(opened, target.name, size, seen, rounding), exporter.card), encoding="utf-8")
+        facts = replace(_facts(opened, target.name, size, seen, rounding), format=format)
+        (folder / "README.md").write_text(card_text(facts, exporter.card), encoding="utf-8")
         export = {"format": format, "bytes": size, "weights": hashes, "scales": scale_hashes(folder), "runtimes": seen}
         _write_record(folder, opened, export | ({"rounding": asdict(rounding)} if rounding else {}))
     return ExportResult(format=format, path=target, bytes=size, exact=rounding is None, runtimes=seen, rounding=rounding)

@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..footprint import bits_per_weight
+from ..format_readers import card_lines
 from ..spec import QuantSpec
 
 _ARITHMETIC = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -43,6 +44,8 @@ class CardFacts:
     """How inputs of quantized modules are rounded; '' when they are not."""
     cache: str = ""
     """How keys and values are rounded as they enter the cache; '' when they are not."""
+    format: str = ""
+    """Name of the export format; '' where it is not known."""
     rounding: str = ""
     """What was rounded to the stored dtype; '' when nothing was."""
     left_out: str = ""
@@ -99,7 +102,7 @@ def card_text(facts: CardFacts, form: FormatCard = FormatCard()) -> str:
         f"# {facts.name}\n",
         _made_of(facts, form),
         _evaluation(facts.metrics),
-        f"## Loading\n\n{form.loading(facts)}",
+        f"## Loading\n\n{form.loading(facts)}" + "".join(f"\n{line}\n" for line in card_lines(facts.format)),
         _checked(facts, form),
     ]
     return "\n".join(part for part in parts if part)

@@ -42,18 +42,22 @@ def test_one_symmetric_int4_lattice_goes_everywhere(form: str) -> None:
 def test_each_limit_is_named_with_the_nearest_setting() -> None:
     assert "use weights.bits=4, or name the version" in said("compressed-tensors", bits=3)
     assert said("compressed-tensors", bits=3, options={"reader_version": "0.18.0"}) == ""
-    assert "add gptq_v2 to export.formats" in said("gptq", symmetric=False)
+    assert "use export.formats=[gptq_v2], or weights.symmetric=true" in said("gptq", symmetric=False)
     assert said("gptq_v2", symmetric=False) == ""
     assert "use weights.bits=8" in said("gptq", bits=6)
     odd = said("gptq", ffn=500, group_size=4, bits=4)
     assert odd == (
         "gptq packs 8 codes in a word, and mlp.gate_proj has 500 outputs, no multiple; "
-        "use prune.structured.ffn=496, or add '*.mlp.gate_proj' to skip"
+        "use prune.structured.ffn=496, or skip=[*.mlp.gate_proj,*.mlp.up_proj,*.mlp.down_proj]"
     )
     assert said("gptq", ffn=500, group_size=4, skip=("*.gate_proj", "*.up_proj", "*.down_proj")) == ""
     assert "use weights.bits=4" in said("awq", bits=8)
     assert "mlp.gate_proj has 500, no multiple" in said("awq", ffn=500, group_size=4)
-    assert "export.allow_inexact=true" in said("safetensors", bits=8)
+    assert "use export.formats=[safetensors-f32], or export.allow_inexact=true" in said("safetensors", bits=8)
+    for spec in ({"bits": 8}, {"symmetric": False}, {"kind": "nf4"}):
+        assert said("safetensors-f32", **spec) == ""
+    assert "use export.formats=[gguf]" in said("gguf-q2_0", bits=4)
+    assert said("gguf-q2_0", bits=2, group_size=64) == said("gguf-q2_0", bits=2, group_size="channel") == ""
     assert said("safetensors", bits=8, options={"allow_inexact": True}) == ""
     assert "asymmetric codes" in said("safetensors", symmetric=False)
 
@@ -62,9 +66,9 @@ def test_each_limit_is_named_with_the_nearest_setting() -> None:
 def test_kinds_and_ends_that_a_format_has_no_place_for_are_named(form: str) -> None:
     assert said(form, kind="nf4") == f"{form} holds integer codes, not kind=nf4; use weights.kind=int, or leave the format out"
     embedding = said(form, other={"embedding": SpecChange(bits=4, group_size=32)})
-    assert embedding == ("" if form == "gguf" else f"{form} leaves the embedding alone; leave 'embedding' out, or export to gguf")
+    assert embedding == ("" if form == "gguf" else f"{form} leaves the embedding alone; leave embedding out, or use export.formats=[gguf]")
     head = said(form, other={"head": SpecChange(group_size=32)}, group_size=32)
-    assert ("export to compressed-tensors" in head) == (form == "awq")
+    assert ("export.formats=[compressed-tensors]" in head) == (form == "awq")
 
 
 def test_what_the_exporters_would_refuse_after_training_is_said_before() -> None:
@@ -78,7 +82,8 @@ def test_what_the_exporters_would_refuse_after_training_is_said_before() -> None
 
 
 def test_lattices_of_single_modules_are_looked_at_too() -> None:
-    assert "use weights.bits=4" in said("awq", other={"overrides": {"*.down_proj": SpecChange(bits=8)}})
+    found = said("awq", other={"overrides": {"*.down_proj": SpecChange(bits=8)}})
+    assert found == "awq packs 4 bits, not 8; use {bits: 4} in overrides for mlp.down_proj"
 
 
 FP8 = ActivationSpec(kind="fp8_e4m3", scaling="static")
@@ -88,14 +93,14 @@ FP8 = ActivationSpec(kind="fp8_e4m3", scaling="static")
 def test_only_one_format_says_what_is_rounded_beside_weights(form: str) -> None:
     for key, what, spec in (("kv_cache", "keys and values", FP8), ("activations", "inputs", ActivationSpec())):
         found = said(form, bits=4, group_size=32, beside={key: spec})
-        assert found == f"{form} cannot say that {what} are rounded ({key}); export to compressed-tensors alone, or leave {key} out"
+        assert found == f"{form} cannot say that {what} are rounded ({key}); use export.formats=[compressed-tensors], or leave {key} out"
 
 
 def test_what_compressed_tensors_says_of_it() -> None:
     form, w8 = "compressed-tensors", {"bits": 8, "group_size": "channel"}
     assert said(form, **w8, beside={"activations": ActivationSpec(scaling="static"), "kv_cache": FP8}) == ""
     assert said(form, bits=4, group_size=32, beside={"kv_cache": FP8}) == ""
-    assert "use weights.bits=8 weights.group_size=channel, or no activations" in said(
+    assert "use weights.bits=8 weights.group_size=channel, or leave activations out" in said(
         form, bits=4, beside={"activations": ActivationSpec()}
     )
     assert "use activations.kind=int8" in said(form, **w8, beside={"activations": FP8})
@@ -120,10 +125,10 @@ def test_a_plan_says_so_before_training() -> None:
 
 def test_a_plan_with_such_a_format_has_a_problem_before_training() -> None:
     recipe = load_recipe("smollm2-1.7b-half-int4", ["stages.export.formats=[awq]", "stages.qat.weights.bits=8"])
-    assert any("awq packs 4 bits, not 8; use weights.bits=4" in problem for problem in problems(plan(recipe, gpus=0)))
+    assert any("awq packs 4 bits, not 8; use stages.qat.weights.bits=4" in problem for problem in problems(plan(recipe, gpus=0)))
     recipe = load_recipe("smollm2-1.7b-half-int4", ["stages.export.formats=[awq,gptq,compressed-tensors]"])
     made = plan(recipe, gpus=0)
     assert not [problem for problem in problems(made) if "packs" in problem]
     sizes = next(stage.exports for stage in made.stages if stage.exports)
     assert sizes["gptq"] > sizes["compressed-tensors"] > 0
-    assert {v.target: v.outcome for stage in made.stages for v in stage.verdicts}["vLLM"] == "ok"
+    assert {v.format: v.outcome for stage in made.stages for v in stage.verdicts if v.target == "vLLM"} == dict.fromkeys(sizes, "ok")

@@ -90,7 +90,7 @@ def test_a_quantized_stage_that_starts_with_gptq_says_so(monkeypatch: pytest.Mon
     _, (gptq,) = planned({"method": "gptq", "stream": "never"}, gpus=1, gpu_memory=8 * 10**9)
     assert first == gptq and second is third is None
     assert "01-a: starts with gptq on 262k tokens" in short_form(made)
-    assert any("01-a rounds the model before it trains" in found and "start: mse" in found for found in problems(made))
+    assert any("01-a rounds the model before it trains" in found and "stages.01-a.start=mse" in found for found in problems(made))
     assert [value.value for value in made.stages[0].values if value.key.endswith("qat.start")] == ["gptq"]
 
 

@@ -25,7 +25,7 @@ def _of(
     **spec: Any,
 ) -> tuple[str, str, str]:
     lattices = Lattices(weights=QuantSpec(**spec), skip=skip, **(other or {}))
-    found = {v.target: v for v in verdicts(config, lattices, tensor_parallel=ranks, formats=formats)}[target]
+    (found,) = [v for v in verdicts(config, lattices, tensor_parallel=ranks, formats=formats) if v.target == target]
     return found.outcome, found.reason, found.fix
 
 
@@ -73,7 +73,7 @@ def test_fused_projections_need_one_scheme() -> None:
     outcome, reason, fix = _of(_llama(), skip=("*.q_proj",))
     assert outcome == "no"
     assert "skip leaves out q_proj alone" in reason
-    assert "'*.k_proj', '*.v_proj'" in fix
+    assert fix == "skip=[*.q_proj,*.k_proj,*.v_proj]"
     assert _of(_llama(), skip=("*.q_proj", "*.k_proj", "*.v_proj"))[0] == "ok"
     assert _of(_llama(), skip=("*.down_proj",))[0] == "ok"
 
@@ -81,7 +81,7 @@ def test_fused_projections_need_one_scheme() -> None:
 def test_every_lattice_of_a_mixed_model_is_judged() -> None:
     odd = {"overrides": {"*.down_proj": SpecChange(bits=3)}}
     outcome, reason, fix = _of(_llama(), other=odd)
-    assert (outcome, "4 and 8 bits, not 3" in reason, fix) == ("no", True, "weights.bits=4")
+    assert (outcome, "4 and 8 bits, not 3" in reason, fix) == ("no", True, "{bits: 4} in overrides for mlp.down_proj")
     assert _of(_llama(), other={"overrides": {"*.down_proj": SpecChange(bits=8)}})[0] == "ok"
     apart = _of(_llama(), other={"overrides": {"*.1.self_attn.q_proj": SpecChange(bits=8)}})
     assert apart[0] == "no" and "overrides give them different ones" in apart[1] and "q_proj, k_proj, v_proj alike" in apart[2]
@@ -91,7 +91,7 @@ def test_what_no_format_holds_is_said() -> None:
     assert _of(_llama(), kind="nf4")[::2] == ("no", "weights.kind=int")
     assert _of(_llama(), group_size="tensor")[0] == "ok", "it is served as one scale a row"
     embedding = {"embedding": SpecChange(bits=8)}
-    assert _of(_llama(), other=embedding)[::2] == ("no", "leave embedding out, or export to gguf")
+    assert _of(_llama(), other=embedding)[::2] == ("no", "leave embedding out")
     assert _of(_llama(), "llama.cpp", formats=("gguf",), other=embedding)[0] == "ok"
 
 
@@ -106,9 +106,9 @@ def test_qwen2_has_no_head_dim_of_its_own_in_vllm() -> None:
 
 
 def test_blocks_of_llama_cpp_and_onnx() -> None:
-    assert _of(_llama(), "llama.cpp")[::2] == ("no", "export.formats: add gguf")
-    assert _of(_llama(), "llama.cpp", formats=("gguf",)) == ("ok", "blocks of 32 hold groups of this size exactly", "")
-    assert _of(_llama(), formats=("gguf",))[::2] == ("no", "export.formats: add compressed-tensors")
+    assert _of(_llama(), "llama.cpp")[::2] == ("no", "export.formats=[compressed-tensors,gguf]")
+    assert _of(_llama(), "llama.cpp", formats=("gguf",)) == ("ok", "blocks hold groups of this size exactly", "")
+    assert _of(_llama(), formats=("gguf",))[::2] == ("no", "export.formats=[gguf,compressed-tensors]")
     outcome, reason, fix = _of(_llama(), "llama.cpp", formats=("gguf",), group_size=16)
     assert (outcome, "multiple" in reason, fix) == ("no", True, "weights.group_size=32")
     assert _of(_llama(), "llama.cpp", formats=("gguf",), bits=6)[::2] == ("slower", "weights.bits=8")
@@ -118,5 +118,46 @@ def test_blocks_of_llama_cpp_and_onnx() -> None:
     unknown = _of(_llama(hidden_act="gelu"), "llama.cpp", formats=("gguf",))
     assert unknown[0] == "no"
     assert "llama.cpp computes silu" in unknown[1]
-    assert "powers of two" in _of(_llama(), "ONNX Runtime", group_size="channel")[1]
-    assert "does not write yet" in _of(_llama(), "ONNX Runtime")[1]
+    assert _of(_llama(), "llama.cpp", formats=("gguf",), bits=5)[0] == "ok"
+    two = _of(_llama(), "llama.cpp", formats=("gguf",), bits=2)
+    assert (two[0], "export.formats=[gguf-q2_0]" in two[2]) == ("slower", True)
+    assert _of(_llama(), "llama.cpp", formats=("gguf-q2_0",), bits=2)[0] == "ok"
+    assert _of(_llama(), "llama.cpp", formats=("gguf",), bits=3, symmetric=False)[0] == "ok"
+    for bits in (5, 8):
+        wide = _of(_llama(), "llama.cpp", formats=("gguf",), bits=bits, symmetric=False)
+        assert wide[::2] == ("no", "weights.symmetric=true, or weights.bits=4")
+    assert "powers of two" in _of(_llama(), "ONNX Runtime", formats=("gptq",), group_size="channel")[1]
+
+
+def test_each_format_is_judged_for_itself() -> None:
+    """What one stack reads of several formats is told of each, and never of one that it does not know."""
+    lattices = Lattices(weights=QuantSpec(bits=4, group_size=64))
+    formats = ("compressed-tensors", "gptq", "awq", "gguf", "safetensors")
+    found = verdicts(_llama(), lattices, formats=formats)
+    loads = {form: {v.target for v in found if v.format == form and v.outcome == "ok"} for form in formats}
+    servers = {"vLLM", "SGLang", "transformers"}
+    assert loads == {
+        "compressed-tensors": servers,
+        "gptq": servers | {"ONNX Runtime"},
+        "awq": servers | {"ONNX Runtime", "mlx-lm"},
+        "gguf": {"llama.cpp", "OpenVINO"},
+        "safetensors": servers,
+    }
+    onnx = next(v for v in found if v.target == "ONNX Runtime")
+    assert "nodes_to_exclude=/lm_head/MatMul shared_embeddings=false accuracy_level=1" in onnx.reason
+
+
+def test_what_a_stack_misreads_is_not_recommended() -> None:
+    outcome, reason, fix = _of(_llama(), "ONNX Runtime", formats=("gptq_v2", "gguf"), symmetric=False)
+    assert (outcome, "misreads gptq_v2" in reason, fix) == ("no", True, "export.formats=[gguf,awq]")
+    assert _of(_llama(), "ONNX Runtime", formats=("gptq_v2",))[2] == "export.formats=[gptq]"
+    assert _of(_llama(), "ONNX Runtime")[1] == "it reads gptq or awq, which this stage does not write"
+    assert _of(_llama(), "mlx-lm", formats=("awq",), group_size="channel")[::2] == ("no", "weights.group_size=64")
+
+
+def test_plain_weights_are_asked_for_no_kernels() -> None:
+    for form in ("safetensors", "safetensors-f32"):
+        assert _of(_llama(), formats=(form,), bits=3, group_size=16)[0] == "ok"
+        assert _of(_llama(num_attention_heads=30, hidden_size=1920), formats=(form,), ranks=4)[0] == "no", (
+            "heads are dealt out all the same"
+        )
