@@ -143,7 +143,8 @@ def kl_to_full(known: SparseTargets, log_p: Tensor) -> Tensor:
     whole = weights.sum(1)
     log_outside = log_p.scatter(1, ids, -torch.inf).logsumexp(1)
     tail = torch.zeros_like(whole) if known.log_tail is None else known.log_tail.exp()
-    parts = torch.where(weights > 0, weights * (known.log_weights - log_p.gather(1, ids)), 0.0).sum(1)
+    # the least weight that a row can tell stands for a probability of 0 too
+    parts = torch.where(weights > 0, weights * (known.log_weights - log_p.gather(1, ids).clamp(min=-100)), 0.0).sum(1)
     if known.log_tail is None:
         return parts / whole - whole.log()
     return parts + torch.where(tail > 0, tail * (known.log_tail - log_outside), 0.0)

@@ -40,11 +40,10 @@ def choose_rows(log_p: Tensor, form: RowFormat, start: Tensor) -> Rows:
 def _likeliest(log_p: Tensor, form: RowFormat, entropy: Tensor) -> Rows:
     logs, ids = log_p.topk(form.top + form.others, 1)
     outside = log_p.scatter(1, ids, -torch.inf).logsumexp(1)
-    others, order = ids[:, form.top :].sort(1)
+    # tokens of probability 0 take no slot: the grid need not reach down to them
+    others, order = torch.where(logs > -torch.inf, ids, form.v_eff)[:, form.top :].sort(1)
     kept = logs[:, form.top :].gather(1, order)
-    # rounded down, so that the least likely of them lies on the grid
-    least = kept.amin(1) if form.others else logs[:, -1]
-    floor = (log_code(least, up=True) - 1).clamp(min=0)
+    floor = _floor(kept, logs, form)
     return Rows(ids[:, : form.top], logs[:, : form.top], others, kept, floor, outside, entropy)
 
 
@@ -56,9 +55,15 @@ def rows_of(known: SparseTargets, form: RowFormat) -> Rows:
     tail = outside if known.log_tail is None else torch.logaddexp(outside, known.log_tail)
     others, by_id = ids[:, form.top :].sort(1)
     kept = logs[:, form.top :].gather(1, by_id)
+    return Rows(
+        ids[:, : form.top].clamp(max=form.v_eff - 1), logs[:, : form.top], others, kept, _floor(kept, logs, form), tail, known.entropy
+    )
+
+
+def _floor(kept: Tensor, logs: Tensor, form: RowFormat) -> Tensor:
+    """Code of the least of the others in use, rounded down, so that it lies on the grid."""
     least = kept.masked_fill(kept == -torch.inf, torch.inf).amin(1).clamp(max=0) if form.others else logs[:, -1]
-    floor = (log_code(least, up=True) - 1).clamp(min=0)
-    return Rows(ids[:, : form.top].clamp(max=form.v_eff - 1), logs[:, : form.top], others, kept, floor, tail, known.entropy)
+    return (log_code(least, up=True) - 1).clamp(min=0)
 
 
 def _threshold(rest: Tensor, count: int) -> Tensor:

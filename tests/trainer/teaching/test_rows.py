@@ -1,5 +1,6 @@
 """What a cache keeps against the distribution it was taken from."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -137,6 +138,27 @@ def test_a_vocabulary_smaller_than_the_row_is_kept_whole() -> None:
     for mode in ("top_k", "hybrid"):
         targets = kept(log_p, CacheSettings(mode=mode))
         assert kl_to_full(targets, log_p).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("mode", ["top_k", "sampled", "hybrid"])
+@pytest.mark.parametrize("alive", [60, 20, 3, 1])
+def test_a_teacher_that_cannot_say_most_tokens_is_kept_as_well_as_any(mode: CacheMode, alive: int) -> None:
+    """Logits of -inf: they take no slot, and the weights of the others are as fine as they would be without them."""
+    logits = torch.randn(60, VOCAB, generator=torch.Generator().manual_seed(3))
+    logits[:, alive:] = -torch.inf
+    log_p = logits.log_softmax(1)
+    targets = kept(log_p, CacheSettings(mode=mode))
+    used = targets.log_weights > math.log(1e-9)
+    assert bool((targets.ids[used] < alive).all())
+    assert bool(kl_to_full(targets, log_p).isfinite().all())
+    if mode != "sampled" and alive <= 20:
+        assert float(kl_to_full(targets, log_p).max()) < 0.02
+    student = torch.randn(60, VOCAB, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    value = sparse_forward_kl(student, targets)
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    exact = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - student.log_softmax(1)), 0.0).sum(1)
+    assert float((value - exact).detach().mean().abs()) < 0.3
+    assert bool(gradient.isfinite().all())
 
 
 def test_bytes_that_are_no_rows_are_refused() -> None:
