@@ -84,10 +84,18 @@ def _indexed(index: Path) -> list[Path]:
     return sorted(shards)
 
 
+def _is_short(name: str) -> bool:
+    """Whether file systems take it: at most 255 bytes, no half characters."""
+    try:
+        return len(name.encode()) <= 255
+    except UnicodeEncodeError:
+        return False
+
+
 def _inside(folder: Path, name: Any, where: str) -> Path:
     """``folder / name`` for a plain file name of a file that really lies in the folder."""
-    if not isinstance(name, str) or not name or name in (".", "..") or any(bad in name for bad in "/\\\0"):
-        raise UserError(f"{where} of {folder} names the weight file {name!r}; only plain file names inside the folder are allowed")
+    if not isinstance(name, str) or not name or name in (".", "..") or any(bad in name for bad in "/\\\0") or not _is_short(name):
+        raise UserError(f"{where} of {folder} names the weight file {name!r:.200}; only plain file names inside the folder are allowed")
     file = folder / name
     if not file.resolve().is_relative_to(snapshot_root(folder)):
         raise UserError(f"{where} of {folder} names {name!r}, a link to {file.resolve()} outside the folder; copy the file itself there")

@@ -67,6 +67,8 @@ def read_header(path: Path) -> Header:
             raw = handle.read(length)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeError as error:
+        raise UserError(f"{str(path)!r:.300} is no name that a file can have") from error
     try:
         return _parse(raw, size - 8 - length)
     except (ValueError, RecursionError) as error:

@@ -1,6 +1,7 @@
 """Whatever is done to a header or a config, the readers answer with a reading or a UserError: no traceback, hang or memory spike."""
 
 import copy
+import importlib.util
 import json
 import random
 import struct
@@ -22,12 +23,19 @@ from decoct.qat.readers import open_folder
 
 SECONDS, BYTES = 2.0, 64_000_000
 """Most processor time of reading a file of a few kilobytes, and most memory that it may take."""
-ODD: list[Any] = [
-    None, True, False, 0, 1, -1, 3, 2**31, 2**63 - 1, 2**64, -(2**40), 0.5, 1e308, "", "x", "..", "../a", "/etc/passwd", "re:(a+)+$",
-    "re:(", "re:" + ".*" * 300, "\0", "I32", "F32", "é" * 50, [], {}, [[]], [0, 0], [2**40, 0], [0, 2**40], [-1, 4], ["a"], {"a": {}},
-    {"": None}, [[[[1]]]], "Linear", "group", "gptq_v2", "int-quantized", "mixed-precision",
-]  # fmt: skip
-TOKENS = b'" { } [ ] , : 0 9999999999999999999999 - 1e9 NaN null \\u0000 \xff ../ "a":1,"a":2'.split()
+
+
+def _mutations() -> Any:
+    spec = importlib.util.spec_from_file_location("mutations", Path(__file__).parents[1] / "mutations.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+mutations = _mutations()
+mutated_bytes, mutated_json, raw_header = mutations.mutated_bytes, mutations.mutated_json, mutations.raw_header
 
 
 @contextmanager
@@ -45,61 +53,6 @@ def traced() -> Iterator[None]:
     tracemalloc.start(1)
     yield
     tracemalloc.stop()
-
-
-def mutated_bytes(chosen: random.Random, raw: bytes) -> bytes:
-    """One to four changes of bytes: flipped, inserted, removed, doubled, swapped for a token, cut off."""
-    data = bytearray(raw)
-    for _ in range(chosen.randrange(1, 5)):
-        at, length = chosen.randrange(len(data) + 1), chosen.randrange(1, 40)
-        match chosen.randrange(6):
-            case 0 if at < len(data):
-                data[at] ^= 1 << chosen.randrange(8)
-            case 1:
-                data[at:at] = chosen.choice(TOKENS)
-            case 2:
-                del data[at : at + length]
-            case 3:
-                data[at:at] = data[at : at + length]
-            case 4:
-                data[at : at + length] = chosen.choice(TOKENS)
-            case _:
-                del data[max(1, len(data) - chosen.randrange(1, 8)) :]
-        if not data:
-            data = bytearray(b"{")
-    return bytes(data)
-
-
-def places(node: Any) -> list[tuple[Any, Any]]:
-    """(container, key) of every value inside."""
-    inner = list(node.items()) if isinstance(node, dict) else list(enumerate(node)) if isinstance(node, list) else []
-    return [(node, key) for key, _ in inner] + [place for _, value in inner for place in places(value)]
-
-
-def mutated_json(chosen: random.Random, content: Any) -> Any:
-    """One to three values swapped for odd ones, removed, or put under another's key."""
-    content = copy.deepcopy(content)
-    for _ in range(chosen.randrange(1, 4)):
-        where = places(content)
-        if not where:
-            break
-        container, key = chosen.choice(where)
-        action = chosen.random()
-        if action < 0.7:
-            container[key] = copy.deepcopy(chosen.choice(ODD))
-        elif action < 0.85:
-            del container[key]
-        else:
-            other, name = chosen.choice(where)
-            with suppress(KeyError, IndexError):
-                container[key] = copy.deepcopy(other[name])
-    return content
-
-
-def raw_header(file: Path) -> tuple[bytes, bytes]:
-    whole = file.read_bytes()
-    length = struct.unpack("<Q", whole[:8])[0]
-    return whole[8 : 8 + length], whole[8 + length :]
 
 
 def a_file(folder: Path) -> Path:
