@@ -51,7 +51,7 @@ def check_numbers(fields: Mapping[str, Any], where: object) -> None:
                 least = 1 if name in _POSITIVE else -1
                 if isinstance(value, bool) or (isinstance(value, int | float) and not least <= value <= most):
                     raise UserError(
-                        f"{where}: {name} is {value!r:.40}; a whole number up to {most:,} is allowed. If it was read: {_REMEDY}"
+                        f"{where}: {name} is {value!r:.40}; a whole number up to {most:,} is allowed; mend it, or fetch the model again"
                     )
         depth, experts = (max((part[n] for n in names if isinstance(part.get(n), int)), default=0) for names in (DEPTHS, _EXPERTS))
         if depth * experts > _PRODUCT:
