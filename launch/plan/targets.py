@@ -96,6 +96,8 @@ def _of_format(target: str, form: str, asked: Sequence[Case]) -> Verdict:
     reasons = list(dict.fromkeys(verdict for case in served for rule in rules for verdict in rule(case)))
     grave = sorted(reasons, key=lambda verdict: ("no", "slower", "ok").index(verdict.outcome))
     told = f"; {how.how}" if how.how else ""
+    if form == "safetensors" and any(case.spec.kind == "int" and 2 < case.spec.bits <= 4 for case in asked):
+        told += "; weights in fp16 and the rest in bf16, which both are exact in float32 (vLLM: --dtype float32)"
     if not grave:
         return Verdict(target, "ok", _fast_path(target, form, served[0]) + told, format=form)
     fix = "; ".join(dict.fromkeys(verdict.fix for verdict in grave if verdict.fix))

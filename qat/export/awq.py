@@ -42,8 +42,8 @@ def check(source: ExportSource) -> None:
             )
         if state.codes[module].shape[0] % 8:
             raise UserError(
-                f"{NAME} packs 8 outputs in a word, and {module} has {state.codes[module].shape[0]}; skip the module, prune to a multiple "
-                "of 8 (kernels want 64), or export to compressed-tensors"
+                f"{NAME} packs 8 outputs in a word, and {module} has {state.codes[module].shape[0]}; prune to a multiple of 8 (kernels "
+                "want 64), or export to compressed-tensors"
             )
 
 

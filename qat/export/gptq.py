@@ -56,8 +56,14 @@ def check_v2(source: ExportSource, format: str = V2) -> None:
             if size % unit:
                 raise UserError(
                     f"{format} packs {unit} codes of {spec.bits} bits in a word, and {module} has {size} {side}, no multiple; "
-                    f"skip the module, or prune to a multiple of {unit} (kernels want 64 outputs and 128 inputs)"
+                    f"{_skip(source, unit)}, or prune to a multiple of {unit} (kernels want 64 outputs and 128 inputs)"
                 )
+
+
+def _skip(source: ExportSource, unit: int) -> str:
+    """Which modules to skip: all that have a side that is no multiple, as one of them alone would leave the others."""
+    odd = [module for module, codes in source.state.codes.items() if any(size % unit for size in codes.shape)]
+    return f"skip: {list(dict.fromkeys('*.' + module.rpartition('.')[2] for module in odd))}"
 
 
 def quantization_config(source: ExportSource, format: str) -> dict[str, Any]:

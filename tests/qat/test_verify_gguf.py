@@ -19,6 +19,7 @@ from decoct.qat.export import export_folder
 from decoct.qat.read_gguf_model import GgufModel
 from decoct.qat.rebuild import load_exported_model
 from decoct.qat.runtimes import check_runtimes
+from decoct.qat.spec import QuantSpec
 from decoct.qat.verify import verify_folder
 from decoct.trainer.stages.measure import is_export
 
@@ -81,6 +82,23 @@ def test_any_single_flipped_nibble_is_found(exported: Path, part: str) -> None:
         flip(file, offset, bits)
         renew_hashes(exported)
     assert not problems(exported)
+
+
+@pytest.mark.parametrize(("form", "bits", "symmetric"), [("gguf", 5, True), ("gguf", 4, False), ("gguf-q2_0", 2, True)])
+def test_a_flipped_nibble_of_narrow_blocks_is_found(quantized_folder: Build, tmp_path: Path, form: str, bits: int, symmetric: bool) -> None:
+    """Q5_0, Q5_1 or Q4_1, Q2_0: codes, fifth bits, scales, minimums; the first bytes belong to rows of zeros too."""
+    spec = QuantSpec(bits=bits, group_size=64, symmetric=symmetric)
+    source = quantized_folder("qwen2", spec=spec, hidden_size=64, head_dim=16, intermediate_size=64)
+    folder = export_folder(source, tmp_path / "narrow", form, runtimes=False).path
+    tensor, chosen = GgufModel(folder).file.tensors["blk.0.attn_q.weight"], random.Random(form)
+    for offset in (*range(6), *(chosen.randrange(tensor.nbytes) for _ in range(6))):
+        change = chosen.randrange(1, 16) << chosen.choice((0, 4))
+        flip(folder / "model.gguf", tensor.begin + offset, change)
+        renew_hashes(folder)
+        assert problems(folder), f"byte {offset} ^ {change:#x} was not found"
+        flip(folder / "model.gguf", tensor.begin + offset, change)
+        renew_hashes(folder)
+    assert not problems(folder)
 
 
 def test_every_bit_of_the_scale_of_a_zero_block_is_found(exported: Path) -> None:

@@ -1,0 +1,128 @@
+"""Every remedy that an exporter names is followed as it is written, and then the export is made."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from decoct.models.errors import UserError
+from decoct.qat.export import export_folder
+from decoct.qat.lattices import Lattices, SpecChange
+from decoct.qat.spec import QuantSpec
+
+Build = Callable[..., Path]
+Way = tuple[dict[str, Any], str, dict[str, Any]]
+WIDE = {"intermediate_size": 64}
+ASYMMETRIC = QuantSpec(bits=4, group_size=16, symmetric=False)
+
+
+def way(form: str, options: dict[str, Any] | None = None, **folder: Any) -> Way:
+    """What is built, the format, and options of the export."""
+    return folder, form, options or {}
+
+
+Follow = Callable[..., list[Way]]
+HINTS: dict[str, tuple[Way, str, Follow]] = {
+    "awq, 8 bits": (way("awq", bits=8), r"quantize with bits=(\d)", lambda bits: [way("awq", bits=int(bits))]),
+    "gptq, 6 bits": (way("gptq", bits=6), r"quantize with bits=(\d)", lambda bits: [way("gptq", bits=int(bits))]),
+    "gptq, zero points": (
+        way("gptq", spec=ASYMMETRIC),
+        r"export to '(gptq_v2)', or quantize with symmetric: true",
+        lambda other: [way(other, spec=ASYMMETRIC), way("gptq", bits=4)],
+    ),
+    "gptq, odd widths": (
+        way("gptq", group_size=2, intermediate_size=46),
+        r"skip: \['(\S+)', '(\S+)', '(\S+)'\], or prune to a multiple of (\d)",
+        lambda *found: [
+            way("gptq", group_size=2, intermediate_size=46, skip=found[:3]),
+            way("gptq", group_size=2, intermediate_size=46 // int(found[3]) * int(found[3])),
+        ],
+    ),
+    "awq, odd outputs": (
+        way("awq", group_size=2, intermediate_size=46),
+        r"prune to a multiple of (\d) .*export to (\S+)",
+        lambda unit, other: [
+            way("awq", group_size=2, intermediate_size=46 // int(unit) * int(unit)),
+            way(other, group_size=2, intermediate_size=46),
+        ],
+    ),
+    "awq, two group sizes": (
+        way("awq", lattices=Lattices(weights=QuantSpec(bits=4, group_size=16), overrides={"*.down_proj": SpecChange(group_size=8)})),
+        r"export to (\S+) or (\S+)",
+        lambda *others: [
+            way(form, lattices=Lattices(weights=QuantSpec(bits=4, group_size=16), overrides={"*.down_proj": SpecChange(group_size=8)}))
+            for form in others
+        ],
+    ),
+    "compressed-tensors, 3 bits": (
+        way("compressed-tensors", bits=3),
+        r"bits=(\d) .*--reader-version (\S+)$",
+        lambda bits, version: [
+            way("compressed-tensors", bits=int(bits)),
+            way("compressed-tensors", {"reader_version": version}, bits=3),
+        ],
+    ),
+    "gguf, groups of 16": (
+        way("gguf", group_size=16, **WIDE),
+        r"use group_size=(\d+)",
+        lambda size: [way("gguf", group_size=int(size), **WIDE)],
+    ),
+    "gguf, rows that are no blocks": (
+        way("gguf", group_size="channel"),
+        r"prune\.structured\.ffn=(\d+)\), or skip the module",
+        lambda ffn: [
+            way("gguf", group_size="channel", intermediate_size=int(ffn)),
+            way("gguf", group_size="channel", skip=("*.down_proj",)),
+        ],
+    ),
+    "gguf, zero points of 8 bits": (
+        way("gguf", spec=QuantSpec(bits=8, group_size=32, symmetric=False), **WIDE),
+        r"use weights\.symmetric=(true), or weights\.bits=(\d)",
+        lambda _, bits: [
+            way("gguf", spec=QuantSpec(bits=8, group_size=32), **WIDE),
+            way("gguf", spec=QuantSpec(bits=int(bits), group_size=32, symmetric=False), **WIDE),
+        ],
+    ),
+    "gguf-q2_0, 4 bits": (
+        way("gguf-q2_0", group_size=32, **WIDE),
+        r"export to (\S+)$",
+        lambda other: [way(other, group_size=32, **WIDE)],
+    ),
+    "safetensors, 8 bits": (
+        way("safetensors", bits=8),
+        r"--format (\S+) holds every weight .*--(allow)-inexact",
+        lambda other, _: [way(other, bits=8), way("safetensors", {"allow_inexact": True}, bits=8)],
+    ),
+    "an embedding of codes": (
+        way("gptq", lattices=Lattices(weights=QuantSpec(bits=4, group_size=32), embedding=SpecChange(bits=8)), **WIDE),
+        r"leave 'embedding' out, or export to (\S+)",
+        lambda other: [
+            way("gptq", bits=4, group_size=32, **WIDE),
+            way(other, lattices=Lattices(weights=QuantSpec(bits=4, group_size=32), embedding=SpecChange(bits=8)), **WIDE),
+        ],
+    ),
+    "a head of codes": (
+        way(
+            "awq",
+            lattices=Lattices(weights=QuantSpec(bits=4, group_size=16), head=SpecChange(bits=4)),
+            tie_word_embeddings=False,
+            vocab_size=264,
+        ),
+        r"readers take (lm_head) for a plain matrix",
+        lambda _: [way("awq", bits=4, tie_word_embeddings=False, vocab_size=264)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HINTS)
+def test_the_export_is_made_by_each_of_the_remedies(quantized_folder: Build, tmp_path: Path, case: str) -> None:
+    (folder, form, options), said, follow = HINTS[case]
+    with pytest.raises(UserError) as told:
+        export_folder(quantized_folder(**folder), tmp_path / "refused", form, runtimes=False, **options)
+    match = re.search(said, str(told.value))
+    assert match, str(told.value)
+    for number, (other, other_form, more) in enumerate(follow(*match.groups())):
+        made = export_folder(quantized_folder(**other), tmp_path / f"export-{number}", other_form, runtimes=False, **more)
+        assert made.exact or more.get("allow_inexact")
