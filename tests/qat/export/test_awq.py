@@ -98,7 +98,7 @@ def test_what_cannot_be_held_is_refused_with_the_module_and_the_remedy(lattice_s
     cases: list[tuple[QuantSpec, dict[str, QuantSpec], dict[str, Any], str]] = [
         (QuantSpec(bits=8, group_size=16), {}, {}, r"bits=8 \(.*q_proj\); quantize with bits=4"),
         (spec, {"down_proj": QuantSpec(bits=4, group_size=8)}, {}, "one group_size, and model.layers.0.mlp.down_proj has 8"),
-        (QuantSpec(bits=4, group_size=2), {}, {"intermediate_size": 46}, "gate_proj has 46; skip the module"),
+        (QuantSpec(bits=4, group_size=2), {}, {"intermediate_size": 46}, "gate_proj has 46; prune to a multiple of 8"),
     ]
     for base, own, folder, message in cases:
         made = lattice_source(base, own, **folder)
