@@ -14,7 +14,7 @@ from decoct.qat.spec import QuantSpec
 
 Build = Callable[..., Path]
 Way = tuple[dict[str, Any], str, dict[str, Any]]
-WIDE = {"intermediate_size": 64}
+WIDE: dict[str, Any] = {"intermediate_size": 64}
 ASYMMETRIC = QuantSpec(bits=4, group_size=16, symmetric=False)
 
 
