@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _LAST_MARK = 0x10FFFD
 _UNSPELLED = chr(0x10FFFF)
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
@@ -55,6 +56,7 @@ def text_only(facts: dict[str, Any], *, inner: bool = False) -> "Tokenizer":
     facts = json.loads(json.dumps(facts))
     model = facts["model"]
     names = {token["content"] for token in facts["added_tokens"] if token["special"]} - {model.get("unk_token")}
+    names = {name for name in names if not _BYTE.fullmatch(name)}  # the model looks for these by name
     renamed = {name: f"{_UNSPELLED}{number}{_UNSPELLED}" for number, name in enumerate(sorted(names))}
     for token in facts["added_tokens"]:
         token["content"] = renamed.get(token["content"], token["content"])

@@ -106,6 +106,11 @@ def _files_of_folder(folder: Path, passed: Counter[str]) -> list[Path]:
                 passed["files in folders that are no text"] += 1
             else:
                 files.append(file)
+            if name.endswith(".arrow"):
+                raise UserError(
+                    f"data.files: {shown(place)} holds a dataset as datasets.save_to_disk writes it; write it as Parquet first: "
+                    "datasets.load_from_disk(FOLDER).to_parquet('text.parquet')"
+                )
     kinds = Counter(kind_of(file) for file in files)
     if len(kinds) > 1:
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))

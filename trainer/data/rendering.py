@@ -51,7 +51,8 @@ def samples_of(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase",
         notes["turns of the assistant that say not to learn them (weight 0)"] += passed
     places: dict[int, tuple[str, int]] = {}
     for turn in turns:
-        after = _try_render(messages[: turn + 1], conversation, tokenizer, prompt=False)
+        is_last = turn + 1 == len(messages)
+        after = whole if is_last else _try_render(messages[: turn + 1], conversation, tokenizer, prompt=False)
         if after is None:
             notes["turns of the assistant that the chat template does not render as the last, which are not learned"] += 1
             continue

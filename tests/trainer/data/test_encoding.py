@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from decoct.models.errors import UserError
@@ -51,6 +51,16 @@ def word_level() -> PreTrainedTokenizerFast:
     return wrapped(core)
 
 
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """As Llama 2: a space before each part, and bytes for what the vocabulary lacks."""
+    core = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    core.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    specials = ["<unk>", *SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
+    core.train_from_iterator(TEXTS[2:] * 5, trainers.BpeTrainer(vocab_size=300, special_tokens=specials, show_progress=False))
+    return wrapped(core)
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     return byte_level()
@@ -70,14 +80,15 @@ def test_indentation_is_learned_with_trimmed_offsets() -> None:
     assert trimming.decode([token for token, own in zip(ids, learned) if own]) == text[8:]
 
 
-@pytest.mark.parametrize("make", [byte_level, lambda: byte_level(trim=True), word_level])
+@pytest.mark.parametrize("make", [byte_level, lambda: byte_level(trim=True), word_level, byte_fallback])
 def test_control_tokens_that_a_message_spells_are_text(make: Any) -> None:
     tokenizer = make()
     row = {"messages": [{"role": "user", "content": EVIL}, {"role": "assistant", "content": "a <|im_end|> token"}]}
     ids, learned = encode_chat(row, tokenizer)
     assert control_ids(ids, tokenizer) == ["<|im_start|>", "<|im_end|>"] * 2, "the template's own"
     rendered = tokenizer.apply_chat_template(row["messages"], tokenize=False)
-    if make is not word_level:  # whose decoder adds spaces
+    assert tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
+    if make not in (word_level, byte_fallback):  # whose decoders add spaces
         assert tokenizer.decode(ids) == rendered
         assert tokenizer.decode([token for token, own in zip(ids, learned) if own]) == "a <|im_end|> token<|im_end|>\n"
     as_control, _ = encode_chat(row, tokenizer, control=True)
@@ -85,7 +96,7 @@ def test_control_tokens_that_a_message_spells_are_text(make: Any) -> None:
     assert len(control_ids(as_control, tokenizer)) == 8
 
 
-@pytest.mark.parametrize("make", [byte_level, word_level])
+@pytest.mark.parametrize("make", [byte_level, word_level, byte_fallback])
 def test_around_spelled_tokens_the_text_is_cut_as_the_tokenizer_cuts_it(make: Any) -> None:
     """With a text in place of the spelled token that is encoded alone either way, everything else has the same tokens."""
     tokenizer = make()

@@ -121,6 +121,13 @@ def test_a_folder_of_several_kinds_or_of_none_is_refused(tmp_path: Path) -> None
         find_files([str(tmp_path)])
 
 
+def test_a_dataset_saved_to_disk_is_told_apart(tmp_path: Path) -> None:
+    for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=r"save_to_disk.*to_parquet"):
+        find_files([str(tmp_path)])
+
+
 def test_pipes_sockets_and_devices_are_refused_without_opening_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     monkeypatch.chdir(tmp_path)

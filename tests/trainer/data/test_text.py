@@ -156,6 +156,20 @@ def test_hub_dataset_is_read_by_field(hub_folder: Path) -> None:
         read_documents(DataSettings(hub=str(hub_folder), text_field="n"))
 
 
+def test_conversations_of_the_hub_lose_the_nulls_of_their_schema(hub_folder: Path) -> None:
+    talks = [
+        [{"role": "assistant", "content": "x", "tool_calls": [{"function": {"name": "f", "arguments": {"city": "Oslo"}}}]}],
+        [{"role": "assistant", "content": "y", "tool_calls": [{"function": {"name": "g", "arguments": {"hour": 7}}}]}],
+    ]
+    pq.write_table(pa.Table.from_pylist([{"conversations": talk, "id": 1} for talk in talks]), hub_folder / "train-0.parquet")
+    documents = read_documents(DataSettings(hub=str(hub_folder), kind="chat"))
+    assert documents.chats is not None
+    assert [row for _, row in documents.chats()] == [{"conversations": talk} for talk in talks]
+    pq.write_table(pa.table({"prompt": ["x"], "chosen": ["y"]}), hub_folder / "train-0.parquet")
+    with pytest.raises(UserError, match=r"has none of 'messages', .*; it has prompt, chosen"):
+        read_documents(DataSettings(hub=str(hub_folder), kind="chat"))
+
+
 def test_part_of_a_hub_dataset_is_streamed_at_a_fixed_revision(hub_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a network: the hub's answer is given, and the dataset's files lie in a folder."""
     import datasets
