@@ -4,6 +4,18 @@ import math
 from typing import Literal
 
 Schedule = Literal["cosine", "linear", "constant"]
+WARMUP = 0.05
+"""Share of the steps of a long stage over which the rate rises, where a recipe says nothing."""
+_LEAST_WARMUP = 8  # steps
+
+
+def default_warmup(total: int) -> float:
+    """Share of ``total`` steps over which the rate rises when a recipe does not say: 5 %, or 8 steps where that is more, at most half.
+
+    AdamW's first steps move every weight by the whole rate, whatever the gradient. At the peak they throw away a start near the teacher,
+    and a short stage has no time to find it again (docs/lab-book.md).
+    """
+    return max(WARMUP, min(_LEAST_WARMUP, total // 2) / total)
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float, schedule: Schedule, final: float) -> float:

@@ -105,8 +105,8 @@ class TrainingBlock:
     """Optimizer steps."""
     learning_rate: float | None = None
     """Peak learning rate; default: derived per stage kind and printed."""
-    warmup: float = 0.05
-    """Share of the steps over which the rate rises linearly, [0, 1)."""
+    warmup: float | None = None
+    """Share of the steps over which the rate rises linearly, [0, 1). Default: 5%, at least 8 steps, at most half."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay after warm-up."""
     final_learning_rate: float = 0.1

@@ -1,10 +1,12 @@
 """Every value that a run goes by, with where it comes from: the recipe, a default, or a rule."""
 
+import math
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...trainer.batch import MICRO_BATCH_TOKENS
 from ...trainer.quantization_settings import QatSettings
+from ...trainer.schedule import WARMUP
 from ...trainer.stages.training import BASE_HIDDEN, BASE_RATES, LORA_FACTOR, SCALE_RATE_SHARE
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ def training_values(entry: "StageEntry", plan: "TrainingPlan", seq_length: int, 
         Value(f"{prefix}.learning_rate", plan.learning_rate, rate if settings.learning_rate is None else "recipe"),
         *_scale_rate(prefix, settings, plan),
         *_start(prefix, settings),
-        Value(f"{prefix}.warmup steps", round(plan.warmup * plan.total_steps), f"{plan.warmup:g} of the steps"),
+        Value(f"{prefix}.warmup steps", math.floor(plan.warmup * plan.total_steps + 1e-9), _warmup_words(settings, plan)),
         Value(
             f"{prefix}.checkpoint_every",
             plan.checkpoint_every,
@@ -95,6 +97,12 @@ def _start(prefix: str, settings: Any) -> list[Value]:
         return []
     why = "learned scales; weights train from the first step at the final bits" if settings.first == "gptq" else "of these settings"
     return [Value(f"{prefix}.start", settings.first, why)]
+
+
+def _warmup_words(settings: Any, plan: "TrainingPlan") -> str:
+    if settings.warmup is not None:
+        return "recipe"
+    return f"{WARMUP:.0%} of the steps" if plan.warmup == WARMUP else "8 steps, or half of a stage of fewer than 16"
 
 
 def _scale_rate(prefix: str, settings: Any, plan: "TrainingPlan") -> list[Value]:

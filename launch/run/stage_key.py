@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ...models.files import sha256_json
+from ...trainer.schedule import WARMUP
 from ...trainer.settings import TrainerSettings
 
 # Settings of a stage that say how often to save, where weights lie meanwhile, or what is agreed to, not what to compute.
@@ -40,6 +41,9 @@ def stage_key(
         sparse: matrices whose zeros the stage keeps; the input's bytes do not say so.
     """
     chosen = {key: value for key, value in asdict(settings).items() if key not in _NOT_NUMBERS}
+    if "warmup" in chosen and chosen["warmup"] is None:
+        # what the default was called before short stages got a longer one: finished stages stay finished
+        chosen["warmup"] = WARMUP
     return sha256_json(
         {
             "name": name,

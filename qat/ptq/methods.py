@@ -14,7 +14,7 @@ from ..fake_quant.ranges import range_lattice
 from ..spec import ActivationSpec, QuantSpec
 from .fit import fitted_codes
 from .gptq import factorize, gptq_codes
-from .mse import COARSE_FACTORS, FACTORS, Lattice, searched_lattice
+from .mse import FACTORS, FITTED_FACTORS, Lattice, searched_lattice
 
 MethodName = Literal["rtn", "mse", "gptq"]
 ScaleChoice = Literal["absmax", "mse", "fitted"]
@@ -125,7 +125,7 @@ def _gptq(stack: Stack, spec: QuantSpec, rounding: Rounding) -> Rounded:
     if rounding.scale == "absmax":
         lattice = Lattice(*range_lattice(stack.weight, spec, stack.mask, "auto"))
     else:
-        factors = COARSE_FACTORS if rounding.scale == "fitted" else FACTORS
+        factors = FITTED_FACTORS if rounding.scale == "fitted" else FACTORS
         lattice = searched_lattice(stack.weight, spec, stack.mask, stack.importance, factors)
     factor = factorize(stack.moments, rounding.damping, rounding.activation_order)
     if factor is None:

@@ -12,8 +12,9 @@ from ..spec import QuantSpec
 
 FACTORS = tuple((60 - step) / 50 for step in range(48))
 """What a search multiplies the range of a group with: 1.2 down to 0.26. Above 1 because the default divisor clips the largest weight."""
-COARSE_FACTORS = FACTORS[::4]
-"""For scales that are fitted afterwards."""
+FITTED_FACTORS = tuple(factor for factor in FACTORS[::4] if factor >= 0.7)
+"""For scales that are fitted afterwards: 1.2 down to 0.72. A range that is shrunk further has the smaller error on the calibration text and
+the larger KL on other text (docs/lab-book.md)."""
 _PIECE = 2**17  # weights searched at a time: they and their errors stay in a core's cache
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from decoct.trainer.schedule import Schedule, learning_rate
+from decoct.trainer.schedule import Schedule, default_warmup, learning_rate
 
 
 def rates(total: int, warmup: float = 0.1, schedule: Schedule = "cosine", final: float = 0.1) -> list[float]:
@@ -45,3 +45,13 @@ def test_warm_up_share_is_not_lost_to_rounding() -> None:
     """0.29 * 100 is 28.999... in floating point."""
     assert learning_rate(28, 100, 1.0, 0.29, "constant", 0.1) < 1.0
     assert learning_rate(29, 100, 1.0, 0.29, "constant", 0.1) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("total", "rising"), [(1, 0), (2, 1), (4, 2), (8, 4), (15, 7), (16, 8), (17, 8), (49, 8), (160, 8), (161, 8), (200, 10), (10_000, 500)]
+)
+def test_a_short_stage_has_eight_steps_to_rise_or_half_of_them(total: int, rising: int) -> None:
+    """AdamW's first step at the full rate throws away a start that is near its teacher."""
+    got = rates(total, default_warmup(total))
+    assert got[: rising + 1] == pytest.approx([2.0 * (step + 1) / (rising + 1) for step in range(rising + 1)])
+    assert all(rate < 2.0 for rate in got[rising + 1 :])

@@ -14,6 +14,7 @@ from ..objective import Objective
 from ..plan import TrainingPlan
 from ..quantization_settings import QatSettings
 from ..rng import derive_seed
+from ..schedule import default_warmup
 from ..settings import TrainerSettings, TrainingBlock
 from ..teaching.cached import SparseTeacher
 from ..world import current_world
@@ -87,7 +88,7 @@ def derive_plan(
         batch=batch,
         learning_rate=rate,
         scale_learning_rate=scale_rate,
-        warmup=settings.warmup,
+        warmup=default_warmup(steps) if settings.warmup is None else settings.warmup,
         schedule=settings.schedule,
         final_learning_rate=settings.final_learning_rate,
         weight_decay=settings.weight_decay,

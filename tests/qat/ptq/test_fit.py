@@ -8,7 +8,7 @@ from decoct.qat.fake_quant import dequantize, quantize
 from decoct.qat.ptq import fit
 from decoct.qat.ptq.fit import fitted_codes, fitted_scales
 from decoct.qat.ptq.gptq import Factor, factorize, gptq_codes, gptq_pass
-from decoct.qat.ptq.mse import Lattice, searched_lattice, searched_scales
+from decoct.qat.ptq.mse import FITTED_FACTORS, Lattice, searched_lattice, searched_scales
 from decoct.qat.spec import QuantSpec
 
 from .test_gptq import case, output_error
@@ -133,3 +133,17 @@ def test_pruned_weights_stay_zero() -> None:
     assert factor is not None
     codes, _ = fitted_codes(weight, searched_lattice(weight, spec, mask), hessian, factor, spec, mask)
     assert not codes[~mask].any() and codes[mask].any()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_fit_starts_from_ranges_that_are_shrunk_little(symmetric: bool) -> None:
+    """One loud input per group makes a search shrink the range to what that input's weight needs."""
+    weight, _ = case(16, 128)
+    loud = torch.ones(128)
+    loud[::64] = 1e4
+    spec = QuantSpec(bits=2, group_size=64, symmetric=symmetric, scale_grid="fp32")
+    whole = searched_lattice(weight, spec, factors=())
+    start = searched_lattice(weight, spec, None, loud, FITTED_FACTORS)
+    free = searched_lattice(weight, spec, None, loud)
+    assert (start.scales >= 0.71 * whole.scales).all()
+    assert (free.scales < 0.6 * whole.scales).any()
