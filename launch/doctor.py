@@ -6,10 +6,10 @@ import os
 import platform
 import shutil
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .installed import installed_version
 from .known_bad import Finding, judge
 
 PACKAGES = (
@@ -47,13 +47,7 @@ class Health:
 
 def installed() -> dict[str, str | None]:
     """Version of Python and of every package that matters; None for those that are not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("decoct", *PACKAGES):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    return {"python": platform.python_version(), **{package: installed_version(package) for package in ("decoct", *PACKAGES)}}
 
 
 def missing() -> dict[str, str]:

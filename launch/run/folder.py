@@ -12,7 +12,6 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ...models.errors import UserError
 from ...models.files import check_writable_folder, clean_leftovers, write_json_atomic, write_text_atomic
 from ...models.folder import verify_folder_files
 from ...models.locks import Lock, acquire_or_refuse, no_locks
+from ..installed import installed_version
 
 STAGE_FILE = "stage.json"
 LOCK = ".lock"
@@ -43,12 +43,7 @@ def versions() -> dict[str, Any]:
     """Python, platform, cores, GPUs, package versions and the commit of a checkout: what a number needs beside it."""
     import torch
 
-    found: dict[str, str | None] = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
+    found = {package: installed_version(package) for package in _PACKAGES}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),

@@ -61,6 +61,19 @@ def test_both_formats_of_an_export_are_the_same_model_in_the_report(
     assert str(tmp_path) not in (tmp_path / "runs/tiny/02-export/gguf/README.md").read_text()
 
 
+def test_training_that_makes_the_student_worse_is_told(tiny: dict[str, Any], run: Any, tmp_path: Path) -> None:
+    tiny["stages"] = [{"distill": {"steps": 6, "learning_rate": 0.3, "warmup": 0.0}}, {"distill": {"name": "gentle", "steps": 6}}]
+    done = run(tiny)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (told,) = (line for line in done.stdout.splitlines() if "ends worse on held-out text than it began" in line)
+    assert told.startswith("note: 01-distill ends worse on held-out text than it began: KL to the teacher")
+    report = json.loads((tmp_path / "runs/tiny/report.json").read_text())
+    assert report["notes"] == [told.removeprefix("note: ")]
+    assert report["notes"][0] in (tmp_path / "runs/tiny/report.md").read_text()
+    rows = {row["name"]: row for row in report["stages"]}
+    assert rows["01-distill"]["change"]["perplexity"] > 0 > rows["02-gentle"]["change"]["perplexity"]
+
+
 def test_changed_settings_run_from_there_and_keep_the_old_folder(tiny: dict[str, Any], run: Any, tmp_path: Path) -> None:
     tiny["stages"] = [{"distill": {"steps": 4}}, {"distill": {"name": "second", "steps": 4}}]
     assert run(tiny).returncode == 0
