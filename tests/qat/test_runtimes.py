@@ -129,12 +129,22 @@ def test_another_model_differs(exported: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "logits differ by" in seen["reason"]
 
 
+def test_names_that_transformers_did_not_take_are_another_model(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed()
+    loaded = {"loading": {"missing_keys": ["lm_head.weight"]}, "version": "transformers 9", "logits": LOGITS}
+    monkeypatch.setattr(runtimes, "_run_fresh", lambda folder, tokens, scratch: dict(loaded))
+    seen = check_runtimes(exported)["transformers"]
+    assert seen["status"] == "differs"
+    assert "missing keys: lm_head.weight (1 in all)" in seen["reason"]
+
+
 @pytest.mark.slow
 def test_a_runtime_that_breaks_tells_why(exported: Path) -> None:
     installed()
     config = json.loads((exported / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["unknown"] = 1
     (exported / "config.json").write_text(json.dumps(config))
+    (exported / "decoct.json").unlink()  # an export by others
     seen = check_runtimes(exported)["transformers"]
     assert seen["status"] == "skipped"
     assert "it does not load the export: exit code 1: " in seen["reason"]
