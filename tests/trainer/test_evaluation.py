@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from decoct.models.errors import NonFiniteError
+from decoct.models.errors import NonFiniteError, UserError
 from decoct.models.teachers import LocalTeacher
 from decoct.trainer import evaluation
 from decoct.trainer.data.windows import Windows
@@ -170,6 +170,15 @@ def test_other_dtypes_and_broken_models_are_refused() -> None:
         evaluate_model(model, None, text())
     with pytest.raises(NonFiniteError, match=r"the teacher's logits .* evaluation windows 0 to 6"):
         evaluate_model(llama(0), teacher, text())
+
+
+def test_windows_without_a_token_to_predict_are_passed_over_and_text_of_nothing_else_is_refused() -> None:
+    rows = text(padded=False).rows
+    prompts = np.concatenate([-1 - rows[:1], rows])
+    expected = asdict(evaluate_model(llama(1), None, Windows(rows), batch=1))
+    assert asdict(evaluate_model(llama(1), None, Windows(prompts), batch=1)) == pytest.approx(expected)
+    with pytest.raises(UserError, match="no window of the held-out text has a token to predict"):
+        evaluate_model(llama(1), LocalTeacher(llama(2), v_eff=V_EFF), Windows(-1 - rows))
 
 
 def test_calibration_error_is_the_gap_of_each_bin() -> None:
