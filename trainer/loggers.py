@@ -138,7 +138,8 @@ def wandb_arguments(settings: LoggerSettings, run_dir: Path, name: str, config: 
     mode = wandb_mode()
     return {
         "name": name,
-        "dir": str(run_dir),
+        # absolute: the W&B service that writes may be one that a parent process started in another folder
+        "dir": str(run_dir.resolve()),
         "id": wandb_run_id(run_dir),
         "project": settings.project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT,
         "entity": settings.entity,

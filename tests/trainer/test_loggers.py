@@ -114,6 +114,11 @@ def test_with_a_key_the_run_is_online_and_continues(tmp_path: Path, monkeypatch:
     assert wandb_arguments(LoggerSettings(kind="wandb"), tmp_path, "tiny", {})["mode"] == "offline", "the environment has the last word"
 
 
+def test_a_service_of_another_folder_writes_into_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert wandb_arguments(LoggerSettings(kind="wandb"), Path("runs"), "tiny", {})["dir"] == str(tmp_path / "runs")
+
+
 def test_csv_keeps_the_curves_of_every_start(tmp_path: Path) -> None:
     for step in (1, 2):
         loggers = build_loggers(LoggerSettings(kind="csv"), tmp_path, name="tiny", config={})
