@@ -116,17 +116,22 @@ def run_evaluate(
 
 def run_export(model: Path, out: Path, form: str, allow_inexact: bool = False, reader_version: str | None = None) -> None:
     """Pack a model folder, verify it, and say what was found."""
+    from ..models.capabilities import percent
     from ..models.folder import read_record
     from ..models.stored_names import left_out_words
     from ..qat.export import export_folder
     from ..qat.runtime_words import outcome_text
+    from ..qat.structure import covered_share
     from .console import CleanConsole
 
     console = CleanConsole(markup=False, highlight=False, soft_wrap=True)
     result = export_folder(model, out, form, allow_inexact=allow_inexact, reader_version=reader_version)
     kind = "rounded weight" if result.rounding else "weight"
     console.print(f"wrote {out}: {form}, {result.bytes:,} bytes, every {kind} rebuilt exactly by an independent reader")
-    if left_out := read_record(out).get("left_out"):
+    record = read_record(out)
+    if modules := record.get("quant", {}).get("modules"):
+        console.print(f"  packs {percent(covered_share(out, modules))} of the decoder's weights")
+    if left_out := record.get("left_out"):
         console.print(f"  {left_out_words(left_out)}")
     if result.rounding:
         console.print(f"  NOT exact: {result.rounding} (--allow-inexact)")

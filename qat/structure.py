@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ..models.capabilities import decoder_weights
 from ..models.config_check import check_depth
 from ..models.json_file import read_json
 from ..models.loading import load_config, meta_model
@@ -91,6 +92,11 @@ def model_structure(folder: Path, found: Mapping[str, tuple[int, ...]] | None = 
         modules={stored[name]: name for name in stored if stored[name] != name},
         model=model,
     )
+
+
+def covered_share(folder: Path, modules: Iterable[str]) -> float:
+    """Share of the decoder's weights of a model folder, packed or not, that is in these linears (by module name)."""
+    return decoder_weights(meta_model(plain_config(folder))).share(modules)
 
 
 def plain_config(folder: Path) -> "PreTrainedConfig":

@@ -36,7 +36,9 @@ def test_verbs_lead_from_a_folder_to_a_verified_export(tiny: dict[str, Any], run
     verb("quantize", "one/01-distill/model", *small, "--bits", "8", "--group-size", "channel", *text, "--out", "five")
     assert [row["name"] for row in json.loads((tmp_path / "five/report.json").read_text())["stages"]] == ["input", "01-quantize"]
     assert [row["name"] for row in json.loads((tmp_path / "one/report.json").read_text())["stages"]] == ["teacher", "input", "01-distill"]
-    assert "every weight rebuilt exactly" in verb("export", "four/01-qat/model", "--out", "served [x] y")
+    exported = verb("export", "four/01-qat/model", "--out", "served [x] y")
+    assert "every weight rebuilt exactly" in exported
+    assert "packs 100% of the decoder's weights" in exported
     assert "served [x] y" in verb("export", "five/01-quantize/model", "--out", "served [x] y 8")
     assert "ok" in verb("verify", "served [x] y", "source=four/01-qat/model", "runtimes=false")
     verb("evaluate", "served [x] y", "--teacher", student, *text, "--tokens", "1024", "--out", "six")
