@@ -46,7 +46,8 @@ def _remedy(model: "PreTrainedModel", missing: list[str], unexpected: list[str])
     for prefix, cause in _WRAPPERS.items():
         if unexpected and all(name.startswith(prefix) for name in unexpected):
             return f"Every name begins with {prefix!r}, which {cause} (save_pretrained)"
-    kind = next(iter(getattr(model.config, "architectures", None) or ()), "")
+    named = getattr(model.config, "architectures", None)
+    kind = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
     if missing and kind and not kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         return f"It is a {kind}, which predicts no tokens; give a causal language model"
     head: Any = model.get_output_embeddings()

@@ -150,6 +150,8 @@ def _damage(path: Path, *, thorough: bool) -> str:
             return f"{MANIFEST} belongs to another entry"
         if seal_is_broken(manifest):
             return f"{MANIFEST} is not what was written"
+        if type(manifest["seq_length"]) is not int or manifest["seq_length"] < 1 or not {"text", "description"} <= manifest.keys():
+            return f"{MANIFEST} does not say what the windows are"
         for name, file in manifest["files"].items():
             if (path / name).stat().st_size != file["bytes"]:
                 return f"{name} has another size"

@@ -178,6 +178,8 @@ def _fault(manifest: Path, *, thorough: bool) -> str:
         content = json.loads(manifest.read_text())
         if seal_is_broken(content):
             return f"{manifest.name} is not what was written"
+        if not isinstance(content["figures"], dict):
+            return f"{manifest.name} has no figures"
         for ending, facts in content["files"].items():
             path = manifest.with_suffix(f".{ending}")
             if path.stat().st_size != facts["bytes"]:
