@@ -51,7 +51,7 @@ def test_it_writes_rows_of_speed_and_memory_and_of_what_is_missing(tmp_path: Pat
     file = tmp_path / "rows.json"
     done = run(SMALL.format(folder=str(FOLDER), file=str(file), more=""))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "bf16-folder in transformers: agrees" in done.stderr
+    assert "bf16-folder in transformers: loads it and agrees" in done.stderr
     rows = {(row["case"], row["system"], row["metric"]): row["value"] for row in json.loads(file.read_text())["rows"]}
     for case in ("bf16", "w4-g32"):
         assert rows[case, "transformers", "tokens_per_second"] > 0
