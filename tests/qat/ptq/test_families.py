@@ -21,6 +21,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **_SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2,
         "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "initializer_range": 0.2,
     },
+    "bamba": {
+        **_SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16,
+        "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8, "initializer_range": 0.2,
+    },
     "minicpm3": {
         **_SIZES, "intermediate_size": 64, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16,
         "qk_nope_head_dim": 16, "v_head_dim": 16, "initializer_range": 0.2,
