@@ -99,8 +99,12 @@ def _read(config: dict[str, Any]) -> Any:
             rope = build.from_dict(content).to_dict().get("rope_parameters")
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    # "type" is the older word for "rope_type", which stands beside it
-    return {key: value for key, value in rope.items() if key != "type"} if isinstance(rope, dict) else rope
+    return _without_type(rope)
+
+
+def _without_type(rope: Any) -> Any:
+    """``type`` is the older word for ``rope_type``, which stands beside it."""
+    return {key: _without_type(value) for key, value in rope.items() if key != "type"} if isinstance(rope, dict) else rope
 
 
 def mend_tokenizer_config(file: Path) -> None:

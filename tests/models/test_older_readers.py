@@ -59,6 +59,11 @@ def test_plain_frequencies_have_no_scaling() -> None:
 def test_the_words_of_each_family() -> None:
     gemma = older_fields(_written("gemma3_text"))
     assert (gemma["rope_theta"], gemma["rope_local_base_freq"], gemma["rope_scaling"]) == (1e6, 1e4, None)
+    linear = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+    layers = {"full_attention": linear, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    scaled = with_older_fields(_written("gemma3_text", rope_parameters=layers))
+    assert (scaled["rope_theta"], scaled["rope_local_base_freq"]) == (1e6, 1e4), "as the published 4B has them"
+    assert scaled["rope_scaling"] == {"rope_type": "linear", "type": "linear", "factor": 8.0}
     neox = older_fields(_written("gpt_neox", rope_parameters={"rope_theta": 5.0, "partial_rotary_factor": 0.5, "rope_type": "default"}))
     assert (neox["rotary_emb_base"], neox["rotary_pct"]) == (5.0, 0.5)
     assert older_fields(_written("stablelm"))["partial_rotary_factor"] == 0.25
