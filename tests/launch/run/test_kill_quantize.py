@@ -28,7 +28,11 @@ def start(file: Path, cwd: Path) -> "subprocess.Popen[str]":
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir() if file.name != "decoct.json"}
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*")
+        if file.is_file() and file.name != "decoct.json"
+    }
 
 
 def test_killed_between_layers(tiny: dict[str, Any], run: Any, tmp_path: Path) -> None:

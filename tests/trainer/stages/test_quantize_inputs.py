@@ -31,7 +31,7 @@ W8A8 = QuantizeSettings(weights=QuantSpec(bits=8, group_size="channel"), activat
 
 
 def hashes(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "decoct.json"}
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "decoct.json"}
 
 
 def said(context: StageContext) -> str:
