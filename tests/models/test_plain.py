@@ -95,7 +95,7 @@ def test_an_adapter_is_merged(tokenizer: Any, tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     )
     folder = tmp_path / "adapter"
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(str(folder))
     with pytest.raises(UserError, match=rf"holds an adapter of {base} .*merge it .*: decoct plain {folder} --out MODEL"):
         load_model(folder, dtype=torch.float32)
     make_plain(str(folder), tmp_path / "merged")

@@ -213,7 +213,8 @@ def test_shared_and_foreign_linears_are_refused() -> None:
     assert len(prepare(model, SPEC, skip=["*.up_proj"])) == 12
 
     class Special(nn.Linear):
-        pass
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
 
     model = tiny()
     model.set_submodule("model.layers.0.mlp.up_proj", Special(32, 48, bias=False))

@@ -54,7 +54,8 @@ def test_each_limit_is_named_with_the_nearest_setting() -> None:
     assert "use weights.bits=4" in said("awq", bits=8)
     assert "mlp.gate_proj has 500, no multiple" in said("awq", ffn=500, group_size=4)
     assert "use export.formats=[safetensors-f32], or export.allow_inexact=true" in said("safetensors", bits=8)
-    for spec in ({"bits": 8}, {"symmetric": False}, {"kind": "nf4"}):
+    others: list[dict[str, Any]] = [{"bits": 8}, {"symmetric": False}, {"kind": "nf4"}]
+    for spec in others:
         assert said("safetensors-f32", **spec) == ""
     assert "use export.formats=[gguf]" in said("gguf-q2_0", bits=4)
     assert said("gguf-q2_0", bits=2, group_size=64) == said("gguf-q2_0", bits=2, group_size="channel") == ""
