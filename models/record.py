@@ -102,8 +102,13 @@ def check_record(folder: Path, *, weights: bool = True) -> None:
         hashing = cached_sha256 if weights or not name.endswith(_WEIGHTS) else None
         problem = _problem(Path(folder), name, record, hashing)
         if problem is not None and not (problem.endswith("is missing") and name in (CODES, OLD_CODES)):
-            yours = "" if name.endswith(_WEIGHTS) else f" (a change of your own: 'decoct verify {folder} --accept {name}' records it)"
-            raise UserError(f"{Path(folder) / problem}; it is not what was measured: make or fetch the folder again{yours}")
+            said = f"{Path(folder) / problem}; it is not what was measured: make or fetch the folder again"
+            raise UserError(said + _yours(folder, name))
+
+
+def _yours(folder: Path, name: str) -> str:
+    """How a change that was meant is recorded; nothing for weights, which are what was measured."""
+    return "" if name.endswith(_WEIGHTS) else f" (a change of your own: 'decoct verify {folder} --accept {name}' records it)"
 
 
 def verify_folder_files(path: Path) -> list[str]:
@@ -115,11 +120,13 @@ def verify_folder_files(path: Path) -> list[str]:
         return [f"{path / RECORD} is missing or lists no files, so nothing can be compared"]
     problems = [problem for name in files if (problem := _problem(path, name, record, sha256_file)) is not None]
     unlisted = {file.relative_to(path).as_posix() for pattern in CONTENT for file in path.glob(pattern)} - files.keys()
-    return problems + [f"{name} was added after the folder was written" for name in sorted(unlisted)]
+    return problems + [f"{name} was added after the folder was written{_yours(path, name)}" for name in sorted(unlisted)]
 
 
 def accept_changes(folder: Path, names: Sequence[str]) -> None:
     """Take files as they are now into the record, after an edit that was meant; the record itself by its own name.
+
+    A file that was added (a chat template, say) is listed from then on.
 
     Raises:
         UserError: the folder has no record, a name is not a file in it, or it is a weight file: those are what was measured.
@@ -132,8 +139,8 @@ def accept_changes(folder: Path, names: Sequence[str]) -> None:
             continue
         if name.endswith(_WEIGHTS):
             raise UserError(f"{name} holds weights, and the record says what was measured of them; make the folder again")
-        if name not in files or not (Path(folder) / name).is_file():
-            raise UserError(f"{name} is not a file that {file} lists; it lists {', '.join(sorted(files))}")
+        if Path(name).is_absolute() or ".." in Path(name).parts or not (Path(folder) / name).is_file():
+            raise UserError(f"{name} is not a file that is in {folder}; {file} lists {', '.join(sorted(files))}")
         files[name], sizes[name] = sha256_file(Path(folder) / name), (Path(folder) / name).stat().st_size
     if RECORD not in names:
         read_record(Path(folder))

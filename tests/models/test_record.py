@@ -106,7 +106,14 @@ def test_a_readme_may_be_edited_and_files_may_be_added(folder: Path) -> None:
     (folder / "README.md").write_text("a model")
     shutil.copy(folder / "tokenizer.json", folder / "chat_template.jinja")
     check_record(folder)
-    assert verify_folder_files(folder) == ["chat_template.jinja was added after the folder was written"]
+    [problem] = verify_folder_files(folder)
+    assert problem.startswith("chat_template.jinja was added after the folder was written (a change of your own: ")
+    assert f"decoct verify {folder} --accept chat_template.jinja" in problem
+    accept_changes(folder, ["chat_template.jinja"])
+    assert verify_folder_files(folder) == []
+    (folder / "chat_template.jinja").write_text("other")
+    with pytest.raises(UserError, match="has changed"):
+        check_record(folder)
 
 
 def test_the_first_process_of_a_machine_looks_for_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +146,9 @@ def test_a_change_that_was_meant_is_recorded(folder: Path) -> None:
 def test_weights_are_not_accepted(folder: Path) -> None:
     with pytest.raises(UserError, match="holds weights"):
         accept_changes(folder, ["model.safetensors"])
+    with pytest.raises(UserError, match="is not a file that"):
+        accept_changes(folder, ["../other"])
+    (folder.parent / "other").write_text("beside it")
     with pytest.raises(UserError, match="is not a file that"):
         accept_changes(folder, ["../other"])
 
