@@ -16,6 +16,15 @@ def test_perplexity_is_held_against_the_teachers(allowed: float, perplexity: flo
     assert gate_failures(EvaluateSettings(max_perplexity_increase=allowed), figures, None) == []
 
 
+def test_small_gates_are_told_with_their_digits() -> None:
+    settings = EvaluateSettings(max_perplexity_increase=0.0001, min_top1=0.9)
+    figures = {"perplexity": 10.014, "kl": None, "top1": 0.89996}
+    assert gate_failures(settings, figures, {"perplexity": 10.0}) == [
+        "perplexity rose by 0.14%, allowed is max_perplexity_increase=0.01%",
+        "top-1 agreement is 89.996%, wanted is min_top1=90%",
+    ]
+
+
 def test_numbers_that_are_none_and_nan() -> None:
     settings = EvaluateSettings(max_kl=0.1, min_top1=0.9)
     nothing = {"perplexity": 10.0, "kl": None, "top1": None}
