@@ -1,11 +1,11 @@
 """How the command line reads its arguments beyond what typer does: KEY=VALUE for every verb, and hints for names of other tools.
 
-A verb with a recipe behind it hands KEY=VALUE to the recipe. For the others (export, verify, footprint, doctor) it is another way to
-write an option: ``decoct export MODEL out=served/ format=gguf``.
+KEY=VALUE is another way to write an option: ``decoct export MODEL out=served/ format=gguf``. A verb with a recipe behind it hands to the
+recipe what is no option of its own, and what the recipe or its stage has a key for.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import typer
@@ -21,8 +21,9 @@ class Verbs(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """(name, command, its arguments), with KEY=VALUE turned into options where no recipe takes it."""
         name, command, rest = super().resolve_command(ctx, args)
-        if command is not None and hasattr(command, "params") and not any(p.name == "overrides" for p in command.params):
-            rest = options_from_pairs(command.params, rest)
+        if command is not None and hasattr(command, "params"):
+            of_a_recipe = any(p.name == "overrides" for p in command.params)
+            rest = options_from_pairs(command.params, rest, recipe_keys(name or "") if of_a_recipe else ())
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
@@ -36,8 +37,21 @@ class Verbs(TyperGroup):
             raise
 
 
-def options_from_pairs(parameters: Sequence[Any], arguments: Sequence[str]) -> list[str]:
-    """``arguments`` with every KEY=VALUE whose key is an option's name written as that option.
+def recipe_keys(verb: str) -> frozenset[str]:
+    """Keys that mean the recipe of ``verb``, not an option that has the same name: those at its top and, of a single verb, of its stage.
+
+    ``teacher`` is left to the option, which means the same and is what the verb looks for.
+    """
+    from ..configs.reading import KEYS
+    from ..configs.schema import types_of
+    from ..trainer.stages.registry import STAGE_KINDS
+
+    own = set(types_of(STAGE_KINDS[verb].settings)) if verb in STAGE_KINDS else set()
+    return frozenset({*KEYS, *own} - {"teacher"})
+
+
+def options_from_pairs(parameters: Sequence[Any], arguments: Sequence[str], kept: Collection[str] = ()) -> list[str]:
+    """``arguments`` with every KEY=VALUE whose key is an option's name, and not in ``kept``, written as that option.
 
     What follows an option that takes a value is left alone, and so is text whose key is no option: a path may hold '='.
     """
@@ -49,7 +63,7 @@ def options_from_pairs(parameters: Sequence[Any], arguments: Sequence[str]) -> l
         if argument == "--":
             return [*found, *arguments[position:]]
         match = None if after else _PAIR.fullmatch(argument)
-        option = options.get(_key(match[1])) if match else None
+        option = options.get(_key(match[1])) if match and _key(match[1]) not in kept else None
         found += [argument] if match is None or option is None else _written(option, match[1], match[2])
         after = argument in takes_value and not after
     return found

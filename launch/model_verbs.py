@@ -31,7 +31,7 @@ def prune(
     model: Model,
     overrides: StageOverrides = None,
     ffn: Annotated[int | None, typer.Option("--ffn", help="FFN channels kept in every layer (the model gets smaller).")] = None,
-    keep: Annotated[float | None, typer.Option("--keep", help="Share of the linear weights that stays (the others become zero).")] = None,
+    keep: Annotated[str | None, typer.Option("--keep", help="Share of the linear weights that stays, such as 0.7 or 70%.")] = None,
     teacher: Teacher = None,
     text: Text = None,
     hub: Hub = None,

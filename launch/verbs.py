@@ -48,14 +48,21 @@ def verb_recipe(kind: str, model: str, settings: dict[str, Any], text: TextChoic
 def verb_overrides(kind: str, overrides: Sequence[str]) -> list[str]:
     """KEY=VALUE of a single verb as overrides of its recipe: a key of the stage stands for itself (``steps=9`` for ``stages.0.steps=9``).
 
-    A key that recipes have at the top (``teacher.load_in``, ``seed``) keeps that meaning.
+    A key that recipes have at the top (``teacher.load_in``, ``seed``) keeps that meaning. One that neither has goes where its nearest
+    word is, so that the message names it.
     """
+    from ..configs.foreign_names import meant_by
+    from ..configs.problems import nearest
     from ..configs.reading import KEYS
     from ..configs.schema import types_of
     from ..trainer.stages.registry import STAGE_KINDS
 
     own = set(types_of(STAGE_KINDS[kind].settings)) - set(KEYS)
-    return [f"stages.0.{text}" if text.partition("=")[0].partition(".")[0].strip() in own else text for text in overrides]
+
+    def of_the_stage(key: str) -> bool:
+        return key in own or (key not in KEYS and meant_by(key) is None and nearest(key, [*KEYS, *own]) in own)
+
+    return [f"stages.0.{text}" if of_the_stage(text.partition("=")[0].partition(".")[0].strip()) else text for text in overrides]
 
 
 def _gives_steps(override: str) -> bool:
@@ -74,7 +81,7 @@ def _slug(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
 
 
-def prune_settings(ffn: int | None, keep: float | None, tokens: str | None) -> dict[str, Any]:
+def prune_settings(ffn: int | None, keep: str | None, tokens: str | None) -> dict[str, Any]:
     """The ``prune`` stage's settings for ``--ffn`` or ``--keep``."""
     if (ffn is None) == (keep is None):
         raise UserError("give exactly one of --ffn (channels kept in every layer) and --keep (share of the weights that stays)")

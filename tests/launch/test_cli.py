@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from decoct.launch.cli import app
-from decoct.launch.command_group import options_from_pairs
+from decoct.launch.command_group import options_from_pairs, recipe_keys
 
 SURFACE = {
     "run": {"recipe", "overrides", "--out"},
@@ -163,6 +163,20 @@ def test_key_value_is_an_option_where_no_recipe_takes_it() -> None:
     assert options_from_pairs(verify, ["f", "runtimes=false", "runtimes=true"]) == ["f", "--no-runtimes", "--runtimes"]
     with pytest.raises(typer.BadParameter, match="write runtimes=true or runtimes=false"):
         options_from_pairs(verify, ["f", "runtimes=maybe"])
+
+
+def test_options_of_verbs_with_a_recipe_are_written_as_key_value_too() -> None:
+    def read(verb: str, *pairs: str) -> list[str]:
+        return options_from_pairs(commands()[verb].params, pairs, recipe_keys(verb))
+
+    assert read("distill", "m", "teacher=big", "out=x", "text=a", "teacher.load_in=nf4", "tokens=2M", "seed=1") == [
+        "m", "--teacher", "big", "--out", "x", "--text", "a", "teacher.load_in=nf4", "tokens=2M", "seed=1",
+    ]  # fmt: skip
+    assert read("prune", "keep=70%", "ffn=64") == ["--keep", "70%", "--ffn", "64"]
+    assert read("qat", "bits=3", "group_size=64", "weights.bits=2") == ["--bits", "3", "--group-size", "64", "weights.bits=2"]
+    assert read("quantize", "method=gptq") == ["method=gptq"]
+    assert read("evaluate", "tokens=4k", "seq_length=128") == ["--tokens", "4k", "--seq-length", "128"]
+    assert read("run", "out=x", "name=y", "teacher.path=z") == ["--out", "x", "name=y", "teacher.path=z"]
 
 
 def test_every_verb_takes_key_value() -> None:

@@ -107,6 +107,9 @@ def test_a_key_of_the_stage_stands_for_itself() -> None:
     assert verb_overrides("distill", ["learning_rate=1e-4", "loss.temperature=2", "teacher.load_in=fp32", "seed=1"]) == [
         "stages.0.learning_rate=1e-4", "stages.0.loss.temperature=2", "teacher.load_in=fp32", "seed=1",
     ]  # fmt: skip
+    assert verb_overrides("distill", ["learning_rat=1", "trainr.precision=32", "lr=1"]) == [
+        "stages.0.learning_rat=1", "trainr.precision=32", "lr=1",
+    ]  # fmt: skip
     assert verb_overrides("evaluate", ["max_kl=0.1", "tokens=5"]) == ["stages.0.max_kl=0.1", "tokens=5"]
 
 
