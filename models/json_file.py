@@ -13,6 +13,10 @@ def what_instead(folder: Path) -> str:
     if checkpoints:
         newest = max(checkpoints, key=lambda one: (len(one.name), one.name))
         return f"give one of the checkpoints in it, such as {newest}"
+    made = [found.parent for found in (*folder.glob("model/config.json"), *folder.glob("[0-9][0-9]-*/model/config.json"))]
+    current = [one for one in made if "." not in one.parent.name] or made  # NN-kind.<key> is what a stage wrote before its settings changed
+    if current:
+        return f"give a model folder in it, such as {max(current)}"
     if any(folder.glob("*.gguf")):
         return "a GGUF file is what is served; give the model folder that it was made from"
     if any(folder.glob("*.pth")):

@@ -14,7 +14,10 @@ def parse_bytes(text: str, option: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS or float(match[1]) <= 0:
         raise UserError(f"{option}={text!r} is no amount of memory; write it as 80GB or 24GiB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    amount = int(float(match[1]) * _UNITS[match[2].lower()])
+    if not match[2] and amount < 10**6:
+        raise UserError(f"{option}={text} is {amount:,} bytes; write the unit too: {text.strip()}GB")
+    return amount
 
 
 def run_plan(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...models.errors import UserError
+from ...models.json_file import what_instead
 from ..spec import QuantSpec
 from ..state import QuantState
 from ..structure import model_structure
@@ -73,7 +74,7 @@ def open_plain_source(folder: Path, dtype: torch.dtype) -> PlainSource:
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a model folder (no config.json); give a folder that from_pretrained can read")
+        raise UserError(f"{folder} is not a model folder (no config.json); {what_instead(folder)}")
     found = checked_files(folder)
     structure = model_structure(folder)
     stored = stored_files(found, structure)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...models.errors import UserError
+from ...models.json_file import what_instead
 from ..state import QuantState, load_quant_state
 from ..structure import Structure, model_structure
 from .stored_files import check_tied, checked_files, read_tensor, stored_files
@@ -61,7 +62,9 @@ def open_source(folder: Path) -> ExportSource:
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a model folder (no config.json); give the folder that a stage 'qat' or 'quantize' wrote")
+        raise UserError(
+            f"{folder} is not a model folder (no config.json); {what_instead(folder)}; 'qat' and 'quantize' write quantized ones"
+        )
     state = load_quant_state(folder)
     found = checked_files(folder)
     structure = model_structure(folder)

@@ -167,12 +167,14 @@ def test_usual_causes_are_named_with_their_remedy(folder: Path, case: str) -> No
         ("checkpoint-9/config.json checkpoint-10/config.json", r"give one of the checkpoints in it, such as .*checkpoint-10$"),
         ("model.gguf", "a GGUF file is what is served; give the model folder that it was made from"),
         ("consolidated.00.pth", r"an original release \(\.pth\)"),
+        ("01-qat/model/config.json 02-qat.71fddf59/model/config.json", r"give a model folder in it, such as .*01-qat.model$"),
+        ("model/config.json", r"give a model folder in it, such as .*model$"),
         ("notes.txt", "give a folder that from_pretrained can read"),
     ],
 )
 def test_a_folder_that_is_no_model_says_what_to_give(tmp_path: Path, holds: str, message: str) -> None:
     for name in holds.split():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).touch()
     for read in (load_config, load_tokenizer):
         with pytest.raises(UserError, match=message):
