@@ -19,6 +19,7 @@ from ...models.errors import UserError
 from ...models.files import check_writable_folder, clean_leftovers, write_json_atomic, write_text_atomic
 from ...models.folder import verify_folder_files
 from ...models.locks import Lock, acquire_or_refuse, no_locks
+from ...models.seal import SEAL, seal_is_broken, sealed
 from ..installed import installed_version
 
 STAGE_FILE = "stage.json"
@@ -120,18 +121,19 @@ class StageFolder:
         file = self.path / STAGE_FILE
         try:
             state = json.loads(file.read_text(encoding="utf-8"))
-            fault = state_fault(state)
+            fault = state_fault(state) or ("has changed since it was written" if seal_is_broken(state) else "")
         except FileNotFoundError:
             return {}
         except (ValueError, RecursionError) as error:
             state, fault = {}, f"is not readable JSON ({type(error).__name__}: {error})"
         if fault:
             raise UserError(f"{file} {fault}; delete the folder {self.path} to run the stage again")
+        state.pop(SEAL, None)
         return state
 
     def write(self, state: dict[str, Any]) -> None:
-        """Replace stage.json."""
-        write_json_atomic(self.path / STAGE_FILE, state)
+        """Replace stage.json, which can tell when it is damaged."""
+        write_json_atomic(self.path / STAGE_FILE, sealed(state))
 
     def begin(self, key: str, kind: str) -> dict[str, Any]:
         """Make the folder ready for ``key``: finished and unfinished work of the same key is kept, other work is moved aside.

@@ -11,6 +11,7 @@ from ...models.errors import UserError
 from ...models.files import sha256_json, write_json_atomic
 from ...models.folder import content_hash, read_record
 from ...models.loading import load_model
+from ...models.seal import seal_is_broken, sealed
 from ...models.teachers import LocalTeacher, open_teacher
 from ...qat.export import export_folder
 from ...qat.folder import save_quantized_folder
@@ -148,7 +149,7 @@ class Measuring:
         del exact
         self._release()
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(file, {"key": key, "row": drift})
+        write_json_atomic(file, sealed({"key": key, "row": drift}))
         return drift
 
     def start_row(self, entry: "StageEntry", at: dict[str, Any]) -> None:
@@ -252,7 +253,7 @@ class Measuring:
             row = measure_folder(path, self._open_teacher(), self.origin.data.evaluation, revision)
         self._release()
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(file, {"key": key, "row": row})
+        write_json_atomic(file, sealed({"key": key, "row": row}))
         return row
 
     def _open_teacher(self) -> LocalTeacher | None:
@@ -284,10 +285,11 @@ def _is_row(row: Any) -> bool:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    """What was remembered; {} for nothing and for a file that is damaged, so that it is measured again."""
     import json
 
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) and not seal_is_broken(found) else {}

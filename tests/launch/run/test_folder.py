@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from decoct.launch.run.folder import RunFolder, StageFolder, state_fault
 from decoct.models.errors import UserError
+from decoct.models.seal import sealed
 
 
 def test_work_of_the_same_key_is_kept(tmp_path: Path) -> None:
@@ -125,3 +126,30 @@ def test_a_stage_file_with_another_value_is_read_or_refused(name: str, value: An
         assert all(isinstance(export["path"], str) for export in state["exports"])
     assert not state_fault(DONE)
     assert "lacks" in state_fault({key: inner for key, inner in DONE.items() if key != "exports"})
+
+
+def test_a_value_inside_a_stage_file_that_changed_is_one_message_and_no_key_is_handed_on(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path)
+    folder.write(DONE)
+    assert folder.read() == DONE
+    content = json.loads((tmp_path / "stage.json").read_text())
+    content["exports"][0]["runtimes"]["llama.cpp"]["tokens_per_second"] = {"not": "a number"}
+    (tmp_path / "stage.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"stage\.json has changed since it was written; delete the folder"):
+        folder.read()
+    # earlier versions wrote no hash
+    (tmp_path / "stage.json").write_text(json.dumps(DONE))
+    assert folder.read() == DONE
+
+
+def test_a_remembered_row_that_changed_is_measured_again(tmp_path: Path) -> None:
+    from decoct.launch.run.measuring import _read_json
+
+    file, row = tmp_path / "measured.json", {"key": "k", "row": {"parameters": 1, "eval": {"perplexity": 2.0}}}
+    file.write_text(json.dumps(row))
+    assert _read_json(file) == row
+    whole = sealed(row)
+    file.write_text(json.dumps(whole))
+    assert _read_json(file)["row"] == row["row"]
+    file.write_text(json.dumps({**whole, "row": {"parameters": 1, "eval": {"perplexity": "two"}}}))
+    assert _read_json(file) == {}
