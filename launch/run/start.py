@@ -36,7 +36,11 @@ def start(recipe: "Recipe", out: Path | None, *, only_caches: bool = False) -> N
     if alone:
         processes = wanted_processes(recipe.trainer.devices)
         if processes > 1:
-            code = run_under_torchrun(sys.argv[1:], Agent(processes=processes))
+            os.environ[_PLANNED] = "1"  # for the workers alone: the next run of this process is planned too
+            try:
+                code = run_under_torchrun(sys.argv[1:], Agent(processes=processes))
+            finally:
+                del os.environ[_PLANNED]
             if code:
                 raise SystemExit(code)
             return
@@ -59,7 +63,6 @@ def _plan_first(recipe: "Recipe", out: Path, world: "World") -> None:
     from ..plan.show import check_before_run
 
     check_before_run(recipe, out, CleanConsole(), nodes=world.nodes)
-    os.environ[_PLANNED] = "1"
 
 
 def quiet_libraries() -> None:

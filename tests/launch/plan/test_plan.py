@@ -115,6 +115,18 @@ def test_a_full_disk_is_told_before_the_run(tmp_path: Path, monkeypatch: pytest.
     assert "MB free" in problems(made, tmp_path / "runs/x")[0]
 
 
+def test_every_run_of_a_process_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from decoct.launch.run import runner, start
+
+    planned: list[Any] = []
+    monkeypatch.delenv("DECOCT_PLANNED", raising=False)
+    monkeypatch.setattr("decoct.launch.plan.show.check_before_run", lambda *given, **_: planned.append(given))
+    monkeypatch.setattr(runner.Runner, "run", lambda self: None)
+    for _ in range(2):
+        start.start(load_recipe("quickstart", ["trainer.devices=1"]), tmp_path / "run")
+    assert len(planned) == 2
+
+
 def test_a_run_that_cannot_work_stops_before_it_begins(tmp_path: Path) -> None:
     script = (
         "import collections, shutil; from decoct.launch.cli import main; "
