@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart check format lint types test test-slow test-serving test-serving-llama-cpp test-serving-vllm test-serving-gptq bench bench-gpu clean
+.PHONY: help install quickstart check format lint types test test-slow test-serving test-serving-llama-cpp test-serving-vllm test-serving-gptq test-serving-onnx test-serving-mlx bench bench-gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,7 +53,7 @@ JUDGE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 DECOCT_
 JUDGE_PIP := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
 test-serving: ## exports in real serving stacks, one after the other; the others run on when one fails (about an hour on 2 cores)
-	$(MAKE) --keep-going --jobs=1 test-serving-llama-cpp test-serving-vllm test-serving-gptq
+	$(MAKE) --keep-going --jobs=1 test-serving-llama-cpp test-serving-onnx test-serving-mlx test-serving-vllm test-serving-gptq
 
 SERVING := .venv-serving
 $(SERVING)/.llama-cpp: pyproject.toml constraints.txt tests/serving/requirements-llama-cpp.txt
@@ -87,6 +87,25 @@ $(SERVING_GPTQ)/.installed: tests/serving/requirements-gptq.txt
 test-serving-gptq: install $(SERVING_GPTQ)/.installed ## GPTQ and AWQ in transformers with GPTQModel
 	$(JUDGE) DECOCT_GPTQ_PYTHON=$(CURDIR)/$(SERVING_GPTQ)/bin/python $(BIN)/pytest -m serving tests/serving/test_gptq_awq.py $(PYTEST_ARGS)
 
+SERVING_ONNX := .venv-onnx
+$(SERVING_ONNX)/.installed: constraints.txt tests/serving/requirements-onnx.txt
+	$(PYTHON) -m venv $(SERVING_ONNX)
+	$(SERVING_ONNX)/bin/python $(JUDGE_PIP) -c constraints.txt torch
+	$(SERVING_ONNX)/bin/python $(JUDGE_PIP) -c constraints.txt transformers safetensors -r tests/serving/requirements-onnx.txt
+	@touch $@
+
+test-serving-onnx: install $(SERVING_ONNX)/.installed ## GPTQ and AWQ in ONNX Runtime, by onnxruntime-genai's builder
+	$(JUDGE) DECOCT_ONNX_PYTHON=$(CURDIR)/$(SERVING_ONNX)/bin/python $(BIN)/pytest -m serving tests/serving/test_onnx_genai.py $(PYTEST_ARGS)
+
+SERVING_MLX := .venv-mlx
+$(SERVING_MLX)/.installed: tests/serving/requirements-mlx.txt
+	$(PYTHON) -m venv $(SERVING_MLX)
+	$(SERVING_MLX)/bin/python $(JUDGE_PIP) -r $<
+	@touch $@
+
+test-serving-mlx: install $(SERVING_MLX)/.installed ## the weights of AWQ exports in mlx-lm
+	$(JUDGE) DECOCT_MLX_PYTHON=$(CURDIR)/$(SERVING_MLX)/bin/python $(BIN)/pytest -m serving tests/serving/test_mlx.py $(PYTEST_ARGS)
+
 bench: install ## the benchmarks that need no GPU, at their default sizes
 	$(BIN)/python benchmarks/linear_divergence.py --json benchmarks/results/linear_divergence.json
 	$(BIN)/python benchmarks/fake_quant.py --json benchmarks/results/fake_quant.json
@@ -103,4 +122,4 @@ bench-gpu: install ## the tests and benchmarks that need a GPU
 	$(BIN)/python benchmarks/fake_quant.py --json benchmarks/results/fake_quant-gpu.json
 
 clean: ## remove the venvs and caches (runs/ stays)
-	rm -rf $(VENV) $(SERVING) $(SERVING_VLLM) $(SERVING_GPTQ) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(SERVING) $(SERVING_VLLM) $(SERVING_GPTQ) $(SERVING_ONNX) $(SERVING_MLX) .pytest_cache .ruff_cache .hypothesis build *.egg-info
