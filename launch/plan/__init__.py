@@ -96,8 +96,8 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
     if isinstance(entry.settings, ExportSettings) and shape.lattices is not None:
         exports = {name: EXPORT_BYTES[name](after, shape.lattices) for name in entry.settings.formats}
         beside: Any = {"activations": shape.activations, "kv_cache": shape.kv_cache, "keys": _keys(recipe, entry)}
-        judged = verdicts(after.config, shape.lattices, tensor_parallel=tensor_parallel, formats=tuple(exports), **beside)
-        refused = refusals(cases(after.config, shape.lattices, tensor_parallel, tuple(exports), **beside), entry.settings)
+        judged = verdicts(after, shape.lattices, tensor_parallel=tensor_parallel, formats=tuple(exports), **beside)
+        refused = refusals(cases(after, shape.lattices, tensor_parallel, tuple(exports), **beside), entry.settings)
     return StagePlan(
         name=entry.name,
         kind=entry.kind,

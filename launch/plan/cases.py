@@ -1,17 +1,16 @@
-"""What serving stacks and formats are asked to hold: one case for each lattice of a model, from its config alone."""
+"""What serving stacks and formats are asked to hold: one case for each lattice of a model, from its shape alone."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ...models.families import FUSED
+from ...models.families import FUSED, text_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
     from ...qat.lattices import Lattices
     from ...qat.spec import ActivationSpec, QuantSpec
+    from .shapes import ModelShape
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,10 @@ USUAL_KEYS = Keys()
 class Case:
     """What a target is asked to hold: one lattice of an export, and the matrices that have it."""
 
-    config: Any
+    model: "ModelShape"
     spec: "QuantSpec"
     linears: dict[str, tuple[int, int]]
-    """(out, in) of the kinds of linears in a layer that have the lattice, such as ``mlp.down_proj``."""
+    """(out, in) of the kinds of linears in a layer that have the lattice, such as ``mlp.down_proj``; of the first layer that has each."""
     ranks: int = 1
     """GPUs of tensor parallelism."""
     formats: Sequence[str] = ("compressed-tensors",)
@@ -65,6 +64,11 @@ class Case:
     skip: tuple[str, ...] = ()
     """Patterns of the linears that are left out."""
 
+    @property
+    def config(self) -> Any:
+        """Of the language model."""
+        return text_config(self.model.config)
+
     def lattice_fix(self, **values: object) -> str:
         """The overrides that give the lattice other values; of an override in words, as its pattern is no part of a key."""
         if self.usual:
@@ -77,8 +81,12 @@ class Case:
         return f"{self.keys.quantizer}skip=[{','.join(dict.fromkeys((*self.skip, *patterns)))}]"
 
     def ffn_fix(self, unit: int) -> str:
-        """FFN channels that fit, as the stage that keeps so many: the next multiple below, or above where there is none."""
-        wanted = max(unit, self.ffn // unit * unit)
+        """FFN channels that fit, as the stage that keeps so many: the next multiple below, or above where there is none; '' where no stage
+        prunes the family's channels."""
+        if self.model.family.refusal("prune channels"):
+            return ""
+        ffn = self.model.dimensions.ffn
+        wanted = max(unit, ffn // unit * unit)
         if self.keys.prune is None:
             return f"a stage before it: prune: {{structured: {{ffn: {wanted}}}}}"
         return f"{self.keys.prune}structured.ffn={wanted}"
@@ -88,19 +96,9 @@ class Case:
         kept = [form for form in self.formats if form not in (instead_of, add)]
         return f"{self.keys.export}formats=[{','.join([*kept, add])}]"
 
-    @property
-    def ffn(self) -> int:
-        """FFN channels."""
-        return self.config.intermediate_size
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of a head."""
-        return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-
 
 def cases(
-    config: "PreTrainedConfig",
+    model: "ModelShape",
     lattices: "Lattices",
     ranks: int,
     formats: Sequence[str],
@@ -109,38 +107,18 @@ def cases(
     keys: Keys = USUAL_KEYS,
 ) -> list[Case]:
     """A case for each lattice of the decoder's linears, that of most modules first; one scale for a matrix is served as one a row."""
-    text: Any = config.get_text_config()
-    sizes = _linears(text)
-    try:
-        specs = lattices.of_linears(f"model.layers.{layer}.{name}" for layer in range(text.num_hidden_layers) for name in sizes)
-    except ValueError:
-        # a model whose modules are called otherwise: what can be said of its overrides is not known here
-        specs = replace(lattices, overrides={}).of_linears(f"model.layers.0.{name}" for name in sizes)
+    specs = lattices.of_linears(model.linears)
     ends = tuple(key for key in ("embedding", "head") if getattr(lattices, key) is not None)
     found = []
     for spec, _ in Counter(specs.values()).most_common():
-        kinds = {name.split(".", 3)[3] for name, other in specs.items() if other == spec}
+        linears: dict[str, tuple[int, int]] = {}
+        for name, other in specs.items():
+            if other == spec:
+                linears.setdefault(model.kind_of(name), model.linears[name])
         served = replace(spec, group_size="channel") if spec.group_size == "tensor" else spec
-        linears = {name: size for name, size in sizes.items() if name in kinds}
         more = (keys, spec == lattices.weights, tuple(lattices.skip))
-        found.append(Case(text, served, linears, ranks, tuple(formats), _apart(specs), ends, activations, kv_cache, *more))
+        found.append(Case(model, served, linears, ranks, tuple(formats), _apart(specs), ends, activations, kv_cache, *more))
     return found
-
-
-def _linears(c: Any) -> dict[str, tuple[int, int]]:
-    """(out, in) of the kinds of linears in a layer."""
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    queries = c.num_attention_heads * head_dim
-    keys = (getattr(c, "num_key_value_heads", None) or c.num_attention_heads) * head_dim
-    return {
-        "self_attn.q_proj": (queries, c.hidden_size),
-        "self_attn.k_proj": (keys, c.hidden_size),
-        "self_attn.v_proj": (keys, c.hidden_size),
-        "self_attn.o_proj": (c.hidden_size, queries),
-        "mlp.gate_proj": (c.intermediate_size, c.hidden_size),
-        "mlp.up_proj": (c.intermediate_size, c.hidden_size),
-        "mlp.down_proj": (c.hidden_size, c.intermediate_size),
-    }
 
 
 def _apart(specs: "Mapping[str, QuantSpec]") -> Apart | None:

@@ -150,7 +150,8 @@ def _safetensors(case: Case, settings: "ExportSettings") -> Iterable[str]:
 
 def _narrower(case: Case, names: Sequence[str], unit: int) -> str:
     left_out = case.skip_fix(*(f"*.{name}" for name in names))
-    return f"use {case.ffn_fix(unit)}, or {left_out}" if all(name.startswith("mlp.") for name in names) else f"use {left_out}"
+    narrower = case.ffn_fix(unit) if all(name.startswith("mlp.") for name in names) else ""
+    return f"use {narrower}, or {left_out}" if narrower else f"use {left_out}"
 
 
 _RULES: dict[str, Callable[[Case, "ExportSettings"], Iterable[str]]] = {

@@ -76,6 +76,10 @@ class ModelShape:
         """Whether a tensor is in the decoder layers."""
         return bool(self.inside) and name.startswith(self.inside)
 
+    def kind_of(self, name: str) -> str:
+        """What a module is called in each decoder layer: 'mlp.down_proj' of 'model.layers.3.mlp.down_proj'."""
+        return name.removeprefix(self.inside).split(".", 1)[1] if self.within(name) else name
+
     def describe(self) -> str:
         """'llama, 24 layers, hidden 2,048, ffn 8,192, vocabulary 49,152'."""
         width = f", ffn {self.dimensions.ffn:,}" if self.linears else ""

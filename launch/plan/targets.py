@@ -14,10 +14,9 @@ from ...qat.format_readers import RUNTIMES, formats_for, reading
 from .cases import USUAL_KEYS, Case, Keys, cases
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
     from ...qat.lattices import Lattices
     from ...qat.spec import ActivationSpec
+    from .shapes import ModelShape
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """``model_type`` that every target below knows."""
@@ -46,7 +45,7 @@ Rule = Callable[[Case], Iterable[Verdict]]
 
 
 def verdicts(
-    config: "PreTrainedConfig",
+    model: "ModelShape",
     lattices: "Lattices | None",
     *,
     tensor_parallel: int = 1,
@@ -58,7 +57,7 @@ def verdicts(
     """For each target one verdict on each format that it knows, or one that says which it would read; the gravest reason first.
 
     Args:
-        config: Of the exported model.
+        model: The exported model.
         lattices: Of its weights; None = not quantized, which no rule here speaks of.
         tensor_parallel: GPUs that serve one copy.
         formats: Names of the formats that are written.
@@ -68,7 +67,7 @@ def verdicts(
     """
     if lattices is None:
         return []
-    asked = cases(config, lattices, tensor_parallel, formats, activations, kv_cache, keys)
+    asked = cases(model, lattices, tensor_parallel, formats, activations, kv_cache, keys)
     found: list[Verdict] = []
     for target in RUNTIMES:
         known = [form for form in formats if reading(form, target)]
@@ -149,17 +148,17 @@ def _marlin_groups(case: Case) -> Iterable[Verdict]:
 
 def _tensor_parallel(case: Case) -> Iterable[Verdict]:
     """Heads are dealt out whole; row-parallel matrices are cut along their inputs."""
-    ranks, config = case.ranks, case.config
+    ranks, sizes = case.ranks, case.model.dimensions
     if ranks == 1:
         return
-    heads, keys = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if heads % ranks:
+    heads, keys = sizes.heads, sizes.kv_heads
+    if keys and heads % ranks:
         fitting = max(d for d in range(1, ranks + 1) if heads % d == 0)
         yield _say("no", f"{heads} heads cannot be dealt to {ranks} GPUs", f"--tensor-parallel {fitting}")
-    if keys % ranks and ranks % keys:
+    if keys and keys % ranks and ranks % keys:
         yield _say("no", f"{keys} key/value heads cannot be dealt to {ranks} GPUs, nor copied evenly", f"--tensor-parallel {keys}")
-    if config.vocab_size % (64 * ranks):
-        yield _say("ok", f"the vocabulary of {config.vocab_size:,} is padded to a multiple of {64 * ranks}")
+    if sizes.vocabulary % (64 * ranks):
+        yield _say("ok", f"the vocabulary of {sizes.vocabulary:,} is padded to a multiple of {64 * ranks}")
     group = case.spec.group_size
     for name in _SPLIT_INPUTS:
         size = next((s for n, s in case.linears.items() if n.endswith(name)), None)
@@ -168,7 +167,8 @@ def _tensor_parallel(case: Case) -> Iterable[Verdict]:
         if size[1] % ranks or (group != "channel" and (size[1] // ranks) % int(group)):
             unit = ranks * (128 if group == "channel" else int(group))
             reason = f"{name} takes {size[1]:,} inputs, and a GPU's share of them is no multiple of the group size {group}"
-            yield _say("no", reason, case.ffn_fix(unit) if name == "down_proj" else f"--tensor-parallel {_largest_ranks(case, size[1])}")
+            fewer = f"--tensor-parallel {_largest_ranks(case, size[1])}"
+            yield _say("no", reason, (case.ffn_fix(unit) if name == "down_proj" else "") or fewer)
 
 
 def _largest_ranks(case: Case, width: int) -> int:
@@ -185,11 +185,11 @@ def _marlin_widths(case: Case) -> Iterable[Verdict]:
         out = rows if row_parallel else rows // case.ranks
         if name.endswith(("k_proj", "v_proj")):
             # fewer heads than GPUs: each head is copied
-            out = max(rows // case.ranks, case.head_dim)
+            out = max(rows // case.ranks, case.model.dimensions.head_dim)
         inner = columns // case.ranks if row_parallel else columns
         if (out % 64 == 0 and inner % 128 == 0) or (out % 128 == 0 and inner % 64 == 0):
             continue
-        fix = case.ffn_fix(128 * case.ranks) if name.startswith("mlp.") and case.ffn % (128 * case.ranks) else ""
+        fix = case.ffn_fix(128 * case.ranks) if name.startswith("mlp.") and case.model.dimensions.ffn % (128 * case.ranks) else ""
         yield _say("slower", f"{name} is {out:,} x {inner:,} on a GPU; Marlin pads what is no multiple of 64 x 128", fix)
         return
 
@@ -221,8 +221,9 @@ def _plain_embedding(case: Case) -> Iterable[Verdict]:
 
 def _fixed_head_dim(case: Case) -> Iterable[Verdict]:
     config = case.config
-    if config.model_type == "qwen2" and case.head_dim * config.num_attention_heads != config.hidden_size:
-        reason = f"its Qwen2 takes head_dim = hidden / heads, not {case.head_dim}"
+    head_dim = case.model.dimensions.head_dim
+    if config.model_type == "qwen2" and head_dim * config.num_attention_heads != config.hidden_size:
+        reason = f"its Qwen2 takes head_dim = hidden / heads, not {head_dim}"
         yield _say("no", reason, "keep hidden / heads, or serve with --model-impl transformers")
 
 

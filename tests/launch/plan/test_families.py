@@ -1,5 +1,6 @@
 """What a family cannot do is said by the plan, with its name and the remedy; what it can do has a plan."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from transformers import AutoConfig
 
 from decoct.configs import recipe_from_dict
 from decoct.launch.plan import Plan, plan
-from decoct.launch.plan.shapes import ImpossibleStageError
+from decoct.launch.plan.shapes import ImpossibleStageError, shape_of
 from decoct.launch.plan.show import check_before_run, short_form
 from decoct.models.errors import UserError
 
@@ -56,6 +57,39 @@ def test_families_with_other_names_in_their_configs_have_a_plan(tmp_path: Path, 
     assert training.memory.total > 4 * 4 * made.stages[0].parameters / 2
     assert training.memory.activations > 0
     assert f"{kind}, 2 layers, hidden 32" in made.student
+
+
+_NEOX = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_FORMATS = {"formats": ["compressed-tensors", "gptq", "awq", "safetensors"]}
+_GROUPED = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8, "num_kv_heads": 2, "new_decoder_architecture": True}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", ["gpt_neox", "opt", "falcon", "bloom", "mpt", "gptj", "gpt_neo"])
+def test_an_export_is_judged_by_the_linears_that_the_family_has(tmp_path: Path, kind: str, ranks: int) -> None:
+    fields = {**FAMILIES, "gpt_neox": _NEOX}[kind]
+    recipe(tmp_path, kind, QUANTIZE, **fields)  # writes the folder
+    stages = [QUANTIZE, {"export": _FORMATS}]
+    folder = str(tmp_path / kind)
+    both = recipe_from_dict({"name": kind, "student": {"path": folder}, "data": {"files": ["x"], "seq_length": 32}, "stages": stages}, ())
+    export = plan(both, tensor_parallel=ranks).stages[1]
+    assert list(export.exports) == _FORMATS["formats"] and export.refusals == []
+    told = " ".join(f"{verdict.reason} {verdict.fix}" for verdict in export.verdicts)
+    assert "structured.ffn" not in told  # no stage prunes channels of these families
+    model = shape_of(AutoConfig.from_pretrained(tmp_path / kind), "a test")
+    kinds = {model.kind_of(name) for name in model.linears}
+    named = re.findall(r"([\w.]+) is [\d,]+ x", told)
+    assert named and set(named) <= kinds
+
+
+def test_heads_are_counted_by_the_familys_own_names(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("falcon", vocab_size=128, **_GROUPED)
+    config.save_pretrained(tmp_path / "falcon")
+    stages = [{"quantize": {"weights": {"bits": 4, "group_size": 16}}}, {"export": {}}]
+    made = {"name": "f", "student": {"path": str(tmp_path / "falcon")}, "data": {"files": ["x"], "seq_length": 32}, "stages": stages}
+    (found,) = [v for v in plan(recipe_from_dict(made, ()), tensor_parallel=3).stages[1].verdicts if v.target == "vLLM"]
+    assert "8 heads cannot be dealt to 3 GPUs" in found.reason
+    assert "2 key/value heads cannot be dealt to 3 GPUs" in found.reason
 
 
 @pytest.mark.parametrize("stage", [QUANTIZE, {"prune": {"magnitude": {"keep": 0.5}}}, {"qat": {"steps": 4, "weights": {"group_size": 16}}}])

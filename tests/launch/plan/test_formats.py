@@ -10,6 +10,7 @@ from decoct.launch.plan import plan, problems
 from decoct.launch.plan.cases import cases
 from decoct.launch.plan.disk import EXPORT_BYTES
 from decoct.launch.plan.formats import refusals
+from decoct.launch.plan.shapes import shape_of
 from decoct.qat.export import EXPORTERS
 from decoct.qat.lattices import Lattices, SpecChange
 from decoct.qat.spec import ActivationSpec, QuantSpec
@@ -29,7 +30,11 @@ def said(
 ) -> str:
     config = LlamaConfig(hidden_size=32 * heads, intermediate_size=ffn, num_attention_heads=heads, num_hidden_layers=2)
     lattices = Lattices(weights=QuantSpec(**spec), skip=skip, **(other or {}))
-    return "; ".join(refusals(cases(config, lattices, 1, (form,), **(beside or {})), ExportSettings(formats=(form,), **(options or {}))))
+    return "; ".join(
+        refusals(
+            cases(shape_of(config, "a test"), lattices, 1, (form,), **(beside or {})), ExportSettings(formats=(form,), **(options or {}))
+        )
+    )
 
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "gptq_v2", "awq", "gguf", "safetensors"])

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
+from decoct.launch.plan.shapes import shape_of
 from decoct.launch.plan.targets import verdicts
 from decoct.qat.lattices import Lattices, SpecChange
 from decoct.qat.spec import QuantSpec
@@ -25,7 +26,7 @@ def _of(
     **spec: Any,
 ) -> tuple[str, str, str]:
     lattices = Lattices(weights=QuantSpec(**spec), skip=skip, **(other or {}))
-    (found,) = [v for v in verdicts(config, lattices, tensor_parallel=ranks, formats=formats) if v.target == target]
+    (found,) = [v for v in verdicts(shape_of(config, "a test"), lattices, tensor_parallel=ranks, formats=formats) if v.target == target]
     return found.outcome, found.reason, found.fix
 
 
@@ -33,7 +34,7 @@ def test_a_plain_int4_llama_loads_on_the_fast_path() -> None:
     for target in ("vLLM", "SGLang", "transformers"):
         assert _of(_llama(), target)[0] == "ok"
     assert _of(_llama(), bits=8, group_size="channel")[0] == "ok"
-    assert verdicts(_llama(), None) == []
+    assert verdicts(shape_of(_llama(), "a test"), None) == []
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_each_format_is_judged_for_itself() -> None:
     """What one stack reads of several formats is told of each, and never of one that it does not know."""
     lattices = Lattices(weights=QuantSpec(bits=4, group_size=64))
     formats = ("compressed-tensors", "gptq", "awq", "gguf", "safetensors")
-    found = verdicts(_llama(), lattices, formats=formats)
+    found = verdicts(shape_of(_llama(), "a test"), lattices, formats=formats)
     loads = {form: {v.target for v in found if v.format == form and v.outcome == "ok"} for form in formats}
     servers = {"vLLM", "SGLang", "transformers"}
     assert loads == {
