@@ -88,7 +88,7 @@ def check_size(path: object, config: "PreTrainedConfig", files: Sequence[Path]) 
     Raises:
         UserError: naming both numbers of weights.
     """
-    from .loading import meta_model
+    from .meta import meta_model
 
     held = sum(math.prod(info.shape) for file in files for info in read_header(file).tensors.values())
     wanted = sum(parameter.numel() for parameter in meta_model(config).parameters())

@@ -55,40 +55,6 @@ def check_text_model(path: str | Path, config: "PreTrainedConfig") -> None:
     raise UserError(f"{message}, and transformers has no text-only form of it; use a text model")
 
 
-def check_positions(path: str | Path, config: "PreTrainedConfig", seq_length: int) -> None:
-    """Refuse windows that are longer than a model's table of positions (GPT-2, OPT, GPT-J); rotary ones have none.
-
-    Raises:
-        UserError: naming both lengths.
-    """
-    limit = position_limit(config)
-    if limit is not None and seq_length > limit:
-        raise UserError(
-            f"data.seq_length={seq_length} is longer than the {limit:,} positions of {path} (model type {config.model_type!r}), which has "
-            f"a table of them and none beyond; set data.seq_length={limit} or less (--seq-length {limit})"
-        )
-
-
-def position_limit(config: "PreTrainedConfig") -> int | None:
-    """The number of positions that a model has a table for; None where any position can be computed."""
-    from torch import nn
-
-    from .families import text_config
-    from .loading import meta_model
-
-    text = text_config(config)
-    if text.model_type == "mpt":
-        return text.max_seq_len
-    limit = getattr(text, "max_position_embeddings", None)
-    if not isinstance(limit, int):
-        return None
-    model = meta_model(config)
-    tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
-    tables = [name for name in tables if name.endswith(("wpe", "embed_positions", "position_embeddings", "embed_position"))]
-    tables += [name for name, buffer in model.named_buffers() if name.endswith(("embed_positions", "pos_encoding")) and buffer.ndim > 1]
-    return limit if tables else None
-
-
 def _adapter(folder: Path, adapter: Path, *, beside: bool) -> str:
     base = _json(adapter).get("base_model_name_or_path")
     if beside:

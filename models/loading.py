@@ -14,6 +14,8 @@ from .hub import hub_snapshot, local_folder
 from .inputs import check_text_model
 from .json_file import read_json
 from .load_report import check_report
+from .meta import meta_model as meta_model
+from .meta import not_loadable
 from .quiet import quiet_transformers
 from .record import check_record
 from .ties import settle_ties
@@ -69,7 +71,7 @@ def load_model(
     except MemoryError:
         raise
     except Exception as error:
-        raise _not_loadable(path, "a causal language model", error) from error
+        raise not_loadable(path, "a causal language model", error) from error
     model, report = loaded
     check_report(path, model, report)
     settle_ties(path, model)
@@ -95,7 +97,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remot
     except UserError:
         raise
     except Exception as error:
-        raise _not_loadable(path, "a tokenizer", error) from error
+        raise not_loadable(path, "a tokenizer", error) from error
 
 
 def _tried(folder: Path, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
@@ -116,20 +118,7 @@ def load_config(path: str | Path, *, revision: str | None = None, trust_remote_c
         with quiet_transformers():
             return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise _not_loadable(path, "a model config", error) from error
-
-
-def meta_model(config: "PreTrainedConfig") -> "PreTrainedModel":
-    """The model of ``config`` on the meta device: every shape and name, no memory."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    check_text_model(config.name_or_path or "the model", config)
-    try:
-        with quiet_transformers(), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except Exception as error:
-        raise _not_loadable(config.model_type, "a causal language model", error) from error
+        raise not_loadable(path, "a model config", error) from error
 
 
 def find_model_folder(path: str | Path, revision: str | None, trust_remote_code: bool = False, *, weights: bool) -> Path:
@@ -144,11 +133,6 @@ def find_model_folder(path: str | Path, revision: str | None, trust_remote_code:
     if trust_remote_code and revision is None:
         raise UserError(f"running code from the hub model {path} needs a pinned revision; give the commit that you have read")
     return hub_snapshot(str(path), revision=revision, weights=weights, code=trust_remote_code)
-
-
-def _not_loadable(path: object, what: str, error: Exception) -> UserError:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return UserError(f"{path} cannot be loaded as {what}: {first}")
 
 
 def _check_finite(path: str | Path, model: "PreTrainedModel", dtype: "torch.dtype") -> None:

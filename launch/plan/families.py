@@ -21,12 +21,6 @@ def check_families(recipe: "Recipe", teacher: ModelShape | None, student: ModelS
             raise ImpossibleStageError(f"{entry.name}: {reason}")
 
 
-def check_keeping(teacher: ModelShape) -> None:
-    """ImpossibleStageError when no student can be cut from this teacher."""
-    if reason := teacher.family.refusal("keep layers"):
-        raise ImpossibleStageError(f"student.keep: {reason}; use student.path or student.config ({_TABLE})")
-
-
 def coverage(stage: StageShape) -> float | None:
     """Share of the decoder's weights that a stage works on, from what its input has; None for stages that choose none."""
     from ...trainer.quantization_settings import QatSettings, QuantizeSettings

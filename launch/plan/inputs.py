@@ -19,8 +19,9 @@ def check_inputs(recipe: "Recipe") -> None:
         UserError: its config is nowhere to be had.
     """
     from ...models.hub import local_folder
-    from ...models.inputs import check_files, check_positions, check_text_model
-    from ...models.load_report import check_names
+    from ...models.inputs import check_files, check_text_model
+    from ...models.name_check import check_names
+    from ...models.positions import check_positions
 
     for key, path, revision, trained in _models(recipe):
         folder = local_folder(path, revision=revision)

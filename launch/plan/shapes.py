@@ -192,9 +192,8 @@ def student_shape(recipe: "Recipe", teacher: ModelShape | None) -> ModelShape:
     if settings.keep:
         if teacher is None:
             raise UserError("student.keep needs a teacher to cut the student from; add one, or use student.path")
-        from .families import check_keeping
-
-        check_keeping(teacher)
+        if reason := teacher.family.refusal("keep layers"):
+            raise ImpossibleStageError(f"student.keep: {reason}; use student.path or student.config (docs/families.md)")
         student, _ = student_by_keeping(meta_model(teacher.config), settings.keep.layers)
         return shape_of(student.config, f"{settings.keep.layers} of the teacher's {teacher.layers} layers")
     fields = dict(settings.config or {})

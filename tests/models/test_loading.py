@@ -13,8 +13,9 @@ from transformers.utils import logging as transformers_logging
 
 from decoct.models.errors import UserError
 from decoct.models.folder_check import check_model_folder
-from decoct.models.load_report import check_names, check_report
+from decoct.models.load_report import check_report
 from decoct.models.loading import load_config, load_model, load_tokenizer, meta_model
+from decoct.models.name_check import check_names
 from decoct.models.tokenizer import train_tokenizer
 
 Edit = Callable[[dict[str, torch.Tensor]], object]
