@@ -28,6 +28,7 @@ def main() -> None:
             except RecursionError:
                 fault = "calls itself without end"
             except Exception:
+                # a template may refuse these conversations: what it says of the data's own is told when they are rendered
                 continue
     sys.stdout.write(json.dumps({"fault": fault}))
 

@@ -72,6 +72,14 @@ _GGUF = Exporter(
     open=gguf_files.open_codes,
     card=GGUF_CARD,
 )
+_PLAIN = Exporter(
+    check=safetensors_folder.check,
+    planned_bytes=safetensors_folder.planned_bytes,
+    config=safetensors_folder.exported_config,
+    write=safetensors_folder.write,
+    open=safetensors_folder.open_any_folder,
+    card=PLAIN_CARD,
+)
 EXPORTERS: dict[str, Exporter] = {
     compressed_tensors.NAME: Exporter(
         check=compressed_tensors.check,
@@ -95,22 +103,8 @@ EXPORTERS: dict[str, Exporter] = {
         card=GPTQ_V2_CARD,
     ),
     awq.NAME: Exporter(check=awq.check, planned_bytes=awq.planned_bytes, config=awq.exported_config, write=awq.write, card=AWQ_CARD),
-    safetensors_folder.NAME: Exporter(
-        check=safetensors_folder.check,
-        planned_bytes=safetensors_folder.planned_bytes,
-        config=safetensors_folder.exported_config,
-        write=safetensors_folder.write,
-        open=safetensors_folder.open_any_folder,
-        card=PLAIN_CARD,
-    ),
-    safetensors_folder.WIDE_NAME: Exporter(
-        check=safetensors_folder.check,
-        planned_bytes=safetensors_folder.planned_bytes,
-        config=safetensors_folder.exported_config,
-        write=safetensors_folder.write,
-        open=safetensors_folder.open_wide_folder,
-        card=PLAIN_CARD,
-    ),
+    safetensors_folder.NAME: _PLAIN,
+    safetensors_folder.WIDE_NAME: replace(_PLAIN, open=safetensors_folder.open_wide_folder),
     gguf_files.NAME: _GGUF,
     gguf_files.NARROW_NAME: replace(
         _GGUF,

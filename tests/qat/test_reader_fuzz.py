@@ -1,7 +1,6 @@
 """Whatever is done to a header or a config, the readers answer with a reading or a UserError: no traceback, hang or memory spike."""
 
 import copy
-import importlib.util
 import json
 import random
 import struct
@@ -21,21 +20,10 @@ from decoct.models.safetensors_file import read_header
 from decoct.qat.read_compressed_tensors import PackedFolder
 from decoct.qat.readers import open_folder
 
+from ..mutations import mutated_bytes, mutated_json, raw_header
+
 SECONDS, BYTES = 2.0, 64_000_000
 """Most processor time of reading a file of a few kilobytes, and most memory that it may take."""
-
-
-def _mutations() -> Any:
-    spec = importlib.util.spec_from_file_location("mutations", Path(__file__).parents[1] / "mutations.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-mutations = _mutations()
-mutated_bytes, mutated_json, raw_header = mutations.mutated_bytes, mutations.mutated_json, mutations.raw_header
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 A few damages each in every run, many in the slow tests.
 """
 
-import importlib.util
 import json
 import random
 import shutil
@@ -40,20 +39,10 @@ from decoct.trainer.data.text import read_documents
 from decoct.trainer.settings import DataSettings
 from decoct.trainer.teaching.store import Store, open_store
 
+from .. import mutations
+
 SECONDS = 5.0
 """Most processor time for one damaged file; a sound one takes some milliseconds."""
-
-
-def _mutations() -> Any:
-    spec = importlib.util.spec_from_file_location("mutations", Path(__file__).parents[1] / "mutations.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-mutations = _mutations()
 
 
 @dataclass(frozen=True)
