@@ -64,7 +64,8 @@ def _reasons(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, 
             yield f"{who}, {reason}; set data.packing: false"
     if isinstance(settings, PruneSettings) and settings.structured:
         if reason := family.refusal("prune channels"):
-            yield f"{reason}; use prune.magnitude, or a model of one of these ({_TABLE})"
+            other = "" if family.refusal("prune weights") else "prune.magnitude, or "
+            yield f"{reason}; use {other}a model of one of these ({_TABLE})"
     elif isinstance(settings, PruneSettings | QatSettings | QuantizeSettings):
         yield from _of_weights(entry, student)
     elif isinstance(settings, ExportSettings):

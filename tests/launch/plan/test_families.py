@@ -100,6 +100,14 @@ def test_what_reaches_no_weight_is_refused_even_when_part_is_agreed_to(tmp_path:
             planned(tmp_path, "gpt2", {kind: {**settings, "allow_partial": allowed}}, **_GPT2)
 
 
+def test_pruning_weights_is_named_as_the_other_way_only_where_it_works(tmp_path: Path) -> None:
+    stage = {"prune": {"structured": {"ffn": 16}}}
+    with pytest.raises(ImpossibleStageError, match=r"'bloom': pruning channels knows .*; use prune\.magnitude, or a model"):
+        planned(tmp_path, "bloom", stage, **FAMILIES["bloom"])
+    with pytest.raises(ImpossibleStageError, match=r"'gpt2': pruning channels knows .*; use a model of one of these"):
+        planned(tmp_path, "gpt2", stage, **_GPT2)
+
+
 def test_a_part_of_the_weights_is_refused_unless_it_is_agreed_to(tmp_path: Path) -> None:
     with pytest.raises(ImpossibleStageError, match=r"'mixtral': only 14\.2%.*3-dimensional.*stages\.0\.quantize\.allow_partial=true"):
         planned(tmp_path, "mixtral", QUANTIZE, **_MIXTRAL)
