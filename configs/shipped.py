@@ -41,7 +41,8 @@ def find_recipe(path_or_name: str) -> Path:
     if path_or_name in known:
         return known[path_or_name]
     if path.is_dir():
-        raise UserError(f"{path_or_name} is a folder; give a recipe file in it, or one of the shipped recipes: {', '.join(known)}")
+        model = f" ('decoct footprint {path_or_name}' says what the model in it takes)" if (path / "config.json").is_file() else ""
+        raise UserError(f"{path_or_name} is a folder{model}; give a recipe file in it, or one of the shipped recipes: {', '.join(known)}")
     if path.exists():
         raise UserError(f"{path_or_name} is no regular file; give a recipe file, or one of the shipped recipes: {', '.join(known)}")
     hint = did_you_mean(path.name.removesuffix(path.suffix) or path_or_name, known) or did_you_mean(path.name, known)

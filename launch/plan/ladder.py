@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...models.capabilities import percent
 from ...models.errors import UserError
 from ...models.families import text_config
 from .shapes import ModelShape, config_from, config_of, shape_of
@@ -215,3 +216,7 @@ def _draw(shape: ModelShape, rows: list[LadderRow], context: int, batch: int, co
         )
     )
     console.print("bare = parameters x width; weights = as stored: embeddings, head and norms stay bf16 unless the row says otherwise")
+    weights = shape.family.weights
+    if weights.others:
+        told = f"{percent(weights.share())} of the decoder's weights are in linears, which are rounded; {weights.left()} stay bf16"
+        console.print(f"{told}, among the norms", markup=False, highlight=False, soft_wrap=True)

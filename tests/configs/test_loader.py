@@ -175,6 +175,12 @@ def test_missing_recipe_names_the_nearest(given: str, expected: str, tmp_path: P
     assert str(caught.value).startswith(expected)
 
 
+def test_a_model_folder_given_for_a_recipe_is_told_what_sizes_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is a folder \('decoct footprint .*' says what the model in it takes\); give a recipe file"):
+        load_recipe(str(tmp_path))
+
+
 def test_importing_and_loading_needs_no_torch() -> None:
     code = (
         "import sys, decoct.configs as c; early = set(sys.modules); c.load_recipe('quickstart');"

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
+from transformers import GPT2Config, LlamaConfig
 
-from decoct.launch.plan.ladder import find_shape, kv_cache_bytes, ladder
+from decoct.launch.plan.ladder import find_shape, kv_cache_bytes, ladder, run_footprint
 from decoct.launch.plan.shapes import shape_of
 from decoct.models.errors import UserError
 
@@ -46,3 +46,12 @@ def test_a_folder_is_read_and_an_unknown_size_is_refused(tmp_path: Path) -> None
         find_shape("12B")
     with pytest.raises(UserError, match=r"'0B': .*give the path of a model folder"):
         find_shape("0B")
+
+
+def test_what_is_not_rounded_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=128).save_pretrained(tmp_path / "gpt2")
+    run_footprint(str(tmp_path / "gpt2"), None, "1", False)
+    assert "0.0% of the decoder's weights are in linears, which are rounded; 100% Conv1D layers" in capsys.readouterr().out
+    LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4).save_pretrained(tmp_path / "llama")
+    run_footprint(str(tmp_path / "llama"), None, "1", False)
+    assert "which are rounded" not in capsys.readouterr().out
