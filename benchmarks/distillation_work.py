@@ -20,9 +20,9 @@ class Bench:
 
     def __init__(self, plain: dict[str, Any], folder: Path) -> None:
         from decoct.configs.loader import recipe_from_dict
-        from decoct.launch.run.origin import open_origin
         from decoct.launch.run.session import Session
-        from decoct.trainer.world import current_world
+        from decoct.launch.run.starting_point import open_origin
+        from decoct.trainer.processes.world import current_world
 
         self.folder, self.plain = folder, plain
         self.recipe = recipe_from_dict(plain)
@@ -42,16 +42,16 @@ class Bench:
         """The student before training, in fp32."""
         import torch
 
-        from decoct.models.loading import load_model
+        from decoct.models.folder.loading import load_model
 
         return load_model(self.folder / "run" / "00-student" / "model", dtype=torch.float32)
 
     def cached(self, mode: Any, wanted: Sequence[int]) -> Any:
         """The teacher's cache of these training windows, filled where it lacks some."""
         from decoct.models.settings import CacheSettings
-        from decoct.trainer.teaching.cached import CachedTeacher, row_format
-        from decoct.trainer.teaching.capture import capture, missing_windows
-        from decoct.trainer.teaching.store import open_store
+        from decoct.trainer.soft_targets.cached import CachedTeacher, row_format
+        from decoct.trainer.soft_targets.capture import capture, missing_windows
+        from decoct.trainer.soft_targets.store import open_store
 
         windows = self.origin.data.train
         form = row_format(CacheSettings(mode=mode), self.origin.v_eff, 1.0)
@@ -66,7 +66,7 @@ class Bench:
     def objective(self, system: str, wanted: Sequence[int]) -> Any:
         """What a system minimises, on these windows."""
         from decoct.losses.settings import LossSettings
-        from decoct.trainer.objective import Objective
+        from decoct.trainer.loop.objective import Objective
 
         settings = {"cross_entropy": LossSettings(hard_weight=1.0), "reverse_kl": LossSettings(divergence="reverse_kl")}
         teacher = None if system == "cross_entropy" else self.cached(CACHES[system], wanted) if system in CACHES else self.teacher()
@@ -81,7 +81,7 @@ class Bench:
 
 def train(bench: Bench, system: str, seed: int, tokens: int) -> dict[str, float]:
     """Train and measure one student."""
-    from decoct.trainer.evaluation import evaluate_model
+    from decoct.trainer.evaluation.figures import evaluate_model
 
     student = bench.student()
     run = train_trl if system == "trl" else train_decoct
@@ -93,10 +93,10 @@ def train(bench: Bench, system: str, seed: int, tokens: int) -> dict[str, float]
 def train_decoct(bench: Bench, student: Any, system: str, seed: int, steps: int) -> tuple[Any, float, float]:
     """(trained student, tokens a second, peak bytes beyond the models)."""
     from decoct.trainer.batch import BatchPlan
-    from decoct.trainer.fit import fit
-    from decoct.trainer.metrics import MetricsSink
+    from decoct.trainer.loop.fit import fit
+    from decoct.trainer.loop.metrics import MetricsSink
     from decoct.trainer.plan import TrainingPlan
-    from decoct.trainer.teaching.opening import stage_windows
+    from decoct.trainer.soft_targets.fill import stage_windows
 
     windows = bench.origin.data.train
     batch = BatchPlan(global_windows=STEP_TOKENS // SEQ, micro_batch=STEP_TOKENS // SEQ, accumulation=1)

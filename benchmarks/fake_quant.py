@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from rows import Row, report
 
 from decoct.qat.fake_quant import fake_quant, fake_quant_learned, quantize
-from decoct.qat.modules import prepare
+from decoct.qat.layers.quantized_model import prepare
 from decoct.qat.spec import QuantSpec
 
 GPU = torch.cuda.is_available()

@@ -21,16 +21,16 @@ from family_models import VOCABULARY, architectures, tiny_config, tiny_model
 from decoct.models.batches import backbone_inputs, keeps_documents_apart
 from decoct.models.capabilities import capabilities, percent
 from decoct.models.causality import future_reason
-from decoct.models.codes_file import CODES
-from decoct.models.errors import DecoctError, UserError
+from decoct.models.common.errors import DecoctError, UserError
 from decoct.models.families import backbone_and_head, check_head, decoder_linears, is_plain_linear, text_config
-from decoct.models.folder import save_model_folder
-from decoct.models.inputs import check_text_model
+from decoct.models.folder.codes_file import CODES
+from decoct.models.folder.model_folder import save_model_folder
+from decoct.models.folder.refused_inputs import check_text_model
 from decoct.models.teachers import open_teacher
-from decoct.qat.export.family import gguf_refusal
-from decoct.qat.export.source import open_source
-from decoct.qat.modules import fold, prepare, quantize_model
+from decoct.qat.export.family_limits import gguf_refusal
+from decoct.qat.layers.quantized_model import fold, prepare, quantize_model
 from decoct.qat.ptq import CalibrationText, Rounding, round_model
+from decoct.qat.source.quantized_source import open_source
 from decoct.qat.spec import QuantSpec
 
 ROOT = Path(__file__).parents[1]

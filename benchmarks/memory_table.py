@@ -15,9 +15,10 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent))
 from rows import Row, report
 
-from decoct.launch.plan.memory import Roles, Situation, training_memory
+from decoct.launch.plan.memory import Roles, training_memory
+from decoct.launch.plan.memory_case import StageMemoryCase
 from decoct.launch.plan.shapes import config_of, shape_of
-from decoct.models.loading import meta_model
+from decoct.models.folder.loading import meta_model
 from decoct.models.student import student_by_keeping
 from decoct.trainer.batch import BatchPlan
 from decoct.trainer.plan import TrainingPlan
@@ -49,7 +50,7 @@ def memory(name: str, choice: tuple[str, str, str, str], gpus: int, seq_length: 
         strategy="fsdp2" if strategy == "fsdp2" else "ddp",
         optimizer="adamw-8bit" if optimizer == "adamw-8bit" else "adamw",
     )
-    case = Situation(plan=plan, seq_length=seq_length, ranks=gpus, on_gpu=True, load_in=load_in, placement=placement)
+    case = StageMemoryCase(plan=plan, seq_length=seq_length, ranks=gpus, on_gpu=True, load_in=load_in, placement=placement)
     return training_memory(shape_of(student.config, ""), teacher, case)
 
 

@@ -28,7 +28,7 @@ def full_model(bench: Bench) -> Any:
     """The model that is quantized, fp32."""
     import torch
 
-    from decoct.models.loading import load_model
+    from decoct.models.folder.loading import load_model
 
     assert bench.teacher_path is not None
     return load_model(bench.teacher_path, dtype=torch.float32)
@@ -36,7 +36,7 @@ def full_model(bench: Bench) -> Any:
 
 def quality(bench: Bench, model: Any) -> dict[str, float]:
     """Held-out figures beside the unquantized model in fp32."""
-    from decoct.trainer.evaluation import evaluate_model
+    from decoct.trainer.evaluation.figures import evaluate_model
 
     seen = evaluate_model(model, bench.teacher(), bench.origin.data.evaluation, device="cpu")
     return {"perplexity": seen.perplexity, "kl": seen.kl or 0.0, "kl_p99": seen.kl_p99 or 0.0, "top1": seen.top1 or 0.0}
@@ -47,8 +47,8 @@ def stage(bench: Bench, system: str, bits: int, group: int, tokens: int, work: P
     from rich.console import Console
 
     from decoct.configs.loader import recipe_from_dict
-    from decoct.launch.run.origin import teacher_ref
-    from decoct.trainer.metrics import MetricsSink
+    from decoct.launch.run.starting_point import teacher_ref
+    from decoct.trainer.loop.metrics import MetricsSink
     from decoct.trainer.stages.context import StageContext
 
     block = {"weights": {"bits": bits, "group_size": group}, "tokens": tokens, "teacher": "input", **SYSTEMS[system]}
@@ -68,7 +68,7 @@ def train(bench: Bench, system: str, bits: int, group: int, tokens: int, rate_sh
     """Train and measure; ``rate_share`` times the stage's own learning rate."""
     import torch
 
-    from decoct.models.loading import load_config, load_model
+    from decoct.models.folder.loading import load_config, load_model
     from decoct.trainer.stages import qat
     from decoct.trainer.stages.training import quantized_rate
 
@@ -90,7 +90,7 @@ def train(bench: Bench, system: str, bits: int, group: int, tokens: int, rate_sh
 
 def train_torchao(settings: Any, context: Any) -> Any:
     """torchao's fake-quantized linears in our loop; returns the model with the weights that they end in."""
-    from decoct.trainer.stages.opening import open_student
+    from decoct.trainer.stages.student_and_teacher import open_student
     from decoct.trainer.stages.training import train_student
 
     student = open_student(context)
@@ -148,11 +148,11 @@ def stepper(bench: Bench, system: str, objective: str) -> Callable[[dict[str, An
     """A function that takes a step on a batch."""
     import torch
 
-    from decoct.qat.linear import Extras
-    from decoct.qat.modules import prepare
+    from decoct.qat.layers.quant_linear import Extras
+    from decoct.qat.layers.quantized_model import prepare
     from decoct.qat.spec import QuantSpec
-    from decoct.trainer.quantization_settings import QatSettings
-    from decoct.trainer.quantizers import Quantizers
+    from decoct.trainer.loop.qat_hook import Quantizers
+    from decoct.trainer.settings_quantization import QatSettings
 
     student, loss = bench.student().train(), bench.objective(objective, range(0))
     spec = QuantSpec(bits=BITS, group_size=GROUP)

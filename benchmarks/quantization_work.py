@@ -113,7 +113,7 @@ def time_wide(folder: Path, bits: int, group: int) -> dict[str, float]:
     """Our GPTQ on the wide model; the second of two runs counts."""
     import torch
 
-    from decoct.models.loading import load_model
+    from decoct.models.folder.loading import load_model
 
     for _ in range(2):
         model = load_model(folder / "wide", dtype=torch.float32)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from decoct.launch.run.folder import versions
+from decoct.launch.run.run_folder import versions
 
 
 @dataclass(frozen=True)

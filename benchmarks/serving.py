@@ -40,9 +40,9 @@ def interpreter(package: str, peers: list[str]) -> str | None:
 
 def check(folders: dict[str, Path], pythons: dict[str, str], tokens: Any) -> None:
     """Ends the benchmark when a runtime does not compute what was trained."""
-    from decoct.qat.llama_cpp_runtime import check_llama_cpp
-    from decoct.qat.runtime_words import outcome_text
-    from decoct.qat.runtimes import check_runtimes
+    from decoct.qat.runtimes.check import check_runtimes
+    from decoct.qat.runtimes.llama_cpp_check import check_llama_cpp
+    from decoct.qat.runtimes.outcome_words import outcome_text
 
     seen = check_runtimes(folders["folder"], tokens=tokens)
     if "llama.cpp" in pythons:
@@ -55,8 +55,8 @@ def check(folders: dict[str, Path], pythons: dict[str, str], tokens: Any) -> Non
 
 def timed(system: str, python: str, folders: dict[str, Path], tokens: Any) -> dict[str, float]:
     """tokens_per_second and peak_bytes of one start."""
-    from decoct.qat.llama_cpp_runtime import run_llama_cpp
-    from decoct.qat.vllm_runtime import run_vllm
+    from decoct.qat.runtimes.llama_cpp_check import run_llama_cpp
+    from decoct.qat.runtimes.vllm_check import run_vllm
 
     vocabulary = json.loads((folders["folder"] / "config.json").read_text())["vocab_size"]
     with tempfile.TemporaryDirectory(prefix="serving-") as place:
@@ -76,7 +76,7 @@ def run_transformers(python: str, folder: Path, tokens: Any, place: Path) -> dic
     import torch
     from safetensors.torch import save_file
 
-    from decoct.qat import runtime_check
+    from decoct.qat.runtimes import transformers_process as runtime_check
 
     save_file({"tokens": tokens}, place / "tokens")
     command = [python, "-P", "-W", "ignore", runtime_check.__file__, str(folder), "--dtype", "bfloat16"]
@@ -100,7 +100,7 @@ def main() -> None:
     given = parser.parse_args()
     import torch
 
-    from decoct.qat.vllm_runtime import PYTHON
+    from decoct.qat.runtimes.vllm_check import PYTHON
 
     found = {system: interpreter(package, given.peers) for system, package in SYSTEMS.items()}
     pythons = {system: python for system, python in found.items() if python}

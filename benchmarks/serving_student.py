@@ -39,7 +39,7 @@ def trained(text: str, layers: int) -> tuple[Any, Any, Tensor]:
     """(model, tokenizer, int64 [16, 128] of the text); UserError of the tokenizer when there is too little text."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from decoct.models.tokenizer import train_tokenizer
+    from decoct.models.tokenizer.scratch_tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer([text], 1000)
     ids: Any = tokenizer(text)["input_ids"]
@@ -85,11 +85,11 @@ def widened(model: Any, times: int) -> Any:
 
 def forms(place: Path, text: str, layers: int, times: int) -> tuple[dict[str, dict[str, Path]], Tensor]:
     """({case: {format: folder}}, int64 [16, 128] of the text): the student in bf16 and in int4, for each kind of runtime."""
-    from decoct.models.folder import save_model_folder
-    from decoct.qat.export import export_folder
-    from decoct.qat.modules import fold, quantize_model
+    from decoct.models.folder.model_folder import save_model_folder
+    from decoct.qat.codes.state import QUANT_FILE
+    from decoct.qat.export.export import export_folder
+    from decoct.qat.layers.quantized_model import fold, quantize_model
     from decoct.qat.spec import QuantSpec
-    from decoct.qat.state import QUANT_FILE
 
     small, tokenizer, tokens = trained(text, layers)
     student = widened(small, times)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..losses.settings import LossSettings
-from ..models.codes_file import codes_file
+from ..models.folder.codes_file import codes_file
 from ..models.settings import MOST_TOP_K, StudentSettings, TeacherSettings
-from ..trainer.quantization_settings import QatSettings, QuantizeSettings
 from ..trainer.settings import DataSettings, EvaluateSettings, PruneSettings, TrainerSettings, TrainingBlock
+from ..trainer.settings_quantization import QatSettings, QuantizeSettings
 from .architectures import HUB_IDS, architecture
 from .problems import Problems
 from .recipe import StageEntry

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..models.errors import UserError
+from ..models.common.errors import UserError
 
 KeyPath = tuple[str | int, ...]
 """Keys and list positions from the top of the recipe, such as ``('stages', 0, 'distill', 'tokens')``."""

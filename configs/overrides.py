@@ -7,7 +7,7 @@ of it; the kind after that may be left out.
 
 from collections.abc import Sequence
 
-from ..models.errors import UserError
+from ..models.common.errors import UserError
 from ..trainer.stages.registry import STAGE_KINDS
 from .nodes import Entry, Listing, Mapping, Node, Scalar, is_null
 from .problems import did_you_mean

@@ -6,7 +6,7 @@ my.yaml:4: data.seq_lenght: unknown key, did you mean 'seq_length'? (valid here:
 import difflib
 from collections.abc import Iterable, Sequence
 
-from ..models.errors import UserError
+from ..models.common.errors import UserError
 from .nodes import KeyPath, Node, dotted, place_of
 
 MOST_SHOWN = 40

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..models.settings import KeepSettings, ScratchSettings
-from ..trainer.quantization_settings import QatSettings, QuantizeSettings
 from ..trainer.settings import DataSettings, EvaluateSettings, PruneSettings, StructuredSettings, TrainerSettings, TrainingBlock
+from ..trainer.settings_quantization import QatSettings, QuantizeSettings
 
 
 @dataclass(frozen=True)

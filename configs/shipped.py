@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..models.errors import UserError
+from ..models.common.errors import UserError
 from .problems import did_you_mean
 
 _HERE = Path(__file__).resolve().parent

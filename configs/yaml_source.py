@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..models.errors import UserError
+from ..models.common.errors import UserError
 from .nodes import Entry, KeyPath, Listing, Mapping, Node, Scalar
 from .problems import Problems
 

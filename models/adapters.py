@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import UserError
+from .common.errors import UserError
 
 
 def unwrapped(model: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .common.errors import UserError
 from .families import backbone_and_head
 
 if TYPE_CHECKING:

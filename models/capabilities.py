@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .errors import UserError
+from .common.errors import UserError
 from .families import FAMILIES, backbone_and_head, decoder_layers, decoder_linears, is_plain_linear, text_config
 
 if TYPE_CHECKING:

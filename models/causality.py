@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .capabilities import future_setting
-from .errors import UserError
+from .common.errors import UserError
 from .families import backbone_and_head, text_config
 
 if TYPE_CHECKING:

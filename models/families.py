@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import effective_head, unwrapped
-from .errors import UserError
+from .common.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -7,7 +7,7 @@ import logging
 from functools import cache
 from typing import Any
 
-from .errors import UserError
+from .common.errors import UserError
 
 
 @cache

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .errors import UserError
+from .common.errors import UserError
 from .families import text_config
-from .meta import meta_model
+from .folder.meta import meta_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

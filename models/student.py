@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .config_check import check_numbers
-from .errors import UserError
+from .common.errors import UserError
 from .families import Family, family_of
-from .vocabulary import check_head_rows, effective_vocab
+from .folder.config_checks import check_numbers
+from .tokenizer.vocabulary import check_head_rows, effective_vocab
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

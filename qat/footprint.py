@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..models.codes_file import OLD_CODES
-from ..models.errors import UserError
+from ..models.common.errors import UserError
 from ..models.families import decoder_linears
-from .modules import QuantLinear
+from ..models.folder.codes_file import OLD_CODES
+from .layers.quantized_model import QuantLinear
 from .spec import QuantSpec
 
 if TYPE_CHECKING:

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..models.errors import UserError
-from ..models.loading import meta_model
-from ..models.quiet import quiet_transformers
-from ..models.record import check_record
-from .readers import open_export
+from ..models.common.errors import UserError
+from ..models.common.quiet import quiet_transformers
+from ..models.folder.loading import meta_model
+from ..models.folder.record import check_record
+from ..models.folder.structure import model_structure, plain_config
+from .readers.open import open_export
 from .rebuild_inputs import Arithmetic, round_cache, round_inputs
-from .structure import model_structure, plain_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .cache_state import CacheState
+from .codes.kv_cache_scales import CacheState
 from .fake_quant.activations import fake_quant_activation
-from .kv_cache import round_cache_as_stored
-from .read_compressed_tensors import Inputs, PackedFolder
-from .readers import ExportReader
+from .layers.kv_cache_hooks import round_cache_as_stored
+from .readers.compressed_tensors import Inputs, PackedFolder
+from .readers.open import ExportReader
 from .spec import ActivationSpec
 
 if TYPE_CHECKING:

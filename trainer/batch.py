@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ..models.errors import UserError
+from ..models.common.errors import UserError
 
 MICRO_BATCH_TOKENS = 8192
 """Most tokens of a micro-batch when ``trainer.micro_batch`` is auto."""

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ..models.cache_folder import VARIABLE, cache_folder
-from ..models.files import check_writable_folder
+from ..models.common.cache_folder import VARIABLE, cache_folder
+from ..models.common.files import check_writable_folder
 
 
 def cache_dir() -> Path:

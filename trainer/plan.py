@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ..models.errors import UserError
+from ..models.common.errors import UserError
 from .batch import BatchPlan
 from .settings import Optimizer, Precision
 

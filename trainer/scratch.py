@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..losses.settings import LossSettings
-from ..models.errors import UserError
-from ..models.files import atomic_directory, clean_leftovers, sha256_json
-from ..models.locks import waiting_for
-from ..models.record import check_record, write_record
+from ..models.common.errors import UserError
+from ..models.common.files import atomic_directory, clean_leftovers, sha256_json
+from ..models.common.locks import waiting_for
+from ..models.folder.record import check_record, write_record
 from ..models.settings import ScratchSettings
-from ..models.tokenizer import train_tokenizer
+from ..models.tokenizer.scratch_tokenizer import train_tokenizer
 from .cache import cache_dir
 from .settings import DataSettings, PretrainSettings, TrainerSettings
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from .data.prepare import PreparedData
-    from .data.text import Documents
+    from .data.documents import Documents
+    from .data.prepared_data import PreparedData
 
 _FORMAT = 2
 _LOG = logging.getLogger(__name__)

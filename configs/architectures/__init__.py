@@ -8,7 +8,7 @@ import json
 from importlib.resources import files
 from typing import Any
 
-from ...models.errors import UserError
+from ...models.common.errors import UserError
 
 HUB_IDS = {
     "HuggingFaceTB/SmolLM2-1.7B": "SmolLM2-1.7B",

@@ -17,10 +17,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    from ...models.terminal_text import printable
-    from ..boundary import bug_report, ending_of
+    from ...models.common.terminal_text import printable
     from ..run.counts import check_processes
-    from ..run.workers import exit_code, forget_outcome, tell_killed
+    from ..run.processes import exit_code, forget_outcome, tell_killed
+    from ..terminal.boundary import bug_report, ending_of
 
     # The workers have already told the user what went wrong; the agent would add its own traceback.
     for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"):

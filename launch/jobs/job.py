@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...models.errors import UserError
+from ...models.common.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import re
 import shlex
 
-from ...models.errors import UserError
+from ...models.common.errors import UserError
 from .job import Job, Slurm
 from .torchrun import ENVIRONMENT, torchrun_command
 

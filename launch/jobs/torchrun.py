@@ -38,7 +38,7 @@ def torchrun_command(
 
 def endpoint_of(given: str | None, nodes: int) -> str:
     """``host:port``; one node meets itself. UserError when several nodes are not told where to meet."""
-    from ...models.errors import UserError
+    from ...models.common.errors import UserError
 
     if given is None:
         if nodes == 1:

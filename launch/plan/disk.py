@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .shapes import ModelShape, quantized_linears
 
 if TYPE_CHECKING:
-    from ...qat.lattices import Lattices
+    from ...qat.scheme import Lattices
     from ...qat.spec import QuantSpec
 
 _WIDTHS = {"F32": 4, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "I32": 4, "I64": 8}

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ...trainer.batch import divisors
-from .memory import RESERVE, Roles, Situation, training_memory
+from .memory import RESERVE, Roles, training_memory
+from .memory_case import StageMemoryCase
 from .shapes import ModelShape
 
-Change = Callable[[Situation], "Situation | None"]
+Change = Callable[[StageMemoryCase], "StageMemoryCase | None"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ def usable(device_bytes: int) -> int:
     return int(device_bytes * (1 - RESERVE))
 
 
-def cheapest_fit(student: ModelShape, teacher: ModelShape | None, case: Situation, device_bytes: int) -> Remedy | None:
+def cheapest_fit(student: ModelShape, teacher: ModelShape | None, case: StageMemoryCase, device_bytes: int) -> Remedy | None:
     """The settings that make a stage fit; None: nothing helps.
 
     Changes are tried in order of their cost, each on top of those that saved something and did not suffice; then those that turn out not
@@ -53,13 +54,13 @@ def cheapest_fit(student: ModelShape, teacher: ModelShape | None, case: Situatio
     return Remedy(_overrides(case, _changed(case, applied)), roles(applied))
 
 
-def _changed(case: Situation, changes: Sequence[Change]) -> Situation:
+def _changed(case: StageMemoryCase, changes: Sequence[Change]) -> StageMemoryCase:
     for change in changes:
         case = change(case) or case
     return case
 
 
-def _overrides(case: Situation, changed: Situation) -> tuple[str, ...]:
+def _overrides(case: StageMemoryCase, changed: StageMemoryCase) -> tuple[str, ...]:
     """What a user has to say to come from one to the other; read off the result, so that changes which undo each other name nothing."""
     before, after = case.plan, changed.plan
     named = {
@@ -74,7 +75,7 @@ def _overrides(case: Situation, changed: Situation) -> tuple[str, ...]:
     return tuple(f"{key}={str(new).lower() if isinstance(new, bool) else new}" for key, (old, new) in named.items() if old != new)
 
 
-def _changes(case: Situation, taught: bool) -> Iterator[Change]:
+def _changes(case: StageMemoryCase, taught: bool) -> Iterator[Change]:
     for size in sorted((s for s in divisors(case.plan.batch.micro_batch) if s < case.plan.batch.micro_batch), reverse=True):
         yield _micro_batch(size)
     if case.ranks > 1:
@@ -92,7 +93,7 @@ def _changes(case: Situation, taught: bool) -> Iterator[Change]:
 
 
 def _micro_batch(size: int) -> Change:
-    def change(case: Situation) -> Situation:
+    def change(case: StageMemoryCase) -> StageMemoryCase:
         batch = case.plan.batch
         smaller = replace(batch, micro_batch=size, accumulation=batch.accumulation * batch.micro_batch // size)
         return replace(case, plan=replace(case.plan, batch=smaller))
@@ -101,7 +102,7 @@ def _micro_batch(size: int) -> Change:
 
 
 def _more_gpus(ranks: int) -> Change:
-    def change(case: Situation) -> Situation | None:
+    def change(case: StageMemoryCase) -> StageMemoryCase | None:
         if case.plan.batch.global_windows % ranks:
             return None
         batch = case.plan.batch

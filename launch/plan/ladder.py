@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...models.capabilities import percent
-from ...models.errors import UserError
+from ...models.common.errors import UserError
 from ...models.families import text_config
 from .shapes import ModelShape, config_from, config_of, shape_of
 
@@ -172,7 +172,7 @@ def run_footprint(what: str, context: str | None, batch: str, as_json: bool) -> 
     import json
     from dataclasses import asdict
 
-    from ..console import CleanConsole
+    from ..terminal.console import CleanConsole
 
     batches, asked = _count("--batch", batch), context and _count("--context", context)
     shape = find_shape(what)
@@ -190,9 +190,9 @@ def run_footprint(what: str, context: str | None, batch: str, as_json: bool) -> 
 
 
 def _draw(shape: ModelShape, rows: list[LadderRow], context: int, batch: int, console: "Console") -> None:
-    from ..fitting_table import fitting_table
     from ..report.tables import WIDE
-    from .show import size
+    from ..terminal.fitting_table import fitting_table
+    from .units import size
 
     if not console.is_terminal:
         console.width = max(console.width, WIDE)

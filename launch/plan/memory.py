@@ -8,16 +8,12 @@ activations (measured with two of eight heads), and their scales are two numbers
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ...losses.linear_divergence.chunked import ACCELERATOR_LIMITS, CPU_LIMITS, rows_per_block
 from ...losses.linear_divergence.closed_form import BUFFERS_ALONE, BUFFERS_WITH_TEACHER
+from .memory_case import StageMemoryCase
 from .rounded_inputs import rounded_input_bytes
 from .shapes import ModelShape, quantized_linears
-
-if TYPE_CHECKING:
-    from ...qat.lattices import Lattices
-    from ...trainer.plan import TrainingPlan
 
 RESERVE = 0.08
 """Share of a GPU left to the CUDA context, workspaces and fragmentation."""
@@ -48,46 +44,7 @@ class Roles:
         return self.teacher + self.student + self.gradients + self.optimizer + self.activations + self.logits
 
 
-@dataclass(frozen=True, kw_only=True)
-class Situation:
-    """What decides the memory of a stage besides the shapes."""
-
-    plan: "TrainingPlan"
-    seq_length: int
-    ranks: int
-    on_gpu: bool
-    load_in: str = "bf16"
-    """How the teacher is held: fp32, bf16, int8, nf4."""
-    placement: str = "replicated"
-    """Where the teacher is held: replicated, sharded, offloaded."""
-    lattices: "Lattices | None" = None
-    """Lattices that the student trains on, in a qat stage."""
-    learned_scales: bool = False
-    """A scale parameter for each group, in a qat stage."""
-    codes_only: bool = False
-    """Quantized weights are codes of a byte, and only scales train."""
-    rank: int = 0
-    """Rank of the adapters that train instead of the weights; 0 = none."""
-    rounds_inputs: bool = False
-    """Quantized linears of the decoder layers read rounded inputs, in a qat stage."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a micro-batch."""
-        return self.plan.batch.micro_batch * self.seq_length
-
-    @property
-    def sharded(self) -> bool:
-        """Whether the student is spread over ranks."""
-        return self.plan.strategy == "fsdp2" and self.ranks > 1
-
-    @property
-    def mixed(self) -> bool:
-        """bf16 autocast over fp32 masters."""
-        return self.plan.precision == "bf16-mixed"
-
-
-def training_memory(student: ModelShape, teacher: ModelShape | None, case: Situation) -> Roles:
+def training_memory(student: ModelShape, teacher: ModelShape | None, case: StageMemoryCase) -> Roles:
     """Bytes by role on one device at the peak of a step."""
     return Roles(
         teacher=0 if teacher is None else teacher_bytes(teacher, case),
@@ -99,7 +56,7 @@ def training_memory(student: ModelShape, teacher: ModelShape | None, case: Situa
     )
 
 
-def teacher_bytes(teacher: ModelShape, case: Situation) -> int:
+def teacher_bytes(teacher: ModelShape, case: StageMemoryCase) -> int:
     """Weights of the teacher on one device."""
     width = {"fp32": 4, "bf16": 2}.get(case.load_in, 2)
     if case.load_in in ("nf4", "int8"):
@@ -115,11 +72,11 @@ def teacher_bytes(teacher: ModelShape, case: Situation) -> int:
     return width * teacher.parameters
 
 
-def _share(elements: int, case: Situation) -> int:
+def _share(elements: int, case: StageMemoryCase) -> int:
     return -(-elements // case.ranks) if case.sharded else elements
 
 
-def _added(student: ModelShape, case: Situation) -> int:
+def _added(student: ModelShape, case: StageMemoryCase) -> int:
     """Parameters that quantized linears have beside their weights: scales and adapters."""
     if case.lattices is None or not (case.learned_scales or case.rank):
         return 0
@@ -128,18 +85,18 @@ def _added(student: ModelShape, case: Situation) -> int:
     return scales + case.rank * sum(one.rows + one.columns for name, one in quantized.items() if name in student.linears)
 
 
-def _quantized_weights(student: ModelShape, case: Situation) -> int:
+def _quantized_weights(student: ModelShape, case: StageMemoryCase) -> int:
     """Weights of decoder linears that are quantized."""
     quantized = {} if case.lattices is None else quantized_linears(student, case.lattices)
     return sum(one.rows * one.columns for name, one in quantized.items() if name in student.linears)
 
 
-def _trained(student: ModelShape, case: Situation) -> int:
+def _trained(student: ModelShape, case: StageMemoryCase) -> int:
     """Parameters with a gradient and moments."""
     return _added(student, case) + (0 if case.codes_only or case.rank else student.parameters)
 
 
-def _student_bytes(student: ModelShape, case: Situation) -> int:
+def _student_bytes(student: ModelShape, case: StageMemoryCase) -> int:
     if case.codes_only:
         quantized = _quantized_weights(student, case)
         return quantized + 4 * (student.parameters - quantized + _added(student, case))
@@ -148,12 +105,12 @@ def _student_bytes(student: ModelShape, case: Situation) -> int:
     return own + (4 * (student.outside + 3 * student.layer) if case.sharded else 0)
 
 
-def _gradient_bytes(student: ModelShape, case: Situation) -> int:
+def _gradient_bytes(student: ModelShape, case: StageMemoryCase) -> int:
     own = 4 * _share(_trained(student, case), case)
     return own + (4 * 2 * student.layer if case.sharded else 0)
 
 
-def _optimizer_bytes(student: ModelShape, case: Situation) -> int:
+def _optimizer_bytes(student: ModelShape, case: StageMemoryCase) -> int:
     if case.plan.optimizer == "adamw" or case.codes_only or case.rank:
         return 8 * _share(_trained(student, case), case)
     large = sum(size for size in map(_elements, student.tensors.values()) if _share(size, case) >= SMALLEST_8BIT)
@@ -162,7 +119,7 @@ def _optimizer_bytes(student: ModelShape, case: Situation) -> int:
     return int(_share(large, case) * (2 + 2 * 4 / 256)) + 8 * _share(small, case)
 
 
-def _layer_activations(student: ModelShape, case: Situation) -> int:
+def _layer_activations(student: ModelShape, case: StageMemoryCase) -> int:
     """What one decoder layer saves for a micro-batch, without copies of weights."""
     sizes = student.dimensions
     hidden, ffn = sizes.hidden, sizes.ffn
@@ -176,7 +133,7 @@ def _layer_activations(student: ModelShape, case: Situation) -> int:
     return case.tokens * (norms + attention + low * 4 * ffn)
 
 
-def _layer_copies(student: ModelShape, case: Situation) -> int:
+def _layer_copies(student: ModelShape, case: StageMemoryCase) -> int:
     """Copies of one layer's weights that its backward pass needs: quantized values, bf16 casts, flags of clipped weights."""
     linear = student.linear // max(1, student.layers)
     if case.lattices is None:
@@ -189,7 +146,7 @@ def _layer_copies(student: ModelShape, case: Situation) -> int:
     return plain + quantized * ((2 if case.mixed else 4) + flags)
 
 
-def _table_copies(student: ModelShape, case: Situation) -> int:
+def _table_copies(student: ModelShape, case: StageMemoryCase) -> int:
     """Rounded values, flags and bf16 casts of embedding and head; a tied head rounds the table once more."""
     if case.lattices is None:
         return 0
@@ -199,7 +156,7 @@ def _table_copies(student: ModelShape, case: Situation) -> int:
     return sum(one.rows * one.columns for one in tables) * uses * (4 + (0 if case.on_gpu else 1) + (2 if case.mixed else 0))
 
 
-def _activation_bytes(student: ModelShape, case: Situation) -> int:
+def _activation_bytes(student: ModelShape, case: StageMemoryCase) -> int:
     layer = _layer_activations(student, case) + rounded_input_bytes(student, case) + _layer_copies(student, case)
     # embedding, final norm (input, normalised, result)
     outside = 4 * 4 * case.tokens * student.hidden + _table_copies(student, case)
@@ -208,13 +165,13 @@ def _activation_bytes(student: ModelShape, case: Situation) -> int:
     return outside + student.layers * layer
 
 
-def _teacher_pass(teacher: ModelShape, case: Situation) -> int:
+def _teacher_pass(teacher: ModelShape, case: StageMemoryCase) -> int:
     """The teacher's forward pass keeps nothing but its last hidden states: one layer's widest moment."""
     width = 4 if case.load_in == "fp32" else 2
     return case.tokens * width * (3 * teacher.dimensions.ffn + 4 * teacher.hidden)
 
 
-def _logit_bytes(student: ModelShape, teacher: ModelShape | None, case: Situation) -> int:
+def _logit_bytes(student: ModelShape, teacher: ModelShape | None, case: StageMemoryCase) -> int:
     vocabulary = student.vocabulary
     buffers = 1 + BUFFERS_ALONE if teacher is None else 2 + BUFFERS_WITH_TEACHER
     limits = ACCELERATOR_LIMITS if case.on_gpu else CPU_LIMITS

@@ -4,9 +4,10 @@ import os
 import shutil
 from pathlib import Path
 
-from .contents import Machine, Plan, Training
 from .fitting import usable
+from .plan_types import Machine, Plan, Training
 from .rounding import RoundingPlan
+from .units import size
 
 
 def problems(plan: Plan, out: Path | None = None) -> list[str]:
@@ -33,16 +34,10 @@ def problems(plan: Plan, out: Path | None = None) -> list[str]:
         free = shutil.disk_usage(place).free
         if free < plan.disk_bytes:
             found.append(
-                f"the run writes up to {_size(plan.disk_bytes)}, and {place} has {_size(free)} free; "
+                f"the run writes up to {size(plan.disk_bytes)}, and {place} has {size(free)} free; "
                 "free some space or choose another folder with --out"
             )
     return found
-
-
-def _size(count: float) -> str:
-    from .show import size
-
-    return size(count)
 
 
 def _too_large(training: Training, machine: Machine) -> str:

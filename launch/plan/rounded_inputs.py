@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .shapes import ModelShape, quantized_linears
 
 if TYPE_CHECKING:
-    from .memory import Situation
+    from .memory_case import StageMemoryCase
 
 _SHARED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 """Linears that read one tensor, what a norm gives; every other one reads what no other does."""
@@ -18,7 +18,7 @@ _KEPT = ("o_proj", "out_proj")
 """What they read is the attention's result, which the attention keeps too."""
 
 
-def rounded_input_bytes(student: ModelShape, case: "Situation") -> int:
+def rounded_input_bytes(student: ModelShape, case: "StageMemoryCase") -> int:
     """Of a micro-batch in one decoder layer (the mean of all); 0 where inputs are not rounded."""
     if not case.rounds_inputs or case.lattices is None:
         return 0
@@ -34,7 +34,7 @@ def rounded_input_bytes(student: ModelShape, case: "Situation") -> int:
     return case.tokens * elements // max(1, student.layers)
 
 
-def _bytes(part: str, readers: int, rounding: int, case: "Situation") -> int:
+def _bytes(part: str, readers: int, rounding: int, case: "StageMemoryCase") -> int:
     """More bytes for each element of an input that ``readers`` linears read, ``rounding`` of them rounded."""
     if not rounding:
         return 0

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...models.families import FUSED
-from ...qat.calibration_limits import KEPT_BYTES, TWICE_TO
+from ...qat.ptq_limits import KEPT_BYTES, TWICE_TO
 from .fitting import usable
 from .shapes import ModelShape, StageShape, quantized_linears
 
 if TYPE_CHECKING:
-    from ...qat.lattices import Lattices
     from ...qat.ptq import Rounding
-    from ...trainer.quantization_settings import QuantizeSettings
+    from ...qat.scheme import Lattices
+    from ...trainer.settings_quantization import QuantizeSettings
 
 
 @dataclass(frozen=True, kw_only=True)

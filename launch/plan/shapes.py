@@ -6,8 +6,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...models.errors import UserError
-from ...qat.lattices import example_of
+from ...models.common.errors import UserError
+from ...qat.scheme import example_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...configs.recipe import Recipe, StageEntry
     from ...models.capabilities import Capabilities
     from ...models.dimensions import Dimensions
-    from ...qat.lattices import Lattices
+    from ...qat.scheme import Lattices
     from ...qat.spec import ActivationSpec, QuantSpec
 
 
@@ -124,8 +124,8 @@ def shape_of(config: "PreTrainedConfig", source: str) -> ModelShape:
     from ...models.capabilities import capabilities
     from ...models.dimensions import dimensions
     from ...models.families import decoder_layers, decoder_linears, layers_prefix
-    from ...models.loading import meta_model
-    from ...qat.targets import is_tied
+    from ...models.folder.loading import meta_model
+    from ...qat.layers.targets import is_tied
 
     model = meta_model(config)
     names = {id(module): name for name, module in model.named_modules()}
@@ -150,7 +150,7 @@ def config_of(path: str, revision: str | None = None) -> tuple["PreTrainedConfig
     Raises: UserError when none of them is there.
     """
     from ...configs.architectures import HUB_IDS, architecture, names
-    from ...models.loading import load_config
+    from ...models.folder.loading import load_config
 
     if Path(path).is_dir():
         return load_config(path), f"config.json in {path}"
@@ -163,7 +163,7 @@ def config_from(fields: dict[str, Any]) -> "PreTrainedConfig":
     """The transformers config of plain fields, ``model_type`` among them."""
     from transformers import AutoConfig
 
-    from ...models.config_check import check_numbers
+    from ...models.folder.config_checks import check_numbers
 
     check_numbers(fields, "student.config")
     return AutoConfig.for_model(**fields)
@@ -183,7 +183,7 @@ def teacher_shape(recipe: "Recipe") -> ModelShape | None:
 
 def student_shape(recipe: "Recipe", teacher: ModelShape | None) -> ModelShape:
     """The student as the first stage finds it; its vocabulary is the teacher's until the tokenizer is read."""
-    from ...models.loading import meta_model
+    from ...models.folder.loading import meta_model
     from ...models.student import student_by_keeping
 
     settings = recipe.student
@@ -204,8 +204,8 @@ def student_shape(recipe: "Recipe", teacher: ModelShape | None) -> ModelShape:
 
 def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
     """Every stage in order."""
-    from ...trainer.quantization_settings import QatSettings, QuantizeSettings
     from ...trainer.settings import PruneSettings
+    from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
     found: list[StageShape] = []
     shape, lattices, beside = student, None, {}

@@ -4,36 +4,19 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ...models.capabilities import percent
-from ..fitting_table import fitting_table
-from .contents import PRECISIONS, Plan, StagePlan
+from ..terminal.fitting_table import fitting_table
 from .fitting import usable
+from .plan_types import PRECISIONS, Plan, StagePlan
 from .problems import problems
+from .units import amount, size
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.console import Console
     from rich.table import Table
 
     from .rounding import RoundingPlan
 
 _ROLES = ("teacher", "student", "gradients", "optimizer", "activations", "logits")
-
-
-def size(count: float) -> str:
-    """Bytes in a unit that reads well: '3.42 GB'."""
-    for unit, width in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= width:
-            return f"{count / width:.3g} {unit}"
-    return f"{count:.0f} B"
-
-
-def amount(count: float) -> str:
-    """A number of things: '1.71B', '524k'."""
-    for unit, width in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= width:
-            return f"{count / width:.3g}{unit}"
-    return f"{count:g}"
 
 
 def machine_line(plan: Plan) -> str:
@@ -116,26 +99,6 @@ def draw(plan: Plan, console: "Console", *, values: bool = True) -> None:
     )
     for problem in problems(plan):
         console.print(f"cannot work: {problem}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-
-
-def check_before_run(recipe: Any, out: "Path", console: "Console", *, nodes: int = 1) -> None:
-    """Print the short form; UserError (exit code 2) when something cannot work.
-
-    A model whose numbers cannot be had is left to the run, which needs more of it and says more about it.
-    """
-    from ...models.errors import UserError
-    from . import plan as make_plan
-    from .shapes import ImpossibleStageError
-
-    try:
-        made = make_plan(recipe, nodes=nodes)
-    except ImpossibleStageError:
-        raise
-    except UserError:
-        return
-    console.print(short_form(made), markup=False, highlight=False, soft_wrap=True)
-    if found := problems(made, out):
-        raise UserError("this recipe cannot work here:\n" + "\n".join(f"  - {problem}" for problem in found))
 
 
 _ELSEWHERE = "--json has them"

@@ -5,8 +5,8 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...trainer.batch import MICRO_BATCH_TOKENS
-from ...trainer.quantization_settings import QatSettings
 from ...trainer.schedule import WARMUP
+from ...trainer.settings_quantization import QatSettings
 from ...trainer.stages.training import BASE_HIDDEN, BASE_RATES, LORA_FACTOR, SCALE_RATE_SHARE
 
 if TYPE_CHECKING:

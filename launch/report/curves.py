@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ...trainer.metrics import read_row
+from ...trainer.loop.metrics import read_row
 
 Curves = dict[str, list[dict[str, Any]]]
 

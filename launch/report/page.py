@@ -5,6 +5,7 @@ from typing import Any
 
 from .curves import Curves
 from .pictures import draw_all, render
+from .sentences import coverage_sentences, exactness, protocol_lines
 from .tables import HEADINGS, report_rows
 
 _CAPTIONS = {
@@ -20,8 +21,7 @@ def render_page(report: dict[str, Any], curves: Curves) -> str:
     import yaml
     from markupsafe import Markup
 
-    from ...qat.runtime_words import outcome_text
-    from .build import coverage_sentences, exactness, protocol_lines
+    from ...qat.runtimes.outcome_words import outcome_text
 
     pictures = []
     for name, figure in draw_all(report, curves).items():

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ..fitting_table import fitting_table
+from ..terminal.fitting_table import fitting_table
 
 if TYPE_CHECKING:
     from rich.table import Table

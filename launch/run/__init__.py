@@ -1,0 +1,1 @@
+"""Running a recipe: starting points, stages in order, resuming, measuring, publishing."""

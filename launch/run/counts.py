@@ -2,7 +2,7 @@
 
 import os
 
-from ...models.errors import UserError
+from ...models.common.errors import UserError
 
 MOST_PROCESSES = 1024
 """Processes on one machine, whatever it has."""

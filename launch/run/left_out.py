@@ -6,10 +6,10 @@ trained on hidden states that every stage changes, and servers would take it for
 
 from typing import TYPE_CHECKING
 
-from ...models.folder import read_record
-from ...models.loading import find_model_folder, load_config, meta_model
-from ...models.stored_names import left_out_words, not_loaded, summary
-from ...models.weight_files import WeightFiles
+from ...models.folder.loading import find_model_folder, load_config, meta_model
+from ...models.folder.model_folder import read_record
+from ...models.folder.stored_names import left_out_words, not_loaded, summary
+from ...models.folder.weights import WeightFiles
 
 if TYPE_CHECKING:
     from ...configs.recipe import Recipe

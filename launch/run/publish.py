@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ...trainer.loggers import log_image, log_summary, log_table
+from ...trainer.loop.loggers import log_image, log_summary, log_table
 from ..report.curves import read_curves
 from ..report.pictures import draw_all, render
 from ..report.tables import NUMBERS, report_numbers
 
 if TYPE_CHECKING:
-    from ...trainer.metrics import MetricsSink
-    from .folder import RunFolder
+    from ...trainer.loop.metrics import MetricsSink
+    from .run_folder import RunFolder
 
 
 def publish(report: dict[str, Any], folder: "RunFolder", metrics: "MetricsSink") -> None:

@@ -5,28 +5,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...models.errors import GateFailed, UserError
-from ...models.folder import content_hash
-from ...models.locks import Lock
-from ...models.pruning.record import sparse_modules
+from ...models.common.errors import GateFailed, UserError
+from ...models.common.locks import Lock
+from ...models.folder.model_folder import content_hash
+from ...models.pruning.zeros_record import sparse_modules
 from ...models.settings import CacheSettings, ServedSettings
-from ...trainer.loggers import build_loggers, finish_loggers
-from ...trainer.metrics import MetricsSink
+from ...trainer.evaluation.gates import gate_failures
+from ...trainer.loop.loggers import build_loggers, finish_loggers
+from ...trainer.loop.metrics import MetricsSink
+from ...trainer.processes.world import World
+from ...trainer.soft_targets.store import FORMAT as CACHE_FORMAT
 from ...trainer.stages.context import StageContext, TeacherRef
-from ...trainer.stages.evaluate import gate_failures
 from ...trainer.stages.registry import STAGE_KINDS
 from ...trainer.stages.training import fill_cache
-from ...trainer.teaching.store import FORMAT as CACHE_FORMAT
-from ...trainer.world import World
 from ..report.tables import WIDE, terminal_table
 from .changes import learns_from_teacher
-from .folder import RunFolder, StageFolder, versions
 from .left_out import left_out_of, left_out_words
-from .measuring import Measuring
-from .origin import Origin, make_student, open_origin, teacher_ref
+from .report_rows import Measuring
+from .run_folder import RunFolder, StageFolder, versions
 from .scratch_training import train_scratch_teacher
 from .session import Session
 from .stage_key import stage_key
+from .starting_point import Origin, make_student, open_origin, teacher_ref
 
 if TYPE_CHECKING:
     from ...configs.recipe import Recipe, StageEntry
@@ -36,7 +36,7 @@ class Runner:
     """One start of a recipe on this rank."""
 
     def __init__(self, recipe: "Recipe", run_dir: Path, world: World) -> None:
-        from ..console import CleanConsole
+        from ..terminal.console import CleanConsole
 
         self.recipe = recipe
         self.folder = RunFolder(run_dir)

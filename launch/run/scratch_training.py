@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...models.folder import save_model_folder
-from ...models.locks import waiting_for
+from ...models.common.locks import waiting_for
+from ...models.folder.model_folder import save_model_folder
 from ...trainer.scratch import LOCK, ScratchTeacher, check_scratch, new_llama, scratch_record, teacher_training
 from ...trainer.stages.context import StageContext, Trained
-from ...trainer.stages.opening import OpenStudent
+from ...trainer.stages.student_and_teacher import OpenStudent
 from ...trainer.stages.training import train_student
-from .folder import StageFolder
-from .origin import Origin
+from .run_folder import StageFolder
+from .starting_point import Origin
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ...configs.recipe import Recipe
-    from ...trainer.metrics import MetricsSink
+    from ...trainer.loop.metrics import MetricsSink
     from .session import Session
 
 STAGE = "teacher"

@@ -13,10 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ...models.errors import DecoctError
-from ...models.files import write_json_atomic
-from ...trainer.world import World, connect, value_of_first
-from .workers import remember_outcome
+from ...models.common.errors import DecoctError
+from ...models.common.files import write_json_atomic
+from ...trainer.processes.world import World, connect, value_of_first
+from .processes import remember_outcome
 
 POLL_SECONDS = 0.2
 _STALE_SECONDS = 60.0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ...models.files import sha256_json
+from ...models.common.files import sha256_json
 from ...trainer.schedule import WARMUP
 from ...trainer.settings import TrainerSettings
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .counts import check_processes, check_workers
-from .workers import Agent, die_with_agent, run_under_torchrun, wanted_processes
+from .processes import Agent, die_with_agent, run_under_torchrun, wanted_processes
 
 if TYPE_CHECKING:
     from ...configs.recipe import Recipe
-    from ...trainer.world import World
+    from ...trainer.processes.world import World
 
 _PLANNED = "DECOCT_PLANNED"
 """Set for the processes that this one starts: the plan has been shown."""
@@ -21,8 +21,8 @@ def start(recipe: "Recipe", out: Path | None, *, only_caches: bool = False) -> N
 
     With ``only_caches`` the teacher's caches are filled and nothing is trained.
     """
-    from ...trainer.loggers import check_logger
-    from ...trainer.world import current_world
+    from ...trainer.loop.loggers import check_logger
+    from ...trainer.processes.world import current_world
 
     die_with_agent()
     world = current_world()
@@ -59,8 +59,8 @@ def _plan_first(recipe: "Recipe", out: Path, world: "World") -> None:
     if not world.is_first or os.environ.get(_PLANNED):
         return
     quiet_libraries()
-    from ..console import CleanConsole
-    from ..plan.show import check_before_run
+    from ..plan.before_run import check_before_run
+    from ..terminal.console import CleanConsole
 
     check_before_run(recipe, out, CleanConsole(), nodes=world.nodes)
 

@@ -71,7 +71,7 @@ def fused_sums(problem: Problem, *, rows: int | None = None, slope_rows: int | N
         raise ValueError("backend='triton' needs the triton package; install it or use backend='auto'")
     if wrong := [dtype for dtype in _input_dtypes(problem) if dtype not in _DTYPES]:
         raise ValueError(f"backend='triton' takes float32, bfloat16 and float16, not {wrong[0]}; use backend='auto'")
-    from . import fused_kernel
+    from ..linear_divergence import fused_kernel
 
     import triton  # isort: skip - the kernel module has found it
 
@@ -217,7 +217,7 @@ def _launch(
     kernel: ModuleType,
 ) -> None:
     """One program a row. A pointer that is never read is given any tensor."""
-    from . import fused_math
+    from ..linear_divergence import fused_math
 
     settings, (own, theirs, rows) = problem.settings, logits
     model = teacher if isinstance(teacher, _Operands) else None

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError
+from ..common.errors import NonFiniteError
 
 _LEAST_KEPT = 0.05
 """With ``global`` scope no matrix falls below this share (or ``keep``, when that is less): a layer cut to nothing cuts the network."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import backbone_inputs
-from ..errors import NonFiniteError, UserError
+from ..common.errors import NonFiniteError, UserError
 from ..families import Family, family_of
 
 if TYPE_CHECKING:

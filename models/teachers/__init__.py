@@ -5,4 +5,4 @@ from .local import Hidden as Hidden
 from .local import LocalTeacher as LocalTeacher
 from .local import Teacher as Teacher
 from .local import load_teacher as load_teacher
-from .opening import open_teacher as open_teacher
+from .open_teacher import open_teacher as open_teacher

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..adapters import EveryModuleInEval, unwrapped
 from ..batches import backbone_inputs
-from ..errors import UserError
+from ..common.errors import UserError
 from ..families import backbone_and_head, head_transform
-from ..vocabulary import check_head_rows
+from ..tokenizer.vocabulary import check_head_rows
 from .local import Hidden
 
 

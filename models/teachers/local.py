@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..batches import backbone_inputs
 from ..causality import check_causal
+from ..common.errors import UserError
 from ..dimensions import dimensions
-from ..errors import UserError
 from ..families import HeadTransform, backbone_and_head, check_head, head_transform, text_config
-from ..vocabulary import check_head_rows, effective_vocab, rows_of
+from ..tokenizer.vocabulary import check_head_rows, effective_vocab, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -166,7 +166,7 @@ def load_teacher(
     Raises:
         UserError: see ``load_model``, ``load_tokenizer`` and ``LocalTeacher``.
     """
-    from ..loading import load_config, load_model, load_tokenizer
+    from ..folder.loading import load_config, load_model, load_tokenizer
 
     if v_eff is None:
         v_eff = effective_vocab(load_tokenizer(path, revision=revision), rows_of(load_config(path, revision=revision)))

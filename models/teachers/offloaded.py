@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..common.errors import UserError
 from ..families import decoder_layers
-from ..loading import load_model
-from ..streaming import fill, open_files, place
+from ..folder.loading import load_model
+from ..folder.streaming import fill, open_files, place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..common.errors import UserError
 from ..families import decoder_linears
-from ..loading import load_model
+from ..folder.loading import load_model
+from ..folder.streaming import fill, open_files, place
 from ..low_bit import check_low_bit, load_bitsandbytes
-from ..streaming import fill, open_files, place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..common.errors import UserError
 from ..families import decoder_layers
-from ..streaming import WeightFiles, fill, open_files, parameter_places, place, register, stored_name
+from ..folder.streaming import WeightFiles, fill, open_files, parameter_places, place, register, stored_name
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...models.errors import UserError
-from .lattice import check_modules, exact_plain, exact_scales, layer, plain_config, plain_dtype, unsigned
+from ...models.common.errors import UserError
+from ..source.quantized_source import ExportSource
+from .common import check_modules, exact_plain, exact_scales, layer, plain_config, plain_dtype, unsigned
 from .shards import plan_shards, write_shards
-from .source import ExportSource
 
 NAME = "awq"
 COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)

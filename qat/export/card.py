@@ -10,8 +10,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..footprint import bits_per_weight
-from ..format_readers import card_lines
 from ..spec import QuantSpec
+from .format_readers import card_lines
 
 _ARITHMETIC = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...models.errors import UserError
+from ...models.common.errors import UserError
+from ...models.common.files import write_json_atomic
 from ...models.families import FUSED
-from ...models.files import write_json_atomic
 from ..packing import pack_int32
+from ..source.quantized_source import ExportSource
 from ..spec import QuantSpec
-from .lattice import FUSED_NAMES, check_modules, exact_plain, exact_scales, layer, plain_config, plain_dtype
+from .common import FUSED_NAMES, check_modules, exact_plain, exact_scales, layer, plain_config, plain_dtype
 from .shards import plan_shards, write_shards
-from .source import ExportSource
 
 V1, V2 = "gptq", "gptq_v2"
 BITS = (2, 4, 8)

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from ..fake_quant import absmax_reference as reference
 from ..spec import QuantSpec
-from . import reference
 from .dispatch import Backend, check_weight, grid_numbers, use_kernel
 from .floats import fake_quant_float, float_scales
 from .learned import fake_quant_learned, quantize_with
@@ -48,7 +48,7 @@ def fake_quant(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, b
         return fake_quant_learned(weight, scale, spec, zeros=zeros, mask=mask, backend=backend)
     arguments = _arguments(weight, spec, mask)
     if use_kernel(weight, backend):
-        from . import kernel
+        from ..fake_quant import absmax_kernel as kernel
 
         return kernel.fake_quant(weight, mask, *arguments)
     return reference.fake_quant(weight, mask, *arguments)
@@ -81,7 +81,7 @@ def quantize(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, bac
     weight = weight.detach()
     implementation = reference
     if use_kernel(weight, backend):
-        from . import kernel as implementation
+        from ..fake_quant import absmax_kernel as implementation
     codes, scales = implementation.quantize(weight, mask, *arguments)
     check_groups(scales)
     return codes, scales

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .absmax_kernel import _MAX_BLOCK_WIDTH, _TILE_ELEMENTS, _drop_bits, _from_memory, _operands, _to_memory, _weights
 from .float_reference import LIMITS, NF4, NF4_MIDPOINTS
-from .kernel import _MAX_BLOCK_WIDTH, _TILE_ELEMENTS, _drop_bits, _from_memory, _operands, _to_memory, _weights
 from .learned_kernel import _finite
 
 # constexpr numbers of the ways to round

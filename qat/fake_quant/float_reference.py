@@ -25,7 +25,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .reference import group_scales
+from .absmax_reference import group_scales
 
 LIMITS = {"nf4": 1.0, "fp8_e4m3": 448.0, "mxfp4": 6.0, "nvfp4": 6.0}
 """Largest magnitude of a code's value."""

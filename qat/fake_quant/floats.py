@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..fake_quant import float_reference as reference
 from ..spec import QuantSpec
-from . import float_reference as reference
 from .dispatch import check_weight, grid_numbers, use_kernel
 
 
@@ -18,7 +18,7 @@ def float_scales(weight: Tensor, spec: QuantSpec, mask: Tensor | None) -> tuple[
 def fake_quant_float(weight: Tensor, scale: Tensor, mask: Tensor | None, kind: str, width: int, backend: str) -> Tensor:
     """y [out, in] by given scales fp32, one for each ``width`` inputs or one in all; differentiable in the weight."""
     if use_kernel(weight, backend):
-        from . import float_kernel
+        from ..fake_quant import float_kernel
 
         return float_kernel.fake_quant(weight, scale, mask, kind, width)
     return reference.fake_quant(weight, scale, mask, kind, width)[0]

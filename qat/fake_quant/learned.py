@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..fake_quant import learned_reference as reference
 from ..spec import QuantSpec
-from . import learned_reference as reference
 from .dispatch import Backend, check_weight, grid_numbers, use_kernel
 
 
@@ -81,7 +81,7 @@ def fake_quant_learned(
     arguments = _arguments(weight, scale, spec, mask, zeros)
     factor = group_factor(weight, scale, spec)
     if use_kernel(weight, backend):
-        from . import learned_kernel
+        from ..fake_quant import learned_kernel
 
         return learned_kernel.fake_quant(weight, scale, *arguments, factor)
     return reference.fake_quant(weight, scale, *arguments, factor)
@@ -117,5 +117,5 @@ def quantize_with(
             raise ValueError(f"{int(broken.sum())} of {tensor.numel()} {name}s are NaN or infinite, first at [{row}, {column}]")
     implementation = reference
     if use_kernel(weight, backend):
-        from . import learned_kernel as implementation
+        from ..fake_quant import learned_kernel as implementation
     return implementation.quantize(weight, scale, *arguments), scales

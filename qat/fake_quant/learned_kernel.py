@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernel import _MAX_BLOCK_WIDTH, _TILE_ELEMENTS, _drop_bits, _from_memory, _operands, _to_memory, _weights
+from .absmax_kernel import _MAX_BLOCK_WIDTH, _TILE_ELEMENTS, _drop_bits, _from_memory, _operands, _to_memory, _weights
 from .learned_reference import back_inside
 
 # bits of fp32 infinity

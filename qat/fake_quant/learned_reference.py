@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .reference import GRID_DTYPES
+from .absmax_reference import GRID_DTYPES
 
 Limits = tuple[float, float] | tuple[Tensor, Tensor]
 

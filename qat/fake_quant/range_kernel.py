@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernel import _drop_bits, _operands, _weights
+from .absmax_kernel import _drop_bits, _operands, _weights
 from .learned_kernel import _launch, _rounded
 from .range_reference import lattice_of_range, shape_of, shared_range
 

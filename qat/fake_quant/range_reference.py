@@ -16,7 +16,7 @@ is rounded to its grid before z and the codes are taken.
 import torch
 from torch import Tensor
 
-from .reference import group_scales
+from .absmax_reference import group_scales
 
 
 def lattice_of_range(

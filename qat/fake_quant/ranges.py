@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..fake_quant import range_reference
 from ..spec import QuantSpec
-from . import range_reference
 from .dispatch import check_weight, grid_numbers, use_kernel
 
 
@@ -19,7 +19,7 @@ def range_lattice(weight: Tensor, spec: QuantSpec, mask: Tensor | None, backend:
     width = spec.group_width(weight.shape[1])
     arguments = (mask, spec.bits, width, shared, spec.symmetric, spec.divisor_value, grid_numbers(spec))
     if use_kernel(weight, backend) and (shared or not spec.symmetric):
-        from . import range_kernel
+        from ..fake_quant import range_kernel
 
         scale, zeros = range_kernel.lattice(weight.detach(), *arguments)
     else:

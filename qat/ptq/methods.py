@@ -12,9 +12,9 @@ from torch import Tensor
 from ..fake_quant import Encoded, decode, encode, quantize_with
 from ..fake_quant.ranges import range_lattice
 from ..spec import ActivationSpec, QuantSpec
-from .fit import fitted_codes
 from .gptq import factorize, gptq_codes
 from .mse import FACTORS, FITTED_FACTORS, Lattice, searched_lattice
+from .scale_fit import fitted_codes
 
 MethodName = Literal["rtn", "mse", "gptq"]
 ScaleChoice = Literal["absmax", "mse", "fitted"]

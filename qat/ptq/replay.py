@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.batches import backbone_inputs
-from ...models.errors import UserError
+from ...models.common.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

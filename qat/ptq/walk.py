@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ...models.errors import UserError
+from ...models.common.errors import UserError
 from ...models.families import decoder_layers, decoder_linears
-from ...models.weight_files import WeightFiles
-from ..lattices import Lattices
+from ...models.folder.weights import WeightFiles
+from ..codes.state import QuantState
+from ..layers.targets import Target, targets
+from ..scheme import Lattices
 from ..spec import QuantSpec
-from ..state import QuantState
-from ..targets import Target, targets
-from .layers import Advance, Walk, take_values
+from .calibration_text import CalibrationText
+from .error_report import KindError
+from .layer_rounding import Advance, Walk, take_values
+from .layer_storage import FileShelf, MemoryShelf, Shelf
 from .methods import Rounding
 from .replay import Replay
-from .report import KindError
-from .shelf import FileShelf, MemoryShelf, Shelf
-from .text import CalibrationText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from decoct.configs import Recipe, load_recipe
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 
 
 @pytest.fixture

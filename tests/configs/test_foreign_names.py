@@ -10,8 +10,8 @@ from decoct.configs.reading import KEYS, SECTIONS
 from decoct.configs.schema import types_of
 from decoct.losses.settings import LossSettings
 from decoct.qat.spec import QuantSpec
-from decoct.trainer.quantization_settings import QatSettings, QuantizeSettings
 from decoct.trainer.settings import MagnitudeSettings
+from decoct.trainer.settings_quantization import QatSettings, QuantizeSettings
 
 HOMES = {**SECTIONS, "loss": LossSettings, "weights": QuantSpec, "magnitude": MagnitudeSettings}
 SENTENCES = sorted(set(_BY_NAME.values()))

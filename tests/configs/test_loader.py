@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from decoct.configs import Recipe, load_recipe, recipe_from_dict, resolved
 from decoct.losses.settings import LossSettings
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 from decoct.qat.spec import QuantSpec
-from decoct.trainer.quantization_settings import QatSettings
 from decoct.trainer.settings import DistillSettings, LoggerSettings
+from decoct.trainer.settings_quantization import QatSettings
 
 FULL = """\
 name: everything

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from decoct.configs import recipe_from_dict
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 
 HEAD = """\
 teacher: {path: a/teacher}

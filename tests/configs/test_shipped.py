@@ -9,11 +9,11 @@ import yaml
 
 from decoct.configs import Recipe, list_recipes, load_recipe, recipe_from_dict, resolved, shipped_text
 from decoct.configs.architectures import architecture
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 from decoct.models.student import student_by_keeping
-from decoct.trainer.quantization_settings import QatSettings, QuantizeSettings
 from decoct.trainer.scratch import new_llama
 from decoct.trainer.settings import DistillSettings, PruneSettings
+from decoct.trainer.settings_quantization import QatSettings, QuantizeSettings
 
 NAMES = [name for name, _, _ in list_recipes()]
 

@@ -7,7 +7,7 @@ import pytest
 
 from decoct.configs import Recipe
 from decoct.configs.yaml_source import MAX_BYTES, read_yaml_file
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 
 UNREADABLE = {
     "unclosed": (

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from decoct.launch.cli import main
-from decoct.models.codes_file import CODES
-from decoct.models.folder import save_model_folder
-from decoct.models.tokenizer import train_tokenizer
-from decoct.qat.modules import fold, quantize_model
+from decoct.launch.cli.app import main
+from decoct.models.folder.codes_file import CODES
+from decoct.models.folder.model_folder import save_model_folder
+from decoct.models.tokenizer.scratch_tokenizer import train_tokenizer
+from decoct.qat.layers.quantized_model import fold, quantize_model
 from decoct.qat.spec import QuantSpec
 
 VERBS = {

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from decoct.configs.loader import load_recipe
-from decoct.launch.plan import Plan, plan, problems
-from decoct.models.errors import UserError
+from decoct.launch.plan.make_plan import Plan, plan
+from decoct.launch.plan.problems import problems
+from decoct.models.common.errors import UserError
 
 CUT, PRUNED, GPTQ = "smollm2-1.7b-half-int4", "qwen3-8b-4b-int4", "smollm2-1.7b-gptq-int4"
 _OVERRIDE = re.compile(r"stages\.[\w.-]+=(?:\[[^\]]*\]|[^\s,;)]+)")

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from decoct.models.batches import backbone_inputs, check_packing, keeps_documents_apart
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 
 TinyModel = Callable[..., Any]
 SIZES = [4, 1, 6, 5]

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from decoct.models.causality import check_causal, future_leak
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 from decoct.models.teachers import LocalTeacher
 
 TinyModel = Callable[..., Any]

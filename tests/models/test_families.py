@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 from decoct.models.families import FAMILIES, backbone_and_head, check_head, decoder_linears, family_of, head_transform
 
 TinyModel = Callable[..., Any]

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 from decoct.models.families import check_head
 from decoct.models.student import kept_layers, student_by_keeping, student_from_config, trim_vocabulary
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from decoct.models.folder import save_model_folder
-from decoct.models.tokenizer import train_tokenizer
-from decoct.qat.export import export_folder
-from decoct.qat.lattices import Lattices
-from decoct.qat.modules import fold, quantize_model
+from decoct.models.folder.model_folder import save_model_folder
+from decoct.models.tokenizer.scratch_tokenizer import train_tokenizer
+from decoct.qat.export.export import export_folder
+from decoct.qat.layers.quantized_model import fold, quantize_model
+from decoct.qat.scheme import Lattices
 from decoct.qat.spec import QuantSpec
 
 QuantizedFolder = Callable[..., Path]

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from decoct.models.errors import UserError
-from decoct.models.folder import read_record
-from decoct.models.loading import load_model
-from decoct.models.safetensors_file import read_header
-from decoct.qat.export import export_folder
+from decoct.models.common.errors import UserError
+from decoct.models.folder.loading import load_model
+from decoct.models.folder.model_folder import read_record
+from decoct.models.folder.safetensors_read import read_header
+from decoct.qat.export.export import export_folder
 from decoct.qat.footprint import bits_per_weight, count_parameters, folder_bytes, linear_sparsity, packed_bytes, weight_files
-from decoct.qat.modules import fold, prepare, quantize_model
+from decoct.qat.layers.quantized_model import fold, prepare, quantize_model
 from decoct.qat.spec import QuantSpec
 
 Build = Callable[..., Path]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from decoct.models.errors import UserError
-from decoct.models.loading import load_model
-from decoct.models.record import read_record, write_record
-from decoct.qat.export import export_folder
+from decoct.models.common.errors import UserError
+from decoct.models.folder.loading import load_model
+from decoct.models.folder.record import read_record, write_record
+from decoct.qat.export.export import export_folder
 from decoct.qat.rebuild import load_exported_model
 
 Build = Callable[..., Path]

@@ -13,16 +13,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from decoct.models.families import decoder_linears
-from decoct.models.folder import save_model_folder
+from decoct.models.folder.model_folder import save_model_folder
 from decoct.models.pruning.magnitude import magnitude_masks
 from decoct.models.pruning.structured import ffn_channel_scores, prune_ffn
-from decoct.models.tokenizer import train_tokenizer
-from decoct.qat.activations import round_inputs
-from decoct.qat.kv_cache import round_cache
-from decoct.qat.lattices import Lattices
-from decoct.qat.modules import fold, quantize_model
+from decoct.models.tokenizer.scratch_tokenizer import train_tokenizer
+from decoct.qat.codes.state import QuantState
+from decoct.qat.layers.input_hooks import round_inputs
+from decoct.qat.layers.kv_cache_hooks import round_cache
+from decoct.qat.layers.quantized_model import fold, quantize_model
+from decoct.qat.scheme import Lattices
 from decoct.qat.spec import ActivationSpec, QuantSpec
-from decoct.qat.state import QuantState
 
 SEQUENCE, ROWS, STEPS = 128, 16, 300
 READ = ("textwrap", "gettext")

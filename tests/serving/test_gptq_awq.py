@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from decoct.qat import runtime_check
-from decoct.qat.export import export_folder
+from decoct.qat.export.export import export_folder
 from decoct.qat.rebuild import load_exported_model
-from decoct.qat.runtime_rules import rule_for
-from decoct.qat.runtimes import MIN_POSITIONS, compare_logits
+from decoct.qat.runtimes import transformers_process as runtime_check
+from decoct.qat.runtimes.check import MIN_POSITIONS, compare_logits
+from decoct.qat.runtimes.transformers_rules import rule_for
 from decoct.qat.spec import QuantSpec
 
 pytestmark = [

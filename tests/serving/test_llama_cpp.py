@@ -13,16 +13,16 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from decoct.models.folder import save_model_folder
-from decoct.models.loading import load_model, load_tokenizer
-from decoct.qat.export import export_folder
-from decoct.qat.lattices import Lattices, SpecChange
-from decoct.qat.llama_cpp_check import Server
-from decoct.qat.llama_cpp_runtime import check_llama_cpp
-from decoct.qat.read_gguf_model import GgufModel
+from decoct.models.folder.loading import load_model, load_tokenizer
+from decoct.models.folder.model_folder import save_model_folder
+from decoct.qat.codes.state import QuantState
+from decoct.qat.export.export import export_folder
+from decoct.qat.readers.gguf_model import GgufModel
+from decoct.qat.runtimes.llama_cpp_check import check_llama_cpp
+from decoct.qat.runtimes.llama_cpp_process import Server
+from decoct.qat.scheme import Lattices, SpecChange
 from decoct.qat.spec import QuantSpec
-from decoct.qat.state import QuantState
-from decoct.qat.verify import verify_folder
+from decoct.qat.verify.verify import verify_folder
 
 pytestmark = [pytest.mark.serving, pytest.mark.usefixtures("llama_cpp")]
 
@@ -184,7 +184,7 @@ def test_a_wrong_file_is_seen(quantized_folder: Build, known_text: Tensor) -> No
     other.mkdir()
     (other / "config.json").write_bytes((folder / "config.json").read_bytes())
     (other / "model.gguf").write_bytes(data)
-    from decoct.qat import llama_cpp_runtime
+    from decoct.qat.runtimes import llama_cpp_check as llama_cpp_runtime
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(llama_cpp_runtime, "load_exported_model", lambda path: load_model(folder.parent / "model", dtype=torch.float32))

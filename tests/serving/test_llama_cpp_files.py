@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from decoct.models.loading import load_tokenizer
-from decoct.qat.export import export_folder
-from decoct.qat.llama_cpp_check import Server
-from decoct.qat.llama_cpp_runtime import check_llama_cpp, run_llama_cpp
-from decoct.qat.read_gguf_model import GgufModel
+from decoct.models.folder.loading import load_tokenizer
+from decoct.qat.export.export import export_folder
+from decoct.qat.readers.gguf_model import GgufModel
+from decoct.qat.runtimes.llama_cpp_check import check_llama_cpp, run_llama_cpp
+from decoct.qat.runtimes.llama_cpp_process import Server
 from decoct.qat.spec import QuantSpec
-from decoct.qat.verify import verify_folder
+from decoct.qat.verify.verify import verify_folder
 
 pytestmark = pytest.mark.serving
 Build = Callable[..., Path]

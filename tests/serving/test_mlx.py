@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from decoct.qat.export import export_folder
+from decoct.qat.export.export import export_folder
 from decoct.qat.rebuild import load_exported_model
 from decoct.qat.spec import QuantSpec
 

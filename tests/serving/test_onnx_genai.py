@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from decoct.qat.export import export_folder
-from decoct.qat.format_readers import ONNX_OPTIONS, reading
+from decoct.qat.export.export import export_folder
+from decoct.qat.export.format_readers import ONNX_OPTIONS, reading
 from decoct.qat.rebuild import load_exported_model
-from decoct.qat.runtimes import MIN_POSITIONS, compare_logits
+from decoct.qat.runtimes.check import MIN_POSITIONS, compare_logits
 from decoct.qat.spec import QuantSpec
 
 pytestmark = [

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from decoct.qat import runtimes
-from decoct.qat.export import export_folder
-from decoct.qat.lattices import Lattices, SpecChange
+from decoct.qat.export.export import export_folder
 from decoct.qat.rebuild import load_exported_model
-from decoct.qat.runtimes import MIN_POSITIONS, TOLERANCE, check_runtimes
+from decoct.qat.runtimes import check as runtimes
+from decoct.qat.runtimes.check import MIN_POSITIONS, TOLERANCE, check_runtimes
+from decoct.qat.scheme import Lattices, SpecChange
 from decoct.qat.spec import ActivationSpec, QuantSpec
-from decoct.qat.verify import verify_folder
+from decoct.qat.verify.verify import verify_folder
 
 pytestmark = [pytest.mark.serving, pytest.mark.usefixtures("compressed_tensors")]
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from decoct.models.loading import load_model
-from decoct.qat import vllm_runtime
-from decoct.qat.export import export_folder
+from decoct.models.folder.loading import load_model
+from decoct.qat.export.export import export_folder
+from decoct.qat.runtimes import vllm_check as vllm_runtime
+from decoct.qat.runtimes.vllm_check import PYTHON, check_vllm
 from decoct.qat.spec import ActivationSpec, QuantSpec
-from decoct.qat.verify import verify_folder
-from decoct.qat.vllm_runtime import PYTHON, check_vllm
+from decoct.qat.verify.verify import verify_folder
 
 pytestmark = [
     pytest.mark.serving,

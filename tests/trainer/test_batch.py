@@ -2,7 +2,7 @@
 
 import pytest
 
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 from decoct.trainer.batch import BatchPlan, derive_batch, divisors
 
 

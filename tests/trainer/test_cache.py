@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 from decoct.trainer.cache import cache_dir
 
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from decoct.models.errors import UserError
-from decoct.models.loading import load_tokenizer
+from decoct.models.common.errors import UserError
+from decoct.models.folder.loading import load_tokenizer
 from decoct.models.settings import ScratchSettings
-from decoct.trainer.data.text import read_documents
+from decoct.trainer.data.documents import read_documents
 from decoct.trainer.scratch import ScratchTeacher, check_scratch, make_tokenizer
 from decoct.trainer.settings import DataSettings
 

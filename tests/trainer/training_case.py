@@ -23,18 +23,18 @@ from decoct.losses.settings import LossSettings
 from decoct.losses.sums import LossSums
 from decoct.models.families import decoder_linears
 from decoct.models.teachers import LocalTeacher
-from decoct.qat.lattices import SpecChange
+from decoct.qat.scheme import SpecChange
 from decoct.qat.spec import ActivationSpec, QuantSpec
 from decoct.trainer.batch import BatchPlan
-from decoct.trainer.fit import FitResult, TrainingPlan, fit
-from decoct.trainer.held_out import HeldOut, derive_watch
-from decoct.trainer.hooks import KeepZeros, MaskHook, StepHook
-from decoct.trainer.metrics import MetricsSink
-from decoct.trainer.objective import Objective
-from decoct.trainer.quantization_settings import QatSettings
-from decoct.trainer.quantizers import Quantizers
+from decoct.trainer.loop.fit import FitResult, TrainingPlan, fit
+from decoct.trainer.loop.held_out import HeldOut, derive_watch
+from decoct.trainer.loop.hooks import KeepZeros, MaskHook, StepHook
+from decoct.trainer.loop.metrics import MetricsSink
+from decoct.trainer.loop.objective import Objective
+from decoct.trainer.loop.qat_hook import Quantizers
+from decoct.trainer.processes.world import current_world
 from decoct.trainer.settings import MagnitudeSettings
-from decoct.trainer.world import current_world
+from decoct.trainer.settings_quantization import QatSettings
 
 VOCAB = 96
 SEQ = 16
@@ -210,7 +210,7 @@ class Case:
             for linear in decoder_linears(student).values():
                 linear.weight.data[linear.weight.data.abs() < 0.01] = 0.0
         if self.kind == "qat":
-            from decoct.qat.modules import prepare
+            from decoct.qat.layers.quantized_model import prepare
 
             prepare(student, QuantSpec(bits=4, group_size=16))
         if self.kind in QUANTIZED:
@@ -246,8 +246,8 @@ class Case:
     @staticmethod
     def quantize(student: LlamaForCausalLM, settings: QatSettings) -> None:
         """Prepare ``student`` as the stage does."""
-        from decoct.qat.linear import Extras
-        from decoct.qat.modules import prepare
+        from decoct.qat.layers.quant_linear import Extras
+        from decoct.qat.layers.quantized_model import prepare
 
         scale = settings.scales == "learned" or settings.freeze_scales > 0
         prepare(student, settings.lattices, extras=Extras(scale=scale, rank=settings.lora or 0))
@@ -275,9 +275,9 @@ class Case:
 
 def quantizers(student: nn.Module, settings: QatSettings, case: Case, kind: type[Quantizers] = Quantizers) -> Quantizers:
     """The hook of a quantized student, its inputs, keys and values rounded where the settings say so."""
-    from decoct.qat.activations import round_inputs
-    from decoct.qat.kv_cache import round_cache
-    from decoct.qat.linear import QuantLinear
+    from decoct.qat.layers.input_hooks import round_inputs
+    from decoct.qat.layers.kv_cache_hooks import round_cache
+    from decoct.qat.layers.quant_linear import QuantLinear
 
     names = [name for name, module in student.named_modules() if isinstance(module, QuantLinear)]
     inputs = round_inputs(student, names, settings.activations) if settings.activations else None
@@ -311,7 +311,7 @@ def run_case(case: Case, work: Path, *, console: Console | None = None, **change
 
 def main() -> None:
     """Run one case as the command line says."""
-    from decoct.models.errors import DecoctError
+    from decoct.models.common.errors import DecoctError
 
     torch.set_num_threads(1)
     work, kind, *options = sys.argv[1:]

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...models.errors import UserError
+from ...models.common.errors import UserError
 from .conversations import COLUMNS, SHAPES, Conversation, NothingToLearnError, map_strings, read_conversation
 from .encoding import Encoder
-from .files import printable
-from .readers import whole_text
+from .file_documents import whole_text
+from .file_rows import Row
+from .file_rows import parquet_rows as rows_of_parquet
+from .file_rows import rows_of as rows_of_jsonl
+from .input_files import printable
 from .rendering import Sample, samples_of
-from .rows import Row
-from .rows import parquet_rows as rows_of_parquet
-from .rows import rows_of as rows_of_jsonl
 from .tokens import TokenStream
 from .windows import DTYPE
 

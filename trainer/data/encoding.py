@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ...models.errors import UserError
+from ...models.common.errors import UserError
 from .rendering import Sample
 
 if TYPE_CHECKING:

@@ -4,13 +4,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...models.errors import UserError
-from ...models.vocabulary import tokens_without_rows
+from ...models.common.errors import UserError
+from ...models.tokenizer.vocabulary import tokens_without_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .prepare import PreparedData
+    from .prepared_data import PreparedData
     from .windows import Windows
 
 _ROWS = 4096

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...models.errors import UserError
+from ...models.common.errors import UserError
 from ..settings import DataSettings
 from .split import held_out_only, split_documents
 from .tokens import TokenStream

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...models.errors import UserError
+from ...models.common.errors import UserError
 from .tokens import TokenStream
 
 _WASTE = 10

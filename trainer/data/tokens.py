@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...models.errors import UserError
-from ...models.files import sha256_json
+from ...models.common.errors import UserError
+from ...models.common.files import sha256_json
 from .encoding import facts_of, spelling, text_only
 from .unfinished import Unfinished
 from .windows import DTYPE

@@ -20,7 +20,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO
 
-from ...models.files import write_json_atomic
+from ...models.common.files import write_json_atomic
 
 SAVE_SECONDS = 60.0
 """A kill loses at most this much work."""

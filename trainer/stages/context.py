@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..data.prepare import PreparedData
-    from ..metrics import MetricsSink
+    from ..data.prepared_data import PreparedData
+    from ..loop.metrics import MetricsSink
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from ...models.capabilities import coverage_refusal, decoder_weights, percent
-from ...models.errors import UserError
-from ...models.loading import load_config, meta_model
+from ...models.common.errors import UserError
+from ...models.folder.loading import load_config, meta_model
 from .context import StageContext
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 from ..settings import DistillSettings
 from .context import StageContext, StageResult, Trained
-from .opening import open_student
 from .saving import save_trained
+from .student_and_teacher import open_student
 from .training import train_student
 from .zeros import keep_zeros_hooks, tell_unlisted_zeros
 

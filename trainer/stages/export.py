@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...models.errors import UserError
-from ...models.folder import read_record
-from ...qat.export import export_folder
-from ...qat.export.plain_source import Rounding
-from ...qat.runtime_words import outcome_text
-from ...qat.verify import verify_folder
+from ...models.common.errors import UserError
+from ...models.folder.model_folder import read_record
+from ...qat.export.export import export_folder
+from ...qat.runtimes.outcome_words import outcome_text
+from ...qat.source.plain_source import Rounding
+from ...qat.verify.verify import verify_folder
 from ..settings import ExportSettings
 from .context import StageContext, StageResult
 from .coverage import coverage_facts

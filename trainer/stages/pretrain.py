@@ -6,7 +6,7 @@ from ...losses.settings import LossSettings
 from ..settings import PretrainSettings
 from .context import StageContext, StageResult, Trained
 from .distill import finish as finish
-from .opening import open_student
+from .student_and_teacher import open_student
 from .training import train_student
 from .zeros import keep_zeros_hooks, tell_unlisted_zeros
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 from ...models.families import decoder_linears, family_of
 from ...models.pruning.magnitude import magnitude_masks
 from ...models.pruning.structured import alignment_hint, ffn_channel_scores, prune_ffn
-from ..hooks import MaskHook
+from ..loop.hooks import MaskHook
 from ..settings import PruneSettings, StructuredSettings
 from .calibration import calibration_text
 from .context import StageContext, StageResult, Trained
 from .coverage import check_coverage, coverage_facts
-from .opening import open_student, whole_student
 from .saving import save_student, save_trained
+from .student_and_teacher import open_student, whole_student
 from .training import train_student, training_plan
 from .zeros import input_zeros
 

@@ -6,27 +6,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...models.codes_file import codes_file
+from ...models.common.errors import UserError
 from ...models.dimensions import hidden_size
-from ...models.errors import UserError
-from ...models.folder import save_model_folder
-from ...models.loading import load_model
-from ...qat.activations import RoundedInputs, round_inputs
-from ...qat.codes_linear import CodesLinear
-from ...qat.kv_cache import RoundedCache, round_cache
-from ...qat.linear import Extras, RoundedWeight
-from ...qat.modules import fold, hold_codes, prepare, quantize_model
+from ...models.folder.codes_file import codes_file
+from ...models.folder.loading import load_model
+from ...models.folder.model_folder import save_model_folder
+from ...qat.codes.state import QUANT_FILE, load_quant_state
+from ...qat.layers.codes_linear import CodesLinear
+from ...qat.layers.input_hooks import RoundedInputs, round_inputs
+from ...qat.layers.kv_cache_hooks import RoundedCache, round_cache
+from ...qat.layers.quant_linear import Extras, RoundedWeight
+from ...qat.layers.quantized_model import fold, hold_codes, prepare, quantize_model
+from ...qat.layers.targets import targets
 from ...qat.ptq import Rounding, round_model
-from ...qat.state import QUANT_FILE, load_quant_state
-from ...qat.targets import targets
-from ..quantization_settings import QatSettings
-from ..quantizers import FirstLattice, Quantizers
+from ..loop.qat_hook import FirstLattice, Quantizers
 from ..settings import TrainerSettings
+from ..settings_quantization import QatSettings
 from .context import StageContext, StageResult, Trained
 from .coverage import check_coverage, coverage_facts
-from .opening import OpenStudent, open_student
 from .quantize import Source, beside_words, lattice_words, round_and_tell, save_quantized, stage_text
 from .saving import stage_record
+from .student_and_teacher import OpenStudent, open_student
 from .training import train_student, training_plan
 from .zeros import input_zeros, keep_zeros_hooks, tell_unlisted_zeros
 

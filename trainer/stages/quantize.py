@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...models.batches import check_packing
-from ...models.errors import UserError
-from ...models.files import scratch_directory
-from ...models.folder import save_model_folder
-from ...models.host_memory import available_bytes
-from ...models.loading import load_model
-from ...models.streaming import can_stream, empty_model
-from ...qat.folder import STORED, round_unquantized
+from ...models.common.errors import UserError
+from ...models.common.files import scratch_directory
+from ...models.common.host_memory import available_bytes
+from ...models.folder.loading import load_model
+from ...models.folder.model_folder import save_model_folder
+from ...models.folder.streaming import can_stream, empty_model
+from ...qat.codes.state import QUANT_FILE, QuantState
+from ...qat.layers.save_folder import STORED, round_unquantized
+from ...qat.layers.targets import targets
 from ...qat.ptq import CalibrationText, RoundedModel, Rounding, amount_of_work, round_model
-from ...qat.ptq.report import error_lines
+from ...qat.ptq.error_report import error_lines
 from ...qat.spec import QuantSpec
-from ...qat.state import QUANT_FILE, QuantState
-from ...qat.targets import targets
-from ..evaluation import exact_products
+from ..evaluation.figures import exact_products
 from ..progress import token_progress
-from ..quantization_settings import LatticeSettings, QuantizeSettings
+from ..settings_quantization import LatticeSettings, QuantizeSettings
 from .calibration import calibration_text
 from .context import StageContext, StageResult
 from .coverage import check_coverage, coverage_facts
-from .opening import current_device, stored_parameters
 from .saving import stage_record
+from .student_and_teacher import current_device, stored_parameters
 from .zeros import input_zeros
 
 if TYPE_CHECKING:

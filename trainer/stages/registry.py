@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..quantization_settings import QatSettings, QuantizeSettings
 from ..settings import DistillSettings, EvaluateSettings, ExportSettings, PretrainSettings, PruneSettings
+from ..settings_quantization import QatSettings, QuantizeSettings
 
 
 @dataclass(frozen=True)
@@ -33,37 +33,37 @@ class Work:
 
 
 def _pretrain() -> Work:
-    from . import pretrain
+    from ..stages import pretrain
 
     return Work(train=pretrain.train, finish=pretrain.finish)
 
 
 def _distill() -> Work:
-    from . import distill
+    from ..stages import distill
 
     return Work(train=distill.train, finish=distill.finish)
 
 
 def _prune() -> Work:
-    from . import prune
+    from ..stages import prune
 
     return Work(train=prune.train, finish=prune.finish)
 
 
 def _qat() -> Work:
-    from . import qat
+    from ..stages import qat
 
     return Work(start=qat.start, train=qat.train, finish=qat.finish)
 
 
 def _quantize() -> Work:
-    from . import quantize
+    from ..stages import quantize
 
     return Work(finish=quantize.finish)
 
 
 def _export() -> Work:
-    from . import export
+    from ..stages import export
 
     return Work(finish=export.finish)
 

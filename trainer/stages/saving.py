@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...models.folder import save_model_folder
-from ...models.pruning.record import joined
+from ...models.folder.model_folder import save_model_folder
+from ...models.pruning.zeros_record import joined
 from .context import StageContext, StageResult, Trained
 from .zeros import input_record
 

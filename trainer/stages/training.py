@@ -3,23 +3,23 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from ...models.common.errors import UserError
 from ...models.dimensions import hidden_size
-from ...models.errors import UserError
 from ...models.teachers import Teacher
 from ..batch import derive_batch
-from ..fit import fit
-from ..held_out import HeldOut, derive_watch
-from ..hooks import StepHook
-from ..objective import Objective
+from ..loop.fit import fit
+from ..loop.held_out import HeldOut, derive_watch
+from ..loop.hooks import StepHook
+from ..loop.objective import Objective
+from ..loop.rng import derive_seed
 from ..plan import TrainingPlan
-from ..quantization_settings import QatSettings
-from ..rng import derive_seed
+from ..processes.world import current_world
 from ..schedule import default_warmup
 from ..settings import TrainerSettings, TrainingBlock
-from ..teaching.cached import SparseTeacher
-from ..world import current_world
+from ..settings_quantization import QatSettings
+from ..soft_targets.cached import SparseTeacher
 from .context import StageContext, Trained
-from .opening import OpenStudent, stage_teacher
+from .student_and_teacher import OpenStudent, stage_teacher
 
 # Peak rate at 192 hidden channels; it falls with 1 / hidden (muP's rule for AdamW matrices, arXiv 2203.03466, table 3).
 BASE_RATES = {"pretrain": 3e-3, "distill": 1.5e-3, "prune": 1e-3, "qat": 6e-4}

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from ...models.folder import read_record
-from ...models.loading import find_model_folder
-from ...models.pruning.record import TOLD_FROM, check_sparse, sparse_modules, unlisted_zeros
-from ..hooks import KeepZeros, StepHook
+from ...models.folder.loading import find_model_folder
+from ...models.folder.model_folder import read_record
+from ...models.pruning.zeros_record import TOLD_FROM, check_sparse, sparse_modules, unlisted_zeros
+from ..loop.hooks import KeepZeros, StepHook
 from .context import StageContext
 
 if TYPE_CHECKING:

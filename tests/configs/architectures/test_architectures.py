@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from decoct.configs.architectures import HUB_IDS, architecture, names
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 
 # parameters of the published checkpoints, tied tensors once
 PUBLISHED = {

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from decoct.launch.jobs import agent
-from decoct.launch.run.workers import tell_killed
+from decoct.launch.run.processes import tell_killed
 
 ARGUMENTS = ["--nproc-per-node", "1", "--rdzv-id", "x", "-m", "nothing"]
 

@@ -9,12 +9,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from decoct.launch.cli import app
+from decoct.launch.cli.app import app
 from decoct.launch.jobs.job import Job, Kubernetes, Slurm, parse_secret
 from decoct.launch.jobs.kubernetes import job_set, train_job
 from decoct.launch.jobs.slurm import sbatch_script
 from decoct.launch.jobs.torchrun import endpoint_of, torchrun_command
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -15,7 +15,7 @@ from decoct.launch.jobs.job import Job, Kubernetes, Slurm, parse_secret
 from decoct.launch.jobs.kubernetes import manifest
 from decoct.launch.jobs.slurm import sbatch_script
 from decoct.launch.jobs.torchrun import endpoint_of, shell_line, torchrun_command
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 
 NASTY = [
     "x\ntouch pwned\n",

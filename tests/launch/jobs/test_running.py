@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from decoct.models.folder import content_hash
+from decoct.models.folder.model_folder import content_hash
 
 pytestmark = pytest.mark.slow
 DECOCT = [sys.executable, "-m", "decoct.launch.cli"]

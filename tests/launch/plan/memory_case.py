@@ -16,17 +16,18 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from decoct.launch.plan.memory import Situation, training_memory
+from decoct.launch.plan.memory import training_memory
+from decoct.launch.plan.memory_case import StageMemoryCase
 from decoct.launch.plan.shapes import shape_of
 from decoct.losses.settings import LossSettings
 from decoct.models.teachers import LocalTeacher
-from decoct.qat.lattices import Lattices
-from decoct.qat.modules import prepare
+from decoct.qat.layers.quantized_model import prepare
+from decoct.qat.scheme import Lattices
 from decoct.qat.spec import QuantSpec
 from decoct.trainer.batch import BatchPlan
-from decoct.trainer.fit import fit
-from decoct.trainer.metrics import MetricsSink
-from decoct.trainer.objective import Objective
+from decoct.trainer.loop.fit import fit
+from decoct.trainer.loop.metrics import MetricsSink
+from decoct.trainer.loop.objective import Objective
 from decoct.trainer.plan import TrainingPlan
 
 SEQ, WINDOWS, VOCAB = 256, 4, 8192
@@ -79,7 +80,7 @@ def main() -> None:
         precision="bf16-mixed" if on_gpu else "32",
     )
     spec = QuantSpec(bits=4, group_size=64) if kind == "qat" else None
-    case = Situation(
+    case = StageMemoryCase(
         plan=plan, seq_length=SEQ, ranks=1, on_gpu=on_gpu, load_in="fp32", lattices=None if spec is None else Lattices(weights=spec)
     )
     student_config, teacher_config = config(6), config(10)

@@ -10,7 +10,7 @@ from transformers import GPT2Config, LlamaConfig
 
 from decoct.launch.plan.ladder import find_shape, kv_cache_bytes, ladder, run_footprint
 from decoct.launch.plan.shapes import shape_of
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 
 
 def test_70b_is_280_140_70_and_35_gigabytes() -> None:

@@ -33,7 +33,7 @@ def test_prediction_is_within_a_quarter_of_the_memory_of_a_process(arguments: li
 
 def _roles(**qat: Any) -> Roles:
     from decoct.configs import recipe_from_dict
-    from decoct.launch.plan import plan
+    from decoct.launch.plan.make_plan import plan
 
     stage = {"qat": {"steps": 2, "weights": {"bits": 4, "group_size": 64}, "teacher": "input", **qat}}
     data = {"builtin": "python-stdlib", "seq_length": 256}

@@ -12,10 +12,11 @@ import pytest
 import yaml
 
 from decoct.configs import list_recipes, load_recipe, recipe_from_dict
-from decoct.launch.plan import StagePlan, plan, problems
+from decoct.launch.cli.plan_verb import parse_bytes
+from decoct.launch.plan.make_plan import StagePlan, plan
+from decoct.launch.plan.problems import problems
 from decoct.launch.plan.show import as_json, short_form
-from decoct.launch.plan.verb import parse_bytes
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 
 NAMES = [name for name, _, _ in list_recipes()]
 
@@ -120,7 +121,7 @@ def test_every_run_of_a_process_is_planned(tmp_path: Path, monkeypatch: pytest.M
 
     planned: list[Any] = []
     monkeypatch.delenv("DECOCT_PLANNED", raising=False)
-    monkeypatch.setattr("decoct.launch.plan.show.check_before_run", lambda *given, **_: planned.append(given))
+    monkeypatch.setattr("decoct.launch.plan.before_run.check_before_run", lambda *given, **_: planned.append(given))
     monkeypatch.setattr(runner.Runner, "run", lambda self: None)
     for _ in range(2):
         start.start(load_recipe("quickstart", ["trainer.devices=1"]), tmp_path / "run")
@@ -129,7 +130,7 @@ def test_every_run_of_a_process_is_planned(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_run_that_cannot_work_stops_before_it_begins(tmp_path: Path) -> None:
     script = (
-        "import collections, shutil; from decoct.launch.cli import main; "
+        "import collections, shutil; from decoct.launch.cli.app import main; "
         "shutil.disk_usage = lambda path: collections.namedtuple('U', 'total used free')(10**9, 10**9, 10**5); "
         "main(['run', 'quickstart'])"
     )

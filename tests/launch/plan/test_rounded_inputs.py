@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from decoct.launch.plan.memory import Situation, training_memory
+from decoct.launch.plan.memory import training_memory
+from decoct.launch.plan.memory_case import StageMemoryCase
 from decoct.launch.plan.shapes import shape_of
-from decoct.qat.activations import round_inputs
-from decoct.qat.lattices import Lattices
-from decoct.qat.modules import prepare
+from decoct.qat.layers.input_hooks import round_inputs
+from decoct.qat.layers.quantized_model import prepare
+from decoct.qat.scheme import Lattices
 from decoct.qat.spec import ActivationSpec, QuantSpec
 from decoct.trainer.batch import BatchPlan
 from decoct.trainer.plan import TrainingPlan
@@ -54,7 +55,7 @@ def planned(skip: list[str], rounds: bool, precision: Any, on_gpu: bool = False)
     batch = BatchPlan(global_windows=WINDOWS, micro_batch=WINDOWS, accumulation=1)
     plan = TrainingPlan(total_steps=1, batch=batch, learning_rate=1e-4, checkpoint_every=9, precision=precision)
     lattices = Lattices(weights=SPEC, skip=tuple(f"*{one}" for one in skip))
-    case = Situation(plan=plan, seq_length=SEQ, ranks=1, on_gpu=on_gpu, lattices=lattices, rounds_inputs=rounds)
+    case = StageMemoryCase(plan=plan, seq_length=SEQ, ranks=1, on_gpu=on_gpu, lattices=lattices, rounds_inputs=rounds)
     return training_memory(shape_of(config(), ""), None, case).activations
 
 

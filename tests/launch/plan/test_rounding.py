@@ -11,7 +11,8 @@ import pytest
 from transformers import Qwen3Config
 
 from decoct.configs import recipe_from_dict
-from decoct.launch.plan import Plan, plan, problems
+from decoct.launch.plan.make_plan import Plan, plan
+from decoct.launch.plan.problems import problems
 from decoct.launch.plan.rounding import RoundingPlan
 from decoct.launch.plan.show import as_json, short_form
 from decoct.trainer.stages import quantize
@@ -114,8 +115,8 @@ import torch
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
 from decoct.configs import recipe_from_dict
-from decoct.launch.plan import plan
-from decoct.models.loading import load_model
+from decoct.launch.plan.make_plan import plan
+from decoct.models.folder.loading import load_model
 from decoct.qat.ptq import round_model
 from decoct.trainer.data.windows import Windows
 from decoct.trainer.stages.calibration import calibration_text

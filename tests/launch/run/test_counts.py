@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from decoct.launch.cli import app
+from decoct.launch.cli.app import app
 from decoct.launch.jobs import agent
-from decoct.launch.run import counts, workers
-from decoct.launch.run.workers import Agent, run_under_torchrun
-from decoct.models.errors import UserError
+from decoct.launch.run import counts
+from decoct.launch.run import processes as workers
+from decoct.launch.run.processes import Agent, run_under_torchrun
+from decoct.models.common.errors import UserError
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from decoct.configs.loader import recipe_from_dict
-from decoct.launch.cli import main
+from decoct.launch.cli.app import main
 from decoct.launch.run.left_out import left_out_of
-from decoct.models.tokenizer import train_tokenizer
+from decoct.models.tokenizer.scratch_tokenizer import train_tokenizer
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,

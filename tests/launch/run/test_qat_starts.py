@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from decoct.models.loading import load_model
+from decoct.models.folder.loading import load_model
+from decoct.qat.codes.state import load_quant_state
 from decoct.qat.spec import ActivationSpec
-from decoct.qat.state import load_quant_state
-from decoct.trainer.stages.measure import open_for_measuring
+from decoct.trainer.evaluation.model_row import open_for_measuring
 
 Run = Callable[..., Any]
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from decoct.launch.run.session import Session
-from decoct.trainer.world import World
+from decoct.trainer.processes.world import World
 
 SCRIPT = """
 import json, os, sys, time
 from pathlib import Path
 from decoct.launch.run.session import Session
-from decoct.launch.run.workers import leave
-from decoct.models.errors import UserError
-from decoct.trainer.world import current_world
+from decoct.launch.run.processes import leave
+from decoct.models.common.errors import UserError
+from decoct.trainer.processes.world import current_world
 
 world, out = current_world(), Path(sys.argv[1])
 session = Session(world, out)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from decoct.configs import list_recipes, load_recipe, recipe_from_dict, resolved
-from decoct.launch.plan import plan
+from decoct.launch.plan.make_plan import plan
 from decoct.launch.plan.shapes import config_of
 
 pytestmark = pytest.mark.slow
@@ -17,7 +17,7 @@ def _teacher(folder: Path, published: str, corpus: Path) -> None:
     """A model folder of the published model's family and options, small."""
     from transformers import AutoModelForCausalLM
 
-    from decoct.models.tokenizer import train_tokenizer
+    from decoct.models.tokenizer.scratch_tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(iter([file.read_text() for file in sorted(corpus.iterdir())]), 300)
     config: Any = config_of(published)[0]

@@ -7,8 +7,8 @@ import pytest
 
 from decoct.launch.run.stage_key import stage_key
 from decoct.losses.settings import LossSettings
-from decoct.trainer.quantization_settings import QuantizeSettings
 from decoct.trainer.settings import DistillSettings, TrainerSettings
+from decoct.trainer.settings_quantization import QuantizeSettings
 
 BASE: dict[str, Any] = {
     "name": "01-distill",

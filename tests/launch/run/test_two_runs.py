@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from decoct.launch.run.folder import RunFolder
-from decoct.models.errors import UserError
-from decoct.models.folder import content_hash
+from decoct.launch.run.run_folder import RunFolder
+from decoct.models.common.errors import UserError
+from decoct.models.folder.model_folder import content_hash
 
 Start = Callable[..., "subprocess.Popen[str]"]
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from decoct.launch.cli import main
-from decoct.models.loading import load_model
-from decoct.models.tokenizer import train_tokenizer
+from decoct.launch.cli.app import main
+from decoct.models.folder.loading import load_model
+from decoct.models.tokenizer.scratch_tokenizer import train_tokenizer
 
 TEXT = "kado lota mifi nugu pera rado lofi migu nuta pedo. " * 40
 
@@ -57,7 +57,7 @@ def test_text_with_such_a_token_is_refused_by_name(model: Path, tmp_path: Path, 
 
 
 def test_a_pad_token_beyond_the_rows_pads_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from decoct.models.loading import load_tokenizer
+    from decoct.models.folder.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     tokenizer.pad_token = "<image_soft_token>"

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decoct.models.errors import NonFiniteError
+from decoct.models.common.errors import NonFiniteError
 from decoct.models.pruning import cubic_keep, magnitude_masks, sparsity, zero_masks
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from decoct.models.errors import NonFiniteError, UserError
+from decoct.models.common.errors import NonFiniteError, UserError
 from decoct.models.families import family_of
 from decoct.models.pruning import alignment_hint, ffn_channel_scores, prune_ffn
 

@@ -7,10 +7,10 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from decoct.losses.settings import LossSettings
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 from decoct.models.families import backbone_and_head, check_head
 from decoct.models.teachers import AdapterBaseTeacher, LocalTeacher
-from decoct.trainer.objective import Objective
+from decoct.trainer.loop.objective import Objective
 
 
 def adapted(tiny_model: Any, *, kind: str = "llama", seed: int = 0, **given: Any) -> Any:

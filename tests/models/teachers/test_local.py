@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 from decoct.models.families import HeadTransform
 from decoct.models.teachers import LocalTeacher, Teacher, load_teacher
 

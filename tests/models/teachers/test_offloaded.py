@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 from decoct.models.families import decoder_layers
 from decoct.models.teachers import open_teacher
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from decoct.models import low_bit
-from decoct.models.errors import UserError
-from decoct.models.loading import load_model
+from decoct.models.common.errors import UserError
+from decoct.models.folder.loading import load_model
 from decoct.models.low_bit import load_bitsandbytes
 from decoct.models.teachers import LocalTeacher, open_teacher
 from decoct.models.teachers.quantized import NF4_BLOCK
@@ -105,7 +105,7 @@ def test_a_model_that_cannot_be_streamed_is_rounded_all_the_same(
 ) -> None:
     folder = saved_model("qwen2")
     expected = open_teacher(folder, load_in="nf4", v_eff=128).hidden_and_head(batch)[0]
-    monkeypatch.setattr("decoct.models.streaming._fits", lambda *_: False)
+    monkeypatch.setattr("decoct.models.folder.streaming._fits", lambda *_: False)
     assert torch.equal(open_teacher(folder, load_in="nf4", v_eff=128).hidden_and_head(batch)[0], expected)
 
 

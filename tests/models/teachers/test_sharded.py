@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 from decoct.models.families import decoder_layers
-from decoct.models.loading import load_model
+from decoct.models.folder.loading import load_model
 from decoct.models.teachers import open_teacher
 from decoct.models.teachers.sharded import sharded_model
 
@@ -24,7 +24,7 @@ from torch.distributed import barrier, get_rank, init_process_group
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from decoct.models.families import decoder_layers
-from decoct.models.streaming import WeightFiles
+from decoct.models.folder.streaming import WeightFiles
 from decoct.models.teachers import open_teacher
 
 folder, out = sys.argv[1:]

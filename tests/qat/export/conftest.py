@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from decoct.qat.export import EXPORTERS, export_folder
-from decoct.qat.export.source import ExportSource, open_source
+from decoct.qat.codes.state import QuantState
+from decoct.qat.export.export import EXPORTERS, export_folder
 from decoct.qat.fake_quant.encoding import encode
+from decoct.qat.source.quantized_source import ExportSource, open_source
 from decoct.qat.spec import ActivationSpec, QuantSpec
-from decoct.qat.state import QuantState
 
 LatticeSource = Callable[..., ExportSource]
 ExportSourceTo = Callable[[ExportSource, str], Path]

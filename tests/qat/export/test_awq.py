@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 from decoct.qat.export.awq import pack_columns
-from decoct.qat.export.source import ExportSource
 from decoct.qat.fake_quant import dequantize
-from decoct.qat.readers import open_export
+from decoct.qat.readers.open import open_export
+from decoct.qat.source.quantized_source import ExportSource
 from decoct.qat.spec import QuantSpec
-from decoct.qat.verify import verify_folder
+from decoct.qat.verify.verify import verify_folder
 
 Make = Callable[..., ExportSource]
 Export = Callable[..., Path]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from decoct.qat.export.card import CardFacts, card_text, shown_name
-from decoct.qat.export.gguf_card import GGUF_CARD
+from decoct.qat.export.gguf.card import GGUF_CARD
 from decoct.qat.spec import QuantSpec
 
 FACTS = CardFacts(

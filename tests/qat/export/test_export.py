@@ -16,16 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from decoct.models.errors import DecoctError, UserError
-from decoct.models.files import sha256_file
-from decoct.models.loading import load_tokenizer
-from decoct.models.record import read_record, seal_record, write_record
-from decoct.qat import export
-from decoct.qat.export import EXPORTERS, compressed_tensors, export_folder
-from decoct.qat.export.source import ExportSource
-from decoct.qat.read_compressed_tensors import dequantized_tensors
+from decoct.models.common.errors import DecoctError, UserError
+from decoct.models.common.files import sha256_file
+from decoct.models.folder.loading import load_tokenizer
+from decoct.models.folder.record import read_record, seal_record, write_record
+from decoct.qat.export import export
+from decoct.qat.export.compressed_tensors import writer as compressed_tensors
+from decoct.qat.export.export import EXPORTERS, export_folder
+from decoct.qat.readers.compressed_tensors import dequantized_tensors
+from decoct.qat.source.quantized_source import ExportSource
 from decoct.qat.spec import QuantSpec
-from decoct.qat.verify import verify_folder
+from decoct.qat.verify.verify import verify_folder
 
 Build = Callable[..., Path]
 FORMAT = "compressed-tensors"

@@ -11,16 +11,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from decoct.models.errors import UserError
-from decoct.models.files import sha256_file
-from decoct.models.record import seal_record
-from decoct.qat.exactness import rebuilt_hashes
-from decoct.qat.export import EXPORTERS, gptq
-from decoct.qat.export.source import ExportSource
+from decoct.models.common.errors import UserError
+from decoct.models.common.files import sha256_file
+from decoct.models.folder.record import seal_record
+from decoct.qat.export import gptq
+from decoct.qat.export.export import EXPORTERS
 from decoct.qat.fake_quant import dequantize
-from decoct.qat.readers import open_export, open_folder
+from decoct.qat.readers.open import open_export, open_folder
+from decoct.qat.source.quantized_source import ExportSource
 from decoct.qat.spec import ActivationSpec, QuantSpec
-from decoct.qat.verify import verify_folder
+from decoct.qat.verify.exactness import rebuilt_hashes
+from decoct.qat.verify.verify import verify_folder
 
 Make = Callable[..., ExportSource]
 Export = Callable[..., Path]
@@ -186,7 +187,7 @@ def test_planned_bytes_are_those_written(lattice_source: Make, export_source: Ex
 def test_any_single_flipped_nibble_of_packed_tensors_is_found(lattice_source: Make, export_source: Export, form: str) -> None:
     import random
 
-    from decoct.models.safetensors_file import read_header
+    from decoct.models.folder.safetensors_read import read_header
 
     target = export_source(lattice_source(QuantSpec(bits=4, group_size=16, symmetric=form == "gptq")), form)
     file, record = target / "model.safetensors", target / "decoct.json"

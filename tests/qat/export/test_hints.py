@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from decoct.models.errors import UserError
-from decoct.qat.export import export_folder
-from decoct.qat.lattices import Lattices, SpecChange
+from decoct.models.common.errors import UserError
+from decoct.qat.export.export import export_folder
+from decoct.qat.scheme import Lattices, SpecChange
 from decoct.qat.spec import QuantSpec
 
 Build = Callable[..., Path]

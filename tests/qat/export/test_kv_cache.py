@@ -10,19 +10,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from decoct.models.errors import DecoctError, UserError
-from decoct.models.record import seal_record
-from decoct.qat.cache_state import CacheState
-from decoct.qat.export import EXPORTERS, compressed_tensors, compressed_tensors_cache, export_folder
-from decoct.qat.export.source import ExportSource
-from decoct.qat.modules import fold
-from decoct.qat.read_compressed_tensors import PackedFolder
+from decoct.models.common.errors import DecoctError, UserError
+from decoct.models.folder.record import seal_record
+from decoct.qat.codes.kv_cache_scales import CacheState
+from decoct.qat.codes.state import load_quant_state
+from decoct.qat.export.compressed_tensors import kv_cache as compressed_tensors_cache
+from decoct.qat.export.compressed_tensors import writer as compressed_tensors
+from decoct.qat.export.export import EXPORTERS, export_folder
+from decoct.qat.layers.as_stored import round_as_stored
+from decoct.qat.layers.quantized_model import fold
+from decoct.qat.readers.compressed_tensors import PackedFolder
 from decoct.qat.rebuild import load_exported_model
-from decoct.qat.runtimes import check_runtimes
+from decoct.qat.runtimes.check import check_runtimes
+from decoct.qat.source.quantized_source import ExportSource
 from decoct.qat.spec import ActivationSpec, QuantSpec
-from decoct.qat.state import load_quant_state
-from decoct.qat.stored import round_as_stored
-from decoct.qat.verify import verify_folder
+from decoct.qat.verify.verify import verify_folder
 
 Make = Callable[..., ExportSource]
 Export = Callable[..., Path]

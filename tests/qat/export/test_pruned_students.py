@@ -12,16 +12,16 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from decoct.models.families import decoder_linears
-from decoct.models.folder import save_model_folder
+from decoct.models.folder.model_folder import save_model_folder
 from decoct.models.pruning.magnitude import magnitude_masks
 from decoct.models.pruning.structured import ffn_channel_scores, prune_ffn
 from decoct.models.student import student_by_keeping
-from decoct.qat.export import export_folder
-from decoct.qat.modules import fold, quantize_model
-from decoct.qat.readers import open_export
+from decoct.qat.export.export import export_folder
+from decoct.qat.layers.quantized_model import fold, quantize_model
+from decoct.qat.readers.open import open_export
 from decoct.qat.rebuild import load_exported_model
 from decoct.qat.spec import QuantSpec
-from decoct.qat.verify import verify_folder
+from decoct.qat.verify.verify import verify_folder
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"tie_word_embeddings": False}),

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from decoct.models.folder import read_record, save_model_folder
-from decoct.models.loading import load_model
-from decoct.qat.export import export_folder
-from decoct.qat.lattices import Lattices, SpecChange
-from decoct.qat.modules import fold, quantize_model
+from decoct.models.folder.loading import load_model
+from decoct.models.folder.model_folder import read_record, save_model_folder
+from decoct.qat.export.export import export_folder
+from decoct.qat.layers.quantized_model import fold, quantize_model
 from decoct.qat.rebuild import load_exported_model
+from decoct.qat.scheme import Lattices, SpecChange
 from decoct.qat.spec import QuantSpec
-from decoct.qat.verify import verify_folder
+from decoct.qat.verify.verify import verify_folder
 
 SIZES: dict[str, Any] = {
     "vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 0,

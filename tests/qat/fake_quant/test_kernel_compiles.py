@@ -52,7 +52,7 @@ def arithmetic(code: str) -> set[str]:
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "i16"])
 def test_arithmetic_is_ieee_and_never_fused(dtype: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from decoct.qat.fake_quant import kernel
+    from decoct.qat.fake_quant import absmax_kernel as kernel
 
     pointers = {"weight_ptr": f"*{dtype}", "mask_ptr": "*u8", "result_ptr": f"*{dtype}", "scale_ptr": "*fp32"}
     forward = arithmetic(ptx(kernel._forward_kernel, pointers, LATTICE | {"IS_CODES": False}, capability))
@@ -65,7 +65,7 @@ def test_arithmetic_is_ieee_and_never_fused(dtype: str, capability: int, tmp_pat
 
 def test_codes_take_the_same_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from decoct.qat.fake_quant import kernel
+    from decoct.qat.fake_quant import absmax_kernel as kernel
 
     pointers = {"weight_ptr": "*fp32", "mask_ptr": "*u8", "result_ptr": "*i8", "scale_ptr": "*fp32"}
     code = ptx(kernel._forward_kernel, pointers, LATTICE | {"IS_CODES": True, "HAS_MASK": False})

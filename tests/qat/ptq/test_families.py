@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from decoct.models.batches import backbone_inputs
 from decoct.models.families import decoder_linears
-from decoct.qat.modules import fold, prepare, quantize_model
+from decoct.qat.layers.quantized_model import fold, prepare, quantize_model
 from decoct.qat.ptq import CalibrationText, Rounding, round_model
 from decoct.qat.spec import QuantSpec
 

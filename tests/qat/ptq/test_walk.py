@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from decoct.models.batches import backbone_inputs
-from decoct.models.errors import NonFiniteError, UserError
+from decoct.models.common.errors import NonFiniteError, UserError
 from decoct.models.families import decoder_layers
-from decoct.models.folder import save_model_folder
-from decoct.models.streaming import empty_model
+from decoct.models.folder.model_folder import save_model_folder
+from decoct.models.folder.streaming import empty_model
 from decoct.qat.fake_quant import dequantize, quantize
-from decoct.qat.lattices import Lattices, SpecChange
-from decoct.qat.modules import quantize_model
+from decoct.qat.layers.quantized_model import quantize_model
 from decoct.qat.ptq import CalibrationText, RoundedModel, Rounding, amount_of_work, round_model
+from decoct.qat.ptq.error_report import SAMPLE, error_lines, kind_of, sampled
 from decoct.qat.ptq.gptq import factorize, gptq_codes
-from decoct.qat.ptq.inputs import shared_inputs
+from decoct.qat.ptq.hessians import shared_inputs
 from decoct.qat.ptq.mse import searched_scales
 from decoct.qat.ptq.replay import Replay
-from decoct.qat.ptq.report import SAMPLE, error_lines, kind_of, sampled
+from decoct.qat.scheme import Lattices, SpecChange
 from decoct.qat.spec import ActivationSpec, QuantSpec
 
 SPEC = QuantSpec(bits=3, group_size=16)

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 from decoct.trainer.cache import cache_dir
 from decoct.trainer.data.chats import ChatEncoder, encode_chat
-from decoct.trainer.data.prepare import open_prepared, prepare_data
-from decoct.trainer.data.text import Documents
+from decoct.trainer.data.documents import Documents
+from decoct.trainer.data.prepared_data import open_prepared, prepare_data
 from decoct.trainer.settings import DataSettings
 
 TEMPLATE = (

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from decoct.models.errors import UserError
-from decoct.trainer.data.readers import read_file
-from decoct.trainer.data.rows import rows_of
+from decoct.models.common.errors import UserError
+from decoct.trainer.data.file_documents import read_file
+from decoct.trainer.data.file_rows import rows_of
 
 TEXTS = [f"text number {n} \u00e9\u6f22" for n in range(40)]
 LINES = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in TEXTS)

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 from decoct.trainer.data.chats import ChatEncoder, encode_chat
 from decoct.trainer.data.encoding import Encoder
 from decoct.trainer.data.rendering import Sample

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from decoct.models.errors import UserError
-from decoct.trainer.data import files
-from decoct.trainer.data.readers import read_file
-from decoct.trainer.data.rows import rows_of
+from decoct.models.common.errors import UserError
+from decoct.trainer.data import input_files as files
+from decoct.trainer.data.file_documents import read_file
+from decoct.trainer.data.file_rows import rows_of
 
 
 def broken_text(data: bytes) -> pa.Array:

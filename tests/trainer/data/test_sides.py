@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 from decoct.trainer.cache import cache_dir
-from decoct.trainer.data.prepare import PreparedData, open_prepared, prepare_data
+from decoct.trainer.data.prepared_data import PreparedData, open_prepared, prepare_data
 from decoct.trainer.data.sides import UNLABELLED, UNUSED
 from decoct.trainer.data.windows import Windows
 from decoct.trainer.settings import DataSettings

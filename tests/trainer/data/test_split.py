@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 from decoct.trainer.data.split import Split, split_documents
 from decoct.trainer.data.tokens import TokenStream
 

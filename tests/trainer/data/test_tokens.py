@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 from decoct.trainer.data import tokens
 from decoct.trainer.data.tokens import TokenStream, tokenizer_hash, write_tokens
 from decoct.trainer.data.unfinished import Unfinished

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 from decoct.trainer.cache import cache_dir
 from decoct.trainer.data import tokens, unfinished
-from decoct.trainer.data.prepare import PreparedData, prepare_data
-from decoct.trainer.data.text import Documents
+from decoct.trainer.data.documents import Documents
+from decoct.trainer.data.prepared_data import PreparedData, prepare_data
 from decoct.trainer.settings import DataSettings
 
 SETTINGS = DataSettings(files=("unused",), seq_length=16, eval_tokens=64)

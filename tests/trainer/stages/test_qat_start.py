@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from decoct.models.folder import save_model_folder
-from decoct.models.loading import load_model
+from decoct.models.folder.loading import load_model
+from decoct.models.folder.model_folder import save_model_folder
+from decoct.qat.codes.state import load_quant_state
 from decoct.qat.spec import QuantSpec
-from decoct.qat.state import load_quant_state
-from decoct.trainer.quantization_settings import QatSettings
+from decoct.trainer.settings_quantization import QatSettings
 from decoct.trainer.stages import qat
 from decoct.trainer.stages.context import StageContext
 

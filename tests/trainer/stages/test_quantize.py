@@ -13,19 +13,19 @@ from typing import Any, cast, get_args
 import pytest
 import torch
 
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 from decoct.models.families import decoder_linears
-from decoct.models.folder import read_record, save_model_folder
-from decoct.models.loading import load_model
+from decoct.models.folder.loading import load_model
+from decoct.models.folder.model_folder import read_record, save_model_folder
 from decoct.models.teachers import load_teacher
-from decoct.qat.folder import round_unquantized
-from decoct.qat.modules import fold, quantize_model
+from decoct.qat.codes.state import load_quant_state
+from decoct.qat.layers.quantized_model import fold, quantize_model
+from decoct.qat.layers.save_folder import round_unquantized
 from decoct.qat.ptq import CalibrationText, MethodName, Rounding, ScaleChoice, round_model
 from decoct.qat.spec import QuantSpec
-from decoct.qat.state import load_quant_state
-from decoct.trainer.data.prepare import PreparedData
-from decoct.trainer.evaluation import evaluate_model
-from decoct.trainer.quantization_settings import QuantizeSettings
+from decoct.trainer.data.prepared_data import PreparedData
+from decoct.trainer.evaluation.figures import evaluate_model
+from decoct.trainer.settings_quantization import QuantizeSettings
 from decoct.trainer.stages import quantize
 from decoct.trainer.stages.context import StageContext
 from decoct.trainer.stages.quantize import finish, rounding_of, wants_streaming
@@ -262,10 +262,10 @@ import torch
 from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from decoct.models import folder
-from decoct.models.tokenizer import train_tokenizer
+from decoct.models.tokenizer.scratch_tokenizer import train_tokenizer
 from decoct.qat.spec import QuantSpec
 from decoct.trainer.data.windows import Windows
-from decoct.trainer.quantization_settings import QuantizeSettings
+from decoct.trainer.settings_quantization import QuantizeSettings
 from decoct.trainer.settings import TrainerSettings
 from decoct.trainer.stages.quantize import finish
 

@@ -8,20 +8,20 @@ from typing import Any, cast
 import pytest
 import torch
 
-from decoct.models.folder import read_record
-from decoct.models.loading import load_model
-from decoct.qat.export import export_folder
-from decoct.qat.lattices import SpecChange
+from decoct.models.folder.loading import load_model
+from decoct.models.folder.model_folder import read_record
+from decoct.qat.codes.state import load_quant_state
+from decoct.qat.export.export import export_folder
 from decoct.qat.ptq import CalibrationText
 from decoct.qat.rebuild import load_exported_model
+from decoct.qat.scheme import SpecChange
 from decoct.qat.spec import ActivationSpec, QuantSpec
-from decoct.qat.state import load_quant_state
-from decoct.trainer.data.prepare import PreparedData
-from decoct.trainer.evaluation import evaluate_model
-from decoct.trainer.quantization_settings import QuantizeSettings
+from decoct.trainer.data.prepared_data import PreparedData
+from decoct.trainer.evaluation.figures import evaluate_model
+from decoct.trainer.evaluation.model_row import measure_teacher, open_for_measuring
+from decoct.trainer.settings_quantization import QuantizeSettings
 from decoct.trainer.stages import quantize
 from decoct.trainer.stages.context import StageContext
-from decoct.trainer.stages.measure import measure_teacher, open_for_measuring
 from decoct.trainer.stages.quantize import finish
 
 MakeContext = Callable[..., StageContext]

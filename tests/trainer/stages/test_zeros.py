@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from decoct.losses.settings import LossSettings
-from decoct.models.errors import UserError
+from decoct.models.common.errors import UserError
 from decoct.models.families import decoder_linears, family_of
-from decoct.models.folder import read_record, save_model_folder
-from decoct.models.loading import load_model
-from decoct.models.pruning.record import of_kept_layers, sparse_modules
+from decoct.models.folder.loading import load_model
+from decoct.models.folder.model_folder import read_record, save_model_folder
+from decoct.models.pruning.zeros_record import of_kept_layers, sparse_modules
 from decoct.models.student import student_by_keeping
 from decoct.qat.spec import QuantSpec
-from decoct.trainer.quantization_settings import QatSettings, QuantizeSettings
 from decoct.trainer.settings import (
     DistillSettings,
     MagnitudeSettings,
@@ -26,6 +25,7 @@ from decoct.trainer.settings import (
     StructuredSettings,
     TrainerSettings,
 )
+from decoct.trainer.settings_quantization import QatSettings, QuantizeSettings
 from decoct.trainer.stages.context import StageContext
 from decoct.trainer.stages.registry import STAGE_KINDS
 

@@ -1,0 +1,151 @@
+"""The command line: `decoct VERB ...`.
+
+A user's mistake ends with one readable message and exit code 2, a failure while running (a loss that is not finite, memory, a disk that
+dies) with 1, a failed quality gate with 3; ``boundary`` says which is which. `--debug` shows the traceback. Nothing heavy is imported here:
+help and usage errors come at once.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from io import TextIOWrapper
+from typing import Annotated, NoReturn
+
+import typer
+
+from ...models.common.errors import DecoctError, GateFailed, MemoryFullError, UserError
+from ..cli import export_verbs, model_verbs, recipe_verbs
+from .command_group import Verbs
+
+_INTERRUPTED = "interrupted; run the same command again to go on from the last checkpoint"
+
+app = typer.Typer(
+    name="decoct",
+    cls=Verbs,
+    help="Boil a large language model down to one that can be served: distil, prune, train quantized, export, verify, report.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verbs in (recipe_verbs, model_verbs, export_verbs):
+    app.add_typer(verbs.app)
+app.add_typer(recipe_verbs.shipped_app, name="recipes")
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from decoct import __version__
+
+        typer.echo(f"decoct {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="Show the version and end.")] = False,
+) -> None:
+    """Options of every verb; ``main`` reads them before typer does, so that they may stand anywhere."""
+
+
+def _split_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    return [a for a in arguments if a != "--debug"], "--debug" in arguments
+
+
+def _tell(message: str) -> None:
+    """One message on stderr, whatever it holds; a stream that cannot be written is no second error."""
+    from ...models.common.terminal_text import printable
+
+    with suppress(OSError, ValueError):
+        print(f"decoct: {printable(message)}", file=sys.stderr, flush=True)
+
+
+def _first_tells(message: str) -> None:
+    """One message for all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        _tell(message)
+
+
+def _end(error: BaseException) -> NoReturn:
+    """End the process as the error says: one message and its code, or a traceback and what to do about it."""
+    from ..run.processes import FINAL_CODES, leave, remember_outcome, told_by_another
+    from ..terminal.boundary import bug_report, ending_of
+
+    ending = ending_of(error)
+    rank = os.environ.get("RANK", "0")
+    if ending is None:
+        _tell_bug(bug_report(error))
+        sys.exit(1)
+    if rank == "0":
+        _tell(f"error: {ending.message}")
+    elif ending.by_all or isinstance(error, MemoryFullError) or not told_by_another():
+        _tell(f"rank {rank}: error: {ending.message}")
+    if isinstance(error, DecoctError) or ending.code in FINAL_CODES:
+        remember_outcome(ending.code)  # another start would end the same way
+    if isinstance(error, GateFailed):
+        leave(ending.code)  # the run itself is finished
+    sys.exit(ending.code)
+
+
+def _tell_bug(text: str) -> None:
+    from ...models.common.terminal_text import printable
+
+    with suppress(OSError, ValueError):
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """UserError for bytes that are not UTF-8: they would fail wherever a name is written, in the middle of a run at worst."""
+    for text in (*arguments, os.environ.get("DECOCT_CACHE", "")):
+        if any("\udc80" <= letter <= "\udcff" for letter in text):
+            try:
+                os.fsencode(text).decode()
+            except UnicodeDecodeError:
+                raise UserError(f"{text} is not UTF-8, and what is written into a run folder must be; rename the file or folder") from None
+            raise UserError(
+                f"this locale's encoding ({sys.getfilesystemencoding()}) lacks letters of {text}; set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+            )
+
+
+def _soften_streams() -> None:
+    """Characters that a terminal's encoding lacks are written as escapes, not raised as errors."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: runs the verb and ends the process with its exit code."""
+    from ..run.processes import FINAL_CODES, leave, remember_outcome, remembered_outcome
+
+    given, debug = _split_debug(sys.argv[1:] if arguments is None else arguments)
+    _soften_streams()
+    decided = remembered_outcome()
+    if decided is not None:
+        sys.exit(decided)
+    try:
+        _check_arguments(given)
+        app(args=given, prog_name="decoct")
+    except KeyboardInterrupt:
+        _first_tells(_INTERRUPTED)
+        remember_outcome(130)
+        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == 130:  # what typer makes of Ctrl-C
+            _first_tells(_INTERRUPTED)
+        if ended.code in FINAL_CODES:
+            remember_outcome(int(ended.code))
+        if not ended.code:
+            leave(0)
+        raise
+    except BaseException as error:
+        if debug:
+            if isinstance(error, DecoctError):
+                remember_outcome(error.exit_code)
+            raise
+        _end(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The verbs that make a model of a model: a recipe of one stage each. Nothing heavy is imported here."""
+
+from typing import Annotated
+
+import typer
+
+from .options import Bits, GroupSize, Hub, Model, Out, SeqLength, StageOverrides, Teacher, Text, Tokens, TrainTokens
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: decoct distill student/ --teacher HuggingFaceTB/SmolLM2-1.7B --text 'corpus/*.jsonl' --tokens 10M")
+def distill(
+    model: Model,
+    overrides: StageOverrides = None,
+    teacher: Teacher = None,
+    text: Text = None,
+    hub: Hub = None,
+    tokens: TrainTokens = None,
+    seq_length: SeqLength = 512,
+    out: Out = None,
+) -> None:
+    """Train MODEL to predict what a teacher predicts."""
+    from .single_stage import TextChoice, run_verb
+
+    run_verb("distill", model, {"tokens": tokens}, TextChoice(text, hub, seq_length), teacher, overrides, out)
+
+
+@app.command(epilog="Example: decoct prune student/ --ffn 384    or: decoct prune student/ --keep 0.7 --teacher big/ --tokens 2M")
+def prune(
+    model: Model,
+    overrides: StageOverrides = None,
+    ffn: Annotated[int | None, typer.Option("--ffn", help="FFN channels kept in every layer (the model gets smaller).")] = None,
+    keep: Annotated[str | None, typer.Option("--keep", help="Share of the linear weights that stays, such as 0.7 or 70%.")] = None,
+    teacher: Teacher = None,
+    text: Text = None,
+    hub: Hub = None,
+    tokens: Tokens = None,
+    seq_length: SeqLength = 512,
+    out: Out = None,
+) -> None:
+    """Remove FFN channels of MODEL (--ffn), or set its smallest weights to zero (--keep; along a schedule with --tokens)."""
+    from .single_stage import TextChoice, prune_settings, run_verb
+
+    run_verb("prune", model, prune_settings(ffn, keep, tokens), TextChoice(text, hub, seq_length), teacher, overrides, out)
+
+
+@app.command(epilog="Example: decoct qat student/ --teacher big/ --bits 4 --group-size 64 --tokens 5M")
+def qat(
+    model: Model,
+    overrides: StageOverrides = None,
+    bits: Bits = 4,
+    group_size: GroupSize = "128",
+    teacher: Teacher = None,
+    text: Text = None,
+    hub: Hub = None,
+    tokens: TrainTokens = None,
+    train: Annotated[str, typer.Option("--train", help="all, or scales: these alone, over fixed codes of a byte a weight.")] = "all",
+    start: Annotated[
+        str | None,
+        typer.Option("--start", help="First scales: rtn, mse (searched) or gptq.", show_default="gptq; mse with --lora"),
+    ] = None,
+    lora: Annotated[int | None, typer.Option("--lora", help="Rank of an adapter that trains instead of the weights.")] = None,
+    seq_length: SeqLength = 512,
+    out: Out = None,
+) -> None:
+    """Train MODEL with rounded weights; without --teacher it learns from its own unrounded self."""
+    from .single_stage import TextChoice, run_verb
+
+    settings = {"tokens": tokens, "weights": {"bits": bits, "group_size": group_size}, "train": train, "start": start, "lora": lora}
+    run_verb("qat", model, settings, TextChoice(text, hub, seq_length), teacher, overrides, out)
+
+
+@app.command(epilog="Example: decoct quantize student/ --method gptq --bits 4 --group-size 64 --text 'corpus/*.txt'")
+def quantize(
+    model: Model,
+    overrides: StageOverrides = None,
+    method: Annotated[str, typer.Option("--method", help="rtn (to nearest), mse (searched scales) or gptq (calibrated on text).")] = "rtn",
+    bits: Bits = 4,
+    group_size: GroupSize = "128",
+    calibration_tokens: Annotated[
+        str | None,
+        typer.Option("--calibration-tokens", help="Tokens of the text to calibrate on.", show_default="262,144"),
+    ] = None,
+    teacher: Teacher = None,
+    text: Text = None,
+    hub: Hub = None,
+    seq_length: SeqLength = 512,
+    out: Out = None,
+) -> None:
+    """Round the weights of MODEL without training; with --method gptq on text, a layer at a time."""
+    from .single_stage import TextChoice, run_verb
+
+    settings = {"method": method, "weights": {"bits": bits, "group_size": group_size}, "calibration_tokens": calibration_tokens}
+    run_verb("quantize", model, settings, TextChoice(text, hub, seq_length), teacher, overrides, out)

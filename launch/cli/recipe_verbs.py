@@ -1,0 +1,138 @@
+"""The verbs that take a recipe, or look at one. Nothing heavy is imported here: help and usage errors come at once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Out, Overrides, Recipe
+
+app = typer.Typer()
+shipped_app = typer.Typer(help="The recipes that come with decoct.", no_args_is_help=True)
+
+
+@app.command(epilog="Example: decoct run configs/quickstart.yaml trainer.devices=2")
+def run(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Out = None,
+) -> None:
+    """Run a recipe: every stage in order, skipping what is done, resuming what was broken off; ends with the report."""
+    from ...configs.loader import load_recipe
+    from ..run.start import start
+
+    start(load_recipe(recipe, overrides or ()), out)
+
+
+@app.command(epilog="Example: decoct cache recipe.yaml teacher.cache.mode=top_k")
+def cache(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Out = None,
+) -> None:
+    """Let the teacher predict the text of a recipe once and keep it on disk (teacher.cache); nothing is trained."""
+    from ...configs.loader import load_recipe
+    from ...models.common.errors import UserError
+    from ..run.start import start
+
+    loaded = load_recipe(recipe, overrides or ())
+    if loaded.teacher is None or loaded.teacher.cache is None:
+        raise UserError("the recipe keeps no cache of its teacher; add one: teacher.cache.mode=hybrid (or top_k, sampled)")
+    start(loaded, out, only_caches=True)
+
+
+@app.command(epilog="Example: decoct launch qwen3-8b-4b-int4 --gpus 8 --nodes 2 --target slurm --print")
+def launch(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    target: Annotated[str, typer.Option("--target", help="local, torchrun, slurm or kubernetes.")] = "local",
+    show: Annotated[bool, typer.Option("--print", help="Print the command or file, and start nothing.")] = False,
+    gpus: Annotated[int | None, typer.Option("--gpus", help="Processes on each node.", show_default="the recipe's")] = None,
+    nodes: Annotated[int, typer.Option("--nodes", help="Machines.")] = 1,
+    max_restarts: Annotated[int, typer.Option("--max-restarts", help="Starts after a crash; each resumes by itself.")] = 3,
+    out: Out = None,
+    job_id: Annotated[str | None, typer.Option("--job-id", help="Rendezvous id, the same on all nodes.", show_default=False)] = None,
+    rdzv_endpoint: Annotated[str | None, typer.Option("--rdzv-endpoint", help="torchrun: HOST:PORT of the first node.")] = None,
+    node_rank: Annotated[int | None, typer.Option("--node-rank", help="torchrun: number of this node.")] = None,
+    grace: Annotated[int, typer.Option("--grace", help="Seconds to save in when the job is stopped.")] = 120,
+    partition: Annotated[str | None, typer.Option("--partition", help="slurm: partition.")] = None,
+    account: Annotated[str | None, typer.Option("--account", help="slurm: account.")] = None,
+    time: Annotated[str | None, typer.Option("--time", help="slurm: time limit, such as 24:00:00.")] = None,
+    image: Annotated[str | None, typer.Option("--image", help="kubernetes: container image.")] = None,
+    namespace: Annotated[str, typer.Option("--namespace", help="kubernetes: namespace.")] = "default",
+    volume_claim: Annotated[str | None, typer.Option("--volume-claim", help="kubernetes: claim for runs and cache.")] = None,
+    secret: Annotated[list[str] | None, typer.Option("--secret", help="kubernetes: VARIABLE=SECRET/KEY; repeatable.")] = None,
+    kind: Annotated[str, typer.Option("--kind", help="kubernetes: trainjob or jobset.")] = "trainjob",
+) -> None:
+    """Run a recipe on this machine's GPUs, on many nodes, or through a scheduler, with restarts, resuming and a log file for each rank."""
+    from ..jobs.job import Slurm
+    from .launch_verb import Choices, run_launch
+
+    choices = Choices(
+        target=target, show=show, gpus=gpus, nodes=nodes, restarts=max_restarts, out=out, job_id=job_id, endpoint=rdzv_endpoint,
+        node_rank=node_rank, grace=grace, slurm=Slurm(partition=partition, account=account, time=time), image=image,
+        namespace=namespace, volume_claim=volume_claim, secrets=secret or (), kind=kind,
+    )  # fmt: skip
+    run_launch(recipe, overrides or (), choices)
+
+
+@app.command(epilog="Example: decoct footprint 70B --context 32768 --batch 8")
+def footprint(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hub id, stored architecture, or a size such as 70B.")],
+    context: Annotated[
+        str | None,
+        typer.Option("--context", help="Tokens in the KV cache, such as 32k.", show_default="the model's, at most 8,192"),
+    ] = None,
+    batch: Annotated[str, typer.Option("--batch", help="Sequences in the KV cache.")] = "1",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a model takes at each precision: bare parameters beside the stored weights with scales and embeddings, and the KV cache."""
+    from ..plan.ladder import run_footprint
+
+    run_footprint(model, context, batch, as_json)
+
+
+@app.command(epilog="Example: decoct plan qwen3-8b-4b-int4 --gpus 8 --gpu-memory 80GB")
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", help="GPUs on each node.", show_default="those found here")] = None,
+    nodes: Annotated[int, typer.Option("--nodes", help="Machines.")] = 1,
+    gpu_memory: Annotated[
+        str | None, typer.Option("--gpu-memory", help="Memory of one GPU, such as 80GB.", show_default="as found here")
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", help="GPUs that will serve one copy of the export.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a recipe will need and yield, stage by stage: sizes, tokens, disk, memory by role, who serves it. Downloads no weights."""
+    from .plan_verb import run_plan
+
+    run_plan(recipe, overrides or (), gpus, nodes, gpu_memory, tensor_parallel, as_json)
+
+
+@shipped_app.command("list", epilog="Example: decoct recipes list")
+def recipes_list() -> None:
+    """The shipped recipes, one line each."""
+    from ...configs.shipped import list_recipes
+
+    for name, _, about in list_recipes():
+        typer.echo(f"{name:<30} {about}")
+
+
+@shipped_app.command("show", epilog="Example: decoct recipes show quickstart")
+def recipes_show(name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")]) -> None:
+    """Print a shipped recipe."""
+    from ...configs.shipped import shipped_text
+
+    typer.echo(shipped_text(name), nl=False)
+
+
+@shipped_app.command("copy", epilog="Example: decoct recipes copy quickstart my-recipe.yaml")
+def recipes_copy(
+    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
+    target: Annotated[Path | None, typer.Argument(help="File to write.", show_default="NAME.yaml")] = None,
+) -> None:
+    """Write a shipped recipe to a file of your own; an existing file is never overwritten."""
+    from .single_stage import copy_recipe
+
+    typer.echo(f"wrote {copy_recipe(name, target or Path(f'{name}.yaml'))}")

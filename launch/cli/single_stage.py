@@ -1,0 +1,190 @@
+"""Single verbs on a model folder: each is a recipe of one stage, so it resumes, skips and reports like any other run."""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...models.common.errors import UserError
+
+DEFAULT_TOKENS = {"distill": "1M", "qat": "1M"}
+"""What a verb trains on when neither tokens nor steps are given."""
+
+
+@dataclass(frozen=True)
+class TextChoice:
+    """The text that a verb trains or measures on."""
+
+    files: Sequence[str] | None
+    hub: str | None
+    seq_length: int
+    eval_tokens: str | None = None
+
+    def data(self) -> dict[str, Any]:
+        """The ``data`` section of a recipe."""
+        if self.files and self.hub:
+            raise UserError("--text and --hub exclude each other: give the text once")
+        source: dict[str, Any] = (
+            {"files": list(self.files)} if self.files else {"hub": self.hub} if self.hub else {"builtin": "python-stdlib"}
+        )
+        measured = {"eval_tokens": self.eval_tokens} if self.eval_tokens else {}
+        return {**source, "seq_length": self.seq_length, **measured}
+
+
+def verb_recipe(kind: str, model: str, settings: dict[str, Any], text: TextChoice, teacher: str | None) -> dict[str, Any]:
+    """The recipe, as plain data, that runs one stage of ``kind`` on ``model``."""
+    recipe: dict[str, Any] = {"name": f"{kind}-{_slug(model)}", "student": {"path": model}, "data": text.data()}
+    if teacher:
+        recipe["teacher"] = {"path": teacher}
+    # One window of the default batch must fit a text of any length that a single verb is tried on.
+    recipe["trainer"] = {"global_batch_tokens": text.seq_length * 32}
+    recipe["stages"] = [{kind: {k: v for k, v in settings.items() if v is not None}}]
+    return recipe
+
+
+def verb_overrides(kind: str, overrides: Sequence[str]) -> list[str]:
+    """KEY=VALUE of a single verb as overrides of its recipe: a key of the stage stands for itself (``steps=9`` for ``stages.0.steps=9``).
+
+    A key that recipes have at the top (``teacher.load_in``, ``seed``) keeps that meaning. One that neither has goes where its nearest
+    word is, so that the message names it.
+    """
+    from ...configs.foreign_names import meant_by
+    from ...configs.problems import nearest
+    from ...configs.reading import KEYS
+    from ...configs.schema import types_of
+    from ...trainer.stages.registry import STAGE_KINDS
+
+    own = set(types_of(STAGE_KINDS[kind].settings)) - set(KEYS)
+
+    def of_the_stage(key: str) -> bool:
+        return key in own or (key not in KEYS and meant_by(key) is None and nearest(key, [*KEYS, *own]) in own)
+
+    return [f"stages.0.{text}" if of_the_stage(text.partition("=")[0].partition(".")[0].strip()) else text for text in overrides]
+
+
+def _gives_steps(override: str) -> bool:
+    keys = override.partition("=")[0].split(".")
+    return keys[0].strip() == "stages" and keys[-1].strip() == "steps"
+
+
+def _learns(kind: str, settings: dict[str, Any]) -> bool:
+    """Whether the weights that come out depend on the text."""
+    return settings.get("method") == "gptq" if kind == "quantize" else kind != "evaluate"
+
+
+def _slug(model: str) -> str:
+    path = Path(model)
+    name = path.parent.name if path.name == "model" and path.parent.name else path.name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+
+
+def prune_settings(ffn: int | None, keep: str | None, tokens: str | None) -> dict[str, Any]:
+    """The ``prune`` stage's settings for ``--ffn`` or ``--keep``."""
+    if (ffn is None) == (keep is None):
+        raise UserError("give exactly one of --ffn (channels kept in every layer) and --keep (share of the weights that stays)")
+    if ffn is not None and tokens is not None:
+        raise UserError("--ffn is one shot and takes no --tokens; run `decoct distill` on the result to recover")
+    return {"structured": {"ffn": ffn}} if ffn is not None else {"magnitude": {"keep": keep}, "tokens": tokens}
+
+
+def run_verb(
+    kind: str,
+    model: str,
+    settings: dict[str, Any],
+    text: TextChoice,
+    teacher: str | None,
+    overrides: Sequence[str] | None,
+    out: Path | None,
+) -> None:
+    """Run one stage on a model folder."""
+    if kind == "distill" and not teacher:
+        raise UserError("decoct distill needs a teacher to learn from: --teacher MODEL (a model folder or a hub id)")
+    from ...configs.loader import recipe_from_dict
+    from ..run.start import start
+
+    given = verb_overrides(kind, overrides or ())
+    if "tokens" in settings and settings["tokens"] is None and kind in DEFAULT_TOKENS and not any(map(_gives_steps, given)):
+        settings = {**settings, "tokens": DEFAULT_TOKENS[kind]}
+    if not (text.files or text.hub) and _learns(kind, settings) and os.environ.get("RANK", "0") == "0":
+        print(f"decoct: neither --text nor --hub: {kind} learns from the Python standard library, which is for trying out", file=sys.stderr)
+    start(recipe_from_dict(verb_recipe(kind, model, settings, text, teacher), given), out)
+
+
+def run_evaluate(
+    model: str, text: TextChoice, teacher: str | None, gate: str | None, overrides: Sequence[str] | None, out: Path | None
+) -> None:
+    """Measure a model folder or an export, on all of the files that are given; the gate decides the exit code."""
+    text = replace(text, eval_tokens=text.eval_tokens or ("all" if text.files else "32k"))
+    run_verb("evaluate", model, {"max_perplexity_increase": gate, "round_teacher": False}, text, teacher, overrides, out)
+
+
+def run_export(model: Path, out: Path, form: str, allow_inexact: bool = False, reader_version: str | None = None) -> None:
+    """Pack a model folder, verify it, and say what was found."""
+    from ...models.capabilities import percent
+    from ...models.folder.model_folder import read_record
+    from ...models.folder.stored_names import left_out_words
+    from ...models.folder.structure import covered_share
+    from ...qat.export.export import export_folder
+    from ...qat.runtimes.outcome_words import outcome_text
+    from ..terminal.console import CleanConsole
+
+    console = CleanConsole(markup=False, highlight=False, soft_wrap=True)
+    result = export_folder(model, out, form, allow_inexact=allow_inexact, reader_version=reader_version)
+    kind = "rounded weight" if result.rounding else "weight"
+    console.print(f"wrote {out}: {form}, {result.bytes:,} bytes, every {kind} rebuilt exactly by an independent reader")
+    record = read_record(out)
+    if modules := record.get("quant", {}).get("modules"):
+        console.print(f"  packs {percent(covered_share(out, modules))} of the decoder's weights")
+    if left_out := record.get("left_out"):
+        console.print(f"  {left_out_words(left_out)}")
+    if result.rounding:
+        console.print(f"  NOT exact: {result.rounding} (--allow-inexact)")
+    for name, seen in result.runtimes.items():
+        console.print(f"  {name}: {outcome_text(seen)}")
+
+
+def run_plain(model: str, out: Path, revision: str | None) -> None:
+    """Make a plain text model, and say of what."""
+    from ...models.folder.plain_copy import make_plain
+    from ..terminal.console import CleanConsole
+
+    what = make_plain(model, out, revision=revision)
+    CleanConsole(markup=False, highlight=False, soft_wrap=True).print(f"wrote {out}: {what}")
+
+
+def run_verify(folder: Path, source: Path | None, runtimes: bool, accept: Sequence[str] = ()) -> None:
+    """Print every check of an export; UserError (exit code 2) when one fails. Files in ``accept`` are first recorded as they are."""
+    from ...models.folder.record import accept_changes
+    from ...qat.runtimes.outcome_words import outcome_text
+    from ...qat.verify.verify import verify_folder
+    from ..terminal.console import CleanConsole
+
+    console = CleanConsole(markup=False, highlight=False, soft_wrap=True)
+    if accept:
+        accept_changes(folder, accept)
+    with console.status("verifying"):
+        report = verify_folder(folder, source=source, runtimes=runtimes)
+    for check in report.checks:
+        console.print(f"  ok  {check}")
+    for name, seen in report.runtimes.items():
+        console.print(f"  {name}: {outcome_text(seen)}")
+    if report.problems:
+        raise UserError(f"{folder} is not what was exported:\n" + "\n".join(f"  - {problem}" for problem in report.problems))
+
+
+def copy_recipe(name: str, target: Path) -> Path:
+    """Write a shipped recipe to ``target``; UserError when the file exists or cannot be written."""
+    from ...configs.shipped import shipped_text
+
+    text = shipped_text(name)
+    try:
+        with target.open("x") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UserError(f"{target} exists; choose another name: decoct recipes copy {name} FILE") from None
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}); choose another place") from None
+    return target

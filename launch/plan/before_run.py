@@ -1,0 +1,30 @@
+"""What `decoct run` plans before it begins: the short form is printed, and what cannot work is refused before any work."""
+
+from typing import TYPE_CHECKING, Any
+
+from ...models.common.errors import UserError
+from .make_plan import plan as make_plan
+from .problems import problems
+from .shapes import ImpossibleStageError
+from .show import short_form
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
+
+
+def check_before_run(recipe: Any, out: "Path", console: "Console", *, nodes: int = 1) -> None:
+    """Print the short form; UserError (exit code 2) when something cannot work.
+
+    A model whose numbers cannot be had is left to the run, which needs more of it and says more about it.
+    """
+    try:
+        made = make_plan(recipe, nodes=nodes)
+    except ImpossibleStageError:
+        raise
+    except UserError:
+        return
+    console.print(short_form(made), markup=False, highlight=False, soft_wrap=True)
+    if found := problems(made, out):
+        raise UserError("this recipe cannot work here:\n" + "\n".join(f"  - {problem}" for problem in found))

@@ -1,0 +1,106 @@
+"""What a recipe asks of its models that their families do not give, said before any work; and the share of weights that stages reach."""
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from ...models.capabilities import Capabilities, coverage_refusal
+from .shapes import ImpossibleStageError, ModelShape, StageShape, quantized_linears
+
+if TYPE_CHECKING:
+    from ...configs.recipe import Recipe, StageEntry
+    from ...trainer.settings import ExportSettings
+
+_TABLE = "docs/families.md has the table of families"
+
+
+def check_families(recipe: "Recipe", teacher: ModelShape | None, student: ModelShape) -> None:
+    """ImpossibleStageError that names the family, what stands in the way and the remedy; nothing when all can be done."""
+    for entry in recipe.stages:
+        for reason in _reasons(recipe, entry, teacher, student):
+            raise ImpossibleStageError(f"{entry.name}: {reason}")
+
+
+def coverage(stage: StageShape) -> float | None:
+    """Share of the decoder's weights that a stage works on, from what its input has; None for stages that choose none."""
+    from ...trainer.settings import ExportSettings, PruneSettings
+    from ...trainer.settings_quantization import QatSettings, QuantizeSettings
+
+    settings, weights = stage.entry.settings, stage.before.family.weights
+    if isinstance(settings, PruneSettings):
+        return weights.share(ffn_linears(stage.before) if settings.structured else None)
+    if isinstance(settings, QatSettings | QuantizeSettings | ExportSettings) and stage.lattices is not None:
+        return weights.share(quantized_linears(stage.before, stage.lattices))
+    return None
+
+
+def ffn_linears(shape: ModelShape) -> list[str]:
+    """The linears whose channels structured pruning removes; [] of a family that it does not know."""
+    from ...models.families import FAMILIES
+
+    family = FAMILIES.get(shape.config.model_type)
+    ends = () if family is None else (*family.ffn_in, family.ffn_out)
+    return [name for name in shape.linears if name.endswith(ends)]
+
+
+def _reasons(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, student: ModelShape) -> Iterator[str]:
+    from ...configs.checks import trains
+    from ...trainer.settings import ExportSettings, PruneSettings, TrainingBlock
+    from ...trainer.settings_quantization import QatSettings, QuantizeSettings
+
+    settings, family = entry.settings, student.family
+    teaches = teacher is not None and isinstance(settings, TrainingBlock) and trains(entry) and entry.kind != "pretrain"
+    models: list[tuple[str, Capabilities]] = [("the student", family)]
+    if teacher is not None and teaches and settings.teacher != "input" and settings.loss.hard_weight < 1:
+        models.append(("the teacher", teacher.family))
+    for who, one in models:
+        action = "distil" if isinstance(settings, TrainingBlock) and trains(entry) else "measure"
+        if reason := one.refusal(action):
+            yield f"{who}, {reason}; use a model of another family ({_TABLE})"
+        if one is not family and recipe.teacher and recipe.teacher.load_in == "bf16" and (reason := one.refusal("bf16 teacher")):
+            yield f"{who} in bf16, {reason}; set teacher.load_in: fp32"
+        reads = action == "distil" or getattr(settings, "calibrates", False) or getattr(settings, "structured", None) is not None
+        if reads and recipe.data.packing and (reason := one.refusal("packing")):
+            yield f"{who}, {reason}; set data.packing: false"
+    if isinstance(settings, PruneSettings) and settings.structured:
+        if reason := family.refusal("prune channels"):
+            other = "" if family.refusal("prune weights") else "prune.magnitude, or "
+            yield f"{reason}; use {other}a model of one of these ({_TABLE})"
+    elif isinstance(settings, PruneSettings | QatSettings | QuantizeSettings):
+        yield from _of_weights(entry, student)
+    elif isinstance(settings, ExportSettings):
+        yield from _of_export(settings, student)
+
+
+def _of_weights(entry: "StageEntry", student: ModelShape) -> Iterator[str]:
+    """What the stage does not reach of the weights, and what of its method was seen to fail."""
+    from ...trainer.settings import PruneSettings
+    from ...trainer.settings_quantization import QatSettings, QuantizeSettings
+
+    settings, reached, named = entry.settings, list(student.linears), list[str]()
+    if isinstance(settings, QatSettings | QuantizeSettings):
+        named = [name for name in student.linears if any(fnmatchcase(name, pattern) for pattern in settings.skip)]
+        reached = [name for name in student.linears if name not in named]
+    agreed = settings.allow_partial and bool(student.linears)
+    if not agreed and (reason := coverage_refusal(student.family.weights, reached, named)):
+        allowed = f", or allow it by name: stages.{entry.index}.{entry.kind}.allow_partial=true" if student.linears else ""
+        yield f"model type {student.family.model_type!r}: {reason}. Use a model of another family ({_TABLE}){allowed}"
+    if named or isinstance(settings, PruneSettings):
+        # what was seen of a family is not known of a part of it: the stage itself will say
+        return
+    calibrates = isinstance(settings, QuantizeSettings) and settings.calibrates
+    starts = isinstance(settings, QatSettings) and settings.first == "gptq"
+    asked = {"rtn": "", "gptq": "use start: mse" if starts else "use method rtn or mse", "qat": "use a stage 'quantize'"}
+    wanted = ["rtn", *(["gptq"] if calibrates or starts else []), *(["qat"] if isinstance(settings, QatSettings) else [])]
+    for action in wanted:
+        if reason := student.family.partial(action):
+            yield f"{reason}; {asked[action]}".rstrip("; ") + f" ({_TABLE})"
+
+
+def _of_export(settings: "ExportSettings", student: ModelShape) -> Iterator[str]:
+    from ...qat.export.family_limits import gguf_refusal
+
+    if reason := student.family.refusal("export"):
+        yield f"{reason} ({_TABLE})"
+    if "gguf" in settings.formats and (reason := gguf_refusal(student.config, student.tensors)):
+        yield f"gguf cannot hold this model: {reason}"

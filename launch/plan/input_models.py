@@ -1,0 +1,50 @@
+"""The models that a recipe starts from, looked at before anything else: what cannot be taken is refused with the way that works."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ...models.common.errors import UserError
+from .shapes import ImpossibleStageError, config_of
+
+if TYPE_CHECKING:
+    from ...configs.recipe import Recipe
+
+
+def check_inputs(recipe: "Recipe") -> None:
+    """Refuse a teacher or student that no stage can work on.
+
+    Raises:
+        ImpossibleStageError: an adapter, packed weights, a model of more than text, weights of another model than config.json,
+            or windows longer than its table of positions.
+        UserError: its config is nowhere to be had.
+    """
+    from ...models.folder.hub import local_folder
+    from ...models.folder.name_checks import check_names
+    from ...models.folder.refused_inputs import check_files, check_text_model
+    from ...models.positions import check_positions
+
+    for key, path, revision, trained in _models(recipe):
+        folder = local_folder(path, revision=revision)
+        try:
+            if folder is not None and trained:
+                check_files(folder)
+        except UserError as error:
+            raise ImpossibleStageError(f"{key}: {error}") from error
+        config, _ = config_of(path, revision)
+        try:
+            check_text_model(path, config)
+            if folder is not None and trained and any(folder.glob("*.safetensors")):
+                check_names(path, folder)
+            check_positions(path, config, recipe.data.seq_length)
+        except UserError as error:
+            raise ImpossibleStageError(f"{key}: {error}") from error
+
+
+def _models(recipe: "Recipe") -> Iterator[tuple[str, str, str | None, bool]]:
+    """(recipe key, folder or hub id, revision, whether its weights must be plain) of teacher and student."""
+    if recipe.teacher and recipe.teacher.path:
+        yield "teacher.path", recipe.teacher.path, recipe.teacher.revision, True
+    if recipe.student.path:
+        # exports can be measured
+        worked_on = any(entry.kind != "evaluate" for entry in recipe.stages)
+        yield "student.path", recipe.student.path, recipe.student.revision, worked_on

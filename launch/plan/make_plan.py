@@ -1,0 +1,232 @@
+"""What a recipe will need and yield, from shapes alone and in seconds: ``plan`` makes a ``Plan``, ``show`` draws it."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from ...models.common.errors import UserError
+from .disk import EXPORT_BYTES, checkpoint_bytes, model_bytes, quantized_bytes
+from .family_limits import check_families, coverage
+from .fitting import cheapest_fit, usable
+from .format_limits import refusals
+from .input_models import check_inputs
+from .memory import training_memory
+from .memory_case import StageMemoryCase
+from .plan_types import PRECISIONS, Machine, Plan, StagePlan, Training
+from .rounding import rounding_plan
+from .serving_stacks import Verdict, verdicts
+from .shapes import ModelShape, StageShape, stage_shapes, student_shape, teacher_shape
+from .stored_shapes import Keys, cases
+from .values import Value, recipe_values, settings_values, training_values
+
+if TYPE_CHECKING:
+    from ...configs.recipe import Recipe, StageEntry
+    from ...trainer.settings import TrainerSettings
+
+
+def plan(recipe: "Recipe", *, gpus: int | None = None, gpu_memory: int | None = None, nodes: int = 1, tensor_parallel: int = 1) -> Plan:
+    """Plan a recipe.
+
+    Args:
+        recipe: What to plan.
+        gpus: GPUs on each node; None = those of this machine, as ``trainer.devices`` asks for them.
+        gpu_memory: Bytes of one GPU; None = that of this machine's, unknown without one.
+        nodes: Machines.
+        tensor_parallel: GPUs that will serve one copy of the exported model.
+
+    Raises: UserError when a model's numbers are nowhere to be had, or the recipe contradicts itself.
+    """
+    check_inputs(recipe)
+    machine = _machine(recipe.trainer, gpus, gpu_memory, nodes)
+    teacher = teacher_shape(recipe)
+    student = student_shape(recipe, teacher)
+    check_families(recipe, teacher, student)
+    stages = [_stage(recipe, shape, teacher, machine, tensor_parallel) for shape in stage_shapes(recipe, student)]
+    kept = sum((stage.model_bytes or 0) + sum(stage.exports.values()) for stage in stages)
+    largest = max((stage.training.checkpoint_bytes for stage in stages if stage.training), default=0)
+    passing = max((stage.rounding.work_bytes for stage in stages if stage.rounding), default=0)
+    made = 0 if recipe.student.path else model_bytes(student, _SAVED[recipe.trainer.save_dtype])
+    return Plan(
+        name=recipe.name,
+        machine=machine,
+        teacher=None if teacher is None else f"{teacher.describe()}, {teacher.parameters:,} parameters",
+        student=f"{student.describe()}, {student.parameters:,} parameters ({student.source})",
+        values=recipe_values(recipe),
+        stages=stages,
+        disk_bytes=kept + made + passing + 3 * largest + sum(stage.training.cache_bytes for stage in stages if stage.training),
+    )
+
+
+_SAVED = {"bf16": "BF16", "fp32": "F32"}
+
+
+def _machine(trainer: "TrainerSettings", gpus: int | None, gpu_memory: int | None, nodes: int) -> Machine:
+    import torch
+
+    here = torch.cuda.device_count()
+    if gpus is None and gpu_memory is not None:
+        gpus = here or (trainer.devices if isinstance(trainer.devices, int) else 1)
+    on_gpu = here if gpus is None else gpus
+    processes = on_gpu or 1 if trainer.devices == "auto" or gpus is not None else int(trainer.devices)
+    if gpu_memory is None and on_gpu and here:
+        gpu_memory = torch.cuda.get_device_properties(0).total_memory
+    return Machine(gpus=on_gpu, nodes=nodes, processes=max(1, processes), gpu_memory=gpu_memory if on_gpu else None)
+
+
+def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, machine: Machine, tensor_parallel: int) -> StagePlan:
+    from ...trainer.settings import ExportSettings, TrainingBlock
+    from ...trainer.settings_quantization import QatSettings, QuantizeSettings
+
+    entry, after = shape.entry, shape.after
+    values = settings_values(f"stages.{entry.index}.{entry.kind}", entry.settings)
+    training = None
+    if isinstance(entry.settings, TrainingBlock) and (entry.settings.tokens or entry.settings.steps):
+        training, derived = _training(recipe, shape, teacher, machine)
+        values = derived + [value for value in values if value.key not in {other.key for other in derived}]
+    rounding, rounded = None, entry.settings
+    if isinstance(entry.settings, QatSettings):
+        rounded = entry.settings.start_rounding
+    if isinstance(rounded, QuantizeSettings):
+        seq, memory = recipe.data.seq_length, machine.gpu_memory
+        rounding = rounding_plan(rounded, shape, seq, on_gpu=machine.gpus > 0, gpu_memory=memory)
+    exports: dict[str, int] = {}
+    judged: Sequence[Verdict] = ()
+    refused: list[str] = []
+    if isinstance(entry.settings, ExportSettings) and shape.lattices is not None:
+        exports = {name: EXPORT_BYTES[name](after, shape.lattices) for name in entry.settings.formats}
+        beside: Any = {"activations": shape.activations, "kv_cache": shape.kv_cache, "keys": _keys(recipe, entry)}
+        judged = verdicts(after, shape.lattices, tensor_parallel=tensor_parallel, formats=tuple(exports), **beside)
+        refused = refusals(cases(after, shape.lattices, tensor_parallel, tuple(exports), **beside), entry.settings)
+    return StagePlan(
+        name=entry.name,
+        kind=entry.kind,
+        shape=after.describe(),
+        parameters=after.parameters,
+        precisions={name: int(after.parameters * width) for name, width in PRECISIONS.items()},
+        model_bytes=_written(recipe, shape),
+        training=training,
+        rounding=rounding,
+        values=values,
+        exports=exports,
+        verdicts=list(judged),
+        refusals=refused,
+        coverage=coverage(shape),
+        not_exported=shape.after.family.refusal("export") or "" if entry.kind in ("qat", "quantize") else "",
+    )
+
+
+def _keys(recipe: "Recipe", export: "StageEntry") -> Keys:
+    """How keys of remedies begin: the export's, those of the stage that rounded last before it, and of the one that prunes channels."""
+    from ...trainer.settings import PruneSettings
+    from ...trainer.settings_quantization import QatSettings, QuantizeSettings
+
+    kinds = Counter(entry.kind for entry in recipe.stages)
+
+    def key(entry: "StageEntry") -> str:
+        return f"stages.{entry.kind if kinds[entry.kind] == 1 else entry.name}."
+
+    before = recipe.stages[: export.index]
+    rounding = [entry for entry in before if isinstance(entry.settings, QatSettings | QuantizeSettings)]
+    pruning = [entry for entry in before if isinstance(entry.settings, PruneSettings) and entry.settings.structured]
+    return Keys(quantizer=key(rounding[-1]) if rounding else "", export=key(export), prune=key(pruning[-1]) if pruning else None)
+
+
+def _written(recipe: "Recipe", shape: StageShape) -> int | None:
+    if shape.entry.kind in ("qat", "quantize"):
+        assert shape.lattices is not None
+        return sum(quantized_bytes(shape.after, shape.lattices))
+    if shape.entry.kind in ("pretrain", "distill", "prune"):
+        return model_bytes(shape.after, _SAVED[recipe.trainer.save_dtype])
+    return None
+
+
+def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, machine: Machine) -> tuple[Training, list[Value]]:
+    """Memory, work and derived numbers of one training stage."""
+    from ...trainer.stages.training import derive_plan
+
+    entry, trainer, seq = shape.entry, recipe.trainer, recipe.data.seq_length
+    taught, load_in, placement = _taught(recipe, shape, teacher)
+    steps = derive_plan(
+        entry.settings,
+        trainer,
+        kind=entry.kind,
+        name=entry.name,
+        hidden=shape.before.hidden,
+        seq_length=seq,
+        ranks=machine.ranks,
+        seed=recipe.seed,
+        strategy=_strategy(recipe, shape, taught, load_in, placement, machine),
+    )
+    case = StageMemoryCase(
+        plan=steps,
+        seq_length=seq,
+        ranks=machine.ranks,
+        on_gpu=machine.gpus > 0,
+        load_in=load_in,
+        placement=placement,
+        lattices=shape.lattices if entry.kind == "qat" else None,
+        **_trained_in_qat(entry.settings),
+    )
+    memory = training_memory(shape.before, taught, case)
+    fits = None if machine.gpu_memory is None else memory.total <= usable(machine.gpu_memory)
+    tokens = steps.total_steps * steps.batch.global_windows * seq
+    work = (8 if steps.activation_checkpointing else 6) * shape.before.parameters + (0 if taught is None else 2 * taught.parameters)
+    masks = entry.kind == "prune" or any(e.kind == "prune" and e.settings.magnitude for e in recipe.stages[: entry.index])
+    training = Training(
+        steps=steps.total_steps,
+        tokens=tokens,
+        flop=float(work) * tokens,
+        memory=memory,
+        fits=fits,
+        remedy=cheapest_fit(shape.before, taught, case, machine.gpu_memory) if fits is False and machine.gpu_memory else None,
+        checkpoint_bytes=checkpoint_bytes(shape.before, masks=masks),
+        cache_bytes=_cache_bytes(recipe, entry, taught, tokens),
+    )
+    return training, training_values(entry, steps, seq, machine.ranks, shape.before.hidden, trainer)
+
+
+def _trained_in_qat(settings: Any) -> dict[str, Any]:
+    from ...trainer.settings_quantization import QatSettings
+
+    if not isinstance(settings, QatSettings):
+        return {}
+    rounds = {"rounds_inputs": settings.activations is not None}
+    return {"learned_scales": settings.scales == "learned", "codes_only": settings.train == "scales", "rank": settings.lora or 0, **rounds}
+
+
+def _cache_bytes(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, tokens: int) -> int:
+    """What a cache keeps of the teacher for the tokens of a stage, none of them seen twice: at most that much."""
+    from ...trainer.soft_targets.cached import row_format
+
+    if teacher is None or recipe.teacher is None or recipe.teacher.cache is None or entry.settings.teacher == "input":
+        return 0
+    return row_format(recipe.teacher.cache, teacher.vocabulary, entry.settings.loss.temperature or 1.0).bytes * tokens
+
+
+def _taught(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None) -> tuple[ModelShape | None, str, str]:
+    """(teacher of the stage, how it is held, where): none when the loss needs none; a stage may learn from its own input, in fp32."""
+    settings = shape.entry.settings
+    if shape.entry.kind == "pretrain" or settings.loss.hard_weight == 1.0:
+        return None, "bf16", "replicated"
+    if settings.teacher == "input" or recipe.teacher is None:
+        return shape.before, "fp32", "replicated"
+    if teacher is None:
+        raise UserError(f"{shape.entry.name}: teacher: recipe, but the recipe has no teacher; add one, or set teacher: input")
+    return teacher, recipe.teacher.load_in, recipe.teacher.placement
+
+
+def _strategy(
+    recipe: "Recipe", shape: StageShape, taught: ModelShape | None, load_in: str, placement: str, machine: Machine
+) -> Literal["ddp", "fsdp2"]:
+    from ...trainer.processes.strategy import choose_strategy
+    from ...trainer.stages.student_and_teacher import held_bytes
+
+    held: Any = 0 if taught is None else held_bytes(taught.parameters, load_in, placement, machine.ranks)
+    return choose_strategy(
+        recipe.trainer.strategy,
+        ranks=machine.ranks,
+        parameters=shape.before.parameters,
+        optimizer=recipe.trainer.optimizer,
+        teacher_bytes=held,
+        device_bytes=machine.gpu_memory,
+    )

@@ -1,0 +1,54 @@
+"""The sentences of a report: how its figures were taken, what stages covered, how exact exports are."""
+
+from typing import Any
+
+from ...models.capabilities import percent
+from ...qat.source.plain_source import Rounding
+
+Report = dict[str, Any]
+Row = dict[str, Any]
+
+
+def protocol_lines(report: Report) -> list[str]:
+    """How the figures were taken, one sentence a line."""
+    p, v = report["protocol"], report["versions"]
+    packages = ", ".join(f"{n} {v['packages'][n]}" for n in ("decoct", "torch", "transformers", "lightning") if v["packages"].get(n))
+    return [
+        f"Held-out text: {p['text']} (fingerprint {p['text_hash'][:12]}), {p['tokens']:,} tokens "
+        f"in non-overlapping windows of {p['context']}, computed in {p['dtype']}.",
+        *_left_out(p.get("left_out", {})),
+        "KL is the mean over tokens of KL(teacher || model) in nats; top-1 is how often both predict the same token.",
+        "Size is what the model takes where it is served, folder its weight files on disk. After qat or quantize the two differ: the "
+        "folder holds codes times scales in fp32, and an export packs codes and scales and keeps the rest in 16 bits (embeddings, head "
+        "and norms, as a rule, which weigh heavily in small models).",
+        "Bits per weight = 8 x size / parameters, embeddings included, tied tensors once; sparsity is the share of zeros in linear "
+        "weights without embeddings and head.",
+        "Change is of the perplexity, against the row before: a stage against the model it began with, a re-read export against the model "
+        "it was made of.",
+        f"Commit {report['commit'] or 'of an installed package'}; {packages}; Python {v['python']}; "
+        f"{', '.join(v['gpus']) or v['cpu']}, {v['cores']} cores.",
+    ]
+
+
+def _left_out(counts: dict[str, int]) -> list[str]:
+    """What of the text was not used, by reason; nothing to say where all was."""
+    listed = "; ".join(f"{count:,} {reason}" for reason, count in counts.items())
+    return [f"Not used of the text: {listed}."] if listed else []
+
+
+def coverage_sentences(report: Report) -> list[str]:
+    """What share of the decoder's weights each stage worked on, where it says so."""
+    told = ((row, row["coverage"]) for row in report["stages"] if row.get("coverage"))
+    return [
+        f"{row['name']} worked on {percent(seen['share'])} of the decoder's weights"
+        + (f"; left as they are: {', '.join(seen['left'])}" if seen["left"] else "")
+        for row, seen in told
+    ]
+
+
+def exactness(export: Row) -> str:
+    """What a row of ``exports`` says of the weights in its files."""
+    if export["exact"]:
+        return "rebuilt element by element by an independent reader"
+    rounding = export.get("rounding")
+    return f"NOT exact: {Rounding(**rounding)}" if rounding else "NOT exact"

@@ -1,0 +1,295 @@
+"""Measures every model of a run once, remembers the figures in the stage's folder, and hands them to the report."""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...models.capabilities import capabilities
+from ...models.common.errors import UserError
+from ...models.common.files import sha256_json, write_json_atomic
+from ...models.common.seal import seal_is_broken, sealed
+from ...models.folder.loading import load_model
+from ...models.folder.model_folder import content_hash, read_record
+from ...models.teachers import LocalTeacher, open_teacher
+from ...qat.export.export import export_folder
+from ...qat.layers.quantized_model import quantize_model
+from ...qat.layers.save_folder import save_quantized_folder
+from ...qat.packing import PACKED_BITS
+from ...qat.spec import QuantSpec
+from ...trainer.evaluation.model_row import best_device, measure_folder, measure_teacher, quant_record, too_large_to_measure
+from ...trainer.evaluation.teacher_drift import ROUNDED, teacher_drift
+from ...trainer.settings import EvaluateSettings
+from ...trainer.stages.context import TeacherRef
+from ...trainer.stages.registry import STAGE_KINDS
+from ..report.curves import read_curves
+from .changes import change_between, warning_of
+from .run_folder import RunFolder, StageFolder
+from .starting_point import Origin
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ...configs.recipe import Recipe, StageEntry
+
+Row = dict[str, Any]
+_SIZES = ("parameters", "bytes", "bits_per_weight", "packed_bytes", "packed_bits_per_weight", "sparsity")
+
+
+class Measuring:
+    """The rows of the report, filled as the run goes (used on rank 0)."""
+
+    def __init__(self, recipe: "Recipe", origin: Origin, teacher: TeacherRef | None, folder: RunFolder, console: "Console") -> None:
+        self.recipe = recipe
+        self.origin = origin
+        self.teacher = teacher
+        self.folder = folder
+        self.console = console
+        self.exports: list[Row] = []
+        self.notes: list[str] = []
+        """What a reader of the report should not miss, a sentence each."""
+        self._rows: list[Row] = []
+        self._teacher_row: Row | None = None
+        self._opened: LocalTeacher | None = None
+        self._quantized: str | None = None
+
+    @property
+    def stages(self) -> list[Row]:
+        """Rows of teacher and stages, in order."""
+        first = [self.teacher_row()] if self.teacher else []
+        return first + self._rows
+
+    def protocol(self) -> dict[str, Any]:
+        """How the figures are taken."""
+        windows = self.origin.data.evaluation
+        return {
+            "text": self.origin.data.description,
+            "text_hash": self.origin.data.fingerprint,
+            "context": windows.seq_length,
+            "tokens": windows.tokens,
+            "dtype": "float32",
+            **({"samples": self.origin.data.samples} if self.origin.data.samples else {}),
+            **({"left_out": self.origin.data.left_out} if self.origin.data.left_out else {}),
+        }
+
+    def teacher_row(self) -> Row:
+        """The teacher's own figures."""
+        assert self.teacher is not None
+        if self._teacher_row is None:
+            seen = self._remembered(self.folder.path / ".measured" / "teacher.json", self.teacher.path, self.teacher.revision)
+            local = Path(self.teacher.path)
+            # A scratch teacher says what its training took, in whichever run that was.
+            spent = {"tokens": 0, "seconds": 0.0} | (read_record(local).get("training", {}) if local.is_dir() else {})
+            drift = _read_json(self.folder.path / ".measured" / "teacher-drift.json").get("row")
+            held = {"held": {"load_in": self.teacher.load_in, **drift}} if drift and self.teacher.load_in in ROUNDED else {}
+            self._teacher_row = {"name": "teacher", "kind": "teacher", "path": self.teacher.name, **spent, **seen, **held}
+        return self._teacher_row
+
+    def first_row(self, at: dict[str, Any]) -> None:
+        """The row of the model that the first stage works on, so that what each stage changed can be seen; ``evaluate`` works on none.
+
+        A model that does not fit into memory in fp32 has none, which is noted.
+        """
+        if STAGE_KINDS[self.recipe.stages[0].kind].load().finish is None:
+            return
+        made = self.recipe.student.path is None
+        name, file = ("00-student", self.folder.path / "00-student/measured.json") if made else ("input", self._kept("input.json"))
+        if problem := too_large_to_measure(at["path"], at["revision"]):
+            self._note(f"{name} is not measured: {problem}")
+            return
+        seen = self._remembered(file, at["path"], at["revision"])
+        self._add({"name": name, "kind": "student", "path": self._relative(at["path"]), "tokens": 0, "seconds": 0.0, **seen})
+
+    def _kept(self, name: str) -> Path:
+        return self.folder.path / ".measured" / name
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self.console.print(f"note: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    def _add(self, row: Row) -> Row:
+        """Append a row with what changed since the measured one before it (the teacher is the first)."""
+        self._rows.append({**row, "change": change_between(self._before(), row)})
+        return self._rows[-1]
+
+    def _before(self) -> Row | None:
+        """The last row with figures."""
+        return next((row for row in reversed(self.stages) if row.get("eval")), None)
+
+    def teacher_drift(self) -> Row | None:
+        """What holding the teacher in nf4 or int8 costs, measured once and said before training; None for one that is not rounded."""
+        teacher = self.teacher
+        if teacher is None or teacher.load_in not in ROUNDED:
+            return None
+        file = self.folder.path / ".measured" / "teacher-drift.json"
+        key = sha256_json([teacher.content, teacher.load_in, self.origin.data.fingerprint, self.origin.v_eff])
+        before = _read_json(file)
+        drift = (
+            before["row"] if before.get("key") == key and isinstance(before.get("row"), dict) else self._measure_drift(teacher, file, key)
+        )
+        self.console.print(
+            f"teacher in {teacher.load_in}: KL(teacher || {teacher.load_in}) {drift['kl']:.2e} nats, the same likeliest token for "
+            f"{drift['top1']:.1%} of {drift['tokens']:,} held-out tokens",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        return drift
+
+    def _measure_drift(self, teacher: TeacherRef, file: Path, key: str) -> Row:
+        device = best_device()
+        exact = self._open_teacher()
+        assert exact is not None
+        with self.console.status(f"measuring the teacher in {teacher.load_in}"):
+            held = open_teacher(
+                teacher.path, load_in=teacher.load_in, device=device, revision=teacher.revision, v_eff=self.origin.v_eff, name=teacher.name
+            )
+            drift = teacher_drift(exact, held, self.origin.data.evaluation, device)
+        del exact
+        self._release()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(file, sealed({"key": key, "row": drift}))
+        return drift
+
+    def start_row(self, entry: "StageEntry", at: dict[str, Any]) -> None:
+        """A row for a stage that makes no model: the model as it stands (or, alone, the model the run was given)."""
+        if self.exports:
+            seen = {k: self.exports[-1].get(k) for k in (*_SIZES, "layer_sparsity", "eval")}
+            path = self.exports[-1]["path"]
+        else:
+            seen = self._remembered(self.folder.path / entry.name / "measured.json", at["path"], at["revision"])
+            path = self._relative(at["path"])
+        self._rows.append({"name": entry.name, "kind": entry.kind, "path": path, "tokens": 0, "seconds": 0.0, **seen, "change": None})
+
+    def stage_row(self, entry: "StageEntry", folder: StageFolder) -> bool:
+        """Rows of a finished stage; returns whether it made a model that the next stage reads."""
+        state = folder.read()
+        for export in state["exports"]:
+            path = folder.path / export["path"]
+            seen = self._remembered(folder.path / f"measured-{export['format']}.json", str(path), None)
+            # of the first runtime that ran it
+            ran = next((outcome for outcome in export["runtimes"].values() if outcome.get("tokens_per_second")), {})
+            measured = {name: ran.get(name) for name in ("tokens_per_second", "peak_bytes")}
+            row = {**export, "path": self._relative(str(path)), **measured, **seen}
+            self.exports.append({**row, "change": change_between(self._before(), row)})
+        if not state["makes_model"]:
+            last = self._rows[-1] if self._rows else {}
+            seen = {k: last.get(k) for k in _SIZES} | {"eval": None}
+            if state["exports"]:
+                seen |= {k: self.exports[-1].get(k) for k in _SIZES}
+        else:
+            seen = self._remembered(folder.path / "measured.json", str(folder.model), None)
+            if quant_record(str(folder.model)):
+                self._quantized = str(folder.model)
+        before = self._before()
+        row = self._add(
+            {
+                "name": entry.name,
+                "kind": entry.kind,
+                "path": self._relative(str(folder.path)),
+                "tokens": state.get("tokens"),
+                "seconds": state.get("seconds"),
+                "coverage": state.get("coverage"),
+                **seen,
+            }
+        )
+        if warning := warning_of(entry, before, row, read_curves(self.folder.metrics).get(entry.name, [])):
+            self._note(warning)
+        return state["makes_model"]
+
+    def baselines(self) -> list[Row]:
+        """The teacher merely rounded with the run's QuantSpec, for scale; nothing when there is no teacher or no spec."""
+        wanted = any(isinstance(e.settings, EvaluateSettings) and e.settings.round_teacher for e in self.recipe.stages)
+        if not (wanted and self.teacher and self._quantized):
+            return []
+        quant = quant_record(self._quantized)
+        assert quant is not None
+        spec = QuantSpec.from_json(quant["spec"])
+        place = self.folder.path / f".measured/teacher-rtn-{sha256_json([self.teacher.content, spec.to_json()])[:8]}"
+        packed = place / "packed"
+        if not packed.exists():
+            try:
+                self._round_teacher(spec, place)
+            except UserError as error:
+                # the run's own work is done, and this row is for scale alone
+                self.console.print(f"the teacher is not rounded for scale: {error}", markup=False, highlight=False, soft_wrap=True)
+                return []
+        seen = self._remembered(place / "measured.json", str(packed), None)
+        form = f"int{spec.bits}" if spec.kind == "int" else spec.kind
+        row = {"name": f"teacher rounded to {form}", "kind": "quantize", "path": self._relative(str(packed)), "tokens": 0, "seconds": 0.0}
+        row |= seen
+        return [{**row, "change": change_between(self.teacher_row(), row)}]
+
+    def _round_teacher(self, spec: QuantSpec, place: Path) -> None:
+        """Round to nearest, pack as the student is packed, and keep only the packed folder."""
+        assert self.teacher is not None
+        self.console.print("rounding the teacher, for scale", highlight=False)
+        model = load_model(self.teacher.path, dtype=torch.float32, revision=self.teacher.revision)
+        if reason := capabilities(model).refusal("rtn"):
+            raise UserError(reason)
+        state = quantize_model(model, spec)
+        unpacked = place / "unpacked"
+        if unpacked.exists():
+            shutil.rmtree(unpacked)
+        place.mkdir(parents=True, exist_ok=True)
+        save_quantized_folder(model, state, unpacked, tokenizer=self.origin.tokenizer, base_model=self.teacher.name)
+        if spec.kind == "int" and spec.bits in PACKED_BITS:
+            export_folder(unpacked, place / "packed", "compressed-tensors", runtimes=False)
+            shutil.rmtree(unpacked)
+        else:
+            # no format packs it: what is measured are its values
+            unpacked.rename(place / "packed")
+
+    def _remembered(self, file: Path, path: str, revision: str | None) -> Row:
+        """Measure ``path``, or read what was measured before on the same bytes, teacher and text."""
+        parts = [content_hash(path, revision), self.teacher and self.teacher.content, self.origin.data.fingerprint, self.origin.v_eff]
+        # rows of quantized folders have had a packed size since this word is in their key
+        key = sha256_json([*parts, "packed"] if quant_record(path) else parts)
+        before = _read_json(file)
+        if before.get("key") == key and _is_row(before.get("row")):
+            return before["row"]
+        with self.console.status(f"measuring {Path(path).parent.name if Path(path).name == 'model' else Path(path).name}"):
+            row = measure_folder(path, self._open_teacher(), self.origin.data.evaluation, revision)
+        self._release()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(file, sealed({"key": key, "row": row}))
+        return row
+
+    def _open_teacher(self) -> LocalTeacher | None:
+        if self.teacher is None:
+            return None
+        if self._opened is None:
+            self._opened = measure_teacher(self.teacher.path, self.teacher.revision, self.origin.v_eff)
+        return self._opened
+
+    def _release(self) -> None:
+        """Give the GPU back to training: the measuring teacher is fp32, and the plan counts on the training one alone."""
+        if best_device() != "cpu":
+            self._opened = None
+            torch.cuda.empty_cache()
+
+    def _relative(self, path: str) -> str:
+        """Paths in reports are relative to the run folder, or a bare name: never this machine's."""
+        try:
+            return str(Path(path).resolve().relative_to(self.folder.path.resolve()))
+        except ValueError:
+            return Path(path).name if Path(path).is_dir() else path
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a remembered row holds what every row does; a damaged one is measured again."""
+    if not isinstance(row, dict) or not isinstance(row.get("eval"), dict | None):
+        return False
+    return all(type(row.get(name, "")) in (int, float, type(None)) for name in ("parameters", "bytes", "bits_per_weight", "sparsity"))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """What was remembered; {} for nothing and for a file that is damaged, so that it is measured again."""
+    import json
+
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) and not seal_is_broken(found) else {}

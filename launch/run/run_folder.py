@@ -1,0 +1,217 @@
+"""The run folder: resolved recipe, versions, one numbered folder per stage, and what each stage says about itself.
+
+runs/<name>/recipe.yaml  versions.json  metrics.jsonl  report.{json,md,html}
+runs/<name>/NN-kind/stage.json  model/  checkpoints/
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...models.common.errors import UserError
+from ...models.common.files import check_writable_folder, clean_leftovers, write_json_atomic, write_text_atomic
+from ...models.common.locks import Lock, acquire_or_refuse, no_locks
+from ...models.common.seal import SEAL, seal_is_broken, sealed
+from ...models.folder.model_folder import verify_folder_files
+from .installed import installed_version
+
+STAGE_FILE = "stage.json"
+LOCK = ".lock"
+"""File in the run folder that its run holds."""
+_PACKAGES = (
+    "decoct",
+    "torch",
+    "lightning",
+    "transformers",
+    "triton",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "wandb",
+    "bitsandbytes",
+)
+
+
+def versions() -> dict[str, Any]:
+    """Python, platform, cores, GPUs, package versions and the commit of a checkout: what a number needs beside it."""
+    import torch
+
+    found = {package: installed_version(package) for package in _PACKAGES}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "gpus": gpus,
+        "packages": found,
+        "commit": commit(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def commit() -> str | None:
+    """Commit of the checkout that decoct runs from ('-dirty' when files differ); None for an installed wheel."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    try:
+        ask = {"cwd": here, "capture_output": True, "text": True, "timeout": 10}
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **ask)
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **ask)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if head.returncode else head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+
+
+def state_fault(state: Any) -> str:
+    """What is wrong with the content of a stage.json; '' when nothing is that anybody reads."""
+    if not isinstance(state, dict):
+        return "does not hold what a stage writes into it"
+    wanted: dict[str, tuple[type, ...]] = {"key": (str,), "kind": (str,), "state": (str,), "makes_model": (bool,), "exports": (list,)}
+    wanted |= {"tokens": (int, type(None)), "seconds": (int, float, type(None))}
+    if state.get("state") == "done" and state.get("kind") != "student":
+        missing = [name for name in ("makes_model", "exports") if name not in state]
+        if missing:
+            return f"says that the stage is done, and lacks {', '.join(missing)}"
+    for name, kinds in wanted.items():
+        if name in state and type(state[name]) not in kinds:
+            return f"holds no {name} that a stage writes: {str(state[name])[:40]!r}"
+    if not re.fullmatch("[0-9A-Za-z]{0,128}", state.get("key", "")):
+        return "holds a key that is none"
+    for export in state.get("exports", []):
+        inside = isinstance(export, dict) and isinstance(export.get("path"), str) and isinstance(export.get("format"), str)
+        if not inside or Path(export["path"]).is_absolute() or ".." in Path(export["path"]).parts:
+            return "names an export that is none"
+        if not isinstance(export.get("runtimes"), dict) or not all(isinstance(seen, dict) for seen in export["runtimes"].values()):
+            return "names an export without what runtimes made of it"
+    return ""
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """One stage's folder and the small JSON file in which it says how far it is."""
+
+    path: Path
+
+    @property
+    def model(self) -> Path:
+        """Where the stage's model folder is, once it is whole."""
+        return self.path / "model"
+
+    def read(self) -> dict[str, Any]:
+        """What stage.json says; {} when the stage never started."""
+        file = self.path / STAGE_FILE
+        try:
+            state = json.loads(file.read_text(encoding="utf-8"))
+            fault = state_fault(state) or ("has changed since it was written" if seal_is_broken(state) else "")
+        except FileNotFoundError:
+            return {}
+        except (ValueError, RecursionError) as error:
+            state, fault = {}, f"is not readable JSON ({type(error).__name__}: {error})"
+        if fault:
+            raise UserError(f"{file} {fault}; delete the folder {self.path} to run the stage again")
+        state.pop(SEAL, None)
+        return state
+
+    def write(self, state: dict[str, Any]) -> None:
+        """Replace stage.json, which can tell when it is damaged."""
+        write_json_atomic(self.path / STAGE_FILE, sealed(state))
+
+    def begin(self, key: str, kind: str) -> dict[str, Any]:
+        """Make the folder ready for ``key``: finished and unfinished work of the same key is kept, other work is moved aside.
+
+        Returns: the state of the same key ({} when it starts from nothing).
+        """
+        state = self.read()
+        if state and state.get("key") != key:
+            aside = self._aside(str(state.get("key", "unknown")))
+            self.path.rename(aside)
+            state = {}
+        self.path.mkdir(parents=True, exist_ok=True)
+        clean_leftovers(self.path)
+        if state.get("state") == "done" and not self._whole(state):
+            state = {}
+        if state.get("state") != "done":
+            # Killed between the model folder and this file, or the folder was deleted: the checkpoints lead to the same model again.
+            shutil.rmtree(self.model, ignore_errors=True)
+            self.write({"key": key, "kind": kind, "state": "running"})
+        return state
+
+    def _whole(self, state: dict[str, Any]) -> bool:
+        """Whether what a finished stage made is still there; UserError when it was changed since."""
+        made = [self.model] if state.get("makes_model") else []
+        made += [self.path / export["path"] for export in state.get("exports", [])]
+        if not all(folder.is_dir() for folder in made):
+            return False
+        for folder in made:
+            if problems := verify_folder_files(folder):
+                raise UserError(f"{folder} is damaged: {problems[0]}; delete it and run again to make it anew")
+        return True
+
+    def drop_checkpoints(self, keep: int) -> None:
+        """Delete the stage's checkpoints but the newest ``keep``, and what it started from: only of use while the stage is unfinished."""
+        shutil.rmtree(self.path / "start", ignore_errors=True)
+        saves = sorted((self.path / "checkpoints").glob("step-*"))
+        for folder in saves[: len(saves) - keep]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _aside(self, key: str) -> Path:
+        base = self.path.with_name(f"{self.path.name}.{key[:8]}")
+        return next(p for n in range(10_000) if not (p := base if n == 0 else base.with_name(f"{base.name}-{n}")).exists())
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """``runs/<name>``."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        """The local truth about training curves."""
+        return self.path / "metrics.jsonl"
+
+    def lock(self, say: Callable[[str], None]) -> Lock:
+        """Create the folder (UserError when it cannot be written) and make it this process's own until the lock is released.
+
+        Raises: UserError when another run works in it; nothing in it is changed then.
+        """
+        check_writable_folder(self.path, "the run folder (runs/<name>, or --out)")
+        lock = Lock(self.path / LOCK)
+        acquire_or_refuse(lock, f"the run folder {self.path}", say)
+        if not lock.lockable:
+            say(no_locks(lock.file))
+        return lock
+
+    def open(self, recipe_text: str) -> None:
+        """Create the folder (UserError when it cannot be written) with the resolved recipe and the versions in it."""
+        check_writable_folder(self.path, "the run folder (runs/<name>, or --out)")
+        clean_leftovers(self.path)
+        write_text_atomic(self.path / "recipe.yaml", recipe_text)
+        write_json_atomic(self.path / "versions.json", versions())
+
+    def discard(self) -> None:
+        """Remove the folder of a start that failed before anything was made."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def stage(self, name: str) -> StageFolder:
+        """Folder of the stage called ``NN-name``."""
+        return StageFolder(self.path / name)

@@ -1,0 +1,186 @@
+"""What a run starts from: tokenizer, prepared text, teacher and student. Rank 0 makes each, every rank opens it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...models.common.errors import UserError
+from ...models.common.files import sha256_json
+from ...models.families import family_of
+from ...models.folder.loading import load_config, load_model, load_tokenizer
+from ...models.folder.model_folder import content_hash, save_model_folder
+from ...models.folder.record import check_record
+from ...models.pruning.zeros_record import check_sparse, of_kept_layers, sparse_modules
+from ...models.student import student_by_keeping, student_from_config, trim_vocabulary
+from ...models.tokenizer.vocabulary import check_same_vocabulary, effective_vocab, rows_of, tokens_without_rows
+from ...trainer.cache import cache_dir
+from ...trainer.data.documents import read_documents
+from ...trainer.data.known_ids import check_rows
+from ...trainer.data.prepared_data import PreparedData, open_prepared, prepare_data
+from ...trainer.scratch import ScratchTeacher, locate_scratch, make_tokenizer
+from ...trainer.stages.context import TeacherRef
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ...configs.recipe import Recipe
+    from .run_folder import StageFolder
+    from .session import Session
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Tokenizer and text of a run, open on this rank."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    v_eff: int
+    data: PreparedData
+    scratch: ScratchTeacher | None
+    note: str = ""
+    """What there is to say of the vocabulary; '' as a rule."""
+
+
+def open_origin(recipe: "Recipe", session: "Session") -> Origin:
+    """Read the text, make or find the tokenizer, tokenize once; the same result on every rank."""
+    told = session.on_first(lambda: _prepare(recipe))
+    tokenizer = load_tokenizer(told["tokenizer"], revision=told["revision"])
+    scratch = ScratchTeacher(Path(told["scratch"])) if told["scratch"] else None
+    v_eff = effective_vocab(tokenizer, *_rows(recipe))
+    return Origin(tokenizer, v_eff, open_prepared(Path(told["data"])), scratch, _without_rows(tokenizer, v_eff))
+
+
+def _rows(recipe: "Recipe") -> list[int | None]:
+    """Rows of the embeddings of the models that are given."""
+    given = [(recipe.student.path, recipe.student.revision)]
+    given += [(recipe.teacher.path, recipe.teacher.revision)] if recipe.teacher else []
+    return [rows_of(load_config(path, revision=revision)) for path, revision in given if path]
+
+
+def _without_rows(tokenizer: "PreTrainedTokenizerBase", v_eff: int) -> str:
+    beyond = tokens_without_rows(tokenizer, v_eff)
+    if not beyond:
+        return ""
+    first, token = next(iter(beyond.items()))
+    count = f"{len(beyond):,} tokens have" if len(beyond) > 1 else "one token has"
+    return f"{count} no row in the embedding of {v_eff:,} rows (from id {first:,}, {token!r}); the text has none of them"
+
+
+def _prepare(recipe: "Recipe") -> dict[str, Any]:
+    for path in (recipe.student.path, recipe.teacher and recipe.teacher.path):
+        if path and Path(path).is_dir():
+            check_record(Path(path))  # damage is worth knowing before hours of tokenizing
+    text = read_documents(recipe.data)
+    scratch = None
+    if recipe.teacher and recipe.teacher.scratch:
+        scratch = locate_scratch(recipe.teacher.scratch, recipe.data, recipe.trainer, text, recipe.seed)
+        make_tokenizer(recipe.teacher.scratch, scratch, text)
+    where, revision = _tokenizer_place(recipe, scratch)
+    tokenizer = load_tokenizer(where, revision=revision)
+    _check_vocabularies(recipe, tokenizer)
+    data = prepare_data(recipe.data, tokenizer, cache_dir(), documents=text, train=_learns(recipe))
+    check_rows(data, tokenizer, effective_vocab(tokenizer, *_rows(recipe)))
+    return {"tokenizer": where, "revision": revision, "scratch": str(scratch.folder) if scratch else None, "data": str(data.path)}
+
+
+def _learns(recipe: "Recipe") -> bool:
+    """Whether anything needs text of its own beside what is measured."""
+    return any(entry.kind != "evaluate" for entry in recipe.stages) or bool(recipe.teacher and recipe.teacher.scratch)
+
+
+def _tokenizer_place(recipe: "Recipe", scratch: ScratchTeacher | None) -> tuple[str, str | None]:
+    if scratch:
+        return str(scratch.tokenizer), None
+    if recipe.student.path:
+        return recipe.student.path, recipe.student.revision
+    if recipe.teacher and recipe.teacher.path:
+        return recipe.teacher.path, recipe.teacher.revision
+    raise UserError("student.config needs a tokenizer: give a teacher (its tokenizer is used), or student.path")
+
+
+def _check_vocabularies(recipe: "Recipe", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Teacher and student must mean the same by every token id, whatever their heads are padded to."""
+    if recipe.teacher and recipe.student.path:
+        if recipe.teacher.path:
+            check_same_vocabulary(load_tokenizer(recipe.teacher.path, revision=recipe.teacher.revision), tokenizer)
+        else:
+            check_same_vocabulary(tokenizer, load_tokenizer(recipe.student.path, revision=recipe.student.revision))
+
+
+def teacher_ref(recipe: "Recipe", scratch: ScratchTeacher | None) -> TeacherRef | None:
+    """How stages open the recipe's teacher; None when it has none. A scratch teacher must be finished by now."""
+    if recipe.teacher is None:
+        return None
+    path = str(scratch.model) if scratch else str(recipe.teacher.path)
+    name = "a scratch teacher" if scratch else Path(path).name if Path(path).is_dir() else path
+    return TeacherRef(
+        path=path,
+        load_in=recipe.teacher.load_in,
+        placement=recipe.teacher.placement,
+        revision=recipe.teacher.revision,
+        name=name,
+        content=content_hash(path, recipe.teacher.revision),
+        cache=recipe.teacher.cache,
+        served=recipe.teacher.served,
+    )
+
+
+def make_student(
+    recipe: "Recipe", origin: Origin, teacher: TeacherRef | None, folder: "StageFolder", record: dict[str, Any]
+) -> dict[str, Any]:
+    """Make the student's first model folder, unless it is there (rank 0). A student given by path is used where it is.
+
+    Returns: ``{"path", "revision"}`` of the folder that the first stage reads.
+    """
+    settings = recipe.student
+    if settings.path:
+        if any(entry.kind != "evaluate" for entry in recipe.stages):
+            _refuse_export(settings.path, settings.revision)
+        return {"path": settings.path, "revision": settings.revision}
+    sparse = sparse_modules(teacher.path, teacher.revision) if settings.keep and teacher else []
+    key = sha256_json(
+        {
+            "keep": settings.keep and settings.keep.layers,
+            "config": settings.config,
+            "teacher": teacher and teacher.content,
+            "seed": recipe.seed,
+            # not among the bytes that the teacher's content stands for
+            **({"sparse": sparse} if sparse else {}),
+        }
+    )
+    state = folder.begin(key, "student")
+    if state.get("state") != "done":
+        facts = _build_student(recipe, origin, teacher, folder, record, sparse)
+        folder.write({"key": key, "kind": "student", "state": "done", "makes_model": True, **facts})
+    return {"path": str(folder.model), "revision": None}
+
+
+def _build_student(
+    recipe: "Recipe", origin: Origin, teacher: TeacherRef | None, folder: "StageFolder", record: dict[str, Any], sparse: list[str]
+) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    zeros: list[str] = []
+    if recipe.student.keep:
+        if teacher is None:
+            raise UserError("student.keep needs a teacher to cut the student from; add one, or use student.path")
+        source = load_model(teacher.path, dtype=torch.float32, revision=teacher.revision)
+        model, kept = student_by_keeping(source, recipe.student.keep.layers)
+        check_sparse(sparse, source)
+        facts, zeros = {"kept": {"layers": kept}}, of_kept_layers(sparse, family_of(source), kept)
+    else:
+        model = student_from_config(dict(recipe.student.config or {}), origin.tokenizer, recipe.seed)
+    trim_vocabulary(model, origin.v_eff)
+    dtype = torch.bfloat16 if recipe.trainer.save_dtype == "bf16" else torch.float32
+    made = {**record, "kind": "student", **facts, **({"sparse": zeros} if zeros else {})}
+    save_model_folder(folder.model, model, origin.tokenizer, made, dtype=dtype)
+    return facts
+
+
+def _refuse_export(path: str, revision: str | None) -> None:
+    """Packed weights cannot be trained; only `evaluate` reads them."""
+    if Path(path).is_dir() and getattr(load_config(path, revision=revision), "quantization_config", None):
+        raise UserError(f"{path} holds packed weights, which cannot be trained; give the folder it was exported from")
+
+
+__all__ = ["Origin", "make_student", "open_origin", "teacher_ref"]

@@ -1,0 +1,93 @@
+"""One boundary for errors: every kind that is expected ends in one message and an exit code, everything else is called a bug.
+
+2 = the user can mend it, and another start would end the same way; 1 = it failed while running, and another start may not.
+"""
+
+import errno
+import os
+import re
+import traceback
+from dataclasses import dataclass
+
+from ...models.common.errors import DecoctError
+from ...models.common.files import disk_reason
+from ...models.common.memory_errors import asked_for, out_of_memory
+from ...models.tokenizer.tokenizer_checks import is_panic
+
+_GOES_ON = "The same command goes on from the last checkpoint."
+# A disk or a network that may be well again when the same is started once more.
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EAGAIN, errno.EBUSY)
+_PEERS = re.compile(r"gloo|NCCL|ProcessGroup|c10d|Connection (closed|reset) by peer", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a process ends."""
+
+    code: int
+    message: str
+    by_all: bool = False
+    """Whether it is a rank's own trouble, which the first cannot tell of."""
+
+
+def ending_of(error: BaseException) -> Ending | None:
+    """The exit code and the message of an expected error; None when it is none."""
+    if isinstance(error, DecoctError):
+        return Ending(error.exit_code, str(error))
+    if is_panic(error):
+        return Ending(2, f"the tokenizer cannot split a text of the data ({str(error).strip():.200}); use another tokenizer", by_all=True)
+    if whose := out_of_memory(error):
+        return Ending(
+            1,
+            f"{whose} is out of memory{asked_for(error)}. Lower trainer.micro_batch or data.seq_length, load the teacher smaller "
+            f"(teacher.load_in: nf4, teacher.placement: offloaded), or end other programs; `decoct plan` says what is needed. {_GOES_ON}",
+            by_all=True,
+        )
+    if isinstance(error, UnicodeError) and _has_bytes(error):
+        return Ending(2, "a file or folder has a name that is not UTF-8, which no file of ours can hold; rename it")
+    if isinstance(error, OSError):
+        return _of_system(error)
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return Ending(1, f"no further thread can be started; raise the limit (ulimit -u), or end other programs. {_GOES_ON}", by_all=True)
+    if (reason := disk_reason(error)) is not None:
+        return Ending(2, f"{reason[0]}; {reason[1]}. {_GOES_ON}", by_all=True)
+    if _is_peers(error):
+        return Ending(1, f"another process of this run has ended or cannot be reached; its own output says why. {_GOES_ON}", by_all=True)
+    return None
+
+
+def _has_bytes(error: UnicodeError) -> bool:
+    return isinstance(error, UnicodeEncodeError) and any("\udc80" <= letter <= "\udcff" for letter in error.object)
+
+
+def _of_system(error: OSError) -> Ending:
+    """Disks, paths, permissions and networks."""
+    what = error.strerror or str(error) or type(error).__name__
+    passing = error.errno in _PASSING or error.errno is None or isinstance(error, ConnectionError | TimeoutError)
+    reason = disk_reason(error)
+    if error.filename is not None:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes | str | os.PathLike) else str(error.filename)
+        told = f"{reason[0]}; {reason[1]}" if reason else f"{what}; give another path"
+        return Ending(1 if passing else 2, f"{name}: {told} (--debug shows where it was used)", by_all=True)
+    if isinstance(error, ConnectionError | TimeoutError) or error.errno is None:
+        return Ending(1, f"a connection or device failed: {what}. {_GOES_ON} (--debug shows where)", by_all=True)
+    told = f"{reason[0]}; {reason[1]}" if reason else what
+    return Ending(1 if passing or not reason else 2, f"{told}. {_GOES_ON} (--debug shows where)", by_all=True)
+
+
+def _is_peers(error: BaseException) -> bool:
+    """Whether another rank left this one alone."""
+    if any(kind.__name__.startswith(("Dist", "Rendezvous")) for kind in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and "WORLD_SIZE" in os.environ and _PEERS.search(str(error)) is not None
+
+
+def bug_report(error: BaseException) -> str:
+    """The traceback of an error that nobody expected, and what to do about it."""
+    from decoct import __version__
+
+    lines = "".join(traceback.format_exception(error))
+    return (
+        f"{lines}decoct: this is a bug in decoct {__version__}: {type(error).__name__}. Please report it with the lines above. What "
+        f"was finished is whole in the run folder. {_GOES_ON}"
+    )

@@ -1,0 +1,126 @@
+"""From what a user calls a model (a folder or a hub id) to a folder on this machine.
+
+A hub id becomes a snapshot in the Hugging Face cache; the checks of ``loading`` then run on that folder just as
+on a user's own. Pickled weights are never downloaded. Without the hub a cached snapshot is used; the question is asked once, with
+a short time limit, so a machine without a network gets its answer in seconds.
+"""
+
+import re
+from pathlib import Path
+
+from ..common.errors import UserError
+from ..common.files import storage_error
+
+HUB_TIMEOUT_SECONDS = 5.0
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+# Named exactly: some repositories hold a second copy of their weights (consolidated.safetensors).
+_WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors")
+
+
+def local_folder(path_or_hub_id: str | Path, *, revision: str | None = None) -> Path | None:
+    """The folder that is meant, or None when the name can only be a hub id.
+
+    Raises:
+        UserError: it is a file, it cannot be a hub id either, or a ``revision`` was given for a folder.
+    """
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise UserError(f"{path_or_hub_id} is a folder, and a folder has no revision ({revision!r}); leave the revision out")
+        return folder
+    if folder.exists():
+        raise UserError(f"{path_or_hub_id} is a file; give a model folder (config.json, *.safetensors, tokenizer) or a hub id")
+    name = str(path_or_hub_id)
+    if not _HUB_ID.fullmatch(name) or len(name) > 96 or ".." in name or "--" in name:
+        raise UserError(f"no such folder: {path_or_hub_id}; give a model folder or a hub id such as HuggingFaceTB/SmolLM2-135M")
+    return None
+
+
+def hub_commit(hub_id: str, revision: str | None = None) -> str:
+    """The commit that ``revision`` (default: the main branch) of a hub model stands for, asked of the hub or of the local cache.
+
+    Raises:
+        UserError: the hub does not know it or refuses it, or neither the hub nor the cache can answer.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().model_info(hub_id, revision=revision, timeout=HUB_TIMEOUT_SECONDS).sha
+    except Exception as error:  # its HTTP library is the hub client's business: no network, no name, a time-out, offline mode
+        cached = None if _refused(error) else _cached_snapshot(hub_id, revision, None)
+        if cached is None:
+            raise _explained(hub_id, revision, error) from error
+        return cached.name
+    if commit is None:
+        raise UserError(f"the hub gave no commit for {hub_id}; try again, or give a folder")
+    return commit
+
+
+def hub_snapshot(hub_id: str, *, revision: str | None = None, weights: bool = True, code: bool = False) -> Path:
+    """Download (or find in the cache) config, tokenizer and, with ``weights``, safetensors of a hub model; returns the folder.
+
+    Raises:
+        UserError: as ``hub_commit``, or the download failed.
+    """
+    from huggingface_hub import snapshot_download
+
+    hub_commit(hub_id, revision)  # asks once, with a short time limit; the download itself would try again and again
+    patterns = [*_SMALL_FILES, *(_WEIGHT_FILES if weights else ()), *(("*.py",) if code else ())]
+    try:
+        # by the revision's name and not by its commit: only so does the cache note what the name stood for, for use without the hub
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # see hub_commit
+        cached = None if _refused(error) else _cached_snapshot(hub_id, revision, patterns)
+        if cached is None:
+            raise _explained(hub_id, revision, error) from error
+        return cached
+
+
+def snapshot_root(folder: Path) -> Path:
+    """The folder that files of ``folder`` may lie in once links are followed: itself, or its repository in the hub's cache."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.parent.parent
+    return folder
+
+
+def _cached_snapshot(hub_id: str, revision: str | None, patterns: list[str] | None) -> Path | None:
+    """The cached snapshot that holds everything ``patterns`` ask for; None as patterns: whatever part of it is there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, local_files_only=True, allow_patterns=patterns))
+    except LocalEntryNotFoundError as error:
+        partial = getattr(error, "snapshot_path", None)
+        return Path(partial) if partial is not None and patterns is None else None
+
+
+def _refused(error: Exception) -> bool:
+    """Whether the hub did answer, with a no."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    return isinstance(error, RepositoryNotFoundError | RevisionNotFoundError)
+
+
+def _explained(hub_id: str, revision: str | None, error: Exception) -> UserError:
+    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+
+    if readable := storage_error(error, Path(hub_id), "store in the Hugging Face cache the model"):
+        return readable
+    if isinstance(error, GatedRepoError):
+        return UserError(f"the hub model {hub_id} is gated: accept its terms on its page, then log in with 'hf auth login'")
+    if isinstance(error, RevisionNotFoundError):
+        return UserError(f"the hub model {hub_id} has no revision {revision!r}; give a branch, tag or commit of it")
+    if _refused(error):
+        return UserError(
+            f"{hub_id!r} is neither a folder here nor a model that the hub shows you; check the name, or log in with 'hf auth login' "
+            "when it is private"
+        )
+    reason = str(error).splitlines()[0] if str(error) else "no answer"
+    return UserError(
+        f"{hub_id!r}: there is no such folder here, and as a hub id it is not whole in the local cache and the hub cannot be reached "
+        f"({type(error).__name__}: {reason}); give the path of a model folder, or connect to the network (and unset HF_HUB_OFFLINE) "
+        "so that it can be downloaded"
+    )

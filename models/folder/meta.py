@@ -1,0 +1,29 @@
+"""A model without memory: every shape and name of a config, on the meta device."""
+
+from typing import TYPE_CHECKING
+
+from ..common.errors import UserError
+from ..common.quiet import quiet_transformers
+from .refused_inputs import check_text_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def meta_model(config: "PreTrainedConfig") -> "PreTrainedModel":
+    """The model of ``config`` on the meta device: every shape and name, no memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    check_text_model(config.name_or_path or "the model", config)
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise not_loadable(config.model_type, "a causal language model", error) from error
+
+
+def not_loadable(path: object, what: str, error: Exception) -> UserError:
+    """What to say of an error of transformers, by its first line."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return UserError(f"{path} cannot be loaded as {what}: {first}")

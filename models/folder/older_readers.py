@@ -1,0 +1,123 @@
+"""What transformers 4, and servers built on it (SGLang, older vLLM), need to read a folder as transformers 5 does.
+
+transformers 5 keeps everything of rotary positions in ``rope_parameters`` and the dtype in ``dtype``; transformers 4 knows neither, takes
+its own defaults without a word, and predicts other tokens. The older fields are written beside the new ones, and left out of a config
+that transformers 5 would then read differently.
+
+Source: ``convert_rope_params_to_dict`` in transformers 5 (what it reads of the older fields), ``configuration_*.py`` of 4.57.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from ..common.quiet import quiet_transformers
+
+_logger = logging.getLogger(__name__)
+_OWN = ("rope_theta", "partial_rotary_factor", "rope_type", "type")
+_LOCAL_FREQUENCY = ("gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
+_NEOX = ("gpt_neox", "gpt_neox_japanese")
+# Classes that transformers 5 writes and 4 lacks -> the one that reads the same tokenizer.json as it is.
+_TOKENIZERS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+
+
+def older_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of ``config.json`` that transformers 4 reads in the place of ``rope_parameters`` and ``dtype``.
+
+    Args:
+        config: Content of a ``config.json`` as transformers 5 writes it.
+
+    Returns:
+        ``rope_theta``, ``rope_scaling`` (null for plain frequencies) and what else the model type had, and ``torch_dtype``; {} for what
+        the config does not have.
+    """
+    fields = {"torch_dtype": config["dtype"]} if isinstance(config.get("dtype"), str) else {}
+    rope, kind = config.get("rope_parameters"), str(config.get("model_type"))
+    if not isinstance(rope, dict) or not rope:
+        return fields
+    if not any(isinstance(value, dict) for value in rope.values()):
+        return fields | _of_one(rope, config, kind)
+    whole, local = rope.get("full_attention") or {}, rope.get("sliding_attention") or {}
+    if kind == "modernbert-decoder":
+        return fields | {"global_rope_theta": whole.get("rope_theta"), "local_rope_theta": local.get("rope_theta")}
+    if kind in _LOCAL_FREQUENCY:
+        return fields | _of_one(whole, config, kind) | {"rope_local_base_freq": local.get("rope_theta")}
+    if whole.get("rope_theta") == local.get("rope_theta") is not None:
+        return fields | _of_one(whole, config, kind)
+    return fields  # no type of transformers 4 has words for it
+
+
+def _of_one(rope: dict[str, Any], config: dict[str, Any], kind: str) -> dict[str, Any]:
+    theta, part = rope.get("rope_theta"), rope.get("partial_rotary_factor")
+    fields: dict[str, Any] = {"rope_theta": theta, "rope_scaling": _scaling(rope, kind)}
+    if kind in _NEOX:
+        fields |= {"rotary_emb_base": theta, "rotary_pct": part}
+    elif part is not None and "partial_rotary_factor" not in config:
+        fields["partial_rotary_factor"] = part
+    return fields
+
+
+def _scaling(rope: dict[str, Any], kind: str) -> dict[str, Any] | None:
+    name = rope.get("rope_type") or rope.get("type") or "default"
+    if name == "default":
+        return None
+    if kind.startswith("phi3") and name == "longrope":
+        # its class takes exactly these three; the length before scaling is a field of the config
+        return {"type": name, "short_factor": rope.get("short_factor"), "long_factor": rope.get("long_factor")}
+    return {"rope_type": name, "type": name, **{key: value for key, value in rope.items() if key not in _OWN}}
+
+
+def with_older_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` and its ``older_fields``; without those where transformers here would read other numbers from them."""
+    fields = older_fields(config)
+    # what an earlier version wrote may not be true any more
+    plain = {key: value for key, value in config.items() if key not in (*fields, "rope_scaling", "rope_theta")}
+    if not isinstance(config.get("rope_parameters"), dict) or not fields:
+        return {**config, **fields}
+    full = {**plain, **fields}
+    if _read(full) == _read(plain):
+        return full
+    _logger.warning(
+        "no rope_theta beside rope_parameters for model type %s: transformers would read other numbers", config.get("model_type")
+    )
+    return plain
+
+
+def _read(config: dict[str, Any]) -> Any:
+    """What transformers understands of rotary positions in a config; the error if it refuses it."""
+    from transformers import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return None
+    build: Any = CONFIG_MAPPING[kind]
+    try:
+        with quiet_transformers():
+            # as from_json_file does: infinite numbers have a spelling of their own
+            content = build._decode_special_floats(json.loads(json.dumps(config)))
+            rope = build.from_dict(content).to_dict().get("rope_parameters")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return _without_type(rope)
+
+
+def _without_type(rope: Any) -> Any:
+    """``type`` is the older word for ``rope_type``, which stands beside it."""
+    return {key: _without_type(value) for key, value in rope.items() if key != "type"} if isinstance(rope, dict) else rope
+
+
+def mend_tokenizer_config(file: Path) -> None:
+    """Rewrite ``tokenizer_config.json`` so that transformers 4 reads it too; nothing happens when it is absent or does already."""
+    if not file.is_file():
+        return
+    content = json.loads(file.read_text(encoding="utf-8"))
+    named = content.get("tokenizer_class")
+    changed = {**content, "tokenizer_class": _TOKENIZERS.get(named, named)} if isinstance(named, str) else dict(content)
+    extra = changed.get("extra_special_tokens")
+    if isinstance(extra, list):
+        # version 4 wants names for these, and has a list under the older key, which version 5 takes as well
+        del changed["extra_special_tokens"]
+        changed["additional_special_tokens"] = extra
+    if changed != content:
+        file.write_text(json.dumps(changed, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

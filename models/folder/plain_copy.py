@@ -1,0 +1,169 @@
+"""A plain text model in 16 bits out of what people have: text and images, an adapter, fp8 or bitsandbytes weights.
+
+Each is a change of form: the text model of a larger one is compared with it on some tokens; merged and unpacked weights are what
+transformers and peft make of them.
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..common.errors import DecoctError, UserError
+from ..common.files import clean_leftovers
+from ..common.quiet import quiet_transformers
+from .folder_checks import read_json
+from .hub import local_folder
+from .load_report import check_report
+from .loading import find_model_folder, load_config, load_tokenizer
+from .model_folder import save_model_folder
+from .refused_inputs import ADAPTER, UNPACKED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_TOKENS = 16
+
+
+def make_plain(source: str, target: Path, *, revision: str | None = None) -> str:
+    """Write the plain text model of ``source`` to the new folder ``target``, in the dtype that it has (packed weights: bf16).
+
+    Args:
+        source: A model folder or hub id: of text and images or sound, an adapter of peft, or with packed weights.
+        target: The folder to make.
+        revision: Hub revision of ``source``.
+
+    Returns:
+        What was done, in words.
+
+    Raises:
+        UserError: ``source`` is a plain text model already, or of a kind that cannot be made one.
+    """
+    folder = local_folder(source, revision=revision)
+    if folder is not None and (folder / ADAPTER).is_file():
+        what, model, tokenizer = "adapter merged into its model", *_merged(folder)
+    else:
+        folder = find_model_folder(source, revision, weights=True)
+        packed = read_json(folder / "config.json").get("quantization_config")
+        config = load_config(folder)
+        if isinstance(packed, dict):
+            what, model = _unpacked(source, folder, packed)
+        elif config.get_text_config() is not config:
+            what, model = _text_model(source, folder)
+        else:
+            raise UserError(f"{source} is a plain text model already (model type {config.model_type!r}); use it as it is")
+        tokenizer = folder
+    clean_leftovers(target.parent)
+    save_model_folder(
+        target, model, load_tokenizer(tokenizer), {"kind": "plain", "base_model": Path(source).name, "plain": what}, dtype=None
+    )
+    return what
+
+
+def _quietly(source: str, load: Callable[[], Any]) -> Any:
+    try:
+        with quiet_transformers():
+            return load()
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"{source} cannot be made a plain model: {first}") from error
+
+
+def _merged(folder: Path) -> "tuple[PreTrainedModel, Path | str]":
+    """(model with the adapter's weights in its own, where its tokenizer is)."""
+    try:
+        from peft import AutoPeftModelForCausalLM
+    except ImportError as error:
+        raise UserError("merging an adapter needs peft, which is not installed here: pip install peft") from error
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{folder / ADAPTER} does not say which model it belongs to; set base_model_name_or_path to its folder or hub id")
+    stored = load_config(base).dtype  # with refusals of its own: no such folder, no hub
+    # the sum in fp32, rounded once
+    adapted = _quietly(str(folder), lambda: AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32))
+    merged = _quietly(str(folder), lambda: adapted.merge_and_unload(safe_merge=True))
+    own = any(folder.glob("tokenizer*"))
+    return merged.to(stored or torch.bfloat16).eval(), folder if own else base
+
+
+def _unpacked(source: str, folder: Path, packed: dict[str, Any]) -> "tuple[str, PreTrainedModel]":
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
+
+    method = packed.get("quant_method")
+    if method not in UNPACKED or (folder / "decoct.json").is_file():
+        raise UserError(
+            f"{source} holds packed weights ({method}), which are not unpacked here; give the unquantized model that they were made from"
+        )
+    settings = {
+        "fp8": lambda: FineGrainedFP8Config(dequantize=True),
+        "mxfp4": lambda: Mxfp4Config(dequantize=True),
+        "compressed-tensors": lambda: CompressedTensorsConfig(dequantize=True),
+    }
+    how = {"quantization_config": settings[method]()} if method in settings else {}
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, report = _quietly(
+        source,
+        lambda: load(folder, dtype=torch.bfloat16, use_safetensors=True, local_files_only=True, output_loading_info=True, **how),
+    )
+    check_report(source, model, report)
+    if method == "bitsandbytes":
+        model = _quietly(source, lambda: model.dequantize(dtype=torch.bfloat16))
+    left = [name for name, parameter in model.named_parameters() if parameter.dtype not in (torch.bfloat16, torch.float16, torch.float32)]
+    if left:
+        raise UserError(f"{source} cannot be made a plain model: {left[0]} stays packed ({method}); give the model it was made from")
+    # a model of its own: the loaded one remembers how it was unpacked, and would be saved so
+    config: Any = load_config(folder)
+    del config.quantization_config
+    with quiet_transformers():
+        plain: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return f"weights of {method} unpacked to bf16", plain.eval()
+
+
+def _text_model(source: str, folder: Path) -> "tuple[str, PreTrainedModel]":
+    """The text model inside a larger one, with the same logits."""
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    load: Any = AutoModelForMultimodalLM.from_pretrained
+    whole, report = _quietly(
+        source, lambda: load(folder, dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True)
+    )
+    check_report(source, whole, report)
+    head = whole.get_output_embeddings()
+    config = copy.deepcopy(whole.config.get_text_config())
+    # the flag of the whole model decides, and the two need not agree
+    config.tie_word_embeddings = head is not None and head.weight is whole.get_input_embeddings().weight
+    with quiet_transformers():
+        inner = whole.get_decoder()
+        try:
+            text: Any = AutoModelForCausalLM.from_config(config, dtype=whole.dtype)
+        except ValueError as error:
+            raise UserError(
+                f"{source}: transformers has no text-only form of model type {whole.config.model_type!r} ({config.model_type}); "
+                "use a text model"
+            ) from error
+    if text.base_model.state_dict().keys() != inner.state_dict().keys():
+        raise UserError(f"{source}: its text part is not a {type(text.base_model).__name__} by its weights' names; use a text model")
+    text.base_model.load_state_dict(inner.state_dict())
+    if head is not None and not config.tie_word_embeddings:
+        text.get_output_embeddings().load_state_dict(head.state_dict())
+    text.generation_config = whole.generation_config
+    _same_logits(source, whole.eval(), text.eval())
+    return f"text model of a {whole.config.model_type}", text
+
+
+@torch.no_grad()
+def _same_logits(source: str, whole: Any, text: Any) -> None:
+    ids = torch.arange(1, 1 + _TOKENS).remainder(text.config.vocab_size)[None]
+    expected, found = (model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits for model in (whole, text))
+    if not torch.equal(expected, found):
+        raise DecoctError(
+            f"{source}: the text model alone predicts something else (largest difference {(expected - found).abs().max():.3g}); "
+            "nothing was written"
+        )

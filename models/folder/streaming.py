@@ -1,0 +1,263 @@
+"""Loading tensor by tensor, so that nothing is in memory twice.
+
+``from_pretrained`` builds the whole model on the host and then moves it. Here it is built on the meta device and each weight goes from the
+mapped file straight to where it belongs: to a GPU, or as the rows that one rank holds. Weights that files and modules call differently
+are renamed as transformers does (``stored_names``); where it fuses or splits weights (experts), ``load_model`` does it.
+"""
+
+import ctypes
+import re
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..common.errors import UserError
+from ..common.quiet import quiet_transformers
+from .load_report import check_report
+from .loading import check_finite, find_model_folder, load_config, load_model, meta_model
+from .stored_names import module_names
+from .weights import WeightFiles as WeightFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def can_stream(path: str | Path, revision: str | None = None) -> bool:
+    """Whether the files of a model folder or hub id hold exactly the weights of its modules, under names that lead to the modules'.
+
+    False as well for a model that must keep some weights in fp32, has saved buffers, or buffers that only loading can make.
+
+    Raises:
+        UserError: see ``load_config`` and ``check_model_folder``.
+    """
+    folder = find_model_folder(path, revision, weights=True)
+    with WeightFiles(folder) as files:
+        model = meta_model(load_config(folder))
+        files.call(module_names(model, files.names()))
+        return _fits(model, files)
+
+
+def empty_model(path: str | Path, revision: str | None = None) -> "tuple[PreTrainedModel, WeightFiles]":
+    """The model on the meta device in fp32 with real buffers on the CPU, in eval mode, and the files to fill it from.
+
+    Use it where ``can_stream`` is true. A tied weight has several names in the model; ``stored_name`` tells the one in the files.
+
+    Raises:
+        UserError: as ``load_model``, but for weights that are not finite, which ``WeightFiles.read`` refuses.
+    """
+    folder = find_model_folder(path, revision, weights=True)
+    files = WeightFiles(folder)
+    model = _skeleton(folder, torch.float32)
+    files.call(module_names(model, files.names()))
+    _check(path, model, files)
+    materialize_buffers(model, "cpu")
+    return model, files
+
+
+def streamed_model(
+    path: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu", revision: str | None = None
+) -> "PreTrainedModel":
+    """``load_model``, without a copy of the model on the host: the same values, refusals and eval mode.
+
+    Falls back to ``load_model`` where ``can_stream`` is false.
+
+    Raises:
+        UserError: see ``load_model``.
+    """
+    with open_files(path, revision, dtype) as (model, files):
+        if model is None or files is None:
+            return load_model(path, dtype=dtype, revision=revision, device=device)
+        fill(model, files, dtype=dtype, device=device)
+        place(model, device)
+    return model
+
+
+@contextmanager
+def open_files(path: str | Path, revision: str | None, dtype: torch.dtype) -> "Iterator[tuple[PreTrainedModel | None, WeightFiles | None]]":
+    """The model on the meta device in ``dtype`` and eval mode, and the files to ``fill`` it from; (None, None) if it cannot be streamed.
+
+    Raises:
+        UserError: as ``load_model``, where no values are needed to see it.
+    """
+    folder = find_model_folder(path, revision, weights=True)
+    with WeightFiles(folder) as files:
+        model = _skeleton(folder, dtype)
+        files.call(module_names(model, files.names()))
+        if _fits(model, files):
+            _check(path, model, files)
+            yield model, files
+        else:
+            yield None, None
+
+
+def fill(model: nn.Module, files: WeightFiles, *, dtype: torch.dtype, device: torch.device | str, inside: nn.Module | None = None) -> None:
+    """Read every parameter that is still on the meta device, one at a time, into memory of its own on ``device``.
+
+    Args:
+        model: Its names are those of ``files``.
+        files: Where to read from.
+        dtype: Dtype of the parameters.
+        device: Their device.
+        inside: Only the parameters of this part of the model.
+
+    Raises:
+        UserError: a weight is not finite, in the files or in ``dtype``.
+    """
+    wanted = None if inside is None else {id(parameter) for parameter in inside.parameters()}
+    for places in parameter_places(model):
+        parameter = getattr(places[0][0], places[0][1])
+        if parameter.is_meta and (wanted is None or id(parameter) in wanted):
+            name = stored_name(places, files)
+            stored = files.read(name)
+            # memory of its own: what was read is mapped, and would change with the file
+            tensor = torch.empty(stored.shape, dtype=dtype, device=device).copy_(stored)
+            if dtype != stored.dtype:
+                check_finite(files.folder, name, tensor, dtype)
+            register(places, tensor)
+    trim_host()
+
+
+def trim_host() -> None:
+    """Give freed memory back to the system: glibc keeps what large temporaries leave between tensors that stay."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def place(model: nn.Module, device: torch.device | str, *, skip: Set[int] = frozenset()) -> None:
+    """Make buffers real on ``device`` and move every parameter there, one at a time, whose ``id`` is not in ``skip``."""
+    materialize_buffers(model, device)
+    for places in parameter_places(model):
+        parameter = getattr(places[0][0], places[0][1])
+        if id(parameter) not in skip and parameter.device.type != torch.device(device).type:
+            register(places, parameter.detach().to(device))
+
+
+Place = tuple[nn.Module, str, str]
+"""Where a parameter hangs: (module, attribute, full name)."""
+
+
+def parameter_places(model: nn.Module) -> list[list[Place]]:
+    """Every parameter once, in module order, with all the places where it hangs: a tied one has several."""
+    found: dict[int, list[Place]] = {}
+    for prefix, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            found.setdefault(id(parameter), []).append((module, key, f"{prefix}.{key}" if prefix else key))
+    return list(found.values())
+
+
+def stored_name(places: list[Place], files: WeightFiles) -> str:
+    """The name that the files have for a parameter."""
+    stored = set(files.names())
+    return next(name for _, _, name in places if name in stored)
+
+
+def register(places: list[Place], tensor: Tensor) -> None:
+    """Make ``tensor`` the parameter in all its places, trainable if the one before was."""
+    before = getattr(places[0][0], places[0][1])
+    parameter = nn.Parameter(tensor, requires_grad=before.requires_grad)
+    for module, key, _ in places:
+        module.register_parameter(key, parameter)
+
+
+def materialize_buffers(model: nn.Module, device: torch.device | str) -> None:
+    """Make buffers that are on the meta device real: rotary frequencies, computed in fp32 on the CPU as ``from_pretrained`` does.
+
+    Parameters are left alone. Buffers that are real already only move.
+
+    Raises:
+        UserError: a buffer is none that a rotary embedding's config decides.
+    """
+    for prefix, module in model.named_modules():
+        empty = [key for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        if empty and not _is_rotary(module):
+            raise UserError(f"{type(model).__name__} computes the buffer {prefix}.{empty[0]} only while it is loaded whole; use load_model")
+        if empty:
+            fresh = _computed_buffers(module)
+            for key in empty:
+                module._buffers[key] = fresh[key]
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[key] = buffer.to(device)
+
+
+def _computed_buffers(rotary: nn.Module) -> dict[str, Tensor]:
+    build: Any = type(rotary)
+    with torch.device("cpu"):
+        return dict(build(config=rotary.config).named_buffers(recurse=False))
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    names = {key for key, _ in module.named_buffers(recurse=False)}
+    return "RotaryEmbedding" in type(module).__name__ and hasattr(module, "config") and names <= {"inv_freq", "original_inv_freq"}
+
+
+def _skeleton(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    """The model on the meta device, in ``dtype`` and eval mode, its config as ``from_pretrained`` leaves it."""
+    config = load_config(folder)
+    config.dtype = dtype
+    model: Any = meta_model(config)
+    if (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        try:
+            with quiet_transformers():
+                model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            raise UserError(f"{folder / 'generation_config.json'} cannot be read: {error}; mend or remove it") from error
+    return model.to(dtype).eval()
+
+
+def _unexpected(model: "PreTrainedModel", files: WeightFiles) -> list[str]:
+    """Names in the files that no module has; those that transformers itself ignores in old checkpoints do not count."""
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
+    return [name for name in files.names() if name not in own and not any(re.search(pattern, name) for pattern in ignored)]
+
+
+def _missing(model: "PreTrainedModel", files: WeightFiles) -> list[str]:
+    stored = set(files.names())
+    return [places[0][2] for places in parameter_places(model) if not any(name in stored for _, _, name in places)]
+
+
+def _fits(model: "PreTrainedModel", files: WeightFiles) -> bool:
+    plain = not any(getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
+    buffers = (module for module in model.modules() if any(True for _ in module.named_buffers(recurse=False)))
+    return (
+        plain
+        and all(_is_rotary(module) for module in buffers)
+        and not _missing(model, files)
+        and not _unexpected(model, files)
+        and all(files.dtype(name) is not None for name in files.names())
+        and all(_same(names, files) for names in _stored_twice(model, files))
+    )
+
+
+def _stored_twice(model: "PreTrainedModel", files: WeightFiles) -> Iterator[list[str]]:
+    """Tied weights of which the files hold more than one copy."""
+    stored = set(files.names())
+    for places in parameter_places(model):
+        names = [name for _, _, name in places if name in stored]
+        if len(names) > 1:
+            yield names
+
+
+def _same(names: list[str], files: WeightFiles) -> bool:
+    """Whether copies of a tied weight are equal; transformers unties those that differ."""
+    first, *others = (files.read(name) for name in names)
+    return all(torch.equal(first, other) for other in others)
+
+
+def _check(path: str | Path, model: "PreTrainedModel", files: WeightFiles) -> None:
+    """The refusals of ``load_model`` that need no values."""
+    stored = set(files.names())
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False) if name in stored}
+    report = {
+        "missing_keys": set(_missing(model, files)),
+        "unexpected_keys": set(_unexpected(model, files)),
+        "mismatched_keys": {(name, files.shape(name), shape) for name, shape in shapes.items() if files.shape(name) != shape},
+        "error_msgs": [],
+    }
+    check_report(path, model, report)

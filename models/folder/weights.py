@@ -1,0 +1,96 @@
+"""The weights of a model folder one by one: mapped into memory, checked, and read when asked for."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..common.errors import UserError
+from .folder_checks import check_model_folder
+from .loading import check_finite
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Dtypes of weights that are read as they are."""
+
+
+class WeightFiles:
+    """The weights of a checked model folder by name, mapped into memory and read when asked for; a context manager.
+
+    Args:
+        folder: Local model folder, one safetensors file or several with an index.
+
+    Raises:
+        UserError: see ``check_model_folder``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        self.folder = Path(folder)
+        self._open = [safe_open(file, framework="pt") for file in check_model_folder(self.folder)]
+        self._files: dict[str, Any] = {name: file for file in self._open for name in file.keys()}  # noqa: SIM118 - no mapping
+        self._stored = {name: name for name in self._files}
+
+    def names(self) -> list[str]:
+        """Every tensor of the folder, in the order of the files."""
+        return list(self._stored)
+
+    def call(self, names: Mapping[str, str | None]) -> None:
+        """Call tensors by other names from here on: name in the file -> name. One that is None, or taken, stays as in the file."""
+        called: dict[str, str] = {}
+        for stored in self._files:
+            name = names.get(stored) or stored
+            called[stored if name in called else name] = stored
+        self._stored = called
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a whole tensor."""
+        return tuple(self._slice(name).get_shape())
+
+    def _slice(self, name: str) -> Any:
+        stored = self._stored[name]
+        return self._files[stored].get_slice(stored)
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """Dtype of a tensor as stored; None for those that no model is trained in (integers, 8 bits and less)."""
+        return DTYPES.get(self._slice(name).get_dtype())
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or some rows of its first dimension, on the CPU in its own dtype; no other rows are read from the disk.
+
+        Args:
+            name: One of ``names()``.
+            rows: Contiguous rows, possibly none; None = all.
+
+        Raises:
+            UserError: there is no such tensor, or what was read is not finite.
+        """
+        if name not in self._stored:
+            raise UserError(f"{self.folder} has no weight {name}; fetch or export the model again")
+        stored = self._stored[name]
+        tensor: Tensor = self._files[stored].get_tensor(stored) if rows is None else self._slice(name)[rows]
+        check_finite(self.folder, name, tensor, tensor.dtype)
+        return tensor
+
+    def read_as(self, name: str, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
+        """``read`` in another dtype; refuses numbers that are too large for it."""
+        stored = self.read(name, rows)
+        if stored.dtype == dtype:
+            return stored
+        tensor = stored.to(dtype)
+        check_finite(self.folder, name, tensor, dtype)
+        return tensor
+
+    def close(self) -> None:
+        """Forget the files; tensors that were read stay valid."""
+        self._files.clear()
+        self._stored.clear()
+        self._open.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,87 @@
+"""One door to every kind of teacher: whole, rounded, spread over processes or kept in host memory."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..common.errors import UserError
+from ..settings import LoadIn, Placement
+from ..tokenizer.vocabulary import effective_vocab, rows_of
+from .local import LocalTeacher, PinnedTeacher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def open_teacher(
+    path: str | Path,
+    *,
+    load_in: LoadIn = "bf16",
+    placement: Placement = "replicated",
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    v_eff: int | None = None,
+    name: str | None = None,
+) -> LocalTeacher:
+    """Open a model folder or hub id as a teacher; a weight is never in host memory twice.
+
+    Args:
+        path: Model folder or hub id.
+        load_in: fp32, bf16, or the decoder's linears in nf4 or int8 (replicated only).
+        placement: replicated; sharded over all processes (all must call this; one process alone holds it whole); or offloaded.
+        device: This process's device. Only a replicated fp32 or bf16 teacher can move to another.
+        revision: Hub revision.
+        v_eff: Size of the real vocabulary; None = of the teacher's own tokenizer.
+        name: What ``describe`` calls it; default: ``path``.
+
+    Raises:
+        UserError: see ``load_model``, ``LocalTeacher``, ``quantized_model``, ``offloaded_model`` and ``sharded_model``.
+    """
+    if load_in not in _DTYPES and placement != "replicated":
+        raise UserError(
+            f"teacher.placement: {placement} goes with teacher.load_in: bf16 or fp32; a teacher in {load_in} is replicated (it is a "
+            "half or a quarter of its size already)"
+        )
+    if v_eff is None:
+        from ..folder.loading import load_config, load_tokenizer
+
+        v_eff = effective_vocab(load_tokenizer(path, revision=revision), rows_of(load_config(path, revision=revision)))
+    name = name or str(path)
+    if placement == "sharded" and _processes() == 1:
+        placement = "replicated"
+    model, held = _model(path, load_in, placement, device, revision)
+    if load_in in _DTYPES and placement == "replicated":
+        return LocalTeacher(model, v_eff=v_eff, name=name, held=held)
+    return PinnedTeacher(model, v_eff=v_eff, name=name, held=held)
+
+
+def _model(
+    path: str | Path, load_in: LoadIn, placement: Placement, device: torch.device | str, revision: str | None
+) -> "tuple[PreTrainedModel, str]":
+    """The model and how its weights are held, in words."""
+    if load_in == "nf4" or load_in == "int8":
+        from .quantized import quantized_model
+
+        return quantized_model(path, kind=load_in, device=device, revision=revision), f"{load_in}, replicated"
+    dtype = _DTYPES[load_in]
+    word = str(dtype).removeprefix("torch.")
+    if placement == "offloaded":
+        from .offloaded import offloaded_model
+
+        return offloaded_model(path, dtype=dtype, device=device, revision=revision), f"{word}, layers offloaded to the host"
+    if placement == "sharded":
+        from .sharded import sharded_model
+
+        return sharded_model(path, dtype=dtype, device=device, revision=revision), f"{word}, sharded over {_processes()} processes"
+    from ..folder.streaming import streamed_model
+
+    return streamed_model(path, dtype=dtype, device=device, revision=revision), f"{word}, replicated"
+
+
+def _processes() -> int:
+    from torch.distributed import get_world_size, is_available, is_initialized
+
+    return get_world_size() if is_available() and is_initialized() else 1

@@ -1,0 +1,65 @@
+"""Does a chat template end? It is a program that comes with a model, and loops and long texts are allowed in it.
+
+transformers runs templates in jinja2's sandbox, which keeps them from files and from Python's own objects, and neither from ranges nested
+fifteen deep nor from strings that double with each turn. Before a template is used on anybody's rows it is tried once on conversations of
+one to 64 messages in a process of its own, with limits on time and memory.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from ..common.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SECONDS = 10
+"""Most processor time for all conversations together; published templates take milliseconds."""
+BYTES = 2**30
+_WALL_SECONDS = 120
+_REMEDY = "mend chat_template.jinja (or chat_template in tokenizer_config.json), or take the template of a model that you trust"
+
+
+def check_chat_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Try a tokenizer's chat template, if it has one (a second or two, once for a template in a process).
+
+    Raises:
+        UserError: it takes more than ``SECONDS`` or ``BYTES`` for a short conversation, or calls itself without end.
+    """
+    given: Any = tokenizer.chat_template
+    tokens = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    for template in given.values() if isinstance(given, dict) else (given,):
+        if isinstance(template, str) and (fault := _fault(template, json.dumps(tokens, sort_keys=True))):
+            raise UserError(
+                f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} {fault} to render a short conversation; {_REMEDY}"
+            )
+
+
+@lru_cache
+def _fault(template: str, tokens: str) -> str:
+    request = {"template": template, "tokens": json.loads(tokens), "conversations": _conversations(), "seconds": SECONDS, "bytes": BYTES}
+    command = [sys.executable, "-P", "-m", "decoct.models.tokenizer.chat_template_trial"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(request).encode(), capture_output=True, env=environment, timeout=_WALL_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"takes more than {_WALL_SECONDS} seconds"
+    if done.returncode < 0:  # by SIGXCPU or SIGKILL: the limit of time; by SIGSEGV or SIGABRT: it broke the interpreter
+        return f"takes more than {SECONDS} seconds of processor time"
+    try:
+        return str(json.loads(done.stdout)["fault"])
+    except (ValueError, KeyError):
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        return f"ends the process that tries it ({said[-1] if said else done.returncode})"
+
+
+def _conversations() -> list[list[dict[str, str]]]:
+    turns = [{"role": ("user", "assistant")[n % 2], "content": f"what is said in turn {n}"} for n in range(64)]
+    system = {"role": "system", "content": "what holds for all turns"}
+    return [turns[:1], turns[:2], [system, *turns[:2]], turns[:9], turns]

@@ -1,0 +1,70 @@
+"""A tokenizer trained on the user's own text: byte-level BPE with GPT-2's pre-tokenizer.
+
+Every byte is in the alphabet, so any text survives encode and decode, and llama.cpp's ``gpt-2`` type splits alike.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from ..common.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+MIN_VOCAB = 257
+"""256 bytes and the special token."""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+    """Train a byte-level BPE tokenizer; the same texts in the same order give the same tokenizer.
+
+    Args:
+        texts: Documents; read once.
+        vocab_size: Tokens wanted, the 256 bytes and ``<|endoftext|>`` (id 0: bos, eos and pad) included. A short text gives fewer.
+
+    Raises:
+        UserError: ``vocab_size`` below 257, or no text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < MIN_VOCAB:
+        raise UserError(
+            f"a vocabulary of {vocab_size} is too small: byte-level BPE needs at least {MIN_VOCAB} (256 bytes, 1 special token)"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    seen = _Counted(texts)
+    tokenizer.train_from_iterator(seen, trainer)
+    if seen.characters == 0:
+        raise UserError("there is no text to train a tokenizer on; check the recipe's data")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+class _Counted:
+    """Passes the texts on and counts their characters, so that an iterator need not be read twice to see that it is empty."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.texts = texts
+        self.characters = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.texts:
+            self.characters += len(text)
+            yield text

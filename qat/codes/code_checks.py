@@ -1,0 +1,107 @@
+"""What codes and scales of a lattice must look like, checked when they are read back: shapes, ranges, grids; and where weights lie."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...models.common.errors import UserError
+from ..fake_quant import Encoded
+from ..fake_quant.absmax_reference import GRID_DTYPES
+from ..spec import QuantSpec
+
+_CODE_DTYPES = {"int": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
+"""Of codes; the others are uint8, one code of 4 bits a byte."""
+_OWN_GRIDS = ("mxfp4", "nvfp4")
+
+
+def lattice_problem(encoded: Encoded, spec: QuantSpec) -> str | None:
+    """Why these tensors are no codes and scales of ``spec``; None when they are."""
+    problem = _codes_problem(encoded.codes, encoded.scales, spec) or _zero_problem(encoded.zeros, encoded.scales, spec)
+    return problem or _global_problem(encoded.global_scale, spec)
+
+
+def _zero_problem(zeros: Tensor | None, scales: Tensor, spec: QuantSpec) -> str | None:
+    if spec.symmetric:
+        return None if zeros is None else "zero points are stored for a symmetric lattice"
+    if zeros is None:
+        return "zero points of an asymmetric lattice are missing"
+    if zeros.dtype != torch.int8 or zeros.shape != scales.shape:
+        return f"zero points are {zeros.dtype} of shape {tuple(zeros.shape)}, not int8 of shape {tuple(scales.shape)}"
+    if zeros.numel() and not spec.qmin <= int(zeros.min()) <= int(zeros.max()) <= spec.qmax:
+        return f"zero points span {int(zeros.min())}..{int(zeros.max())}, outside {spec.qmin}..{spec.qmax}"
+    return None
+
+
+def _global_problem(whole: Tensor | None, spec: QuantSpec) -> str | None:
+    if (whole is not None) != (spec.kind == "nvfp4"):
+        return f"a global scale is {'stored' if whole is not None else 'missing'}, kind is {spec.kind}"
+    if whole is None:
+        return None
+    fits = whole.dtype == torch.float32 and tuple(whole.shape) == (1,) and float(whole) > 0 and bool(torch.isfinite(whole).all())
+    return None if fits else f"its global scale is {whole.dtype} of shape {tuple(whole.shape)}, not one positive finite fp32 number"
+
+
+def _codes_problem(codes: Tensor, scales: Tensor, spec: QuantSpec) -> str | None:
+    """Why these tensors are no codes and scales of ``spec``; None when they are."""
+    dtype = _CODE_DTYPES.get(spec.kind, torch.uint8)
+    if codes.dtype != dtype or codes.ndim != 2:
+        return f"codes are {codes.dtype} of shape {tuple(codes.shape)}, not {_a(dtype)} matrix"
+    try:
+        expected = spec.scale_shape(*codes.shape)
+    except ValueError as error:
+        return str(error)
+    if scales.dtype != torch.float32 or tuple(scales.shape) != expected:
+        return f"scales are {scales.dtype} of shape {tuple(scales.shape)}, not float32 of shape {expected}"
+    if outside := _outside(codes, spec):
+        return outside
+    if not bool((torch.isfinite(scales) & (scales > 0)).all()):
+        return "a scale is not a positive finite number"
+    if not torch.equal(_on_grid(scales, spec), scales):
+        return f"a scale is not on the grid {spec.kind if spec.kind in _OWN_GRIDS else spec.scale_grid}"
+    return None
+
+
+def _a(dtype: torch.dtype) -> str:
+    word = str(dtype).removeprefix("torch.")
+    return f"an {word}" if word.startswith("i") else f"a {word}"
+
+
+def _on_grid(scales: Tensor, spec: QuantSpec) -> Tensor:
+    """The scales rounded to what the kind may store; NaN where it stores powers of two alone and this is none."""
+    if spec.kind == "nvfp4":
+        return scales.clamp(max=448.0).to(torch.float8_e4m3fn).to(torch.float32)
+    if spec.kind == "mxfp4":
+        return torch.where(torch.frexp(scales).mantissa == 0.5, scales, torch.nan)
+    grid = spec.grid
+    return scales.to(GRID_DTYPES[grid.dropped_bits]).to(torch.float32).clamp(grid.smallest, grid.largest)
+
+
+def _outside(codes: Tensor, spec: QuantSpec) -> str | None:
+    if spec.kind == "fp8_e4m3":
+        return None if bool(torch.isfinite(codes.to(torch.float32)).all()) else "a code is NaN"
+    low, high = (spec.qmin, spec.qmax) if spec.kind == "int" else (0, 15)
+    if codes.numel() and not low <= int(codes.min()) <= int(codes.max()) <= high:
+        return f"codes span {int(codes.min())}..{int(codes.max())}, outside {low}..{high}"
+    return None
+
+
+def weight_places(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, for a single or a sharded ``model.safetensors``; UserError when the index is damaged or foreign."""
+    from ...models.folder.safetensors_read import read_header
+
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return dict.fromkeys(read_header(single).tensors, single)
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder} has neither a readable model.safetensors nor {index.name} ({error}); quantize again.") from error
+    outside = [file for file in files.values() if Path(file).name != file]
+    if outside:
+        raise UserError(f"{index}: {outside[0]!r} lies outside the folder; the index is damaged or foreign.")
+    for file in set(files.values()):
+        read_header(folder / file)
+    return {name: folder / file for name, file in files.items()}

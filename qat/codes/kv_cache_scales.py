@@ -1,0 +1,80 @@
+"""How keys and values are rounded, as a quantized folder holds it: part of ``QuantState``.
+
+``quant/codes.safetensors`` has ``<attention module>.k_scale`` and ``.v_scale`` fp32, and for an asymmetric lattice ``.k_zero`` and
+``.v_zero`` int8, one number each, where the scales are stored ones; ``decoct.json`` names the lattice and the attention modules.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec import ActivationSpec
+
+PARTS = ("k", "v")
+_SCALE, _ZERO = "_scale", "_zero"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheState:
+    """The lattice of keys and values, and its stored scales, on the CPU."""
+
+    spec: ActivationSpec
+    attentions: tuple[str, ...]
+    """Full names of the attention modules, in module order."""
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    """fp32 [] by ``<attention module>.k`` and ``.v``; empty for dynamic scaling."""
+    zeros: dict[str, Tensor] = field(default_factory=dict)
+    """int8 [] by the same names; empty unless stored and asymmetric."""
+
+    @property
+    def names(self) -> list[str]:
+        """``<attention module>.k`` and ``.v`` of each attention module."""
+        return [f"{attention}.{part}" for attention in self.attentions for part in PARTS]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Their part of ``quant/codes.safetensors``."""
+        return {
+            name + suffix: held[name].contiguous()
+            for name in self.names
+            for suffix, held in ((_SCALE, self.scales), (_ZERO, self.zeros))
+            if name in held
+        }
+
+    def record(self) -> dict[str, Any]:
+        """Their part of the ``quant`` entry of ``decoct.json``."""
+        return {"kv_cache": self.spec.to_json(), "attentions": list(self.attentions)}
+
+    def expected(self) -> Iterator[str]:
+        """Names of the tensors that the lattice has in ``quant/codes.safetensors``."""
+        if self.spec.scaling == "static":
+            for name in self.names:
+                yield name + _SCALE
+                if not self.spec.symmetric:
+                    yield name + _ZERO
+
+    def problem(self) -> str | None:
+        """What is wrong with scales and zero points, as a sentence; None when nothing is."""
+        tensors = self.tensors()
+        if differing := sorted(set(self.expected()) ^ set(tensors)):
+            return f"kv_cache: {differing[0]} is {'stored, but the lattice has none' if differing[0] in tensors else 'missing'}"
+        for name, tensor in tensors.items():
+            dtype = torch.float32 if name.endswith(_SCALE) else torch.int8
+            if tensor.numel() != 1 or tensor.dtype != dtype:
+                return f"kv_cache: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; it is one number in {dtype}"
+            if dtype == torch.float32 and not (float(tensor) > 0 and bool(torch.isfinite(tensor).all())):
+                return f"kv_cache: {name} is {float(tensor)}, not a positive finite number"
+        return None
+
+
+def cache_from_record(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CacheState | None:
+    """Inverse of ``record`` and ``tensors``; None when nothing is said of a cache. TypeError, KeyError or ValueError when it is damaged."""
+    if not record.get("kv_cache"):
+        return None
+    spec, attentions = ActivationSpec.from_json(record["kv_cache"]), tuple(str(name) for name in record["attentions"])
+    empty = CacheState(spec=spec, attentions=attentions)
+    held = ({name: tensors[name + suffix] for name in empty.names if name + suffix in tensors} for suffix in (_SCALE, _ZERO))
+    scales, zeros = held
+    return CacheState(spec=spec, attentions=attentions, scales=scales, zeros=zeros)

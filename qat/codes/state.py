@@ -1,0 +1,262 @@
+"""QuantState: the codes and scales of a model, how they lie in a model folder, and the checks when they are read back.
+
+A quantized folder holds ``model.safetensors`` with codes * scales in fp32 under the original names, and
+``quant/codes.safetensors``: ``<module>.codes`` int8 [out, in], ``<module>.scale`` fp32 [out, groups], for an asymmetric lattice
+``<module>.zero_point`` int8 [out, groups], for nvfp4 ``.global_scale`` fp32 [1], for inputs with a stored scale ``.input_scale`` fp32
+and ``.input_zero`` int8, one number each; of keys and values what ``cache_state.py`` says. ``decoct.json`` records the QuantSpec, the
+modules and a hash of everything. Export reads the codes and never rounds again.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...models.common.errors import UserError
+from ...models.folder.codes_file import CODES, codes_file
+from ..fake_quant import Encoded, decode
+from ..spec import ActivationSpec, QuantSpec
+from .code_checks import lattice_problem, weight_places
+from .kv_cache_scales import CacheState, cache_from_record
+
+QUANT_FILE = CODES
+"""Where ``save_model_folder`` puts the codes."""
+_CODES, _SCALE, _ZERO, _GLOBAL = ".codes", ".scale", ".zero_point", ".global_scale"
+_INPUT_SCALE, _INPUT_ZERO = ".input_scale", ".input_zero"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantState:
+    """What is stored and served: codes and scales per module, on the CPU."""
+
+    spec: QuantSpec
+    """The lattice of every module that has none of its own."""
+    modules: tuple[str, ...]
+    """Full module names, in module order."""
+    codes: dict[str, Tensor]
+    """[out, in] by module name, as ``fake_quant.Encoded`` has them: int8 in [qmin, qmax] for kind int."""
+    scales: dict[str, Tensor]
+    """fp32 of ``spec.scale_shape`` by module name, on the spec's grid (mxfp4: powers of two; nvfp4: numbers of float8 e4m3)."""
+    zero_points: dict[str, Tensor] = field(default_factory=dict)
+    """int8 [out, groups] in [qmin, qmax] by module name; modules with a symmetric lattice have none."""
+    global_scales: dict[str, Tensor] = field(default_factory=dict)
+    """fp32 [1] by module name, which its scales are divided by (nvfp4 alone)."""
+    own_specs: dict[str, QuantSpec] = field(default_factory=dict)
+    """Lattices of modules that differ from ``spec``."""
+    activations: ActivationSpec | None = None
+    """How the modules' inputs are rounded; None = not at all."""
+    input_scales: dict[str, Tensor] = field(default_factory=dict)
+    """fp32 [] by module name: scales of inputs that are rounded with a stored one."""
+    input_zeros: dict[str, Tensor] = field(default_factory=dict)
+    """int8 [] by module name: zero points of inputs whose stored lattice has one."""
+    cache: CacheState | None = None
+    """How keys and values are rounded; None = not at all."""
+
+    @classmethod
+    def of(
+        cls, spec: QuantSpec, specs: Mapping[str, QuantSpec], encoded: Mapping[str, Encoded], device: str | None = "cpu"
+    ) -> "QuantState":
+        """The state of modules that have been encoded, in the order of ``encoded``.
+
+        Args:
+            spec: The lattice of most of them.
+            specs: That of each.
+            encoded: Codes and scales of each.
+            device: Where the tensors go; None leaves them where they are.
+        """
+
+        def held(part: str) -> dict[str, Tensor]:
+            found = {name: value for name, one in encoded.items() if (value := getattr(one, part)) is not None}
+            return found if device is None else {name: value.to(device) for name, value in found.items()}
+
+        return cls(
+            spec=spec,
+            modules=tuple(encoded),
+            codes=held("codes"),
+            scales=held("scales"),
+            zero_points=held("zeros"),
+            global_scales=held("global_scale"),
+            own_specs={name: specs[name] for name in encoded if specs[name] != spec},
+        )
+
+    def encoded(self, module: str) -> Encoded:
+        """A module's codes and what belongs to them."""
+        return Encoded(self.codes[module], self.scales[module], self.zero_points.get(module), self.global_scales.get(module))
+
+    def spec_of(self, module: str) -> QuantSpec:
+        """The lattice of a module."""
+        return self.own_specs.get(module, self.spec)
+
+    def dequantized(self, module: str) -> Tensor:
+        """fp32 [out, in]: the weight that plain runtimes see, (codes - zero points) * scales for kind int."""
+        return decode(self.encoded(module), self.spec_of(module))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The content of ``quant/codes.safetensors``."""
+        own = {name + suffix: held[name].contiguous() for suffix, held in self._parts() for name in self.modules if name in held}
+        return own | (self.cache.tensors() if self.cache else {})
+
+    def renamed(self, names: Mapping[str, str]) -> "QuantState":
+        """The same under other module names; those that ``names`` does not have stay."""
+        if not any(name in names for name in self.modules):
+            return self
+
+        def of(held: dict[str, Any]) -> dict[str, Any]:
+            return {names.get(name, name): value for name, value in held.items()}
+
+        return replace(
+            self,
+            modules=tuple(names.get(name, name) for name in self.modules),
+            codes=of(self.codes),
+            scales=of(self.scales),
+            zero_points=of(self.zero_points),
+            global_scales=of(self.global_scales),
+            own_specs=of(self.own_specs),
+            input_scales=of(self.input_scales),
+            input_zeros=of(self.input_zeros),
+        )
+
+    def _parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        yield _CODES, self.codes
+        yield _SCALE, self.scales
+        yield _ZERO, self.zero_points
+        yield _GLOBAL, self.global_scales
+        yield _INPUT_SCALE, self.input_scales
+        yield _INPUT_ZERO, self.input_zeros
+
+    def hash(self) -> str:
+        """sha256 over specs, module names, shapes, codes, scales and whatever else there is."""
+        digest = hashlib.sha256(self.spec.hash().encode())
+        if more := self._more():
+            digest.update(json.dumps(more, sort_keys=True).encode())
+        own = ((name, held[name]) for name in self.modules for _, held in self._parts() if name in held)
+        for name, tensor in (*own, *(self.cache.tensors().items() if self.cache else ())):
+            digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        """The ``quant`` entry of ``decoct.json``."""
+        return {"spec": self.spec.to_json(), "modules": list(self.modules), "hash": self.hash(), **self._more()}
+
+    def _more(self) -> dict[str, Any]:
+        own = {"own_specs": {name: spec.to_json() for name, spec in sorted(self.own_specs.items())}} if self.own_specs else {}
+        own |= {"activations": self.activations.to_json()} if self.activations else {}
+        return own | (self.cache.record() if self.cache else {})
+
+    def check(self, where: str) -> None:
+        """UserError beginning with ``where`` (a file) unless every code is in range and every scale positive and on the grid."""
+        for name in self.modules:
+            spec = self.spec_of(name)
+            if problem := lattice_problem(self.encoded(name), spec) or self._input_problem(name):
+                raise UserError(f"{where}: module {name}: {problem}. The file is damaged or not decoct's; quantize again.")
+        if self.cache and (problem := self.cache.problem()):
+            raise UserError(f"{where}: {problem}. The file is damaged or not decoct's; quantize again.")
+
+    def _input_problem(self, name: str) -> str | None:
+        stored = self.activations is not None and self.activations.scaling == "static"
+        for part, held, needed in (
+            ("scale", self.input_scales, stored),
+            ("zero point", self.input_zeros, stored and self.activations is not None and not self.activations.symmetric),
+        ):
+            if (name in held) != needed:
+                return f"its inputs' {part} is {'missing' if needed else 'stored, but the activations have none'}"
+            if needed and held[name].numel() != 1:
+                return f"its inputs' {part} has shape {tuple(held[name].shape)}; it is one number"
+        if stored and not (float(self.input_scales[name]) > 0 and bool(torch.isfinite(self.input_scales[name]).all())):
+            return f"its inputs' scale is {float(self.input_scales[name])}, not a positive finite number"
+        return None
+
+
+def load_quant_state(folder: Path) -> QuantState:
+    """The codes and scales of a quantized model folder, checked against its record and its weights.
+
+    Raises:
+        UserError: the folder holds no codes, they are damaged, or ``model.safetensors`` holds other weights than codes * scales.
+    """
+    from ...models.folder.model_folder import read_record
+
+    file = codes_file(folder)
+    record = read_record(folder).get("quant")
+    if record is None or file is None:
+        raise UserError(f"{folder} holds no codes ({QUANT_FILE} and its record): run the stage 'qat' or 'quantize' on the model first.")
+    state = _from_record(record, _read_tensors(file), file, folder)
+    state.check(str(file))
+    if state.hash() != record.get("hash"):
+        raise UserError(f"{file}: codes or scales differ from what decoct.json recorded; the file was changed. Quantize again.")
+    _check_weights(folder, state, file.name)
+    return state
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    from ...models.folder.safetensors_read import read_header
+
+    read_header(file)
+    return load_file(file)
+
+
+def _from_record(record: Any, tensors: Mapping[str, Tensor], file: Path, folder: Path) -> QuantState:
+    """The state that ``decoct.json`` describes, made of exactly the tensors of the file."""
+    try:
+        spec, modules = QuantSpec.from_json(record["spec"]), tuple(str(name) for name in record["modules"])
+        own = {str(name): QuantSpec.from_json(given) for name, given in record.get("own_specs", {}).items()}
+        activations = ActivationSpec.from_json(record["activations"]) if record.get("activations") else None
+        cache = cache_from_record(record, tensors)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / 'decoct.json'}: the entry 'quant' cannot be read ({error}); quantize again.") from error
+    expected = {name + suffix for name in modules for suffix in (_CODES, _SCALE)}
+    expected |= {name + _ZERO for name in modules if not own.get(name, spec).symmetric}
+    expected |= {name + _GLOBAL for name in modules if own.get(name, spec).kind == "nvfp4"}
+    if activations is not None and activations.scaling == "static":
+        expected |= {name + suffix for name in modules for suffix in (_INPUT_SCALE, *([] if activations.symmetric else [_INPUT_ZERO]))}
+    expected |= set(cache.expected() if cache else ())
+    differing = sorted(expected ^ set(tensors))
+    if differing:
+        what = "missing" if differing[0] in expected else "unexpected"
+        raise UserError(f"{file}: tensor {differing[0]} is {what} ({len(differing)} differ from decoct.json); quantize again.")
+    return QuantState(
+        spec=spec,
+        modules=modules,
+        codes=_held(tensors, modules, _CODES),
+        scales=_held(tensors, modules, _SCALE),
+        zero_points=_held(tensors, modules, _ZERO),
+        global_scales=_held(tensors, modules, _GLOBAL),
+        own_specs=own,
+        activations=activations,
+        input_scales=_held(tensors, modules, _INPUT_SCALE),
+        input_zeros=_held(tensors, modules, _INPUT_ZERO),
+        cache=cache,
+    )
+
+
+def _held(tensors: Mapping[str, Tensor], modules: tuple[str, ...], suffix: str) -> dict[str, Tensor]:
+    return {name: tensors[name + suffix] for name in modules if name + suffix in tensors}
+
+
+def _check_weights(folder: Path, state: QuantState, codes: str) -> None:
+    """UserError unless the stored fp32 weights are the codes times the scales, element by element."""
+    from safetensors import safe_open
+
+    files = weight_places(folder)
+    called: dict[str, str] = {}
+    if any(f"{name}.weight" not in files for name in state.modules) and (folder / "config.json").is_file():
+        from ...models.folder.structure import model_structure
+
+        called = model_structure(folder).stored_modules()
+    for name in state.modules:
+        key = f"{called.get(name, name)}.weight"
+        if key not in files:
+            raise UserError(f"{folder}: {key} is missing from the weights, yet {codes} has codes for it; quantize again.")
+        with safe_open(files[key], framework="pt") as opened:
+            if key not in opened.keys():  # noqa: SIM118 - not a mapping
+                raise UserError(f"{files[key]}: {key} is not in the file that the index names; the folder is damaged.")
+            weight = opened.get_tensor(key)
+        if weight.dtype != torch.float32 or not torch.equal(weight, state.dequantized(name)):
+            raise UserError(f"{files[key]}: {key} is not codes * scales of {codes}; the weights were changed. Quantize again.")

@@ -1,0 +1,84 @@
+"""The ``quantization_config`` of compressed-tensors exports: one group for each lattice.
+
+With one lattice its group has the class Linear; with several each names its modules, because servers look for the class of a fused
+matrix before they look at the names of its parts. Unknown keys are refused by readers, so nothing of ours is in it.
+
+Source: compressed-tensors ``quantization/quant_config.py``, ``quantization/quant_args.py``; vLLM ``compressed_tensors/utils.py``.
+"""
+
+from typing import Any
+
+from ...source.quantized_source import ExportSource
+from ...spec import ActivationSpec, QuantSpec
+from .kv_cache import cache_scheme
+
+NAME = "compressed-tensors"
+LAYOUT_VERSION = "0.15.0"
+"""The oldest package version that transformers 5 loads; 2, 4 and 8-bit layouts have not changed since."""
+PACK_QUANTIZED, INT_QUANTIZED = "pack-quantized", "int-quantized"
+
+
+def quantization_config(source: ExportSource) -> dict[str, Any]:
+    """The ``quantization_config`` of ``config.json``."""
+    state = source.state
+    lattices: dict[QuantSpec, list[str]] = {}
+    for module in state.modules:
+        lattices.setdefault(_as_stored(state.spec_of(module)), []).append(module)
+    targets = {spec: source.also_in_model(modules) if len(lattices) > 1 else ["Linear"] for spec, modules in lattices.items()}
+    groups = [_group(spec, source.state.activations, targets[spec]) for spec in lattices]
+    formats = {group["format"] for group in groups}
+    return {
+        "quant_method": NAME,
+        "version": source.reader_version or LAYOUT_VERSION,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": cache_scheme(source),
+        "ignore": source.also_in_model(source.unquantized_linears),
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
+    }
+
+
+def _as_stored(spec: QuantSpec) -> QuantSpec:
+    """Lattices that are stored alike are one: what the scales came from, and on which grid, no reader asks."""
+    group_size = "channel" if spec.group_size == "tensor" else spec.group_size
+    return QuantSpec(bits=spec.bits, group_size=group_size, symmetric=spec.symmetric)
+
+
+def _group(spec: QuantSpec, inputs: ActivationSpec | None, targets: list[str]) -> dict[str, Any]:
+    group_size = None if isinstance(spec.group_size, str) else spec.group_size
+    weights = {
+        "num_bits": spec.bits,
+        "type": "int",
+        "symmetric": spec.symmetric,
+        "strategy": "channel" if group_size is None else "group",
+        "group_size": group_size,
+        "block_structure": None,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": None if inputs is None else _inputs(inputs),
+        "output_activations": None,
+        "format": PACK_QUANTIZED if inputs is None else INT_QUANTIZED,
+    }
+
+
+def _inputs(inputs: ActivationSpec) -> dict[str, Any]:
+    dynamic = inputs.scaling == "dynamic"
+    return {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": inputs.symmetric,
+        "strategy": "token" if dynamic else "tensor",
+        "group_size": None,
+        "block_structure": None,
+        "dynamic": dynamic,
+        "actorder": None,
+        "observer": None if dynamic else "minmax",
+        "observer_kwargs": {},
+    }

@@ -1,0 +1,164 @@
+"""The compressed-tensors formats "pack-quantized" and "int-quantized", read by transformers, vLLM and SGLang.
+
+pack-quantized: integer codes in 32-bit words along the inputs, zero points packed along the outputs. int-quantized: int8 codes as they
+are, one scale a row, for modules whose inputs are rounded to int8 too. Modules with different lattices get a group each.
+
+Nothing is rounded here: codes and scales are those that training used. Scales lie on the bf16 grid and are stored as bf16; tensors
+that are not quantized must lie on it too (a quantized folder's do). The package of that name is not needed to write.
+
+Source: compressed-tensors ``compressors/pack_quantized/base.py``, ``compressors/naive_quantized/base.py``,
+``quantization/quant_config.py``; transformers ``quantizers/quantizer_compressed_tensors.py``.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....models.common.errors import UserError
+from ...packing import PACKED_BITS, pack_bits, stream_width
+from ...source.quantized_source import ExportSource
+from ...spec import ActivationSpec, QuantSpec
+from ..common import Layer, check_modules, exact_plain, exact_scales, layer, plain_config
+from ..shards import plan_shards, write_shards
+from .config import LAYOUT_VERSION, NAME, quantization_config
+from .kv_cache import cache_tensors, check_cache
+
+__all__ = ["DENSE_VERSION", "LAYOUT_VERSION", "NAME", "check", "exported_config", "planned_bytes", "quantization_config", "write"]
+
+DENSE_VERSION = (0, 18, 0)
+"""The first release that packs 3, 5, 6 and 7 bits as a dense stream (change #732); 0.17.1 still pads each word, under the same name."""
+_PACKED, _SCALE, _SHAPE, _ZERO = ".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point"
+_INPUT_SCALE, _INPUT_ZERO = ".input_scale", ".input_zero_point"
+
+
+def check(source: ExportSource) -> None:
+    """Refuse what the format cannot hold exactly.
+
+    Raises:
+        UserError: a code width that readers disagree on, scales that bf16 does not hold, inputs rounded in a way that it has no words for.
+    """
+    state = source.state
+    for module in state.modules:
+        spec = state.spec_of(module)
+        if spec.kind == "int" and spec.bits not in PACKED_BITS:
+            _check_dense(spec, source.reader_version)
+        if spec.scale_grid not in ("bf16_fp16", "bf16"):
+            raise UserError(f"{NAME} stores scales in bf16, which does not hold scale_grid={spec.scale_grid!r}; quantize with 'bf16_fp16'")
+    check_modules(source, NAME, range(2, 9), head=True, inputs=True)
+    if source.state.activations is not None:
+        for module in state.modules:
+            _check_inputs(source, module, source.state.activations)
+    check_cache(source)
+
+
+def _check_dense(spec: QuantSpec, reader: str | None) -> None:
+    needed = ".".join(map(str, DENSE_VERSION))
+    if reader is None:
+        nearest = min((4, 8), key=lambda bits: (abs(bits - spec.bits), -bits))
+        raise UserError(
+            f"{NAME} cannot hold bits={spec.bits}: versions of the format pack 3, 5, 6 and 7 bits differently; quantize with "
+            f"bits={nearest} (4 and 8 are read by every serving stack), or name the version of compressed-tensors that will read it, at "
+            f"least {needed}: --reader-version {needed}"
+        )
+    check_reader(spec, reader)
+
+
+def check_reader(spec: QuantSpec, reader: str) -> None:
+    """UserError unless that version of the package reads the dense layout of 3, 5, 6 and 7 bits."""
+    needed, numbers = ".".join(map(str, DENSE_VERSION)), reader.split(".")
+    if not all(number.isdecimal() for number in numbers) or tuple(map(int, numbers)) < DENSE_VERSION:
+        raise UserError(
+            f"reader_version={reader!r} reads bits={spec.bits} in another layout than the one written; it must be {needed} or later"
+        )
+
+
+def _check_inputs(source: ExportSource, module: str, inputs: ActivationSpec) -> None:
+    spec = source.state.spec_of(module)
+    if inputs.kind != "int8":
+        raise UserError(f"{NAME} with integer weights takes inputs in int8, not {inputs.kind}; train with activations kind 'int8'")
+    if spec.bits != 8 or not isinstance(spec.group_size, str):
+        raise UserError(
+            f"{module} has bits={spec.bits}, group_size={spec.group_size} and inputs rounded to int8; kernels for int8 inputs take int8 "
+            "weights with a scale per row: quantize with bits=8, group_size='channel', or leave activations out"
+        )
+    if inputs.scaling == "static" and not _is_scale(source.state.input_scales.get(module)):
+        raise UserError(
+            f"{module} has static activations but no input scale that is one finite positive number; train or calibrate it again"
+        )
+    if inputs.scaling == "static" and not inputs.symmetric and module not in source.state.input_zeros:
+        raise UserError(f"{module} has asymmetric static activations but no input zero point; train or calibrate it again")
+
+
+def _is_scale(scale: Tensor | None) -> bool:
+    return scale is not None and scale.numel() == 1 and bool((torch.isfinite(scale) & (scale > 0)).all())
+
+
+def exported_config(source: ExportSource) -> dict[str, Any]:
+    """``config.json`` of the export: the model's own, in bf16, with the packing described; no path of this machine, no code."""
+    return plain_config(source, torch.bfloat16) | {"quantization_config": quantization_config(source)}
+
+
+def planned_bytes(source: ExportSource) -> int:
+    """Bytes of tensor data that ``write`` will store."""
+    return sum(_sizes(source).values())
+
+
+def write(folder: Path, source: ExportSource) -> None:
+    """Write the weight files (one, or shards with an index) into ``folder``.
+
+    Raises:
+        UserError: an unquantized tensor has values that bf16 does not hold.
+    """
+    write_shards(folder, plan_shards(_sizes(source)), lambda name: _stored(source, name))
+
+
+def _sizes(source: ExportSource) -> dict[str, int]:
+    """Bytes of every stored tensor, in the order of writing."""
+    sizes: dict[str, int] = {}
+    for module in source.state.modules:
+        it = layer(source, module)
+        sizes |= {module + part: size for part, size in _part_sizes(source, it).items()}
+    sizes |= {name: tensor.nbytes for name, tensor in cache_tensors(source).items()}
+    return sizes | {name: 2 * math.prod(source.structure.shapes[name]) for name in source.plain}
+
+
+def _part_sizes(source: ExportSource, it: Layer) -> dict[str, int]:
+    (rows, columns), groups, bits = it.codes.shape, it.scales.shape[1], it.spec.bits
+    scales = {_SCALE: rows * groups * 2}
+    if source.state.activations is None:
+        zeros = {} if it.zeros is None else {_ZERO: stream_width(rows, bits) * groups * 4}
+        return {_PACKED: rows * stream_width(columns, bits) * 4, **scales, _SHAPE: 2 * 8, **zeros}
+    zeros = {} if it.zeros is None else {_ZERO: rows * groups}
+    static = source.state.activations.scaling == "static"
+    inputs = ({_INPUT_SCALE: 4} if static else {}) | ({_INPUT_ZERO: 1} if static and not source.state.activations.symmetric else {})
+    return {".weight": rows * columns, **scales, **zeros, **inputs}
+
+
+def _stored(source: ExportSource, name: str) -> Tensor:
+    """The tensor that is stored under ``name``."""
+    if name in source.plain:
+        return exact_plain(source, name, torch.bfloat16)
+    if name in (scales := cache_tensors(source)):
+        return scales[name]
+    module, part = name.rsplit(".", 1)
+    it = layer(source, module)
+    packed = source.state.activations is None
+    make = {
+        _PACKED: lambda: pack_bits(it.codes, it.spec.bits),
+        _SCALE: lambda: exact_scales(it.scales, torch.bfloat16, NAME, module),
+        _SHAPE: lambda: torch.tensor(it.codes.shape, dtype=torch.int64),
+        _ZERO: lambda: _zero_points(it, packed),
+        ".weight": lambda: it.codes.contiguous(),
+        _INPUT_SCALE: lambda: source.state.input_scales[module].to(torch.float32).reshape(1),
+        _INPUT_ZERO: lambda: source.state.input_zeros[module].to(torch.int8).reshape(1),
+    }
+    return make[f".{part}"]()
+
+
+def _zero_points(it: Layer, packed: bool) -> Tensor:
+    """Zero points as they are stored: int8 [out, groups], or packed along the outputs."""
+    assert it.zeros is not None
+    return pack_bits(it.zeros.T.contiguous(), it.spec.bits).T.contiguous() if packed else it.zeros.contiguous()

@@ -1,0 +1,275 @@
+"""Exporters: a quantized folder becomes a packed one that serving stacks load, checked before it appears under its name.
+
+``export_folder`` does what all formats share; each format is a file of its own, registered in ``EXPORTERS``.
+"""
+
+import difflib
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...models.common.errors import DecoctError, UserError
+from ...models.common.files import atomic_directory, check_free_space, write_json_atomic
+from ...models.folder.loading import TOKENIZER_FILES
+from ...models.folder.older_readers import mend_tokenizer_config, with_older_fields
+from ...models.folder.record import check_record, write_record
+from ...models.folder.stored_names import left_out_words
+from ..export import awq, gptq
+from ..export import plain_safetensors as safetensors_folder
+from ..footprint import folder_bytes
+from ..runtimes.check import check_runtimes
+from ..source.plain_source import PlainSource, Rounding, open_plain_source
+from ..source.quantized_source import ExportSource, open_source
+from ..verify.exactness import rebuilt_hashes, scale_hashes
+from .beyond_weights import check_beside, said_of
+from .card import CardFacts, FormatCard, card_text
+from .compressed_tensors import writer as compressed_tensors
+from .format_cards import AWQ_CARD, GPTQ_CARD, GPTQ_V2_CARD, PLAIN_CARD
+from .gguf import writer as gguf_files
+from .gguf.card import GGUF_CARD
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_HOLDS_ALL = {
+    "safetensors": "--format safetensors-f32 holds every weight (in a recipe stages.export.formats=[safetensors-f32]); or have them "
+    "rounded: --allow-inexact (in a recipe stages.export.allow_inexact=true)",
+    "gguf": "--format gguf-f32 holds every weight; or have them rounded: --allow-inexact",
+}
+"""What to do where plain weights would be rounded, by the kind of format."""
+# What a tokenizer consists of in any transformers version, and how text is generated; weights and records are written anew.
+_COPIED = (
+    *TOKENIZER_FILES, "*.tiktoken", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """One format."""
+
+    check: Callable[[ExportSource], None]
+    """UserError when the format cannot hold the model exactly."""
+    planned_bytes: Callable[[ExportSource], int]
+    config: Callable[[ExportSource], dict[str, Any]]
+    """The content of config.json."""
+    write: Callable[[Path, ExportSource], None]
+    """Writes the weight files into a folder."""
+    open: Callable[[Path], ExportSource] = open_source
+    """Reads and checks the folder that is exported."""
+    beside: bool = False
+    """The format says how inputs, keys and values are rounded."""
+    card: FormatCard = field(default_factory=FormatCard)
+    """What the model card says of the format."""
+
+
+_GGUF = Exporter(
+    check=gguf_files.check,
+    planned_bytes=gguf_files.planned_bytes,
+    config=gguf_files.exported_config,
+    write=gguf_files.write,
+    open=gguf_files.open_codes,
+    card=GGUF_CARD,
+)
+_PLAIN = Exporter(
+    check=safetensors_folder.check,
+    planned_bytes=safetensors_folder.planned_bytes,
+    config=safetensors_folder.exported_config,
+    write=safetensors_folder.write,
+    open=safetensors_folder.open_any_folder,
+    card=PLAIN_CARD,
+)
+EXPORTERS: dict[str, Exporter] = {
+    compressed_tensors.NAME: Exporter(
+        check=compressed_tensors.check,
+        planned_bytes=compressed_tensors.planned_bytes,
+        config=compressed_tensors.exported_config,
+        write=compressed_tensors.write,
+        beside=True,
+    ),
+    gptq.V1: Exporter(
+        check=gptq.check_v1,
+        planned_bytes=gptq.planned_bytes,
+        config=partial(gptq.exported_config, format=gptq.V1),
+        write=partial(gptq.write, format=gptq.V1),
+        card=GPTQ_CARD,
+    ),
+    gptq.V2: Exporter(
+        check=gptq.check_v2,
+        planned_bytes=gptq.planned_bytes,
+        config=partial(gptq.exported_config, format=gptq.V2),
+        write=partial(gptq.write, format=gptq.V2),
+        card=GPTQ_V2_CARD,
+    ),
+    awq.NAME: Exporter(check=awq.check, planned_bytes=awq.planned_bytes, config=awq.exported_config, write=awq.write, card=AWQ_CARD),
+    safetensors_folder.NAME: _PLAIN,
+    safetensors_folder.WIDE_NAME: replace(_PLAIN, open=safetensors_folder.open_wide_folder),
+    gguf_files.NAME: _GGUF,
+    gguf_files.NARROW_NAME: replace(
+        _GGUF,
+        check=partial(gguf_files.check, q2_0=True),
+        planned_bytes=partial(gguf_files.planned_bytes, q2_0=True),
+        write=partial(gguf_files.write, q2_0=True),
+    ),
+    **{name: replace(_GGUF, open=partial(open_plain_source, dtype=dtype)) for name, dtype in gguf_files.PLAIN_FORMATS.items()},
+}
+"""Format name -> exporter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """What was written."""
+
+    format: str
+    path: Path
+    bytes: int
+    """Bytes of the weight files."""
+    exact: bool
+    """Every weight of the source was rebuilt element by element by an independent reader. False only for plain weights that were rounded
+    to another dtype, as ``allow_inexact`` permits; then the reader rebuilt the rounded ones."""
+    rounding: Rounding | None = None
+    """How far the rounded weights are from the source's; None where nothing was rounded."""
+    runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """As ``qat.runtimes.check_runtimes`` gives them; {} when not asked for."""
+
+
+def export_folder(
+    source: Path,
+    target: Path,
+    format: str,
+    *,
+    runtimes: bool = True,
+    tokens: "Tensor | None" = None,
+    allow_inexact: bool = False,
+    reader_version: str | None = None,
+) -> ExportResult:
+    """Pack a model folder, check the result, and only then give it its name.
+
+    Codes and scales are stored as trained, nothing is rounded again. An independent reader rebuilds every weight and compares; with
+    ``runtimes`` every installed runtime loads the folder in a fresh process and is compared too.
+
+    Args:
+        source: A folder that ``qat`` or ``quantize`` wrote; for gguf-f32, gguf-f16 and gguf-bf16 one with plain weights.
+        target: The folder to make; it must not exist.
+        format: A name in ``EXPORTERS``.
+        runtimes: Also load it in installed runtimes (some seconds; a runtime that is not installed is reported, not an error).
+        tokens: int64 [B, S] of real text for the runtimes, which adds their perplexity.
+        reader_version: Version of the format's package that will read the export: compressed-tensors needs it for 3, 5, 6 and 7 bits.
+        allow_inexact: Let plain weights be rounded to a dtype that does not hold them; the largest change is reported.
+
+    Raises:
+        UserError: unknown format, a source without codes or with damaged ones, a lattice the format cannot hold, an existing target,
+            a disk that refuses.
+        DecoctError: the result is not exact, or a runtime loads it and computes other logits. In every case nothing is left behind. A
+            runtime that refuses to load it is reported with its own words, and is no error.
+    """
+    exporter = EXPORTERS.get(format)
+    if exporter is None:
+        near = difflib.get_close_matches(format, EXPORTERS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"format {format!r} is not one of {', '.join(EXPORTERS)}{hint}")
+    source, target = Path(source), Path(target)
+    if target.resolve() != source.resolve() and target.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{target} lies inside the model folder {source}, whose files are on record; choose a place outside it")
+    with atomic_directory(target) as folder:
+        check_record(source)  # what is packed gets new hashes, so that damage must be found before
+        opened = replace(exporter.open(source), reader_version=reader_version)
+        _check_tokenizer(source)
+        check_beside(opened, format, holds=exporter.beside)
+        exporter.check(opened)
+        rounding = _rounding(opened, format, allow_inexact)
+        check_free_space(folder, exporter.planned_bytes(opened), f"the export {target}")
+        write_json_atomic(folder / "config.json", with_older_fields(exporter.config(opened)))
+        exporter.write(folder, opened)
+        _copy_companions(source, folder)
+        hashes = _check_exact(folder, opened)
+        seen = _checked_runtimes(folder, tokens) if runtimes else {}
+        size = folder_bytes(folder)
+        facts = replace(_facts(opened, target.name, size, seen, rounding), format=format)
+        (folder / "README.md").write_text(card_text(facts, exporter.card), encoding="utf-8")
+        export = {"format": format, "bytes": size, "weights": hashes, "scales": scale_hashes(folder), "runtimes": seen}
+        _write_record(folder, opened, export | ({"rounding": asdict(rounding)} if rounding else {}))
+    return ExportResult(format=format, path=target, bytes=size, exact=rounding is None, runtimes=seen, rounding=rounding)
+
+
+def _rounding(source: ExportSource, format: str, allow_inexact: bool) -> Rounding | None:
+    """What rounding plain weights changes; None when nothing changes. UserError when it does and must not."""
+    if not isinstance(source, PlainSource):
+        return None
+    rounding = source.rounding()
+    if rounding.changed and not allow_inexact:
+        raise UserError(
+            f"{format} does not hold {rounding.changed:,} of the weights of {source.folder} exactly (largest change "
+            f"{rounding.largest:.2g}); {_HOLDS_ALL[format.partition('-')[0]]}"
+        )
+    return rounding if rounding.changed else None
+
+
+def _check_tokenizer(source: Path) -> None:
+    if not any(file.is_file() for pattern in (*TOKENIZER_FILES, "*.tiktoken") for file in source.glob(pattern)):
+        raise UserError(
+            f"{source} has no tokenizer ({', '.join(TOKENIZER_FILES)}), without which no server can read text; copy the tokenizer's files "
+            "of the model it was made from into the folder"
+        )
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    for file in (file for pattern in _COPIED for file in source.glob(pattern) if file.is_file()):
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+    mend_tokenizer_config(folder / "tokenizer_config.json")
+
+
+def _check_exact(folder: Path, source: ExportSource) -> dict[str, str]:
+    hashes, problems = rebuilt_hashes(folder, source)
+    if problems:
+        raise DecoctError(
+            f"the export is not exact: {problems[0]} ({len(problems)} problems in all). This is a fault of decoct, not of the model; "
+            "nothing was left behind. Please report it."
+        )
+    return hashes
+
+
+def _checked_runtimes(folder: Path, tokens: "Tensor | None") -> dict[str, dict[str, Any]]:
+    seen = check_runtimes(folder, tokens=tokens)
+    for name, outcome in seen.items():
+        # a runtime that refuses the export, or ends before it answers, says nothing about its weights: that is reported, not an error
+        if outcome["status"] == "differs":
+            raise DecoctError(
+                f"{name} ({outcome['version'] or 'version unknown'}) does not run the export as it was trained: {outcome['reason']}. "
+                "Nothing was left behind; try another version of the runtime."
+            )
+    return seen
+
+
+def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[str, Any]], rounding: Rounding | None) -> CardFacts:
+    lattices = Counter(f"int{s.bits}, {s.group_size}" for s in map(source.state.spec_of, source.state.modules))
+    return CardFacts(
+        # Folders are often called after their format; the run has a name that somebody chose.
+        name=str(source.record.get("run") or name),
+        base_model=source.record.get("base_model"),
+        model_type=str(source.config.get("model_type", "unknown")),
+        spec=source.state.spec if source.state.modules else None,
+        quantized=len(source.state.modules),
+        unquantized=source.unquantized_linears,
+        parameters=source.structure.parameters,
+        weight_bytes=size,
+        metrics=source.record.get("metrics") or {},
+        runtimes=runtimes,
+        lattices=dict(lattices) if len(lattices) > 1 else {},
+        inputs=said_of(source.state.activations, "a module"),
+        cache=said_of(source.state.cache and source.state.cache.spec, "for the keys and one for the values of a layer"),
+        rounding=f"{rounding}." if rounding else "",
+        left_out=left_out_words(left_out) if (left_out := source.record.get("left_out")) else "",
+    )
+
+
+def _write_record(folder: Path, source: ExportSource, export: dict[str, Any]) -> None:
+    """decoct.json: the source's record, what the export's weights hash to, and the sha256 of every other file."""
+    quant = {"quant": source.state.record()} if source.state.modules else {}
+    write_record(folder, {**source.record, **quant, "export": export})

@@ -1,0 +1,87 @@
+"""Which serving stack reads which export format: the one table that the plan, model cards and docs/serving.md ask.
+
+``launch/plan/serving_stacks.py`` says what a stack makes of a certain scheme or width; this table only says whether it knows the format.
+docs/serving.md reports what was run, and how near the result came.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+RUNTIMES = ("vLLM", "SGLang", "transformers", "llama.cpp", "ONNX Runtime", "OpenVINO", "mlx-lm")
+"""ONNX Runtime and OpenVINO by their packages onnxruntime-genai and openvino-genai."""
+ONNX_OPTIONS = "nodes_to_exclude=/lm_head/MatMul shared_embeddings=false accuracy_level=1"
+"""``--extra_options`` of onnxruntime-genai's builder. Without them it rounds a tied head to int4 itself and multiplies inputs of 8 bits."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a stack makes of a format that it knows."""
+
+    outcome: Literal["reads", "misreads"]
+    """misreads: it loads the files without a word and computes another model."""
+    how: str = ""
+    """What must be told or known; '' where the folder's name is enough."""
+
+
+_PLAIN = Reading("reads")
+_SAFETENSORS = {"vLLM": _PLAIN, "SGLang": _PLAIN, "transformers": _PLAIN}
+_ONNX = Reading("reads", f"its model builder, with --extra_options {ONNX_OPTIONS}")
+_GGUF = {"llama.cpp": _PLAIN, "OpenVINO": Reading("reads", "its CPU plugin rounds inputs and cache to 8 bits")}
+_MLX_AWQ = Reading("reads", "symmetric weights exactly; zero points and embeddings are rounded to fp16")
+_OFF_BY_ONE = Reading("misreads", "its model builder takes version 2 for version 1, and each zero point is off by one")
+_FP32 = Reading("reads", "with --dtype float32, or it computes in 16 bits")
+READERS: Mapping[str, Mapping[str, Reading]] = {
+    "compressed-tensors": _SAFETENSORS,
+    "gptq": {**_SAFETENSORS, "ONNX Runtime": _ONNX},
+    "gptq_v2": {**_SAFETENSORS, "ONNX Runtime": _OFF_BY_ONE},
+    "awq": {**_SAFETENSORS, "ONNX Runtime": _ONNX, "mlx-lm": _MLX_AWQ},
+    "safetensors": _SAFETENSORS,
+    "safetensors-f32": {**_SAFETENSORS, "vLLM": _FP32, "SGLang": _FP32},
+    "gguf": _GGUF,
+    "gguf-q2_0": {"llama.cpp": Reading("reads", "from July 2026 on")},
+}
+"""Format -> runtime -> what it makes of it. Pairs that are not here: the stack does not know the format, or nobody has tried."""
+
+
+def formats_for(runtime: str) -> list[str]:
+    """Formats that a runtime reads rightly."""
+    return [form for form, readers in READERS.items() if runtime in readers and readers[runtime].outcome == "reads"]
+
+
+def known_as(form: str) -> str:
+    """The format of the table that a format is read as: the GGUF files of plain weights are read as others are."""
+    return form if form in READERS or not form.startswith("gguf") else "gguf"
+
+
+def reading(form: str, runtime: str) -> Reading | None:
+    """What a runtime makes of a format; None where it does not know it."""
+    return READERS.get(known_as(form), {}).get(runtime)
+
+
+def card_lines(form: str) -> list[str]:
+    """For a model card, what the stacks beyond those with commands of their own must be told."""
+    readers = READERS.get(known_as(form), {})
+    words = {"reads": "reads it", "misreads": "must not be given it"}
+    return [f"- {runtime} {words[found.outcome]}: {found.how}." for runtime, found in readers.items() if found.how]
+
+
+def markdown_table() -> str:
+    """The whole table for docs/serving.md."""
+    lines = [f"| Format | {' | '.join(RUNTIMES)} |", "|---" * (len(RUNTIMES) + 1) + "|"]
+    notes: list[str] = []
+    for form, readers in READERS.items():
+        cells = []
+        for runtime in RUNTIMES:
+            found = readers.get(runtime)
+            if found is None:
+                cells.append("-")
+                continue
+            mark = ""
+            if found.how:
+                note = f"{runtime}: {found.how}"
+                notes += [] if note in notes else [note]
+                mark = f" ({notes.index(note) + 1})"
+            cells.append(("yes" if found.outcome == "reads" else "**misreads**") + mark)
+        lines.append(f"| `{form}` | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(f"({number}) {note}.  " for number, note in enumerate(notes, 1))]) + "\n"

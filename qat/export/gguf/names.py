@@ -1,0 +1,150 @@
+"""Which GGUF tensor a weight becomes: llama.cpp's names, and what it wants done to rows and values.
+
+llama.cpp rotates neighbouring pairs of a head's channels for its ``llama`` architecture (Llama, Mistral), transformers the two halves;
+so the rows of q and k are reordered, with their codes, scales and biases. Gemma multiplies by 1 + w, llama.cpp by what is stored.
+GPT-2's Conv1D holds [in, out].
+
+Source: gguf-py ``tensor_mapping.py``; llama.cpp ``conversion/llama.py`` (permute), ``conversion/gemma.py``, ``conversion/gpt2.py``.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ....models.common.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "gpt2": "gpt2",
+}
+"""transformers ``model_type`` -> ``general.architecture``."""
+
+Change = Literal["none", "permute_q", "permute_k", "plus_one", "transpose"]
+
+_TOP = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "transformer.wte": "token_embd",
+    "transformer.wpe": "position_embd",
+    "transformer.ln_f": "output_norm",
+}
+_LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.(.+)")
+_ATTENTION = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+}
+_PRE_NORM = {**_ATTENTION, "post_attention_layernorm": "ffn_norm"}
+_SANDWICH = {
+    **_ATTENTION,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_GPT2 = {
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+_PARTS = {"gemma2": _SANDWICH, "gemma3": _SANDWICH, "gpt2": _GPT2}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a weight goes."""
+
+    name: str
+    """Name in the file, with ``.weight`` or ``.bias``."""
+    change: Change
+
+
+def architecture_of(model_type: str) -> str:
+    """``general.architecture``; UserError for a family whose conversion is not known."""
+    if model_type not in ARCHITECTURES:
+        raise UserError(
+            f"gguf knows no conversion of model_type {model_type!r}; it knows {', '.join(ARCHITECTURES)}. "
+            "Export as compressed-tensors, or use a model of one of these families"
+        )
+    return ARCHITECTURES[model_type]
+
+
+def place_of(name: str, architecture: str) -> Place:
+    """The place of the weight ``name`` (transformers' name).
+
+    Raises:
+        UserError: the architecture has no such weight in llama.cpp.
+    """
+    module, _, part = name.rpartition(".")
+    match = _LAYER.fullmatch(module)
+    short = match.group(2) if match else module
+    known = (_PARTS.get(architecture, _PRE_NORM) if match else _TOP).get(short)
+    if known is None or part not in ("weight", "bias") or (part == "bias" and not _takes_bias(architecture, known)):
+        raise UserError(f"{name}: llama.cpp's {architecture} architecture has no such weight, so gguf cannot hold this model")
+    place = f"blk.{match.group(1)}.{known}" if match else known
+    return Place(f"{place}.{part}", _change(architecture, known, part))
+
+
+def _takes_bias(architecture: str, known: str) -> bool:
+    """Biases that llama.cpp's loader of the architecture asks for."""
+    if architecture == "gpt2":
+        return True
+    if architecture == "llama":
+        return known.startswith(("attn_q", "attn_k", "attn_v", "attn_output", "ffn_"))
+    return architecture == "qwen2" and known in ("attn_q", "attn_k", "attn_v")
+
+
+def _change(architecture: str, known: str, part: str) -> Change:
+    if architecture == "llama" and known in ("attn_q", "attn_k"):
+        return "permute_q" if known == "attn_q" else "permute_k"
+    if architecture.startswith("gemma") and "norm" in known:
+        return "plus_one"
+    if architecture == "gpt2" and part == "weight" and known in ("attn_qkv", "attn_output", "ffn_up", "ffn_down"):
+        return "transpose"
+    return "none"
+
+
+def changed(tensor: Tensor, change: Change, config: "PreTrainedConfig") -> Tensor:
+    """The tensor as llama.cpp wants it. Rows are reordered for codes, scales, weights and biases alike.
+
+    Args:
+        tensor: [out, ...] as transformers holds it.
+        change: As ``place_of`` says.
+        config: Gives the numbers of heads.
+    """
+    settings: Any = config
+    if change == "permute_q":
+        return permuted(tensor, settings.num_attention_heads)
+    if change == "permute_k":
+        return permuted(tensor, getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads)
+    if change == "plus_one":
+        return tensor.to(torch.float32) + 1
+    return tensor.T.contiguous() if change == "transpose" else tensor
+
+
+def permuted(tensor: Tensor, heads: int) -> Tensor:
+    """Rows of each head from halves to pairs: row i of the first half and row i of the second become neighbours."""
+    rows = tensor.shape[0]
+    return tensor.reshape(heads, 2, rows // heads // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape).contiguous()

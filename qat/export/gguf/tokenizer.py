@@ -1,0 +1,183 @@
+"""A tokenizer as GGUF metadata, so that llama.cpp splits text into the same tokens: byte-level BPE ("gpt2") or SentencePiece BPE ("llama").
+
+llama.cpp has its pre-tokenizers built in and takes their name; the name is found here by what tokenizer.json says, and an unknown
+one is refused, as any guess would split text differently without an error.
+
+Source: llama.cpp ``llama-vocab.cpp`` (llm_tokenizer_bpe, llm_tokenizer_spm), ``conversion/base.py`` (get_vocab_base_pre).
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ....models.common.errors import UserError
+from ....models.folder.loading import load_tokenizer
+from .container import Value
+from .sentencepiece import is_sentencepiece, sentencepiece_metadata
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PRE_TOKENIZERS: dict[tuple[str, ...], tuple[str, bool]] = {
+    ("gpt2",): ("gpt-2", False),
+    ("digits", "gpt2"): ("smollm", False),
+    (_CONTRACTIONS + r"\p{N}{1,3}" + _REST,): ("llama-bpe", True),
+    (_CONTRACTIONS + r"\p{N}" + _REST,): ("qwen2", False),
+    (_TEKKEN,): ("tekken", True),
+}
+"""Steps of the pre-tokenizer -> (llama.cpp's name, whether a word that is a token is taken without merging)."""
+
+
+def tokenizer_metadata(folder: Path, rows: int) -> dict[str, Value]:
+    """The ``tokenizer.*`` entries.
+
+    Args:
+        folder: A model folder with a tokenizer.
+        rows: Rows of the embedding; those without a token become unused ``[PADi]``.
+
+    Raises:
+        UserError: no tokenizer, one that llama.cpp has no equal of (the message says which part), or ids beyond the embedding.
+    """
+    tokenizer = load_tokenizer(folder)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"{folder}: gguf needs a tokenizer in the form of tokenizer.json; {type(tokenizer).__name__} has none")
+    content = json.loads(backend.to_str())
+    if content["model"]["type"] != "BPE":
+        raise UserError(f"{folder}: gguf holds BPE tokenizers (byte-level or SentencePiece), not {content['model']['type']}")
+    added = {token["id"]: token for token in content["added_tokens"]}
+    tokens = _tokens(folder, content["model"]["vocab"], added, rows)
+    if is_sentencepiece(content):
+        kind = sentencepiece_metadata(folder, content, tokens, set(added), rows)
+    else:
+        kind = _byte_level(folder, content)
+    names = unique_names(tokens, rows)
+    return {
+        **kind,
+        "tokenizer.ggml.tokens": names,
+        "tokenizer.ggml.token_type": [_type(tokens.get(index), added.get(index), content) for index in range(rows)],
+        **_special_tokens(folder, tokenizer),
+        **_chat_templates(tokenizer),
+    }
+
+
+def unique_names(tokens: Mapping[int, str], rows: int) -> list[str]:
+    """The text of every row; rows without a token are called ``[PADi]``, or something longer where a token is called that."""
+    taken = set(tokens.values())
+    names = []
+    for index in range(rows):
+        name = tokens.get(index)
+        if name is None:
+            name = f"[PAD{index}]"
+            while name in taken:
+                name = f"[{name}]"
+            taken.add(name)
+        names.append(name)
+    return names
+
+
+def _tokens(folder: Path, vocabulary: dict[str, int], added: dict[int, Any], rows: int) -> dict[int, str]:
+    tokens = {index: token for token, index in vocabulary.items()} | {index: token["content"] for index, token in added.items()}
+    if max(tokens, default=-1) >= rows:
+        raise UserError(
+            f"{folder}: the tokenizer has ids up to {max(tokens):,}, the embedding {rows:,} rows; they are not of one model, or tokens "
+            "were added without resizing the embedding"
+        )
+    if len(set(tokens.values())) != len(tokens):
+        raise UserError(f"{folder}: two ids of the tokenizer have the same text, which llama.cpp cannot tell apart")
+    return tokens
+
+
+def _type(token: str | None, added: dict[str, Any] | None, content: dict[str, Any]) -> int:
+    if token is None:
+        return UNUSED
+    if token == content["model"].get("unk_token"):
+        return UNKNOWN
+    if added is not None:
+        return CONTROL if added["special"] else USER_DEFINED
+    byte = is_sentencepiece(content) and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+    return BYTE if byte else NORMAL
+
+
+def _byte_level(folder: Path, content: dict[str, Any]) -> dict[str, Value]:
+    name, whole_words = _pre_tokenizer(folder, content)
+    normalizer = content.get("normalizer")
+    # Qwen's NFC is skipped by llama.cpp, which changes nothing for text that is in this form already
+    if normalizer is not None and (normalizer["type"] != "NFC" or name != "qwen2"):
+        raise UserError(f"{folder}: llama.cpp normalizes no text before byte-level BPE; the tokenizer has {normalizer['type']}")
+    if bool(content["model"].get("ignore_merges")) != whole_words:
+        raise UserError(f"{folder}: llama.cpp's {name!r} tokenizer has ignore_merges={whole_words}, tokenizer.json says otherwise")
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
+    if any(pair.count(" ") != 1 for pair in merges):
+        raise UserError(f"{folder}: a merge of the tokenizer is not two tokens without spaces, so it is not byte-level BPE")
+    # readers of the format refuse empty arrays
+    listed: dict[str, Value] = {"tokenizer.ggml.merges": merges} if merges else {}
+    return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, **listed}
+
+
+def _pre_tokenizer(folder: Path, content: dict[str, Any]) -> tuple[str, bool]:
+    given = content.get("pre_tokenizer")
+    parts = given["pretokenizers"] if given and given["type"] == "Sequence" else [given] if given else []
+    known = _PRE_TOKENIZERS.get(tuple(step for part in parts for step in _steps(part)))
+    if known is None or not any(part["type"] == "ByteLevel" for part in parts):
+        names = ", ".join(sorted({name for name, _ in _PRE_TOKENIZERS.values()}))
+        raise UserError(
+            f"{folder}: the tokenizer splits text in a way that decoct knows no llama.cpp name for ({json.dumps(given)[:300]}); known are "
+            f"{names} and SentencePiece. A tokenizer with GPT-2's pre-tokenizer works everywhere"
+        )
+    return known
+
+
+def _steps(part: dict[str, Any]) -> list[str]:
+    """What a part of the pre-tokenizer does, as the table above writes it; nothing for one that only maps bytes."""
+    if part["type"] == "ByteLevel" and not part["add_prefix_space"]:
+        return ["gpt2"] if part["use_regex"] else []
+    if part["type"] == "Digits" and part["individual_digits"]:
+        return ["digits"]
+    if part["type"] == "Split" and part["behavior"] == "Isolated" and not part["invert"]:
+        return [part["pattern"].get("Regex", "?")]
+    return ["?"]
+
+
+def _special_tokens(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Value]:
+    found: dict[str, Value] = {}
+    for key, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
+        index = getattr(tokenizer, f"{name}_token_id")
+        if index is not None:
+            found[f"tokenizer.ggml.{key}_token_id"] = index
+    # what is put around a text is seen best on a text
+    bare: Any = tokenizer.encode("a b", add_special_tokens=False)
+    around: Any = tokenizer.encode("a b")
+    front, back = _around(list(around), list(bare))
+    if front not in ([], [tokenizer.bos_token_id]) or back not in ([], [tokenizer.eos_token_id]):
+        raise UserError(f"{folder}: the tokenizer puts {front} before and {back} after a text; llama.cpp puts bos and eos there or nothing")
+    return found | {"tokenizer.ggml.add_bos_token": bool(front), "tokenizer.ggml.add_eos_token": bool(back)}
+
+
+def _around(whole: list[int], bare: list[int]) -> tuple[list[int], list[int]]:
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    return whole, []
+
+
+def _chat_templates(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Value]:
+    template: Any = tokenizer.chat_template
+    if not template:
+        return {}
+    if isinstance(template, str):
+        return {"tokenizer.chat_template": template}
+    named = {name: text for name, text in template.items() if name != "default"}
+    default = template.get("default") or next(iter(named.values()))
+    listed: dict[str, Value] = {"tokenizer.chat_templates": sorted(named)} if named else {}
+    return {"tokenizer.chat_template": default, **listed, **{f"tokenizer.chat_template.{name}": text for name, text in named.items()}}

@@ -1,0 +1,223 @@
+"""The format "gguf": one file ``model.gguf`` with codes and scales as ggml blocks, read by llama.cpp, Ollama and LM Studio.
+
+Nothing is rounded: symmetric codes of up to 4 bits are Q4_0, of 5 bits Q5_0, wider ones Q8_0; asymmetric ones of up to 3 bits Q4_1, of 4
+bits Q4_1 or else Q5_1, of 5 bits Q5_1 where that is exact; scales are exact in fp16. ``gguf-q2_0`` writes symmetric codes of 2 bits as
+Q2_0, which llama.cpp reads since July 2026 alone. Embedding and head are BF16, norms and biases F32. ``gguf-bf16``, ``gguf-f16`` and
+``gguf-f32`` take a plain model folder.
+
+Source: layouts and names as in the other ``gguf_*`` files here.
+"""
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ....models.common.errors import UserError
+from ....models.folder.structure import plain_config
+from ...source.plain_source import PlainSource
+from ...source.quantized_source import ExportSource, open_source
+from ..common import layer
+from .blocks import BLOCK, WIDE_BLOCK, fits_fp16, minimums, pack_q2_0, pack_q4_0, pack_q4_1, pack_q5_0, pack_q5_1, pack_q8_0
+from .container import FILE_TYPES, TensorPlan, TensorType, Value, planned_file_bytes, write_gguf
+from .generation import end_tokens, sampling_metadata
+from .metadata import ROPE_FREQS, model_metadata, rope_frequency_factors
+from .names import Place, architecture_of, changed, place_of
+from .tokenizer import tokenizer_metadata
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+NAME, NARROW_NAME = "gguf", "gguf-q2_0"
+FILE = "model.gguf"
+PLAIN_TYPES = {torch.float32: TensorType.F32, torch.float16: TensorType.F16, torch.bfloat16: TensorType.BF16}
+PLAIN_FORMATS = {"gguf-f32": torch.float32, "gguf-f16": torch.float16, "gguf-bf16": torch.bfloat16}
+"""Names of the formats that take a plain model folder."""
+_EMBEDDINGS = ("token_embd.weight", "output.weight")
+_SYMMETRIC = {TensorType.Q2_0: pack_q2_0, TensorType.Q4_0: pack_q4_0, TensorType.Q5_0: pack_q5_0, TensorType.Q8_0: pack_q8_0}
+_ASYMMETRIC = {TensorType.Q4_1: pack_q4_1, TensorType.Q5_1: pack_q5_1}
+
+
+def open_codes(folder: Path) -> ExportSource:
+    """``open_source``, whose refusal of a folder without codes also names the formats that take one."""
+    try:
+        return open_source(folder)
+    except UserError as error:
+        if "holds no codes" not in str(error):
+            raise
+        raise UserError(f"{error} Weights as they are can be exported with --format {', '.join(PLAIN_FORMATS)}.") from error
+
+
+def check(source: ExportSource, q2_0: bool = False) -> None:
+    """Refuse what the format or llama.cpp cannot hold exactly.
+
+    Args:
+        source: What is exported.
+        q2_0: Write symmetric codes of 2 bits as Q2_0.
+
+    Raises:
+        UserError: an unknown family, a lattice, width or scale that ggml's blocks do not hold (naming the module and the nearest legal
+            setting), a config that llama.cpp computes otherwise, a tokenizer it has no equal of, or ``q2_0`` without such codes.
+    """
+    kinds = [block_type(source, module, q2_0) for module in source.state.modules]
+    if q2_0 and TensorType.Q2_0 not in kinds:
+        raise UserError(
+            f"{NARROW_NAME} is for symmetric weights of 2 bits in groups of a multiple of {WIDE_BLOCK}, and {source.folder} has none; "
+            f"export to {NAME}"
+        )
+    _plan(source, q2_0)
+
+
+def planned_bytes(source: ExportSource, q2_0: bool = False) -> int:
+    """Size of ``model.gguf``."""
+    return planned_file_bytes(*_plan(source, q2_0))
+
+
+def exported_config(source: ExportSource) -> dict[str, Any]:
+    """``config.json`` beside the file: llama.cpp does not read it; whoever rebuilds or checks the model does. No path, no code."""
+    return {key: value for key, value in source.config.items() if key not in ("torch_dtype", "_name_or_path", "auto_map")}
+
+
+def write(folder: Path, source: ExportSource, q2_0: bool = False) -> None:
+    """Write ``model.gguf`` into ``folder``."""
+    write_gguf(folder / FILE, *_plan(source, q2_0))
+
+
+def block_type(source: ExportSource, module: str, q2_0: bool = False) -> TensorType:
+    """The narrowest blocks that hold the codes of a module, Q2_0 among them where ``q2_0`` says so.
+
+    Raises:
+        UserError: none does.
+    """
+    spec = source.state.spec_of(module)
+    if spec.kind != "int":
+        raise UserError(f"{module}: gguf holds integer codes, not kind={spec.kind!r}")
+    held = layer(source, module)
+    columns, groups = held.codes.shape[1], held.scales.shape[1]
+    if columns % BLOCK:
+        nearest = max(BLOCK, columns // BLOCK * BLOCK)
+        fix = f"prune to a multiple (prune.structured.ffn={nearest})" if "mlp." in module else "prune to a multiple"
+        raise UserError(f"{module} has {columns} inputs; GGUF's blocks hold {BLOCK} along a row: {fix}, or skip the module")
+    if columns // groups % BLOCK:
+        raise UserError(
+            f"{module}: a GGUF block of {BLOCK} weights has one scale, groups are of {columns // groups}; use group_size={BLOCK}"
+        )
+    if not fits_fp16(held.scales.numpy()):
+        raise UserError(f"{module}: GGUF stores scales in fp16, which does not hold all of them; quantize with scale_grid='bf16_fp16'")
+    if held.zeros is None:
+        wide = columns % WIDE_BLOCK == 0 and columns // groups % WIDE_BLOCK == 0
+        return symmetric_type(spec.bits, q2_0=q2_0 and wide)
+    return _asymmetric_type(module, spec.bits, held.scales.numpy(), held.zeros.numpy())
+
+
+def symmetric_type(bits: int, q2_0: bool = False) -> TensorType:
+    """The narrowest blocks for symmetric codes of ``bits``."""
+    if bits == 2 and q2_0:
+        return TensorType.Q2_0
+    return TensorType.Q4_0 if bits <= 4 else TensorType.Q5_0 if bits == 5 else TensorType.Q8_0
+
+
+def _asymmetric_type(module: str, bits: int, scales: NDArray[np.float32], zeros: NDArray[np.int8]) -> TensorType:
+    if bits > 5:
+        raise UserError(
+            f"{module}: GGUF holds asymmetric codes of 5 bits at most, not {bits}; use weights.symmetric=true, or weights.bits=4"
+        )
+    for width, kind in ((4, TensorType.Q4_1), (5, TensorType.Q5_1)):
+        if bits <= width and fits_fp16(minimums(scales, zeros, bits, width)):
+            return kind
+    raise UserError(
+        f"{module}: Q5_1 stores zero point times scale in fp16, which does not hold all of these products, so other weights than the "
+        "trained ones would be served; use weights.symmetric=true or weights.bits=4, which are always exact"
+    )
+
+
+def _plan(source: ExportSource, q2_0: bool) -> tuple[dict[str, Value], list[TensorPlan]]:
+    """Metadata and tensors; no weight is read."""
+    config = plain_config(source.folder)
+    architecture = architecture_of(config.model_type)
+    metadata = model_metadata(config, architecture)
+    tensors = [_tensor(source, name, architecture, config, q2_0) for name in _order(source)]
+    if (factors := rope_frequency_factors(config)) is not None:
+        tensors.append(TensorPlan(ROPE_FREQS, TensorType.F32, (len(factors),), lambda: np.array(factors, "<f4")))
+    rows = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
+    general: dict[str, Value] = {
+        "general.architecture": architecture,
+        "general.type": "model",
+        "general.name": str(source.record.get("run") or config.model_type),
+        "general.size_label": _size_label(source.structure.parameters),
+        "general.file_type": FILE_TYPES[_usual_type(tensors)],
+        "general.quantization_version": 2,
+        "general.alignment": 32,
+    }
+    general |= sampling_metadata(source.folder, int(cast(int, metadata[f"{architecture}.context_length"])))
+    tokenizer = tokenizer_metadata(source.folder, rows)
+    return {**general, **metadata, **tokenizer, **end_tokens(source.folder, config, tokenizer)}, tensors
+
+
+def _order(source: ExportSource) -> list[str]:
+    """Names of all weights in the order of the model, tied ones once."""
+    return [name for name in source.structure.shapes if name in source.plain or name.removesuffix(".weight") in source.state.codes]
+
+
+def _tensor(source: ExportSource, name: str, architecture: str, config: "PreTrainedConfig", q2_0: bool) -> TensorPlan:
+    place, module, shape = place_of(name, architecture), name.removesuffix(".weight"), source.structure.shapes[name]
+    if module in source.state.codes:
+        kind = block_type(source, module, q2_0)
+        return TensorPlan(place.name, kind, shape, partial(_blocks, source, module, kind, place, config))
+    if place.change == "transpose":
+        shape = shape[::-1]
+    kind = _plain_type(source, place, shape)
+    return TensorPlan(place.name, kind, shape, partial(_plain, source, name, kind, place, config))
+
+
+def _plain_type(source: ExportSource, place: Place, shape: tuple[int, ...]) -> TensorType:
+    """llama.cpp wants vectors, norms and learned positions in fp32."""
+    if len(shape) < 2 or "_norm" in place.name or place.name.startswith("position_embd"):
+        return TensorType.F32
+    return PLAIN_TYPES[source.dtype] if isinstance(source, PlainSource) else TensorType.BF16
+
+
+def _blocks(source: ExportSource, module: str, kind: TensorType, place: Place, config: "PreTrainedConfig") -> NDArray[np.uint8]:
+    held = layer(source, module)
+    codes, scales = (changed(tensor, place.change, config).numpy() for tensor in (held.codes, held.scales))
+    if held.zeros is not None:
+        return _ASYMMETRIC[kind](codes, scales, changed(held.zeros, place.change, config).numpy(), source.state.spec_of(module).bits)
+    return _SYMMETRIC[kind](codes, scales)
+
+
+def _plain(source: ExportSource, name: str, kind: TensorType, place: Place, config: "PreTrainedConfig") -> NDArray[Any]:
+    dtype = next(dtype for dtype, stored in PLAIN_TYPES.items() if stored == kind)
+    tensor = changed(source.tensor(name), place.change, config)
+    stored = tensor.to(dtype).contiguous()
+    if not torch.equal(stored.to(torch.float32), tensor.to(torch.float32)):
+        raise UserError(
+            f"{source.plain[name]}: {name} has values that {kind.name} does not hold, so the export would not be the model that was "
+            "measured; quantize the model again (the stages 'qat' and 'quantize' store such tensors on the bf16 grid)"
+        )
+    return _raw(stored)
+
+
+def _raw(tensor: Tensor) -> NDArray[Any]:
+    # numpy has no bf16
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def _usual_type(tensors: list[TensorPlan]) -> TensorType:
+    """The type of most layers' weights, by bytes' worth of elements."""
+    counts: Counter[TensorType] = Counter()
+    for tensor in tensors:
+        if len(tensor.shape) > 1 and tensor.name not in _EMBEDDINGS:
+            counts[tensor.type] += int(np.prod(tensor.shape))
+    return counts.most_common(1)[0][0]
+
+
+def _size_label(parameters: int) -> str:
+    for unit, name in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
+        if parameters >= unit:
+            return f"{parameters / unit:.1f}{name}"
+    return f"{parameters / 1000:.0f}K"

@@ -1,0 +1,236 @@
+"""Linear layers that train on a lattice: putting them into a model, taking codes and scales out, folding them back.
+
+    names = prepare(model, spec)          # every linear of the decoder layers rounds its weight in the forward
+    ... train ...
+    state = quantize_model(model, spec)   # codes and scales: what is exported
+    fold(model, state)                    # plain linears again, weight = codes * scales: same logits, bit for bit
+
+Parameters are shared, never copied: names in the state dict, optimizers and ties to parameters stay as they are.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...models.common.errors import UserError
+from ...models.families import decoder_linears
+from ..codes.state import QuantState
+from ..fake_quant import Encoded, encode
+from ..scheme import Lattices, SpecChange
+from ..spec import QuantSpec
+from .codes_linear import CodesLinear
+from .quant_linear import Extras, QuantEmbedding, RoundedWeight, TiedHead
+from .quant_linear import QuantLinear as QuantLinear
+from .targets import is_tied, targets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def prepare(model: "PreTrainedModel", spec: QuantSpec | Lattices, skip: Sequence[str] = (), extras: Extras | None = None) -> list[str]:
+    """Replace the linears of the decoder layers by ``QuantLinear``, in place; with lattices for them, embedding and head too.
+
+    Args:
+        model: Any causal language model with ``nn.Linear`` layers, on any device (also meta).
+        spec: The lattice of every replaced weight, or the lattices of all.
+        skip: Beside a lattice: fnmatch patterns of full module names left in full precision, such as ``*.down_proj``.
+        extras: Parameters of the layers beside weight and bias; zeros until somebody gives them values. With adapters nothing but the
+            extras trains, and embedding and head, which get none, keep their weights.
+
+    Returns:
+        Names of the replaced modules, in module order; not that of a head which is tied to the embedding.
+
+    Raises:
+        UserError: a pattern matches nothing, the group size does not divide, or a layer cannot be quantized; the model is untouched.
+    """
+    if _prepared(model):
+        raise UserError("the model's linears are quantized already; prepare takes a plain model. Fold it first.")
+    chosen = targets(model, Lattices.of(spec, skip))
+    for name, target in chosen.items():
+        if isinstance(target.module, nn.Embedding) and type(target.module) is not nn.Embedding:
+            raise UserError(
+                f"embedding: {name} is a {type(target.module).__name__}, which does more than look rows up, so that it cannot be trained "
+                "rounded; leave 'embedding' out, or round it without training (stage 'quantize')"
+            )
+        if extras is not None and extras.rank > min(target.module.weight.shape):
+            rows, columns = target.module.weight.shape
+            raise UserError(f"lora={extras.rank} is more than {name} of {rows} x {columns} has ranks; 16 or 32 are usual")
+    tied = is_tied(model)
+    if extras is not None and extras.rank:
+        model.requires_grad_(False)
+    for name, target in chosen.items():
+        module, lattice = target.module, target.spec
+        if isinstance(module, nn.Linear):
+            head = module is model.get_output_embeddings()
+            model.set_submodule(name, QuantLinear(module, lattice, replace(extras, rank=0) if head and extras else extras))
+        else:
+            _replace_embedding(model, name, QuantEmbedding(module, lattice, replace(extras, rank=0) if extras else None), tied)
+    return list(chosen)
+
+
+def _replace_embedding(model: "PreTrainedModel", name: str, embedding: QuantEmbedding, tied: bool) -> None:
+    """Put a rounded embedding in its place, and a head that is tied to it on top of it."""
+    head: Any = model.get_output_embeddings()
+    model.set_submodule(name, embedding)
+    if tied:
+        model.set_output_embeddings(TiedHead(head, embedding))
+
+
+def hold_codes(model: "PreTrainedModel", state: QuantState) -> None:
+    """Replace the modules of ``state`` by ``CodesLinear``, in place: their weights are dropped, their scales train, nothing else does.
+
+    Args:
+        model: A plain model that ``state`` was made from.
+        state: Codes and scales of linears, of kind int.
+    """
+    model.requires_grad_(False)
+    for name in state.modules:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        encoded = state.encoded(name).to(linear.weight.device)
+        model.set_submodule(name, CodesLinear(encoded, linear.bias, state.spec_of(name)).train(linear.training))
+
+
+@torch.no_grad()
+def quantize_model(model: "PreTrainedModel", spec: QuantSpec | Lattices, skip: Sequence[str] = ()) -> QuantState:
+    """Codes and scales of the model's (latent) weights; the model stays as it is.
+
+    Args:
+        model: A prepared model, whose layers and masks are taken, or a plain one (round to nearest).
+        spec: The lattice or lattices; of a prepared model those it was prepared with.
+        skip: As in ``prepare``; of a prepared model the patterns it was prepared with, or empty.
+
+    Raises:
+        UserError: as in ``prepare``, lattices or skip other than the model was prepared with, or NaN or infinite weights.
+    """
+    lattices = Lattices.of(spec, skip)
+    prepared = _prepared(model)
+    if prepared:
+        _check_prepared(model, prepared, lattices, asked=bool(skip) or isinstance(spec, Lattices))
+    plain = {} if prepared else targets(model, lattices)
+    specs = {name: one.spec for name, one in (prepared or plain).items()}
+    encoded = {}
+    for name, spec_of in specs.items():
+        try:
+            encoded[name] = _encoded(prepared[name] if prepared else plain[name].module, spec_of)
+        except ValueError as error:
+            raise UserError(
+                f"{name}.weight cannot be quantized: {error}. Take an earlier checkpoint or lower the learning rate."
+            ) from error
+    return QuantState.of(lattices.weights, specs, encoded)
+
+
+def _encoded(module: nn.Module, spec: QuantSpec) -> Encoded:
+    if isinstance(module, RoundedWeight | CodesLinear):
+        return module.encoded()
+    assert isinstance(module, nn.Linear | nn.Embedding)
+    return encode(module.weight, spec)
+
+
+def _check_prepared(model: "PreTrainedModel", prepared: Mapping[str, "_Prepared"], lattices: Lattices, asked: bool) -> None:
+    """UserError when a prepared model has other lattices, or (``asked``) other modules, than these."""
+    inside = {name: prepared.get(name, module) for name, module in _linears(model).items()}
+    try:
+        wanted = lattices.of_linears(inside if asked else [name for name in inside if name in prepared])
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    ends = {module: change for module, change in _ends(model, lattices) if change is not None}
+    held = {name: module for name, module in prepared.items() if name not in inside}
+    if asked and (set(wanted) != set(prepared) - set(held) or set(held.values()) != set(ends)):
+        raise UserError(
+            f"the model was prepared with other modules than skip={list(lattices.skip)} leaves; use the same patterns, or none."
+        )
+    other = any(module.spec != change.applied(lattices.weights) for module, change in ends.items())
+    if (asked and other) or any(prepared[name].spec != spec for name, spec in wanted.items()):
+        raise UserError(
+            f"the model was prepared with another lattice than {lattices.weights}; quantize it with the one it was trained with."
+        )
+
+
+def _ends(model: "PreTrainedModel", lattices: Lattices) -> list[tuple[Any, SpecChange | None]]:
+    """Embedding and head, each with the lattice it is asked to have."""
+    return [(model.get_input_embeddings(), lattices.embedding), (model.get_output_embeddings(), lattices.head)]
+
+
+@torch.no_grad()
+def fold(model: "PreTrainedModel", state: QuantState) -> None:
+    """Put plain layers with weight = codes * scales (fp32) in the place of every module of ``state``.
+
+    In fp32 the folded model gives exactly the logits of the prepared one. Parameter names stay; the weights are new parameters.
+
+    Raises:
+        UserError: a module is missing, of another shape, not fp32, or prepared but not in ``state``; the model is untouched.
+    """
+    left = [name for name in _prepared(model) if name not in state.codes]
+    if left:
+        raise UserError(f"module {left[0]} ({len(left)} in all) is prepared, but the codes do not cover it; quantize the whole model.")
+    held = dict(model.named_modules())
+    tied = is_tied(model)
+    for name in state.modules:
+        module = held.get(name)
+        shape = _shape(module)
+        if module is None or shape != tuple(state.codes[name].shape):
+            found = "missing" if module is None else f"of shape {shape}"
+            raise UserError(
+                f"module {name} is {found}, but the codes have shape {tuple(state.codes[name].shape)}; they are another model's."
+            )
+        if not isinstance(module, CodesLinear) and module.weight.dtype != torch.float32:
+            raise UserError(
+                f"{name}.weight is {module.weight.dtype}; codes * scales are exact in fp32 only: load the model with dtype=float32."
+            )
+    for name in state.modules:
+        module = held[name]
+        if isinstance(module, nn.Linear | CodesLinear):
+            model.set_submodule(name, _plain(module, state.dequantized(name)))
+        else:
+            _fold_embedding(model, name, module, state.dequantized(name), tied)
+
+
+def _shape(module: nn.Module | None) -> tuple[int, ...] | None:
+    """[out, in] of a layer that can be folded; None for anything else."""
+    if isinstance(module, CodesLinear):
+        return module.out_features, module.in_features
+    return tuple(module.weight.shape) if isinstance(module, nn.Linear | nn.Embedding) else None
+
+
+def _fold_embedding(model: "PreTrainedModel", name: str, embedding: Any, table: Tensor, tied: bool) -> None:
+    """A plain embedding with this table, and the head that is tied to it."""
+    weight = nn.Parameter(table.to(embedding.weight.device), requires_grad=embedding.weight.requires_grad)
+    if isinstance(embedding, QuantEmbedding):
+        rows, columns = weight.shape
+        plain = nn.Embedding(rows, columns, padding_idx=embedding.padding_idx, _weight=weight)
+        plain.weight = weight
+        model.set_submodule(name, plain.train(embedding.training))
+    else:
+        embedding.weight = weight
+    if tied:
+        head: Any = model.get_output_embeddings()
+        if isinstance(head, TiedHead):
+            model.set_output_embeddings(_plain(head, table))
+            head = model.get_output_embeddings()
+        head.weight = weight
+
+
+def _plain(linear: nn.Linear | CodesLinear, weight: Tensor) -> nn.Linear:
+    """A plain linear with this weight and everything else of ``linear``."""
+    plain = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    device = linear.weight.device if isinstance(linear, nn.Linear) else linear.code.device
+    plain.weight = nn.Parameter(weight.to(device), requires_grad=not isinstance(linear, nn.Linear) or linear.weight.requires_grad)
+    plain.register_parameter("bias", linear.bias)
+    return plain.train(linear.training)
+
+
+def _linears(model: "PreTrainedModel") -> dict[str, nn.Linear | CodesLinear]:
+    """The decoder's linears, those that hold codes among them."""
+    held = {name: module for name, module in model.named_modules() if isinstance(module, CodesLinear)}
+    return {**decoder_linears(model), **held}
+
+
+_Prepared = QuantLinear | QuantEmbedding | CodesLinear
+
+
+def _prepared(model: nn.Module) -> dict[str, _Prepared]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, _Prepared)}

@@ -1,0 +1,140 @@
+"""What modules share whose weight is rounded in every forward: the lattice, its parameters, and how the weight passes through it."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..fake_quant import Encoded, encode, fake_quant, fake_quant_learned, quantize_with
+from ..spec import QuantSpec
+
+if TYPE_CHECKING:
+    _Base = nn.Module
+else:
+    _Base = object
+
+Mode = Literal["off", "absmax", "learned", "fixed"]
+"""off: the weight passes unrounded; absmax: scales are taken from the weight; learned: the scale parameter trains; fixed: it does not."""
+_EXTRAS = ("scale", "zero", "adapter_in", "adapter_out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What a module whose weight is rounded gets beside its own parameters."""
+
+    scale: bool = False
+    """A scale parameter for each group (kind int alone), and a zero point where the lattice has them."""
+    rank: int = 0
+    """Rank of an adapter that trains in the weight's place; 0 = none."""
+
+
+class RoundedWeight(_Base):
+    """Mixin of a module with a ``weight`` [out, in]; ``set_lattice`` comes after the weight is there.
+
+    The parameters ``weight`` (latent, unrounded) and whatever else the module has are those of the module it is made from.
+    """
+
+    weight: Tensor
+    mask: Tensor | None
+    """bool [out, in], True where a weight is kept; pruned weights are zeros before scales are taken. Not in the state dict."""
+    scale: nn.Parameter | None
+    """fp32 of ``spec.scale_shape``, positive; None where scales are always taken from the weight."""
+    zero: nn.Parameter | None
+    """fp32 in the shape of ``scale``, whole numbers that do not train; None for a symmetric lattice."""
+    adapter_in: nn.Parameter | None
+    """fp32 [rank, in]; the weight that is rounded is ``weight + adapter_out @ adapter_in``."""
+    adapter_out: nn.Parameter | None
+    """fp32 [out, rank]."""
+
+    def set_lattice(self, spec: QuantSpec, extras: Extras | None) -> None:
+        """Give the module its lattice; extras are zeros until somebody gives them values."""
+        rows, columns = self.weight.shape
+        shape = spec.scale_shape(rows, columns)
+        self.spec = spec
+        self.mode: Mode = "absmax"
+        self.bits = spec.bits
+        """Bits of the lattice in use: the spec's, or more while bits are annealed."""
+        self.register_buffer("mask", None, persistent=False)
+        extras = extras or Extras()
+        own = extras.scale and spec.kind == "int"
+        self.scale = self._extra(*shape) if own else None
+        self.zero = self._extra(*shape) if own and not spec.symmetric else None
+        if self.zero is not None:
+            self.zero.requires_grad_(False)
+        self.adapter_in = self._extra(extras.rank, columns) if extras.rank else None
+        self.adapter_out = self._extra(rows, extras.rank) if extras.rank else None
+        if extras.rank:
+            self.weight.requires_grad_(False)
+
+    def is_extra(self, parameter: str) -> bool:
+        """Whether the module has this parameter beside those of the one it was made from: no model file has values for it."""
+        return parameter in _EXTRAS
+
+    def _extra(self, *shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=self.weight.device))
+
+    def set_mask(self, mask: Tensor | None) -> None:
+        """Weights to keep: bool [out, in], or None for all; moved to the weight's device."""
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != self.weight.shape):
+            raise ValueError(f"mask must be bool of shape {tuple(self.weight.shape)}, not {mask.dtype} of shape {tuple(mask.shape)}")
+        self.mask = None if mask is None else mask.to(self.weight.device)
+
+    @property
+    def lattice(self) -> QuantSpec:
+        """The lattice in use."""
+        return self.spec if self.bits == self.spec.bits else self.spec.with_bits(self.bits)
+
+    def merged_weight(self) -> Tensor:
+        """[out, in]: the latent weight, with the adapter's product added; pruned weights (zeros of ``weight``) stay zero."""
+        if self.adapter_in is None or self.adapter_out is None:
+            return self.weight
+        with torch.autocast(self.weight.device.type, enabled=False):
+            update = self.adapter_out @ self.adapter_in
+        # a sharded layer has no mask of the whole weight; the frozen zeros are one
+        return self.weight + update * (self.weight != 0)
+
+    def quantized_weight(self) -> Tensor:
+        """[out, in]: the weight as codes times scales, differentiable in whatever trains."""
+        weight, scale = self.merged_weight(), self.scale
+        if self.mode == "off" or scale is None or self.mode == "absmax":
+            rounded = weight if self.mode == "off" else fake_quant(weight, self.lattice, mask=self.mask)
+            # DDP waits for a gradient of every parameter, used or not
+            return rounded if scale is None or not scale.requires_grad else _Attached.apply(rounded, scale)
+        given = scale if self.mode == "learned" else scale.detach()
+        rounded = fake_quant_learned(weight, given, self.lattice, zeros=self.zero_codes(), mask=self.mask)
+        return rounded if self.mode == "learned" or not scale.requires_grad else _Attached.apply(rounded, scale)
+
+    def zero_codes(self) -> Tensor | None:
+        """int8 zero points in the shape of ``scale``; None for a symmetric lattice."""
+        return None if self.zero is None else self.zero.detach().to(torch.int8)
+
+    @torch.no_grad()
+    def encoded(self) -> Encoded:
+        """Codes, scales, zero points of the spec: by the scale parameter where there is one, else from the weight.
+
+        Raises:
+            ValueError: weights or scales are NaN or infinite.
+        """
+        if self.scale is None:
+            return encode(self.merged_weight(), self.spec, mask=self.mask)
+        zeros = self.zero_codes()
+        return Encoded(*quantize_with(self.merged_weight(), self.scale, self.spec, zeros=zeros, mask=self.mask), zeros)
+
+    def lattice_repr(self) -> str:
+        """The lattice in a module's repr."""
+        return f"bits={self.spec.bits}, group_size={self.spec.group_size}, scales={self.mode}"
+
+
+class _Attached(torch.autograd.Function):
+    """A tensor as it is, with a parameter of which the gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, parameter: Tensor) -> Tensor:
+        ctx.save_for_backward(parameter)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (parameter,) = ctx.saved_tensors
+        return grads[0], torch.zeros_like(parameter)

@@ -1,0 +1,115 @@
+"""What rounds a tensor in the forward and knows its range: the common part of ``activations.py`` and ``kv_cache.py``."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...models.common.errors import UserError
+from ..fake_quant import fake_quant_activation, static_scale
+from ..spec import ActivationSpec
+from .token_rows import token_rows
+
+
+class Padding:
+    """Pre-hook of the backbone: remembers which tokens of the batch on its way are text."""
+
+    def __init__(self) -> None:
+        self.text: Tensor | None = None
+        """bool [B, S], False for padding; None where there is none."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        self.text = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def without(self, x: Tensor) -> Tensor:
+        """``x`` [B, S, ...], or flattened to [B x S, ...], as rows of text alone; all of it where it is neither."""
+        rows = None if self.text is None else token_rows(x, self.text, tuple(self.text.shape))
+        return x if rows is None else rows
+
+
+def watch_padding(model: nn.Module) -> Padding:
+    """Hook a ``Padding`` into transformers' backbone: what ``attention_mask`` calls padding is in no range."""
+    padding = Padding()
+    getattr(model, "base_model", model).register_forward_pre_hook(padding, with_kwargs=True)
+    return padding
+
+
+class Rounder:
+    """Rounds one tensor of the forward, and notes the range it has been seen in."""
+
+    def __init__(self, spec: ActivationSpec, padding: Padding) -> None:
+        self.spec = spec
+        self._padding = padding
+        self.enabled = True
+        self.observing = False
+        self.scale: Tensor | None = None
+        """fp32 [], static scaling only; None = not known yet, and nothing is rounded."""
+        self.zero: Tensor | None = None
+        """int8 [], static and asymmetric scaling only."""
+        self.extremes: Tensor | None = None
+        """fp32 [2] = (-smallest, largest) value seen while observing."""
+
+    def note(self, x: Tensor) -> None:
+        """While observing, take ``x`` [B, S, ...] into the range, padding left out."""
+        if self.observing:
+            low, high = self._padding.without(x.detach()).aminmax()
+            seen = torch.stack([-low, high]).to(torch.float32)
+            self.extremes = seen if self.extremes is None else torch.maximum(self.extremes, seen)
+
+    def round(self, x: Tensor) -> Tensor:
+        """``x`` as codes times scales; itself while switched off, or while a static scale is not known."""
+        if not self.enabled or (self.spec.scaling == "static" and self.scale is None):
+            return x
+        if self.spec.scaling == "dynamic":
+            return fake_quant_activation(x, self.spec)
+        assert self.scale is not None
+        zero = None if self.zero is None else self.zero.to(x.device)
+        return fake_quant_activation(x, self.spec, scale=self.scale.to(x.device), zero=zero)
+
+
+class Rounders:
+    """The rounders of a model, by name, in module order."""
+
+    unseen = "{name} took no part in running the text, so the range of its inputs is not known; add it to skip"
+    """What is said of one that has seen nothing."""
+
+    def __init__(self, spec: ActivationSpec, rounders: Mapping[str, Rounder]) -> None:
+        self.spec = spec
+        self.rounders = dict(rounders)
+
+    def enable(self, on: bool) -> None:
+        """Round, or let everything pass."""
+        for rounder in self.rounders.values():
+            rounder.enabled = on
+
+    def observe(self, on: bool = True) -> None:
+        """Start (or stop) noting what comes; forgets what was noted."""
+        for rounder in self.rounders.values():
+            rounder.observing, rounder.extremes = on, None
+
+    def extremes(self) -> Tensor:
+        """fp32 [rounders, 2] = (-smallest, largest) seen since ``observe``; UserError naming one that has seen nothing."""
+        for name, rounder in self.rounders.items():
+            if rounder.extremes is None:
+                raise UserError(self.unseen.format(name=name))
+        return torch.stack([rounder.extremes for rounder in self.rounders.values() if rounder.extremes is not None])
+
+    def set_ranges(self, extremes: Tensor) -> None:
+        """Static scales (and zero points) of ranges in the form of ``extremes``."""
+        for rounder, (low, high) in zip(self.rounders.values(), extremes.cpu(), strict=True):
+            rounder.scale, rounder.zero = static_scale(-low, high, self.spec)
+
+    def set_scales(self, scales: Mapping[str, Tensor], zeros: Mapping[str, Tensor]) -> None:
+        """Static scales and zero points that are known already, by name."""
+        for name, rounder in self.rounders.items():
+            rounder.scale, rounder.zero = scales.get(name), zeros.get(name)
+
+    def scales(self) -> dict[str, Tensor]:
+        """Static scales by name, fp32 []; empty for dynamic scaling."""
+        return {name: rounder.scale for name, rounder in self.rounders.items() if rounder.scale is not None}
+
+    def zeros(self) -> dict[str, Tensor]:
+        """Static zero points by name, int8 []; empty where there are none."""
+        return {name: rounder.zero for name, rounder in self.rounders.items() if rounder.zero is not None}

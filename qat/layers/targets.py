@@ -1,0 +1,106 @@
+"""The modules of a model that lattices are for, checked before anything is changed."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ...models.common.errors import UserError
+from ...models.families import decoder_linears, is_plain_linear
+from ..scheme import Lattices, SpecChange, example_of
+from ..spec import QuantSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module that is quantized."""
+
+    module: nn.Linear | nn.Embedding
+    spec: QuantSpec
+
+
+def targets(model: "PreTrainedModel", lattices: Lattices) -> dict[str, Target]:
+    """The modules to quantize and their lattices by full name, in module order, after checking that each can be.
+
+    Raises:
+        UserError: a pattern matches nothing, a group size does not divide, a weight is shared with another module, a module is of a kind
+            that cannot be quantized, or nothing is left to quantize.
+    """
+    linears = decoder_linears(model)
+    _check_patterns(model, lattices.skip, linears)
+    try:
+        specs = lattices.of_linears(linears)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    chosen: dict[str, Target] = {name: Target(linears[name], spec) for name, spec in specs.items()} | _ends(model, lattices)
+    if not chosen:
+        raise UserError("there is nothing to quantize: " + (f"skip={list(lattices.skip)} leaves no linear layer." if linears else _NONE))
+    _check_shared(model, chosen, lattices)
+    for name, target in chosen.items():
+        _check_module(name, target)
+    return {name: chosen[name] for name, _ in model.named_modules() if name in chosen}
+
+
+def is_tied(model: "PreTrainedModel") -> bool:
+    """Whether the output head multiplies by the input embedding's table."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", ...)
+
+
+def _ends(model: "PreTrainedModel", lattices: Lattices) -> dict[str, Target]:
+    """Embedding and head, as far as they are asked for."""
+    found = {}
+    if lattices.head and is_tied(model):
+        raise UserError("head: the head is tied to the embedding, whose table it multiplies by; use 'embedding', which then is for both")
+    for key, module in (("embedding", model.get_input_embeddings()), ("head", model.get_output_embeddings())):
+        change: SpecChange | None = getattr(lattices, key)
+        if change is None:
+            continue
+        name = next((name for name, other in model.named_modules() if other is module), None)
+        if name is None or not isinstance(module, nn.Linear | nn.Embedding):
+            raise UserError(f"{key}: the model has no plain {key} to quantize; leave the key out")
+        if any(fnmatchcase(name, pattern) for pattern in lattices.skip):
+            raise UserError(f"{key}: skip leaves {name} alone, but {key} asks for a lattice; take one of the two away")
+        found[name] = Target(module, change.applied(lattices.weights))
+    return found
+
+
+def _check_patterns(model: nn.Module, skip: Sequence[str], linears: Iterable[str]) -> None:
+    """A pattern of ``skip`` that matches no linear and no embedding at all is an error."""
+    leaves = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in leaves):
+            raise UserError(f"skip: {pattern!r} matches no linear layer of the model; {example_of(linears)}")
+
+
+def _check_shared(model: "PreTrainedModel", chosen: Mapping[str, Target], lattices: Lattices) -> None:
+    owners: dict[int, str] = {}
+    tied = id(model.get_input_embeddings().weight) if lattices.embedding and is_tied(model) else None
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = owners.setdefault(id(parameter), name)
+        for shared in (name, first):
+            if first != name and shared.removesuffix(".weight") in chosen and id(parameter) != tied:
+                raise UserError(
+                    f"{shared} is shared between {first} and {name}; shared weights cannot be quantized. Add the module to skip."
+                )
+
+
+def _check_module(name: str, target: Target) -> None:
+    module = target.module
+    if isinstance(module, nn.Linear) and not is_plain_linear(module):
+        raise UserError(
+            f"module {name} is a {type(module).__name__}, not a plain nn.Linear; load the model unquantized, or add it to skip."
+        )
+    try:
+        target.spec.group_width(module.weight.shape[1])
+    except ValueError as error:
+        raise UserError(f"module {name}: {error} (skip: ['{name}']).") from error
+
+
+_NONE = "the model's decoder layers hold no nn.Linear; use a model of a family such as Llama, Mistral or Qwen."

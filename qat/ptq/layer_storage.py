@@ -1,0 +1,103 @@
+"""Where decoder layers lie while they are not being worked on: in host memory, or in files, for models larger than that."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...models.folder.safetensors_write import write_safetensors
+from ...models.folder.streaming import fill, materialize_buffers, parameter_places, place, register, trim_host
+from ...models.folder.weights import WeightFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Shelf(Protocol):
+    """Gives a layer its weights and takes them back."""
+
+    def bring(self, layer: nn.Module) -> None:
+        """Put the layer's parameters, fp32, on the device."""
+        ...
+
+    def put_away(self, layer: nn.Module, extra: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take the layer's parameters, as they are now, and ``extra`` off the device; returns ``extra`` from where it is kept."""
+        ...
+
+    def close(self) -> None:
+        """Everything outside the layers back to the CPU."""
+        ...
+
+
+class MemoryShelf:
+    """The whole model is in host memory; a layer visits the device.
+
+    Args:
+        model: Real weights, fp32.
+        layers: Its decoder layers.
+        device: Everything outside the layers goes there at once.
+    """
+
+    def __init__(self, model: "PreTrainedModel", layers: Sequence[nn.Module], device: torch.device) -> None:
+        self._model, self._device = model, device
+        place(model, device, skip=_parameters_of(layers))
+
+    def bring(self, layer: nn.Module) -> None:
+        layer.to(self._device)
+
+    def put_away(self, layer: nn.Module, extra: dict[str, Tensor]) -> dict[str, Tensor]:
+        layer.to("cpu")
+        trim_host()
+        return {name: tensor.cpu() for name, tensor in extra.items()}
+
+    def close(self) -> None:
+        place(self._model, "cpu")
+
+
+class FileShelf:
+    """The layers are read from the model's files and written to new ones, which are mapped: memory holds one layer at a time.
+
+    Args:
+        model: On the meta device, from ``empty_model``; its parameters become views of the new files.
+        layers: Its decoder layers.
+        files: Where they are read from.
+        folder: An existing folder for the new files, about 5 bytes a weight; they must stay while the model is used.
+        device: As for ``MemoryShelf``.
+    """
+
+    def __init__(
+        self, model: "PreTrainedModel", layers: Sequence[nn.Module], files: WeightFiles, folder: Path, device: torch.device
+    ) -> None:
+        self._model, self._files, self._folder, self._device = model, files, folder, device
+        self._written = 0
+        inside = _parameters_of(layers)
+        around = nn.ParameterList([parameter for parameter in model.parameters() if id(parameter) not in inside])
+        fill(model, files, dtype=torch.float32, device=device, inside=around)
+        materialize_buffers(model, device)
+
+    def bring(self, layer: nn.Module) -> None:
+        fill(self._model, self._files, dtype=torch.float32, device=self._device, inside=layer)
+
+    def put_away(self, layer: nn.Module, extra: dict[str, Tensor]) -> dict[str, Tensor]:
+        from safetensors import safe_open
+
+        own = {id(parameter) for parameter in layer.parameters()}
+        places = [found for found in parameter_places(self._model) if id(getattr(found[0][0], found[0][1])) in own]
+        file = self._folder / f"{self._written:05d}.safetensors"
+        self._written += 1
+        write_safetensors(file, {found[0][2]: getattr(found[0][0], found[0][1]) for found in places} | extra)
+        with safe_open(file, framework="pt") as mapped:
+            for found in places:
+                register(found, mapped.get_tensor(found[0][2]))
+            kept = {name: mapped.get_tensor(name) for name in extra}
+        trim_host()
+        return kept
+
+    def close(self) -> None:
+        place(self._model, "cpu")
+
+
+def _parameters_of(layers: Sequence[nn.Module]) -> set[int]:
+    return {id(parameter) for layer in layers for parameter in layer.parameters()}

@@ -1,0 +1,13 @@
+"""The independent readers of exports, in numpy: the oracle that every export is held against. Imports no other part of qat."""
+
+from typing import TYPE_CHECKING
+
+from ... import lazy_names
+
+if TYPE_CHECKING:
+    from .open import ExportReader as ExportReader
+    from .open import is_export as is_export
+    from .open import open_export as open_export
+    from .open import open_folder as open_folder
+
+__getattr__, __dir__ = lazy_names(__name__)

@@ -1,0 +1,221 @@
+"""An independent reader of compressed-tensors folders with integer weights, in numpy.
+
+It shares no code with the writer (``packing.py``, ``export/``): bits are taken out of bytes, not words, so that a mistake made
+there is seen here. It reads exports by others too: the formats "pack-quantized" and "int-quantized", symmetric or not, a scale per
+group or row, one scheme or several. Source of the layout: compressed-tensors ``compressors/pack_quantized/base.py``,
+``compressors/naive_quantized/base.py`` and ``quantization/quant_args.py``.
+
+    pack-quantized   P.weight_packed int32 [out, ceil(in b / 32)], P.weight_shape int64 [2]; P.weight_zero_point int32
+                     [ceil(out b / 32), groups], packed along the outputs
+    int-quantized    P.weight int8 [out, in]; P.weight_zero_point int8 [out, 1]; P.input_scale, P.input_zero_point [1] when static
+    both             P.weight_scale [out, groups]; w = (q - z) * s; of keys and values what ``read_kv_cache.py`` says
+
+Codes of 3, 5, 6 and 7 bits are read as the dense stream of version 0.18 and later.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...models.common.errors import UserError
+from .compressed_tensors_config import read_scheme
+from .kv_cache import cache_attentions, cache_scales, is_cache_scale
+from .tensors import Lattice, Scheme, StoredTensors, WeightFolder, bit_fields, read_config
+
+_PACKED, _SCALE, _SHAPE, _ZERO = ".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point"
+_INPUT_SCALE, _INPUT_ZERO = ".input_scale", ".input_zero_point"
+_FOREIGN = (".weight_g_idx", ".weight_global_scale", ".input_global_scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """How the inputs of a module are rounded, all to int8."""
+
+    dynamic: bool
+    """A scale for each token, taken when it comes; else one that is stored."""
+    symmetric: bool
+    scale: float | None = None
+    """Static only."""
+    zero: int = 0
+    """Static only."""
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether the config of a model folder announces quantized weights of any kind."""
+    return "quantization_config" in read_config(folder)
+
+
+class PackedFolder(WeightFolder):
+    """An opened export: which tensors it has, and each of them as fp32. Every access reads the file anew; nothing is kept."""
+
+    def __init__(self, folder: Path) -> None:
+        """UserError when config, index or a file header is missing, damaged or foreign."""
+        self.folder = Path(folder)
+        self.scheme = read_scheme(self.folder)
+        self._stored = StoredTensors(self.folder)
+        names = self._stored.names
+        for name in names:
+            if name.endswith(_FOREIGN):
+                raise UserError(f"{self._stored.file(name)}: {name}: reordered groups and global scales are unknown to this reader")
+        packed = {name.removesuffix(_PACKED) for name in names if name.endswith(_PACKED)}
+        bytewise = (n.removesuffix(".weight") for n in names if n.endswith(".weight") and self._stored.dtype(n) == "I8")
+        self._unpacked = frozenset(module for module in bytewise if module + _SCALE in self._stored)
+        heads = dict.fromkeys(name.removesuffix(_PACKED).removesuffix(".weight") for name in names)
+        self.modules = tuple(head for head in heads if head in packed or head in self._unpacked)
+        needed = {module + suffix for module in packed for suffix in (_PACKED, _SCALE, _SHAPE)}
+        needed |= {module + suffix for module in self._unpacked for suffix in (".weight", _SCALE)}
+        needed |= {module + _ZERO for module in self.modules if not self.scheme_of(module).symmetric}
+        needed |= {name for module in self.modules for name in self._input_names(module)}
+        self.attentions = cache_attentions(self.folder, names, self.scheme.cache)
+        self.plain = tuple(name for name in names if name not in needed and not is_cache_scale(name))
+        self._quantized = frozenset(f"{module}.weight" for module in self.modules)
+        self._check_names(needed)
+
+    def _input_names(self, module: str) -> list[str]:
+        inputs = self.scheme.of(module).inputs
+        if inputs is None or inputs.dynamic:
+            return []
+        return [module + _INPUT_SCALE] + ([] if inputs.symmetric else [module + _INPUT_ZERO])
+
+    def _check_names(self, needed: set[str]) -> None:
+        """Every module has all its tensors and no second, plain weight; no part is left over."""
+        for name in self.plain:
+            file = self._stored.file(name)
+            if name.endswith((_SCALE, _SHAPE)):
+                raise UserError(f"{file}: {name} belongs to no {_PACKED[1:]}; the export is incomplete")
+            if name.endswith((_ZERO, _INPUT_SCALE, _INPUT_ZERO)):
+                raise UserError(f"{file}: {name}: config.json says nothing of such zero points or scales; export again")
+            if name.removesuffix(".weight") + _PACKED in needed:
+                raise UserError(f"{file}: {name} is stored twice, packed and plain; export again")
+        for name in sorted(name for name in needed if name not in self._stored):
+            raise UserError(f"{self.folder}: {name} is missing; the export is incomplete")
+        for module in self.modules:
+            form = "int-quantized" if module in self._unpacked else "pack-quantized"
+            if self.scheme.of(module).format != form:
+                raise UserError(f"{self.folder}: {module} is {form}, but its group in config.json says {self.scheme.of(module).format}")
+
+    def scheme_of(self, module: str) -> Scheme:
+        """Bits, group size and symmetry of a quantized module."""
+        return self.scheme.of(module).weights
+
+    def inputs(self, module: str) -> Inputs | None:
+        """How the inputs of a quantized module are rounded; None when they are not.
+
+        Raises:
+            UserError: a stored scale is not one finite positive number, or a zero point does not fit.
+        """
+        kind = self.scheme.of(module).inputs
+        if kind is None or kind.dynamic:
+            return kind and Inputs(dynamic=True, symmetric=kind.symmetric)
+        scale, zero = float(self._stored.scales(module + _INPUT_SCALE, (1,))[0]), 0
+        if not kind.symmetric:
+            self._stored.expect(module + _INPUT_ZERO, ("I8",), (1,))
+            zero = int(self._stored.integers(module + _INPUT_ZERO)[0])
+        return Inputs(dynamic=False, symmetric=kind.symmetric, scale=scale, zero=zero)
+
+    def cache(self) -> dict[str, float] | None:
+        """Scales by which keys and values are rounded to fp8, by ``<attention module>.k`` and ``.v``; None when they are not.
+
+        Raises:
+            UserError: one is not a finite positive number.
+        """
+        return cache_scales(self._stored, self.attentions) if self.scheme.cache else None
+
+    def unlisted(self, linears: tuple[str, ...]) -> list[str]:
+        """Sentences about linears that are plain or packed against what the config says of them."""
+        problems = []
+        for name in linears:
+            announced = self.scheme.announces(name)
+            if announced and name not in self.modules:
+                problems.append(f"{name} is not packed, but quantization_config.ignore does not name it")
+            if not announced and name in self.modules:
+                problems.append(f"{name} is packed, but quantization_config.ignore names it, or no group has it")
+        return problems
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the full state dict, under original names."""
+        packed = {f"{module}.weight": self._shape(module) for module in self.modules}
+        return packed | {name: self._stored.shape(name) for name in self.plain}
+
+    def lattice(self, module: str) -> Lattice:
+        """Codes, scales and zero points of a quantized module.
+
+        Raises:
+            UserError: shapes or dtypes do not fit, a scale is not finite and positive, or unused bits are set.
+        """
+        (rows, columns), scheme = self._shape(module), self.scheme_of(module)
+        width = scheme.group_size or columns
+        if columns % width:
+            file = self._stored.file(module + _SCALE)
+            raise UserError(f"{file}: {module}: group_size {width} does not divide its {columns} columns; export again")
+        groups, half = columns // width, 1 << (scheme.bits - 1)
+        if module in self._unpacked:
+            codes = self._stored.integers(f"{module}.weight").astype(np.int16)
+            if codes.min() < -half or codes.max() >= half:
+                raise UserError(f"{self._stored.file(f'{module}.weight')}: {module}.weight has codes outside {-half}..{half - 1}")
+        else:
+            codes = self._fields(module + _PACKED, self._stored.words(module + _PACKED), scheme.bits, columns)
+        scales = self._stored.scales(module + _SCALE, (rows, groups))
+        return Lattice(codes=codes, scales=scales, zeros=self._zeros(module, rows, groups, scheme))
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """The fp32 tensor ``name`` of the full state dict: the stored lattice's values, or a plain tensor's exact value.
+
+        Raises:
+            UserError: as ``lattice``, or a plain tensor that is not a finite bf16, fp16 or fp32 one.
+        """
+        return self._stored.floats(name) if name not in self._quantized else self.lattice(name.removesuffix(".weight")).weight()
+
+    def _zeros(self, module: str, rows: int, groups: int, scheme: Scheme) -> NDArray[np.int16]:
+        name = module + _ZERO
+        if scheme.symmetric:
+            return np.zeros((rows, groups), np.int16)
+        if module in self._unpacked:
+            self._stored.expect(name, ("I8",), (rows, groups))
+            return self._stored.integers(name).astype(np.int16)
+        words = -(-rows * scheme.bits // 32)
+        self._stored.expect(name, ("I32",), (words, groups))
+        # [words, groups] -> [groups, words], each word's bytes kept together
+        data = self._stored.words(name).reshape(words, groups, 4).transpose(1, 0, 2).reshape(groups, words * 4)
+        return self._fields(name, data, scheme.bits, rows).T
+
+    def _fields(self, name: str, data: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int16]:
+        # within a word the first code has the lowest bits and words are little-endian: the first code has the lowest bits of byte 0
+        unsigned, more = bit_fields(data, bits, count)
+        if more:
+            raise UserError(f"{self._stored.file(name)}: {name} has bits set behind the last column; the file is damaged, export again")
+        return unsigned - (1 << (bits - 1))
+
+    def as_stored(self, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """``values``: this format stores every tensor as it is."""
+        return values
+
+    def _shape(self, module: str) -> tuple[int, int]:
+        if module in self._unpacked:
+            shape = self._stored.shape(f"{module}.weight")
+            if len(shape) != 2 or 0 in shape:
+                raise UserError(f"{self._stored.file(f'{module}.weight')}: {module}.weight has shape {shape}, no matrix; export again")
+            return shape[0], shape[1]
+        name = module + _SHAPE
+        self._stored.expect(name, ("I64", "I32"), (2,))
+        rows, columns = (int(n) for n in self._stored.integers(name))
+        self._stored.matrix(module + _PACKED)
+        # before anything of that size is made: the packed tensor, whose bytes are really there, must agree
+        self._stored.expect(module + _PACKED, ("I32",), (rows, -(-columns * self.scheme_of(module).bits // 32)))
+        return rows, columns
+
+
+def dequantized_tensors(folder: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """The full state dict of an export under original names, tensor by tensor, as fp32: what a runtime multiplies with.
+
+    Tied tensors come once, as stored.
+
+    Raises:
+        UserError: the folder is damaged or not of a kind this reader knows.
+    """
+    opened = PackedFolder(folder)
+    for name in opened.shapes():
+        yield name, opened.tensor(name)

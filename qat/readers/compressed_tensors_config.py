@@ -1,0 +1,152 @@
+"""What ``quantization_config`` of a compressed-tensors folder says of each module, checked field by field.
+
+Source: compressed-tensors ``quantization/quant_config.py``, ``quantization/quant_args.py``, ``utils/match.py``.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...models.common.errors import UserError
+from .fields import BITS, check_fields, check_names, module_pattern
+from .kv_cache import read_cache_scheme
+from .tensors import Scheme, read_config
+
+FORMATS = ("pack-quantized", "int-quantized")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputScheme:
+    """How inputs are rounded, to int8."""
+
+    dynamic: bool
+    """A scale for each token, taken in the forward; else one that is stored."""
+    symmetric: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One entry of ``config_groups``."""
+
+    targets: tuple[str, ...]
+    """Module names, ``re:`` patterns, or class names."""
+    format: str
+    weights: Scheme
+    inputs: InputScheme | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedScheme:
+    """What ``quantization_config`` says about the packed weights."""
+
+    groups: tuple[Group, ...]
+    ignore: tuple[str, ...]
+    """Names (or ``re:`` patterns) of linears that are not packed."""
+    cache: bool = False
+    """Keys and values are rounded to fp8 with stored scales."""
+
+    @property
+    def bits(self) -> int:
+        """Of the first group."""
+        return self.groups[0].weights.bits
+
+    @property
+    def group_size(self) -> int | None:
+        """Of the first group; None: one scale per row."""
+        return self.groups[0].weights.group_size
+
+    def of(self, module: str) -> Group:
+        """The group of a module: the first with its name, else with a pattern of it, else with the class Linear, else the first."""
+        return self._find(module) or self.groups[0]
+
+    def announces(self, module: str) -> bool:
+        """Whether a linear of this name is to be packed."""
+        return not any(_matches(module, name) for name in self.ignore) and self._find(module) is not None
+
+    def _find(self, module: str) -> Group | None:
+        by_name = (group for group in self.groups if module in group.targets)
+        by_pattern = (group for group in self.groups if any(_matches(module, target) for target in group.targets))
+        by_class = (group for group in self.groups if "Linear" in group.targets)
+        return next(by_name, None) or next(by_pattern, None) or next(by_class, None)
+
+
+def _matches(module: str, target: str) -> bool:
+    return re.match(target[3:], module) is not None if target.startswith("re:") else module == target
+
+
+def read_scheme(folder: Path) -> PackedScheme:
+    """The scheme in ``config.json``.
+
+    Raises:
+        UserError: the folder is not packed, or in a way this reader does not know; the message names the field.
+    """
+    file, quantization = Path(folder) / "config.json", read_config(folder).get("quantization_config")
+    if not isinstance(quantization, dict):
+        raise UserError(f"{file} has no quantization_config: the folder holds plain weights; run 'decoct export' on a quantized folder")
+    whole = quantization.get("format")
+    check_fields(file, [("quant_method", quantization.get("quant_method"), ("compressed-tensors",))])
+    check_fields(file, [("format", whole, (*FORMATS, "mixed-precision"))])
+    check_fields(file, [("quantization_status", quantization.get("quantization_status"), ("compressed",))])
+    groups = quantization.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise UserError(f"{file}: quantization_config.config_groups must hold at least one group with weights")
+    return PackedScheme(
+        groups=tuple(_group(file, name, group, str(whole)) for name, group in groups.items()),
+        ignore=_names(file, "ignore", quantization.get("ignore") or []),
+        cache=read_cache_scheme(file, quantization.get("kv_cache_scheme")),
+    )
+
+
+def _group(file: Path, name: str, group: Any, whole: str) -> Group:
+    weights = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(group, dict) or not isinstance(weights, dict):
+        raise UserError(f"{file}: quantization_config.config_groups[{name!r:.100}] must be an object with weights")
+    form = group.get("format") or whole
+    expected: list[tuple[str, Any, tuple[Any, ...]]] = [
+        ("the format of a group", form, FORMATS if whole == "mixed-precision" else (whole,)),
+        ("output_activations", group.get("output_activations"), (None,)),
+        ("weights.num_bits", weights.get("num_bits"), (8,) if form == "int-quantized" else BITS),
+        ("weights.type", weights.get("type"), ("int",)),
+        ("weights.symmetric", weights.get("symmetric"), (True, False)),
+        ("weights.strategy", weights.get("strategy"), ("group", "channel")),
+        ("weights.dynamic", weights.get("dynamic", False), (False,)),
+        ("weights.actorder", weights.get("actorder"), (None, "static", "weight")),
+    ]
+    check_fields(file, expected)
+    size = weights.get("group_size")
+    if weights["strategy"] == "group" and (type(size) is not int or size < 1):
+        raise UserError(f"{file}: quantization_config: weights.group_size is {size!r}; strategy 'group' needs a positive whole number")
+    return Group(
+        targets=_names(file, "targets", group.get("targets") or ["Linear"]),
+        format=form,
+        weights=Scheme(
+            bits=weights["num_bits"], group_size=size if weights["strategy"] == "group" else None, symmetric=weights["symmetric"]
+        ),
+        inputs=_inputs(file, group.get("input_activations")),
+    )
+
+
+def _inputs(file: Path, inputs: Any) -> InputScheme | None:
+    if inputs is None:
+        return None
+    if not isinstance(inputs, dict):
+        raise UserError(f"{file}: quantization_config: input_activations must be an object or null")
+    dynamic = inputs.get("dynamic")
+    expected: list[tuple[str, Any, tuple[Any, ...]]] = [
+        ("input_activations.num_bits", inputs.get("num_bits"), (8,)),
+        ("input_activations.type", inputs.get("type"), ("int",)),
+        ("input_activations.symmetric", inputs.get("symmetric", True), (True, False)),
+        ("input_activations.dynamic", dynamic, (True, False)),
+        ("input_activations.strategy", inputs.get("strategy"), ("token",) if dynamic else ("tensor",)),
+    ]
+    check_fields(file, expected)
+    return InputScheme(dynamic=bool(dynamic), symmetric=inputs.get("symmetric", True))
+
+
+def _names(file: Path, key: str, names: Any) -> tuple[str, ...]:
+    checked = check_names(file, key, names)
+    for name in checked:
+        if name.startswith("re:"):
+            module_pattern(file, key, name[3:])
+    return checked

@@ -1,0 +1,45 @@
+"""Checks of the fields of a ``quantization_config`` that somebody else may have written."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...models.common.errors import UserError
+
+BITS = (2, 3, 4, 5, 6, 7, 8)
+
+
+def check_fields(file: Path, expected: Sequence[tuple[str, Any, tuple[Any, ...]]]) -> None:
+    """UserError naming the first (field, value, allowed values) whose value is none of those allowed, type included."""
+    for name, value, allowed in expected:
+        if not any(type(value) is type(choice) and value == choice for choice in allowed):
+            choices = " or ".join(map(repr, allowed))
+            raise UserError(f"{file}: quantization_config: {name} is {value!r:.100}; this reader knows {choices}")
+
+
+def check_group(file: Path, size: Any) -> None:
+    """UserError unless a group size is -1 (a scale per row) or a positive whole number."""
+    if type(size) is not int or (size != -1 and size < 1):
+        raise UserError(f"{file}: quantization_config: group_size is {size!r:.100}; it must be -1 or a positive whole number")
+
+
+def check_names(file: Path, key: str, names: Any) -> tuple[str, ...]:
+    """A list of strings that are not empty as a tuple; UserError otherwise."""
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{file}: quantization_config.{key} must be a list of module names")
+    return tuple(names)
+
+
+def module_pattern(file: Path, key: str, text: str) -> re.Pattern[str]:
+    """A regular expression of module names, compiled.
+
+    Raises:
+        UserError: it is none, or one that could take for ever to match: those of module names need few repeats, and none of a group.
+    """
+    if len(text) > 500 or re.search(r"[*+{})][*+{]", text) or len(re.findall(r"[*+{]", text)) > 3:
+        raise UserError(f"{file}: quantization_config.{key}: {text!r:.100} is not a pattern of module names that this reader takes")
+    try:
+        return re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"{file}: quantization_config.{key}: {text!r:.100} is no regular expression ({error})") from error

@@ -1,0 +1,60 @@
+"""Keys and values in a compressed-tensors export: its scheme and stored scales, as the independent reader finds them.
+
+    P.k_scale, P.v_scale    [1] float, P an attention module; x is rounded to e4m3(x / s) * s
+
+Source: compressed-tensors ``quantization/quant_config.py`` (``kv_cache_scheme``).
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ...models.common.errors import UserError
+from .fields import check_fields
+from .tensors import StoredTensors
+
+_SUFFIXES = (".k_scale", ".v_scale")
+
+
+def read_cache_scheme(file: Path, scheme: Any) -> bool:
+    """Whether keys and values are rounded; UserError when it is not to fp8 with one stored scale for each tensor."""
+    if scheme is None:
+        return False
+    if not isinstance(scheme, dict):
+        raise UserError(f"{file}: quantization_config: kv_cache_scheme must be an object or null")
+    expected: list[tuple[str, Any, tuple[Any, ...]]] = [
+        ("kv_cache_scheme.num_bits", scheme.get("num_bits"), (8,)),
+        ("kv_cache_scheme.type", scheme.get("type"), ("float",)),
+        ("kv_cache_scheme.symmetric", scheme.get("symmetric", True), (True,)),
+        ("kv_cache_scheme.dynamic", scheme.get("dynamic", False), (False,)),
+        ("kv_cache_scheme.strategy", scheme.get("strategy"), ("tensor",)),
+    ]
+    check_fields(file, expected)
+    return True
+
+
+def is_cache_scale(name: str) -> bool:
+    """Whether a tensor's name is that of a scale of keys or values."""
+    return name.endswith(_SUFFIXES)
+
+
+def cache_attentions(folder: Path, names: Iterable[str], announced: bool) -> tuple[str, ...]:
+    """The attention modules that have both scales, in file order.
+
+    Raises:
+        UserError: only one of the two is there, none although the config announces them, or some although it does not.
+    """
+    scales = [name for name in names if is_cache_scale(name)]
+    if scales and not announced:
+        raise UserError(f"{folder}: {scales[0]}: config.json has no kv_cache_scheme that says what it is; export again")
+    attentions = tuple(dict.fromkeys(name.rpartition(".")[0] for name in scales))
+    missing = [attention + suffix for attention in attentions for suffix in _SUFFIXES if attention + suffix not in scales]
+    if missing or (announced and not attentions):
+        raise UserError(f"{folder}: {missing[0] if missing else 'every k_scale and v_scale'} is missing; the export is incomplete")
+    return attentions
+
+
+def cache_scales(stored: StoredTensors, attentions: Iterable[str]) -> dict[str, float]:
+    """The scales by ``<attention module>.k`` and ``.v``; UserError unless each is one finite positive number."""
+    names = [f"{attention}{suffix}" for attention in attentions for suffix in _SUFFIXES]
+    return {name.removesuffix("_scale"): float(stored.scales(name, (1,))[0]) for name in names}

@@ -1,0 +1,71 @@
+"""The independent reader of an export, whatever its format. A reader shares no code with the writer."""
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...models.common.errors import UserError
+from ...models.folder.model_folder import read_record
+from .awq import AwqFolder
+from .compressed_tensors import PackedFolder, is_packed
+from .gguf_model import GgufModel, find_gguf
+from .gptq import GptqFolder
+from .plain import PlainFolder
+from .tensors import WeightFolder, read_config
+
+
+class ExportReader(Protocol):
+    """What every reader can do. Names are transformers'."""
+
+    modules: tuple[str, ...]
+    """Modules whose weights are stored as codes and scales."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the full state dict; tied tensors once."""
+        ...
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """A tensor as fp32: codes times scales, or the exact stored value."""
+        ...
+
+    def as_stored(self, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What ``tensor`` gives when the tensor ``name`` of the source holds ``values``: the same, unless the format shifts them."""
+        ...
+
+    def codes_and_scales(self, module: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        """(codes [out, in], scales [out, groups]); in / groups may be a part of the group that was trained."""
+        ...
+
+
+def open_export(path: Path) -> ExportReader:
+    """The reader that fits a folder or file.
+
+    Raises:
+        UserError: it is no export that a reader knows, or damaged.
+    """
+    return GgufModel(path) if find_gguf(path) is not None else open_folder(path)
+
+
+def open_folder(path: Path) -> WeightFolder:
+    """The reader that fits a folder of safetensors, by what its config says it is.
+
+    Raises:
+        UserError: config, index or a file header is missing or damaged, or no reader knows what the config names.
+    """
+    path = Path(path)
+    config = read_config(path)
+    if "quantization_config" not in config:
+        return PlainFolder(path)
+    quantization = config["quantization_config"]
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    readers = {"compressed-tensors": PackedFolder, "gptq": GptqFolder, "awq": AwqFolder}
+    if not isinstance(method, str) or method not in readers:
+        raise UserError(f"{path / 'config.json'}: quant_method is {method!r:.100}; decoct reads {', '.join(readers)}")
+    return readers[method](path)
+
+
+def is_export(path: Path) -> bool:
+    """Whether a folder or file holds an export rather than a model folder; UserError when config.json is missing or broken."""
+    return find_gguf(path) is not None or is_packed(path) or "export" in read_record(path)

@@ -1,0 +1,60 @@
+"""What GPTQ and AWQ folders share: each quantized module is a ``qweight``, ``qzeros`` and ``scales``, and nothing may be left over."""
+
+from abc import abstractmethod
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...models.common.errors import UserError
+from .tensors import Scheme, StoredTensors, WeightFolder
+
+QWEIGHT, QZEROS, SCALES = ".qweight", ".qzeros", ".scales"
+
+
+class QweightFolder(WeightFolder):
+    """An opened folder of such modules.
+
+    Args:
+        folder: With safetensors files.
+        optional: Suffixes of further tensors that a module may have.
+
+    Raises:
+        UserError: an index or a file header is damaged, or a module's tensors are incomplete, stored twice or belong to none.
+    """
+
+    def __init__(self, folder: Path, optional: tuple[str, ...] = ()) -> None:
+        self.folder = Path(folder)
+        self._stored = StoredTensors(self.folder)
+        names = self._stored.names
+        self.modules = tuple(name.removesuffix(QWEIGHT) for name in names if name.endswith(QWEIGHT))
+        needed = {module + suffix for module in self.modules for suffix in (QWEIGHT, QZEROS, SCALES)}
+        parts = needed | {module + suffix for module in self.modules for suffix in optional}
+        self.plain = tuple(name for name in names if name not in parts)
+        for name in sorted(needed - set(names)):
+            raise UserError(f"{self.folder}: {name} is missing; the export is incomplete")
+        for name in self.plain:
+            if name.endswith((QZEROS, SCALES, *optional)):
+                raise UserError(f"{self._stored.file(name)}: {name} belongs to no {QWEIGHT[1:]}; the export is incomplete")
+            if name.removesuffix(".weight") + QWEIGHT in parts:
+                raise UserError(f"{self._stored.file(name)}: {name} is stored twice, packed and plain; export again")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the full state dict, under original names."""
+        packed = {f"{module}.weight": self._shape(module) for module in self.modules}
+        return packed | {name: self._stored.shape(name) for name in self.plain}
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """The fp32 tensor ``name`` of the full state dict; UserError as ``lattice``, or when a plain tensor is no finite float one."""
+        return self._stored.floats(name) if name in self._stored else self.lattice(name.removesuffix(".weight")).weight()
+
+    @abstractmethod
+    def _shape(self, module: str) -> tuple[int, int]:
+        """(out, in) of a packed module."""
+
+    def _group_width(self, module: str, columns: int, scheme: Scheme) -> int:
+        """Inputs that share a scale; UserError when the config's number does not divide them."""
+        width = scheme.group_size or columns
+        if not width or columns % width:
+            raise UserError(f"{self._stored.file(module + QWEIGHT)}: {module}: group_size {width} does not divide its {columns} inputs")
+        return width

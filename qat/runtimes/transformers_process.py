@@ -1,0 +1,131 @@
+"""Loads an export as a user would and writes its logits: ``python -m decoct.qat.runtimes.transformers_process``, a process of its own.
+
+Nothing of decoct runs here but this file: plain transformers with the packages that the format needs, so that what they make of the folder
+is seen, not what decoct thinks they make of it. ``runtimes.py`` starts it and compares.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+GENERATED = 64
+
+
+def run_transformers(
+    folder: str, tokens: Tensor, dtype: torch.dtype = torch.float32, loaded: Callable[[], None] = lambda: None
+) -> tuple[Tensor, dict[str, list[str]], float]:
+    """Logits of plain transformers, and how fast it generates.
+
+    Args:
+        folder: The export.
+        tokens: int64 [B, S].
+        dtype: What is computed in.
+        loaded: Called between loading and predicting.
+
+    Returns:
+        (logits fp32 [B, S, V], names transformers reported as missing, unexpected or mismatched, tokens per second).
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True, **loading_options(folder)}
+    model, info = cast(tuple[Any, dict[str, Any]], AutoModelForCausalLM.from_pretrained(folder, **options))
+    model.eval()
+    loaded()
+    with torch.inference_mode():
+        logits = torch.cat([model(input_ids=row[None], use_cache=False).logits for row in tokens])
+    names = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    return logits.float(), {kind: sorted(map(str, info[kind])) for kind in names if info[kind]}, _speed(model, tokens[:1, :1])
+
+
+def _speed(model: Any, prompt: Tensor) -> float:
+    """Tokens per second of generating one text; 0 where the model's context leaves no room."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    count = min(GENERATED, room - 1 if room else GENERATED)
+    if count < 1:
+        return 0.0
+    with torch.inference_mode():
+        started = time.perf_counter()
+        made = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=count, min_new_tokens=count)
+        return (made.shape[1] - 1) / (time.perf_counter() - started)
+
+
+def peak_bytes() -> int:
+    """The most memory this process had. Linux counts the parent's into ``ru_maxrss``, but not into VmHWM."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def loading_options(folder: str) -> dict[str, Any]:
+    """What ``from_pretrained`` must be told beyond the folder.
+
+    Of GPTQ and AWQ the kernel that unpacks weights and multiplies in the inputs' dtype (the fast ones compute in fewer bits). Of packed
+    zero points that they are to be dequantized on loading: otherwise transformers 5.23 with compressed-tensors 0.20 expects them unpacked.
+    """
+    import transformers
+
+    quantization = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    method = quantization.get("quant_method")
+    if method == "gptq":
+        return {"quantization_config": transformers.GPTQConfig(bits=quantization["bits"], backend="torch")}
+    if method == "awq":
+        return {"quantization_config": transformers.AwqConfig(backend=cast(Any, "torch_awq"))}
+    groups = quantization.get("config_groups", {}).values()
+    if any(group.get("format") == "pack-quantized" and not group["weights"]["symmetric"] for group in groups):
+        return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
+    return {}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("transformers", "compressed-tensors", "optimum", "gptqmodel", "torch"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read ``--tokens`` (tensor ``tokens``), write ``--logits`` (tensor ``logits``) and ``--result`` (JSON)."""
+    parser = argparse.ArgumentParser(description="Logits of an export in plain transformers, on the CPU.")
+    parser.add_argument("folder", help="export folder")
+    parser.add_argument("--tokens", type=Path, required=True, help="safetensors file with 'tokens' int64 [B, S]")
+    parser.add_argument("--logits", type=Path, required=True, help="safetensors file to write, 'logits' fp32 [B, S, V]")
+    parser.add_argument("--result", type=Path, required=True, help="JSON file to write: versions, loading problems")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    options = parser.parse_args(arguments)
+    from safetensors.torch import load_file, save_file
+
+    torch.set_num_threads(options.threads)
+    tokens, version = load_file(options.tokens)["tokens"], f"transformers {_versions().get('transformers', 'unknown')}"
+    _tell(options.result, phase="loading", version=version)
+    try:
+        logits, loading, speed = run_transformers(
+            options.folder, tokens, getattr(torch, options.dtype), lambda: _tell(options.result, phase="predicting", version=version)
+        )
+    except ImportError as error:
+        _tell(options.result, phase="loading", not_installed=str(error).strip().splitlines()[0])
+        return
+    save_file({"logits": logits.contiguous()}, options.logits)
+    measured = {"tokens_per_second": speed, "peak_bytes": peak_bytes()}
+    _tell(options.result, phase="done", versions=_versions(), loading=loading, **measured)
+
+
+def _tell(file: Path, **facts: Any) -> None:
+    """How far it came (``check_process.py`` reads it, whatever becomes of this process)."""
+    file.write_text(json.dumps(facts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""What transformers needs to load an export, and how near its logits must come to the fake-quant model's.
+
+In fp32 they are equal to 1e-5: compressed-tensors, plain weights, and symmetric GPTQ up to 4 bits, which GPTQModel unpacks in fp16 without
+loss. GPTQModel unpacks other weights with one rounding to fp16, its AWQ kernels compute in fp16, and transformers unpacks zero points of
+compressed-tensors in the dtype of the scales, bf16: there the rule is that for a runtime's own arithmetic, with a perplexity within 0.2 %.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..readers.awq import AwqFolder
+from ..readers.compressed_tensors import PackedFolder
+from ..readers.gptq import GptqFolder
+from ..readers.open import open_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How one format is loaded and judged."""
+
+    packages: tuple[str, ...]
+    """Import names of what transformers needs besides itself."""
+    exact: bool
+    """Logits in fp32 must be equal; else only the predictions."""
+    unreadable: str = ""
+    """Why transformers cannot load the export at all, though other stacks do."""
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Packages that are not installed."""
+        return tuple(name for name in self.packages if importlib.util.find_spec(name) is None)
+
+
+def rule_for(folder: Path) -> Rule:
+    """The rule for an export; UserError when it cannot be read."""
+    opened = open_folder(folder)
+    if isinstance(opened, GptqFolder):
+        schemes = [opened.scheme_of(module) for module in opened.modules]
+        return Rule(
+            packages=("optimum", "gptqmodel"),
+            exact=all(scheme.symmetric and scheme.bits <= 4 for scheme in schemes),
+            unreadable=""
+            if len(set(schemes)) <= 1
+            else "optimum, its reader of GPTQ, knows no modules with settings of their own (dynamic)",
+        )
+    if isinstance(opened, AwqFolder):
+        return Rule(packages=("accelerate", "gptqmodel"), exact=False)
+    if isinstance(opened, PackedFolder):
+        groups = opened.scheme.groups
+        zeros = any(group.format == "pack-quantized" and not group.weights.symmetric for group in groups)
+        unreadable = (
+            "transformers, which unpacks zero points on loading alone, takes one scheme there, not several" if len(groups) > 1 else ""
+        )
+        return Rule(packages=("compressed_tensors",), exact=not zeros, unreadable=unreadable if zeros else "")
+    return Rule(packages=(), exact=True)

@@ -1,0 +1,97 @@
+"""An unquantized model folder as the source of an export, its weights rounded once to the dtype that is written."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...models.common.errors import UserError
+from ...models.common.json_file import what_instead
+from ...models.folder.structure import model_structure
+from ..codes.state import QuantState
+from ..spec import QuantSpec
+from .quantized_source import ExportSource
+from .stored_tensors import check_tied, checked_files, stored_files
+
+_PIECE = 2**22
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainSource(ExportSource):
+    """A checked model folder without codes; ``state`` has no modules."""
+
+    dtype: torch.dtype
+    """What matrices are rounded to (to nearest, ties to even); vectors are kept in fp32."""
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight in fp32 as the export holds it; UserError when it is not finite, or not in ``dtype`` any more."""
+        stored = super().tensor(name)
+        if stored.ndim < 2:
+            return stored.float()
+        rounded = stored.to(self.dtype)
+        if not bool(torch.isfinite(rounded).all()):
+            raise UserError(f"{self.plain[name]}: {name} has values beyond the range of {self.dtype}; export in another type")
+        return rounded.float()
+
+    def rounding(self) -> "Rounding":
+        """How far the export is from the folder."""
+        changed, largest, squares, errors = 0, 0.0, 0.0, 0.0
+        for name in self.plain:
+            for piece, rounded in zip(super().tensor(name).flatten().split(_PIECE), self.tensor(name).flatten().split(_PIECE)):
+                difference = (piece.double() - rounded.double()).abs()
+                changed += int((difference > 0).sum())
+                largest = max(largest, float(difference.max()) if difference.numel() else 0.0)
+                squares += float(piece.double().square().sum())
+                errors += float(difference.square().sum())
+        return Rounding(changed=changed, largest=largest, relative=math.sqrt(errors / squares) if squares else 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """What rounding to the stored dtype did."""
+
+    changed: int
+    """Elements whose value changed."""
+    largest: float
+    """Largest absolute change."""
+    relative: float
+    """Norm of all changes, over the norm of all weights."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.changed:,} weights were rounded to the stored dtype, by {self.largest:.2g} at most ({self.relative:.2g} of their norm)"
+        )
+
+
+def open_plain_source(folder: Path, dtype: torch.dtype) -> PlainSource:
+    """Read and check a model folder with plain weights.
+
+    Raises:
+        UserError: no such folder, damaged files, or tensors that config.json does not ask for.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a model folder (no config.json); {what_instead(folder)}")
+    found = checked_files(folder)
+    structure = model_structure(folder)
+    stored = stored_files(found, structure)
+    problems = structure.differences(stored.shapes)
+    if problems:
+        raise UserError(
+            f"{folder}: {problems[0]} ({len(problems)} differences in all); weights and config.json are not of one model, or named in an "
+            "older way: then load and save the model with transformers once"
+        )
+    check_tied(folder, stored, structure)
+    return PlainSource(
+        folder=folder,
+        config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
+        record=stored.record(folder),
+        state=QuantState(spec=QuantSpec(), modules=(), codes={}, scales={}),
+        structure=structure,
+        plain={name: file for name, file in stored.files.items() if name not in structure.tied},
+        names_in_files=stored.other_names,
+        dtype=dtype,
+    )

@@ -1,0 +1,88 @@
+"""The quantized folder that is exported: its codes, and every other tensor, read when it is written."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...models.common.errors import UserError
+from ...models.common.json_file import what_instead
+from ...models.folder.structure import Structure, model_structure
+from ..codes.state import QuantState, load_quant_state
+from .stored_tensors import check_tied, checked_files, read_tensor, stored_files
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSource:
+    """A checked quantized folder: codes times scales are its weights, and its weights are what its config asks for."""
+
+    folder: Path
+    config: dict[str, Any]
+    """``config.json`` as it is."""
+    record: dict[str, Any]
+    """``decoct.json`` as it is."""
+    state: QuantState
+    structure: Structure
+    plain: dict[str, Path]
+    """Unquantized tensors: name -> the file that holds it, in file order. Tied names are left out."""
+    names_in_files: dict[str, str] = field(default_factory=dict)
+    """Names of unquantized tensors -> those that the folder's files have for them, where these differ."""
+    reader_version: str | None = None
+    """Version of the format's package that will read the export, where layouts differ between versions and the user named one."""
+
+    @property
+    def unquantized_linears(self) -> list[str]:
+        """Linears that stay as they are: the head and what was skipped, in module order."""
+        quantized = set(self.state.modules)
+        return [name for name in self.structure.linears if name not in quantized]
+
+    def also_in_model(self, modules: Iterable[str]) -> list[str]:
+        """``modules`` and the names that they have in the model where those differ: readers look for the one or the other."""
+        inside = self.structure.modules
+        return [name for module in modules for name in (module, *([inside[module]] if module in inside else []))]
+
+    def tensor(self, name: str) -> Tensor:
+        """An unquantized tensor as it is stored; UserError when it holds NaN or infinite values."""
+        tensor = read_tensor(self.plain[name], self.names_in_files.get(name, name))
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{self.plain[name]}: {name} holds NaN or infinite values; take an earlier checkpoint")
+        return tensor
+
+
+def open_source(folder: Path) -> ExportSource:
+    """Read and check a quantized folder.
+
+    Raises:
+        UserError: no such folder, no codes in it (run qat or quantize), damaged or foreign files, codes out of range, scales that are
+            not finite and positive, weights other than codes times scales, or tensors that config.json does not ask for.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is not a model folder (no config.json); {what_instead(folder)}; 'qat' and 'quantize' write quantized ones"
+        )
+    state = load_quant_state(folder)
+    found = checked_files(folder)
+    structure = model_structure(folder)
+    state, stored = state.renamed(structure.stored_modules()), stored_files(found, structure)
+    problems = structure.differences(stored.shapes)
+    known = {*structure.linears, structure.embedding}
+    problems += [f"{name} is quantized, but no linear of the model" for name in state.modules if name not in known]
+    if problems:
+        more = f" ({len(problems)} differences in all)" if len(problems) > 1 else ""
+        raise UserError(f"{folder}: {problems[0]}{more}; weights and config.json are not of one model. Quantize the model again.")
+    check_tied(folder, stored, structure)
+    quantized = {f"{name}.weight" for name in state.modules}
+    return ExportSource(
+        folder=folder,
+        config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
+        record=stored.record(folder),
+        state=state,
+        structure=structure,
+        plain={name: file for name, file in stored.files.items() if name not in quantized and name not in structure.tied},
+        names_in_files=stored.other_names,
+    )

@@ -1,0 +1,11 @@
+"""Is an export still the model that was measured: hashes, structure, every weight, and what runtimes compute."""
+
+from typing import TYPE_CHECKING
+
+from ... import lazy_names
+
+if TYPE_CHECKING:
+    from .verify import VerifyReport as VerifyReport
+    from .verify import verify_folder as verify_folder
+
+__getattr__, __dir__ = lazy_names(__name__)

@@ -1,0 +1,138 @@
+"""Is an export the model that was measured? Element by element against its source, and by recorded hash long after.
+
+What is hashed is the fp32 tensor that the independent reader rebuilds, not the file: the record holds for the numbers a runtime
+multiplies with, however their bytes are arranged.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...models.common.errors import UserError
+from ..readers.compressed_tensors import PackedFolder
+from ..readers.open import ExportReader, open_export
+from .exact_kv_cache import cache_differences, cache_values
+
+if TYPE_CHECKING:
+    from ..source.quantized_source import ExportSource
+
+
+def weight_hash(values: NDArray[np.float32]) -> str:
+    """Hex sha256 of the little-endian fp32 bytes of a tensor, row by row."""
+    return hashlib.sha256(np.ascontiguousarray(values, dtype="<f4").tobytes()).hexdigest()
+
+
+def rebuilt_hashes(folder: Path, source: "ExportSource") -> tuple[dict[str, str], list[str]]:
+    """Rebuild every tensor of an export and compare it with its source, element by element.
+
+    Returns:
+        (``weight_hash`` of each rebuilt tensor by original name, sentences about what differs: [] when the export is exact).
+
+    Raises:
+        UserError: the export cannot be read.
+    """
+    opened = open_export(folder)
+    quantized = {f"{module}.weight": module for module in source.state.modules}
+    wanted = set(quantized) | set(source.plain)
+    shapes = opened.shapes()
+    problems = [f"{name} is missing" for name in sorted(wanted - set(shapes))]
+    problems += [f"{name} is not in the source" for name in sorted(set(shapes) - wanted)]
+    problems += cache_differences(opened, source)
+    hashes: dict[str, str] = {}
+    for name in shapes:
+        rebuilt = opened.tensor(name)
+        hashes[name] = weight_hash(rebuilt)
+        if name in wanted:
+            expected = opened.as_stored(name, source_weight(source, name, quantized.get(name)))
+            if not np.array_equal(expected, rebuilt):
+                problems.append(f"{name} is not the source's: {_differing(expected, rebuilt)}")
+    return hashes, problems
+
+
+def source_weight(source: "ExportSource", name: str, module: str | None) -> NDArray[np.float32]:
+    """fp32 tensor of a quantized folder: the values of a module's lattice, or of a plain tensor (``module`` None)."""
+    if module is None:
+        return source.tensor(name).float().numpy()
+    return source.state.dequantized(module).numpy()
+
+
+def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]]:
+    """Rebuild every tensor of an export and compare it with the hashes in ``decoct.json`` (none are there in others' exports).
+
+    Every single flipped bit of a tensor's bytes is found: of a code or a plain value by the hash; of a scale by the hash of
+    the scales; of unused bits and shapes by the reader.
+
+    Returns:
+        (number of tensors that were compared with a hash, sentences about what is wrong).
+    """
+    try:
+        opened = open_export(folder)
+        shapes = opened.shapes()
+        cache = cache_values(opened)
+    except UserError as error:
+        return 0, [str(error)]
+    recorded = record.get("export", {}).get("weights")
+    problems = [] if recorded is None else [f"{name} is missing" for name in sorted(set(recorded) - set(shapes))]
+    scales = record.get("export", {}).get("scales") or {}
+    problems += [
+        f"{name}: its k_scale and v_scale are not those that were exported"
+        for name, values in cache.items()
+        if recorded is not None and scales.get(name) != weight_hash(values)
+    ]
+    compared = 0
+    for name in shapes:
+        try:
+            problem = None if recorded is None else _scale_problem(opened, name, record)
+            found = weight_hash(opened.tensor(name))
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if problem:
+            problems.append(problem)
+        if recorded is not None:
+            compared += 1
+            if recorded.get(name) != found:
+                what = "is not the weight that was exported" if name in recorded else "was not there when the model was exported"
+                problems.append(f"{name} {what} (sha256 of the rebuilt fp32 tensor)")
+    return compared, problems
+
+
+def scale_hashes(folder: Path) -> dict[str, str]:
+    """``weight_hash`` of the scales of every quantized module, and attention module, as the independent reader finds them."""
+    opened = open_export(folder)
+    cache = {name: weight_hash(values) for name, values in cache_values(opened).items()}
+    return {module: _scale_hash(opened, module) for module in opened.modules} | cache
+
+
+def _scale_hash(opened: ExportReader, module: str) -> str:
+    """Hash of a module's scales, and of the scale and zero point of its inputs where they are stored."""
+    scales = opened.codes_and_scales(module)[1]
+    inputs = opened.inputs(module) if isinstance(opened, PackedFolder) else None
+    if inputs is None or inputs.scale is None:
+        return weight_hash(scales)
+    return weight_hash(np.append(scales.ravel(), np.array([inputs.scale, inputs.zero], np.float32)))
+
+
+def _scale_problem(opened: ExportReader, name: str, record: dict[str, Any]) -> str | None:
+    """What is wrong with the scales of a module, which show in no weight where the codes are zero; None for plain tensors.
+
+    Records of older exports have no hash of the scales: those know that decoct stores groups of zeros with scale 1.
+    """
+    module = name.removesuffix(".weight")
+    if module not in opened.modules:
+        return None
+    codes, scales = opened.codes_and_scales(module)
+    recorded = record["export"].get("scales")
+    if recorded is not None:
+        return None if recorded.get(module) == _scale_hash(opened, module) else f"{module}: its scales are not those that were exported"
+    empty = ~codes.reshape(*scales.shape, -1).any(axis=2)
+    return f"{module}.weight_scale: a group of zeros has another scale than 1" if (scales[empty] != 1).any() else None
+
+
+def _differing(expected: NDArray[np.float32], found: NDArray[np.float32]) -> str:
+    if expected.shape != found.shape:
+        return f"shape {found.shape} instead of {expected.shape}"
+    return f"{int((expected != found).sum())} of {expected.size} elements differ"

@@ -1,0 +1,213 @@
+"""Is a folder still what was exported? Hashes, structure, scales, every weight, and what installed runtimes make of it.
+
+Works on exports by others too: without a record there is no hash to compare with, and the report says so.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...models.common.errors import UserError
+from ...models.folder.model_folder import RECORD, read_record, verify_folder_files
+from ...models.folder.safetensors_read import read_header
+from ...models.folder.structure import model_structure
+from ..footprint import weight_files
+from ..readers.gguf_model import GgufModel, find_gguf
+from ..readers.open import is_export, open_folder
+from ..readers.tensors import WeightFolder
+from ..rebuild import load_exported_model as load_exported_model
+from ..runtimes.check import check_runtimes
+from ..spec import QuantSpec
+from .exact_kv_cache import cache_of
+from .exactness import check_recorded, rebuilt_hashes
+from .gguf_metadata import gguf_problems
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class VerifyReport:
+    """What was found; the folder is whole when ``problems`` is empty."""
+
+    problems: list[str] = field(default_factory=list)
+    """One sentence each, naming the file or tensor."""
+    checks: list[str] = field(default_factory=list)
+    """What was checked and found right, one sentence each."""
+    runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By runtime, as ``check_runtimes`` gives it."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def note(self, problems: list[str], passed: str) -> None:
+        """Take up the outcome of one check."""
+        self.problems += [problem for problem in problems if problem not in self.problems]
+        if not problems:
+            self.checks.append(passed)
+
+
+def verify_folder(path: Path, *, source: Path | None = None, runtimes: bool = True, tokens: "Tensor | None" = None) -> VerifyReport:
+    """Check a model folder without changing it; what is wrong with it is reported, not raised.
+
+    Args:
+        path: An export (or any model folder: then files and, of a quantized one, codes are checked), or a GGUF file.
+        source: The quantized folder it was made from, to compare every weight with.
+        runtimes: Load a sound export in every installed runtime, each in a fresh process, and compare logits.
+        tokens: int64 [B, S] of real text for the runtimes, which adds their perplexity.
+
+    Raises:
+        UserError: ``path`` is no folder, or ``source`` cannot be used.
+    """
+    path = Path(path)
+    file = find_gguf(path)
+    if file is not None:
+        path = file.parent
+        if not any((path / name).exists() for name in ("config.json", RECORD)):
+            return _verify_bare_gguf(file, source)
+    if not path.is_dir():
+        what = "file" if path.suffix == ".gguf" else "folder"
+        raise UserError(f"no such {what}: {path}; give a model folder, such as one that 'decoct export' wrote, or a .gguf file")
+    report = VerifyReport()
+    record = _check_files(path, report)
+    try:
+        packed = is_export(path)
+    except UserError as error:
+        report.note([str(error)], "")
+        return report
+    if packed:
+        _check_packed(path, record, report)
+        if source is not None:
+            _check_source(path, Path(source), report)
+        if runtimes:
+            _check_runtimes(path, tokens, report)
+    else:
+        _check_plain(path, record, report)
+        if source is not None:
+            raise UserError(f"{path} is not an export (its weights are plain), so there is nothing to compare with {source}")
+    return report
+
+
+def _verify_bare_gguf(path: Path, source: Path | None) -> VerifyReport:
+    """A file alone, as others pass it on: no record, and no config to compare its metadata or run a reference with."""
+    report = VerifyReport()
+    _, problems = check_recorded(path, {})
+    report.note(problems, "an independent reader rebuilds every weight: header sound, values and scales finite")
+    report.checks.append("no config.json beside the file: metadata and runtimes are not checked")
+    if source is not None:
+        _check_source(path, source, report)
+    return report
+
+
+def _check_files(path: Path, report: VerifyReport) -> dict[str, Any]:
+    """Every file's sha256 against the record; returns the record, {} when there is none or it cannot be read."""
+    try:
+        record = read_record(path)
+        problems = verify_folder_files(path) if record else []
+    except UserError as error:
+        report.note([str(error)], "")
+        return {}
+    if not record:
+        report.checks.append(f"no recorded hash to compare with ({RECORD} is not there: the folder was made by another tool)")
+        return {}
+    report.note(problems, f"{len(record.get('files', {}))} files have their recorded sha256")
+    return record
+
+
+def _check_packed(path: Path, record: dict[str, Any], report: VerifyReport) -> None:
+    compared, problems = check_recorded(path, record)
+    note = f", {compared} of them as recorded" if compared else ", nothing recorded to compare them with"
+    report.note(problems, f"an independent reader rebuilds every weight: finite, scales positive{note}")
+    report.note(_structure_problems(path, record), "names and shapes are those that config.json asks for")
+
+
+def _structure_problems(path: Path, record: dict[str, Any]) -> list[str]:
+    """Names, shapes and scheme against config and record."""
+    try:
+        if find_gguf(path) is not None:
+            return gguf_problems(GgufModel(path), record)
+        opened = open_folder(path)
+        structure = model_structure(path, opened.shapes())
+        problems = [f"{path.name}: {problem}" for problem in structure.differences(opened.shapes())]
+        # runtimes expect packed tensors of every linear that the config does not leave out
+        problems += opened.unlisted(structure.linears)
+        return problems + _record_problems(opened, record)
+    except UserError as error:
+        return [str(error)]
+
+
+def _record_problems(opened: WeightFolder, record: dict[str, Any]) -> list[str]:
+    quant = record.get("quant")
+    if quant is None or not opened.modules:
+        return []
+    try:
+        modules, own = set(quant["modules"]), quant.get("own_specs") or {}
+        specs = {module: QuantSpec.from_json(own.get(module, quant["spec"])) for module in modules}
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        return [f"{RECORD}: the entry 'quant' cannot be read ({error})"]
+    problems = _cache_problems(opened, quant)
+    problems += [] if modules == set(opened.modules) else [f"the packed modules are not those that {RECORD} lists"]
+    for module in opened.modules:
+        spec, scheme = specs.get(module), opened.scheme_of(module)
+        if spec and (scheme.bits, scheme.group_size) != (spec.bits, None if isinstance(spec.group_size, str) else spec.group_size):
+            problems.append(f"config.json says {scheme} of {module}; {RECORD} says {spec}")
+            break
+    return problems
+
+
+def _cache_problems(opened: WeightFolder, quant: dict[str, Any]) -> list[str]:
+    """Attention modules of which either the export or the record alone says that their keys and values are rounded."""
+    found, recorded = {name.rpartition(".")[0] for name in cache_of(opened)}, set(map(str, quant.get("attentions") or ()))
+    problems = [f"kv_cache: {name} has no k_scale and v_scale, but {RECORD} says so" for name in sorted(recorded - found)]
+    return problems + [f"kv_cache: {name} has a k_scale and v_scale that {RECORD} says nothing of" for name in sorted(found - recorded)]
+
+
+def _check_source(path: Path, source: Path, report: VerifyReport) -> None:
+    # export imports what verify uses, so verify imports export only where it needs it
+    from ..export.export import EXPORTERS
+    from ..source.quantized_source import open_source
+
+    folder = path.parent if path.is_file() else path
+    form = read_record(folder).get("export", {}).get("format")
+    opened = EXPORTERS[form].open(source) if form in EXPORTERS else open_source(source)
+    try:
+        _, problems = rebuilt_hashes(path, opened)
+    except UserError as error:
+        problems = [str(error)]
+    report.note(problems, f"every weight equals that of {source}, element by element")
+
+
+def _check_runtimes(path: Path, tokens: "Tensor | None", report: VerifyReport) -> None:
+    if report.problems:
+        return
+    try:
+        report.runtimes = check_runtimes(path, tokens=tokens)
+    except UserError as error:
+        report.note([str(error)], "")
+    for name, seen in report.runtimes.items():
+        if seen["status"] == "differs":
+            report.note([f"{name} differs: {seen['reason']}"], "")
+        elif seen["status"] == "agrees":
+            how = (
+                "the same logits in fp32"
+                if name == "transformers" and "arithmetic" not in seen
+                else f"the same tokens ({seen['top1']:.2%} of {seen['positions']:,})"
+            )
+            report.checks.append(f"{name} ({seen['version']}) computes {how}")
+
+
+def _check_plain(path: Path, record: dict[str, Any], report: VerifyReport) -> None:
+    """A folder without packed weights: readable files, and of a quantized one codes that are its weights."""
+    from ..codes.state import load_quant_state
+
+    try:
+        for file in weight_files(path):
+            read_header(file)
+        report.checks.append("the weights are plain (not packed); every weight file has a sound header")
+        if record.get("quant"):
+            load_quant_state(path)
+            report.checks.append("codes times scales are the stored weights, element by element")
+    except UserError as error:
+        report.note([str(error)], "")

@@ -1,0 +1,204 @@
+"""What a family cannot do is said by the plan, with its name and the remedy; what it can do has a plan."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import AutoConfig
+
+from decoct.configs import recipe_from_dict
+from decoct.launch.plan.before_run import check_before_run
+from decoct.launch.plan.make_plan import Plan, plan
+from decoct.launch.plan.shapes import ImpossibleStageError, shape_of
+from decoct.launch.plan.show import short_form
+from decoct.models.common.errors import UserError
+
+QUANTIZE = {"quantize": {"weights": {"bits": 4, "group_size": 16}}}
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+_OPT = {"hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_MIXTRAL = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_local_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+FAMILIES = {
+    "gpt2": _GPT2,
+    "opt": _OPT,
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+    "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
+}
+"""Families whose configs lack what the plan once asked for."""
+
+
+def recipe(tmp_path: Path, kind: str, stage: dict[str, Any], **fields: Any) -> Any:
+    """A recipe whose student, and whose teacher where it trains, is a folder with nothing but a config."""
+    folder = tmp_path / kind
+    AutoConfig.for_model(kind, vocab_size=128, **fields).save_pretrained(folder)
+    taught = {"teacher": {"path": str(folder)}} if "distill" in stage else {}
+    data = {"files": ["x/*.txt"], "seq_length": 32, "packing": False}
+    return recipe_from_dict({"name": kind, **taught, "student": {"path": str(folder)}, "data": data, "stages": [stage]}, ())
+
+
+def planned(tmp_path: Path, kind: str, stage: dict[str, Any], **fields: Any) -> Plan:
+    return plan(recipe(tmp_path, kind, stage, **fields))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_families_with_other_names_in_their_configs_have_a_plan(tmp_path: Path, kind: str) -> None:
+    made = planned(tmp_path, kind, {"distill": {"steps": 4}}, **FAMILIES[kind])
+    training = made.stages[0].training
+    assert training is not None
+    assert training.memory.total > 4 * 4 * made.stages[0].parameters / 2
+    assert training.memory.activations > 0
+    assert f"{kind}, 2 layers, hidden 32" in made.student
+
+
+_NEOX = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_FORMATS = {"formats": ["compressed-tensors", "gptq", "awq", "safetensors"]}
+_GROUPED = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8, "num_kv_heads": 2, "new_decoder_architecture": True}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", ["gpt_neox", "opt", "falcon", "bloom", "mpt", "gptj", "gpt_neo"])
+def test_an_export_is_judged_by_the_linears_that_the_family_has(tmp_path: Path, kind: str, ranks: int) -> None:
+    fields = {**FAMILIES, "gpt_neox": _NEOX}[kind]
+    recipe(tmp_path, kind, QUANTIZE, **fields)  # writes the folder
+    stages = [QUANTIZE, {"export": _FORMATS}]
+    folder = str(tmp_path / kind)
+    both = recipe_from_dict({"name": kind, "student": {"path": folder}, "data": {"files": ["x"], "seq_length": 32}, "stages": stages}, ())
+    export = plan(both, tensor_parallel=ranks).stages[1]
+    assert list(export.exports) == _FORMATS["formats"] and export.refusals == []
+    told = " ".join(f"{verdict.reason} {verdict.fix}" for verdict in export.verdicts)
+    assert "structured.ffn" not in told  # no stage prunes channels of these families
+    model = shape_of(AutoConfig.from_pretrained(tmp_path / kind), "a test")
+    kinds = {model.kind_of(name) for name in model.linears}
+    named = re.findall(r"([\w.]+) is [\d,]+ x", told)
+    assert named and set(named) <= kinds
+
+
+def test_heads_are_counted_by_the_familys_own_names(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("falcon", vocab_size=128, **_GROUPED)
+    config.save_pretrained(tmp_path / "falcon")
+    stages = [{"quantize": {"weights": {"bits": 4, "group_size": 16}}}, {"export": {}}]
+    made = {"name": "f", "student": {"path": str(tmp_path / "falcon")}, "data": {"files": ["x"], "seq_length": 32}, "stages": stages}
+    (found,) = [v for v in plan(recipe_from_dict(made, ()), tensor_parallel=3).stages[1].verdicts if v.target == "vLLM"]
+    assert "8 heads cannot be dealt to 3 GPUs" in found.reason
+    assert "2 key/value heads cannot be dealt to 3 GPUs" in found.reason
+
+
+@pytest.mark.parametrize("stage", [QUANTIZE, {"prune": {"magnitude": {"keep": 0.5}}}, {"qat": {"steps": 4, "weights": {"group_size": 16}}}])
+def test_what_reaches_no_weight_is_refused_even_when_part_is_agreed_to(tmp_path: Path, stage: dict[str, Any]) -> None:
+    (kind, settings), *_ = stage.items()
+    for allowed in (False, True):
+        with pytest.raises(ImpossibleStageError, match=rf"01-{kind}: model type 'gpt2': none of its decoder weights.*Conv1D.*families.md"):
+            planned(tmp_path, "gpt2", {kind: {**settings, "allow_partial": allowed}}, **_GPT2)
+
+
+def test_pruning_weights_is_named_as_the_other_way_only_where_it_works(tmp_path: Path) -> None:
+    stage = {"prune": {"structured": {"ffn": 16}}}
+    with pytest.raises(ImpossibleStageError, match=r"'bloom': pruning channels knows .*; use prune\.magnitude, or a model"):
+        planned(tmp_path, "bloom", stage, **FAMILIES["bloom"])
+    with pytest.raises(ImpossibleStageError, match=r"'gpt2': pruning channels knows .*; use a model of one of these"):
+        planned(tmp_path, "gpt2", stage, **_GPT2)
+
+
+def test_a_part_of_the_weights_is_refused_unless_it_is_agreed_to(tmp_path: Path) -> None:
+    with pytest.raises(ImpossibleStageError, match=r"'mixtral': only 14\.2%.*3-dimensional.*stages\.0\.quantize\.allow_partial=true"):
+        planned(tmp_path, "mixtral", QUANTIZE, **_MIXTRAL)
+    made = planned(tmp_path, "mixtral", {"quantize": {**QUANTIZE["quantize"], "allow_partial": True}}, **_MIXTRAL)
+    assert made.stages[0].coverage == pytest.approx(0.1424, abs=1e-3)
+    assert "01-quantize: quantizes 14.2% of the decoder's weights\n" in short_form(made)
+    silent = replace(made, stages=[replace(made.stages[0], not_exported="model type 'x': why")])
+    assert "of the decoder's weights; what it makes cannot be exported: model type 'x': why" in short_form(silent)
+
+
+def test_what_skip_names_needs_no_further_word(tmp_path: Path) -> None:
+    stage = {"quantize": {**QUANTIZE["quantize"], "skip": ["*.fc2"]}}
+    made = planned(tmp_path, "opt", stage, **_OPT)
+    assert made.stages[0].coverage == pytest.approx(1 - 2 * 64 * 32 / (2 * (4 * 32 * 32 + 2 * 64 * 32)))
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [({"prune": {"structured": {"ffn": 32}}}, "pruning channels knows the families llama"), ({"distill": {"steps": 4}}, "is_causal=false")],
+)
+def test_a_run_stops_before_work_with_one_message(tmp_path: Path, stage: dict[str, Any], words: str) -> None:
+    fields = {"is_causal": False} if "distill" in stage else {}
+    kind = "gemma" if "prune" in stage else "llama"
+    asked = recipe(tmp_path, kind, stage, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, **fields)
+    with pytest.raises(UserError, match=words):
+        check_before_run(asked, tmp_path / "out", Console(quiet=True))
+
+
+def test_a_student_cannot_be_cut_from_a_family_without_a_map(tmp_path: Path) -> None:
+    AutoConfig.for_model("opt", vocab_size=128, **_OPT).save_pretrained(tmp_path / "opt")
+    plain = {"name": "x", "teacher": {"path": str(tmp_path / "opt")}, "student": {"keep": {"layers": 2}}, "data": {"files": ["x"]}}
+    with pytest.raises(ImpossibleStageError, match=r"student\.keep: model type 'opt'"):
+        plan(recipe_from_dict({**plain, "stages": [{"distill": {"steps": 1}}]}, ()))
+
+
+def test_pruning_to_the_present_width_is_no_stage(tmp_path: Path) -> None:
+    fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with pytest.raises(ImpossibleStageError, match="ffn=64 keeps all FFN channels"):
+        planned(tmp_path, "llama", {"prune": {"structured": {"ffn": 64}}}, **fields)
+    made = planned(tmp_path, "llama", {"prune": {"structured": {"ffn": 32}}}, **fields)
+    assert made.stages[0].coverage == pytest.approx(3 * 64 / (3 * 64 + 4 * 32))
+
+
+def test_what_was_seen_of_a_family_is_refused_with_the_way_around(tmp_path: Path) -> None:
+    gptq = {"quantize": {**QUANTIZE["quantize"], "method": "gptq"}}
+    wide = {"hidden_size": 256, "num_hidden_layers": 2, "state_size": 4}
+    with pytest.raises(
+        ImpossibleStageError, match=r"01-quantize: model type 'mamba': mixer\.dt_proj .* took no part.*use method rtn or mse"
+    ):
+        planned(tmp_path, "mamba", gptq, **wide)
+    skipping = {"quantize": {**gptq["quantize"], "skip": ["*.dt_proj", "*.x_proj"]}}
+    assert planned(tmp_path, "mamba", skipping, **wide).stages[0].coverage == pytest.approx(0.9, abs=0.1)
+    packed = recipe(tmp_path, "opt", {"distill": {"steps": 4}}, **_OPT)
+    with pytest.raises(ImpossibleStageError, match=r"the student, model type 'opt': .* apart; set data\.packing: false"):
+        plan(replace(packed, data=replace(packed.data, packing=True)))
+
+
+def test_an_encoder_is_refused_unless_it_is_told_to_decode(tmp_path: Path) -> None:
+    fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with pytest.raises(ImpossibleStageError, match=r"sees later tokens: config\.json has is_decoder=false"):
+        planned(tmp_path, "bert-generation", {"distill": {"steps": 4}}, **fields)
+    assert planned(tmp_path, "bert-generation", {"distill": {"steps": 4}}, **fields, is_decoder=True).stages
+
+
+def test_a_gguf_of_a_weight_that_llama_cpp_has_not_is_refused_before_work(tmp_path: Path) -> None:
+    fields = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "attention_bias": True}
+    asked = recipe(tmp_path, "qwen3", QUANTIZE, **fields)
+    exporting = recipe_from_dict(
+        {
+            "name": "x",
+            "student": {"path": str(tmp_path / "qwen3")},
+            "data": {"files": ["x"]},
+            "stages": [QUANTIZE, {"export": {"formats": ["gguf"]}}],
+        },
+        (),
+    )
+    assert plan(asked).stages
+    with pytest.raises(ImpossibleStageError, match=r"02-export: gguf cannot hold this model: .*q_proj\.bias"):
+        plan(exporting)
+
+
+def test_a_teacher_that_does_not_run_in_bf16_is_asked_for_in_fp32(tmp_path: Path) -> None:
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    AutoConfig.for_model("xlstm", vocab_size=128, hidden_size=64, num_heads=4, num_blocks=2, embedding_dim=64).save_pretrained(teacher)
+    AutoConfig.for_model("opt", vocab_size=128, **_OPT).save_pretrained(student)
+    for load_in in ("bf16", "fp32"):
+        plain: dict[str, Any] = {"name": "x", "teacher": {"path": str(teacher), "load_in": load_in}, "student": {"path": str(student)}}
+        asked = recipe_from_dict({**plain, "data": {"files": ["x"], "packing": False}, "stages": [{"distill": {"steps": 1}}]}, ())
+        if load_in == "fp32":
+            assert plan(asked).stages
+        else:
+            with pytest.raises(ImpossibleStageError, match=r"the teacher in bf16, model type 'xlstm'.*teacher\.load_in: fp32"):
+                plan(asked)

@@ -1,0 +1,58 @@
+"""Which module gets which lattice, from names alone."""
+
+import pytest
+
+from decoct.qat.scheme import Lattices, SpecChange
+from decoct.qat.spec import QuantSpec
+
+BASE = QuantSpec(bits=4, group_size=32)
+NAMES = [f"model.layers.{layer}.{name}" for layer in range(2) for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
+
+
+def test_patterns_change_what_they_match_and_skip_wins() -> None:
+    lattices = Lattices(
+        weights=BASE,
+        skip=("*.0.mlp.*",),
+        overrides={"*.down_proj": SpecChange(bits=8), "*.1.self_attn.*": SpecChange(group_size="channel", symmetric=False)},
+    )
+    found = lattices.of_linears(NAMES)
+    assert found == {
+        "model.layers.0.self_attn.q_proj": BASE,
+        "model.layers.1.self_attn.q_proj": QuantSpec(bits=4, group_size="channel", symmetric=False),
+        "model.layers.1.mlp.up_proj": BASE,
+        "model.layers.1.mlp.down_proj": QuantSpec(bits=8, group_size=32),
+    }
+    assert list(found) == [name for name in NAMES if name in found]
+
+
+def test_the_order_of_patterns_plays_no_part() -> None:
+    changes = {"*.down_proj": SpecChange(bits=8), "*.1.*.down_proj": SpecChange(bits=8), "*.up_proj": SpecChange(bits=3)}
+    forward, backward = (Lattices(weights=BASE, overrides=dict(items)) for items in (changes.items(), reversed(changes.items())))
+    assert forward.of_linears(NAMES) == backward.of_linears(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"*.gate_proj": SpecChange(bits=8)}, r"overrides: '\*.gate_proj' matches no linear layer that is quantized; .*'\*.q_proj'"),
+        ({"*.0.mlp.up_proj": SpecChange(bits=8)}, "matches no linear layer that is quantized"),
+        ({"*.down_proj": SpecChange(bits=8), "*.1.*": SpecChange(bits=3)}, r"both match model.layers.1.mlp.down_proj and differ"),
+    ],
+)
+def test_patterns_that_do_nothing_or_disagree_are_errors(overrides: dict[str, SpecChange], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Lattices(weights=BASE, skip=("*.0.mlp.*",), overrides=overrides).of_linears(NAMES)
+
+
+def test_changes_that_do_not_go_together_name_their_key() -> None:
+    with pytest.raises(ValueError, match=r"^overrides.\*.up_proj: .*has no zero point"):
+        Lattices(weights=BASE, overrides={"*.up_proj": SpecChange(kind="nf4", symmetric=False)})
+    with pytest.raises(ValueError, match=r"^embedding: bits=9 is outside"):
+        Lattices(weights=BASE, embedding=SpecChange(bits=9))
+    with pytest.raises(ValueError, match="an empty section changes nothing"):
+        SpecChange()
+
+
+def test_another_kind_brings_its_bits() -> None:
+    assert SpecChange(kind="fp8_e4m3", group_size="channel").applied(BASE) == QuantSpec(kind="fp8_e4m3", bits=8, group_size="channel")
+    assert SpecChange(kind="nf4").applied(QuantSpec(bits=8, group_size=64)) == QuantSpec(kind="nf4", bits=4, group_size=64)

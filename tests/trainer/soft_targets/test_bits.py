@@ -1,0 +1,35 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from decoct.trainer.soft_targets.bits import ascending_width, fold, fold_ascending, from_bytes, to_bytes, unfold, unfold_ascending
+
+
+@given(st.integers(1, 20), st.lists(st.integers(0, 2**20 - 1), min_size=1, max_size=9))
+def test_numbers_come_back_from_bytes(width: int, numbers: list[int]) -> None:
+    values = torch.tensor([[number % 2**width for number in numbers]] * 3)
+    bits = unfold(values, width)
+    assert bits.shape == (3, width * len(numbers))
+    back = from_bytes(to_bytes(bits))[:, : bits.shape[1]]
+    assert torch.equal(fold(back, width), values)
+
+
+def test_bits_lie_lowest_first() -> None:
+    assert to_bytes(unfold(torch.tensor([[0b101, 0b001]]), 3)).tolist() == [[0b001101]]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 200_000), st.data())
+def test_ascending_numbers_come_back(limit: int, data: st.DataObject) -> None:
+    numbers = st.lists(st.integers(0, limit), min_size=1, max_size=12).map(sorted)
+    first = data.draw(numbers)
+    other = sorted(limit - number for number in first)
+    values = torch.tensor([first, other])
+    bits = unfold_ascending(values, limit)
+    assert bits.shape == (2, ascending_width(len(first), limit))
+    assert torch.equal(fold_ascending(bits, len(first), limit), values)
+
+
+def test_a_set_of_ids_takes_little_more_than_its_information() -> None:
+    # log2(C(128256, 46)) = 590 bits; plain ids of 17 bits would take 782
+    assert ascending_width(46, 128_256) <= 616

@@ -1,0 +1,182 @@
+"""Checkpoints of a training stage: a new folder per save, committed by one rename, verified by hash before it is read.
+
+    checkpoints/step-00000120/student-<rank>.safetensors     this rank's part of parameters and saved buffers
+                              optimizer-<rank>.safetensors   "<parameter>.exp_avg" and the like
+                              hooks-<rank>.safetensors       "<hook>/<tensor>": masks
+                              rng-<rank>.safetensors         generators of each rank
+                              pieces.json                    shape of every tensor, and which rows lie in which file
+                              state.json                     step, tokens, seconds, plan
+                              manifest.json                  size and sha256 of every file above
+
+Any number of ranks may have written it, under any strategy, and any other number may read it: a tensor is put together from its
+pieces, or as much of it as a rank wants. Two are kept, and the older one goes only after the newer is whole on disk. A damaged
+folder is set aside and the one before it used. The teacher is in none of them, and nothing is pickled. ``checkpoint_writing`` writes.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...models.common.files import clean_leftovers, sha256_file
+
+FORMAT = 2
+KEPT = 2
+MANIFEST = "manifest.json"
+PIECES = "pieces.json"
+STATE = "state.json"
+GROUPS = ("student", "optimizer", "hooks")
+"""Kinds of tensors; each rank writes one file a group."""
+
+Pieces = dict[str, dict[str, dict[str, Any]]]
+"""group -> tensor -> {"shape": [...], "pieces": [[file, first row, past the last row], ...]}; a whole tensor has one piece, rows null."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """Where a stage stood: what a resumed run must know besides the tensors."""
+
+    step: int
+    """Optimizer steps done."""
+    sample_index: int
+    """Windows consumed of the endless permuted stream, over all ranks."""
+    tokens: int
+    """Input tokens trained on (padding not counted)."""
+    seconds: float
+    """Training time so far, over all starts."""
+    world: int
+    """Ranks that wrote it."""
+    plan: dict[str, Any]
+    """``TrainingPlan.identity()``: another plan must not continue from here."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose files all have the recorded hashes."""
+
+    path: Path
+    state: TrainingState
+    index: Pieces = field(repr=False)
+
+    def names(self, group: str) -> list[str]:
+        """Tensors of a group (one of ``GROUPS``)."""
+        return list(self.index[group])
+
+    def shape(self, group: str, name: str) -> tuple[int, ...]:
+        """Shape of a whole tensor."""
+        return tuple(self.index[group][name]["shape"])
+
+    def read(self, group: str, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """A tensor, or its rows ``rows[0]`` to ``rows[1]`` (excluded), on the CPU; only what is wanted is read."""
+        from safetensors import safe_open
+
+        parts: list[Tensor] = []
+        for file, first, last in self.index[group][name]["pieces"]:
+            with safe_open(self.path / file, framework="pt") as opened:
+                if first is None:
+                    return opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows[0] : rows[1]]
+                start, stop = (max(first, rows[0]), min(last, rows[1])) if rows else (first, last)
+                # a piece without wanted rows gives none, but shape and dtype
+                parts.append(
+                    opened.get_slice(name)[start - first : max(start, stop) - first] if start < last else opened.get_slice(name)[:0]
+                )
+        return torch.cat(parts)
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """Every tensor of a group, whole, on the CPU."""
+        return {name: self.read(group, name) for name in self.names(group)}
+
+    def generators(self, rank: int) -> bytes | None:
+        """Generator state of a rank; None when the saving run had fewer ranks."""
+        path = self.path / f"rng-{rank}.safetensors"
+        return path.read_bytes() if path.exists() else None
+
+
+def open_checkpoint(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of ``step``, which another rank has verified.
+
+    Raises: OSError, ValueError, KeyError or TypeError when it cannot be read.
+    """
+    path = step_folder(folder, step)
+    state = TrainingState(**json.loads((path / STATE).read_text()))
+    if type(state.step) is not int or state.step != step or not isinstance(state.plan, dict):
+        raise ValueError(f"{STATE} does not tell of step {step}")
+    return Checkpoint(path, state, json.loads((path / PIECES).read_text()))
+
+
+def find_newest_verified(folder: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+    """The newest checkpoint whose every byte is as written, and the damaged ones before it with what is wrong."""
+    damaged: list[tuple[Path, str]] = []
+    for path in step_folders(folder):
+        try:
+            _verify(path)
+            return open_checkpoint(folder, int(path.name.removeprefix("step-"))), damaged
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            damaged.append((path, str(error) or type(error).__name__))
+    return None, damaged
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that its step can be saved again; the next good save removes it."""
+    target = path.with_name(f"damaged-{path.name}")
+    if target.exists():
+        remove(target)
+    return path.rename(target)
+
+
+def prepare_folder(folder: Path) -> None:
+    """Create the folder and remove what a killed save left behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clean_leftovers(folder)
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is."""
+    return folder / f"step-{step:08d}"
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Committed checkpoints, newest first."""
+    return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True) if folder.is_dir() else []
+
+
+def drop_old(folder: Path) -> None:
+    """Remove all but the newest ``KEPT``, and what was set aside."""
+    for old in [*step_folders(folder)[KEPT:], *folder.glob("damaged-step-*")]:
+        remove(old)
+
+
+def remove(path: Path) -> None:
+    """Rename to a leftover's name first: a removal that is killed half way must not look like a damaged checkpoint."""
+    leftover = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    path.rename(leftover)
+    shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _verify(path: Path) -> None:
+    manifest = json.loads((path / MANIFEST).read_text())
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ValueError(f"{MANIFEST} lists no files")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"format {manifest['format']} is not the one this version writes ({FORMAT})")
+    for name, expected in manifest["files"].items():
+        if Path(name).name != name:
+            raise ValueError(f"{name!r} is no file name")
+        if not (path / name).is_file():
+            raise ValueError(f"{name} is missing")
+        size = (path / name).stat().st_size
+        if size != expected["bytes"]:
+            raise ValueError(f"{name} has {size} bytes instead of {expected['bytes']}")
+        if sha256_file(path / name) != expected["sha256"]:
+            raise ValueError(f"the content of {name} is not what was written (sha256 differs)")
+    ranks = range(json.loads((path / STATE).read_text())["world"])
+    wanted = {STATE, PIECES, *(f"{group}-{rank}.safetensors" for group in GROUPS for rank in ranks)}
+    if not wanted <= manifest["files"].keys():
+        raise ValueError("the manifest does not list every file")

@@ -1,0 +1,215 @@
+"""The documents of a run, from the Python standard library, local files or the hub; read as often as needed, never held whole."""
+
+import hashlib
+import itertools
+import os
+import platform
+import sysconfig
+import tokenize
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...models.common.errors import UserError
+from ...models.common.files import sha256_file, sha256_json
+from ..settings import DataSettings
+from .conversations import COLUMNS, SHAPES, is_conversation
+from .file_documents import check_text_column, missing_field, read_file
+from .file_rows import Row, rows_of, without_nulls
+from .input_files import PLAIN, ROWS, find_files, kind_of, shown, suffix_of
+
+if TYPE_CHECKING:
+    import datasets
+
+STDLIB_BYTES = 8_000_000
+"""Size of the python-stdlib text: whole files, in order, as long as they fit."""
+_NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Texts in a fixed order; iterating reads them from the start. Blank ones are left out."""
+
+    description: str
+    """What the text is, for people."""
+    fingerprint: str
+    """sha256 of what decides the documents; the same text gives the same on every machine (for the hub: the same revision)."""
+    open: Callable[[], Iterable[str]] = field(repr=False, compare=False)
+    """Starts reading."""
+    chats: "Callable[[], Iterable[Row]] | None" = field(default=None, repr=False, compare=False)
+    """Starts reading conversations, (where, row or why there is none) each; None = these are texts."""
+    passed: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
+    """What was not taken for text at all, by reason."""
+    notes: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
+    """What the last reading left out or replaced, by reason."""
+
+    def __iter__(self) -> Iterator[str]:
+        self.notes.clear()
+        for text in self.open():
+            if text and not text.isspace():
+                yield text
+            else:
+                self.notes["blank documents"] += 1
+
+
+def read_documents(settings: DataSettings) -> Documents:
+    """The text that ``settings`` names, with its first document read as a check.
+
+    Raises:
+        UserError: nothing matches, nothing but blanks, an unknown suffix, a missing field, a broken file, or a hub out of reach.
+            Errors further down a file are raised while iterating.
+    """
+    limit = settings.max_documents
+    if limit is not None and limit < 1:
+        raise UserError(f"data.max_documents={limit} must be at least 1; leave it out to read everything")
+    if settings.builtin:
+        documents = _stdlib_documents(limit)
+    elif settings.files:
+        documents = _file_documents(settings)
+    else:
+        documents = _hub_documents(settings)
+    if next(iter(documents.chats() if documents.chats else documents), None) is None:
+        source = "data.hub" if settings.hub else "data.files" if settings.files else "data.builtin"
+        raise UserError(f"{source}: {documents.description} holds no text (nothing, or blanks only); give other data")
+    return documents
+
+
+def _stdlib_documents(limit: int | None) -> Documents:
+    root = Path(sysconfig.get_path("stdlib"))
+    texts = list(itertools.islice(_stdlib_texts(root, STDLIB_BYTES), limit))
+    if not texts:
+        raise UserError(f"data.builtin: the standard library of this Python has no .py files in {root}; use data.files")
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode("utf-8")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return Documents(f"python-stdlib of Python {platform.python_version()} ({len(texts)} files)", digest.hexdigest(), lambda: texts)
+
+
+def _stdlib_texts(root: Path, most_bytes: int) -> Iterator[str]:
+    """The files of ``stdlib_files``, in order, until the next would exceed ``most_bytes``; decoded as Python does."""
+    left = most_bytes
+    for path in stdlib_files(root):
+        left -= path.stat().st_size
+        if left < 0:
+            return
+        try:
+            with tokenize.open(str(path)) as file:
+                text = file.read()
+        except (SyntaxError, UnicodeDecodeError):
+            continue  # a distribution's own file that Python itself could not import
+        yield text
+
+
+def stdlib_files(root: Path) -> list[Path]:
+    """The .py files of a standard library without installed packages, tests and idlelib, sorted by their path in it."""
+    found: list[str] = []
+    for folder, inner, files in os.walk(root):
+        inner[:] = [name for name in inner if name not in _NOT_STDLIB]
+        found += [Path(folder, name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
+    return [root / name for name in sorted(found)]
+
+
+def _file_documents(settings: DataSettings) -> Documents:
+    passed: Counter[str] = Counter()
+    files = find_files(settings.files or (), passed)
+    column = settings.text_field
+    fields = {column for file in files if kind_of(file) not in PLAIN}
+    facts = {
+        "files": [[suffix_of(file), _hash_file(file)] for file in files],
+        "text_field": sorted(fields),
+        "max_documents": settings.max_documents,
+    }
+    first, last = shown(files[0].name), shown(files[-1].name)
+    named = first if len(files) == 1 else f"{len(files)} files, {first} to {last}"
+    if settings.kind == "chat":
+        return _file_chats(settings, files, named, {"files": facts["files"], "max_documents": settings.max_documents}, passed)
+    notes: Counter[str] = Counter()
+
+    def read() -> Iterator[str]:
+        texts = itertools.chain.from_iterable(read_file(file, column, notes) for file in files)
+        return itertools.islice(texts, settings.max_documents)
+
+    return Documents(named + _limited(settings), sha256_json(facts), read, passed=passed, notes=notes)
+
+
+def _file_chats(settings: DataSettings, files: list[Path], named: str, facts: dict[str, Any], passed: Counter[str]) -> Documents:
+    if plain := [file for file in files if kind_of(file) in PLAIN]:
+        raise UserError(f"data.files: {shown(plain[0])} holds no conversations; data.kind: chat reads rows ({', '.join(ROWS)})")
+
+    def read() -> Iterator[Row]:
+        rows = itertools.chain.from_iterable(rows_of(file, COLUMNS, name=shown(file.name)) for file in files)
+        return itertools.islice(rows, settings.max_documents)
+
+    return Documents(named + _limited(settings), sha256_json({"kind": "chat", **facts}), tuple, read, passed)
+
+
+def _hash_file(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise UserError(f"data.files: {shown(path)} cannot be read ({error.strerror or error}); check its permissions") from error
+
+
+def _limited(settings: DataSettings) -> str:
+    return f" (first {settings.max_documents:,} documents)" if settings.max_documents else ""
+
+
+def _hub_documents(settings: DataSettings) -> Documents:
+    named = f"{settings.hub}" + (f" {settings.hub_config}" if settings.hub_config else "") + f" {settings.hub_split}"
+    dataset, revision = _load_hub(settings)
+    # a streamed dataset may not know its columns before its first row
+    names = dataset.column_names or list(next(iter(dataset), {}))
+    if settings.kind == "chat":
+        return _hub_chats(settings, dataset, revision, named, names)
+    if settings.text_field not in names:
+        raise missing_field(settings.text_field, names, f"data.hub {named}")
+    if dataset.features is not None:
+        check_text_column(dataset.features.arrow_schema.field(settings.text_field).type, settings.text_field, f"data.hub {named}")
+    facts = {
+        "hub": [settings.hub, settings.hub_config, settings.hub_split, revision],
+        "text_field": settings.text_field,
+        "max_documents": settings.max_documents,
+    }
+    column: Any = dataset.select_columns([settings.text_field])
+
+    def read() -> Iterator[str]:
+        texts = (text or "" for batch in column.iter(batch_size=1024) for text in batch[settings.text_field])
+        return itertools.islice(texts, settings.max_documents)
+
+    return Documents(named + _limited(settings), sha256_json(facts), read)
+
+
+def _hub_chats(settings: DataSettings, dataset: Any, revision: str, named: str, names: list[str]) -> Documents:
+    columns = [name for name in COLUMNS if name in names]
+    if not is_conversation(columns):
+        raise UserError(f"data.hub {named} has none of {', '.join(SHAPES)}; it has {', '.join(names)}")
+    facts = {"hub": [settings.hub, settings.hub_config, settings.hub_split, revision], "max_documents": settings.max_documents}
+    rows: Any = dataset.select_columns(columns)
+
+    def read() -> Iterator[Row]:
+        return itertools.islice(((f"row {number}", without_nulls(row)) for number, row in enumerate(rows, 1)), settings.max_documents)
+
+    return Documents(named + _limited(settings), sha256_json({"kind": "chat", **facts}), tuple, read)
+
+
+def _load_hub(settings: DataSettings) -> "tuple[datasets.Dataset | datasets.IterableDataset, str]":
+    """The dataset and its revision. With ``max_documents`` a hub dataset is streamed: only what is read is fetched."""
+    import datasets
+    from huggingface_hub import HfApi
+
+    name = str(settings.hub)
+    try:
+        if settings.max_documents and not Path(name).exists():
+            revision = str(HfApi().dataset_info(name).sha)
+            return datasets.load_dataset(name, settings.hub_config, split=settings.hub_split, revision=revision, streaming=True), revision
+        dataset = datasets.load_dataset(name, settings.hub_config, split=settings.hub_split)
+        return dataset, dataset._fingerprint
+    # the hub's client and every dataset's own format raise errors of many libraries; all mean that this data cannot be had
+    except Exception as error:
+        raise UserError(
+            f"data.hub={name!r} (data.hub_config={settings.hub_config!r}, data.hub_split={settings.hub_split!r}) cannot be loaded: "
+            f"{type(error).__name__}: {error}. Check these keys and the network, or give local text by data.files."
+        ) from error

@@ -1,0 +1,94 @@
+"""Documents out of local files: plain text (one document a file), or one field of each row."""
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...models.common.errors import UserError
+from .file_rows import rows_of
+from .input_files import PLAIN, decode, kind_of, opened, shown
+
+HALF_PAIRS = "texts with half of a surrogate pair, which became '?'"
+_JSON_NAMES = {dict: "an object", list: "a list", int: "a number", float: "a number", bool: "a truth value", bytes: "bytes"}
+_CHAT_COLUMNS = ({"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"})
+
+
+def read_file(path: Path, field: str, notes: Counter[str] | None = None) -> Iterator[str]:
+    """Documents of one file; ``field`` is the key or column of files of rows.
+
+    Args:
+        notes: Counts what had to be replaced.
+
+    Raises: UserError naming the file (and line) that cannot be read, and the fields that are there when ``field`` is not.
+    """
+    if kind_of(path) in PLAIN:
+        with opened(path) as stream:
+            yield decode(stream.read(), shown(path))
+    elif kind_of(path) == ".parquet":
+        yield from _parquet_texts(path, field)
+    else:
+        counts: Counter[str] = Counter() if notes is None else notes
+        for where, row in rows_of(path):
+            if isinstance(row, UserError):
+                raise row
+            yield _text_of_row(row, field, where, counts)
+
+
+def missing_field(field: str, there: Iterable[str], where: str) -> UserError:
+    """The error for a ``data.text_field`` that a row does not have."""
+    names = list(there)
+    close = difflib.get_close_matches(field, names, n=1)
+    if not close and any(columns <= set(names) for columns in _CHAT_COLUMNS):
+        return UserError(f"data.text_field={field!r} is not in {where}; these are conversations: set data.kind: chat")
+    hint = f"; did you mean {close[0]!r}?" if close else "; set data.text_field to the one that holds the text"
+    return UserError(f"data.text_field={field!r} is not in {where}; fields there: {', '.join(names) or 'none'}{hint}")
+
+
+def _text_of_row(row: Mapping[str, Any], field: str, where: str, notes: Counter[str]) -> str:
+    if field not in row:
+        raise missing_field(field, row, where)
+    text = row[field]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise UserError(f"data.text_field={field!r} holds {_JSON_NAMES[type(text)]} in {where}, not text; name the field with the text")
+    return whole_text(text, notes)
+
+
+def whole_text(text: str, notes: Counter[str]) -> str:
+    """``text`` without halves of surrogate pairs, which JSON may escape and no tokenizer can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        notes[HALF_PAIRS] += 1
+        return text.encode("utf-8", "replace").decode("utf-8")
+    return text
+
+
+def _parquet_texts(path: Path, field: str) -> Iterator[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            names = schema.names
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        schema, names = None, []  # what is wrong with it is said where it is read
+    if schema is not None:
+        if field not in names:
+            raise missing_field(field, names, shown(path))
+        check_text_column(schema.field(field).type, field, shown(path))
+    for _, row in rows_of(path, [field]):
+        yield row.get(field, "") if isinstance(row, Mapping) else ""
+
+
+def check_text_column(kind: Any, field: str, where: str) -> None:
+    """Raises: UserError when the Arrow type ``kind`` of a column is not text."""
+    import pyarrow.types as types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_null(kind)):
+        raise UserError(f"data.text_field={field!r} holds {kind} in {where}, not text; name the field with the text")

@@ -1,0 +1,167 @@
+"""Rows out of files: JSON lines, JSON arrays, CSV and Parquet, one at a time and never a whole file of them."""
+
+import csv
+import io
+import json
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ...models.common.errors import UserError
+from .input_files import Expansion, decode, encoding_of, kind_of, lines_of, opened, shown
+
+Row = tuple[str, Mapping[str, Any] | UserError]
+"""(where it is from, the row or why there is none)."""
+_BATCH_ROWS = 1024
+
+
+def rows_of(path: Path, columns: Collection[str] | None = None, *, name: str | None = None) -> Iterator[Row]:
+    """The rows of a file, each with where it is from. A row that cannot be read comes as the error that says so.
+
+    Args:
+        path: A file of a kind of ``files.ROWS``.
+        columns: Of Parquet files no others are read.
+        name: What the file is called in "where it is from"; default: its path.
+
+    Raises: UserError when the file as a whole cannot be read on.
+    """
+    kind, name = kind_of(path), name or shown(path)
+    if kind == ".parquet":
+        yield from parquet_rows(path, columns, name=name)
+        return
+    with opened(path) as stream:
+        if kind in (".csv", ".tsv"):
+            yield from _csv_rows(stream, name, "\t" if kind == ".tsv" else ",")
+        elif kind == ".json" or _starts_array(stream):
+            yield from _json_values(decode(stream.read(), name), name)
+        else:
+            yield from _line_rows(stream, name)
+
+
+def _starts_array(stream: BinaryIO) -> bool:
+    """Whether a file that should hold an object a line is one JSON array."""
+    head = stream.peek(64)[:64] if isinstance(stream, io.BufferedReader) else b""
+    return head.decode(encoding_of(head), "ignore").lstrip().startswith("[")
+
+
+def _line_rows(stream: BinaryIO, name: str) -> Iterator[Row]:
+    for number, line in lines_of(stream, name):
+        where = f"{name}:{number}"
+        if isinstance(line, UserError):
+            yield where, line
+        elif line.strip():
+            yield where, _parsed(line.strip(), where)
+
+
+def _parsed(text: str, where: str) -> Mapping[str, Any] | UserError:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return UserError(f"data.files: {where} is not a JSON object ({error}); a .jsonl file has one whole object on each line")
+    return row if isinstance(row, dict) else UserError(f'data.files: {where} is not a JSON object; write each line as {{"text": "..."}}')
+
+
+def _json_values(text: str, name: str) -> Iterator[Row]:
+    """Elements of an array, or objects one after the other, decoded one at a time."""
+    decoder, at, number = json.JSONDecoder(), _next(text, 0), 0
+    array = text[at : at + 1] == "["
+    at = _next(text, at + 1) if array else at
+    while at < len(text) and not (array and text[at] == "]"):
+        number += 1
+        where = f"{name}, item {number}"
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"data.files: {where} is not whole JSON ({error}); make or fetch the file again") from error
+        yield where, value if isinstance(value, dict) else UserError(f"data.files: {where} is not a JSON object, but {str(value)[:40]!r}")
+        at = _next(text, at)
+        if array and text[at : at + 1] == ",":
+            at = _next(text, at + 1)
+        elif array and text[at : at + 1] != "]":
+            raise UserError(f"data.files: {name} is not whole JSON (its array ends behind item {number}); make or fetch the file again")
+
+
+def _next(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
+
+
+def _csv_rows(stream: BinaryIO, name: str, delimiter: str) -> Iterator[Row]:
+    head = stream.peek(4)[:4] if isinstance(stream, io.BufferedReader) else b""
+    csv.field_size_limit(2**31 - 1)
+    with io.TextIOWrapper(stream, encoding_of(head), newline="") as text:
+        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+        try:
+            for row in reader:
+                where = f"{name}:{reader.line_num}"
+                if None in row:
+                    yield where, UserError(f"data.files: {where} has more columns than the header; quote text that holds {delimiter!r}")
+                else:
+                    yield where, row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(
+                f"data.files: {name}:{reader.line_num} cannot be read ({error}); a .csv file has a header line, is UTF-8, and quotes text "
+                "that holds commas, quotes or line ends"
+            ) from error
+
+
+def parquet_rows(path: Path, columns: Collection[str] | None = None, *, name: str | None = None) -> Iterator[Row]:
+    """Rows of a Parquet file, without the nulls that its schema puts where a row has no such key.
+
+    Text stays a dictionary until a row is asked for, so that a file of some bytes whose rows repeat one long text takes the memory of
+    one row.
+    """
+    for where, row in _parquet_batches(path, columns, name or shown(path)):
+        yield where, without_nulls(row)
+
+
+def _parquet_batches(path: Path, columns: Collection[str] | None, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        guard = Expansion(path)
+        with pq.ParquetFile(path) as plain:
+            schema = plain.schema
+            wanted = [given for given in plain.schema_arrow.names if columns is None or given in columns]
+            leaves = [schema.column(i) for i in range(len(plain.schema))]
+            texts = [leaf.path for leaf in leaves if leaf.logical_type.type == "STRING" and leaf.path.split(".")[0] in wanted]
+        with pq.ParquetFile(path, read_dictionary=texts) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
+                # lengths, indices and UTF-8, which a damaged file may have wrong
+                batch.validate(full=True)
+                for at in range(batch.num_rows):
+                    number += 1
+                    row = {given: batch.column(index)[at].as_py() for index, given in enumerate(batch.schema.names)}
+                    guard.add(_characters(row))
+                    yield f"{name}, row {number}", row
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"data.files: {name} is not a whole Parquet file ({_first_line(error)}); make or fetch it again") from error
+    except OSError as error:
+        if error.errno is None:
+            raise UserError(f"data.files: {name} is not a whole Parquet file ({_first_line(error)}); make or fetch it again") from error
+        raise UserError(f"data.files: {name} cannot be read ({error.strerror}); check the path and its permissions") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+
+
+def _characters(value: Any) -> int:
+    """Characters of all texts in a value."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(_characters(each) for each in value.values())
+    return sum(_characters(each) for each in value) if isinstance(value, list | tuple) else 0
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the keys that hold nothing, all the way down: tables give every row the keys of all."""
+    if isinstance(value, dict):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list):
+        return [without_nulls(each) for each in value]
+    return value

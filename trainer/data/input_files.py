@@ -1,0 +1,264 @@
+"""Files of text: which ones a name, a glob or a folder means, and their bytes, unpacked, under a bound."""
+
+import bz2
+import codecs
+import difflib
+import glob
+import gzip
+import io
+import lzma
+import os
+import re
+import stat
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ...models.common.errors import UserError
+
+PLAIN = (".txt", ".text", ".md")
+"""One document a file."""
+ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+"""One document or conversation a row."""
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+"""May stand behind any suffix but .parquet, which is compressed inside."""
+READABLE = f"{', '.join((*PLAIN, *ROWS))}, and packed ({', '.join(PACKED)})"
+MOST_EXPANSION = 1000
+MOST_EXPANDED_BYTES = 2**30
+"""A file that unpacks to more than this, and to more than ``MOST_EXPANSION`` times its size, is no text of anyone's."""
+_NOT_TEXT = re.compile(r"(readme|license|licence|notice|changelog)\b.*", re.IGNORECASE)
+_SPECIAL: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def shown(path: Path | str) -> str:
+    """A file's name as it can be printed and written to JSON: bytes that are no UTF-8, and control characters, as ``\\xff``."""
+    return printable(os.fsencode(path).decode("utf-8", "backslashreplace"))
+
+
+def printable(text: str) -> str:
+    """Text from outside as it can be shown on a terminal: what is no character of a line is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def suffix_of(path: Path) -> str:
+    """What a file is read by, lower case: its suffix, with the one of its packing behind it ('.jsonl.gz')."""
+    last = path.suffix.lower()
+    return Path(path.stem).suffix.lower() + last if last in PACKED else last
+
+
+def kind_of(path: Path) -> str:
+    """``suffix_of`` without the packing."""
+    return "." + suffix_of(path).split(".")[1] if path.suffix else ""
+
+
+def is_readable(path: Path) -> bool:
+    """Whether files of this name can be read."""
+    suffix, kind = suffix_of(path), kind_of(path)
+    return kind in (*PLAIN, *ROWS) and (suffix == kind or kind != ".parquet")
+
+
+def find_files(patterns: Sequence[str], passed: Counter[str] | None = None) -> list[Path]:
+    """Files that the names, globs and folders of ``data.files`` mean: sorted within each, in their order, none twice.
+
+    Of a folder: all readable files in it and below, which must be of one kind; hidden files, READMEs and licenses are no text.
+
+    Args:
+        passed: Counts what lies in folders and is not read, by reason.
+
+    Raises: UserError for a pattern without files, a pipe or device, or a suffix that cannot be read.
+    """
+    counts: Counter[str] = Counter() if passed is None else passed
+    found: dict[Path, Path] = {}
+    for pattern in patterns:
+        place = Path(pattern).expanduser()
+        if place.is_dir():
+            files = _files_of_folder(place, counts)
+        else:
+            _refuse_special(place)
+            names = [str(place)] if place.exists() else sorted(glob.glob(str(place), recursive=True))
+            files = [Path(name) for name in names if Path(name).is_file()]
+        if not files:
+            raise UserError(f"data.files: no file matches {shown(pattern)!r} (looked in {shown(Path.cwd())}){_hint(pattern, place)}")
+        for file in files:
+            if not is_readable(file):
+                raise UserError(
+                    f"data.files: {shown(file)} has a suffix that cannot be read; use {READABLE} ({suffix_of(file) or 'none'} given)"
+                )
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
+
+
+def _files_of_folder(folder: Path, passed: Counter[str]) -> list[Path]:
+    files: list[Path] = []
+    for place, inner, names in os.walk(folder):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        for name in names:
+            file = Path(place, name)
+            if name.startswith(".") or _NOT_TEXT.fullmatch(name) or not is_readable(file) or not file.is_file():
+                passed["files in folders that are no text"] += 1
+            else:
+                files.append(file)
+            if name.endswith(".arrow"):
+                raise UserError(
+                    f"data.files: {shown(place)} holds a dataset as datasets.save_to_disk writes it; write it as Parquet first: "
+                    "datasets.load_from_disk(FOLDER).to_parquet('text.parquet')"
+                )
+    kinds = Counter(kind_of(file) for file in files)
+    if len(kinds) > 1:
+        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        example = str(folder / "**" / f"*{kinds.most_common(1)[0][0]}*")
+        raise UserError(f"data.files: {shown(folder)} holds files of several kinds ({listed}); name those that are meant: {example!r}")
+    if not files:
+        raise UserError(f"data.files: the folder {shown(folder)} holds no file that can be read; use {READABLE}")
+    return sorted(files, key=lambda file: file.relative_to(folder).parts)
+
+
+def _refuse_special(place: Path) -> None:
+    try:
+        mode = place.stat().st_mode
+    except OSError:
+        return
+    for is_it, name in _SPECIAL:
+        if is_it(mode):
+            raise UserError(f"data.files: {shown(place)} is {name}, which cannot be read more than once; write its text to a file first")
+
+
+def _hint(pattern: str, place: Path) -> str:
+    if "://" in pattern:
+        return "; this is an address: download it, or give a hub dataset by data.hub (--hub)"
+    if glob.has_magic(str(place)):
+        return ""
+    if place.parent.is_dir():
+        close = difflib.get_close_matches(place.name, [other.name for other in place.parent.iterdir()], n=1)
+        if close:
+            return f"; did you mean {shown(place.parent / close[0])!r}?"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", pattern) and not is_readable(place):
+        return "; a dataset of the Hugging Face hub goes to data.hub (--hub)"
+    return ""
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked.
+
+    Raises: UserError when it is not whole, unpacks to absurdly much, or cannot be read.
+    """
+    packing = path.suffix.lower()
+    try:
+        with path.open("rb") as file:
+            if packing not in PACKED:
+                yield file
+                return
+            with io.BufferedReader(_Bounded(_unpacked(file, packing), path)) as stream:
+                yield stream
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise _not_whole(path, packing, error) from error
+    except OSError as error:
+        if error.errno is None:
+            raise _not_whole(path, packing, error) from error  # bz2 and zstd tell of broken data so
+        raise UserError(f"data.files: {shown(path)} cannot be read ({error.strerror}); check the path and its permissions") from error
+
+
+def _not_whole(path: Path, packing: str, error: Exception) -> UserError:
+    return UserError(f"data.files: {shown(path)} is not a whole {packing} file ({error}); make or fetch it again")
+
+
+def _unpacked(file: BinaryIO, packing: str) -> Any:
+    if packing == ".gz":
+        return gzip.GzipFile(fileobj=file)
+    if packing == ".bz2":
+        return bz2.BZ2File(file)
+    if packing == ".xz":
+        return lzma.LZMAFile(file)
+    import pyarrow as pa
+
+    if not pa.Codec.is_available("zstd"):
+        raise UserError("data.files: this pyarrow reads no .zst files; unpack them (unzstd FILE), or install pyarrow from its wheel")
+    return pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
+
+
+class _Bounded(io.RawIOBase):
+    """Unpacked bytes; UserError once they are absurdly many for the file."""
+
+    def __init__(self, source: Any, path: Path) -> None:
+        self._source = source
+        self._guard = Expansion(path)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._source.read(len(buffer))
+        self._guard.add(len(data))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class Expansion:
+    """Counts what comes out of a file, and refuses one that holds absurdly much for its size (a decompression bomb)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._most = max(MOST_EXPANDED_BYTES, MOST_EXPANSION * path.stat().st_size)
+        self._seen = 0
+
+    def add(self, size: int) -> None:
+        """``size`` bytes more; raises UserError when they are too many."""
+        self._seen += size
+        if self._seen > self._most:
+            raise UserError(
+                f"data.files: {shown(self._path)} ({self._path.stat().st_size:,} bytes) unpacks to more than {self._most:,} bytes, which "
+                "no text does; unpack it by other means and look at it"
+            )
+
+
+def encoding_of(head: bytes) -> str:
+    """The encoding that a file's first bytes tell by their byte-order mark; UTF-8 without one."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    return "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
+def decode(data: bytes, where: str) -> str:
+    """Text of ``data``, by its byte-order mark or as UTF-8.
+
+    Raises: UserError for other encodings.
+    """
+    encoding = encoding_of(data[:4])
+    if encoding == "utf-8-sig" and data[:4096].count(0) > len(data[:4096]) // 4:
+        raise UserError(
+            f"data.files: {where} is every other byte zero: UTF-16 without a byte-order mark, or no text; convert it, for example with "
+            "iconv -f UTF-16LE -t UTF-8"
+        )
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        what = "UTF-8" if encoding == "utf-8-sig" else encoding.upper()
+        raise UserError(
+            f"data.files: {where} is not {what} (byte {error.start}: {error.reason}); convert it, for example with iconv -f LATIN1 -t UTF-8"
+        ) from error
+
+
+def lines_of(stream: BinaryIO, where: str) -> Iterator[tuple[int, str | UserError]]:
+    """(number, text) of each line, or the error of one that cannot be decoded."""
+    encoding = encoding_of(stream.peek(4)[:4] if isinstance(stream, io.BufferedReader) else b"")
+    if encoding != "utf-8-sig":
+        with io.TextIOWrapper(stream, encoding, newline="\n") as text:
+            try:
+                yield from enumerate(text, 1)
+            except UnicodeDecodeError as error:
+                raise UserError(f"data.files: {where} is not {encoding.upper()} throughout ({error.reason}); make it again") from error
+        return
+    for number, line in enumerate(stream, 1):
+        try:
+            yield number, decode(line, f"{where}:{number}")
+        except UserError as error:
+            yield number, error

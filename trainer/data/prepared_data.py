@@ -1,0 +1,240 @@
+"""Documents to training and evaluation windows, made once and kept in ``<cache>/tokens/<fingerprint>/``.
+
+A cache entry is ``train.tokens`` and ``evaluation.tokens`` (with ``.starts`` of packed documents, or ``.lengths`` without packing)
+beside ``manifest.json`` with the size and sha256 of each. It is written under a temporary name and renamed, so it is there whole or not
+at all; one that was damaged later is made again. Tokenizing that is killed goes on where it was (``unfinished.py``).
+"""
+
+import errno
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...models.common.errors import UserError
+from ...models.common.files import atomic_directory, check_free_space, clean_leftovers, sha256_file, sha256_json, write_json_atomic
+from ...models.common.hash_cache import cached_sha256
+from ...models.common.locks import waiting_for
+from ...models.common.seal import seal_is_broken, sealed
+from ...models.tokenizer.chat_template import check_chat_template
+from ..settings import DataSettings
+from .chats import FORMAT as CHAT_FORMAT
+from .chats import Samples, write_chats
+from .documents import Documents, read_documents
+from .sides import write_sides
+from .tokens import TokenStream, tokenizer_hash, write_tokens
+from .unfinished import Unfinished, unfinished
+from .windows import Windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 2
+"""Raised whenever the same settings would lead to other windows."""
+MANIFEST = "manifest.json"
+_LOG = logging.getLogger(__name__)
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedData:
+    """Tokenized text, split into what is trained on and what is held out."""
+
+    train: Windows
+    evaluation: Windows
+    fingerprint: str
+    """sha256 of the text, the tokenizer, the window length, packing and the split."""
+    text_fingerprint: str
+    """sha256 of the text alone."""
+    description: str
+    """What the text is, for people."""
+    samples: dict[str, Any] | None
+    """Of conversations: ``read``, ``bad`` (left out) and ``first_bad``; None for text."""
+    left_out: dict[str, int]
+    """What was left out, cut, replaced or is never taught, by reason."""
+    path: Path
+    """The cache entry; ``open_prepared`` opens it on other ranks."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether windows hold several documents, which models must keep apart."""
+        return self.train.starts is not None
+
+
+def prepare_data(
+    settings: DataSettings,
+    tokenizer: "PreTrainedTokenizerBase",
+    cache_dir: Path,
+    *,
+    documents: Documents | None = None,
+    train: bool = True,
+    say: Say = _LOG.warning,
+) -> PreparedData:
+    """Tokenize the text of ``settings``, or find it in the cache (rank 0); waits for another process that makes the same entry.
+
+    Args:
+        cache_dir: The cache folder, from ``cache.cache_dir()``.
+        documents: The text, when it has been read already.
+        train: Whether anything is trained on. If not, nothing is kept back for it: ``data.eval_tokens`` tokens are measured, or all.
+        say: Told of damaged entries, and every ten seconds how far it is.
+
+    Raises:
+        UserError: anything wrong with the text (see ``read_documents``), too little of it, or no room in the cache.
+    """
+    if train and settings.eval_tokens == "all":
+        raise UserError("data.eval_tokens=all leaves nothing to train on; give a number of tokens, such as 32k")
+    documents = read_documents(settings) if documents is None else documents
+    facts: dict[str, Any] = {
+        "format": FORMAT,
+        "text": documents.fingerprint,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "seq_length": settings.seq_length,
+        "packing": settings.packing,
+        "eval_tokens": settings.eval_tokens,
+    }
+    if settings.kind == "chat":
+        facts |= {"chat_template": tokenizer.chat_template, "mask_prompts": settings.mask_prompts, "chat_format": CHAT_FORMAT}
+    if settings.reads_control_tokens != (settings.kind == "text"):
+        facts["control_tokens"] = settings.reads_control_tokens
+    if not train:
+        facts["train"] = False
+    fingerprint = sha256_json(facts)
+    target = cache_dir / "tokens" / fingerprint
+    if not target.exists() or _damage(target, thorough=True):
+        with waiting_for(target.with_name(f"{target.name}.making"), "tokenizes the same text", say):
+            # another process may have made it meanwhile
+            damage = _damage(target, thorough=True) if target.exists() else "missing"
+            if damage:
+                if damage != "missing":
+                    say(f"tokenized text in {target} is damaged ({damage}); it is made again")
+                if settings.kind == "chat":
+                    check_chat_template(tokenizer)
+                with _readable_errors(target.parent):
+                    _clear(target)
+                    _build(settings, tokenizer, documents, target, {"fingerprint": fingerprint, **facts}, train, say)
+    return open_prepared(target)
+
+
+def open_prepared(path: Path) -> PreparedData:
+    """Open a cache entry by its folder, as other ranks do with what rank 0 has made.
+
+    Raises: UserError when it is not there, or not whole.
+    """
+    if damage := _damage(path, thorough=False):
+        raise UserError(
+            f"tokenized text in {path} cannot be used ({damage}); run again to make it anew (all ranks need the same DECOCT_CACHE folder)"
+        )
+    manifest = json.loads((path / MANIFEST).read_text())
+    return PreparedData(
+        train=Windows.open(path / "train", manifest["seq_length"]),
+        evaluation=Windows.open(path / "evaluation", manifest["seq_length"]),
+        fingerprint=manifest["fingerprint"],
+        text_fingerprint=manifest["text"],
+        description=manifest["description"],
+        samples=manifest.get("samples"),
+        left_out=manifest.get("left_out", {}),
+        path=path,
+    )
+
+
+def _damage(path: Path, *, thorough: bool) -> str:
+    """What is wrong with a cache entry, '' when nothing is. Hashes are compared only when ``thorough``."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["format"] != FORMAT or manifest["fingerprint"] != path.name:
+            return f"{MANIFEST} belongs to another entry"
+        if seal_is_broken(manifest):
+            return f"{MANIFEST} is not what was written"
+        if type(manifest["seq_length"]) is not int or manifest["seq_length"] < 1 or not {"text", "description"} <= manifest.keys():
+            return f"{MANIFEST} does not say what the windows are"
+        for name, file in manifest["files"].items():
+            if (path / name).stat().st_size != file["bytes"]:
+                return f"{name} has another size"
+            if thorough and cached_sha256(path / name) != file["sha256"]:
+                return f"{name} has another hash"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{MANIFEST} cannot be read: {type(error).__name__}"
+    return ""
+
+
+def _clear(target: Path) -> None:
+    """Make room for a new entry: no damaged one, no leftovers of processes that died."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clean_leftovers(target.parent)
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    else:
+        target.unlink(missing_ok=True)
+
+
+@contextmanager
+def _readable_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        room = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "check its permissions"
+        raise UserError(
+            f"the tokenized text cannot be written to {folder} ({error.strerror or error}); {room}, or set the environment variable "
+            "DECOCT_CACHE to another folder. Nothing half-written was left behind."
+        ) from error
+
+
+def _build(
+    settings: DataSettings,
+    tokenizer: "PreTrainedTokenizerBase",
+    documents: Documents,
+    target: Path,
+    facts: dict[str, Any],
+    train: bool,
+    say: Say,
+) -> None:
+    try:
+        with (
+            atomic_directory(target) as folder,
+            _readable_errors(target.parent),
+            unfinished(target, folder / "stream") as work,
+        ):
+            stream, samples, left_out = _write_stream(settings, tokenizer, documents, work, say)
+            check_free_space(folder, stream.tokens.nbytes, "the tokenized text (in the cache folder, environment variable DECOCT_CACHE)")
+            whole = write_sides(settings, tokenizer, stream, folder, left_out, train=train)
+            description = documents.description + ("" if whole else ", held out from the end of the text, inside a document")
+            del stream
+            files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.glob("*.*"))}
+            told = {"description": description, "samples": samples, "left_out": dict(left_out)}
+            write_json_atomic(folder / MANIFEST, sealed({**facts, **told, "files": files}))
+    except UserError:
+        # another run may have finished the same entry meanwhile: then there is nothing left to do
+        if _damage(target, thorough=False):
+            raise
+
+
+def _write_stream(
+    settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", documents: Documents, work: Unfinished, say: Say
+) -> tuple[TokenStream, dict[str, Any] | None, Counter[str]]:
+    """All tokens; of conversations how many were read and how many left out; and what is not taught, by reason."""
+    control = settings.reads_control_tokens
+    if documents.chats is None:
+        stream = write_tokens(documents, tokenizer, work, say=say, need_end=settings.packing, control=control)
+        return stream, None, documents.passed + documents.notes + work.notes
+    samples = Samples()
+    stream = write_chats(
+        documents.chats(),
+        tokenizer,
+        work.stream,
+        mask_prompts=settings.mask_prompts,
+        samples=samples,
+        control=control,
+        seq_length=settings.seq_length,
+    )
+    if samples.bad:
+        say(f"{samples.bad:,} of {samples.read:,} conversations were left out; the first: {samples.first_bad}")
+    reasons = Counter({f"conversations: {why}": count for why, count in samples.reasons.items()})
+    told = {"read": samples.read, "bad": samples.bad, "first_bad": samples.first_bad}
+    return stream, told, documents.passed + reasons + samples.notes

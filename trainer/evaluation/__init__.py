@@ -1,0 +1,11 @@
+"""Figures of a model on held-out text, the rows of the report made of them, and gates."""
+
+from typing import TYPE_CHECKING
+
+from ... import lazy_names
+
+if TYPE_CHECKING:
+    from .figures import EvalResult as EvalResult
+    from .figures import evaluate_model as evaluate_model
+
+__getattr__, __dir__ = lazy_names(__name__)

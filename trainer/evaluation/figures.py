@@ -1,0 +1,208 @@
+"""How good a model is on held-out windows, and how far from its teacher: all in fp32, a few thousand tokens at a time.
+
+Perplexity is over the model's full head, as serving runtimes compute it; what compares with the teacher is over the real vocabulary
+that both share.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...losses.evaluation import evaluation_sums
+from ...losses.shift import shift_for_next_token
+from ...models.batches import backbone_inputs
+from ...models.common.errors import NonFiniteError, UserError
+from ...models.families import HeadTransform, backbone_and_head, head_transform
+from ..data.windows import IGNORED, Windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ...models.teachers import Teacher
+
+BATCH_TOKENS = 4096
+"""Tokens of a forward pass when ``batch`` is not given."""
+LOGITS = 2**26
+"""Most logits held at once: rows of hidden states go through the head in parts of at most this many (256 MB in fp32)."""
+ECE_BINS = 15
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """Figures over ``tokens`` predicted tokens; those that need a teacher are None without one."""
+
+    perplexity: float
+    """exp of the mean negative log-likelihood of the text, over non-overlapping windows."""
+    kl: float | None
+    """Mean of KL(teacher || model) per token, in nats."""
+    kl_p99: float | None
+    """99th percentile of the per-token KL, exact (linear between neighbours)."""
+    top1: float | None
+    """Share of tokens whose likeliest next token is the teacher's."""
+    ece: float
+    """Expected calibration error of the likeliest token, 15 bins of equal width (Guo et al. 2017, arXiv 1706.04599, eq. 3)."""
+    tokens: int
+
+
+@dataclass
+class _Tally:
+    """Per-token figures, gathered on the CPU."""
+
+    nll: list[Tensor]
+    confidence: list[Tensor]
+    correct: list[Tensor]
+    kl: list[Tensor]
+    top1: list[Tensor]
+
+
+Head = tuple[Tensor, Tensor | None, HeadTransform]
+
+
+def evaluate_model(
+    model: "PreTrainedModel",
+    teacher: "Teacher | None",
+    windows: Windows,
+    *,
+    device: str | torch.device = "cpu",
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> EvalResult:
+    """Evaluate ``model`` on ``windows``, against ``teacher`` if there is one.
+
+    Args:
+        model: Causal language model with fp32 weights, on ``device``. Runs in eval mode; every module's mode is restored.
+        teacher: Compared with over its ``v_eff`` tokens; must be on ``device``.
+        windows: The held-out text. The first token of each window and padding are not predicted.
+        batch: Windows of a forward pass; default: as many as hold 4,096 tokens, at least one.
+        progress: Called with (windows done, windows in all).
+
+    Raises:
+        ValueError: a weight of the model is not fp32.
+        NonFiniteError: logits are NaN or infinite, but for -inf of the teacher, which is a probability of 0 (``losses.divergences``).
+        UserError: nothing is to be predicted.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ValueError(f"{name} is {parameter.dtype}; figures are taken in fp32: load the model with dtype=torch.float32")
+    batch = batch or max(1, BATCH_TOKENS // windows.seq_length)
+    backbone, weight, bias = backbone_and_head(model)
+    head: Head = (weight, bias, head_transform(model.config))
+    tally = _Tally([], [], [], [], [])
+    with torch.no_grad(), eval_mode(model), exact_products(torch.device(device).type):
+        for first in range(0, len(windows), batch):
+            last = min(first + batch, len(windows))
+            inputs = _stack(windows, first, last, device)
+            output = backbone(**backbone_inputs(inputs))
+            _add(tally, output.last_hidden_state, head, teacher, inputs)
+            if tally.nll and not torch.isfinite(tally.nll[-1]).all():
+                raise NonFiniteError(
+                    f"the model's logits are NaN or infinite on evaluation windows {first} to {last - 1}; it is not usable"
+                )
+            if tally.kl and tally.kl[-1].isnan().any():
+                raise NonFiniteError(
+                    f"the teacher's logits are NaN or infinite on evaluation windows {first} to {last - 1}; it is no measure for the model"
+                )
+            if progress is not None:
+                progress(last, len(windows))
+    if not tally.nll:
+        raise UserError("no window of the held-out text has a token to predict; give text that is longer, or whose prompts are shorter")
+    return _result(tally)
+
+
+def _stack(windows: Windows, first: int, last: int, device: str | torch.device) -> dict[str, Tensor]:
+    rows = [windows[index] for index in range(first, last)]
+    return {key: torch.stack([row[key] for row in rows]).to(device) for key in rows[0]}
+
+
+def _add(tally: _Tally, hidden: Tensor, head: Head, teacher: "Teacher | None", inputs: dict[str, Tensor]) -> None:
+    """Figures of one batch: its predicted tokens go through the heads a part at a time."""
+    rows, labels = _predicted(hidden, inputs["labels"])
+    theirs: Tensor | None = None
+    their_head: Head | None = None
+    if teacher is not None:
+        theirs, their_weight, their_bias, transform = teacher.hidden_and_head(inputs)
+        theirs, _ = _predicted(theirs, inputs["labels"])
+        their_head = (their_weight.float(), their_bias, transform)
+    size = max(1, LOGITS // head[0].shape[0])
+    for at in range(0, len(labels), size):
+        part = slice(at, at + size)
+        their_logits = None if theirs is None or their_head is None else _logits(theirs[part], their_head)
+        sums = evaluation_sums(_logits(rows[part], head), their_logits, labels[part])
+        for kept, figures in (
+            (tally.nll, sums.nll),
+            (tally.confidence, sums.confidence),
+            (tally.correct, sums.correct),
+            (tally.kl, sums.kl),
+            (tally.top1, sums.top1),
+        ):
+            if figures is not None:
+                kept.append(figures.float().cpu())
+
+
+def _predicted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states [N, H] before the tokens to predict, and those tokens [N]."""
+    rows, targets = shift_for_next_token(hidden, labels)
+    wanted = targets != IGNORED
+    return rows[wanted], targets[wanted]
+
+
+def _logits(rows: Tensor, head: Head) -> Tensor:
+    weight, bias, transform = head
+    return transform.apply(nn.functional.linear(rows.float(), weight.float(), None if bias is None else bias.float()))
+
+
+def _result(tally: _Tally) -> EvalResult:
+    nll, confidence, correct = (torch.cat(parts).double() for parts in (tally.nll, tally.confidence, tally.correct))
+    mean = nll.mean().item()
+    kl = torch.cat(tally.kl).double().numpy() if tally.kl else None
+    return EvalResult(
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        kl=None if kl is None else float(kl.mean()),
+        kl_p99=None if kl is None else float(np.percentile(kl, 99)),
+        top1=torch.cat(tally.top1).double().mean().item() if tally.top1 else None,
+        ece=calibration_error(confidence, correct),
+        tokens=len(nll),
+    )
+
+
+def calibration_error(confidence: Tensor, correct: Tensor) -> float:
+    """Mean over tokens of |accuracy - confidence| of the token's bin; bins are (k/15, (k+1)/15].
+
+    Args:
+        confidence: [N], probability of the likeliest token.
+        correct: [N], 1 where it is the right one, else 0.
+    """
+    bins = (confidence * ECE_BINS).ceil().long().clamp(1, ECE_BINS) - 1
+    gaps = torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, bins, correct.double() - confidence.double())
+    return (gaps.abs().sum() / len(confidence)).item()
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; afterwards each module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def exact_products(device: str) -> Iterator[None]:
+    """True fp32 matrix products: no autocast and no TF32, whatever training uses."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,164 @@
+"""What happens around Lightning's loop: restore before the first step; hooks, metrics, progress and checkpoints after each."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from ...models.common.errors import UserError
+from ..checkpoints.read import Checkpoint, TrainingState
+from ..checkpoints.write import save_checkpoint
+from ..plan import TrainingPlan
+from ..processes.world import World
+from ..progress import Progress
+from .checkpoint_tensors import restore, state_groups
+from .held_out import HeldOut, describe
+from .metrics import MetricsSink
+from .module import StepRecord, TrainingModule
+from .rng import capture_generators, derive_seed, restore_generators, seed_generators
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageLoop:
+    """The surroundings of one stage's training; everything that is not arithmetic."""
+
+    stage: str
+    plan: TrainingPlan
+    folder: Path
+    """Where checkpoints go."""
+    world: World
+    metrics: MetricsSink
+    progress: Progress
+    say: Say
+    held_out: HeldOut | None = None
+    """What the student is evaluated on meanwhile; None = on nothing."""
+
+
+class LoopCallback(pl.Callback):
+    """Lightning's side of ``StageLoop``. ``tokens``, ``seconds`` and ``last`` tell what became of the stage."""
+
+    def __init__(self, loop: StageLoop, checkpoint: Checkpoint | None) -> None:
+        self.loop = loop
+        self.checkpoint = checkpoint
+        self.tokens = checkpoint.state.tokens if checkpoint else 0
+        self.saved_step = checkpoint.state.step if checkpoint else 0
+        self.stopped_by: int | None = None
+        self.last: Mapping[str, float | int | None] = {}
+        self._seconds_before = checkpoint.state.seconds if checkpoint else 0.0
+        self._begun = self._step_begun = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Training time over all starts."""
+        return self._seconds_before + time.perf_counter() - self._begun
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Everything is on its device: restore, or seed and start afresh."""
+        assert isinstance(pl_module, TrainingModule)
+        loop, optimizer = self.loop, trainer.optimizers[0]
+        for hook in pl_module.hooks:
+            hook.on_start(pl_module.student, optimizer)
+        if self.checkpoint is not None:
+            restore(self.checkpoint, pl_module.student, pl_module.views, optimizer, pl_module.hooks)
+        self._set_generators(pl_module.device)
+        pl_module.signals.install()
+        self._begun = self._step_begun = time.perf_counter()
+        loop.progress.start(loop.stage, loop.plan.total_steps, pl_module.steps_done)
+        if loop.held_out is not None and self.checkpoint is None:
+            loop.metrics.write(loop.stage, 0, {"tokens": 0, **self._evaluate(trainer, pl_module, 0)})
+            self._step_begun = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After the last micro-batch of a step: hooks, one metrics line, a checkpoint when it is due."""
+        assert isinstance(pl_module, TrainingModule)
+        record = pl_module.take_record()
+        if record is None:
+            return
+        for hook in pl_module.hooks:
+            hook.after_step(record.step)
+        speed = record.input_tokens / max(time.perf_counter() - self._step_begun, 1e-9)
+        plan, held_out = self.loop.plan, self.loop.held_out
+        due = held_out is not None and held_out.due(record.step, plan.total_steps)
+        self._tell(record, speed, self._evaluate(trainer, pl_module, record.step) if due else {})
+        self.stopped_by = record.stop
+        if record.step == plan.total_steps or record.step % plan.checkpoint_every == 0 or record.stop is not None:
+            self._save(pl_module, trainer.optimizers[0], record.step)
+            self._step_begun = time.perf_counter()
+        if record.stop is not None:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The loop has ended well."""
+        self._end(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """The loop has ended badly; the exception goes on."""
+        self._end(pl_module)
+
+    def _end(self, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        pl_module.signals.uninstall()
+        self.loop.progress.stop()
+
+    def _set_generators(self, device: torch.device) -> None:
+        loop, step = self.loop, self.saved_step
+        saved = self.checkpoint.generators(loop.world.rank) if self.checkpoint else None
+        if saved is not None:
+            restore_generators(saved, device)
+            return
+        if self.checkpoint is not None:
+            loop.say(
+                f"{loop.stage}: the checkpoint has no generator state of rank {loop.world.rank}; dropout is seeded anew from step {step}"
+            )
+        seed_generators(derive_seed(loop.plan.seed, "dropout", loop.world.rank, step))
+
+    def _evaluate(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> dict[str, float | None]:
+        """Held-out figures after ``step``, told and returned."""
+        assert self.loop.held_out is not None
+        figures = self.loop.held_out.evaluate(module, trainer.precision_plugin.forward_context(), self.loop.world)
+        if text := describe(figures):
+            self.loop.say(f"{self.loop.stage}  step {step}/{self.loop.plan.total_steps}  {text}")
+        return figures
+
+    def _tell(self, record: StepRecord, speed: float, held_out: Mapping[str, float | None]) -> None:
+        self.tokens += record.input_tokens
+        self._step_begun = time.perf_counter()
+        self.last = {"tokens": self.tokens, **record.values, **held_out, "tokens_per_second": speed, "seconds": self.seconds}
+        self.loop.metrics.write(self.loop.stage, record.step, self.last)
+        self.loop.progress.update(record.step, record.values["loss"], record.input_tokens)
+
+    def _save(self, module: TrainingModule, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Every rank writes its part. A save that fails is told and training goes on, except after the last step."""
+        loop = self.loop
+        state = TrainingState(
+            step=step,
+            sample_index=step * loop.plan.batch.global_windows,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            world=loop.world.size,
+            plan=loop.plan.identity(),
+        )
+        try:
+            groups = state_groups(module.student, module.views, optimizer, module.hooks)
+            save_checkpoint(loop.folder, state, groups, capture_generators(module.device), loop.world, before=loop.metrics.flush)
+        except UserError as error:
+            self._refused(step, str(error))
+        else:
+            self.saved_step = step
+
+    def _refused(self, step: int, problem: str) -> None:
+        if step == self.loop.plan.total_steps or self.stopped_by is not None:
+            raise UserError(
+                f"the checkpoint of step {step} could not be written: {problem}. Those written before are as they were "
+                f"(the newest is of step {self.saved_step}). Make room and run again: training continues there."
+            )
+        self.loop.say(
+            f"{self.loop.stage}: the checkpoint of step {step} could not be written ({problem}); training goes on, "
+            "the ones before it are kept"
+        )

@@ -1,0 +1,125 @@
+"""A stage's tensors by name, for checkpoints: student, optimizer and hooks, each as it lies on this rank, and back again.
+
+What is sharded stays sharded: a checkpoint takes this rank's rows of it, and gives back the rows that this rank holds now, however many
+ranks wrote it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ...models.common.errors import UserError
+from ..checkpoints.optimizer_moments import load_state_tensors, parameter_state
+from ..checkpoints.read import Checkpoint
+from ..checkpoints.write import Groups
+from ..processes.sharding import ParameterViews, Rows, like, local, row_range
+from .hooks import StepHook
+
+
+def student_tensors(student: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; a tied tensor appears once, under its first name."""
+    seen: set[int] = set()
+    found: dict[str, Tensor] = {}
+    for name, tensor in student.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor.detach()
+    return found
+
+
+def optimizer_tensors(views: ParameterViews, optimizer: torch.optim.Optimizer) -> dict[str, Tensor | Rows]:
+    """Optimizer state as ``<parameter name>.<state name>``: fp32 moments that lie as their parameter does, and step counts."""
+    return {
+        f"{name}.{key}": like(value, views.owners[name]) if value.shape == view.shape else value
+        for name, view in views.views.items()
+        for key, value in parameter_state(optimizer, view).items()
+    }
+
+
+def hook_tensors(hooks: Sequence[StepHook]) -> dict[str, Tensor | Rows]:
+    """State of all hooks as ``<hook>/<tensor>``."""
+    return {f"{hook.name}/{key}": value for hook in hooks for key, value in hook.state().items()}
+
+
+def load_student(student: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copy saved values into the student in place; names, shapes and dtypes must be the same."""
+    current = student_tensors(student)
+    if different := sorted(current.keys() ^ set(checkpoint.names("student"))):
+        raise UserError(f"the checkpoint holds another model: {len(different)} names differ, the first is {different[0]}")
+    for name, tensor in current.items():
+        saved = checkpoint.shape("student", name)
+        if tuple(tensor.shape) != saved:
+            raise UserError(f"the checkpoint holds another model: {name} is {saved}, the model has {tuple(tensor.shape)}")
+    for name, tensor in current.items():
+        value = checkpoint.read("student", name, row_range(tensor))
+        if value.dtype != tensor.dtype:
+            raise UserError(f"the checkpoint holds another model: {name} is {value.dtype}, the model has {tensor.dtype}")
+        local(tensor).copy_(value)
+
+
+def load_optimizer(views: ParameterViews, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+    """Inverse of ``optimizer_tensors``: of each moment the rows that this rank steps."""
+    for full in checkpoint.names("optimizer"):
+        if full.rsplit(".", 1)[0] not in views.owners:
+            raise UserError(f"the checkpoint holds another model: it trains {full.rsplit('.', 1)[0]}, which this student has not")
+    load_state_tensors(optimizer, views.views, _SavedMoments(checkpoint, views))
+
+
+class _SavedMoments(Mapping[str, Tensor]):
+    """Optimizer state in a checkpoint, read when asked for: this rank's rows."""
+
+    def __init__(self, checkpoint: Checkpoint, views: ParameterViews) -> None:
+        self._checkpoint, self._views = checkpoint, views
+        self._names = checkpoint.names("optimizer")
+        self._known = set(self._names)
+
+    def __getitem__(self, full: str) -> Tensor:
+        owner = self._views.owners[full.rsplit(".", 1)[0]]
+        shaped = self._checkpoint.shape("optimizer", full) == tuple(owner.shape)
+        return self._checkpoint.read("optimizer", full, row_range(owner) if shaped else None)
+
+    def __contains__(self, full: object) -> bool:
+        return full in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def load_hooks(hooks: Sequence[StepHook], checkpoint: Checkpoint) -> None:
+    """Give every hook (started already) its saved tensors, as many rows of each as it holds now."""
+    current = hook_tensors(hooks)
+    saved = checkpoint.names("hooks")
+    if foreign := sorted({name.split("/", 1)[0] for name in saved} ^ {name.split("/", 1)[0] for name in current}):
+        known = sorted(hook.name for hook in hooks)
+        raise UserError(f"{checkpoint.path} was written with other hooks than this stage has ({known}): {foreign[0]} differs")
+    for hook in hooks:
+        prefix = f"{hook.name}/"
+        hook.load(
+            {
+                name.removeprefix(prefix): checkpoint.read("hooks", name, row_range(current[name]) if name in current else None)
+                for name in saved
+                if name.startswith(prefix)
+            }
+        )
+
+
+def restore(
+    checkpoint: Checkpoint, student: nn.Module, views: ParameterViews, optimizer: torch.optim.Optimizer, hooks: Sequence[StepHook]
+) -> None:
+    """Put student, optimizer and hooks (started already) back to where the checkpoint was taken."""
+    load_student(student, checkpoint)
+    load_optimizer(views, optimizer, checkpoint)
+    load_hooks(hooks, checkpoint)
+
+
+def state_groups(student: nn.Module, views: ParameterViews, optimizer: torch.optim.Optimizer, hooks: Sequence[StepHook]) -> Groups:
+    """Everything a checkpoint holds, by group."""
+    return {
+        "student": student_tensors(student),
+        "optimizer": optimizer_tensors(views, optimizer),
+        "hooks": hook_tensors(hooks),
+    }

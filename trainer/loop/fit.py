@@ -1,0 +1,336 @@
+"""fit(): one training stage from wherever it stands to its last step, on Lightning's Trainer.
+
+Lightning's own loop state is not used to resume. Each start builds a loader of exactly the micro-batches that are left; the rate
+is a function of the step; student, optimizer, hooks and generators come back from the newest checkpoint that verifies.
+"""
+
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ...models.common.errors import MemoryFullError, NonFiniteError, UserError
+from ...models.common.memory_errors import asked_for, out_of_memory
+from ..checkpoints.read import Checkpoint, find_newest_verified, open_checkpoint, prepare_folder, set_aside
+from ..data.order import StepBatches
+from ..plan import TrainingPlan as TrainingPlan
+from ..processes.sharding import ParameterViews
+from ..processes.strategy import lightning_strategy, shards
+from ..processes.world import World, connect, current_world, value_of_first
+from ..progress import Progress, make_progress
+from .callback import LoopCallback, Say, StageLoop
+from .checkpoint_tensors import restore
+from .held_out import HeldOut
+from .hooks import StepHook
+from .metrics import MetricsSink
+from .module import INDEX, Objectivelike, TrainingModule
+from .optimizer import build_optimizer
+from .placed_student import Placed
+from .signals import StopSignals
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel
+
+    from ...models.folder.streaming import WeightFiles
+
+_PRECISIONS = {"32": "32-true", "bf16-mixed": "bf16-mixed"}
+
+
+class WindowSource(Protocol):
+    """Training windows, such as ``data.windows.Windows``."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Tensor]:
+        """input_ids, labels (-100 = none) and attention_mask of one window, each [S] int64."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What a stage's training came to, over all its starts."""
+
+    student: "PreTrainedModel"
+    """The trained student on the CPU, in eval mode: the one that was given, or under FSDP2 a gathered copy (rank 0 alone)."""
+    steps: int
+    """Optimizer steps."""
+    tokens: int
+    """Input tokens trained on."""
+    seconds: float
+    """Training time."""
+    resumed_from: int | None
+    """Step that this start continued from; None when it began at the beginning."""
+    metrics: Mapping[str, float | int | None]
+    """Numbers of the last step; empty when nothing was left to do."""
+
+
+def fit(
+    student: "PreTrainedModel",
+    objective: Objectivelike,
+    windows: WindowSource,
+    plan: TrainingPlan,
+    *,
+    work: Path,
+    stage: str,
+    metrics: MetricsSink,
+    hooks: Sequence[StepHook] = (),
+    weights: "WeightFiles | None" = None,
+    console: "Console | None" = None,
+    progress: Progress | None = None,
+    held_out: HeldOut | None = None,
+) -> FitResult:
+    """Train ``student`` on all ranks; continues from ``work/checkpoints`` and returns at once when that is finished.
+
+    Args:
+        student: Model with fp32 weights, whole on every rank or, with ``weights``, on the meta device. Used up: go on with the result's.
+        objective: Sums of a micro-batch; see ``Objective``.
+        windows: Training windows.
+        plan: All numbers of the stage.
+        work: The stage's folder; checkpoints go into ``work/checkpoints``.
+        stage: Name in metrics and messages.
+        metrics: Where each step's numbers go.
+        hooks: Act around each step, in this order.
+        weights: Where a student on the meta device gets its values from; each rank reads no more than it holds.
+        console: Where rank 0 speaks and shows progress; None is silent.
+        progress: Shown instead of the console's own.
+        held_out: What the student is evaluated on before the first step and every so many; changes no number of the training.
+
+    Raises:
+        NonFiniteError: loss or gradient norm is NaN or infinite; weights and checkpoints are as before that step.
+        MemoryFullError: memory ran out while training; the checkpoints are whole.
+        UserError: the checkpoints belong to another plan, or the last one could not be written.
+        KeyboardInterrupt, SystemExit(143): stopped by Ctrl-C or SIGTERM, after a checkpoint.
+    """
+    world = current_world()
+    connect(world)
+    shown = console if world.is_first else None
+    say = _speaker(shown)
+    folder = work / "checkpoints"
+    found = _open_checkpoints(folder, plan, world, stage, say)
+    start = found.state.step if found else 0
+    metrics.rewind(stage, start)
+    if found is not None and start == plan.total_steps:
+        say(f"{stage}: all {start} steps are done")
+        return _finished(found, Placed(student, weights, plan, world), plan, hooks, world)
+    placed = Placed(student, weights, plan, world)
+    loop = StageLoop(
+        stage=stage,
+        plan=plan,
+        folder=folder,
+        world=world,
+        metrics=metrics,
+        progress=progress or make_progress(shown),
+        say=say,
+        held_out=held_out,
+    )
+    callback = LoopCallback(loop, found)
+    module = TrainingModule(
+        student, objective, plan, hooks=hooks, world=world, signals=StopSignals(), start_step=start, shard=placed.prepare()
+    )
+    with _quiet(), _determinism(plan.deterministic):
+        trainer = _trainer(plan, world, callback, metrics, work)
+        try:
+            trainer.fit(module, _loader(windows, plan, world, start))
+        except Exception as error:
+            kept = (
+                f"The checkpoint of step {callback.saved_step} is kept in {folder}."
+                if callback.saved_step
+                else "No checkpoint was written yet."
+            )
+            if isinstance(error, NonFiniteError):
+                raise NonFiniteError(f"{stage}: {error} {kept}") from None
+            if whose := out_of_memory(error):
+                raise MemoryFullError(
+                    f"{stage}: {whose} ran out of memory{asked_for(error)}. {_less_memory(plan, windows)} {kept}"
+                ) from error
+            raise
+    if callback.stopped_by is not None:
+        say(f"{stage}: stopped after step {module.steps_done}; the same command continues there")
+        if callback.stopped_by == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + callback.stopped_by)
+    if module.steps_done != plan.total_steps:
+        raise RuntimeError(f"{stage}: training ended after step {module.steps_done} of {plan.total_steps}")
+    return FitResult(
+        student=placed.collect(),
+        steps=plan.total_steps,
+        tokens=callback.tokens,
+        seconds=callback.seconds,
+        resumed_from=start if found else None,
+        metrics=callback.last,
+    )
+
+
+class _Indexed(Dataset[dict[str, Tensor]]):
+    """Windows that carry their own index, so that a bad loss can name them."""
+
+    def __init__(self, windows: WindowSource) -> None:
+        self._windows = windows
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {**self._windows[index], INDEX: torch.tensor(index)}
+
+
+def _loader(windows: WindowSource, plan: TrainingPlan, world: World, start: int) -> DataLoader[dict[str, Tensor]]:
+    """This rank's micro-batches of the steps that are left, in order."""
+    batches = StepBatches(
+        windows,
+        global_batch=plan.batch.global_windows,
+        micro_batch=plan.batch.micro_batch,
+        rank=world.rank,
+        world=world.size,
+        seed=plan.seed,
+        start_step=start,
+        total_steps=plan.total_steps,
+    )
+    # a generator of its own: the loader draws a worker seed from it, and must not touch the one that dropout uses
+    own = torch.Generator().manual_seed(0)
+    return DataLoader(
+        _Indexed(windows), batch_sampler=batches, num_workers=plan.num_workers, generator=own, pin_memory=torch.cuda.is_available()
+    )
+
+
+def _trainer(plan: TrainingPlan, world: World, callback: LoopCallback, metrics: MetricsSink, work: Path) -> pl.Trainer:
+    """Lightning with its own checkpoints, bars, samplers and launching switched off."""
+    environment = TorchElasticEnvironment() if "TORCHELASTIC_RUN_ID" in os.environ else LightningEnvironment()
+    return pl.Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        devices=world.local_size,
+        num_nodes=world.nodes,
+        strategy=lightning_strategy(plan.strategy, world),
+        plugins=[environment],
+        precision=_PRECISIONS[plan.precision],  # pyright: ignore[reportArgumentType] - a dict's values are plain str
+        accumulate_grad_batches=plan.batch.accumulation,
+        gradient_clip_val=plan.gradient_clip,
+        max_epochs=1,
+        logger=metrics.loggers or False,
+        callbacks=[callback],
+        default_root_dir=work,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+    )
+
+
+def _open_checkpoints(folder: Path, plan: TrainingPlan, world: World, stage: str, say: Say) -> Checkpoint | None:
+    """The checkpoint to continue from, the same on all ranks; damaged ones are set aside and named."""
+    chosen = -1
+    if world.is_first:
+        prepare_folder(folder)
+        found, damaged = find_newest_verified(folder)
+        for path, reason in damaged:
+            aside = set_aside(path)
+            say(f"{stage}: checkpoint {path.name} is damaged ({reason}); it is set aside as {aside.name}")
+        if found is not None:
+            chosen = found.state.step
+        elif damaged:
+            say(f"{stage}: no checkpoint is whole; training starts again from the stage's input")
+    step = value_of_first(chosen)
+    if step < 0:
+        return None
+    try:
+        found = open_checkpoint(folder, step)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"rank {world.rank} cannot read the checkpoint of step {step} in {folder} ({error}); all ranks need the same run folder"
+        ) from None
+    _check_same_plan(found, plan, folder)
+    say(f"{stage}: continues from the checkpoint of step {step} of {plan.total_steps}")
+    return found
+
+
+def _check_same_plan(found: Checkpoint, plan: TrainingPlan, folder: Path) -> None:
+    wanted = plan.identity()
+    different = [name for name in sorted(wanted.keys() | found.state.plan.keys()) if wanted.get(name) != found.state.plan.get(name)]
+    if different:
+        changes = ", ".join(f"{name} {found.state.plan.get(name)!r} -> {wanted.get(name)!r}" for name in different)
+        raise UserError(
+            f"{folder} holds checkpoints of another training plan ({changes}); continuing would mix the two. "
+            "Use the old settings, another run folder, or remove these checkpoints."
+        )
+
+
+def _less_memory(plan: TrainingPlan, windows: WindowSource) -> str:
+    """What to lower, with what it is now."""
+    lower = [f"trainer.micro_batch (now {plan.batch.micro_batch})"] if plan.batch.micro_batch > 1 else []
+    length = getattr(windows, "seq_length", None)
+    lower.append(f"data.seq_length (now {length})" if length else "data.seq_length")
+    more = [] if plan.activation_checkpointing else ["set trainer.activation_checkpointing=true"]
+    more.append("load the teacher smaller (teacher.load_in: nf4, teacher.placement: offloaded)")
+    return f"Lower {' or '.join(lower)}, {', or '.join(more)}; `decoct plan` says what each takes."
+
+
+def _finished(found: Checkpoint, placed: Placed, plan: TrainingPlan, hooks: Sequence[StepHook], world: World) -> FitResult:
+    """Only the result is wanted: the student as the last step left it, on the ranks that would have it after the last step too."""
+    student = placed.student
+    if world.is_first or not shards(plan.strategy, world):
+        student = placed.whole()
+        views = ParameterViews(student)
+        optimizer = build_optimizer(student, plan, views.views)
+        for hook in hooks:
+            hook.on_start(student, optimizer)
+        restore(found, student, views, optimizer, hooks)
+    state = found.state
+    return FitResult(
+        student=student.eval(), steps=state.step, tokens=state.tokens, seconds=state.seconds, resumed_from=state.step, metrics={}
+    )
+
+
+def _speaker(console: "Console | None") -> Say:
+    def say(text: str) -> None:
+        if console is not None:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    return say
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's remarks about devices, tips and things that are off on purpose; its warnings about errors stay."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            from lightning.fabric.utilities.warnings import PossibleUserWarning
+
+            warnings.simplefilter("ignore", PossibleUserWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
+    """Deterministic algorithms for the time of a stage; cuBLAS wants its workspace fixed before its first use."""
+    before: Any = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

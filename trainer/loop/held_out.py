@@ -1,0 +1,155 @@
+"""Held-out KL and perplexity while a stage trains: a few windows, every so many steps, without a trace in what is trained.
+
+The figures are those that training logs (means over tokens, in the arithmetic of training), on text that is never trained on: they show
+the direction, and the report's figures, in fp32 on all of the held-out text, are the measure.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ...losses.settings import LossSettings
+from ...models.teachers import Teacher
+from ..evaluation.figures import eval_mode
+from ..processes.world import World, sum_over_ranks
+from ..soft_targets.cached import SparseTeacher
+from .module import Objectivelike, TrainingModule
+from .objective import Objective
+from .rng import capture_generators, restore_generators
+
+EVALUATIONS = 8
+"""About so many in a stage, beside the one before its first step."""
+SHARE = 0.04
+"""Windows that all evaluations of a stage take together, as a share of those that it trains on. Without a backward pass one costs a third
+(no teacher) to six tenths (a teacher of twice the student) of a training window: some two percent of the stage's time."""
+MOST_TOKENS = 32_768
+"""Of one evaluation."""
+FIGURES = ("held_out_kl", "held_out_perplexity")
+"""Names in metrics.jsonl."""
+
+
+@runtime_checkable
+class Watcher(Protocol):
+    """A hook that notes what passes through the student while it trains."""
+
+    def forget_seen(self) -> None:
+        """Drop what was noted since the last step: it was held-out text."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """When to evaluate, and on how much."""
+
+    every: int
+    """Optimizer steps; the start and the last step are evaluated too."""
+    windows: int
+    """Over all ranks."""
+
+
+def derive_watch(
+    every: int | Literal["auto"], *, total_steps: int, step_windows: int, seq_length: int, available: int, ranks: int
+) -> Watch | None:
+    """How a stage of ``total_steps`` steps of ``step_windows`` windows is watched; None = not at all (``every`` 0, too short, or no text).
+
+    Args:
+        every: Steps between evaluations; auto = about ``EVALUATIONS`` of them, fewer where even one window each would cost too much.
+        available: Held-out windows.
+        ranks: Processes that share the work: each takes as many windows.
+    """
+    if every == 0 or not available:
+        return None
+    budget = int(SHARE * total_steps * step_windows)
+    if every == "auto":
+        if budget < 2:
+            return None
+        every = -(-total_steps // min(EVALUATIONS, budget - 1, total_steps))
+    evaluations = -(-total_steps // every) + 1
+    windows = max(1, min(budget // evaluations, MOST_TOKENS // seq_length, available))
+    return Watch(every=every, windows=windows if windows < ranks else windows // ranks * ranks)
+
+
+class Text(Protocol):
+    """Held-out windows, such as ``data.windows.Windows``."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Tensor]:
+        """input_ids, labels (-100 = none) and attention_mask of one window, each [S] int64."""
+        ...
+
+
+class HeldOut:
+    """Evaluates the student of a stage.
+
+    Args:
+        text: Held-out windows.
+        watch: When, and how many of them: evenly spread, always the same.
+        teacher: The stage's. A cache or a server has not seen this text, so there is the perplexity alone.
+        v_eff: Tokens of the real vocabulary.
+    """
+
+    def __init__(self, text: Text, watch: Watch, teacher: Teacher | SparseTeacher | None, v_eff: int) -> None:
+        self.watch = watch
+        self._text = text
+        self._chosen = [index * len(text) // watch.windows for index in range(watch.windows)]
+        dense = None if isinstance(teacher, SparseTeacher) else teacher
+        self._objective: Objectivelike = Objective(dense, LossSettings(hard_weight=1.0 if dense is None else 0.0), v_eff=v_eff)
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Whether the student is evaluated after ``step``."""
+        return step % self.watch.every == 0 or step == total_steps
+
+    def evaluate(self, module: TrainingModule, forward_context: AbstractContextManager[None], world: World) -> dict[str, float | None]:
+        """``FIGURES`` of the student as it is now, the same on every rank; all call it.
+
+        Generators, modules' modes and what hooks know are left as they were, and nothing reaches the optimizer.
+        """
+        generators = capture_generators(module.device)
+        self._objective.to(module.device)
+        totals = torch.zeros(3, dtype=torch.float64, device=module.device)
+        try:
+            with torch.no_grad(), eval_mode(module.student), forward_context:
+                for batch in self._batches(module, world):
+                    totals += module.evaluation_sums(batch, self._objective)
+        finally:
+            module.reshard()
+            restore_generators(generators, module.device)
+        for hook in module.hooks:
+            if isinstance(hook, Watcher):
+                hook.forget_seen()
+        tokens, kl, cross_entropy = sum_over_ranks(totals).tolist()
+        if not tokens:
+            return dict.fromkeys(FIGURES)
+        return {
+            "held_out_kl": _finite(kl / tokens) if self._objective.has_teacher else None,
+            "held_out_perplexity": _finite(math.exp(min(cross_entropy / tokens, 700.0))),
+        }
+
+    def _batches(self, module: TrainingModule, world: World) -> Iterator[dict[str, Tensor]]:
+        """This rank's micro-batches: as many as any other rank's, for a sharded student computes on all ranks at once."""
+        alone = len(self._chosen) < world.size  # too few to share: every rank takes them all, and the means are the same
+        mine = self._chosen if alone else self._chosen[world.rank :: world.size]
+        size = module.plan.batch.micro_batch
+        for first in range(0, len(mine), size):
+            rows = [self._text[index] for index in mine[first : first + size]]
+            yield {key: torch.stack([row[key] for row in rows]).to(module.device) for key in rows[0]}
+
+
+def describe(values: dict[str, float | None]) -> str:
+    """The figures for people: 'held-out KL 0.0412, perplexity 104.58'; '' when there are none."""
+    kl, perplexity = (values.get(name) for name in FIGURES)
+    parts = [f"KL {kl:.4f}"] if kl is not None else []
+    parts += [f"perplexity {perplexity:.2f}"] if perplexity is not None else []
+    return f"held-out {', '.join(parts)}" if parts else ""
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

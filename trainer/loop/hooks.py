@@ -1,0 +1,179 @@
+"""What may be done around each optimizer step, and the two hooks that keep pruned weights at zero (law 4).
+
+A hook is told about the student and its optimizer once, then before each step (gradients summed and scaled, not yet clipped)
+and after it. Its state goes into every checkpoint; everything else it knows must follow from the step number.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...models.common.errors import UserError
+from ...models.pruning.magnitude import cubic_keep, stream_masks
+from ..checkpoints.optimizer_moments import zero_moments
+from ..processes.sharding import Rows, gathered, like, local, own_rows, parameter_of, whole
+from ..settings import MagnitudeSettings
+
+
+class StepHook(Protocol):
+    """Something that acts around every optimizer step. ``name`` keys its tensors in checkpoints."""
+
+    name: str
+
+    def on_start(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Called once per process start, on the training device, before ``load`` and the first step."""
+        ...
+
+    def before_step(self, step: int) -> None:
+        """Gradients of step ``step`` (the first is 1) are complete and not yet clipped."""
+        ...
+
+    def after_step(self, step: int) -> None:
+        """The optimizer has taken step ``step``."""
+        ...
+
+    def state(self) -> Mapping[str, Tensor | Rows]:
+        """Tensors that a resumed run needs; of those that lie as a sharded weight does, this rank's rows."""
+        ...
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of ``state``, rows as plain tensors; called after ``on_start`` when a run is resumed."""
+        ...
+
+
+class KeepZeros:
+    """Keeps pruned weights of linear modules at zero: a sparse folder's zeros are its mask.
+
+    Masks lie as the weights do: whole, or under FSDP2 the rows that this rank holds. ``masks`` (by module name, bool, True = kept) is
+    filled by ``on_start``.
+
+    Args:
+        modules: Names of linear modules, as in ``decoder_linears``, whose exact zeros stay.
+    """
+
+    name = "keep_zeros"
+
+    def __init__(self, modules: Iterable[str]) -> None:
+        self._modules = list(modules)
+        self._linears: dict[str, nn.Linear] = {}
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._trained: dict[str, Tensor | None] = {}
+        self.masks: dict[str, Tensor] = {}
+
+    def on_start(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Find the modules; what is zero now stays zero."""
+        self._optimizer = optimizer
+        self._linears = {name: _linear(student, name) for name in self._modules}
+        self._trained = {name: parameter_of(optimizer, linear.weight) for name, linear in self._linears.items()}
+        self._set_masks({name: local(linear.weight) != 0 for name, linear in self._linears.items()})
+        self._apply()
+
+    def before_step(self, step: int) -> None:
+        """Removed weights get no gradient, so they have no part in the clipped norm either."""
+        for name, mask in self.masks.items():
+            gradient = self._linears[name].weight.grad
+            if gradient is not None:
+                local(gradient).mul_(mask)
+
+    def after_step(self, step: int) -> None:
+        """Removed weights and their moments are zero, whatever the optimizer did."""
+        self._apply()
+
+    def state(self) -> dict[str, Tensor | Rows]:
+        """The masks: True = kept."""
+        return {name: like(mask, self._linears[name].weight) for name, mask in self.masks.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take the saved masks."""
+        if different := sorted(state.keys() ^ self._linears.keys()):
+            raise UserError(f"the checkpoint masks other modules than this stage: {different[0]} is in only one of them")
+        self._set_masks(state)
+        self._apply()
+
+    def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        for name, mask in masks.items():
+            weight = self._linears[name].weight
+            self.masks[name] = mask.to(weight.device, torch.bool)
+            # A quantized linear masks inside its forward pass too. Sharded it sees the whole weight and this rank a part of the mask;
+            # it needs none, because removed weights are exact zeros, which move no scale and round to zero.
+            if hasattr(self._linears[name], "mask") and local(weight).shape == weight.shape:
+                self._linears[name].mask = self.masks[name]
+
+    def _apply(self) -> None:
+        assert self._optimizer is not None, "on_start comes first"
+        with torch.no_grad():
+            for name, mask in self.masks.items():
+                local(self._linears[name].weight).mul_(mask)
+                parameter = self._trained[name]
+                if parameter is not None:
+                    zero_moments(self._optimizer, parameter, mask)
+
+
+class MaskHook(KeepZeros):
+    """Magnitude pruning on the cubic schedule of Zhu & Gupta 2017; masks only ever shrink.
+
+    The masks are all the state there is: the share follows from the step, and choosing it again among what is kept changes nothing.
+
+    Args:
+        modules: Names of the linear modules to prune.
+        settings: Share kept, scope, update interval and healing time.
+        total_steps: Optimizer steps of the stage.
+        tell: Called with (step, share kept) after each mask update.
+    """
+
+    name = "magnitude"
+
+    def __init__(
+        self,
+        modules: Iterable[str],
+        settings: MagnitudeSettings,
+        total_steps: int,
+        tell: Callable[[int, float], None] | None = None,
+    ) -> None:
+        super().__init__(modules)
+        self._settings = settings
+        self._total = total_steps
+        self._tell = tell
+        self._keep = 1.0
+
+    def on_start(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Start from what is there: weights that are zero already stay zero."""
+        self._keep = 1.0
+        super().on_start(student, optimizer)
+
+    def after_step(self, step: int) -> None:
+        """Shrink the masks when the schedule says so, then apply them."""
+        keep = self.keep_at(step)
+        if keep < self._keep:
+            self._keep = keep
+            self._shrink(keep)
+            if self._tell is not None:
+                self._tell(step, keep)
+        self._apply()
+
+    def _shrink(self, keep: float) -> None:
+        """New masks, chosen on whole matrices, one gathered at a time: the choice does not depend on how they are spread."""
+        masks = stream_masks(self._whole, self._modules, keep, self._settings.scope)
+        self._set_masks({name: own_rows(mask, self._linears[name].weight) for name, mask in masks})
+
+    def _whole(self, name: str) -> tuple[Tensor, Tensor]:
+        weight = self._linears[name].weight
+        # as bytes: not every back end gathers booleans
+        return whole(weight), gathered(self.masks[name].to(torch.uint8), weight).bool()
+
+    def keep_at(self, step: int) -> float:
+        """Share of weights kept after step ``step``; the last step always ends at the target."""
+        settings = self._settings
+        return settings.keep if step >= self._total else cubic_keep(step, self._total, settings.keep, settings.heal, settings.update_every)
+
+
+def _linear(student: nn.Module, name: str) -> nn.Linear:
+    try:
+        module = student.get_submodule(name)
+    except AttributeError:
+        module = None
+    if not isinstance(module, nn.Linear):
+        raise UserError(f"{name} is to be masked, but the model has no linear layer of that name")
+    return module

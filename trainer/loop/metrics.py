@@ -1,0 +1,75 @@
+"""MetricsSink: one JSON line per optimizer step in ``metrics.jsonl`` (the truth), and the same numbers to loggers."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...models.common.files import append_line, write_text_atomic
+from .loggers import TOKENS, finish_loggers
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+Number = int | float | None
+
+
+class MetricsSink:
+    """Takes the numbers of training stages.
+
+    Args:
+        path: ``metrics.jsonl`` of the run; lines of all stages go into it. None (ranks other than 0) writes nothing at all.
+        loggers: Lightning loggers, which get ``<stage>/<name>`` at the stage's own step, and its tokens once more as ``tokens``: the axis.
+    """
+
+    def __init__(self, path: Path | None, loggers: Sequence["Logger"] = ()) -> None:
+        self.path = path
+        self.loggers = list(loggers) if path is not None else []
+
+    def write(self, stage: str, step: int, values: Mapping[str, Number]) -> None:
+        """Append ``{stage, step, **values}``; loggers get the values that are numbers."""
+        if self.path is None:
+            return
+        append_line(self.path, {"stage": stage, "step": step, **values})
+        numbers = {f"{stage}/{name}": float(value) for name, value in values.items() if value is not None}
+        if (tokens := values.get(TOKENS)) is not None:
+            numbers[TOKENS] = float(tokens)
+        for logger in self.loggers:
+            logger.log_metrics(numbers, step=step)
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Cut the lines of a stage beyond ``step``: they tell of steps that a resumed run takes again. Torn lines go too."""
+        if self.path is None or not self.path.exists():
+            return
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        kept = "".join(f"{line}\n" for line in text.split("\n") if line.strip() and not _is_beyond(line, stage, step))
+        if kept != text:
+            write_text_atomic(self.path, kept)
+
+    def flush(self) -> None:
+        """Force the lines to the disk; called before a checkpoint is committed, so that it never is ahead of them."""
+        if self.path is not None and self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """End the loggers' runs."""
+        finish_loggers(self.loggers)
+
+
+def read_row(line: str) -> dict[str, Any] | None:
+    """A line of ``metrics.jsonl``: ``stage``, ``step`` and numbers; None when it is none (cut short, damaged)."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("stage"), str) or type(row.get("step")) is not int:
+        return None
+    return {name: value for name, value in row.items() if name == "stage" or value is None or type(value) in (int, float)}
+
+
+def _is_beyond(line: str, stage: str, step: int) -> bool:
+    row = read_row(line)
+    # a stage that begins anew is evaluated before its first step again, and that line has step 0
+    return row is None or (row["stage"] == stage and (step == 0 or row["step"] > step))

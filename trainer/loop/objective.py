@@ -1,0 +1,87 @@
+"""Objective: one micro-batch of student, teacher and loss, as sums over its unmasked tokens (law 1)."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...losses.linear_divergence import Backend, linear_divergence
+from ...losses.linear_divergence.inputs import TeacherHidden, TeacherLogitsSource
+from ...losses.settings import LossSettings
+from ...losses.shift import shift_for_next_token
+from ...losses.sums import LossSums
+from ...models.batches import backbone_inputs
+from ...models.common.errors import UserError
+from ...models.families import backbone_and_head, head_transform
+from ...models.teachers import Teacher
+from ..soft_targets.cached import SparseTeacher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Objective:
+    """What a training stage minimises. A plain object: the teacher it holds is in no module tree, state dict or optimizer.
+
+    Args:
+        teacher: Whose predictions to learn; None = cross-entropy on the text itself.
+        settings: Divergence, temperature, hard-label weight; a weight of 1 leaves the teacher unused.
+        v_eff: Tokens of the real vocabulary; heads are sliced to it.
+        backend: Back end of ``linear_divergence``.
+
+    Raises:
+        UserError: the loss needs a teacher and there is none.
+    """
+
+    def __init__(self, teacher: Teacher | SparseTeacher | None, settings: LossSettings, *, v_eff: int, backend: Backend = "auto") -> None:
+        if teacher is None and settings.hard_weight < 1:
+            raise UserError(
+                f"loss.hard_weight={settings.hard_weight:g} needs a teacher; name one, or set hard_weight: 1 to train on the text alone"
+            )
+        self.settings = settings
+        self.v_eff = v_eff
+        self.teacher = None if settings.hard_weight == 1 else teacher
+        self.backend: Backend = backend
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the KL to a teacher is measured at all."""
+        return self.teacher is not None
+
+    def to(self, device: torch.device) -> "Objective":
+        """Move the teacher."""
+        if self.teacher is not None:
+            self.teacher.to(device)
+        return self
+
+    def __call__(self, student: "PreTrainedModel", batch: Mapping[str, Tensor]) -> LossSums:
+        """Loss sums of a micro-batch; ``loss`` carries the graph.
+
+        Args:
+            student: A causal language model of transformers.
+            batch: input_ids, labels (-100 = no label), attention_mask and, of packed windows, position_ids; each [B, S] int64.
+        """
+        backbone, head, bias = backbone_and_head(student)
+        output = backbone(**backbone_inputs(batch))
+        hidden, labels = shift_for_next_token(output.last_hidden_state, batch["labels"])
+        return linear_divergence(
+            hidden,
+            head,
+            self._targets(batch),
+            labels,
+            self.settings,
+            v_eff=self.v_eff,
+            student_bias=bias,
+            student_transform=head_transform(student.config),
+            backend=self.backend,
+        )
+
+    def _targets(self, batch: Mapping[str, Tensor]) -> TeacherLogitsSource | None:
+        if self.teacher is None:
+            return None
+        if isinstance(self.teacher, SparseTeacher):
+            return self.teacher.sparse_targets(batch)
+        hidden, head, bias, transform = self.teacher.hidden_and_head(batch)
+        shifted, _ = shift_for_next_token(hidden, batch["labels"])
+        return TeacherHidden(shifted, head, bias, transform)

@@ -1,0 +1,114 @@
+"""AdamW over a student's parameters, with decay where it belongs and moments in 32 or 8 bits."""
+
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...models.common.errors import UserError
+from ...models.low_bit import check_low_bit, load_bitsandbytes
+from ...qat.layers.codes_linear import CodesLinear
+from ...qat.layers.quant_linear import RoundedWeight
+from ..plan import TrainingPlan
+
+_EPS = 1e-8
+
+
+def build_optimizer(student: nn.Module, plan: TrainingPlan, views: Mapping[str, nn.Parameter] | None = None) -> torch.optim.Optimizer:
+    """AdamW of the plan's kind; matrices decay, norms, biases and embeddings (a tied head with them) do not, nor do scales of quantizers.
+
+    Args:
+        student: Whose trainable parameters are stepped.
+        plan: Rates, betas, decay, kind of optimizer.
+        views: What to step instead of the parameter of a name: a rank's own rows of it.
+
+    Raises:
+        UserError: see ``adamw``.
+    """
+    tables = {id(module.weight) for module in student.modules() if isinstance(module, nn.Embedding)}
+    stepped: list[tuple[str, nn.Parameter]] = []
+    scales = {id(module.scale) for module in student.modules() if isinstance(module, RoundedWeight | CodesLinear)}
+    embeddings: set[int] = set()
+    own_rate: set[int] = set()
+    for name, owner in student.named_parameters():
+        parameter = owner if views is None else views.get(name, owner)
+        stepped.append((name, parameter))
+        if id(owner) in tables:
+            embeddings.add(id(parameter))
+        if id(owner) in scales:
+            own_rate.add(id(parameter))
+    return adamw(stepped, embeddings, plan, own_rate)
+
+
+def adamw(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], embeddings: Set[int], plan: TrainingPlan, scales: Set[int] = frozenset()
+) -> torch.optim.Optimizer:  # fmt: skip
+    """The optimizer over named parameters.
+
+    Args:
+        named_parameters: Parameters on their device; frozen ones are left out.
+        embeddings: ``id`` of those that are embedding tables.
+        plan: ``optimizer`` is adamw (torch, fp32 moments), adamw-8bit or paged-adamw-8bit (bitsandbytes: tensors of at least 4,096 elements
+            have moments of one byte and an fp32 scale for each 256, but for scales; paged ones may leave a full GPU, on a CPU paging means
+            nothing).
+        scales: ``id`` of quantizers' scales: no decay, and the plan's rate for them. A group's ``rate_share`` is its rate as a share of
+            the plan's.
+
+    Raises:
+        UserError: a trainable parameter is not fp32 (bf16 steps smaller than 2^-8 of a weight are lost), none is left, or bitsandbytes is
+            wanted and does not work on the parameters' device.
+    """
+    decaying: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    quantizers: list[nn.Parameter] = []
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            continue
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise UserError(f"{name} is {parameter.dtype}; training needs fp32 weights: load the student with dtype=torch.float32")
+        if id(parameter) in scales:
+            quantizers.append(parameter)
+        else:
+            (decaying if parameter.ndim >= 2 and id(parameter) not in embeddings else others).append(parameter)
+    share = 1.0 if plan.scale_learning_rate is None else plan.scale_learning_rate / plan.learning_rate
+    groups: list[dict[str, Any]] = [
+        {"params": decaying, "weight_decay": plan.weight_decay, "rate_share": 1.0},
+        {"params": others, "weight_decay": 0.0, "rate_share": 1.0},
+        # few, and each steers a whole group of weights: their moments are never of 8 bits
+        {"params": quantizers, "weight_decay": 0.0, "rate_share": share, "lr": share * plan.learning_rate, "optim_bits": 32},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise UserError("the student has no trainable parameter (requires_grad is False everywhere)")
+    if plan.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=plan.betas, eps=_EPS)
+    return _low_bit_adamw(groups, plan)
+
+
+def _low_bit_adamw(groups: list[dict[str, Any]], plan: TrainingPlan) -> torch.optim.Optimizer:
+    key = f"trainer.optimizer: {plan.optimizer}"
+    bitsandbytes = load_bitsandbytes(key)
+    # a rank may hold no row of a small tensor, and its kernels refuse to be started for nothing
+    held = [{**group, "params": [p for p in group["params"] if p.numel()]} for group in groups]
+    device = groups[0]["params"][0].device
+    check_low_bit(key, device)
+    return _with_full_groups(bitsandbytes.optim.AdamW8bit)(
+        [group for group in held if group["params"]],
+        lr=plan.learning_rate,
+        betas=plan.betas,
+        eps=_EPS,
+        is_paged=plan.optimizer == "paged-adamw-8bit" and device.type == "cuda",
+    )
+
+
+def _with_full_groups(kind: Any) -> Any:
+    """bitsandbytes' optimizer, with the moments of a group that says ``optim_bits`` in so many bits."""
+
+    class FullGroups(kind):
+        def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+            """Dials of one parameter."""
+            config = super().get_config(gindex, pindex, group)
+            return config | {"optim_bits": group["optim_bits"]} if "optim_bits" in group else config
+
+    return FullGroups

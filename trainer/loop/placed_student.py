@@ -1,0 +1,92 @@
+"""A student on its way through a training stage: prepared (checkpointing, compiling), spread over ranks, and collected at the end."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ...models.families import decoder_layers
+from ...models.folder.streaming import parameter_places, stored_name
+from ...qat.layers.quant_linear import RoundedWeight
+from ..plan import TrainingPlan
+from ..processes.sharding import allocate, gather_into, local, row_range, shard, skeleton_of
+from ..processes.strategy import shards
+from ..processes.world import World
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ...models.folder.streaming import WeightFiles
+    from .module import Shard
+
+
+class Placed:
+    """The student of a stage and where its weights lie.
+
+    Args:
+        student: Whole on every rank, or on the meta device (buffers real) when ``weights`` is given.
+        weights: Files to fill it from.
+        plan: Strategy, activation checkpointing and compiling.
+        world: Whose ranks it is spread over.
+    """
+
+    def __init__(self, student: "PreTrainedModel", weights: "WeightFiles | None", plan: TrainingPlan, world: World) -> None:
+        self.student = student
+        self.world = world
+        self._weights = weights
+        self._plan = plan
+        self._skeleton = skeleton_of(student) if shards(plan.strategy, world) else None
+
+    def prepare(self) -> "Shard | None":
+        """Make it ready to train; returns what spreads it over a mesh, None where every rank keeps it whole."""
+        if self._skeleton is None:
+            self.whole()
+        if self._plan.activation_checkpointing:
+            # non-reentrant: the form that gets on with frozen inputs and with FSDP2's hooks
+            self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self._plan.compile:
+            for layer in decoder_layers(self.student):
+                # in place: names in the state dict stay as they are
+                layer.compile()
+        return None if self._skeleton is None else self._shard
+
+    def whole(self) -> "PreTrainedModel":
+        """The student with all its weights on this rank."""
+        if self._weights is not None:
+            allocate(self.student, torch.device("cpu"))
+            self._fill()
+        return self.student
+
+    def collect(self) -> "PreTrainedModel":
+        """The trained student, whole, on the CPU, in eval mode; under FSDP2 on rank 0 alone, the others get it without weights."""
+        if self._skeleton is None:
+            self._undo()
+            return self.student.eval()
+        gather_into(self._skeleton, self.student, keep=self.world.is_first)
+        return self._skeleton.eval()
+
+    def _undo(self) -> None:
+        if self._plan.activation_checkpointing:
+            self.student.gradient_checkpointing_disable()
+        if self._plan.compile:
+            for layer in decoder_layers(self.student):
+                layer._compiled_call_impl = None
+
+    def _shard(self, step: nn.Module, student: Any, mesh: Any) -> None:
+        def materialize() -> None:
+            allocate(student, torch.device(mesh.device_type))
+            self._fill()
+
+        shard(step, student, mesh, materialize if self._weights is not None else None)
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        """Read this rank's rows of every parameter that has values in the files; a stage's hooks give them to those it has added."""
+        assert self._weights is not None
+        for places in parameter_places(self.student):
+            module, key, _ = places[0]
+            if isinstance(module, RoundedWeight) and module.is_extra(key):
+                continue
+            parameter = getattr(module, key)
+            rows = row_range(parameter)
+            local(parameter).copy_(self._weights.read(stored_name(places, self._weights), slice(*rows) if rows else None))

@@ -1,0 +1,211 @@
+"""The hook that leads rounded weights through a stage: first scales, delay, annealed bits, frozen scales; exact when resumed.
+
+Everything follows from the step number but what training has made of the scales, and those are parameters of the student.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...qat.layers.quant_linear import Mode, RoundedWeight
+from ...qat.layers.rounders import Rounders
+from ...qat.ptq.methods import METHODS, Rounding, Stack
+from ...qat.spec import QuantSpec
+from ..processes.sharding import local, own_rows, parameter_of, whole
+from ..settings_quantization import QatSettings
+from .rng import derive_seed
+from .static_ranges import FollowedRanges
+
+FirstLattice = tuple[Tensor, Tensor | None]
+"""(scales fp32, zero points int8 or None) of a module, both of ``spec.scale_shape``."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """How linears round in a step."""
+
+    mode: Mode
+    bits: int
+
+
+class Quantizers:
+    """Sets the mode and bits of every ``RoundedWeight`` before each step, and the first values of scales and adapters.
+
+    Args:
+        settings: Of the stage.
+        total_steps: Optimizer steps of the stage.
+        seed: Of the adapters' first values.
+        given: First lattices by module name; None = from the weights, as ``settings.first`` says.
+        inputs: Rounders of the linears' inputs; static ones as in ``FollowedRanges``.
+        cache: Those of keys and values.
+    """
+
+    name = "quantizers"
+
+    def __init__(
+        self,
+        settings: QatSettings,
+        total_steps: int,
+        seed: int,
+        given: Mapping[str, FirstLattice] | None = None,
+        inputs: Rounders | None = None,
+        cache: Rounders | None = None,
+    ) -> None:
+        self._settings, self._total, self._seed, self._given = settings, total_steps, seed, given
+        followed = {"ranges": inputs, "cache_ranges": cache}
+        self._followed = [FollowedRanges(rounders, key) for key, rounders in followed.items() if rounders is not None]
+        self._modules: dict[str, RoundedWeight] = {}
+        self._stepped: list[Tensor] = []
+        self._phase = self.phase_of(1)
+        self._step = 0
+
+    def phase_of(self, step: int) -> Phase:
+        """The phase of optimizer step ``step`` (the first is 1)."""
+        settings = self._settings
+        target = settings.weights.bits
+        done = step - 1 - round(settings.delay * self._total)
+        if done < 0:
+            return Phase("off", settings.anneal_from or target)
+        bits = target
+        if settings.anneal_from is not None and step < self._total:
+            span = max(1.0, settings.anneal * self._total)
+            bits = max(target, settings.anneal_from - math.floor(done * (settings.anneal_from - target) / span))
+        if step > self._total - round(settings.freeze_scales * self._total):
+            return Phase("fixed", target)
+        return Phase("learned" if settings.scales == "learned" else "absmax", bits)
+
+    def on_start(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Find the linears; give scales and adapters their first values, each rank those of its rows."""
+        self._modules = {name: module for name, module in student.named_modules() if isinstance(module, RoundedWeight)}
+        scales = [parameter_of(optimizer, module.scale) for module in self._modules.values() if module.scale is not None]
+        self._stepped = [scale for scale in scales if scale is not None]
+        self._phase = self.phase_of(1)
+        self._apply()
+        for name, module in self._modules.items():
+            self._start_adapter(name, module)
+            if self._phase.mode != "off":
+                self._take_scales(name, module)
+        for ranges in self._followed:
+            ranges.start()
+
+    def before_step(self, step: int) -> None:
+        """Scales that do not train take no step, and the optimizer counts none."""
+        if self._phase.mode != "learned":
+            for parameter in self._stepped:
+                parameter.grad = None
+
+    def after_step(self, step: int) -> None:
+        """Go over to the phase of the next step."""
+        self._step = step
+        if self._phase.mode != "fixed":
+            for ranges in self._followed:
+                ranges.follow()
+        before, after = self._phase, self.phase_of(min(step + 1, self._total))
+        if after == before:
+            return
+        self._phase = after
+        self._apply()
+        for name, module in self._modules.items():
+            if before.mode == "off" or (after.mode == "fixed" and before.mode == "absmax"):
+                self._take_scales(name, module)
+            elif after.bits != before.bits:
+                _cut_anew(module, self._bits(module, before), self._bits(module, after))
+
+    def forget_seen(self) -> None:
+        """What passed since the last step was held-out text: no range may follow it."""
+        for ranges in self._followed:
+            ranges.forget_seen()
+
+    def state(self) -> dict[str, Tensor]:
+        """The steps taken, and ranges of inputs, keys and values: scales and adapters are the student's."""
+        state = {"step": torch.tensor(self._step)}
+        for ranges in self._followed:
+            state |= ranges.state()
+        return state
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take up the phase that these steps have led to."""
+        self._step = int(state["step"])
+        self._phase = self.phase_of(min(self._step + 1, self._total))
+        self._apply()
+        for ranges in self._followed:
+            ranges.load(state)
+
+    def _apply(self) -> None:
+        for module in self._modules.values():
+            module.mode, module.bits = self._phase.mode, self._bits(module, self._phase)
+        for ranges in self._followed:
+            ranges.enable(self._phase.mode != "off")
+
+    def _bits(self, module: RoundedWeight, phase: Phase) -> int:
+        """Bits in use: a module of its own lattice takes part in annealing until its bits are reached."""
+        annealed = self._settings.anneal_from is not None and module.spec.kind == "int"
+        return max(module.spec.bits, phase.bits) if annealed else module.spec.bits
+
+    @torch.no_grad()
+    def _take_scales(self, name: str, module: RoundedWeight) -> None:
+        """Scales and zero points for the weights as they are now, in the lattice in use."""
+        if module.scale is None:
+            return
+        if self._given is not None:
+            scales, zeros = self._given[name]
+            first = (own_rows(scales, module.scale), None if zeros is None else own_rows(zeros, module.scale))
+        elif module.spec.group_size == "tensor":
+            # one scale for rows of every rank
+            scales, zeros = first_scales(_merged(module), module.lattice, self._settings.first)
+            first = (own_rows(scales, module.scale), None if zeros is None else own_rows(zeros, module.scale))
+        else:
+            first = first_scales(_merged_rows(module), module.lattice, self._settings.first)
+        for parameter, values in zip((module.scale, module.zero), first, strict=True):
+            if parameter is not None and values is not None and local(parameter).numel():
+                local(parameter).copy_(values)
+
+    @torch.no_grad()
+    def _start_adapter(self, name: str, module: RoundedWeight) -> None:
+        """The product begins as zero; the inner matrix is uniform in +-1 / sqrt(in), the same however it is spread."""
+        if module.adapter_in is None or module.adapter_out is None:
+            return
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, "adapter", name))
+        drawn = (2 * torch.rand(module.adapter_in.shape, generator=generator) - 1) / math.sqrt(module.weight.shape[1])
+        local(module.adapter_in).copy_(own_rows(drawn, module.adapter_in))
+        local(module.adapter_out).zero_()
+
+
+def first_scales(weight: Tensor, spec: QuantSpec, start: str) -> FirstLattice:
+    """(scales fp32, zero points int8 or None): from the range of each group, or searched (start mse)."""
+    if not weight.numel():
+        return weight.new_zeros(0), None
+    rounded = METHODS["mse" if start == "mse" else "rtn"].round(Stack(weight=weight.float(), mask=None, moments=None), spec, Rounding())
+    return rounded.scales, rounded.zeros
+
+
+@torch.no_grad()
+def _cut_anew(module: RoundedWeight, before: int, after: int) -> None:
+    """The same range of each group, cut into fewer steps."""
+    if module.scale is None or before == after:
+        return
+    old, new = module.spec.with_bits(before), module.spec.with_bits(after)
+    scale = local(module.scale)
+    lowest = None if module.zero is None else (old.qmin - local(module.zero)) * scale
+    scale.mul_(old.divisor_value / new.divisor_value)
+    if module.zero is not None and lowest is not None:
+        local(module.zero).copy_((new.qmin - lowest / scale).round_().clamp_(new.qmin, new.qmax))
+
+
+def _merged_rows(module: RoundedWeight) -> Tensor:
+    """This rank's rows of the weight that is rounded."""
+    weight = local(module.weight)
+    if module.adapter_in is None or module.adapter_out is None:
+        return weight
+    return weight + (local(module.adapter_out) @ whole(module.adapter_in)) * (weight != 0)
+
+
+def _merged(module: RoundedWeight) -> Tensor:
+    """All rows of the weight that is rounded (a collective where it is sharded)."""
+    weight = whole(module.weight)
+    if module.adapter_in is None or module.adapter_out is None:
+        return weight
+    return weight + (whole(module.adapter_out) @ whole(module.adapter_in)) * (weight != 0)

@@ -1,0 +1,62 @@
+"""How several processes share a student: chosen by ``trainer.strategy``, carried out by Lightning's strategies.
+
+Both give the numbers of one process: gradients are averaged over ranks by either and scaled alike afterwards, weights are fp32, and
+the optimizer is elementwise. What differs is who holds what: under DDP every rank all of it, under FSDP2 a share.
+"""
+
+from datetime import timedelta
+from typing import Literal
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+
+from ...trainer import settings
+from .world import World
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""Longest wait of one rank for another; the first step waits for the slowest rank to load its teacher."""
+_BYTES_A_PARAMETER = {"adamw": 16.0, "adamw-8bit": 10.1, "paged-adamw-8bit": 8.0}
+_USABLE = 0.6
+"""Share of a GPU that weights, gradients and moments may fill before activations and logits get too little."""
+
+
+def choose_strategy(
+    wanted: settings.Strategy, *, ranks: int, parameters: int, optimizer: settings.Optimizer, teacher_bytes: int, device_bytes: int | None
+) -> Literal["ddp", "fsdp2"]:
+    """The strategy of a training stage.
+
+    Args:
+        wanted: The recipe's ``trainer.strategy``; auto = fsdp2 when ddp would fill more than 60 % of a GPU with weights, gradients, moments
+            and the teacher, else ddp.
+        ranks: Processes; with one the answer makes no difference.
+        parameters: Of the student.
+        optimizer: Decides the bytes of its moments.
+        teacher_bytes: Held on each device.
+        device_bytes: Memory of one GPU; None on a CPU.
+    """
+    if wanted != "auto":
+        return wanted
+    if ranks == 1 or device_bytes is None:
+        return "ddp"
+    held = parameters * _BYTES_A_PARAMETER[optimizer] + teacher_bytes
+    return "fsdp2" if held > _USABLE * device_bytes else "ddp"
+
+
+def device_bytes() -> int | None:
+    """Memory of this process's GPU; None without one."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if torch.cuda.is_available() else None
+
+
+def shards(chosen: Literal["ddp", "fsdp2"], world: World) -> bool:
+    """Whether the student is spread over ranks: one process holds it all, whatever was chosen."""
+    return chosen == "fsdp2" and world.size > 1
+
+
+def lightning_strategy(chosen: Literal["ddp", "fsdp2"], world: World) -> Strategy | Literal["auto"]:
+    """Lightning's side of it. Process groups are open already (``world.connect``) and stay open."""
+    if world.size == 1:
+        return "auto"
+    if shards(chosen, world):
+        # its own default puts nodes in the first place and tensor parallelism inside a node
+        return ModelParallelStrategy(data_parallel_size=world.size, tensor_parallel_size=1, timeout=COLLECTIVE_TIMEOUT)
+    return DDPStrategy(find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True, timeout=COLLECTIVE_TIMEOUT)

@@ -1,0 +1,14 @@
+"""Soft targets: a few probabilities per token, from a cache of what a teacher predicted or from a teacher behind a server."""
+
+from typing import TYPE_CHECKING
+
+from ... import lazy_names
+
+if TYPE_CHECKING:
+    from .cached import CachedTeacher as CachedTeacher
+    from .cached import SparseTeacher as SparseTeacher
+    from .served import ServedTeacher as ServedTeacher
+    from .store import Store as Store
+    from .store import open_store as open_store
+
+__getattr__, __dir__ = lazy_names(__name__)

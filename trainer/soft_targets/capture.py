@@ -1,0 +1,150 @@
+"""Fills a cache: the teacher predicts each window once, and what is to be kept of it goes to disk."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...losses.linear_divergence.inputs import LogitTransform
+from ...losses.logits import in_full_precision
+from ...losses.shift import MASKED, shift_for_next_token
+from ...losses.sparse import SparseTargets
+from ...models.teachers import Teacher
+from .cached import SparseTeacher
+from .choosing import choose_rows, rows_of
+from .keys import noise_of, sequence_keys
+from .packed_rows import RowFormat
+from .store import Store
+
+if TYPE_CHECKING:
+    from ..data.windows import Windows
+
+BATCH_TOKENS = 4096
+_BLOCK_ELEMENTS = 2**25
+SHARD_BYTES = 64_000_000
+SHARD_SECONDS = 60.0
+"""A killed capture loses at most this much work."""
+
+
+def missing_windows(store: Store, windows: "Windows", indices: Iterable[int]) -> list[int]:
+    """Those of ``indices`` that are not in the cache, each content once."""
+    wanted = list(indices)
+    missing: dict[bytes, int] = {}
+    for first in range(0, len(wanted), 256):
+        part = wanted[first : first + 256]
+        keys = sequence_keys(stack(windows, part))
+        lacking = store.find(keys)[:, 0] < 0
+        for index, key, lacks in zip(part, keys, lacking.tolist()):
+            if lacks:
+                missing.setdefault(key, index)
+    return list(missing.values())
+
+
+def stack(windows: "Windows", indices: Sequence[int]) -> dict[str, Tensor]:
+    """A batch of windows."""
+    rows = [windows[index] for index in indices]
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def capture(teacher: Teacher | SparseTeacher, windows: "Windows", indices: Sequence[int], store: Store, form: RowFormat) -> Iterator[int]:
+    """Let ``teacher`` predict windows and add them to ``store``; yields the tokens of each batch, for progress bars.
+
+    The same window gives the same bytes in any batch, order and process (as far as the teacher's own arithmetic does).
+    """
+    keys: list[bytes] = []
+    rows: list[Tensor] = []
+    kl = tokens = 0.0
+    began = time.monotonic()
+    size = max(1, BATCH_TOKENS // windows.seq_length)
+    for first in range(0, len(indices), size):
+        batch = stack(windows, indices[first : first + size])
+        for key, (data, error) in zip(sequence_keys(batch), encoded(teacher, batch, form)):
+            keys.append(key)
+            rows.append(data)
+            kl, tokens = kl + error, tokens + len(data)
+        full = sum(len(part) for part in rows) * form.bytes >= SHARD_BYTES or time.monotonic() - began > SHARD_SECONDS
+        if full or first + size >= len(indices):
+            store.add(keys, rows, {"kl": kl, "tokens": tokens})
+            keys, rows, kl, tokens, began = [], [], 0.0, 0.0, time.monotonic()
+        yield int(batch["attention_mask"].sum())
+
+
+@torch.no_grad()
+def encoded(teacher: Teacher | SparseTeacher, batch: Mapping[str, Tensor], form: RowFormat) -> Iterator[tuple[Tensor, float]]:
+    """(rows [n, bytes] uint8 in host memory, summed KL(cache || teacher)) of each sequence of a batch."""
+    if isinstance(teacher, SparseTeacher):
+        yield from _encoded_again(teacher, batch, form)
+        return
+    hidden, head, bias, transform = teacher.hidden_and_head(batch)
+    flat, labels = shift_for_next_token(hidden, batch["labels"].to(hidden.device))
+    weight = in_full_precision(head[: form.v_eff])
+    block = max(1, _BLOCK_ELEMENTS // form.v_eff)
+    for sequence, own, key in zip(flat.view(len(hidden), -1, flat.shape[1]), labels.view(len(hidden), -1), sequence_keys(batch)):
+        states = sequence[own != MASKED]
+        noise = noise_of(key, len(states), 1 + form.top + form.others).to(states.device)
+        parts: list[Tensor] = []
+        error = 0.0
+        for first in range(0, len(states), block):
+            part = slice(first, first + block)
+            log_p = _log_probabilities(states[part], weight, bias, transform, form)
+            chosen = choose_rows(log_p, form, noise[part, 0])
+            data = form.encode(chosen, None if form.tail else noise[part, 1:])
+            error += float(kl_to_full(form.decode(data), log_p).sum())
+            parts.append(data.cpu())
+        yield (torch.cat(parts) if parts else torch.empty(0, form.bytes, dtype=torch.uint8)), error
+
+
+def _encoded_again(teacher: SparseTeacher, batch: Mapping[str, Tensor], form: RowFormat) -> Iterator[tuple[Tensor, float]]:
+    """Of a teacher that gives a few tokens itself; the error is against what it gave, tokens that are left out counting as its tail."""
+    targets = teacher.sparse_targets(batch)
+    if form.top + form.others > targets.ids.shape[1]:
+        have, wanted = targets.ids.shape[1], form.top + form.others
+        targets = replace(
+            targets,
+            ids=torch.nn.functional.pad(targets.ids, (0, wanted - have)),
+            log_weights=torch.nn.functional.pad(targets.log_weights, (0, wanted - have), value=-torch.inf),
+        )
+    labels = batch["labels"][:, 1:].to(targets.ids.device)
+    for sequence, own in enumerate(labels):
+        known = targets[torch.arange(own.numel(), device=own.device)[own != MASKED] + sequence * own.numel()]
+        data = form.encode(rows_of(known, form))
+        yield data.cpu(), float(_kl_between(form.decode(data), known, form.v_eff).sum())
+
+
+def _kl_between(kept: SparseTargets, known: SparseTargets, v_eff: int) -> Tensor:
+    """KL of two bucket forms per position [n]; tokens that only ``known`` names belong to the tail of ``kept``."""
+    dense = known.log_weights.new_full((len(known.ids), v_eff + 1), -torch.inf)
+    used = known.log_weights > -torch.inf
+    dense.scatter_(1, torch.where(used, known.ids, v_eff), known.log_weights)
+    dense[:, v_eff] = -torch.inf if known.log_tail is None else known.log_tail
+    return kl_to_full(kept, dense)
+
+
+def _log_probabilities(states: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, form: RowFormat) -> Tensor:
+    with torch.autocast(states.device.type, enabled=False):
+        logits = in_full_precision(states) @ weight.T
+        if bias is not None:
+            logits = logits + in_full_precision(bias[: form.v_eff])
+        logits = logits * transform.logit_scale
+        if transform.softcap is not None:
+            logits = transform.softcap * torch.tanh(logits / transform.softcap)
+        return torch.log_softmax(logits / form.temperature, -1)
+
+
+def kl_to_full(known: SparseTargets, log_p: Tensor) -> Tensor:
+    """KL(cache || teacher) per position [n] in nats: weights against probabilities, the tail, where there is one, against the other mass.
+
+    Of a sampled cache it is that of the one draw that is kept; over draws the weights average to the probabilities.
+    """
+    ids, weights = known.filled()
+    whole = weights.sum(1)
+    log_outside = log_p.scatter(1, ids, -torch.inf).logsumexp(1)
+    tail = torch.zeros_like(whole) if known.log_tail is None else known.log_tail.exp()
+    # the least weight that a row can tell stands for a probability of 0 too
+    parts = torch.where(weights > 0, weights * (known.log_weights - log_p.gather(1, ids).clamp(min=-100)), 0.0).sum(1)
+    if known.log_tail is None:
+        return parts / whole - whole.log()
+    return parts + torch.where(tail > 0, tail * (known.log_tail - log_outside), 0.0)

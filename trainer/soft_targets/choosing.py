@@ -1,0 +1,92 @@
+"""Which tokens of a teacher's distribution a cache keeps.
+
+``top_k``: the likeliest tokens; the mass of all others is one number. ``sampled`` and ``hybrid``: the likeliest 1 or ``top`` tokens, and
+others drawn without replacement with probability min(1, p / tau), weight max(p, tau), tau such that exactly as many are drawn as there
+is room for (threshold sampling; Duffield, Lund & Thorup 2007; systematic draws). Every token's expected weight is its probability, as in
+random sampling with replacement (RS-KD, arXiv 2503.16870), at the least variance that so many tokens allow.
+"""
+
+import torch
+from torch import Tensor
+
+from ...losses.sparse import SparseTargets
+from .packed_rows import RowFormat, Rows, log_code, log_of
+
+
+def choose_rows(log_p: Tensor, form: RowFormat, start: Tensor) -> Rows:
+    """What a cache keeps of ``log_p``.
+
+    Args:
+        log_p: [n, V] fp32 log-probabilities at the temperature of ``form``.
+        form: Sizes.
+        start: [n] in [0, 1): where systematic draws begin.
+    """
+    top_logs, top_ids = log_p.topk(form.top, 1)
+    entropy = torch.special.entr(log_p.exp()).sum(1)
+    if form.tail:
+        return _likeliest(log_p, form, entropy)
+    rest = log_p.exp().scatter_(1, top_ids, 0.0)
+    floor = log_code(_threshold(rest, form.others).log(), up=True)
+    tau = log_of(floor).exp().unsqueeze(1)
+    certain = rest >= tau
+    through = rest.masked_fill(certain, 0).div_(tau).cumsum_(1).add_(start.unsqueeze(1)).floor_()
+    drawn = through.diff(dim=1, prepend=torch.zeros_like(through[:, :1])) > 0
+    ids = _places(certain | (drawn & (rest > 0)), form.others)
+    used = ids < form.v_eff
+    logs = rest.gather(1, ids.masked_fill(~used, 0)).clamp(min=torch.finfo(rest.dtype).tiny).log()
+    return Rows(top_ids, top_logs, ids, logs, floor, None, entropy)
+
+
+def _likeliest(log_p: Tensor, form: RowFormat, entropy: Tensor) -> Rows:
+    logs, ids = log_p.topk(form.top + form.others, 1)
+    outside = log_p.scatter(1, ids, -torch.inf).logsumexp(1)
+    # tokens of probability 0 take no slot: the grid need not reach down to them
+    others, order = torch.where(logs > -torch.inf, ids, form.v_eff)[:, form.top :].sort(1)
+    kept = logs[:, form.top :].gather(1, order)
+    floor = _floor(kept, logs, form)
+    return Rows(ids[:, : form.top], logs[:, : form.top], others, kept, floor, outside, entropy)
+
+
+def rows_of(known: SparseTargets, form: RowFormat) -> Rows:
+    """What a top-k cache keeps of a teacher that is itself known in bucket form only, the same tokens or fewer."""
+    logs, order = known.log_weights.topk(form.top + form.others, 1)
+    ids = torch.where(logs > -torch.inf, known.ids.gather(1, order), form.v_eff)
+    outside = known.log_weights.scatter(1, order, -torch.inf).logsumexp(1)
+    tail = outside if known.log_tail is None else torch.logaddexp(outside, known.log_tail)
+    others, by_id = ids[:, form.top :].sort(1)
+    kept = logs[:, form.top :].gather(1, by_id)
+    return Rows(
+        ids[:, : form.top].clamp(max=form.v_eff - 1), logs[:, : form.top], others, kept, _floor(kept, logs, form), tail, known.entropy
+    )
+
+
+def _floor(kept: Tensor, logs: Tensor, form: RowFormat) -> Tensor:
+    """Code of the least of the others in use, rounded down, so that it lies on the grid."""
+    least = kept.masked_fill(kept == -torch.inf, torch.inf).amin(1).clamp(max=0) if form.others else logs[:, -1]
+    return (log_code(least, up=True) - 1).clamp(min=0)
+
+
+def _threshold(rest: Tensor, count: int) -> Tensor:
+    """tau [n] with sum min(1, rest / tau) = count; the least positive number where there is nothing to draw."""
+    leading = rest.topk(min(count, rest.shape[1]), 1).values
+    before = leading.cumsum(1) - leading
+    whole = rest.sum(1, keepdim=True)
+    number = count - torch.arange(leading.shape[1], device=rest.device)
+    candidates = (whole - before).clamp(min=0) / number
+    # with c tokens kept for certain, tau is candidates[c]; the right c is the first whose next token is below tau
+    fits = leading <= candidates
+    first = fits.to(torch.int8).argmax(1, keepdim=True)
+    first = torch.where(fits.any(1, keepdim=True), first, leading.shape[1] - 1)
+    return candidates.gather(1, first).squeeze(1).clamp(min=torch.finfo(rest.dtype).tiny)
+
+
+def _places(chosen: Tensor, count: int) -> Tensor:
+    """Columns of the first ``count`` true elements of each row, ascending, filled up with the number of columns: [n, count] int64."""
+    rows, columns = chosen.nonzero(as_tuple=True)
+    starts = torch.zeros(len(chosen) + 1, dtype=torch.int64, device=chosen.device)
+    starts[1:] = chosen.sum(1).cumsum(0)
+    place = torch.arange(len(rows), device=chosen.device) - starts[rows]
+    kept = place < count
+    ids = torch.full((len(chosen), count), chosen.shape[1], dtype=torch.int64, device=chosen.device)
+    ids[rows[kept], place[kept]] = columns[kept]
+    return ids

@@ -1,0 +1,145 @@
+"""What a training stage starts from: the student, whole or as empty shapes to be filled by each rank, and the teacher."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from ...models.batches import check_packing
+from ...models.causality import check_causal
+from ...models.common.errors import UserError
+from ...models.families import check_head
+from ...models.folder.loading import load_config, load_model, meta_model
+from ...models.folder.streaming import WeightFiles, can_stream, empty_model
+from ...models.teachers import LocalTeacher, Teacher, open_teacher
+from ..plan import TrainingPlan
+from ..processes.strategy import choose_strategy, device_bytes, shards
+from ..processes.world import current_world, value_of_first
+from ..settings import TrainingBlock
+from ..soft_targets.cached import SparseTeacher
+from ..soft_targets.fill import cached_teacher
+from ..soft_targets.served import ServedTeacher
+from .context import StageContext, TeacherRef
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.1, "nf4": 0.7}
+
+
+@dataclass(frozen=True)
+class OpenStudent:
+    """A stage's input, ready for ``fit``."""
+
+    model: "PreTrainedModel"
+    """fp32 master weights; on the meta device when ``weights`` is given."""
+    weights: WeightFiles | None
+    """Where each rank reads its own rows from."""
+    strategy: Literal["ddp", "fsdp2"]
+    """How the student is spread over ranks."""
+
+
+def open_student(context: StageContext) -> OpenStudent:
+    """The stage's input with fp32 master weights. Under FSDP2 no rank ever reads, or holds, more of it than its share."""
+    strategy = stage_strategy(context)
+    place, revision = context.input, context.input_revision
+    if shards(strategy, current_world()) and can_stream(place, revision):
+        model, weights = empty_model(place, revision)
+        return OpenStudent(model, weights, strategy)
+    model = load_model(place, dtype=torch.float32, revision=revision)
+    check_head(model)
+    check_causal(model, f"{context.name}: the student")
+    if context.data.packed:
+        check_packing(model, f"{context.name}: the student")
+    return OpenStudent(model, None, strategy)
+
+
+def whole_student(context: StageContext) -> "PreTrainedModel":
+    """The stage's input in fp32, for work that rank 0 does alone, on its GPU where there is one."""
+    return load_model(context.input, dtype=torch.float32, revision=context.input_revision, device=current_device())
+
+
+def current_device() -> torch.device:
+    """This rank's GPU, or the CPU."""
+    return torch.device("cuda", current_world().local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def stage_strategy(context: StageContext) -> Literal["ddp", "fsdp2"]:
+    """How this stage's student is spread: the recipe's word, or by what fits (decided on rank 0, the same on every rank)."""
+    settings, world, memory = context.trainer, current_world(), device_bytes()
+    if settings.strategy != "auto":
+        return settings.strategy
+    if world.size == 1 or memory is None:
+        return "ddp"
+    chosen = choose_strategy(
+        "auto",
+        ranks=world.size,
+        parameters=stored_parameters(context.input, context.input_revision),
+        optimizer=settings.optimizer,
+        teacher_bytes=teacher_bytes(context.teacher, world.size),
+        device_bytes=memory,
+    )
+    return "fsdp2" if value_of_first(int(chosen == "fsdp2")) else "ddp"
+
+
+def teacher_bytes(teacher: TeacherRef | None, ranks: int) -> int:
+    """About what a teacher takes on each device."""
+    if teacher is None:
+        return 0
+    return held_bytes(stored_parameters(teacher.path, teacher.revision), teacher.load_in, teacher.placement, ranks)
+
+
+def held_bytes(parameters: int, load_in: str, placement: str, ranks: int) -> int:
+    """About what a teacher of ``parameters`` takes on each device."""
+    share = {"replicated": 1.0, "sharded": 1 / ranks, "offloaded": 0.1}[placement]
+    return int(parameters * _BYTES[load_in] * share)
+
+
+def stored_parameters(path: str, revision: str | None) -> int:
+    """Parameters of a model folder or hub id, by its config; tied ones once."""
+    return sum(parameter.numel() for parameter in meta_model(load_config(path, revision=revision)).parameters())
+
+
+def stage_teacher(settings: TrainingBlock, context: StageContext, plan: TrainingPlan) -> Teacher | SparseTeacher | None:
+    """The teacher that the stage learns from, on this rank's device or in its cache; None when its loss needs none."""
+    if settings.loss.hard_weight == 1.0:
+        return None
+    choice = settings.teacher or ("recipe" if context.teacher else "input")
+    if choice == "recipe" and context.teacher and context.teacher.cache:
+        return cached_teacher(context, settings.loss, plan, lambda: _running_teacher(choice, context))
+    return _running_teacher(choice, context)
+
+
+def _running_teacher(choice: str, context: StageContext) -> LocalTeacher | ServedTeacher:
+    if choice == "recipe" and context.teacher and context.teacher.served:
+        return ServedTeacher(context.teacher.served, context.v_eff)
+    teacher = _open_teacher(choice, context)
+    if context.data.packed:
+        check_packing(teacher.model, f"{context.name}: the teacher")
+    return teacher
+
+
+def _open_teacher(choice: str, context: StageContext) -> LocalTeacher:
+    device = current_device()
+    if choice == "input":
+        return open_teacher(
+            context.input,
+            load_in="fp32",
+            placement="replicated",
+            device=device,
+            revision=context.input_revision,
+            v_eff=context.v_eff,
+            name="its own input",
+        )
+    if context.teacher is None:
+        raise UserError(f"{context.name}: teacher: recipe, but the recipe has no teacher; add one, or set teacher: input")
+    ref = context.teacher
+    return open_teacher(
+        ref.path,
+        load_in=ref.load_in,
+        placement=ref.placement,
+        device=device,
+        revision=ref.revision,
+        v_eff=context.v_eff,
+        name=ref.name,
+    )
