@@ -1,4 +1,4 @@
-"""The package list, the typing links and the lock of imports hold what the folders on disk say."""
+"""The package list and the typing links hold what the folders on disk say; start-up imports nothing heavy."""
 
 import re
 import subprocess
@@ -33,23 +33,7 @@ def test_typing_links_cover_every_top_folder() -> None:
     assert {link.name for link in (ROOT / ".typing" / "decoct").iterdir()} == {*TOP, "__init__.py"}
 
 
-@pytest.mark.parametrize("package", ["losses", "qat", "models"])
-def test_lower_layers_never_import_upwards(package: str) -> None:
-    upward = ("trainer", "launch", "configs", "lightning")
-    allowed = {"losses": ("losses",), "qat": ("qat", "models"), "models": ("models",)}[package]
-    for file in (ROOT / package).rglob("*.py"):
-        for number, line in enumerate(file.read_text().splitlines(), 1):
-            words = line.split()
-            if len(words) < 2 or words[0] not in ("from", "import"):
-                continue
-            top = words[1].removeprefix("decoct.").lstrip(".").split(".")[0]
-            depth = len(file.relative_to(ROOT).parts) - 1
-            leaves = words[1].startswith("." * (depth + 1)) or words[1].startswith("decoct.")
-            assert not (top in upward and (leaves or top == "lightning")), f"{file}:{number}: {line}"
-            assert not leaves or top in allowed, f"{file}:{number}: {line}"
-
-
-@pytest.mark.parametrize("module", ["decoct.losses.settings", "decoct.qat.spec", "decoct.trainer.settings", "decoct.launch.cli"])
+@pytest.mark.parametrize("module", ["decoct.losses.settings", "decoct.qat.spec", "decoct.trainer.settings", "decoct.launch.cli.app"])
 def test_start_up_path_imports_without_torch(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'lightning', 'pydantic', 'wandb') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

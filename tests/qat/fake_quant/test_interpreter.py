@@ -12,8 +12,8 @@ import pytest
 @pytest.mark.parametrize(
     ("file", "selection", "at_least"),
     [
-        pytest.param("test_kernel", "96-32 or tiny_and_large or ties or bad_weights or non_contiguous", 25, id="some"),
-        pytest.param("test_kernel", "test", 60, id="all", marks=pytest.mark.slow),
+        pytest.param("test_absmax_kernel", "96-32 or tiny_and_large or ties or bad_weights or non_contiguous", 25, id="some"),
+        pytest.param("test_absmax_kernel", "test", 60, id="all", marks=pytest.mark.slow),
         pytest.param("test_learned_kernel", "test", 30, id="learned"),
         pytest.param("test_range_kernel", "test", 40, id="range"),
         pytest.param("test_float_kernel", "test", 20, id="float"),
