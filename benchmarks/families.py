@@ -29,7 +29,7 @@ from decoct.models.folder.refused_inputs import check_text_model
 from decoct.models.teachers import open_teacher
 from decoct.qat.export.family_limits import gguf_refusal
 from decoct.qat.layers.quantized_model import fold, prepare, quantize_model
-from decoct.qat.ptq import CalibrationText, Rounding, round_model
+from decoct.qat.ptq import CalibrationText, RoundingMethod, round_model
 from decoct.qat.source.quantized_source import open_source
 from decoct.qat.spec import QuantSpec
 
@@ -206,7 +206,7 @@ def _calibrates(model: Any) -> None:
     ids = torch.randint(1, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(0))
     text = CalibrationText(batches=[{"input_ids": ids}])
     try:
-        round_model(model, SPEC, Rounding(method="gptq"), skip=_special(model), text=text)
+        round_model(model, SPEC, RoundingMethod(method="gptq"), skip=_special(model), text=text)
     except UserError as error:
         raise UserError(_LAYER.sub("", str(error)).partition(", so nothing")[0].partition(" and cannot be")[0]) from error
 

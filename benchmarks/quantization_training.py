@@ -151,7 +151,7 @@ def stepper(bench: Bench, system: str, objective: str) -> Callable[[dict[str, An
     from decoct.qat.layers.quant_linear import Extras
     from decoct.qat.layers.quantized_model import prepare
     from decoct.qat.spec import QuantSpec
-    from decoct.trainer.loop.qat_hook import Quantizers
+    from decoct.trainer.loop.qat_hook import QatSchedule
     from decoct.trainer.settings_quantization import QatSettings
 
     student, loss = bench.student().train(), bench.objective(objective, range(0))
@@ -163,7 +163,7 @@ def stepper(bench: Bench, system: str, objective: str) -> Callable[[dict[str, An
         prepare(student, spec, extras=Extras(scale=learned))
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
     if learned:
-        Quantizers(QatSettings(weights=spec), 100, 0).on_start(student, optimizer)
+        QatSchedule(QatSettings(weights=spec), 100, 0).on_start(student, optimizer)
 
     def step(batch: dict[str, Any]) -> None:
         sums = loss(student, batch)

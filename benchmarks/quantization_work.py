@@ -44,11 +44,11 @@ def calibration(file: Path) -> Any:
 
 def round_by(model: Any, windows: Path, method: str, bits: int, group: int, grid: str = "bf16_fp16") -> tuple[Any, dict[str, float]]:
     """(what ``round_model`` found, its seconds and its peak bytes beyond the loaded model)."""
-    from decoct.qat.ptq import Rounding, round_model
+    from decoct.qat.ptq import RoundingMethod, round_model
     from decoct.qat.spec import QuantSpec
 
     spec = QuantSpec(bits=bits, group_size=group, scale_grid=grid)  # pyright: ignore[reportArgumentType]
-    rounding = Rounding(method=method)  # pyright: ignore[reportArgumentType]
+    rounding = RoundingMethod(method=method)  # pyright: ignore[reportArgumentType]
     text = None if rounding.needs == "nothing" else calibration(windows)
     before, begun = reset_peak(), time.perf_counter()
     rounded = round_model(model, spec, rounding, text=text)

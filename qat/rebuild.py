@@ -11,7 +11,7 @@ from ..models.folder.loading import meta_model
 from ..models.folder.record import check_record
 from ..models.folder.structure import model_structure, plain_config
 from .readers.open import open_export
-from .rebuild_inputs import Arithmetic, round_cache, round_inputs
+from .rebuild_inputs import Arithmetic, hook_cache, hook_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +53,6 @@ def load_exported_model(path: Path, *, inputs: Arithmetic = "kernels") -> "PreTr
         raise UserError(f"{path}: transformers did not take {sorted(map(str, wrong))[0]} ({len(wrong)} in all); export the model again")
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    round_inputs(model, opened, inputs, structure.modules)
-    round_cache(model, opened)
+    hook_inputs(model, opened, inputs, structure.modules)
+    hook_cache(model, opened)
     return model.eval()

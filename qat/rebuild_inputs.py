@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Arithmetic = Literal["kernels", "compressed-tensors"]
 
 
-def round_inputs(model: nn.Module, opened: ExportReader, arithmetic: Arithmetic, modules: Mapping[str, str]) -> None:
+def hook_inputs(model: nn.Module, opened: ExportReader, arithmetic: Arithmetic, modules: Mapping[str, str]) -> None:
     """Hook the rounding of inputs into every module of ``model`` whose inputs the export says are rounded.
 
     ``modules`` has the names in the model of those that the export calls otherwise.
@@ -40,7 +40,7 @@ def round_inputs(model: nn.Module, opened: ExportReader, arithmetic: Arithmetic,
             model.get_submodule(modules.get(name, name)).register_forward_pre_hook(partial(_hook, rounding))
 
 
-def round_cache(model: "PreTrainedModel", opened: ExportReader) -> None:
+def hook_cache(model: "PreTrainedModel", opened: ExportReader) -> None:
     """Let the model round keys and values as the export says; UserError when its scales belong to other modules."""
     scales = opened.cache() if isinstance(opened, PackedFolder) else None
     if scales is None:

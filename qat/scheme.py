@@ -1,6 +1,6 @@
 """Which module of a model gets which lattice: one for all linears, other ones by name pattern, and what is left alone.
 
-    Lattices(weights=QuantSpec(bits=4, group_size=64), skip=("*.0.*",), overrides={"*.down_proj": SpecChange(bits=8)})
+    QuantScheme(weights=QuantSpec(bits=4, group_size=64), skip=("*.0.*",), overrides={"*.down_proj": SpecChange(bits=8)})
 
 Embedding and head are left alone unless they are given a lattice. Imports no torch: recipes are read without it.
 """
@@ -46,7 +46,7 @@ class SpecChange:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lattices:
+class QuantScheme:
     """The lattices of a model's modules; nothing of it depends on the order of the patterns.
 
     Raises:
@@ -72,9 +72,9 @@ class Lattices:
                 raise ValueError(f"{key}: {error}") from None
 
     @classmethod
-    def of(cls, spec: "QuantSpec | Lattices", skip: Sequence[str] = ()) -> "Lattices":
-        """A lattice for everything but ``skip``; Lattices as they are."""
-        return spec if isinstance(spec, Lattices) else cls(weights=spec, skip=tuple(skip))
+    def of(cls, spec: "QuantSpec | QuantScheme", skip: Sequence[str] = ()) -> "QuantScheme":
+        """A lattice for everything but ``skip``; QuantScheme as they are."""
+        return spec if isinstance(spec, QuantScheme) else cls(weights=spec, skip=tuple(skip))
 
     def changes(self) -> dict[str, SpecChange]:
         """Every change by the key that tells of it."""

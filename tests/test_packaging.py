@@ -46,3 +46,21 @@ def test_nobody_imports_a_folder_by_its_bare_name() -> None:
     for top in (*TOP, "tests"):
         for file in (ROOT / top).rglob("*.py"):
             assert not bare.search(file.read_text()), file
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "new"),
+    [
+        ("decoct.qat.lattices", "Lattices", "QuantScheme"),
+        ("decoct.qat.modules", "prepare", "prepare"),
+        ("decoct.qat.kv_cache", "round_cache", "round_cache"),
+        ("decoct.qat.folder", "save_quantized_folder", "save_quantized_folder"),
+        ("decoct.qat.ptq", "Rounding", "RoundingMethod"),
+    ],
+)
+def test_documented_names_of_before_are_found_with_a_warning(place: str, name: str, new: str) -> None:
+    code = f"import warnings; warnings.simplefilter('error'); from {place} import {name}"
+    refused = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "DeprecationWarning" in refused.stderr, refused.stderr
+    code = f"import decoct.qat; from {place} import {name}; assert {name} is decoct.qat.{new}"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

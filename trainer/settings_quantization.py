@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..qat.scheme import Lattices, SpecChange
+from ..qat.scheme import QuantScheme, SpecChange
 from ..qat.spec import ActivationSpec, QuantSpec
 from .settings import TrainingBlock
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatticeSettings:
+class SchemeSettings:
     """Which module is rounded to what."""
 
     weights: QuantSpec = field(default_factory=QuantSpec)
@@ -32,9 +32,9 @@ class LatticeSettings:
     three-dimensional parameters; the others stay as they are."""
 
     @property
-    def lattices(self) -> Lattices:
+    def scheme(self) -> QuantScheme:
         """The same as the library takes it; ValueError when a change does not go together with weights."""
-        return Lattices(weights=self.weights, skip=self.skip, overrides=self.overrides, embedding=self.embedding, head=self.head)
+        return QuantScheme(weights=self.weights, skip=self.skip, overrides=self.overrides, embedding=self.embedding, head=self.head)
 
     @property
     def ends(self) -> list[str]:
@@ -48,7 +48,7 @@ class LatticeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QatSettings(LatticeSettings, TrainingBlock):
+class QatSettings(SchemeSettings, TrainingBlock):
     """Train with weights rounded in the forward pass; ends in codes and scales ready to pack."""
 
     scales: Literal["learned", "absmax"] = "learned"
@@ -80,7 +80,7 @@ class QatSettings(LatticeSettings, TrainingBlock):
 
     def __post_init__(self) -> None:
         TrainingBlock.__post_init__(self)
-        _ = self.lattices
+        _ = self.scheme
         self._check_kind()
         self._check_ends()
         if self.train == "scales" and self.scales != "learned":
@@ -162,7 +162,7 @@ class QatSettings(LatticeSettings, TrainingBlock):
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeSettings(LatticeSettings):
+class QuantizeSettings(SchemeSettings):
     """Round without training.
 
     What is not given is filled in, except dials that the chosen method does not have: those stay None, and giving one is an error.
@@ -188,7 +188,7 @@ class QuantizeSettings(LatticeSettings):
     memory is too small for the whole model in fp32."""
 
     def __post_init__(self) -> None:
-        _ = self.lattices
+        _ = self.scheme
         if self.weights.kind != "int" and self.method != "rtn":
             raise ValueError(f"method={self.method} chooses integer codes; kind={self.weights.kind} is rounded to nearest: use method=rtn")
         self._fill("scale", "fitted", "gptq")

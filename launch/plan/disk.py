@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .shapes import ModelShape, quantized_linears
 
 if TYPE_CHECKING:
-    from ...qat.scheme import Lattices
+    from ...qat.scheme import QuantScheme
     from ...qat.spec import QuantSpec
 
 _WIDTHS = {"F32": 4, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "I32": 4, "I64": 8}
@@ -36,10 +36,10 @@ def model_bytes(shape: ModelShape, dtype: str) -> int:
     return safetensors_bytes({name: (dtype, sizes) for name, sizes in shape.tensors.items()})
 
 
-def quantized_bytes(shape: ModelShape, lattices: "Lattices") -> tuple[int, int]:
+def quantized_bytes(shape: ModelShape, scheme: "QuantScheme") -> tuple[int, int]:
     """(model.safetensors, quant/codes.safetensors) of a quantized folder: codes times scales in fp32, and int8 codes with fp32 scales."""
     codes: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, (rows, columns, spec) in quantized_linears(shape, lattices).items():
+    for name, (rows, columns, spec) in quantized_linears(shape, scheme).items():
         scales = spec.scale_shape(rows, columns)
         codes[f"{name}.codes"] = ({"int": "I8", "fp8_e4m3": "F8_E4M3"}.get(spec.kind, "U8"), (rows, columns))
         codes[f"{name}.scale"] = ("F32", scales)
@@ -50,9 +50,9 @@ def quantized_bytes(shape: ModelShape, lattices: "Lattices") -> tuple[int, int]:
     return model_bytes(shape, "F32"), safetensors_bytes(codes)
 
 
-def compressed_tensors_bytes(shape: ModelShape, lattices: "Lattices") -> int:
+def compressed_tensors_bytes(shape: ModelShape, scheme: "QuantScheme") -> int:
     """Weight files of a compressed-tensors export: int32 words of codes, bf16 scales, everything else bf16."""
-    quantized = quantized_linears(shape, lattices)
+    quantized = quantized_linears(shape, scheme)
     stored: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, (rows, columns, spec) in quantized.items():
         words = -(-columns * spec.bits // 32)
@@ -62,21 +62,21 @@ def compressed_tensors_bytes(shape: ModelShape, lattices: "Lattices") -> int:
         if not spec.symmetric:
             stored[f"{name}.weight_zero_point"] = ("I32", (-(-rows * spec.bits // 32), groups))
         stored[f"{name}.weight_shape"] = ("I64", (2,))
-    return safetensors_bytes(stored | _unquantized(shape, lattices))
+    return safetensors_bytes(stored | _unquantized(shape, scheme))
 
 
-def gguf_bytes(shape: ModelShape, lattices: "Lattices") -> int:
+def gguf_bytes(shape: ModelShape, scheme: "QuantScheme") -> int:
     """The file of a GGUF export: blocks of 32 codes with an fp16 scale, other matrices bf16, vectors fp32, and about 40 bytes a token."""
-    return _gguf_bytes(shape, lattices, q2_0=False)
+    return _gguf_bytes(shape, scheme, q2_0=False)
 
 
-def gguf_q2_0_bytes(shape: ModelShape, lattices: "Lattices") -> int:
+def gguf_q2_0_bytes(shape: ModelShape, scheme: "QuantScheme") -> int:
     """The same with symmetric codes of 2 bits in blocks of 64, where rows and groups are whole ones."""
-    return _gguf_bytes(shape, lattices, q2_0=True)
+    return _gguf_bytes(shape, scheme, q2_0=True)
 
 
-def _gguf_bytes(shape: ModelShape, lattices: "Lattices", *, q2_0: bool) -> int:
-    quantized = quantized_linears(shape, lattices)
+def _gguf_bytes(shape: ModelShape, scheme: "QuantScheme", *, q2_0: bool) -> int:
+    quantized = quantized_linears(shape, scheme)
     total = 40 * shape.vocabulary
     for name, sizes in shape.tensors.items():
         elements = math.prod(sizes)
@@ -95,41 +95,41 @@ def _block(spec: "QuantSpec", q2_0: bool = False) -> int:
     return 18 if spec.bits <= 4 else 22 if spec.bits == 5 else 34
 
 
-def gptq_bytes(shape: ModelShape, lattices: "Lattices") -> int:
+def gptq_bytes(shape: ModelShape, scheme: "QuantScheme") -> int:
     """Weight files of a GPTQ export: int32 words of codes and zero points, fp16 scales, an int32 a column, everything else 16 bits."""
     stored: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, (rows, columns, spec) in quantized_linears(shape, lattices).items():
+    for name, (rows, columns, spec) in quantized_linears(shape, scheme).items():
         groups = spec.scale_shape(rows, columns)[1]
         stored[f"{name}.qweight"] = ("I32", (-(-columns * spec.bits // 32), rows))
         stored[f"{name}.qzeros"] = ("I32", (groups, -(-rows * spec.bits // 32)))
         stored[f"{name}.scales"] = ("BF16", (groups, rows))
         stored[f"{name}.g_idx"] = ("I32", (columns,))
-    return safetensors_bytes(stored | _unquantized(shape, lattices))
+    return safetensors_bytes(stored | _unquantized(shape, scheme))
 
 
-def awq_bytes(shape: ModelShape, lattices: "Lattices") -> int:
+def awq_bytes(shape: ModelShape, scheme: "QuantScheme") -> int:
     """Weight files of an AWQ export: int32 words of codes and zero points, fp16 scales, everything else 16 bits."""
     stored: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, (rows, columns, spec) in quantized_linears(shape, lattices).items():
+    for name, (rows, columns, spec) in quantized_linears(shape, scheme).items():
         groups = spec.scale_shape(rows, columns)[1]
         stored[f"{name}.qweight"] = ("I32", (columns, -(-rows // 8)))
         stored[f"{name}.qzeros"] = ("I32", (groups, -(-rows // 8)))
         stored[f"{name}.scales"] = ("BF16", (groups, rows))
-    return safetensors_bytes(stored | _unquantized(shape, lattices))
+    return safetensors_bytes(stored | _unquantized(shape, scheme))
 
 
-def plain_bytes(shape: ModelShape, lattices: "Lattices") -> int:
+def plain_bytes(shape: ModelShape, scheme: "QuantScheme") -> int:
     """Weight files of a plain export: everything in 16 bits."""
     return model_bytes(shape, "BF16")
 
 
-def plain_f32_bytes(shape: ModelShape, lattices: "Lattices") -> int:
+def plain_f32_bytes(shape: ModelShape, scheme: "QuantScheme") -> int:
     """Weight files of a plain export in fp32."""
     return model_bytes(shape, "F32")
 
 
-def _unquantized(shape: ModelShape, lattices: "Lattices") -> dict[str, tuple[str, tuple[int, ...]]]:
-    quantized = quantized_linears(shape, lattices)
+def _unquantized(shape: ModelShape, scheme: "QuantScheme") -> dict[str, tuple[str, tuple[int, ...]]]:
+    quantized = quantized_linears(shape, scheme)
     return {name: ("BF16", sizes) for name, sizes in shape.tensors.items() if name.removesuffix(".weight") not in quantized}
 
 

@@ -29,8 +29,8 @@ def coverage(stage: StageShape) -> float | None:
     settings, weights = stage.entry.settings, stage.before.family.weights
     if isinstance(settings, PruneSettings):
         return weights.share(ffn_linears(stage.before) if settings.structured else None)
-    if isinstance(settings, QatSettings | QuantizeSettings | ExportSettings) and stage.lattices is not None:
-        return weights.share(quantized_linears(stage.before, stage.lattices))
+    if isinstance(settings, QatSettings | QuantizeSettings | ExportSettings) and stage.scheme is not None:
+        return weights.share(quantized_linears(stage.before, stage.scheme))
     return None
 
 

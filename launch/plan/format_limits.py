@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ...models.common.errors import UserError
-from .stored_shapes import Case
+from .stored_shapes import StoredShapes
 
 if TYPE_CHECKING:
     from ...trainer.settings import ExportSettings
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 _PACKED_BITS = (2, 4, 8)
 
 
-def refusals(cases: Sequence[Case], settings: "ExportSettings") -> list[str]:
+def refusals(cases: Sequence[StoredShapes], settings: "ExportSettings") -> list[str]:
     """One sentence, with the nearest setting that works, for each format that cannot hold the model; [] when all can.
 
     Args:
@@ -30,7 +30,7 @@ def refusals(cases: Sequence[Case], settings: "ExportSettings") -> list[str]:
     return list(dict.fromkeys(said))[:8]
 
 
-def _is_q2_0(case: Case) -> bool:
+def _is_q2_0(case: StoredShapes) -> bool:
     spec = case.spec
     if (spec.kind, spec.bits, spec.symmetric) != ("int", 2, True):
         return False
@@ -38,21 +38,21 @@ def _is_q2_0(case: Case) -> bool:
     return groups and any(columns % 64 == 0 for _, columns in case.linears.values())
 
 
-def _reasons(form: str, case: Case, settings: "ExportSettings") -> Iterable[str]:
+def _reasons(form: str, case: StoredShapes, settings: "ExportSettings") -> Iterable[str]:
     if form == "safetensors":
         return [*_safetensors(case, settings), *_beside(form, case)]
     if form == "safetensors-f32":
         return [*_beside(form, case)]
     if case.spec.kind != "int":
-        return [f"holds integer codes, not kind={case.spec.kind}; use {case.lattice_fix(kind='int')}, or leave the format out"]
+        return [f"holds integer codes, not kind={case.spec.kind}; use {case.spec_fix(kind='int')}, or leave the format out"]
     return [*_of_ends(form, case), *_of_servers(form, case), *_RULES.get(form, _nothing)(case, settings), *_beside(form, case)]
 
 
-def _nothing(case: Case, settings: "ExportSettings") -> Iterable[str]:
+def _nothing(case: StoredShapes, settings: "ExportSettings") -> Iterable[str]:
     return ()
 
 
-def _of_ends(form: str, case: Case) -> Iterable[str]:
+def _of_ends(form: str, case: StoredShapes) -> Iterable[str]:
     if form.startswith("gguf"):
         return
     if "embedding" in case.ends:
@@ -63,16 +63,16 @@ def _of_ends(form: str, case: Case) -> Iterable[str]:
         yield f"has readers that take the head for a plain matrix; leave {case.keys.quantizer}head out, or use {fix}"
 
 
-def _of_servers(form: str, case: Case) -> Iterable[str]:
+def _of_servers(form: str, case: StoredShapes) -> Iterable[str]:
     """What every packed format refuses: parts of one matrix with different lattices, and scales that 16 bits do not hold."""
     if case.apart and not form.startswith("gguf") and not case.apart.left:
         yield f"is read by servers that make one matrix of {', '.join(case.apart.names)}; give them one lattice"
     if case.spec.scale_grid == "fp32" or (form == "compressed-tensors" and case.spec.scale_grid == "fp16"):
-        fix = case.lattice_fix(scale_grid="bf16_fp16")
+        fix = case.spec_fix(scale_grid="bf16_fp16")
         yield f"stores scales in 16 bits, which do not hold scale_grid={case.spec.scale_grid}; use {fix}"
 
 
-def _beside(form: str, case: Case) -> Iterable[str]:
+def _beside(form: str, case: StoredShapes) -> Iterable[str]:
     """Only compressed-tensors has words for what is rounded beside weights, and not for all of it."""
     if form != "compressed-tensors":
         for key, what in (("activations", "inputs"), ("kv_cache", "keys and values")):
@@ -84,7 +84,7 @@ def _beside(form: str, case: Case) -> Iterable[str]:
         if case.activations.kind != "int8":
             yield f"takes inputs in int8, not {case.activations.kind}; use {case.keys.quantizer}activations.kind=int8"
         if case.spec.bits != 8 or not isinstance(case.spec.group_size, str):
-            fix = case.lattice_fix(bits=8, group_size="channel")
+            fix = case.spec_fix(bits=8, group_size="channel")
             yield f"takes int8 inputs with int8 weights and a scale a row; use {fix}, or leave {case.keys.quantizer}activations out"
     if case.kv_cache is not None and (case.kv_cache.kind, case.kv_cache.scaling) != ("fp8_e4m3", "static"):
         at = f"{case.keys.quantizer}kv_cache"
@@ -94,7 +94,7 @@ def _beside(form: str, case: Case) -> Iterable[str]:
         )
 
 
-def _compressed_tensors(case: Case, settings: "ExportSettings") -> Iterable[str]:
+def _compressed_tensors(case: StoredShapes, settings: "ExportSettings") -> Iterable[str]:
     from ...qat.export.compressed_tensors.writer import check_reader
 
     bits = case.spec.bits
@@ -108,22 +108,22 @@ def _compressed_tensors(case: Case, settings: "ExportSettings") -> Iterable[str]
             yield f"cannot be written so: {error}; use {case.keys.export}reader_version=0.18.0"
     else:
         yield (
-            f"packs {bits} bits differently from version to version; use {case.lattice_fix(bits=nearest)}, or name the version that will "
+            f"packs {bits} bits differently from version to version; use {case.spec_fix(bits=nearest)}, or name the version that will "
             f"read it: {case.keys.export}reader_version=0.18.0"
         )
 
 
-def _gptq(case: Case, settings: "ExportSettings") -> Iterable[str]:
+def _gptq(case: StoredShapes, settings: "ExportSettings") -> Iterable[str]:
     if not case.spec.symmetric:
         fix = case.formats_fix(add="gptq_v2", instead_of="gptq")
-        yield f"holds symmetric weights alone; use {fix}, or {case.lattice_fix(symmetric='true')}"
+        yield f"holds symmetric weights alone; use {fix}, or {case.spec_fix(symmetric='true')}"
     yield from _gptq_v2(case, settings)
 
 
-def _gptq_v2(case: Case, settings: "ExportSettings") -> Iterable[str]:
+def _gptq_v2(case: StoredShapes, settings: "ExportSettings") -> Iterable[str]:
     bits = case.spec.bits
     if bits not in _PACKED_BITS:
-        yield f"packs 2, 4 and 8 bits, not {bits}; use {case.lattice_fix(bits=4 if bits < 6 else 8)}"
+        yield f"packs 2, 4 and 8 bits, not {bits}; use {case.spec_fix(bits=4 if bits < 6 else 8)}"
         return
     unit = 32 // bits
     odd = {name: sizes for name, sizes in case.linears.items() if any(size % unit for size in sizes)}
@@ -132,15 +132,15 @@ def _gptq_v2(case: Case, settings: "ExportSettings") -> Iterable[str]:
         yield f"packs {unit} codes in a word, and {name} has {size:,} {side}, no multiple; {_narrower(case, list(odd), unit)}"
 
 
-def _awq(case: Case, settings: "ExportSettings") -> Iterable[str]:
+def _awq(case: StoredShapes, settings: "ExportSettings") -> Iterable[str]:
     if case.spec.bits != 4:
-        yield f"packs 4 bits, not {case.spec.bits}; use {case.lattice_fix(bits=4)}"
+        yield f"packs 4 bits, not {case.spec.bits}; use {case.spec_fix(bits=4)}"
     odd = {name: rows for name, (rows, _) in case.linears.items() if rows % 8}
     for name, rows in list(odd.items())[:1]:
         yield f"packs 8 outputs in a word, and {name} has {rows:,}, no multiple; {_narrower(case, list(odd), 8)}"
 
 
-def _safetensors(case: Case, settings: "ExportSettings") -> Iterable[str]:
+def _safetensors(case: StoredShapes, settings: "ExportSettings") -> Iterable[str]:
     spec = case.spec
     if not settings.allow_inexact and (spec.kind not in ("int", "mxfp4") or spec.bits > 4 or not spec.symmetric):
         kind = spec.kind if spec.kind != "int" else f"{spec.bits}-bit" if spec.symmetric else "asymmetric"
@@ -148,13 +148,13 @@ def _safetensors(case: Case, settings: "ExportSettings") -> Iterable[str]:
         yield f"stores 16-bit floats, which do not hold {kind} codes times their scales; use {fix} to have them rounded"
 
 
-def _narrower(case: Case, names: Sequence[str], unit: int) -> str:
+def _narrower(case: StoredShapes, names: Sequence[str], unit: int) -> str:
     left_out = case.skip_fix(*(f"*.{name}" for name in names))
     narrower = case.ffn_fix(unit) if all(name.startswith("mlp.") for name in names) else ""
     return f"use {narrower}, or {left_out}" if narrower else f"use {left_out}"
 
 
-_RULES: dict[str, Callable[[Case, "ExportSettings"], Iterable[str]]] = {
+_RULES: dict[str, Callable[[StoredShapes, "ExportSettings"], Iterable[str]]] = {
     "compressed-tensors": _compressed_tensors,
     "gptq": _gptq,
     "gptq_v2": _gptq_v2,

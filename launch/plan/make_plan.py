@@ -16,7 +16,7 @@ from .plan_types import PRECISIONS, Machine, Plan, StagePlan, Training
 from .rounding import rounding_plan
 from .serving_stacks import Verdict, verdicts
 from .shapes import ModelShape, StageShape, stage_shapes, student_shape, teacher_shape
-from .stored_shapes import Keys, cases
+from .stored_shapes import Keys, stored_shapes
 from .values import Value, recipe_values, settings_values, training_values
 
 if TYPE_CHECKING:
@@ -92,11 +92,11 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
     exports: dict[str, int] = {}
     judged: Sequence[Verdict] = ()
     refused: list[str] = []
-    if isinstance(entry.settings, ExportSettings) and shape.lattices is not None:
-        exports = {name: EXPORT_BYTES[name](after, shape.lattices) for name in entry.settings.formats}
+    if isinstance(entry.settings, ExportSettings) and shape.scheme is not None:
+        exports = {name: EXPORT_BYTES[name](after, shape.scheme) for name in entry.settings.formats}
         beside: Any = {"activations": shape.activations, "kv_cache": shape.kv_cache, "keys": _keys(recipe, entry)}
-        judged = verdicts(after, shape.lattices, tensor_parallel=tensor_parallel, formats=tuple(exports), **beside)
-        refused = refusals(cases(after, shape.lattices, tensor_parallel, tuple(exports), **beside), entry.settings)
+        judged = verdicts(after, shape.scheme, tensor_parallel=tensor_parallel, formats=tuple(exports), **beside)
+        refused = refusals(stored_shapes(after, shape.scheme, tensor_parallel, tuple(exports), **beside), entry.settings)
     return StagePlan(
         name=entry.name,
         kind=entry.kind,
@@ -133,8 +133,8 @@ def _keys(recipe: "Recipe", export: "StageEntry") -> Keys:
 
 def _written(recipe: "Recipe", shape: StageShape) -> int | None:
     if shape.entry.kind in ("qat", "quantize"):
-        assert shape.lattices is not None
-        return sum(quantized_bytes(shape.after, shape.lattices))
+        assert shape.scheme is not None
+        return sum(quantized_bytes(shape.after, shape.scheme))
     if shape.entry.kind in ("pretrain", "distill", "prune"):
         return model_bytes(shape.after, _SAVED[recipe.trainer.save_dtype])
     return None
@@ -164,7 +164,7 @@ def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, m
         on_gpu=machine.gpus > 0,
         load_in=load_in,
         placement=placement,
-        lattices=shape.lattices if entry.kind == "qat" else None,
+        scheme=shape.scheme if entry.kind == "qat" else None,
         **_trained_in_qat(entry.settings),
     )
     memory = training_memory(shape.before, taught, case)

@@ -78,16 +78,16 @@ def _share(elements: int, case: StageMemoryCase) -> int:
 
 def _added(student: ModelShape, case: StageMemoryCase) -> int:
     """Parameters that quantized linears have beside their weights: scales and adapters."""
-    if case.lattices is None or not (case.learned_scales or case.rank):
+    if case.scheme is None or not (case.learned_scales or case.rank):
         return 0
-    quantized = quantized_linears(student, case.lattices)
+    quantized = quantized_linears(student, case.scheme)
     scales = sum(one.scales for one in quantized.values() if one.spec.kind == "int") if case.learned_scales else 0
     return scales + case.rank * sum(one.rows + one.columns for name, one in quantized.items() if name in student.linears)
 
 
 def _quantized_weights(student: ModelShape, case: StageMemoryCase) -> int:
     """Weights of decoder linears that are quantized."""
-    quantized = {} if case.lattices is None else quantized_linears(student, case.lattices)
+    quantized = {} if case.scheme is None else quantized_linears(student, case.scheme)
     return sum(one.rows * one.columns for name, one in quantized.items() if name in student.linears)
 
 
@@ -136,7 +136,7 @@ def _layer_activations(student: ModelShape, case: StageMemoryCase) -> int:
 def _layer_copies(student: ModelShape, case: StageMemoryCase) -> int:
     """Copies of one layer's weights that its backward pass needs: quantized values, bf16 casts, flags of clipped weights."""
     linear = student.linear // max(1, student.layers)
-    if case.lattices is None:
+    if case.scheme is None:
         return 2 * linear if case.mixed else 0
     quantized = _quantized_weights(student, case) // max(1, student.layers)
     plain = 2 * (linear - quantized) if case.mixed else 0
@@ -148,9 +148,9 @@ def _layer_copies(student: ModelShape, case: StageMemoryCase) -> int:
 
 def _table_copies(student: ModelShape, case: StageMemoryCase) -> int:
     """Rounded values, flags and bf16 casts of embedding and head; a tied head rounds the table once more."""
-    if case.lattices is None:
+    if case.scheme is None:
         return 0
-    quantized = quantized_linears(student, case.lattices)
+    quantized = quantized_linears(student, case.scheme)
     tables = [one for name, one in quantized.items() if name not in student.linears]
     uses = 2 if student.embedding in quantized and not student.head else 1
     return sum(one.rows * one.columns for one in tables) * uses * (4 + (0 if case.on_gpu else 1) + (2 if case.mixed else 0))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ...qat.scheme import Lattices
+    from ...qat.scheme import QuantScheme
     from ...trainer.plan import TrainingPlan
 
 
@@ -20,7 +20,7 @@ class StageMemoryCase:
     """How the teacher is held: fp32, bf16, int8, nf4."""
     placement: str = "replicated"
     """Where the teacher is held: replicated, sharded, offloaded."""
-    lattices: "Lattices | None" = None
+    scheme: "QuantScheme | None" = None
     """Lattices that the student trains on, in a qat stage."""
     learned_scales: bool = False
     """A scale parameter for each group, in a qat stage."""

@@ -20,9 +20,9 @@ _KEPT = ("o_proj", "out_proj")
 
 def rounded_input_bytes(student: ModelShape, case: "StageMemoryCase") -> int:
     """Of a micro-batch in one decoder layer (the mean of all); 0 where inputs are not rounded."""
-    if not case.rounds_inputs or case.lattices is None:
+    if not case.rounds_inputs or case.scheme is None:
         return 0
-    rounded = quantized_linears(student, case.lattices)
+    rounded = quantized_linears(student, case.scheme)
     readers: dict[tuple[str, str], list[str]] = {}
     for name in student.linears:
         parent, _, leaf = name.rpartition(".")

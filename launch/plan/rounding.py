@@ -13,8 +13,8 @@ from .fitting import usable
 from .shapes import ModelShape, StageShape, quantized_linears
 
 if TYPE_CHECKING:
-    from ...qat.ptq import Rounding
-    from ...qat.scheme import Lattices
+    from ...qat.ptq import RoundingMethod
+    from ...qat.scheme import QuantScheme
     from ...trainer.settings_quantization import QuantizeSettings
 
 
@@ -64,8 +64,8 @@ def rounding_plan(
     model, rounding = shape.before, rounding_of(settings)
     needs = rounding.needs
     tokens, fitted = settings.calibration_tokens or 0, settings.scale == "fitted"
-    assert shape.lattices is not None
-    layers = _stacks(model, shape.lattices, shared=needs != "nothing")
+    assert shape.scheme is not None
+    layers = _stacks(model, shape.scheme, shared=needs != "nothing")
     batch = _batch_bytes(model, seq_length) if tokens else 0
     codes = max((sum(stack.outputs * stack.inputs for stack in stacks) for stacks in layers), default=0)
     around = 4 * (model.outside + model.layer) + codes
@@ -76,7 +76,7 @@ def rounding_plan(
     return RoundingPlan(
         method=settings.method,
         tokens=tokens,
-        flop=_flop(model, layers, rounding, tokens, twice=shape.lattices.weights.bits <= TWICE_TO),
+        flop=_flop(model, layers, rounding, tokens, twice=shape.scheme.weights.bits <= TWICE_TO),
         device_bytes=device,
         host_bytes=host + 4 * tokens * (model.hidden + _kept_inputs(model, layers, needs, tokens)) + (0 if on_gpu else work),
         streamed=streamed,
@@ -85,10 +85,10 @@ def rounding_plan(
     )
 
 
-def _stacks(model: ModelShape, lattices: "Lattices", *, shared: bool) -> list[list[_Stack]]:
+def _stacks(model: ModelShape, scheme: "QuantScheme", *, shared: bool) -> list[list[_Stack]]:
     """The stacks of each layer that has linears to round."""
     layers: dict[str, dict[Any, _Stack]] = {}
-    for name, (rows, columns, _) in quantized_linears(model, lattices).items():
+    for name, (rows, columns, _) in quantized_linears(model, scheme).items():
         if name not in model.linears:
             continue
         parts = name.split(".")
@@ -138,7 +138,7 @@ def _kept_inputs(model: ModelShape, layers: list[list[_Stack]], needs: str, toke
     return max(sum(width for width in one if width <= model.hidden or 4 * width * tokens <= KEPT_BYTES) for one in widths)
 
 
-def _flop(model: ModelShape, layers: list[list[_Stack]], rounding: "Rounding", tokens: int, *, twice: bool) -> float:
+def _flop(model: ModelShape, layers: list[list[_Stack]], rounding: "RoundingMethod", tokens: int, *, twice: bool) -> float:
     if not tokens:
         return 0.0
     # each layer runs for its moments, for ranges behind static scales, and once more where what was kept does not spare it; nothing
@@ -158,7 +158,7 @@ def _flop(model: ModelShape, layers: list[list[_Stack]], rounding: "Rounding", t
 
 def _work_files(model: ModelShape, shape: StageShape) -> int:
     """The rounded layers on their way: fp32 weights, codes and scales."""
-    assert shape.lattices is not None
-    linears = [one for name, one in quantized_linears(model, shape.lattices).items() if name in model.linears]
+    assert shape.scheme is not None
+    linears = [one for name, one in quantized_linears(model, shape.scheme).items() if name in model.linears]
     codes = sum(one.rows * one.columns for one in linears)
     return 4 * (model.parameters - model.outside) + codes + 4 * sum(one.scales for one in linears)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Literal
 
 from ...models.common.errors import UserError
 from ...qat.export.format_readers import RUNTIMES, formats_for, reading
-from .stored_shapes import USUAL_KEYS, Case, Keys, cases
+from .stored_shapes import USUAL_KEYS, Keys, StoredShapes, stored_shapes
 
 if TYPE_CHECKING:
-    from ...qat.scheme import Lattices
+    from ...qat.scheme import QuantScheme
     from ...qat.spec import ActivationSpec
     from .shapes import ModelShape
 
@@ -41,12 +41,12 @@ class Verdict:
     """The format that it is about; '' where the stack reads none of those that are written."""
 
 
-Rule = Callable[[Case], Iterable[Verdict]]
+Rule = Callable[[StoredShapes], Iterable[Verdict]]
 
 
 def verdicts(
     model: "ModelShape",
-    lattices: "Lattices | None",
+    scheme: "QuantScheme | None",
     *,
     tensor_parallel: int = 1,
     formats: Sequence[str] = ("compressed-tensors",),
@@ -65,9 +65,9 @@ def verdicts(
         kv_cache: How keys and values are.
         keys: How keys of remedies begin.
     """
-    if lattices is None:
+    if scheme is None:
         return []
-    asked = cases(model, lattices, tensor_parallel, formats, activations, kv_cache, keys)
+    asked = stored_shapes(model, scheme, tensor_parallel, formats, activations, kv_cache, keys)
     found: list[Verdict] = []
     for target in RUNTIMES:
         known = [form for form in formats if reading(form, target)]
@@ -75,13 +75,13 @@ def verdicts(
     return found
 
 
-def _of_none(target: str, case: Case) -> Verdict:
+def _of_none(target: str, case: StoredShapes) -> Verdict:
     """Nothing that is written is for this stack."""
     read = formats_for(target)
     return Verdict(target, "no", f"it reads {' or '.join(read)}, which this stage does not write", case.formats_fix(add=read[0]))
 
 
-def _of_format(target: str, form: str, asked: Sequence[Case]) -> Verdict:
+def _of_format(target: str, form: str, asked: Sequence[StoredShapes]) -> Verdict:
     how = reading(form, target)
     assert how is not None
     if how.outcome == "misreads":
@@ -103,7 +103,7 @@ def _of_format(target: str, form: str, asked: Sequence[Case]) -> Verdict:
     return Verdict(target, grave[0].outcome, "; ".join(v.reason for v in grave) + (told if grave[0].outcome != "no" else ""), fix, form)
 
 
-def _fast_path(target: str, form: str, case: Case) -> str:
+def _fast_path(target: str, form: str, case: StoredShapes) -> str:
     if form in PLAIN:
         return "plain weights, as any model's"
     if target in ("vLLM", "SGLang"):
@@ -127,26 +127,26 @@ def _say(outcome: Outcome, reason: str, fix: str = "") -> Verdict:
     return Verdict("", outcome, reason, fix)
 
 
-def _family(case: Case) -> Iterable[Verdict]:
+def _family(case: StoredShapes) -> Iterable[Verdict]:
     if case.config.model_type not in FAMILIES:
         yield _say("slower", f"model type {case.config.model_type} is not among those checked ({', '.join(FAMILIES)})")
 
 
-def _packed_bits(case: Case) -> Iterable[Verdict]:
+def _packed_bits(case: StoredShapes) -> Iterable[Verdict]:
     if case.spec.bits not in (4, 8):
         nearest = 4 if case.spec.bits <= 4 else 8
-        yield _say("no", f"its kernels for packed weights take 4 and 8 bits, not {case.spec.bits}", case.lattice_fix(bits=nearest))
+        yield _say("no", f"its kernels for packed weights take 4 and 8 bits, not {case.spec.bits}", case.spec_fix(bits=nearest))
 
 
-def _marlin_groups(case: Case) -> Iterable[Verdict]:
+def _marlin_groups(case: StoredShapes) -> Iterable[Verdict]:
     group = case.spec.group_size
     if group != "channel" and group not in GROUPS:
         nearest = min(GROUPS, key=lambda size: (abs(size - int(group)), -size))
         reason = f"Marlin has groups of {', '.join(map(str, GROUPS))} and whole rows, not {group}"
-        yield _say("no", reason, case.lattice_fix(group_size=nearest))
+        yield _say("no", reason, case.spec_fix(group_size=nearest))
 
 
-def _tensor_parallel(case: Case) -> Iterable[Verdict]:
+def _tensor_parallel(case: StoredShapes) -> Iterable[Verdict]:
     """Heads are dealt out whole; row-parallel matrices are cut along their inputs."""
     ranks, sizes = case.ranks, case.model.dimensions
     if ranks == 1:
@@ -171,12 +171,12 @@ def _tensor_parallel(case: Case) -> Iterable[Verdict]:
             yield _say("no", reason, (case.ffn_fix(unit) if name == "down_proj" else "") or fewer)
 
 
-def _largest_ranks(case: Case, width: int) -> int:
+def _largest_ranks(case: StoredShapes, width: int) -> int:
     unit = 1 if case.spec.group_size == "channel" else int(case.spec.group_size)
     return max((r for r in range(1, case.ranks) if width % (r * unit) == 0), default=1)
 
 
-def _marlin_widths(case: Case) -> Iterable[Verdict]:
+def _marlin_widths(case: StoredShapes) -> Iterable[Verdict]:
     """Marlin tiles: (outputs, inputs) multiples of (64, 128) or (128, 64) on each GPU; others are padded with zeros."""
     if case.activations is not None:
         return  # kernels for int8 inputs are others; what they need, the format asks for
@@ -194,7 +194,7 @@ def _marlin_widths(case: Case) -> Iterable[Verdict]:
         return
 
 
-def _fused(case: Case) -> Iterable[Verdict]:
+def _fused(case: StoredShapes) -> Iterable[Verdict]:
     """q, k, v and gate, up are one matrix in the server: one scheme for all of them."""
     if case.apart is None:
         return
@@ -208,18 +208,18 @@ def _fused(case: Case) -> Iterable[Verdict]:
         yield _say("no", f"{parts} overrides give them different ones", fix)
 
 
-def _integers(case: Case) -> Iterable[Verdict]:
+def _integers(case: StoredShapes) -> Iterable[Verdict]:
     if case.spec.kind != "int":
-        yield _say("no", f"no format that decoct writes holds kind={case.spec.kind} yet", case.lattice_fix(kind="int"))
+        yield _say("no", f"no format that decoct writes holds kind={case.spec.kind} yet", case.spec_fix(kind="int"))
 
 
-def _plain_embedding(case: Case) -> Iterable[Verdict]:
+def _plain_embedding(case: StoredShapes) -> Iterable[Verdict]:
     if "embedding" in case.ends:
         fix = f"leave {case.keys.quantizer}embedding out"
         yield _say("no", "the formats that it reads leave the embedding alone", fix)
 
 
-def _fixed_head_dim(case: Case) -> Iterable[Verdict]:
+def _fixed_head_dim(case: StoredShapes) -> Iterable[Verdict]:
     config = case.config
     head_dim = case.model.dimensions.head_dim
     if config.model_type == "qwen2" and head_dim * config.num_attention_heads != config.hidden_size:
@@ -227,30 +227,30 @@ def _fixed_head_dim(case: Case) -> Iterable[Verdict]:
         yield _say("no", reason, "keep hidden / heads, or serve with --model-impl transformers")
 
 
-def _llama_hidden(case: Case) -> Iterable[Verdict]:
+def _llama_hidden(case: StoredShapes) -> Iterable[Verdict]:
     config = case.config
     if config.model_type == "llama" and config.hidden_size % config.num_attention_heads:
         yield _say("no", f"hidden size {config.hidden_size} is no multiple of {config.num_attention_heads} heads, which its Llama refuses")
 
 
-def _gguf_blocks(case: Case) -> Iterable[Verdict]:
+def _gguf_blocks(case: StoredShapes) -> Iterable[Verdict]:
     """Blocks of 32 with one fp16 scale. They hold narrower codes exactly, in as many bytes."""
     spec = case.spec
     held = 4 if spec.bits <= 4 else 5 if spec.bits == 5 else 8
     narrow = spec.bits == 2 and any(form == "gguf-q2_0" for form in case.formats)
     if spec.bits != held and spec.symmetric and not narrow:
-        fix = case.lattice_fix(bits=held)
+        fix = case.spec_fix(bits=held)
         if spec.bits == 2 and spec.group_size in ("channel", 64, 128):
             fix += f", or {case.formats_fix(add='gguf-q2_0', instead_of='gguf')} for a llama.cpp from July 2026 on"
         yield _say("slower", f"its blocks have 4, 5 and 8 bits, not {spec.bits}: each code takes {held}", fix)
     if not spec.symmetric and spec.bits > 5:
-        fix = f"{case.lattice_fix(symmetric='true')}, or {case.lattice_fix(bits=4)}"
+        fix = f"{case.spec_fix(symmetric='true')}, or {case.spec_fix(bits=4)}"
         yield _say("no", f"its blocks hold asymmetric codes of 5 bits at most, not {spec.bits}", fix)
     if not spec.symmetric and spec.bits == 5:
-        fix = f"{case.lattice_fix(symmetric='true')}, or {case.lattice_fix(bits=4)}"
+        fix = f"{case.spec_fix(symmetric='true')}, or {case.spec_fix(bits=4)}"
         yield _say("no", "Q5_1 stores zero point times scale in fp16, which hardly ever holds it at 5 bits", fix)
     if spec.group_size != "channel" and int(spec.group_size) % 32:
-        fix = case.lattice_fix(group_size=32)
+        fix = case.spec_fix(group_size=32)
         yield _say("no", f"a block of 32 weights has one scale, and groups of {spec.group_size} are no multiple", fix)
     for name, (_, columns) in case.linears.items():
         if columns % 32:
@@ -258,7 +258,7 @@ def _gguf_blocks(case: Case) -> Iterable[Verdict]:
             return
 
 
-def _gguf_model(case: Case) -> Iterable[Verdict]:
+def _gguf_model(case: StoredShapes) -> Iterable[Verdict]:
     """What the exporter would refuse of the config, before anything is trained."""
     from ...qat.export.gguf.metadata import model_metadata
     from ...qat.export.gguf.names import architecture_of
@@ -269,37 +269,37 @@ def _gguf_model(case: Case) -> Iterable[Verdict]:
         yield _say("no", str(error))
 
 
-def _asymmetric_gptq(case: Case) -> Iterable[Verdict]:
+def _asymmetric_gptq(case: StoredShapes) -> Iterable[Verdict]:
     """vLLM's fast GPTQ kernels take symmetric weights; what others make of version 2 differs between its releases."""
     fix = case.formats_fix(add="compressed-tensors", instead_of="gptq_v2")
     yield _say("slower", "not every kernel of every release reads gptq_v2, and none of the fast ones", fix)
 
 
-def _onnx(case: Case) -> Iterable[Verdict]:
+def _onnx(case: StoredShapes) -> Iterable[Verdict]:
     spec = case.spec
     if spec.bits not in (2, 4, 8):
-        yield _say("no", f"MatMulNBits takes 2, 4 and 8 bits, not {spec.bits}", case.lattice_fix(bits=4 if spec.bits < 6 else 8))
+        yield _say("no", f"MatMulNBits takes 2, 4 and 8 bits, not {spec.bits}", case.spec_fix(bits=4 if spec.bits < 6 else 8))
     elif spec.bits != 4:
-        yield _say("slower", f"its builder was tried with 4 bits alone, not with {spec.bits}", case.lattice_fix(bits=4))
+        yield _say("slower", f"its builder was tried with 4 bits alone, not with {spec.bits}", case.spec_fix(bits=4))
     group = spec.group_size
     if group == "channel" or int(group) < 16 or int(group) & (int(group) - 1):
-        yield _say("no", f"its block sizes are powers of two from 16 on, not {group}", case.lattice_fix(group_size=32))
+        yield _say("no", f"its block sizes are powers of two from 16 on, not {group}", case.spec_fix(group_size=32))
 
 
-def _openvino(case: Case) -> Iterable[Verdict]:
+def _openvino(case: StoredShapes) -> Iterable[Verdict]:
     if case.spec.bits > 4 or not case.spec.symmetric or case.config.model_type not in ("llama", "qwen2", "qwen3"):
         yield _say("slower", "its reader was tried with Q4_0 of Llama, Qwen2 and Qwen3 alone")
 
 
-def _mlx(case: Case) -> Iterable[Verdict]:
+def _mlx(case: StoredShapes) -> Iterable[Verdict]:
     if case.spec.group_size not in GROUPS:
         groups = ", ".join(map(str, GROUPS))
-        yield _say("no", f"it has groups of {groups}, not {case.spec.group_size}", case.lattice_fix(group_size=64))
+        yield _say("no", f"it has groups of {groups}, not {case.spec.group_size}", case.spec_fix(group_size=64))
 
 
-def _transformers_reader(case: Case) -> Iterable[Verdict]:
+def _transformers_reader(case: StoredShapes) -> Iterable[Verdict]:
     if case.spec.bits not in (2, 4, 8):
-        fix = case.lattice_fix(bits=4 if case.spec.bits < 6 else 8)
+        fix = case.spec_fix(bits=4 if case.spec.bits < 6 else 8)
         yield _say("no", f"versions of the format pack {case.spec.bits} bits differently", fix)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...configs.recipe import Recipe, StageEntry
     from ...models.capabilities import Capabilities
     from ...models.dimensions import Dimensions
-    from ...qat.scheme import Lattices
+    from ...qat.scheme import QuantScheme
     from ...qat.spec import ActivationSpec, QuantSpec
 
 
@@ -93,7 +93,7 @@ class StageShape:
     entry: "StageEntry"
     before: ModelShape
     after: ModelShape
-    lattices: "Lattices | None"
+    scheme: "QuantScheme | None"
     """The lattices of the weights after the stage, None while they are not quantized."""
     activations: "ActivationSpec | None" = None
     """How the inputs of the quantized linears are rounded after the stage."""
@@ -208,43 +208,43 @@ def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
     from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
     found: list[StageShape] = []
-    shape, lattices, beside = student, None, {}
+    shape, scheme, beside = student, None, {}
     for entry in recipe.stages:
         before, settings = shape, entry.settings
         if isinstance(settings, PruneSettings) and settings.structured:
             shape = _with_ffn(shape, settings.structured.ffn, entry.name)
         if isinstance(settings, QatSettings | QuantizeSettings):
-            lattices = settings.lattices
+            scheme = settings.scheme
             beside = {"activations": settings.activations, "kv_cache": settings.kv_cache}
-            _check_lattices(shape, lattices, entry)
-            _check_calibration(shape, lattices, entry, recipe.data.seq_length)
+            _check_scheme(shape, scheme, entry)
+            _check_calibration(shape, scheme, entry, recipe.data.seq_length)
         elif entry.kind in ("pretrain", "distill", "prune"):
-            lattices, beside = None, {}
-        found.append(StageShape(entry, before, shape, lattices, **beside))
+            scheme, beside = None, {}
+        found.append(StageShape(entry, before, shape, scheme, **beside))
     return found
 
 
-def quantized_linears(shape: ModelShape, lattices: "Lattices") -> dict[str, Quantized]:
+def quantized_linears(shape: ModelShape, scheme: "QuantScheme") -> dict[str, Quantized]:
     """What lattices cover: linears of the decoder layers, and embedding and head where they are asked for.
 
     Raises:
         ValueError: a pattern changes nothing, or two change one module differently.
     """
-    specs = lattices.of_linears(shape.linears)
+    specs = scheme.of_linears(shape.linears)
     found = {name: Quantized(*shape.linears[name], spec) for name, spec in specs.items()}
-    for change, name in ((lattices.embedding, shape.embedding), (lattices.head, shape.head)):
+    for change, name in ((scheme.embedding, shape.embedding), (scheme.head, shape.head)):
         if change is not None and name:
             rows, columns = shape.tensors[f"{name}.weight"]
-            found[name] = Quantized(rows, columns, change.applied(lattices.weights))
+            found[name] = Quantized(rows, columns, change.applied(scheme.weights))
     return found
 
 
-def _check_calibration(shape: ModelShape, lattices: "Lattices", entry: "StageEntry", seq_length: int) -> None:
+def _check_calibration(shape: ModelShape, scheme: "QuantScheme", entry: "StageEntry", seq_length: int) -> None:
     """ImpossibleStageError when GPTQ is given fewer tokens, in whole windows, than the widest matrix has inputs."""
     given, method = entry.settings.calibration_tokens, getattr(entry.settings, "method", "gptq")
     if given is None or method != "gptq":
         return
-    widest = max((one.columns for name, one in quantized_linears(shape, lattices).items() if name in shape.linears), default=0)
+    widest = max((one.columns for name, one in quantized_linears(shape, scheme).items() if name in shape.linears), default=0)
     tokens = -(-given // seq_length) * seq_length
     if tokens < widest:
         raise ImpossibleStageError(
@@ -253,20 +253,20 @@ def _check_calibration(shape: ModelShape, lattices: "Lattices", entry: "StageEnt
         )
 
 
-def _check_lattices(shape: ModelShape, lattices: "Lattices", entry: "StageEntry") -> None:
+def _check_scheme(shape: ModelShape, scheme: "QuantScheme", entry: "StageEntry") -> None:
     """ImpossibleStageError when a pattern matches nothing or a group size does not divide, naming the widths that would do."""
     place = f"stages.{entry.index}.{entry.kind}"
     try:
-        quantized = quantized_linears(shape, lattices)
+        quantized = quantized_linears(shape, scheme)
     except ValueError as error:
         raise ImpossibleStageError(f"{place}.{error}") from error
     leaves = [*shape.linears, shape.embedding, shape.head]
-    for pattern in lattices.skip:
+    for pattern in scheme.skip:
         if not any(fnmatchcase(name, pattern) for name in leaves):
             raise ImpossibleStageError(f"{place}.skip: {pattern!r} matches no linear layer of the model; {example_of(shape.linears)}")
     if not quantized:
-        raise ImpossibleStageError(f"{place}: there is nothing to quantize: skip={list(lattices.skip)} leaves no linear layer")
-    if lattices.head and not shape.head:
+        raise ImpossibleStageError(f"{place}: there is nothing to quantize: skip={list(scheme.skip)} leaves no linear layer")
+    if scheme.head and not shape.head:
         raise ImpossibleStageError(
             f"{place}.head: the head is tied to the embedding, whose table it multiplies by; use 'embedding', which then is for both"
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...models.families import FUSED, text_config
 
 if TYPE_CHECKING:
-    from ...qat.scheme import Lattices
+    from ...qat.scheme import QuantScheme
     from ...qat.spec import ActivationSpec, QuantSpec
     from .shapes import ModelShape
 
@@ -39,7 +39,7 @@ USUAL_KEYS = Keys()
 
 
 @dataclass(frozen=True)
-class Case:
+class StoredShapes:
     """What a target is asked to hold: one lattice of an export, and the matrices that have it."""
 
     model: "ModelShape"
@@ -69,7 +69,7 @@ class Case:
         """Of the language model."""
         return text_config(self.model.config)
 
-    def lattice_fix(self, **values: object) -> str:
+    def spec_fix(self, **values: object) -> str:
         """The overrides that give the lattice other values; of an override in words, as its pattern is no part of a key."""
         if self.usual:
             return " ".join(f"{self.keys.quantizer}weights.{name}={value}" for name, value in values.items())
@@ -97,18 +97,18 @@ class Case:
         return f"{self.keys.export}formats=[{','.join([*kept, add])}]"
 
 
-def cases(
+def stored_shapes(
     model: "ModelShape",
-    lattices: "Lattices",
+    scheme: "QuantScheme",
     ranks: int,
     formats: Sequence[str],
     activations: "ActivationSpec | None" = None,
     kv_cache: "ActivationSpec | None" = None,
     keys: Keys = USUAL_KEYS,
-) -> list[Case]:
+) -> list[StoredShapes]:
     """A case for each lattice of the decoder's linears, that of most modules first; one scale for a matrix is served as one a row."""
-    specs = lattices.of_linears(model.linears)
-    ends = tuple(key for key in ("embedding", "head") if getattr(lattices, key) is not None)
+    specs = scheme.of_linears(model.linears)
+    ends = tuple(key for key in ("embedding", "head") if getattr(scheme, key) is not None)
     found = []
     for spec, _ in Counter(specs.values()).most_common():
         linears: dict[str, tuple[int, int]] = {}
@@ -116,8 +116,8 @@ def cases(
             if other == spec:
                 linears.setdefault(model.kind_of(name), model.linears[name])
         served = replace(spec, group_size="channel") if spec.group_size == "tensor" else spec
-        more = (keys, spec == lattices.weights, tuple(lattices.skip))
-        found.append(Case(model, served, linears, ranks, tuple(formats), _apart(specs), ends, activations, kv_cache, *more))
+        more = (keys, spec == scheme.weights, tuple(scheme.skip))
+        found.append(StoredShapes(model, served, linears, ranks, tuple(formats), _apart(specs), ends, activations, kv_cache, *more))
     return found
 
 

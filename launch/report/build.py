@@ -34,7 +34,7 @@ def build_report(
             ``change`` is against the row before, as ``launch.run.changes`` has it.
         baselines: rows of the same form for scale (the teacher merely rounded).
         exports: rows ``{format, path, bytes, exact, tokens_per_second, peak_bytes, runtimes, ...}``, measured on the re-read files; one
-            that is not exact also has ``rounding`` (as ``qat.export.plain_source.Rounding``).
+            that is not exact also has ``rounding`` (as ``qat.source.plain_source.CastError``).
         gates: sentences about gates that were not met; the run ended there.
         notes: what a reader should not miss, a sentence each.
     """

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ...models.capabilities import percent
-from ...qat.source.plain_source import Rounding
+from ...qat.source.plain_source import CastError
 
 Report = dict[str, Any]
 Row = dict[str, Any]
@@ -51,4 +51,4 @@ def exactness(export: Row) -> str:
     if export["exact"]:
         return "rebuilt element by element by an independent reader"
     rounding = export.get("rounding")
-    return f"NOT exact: {Rounding(**rounding)}" if rounding else "NOT exact"
+    return f"NOT exact: {CastError(**rounding)}" if rounding else "NOT exact"

@@ -26,7 +26,7 @@ from ...trainer.stages.registry import STAGE_KINDS
 from ..report.curves import read_curves
 from .changes import change_between, warning_of
 from .run_folder import RunFolder, StageFolder
-from .starting_point import Origin
+from .starting_point import RunInputs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,10 +37,10 @@ Row = dict[str, Any]
 _SIZES = ("parameters", "bytes", "bits_per_weight", "packed_bytes", "packed_bits_per_weight", "sparsity")
 
 
-class Measuring:
+class ReportRows:
     """The rows of the report, filled as the run goes (used on rank 0)."""
 
-    def __init__(self, recipe: "Recipe", origin: Origin, teacher: TeacherRef | None, folder: RunFolder, console: "Console") -> None:
+    def __init__(self, recipe: "Recipe", origin: RunInputs, teacher: TeacherRef | None, folder: RunFolder, console: "Console") -> None:
         self.recipe = recipe
         self.origin = origin
         self.teacher = teacher

@@ -21,12 +21,12 @@ from ...trainer.stages.training import fill_cache
 from ..report.tables import WIDE, terminal_table
 from .changes import learns_from_teacher
 from .left_out import left_out_of, left_out_words
-from .report_rows import Measuring
+from .report_rows import ReportRows
 from .run_folder import RunFolder, StageFolder, versions
 from .scratch_training import train_scratch_teacher
 from .session import Session
 from .stage_key import stage_key
-from .starting_point import Origin, make_student, open_origin, teacher_ref
+from .starting_point import RunInputs, make_student, open_origin, teacher_ref
 
 if TYPE_CHECKING:
     from ...configs.recipe import Recipe, StageEntry
@@ -63,7 +63,7 @@ class Runner:
             record["left_out"] = left_out
             self._say(f"{left_out_words(left_out)} (heads that predict further tokens and the like; no stage carries them on)")
         at = self.session.on_first(lambda: make_student(self.recipe, origin, teacher, self.folder.stage("00-student"), record))
-        measuring = Measuring(self.recipe, origin, teacher, self.folder, self.console)
+        measuring = ReportRows(self.recipe, origin, teacher, self.folder, self.console)
         if any(learns_from_teacher(entry) for entry in self.recipe.stages):
             self.session.on_first(measuring.teacher_drift)
         failed: list[str] = []
@@ -99,7 +99,7 @@ class Runner:
             self._lock.release()
             self._lock = None
 
-    def _open(self) -> tuple[dict[str, Any], Origin, TeacherRef | None]:
+    def _open(self) -> tuple[dict[str, Any], RunInputs, TeacherRef | None]:
         """(resolved recipe, text and tokenizer, teacher), the folder made, a scratch teacher trained."""
         import yaml
 
@@ -145,7 +145,7 @@ class Runner:
         loggers = build_loggers(self.recipe.logger, self.folder.path, name=self.recipe.name, config=plain, console=self.console)
         return MetricsSink(self.folder.metrics, loggers)
 
-    def _teacher(self, origin: Origin) -> TeacherRef | None:
+    def _teacher(self, origin: RunInputs) -> TeacherRef | None:
         told = self.session.on_first(lambda: (ref := teacher_ref(self.recipe, origin.scratch)) and asdict(ref))
         if not told:
             return None
@@ -156,10 +156,10 @@ class Runner:
         self,
         entry: "StageEntry",
         at: dict[str, Any],
-        origin: Origin,
+        origin: RunInputs,
         teacher: TeacherRef | None,
         record: dict[str, Any],
-        measuring: Measuring,
+        measuring: ReportRows,
     ) -> dict[str, Any]:
         """Run one stage on the model folder ``at``; returns where the next stage starts."""
         kind = STAGE_KINDS[entry.kind]
@@ -185,7 +185,7 @@ class Runner:
     def _context(
         self,
         entry: "StageEntry",
-        origin: Origin,
+        origin: RunInputs,
         teacher: TeacherRef | None,
         at: dict[str, Any] | None = None,
         record: dict[str, Any] | None = None,
@@ -210,7 +210,7 @@ class Runner:
         )
 
     def _begin(
-        self, entry: "StageEntry", at: dict[str, Any], origin: Origin, teacher: TeacherRef | None, folder: StageFolder
+        self, entry: "StageEntry", at: dict[str, Any], origin: RunInputs, teacher: TeacherRef | None, folder: StageFolder
     ) -> dict[str, Any]:
         source = content_hash(at["path"], at["revision"])
         key = stage_key(
@@ -244,7 +244,7 @@ class Runner:
         )
         folder.drop_checkpoints(keep=1 if entry.kind == "qat" else 0)
 
-    def _finish(self, measuring: Measuring, plain: dict[str, Any], seconds: float, failed: list[str]) -> dict[str, Any]:
+    def _finish(self, measuring: ReportRows, plain: dict[str, Any], seconds: float, failed: list[str]) -> dict[str, Any]:
         from ..report.build import build_report, write_report
         from ..report.tables import duration
         from .publish import publish
@@ -266,7 +266,7 @@ class Runner:
         self._say(f"{'stopped at a gate' if failed else 'finished'} in {duration(seconds)}; report: {written[-1]}")
         return report
 
-    def _judge(self, entry: "StageEntry", measuring: Measuring) -> list[str]:
+    def _judge(self, entry: "StageEntry", measuring: ReportRows) -> list[str]:
         """Sentences about the gates of an evaluate stage that its model does not meet, the same on every rank; [] for other stages."""
         if entry.kind != "evaluate":
             return []

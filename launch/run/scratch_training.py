@@ -13,7 +13,7 @@ from ...trainer.stages.context import StageContext, Trained
 from ...trainer.stages.student_and_teacher import OpenStudent
 from ...trainer.stages.training import train_student
 from .run_folder import StageFolder
-from .starting_point import Origin
+from .starting_point import RunInputs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 STAGE = "teacher"
 
 
-def train_scratch_teacher(recipe: "Recipe", origin: Origin, session: "Session", metrics: "MetricsSink", console: "Console") -> None:
+def train_scratch_teacher(recipe: "Recipe", origin: RunInputs, session: "Session", metrics: "MetricsSink", console: "Console") -> None:
     """Make the teacher's model folder in the cache, unless an earlier run did."""
     assert recipe.teacher and recipe.teacher.scratch and origin.scratch
     settings, place = recipe.teacher.scratch, origin.scratch
@@ -74,7 +74,7 @@ def _enter(lock: contextlib.ExitStack, folder: Path, console: "Console") -> None
     lock.enter_context(waiting_for(folder / LOCK, "makes the same scratch teacher", say))
 
 
-def _save(trained: Trained, recipe: "Recipe", origin: Origin) -> None:
+def _save(trained: Trained, recipe: "Recipe", origin: RunInputs) -> None:
     assert recipe.teacher and recipe.teacher.scratch and origin.scratch
     # bf16 is what teachers are published in; the rounded weights are the teacher from here on.
     training = {"tokens": trained.tokens, "seconds": trained.seconds}

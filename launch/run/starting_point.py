@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Origin:
+class RunInputs:
     """Tokenizer and text of a run, open on this rank."""
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -42,13 +42,13 @@ class Origin:
     """What there is to say of the vocabulary; '' as a rule."""
 
 
-def open_origin(recipe: "Recipe", session: "Session") -> Origin:
+def open_origin(recipe: "Recipe", session: "Session") -> RunInputs:
     """Read the text, make or find the tokenizer, tokenize once; the same result on every rank."""
     told = session.on_first(lambda: _prepare(recipe))
     tokenizer = load_tokenizer(told["tokenizer"], revision=told["revision"])
     scratch = ScratchTeacher(Path(told["scratch"])) if told["scratch"] else None
     v_eff = effective_vocab(tokenizer, *_rows(recipe))
-    return Origin(tokenizer, v_eff, open_prepared(Path(told["data"])), scratch, _without_rows(tokenizer, v_eff))
+    return RunInputs(tokenizer, v_eff, open_prepared(Path(told["data"])), scratch, _without_rows(tokenizer, v_eff))
 
 
 def _rows(recipe: "Recipe") -> list[int | None]:
@@ -127,7 +127,7 @@ def teacher_ref(recipe: "Recipe", scratch: ScratchTeacher | None) -> TeacherRef 
 
 
 def make_student(
-    recipe: "Recipe", origin: Origin, teacher: TeacherRef | None, folder: "StageFolder", record: dict[str, Any]
+    recipe: "Recipe", origin: RunInputs, teacher: TeacherRef | None, folder: "StageFolder", record: dict[str, Any]
 ) -> dict[str, Any]:
     """Make the student's first model folder, unless it is there (rank 0). A student given by path is used where it is.
 
@@ -157,7 +157,7 @@ def make_student(
 
 
 def _build_student(
-    recipe: "Recipe", origin: Origin, teacher: TeacherRef | None, folder: "StageFolder", record: dict[str, Any], sparse: list[str]
+    recipe: "Recipe", origin: RunInputs, teacher: TeacherRef | None, folder: "StageFolder", record: dict[str, Any], sparse: list[str]
 ) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     zeros: list[str] = []
@@ -183,4 +183,4 @@ def _refuse_export(path: str, revision: str | None) -> None:
         raise UserError(f"{path} holds packed weights, which cannot be trained; give the folder it was exported from")
 
 
-__all__ = ["Origin", "make_student", "open_origin", "teacher_ref"]
+__all__ = ["RunInputs", "make_student", "open_origin", "teacher_ref"]

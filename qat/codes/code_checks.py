@@ -16,7 +16,7 @@ _CODE_DTYPES = {"int": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
 _OWN_GRIDS = ("mxfp4", "nvfp4")
 
 
-def lattice_problem(encoded: Encoded, spec: QuantSpec) -> str | None:
+def grid_problem(encoded: Encoded, spec: QuantSpec) -> str | None:
     """Why these tensors are no codes and scales of ``spec``; None when they are."""
     problem = _codes_problem(encoded.codes, encoded.scales, spec) or _zero_problem(encoded.zeros, encoded.scales, spec)
     return problem or _global_problem(encoded.global_scale, spec)

@@ -3,7 +3,7 @@
 A quantized folder holds ``model.safetensors`` with codes * scales in fp32 under the original names, and
 ``quant/codes.safetensors``: ``<module>.codes`` int8 [out, in], ``<module>.scale`` fp32 [out, groups], for an asymmetric lattice
 ``<module>.zero_point`` int8 [out, groups], for nvfp4 ``.global_scale`` fp32 [1], for inputs with a stored scale ``.input_scale`` fp32
-and ``.input_zero`` int8, one number each; of keys and values what ``cache_state.py`` says. ``decoct.json`` records the QuantSpec, the
+and ``.input_zero`` int8, one number each; of keys and values what ``kv_cache_scales.py`` says. ``decoct.json`` records the QuantSpec, the
 modules and a hash of everything. Export reads the codes and never rounds again.
 """
 
@@ -21,7 +21,7 @@ from ...models.common.errors import UserError
 from ...models.folder.codes_file import CODES, codes_file
 from ..fake_quant import Encoded, decode
 from ..spec import ActivationSpec, QuantSpec
-from .code_checks import lattice_problem, weight_places
+from .code_checks import grid_problem, weight_places
 from .kv_cache_scales import CacheState, cache_from_record
 
 QUANT_FILE = CODES
@@ -153,7 +153,7 @@ class QuantState:
         """UserError beginning with ``where`` (a file) unless every code is in range and every scale positive and on the grid."""
         for name in self.modules:
             spec = self.spec_of(name)
-            if problem := lattice_problem(self.encoded(name), spec) or self._input_problem(name):
+            if problem := grid_problem(self.encoded(name), spec) or self._input_problem(name):
                 raise UserError(f"{where}: module {name}: {problem}. The file is damaged or not decoct's; quantize again.")
         if self.cache and (problem := self.cache.problem()):
             raise UserError(f"{where}: {problem}. The file is damaged or not decoct's; quantize again.")

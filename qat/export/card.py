@@ -38,7 +38,7 @@ class CardFacts:
     """``{figure: number}``, or ``{row: {figure: number}}`` for several models or texts."""
     runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """As ``check_runtimes`` gives them; {} when none was asked."""
-    lattices: dict[str, int] = field(default_factory=dict)
+    scheme: dict[str, int] = field(default_factory=dict)
     """Where modules have different lattices: what each is -> how many modules have it."""
     inputs: str = ""
     """How inputs of quantized modules are rounded; '' when they are not."""
@@ -127,7 +127,7 @@ def _made_of(facts: CardFacts, form: FormatCard) -> str:
     size = f"{facts.weight_bytes:,} bytes, {bits_per_weight(facts.weight_bytes, facts.parameters):.2f} bits per weight"
     rows = [
         ("Base model", shown_name(facts.base_model) or "not recorded"),
-        *(_lattice(facts, facts.spec, form) if facts.spec else [("Weights", f"not quantized ({form.tag})")]),
+        *(_weight_rows(facts, facts.spec, form) if facts.spec else [("Weights", f"not quantized ({form.tag})")]),
         ("Parameters", f"{facts.parameters:,} (tied tensors once)"),
         *([("Not included", facts.left_out)] if facts.left_out else []),
         ("Weight files", f"{size} (embeddings included); {2 * facts.parameters:,} bytes in bf16"),
@@ -135,11 +135,11 @@ def _made_of(facts: CardFacts, form: FormatCard) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""])
 
 
-def _lattice(facts: CardFacts, spec: QuantSpec, form: FormatCard) -> list[tuple[str, str]]:
+def _weight_rows(facts: CardFacts, spec: QuantSpec, form: FormatCard) -> list[tuple[str, str]]:
     per = "output row" if isinstance(spec.group_size, str) else f"group of {spec.group_size} inputs"
     kind = "symmetric" if spec.symmetric else "asymmetric"
     left = f"; in {form.plain}: {', '.join(facts.unquantized)}" if facts.unquantized else ""
-    mixed = "; ".join(f"{count} linears {lattice}" for lattice, count in facts.lattices.items())
+    mixed = "; ".join(f"{count} linears {lattice}" for lattice, count in facts.scheme.items())
     beside = {"Inputs": facts.inputs, "Keys and values": facts.cache}
     return [
         ("Weights", (mixed and f"{mixed} ({form.tag})") or f"int{spec.bits}, {kind}, one {form.scales.format(per=per)}"),

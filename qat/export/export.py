@@ -22,7 +22,7 @@ from ..export import awq, gptq
 from ..export import plain_safetensors as safetensors_folder
 from ..footprint import folder_bytes
 from ..runtimes.check import check_runtimes
-from ..source.plain_source import PlainSource, Rounding, open_plain_source
+from ..source.plain_source import CastError, PlainSource, open_plain_source
 from ..source.quantized_source import ExportSource, open_source
 from ..verify.exactness import rebuilt_hashes, scale_hashes
 from .beyond_weights import check_beside, said_of
@@ -131,10 +131,10 @@ class ExportResult:
     exact: bool
     """Every weight of the source was rebuilt element by element by an independent reader. False only for plain weights that were rounded
     to another dtype, as ``allow_inexact`` permits; then the reader rebuilt the rounded ones."""
-    rounding: Rounding | None = None
+    rounding: CastError | None = None
     """How far the rounded weights are from the source's; None where nothing was rounded."""
     runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """As ``qat.runtimes.check_runtimes`` gives them; {} when not asked for."""
+    """As ``qat.runtimes.check.check_runtimes`` gives them; {} when not asked for."""
 
 
 def export_folder(
@@ -196,7 +196,7 @@ def export_folder(
     return ExportResult(format=format, path=target, bytes=size, exact=rounding is None, runtimes=seen, rounding=rounding)
 
 
-def _rounding(source: ExportSource, format: str, allow_inexact: bool) -> Rounding | None:
+def _rounding(source: ExportSource, format: str, allow_inexact: bool) -> CastError | None:
     """What rounding plain weights changes; None when nothing changes. UserError when it does and must not."""
     if not isinstance(source, PlainSource):
         return None
@@ -247,8 +247,8 @@ def _checked_runtimes(folder: Path, tokens: "Tensor | None") -> dict[str, dict[s
     return seen
 
 
-def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[str, Any]], rounding: Rounding | None) -> CardFacts:
-    lattices = Counter(f"int{s.bits}, {s.group_size}" for s in map(source.state.spec_of, source.state.modules))
+def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[str, Any]], rounding: CastError | None) -> CardFacts:
+    scheme = Counter(f"int{s.bits}, {s.group_size}" for s in map(source.state.spec_of, source.state.modules))
     return CardFacts(
         # Folders are often called after their format; the run has a name that somebody chose.
         name=str(source.record.get("run") or name),
@@ -261,7 +261,7 @@ def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[
         weight_bytes=size,
         metrics=source.record.get("metrics") or {},
         runtimes=runtimes,
-        lattices=dict(lattices) if len(lattices) > 1 else {},
+        scheme=dict(scheme) if len(scheme) > 1 else {},
         inputs=said_of(source.state.activations, "a module"),
         cache=said_of(source.state.cache and source.state.cache.spec, "for the keys and one for the values of a layer"),
         rounding=f"{rounding}." if rounding else "",

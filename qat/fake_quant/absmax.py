@@ -7,7 +7,7 @@ from ..spec import QuantSpec
 from .dispatch import Backend, check_weight, grid_numbers, use_kernel
 from .floats import fake_quant_float, float_scales
 from .learned import fake_quant_learned, quantize_with
-from .ranges import check_groups, range_lattice
+from .ranges import check_groups, range_grid
 
 
 def _arguments(weight: Tensor, spec: QuantSpec, mask: Tensor | None) -> tuple[int, int, float, list[float]]:
@@ -20,7 +20,7 @@ def fake_quant(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, b
     """The weights as codes times scales, differentiable by the straight-through estimator.
 
     y = s * clamp(round(w * mask / s), qmin, qmax) with s = max|w * mask| / divisor of each group, rounded to its grid and
-    taken as a constant; dL/dw = dL/dy * 1[qmin <= w / s <= qmax] * mask (``reference.py`` has every detail). With symmetric=False
+    taken as a constant; dL/dw = dL/dy * 1[qmin <= w / s <= qmax] * mask (``absmax_reference.py`` has every detail). With symmetric=False
     scale and zero point come from the group's range (``range_reference.py``); kinds other than int have their own code books
     and scales (``float_reference.py``).
 
@@ -44,7 +44,7 @@ def fake_quant(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, b
         scale, _, _ = float_scales(weight, spec, mask)
         return fake_quant_float(weight, scale, mask, spec.kind, spec.group_width(weight.shape[1]), backend)
     if not spec.symmetric or spec.group_size == "tensor":
-        scale, zeros = range_lattice(weight, spec, mask, backend)
+        scale, zeros = range_grid(weight, spec, mask, backend)
         return fake_quant_learned(weight, scale, spec, zeros=zeros, mask=mask, backend=backend)
     arguments = _arguments(weight, spec, mask)
     if use_kernel(weight, backend):
@@ -74,7 +74,7 @@ def quantize(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, bac
     if not spec.symmetric:
         raise ValueError("codes of a spec with symmetric=false come with zero points; call encode() instead of quantize()")
     if spec.group_size == "tensor":
-        scale, _ = range_lattice(weight, spec, mask, backend)
+        scale, _ = range_grid(weight, spec, mask, backend)
         check_groups(scale)
         return quantize_with(weight, scale, spec, mask=mask, backend=backend)
     arguments = _arguments(weight, spec, mask)

@@ -1,6 +1,6 @@
 """The fake-quant op as Triton kernels: the weight is read once and written once, and nothing is kept for the backward.
 
-Bit for bit what ``reference.py`` computes, on a GPU and in Triton's interpreter (``TRITON_INTERPRET=1``), because
+Bit for bit what ``absmax_reference.py`` computes, on a GPU and in Triton's interpreter (``TRITON_INTERPRET=1``), because
 - division is ``div_rn`` (``/`` may be approximate in fp32);
 - rounding half to even is the magic-number add after the clamp (``libdevice.rint`` does not run in the interpreter);
 - bf16 travels as int16 and is cast by integer arithmetic, as is the scale to its grid (the interpreter's own bf16 casts

@@ -8,7 +8,7 @@ from .absmax import fake_quant
 from .dispatch import Backend, grid_numbers
 from .floats import fake_quant_float
 from .learned import fake_quant_learned
-from .range_reference import lattice_of_range
+from .range_reference import grid_of_range
 
 
 def _given(scale: Tensor | None, zero: Tensor | None, x: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor | None]:
@@ -33,7 +33,7 @@ def fake_quant_activation(
 ) -> Tensor:
     """Activations as codes times scales, differentiable in ``x`` by the straight-through estimator with a clip mask.
 
-    Dynamic scaling takes scale (and zero point) of each token from its own values: int8 as ``reference.py`` with divisor 127, or
+    Dynamic scaling takes scale (and zero point) of each token from its own values: int8 as ``absmax_reference.py`` with divisor 127, or
     ``range_reference.py``; fp8 as ``float_reference.py``. Static scaling takes them as given. Scales are constants in the gradient.
 
     Args:
@@ -79,5 +79,5 @@ def static_scale(low: Tensor, high: Tensor, spec: ActivationSpec) -> tuple[Tenso
     """
     lattice = spec.lattice
     low, high = low.to(torch.float32).clamp(max=0.0), high.to(torch.float32).clamp(min=0.0)
-    scale, zero = lattice_of_range(low, high, lattice.bits, spec.symmetric, lattice.divisor_value, grid_numbers(lattice))
+    scale, zero = grid_of_range(low, high, lattice.bits, spec.symmetric, lattice.divisor_value, grid_numbers(lattice))
     return scale, None if spec.symmetric else zero

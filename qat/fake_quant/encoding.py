@@ -10,7 +10,7 @@ from .absmax import quantize
 from .dispatch import Backend
 from .floats import float_codes, float_scales, float_values
 from .learned import quantize_with
-from .ranges import check_groups, range_lattice
+from .ranges import check_groups, range_grid
 
 
 class Encoded(NamedTuple):
@@ -70,7 +70,7 @@ def encode(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, backe
         return Encoded(codes, stored, global_scale=whole if spec.kind == "nvfp4" else None)
     if spec.symmetric:
         return Encoded(*quantize(weight, spec, mask=mask, backend=backend))
-    scale, zeros = range_lattice(weight, spec, mask, backend)
+    scale, zeros = range_grid(weight, spec, mask, backend)
     check_groups(scale)
     codes, scales = quantize_with(weight, scale, spec, zeros=zeros, mask=mask, backend=backend)
     return Encoded(codes, scales, zeros)

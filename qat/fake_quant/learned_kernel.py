@@ -1,4 +1,4 @@
-"""Fake quantization by given scales as Triton kernels; ``learned_reference.py`` is the spec, ``kernel.py`` says what keeps the bits.
+"""Fake quantization by given scales as Triton kernels; ``learned_reference.py`` is the spec, ``absmax_kernel.py`` says what keeps the bits.
 
 A program handles a block of whole groups: one sweep forward, one sweep backward that writes the weight's gradient and sums the
 scale's in registers, column block by column block. No atomics and no partial sums in memory: the order of the sum is fixed.

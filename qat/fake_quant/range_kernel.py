@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .absmax_kernel import _drop_bits, _operands, _weights
 from .learned_kernel import _launch, _rounded
-from .range_reference import lattice_of_range, shape_of, shared_range
+from .range_reference import grid_of_range, shape_of, shared_range
 
 _LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 
@@ -76,7 +76,7 @@ def _range_kernel(
 def lattice(
     weight: Tensor, mask: Tensor | None, bits: int, width: int, shared: bool, symmetric: bool, divisor: float, grid: list[float]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(scales fp32, zero points int8) of weights [out, in]; symmetric ones only when shared (``kernel.py`` has the groups)."""
+    """(scales fp32, zero points int8) of weights [out, in]; symmetric ones only when shared (``absmax_kernel.py`` has the groups)."""
     weight, mask_bytes = _operands(weight, mask)
     groups = weight.numel() // width
     first = torch.empty(groups, dtype=torch.float32, device=weight.device)
@@ -85,7 +85,7 @@ def lattice(
     flags = {"HAS_MASK": mask is not None, "IS_RANGE": shared}
     _launch(_range_kernel, tensors, weight, [], width, bits, grid, DIVISOR=divisor, **flags)
     if shared:
-        first, second = lattice_of_range(*shared_range(first, second), bits, symmetric, divisor, grid)
+        first, second = grid_of_range(*shared_range(first, second), bits, symmetric, divisor, grid)
     shape = shape_of(weight, width, shared)
     return first.view(shape), second.view(shape)
 

@@ -4,7 +4,7 @@ With low = min(w * mask, 0) and high = max(w * mask, 0), so that zero is a code 
 
     asymmetric    s = clamp(round_to_grid((high - low) / (2^b - 1)), smallest, largest)     s = 1 where high = low = 0
                   z = clamp(round_half_even(qmin - low / s), qmin, qmax)                     w ~ (q - z) * s
-    symmetric     s from max(high, -low) / divisor as in ``reference.py``; z = 0
+    symmetric     s from max(high, -low) / divisor as in ``absmax_reference.py``; z = 0
 
 Codes and values then come from ``learned_reference.py``, which takes scales and zero points as given. A NaN or infinite weight
 makes the scale of its group NaN.
@@ -19,7 +19,7 @@ from torch import Tensor
 from .absmax_reference import group_scales
 
 
-def lattice_of_range(
+def grid_of_range(
     low: Tensor, high: Tensor, bits: int, symmetric: bool, divisor: float, grid: list[float]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(scales fp32, zero points int8) of ranges low <= 0 <= high, any shape."""
@@ -64,7 +64,7 @@ def lattice(
     low, high = group_range(weight, mask, width)
     if shared:
         low, high = shared_range(low, high)
-    scale, zeros = lattice_of_range(low, high, bits, symmetric, divisor, grid)
+    scale, zeros = grid_of_range(low, high, bits, symmetric, divisor, grid)
     shape = shape_of(weight, width, shared)
     return scale.view(shape), zeros.view(shape)
 

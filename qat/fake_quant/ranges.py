@@ -9,7 +9,7 @@ from .dispatch import check_weight, grid_numbers, use_kernel
 
 
 @torch.no_grad()
-def range_lattice(weight: Tensor, spec: QuantSpec, mask: Tensor | None, backend: str) -> tuple[Tensor, Tensor | None]:
+def range_grid(weight: Tensor, spec: QuantSpec, mask: Tensor | None, backend: str) -> tuple[Tensor, Tensor | None]:
     """(scales fp32, zero points int8 or None when the spec is symmetric) of ``spec.scale_shape(out, in)``; constants.
 
     NaN scales mark groups with NaN or infinite weights. ``range_reference.py`` has the formulas.

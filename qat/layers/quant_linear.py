@@ -21,7 +21,7 @@ class QuantLinear(RoundedWeight, nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
-        self.set_lattice(spec, extras)
+        self.set_spec(spec, extras)
         self.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ class QuantLinear(RoundedWeight, nn.Linear):
         return F.linear(input, self.quantized_weight(), self.bias)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.lattice_repr()}"
+        return f"{super().extra_repr()}, {self.spec_repr()}"
 
 
 class QuantEmbedding(RoundedWeight, nn.Embedding):
@@ -39,7 +39,7 @@ class QuantEmbedding(RoundedWeight, nn.Embedding):
         rows, columns = embedding.weight.shape
         super().__init__(rows, columns, padding_idx=embedding.padding_idx, device="meta")
         self.weight = embedding.weight
-        self.set_lattice(spec, extras)
+        self.set_spec(spec, extras)
         self.train(embedding.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class QuantEmbedding(RoundedWeight, nn.Embedding):
         return F.embedding(input, self.quantized_weight(), self.padding_idx)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.lattice_repr()}"
+        return f"{super().extra_repr()}, {self.spec_repr()}"
 
 
 class TiedHead(nn.Linear):

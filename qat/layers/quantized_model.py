@@ -19,7 +19,7 @@ from ...models.common.errors import UserError
 from ...models.families import decoder_linears
 from ..codes.state import QuantState
 from ..fake_quant import Encoded, encode
-from ..scheme import Lattices, SpecChange
+from ..scheme import QuantScheme, SpecChange
 from ..spec import QuantSpec
 from .codes_linear import CodesLinear
 from .quant_linear import Extras, QuantEmbedding, RoundedWeight, TiedHead
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def prepare(model: "PreTrainedModel", spec: QuantSpec | Lattices, skip: Sequence[str] = (), extras: Extras | None = None) -> list[str]:
+def prepare(model: "PreTrainedModel", spec: QuantSpec | QuantScheme, skip: Sequence[str] = (), extras: Extras | None = None) -> list[str]:
     """Replace the linears of the decoder layers by ``QuantLinear``, in place; with lattices for them, embedding and head too.
 
     Args:
@@ -48,7 +48,7 @@ def prepare(model: "PreTrainedModel", spec: QuantSpec | Lattices, skip: Sequence
     """
     if _prepared(model):
         raise UserError("the model's linears are quantized already; prepare takes a plain model. Fold it first.")
-    chosen = targets(model, Lattices.of(spec, skip))
+    chosen = targets(model, QuantScheme.of(spec, skip))
     for name, target in chosen.items():
         if isinstance(target.module, nn.Embedding) and type(target.module) is not nn.Embedding:
             raise UserError(
@@ -95,7 +95,7 @@ def hold_codes(model: "PreTrainedModel", state: QuantState) -> None:
 
 
 @torch.no_grad()
-def quantize_model(model: "PreTrainedModel", spec: QuantSpec | Lattices, skip: Sequence[str] = ()) -> QuantState:
+def quantize_model(model: "PreTrainedModel", spec: QuantSpec | QuantScheme, skip: Sequence[str] = ()) -> QuantState:
     """Codes and scales of the model's (latent) weights; the model stays as it is.
 
     Args:
@@ -106,11 +106,11 @@ def quantize_model(model: "PreTrainedModel", spec: QuantSpec | Lattices, skip: S
     Raises:
         UserError: as in ``prepare``, lattices or skip other than the model was prepared with, or NaN or infinite weights.
     """
-    lattices = Lattices.of(spec, skip)
+    scheme = QuantScheme.of(spec, skip)
     prepared = _prepared(model)
     if prepared:
-        _check_prepared(model, prepared, lattices, asked=bool(skip) or isinstance(spec, Lattices))
-    plain = {} if prepared else targets(model, lattices)
+        _check_prepared(model, prepared, scheme, asked=bool(skip) or isinstance(spec, QuantScheme))
+    plain = {} if prepared else targets(model, scheme)
     specs = {name: one.spec for name, one in (prepared or plain).items()}
     encoded = {}
     for name, spec_of in specs.items():
@@ -120,7 +120,7 @@ def quantize_model(model: "PreTrainedModel", spec: QuantSpec | Lattices, skip: S
             raise UserError(
                 f"{name}.weight cannot be quantized: {error}. Take an earlier checkpoint or lower the learning rate."
             ) from error
-    return QuantState.of(lattices.weights, specs, encoded)
+    return QuantState.of(scheme.weights, specs, encoded)
 
 
 def _encoded(module: nn.Module, spec: QuantSpec) -> Encoded:
@@ -130,29 +130,25 @@ def _encoded(module: nn.Module, spec: QuantSpec) -> Encoded:
     return encode(module.weight, spec)
 
 
-def _check_prepared(model: "PreTrainedModel", prepared: Mapping[str, "_Prepared"], lattices: Lattices, asked: bool) -> None:
+def _check_prepared(model: "PreTrainedModel", prepared: Mapping[str, "_Prepared"], scheme: QuantScheme, asked: bool) -> None:
     """UserError when a prepared model has other lattices, or (``asked``) other modules, than these."""
     inside = {name: prepared.get(name, module) for name, module in _linears(model).items()}
     try:
-        wanted = lattices.of_linears(inside if asked else [name for name in inside if name in prepared])
+        wanted = scheme.of_linears(inside if asked else [name for name in inside if name in prepared])
     except ValueError as error:
         raise UserError(str(error)) from None
-    ends = {module: change for module, change in _ends(model, lattices) if change is not None}
+    ends = {module: change for module, change in _ends(model, scheme) if change is not None}
     held = {name: module for name, module in prepared.items() if name not in inside}
     if asked and (set(wanted) != set(prepared) - set(held) or set(held.values()) != set(ends)):
-        raise UserError(
-            f"the model was prepared with other modules than skip={list(lattices.skip)} leaves; use the same patterns, or none."
-        )
-    other = any(module.spec != change.applied(lattices.weights) for module, change in ends.items())
+        raise UserError(f"the model was prepared with other modules than skip={list(scheme.skip)} leaves; use the same patterns, or none.")
+    other = any(module.spec != change.applied(scheme.weights) for module, change in ends.items())
     if (asked and other) or any(prepared[name].spec != spec for name, spec in wanted.items()):
-        raise UserError(
-            f"the model was prepared with another lattice than {lattices.weights}; quantize it with the one it was trained with."
-        )
+        raise UserError(f"the model was prepared with another lattice than {scheme.weights}; quantize it with the one it was trained with.")
 
 
-def _ends(model: "PreTrainedModel", lattices: Lattices) -> list[tuple[Any, SpecChange | None]]:
+def _ends(model: "PreTrainedModel", scheme: QuantScheme) -> list[tuple[Any, SpecChange | None]]:
     """Embedding and head, each with the lattice it is asked to have."""
-    return [(model.get_input_embeddings(), lattices.embedding), (model.get_output_embeddings(), lattices.head)]
+    return [(model.get_input_embeddings(), scheme.embedding), (model.get_output_embeddings(), scheme.head)]
 
 
 @torch.no_grad()

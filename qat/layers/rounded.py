@@ -47,7 +47,7 @@ class RoundedWeight(_Base):
     adapter_out: nn.Parameter | None
     """fp32 [out, rank]."""
 
-    def set_lattice(self, spec: QuantSpec, extras: Extras | None) -> None:
+    def set_spec(self, spec: QuantSpec, extras: Extras | None) -> None:
         """Give the module its lattice; extras are zeros until somebody gives them values."""
         rows, columns = self.weight.shape
         shape = spec.scale_shape(rows, columns)
@@ -121,7 +121,7 @@ class RoundedWeight(_Base):
         zeros = self.zero_codes()
         return Encoded(*quantize_with(self.merged_weight(), self.scale, self.spec, zeros=zeros, mask=self.mask), zeros)
 
-    def lattice_repr(self) -> str:
+    def spec_repr(self) -> str:
         """The lattice in a module's repr."""
         return f"bits={self.spec.bits}, group_size={self.spec.group_size}, scales={self.mode}"
 

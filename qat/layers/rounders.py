@@ -1,4 +1,4 @@
-"""What rounds a tensor in the forward and knows its range: the common part of ``activations.py`` and ``kv_cache.py``."""
+"""What rounds a tensor in the forward and knows its range: the common part of ``input_hooks.py`` and ``kv_cache_hooks.py``."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...models.common.errors import UserError
 from ...models.families import decoder_linears, is_plain_linear
-from ..scheme import Lattices, SpecChange, example_of
+from ..scheme import QuantScheme, SpecChange, example_of
 from ..spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Target:
     spec: QuantSpec
 
 
-def targets(model: "PreTrainedModel", lattices: Lattices) -> dict[str, Target]:
+def targets(model: "PreTrainedModel", scheme: QuantScheme) -> dict[str, Target]:
     """The modules to quantize and their lattices by full name, in module order, after checking that each can be.
 
     Raises:
@@ -32,15 +32,15 @@ def targets(model: "PreTrainedModel", lattices: Lattices) -> dict[str, Target]:
             that cannot be quantized, or nothing is left to quantize.
     """
     linears = decoder_linears(model)
-    _check_patterns(model, lattices.skip, linears)
+    _check_patterns(model, scheme.skip, linears)
     try:
-        specs = lattices.of_linears(linears)
+        specs = scheme.of_linears(linears)
     except ValueError as error:
         raise UserError(str(error)) from None
-    chosen: dict[str, Target] = {name: Target(linears[name], spec) for name, spec in specs.items()} | _ends(model, lattices)
+    chosen: dict[str, Target] = {name: Target(linears[name], spec) for name, spec in specs.items()} | _ends(model, scheme)
     if not chosen:
-        raise UserError("there is nothing to quantize: " + (f"skip={list(lattices.skip)} leaves no linear layer." if linears else _NONE))
-    _check_shared(model, chosen, lattices)
+        raise UserError("there is nothing to quantize: " + (f"skip={list(scheme.skip)} leaves no linear layer." if linears else _NONE))
+    _check_shared(model, chosen, scheme)
     for name, target in chosen.items():
         _check_module(name, target)
     return {name: chosen[name] for name, _ in model.named_modules() if name in chosen}
@@ -53,21 +53,21 @@ def is_tied(model: "PreTrainedModel") -> bool:
     return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", ...)
 
 
-def _ends(model: "PreTrainedModel", lattices: Lattices) -> dict[str, Target]:
+def _ends(model: "PreTrainedModel", scheme: QuantScheme) -> dict[str, Target]:
     """Embedding and head, as far as they are asked for."""
     found = {}
-    if lattices.head and is_tied(model):
+    if scheme.head and is_tied(model):
         raise UserError("head: the head is tied to the embedding, whose table it multiplies by; use 'embedding', which then is for both")
     for key, module in (("embedding", model.get_input_embeddings()), ("head", model.get_output_embeddings())):
-        change: SpecChange | None = getattr(lattices, key)
+        change: SpecChange | None = getattr(scheme, key)
         if change is None:
             continue
         name = next((name for name, other in model.named_modules() if other is module), None)
         if name is None or not isinstance(module, nn.Linear | nn.Embedding):
             raise UserError(f"{key}: the model has no plain {key} to quantize; leave the key out")
-        if any(fnmatchcase(name, pattern) for pattern in lattices.skip):
+        if any(fnmatchcase(name, pattern) for pattern in scheme.skip):
             raise UserError(f"{key}: skip leaves {name} alone, but {key} asks for a lattice; take one of the two away")
-        found[name] = Target(module, change.applied(lattices.weights))
+        found[name] = Target(module, change.applied(scheme.weights))
     return found
 
 
@@ -79,9 +79,9 @@ def _check_patterns(model: nn.Module, skip: Sequence[str], linears: Iterable[str
             raise UserError(f"skip: {pattern!r} matches no linear layer of the model; {example_of(linears)}")
 
 
-def _check_shared(model: "PreTrainedModel", chosen: Mapping[str, Target], lattices: Lattices) -> None:
+def _check_shared(model: "PreTrainedModel", chosen: Mapping[str, Target], scheme: QuantScheme) -> None:
     owners: dict[int, str] = {}
-    tied = id(model.get_input_embeddings().weight) if lattices.embedding and is_tied(model) else None
+    tied = id(model.get_input_embeddings().weight) if scheme.embedding and is_tied(model) else None
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = owners.setdefault(id(parameter), name)
         for shared in (name, first):

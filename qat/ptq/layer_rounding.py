@@ -16,7 +16,7 @@ from .error_report import KindError, kind_of, row_energy, sampled
 from .hessians import SharedInput, shared_inputs
 from .layer_storage import Shelf
 from .linear_order import Step, steps_of
-from .methods import METHODS, Rounding, Stack, nearest
+from .methods import METHODS, RoundingMethod, Stack, nearest
 from .replay import Replay
 from .served_layers import ServedLayers
 
@@ -30,7 +30,7 @@ class Walk:
     """What is gathered on the way."""
 
     def __init__(
-        self, model: "PreTrainedModel", specs: Mapping[str, QuantSpec], rounding: Rounding, sparse: frozenset[str], shelf: Shelf,
+        self, model: "PreTrainedModel", specs: Mapping[str, QuantSpec], rounding: RoundingMethod, sparse: frozenset[str], shelf: Shelf,
         replay: Replay | None, others: torch.dtype | None, advance: Advance,
     ) -> None:  # fmt: skip
         self.model, self.specs, self.rounding, self.sparse, self.shelf = model, specs, rounding, sparse, shelf
@@ -108,7 +108,7 @@ class Walk:
     def end(self, name: str) -> None:
         """Round the embedding or the head, which are outside the layers and have no calibrated inputs."""
         module: Any = self.model.get_submodule(name)
-        rounding = Rounding(method="rtn" if self.rounding.method == "rtn" else "mse")
+        rounding = RoundingMethod(method="rtn" if self.rounding.method == "rtn" else "mse")
         self.errors.setdefault(kind_of(name), KindError())
         rounded: dict[str, Encoded] = {}
         self._stack([name], {name: module}, None, rounded, rounding)
@@ -135,12 +135,12 @@ class Walk:
 
     def _stack(
         self, names: Sequence[str], linears: Mapping[str, Any], shared: SharedInput | None, rounded: dict[str, Encoded],
-        rounding: Rounding | None = None,
+        rounding: RoundingMethod | None = None,
     ) -> None:  # fmt: skip
         """Round modules with the same input and lattice together."""
         spec = self.specs[names[0]]
         # only integer codes are searched for
-        rounding = Rounding() if spec.kind != "int" else rounding or self.rounding
+        rounding = RoundingMethod() if spec.kind != "int" else rounding or self.rounding
         weights = [self._finite(name, linears[name].weight.detach()) for name in names]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         mask = None

@@ -10,10 +10,10 @@ from typing import Literal
 from torch import Tensor
 
 from ..fake_quant import Encoded, decode, encode, quantize_with
-from ..fake_quant.ranges import range_lattice
+from ..fake_quant.ranges import range_grid
 from ..spec import ActivationSpec, QuantSpec
 from .gptq import factorize, gptq_codes
-from .mse import FACTORS, FITTED_FACTORS, Lattice, searched_lattice
+from .mse import FACTORS, FITTED_FACTORS, SearchedScales, searched_grid
 from .scale_fit import fitted_codes
 
 MethodName = Literal["rtn", "mse", "gptq"]
@@ -22,7 +22,7 @@ Needs = Literal["nothing", "diagonal", "hessian"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rounding:
+class RoundingMethod:
     """How weights are rounded; what a method does not use, it ignores."""
 
     method: MethodName = "rtn"
@@ -103,30 +103,30 @@ class Rounded:
 class Method:
     """An entry of ``METHODS``."""
 
-    needs: Callable[[Rounding], Needs]
-    round: Callable[[Stack, QuantSpec, Rounding], Rounded]
+    needs: Callable[[RoundingMethod], Needs]
+    round: Callable[[Stack, QuantSpec, RoundingMethod], Rounded]
 
 
-def nearest(stack: Stack, spec: QuantSpec, rounding: Rounding | None = None) -> Rounded:
+def nearest(stack: Stack, spec: QuantSpec, rounding: RoundingMethod | None = None) -> Rounded:
     """Round to nearest with scales from the largest magnitude or the range: what ``fake_quant`` computes, for every kind."""
     codes, scales, zeros, whole = encode(stack.weight, spec, mask=stack.mask)
     return Rounded(codes=codes, scales=scales, zeros=zeros, global_scale=whole)
 
 
-def _searched(stack: Stack, spec: QuantSpec, rounding: Rounding) -> Rounded:
+def _searched(stack: Stack, spec: QuantSpec, rounding: RoundingMethod) -> Rounded:
     _check_int(spec, rounding)
     importance = stack.importance if rounding.weighted else None
-    return _to_nearest(stack, searched_lattice(stack.weight, spec, stack.mask, importance), spec)
+    return _to_nearest(stack, searched_grid(stack.weight, spec, stack.mask, importance), spec)
 
 
-def _gptq(stack: Stack, spec: QuantSpec, rounding: Rounding) -> Rounded:
+def _gptq(stack: Stack, spec: QuantSpec, rounding: RoundingMethod) -> Rounded:
     _check_int(spec, rounding)
     assert stack.moments is not None
     if rounding.scale == "absmax":
-        lattice = Lattice(*range_lattice(stack.weight, spec, stack.mask, "auto"))
+        lattice = SearchedScales(*range_grid(stack.weight, spec, stack.mask, "auto"))
     else:
         factors = FITTED_FACTORS if rounding.scale == "fitted" else FACTORS
-        lattice = searched_lattice(stack.weight, spec, stack.mask, stack.importance, factors)
+        lattice = searched_grid(stack.weight, spec, stack.mask, stack.importance, factors)
     factor = factorize(stack.moments, rounding.damping, rounding.activation_order)
     if factor is None:
         return _to_nearest(stack, lattice, spec, note="rounded to nearest: their Hessian has no Cholesky factor with any damping up to 1")
@@ -141,12 +141,12 @@ def _gptq(stack: Stack, spec: QuantSpec, rounding: Rounding) -> Rounded:
     return Rounded(codes=codes, scales=scales, zeros=zeros, note=note)
 
 
-def _to_nearest(stack: Stack, lattice: Lattice, spec: QuantSpec, note: str | None = None) -> Rounded:
+def _to_nearest(stack: Stack, lattice: SearchedScales, spec: QuantSpec, note: str | None = None) -> Rounded:
     codes, scales = quantize_with(stack.weight, lattice.scales, spec, zeros=lattice.zeros, mask=stack.mask)
     return Rounded(codes=codes, scales=scales, zeros=lattice.zeros, note=note)
 
 
-def _check_int(spec: QuantSpec, rounding: Rounding) -> None:
+def _check_int(spec: QuantSpec, rounding: RoundingMethod) -> None:
     if spec.kind != "int":
         raise ValueError(f"method={rounding.method!r} rounds to integers, not to kind={spec.kind!r}; use method: rtn, or kind: int")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..fake_quant.dispatch import grid_numbers
-from ..fake_quant.range_reference import group_range, lattice_of_range, shared_range
+from ..fake_quant.range_reference import grid_of_range, group_range, shared_range
 from ..spec import QuantSpec
 
 FACTORS = tuple((60 - step) / 50 for step in range(48))
@@ -18,7 +18,7 @@ the larger KL on other text (docs/lab-book.md)."""
 _PIECE = 2**17  # weights searched at a time: they and their errors stay in a core's cache
 
 
-class Lattice(NamedTuple):
+class SearchedScales(NamedTuple):
     """Where the codes of a weight [out, in] lie: w ~ (q - z) * s."""
 
     scales: Tensor
@@ -30,14 +30,14 @@ class Lattice(NamedTuple):
 def searched_scales(
     weight: Tensor, spec: QuantSpec, mask: Tensor | None = None, importance: Tensor | None = None, factors: Sequence[float] = FACTORS
 ) -> Tensor:
-    """The scales of ``searched_lattice``; all there is of a symmetric spec."""
-    return searched_lattice(weight, spec, mask, importance, factors).scales
+    """The scales of ``searched_grid``; all there is of a symmetric spec."""
+    return searched_grid(weight, spec, mask, importance, factors).scales
 
 
 @torch.no_grad()
-def searched_lattice(
+def searched_grid(
     weight: Tensor, spec: QuantSpec, mask: Tensor | None = None, importance: Tensor | None = None, factors: Sequence[float] = FACTORS
-) -> Lattice:
+) -> SearchedScales:
     """For each group the lattice with the smallest squared rounding error, out of those of its range and of ``factors`` times its range.
 
     Minimises sum_j h_j (w_j - s (q_j - z))^2, q the codes that s and z give and s on its grid already: what is compared is what is
@@ -69,12 +69,12 @@ def searched_lattice(
     ranges = zip(pieces, low.split(len(pieces[0])), high.split(len(pieces[0])))
     found = [_search([piece], smallest, largest, spec, shares, factors) for piece, smallest, largest in ranges]
     zeros = None if spec.symmetric else torch.cat([lattice.zeros for lattice in found if lattice.zeros is not None])
-    return Lattice(torch.cat([lattice.scales for lattice in found]), zeros)
+    return SearchedScales(torch.cat([lattice.scales for lattice in found]), zeros)
 
 
 def _search(
     pieces: Sequence[Tensor], low: Tensor, high: Tensor, spec: QuantSpec, shares: Tensor | None, factors: Sequence[float]
-) -> Lattice:
+) -> SearchedScales:
     """The best lattice of groups with the ranges low to high; of one range for all ``pieces`` [rows, groups, width], or of one piece."""
     tried = _candidates(low, high, spec, factors)
     scales, zeros = next(tried)
@@ -84,14 +84,14 @@ def _search(
         error = _error(pieces, scale, zero, spec, shares)
         better = error < least
         least, scales, zeros = torch.where(better, error, least), torch.where(better, scale, scales), torch.where(better, zero, zeros)
-    return Lattice(scales, None if spec.symmetric else zeros)
+    return SearchedScales(scales, None if spec.symmetric else zeros)
 
 
 def _candidates(low: Tensor, high: Tensor, spec: QuantSpec, factors: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
     """(scales, zero points) to try, those of the whole range first."""
     numbers = (spec.bits, spec.symmetric, spec.divisor_value, grid_numbers(spec))
     for factor in (1.0, *factors):
-        scales, zeros = lattice_of_range(low * factor, high * factor, *numbers)
+        scales, zeros = grid_of_range(low * factor, high * factor, *numbers)
         for shift in (0,) if spec.symmetric else (0, -1, 1):
             yield scales, (zeros.to(torch.int16) + shift).clamp_(spec.qmin, spec.qmax).to(torch.int8)
 

@@ -21,7 +21,7 @@ from ..fake_quant.absmax_reference import group_scales
 from ..ptq_limits import TWICE_TO
 from ..spec import QuantSpec
 from .gptq import Factor, gptq_pass
-from .mse import Lattice
+from .mse import SearchedScales
 
 _HOLD = 0.01
 """Pull to the scales before, as a share of each group's own curvature: groups whose inputs are nearly alike share their error at random
@@ -108,7 +108,7 @@ def _solve(lower: Tensor, target: Tensor, scales: Tensor, spec: QuantSpec) -> tu
 
 @torch.no_grad()
 def fitted_codes(
-    weight: Tensor, lattice: Lattice, hessian: Tensor, factor: Factor, spec: QuantSpec, mask: Tensor | None = None
+    weight: Tensor, lattice: SearchedScales, hessian: Tensor, factor: Factor, spec: QuantSpec, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """GPTQ's codes and scales fitted to them; below 4 bits, and of pruned weights, GPTQ's codes for those, and scales fitted once more.
 

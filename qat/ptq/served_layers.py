@@ -15,7 +15,7 @@ from ...models.common.errors import NonFiniteError
 from ..layers.input_hooks import RoundedInputs, round_inputs
 from ..layers.kv_cache_hooks import RoundedCache, cached_attentions, round_attention
 from ..layers.rounders import Rounder, Rounders, watch_padding
-from .methods import Rounding
+from .methods import RoundingMethod
 from .replay import Replay
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class ServedLayers:
         advance: Told the tokens of every batch that was looked at for them.
     """
 
-    def __init__(self, model: "PreTrainedModel", rounding: Rounding, replay: Replay | None, advance: Callable[[int], None]) -> None:
+    def __init__(self, model: "PreTrainedModel", rounding: RoundingMethod, replay: Replay | None, advance: Callable[[int], None]) -> None:
         self._model, self._rounding, self._replay, self._advance = model, rounding, replay, advance
         self._attentions = cached_attentions(model) if rounding.kv_cache else {}
         self._padding = watch_padding(model) if rounding.activations or rounding.kv_cache else None

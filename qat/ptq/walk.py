@@ -1,6 +1,6 @@
 """Rounding a whole model, decoder layer by decoder layer; what rounded linears and layers give is what the next ones are calibrated on.
 
-Where inputs, keys or values are rounded too, a layer gives what it will give when it is served (``served.py``).
+Where inputs, keys or values are rounded too, a layer gives what it will give when it is served (``served_layers.py``).
 
 Sources: Frantar et al., arXiv 2210.17323, section 3 (blocks in order, each on the outputs of the quantized ones before).
 """
@@ -18,13 +18,13 @@ from ...models.families import decoder_layers, decoder_linears
 from ...models.folder.weights import WeightFiles
 from ..codes.state import QuantState
 from ..layers.targets import Target, targets
-from ..scheme import Lattices
+from ..scheme import QuantScheme
 from ..spec import QuantSpec
 from .calibration_text import CalibrationText
 from .error_report import KindError
 from .layer_rounding import Advance, Walk, take_values
 from .layer_storage import FileShelf, MemoryShelf, Shelf
-from .methods import Rounding
+from .methods import RoundingMethod
 from .replay import Replay
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ class RoundedModel:
 @torch.no_grad()
 def round_model(
     model: "PreTrainedModel",
-    spec: QuantSpec | Lattices,
-    rounding: Rounding,
+    spec: QuantSpec | QuantScheme,
+    rounding: RoundingMethod,
     *,
     skip: Sequence[str] = (),
     sparse: Collection[str] = (),
@@ -75,13 +75,13 @@ def round_model(
         advance: Told of work that is done, in the units of ``amount_of_work``.
 
     Raises:
-        UserError: as in ``qat.modules.prepare``, weights that are NaN or infinite, text that is missing or empty, or a linear whose
-            inputs cannot be calibrated; as in ``qat.kv_cache.round_cache``.
+        UserError: as in ``qat.layers.quantized_model.prepare``, weights that are NaN or infinite, text that is missing or empty, or a linear whose
+            inputs cannot be calibrated; as in ``qat.layers.kv_cache_hooks.round_cache``.
         NonFiniteError: inputs of a linear are NaN or infinite.
     """
     layers = decoder_layers(model)
-    lattices = Lattices.of(spec, skip)
-    chosen = targets(model, lattices)
+    scheme = QuantScheme.of(spec, skip)
+    chosen = targets(model, scheme)
     specs = {name: target.spec for name, target in chosen.items()}
     names, ends = _names(chosen, layers or [model], model)
     del chosen
@@ -110,18 +110,18 @@ def round_model(
         shelf.close()
     finally:
         model.train(training)
-    state = QuantState.of(lattices.weights, specs, {name: walk.encoded[name] for name in specs})
+    state = QuantState.of(scheme.weights, specs, {name: walk.encoded[name] for name in specs})
     return RoundedModel(state=replace(state, **walk.served.state()), errors=walk.errors, notes=walk.notes)
 
 
 def amount_of_work(
-    model: "PreTrainedModel", spec: QuantSpec | Lattices, rounding: Rounding, skip: Sequence[str], text: CalibrationText | None
+    model: "PreTrainedModel", spec: QuantSpec | QuantScheme, rounding: RoundingMethod, skip: Sequence[str], text: CalibrationText | None
 ) -> int:
     """What ``advance`` will be told in all: tokens through layers where there is calibration, else weights of the decoder layers."""
     calibrates, layers = rounding.needs != "nothing", len(decoder_layers(model))
     if text is None or not (calibrates or rounding.observes):
         linears = decoder_linears(model)
-        return sum(linears[name].weight.numel() for name in targets(model, Lattices.of(spec, skip)) if name in linears)
+        return sum(linears[name].weight.numel() for name in targets(model, QuantScheme.of(spec, skip)) if name in linears)
     return text.tokens * max(0, (calibrates + rounding.observes + 1) * layers - 1)
 
 
@@ -134,7 +134,7 @@ def _names(chosen: Mapping[str, Target], layers: Sequence[nn.Module], model: "Pr
     return [[name for name, target in chosen.items() if id(target.module) in modules] for modules in inside], ends
 
 
-def _check_calibration(text: CalibrationText | None, layers: Sequence[nn.Module], rounding: Rounding) -> None:
+def _check_calibration(text: CalibrationText | None, layers: Sequence[nn.Module], rounding: RoundingMethod) -> None:
     if text is None or not text.tokens:
         raise UserError(f"{_who(rounding)} no token to calibrate on; raise calibration_tokens or give more text")
     if not layers:
@@ -142,5 +142,5 @@ def _check_calibration(text: CalibrationText | None, layers: Sequence[nn.Module]
         raise UserError(f"{_who(rounding)} to look at layer after layer, but the model's decoder layers are not found; {remedy}")
 
 
-def _who(rounding: Rounding) -> str:
+def _who(rounding: RoundingMethod) -> str:
     return f"method {rounding.method} has" if rounding.needs != "nothing" else "static scales of activations or kv_cache have"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ...models.common.errors import UserError
 from .fields import check_fields, check_group, check_names
 from .qweight import QWEIGHT, QZEROS, SCALES, QweightFolder
-from .tensors import Lattice, Scheme, bit_fields, read_config
+from .tensors import StoredCodes, StoredScheme, bit_fields, read_config
 
 _FIELD_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
 
@@ -27,7 +27,7 @@ class AwqFolder(QweightFolder):
         super().__init__(folder)
         self._scheme, self.ignore = read_scheme(self.folder)
 
-    def scheme_of(self, module: str) -> Scheme:
+    def scheme_of(self, module: str) -> StoredScheme:
         """Bits and group size, one for all modules. Zero points are always stored; whether they are constant only they tell."""
         return self._scheme
 
@@ -43,7 +43,7 @@ class AwqFolder(QweightFolder):
                 problems.append(f"{name} is packed, but quantization_config.modules_to_not_convert leaves it out")
         return problems
 
-    def lattice(self, module: str) -> Lattice:
+    def lattice(self, module: str) -> StoredCodes:
         """Codes, scales and zero points of a packed module.
 
         Raises:
@@ -54,7 +54,7 @@ class AwqFolder(QweightFolder):
         groups = columns // width
         self._stored.expect(module + QZEROS, ("I32",), (groups, rows // 8))
         scales = self._stored.scales(module + SCALES, (groups, rows)).T
-        return Lattice(codes=self._nibbles(module + QWEIGHT) - 8, scales=scales, zeros=self._nibbles(module + QZEROS) - 8)
+        return StoredCodes(codes=self._nibbles(module + QWEIGHT) - 8, scales=scales, zeros=self._nibbles(module + QZEROS) - 8)
 
     def _shape(self, module: str) -> tuple[int, int]:
         """(out, in)."""
@@ -68,7 +68,7 @@ class AwqFolder(QweightFolder):
         return fields.reshape(len(data), -1, 8)[:, :, _FIELD_OF_COLUMN].reshape(len(data), -1).T
 
 
-def read_scheme(folder: Path) -> tuple[Scheme, tuple[str, ...]]:
+def read_scheme(folder: Path) -> tuple[StoredScheme, tuple[str, ...]]:
     """(scheme, parts of names that are not packed) of ``config.json``.
 
     Raises:
@@ -90,4 +90,4 @@ def read_scheme(folder: Path) -> tuple[Scheme, tuple[str, ...]]:
     check_group(file, named["group_size"])
     ignore = check_names(file, "modules_to_not_convert", named.get("modules_to_not_convert") or [])
     size = named["group_size"]
-    return Scheme(bits=4, group_size=None if size == -1 else size, symmetric=False), ignore
+    return StoredScheme(bits=4, group_size=None if size == -1 else size, symmetric=False), ignore

@@ -8,7 +8,7 @@ group or row, one scheme or several. Source of the layout: compressed-tensors ``
     pack-quantized   P.weight_packed int32 [out, ceil(in b / 32)], P.weight_shape int64 [2]; P.weight_zero_point int32
                      [ceil(out b / 32), groups], packed along the outputs
     int-quantized    P.weight int8 [out, in]; P.weight_zero_point int8 [out, 1]; P.input_scale, P.input_zero_point [1] when static
-    both             P.weight_scale [out, groups]; w = (q - z) * s; of keys and values what ``read_kv_cache.py`` says
+    both             P.weight_scale [out, groups]; w = (q - z) * s; of keys and values what ``kv_cache.py`` says
 
 Codes of 3, 5, 6 and 7 bits are read as the dense stream of version 0.18 and later.
 """
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ...models.common.errors import UserError
 from .compressed_tensors_config import read_scheme
 from .kv_cache import cache_attentions, cache_scales, is_cache_scale
-from .tensors import Lattice, Scheme, StoredTensors, WeightFolder, bit_fields, read_config
+from .tensors import StoredCodes, StoredScheme, StoredTensors, WeightFolder, bit_fields, read_config
 
 _PACKED, _SCALE, _SHAPE, _ZERO = ".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point"
 _INPUT_SCALE, _INPUT_ZERO = ".input_scale", ".input_zero_point"
@@ -97,7 +97,7 @@ class PackedFolder(WeightFolder):
             if self.scheme.of(module).format != form:
                 raise UserError(f"{self.folder}: {module} is {form}, but its group in config.json says {self.scheme.of(module).format}")
 
-    def scheme_of(self, module: str) -> Scheme:
+    def scheme_of(self, module: str) -> StoredScheme:
         """Bits, group size and symmetry of a quantized module."""
         return self.scheme.of(module).weights
 
@@ -140,7 +140,7 @@ class PackedFolder(WeightFolder):
         packed = {f"{module}.weight": self._shape(module) for module in self.modules}
         return packed | {name: self._stored.shape(name) for name in self.plain}
 
-    def lattice(self, module: str) -> Lattice:
+    def lattice(self, module: str) -> StoredCodes:
         """Codes, scales and zero points of a quantized module.
 
         Raises:
@@ -159,7 +159,7 @@ class PackedFolder(WeightFolder):
         else:
             codes = self._fields(module + _PACKED, self._stored.words(module + _PACKED), scheme.bits, columns)
         scales = self._stored.scales(module + _SCALE, (rows, groups))
-        return Lattice(codes=codes, scales=scales, zeros=self._zeros(module, rows, groups, scheme))
+        return StoredCodes(codes=codes, scales=scales, zeros=self._zeros(module, rows, groups, scheme))
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """The fp32 tensor ``name`` of the full state dict: the stored lattice's values, or a plain tensor's exact value.
@@ -169,7 +169,7 @@ class PackedFolder(WeightFolder):
         """
         return self._stored.floats(name) if name not in self._quantized else self.lattice(name.removesuffix(".weight")).weight()
 
-    def _zeros(self, module: str, rows: int, groups: int, scheme: Scheme) -> NDArray[np.int16]:
+    def _zeros(self, module: str, rows: int, groups: int, scheme: StoredScheme) -> NDArray[np.int16]:
         name = module + _ZERO
         if scheme.symmetric:
             return np.zeros((rows, groups), np.int16)

@@ -11,7 +11,7 @@ from typing import Any
 from ...models.common.errors import UserError
 from .fields import BITS, check_fields, check_names, module_pattern
 from .kv_cache import read_cache_scheme
-from .tensors import Scheme, read_config
+from .tensors import StoredScheme, read_config
 
 FORMATS = ("pack-quantized", "int-quantized")
 
@@ -32,7 +32,7 @@ class Group:
     targets: tuple[str, ...]
     """Module names, ``re:`` patterns, or class names."""
     format: str
-    weights: Scheme
+    weights: StoredScheme
     inputs: InputScheme | None
 
 
@@ -120,7 +120,7 @@ def _group(file: Path, name: str, group: Any, whole: str) -> Group:
     return Group(
         targets=_names(file, "targets", group.get("targets") or ["Linear"]),
         format=form,
-        weights=Scheme(
+        weights=StoredScheme(
             bits=weights["num_bits"], group_size=size if weights["strategy"] == "group" else None, symmetric=weights["symmetric"]
         ),
         inputs=_inputs(file, group.get("input_activations")),

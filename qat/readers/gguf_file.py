@@ -1,7 +1,7 @@
 """An independent reader of GGUF files, in numpy: header, metadata, tensor table, and tensors as fp32.
 
 It shares no code with the writer (``export/gguf_*.py``). The file is taken for hostile: every count and length is compared with the
-bytes that are there before anything of that size is made. ``read_gguf_model.py`` gives the tensors their transformers names.
+bytes that are there before anything of that size is made. ``gguf_model.py`` gives the tensors their transformers names.
 
 Source of the format: ggml ``docs/gguf.md``; of the blocks: ggml ``ggml-common.h`` and ``ggml-quants.c`` (dequantize_row_*).
 """

@@ -1,6 +1,6 @@
 """A GGUF file as the model it was made from: transformers' names and layout, fp32, and what its metadata says against config.json.
 
-The way back of ``export/gguf_names.py``, written a second time on purpose: llama.cpp's pairs of a head's channels become halves again,
+The way back of ``export/gguf/names.py``, written a second time on purpose: llama.cpp's pairs of a head's channels become halves again,
 Gemma's 1 + w becomes w, GPT-2's matrices are turned.
 
 Source: transformers ``modeling_{llama,qwen2,qwen3,gemma,gemma2,gemma3,gpt2}.py``; llama.cpp ``llama-arch.cpp``.

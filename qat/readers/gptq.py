@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ...models.common.errors import UserError
 from .fields import BITS, check_fields, check_group, module_pattern
 from .qweight import QWEIGHT, QZEROS, SCALES, QweightFolder
-from .tensors import Lattice, Scheme, bit_fields, read_config
+from .tensors import StoredCodes, StoredScheme, bit_fields, read_config
 
 _G_IDX = ".g_idx"
 
@@ -29,11 +29,11 @@ class GptqFolder(QweightFolder):
         super().__init__(folder, (_G_IDX,))
         self.format, self._scheme, self._dynamic = read_scheme(self.folder)
 
-    def scheme_of(self, module: str) -> Scheme:
+    def scheme_of(self, module: str) -> StoredScheme:
         """Bits and group size of a module: the config's, or what the first ``dynamic`` pattern that fits it says."""
         changes = next((change for pattern, change in self._dynamic if pattern.match(module)), None) or {}
         bits, size = changes.get("bits", self._scheme.bits), changes.get("group_size", self._scheme.group_size or -1)
-        return Scheme(bits=bits, group_size=None if size == -1 else size, symmetric=changes.get("sym", self._scheme.symmetric))
+        return StoredScheme(bits=bits, group_size=None if size == -1 else size, symmetric=changes.get("sym", self._scheme.symmetric))
 
     def unlisted(self, linears: tuple[str, ...]) -> list[str]:
         """Sentences about linears that are plain or packed against what the config says of them."""
@@ -48,7 +48,7 @@ class GptqFolder(QweightFolder):
                 problems.append(f"{name} is packed, but quantization_config leaves it out")
         return problems
 
-    def lattice(self, module: str) -> Lattice:
+    def lattice(self, module: str) -> StoredCodes:
         """Codes, scales and zero points of a packed module.
 
         Raises:
@@ -69,7 +69,7 @@ class GptqFolder(QweightFolder):
             )
         self._check_order(module, columns, width)
         scales = self._stored.scales(module + SCALES, (groups, rows)).T
-        return Lattice(codes=codes - half, scales=scales, zeros=zeros - half)
+        return StoredCodes(codes=codes - half, scales=scales, zeros=zeros - half)
 
     def _shape(self, module: str) -> tuple[int, int]:
         """(out, in): outputs as stored, inputs from ``g_idx``, or as many as the words hold."""
@@ -98,7 +98,7 @@ class GptqFolder(QweightFolder):
             raise UserError(f"{self._stored.file(name)}: {name} reorders inputs (desc_act), which this reader does not know")
 
 
-def read_scheme(folder: Path) -> tuple[str, Scheme, list[tuple[re.Pattern[str], dict[str, Any] | None]]]:
+def read_scheme(folder: Path) -> tuple[str, StoredScheme, list[tuple[re.Pattern[str], dict[str, Any] | None]]]:
     """(checkpoint format, scheme, ``dynamic`` as (pattern, changes; None = not quantized)) of ``config.json``.
 
     Raises:
@@ -121,7 +121,7 @@ def read_scheme(folder: Path) -> tuple[str, Scheme, list[tuple[re.Pattern[str], 
     dynamic = quantization.get("dynamic") or {}
     if not isinstance(dynamic, dict):
         raise UserError(f"{file}: quantization_config: dynamic must map patterns to changes")
-    scheme = Scheme(bits=quantization["bits"], group_size=None if size == -1 else size, symmetric=quantization.get("sym", True))
+    scheme = StoredScheme(bits=quantization["bits"], group_size=None if size == -1 else size, symmetric=quantization.get("sym", True))
     return quantization.get("checkpoint_format", "gptq"), scheme, [_rule(file, key, change) for key, change in dynamic.items()]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...models.common.errors import UserError
-from .tensors import Lattice, Scheme, StoredTensors, WeightFolder, read_config
+from .tensors import StoredCodes, StoredScheme, StoredTensors, WeightFolder, read_config
 
 
 class PlainFolder(WeightFolder):
@@ -28,11 +28,11 @@ class PlainFolder(WeightFolder):
         """A tensor's exact value; UserError when it is not a finite bf16, fp16 or fp32 one."""
         return self._stored.floats(name)
 
-    def lattice(self, module: str) -> Lattice:
+    def lattice(self, module: str) -> StoredCodes:
         """There is none."""
         raise UserError(f"{self.folder}: {module} is not quantized")
 
-    def scheme_of(self, module: str) -> Scheme:
+    def scheme_of(self, module: str) -> StoredScheme:
         """There is none."""
         raise UserError(f"{self.folder}: {module} is not quantized")
 

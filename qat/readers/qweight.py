@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...models.common.errors import UserError
-from .tensors import Scheme, StoredTensors, WeightFolder
+from .tensors import StoredScheme, StoredTensors, WeightFolder
 
 QWEIGHT, QZEROS, SCALES = ".qweight", ".qzeros", ".scales"
 
@@ -52,7 +52,7 @@ class QweightFolder(WeightFolder):
     def _shape(self, module: str) -> tuple[int, int]:
         """(out, in) of a packed module."""
 
-    def _group_width(self, module: str, columns: int, scheme: Scheme) -> int:
+    def _group_width(self, module: str, columns: int, scheme: StoredScheme) -> int:
         """Inputs that share a scale; UserError when the config's number does not divide them."""
         width = scheme.group_size or columns
         if not width or columns % width:

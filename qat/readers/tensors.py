@@ -24,7 +24,7 @@ _KINDS = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "I8": "i1", "I32": "<i4", "
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scheme:
+class StoredScheme:
     """What ``config.json`` says about the weights of a module."""
 
     bits: int
@@ -37,7 +37,7 @@ class Scheme:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lattice:
+class StoredCodes:
     """A weight as it is stored: w = (codes - zeros) * scales, group by group."""
 
     codes: NDArray[np.int16]
@@ -74,11 +74,11 @@ class WeightFolder(ABC):
         """The fp32 tensor ``name`` of the full state dict; UserError when it is damaged."""
 
     @abstractmethod
-    def lattice(self, module: str) -> Lattice:
+    def lattice(self, module: str) -> StoredCodes:
         """Codes, scales and zero points of a quantized module; UserError when they are damaged."""
 
     @abstractmethod
-    def scheme_of(self, module: str) -> Scheme:
+    def scheme_of(self, module: str) -> StoredScheme:
         """What the config says of a quantized module."""
 
     @abstractmethod

@@ -2,8 +2,8 @@
 
 Each runtime loads the folder in a fresh process on the CPU. In transformers and fp32 its logits must equal the fake-quant model's to
 1e-5 (of the largest logit, where that is above 1) and predict the same tokens: only the order of additions may differ. llama.cpp, which
-loads GGUF, rounds activations and has a rule of its own (``llama_cpp_runtime.py``), and so has vLLM (``vllm_runtime.py``); some kernels
-of GPTQ and AWQ compute in fp16 (``runtime_rules.py``).
+loads GGUF, rounds activations and has a rule of its own (``llama_cpp_check.py``), and so has vLLM (``vllm_check.py``); some kernels
+of GPTQ and AWQ compute in fp16 (``transformers_rules.py``).
 """
 
 import math

@@ -1,7 +1,7 @@
 """Asks llama.cpp about every token of a text, in a process of its own: ``python -m decoct.qat.runtimes.llama_cpp_process``.
 
 Nothing of decoct runs here but this file. The package xllamacpp carries llama.cpp's own server, which is asked over HTTP as any client
-would. ``llama_cpp_runtime.py`` starts it and compares.
+would. ``llama_cpp_check.py`` starts it and compares.
 """
 
 import argparse
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _tell(file: Path, **facts: Any) -> None:
-    """How far it came (``check_process.py`` reads it, whatever becomes of this process)."""
+    """How far it came (``judge_process.py`` reads it, whatever becomes of this process)."""
     file.write_text(json.dumps(facts), encoding="utf-8")
 
 

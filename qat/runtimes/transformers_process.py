@@ -1,7 +1,7 @@
 """Loads an export as a user would and writes its logits: ``python -m decoct.qat.runtimes.transformers_process``, a process of its own.
 
 Nothing of decoct runs here but this file: plain transformers with the packages that the format needs, so that what they make of the folder
-is seen, not what decoct thinks they make of it. ``runtimes.py`` starts it and compares.
+is seen, not what decoct thinks they make of it. ``check.py`` starts it and compares.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _tell(file: Path, **facts: Any) -> None:
-    """How far it came (``check_process.py`` reads it, whatever becomes of this process)."""
+    """How far it came (``judge_process.py`` reads it, whatever becomes of this process)."""
     file.write_text(json.dumps(facts), encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
 """Serves an export with ``vllm serve`` and asks it about every token of a text: ``python vllm_check.py FOLDER ...``.
 
 Run by the interpreter that has vLLM, which has a venv of its own: nothing of decoct runs here but this file, and vLLM is asked over HTTP as
-any client would. ``vllm_runtime.py`` starts it and compares.
+any client would. ``vllm_check.py`` starts it and compares.
 """
 
 import argparse
@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _tell(file: Path, **facts: Any) -> None:
-    """How far it came (``check_process.py`` reads it, whatever becomes of this process)."""
+    """How far it came (``judge_process.py`` reads it, whatever becomes of this process)."""
     file.write_text(json.dumps(facts), encoding="utf-8")
 
 

@@ -36,7 +36,7 @@ class PlainSource(ExportSource):
             raise UserError(f"{self.plain[name]}: {name} has values beyond the range of {self.dtype}; export in another type")
         return rounded.float()
 
-    def rounding(self) -> "Rounding":
+    def rounding(self) -> "CastError":
         """How far the export is from the folder."""
         changed, largest, squares, errors = 0, 0.0, 0.0, 0.0
         for name in self.plain:
@@ -46,11 +46,11 @@ class PlainSource(ExportSource):
                 largest = max(largest, float(difference.max()) if difference.numel() else 0.0)
                 squares += float(piece.double().square().sum())
                 errors += float(difference.square().sum())
-        return Rounding(changed=changed, largest=largest, relative=math.sqrt(errors / squares) if squares else 0.0)
+        return CastError(changed=changed, largest=largest, relative=math.sqrt(errors / squares) if squares else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rounding:
+class CastError:
     """What rounding to the stored dtype did."""
 
     changed: int

@@ -12,7 +12,7 @@ from decoct.models.folder.model_folder import save_model_folder
 from decoct.models.tokenizer.scratch_tokenizer import train_tokenizer
 from decoct.qat.export.export import export_folder
 from decoct.qat.layers.quantized_model import fold, quantize_model
-from decoct.qat.scheme import Lattices
+from decoct.qat.scheme import QuantScheme
 from decoct.qat.spec import QuantSpec
 
 QuantizedFolder = Callable[..., Path]
@@ -72,14 +72,14 @@ def quantized_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Quan
         group_size: int | Literal["channel"] = 16,
         skip: Sequence[str] = (),
         spec: QuantSpec | None = None,
-        lattices: Lattices | None = None,
+        scheme: QuantScheme | None = None,
         record: dict[str, Any] | None = None,
         change: Callable[[PreTrainedModel], None] = lambda model: None,
         **config: Any,
     ) -> Path:
         model = _random_model(model_type, **config)
         change(model)
-        state = quantize_model(model, lattices or spec or QuantSpec(bits=bits, group_size=group_size), skip)
+        state = quantize_model(model, scheme or spec or QuantSpec(bits=bits, group_size=group_size), skip)
         fold(model, state)
         folder = tmp_path / f"quantized-{len(list(tmp_path.iterdir()))}"
         own = {"base_model": "someone/some-model", "kind": "quantize", **(record or {}), "quant": state.record()}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from decoct.qat.scheme import Lattices, SpecChange
+from decoct.qat.scheme import QuantScheme, SpecChange
 from decoct.qat.spec import QuantSpec
 
 BASE = QuantSpec(bits=4, group_size=32)
@@ -10,12 +10,12 @@ NAMES = [f"model.layers.{layer}.{name}" for layer in range(2) for name in ("self
 
 
 def test_patterns_change_what_they_match_and_skip_wins() -> None:
-    lattices = Lattices(
+    scheme = QuantScheme(
         weights=BASE,
         skip=("*.0.mlp.*",),
         overrides={"*.down_proj": SpecChange(bits=8), "*.1.self_attn.*": SpecChange(group_size="channel", symmetric=False)},
     )
-    found = lattices.of_linears(NAMES)
+    found = scheme.of_linears(NAMES)
     assert found == {
         "model.layers.0.self_attn.q_proj": BASE,
         "model.layers.1.self_attn.q_proj": QuantSpec(bits=4, group_size="channel", symmetric=False),
@@ -27,7 +27,7 @@ def test_patterns_change_what_they_match_and_skip_wins() -> None:
 
 def test_the_order_of_patterns_plays_no_part() -> None:
     changes = {"*.down_proj": SpecChange(bits=8), "*.1.*.down_proj": SpecChange(bits=8), "*.up_proj": SpecChange(bits=3)}
-    forward, backward = (Lattices(weights=BASE, overrides=dict(items)) for items in (changes.items(), reversed(changes.items())))
+    forward, backward = (QuantScheme(weights=BASE, overrides=dict(items)) for items in (changes.items(), reversed(changes.items())))
     assert forward.of_linears(NAMES) == backward.of_linears(NAMES)
 
 
@@ -41,14 +41,14 @@ def test_the_order_of_patterns_plays_no_part() -> None:
 )
 def test_patterns_that_do_nothing_or_disagree_are_errors(overrides: dict[str, SpecChange], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Lattices(weights=BASE, skip=("*.0.mlp.*",), overrides=overrides).of_linears(NAMES)
+        QuantScheme(weights=BASE, skip=("*.0.mlp.*",), overrides=overrides).of_linears(NAMES)
 
 
 def test_changes_that_do_not_go_together_name_their_key() -> None:
     with pytest.raises(ValueError, match=r"^overrides.\*.up_proj: .*has no zero point"):
-        Lattices(weights=BASE, overrides={"*.up_proj": SpecChange(kind="nf4", symmetric=False)})
+        QuantScheme(weights=BASE, overrides={"*.up_proj": SpecChange(kind="nf4", symmetric=False)})
     with pytest.raises(ValueError, match=r"^embedding: bits=9 is outside"):
-        Lattices(weights=BASE, embedding=SpecChange(bits=9))
+        QuantScheme(weights=BASE, embedding=SpecChange(bits=9))
     with pytest.raises(ValueError, match="an empty section changes nothing"):
         SpecChange()
 

@@ -21,7 +21,7 @@ from decoct.qat.codes.state import QuantState
 from decoct.qat.layers.input_hooks import round_inputs
 from decoct.qat.layers.kv_cache_hooks import round_cache
 from decoct.qat.layers.quantized_model import fold, quantize_model
-from decoct.qat.scheme import Lattices
+from decoct.qat.scheme import QuantScheme
 from decoct.qat.spec import ActivationSpec, QuantSpec
 
 SEQUENCE, ROWS, STEPS = 128, 16, 300
@@ -173,7 +173,7 @@ def quantized_folder(
 
     def build(
         model_type: str,
-        spec: QuantSpec | Lattices,
+        spec: QuantSpec | QuantScheme,
         pruned: bool = False,
         skip: Sequence[str] = (),
         activations: ActivationSpec | None = None,

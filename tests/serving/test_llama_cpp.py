@@ -20,7 +20,7 @@ from decoct.qat.export.export import export_folder
 from decoct.qat.readers.gguf_model import GgufModel
 from decoct.qat.runtimes.llama_cpp_check import check_llama_cpp
 from decoct.qat.runtimes.llama_cpp_process import Server
-from decoct.qat.scheme import Lattices, SpecChange
+from decoct.qat.scheme import QuantScheme, SpecChange
 from decoct.qat.spec import QuantSpec
 from decoct.qat.verify.verify import verify_folder
 
@@ -164,8 +164,8 @@ def test_zero_points_predict_what_was_trained(quantized_folder: Build, known_tex
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_rounded_embedding_and_head_predict_what_was_trained(quantized_folder: Build, known_text: Tensor, tied: bool) -> None:
     ends = {"embedding": SpecChange(bits=8), "head": None if tied else SpecChange(bits=8)}
-    lattices = Lattices(weights=QuantSpec(bits=4, group_size=32), overrides={"*.down_proj": SpecChange(bits=8)}, **ends)
-    folder = exported(quantized_folder("llama", lattices, tie_word_embeddings=tied), "gguf")
+    scheme = QuantScheme(weights=QuantSpec(bits=4, group_size=32), overrides={"*.down_proj": SpecChange(bits=8)}, **ends)
+    folder = exported(quantized_folder("llama", scheme, tie_word_embeddings=tied), "gguf")
     assert GgufModel(folder).scheme["model.embed_tokens.weight"] == "Q8_0"
     seen = check_llama_cpp(folder, known_text)
     print("tied" if tied else "untied", "Q8_0 ends", seen)

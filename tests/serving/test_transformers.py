@@ -11,7 +11,7 @@ from decoct.qat.export.export import export_folder
 from decoct.qat.rebuild import load_exported_model
 from decoct.qat.runtimes import check as runtimes
 from decoct.qat.runtimes.check import MIN_POSITIONS, TOLERANCE, check_runtimes
-from decoct.qat.scheme import Lattices, SpecChange
+from decoct.qat.scheme import QuantScheme, SpecChange
 from decoct.qat.spec import ActivationSpec, QuantSpec
 from decoct.qat.verify.verify import verify_folder
 
@@ -26,10 +26,10 @@ STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 INT4 = QuantSpec(bits=4, group_size=64)
 ROWS = QuantSpec(bits=8, group_size="channel")
-MIXED = Lattices(weights=INT4, overrides={"*.down_proj": SpecChange(bits=8, group_size="channel")})
+MIXED = QuantScheme(weights=INT4, overrides={"*.down_proj": SpecChange(bits=8, group_size="channel")})
 STATIC = ActivationSpec(scaling="static")
 FP8 = ActivationSpec(kind="fp8_e4m3", scaling="static")
-SCHEMES: dict[str, tuple[str, QuantSpec | Lattices, dict[str, Any]]] = {
+SCHEMES: dict[str, tuple[str, QuantSpec | QuantScheme, dict[str, Any]]] = {
     "int4": ("compressed-tensors", INT4, {}),
     "int8": ("compressed-tensors", ROWS, {}),
     "mixed": ("compressed-tensors", MIXED, {}),

@@ -31,7 +31,7 @@ from decoct.trainer.loop.held_out import HeldOut, derive_watch
 from decoct.trainer.loop.hooks import KeepZeros, MaskHook, StepHook
 from decoct.trainer.loop.metrics import MetricsSink
 from decoct.trainer.loop.objective import Objective
-from decoct.trainer.loop.qat_hook import Quantizers
+from decoct.trainer.loop.qat_hook import QatSchedule
 from decoct.trainer.processes.world import current_world
 from decoct.trainer.settings import MagnitudeSettings
 from decoct.trainer.settings_quantization import QatSettings
@@ -250,7 +250,7 @@ class Case:
         from decoct.qat.layers.quantized_model import prepare
 
         scale = settings.scales == "learned" or settings.freeze_scales > 0
-        prepare(student, settings.lattices, extras=Extras(scale=scale, rank=settings.lora or 0))
+        prepare(student, settings.scheme, extras=Extras(scale=scale, rank=settings.lora or 0))
 
     def hooks(self, student: nn.Module) -> list[StepHook]:
         """What acts around each step."""
@@ -273,7 +273,7 @@ class Case:
         return Objective(LocalTeacher(tiny_model(2, dropout=0.0), v_eff=VOCAB), LossSettings(hard_weight=0.25), v_eff=VOCAB)
 
 
-def quantizers(student: nn.Module, settings: QatSettings, case: Case, kind: type[Quantizers] = Quantizers) -> Quantizers:
+def quantizers(student: nn.Module, settings: QatSettings, case: Case, kind: type[QatSchedule] = QatSchedule) -> QatSchedule:
     """The hook of a quantized student, its inputs, keys and values rounded where the settings say so."""
     from decoct.qat.layers.input_hooks import round_inputs
     from decoct.qat.layers.kv_cache_hooks import round_cache
@@ -288,7 +288,7 @@ def quantizers(student: nn.Module, settings: QatSettings, case: Case, kind: type
 def run_case(case: Case, work: Path, *, console: Console | None = None, **changes: Any) -> tuple[FitResult, LlamaForCausalLM]:
     """Run (or go on with) the stage in ``work``; ``changes`` replace arguments of ``fit``."""
     student = changes.pop("student", None) or case.student()
-    quantizing, hook = changes.pop("quantizing", None), changes.pop("quantizers", Quantizers)
+    quantizing, hook = changes.pop("quantizing", None), changes.pop("quantizers", QatSchedule)
     if quantizing is not None:
         student = tiny_model(1, dropout=case.dropout, hidden=case.hidden)
         case.quantize(student, quantizing)

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from ...qat.layers.quant_linear import Mode, RoundedWeight
 from ...qat.layers.rounders import Rounders
-from ...qat.ptq.methods import METHODS, Rounding, Stack
+from ...qat.ptq.methods import METHODS, RoundingMethod, Stack
 from ...qat.spec import QuantSpec
 from ..processes.sharding import local, own_rows, parameter_of, whole
 from ..settings_quantization import QatSettings
 from .rng import derive_seed
 from .static_ranges import FollowedRanges
 
-FirstLattice = tuple[Tensor, Tensor | None]
+FirstGrid = tuple[Tensor, Tensor | None]
 """(scales fp32, zero points int8 or None) of a module, both of ``spec.scale_shape``."""
 
 
@@ -31,7 +31,7 @@ class Phase:
     bits: int
 
 
-class Quantizers:
+class QatSchedule:
     """Sets the mode and bits of every ``RoundedWeight`` before each step, and the first values of scales and adapters.
 
     Args:
@@ -50,7 +50,7 @@ class Quantizers:
         settings: QatSettings,
         total_steps: int,
         seed: int,
-        given: Mapping[str, FirstLattice] | None = None,
+        given: Mapping[str, FirstGrid] | None = None,
         inputs: Rounders | None = None,
         cache: Rounders | None = None,
     ) -> None:
@@ -174,11 +174,13 @@ class Quantizers:
         local(module.adapter_out).zero_()
 
 
-def first_scales(weight: Tensor, spec: QuantSpec, start: str) -> FirstLattice:
+def first_scales(weight: Tensor, spec: QuantSpec, start: str) -> FirstGrid:
     """(scales fp32, zero points int8 or None): from the range of each group, or searched (start mse)."""
     if not weight.numel():
         return weight.new_zeros(0), None
-    rounded = METHODS["mse" if start == "mse" else "rtn"].round(Stack(weight=weight.float(), mask=None, moments=None), spec, Rounding())
+    rounded = METHODS["mse" if start == "mse" else "rtn"].round(
+        Stack(weight=weight.float(), mask=None, moments=None), spec, RoundingMethod()
+    )
     return rounded.scales, rounded.zeros
 
 

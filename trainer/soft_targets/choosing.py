@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ...losses.sparse import SparseTargets
-from .packed_rows import RowFormat, Rows, log_code, log_of
+from .packed_rows import PackedRows, RowFormat, log_code, log_of
 
 
-def choose_rows(log_p: Tensor, form: RowFormat, start: Tensor) -> Rows:
+def choose_rows(log_p: Tensor, form: RowFormat, start: Tensor) -> PackedRows:
     """What a cache keeps of ``log_p``.
 
     Args:
@@ -34,20 +34,20 @@ def choose_rows(log_p: Tensor, form: RowFormat, start: Tensor) -> Rows:
     ids = _places(certain | (drawn & (rest > 0)), form.others)
     used = ids < form.v_eff
     logs = rest.gather(1, ids.masked_fill(~used, 0)).clamp(min=torch.finfo(rest.dtype).tiny).log()
-    return Rows(top_ids, top_logs, ids, logs, floor, None, entropy)
+    return PackedRows(top_ids, top_logs, ids, logs, floor, None, entropy)
 
 
-def _likeliest(log_p: Tensor, form: RowFormat, entropy: Tensor) -> Rows:
+def _likeliest(log_p: Tensor, form: RowFormat, entropy: Tensor) -> PackedRows:
     logs, ids = log_p.topk(form.top + form.others, 1)
     outside = log_p.scatter(1, ids, -torch.inf).logsumexp(1)
     # tokens of probability 0 take no slot: the grid need not reach down to them
     others, order = torch.where(logs > -torch.inf, ids, form.v_eff)[:, form.top :].sort(1)
     kept = logs[:, form.top :].gather(1, order)
     floor = _floor(kept, logs, form)
-    return Rows(ids[:, : form.top], logs[:, : form.top], others, kept, floor, outside, entropy)
+    return PackedRows(ids[:, : form.top], logs[:, : form.top], others, kept, floor, outside, entropy)
 
 
-def rows_of(known: SparseTargets, form: RowFormat) -> Rows:
+def rows_of(known: SparseTargets, form: RowFormat) -> PackedRows:
     """What a top-k cache keeps of a teacher that is itself known in bucket form only, the same tokens or fewer."""
     logs, order = known.log_weights.topk(form.top + form.others, 1)
     ids = torch.where(logs > -torch.inf, known.ids.gather(1, order), form.v_eff)
@@ -55,7 +55,7 @@ def rows_of(known: SparseTargets, form: RowFormat) -> Rows:
     tail = outside if known.log_tail is None else torch.logaddexp(outside, known.log_tail)
     others, by_id = ids[:, form.top :].sort(1)
     kept = logs[:, form.top :].gather(1, by_id)
-    return Rows(
+    return PackedRows(
         ids[:, : form.top].clamp(max=form.v_eff - 1), logs[:, : form.top], others, kept, _floor(kept, logs, form), tail, known.entropy
     )
 

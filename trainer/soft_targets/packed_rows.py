@@ -37,7 +37,7 @@ DRAWN_RANGE = 16.0
 
 
 @dataclass(frozen=True)
-class Rows:
+class PackedRows:
     """What is to be kept of n positions."""
 
     top_ids: Tensor
@@ -105,7 +105,7 @@ class RowFormat:
         """Bytes of a row."""
         return -(-sum(self.widths) // 8)
 
-    def encode(self, rows: Rows, noise: Tensor | None = None) -> Tensor:
+    def encode(self, rows: PackedRows, noise: Tensor | None = None) -> Tensor:
         """[n, bytes] uint8.
 
         Args:

@@ -10,7 +10,7 @@ from ...models.common.errors import UserError
 from ...models.folder.model_folder import read_record
 from ...qat.export.export import export_folder
 from ...qat.runtimes.outcome_words import outcome_text
-from ...qat.source.plain_source import Rounding
+from ...qat.source.plain_source import CastError
 from ...qat.verify.verify import verify_folder
 from ..settings import ExportSettings
 from .context import StageContext, StageResult
@@ -48,7 +48,7 @@ def _export(source: Path, target: Path, form: str, settings: ExportSettings, con
         context.say(f"  {form} in {name}: {outcome_text(seen)}")
     rounding = {"rounding": export["rounding"]} if "rounding" in export else {}
     if rounding:
-        context.say(f"  {form}: {Rounding(**rounding['rounding'])}")
+        context.say(f"  {form}: {CastError(**rounding['rounding'])}")
     return {"format": form, "path": target.name, "exact": not rounding, **rounding, "runtimes": runtimes}
 
 

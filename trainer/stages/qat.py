@@ -18,13 +18,13 @@ from ...qat.layers.kv_cache_hooks import RoundedCache, round_cache
 from ...qat.layers.quant_linear import Extras, RoundedWeight
 from ...qat.layers.quantized_model import fold, hold_codes, prepare, quantize_model
 from ...qat.layers.targets import targets
-from ...qat.ptq import Rounding, round_model
-from ..loop.qat_hook import FirstLattice, Quantizers
+from ...qat.ptq import RoundingMethod, round_model
+from ..loop.qat_hook import FirstGrid, QatSchedule
 from ..settings import TrainerSettings
 from ..settings_quantization import QatSettings
 from .context import StageContext, StageResult, Trained
 from .coverage import check_coverage, coverage_facts
-from .quantize import Source, beside_words, lattice_words, round_and_tell, save_quantized, stage_text
+from .quantize import RoundingSource, beside_words, round_and_tell, save_quantized, scheme_words, stage_text
 from .saving import stage_record
 from .student_and_teacher import OpenStudent, open_student
 from .training import train_student, training_plan
@@ -56,10 +56,10 @@ def start(settings: QatSettings, context: StageContext) -> None:
         tell_unlisted_zeros(context, model)
     sparse = _weights(model, input_zeros(context, model) if trains else ())
     # kinds other than int take their scales anew, from the weights as they were
-    plain = [name for name, target in targets(model, settings.lattices).items() if target.spec.kind != "int"]
+    plain = [name for name, target in targets(model, settings.scheme).items() if target.spec.kind != "int"]
     others = _weights(model, plain if trains else ())
     text = stage_text(rounding, context, model)
-    rounded = round_and_tell(rounding, context, Source(model, {}), text, others=None)
+    rounded = round_and_tell(rounding, context, RoundingSource(model, {}), text, others=None)
     for name, before in sparse.items():
         # zeros are a mask: a weight that is kept and rounded to zero must not look like one
         weight = model.get_parameter(f"{name}.weight").data
@@ -86,17 +86,17 @@ def train(settings: QatSettings, context: StageContext) -> Trained:
         _announce(settings, student, context)
         rounded = _rounded(settings, student, modules)
         plan = training_plan(settings, context, hidden_size(student.model), student.strategy)
-        hooks = [Quantizers(settings, plan.total_steps, plan.seed, **rounded)] if rounded else []
+        hooks = [QatSchedule(settings, plan.total_steps, plan.seed, **rounded)] if rounded else []
         return _with(train_student(student, settings, context, hooks=hooks), rounded)
     if settings.first != "gptq" and not settings.lora:
         tell_unlisted_zeros(context, student.model)
     extras = Extras(scale=settings.scales == "learned" or settings.freeze_scales > 0, rank=settings.lora or 0)
-    modules = prepare(student.model, settings.lattices, extras=extras)
+    modules = prepare(student.model, settings.scheme, extras=extras)
     _announce(settings, student, context)
     plan = training_plan(settings, context, hidden_size(student.model), student.strategy)
-    given = _given_lattices(opened) if settings.first == "gptq" else None
+    given = _given_grids(opened) if settings.first == "gptq" else None
     rounded = _rounded(settings, student, modules)
-    quantizers = Quantizers(settings, plan.total_steps, plan.seed, given, **rounded)
+    quantizers = QatSchedule(settings, plan.total_steps, plan.seed, given, **rounded)
     hooks = [*keep_zeros_hooks(context, student.model), quantizers]
     return _with(train_student(student, settings, context, hooks=hooks), rounded)
 
@@ -107,7 +107,7 @@ def finish(settings: QatSettings, context: StageContext, trained: Trained | None
     facts = dict(trained.facts)
     inputs: RoundedInputs | None = facts.pop("inputs", None)
     cache: RoundedCache | None = facts.pop("cache", None)
-    state = quantize_model(trained.student, settings.lattices)
+    state = quantize_model(trained.student, settings.scheme)
     if inputs is not None:
         state = replace(state, activations=inputs.spec, input_scales=inputs.scales(), input_zeros=inputs.zeros())
     if cache is not None:
@@ -123,7 +123,7 @@ def _hold_codes(settings: QatSettings, student: OpenStudent, context: StageConte
         state = load_quant_state(context.folder / _START)
     else:
         sparse = input_zeros(context, student.model)
-        state = round_model(student.model, settings.lattices, Rounding(method=settings.first), sparse=sparse).state
+        state = round_model(student.model, settings.scheme, RoundingMethod(method=settings.first), sparse=sparse).state
     hold_codes(student.model, state)
     return state.modules
 
@@ -138,7 +138,7 @@ def _whole_on_each_rank(context: StageContext) -> TrainerSettings:
 
 
 def _rounded(settings: QatSettings, student: OpenStudent, modules: Iterable[str]) -> dict[str, Any]:
-    """Arguments of ``Quantizers``: the student's inputs, keys and values, hooked, where the settings ask for it."""
+    """Arguments of ``QatSchedule``: the student's inputs, keys and values, hooked, where the settings ask for it."""
     inputs = {"inputs": round_inputs(student.model, modules, settings.activations)} if settings.activations else {}
     return inputs | ({"cache": round_cache(student.model, settings.kv_cache)} if settings.kv_cache else {})
 
@@ -148,7 +148,7 @@ def _with(trained: Trained, rounded: dict[str, Any]) -> Trained:
     return replace(trained, facts={**trained.facts, **rounded})
 
 
-def _given_lattices(context: StageContext) -> dict[str, FirstLattice]:
+def _given_grids(context: StageContext) -> dict[str, FirstGrid]:
     """Scales and zero points that GPTQ chose, by module; the weights beside them are latent ones, inside the codes' cells."""
     from safetensors.torch import load_file
 
@@ -168,4 +168,4 @@ def _announce(settings: QatSettings, student: OpenStudent, context: StageContext
     more += [f"start {settings.first}"] if learned else []
     more += [f"adapters of rank {settings.lora}"] if settings.lora else []
     more += [f"annealed from {settings.anneal_from} bits"] if settings.anneal_from else []
-    context.say("  " + ", ".join([lattice_words(module.spec for module in modules), trained, *more]))
+    context.say("  " + ", ".join([scheme_words(module.spec for module in modules), trained, *more]))

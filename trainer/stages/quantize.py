@@ -19,12 +19,12 @@ from ...models.folder.streaming import can_stream, empty_model
 from ...qat.codes.state import QUANT_FILE, QuantState
 from ...qat.layers.save_folder import STORED, round_unquantized
 from ...qat.layers.targets import targets
-from ...qat.ptq import CalibrationText, RoundedModel, Rounding, amount_of_work, round_model
+from ...qat.ptq import CalibrationText, RoundedModel, RoundingMethod, amount_of_work, round_model
 from ...qat.ptq.error_report import error_lines
 from ...qat.spec import QuantSpec
 from ..evaluation.figures import exact_products
 from ..progress import token_progress
-from ..settings_quantization import LatticeSettings, QuantizeSettings
+from ..settings_quantization import QuantizeSettings, SchemeSettings
 from .calibration import calibration_text
 from .context import StageContext, StageResult
 from .coverage import check_coverage, coverage_facts
@@ -39,7 +39,7 @@ _NOTES_TOLD = 5
 
 
 @dataclass(frozen=True)
-class Source:
+class RoundingSource:
     """What is rounded."""
 
     model: "PreTrainedModel"
@@ -61,11 +61,11 @@ def finish(settings: QuantizeSettings, context: StageContext, trained: None) -> 
     return StageResult(model=context.model, seconds=time.perf_counter() - started, facts=facts)
 
 
-def rounding_of(settings: QuantizeSettings) -> Rounding:
+def rounding_of(settings: QuantizeSettings) -> RoundingMethod:
     """The method and its dials; those that it does not have are at their defaults."""
     dials = {name: getattr(settings, name) for name in ("scale", "damping", "activation_order", "weighted")}
     given = {name: value for name, value in dials.items() if value is not None}
-    return Rounding(method=settings.method, activations=settings.activations, kv_cache=settings.kv_cache, **given)
+    return RoundingMethod(method=settings.method, activations=settings.activations, kv_cache=settings.kv_cache, **given)
 
 
 def rounding_record(settings: QuantizeSettings, text: CalibrationText | None, rounded: RoundedModel) -> dict[str, Any]:
@@ -82,15 +82,15 @@ def rounding_record(settings: QuantizeSettings, text: CalibrationText | None, ro
 
 
 @contextmanager
-def _opened(settings: QuantizeSettings, context: StageContext) -> Iterator[Source]:
+def _opened(settings: QuantizeSettings, context: StageContext) -> Iterator[RoundingSource]:
     """The stage's input, whole in host memory or to be read layer by layer. What was rounded of it is on disk until the block ends."""
     if not _streams(settings, context):
-        yield Source(load_model(context.input, dtype=torch.float32, revision=context.input_revision), {})
+        yield RoundingSource(load_model(context.input, dtype=torch.float32, revision=context.input_revision), {})
         return
     with scratch_directory(context.folder / "layers") as work:
         model, files = empty_model(context.input, context.input_revision)
         with files:
-            yield Source(model, {"files": files, "work": work})
+            yield RoundingSource(model, {"files": files, "work": work})
 
 
 def memory_in_whole(parameters: int) -> int:
@@ -126,7 +126,7 @@ def stage_text(settings: QuantizeSettings, context: StageContext, model: "PreTra
     if context.data.packed:
         check_packing(model, f"{context.name}: the student")
     text = calibration_text(context.data.train, settings.calibration_tokens, context.seed)
-    widths = {name: target.module.weight.shape[1] for name, target in targets(model, settings.lattices).items()}
+    widths = {name: target.module.weight.shape[1] for name, target in targets(model, settings.scheme).items()}
     widest = max(widths, key=lambda name: widths[name])
     inputs = widths[widest]
     if rounding_of(settings).needs == "hessian" and text.tokens < inputs:
@@ -147,18 +147,18 @@ def _windows(text: CalibrationText) -> int:
 def round_and_tell(
     settings: QuantizeSettings,
     context: StageContext,
-    source: Source,
+    source: RoundingSource,
     text: CalibrationText | None,
     others: torch.dtype | None = STORED,
 ) -> RoundedModel:
     """Round the model in place with a progress bar, and say what it cost; ``others`` is the grid of what is not quantized."""
     rounding, device = rounding_of(settings), current_device()
-    total = amount_of_work(source.model, settings.lattices, rounding, (), text)
+    total = amount_of_work(source.model, settings.scheme, rounding, (), text)
     unit = "weights" if text is None else "layer tokens"
     with token_progress(context.console, context.name, total, unit) as advance, exact_products(device.type):
         rounded = round_model(
             source.model,
-            settings.lattices,
+            settings.scheme,
             rounding,
             sparse=input_zeros(context, source.model),
             text=text,
@@ -167,7 +167,7 @@ def round_and_tell(
             advance=advance,
             **source.streaming,
         )
-    words = [lattice_words(map(rounded.state.spec_of, rounded.state.modules)), f"by {settings.method}", *beside_words(settings)]
+    words = [scheme_words(map(rounded.state.spec_of, rounded.state.modules)), f"by {settings.method}", *beside_words(settings)]
     context.say("  " + ", ".join(words))
     for line in error_lines(rounded.errors, rounding.needs != "nothing"):
         context.say(f"    {line}")
@@ -178,13 +178,13 @@ def round_and_tell(
     return rounded
 
 
-def lattice_words(specs: Iterable[QuantSpec]) -> str:
+def scheme_words(specs: Iterable[QuantSpec]) -> str:
     """How many modules have which lattice, the most common first."""
     counts = Counter(specs)
     return ", ".join(f"{count} modules in {spec.words()}" for spec, count in counts.most_common())
 
 
-def beside_words(settings: LatticeSettings) -> list[str]:
+def beside_words(settings: SchemeSettings) -> list[str]:
     """What is rounded beside weights, in so many parts."""
     both = {"inputs": settings.activations, "keys and values": settings.kv_cache}
     return [f"{what} in {spec.kind}, {spec.scaling}" for what, spec in both.items() if spec]

@@ -21,11 +21,11 @@ PACK_QUANTIZED, INT_QUANTIZED = "pack-quantized", "int-quantized"
 def quantization_config(source: ExportSource) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``."""
     state = source.state
-    lattices: dict[QuantSpec, list[str]] = {}
+    scheme: dict[QuantSpec, list[str]] = {}
     for module in state.modules:
-        lattices.setdefault(_as_stored(state.spec_of(module)), []).append(module)
-    targets = {spec: source.also_in_model(modules) if len(lattices) > 1 else ["Linear"] for spec, modules in lattices.items()}
-    groups = [_group(spec, source.state.activations, targets[spec]) for spec in lattices]
+        scheme.setdefault(_as_stored(state.spec_of(module)), []).append(module)
+    targets = {spec: source.also_in_model(modules) if len(scheme) > 1 else ["Linear"] for spec, modules in scheme.items()}
+    groups = [_group(spec, source.state.activations, targets[spec]) for spec in scheme]
     formats = {group["format"] for group in groups}
     return {
         "quant_method": NAME,

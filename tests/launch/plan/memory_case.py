@@ -22,7 +22,7 @@ from decoct.launch.plan.shapes import shape_of
 from decoct.losses.settings import LossSettings
 from decoct.models.teachers import LocalTeacher
 from decoct.qat.layers.quantized_model import prepare
-from decoct.qat.scheme import Lattices
+from decoct.qat.scheme import QuantScheme
 from decoct.qat.spec import QuantSpec
 from decoct.trainer.batch import BatchPlan
 from decoct.trainer.loop.fit import fit
@@ -81,7 +81,7 @@ def main() -> None:
     )
     spec = QuantSpec(bits=4, group_size=64) if kind == "qat" else None
     case = StageMemoryCase(
-        plan=plan, seq_length=SEQ, ranks=1, on_gpu=on_gpu, load_in="fp32", lattices=None if spec is None else Lattices(weights=spec)
+        plan=plan, seq_length=SEQ, ranks=1, on_gpu=on_gpu, load_in="fp32", scheme=None if spec is None else QuantScheme(weights=spec)
     )
     student_config, teacher_config = config(6), config(10)
     roles = training_memory(shape_of(student_config, ""), shape_of(teacher_config, ""), case)

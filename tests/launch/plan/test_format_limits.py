@@ -11,9 +11,9 @@ from decoct.launch.plan.format_limits import refusals
 from decoct.launch.plan.make_plan import plan
 from decoct.launch.plan.problems import problems
 from decoct.launch.plan.shapes import shape_of
-from decoct.launch.plan.stored_shapes import cases
+from decoct.launch.plan.stored_shapes import stored_shapes
 from decoct.qat.export.export import EXPORTERS
-from decoct.qat.scheme import Lattices, SpecChange
+from decoct.qat.scheme import QuantScheme, SpecChange
 from decoct.qat.spec import ActivationSpec, QuantSpec
 from decoct.trainer.settings import ExportSettings
 
@@ -30,10 +30,11 @@ def said(
     **spec: Any,
 ) -> str:
     config = LlamaConfig(hidden_size=32 * heads, intermediate_size=ffn, num_attention_heads=heads, num_hidden_layers=2)
-    lattices = Lattices(weights=QuantSpec(**spec), skip=skip, **(other or {}))
+    scheme = QuantScheme(weights=QuantSpec(**spec), skip=skip, **(other or {}))
     return "; ".join(
         refusals(
-            cases(shape_of(config, "a test"), lattices, 1, (form,), **(beside or {})), ExportSettings(formats=(form,), **(options or {}))
+            stored_shapes(shape_of(config, "a test"), scheme, 1, (form,), **(beside or {})),
+            ExportSettings(formats=(form,), **(options or {})),
         )
     )
 

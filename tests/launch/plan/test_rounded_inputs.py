@@ -11,7 +11,7 @@ from decoct.launch.plan.memory_case import StageMemoryCase
 from decoct.launch.plan.shapes import shape_of
 from decoct.qat.layers.input_hooks import round_inputs
 from decoct.qat.layers.quantized_model import prepare
-from decoct.qat.scheme import Lattices
+from decoct.qat.scheme import QuantScheme
 from decoct.qat.spec import ActivationSpec, QuantSpec
 from decoct.trainer.batch import BatchPlan
 from decoct.trainer.plan import TrainingPlan
@@ -54,8 +54,8 @@ def planned(skip: list[str], rounds: bool, precision: Any, on_gpu: bool = False)
     """Bytes of activations in the plan."""
     batch = BatchPlan(global_windows=WINDOWS, micro_batch=WINDOWS, accumulation=1)
     plan = TrainingPlan(total_steps=1, batch=batch, learning_rate=1e-4, checkpoint_every=9, precision=precision)
-    lattices = Lattices(weights=SPEC, skip=tuple(f"*{one}" for one in skip))
-    case = StageMemoryCase(plan=plan, seq_length=SEQ, ranks=1, on_gpu=on_gpu, lattices=lattices, rounds_inputs=rounds)
+    scheme = QuantScheme(weights=SPEC, skip=tuple(f"*{one}" for one in skip))
+    case = StageMemoryCase(plan=plan, seq_length=SEQ, ranks=1, on_gpu=on_gpu, scheme=scheme, rounds_inputs=rounds)
     return training_memory(shape_of(config(), ""), None, case).activations
 
 

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from decoct.launch.plan.serving_stacks import verdicts
 from decoct.launch.plan.shapes import shape_of
-from decoct.qat.scheme import Lattices, SpecChange
+from decoct.qat.scheme import QuantScheme, SpecChange
 from decoct.qat.spec import QuantSpec
 
 
@@ -25,8 +25,8 @@ def _of(
     other: dict[str, Any] | None = None,
     **spec: Any,
 ) -> tuple[str, str, str]:
-    lattices = Lattices(weights=QuantSpec(**spec), skip=skip, **(other or {}))
-    (found,) = [v for v in verdicts(shape_of(config, "a test"), lattices, tensor_parallel=ranks, formats=formats) if v.target == target]
+    scheme = QuantScheme(weights=QuantSpec(**spec), skip=skip, **(other or {}))
+    (found,) = [v for v in verdicts(shape_of(config, "a test"), scheme, tensor_parallel=ranks, formats=formats) if v.target == target]
     return found.outcome, found.reason, found.fix
 
 
@@ -132,9 +132,9 @@ def test_blocks_of_llama_cpp_and_onnx() -> None:
 
 def test_each_format_is_judged_for_itself() -> None:
     """What one stack reads of several formats is told of each, and never of one that it does not know."""
-    lattices = Lattices(weights=QuantSpec(bits=4, group_size=64))
+    scheme = QuantScheme(weights=QuantSpec(bits=4, group_size=64))
     formats = ("compressed-tensors", "gptq", "awq", "gguf", "safetensors")
-    found = verdicts(shape_of(_llama(), "a test"), lattices, formats=formats)
+    found = verdicts(shape_of(_llama(), "a test"), scheme, formats=formats)
     loads = {form: {v.target for v in found if v.format == form and v.outcome == "ok"} for form in formats}
     servers = {"vLLM", "SGLang", "transformers"}
     assert loads == {

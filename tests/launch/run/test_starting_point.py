@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from decoct.launch.run.run_folder import StageFolder
-from decoct.launch.run.starting_point import Origin, make_student
+from decoct.launch.run.starting_point import RunInputs, make_student
 from decoct.models.families import decoder_linears
 from decoct.models.folder.loading import load_model
 from decoct.models.folder.model_folder import content_hash, read_record, save_model_folder
@@ -41,7 +41,7 @@ def make(tmp_path: Path) -> Any:
             path=str(place), load_in="fp32", placement="replicated", revision=None, name="t", content=content_hash(place)
         )
         folder = StageFolder(tmp_path / "00-student")
-        origin: Any = Origin(tokenizer, len(tokenizer), None, None)  # pyright: ignore[reportArgumentType]
+        origin: Any = RunInputs(tokenizer, len(tokenizer), None, None)  # pyright: ignore[reportArgumentType]
         path = make_student(recipe, origin, reference, folder, {"run": "test"})["path"]
         return read_record(Path(path)), teacher, load_model(path, dtype=torch.float32), folder.read()
 

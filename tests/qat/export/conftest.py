@@ -14,13 +14,13 @@ from decoct.qat.fake_quant.encoding import encode
 from decoct.qat.source.quantized_source import ExportSource, open_source
 from decoct.qat.spec import ActivationSpec, QuantSpec
 
-LatticeSource = Callable[..., ExportSource]
+SpecSource = Callable[..., ExportSource]
 ExportSourceTo = Callable[[ExportSource, str], Path]
 
 
 @pytest.fixture
-def lattice_source(quantized_folder: Callable[..., Path]) -> LatticeSource:
-    """``lattice_source(spec, own={suffix: spec}, activations=None, **folder)``: random weights on these lattices."""
+def spec_source(quantized_folder: Callable[..., Path]) -> SpecSource:
+    """``spec_source(spec, own={suffix: spec}, activations=None, **folder)``: random weights on these lattices."""
 
     def build(
         spec: QuantSpec, own: dict[str, QuantSpec] | None = None, activations: ActivationSpec | None = None, **folder: Any

@@ -55,8 +55,8 @@ def test_what_would_spill_into_neighbours_is_refused() -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [16, "channel"])
-def test_every_weight_is_rebuilt_exactly(lattice_source: Make, export_source: Export, symmetric: bool, group_size: Any) -> None:
-    source = lattice_source(QuantSpec(bits=4, group_size=group_size, symmetric=symmetric), model_type="qwen2")
+def test_every_weight_is_rebuilt_exactly(spec_source: Make, export_source: Export, symmetric: bool, group_size: Any) -> None:
+    source = spec_source(QuantSpec(bits=4, group_size=group_size, symmetric=symmetric), model_type="qwen2")
     target = export_source(source, "awq")
     stored = load_file(target / "model.safetensors")
     groups = 2 if group_size == 16 else 1
@@ -81,8 +81,8 @@ def test_every_weight_is_rebuilt_exactly(lattice_source: Make, export_source: Ex
     assert config["group_size"] == (16 if group_size == 16 else -1)
 
 
-def test_skipped_modules_are_named(lattice_source: Make, export_source: Export) -> None:
-    target = export_source(lattice_source(QuantSpec(bits=4, group_size=16), skip=("*.down_proj",)), "awq")
+def test_skipped_modules_are_named(spec_source: Make, export_source: Export) -> None:
+    target = export_source(spec_source(QuantSpec(bits=4, group_size=16), skip=("*.down_proj",)), "awq")
     file = target / "config.json"
     config = json.loads(file.read_text())
     assert config["quantization_config"]["modules_to_not_convert"] == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
@@ -93,7 +93,7 @@ def test_skipped_modules_are_named(lattice_source: Make, export_source: Export) 
     assert "0.mlp.down_proj is not packed, but" in " ".join(verify_folder(target, runtimes=False).problems)
 
 
-def test_what_cannot_be_held_is_refused_with_the_module_and_the_remedy(lattice_source: Make, export_source: Export) -> None:
+def test_what_cannot_be_held_is_refused_with_the_module_and_the_remedy(spec_source: Make, export_source: Export) -> None:
     spec = QuantSpec(bits=4, group_size=16)
     cases: list[tuple[QuantSpec, dict[str, QuantSpec], dict[str, Any], str]] = [
         (QuantSpec(bits=8, group_size=16), {}, {}, r"bits=8 \(.*q_proj\); quantize with bits=4"),
@@ -101,6 +101,6 @@ def test_what_cannot_be_held_is_refused_with_the_module_and_the_remedy(lattice_s
         (QuantSpec(bits=4, group_size=2), {}, {"intermediate_size": 46}, "gate_proj has 46; prune to a multiple of 8"),
     ]
     for base, own, folder, message in cases:
-        made = lattice_source(base, own, **folder)
+        made = spec_source(base, own, **folder)
         with pytest.raises(UserError, match=message):
             export_source(made, "awq")

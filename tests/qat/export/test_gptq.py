@@ -45,8 +45,8 @@ def textbook(stored: dict[str, Tensor], module: str, bits: int, version: int) ->
 
 @pytest.mark.parametrize(("bits", "zero_word"), [(2, 0x55555555), (4, 0x77777777), (8, 0x7F7F7F7F)])
 @pytest.mark.parametrize("group_size", [16, "channel"])
-def test_symmetric_weights_in_version_1(lattice_source: Make, export_source: Export, bits: int, zero_word: int, group_size: Any) -> None:
-    source = lattice_source(QuantSpec(bits=bits, group_size=group_size))
+def test_symmetric_weights_in_version_1(spec_source: Make, export_source: Export, bits: int, zero_word: int, group_size: Any) -> None:
+    source = spec_source(QuantSpec(bits=bits, group_size=group_size))
     target = export_source(source, "gptq")
     stored = load_file(target / "model.safetensors")
     parts = {name.removeprefix(f"{Q_PROJ}."): (t.dtype, tuple(t.shape)) for name, t in stored.items() if name.startswith(Q_PROJ)}
@@ -73,8 +73,8 @@ def test_symmetric_weights_in_version_1(lattice_source: Make, export_source: Exp
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_asymmetric_weights_in_version_2_with_zero_points_at_both_ends(lattice_source: Make, export_source: Export, bits: int) -> None:
-    source = lattice_source(QuantSpec(bits=bits, group_size=16, symmetric=False))
+def test_asymmetric_weights_in_version_2_with_zero_points_at_both_ends(spec_source: Make, export_source: Export, bits: int) -> None:
+    source = spec_source(QuantSpec(bits=bits, group_size=16, symmetric=False))
     zeros = source.state.zero_points[Q_PROJ]
     half = 2 ** (bits - 1)
     assert int(zeros.min()) == -half
@@ -88,22 +88,22 @@ def test_asymmetric_weights_in_version_2_with_zero_points_at_both_ends(lattice_s
     assert verify_folder(target, runtimes=False).ok
 
 
-def test_symmetric_words_of_version_2_are_true_zero_points(lattice_source: Make, export_source: Export) -> None:
+def test_symmetric_words_of_version_2_are_true_zero_points(spec_source: Make, export_source: Export) -> None:
     for bits, word in ((2, 0xAAAAAAAA), (4, 0x88888888), (8, 0x80808080)):
-        target = export_source(lattice_source(QuantSpec(bits=bits, group_size=16)), "gptq_v2")
+        target = export_source(spec_source(QuantSpec(bits=bits, group_size=16)), "gptq_v2")
         assert ((load_file(target / "model.safetensors")[f"{Q_PROJ}.qzeros"].to(torch.int64) & 0xFFFFFFFF) == word).all()
 
 
-def test_the_words_are_those_of_compressed_tensors_turned(lattice_source: Make, export_source: Export) -> None:
-    source = lattice_source(QuantSpec(bits=4, group_size=16))
+def test_the_words_are_those_of_compressed_tensors_turned(spec_source: Make, export_source: Export) -> None:
+    source = spec_source(QuantSpec(bits=4, group_size=16))
     one = load_file(export_source(source, "gptq") / "model.safetensors")
     other = load_file(export_source(source, "compressed-tensors") / "model.safetensors")
     assert torch.equal(one[f"{Q_PROJ}.qweight"], other[f"{Q_PROJ}.weight_packed"].T)
     assert torch.equal(one[f"{Q_PROJ}.scales"].float(), other[f"{Q_PROJ}.weight_scale"].T.float())
 
 
-def test_a_label_of_the_other_version_is_found(lattice_source: Make, export_source: Export) -> None:
-    target = export_source(lattice_source(QuantSpec(bits=4, group_size=16)), "gptq")
+def test_a_label_of_the_other_version_is_found(spec_source: Make, export_source: Export) -> None:
+    target = export_source(spec_source(QuantSpec(bits=4, group_size=16)), "gptq")
     (target / "decoct.json").unlink()
     assert verify_folder(target, runtimes=False).ok
     config = json.loads((target / "config.json").read_text())
@@ -112,9 +112,9 @@ def test_a_label_of_the_other_version_is_found(lattice_source: Make, export_sour
     assert "other checkpoint_format" in " ".join(verify_folder(target, runtimes=False).problems)
 
 
-def test_mixed_lattices_and_skipped_modules_are_patterns(lattice_source: Make, export_source: Export) -> None:
+def test_mixed_lattices_and_skipped_modules_are_patterns(spec_source: Make, export_source: Export) -> None:
     own = {"0.mlp.down_proj": QuantSpec(bits=8, group_size="channel"), "1.self_attn.o_proj": QuantSpec(bits=8, group_size=16)}
-    source = lattice_source(QuantSpec(bits=4, group_size=16), own, skip=("*.gate_proj", "*.up_proj"))
+    source = spec_source(QuantSpec(bits=4, group_size=16), own, skip=("*.gate_proj", "*.up_proj"))
     target = export_source(source, "gptq")
     dynamic = json.loads((target / "config.json").read_text())["quantization_config"]["dynamic"]
     assert dynamic[r"+:^model\.layers\.0\.mlp\.down_proj$"] == {"bits": 8, "group_size": -1, "sym": True}
@@ -125,8 +125,8 @@ def test_mixed_lattices_and_skipped_modules_are_patterns(lattice_source: Make, e
     assert rebuilt_hashes(target, source)[1] == []
 
 
-def test_modules_skipped_in_every_layer_are_named_for_readers_without_patterns(lattice_source: Make, export_source: Export) -> None:
-    source = lattice_source(QuantSpec(bits=4, group_size=16), skip=("*.down_proj",))
+def test_modules_skipped_in_every_layer_are_named_for_readers_without_patterns(spec_source: Make, export_source: Export) -> None:
+    source = spec_source(QuantSpec(bits=4, group_size=16), skip=("*.down_proj",))
     config = json.loads((export_source(source, "gptq") / "config.json").read_text())["quantization_config"]
     named = [name for [name] in config["modules_in_block_to_quantize"]]
     assert set(named) == {f"self_attn.{x}_proj" for x in "qkvo"} | {"mlp.gate_proj", "mlp.up_proj"}
@@ -134,7 +134,7 @@ def test_modules_skipped_in_every_layer_are_named_for_readers_without_patterns(l
 
 @pytest.mark.parametrize(("value", "dtype"), [(2.0**-14, torch.float16), (2.0**-30, torch.bfloat16), (2.0**17, torch.bfloat16)])
 def test_other_tensors_are_fp16_where_exact_else_bf16_never_rounded(
-    lattice_source: Make, export_source: Export, value: float, dtype: torch.dtype
+    spec_source: Make, export_source: Export, value: float, dtype: torch.dtype
 ) -> None:
     def change(model: Any) -> None:
         for parameter in model.parameters():
@@ -142,7 +142,7 @@ def test_other_tensors_are_fp16_where_exact_else_bf16_never_rounded(
         model.get_parameter("model.norm.weight").data[3] = value
 
     for form in ("gptq", "awq"):
-        source = lattice_source(QuantSpec(bits=4, group_size=16), change=change)
+        source = spec_source(QuantSpec(bits=4, group_size=16), change=change)
         target = export_source(source, form)
         stored = load_file(target / "model.safetensors")
         assert json.loads((target / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
@@ -152,7 +152,7 @@ def test_other_tensors_are_fp16_where_exact_else_bf16_never_rounded(
         assert stored[f"{Q_PROJ}.scales"].dtype == torch.float16
 
 
-def test_what_cannot_be_held_is_refused_with_the_module_and_the_remedy(lattice_source: Make, export_source: Export) -> None:
+def test_what_cannot_be_held_is_refused_with_the_module_and_the_remedy(spec_source: Make, export_source: Export) -> None:
     cases = [
         ("gptq", QuantSpec(bits=4, group_size=16, symmetric=False), {}, {}, "is asymmetric; export to 'gptq_v2'"),
         ("gptq", QuantSpec(bits=3, group_size=16), {}, {}, r"bits=3 \(.*q_proj\); quantize with bits=4"),
@@ -169,27 +169,27 @@ def test_what_cannot_be_held_is_refused_with_the_module_and_the_remedy(lattice_s
         ("gptq_v2", QuantSpec(kind="nf4", group_size=16), {}, {}, "kind='nf4'"),
     ]
     with pytest.raises(UserError, match="cannot say that inputs are rounded"):
-        export_source(lattice_source(QuantSpec(bits=4, group_size=16), activations=ActivationSpec()), "gptq")
+        export_source(spec_source(QuantSpec(bits=4, group_size=16), activations=ActivationSpec()), "gptq")
     for form, spec, own, folder, message in cases:
-        made = lattice_source(spec, own, **folder)
+        made = spec_source(spec, own, **folder)
         with pytest.raises(UserError, match=message):
             export_source(made, form)
 
 
-def test_planned_bytes_are_those_written(lattice_source: Make, export_source: Export) -> None:
-    source = lattice_source(QuantSpec(bits=4, group_size=16))
+def test_planned_bytes_are_those_written(spec_source: Make, export_source: Export) -> None:
+    source = spec_source(QuantSpec(bits=4, group_size=16))
     for form in ("gptq", "gptq_v2", "awq", "compressed-tensors"):
         stored = load_file(export_source(source, form) / "model.safetensors")
         assert EXPORTERS[form].planned_bytes(source) == sum(tensor.nbytes for tensor in stored.values())
 
 
 @pytest.mark.parametrize("form", ["gptq", "gptq_v2", "awq"])
-def test_any_single_flipped_nibble_of_packed_tensors_is_found(lattice_source: Make, export_source: Export, form: str) -> None:
+def test_any_single_flipped_nibble_of_packed_tensors_is_found(spec_source: Make, export_source: Export, form: str) -> None:
     import random
 
     from decoct.models.folder.safetensors_read import read_header
 
-    target = export_source(lattice_source(QuantSpec(bits=4, group_size=16, symmetric=form == "gptq")), form)
+    target = export_source(spec_source(QuantSpec(bits=4, group_size=16, symmetric=form == "gptq")), form)
     file, record = target / "model.safetensors", target / "decoct.json"
     header, whole, recorded = read_header(file), file.read_bytes(), json.loads(record.read_text())
     chosen = random.Random(form)

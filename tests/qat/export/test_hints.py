@@ -9,7 +9,7 @@ import pytest
 
 from decoct.models.common.errors import UserError
 from decoct.qat.export.export import export_folder
-from decoct.qat.scheme import Lattices, SpecChange
+from decoct.qat.scheme import QuantScheme, SpecChange
 from decoct.qat.spec import QuantSpec
 
 Build = Callable[..., Path]
@@ -49,10 +49,10 @@ HINTS: dict[str, tuple[Way, str, Follow]] = {
         ],
     ),
     "awq, two group sizes": (
-        way("awq", lattices=Lattices(weights=QuantSpec(bits=4, group_size=16), overrides={"*.down_proj": SpecChange(group_size=8)})),
+        way("awq", scheme=QuantScheme(weights=QuantSpec(bits=4, group_size=16), overrides={"*.down_proj": SpecChange(group_size=8)})),
         r"export to (\S+) or (\S+)",
         lambda *others: [
-            way(form, lattices=Lattices(weights=QuantSpec(bits=4, group_size=16), overrides={"*.down_proj": SpecChange(group_size=8)}))
+            way(form, scheme=QuantScheme(weights=QuantSpec(bits=4, group_size=16), overrides={"*.down_proj": SpecChange(group_size=8)}))
             for form in others
         ],
     ),
@@ -96,17 +96,17 @@ HINTS: dict[str, tuple[Way, str, Follow]] = {
         lambda other, _: [way(other, bits=8), way("safetensors", {"allow_inexact": True}, bits=8)],
     ),
     "an embedding of codes": (
-        way("gptq", lattices=Lattices(weights=QuantSpec(bits=4, group_size=32), embedding=SpecChange(bits=8)), **WIDE),
+        way("gptq", scheme=QuantScheme(weights=QuantSpec(bits=4, group_size=32), embedding=SpecChange(bits=8)), **WIDE),
         r"leave 'embedding' out, or export to (\S+)",
         lambda other: [
             way("gptq", bits=4, group_size=32, **WIDE),
-            way(other, lattices=Lattices(weights=QuantSpec(bits=4, group_size=32), embedding=SpecChange(bits=8)), **WIDE),
+            way(other, scheme=QuantScheme(weights=QuantSpec(bits=4, group_size=32), embedding=SpecChange(bits=8)), **WIDE),
         ],
     ),
     "a head of codes": (
         way(
             "awq",
-            lattices=Lattices(weights=QuantSpec(bits=4, group_size=16), head=SpecChange(bits=4)),
+            scheme=QuantScheme(weights=QuantSpec(bits=4, group_size=16), head=SpecChange(bits=4)),
             tie_word_embeddings=False,
             vocab_size=264,
         ),

@@ -59,9 +59,9 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("case", CASES)
 def test_scales_are_written_read_and_computed_with(
-    lattice_source: Make, export_source: Export, random_model: Callable[..., Any], case: str
+    spec_source: Make, export_source: Export, random_model: Callable[..., Any], case: str
 ) -> None:
-    source = made(lattice_source, **CASES[case])
+    source = made(spec_source, **CASES[case])
     target = export_source(source, FORMAT)
     stored = load_file(target / "model.safetensors")
     for number, name in enumerate(f"{attention}.{part}_scale" for attention in ATTENTIONS for part in "kv"):
@@ -84,26 +84,26 @@ def test_scales_are_written_read_and_computed_with(
     assert "vllm serve path/to/this/folder --kv-cache-dtype fp8" in card
 
 
-def test_exports_without_it_say_nothing_of_it(lattice_source: Make, export_source: Export) -> None:
-    target = export_source(lattice_source(W4), FORMAT)
+def test_exports_without_it_say_nothing_of_it(spec_source: Make, export_source: Export) -> None:
+    target = export_source(spec_source(W4), FORMAT)
     assert json.loads((target / "config.json").read_text())["quantization_config"]["kv_cache_scheme"] is None
     assert PackedFolder(target).cache() is None
     assert "Keys and values" not in (target / "README.md").read_text() and "kv-cache" not in (target / "README.md").read_text()
 
 
-def test_the_package_reads_the_scheme(lattice_source: Make, export_source: Export) -> None:
+def test_the_package_reads_the_scheme(spec_source: Make, export_source: Export) -> None:
     package = pytest.importorskip("compressed_tensors", reason="the compressed-tensors package is not installed")
-    target = export_source(made(lattice_source, **CASES["w4a16"]), FORMAT)
+    target = export_source(made(spec_source, **CASES["w4a16"]), FORMAT)
     parsed = package.QuantizationConfig.model_validate(json.loads((target / "config.json").read_text())["quantization_config"])
     assert (parsed.kv_cache_scheme.num_bits, str(parsed.kv_cache_scheme.type)) == (8, "float")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_transformers_computes_the_same(lattice_source: Make, export_source: Export, case: str) -> None:
+def test_transformers_computes_the_same(spec_source: Make, export_source: Export, case: str) -> None:
     """Through the compressed-tensors package, in a process of its own: it rounds keys and values by the stored scales."""
     pytest.importorskip("compressed_tensors", reason="the compressed-tensors package is not installed")
-    seen = check_runtimes(export_source(made(lattice_source, **CASES[case]), FORMAT))["transformers"]
+    seen = check_runtimes(export_source(made(spec_source, **CASES[case]), FORMAT))["transformers"]
     assert seen["status"] == "agrees", seen
 
 
@@ -142,9 +142,9 @@ K, V = f"{ATTENTIONS[0]}.k_scale", f"{ATTENTIONS[1]}.v_scale"
     ],
 )
 def test_every_change_of_a_scale_is_found(
-    lattice_source: Make, export_source: Export, change: Callable[[dict[str, Any]], Any], message: str
+    spec_source: Make, export_source: Export, change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
-    target = export_source(made(lattice_source, **CASES["w4a16"]), FORMAT)
+    target = export_source(made(spec_source, **CASES["w4a16"]), FORMAT)
     change_tensors(target, change)
     problems = verify_folder(target, runtimes=False).problems
     assert any(message in problem for problem in problems), problems
@@ -162,19 +162,17 @@ def test_every_change_of_a_scale_is_found(
         (lambda q: q["kv_cache_scheme"].update(symmetric=False), "kv_cache_scheme.symmetric is False"),
     ],
 )
-def test_another_scheme_is_refused(
-    lattice_source: Make, export_source: Export, change: Callable[[dict[str, Any]], Any], message: str
-) -> None:
-    target = export_source(made(lattice_source, **CASES["w4a16"]), FORMAT)
+def test_another_scheme_is_refused(spec_source: Make, export_source: Export, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    target = export_source(made(spec_source, **CASES["w4a16"]), FORMAT)
     change_config(target, change)
     assert any(message in problem for problem in verify_folder(target, runtimes=False).problems)
     with pytest.raises(UserError, match=message.replace(".", r"\.")):
         load_exported_model(target)
 
 
-def test_a_scheme_that_the_record_knows_nothing_of_is_found(lattice_source: Make, export_source: Export) -> None:
+def test_a_scheme_that_the_record_knows_nothing_of_is_found(spec_source: Make, export_source: Export) -> None:
     """Both taken out, scheme and scales: only the record still knows."""
-    target = export_source(made(lattice_source, **CASES["w4a16"]), FORMAT)
+    target = export_source(made(spec_source, **CASES["w4a16"]), FORMAT)
     change_tensors(target, lambda t: [t.pop(f"{a}.{p}_scale") for a in ATTENTIONS for p in "kv"])
     change_config(target, lambda q: q.update(kv_cache_scheme=None))
     assert any(
@@ -183,12 +181,12 @@ def test_a_scheme_that_the_record_knows_nothing_of_is_found(lattice_source: Make
     )
 
 
-def test_a_writer_that_gets_a_scale_wrong_is_caught(lattice_source: Make, export_source: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_that_gets_a_scale_wrong_is_caught(spec_source: Make, export_source: Export, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = compressed_tensors_cache.cache_tensors
     wrong = {V: torch.full((1,), 0.5)}
     monkeypatch.setattr(compressed_tensors, "cache_tensors", lambda source: usual(source) | wrong)
     with pytest.raises(DecoctError, match=r"the export is not exact: model\.layers\.1\.self_attn\.v_scale is 0\.5, not the source's"):
-        export_source(made(lattice_source, **CASES["w4a16"]), FORMAT)
+        export_source(made(spec_source, **CASES["w4a16"]), FORMAT)
 
 
 @pytest.mark.parametrize(
@@ -199,9 +197,9 @@ def test_a_writer_that_gets_a_scale_wrong_is_caught(lattice_source: Make, export
         (ActivationSpec(kind="fp8_e4m3"), "kv_cache takes scales of each token, for which compressed-tensors has no words"),
     ],
 )  # fmt: skip
-def test_what_compressed_tensors_cannot_say(lattice_source: Make, export_source: Export, rounded: ActivationSpec, message: str) -> None:
+def test_what_compressed_tensors_cannot_say(spec_source: Make, export_source: Export, rounded: ActivationSpec, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        export_source(made(lattice_source, rounded, **CASES["w4a16"]), FORMAT)
+        export_source(made(spec_source, rounded, **CASES["w4a16"]), FORMAT)
 
 
 @pytest.mark.parametrize("form", [name for name in EXPORTERS if name != FORMAT])
@@ -230,8 +228,8 @@ def test_a_folder_goes_all_the_way(quantized_folder: Callable[..., Path], tmp_pa
     assert report.ok, report.problems
 
 
-def test_scales_of_another_model_are_named(lattice_source: Make, export_source: Export) -> None:
-    target = export_source(made(lattice_source, **CASES["w4a16"]), FORMAT)
+def test_scales_of_another_model_are_named(spec_source: Make, export_source: Export) -> None:
+    target = export_source(made(spec_source, **CASES["w4a16"]), FORMAT)
     change_tensors(target, lambda t: [t.pop(f"{ATTENTIONS[1]}.{p}_scale") for p in "kv"])
     with pytest.raises(UserError, match="kv_cache: the stored scales are not those of this model's attention modules"):
         load_exported_model(target)

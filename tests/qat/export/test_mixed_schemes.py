@@ -12,7 +12,7 @@ from decoct.models.common.errors import UserError
 from decoct.qat.export.export import export_folder
 from decoct.qat.readers.gguf_model import GgufModel
 from decoct.qat.readers.open import open_export
-from decoct.qat.scheme import Lattices, SpecChange
+from decoct.qat.scheme import QuantScheme, SpecChange
 from decoct.qat.spec import QuantSpec
 from decoct.qat.verify.verify import verify_folder
 
@@ -39,16 +39,16 @@ def test_one_scale_a_matrix_is_stored_as_one_a_row(quantized_folder: Build, tmp_
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "gguf"])
 def test_lattices_by_name_are_exact_together(quantized_folder: Build, tmp_path: Path, form: str) -> None:
-    lattices = Lattices(weights=FOUR, skip=("*.1.*.o_proj",), overrides={"*.down_proj": SpecChange(bits=8, group_size="channel")})
-    exact(quantized_folder("qwen2", lattices=lattices, **WIDE), tmp_path / "export", form)
+    scheme = QuantScheme(weights=FOUR, skip=("*.1.*.o_proj",), overrides={"*.down_proj": SpecChange(bits=8, group_size="channel")})
+    exact(quantized_folder("qwen2", scheme=scheme, **WIDE), tmp_path / "export", form)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("bits", "stored"), [(8, "Q8_0"), (4, "Q4_0")])
 def test_gguf_holds_rounded_embeddings_and_heads(quantized_folder: Build, tmp_path: Path, tied: bool, bits: int, stored: str) -> None:
     head = None if tied else SpecChange(bits=8)
-    lattices = Lattices(weights=FOUR, embedding=SpecChange(bits=bits), head=head)
-    source = quantized_folder("llama", lattices=lattices, tie_word_embeddings=tied, **WIDE)
+    scheme = QuantScheme(weights=FOUR, embedding=SpecChange(bits=bits), head=head)
+    source = quantized_folder("llama", scheme=scheme, tie_word_embeddings=tied, **WIDE)
     model = exact(source, tmp_path / "export", "gguf")
     assert isinstance(model, GgufModel)
     assert model.scheme["model.embed_tokens.weight"] == stored
@@ -63,8 +63,8 @@ def test_gguf_holds_rounded_embeddings_and_heads(quantized_folder: Build, tmp_pa
 def test_a_rounded_head_goes_to_formats_whose_readers_know_one(quantized_folder: Build, tmp_path: Path) -> None:
     # outputs of the head are the vocabulary: a multiple of what a word holds
     for form, bits in (("compressed-tensors", 8), ("gptq", 8), ("gptq_v2", 4)):
-        lattices = Lattices(weights=FOUR, head=SpecChange(bits=bits))
-        source = quantized_folder("llama", lattices=lattices, tie_word_embeddings=False, vocab_size=264, **WIDE)
+        scheme = QuantScheme(weights=FOUR, head=SpecChange(bits=bits))
+        source = quantized_folder("llama", scheme=scheme, tie_word_embeddings=False, vocab_size=264, **WIDE)
         assert "lm_head" in exact(source, tmp_path / form, form).modules
     with pytest.raises(UserError, match=r"awq: readers take lm_head for a plain matrix"):
         export_folder(source, tmp_path / "awq", "awq", runtimes=False)
@@ -72,7 +72,7 @@ def test_a_rounded_head_goes_to_formats_whose_readers_know_one(quantized_folder:
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "gptq_v2", "awq"])
 def test_a_rounded_embedding_is_refused_where_readers_know_none(quantized_folder: Build, tmp_path: Path, form: str) -> None:
-    source = quantized_folder("llama", lattices=Lattices(weights=FOUR, embedding=SpecChange(bits=4)), **WIDE)
+    source = quantized_folder("llama", scheme=QuantScheme(weights=FOUR, embedding=SpecChange(bits=4)), **WIDE)
     with pytest.raises(UserError, match=r"model.embed_tokens for a plain table; leave 'embedding' out, or export to gguf"):
         export_folder(source, tmp_path / "export", form, runtimes=False)
     assert not (tmp_path / "export").exists()

@@ -15,7 +15,7 @@ from decoct.models.folder.model_folder import read_record, save_model_folder
 from decoct.qat.export.export import export_folder
 from decoct.qat.layers.quantized_model import fold, quantize_model
 from decoct.qat.rebuild import load_exported_model
-from decoct.qat.scheme import Lattices, SpecChange
+from decoct.qat.scheme import QuantScheme, SpecChange
 from decoct.qat.spec import QuantSpec
 from decoct.qat.verify.verify import verify_folder
 
@@ -30,12 +30,12 @@ IDS = torch.arange(30)[None]
 def neox(tokenizer: Any, tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
     """A quantized GPT-NeoX, its folder and the model in memory."""
 
-    def build(**lattices: Any) -> tuple[Path, Any]:
+    def build(**scheme: Any) -> tuple[Path, Any]:
         torch.manual_seed(0)
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **SIZES), dtype=torch.float32).eval()
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16().float()
-        state = quantize_model(model, Lattices(weights=QuantSpec(bits=4, group_size=32), **lattices))
+        state = quantize_model(model, QuantScheme(weights=QuantSpec(bits=4, group_size=32), **scheme))
         fold(model, state)
         record, extra = {"quant": state.record()}, {"quant/codes.safetensors": state.tensors()}
         return save_model_folder(tmp_path / "quantized", model, tokenizer, record, dtype=torch.float32, extra_tensors=extra), model

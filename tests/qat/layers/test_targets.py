@@ -18,19 +18,19 @@ from decoct.qat.fake_quant import fake_quant
 from decoct.qat.layers.quant_linear import Extras, QuantEmbedding, TiedHead
 from decoct.qat.layers.quantized_model import fold, prepare, quantize_model
 from decoct.qat.layers.targets import targets
-from decoct.qat.scheme import Lattices, SpecChange
+from decoct.qat.scheme import QuantScheme, SpecChange
 from decoct.qat.spec import QuantSpec
 
 SPEC = QuantSpec(bits=4, group_size=16)
 IDS = torch.arange(20).view(2, 10)
 LATTICES = {
-    "asymmetric": Lattices(weights=QuantSpec(bits=3, group_size=16, symmetric=False)),
-    "one scale": Lattices(weights=QuantSpec(bits=8, group_size="tensor")),
-    "nf4": Lattices(weights=QuantSpec(kind="nf4", group_size=16)),
-    "fp8": Lattices(weights=QuantSpec(kind="fp8_e4m3", bits=8, group_size="channel")),
-    "mxfp4": Lattices(weights=QuantSpec(kind="mxfp4", group_size=32)),
-    "nvfp4": Lattices(weights=QuantSpec(kind="nvfp4", group_size=16)),
-    "mixed": Lattices(
+    "asymmetric": QuantScheme(weights=QuantSpec(bits=3, group_size=16, symmetric=False)),
+    "one scale": QuantScheme(weights=QuantSpec(bits=8, group_size="tensor")),
+    "nf4": QuantScheme(weights=QuantSpec(kind="nf4", group_size=16)),
+    "fp8": QuantScheme(weights=QuantSpec(kind="fp8_e4m3", bits=8, group_size="channel")),
+    "mxfp4": QuantScheme(weights=QuantSpec(kind="mxfp4", group_size=32)),
+    "nvfp4": QuantScheme(weights=QuantSpec(kind="nvfp4", group_size=16)),
+    "mixed": QuantScheme(
         weights=SPEC,
         overrides={
             "*.down_proj": SpecChange(bits=8, group_size="channel"),
@@ -38,8 +38,8 @@ LATTICES = {
             "*.1.*.up_proj": SpecChange(kind="nf4"),
         },
     ),
-    "embedding": Lattices(weights=SPEC, embedding=SpecChange(bits=8)),
-    "head": Lattices(weights=SPEC, skip=("*.v_proj",), embedding=SpecChange(kind="nf4"), head=SpecChange(bits=6)),
+    "embedding": QuantScheme(weights=SPEC, embedding=SpecChange(bits=8)),
+    "head": QuantScheme(weights=SPEC, skip=("*.v_proj",), embedding=SpecChange(kind="nf4"), head=SpecChange(bits=6)),
 }
 
 
@@ -61,20 +61,20 @@ def logits(model: PreTrainedModel) -> Tensor:
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("name", LATTICES)
 def test_prepared_quantized_and_folded_are_one_model(name: str, kind: str) -> None:
-    lattices, model = LATTICES[name], tiny(kind)
+    scheme, model = LATTICES[name], tiny(kind)
     by_hand = copy.deepcopy(model)
-    for module, target in targets(by_hand, lattices).items():
+    for module, target in targets(by_hand, scheme).items():
         weight = by_hand.get_parameter(f"{module}.weight")
         weight.data.copy_(fake_quant(weight.data, target.spec))
-    plain = quantize_model(model, lattices)
+    plain = quantize_model(model, scheme)
     keys = list(model.state_dict())
-    names = prepare(model, lattices)
+    names = prepare(model, scheme)
     assert torch.equal(logits(model), logits(by_hand)), "the forward rounds each module to its lattice"
-    state = quantize_model(model, lattices)
+    state = quantize_model(model, scheme)
     assert state.hash() == plain.hash() and list(state.modules) == names
     state.check("memory")
     with pytest.raises(UserError, match=r"prepared with (another lattice|other modules)"):
-        quantize_model(model, Lattices(weights=QuantSpec(bits=2, group_size=8)))
+        quantize_model(model, QuantScheme(weights=QuantSpec(bits=2, group_size=8)))
     expected = logits(model)
     fold(model, state)
     assert torch.equal(logits(model), expected)
@@ -100,11 +100,11 @@ def test_a_folder_holds_every_lattice(name: str, tmp_path: Path, tokenizer: PreT
 
 
 def test_a_tied_table_is_rounded_once_for_both_ends() -> None:
-    model, lattices = tiny(tie_word_embeddings=True), LATTICES["embedding"]
+    model, scheme = tiny(tie_word_embeddings=True), LATTICES["embedding"]
     embedding: Any = model.get_input_embeddings()
     table = embedding.weight
     rounded = fake_quant(table, SpecChange(bits=8).applied(SPEC))
-    names = prepare(model, lattices, extras=Extras(scale=True))
+    names = prepare(model, scheme, extras=Extras(scale=True))
     assert names[0] == "model.embed_tokens" and "lm_head" not in names
     made: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
@@ -114,14 +114,14 @@ def test_a_tied_table_is_rounded_once_for_both_ends() -> None:
     assert torch.equal(model.get_input_embeddings()(IDS), rounded[IDS])
     model(input_ids=IDS).logits.sum().backward()
     assert table.grad is not None and made.scale is not None and made.scale.grad is not None
-    fold(model, state := quantize_model_with_first_scales(model, lattices))
+    fold(model, state := quantize_model_with_first_scales(model, scheme))
     assert state.modules[0] == "model.embed_tokens" and "lm_head" not in state.modules
     again: Any = model.get_input_embeddings()
     assert model.get_parameter("lm_head.weight") is again.weight
     assert torch.equal(again.weight, state.dequantized("model.embed_tokens"))
 
 
-def quantize_model_with_first_scales(model: PreTrainedModel, lattices: Lattices) -> Any:
+def quantize_model_with_first_scales(model: PreTrainedModel, scheme: QuantScheme) -> Any:
     """A prepared model's codes after its scale parameters got values."""
     from decoct.qat.fake_quant import quantize
     from decoct.qat.layers.quant_linear import RoundedWeight
@@ -129,14 +129,14 @@ def quantize_model_with_first_scales(model: PreTrainedModel, lattices: Lattices)
     for module in model.modules():
         if isinstance(module, RoundedWeight) and module.scale is not None:
             module.scale.data.copy_(quantize(module.weight, module.spec)[1])
-    return quantize_model(model, lattices)
+    return quantize_model(model, scheme)
 
 
 @pytest.mark.parametrize("other", ["embedding", "asymmetric"])
 def test_another_lattice_or_choice_of_ends_than_prepared_is_refused(other: str) -> None:
     model = tiny()
-    prepare(model, Lattices(weights=SPEC, embedding=SpecChange(bits=6)))
-    asked = LATTICES["embedding"] if other == "embedding" else Lattices(weights=SPEC)
+    prepare(model, QuantScheme(weights=SPEC, embedding=SpecChange(bits=6)))
+    asked = LATTICES["embedding"] if other == "embedding" else QuantScheme(weights=SPEC)
     with pytest.raises(UserError, match="another lattice" if other == "embedding" else "other modules"):
         quantize_model(model, asked)
 
@@ -162,33 +162,33 @@ def test_embedding_and_head_get_no_adapter_and_keep_their_weights() -> None:
 @pytest.mark.parametrize(
     ("changes", "lattices", "message"),
     [
-        ({"tie_word_embeddings": True}, Lattices(weights=SPEC, head=SpecChange(bits=8)), "head: the head is tied to the embedding"),
-        ({}, Lattices(weights=SPEC, skip=("lm_head",), head=SpecChange(bits=8)), "head: skip leaves lm_head alone"),
-        ({}, Lattices(weights=SPEC, embedding=SpecChange(group_size=24)), "model.embed_tokens: group_size=24 does not divide"),
-        ({}, Lattices(weights=SPEC, overrides={"*.gate": SpecChange(bits=8)}), "overrides: '.*gate' matches no linear layer"),
-        ({}, Lattices(weights=SPEC, skip=("*.gate",)), "skip: '.*gate' matches no linear layer"),
-        ({}, Lattices(weights=SPEC, skip=("*_proj",)), "there is nothing to quantize"),
+        ({"tie_word_embeddings": True}, QuantScheme(weights=SPEC, head=SpecChange(bits=8)), "head: the head is tied to the embedding"),
+        ({}, QuantScheme(weights=SPEC, skip=("lm_head",), head=SpecChange(bits=8)), "head: skip leaves lm_head alone"),
+        ({}, QuantScheme(weights=SPEC, embedding=SpecChange(group_size=24)), "model.embed_tokens: group_size=24 does not divide"),
+        ({}, QuantScheme(weights=SPEC, overrides={"*.gate": SpecChange(bits=8)}), "overrides: '.*gate' matches no linear layer"),
+        ({}, QuantScheme(weights=SPEC, skip=("*.gate",)), "skip: '.*gate' matches no linear layer"),
+        ({}, QuantScheme(weights=SPEC, skip=("*_proj",)), "there is nothing to quantize"),
     ],
 )
-def test_what_cannot_be_done_is_refused_and_the_model_untouched(changes: dict[str, Any], lattices: Lattices, message: str) -> None:
+def test_what_cannot_be_done_is_refused_and_the_model_untouched(changes: dict[str, Any], scheme: QuantScheme, message: str) -> None:
     model = tiny(**changes)
     before = logits(model)
     with pytest.raises(UserError, match=message):
-        prepare(model, lattices)
+        prepare(model, scheme)
     assert torch.equal(logits(model), before)
 
 
 def test_an_embedding_that_does_more_than_look_up_is_rounded_but_not_trained() -> None:
     model = tiny("gemma2", tie_word_embeddings=True, head_dim=16, query_pre_attn_scalar=16)
-    lattices = LATTICES["embedding"]
+    scheme = LATTICES["embedding"]
     embedding: Any = model.get_input_embeddings()
     if type(embedding) is nn.Embedding:
         model = tiny("gemma3_text", tie_word_embeddings=True, head_dim=16, query_pre_attn_scalar=16)
         embedding = model.get_input_embeddings()
     assert type(embedding) is not nn.Embedding, "a family that scales its embedding"
     with pytest.raises(UserError, match="does more than look rows up"):
-        prepare(model, lattices)
-    state = quantize_model(model, lattices)
+        prepare(model, scheme)
+    state = quantize_model(model, scheme)
     fold(model, state)
     assert torch.equal(model.get_parameter("lm_head.weight"), state.dequantized("model.embed_tokens"))
     assert type(model.get_input_embeddings()) is type(embedding)

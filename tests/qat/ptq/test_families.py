@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from decoct.models.batches import backbone_inputs
 from decoct.models.families import decoder_linears
 from decoct.qat.layers.quantized_model import fold, prepare, quantize_model
-from decoct.qat.ptq import CalibrationText, Rounding, round_model
+from decoct.qat.ptq import CalibrationText, RoundingMethod, round_model
 from decoct.qat.spec import QuantSpec
 
 SPEC = QuantSpec(bits=3, group_size=16)
@@ -58,7 +58,7 @@ def test_gptq_is_nearer_than_rounding(kind: str, padded: bool) -> None:
 
     exact, nearest, fitted = (model_of(kind) for _ in range(3))
     skip = ["*.shared_expert_gate"] if kind == "qwen2_moe" else []  # its one output is a gate of all experts
-    rounded = round_model(fitted, SPEC, Rounding(method="gptq"), skip=skip, text=text)
+    rounded = round_model(fitted, SPEC, RoundingMethod(method="gptq"), skip=skip, text=text)
     fold(nearest, quantize_model(nearest, SPEC, skip))
     errors = [float((outputs(model) - outputs(exact)).norm()) for model in (fitted, nearest)]
     assert errors[0] < 0.9 * errors[1]

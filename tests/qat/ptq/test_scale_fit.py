@@ -7,7 +7,7 @@ from torch import Tensor
 from decoct.qat.fake_quant import dequantize, quantize
 from decoct.qat.ptq import scale_fit as fit
 from decoct.qat.ptq.gptq import Factor, factorize, gptq_codes, gptq_pass
-from decoct.qat.ptq.mse import FITTED_FACTORS, Lattice, searched_lattice, searched_scales
+from decoct.qat.ptq.mse import FITTED_FACTORS, SearchedScales, searched_grid, searched_scales
 from decoct.qat.ptq.scale_fit import fitted_codes, fitted_scales
 from decoct.qat.spec import QuantSpec
 
@@ -77,7 +77,7 @@ def test_no_row_gets_worse_and_together_they_get_better(bits: int, share: float)
     factor = factorize(hessian)
     assert factor is not None
     plain = gptq_codes(weight, scales, factor, spec)
-    codes, fitted = fitted_codes(weight, Lattice(scales, None), hessian, factor, spec)
+    codes, fitted = fitted_codes(weight, SearchedScales(scales, None), hessian, factor, spec)
     assert torch.equal(fitted, fitted.to(torch.bfloat16).float())
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(256)
 
@@ -119,7 +119,7 @@ def test_a_second_turn_is_for_few_bits_and_pruned_weights(bits: int, masked: boo
     spec, passes = QuantSpec(bits=bits, group_size=32, scale_grid="fp32"), []
     monkeypatch.setattr(fit, "gptq_pass", lambda *given: passes.append(1) or gptq_pass(*given))
     fitted_codes(
-        weight if mask is None else weight * mask, searched_lattice(weight, spec, mask), hessian, factor_of(hessian, 0.01), spec, mask
+        weight if mask is None else weight * mask, searched_grid(weight, spec, mask), hessian, factor_of(hessian, 0.01), spec, mask
     )
     assert len(passes) == turns
 
@@ -131,7 +131,7 @@ def test_pruned_weights_stay_zero() -> None:
     spec = QuantSpec(bits=3, group_size=64)
     factor = factorize(hessian)
     assert factor is not None
-    codes, _ = fitted_codes(weight, searched_lattice(weight, spec, mask), hessian, factor, spec, mask)
+    codes, _ = fitted_codes(weight, searched_grid(weight, spec, mask), hessian, factor, spec, mask)
     assert not codes[~mask].any() and codes[mask].any()
 
 
@@ -142,8 +142,8 @@ def test_a_fit_starts_from_ranges_that_are_shrunk_little(symmetric: bool) -> Non
     loud = torch.ones(128)
     loud[::64] = 1e4
     spec = QuantSpec(bits=2, group_size=64, symmetric=symmetric, scale_grid="fp32")
-    whole = searched_lattice(weight, spec, factors=())
-    start = searched_lattice(weight, spec, None, loud, FITTED_FACTORS)
-    free = searched_lattice(weight, spec, None, loud)
+    whole = searched_grid(weight, spec, factors=())
+    start = searched_grid(weight, spec, None, loud, FITTED_FACTORS)
+    free = searched_grid(weight, spec, None, loud)
     assert (start.scales >= 0.71 * whole.scales).all()
     assert (free.scales < 0.6 * whole.scales).any()

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from decoct.qat.fake_quant import dequantize, fake_quant
-from decoct.qat.fake_quant.ranges import range_lattice
+from decoct.qat.fake_quant.ranges import range_grid
 from decoct.qat.ptq import mse
 from decoct.qat.ptq.gptq import factorize, gptq_codes
-from decoct.qat.ptq.methods import METHODS, Rounded, Rounding, Stack
-from decoct.qat.ptq.mse import FACTORS, Lattice, searched_lattice
+from decoct.qat.ptq.methods import METHODS, Rounded, RoundingMethod, Stack
+from decoct.qat.ptq.mse import FACTORS, SearchedScales, searched_grid
 from decoct.qat.ptq.scale_fit import fitted_scales
 from decoct.qat.spec import QuantSpec
 
@@ -46,7 +46,7 @@ def lopsided(rows: int = 12, columns: int = 96) -> tuple[Tensor, Tensor, Tensor]
     return weight, hessian, torch.rand(weight.shape, generator=torch.Generator().manual_seed(5)) > 0.3
 
 
-def own_lattice(lattice: Lattice, spec: QuantSpec, shape: torch.Size) -> tuple[Tensor, Tensor]:
+def own_spec(lattice: SearchedScales, spec: QuantSpec, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Scale and zero point of every weight, fp64 [out, in]."""
     rows, columns = shape
 
@@ -57,9 +57,9 @@ def own_lattice(lattice: Lattice, spec: QuantSpec, shape: torch.Size) -> tuple[T
     return wide(lattice.scales), wide(zeros)
 
 
-def nearest_values(weight: Tensor, lattice: Lattice, spec: QuantSpec) -> Tensor:
+def nearest_values(weight: Tensor, lattice: SearchedScales, spec: QuantSpec) -> Tensor:
     """(q - z) * s of the nearest codes, fp64."""
-    scale, zero = own_lattice(lattice, spec, weight.shape)
+    scale, zero = own_spec(lattice, spec, weight.shape)
     return ((weight.double() / scale).round() + zero).clamp(spec.qmin, spec.qmax).sub(zero) * scale
 
 
@@ -87,7 +87,7 @@ def brute_force(values: Tensor, shares: Tensor, spec: QuantSpec) -> float:
 def test_the_search_finds_the_smallest_error(spec: QuantSpec, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian, mask = lopsided()
     importance = hessian.diagonal() if weighted else None
-    lattice = searched_lattice(weight, spec, mask, importance)
+    lattice = searched_grid(weight, spec, mask, importance)
     assert lattice.scales.shape == spec.scale_shape(*weight.shape)
     assert torch.equal(lattice.scales, lattice.scales.to(torch.bfloat16).float())
     assert (lattice.zeros is None) == spec.symmetric
@@ -101,14 +101,14 @@ def test_the_search_finds_the_smallest_error(spec: QuantSpec, weighted: bool, mo
         least = brute_force(values[row, group], weights[row, group], spec)
         assert float(errors[row, group]) <= least * (1 + 1e-5) + 1e-12, (row, group)
     monkeypatch.setattr(mse, "_PIECE", 200)
-    for whole, parts in zip(lattice, searched_lattice(weight, spec, mask, importance)):
+    for whole, parts in zip(lattice, searched_grid(weight, spec, mask, importance)):
         assert (whole is None and parts is None) or torch.equal(whole, parts)  # pyright: ignore[reportArgumentType]
 
 
-def textbook(weight: Tensor, lattice: Lattice, hessian: Tensor, spec: QuantSpec, mask: Tensor) -> Tensor:
+def textbook(weight: Tensor, lattice: SearchedScales, hessian: Tensor, spec: QuantSpec, mask: Tensor) -> Tensor:
     """The paper's algorithm 1 with one column at a time and zero points; fp64 codes [out, in]."""
     left, matrix = weight.double().clone(), hessian.double().clone()
-    scale, zero = own_lattice(lattice, spec, weight.shape)
+    scale, zero = own_spec(lattice, spec, weight.shape)
     places = sorted(range(len(matrix)), key=lambda i: -float(hessian[i, i]))
     matrix += torch.eye(len(matrix), dtype=torch.float64) * 0.01 * matrix.diagonal().mean()
     upper = torch.linalg.cholesky(torch.linalg.inv(matrix[places][:, places])).T
@@ -130,7 +130,7 @@ def output_errors(values: Tensor, weight: Tensor, hessian: Tensor) -> Tensor:
 def test_gptq_gives_the_textbooks_codes_and_pruned_weights_stay_zero(spec: QuantSpec) -> None:
     weight, hessian, mask = lopsided()
     weight = weight * mask
-    lattice = Lattice(*range_lattice(weight, spec, mask, "auto"))
+    lattice = SearchedScales(*range_grid(weight, spec, mask, "auto"))
     factor = factorize(hessian, 0.01)
     assert factor is not None
     codes = gptq_codes(weight, lattice.scales, factor, spec, mask, lattice.zeros)
@@ -148,14 +148,14 @@ def test_gptq_gives_the_textbooks_codes_and_pruned_weights_stay_zero(spec: Quant
 def test_fitted_scales_solve_the_least_squares_problem(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian, mask = lopsided()
     spec = QuantSpec(bits=spec.bits, group_size=spec.group_size, symmetric=spec.symmetric, scale_grid="fp32")
-    scales, zeros = range_lattice(weight, spec, mask, "auto")
+    scales, zeros = range_grid(weight, spec, mask, "auto")
     zeros = None if spec.symmetric else zeros
     factor = factorize(hessian, 0.01)
     assert factor is not None
     codes = gptq_codes(weight, scales, factor, spec, mask, zeros)
     pull = hessian @ (weight - dequantize(codes, scales, zeros)).T
     got, _ = fitted_scales(codes.T, scales, pull, hessian, spec, zeros=zeros)
-    expected = slow_scales(weight, codes, Lattice(scales, zeros), hessian, spec)
+    expected = slow_scales(weight, codes, SearchedScales(scales, zeros), hessian, spec)
     usable = (expected > scales / 4) & (expected < scales * 4) & torch.isfinite(expected)
     torch.testing.assert_close(got.double(), torch.where(usable, expected, scales.double()), rtol=1e-3, atol=0)
     before, after = (output_errors(dequantize(codes, held, zeros), weight, hessian).sum() for held in (scales, got))
@@ -164,9 +164,9 @@ def test_fitted_scales_solve_the_least_squares_problem(spec: QuantSpec, monkeypa
     torch.testing.assert_close(fitted_scales(codes.T, scales, pull, hessian, spec, zeros=zeros)[0], got)
 
 
-def slow_scales(weight: Tensor, codes: Tensor, lattice: Lattice, hessian: Tensor, spec: QuantSpec) -> Tensor:
+def slow_scales(weight: Tensor, codes: Tensor, lattice: SearchedScales, hessian: Tensor, spec: QuantSpec) -> Tensor:
     """Least squares in fp64 over the outputs that a unit of each scale adds, held to the scales before; rows that share one are stacked."""
-    _, zero = own_lattice(lattice, spec, weight.shape)
+    _, zero = own_spec(lattice, spec, weight.shape)
     numbers, root = codes.double() - zero, torch.linalg.cholesky(hessian.double()).T
     groups = lattice.scales.shape[1]
     width = weight.shape[1] // groups
@@ -188,9 +188,9 @@ def test_every_method_keeps_zeros_and_each_beats_the_one_before(spec: QuantSpec)
     weight, hessian, mask = lopsided(40)
     stack = Stack(weight=weight * mask, mask=mask, moments=hessian)
     roundings = [
-        Rounding(),
-        Rounding(method="mse", weighted=True),
-        *(Rounding(method="gptq", scale=s) for s in ("absmax", "mse", "fitted")),
+        RoundingMethod(),
+        RoundingMethod(method="mse", weighted=True),
+        *(RoundingMethod(method="gptq", scale=s) for s in ("absmax", "mse", "fitted")),
     ]
     found: list[Rounded] = [METHODS[rounding.method].round(stack, spec, rounding) for rounding in roundings]
     for rounded in found:
@@ -210,7 +210,7 @@ def test_every_method_keeps_zeros_and_each_beats_the_one_before(spec: QuantSpec)
 def test_zero_points_win_where_weights_lie_to_one_side() -> None:
     weight, hessian, _ = lopsided(40)
     stack = Stack(weight=weight, mask=None, moments=hessian)
-    for rounding in (Rounding(), Rounding(method="mse"), Rounding(method="gptq")):
+    for rounding in (RoundingMethod(), RoundingMethod(method="mse"), RoundingMethod(method="gptq")):
         errors = []
         for symmetric in (True, False):
             spec = QuantSpec(bits=3, group_size=32, symmetric=symmetric)
@@ -222,10 +222,10 @@ def test_zero_points_win_where_weights_lie_to_one_side() -> None:
 def test_other_kinds_round_to_nearest_and_other_methods_refuse_them(spec: QuantSpec) -> None:
     weight, hessian, mask = lopsided()
     stack = Stack(weight=weight, mask=mask, moments=hessian)
-    rounded = METHODS["rtn"].round(stack, spec, Rounding())
+    rounded = METHODS["rtn"].round(stack, spec, RoundingMethod())
     assert torch.equal(rounded.values(spec), fake_quant(weight, spec, mask=mask).to(torch.float32))
     assert not rounded.values(spec)[~mask].any()
     assert (rounded.global_scale is not None) == (spec.kind == "nvfp4")
     for method in ("mse", "gptq"):
         with pytest.raises(ValueError, match=f"method='{method}' rounds to integers, not to kind='{spec.kind}'"):
-            METHODS[method].round(stack, spec, Rounding(method=method))  # pyright: ignore[reportArgumentType]
+            METHODS[method].round(stack, spec, RoundingMethod(method=method))  # pyright: ignore[reportArgumentType]

@@ -18,7 +18,7 @@ from decoct.qat.fake_quant import dequantize, fake_quant_activation, quantize, s
 from decoct.qat.layers.as_stored import round_as_stored
 from decoct.qat.layers.input_hooks import round_inputs
 from decoct.qat.layers.quantized_model import fold, quantize_model
-from decoct.qat.ptq import CalibrationText, RoundedModel, Rounding, amount_of_work, round_model
+from decoct.qat.ptq import CalibrationText, RoundedModel, RoundingMethod, amount_of_work, round_model
 from decoct.qat.ptq.gptq import factorize, gptq_codes
 from decoct.qat.spec import ActivationSpec, QuantSpec
 
@@ -66,7 +66,7 @@ def passes(model: PreTrainedModel, layer: int, ids: Tensor) -> dict[str, Tensor]
 @pytest.mark.parametrize("spec", [STATIC, ActivationSpec(scaling="static", symmetric=False)], ids=["symmetric", "asymmetric"])
 def test_static_scales_are_those_of_whole_passes_through_the_rounded_model(random_model: RandomModel, spec: ActivationSpec) -> None:
     ids = windows()
-    rounded = round_model(random_model("llama"), SPEC, Rounding(activations=spec), text=text_of(ids)).state
+    rounded = round_model(random_model("llama"), SPEC, RoundingMethod(activations=spec), text=text_of(ids)).state
     again = random_model("llama")
     fold(again, quantize_model(again, SPEC))
     for layer in range(len(decoder_layers(again))):
@@ -81,8 +81,10 @@ def test_static_scales_are_those_of_whole_passes_through_the_rounded_model(rando
     rounded.check("memory")
 
 
-@pytest.mark.parametrize("rounding", [Rounding(activations=DYNAMIC, kv_cache=FP8), Rounding(activations=STATIC, kv_cache=DYNAMIC)])
-def test_the_model_in_memory_computes_as_the_stored_one(random_model: RandomModel, rounding: Rounding) -> None:
+@pytest.mark.parametrize(
+    "rounding", [RoundingMethod(activations=DYNAMIC, kv_cache=FP8), RoundingMethod(activations=STATIC, kv_cache=DYNAMIC)]
+)
+def test_the_model_in_memory_computes_as_the_stored_one(random_model: RandomModel, rounding: RoundingMethod) -> None:
     rounded = round_model(model := random_model("qwen3"), SPEC, rounding, text=text_of(windows()))
     again = random_model("qwen3")
     fold(again, rounded.state)
@@ -96,7 +98,7 @@ def test_the_model_in_memory_computes_as_the_stored_one(random_model: RandomMode
 def test_hessians_are_of_unrounded_inputs_given_what_served_layers_give(random_model: RandomModel, kind: ActivationSpec) -> None:
     """By whole passes: every layer in turn, the ones before it rounded with their inputs, of this one the linears that ran before."""
     spec, ids = QuantSpec(bits=3, group_size=16), windows(12)
-    rounding = Rounding(method="gptq", scale="absmax", activations=kind)
+    rounding = RoundingMethod(method="gptq", scale="absmax", activations=kind)
     rounded = round_model(random_model("llama"), spec, rounding, text=text_of(ids)).state
     model = random_model("llama")
     for layer in range(len(decoder_layers(model))):
@@ -115,15 +117,15 @@ def test_hessians_are_of_unrounded_inputs_given_what_served_layers_give(random_m
         round_inputs(model, linears_of(model, layer), kind).set_scales(rounded.input_scales, rounded.input_zeros)
 
 
-@pytest.mark.parametrize("rounding", [Rounding(method="gptq", activations=DYNAMIC), Rounding(method="gptq", kv_cache=DYNAMIC)])
+@pytest.mark.parametrize("rounding", [RoundingMethod(method="gptq", activations=DYNAMIC), RoundingMethod(method="gptq", kv_cache=DYNAMIC)])
 def test_only_what_comes_from_served_layers_changes_a_hessian(
-    random_model: RandomModel, monkeypatch: pytest.MonkeyPatch, rounding: Rounding
+    random_model: RandomModel, monkeypatch: pytest.MonkeyPatch, rounding: RoundingMethod
 ) -> None:
     seen: list[Tensor] = []
     monkeypatch.setattr(
         "decoct.qat.ptq.methods.factorize", lambda hessian, *more: seen.append(hessian.clone()) or factorize(hessian, *more)
     )
-    for one in (Rounding(method="gptq"), rounding):
+    for one in (RoundingMethod(method="gptq"), rounding):
         round_model(random_model("llama"), SPEC, one, text=text_of(windows()))
     blind, served = seen[:8], seen[8:]
     assert len(served) == 8
@@ -137,7 +139,7 @@ def test_keys_and_values_of_each_layer_have_the_range_of_the_text(random_model: 
     found = []
     for filler in (3, 200):
         text = text_of(ids.masked_fill(mask == 0, filler), attention_mask=mask)
-        state = round_model(random_model("llama"), SPEC, Rounding(kv_cache=FP8, activations=STATIC), text=text).state
+        state = round_model(random_model("llama"), SPEC, RoundingMethod(kv_cache=FP8, activations=STATIC), text=text).state
         assert state.cache is not None
         assert state.cache.attentions == ("model.layers.0.self_attn", "model.layers.1.self_attn")
         found.append(state)
@@ -152,7 +154,8 @@ def test_keys_and_values_of_each_layer_have_the_range_of_the_text(random_model: 
 def test_more_text_is_no_narrower(random_model: RandomModel) -> None:
     """A maximum over all positions: the scale of more windows is at least that of fewer."""
     found = [
-        round_model(random_model("llama"), SPEC, Rounding(activations=STATIC), text=text_of(windows(16)[:count])).state for count in (2, 16)
+        round_model(random_model("llama"), SPEC, RoundingMethod(activations=STATIC), text=text_of(windows(16)[:count])).state
+        for count in (2, 16)
     ]
     first = "model.layers.0.self_attn.q_proj"
     assert found[0].input_scales[first] <= found[1].input_scales[first]
@@ -161,7 +164,7 @@ def test_more_text_is_no_narrower(random_model: RandomModel) -> None:
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_from_files_is_as_from_memory(random_model: RandomModel, tmp_path: Path, method: Any) -> None:
-    rounding = Rounding(method=method, activations=STATIC, kv_cache=FP8)
+    rounding = RoundingMethod(method=method, activations=STATIC, kv_cache=FP8)
     whole = round_model(random_model("llama"), SPEC, rounding, text=text_of(windows()))
     folder = save_model_folder(tmp_path / "model", random_model("llama"), None, {}, dtype=torch.float32)
     work = tmp_path / "work"
@@ -175,7 +178,7 @@ def test_from_files_is_as_from_memory(random_model: RandomModel, tmp_path: Path,
 @pytest.mark.parametrize("method", ["rtn", "mse", "gptq"])
 @pytest.mark.parametrize("activations", [None, DYNAMIC, STATIC])
 def test_work_is_what_was_announced(random_model: RandomModel, method: Any, activations: ActivationSpec | None) -> None:
-    rounding, text = Rounding(method=method, activations=activations), text_of(windows())
+    rounding, text = RoundingMethod(method=method, activations=activations), text_of(windows())
     expected = amount_of_work(random_model("llama"), SPEC, rounding, (), text)
     done: list[int] = []
     round_model(random_model("llama"), SPEC, rounding, text=text, advance=done.append)
@@ -186,26 +189,26 @@ def test_work_is_what_was_announced(random_model: RandomModel, method: Any, acti
 
 
 def test_dynamic_rounding_takes_no_text_and_changes_no_code(random_model: RandomModel) -> None:
-    rounded: RoundedModel = round_model(random_model("llama"), SPEC, Rounding(activations=DYNAMIC, kv_cache=DYNAMIC))
+    rounded: RoundedModel = round_model(random_model("llama"), SPEC, RoundingMethod(activations=DYNAMIC, kv_cache=DYNAMIC))
     plain = quantize_model(random_model("llama"), SPEC)
     assert all(torch.equal(rounded.state.codes[name], plain.codes[name]) for name in plain.modules)
     assert rounded.state.activations == DYNAMIC and rounded.state.cache is not None and not rounded.state.input_scales
 
 
 def test_skipped_modules_read_what_they_are_given(random_model: RandomModel) -> None:
-    rounding = Rounding(activations=STATIC)
+    rounding = RoundingMethod(activations=STATIC)
     state = round_model(random_model("llama"), SPEC, rounding, skip=["*.down_proj", "*.layers.1.*"], text=text_of(windows())).state
     assert set(state.input_scales) == set(state.modules) and len(state.modules) == 6
 
 
-@pytest.mark.parametrize("rounding", [Rounding(activations=STATIC), Rounding(kv_cache=FP8, method="mse")])
-def test_text_is_needed(random_model: RandomModel, rounding: Rounding) -> None:
+@pytest.mark.parametrize("rounding", [RoundingMethod(activations=STATIC), RoundingMethod(kv_cache=FP8, method="mse")])
+def test_text_is_needed(random_model: RandomModel, rounding: RoundingMethod) -> None:
     with pytest.raises(UserError, match="static scales of activations or kv_cache have no token to calibrate on; raise calibration_tokens"):
         round_model(random_model("llama"), SPEC, rounding)
 
 
-@pytest.mark.parametrize("rounding", [Rounding(activations=STATIC), Rounding(kv_cache=FP8)])
-def test_a_range_that_is_none_is_said(random_model: RandomModel, rounding: Rounding) -> None:
+@pytest.mark.parametrize("rounding", [RoundingMethod(activations=STATIC), RoundingMethod(kv_cache=FP8)])
+def test_a_range_that_is_none_is_said(random_model: RandomModel, rounding: RoundingMethod) -> None:
     model = random_model("llama")
     model.get_submodule("model.layers.1.input_layernorm").get_parameter("weight").data[3] = float("inf")
     with pytest.raises(NonFiniteError, match=r"the range of model\.layers\.1\.self_attn\.(q_proj|k) is NaN or infinite"):
@@ -215,7 +218,7 @@ def test_a_range_that_is_none_is_said(random_model: RandomModel, rounding: Round
 def test_the_error_of_int8_inputs_is_small_and_of_static_ones_larger(random_model: RandomModel) -> None:
     """W8A8 on random weights: a sanity check of the numbers, in the order in which they must come."""
     plain, lost = logits(random_model("llama")), []
-    for rounding in (Rounding(), Rounding(activations=DYNAMIC), Rounding(activations=STATIC)):
+    for rounding in (RoundingMethod(), RoundingMethod(activations=DYNAMIC), RoundingMethod(activations=STATIC)):
         model = random_model("llama")
         round_model(model, SPEC, rounding, text=text_of(windows(32)))
         lost.append(float((logits(model) - plain).square().mean()))
@@ -225,7 +228,7 @@ def test_the_error_of_int8_inputs_is_small_and_of_static_ones_larger(random_mode
 
 def test_one_token_is_rounded_as_the_op_says(random_model: RandomModel) -> None:
     model = random_model("llama")
-    state = round_model(model, SPEC, Rounding(activations=STATIC), text=text_of(windows())).state
+    state = round_model(model, SPEC, RoundingMethod(activations=STATIC), text=text_of(windows())).state
     name = "model.layers.0.mlp.up_proj"
     linear, x = model.get_submodule(name), torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
     expected = nn.functional.linear(fake_quant_activation(x, STATIC, scale=state.input_scales[name]), state.dequantized(name))

@@ -18,17 +18,17 @@ from decoct.models.folder.model_folder import save_model_folder
 from decoct.models.folder.streaming import empty_model
 from decoct.qat.fake_quant import dequantize, quantize
 from decoct.qat.layers.quantized_model import quantize_model
-from decoct.qat.ptq import CalibrationText, RoundedModel, Rounding, amount_of_work, round_model
+from decoct.qat.ptq import CalibrationText, RoundedModel, RoundingMethod, amount_of_work, round_model
 from decoct.qat.ptq.error_report import SAMPLE, error_lines, kind_of, sampled
 from decoct.qat.ptq.gptq import factorize, gptq_codes
 from decoct.qat.ptq.hessians import shared_inputs
 from decoct.qat.ptq.mse import searched_scales
 from decoct.qat.ptq.replay import Replay
-from decoct.qat.scheme import Lattices, SpecChange
+from decoct.qat.scheme import QuantScheme, SpecChange
 from decoct.qat.spec import ActivationSpec, QuantSpec
 
 SPEC = QuantSpec(bits=3, group_size=16)
-GPTQ = Rounding(method="gptq")
+GPTQ = RoundingMethod(method="gptq")
 RandomModel = Callable[..., PreTrainedModel]
 
 
@@ -89,7 +89,7 @@ def slow_walk(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_gptq_walks_as_whole_forward_passes_would(random_model: RandomModel, kind: str) -> None:
     ids = windows()
-    rounded = round_model(model := random_model(kind), SPEC, Rounding(method="gptq", scale="absmax"), text=text_of(ids))
+    rounded = round_model(model := random_model(kind), SPEC, RoundingMethod(method="gptq", scale="absmax"), text=text_of(ids))
     expected = slow_walk(random_model(kind), ids)
     assert list(expected) == list(rounded.state.modules)
     differing = torch.stack([(rounded.state.codes[name] != codes).float().mean() for name, codes in expected.items()])
@@ -102,14 +102,14 @@ def test_gptq_walks_as_whole_forward_passes_would(random_model: RandomModel, kin
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_rtn_is_quantize_model_bit_for_bit(random_model: RandomModel, kind: str) -> None:
     expected = quantize_model(random_model(kind), SPEC, ["*.o_proj"])
-    rounded = round_model(random_model(kind), SPEC, Rounding(), skip=["*.o_proj"])
+    rounded = round_model(random_model(kind), SPEC, RoundingMethod(), skip=["*.o_proj"])
     assert rounded.state.hash() == expected.hash()
 
 
 def test_gptq_loses_less_than_mse_and_mse_less_than_rtn(random_model: RandomModel) -> None:
     full = logits(random_model("llama"))
     text, lost = text_of(windows(64)), []
-    for rounding in (Rounding(), Rounding(method="mse", weighted=True), GPTQ):
+    for rounding in (RoundingMethod(), RoundingMethod(method="mse", weighted=True), GPTQ):
         model = random_model("llama")
         rounded = round_model(model, SPEC, rounding, text=text)
         lost.append(float((logits(model) - full).square().mean()))
@@ -177,8 +177,8 @@ def test_packed_documents_stay_apart(random_model: RandomModel) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("rounding", [Rounding(), Rounding(method="mse"), GPTQ])
-def test_from_files_is_as_from_memory(random_model: RandomModel, tmp_path: Path, rounding: Rounding, tied: bool) -> None:
+@pytest.mark.parametrize("rounding", [RoundingMethod(), RoundingMethod(method="mse"), GPTQ])
+def test_from_files_is_as_from_memory(random_model: RandomModel, tmp_path: Path, rounding: RoundingMethod, tied: bool) -> None:
     model = random_model("qwen2", tie_word_embeddings=tied)
     save_model_folder(tmp_path / "model", model, None, {}, dtype=torch.float32)
     text = text_of(windows())
@@ -200,7 +200,7 @@ def test_from_files_is_as_from_memory(random_model: RandomModel, tmp_path: Path,
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
 
 
-MIXED = Lattices(
+MIXED = QuantScheme(
     weights=SPEC,
     overrides={"*.down_proj": SpecChange(bits=8), "*.0.*.k_proj": SpecChange(bits=4), "*.o_proj": SpecChange(kind="nf4")},
     embedding=SpecChange(bits=8, symmetric=False),
@@ -209,10 +209,10 @@ MIXED = Lattices(
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_module_gets_its_own_lattice_to_nearest(random_model: RandomModel, tied: bool) -> None:
-    lattices = MIXED if tied else dataclasses.replace(MIXED, head=SpecChange(bits=6))
+    scheme = MIXED if tied else dataclasses.replace(MIXED, head=SpecChange(bits=6))
     model = random_model("qwen3", tie_word_embeddings=tied)
-    expected = quantize_model(model, lattices)
-    rounded = round_model(model, lattices, Rounding())
+    expected = quantize_model(model, scheme)
+    rounded = round_model(model, scheme, RoundingMethod())
     assert rounded.state.hash() == expected.hash()
     assert rounded.state.modules[0] == "model.embed_tokens" and ("lm_head" in rounded.state.modules) is not tied
     for name in rounded.state.modules:
@@ -221,15 +221,15 @@ def test_every_module_gets_its_own_lattice_to_nearest(random_model: RandomModel,
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_mixed_lattices_from_files_are_as_from_memory(random_model: RandomModel, tmp_path: Path, tied: bool) -> None:
-    lattices = dataclasses.replace(MIXED, embedding=SpecChange(bits=8))
+    scheme = dataclasses.replace(MIXED, embedding=SpecChange(bits=8))
     model = random_model("llama", tie_word_embeddings=tied)
     save_model_folder(tmp_path / "model", model, None, {}, dtype=torch.float32)
     text = text_of(windows())
     alone = round_model(random_model("llama", tie_word_embeddings=tied), SPEC, GPTQ, text=text).state
-    expected = round_model(model, lattices, GPTQ, text=text, others=torch.bfloat16)
+    expected = round_model(model, scheme, GPTQ, text=text, others=torch.bfloat16)
     empty, files = empty_model(tmp_path / "model")
     (tmp_path / "work").mkdir()
-    streamed = round_model(empty, lattices, GPTQ, text=text, files=files, work=tmp_path / "work", others=torch.bfloat16)
+    streamed = round_model(empty, scheme, GPTQ, text=text, files=files, work=tmp_path / "work", others=torch.bfloat16)
     assert streamed.state.hash() == expected.state.hash()
     assert torch.equal(logits(empty), logits(model))
     # values of 8 bits: GPTQ goes below nearest for linears, and the embedding is rounded before they are calibrated
@@ -271,7 +271,7 @@ def test_memory_holds_one_layer_of_a_model_in_files(random_model: RandomModel, t
 def test_progress_adds_up_where_layers_have_nothing_to_round(
     random_model: RandomModel, skip: list[str], more: dict[str, Any], served: dict[str, Any]
 ) -> None:
-    model, text, rounding, done = random_model("llama"), text_of(windows()), Rounding(**more, **served), list[int]()
+    model, text, rounding, done = random_model("llama"), text_of(windows()), RoundingMethod(**more, **served), list[int]()
     amount = amount_of_work(model, SPEC, rounding, skip, text)
     round_model(model, SPEC, rounding, skip=skip, text=text, advance=done.append)
     assert sum(done) == amount and min(done, default=0) >= 0
@@ -298,9 +298,9 @@ def test_masks_keep_pruned_weights_at_zero(random_model: RandomModel) -> None:
 def test_mse_weighs_by_the_inputs_when_told_to(random_model: RandomModel) -> None:
     model = random_model("llama")
     weight = model.get_submodule("model.layers.0.self_attn.v_proj").get_parameter("weight").detach().clone()
-    plain = round_model(random_model("llama"), SPEC, Rounding(method="mse"))
+    plain = round_model(random_model("llama"), SPEC, RoundingMethod(method="mse"))
     assert torch.equal(plain.state.scales["model.layers.0.self_attn.v_proj"], searched_scales(weight, SPEC))
-    weighted = round_model(model, SPEC, Rounding(method="mse", weighted=True), text=text_of(windows()))
+    weighted = round_model(model, SPEC, RoundingMethod(method="mse", weighted=True), text=text_of(windows()))
     with torch.no_grad():
         embedded = model.get_input_embeddings()(windows())
         x = model.get_submodule("model.layers.0.input_layernorm")(embedded).flatten(0, 1)
@@ -311,16 +311,16 @@ def test_mse_weighs_by_the_inputs_when_told_to(random_model: RandomModel) -> Non
 
 def test_cholesky_trouble_is_told_with_the_modules_names(random_model: RandomModel, monkeypatch: pytest.MonkeyPatch) -> None:
     few = text_of(windows(1, 4))
-    rounded = round_model(random_model("llama"), SPEC, Rounding(method="gptq", damping=0.0), text=few)
+    rounded = round_model(random_model("llama"), SPEC, RoundingMethod(method="gptq", damping=0.0), text=few)
     assert any("model.layers.0.mlp.down_proj: damping raised to 0.001" in note for note in rounded.notes)
     monkeypatch.setattr("decoct.qat.ptq.methods.factorize", lambda *_: None)
-    given_up = round_model(random_model("llama"), SPEC, Rounding(method="gptq", scale="absmax"), text=few)
+    given_up = round_model(random_model("llama"), SPEC, RoundingMethod(method="gptq", scale="absmax"), text=few)
     assert "q_proj, model.layers.0.self_attn.k_proj" in given_up.notes[0] and "rounded to nearest" in given_up.notes[0]
     assert given_up.state.hash() == quantize_model(random_model("llama"), SPEC).hash()
 
 
-@pytest.mark.parametrize("rounding", [Rounding(), Rounding(method="mse"), GPTQ])
-def test_a_bad_weight_is_named(random_model: RandomModel, rounding: Rounding) -> None:
+@pytest.mark.parametrize("rounding", [RoundingMethod(), RoundingMethod(method="mse"), GPTQ])
+def test_a_bad_weight_is_named(random_model: RandomModel, rounding: RoundingMethod) -> None:
     model = random_model("llama")
     model.get_submodule("model.layers.1.mlp.up_proj").get_parameter("weight").data[1, 2] = float("inf")
     with pytest.raises((UserError, NonFiniteError), match=r"model\.layers\.1\.mlp\.(up|down)_proj"):

@@ -12,7 +12,7 @@ from decoct.qat.layers.quant_linear import Extras, QuantLinear
 from decoct.qat.layers.quantized_model import prepare, quantize_model
 from decoct.qat.ptq.mse import searched_scales
 from decoct.qat.spec import ActivationSpec, QuantSpec
-from decoct.trainer.loop.qat_hook import Phase, Quantizers
+from decoct.trainer.loop.qat_hook import Phase, QatSchedule
 from decoct.trainer.settings_quantization import QatSettings
 
 SPEC = QuantSpec(bits=4, group_size=16)
@@ -23,7 +23,7 @@ def settings(**changes: Any) -> QatSettings:
 
 
 def phases(**changes: Any) -> list[Phase]:
-    hook = Quantizers(settings(**changes), 20, seed=0)
+    hook = QatSchedule(settings(**changes), 20, seed=0)
     return [hook.phase_of(step) for step in range(1, 21)]
 
 
@@ -68,7 +68,7 @@ def test_first_scales_are_those_of_the_weights(training: ModuleType, start: str)
     student = training.tiny_model(1)
     names = prepare(student, SPEC, extras=Extras(scale=True))
     optimizer = torch.optim.AdamW(student.parameters())
-    Quantizers(settings(start=start), 20, seed=0).on_start(student, optimizer)
+    QatSchedule(settings(start=start), 20, seed=0).on_start(student, optimizer)
     for name in names:
         module = student.get_submodule(name)
         assert isinstance(module, QuantLinear) and module.scale is not None and module.mode == "learned"
@@ -76,7 +76,7 @@ def test_first_scales_are_those_of_the_weights(training: ModuleType, start: str)
         assert torch.equal(module.scale, wanted)
 
 
-def run(training: ModuleType, work: Path, hook: type[Quantizers] = Quantizers, **changes: Any) -> tuple[Any, Any]:
+def run(training: ModuleType, work: Path, hook: type[QatSchedule] = QatSchedule, **changes: Any) -> tuple[Any, Any]:
     case = training.Case(kind="learned", steps=20, every=7)
     return training.run_case(case, work, quantizing=settings(**changes), quantizers=hook)
 
@@ -98,7 +98,7 @@ def test_learned_scales_move_stay_positive_and_are_what_is_stored(training: Modu
 def test_delayed_scales_are_taken_when_rounding_begins(training: ModuleType, tmp_path: Path) -> None:
     seen: dict[str, torch.Tensor] = {}
 
-    class Watch(Quantizers):
+    class Watch(QatSchedule):
         def after_step(self, step: int) -> None:
             super().after_step(step)
             if step == 10:
@@ -115,7 +115,7 @@ def test_delayed_scales_are_taken_when_rounding_begins(training: ModuleType, tmp
 def test_frozen_scales_do_not_move_while_weights_do(training: ModuleType, tmp_path: Path, scales: str) -> None:
     found: dict[int, tuple[dict[str, torch.Tensor], torch.Tensor]] = {}
 
-    class Watch(Quantizers):
+    class Watch(QatSchedule):
         def after_step(self, step: int) -> None:
             super().after_step(step)
             found[step] = (

@@ -21,7 +21,7 @@ from decoct.models.teachers import load_teacher
 from decoct.qat.codes.state import load_quant_state
 from decoct.qat.layers.quantized_model import fold, quantize_model
 from decoct.qat.layers.save_folder import round_unquantized
-from decoct.qat.ptq import CalibrationText, MethodName, Rounding, ScaleChoice, round_model
+from decoct.qat.ptq import CalibrationText, MethodName, RoundingMethod, ScaleChoice, round_model
 from decoct.qat.spec import QuantSpec
 from decoct.trainer.data.prepared_data import PreparedData
 from decoct.trainer.evaluation.figures import evaluate_model
@@ -100,7 +100,7 @@ def test_what_is_not_rounded_is_calibrated_with_as_it_is_stored(make_context: Ma
         if parameter.ndim == 1 or "embed" in name:
             parameter.data = parameter.data.bfloat16().float()
     text = quantize.calibration_text(context.data.train, 262_144, 0)
-    expected = round_model(model, WEIGHTS, Rounding(method="gptq"), text=text).state
+    expected = round_model(model, WEIGHTS, RoundingMethod(method="gptq"), text=text).state
     assert load_quant_state(context.model).hash() == expected.hash()
     streamed = make_context("01-streamed", input=str(uneven))
     finish(replace(GPTQ, stream="always"), streamed, None)
@@ -231,7 +231,7 @@ def test_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_defaults_are_the_librarys() -> None:
     for method in get_args(MethodName):
-        assert rounding_of(QuantizeSettings(method=method)) == Rounding(method=method)
+        assert rounding_of(QuantizeSettings(method=method)) == RoundingMethod(method=method)
     hints = QuantizeSettings.__annotations__
     assert get_args(hints["method"]) == get_args(MethodName)
     assert set(get_args(ScaleChoice)) <= set(get_args(get_args(hints["scale"])[0]))

@@ -59,8 +59,8 @@ def made(make: Make, export: Export, case: str) -> tuple[ExportSource, Path]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_weight_is_rebuilt_and_verified(lattice_source: Make, export_source: Export, case: str) -> None:
-    source, target = made(lattice_source, export_source, case)
+def test_every_weight_is_rebuilt_and_verified(spec_source: Make, export_source: Export, case: str) -> None:
+    source, target = made(spec_source, export_source, case)
     opened, state = PackedFolder(target), source.state
     assert set(opened.modules) == set(state.modules)
     for module in state.modules:
@@ -76,11 +76,11 @@ def test_every_weight_is_rebuilt_and_verified(lattice_source: Make, export_sourc
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_package_unpacks_the_same_weights(lattice_source: Make, export_source: Export, case: str) -> None:
+def test_the_package_unpacks_the_same_weights(spec_source: Make, export_source: Export, case: str) -> None:
     package = pytest.importorskip("compressed_tensors", reason="the compressed-tensors package is not installed")
     from compressed_tensors.compressors import BaseCompressor
 
-    source, target = made(lattice_source, export_source, case)
+    source, target = made(spec_source, export_source, case)
     config = json.loads((target / "config.json").read_text())["quantization_config"]
     parsed = package.QuantizationConfig.model_validate(config)
     stored, state = load_file(target / "model.safetensors"), source.state
@@ -103,17 +103,17 @@ def test_the_package_unpacks_the_same_weights(lattice_source: Make, export_sourc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_transformers_computes_the_logits_of_the_rebuilt_model(lattice_source: Make, export_source: Export, case: str) -> None:
+def test_transformers_computes_the_logits_of_the_rebuilt_model(spec_source: Make, export_source: Export, case: str) -> None:
     pytest.importorskip("compressed_tensors", reason="the compressed-tensors package is not installed")
-    _, target = made(lattice_source, export_source, case)
+    _, target = made(spec_source, export_source, case)
     seen = check_runtimes(target)["transformers"]
     assert seen["status"] == ("skipped" if case == "mixed with zero points" else "agrees"), seen
     unpacked_in_bf16 = "asymmetric" in case and "w8a8" not in case
     assert (seen.get("arithmetic") == "own") is (unpacked_in_bf16 or case in ("outputs that fill no word", "one scale and zero point"))
 
 
-def test_zero_points_are_packed_along_the_outputs(lattice_source: Make, export_source: Export) -> None:
-    source, target = made(lattice_source, export_source, "asymmetric groups")
+def test_zero_points_are_packed_along_the_outputs(spec_source: Make, export_source: Export) -> None:
+    source, target = made(spec_source, export_source, "asymmetric groups")
     stored, zeros = load_file(target / "model.safetensors"), source.state.zero_points[Q_PROJ]
     words = stored[f"{Q_PROJ}.weight_zero_point"]
     assert (words.dtype, tuple(words.shape)) == (torch.int32, (4, 2))
@@ -122,8 +122,8 @@ def test_zero_points_are_packed_along_the_outputs(lattice_source: Make, export_s
             assert ((int(words[row // 8, group]) & 0xFFFFFFFF) >> (4 * (row % 8)) & 15) - 8 == int(zeros[row, group])
 
 
-def test_mixed_lattices_name_their_modules_and_never_the_class(lattice_source: Make, export_source: Export) -> None:
-    source, target = made(lattice_source, export_source, "mixed")
+def test_mixed_lattices_name_their_modules_and_never_the_class(spec_source: Make, export_source: Export) -> None:
+    source, target = made(spec_source, export_source, "mixed")
     config = json.loads((target / "config.json").read_text())["quantization_config"]
     groups = list(config["config_groups"].values())
     assert len(groups) == 3
@@ -135,9 +135,9 @@ def test_mixed_lattices_name_their_modules_and_never_the_class(lattice_source: M
     assert "2 linears int8, channel" in card
 
 
-def test_formats_that_differ_are_mixed_precision(lattice_source: Make, export_source: Export) -> None:
+def test_formats_that_differ_are_mixed_precision(spec_source: Make, export_source: Export) -> None:
     """As others write them: int8 linears with int8 inputs beside packed ones."""
-    _, target = made(lattice_source, export_source, "mixed")
+    _, target = made(spec_source, export_source, "mixed")
     tensors, file = load_file(target / "model.safetensors"), target / "config.json"
     module, opened = "model.layers.0.mlp.down_proj", PackedFolder(target)
     codes, _ = opened.codes_and_scales(module)
@@ -167,8 +167,8 @@ def test_formats_that_differ_are_mixed_precision(lattice_source: Make, export_so
 
 @pytest.mark.parametrize("bits", [3, 5, 6, 7])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_odd_widths_need_a_named_reader(lattice_source: Make, export_source: Export, bits: int, symmetric: bool) -> None:
-    source = lattice_source(QuantSpec(bits=bits, group_size=16, symmetric=symmetric))
+def test_odd_widths_need_a_named_reader(spec_source: Make, export_source: Export, bits: int, symmetric: bool) -> None:
+    source = spec_source(QuantSpec(bits=bits, group_size=16, symmetric=symmetric))
     with pytest.raises(UserError, match=f"bits={bits}.*--reader-version 0.18.0"):
         export_source(source, FORMAT)
     for old in ("0.17.1", "0.9", "newest", ""):
@@ -185,25 +185,25 @@ def test_odd_widths_need_a_named_reader(lattice_source: Make, export_source: Exp
         assert torch.equal(helpers.unpack_from_int32(stored[f"{Q_PROJ}.weight_zero_point"], bits, zeros.shape, packed_dim=0), zeros)
 
 
-def test_inputs_that_the_format_has_no_words_for_are_refused(lattice_source: Make, export_source: Export) -> None:
+def test_inputs_that_the_format_has_no_words_for_are_refused(spec_source: Make, export_source: Export) -> None:
     cases = [
         (QuantSpec(bits=4, group_size="channel"), ActivationSpec(), "q_proj has bits=4.*quantize with bits=8, group_size='channel'"),
         (QuantSpec(bits=8, group_size=16), ActivationSpec(), "group_size=16"),
         (W8, ActivationSpec(kind="fp8_e4m3"), "takes inputs in int8, not fp8_e4m3"),
     ]
     for spec, activations, message in cases:
-        source = lattice_source(spec, activations=activations)
+        source = spec_source(spec, activations=activations)
         with pytest.raises(UserError, match=message):
             export_source(source, FORMAT)
-    source = lattice_source(W8, activations=ActivationSpec(scaling="static"))
+    source = spec_source(W8, activations=ActivationSpec(scaling="static"))
     for scale in (torch.tensor(0.0), torch.tensor(float("nan")), torch.ones(2)):
         source.state.input_scales[Q_PROJ] = scale
         with pytest.raises(UserError, match="no input scale that is one finite positive number"):
             export_source(source, FORMAT)
 
 
-def test_a_rebuilt_model_rounds_inputs_like_kernels(lattice_source: Make, export_source: Export) -> None:
-    _, target = made(lattice_source, export_source, "w8a8 static")
+def test_a_rebuilt_model_rounds_inputs_like_kernels(spec_source: Make, export_source: Export) -> None:
+    _, target = made(spec_source, export_source, "w8a8 static")
     model = load_exported_model(target)
     linear: Any = model.get_submodule(Q_PROJ)
     x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
@@ -221,13 +221,13 @@ def test_kernels_and_the_package_differ_in_the_divisor() -> None:
     assert torch.equal(like_package(zeros, Inputs(dynamic=True, symmetric=False)), zeros)
 
 
-def test_flips_of_zero_points_and_input_scales_are_found(lattice_source: Make, export_source: Export) -> None:
+def test_flips_of_zero_points_and_input_scales_are_found(spec_source: Make, export_source: Export) -> None:
     for case, name in (
         ("asymmetric groups", f"{Q_PROJ}.weight_zero_point"),
         ("w8a8 static", f"{Q_PROJ}.input_scale"),
         ("w8a8 static asymmetric inputs", f"{Q_PROJ}.input_zero_point"),
     ):
-        _, target = made(lattice_source, export_source, case)
+        _, target = made(spec_source, export_source, case)
         record = json.loads((target / "decoct.json").read_text())
         tensors = load_file(target / "model.safetensors")
         tensors[name] = tensors[name].clone()
@@ -240,9 +240,9 @@ def test_flips_of_zero_points_and_input_scales_are_found(lattice_source: Make, e
 
 @pytest.mark.parametrize(("form", "case"), [(FORMAT, "asymmetric groups"), (FORMAT, "mixed"), (FORMAT, "w8a8 static asymmetric inputs"),
                                             ("gptq_v2", "asymmetric groups"), ("awq", "asymmetric groups")])  # fmt: skip
-def test_a_folder_goes_all_the_way(lattice_source: Make, tmp_path: Path, form: str, case: str) -> None:
+def test_a_folder_goes_all_the_way(spec_source: Make, tmp_path: Path, form: str, case: str) -> None:
     """Codes, zero points and input scales as they lie in a quantized folder, with no source made by hand."""
-    made_up = lattice_source(**CASES[case])
+    made_up = spec_source(**CASES[case])
     folder, state = made_up.folder, made_up.state
     weights = load_file(folder / "model.safetensors") | {f"{module}.weight": state.dequantized(module) for module in state.modules}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
