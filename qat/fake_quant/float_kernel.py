@@ -1,4 +1,6 @@
-"""Small floats and quantiles as Triton kernels, scales given; ``float_reference.py`` is the spec, ``absmax_kernel.py`` says what keeps the bits.
+"""Small floats and quantiles as Triton kernels with given scales; ``float_reference.py`` is the spec.
+
+``absmax_kernel.py`` says what keeps the bits.
 
 e4m3 and e2m1 are rounded by the magic-number add at the spacing of the number's binade, so that no float8 hardware is needed.
 """

@@ -75,8 +75,8 @@ def round_model(
         advance: Told of work that is done, in the units of ``amount_of_work``.
 
     Raises:
-        UserError: as in ``qat.layers.quantized_model.prepare``, weights that are NaN or infinite, text that is missing or empty, or a linear whose
-            inputs cannot be calibrated; as in ``qat.layers.kv_cache_hooks.round_cache``.
+        UserError: as in ``qat.layers.quantized_model.prepare``; weights are NaN or infinite; text is missing or empty; the inputs of a
+            linear cannot be calibrated; as in ``qat.layers.kv_cache_hooks.round_cache``.
         NonFiniteError: inputs of a linear are NaN or infinite.
     """
     layers = decoder_layers(model)
