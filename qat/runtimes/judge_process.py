@@ -1,8 +1,8 @@
 """A runtime's check in a process of its own, and how far it came: that tells a refusal from another answer.
 
 The scripts (``transformers_process.py``, ``llama_cpp_process.py``, ``vllm_process.py``) write their result file anew as they enter each
-phase. Which phase a process ended in says what happened, whatever its words were: one that ended before or while it loaded the export has refused it
-(no kernel, no memory, a missing package, a crash) and says nothing about the numbers in it; only one that answered can disagree.
+phase. Which phase a process ended in says what happened, whatever its words were. One that ended before or while it loaded the export has
+refused it (no kernel, no memory, a missing package, a crash) and says nothing about the numbers in it. Only one that answered can disagree.
 """
 
 import json
