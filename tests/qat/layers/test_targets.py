@@ -160,7 +160,7 @@ def test_embedding_and_head_get_no_adapter_and_keep_their_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "lattices", "message"),
+    ("changes", "scheme", "message"),
     [
         ({"tie_word_embeddings": True}, QuantScheme(weights=SPEC, head=SpecChange(bits=8)), "head: the head is tied to the embedding"),
         ({}, QuantScheme(weights=SPEC, skip=("lm_head",), head=SpecChange(bits=8)), "head: skip leaves lm_head alone"),
