@@ -33,9 +33,9 @@ def _check_triton(tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
         raise ValueError("backend='triton' needs the triton package; install it or use backend='auto'")
     if tensor.dtype not in dtypes:
         raise ValueError(f"backend='triton' takes float32, bfloat16 or float16, not {tensor.dtype}; use backend='auto'")
-    from ..fake_quant import absmax_kernel as kernel
+    from .common_kernel import runs_on
 
-    if not kernel.runs_on(tensor.device):
+    if not runs_on(tensor.device):
         raise ValueError(
             f"backend='triton' cannot run on device {tensor.device}; use backend='auto', or set TRITON_INTERPRET=1 "
             "before triton is first imported to run the kernels in its interpreter on a CPU"

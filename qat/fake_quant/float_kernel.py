@@ -1,21 +1,19 @@
 """Small floats and quantiles as Triton kernels with given scales; ``float_reference.py`` is the spec.
 
-``absmax_kernel.py`` says what keeps the bits.
+``common_kernel.py`` says what keeps the bits.
 
 e4m3 and e2m1 are rounded by the magic-number add at the spacing of the number's binade, so that no float8 hardware is needed.
 """
 
 import functools
-from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .absmax_kernel import _MAX_BLOCK_WIDTH, _TILE_ELEMENTS, _drop_bits, _from_memory, _operands, _to_memory, _weights
+from .common_kernel import drop_bits, finite, from_memory, launch, masked_weights, operands, to_memory
 from .float_reference import LIMITS, NF4, NF4_MIDPOINTS
-from .learned_kernel import _finite
 
 # constexpr numbers of the ways to round
 _WAYS = {"nf4": 0, "fp8_e4m3": 1, "mxfp4": 2, "nvfp4": 2}
@@ -60,27 +58,27 @@ def _kernel(
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
     scale = tl.load(scale_ptr + rows * (0 if SHARED else 1), mask=rows < num_groups, other=1.0)
-    fine = _finite(scale)
+    fine = finite(scale)
     scale = tl.where(fine, scale, 1.0)
     for start in range(0, WIDTH, BLOCK_WIDTH):
         columns = start + tl.arange(0, BLOCK_WIDTH)
         valid = (rows[:, None] < num_groups) & (columns[None, :] < WIDTH)
         offsets = rows[:, None] * WIDTH + columns[None, :]
-        x, keep = _weights(weight_ptr, mask_ptr, offsets, valid, HAS_MASK)
+        x, keep = masked_weights(weight_ptr, mask_ptr, offsets, valid, HAS_MASK)
         value = tl.math.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
         # of the quotient: a large weight by a small given scale may overflow
-        whole = _finite(value) & fine[:, None]
+        whole = finite(value) & fine[:, None]
         value = tl.where(whole, value, 0.0)
         if IS_GRADIENT:
-            grad = _from_memory(tl.load(grad_ptr + offsets, mask=valid, other=0))
+            grad = from_memory(tl.load(grad_ptr + offsets, mask=valid, other=0))
             result = grad * tl.where(whole & (tl.abs(value) <= LIMIT), keep, 0.0)
         else:
             codes = _nearest(tl.minimum(tl.maximum(value, -LIMIT), LIMIT), table_ptr, WAY)
             result = codes * scale[:, None]
             if result_ptr.dtype.element_ty == tl.int16:
-                result = _drop_bits(result, 16)
+                result = drop_bits(result, 16)
             result = tl.where(whole, result, float("nan"))
-        tl.store(result_ptr + offsets, _to_memory(result, result_ptr.dtype.element_ty), mask=valid)
+        tl.store(result_ptr + offsets, to_memory(result, result_ptr.dtype.element_ty), mask=valid)
 
 
 @functools.cache
@@ -91,28 +89,11 @@ def _table(device: torch.device) -> Tensor:
 
 def _run(grad: Tensor | None, weight: Tensor, scale: Tensor, mask: Tensor | None, kind: str, width: int) -> Tensor:
     """Values, or with ``grad`` the weight's gradient, [out, in] in the weight's dtype."""
-    weight, mask_bytes = _operands(weight, mask)
+    weight, mask_bytes = operands(weight, mask)
     result = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    groups = weight.numel() // width
-    if groups == 0:
-        return result
-    table = _table(weight.device)
-    tensors = [weight if grad is None else grad.contiguous(), weight, mask_bytes, scale.contiguous(), table, result]
-    block_width = min(triton.next_power_of_2(width), _MAX_BLOCK_WIDTH)
-    block_groups = max(1, _TILE_ELEMENTS // block_width)
-    with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():
-        _kernel[(triton.cdiv(groups, block_groups),)](
-            *(t.view(torch.int16) if t.dtype == torch.bfloat16 else t for t in tensors),
-            groups,
-            WIDTH=width,
-            WAY=_WAYS[kind],
-            LIMIT=LIMITS[kind],
-            HAS_MASK=mask is not None,
-            SHARED=scale.numel() == 1,
-            IS_GRADIENT=grad is not None,
-            BLOCK_GROUPS=block_groups,
-            BLOCK_WIDTH=block_width,
-        )
+    tensors = [weight if grad is None else grad.contiguous(), weight, mask_bytes, scale.contiguous(), _table(weight.device), result]
+    constants = {"WAY": _WAYS[kind], "LIMIT": LIMITS[kind], "HAS_MASK": mask is not None, "SHARED": scale.numel() == 1}
+    launch(_kernel, tensors, weight, width, **constants, IS_GRADIENT=grad is not None)
     return result
 
 

@@ -1,26 +1,16 @@
-"""Fake quantization by given scales as Triton kernels; ``learned_reference.py`` is the spec, ``absmax_kernel.py`` says what keeps the bits.
+"""Fake quantization by given scales as Triton kernels; ``learned_reference.py`` is the spec, ``common_kernel.py`` says what keeps the bits.
 
 A program handles a block of whole groups: one sweep forward, one sweep backward that writes the weight's gradient and sums the
 scale's in registers, column block by column block. No atomics and no partial sums in memory: the order of the sum is fixed.
 """
-
-from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .absmax_kernel import _MAX_BLOCK_WIDTH, _TILE_ELEMENTS, _drop_bits, _from_memory, _operands, _to_memory, _weights
+from .common_kernel import drop_bits, finite, from_memory, integer_grid, launch, masked_weights, nearest_integers, operands, to_memory
 from .learned_reference import back_inside
-
-# bits of fp32 infinity
-_INFINITY = tl.constexpr(0x7F800000)
-
-
-@triton.jit
-def _finite(x):
-    return (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < _INFINITY
 
 
 @triton.jit
@@ -29,10 +19,10 @@ def _given_scales(
 ):
     """(fp32 [BLOCK_GROUPS] scales on their grid, 1 for broken ones; which are fine). SHARED: one scale for all groups."""
     raw = tl.load(scale_ptr + rows * (0 if SHARED else 1), mask=rows < num_groups, other=1.0)
-    fine = _finite(raw)
+    fine = finite(raw)
     scale = tl.where(fine, raw, 1.0)
     if DROPPED_BITS > 0:
-        scale = _drop_bits(scale, DROPPED_BITS)
+        scale = drop_bits(scale, DROPPED_BITS)
     return tl.minimum(tl.maximum(scale, SMALLEST), LARGEST), fine
 
 
@@ -43,13 +33,6 @@ def _zeros(zero_ptr, rows, num_groups, HAS_ZERO: tl.constexpr, SHARED: tl.conste
     if HAS_ZERO:
         zero = tl.load(zero_ptr + rows * (0 if SHARED else 1), mask=rows < num_groups, other=0).to(tl.float32)
     return zero
-
-
-@triton.jit
-def _rounded(value, low, high):
-    """fp32 integers in [low, high], round half to even (see ``kernel._codes``); never -0."""
-    clipped = tl.minimum(tl.maximum(value, low), high)
-    return (clipped + 12582912.0) - 12582912.0
 
 
 @triton.jit
@@ -81,18 +64,18 @@ def _forward_kernel(
         columns = start + tl.arange(0, BLOCK_WIDTH)
         valid = (rows[:, None] < num_groups) & (columns[None, :] < WIDTH)
         offsets = rows[:, None] * WIDTH + columns[None, :]
-        x, _ = _weights(weight_ptr, mask_ptr, offsets, valid, HAS_MASK)
-        whole = _finite(x) & fine[:, None]
+        x, _ = masked_weights(weight_ptr, mask_ptr, offsets, valid, HAS_MASK)
+        whole = finite(x) & fine[:, None]
         value = tl.math.div_rn(tl.where(whole, x, 0.0), tl.broadcast_to(scale[:, None], x.shape))
-        codes = _rounded(value, low[:, None], high[:, None])
+        codes = nearest_integers(value, low[:, None], high[:, None])
         if IS_CODES:
             tl.store(result_ptr + offsets, (codes + zero[:, None]).to(tl.int8), mask=valid)
         else:
             result = codes * scale[:, None]
             if result_ptr.dtype.element_ty == tl.int16:
-                result = _drop_bits(result, 16)
+                result = drop_bits(result, 16)
             result = tl.where(whole, result, float("nan"))
-            tl.store(result_ptr + offsets, _to_memory(result, result_ptr.dtype.element_ty), mask=valid)
+            tl.store(result_ptr + offsets, to_memory(result, result_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -140,17 +123,17 @@ def _gradient_kernel(
         columns = start + tl.arange(0, BLOCK_WIDTH)
         valid = (rows[:, None] < num_groups) & (columns[None, :] < WIDTH)
         offsets = rows[:, None] * WIDTH + columns[None, :]
-        x, keep = _weights(weight_ptr, mask_ptr, offsets, valid, HAS_MASK)
-        whole = _finite(x) & fine[:, None]
+        x, keep = masked_weights(weight_ptr, mask_ptr, offsets, valid, HAS_MASK)
+        whole = finite(x) & fine[:, None]
         x = tl.where(whole, x, 0.0)
         value = tl.math.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
         inside = whole & (value >= low[:, None]) & (value <= high[:, None])
-        grad = _from_memory(tl.load(grad_ptr + offsets, mask=valid, other=0))
+        grad = from_memory(tl.load(grad_ptr + offsets, mask=valid, other=0))
         if FOR_WEIGHT:
             result = grad * tl.where(inside, keep, 0.0)
-            tl.store(result_ptr + offsets, _to_memory(result, result_ptr.dtype.element_ty), mask=valid)
+            tl.store(result_ptr + offsets, to_memory(result, result_ptr.dtype.element_ty), mask=valid)
         if FOR_SCALE:
-            codes = _rounded(value, low[:, None], high[:, None])
+            codes = nearest_integers(value, low[:, None], high[:, None])
             left = _residual(codes, tl.where(inside, x, 0.0), scale[:, None], DROPPED_BITS)
             left = tl.where(whole | (columns[None, :] >= WIDTH), left, float("nan"))
             sums += grad * left
@@ -163,32 +146,6 @@ def _gradient_kernel(
         tl.store(scale_grad_ptr + rows, total, mask=rows < num_groups)
 
 
-def _launch(
-    kernel, tensors: list[Tensor], like: Tensor, numbers: list[float], width: int, bits: int, grid: list[float], **flags: object
-) -> None:
-    """Runs ``kernel`` over all groups of ``like`` on its device."""
-    num_groups = like.numel() // width
-    if num_groups == 0:
-        return
-    block_width = min(triton.next_power_of_2(width), _MAX_BLOCK_WIDTH)
-    block_groups = max(1, _TILE_ELEMENTS // block_width)
-    with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
-        kernel[(triton.cdiv(num_groups, block_groups),)](
-            *(t.view(torch.int16) if t.dtype == torch.bfloat16 else t for t in tensors),
-            num_groups,
-            *numbers,
-            WIDTH=width,
-            QMIN=-(2.0 ** (bits - 1)),
-            QMAX=2.0 ** (bits - 1) - 1,
-            DROPPED_BITS=int(grid[0]),
-            SMALLEST=grid[1],
-            LARGEST=grid[2],
-            BLOCK_GROUPS=block_groups,
-            BLOCK_WIDTH=block_width,
-            **flags,
-        )
-
-
 def _arguments(mask: Tensor | None, zeros: Tensor | None, scale: Tensor) -> tuple[Tensor, dict[str, bool]]:
     """Zero points (or a stand-in that is never read) and the flags that both kernels take."""
     flags = {"HAS_MASK": mask is not None, "HAS_ZERO": zeros is not None, "SHARED": scale.numel() == 1}
@@ -198,11 +155,12 @@ def _arguments(mask: Tensor | None, zeros: Tensor | None, scale: Tensor) -> tupl
 def _forward(
     weight: Tensor, scale: Tensor, mask: Tensor | None, zeros: Tensor | None, bits: int, width: int, grid: list[float], codes: bool
 ) -> Tensor:  # fmt: skip
-    weight, mask_bytes = _operands(weight, mask)
+    weight, mask_bytes = operands(weight, mask)
     scale = scale.detach().contiguous()
     zero, flags = _arguments(mask, zeros, scale)
     result = torch.empty(weight.shape, dtype=torch.int8 if codes else weight.dtype, device=weight.device)
-    _launch(_forward_kernel, [weight, mask_bytes, scale, zero, result], weight, [], width, bits, grid, IS_CODES=codes, **flags)
+    tensors = [weight, mask_bytes, scale, zero, result]
+    launch(_forward_kernel, tensors, weight, width, **integer_grid(bits, grid), IS_CODES=codes, **flags)
     return result
 
 
@@ -236,7 +194,7 @@ def fake_quant_gradient(
     for_scale: bool,
 ) -> tuple[Tensor, Tensor]:
     """(dL/dw [out, in] in the weight's dtype, dL/dscale fp32 in the scale's shape); what is not asked for is empty."""
-    weight, mask_bytes = _operands(weight, mask)
+    weight, mask_bytes = operands(weight, mask)
     raw = scale.detach().contiguous()
     zero, flags = _arguments(mask, zeros, raw)
     groups = weight.numel() // width
@@ -244,7 +202,7 @@ def fake_quant_gradient(
     sums = torch.empty(groups if for_scale else 0, dtype=torch.float32, device=weight.device)
     tensors = [grad.contiguous(), weight, mask_bytes, raw, zero, weight_grad, sums]
     flags |= {"FOR_WEIGHT": for_weight, "FOR_SCALE": for_scale}
-    _launch(_gradient_kernel, tensors, weight, [factor], width, bits, grid, **flags)
+    launch(_gradient_kernel, tensors, weight, width, (factor,), **integer_grid(bits, grid), **flags)
     if not for_scale:
         return weight_grad, sums
     if flags["SHARED"]:

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .absmax_kernel import _drop_bits, _operands, _weights
-from .learned_kernel import _launch, _rounded
+from .common_kernel import drop_bits, integer_grid, launch, masked_weights, nearest_integers, operands
 from .range_reference import grid_of_range, shape_of, shared_range
 
 _LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
@@ -48,7 +47,7 @@ def _range_kernel(
     for start in range(0, WIDTH, BLOCK_WIDTH):
         columns = start + tl.arange(0, BLOCK_WIDTH)
         valid = (rows[:, None] < num_groups) & (columns[None, :] < WIDTH)
-        x, _ = _weights(weight_ptr, mask_ptr, rows[:, None] * WIDTH + columns[None, :], valid, HAS_MASK)
+        x, _ = masked_weights(weight_ptr, mask_ptr, rows[:, None] * WIDTH + columns[None, :], valid, HAS_MASK)
         key = _ordered(x.to(tl.int32, bitcast=True))
         least = tl.minimum(least, tl.min(key, axis=1))
         most = tl.maximum(most, tl.max(key, axis=1))
@@ -64,10 +63,10 @@ def _range_kernel(
         width = tl.minimum(high - low, _LARGEST_FLOAT)
         scale = tl.math.div_rn(width, tl.full([BLOCK_GROUPS], DIVISOR, tl.float32))
         if DROPPED_BITS > 0:
-            scale = _drop_bits(scale, DROPPED_BITS)
+            scale = drop_bits(scale, DROPPED_BITS)
         scale = tl.minimum(tl.maximum(scale, SMALLEST), LARGEST)
         scale = tl.where(width == 0.0, 1.0, scale)
-        zero = _rounded(QMIN - tl.math.div_rn(low, scale), QMIN, QMAX)
+        zero = nearest_integers(QMIN - tl.math.div_rn(low, scale), QMIN, QMAX)
         tl.store(first_ptr + rows, tl.where(fine, scale, float("nan")), mask=inside)
         tl.store(zero_ptr + rows, tl.where(fine, zero, 0.0).to(tl.int8), mask=inside)
 
@@ -77,13 +76,13 @@ def lattice(
     weight: Tensor, mask: Tensor | None, bits: int, width: int, shared: bool, symmetric: bool, divisor: float, grid: list[float]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(scales fp32, zero points int8) of weights [out, in]; symmetric ones only when shared (``absmax_kernel.py`` has the groups)."""
-    weight, mask_bytes = _operands(weight, mask)
+    weight, mask_bytes = operands(weight, mask)
     groups = weight.numel() // width
     first = torch.empty(groups, dtype=torch.float32, device=weight.device)
     second = torch.empty(groups, dtype=torch.float32 if shared else torch.int8, device=weight.device)
     tensors = [weight, mask_bytes, first, second, second]
     flags = {"HAS_MASK": mask is not None, "IS_RANGE": shared}
-    _launch(_range_kernel, tensors, weight, [], width, bits, grid, DIVISOR=divisor, **flags)
+    launch(_range_kernel, tensors, weight, width, **integer_grid(bits, grid), DIVISOR=divisor, **flags)
     if shared:
         first, second = grid_of_range(*shared_range(first, second), bits, symmetric, divisor, grid)
     shape = shape_of(weight, width, shared)
