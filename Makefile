@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart check format lint types test test-slow test-serving test-serving-llama-cpp test-serving-vllm test-serving-gptq test-serving-onnx test-serving-mlx bench bench-gpu clean
+.PHONY: help install quickstart check format lint types docs docs-serve test test-slow test-serving test-serving-llama-cpp test-serving-vllm test-serving-gptq test-serving-onnx test-serving-mlx bench bench-gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +29,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: install ## the whole path on a CPU: teacher, distil, prune, QAT, export, verify, report (some minutes on 2 cores after installing)
 	$(BIN)/decoct run configs/quickstart.yaml
 
-check: format lint types ## formatting, lint, types and the fast tests
+check: format lint types docs ## formatting, lint, types, the documentation and the fast tests
 	$(TEST) -m 'not slow and not serving' $(PYTEST_ARGS)
 
 format: install
@@ -40,6 +40,12 @@ lint: install
 
 types: install
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+docs: install ## the documentation site in site/, built strictly: a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build --strict
+
+docs-serve: install ## the documentation on http://127.0.0.1:8000, built anew while you write
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 test-slow: install ## the slow tests alone: with `make check`, every test of `make test` runs once
 	$(TEST) -m 'slow and not serving' $(PYTEST_ARGS)
@@ -122,4 +128,4 @@ bench-gpu: install ## the tests and benchmarks that need a GPU
 	$(BIN)/python benchmarks/fake_quant.py --json benchmarks/results/fake_quant-gpu.json
 
 clean: ## remove the venvs and caches (runs/ stays)
-	rm -rf $(VENV) $(SERVING) $(SERVING_VLLM) $(SERVING_GPTQ) $(SERVING_ONNX) $(SERVING_MLX) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(SERVING) $(SERVING_VLLM) $(SERVING_GPTQ) $(SERVING_ONNX) $(SERVING_MLX) .pytest_cache .ruff_cache .hypothesis build site *.egg-info

@@ -1,4 +1,4 @@
-"""What may be done around each optimizer step, and the two hooks that keep pruned weights at zero (law 4).
+"""Hooks around each optimizer step, and the two that keep pruned weights at zero (law 4, docs/architecture.md).
 
 A hook is told about the student and its optimizer once, then before each step (gradients summed and scaled, not yet clipped)
 and after it. Its state goes into every checkpoint; everything else it knows must follow from the step number.

@@ -1,4 +1,4 @@
-"""TrainingModule: law 1 inside Lightning's automatic optimization.
+"""Lightning module whose gradients are the mean over all unmasked tokens of an optimizer step (law 1, docs/architecture.md).
 
 Micro-batches return SUMS over their tokens. Lightning divides each by the accumulation count and DDP averages over ranks, so
 before clipping gradients are multiplied by world x accumulation / N, N = unmasked tokens of the whole optimizer step. They are

@@ -1,4 +1,4 @@
-"""Objective: one micro-batch of student, teacher and loss, as sums over its unmasked tokens (law 1)."""
+"""Objective: one micro-batch of student, teacher and loss, as sums over its unmasked tokens (law 1, docs/architecture.md)."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING

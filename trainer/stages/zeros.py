@@ -1,4 +1,4 @@
-"""Exact zeros of a stage's input: the record of them, and the hook that keeps them (law 4)."""
+"""Exact zeros of a stage's input: the record of them, and the hook that keeps them (law 4, docs/architecture.md)."""
 
 from typing import TYPE_CHECKING
 
