@@ -1,4 +1,4 @@
-"""Distillation losses: divergences per token, and `linear_divergence`, which never holds the logits. Imports torch alone."""
+"""Distillation losses: divergences per token, and `linear_divergence`, which never holds all logits. Needs only torch."""
 
 from typing import TYPE_CHECKING
 

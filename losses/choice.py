@@ -1,4 +1,4 @@
-"""From a name in a recipe to its divergence."""
+"""Maps the name of a divergence in a recipe to its function."""
 
 from collections.abc import Callable, Mapping
 
@@ -19,13 +19,13 @@ FUNCTIONS: Mapping[Divergence, tuple[Callable[..., Tensor], str | None]] = {
     "symmetric_kl": (symmetric_kl, "balance"),
     "total_variation": (total_variation, None),
 }
-"""name -> (function, its own dial in ``LossSettings``)."""
+"""Name -> (function, the field of ``LossSettings`` that only this divergence has, or None)."""
 
 
 def chosen_divergence(student_logits: Tensor, teacher_logits: Tensor, settings: LossSettings) -> Tensor:
-    """The divergence that ``settings`` names, at its temperature, per token; unscaled by T^2.
+    """Divergence per token that ``settings`` names, at its temperature, not multiplied by T^2.
 
-    Arguments and result as for ``forward_kl``; ``settings.hard_weight`` is below 1, else there is no temperature to take.
+    Arguments and result as for ``forward_kl``. ``settings.hard_weight`` must be below 1: at 1 the settings have no temperature.
     """
     function, dial = FUNCTIONS[settings.divergence]
     dials = {} if dial is None else {dial: getattr(settings, dial)}

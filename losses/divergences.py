@@ -9,20 +9,21 @@ With p = softmax(teacher_logits / T), q = softmax(student_logits / T), over a vo
                                                                                     (Wu et al. 2024, arXiv 2404.02657, eq. 11-13)
     total variation   sum_v |p_v - q_v| / 2                                         (Wen et al. 2023, arXiv 2307.15190)
 
-``mixtures.py`` has those that compare with a mixture of p and q. ``torch.nn.functional.kl_div`` takes its arguments the other way
-round; here a name says the direction and the student comes first. Every function sums over V, in nats, unscaled by T^2, and leaves the
-mean over tokens to whoever knows how many there are. fp64 is computed in fp64, everything else in fp32.
+``mixtures.py`` has the divergences that compare with a mixture of p and q. ``torch.nn.functional.kl_div`` takes its arguments in the
+opposite order; here the name gives the direction and the student always comes first. Every function sums over V, in nats, without the
+factor T^2, and leaves the mean over tokens to the caller, who knows their number. fp64 inputs are computed in fp64, all others in fp32.
 
-A logit of -inf is a probability of 0. 0 log 0 is 0: a token that neither model can say counts nowhere, and forward KL, total variation and
-all mixtures take a teacher that cannot say some tokens. Where one model can say what the other cannot, forward KL (the student cannot) or
-reverse KL (the teacher cannot) is infinite, and so are both that contain it; the result is inf. Logits of NaN or +inf give NaN.
+A logit of -inf is a probability of 0, and 0 log 0 is 0. So a token to which neither model gives any probability adds nothing, and forward
+KL, total variation and all mixtures accept a teacher that gives some tokens probability 0. Forward KL is inf where only the student's
+probability is 0, reverse KL where only the teacher's is; symmetric and adaptive KL are inf in either case. Logits of NaN or +inf give
+NaN.
 
 Both KLs are summed as
 
     KL(a || b) = sum_v a_v (exp(t_v) - 1 - t_v),   t = log b - log a
 
-which is the same, as both sum to 1, and has no terms that cancel: in fp32 it is right from about 1e-11 nats on, where the sum of -a t ends
-in rounding noise of 1e-7.
+which equals the sum of -a t because both distributions sum to 1. No terms cancel in it: in fp32 it is accurate from about 1e-11 nats,
+while the sum of -a t has rounding noise of 1e-7.
 """
 
 import torch
@@ -32,7 +33,7 @@ from .logits import FLOOR, checked_share, checked_temperature, in_full_precision
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) per token: the student must cover whatever the teacher finds likely.
+    """KL(teacher || student) per token: the student must give probability to every token that the teacher finds likely.
 
     Args:
         student_logits: [..., V], any floating dtype. Gradients flow into both arguments.
@@ -50,7 +51,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """KL(student || teacher) per token: the student must avoid whatever the teacher finds unlikely.
+    """KL(student || teacher) per token: the student must avoid every token that the teacher finds unlikely.
 
     Arguments, result and errors as for ``forward_kl``.
     """
@@ -69,15 +70,15 @@ def symmetric_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature:
 
 
 def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, head_mass: float = 0.5) -> Tensor:
-    """Forward and reverse KL per token, weighted by how far the models are apart on the teacher's head and tail.
+    """Forward and reverse KL per token, weighted by the distance between the models on the teacher's head and on its tail.
 
     The weights are constants to autograd. Where the models are equal both are 1/2.
 
     Args:
-        student_logits: [..., V], as for ``forward_kl``; gradients flow into it alone.
+        student_logits: [..., V], as for ``forward_kl``; gradients flow only into this argument.
         teacher_logits: [..., V].
         temperature: T > 0, divides both logits.
-        head_mass: Teacher probability that makes up the head, strictly between 0 and 1: see ``head_threshold``.
+        head_mass: Teacher probability that makes up the head, strictly between 0 and 1; see ``head_threshold``.
 
     Returns:
         [...], as for ``forward_kl``.
@@ -85,7 +86,7 @@ def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: 
     Raises:
         ValueError: shapes differ, temperature is not positive, or head_mass is not strictly between 0 and 1.
     """
-    checked_share("head_mass", head_mass, "use forward_kl or reverse_kl for the ends")
+    checked_share("head_mass", head_mass, "use forward_kl or reverse_kl for 0 and 1")
     log_q, log_p = log_distributions(student_logits, teacher_logits.detach(), temperature)
     p, q = log_p.exp(), log_q.exp()
     weight = forward_weight(p, (p - q).detach().abs(), head_mass)
@@ -93,16 +94,20 @@ def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: 
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) [...] from logarithms [..., V] of at least ``FLOOR``, with b - a - a t where exp(t) could overflow."""
+    """KL(a || b) [...] from logarithms [..., V] of at least ``FLOOR``; terms are b - a - a t where exp(t) could overflow."""
     a, t = log_a.exp(), log_b - log_a
+    # expm1 of the clamped t: torch.where computes both branches, and exp of a large t would give the unused one inf and its gradient NaN
     small = t.clamp(-1, 1)
     value = torch.where(t == small, a * (torch.expm1(small) - small), log_b.exp() - a - a * t).sum(-1)
+    # FLOOR is finite, so the sum is huge, not inf, where b is 0 and a is not
     impossible = ((log_b <= FLOOR) & (log_a > FLOOR)).any(-1)
     return value.masked_fill(impossible, torch.inf)
 
 
 def head_threshold(p: Tensor, head_mass: float) -> Tensor:
-    """Smallest probability in the head: the likeliest tokens that have less than ``head_mass`` before them, ties of the last included.
+    """Smallest probability in the head.
+
+    The head holds the likeliest tokens, each of which has less than ``head_mass`` before it, and all tokens as likely as the last of them.
 
     Args:
         p: [..., V] probabilities.
@@ -113,7 +118,7 @@ def head_threshold(p: Tensor, head_mass: float) -> Tensor:
     """
     ordered = p.sort(-1, descending=True).values
     before = ordered.cumsum(-1) - ordered
-    # float sums may never reach 1: the first token is in the head whatever head_mass is
+    # clamped for NaN, of which no token is "before": index -1 would be an error where the result must be NaN
     count = (before < head_mass).sum(-1, keepdim=True).clamp(min=1)
     return ordered.gather(-1, count - 1)
 
@@ -122,6 +127,7 @@ def forward_weight(p: Tensor, distance: Tensor, head_mass: float) -> Tensor:
     """g_h / (g_h + g_t) of ``adaptive_kl`` [...], from p [..., V] and |p - q| [..., V]; 1/2 where the two are equal."""
     whole = distance.sum(-1)
     head = (distance * (p >= head_threshold(p, head_mass))).sum(-1)
+    # clamped because torch.where also computes the quotient that it drops
     return torch.where(whole > 0, head / whole.clamp(min=torch.finfo(whole.dtype).tiny), 0.5)
 
 
@@ -135,7 +141,7 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
 
 
 def cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(student_logits)[label] per token; the temperature never applies to it.
+    """-log softmax(student_logits)[label] per token, always at temperature 1.
 
     Args:
         student_logits: [..., V], any floating dtype.
@@ -148,7 +154,7 @@ def cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def teacher_entropy(teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """-sum_v p_v log p_v per token: the floor of cross-entropy against the teacher's soft targets.
+    """-sum_v p_v log p_v per token: the least possible cross-entropy against the teacher's soft targets.
 
     Args:
         teacher_logits: [..., V], any floating dtype; -inf = a probability of 0.

@@ -1,4 +1,4 @@
-"""Per-token figures of a model on text, and beside a teacher: what perplexity, KL, top-1 agreement and calibration are made of."""
+"""Per-token figures of a model on text, and against a teacher: the parts of perplexity, KL, top-1 agreement and calibration."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from .logits import in_full_precision
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EvaluationSums:
-    """One number per token, [N]: to be gathered over batches, since percentiles and calibration need them all."""
+    """One number per token, [N]. The caller collects them over all batches: percentiles and calibration need every token."""
 
     nll: Tensor
     """Negative log-likelihood of the label in nats, over all logits; fp32 (fp64 for fp64)."""
@@ -20,26 +20,26 @@ class EvaluationSums:
     correct: Tensor
     """Whether the likeliest token is the label, bool."""
     kl: Tensor | None
-    """KL(teacher || student) in nats over the teacher's tokens, right from about 1e-11 on in fp32; inf where the student cannot say what
-    the teacher can. None without a teacher."""
+    """KL(teacher || student) in nats over the teacher's vocabulary, accurate from about 1e-11 in fp32. It is inf where the student gives
+    probability 0 to a token that the teacher can produce. None without a teacher."""
     top1: Tensor | None
-    """Whether student and teacher have the same likeliest token among the teacher's, bool; None without a teacher."""
+    """Whether student and teacher have the same likeliest token in the teacher's vocabulary, bool; None without a teacher."""
 
 
 @torch.no_grad()
 def evaluation_sums(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> EvaluationSums:
-    """Figures of each token.
+    """Computes the figures of each token.
 
-    The student is judged on the text with all its logits, padding included, as serving runtimes compute it; beside the teacher over the
-    teacher's tokens only, so pass teacher logits that are cut to the real vocabulary.
+    Figures on the text (``nll``, ``confidence``, ``correct``) use all logits of the student, padding included, as serving runtimes do.
+    Figures against the teacher use the teacher's columns only, so pass teacher logits that are cut to the real vocabulary.
 
     Args:
         student_logits: [N, V_s], any floating dtype.
-        teacher_logits: [N, V] with V <= V_s, the first V tokens of both being the same; None = no teacher.
-        labels: [N] int64 in [0, V_s): no masked positions.
+        teacher_logits: [N, V] with V <= V_s; the first V tokens of both are the same. None = no teacher.
+        labels: [N] int64 in [0, V_s), without masked positions.
 
     Returns:
-        Tensors [N] without a graph.
+        Tensors [N] without an autograd graph.
 
     Raises:
         ValueError: shapes do not fit, or a label is masked or out of range.
@@ -81,6 +81,6 @@ def _check(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
         )
     if len(labels) and bool(((labels < 0) | (labels >= student_logits.shape[1])).any()):
         raise ValueError(
-            f"labels run from {int(labels.min())} to {int(labels.max())}, allowed are 0 to {student_logits.shape[1] - 1}; "
+            f"labels run from {int(labels.min())} to {int(labels.max())}, but 0 to {student_logits.shape[1] - 1} are allowed; "
             "leave masked positions out before evaluating"
         )

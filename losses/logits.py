@@ -1,19 +1,19 @@
-"""From logits to log-probabilities: precision, temperature and the checks that every divergence shares."""
+"""Turns logits into log-probabilities, with the precision, temperature and checks that all divergences share."""
 
 import torch
 from torch import Tensor
 
 FLOOR = -1e30
-"""What log 0 is taken for: exp of it is 0, and differences of two such logarithms are 0 instead of NaN."""
+"""Finite value used for log 0: its exp is 0, and the difference of two such logarithms is 0 instead of NaN."""
 
 
 def in_full_precision(tensor: Tensor) -> Tensor:
-    """fp64 as it is, any other dtype as fp32."""
+    """Returns fp64 tensors as they are and all others in fp32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def log_distributions(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(log q, log p): log-softmax of student and teacher at a temperature, fp32 (fp64 for fp64), at least ``FLOOR``.
+    """Returns (log q, log p): log-softmax of student and teacher at a temperature, fp32 (fp64 for fp64), at least ``FLOOR``.
 
     Raises:
         ValueError: shapes differ, or temperature is not positive.
@@ -30,14 +30,14 @@ def log_distributions(student_logits: Tensor, teacher_logits: Tensor, temperatur
 
 
 def checked_temperature(temperature: float) -> float:
-    """The temperature; ValueError unless it is positive."""
+    """Returns the temperature; raises ValueError if it is not positive."""
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be greater than 0; 1.0 leaves the logits as they are")
     return temperature
 
 
 def checked_share(name: str, value: float, ends: str) -> float:
-    """A number strictly between 0 and 1; ValueError with the advice ``ends`` otherwise."""
+    """Returns ``value`` if it is strictly between 0 and 1; else raises ValueError with the advice ``ends`` for 0 and 1."""
     if not 0 < value < 1:
         raise ValueError(f"{name}={value} must lie strictly between 0 and 1; {ends}")
     return value

@@ -5,9 +5,9 @@
     skew forward KL    KL(p || alpha p + (1 - alpha) q)                                         (Ko et al. 2024, arXiv 2402.03898)
     skew reverse KL    KL(q || (1 - alpha) p + alpha q)
 
-The published JSD vanishes at both ends of beta; divided by beta (1 - beta) it runs into forward KL at 0 and reverse KL at 1. With
-d = log p - log q, the logarithm of a mixture over q is log1p(weight of p * expm1(d)): a difference of logarithms would lose the digits
-that matter when the two models nearly agree.
+The published JSD vanishes as beta approaches 0 or 1; divided by beta (1 - beta) it approaches forward KL at 0 and reverse KL at 1. With
+d = log p - log q, log(m / q) is computed as log1p(weight of p * expm1(d)): a difference of logarithms would lose the digits that matter
+when the two models nearly agree.
 """
 
 import torch
@@ -16,14 +16,14 @@ from torch import Tensor
 from .logits import checked_share, log_distributions
 
 MAX_LOG_RATIO = 80.0
-"""Bound on |log p - log q| inside exponentials. exp(80) fits fp32; beyond it the ratio's own weight is below exp(-80) = 2e-35."""
+"""Bound on |log p - log q| inside exponentials. exp(80) fits fp32; a larger ratio has a weight below exp(-80) = 2e-35."""
 
 
 def jsd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float = 0.5) -> Tensor:
     """Generalised Jensen-Shannon divergence per token, divided by beta (1 - beta).
 
     Args:
-        student_logits: [..., V], as for ``forward_kl``; gradients flow into both.
+        student_logits: [..., V], as for ``forward_kl``; gradients flow into both arguments.
         teacher_logits: [..., V].
         temperature: T > 0, divides both logits.
         beta: Weight of the teacher in the mixture, strictly between 0 (forward KL) and 1 (reverse KL).
@@ -34,7 +34,7 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 
     Raises:
         ValueError: shapes differ, temperature is not positive, or beta is not strictly between 0 and 1.
     """
-    checked_share("beta", beta, "use forward_kl or reverse_kl for the ends")
+    checked_share("beta", beta, "use forward_kl or reverse_kl for 0 and 1")
     log_q, log_p = log_distributions(student_logits, teacher_logits, temperature)
     d = _log_ratio(log_p, log_q)
     from_teacher = (log_p.exp() * _log_mixture(-d, 1 - beta)).sum(-1)
@@ -45,7 +45,7 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 
 def gkd_jsd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float = 0.5) -> Tensor:
     """Generalised Jensen-Shannon divergence per token as published: ``jsd`` times beta (1 - beta).
 
-    Arguments, result and errors as for ``jsd``. Near the ends of beta it is nearly 0, and so is its gradient: prefer ``jsd``.
+    Arguments, result and errors as for ``jsd``. For beta near 0 or 1 the value and its gradient are nearly 0: prefer ``jsd``.
     """
     return beta * (1 - beta) * jsd(student_logits, teacher_logits, temperature=temperature, beta=beta)
 

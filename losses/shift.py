@@ -1,25 +1,25 @@
-"""The causal shift, done once and in one place: position i predicts the token at i + 1."""
+"""The causal shift: position i predicts the token at i + 1. No other module shifts."""
 
 from torch import Tensor
 
 MASKED = -100
-"""Label of a position that predicts nothing."""
+"""Label of a position at which no token is predicted."""
 
 
 def shift_for_next_token(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Line up hidden states with the labels that they predict.
+    """Lines up hidden states with the labels that they predict.
 
-    The last position of a row has no successor and the first label no predecessor: both go.
+    Drops the last position of every row, which has no successor, and the first label, which has no predecessor.
 
     Args:
         hidden: [B, S, H] hidden states (or logits), any dtype.
-        labels: [B, S] int64 token ids of the same positions, -100 where none is to be predicted.
+        labels: [B, S] int64 token ids of the same positions, -100 where no token is to be predicted.
 
     Returns:
         (hidden [B * (S - 1), H], labels [B * (S - 1)]), flattened row by row.
 
     Raises:
-        ValueError: the two do not cover the same positions.
+        ValueError: hidden states and labels do not cover the same positions.
     """
     if hidden.ndim != 3 or hidden.shape[:2] != labels.shape:
         raise ValueError(

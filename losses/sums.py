@@ -1,6 +1,6 @@
-"""LossSums: what a batch of tokens contributes to a training step, as sums.
+"""LossSums: the contribution of a batch of tokens to a training step.
 
-Sums and not means, because only the optimizer step knows how many unmasked tokens its micro-batches and ranks had together.
+Sums, not means: only the optimizer step knows how many unmasked tokens its micro-batches and ranks have together.
 """
 
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LossSums:
-    """Sums over the unmasked tokens of a batch: 0-dim tensors on the batch's device. Only ``loss`` carries a graph."""
+    """Sums over the unmasked tokens of a batch: 0-dim tensors on the batch's device. Only ``loss`` has an autograd graph."""
 
     loss: Tensor
     """``(1 - hard_weight) * T^2 * D + hard_weight * cross_entropy`` in nats; fp32 (fp64 for fp64 inputs). 0 without tokens."""
     tokens: Tensor
     """Unmasked tokens, int64."""
     kl: Tensor
-    """KL(teacher || student) at temperature 1, whatever the loss is; 0 without a teacher."""
+    """KL(teacher || student) at temperature 1, for every kind of loss; 0 without a teacher."""
     cross_entropy: Tensor
-    """Cross-entropy of the student on the labels at temperature 1, whatever its weight."""
+    """Cross-entropy of the student on the labels at temperature 1, for every weight of it in the loss."""
     teacher_entropy: Tensor
     """Entropy of the teacher at temperature 1; 0 without a teacher."""
     top1_matches: Tensor
-    """Tokens where the teacher's likeliest token (without a teacher: the label) is the student's likeliest, ties included; int64."""
+    """Tokens at which the student's likeliest token is the teacher's (without a teacher: the label), ties included; int64."""
     covered_mass: Tensor
-    """Mass of the teacher's distribution that is known exactly: the number of tokens for a teacher that is known whole, 0 without one."""
+    """Mass of the teacher's distribution that is known exactly: the number of tokens if all of it is known, 0 without a teacher."""

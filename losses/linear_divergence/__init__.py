@@ -1,8 +1,8 @@
-"""linear_divergence: from hidden states and heads to the distillation loss, without holding the logits.
+"""linear_divergence computes the distillation loss from hidden states and heads without holding all logits.
 
-Imports torch alone, so it can be lifted into any training loop. ``reference.py`` is the specification, dense and differentiable by
-autograd; ``chunked.py`` gives the same sums and gradients a block of rows at a time, in plain PyTorch (``slopes.py`` has the
-derivatives); ``fused.py`` does so with a Triton kernel between the matrix products.
+It imports nothing but torch, so any training loop can use it. ``reference.py`` is the specification, dense and differentiable by
+autograd; ``chunked.py`` gives the same sums and gradients for one block of rows after another, in plain PyTorch (``slopes.py`` has the
+derivatives); ``fused.py`` does the same with a Triton kernel between the matrix products.
 """
 
 from typing import Literal
@@ -40,32 +40,32 @@ def linear_divergence(
 ) -> LossSums:
     """``(1 - hard_weight) * T^2 * D(teacher, student) + hard_weight * cross-entropy``, summed over the unmasked tokens.
 
-    Heads are cut to ``v_eff`` rows before the product. Products and softmax are fp32 whatever the inputs are and under autocast too
+    Heads are cut to ``v_eff`` rows before the product. Products and softmax are fp32 for every dtype of the inputs, also under autocast
     (fp64 when the student is fp64); ``torch.set_float32_matmul_precision`` still decides whether fp32 products may use TF32.
     Gradients flow to the student's hidden states, head and bias, never to the teacher; each has its tensor's dtype.
 
-    A bias or teacher logit of -inf is a token of probability 0 (``divergences`` says which divergences become infinite by it). In
-    fp32 loss and ``kl`` end in rounding noise of about 1e-7 nats a token, but for the reference; smaller ones are computed by
-    ``divergences``. Their gradient is a difference of probabilities, right to about 1e-6 of them.
+    A bias or teacher logit of -inf is a token of probability 0 (``divergences`` lists the divergences that it makes infinite). In fp32
+    the loss and ``kl`` have rounding noise of about 1e-7 nats per token in all back ends but the reference; use ``divergences`` to
+    measure smaller values. The gradient is a difference of probabilities, accurate to about 1e-6 of them.
 
     Args:
-        student_hidden: [N, H], last hidden states; row i predicts ``labels[i]``: shift first (``shift_for_next_token``).
+        student_hidden: [N, H], last hidden states; row i predicts ``labels[i]``, so shift first (``shift_for_next_token``).
         student_head: [V_padded, H] output embedding with at least ``v_eff`` rows; may be tied to the input embedding.
-        teacher: ``TeacherHidden`` (H may differ), ``TeacherLogits`` or ``SparseTargets`` (forward KL alone), N rows; None = cross-entropy
-            alone.
-        labels: [N] int64 in [0, v_eff), -100 = masked: neither product nor loss is computed there.
+        teacher: ``TeacherHidden`` (H may differ), ``TeacherLogits`` or ``SparseTargets`` (only forward KL), N rows; None = only
+            cross-entropy.
+        labels: [N] int64 in [0, v_eff); -100 = masked, and neither product nor loss is computed for the row.
         settings: Divergence, temperature, weights.
-        v_eff: Tokens of the real vocabulary.
+        v_eff: Number of tokens in the real vocabulary (V without padding).
         student_bias: [V_padded] bias of the head, or None.
         student_transform: Scale and soft cap of the student's logits, or None.
-        backend: "auto" takes "triton" on a GPU and "chunked" elsewhere; "reference" holds the logits.
+        backend: "auto" takes "triton" on a GPU and "chunked" elsewhere; "reference" holds all logits.
 
     Returns:
         0-dim sums; ``loss`` is 0 with a graph when every token is masked.
 
     Raises:
-        ValueError: shapes, vocabulary or labels do not fit, there is no teacher for a hard_weight below 1, there is no such backend,
-            or it cannot run here.
+        ValueError: shapes, vocabulary or labels do not fit, hard_weight is below 1 without a teacher, or the back end is unknown or
+            cannot run here.
 
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2 (the mixture and T^2).
     """

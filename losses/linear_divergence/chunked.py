@@ -1,7 +1,7 @@
-"""linear_divergence without the [N, V] logits: blocks of rows go from hidden states to loss and gradient before the next one starts.
+"""linear_divergence without [N, V] logits: each block of rows goes from hidden states to loss and gradient before the next one starts.
 
-Held at once: a few [rows, V] buffers of a fixed budget, fp32 gradients of hidden states and head, and, for bf16 or fp16 heads, their
-fp32 copies. Masked rows cost nothing, and a frozen head or frozen hidden states have no gradient computed.
+It holds a few [rows, V] buffers within a fixed budget, fp32 gradients of hidden states and head, and fp32 copies of bf16 or fp16 heads.
+Masked rows cost nothing, and no gradient is computed for a frozen head or frozen hidden states.
 """
 
 from dataclasses import dataclass
@@ -19,32 +19,32 @@ from .sparse_form import BUFFERS as SPARSE_BUFFERS
 from .sparse_form import sparse_block
 
 FEWEST_ROWS = 16
-"""Below this matrix products degenerate; a larger vocabulary exceeds the budget instead."""
+"""With fewer rows matrix products become slow; a very large vocabulary exceeds the budget instead."""
 
 
 @dataclass(frozen=True)
 class BlockLimits:
-    """How large a block may be."""
+    """Limits on the size of a block."""
 
     budget_bytes: int
-    """Of all [rows, V] buffers together."""
+    """Bytes of all [rows, V] buffers together."""
     most_rows: int | None = None
-    """Rows beyond which nothing is gained, or None."""
+    """Number of rows above which a block does not get faster; None = no limit."""
 
 
 CPU_LIMITS = BlockLimits(2**26, 512)
-"""Measured for vocabularies of 2,048 to 8,192: fewer rows slow matrix products down, more push the softmax out of the cache."""
+"""Measured with vocabularies of 2,048 to 8,192: fewer rows slow matrix products down, more rows push the softmax out of the cache."""
 ACCELERATOR_LIMITS = BlockLimits(2**29)
-"""Many rows for the matrix products, and small beside the weights of a model."""
+"""Enough rows for fast matrix products, and small compared with the weights of a model."""
 
 
 def rows_per_block(rows: int, v_eff: int, buffers: int, itemsize: int, limits: BlockLimits) -> int:
-    """Rows of a block: as many as ``limits`` allow, at least ``FEWEST_ROWS``, in blocks of nearly equal size.
+    """Rows per block: as many as ``limits`` allow, at least ``FEWEST_ROWS``, in blocks of nearly equal size.
 
     Args:
-        rows: Unmasked rows in all.
-        v_eff: Vocabulary.
-        buffers: [rows, V] buffers held at once.
+        rows: Number of unmasked rows.
+        v_eff: Size of the vocabulary.
+        buffers: Number of [rows, V] buffers held at once.
         itemsize: Bytes per element.
         limits: Bytes of all buffers together, and rows.
     """
@@ -56,17 +56,17 @@ def rows_per_block(rows: int, v_eff: int, buffers: int, itemsize: int, limits: B
 
 
 def chunked_sums(problem: Problem, *, rows: int | None = None) -> LossSums:
-    """Sums of ``problem``; ``loss`` has gradients for the student's hidden states, head and bias.
+    """Computes the sums of ``problem``; ``loss`` has gradients for the student's hidden states, head and bias.
 
     Args:
-        problem: What to compute.
-        rows: Rows of a block; None = by the memory budget of the device.
+        problem: The checked inputs.
+        rows: Rows per block; None = as many as the memory budget of the device allows.
     """
     return sums_with_gradients(problem, partial(_run, rows=rows))
 
 
 class _Product:
-    """Final logits of a model, block by block, into a buffer; the head is brought to the problem's dtype once."""
+    """Computes the final logits of a model block by block into a buffer; converts the head to the problem's dtype once."""
 
     def __init__(self, states: HiddenStates, problem: Problem) -> None:
         v_eff, self.dtype = problem.v_eff, problem.dtype
@@ -104,16 +104,17 @@ def _run(problem: Problem, gradients: Gradients, rows: int | None) -> tuple[Tens
         limits = CPU_LIMITS if labels.device.type == "cpu" else ACCELERATOR_LIMITS
         rows = rows_per_block(count, v_eff, buffers + capped, dtype.itemsize, limits)
     workspace = student.head.new_empty(buffers + capped, min(rows, count), v_eff)
-    # per token, and summed at the end: the result does not depend on where blocks begin
+    # kept per token and summed at the end, so that the result does not depend on where blocks begin
     figures = student.head.new_zeros(4, count)
     matches = torch.zeros(count, dtype=torch.bool, device=labels.device)
     for first in range(0, count, rows):
         part = slice(first, min(first + rows, count))
-        # without masked rows a block is a view, else a gather
+        # a slice is a view, an index tensor copies: the copy is only needed where some rows are masked
         block = part if count == len(labels) else problem.kept[part]
         space = workspace[:, : part.stop - first]
         hidden = student.hidden(block)
         logits = student.into(hidden, space[0])
+        # taken now: _block overwrites the logits
         capped_slope = _slope_of_cap(logits, problem.student.transform, space[-1]) if capped else None
         values, slope = _block(problem, taught, logits, labels[block], block, space, gradient=gradients.any)
         _store(values, figures[:, part], matches[part])
@@ -123,14 +124,14 @@ def _run(problem: Problem, gradients: Gradients, rows: int | None) -> tuple[Tens
 
 
 def _buffers(teacher: HiddenStates | TeacherLogits | SparseTargets | None) -> int:
-    """Buffers [n, V] of a block, logits included."""
+    """Number of [n, V] buffers of a block, logits included."""
     if isinstance(teacher, SparseTargets):
         return 1 + SPARSE_BUFFERS
     return 1 + BUFFERS_ALONE if teacher is None else 2 + BUFFERS_WITH_TEACHER
 
 
 def _add(gradients: Gradients, slope: Tensor, block: Tensor | slice, hidden: Tensor, head: Tensor) -> None:
-    """Add the share of one block, whose gradient with respect to the product is ``slope`` [n, V]."""
+    """Adds the share of one block, whose gradient with respect to the product is ``slope`` [n, V]."""
     v_eff = slope.shape[1]
     if gradients.hidden is not None:
         if isinstance(block, slice):
@@ -153,7 +154,7 @@ def _block(
     *,
     gradient: bool,
 ) -> tuple[BlockValues, Tensor | None]:
-    """Figures of one block, and the gradient with respect to its final logits; ``logits`` are ``space[0]``."""
+    """Figures of one block and the gradient with respect to its final logits; ``logits`` are ``space[0]``."""
     if teacher is None:
         return cross_entropy_block(logits, labels, space[1], gradient=gradient)
     if isinstance(teacher, SparseTargets):
@@ -173,7 +174,7 @@ def _slope_of_cap(logits: Tensor, transform: LogitTransform | None, out: Tensor)
 
 
 def _through(slope: Tensor, transform: LogitTransform | None, capped_slope: Tensor | None) -> Tensor:
-    """Gradient with respect to the product, from that with respect to the final logits."""
+    """Gradient with respect to the product, from the gradient with respect to the final logits; overwrites ``slope``."""
     if capped_slope is not None:
         slope = slope.mul_(capped_slope)
     return slope if transform is None or transform.logit_scale == 1 else slope.mul_(transform.logit_scale)

@@ -1,6 +1,6 @@
-"""Loss of a block of logits together with its gradient, in closed form and in place: what autograd would hold several copies for.
+"""Loss of a block of logits together with its gradient, in closed form and in place; autograd would hold several copies of the block.
 
-``slopes.py`` has the divergences; cross-entropy adds softmax(z_s) - onehot.
+``slopes.py`` has the derivatives of the divergences; cross-entropy adds softmax(z_s) - onehot.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from .inputs import Problem
 from .slopes import Pair, infinite, soft
 
 BUFFERS_WITH_TEACHER = 3
-"""Buffers [n, V] that a block needs beside its two logits."""
+"""Buffers [n, V] that a block needs in addition to the logits of both models."""
 BUFFERS_ALONE = 1
-"""Buffers [n, V] that a block needs beside its logits when there is no teacher."""
+"""Buffers [n, V] that a block without a teacher needs in addition to its logits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +31,13 @@ class BlockValues:
 
 
 def cross_entropy_block(logits: Tensor, labels: Tensor, buffer: Tensor, *, gradient: bool) -> tuple[BlockValues, Tensor | None]:
-    """Cross-entropy alone.
+    """Cross-entropy without a teacher.
 
     Args:
         logits: [n, V] final logits of the student.
         labels: [n] int64.
         buffer: [n, V] scratch.
-        gradient: Whether the gradient is wanted.
+        gradient: Whether to compute the gradient.
 
     Returns:
         (figures, gradient [n, V] with respect to ``logits`` or None); the gradient lies in ``buffer``.
@@ -52,29 +52,31 @@ def cross_entropy_block(logits: Tensor, labels: Tensor, buffer: Tensor, *, gradi
 def divergence_block(
     logits: Tensor, teacher_logits: Tensor, labels: Tensor, buffers: Sequence[Tensor], problem: Problem, *, gradient: bool
 ) -> tuple[BlockValues, Tensor | None]:
-    """The mixed loss of ``problem.settings``.
+    """The loss of ``problem.settings`` against a teacher's logits, cross-entropy included.
 
     Args:
         logits: [n, V] final logits of the student; overwritten.
         teacher_logits: [n, V] final logits of the teacher; overwritten.
         labels: [n] int64.
         buffers: Three [n, V] for scratch.
-        problem: For its settings.
-        gradient: Whether the gradient is wanted.
+        problem: Gives the settings, and whether a logit may be -inf.
+        gradient: Whether to compute the gradient.
 
     Returns:
         (figures, gradient [n, V] with respect to ``logits`` or None); the gradient lies in one of the buffers or the logits.
     """
     settings = problem.settings
     weight, temperature = settings.hard_weight, settings.temperature or 1.0
+    # the figures at temperature 1 come first: what follows overwrites the logits
     matches = _at(logits, teacher_logits.argmax(-1)) >= logits.amax(-1)
     pair, entropy = _plain_pair(logits, teacher_logits, buffers, problem.impossible)
     hard, kl = -_at(pair.log_q, labels), torch.linalg.vecdot(pair.p, pair.d)
-    endless = None
+    infinite_rows = None
     if problem.impossible:
+        # log 0 is the finite FLOOR in the buffers, so that 0 * log 0 is 0: sums that must be inf are put right afterwards
         hard = torch.where(hard >= -FLOOR / 2, torch.inf, hard)
         kl = kl.masked_fill(infinite(pair.d, "forward_kl"), torch.inf)
-        endless = infinite(pair.d, settings.divergence)
+        infinite_rows = infinite(pair.d, settings.divergence)
     if weight == 1:
         figures = BlockValues(hard, hard, matches, kl, entropy)
         return figures, _minus_onehot(pair.log_q.exp_(), labels, 1.0) if gradient else None
@@ -84,16 +86,18 @@ def divergence_block(
     else:
         if gradient and weight:
             student.exp_()
-        # the plain p and d have been summed up; log q is still needed where cross-entropy has a gradient
+        # p and d at temperature 1 are summed up already, so their buffers are free; q is still needed for the gradient of cross-entropy
         spare = teacher_logits
         pair = _tempered_pair(logits, teacher_logits, temperature, (pair.p, pair.d), problem.impossible)
         value, slope = soft(pair, spare, settings, gradient=gradient)
-    if endless is not None:
-        value = value.masked_fill(endless, torch.inf)
+    if infinite_rows is not None:
+        value = value.masked_fill(infinite_rows, torch.inf)
     loss = value * settings.scale
+    # a term of weight 0 is left out: 0 times an infinite cross-entropy would be NaN
     if weight:
         loss += weight * hard
     if slope is not None:
+        # ``soft`` gives T times the gradient
         slope = _scaled(slope, settings.scale / temperature)
         if weight:
             slope = _minus_onehot(slope.add_(student, alpha=weight), labels, weight)
@@ -101,7 +105,7 @@ def divergence_block(
 
 
 def _plain_pair(logits: Tensor, teacher_logits: Tensor, buffers: Sequence[Tensor], impossible: bool) -> tuple[Pair, Tensor]:
-    """The two distributions at temperature 1, and the teacher's entropy [n]; both logits are left as they are."""
+    """The two distributions at temperature 1, and the teacher's entropy [n]; leaves both logits unchanged."""
     log_q = _log_softmax(logits, buffers[0], impossible)
     d = _log_softmax(teacher_logits, buffers[1], impossible)
     p = torch.exp(d, out=buffers[2])
@@ -118,7 +122,7 @@ def _tempered_pair(logits: Tensor, teacher_logits: Tensor, temperature: float, b
 
 
 def _log_softmax(logits: Tensor, out: Tensor, impossible: bool) -> Tensor:
-    """Log-probabilities in ``out``; where some may be log 0, at least ``FLOOR``."""
+    """Log-probabilities in ``out``; at least ``FLOOR`` if some may be log 0."""
     logs = torch.log_softmax(logits, -1, out=out)
     return logs.clamp_(min=FLOOR) if impossible else logs
 
@@ -134,5 +138,5 @@ def _minus_onehot(rows: Tensor, labels: Tensor, weight: float) -> Tensor:
 
 
 def _scaled(rows: Tensor, factor: float) -> Tensor:
-    """A pass over [n, V] costs as much as a softmax's third: none for a factor of 1."""
+    """``rows`` times ``factor``, in place. A factor of 1 is skipped: a pass over [n, V] takes a third of a softmax's time."""
     return rows if factor == 1 else rows.mul_(factor)

@@ -1,8 +1,9 @@
-"""linear_divergence with one Triton kernel between the matrix products, for GPUs; same meaning as ``reference`` and ``chunked``.
+"""linear_divergence with one Triton kernel between the matrix products, for GPUs; it computes the same as ``reference`` and ``chunked``.
 
-Logits live for a few hundred rows at a time, in fp32 straight out of the product (bf16 operands are multiplied as they are and summed
-in fp32). Slopes are collected over more rows than that, because every product into the head's gradient reads and writes all of it.
-bf16 operands get bf16 slopes: a relative error of 2^-9 each, where logits rounded to bf16 would cost a multiple of the gradient.
+Logits of a few hundred rows are held at once, in fp32 as the product gives them (bf16 operands are multiplied as they are and summed in
+fp32). Slopes (gradients with respect to the product) are collected over more rows, because every product that adds to the head's gradient
+reads and writes all of it. bf16 operands get bf16 slopes: that is a relative error of 2^-9 each, while logits rounded to bf16 would make
+an error several times as large as the gradient.
 """
 
 import importlib.util
@@ -23,12 +24,12 @@ from .gradients import Gradients, sums_with_gradients
 from .inputs import HiddenStates, Problem, TeacherLogits
 
 LOGIT_BYTES = 2**29
-"""Both models' logits that are held at a time."""
+"""Bytes of both models' logits that are held at once."""
 SLOPE_BYTES = 2**30
-"""Slopes that are held at a time."""
+"""Bytes of slopes that are held at once."""
 _MAX_BLOCK = 4096
 _ROW_TILE = 128
-"""Products of a multiple of this many rows fill their tiles."""
+"""Matrix products with a multiple of this many rows leave no tile partly empty."""
 _KINDS: Mapping[Divergence, str] = {
     "forward_kl": "FORWARD",
     "reverse_kl": "REVERSE",
@@ -45,19 +46,19 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def can_fuse(problem: Problem) -> bool:
-    """Whether ``auto`` takes this back end: tensors on a GPU, none fp64, no sparse targets, no logit of -inf, and triton is there."""
+    """Whether ``auto`` takes this back end: tensors on a GPU, none fp64, no sparse targets, no logit of -inf, and triton installed."""
     if isinstance(problem.teacher, SparseTargets) or problem.impossible:
         return False
     return TRITON_INSTALLED and problem.labels.is_cuda and all(dtype in _DTYPES for dtype in _input_dtypes(problem))
 
 
 def fused_sums(problem: Problem, *, rows: int | None = None, slope_rows: int | None = None) -> LossSums:
-    """Sums of ``problem``; ``loss`` has gradients for the student's hidden states, head and bias.
+    """Computes the sums of ``problem``; ``loss`` has gradients for the student's hidden states, head and bias.
 
     Args:
-        problem: What to compute.
-        rows: Rows whose logits are held at a time; None = by ``LOGIT_BYTES``.
-        slope_rows: Rows whose slopes are held at a time; None = by ``SLOPE_BYTES``.
+        problem: The checked inputs.
+        rows: Rows whose logits are held at once; None = as ``LOGIT_BYTES`` allows.
+        slope_rows: Rows whose slopes are held at once; None = as ``SLOPE_BYTES`` allows.
 
     Raises:
         ValueError: triton is not installed or cannot run on this device, a tensor is fp64, the teacher is given by sparse targets, or
@@ -73,7 +74,7 @@ def fused_sums(problem: Problem, *, rows: int | None = None, slope_rows: int | N
         raise ValueError(f"backend='triton' takes float32, bfloat16 and float16, not {wrong[0]}; use backend='auto'")
     from ..linear_divergence import fused_kernel
 
-    import triton  # isort: skip - the kernel module has found it
+    import triton  # isort: skip - after the kernel module, which imports it
 
     interpreted = not isinstance(fused_kernel.loss_kernel, triton.JITFunction)
     device = problem.labels.device
@@ -93,7 +94,7 @@ def _input_dtypes(problem: Problem) -> list[torch.dtype]:
 
 
 def block_rows(count: int, v_eff: int, bytes_each: int, budget: int) -> int:
-    """Rows of a block under ``budget`` bytes: whole tiles where there is room for one, in blocks of nearly equal size."""
+    """Rows per block within ``budget`` bytes: whole tiles if at least one fits, in blocks of nearly equal size."""
     most = max(1, budget // (v_eff * bytes_each))
     blocks = -(-count // most)
     rows = -(-count // max(1, blocks))
@@ -102,7 +103,7 @@ def block_rows(count: int, v_eff: int, bytes_each: int, budget: int) -> int:
 
 
 class _Operands:
-    """Hidden states and head of one model as its products take them: bf16 on a GPU as they are, anything else in fp32."""
+    """Hidden states and head of one model as operands of its products: bf16 on a GPU stays bf16, all else is fp32."""
 
     def __init__(self, states: HiddenStates, v_eff: int) -> None:
         hidden, head = states.hidden.detach(), states.head.detach()[:v_eff]
@@ -124,9 +125,10 @@ class _Operands:
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """left @ right in fp32, whatever the operands are."""
+    """left @ right in fp32, also for bf16 operands."""
     if left.dtype == torch.float32:
         return torch.mm(left, right, out=out)
+    # torch.mm would round the fp32 sums of bf16 operands to bf16
     return torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=out)
 
 
@@ -140,14 +142,14 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Space:
-    """Buffers of a call."""
+    """Buffers of one call."""
 
     logits: Tensor
     """[rows, V] fp32."""
     teacher_logits: Tensor | None
     """[rows, V] fp32; None without a teacher, or with one given by logits."""
     slopes: Tensor
-    """[slope_rows, V] fp32 or bf16; no rows when no gradient is wanted."""
+    """[slope_rows, V] fp32 or bf16; no rows when no gradient is needed."""
     figures: Tensor
     """[5, tokens] fp32: loss, cross-entropy, KL, teacher entropy, top-1 match."""
 
@@ -158,6 +160,7 @@ def _run(problem: Problem, gradients: Gradients, *, rows: int | None, slope_rows
     assert not isinstance(teacher, SparseTargets)
     student = _Operands(problem.student, v_eff)
     taught = _Operands(teacher, v_eff) if isinstance(teacher, HiddenStates) else teacher
+    # 4 bytes: logits are fp32, of one model or two
     rows = rows or block_rows(count, v_eff, 4 * (1 + isinstance(taught, _Operands)), LOGIT_BYTES)
     slope_rows = slope_rows or max(rows, SLOPE_BYTES // (v_eff * student.dtype.itemsize) // rows * rows)
     device, held = problem.labels.device, min(rows, count)
@@ -167,7 +170,7 @@ def _run(problem: Problem, gradients: Gradients, *, rows: int | None, slope_rows
         torch.empty(min(slope_rows, count) if gradients.any else 0, v_eff, device=device, dtype=student.dtype),
         torch.zeros(5, count, device=device),
     )
-    # rows by number where some are masked, else views
+    # a slice is a view, an index tensor copies: the copy is only needed where some rows are masked
     whole = count == len(problem.labels)
     for first in range(0, count, slope_rows):
         last = min(first + slope_rows, count)
@@ -193,7 +196,7 @@ def _block(
     slopes: Tensor | None,
     kernel: ModuleType,
 ) -> None:
-    """Figures of one block of rows into ``space.figures[:, part]``, and its slopes."""
+    """Writes the figures of one block of rows to ``space.figures[:, part]``, and its slopes to ``slopes``."""
     count = part.stop - part.start
     logits = student.product(student.hidden(block), space.logits[:count])
     theirs, rows = logits, None
@@ -201,6 +204,7 @@ def _block(
         assert space.teacher_logits is not None
         theirs = teacher.product(teacher.hidden(block), space.teacher_logits[:count])
     elif isinstance(teacher, TeacherLogits):
+        # the kernel takes a stride for rows only; it reads the given rows in place, so masked ones are not copied
         theirs = teacher.logits if teacher.logits.stride(1) == 1 else teacher.logits.contiguous()
         rows = torch.arange(part.start, part.stop, device=logits.device) if isinstance(block, slice) else block
     _launch(problem, student, teacher, (logits, theirs, rows), problem.labels[block], space.figures[:, part], slopes, kernel)
@@ -216,7 +220,7 @@ def _launch(
     slopes: Tensor | None,
     kernel: ModuleType,
 ) -> None:
-    """One program a row. A pointer that is never read is given any tensor."""
+    """Runs one kernel program per row. Where the kernel reads no pointer, any tensor is passed for it."""
     from ..linear_divergence import fused_math
 
     settings, (own, theirs, rows) = problem.settings, logits
@@ -228,6 +232,7 @@ def _launch(
     bias, their_bias = student.bias, model.bias if model else None
     dial = next((d for d in (settings.beta, settings.alpha, settings.balance) if d is not None), 0.5)
     factor = dial * (1 - dial) if settings.divergence == "gkd_jsd" else 1.0
+    # Triton launches on the current device, which need not be that of the tensors
     with torch.cuda.device(own.device) if own.is_cuda else nullcontext():
         kernel.loss_kernel[(len(own),)](
             own, own.stride(0), own if bias is None else bias,
@@ -248,7 +253,7 @@ def _launch(
 
 
 def _head_from(problem: Problem, model: "_Operands | None", theirs: Tensor, rows: Tensor | None) -> Tensor:
-    """[n] fp32 smallest final teacher logit in adaptive KL's head: sorting is torch's business. Takes further [n, V] buffers."""
+    """[n] fp32 smallest final teacher logit in adaptive KL's head, by torch, which can sort. It takes further [n, V] buffers."""
     assert problem.settings.temperature is not None
     assert problem.settings.head_mass is not None
     logits = (theirs if rows is None else theirs[rows])[:, : problem.v_eff].float()
@@ -260,13 +265,13 @@ def _head_from(problem: Problem, model: "_Operands | None", theirs: Tensor, rows
     inside = p >= head_threshold(p, problem.settings.head_mass)
     lowest = torch.where(inside, logits, torch.inf).amin(-1)
     if model is not None and model.cap is not None:
-        # the kernel's own tanh may differ in the last bits
+        # the kernel's tanh may differ in the last bits, and must not drop the token at the threshold
         lowest -= 1e-5 * lowest.abs()
     return lowest
 
 
 def _add(gradients: Gradients, slopes: Tensor, block: Tensor | slice, student: _Operands) -> None:
-    """Add the share of rows whose gradient with respect to the product is ``slopes`` [n, V]."""
+    """Adds the share of rows whose gradient with respect to the product is ``slopes`` [n, V]."""
     v_eff = slopes.shape[1]
     if gradients.hidden is not None:
         if isinstance(block, slice):

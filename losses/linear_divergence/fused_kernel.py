@@ -1,10 +1,11 @@
-"""Loss and gradient of a block of logits as one Triton kernel: what ``closed_form`` does in a dozen passes, in two or three.
+"""Loss and gradient of a block of logits as one Triton kernel, in two or three passes where ``closed_form`` needs a dozen.
 
-A program takes one row of the vocabulary. The first pass finds both normalisers (online softmax, Milakov & Gimelshein 2018, arXiv
-1805.02867), the second the divergence and the mean of its slope, the third writes the gradient with respect to the product; forward KL
-and cross-entropy need no mean, so their second pass writes at once. Bias, scale and soft cap are applied on the way. Formulas: ``slopes``.
+One program handles one row of logits. The first pass computes both normalisers (online softmax, Milakov & Gimelshein 2018, arXiv
+1805.02867), the second the divergence and the mean of its slope, the third writes the gradient with respect to the product. Forward KL
+and cross-entropy need no mean, so their second pass writes the gradient. Bias, scale and soft cap are applied on the way. Formulas:
+``slopes``.
 
-Runs in Triton's interpreter too, hence bf16 is read as int16.
+The kernel also runs in Triton's interpreter, so bf16 is read as int16.
 """
 
 import triton
@@ -24,6 +25,7 @@ def _logits(
     """fp32 final logits of some columns, -inf beyond the vocabulary, and their derivative with respect to the product."""
     raw = tl.load(row_ptr + columns, mask=valid, other=0)
     if raw.dtype == tl.int16:
+        # bf16 is the upper half of an fp32
         x = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         x = raw.to(tl.float32)
@@ -95,7 +97,7 @@ def loss_kernel(
     their_row = teacher_ptr + teacher_row * teacher_stride
     label = tl.load(labels_ptr + row).to(tl.int32)
 
-    # Pass 1: normalisers at temperature 1 and T, the label's logit, and who is likeliest.
+    # Pass 1: normalisers at temperature 1 and T, the label's logit, and the likeliest tokens.
     best = float("-inf")
     total = 0.0
     total_t = 0.0
@@ -117,6 +119,7 @@ def loss_kernel(
                 their_row, teacher_bias_ptr, columns, valid, teacher_scale, teacher_cap, TEACHER_BIAS, TEACHER_SCALE, TEACHER_CAP
             )
             highest = tl.max(t, axis=0)
+            # the first of equal logits, as argmax takes it
             place = tl.min(tl.where(t == highest, columns, V), axis=0)
             at_their_best = tl.where(highest > their_best, _at(s, columns, place), at_their_best)
             if TEMPERED:
@@ -141,7 +144,7 @@ def loss_kernel(
     shift = their_log_z - log_z
     shift_t = their_log_z_t - log_z_t
 
-    # Pass 2: sums over the vocabulary; the gradient at once where it needs none of them.
+    # Pass 2: sums over the vocabulary, and the gradient where it does not depend on them.
     divergence = 0.0
     centre = 0.0
     kl = 0.0
@@ -184,6 +187,7 @@ def loss_kernel(
                             apart += tl.sum(distance, axis=0)
                             apart_in_head += tl.sum(tl.where(t >= head_from, distance, 0.0), axis=0)
                     else:
+                        # exponentials of d could overflow; reverse KL has none and would be wrong where models are far apart
                         if KIND != _REVERSE:
                             d = tl.minimum(tl.maximum(d, -MAX_LOG_RATIO), MAX_LOG_RATIO)
                         g = slope_g(p, q, d, dial, KIND)
@@ -210,7 +214,7 @@ def loss_kernel(
             loss += soft_weight * divergence
         tl.store(figure, loss)
 
-    # Pass 3: the gradient of those that needed a sum first.
+    # Pass 3: the gradient of divergences that need a sum first; p, q and d are computed again, as keeping them would take [n, V] buffers.
     if LATE:
         for start in range(0, V, BLOCK):
             columns = start + tl.arange(0, BLOCK)

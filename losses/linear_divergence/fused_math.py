@@ -1,6 +1,6 @@
-"""What the fused kernel computes per element: exact expm1 and log1p, and the terms of each divergence (formulas: ``slopes``).
+"""Functions of the fused kernel per element: accurate expm1 and log1p, and the terms of each divergence (formulas: ``slopes``).
 
-No libdevice, which Triton's interpreter lacks.
+They avoid libdevice, which Triton's interpreter lacks.
 """
 
 import triton
@@ -17,7 +17,7 @@ MAX_LOG_RATIO = tl.constexpr(80.0)
 
 @triton.jit
 def expm1(x):
-    """exp(x) - 1 in fp32: the series to x^9 where |x| < 1/2 (next term below 3e-10 of the result), else the difference."""
+    """exp(x) - 1 in fp32: the series to x^9 where |x| < 1/2 (next term below 3e-10 of the result), else exp(x) - 1 itself."""
     y = 1.0 + x * (1.0 / 9.0)
     y = 1.0 + x * (1.0 / 8.0) * y
     y = 1.0 + x * (1.0 / 7.0) * y
@@ -31,7 +31,7 @@ def expm1(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) in fp32: log(w) scaled by what rounding w = 1 + x lost (Goldberg 1991, theorem 4)."""
+    """log(1 + x) in fp32: log(w) corrected for the rounding of w = 1 + x (Goldberg 1991, theorem 4)."""
     w = 1.0 + x
     lost = w - 1.0
     exact = lost == 0.0
@@ -40,7 +40,7 @@ def log1p(x):
 
 @triton.jit
 def slope_g(p, q, d, dial, KIND: tl.constexpr):
-    """g of ``slopes``: T times the gradient is q (g - sum q g). Not for forward KL and the mixtures of both KLs."""
+    """g of ``slopes``: T times the gradient is q (g - sum q g). Forward KL and the mixtures of both KLs do not use it."""
     if KIND == _REVERSE:
         g = -d
     elif KIND == _JSD:
@@ -58,7 +58,7 @@ def slope_g(p, q, d, dial, KIND: tl.constexpr):
 
 @triton.jit
 def value(p, q, d, g, dial, KIND: tl.constexpr):
-    """Terms whose sum is the divergence; for the mixtures of both KLs, forward KL."""
+    """Terms whose sum is the divergence; for the mixtures of both KLs the sum is forward KL."""
     if KIND == _REVERSE:
         v = -q * d
     elif KIND == _JSD:

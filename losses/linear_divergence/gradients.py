@@ -1,7 +1,7 @@
-"""The autograd node that the block-wise back ends share: the forward pass fills the gradients, the backward pass scales them.
+"""The autograd node of the block-wise back ends: its forward pass computes the gradients, its backward pass scales them.
 
-The forward pass already knows every gradient up to one scalar, so it computes them block by block (the idea of Liger Kernel's fused
-linear cross-entropy, https://arxiv.org/abs/2410.10989) and nothing is recomputed.
+The forward pass already knows every gradient up to one scalar factor, so it computes them block by block and nothing is computed twice
+(the idea of Liger Kernel's fused linear cross-entropy, https://arxiv.org/abs/2410.10989).
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from ..sums import LossSums
 from .inputs import Problem
 
 _CAST_ELEMENTS = 2**24
-"""Elements that the backward pass scales at a time: 64 MB of fp32."""
+"""Elements that the backward pass scales at once: 64 MB of fp32."""
 
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """Gradients of the loss in the problem's dtype, None where nobody wants one; rows that are masked or padding stay zero."""
+    """Gradients of the loss in the problem's dtype, None where none is needed; rows that are masked or padding stay zero."""
 
     hidden: Tensor | None
     head: Tensor | None
@@ -29,7 +29,7 @@ class Gradients:
 
     @staticmethod
     def zeros(problem: Problem, *, hidden: bool, head: bool, bias: bool) -> "Gradients":
-        """Of the student's tensors that are wanted."""
+        """Zeros for the student's tensors that need a gradient."""
         student, dtype = problem.student, problem.dtype
         return Gradients(
             torch.zeros_like(student.hidden, dtype=dtype) if hidden else None,
@@ -39,18 +39,18 @@ class Gradients:
 
     @property
     def any(self) -> bool:
-        """Whether any is wanted."""
+        """Whether any gradient is needed."""
         return not (self.hidden is None and self.head is None and self.bias is None)
 
 
 Run = Callable[[Problem, Gradients], tuple[Tensor, ...]]
-"""Fills the gradients; returns loss, cross-entropy, KL, teacher entropy and top-1 matches, summed (0-dim)."""
+"""Fills the gradients and returns loss, cross-entropy, KL, teacher entropy and top-1 matches, summed (0-dim)."""
 
 
 def sums_with_gradients(problem: Problem, run: Run) -> LossSums:
-    """Sums of ``problem`` by ``run``; ``loss`` has gradients for the student's hidden states, head and bias."""
+    """Computes the sums of ``problem`` by ``run``; ``loss`` has gradients for the student's hidden states, head and bias."""
     student = problem.student
-    # inside the Function gradients are off, so it cannot see by itself that nobody will ask for any
+    # inside a Function gradients are always off, so it cannot find out by itself whether the caller has them on
     wanted = torch.is_grad_enabled()
     sums = _Loss.apply(student.hidden, student.head, student.bias, problem, run, wanted)
     loss, cross_entropy, kl, entropy, matches = sums
@@ -71,11 +71,12 @@ class _Loss(torch.autograd.Function):
         hidden_wanted, head_wanted, bias_wanted = (wanted and needed for needed in ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
             gradients = Gradients.zeros(problem, hidden=hidden_wanted, head=head_wanted, bias=bias_wanted)
-            # numbers of their own: FSDP2 warns of a loss that is a view of something
+            # cloned because FSDP2 warns of a loss that is a view
             sums = tuple(part.clone() for part in run(problem, gradients))
         ctx.dtypes = (hidden.dtype, head.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(gradients.hidden, gradients.head, gradients.bias)
         ctx.mark_non_differentiable(*sums[1:])
+        # without this backward would be called with zeros where the loss has no gradient, and would scale everything for nothing
         ctx.set_materialize_grads(False)
         return sums
 
@@ -90,7 +91,7 @@ class _Loss(torch.autograd.Function):
 
 
 def _scaled(own: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``own * factor`` in ``dtype``; a head's gradient is large, so no whole copy in between."""
+    """``own * factor`` in ``dtype``, in pieces: a head's gradient is large, and the product in its own dtype would be a whole copy."""
     if own.dtype == dtype or own.numel() <= _CAST_ELEMENTS:
         return (own * factor).to(dtype)
     result = torch.empty_like(own, dtype=dtype)

@@ -1,4 +1,4 @@
-"""What linear_divergence takes: hidden states with their head, a teacher, labels; checked once, for every back end."""
+"""Inputs of linear_divergence: hidden states with their head, a teacher and labels, checked once for all back ends."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,7 +12,7 @@ from ..sparse import SparseTargets
 
 
 class LogitTransform(Protocol):
-    """What a model does to the product of hidden states and head: ``x = logit_scale * x``, then ``softcap * tanh(x / softcap)``."""
+    """How a model turns ``hidden @ head.T + bias`` into logits: ``x = logit_scale * x``, then ``softcap * tanh(x / softcap)``."""
 
     @property
     def logit_scale(self) -> float:
@@ -27,7 +27,7 @@ class LogitTransform(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class HiddenStates:
-    """Logits that are not computed yet: ``transform(hidden @ head.T + bias)``."""
+    """The factors of logits that are not computed yet: ``transform(hidden @ head.T + bias)``."""
 
     hidden: Tensor
     """[N, H], any floating dtype."""
@@ -39,7 +39,7 @@ class HiddenStates:
     """Scale and soft cap; None = neither."""
 
     def check(self, who: str, v_eff: int) -> None:
-        """Raise ValueError, naming ``who``, unless the parts fit each other and hold ``v_eff`` tokens."""
+        """Raises ValueError, naming ``who``, if the parts do not fit each other or hold fewer than ``v_eff`` tokens."""
         hidden, head, bias = self.hidden, self.head, self.bias
         if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
             raise ValueError(
@@ -52,24 +52,24 @@ class HiddenStates:
             raise ValueError(f"the {who} bias of shape {tuple(bias.shape)} must have one dimension and at least {v_eff} elements")
 
     def detached(self) -> "HiddenStates":
-        """The same values without a graph."""
+        """The same values without an autograd graph."""
         return HiddenStates(self.hidden.detach(), self.head.detach(), None if self.bias is None else self.bias.detach(), self.transform)
 
 
 @dataclass(frozen=True, eq=False)
 class TeacherHidden(HiddenStates):
-    """A teacher given by last hidden states and head, so that its logits need never be held either."""
+    """A teacher given by last hidden states and head, so that its logits are never held either."""
 
 
 @dataclass(frozen=True, eq=False)
 class TeacherLogits:
-    """A teacher given by logits that are there already."""
+    """A teacher given by logits that are already computed."""
 
     logits: Tensor
     """[N, V_padded], any floating dtype, final (scaled and capped); columns beyond the real vocabulary are never read."""
 
     def check(self, v_eff: int) -> None:
-        """Raise ValueError unless there are ``v_eff`` columns."""
+        """Raises ValueError if there are fewer than ``v_eff`` columns."""
         if self.logits.ndim != 2 or self.logits.shape[1] < v_eff:
             raise ValueError(
                 f"teacher logits of shape {tuple(self.logits.shape)} must be [N, V] with at least the {v_eff} tokens of the vocabulary"
@@ -81,7 +81,7 @@ TeacherLogitsSource = TeacherHidden | TeacherLogits | SparseTargets
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Everything that a back end needs, checked."""
+    """The checked input of every back end."""
 
     student: HiddenStates
     teacher: HiddenStates | TeacherLogits | SparseTargets | None
@@ -89,17 +89,17 @@ class Problem:
     settings: LossSettings
     v_eff: int
     kept: Tensor
-    """[n] int64, ascending: the rows that are not masked."""
+    """[n] int64, ascending: the indices of the unmasked rows."""
     impossible: bool = False
-    """Whether a token may have a logit of -inf: by a bias, or a teacher's logits. Looked for, so that all others pay nothing for it."""
+    """Whether a bias or a teacher's logits hold -inf. Checked once, so that problems without -inf pay nothing for it."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in: fp64 when the student is, else fp32."""
+        """Dtype of the computation: fp64 if the student is fp64, else fp32."""
         return torch.float64 if torch.float64 in (self.student.hidden.dtype, self.student.head.dtype) else torch.float32
 
     def covered_mass(self) -> Tensor:
-        """Mass of the teacher that is known exactly, summed over the unmasked rows: 0-dim."""
+        """Teacher's mass that is known exactly, summed over the unmasked rows: 0-dim."""
         if isinstance(self.teacher, SparseTargets):
             return self.teacher[self.kept].covered_mass().sum().to(self.dtype)
         return torch.tensor(0.0 if self.teacher is None else float(len(self.kept)), dtype=self.dtype, device=self.labels.device)
@@ -108,10 +108,10 @@ class Problem:
 def checked_problem(
     student: HiddenStates, teacher: TeacherLogitsSource | None, labels: Tensor, settings: LossSettings, v_eff: int
 ) -> Problem:
-    """Check shapes, vocabularies and labels, and find the unmasked rows.
+    """Checks shapes, vocabularies and labels, and finds the unmasked rows.
 
     Raises:
-        ValueError: something does not fit; see ``linear_divergence``.
+        ValueError: as for ``linear_divergence``.
     """
     if v_eff < 1:
         raise ValueError(f"v_eff={v_eff} must be the number of tokens in the vocabulary, at least 1")
@@ -135,6 +135,7 @@ def checked_problem(
 def _holds_minus_infinity(model: HiddenStates | TeacherLogitsSource | None, v_eff: int) -> bool:
     if isinstance(model, TeacherLogits):
         logits = model.logits[:, :v_eff]
+        # amin needs no [N, V] mask, which isneginf would make
         return logits.numel() > 0 and float(logits.amin()) == -torch.inf
     bias = model.bias if isinstance(model, HiddenStates) else None
     return bias is not None and bool(torch.isneginf(bias[:v_eff]).any())
@@ -144,9 +145,13 @@ def _check_teacher(teacher: TeacherLogitsSource | None, rows: int, settings: Los
     if isinstance(teacher, SparseTargets):
         teacher.check(rows, v_eff)
         if settings.hard_weight < 1 and settings.divergence != "forward_kl":
-            raise ValueError(f"divergence={settings.divergence} needs the whole distribution; sparse targets give forward_kl alone")
+            raise ValueError(
+                f"divergence={settings.divergence} needs the whole distribution of the teacher; with sparse targets use forward_kl"
+            )
         if settings.temperature not in (None, teacher.temperature):
-            raise ValueError(f"temperature={settings.temperature}, and the sparse targets were taken at {teacher.temperature}; use that")
+            raise ValueError(
+                f"temperature={settings.temperature} differs from that of the sparse targets; set temperature to {teacher.temperature}"
+            )
         return
     if isinstance(teacher, TeacherHidden):
         teacher.check("teacher", v_eff)
@@ -166,7 +171,7 @@ def _without_graph(teacher: TeacherLogitsSource | None) -> HiddenStates | Teache
 
 
 def _check_labels(labels: Tensor, v_eff: int) -> None:
-    """Out of range labels would read foreign memory on a GPU or die in a kernel's assertion, without saying which."""
+    """Labels out of range would read foreign memory on a GPU or fail in a kernel's assertion that does not name the label."""
     wrong = labels[(labels < 0) | (labels >= v_eff)]
     if len(wrong):
         raise ValueError(

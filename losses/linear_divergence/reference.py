@@ -1,4 +1,4 @@
-"""Dense form of linear_divergence: the specification, in plain differentiable PyTorch, holding [N, V] logits."""
+"""Dense form of linear_divergence in plain differentiable PyTorch. It holds [N, V] logits and is the specification of the other forms."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from .inputs import HiddenStates, LogitTransform, Problem, TeacherLogits
 
 
 def reference_sums(problem: Problem) -> LossSums:
-    """Sums of ``problem`` by the formulas of ``divergences``; gradients by autograd."""
+    """Computes the sums of ``problem`` by the formulas of ``divergences``; gradients come from autograd."""
     with torch.autocast(problem.labels.device.type, enabled=False):
         logits = _logits(problem.student, problem)
         labels = problem.labels[problem.kept]
@@ -32,6 +32,7 @@ def reference_sums(problem: Problem) -> LossSums:
             entropy = teacher_entropy(teacher_logits).sum()
             target = teacher_logits.argmax(-1)
         best = logits.detach()
+        # >= and not argmax: ties count as matches
         matches = best.gather(1, target.unsqueeze(1)).squeeze(1) >= best.amax(-1)
         return LossSums(
             loss=loss.sum(),
@@ -51,7 +52,7 @@ def _mixed(logits: Tensor, teacher_logits: Tensor, hard: Tensor, problem: Proble
 
 
 def _together(soft: Tensor, hard: Tensor, problem: Problem) -> Tensor:
-    """Loss per token [n]; a term of weight 0 is left out, so that an infinite one cannot turn it into NaN."""
+    """Loss per token [n]. A term of weight 0 is left out: 0 times an infinite term would be NaN."""
     weight = problem.settings.hard_weight
     if weight == 1:
         return hard

@@ -1,17 +1,17 @@
-"""Value and gradient of every divergence, for a block of rows, in place.
+"""Value and gradient of every divergence for a block of rows, in place.
 
 With p = softmax(z_t / T), q = softmax(z_s / T), d = log p - log q and E = expm1(d), T times the gradient with respect to the student's
-logits z_s is q (g - sum_v q g), where g is the derivative with respect to log q, over q and up to a constant:
+logits z_s is q (g - sum_v q g), where g is the derivative with respect to log q, divided by q, up to a constant:
 
-    forward KL         q - p itself
+    forward KL         (q - p is the whole slope)
     reverse KL         g = -d
     JSD                g = -u / beta,                      u = log(m / q) = log1p(beta E)
     skew forward KL    g = -(1 - alpha)^2 E / (1 + alpha E)
     skew reverse KL    g = -u - alpha expm1(-u),           u = log1p((1 - alpha) E)
     total variation    g = sign(q - p) / 2
 
-(definitions in ``divergences`` and ``mixtures``; the JSD is the one divided by beta (1 - beta)). Each g vanishes where p = q, so nothing
-of the size of 1 is subtracted when the models nearly agree.
+(definitions in ``divergences`` and ``mixtures``; the JSD is the one divided by beta (1 - beta)). Each g is 0 where p = q, so that no
+numbers of the size of 1 are subtracted from each other when the models nearly agree.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ from ..settings import Divergence, LossSettings
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Two distributions over V, as three buffers [n, V]."""
+    """Two distributions over V in three buffers [n, V]: p, log q and d = log p - log q."""
 
     p: Tensor
     log_q: Tensor
@@ -40,19 +40,20 @@ Result = tuple[Tensor, Tensor | None]
 
 
 def soft(pair: Pair, spare: Tensor, settings: LossSettings, *, gradient: bool) -> Result:
-    """The divergence that ``settings`` names, unscaled, and T times its gradient.
+    """The divergence that ``settings`` names, without the factor T^2, and T times its gradient.
 
     Args:
-        pair: Overwritten; ``log_q`` becomes q, unless neither q nor a gradient is needed.
+        pair: Overwritten; ``log_q`` becomes q if q or a gradient is needed.
         spare: [n, V] scratch.
-        settings: Divergence and its dial.
-        gradient: Whether the gradient is wanted; it lies in one of the buffers.
+        settings: Divergence and its parameter.
+        gradient: Whether to compute the gradient; it lies in one of the buffers.
     """
     return _SLOPES[settings.divergence](pair, spare, settings, gradient)
 
 
 def infinite(d: Tensor, divergence: Divergence) -> Tensor:
-    """[n] rows whose divergence is infinite, from d [n, V] of logarithms that are at least ``FLOOR``: see ``divergences``."""
+    """[n] whether a row's divergence is infinite (see ``divergences``), from d [n, V] of logarithms that are at least ``FLOOR``."""
+    # |d| above |FLOOR| / 2 means that exactly one of the two probabilities is 0
     student_alone = d.amin(-1) <= FLOOR / 2
     teacher_alone = d.amax(-1) >= -FLOOR / 2
     return {
@@ -71,6 +72,7 @@ def _forward_kl(pair: Pair, spare: Tensor, settings: LossSettings, gradient: boo
 def _reverse_kl(pair: Pair, spare: Tensor, settings: LossSettings, gradient: bool) -> Result:
     q = pair.log_q.exp_()
     value = -torch.linalg.vecdot(q, pair.d)
+    # q (g - sum q g) with g = -d: sum q g is the value itself
     return value, pair.d.add_(value.unsqueeze(1)).mul_(q).neg_() if gradient else None
 
 
@@ -87,7 +89,7 @@ def _adaptive_kl(pair: Pair, spare: Tensor, settings: LossSettings, gradient: bo
 
 
 def _both_kls(pair: Pair, q: Tensor, weight: Tensor, gradient: bool) -> Result:
-    """``weight`` [n] of forward KL, the rest of reverse KL."""
+    """``weight`` [n] times forward KL plus (1 - ``weight``) times reverse KL."""
     p, d = pair.p, pair.d
     reverse = -torch.linalg.vecdot(q, d)
     value = weight * torch.linalg.vecdot(p, d) + (1 - weight) * reverse
@@ -101,6 +103,7 @@ def _both_kls(pair: Pair, q: Tensor, weight: Tensor, gradient: bool) -> Result:
 def _jsd(pair: Pair, spare: Tensor, settings: LossSettings, gradient: bool) -> Result:
     assert settings.beta is not None
     beta, p, q = settings.beta, pair.p, pair.log_q.exp_()
+    # only mixtures are clamped: reverse KL of two models 800 nats apart was 90 % off with a clamp (docs/lab-book.md, 2026-11-24)
     d = pair.d.clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     log_m_over_q = torch.expm1(d, out=spare).mul_(beta).log1p_()
     log_m_over_p = d.neg_().expm1_().mul_(1 - beta).log1p_()
@@ -145,7 +148,7 @@ def _total_variation(pair: Pair, spare: Tensor, settings: LossSettings, gradient
 
 
 def _centred(g: Tensor, q: Tensor) -> Tensor:
-    """q (g - sum_v q g), in the place of g."""
+    """q (g - sum_v q g), in the buffer of g."""
     return g.sub_(torch.linalg.vecdot(q, g).unsqueeze(1)).mul_(q)
 
 

@@ -2,7 +2,7 @@
 
 T times the gradient of the divergence (``losses.sparse``) with respect to the student's logits is
 
-    on S        W q - w,                 W = sum of all weights, that of the tail included
+    on S        W q - w,                 W = sum of all weights, the tail's w_t included
     elsewhere   q (W - w_t / q_t)        (sampled form: W q)
 
 and in the controlled form, with X = sum_S x:
@@ -21,21 +21,21 @@ from .closed_form import BlockValues
 from .inputs import Problem
 
 BUFFERS = 2
-"""Buffers [n, V] that a block needs beside its logits."""
+"""Buffers [n, V] that a block needs in addition to its logits."""
 
 
 def sparse_block(
     logits: Tensor, targets: SparseTargets, labels: Tensor, buffers: Sequence[Tensor], problem: Problem, *, gradient: bool
 ) -> tuple[BlockValues, Tensor | None]:
-    """The mixed loss of ``problem.settings`` against sparse targets.
+    """The loss of ``problem.settings`` against sparse targets, cross-entropy included.
 
     Args:
         logits: [n, V] final logits of the student; overwritten.
-        targets: Of these n positions.
+        targets: Targets of these n positions.
         labels: [n] int64.
         buffers: Two [n, V] for scratch.
-        problem: For its settings.
-        gradient: Whether the gradient is wanted.
+        problem: Gives the settings.
+        gradient: Whether to compute the gradient.
 
     Returns:
         (figures, gradient [n, V] with respect to ``logits`` or None). The figure ``kl`` is the divergence itself.
@@ -44,6 +44,7 @@ def sparse_block(
     first, second = buffers
     ids, weights = targets.filled()
     weights = weights.to(logits.dtype)
+    # read before the softmaxes, which overwrite the logits
     best, own, known = logits.amax(-1), _at(logits, labels), logits.gather(1, ids).div_(temperature)
     matches = _at(logits, targets.best) >= best
     plain = torch.softmax(logits, -1, out=second)
@@ -59,9 +60,10 @@ def sparse_block(
     if targets.log_tail is not None:
         tail = targets.log_tail.to(q.dtype).exp()
         if temperature == 1 and gradient and weight:
+            # the lines below set entries of q to 0, and cross-entropy still needs all of them
             q = first.copy_(plain)
         own_q = torch.where(weights > 0, q.gather(1, ids), 0.0)
-        # known tokens out of the way, the rest is summed as it is: 1 minus a sum would be noise
+        # sum of the other tokens with the known ones set to 0: 1 minus a sum would be rounding noise
         mass = q.scatter_(1, ids, 0.0).sum(1).clamp(min=torch.finfo(q.dtype).tiny)
         value = value - torch.where(tail > 0, tail * mass.log(), 0.0)
         whole = whole + tail
@@ -79,7 +81,7 @@ def sparse_block(
 
 
 def _log_normaliser(best: Tensor, q: Tensor) -> Tensor:
-    """[n] from the largest logit and the probabilities: max q is at least 1 / V, and a second exponential over V costs more."""
+    """[n] from the largest logit and the probabilities: max q >= 1 / V cannot underflow, and a second exponential over V costs more."""
     return best - q.amax(-1).log()
 
 

@@ -58,7 +58,7 @@ def test_bf16_logits_are_summed_in_fp32() -> None:
 
 def test_bad_input_is_refused() -> None:
     logits, labels = torch.zeros(2, 4), torch.tensor([0, 1])
-    with pytest.raises(ValueError, match="run from -100 to 1, allowed are 0 to 3"):
+    with pytest.raises(ValueError, match="run from -100 to 1, but 0 to 3 are allowed"):
         evaluation_sums(logits, None, torch.tensor([-100, 1]))
     with pytest.raises(ValueError, match="cut them to the real vocabulary"):
         evaluation_sums(logits, torch.zeros(2, 5), labels)

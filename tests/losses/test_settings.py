@@ -1,4 +1,4 @@
-"""Ranges of the loss settings, what is filled in, and what would do nothing."""
+"""Ranges of the loss settings, what is filled in, and what has no effect."""
 
 from dataclasses import asdict
 from typing import Any
@@ -36,11 +36,11 @@ def test_values_out_of_range_are_named(divergence: Any, key: str, value: float) 
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"beta": 0.5}, "beta=0.5 would do nothing: it belongs to jsd and gkd_jsd, and divergence is forward_kl"),
-        ({"divergence": "jsd", "alpha": 0.1}, "alpha=0.1 would do nothing: it belongs to skew_forward_kl and skew_reverse_kl"),
-        ({"divergence": "reverse_kl", "balance": 0.5}, "balance=0.5 would do nothing"),
-        ({"divergence": "reverse_kl", "head_mass": 0.5}, "head_mass=0.5 would do nothing"),
-        ({"hard_weight": 1.0, "temperature": 2.0}, "temperature=2.0 would do nothing"),
+        ({"beta": 0.5}, "beta=0.5 has no effect: it belongs to jsd and gkd_jsd, and divergence is forward_kl"),
+        ({"divergence": "jsd", "alpha": 0.1}, "alpha=0.1 has no effect: it belongs to skew_forward_kl and skew_reverse_kl"),
+        ({"divergence": "reverse_kl", "balance": 0.5}, "balance=0.5 has no effect"),
+        ({"divergence": "reverse_kl", "head_mass": 0.5}, "head_mass=0.5 has no effect"),
+        ({"hard_weight": 1.0, "temperature": 2.0}, "temperature=2.0 has no effect"),
         ({"divergence": "kl"}, "divergence='kl' is not one of forward_kl, reverse_kl"),
     ],
 )

@@ -240,12 +240,16 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ValueError, match=match):
             linear_divergence(hidden, head, given, labels, settings, v_eff=VOCAB, backend=backend)
 
-    refused("reverse_kl needs the whole distribution; sparse targets give forward_kl alone", targets, LossSettings(divergence="reverse_kl"))
-    refused(r"temperature=2\.0, and the sparse targets were taken at 1\.0", targets, LossSettings(temperature=2.0))
+    refused(
+        "reverse_kl needs the whole distribution of the teacher; with sparse targets use forward_kl",
+        targets,
+        LossSettings(divergence="reverse_kl"),
+    )
+    refused(r"temperature=2\.0 differs from that of the sparse targets; set temperature to 1\.0", targets, LossSettings(temperature=2.0))
     refused("covers 3 positions and the student 7", targets[:3], LossSettings())
     refused("backend='triton' does not take sparse targets", targets, LossSettings(), "triton")
     wrong = SparseTargets(targets.ids + 30, targets.log_weights, targets.entropy, targets.best, targets.log_tail)
-    refused(r"sparse targets name tokens \d+ to \d+, the vocabulary is 0 to 40", wrong, LossSettings())
+    refused(r"sparse targets hold token ids \d+ to \d+, and the vocabulary has 0 to 40", wrong, LossSettings())
     wrong = SparseTargets(targets.ids, targets.log_weights, targets.entropy[:2], targets.best, targets.log_tail)
     refused(r"entropy of sparse targets must have shape \[7\]", wrong, LossSettings())
     wrong = replace(targets, log_inclusion=torch.zeros_like(targets.log_weights))
