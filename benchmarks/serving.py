@@ -55,37 +55,23 @@ def check(folders: dict[str, Path], pythons: dict[str, str], tokens: Any) -> Non
 
 def timed(system: str, python: str, folders: dict[str, Path], tokens: Any) -> dict[str, float]:
     """tokens_per_second and peak_bytes of one start."""
+    from decoct.qat.runtimes import transformers_process
+    from decoct.qat.runtimes.judge_process import run_judge
     from decoct.qat.runtimes.llama_cpp_check import run_llama_cpp
     from decoct.qat.runtimes.vllm_check import run_vllm
 
     vocabulary = json.loads((folders["folder"] / "config.json").read_text())["vocab_size"]
-    with tempfile.TemporaryDirectory(prefix="serving-") as place:
-        if system == "vllm":
-            result, seen = run_vllm(python, folders["folder"], tokens, vocabulary, "auto", Path(place))
-        elif system == "llama.cpp":
-            result, seen = run_llama_cpp(folders["gguf"] / "model.gguf", tokens, vocabulary, Path(place), python)
-        else:
-            result = seen = run_transformers(python, folders["folder"], tokens, Path(place))
+    if system == "vllm":
+        result, seen = run_vllm(python, folders["folder"], tokens, vocabulary, "auto")
+    elif system == "llama.cpp":
+        result, seen = run_llama_cpp(folders["gguf"] / "model.gguf", tokens, vocabulary, python)
+    else:
+        # -W: what its packages warn of is no result
+        script = ["-W", "ignore", transformers_process.__file__]
+        result, seen = run_judge(python, script, folders["folder"], tokens, {}, dtype="bfloat16")
     if seen is None:
         raise SystemExit(f"{system}: {result}")
     return {name: result[name] for name in ("tokens_per_second", "peak_bytes")}
-
-
-def run_transformers(python: str, folder: Path, tokens: Any, place: Path) -> dict[str, Any]:
-    """What runtime_check measures, in bf16."""
-    import torch
-    from safetensors.torch import save_file
-
-    from decoct.qat.runtimes import transformers_process as runtime_check
-
-    save_file({"tokens": tokens}, place / "tokens")
-    command = [python, "-P", "-W", "ignore", runtime_check.__file__, str(folder), "--dtype", "bfloat16"]
-    command += ["--threads", str(torch.get_num_threads())]
-    command += [part for name in ("tokens", "logits", "result") for part in (f"--{name}", str(place / name))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads((place / "result").read_text())
 
 
 def main() -> None:

@@ -109,7 +109,7 @@ def folders() -> list[str]:
     return sorted({".".join(name.split(".")[:-1]) for name in modules()})
 
 
-KNOWN = {"qat", "qat.runtimes", "trainer"}
+KNOWN = {"qat", "trainer"}
 """Folders with a circle that is still to be cut."""
 
 

@@ -1,4 +1,4 @@
-"""A runtime's check in a process of its own, and how far it came: that tells a refusal from another answer.
+"""Runs a judge, a runtime's check in a fresh process, and sees how far it came: that tells a refusal from another answer.
 
 The scripts (``transformers_process.py``, ``llama_cpp_process.py``, ``vllm_process.py``) write their result file anew as they enter each
 phase. Which phase a process ended in says what happened, whatever its words were. One that ended before or while it loaded the export has
@@ -6,13 +6,22 @@ refused it (no kernel, no memory, a missing package, a crash) and says nothing a
 """
 
 import json
+import os
 import re
 import signal
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .outcome import outcome
 
 TIMEOUT_SECONDS = 3600
 STARTING, LOADING, PREDICTING, DONE = "starting", "loading", "predicting", "done"
@@ -43,6 +52,38 @@ class Ended:
         return self.phase == DONE
 
 
+def run_judge(
+    python: str, script: Sequence[str], export: Path, tokens: Tensor, environment: Mapping[str, str], **options: object
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]] | None]:
+    """Ask a runtime about every token of a text.
+
+    Args:
+        python: The interpreter that has the runtime.
+        script: How it starts the judge: a file, or ``-m`` and a module.
+        export: What the judge loads.
+        tokens: int64 [B, S].
+        environment: Variables beyond this process's own.
+        options: Further options of the script.
+
+    Returns:
+        (version, speed, memory and what else the script wrote; the arrays it saw), or (an outcome, None) when it did not get that far.
+    """
+    with tempfile.TemporaryDirectory(prefix="decoct-verify-") as scratch:
+        places = {"tokens": Path(scratch, "tokens.npy"), "seen": Path(scratch, "seen.npz"), "result": Path(scratch, "result.json")}
+        np.save(places["tokens"], tokens.numpy())
+        given = {"threads": torch.get_num_threads(), **options, **places}
+        # -P: no module of the current folder, or of the script's, is taken for an installed one
+        command = [python, "-P", *script, str(export.resolve())]
+        command += [part for name, value in given.items() for part in (f"--{name}", str(value))]
+        ended = run_check(command, places["result"], {**os.environ, "HF_HUB_OFFLINE": "1", **environment})
+        if "not_installed" in ended.result:
+            return outcome("not installed", reason=ended.result["not_installed"]), None
+        if not ended.done:
+            return unfinished(ended), None
+        with np.load(places["seen"], allow_pickle=False) as arrays:
+            return {key: value for key, value in ended.result.items() if key != "phase"}, dict(arrays)
+
+
 def run_check(command: Sequence[str], result: Path, environment: Mapping[str, str], seconds: float = TIMEOUT_SECONDS) -> Ended:
     """Run a check that writes ``result`` (JSON with ``phase``, and ``words`` where it knows why it ends early)."""
     try:
@@ -66,11 +107,6 @@ def unfinished(ended: Ended) -> dict[str, Any]:
     status = "failed" if ended.phase == PREDICTING else "skipped"
     reason = f"{_ENDINGS.get(ended.phase, ended.phase)}: {ended.words}"
     return outcome(status, version=ended.result.get("version"), reason=reason)
-
-
-def outcome(status: str, **facts: Any) -> dict[str, Any]:
-    """A runtime's entry in the report: every usual key, None where there is nothing to say."""
-    return {"status": status, **dict.fromkeys(("top1", "max_logprob_diff", "perplexity", "version", "positions", "reason")), **facts}
 
 
 def _read(file: Path) -> dict[str, Any]:

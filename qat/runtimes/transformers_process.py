@@ -1,7 +1,7 @@
 """Loads an export as a user would and writes its logits: ``python -m decoct.qat.runtimes.transformers_process``, a process of its own.
 
 Nothing of decoct runs here but this file: plain transformers with the packages that the format needs, so that what they make of the folder
-is seen, not what decoct thinks they make of it. ``check.py`` starts it and compares.
+is seen, not what decoct thinks they make of it. ``transformers_check.py`` starts it and compares.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,19 +97,17 @@ def _versions() -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read ``--tokens`` (tensor ``tokens``), write ``--logits`` (tensor ``logits``) and ``--result`` (JSON)."""
+    """Read ``--tokens`` (npy, int64 [B, S]), write ``--seen`` (npz, ``logits`` fp32 [B, S, V]) and ``--result`` (JSON)."""
     parser = argparse.ArgumentParser(description="Logits of an export in plain transformers, on the CPU.")
     parser.add_argument("folder", help="export folder")
-    parser.add_argument("--tokens", type=Path, required=True, help="safetensors file with 'tokens' int64 [B, S]")
-    parser.add_argument("--logits", type=Path, required=True, help="safetensors file to write, 'logits' fp32 [B, S, V]")
-    parser.add_argument("--result", type=Path, required=True, help="JSON file to write: versions, loading problems")
+    parser.add_argument("--tokens", type=Path, required=True)
+    parser.add_argument("--seen", type=Path, required=True)
+    parser.add_argument("--result", type=Path, required=True, help="JSON file to write: version, loading problems, speed, memory")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     options = parser.parse_args(arguments)
-    from safetensors.torch import load_file, save_file
-
     torch.set_num_threads(options.threads)
-    tokens, version = load_file(options.tokens)["tokens"], f"transformers {_versions().get('transformers', 'unknown')}"
+    tokens, version = torch.from_numpy(np.load(options.tokens)), f"transformers {_versions().get('transformers', 'unknown')}"
     _tell(options.result, phase="loading", version=version)
     try:
         logits, loading, speed = run_transformers(
@@ -117,9 +116,9 @@ def main(arguments: list[str] | None = None) -> None:
     except ImportError as error:
         _tell(options.result, phase="loading", not_installed=str(error).strip().splitlines()[0])
         return
-    save_file({"logits": logits.contiguous()}, options.logits)
-    measured = {"tokens_per_second": speed, "peak_bytes": peak_bytes()}
-    _tell(options.result, phase="done", versions=_versions(), loading=loading, **measured)
+    np.savez(options.seen, logits=logits.numpy())
+    version = ", ".join(f"{name} {number}" for name, number in _versions().items())
+    _tell(options.result, phase="done", version=version, loading=loading, tokens_per_second=speed, peak_bytes=peak_bytes())
 
 
 def _tell(file: Path, **facts: Any) -> None:

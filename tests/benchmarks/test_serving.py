@@ -61,7 +61,7 @@ def test_it_writes_rows_of_speed_and_memory_and_of_what_is_missing(tmp_path: Pat
 
 
 WRONG = """
-import decoct.qat.runtimes.check as runtimes
+import decoct.qat.runtimes.reference as runtimes
 load = runtimes.load_exported_model
 def other(path, **options):
     model = load(path, **options)

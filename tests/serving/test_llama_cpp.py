@@ -184,10 +184,10 @@ def test_a_wrong_file_is_seen(quantized_folder: Build, known_text: Tensor) -> No
     other.mkdir()
     (other / "config.json").write_bytes((folder / "config.json").read_bytes())
     (other / "model.gguf").write_bytes(data)
-    from decoct.qat.runtimes import llama_cpp_check as llama_cpp_runtime
+    from decoct.qat.runtimes import reference
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama_cpp_runtime, "load_exported_model", lambda path: load_model(folder.parent / "model", dtype=torch.float32))
+        patch.setattr(reference, "load_exported_model", lambda path, inputs: load_model(folder.parent / "model", dtype=torch.float32))
         assert check_llama_cpp(other, known_text)["status"] == "differs"
 
 

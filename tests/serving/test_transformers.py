@@ -9,8 +9,9 @@ from torch import Tensor
 
 from decoct.qat.export.export import export_folder
 from decoct.qat.rebuild import load_exported_model
-from decoct.qat.runtimes import check as runtimes
-from decoct.qat.runtimes.check import MIN_POSITIONS, TOLERANCE, check_runtimes
+from decoct.qat.runtimes import reference
+from decoct.qat.runtimes.agreement import MIN_POSITIONS, TOLERANCE
+from decoct.qat.runtimes.check import check_runtimes
 from decoct.qat.scheme import QuantScheme, SpecChange
 from decoct.qat.spec import ActivationSpec, QuantSpec
 from decoct.qat.verify.verify import verify_folder
@@ -78,5 +79,5 @@ def test_a_wrong_model_is_seen(quantized_folder: Build, known_text: Tensor, monk
         return model
 
     target = exported(quantized_folder("llama", INT4), "compressed-tensors")
-    monkeypatch.setattr(runtimes, "load_exported_model", other)
+    monkeypatch.setattr(reference, "load_exported_model", other)
     assert check_runtimes(target, tokens=known_text)["transformers"]["status"] == "differs"

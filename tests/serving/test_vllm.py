@@ -15,7 +15,8 @@ from torch import Tensor
 
 from decoct.models.folder.loading import load_model
 from decoct.qat.export.export import export_folder
-from decoct.qat.runtimes import vllm_check as vllm_runtime
+from decoct.qat.runtimes import reference, vllm_check
+from decoct.qat.runtimes.reference import Reference
 from decoct.qat.runtimes.vllm_check import PYTHON, check_vllm
 from decoct.qat.spec import ActivationSpec, QuantSpec
 from decoct.qat.verify.verify import verify_folder
@@ -54,7 +55,7 @@ def served(source: Path, form: str, text: Tensor) -> dict[str, Any]:
     target = source.parent / form
     assert export_folder(source, target, form, runtimes=False).exact
     assert verify_folder(target, source=source, runtimes=False).ok
-    seen = check_vllm(target, text)
+    seen = check_vllm(Reference(target, text))
     print(form, seen)
     return seen
 
@@ -95,6 +96,6 @@ def test_a_wrong_model_is_seen(quantized_folder: Build, known_text: Tensor, monk
     other: Any = load_model(source, dtype=torch.float32)
     weight = other.model.layers[0].self_attn.q_proj.weight
     weight.data = weight.data.roll(32, dims=0)
-    monkeypatch.setattr(vllm_runtime, "load_exported_model", lambda path: other)
-    monkeypatch.setattr(vllm_runtime, "_dtypes", lambda folder: ("bfloat16",))
+    monkeypatch.setattr(reference, "load_exported_model", lambda path, inputs: other)
+    monkeypatch.setattr(vllm_check, "_dtypes", lambda folder: ("bfloat16",))
     assert served(source, "compressed-tensors", known_text)["status"] == "differs"

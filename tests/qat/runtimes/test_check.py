@@ -1,7 +1,6 @@
 """What plain transformers computes from an export, in a process of its own, against the fake-quant model."""
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,53 +12,12 @@ from transformers import PreTrainedModel
 from decoct.models.common.errors import UserError
 from decoct.qat.export.export import export_folder
 from decoct.qat.rebuild import load_exported_model
-from decoct.qat.runtimes import check as runtimes
+from decoct.qat.runtimes import reference, transformers_check
 from decoct.qat.runtimes import transformers_rules as runtime_rules
-from decoct.qat.runtimes.check import check_runtimes, compare_logits
+from decoct.qat.runtimes.check import check_runtimes
 
 Build = Callable[..., Path]
 TOKENS = torch.randint(0, 258, (2, 12), generator=torch.Generator().manual_seed(0))
-LOGITS = torch.randn(2, 12, 258, generator=torch.Generator().manual_seed(1))
-
-
-def test_equal_logits_agree_and_give_the_perplexity() -> None:
-    seen = compare_logits(LOGITS, LOGITS.clone(), TOKENS)
-    nll = torch.nn.functional.cross_entropy(LOGITS[:, :-1].reshape(-1, 258).double(), TOKENS[:, 1:].reshape(-1))
-    assert seen.agrees
-    assert (seen.top1, seen.max_logprob_diff) == (1.0, 0.0)
-    assert seen.perplexity == pytest.approx(nll.exp().item(), rel=1e-12)
-
-
-def test_one_wrong_logit_is_seen() -> None:
-    other = LOGITS.clone()
-    other[1, 5, 100] += 1e-3
-    seen = compare_logits(LOGITS, other, TOKENS)
-    assert not seen.agrees
-    assert seen.top1 == 1.0
-    assert seen.max_logit_diff == pytest.approx(1e-3, rel=1e-2)
-    assert seen.max_logprob_diff > 0
-
-
-def test_one_other_token_is_seen() -> None:
-    other = LOGITS.clone()
-    best = other[0, 0].argmax()
-    other[0, 0, best] = other[0, 0].min()
-    assert compare_logits(LOGITS, other, TOKENS).top1 == pytest.approx(23 / 24)
-
-
-@pytest.mark.parametrize("row", [0, 1])
-def test_nan_never_agrees(row: int) -> None:
-    other = LOGITS.clone()
-    other[row, 3, 7] = float("nan")
-    seen = compare_logits(LOGITS, other, TOKENS)
-    assert not seen.agrees
-    assert math.isnan(seen.max_logit_diff)
-    assert math.isnan(seen.max_logprob_diff)
-
-
-def test_differences_are_judged_by_the_size_of_the_logits() -> None:
-    assert compare_logits(LOGITS * 100, LOGITS * 100 + 1e-3, TOKENS).agrees
-    assert not compare_logits(LOGITS * 0.1, LOGITS * 0.1 + 2e-5, TOKENS).agrees
 
 
 def test_a_runtime_that_is_not_installed_is_said_to_be(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +33,7 @@ def installed() -> None:
 
 def test_too_little_memory_skips(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed()
-    monkeypatch.setattr(runtimes, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(reference, "available_bytes", lambda: 1000)
     seen = check_runtimes(exported)["transformers"]
     assert seen["status"] == "skipped"
     assert "1,000 are free" in seen["reason"]
@@ -124,7 +82,7 @@ def test_another_model_differs(exported: Path, monkeypatch: pytest.MonkeyPatch) 
         model.get_parameter("model.layers.1.mlp.up_proj.weight").data[0, 0] += 0.5
         return model
 
-    monkeypatch.setattr(runtimes, "load_exported_model", other)
+    monkeypatch.setattr(reference, "load_exported_model", other)
     seen = check_runtimes(exported)["transformers"]
     assert seen["status"] == "differs"
     assert "logits differ by" in seen["reason"]
@@ -132,8 +90,8 @@ def test_another_model_differs(exported: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_names_that_transformers_did_not_take_are_another_model(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed()
-    loaded = {"loading": {"missing_keys": ["lm_head.weight"]}, "version": "transformers 9", "logits": LOGITS}
-    monkeypatch.setattr(runtimes, "_run_fresh", lambda folder, tokens, scratch: dict(loaded))
+    loaded = {"loading": {"missing_keys": ["lm_head.weight"]}, "version": "transformers 9"}
+    monkeypatch.setattr(transformers_check, "run_judge", lambda *arguments: (loaded, {}))
     seen = check_runtimes(exported)["transformers"]
     assert seen["status"] == "differs"
     assert "missing keys: lm_head.weight (1 in all)" in seen["reason"]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from decoct.qat.runtimes.judge_process import outcome
+from decoct.qat.runtimes.outcome import outcome
 from decoct.qat.runtimes.outcome_words import outcome_text
 
 FACTS: dict[str, Any] = {"top1": 0.9984, "positions": 4096, "max_logprob_diff": 3.2e-7, "perplexity": 102.956, "version": "vLLM 0.12"}

