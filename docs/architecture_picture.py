@@ -6,11 +6,12 @@ Text stays text in the SVG, so that names can be searched and tests/test_site.py
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 HERE = Path(__file__).resolve().parent
@@ -239,17 +240,17 @@ def run() -> None:
     save(figure, "architecture-run.svg")
 
 
-def title(axes: Axes, x: float, y: float, text: str, size: float, **other: str) -> None:
+def title(axes: Axes, x: float, y: float, text: str, size: float, **other: Any) -> None:
     """Bold text around a point."""
     axes.text(x, y, text, fontsize=size, fontweight="bold", color=INK, ha="center", va="center", **other)
 
 
-def note(axes: Axes, x: float, y: float, text: str, size: float, **other: str) -> None:
+def note(axes: Axes, x: float, y: float, text: str, size: float, **other: Any) -> None:
     """Soft text around a point."""
     axes.text(x, y, text, fontsize=size, color=SOFT, ha="center", va="center", linespacing=1.15, **other)
 
 
-def canvas(width: float, height: float, left: float, bottom: float) -> tuple[plt.Figure, Axes]:
+def canvas(width: float, height: float, left: float, bottom: float) -> tuple[Figure, Axes]:
     """An empty picture of ``width`` x ``height`` units."""
     figure, axes = plt.subplots(figsize=(width * 0.62, height * 0.62))
     axes.set_xlim(left, left + width)
@@ -265,9 +266,11 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> N
     axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=14, lw=1.4, color=SOFT))
 
 
-def save(figure: plt.Figure, name: str) -> None:
+def save(figure: Figure, name: str) -> None:
     """Write a picture without a date, so that drawing it again changes nothing."""
     figure.savefig(HERE / name, facecolor=PAPER, metadata={"Date": None})
+    lines = (HERE / name).read_text().splitlines()
+    (HERE / name).write_text("".join(f"{line.rstrip()}\n" for line in lines))  # matplotlib ends lines with spaces
     plt.close(figure)
 
 

@@ -1,11 +1,15 @@
 """The documentation is true where that can be checked: links, navigation, the files, tests and messages that pages name, and their code."""
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+
+from decoct.configs import recipe_from_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -107,6 +111,42 @@ def test_the_picture_shows_every_folder() -> None:
     second = {folder.partition("/")[2] for folder in folders() if folder.count("/") == 1 and not folder.endswith("/")}
     missing = {*second, *(f"{top}/" for top in TOP)} - shown
     assert not missing, f"{missing}: add them to docs/architecture_picture.py and draw the picture again"
+
+
+def messages() -> Iterator[str]:
+    """Every text in the source, its parts joined, values as a space."""
+    for top in TOP:
+        for file in (ROOT / top).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                parts = node.values if isinstance(node, ast.JoinedStr) else [node] if isinstance(node, ast.Constant) else []
+                text = "".join(str(part.value) if isinstance(part, ast.Constant) else " " for part in parts)
+                if text:
+                    yield text
+
+
+def test_troubleshooting_quotes_messages_that_exist() -> None:
+    source = "\n".join(messages())
+    quoted = re.findall(r"^### `(.+)`$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(quoted) >= 25
+    missing = [part for message in quoted for part in message.split(" ... ") if part.replace("...", " ").strip() not in source]
+    assert not missing, missing
+
+
+def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
+    """(page, recipe) of every block of YAML: a whole recipe, a section of one, or a list of stages."""
+    for page in [*PAGES, ROOT / "README.md"]:
+        for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL):
+            lines = [line for line in block.splitlines() if line.strip()]
+            same = len(lines) > 1 and all(line.split(":")[0] == lines[0].split(":")[0] for line in lines)
+            for text in lines if same else [block]:
+                given = yaml.safe_load(text)
+                yield name_of(page), given if isinstance(given, dict) else {"stages": given}
+
+
+@pytest.mark.parametrize(("page", "given"), recipes(), ids=lambda value: value if isinstance(value, str) else "")
+def test_recipes_on_a_page_are_valid(page: str, given: dict[str, Any]) -> None:
+    whole = {"name": "page", "teacher": {"path": "big"}, "student": {"path": "small"}, "data": {"files": ["corpus/*.jsonl"]}}
+    recipe_from_dict({**whole, "stages": [{"distill": {"tokens": "10M"}}], **given})
 
 
 def python_blocks() -> list[tuple[str, str]]:
