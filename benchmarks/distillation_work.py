@@ -74,7 +74,7 @@ class Bench:
 
     def learning_rate(self, student: Any) -> float:
         """That of a distill stage."""
-        from decoct.trainer.stages.training import default_learning_rate
+        from decoct.trainer.stage_plan import default_learning_rate
 
         return default_learning_rate("distill", student.config.hidden_size)
 
@@ -92,10 +92,9 @@ def train(bench: Bench, system: str, seed: int, tokens: int) -> dict[str, float]
 
 def train_decoct(bench: Bench, student: Any, system: str, seed: int, steps: int) -> tuple[Any, float, float]:
     """(trained student, tokens a second, peak bytes beyond the models)."""
-    from decoct.trainer.batch import BatchPlan
     from decoct.trainer.loop.fit import fit
     from decoct.trainer.loop.metrics import MetricsSink
-    from decoct.trainer.plan import TrainingPlan
+    from decoct.trainer.plan import BatchPlan, TrainingPlan
     from decoct.trainer.soft_targets.fill import stage_windows
 
     windows = bench.origin.data.train

@@ -19,12 +19,13 @@ from decoct.launch.plan.memory import Roles, training_memory
 from decoct.launch.plan.memory_case import StageMemoryCase
 from decoct.launch.plan.shapes import config_of, shape_of
 from decoct.models.folder.loading import meta_model
+from decoct.models.settings import LoadIn, Placement
 from decoct.models.student import student_by_keeping
-from decoct.trainer.batch import BatchPlan
-from decoct.trainer.plan import TrainingPlan
+from decoct.trainer.plan import BatchPlan, TrainingPlan
 
 TEACHERS = {"1.7B": "SmolLM2-1.7B", "8B": "Llama-3.1-8B", "70B": "Llama-3-70B"}
-CHOICES = (
+Choice = tuple[str, str, LoadIn, Placement]
+CHOICES: tuple[Choice, ...] = (
     ("ddp", "adamw", "bf16", "replicated"),
     ("ddp", "adamw-8bit", "nf4", "replicated"),
     ("fsdp2", "adamw", "bf16", "replicated"),
@@ -36,7 +37,7 @@ CHOICES = (
 """strategy, optimizer, how the teacher is held, where."""
 
 
-def memory(name: str, choice: tuple[str, str, str, str], gpus: int, seq_length: int) -> Roles:
+def memory(name: str, choice: Choice, gpus: int, seq_length: int) -> Roles:
     """Bytes by role on each of ``gpus``."""
     strategy, optimizer, load_in, placement = choice
     teacher = shape_of(*config_of(name))

@@ -69,8 +69,8 @@ def train(bench: Bench, system: str, bits: int, group: int, tokens: int, rate_sh
     import torch
 
     from decoct.models.folder.loading import load_config, load_model
+    from decoct.trainer.stage_plan import quantized_rate
     from decoct.trainer.stages import qat
-    from decoct.trainer.stages.training import quantized_rate
 
     with tempfile.TemporaryDirectory() as place:
         settings, context = stage(bench, system, bits, group, tokens, Path(place))
@@ -91,11 +91,11 @@ def train(bench: Bench, system: str, bits: int, group: int, tokens: int, rate_sh
 def train_torchao(settings: Any, context: Any) -> Any:
     """torchao's fake-quantized linears in our loop; returns the model with the weights that they end in."""
     from decoct.trainer.stages.student_and_teacher import open_student
-    from decoct.trainer.stages.training import train_student
+    from decoct.trainer.stages.training import train_student, training_plan
 
-    student = open_student(context)
+    student = open_student(settings, context)
     prepare_torchao(student.model, settings.weights.bits, settings.weights.group_size)
-    return fold_torchao(train_student(student, settings, context).student)
+    return fold_torchao(train_student(student, settings, context, training_plan(settings, context, student)).student)
 
 
 def prepare_torchao(model: Any, bits: int, group: int) -> None:

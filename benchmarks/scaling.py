@@ -33,11 +33,10 @@ def work(folder: Path, system: str, size: str, windows: int) -> None:
 
     from decoct.losses.settings import LossSettings
     from decoct.models.teachers import LocalTeacher
-    from decoct.trainer.batch import BatchPlan
     from decoct.trainer.loop.fit import fit
     from decoct.trainer.loop.metrics import MetricsSink
     from decoct.trainer.loop.objective import Objective
-    from decoct.trainer.plan import TrainingPlan
+    from decoct.trainer.plan import BatchPlan, TrainingPlan
     from decoct.trainer.processes.world import current_world
 
     torch.set_num_threads(1)

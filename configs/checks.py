@@ -10,6 +10,7 @@ from ..models.folder.codes_file import codes_file
 from ..models.settings import MOST_TOP_K, StudentSettings, TeacherSettings
 from ..trainer.settings import DataSettings, EvaluateSettings, PruneSettings, TrainerSettings, TrainingBlock
 from ..trainer.settings_quantization import QatSettings, QuantizeSettings
+from ..trainer.stage_plan import learns_from, trains
 from .architectures import HUB_IDS, architecture
 from .problems import Problems
 from .recipe import StageEntry
@@ -51,13 +52,6 @@ def check_draft(draft: Draft, problems: Problems) -> None:
 
 def _at(entry: StageEntry, *keys: str) -> tuple[str | int, ...]:
     return ("stages", entry.index, entry.kind, *keys)
-
-
-def trains(entry: StageEntry) -> bool:
-    """Whether a stage takes optimizer steps (prune only when it is given tokens or steps)."""
-    if isinstance(entry.settings, PruneSettings):
-        return entry.settings.tokens is not None or entry.settings.steps is not None
-    return isinstance(entry.settings, TrainingBlock)
 
 
 def _check_start(draft: Draft, problems: Problems) -> None:
@@ -112,7 +106,7 @@ def _check_stage_teacher(entry: StageEntry, draft: Draft, problems: Problems) ->
             problems.add(_at(entry, "teacher"), "is not used: pretrain learns from the text alone; use a distill stage, or remove the key")
         if settings.loss not in (LossSettings(), LossSettings(hard_weight=1.0)):
             problems.add(_at(entry, "loss"), "is not used: pretrain always trains on cross-entropy; use a distill stage, or remove the key")
-    elif trains(entry) and draft.lacks_teacher and settings.loss.hard_weight != 1.0:
+    elif draft.lacks_teacher and learns_from(settings, has_teacher=False) is not None:
         if settings.teacher == "recipe":
             problems.add(_at(entry, "teacher"), "is 'recipe', and the recipe has no teacher; add one, or set teacher: input")
         elif settings.teacher is None and entry.kind == "distill":
@@ -126,8 +120,7 @@ def _check_parts(draft: Draft, problems: Problems) -> None:
     if teacher is None or not (teacher.cache or teacher.served):
         return
     source = "teacher.cache keeps" if teacher.cache else "teacher.served gives"
-    readers = [e for e in draft.stages if e and e.kind != "pretrain" and trains(e) and e.settings.teacher != "input"]
-    readers = [entry for entry in readers if entry.settings.loss.hard_weight < 1]
+    readers = [entry for entry in draft.stages if entry and learns_from(entry.settings, has_teacher=True) == "recipe"]
     for entry in readers:
         loss = entry.settings.loss
         if loss.divergence != "forward_kl":
@@ -153,7 +146,7 @@ def _check_parts(draft: Draft, problems: Problems) -> None:
 def _check_batch(draft: Draft, problems: Problems) -> None:
     """A global batch is whole windows, and whole micro-batches of them."""
     trainer, data = draft.trainer, draft.data
-    training = any(entry and trains(entry) for entry in draft.stages) or (draft.teacher and draft.teacher.scratch)
+    training = any(entry and trains(entry.settings) for entry in draft.stages) or (draft.teacher and draft.teacher.scratch)
     if not (trainer and data and training):
         return
     batch, length = trainer.global_batch_tokens, data.seq_length

@@ -10,6 +10,9 @@ LoadIn = Literal["fp32", "bf16", "int8", "nf4"]
 Placement = Literal["replicated", "sharded", "offloaded"]
 CacheMode = Literal["top_k", "sampled", "hybrid"]
 
+NF4_BLOCK = 64
+"""Weights of an nf4 teacher that share an fp32 scale."""
+
 CACHED_BYTES: Mapping[CacheMode, int] = {"top_k": 120, "sampled": 39, "hybrid": 97}
 """Bytes that a cache takes of each position at most, where the user names no number of tokens."""
 MOST_TOKENS = 1024

@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from ...models.capabilities import Capabilities, coverage_refusal
+from ...trainer.stage_plan import learns_from, trains
 from .shapes import ImpossibleStageError, ModelShape, StageShape, quantized_linears
 
 if TYPE_CHECKING:
@@ -44,17 +45,15 @@ def ffn_linears(shape: ModelShape) -> list[str]:
 
 
 def _reasons(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, student: ModelShape) -> Iterator[str]:
-    from ...configs.checks import trains
-    from ...trainer.settings import ExportSettings, PruneSettings, TrainingBlock
+    from ...trainer.settings import ExportSettings, PruneSettings
     from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
     settings, family = entry.settings, student.family
-    teaches = teacher is not None and isinstance(settings, TrainingBlock) and trains(entry) and entry.kind != "pretrain"
     models: list[tuple[str, Capabilities]] = [("the student", family)]
-    if teacher is not None and teaches and settings.teacher != "input" and settings.loss.hard_weight < 1:
+    if teacher is not None and learns_from(settings, has_teacher=True) == "recipe":
         models.append(("the teacher", teacher.family))
     for who, one in models:
-        action = "distil" if isinstance(settings, TrainingBlock) and trains(entry) else "measure"
+        action = "distil" if trains(settings) else "measure"
         if reason := one.refusal(action):
             yield f"{who}, {reason}; use a model of another family ({_TABLE})"
         if one is not family and recipe.teacher and recipe.teacher.load_in == "bf16" and (reason := one.refusal("bf16 teacher")):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ...trainer.batch import divisors
+from ...trainer.plan import divisors
 from .memory import RESERVE, Roles, training_memory
 from .memory_case import StageMemoryCase
 from .shapes import ModelShape

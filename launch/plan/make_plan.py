@@ -2,9 +2,10 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from ...models.common.errors import UserError
+from ...trainer.processes.teacher_memory import teacher_bytes
+from ...trainer.stage_plan import derive_plan, derive_steps, held_teacher, learns_from, trains, wanted_strategy
 from .disk import EXPORT_BYTES, checkpoint_bytes, model_bytes, quantized_bytes
 from .family_limits import check_families, coverage
 from .fitting import cheapest_fit, usable
@@ -74,13 +75,13 @@ def _machine(trainer: "TrainerSettings", gpus: int | None, gpu_memory: int | Non
 
 
 def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, machine: Machine, tensor_parallel: int) -> StagePlan:
-    from ...trainer.settings import ExportSettings, TrainingBlock
+    from ...trainer.settings import ExportSettings
     from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
     entry, after = shape.entry, shape.after
     values = settings_values(f"stages.{entry.index}.{entry.kind}", entry.settings)
     training = None
-    if isinstance(entry.settings, TrainingBlock) and (entry.settings.tokens or entry.settings.steps):
+    if trains(entry.settings):
         training, derived = _training(recipe, shape, teacher, machine)
         values = derived + [value for value in values if value.key not in {other.key for other in derived}]
     rounding, rounded = None, entry.settings
@@ -142,20 +143,27 @@ def _written(recipe: "Recipe", shape: StageShape) -> int | None:
 
 def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, machine: Machine) -> tuple[Training, list[Value]]:
     """Memory, work and derived numbers of one training stage."""
-    from ...trainer.stages.training import derive_plan
+    from ...trainer.processes.strategy import choose_strategy
 
     entry, trainer, seq = shape.entry, recipe.trainer, recipe.data.seq_length
-    taught, load_in, placement = _taught(recipe, shape, teacher)
+    held = held_teacher(entry.settings, recipe.teacher, name=entry.name)
+    taught = None if held is None else shape.before if held.whose == "input" else teacher
+    load_in, placement = (held.load_in, held.placement) if held else ("bf16", "replicated")
+    strategy = choose_strategy(
+        wanted_strategy(entry.settings, trainer, name=entry.name),
+        ranks=machine.ranks,
+        parameters=shape.before.parameters,
+        optimizer=trainer.optimizer,
+        teacher_bytes=0 if taught is None else teacher_bytes(taught.as_teacher, load_in, placement, machine.ranks),
+        device_bytes=machine.gpu_memory,
+    )
     steps = derive_plan(
         entry.settings,
         trainer,
+        derive_steps(entry.settings, trainer, name=entry.name, seq_length=seq, ranks=machine.ranks, seed=recipe.seed),
         kind=entry.kind,
-        name=entry.name,
         hidden=shape.before.hidden,
-        seq_length=seq,
-        ranks=machine.ranks,
-        seed=recipe.seed,
-        strategy=_strategy(recipe, shape, taught, load_in, placement, machine),
+        strategy=strategy,
     )
     case = StageMemoryCase(
         plan=steps,
@@ -180,7 +188,7 @@ def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, m
         fits=fits,
         remedy=cheapest_fit(shape.before, taught, case, machine.gpu_memory) if fits is False and machine.gpu_memory else None,
         checkpoint_bytes=checkpoint_bytes(shape.before, masks=masks),
-        cache_bytes=_cache_bytes(recipe, entry, taught, tokens),
+        cache_bytes=_cache_bytes(recipe, entry, teacher, tokens),
     )
     return training, training_values(entry, steps, seq, machine.ranks, shape.before.hidden, trainer)
 
@@ -198,35 +206,8 @@ def _cache_bytes(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | No
     """What a cache keeps of the teacher for the tokens of a stage, none of them seen twice: at most that much."""
     from ...trainer.soft_targets.cached import row_format
 
-    if teacher is None or recipe.teacher is None or recipe.teacher.cache is None or entry.settings.teacher == "input":
+    if teacher is None or recipe.teacher is None or recipe.teacher.cache is None:
+        return 0
+    if learns_from(entry.settings, has_teacher=True) != "recipe":
         return 0
     return row_format(recipe.teacher.cache, teacher.vocabulary, entry.settings.loss.temperature or 1.0).bytes * tokens
-
-
-def _taught(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None) -> tuple[ModelShape | None, str, str]:
-    """(teacher of the stage, how it is held, where): none when the loss needs none; a stage may learn from its own input, in fp32."""
-    settings = shape.entry.settings
-    if shape.entry.kind == "pretrain" or settings.loss.hard_weight == 1.0:
-        return None, "bf16", "replicated"
-    if settings.teacher == "input" or recipe.teacher is None:
-        return shape.before, "fp32", "replicated"
-    if teacher is None:
-        raise UserError(f"{shape.entry.name}: teacher: recipe, but the recipe has no teacher; add one, or set teacher: input")
-    return teacher, recipe.teacher.load_in, recipe.teacher.placement
-
-
-def _strategy(
-    recipe: "Recipe", shape: StageShape, taught: ModelShape | None, load_in: str, placement: str, machine: Machine
-) -> Literal["ddp", "fsdp2"]:
-    from ...trainer.processes.strategy import choose_strategy
-    from ...trainer.stages.student_and_teacher import held_bytes
-
-    held: Any = 0 if taught is None else held_bytes(taught.parameters, load_in, placement, machine.ranks)
-    return choose_strategy(
-        recipe.trainer.strategy,
-        ranks=machine.ranks,
-        parameters=shape.before.parameters,
-        optimizer=recipe.trainer.optimizer,
-        teacher_bytes=held,
-        device_bytes=machine.gpu_memory,
-    )

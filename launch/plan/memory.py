@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ...losses.linear_divergence.chunked import ACCELERATOR_LIMITS, CPU_LIMITS, rows_per_block
 from ...losses.linear_divergence.closed_form import BUFFERS_ALONE, BUFFERS_WITH_TEACHER
+from ...trainer.processes.teacher_memory import teacher_bytes
 from .memory_case import StageMemoryCase
 from .rounded_inputs import rounded_input_bytes
 from .shapes import ModelShape, quantized_linears
@@ -47,29 +48,13 @@ class Roles:
 def training_memory(student: ModelShape, teacher: ModelShape | None, case: StageMemoryCase) -> Roles:
     """Bytes by role on one device at the peak of a step."""
     return Roles(
-        teacher=0 if teacher is None else teacher_bytes(teacher, case),
+        teacher=0 if teacher is None else teacher_bytes(teacher.as_teacher, case.load_in, case.placement, case.ranks),
         student=_student_bytes(student, case),
         gradients=_gradient_bytes(student, case),
         optimizer=_optimizer_bytes(student, case),
         activations=_activation_bytes(student, case) + (0 if teacher is None else _teacher_pass(teacher, case)),
         logits=_logit_bytes(student, teacher, case),
     )
-
-
-def teacher_bytes(teacher: ModelShape, case: StageMemoryCase) -> int:
-    """Weights of the teacher on one device."""
-    width = {"fp32": 4, "bf16": 2}.get(case.load_in, 2)
-    if case.load_in in ("nf4", "int8"):
-        # nf4: half a byte, and an fp32 scale for each 64; int8: a byte, and an fp32 scale a row
-        rows = sum(rows for rows, _ in teacher.linears.values())
-        low = teacher.linear * (0.5 + 4 / 64) if case.load_in == "nf4" else teacher.linear + 4 * rows
-        return int(low) + width * (teacher.parameters - teacher.linear)
-    inside = teacher.parameters - teacher.outside
-    if case.placement == "sharded" and case.ranks > 1:
-        return width * (teacher.outside + inside // case.ranks + 2 * teacher.layer)
-    if case.placement == "offloaded":
-        return width * (teacher.outside + 2 * teacher.layer)
-    return width * teacher.parameters
 
 
 def _share(elements: int, case: StageMemoryCase) -> int:

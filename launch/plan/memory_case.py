@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...models.settings import LoadIn, Placement
+
 if TYPE_CHECKING:
     from ...qat.scheme import QuantScheme
     from ...trainer.plan import TrainingPlan
@@ -16,10 +18,10 @@ class StageMemoryCase:
     seq_length: int
     ranks: int
     on_gpu: bool
-    load_in: str = "bf16"
-    """How the teacher is held: fp32, bf16, int8, nf4."""
-    placement: str = "replicated"
-    """Where the teacher is held: replicated, sharded, offloaded."""
+    load_in: LoadIn = "bf16"
+    """How the teacher's weights are held."""
+    placement: Placement = "replicated"
+    """Where they are held."""
     scheme: "QuantScheme | None" = None
     """Lattices that the student trains on, in a qat stage."""
     learned_scales: bool = False

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ...models.dimensions import Dimensions
     from ...qat.scheme import QuantScheme
     from ...qat.spec import ActivationSpec, QuantSpec
+    from ...trainer.processes.teacher_memory import TeacherSize
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,14 @@ class ModelShape:
     def outside(self) -> int:
         """Parameters outside the decoder layers: embedding, final norm, head."""
         return sum(_elements(shape) for name, shape in self.tensors.items() if not self.within(name))
+
+    @property
+    def as_teacher(self) -> "TeacherSize":
+        """What decides how much memory the model takes as a teacher."""
+        from ...trainer.processes.teacher_memory import TeacherSize
+
+        rows = sum(rows for rows, _ in self.linears.values())
+        return TeacherSize(parameters=self.parameters, outside=self.outside, layer=self.layer, linear=self.linear, linear_rows=rows)
 
     def within(self, name: str) -> bool:
         """Whether a tensor is in the decoder layers."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...trainer.settings import TrainingBlock
+from ...trainer.stage_plan import learns_from
 
 if TYPE_CHECKING:
     from ...configs.recipe import StageEntry
@@ -17,12 +17,7 @@ _ONLY_TRAIN = ("pretrain", "distill")
 
 def learns_from_teacher(entry: "StageEntry") -> bool:
     """Whether a stage trains on what the recipe's teacher predicts."""
-    from ...configs.checks import trains
-
-    settings = entry.settings
-    if not isinstance(settings, TrainingBlock) or entry.kind == "pretrain" or settings.teacher == "input":
-        return False
-    return trains(entry) and settings.loss.hard_weight < 1
+    return learns_from(entry.settings, has_teacher=True) == "recipe"
 
 
 def change_between(before: Row | None, after: Row) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from ...models.folder.model_folder import save_model_folder
 from ...trainer.scratch import LOCK, ScratchTeacher, check_scratch, new_llama, scratch_record, teacher_training
 from ...trainer.stages.context import StageContext, Trained
 from ...trainer.stages.student_and_teacher import OpenStudent
-from ...trainer.stages.training import train_student
+from ...trainer.stages.training import train_student, training_plan
 from .run_folder import StageFolder
 from .starting_point import RunInputs
 
@@ -56,7 +56,8 @@ def train_scratch_teacher(recipe: "Recipe", origin: RunInputs, session: "Session
         )
         # a scratch teacher is small: nothing is gained by spreading it unless somebody asks for it
         opened = OpenStudent(student, None, "fsdp2" if recipe.trainer.strategy == "fsdp2" else "ddp")
-        trained = train_student(opened, teacher_training(settings), context)
+        training = teacher_training(settings)
+        trained = train_student(opened, training, context, training_plan(training, context, opened))
         session.on_first(lambda: _save(trained, recipe, origin))
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ...models.common.files import sha256_json
-from ...trainer.schedule import WARMUP
+from ...trainer.plan import WARMUP
 from ...trainer.settings import TrainerSettings
 
 # Settings of a stage that say how often to save, where weights lie meanwhile, or what is agreed to, not what to compute.

@@ -17,13 +17,12 @@ from ..families import decoder_linears
 from ..folder.loading import load_model
 from ..folder.streaming import fill, open_files, place
 from ..low_bit import check_low_bit, load_bitsandbytes
+from ..settings import NF4_BLOCK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Rounding = Literal["nf4", "int8"]
-NF4_BLOCK = 64
-"""Weights that share an fp32 scale."""
 OUTLIER = 6.0
 """Input columns with a larger number are multiplied in fp16 (the paper's threshold)."""
 

@@ -25,13 +25,13 @@ from decoct.models.families import decoder_linears
 from decoct.models.teachers import LocalTeacher
 from decoct.qat.scheme import SpecChange
 from decoct.qat.spec import ActivationSpec, QuantSpec
-from decoct.trainer.batch import BatchPlan
 from decoct.trainer.loop.fit import FitResult, TrainingPlan, fit
 from decoct.trainer.loop.held_out import HeldOut, derive_watch
 from decoct.trainer.loop.hooks import KeepZeros, MaskHook, StepHook
 from decoct.trainer.loop.metrics import MetricsSink
 from decoct.trainer.loop.objective import Objective
 from decoct.trainer.loop.qat_hook import QatSchedule
+from decoct.trainer.plan import BatchPlan
 from decoct.trainer.processes.world import current_world
 from decoct.trainer.settings import MagnitudeSettings
 from decoct.trainer.settings_quantization import QatSettings

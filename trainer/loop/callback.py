@@ -12,14 +12,14 @@ import torch
 from ...models.common.errors import UserError
 from ..checkpoints.read import Checkpoint, TrainingState
 from ..checkpoints.write import save_checkpoint
-from ..plan import TrainingPlan
+from ..plan import TrainingPlan, derive_seed
 from ..processes.world import World
 from ..progress import Progress
 from .checkpoint_tensors import restore, state_groups
 from .held_out import HeldOut, describe
 from .metrics import MetricsSink
 from .module import StepRecord, TrainingModule
-from .rng import capture_generators, derive_seed, restore_generators, seed_generators
+from .rng import capture_generators, restore_generators, seed_generators
 
 Say = Callable[[str], None]
 

@@ -17,10 +17,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ...losses.sums import LossSums
 from ...models.common.errors import NonFiniteError
-from ..plan import TrainingPlan
+from ..plan import TrainingPlan, learning_rate
 from ..processes.sharding import ParameterViews
 from ..processes.world import World, gather_bytes, sum_over_ranks
-from ..schedule import learning_rate
 from .hooks import StepHook
 from .optimizer import build_optimizer
 from .signals import StopSignals

@@ -14,9 +14,9 @@ from ...qat.layers.quant_linear import Mode, RoundedWeight
 from ...qat.layers.rounders import Rounders
 from ...qat.ptq.methods import METHODS, RoundingMethod, Stack
 from ...qat.spec import QuantSpec
+from ..plan import derive_seed
 from ..processes.sharding import local, own_rows, parameter_of, whole
 from ..settings_quantization import QatSettings
-from .rng import derive_seed
 from .static_ranges import FollowedRanges
 
 FirstGrid = tuple[Tensor, Tensor | None]

@@ -3,17 +3,10 @@
 Lightning saves no generator at all, so a resumed run with dropout would differ from one never stopped.
 """
 
-import hashlib
 import random
 
 import numpy as np
 import torch
-
-
-def derive_seed(seed: int, *names: str | int) -> int:
-    """A seed for one named purpose (63 bits): sha256 of the recipe's seed and the names."""
-    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def seed_generators(seed: int) -> None:

@@ -5,13 +5,15 @@ the optimizer is elementwise. What differs is who holds what: under DDP every ra
 """
 
 from datetime import timedelta
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
-from ...trainer import settings
+from .. import settings
 from .world import World
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Longest wait of one rank for another; the first step waits for the slowest rank to load its teacher."""
@@ -52,8 +54,11 @@ def shards(chosen: Literal["ddp", "fsdp2"], world: World) -> bool:
     return chosen == "fsdp2" and world.size > 1
 
 
-def lightning_strategy(chosen: Literal["ddp", "fsdp2"], world: World) -> Strategy | Literal["auto"]:
+def lightning_strategy(chosen: Literal["ddp", "fsdp2"], world: World) -> "Strategy | Literal['auto']":
     """Lightning's side of it. Process groups are open already (``world.connect``) and stay open."""
+    # here and not above: the plan chooses strategies without loading Lightning
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
     if world.size == 1:
         return "auto"
     if shards(chosen, world):

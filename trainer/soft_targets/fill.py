@@ -18,7 +18,7 @@ from ...models.teachers import LocalTeacher
 from ..cache import cache_dir
 from ..data.order import StepBatches
 from ..data.tokens import tokenizer_hash
-from ..plan import TrainingPlan
+from ..plan import StepPlan
 from ..processes.world import current_world, sum_over_ranks, value_of_first
 from .cached import CachedTeacher, row_format
 from .capture import capture, missing_windows
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 0.5
 
 
-def stage_windows(plan: TrainingPlan, windows: "Windows") -> list[int]:
+def stage_windows(plan: StepPlan, windows: "Windows") -> list[int]:
     """Windows that a stage will see, ascending, each once: a stage of few tokens needs a small cache."""
     needed = plan.total_steps * plan.batch.global_windows
     if needed >= len(windows):
@@ -47,7 +47,7 @@ def stage_windows(plan: TrainingPlan, windows: "Windows") -> list[int]:
 
 
 def cached_teacher(
-    context: "StageContext", loss: LossSettings, plan: TrainingPlan, open_teacher: "Callable[[], LocalTeacher | ServedTeacher]"
+    context: "StageContext", loss: LossSettings, plan: StepPlan, open_teacher: "Callable[[], LocalTeacher | ServedTeacher]"
 ) -> CachedTeacher:
     """The recipe's teacher, read from its cache; what the stage needs and the cache lacks is captured first (all ranks call this).
 

@@ -5,7 +5,7 @@ import torch
 from ...qat.ptq import CalibrationText
 from ..data.order import sample_order
 from ..data.windows import Windows
-from ..loop.rng import derive_seed
+from ..plan import derive_seed
 
 BATCH_TOKENS = 4096
 """Tokens of a forward pass, padding included; always the same, so that sums are added in the same order everywhere."""

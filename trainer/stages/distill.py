@@ -4,15 +4,16 @@ from ..settings import DistillSettings
 from .context import StageContext, StageResult, Trained
 from .saving import save_trained
 from .student_and_teacher import open_student
-from .training import train_student
+from .training import train_student, training_plan
 from .zeros import keep_zeros_hooks, tell_unlisted_zeros
 
 
 def train(settings: DistillSettings, context: StageContext) -> Trained:
     """Train the input on the settings' loss; exact zeros of a sparse folder stay zero."""
-    student = open_student(context)
+    student = open_student(settings, context)
     tell_unlisted_zeros(context, student.model)
-    return train_student(student, settings, context, hooks=keep_zeros_hooks(context, student.model))
+    plan = training_plan(settings, context, student)
+    return train_student(student, settings, context, plan, hooks=keep_zeros_hooks(context, student.model))
 
 
 def finish(settings: DistillSettings, context: StageContext, trained: Trained | None) -> StageResult:

@@ -9,6 +9,7 @@ from ...models.pruning.magnitude import magnitude_masks
 from ...models.pruning.structured import alignment_hint, ffn_channel_scores, prune_ffn
 from ..loop.hooks import MaskHook
 from ..settings import PruneSettings, StructuredSettings
+from ..stage_plan import trains
 from .calibration import calibration_text
 from .context import StageContext, StageResult, Trained
 from .coverage import check_coverage, coverage_facts
@@ -27,19 +28,11 @@ def train(settings: PruneSettings, context: StageContext) -> Trained | None:
         return None
     assert settings.magnitude is not None
     check_coverage(context, allow_partial=settings.allow_partial)
-    student = open_student(context)
+    student = open_student(settings, context)
     modules = list(decoder_linears(student.model))
-    hook = MaskHook(modules, settings.magnitude, _steps(settings, context))
-    return train_student(student, settings, context, hooks=[hook], facts={"sparse": modules})
-
-
-def trains(settings: PruneSettings) -> bool:
-    """Whether the settings ask for a schedule (tokens or steps)."""
-    return settings.magnitude is not None and (settings.tokens is not None or settings.steps is not None)
-
-
-def _steps(settings: PruneSettings, context: StageContext) -> int:
-    return training_plan(settings, context, 1).total_steps
+    plan = training_plan(settings, context, student)
+    hook = MaskHook(modules, settings.magnitude, plan.total_steps)
+    return train_student(student, settings, context, plan, hooks=[hook], facts={"sparse": modules})
 
 
 def finish(settings: PruneSettings, context: StageContext, trained: Trained | None) -> StageResult:

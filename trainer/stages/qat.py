@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...models.common.errors import UserError
-from ...models.dimensions import hidden_size
 from ...models.folder.codes_file import codes_file
 from ...models.folder.loading import load_model
 from ...models.folder.model_folder import save_model_folder
@@ -20,7 +18,6 @@ from ...qat.layers.quantized_model import fold, hold_codes, prepare, quantize_mo
 from ...qat.layers.targets import targets
 from ...qat.ptq import RoundingMethod, round_model
 from ..loop.qat_hook import FirstGrid, QatSchedule
-from ..settings import TrainerSettings
 from ..settings_quantization import QatSettings
 from .context import StageContext, StageResult, Trained
 from .coverage import check_coverage, coverage_facts
@@ -78,27 +75,25 @@ def _weights(model: "PreTrainedModel", modules: Iterable[str]) -> dict[str, "Ten
 def train(settings: QatSettings, context: StageContext) -> Trained:
     """Train latent weights, or scales alone, through linears that round."""
     opened = replace(context, input=str(context.folder / _START), input_revision=None) if settings.first == "gptq" else context
-    if settings.train == "scales":
-        opened = replace(opened, trainer=_whole_on_each_rank(context))
-    student = open_student(opened)
+    student = open_student(settings, opened)
     if settings.train == "scales":
         modules = _hold_codes(settings, student, context)
         _announce(settings, student, context)
         rounded = _rounded(settings, student, modules)
-        plan = training_plan(settings, context, hidden_size(student.model), student.strategy)
+        plan = training_plan(settings, context, student)
         hooks = [QatSchedule(settings, plan.total_steps, plan.seed, **rounded)] if rounded else []
-        return _with(train_student(student, settings, context, hooks=hooks), rounded)
+        return _with(train_student(student, settings, context, plan, hooks=hooks), rounded)
     if settings.first != "gptq" and not settings.lora:
         tell_unlisted_zeros(context, student.model)
     extras = Extras(scale=settings.scales == "learned" or settings.freeze_scales > 0, rank=settings.lora or 0)
     modules = prepare(student.model, settings.scheme, extras=extras)
     _announce(settings, student, context)
-    plan = training_plan(settings, context, hidden_size(student.model), student.strategy)
+    plan = training_plan(settings, context, student)
     given = _given_grids(opened) if settings.first == "gptq" else None
     rounded = _rounded(settings, student, modules)
     quantizers = QatSchedule(settings, plan.total_steps, plan.seed, given, **rounded)
     hooks = [*keep_zeros_hooks(context, student.model), quantizers]
-    return _with(train_student(student, settings, context, hooks=hooks), rounded)
+    return _with(train_student(student, settings, context, plan, hooks=hooks), rounded)
 
 
 def finish(settings: QatSettings, context: StageContext, trained: Trained | None) -> StageResult:
@@ -126,15 +121,6 @@ def _hold_codes(settings: QatSettings, student: OpenStudent, context: StageConte
         state = round_model(student.model, settings.scheme, RoundingMethod(method=settings.first), sparse=sparse).state
     hold_codes(student.model, state)
     return state.modules
-
-
-def _whole_on_each_rank(context: StageContext) -> TrainerSettings:
-    if context.trainer.strategy == "fsdp2":
-        raise UserError(
-            f"{context.name}: train: scales keeps codes of one byte a weight whole on every rank, and fsdp2 spreads weights; "
-            "set trainer.strategy: ddp (or auto)"
-        )
-    return replace(context.trainer, strategy="ddp")
 
 
 def _rounded(settings: QatSettings, student: OpenStudent, modules: Iterable[str]) -> dict[str, Any]:

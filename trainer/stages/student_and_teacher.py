@@ -12,19 +12,19 @@ from ...models.families import check_head
 from ...models.folder.loading import load_config, load_model, meta_model
 from ...models.folder.streaming import WeightFiles, can_stream, empty_model
 from ...models.teachers import LocalTeacher, Teacher, open_teacher
-from ..plan import TrainingPlan
+from ..plan import StepPlan
 from ..processes.strategy import choose_strategy, device_bytes, shards
+from ..processes.teacher_memory import teacher_bytes, teacher_size
 from ..processes.world import current_world, value_of_first
 from ..settings import TrainingBlock
 from ..soft_targets.cached import SparseTeacher
 from ..soft_targets.fill import cached_teacher
 from ..soft_targets.served import ServedTeacher
-from .context import StageContext, TeacherRef
+from ..stage_plan import held_teacher, learns_from, wanted_strategy
+from .context import StageContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.1, "nf4": 0.7}
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class OpenStudent:
     """How the student is spread over ranks."""
 
 
-def open_student(context: StageContext) -> OpenStudent:
+def open_student(settings: TrainingBlock, context: StageContext) -> OpenStudent:
     """The stage's input with fp32 master weights. Under FSDP2 no rank ever reads, or holds, more of it than its share."""
-    strategy = stage_strategy(context)
+    strategy = stage_strategy(settings, context)
     place, revision = context.input, context.input_revision
     if shards(strategy, current_world()) and can_stream(place, revision):
         model, weights = empty_model(place, revision)
@@ -64,35 +64,34 @@ def current_device() -> torch.device:
     return torch.device("cuda", current_world().local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def stage_strategy(context: StageContext) -> Literal["ddp", "fsdp2"]:
+def stage_strategy(settings: TrainingBlock, context: StageContext) -> Literal["ddp", "fsdp2"]:
     """How this stage's student is spread: the recipe's word, or by what fits (decided on rank 0, the same on every rank)."""
-    settings, world, memory = context.trainer, current_world(), device_bytes()
-    if settings.strategy != "auto":
-        return settings.strategy
+    wanted = wanted_strategy(settings, context.trainer, name=context.name)
+    world, memory = current_world(), device_bytes()
+    if wanted != "auto":
+        return wanted
     if world.size == 1 or memory is None:
         return "ddp"
     chosen = choose_strategy(
         "auto",
         ranks=world.size,
         parameters=stored_parameters(context.input, context.input_revision),
-        optimizer=settings.optimizer,
-        teacher_bytes=teacher_bytes(context.teacher, world.size),
+        optimizer=context.trainer.optimizer,
+        teacher_bytes=stage_teacher_bytes(settings, context, world.size),
         device_bytes=memory,
     )
     return "fsdp2" if value_of_first(int(chosen == "fsdp2")) else "ddp"
 
 
-def teacher_bytes(teacher: TeacherRef | None, ranks: int) -> int:
-    """About what a teacher takes on each device."""
-    if teacher is None:
+def stage_teacher_bytes(settings: TrainingBlock, context: StageContext, ranks: int) -> int:
+    """Bytes of the stage's teacher on each device, by its config; 0 where none is held."""
+    held = held_teacher(settings, context.teacher, name=context.name)
+    if held is None:
         return 0
-    return held_bytes(stored_parameters(teacher.path, teacher.revision), teacher.load_in, teacher.placement, ranks)
-
-
-def held_bytes(parameters: int, load_in: str, placement: str, ranks: int) -> int:
-    """About what a teacher of ``parameters`` takes on each device."""
-    share = {"replicated": 1.0, "sharded": 1 / ranks, "offloaded": 0.1}[placement]
-    return int(parameters * _BYTES[load_in] * share)
+    path, revision = context.input, context.input_revision
+    if held.whose == "recipe" and context.teacher is not None:
+        path, revision = context.teacher.path, context.teacher.revision
+    return teacher_bytes(teacher_size(meta_model(load_config(path, revision=revision))), held.load_in, held.placement, ranks)
 
 
 def stored_parameters(path: str, revision: str | None) -> int:
@@ -100,13 +99,13 @@ def stored_parameters(path: str, revision: str | None) -> int:
     return sum(parameter.numel() for parameter in meta_model(load_config(path, revision=revision)).parameters())
 
 
-def stage_teacher(settings: TrainingBlock, context: StageContext, plan: TrainingPlan) -> Teacher | SparseTeacher | None:
+def stage_teacher(settings: TrainingBlock, context: StageContext, steps: StepPlan) -> Teacher | SparseTeacher | None:
     """The teacher that the stage learns from, on this rank's device or in its cache; None when its loss needs none."""
-    if settings.loss.hard_weight == 1.0:
+    choice = learns_from(settings, has_teacher=context.teacher is not None)
+    if choice is None:
         return None
-    choice = settings.teacher or ("recipe" if context.teacher else "input")
     if choice == "recipe" and context.teacher and context.teacher.cache:
-        return cached_teacher(context, settings.loss, plan, lambda: _running_teacher(choice, context))
+        return cached_teacher(context, settings.loss, steps, lambda: _running_teacher(choice, context))
     return _running_teacher(choice, context)
 
 

@@ -24,11 +24,10 @@ from decoct.models.teachers import LocalTeacher
 from decoct.qat.layers.quantized_model import prepare
 from decoct.qat.scheme import QuantScheme
 from decoct.qat.spec import QuantSpec
-from decoct.trainer.batch import BatchPlan
 from decoct.trainer.loop.fit import fit
 from decoct.trainer.loop.metrics import MetricsSink
 from decoct.trainer.loop.objective import Objective
-from decoct.trainer.plan import TrainingPlan
+from decoct.trainer.plan import BatchPlan, TrainingPlan
 
 SEQ, WINDOWS, VOCAB = 256, 4, 8192
 

@@ -45,6 +45,16 @@ def test_the_verb_prints_json_in_seconds() -> None:
     assert found["problems"] == []
 
 
+def test_a_plan_is_made_without_the_training_library() -> None:
+    code = (
+        "import sys\nfrom decoct.configs import load_recipe\nfrom decoct.launch.plan.before_run import check_before_run\n"
+        "from decoct.launch.plan.make_plan import plan\nplan(load_recipe('quickstart'))\n"
+        "print([name for name in sys.modules if name.partition('.')[0] in ('lightning', 'torchmetrics', 'wandb')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_values_say_where_they_come_from() -> None:
     made = plan(load_recipe("quickstart", ["stages.0.distill.tokens=100k"]))
     values = {value.key: value for stage in made.stages for value in stage.values} | {value.key: value for value in made.values}

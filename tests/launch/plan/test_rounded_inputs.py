@@ -13,8 +13,7 @@ from decoct.qat.layers.input_hooks import round_inputs
 from decoct.qat.layers.quantized_model import prepare
 from decoct.qat.scheme import QuantScheme
 from decoct.qat.spec import ActivationSpec, QuantSpec
-from decoct.trainer.batch import BatchPlan
-from decoct.trainer.plan import TrainingPlan
+from decoct.trainer.plan import BatchPlan, TrainingPlan
 
 SPEC = QuantSpec(bits=8, group_size="channel")
 WINDOWS, SEQ = 2, 48

@@ -250,7 +250,7 @@ def test_gradients_are_clipped_to_the_global_norm_after_scaling(training: Module
 
 
 def test_the_rate_follows_the_schedule_by_step(training: ModuleType, tmp_path: Path) -> None:
-    from decoct.trainer.schedule import learning_rate
+    from decoct.trainer.plan import learning_rate
 
     case = training.Case(steps=10)
     training.run_case(case, tmp_path)

@@ -12,10 +12,9 @@ from decoct.models.common.errors import UserError
 from decoct.models.low_bit import load_bitsandbytes
 from decoct.qat.layers.quant_linear import Extras, QuantLinear
 from decoct.qat.spec import QuantSpec
-from decoct.trainer.batch import BatchPlan
 from decoct.trainer.checkpoints.optimizer_moments import decode, encode, load_state_tensors, state_tensors, zero_moments
 from decoct.trainer.loop.optimizer import build_optimizer
-from decoct.trainer.plan import TrainingPlan
+from decoct.trainer.plan import BatchPlan, TrainingPlan
 
 LOW_BIT = "adamw-8bit"
 

@@ -14,9 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from decoct.models.folder.streaming import empty_model
 from decoct.qat.layers.quant_linear import Extras, QuantLinear
 from decoct.qat.spec import QuantSpec
-from decoct.trainer.batch import BatchPlan
 from decoct.trainer.loop.placed_student import Placed
-from decoct.trainer.plan import TrainingPlan
+from decoct.trainer.plan import BatchPlan, TrainingPlan
 from decoct.trainer.processes.world import World
 
 _ROUND_TRIP = """
@@ -29,7 +28,7 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 
 from decoct.models.folder.streaming import empty_model
-from decoct.trainer.batch import BatchPlan
+from decoct.trainer.plan import BatchPlan
 from decoct.trainer.plan import TrainingPlan
 from decoct.trainer.processes.sharding import local
 from decoct.trainer.loop.placed_student import Placed

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from decoct.trainer.loop.rng import capture_generators, derive_seed, restore_generators, seed_generators
+from decoct.trainer.loop.rng import capture_generators, restore_generators, seed_generators
+from decoct.trainer.plan import derive_seed
 
 CPU = torch.device("cpu")
 
@@ -41,8 +42,3 @@ def test_seeding_decides_every_generator() -> None:
     assert _draw() == first
     seed_generators(derive_seed(1, "dropout", 1, 0))
     assert all(a != b for a, b in zip(_draw(), first))
-
-
-def test_names_are_kept_apart() -> None:
-    assert derive_seed(1, "a", 12) != derive_seed(1, "a", 1, 2)
-    assert 0 <= derive_seed(0, "x") < 2**63
