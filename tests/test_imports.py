@@ -109,7 +109,7 @@ def folders() -> list[str]:
     return sorted({".".join(name.split(".")[:-1]) for name in modules()})
 
 
-KNOWN = {"qat", "trainer"}
+KNOWN = {"trainer"}
 """Folders with a circle that is still to be cut."""
 
 

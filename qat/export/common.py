@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...models.common.errors import UserError
 from ...models.families import FUSED
+from ..source.plain_weights import holds
 from ..source.quantized_source import ExportSource
 from ..spec import QuantSpec
 
@@ -62,11 +63,6 @@ def exact_scales(scales: Tensor, dtype: torch.dtype, format: str, module: str) -
             "quantize with scale_grid 'bf16_fp16', whose scales every format holds"
         )
     return stored.contiguous()
-
-
-def holds(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether every value of a float tensor is a value of ``dtype`` too."""
-    return torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
 
 
 def exact_plain(source: ExportSource, name: str, dtype: torch.dtype) -> Tensor:

@@ -22,8 +22,9 @@ from ..export import awq, gptq
 from ..export import plain_safetensors as safetensors_folder
 from ..footprint import folder_bytes
 from ..runtimes.check import check_runtimes
-from ..source.plain_source import CastError, PlainSource, open_plain_source
-from ..source.quantized_source import ExportSource, open_source
+from ..source.openers import PLAIN_GGUF, SourceFolder
+from ..source.plain_source import CastError, PlainSource
+from ..source.quantized_source import ExportSource
 from ..verify.exactness import rebuilt_hashes, scale_hashes
 from .beyond_weights import check_beside, said_of
 from .card import CardFacts, FormatCard, card_text
@@ -59,8 +60,6 @@ class Exporter:
     """The content of config.json."""
     write: Callable[[Path, ExportSource], None]
     """Writes the weight files into a folder."""
-    open: Callable[[Path], ExportSource] = open_source
-    """Reads and checks the folder that is exported."""
     beside: bool = False
     """The format says how inputs, keys and values are rounded."""
     card: FormatCard = field(default_factory=FormatCard)
@@ -72,7 +71,6 @@ _GGUF = Exporter(
     planned_bytes=gguf_files.planned_bytes,
     config=gguf_files.exported_config,
     write=gguf_files.write,
-    open=gguf_files.open_codes,
     card=GGUF_CARD,
 )
 _PLAIN = Exporter(
@@ -80,7 +78,6 @@ _PLAIN = Exporter(
     planned_bytes=safetensors_folder.planned_bytes,
     config=safetensors_folder.exported_config,
     write=safetensors_folder.write,
-    open=safetensors_folder.open_any_folder,
     card=PLAIN_CARD,
 )
 EXPORTERS: dict[str, Exporter] = {
@@ -107,7 +104,7 @@ EXPORTERS: dict[str, Exporter] = {
     ),
     awq.NAME: Exporter(check=awq.check, planned_bytes=awq.planned_bytes, config=awq.exported_config, write=awq.write, card=AWQ_CARD),
     safetensors_folder.NAME: _PLAIN,
-    safetensors_folder.WIDE_NAME: replace(_PLAIN, open=safetensors_folder.open_wide_folder),
+    safetensors_folder.WIDE_NAME: _PLAIN,
     gguf_files.NAME: _GGUF,
     gguf_files.NARROW_NAME: replace(
         _GGUF,
@@ -115,7 +112,7 @@ EXPORTERS: dict[str, Exporter] = {
         planned_bytes=partial(gguf_files.planned_bytes, q2_0=True),
         write=partial(gguf_files.write, q2_0=True),
     ),
-    **{name: replace(_GGUF, open=partial(open_plain_source, dtype=dtype)) for name, dtype in gguf_files.PLAIN_FORMATS.items()},
+    **dict.fromkeys(PLAIN_GGUF, _GGUF),
 }
 """Format name -> exporter."""
 
@@ -177,7 +174,7 @@ def export_folder(
         raise UserError(f"{target} lies inside the model folder {source}, whose files are on record; choose a place outside it")
     with atomic_directory(target) as folder:
         check_record(source)  # what is packed gets new hashes, so that damage must be found before
-        opened = replace(exporter.open(source), reader_version=reader_version)
+        opened = replace(SourceFolder(source).open(format), reader_version=reader_version)
         _check_tokenizer(source)
         check_beside(opened, format, holds=exporter.beside)
         exporter.check(opened)

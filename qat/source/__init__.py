@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ... import lazy_names
 
 if TYPE_CHECKING:
+    from .openers import SourceFolder as SourceFolder
     from .plain_source import PlainSource as PlainSource
     from .plain_source import open_plain_source as open_plain_source
     from .quantized_source import ExportSource as ExportSource

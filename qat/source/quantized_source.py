@@ -1,7 +1,7 @@
 """The quantized folder that is exported: its codes, and every other tensor, read when it is written."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from ...models.common.json_file import what_instead
 from ...models.folder.structure import Structure, model_structure
 from ..codes.state import QuantState, load_quant_state
 from .stored_tensors import check_tied, checked_files, read_tensor, stored_files
+
+Load = Callable[[Path], QuantState]
+"""Reads and proves the codes of a folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +56,12 @@ class ExportSource:
         return tensor
 
 
-def open_source(folder: Path) -> ExportSource:
+def open_source(folder: Path, load: Load = load_quant_state) -> ExportSource:
     """Read and check a quantized folder.
+
+    Args:
+        folder: As the stages ``qat`` and ``quantize`` write it.
+        load: Reads and proves its codes.
 
     Raises:
         UserError: no such folder, no codes in it (run qat or quantize), damaged or foreign files, codes out of range, scales that are
@@ -65,7 +72,7 @@ def open_source(folder: Path) -> ExportSource:
         raise UserError(
             f"{folder} is not a model folder (no config.json); {what_instead(folder)}; 'qat' and 'quantize' write quantized ones"
         )
-    state = load_quant_state(folder)
+    state = load(folder)
     found = checked_files(folder)
     structure = model_structure(folder)
     state, stored = state.renamed(structure.stored_modules()), stored_files(found, structure)

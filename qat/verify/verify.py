@@ -17,6 +17,7 @@ from ..readers.open import is_export, open_folder
 from ..readers.tensors import WeightFolder
 from ..rebuild import load_exported_model as load_exported_model
 from ..runtimes.check import check_runtimes
+from ..source.openers import SourceFolder
 from ..spec import QuantSpec
 from .exact_kv_cache import cache_of
 from .exactness import check_recorded, rebuilt_hashes
@@ -165,13 +166,8 @@ def _cache_problems(opened: WeightFolder, quant: dict[str, Any]) -> list[str]:
 
 
 def _check_source(path: Path, source: Path, report: VerifyReport) -> None:
-    # export imports what verify uses, so verify imports export only where it needs it
-    from ..export.export import EXPORTERS
-    from ..source.quantized_source import open_source
-
     folder = path.parent if path.is_file() else path
-    form = read_record(folder).get("export", {}).get("format")
-    opened = EXPORTERS[form].open(source) if form in EXPORTERS else open_source(source)
+    opened = SourceFolder(source).open(read_record(folder).get("export", {}).get("format"))
     try:
         _, problems = rebuilt_hashes(path, opened)
     except UserError as error:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ....models.common.errors import UserError
 from ....models.folder.structure import plain_config
 from ...source.plain_source import PlainSource
-from ...source.quantized_source import ExportSource, open_source
+from ...source.quantized_source import ExportSource
 from ..common import layer
 from .blocks import BLOCK, WIDE_BLOCK, fits_fp16, minimums, pack_q2_0, pack_q4_0, pack_q4_1, pack_q5_0, pack_q5_1, pack_q8_0
 from .container import FILE_TYPES, TensorPlan, TensorType, Value, planned_file_bytes, write_gguf
@@ -36,21 +36,9 @@ if TYPE_CHECKING:
 NAME, NARROW_NAME = "gguf", "gguf-q2_0"
 FILE = "model.gguf"
 PLAIN_TYPES = {torch.float32: TensorType.F32, torch.float16: TensorType.F16, torch.bfloat16: TensorType.BF16}
-PLAIN_FORMATS = {"gguf-f32": torch.float32, "gguf-f16": torch.float16, "gguf-bf16": torch.bfloat16}
-"""Names of the formats that take a plain model folder."""
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
 _SYMMETRIC = {TensorType.Q2_0: pack_q2_0, TensorType.Q4_0: pack_q4_0, TensorType.Q5_0: pack_q5_0, TensorType.Q8_0: pack_q8_0}
 _ASYMMETRIC = {TensorType.Q4_1: pack_q4_1, TensorType.Q5_1: pack_q5_1}
-
-
-def open_codes(folder: Path) -> ExportSource:
-    """``open_source``, whose refusal of a folder without codes also names the formats that take one."""
-    try:
-        return open_source(folder)
-    except UserError as error:
-        if "holds no codes" not in str(error):
-            raise
-        raise UserError(f"{error} Weights as they are can be exported with --format {', '.join(PLAIN_FORMATS)}.") from error
 
 
 def check(source: ExportSource, q2_0: bool = False) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from decoct.qat.codes.state import QuantState
-from decoct.qat.export.export import EXPORTERS, export_folder
+from decoct.qat.export.export import export_folder
 from decoct.qat.fake_quant.encoding import encode
+from decoct.qat.source.openers import OPENERS
 from decoct.qat.source.quantized_source import ExportSource, open_source
 from decoct.qat.spec import ActivationSpec, QuantSpec
 
@@ -60,7 +61,7 @@ def export_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExportSour
     """``export_source(source, format, **options)``: the folder that ``export_folder`` makes of a source."""
 
     def run(source: ExportSource, form: str, **options: Any) -> Path:
-        monkeypatch.setitem(EXPORTERS, form, dataclasses.replace(EXPORTERS[form], open=lambda folder: source))
+        monkeypatch.setitem(OPENERS, form, lambda folder, load: source)
         target = tmp_path / f"{form}-{len(list(tmp_path.iterdir()))}"
         export_folder(source.folder, target, form, runtimes=False, **options)
         return target

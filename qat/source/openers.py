@@ -1,0 +1,64 @@
+"""How the folder that is exported is opened for each format: a quantized one, one with plain weights, or either.
+
+Exporting and verifying both open folders here, so that both compare with the same numbers.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ...models.common.errors import UserError
+from ..codes.state import QuantState, load_quant_state
+from .plain_source import open_plain_source
+from .plain_weights import open_any_folder, open_wide_folder
+from .quantized_source import ExportSource, Load, open_source
+
+PLAIN_GGUF = {"gguf-f32": torch.float32, "gguf-f16": torch.float16, "gguf-bf16": torch.bfloat16}
+"""GGUF formats that take a folder with plain weights, and what those are rounded to."""
+
+
+class SourceFolder:
+    """A folder to export. Its codes are read and proven once, however many formats are written of it or compared with it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._state: QuantState | None = None
+
+    def open(self, format: str | None) -> ExportSource:
+        """The folder as the source of a format; of one that is unknown, a quantized folder.
+
+        Raises:
+            UserError: the folder cannot be that, or it is damaged.
+        """
+        return OPENERS.get(format or "", open_source)(self.path, self._load)
+
+    def _load(self, folder: Path) -> QuantState:
+        if self._state is None:
+            self._state = load_quant_state(folder)
+        return self._state
+
+
+def _open_codes(folder: Path, load: Load) -> ExportSource:
+    """``open_source``, whose refusal of a folder without codes also names the formats that take one."""
+    try:
+        return open_source(folder, load)
+    except UserError as error:
+        if "holds no codes" not in str(error):
+            raise
+        raise UserError(f"{error} Weights as they are can be exported with --format {', '.join(PLAIN_GGUF)}.") from error
+
+
+def _open_plain(folder: Path, load: Load, dtype: torch.dtype) -> ExportSource:
+    return open_plain_source(folder, dtype)
+
+
+OPENERS: dict[str, Callable[[Path, Load], ExportSource]] = {
+    "safetensors": open_any_folder,
+    "safetensors-f32": open_wide_folder,
+    "gguf": _open_codes,
+    "gguf-q2_0": _open_codes,
+    **{name: partial(_open_plain, dtype=dtype) for name, dtype in PLAIN_GGUF.items()},
+}
+"""By format; every other one takes a quantized folder (``open_source``)."""
