@@ -1,10 +1,25 @@
-"""decoct: distil, prune, quantize, export and report large language models. Its parts are its sub-packages; importing it costs nothing."""
+"""decoct: distil, prune, quantize, export and report large language models. Its parts are its sub-packages; importing it costs nothing.
+
+Only what every part shares stands here: names that a package hands on lazily, and what a field of a settings dataclass takes.
+
+A new setting states what it takes at its field and nowhere else: its type, and the bounds of a number as metadata of the type,
+
+    keep: Annotated[float, Bounds(gt=0, lt=1, why="it is the share of the weights that stays")]
+
+with its description in the string below the field. The dataclass calls ``check_fields(self)`` in ``__post_init__``. Recipes, their
+messages, the JSON Schema and the reference of recipe keys all read the field. A rule about several fields of one dataclass belongs in
+its ``__post_init__``; a rule about several sections or stages belongs in ``configs/checks.py``.
+"""
 
 import ast
 import importlib
 import sys
+import types
 from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 __version__ = "0.1.0"
 
@@ -32,3 +47,101 @@ def lazy_names(package: str) -> tuple[Callable[[str], object], Callable[[], list
         return sorted({*vars(sys.modules[package]), *places()})
 
     return get, names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """The numbers that a setting takes, as metadata of its type: ``Annotated[int, Bounds(ge=1)]``. A bound that is None is open."""
+
+    ge: float | None = None
+    """The smallest number."""
+    gt: float | None = None
+    """All numbers are greater than this."""
+    le: float | None = None
+    """The largest number."""
+    lt: float | None = None
+    """All numbers are less than this."""
+    why: str = ""
+    """What a message says after the bounds: the reason, or what to use instead."""
+
+    def allow(self, value: float) -> bool:
+        """Whether ``value`` lies within the bounds; NaN never does."""
+        return (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
+
+    def words(self) -> str:
+        """The bounds in words, such as 'at least 0 and less than 1'."""
+        named = (("at least", self.ge), ("greater than", self.gt), ("at most", self.le), ("less than", self.lt))
+        return " and ".join(f"{word} {limit:,}" for word, limit in named if limit is not None)
+
+    def demand(self) -> str:
+        """The end of a message about a number that is not allowed: the bounds and the reason."""
+        return f"must be {self.words()}" + (f"; {self.why}" if self.why else "")
+
+
+Count = Annotated[int, Bounds(ge=1)]
+"""A number of things."""
+
+
+@cache
+def types_of(settings: type) -> dict[str, Any]:
+    """Key -> type of a settings dataclass, metadata included, in the order of its fields."""
+    hints = get_type_hints(settings, include_extras=True)
+    return {entry.name: hints[entry.name] for entry in fields(settings)}
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself; without metadata."""
+    return tuple(get_args(option)[0] if get_origin(option) is Annotated else option for option in _members(annotation))
+
+
+def bounds_of(annotation: Any) -> Bounds:
+    """The bounds of the numbers that a type allows; open ones where it names none."""
+    found = (get_args(option)[1:] for option in _members(annotation) if get_origin(option) is Annotated)
+    return next((extra for extras in found for extra in extras if isinstance(extra, Bounds)), Bounds())
+
+
+def choices(annotation: Any) -> tuple[str, ...]:
+    """The words that a type allows by name."""
+    return tuple(word for option in alternatives(annotation) if get_origin(option) is Literal for word in get_args(option))
+
+
+def check_fields(settings: Any) -> None:
+    """Check numbers, truth values and choices of a settings dataclass against the types of its fields.
+
+    Raises:
+        ValueError: the first field whose value is not allowed, as ``name=value``, what it must be, and why.
+    """
+    for name, annotation in types_of(type(settings)).items():
+        value = getattr(settings, name)
+        inner = next((get_args(option)[0] for option in alternatives(annotation) if get_origin(option) is tuple), annotation)
+        for item in value if isinstance(value, tuple) else (value,):
+            if fault := _fault(item, inner):
+                raise ValueError(f"{name}={item!r} {fault}")
+
+
+def _fault(value: Any, annotation: Any) -> str | None:
+    """What is wrong with a value of a field, where its type allows nothing but numbers, truth values and choices."""
+    options = [option for option in alternatives(annotation) if option is not type(None)]
+    words = choices(annotation)
+    if not all(option in (int, float, bool) or get_origin(option) is Literal for option in options):
+        return None
+    if value in words or (value is None and len(options) < len(alternatives(annotation))):
+        return None
+    if bool in options:
+        return None if isinstance(value, bool) else "is not a truth value; use true or false"
+    if not (int in options or float in options):
+        return f"is not one of {', '.join(words)}"
+    if isinstance(value, bool) or not isinstance(value, (int, float) if float in options else int):
+        number = "number" if float in options else "whole number"
+        return f"is neither a {number} nor one of {', '.join(words)}" if words else f"is not a {number}"
+    bounds = bounds_of(annotation)
+    return None if bounds.allow(value) else bounds.demand()

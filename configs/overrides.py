@@ -7,13 +7,14 @@ of it; the kind after that may be left out.
 
 from collections.abc import Sequence
 
+from .. import types_of
 from ..models.common.errors import UserError
 from ..trainer.stages.registry import STAGE_KINDS
 from .nodes import Entry, Listing, Mapping, Node, Scalar, is_null
 from .problems import did_you_mean
 from .reading import SECTIONS, stage_parts
 from .recipe import stage_name
-from .schema import SHORT_FORMS, types_of
+from .sections import SHORT_FORMS
 
 
 def apply_overrides(root: Node, overrides: Sequence[str]) -> None:

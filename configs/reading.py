@@ -11,8 +11,8 @@ from ..trainer.stages.registry import STAGE_KINDS
 from .checks import Draft, check_draft
 from .nodes import Entry, KeyPath, Listing, Mapping, Node, Scalar, is_null, place_of
 from .problems import Problems, did_you_mean, nearest
-from .recipe import Recipe, StageEntry, stage_name
-from .schema import read_settings, shown, unknown_key
+from .recipe import Recipe, Seed, StageEntry, stage_name
+from .sections import read_settings, shown, unknown_key
 
 SECTIONS: dict[str, type] = {
     "teacher": TeacherSettings,
@@ -37,7 +37,7 @@ class _Head:
     """The keys at the top that are no sections."""
 
     name: str | None = None
-    seed: int = 0
+    seed: Seed = 0
 
 
 def read_recipe(root: Node, problems: Problems, *, default_name: str | None) -> Recipe:
@@ -80,8 +80,6 @@ def _read_head(root: Mapping, problems: Problems, default_name: str | None) -> t
     settings = read_settings(head, _Head, (), problems)
     if settings is None:
         return "", 0
-    if not 0 <= settings.seed < 2**32:
-        problems.add(("seed",), f"{settings.seed} is outside 0 .. 2^32 - 1")
     name = default_name if settings.name is None else settings.name
     if name is None:
         _need("name", problems)

@@ -1,10 +1,13 @@
 """The recipe: one typed value that holds everything a run is told. ``loader.py`` makes it from YAML."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from .. import Bounds
 from ..models.settings import StudentSettings, TeacherSettings
 from ..trainer.settings import DataSettings, LoggerSettings, TrainerSettings
+
+Seed = Annotated[int, Bounds(ge=0, le=2**32 - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +46,8 @@ class Recipe:
     teacher: TeacherSettings | None = None
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)
-    seed: int = 0
-    """Of everything random: initial weights, data order, split."""
+    seed: Seed = 0
+    """Seed of everything random: initial weights, data order, split."""
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:

@@ -6,11 +6,11 @@ where a fraction may stand. ``describe`` says in words what a key takes.
 
 import math
 import re
-import types
 from dataclasses import fields, is_dataclass
 from decimal import Decimal
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
+from .. import alternatives, choices
 from .nodes import Scalar, is_null
 
 _NUMBER = re.compile(r"([+-]?)([0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]([+-]?[0-9]{1,3}))?([kMB%]?)")
@@ -26,16 +26,6 @@ def parse_number(text: str) -> tuple[Decimal, bool] | None:
     sign, digits, exponent, suffix = match.groups()
     value = Decimal(f"{sign}{digits.replace('_', '')}e{exponent or 0}") * _SUFFIXES[suffix]
     return value, suffix == "%"
-
-
-def alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type itself."""
-    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-
-
-def choices(annotation: Any) -> tuple[str, ...]:
-    """The words that a type allows by name."""
-    return tuple(word for option in alternatives(annotation) if get_origin(option) is Literal for word in get_args(option))
 
 
 def read_scalar(scalar: Scalar, annotation: Any) -> Any:
@@ -114,7 +104,8 @@ def _describe(option: Any) -> str:
     return simple.get(option, "a value")
 
 
-def _plural(option: Any) -> str:
+def _plural(annotation: Any) -> str:
+    option = alternatives(annotation)[0]
     if get_origin(option) is Literal:
         return f"{_any_of([repr(word) for word in get_args(option)])}"
     return {int: "whole numbers", float: "numbers", str: "texts"}.get(option, "values")

@@ -2,13 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+from .. import Bounds, check_fields
 
 Divergence = Literal[
     "forward_kl", "reverse_kl", "jsd", "gkd_jsd", "skew_forward_kl", "skew_reverse_kl", "adaptive_kl", "symmetric_kl", "total_variation"
 ]
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 """All names."""
+Beta = Annotated[float, Bounds(gt=0, lt=1, why="use forward_kl or reverse_kl for 0 and 1, where the published form vanishes")]
+Alpha = Annotated[float, Bounds(gt=0, lt=1, why="use forward_kl or reverse_kl for 0; at 1 the loss is 0 for every student")]
+Balance = Annotated[float, Bounds(gt=0, lt=1, why="use forward_kl for 1 and reverse_kl for 0")]
+HeadMass = Annotated[float, Bounds(gt=0, lt=1, why="use forward_kl or reverse_kl for 0 and 1")]
 
 DEFAULT_TEMPERATURE: Mapping[Divergence, float] = dict.fromkeys(DIVERGENCES, 1.0)
 """Softmax temperature of each divergence when the user gives none."""
@@ -20,12 +26,6 @@ _DIALS: Mapping[str, tuple[float, tuple[Divergence, ...]]] = {
     "head_mass": (0.5, ("adaptive_kl",)),
 }
 """Field of a divergence's own parameter -> (default, the divergences that have it)."""
-_ENDS = {
-    "beta": "use forward_kl or reverse_kl for 0 and 1, where the published form vanishes",
-    "alpha": "use forward_kl or reverse_kl for 0; at 1 the loss is 0 for every student",
-    "balance": "use forward_kl for 1 and reverse_kl for 0",
-    "head_mass": "use forward_kl or reverse_kl for 0 and 1",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,28 +37,26 @@ class LossSettings:
     """
 
     divergence: Divergence = "forward_kl"
-    """forward_kl = KL(teacher || student); reverse_kl = KL(student || teacher); jsd = generalised JSD / (beta (1 - beta)); gkd_jsd =
-    as published; skew_forward_kl, skew_reverse_kl (DistiLLM); adaptive_kl, symmetric_kl = mixtures of both KLs; total_variation."""
-    temperature: float | None = None
-    """Softmax temperature T of both models, > 0; not applied to the cross-entropy term. Default: 1."""
+    """Divergence between teacher and student: forward_kl = KL(teacher || student); reverse_kl = KL(student || teacher); jsd = generalised
+    Jensen-Shannon divergence / (beta (1 - beta)); gkd_jsd = the same as published, without the division; skew_forward_kl and
+    skew_reverse_kl = the skewed divergences of DistiLLM; adaptive_kl and symmetric_kl = mixtures of both KLs; total_variation."""
+    temperature: Annotated[float, Bounds(gt=0, why="1.0 leaves the logits as they are")] | None = None
+    """Softmax temperature T of both models. It does not apply to the cross-entropy term. Default: 1."""
     t_squared: bool = True
     """Multiply the divergence by T^2, so that gradients keep their size when T changes."""
-    beta: float | None = None
-    """Weight of the teacher in the mixture of jsd and gkd_jsd, in (0, 1), default 0.5."""
-    alpha: float | None = None
-    """Skew of skew_forward_kl and skew_reverse_kl: share of the first distribution mixed into the second, in (0, 1), default 0.1."""
-    balance: float | None = None
-    """Weight of forward KL in symmetric_kl, in (0, 1), default 0.5; reverse KL gets the rest."""
-    head_mass: float | None = None
-    """Teacher probability that makes up the head of adaptive_kl, in (0, 1), default 0.5."""
-    hard_weight: float = 0.0
-    """Weight of the cross-entropy on the data's own labels, in [0, 1]. 1 trains without a teacher."""
+    beta: Beta | None = None
+    """jsd and gkd_jsd: weight of the teacher in the mixture. Default: 0.5."""
+    alpha: Alpha | None = None
+    """skew_forward_kl and skew_reverse_kl: share of the first distribution that is mixed into the second. Default: 0.1."""
+    balance: Balance | None = None
+    """symmetric_kl: weight of forward KL; reverse KL gets the rest. Default: 0.5."""
+    head_mass: HeadMass | None = None
+    """adaptive_kl: teacher probability that makes up the head of the distribution. Default: 0.5."""
+    hard_weight: Annotated[float, Bounds(ge=0, le=1, why="0 trains on the teacher alone")] = 0.0
+    """Weight of the cross-entropy on the labels of the text. 1 trains without a teacher."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.hard_weight <= 1:
-            raise ValueError(f"hard_weight={self.hard_weight} must lie in [0, 1]; 0 trains on the teacher alone")
-        if self.divergence not in DIVERGENCES:
-            raise ValueError(f"divergence={self.divergence!r} is not one of {', '.join(DIVERGENCES)}")
+        check_fields(self)
         self._fill_temperature()
         for dial, (default, owners) in _DIALS.items():
             self._fill(dial, default, owners)
@@ -76,8 +74,6 @@ class LossSettings:
                 # the dataclass is frozen: defaults can only be written past its own __setattr__
                 object.__setattr__(self, "temperature", DEFAULT_TEMPERATURE[self.divergence])
             return
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be greater than 0; 1.0 leaves the logits as they are")
         if self.hard_weight == 1:
             raise ValueError(
                 f"temperature={self.temperature} has no effect: with hard_weight 1 the loss is cross-entropy alone, without a temperature; "
@@ -85,7 +81,7 @@ class LossSettings:
             )
 
     def _fill(self, dial: str, default: float, owners: tuple[Divergence, ...]) -> None:
-        """Fills in a parameter's default; raises ValueError if the divergence has no such parameter or the value is out of range."""
+        """Fills in a parameter's default; raises ValueError if the divergence has no such parameter."""
         value = getattr(self, dial)
         if self.divergence not in owners:
             if value is not None:
@@ -93,5 +89,3 @@ class LossSettings:
                 raise ValueError(f"{dial}={value} has no effect: it belongs to {has}, and divergence is {self.divergence}; leave it out")
         elif value is None:
             object.__setattr__(self, dial, default)
-        elif not 0 < value < 1:
-            raise ValueError(f"{dial}={value} must lie strictly between 0 and 1; {_ENDS[dial]}")

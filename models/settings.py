@@ -3,8 +3,10 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
+
+from .. import Bounds, Count, check_fields
 
 LoadIn = Literal["fp32", "bf16", "int8", "nf4"]
 Placement = Literal["replicated", "sharded", "offloaded"]
@@ -14,88 +16,89 @@ NF4_BLOCK = 64
 """Weights of an nf4 teacher that share an fp32 scale."""
 
 CACHED_BYTES: Mapping[CacheMode, int] = {"top_k": 120, "sampled": 39, "hybrid": 97}
-"""Bytes that a cache takes of each position at most, where the user names no number of tokens."""
+"""Most bytes per position of a cache, where the user names no number of tokens."""
 MOST_TOKENS = 1024
-"""Tokens that a cache may keep of each position."""
+"""Most tokens that a cache can keep per position."""
 MOST_TOP_K = 50
-"""Tokens that a top-k cache keeps at most, where the user names no number."""
+"""Most tokens that a top-k cache keeps per position, where the user names no number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScratchSettings:
-    """A small Llama teacher, with its own byte-level BPE tokenizer, trained on the recipe's text and cached."""
+    """A small Llama teacher with its own byte-level BPE tokenizer. It is trained on the recipe's text, and cached."""
 
-    hidden: int = 192
+    hidden: Count = 192
     """Hidden size (channels)."""
-    layers: int = 6
+    layers: Count = 6
     """Decoder layers."""
-    heads: int = 3
-    """Query heads; head_dim = hidden / heads."""
-    kv_heads: int = 1
-    """Key/value heads; divides ``heads``."""
-    ffn: int = 512
+    heads: Count = 3
+    """Query heads; must divide ``hidden``."""
+    kv_heads: Count = 1
+    """Key/value heads; must divide ``heads``."""
+    ffn: Count = 512
     """Intermediate channels of the gated FFN."""
-    vocab: int = 2048
-    """Tokenizer size, special tokens included."""
-    tokens: int = 1_000_000
+    vocab: Annotated[int, Bounds(ge=257, why="for 256 bytes and the end-of-text token")] = 2048
+    """Tokens of the tokenizer, special tokens included."""
+    tokens: Count = 1_000_000
     """Training tokens."""
-    learning_rate: float = 2e-3
-    """Peak learning rate (AdamW, warm-up + cosine)."""
+    learning_rate: Annotated[float, Bounds(gt=0)] = 2e-3
+    """Peak learning rate (AdamW, warm-up, cosine decay)."""
     tie_embeddings: bool = True
-    """Share the embedding table with the head."""
+    """Share the embedding table with the output head."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings:
-    """What is kept of a teacher's predictions, so that it runs over the text once and not once a stage and epoch."""
+    """The part of a teacher's predictions that is kept on disk, so that the teacher reads the training text once and not in every stage.
+
+    ``cache: top_k`` is short for ``cache: {mode: top_k}``.
+    """
 
     mode: CacheMode = "hybrid"
-    """top_k = the likeliest tokens, the mass of the others as one number; sampled = the likeliest token and a sample of the others,
-    unbiased; hybrid = a quarter likeliest tokens, three quarters sample, unbiased."""
-    tokens: int | None = None
-    """Tokens kept of each position; default: as many as 39 bytes (sampled) or 97 bytes (hybrid) hold, which is 12 and 32 at a vocabulary of
-    128,256 and more at a smaller one; 50 (top_k)."""
+    """Which tokens are kept per position: top_k = the likeliest, with the mass of all others as one number; sampled = the likeliest and an
+    unbiased sample of the others; hybrid = one quarter likeliest tokens, three quarters sample, unbiased."""
+    tokens: Annotated[int, Bounds(ge=2, le=MOST_TOKENS, why="it is the number of tokens kept per position")] | None = None
+    """Tokens kept per position. Default: as many as fit into 39 bytes (sampled) or 97 bytes (hybrid), which is 12 and 32 at a vocabulary of
+    128,256 and more at a smaller one; 50 for top_k."""
     path: str | None = None
-    """Folder of the cache; default: by content, in the cache folder (environment variable DECOCT_CACHE)."""
+    """Folder of the cache. Default: a folder named by content, in the cache folder (environment variable DECOCT_CACHE)."""
 
     def __post_init__(self) -> None:
-        if self.tokens is not None and not 2 <= self.tokens <= MOST_TOKENS:
-            raise ValueError(f"tokens={self.tokens} must lie in 2..{MOST_TOKENS}: how many tokens are kept of each position")
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedSettings:
-    """A server that predicts in the teacher's place: OpenAI-compatible, with vLLM's ``prompt_logprobs``."""
+    """An OpenAI-compatible server that predicts in the teacher's place; it must support vLLM's ``prompt_logprobs``."""
 
     url: str
-    """Address up to and including the version, such as http://host:8000/v1; it holds no key and no password."""
+    """Address up to and including the version, such as http://host:8000/v1. It holds no key and no password."""
     model: str
     """Name of the model on the server."""
-    tokens: int = 20
-    """Likeliest tokens asked for at each position; vLLM allows 20 unless started with --max-logprobs."""
-    requests: int = 8
-    """Requests under way at once, each in a thread; at most 256."""
-    timeout: float = 120.0
-    """Seconds to wait for a whole answer."""
-    retries: int = 5
-    """Further tries after a time-out, a broken-off answer or an overloaded server, with growing pauses."""
+    tokens: Annotated[int, Bounds(ge=1, le=1_000_000)] = 20
+    """Likeliest tokens requested per position. vLLM allows 20 unless it is started with --max-logprobs."""
+    requests: Annotated[int, Bounds(ge=1, le=256)] = 8
+    """Concurrent requests, one thread each."""
+    timeout: Annotated[float, Bounds(gt=0, le=86_400)] = 120.0
+    """Seconds to wait for a complete answer."""
+    retries: Annotated[int, Bounds(ge=0, le=1000)] = 5
+    """Retries after a time-out, an incomplete answer or an overloaded server, with growing pauses."""
     key_variable: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key, if the server wants one."""
+    """Environment variable that holds the key, if the server needs one."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_url(self.url, self.key_variable)
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable):
-            # what it holds is not shown: it may be the key itself
+            # the value is not shown: it may be the key itself
             raise ValueError("key_variable= names the environment variable that holds the key (letters, digits, '_'), not the key itself")
-        for name, most in (("tokens", 1_000_000), ("requests", 256), ("timeout", 86_400)):
-            if not 0 < getattr(self, name) <= most:
-                raise ValueError(f"{name}={getattr(self, name)} must be greater than 0 and at most {most:,}")
-        if not 0 <= self.retries <= 1000:
-            raise ValueError(f"retries={self.retries} must lie in 0..1000")
 
 
 def _check_url(url: str, key_variable: str) -> None:
-    """A plain address; a password or a key in it, which would be printed, logged and written, is refused without being shown."""
+    """ValueError unless ``url`` is a plain address. A password or key in it is never shown: messages are printed and logged."""
     try:
         parts = urlsplit(url)
         known = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
@@ -112,25 +115,27 @@ def _check_url(url: str, key_variable: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSettings:
-    """Where the teacher comes from: exactly one of ``path`` and ``scratch``."""
+    """The teacher: exactly one of ``path`` and ``scratch``."""
 
     path: str | None = None
     """Model folder or hub id."""
     scratch: ScratchSettings | None = None
     """Train a small teacher on the recipe's own text (no download)."""
     load_in: LoadIn = "bf16"
-    """How its weights are held: fp32, bf16, or the linear layers rounded by bitsandbytes to int8 or nf4. Logits are always fp32."""
+    """Precision of the teacher's weights in memory: fp32, bf16, or linear layers quantized by bitsandbytes to int8 or nf4. Logits are
+    always fp32."""
     placement: Placement = "replicated"
     """replicated = whole on every device; sharded = each process holds a share of every layer; offloaded = in host memory, one layer at a
-    time on the device. int8 and nf4 are replicated."""
+    time on the device. int8 and nf4 must be replicated."""
     revision: str | None = None
     """Hub revision (commit, tag or branch)."""
     cache: CacheSettings | None = None
-    """Let the teacher predict the training text once, keep a part of it on disk and train from that (forward KL)."""
+    """Let the teacher predict the training text once, keep part of the predictions on disk, and train from them (forward KL only)."""
     served: ServedSettings | None = None
-    """Let a server predict while training (forward KL); ``path`` still names the same model, for tokenizer and measurements."""
+    """Let a server predict during training (forward KL only). ``path`` still names the same model, for its tokenizer and measurements."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if (self.path is None) == (self.scratch is None):
             raise ValueError("a teacher needs exactly one of 'path' (model folder or hub id) and 'scratch'")
         if self.served and self.scratch:
@@ -141,22 +146,25 @@ class TeacherSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class KeepSettings:
-    """Which part of the teacher the student starts from."""
+    """The part of the teacher that the student starts from."""
 
-    layers: int
-    """Decoder layers kept: evenly spread, first and last always among them."""
+    layers: Count
+    """Decoder layers that are kept: evenly spread, always with the first and the last."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentSettings:
-    """Where the student starts: exactly one of ``keep`` (cut from the teacher), ``path`` and ``config`` (random weights)."""
+    """The student: exactly one of ``path``, ``keep`` (part of the teacher) and ``config`` (random weights)."""
 
     path: str | None = None
     """Model folder or hub id."""
     keep: KeepSettings | None = None
     """Start from the teacher with fewer layers."""
     config: dict[str, Any] | None = None
-    """transformers config of a student with random weights (``model_type`` and its fields; vocabulary from the tokenizer)."""
+    """transformers config of a student with random weights: ``model_type`` and its fields. The vocabulary comes from the tokenizer."""
     revision: str | None = None
     """Hub revision of ``path``."""
 

@@ -8,20 +8,21 @@ Embedding and head are left alone unless they are given a lattice. Imports no to
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
-from .spec import FLOAT_BITS, Divisor, Kind, QuantSpec, ScaleGrid
+from .. import check_fields
+from .spec import FLOAT_BITS, Bits, Divisor, GroupSize, Kind, QuantSpec, ScaleGrid
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpecChange:
-    """What a lattice has otherwise than the stage's ``weights``; a field that is not given is as there."""
+    """How a quantization differs from the stage's ``weights``. A key that is not given is as in ``weights``."""
 
     kind: Kind | None = None
     """As in weights."""
-    bits: int | None = None
-    """As in weights; of another kind than int that kind's own, if left out."""
-    group_size: int | Literal["channel", "tensor"] | None = None
+    bits: Bits | None = None
+    """As in weights. With another kind than int, the default is the width of that kind."""
+    group_size: GroupSize | None = None
     """As in weights."""
     symmetric: bool | None = None
     """As in weights."""
@@ -31,6 +32,7 @@ class SpecChange:
     """As in weights."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.given:
             raise ValueError(f"an empty section changes nothing; give one of {', '.join(f.name for f in fields(self))}, or leave it out")
 

@@ -12,13 +12,17 @@ Symbols: b bits, q signed code in [-2^(b-1), 2^(b-1)-1], s scale, z zero point, 
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
+
+from .. import Bounds, check_fields
 
 Kind = Literal["int", "nf4", "fp8_e4m3", "mxfp4", "nvfp4"]
 Divisor = Literal["half_range", "qmax", "full_range"]
 ActivationKind = Literal["int8", "fp8_e4m3"]
 Scaling = Literal["dynamic", "static"]
 ScaleGrid = Literal["bf16_fp16", "bf16", "fp16", "fp32"]
+Bits = Annotated[int, Bounds(ge=2, le=8, why="4 and 8 are what serving stacks read")]
+GroupSize = Annotated[int, Bounds(ge=1, why="use 32, 64 or 128, or 'channel'")] | Literal["channel", "tensor"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,48 +68,27 @@ _NOT_STORED = {"kind": "int"}
 """Fields that came later: at these values they are left out of the JSON form, so that older records and hashes stay."""
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def check_choices(**choices: tuple[object, Any]) -> None:
-    """``name=(value, literal type)``: ValueError naming the first value that is none of its type's."""
-    for name, (value, literal) in choices.items():
-        if value not in get_args(literal):
-            raise ValueError(f"{name}={value!r} is not one of {', '.join(get_args(literal))}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
     """Lattice of linear weights [out, in]: the codes' kind and width, one scale per ``group_size`` inputs, row or tensor."""
 
     kind: Kind = "int"
-    """What a code is: int, nf4, fp8_e4m3, mxfp4 or nvfp4 (formulas above)."""
-    bits: int = 4
-    """Width of a code, 2 to 8."""
-    group_size: int | Literal["channel", "tensor"] = 128
-    """Consecutive input elements that share a scale; 'channel' = the whole row, 'tensor' = the whole matrix."""
+    """Format of a code: int = integer, nf4 = 16 quantiles of a normal distribution, fp8_e4m3 = 8-bit float, mxfp4 and nvfp4 = 4-bit floats
+    with scales per 32 and per 16 inputs."""
+    bits: Bits = 4
+    """Width of a code. The kinds that are not int have a fixed width: 8 for fp8_e4m3, 4 for the others."""
+    group_size: GroupSize = 128
+    """Consecutive input features that share a scale. channel = one scale per output row, tensor = one scale per matrix."""
     symmetric: bool = True
-    """Zero is code 0 and there is no zero point; false (kind int): scale (max - min) / (2^b - 1) and an integer zero point."""
+    """true = zero is code 0, and there is no zero point; false (kind int) = scale (max - min) / (2^bits - 1) and an integer zero point."""
     divisor: Divisor = "half_range"
-    """absmax -> scale: half_range (2^b - 1) / 2, qmax 2^(b-1) - 1, full_range 2^(b-1)."""
+    """What the largest magnitude is divided by to give the scale, for b bits: half_range = (2^b - 1) / 2, qmax = 2^(b-1) - 1,
+    full_range = 2^(b-1)."""
     scale_grid: ScaleGrid = "bf16_fp16"
-    """Values a scale may take: bf16_fp16 = bf16 clamped to [2^-17, 65280], exact in bf16 and in fp16."""
+    """Numbers that a scale can take. bf16_fp16 = bf16 clamped to [2^-17, 65280], which is exact in bf16 and in fp16."""
 
     def __post_init__(self) -> None:
-        check_choices(kind=(self.kind, Kind))
-        if not _is_int(self.bits):
-            raise ValueError(f"bits={self.bits!r} is not a whole number; use 2 to 8")
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits={self.bits} is outside 2..8; 4 and 8 are what serving stacks read")
-        if self.group_size not in ("channel", "tensor"):
-            if not _is_int(self.group_size):
-                raise ValueError(f"group_size={self.group_size!r} is neither a whole number nor 'channel' or 'tensor'")
-            if int(self.group_size) < 1:
-                raise ValueError(f"group_size={self.group_size} must be at least 1; use 32, 64 or 128, or 'channel'")
-        if not isinstance(self.symmetric, bool):
-            raise ValueError(f"symmetric={self.symmetric!r} is not a truth value; use true or false")
-        check_choices(divisor=(self.divisor, Divisor), scale_grid=(self.scale_grid, ScaleGrid))
+        check_fields(self)
         if self.kind == "int":
             self._check_int()
         else:
@@ -203,16 +186,15 @@ class ActivationSpec:
     """
 
     kind: ActivationKind = "int8"
-    """int8 or fp8_e4m3."""
+    """Format of a code: int8 = integer, fp8_e4m3 = 8-bit float."""
     scaling: Scaling = "dynamic"
-    """dynamic: a scale for each token (row of the last axis), taken in the forward; static: one given scale for all."""
+    """dynamic = one scale per token (row of the last axis), computed in the forward pass; static = one fixed scale for all tokens."""
     symmetric: bool = True
-    """Zero is code 0; false (kind int8): a zero point beside the scale, the range of the values split into 255 steps."""
+    """true = zero is code 0, and there is no zero point; false (kind int8) = scale and zero point, with the range of the values split into
+    255 steps."""
 
     def __post_init__(self) -> None:
-        check_choices(kind=(self.kind, ActivationKind), scaling=(self.scaling, Scaling))
-        if not isinstance(self.symmetric, bool):
-            raise ValueError(f"symmetric={self.symmetric!r} is not a truth value; use true or false")
+        check_fields(self)
         if not self.symmetric and self.kind != "int8":
             raise ValueError(f"kind={self.kind!r} has no zero point; leave symmetric out, or use kind='int8'")
 

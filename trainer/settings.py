@@ -1,13 +1,19 @@
-"""What a user may choose about data, training and stages (plain data; ``configs/`` validates it)."""
+"""What a user may choose about data, training and stages (plain data; ``configs/`` reads it from recipes)."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from .. import Bounds, Count, check_fields
 from ..losses.settings import LossSettings
 
 Precision = Literal["32", "bf16-mixed"]
 Strategy = Literal["auto", "ddp", "fsdp2"]
 Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw-8bit"]
+Share = Annotated[float, Bounds(ge=0, le=1)]
+ShareOfSteps = Annotated[float, Bounds(ge=0, lt=1, why="it is a share of the steps")]
+Rate = Annotated[float, Bounds(gt=0)]
+Moment = Annotated[float, Bounds(ge=0, lt=1)]
+NotNegative = Annotated[float, Bounds(ge=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,9 +21,9 @@ class DataSettings:
     """The text of a run: exactly one of ``builtin``, ``files`` and ``hub``."""
 
     builtin: Literal["python-stdlib"] | None = None
-    """Text found on any machine: the sorted .py files of the running Python's standard library, first 8 MB."""
+    """Text that every machine has: the sorted .py files of the running Python's standard library, first 8 MB."""
     files: tuple[str, ...] | None = None
-    """Local files (txt, md, jsonl, json, csv, tsv, parquet; packed as gz, bz2, xz or zst), globs or folders."""
+    """Local files (txt, md, jsonl, json, csv, tsv, parquet; also compressed with gz, bz2, xz or zst), globs or folders."""
     hub: str | None = None
     """Hugging Face dataset id."""
     hub_config: str | None = None
@@ -25,23 +31,25 @@ class DataSettings:
     hub_split: str = "train"
     """Split of the hub dataset."""
     kind: Literal["text", "chat"] = "text"
-    """text = documents; chat = rows of messages, or of prompt and completion and the like, through the tokenizer's chat template."""
+    """text = documents; chat = rows of messages, or of prompt and completion and the like, formatted with the tokenizer's chat template."""
     mask_prompts: bool = True
-    """chat: learn what the assistant says and nothing else."""
+    """chat: train only on what the assistant says."""
     text_field: str = "text"
     """Column or JSON key that holds the text (jsonl, json, csv, parquet, hub)."""
     special_tokens: Literal["auto", "text", "control"] = "auto"
-    """What a control token is that the data spells (``<|im_end|>``): text, or the token; auto = text in chats, the token in documents."""
-    seq_length: int = 512
+    """How the spelling of a control token in the data (``<|im_end|>``) is tokenized: text = as ordinary text; control = as the token;
+    auto = as text in chats, as the token in documents."""
+    seq_length: Annotated[int, Bounds(ge=2, why="a window of one token predicts nothing")] = 512
     """Tokens per training and evaluation window."""
     packing: bool = True
-    """Concatenate documents (separated by end-of-text) into full windows; otherwise one document a window, padded."""
+    """Concatenate documents, separated by end-of-text, into full windows. Otherwise each window holds one document, padded."""
     eval_tokens: int | Literal["all"] = 32_768
-    """Tokens held out for evaluation (whole documents, never trained on); all = the whole text, where no stage learns from it."""
-    max_documents: int | None = None
-    """Read at most this many documents."""
+    """Tokens held out for evaluation: whole documents that are never trained on. all = the whole text, where no stage trains on it."""
+    max_documents: Count | None = None
+    """Read at most this many documents. Default: all."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         given = [name for name in ("builtin", "files", "hub") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(f"data needs exactly one of 'builtin', 'files' and 'hub'; given: {given or 'none'}")
@@ -49,8 +57,6 @@ class DataSettings:
             raise ValueError("kind=chat needs rows of conversations, and builtin text has none; give 'files' or 'hub'")
         if self.kind == "text" and not self.mask_prompts:
             raise ValueError("mask_prompts=false would do nothing: text has no prompts; set kind: chat, or leave it out")
-        if self.seq_length < 2:
-            raise ValueError(f"seq_length={self.seq_length} must be at least 2: a window of one token predicts nothing")
         if self.eval_tokens != "all" and self.eval_tokens < self.seq_length:
             raise ValueError(f"eval_tokens={self.eval_tokens} is shorter than one window of seq_length={self.seq_length}; raise it")
 
@@ -62,73 +68,74 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerSettings:
-    """How training stages run. Devices, strategy and logging do not change a stage's numbers; the rest does."""
+    """How training stages run. Devices, strategy and logging do not change a stage's numbers; everything else does."""
 
-    devices: int | Literal["auto"] = "auto"
-    """Processes on this machine; auto = all GPUs, or one process on a CPU."""
+    # The largest machine bounds the processes; what this machine has is checked when a run starts.
+    devices: Annotated[int, Bounds(ge=1, le=1024)] | Literal["auto"] = "auto"
+    """Processes on this machine. auto = one per GPU, or one process on a CPU."""
     strategy: Strategy = "auto"
-    """How several processes share the work: ddp = each holds the whole student, fsdp2 = each holds a share of it; auto = fsdp2 when ddp
+    """How several processes share the work: ddp = each holds the whole student; fsdp2 = each holds a share of it; auto = fsdp2 when ddp
     would not fit on the GPUs at hand."""
     activation_checkpointing: bool = False
-    """Keep one activation a layer and compute the rest again in the backward pass: less memory, about a third more time."""
+    """Keep one activation per layer and recompute the rest in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """torch.compile each decoder layer (the first step takes long; needs a C++ compiler)."""
+    """Compile each decoder layer with torch.compile. The first step takes long; a C++ compiler is needed."""
     optimizer: Optimizer = "adamw"
-    """adamw = fp32 moments; adamw-8bit and paged-adamw-8bit = bitsandbytes, 2 bytes of moments a weight, the paged one in host memory
-    when the GPU is full."""
+    """adamw = fp32 moments; adamw-8bit and paged-adamw-8bit = bitsandbytes, 2 bytes of moments per weight. The paged one moves them to host
+    memory when the GPU is full."""
     precision: Precision = "bf16-mixed"
     """bf16-mixed keeps fp32 master weights; losses are fp32 in both."""
-    global_batch_tokens: int = 65_536
-    """Tokens per optimizer step over all micro-batches and ranks (a multiple of seq_length)."""
-    micro_batch: int | Literal["auto"] = "auto"
-    """Windows per forward pass and rank; auto = the largest that fits 8,192 tokens and divides the global batch."""
-    gradient_clip: float = 1.0
-    """Global gradient norm after which gradients are scaled down; 0 switches clipping off."""
-    num_workers: int = 0
+    global_batch_tokens: Count = 65_536
+    """Tokens per optimizer step over all micro-batches and ranks; a multiple of seq_length."""
+    micro_batch: Count | Literal["auto"] = "auto"
+    """Windows per forward pass and rank. auto = the largest number that fits into 8,192 tokens and divides the global batch."""
+    gradient_clip: NotNegative = 1.0
+    """Largest global gradient norm: larger gradients are scaled down to it. 0 turns clipping off."""
+    num_workers: Annotated[int, Bounds(ge=0, le=1024)] = 0
     """Data loader worker processes per rank."""
     save_dtype: Literal["bf16", "fp32"] = "bf16"
-    """Dtype of the weights in model folders (quantized folders are fp32: codes times scales are not bf16 numbers)."""
+    """Dtype of the weights in model folders. Quantized folders are always fp32, because codes times scales are not bf16 numbers."""
     deterministic: bool = True
-    """Deterministic algorithms, so that a resumed run ends in the same bits."""
-    evaluate_every: int | Literal["auto"] = "auto"
-    """Optimizer steps between evaluations on a small part of the held-out text; auto = about eight a stage, on as much text as costs some
-    two percent of its time; 0 = never. Changes no number of the training."""
+    """Use deterministic algorithms, so that a resumed run ends in the same bits."""
+    evaluate_every: Annotated[int, Bounds(ge=0)] | Literal["auto"] = "auto"
+    """Optimizer steps between evaluations on a small part of the held-out text. auto = about eight evaluations per stage, on as much text
+    as costs about two percent of its time; 0 = never. It changes no number of the training."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingBlock:
-    """Settings shared by every stage that trains; give ``tokens`` or ``steps``."""
+    """Settings of every stage that trains. Give ``tokens`` or ``steps``."""
 
-    tokens: int | None = None
-    """Training tokens; rounded up to whole optimizer steps."""
-    steps: int | None = None
+    tokens: Count | None = None
+    """Training tokens, rounded up to whole optimizer steps."""
+    steps: Count | None = None
     """Optimizer steps."""
-    learning_rate: float | None = None
-    """Peak learning rate; default: derived per stage kind and printed."""
-    warmup: float | None = None
-    """Share of the steps over which the rate rises linearly, [0, 1). Default: 5%, at least 8 steps, at most half."""
+    learning_rate: Rate | None = None
+    """Peak learning rate. Default: derived from the kind of stage and the model, and printed."""
+    warmup: ShareOfSteps | None = None
+    """Share of the steps over which the rate rises linearly. Default: 5%, at least 8 steps, at most half of the steps."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay after warm-up."""
-    final_learning_rate: float = 0.1
-    """Share of the peak rate kept at the last step, [0, 1]."""
-    weight_decay: float = 0.0
-    """AdamW decay of matrices (never of norms, biases and embeddings)."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW moments."""
+    final_learning_rate: Share = 0.1
+    """Learning rate of the last step, as a share of the peak rate."""
+    weight_decay: NotNegative = 0.0
+    """AdamW decay of matrices. Norms, biases and embeddings never decay."""
+    betas: tuple[Moment, Moment] = (0.9, 0.95)
+    """AdamW betas of the first and second moment."""
     loss: LossSettings = field(default_factory=LossSettings)
-    """Divergence to the teacher, temperature, hard-label weight."""
+    """Divergence to the teacher, temperature, weight of the text's own labels."""
     teacher: Literal["recipe", "input"] | None = None
-    """Whose predictions to learn: the recipe's teacher, or this stage's own input model. Default: recipe, if there is one."""
-    checkpoint_every: int | None = None
-    """Optimizer steps between checkpoints; default: a twentieth of the stage, at least 10."""
+    """Whose predictions to learn: recipe = the recipe's teacher; input = this stage's own input model. Default: recipe, if there is one."""
+    checkpoint_every: Count | None = None
+    """Optimizer steps between checkpoints. Default: a twentieth of the stage, at least 10."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.tokens is not None and self.steps is not None:
             raise ValueError("give 'tokens' or 'steps', not both")
-        for name in ("tokens", "steps", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,42 +152,42 @@ class DistillSettings(TrainingBlock):
 class StructuredSettings:
     """Remove whole channels, so that the dense model is smaller. Numbers state what is kept."""
 
-    ffn: int
+    ffn: Count
     """FFN channels kept in every layer."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MagnitudeSettings:
     """Set the smallest weights of the decoder's linear layers to zero, along a cubic schedule (Zhu & Gupta 2017)."""
 
-    keep: float
-    """Share of these weights that stays, (0, 1)."""
+    keep: Annotated[float, Bounds(gt=0, lt=1, why="it is the share of the weights that stays")]
+    """Share of these weights that is kept."""
     scope: Literal["layer", "global"] = "layer"
-    """Choose inside each matrix, or over all of them (each normalised by its mean magnitude)."""
-    update_every: int = 10
+    """layer = choose inside each matrix; global = choose over all matrices, each normalized by its mean magnitude."""
+    update_every: Count = 10
     """Optimizer steps between mask updates."""
-    heal: float = 0.25
-    """Share of the steps, at the end, with the final mask."""
+    heal: ShareOfSteps = 0.25
+    """Share of the steps, at the end, that train with the final mask."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep < 1:
-            raise ValueError(f"keep={self.keep} must lie strictly between 0 and 1: it is the share of weights that stays")
-        if self.update_every < 1 or not 0 <= self.heal < 1:
-            raise ValueError("update_every must be at least 1 and heal must lie in [0, 1)")
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneSettings(TrainingBlock):
-    """Exactly one of ``structured`` (one shot, on calibration text) and ``magnitude`` (trains when tokens or steps are given)."""
+    """Prune by exactly one of ``structured`` (one shot, on calibration text) and ``magnitude`` (trains when tokens or steps are given)."""
 
     structured: StructuredSettings | None = None
-    """Channels to keep."""
+    """Remove FFN channels."""
     magnitude: MagnitudeSettings | None = None
-    """Weights to keep."""
-    calibration_tokens: int = 32_768
-    """Training text that structured pruning scores channels on: windows from all over it, chosen by the seed as in quantize."""
+    """Set single weights to zero."""
+    calibration_tokens: Count = 32_768
+    """structured: tokens of training text that channels are scored on, in windows from all over the text, chosen by the seed."""
     allow_partial: bool = False
-    """magnitude: go on where less than 95 % of the decoder's weights are in linears; the others keep all their weights."""
+    """magnitude: continue when less than 95% of the decoder's weights are in linears. The other weights are all kept."""
 
     def __post_init__(self) -> None:
         TrainingBlock.__post_init__(self)
@@ -192,20 +199,22 @@ class PruneSettings(TrainingBlock):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """Pack a quantized folder for serving stacks; never rounds."""
+    """Pack a quantized folder for serving stacks. Export never rounds, except with ``allow_inexact``."""
 
     formats: tuple[Literal["compressed-tensors", "gguf", "gguf-q2_0", "gptq", "gptq_v2", "awq", "safetensors", "safetensors-f32"], ...] = (
         "compressed-tensors",
     )
     """Formats to write, each into its own folder: compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp, Ollama), gguf-q2_0
-    (2 bits in llama.cpp from July 2026 on), gptq (symmetric) or gptq_v2 (asymmetric), awq (4 bits), safetensors (plain 16-bit floats),
-    safetensors-f32 (plain, always exact)."""
+    (2 bits, llama.cpp from July 2026 on), gptq (symmetric) or gptq_v2 (asymmetric), awq (4 bits), safetensors (plain 16-bit floats),
+    safetensors-f32 (plain 32-bit floats, always exact)."""
     allow_inexact: bool = False
-    """Let safetensors round weights that 16-bit floats do not hold; the error is measured and reported. Nothing else is ever rounded."""
+    """safetensors: round weights that 16-bit floats cannot hold. The error is measured and reported. Nothing else is ever rounded."""
     reader_version: str | None = None
-    """compressed-tensors of 3, 5, 6 or 7 bits: version of the package that will read it, at least 0.18.0 (earlier ones pack otherwise)."""
+    """compressed-tensors with 3, 5, 6 or 7 bits: version of the compressed-tensors package that will read the export, at least 0.18.0
+    (earlier versions use another layout)."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         twice = next((name for name in self.formats if self.formats.count(name) > 1), None)
         if twice:
             raise ValueError(f"formats={list(self.formats)} names {twice} twice")
@@ -217,29 +226,35 @@ class ExportSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
-    """Measure, and end the run here, with the report and exit code 3, when a gate is not met."""
+    """Measure the model. When a gate is not met, the run ends here, with the report and exit code 3."""
 
-    max_perplexity_increase: float | None = None
-    """Largest allowed perplexity(model) / perplexity(teacher) - 1; 5% is 0.05."""
-    max_kl: float | None = None
-    """Largest allowed mean KL(teacher || model) in nats."""
-    min_top1: float | None = None
-    """Smallest allowed top-1 agreement with the teacher, in [0, 1]."""
+    max_perplexity_increase: Annotated[float, Bounds(ge=-1)] | None = None
+    """Gate: largest allowed perplexity(model) / perplexity(teacher) - 1; 5% is 0.05."""
+    max_kl: NotNegative | None = None
+    """Gate: largest allowed mean KL(teacher || model), in nats."""
+    min_top1: Share | None = None
+    """Gate: smallest allowed top-1 agreement with the teacher."""
     round_teacher: bool = True
-    """Also round the teacher with the recipe's QuantSpec (no training) and report it, for scale."""
+    """Also quantize the teacher as the recipe quantizes the student, without training, and report it for comparison."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggerSettings:
-    """Where curves go besides the run folder's ``metrics.jsonl``. ``logger: wandb`` is short for ``logger: {kind: wandb}``."""
+    """Where curves go in addition to the run folder's ``metrics.jsonl``. ``logger: wandb`` is short for ``logger: {kind: wandb}``."""
 
     kind: Literal["wandb", "csv", "none"] = "none"
-    """wandb (offline when there is no key), csv = files in the run folder, none = metrics.jsonl alone."""
+    """wandb = Weights & Biases (offline without a key); csv = files in the run folder; none = only metrics.jsonl."""
     project: str | None = None
-    """W&B project; default: WANDB_PROJECT, then 'decoct'. Unused by csv and none, as are the next three."""
+    """wandb: project. Default: the environment variable WANDB_PROJECT, then 'decoct'."""
     entity: str | None = None
-    """W&B user or team; default: the account's own."""
+    """wandb: user or team. Default: the account's own."""
     group: str | None = None
-    """W&B group that the run is shown in."""
+    """wandb: group that the run is shown in."""
     tags: tuple[str, ...] = ()
-    """W&B tags."""
+    """wandb: tags of the run."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)

@@ -1,35 +1,36 @@
-"""What a user may choose about the stages that end in codes: training through the rounding, and rounding without training."""
+"""What a user may choose about the stages that quantize: training with rounded weights, and rounding without training."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from .. import Bounds, Count, check_fields
 from ..qat.scheme import QuantScheme, SpecChange
 from ..qat.spec import ActivationSpec, QuantSpec
-from .settings import TrainingBlock
+from .settings import Moment, Rate, Share, ShareOfSteps, TrainingBlock
 
 
 @dataclass(frozen=True, kw_only=True)
 class SchemeSettings:
-    """Which module is rounded to what."""
+    """Which modules are quantized, and how."""
 
     weights: QuantSpec = field(default_factory=QuantSpec)
-    """The weight lattice of the decoder layers' linears."""
+    """Quantization of the weights of the decoder layers' linears."""
     skip: tuple[str, ...] = ()
-    """Module name patterns (fnmatch) left in full precision; one that matches nothing is an error."""
+    """Module name patterns (fnmatch) that stay in full precision. A pattern that matches nothing is an error."""
     overrides: dict[str, SpecChange] = field(default_factory=dict)
-    """Module name pattern -> what those linears have otherwise than weights, such as '*.down_proj': {bits: 8}; one that matches nothing is
-    an error, and so are two that differ and match the same module."""
+    """Module name pattern -> how those linears differ from weights, such as '*.down_proj': {bits: 8}. A pattern that matches nothing is an
+    error, and so are two patterns that differ and match the same module."""
     embedding: SpecChange | None = None
-    """What the input embedding has otherwise than weights, such as {bits: 8}; of a tied model the head's too. Default: left alone."""
+    """How the input embedding differs from weights, such as {bits: 8}; in a tied model also the output head. Default: not quantized."""
     head: SpecChange | None = None
-    """What an untied output head has otherwise than weights; default: left alone."""
+    """How an untied output head differs from weights. Default: not quantized."""
     activations: ActivationSpec | None = None
-    """How the inputs of the linears are rounded, such as {kind: int8}; default: not at all."""
+    """Quantization of the inputs of the linears, such as {kind: int8}. Default: not quantized."""
     kv_cache: ActivationSpec | None = None
-    """How keys and values are rounded as they enter the cache, such as {kind: fp8_e4m3, scaling: static}; default: not at all."""
+    """Quantization of keys and values as they enter the cache, such as {kind: fp8_e4m3, scaling: static}. Default: not quantized."""
     allow_partial: bool = False
-    """Go on where less than 95 % of the decoder's weights are in linears that can be quantized, as with experts in
-    three-dimensional parameters; the others stay as they are."""
+    """Continue when less than 95% of the decoder's weights are in linears that can be quantized, as with experts in three-dimensional
+    parameters. The other weights are not quantized."""
 
     @property
     def scheme(self) -> QuantScheme:
@@ -49,34 +50,36 @@ class SchemeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class QatSettings(SchemeSettings, TrainingBlock):
-    """Train with weights rounded in the forward pass; ends in codes and scales ready to pack."""
+    """Train with weights rounded in the forward pass. The result is codes and scales that are ready to pack."""
 
     scales: Literal["learned", "absmax"] = "learned"
-    """learned = trained beside the weights (LSQ); absmax = taken anew from the weights in every forward, as kinds other than int always
-    have them."""
-    scale_learning_rate: float | None = None
-    """Peak rate of learned scales; default: a thirtieth of the others'."""
+    """learned = trained together with the weights (LSQ); absmax = computed from the weights in every forward pass, as kinds other than int
+    always do."""
+    scale_learning_rate: Rate | None = None
+    """Peak learning rate of learned scales. Default: a thirtieth of learning_rate."""
     start: Literal["rtn", "mse", "gptq"] | None = None
-    """First scales: from the largest magnitude, searched for the smallest squared error, or by GPTQ on training text, whose codes are
-    then the first weights too. Default: gptq; mse with delay, anneal_from or lora; rtn with absmax scales."""
+    """First scales: rtn = from the largest magnitude; mse = searched for the smallest squared error; gptq = by GPTQ on training text, whose
+    codes are then also the first weights. Default: gptq; mse with delay, anneal_from or lora; rtn with absmax scales."""
     train: Literal["all", "scales"] = "all"
-    """scales = only these, over codes that stay as 'start' makes them: a byte a weight and no optimizer state for it."""
-    lora: int | None = None
-    """Rank of an adapter that trains in place of the quantized weights; what is rounded, and stored, is the merged weight."""
-    delay: float = 0.0
-    """Share of the steps, at the beginning, that train unrounded weights; scales are taken from the weights at its end."""
-    anneal_from: int | None = None
-    """Bits that rounding begins with; a bit less at a time until 'weights' is reached."""
-    anneal: float = 0.5
-    """Share of the steps, after the delay, over which bits are taken away."""
-    freeze_scales: float = 0.0
+    """all = weights and scales; scales = only the scales, over codes that stay as start makes them: one byte per weight, and no optimizer
+    state for it."""
+    lora: Annotated[int, Bounds(ge=1, why="it is the adapter's rank; 16 or 32 are usual")] | None = None
+    """Rank of an adapter that trains in place of the quantized weights. The merged weight is what is rounded and stored."""
+    delay: ShareOfSteps = 0.0
+    """Share of the steps, at the beginning, that train unrounded weights. Scales are taken from the weights when it ends."""
+    anneal_from: Annotated[int, Bounds(ge=3, le=8)] | None = None
+    """Bits that rounding begins with; must be more than weights.bits. They fall one at a time until weights.bits is reached."""
+    anneal: ShareOfSteps = 0.5
+    """anneal_from: share of the steps, after the delay, over which the bits fall."""
+    freeze_scales: ShareOfSteps = 0.0
     """Share of the steps, at the end, with scales that no longer change."""
-    calibration_tokens: int | None = None
-    """start: gptq: tokens of training text that it looks at; default as in quantize."""
-    final_learning_rate: float = 0.0
-    """Share of the peak rate kept at the last step, [0, 1]: codes at the edge of their cells come to rest."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    """AdamW moments; a longer memory than elsewhere, for a model that is near its teacher has gradients that are mostly noise."""
+    calibration_tokens: Count | None = None
+    """start gptq: tokens of training text that GPTQ calibrates on. Default: 262,144, as in quantize."""
+    final_learning_rate: Share = 0.0
+    """Learning rate of the last step, as a share of the peak rate. At 0, codes at the edge of their cells come to rest."""
+    betas: tuple[Moment, Moment] = (0.9, 0.99)
+    """AdamW betas of the first and second moment. The second is larger than in other stages: a model that is near its teacher has gradients
+    that are mostly noise."""
 
     def __post_init__(self) -> None:
         TrainingBlock.__post_init__(self)
@@ -136,13 +139,10 @@ class QatSettings(SchemeSettings, TrainingBlock):
         self._check_inputs()
 
     def _check_schedule(self) -> None:
-        for name in ("delay", "anneal", "freeze_scales"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1): it is a share of the steps")
         if self.anneal_from is None and self.anneal != 0.5:
             raise ValueError(f"anneal={self.anneal:g} does nothing without anneal_from, the bits to begin with")
-        if self.anneal_from is not None and not self.weights.bits < self.anneal_from <= 8:
-            raise ValueError(f"anneal_from={self.anneal_from} must lie above bits={self.weights.bits} and be at most 8")
+        if self.anneal_from is not None and self.anneal_from <= self.weights.bits:
+            raise ValueError(f"anneal_from={self.anneal_from} must be greater than bits={self.weights.bits}")
         last = self.delay + (self.anneal if self.anneal_from is not None else 0.0)
         if last + self.freeze_scales > 1:
             raise ValueError(f"delay, anneal and freeze_scales take {last + self.freeze_scales:.0%} of the steps; together at most 100%")
@@ -151,8 +151,6 @@ class QatSettings(SchemeSettings, TrainingBlock):
             raise ValueError(f"{key} does nothing good with start=gptq, which fits the weights as they are to the final bits; leave it out")
 
     def _check_trained(self) -> None:
-        if self.lora is not None and self.lora < 1:
-            raise ValueError(f"lora={self.lora} must be at least 1: it is the adapter's rank; 16 or 32 are usual")
         if self.train == "scales":
             for name, unused in (("lora", None), ("delay", 0.0), ("anneal_from", None), ("freeze_scales", 0.0)):
                 if getattr(self, name) != unused:
@@ -165,29 +163,31 @@ class QatSettings(SchemeSettings, TrainingBlock):
 class QuantizeSettings(SchemeSettings):
     """Round without training.
 
-    What is not given is filled in, except dials that the chosen method does not have: those stay None, and giving one is an error.
+    A dial that is not given gets its default. A dial that the chosen method does not have stays None; giving one is an error.
     """
 
     method: Literal["rtn", "mse", "gptq"] = "rtn"
-    """rtn = round to nearest; mse = scales searched for the least squared error; gptq = column by column, later ones making good what
-    earlier ones cost, on calibration text (arXiv 2210.17323)."""
+    """rtn = round to nearest; mse = search scales for the smallest squared error; gptq = round column by column on calibration text, where
+    later columns compensate for the error of earlier ones (arXiv 2210.17323)."""
     scale: Literal["absmax", "mse", "fitted"] | None = None
-    """gptq: where its scales come from, default fitted. mse = searched, each input weighted by its mean square; fitted = then also fitted
-    to the layer's outputs by least squares, in turn with the rounding."""
-    damping: float | None = None
-    """gptq: share of the Hessian's mean diagonal added to its diagonal, in [0, 1], default 0.01; raised where that is not enough."""
+    """gptq: source of the scales. absmax = largest magnitude; mse = searched, with each input weighted by its mean square; fitted =
+    searched, then fitted to the layer's outputs by least squares, in turn with the rounding. Default: fitted."""
+    damping: Annotated[float, Bounds(ge=0, le=1, why="it is a share of the Hessian's mean diagonal; 0.01 is usual")] | None = None
+    """gptq: share of the Hessian's mean diagonal that is added to its diagonal; raised where that is not enough. Default: 0.01."""
     activation_order: bool | None = None
-    """gptq: columns with the largest inputs first, default true; groups stay those of the original columns."""
+    """gptq: round the columns with the largest inputs first; groups remain those of the original columns. Default: true."""
     weighted: bool | None = None
-    """mse: the error of a weight counts by the mean square of its input, which takes calibration text; default false."""
-    calibration_tokens: int | None = None
-    """gptq, mse with weighted, and static scaling: tokens of training text to calibrate on, in windows chosen at random, default 262,144:
-    the 128 windows of 2,048 of the GPTQ paper (section 4), several times the inputs of the widest layers; fewer when the text has fewer."""
+    """mse: weight the error of a weight by the mean square of its input, which needs calibration text. Default: false."""
+    calibration_tokens: Count | None = None
+    """gptq, mse with weighted, and static scaling: tokens of training text to calibrate on, in windows chosen at random. Default: 262,144,
+    which is the 128 windows of 2,048 tokens of the GPTQ paper (section 4) and several times the inputs of the widest layers; fewer when
+    the text has fewer."""
     stream: Literal["auto", "always", "never"] = "auto"
-    """Read, round and write one decoder layer after the other, for models larger than memory: the same result, more disk; auto = when
-    memory is too small for the whole model in fp32."""
+    """Read, round and write one decoder layer after the other, for models that are larger than memory: the same result with more disk.
+    auto = when memory is too small for the whole model in fp32."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _ = self.scheme
         if self.weights.kind != "int" and self.method != "rtn":
             raise ValueError(f"method={self.method} chooses integer codes; kind={self.weights.kind} is rounded to nearest: use method=rtn")
@@ -204,8 +204,6 @@ class QuantizeSettings(SchemeSettings):
             )
         elif self.weighted is not False:
             self._fill("calibration_tokens", 262_144, "gptq", "mse")
-        if self.damping is not None and not 0 <= self.damping <= 1:
-            raise ValueError(f"damping={self.damping:g} must lie in [0, 1]: it is a share of the Hessian's mean diagonal; 0.01 is usual")
 
     @property
     def calibrates(self) -> bool:

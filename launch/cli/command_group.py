@@ -42,8 +42,8 @@ def recipe_keys(verb: str) -> frozenset[str]:
 
     ``teacher`` is left to the option, which means the same and is what the verb looks for.
     """
+    from ... import types_of
     from ...configs.reading import KEYS
-    from ...configs.schema import types_of
     from ...trainer.stages.registry import STAGE_KINDS
 
     own = set(types_of(STAGE_KINDS[verb].settings)) if verb in STAGE_KINDS else set()
@@ -85,9 +85,9 @@ def _key(name: str) -> str:
 
 def option_hint(option: str) -> str | None:
     """What an option that does not exist is called here, or how a setting of that name is written; None when neither is known."""
+    from ... import types_of
     from ...configs.foreign_names import meant_by
     from ...configs.reading import SECTIONS
-    from ...configs.schema import types_of
     from ...trainer.settings import TrainingBlock
 
     name = _key(option)

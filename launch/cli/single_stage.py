@@ -51,10 +51,10 @@ def verb_overrides(kind: str, overrides: Sequence[str]) -> list[str]:
     A key that recipes have at the top (``teacher.load_in``, ``seed``) keeps that meaning. One that neither has goes where its nearest
     word is, so that the message names it.
     """
+    from ... import types_of
     from ...configs.foreign_names import meant_by
     from ...configs.problems import nearest
     from ...configs.reading import KEYS
-    from ...configs.schema import types_of
     from ...trainer.stages.registry import STAGE_KINDS
 
     own = set(types_of(STAGE_KINDS[kind].settings)) - set(KEYS)

@@ -14,10 +14,10 @@ from .known_bad import Finding, judge
 
 PACKAGES = (
     "torch", "triton", "lightning", "pytorch-lightning", "transformers", "tokenizers", "safetensors", "datasets", "bitsandbytes",
-    "wandb", "pydantic", "compressed-tensors", "xllamacpp", "matplotlib", "numpy",
+    "wandb", "compressed-tensors", "xllamacpp", "matplotlib", "numpy",
 )  # fmt: skip
 _NEEDED: dict[str, tuple[str, ...]] = {
-    "run": ("torch", "lightning", "transformers", "pydantic"),
+    "run": ("torch", "lightning", "transformers"),
     "a hub dataset": ("datasets",),
     "parquet files": ("pyarrow",),
     "adamw-8bit, nf4 and int8 teachers": ("bitsandbytes",),

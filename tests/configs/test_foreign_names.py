@@ -4,10 +4,10 @@ import re
 
 import pytest
 
+from decoct import types_of
 from decoct.configs import recipe_from_dict
 from decoct.configs.foreign_names import _BY_NAME, meant_by
 from decoct.configs.reading import KEYS, SECTIONS
-from decoct.configs.schema import types_of
 from decoct.losses.settings import LossSettings
 from decoct.qat.spec import QuantSpec
 from decoct.trainer.settings import MagnitudeSettings

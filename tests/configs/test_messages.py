@@ -126,9 +126,10 @@ BROKEN = {
         HEAD + "stages:\n  - prune:\n      structured: {}\n",
         "my.yaml:6: stages.0.prune.structured: needs the key 'ffn': a whole number (64, 500k, 2M)",
     ),
-    "a dataclass's own check": (
+    "a number out of its bounds": (
         HEAD + "stages:\n  - qat:\n      tokens: 1M\n      weights:\n        bits: 9\n",
-        "my.yaml:8: stages.0.qat.weights.bits: bits=9 is outside 2..8; 4 and 8 are what serving stacks read",
+        "my.yaml:8: stages.0.qat.weights.bits: 9 is out of range; it must be at least 2 and at most 8; 4 and 8 are what serving "
+        "stacks read",
     ),
     "two sources of text": (
         HEAD.replace("seq_length: 256", "builtin: python-stdlib") + STAGES,
@@ -136,7 +137,7 @@ BROKEN = {
     ),
     "percent sign forgotten": (
         HEAD + "stages:\n  - distill: {tokens: 1M, warmup: 5}\n",
-        "my.yaml:5: stages.0.distill.warmup: 5 is out of range; it must be at least 0 and less than 1",
+        "my.yaml:5: stages.0.distill.warmup: 5 is out of range; it must be at least 0 and less than 1; it is a share of the steps",
     ),
     "both tokens and steps": (
         HEAD + "stages:\n  - distill: {tokens: 1M, steps: 3}\n",
@@ -287,8 +288,8 @@ def test_all_problems_of_a_file_are_told_at_once(message: Callable[..., str]) ->
         ["my.yaml:8", "trainer.devices"],
         ["my.yaml:8", "trainer.precision"],
         ["my.yaml:9", "logger.kind"],
-        ["my.yaml:5", "stages.0.distill.warmup"],
         ["my.yaml:5", "stages.0.distill.tokens"],
+        ["my.yaml:5", "stages.0.distill.warmup"],
         ["my.yaml:5", "stages.0.distill.learning_rate"],
         ["my.yaml:6", "stages.1.qat.weights.bits"],
         ["my.yaml:7", "stages.2"],

@@ -47,8 +47,10 @@ def test_patterns_that_do_nothing_or_disagree_are_errors(overrides: dict[str, Sp
 def test_changes_that_do_not_go_together_name_their_key() -> None:
     with pytest.raises(ValueError, match=r"^overrides.\*.up_proj: .*has no zero point"):
         QuantScheme(weights=BASE, overrides={"*.up_proj": SpecChange(kind="nf4", symmetric=False)})
-    with pytest.raises(ValueError, match=r"^embedding: bits=9 is outside"):
-        QuantScheme(weights=BASE, embedding=SpecChange(bits=9))
+    with pytest.raises(ValueError, match=r"^embedding: kind='nf4' has codes of 4 bits, not 8"):
+        QuantScheme(weights=BASE, embedding=SpecChange(kind="nf4", bits=8))
+    with pytest.raises(ValueError, match=r"^bits=9 must be at least 2 and at most 8"):
+        SpecChange(bits=9)
     with pytest.raises(ValueError, match="an empty section changes nothing"):
         SpecChange()
 

@@ -12,15 +12,15 @@ from decoct.qat.spec import SCALE_GRIDS, ActivationSpec, QuantSpec
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"bits": 1}, "bits=1 is outside 2..8"),
-        ({"bits": 9}, "bits=9 is outside 2..8"),
+        ({"bits": 1}, "bits=1 must be at least 2 and at most 8"),
+        ({"bits": 9}, "bits=9 must be at least 2 and at most 8"),
         ({"bits": True}, "bits=True is not a whole number"),
         ({"bits": 4.0}, "bits=4.0 is not a whole number"),
         ({"bits": "4"}, "bits='4' is not a whole number"),
         ({"bits": None}, "bits=None is not a whole number"),
         ({"group_size": 0}, "group_size=0 must be at least 1"),
         ({"group_size": -1}, "group_size=-1 must be at least 1"),
-        ({"group_size": True}, "group_size=True is neither a whole number nor 'channel'"),
+        ({"group_size": True}, "group_size=True is neither a whole number nor one of channel, tensor"),
         ({"group_size": 64.0}, "group_size=64.0 is neither"),
         ({"group_size": "row"}, "group_size='row' is neither"),
         ({"group_size": None}, "group_size=None is neither"),

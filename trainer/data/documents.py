@@ -61,11 +61,8 @@ def read_documents(settings: DataSettings) -> Documents:
         UserError: nothing matches, nothing but blanks, an unknown suffix, a missing field, a broken file, or a hub out of reach.
             Errors further down a file are raised while iterating.
     """
-    limit = settings.max_documents
-    if limit is not None and limit < 1:
-        raise UserError(f"data.max_documents={limit} must be at least 1; leave it out to read everything")
     if settings.builtin:
-        documents = _stdlib_documents(limit)
+        documents = _stdlib_documents(settings.max_documents)
     elif settings.files:
         documents = _file_documents(settings)
     else:

@@ -124,12 +124,6 @@ def test_other_encodings_and_torn_files_are_named(tmp_path: Path) -> None:
         read(tmp_path / "b.parquet")
 
 
-def test_nothing_to_read_by_max_documents_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(UserError, match=r"data\.max_documents=0 must be at least 1"):
-        read(tmp_path / "a.txt", max_documents=0)
-
-
 @pytest.fixture
 def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A dataset repository as the hub has them, as a local folder, and no network (nor retries to reach it)."""

@@ -51,7 +51,7 @@ def test_bits_reach_the_lattice_whatever_the_shares() -> None:
         ({"scales": "absmax", "start": "gptq"}, "start does nothing with scales=absmax"),
         ({"scales": "absmax", "train": "scales"}, "it needs scales=learned"),
         ({"calibration_tokens": 1000, "lora": 4}, "does nothing unless start is gptq"),
-        ({"anneal_from": 4}, "must lie above bits=4"),
+        ({"anneal_from": 4}, "must be greater than bits=4"),
         ({"delay": 0.6, "freeze_scales": 0.5}, "take 110% of the steps"),
         ({"delay": 0.1, "start": "gptq"}, "delay does nothing good with start=gptq"),
         ({"train": "scales", "lora": 4}, "lora does nothing with train=scales"),

@@ -1,0 +1,210 @@
+"""From a section's tree to its settings dataclass, or to readable problems.
+
+One walk along the dataclass does everything: it finds unknown keys, gives every scalar the meaning that its key's type has for it, checks
+types, bounds (``decoct.Bounds``) and required keys, and builds the frozen dataclasses from the inside out, which runs their own checks.
+The walk has each value's place at hand, so every message names the line, the key path, what was given and what is allowed.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, TypeVar, get_args, get_origin
+
+from .. import alternatives, bounds_of, choices, types_of
+from ..models.settings import CacheSettings
+from ..trainer.settings import DataSettings, LoggerSettings, TrainerSettings, TrainingBlock
+from .foreign_names import meant_by
+from .nodes import Entry, KeyPath, Listing, Mapping, Node, Scalar, is_null
+from .problems import Problems, did_you_mean, nearest
+from .scalars import describe, parse_number, read_scalar
+
+Settings = TypeVar("Settings")
+
+SHORT_FORMS: dict[type, str] = {LoggerSettings: "kind", CacheSettings: "mode"}
+"""Sections that can be written as one word: `logger: wandb` is `logger: {kind: wandb}`, `cache: top_k` is `cache: {mode: top_k}`."""
+_PASSWORD = re.compile(r"://[^/\s]*@")
+# Where a key lives that someone put into the wrong section.
+_SECTIONS: dict[str, type] = {"data": DataSettings, "trainer": TrainerSettings, "logger": LoggerSettings}
+_WRONG: Any = object()
+"""Stands for a value that was refused; the problems say why."""
+
+
+def read_settings(node: Node, settings: type[Settings], path: KeyPath, problems: Problems, *, also: Sequence[str] = ()) -> Settings | None:
+    """The validated dataclass that ``node`` describes; None when something is wrong, which ``problems`` then tells.
+
+    Args:
+        node: the section's tree.
+        settings: the section's dataclass.
+        path: where ``node`` stands in the recipe.
+        problems: collects what is wrong.
+        also: keys that are valid here and read elsewhere, for the list of valid keys.
+    """
+    built = _Walk(problems, {path: tuple(also)}).value(node, settings, path)
+    return None if built is _WRONG else built
+
+
+class _Walk:
+    """Reads values out of a tree, guided by types."""
+
+    def __init__(self, problems: Problems, also: dict[KeyPath, tuple[str, ...]]) -> None:
+        self._problems = problems
+        self._also = also
+
+    def value(self, node: Node, annotation: Any, path: KeyPath) -> Any:
+        """The value for a key of type ``annotation``; ``_WRONG`` when it is refused."""
+        section = _section_of(annotation)
+        if isinstance(node, Scalar):
+            return self._scalar(node, annotation, path)
+        if isinstance(node, Listing):
+            return self._listing(node, annotation, path)
+        if section is not None:
+            return self._section(node, section, path)
+        inner = _value_type(annotation)
+        if inner is None:
+            return self._wrong(node, annotation, path)
+        found = {key: self.value(entry.node, inner, (*path, key)) for key, entry in node.entries.items()}
+        return _WRONG if any(value is _WRONG for value in found.values()) else found
+
+    def _wrong(self, given: Any, annotation: Any, path: KeyPath) -> Any:
+        """Tell that ``given`` has the wrong type."""
+        self._problems.add(path, f"wants {describe(annotation)}; got {shown(given)}{_hint(given, annotation)}")
+        return _WRONG
+
+    def _scalar(self, node: Scalar, annotation: Any, path: KeyPath) -> Any:
+        section = _section_of(annotation)
+        if section in SHORT_FORMS and not is_null(node):
+            word = SHORT_FORMS[section]
+            return self._section(Mapping(node.place, {word: Entry(node.place, node)}), section, path)
+        items = _item_types(annotation)
+        if items[-1:] == (Ellipsis,) and not is_null(node):
+            # one value for a list of any length is a list of one
+            return self._listing(Listing([node], node.place), annotation, path)
+        found = read_scalar(node, annotation)
+        if isinstance(found, str) and not found.isprintable():
+            self._problems.add(path, "holds characters that cannot be printed; write plain text on one line")
+            return _WRONG
+        if isinstance(found, str) and _PASSWORD.search(found):
+            # not shown: this would be printed, logged and written into the run folder
+            self._problems.add(path, "holds an address with a name or password in it (://...@); give the bare address")
+            return _WRONG
+        typed = _typed(found, annotation)
+        if typed is _WRONG:
+            return self._wrong(found, annotation, path)
+        if type(typed) in (int, float) and not (bounds := bounds_of(annotation)).allow(typed):
+            given = f"{typed:,}" if isinstance(typed, int) else f"{typed:g}"
+            self._problems.add(path, f"{given} is out of range; it {bounds.demand()}")
+            return _WRONG
+        return typed
+
+    def _listing(self, node: Listing, annotation: Any, path: KeyPath) -> Any:
+        items = _item_types(annotation)
+        if Any in alternatives(annotation):
+            items = (Any, Ellipsis)
+        count = len(node.items)
+        types = items[:1] * count if items[-1:] == (Ellipsis,) else items
+        if not items or len(types) != count:
+            return self._wrong(node, annotation, path)
+        found = [self.value(item, types[index], (*path, index)) for index, item in enumerate(node.items)]
+        if any(value is _WRONG for value in found):
+            return _WRONG
+        return found if items[0] is Any else tuple(found)
+
+    def _section(self, node: Mapping, section: type, path: KeyPath) -> Any:
+        known = types_of(section)
+        found = {}
+        for key, entry in node.entries.items():
+            if key not in known:
+                valid = (*self._also.get(path, ()), *known)
+                self._problems.add((*path, key), unknown_key(key, valid))
+                self._problems.excuse((*path, nearest(key, valid) or key))
+            # A key without a value keeps its default, so `stages: - export:` and `tokens:` mean what they look like.
+            elif not is_null(entry.node):
+                found[key] = self.value(entry.node, known[key], (*path, key))
+        missing = [entry.name for entry in fields(section) if _required(entry) and entry.name not in found]
+        for key in missing:
+            if not self._problems.excused((*path, key)):
+                self._problems.add(path, f"needs the key '{key}': {describe(known[key])}")
+        if missing or any(self._problems.touches((*path, key)) for key in node.entries):
+            return _WRONG
+        return self._built(section, found, path)
+
+    def _built(self, section: type, found: dict[str, Any], path: KeyPath) -> Any:
+        """The dataclass, or the problem that its own checks find."""
+        try:
+            return section(**found)
+        except ValueError as error:
+            message = str(error)
+            # 'group_size=7 does not ...' is told at the line of group_size
+            named = message.partition("=")[0]
+            self._problems.add((*path, named) if named in found else path, message)
+            return _WRONG
+
+
+def _section_of(annotation: Any) -> Any:
+    """The dataclass that ``annotation`` allows; None when it allows none."""
+    return next((option for option in alternatives(annotation) if is_dataclass(option)), None)
+
+
+def _item_types(annotation: Any) -> tuple[Any, ...]:
+    """Arguments of the tuple type that ``annotation`` allows; () when it allows none."""
+    return next((get_args(option) for option in alternatives(annotation) if get_origin(option) is tuple), ())
+
+
+def _value_type(annotation: Any) -> Any:
+    """Type of the values of the dict that ``annotation`` allows; None when it allows none."""
+    if Any in alternatives(annotation):
+        return Any
+    return next((get_args(option)[1] for option in alternatives(annotation) if get_origin(option) is dict), None)
+
+
+def _required(entry: Any) -> bool:
+    return entry.default is MISSING and entry.default_factory is MISSING
+
+
+def _typed(value: Any, annotation: Any) -> Any:
+    """``value`` where ``annotation`` allows it, a whole number for a float as a float; ``_WRONG`` otherwise."""
+    options = alternatives(annotation)
+    # True is an int for isinstance, and no number of anything
+    if Any in options or type(value) in options or (isinstance(value, str) and value in choices(annotation)):
+        return value
+    if float in options and type(value) is int and abs(value) < 2**1023:
+        return float(value)
+    return _WRONG
+
+
+def unknown_key(key: str, valid: Sequence[str]) -> str:
+    """The message for a key that does not exist here: what it is called or where it belongs, or the nearest, and all valid ones."""
+    foreign = meant_by(key)
+    if foreign:
+        return f"unknown key: {foreign}; valid here: {', '.join(valid)}"
+    hint = did_you_mean(key, valid)
+    if not hint:
+        homes = [f"it belongs at {name}.{key}" for name, section in _SECTIONS.items() if key in types_of(section)]
+        if key in types_of(TrainingBlock):
+            homes.append("it belongs to a stage that trains")
+        hint = f", {homes[0]};" if homes else ";"
+    return f"unknown key{hint} valid here: {', '.join(valid)}"
+
+
+def _hint(value: Any, annotation: Any) -> str:
+    """What a value that does not fit was probably meant to be."""
+    if not isinstance(value, str):
+        return ""
+    numbers = {int, float} & set(alternatives(annotation))
+    if numbers and value[:1].isdigit() and parse_number(value) is None:
+        return "; suffixes are k, M and B (powers of 1000)"
+    return did_you_mean(value, choices(annotation))
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it, shortened."""
+    if isinstance(value, Mapping):
+        return "a section of keys"
+    if isinstance(value, Listing):
+        return f"a list of {len(value.items)}"
+    if isinstance(value, Scalar):
+        value = value.value
+    if value is None or value == "":
+        return "nothing"
+    text = str(value).lower() if isinstance(value, bool) else f"'{value}'" if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
