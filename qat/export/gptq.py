@@ -19,7 +19,7 @@ from torch import Tensor
 from ...models.common.errors import UserError
 from ...models.common.files import write_json_atomic
 from ...models.families import FUSED
-from ..packing import pack_int32
+from ..packing import pack_bits
 from ..source.quantized_source import ExportSource
 from ..spec import QuantSpec
 from .common import FUSED_NAMES, check_modules, exact_plain, exact_scales, layer, plain_config, plain_dtype
@@ -162,11 +162,11 @@ def _stored(source: ExportSource, name: str, format: str, dtype: torch.dtype) ->
     it = layer(source, module)
     columns, groups = it.codes.shape[1], it.scales.shape[1]
     if part == "qweight":
-        return pack_int32(it.codes, it.spec.bits).T.contiguous()
+        return pack_bits(it.codes, it.spec.bits).T.contiguous()
     if part == "qzeros":
         zeros = torch.zeros_like(it.scales, dtype=torch.int8) if it.zeros is None else it.zeros
         # less one in each field, before the fields become a word: a word's difference would borrow across fields
-        return pack_int32((zeros.T - (1 if format == V1 else 0)).contiguous(), it.spec.bits)
+        return pack_bits((zeros.T - (1 if format == V1 else 0)).contiguous(), it.spec.bits)
     if part == "scales":
         return exact_scales(it.scales, torch.float16, format, module).T.contiguous()
     return torch.arange(columns, dtype=torch.int32) // (columns // groups)

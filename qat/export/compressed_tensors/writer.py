@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ....models.common.errors import UserError
-from ...packing import PACKED_BITS, pack_bits, stream_width
+from ...packing import PACKED_BITS, pack_bits, packed_width
 from ...source.quantized_source import ExportSource
 from ...spec import ActivationSpec, QuantSpec
 from ..common import Layer, check_modules, exact_plain, exact_scales, layer, plain_config
@@ -129,8 +129,8 @@ def _part_sizes(source: ExportSource, it: Layer) -> dict[str, int]:
     (rows, columns), groups, bits = it.codes.shape, it.scales.shape[1], it.spec.bits
     scales = {_SCALE: rows * groups * 2}
     if source.state.activations is None:
-        zeros = {} if it.zeros is None else {_ZERO: stream_width(rows, bits) * groups * 4}
-        return {_PACKED: rows * stream_width(columns, bits) * 4, **scales, _SHAPE: 2 * 8, **zeros}
+        zeros = {} if it.zeros is None else {_ZERO: packed_width(rows, bits) * groups * 4}
+        return {_PACKED: rows * packed_width(columns, bits) * 4, **scales, _SHAPE: 2 * 8, **zeros}
     zeros = {} if it.zeros is None else {_ZERO: rows * groups}
     static = source.state.activations.scaling == "static"
     inputs = ({_INPUT_SCALE: 4} if static else {}) | ({_INPUT_ZERO: 1} if static and not source.state.activations.symmetric else {})
