@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NAMES = {
-    "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3",
+    "int64": "I64", "float64": "F64", "float32": "F32", "int32": "I32", "bfloat16": "BF16", "float16": "F16",
+    "int16": "I16", "float8_e4m3fn": "F8_E4M3", "int8": "I8", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
+"""torch's dtypes -> the format's, in the order in which the library writes them: wide ones first, so that every tensor is aligned."""
 
 
 def write_safetensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str] | None = None) -> None:
-    """Write ``tensors`` to the new file ``path``; no more than one of them is copied at a time.
+    """Write ``tensors`` to the new file ``path``: the bytes that the library writes, with no more than one tensor copied at a time.
 
     Args:
         path: A file that does not exist.
@@ -29,14 +30,14 @@ def write_safetensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Map
     """
     import torch
 
-    # wide dtypes first: every tensor then starts at a multiple of its width, as the library has it
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+    places = {dtype: place for place, dtype in enumerate(_NAMES)}
+    ordered = sorted(tensors.items(), key=lambda item: (places[dtypes[item[0]]], item[0]))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, tensor in ordered:
         end = offset + tensor.numel() * tensor.element_size()
-        dtype = _NAMES[str(tensor.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": _NAMES[dtypes[name]], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

@@ -20,7 +20,7 @@ from ..common.quiet import quiet_transformers
 from .load_report import check_report
 from .loading import check_finite, find_model_folder, load_config, load_model, meta_model
 from .stored_names import module_names
-from .weights import WeightFiles as WeightFiles
+from .weights import WeightFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

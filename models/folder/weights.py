@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import UserError
-from .folder_checks import check_model_folder
+from .folder_checks import checked_places
 from .loading import check_finite
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -29,9 +29,9 @@ class WeightFiles:
         from safetensors import safe_open
 
         self.folder = Path(folder)
-        self._open = [safe_open(file, framework="pt") for file in check_model_folder(self.folder)]
-        self._files: dict[str, Any] = {name: file for file in self._open for name in file.keys()}  # noqa: SIM118 - no mapping
-        self._stored = {name: name for name in self._files}
+        self._places = checked_places(self.folder)
+        self._open: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in {place.file for place in self._places.values()}}
+        self._stored = {name: name for name in self._places}
 
     def names(self) -> list[str]:
         """Every tensor of the folder, in the order of the files."""
@@ -40,22 +40,18 @@ class WeightFiles:
     def call(self, names: Mapping[str, str | None]) -> None:
         """Call tensors by other names from here on: name in the file -> name. One that is None, or taken, stays as in the file."""
         called: dict[str, str] = {}
-        for stored in self._files:
+        for stored in self._places:
             name = names.get(stored) or stored
             called[stored if name in called else name] = stored
         self._stored = called
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a whole tensor."""
-        return tuple(self._slice(name).get_shape())
-
-    def _slice(self, name: str) -> Any:
-        stored = self._stored[name]
-        return self._files[stored].get_slice(stored)
+        return self._places[self._stored[name]].info.shape
 
     def dtype(self, name: str) -> torch.dtype | None:
         """Dtype of a tensor as stored; None for those that no model is trained in (integers, 8 bits and less)."""
-        return DTYPES.get(self._slice(name).get_dtype())
+        return DTYPES.get(self._places[self._stored[name]].info.dtype)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor, or some rows of its first dimension, on the CPU in its own dtype; no other rows are read from the disk.
@@ -70,7 +66,8 @@ class WeightFiles:
         if name not in self._stored:
             raise UserError(f"{self.folder} has no weight {name}; fetch or export the model again")
         stored = self._stored[name]
-        tensor: Tensor = self._files[stored].get_tensor(stored) if rows is None else self._slice(name)[rows]
+        file = self._open[self._places[stored].file]
+        tensor: Tensor = file.get_tensor(stored) if rows is None else file.get_slice(stored)[rows]
         check_finite(self.folder, name, tensor, tensor.dtype)
         return tensor
 
@@ -85,7 +82,7 @@ class WeightFiles:
 
     def close(self) -> None:
         """Forget the files; tensors that were read stay valid."""
-        self._files.clear()
+        self._places.clear()
         self._stored.clear()
         self._open.clear()
 
@@ -94,3 +91,11 @@ class WeightFiles:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """A tensor of a checked safetensors file as it is stored, on the CPU."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(name)

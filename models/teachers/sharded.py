@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..common.errors import UserError
 from ..families import decoder_layers
-from ..folder.streaming import WeightFiles, fill, open_files, parameter_places, place, register, stored_name
+from ..folder.streaming import fill, open_files, parameter_places, place, register, stored_name
+from ..folder.weights import WeightFiles
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -1,12 +1,8 @@
-"""What codes and scales of a lattice must look like, checked when they are read back: shapes, ranges, grids; and where weights lie."""
-
-import json
-from pathlib import Path
+"""What codes and scales of a lattice must look like, checked when they are read back: shapes, ranges, grids."""
 
 import torch
 from torch import Tensor
 
-from ...models.common.errors import UserError
 from ..fake_quant import Encoded
 from ..fake_quant.absmax_reference import GRID_DTYPES
 from ..spec import QuantSpec
@@ -85,23 +81,3 @@ def _outside(codes: Tensor, spec: QuantSpec) -> str | None:
     if codes.numel() and not low <= int(codes.min()) <= int(codes.max()) <= high:
         return f"codes span {int(codes.min())}..{int(codes.max())}, outside {low}..{high}"
     return None
-
-
-def weight_places(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, for a single or a sharded ``model.safetensors``; UserError when the index is damaged or foreign."""
-    from ...models.folder.safetensors_read import read_header
-
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return dict.fromkeys(read_header(single).tensors, single)
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder} has neither a readable model.safetensors nor {index.name} ({error}); quantize again.") from error
-    outside = [file for file in files.values() if Path(file).name != file]
-    if outside:
-        raise UserError(f"{index}: {outside[0]!r} lies outside the folder; the index is damaged or foreign.")
-    for file in set(files.values()):
-        read_header(folder / file)
-    return {name: folder / file for name, file in files.items()}

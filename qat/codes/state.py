@@ -21,7 +21,7 @@ from ...models.common.errors import UserError
 from ...models.folder.codes_file import CODES, codes_file
 from ..fake_quant import Encoded, decode
 from ..spec import ActivationSpec, QuantSpec
-from .code_checks import grid_problem, weight_places
+from .code_checks import grid_problem
 from .kv_cache_scales import CacheState, cache_from_record
 
 QUANT_FILE = CODES
@@ -173,18 +173,23 @@ class QuantState:
         return None
 
 
+class NoCodesError(UserError):
+    """A model folder holds no codes."""
+
+
 def load_quant_state(folder: Path) -> QuantState:
     """The codes and scales of a quantized model folder, checked against its record and its weights.
 
     Raises:
-        UserError: the folder holds no codes, they are damaged, or ``model.safetensors`` holds other weights than codes * scales.
+        NoCodesError: the folder holds no codes.
+        UserError: they are damaged, or ``model.safetensors`` holds other weights than codes * scales.
     """
     from ...models.folder.model_folder import read_record
 
     file = codes_file(folder)
     record = read_record(folder).get("quant")
     if record is None or file is None:
-        raise UserError(f"{folder} holds no codes ({QUANT_FILE} and its record): run the stage 'qat' or 'quantize' on the model first.")
+        raise NoCodesError(f"{folder} holds no codes ({QUANT_FILE} and its record): run the stage 'qat' or 'quantize' on the model first.")
     state = _from_record(record, _read_tensors(file), file, folder)
     state.check(str(file))
     if state.hash() != record.get("hash"):
@@ -242,21 +247,19 @@ def _held(tensors: Mapping[str, Tensor], modules: tuple[str, ...], suffix: str) 
 
 def _check_weights(folder: Path, state: QuantState, codes: str) -> None:
     """UserError unless the stored fp32 weights are the codes times the scales, element by element."""
-    from safetensors import safe_open
+    from ...models.folder.tensor_places import safetensors_files, tensor_places
+    from ...models.folder.weights import read_tensor
 
-    files = weight_places(folder)
+    places = tensor_places(safetensors_files(folder))
     called: dict[str, str] = {}
-    if any(f"{name}.weight" not in files for name in state.modules) and (folder / "config.json").is_file():
+    if any(f"{name}.weight" not in places for name in state.modules) and (folder / "config.json").is_file():
         from ...models.folder.structure import model_structure
 
         called = model_structure(folder).stored_modules()
     for name in state.modules:
         key = f"{called.get(name, name)}.weight"
-        if key not in files:
+        if key not in places:
             raise UserError(f"{folder}: {key} is missing from the weights, yet {codes} has codes for it; quantize again.")
-        with safe_open(files[key], framework="pt") as opened:
-            if key not in opened.keys():  # noqa: SIM118 - not a mapping
-                raise UserError(f"{files[key]}: {key} is not in the file that the index names; the folder is damaged.")
-            weight = opened.get_tensor(key)
+        weight = read_tensor(places[key].file, key)
         if weight.dtype != torch.float32 or not torch.equal(weight, state.dequantized(name)):
-            raise UserError(f"{files[key]}: {key} is not codes * scales of {codes}; the weights were changed. Quantize again.")
+            raise UserError(f"{places[key].file}: {key} is not codes * scales of {codes}; the weights were changed. Quantize again.")

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ...models.folder.safetensors_write import write_safetensors
+from ...models.folder.tensor_places import INDEX, WEIGHTS
+
 SHARD_BYTES = 5_000_000_000
 """As transformers cuts files."""
 
@@ -24,7 +27,7 @@ def plan_shards(sizes: Mapping[str, int], limit: int = SHARD_BYTES) -> dict[str,
         files[-1].append(name)
         used += size
     if len(files) == 1:
-        return {"model.safetensors": files[0]}
+        return {WEIGHTS: files[0]}
     return {f"model-{number:05d}-of-{len(files):05d}.safetensors": names for number, names in enumerate(files, 1)}
 
 
@@ -36,14 +39,12 @@ def write_shards(folder: Path, shards: Mapping[str, list[str]], make: Callable[[
         shards: As ``plan_shards`` gives them.
         make: The tensor of a name; called once per tensor, when its file is written.
     """
-    from safetensors.torch import save_file
-
     total = 0
     for file, names in shards.items():
         tensors = {name: make(name) for name in names}
         total += sum(tensor.nbytes for tensor in tensors.values())
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        write_safetensors(folder / file, tensors, {"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ...models.common.errors import UserError
-from ..codes.state import QuantState, load_quant_state
+from ..codes.state import NoCodesError, QuantState, load_quant_state
 from .plain_source import open_plain_source
 from .plain_weights import open_any_folder, open_wide_folder
 from .quantized_source import ExportSource, Load, open_source
@@ -44,9 +44,7 @@ def _open_codes(folder: Path, load: Load) -> ExportSource:
     """``open_source``, whose refusal of a folder without codes also names the formats that take one."""
     try:
         return open_source(folder, load)
-    except UserError as error:
-        if "holds no codes" not in str(error):
-            raise
+    except NoCodesError as error:
         raise UserError(f"{error} Weights as they are can be exported with --format {', '.join(PLAIN_GGUF)}.") from error
 
 

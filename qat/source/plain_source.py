@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ...models.common.errors import UserError
 from ...models.common.json_file import what_instead
+from ...models.folder.folder_checks import checked_places
 from ...models.folder.structure import model_structure
 from ..codes.state import QuantState
 from ..spec import QuantSpec
 from .quantized_source import ExportSource
-from .stored_tensors import check_tied, checked_files, stored_files
+from .stored_tensors import check_tied, stored_files
 
 _PIECE = 2**22
 
@@ -75,7 +76,7 @@ def open_plain_source(folder: Path, dtype: torch.dtype) -> PlainSource:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder (no config.json); {what_instead(folder)}")
-    found = checked_files(folder)
+    found = checked_places(folder)
     structure = model_structure(folder)
     stored = stored_files(found, structure)
     problems = structure.differences(stored.shapes)

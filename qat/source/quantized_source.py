@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ...models.common.errors import UserError
 from ...models.common.json_file import what_instead
+from ...models.folder.folder_checks import checked_places
 from ...models.folder.structure import Structure, model_structure
+from ...models.folder.weights import read_tensor
 from ..codes.state import QuantState, load_quant_state
-from .stored_tensors import check_tied, checked_files, read_tensor, stored_files
+from .stored_tensors import check_tied, stored_files
 
 Load = Callable[[Path], QuantState]
 """Reads and proves the codes of a folder."""
@@ -73,7 +75,7 @@ def open_source(folder: Path, load: Load = load_quant_state) -> ExportSource:
             f"{folder} is not a model folder (no config.json); {what_instead(folder)}; 'qat' and 'quantize' write quantized ones"
         )
     state = load(folder)
-    found = checked_files(folder)
+    found = checked_places(folder)
     structure = model_structure(folder)
     state, stored = state.renamed(structure.stored_modules()), stored_files(found, structure)
     problems = structure.differences(stored.shapes)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ...models.common.errors import UserError
-from ...models.folder.folder_checks import check_model_folder
 from ...models.folder.model_folder import read_record
-from ...models.folder.safetensors_read import read_header
 from ...models.folder.stored_names import ignored, not_loaded, summary
 from ...models.folder.structure import Structure
+from ...models.folder.tensor_places import TensorPlace
+from ...models.folder.weights import read_tensor
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,8 @@ class StoredFiles:
         return read_tensor(self.files[name], self.other_names.get(name, name))
 
 
-def checked_files(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Every tensor of a model folder by the name that it has there: (file, shape).
-
-    Raises:
-        UserError: see ``check_model_folder``.
-    """
-    headers = {file: read_header(file).tensors for file in check_model_folder(folder)}
-    return {name: (file, tensors[name].shape) for file, tensors in headers.items() for name in tensors}
-
-
-def stored_files(found: dict[str, tuple[Path, tuple[int, ...]]], structure: Structure) -> StoredFiles:
-    """``checked_files`` as the model of ``structure`` has them; tensors that transformers leaves out are left out."""
+def stored_files(found: dict[str, TensorPlace], structure: Structure) -> StoredFiles:
+    """``checked_places`` as the model of ``structure`` has them; tensors that transformers leaves out are left out."""
     left_out: dict[str, int] = {}
     if structure.model is not None and not found.keys() <= structure.shapes.keys():
         left_out = summary(not_loaded(structure.model, found))
@@ -55,8 +45,8 @@ def stored_files(found: dict[str, tuple[Path, tuple[int, ...]]], structure: Stru
         found = {name: place for name, place in found.items() if name not in outside}
     names = structure.in_files(found)
     return StoredFiles(
-        files={names[name]: file for name, (file, _) in found.items()},
-        shapes={names[name]: shape for name, (_, shape) in found.items()},
+        files={names[name]: place.file for name, place in found.items()},
+        shapes={names[name]: place.info.shape for name, place in found.items()},
         other_names={names[name]: name for name in found if names[name] != name},
         left_out=left_out,
     )
@@ -75,11 +65,3 @@ def check_tied(folder: Path, stored: StoredFiles, structure: Structure) -> None:
                 f"{folder}: {name} is stored with values of its own, but config.json ties it (tie_word_embeddings); "
                 "set tie_word_embeddings to false or remove the tensor"
             )
-
-
-def read_tensor(file: Path, name: str) -> Tensor:
-    """A tensor of a safetensors file."""
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as opened:
-        return opened.get_tensor(name)

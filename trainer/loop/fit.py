@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel
 
-    from ...models.folder.streaming import WeightFiles
+    from ...models.folder.weights import WeightFiles
 
 _PRECISIONS = {"32": "32-true", "bf16-mixed": "bf16-mixed"}
 

@@ -16,7 +16,7 @@ from ..processes.world import World
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ...models.folder.streaming import WeightFiles
+    from ...models.folder.weights import WeightFiles
     from .module import Shard
 
 

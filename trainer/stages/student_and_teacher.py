@@ -10,7 +10,8 @@ from ...models.causality import check_causal
 from ...models.common.errors import UserError
 from ...models.families import check_head
 from ...models.folder.loading import load_config, load_model, meta_model
-from ...models.folder.streaming import WeightFiles, can_stream, empty_model
+from ...models.folder.streaming import can_stream, empty_model
+from ...models.folder.weights import WeightFiles
 from ...models.teachers import LocalTeacher, Teacher, open_teacher
 from ..plan import StepPlan
 from ..processes.strategy import choose_strategy, device_bytes, shards

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from decoct.models.folder.safetensors_read import read_header
 from decoct.models.folder.safetensors_write import write_safetensors
@@ -35,6 +35,17 @@ def test_the_library_reads_back_every_dtype_and_shape(tmp_path: Path) -> None:
     with safe_open(file, framework="pt") as opened:
         assert opened.metadata() == {"format": "pt"}
     assert set(read_header(file).tensors) == set(TENSORS)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_the_library_writes_the_same_bytes(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    names = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool", "float8_e4m3fn")
+    one_of_each = {f"{place}.{name}": torch.ones(3, 2, dtype=getattr(torch, name)) for place in "ba" for name in names}
+    for number, tensors in enumerate((TENSORS, one_of_each, {"alone": torch.ones(2)})):
+        ours, theirs = tmp_path / f"{number}.ours", tmp_path / f"{number}.theirs"
+        write_safetensors(ours, tensors, metadata)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, theirs, metadata=metadata)
+        assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_an_existing_file_is_left_alone(tmp_path: Path) -> None:

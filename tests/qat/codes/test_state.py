@@ -89,13 +89,13 @@ def test_sharded_weights(tmp_path: Path, state: QuantState) -> None:
     index.write_text(json.dumps({"weight_map": weight_map}))
     assert load_quant_state(tmp_path).hash() == state.hash()
     index.write_text(json.dumps({"weight_map": weight_map | {f"{NAMES[0]}.weight": "../model-0.safetensors"}}))
-    with pytest.raises(UserError, match=r"'\.\./model-0\.safetensors' lies outside the folder"):
+    with pytest.raises(UserError, match=r"'\.\./model-0\.safetensors'; only plain file names inside the folder"):
         load_quant_state(tmp_path)
     index.write_text(json.dumps({"weight_map": weight_map | {f"{NAMES[0]}.weight": weight_map["model.norm.weight"]}}))
-    with pytest.raises(UserError, match="is not in the file that the index names"):
+    with pytest.raises(UserError, match=r"places tensor '.*up_proj.weight' in .*, which does not hold it"):
         load_quant_state(tmp_path)
     index.write_text("{")
-    with pytest.raises(UserError, match=r"neither a readable model.safetensors nor"):
+    with pytest.raises(UserError, match=r"model.safetensors.index.json .*JSON"):
         load_quant_state(tmp_path)
 
 
