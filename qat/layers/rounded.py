@@ -74,12 +74,6 @@ class RoundedWeight(_Base):
     def _extra(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=self.weight.device))
 
-    def set_mask(self, mask: Tensor | None) -> None:
-        """Weights to keep: bool [out, in], or None for all; moved to the weight's device."""
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != self.weight.shape):
-            raise ValueError(f"mask must be bool of shape {tuple(self.weight.shape)}, not {mask.dtype} of shape {tuple(mask.shape)}")
-        self.mask = None if mask is None else mask.to(self.weight.device)
-
     @property
     def lattice(self) -> QuantSpec:
         """The lattice in use."""
