@@ -53,8 +53,8 @@ class RoundedWeight(_Base):
         shape = spec.scale_shape(rows, columns)
         self.spec = spec
         self.mode: Mode = "absmax"
-        self.bits = spec.bits
-        """Bits of the lattice in use: the spec's, or more while bits are annealed."""
+        self.lattice = spec
+        """The lattice in use."""
         self.register_buffer("mask", None, persistent=False)
         extras = extras or Extras()
         own = extras.scale and spec.kind == "int"
@@ -75,9 +75,14 @@ class RoundedWeight(_Base):
         return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=self.weight.device))
 
     @property
-    def lattice(self) -> QuantSpec:
-        """The lattice in use."""
-        return self.spec if self.bits == self.spec.bits else self.spec.with_bits(self.bits)
+    def bits(self) -> int:
+        """Bits of the lattice in use: the spec's, or more while bits are annealed."""
+        return self.lattice.bits
+
+    @bits.setter
+    def bits(self, bits: int) -> None:
+        # made once and not in every forward pass: torch.compile cannot trace the checks of a new spec
+        self.lattice = self.spec if bits == self.spec.bits else self.spec.with_bits(bits)
 
     def merged_weight(self) -> Tensor:
         """[out, in]: the latent weight, with the adapter's product added; pruned weights (zeros of ``weight``) stay zero."""
