@@ -22,13 +22,17 @@ SECTIONS: dict[str, type] = {
     "logger": LoggerSettings,
 }
 KEYS = ("name", "seed", "teacher", "student", "data", "stages", "trainer", "logger")
+REQUIRED = ("student", "data", "stages")
+"""Keys that every recipe has; one that is no file also has a name."""
+NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+"""What names a run or a stage, as a regular expression: it names a folder too."""
 _EXAMPLES = {
     "student": "where the student starts, such as student: {keep: {layers: 8}}",
     "data": "the text, such as data: {files: ['corpus/*.txt']}",
     "stages": "what to do, such as stages: [{distill: {tokens: 10M}}]",
     "name": "the name of the run and its folder",
 }
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_NAME = re.compile(NAME_PATTERN)
 _NAME_RULE = "use letters, digits, '.', '_' and '-', at most 100, a letter or digit first: it names a folder"
 
 
@@ -91,7 +95,7 @@ def _read_head(root: Mapping, problems: Problems, default_name: str | None) -> t
 def _read_section(root: Mapping, key: str, problems: Problems) -> Any:
     """The settings of a section; its defaults or None when it is absent, None when it is wrong."""
     if not _given(root, key):
-        if key in ("student", "data"):
+        if key in REQUIRED:
             _need(key, problems)
         return SECTIONS[key]() if key in ("trainer", "logger") else None
     return read_settings(root.entries[key].node, SECTIONS[key], (key,), problems)

@@ -39,15 +39,21 @@ class Recipe:
     """Teacher, student, text, stages in order, and how to train and log them."""
 
     name: str
-    """Name of the run and its folder: letters, digits, dot, dash and underscore."""
+    """Name of the run and of its folder: letters, digits, '.', '_' and '-'. Default: the recipe file's name without its ending."""
     student: StudentSettings
+    """The model to work on."""
     data: DataSettings
+    """The text to train and measure on."""
     stages: tuple[StageEntry, ...]
+    """What to do, in order. Each stage is a kind, alone or with its settings below it."""
     teacher: TeacherSettings | None = None
+    """The model to learn from, and to compare with. Default: none."""
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    """How training stages run."""
     logger: LoggerSettings = field(default_factory=LoggerSettings)
+    """Where curves go in addition to the run folder's files."""
     seed: Seed = 0
-    """Seed of everything random: initial weights, data order, split."""
+    """Seed of everything random: initial weights, order of the data, split into training and evaluation."""
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:

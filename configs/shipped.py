@@ -1,4 +1,7 @@
-"""The recipes that come with decoct: ``configs/*.yaml`` and ``configs/recipes/*.yaml``, known by their file names' stems."""
+"""The recipes that come with decoct: ``configs/*.yaml`` and ``configs/recipes/*.yaml``, known by their file names' stems, and their schema.
+
+The first line of each names the schema for editors (the YAML language server's way): ``# yaml-language-server: $schema=FILE``.
+"""
 
 from pathlib import Path
 
@@ -6,6 +9,9 @@ from ..models.common.errors import UserError
 from .problems import did_you_mean
 
 _HERE = Path(__file__).resolve().parent
+SCHEMA_FILE = _HERE / "recipe.schema.json"
+"""The JSON Schema of recipes, equal to what ``json_schema.py`` makes."""
+_FOR_EDITORS = "# yaml-language-server: $schema="
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -15,13 +21,20 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def list_recipes() -> list[tuple[str, Path, str]]:
-    """(name, file, first comment line) of every shipped recipe."""
+    """(name, file, what it does) of every shipped recipe; the last is its first comment line that is not for editors."""
     return [(name, path, _about(path)) for name, path in shipped_recipes().items()]
 
 
 def _about(path: Path) -> str:
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    first = next((line for line in lines if not line.startswith(_FOR_EDITORS)), "")
     return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def with_schema(text: str, schema: str) -> str:
+    """A recipe's text whose first line names ``schema``, a path from the recipe's folder or a URL."""
+    body = text.partition("\n")[2] if text.startswith(_FOR_EDITORS) else text
+    return f"{_FOR_EDITORS}{schema}\n{body}"
 
 
 def shipped_text(name: str) -> str:

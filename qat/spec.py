@@ -12,7 +12,6 @@ Symbols: b bits, q signed code in [-2^(b-1), 2^(b-1)-1], s scale, z zero point, 
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from .. import Bounds, check_fields
@@ -71,7 +70,7 @@ _NOT_STORED = {"kind": "int"}
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """Lattice of linear weights [out, in]: the codes' kind and width, one scale per ``group_size`` inputs, row or tensor."""
+    """Quantization of linear weights [out, in]: kind and width of the codes, and one scale per ``group_size`` inputs, row or tensor."""
 
     kind: Kind = "int"
     """Format of a code: int = integer, nf4 = 16 quantiles of a normal distribution, fp8_e4m3 = 8-bit float, mxfp4 and nvfp4 = 4-bit floats
@@ -181,7 +180,7 @@ class QuantSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationSpec:
-    """Lattice of activations [..., features], or of keys and values [..., head_dim] on their way into the cache.
+    """Quantization of activations [..., features], or of keys and values [..., head_dim] on their way into the cache.
 
     int8 divides absmax by 127, as serving kernels do; fp8_e4m3 by 448. Scales are fp32.
     """
@@ -198,10 +197,8 @@ class ActivationSpec:
         check_fields(self)
         if not self.symmetric and self.kind != "int8":
             raise ValueError(f"kind={self.kind!r} has no zero point; leave symmetric out, or use kind='int8'")
-        # made here and kept: torch.compile, which traces forward passes, cannot trace the checks of a new spec
-        _ = self.lattice
 
-    @cached_property
+    @property
     def lattice(self) -> QuantSpec:
         """The same lattice as a QuantSpec of the matrix [tokens, features]."""
         group = "channel" if self.scaling == "dynamic" else "tensor"

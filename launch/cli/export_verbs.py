@@ -1,4 +1,4 @@
-"""The verbs that write and judge what is served, and ``doctor``. Nothing heavy is imported here."""
+"""The verbs that write and check exports, and ``doctor``. Nothing heavy is imported here."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,9 +10,9 @@ from .options import Hub, Model, Out, SeqLength, StageOverrides, Teacher, Text
 app = typer.Typer()
 
 _FORMATS = (
-    "compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp), gguf-q2_0 (2 bits, llama.cpp from July 2026 on), gptq, gptq_v2 "
-    "(asymmetric), awq (4 bits), safetensors (plain 16-bit floats), safetensors-f32 (plain, always exact); of plain weights also "
-    "gguf-bf16, gguf-f16 or gguf-f32."
+    "Format to write: compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp), gguf-q2_0 (2 bits, llama.cpp from July 2026 on), "
+    "gptq, gptq_v2 (asymmetric), awq (4 bits), safetensors (plain 16-bit floats), safetensors-f32 (plain, always exact); for plain weights "
+    "also gguf-bf16, gguf-f16 or gguf-f32."
 )
 
 
@@ -20,14 +20,22 @@ _FORMATS = (
 def export(
     model: Annotated[
         Path,
-        typer.Argument(metavar="MODEL", help="Quantized model folder (made by qat or quantize); a plain one for gguf-f16 and the like."),
+        typer.Argument(
+            metavar="MODEL", help="Quantized model folder (made by qat or quantize), or a plain one for gguf-f16 and other plain formats."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")],
     form: Annotated[str, typer.Option("--format", help=_FORMATS)] = "compressed-tensors",
-    allow_inexact: Annotated[bool, typer.Option("--allow-inexact", help="Round plain weights that the format does not hold.")] = False,
+    allow_inexact: Annotated[
+        bool, typer.Option("--allow-inexact", help="Round plain weights that the format cannot hold exactly.")
+    ] = False,
     reader_version: Annotated[
         str | None,
-        typer.Option("--reader-version", help="Of compressed-tensors, for 3, 5, 6 or 7 bits: 0.18.0 or later.", show_default=False),
+        typer.Option(
+            "--reader-version",
+            help="compressed-tensors version that will read the export (0.18.0 or later); needed for 3, 5, 6 and 7 bits.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Pack a quantized folder for serving stacks, and check the result with a reader that did not write it."""
@@ -42,7 +50,7 @@ def plain(
     out: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")],
     revision: Annotated[str | None, typer.Option("--revision", help="Hub revision of MODEL.")] = None,
 ) -> None:
-    """Make a plain text model that the other verbs take: of text and images, of an adapter, of fp8 or bitsandbytes weights."""
+    """Make a plain text model that the other verbs take, from a model of text and images, an adapter, or fp8 or bitsandbytes weights."""
     from .single_stage import run_plain
 
     run_plain(model, out, revision)
@@ -51,11 +59,15 @@ def plain(
 @app.command(epilog="Example: decoct verify runs/quickstart/06-export/compressed-tensors")
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Export folder, or a .gguf file.")],
-    source: Annotated[Path | None, typer.Option("--source", help="Quantized folder it was made from; compared element by element.")] = None,
-    runtimes: Annotated[bool, typer.Option("--runtimes/--no-runtimes", help="Also load it in the runtimes that are installed.")] = True,
-    accept: Annotated[list[str] | None, typer.Option("--accept", help="A file that you changed: record it as it is. Repeatable.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--source", help="Quantized folder that the export was made from; compared element by element.")
+    ] = None,
+    runtimes: Annotated[bool, typer.Option("--runtimes/--no-runtimes", help="Also load the export in the installed runtimes.")] = True,
+    accept: Annotated[
+        list[str] | None, typer.Option("--accept", help="File that you changed on purpose: record it as it is now; repeatable.")
+    ] = None,
 ) -> None:
-    """Check an export: hashes, structure, scales, every weight, and what installed runtimes make of it."""
+    """Check an export: file hashes, structure, scales, every weight, and what the installed runtimes compute from it."""
     from .single_stage import run_verify
 
     run_verify(folder, source, runtimes, accept or ())
@@ -72,7 +84,7 @@ def evaluate(
     tokens: Annotated[
         str | None, typer.Option("--tokens", help="Tokens to measure on.", show_default="all of --text; 32k of anything else")
     ] = None,
-    max_perplexity_increase: Annotated[str | None, typer.Option(help="Gate: exit code 3 above this, such as 5%.")] = None,
+    max_perplexity_increase: Annotated[str | None, typer.Option(help="Gate: exit code 3 above this increase, such as 5%.")] = None,
     out: Out = None,
 ) -> None:
     """Measure a model folder or export: perplexity, KL and top-1 agreement with a teacher, calibration, size."""
@@ -83,7 +95,7 @@ def evaluate(
 
 @app.command(epilog="Example: decoct doctor")
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show versions and devices, combinations known to be bad, and what is missing for each verb."""
+    """Show versions and devices, combinations with known problems, and what each verb still needs."""
     from ..doctor.doctor import run_doctor
 
     run_doctor(as_json)

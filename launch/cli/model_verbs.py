@@ -1,4 +1,4 @@
-"""The verbs that make a model of a model: a recipe of one stage each. Nothing heavy is imported here."""
+"""The verbs that make one model from another: a recipe of one stage each. Nothing heavy is imported here."""
 
 from typing import Annotated
 
@@ -31,7 +31,7 @@ def prune(
     model: Model,
     overrides: StageOverrides = None,
     ffn: Annotated[int | None, typer.Option("--ffn", help="FFN channels kept in every layer (the model gets smaller).")] = None,
-    keep: Annotated[str | None, typer.Option("--keep", help="Share of the linear weights that stays, such as 0.7 or 70%.")] = None,
+    keep: Annotated[str | None, typer.Option("--keep", help="Share of the linear weights that is kept, such as 0.7 or 70%.")] = None,
     teacher: Teacher = None,
     text: Text = None,
     hub: Hub = None,
@@ -55,16 +55,18 @@ def qat(
     text: Text = None,
     hub: Hub = None,
     tokens: TrainTokens = None,
-    train: Annotated[str, typer.Option("--train", help="all, or scales: these alone, over fixed codes of a byte a weight.")] = "all",
+    train: Annotated[
+        str, typer.Option("--train", help="What trains: all, or only the scales, over fixed codes of one byte per weight (scales).")
+    ] = "all",
     start: Annotated[
         str | None,
         typer.Option("--start", help="First scales: rtn, mse (searched) or gptq.", show_default="gptq; mse with --lora"),
     ] = None,
-    lora: Annotated[int | None, typer.Option("--lora", help="Rank of an adapter that trains instead of the weights.")] = None,
+    lora: Annotated[int | None, typer.Option("--lora", help="Rank of an adapter that trains in place of the weights.")] = None,
     seq_length: SeqLength = 512,
     out: Out = None,
 ) -> None:
-    """Train MODEL with rounded weights; without --teacher it learns from its own unrounded self."""
+    """Train MODEL with rounded weights; without --teacher it learns from the unrounded MODEL."""
     from .single_stage import TextChoice, run_verb
 
     settings = {"tokens": tokens, "weights": {"bits": bits, "group_size": group_size}, "train": train, "start": start, "lora": lora}
@@ -75,7 +77,9 @@ def qat(
 def quantize(
     model: Model,
     overrides: StageOverrides = None,
-    method: Annotated[str, typer.Option("--method", help="rtn (to nearest), mse (searched scales) or gptq (calibrated on text).")] = "rtn",
+    method: Annotated[
+        str, typer.Option("--method", help="rtn (round to nearest), mse (searched scales) or gptq (calibrated on text).")
+    ] = "rtn",
     bits: Bits = 4,
     group_size: GroupSize = "128",
     calibration_tokens: Annotated[
@@ -88,7 +92,7 @@ def quantize(
     seq_length: SeqLength = 512,
     out: Out = None,
 ) -> None:
-    """Round the weights of MODEL without training; with --method gptq on text, a layer at a time."""
+    """Round the weights of MODEL without training; --method gptq calibrates on text, one layer at a time."""
     from .single_stage import TextChoice, run_verb
 
     settings = {"method": method, "weights": {"bits": bits, "group_size": group_size}, "calibration_tokens": calibration_tokens}

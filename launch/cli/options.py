@@ -7,7 +7,9 @@ import typer
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped recipe.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or hub id.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as stages.0.learning_rate=1e-4.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides of the recipe, such as stages.0.learning_rate=1e-4.")
+]
 StageOverrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Settings of the stage or the recipe, such as learning_rate=1e-4 trainer.precision=32."),
@@ -18,13 +20,13 @@ Text = Annotated[
     list[str] | None,
     typer.Option(
         "--text",
-        help="Text files (txt, jsonl, json, csv, parquet, packed too), globs or folders; repeatable.",
+        help="Text files (txt, jsonl, json, csv, parquet; also compressed), globs or folders; repeatable.",
         show_default="the Python standard library",
     ),
 ]
 Hub = Annotated[str | None, typer.Option("--hub", help="Hugging Face dataset id, instead of --text.")]
 Tokens = Annotated[str | None, typer.Option("--tokens", help="Training tokens, such as 500k or 2M.")]
 TrainTokens = Annotated[str | None, typer.Option("--tokens", help="Training tokens, such as 500k or 2M.", show_default="1M")]
-SeqLength = Annotated[int, typer.Option("--seq-length", help="Tokens a window.")]
-Bits = Annotated[int, typer.Option("--bits", help="Bits of a weight.")]
-GroupSize = Annotated[str, typer.Option("--group-size", help="Inputs that share a scale, or 'channel'.")]
+SeqLength = Annotated[int, typer.Option("--seq-length", help="Tokens per window.")]
+Bits = Annotated[int, typer.Option("--bits", help="Bits per weight.")]
+GroupSize = Annotated[str, typer.Option("--group-size", help="Input features per scale, or 'channel' for one scale per output row.")]

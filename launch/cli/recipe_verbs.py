@@ -17,7 +17,7 @@ def run(
     overrides: Overrides = None,
     out: Out = None,
 ) -> None:
-    """Run a recipe: every stage in order, skipping what is done, resuming what was broken off; ends with the report."""
+    """Run a recipe: every stage in order, skipping what is done and resuming what was interrupted; ends with the report."""
     from ...configs.loader import load_recipe
     from ..run.start import start
 
@@ -30,7 +30,7 @@ def cache(
     overrides: Overrides = None,
     out: Out = None,
 ) -> None:
-    """Let the teacher predict the text of a recipe once and keep it on disk (teacher.cache); nothing is trained."""
+    """Run the teacher over the text of a recipe once and keep its predictions on disk (teacher.cache); nothing is trained."""
     from ...configs.loader import load_recipe
     from ...models.common.errors import UserError
     from ..run.start import start
@@ -45,26 +45,31 @@ def cache(
 def launch(
     recipe: Recipe,
     overrides: Overrides = None,
-    target: Annotated[str, typer.Option("--target", help="local, torchrun, slurm or kubernetes.")] = "local",
-    show: Annotated[bool, typer.Option("--print", help="Print the command or file, and start nothing.")] = False,
-    gpus: Annotated[int | None, typer.Option("--gpus", help="Processes on each node.", show_default="the recipe's")] = None,
-    nodes: Annotated[int, typer.Option("--nodes", help="Machines.")] = 1,
-    max_restarts: Annotated[int, typer.Option("--max-restarts", help="Starts after a crash; each resumes by itself.")] = 3,
+    target: Annotated[str, typer.Option("--target", help="Where to run: local, torchrun, slurm or kubernetes.")] = "local",
+    show: Annotated[bool, typer.Option("--print", help="Print the command or file; start nothing.")] = False,
+    gpus: Annotated[int | None, typer.Option("--gpus", help="Processes per node.", show_default="the recipe's")] = None,
+    nodes: Annotated[int, typer.Option("--nodes", help="Number of machines.")] = 1,
+    max_restarts: Annotated[int, typer.Option("--max-restarts", help="Restarts after a crash; each resumes from the last checkpoint.")] = 3,
     out: Out = None,
     job_id: Annotated[str | None, typer.Option("--job-id", help="Rendezvous id, the same on all nodes.", show_default=False)] = None,
     rdzv_endpoint: Annotated[str | None, typer.Option("--rdzv-endpoint", help="torchrun: HOST:PORT of the first node.")] = None,
-    node_rank: Annotated[int | None, typer.Option("--node-rank", help="torchrun: number of this node.")] = None,
-    grace: Annotated[int, typer.Option("--grace", help="Seconds to save in when the job is stopped.")] = 120,
+    node_rank: Annotated[int | None, typer.Option("--node-rank", help="torchrun: rank of this node, from 0.")] = None,
+    grace: Annotated[int, typer.Option("--grace", help="Seconds that a stopped job has to save a checkpoint.")] = 120,
     partition: Annotated[str | None, typer.Option("--partition", help="slurm: partition.")] = None,
     account: Annotated[str | None, typer.Option("--account", help="slurm: account.")] = None,
     time: Annotated[str | None, typer.Option("--time", help="slurm: time limit, such as 24:00:00.")] = None,
     image: Annotated[str | None, typer.Option("--image", help="kubernetes: container image.")] = None,
     namespace: Annotated[str, typer.Option("--namespace", help="kubernetes: namespace.")] = "default",
-    volume_claim: Annotated[str | None, typer.Option("--volume-claim", help="kubernetes: claim for runs and cache.")] = None,
-    secret: Annotated[list[str] | None, typer.Option("--secret", help="kubernetes: VARIABLE=SECRET/KEY; repeatable.")] = None,
-    kind: Annotated[str, typer.Option("--kind", help="kubernetes: trainjob or jobset.")] = "trainjob",
+    volume_claim: Annotated[
+        str | None, typer.Option("--volume-claim", help="kubernetes: persistent volume claim for runs and cache.")
+    ] = None,
+    secret: Annotated[
+        list[str] | None,
+        typer.Option("--secret", help="kubernetes: environment variable from a secret, as VARIABLE=SECRET/KEY; repeatable."),
+    ] = None,
+    kind: Annotated[str, typer.Option("--kind", help="kubernetes: kind of the manifest, trainjob or jobset.")] = "trainjob",
 ) -> None:
-    """Run a recipe on this machine's GPUs, on many nodes, or through a scheduler, with restarts, resuming and a log file for each rank."""
+    """Run a recipe on this machine's GPUs, on several nodes, or through a scheduler, with restarts, resuming and one log file per rank."""
     from ..jobs.job import Slurm
     from .launch_verb import Choices, run_launch
 
@@ -86,7 +91,7 @@ def footprint(
     batch: Annotated[str, typer.Option("--batch", help="Sequences in the KV cache.")] = "1",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a model takes at each precision: bare parameters beside the stored weights with scales and embeddings, and the KV cache."""
+    """Show how many bytes a model takes at each precision: parameters alone, stored weights with scales, and the KV cache."""
     from ..plan.ladder import run_footprint
 
     run_footprint(model, context, batch, as_json)
@@ -96,15 +101,15 @@ def footprint(
 def plan(
     recipe: Recipe,
     overrides: Overrides = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", help="GPUs on each node.", show_default="those found here")] = None,
-    nodes: Annotated[int, typer.Option("--nodes", help="Machines.")] = 1,
+    gpus: Annotated[int | None, typer.Option("--gpus", help="GPUs per node.", show_default="those found here")] = None,
+    nodes: Annotated[int, typer.Option("--nodes", help="Number of machines.")] = 1,
     gpu_memory: Annotated[
         str | None, typer.Option("--gpu-memory", help="Memory of one GPU, such as 80GB.", show_default="as found here")
     ] = None,
     tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", help="GPUs that will serve one copy of the export.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a recipe will need and yield, stage by stage: sizes, tokens, disk, memory by role, who serves it. Downloads no weights."""
+    """Show what a recipe needs and gives, stage by stage: sizes, tokens, disk, memory by role, who serves it. Downloads no weights."""
     from .plan_verb import run_plan
 
     run_plan(recipe, overrides or (), gpus, nodes, gpu_memory, tensor_parallel, as_json)
@@ -112,7 +117,7 @@ def plan(
 
 @shipped_app.command("list", epilog="Example: decoct recipes list")
 def recipes_list() -> None:
-    """The shipped recipes, one line each."""
+    """List the shipped recipes, one line each."""
     from ...configs.shipped import list_recipes
 
     for name, _, about in list_recipes():
@@ -132,7 +137,24 @@ def recipes_copy(
     name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
     target: Annotated[Path | None, typer.Argument(help="File to write.", show_default="NAME.yaml")] = None,
 ) -> None:
-    """Write a shipped recipe to a file of your own; an existing file is never overwritten."""
-    from .single_stage import copy_recipe
+    """Write a shipped recipe to a file of your own, and the schema for your editor beside it; an existing recipe is never overwritten."""
+    from .recipe_files import SCHEMA_NAME, copy_recipe, write_schema
 
-    typer.echo(f"wrote {copy_recipe(name, target or Path(f'{name}.yaml'))}")
+    copied = copy_recipe(name, target or Path(f"{name}.yaml"))
+    typer.echo(f"wrote {copied}")
+    schema = copied.with_name(SCHEMA_NAME)
+    typer.echo(f"wrote {write_schema(schema)}: editors complete and check the keys of {copied.name} with it")
+
+
+@shipped_app.command("schema", epilog="Example: decoct recipes schema --out recipe.schema.json")
+def recipes_schema(
+    out: Annotated[Path | None, typer.Option("--out", help="File to write.", show_default="print it")] = None,
+) -> None:
+    """Print the JSON Schema of recipes. Name it in the first line of a recipe: # yaml-language-server: $schema=recipe.schema.json."""
+    from ...configs.shipped import SCHEMA_FILE
+    from .recipe_files import write_schema
+
+    if out is None:
+        typer.echo(SCHEMA_FILE.read_text(encoding="utf-8"), nl=False)
+    else:
+        typer.echo(f"wrote {write_schema(out)}")

@@ -173,18 +173,3 @@ def run_verify(folder: Path, source: Path | None, runtimes: bool, accept: Sequen
         console.print(f"  {name}: {outcome_text(seen)}")
     if report.problems:
         raise UserError(f"{folder} is not what was exported:\n" + "\n".join(f"  - {problem}" for problem in report.problems))
-
-
-def copy_recipe(name: str, target: Path) -> Path:
-    """Write a shipped recipe to ``target``; UserError when the file exists or cannot be written."""
-    from ...configs.shipped import shipped_text
-
-    text = shipped_text(name)
-    try:
-        with target.open("x") as file:
-            file.write(text)
-    except FileExistsError:
-        raise UserError(f"{target} exists; choose another name: decoct recipes copy {name} FILE") from None
-    except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror}); choose another place") from None
-    return target

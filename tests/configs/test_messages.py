@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 
+import jsonschema
 import pytest
+import yaml
 
 from decoct.configs import recipe_from_dict
+from decoct.configs.json_schema import recipe_schema
 from decoct.models.common.errors import UserError
 
 HEAD = """\
@@ -267,6 +270,24 @@ BROKEN |= {
         f"my.yaml:5: stages.0.distill.seed: unknown key: it is 'seed' at the top of the recipe; valid here: {STAGE_KEYS}",
     ),
 }
+
+
+SEVERAL_KEYS = {
+    "duplicate key", "duplicate section", "stage name given twice", "two sources of text", "both tokens and steps",
+    "neither tokens nor steps", "distill without a teacher", "a cache for a divergence that needs everything", "a cache that nobody reads",
+    "teacher: recipe without one", "student cut from no teacher", "gate without a teacher", "setting that pretrain ignores",
+    "batch of broken windows", "micro-batch that does not divide", "more layers than a known teacher has",
+    "more channels than a scratch teacher has", "group size that does not divide what pruning left", "heads that do not divide",
+    "export of nothing quantized", "export after training undid the codes", "no text left to train on",
+    "a key in the address of a served teacher",
+}  # fmt: skip
+"""What no JSON Schema of single keys can find: faults between keys, of YAML itself, and of an address's parts."""
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_the_json_schema_finds_every_fault_of_one_key(case: str) -> None:
+    fits = jsonschema.Draft202012Validator(recipe_schema()).is_valid(yaml.safe_load(BROKEN[case][0]))
+    assert fits == (case in SEVERAL_KEYS)
 
 
 @pytest.mark.parametrize("case", BROKEN)

@@ -76,6 +76,7 @@ SURFACE = {
     "recipes list": set(),
     "recipes show": {"name"},
     "recipes copy": {"name", "target"},
+    "recipes schema": {"--out"},
 }
 
 

@@ -1,0 +1,158 @@
+"""The JSON Schema (draft 2020-12) of recipes, made from the settings dataclasses: editors complete and check keys with it.
+
+It knows what one key takes: type, choices, bounds, suffix forms ("1M", "5%") as text, and what may be left empty. Rules about several keys
+are left to ``decoct plan`` and ``decoct run``. The package holds it as ``configs/recipe.schema.json``, for ``decoct recipes schema``.
+"""
+
+import json
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, get_args, get_origin
+
+from .. import alternatives, bounds_of, choices, types_of
+from ..trainer.stages.registry import STAGE_KINDS
+from .field_docs import class_doc, field_docs
+from .reading import KEYS, NAME_PATTERN, REQUIRED
+from .recipe import Recipe
+from .sections import SHORT_FORMS
+
+_DIGITS = r"[0-9]+(_[0-9]+)*"
+_EXPONENT = r"[eE][+-]?[0-9]{1,3}"
+_WHOLE = rf"({_DIGITS}|({_DIGITS}(\.[0-9]*)?|\.[0-9]+)({_EXPONENT}[kMB]?|[kMB]))"
+"""A whole number as text: 64, 1_024, 500k, 1.5M, 1e3."""
+_NUMBER = rf"({_DIGITS}(\.[0-9]*)?|\.[0-9]+)({_EXPONENT})?[kMB%]?"
+"""A number as text: 0.1, 1e-4, 5%."""
+_TEXT = r"^(?!.*://[^/\s]*@)[^\x00-\x1f]*$"
+"""Text on one line, without a password in an address."""
+
+
+def schema_text() -> str:
+    """The schema as the package holds it: JSON, one key per line."""
+    return json.dumps(recipe_schema(), indent=1, ensure_ascii=False) + "\n"
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The schema of a recipe; every dataclass that a recipe is made of stands under ``$defs``."""
+    definitions: dict[str, Any] = {}
+    docs = field_docs(Recipe)
+    types = types_of(Recipe)
+    properties: dict[str, Any] = {}
+    for key in KEYS:
+        if key == "stages":
+            made = {"type": "array", "minItems": 1, "items": _stage(definitions)}
+        elif key == "name":
+            made = {"type": ["string", "integer", "null"], "pattern": f"^({NAME_PATTERN})$"}
+        else:
+            made = _value(types[key], definitions)
+            if key not in REQUIRED:
+                made = _or_null(made)
+        properties[key] = {"description": docs[key], **made}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "decoct recipe",
+        "description": class_doc(Recipe),
+        "type": "object",
+        "properties": properties,
+        "required": list(REQUIRED),
+        "additionalProperties": False,
+        "$defs": definitions,
+    }
+
+
+def _stage(definitions: dict[str, Any]) -> dict[str, Any]:
+    """One entry of ``stages``: a kind alone, or a kind with its settings."""
+    kinds = {kind: _or_null(_reference(stage.settings, definitions, kind)) for kind, stage in STAGE_KINDS.items()}
+    alone = {"enum": list(kinds)}
+    return {
+        "anyOf": [{"type": "object", "properties": kinds, "minProperties": 1, "maxProperties": 1, "additionalProperties": False}, alone]
+    }
+
+
+def _reference(settings: type, definitions: dict[str, Any], kind: str | None = None) -> dict[str, Any]:
+    """A reference to a dataclass, which is added to ``definitions`` when it is not there yet. A stage also has a ``name``."""
+    name = settings.__name__
+    if name not in definitions:
+        definitions[name] = {}  # holds its place in the order
+        properties: dict[str, Any] = {}
+        if kind is not None:
+            others = [other for other in STAGE_KINDS if other != kind]
+            properties["name"] = {
+                "description": f"Name of the stage and of its folder. Default: {kind}.",
+                "type": ["string", "null"],
+                "pattern": f"^(?![0-9]+$)({NAME_PATTERN})$",
+                "not": {"enum": others},
+            }
+        properties |= {entry.name: _property(settings, entry, definitions) for entry in fields(settings)}
+        required = [entry.name for entry in fields(settings) if _required(entry)]
+        definitions[name] = {
+            "description": class_doc(settings),
+            "type": "object",
+            "properties": properties,
+            **({"required": required} if required else {}),
+            "additionalProperties": False,
+        }
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def _required(entry: Any) -> bool:
+    return entry.default is MISSING and entry.default_factory is MISSING
+
+
+def _property(settings: type, entry: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    """One key: its description, what it takes and its default."""
+    made = _value(types_of(settings)[entry.name], definitions)
+    if not _required(entry):
+        made = _or_null(made)
+    default = {} if entry.default is MISSING or entry.default is None else {"default": entry.default}
+    return {"description": field_docs(settings)[entry.name], **made, **default}
+
+
+def _or_null(made: dict[str, Any]) -> dict[str, Any]:
+    """The same or nothing: a key without a value keeps its default."""
+    if isinstance(made.get("type"), list):
+        return {**made, "type": [*made["type"], "null"]}
+    if "enum" in made:
+        return {**made, "enum": [*made["enum"], None]}
+    null = {"type": "null"}
+    return {**made, "anyOf": [*made["anyOf"], null]} if "anyOf" in made else {"anyOf": [made, null]}
+
+
+def _value(annotation: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    """What a key of this type takes, as ``sections.py`` reads it."""
+    options = [option for option in alternatives(annotation) if option is not type(None)]
+    made = [_number(annotation, option) for option in options if option in (int, float)]
+    made += [inner for option in options for inner in _option(option, definitions)]
+    if words := choices(annotation):
+        # YAML reads 32 as a number where a recipe means the word
+        made.insert(0, {"enum": [*words, *(int(word) for word in words if word.isdigit())]})
+    return made[0] if len(made) == 1 else {"anyOf": made}
+
+
+def _number(annotation: Any, option: type) -> dict[str, Any]:
+    bounds = bounds_of(annotation)
+    named = {"minimum": bounds.ge, "exclusiveMinimum": bounds.gt, "maximum": bounds.le, "exclusiveMaximum": bounds.lt}
+    types, digits = (["integer", "string"], _WHOLE) if option is int else (["number", "string"], _NUMBER)
+    # no pattern knows a text's size, but it can know its sign
+    sign = "[+-]?" if bounds.allow(-1e-9) or bounds.allow(-1) else "[+]?"
+    return {"type": types, **{key: limit for key, limit in named.items() if limit is not None}, "pattern": f"^{sign}{digits}$"}
+
+
+def _option(option: Any, definitions: dict[str, Any]) -> list[dict[str, Any]]:
+    """The schemas of one member of a type, except numbers and choices."""
+    if is_dataclass(option) and isinstance(option, type):
+        word = SHORT_FORMS.get(option)
+        short = [{"enum": list(choices(types_of(option)[word]))}] if word else []
+        return [_reference(option, definitions), *short]
+    inner = get_args(option)
+    if get_origin(option) is tuple and inner[-1] is Ellipsis:
+        # one value stands for a list of one
+        item = _value(inner[0], definitions)
+        return [{"type": "array", "items": item}, item]
+    if get_origin(option) is tuple:
+        return [{"type": "array", "items": _value(inner[0], definitions), "minItems": len(inner), "maxItems": len(inner)}]
+    if get_origin(option) is dict:
+        free = inner[1] is Any
+        return [{"type": "object"} | ({} if free else {"additionalProperties": _value(inner[1], definitions)})]
+    if option is bool:
+        return [{"type": "boolean"}]
+    # a text key takes numbers and truth values as the text that they are written as
+    return [{"type": ["string", "number", "boolean"], "pattern": _TEXT}] if option is str else []

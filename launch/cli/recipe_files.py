@@ -1,0 +1,54 @@
+"""Recipe files of the user's own: a copy of a shipped recipe, and the JSON Schema that editors check it with."""
+
+import json
+from pathlib import Path
+
+from ...models.common.errors import UserError
+
+SCHEMA_NAME = "recipe.schema.json"
+"""What the schema is called beside a copied recipe, whose first line names it."""
+
+
+def copy_recipe(name: str, target: Path) -> Path:
+    """Write a shipped recipe to ``target``, with the schema of its own folder in the first line.
+
+    Raises:
+        UserError: the file exists or cannot be written.
+    """
+    from ...configs.shipped import shipped_text, with_schema
+
+    text = with_schema(shipped_text(name), SCHEMA_NAME)
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UserError(f"{target} exists; choose another name: decoct recipes copy {name} FILE") from None
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}); choose another place") from None
+    return target
+
+
+def write_schema(target: Path) -> Path:
+    """Write the JSON Schema of recipes; a schema of recipes that is there already is replaced.
+
+    Raises:
+        UserError: another file of that name exists, or the place cannot be written.
+    """
+    from ...configs.shipped import SCHEMA_FILE
+
+    text = SCHEMA_FILE.read_text(encoding="utf-8")
+    if target.exists() and not _is_schema(target, json.loads(text)["title"]):
+        raise UserError(f"{target} exists and is not a schema of recipes; choose another name: decoct recipes schema --out FILE")
+    try:
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}); choose another place") from None
+    return target
+
+
+def _is_schema(file: Path, title: str) -> bool:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("title") == title
