@@ -27,7 +27,7 @@ from decoct.models.folder.codes_file import CODES
 from decoct.models.folder.model_folder import save_model_folder
 from decoct.models.folder.refused_inputs import check_text_model
 from decoct.models.teachers import open_teacher
-from decoct.qat.export.family_limits import gguf_refusal
+from decoct.qat.export.limits.gguf import family_refusal
 from decoct.qat.layers.quantized_model import fold, prepare, quantize_model
 from decoct.qat.ptq import CalibrationText, RoundingMethod, round_model
 from decoct.qat.source.quantized_source import open_source
@@ -113,7 +113,7 @@ def look_at(model_type: str) -> Row:
     row.reasons = dict(found.reasons)
     if reason := row.reasons.pop("measure", None):
         row.reasons["distil"] = reason
-    if reason := gguf_refusal(model.config, [name for name, _ in model.named_parameters()]):
+    if reason := family_refusal(model.config, [name for name, _ in model.named_parameters()]):
         row.reasons["gguf"] = reason
     if "rtn" in row.reasons and not found.weights.linears:
         row.reasons |= {"export": row.reasons["rtn"], "gguf": row.reasons["rtn"]}

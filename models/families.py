@@ -75,8 +75,6 @@ class Family:
         return module
 
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linears of one block that read the same input; servers make one matrix of them, so they need one lattice."""
 FAMILIES: dict[str, Family] = {name: Family(name=name) for name in ("llama", "mistral", "qwen2", "qwen3")}
 
 

@@ -16,9 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .fake_quant.dispatch import Backend, use_kernel
-
-PACKED_BITS = (2, 4, 8)
-"""Code widths that divide a word, whose layout every version of the format shares."""
+from .spec import PACKED_BITS
 
 
 def packed_width(in_features: int, bits: int) -> int:

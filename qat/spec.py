@@ -23,6 +23,8 @@ Scaling = Literal["dynamic", "static"]
 ScaleGrid = Literal["bf16_fp16", "bf16", "fp16", "fp32"]
 Bits = Annotated[int, Bounds(ge=2, le=8, why="4 and 8 are what serving stacks read")]
 GroupSize = Annotated[int, Bounds(ge=1, why="use 32, 64 or 128, or 'channel'")] | Literal["channel", "tensor"]
+PACKED_BITS = (2, 4, 8)
+"""Widths of integer codes that divide a 32-bit word: every version of every packed format lays them out alike."""
 
 
 @dataclass(frozen=True, kw_only=True)

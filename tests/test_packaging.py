@@ -33,7 +33,10 @@ def test_typing_links_cover_every_top_folder() -> None:
     assert {link.name for link in (ROOT / ".typing" / "decoct").iterdir()} == {*TOP, "__init__.py"}
 
 
-@pytest.mark.parametrize("module", ["decoct.losses.settings", "decoct.qat.spec", "decoct.trainer.settings", "decoct.launch.cli.app"])
+@pytest.mark.parametrize(
+    "module",
+    ["decoct.losses.settings", "decoct.qat.spec", "decoct.qat.export.limits.formats", "decoct.trainer.settings", "decoct.launch.cli.app"],
+)
 def test_start_up_path_imports_without_torch(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'lightning', 'pydantic', 'wandb') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -97,9 +97,5 @@ def _of_weights(entry: "StageEntry", student: ModelShape) -> Iterator[str]:
 
 
 def _of_export(settings: "ExportSettings", student: ModelShape) -> Iterator[str]:
-    from ...qat.export.family_limits import gguf_refusal
-
     if reason := student.family.refusal("export"):
         yield f"{reason} ({_TABLE})"
-    if "gguf" in settings.formats and (reason := gguf_refusal(student.config, student.tensors)):
-        yield f"gguf cannot hold this model: {reason}"

@@ -9,15 +9,15 @@ from ...trainer.stage_plan import derive_plan, derive_steps, held_teacher, learn
 from .disk import EXPORT_BYTES, checkpoint_bytes, model_bytes, quantized_bytes
 from .family_limits import check_families, coverage
 from .fitting import cheapest_fit, usable
-from .format_limits import refusals
+from .format_limits import format_problems, stored_model
 from .input_models import check_inputs
 from .memory import training_memory
 from .memory_case import StageMemoryCase
 from .plan_types import PRECISIONS, Machine, Plan, StagePlan, Training
+from .recipe_remedies import Keys, RecipeRemedies
 from .rounding import rounding_plan
 from .serving_stacks import Verdict, verdicts
 from .shapes import ModelShape, StageShape, stage_shapes, student_shape, teacher_shape
-from .stored_shapes import Keys, stored_shapes
 from .values import Value, recipe_values, settings_values, training_values
 
 if TYPE_CHECKING:
@@ -95,9 +95,16 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
     refused: list[str] = []
     if isinstance(entry.settings, ExportSettings) and shape.scheme is not None:
         exports = {name: EXPORT_BYTES[name](after, shape.scheme) for name in entry.settings.formats}
-        beside: Any = {"activations": shape.activations, "kv_cache": shape.kv_cache, "keys": _keys(recipe, entry)}
-        judged = verdicts(after, shape.scheme, tensor_parallel=tensor_parallel, formats=tuple(exports), **beside)
-        refused = refusals(stored_shapes(after, shape.scheme, tensor_parallel, tuple(exports), **beside), entry.settings)
+        remedies = RecipeRemedies(after, shape.scheme, tuple(exports), _keys(recipe, entry))
+        stored = stored_model(
+            remedies,
+            activations=shape.activations,
+            kv_cache=shape.kv_cache,
+            reader_version=entry.settings.reader_version,
+            allow_inexact=entry.settings.allow_inexact,
+        )
+        judged = verdicts(stored, remedies, tensor_parallel=tensor_parallel)
+        refused = format_problems(stored, remedies)
     return StagePlan(
         name=entry.name,
         kind=entry.kind,

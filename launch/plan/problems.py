@@ -17,12 +17,6 @@ def problems(plan: Plan, out: Path | None = None) -> list[str]:
         for stage in plan.stages
         if stage.training and stage.training.fits is False
     ]
-    for stage in plan.stages:
-        # of one stack alone the format is its own
-        refused = [v for v in stage.verdicts if v.format.startswith("gguf") and v.target == "llama.cpp" and v.outcome == "no"]
-        found += [
-            f"{stage.name} exports {v.format}, which cannot hold this model: {v.reason}" + (f"; {v.fix}" if v.fix else "") for v in refused
-        ]
     found += [f"{stage.name}: {refusal}" for stage in plan.stages for refusal in stage.refusals]
     found += [
         f"{stage.name} {_too_wide(stage.rounding, plan.machine, f'stages.{stage.name}', starts=stage.training is not None)}"

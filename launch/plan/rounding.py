@@ -7,7 +7,7 @@ widest weights while they are rounded. Linears are taken to share inputs, and to
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...models.families import FUSED
+from ...models.fused_linears import FUSED
 from ...qat.ptq_limits import KEPT_BYTES, TWICE_TO
 from .fitting import usable
 from .shapes import ModelShape, StageShape, quantized_linears

@@ -30,6 +30,8 @@ class Structure:
     """Every ``nn.Linear``, the head included, in module order."""
     embedding: str = ""
     """Name of the input embedding's module."""
+    head: str = ""
+    """Name of the output head's module."""
     modules: dict[str, str] = field(default_factory=dict)
     """Name of a module in files -> its name in the model, where the two differ (``embed_out`` -> ``lm_head`` of GPT-NeoX)."""
     model: "PreTrainedModel | None" = field(default=None, repr=False, compare=False)
@@ -84,11 +86,16 @@ def model_structure(folder: Path, found: Mapping[str, tuple[int, ...]] | None = 
         if first.setdefault(id(parameter), name) != name:
             tied.add(names.get(name, name))
     stored = {name: names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name, _ in model.named_modules()}
+
+    def name_of(module: object) -> str:
+        return next((stored[name] for name, other in model.named_modules() if other is module), "")
+
     return Structure(
         shapes={name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()},
         tied=frozenset(tied),
         linears=tuple(stored[name] for name, module in model.named_modules() if isinstance(module, nn.Linear)),
-        embedding=next((stored[name] for name, module in model.named_modules() if module is model.get_input_embeddings()), ""),
+        embedding=name_of(model.get_input_embeddings()),
+        head=name_of(model.get_output_embeddings()),
         modules={stored[name]: name for name in stored if stored[name] != name},
         model=model,
     )

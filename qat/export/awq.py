@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...models.common.errors import UserError
 from ..source.quantized_source import ExportSource
-from .common import check_modules, exact_plain, exact_scales, layer, plain_config, plain_dtype, unsigned
+from .common import exact_plain, exact_scales, layer, plain_config, plain_dtype, unsigned
 from .shards import plan_shards, write_shards
 
 NAME = "awq"
@@ -23,28 +22,6 @@ COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight neighbouring outputs lies in each field of a word, the lowest first."""
 _DTYPES = (torch.float16, torch.bfloat16)
 _PARTS = ("qweight", "qzeros", "scales")
-
-
-def check(source: ExportSource) -> None:
-    """Refuse what the format cannot hold exactly.
-
-    Raises:
-        UserError: naming the module, and the nearest setting that can be stored.
-    """
-    check_modules(source, NAME, (4,), head=False)
-    state = source.state
-    sizes = {module: state.spec_of(module).group_size for module in state.modules}
-    first = next(iter(sizes), "")
-    for module, size in sizes.items():
-        if layer(source, module).group_size != layer(source, first).group_size:
-            raise UserError(
-                f"{NAME} has one group_size, and {module} has {size}, {first} {sizes[first]}; export to gptq or compressed-tensors"
-            )
-        if state.codes[module].shape[0] % 8:
-            raise UserError(
-                f"{NAME} packs 8 outputs in a word, and {module} has {state.codes[module].shape[0]}; prune to a multiple of 8 (kernels "
-                "want 64), or export to compressed-tensors"
-            )
 
 
 def pack_columns(codes: Tensor) -> Tensor:

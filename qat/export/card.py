@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..footprint import bits_per_weight
-from ..spec import QuantSpec
+from ..spec import ActivationSpec, QuantSpec
 from .format_readers import card_lines
 
 _ARITHMETIC = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -195,3 +195,11 @@ def _checked(facts: CardFacts, form: FormatCard) -> str:
         lines.append("- Not loaded in a runtime when it was made: `decoct verify` does that.")
     unchecked = [f"- Not checked in {form.unchecked} here."] if form.unchecked and form.unchecked not in runtimes else []
     return "\n".join([*lines, *unchecked, "- `decoct verify` repeats these checks and compares every file's hash.", ""])
+
+
+def said_of(spec: ActivationSpec | None, stored: str) -> str:
+    """How something is rounded, for the model card; '' for None. ``stored`` is what has a scale of its own where scales are stored."""
+    if spec is None:
+        return ""
+    scale = "a scale for each token, taken when it comes" if spec.scaling == "dynamic" else f"one stored scale {stored}"
+    return f"{spec.kind}, {'symmetric' if spec.symmetric else 'asymmetric'}, {scale}"

@@ -1,6 +1,6 @@
 """What the exporters of packed weights share: the lattice of a module, checked casts, and which 16-bit float the rest is stored in."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from ...models.common.errors import UserError
-from ...models.families import FUSED
 from ..source.plain_weights import holds
 from ..source.quantized_source import ExportSource
 from ..spec import QuantSpec
 
-FUSED_NAMES = ("qkv_proj", "gate_up_proj")
-"""What servers call those matrices."""
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -89,52 +86,3 @@ def plain_config(source: ExportSource, dtype: torch.dtype) -> dict[str, Any]:
     """``config.json`` of the model without anything of this machine in it, no code, and with the dtype that is stored."""
     config = {key: value for key, value in source.config.items() if key not in ("torch_dtype", "_name_or_path", "auto_map")}
     return config | {"dtype": NAMES[dtype]}
-
-
-def check_modules(source: ExportSource, format: str, bits: Sequence[int], *, head: bool, inputs: bool = False) -> None:
-    """Refuse lattices that a format of integer codes cannot hold, or that servers cannot load.
-
-    Raises:
-        UserError: naming the first such module and the nearest setting that can be stored.
-    """
-    state = source.state
-    if not state.modules:
-        raise UserError(f"{source.folder} has no quantized linears, so that there is nothing to pack; export to 'safetensors'")
-    if state.activations is not None and not inputs:
-        raise UserError(
-            f"{format} cannot say that inputs are rounded to {state.activations.kind}, so servers would compute another model; export to "
-            "compressed-tensors, or train without activations"
-        )
-    for module in state.modules:
-        spec = state.spec_of(module)
-        if spec.kind != "int":
-            raise UserError(f"{format} holds integer codes, and {module} has kind={spec.kind!r}; quantize with kind='int'")
-        if module == source.structure.embedding:
-            raise UserError(f"{format}: readers take {module} for a plain table; leave 'embedding' out, or export to gguf")
-        if spec.bits not in bits:
-            nearest = min((b for b in (4, 8) if b in bits), key=lambda b: (abs(b - spec.bits), -b))
-            raise UserError(f"{format} cannot hold bits={spec.bits} ({module}); quantize with bits={nearest}")
-        if module.endswith("lm_head") and source.config.get("tie_word_embeddings"):
-            raise UserError(f"{module} is tied to the embedding (tie_word_embeddings), which stays plain; skip it or untie it first")
-        if module.endswith("lm_head") and not head:
-            raise UserError(f"{format}: readers take {module} for a plain matrix; quantize with skip: ['{module}']")
-    for group in fused_groups(state.modules):
-        specs = {module: state.spec_of(module) for module in group}
-        if len(set(specs.values())) > 1:
-            first, other = group[0], next(module for module in group if specs[module] != specs[group[0]])
-            raise UserError(
-                f"{other} has another lattice than {first} ({_said(specs[other])}; {_said(specs[first])}), but servers make one matrix "
-                f"of them; give all of {', '.join(name.rsplit('.', 1)[-1] for name in group)} the same bits and group_size"
-            )
-
-
-def fused_groups(modules: Iterable[str]) -> list[list[str]]:
-    """The modules that servers make one matrix of, together, in their order there."""
-    present = set(modules)
-    parents = dict.fromkeys(name.rpartition(".")[0] for name in present)
-    groups = ([f"{parent}.{part}" for part in parts if f"{parent}.{part}" in present] for parent in parents for parts in FUSED)
-    return [group for group in groups if group]
-
-
-def _said(spec: QuantSpec) -> str:
-    return f"bits={spec.bits}, group_size={spec.group_size}, symmetric={str(spec.symmetric).lower()}"

@@ -26,12 +26,13 @@ from ..source.openers import PLAIN_GGUF, SourceFolder
 from ..source.plain_source import CastError, PlainSource
 from ..source.quantized_source import ExportSource
 from ..verify.exactness import rebuilt_hashes, scale_hashes
-from .beyond_weights import check_beside, said_of
-from .card import CardFacts, FormatCard, card_text
+from .card import CardFacts, FormatCard, card_text, said_of
+from .check_limits import check_limits
 from .compressed_tensors import writer as compressed_tensors
 from .format_cards import AWQ_CARD, GPTQ_CARD, GPTQ_V2_CARD, PLAIN_CARD
 from .gguf import writer as gguf_files
 from .gguf.card import GGUF_CARD
+from .limits import plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,28 +54,24 @@ _COPIED = (
 class Exporter:
     """One format."""
 
-    check: Callable[[ExportSource], None]
-    """UserError when the format cannot hold the model exactly."""
     planned_bytes: Callable[[ExportSource], int]
     config: Callable[[ExportSource], dict[str, Any]]
     """The content of config.json."""
     write: Callable[[Path, ExportSource], None]
     """Writes the weight files into a folder."""
-    beside: bool = False
-    """The format says how inputs, keys and values are rounded."""
+    check_values: Callable[[ExportSource], None] | None = None
+    """UserError when stored values keep the format from holding a model that is within its limits; None: seen as they are written."""
     card: FormatCard = field(default_factory=FormatCard)
     """What the model card says of the format."""
 
 
 _GGUF = Exporter(
-    check=gguf_files.check,
     planned_bytes=gguf_files.planned_bytes,
     config=gguf_files.exported_config,
     write=gguf_files.write,
     card=GGUF_CARD,
 )
 _PLAIN = Exporter(
-    check=safetensors_folder.check,
     planned_bytes=safetensors_folder.planned_bytes,
     config=safetensors_folder.exported_config,
     write=safetensors_folder.write,
@@ -82,33 +79,29 @@ _PLAIN = Exporter(
 )
 EXPORTERS: dict[str, Exporter] = {
     compressed_tensors.NAME: Exporter(
-        check=compressed_tensors.check,
+        check_values=compressed_tensors.check_values,
         planned_bytes=compressed_tensors.planned_bytes,
         config=compressed_tensors.exported_config,
         write=compressed_tensors.write,
-        beside=True,
     ),
     gptq.V1: Exporter(
-        check=gptq.check_v1,
         planned_bytes=gptq.planned_bytes,
         config=partial(gptq.exported_config, format=gptq.V1),
         write=partial(gptq.write, format=gptq.V1),
         card=GPTQ_CARD,
     ),
     gptq.V2: Exporter(
-        check=gptq.check_v2,
         planned_bytes=gptq.planned_bytes,
         config=partial(gptq.exported_config, format=gptq.V2),
         write=partial(gptq.write, format=gptq.V2),
         card=GPTQ_V2_CARD,
     ),
-    awq.NAME: Exporter(check=awq.check, planned_bytes=awq.planned_bytes, config=awq.exported_config, write=awq.write, card=AWQ_CARD),
-    safetensors_folder.NAME: _PLAIN,
-    safetensors_folder.WIDE_NAME: _PLAIN,
+    awq.NAME: Exporter(planned_bytes=awq.planned_bytes, config=awq.exported_config, write=awq.write, card=AWQ_CARD),
+    plain.NAME: _PLAIN,
+    plain.WIDE_NAME: _PLAIN,
     gguf_files.NAME: _GGUF,
     gguf_files.NARROW_NAME: replace(
         _GGUF,
-        check=partial(gguf_files.check, q2_0=True),
         planned_bytes=partial(gguf_files.planned_bytes, q2_0=True),
         write=partial(gguf_files.write, q2_0=True),
     ),
@@ -176,10 +169,12 @@ def export_folder(
         check_record(source)  # what is packed gets new hashes, so that damage must be found before
         opened = replace(SourceFolder(source).open(format), reader_version=reader_version)
         _check_tokenizer(source)
-        check_beside(opened, format, holds=exporter.beside)
-        exporter.check(opened)
+        check_limits(opened, format)
+        if exporter.check_values:
+            exporter.check_values(opened)
+        planned = exporter.planned_bytes(opened)
         rounding = _rounding(opened, format, allow_inexact)
-        check_free_space(folder, exporter.planned_bytes(opened), f"the export {target}")
+        check_free_space(folder, planned, f"the export {target}")
         write_json_atomic(folder / "config.json", with_older_fields(exporter.config(opened)))
         exporter.write(folder, opened)
         _copy_companions(source, folder)

@@ -16,54 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...models.common.errors import UserError
 from ...models.common.files import write_json_atomic
-from ...models.families import FUSED
+from ...models.fused_linears import FUSED, FUSED_NAMES
 from ..packing import pack_bits
 from ..source.quantized_source import ExportSource
 from ..spec import QuantSpec
-from .common import FUSED_NAMES, check_modules, exact_plain, exact_scales, layer, plain_config, plain_dtype
+from .common import exact_plain, exact_scales, layer, plain_config, plain_dtype
 from .shards import plan_shards, write_shards
 
 V1, V2 = "gptq", "gptq_v2"
-BITS = (2, 4, 8)
 _DTYPES = (torch.float16, torch.bfloat16)
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
-
-
-def check_v1(source: ExportSource) -> None:
-    """Refuse what version 1 cannot hold exactly.
-
-    Raises:
-        UserError: naming the module, and the nearest setting or format that can be stored.
-    """
-    for module in source.state.modules:
-        if not source.state.spec_of(module).symmetric:
-            raise UserError(
-                f"{V1} stores zero points less one, so that 0 has no place, and {module} is asymmetric; export to {V2!r}, or quantize "
-                "with symmetric: true, which every server reads"
-            )
-    check_v2(source, V1)
-
-
-def check_v2(source: ExportSource, format: str = V2) -> None:
-    """Refuse what version 2 cannot hold exactly; UserError as ``check_v1``."""
-    check_modules(source, format, BITS, head=True)
-    for module in source.state.modules:
-        spec, (rows, columns) = source.state.spec_of(module), source.state.codes[module].shape
-        unit = 32 // spec.bits
-        for side, size in (("outputs", rows), ("inputs", columns)):
-            if size % unit:
-                raise UserError(
-                    f"{format} packs {unit} codes of {spec.bits} bits in a word, and {module} has {size} {side}, no multiple; "
-                    f"{_skip(source, unit)}, or prune to a multiple of {unit} (kernels want 64 outputs and 128 inputs)"
-                )
-
-
-def _skip(source: ExportSource, unit: int) -> str:
-    """Which modules to skip: all that have a side that is no multiple, as one of them alone would leave the others."""
-    odd = [module for module, codes in source.state.codes.items() if any(size % unit for size in codes.shape)]
-    return f"skip: {list(dict.fromkeys('*.' + module.rpartition('.')[2] for module in odd))}"
 
 
 def quantization_config(source: ExportSource, format: str) -> dict[str, Any]:

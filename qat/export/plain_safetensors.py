@@ -17,12 +17,6 @@ from ..source.quantized_source import ExportSource
 from .common import plain_config
 from .shards import plan_shards, write_shards
 
-NAME, WIDE_NAME = "safetensors", "safetensors-f32"
-
-
-def check(source: ExportSource) -> None:
-    """Nothing: opening chose what holds the weights, or the least bad."""
-
 
 def exported_config(source: ExportSource) -> dict[str, Any]:
     """``config.json`` of the export: the model's own with the stored dtype; no path of this machine, no code."""

@@ -12,33 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....models.common.errors import UserError
 from ...source.quantized_source import ExportSource
-
-_WANTED = "kv_cache: {kind: fp8_e4m3, scaling: static}"
-
-
-def check_cache(source: ExportSource) -> None:
-    """Refuse what ``kv_cache_scheme`` cannot say, or servers do not read.
-
-    Raises:
-        UserError: another lattice than symmetric fp8 with stored scales, or scales that are not there.
-    """
-    cache = source.state.cache
-    if cache is None:
-        return
-    if cache.spec.kind != "fp8_e4m3":
-        raise UserError(
-            f"kv_cache is {cache.spec.kind}, and vLLM takes any such scheme of 8 bits for fp8: it would serve another model; "
-            f"quantize with {_WANTED}, or leave kv_cache out and let the server round by itself"
-        )
-    if cache.spec.scaling != "static":
-        raise UserError(
-            "kv_cache takes scales of each token, for which compressed-tensors has no words (servers have an option of their own); "
-            f"quantize with {_WANTED}, or leave kv_cache out"
-        )
-    if problem := cache.problem():
-        raise UserError(f"{source.folder}: {problem}; train or calibrate it again")
 
 
 def cache_scheme(source: ExportSource) -> dict[str, Any] | None:

@@ -18,77 +18,40 @@ import torch
 from torch import Tensor
 
 from ....models.common.errors import UserError
-from ...packing import PACKED_BITS, pack_bits, packed_width
+from ...packing import pack_bits, packed_width
 from ...source.quantized_source import ExportSource
-from ...spec import ActivationSpec, QuantSpec
-from ..common import Layer, check_modules, exact_plain, exact_scales, layer, plain_config
+from ...spec import ActivationSpec
+from ..common import Layer, exact_plain, exact_scales, layer, plain_config
 from ..shards import plan_shards, write_shards
 from .config import LAYOUT_VERSION, NAME, quantization_config
-from .kv_cache import cache_tensors, check_cache
+from .kv_cache import cache_tensors
 
-__all__ = ["DENSE_VERSION", "LAYOUT_VERSION", "NAME", "check", "exported_config", "planned_bytes", "quantization_config", "write"]
+__all__ = ["LAYOUT_VERSION", "NAME", "check_values", "exported_config", "planned_bytes", "quantization_config", "write"]
 
-DENSE_VERSION = (0, 18, 0)
-"""The first release that packs 3, 5, 6 and 7 bits as a dense stream (change #732); 0.17.1 still pads each word, under the same name."""
 _PACKED, _SCALE, _SHAPE, _ZERO = ".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point"
 _INPUT_SCALE, _INPUT_ZERO = ".input_scale", ".input_zero_point"
 
 
-def check(source: ExportSource) -> None:
-    """Refuse what the format cannot hold exactly.
+def check_values(source: ExportSource) -> None:
+    """Refuse stored scales of inputs, or of keys and values, that are missing or no scales.
 
     Raises:
-        UserError: a code width that readers disagree on, scales that bf16 does not hold, inputs rounded in a way that it has no words for.
+        UserError: naming the module.
     """
     state = source.state
-    for module in state.modules:
-        spec = state.spec_of(module)
-        if spec.kind == "int" and spec.bits not in PACKED_BITS:
-            _check_dense(spec, source.reader_version)
-        if spec.scale_grid not in ("bf16_fp16", "bf16"):
-            raise UserError(f"{NAME} stores scales in bf16, which does not hold scale_grid={spec.scale_grid!r}; quantize with 'bf16_fp16'")
-    check_modules(source, NAME, range(2, 9), head=True, inputs=True)
-    if source.state.activations is not None:
+    if state.activations is not None and state.activations.scaling == "static":
         for module in state.modules:
-            _check_inputs(source, module, source.state.activations)
-    check_cache(source)
-
-
-def _check_dense(spec: QuantSpec, reader: str | None) -> None:
-    needed = ".".join(map(str, DENSE_VERSION))
-    if reader is None:
-        nearest = min((4, 8), key=lambda bits: (abs(bits - spec.bits), -bits))
-        raise UserError(
-            f"{NAME} cannot hold bits={spec.bits}: versions of the format pack 3, 5, 6 and 7 bits differently; quantize with "
-            f"bits={nearest} (4 and 8 are read by every serving stack), or name the version of compressed-tensors that will read it, at "
-            f"least {needed}: --reader-version {needed}"
-        )
-    check_reader(spec, reader)
-
-
-def check_reader(spec: QuantSpec, reader: str) -> None:
-    """UserError unless that version of the package reads the dense layout of 3, 5, 6 and 7 bits."""
-    needed, numbers = ".".join(map(str, DENSE_VERSION)), reader.split(".")
-    if not all(number.isdecimal() for number in numbers) or tuple(map(int, numbers)) < DENSE_VERSION:
-        raise UserError(
-            f"reader_version={reader!r} reads bits={spec.bits} in another layout than the one written; it must be {needed} or later"
-        )
+            _check_inputs(source, module, state.activations)
+    if state.cache is not None and (problem := state.cache.problem()):
+        raise UserError(f"{source.folder}: {problem}; train or calibrate it again")
 
 
 def _check_inputs(source: ExportSource, module: str, inputs: ActivationSpec) -> None:
-    spec = source.state.spec_of(module)
-    if inputs.kind != "int8":
-        raise UserError(f"{NAME} with integer weights takes inputs in int8, not {inputs.kind}; train with activations kind 'int8'")
-    if spec.bits != 8 or not isinstance(spec.group_size, str):
-        raise UserError(
-            f"{module} has bits={spec.bits}, group_size={spec.group_size} and inputs rounded to int8; kernels for int8 inputs take int8 "
-            "weights with a scale per row: quantize with bits=8, group_size='channel', or leave activations out"
-        )
-    if inputs.scaling == "static" and not _is_scale(source.state.input_scales.get(module)):
+    if not _is_scale(source.state.input_scales.get(module)):
         raise UserError(
             f"{module} has static activations but no input scale that is one finite positive number; train or calibrate it again"
         )
-    if inputs.scaling == "static" and not inputs.symmetric and module not in source.state.input_zeros:
+    if not inputs.symmetric and module not in source.state.input_zeros:
         raise UserError(f"{module} has asymmetric static activations but no input zero point; train or calibrate it again")
 
 

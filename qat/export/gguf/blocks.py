@@ -18,8 +18,14 @@ Source: ggml ``ggml-common.h``, ``ggml-quants.c`` (dequantize_row_*).
 import numpy as np
 from numpy.typing import NDArray
 
+from ...spec import QuantSpec
+
 BLOCK, WIDE_BLOCK = 32, 64
 """Weights of a block; those of Q2_0."""
+SYMMETRIC_BITS = (4, 5, 8)
+"""Widths of the blocks of symmetric codes (Q4_0, Q5_0, Q8_0), besides Q2_0. Narrower codes take the next one."""
+ASYMMETRIC_BITS = (4, 5)
+"""Widths of the blocks with a minimum (Q4_1, Q5_1)."""
 
 Bytes = NDArray[np.uint8]
 
@@ -84,6 +90,17 @@ def pack_q5_1(codes: NDArray[np.int8], scales: NDArray[np.float32], zero_points:
     fields = _moved(codes, _offsets(zero_points, bits, 5), 5)
     least = minimums(scales, zero_points, bits, 5)
     return np.concatenate([_halves(codes, scales), _halves(codes, least), _fifth_bits(fields), _nibbles(fields % 16)], axis=2)
+
+
+def symmetric_bits(bits: int) -> int:
+    """Width of the narrowest block for symmetric codes of ``bits``."""
+    return next(width for width in SYMMETRIC_BITS if bits <= width)
+
+
+def is_q2_0(spec: QuantSpec, columns: int) -> bool:
+    """Whether Q2_0 holds a matrix with ``columns`` inputs: symmetric codes of 2 bits, rows and groups of whole blocks."""
+    group = columns if isinstance(spec.group_size, str) else spec.group_size
+    return (spec.kind, spec.bits, spec.symmetric) == ("int", 2, True) and columns % WIDE_BLOCK == 0 and group % WIDE_BLOCK == 0
 
 
 def minimums(scales: NDArray[np.float32], zero_points: NDArray[np.int8], bits: int = 4, width: int = 4) -> NDArray[np.float32]:

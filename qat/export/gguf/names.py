@@ -4,6 +4,8 @@ llama.cpp rotates neighbouring pairs of a head's channels for its ``llama`` arch
 so the rows of q and k are reordered, with their codes, scales and biases. Gemma multiplies by 1 + w, llama.cpp by what is stored.
 GPT-2's Conv1D holds [in, out].
 
+Imports no torch: the plan asks what llama.cpp knows.
+
 Source: gguf-py ``tensor_mapping.py``; llama.cpp ``conversion/llama.py`` (permute), ``conversion/gemma.py``, ``conversion/gpt2.py``.
 """
 
@@ -11,12 +13,10 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-
 from ....models.common.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedConfig
 
 ARCHITECTURES = {
@@ -126,7 +126,7 @@ def _change(architecture: str, known: str, part: str) -> Change:
     return "none"
 
 
-def changed(tensor: Tensor, change: Change, config: "PreTrainedConfig") -> Tensor:
+def changed(tensor: "Tensor", change: Change, config: "PreTrainedConfig") -> "Tensor":
     """The tensor as llama.cpp wants it. Rows are reordered for codes, scales, weights and biases alike.
 
     Args:
@@ -140,11 +140,11 @@ def changed(tensor: Tensor, change: Change, config: "PreTrainedConfig") -> Tenso
     if change == "permute_k":
         return permuted(tensor, getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads)
     if change == "plus_one":
-        return tensor.to(torch.float32) + 1
+        return tensor.float() + 1
     return tensor.T.contiguous() if change == "transpose" else tensor
 
 
-def permuted(tensor: Tensor, heads: int) -> Tensor:
+def permuted(tensor: "Tensor", heads: int) -> "Tensor":
     """Rows of each head from halves to pairs: row i of the first half and row i of the second become neighbours."""
     rows = tensor.shape[0]
     return tensor.reshape(heads, 2, rows // heads // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape).contiguous()

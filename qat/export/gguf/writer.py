@@ -23,7 +23,7 @@ from ....models.folder.structure import plain_config
 from ...source.plain_source import PlainSource
 from ...source.quantized_source import ExportSource
 from ..common import layer
-from .blocks import BLOCK, WIDE_BLOCK, fits_fp16, minimums, pack_q2_0, pack_q4_0, pack_q4_1, pack_q5_0, pack_q5_1, pack_q8_0
+from .blocks import fits_fp16, is_q2_0, minimums, pack_q2_0, pack_q4_0, pack_q4_1, pack_q5_0, pack_q5_1, pack_q8_0, symmetric_bits
 from .container import FILE_TYPES, TensorPlan, TensorType, Value, planned_file_bytes, write_gguf
 from .generation import end_tokens, sampling_metadata
 from .metadata import ROPE_FREQS, model_metadata, rope_frequency_factors
@@ -38,27 +38,8 @@ FILE = "model.gguf"
 PLAIN_TYPES = {torch.float32: TensorType.F32, torch.float16: TensorType.F16, torch.bfloat16: TensorType.BF16}
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
 _SYMMETRIC = {TensorType.Q2_0: pack_q2_0, TensorType.Q4_0: pack_q4_0, TensorType.Q5_0: pack_q5_0, TensorType.Q8_0: pack_q8_0}
+_SYMMETRIC_TYPES = {4: TensorType.Q4_0, 5: TensorType.Q5_0, 8: TensorType.Q8_0}
 _ASYMMETRIC = {TensorType.Q4_1: pack_q4_1, TensorType.Q5_1: pack_q5_1}
-
-
-def check(source: ExportSource, q2_0: bool = False) -> None:
-    """Refuse what the format or llama.cpp cannot hold exactly.
-
-    Args:
-        source: What is exported.
-        q2_0: Write symmetric codes of 2 bits as Q2_0.
-
-    Raises:
-        UserError: an unknown family, a lattice, width or scale that ggml's blocks do not hold (naming the module and the nearest legal
-            setting), a config that llama.cpp computes otherwise, a tokenizer it has no equal of, or ``q2_0`` without such codes.
-    """
-    kinds = [block_type(source, module, q2_0) for module in source.state.modules]
-    if q2_0 and TensorType.Q2_0 not in kinds:
-        raise UserError(
-            f"{NARROW_NAME} is for symmetric weights of 2 bits in groups of a multiple of {WIDE_BLOCK}, and {source.folder} has none; "
-            f"export to {NAME}"
-        )
-    _plan(source, q2_0)
 
 
 def planned_bytes(source: ExportSource, q2_0: bool = False) -> int:
@@ -77,44 +58,21 @@ def write(folder: Path, source: ExportSource, q2_0: bool = False) -> None:
 
 
 def block_type(source: ExportSource, module: str, q2_0: bool = False) -> TensorType:
-    """The narrowest blocks that hold the codes of a module, Q2_0 among them where ``q2_0`` says so.
+    """The narrowest blocks that hold the codes of a module within the format's limits, Q2_0 among them where ``q2_0`` says so.
 
     Raises:
-        UserError: none does.
+        UserError: fp16 does not hold a scale, or what is stored beside it.
     """
-    spec = source.state.spec_of(module)
-    if spec.kind != "int":
-        raise UserError(f"{module}: gguf holds integer codes, not kind={spec.kind!r}")
-    held = layer(source, module)
-    columns, groups = held.codes.shape[1], held.scales.shape[1]
-    if columns % BLOCK:
-        nearest = max(BLOCK, columns // BLOCK * BLOCK)
-        fix = f"prune to a multiple (prune.structured.ffn={nearest})" if "mlp." in module else "prune to a multiple"
-        raise UserError(f"{module} has {columns} inputs; GGUF's blocks hold {BLOCK} along a row: {fix}, or skip the module")
-    if columns // groups % BLOCK:
-        raise UserError(
-            f"{module}: a GGUF block of {BLOCK} weights has one scale, groups are of {columns // groups}; use group_size={BLOCK}"
-        )
+    spec, held = source.state.spec_of(module), layer(source, module)
     if not fits_fp16(held.scales.numpy()):
         raise UserError(f"{module}: GGUF stores scales in fp16, which does not hold all of them; quantize with scale_grid='bf16_fp16'")
     if held.zeros is None:
-        wide = columns % WIDE_BLOCK == 0 and columns // groups % WIDE_BLOCK == 0
-        return symmetric_type(spec.bits, q2_0=q2_0 and wide)
+        narrow = q2_0 and is_q2_0(spec, held.codes.shape[1])
+        return TensorType.Q2_0 if narrow else _SYMMETRIC_TYPES[symmetric_bits(spec.bits)]
     return _asymmetric_type(module, spec.bits, held.scales.numpy(), held.zeros.numpy())
 
 
-def symmetric_type(bits: int, q2_0: bool = False) -> TensorType:
-    """The narrowest blocks for symmetric codes of ``bits``."""
-    if bits == 2 and q2_0:
-        return TensorType.Q2_0
-    return TensorType.Q4_0 if bits <= 4 else TensorType.Q5_0 if bits == 5 else TensorType.Q8_0
-
-
 def _asymmetric_type(module: str, bits: int, scales: NDArray[np.float32], zeros: NDArray[np.int8]) -> TensorType:
-    if bits > 5:
-        raise UserError(
-            f"{module}: GGUF holds asymmetric codes of 5 bits at most, not {bits}; use weights.symmetric=true, or weights.bits=4"
-        )
     for width, kind in ((4, TensorType.Q4_1), (5, TensorType.Q5_1)):
         if bits <= width and fits_fp16(minimums(scales, zeros, bits, width)):
             return kind

@@ -7,15 +7,14 @@ from transformers import LlamaConfig
 
 from decoct.configs.loader import load_recipe
 from decoct.launch.plan.disk import EXPORT_BYTES
-from decoct.launch.plan.format_limits import refusals
+from decoct.launch.plan.format_limits import format_problems, stored_model
 from decoct.launch.plan.make_plan import plan
 from decoct.launch.plan.problems import problems
+from decoct.launch.plan.recipe_remedies import RecipeRemedies
 from decoct.launch.plan.shapes import shape_of
-from decoct.launch.plan.stored_shapes import stored_shapes
 from decoct.qat.export.export import EXPORTERS
 from decoct.qat.scheme import QuantScheme, SpecChange
 from decoct.qat.spec import ActivationSpec, QuantSpec
-from decoct.trainer.settings import ExportSettings
 
 
 def said(
@@ -31,12 +30,8 @@ def said(
 ) -> str:
     config = LlamaConfig(hidden_size=32 * heads, intermediate_size=ffn, num_attention_heads=heads, num_hidden_layers=2)
     scheme = QuantScheme(weights=QuantSpec(**spec), skip=skip, **(other or {}))
-    return "; ".join(
-        refusals(
-            stored_shapes(shape_of(config, "a test"), scheme, 1, (form,), **(beside or {})),
-            ExportSettings(formats=(form,), **(options or {})),
-        )
-    )
+    remedies = RecipeRemedies(shape_of(config, "a test"), scheme, (form,))
+    return "; ".join(format_problems(stored_model(remedies, **(beside or {}), **(options or {})), remedies))
 
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "gptq_v2", "awq", "gguf", "safetensors"])
@@ -55,7 +50,7 @@ def test_each_limit_is_named_with_the_nearest_setting() -> None:
     odd = said("gptq", ffn=500, group_size=4, bits=4)
     assert odd == (
         "gptq packs 8 codes in a word, and mlp.gate_proj has 500 outputs, no multiple; "
-        "use prune.structured.ffn=496, or skip=[*.mlp.gate_proj,*.mlp.up_proj,*.mlp.down_proj]"
+        "use prune.structured.ffn=496, or skip=[*.mlp.gate_proj,*.mlp.up_proj,*.mlp.down_proj], or export.formats=[compressed-tensors]"
     )
     assert said("gptq", ffn=500, group_size=4, skip=("*.gate_proj", "*.up_proj", "*.down_proj")) == ""
     assert "use weights.bits=4" in said("awq", bits=8)
@@ -72,9 +67,10 @@ def test_each_limit_is_named_with_the_nearest_setting() -> None:
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "gptq_v2", "awq", "gguf"])
 def test_kinds_and_ends_that_a_format_has_no_place_for_are_named(form: str) -> None:
-    assert said(form, kind="nf4") == f"{form} holds integer codes, not kind=nf4; use weights.kind=int, or leave the format out"
+    assert said(form, kind="nf4") == f"{form} holds integer codes, not kind=nf4; use weights.kind=int, or export.formats=[safetensors-f32]"
     embedding = said(form, other={"embedding": SpecChange(bits=4, group_size=32)})
-    assert embedding == ("" if form == "gguf" else f"{form} leaves the embedding alone; leave embedding out, or use export.formats=[gguf]")
+    reason = "has readers that take the embedding for a plain table"
+    assert embedding == ("" if form == "gguf" else f"{form} {reason}; leave embedding out, or use export.formats=[gguf]")
     head = said(form, other={"head": SpecChange(group_size=32)}, group_size=32)
     assert ("export.formats=[compressed-tensors]" in head) == (form == "awq")
 
@@ -82,7 +78,10 @@ def test_kinds_and_ends_that_a_format_has_no_place_for_are_named(form: str) -> N
 def test_what_the_exporters_would_refuse_after_training_is_said_before() -> None:
     assert "must be 0.18.0 or later" in said("compressed-tensors", bits=3, options={"reader_version": "0.17"})
     apart = {"overrides": {"*.q_proj": SpecChange(bits=8)}}
-    assert "one matrix of q_proj, k_proj, v_proj; give them one lattice" in said("compressed-tensors", other=apart)
+    assert said("compressed-tensors", other=apart) == (
+        "compressed-tensors is read by servers that make one matrix of q_proj, k_proj, v_proj, and q_proj 8 bits in groups of 128 and "
+        "k_proj 4 bits in groups of 128 differ; let overrides name all of q_proj, k_proj, v_proj alike, or none"
+    )
     assert "awq has one group size, not 128 and 64" in said("awq", other={"overrides": {"*.down_proj": SpecChange(group_size=64)}})
     for form in ("compressed-tensors", "gptq", "awq", "gguf"):
         assert "use weights.scale_grid=bf16_fp16" in said(form, scale_grid="fp32")
@@ -101,7 +100,8 @@ FP8 = ActivationSpec(kind="fp8_e4m3", scaling="static")
 def test_only_one_format_says_what_is_rounded_beside_weights(form: str) -> None:
     for key, what, spec in (("kv_cache", "keys and values", FP8), ("activations", "inputs", ActivationSpec())):
         found = said(form, bits=4, group_size=32, beside={key: spec})
-        assert found == f"{form} cannot say that {what} are rounded ({key}); use export.formats=[compressed-tensors], or leave {key} out"
+        reason = f"cannot say that {what} are rounded ({key}), so servers would compute another model"
+        assert found == f"{form} {reason}; use export.formats=[compressed-tensors], or leave {key} out"
 
 
 def test_what_compressed_tensors_says_of_it() -> None:
@@ -115,7 +115,7 @@ def test_what_compressed_tensors_says_of_it() -> None:
     for other in (ActivationSpec(), ActivationSpec(scaling="static"), ActivationSpec(kind="fp8_e4m3")):
         found = said(form, bits=4, group_size=32, beside={"kv_cache": other})
         assert found.endswith("use kv_cache.kind=fp8_e4m3 kv_cache.scaling=static, or leave kv_cache out"), found
-        assert f"not {other.kind}, {other.scaling};" in found
+        assert f"not {other.kind}, {other.scaling}: " in found
 
 
 def test_a_plan_says_so_before_training() -> None:

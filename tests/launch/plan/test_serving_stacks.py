@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from decoct.launch.plan.serving_stacks import verdicts
+from decoct.launch.plan.format_limits import stored_model
+from decoct.launch.plan.recipe_remedies import RecipeRemedies
+from decoct.launch.plan.serving_stacks import Verdict, verdicts
 from decoct.launch.plan.shapes import shape_of
 from decoct.qat.scheme import QuantScheme, SpecChange
 from decoct.qat.spec import QuantSpec
@@ -14,6 +16,11 @@ from decoct.qat.spec import QuantSpec
 def _llama(**changes: Any) -> LlamaConfig:
     shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 8}
     return LlamaConfig(vocab_size=32000, **{**shape, **changes})
+
+
+def _verdicts(config: PreTrainedConfig, scheme: QuantScheme, formats: tuple[str, ...], ranks: int = 1) -> list[Verdict]:
+    remedies = RecipeRemedies(shape_of(config, "a test"), scheme, formats)
+    return verdicts(stored_model(remedies), remedies, tensor_parallel=ranks)
 
 
 def _of(
@@ -26,7 +33,7 @@ def _of(
     **spec: Any,
 ) -> tuple[str, str, str]:
     scheme = QuantScheme(weights=QuantSpec(**spec), skip=skip, **(other or {}))
-    (found,) = [v for v in verdicts(shape_of(config, "a test"), scheme, tensor_parallel=ranks, formats=formats) if v.target == target]
+    (found,) = [v for v in _verdicts(config, scheme, formats, ranks) if v.target == target]
     return found.outcome, found.reason, found.fix
 
 
@@ -34,7 +41,6 @@ def test_a_plain_int4_llama_loads_on_the_fast_path() -> None:
     for target in ("vLLM", "SGLang", "transformers"):
         assert _of(_llama(), target)[0] == "ok"
     assert _of(_llama(), bits=8, group_size="channel")[0] == "ok"
-    assert verdicts(shape_of(_llama(), "a test"), None) == []
 
 
 @pytest.mark.parametrize(
@@ -85,11 +91,13 @@ def test_every_lattice_of_a_mixed_model_is_judged() -> None:
     assert (outcome, "4 and 8 bits, not 3" in reason, fix) == ("no", True, "{bits: 4} in overrides for mlp.down_proj")
     assert _of(_llama(), other={"overrides": {"*.down_proj": SpecChange(bits=8)}})[0] == "ok"
     apart = _of(_llama(), other={"overrides": {"*.1.self_attn.q_proj": SpecChange(bits=8)}})
-    assert apart[0] == "no" and "overrides give them different ones" in apart[1] and "q_proj, k_proj, v_proj alike" in apart[2]
+    assert apart[0] == "no" and "q_proj 8 bits in groups of 128 and k_proj 4 bits in groups of 128 differ" in apart[1]
+    assert apart[2] == "let overrides name all of q_proj, k_proj, v_proj alike, or none"
 
 
 def test_what_no_format_holds_is_said() -> None:
-    assert _of(_llama(), kind="nf4")[::2] == ("no", "weights.kind=int")
+    assert _of(_llama(), kind="nf4")[::2] == ("no", "weights.kind=int, or export.formats=[safetensors-f32]")
+    assert _of(_llama(), "llama.cpp", formats=("gguf",), kind="nf4")[2] == "weights.kind=int", "it reads no other format"
     assert _of(_llama(), group_size="tensor")[0] == "ok", "it is served as one scale a row"
     embedding = {"embedding": SpecChange(bits=8)}
     assert _of(_llama(), other=embedding)[::2] == ("no", "leave embedding out")
@@ -134,7 +142,7 @@ def test_each_format_is_judged_for_itself() -> None:
     """What one stack reads of several formats is told of each, and never of one that it does not know."""
     scheme = QuantScheme(weights=QuantSpec(bits=4, group_size=64))
     formats = ("compressed-tensors", "gptq", "awq", "gguf", "safetensors")
-    found = verdicts(shape_of(_llama(), "a test"), scheme, formats=formats)
+    found = _verdicts(_llama(), scheme, formats)
     loads = {form: {v.target for v in found if v.format == form and v.outcome == "ok"} for form in formats}
     servers = {"vLLM", "SGLang", "transformers"}
     assert loads == {

@@ -96,9 +96,14 @@ def test_skipped_modules_are_named(spec_source: Make, export_source: Export) -> 
 def test_what_cannot_be_held_is_refused_with_the_module_and_the_remedy(spec_source: Make, export_source: Export) -> None:
     spec = QuantSpec(bits=4, group_size=16)
     cases: list[tuple[QuantSpec, dict[str, QuantSpec], dict[str, Any], str]] = [
-        (QuantSpec(bits=8, group_size=16), {}, {}, r"bits=8 \(.*q_proj\); quantize with bits=4"),
-        (spec, {"down_proj": QuantSpec(bits=4, group_size=8)}, {}, "one group_size, and model.layers.0.mlp.down_proj has 8"),
-        (QuantSpec(bits=4, group_size=2), {}, {"intermediate_size": 46}, "gate_proj has 46; prune to a multiple of 8"),
+        (QuantSpec(bits=8, group_size=16), {}, {}, r"packs 4 bits, not 8 \(.*q_proj and 13 more\); quantize with bits=4"),
+        (spec, {"down_proj": QuantSpec(bits=4, group_size=8)}, {}, r"one group size, not 16 and 8 \(model\.layers\.0\.mlp\.down_proj\)"),
+        (
+            QuantSpec(bits=4, group_size=2),
+            {},
+            {"intermediate_size": 46},
+            r"gate_proj has 46, no multiple \(.*\); prune with structured\.ffn=40",
+        ),
     ]
     for base, own, folder, message in cases:
         made = spec_source(base, own, **folder)

@@ -14,12 +14,11 @@ from torch import Tensor
 from decoct.models.common.errors import UserError
 from decoct.models.common.files import sha256_file
 from decoct.models.folder.record import seal_record
-from decoct.qat.export import gptq
 from decoct.qat.export.export import EXPORTERS
 from decoct.qat.fake_quant import dequantize
 from decoct.qat.readers.open import open_export, open_folder
 from decoct.qat.source.quantized_source import ExportSource
-from decoct.qat.spec import ActivationSpec, QuantSpec
+from decoct.qat.spec import PACKED_BITS, ActivationSpec, QuantSpec
 from decoct.qat.verify.exactness import rebuilt_hashes
 from decoct.qat.verify.verify import verify_folder
 
@@ -154,8 +153,14 @@ def test_other_tensors_are_fp16_where_exact_else_bf16_never_rounded(
 
 def test_what_cannot_be_held_is_refused_with_the_module_and_the_remedy(spec_source: Make, export_source: Export) -> None:
     cases = [
-        ("gptq", QuantSpec(bits=4, group_size=16, symmetric=False), {}, {}, "is asymmetric; export to 'gptq_v2'"),
-        ("gptq", QuantSpec(bits=3, group_size=16), {}, {}, r"bits=3 \(.*q_proj\); quantize with bits=4"),
+        (
+            "gptq",
+            QuantSpec(bits=4, group_size=16, symmetric=False),
+            {},
+            {},
+            r"holds symmetric weights alone \(.*q_proj and 13 more\); export to gptq_v2",
+        ),
+        ("gptq", QuantSpec(bits=3, group_size=16), {}, {}, r"bits, not 3 \(.*q_proj and 13 more\); quantize with bits=4"),
         ("gptq", QuantSpec(bits=6, group_size=16), {}, {}, "quantize with bits=8"),
         ("gptq", QuantSpec(bits=4, group_size=4, scale_grid="fp32"), {}, {}, "does not hold those of .* exactly"),
         (
@@ -163,10 +168,10 @@ def test_what_cannot_be_held_is_refused_with_the_module_and_the_remedy(spec_sour
             QuantSpec(bits=4, group_size=16),
             {"k_proj": QuantSpec(bits=8, group_size=16)},
             {},
-            "k_proj has another lattice than .*q_proj",
+            r"one matrix of q_proj, k_proj, v_proj, and q_proj 4 bits .* and k_proj 8 bits .* differ",
         ),
         ("gptq_v2", QuantSpec(bits=4, group_size=2), {}, {"intermediate_size": 46}, "has 46 outputs, no multiple"),
-        ("gptq_v2", QuantSpec(kind="nf4", group_size=16), {}, {}, "kind='nf4'"),
+        ("gptq_v2", QuantSpec(kind="nf4", group_size=16), {}, {}, "not kind=nf4"),
     ]
     with pytest.raises(UserError, match="cannot say that inputs are rounded"):
         export_source(spec_source(QuantSpec(bits=4, group_size=16), activations=ActivationSpec()), "gptq")
@@ -209,4 +214,4 @@ def test_any_single_flipped_nibble_of_packed_tensors_is_found(spec_source: Make,
         problems = verify_folder(target, runtimes=False).problems
         assert problems, f"byte {offset} of {parts[number % 4]}"
         assert "sha256 differs" not in " ".join(problems)
-    assert gptq.BITS == (2, 4, 8)
+    assert PACKED_BITS == (2, 4, 8)

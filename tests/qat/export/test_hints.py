@@ -29,28 +29,30 @@ HINTS: dict[str, tuple[Way, str, Follow]] = {
     "gptq, 6 bits": (way("gptq", bits=6), r"quantize with bits=(\d)", lambda bits: [way("gptq", bits=int(bits))]),
     "gptq, zero points": (
         way("gptq", spec=ASYMMETRIC),
-        r"export to '(gptq_v2)', or quantize with symmetric: true",
+        r"export to (gptq_v2), or quantize with symmetric=true",
         lambda other: [way(other, spec=ASYMMETRIC), way("gptq", bits=4)],
     ),
     "gptq, odd widths": (
         way("gptq", group_size=2, intermediate_size=46),
-        r"skip: \['(\S+)', '(\S+)', '(\S+)'\], or prune to a multiple of (\d)",
-        lambda *found: [
+        r"prune with structured\.ffn=(\d+), or quantize with skip: \['(\S+)', '(\S+)', '(\S+)'\], or export to (\S+)",
+        lambda ffn, *found: [
+            way("gptq", group_size=2, intermediate_size=int(ffn)),
             way("gptq", group_size=2, intermediate_size=46, skip=found[:3]),
-            way("gptq", group_size=2, intermediate_size=46 // int(found[3]) * int(found[3])),
+            way(found[3], group_size=2, intermediate_size=46),
         ],
     ),
     "awq, odd outputs": (
         way("awq", group_size=2, intermediate_size=46),
-        r"prune to a multiple of (\d) .*export to (\S+)",
-        lambda unit, other: [
-            way("awq", group_size=2, intermediate_size=46 // int(unit) * int(unit)),
-            way(other, group_size=2, intermediate_size=46),
+        r"prune with structured\.ffn=(\d+), or quantize with skip: \['(\S+)', '(\S+)'\], or export to (\S+)",
+        lambda ffn, *found: [
+            way("awq", group_size=2, intermediate_size=int(ffn)),
+            way("awq", group_size=2, intermediate_size=46, skip=found[:2]),
+            way(found[2], group_size=2, intermediate_size=46),
         ],
     ),
     "awq, two group sizes": (
         way("awq", scheme=QuantScheme(weights=QuantSpec(bits=4, group_size=16), overrides={"*.down_proj": SpecChange(group_size=8)})),
-        r"export to (\S+) or (\S+)",
+        r"export to (\S+), or (\S+)",
         lambda *others: [
             way(form, scheme=QuantScheme(weights=QuantSpec(bits=4, group_size=16), overrides={"*.down_proj": SpecChange(group_size=8)}))
             for form in others
@@ -58,7 +60,7 @@ HINTS: dict[str, tuple[Way, str, Follow]] = {
     ),
     "compressed-tensors, 3 bits": (
         way("compressed-tensors", bits=3),
-        r"bits=(\d) .*--reader-version (\S+)$",
+        r"quantize with bits=(\d), .*--reader-version (\S+)$",
         lambda bits, version: [
             way("compressed-tensors", bits=int(bits)),
             way("compressed-tensors", {"reader_version": version}, bits=3),
@@ -66,20 +68,20 @@ HINTS: dict[str, tuple[Way, str, Follow]] = {
     ),
     "gguf, groups of 16": (
         way("gguf", group_size=16, **WIDE),
-        r"use group_size=(\d+)",
+        r"quantize with group_size=(\d+)",
         lambda size: [way("gguf", group_size=int(size), **WIDE)],
     ),
     "gguf, rows that are no blocks": (
         way("gguf", group_size="channel"),
-        r"prune\.structured\.ffn=(\d+)\), or skip the module",
-        lambda ffn: [
+        r"prune with structured\.ffn=(\d+), or quantize with skip: \['(\S+)'\]",
+        lambda ffn, *skip: [
             way("gguf", group_size="channel", intermediate_size=int(ffn)),
-            way("gguf", group_size="channel", skip=("*.down_proj",)),
+            way("gguf", group_size="channel", skip=skip),
         ],
     ),
     "gguf, zero points of 8 bits": (
         way("gguf", spec=QuantSpec(bits=8, group_size=32, symmetric=False), **WIDE),
-        r"use weights\.symmetric=(true), or weights\.bits=(\d)",
+        r"quantize with symmetric=(true), or bits=(\d)",
         lambda _, bits: [
             way("gguf", spec=QuantSpec(bits=8, group_size=32), **WIDE),
             way("gguf", spec=QuantSpec(bits=int(bits), group_size=32, symmetric=False), **WIDE),
@@ -110,8 +112,16 @@ HINTS: dict[str, tuple[Way, str, Follow]] = {
             tie_word_embeddings=False,
             vocab_size=264,
         ),
-        r"readers take (lm_head) for a plain matrix",
-        lambda _: [way("awq", bits=4, tie_word_embeddings=False, vocab_size=264)],
+        r"take the head for a plain matrix \(lm_head\); leave 'head' out, or export to (\S+)",
+        lambda other: [
+            way("awq", bits=4, tie_word_embeddings=False, vocab_size=264),
+            way(
+                other,
+                scheme=QuantScheme(weights=QuantSpec(bits=4, group_size=16), head=SpecChange(bits=4)),
+                tie_word_embeddings=False,
+                vocab_size=264,
+            ),
+        ],
     ),
 }
 

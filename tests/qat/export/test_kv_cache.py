@@ -192,9 +192,9 @@ def test_a_writer_that_gets_a_scale_wrong_is_caught(spec_source: Make, export_so
 @pytest.mark.parametrize(
     ("rounded", "message"),
     [
-        (ActivationSpec(scaling="static"), r"kv_cache is int8, and vLLM takes .* with kv_cache: \{kind: fp8_e4m3, scaling: static\}"),
-        (ActivationSpec(scaling="static", symmetric=False), "kv_cache is int8"),
-        (ActivationSpec(kind="fp8_e4m3"), "kv_cache takes scales of each token, for which compressed-tensors has no words"),
+        (ActivationSpec(scaling="static"), r"not int8, static: servers take .* with kv_cache: \{kind: fp8_e4m3, scaling: static\}"),
+        (ActivationSpec(scaling="static", symmetric=False), "not int8, static"),
+        (ActivationSpec(kind="fp8_e4m3"), "not fp8_e4m3, dynamic: it has no words for a scale of each token"),
     ],
 )  # fmt: skip
 def test_what_compressed_tensors_cannot_say(spec_source: Make, export_source: Export, rounded: ActivationSpec, message: str) -> None:

@@ -169,7 +169,7 @@ def test_formats_that_differ_are_mixed_precision(spec_source: Make, export_sourc
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_odd_widths_need_a_named_reader(spec_source: Make, export_source: Export, bits: int, symmetric: bool) -> None:
     source = spec_source(QuantSpec(bits=bits, group_size=16, symmetric=symmetric))
-    with pytest.raises(UserError, match=f"bits={bits}.*--reader-version 0.18.0"):
+    with pytest.raises(UserError, match=f"packs {bits} bits differently.*--reader-version 0.18.0"):
         export_source(source, FORMAT)
     for old in ("0.17.1", "0.9", "newest", ""):
         with pytest.raises(UserError, match=r"it must be 0\.18\.0 or later"):
@@ -187,8 +187,8 @@ def test_odd_widths_need_a_named_reader(spec_source: Make, export_source: Export
 
 def test_inputs_that_the_format_has_no_words_for_are_refused(spec_source: Make, export_source: Export) -> None:
     cases = [
-        (QuantSpec(bits=4, group_size="channel"), ActivationSpec(), "q_proj has bits=4.*quantize with bits=8, group_size='channel'"),
-        (QuantSpec(bits=8, group_size=16), ActivationSpec(), "group_size=16"),
+        (QuantSpec(bits=4, group_size="channel"), ActivationSpec(), "not with 4 bits .*q_proj.*quantize with bits=8, group_size='channel'"),
+        (QuantSpec(bits=8, group_size=16), ActivationSpec(), "not with 8 bits in groups of 16"),
         (W8, ActivationSpec(kind="fp8_e4m3"), "takes inputs in int8, not fp8_e4m3"),
     ]
     for spec, activations, message in cases:

@@ -19,7 +19,7 @@ from decoct.qat.export.export import export_folder
 from decoct.qat.export.gguf.blocks import minimums, pack_q2_0, pack_q4_1, pack_q5_0
 from decoct.qat.export.gguf.container import TensorType
 from decoct.qat.export.gguf.generation import end_tokens
-from decoct.qat.export.gguf.writer import FILE, block_type, check, write
+from decoct.qat.export.gguf.writer import FILE, block_type, planned_bytes, write
 from decoct.qat.readers.gguf_file import read_gguf
 from decoct.qat.readers.gguf_model import GgufModel
 from decoct.qat.source.quantized_source import open_source
@@ -131,8 +131,8 @@ def test_folder_has_card_record_and_tokenizer(quantized_folder: Build, tmp_path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"group_size": 16, **WIDE}, "has one scale, groups are of 16; use group_size=32"),
-        ({"group_size": "channel"}, r"down_proj has 48 inputs.*prune.structured.ffn=32.*or skip the module"),
+        ({"group_size": 16, **WIDE}, r"one scale for a block of 32 weights, and groups of 16 .*; quantize with group_size=32"),
+        ({"group_size": "channel"}, r"down_proj has 48, no multiple .*structured\.ffn=32, or quantize with skip: \['\*\.mlp\.down_proj'\]"),
         ({"spec": QuantSpec(group_size=32, scale_grid="fp32"), **WIDE}, "fp16, which does not hold all of them"),
         ({"model_type": "olmo2", "group_size": 32, **WIDE}, "no conversion of model_type 'olmo2'; it knows llama, mistral"),
         ({"hidden_act": "gelu", "group_size": 32, **WIDE}, "llama.cpp computes silu"),
@@ -274,7 +274,7 @@ def _asymmetric(source: Path, scale: float) -> Any:
 def test_asymmetric_codes_are_q4_1_where_that_is_exact(quantized_folder: Build, tmp_path: Path) -> None:
     source = quantized_folder("llama", group_size=32, **WIDE)
     opened = _asymmetric(source, 0.0078125)
-    check(opened)
+    assert planned_bytes(opened)
     assert block_type(opened, Q_PROJ) == TensorType.Q4_1
     write(tmp_path, opened)
     (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
@@ -303,7 +303,7 @@ def test_asymmetric_codes_of_5_bits_are_q5_1_where_that_is_exact(quantized_folde
 
     assert block_type(opened(0.0078125), Q_PROJ) == TensorType.Q5_1
     with pytest.raises(UserError, match=r"Q5_1 stores zero point times scale in fp16.*weights\.symmetric=true or weights\.bits=4"):
-        check(opened(255 / 256))
+        planned_bytes(opened(255 / 256))
 
 
 TWO_BITS: dict[str, Any] = {"bits": 2, "hidden_size": 64, "head_dim": 16, **WIDE}

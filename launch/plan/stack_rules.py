@@ -1,0 +1,189 @@
+"""What serving stacks ask of an export beyond what its format holds: widths, groups and shapes of their kernels, tensor parallelism.
+
+The rules are those of the stacks' loaders, read in vLLM 0.32 and 0.33, llama.cpp of mid 2026 and ONNX Runtime's contrib operators: kernels
+for packed weights want widths of certain multiples, tensor parallelism cuts matrices, fused projections share one scheme.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple
+
+from ...qat.export.gguf.blocks import is_q2_0, symmetric_bits
+from ...qat.export.limits.plain import FORMATS as PLAIN
+from ...qat.export.limits.shared import nearest_bits
+from .stored_shapes import StoredShapes
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""``model_type`` that vLLM and SGLang were checked with."""
+GROUPS = (32, 64, 128)
+"""Group sizes of vLLM's Marlin kernels, besides one scale per row; also those of mlx-lm."""
+_SPLIT_INPUTS = ("o_proj", "down_proj")
+
+Outcome = Literal["ok", "slower", "no"]
+
+
+class Finding(NamedTuple):
+    """One thing that a stack makes of an export."""
+
+    outcome: Outcome
+    """ok = on its fast path; slower = it loads and does more than it need; no = it does not load, or computes another model."""
+    reason: str
+    fix: str = ""
+    """The nearest setting that is ok, as overrides of the recipe; '' when nothing is to be done."""
+
+
+Rule = Callable[[StoredShapes], Iterable[Finding]]
+
+
+def rules(target: str, form: str) -> tuple[Rule, ...]:
+    """The rules of a stack for a format that it reads."""
+    if form in PLAIN:
+        return _PLAIN_SERVER if target in ("vLLM", "SGLang") else (_llama_hidden,)
+    own = (_asymmetric_gptq,) if form == "gptq_v2" and target in ("vLLM", "SGLang") else ()
+    return (*_RULES[target], *own)
+
+
+def _family(case: StoredShapes) -> Iterable[Finding]:
+    if case.config.model_type not in FAMILIES:
+        yield Finding("slower", f"model type {case.config.model_type} is not among those checked ({', '.join(FAMILIES)})")
+
+
+def _kernel_bits(case: StoredShapes) -> Iterable[Finding]:
+    bits = case.spec.bits
+    if case.spec.kind == "int" and bits not in (4, 8):
+        yield Finding("no", f"its kernels for packed weights take 4 and 8 bits, not {bits}", case.spec_fix(bits=4 if bits <= 4 else 8))
+
+
+def _marlin_groups(case: StoredShapes) -> Iterable[Finding]:
+    group = case.spec.group_size
+    if group != "channel" and group not in GROUPS:
+        nearest = min(GROUPS, key=lambda size: (abs(size - int(group)), -size))
+        reason = f"Marlin has groups of {', '.join(map(str, GROUPS))} and whole rows, not {group}"
+        yield Finding("no", reason, case.spec_fix(group_size=nearest))
+
+
+def _tensor_parallel(case: StoredShapes) -> Iterable[Finding]:
+    """Heads are dealt out whole; row-parallel matrices are cut along their inputs."""
+    ranks, sizes = case.ranks, case.model.dimensions
+    if ranks == 1:
+        return
+    heads, keys = sizes.heads, sizes.kv_heads
+    if keys and heads % ranks:
+        fitting = max(d for d in range(1, ranks + 1) if heads % d == 0)
+        yield Finding("no", f"{heads} heads cannot be dealt to {ranks} GPUs", f"--tensor-parallel {fitting}")
+    if keys and keys % ranks and ranks % keys:
+        reason = f"{keys} key/value heads cannot be dealt to {ranks} GPUs, nor copied evenly"
+        yield Finding("no", reason, f"--tensor-parallel {keys}")
+    if sizes.vocabulary % (64 * ranks):
+        yield Finding("ok", f"the vocabulary of {sizes.vocabulary:,} is padded to a multiple of {64 * ranks}")
+    group = case.spec.group_size
+    for name in _SPLIT_INPUTS:
+        size = next((s for n, s in case.linears.items() if n.endswith(name)), None)
+        if size is None:
+            continue
+        if size[1] % ranks or (group != "channel" and (size[1] // ranks) % int(group)):
+            unit = ranks * (128 if group == "channel" else int(group))
+            reason = f"{name} takes {size[1]:,} inputs, and a GPU's share of them is no multiple of the group size {group}"
+            fewer = f"--tensor-parallel {_largest_ranks(case, size[1])}"
+            yield Finding("no", reason, (case.ffn_fix(unit) if name == "down_proj" else "") or fewer)
+
+
+def _largest_ranks(case: StoredShapes, width: int) -> int:
+    unit = 1 if case.spec.group_size == "channel" else int(case.spec.group_size)
+    return max((r for r in range(1, case.ranks) if width % (r * unit) == 0), default=1)
+
+
+def _marlin_widths(case: StoredShapes) -> Iterable[Finding]:
+    """Marlin tiles: (outputs, inputs) multiples of (64, 128) or (128, 64) on each GPU; others are padded with zeros."""
+    if case.activations is not None:
+        return  # kernels for int8 inputs are others; what they need, the format asks for
+    for name, (rows, columns) in case.linears.items():
+        row_parallel = name.endswith(_SPLIT_INPUTS)
+        out = rows if row_parallel else rows // case.ranks
+        if name.endswith(("k_proj", "v_proj")):
+            # fewer heads than GPUs: each head is copied
+            out = max(rows // case.ranks, case.model.dimensions.head_dim)
+        inner = columns // case.ranks if row_parallel else columns
+        if (out % 64 == 0 and inner % 128 == 0) or (out % 128 == 0 and inner % 64 == 0):
+            continue
+        fix = case.ffn_fix(128 * case.ranks) if name.startswith("mlp.") and case.model.dimensions.ffn % (128 * case.ranks) else ""
+        yield Finding("slower", f"{name} is {out:,} x {inner:,} on a GPU; Marlin pads what is no multiple of 64 x 128", fix)
+        return
+
+
+def _fused(case: StoredShapes) -> Iterable[Finding]:
+    """q, k, v and gate, up are one matrix in the server, which is quantized as a whole or not at all."""
+    if case.partly is not None:
+        names, left = case.partly.names, case.partly.left
+        reason = f"{', '.join(names)} are one matrix there and need one scheme, but skip leaves out {', '.join(left)} alone"
+        yield Finding("no", reason, case.remedies.skip(*(f"*.{name}" for name in names if name not in left)))
+
+
+def _fixed_head_dim(case: StoredShapes) -> Iterable[Finding]:
+    config = case.config
+    head_dim = case.model.dimensions.head_dim
+    if config.model_type == "qwen2" and head_dim * config.num_attention_heads != config.hidden_size:
+        reason = f"its Qwen2 takes head_dim = hidden / heads, not {head_dim}"
+        yield Finding("no", reason, "keep hidden / heads, or serve with --model-impl transformers")
+
+
+def _llama_hidden(case: StoredShapes) -> Iterable[Finding]:
+    config = case.config
+    if config.model_type == "llama" and config.hidden_size % config.num_attention_heads:
+        reason = f"hidden size {config.hidden_size} is no multiple of {config.num_attention_heads} heads, which its Llama refuses"
+        yield Finding("no", reason)
+
+
+def _narrow_codes(case: StoredShapes) -> Iterable[Finding]:
+    """Blocks hold narrower codes exactly, in as many bytes."""
+    spec = case.spec
+    if spec.kind != "int" or not spec.symmetric or (held := symmetric_bits(spec.bits)) == spec.bits:
+        return
+    narrow = any(is_q2_0(spec, columns) for _, columns in case.linears.values())
+    if narrow and "gguf-q2_0" in case.remedies.formats:
+        return
+    fix = case.spec_fix(bits=held)
+    if narrow:
+        fix += f", or {case.remedies.other_format('gguf-q2_0', instead_of='gguf')} for a llama.cpp from July 2026 on"
+    yield Finding("slower", f"its blocks have 4, 5 and 8 bits, not {spec.bits}: each code takes {held}", fix)
+
+
+def _asymmetric_gptq(case: StoredShapes) -> Iterable[Finding]:
+    """vLLM's fast GPTQ kernels take symmetric weights; what others make of version 2 differs between its releases."""
+    fix = case.remedies.other_format("compressed-tensors", instead_of="gptq_v2")
+    yield Finding("slower", "not every kernel of every release reads gptq_v2, and none of the fast ones", fix)
+
+
+def _onnx(case: StoredShapes) -> Iterable[Finding]:
+    spec = case.spec
+    if spec.bits not in (2, 4, 8):
+        yield Finding("no", f"MatMulNBits takes 2, 4 and 8 bits, not {spec.bits}", case.spec_fix(bits=nearest_bits(spec.bits)))
+    elif spec.bits != 4:
+        yield Finding("slower", f"its builder was tried with 4 bits alone, not with {spec.bits}", case.spec_fix(bits=4))
+    group = spec.group_size
+    if group == "channel" or int(group) < 16 or int(group) & (int(group) - 1):
+        yield Finding("no", f"its block sizes are powers of two from 16 on, not {group}", case.spec_fix(group_size=32))
+
+
+def _openvino(case: StoredShapes) -> Iterable[Finding]:
+    if case.spec.bits > 4 or not case.spec.symmetric or case.config.model_type not in ("llama", "qwen2", "qwen3"):
+        yield Finding("slower", "its reader was tried with Q4_0 of Llama, Qwen2 and Qwen3 alone")
+
+
+def _mlx(case: StoredShapes) -> Iterable[Finding]:
+    if case.spec.group_size not in GROUPS:
+        groups = ", ".join(map(str, GROUPS))
+        yield Finding("no", f"it has groups of {groups}, not {case.spec.group_size}", case.spec_fix(group_size=64))
+
+
+_SERVER: tuple[Rule, ...] = (_family, _kernel_bits, _marlin_groups, _tensor_parallel, _marlin_widths, _fused, _fixed_head_dim)
+_PLAIN_SERVER: tuple[Rule, ...] = (_family, _tensor_parallel, _fixed_head_dim)
+_RULES: dict[str, tuple[Rule, ...]] = {
+    "vLLM": _SERVER,
+    "SGLang": _SERVER,
+    "transformers": (_llama_hidden,),
+    "llama.cpp": (_narrow_codes,),
+    "ONNX Runtime": (_onnx,),
+    "OpenVINO": (_narrow_codes, _openvino),
+    "mlx-lm": (_mlx,),
+}
+"""Target -> its rules for packed weights."""

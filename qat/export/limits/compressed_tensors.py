@@ -1,0 +1,71 @@
+"""What the compressed-tensors formats hold: every integer width, scales of bf16, int8 inputs, fp8 keys and values.
+
+Source: compressed-tensors ``compressors/pack_quantized``, ``quantization/quant_args.py``; vLLM ``compressed_tensors/schemes``.
+"""
+
+from collections.abc import Iterator
+
+from ...spec import PACKED_BITS
+from .refusal import Beyond, Option, Refusal, Without, weights
+from .shared import FP8_CACHE, integer_schemes, nearest_bits, packed, scale_grid, without_ends
+from .stored_model import StoredModel
+
+DENSE_VERSION = (0, 18, 0)
+"""The first release that packs 3, 5, 6 and 7 bits as a dense stream (change #732); 0.17.1 still pads each word, under the same name."""
+
+
+def limits(model: StoredModel) -> Iterator[Refusal]:
+    """What the formats "pack-quantized" and "int-quantized" cannot hold exactly."""
+    yield from packed(model, head=True)
+    model = without_ends(model, head=True)
+    yield from scale_grid(model, "bf16", ("bf16_fp16", "bf16"), by_values=False)
+    yield from _dense(model)
+    yield from _inputs(model)
+    yield from _cache(model)
+
+
+def _dense(model: StoredModel) -> Iterator[Refusal]:
+    """Widths that do not divide a word: releases of the package pack them differently under one name."""
+    needed = ".".join(map(str, DENSE_VERSION))
+    named = Option("reader_version", needed)
+    for spec, modules in integer_schemes(model):
+        if spec.bits in PACKED_BITS:
+            continue
+        if model.reader_version is None:
+            reason = f"packs {spec.bits} bits differently from version to version"
+            ways = (weights(bits=nearest_bits(spec.bits)), named)
+            yield Refusal(reason=reason, remedies=ways, modules=modules, spec=spec)
+        elif not _is_dense(model.reader_version):
+            old = f"reader_version={model.reader_version!r} does not read"
+            reason = f"packs {spec.bits} bits in a layout that {old}: it must be {needed} or later"
+            yield Refusal(reason=reason, remedies=(named,), modules=modules, spec=spec)
+
+
+def _is_dense(version: str) -> bool:
+    numbers = version.split(".")
+    return all(number.isdecimal() for number in numbers) and tuple(map(int, numbers)) >= DENSE_VERSION
+
+
+def _inputs(model: StoredModel) -> Iterator[Refusal]:
+    """Kernels for int8 inputs take int8 weights with a scale per row."""
+    inputs, without = model.activations, Without("activations")
+    if inputs is None:
+        return
+    if inputs.kind != "int8":
+        way = Beyond("activations", (("kind", "int8"),))
+        yield Refusal(reason=f"takes inputs in int8, not {inputs.kind}", remedies=(way,))
+    for spec, modules in integer_schemes(model):
+        if spec.bits != 8 or not isinstance(spec.group_size, str):
+            reason = f"takes int8 inputs with int8 weights that have a scale per row, not with {spec.words()}"
+            ways = (weights(bits=8, group_size="channel"), without)
+            yield Refusal(reason=reason, remedies=ways, modules=modules, spec=spec)
+
+
+def _cache(model: StoredModel) -> Iterator[Refusal]:
+    """Servers read symmetric fp8 with one stored scale for the keys and one for the values of each layer."""
+    cache = model.kv_cache
+    if cache is None or (cache.kind, cache.scaling) == ("fp8_e4m3", "static"):
+        return
+    why = "servers take any scheme of 8 bits for fp8" if cache.kind != "fp8_e4m3" else "it has no words for a scale of each token"
+    reason = f"takes keys and values in fp8 with stored scales, not {cache.kind}, {cache.scaling}: {why}"
+    yield Refusal(reason=reason, remedies=(FP8_CACHE, Without("kv_cache")))

@@ -1,0 +1,35 @@
+"""Format name -> its limits: the one list of them."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from . import awq, compressed_tensors, gguf, gptq, plain
+from .refusal import Refusal
+from .stored_model import StoredModel
+
+LIMITS: dict[str, Callable[[StoredModel], Iterable[Refusal]]] = {
+    "compressed-tensors": compressed_tensors.limits,
+    "gptq": gptq.limits_v1,
+    "gptq_v2": gptq.limits_v2,
+    "awq": awq.limits,
+    "safetensors": plain.limits,
+    "safetensors-f32": plain.wide_limits,
+    "gguf": gguf.limits,
+    "gguf-q2_0": gguf.narrow_limits,
+    "gguf-f32": gguf.plain_limits,
+    "gguf-f16": gguf.plain_limits,
+    "gguf-bf16": gguf.plain_limits,
+}
+
+
+def refusals(format: str, model: StoredModel) -> list[Refusal]:
+    """What the format cannot hold of the model, the most telling first; [] when it holds it exactly.
+
+    Args:
+        format: A name in ``LIMITS``.
+        model: What is to be stored.
+    """
+    found: dict[str, Refusal] = {}
+    for refusal in LIMITS[format](model):
+        found.setdefault(refusal.reason, replace(refusal, format=format))
+    return list(found.values())

@@ -1,0 +1,77 @@
+"""What the GGUF formats hold: families that llama.cpp computes alike, integer codes in blocks of 32 (Q2_0: 64) with one fp16 scale.
+
+Source: ggml ``ggml-common.h``, ``ggml-quants.c``; llama.cpp ``llama-model.cpp``.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from ....models.common.errors import UserError
+from ..gguf.blocks import ASYMMETRIC_BITS, BLOCK, WIDE_BLOCK, is_q2_0
+from ..gguf.metadata import model_metadata
+from ..gguf.names import architecture_of, place_of
+from .refusal import OtherFormat, Refusal, weights
+from .shared import fp16_scales, integer_schemes, multiples, nothing_beyond_weights, packed
+from .stored_model import StoredModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def limits(model: StoredModel) -> Iterator[Refusal]:
+    """What ``gguf`` cannot hold exactly."""
+    yield from plain_limits(model)
+    yield from packed(model, head=True, fused=False, embedding=True)
+    yield from _blocks(model)
+    yield from fp16_scales(model)
+
+
+def narrow_limits(model: StoredModel) -> Iterator[Refusal]:
+    """What ``gguf-q2_0`` cannot: it is for models that have such blocks."""
+    if model.modules and not any(is_q2_0(module.spec, module.columns) for module in model.modules):
+        reason = f"is for symmetric weights of 2 bits in groups of a multiple of {WIDE_BLOCK}, and there are none"
+        yield Refusal(reason=reason, remedies=(OtherFormat("gguf"),))
+    yield from limits(model)
+
+
+def plain_limits(model: StoredModel) -> Iterator[Refusal]:
+    """What the formats of plain weights cannot: families that llama.cpp has no equal of, and what is rounded beyond weights."""
+    if reason := family_refusal(model.config, model.tensors):
+        yield Refusal(reason=f"cannot hold this model: {reason}")
+    yield from nothing_beyond_weights(model)
+
+
+def family_refusal(config: "PreTrainedConfig", names: Iterable[str]) -> str | None:
+    """Why llama.cpp has no equal of the model; None when it has.
+
+    Args:
+        config: The model's.
+        names: Of all its weights.
+    """
+    try:
+        architecture = architecture_of(config.model_type)
+        model_metadata(config, architecture)
+        for name in names:
+            place_of(name, architecture)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _blocks(model: StoredModel) -> Iterator[Refusal]:
+    for spec, modules in integer_schemes(model):
+        ways = (weights(symmetric=True), weights(bits=4))
+        if not spec.symmetric and spec.bits > ASYMMETRIC_BITS[-1]:
+            reason = f"holds asymmetric codes of {ASYMMETRIC_BITS[-1]} bits at most, not {spec.bits}"
+            yield Refusal(reason=reason, remedies=ways, modules=modules, spec=spec)
+        elif not spec.symmetric and spec.bits == ASYMMETRIC_BITS[-1]:
+            # narrower codes have room in their block to be moved so that the minimum is exact
+            reason = "stores zero point times scale in fp16 (Q5_1), which hardly ever holds it at 5 bits"
+            yield Refusal(reason=reason, remedies=ways, modules=modules, spec=spec, by_values=True)
+        if modules[0].group is not None and modules[0].group % BLOCK:
+            reason = f"has one scale for a block of {BLOCK} weights, and groups of {modules[0].group} are no multiple"
+            yield Refusal(reason=reason, remedies=(weights(group_size=BLOCK),), modules=modules, spec=spec)
+        odd = [module for module in modules if module.columns % BLOCK]
+        if odd:
+            reason = f"stores blocks of {BLOCK} along the inputs, and {odd[0].kind} has {odd[0].columns:,}, no multiple"
+            yield multiples(model, reason, odd, BLOCK)
