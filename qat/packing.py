@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .fake_quant.dispatch import Backend, use_kernel
-from .spec import PACKED_BITS
 
 
 def packed_width(in_features: int, bits: int) -> int:

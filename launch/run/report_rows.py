@@ -16,8 +16,7 @@ from ...models.teachers import LocalTeacher, open_teacher
 from ...qat.export.export import export_folder
 from ...qat.layers.quantized_model import quantize_model
 from ...qat.layers.save_folder import save_quantized_folder
-from ...qat.packing import PACKED_BITS
-from ...qat.spec import QuantSpec
+from ...qat.spec import PACKED_BITS, QuantSpec
 from ...trainer.evaluation.model_row import best_device, measure_folder, measure_teacher, quant_record, too_large_to_measure
 from ...trainer.evaluation.teacher_drift import ROUNDED, teacher_drift
 from ...trainer.settings import EvaluateSettings

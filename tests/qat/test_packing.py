@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from decoct.qat.packing import PACKED_BITS, pack_bits, packed_width
+from decoct.qat.packing import pack_bits, packed_width
+from decoct.qat.spec import PACKED_BITS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
