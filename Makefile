@@ -8,13 +8,13 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 # One thread a process: test workers and the processes they start share the cores.
-TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto
+TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --durations=40 --durations-min=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart check format lint types docs docs-serve reference test test-slow test-serving test-serving-llama-cpp test-serving-vllm test-serving-gptq test-serving-onnx test-serving-mlx bench bench-gpu clean
+.PHONY: help install quickstart check format lint types docs docs-serve reference fast imports test test-slow test-serving test-serving-llama-cpp test-serving-vllm test-serving-gptq test-serving-onnx test-serving-mlx bench bench-gpu clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## make .venv and install decoct with its pinned dependencies
 
@@ -50,11 +50,20 @@ reference: install ## write docs/reference/recipe.md, docs/reference/cli.md and 
 docs-serve: install ## the documentation on http://127.0.0.1:8000, built anew while you write
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
+fast: install ## the fast tests alone, without formatting, lint and types
+	$(TEST) -m 'not slow and not serving' $(PYTEST_ARGS)
+
+imports: install ## the import contract: one direction between folders, no circle inside one
+	$(BIN)/pytest -q tests/test_imports.py
+
 test-slow: install ## the slow tests alone: with `make check`, every test of `make test` runs once
 	$(TEST) -m 'slow and not serving' $(PYTEST_ARGS)
 
 test: install ## every test but those of the serving stacks
 	$(TEST) -m 'not serving' $(PYTEST_ARGS)
+
+test-%: install ## the tests of one folder, fast and slow: make test-qat, test-trainer, test-models, test-losses, test-configs, test-launch
+	$(TEST) -m 'not serving' tests/$* $(PYTEST_ARGS)
 
 # The judges: real serving stacks, each in a venv of its own, as each brings and pins much that decoct and the others do not take.
 # A test that is skipped in its judge's own target fails there (tests/serving/conftest.py).

@@ -12,6 +12,7 @@ Symbols: b bits, q signed code in [-2^(b-1), 2^(b-1)-1], s scale, z zero point, 
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from .. import Bounds, check_fields
@@ -199,8 +200,10 @@ class ActivationSpec:
         check_fields(self)
         if not self.symmetric and self.kind != "int8":
             raise ValueError(f"kind={self.kind!r} has no zero point; leave symmetric out, or use kind='int8'")
+        # made here and kept: torch.compile, which traces forward passes, cannot trace the checks of a new spec
+        _ = self.lattice
 
-    @property
+    @cached_property
     def lattice(self) -> QuantSpec:
         """The same lattice as a QuantSpec of the matrix [tokens, features]."""
         group = "channel" if self.scaling == "dynamic" else "tensor"

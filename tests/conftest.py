@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from .support.warm_python import WarmPython
+
 # Lightning (through pytest's warning filters) may have imported torch before OMP_NUM_THREADS was set above.
 torch.set_num_threads(1)
 
@@ -28,6 +30,14 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "wandb-cache"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[WarmPython]:
+    """Starts real processes that have imported everything already."""
+    python = WarmPython()
+    yield python
+    python.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

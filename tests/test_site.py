@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,22 @@ def python_blocks() -> list[tuple[str, str]]:
 def test_python_of_a_page_runs(page: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, page, "exec"), {"__name__": "page"})
+
+
+def test_the_workflow_runs_what_ci_runs_on_every_python_that_is_promised() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]["test"]
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
+    assert workflow["strategy"]["matrix"]["python"] == re.findall(r"Python :: (3\.\d+)", "\n".join(classifiers))
+    commands = re.findall(r"^make .+$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert commands
+    assert [step["run"] for step in workflow["steps"] if "run" in step] == commands
+
+
+def test_hooks_and_forms_name_what_exists() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    for word in " ".join(hook["entry"] for hook in hooks).split():
+        assert not word.startswith("tests/") or (ROOT / word).is_file(), word
+    for form in ("bug", "feature"):
+        body = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{form}.yml").read_text())["body"]
+        assert len({part["id"] for part in body}) == len(body)
+        assert all((ROOT / path).is_file() for part in body for path in re.findall(r"docs/\w+\.md", str(part)))

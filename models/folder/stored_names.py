@@ -63,9 +63,14 @@ def module_names(model: "PreTrainedModel", files: Iterable[str]) -> dict[str, st
     return found
 
 
+def ignored_patterns(model: "PreTrainedModel") -> list[str]:
+    """Patterns of the names that transformers leaves out without a word, further heads for example, and constants of old checkpoints."""
+    return [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
+
+
 def ignored(model: "PreTrainedModel", files: Iterable[str]) -> list[str]:
     """Names in the file of tensors that transformers leaves out without a word: further heads that it expects there, and constants."""
-    patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
+    patterns = ignored_patterns(model)
     own = model.state_dict()
     outside = [name for name, inside in module_names(model, files).items() if inside is not None and inside not in own]
     return [name for name in outside if any(re.search(pattern, name) for pattern in patterns)]

@@ -19,7 +19,7 @@ from ..common.errors import UserError
 from ..common.quiet import quiet_transformers
 from .load_report import check_report
 from .loading import check_finite, find_model_folder, load_config, load_model, meta_model
-from .stored_names import module_names
+from .stored_names import ignored_patterns, module_names
 from .weights import WeightFiles
 
 if TYPE_CHECKING:
@@ -213,8 +213,8 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
 def _unexpected(model: "PreTrainedModel", files: WeightFiles) -> list[str]:
     """Names in the files that no module has; those that transformers itself ignores in old checkpoints do not count."""
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
-    return [name for name in files.names() if name not in own and not any(re.search(pattern, name) for pattern in ignored)]
+    patterns = ignored_patterns(model)
+    return [name for name in files.names() if name not in own and not any(re.search(pattern, name) for pattern in patterns)]
 
 
 def _missing(model: "PreTrainedModel", files: WeightFiles) -> list[str]:

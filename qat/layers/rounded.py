@@ -53,8 +53,8 @@ class RoundedWeight(_Base):
         shape = spec.scale_shape(rows, columns)
         self.spec = spec
         self.mode: Mode = "absmax"
-        self.bits = spec.bits
-        """Bits of the lattice in use: the spec's, or more while bits are annealed."""
+        self.lattice = spec
+        """The lattice in use."""
         self.register_buffer("mask", None, persistent=False)
         extras = extras or Extras()
         own = extras.scale and spec.kind == "int"
@@ -74,16 +74,15 @@ class RoundedWeight(_Base):
     def _extra(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=self.weight.device))
 
-    def set_mask(self, mask: Tensor | None) -> None:
-        """Weights to keep: bool [out, in], or None for all; moved to the weight's device."""
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != self.weight.shape):
-            raise ValueError(f"mask must be bool of shape {tuple(self.weight.shape)}, not {mask.dtype} of shape {tuple(mask.shape)}")
-        self.mask = None if mask is None else mask.to(self.weight.device)
-
     @property
-    def lattice(self) -> QuantSpec:
-        """The lattice in use."""
-        return self.spec if self.bits == self.spec.bits else self.spec.with_bits(self.bits)
+    def bits(self) -> int:
+        """Bits of the lattice in use: the spec's, or more while bits are annealed."""
+        return self.lattice.bits
+
+    @bits.setter
+    def bits(self, bits: int) -> None:
+        # made once and not in every forward pass: torch.compile cannot trace the checks of a new spec
+        self.lattice = self.spec if bits == self.spec.bits else self.spec.with_bits(bits)
 
     def merged_weight(self) -> Tensor:
         """[out, in]: the latent weight, with the adapter's product added; pruned weights (zeros of ``weight``) stay zero."""

@@ -27,13 +27,6 @@ class SearchedScales(NamedTuple):
     """int8 in the shape of ``scales``; None when the spec is symmetric."""
 
 
-def searched_scales(
-    weight: Tensor, spec: QuantSpec, mask: Tensor | None = None, importance: Tensor | None = None, factors: Sequence[float] = FACTORS
-) -> Tensor:
-    """The scales of ``searched_grid``; all there is of a symmetric spec."""
-    return searched_grid(weight, spec, mask, importance, factors).scales
-
-
 @torch.no_grad()
 def searched_grid(
     weight: Tensor, spec: QuantSpec, mask: Tensor | None = None, importance: Tensor | None = None, factors: Sequence[float] = FACTORS

@@ -13,7 +13,6 @@ group or row, one scheme or several. Source of the layout: compressed-tensors ``
 Codes of 3, 5, 6 and 7 bits are read as the dense stream of version 0.18 and later.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,16 +205,3 @@ class PackedFolder(WeightFolder):
         # before anything of that size is made: the packed tensor, whose bytes are really there, must agree
         self._stored.expect(module + _PACKED, ("I32",), (rows, -(-columns * self.scheme_of(module).bits // 32)))
         return rows, columns
-
-
-def dequantized_tensors(folder: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """The full state dict of an export under original names, tensor by tensor, as fp32: what a runtime multiplies with.
-
-    Tied tensors come once, as stored.
-
-    Raises:
-        UserError: the folder is damaged or not of a kind this reader knows.
-    """
-    opened = PackedFolder(folder)
-    for name in opened.shapes():
-        yield name, opened.tensor(name)

@@ -1,6 +1,5 @@
 """An unquantized model folder as the source of an export, its weights rounded once to the dtype that is written."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...models.common.errors import UserError
-from ...models.common.json_file import what_instead
+from ...models.common.json_file import read_json, what_instead
 from ...models.folder.folder_checks import checked_places
 from ...models.folder.structure import model_structure
 from ..codes.state import QuantState
@@ -32,10 +31,13 @@ class PlainSource(ExportSource):
         stored = super().tensor(name)
         if stored.ndim < 2:
             return stored.float()
-        rounded = stored.to(self.dtype)
+        return self._in_range(name, stored.to(self.dtype)).float()
+
+    def _in_range(self, name: str, rounded: Tensor) -> Tensor:
+        """``rounded``, a weight in the dtype that is written; UserError when that does not reach its values."""
         if not bool(torch.isfinite(rounded).all()):
-            raise UserError(f"{self.plain[name]}: {name} has values beyond the range of {self.dtype}; export in another type")
-        return rounded.float()
+            raise UserError(f"{self.plain[name]}: {name} has values beyond the range of {rounded.dtype}; export in another type")
+        return rounded
 
     def rounding(self) -> "CastError":
         """How far the export is from the folder."""
@@ -88,7 +90,7 @@ def open_plain_source(folder: Path, dtype: torch.dtype) -> PlainSource:
     check_tied(folder, stored, structure)
     return PlainSource(
         folder=folder,
-        config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
+        config=read_json(folder / "config.json"),
         record=stored.record(folder),
         state=QuantState(spec=QuantSpec(), modules=(), codes={}, scales={}),
         structure=structure,

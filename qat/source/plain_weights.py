@@ -29,11 +29,7 @@ class PlainWeights(PlainSource):
 
     def tensor(self, name: str) -> Tensor:
         """A weight as it is stored; UserError when it is not finite, or not in its dtype any more."""
-        dtype = self.stored_dtype(name)
-        rounded = super().tensor(name).to(dtype)
-        if not bool(torch.isfinite(rounded).all()):
-            raise UserError(f"{self.plain[name]}: {name} has values beyond the range of {dtype}; export in another type")
-        return rounded
+        return self._in_range(name, super().tensor(name).to(self.stored_dtype(name)))
 
 
 def open_any_folder(folder: Path, load: Load = load_quant_state) -> PlainWeights:

@@ -1,6 +1,5 @@
 """The quantized folder that is exported: its codes, and every other tensor, read when it is written."""
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...models.common.errors import UserError
-from ...models.common.json_file import what_instead
+from ...models.common.json_file import read_json, what_instead
 from ...models.folder.folder_checks import checked_places
 from ...models.folder.structure import Structure, model_structure
 from ...models.folder.weights import read_tensor
@@ -88,7 +87,7 @@ def open_source(folder: Path, load: Load = load_quant_state) -> ExportSource:
     quantized = {f"{name}.weight" for name in state.modules}
     return ExportSource(
         folder=folder,
-        config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
+        config=read_json(folder / "config.json"),
         record=stored.record(folder),
         state=state,
         structure=structure,

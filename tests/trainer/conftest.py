@@ -1,9 +1,7 @@
-"""Shared by the tests of training: the tiny stage of ``training_case.py``; text, a trained folder and the context that a stage gets."""
+"""Shared by the tests of training: the tiny stage of ``support/training_case.py``, text, a trained folder, a stage's context."""
 
-import importlib.util
 import io
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -21,27 +19,22 @@ from decoct.trainer.loop.metrics import MetricsSink
 from decoct.trainer.settings import DataSettings, TrainerSettings
 from decoct.trainer.stages.context import StageContext
 
+from ..support import training_case
+
 MakeContext = Callable[..., StageContext]
 SEQ = 32
-CASE_FILE = Path(__file__).with_name("training_case.py")
 
 
 @pytest.fixture(scope="session")
 def training() -> ModuleType:
-    """The module itself: Case, run_case, tiny_model, RandomWindows (test files cannot import each other)."""
-    spec = importlib.util.spec_from_file_location("training_case", CASE_FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    """The module itself: Case, run_case, tiny_model, RandomWindows."""
+    return training_case
 
 
 @pytest.fixture
 def training_command() -> list[str]:
-    """Starts the stage in a process of its own; add WORK, KIND and options."""
-    return [sys.executable, str(CASE_FILE)]
+    """The arguments of a Python that runs the stage; add WORK, KIND and options."""
+    return [training_case.__file__]
 
 
 @pytest.fixture(autouse=True)

@@ -17,26 +17,14 @@ _CHUNK = 4096  # blocks at a time: what bounds the temporaries of coding
 _MOMENTS = {"exp_avg": ("state1", "qmap1", "absmax1"), "exp_avg_sq": ("state2", "qmap2", "absmax2")}
 
 
-def state_tensors(optimizer: torch.optim.Optimizer, name_of: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """``<parameter>.exp_avg``, ``.exp_avg_sq`` (fp32, shaped as the parameter) and ``.step`` (fp32 scalar) of every parameter with state.
-
-    Moments of 8 bits are decoded on the CPU: all of them in fp32 would not fit where they are. The others share the optimizer's memory.
-    """
-    return {
-        f"{name_of[parameter]}.{key}": value
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        for key, value in parameter_state(optimizer, parameter).items()
-    }
-
-
 def load_state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of ``state_tensors``: what was there before is forgotten.
+    """Give every parameter its state, as ``parameter_state`` has it; what was there before is forgotten.
 
     Args:
         optimizer: Any of ``build_optimizer``'s kinds, also another than wrote the tensors.
         parameters: The optimizer's parameters by name; those without state in ``tensors`` start afresh.
-        tensors: Read one parameter at a time, so a mapping that reads from disk needs no room for all of them.
+        tensors: By ``<parameter>.exp_avg``, ``.exp_avg_sq`` and ``.step``. Read one parameter at a time, so a mapping that reads from
+            disk needs no room for all of them.
     """
     optimizer.state.clear()
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -46,7 +34,10 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str
 
 
 def parameter_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """Step count and moments of one parameter, see ``state_tensors``; empty before its first step."""
+    """``exp_avg``, ``exp_avg_sq`` (fp32, shaped as the parameter) and ``step`` (fp32 scalar) of a parameter; empty before its first step.
+
+    Moments of 8 bits are decoded on the CPU: all of them in fp32 would not fit where they are. The others share the optimizer's memory.
+    """
     state = optimizer.state.get(parameter, {})
     if not state:
         return {}

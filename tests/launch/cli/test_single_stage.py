@@ -1,9 +1,6 @@
 """Single verbs on a model folder, each through the real command line, one after the other as a user would."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +12,10 @@ from decoct.models.common.errors import UserError
 
 
 @pytest.mark.slow
-def test_verbs_lead_from_a_folder_to_a_verified_export(tiny: dict[str, Any], run: Any, corpus: Path, tmp_path: Path) -> None:
-    made = run({**tiny, "name": "made", "stages": [{"distill": {"steps": 1}}]})
-    assert made.returncode == 0, made.stderr
-    student = "runs/made/01-distill/model"
+def test_verbs_lead_from_a_folder_to_a_verified_export(small_student: Path, verb: Any, corpus: Path, tmp_path: Path) -> None:
+    student = str(small_student)
     text = ["--text", str(corpus / "*.txt"), "--seq-length", "32"]
     small = ["data.eval_tokens=1024", "trainer.precision=32"]
-
-    def verb(*arguments: str) -> str:
-        command = [sys.executable, "-m", "decoct.launch.cli", *arguments]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
 
     verb("distill", student, *small, "--teacher", student, *text, "--tokens", "4k", "--out", "one")
     verb("prune", "one/01-distill/model", *small, "--ffn", "32", *text, "--out", "two")
@@ -36,11 +24,11 @@ def test_verbs_lead_from_a_folder_to_a_verified_export(tiny: dict[str, Any], run
     verb("quantize", "one/01-distill/model", *small, "--bits", "8", "--group-size", "channel", *text, "--out", "five")
     assert [row["name"] for row in json.loads((tmp_path / "five/report.json").read_text())["stages"]] == ["input", "01-quantize"]
     assert [row["name"] for row in json.loads((tmp_path / "one/report.json").read_text())["stages"]] == ["teacher", "input", "01-distill"]
-    exported = verb("export", "four/01-qat/model", "--out", "served [x] y")
+    exported = verb("export", "four/01-qat/model", "--out", "served [x] y").stdout
     assert "every weight rebuilt exactly" in exported
     assert "packs 100% of the decoder's weights" in exported
-    assert "served [x] y" in verb("export", "five/01-quantize/model", "--out", "served [x] y 8")
-    assert "ok" in verb("verify", "served [x] y", "source=four/01-qat/model", "runtimes=false")
+    assert "served [x] y" in verb("export", "five/01-quantize/model", "--out", "served [x] y 8").stdout
+    assert "ok" in verb("verify", "served [x] y", "source=four/01-qat/model", "runtimes=false").stdout
     verb("evaluate", "served [x] y", "--teacher", student, *text, "--tokens", "1024", "--out", "six")
     row = json.loads((tmp_path / "six/report.json").read_text())["stages"][-1]
     trained = json.loads((tmp_path / "four/report.json").read_text())["stages"][-1]
@@ -49,49 +37,33 @@ def test_verbs_lead_from_a_folder_to_a_verified_export(tiny: dict[str, Any], run
 
 
 @pytest.mark.slow
-def test_quantize_by_gptq_on_text(tiny: dict[str, Any], run: Any, corpus: Path, tmp_path: Path) -> None:
+def test_quantize_by_gptq_on_text(tiny: dict[str, Any], run: Any, verb: Any, corpus: Path, tmp_path: Path) -> None:
     made = run({**tiny, "name": "made", "stages": [{"distill": {"steps": 60}}]})
     assert made.returncode == 0, made.stderr
     student = "runs/made/01-distill/model"
     text = ["--text", str(corpus / "*.txt"), "--seq-length", "32", "data.eval_tokens=1024"]
 
-    def verb(*arguments: str, code: int = 0) -> str:
-        command = [
-            sys.executable,
-            "-m",
-            "decoct.launch.cli",
-            "quantize",
-            student,
-            *text,
-            "--teacher",
-            student,
-            "--group-size",
-            "16",
-            *arguments,
-        ]
-        done = subprocess.run(
-            command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == code, done.stdout + done.stderr
+    def quantize(*arguments: str, code: int = 0) -> str:
+        done = verb("quantize", student, *text, "--teacher", student, "--group-size", "16", *arguments, code=code)
         return done.stdout + done.stderr
 
     def row(out: str) -> dict[str, Any]:
         return json.loads((tmp_path / out / "report.json").read_text())["stages"][-1]
 
-    verb("--bits", "3", "--out", "rtn")
+    quantize("--bits", "3", "--out", "rtn")
     gptq = ["--method", "gptq", "--bits", "3", "--out", "gptq"]
-    told = verb(*gptq, "--calibration-tokens", "4k")
+    told = quantize(*gptq, "--calibration-tokens", "4k")
     assert "01-quantize: gptq on 4k tokens" in told
     assert "calibrates on 4,000 tokens in 125 windows" in told
     assert row("gptq")["eval"]["kl"] < row("rtn")["eval"]["kl"]
     first = json.loads((tmp_path / "gptq/01-quantize/model/decoct.json").read_text())
     assert first["quant"]["rounding"]["calibration"]["tokens"] == 4000
-    assert "is done, skipped" in verb(*gptq, "--calibration-tokens", "4k", "stages.0.quantize.stream=always")
-    assert "calibrates on 8,000 tokens" in verb(*gptq, "--calibration-tokens", "8k")
+    assert "is done, skipped" in quantize(*gptq, "--calibration-tokens", "4k", "stages.0.quantize.stream=always")
+    assert "calibrates on 8,000 tokens" in quantize(*gptq, "--calibration-tokens", "8k")
     assert len(list((tmp_path / "gptq").glob("01-quantize.*"))) == 1, "what other text gave is kept aside"
     refusal = "calibration_tokens=4000 does nothing with method=rtn: it belongs to gptq and mse"
-    assert refusal in verb("--calibration-tokens", "4k", "--out", "no", code=2)
-    assert "wants 'rtn', 'mse' or 'gptq'; got 'gptk', did you mean 'gptq'?" in verb("--method", "gptk", "--out", "no", code=2)
+    assert refusal in quantize("--calibration-tokens", "4k", "--out", "no", code=2)
+    assert "wants 'rtn', 'mse' or 'gptq'; got 'gptk', did you mean 'gptq'?" in quantize("--method", "gptk", "--out", "no", code=2)
 
 
 def test_verb_recipe_is_one_stage_on_the_given_model() -> None:

@@ -1,6 +1,7 @@
 """What bad input gets: one readable message that names the key or file and the remedy, exit code 2, nothing half-written."""
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,9 @@ def refused(done: Any, *words: str, code: int = 2) -> None:
 
 
 @pytest.fixture
-def student(tiny: dict[str, Any], run: Any, tmp_path: Path) -> Path:
+def student(small_student: Path, tmp_path: Path) -> Path:
     """A model folder to damage."""
-    assert run({**tiny, "name": "made", "stages": [{"distill": {"steps": 1}}]}).returncode == 0
-    return tmp_path / "runs/made/01-distill/model"
+    return shutil.copytree(small_student, tmp_path / "student")
 
 
 def on_folder(tiny: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -103,11 +103,6 @@ def test_debug_shows_the_traceback(tiny: dict[str, Any], run: Any) -> None:
     assert "Traceback" in run(tiny, "--debug").stderr
 
 
-def test_export_of_a_folder_without_codes_names_what_to_run(student: Path, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    command = [sys.executable, "-m", "decoct.launch.cli", "export", str(student), "--out", str(tmp_path / "served")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    refused(done, "qat", "quantize")
+def test_export_of_a_folder_without_codes_names_what_to_run(student: Path, verb: Any, tmp_path: Path) -> None:
+    refused(verb("export", str(student), "--out", str(tmp_path / "served"), code=2), "qat", "quantize")
     assert not (tmp_path / "served").exists()

@@ -1,16 +1,18 @@
 """Recipes that train from a cache of their teacher, in processes of their own."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from ...support.warm_python import WarmProcess, WarmPython
+
+Start = Callable[..., WarmProcess]
 
 
 @pytest.fixture
@@ -19,15 +21,19 @@ def recipe(tiny: dict[str, Any]) -> dict[str, Any]:
     return {**tiny, "teacher": teacher, "stages": [{"distill": {"steps": 6}}]}
 
 
-def decoct(folder: Path, recipe: dict[str, Any], verb: str, *arguments: str) -> "subprocess.Popen[str]":
-    file = folder / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    command = [sys.executable, "-m", "decoct.launch.cli", verb, str(file), *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@pytest.fixture
+def decoct(warm: WarmPython, tmp_path: Path) -> Start:
+    """``decoct(recipe, verb, *arguments)`` in a process of its own, in ``tmp_path``."""
+
+    def start(recipe: dict[str, Any], verb: str, *arguments: str) -> WarmProcess:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+        return warm.start(["-m", "decoct.launch.cli", verb, str(file), *arguments], cwd=tmp_path, merged=True)
+
+    return start
 
 
-def said(process: "subprocess.Popen[str]", code: int = 0) -> str:
+def said(process: WarmProcess, code: int = 0) -> str:
     text = process.communicate(timeout=240)[0]
     assert process.returncode == code, text
     return text
@@ -39,37 +45,37 @@ def curve(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_the_verb_fills_what_the_run_reads_with_one_rank_or_two(tmp_path: Path, recipe: dict[str, Any]) -> None:
-    text = said(decoct(tmp_path, recipe, "cache", "--out", "filled"))
+def test_the_verb_fills_what_the_run_reads_with_one_rank_or_two(decoct: Start, tmp_path: Path, recipe: dict[str, Any]) -> None:
+    text = said(decoct(recipe, "cache", "--out", "filled"))
     assert "the teacher predicts 96 windows" in text
     assert "bytes a token" in text
     assert "KL(one draw || teacher)" in text
-    text = said(decoct(tmp_path, recipe, "run"))
+    text = said(decoct(recipe, "run"))
     assert "the teacher predicts" not in text
     assert "from the cache of a scratch teacher" in text
     alone = curve(tmp_path, "tiny")
     assert all(0 < line["covered_mass"] < 1 for line in alone)
     both = {**recipe, "name": "both", "teacher": {**recipe["teacher"], "cache": {"mode": "hybrid", "path": str(tmp_path / "own")}}}
-    text = said(decoct(tmp_path, both, "run", "trainer.devices=2"))
+    text = said(decoct(both, "run", "trainer.devices=2"))
     assert "the teacher predicts 96 windows" in text
     assert len(list((tmp_path / "own" / "shards").glob("*.json"))) == 2
     for one, two in zip(alone, curve(tmp_path, "both"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], abs=2e-5)
         assert two["covered_mass"] == pytest.approx(one["covered_mass"], abs=1e-4)
     refused = {**both, "teacher": {**both["teacher"], "cache": {"mode": "sampled", "path": str(tmp_path / "own")}}}
-    text = said(decoct(tmp_path, refused, "run", "--out", "refused"), code=2)
+    text = said(decoct(refused, "run", "--out", "refused"), code=2)
     assert "mode is 'hybrid' there and 'sampled' here" in text
     assert "Traceback" not in text
 
 
 @pytest.mark.slow
-def test_a_capture_that_is_killed_goes_on_where_it_was(tmp_path: Path, recipe: dict[str, Any]) -> None:
+def test_a_capture_that_is_killed_goes_on_where_it_was(decoct: Start, tmp_path: Path, recipe: dict[str, Any]) -> None:
     own = tmp_path / "own"
     recipe["teacher"]["cache"]["path"] = str(own)
-    said(decoct(tmp_path, recipe, "cache"))
+    said(decoct(recipe, "cache"))
     whole = sum(json.loads(shard.read_text())["figures"]["tokens"] for shard in (own / "shards").glob("*.json"))
     longer = {**recipe, "stages": [{"distill": {"steps": 400}}]}
-    process = decoct(tmp_path, longer, "cache")
+    process = decoct(longer, "cache")
     until = time.monotonic() + 120
     seen = ""
     assert process.stdout is not None
@@ -78,13 +84,13 @@ def test_a_capture_that_is_killed_goes_on_where_it_was(tmp_path: Path, recipe: d
         seen += process.stdout.readline()
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    text = said(decoct(tmp_path, longer, "cache"))
+    text = said(decoct(longer, "cache"))
     assert "damaged" not in text
     after = sum(json.loads(shard.read_text())["figures"]["tokens"] for shard in (own / "shards").glob("*.json"))
     assert after > whole
-    assert "the teacher predicts" not in said(decoct(tmp_path, longer, "cache"))
+    assert "the teacher predicts" not in said(decoct(longer, "cache"))
 
 
-def test_a_recipe_without_a_cache_is_told_how_to_have_one(tmp_path: Path, tiny: dict[str, Any]) -> None:
-    text = said(decoct(tmp_path, tiny, "cache"), code=2)
+def test_a_recipe_without_a_cache_is_told_how_to_have_one(decoct: Start, tiny: dict[str, Any]) -> None:
+    text = said(decoct(tiny, "cache"), code=2)
     assert "teacher.cache.mode=hybrid" in text

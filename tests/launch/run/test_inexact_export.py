@@ -1,9 +1,6 @@
 """An export that its format does not hold: refused with what to set, or rounded and then told everywhere with its measured error."""
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -60,14 +57,12 @@ def test_a_recipe_is_refused_or_reports_the_error_of_rounding(
     assert export["eval"]["perplexity"] == pytest.approx(stages["01-quantize"]["perplexity"], rel=1e-2)
 
 
-def test_the_verb_is_refused_or_tells_the_error(tiny: dict[str, Any], run: Any, tmp_path: Path) -> None:
+def test_the_verb_is_refused_or_tells_the_error(tiny: dict[str, Any], run: Any, verb: Any, tmp_path: Path) -> None:
     tiny["stages"] = [{"quantize": {"weights": {"bits": 8, "group_size": "channel"}}}]
     assert run(tiny).returncode == 0
 
-    def export(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "decoct.launch.cli", "export", "runs/tiny/01-quantize/model", "--format", "safetensors"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run([*command, "--out", "out", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    def export(*arguments: str) -> Any:
+        return verb("export", "runs/tiny/01-quantize/model", "--format", "safetensors", "--out", "out", *arguments, code=None)
 
     refused = export()
     assert refused.returncode == 2

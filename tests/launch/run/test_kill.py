@@ -2,16 +2,18 @@
 
 import hashlib
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from ...support.warm_python import WarmProcess, WarmPython
+
+Start = Callable[[Path], WarmProcess]
 
 pytestmark = pytest.mark.slow
 
@@ -32,13 +34,13 @@ def steps_done(folder: Path, stage: str) -> int:
     return int(saves[-1].name.removeprefix("step-")) if saves else 0
 
 
-def start(file: Path, cwd: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "decoct.launch.cli", "run", str(file)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@pytest.fixture
+def start(warm: WarmPython, tmp_path: Path) -> Start:
+    """``start(file)``: `decoct run` in a process of its own, in ``tmp_path``."""
+    return lambda file: warm.start(["-m", "decoct.launch.cli", "run", str(file)], cwd=tmp_path, merged=True)
 
 
-def kill_in(process: "subprocess.Popen[str]", folder: Path, stage: str, after: int) -> None:
+def kill_in(process: WarmProcess, folder: Path, stage: str, after: int) -> None:
     """SIGKILL once the stage has a checkpoint of step ``after`` or later."""
     until = time.monotonic() + 240
     while steps_done(folder, stage) < after:
@@ -58,18 +60,18 @@ def fingerprint(folder: Path) -> dict[str, Any]:
     return {"files": hashes, "losses": losses}
 
 
-def test_killed_twice_in_each_stage_ends_in_the_same_bits(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_killed_twice_in_each_stage_ends_in_the_same_bits(tiny: dict[str, Any], start: Start, tmp_path: Path) -> None:
     for name in ("whole", "killed"):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe(tiny, name), sort_keys=False))
-    whole = start(tmp_path / "whole.yaml", tmp_path)
+    whole = start(tmp_path / "whole.yaml")
     output = whole.communicate(timeout=300)[0]
     assert whole.returncode == 0, output
     killed = tmp_path / "runs" / "killed"
     for stage in TRAINING:
         for after in (10, 30):
-            kill_in(start(tmp_path / "killed.yaml", tmp_path), killed, stage, after)
+            kill_in(start(tmp_path / "killed.yaml"), killed, stage, after)
             assert not (killed / stage / "model").exists()
-    last = start(tmp_path / "killed.yaml", tmp_path)
+    last = start(tmp_path / "killed.yaml")
     output = last.communicate(timeout=300)[0]
     assert last.returncode == 0, output
     assert "continues from the checkpoint of step" in output

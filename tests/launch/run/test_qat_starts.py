@@ -128,7 +128,7 @@ def test_two_sharded_ranks_find_the_ranges_of_one(tiny: dict[str, Any], run: Run
     static = {"scaling": "static"}
     given = recipe(tiny, weights={"bits": 8, "group_size": "channel"}, activations=static, kv_cache={"kind": "fp8_e4m3", **static})
     done(run(given, "name=one"))
-    done(run(given, "name=two", "trainer.devices=2", "trainer.strategy=fsdp2"))
+    done(run(given, "name=two", "trainer.strategy=fsdp2", ranks=2))
     one, two = (load_quant_state(tmp_path / f"runs/{name}/01-qat/model") for name in ("one", "two"))
     assert one.cache is not None and two.cache is not None
     for found, expected in ((two.cache.scales, one.cache.scales), (two.input_scales, one.input_scales)):
@@ -153,7 +153,7 @@ def test_w8a8_is_made_without_training(tiny: dict[str, Any], run: Run, tmp_path:
 @pytest.mark.slow
 def test_two_sharded_ranks_start_from_the_same_codes_as_one(tiny: dict[str, Any], run: Run, tmp_path: Path) -> None:
     done(run(recipe(tiny, start="gptq"), "name=one"))
-    done(run(recipe(tiny, start="gptq"), "name=two", "trainer.devices=2", "trainer.strategy=fsdp2"))
+    done(run(recipe(tiny, start="gptq"), "name=two", "trainer.strategy=fsdp2", ranks=2))
     one, two = (
         [line["loss"] for line in map(json.loads, _lines(tmp_path, name)) if line["stage"] == "01-qat" and line["step"] > 0]
         for name in ("one", "two")

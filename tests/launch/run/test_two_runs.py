@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,10 +14,12 @@ from decoct.launch.run.run_folder import RunFolder
 from decoct.models.common.errors import UserError
 from decoct.models.folder.model_folder import content_hash
 
-Start = Callable[..., "subprocess.Popen[str]"]
+from ...support.warm_python import WarmProcess, WarmPython
+
+Start = Callable[..., WarmProcess]
 
 
-def until(found: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 120) -> None:
+def until(found: Callable[[], bool], process: WarmProcess, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not found():
         assert process.poll() is None, "it has ended before it came so far"
@@ -27,7 +27,7 @@ def until(found: Callable[[], bool], process: "subprocess.Popen[str]", seconds: 
         time.sleep(0.02)
 
 
-def ended(process: "subprocess.Popen[str]") -> str:
+def ended(process: WarmProcess) -> str:
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
     return out
@@ -39,23 +39,21 @@ def short(tiny: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
+def start(warm: WarmPython, tmp_path: Path) -> Iterator[Start]:
     """Start `decoct run` without waiting for it; whatever still runs at the end is killed."""
-    started: list[subprocess.Popen[str]] = []
+    started: list[WarmProcess] = []
 
-    def begin(recipe: dict[str, Any], name: str, *arguments: str) -> "subprocess.Popen[str]":
+    def begin(recipe: dict[str, Any], name: str, *arguments: str) -> WarmProcess:
         file = tmp_path / f"{len(started)}.yaml"
         file.write_text(yaml.safe_dump(recipe, sort_keys=False))
-        command = [sys.executable, "-m", "decoct.launch.cli", "run", str(file), "--out", name, *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DECOCT_CACHE": str(tmp_path / "cache"), "PYTHONUNBUFFERED": "1"}
-        pipe = subprocess.PIPE
-        started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True))
+        command = ["-m", "decoct.launch.cli", "run", str(file), "--out", name, *arguments]
+        environment = {**os.environ, "DECOCT_CACHE": str(tmp_path / "cache"), "PYTHONUNBUFFERED": "1"}
+        started.append(warm.start(command, cwd=tmp_path, env=environment, merged=True))
         return started[-1]
 
     yield begin
     for process in started:
-        if process.poll() is None:
-            process.kill()
+        process.kill()
         process.communicate()
 
 

@@ -31,7 +31,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def test_what_does_not_end_is_refused(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, template: str, fault: str
 ) -> None:
-    monkeypatch.setattr(chat_template, "SECONDS", 1)
+    if "seconds" in fault:  # what fills the memory must not be ended by a busy machine's clock first
+        monkeypatch.setattr(chat_template, "SECONDS", 1)
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=f"the chat template of .*{fault} to render a short conversation"):
         check_chat_template(tokenizer)

@@ -23,7 +23,7 @@ from decoct.models.folder.record import read_record, seal_record, write_record
 from decoct.qat.export import export
 from decoct.qat.export.compressed_tensors import writer as compressed_tensors
 from decoct.qat.export.export import EXPORTERS, export_folder
-from decoct.qat.readers.compressed_tensors import dequantized_tensors
+from decoct.qat.readers.compressed_tensors import PackedFolder
 from decoct.qat.source.quantized_source import ExportSource
 from decoct.qat.spec import QuantSpec
 from decoct.qat.verify.verify import verify_folder
@@ -65,7 +65,8 @@ def test_every_weight_is_rebuilt_exactly(
 ) -> None:
     source = quantized_folder(model_type, bits=bits, group_size=group_size, skip=skip, tie_word_embeddings=tied)
     target = export_to(source, tmp_path / "export")
-    expected, rebuilt = load_file(source / "model.safetensors"), dict(dequantized_tensors(target))
+    expected, opened = load_file(source / "model.safetensors"), PackedFolder(target)
+    rebuilt = {name: opened.tensor(name) for name in opened.shapes()}
     assert rebuilt.keys() == expected.keys()
     for name, tensor in expected.items():
         assert np.array_equal(rebuilt[name], tensor.numpy()), name

@@ -179,3 +179,15 @@ def test_codes_linear_refuses_broken_scales() -> None:
         made.scale[0, 0] = float("nan")
     with pytest.raises(ValueError, match="1 of 36 scales are NaN or infinite"):
         made.encoded()
+
+
+def test_a_compiled_layer_takes_the_bits_in_use() -> None:
+    module = QuantLinear(nn.Linear(32, 4), QuantSpec(bits=4, group_size=16))
+    module.bits = 6
+    x = torch.randn(3, 32)
+    expected = module(x)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(x), expected, atol=1e-6)
+    module.bits = 4
+    assert not torch.allclose(compiled(x), expected, atol=1e-6)
+    assert torch.allclose(compiled(x), module(x), atol=1e-6)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from decoct.qat.ptq import mse
-from decoct.qat.ptq.mse import FACTORS, searched_scales
+from decoct.qat.ptq.mse import FACTORS, searched_grid
 from decoct.qat.spec import SCALE_GRIDS, QuantSpec
 
 
@@ -34,7 +34,7 @@ def test_the_search_finds_the_smallest_error(bits: int, group: int, weighted: bo
     spec = QuantSpec(bits=bits, group_size=group)  # pyright: ignore[reportArgumentType]
     weight = some_weights()
     importance = torch.rand(96, generator=torch.Generator().manual_seed(0)) ** 4 if weighted else None
-    scales = searched_scales(weight, spec, None, importance)
+    scales = searched_grid(weight, spec, None, importance).scales
     width = spec.group_width(96)
     shares = torch.ones(96) if importance is None else importance
     for row in range(len(weight)):
@@ -52,7 +52,7 @@ def test_the_search_finds_the_smallest_error(bits: int, group: int, weighted: bo
 def test_scales_lie_on_their_grid(grid: str) -> None:
     spec = QuantSpec(bits=3, group_size=32, scale_grid=grid)  # pyright: ignore[reportArgumentType]
     dtype = {"bf16_fp16": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[grid]
-    scales = searched_scales(some_weights(), spec)
+    scales = searched_grid(some_weights(), spec).scales
     assert torch.equal(scales, scales.to(dtype).float())
     assert (scales >= spec.grid.smallest).all() and scales.dtype == torch.float32
 
@@ -60,7 +60,7 @@ def test_scales_lie_on_their_grid(grid: str) -> None:
 def test_weights_that_fit_exactly_keep_their_scale() -> None:
     spec = QuantSpec(bits=4, group_size=16, divisor="full_range")
     weight = torch.arange(-8, 8).float().repeat(2, 1) * 0.25
-    assert torch.equal(searched_scales(weight, spec), torch.full((2, 1), 0.25))
+    assert torch.equal(searched_grid(weight, spec).scales, torch.full((2, 1), 0.25))
 
 
 def test_pruned_and_unimportant_weights_have_no_say() -> None:
@@ -73,23 +73,23 @@ def test_pruned_and_unimportant_weights_have_no_say() -> None:
     quiet = weight.clone()
     quiet[:, 5] = 0.0
     spec = QuantSpec(bits=3, group_size=32)
-    assert torch.equal(searched_scales(loud, spec, mask), searched_scales(quiet, spec))
+    assert torch.equal(searched_grid(loud, spec, mask).scales, searched_grid(quiet, spec).scales)
     importance = torch.ones(32)
     importance[5] = 0.0
     # the outlier still bounds the grid that is searched; inside it, the scale goes as far down as it can
-    assert (searched_scales(loud, spec, None, importance)[0] < searched_scales(loud, spec)[0]).all()
+    assert (searched_grid(loud, spec, None, importance).scales[0] < searched_grid(loud, spec).scales[0]).all()
 
 
 def test_pieces_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, spec = some_weights(), QuantSpec(bits=3, group_size=32)
-    whole = searched_scales(weight, spec)
+    whole = searched_grid(weight, spec).scales
     monkeypatch.setattr(mse, "_PIECE", 200)
-    assert torch.equal(searched_scales(weight, spec), whole)
+    assert torch.equal(searched_grid(weight, spec).scales, whole)
 
 
 def test_bad_weights_show_in_their_group_alone_and_groups_must_divide() -> None:
     weight, spec = some_weights(), QuantSpec(bits=4, group_size=32)
     weight[4, 40] = float("nan")
-    assert torch.isnan(searched_scales(weight, spec)).nonzero().tolist() == [[4, 1]]
+    assert torch.isnan(searched_grid(weight, spec).scales).nonzero().tolist() == [[4, 1]]
     with pytest.raises(ValueError, match="group_size=64 does not divide in_features=96"):
-        searched_scales(weight, QuantSpec(bits=4, group_size=64))
+        searched_grid(weight, QuantSpec(bits=4, group_size=64))

@@ -7,7 +7,7 @@ from torch import Tensor
 from decoct.qat.fake_quant import dequantize, quantize
 from decoct.qat.ptq import scale_fit as fit
 from decoct.qat.ptq.gptq import Factor, factorize, gptq_codes, gptq_pass
-from decoct.qat.ptq.mse import FITTED_FACTORS, SearchedScales, searched_grid, searched_scales
+from decoct.qat.ptq.mse import FITTED_FACTORS, SearchedScales, searched_grid
 from decoct.qat.ptq.scale_fit import fitted_codes, fitted_scales
 from decoct.qat.spec import QuantSpec
 
@@ -73,7 +73,7 @@ def test_groups_without_codes_and_wild_answers_keep_their_scales() -> None:
 def test_no_row_gets_worse_and_together_they_get_better(bits: int, share: float) -> None:
     weight, hessian = case(48, 256)
     spec = QuantSpec(bits=bits, group_size=64)
-    scales = searched_scales(weight, spec, None, hessian.diagonal())
+    scales = searched_grid(weight, spec, None, hessian.diagonal()).scales
     factor = factorize(hessian)
     assert factor is not None
     plain = gptq_codes(weight, scales, factor, spec)

@@ -22,7 +22,7 @@ from decoct.qat.ptq import CalibrationText, RoundedModel, RoundingMethod, amount
 from decoct.qat.ptq.error_report import SAMPLE, error_lines, kind_of, sampled
 from decoct.qat.ptq.gptq import factorize, gptq_codes
 from decoct.qat.ptq.hessians import shared_inputs
-from decoct.qat.ptq.mse import searched_scales
+from decoct.qat.ptq.mse import searched_grid
 from decoct.qat.ptq.replay import Replay
 from decoct.qat.scheme import QuantScheme, SpecChange
 from decoct.qat.spec import ActivationSpec, QuantSpec
@@ -299,14 +299,14 @@ def test_mse_weighs_by_the_inputs_when_told_to(random_model: RandomModel) -> Non
     model = random_model("llama")
     weight = model.get_submodule("model.layers.0.self_attn.v_proj").get_parameter("weight").detach().clone()
     plain = round_model(random_model("llama"), SPEC, RoundingMethod(method="mse"))
-    assert torch.equal(plain.state.scales["model.layers.0.self_attn.v_proj"], searched_scales(weight, SPEC))
+    assert torch.equal(plain.state.scales["model.layers.0.self_attn.v_proj"], searched_grid(weight, SPEC).scales)
     weighted = round_model(model, SPEC, RoundingMethod(method="mse", weighted=True), text=text_of(windows()))
     with torch.no_grad():
         embedded = model.get_input_embeddings()(windows())
         x = model.get_submodule("model.layers.0.input_layernorm")(embedded).flatten(0, 1)
-    expected = searched_scales(weight, SPEC, None, x.square().mean(0))
+    expected = searched_grid(weight, SPEC, None, x.square().mean(0)).scales
     found = weighted.state.scales["model.layers.0.self_attn.v_proj"]
-    assert (found != expected).float().mean() < 0.01 and not torch.equal(found, searched_scales(weight, SPEC))
+    assert (found != expected).float().mean() < 0.01 and not torch.equal(found, searched_grid(weight, SPEC).scales)
 
 
 def test_cholesky_trouble_is_told_with_the_modules_names(random_model: RandomModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import decoct.qat.readers.compressed_tensors as reader
 from decoct.models.common.errors import UserError
-from decoct.qat.readers.compressed_tensors import PackedFolder, dequantized_tensors, read_scheme
+from decoct.qat.readers.compressed_tensors import PackedFolder, read_scheme
 
 MODULE = "model.layers.0.self_attn.q_proj"
 
@@ -51,6 +52,11 @@ def minimal(folder: Path, tensors: dict[str, Tensor], **weights: Any) -> Path:
     return folder
 
 
+def weights_of(folder: Path) -> dict[str, NDArray[np.float32]]:
+    opened = PackedFolder(folder)
+    return {name: opened.tensor(name) for name in opened.shapes()}
+
+
 def test_reader_shares_no_code_with_the_writer() -> None:
     tree = ast.parse(Path(reader.__file__).read_text())
     imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
@@ -72,7 +78,7 @@ def test_reads_what_the_compressed_tensors_package_packs(tmp_path: Path, bits: i
         "a.weight_shape": torch.tensor(codes.shape),
         "b.bias": torch.tensor([0.5, -0.0], dtype=dtype),
     }
-    read = dict(dequantized_tensors(minimal(tmp_path / "folder", tensors, num_bits=bits)))
+    read = weights_of(minimal(tmp_path / "folder", tensors, num_bits=bits))
     assert set(read) == {"a.weight", "b.bias"}
     assert np.array_equal(read["a.weight"], (codes.float() * scales.float()).numpy())
     assert np.array_equal(read["b.bias"], [0.5, -0.0])
@@ -85,7 +91,7 @@ def test_reads_groups_in_order(tmp_path: Path) -> None:
         "a.weight_scale": torch.tensor([[1.0, 10.0, 100.0, 1000.0]]),
         "a.weight_shape": torch.tensor([1, 16]),
     }
-    [(name, weight)] = dequantized_tensors(minimal(tmp_path / "folder", tensors, strategy="group", group_size=4))
+    [(name, weight)] = weights_of(minimal(tmp_path / "folder", tensors, strategy="group", group_size=4)).items()
     assert name == "a.weight"
     assert weight.tolist() == [[-8, -7, -6, -5, -40, -30, -20, -10, 0, 100, 200, 300, 4000, 5000, 6000, -7000]]
 
@@ -116,7 +122,7 @@ def test_refuses_damaged_tensors(exported: Path, damage: str) -> None:
     change, message = DAMAGES[damage]
     edit_tensors(exported, change)
     with pytest.raises(UserError, match=message):
-        list(dequantized_tensors(exported))
+        weights_of(exported)
 
 
 def test_refuses_bits_behind_the_last_column(tmp_path: Path) -> None:
@@ -126,7 +132,7 @@ def test_refuses_bits_behind_the_last_column(tmp_path: Path) -> None:
         "a.weight_shape": torch.tensor([1, 7]),
     }
     with pytest.raises(UserError, match="bits set behind the last column"):
-        list(dequantized_tensors(minimal(tmp_path / "folder", tensors)))
+        weights_of(minimal(tmp_path / "folder", tensors))
 
 
 SCHEMES: dict[str, tuple[dict[str, Any], str]] = {

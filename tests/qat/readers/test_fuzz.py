@@ -20,7 +20,7 @@ from decoct.models.folder.safetensors_read import read_header
 from decoct.qat.readers.compressed_tensors import PackedFolder
 from decoct.qat.readers.open import open_folder
 
-from ...mutations import mutated_bytes, mutated_json, raw_header
+from ...support.mutations import mutated_bytes, mutated_json, raw_header
 
 SECONDS, BYTES = 2.0, 64_000_000
 """Most processor time of reading a file of a few kilobytes, and most memory that it may take."""

@@ -39,7 +39,7 @@ from decoct.trainer.data.prepared_data import open_prepared
 from decoct.trainer.settings import DataSettings
 from decoct.trainer.soft_targets.store import Store, open_store
 
-from ... import mutations
+from ...support import mutations
 
 SECONDS = 5.0
 """Most processor time for one damaged file; a sound one takes some milliseconds."""

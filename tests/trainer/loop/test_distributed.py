@@ -1,4 +1,4 @@
-"""Several processes give what one gives: real torchruns with two ranks (gloo), DDP and FSDP2, killed, stopped and resized."""
+"""Several processes give what one gives: two ranks (gloo), DDP and FSDP2, under real torchruns where they are killed and restarted."""
 
 import json
 import shutil
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from safetensors.torch import load_file
 
 from decoct.trainer.data.order import StepBatches
 
+from ...support.warm_python import WarmPython
+
 pytestmark = pytest.mark.slow
 STRATEGIES = ["ddp", "fsdp2"]
+Start = Callable[..., str]
 
 
 def _command(script: str, work: Path, *options: str, restarts: int = 0) -> list[str]:
@@ -24,16 +28,35 @@ def _command(script: str, work: Path, *options: str, restarts: int = 0) -> list[
     return [*launcher, script, str(work), *options]
 
 
-def _torchrun(script: str, work: Path, *options: str, restarts: int = 0, ok: bool = True) -> str:
+def _torchrun(script: str, work: Path, *options: str, restarts: int = 0) -> str:
     done = subprocess.run(_command(script, work, *options, restarts=restarts), capture_output=True, text=True, timeout=300)
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def _alone(command: list[str], work: Path, *options: str, code: int = 0) -> str:
-    done = subprocess.run([*command, str(work), *options], capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def alone(warm: WarmPython, training_command: list[str]) -> Start:
+    """``alone(work, *options, code=0)``: the stage in one process; what it prints."""
+
+    def start(work: Path, *options: str, code: int = 0) -> str:
+        done = warm.run([*training_command, str(work), *options])
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout
+
+    return start
+
+
+@pytest.fixture
+def pair(warm: WarmPython, training_command: list[str]) -> Start:
+    """``pair(work, *options, code=0)``: the stage on two ranks that no agent watches over; what both print."""
+
+    def start(work: Path, *options: str, code: int = 0) -> str:
+        done = warm.run_ranks(2, [*training_command, str(work), *options])
+        text = "".join(rank.stdout + rank.stderr for rank in done)
+        assert [rank.returncode for rank in done] == [code, code], text
+        return text
+
+    return start
 
 
 def _rows(work: Path) -> list[dict[str, Any]]:
@@ -62,14 +85,14 @@ def _same_bits(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(("strategy", "kind"), [("ddp", "distill"), ("fsdp2", "distill"), ("fsdp2", "learned")])
-def test_evaluating_meanwhile_changes_no_bit_on_two_ranks(training_command: list[str], tmp_path: Path, strategy: str, kind: str) -> None:
+def test_evaluating_meanwhile_changes_no_bit_on_two_ranks(alone: Start, pair: Start, tmp_path: Path, strategy: str, kind: str) -> None:
     common = [kind, "steps=12", "windows=8", "micro=2", "ranks=2", "every=5", f"strategy={strategy}"]
-    _torchrun(training_command[-1], tmp_path / "plain", *common)
-    _torchrun(training_command[-1], tmp_path / "watched", *common, "watch=3")
+    pair(tmp_path / "plain", *common)
+    pair(tmp_path / "watched", *common, "watch=3")
     _same_bits(tmp_path / "plain", tmp_path / "watched")
     watched = [row for row in _rows(tmp_path / "watched") if "held_out_kl" in row]
     assert [row["step"] for row in watched] == [0, 3, 6, 9, 12]
-    _alone(training_command, tmp_path / "one", kind, "steps=12", "windows=8", "micro=2", "every=5", "watch=3")
+    alone(tmp_path / "one", kind, "steps=12", "windows=8", "micro=2", "every=5", "watch=3")
     first = _rows(tmp_path / "one")[0]
     assert (watched[0]["held_out_kl"], watched[0]["held_out_perplexity"]) == pytest.approx(
         (first["held_out_kl"], first["held_out_perplexity"]), rel=1e-5
@@ -77,34 +100,34 @@ def test_evaluating_meanwhile_changes_no_bit_on_two_ranks(training_command: list
 
 
 @pytest.mark.parametrize("kind", ["distill", "prune", "qat", "learned", "lattices"])
-def test_ddp_and_fsdp2_give_the_curve_of_one_process(training_command: list[str], tmp_path: Path, kind: str) -> None:
+def test_ddp_and_fsdp2_give_the_curve_of_one_process(alone: Start, pair: Start, tmp_path: Path, kind: str) -> None:
     common = [kind, "steps=20", "windows=8", "dropout=0.0", "every=100"]
-    _alone(training_command, tmp_path / "one", *common, "micro=4")
-    alone = load_file(tmp_path / "one/student.safetensors")
+    alone(tmp_path / "one", *common, "micro=4")
+    expected_weights = load_file(tmp_path / "one/student.safetensors")
     for strategy in STRATEGIES:
         work = tmp_path / strategy
-        out = _torchrun(training_command[-1], work, *common, "micro=2", "ranks=2", f"strategy={strategy}")
+        out = pair(work, *common, "micro=2", "ranks=2", f"strategy={strategy}")
         assert len(_rows(work)) == 20
         for name in ("loss", "kl", "cross_entropy", "grad_norm"):
             differences = _differences(tmp_path / "one", work, name)
-            # a rounding may jump: qat is held to 1e-5 in its first step and to 1e-3 over all; what one scale for a matrix or a zero point
-            # moves when it jumps is a multiple of that
+            # a rounding may jump, where depends on the processor: all are held to 1e-5 in their first step, qat to 1e-3 over all, and to
+            # 3e-3 where inputs, keys and values jump as well; what one scale for a matrix or a zero point moves is a multiple of that
             assert differences[0] < 1e-5, (strategy, name)
             if kind == "lattices":
                 assert max(differences[:2]) < 1e-5 and max(differences) < 0.2, (strategy, name)
             else:
-                assert max(differences) < (1e-3 if kind in ("qat", "learned") else 1e-5), (strategy, name)
+                assert max(differences) < {"qat": 1e-3, "learned": 3e-3}.get(kind, 1e-5), (strategy, name)
         assert [row["tokens"] for row in _rows(tmp_path / "one")] == [row["tokens"] for row in _rows(work)]
         assert out.count("step 20/20") == 1, "rank 0 alone shows progress"
         gathered = load_file(work / "student.safetensors")
-        assert gathered.keys() == alone.keys(), "tied tensors stay tied"
+        assert gathered.keys() == expected_weights.keys(), "tied tensors stay tied"
         for name, tensor in gathered.items():
             # weights whose gradient is all but zero take AdamW steps of either sign; the others agree to rounding, but where inputs
             # are rounded too, and keys and values to fp8, jumps reach every weight
             limit = {"learned": 5e-5, "lattices": 1e-4}.get(kind, 1e-6)
-            assert (tensor - alone[name]).abs().median() < limit, (strategy, name)
+            assert (tensor - expected_weights[name]).abs().median() < limit, (strategy, name)
             if kind == "prune":
-                assert (tensor == 0).float().mean() == (alone[name] == 0).float().mean(), (strategy, name)
+                assert (tensor == 0).float().mean() == (expected_weights[name] == 0).float().mean(), (strategy, name)
         if kind == "learned":
             kept, expected = _ranges(work), _ranges(tmp_path / "one")
             assert kept.keys() == expected.keys() == {"quantizers/ranges", "quantizers/cache_ranges"}
@@ -121,13 +144,13 @@ def test_fsdp2_ranks_hold_and_write_about_half_each(training_command: list[str],
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_ranks_resume_in_the_same_bits(training_command: list[str], tmp_path: Path, strategy: str) -> None:
-    script, options = training_command[-1], ["prune", "steps=12", "windows=8", "every=4", "micro=2", "ranks=2", f"strategy={strategy}"]
+def test_two_ranks_resume_in_the_same_bits(pair: Start, tmp_path: Path, strategy: str) -> None:
+    options = ["prune", "steps=12", "windows=8", "every=4", "micro=2", "ranks=2", f"strategy={strategy}"]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    _torchrun(script, straight, *options)
+    pair(straight, *options)
     shutil.copytree(straight, stopped)
     (stopped / "stage/checkpoints/step-00000012/state.json").write_text("{}")
-    out = _torchrun(script, stopped, *options)
+    out = pair(stopped, *options)
     assert out.count("step-00000012 is damaged") == 1
     assert out.count("continues from the checkpoint of step 8") == 1
     _same_bits(straight, stopped)
@@ -143,17 +166,15 @@ def test_a_killed_rank_is_restarted_and_ends_in_the_same_bits(training_command: 
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_another_world_size_goes_on_without_losing_or_repeating_a_window(
-    training_command: list[str], tmp_path: Path, strategy: str
-) -> None:
+def test_another_world_size_goes_on_without_losing_or_repeating_a_window(alone: Start, pair: Start, tmp_path: Path, strategy: str) -> None:
     """2 -> 1 -> 2 ranks, each stopped by a SIGTERM to one rank."""
     common = ["distill", "steps=12", "windows=8", "every=100", "dropout=0.0", "ledger=1", f"strategy={strategy}"]
     straight, moved = tmp_path / "straight", tmp_path / "moved"
-    _alone(training_command, straight, *common, "micro=4", "strike=99:0:SIGTERM")
-    _torchrun(training_command[-1], moved, *common, "micro=2", "ranks=2", "strike=3:1:SIGTERM", ok=False)
-    out = _alone(training_command, moved, *common, "micro=4", "strike=7:0:SIGTERM", code=143)
+    alone(straight, *common, "micro=4", "strike=99:0:SIGTERM")
+    pair(moved, *common, "micro=2", "ranks=2", "strike=3:1:SIGTERM", code=143)
+    out = alone(moved, *common, "micro=4", "strike=7:0:SIGTERM", code=143)
     assert "continues from the checkpoint of step 4" in out
-    out = _torchrun(training_command[-1], moved, *common, "micro=2", "ranks=2", "strike=99:1:SIGTERM")
+    out = pair(moved, *common, "micro=2", "ranks=2", "strike=99:1:SIGTERM")
     assert "continues from the checkpoint of step 8" in out
     assert max(_differences(straight, moved, "loss")) < 1e-5
     assert [row["tokens"] for row in _rows(straight)] == [row["tokens"] for row in _rows(moved)]
@@ -189,10 +210,10 @@ def test_sigterm_to_the_agent_saves_at_a_step_boundary(training_command: list[st
     assert f"stopped after step {steps}" in out
 
 
-def test_activation_checkpointing_and_compiled_layers_change_no_curve(training_command: list[str], tmp_path: Path) -> None:
+def test_activation_checkpointing_and_compiled_layers_change_no_curve(alone: Start, training_command: list[str], tmp_path: Path) -> None:
     common = ["qat", "steps=6", "windows=8", "dropout=0.0", "every=100", "micro=2"]
-    _alone(training_command, tmp_path / "plain", *common)
-    _alone(training_command, tmp_path / "checkpointed", *common, "checkpointing=1")
+    alone(tmp_path / "plain", *common)
+    alone(tmp_path / "checkpointed", *common, "checkpointing=1")
     _same_bits(tmp_path / "plain", tmp_path / "checkpointed")
     _torchrun(training_command[-1], tmp_path / "both", *common, "ranks=2", "checkpointing=1", "compile=1", "strategy=fsdp2")
     assert max(_differences(tmp_path / "plain", tmp_path / "both", "loss")) < 1e-4
@@ -200,7 +221,7 @@ def test_activation_checkpointing_and_compiled_layers_change_no_curve(training_c
     assert names == load_file(tmp_path / "plain/student.safetensors").keys(), "compiling renames nothing"
 
 
-def test_moments_of_8_bits_survive_a_kill_and_another_strategy(training_command: list[str], tmp_path: Path) -> None:
+def test_moments_of_8_bits_survive_a_kill_and_another_strategy(alone: Start, training_command: list[str], tmp_path: Path) -> None:
     """Masked, sharded, 8 bits: the same bits after a kill; and one process goes on with what two have sharded."""
     common = ["prune", "steps=12", "windows=8", "every=4", "dropout=0.0", "hidden=96", "optimizer=adamw-8bit"]
     two = ["micro=2", "ranks=2", "strategy=fsdp2"]
@@ -210,7 +231,7 @@ def test_moments_of_8_bits_survive_a_kill_and_another_strategy(training_command:
     _same_bits(tmp_path / "straight", tmp_path / "struck")
     shutil.copytree(tmp_path / "straight", tmp_path / "moved")
     (tmp_path / "moved/stage/checkpoints/step-00000012/state.json").write_text("{}")
-    out = _alone(training_command, tmp_path / "moved", *common, "micro=4", "strike=99:0:SIGKILL")
+    out = alone(tmp_path / "moved", *common, "micro=4", "strike=99:0:SIGKILL")
     assert "continues from the checkpoint of step 8" in out
     assert max(_differences(tmp_path / "straight", tmp_path / "moved", "loss")) < 1e-3
     weights = load_file(tmp_path / "moved/student.safetensors")

@@ -4,7 +4,6 @@ import io
 import json
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,8 @@ import torch
 from rich.console import Console
 
 from decoct.models.common.errors import UserError
+
+from ...support.warm_python import WarmPython
 
 
 def _console() -> tuple[Console, io.StringIO]:
@@ -193,9 +194,11 @@ def test_deterministic_algorithms_end_with_the_stage(training: ModuleType, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_step_saves_and_leaves(training_command: list[str], tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_a_signal_ends_the_step_saves_and_leaves(
+    warm: WarmPython, training_command: list[str], tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     options = [str(tmp_path), "distill", "steps=400", "every=1000", "pause=0.02"]
-    process = subprocess.Popen([*training_command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = warm.start([*training_command, *options])
     metrics = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while (not metrics.exists() or len(metrics.read_text().splitlines()) < 5) and time.monotonic() < deadline:

@@ -1,6 +1,7 @@
 """AdamW in 32 and 8 bits: the same groups, a checkpoint form that forgets nothing, and moments that stay zero where weights do."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any, cast
 
 import pytest
@@ -12,11 +13,20 @@ from decoct.models.common.errors import UserError
 from decoct.models.low_bit import load_bitsandbytes
 from decoct.qat.layers.quant_linear import Extras, QuantLinear
 from decoct.qat.spec import QuantSpec
-from decoct.trainer.checkpoints.optimizer_moments import decode, encode, load_state_tensors, state_tensors, zero_moments
+from decoct.trainer.checkpoints.optimizer_moments import decode, encode, load_state_tensors, parameter_state, zero_moments
 from decoct.trainer.loop.optimizer import build_optimizer
 from decoct.trainer.plan import BatchPlan, TrainingPlan
 
 LOW_BIT = "adamw-8bit"
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, name_of: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    return {
+        f"{name_of[parameter]}.{key}": value
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for key, value in parameter_state(optimizer, parameter).items()
+    }
 
 
 def _plan(optimizer: str = "adamw") -> TrainingPlan:

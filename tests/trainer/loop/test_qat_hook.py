@@ -10,7 +10,7 @@ import torch
 from decoct.qat.fake_quant import quantize
 from decoct.qat.layers.quant_linear import Extras, QuantLinear
 from decoct.qat.layers.quantized_model import prepare, quantize_model
-from decoct.qat.ptq.mse import searched_scales
+from decoct.qat.ptq.mse import searched_grid
 from decoct.qat.spec import ActivationSpec, QuantSpec
 from decoct.trainer.loop.qat_hook import Phase, QatSchedule
 from decoct.trainer.settings_quantization import QatSettings
@@ -72,7 +72,7 @@ def test_first_scales_are_those_of_the_weights(training: ModuleType, start: str)
     for name in names:
         module = student.get_submodule(name)
         assert isinstance(module, QuantLinear) and module.scale is not None and module.mode == "learned"
-        wanted = searched_scales(module.weight, SPEC) if start == "mse" else quantize(module.weight, SPEC)[1]
+        wanted = searched_grid(module.weight, SPEC).scales if start == "mse" else quantize(module.weight, SPEC)[1]
         assert torch.equal(module.scale, wanted)
 
 

@@ -2,18 +2,28 @@
 
 import json
 import random
-import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ...support.warm_python import WarmProcess, WarmPython
+
+Start = Callable[..., WarmProcess]
+
 STEPS = 24
 
 
-def _start(command: list[str], work: Path, kind: str, pause: float) -> subprocess.Popen[str]:
-    options = [str(work), kind, f"steps={STEPS}", "every=5", "micro=4", f"pause={pause}"]
-    return subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start(warm: WarmPython, training_command: list[str]) -> Start:
+    """``start(work, kind, pause)``: the stage in a process of its own."""
+
+    def begin(work: Path, kind: str, pause: float) -> WarmProcess:
+        options = [str(work), kind, f"steps={STEPS}", "every=5", "micro=4", f"pause={pause}"]
+        return warm.start([*training_command, *options])
+
+    return begin
 
 
 def _lines(work: Path) -> list[str]:
@@ -21,7 +31,7 @@ def _lines(work: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def _kill_after(process: subprocess.Popen[str], work: Path, step: int) -> int:
+def _kill_after(process: WarmProcess, work: Path, step: int) -> int:
     """SIGKILL once step ``step`` is in the metrics; returns the last step seen."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -35,7 +45,7 @@ def _kill_after(process: subprocess.Popen[str], work: Path, step: int) -> int:
     return json.loads(_lines(work)[-1])["step"]
 
 
-def _finish(process: subprocess.Popen[str]) -> str:
+def _finish(process: WarmProcess) -> str:
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return out
@@ -54,15 +64,15 @@ def _numbers(work: Path) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["distill", "prune", "qat", "learned", "lattices"])
-def test_killed_twice_ends_in_the_same_bits(training_command: list[str], tmp_path: Path, kind: str) -> None:
+def test_killed_twice_ends_in_the_same_bits(start: Start, tmp_path: Path, kind: str) -> None:
     straight, hurt = tmp_path / "straight", tmp_path / "hurt"
-    _finish(_start(training_command, straight, kind, pause=0.0))
+    _finish(start(straight, kind, pause=0.0))
     draw = random.Random()
     first, second = draw.randint(1, 9), draw.randint(13, 21)
-    killed = [_kill_after(_start(training_command, hurt, kind, pause=0.04), hurt, step) for step in (first, second)]
+    killed = [_kill_after(start(hurt, kind, pause=0.04), hurt, step) for step in (first, second)]
     # The kill may hit the save of its own step, which then never was: what is committed on disk is what counts.
     newest = max(int(path.name.removeprefix("step-")) for path in (hurt / "stage/checkpoints").glob("step-*"))
-    out = _finish(_start(training_command, hurt, kind, pause=0.0))
+    out = _finish(start(hurt, kind, pause=0.0))
     told = f"killed in or after steps {killed}"
     assert killed[1] - newest <= 5, told
     assert f"resumed from {newest}" in out, told
@@ -83,13 +93,13 @@ def test_killed_twice_ends_in_the_same_bits(training_command: list[str], tmp_pat
 
 
 @pytest.mark.slow
-def test_a_kill_during_a_save_loses_nothing(training_command: list[str], tmp_path: Path) -> None:
+def test_a_kill_during_a_save_loses_nothing(start: Start, tmp_path: Path) -> None:
     """Killed as soon as a save has begun to write, as often as it takes to finish; every start finds a whole checkpoint."""
     work = tmp_path / "work"
     folder = work / "stage/checkpoints"
     newest = 0
     for _ in range(3):
-        process = _start(training_command, work, "prune", pause=0.01)
+        process = start(work, "prune", pause=0.01)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
             names = [path.name for path in folder.iterdir()] if folder.exists() else []
@@ -104,8 +114,8 @@ def test_a_kill_during_a_save_loses_nothing(training_command: list[str], tmp_pat
         whole = [int(path.name.removeprefix("step-")) for path in folder.glob("step-*")]
         newest = max(whole, default=0)
     straight = tmp_path / "straight"
-    _finish(_start(training_command, straight, "prune", pause=0.0))
-    out = _finish(_start(training_command, work, "prune", pause=0.0))
+    _finish(start(straight, "prune", pause=0.0))
+    out = _finish(start(work, "prune", pause=0.0))
     assert "damaged" not in out
     assert _final_files(work) == _final_files(straight)
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
