@@ -261,19 +261,19 @@ def facts(rows: list[Row]) -> dict[str, Any]:
 
 _PAGE = """# Families
 
-What decoct can do with the causal language models of transformers {version}. Made by `python benchmarks/families.py --write`, checked by a
-slow test: each architecture is run with random weights in a tiny form, and its modules are looked at in the default size of its config.
-`decoct plan` and `decoct run` refuse what is marked before any work, with the reason and the remedy.
+What decoct can do with the causal language models of transformers {version}. `python benchmarks/families.py --write` makes this page, and a
+slow test checks it. Each architecture is run with random weights in a tiny form, and its modules are inspected in the default size of
+its config. `decoct plan` and `decoct run` refuse what the table marks with "no" before any work, with the reason and the remedy.
 
-*Weights* is the share of the decoder's weights (embeddings, positions and head left out) in the `nn.Linear` layers that pruning and
+*Weights* is the share of the decoder's weights (without embeddings, positions and head) in the `nn.Linear` layers that pruning and
 quantization work on. Less than 95 % is refused, unless the stage has `allow_partial: true`; then the rest stays as it is, and the plan, the
-console and the report say how much that is. Experts are left out because transformers keeps them in three-dimensional parameters.
+console and the report say how much it is. Experts are not reached because transformers keeps them in three-dimensional parameters.
 
-*distil* is training and measuring; *packing* is several documents in one window (`data.packing: false` is the other way); *round* is
-rounding to nearest and searched scales; *export* is compressed-tensors, gptq, gptq_v2, awq and safetensors, as far as widths and bits
-allow. ? = not run here: what has to be seen is seen when the model is loaded. What GPT-2 has for linears is not rounded; its weights as
-they are go to `gguf-bf16` and the like. An export of a model with experts of which a part is quantized is exact by decoct's own reader,
-and not loaded by transformers 5.23, whose conversion of its experts fails.
+*distil* is training and measuring. *packing* is several documents per window (`data.packing: false` is the alternative). *round* is
+rounding to nearest and with searched scales. *export* is compressed-tensors, gptq, gptq_v2, awq and safetensors, as far as widths and bits
+allow. ? means not run here: decoct checks when the model is loaded. GPT-2's layers are not `nn.Linear` and are not rounded; `gguf-bf16` and
+similar formats take its weights as they are. An export of a partly quantized model with experts is exact by decoct's own reader,
+but transformers 5.23 does not load it, because its conversion of the experts fails.
 
 Of {total} architectures {made} were run: {carried} of these can be distilled, and {rounded} rounded and exported whole.
 
