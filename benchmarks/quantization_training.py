@@ -49,18 +49,20 @@ def stage(bench: Bench, system: str, bits: int, group: int, tokens: int, work: P
     from decoct.configs.loader import recipe_from_dict
     from decoct.launch.run.starting_point import teacher_ref
     from decoct.trainer.loop.metrics import MetricsSink
-    from decoct.trainer.stages.context import StageContext
+    from decoct.trainer.stages.context import RunContext, StageContext
 
     block = {"weights": {"bits": bits, "group_size": group}, "tokens": tokens, "teacher": "input", **SYSTEMS[system]}
     plain = {**bench.plain, "stages": [{"qat": block}]}
     recipe = recipe_from_dict(plain)
     assert bench.teacher_path is not None
-    context = StageContext(
-        name="00-qat", kind="qat", folder=work, input=bench.teacher_path, input_revision=None, record={},
-        teacher=teacher_ref(recipe, bench.origin.scratch), data=bench.origin.data, tokenizer=bench.origin.tokenizer,
-        v_eff=bench.origin.v_eff, trainer=recipe.trainer, seed=recipe.seed, key="benchmark",
-        metrics=MetricsSink(work / "metrics.jsonl"), console=Console(stderr=True, quiet=True),
+    run = RunContext(
+        data=bench.origin.data, tokenizer=bench.origin.tokenizer, v_eff=bench.origin.v_eff, trainer=recipe.trainer, seed=recipe.seed,
+        teacher=teacher_ref(recipe, bench.origin.scratch), metrics=MetricsSink(work / "metrics.jsonl"),
+        console=Console(stderr=True, quiet=True),
     )  # fmt: skip
+    context = StageContext(
+        run=run, name="00-qat", kind="qat", folder=work, key="benchmark", input=bench.teacher_path, input_revision=None, record={}
+    )
     return recipe.stages[0].settings, context
 
 

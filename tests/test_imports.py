@@ -109,14 +109,7 @@ def folders() -> list[str]:
     return sorted({".".join(name.split(".")[:-1]) for name in modules()})
 
 
-KNOWN = {"trainer"}
-"""Folders with a circle that is still to be cut."""
-
-
-@pytest.mark.parametrize(
-    "folder",
-    [pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="to be cut")) if name in KNOWN else name for name in folders()],
-)
+@pytest.mark.parametrize("folder", folders())
 def test_no_circle_inside_a_folder(folder: str) -> None:
     arrows = inside(folder, imports())
     found = circles({one: set(others) for one, others in arrows.items()})

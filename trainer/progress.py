@@ -13,6 +13,11 @@ RATE_WINDOW_SECONDS = 30.0
 """Speed is averaged over this time, so that one slow step does not make the time left jump."""
 
 
+def print_line(console: "Console", text: str, style: str = "") -> None:
+    """Print a line of a run's output: names in it are never taken for markup, and a log gets it in one piece."""
+    console.print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)
+
+
 class Progress(Protocol):
     """What the training loop tells about itself."""
 
@@ -93,7 +98,7 @@ class LineProgress:
         left = format_seconds((self._total - step) / steps_rate) if steps_rate else "?"
         share = 100 * step // self._total
         text = f"{self._label}  step {step}/{self._total} ({share}%)  loss {_loss(loss)}  {tokens_rate:,.0f} tokens/s  {left} left"
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        print_line(self._console, text)
 
     def stop(self) -> None:
         """Nothing is held open."""
@@ -174,7 +179,7 @@ def token_progress(console: "Console", label: str, total: int, unit: str = "toke
             elif time.monotonic() - told >= 5.0 or done >= total:
                 told = time.monotonic()
                 text = f"{label}  {done:,}/{total:,} {unit}  {rate:,.0f} {unit}/s  {left} left"
-                console.print(text, markup=False, highlight=False, soft_wrap=True)
+                print_line(console, text)
 
         yield advance
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..losses.settings import LossSettings
+from ..models.common.cache_folder import cache_dir
 from ..models.common.errors import UserError
 from ..models.common.files import atomic_directory, clean_leftovers, sha256_json
 from ..models.common.locks import waiting_for
 from ..models.folder.record import check_record, write_record
 from ..models.settings import ScratchSettings
 from ..models.tokenizer.scratch_tokenizer import train_tokenizer
-from .cache import cache_dir
 from .settings import DataSettings, PretrainSettings, TrainerSettings
 
 if TYPE_CHECKING:

@@ -70,7 +70,7 @@ def examine() -> Health:
 def _machine() -> tuple[dict[str, Any], list[Finding]]:
     import torch
 
-    from ...trainer.cache import cache_dir
+    from ...models.common.cache_folder import cache_dir
 
     findings: list[Finding] = []
     gpus = []

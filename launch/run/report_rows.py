@@ -12,7 +12,7 @@ from ...models.common.files import sha256_json, write_json_atomic
 from ...models.common.seal import seal_is_broken, sealed
 from ...models.folder.loading import load_model
 from ...models.folder.model_folder import content_hash, read_record
-from ...models.teachers import LocalTeacher, open_teacher
+from ...models.teachers import LocalTeacher, TeacherRef
 from ...qat.export.export import export_folder
 from ...qat.layers.quantized_model import quantize_model
 from ...qat.layers.save_folder import save_quantized_folder
@@ -20,16 +20,13 @@ from ...qat.spec import PACKED_BITS, QuantSpec
 from ...trainer.evaluation.model_row import best_device, measure_folder, measure_teacher, quant_record, too_large_to_measure
 from ...trainer.evaluation.teacher_drift import ROUNDED, teacher_drift
 from ...trainer.settings import EvaluateSettings
-from ...trainer.stages.context import TeacherRef
+from ...trainer.stages.context import RunContext
 from ...trainer.stages.registry import STAGE_KINDS
 from ..report.curves import read_curves
 from .changes import change_between, warning_of
 from .run_folder import RunFolder, StageFolder
-from .starting_point import RunInputs
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ...configs.recipe import Recipe, StageEntry
 
 Row = dict[str, Any]
@@ -39,12 +36,11 @@ _SIZES = ("parameters", "bytes", "bits_per_weight", "packed_bytes", "packed_bits
 class ReportRows:
     """The rows of the report, filled as the run goes (used on rank 0)."""
 
-    def __init__(self, recipe: "Recipe", origin: RunInputs, teacher: TeacherRef | None, folder: RunFolder, console: "Console") -> None:
+    def __init__(self, recipe: "Recipe", run: RunContext, folder: RunFolder) -> None:
         self.recipe = recipe
-        self.origin = origin
-        self.teacher = teacher
+        self.run = run
+        self.teacher = run.teacher
         self.folder = folder
-        self.console = console
         self.exports: list[Row] = []
         self.notes: list[str] = []
         """What a reader of the report should not miss, a sentence each."""
@@ -61,15 +57,15 @@ class ReportRows:
 
     def protocol(self) -> dict[str, Any]:
         """How the figures are taken."""
-        windows = self.origin.data.evaluation
+        windows = self.run.data.evaluation
         return {
-            "text": self.origin.data.description,
-            "text_hash": self.origin.data.fingerprint,
+            "text": self.run.data.description,
+            "text_hash": self.run.data.fingerprint,
             "context": windows.seq_length,
             "tokens": windows.tokens,
             "dtype": "float32",
-            **({"samples": self.origin.data.samples} if self.origin.data.samples else {}),
-            **({"left_out": self.origin.data.left_out} if self.origin.data.left_out else {}),
+            **({"samples": self.run.data.samples} if self.run.data.samples else {}),
+            **({"left_out": self.run.data.left_out} if self.run.data.left_out else {}),
         }
 
     def teacher_row(self) -> Row:
@@ -105,7 +101,7 @@ class ReportRows:
 
     def _note(self, text: str) -> None:
         self.notes.append(text)
-        self.console.print(f"note: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        self.run.console.print(f"note: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def _add(self, row: Row) -> Row:
         """Append a row with what changed since the measured one before it (the teacher is the first)."""
@@ -122,17 +118,14 @@ class ReportRows:
         if teacher is None or teacher.load_in not in ROUNDED:
             return None
         file = self.folder.path / ".measured" / "teacher-drift.json"
-        key = sha256_json([teacher.content, teacher.load_in, self.origin.data.fingerprint, self.origin.v_eff])
+        key = sha256_json([teacher.content, teacher.load_in, self.run.data.fingerprint, self.run.v_eff])
         before = _read_json(file)
         drift = (
             before["row"] if before.get("key") == key and isinstance(before.get("row"), dict) else self._measure_drift(teacher, file, key)
         )
-        self.console.print(
+        self.run.say(
             f"teacher in {teacher.load_in}: KL(teacher || {teacher.load_in}) {drift['kl']:.2e} nats, the same likeliest token for "
-            f"{drift['top1']:.1%} of {drift['tokens']:,} held-out tokens",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            f"{drift['top1']:.1%} of {drift['tokens']:,} held-out tokens"
         )
         return drift
 
@@ -140,11 +133,9 @@ class ReportRows:
         device = best_device()
         exact = self._open_teacher()
         assert exact is not None
-        with self.console.status(f"measuring the teacher in {teacher.load_in}"):
-            held = open_teacher(
-                teacher.path, load_in=teacher.load_in, device=device, revision=teacher.revision, v_eff=self.origin.v_eff, name=teacher.name
-            )
-            drift = teacher_drift(exact, held, self.origin.data.evaluation, device)
+        with self.run.console.status(f"measuring the teacher in {teacher.load_in}"):
+            held = teacher.open(device=device, v_eff=self.run.v_eff)
+            drift = teacher_drift(exact, held, self.run.data.evaluation, device)
         del exact
         self._release()
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +203,7 @@ class ReportRows:
                 self._round_teacher(spec, place)
             except UserError as error:
                 # the run's own work is done, and this row is for scale alone
-                self.console.print(f"the teacher is not rounded for scale: {error}", markup=False, highlight=False, soft_wrap=True)
+                self.run.say(f"the teacher is not rounded for scale: {error}")
                 return []
         seen = self._remembered(place / "measured.json", str(packed), None)
         form = f"int{spec.bits}" if spec.kind == "int" else spec.kind
@@ -223,7 +214,7 @@ class ReportRows:
     def _round_teacher(self, spec: QuantSpec, place: Path) -> None:
         """Round to nearest, pack as the student is packed, and keep only the packed folder."""
         assert self.teacher is not None
-        self.console.print("rounding the teacher, for scale", highlight=False)
+        self.run.console.print("rounding the teacher, for scale", highlight=False)
         model = load_model(self.teacher.path, dtype=torch.float32, revision=self.teacher.revision)
         if reason := capabilities(model).refusal("rtn"):
             raise UserError(reason)
@@ -232,7 +223,7 @@ class ReportRows:
         if unpacked.exists():
             shutil.rmtree(unpacked)
         place.mkdir(parents=True, exist_ok=True)
-        save_quantized_folder(model, state, unpacked, tokenizer=self.origin.tokenizer, base_model=self.teacher.name)
+        save_quantized_folder(model, state, unpacked, tokenizer=self.run.tokenizer, base_model=self.teacher.name)
         if spec.kind == "int" and spec.bits in PACKED_BITS:
             export_folder(unpacked, place / "packed", "compressed-tensors", runtimes=False)
             shutil.rmtree(unpacked)
@@ -242,14 +233,14 @@ class ReportRows:
 
     def _remembered(self, file: Path, path: str, revision: str | None) -> Row:
         """Measure ``path``, or read what was measured before on the same bytes, teacher and text."""
-        parts = [content_hash(path, revision), self.teacher and self.teacher.content, self.origin.data.fingerprint, self.origin.v_eff]
+        parts = [content_hash(path, revision), self.teacher and self.teacher.content, self.run.data.fingerprint, self.run.v_eff]
         # rows of quantized folders have had a packed size since this word is in their key
         key = sha256_json([*parts, "packed"] if quant_record(path) else parts)
         before = _read_json(file)
         if before.get("key") == key and _is_row(before.get("row")):
             return before["row"]
-        with self.console.status(f"measuring {Path(path).parent.name if Path(path).name == 'model' else Path(path).name}"):
-            row = measure_folder(path, self._open_teacher(), self.origin.data.evaluation, revision)
+        with self.run.console.status(f"measuring {Path(path).parent.name if Path(path).name == 'model' else Path(path).name}"):
+            row = measure_folder(path, self._open_teacher(), self.run.data.evaluation, revision)
         self._release()
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(file, sealed({"key": key, "row": row}))
@@ -259,7 +250,7 @@ class ReportRows:
         if self.teacher is None:
             return None
         if self._opened is None:
-            self._opened = measure_teacher(self.teacher.path, self.teacher.revision, self.origin.v_eff)
+            self._opened = measure_teacher(self.teacher.path, self.teacher.revision, self.run.v_eff)
         return self._opened
 
     def _release(self) -> None:

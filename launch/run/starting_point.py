@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...models.common.cache_folder import cache_dir
 from ...models.common.errors import UserError
 from ...models.common.files import sha256_json
 from ...models.families import family_of
@@ -14,13 +15,13 @@ from ...models.folder.model_folder import content_hash, save_model_folder
 from ...models.folder.record import check_record
 from ...models.pruning.zeros_record import check_sparse, of_kept_layers, sparse_modules
 from ...models.student import student_by_keeping, student_from_config, trim_vocabulary
+from ...models.teachers import TeacherRef
 from ...models.tokenizer.vocabulary import check_same_vocabulary, effective_vocab, rows_of, tokens_without_rows
-from ...trainer.cache import cache_dir
 from ...trainer.data.documents import read_documents
 from ...trainer.data.known_ids import check_rows
 from ...trainer.data.prepared_data import PreparedData, open_prepared, prepare_data
 from ...trainer.scratch import ScratchTeacher, locate_scratch, make_tokenizer
-from ...trainer.stages.context import TeacherRef
+from ...trainer.stages.context import RunContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,14 +127,12 @@ def teacher_ref(recipe: "Recipe", scratch: ScratchTeacher | None) -> TeacherRef 
     )
 
 
-def make_student(
-    recipe: "Recipe", origin: RunInputs, teacher: TeacherRef | None, folder: "StageFolder", record: dict[str, Any]
-) -> dict[str, Any]:
+def make_student(recipe: "Recipe", run: RunContext, folder: "StageFolder", record: dict[str, Any]) -> dict[str, Any]:
     """Make the student's first model folder, unless it is there (rank 0). A student given by path is used where it is.
 
     Returns: ``{"path", "revision"}`` of the folder that the first stage reads.
     """
-    settings = recipe.student
+    settings, teacher = recipe.student, run.teacher
     if settings.path:
         if any(entry.kind != "evaluate" for entry in recipe.stages):
             _refuse_export(settings.path, settings.revision)
@@ -151,14 +150,13 @@ def make_student(
     )
     state = folder.begin(key, "student")
     if state.get("state") != "done":
-        facts = _build_student(recipe, origin, teacher, folder, record, sparse)
+        facts = _build_student(recipe, run, folder, record, sparse)
         folder.write({"key": key, "kind": "student", "state": "done", "makes_model": True, **facts})
     return {"path": str(folder.model), "revision": None}
 
 
-def _build_student(
-    recipe: "Recipe", origin: RunInputs, teacher: TeacherRef | None, folder: "StageFolder", record: dict[str, Any], sparse: list[str]
-) -> dict[str, Any]:
+def _build_student(recipe: "Recipe", run: RunContext, folder: "StageFolder", record: dict[str, Any], sparse: list[str]) -> dict[str, Any]:
+    teacher = run.teacher
     facts: dict[str, Any] = {}
     zeros: list[str] = []
     if recipe.student.keep:
@@ -169,11 +167,11 @@ def _build_student(
         check_sparse(sparse, source)
         facts, zeros = {"kept": {"layers": kept}}, of_kept_layers(sparse, family_of(source), kept)
     else:
-        model = student_from_config(dict(recipe.student.config or {}), origin.tokenizer, recipe.seed)
-    trim_vocabulary(model, origin.v_eff)
+        model = student_from_config(dict(recipe.student.config or {}), run.tokenizer, recipe.seed)
+    trim_vocabulary(model, run.v_eff)
     dtype = torch.bfloat16 if recipe.trainer.save_dtype == "bf16" else torch.float32
     made = {**record, "kind": "student", **facts, **({"sparse": zeros} if zeros else {})}
-    save_model_folder(folder.model, model, origin.tokenizer, made, dtype=dtype)
+    save_model_folder(folder.model, model, run.tokenizer, made, dtype=dtype)
     return facts
 
 

@@ -1,7 +1,9 @@
-"""Where decoct keeps what it can make again."""
+"""Where decoct keeps what it can make again: tokenized text, scratch teachers, what teachers predicted, hashes."""
 
 import os
 from pathlib import Path
+
+from .files import check_writable_folder
 
 VARIABLE = "DECOCT_CACHE"
 """Environment variable that names the cache folder."""
@@ -10,3 +12,14 @@ VARIABLE = "DECOCT_CACHE"
 def cache_folder() -> Path:
     """The cache folder, which may not be there yet: ``$DECOCT_CACHE``, else ``~/.cache/decoct``."""
     return Path(os.environ.get(VARIABLE) or "~/.cache/decoct").expanduser().absolute()
+
+
+def cache_dir() -> Path:
+    """The cache folder, made if it is missing.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    folder = cache_folder()
+    check_writable_folder(folder, f"the cache folder (environment variable {VARIABLE})")
+    return folder

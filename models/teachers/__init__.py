@@ -5,4 +5,5 @@ from .local import Hidden as Hidden
 from .local import LocalTeacher as LocalTeacher
 from .local import Teacher as Teacher
 from .local import load_teacher as load_teacher
+from .open_teacher import TeacherRef as TeacherRef
 from .open_teacher import open_teacher as open_teacher

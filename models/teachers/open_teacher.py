@@ -1,12 +1,13 @@
 """One door to every kind of teacher: whole, rounded, spread over processes or kept in host memory."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..common.errors import UserError
-from ..settings import LoadIn, Placement
+from ..settings import CacheSettings, LoadIn, Placement, ServedSettings
 from ..tokenizer.vocabulary import effective_vocab, rows_of
 from .local import LocalTeacher, PinnedTeacher
 
@@ -14,6 +15,39 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRef:
+    """A teacher that every stage and rank of a run can open again."""
+
+    path: str
+    """Model folder or hub id."""
+    load_in: LoadIn
+    """How its weights are held while training."""
+    placement: Placement
+    """Where they are held while training."""
+    revision: str | None
+    name: str
+    """What reports and cards call it (never a local path)."""
+    content: str
+    """Content hash of its folder."""
+    cache: CacheSettings | None = None
+    """What of it is kept on disk and trained from; None = it runs beside the student."""
+    served: ServedSettings | None = None
+    """Server that predicts in its place."""
+
+    def open(self, *, device: torch.device | str, v_eff: int) -> LocalTeacher:
+        """The teacher itself, as training holds it; arguments and errors as for ``open_teacher``."""
+        return open_teacher(
+            self.path,
+            load_in=self.load_in,
+            placement=self.placement,
+            device=device,
+            revision=self.revision,
+            v_eff=v_eff,
+            name=self.name,
+        )
 
 
 def open_teacher(

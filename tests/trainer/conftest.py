@@ -17,7 +17,7 @@ from decoct.models.tokenizer.scratch_tokenizer import train_tokenizer
 from decoct.trainer.data.prepared_data import PreparedData, prepare_data
 from decoct.trainer.loop.metrics import MetricsSink
 from decoct.trainer.settings import DataSettings, TrainerSettings
-from decoct.trainer.stages.context import StageContext
+from decoct.trainer.stages.context import RunContext, StageContext
 
 from ..support import training_case
 
@@ -112,26 +112,30 @@ def trained_folder(prepared: Callable[..., PreparedData], words: PreTrainedToken
 def make_context(
     trained_folder: Path, prepared: Callable[..., PreparedData], words: PreTrainedTokenizerBase, tmp_path: Path
 ) -> MakeContext:
-    """``make_context(name, input=, data=, seed=)``: a stage in a new folder; what it says goes to ``console.file``."""
+    """``make_context(name, input=, data=, seed=)``: a stage in a new folder; what it says goes to ``run.console.file``."""
 
     def make(name: str, *, kind: str = "quantize", **changes: Any) -> StageContext:
         (tmp_path / name).mkdir(exist_ok=True)
-        facts: dict[str, Any] = {
-            "name": name,
-            "kind": kind,
-            "folder": tmp_path / name,
-            "input": str(trained_folder),
-            "input_revision": None,
-            "record": {"base_model": "tiny", "run": "test"},
+        shared: dict[str, Any] = {
             "teacher": None,
             "data": changes.pop("data", None) or prepared(),
             "tokenizer": words,
             "v_eff": len(words),
             "trainer": TrainerSettings(precision="32"),
             "seed": 0,
-            "key": "key",
             "metrics": MetricsSink(None),
             "console": Console(file=io.StringIO(), width=200),
+        }
+        run = RunContext(**{key: changes.pop(key, value) for key, value in shared.items()})
+        facts: dict[str, Any] = {
+            "run": run,
+            "name": name,
+            "kind": kind,
+            "folder": tmp_path / name,
+            "key": "key",
+            "input": str(trained_folder),
+            "input_revision": None,
+            "record": {"base_model": "tiny", "run": "test"},
         }
         return StageContext(**{**facts, **changes})
 

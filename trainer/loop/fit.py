@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,7 +30,7 @@ from ..plan import TrainingPlan as TrainingPlan
 from ..processes.sharding import ParameterViews
 from ..processes.strategy import lightning_strategy, shards
 from ..processes.world import World, connect, current_world, value_of_first
-from ..progress import Progress, make_progress
+from ..progress import Progress, make_progress, print_line
 from .callback import LoopCallback, Say, StageLoop
 from .checkpoint_tensors import restore
 from .held_out import HeldOut
@@ -119,7 +120,7 @@ def fit(
     world = current_world()
     connect(world)
     shown = console if world.is_first else None
-    say = _speaker(shown)
+    say: Say = (lambda text: None) if shown is None else partial(print_line, shown)
     folder = work / "checkpoints"
     found = _open_checkpoints(folder, plan, world, stage, say)
     start = found.state.step if found else 0
@@ -295,14 +296,6 @@ def _finished(found: Checkpoint, placed: Placed, plan: TrainingPlan, hooks: Sequ
     return FitResult(
         student=student.eval(), steps=state.step, tokens=state.tokens, seconds=state.seconds, resumed_from=state.step, metrics={}
     )
-
-
-def _speaker(console: "Console | None") -> Say:
-    def say(text: str) -> None:
-        if console is not None:
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    return say
 
 
 @contextmanager

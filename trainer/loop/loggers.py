@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...models.common.errors import UserError
 from ...models.common.files import write_text_atomic
+from ..progress import print_line
 from ..settings import LoggerSettings
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def _wandb(settings: LoggerSettings, run_dir: Path, name: str, config: Mapping[s
         text = f"W&B logs {arguments['mode']} into {run_dir / 'wandb'} (run id {arguments['id']}); `wandb sync` uploads it after a login"
         if arguments["mode"] == "disabled":
             text = "W&B is switched off (WANDB_MODE or WANDB_DISABLED); metrics.jsonl has the curves"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        print_line(console, text)
     # started here, because the logger's own start passes arguments that wandb warns of
     try:
         run = wandb.init(**arguments)

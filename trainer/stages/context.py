@@ -4,71 +4,81 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...models.settings import CacheSettings, LoadIn, Placement, ServedSettings
+from ...models.teachers import TeacherRef
+from ..progress import print_line
 from ..settings import TrainerSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ...qat.layers.input_hooks import RoundedInputs
+    from ...qat.layers.kv_cache_hooks import RoundedCache
     from ..data.prepared_data import PreparedData
     from ..loop.metrics import MetricsSink
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherRef:
-    """A teacher that can be opened again by every stage and rank."""
+class RunContext:
+    """What all stages of a run share."""
 
-    path: str
-    """Model folder or hub id."""
-    load_in: LoadIn
-    """How its weights are held while training."""
-    placement: Placement
-    """Where they are held while training."""
-    revision: str | None
-    name: str
-    """What reports and cards call it (never a local path)."""
-    content: str
-    """Content hash of its folder."""
-    cache: CacheSettings | None = None
-    """What of it is kept on disk and trained from; None = it runs beside the student."""
-    served: ServedSettings | None = None
-    """Server that predicts in its place."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageContext:
-    """Everything outside a stage's own settings."""
-
-    name: str
-    """Folder name, such as '01-distill'."""
-    kind: str
-    folder: Path
-    """The stage's folder; the model folder it writes is ``folder / 'model'``."""
-    input: str
-    """Model folder (or hub id) that the stage starts from."""
-    input_revision: str | None
-    record: dict[str, Any]
-    """What every model folder of this run says about its origin (decoct.json)."""
-    teacher: TeacherRef | None
     data: "PreparedData"
     tokenizer: "PreTrainedTokenizerBase"
     v_eff: int
     """Real vocabulary: both heads are sliced to it before the softmax."""
     trainer: TrainerSettings
     seed: int
-    key: str
+    """The recipe's."""
+    teacher: TeacherRef | None
+    """The recipe's; None when it has none, and while a scratch teacher is still trained."""
     metrics: "MetricsSink"
     console: "Console"
+
+    def say(self, text: str, style: str = "") -> None:
+        """Print a line of the run's output (rank 0)."""
+        print_line(self.console, text, style)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingContext:
+    """What training needs to know of a stage besides its settings and its student."""
+
+    run: RunContext
+    name: str
+    """Folder name, such as '01-distill'."""
+    kind: str
+    folder: Path
+    """The stage's folder; its checkpoints go there."""
+    key: str
+    """The stage key: what else decides the stage's numbers."""
+
+    def say(self, text: str) -> None:
+        """Print a line of the run's output (rank 0)."""
+        self.run.say(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageContext(TrainingContext):
+    """Everything outside a stage's own settings."""
+
+    input: str
+    """Model folder (or hub id) that the stage starts from."""
+    input_revision: str | None
+    record: dict[str, Any]
+    """What every model folder of this run says about its origin (decoct.json)."""
 
     @property
     def model(self) -> Path:
         """Where the stage's model folder goes."""
         return self.folder / "model"
 
-    def say(self, text: str) -> None:
-        """A line of the run's output (rank 0); names in it are never taken for markup, and a log gets it in one piece."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+@dataclass(frozen=True)
+class StudentRounders:
+    """The hooks that round a student's inputs, keys and values while it trains; a gathered copy of the student has none of them."""
+
+    inputs: "RoundedInputs | None" = None
+    cache: "RoundedCache | None" = None
 
 
 @dataclass
@@ -80,6 +90,8 @@ class Trained:
     seconds: float
     facts: dict[str, Any] = field(default_factory=dict)
     """What the stage adds to decoct.json."""
+    rounders: StudentRounders = StudentRounders()
+    """Whose ranges a quantized folder is to hold."""
 
 
 @dataclass

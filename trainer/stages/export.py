@@ -38,7 +38,7 @@ def _export(source: Path, target: Path, form: str, settings: ExportSettings, con
     """Write a format, or check what an interrupted start of this stage left whole."""
     if not target.exists():
         options = {"allow_inexact": settings.allow_inexact, "reader_version": settings.reader_version}
-        export_folder(source, target, form, tokens=real_tokens(context.data.evaluation), **options)
+        export_folder(source, target, form, tokens=real_tokens(context.run.data.evaluation), **options)
     export = read_record(target).get("export", {})
     runtimes = export.get("runtimes", {})
     report = verify_folder(target, source=source, runtimes=False)

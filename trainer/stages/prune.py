@@ -60,7 +60,7 @@ def _ffn_linears(student: "PreTrainedModel") -> list[str]:
 
 def _prune_structured(student: "PreTrainedModel", settings: PruneSettings, context: StageContext) -> dict[str, Any]:
     assert isinstance(settings.structured, StructuredSettings)
-    scores = ffn_channel_scores(student, calibration_text(context.data.train, settings.calibration_tokens, context.seed).batches)
+    scores = ffn_channel_scores(student, calibration_text(context.run.data.train, settings.calibration_tokens, context.run.seed).batches)
     if settings.structured.ffn > 128 and (hint := alignment_hint(settings.structured.ffn)):
         context.say(f"  {hint}")
     kept = prune_ffn(student, scores, settings.structured.ffn)

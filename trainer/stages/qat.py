@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,15 +11,15 @@ from ...models.folder.loading import load_model
 from ...models.folder.model_folder import save_model_folder
 from ...qat.codes.state import QUANT_FILE, load_quant_state
 from ...qat.layers.codes_linear import CodesLinear
-from ...qat.layers.input_hooks import RoundedInputs, round_inputs
-from ...qat.layers.kv_cache_hooks import RoundedCache, round_cache
+from ...qat.layers.input_hooks import round_inputs
+from ...qat.layers.kv_cache_hooks import round_cache
 from ...qat.layers.quant_linear import Extras, RoundedWeight
 from ...qat.layers.quantized_model import fold, hold_codes, prepare, quantize_model
 from ...qat.layers.targets import targets
 from ...qat.ptq import RoundingMethod, round_model
 from ..loop.qat_hook import FirstGrid, QatSchedule
 from ..settings_quantization import QatSettings
-from .context import StageContext, StageResult, Trained
+from .context import StageContext, StageResult, StudentRounders, Trained
 from .coverage import check_coverage, coverage_facts
 from .quantize import RoundingSource, beside_words, round_and_tell, save_quantized, scheme_words, stage_text
 from .saving import stage_record
@@ -64,7 +64,8 @@ def start(settings: QatSettings, context: StageContext) -> None:
     for name, before in others.items():
         model.get_parameter(f"{name}.weight").data.copy_(before)
     record = stage_record(context, {"quant": rounded.state.record()})
-    save_model_folder(folder, model, context.tokenizer, record, dtype=torch.float32, extra_tensors={QUANT_FILE: rounded.state.tensors()})
+    tensors = {QUANT_FILE: rounded.state.tensors()}
+    save_model_folder(folder, model, context.run.tokenizer, record, dtype=torch.float32, extra_tensors=tensors)
 
 
 def _weights(model: "PreTrainedModel", modules: Iterable[str]) -> dict[str, "Tensor"]:
@@ -79,10 +80,11 @@ def train(settings: QatSettings, context: StageContext) -> Trained:
     if settings.train == "scales":
         modules = _hold_codes(settings, student, context)
         _announce(settings, student, context)
-        rounded = _rounded(settings, student, modules)
+        rounders = _hook(settings, student, modules)
         plan = training_plan(settings, context, student)
-        hooks = [QatSchedule(settings, plan.total_steps, plan.seed, **rounded)] if rounded else []
-        return _with(train_student(student, settings, context, plan, hooks=hooks), rounded)
+        rounds = rounders.inputs is not None or rounders.cache is not None
+        hooks = [QatSchedule(settings, plan.total_steps, plan.seed, inputs=rounders.inputs, cache=rounders.cache)] if rounds else []
+        return train_student(student, settings, context, plan, hooks=hooks, rounders=rounders)
     if settings.first != "gptq" and not settings.lora:
         tell_unlisted_zeros(context, student.model)
     extras = Extras(scale=settings.scales == "learned" or settings.freeze_scales > 0, rank=settings.lora or 0)
@@ -90,25 +92,23 @@ def train(settings: QatSettings, context: StageContext) -> Trained:
     _announce(settings, student, context)
     plan = training_plan(settings, context, student)
     given = _given_grids(opened) if settings.first == "gptq" else None
-    rounded = _rounded(settings, student, modules)
-    quantizers = QatSchedule(settings, plan.total_steps, plan.seed, given, **rounded)
-    hooks = [*keep_zeros_hooks(context, student.model), quantizers]
-    return _with(train_student(student, settings, context, plan, hooks=hooks), rounded)
+    rounders = _hook(settings, student, modules)
+    schedule = QatSchedule(settings, plan.total_steps, plan.seed, given, inputs=rounders.inputs, cache=rounders.cache)
+    hooks = [*keep_zeros_hooks(context, student.model), schedule]
+    return train_student(student, settings, context, plan, hooks=hooks, rounders=rounders)
 
 
 def finish(settings: QatSettings, context: StageContext, trained: Trained | None) -> StageResult:
     """Take codes and scales from what was trained, fold them, and write the quantized folder (rank 0)."""
     assert trained is not None
-    facts = dict(trained.facts)
-    inputs: RoundedInputs | None = facts.pop("inputs", None)
-    cache: RoundedCache | None = facts.pop("cache", None)
+    inputs, cache = trained.rounders.inputs, trained.rounders.cache
     state = quantize_model(trained.student, settings.scheme)
     if inputs is not None:
         state = replace(state, activations=inputs.spec, input_scales=inputs.scales(), input_zeros=inputs.zeros())
     if cache is not None:
         state = replace(state, cache=cache.state())
     fold(trained.student, state)
-    save_quantized(trained.student, state, context, facts)
+    save_quantized(trained.student, state, context, trained.facts)
     covered = coverage_facts(context, "quantized", state.modules)
     return StageResult(model=context.model, tokens=trained.tokens, seconds=trained.seconds, facts=covered)
 
@@ -123,15 +123,11 @@ def _hold_codes(settings: QatSettings, student: OpenStudent, context: StageConte
     return state.modules
 
 
-def _rounded(settings: QatSettings, student: OpenStudent, modules: Iterable[str]) -> dict[str, Any]:
-    """Arguments of ``QatSchedule``: the student's inputs, keys and values, hooked, where the settings ask for it."""
-    inputs = {"inputs": round_inputs(student.model, modules, settings.activations)} if settings.activations else {}
-    return inputs | ({"cache": round_cache(student.model, settings.kv_cache)} if settings.kv_cache else {})
-
-
-def _with(trained: Trained, rounded: dict[str, Any]) -> Trained:
-    """What became of their ranges goes along to ``finish``: a gathered copy of the student has none of them."""
-    return replace(trained, facts={**trained.facts, **rounded})
+def _hook(settings: QatSettings, student: OpenStudent, modules: Iterable[str]) -> StudentRounders:
+    """Hook what rounds the student's inputs, keys and values, where the settings ask for it."""
+    inputs = round_inputs(student.model, modules, settings.activations) if settings.activations else None
+    cache = round_cache(student.model, settings.kv_cache) if settings.kv_cache else None
+    return StudentRounders(inputs, cache)
 
 
 def _given_grids(context: StageContext) -> dict[str, FirstGrid]:

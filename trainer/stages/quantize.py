@@ -123,9 +123,9 @@ def _streams(settings: QuantizeSettings, context: StageContext) -> bool:
 def stage_text(settings: QuantizeSettings, context: StageContext, model: "PreTrainedModel") -> CalibrationText:
     """Calibration text, checked to be enough for the method."""
     assert settings.calibration_tokens is not None
-    if context.data.packed:
+    if context.run.data.packed:
         check_packing(model, f"{context.name}: the student")
-    text = calibration_text(context.data.train, settings.calibration_tokens, context.seed)
+    text = calibration_text(context.run.data.train, settings.calibration_tokens, context.run.seed)
     widths = {name: target.module.weight.shape[1] for name, target in targets(model, settings.scheme).items()}
     widest = max(widths, key=lambda name: widths[name])
     inputs = widths[widest]
@@ -133,7 +133,7 @@ def stage_text(settings: QuantizeSettings, context: StageContext, model: "PreTra
         raise UserError(
             f"{context.name}: {text.tokens:,} tokens are too few to calibrate on: {widest} has {inputs:,} inputs, and method "
             f"{settings.method} needs at least as many tokens (calibration_tokens={settings.calibration_tokens:,}, training text "
-            f"{context.data.train.tokens:,} tokens); raise calibration_tokens, give more text, or use method mse"
+            f"{context.run.data.train.tokens:,} tokens); raise calibration_tokens, give more text, or use method mse"
         )
     fewer = f", all there are of {settings.calibration_tokens:,}" if text.tokens < settings.calibration_tokens else ""
     context.say(f"  calibrates on {text.tokens:,} tokens in {_windows(text):,} windows{fewer} (sha256 {text.fingerprint()[:12]})")
@@ -155,7 +155,7 @@ def round_and_tell(
     rounding, device = rounding_of(settings), current_device()
     total = amount_of_work(source.model, settings.scheme, rounding, (), text)
     unit = "weights" if text is None else "layer tokens"
-    with token_progress(context.console, context.name, total, unit) as advance, exact_products(device.type):
+    with token_progress(context.run.console, context.name, total, unit) as advance, exact_products(device.type):
         rounded = round_model(
             source.model,
             settings.scheme,
@@ -203,7 +203,7 @@ def save_quantized(
     save_model_folder(
         context.model,
         model,
-        context.tokenizer,
+        context.run.tokenizer,
         stage_record(context, {**facts, "quant": quant}),
         dtype=torch.float32,
         extra_tensors={QUANT_FILE: state.tensors()},

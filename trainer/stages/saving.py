@@ -29,7 +29,8 @@ def stage_record(context: StageContext, facts: dict[str, Any]) -> dict[str, Any]
 
 def save_student(model: "PreTrainedModel", context: StageContext, facts: dict[str, Any]) -> None:
     """Write ``model`` in the recipe's save dtype."""
-    save_model_folder(context.model, model, context.tokenizer, stage_record(context, facts), dtype=_DTYPES[context.trainer.save_dtype])
+    run = context.run
+    save_model_folder(context.model, model, run.tokenizer, stage_record(context, facts), dtype=_DTYPES[run.trainer.save_dtype])
 
 
 def save_trained(trained: Trained, context: StageContext) -> StageResult:

@@ -7,22 +7,21 @@ import torch
 
 from ...models.batches import check_packing
 from ...models.causality import check_causal
-from ...models.common.errors import UserError
 from ...models.families import check_head
 from ...models.folder.loading import load_config, load_model, meta_model
 from ...models.folder.streaming import can_stream, empty_model
 from ...models.folder.weights import WeightFiles
-from ...models.teachers import LocalTeacher, Teacher, open_teacher
+from ...models.teachers import LocalTeacher, Teacher, TeacherRef, open_teacher
 from ..plan import StepPlan
 from ..processes.strategy import choose_strategy, device_bytes, shards
 from ..processes.teacher_memory import teacher_bytes, teacher_size
 from ..processes.world import current_world, value_of_first
 from ..settings import TrainingBlock
 from ..soft_targets.cached import SparseTeacher
-from ..soft_targets.fill import cached_teacher
+from ..soft_targets.fill import CacheRequest, cached_teacher
 from ..soft_targets.served import ServedTeacher
 from ..stage_plan import held_teacher, learns_from, wanted_strategy
-from .context import StageContext
+from .context import RunContext, StageContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +49,7 @@ def open_student(settings: TrainingBlock, context: StageContext) -> OpenStudent:
     model = load_model(place, dtype=torch.float32, revision=revision)
     check_head(model)
     check_causal(model, f"{context.name}: the student")
-    if context.data.packed:
+    if context.run.data.packed:
         check_packing(model, f"{context.name}: the student")
     return OpenStudent(model, None, strategy)
 
@@ -67,7 +66,7 @@ def current_device() -> torch.device:
 
 def stage_strategy(settings: TrainingBlock, context: StageContext) -> Literal["ddp", "fsdp2"]:
     """How this stage's student is spread: the recipe's word, or by what fits (decided on rank 0, the same on every rank)."""
-    wanted = wanted_strategy(settings, context.trainer, name=context.name)
+    wanted = wanted_strategy(settings, context.run.trainer, name=context.name)
     world, memory = current_world(), device_bytes()
     if wanted != "auto":
         return wanted
@@ -77,7 +76,7 @@ def stage_strategy(settings: TrainingBlock, context: StageContext) -> Literal["d
         "auto",
         ranks=world.size,
         parameters=stored_parameters(context.input, context.input_revision),
-        optimizer=context.trainer.optimizer,
+        optimizer=context.run.trainer.optimizer,
         teacher_bytes=stage_teacher_bytes(settings, context, world.size),
         device_bytes=memory,
     )
@@ -86,12 +85,12 @@ def stage_strategy(settings: TrainingBlock, context: StageContext) -> Literal["d
 
 def stage_teacher_bytes(settings: TrainingBlock, context: StageContext, ranks: int) -> int:
     """Bytes of the stage's teacher on each device, by its config; 0 where none is held."""
-    held = held_teacher(settings, context.teacher, name=context.name)
+    held = held_teacher(settings, context.run.teacher, name=context.name)
     if held is None:
         return 0
     path, revision = context.input, context.input_revision
-    if held.whose == "recipe" and context.teacher is not None:
-        path, revision = context.teacher.path, context.teacher.revision
+    if held.whose == "recipe" and context.run.teacher is not None:
+        path, revision = context.run.teacher.path, context.run.teacher.revision
     return teacher_bytes(teacher_size(meta_model(load_config(path, revision=revision))), held.load_in, held.placement, ranks)
 
 
@@ -102,44 +101,56 @@ def stored_parameters(path: str, revision: str | None) -> int:
 
 def stage_teacher(settings: TrainingBlock, context: StageContext, steps: StepPlan) -> Teacher | SparseTeacher | None:
     """The teacher that the stage learns from, on this rank's device or in its cache; None when its loss needs none."""
-    choice = learns_from(settings, has_teacher=context.teacher is not None)
-    if choice is None:
+    held = held_teacher(settings, context.run.teacher, name=context.name)
+    if learns_from(settings, has_teacher=context.run.teacher is not None) == "recipe":
+        return recipe_teacher(settings, context.run, context.name, steps)
+    if held is None:
         return None
-    if choice == "recipe" and context.teacher and context.teacher.cache:
-        return cached_teacher(context, settings.loss, steps, lambda: _running_teacher(choice, context))
-    return _running_teacher(choice, context)
-
-
-def _running_teacher(choice: str, context: StageContext) -> LocalTeacher | ServedTeacher:
-    if choice == "recipe" and context.teacher and context.teacher.served:
-        return ServedTeacher(context.teacher.served, context.v_eff)
-    teacher = _open_teacher(choice, context)
-    if context.data.packed:
-        check_packing(teacher.model, f"{context.name}: the teacher")
-    return teacher
-
-
-def _open_teacher(choice: str, context: StageContext) -> LocalTeacher:
-    device = current_device()
-    if choice == "input":
-        return open_teacher(
-            context.input,
-            load_in="fp32",
-            placement="replicated",
-            device=device,
-            revision=context.input_revision,
-            v_eff=context.v_eff,
-            name="its own input",
-        )
-    if context.teacher is None:
-        raise UserError(f"{context.name}: teacher: recipe, but the recipe has no teacher; add one, or set teacher: input")
-    ref = context.teacher
-    return open_teacher(
-        ref.path,
-        load_in=ref.load_in,
-        placement=ref.placement,
-        device=device,
-        revision=ref.revision,
-        v_eff=context.v_eff,
-        name=ref.name,
+    teacher = open_teacher(
+        context.input,
+        load_in=held.load_in,
+        placement=held.placement,
+        device=current_device(),
+        revision=context.input_revision,
+        v_eff=context.run.v_eff,
+        name="its own input",
     )
+    return _checked(teacher, context.run, context.name)
+
+
+def recipe_teacher(settings: TrainingBlock, run: RunContext, stage: str, steps: StepPlan) -> Teacher | SparseTeacher:
+    """The recipe's teacher as a stage learns from it: running here, read from its cache, or behind a server (all ranks).
+
+    Args:
+        settings: Of the stage.
+        run: Has a teacher.
+        stage: Name of the stage, for messages.
+        steps: Say which windows the stage will see.
+    """
+    teacher = run.teacher
+    assert teacher is not None
+    if teacher.cache is None:
+        return _running_teacher(teacher, run, stage)
+    wanted = CacheRequest(
+        stage=stage,
+        teacher=teacher,
+        cache=teacher.cache,
+        windows=run.data.train,
+        tokenizer=run.tokenizer,
+        v_eff=run.v_eff,
+        console=run.console,
+        open_teacher=lambda: _running_teacher(teacher, run, stage),
+    )
+    return cached_teacher(wanted, settings.loss, steps)
+
+
+def _running_teacher(teacher: TeacherRef, run: RunContext, stage: str) -> LocalTeacher | ServedTeacher:
+    if teacher.served:
+        return ServedTeacher(teacher.served, run.v_eff)
+    return _checked(teacher.open(device=current_device(), v_eff=run.v_eff), run, stage)
+
+
+def _checked(teacher: LocalTeacher, run: RunContext, stage: str) -> LocalTeacher:
+    if run.data.packed:
+        check_packing(teacher.model, f"{stage}: the teacher")
+    return teacher

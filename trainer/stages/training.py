@@ -1,6 +1,7 @@
 """The part that every training stage shares: open student and teacher, derive the plan, fit, keep zeros."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ...models.dimensions import hidden_size
@@ -14,28 +15,23 @@ from ..processes.world import current_world
 from ..settings import TrainingBlock
 from ..soft_targets.cached import SparseTeacher
 from ..stage_plan import derive_plan, derive_steps
-from .context import StageContext, Trained
-from .student_and_teacher import OpenStudent, stage_teacher
+from .context import RunContext, StageContext, StudentRounders, Trained, TrainingContext
+from .student_and_teacher import OpenStudent, recipe_teacher, stage_teacher
 
 
-def training_steps(settings: TrainingBlock, context: StageContext) -> StepPlan:
-    """The stage's steps and the windows of each."""
+def training_steps(settings: TrainingBlock, run: RunContext, stage: str) -> StepPlan:
+    """The steps of the stage of this name, and the windows of each."""
     return derive_steps(
-        settings,
-        context.trainer,
-        name=context.name,
-        seq_length=context.data.train.seq_length,
-        ranks=current_world().size,
-        seed=context.seed,
-    )
+        settings, run.trainer, name=stage, seq_length=run.data.train.seq_length, ranks=current_world().size, seed=run.seed
+    )  # fmt: skip
 
 
-def training_plan(settings: TrainingBlock, context: StageContext, student: OpenStudent) -> TrainingPlan:
+def training_plan(settings: TrainingBlock, context: TrainingContext, student: OpenStudent) -> TrainingPlan:
     """The stage's plan for this student, all derived values filled in."""
     return derive_plan(
         settings,
-        context.trainer,
-        training_steps(settings, context),
+        context.run.trainer,
+        training_steps(settings, context.run, context.name),
         kind=context.kind,
         hidden=hidden_size(student.model),
         strategy=student.strategy,
@@ -43,9 +39,9 @@ def training_plan(settings: TrainingBlock, context: StageContext, student: OpenS
     )
 
 
-def fill_cache(settings: TrainingBlock, context: StageContext) -> None:
-    """Let the recipe's teacher predict what the stage will need of it, without training (all ranks)."""
-    stage_teacher(settings, context, training_steps(settings, context))
+def fill_cache(settings: TrainingBlock, run: RunContext, stage: str) -> None:
+    """Let the recipe's teacher predict what the stage of this name will need of it, without training (all ranks)."""
+    recipe_teacher(settings, run, stage, training_steps(settings, run, stage))
 
 
 def train_student(
@@ -56,45 +52,70 @@ def train_student(
     *,
     hooks: Sequence[StepHook] = (),
     facts: dict[str, Any] | None = None,
+    rounders: StudentRounders | None = None,
 ) -> Trained:
-    """Fit ``student`` by ``plan``, on all ranks; resumes from the stage's checkpoints."""
-    teacher = stage_teacher(settings, context, plan)
+    """Fit ``student`` by ``plan`` to the stage's teacher, on all ranks; resumes from the stage's checkpoints.
+
+    Args:
+        student: The stage's input, with what the stage has put into it.
+        settings: Of the stage.
+        context: Of the stage.
+        plan: Of ``training_plan``.
+        hooks: Act around each step, in this order.
+        facts: What the stage adds to decoct.json.
+        rounders: Hooks of the student that ``finish`` asks for ranges.
+    """
+    trained = fit_student(student, settings, context, plan, stage_teacher(settings, context, plan), hooks)
+    return replace(trained, facts=facts or {}, rounders=rounders or StudentRounders())
+
+
+def fit_student(
+    student: OpenStudent,
+    settings: TrainingBlock,
+    context: TrainingContext,
+    plan: TrainingPlan,
+    teacher: Teacher | SparseTeacher | None,
+    hooks: Sequence[StepHook] = (),
+) -> Trained:
+    """``train_student`` with a teacher that is already open; None trains on the text alone."""
+    run = context.run
     _announce(context, plan, teacher)
-    objective = Objective(teacher, settings.loss, v_eff=context.v_eff)
+    objective = Objective(teacher, settings.loss, v_eff=run.v_eff)
     held_out = _held_out(context, plan, teacher)
     result = fit(
         student.model,
         objective,
-        context.data.train,
+        run.data.train,
         plan,
         work=context.folder,
         stage=context.name,
         hooks=hooks,
-        metrics=context.metrics,
-        console=context.console,
+        metrics=run.metrics,
+        console=run.console,
         weights=student.weights,
         held_out=held_out,
     )
-    return Trained(student=result.student, tokens=result.tokens, seconds=result.seconds, facts=facts or {})
+    return Trained(student=result.student, tokens=result.tokens, seconds=result.seconds)
 
 
-def _announce(context: StageContext, plan: TrainingPlan, teacher: Teacher | SparseTeacher | None) -> None:
+def _announce(context: TrainingContext, plan: TrainingPlan, teacher: Teacher | SparseTeacher | None) -> None:
     """Print what was derived, so that nobody has to guess a default."""
     learns = "from the text alone" if teacher is None else f"from {teacher.describe()}"
-    tokens = plan.total_steps * plan.batch.global_windows * context.data.train.seq_length
+    length = context.run.data.train.seq_length
+    tokens = plan.total_steps * plan.batch.global_windows * length
     context.say(
-        f"  {plan.total_steps} steps of {plan.batch.global_windows} windows x {context.data.train.seq_length} tokens ({tokens:,} in all), "
+        f"  {plan.total_steps} steps of {plan.batch.global_windows} windows x {length} tokens ({tokens:,} in all), "
         f"micro-batch {plan.batch.micro_batch} x {plan.batch.accumulation}, peak learning rate {plan.learning_rate:g}, {learns}"
     )
     if options := _options(plan):
         context.say(f"  {options}")
 
 
-def _held_out(context: StageContext, plan: TrainingPlan, teacher: Teacher | SparseTeacher | None) -> HeldOut | None:
+def _held_out(context: TrainingContext, plan: TrainingPlan, teacher: Teacher | SparseTeacher | None) -> HeldOut | None:
     """What the stage is evaluated on while it trains."""
-    text = context.data.evaluation
+    text = context.run.data.evaluation
     watch = derive_watch(
-        context.trainer.evaluate_every,
+        context.run.trainer.evaluate_every,
         total_steps=plan.total_steps,
         step_windows=plan.batch.global_windows,
         seq_length=text.seq_length,
@@ -107,7 +128,7 @@ def _held_out(context: StageContext, plan: TrainingPlan, teacher: Teacher | Spar
     context.say(
         f"  evaluated every {watch.every} step{plural} on {watch.windows * text.seq_length:,} held-out tokens (trainer.evaluate_every)"
     )
-    return HeldOut(text, watch, teacher, context.v_eff)
+    return HeldOut(text, watch, teacher, context.run.v_eff)
 
 
 def _options(plan: TrainingPlan) -> str:

@@ -63,7 +63,8 @@ def recipe(models: dict[str, str], case: str, **trainer: Any) -> Any:
 def context(recipe: Any) -> Any:
     """What a stage needs to choose: its input, the run's teacher and trainer."""
     teacher = SimpleNamespace(**{name: getattr(recipe.teacher, name) for name in ("path", "revision", "load_in", "placement", "served")})
-    return SimpleNamespace(name="01", input=recipe.student.path, input_revision=None, teacher=teacher, trainer=recipe.trainer)
+    run = SimpleNamespace(teacher=teacher, trainer=recipe.trainer)
+    return SimpleNamespace(run=run, name="01", input=recipe.student.path, input_revision=None)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -9,13 +9,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from decoct.launch.run.run_folder import StageFolder
-from decoct.launch.run.starting_point import RunInputs, make_student
+from decoct.launch.run.starting_point import make_student
 from decoct.models.families import decoder_linears
 from decoct.models.folder.loading import load_model
 from decoct.models.folder.model_folder import content_hash, read_record, save_model_folder
+from decoct.models.teachers import TeacherRef
 from decoct.models.tokenizer.scratch_tokenizer import train_tokenizer
 from decoct.trainer.settings import TrainerSettings
-from decoct.trainer.stages.context import TeacherRef
 
 
 @pytest.fixture
@@ -41,8 +41,8 @@ def make(tmp_path: Path) -> Any:
             path=str(place), load_in="fp32", placement="replicated", revision=None, name="t", content=content_hash(place)
         )
         folder = StageFolder(tmp_path / "00-student")
-        origin: Any = RunInputs(tokenizer, len(tokenizer), None, None)  # pyright: ignore[reportArgumentType]
-        path = make_student(recipe, origin, reference, folder, {"run": "test"})["path"]
+        run: Any = SimpleNamespace(tokenizer=tokenizer, v_eff=len(tokenizer), teacher=reference)
+        path = make_student(recipe, run, folder, {"run": "test"})["path"]
         return read_record(Path(path)), teacher, load_model(path, dtype=torch.float32), folder.read()
 
     return made

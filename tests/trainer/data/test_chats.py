@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from decoct.models.common.cache_folder import cache_dir
 from decoct.models.common.errors import UserError
-from decoct.trainer.cache import cache_dir
 from decoct.trainer.data.chats import ChatEncoder, encode_chat
 from decoct.trainer.data.documents import Documents
 from decoct.trainer.data.prepared_data import open_prepared, prepare_data

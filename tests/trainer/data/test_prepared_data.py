@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from decoct.models.common.cache_folder import cache_dir
 from decoct.models.common.errors import UserError
-from decoct.trainer.cache import cache_dir
 from decoct.trainer.data import prepared_data as prepare
 from decoct.trainer.data.documents import read_documents
 from decoct.trainer.data.prepared_data import PreparedData, open_prepared, prepare_data

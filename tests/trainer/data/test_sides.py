@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from decoct.models.common.cache_folder import cache_dir
 from decoct.models.common.errors import UserError
-from decoct.trainer.cache import cache_dir
 from decoct.trainer.data.prepared_data import PreparedData, open_prepared, prepare_data
 from decoct.trainer.data.sides import UNLABELLED, UNUSED
 from decoct.trainer.data.windows import Windows

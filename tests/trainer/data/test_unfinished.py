@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from decoct.models.common.cache_folder import cache_dir
 from decoct.models.common.errors import UserError
-from decoct.trainer.cache import cache_dir
 from decoct.trainer.data import tokens, unfinished
 from decoct.trainer.data.documents import Documents
 from decoct.trainer.data.prepared_data import PreparedData, prepare_data

@@ -25,7 +25,7 @@ _MIXTRAL = {
 
 
 def said(context: StageContext) -> str:
-    return cast(Any, context.console.file).getvalue()
+    return cast(Any, context.run.console.file).getvalue()
 
 
 def folder_of(tmp_path: Path, words: Any, kind: str, **fields: Any) -> str:

@@ -24,7 +24,7 @@ def scored_on(context: StageContext, monkeypatch: pytest.MonkeyPatch, tokens: in
 
     monkeypatch.setattr(prune, "ffn_channel_scores", scores)
     prune.finish(PruneSettings(structured=StructuredSettings(ffn=48), calibration_tokens=tokens), context, None)
-    windows = context.data.train
+    windows = context.run.data.train
     place = {tuple(windows[index]["input_ids"].tolist()): index for index in range(len(windows))}
     return [place[tuple(row.tolist())] for row in rows]
 
@@ -33,7 +33,7 @@ def test_channels_are_scored_on_windows_from_all_over_the_text(
     make_context: Callable[..., StageContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = make_context("01-prune", kind="prune")
-    count = len(context.data.train)
+    count = len(context.run.data.train)
     seen = scored_on(context, monkeypatch, 16 * 32)
     assert len(set(seen)) == 16
     # in each quarter of the text, where the first 16 windows lie in one
@@ -47,6 +47,6 @@ def test_channels_are_scored_on_the_text_that_rounding_is_calibrated_on(
     make_context: Callable[..., StageContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = make_context("01-prune", kind="prune", seed=3)
-    wanted = torch.cat([batch["input_ids"] for batch in calibration_text(context.data.train, 300, 3).batches])
+    wanted = torch.cat([batch["input_ids"] for batch in calibration_text(context.run.data.train, 300, 3).batches])
     seen = scored_on(context, monkeypatch, 300)
-    assert torch.equal(torch.stack([context.data.train[index]["input_ids"] for index in seen]), wanted)
+    assert torch.equal(torch.stack([context.run.data.train[index]["input_ids"] for index in seen]), wanted)

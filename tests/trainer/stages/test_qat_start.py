@@ -43,7 +43,7 @@ def test_zeros_of_a_sparse_model_are_its_mask_and_codes_of_zero_are_not(
         weight = model.get_parameter(f"{name}.weight").data
         weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(len(name))) < 0.4] = 0
         before[name] = weight.clone()
-    input = save_model_folder(tmp_path / "pruned", model, plain.tokenizer, {"sparse": names}, dtype=torch.float32)
+    input = save_model_folder(tmp_path / "pruned", model, plain.run.tokenizer, {"sparse": names}, dtype=torch.float32)
     folder = started(make_context("sparse", kind="qat", input=str(input)), train=train)
     weights, codes = load_file(folder / "model.safetensors"), load_file(folder / "quant/codes.safetensors")
     for name, own in before.items():

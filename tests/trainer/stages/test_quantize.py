@@ -37,7 +37,7 @@ GPTQ = QuantizeSettings(method="gptq", weights=WEIGHTS)
 
 
 def said(context: StageContext) -> str:
-    return cast(Any, context.console.file).getvalue()
+    return cast(Any, context.run.console.file).getvalue()
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -55,8 +55,8 @@ def test_gptq_loses_less_than_searched_scales_and_those_less_than_rounding(make_
         context = make_context(f"01-{method}")
         finish(QuantizeSettings(method=method, weights=WEIGHTS), context, None)
         model = load_model(context.model, dtype=torch.float32)
-        teacher = load_teacher(str(trained_folder), dtype=torch.float32, v_eff=context.v_eff)
-        lost[method] = evaluate_model(model, teacher, context.data.evaluation).kl
+        teacher = load_teacher(str(trained_folder), dtype=torch.float32, v_eff=context.run.v_eff)
+        lost[method] = evaluate_model(model, teacher, context.run.data.evaluation).kl
         load_quant_state(context.model)
     assert lost["gptq"] < 0.6 * lost["mse"] < 0.6 * lost["rtn"]
 
@@ -99,7 +99,7 @@ def test_what_is_not_rounded_is_calibrated_with_as_it_is_stored(make_context: Ma
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 or "embed" in name:
             parameter.data = parameter.data.bfloat16().float()
-    text = quantize.calibration_text(context.data.train, 262_144, 0)
+    text = quantize.calibration_text(context.run.data.train, 262_144, 0)
     expected = round_model(model, WEIGHTS, RoundingMethod(method="gptq"), text=text).state
     assert load_quant_state(context.model).hash() == expected.hash()
     streamed = make_context("01-streamed", input=str(uneven))

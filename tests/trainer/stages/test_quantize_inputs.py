@@ -35,7 +35,7 @@ def hashes(folder: Path) -> dict[str, bytes]:
 
 
 def said(context: StageContext) -> str:
-    return cast(Any, context.console.file).getvalue()
+    return cast(Any, context.run.console.file).getvalue()
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
@@ -59,8 +59,8 @@ def test_the_folder_is_measured_as_it_will_be_served(make_context: MakeContext, 
     assert set(state.input_scales) == set(state.modules)
     assert len(state.cache.scales) == 2 * 3
     stored, plain = open_for_measuring(str(context.model)), load_model(context.model, dtype=torch.float32)
-    teacher = measure_teacher(str(trained_folder), None, context.v_eff)
-    lost = [evaluate_model(model, teacher, context.data.evaluation).kl for model in (plain, stored)]
+    teacher = measure_teacher(str(trained_folder), None, context.run.v_eff)
+    lost = [evaluate_model(model, teacher, context.run.data.evaluation).kl for model in (plain, stored)]
     assert lost[0] is not None and lost[1] is not None
     assert 0 < 3 * lost[0] < lost[1] < 0.05, "keys, values and inputs cost more than weights of 8 bits, and little"
 

@@ -64,7 +64,7 @@ def made(make_context: Callable[..., StageContext]) -> Made:
             teacher = load_model(source, dtype=torch.float32)
             student, kept = student_by_keeping(teacher, 2)
             names = of_kept_layers(sparse_modules(source), family_of(teacher), kept)
-            return save_model_folder(context.model, student, context.tokenizer, {"sparse": names}, dtype=torch.bfloat16)
+            return save_model_folder(context.model, student, context.run.tokenizer, {"sparse": names}, dtype=torch.bfloat16)
         work = STAGE_KINDS[kind].load()
         assert work.finish is not None
         if work.start:
@@ -161,7 +161,7 @@ def test_zeros_that_no_record_names_are_told_and_kept_as_the_hint_says(
     foreign = unlisted(pruned, tmp_path)
     context = make_context("told", kind="distill", input=str(foreign), trainer=TRAINER)
     STAGE_KINDS["distill"].load().train(STAGES["distill"][1], context)  # pyright: ignore[reportOptionalCall]
-    said = context.console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    said = context.run.console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert "30% of the student's linear weights are exact zeros" in said
     assert "prune: {magnitude: {keep: 0.99, scope: global}}" in said
     listed = make_context("listed", kind="prune", input=str(foreign))
@@ -175,7 +175,7 @@ def test_zeros_that_no_record_names_are_told_and_kept_as_the_hint_says(
 def test_a_quantized_input_is_not_told_of_its_zeros(made: Made, make_context: Callable[..., StageContext], trained_folder: Path) -> None:
     context = make_context("after", kind="distill", input=str(made("rtn", trained_folder)), trainer=TRAINER)
     STAGE_KINDS["distill"].load().train(STAGES["distill"][1], context)  # pyright: ignore[reportOptionalCall]
-    assert "exact zeros" not in context.console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "exact zeros" not in context.run.console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize("stage", ["distill", "structured", "magnitude-once", "rtn", "qat"])

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from decoct.models.common.cache_folder import cache_dir
 from decoct.models.common.errors import UserError
-from decoct.trainer.cache import cache_dir
 
 
 def test_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

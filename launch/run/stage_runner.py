@@ -1,0 +1,123 @@
+"""Runs the stages of a recipe one after the other: done ones are skipped, broken ones resumed, every model is measured."""
+
+from typing import TYPE_CHECKING, Any
+
+from ...models.folder.model_folder import content_hash
+from ...models.pruning.zeros_record import sparse_modules
+from ...models.teachers import TeacherRef
+from ...trainer.evaluation.gates import gate_failures
+from ...trainer.soft_targets.store import FORMAT as CACHE_FORMAT
+from ...trainer.stages.context import RunContext, StageContext, StageResult
+from ...trainer.stages.registry import STAGE_KINDS
+from .report_rows import ReportRows
+from .run_folder import RunFolder, StageFolder
+from .session import Session
+from .stage_key import stage_key
+
+if TYPE_CHECKING:
+    from ...configs.recipe import StageEntry
+
+
+class StageRunner:
+    """The stages of one start of a run, on this rank.
+
+    Args:
+        run: What all stages share.
+        folder: Of the run.
+        session: Of this start.
+        record: What every model folder of the run says about its origin.
+        rows: Takes the figures of each model.
+    """
+
+    def __init__(self, run: RunContext, folder: RunFolder, session: Session, record: dict[str, Any], rows: ReportRows) -> None:
+        self._run = run
+        self._folder = folder
+        self._session = session
+        self._record = record
+        self._rows = rows
+
+    def run(self, entry: "StageEntry", at: dict[str, Any]) -> dict[str, Any]:
+        """Run one stage on the model folder ``at``; returns where the next stage starts (``path`` and ``revision``)."""
+        work = STAGE_KINDS[entry.kind].load()
+        folder = self._folder.stage(entry.name)
+        if (finish := work.finish) is None:
+            self._session.on_first(lambda: self._rows.start_row(entry, at))
+            return at
+        begun = self._session.on_first(lambda: self._begin(entry, at, folder))
+        if begun["done"]:
+            self._run.say(f"{entry.name} is done, skipped")
+        else:
+            self._run.say(entry.name, style="bold")
+            context = StageContext(
+                run=self._run,
+                name=entry.name,
+                kind=entry.kind,
+                folder=folder.path,
+                key=begun["key"],
+                input=at["path"],
+                input_revision=at["revision"],
+                record={**self._record, "parent": begun["input"]},
+            )
+            if (first := work.start) is not None:
+                self._session.on_first(lambda: first(entry.settings, context))
+            trained = work.train(entry.settings, context) if work.train else None
+            self._session.on_first(lambda: self._close(entry, folder, begun, finish(entry.settings, context, trained)))
+        makes_model = self._session.on_first(lambda: self._rows.stage_row(entry, folder))
+        return {"path": str(folder.model), "revision": None} if makes_model else at
+
+    def judge(self, entry: "StageEntry") -> list[str]:
+        """Sentences about the gates of an evaluate stage that its model does not meet, the same on every rank; [] for other stages."""
+        if entry.kind != "evaluate":
+            return []
+
+        def judge() -> list[str]:
+            rows = self._rows.stages
+            teacher = rows[0]["eval"] if rows[0]["kind"] == "teacher" else None
+            return [f"{entry.name}: {sentence}" for sentence in gate_failures(entry.settings, rows[-1]["eval"], teacher)]
+
+        return self._session.on_first(judge)
+
+    def _begin(self, entry: "StageEntry", at: dict[str, Any], folder: StageFolder) -> dict[str, Any]:
+        """Open the stage's folder (rank 0): its key, the hash of its input, and whether it is done."""
+        source = content_hash(at["path"], at["revision"])
+        key = stage_key(
+            name=entry.name,
+            kind=entry.kind,
+            settings=entry.settings,
+            format_version=STAGE_KINDS[entry.kind].format_version,
+            input_hash=source,
+            data=self._run.data.fingerprint,
+            teacher=_teacher_key(self._run.teacher),
+            trainer=self._run.trainer,
+            seed=self._run.seed,
+            sparse=sparse_modules(at["path"], at["revision"]),
+        )
+        state = folder.begin(key, entry.kind)
+        return {"key": key, "input": source, "done": state.get("state") == "done"}
+
+    @staticmethod
+    def _close(entry: "StageEntry", folder: StageFolder, begun: dict[str, Any], result: StageResult) -> None:
+        """Write that the stage is done (rank 0)."""
+        folder.write(
+            {
+                "key": begun["key"],
+                "kind": entry.kind,
+                "state": "done",
+                "input": begun["input"],
+                "makes_model": result.model is not None,
+                "tokens": result.tokens,
+                "seconds": result.seconds,
+                "exports": result.exports,
+                **result.facts,
+            }
+        )
+        folder.drop_checkpoints(keep=1 if entry.kind == "qat" else 0)
+
+
+def _teacher_key(teacher: TeacherRef | None) -> str | None:
+    """What of the teacher changes numbers."""
+    if teacher is None:
+        return None
+    kept = f":{teacher.cache.mode}:{teacher.cache.tokens}:{CACHE_FORMAT}" if teacher.cache else ""
+    kept += f":served:{teacher.served.model}:{teacher.served.tokens}" if teacher.served else ""
+    return f"{teacher.content}:{teacher.load_in}{kept}"
