@@ -7,7 +7,7 @@ from torch import nn
 
 from .common.errors import UserError
 from .families import text_config
-from .folder.meta import meta_model
+from .outline import outline_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -35,7 +35,7 @@ def position_limit(config: "PreTrainedConfig") -> int | None:
     limit = getattr(text, "max_position_embeddings", None)
     if not isinstance(limit, int):
         return None
-    model = meta_model(config)
+    model = outline_of(config)
     tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     tables = [name for name in tables if name.endswith(("wpe", "embed_positions", "position_embeddings", "embed_position"))]
     tables += [name for name, buffer in model.named_buffers() if name.endswith(("embed_positions", "pos_encoding")) and buffer.ndim > 1]

@@ -61,9 +61,7 @@ def student_by_keeping(teacher_model: "PreTrainedModel", layers: int) -> tuple["
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    family = family_of(teacher_model)
-    kept = kept_layers(getattr(teacher_model.config, family.depth_field), layers)
-    config = _shallow_config(teacher_model.config, family, kept)
+    config, kept = kept_config(teacher_model.config, layers)
     device = teacher_model.device
     with torch.device(device), no_init_weights():
         student: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -71,8 +69,19 @@ def student_by_keeping(teacher_model: "PreTrainedModel", layers: int) -> tuple["
     if teacher_model.generation_config is not None:
         student.generation_config = copy.deepcopy(teacher_model.generation_config)
     if device.type != "meta":
-        student.load_state_dict(_renumbered(teacher_model.state_dict(), family, kept))
+        student.load_state_dict(_renumbered(teacher_model.state_dict(), family_of(teacher_model), kept))
     return student.eval(), kept
+
+
+def kept_config(config: "PreTrainedConfig", layers: int) -> tuple["PreTrainedConfig", list[int]]:
+    """(config of a student made of ``layers`` layers of a teacher with this config, indices of those layers).
+
+    Raises:
+        UserError: as ``student_by_keeping``.
+    """
+    family = family_of(config)
+    kept = kept_layers(getattr(config, family.depth_field), layers)
+    return _shallow_config(config, family, kept), kept
 
 
 def _shallow_config(source: "PreTrainedConfig", family: Family, kept: list[int]) -> "PreTrainedConfig":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...models.common.errors import UserError
+from ...models.common.light_configs import import_configs_alone
 from ...qat.scheme import example_of
 
 if TYPE_CHECKING:
@@ -133,10 +134,10 @@ def shape_of(config: "PreTrainedConfig", source: str) -> ModelShape:
     from ...models.capabilities import capabilities
     from ...models.dimensions import dimensions
     from ...models.families import decoder_layers, decoder_linears, layers_prefix
-    from ...models.folder.loading import meta_model
+    from ...models.outline import outline_of
     from ...qat.layers.targets import is_tied
 
-    model = meta_model(config)
+    model = outline_of(config)
     names = {id(module): name for name, module in model.named_modules()}
     layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)]
     return ModelShape(
@@ -161,6 +162,7 @@ def config_of(path: str, revision: str | None = None) -> tuple["PreTrainedConfig
     from ...configs.architectures import HUB_IDS, architecture, names
     from ...models.folder.loading import load_config
 
+    import_configs_alone()
     if Path(path).is_dir():
         return load_config(path), f"config.json in {path}"
     if path in HUB_IDS or path in names():
@@ -170,6 +172,7 @@ def config_of(path: str, revision: str | None = None) -> tuple["PreTrainedConfig
 
 def config_from(fields: dict[str, Any]) -> "PreTrainedConfig":
     """The transformers config of plain fields, ``model_type`` among them."""
+    import_configs_alone()
     from transformers import AutoConfig
 
     from ...models.folder.config_checks import check_numbers
@@ -185,6 +188,7 @@ def teacher_shape(recipe: "Recipe") -> ModelShape | None:
     if scratch := recipe.teacher.scratch:
         from ...trainer.scratch import scratch_config
 
+        import_configs_alone()
         return shape_of(scratch_config(scratch, scratch.vocab, recipe.data.seq_length), "teacher.scratch")
     assert recipe.teacher.path is not None
     return shape_of(*config_of(recipe.teacher.path, recipe.teacher.revision))
@@ -192,8 +196,7 @@ def teacher_shape(recipe: "Recipe") -> ModelShape | None:
 
 def student_shape(recipe: "Recipe", teacher: ModelShape | None) -> ModelShape:
     """The student as the first stage finds it; its vocabulary is the teacher's until the tokenizer is read."""
-    from ...models.folder.loading import meta_model
-    from ...models.student import student_by_keeping
+    from ...models.student import kept_config
 
     settings = recipe.student
     if settings.path:
@@ -203,8 +206,8 @@ def student_shape(recipe: "Recipe", teacher: ModelShape | None) -> ModelShape:
             raise UserError("student.keep needs a teacher to cut the student from; add one, or use student.path")
         if reason := teacher.family.refusal("keep layers"):
             raise ImpossibleStageError(f"student.keep: {reason}; use student.path or student.config (docs/families.md)")
-        student, _ = student_by_keeping(meta_model(teacher.config), settings.keep.layers)
-        return shape_of(student.config, f"{settings.keep.layers} of the teacher's {teacher.layers} layers")
+        config, _ = kept_config(teacher.config, settings.keep.layers)
+        return shape_of(config, f"{settings.keep.layers} of the teacher's {teacher.layers} layers")
     fields = dict(settings.config or {})
     if teacher is not None:
         fields.setdefault("vocab_size", teacher.vocabulary)

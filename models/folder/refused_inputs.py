@@ -36,8 +36,6 @@ def check_text_model(path: str | Path, config: "PreTrainedConfig") -> None:
     Raises:
         UserError: naming the command that makes its text model, where transformers has one.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
     from ..families import text_config
 
     parts: Any = getattr(type(config), "sub_configs", None) or {}
@@ -45,6 +43,8 @@ def check_text_model(path: str | Path, config: "PreTrainedConfig") -> None:
     others = [name for name in parts if any(sense in name for sense in _OTHER_SENSES)]
     if text is config and not others:
         return
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     build: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if build is not None and build.config_class is not type(config):
         return  # transformers takes the text model of it itself

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 from ...models.folder.loading import find_model_folder
 from ...models.folder.model_folder import read_record
 from ...models.pruning.zeros_record import TOLD_FROM, check_sparse, sparse_modules, unlisted_zeros
-from ..loop.hooks import KeepZeros, StepHook
 from .context import StageContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ..loop.hooks import StepHook
 
 
 def input_record(context: StageContext) -> list[str]:
@@ -24,12 +25,15 @@ def input_zeros(context: StageContext, model: "PreTrainedModel") -> list[str]:
     return names
 
 
-def keep_zeros_hooks(context: StageContext, model: "PreTrainedModel") -> list[StepHook]:
+def keep_zeros_hooks(context: StageContext, model: "PreTrainedModel") -> "list[StepHook]":
     """A hook that keeps the zeros of the stage's input; none when its record names none.
 
     Raises:
         UserError: the record names what is no linear layer of ``model``.
     """
+    # the plan reads this module's neighbours, and needs no hooks: theirs bring torch's sharded tensors with them
+    from ..loop.hooks import KeepZeros
+
     names = input_zeros(context, model)
     return [KeepZeros(names)] if names else []
 
