@@ -88,7 +88,7 @@ def context(folder: Path, target: Path) -> Any:
         folder=target,
         input=str(folder),
         input_revision=None,
-        data=SimpleNamespace(evaluation=Text()),
+        run=SimpleNamespace(data=SimpleNamespace(evaluation=Text())),
         say=lambda text: print(text, file=sys.stderr),
     )
 

@@ -25,7 +25,8 @@ from ..runtimes.check import check_runtimes
 from ..source.openers import PLAIN_GGUF, SourceFolder
 from ..source.plain_source import CastError, PlainSource
 from ..source.quantized_source import ExportSource
-from ..verify.exactness import rebuilt_hashes, scale_hashes
+from ..verify.exactness import Proof, prove
+from ..verify.structure import structure_problems
 from .card import CardFacts, FormatCard, card_text, said_of
 from .check_limits import check_limits
 from .compressed_tensors import writer as compressed_tensors
@@ -125,10 +126,12 @@ class ExportResult:
     """How far the rounded weights are from the source's; None where nothing was rounded."""
     runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """As ``qat.runtimes.check.check_runtimes`` gives them; {} when not asked for."""
+    proof: Proof
+    """What the independent reader found: the hashes that ``decoct.json`` records. It has no problems, or nothing would be written."""
 
 
 def export_folder(
-    source: Path,
+    source: Path | SourceFolder,
     target: Path,
     format: str,
     *,
@@ -143,7 +146,8 @@ def export_folder(
     ``runtimes`` every installed runtime loads the folder in a fresh process and is compared too.
 
     Args:
-        source: A folder that ``qat`` or ``quantize`` wrote; for gguf-f32, gguf-f16 and gguf-bf16 one with plain weights.
+        source: A folder that ``qat`` or ``quantize`` wrote; for gguf-f32, gguf-f16 and gguf-bf16 one with plain weights. A SourceFolder
+            is read and proven once for several formats.
         target: The folder to make; it must not exist.
         format: A name in ``EXPORTERS``.
         runtimes: Also load it in installed runtimes (some seconds; a runtime that is not installed is reported, not an error).
@@ -162,12 +166,13 @@ def export_folder(
         near = difflib.get_close_matches(format, EXPORTERS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"format {format!r} is not one of {', '.join(EXPORTERS)}{hint}")
-    source, target = Path(source), Path(target)
+    opening = source if isinstance(source, SourceFolder) else SourceFolder(source)
+    source, target = opening.path, Path(target)
     if target.resolve() != source.resolve() and target.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{target} lies inside the model folder {source}, whose files are on record; choose a place outside it")
     with atomic_directory(target) as folder:
         check_record(source)  # what is packed gets new hashes, so that damage must be found before
-        opened = replace(SourceFolder(source).open(format), reader_version=reader_version)
+        opened = replace(opening.open(format), reader_version=reader_version)
         _check_tokenizer(source)
         check_limits(opened, format)
         if exporter.check_values:
@@ -178,14 +183,16 @@ def export_folder(
         write_json_atomic(folder / "config.json", with_older_fields(exporter.config(opened)))
         exporter.write(folder, opened)
         _copy_companions(source, folder)
-        hashes = _check_exact(folder, opened)
+        content = _record(opened)
+        proof = _proven(folder, opened, content)
         seen = _checked_runtimes(folder, tokens) if runtimes else {}
         size = folder_bytes(folder)
         facts = replace(_facts(opened, target.name, size, seen, rounding), format=format)
         (folder / "README.md").write_text(card_text(facts, exporter.card), encoding="utf-8")
-        export = {"format": format, "bytes": size, "weights": hashes, "scales": scale_hashes(folder), "runtimes": seen}
-        _write_record(folder, opened, export | ({"rounding": asdict(rounding)} if rounding else {}))
-    return ExportResult(format=format, path=target, bytes=size, exact=rounding is None, runtimes=seen, rounding=rounding)
+        export = {"format": format, "bytes": size, "weights": proof.weights, "scales": proof.scales, "runtimes": seen}
+        export |= {"rounding": asdict(rounding)} if rounding else {}
+        write_record(folder, {**content, "export": export})
+    return ExportResult(format=format, path=target, bytes=size, exact=rounding is None, runtimes=seen, rounding=rounding, proof=proof)
 
 
 def _rounding(source: ExportSource, format: str, allow_inexact: bool) -> CastError | None:
@@ -217,14 +224,17 @@ def _copy_companions(source: Path, folder: Path) -> None:
     mend_tokenizer_config(folder / "tokenizer_config.json")
 
 
-def _check_exact(folder: Path, source: ExportSource) -> dict[str, str]:
-    hashes, problems = rebuilt_hashes(folder, source)
+def _proven(folder: Path, source: ExportSource, record: dict[str, Any]) -> Proof:
+    """Every weight element by element, and what config and metadata say; DecoctError when anything is not the source's."""
+    proof = prove(folder, source)
+    # the codes' ranges are a part of the proof, which has decoded them
+    problems = proof.problems or structure_problems(folder, record, codes=False)
     if problems:
         raise DecoctError(
             f"the export is not exact: {problems[0]} ({len(problems)} problems in all). This is a fault of decoct, not of the model; "
             "nothing was left behind. Please report it."
         )
-    return hashes
+    return proof
 
 
 def _checked_runtimes(folder: Path, tokens: "Tensor | None") -> dict[str, dict[str, Any]]:
@@ -261,7 +271,6 @@ def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[
     )
 
 
-def _write_record(folder: Path, source: ExportSource, export: dict[str, Any]) -> None:
-    """decoct.json: the source's record, what the export's weights hash to, and the sha256 of every other file."""
-    quant = {"quant": source.state.record()} if source.state.modules else {}
-    write_record(folder, {**source.record, **quant, "export": export})
+def _record(source: ExportSource) -> dict[str, Any]:
+    """What decoct.json says of the source."""
+    return {**source.record, **({"quant": source.state.record()} if source.state.modules else {})}

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...models.common.errors import UserError
+from .tensors import Decoded
 
 MAX_HEADER_BYTES = 1 << 28
 MAX_ENTRIES = 1 << 16
@@ -58,22 +59,29 @@ class GgufFile:
     tensors: dict[str, GgufTensor]
     """By name, in the order of the table."""
 
-    def codes_and_scales(self, name: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-        """(signed codes [out, in], scales [out, in / 32]; of Q2_0 in / 64) of a tensor of blocks.
+    def decode(self, name: str) -> Decoded:
+        """A tensor of blocks; scales are [out, in / 32], of Q2_0 [out, in / 64].
 
         Of Q4_1 and Q5_1 the codes are shifted like those of Q4_0 and Q5_0; minimums are left out. Codes of Q2_0 are -1 to 2.
 
         Raises:
-            UserError: a scale is not finite, or zero though the block's codes are not.
+            UserError: a scale or value is not finite, or a scale is zero though the block's codes are not.
         """
         tensor = self.tensors[name]
         blocks = self._blocks(tensor)
         scales = self._halves(tensor, blocks, 0)
-        packed = blocks[:, 4 if tensor.type in _WITH_MINIMUM else 2 :]
-        codes = packed.view(np.int8) if tensor.type == "Q8_0" else _fields(tensor.type, packed) - _MIDDLES[tensor.type]
-        if tensor.type not in _WITH_MINIMUM and (codes[scales[:, 0] == 0] != 0).any():
-            raise UserError(f"{self.path}: {name} has a block with scale 0 whose codes are not; {_REMEDY}")
-        return codes.reshape(tensor.shape), scales.reshape(*tensor.shape[:-1], -1)
+        if tensor.type in _WITH_MINIMUM:
+            fields = _fields(tensor.type, blocks[:, 4:])
+            codes = fields - _MIDDLES[tensor.type]
+            values = fields.astype(np.float32) * scales + self._halves(tensor, blocks, 2)
+        else:
+            packed = blocks[:, 2:]
+            codes = packed.view(np.int8) if tensor.type == "Q8_0" else _fields(tensor.type, packed) - _MIDDLES[tensor.type]
+            if (codes[scales[:, 0] == 0] != 0).any():
+                raise UserError(f"{self.path}: {name} has a block with scale 0 whose codes are not; {_REMEDY}")
+            values = codes.astype(np.float32) * scales
+        self._check_finite(name, values)
+        return Decoded(values.reshape(tensor.shape), codes.reshape(tensor.shape), scales.reshape(*tensor.shape[:-1], -1))
 
     def read(self, name: str) -> NDArray[np.float32]:
         """A tensor as fp32: the exact stored value, or codes times scales.
@@ -82,18 +90,15 @@ class GgufFile:
             UserError: a value or scale is not finite.
         """
         tensor = self.tensors[name]
-        if tensor.type in ("F32", "F16", "BF16"):
-            values = self._floats(tensor)
-        elif tensor.type in _WITH_MINIMUM:
-            blocks = self._blocks(tensor)
-            scale, least = self._halves(tensor, blocks, 0), self._halves(tensor, blocks, 2)
-            values = _fields(tensor.type, blocks[:, 4:]).astype(np.float32) * scale + least
-        else:
-            codes, scales = self.codes_and_scales(name)
-            values = codes.reshape(scales.size, -1).astype(np.float32) * scales.reshape(-1, 1)
+        if tensor.type not in ("F32", "F16", "BF16"):
+            return self.decode(name).weight
+        values = self._floats(tensor)
+        self._check_finite(name, values)
+        return values.reshape(tensor.shape)
+
+    def _check_finite(self, name: str, values: NDArray[np.float32]) -> None:
         if not np.isfinite(values).all():
             raise UserError(f"{self.path}: {name} holds NaN or infinite values; {_REMEDY}")
-        return values.reshape(tensor.shape)
 
     def _blocks(self, tensor: GgufTensor) -> NDArray[np.uint8]:
         return self._raw(tensor).reshape(-1, next(size for kind, _, size in _TYPES.values() if kind == tensor.type))

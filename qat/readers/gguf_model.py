@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ...models.common.errors import UserError
 from .gguf_file import GgufFile, read_gguf
+from .tensors import Decoded
 
 FILE = "model.gguf"
 EXTRA = ("rope_freqs.weight",)
@@ -96,7 +97,10 @@ class GgufModel:
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """The fp32 tensor ``name`` in transformers' layout; UserError as ``GgufFile.read``."""
-        values = self._in_halves(name, self.file.read(self._stored[name]))
+        return self._as_ours(name, self.file.read(self._stored[name]))
+
+    def _as_ours(self, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        values = self._in_halves(name, values)
         if self.architecture.startswith("gemma") and "norm" in name:
             return values - np.float32(1)
         return np.ascontiguousarray(values.T) if self._turned(name) else values
@@ -107,11 +111,11 @@ class GgufModel:
             return (values + np.float32(1)) - np.float32(1)
         return values
 
-    def codes_and_scales(self, module: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-        """(codes [out, in], scales [out, blocks]) of a module, as ``GgufFile.codes_and_scales``, rows in transformers' order."""
+    def decode(self, module: str) -> Decoded:
+        """A module: its weight as ``tensor`` gives it; codes and scales as ``GgufFile.decode`` does, rows in transformers' order."""
         name = f"{module}.weight"
-        codes, scales = self.file.codes_and_scales(self._stored[name])
-        return self._in_halves(name, codes), self._in_halves(name, scales)
+        weight, codes, scales = self.file.decode(self._stored[name])
+        return Decoded(self._as_ours(name, weight), self._in_halves(name, codes), self._in_halves(name, scales))
 
     def number(self, key: str) -> Any:
         """An entry ``<architecture>.<key>``; None when it is not there."""

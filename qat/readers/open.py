@@ -13,7 +13,7 @@ from .compressed_tensors import PackedFolder, is_packed
 from .gguf_model import GgufModel, find_gguf
 from .gptq import GptqFolder
 from .plain import PlainFolder
-from .tensors import WeightFolder, read_config
+from .tensors import Decoded, WeightFolder, read_config
 
 
 class ExportReader(Protocol):
@@ -34,8 +34,8 @@ class ExportReader(Protocol):
         """What ``tensor`` gives when the tensor ``name`` of the source holds ``values``: the same, unless the format shifts them."""
         ...
 
-    def codes_and_scales(self, module: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-        """(codes [out, in], scales [out, groups]); in / groups may be a part of the group that was trained."""
+    def decode(self, module: str) -> Decoded:
+        """A quantized module: its weight as ``tensor`` gives it, its codes and its scales."""
         ...
 
 

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,17 @@ class StoredCodes:
         return (self.centred().astype(np.float32) * self.scales[:, :, None]).reshape(self.codes.shape)
 
 
+class Decoded(NamedTuple):
+    """A quantized module, decoded once: what it is multiplied with, and what is stored of it."""
+
+    weight: NDArray[np.float32]
+    """[out, in]"""
+    codes: NDArray[np.int8]
+    """[out, in], signed."""
+    scales: NDArray[np.float32]
+    """[out, groups]; in / groups may be a part of the group that was trained."""
+
+
 class WeightFolder(ABC):
     """An opened export in safetensors: which tensors it has, and each of them as fp32."""
 
@@ -85,10 +96,10 @@ class WeightFolder(ABC):
     def unlisted(self, linears: tuple[str, ...]) -> list[str]:
         """Sentences about linears that are plain or packed against what the config says of them."""
 
-    def codes_and_scales(self, module: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-        """(codes [out, in], scales [out, groups]) of a quantized module; UserError as ``lattice``."""
+    def decode(self, module: str) -> Decoded:
+        """A quantized module; UserError as ``lattice``."""
         lattice = self.lattice(module)
-        return lattice.codes.astype(np.int8), lattice.scales
+        return Decoded(lattice.weight(), lattice.codes.astype(np.int8), lattice.scales)
 
     def as_stored(self, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """``values``: these formats shift none."""

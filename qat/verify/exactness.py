@@ -5,6 +5,7 @@ multiplies with, however their bytes are arranged.
 """
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,23 +14,35 @@ from numpy.typing import NDArray
 
 from ...models.common.errors import UserError
 from ..readers.compressed_tensors import PackedFolder
+from ..readers.gguf_model import GgufModel
 from ..readers.open import ExportReader, open_export
+from ..readers.tensors import Decoded
 from .exact_kv_cache import cache_differences, cache_values
+from .gguf_metadata import code_problems
 
 if TYPE_CHECKING:
     from ..source.quantized_source import ExportSource
 
 
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What the independent reader found in an export."""
+
+    weights: dict[str, str]
+    """``weight_hash`` of each rebuilt tensor by original name."""
+    scales: dict[str, str]
+    """``weight_hash`` of the scales of each quantized module, and of each attention module whose keys and values are rounded."""
+    problems: list[str]
+    """Sentences about what is not the source's; [] when the export is exact."""
+
+
 def weight_hash(values: NDArray[np.float32]) -> str:
     """Hex sha256 of the little-endian fp32 bytes of a tensor, row by row."""
-    return hashlib.sha256(np.ascontiguousarray(values, dtype="<f4").tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(values, dtype="<f4").data).hexdigest()
 
 
-def rebuilt_hashes(folder: Path, source: "ExportSource") -> tuple[dict[str, str], list[str]]:
-    """Rebuild every tensor of an export and compare it with its source, element by element.
-
-    Returns:
-        (``weight_hash`` of each rebuilt tensor by original name, sentences about what differs: [] when the export is exact).
+def prove(folder: Path, source: "ExportSource") -> Proof:
+    """Rebuild every tensor of an export, compare it with its source element by element, and hash it: each packed module is decoded once.
 
     Raises:
         UserError: the export cannot be read.
@@ -41,19 +54,34 @@ def rebuilt_hashes(folder: Path, source: "ExportSource") -> tuple[dict[str, str]
     problems = [f"{name} is missing" for name in sorted(wanted - set(shapes))]
     problems += [f"{name} is not in the source" for name in sorted(set(shapes) - wanted)]
     problems += cache_differences(opened, source)
-    hashes: dict[str, str] = {}
+    weights: dict[str, str] = {}
+    scales: dict[str, str] = {}
     for name in shapes:
-        rebuilt = opened.tensor(name)
-        hashes[name] = weight_hash(rebuilt)
+        module = name.removesuffix(".weight")
+        rebuilt, packed = _decoded(opened, name)
+        weights[name] = weight_hash(rebuilt)
+        if packed is not None:
+            scales[module] = _scale_hash(opened, module, packed)
+            problems += code_problems(module, packed, source.state.spec_of(module)) if isinstance(opened, GgufModel) else []
         if name in wanted:
             expected = opened.as_stored(name, source_weight(source, name, quantized.get(name)))
             if not np.array_equal(expected, rebuilt):
                 problems.append(f"{name} is not the source's: {_differing(expected, rebuilt)}")
-    return hashes, problems
+    scales |= {name: weight_hash(values) for name, values in cache_values(opened).items()}
+    return Proof(weights=weights, scales=scales, problems=problems)
+
+
+def _decoded(opened: ExportReader, name: str) -> tuple[NDArray[np.float32], Decoded | None]:
+    """(a tensor as fp32, the packed module that it is the weight of; None where it is plain)."""
+    module = name.removesuffix(".weight")
+    if module not in opened.modules:
+        return opened.tensor(name), None
+    packed = opened.decode(module)
+    return packed.weight, packed
 
 
 def source_weight(source: "ExportSource", name: str, module: str | None) -> NDArray[np.float32]:
-    """fp32 tensor of a quantized folder: the values of a module's lattice, or of a plain tensor (``module`` None)."""
+    """fp32 tensor of a quantized folder: the values of a module's codes and scales, or of a plain tensor (``module`` None)."""
     if module is None:
         return source.tensor(name).float().numpy()
     return source.state.dequantized(module).numpy()
@@ -85,8 +113,10 @@ def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]
     compared = 0
     for name in shapes:
         try:
-            problem = None if recorded is None else _scale_problem(opened, name, record)
-            found = weight_hash(opened.tensor(name))
+            rebuilt, packed = _decoded(opened, name)
+            hashes = None if recorded is None else record["export"].get("scales")
+            problem = None if recorded is None or packed is None else _scale_problem(opened, name.removesuffix(".weight"), packed, hashes)
+            found = weight_hash(rebuilt)
         except UserError as error:
             problems.append(str(error))
             continue
@@ -100,36 +130,23 @@ def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]
     return compared, problems
 
 
-def scale_hashes(folder: Path) -> dict[str, str]:
-    """``weight_hash`` of the scales of every quantized module, and attention module, as the independent reader finds them."""
-    opened = open_export(folder)
-    cache = {name: weight_hash(values) for name, values in cache_values(opened).items()}
-    return {module: _scale_hash(opened, module) for module in opened.modules} | cache
-
-
-def _scale_hash(opened: ExportReader, module: str) -> str:
+def _scale_hash(opened: ExportReader, name: str, module: Decoded) -> str:
     """Hash of a module's scales, and of the scale and zero point of its inputs where they are stored."""
-    scales = opened.codes_and_scales(module)[1]
-    inputs = opened.inputs(module) if isinstance(opened, PackedFolder) else None
+    inputs = opened.inputs(name) if isinstance(opened, PackedFolder) else None
     if inputs is None or inputs.scale is None:
-        return weight_hash(scales)
-    return weight_hash(np.append(scales.ravel(), np.array([inputs.scale, inputs.zero], np.float32)))
+        return weight_hash(module.scales)
+    return weight_hash(np.append(module.scales.ravel(), np.array([inputs.scale, inputs.zero], np.float32)))
 
 
-def _scale_problem(opened: ExportReader, name: str, record: dict[str, Any]) -> str | None:
-    """What is wrong with the scales of a module, which show in no weight where the codes are zero; None for plain tensors.
+def _scale_problem(opened: ExportReader, name: str, module: Decoded, recorded: dict[str, str] | None) -> str | None:
+    """What is wrong with the scales of a module, which show in no weight where the codes are zero.
 
-    Records of older exports have no hash of the scales: those know that decoct stores groups of zeros with scale 1.
+    Records of older exports have no hash of the scales (``recorded`` None): those know that decoct stores groups of zeros with scale 1.
     """
-    module = name.removesuffix(".weight")
-    if module not in opened.modules:
-        return None
-    codes, scales = opened.codes_and_scales(module)
-    recorded = record["export"].get("scales")
     if recorded is not None:
-        return None if recorded.get(module) == _scale_hash(opened, module) else f"{module}: its scales are not those that were exported"
-    empty = ~codes.reshape(*scales.shape, -1).any(axis=2)
-    return f"{module}.weight_scale: a group of zeros has another scale than 1" if (scales[empty] != 1).any() else None
+        return None if recorded.get(name) == _scale_hash(opened, name, module) else f"{name}: its scales are not those that were exported"
+    empty = ~module.codes.reshape(*module.scales.shape, -1).any(axis=2)
+    return f"{name}.weight_scale: a group of zeros has another scale than 1" if (module.scales[empty] != 1).any() else None
 
 
 def _differing(expected: NDArray[np.float32], found: NDArray[np.float32]) -> str:

@@ -14,6 +14,7 @@ from ...models.folder.folder_checks import read_json
 from ...models.folder.loading import load_tokenizer
 from ...models.folder.structure import model_structure, plain_config
 from ..readers.gguf_model import GgufModel
+from ..readers.tensors import Decoded
 from ..spec import QuantSpec
 
 _FIELDS = {
@@ -34,8 +35,13 @@ _SAMPLING = {
 """general.sampling.* -> names in generation_config.json."""
 
 
-def gguf_problems(model: GgufModel, record: dict[str, Any]) -> list[str]:
+def gguf_problems(model: GgufModel, record: dict[str, Any], *, codes: bool = True) -> list[str]:
     """What disagrees, one sentence each; [] when nothing does.
+
+    Args:
+        model: The opened file, with config and tokenizer in its folder.
+        record: ``decoct.json``; {} when there is none.
+        codes: Also decode every module and see that its codes are in the range that the record says (``exactness.prove`` does too).
 
     Raises:
         UserError: config or tokenizer beside the file cannot be read.
@@ -45,7 +51,7 @@ def gguf_problems(model: GgufModel, record: dict[str, Any]) -> list[str]:
     config: Any = plain_config(folder)
     problems += [f"{name}: {problem}" for problem in [*_number_problems(model, config), *_rope_problems(model, config)]]
     problems += [f"{name}: {problem}" for problem in _token_problems(model, folder)]
-    return problems + _record_problems(model, record)
+    return problems + _record_problems(model, record, codes)
 
 
 def _number_problems(model: GgufModel, config: Any) -> list[str]:
@@ -145,7 +151,7 @@ def _generation_problems(model: GgufModel, folder: Path) -> list[str]:
     return problems
 
 
-def _record_problems(model: GgufModel, record: dict[str, Any]) -> list[str]:
+def _record_problems(model: GgufModel, record: dict[str, Any], codes: bool) -> list[str]:
     quant = record.get("quant")
     if quant is None:
         return [f"{name} is packed, but decoct.json records no quantization" for name in model.modules[:1]] if record else []
@@ -155,17 +161,19 @@ def _record_problems(model: GgufModel, record: dict[str, Any]) -> list[str]:
         return [f"decoct.json: the entry 'quant' cannot be read ({error})"]
     if modules != set(model.modules):
         return ["the packed modules are not those that decoct.json lists"]
-    # modules may have lattices of their own: of the usual one the range is known
-    usual = [name for name in model.modules if name not in (quant.get("own_specs") or {})]
-    return [f"{name} has codes outside {spec.qmin}..{spec.qmax}" for name in usual if not _in_range(model, name, spec)][:1]
+    # modules may have schemes of their own: of the usual one the range is known
+    usual = (name for name in model.modules if name not in (quant.get("own_specs") or {})) if codes else ()
+    return [problem for name in usual for problem in code_problems(name, model.decode(name), spec)][:1]
 
 
-def _in_range(model: GgufModel, module: str, spec: QuantSpec) -> bool:
-    codes, scales = model.codes_and_scales(module)
-    blocks = codes.reshape(scales.size, -1).astype(np.int16)
+def code_problems(name: str, module: Decoded, spec: QuantSpec) -> list[str]:
+    """A sentence about a module whose codes are outside the range of its scheme; [] when they are inside."""
+    blocks = module.codes.reshape(module.scales.size, -1).astype(np.int16)
     if spec.symmetric:
         # Q2_0 has the signs of codes and scale turned
-        blocks = np.where(scales.reshape(-1, 1) < 0, -blocks, blocks)
-        return spec.qmin <= int(blocks.min()) <= int(blocks.max()) <= spec.qmax
-    # codes are moved by a number that a block may choose: only how far they lie apart is the lattice's
-    return int((blocks.max(1) - blocks.min(1)).max()) <= spec.qmax - spec.qmin
+        blocks = np.where(module.scales.reshape(-1, 1) < 0, -blocks, blocks)
+        inside = spec.qmin <= int(blocks.min()) <= int(blocks.max()) <= spec.qmax
+    else:
+        # codes are moved by a number that a block may choose: only how far they lie apart is the scheme's
+        inside = int((blocks.max(1) - blocks.min(1)).max()) <= spec.qmax - spec.qmin
+    return [] if inside else [f"{name} has codes outside {spec.qmin}..{spec.qmax}"]

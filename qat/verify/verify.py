@@ -10,18 +10,14 @@ from typing import TYPE_CHECKING, Any
 from ...models.common.errors import UserError
 from ...models.folder.model_folder import RECORD, read_record, verify_folder_files
 from ...models.folder.safetensors_read import read_header
-from ...models.folder.structure import model_structure
 from ..footprint import weight_files
-from ..readers.gguf_model import GgufModel, find_gguf
-from ..readers.open import is_export, open_folder
-from ..readers.tensors import WeightFolder
+from ..readers.gguf_model import find_gguf
+from ..readers.open import is_export
 from ..rebuild import load_exported_model as load_exported_model
 from ..runtimes.check import check_runtimes
 from ..source.openers import SourceFolder
-from ..spec import QuantSpec
-from .exact_kv_cache import cache_of
-from .exactness import check_recorded, rebuilt_hashes
-from .gguf_metadata import gguf_problems
+from .exactness import check_recorded, prove
+from .structure import structure_problems
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +46,9 @@ class VerifyReport:
             self.checks.append(passed)
 
 
-def verify_folder(path: Path, *, source: Path | None = None, runtimes: bool = True, tokens: "Tensor | None" = None) -> VerifyReport:
+def verify_folder(
+    path: Path, *, source: Path | SourceFolder | None = None, runtimes: bool = True, tokens: "Tensor | None" = None
+) -> VerifyReport:
     """Check a model folder without changing it; what is wrong with it is reported, not raised.
 
     Args:
@@ -63,6 +61,7 @@ def verify_folder(path: Path, *, source: Path | None = None, runtimes: bool = Tr
         UserError: ``path`` is no folder, or ``source`` cannot be used.
     """
     path = Path(path)
+    source = SourceFolder(source) if isinstance(source, str | Path) else source
     file = find_gguf(path)
     if file is not None:
         path = file.parent
@@ -81,17 +80,17 @@ def verify_folder(path: Path, *, source: Path | None = None, runtimes: bool = Tr
     if packed:
         _check_packed(path, record, report)
         if source is not None:
-            _check_source(path, Path(source), report)
+            _check_source(path, source, report)
         if runtimes:
             _check_runtimes(path, tokens, report)
     else:
         _check_plain(path, record, report)
         if source is not None:
-            raise UserError(f"{path} is not an export (its weights are plain), so there is nothing to compare with {source}")
+            raise UserError(f"{path} is not an export (its weights are plain), so there is nothing to compare with {source.path}")
     return report
 
 
-def _verify_bare_gguf(path: Path, source: Path | None) -> VerifyReport:
+def _verify_bare_gguf(path: Path, source: SourceFolder | None) -> VerifyReport:
     """A file alone, as others pass it on: no record, and no config to compare its metadata or run a reference with."""
     report = VerifyReport()
     _, problems = check_recorded(path, {})
@@ -121,58 +120,17 @@ def _check_packed(path: Path, record: dict[str, Any], report: VerifyReport) -> N
     compared, problems = check_recorded(path, record)
     note = f", {compared} of them as recorded" if compared else ", nothing recorded to compare them with"
     report.note(problems, f"an independent reader rebuilds every weight: finite, scales positive{note}")
-    report.note(_structure_problems(path, record), "names and shapes are those that config.json asks for")
+    report.note(structure_problems(path, record), "names and shapes are those that config.json asks for")
 
 
-def _structure_problems(path: Path, record: dict[str, Any]) -> list[str]:
-    """Names, shapes and scheme against config and record."""
-    try:
-        if find_gguf(path) is not None:
-            return gguf_problems(GgufModel(path), record)
-        opened = open_folder(path)
-        structure = model_structure(path, opened.shapes())
-        problems = [f"{path.name}: {problem}" for problem in structure.differences(opened.shapes())]
-        # runtimes expect packed tensors of every linear that the config does not leave out
-        problems += opened.unlisted(structure.linears)
-        return problems + _record_problems(opened, record)
-    except UserError as error:
-        return [str(error)]
-
-
-def _record_problems(opened: WeightFolder, record: dict[str, Any]) -> list[str]:
-    quant = record.get("quant")
-    if quant is None or not opened.modules:
-        return []
-    try:
-        modules, own = set(quant["modules"]), quant.get("own_specs") or {}
-        specs = {module: QuantSpec.from_json(own.get(module, quant["spec"])) for module in modules}
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        return [f"{RECORD}: the entry 'quant' cannot be read ({error})"]
-    problems = _cache_problems(opened, quant)
-    problems += [] if modules == set(opened.modules) else [f"the packed modules are not those that {RECORD} lists"]
-    for module in opened.modules:
-        spec, scheme = specs.get(module), opened.scheme_of(module)
-        if spec and (scheme.bits, scheme.group_size) != (spec.bits, None if isinstance(spec.group_size, str) else spec.group_size):
-            problems.append(f"config.json says {scheme} of {module}; {RECORD} says {spec}")
-            break
-    return problems
-
-
-def _cache_problems(opened: WeightFolder, quant: dict[str, Any]) -> list[str]:
-    """Attention modules of which either the export or the record alone says that their keys and values are rounded."""
-    found, recorded = {name.rpartition(".")[0] for name in cache_of(opened)}, set(map(str, quant.get("attentions") or ()))
-    problems = [f"kv_cache: {name} has no k_scale and v_scale, but {RECORD} says so" for name in sorted(recorded - found)]
-    return problems + [f"kv_cache: {name} has a k_scale and v_scale that {RECORD} says nothing of" for name in sorted(found - recorded)]
-
-
-def _check_source(path: Path, source: Path, report: VerifyReport) -> None:
+def _check_source(path: Path, source: SourceFolder, report: VerifyReport) -> None:
     folder = path.parent if path.is_file() else path
-    opened = SourceFolder(source).open(read_record(folder).get("export", {}).get("format"))
+    opened = source.open(read_record(folder).get("export", {}).get("format"))
     try:
-        _, problems = rebuilt_hashes(path, opened)
+        problems = prove(path, opened).problems
     except UserError as error:
         problems = [str(error)]
-    report.note(problems, f"every weight equals that of {source}, element by element")
+    report.note(problems, f"every weight equals that of {source.path}, element by element")
 
 
 def _check_runtimes(path: Path, tokens: "Tensor | None", report: VerifyReport) -> None:

@@ -144,7 +144,7 @@ def read_all(folder: Path) -> None:
     for name in opened.shapes():
         opened.tensor(name)
     for module in opened.modules:
-        opened.codes_and_scales(module)
+        opened.decode(module)
         opened.scheme_of(module)
 
 

@@ -91,7 +91,7 @@ def test_reads_a_file_made_by_hand(tmp_path: Path) -> None:
     assert file.read("output_norm.weight").tolist() == [1, 2, 3]
     assert file.read("output.weight").tolist() == [[0.5 * code for code in CODES], [-2.0 * code for code in CODES]]
     assert file.read("token_embd.weight").tolist() == [[1, 0], [-0.0, -2]]
-    codes, scales = file.codes_and_scales("output.weight")
+    _, codes, scales = file.decode("output.weight")
     assert (codes.tolist(), scales.tolist()) == ([CODES, CODES], [[0.5], [-2.0]])
 
 
@@ -115,7 +115,7 @@ def test_reads_q5_0_q5_1_and_q2_0_made_by_hand(tmp_path: Path) -> None:
     assert file.read("a").tolist() == [0.5 * (u - 16) for u in range(32)]
     assert file.read("b").tolist() == [0.5 * u - 3 for u in range(32)]
     assert file.read("c").tolist() == [0.25, 0, -0.25, -0.5] * 16
-    codes, scales = file.codes_and_scales("c")
+    _, codes, scales = file.decode("c")
     assert (codes.tolist(), scales.tolist()) == ([-1, 0, 1, 2] * 16, [-0.25])
 
 

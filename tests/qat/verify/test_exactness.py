@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from decoct.models.folder.model_folder import read_record
 from decoct.qat.export.export import export_folder
 from decoct.qat.source.quantized_source import open_source
-from decoct.qat.verify.exactness import check_recorded, rebuilt_hashes, weight_hash
+from decoct.qat.verify.exactness import check_recorded, prove, weight_hash
 
 Build = Callable[..., Path]
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -24,19 +24,22 @@ def test_hash_is_of_the_little_endian_fp32_bytes() -> None:
     assert weight_hash(values.T) != weight_hash(values)
 
 
-def test_rebuilt_hashes_name_what_differs(quantized_folder: Build, tmp_path: Path) -> None:
+def test_a_proof_names_what_differs(quantized_folder: Build, tmp_path: Path) -> None:
     source, target = quantized_folder(), tmp_path / "export"
     export_folder(source, target, "compressed-tensors", runtimes=False)
-    hashes, problems = rebuilt_hashes(target, open_source(source))
-    assert problems == []
+    proof = prove(target, open_source(source))
+    assert proof.problems == []
+    assert proof.scales == read_record(target)["export"]["scales"]
     stored = load_file(source / "model.safetensors")
-    assert hashes == {name: weight_hash(tensor.numpy()) for name, tensor in stored.items()} == read_record(target)["export"]["weights"]
+    assert (
+        proof.weights == {name: weight_hash(tensor.numpy()) for name, tensor in stored.items()} == read_record(target)["export"]["weights"]
+    )
     tensors = load_file(target / "model.safetensors")
     tensors[f"{Q_PROJ}.weight_packed"][0, 0] ^= 1 << 9
     del tensors["model.norm.weight"]
     tensors["extra.bias"] = torch.zeros(2)
     save_file(tensors, target / "model.safetensors")
-    _, problems = rebuilt_hashes(target, open_source(source))
+    problems = prove(target, open_source(source)).problems
     assert problems == [
         "model.norm.weight is missing",
         "extra.bias is not in the source",

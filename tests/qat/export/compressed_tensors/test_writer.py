@@ -140,7 +140,7 @@ def test_formats_that_differ_are_mixed_precision(spec_source: Make, export_sourc
     _, target = made(spec_source, export_source, "mixed")
     tensors, file = load_file(target / "model.safetensors"), target / "config.json"
     module, opened = "model.layers.0.mlp.down_proj", PackedFolder(target)
-    codes, _ = opened.codes_and_scales(module)
+    codes = opened.decode(module).codes
     before = opened.tensor(f"{module}.weight")
     config = json.loads(file.read_text())
     groups = config["quantization_config"]["config_groups"]

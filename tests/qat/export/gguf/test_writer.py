@@ -87,7 +87,7 @@ def test_rows_of_queries_and_keys_are_pairs_for_llama_alone(quantized_folder: Bu
         for part, heads in (("q", 4), ("k", 2)):
             rows = [8 * head + row for head in range(heads) for row in wanted]
             module = f"model.layers.0.self_attn.{part}_proj"
-            codes, scales = stored.codes_and_scales(f"blk.0.attn_{part}.weight")
+            _, codes, scales = stored.decode(f"blk.0.attn_{part}.weight")
             assert np.array_equal(codes, state[f"{module}.codes"].numpy()[rows])
             assert np.array_equal(scales, state[f"{module}.scale"].numpy()[rows])
             assert np.array_equal(stored.read(f"blk.0.attn_{part}.bias"), weights[f"{module}.bias"].numpy()[rows])

@@ -1,0 +1,61 @@
+"""Does an export have the names, shapes and scheme that its config and its record say? No weight is compared here."""
+
+from pathlib import Path
+from typing import Any
+
+from ...models.common.errors import UserError
+from ...models.folder.model_folder import RECORD
+from ...models.folder.structure import model_structure
+from ..readers.gguf_model import GgufModel, find_gguf
+from ..readers.open import open_folder
+from ..readers.tensors import WeightFolder
+from ..spec import QuantSpec
+from .exact_kv_cache import cache_of
+from .gguf_metadata import gguf_problems
+
+
+def structure_problems(path: Path, record: dict[str, Any], *, codes: bool = True) -> list[str]:
+    """What disagrees, one sentence each; [] when nothing does, or when the export cannot be read at all it says so.
+
+    Args:
+        path: The export.
+        record: ``decoct.json``; {} when there is none.
+        codes: Also decode a GGUF file's modules and see that their codes are in the recorded range.
+    """
+    try:
+        if find_gguf(path) is not None:
+            return gguf_problems(GgufModel(path), record, codes=codes)
+        opened = open_folder(path)
+        structure = model_structure(path, opened.shapes())
+        problems = [f"{path.name}: {problem}" for problem in structure.differences(opened.shapes())]
+        # runtimes expect packed tensors of every linear that the config does not leave out
+        problems += opened.unlisted(structure.linears)
+        return problems + _record_problems(opened, record)
+    except UserError as error:
+        return [str(error)]
+
+
+def _record_problems(opened: WeightFolder, record: dict[str, Any]) -> list[str]:
+    quant = record.get("quant")
+    if quant is None or not opened.modules:
+        return []
+    try:
+        modules, own = set(quant["modules"]), quant.get("own_specs") or {}
+        specs = {module: QuantSpec.from_json(own.get(module, quant["spec"])) for module in modules}
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        return [f"{RECORD}: the entry 'quant' cannot be read ({error})"]
+    problems = _cache_problems(opened, quant)
+    problems += [] if modules == set(opened.modules) else [f"the packed modules are not those that {RECORD} lists"]
+    for module in opened.modules:
+        spec, scheme = specs.get(module), opened.scheme_of(module)
+        if spec and (scheme.bits, scheme.group_size) != (spec.bits, None if isinstance(spec.group_size, str) else spec.group_size):
+            problems.append(f"config.json says {scheme} of {module}; {RECORD} says {spec}")
+            break
+    return problems
+
+
+def _cache_problems(opened: WeightFolder, quant: dict[str, Any]) -> list[str]:
+    """Attention modules of which either the export or the record alone says that their keys and values are rounded."""
+    found, recorded = {name.rpartition(".")[0] for name in cache_of(opened)}, set(map(str, quant.get("attentions") or ()))
+    problems = [f"kv_cache: {name} has no k_scale and v_scale, but {RECORD} says so" for name in sorted(recorded - found)]
+    return problems + [f"kv_cache: {name} has a k_scale and v_scale that {RECORD} says nothing of" for name in sorted(found - recorded)]
