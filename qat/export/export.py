@@ -272,5 +272,6 @@ def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[
 
 
 def _record(source: ExportSource) -> dict[str, Any]:
-    """What decoct.json says of the source."""
-    return {**source.record, **({"quant": source.state.record()} if source.state.modules else {})}
+    """What decoct.json says of the source; of its codes only where they are written."""
+    record = {key: value for key, value in source.record.items() if key != "quant"}
+    return record | ({"quant": source.state.record()} if source.state.modules else {})

@@ -58,9 +58,7 @@ def open_wide_folder(folder: Path, load: Load = load_quant_state) -> PlainWeight
     if codes_file(folder):
         load(folder)
     opened = open_plain_source(folder, torch.float32)
-    # what is written is plain: the record of the codes stays with the folder that has them
-    record = {key: value for key, value in opened.record.items() if key != "quant"}
-    shared: dict[str, Any] = {"folder": folder, "config": opened.config, "record": record, "state": opened.state}
+    shared: dict[str, Any] = {"folder": folder, "config": opened.config, "record": opened.record, "state": opened.state}
     shared |= {"structure": opened.structure, "plain": opened.plain, "names_in_files": opened.names_in_files}
     return PlainWeights(**shared, dtype=torch.float32)
 

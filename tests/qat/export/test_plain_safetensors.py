@@ -147,6 +147,14 @@ def test_a_flipped_bit_is_found_and_the_folder_is_no_longer_quantized(quantized_
     assert "is not the weight that was exported" in " ".join(verify_folder(tmp_path / "export", runtimes=False).problems)
 
 
+@pytest.mark.parametrize("form", ["safetensors-f32", "gguf-f32"])
+def test_plain_weights_of_a_quantized_folder_record_no_codes_and_verify(quantized_folder: Build, tmp_path: Path, form: str) -> None:
+    source, target = quantized_folder(), tmp_path / form
+    export_folder(source, target, form, runtimes=False)
+    assert "quant" in read_record(source) and "quant" not in read_record(target)
+    assert verify_folder(target, source=source, runtimes=False).ok
+
+
 def test_a_damaged_quantized_folder_is_refused(quantized_folder: Build, tmp_path: Path) -> None:
     source = quantized_folder(bits=4, group_size=8, change=fit_for_fp16)
     tensors = load_file(source / "quant/codes.safetensors")
