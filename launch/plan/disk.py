@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ...qat.export.gguf.blocks import is_q2_0, symmetric_bits
 from .shapes import ModelShape, quantized_linears
 
 if TYPE_CHECKING:
@@ -81,18 +82,16 @@ def _gguf_bytes(shape: ModelShape, scheme: "QuantScheme", *, q2_0: bool) -> int:
     for name, sizes in shape.tensors.items():
         elements = math.prod(sizes)
         packed = quantized.get(name.removesuffix(".weight"))
-        narrow = packed and q2_0 and packed.columns % 64 == 0 and packed.spec.group_width(packed.columns) % 64 == 0
-        total += 64 + (elements // 32 * _block(packed.spec, bool(narrow)) if packed else elements * (4 if len(sizes) == 1 else 2))
+        narrow = packed is not None and q2_0 and is_q2_0(packed.spec, packed.columns)
+        total += 64 + (elements // 32 * _block(packed.spec, narrow) if packed else elements * (4 if len(sizes) == 1 else 2))
     return total
 
 
-def _block(spec: "QuantSpec", q2_0: bool = False) -> int:
+def _block(spec: "QuantSpec", q2_0: bool) -> int:
     """Bytes of 32 codes. Of zero points Q4_1 up to 3 bits and Q5_1 above: 4 bits fit Q4_1 now and then."""
     if not spec.symmetric:
         return 20 if spec.bits <= 3 else 24
-    if spec.bits == 2 and q2_0:
-        return 9
-    return 18 if spec.bits <= 4 else 22 if spec.bits == 5 else 34
+    return 9 if q2_0 else {4: 18, 5: 22, 8: 34}[symmetric_bits(spec.bits)]
 
 
 def gptq_bytes(shape: ModelShape, scheme: "QuantScheme") -> int:

@@ -14,9 +14,11 @@ from ...models.folder.loading import load_model
 from ...models.folder.model_folder import content_hash, read_record
 from ...models.teachers import LocalTeacher, TeacherRef
 from ...qat.export.export import export_folder
+from ...qat.export.limits.formats import refusals
+from ...qat.export.limits.stored_model import StoredModel
 from ...qat.layers.quantized_model import quantize_model
 from ...qat.layers.save_folder import save_quantized_folder
-from ...qat.spec import PACKED_BITS, QuantSpec
+from ...qat.spec import QuantSpec
 from ...trainer.evaluation.model_row import best_device, measure_folder, measure_teacher, quant_record, too_large_to_measure
 from ...trainer.evaluation.teacher_drift import ROUNDED, teacher_drift
 from ...trainer.settings import EvaluateSettings
@@ -224,7 +226,7 @@ class ReportRows:
             shutil.rmtree(unpacked)
         place.mkdir(parents=True, exist_ok=True)
         save_quantized_folder(model, state, unpacked, tokenizer=self.run.tokenizer, base_model=self.teacher.name)
-        if spec.kind == "int" and spec.bits in PACKED_BITS:
+        if not refusals("compressed-tensors", StoredModel.of_weights(spec)):
             export_folder(unpacked, place / "packed", "compressed-tensors", runtimes=False)
             shutil.rmtree(unpacked)
         else:

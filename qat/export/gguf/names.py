@@ -85,7 +85,7 @@ def architecture_of(model_type: str) -> str:
     """``general.architecture``; UserError for a family whose conversion is not known."""
     if model_type not in ARCHITECTURES:
         raise UserError(
-            f"gguf knows no conversion of model_type {model_type!r}; it knows {', '.join(ARCHITECTURES)}. "
+            f"decoct knows no conversion of model_type {model_type!r}; it knows {', '.join(ARCHITECTURES)}. "
             "Export as compressed-tensors, or use a model of one of these families"
         )
     return ARCHITECTURES[model_type]
@@ -102,7 +102,7 @@ def place_of(name: str, architecture: str) -> Place:
     short = match.group(2) if match else module
     known = (_PARTS.get(architecture, _PRE_NORM) if match else _TOP).get(short)
     if known is None or part not in ("weight", "bias") or (part == "bias" and not _takes_bias(architecture, known)):
-        raise UserError(f"{name}: llama.cpp's {architecture} architecture has no such weight, so gguf cannot hold this model")
+        raise UserError(f"{name}: llama.cpp's {architecture} architecture has no such weight")
     place = f"blk.{match.group(1)}.{known}" if match else known
     return Place(f"{place}.{part}", _change(architecture, known, part))
 

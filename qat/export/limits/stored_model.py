@@ -65,6 +65,16 @@ class StoredModel:
     ffn: int | None = None
     """FFN channels of a decoder layer where decoct can remove some of them; None where it cannot."""
 
+    @classmethod
+    def of_weights(cls, spec: "QuantSpec", size: int = 4096) -> "StoredModel":
+        """One square matrix: asks what a format makes of a quantization scheme alone, apart from any model's shapes and family.
+
+        Args:
+            spec: The scheme.
+            size: Outputs and inputs.
+        """
+        return cls(modules=(StoredModule(name="weight", spec=spec, rows=size, columns=size),), config=None)
+
     def schemes(self) -> list[tuple["QuantSpec", tuple[StoredModule, ...]]]:
         """Each quantization scheme with its modules, that of most modules first."""
         counted = Counter(module.spec for module in self.modules)
