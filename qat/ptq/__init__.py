@@ -1,6 +1,6 @@
-"""Rounding after training: round to nearest, searched scales, GPTQ.
+"""Post-training quantization: round to nearest, searched scales and GPTQ.
 
-round_model(model, spec, RoundingMethod(method="gptq"), text=CalibrationText(batches=...))     the model then holds codes * scales
+After ``round_model(model, spec, RoundingMethod(method="gptq"), text=CalibrationText(batches=...))`` the model's weights are codes * scales.
 """
 
 from .calibration_text import CalibrationText as CalibrationText

@@ -1,4 +1,4 @@
-"""Calibration text: some windows of tokens, and a fingerprint by which to tell them from others."""
+"""Calibration text: windows of tokens, with a fingerprint that identifies them."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ class CalibrationText:
     """Batches of windows, in order."""
 
     batches: Sequence[Batch]
-    """``input_ids`` and, as ``backbone_inputs`` knows them, ``attention_mask`` (padding behind the text) and ``position_ids``."""
+    """``input_ids`` and, as ``backbone_inputs`` takes them, ``attention_mask`` (padding after the text) and ``position_ids``."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of text, padding left out."""
+        """Number of tokens, without padding."""
         return sum(len(row) for row in self._rows())
 
     def fingerprint(self) -> str:
-        """sha256 over the token ids of each window (int32, little-endian, behind their number); batching and padding play no part."""
+        """sha256 over each window's number of tokens and token ids (int32, little-endian); the same for every batching and padding."""
         digest = hashlib.sha256()
         for row in self._rows():
             digest.update(len(row).to_bytes(8, "little"))

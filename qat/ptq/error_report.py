@@ -1,4 +1,4 @@
-"""How much rounding has cost, by kind of linear: beside rounding to nearest, so that a method which does not pay shows at once."""
+"""Reports the rounding error by kind of linear, next to that of rounding to nearest, so that a method that gains nothing is visible."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,47 +7,47 @@ import torch
 from torch import Tensor
 
 SAMPLE = 256
-"""Rows of a linear, evenly spread, that stand for all of them: what all cost takes a product with H for each of three figures."""
-_BLOCK = 512  # columns of H at a time
+"""Most rows of a linear that are measured, evenly spread: each of the three figures takes a product with H, too slow for all rows."""
+_BLOCK = 512  # columns of H per product
 
 
 @dataclass
 class KindError:
-    """Sums over all linears of one kind, such as ``mlp.down_proj``: over all their rows, or ``SAMPLE`` rows of each that has more."""
+    """Sums over all linears of one kind, such as ``mlp.down_proj``, and over their rows (at most ``SAMPLE`` rows of each linear)."""
 
     linears: int = 0
     energy: float = 0.0
-    """sum of w H w^T over rows w; H = 1 when nothing is known of the inputs."""
+    """Sum of w H w^T over rows w; H is the identity when nothing is known of the inputs."""
     error: float = 0.0
-    """The same of w - q."""
+    """The same sum for w - q."""
     nearest: float = 0.0
-    """The same of w - q of rounding to nearest with absmax scales."""
+    """The same sum for w - q, with q rounded to nearest with absmax scales."""
 
     @property
     def relative(self) -> float:
-        """Error as a share of the energy."""
+        """``error`` divided by ``energy``."""
         return self.error / self.energy if self.energy else 0.0
 
     @property
     def relative_nearest(self) -> float:
-        """``relative`` of rounding to nearest."""
+        """``nearest`` divided by ``energy``."""
         return self.nearest / self.energy if self.energy else 0.0
 
 
 def sampled(rows: int) -> slice:
-    """Which rows of a linear of so many are looked at."""
+    """The rows that are measured of a linear with ``rows`` rows."""
     return slice(0, rows, -(-rows // SAMPLE))
 
 
 def row_energy(rows: Tensor, moments: Tensor | None) -> Tensor:
-    """fp64 [out]: w H w^T of each row w of ``rows`` [out, in]; H [in, in] and symmetric, its diagonal [in], or None for 1."""
+    """fp64 [out]: w H w^T per row w of ``rows`` [out, in]; ``moments`` is H [in, in], symmetric, or its diagonal [in], or None for 1."""
     if moments is None:
         return rows.square().sum(1, dtype=torch.float64)
     if moments.ndim == 1:
         return (rows * moments).mul_(rows).sum(1, dtype=torch.float64)
     energy = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
     for at in range(0, rows.shape[1], _BLOCK):
-        # of a symmetric matrix, what lies right of the diagonal counts twice
+        # H is symmetric: the part right of the diagonal block counts twice, which saves half of the products
         part = rows[:, at : at + _BLOCK]
         energy += 2 * (part @ moments[at : at + _BLOCK, at:]).mul_(rows[:, at:]).sum(1, dtype=torch.float64)
         energy -= (part @ moments[at : at + _BLOCK, at : at + _BLOCK]).mul_(part).sum(1, dtype=torch.float64)
@@ -55,14 +55,14 @@ def row_energy(rows: Tensor, moments: Tensor | None) -> Tensor:
 
 
 def kind_of(module: str) -> str:
-    """``mlp.down_proj`` of ``model.layers.3.mlp.down_proj``; the whole name where it has no number."""
+    """``mlp.down_proj`` for ``model.layers.3.mlp.down_proj``; the whole name if it contains no number."""
     parts = module.split(".")
     last = max((place for place, part in enumerate(parts) if part.isdigit()), default=-1)
     return ".".join(parts[last + 1 :])
 
 
 def error_lines(errors: dict[str, KindError], known_inputs: bool) -> Iterable[str]:
-    """A line for each kind: its relative error and what rounding to nearest would have left."""
+    """Yields one line per kind: its relative error and that of rounding to nearest."""
     what = "output" if known_inputs else "weight"
     width = max((len(kind) for kind in errors), default=0)
     for kind, error in errors.items():

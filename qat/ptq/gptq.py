@@ -1,12 +1,12 @@
-"""GPTQ: round the columns of a weight one after the other, each making good what rounding the ones before it has cost.
+"""GPTQ rounds the columns of a weight one after the other; each column compensates for the rounding errors of the columns before it.
 
 It lowers tr((W - Q) H (W - Q)^T), H = 2/N sum x x^T (Frantar et al., arXiv 2210.17323, algorithm 1). The paper takes the Cholesky
-factor of the inverse of H. Its inverse in turn, R upper triangular with H = R R^T, gives the same codes without an inverse:
+factor of the inverse of H. The inverse of that factor, R upper triangular with H = R R^T, gives the same codes without inverting H:
 
     column k is rounded as   v_k = w_k + sum_{i < k} (w_i - q_i) R_ik / R_kk
 
-R is the Cholesky factor of H with rows and columns reversed. One factorization is all, the original weight stays untouched, errors are
-plain differences to it, and what a block of columns has to make good is a matrix product (the paper's lazy updates).
+R is the Cholesky factor of H with rows and columns reversed. So one factorization is enough, the original weight is not changed, errors
+are plain differences to it, and the compensation of a block of columns is one matrix product (the paper's lazy updates).
 """
 
 from dataclasses import dataclass
@@ -18,33 +18,33 @@ from torch import Tensor
 from ..spec import QuantSpec
 
 BLOCK = 128
-"""Columns between two large products."""
-_INNER = 32  # columns between two small products inside a block
+"""Columns per block: one product with the errors of all blocks before it."""
+_INNER = 32  # columns per part of a block: one product with the errors of the parts before it
 
 
 @dataclass(frozen=True)
 class Factor:
-    """What all weights with the same inputs share."""
+    """The factorized Hessian, which all weights with the same inputs share."""
 
     order: Tensor
     """int64 [in]: the columns in the order in which they are rounded."""
     links: Tensor
-    """fp32 [in, in] in that order, lower triangle used: ``links[k, i]`` = R_ik / R_kk."""
+    """fp32 [in, in] in that order, only the lower triangle is used: ``links[k, i]`` = R_ik / R_kk."""
     damping: float
-    """Share of the mean diagonal that was added to the diagonal: what was asked for, or more when that was not enough."""
+    """Share of the mean diagonal that was added to the diagonal: the requested one, or more if that was not enough."""
     pivots: Tensor
-    """fp32 [in] in that order: R_kk^2, by which an error of column k counts that no later column makes good; 0 for an input that was
-    always zero and is not damped."""
+    """fp32 [in] in that order: R_kk^2, the weight of the error of column k that no later column compensates for; 0 for an input that
+    was always zero and is not damped."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What rounding all columns of a weight has left."""
+    """Result of rounding all columns of a weight."""
 
     columns: Tensor
-    """int8 [in, out]: the codes, a column after the other."""
+    """int8 [in, out]: the codes, column by column."""
     remains: Tensor
-    """fp32 [in, out] in the factor's order: v_k - q_k, what of each column no earlier column has foreseen."""
+    """fp32 [in, out] in the factor's order: v_k - q_k, the rounding error of each column after compensation for the columns before it."""
 
     @property
     def codes(self) -> Tensor:
@@ -52,11 +52,11 @@ class Pass:
         return self.columns.T.contiguous()
 
     def energy(self, factor: Factor) -> Tensor:
-        """fp64 [out]: (w - q) H (w - q)^T of each row, H damped. With E = W - Q it is the squared length of a row of E R."""
+        """fp64 [out]: (w - q) H (w - q)^T per row, H damped. With E = W - Q it is the squared length of a row of E R."""
         return factor.pivots.double() @ self.remains.double().square_()
 
     def pull(self, factor: Factor) -> Tensor:
-        """fp32 [in, out]: H (W - Q)^T, H damped, columns where they belong; half the gradient of the energy. It is R (E R)^T."""
+        """fp32 [in, out]: H (W - Q)^T = R (E R)^T, H damped, in the original order of columns; half the gradient of the energy."""
         weighted = self.remains * factor.pivots.unsqueeze(1)
         found = torch.empty_like(weighted)
         for start in range(0, len(weighted), BLOCK):
@@ -66,7 +66,7 @@ class Pass:
 
 
 def damping_steps(damping: float) -> list[float]:
-    """The dampings that are tried: the one asked for, then ten times as much each time (at least 0.001), up to 1."""
+    """The dampings to try: the requested one, then ten times the one before (at least 0.001), up to 1."""
     steps = [damping]
     while (following := max(10 * steps[-1], 1e-3)) <= 1.0:
         steps.append(following)
@@ -75,29 +75,32 @@ def damping_steps(damping: float) -> list[float]:
 
 @torch.no_grad()
 def factorize(hessian: Tensor, damping: float = 0.01, activation_order: bool = True) -> Factor | None:
-    """Prepare a Hessian for ``gptq_codes``.
+    """Factorizes a Hessian for ``gptq_codes``.
 
     Args:
-        hessian: fp32 [in, in], finite; kept as it is. An input that was always zero has a zero row and column: its weights are rounded
-            to nearest and correct nothing.
-        damping: Share of the mean diagonal added to the diagonal; raised by ``damping_steps`` while the Cholesky factor does not exist.
-        activation_order: Round the columns of the largest diagonal first (of equal ones the first); false: from left to right.
+        hessian: fp32 [in, in], finite; not changed. An input that was always zero has a zero row and column: its weights are rounded
+            to nearest and compensate for nothing.
+        damping: Share of the mean diagonal added to the diagonal; raised by ``damping_steps`` until the Cholesky factor exists.
+        activation_order: True rounds the columns with the largest diagonal first (of equal ones the leftmost); False rounds from left to
+            right.
 
     Returns:
-        None when no damping makes the matrix positive definite.
+        The factor, or None if no damping makes the matrix positive definite.
     """
     diagonal = hessian.diagonal()
     natural = torch.arange(len(diagonal), device=hessian.device)
     order = torch.sort(diagonal, descending=True, stable=True).indices if activation_order else natural
+    # the lower factor of the reversed matrix, reversed back, is the upper factor R with H = R R^T
     last_first = order.flip(0)
     mean = diagonal.mean()
     for share in damping_steps(damping):
         matrix = hessian[last_first.unsqueeze(1), last_first]
         damped = matrix.diagonal().add_(share * mean)
+        # an input that was always zero would make the matrix singular; with a 1 its row and column of the factor stay zero elsewhere
         silent = damped == 0
         damped.masked_fill_(silent, 1.0)
         lower, failed = torch.linalg.cholesky_ex(matrix)
-        # a pivot that is all rounding error passes the factorization, but its ratios are noise without bound
+        # cholesky_ex may succeed on a pivot that is only rounding error; what it divides by that pivot may then be infinite
         if not int(failed) and bool(torch.isfinite(lower).all()):
             links = lower.flip(0, 1).T.contiguous()
             pivots = links.diagonal().clone()
@@ -110,16 +113,16 @@ def factorize(hessian: Tensor, damping: float = 0.01, activation_order: bool = T
 def gptq_pass(
     weight: Tensor, scales: Tensor, factor: Factor, spec: QuantSpec, mask: Tensor | None = None, zeros: Tensor | None = None
 ) -> Pass:
-    """Round a weight for given scales, on the lattice of ``fake_quant``: fp32 true division, half to even, clamped.
+    """Rounds a weight with given scales by the arithmetic of ``fake_quant``: fp32 true division, half to even, clamped.
 
     Args:
         weight: [out, in], finite; weights with the same inputs may be stacked along out.
-        scales: fp32 [out, groups], or [1, 1] for the whole matrix, on the spec's grid. Groups are those of the original columns, whatever
-            the order: runtimes need no index.
+        scales: fp32 [out, groups], or [1, 1] for the whole matrix, on the spec's grid of scales. A group is a range of original columns
+            in every order of rounding, so runtimes need no group index.
         factor: From ``factorize``.
-        spec: A lattice of kind int.
-        mask: bool [out, in], True where a weight is kept. The others become 0 (the code of the zero point), and what that costs is made
-            good by later columns.
+        spec: A quantization spec of kind int.
+        mask: bool [out, in], True where a weight is kept. The others become 0 (the code of the zero point), and later columns compensate
+            for that.
         zeros: int8 zero points in the shape of ``scales``; None when the spec is symmetric.
     """
     columns = weight.shape[1]
@@ -131,6 +134,7 @@ def gptq_pass(
     steps = _steps(scales, zeros, spec)
     groups = (factor.order // width).tolist()
     numbers = torch.empty_like(target[:BLOCK])
+    # column by column all corrections would be matrix-vector products; in two levels of blocks most of them are matrix products
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         block = torch.addmm(target[start:stop], factor.links[start:stop, :start], errors[:start], out=remains[start:stop])
@@ -159,11 +163,11 @@ def gptq_codes(
     return gptq_pass(weight, scales, factor, spec, mask, zeros).codes
 
 
-_Step = tuple[Tensor, float | Tensor, float | Tensor]  # scale and limits of q - z for a column: [out] or [1], numbers without zero points
+_Step = tuple[Tensor, float | Tensor, float | Tensor]  # of a column: its scale [out] or [1], and the limits of q - z, floats if z = 0
 
 
 def _steps(scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> list[_Step]:
-    """By group."""
+    """One entry per group."""
     by_group = scales.T.contiguous().unbind()
     if zeros is None:
         return [(scale, spec.qmin, spec.qmax) for scale in by_group]
@@ -172,19 +176,20 @@ def _steps(scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> list[_Step]
 
 
 class _Columns(NamedTuple):
-    """Some columns [columns, out], one after the other."""
+    """Some adjacent columns, each tensor [columns, out]."""
 
     target: Tensor
     """The weights."""
     values: Tensor
-    """What is rounded, with what the columns before these have to make good; becomes what rounding leaves of it."""
+    """The weights plus the compensation for columns before these; overwritten with v - q."""
     numbers: Tensor
-    """Becomes q - z."""
+    """Output: q - z."""
     errors: Tensor
-    """Becomes weights less what they are rounded to."""
+    """Output: weights minus rounded weights."""
 
 
 def _round_columns(columns: _Columns, kept: Tensor | None, links: Tensor, steps: list[_Step]) -> None:
+    """Rounds the columns one by one; ``kept`` [columns, out] is 0 for pruned weights, ``links`` is [columns, columns]."""
     parts = zip(*(tensor.unbind() for tensor in columns), steps)
     for index, (target, value, number, error, (scale, low, high)) in enumerate(parts):
         if index:

@@ -1,4 +1,4 @@
-"""What the linears of a layer are given by calibration text: second moments of their inputs, one for all that share an input."""
+"""Second moments of the inputs of a layer's linears on calibration text, one for all linears that share an input."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,39 +11,42 @@ from ...models.common.errors import NonFiniteError, UserError
 from ..layers.token_rows import token_rows
 from .replay import Advance, Enough, Replay
 
-_BLOCK = 256  # columns of x x^T at a time: of a symmetric matrix only half is worth computing
+_BLOCK = 256  # columns of x x^T per product: x x^T is symmetric, so blocks left of the diagonal are copied, not computed
 
 
 @dataclass
 class SharedInput:
-    """Linears that read the very same tensor, such as the projections to queries, keys and values."""
+    """Linears that read the same tensor object, such as the projections to queries, keys and values."""
 
     names: list[str]
     """Full module names, in the order in which they run."""
     moments: Tensor
-    """fp32: H = 2/N sum x x^T [in, in], or its diagonal [in]; N unmasked tokens."""
+    """fp32: H = 2/N sum x x^T [in, in], or its diagonal [in], over N unmasked tokens."""
 
 
 def shared_inputs(
     replay: Replay, index: int, linears: Mapping[str, nn.Linear], whole: bool, advance: Advance,
     store: list[Tensor] | None = None, once: bool = False,
 ) -> list[SharedInput]:  # fmt: skip
-    """Run layer ``index`` over all batches and sum what its linears read.
+    """Runs layer ``index`` over all batches and sums the second moments of its linears' inputs.
 
     Args:
+        replay: Runs the layer.
+        index: Number of the layer.
         linears: Linears of that layer, by full name.
-        whole: Sum x x^T; false: its diagonal alone.
-        advance: Told the tokens of every batch that is done.
-        store: Takes the inputs of the only linear, one of each batch, on the CPU.
-        once: Whether they are known to run exactly once a pass, which may then end with the last of them.
+        whole: True sums x x^T, False only its diagonal.
+        advance: Called with the tokens of every batch that is done.
+        store: With one linear: receives its inputs, one tensor per batch, on the CPU.
+        once: Whether each linear is known to run exactly once per pass, so that a pass may end at the last of them.
 
     Raises:
-        UserError: a linear does not run, or reads something else than a vector for each token.
+        UserError: a linear does not run, or reads something other than one vector per token.
         NonFiniteError: an input is NaN or infinite.
     """
     sums = _Sums(whole, once)
     tokens = 0
     for number, kept in replay.batches():
+        # the first batch shows which linears share an input; afterwards one of each group is watched
         watched = dict(linears) if number == 0 else {shared.names[0]: linears[shared.names[0]] for shared in sums.shared}
         sums.begin(len(watched), number == 0, replay.shape(number))
         handles = [linear.register_forward_pre_hook(sums.adder(name, number == 0, kept)) for name, linear in watched.items()]
@@ -62,26 +65,28 @@ def shared_inputs(
 
 
 class _Sums:
+    """The sums while batches run. ``whole`` and ``once`` as for ``shared_inputs``."""
+
     def __init__(self, whole: bool, once: bool) -> None:
         self.whole, self._once = whole, once
         self.shared: list[SharedInput] = []
         self.seen: list[tuple[Tensor, SharedInput]] = []
-        """Inputs of the current batch; kept alive, so that no other tensor can be taken for one of them."""
+        """Inputs of the current batch. They are kept alive because a new tensor could otherwise get the identity of a freed one."""
         self.latest: Tensor | None = None
-        """What was looked at last."""
+        """The input that was added last."""
         self.shape: tuple[int, ...] = ()
         self._expected = self._calls = 0
         self._stops = False
-        """Whether a batch may end with the last input that is looked at: every linear ran exactly once in the first batch."""
+        """Whether a pass may end at the last watched input, because every linear ran exactly once in the first batch."""
 
     def begin(self, hooks: int, first: bool, shape: tuple[int, ...]) -> None:
-        """A batch [B, S] of that shape begins, with that many linears watched."""
+        """Starts a batch of ``shape`` [B, S] with ``hooks`` watched linears."""
         self.shape = shape
         self._stops = self._once or (not first and (self._stops or self._calls == self._expected))
         self._expected, self._calls = hooks, 0
 
     def adder(self, name: str, first: bool, kept: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        """Pre-hook that finds who shares the input (``first`` batch) and adds what ``kept`` [B, S] leaves of it."""
+        """Pre-hook that finds the linears with the same input (in the ``first`` batch) and adds the tokens that ``kept`` [B, S] selects."""
 
         def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             look(inputs[0])
@@ -105,16 +110,18 @@ class _Sums:
                 shared = next(shared for shared in self.shared if shared.names[0] == name)
             rows = token_rows(given, kept, self.shape)
             if rows is None and given.ndim == 3 and kept is None and not self._once:
-                rows = given.flatten(0, 1)  # a part of the tokens at a time, all of them in the end
+                # some modules pass their tokens through a linear in several parts: the sum over all calls is the same
+                rows = given.flatten(0, 1)
             if rows is None:
                 part = given.ndim == 3 and given.shape[0] == self.shape[0]
                 what = f"{given.shape[1]} of {self.shape[1]} tokens at a time" if part else f"a tensor of shape {tuple(given.shape)}"
                 raise UserError(
-                    f"{name} reads {what}, not one vector for each token, and cannot be calibrated; "
+                    f"{name} reads {what}, not one vector per token, and cannot be calibrated; "
                     "add it to skip, or use method rtn, or mse without weighted"
                 )
             rows = rows.to(torch.float32)
             if self.whole:
+                # only the blocks on and right of the diagonal; ``result`` mirrors them
                 for at in range(0, rows.shape[1], _BLOCK):
                     shared.moments[at : at + _BLOCK, at:].addmm_(rows[:, at : at + _BLOCK].T, rows[:, at:])
             else:
@@ -123,11 +130,11 @@ class _Sums:
         return add
 
     def result(self, linears: Mapping[str, nn.Linear], tokens: int) -> list[SharedInput]:
-        """The finished sums, checked."""
+        """Finishes the sums: scales them, mirrors them, and checks that they are complete and finite."""
         ran = {name for shared in self.shared for name in shared.names}
         if idle := [name for name in linears if name not in ran]:
             raise UserError(
-                f"{idle[0]} ({len(idle)} in all) took no part in running the calibration text, so nothing is known of its inputs; "
+                f"{idle[0]} ({len(idle)} in all) did not run on the calibration text, so nothing is known of its inputs; "
                 "add it to skip, or use method rtn, or mse without weighted"
             )
         for shared in self.shared:
@@ -136,10 +143,10 @@ class _Sums:
                 for at in range(0, len(shared.moments), _BLOCK):
                     shared.moments[at + _BLOCK :, at : at + _BLOCK] = shared.moments[at : at + _BLOCK, at + _BLOCK :].T
             diagonal = shared.moments.diagonal() if self.whole else shared.moments
-            # no entry of x x^T can overflow before one of its diagonal does
+            # |x_i x_j| is at most the larger of x_i^2 and x_j^2, so the diagonal overflows first and is enough to check
             if not bool(torch.isfinite(diagonal).all()):
                 raise NonFiniteError(
-                    f"the inputs of {shared.names[0]} are NaN, infinite or too large to square on the calibration text; the model, or a "
-                    "layer that was rounded before, overflows: take an earlier checkpoint, or more bits"
+                    f"the inputs of {shared.names[0]} are NaN, infinite or too large to square on the calibration text; the model or a "
+                    "layer that is already rounded overflows. Take an earlier checkpoint, or more bits"
                 )
         return self.shared

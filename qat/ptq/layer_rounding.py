@@ -1,4 +1,4 @@
-"""Rounding the modules of one decoder layer after the other, and embedding and head before them."""
+"""Rounds the modules of one decoder layer after the other, and embedding and head before them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,31 +27,32 @@ Advance = Callable[[int], None]
 
 
 class Walk:
-    """What is gathered on the way."""
+    """State of rounding a model: the settings, and the codes, errors and notes of the layers so far."""
 
     def __init__(
         self, model: "PreTrainedModel", specs: Mapping[str, QuantSpec], rounding: RoundingMethod, sparse: frozenset[str], shelf: Shelf,
         replay: Replay | None, others: torch.dtype | None, advance: Advance,
     ) -> None:  # fmt: skip
         self.model, self.specs, self.rounding, self.sparse, self.shelf = model, specs, rounding, sparse, shelf
-        self.replay, self.others, self._tell = replay, others, advance
-        self._told = 0
+        self.replay, self.others, self._report = replay, others, advance
+        self._reported = 0
         self.served = ServedLayers(model, rounding, replay, self.advance)
         self.encoded: dict[str, Encoded] = {}
         self.errors: dict[str, KindError] = {}
         self.notes: list[str] = []
 
     def advance(self, done: int) -> None:
-        """Tell of work that is done."""
-        self._told += done
-        self._tell(done)
+        """Reports work that is done."""
+        self._reported += done
+        self._report(done)
 
     def layer(self, index: int, layer: nn.Module, names: Sequence[str], last: bool) -> None:
-        """Round one layer, and run it for the next."""
-        self._told = 0
+        """Rounds one layer, and runs it to get the inputs of the next."""
+        self._reported = 0
         self.shelf.bring(layer)
         linears = {name: _linear(self.model, name) for name in names}
         if self.others is not None:
+            # the following layers must see these parameters as they will be stored
             rounded_later = {id(linear.weight) for linear in linears.values()}
             take_values([parameter for parameter in layer.parameters() if id(parameter) not in rounded_later], self.others)
         for name in linears:
@@ -69,21 +70,23 @@ class Walk:
         if self.replay is not None and not last:
             self.replay.finish(index, self.advance)
         if self.replay is not None:
-            # a layer with nothing to round is sooner done
+            # a layer with nothing to round makes fewer passes: report the rest, so that the total is ``amount_of_work``
             passes = (self.rounding.needs != "nothing") + self.rounding.observes + (not last)
-            self.advance(self.replay.all_tokens * passes - self._told)
+            self.advance(self.replay.all_tokens * passes - self._reported)
         stored = self.shelf.put_away(layer, self._parts(ordered).tensors())
         self.encoded |= {name: _stored(stored, name) for name in ordered}
 
     def _calibrated(
         self, index: int, layer: nn.Module, linears: dict[str, nn.Linear], rounded: dict[str, Encoded], last: bool
     ) -> None:  # fmt: skip
-        """Round the linears of a layer in the order in which they run, each on what the rounded ones before it give."""
+        """Rounds the linears of a layer in the order in which they run, each on the outputs of the rounded ones before it."""
         assert self.replay is not None
         steps = steps_of(self.replay, index, layer, linears)
         once = steps is not None
+        # without a known order, all linears are one step, calibrated on the unrounded layer
         steps = steps or [Step(list(linears))]
         for number, step in enumerate(steps):
+            # all linears of a step read the same tensor, so the first one is enough
             read = {name: linears[name] for name in (step.names[:1] if once else step.names)}
             needed = step.part is not None and not (last and number + 1 == len(steps)) and self._keeps(linears[step.names[0]])
             kept: list[Tensor] | None = [] if needed else None
@@ -93,20 +96,22 @@ class Walk:
                     self._stack(names, linears, shared, rounded)
             self._fold({name: rounded[name] for name in step.names})
             if kept and step.part is not None:
+                # the part's last linear is rounded now, so later passes start from its kept inputs
                 self.replay.shorten(step.part, kept)
-            # the unrounded weights are not needed any more
+            # the old modules hold the unrounded weights: letting go of them frees the memory
             for name in step.names:
                 linears[name] = _linear(self.model, name)
+        # the passes that follow run with hooks on inputs, keys and values, which a shortened part would leave out
         if self.served.rounds:
             self.replay.forget()
 
     def _keeps(self, linear: nn.Linear) -> bool:
-        """Whether all that a linear reads is kept, to spare what comes before it in later passes."""
+        """Whether the inputs of a linear are kept, so that later passes need not compute them again."""
         assert self.replay is not None
         return linear.in_features <= linear.out_features or 4 * linear.in_features * self.replay.positions <= KEPT_BYTES
 
-    def end(self, name: str) -> None:
-        """Round the embedding or the head, which are outside the layers and have no calibrated inputs."""
+    def embedding_or_head(self, name: str) -> None:
+        """Rounds the embedding or the head, which are outside the layers and have no calibrated inputs."""
         module: Any = self.model.get_submodule(name)
         rounding = RoundingMethod(method="rtn" if self.rounding.method == "rtn" else "mse")
         self.errors.setdefault(kind_of(name), KindError())
@@ -116,30 +121,31 @@ class Walk:
         self.encoded |= {name: encoded.to("cpu") for name, encoded in rounded.items()}
 
     def _alike(self, names: Sequence[str]) -> list[list[str]]:
-        """Names with the same lattice, together, but where a scale belongs to one whole matrix."""
+        """Groups of names with the same spec. A module whose spec has one scale per matrix is a group of its own."""
         groups: dict[Any, list[str]] = {}
         for name in names:
             spec = self.specs[name]
+            # stacked matrices would get one scale together
             alone = spec.group_size == "tensor" or spec.kind == "nvfp4"
             groups.setdefault((spec, name if alone else ""), []).append(name)
         return list(groups.values())
 
     def _parts(self, encoded: Mapping[str, Encoded]) -> QuantState:
-        """Rounded modules, on the device where they are."""
+        """The quantization state of rounded modules, on their device."""
         first = next((self.specs[name] for name in encoded), QuantSpec())
         return QuantState.of(first, self.specs, encoded, device=None)
 
     def _fold(self, encoded: Mapping[str, Encoded]) -> None:
-        """Put rounded modules in the place of theirs."""
+        """Replaces modules of the model by their rounded forms."""
         fold(self.model, self._parts(encoded))
 
     def _stack(
         self, names: Sequence[str], linears: Mapping[str, Any], shared: SharedInput | None, rounded: dict[str, Encoded],
         rounding: RoundingMethod | None = None,
     ) -> None:  # fmt: skip
-        """Round modules with the same input and lattice together."""
+        """Rounds modules with the same input and spec as one stacked weight; adds their codes to ``rounded``, their errors to the sums."""
         spec = self.specs[names[0]]
-        # only integer codes are searched for
+        # mse and gptq know integer codes only; float formats are rounded to nearest
         rounding = RoundingMethod() if spec.kind != "int" else rounding or self.rounding
         weights = [self._finite(name, linears[name].weight.detach()) for name in names]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
@@ -151,7 +157,7 @@ class Walk:
         if result.note:
             self.notes.append(f"{', '.join(names)}: {result.note}")
         plain = result if rounding.method == "rtn" else nearest(stack, spec)
-        wholes = (weight, weight - result.values(spec), weight - plain.values(spec))
+        differences = (weight, weight - result.values(spec), weight - plain.values(spec))
         begin = 0
         for name, own in zip(names, weights):
             rows = slice(begin, begin + len(own))
@@ -160,8 +166,8 @@ class Walk:
             kind = self.errors[kind_of(name)]
             kind.linears += 1
             kind.energy, kind.error, kind.nearest = (
-                before + float(row_energy(whole[rows][sampled(len(own))], stack.moments).sum())
-                for before, whole in zip((kind.energy, kind.error, kind.nearest), wholes)
+                before + float(row_energy(difference[rows][sampled(len(own))], stack.moments).sum())
+                for before, difference in zip((kind.energy, kind.error, kind.nearest), differences)
             )
 
     def _finite(self, name: str, weight: Tensor) -> Tensor:
@@ -171,17 +177,18 @@ class Walk:
 
 
 def _stored(tensors: Mapping[str, Tensor], module: str) -> Encoded:
-    """What ``QuantState.tensors`` says of a module."""
+    """Codes and scales of a module from the tensors of ``QuantState.tensors``."""
     codes, scales = tensors[f"{module}.codes"], tensors[f"{module}.scale"]
     return Encoded(codes, scales, tensors.get(f"{module}.zero_point"), tensors.get(f"{module}.global_scale"))
 
 
 def _share(advance: Advance, part: int, parts: int) -> Advance:
-    """Told of work that is one of several parts, tells of its share; the parts of all add up to the whole."""
+    """Reports one ``parts``-th of the work it is called with. Rounded so that the shares of all parts add up to the whole."""
     return lambda done: advance(done * (part + 1) // parts - done * part // parts)
 
 
 def take_values(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
+    """Rounds parameters to the values that ``dtype`` can hold; they keep their own dtype."""
     for parameter in parameters:
         parameter.copy_(parameter.to(dtype))
 

@@ -1,4 +1,4 @@
-"""Where decoder layers lie while they are not being worked on: in host memory, or in files, for models larger than that."""
+"""Storage of decoder layers while they are not worked on: host memory, or files for models larger than host memory."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,28 +16,28 @@ if TYPE_CHECKING:
 
 
 class Shelf(Protocol):
-    """Gives a layer its weights and takes them back."""
+    """Brings the weights of one layer to the device and stores them again."""
 
     def bring(self, layer: nn.Module) -> None:
-        """Put the layer's parameters, fp32, on the device."""
+        """Puts the layer's parameters on the device, in fp32."""
         ...
 
     def put_away(self, layer: nn.Module, extra: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Take the layer's parameters, as they are now, and ``extra`` off the device; returns ``extra`` from where it is kept."""
+        """Moves the layer's current parameters and ``extra`` from the device to the storage; returns the stored ``extra``."""
         ...
 
     def close(self) -> None:
-        """Everything outside the layers back to the CPU."""
+        """Moves everything outside the layers back to the CPU."""
         ...
 
 
 class MemoryShelf:
-    """The whole model is in host memory; a layer visits the device.
+    """Keeps the whole model in host memory and moves one layer at a time to the device.
 
     Args:
         model: Real weights, fp32.
         layers: Its decoder layers.
-        device: Everything outside the layers goes there at once.
+        device: Device of the work. Everything outside the layers moves there immediately.
     """
 
     def __init__(self, model: "PreTrainedModel", layers: Sequence[nn.Module], device: torch.device) -> None:
@@ -57,13 +57,13 @@ class MemoryShelf:
 
 
 class FileShelf:
-    """The layers are read from the model's files and written to new ones, which are mapped: memory holds one layer at a time.
+    """Reads layers from the model's files and writes them to new files, which are memory-mapped, so that memory holds one layer.
 
     Args:
         model: On the meta device, from ``empty_model``; its parameters become views of the new files.
         layers: Its decoder layers.
-        files: Where they are read from.
-        folder: An existing folder for the new files, about 5 bytes a weight; they must stay while the model is used.
+        files: The files of the model's weights.
+        folder: An existing folder for the new files, about 5 bytes per weight; they must exist as long as the model is used.
         device: As for ``MemoryShelf``.
     """
 

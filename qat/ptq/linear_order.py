@@ -1,7 +1,7 @@
-"""The order in which the linears of a decoder layer run, and which of them end a part of it: found by running it on one window.
+"""Finds the order in which the linears of a decoder layer run, and which of them end a part of the layer, by running it on one window.
 
-Linears that run later are calibrated on what the earlier ones give once they are rounded, inside a layer as from layer to layer (the
-"true sequential" order of the code of Frantar et al., arXiv 2210.17323).
+Later linears are calibrated on the outputs of the earlier ones after rounding, inside a layer and from layer to layer (the "true
+sequential" order of the code of Frantar et al., arXiv 2210.17323).
 """
 
 from collections.abc import Callable, Mapping
@@ -14,17 +14,18 @@ from ..layers.token_rows import token_rows
 from .replay import Part, Replay
 
 _TOKENS = 16
-"""Of the window that layers are looked at on."""
+"""Length of the window on which a layer is examined: the order does not depend on it."""
 
 
 @dataclass
 class Step:
-    """Linears that read the very same tensor, such as the projections to queries, keys and values."""
+    """Linears that read the same tensor object, such as the projections to queries, keys and values."""
 
     names: list[str]
     """Full module names, in the order in which they run."""
     part: Part | None = None
-    """The outermost part of the layer that gives what the one linear of this step gives, such as the attention of its output projection."""
+    """For a step of one linear: the outermost module in the layer with that linear's output, such as the attention around its output
+    projection; None if there is none."""
 
 
 def steps_of(replay: Replay, index: int, layer: nn.Module, linears: Mapping[str, nn.Linear]) -> list[Step] | None:
@@ -34,7 +35,7 @@ def steps_of(replay: Replay, index: int, layer: nn.Module, linears: Mapping[str,
         linears: Linears of that layer, by full name.
 
     Returns:
-        None when the layer does not run each of them exactly once on vectors for each token, as layers with experts do not.
+        The steps, or None if the layer does not run each linear exactly once on one vector per token (layers with experts, for example).
     """
     seen = _Seen()
     hooks = [linear.register_forward_hook(seen.linear(name)) for name, linear in linears.items()]
@@ -56,14 +57,14 @@ def steps_of(replay: Replay, index: int, layer: nn.Module, linears: Mapping[str,
 
 @dataclass
 class _Seen:
-    """Tensors are kept, so that no other can be taken for one of them."""
+    """Tensors seen by the hooks. They are kept alive because a new tensor could otherwise get the identity of a freed one."""
 
     linears: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     """(name, input, output) in the order in which they ran."""
     versions: dict[str, int] = field(default_factory=dict)
-    """Of each output when its linear gave it: what is added in place later counts up."""
+    """Version counter of each output when its linear returned it; changes in place raise the counter."""
     parts: list[tuple[nn.Module, Any]] = field(default_factory=list)
-    """(module, output) of those that give what a linear has given, untouched: inner modules before the ones around them."""
+    """(module, output) of modules that return the unchanged output of a linear, inner modules before outer ones."""
 
     def linear(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         """Forward hook of a linear."""
@@ -75,12 +76,13 @@ class _Seen:
         return look
 
     def part(self, module: nn.Module, _inputs: Any, output: Any) -> None:
-        """Forward hook of everything else."""
+        """Forward hook of all other modules."""
         tensor = _first(output)
         if any(tensor is given and tensor._version == self.versions[name] for name, _, given in self.linears):
             self.parts.append((module, output))
 
     def steps(self) -> list[Step]:
+        """The linears grouped by their input, in the order in which they ran."""
         found: list[tuple[Tensor, Step]] = []
         for name, given, _ in self.linears:
             known = next((step for tensor, step in found if tensor is given), None)
@@ -90,19 +92,20 @@ class _Seen:
                 known.names.append(name)
         for name, _, output in self.linears:
             step = next(step for _, step in found if name in step.names)
-            ends = [Part(module, name, _nothing_else(whole)) for module, whole in self.parts if _first(whole) is output]
-            if len(step.names) == 1 and ends:
-                step.part = ends[-1]
+            around = [Part(module, name, _nothing_else(whole)) for module, whole in self.parts if _first(whole) is output]
+            if len(step.names) == 1 and around:
+                # the outermost one: it spares the most work in later passes
+                step.part = around[-1]
         return [step for _, step in found]
 
 
 def _first(output: Any) -> Any:
-    """The tensor that a module gives; None when it gives more than that."""
+    """The tensor that a module returns; None if it returns anything else with it."""
     if isinstance(output, tuple):
         return output[0] if output and all(more is None for more in output[1:]) else None
     return output
 
 
 def _nothing_else(output: Any) -> int | None:
-    """The Nones that a module returns beside its tensor; None when it returns the bare tensor."""
+    """Number of Nones that a module returns in a tuple with its tensor; None if it returns the bare tensor."""
     return len(output) - 1 if isinstance(output, tuple) else None

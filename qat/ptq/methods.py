@@ -1,6 +1,6 @@
-"""The methods of rounding after training: what each needs to know of a linear's inputs, and how it chooses scales and codes.
+"""The methods of post-training quantization: what each needs to know of a linear's inputs, and how it chooses scales and codes.
 
-A method sees the linears that share an input as one stacked weight. Another one (AWQ, SmoothQuant, LLM.int8()) is an entry in ``METHODS``.
+A method gets the linears that share an input as one stacked weight. A new method (AWQ, for example) is an entry in ``METHODS``.
 """
 
 from collections.abc import Callable
@@ -23,37 +23,37 @@ Needs = Literal["nothing", "diagonal", "hessian"]
 
 @dataclass(frozen=True, kw_only=True)
 class RoundingMethod:
-    """How weights are rounded; what a method does not use, it ignores."""
+    """How weights are rounded. A method ignores the fields that it does not use."""
 
     method: MethodName = "rtn"
     scale: ScaleChoice = "fitted"
-    """gptq: where its scales come from: the largest magnitude, a search for the least error of each weight, or that search and then least
-    squares over the outputs in turn with the rounding."""
+    """gptq: source of its scales. absmax = the largest magnitude; mse = a search for the least error of the weights; fitted = that search,
+    then least squares over the outputs in turn with the rounding."""
     damping: float = 0.01
     """gptq: share of the Hessian's mean diagonal added to its diagonal."""
     activation_order: bool = True
-    """gptq: columns with the largest inputs first."""
+    """gptq: round the columns with the largest inputs first."""
     weighted: bool = False
-    """mse: the error of a weight counts by the mean square of its input."""
+    """mse: weight the error of each weight by the mean square of its input."""
     activations: ActivationSpec | None = None
-    """How the inputs of the rounded linears are rounded when the model is served; None = not at all."""
+    """How the inputs of the rounded linears are quantized in serving; None = they are not."""
     kv_cache: ActivationSpec | None = None
-    """How keys and values are; None = not at all."""
+    """How keys and values are quantized in serving; None = they are not."""
 
     @property
     def observes(self) -> bool:
-        """Whether ranges are taken of the calibration text, for static scales."""
+        """Whether static scales need ranges that are measured on calibration text."""
         return any(spec is not None and spec.scaling == "static" for spec in (self.activations, self.kv_cache))
 
     @property
     def needs(self) -> Needs:
-        """What the method has to know of the inputs; anything but 'nothing' takes calibration text, as ``observes`` does."""
+        """What the method needs to know of the inputs; everything but 'nothing' needs calibration text, as ``observes`` does."""
         return METHODS[self.method].needs(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """Weights of linears with the same input, one below the other; of one linear where the lattice has a number for the whole matrix."""
+    """Weights of linears with the same input, stacked along out; one linear alone if the spec has one scale per matrix."""
 
     weight: Tensor
     """fp32 [out, in], finite."""
@@ -77,25 +77,25 @@ class Rounded:
     scales: Tensor
     """fp32 of ``spec.scale_shape(out, in)``, on the spec's grid."""
     zeros: Tensor | None = None
-    """int8 in the shape of ``scales``; None for a symmetric lattice."""
+    """int8 in the shape of ``scales``; None for a symmetric spec."""
     global_scale: Tensor | None = None
-    """fp32 [1], nvfp4 alone."""
+    """fp32 [1], only for nvfp4."""
     note: str | None = None
-    """What did not go as asked, to follow the modules' names."""
+    """What differs from the settings, printed after the modules' names; None if nothing does."""
 
     @property
     def encoded(self) -> Encoded:
-        """All that belongs to the codes."""
+        """Codes, scales and zero points without the note."""
         return Encoded(self.codes, self.scales, self.zeros, self.global_scale)
 
     def rows(self, rows: slice) -> Encoded:
-        """That of some rows; of a stack with one scale for all of it only the whole is a matrix of its own."""
+        """``encoded`` of some rows. A stack with one scale in total is one linear, so it is returned whole."""
         if len(self.scales) != len(self.codes):
             return self.encoded
         return Encoded(self.codes[rows], self.scales[rows], None if self.zeros is None else self.zeros[rows], self.global_scale)
 
     def values(self, spec: QuantSpec) -> Tensor:
-        """fp32 [out, in]: the weights that these stand for."""
+        """fp32 [out, in]: the decoded weights."""
         return decode(self.encoded, spec)
 
 
@@ -108,7 +108,7 @@ class Method:
 
 
 def nearest(stack: Stack, spec: QuantSpec, rounding: RoundingMethod | None = None) -> Rounded:
-    """Round to nearest with scales from the largest magnitude or the range: what ``fake_quant`` computes, for every kind."""
+    """Rounds to nearest with scales from the largest magnitude or the range, as ``fake_quant`` does, for every kind."""
     codes, scales, zeros, whole = encode(stack.weight, spec, mask=stack.mask)
     return Rounded(codes=codes, scales=scales, zeros=zeros, global_scale=whole)
 
@@ -123,27 +123,27 @@ def _gptq(stack: Stack, spec: QuantSpec, rounding: RoundingMethod) -> Rounded:
     _check_int(spec, rounding)
     assert stack.moments is not None
     if rounding.scale == "absmax":
-        lattice = SearchedScales(*range_grid(stack.weight, spec, stack.mask, "auto"))
+        grid = SearchedScales(*range_grid(stack.weight, spec, stack.mask, "auto"))
     else:
         factors = FITTED_FACTORS if rounding.scale == "fitted" else FACTORS
-        lattice = searched_grid(stack.weight, spec, stack.mask, stack.importance, factors)
+        grid = searched_grid(stack.weight, spec, stack.mask, stack.importance, factors)
     factor = factorize(stack.moments, rounding.damping, rounding.activation_order)
     if factor is None:
-        return _to_nearest(stack, lattice, spec, note="rounded to nearest: their Hessian has no Cholesky factor with any damping up to 1")
+        return _to_nearest(stack, grid, spec, note="rounded to nearest: their Hessian has no Cholesky factor with any damping up to 1")
     note = None
     if factor.damping != rounding.damping:
         note = f"damping raised to {factor.damping:g}: their Hessian has no Cholesky factor with {rounding.damping:g}"
-    scales, zeros = lattice
+    scales, zeros = grid
     if rounding.scale == "fitted":
-        codes, scales = fitted_codes(stack.weight, lattice, stack.moments, factor, spec, stack.mask)
+        codes, scales = fitted_codes(stack.weight, grid, stack.moments, factor, spec, stack.mask)
     else:
         codes = gptq_codes(stack.weight, scales, factor, spec, stack.mask, zeros)
     return Rounded(codes=codes, scales=scales, zeros=zeros, note=note)
 
 
-def _to_nearest(stack: Stack, lattice: SearchedScales, spec: QuantSpec, note: str | None = None) -> Rounded:
-    codes, scales = quantize_with(stack.weight, lattice.scales, spec, zeros=lattice.zeros, mask=stack.mask)
-    return Rounded(codes=codes, scales=scales, zeros=lattice.zeros, note=note)
+def _to_nearest(stack: Stack, grid: SearchedScales, spec: QuantSpec, note: str | None = None) -> Rounded:
+    codes, scales = quantize_with(stack.weight, grid.scales, spec, zeros=grid.zeros, mask=stack.mask)
+    return Rounded(codes=codes, scales=scales, zeros=grid.zeros, note=note)
 
 
 def _check_int(spec: QuantSpec, rounding: RoundingMethod) -> None:

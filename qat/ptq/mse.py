@@ -1,4 +1,4 @@
-"""Scales and zero points of weight groups for rounding after training, searched for the smallest squared error."""
+"""Searches the scales and zero points of weight groups that have the smallest squared rounding error."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -11,15 +11,15 @@ from ..fake_quant.range_reference import grid_of_range, group_range, shared_rang
 from ..spec import QuantSpec
 
 FACTORS = tuple((60 - step) / 50 for step in range(48))
-"""What a search multiplies the range of a group with: 1.2 down to 0.26. Above 1 because the default divisor clips the largest weight."""
+"""Factors on the range of a group in a search: 1.2 down to 0.26. Above 1 because the default divisor clips the largest weight."""
 FITTED_FACTORS = tuple(factor for factor in FACTORS[::4] if factor >= 0.7)
-"""For scales that are fitted afterwards: 1.2 down to 0.72. A range that is shrunk further has the smaller error on the calibration text and
-the larger KL on other text (docs/lab-book.md)."""
-_PIECE = 2**17  # weights searched at a time: they and their errors stay in a core's cache
+"""Factors for scales that are fitted afterwards: 1.2 down to 0.72. Smaller ranges have a smaller error on the calibration text, but a
+larger KL on other text (docs/lab-book.md)."""
+_PIECE = 2**17  # weights per piece of a search: they and their errors fit in a core's cache
 
 
 class SearchedScales(NamedTuple):
-    """Where the codes of a weight [out, in] lie: w ~ (q - z) * s."""
+    """Scales and zero points of a weight [out, in]: w ~ (q - z) * s."""
 
     scales: Tensor
     """fp32 of ``spec.scale_shape(out, in)``, on the spec's grid."""
@@ -31,18 +31,19 @@ class SearchedScales(NamedTuple):
 def searched_grid(
     weight: Tensor, spec: QuantSpec, mask: Tensor | None = None, importance: Tensor | None = None, factors: Sequence[float] = FACTORS
 ) -> SearchedScales:
-    """For each group the lattice with the smallest squared rounding error, out of those of its range and of ``factors`` times its range.
+    """Finds for each group the scale and zero point with the smallest squared rounding error.
 
-    Minimises sum_j h_j (w_j - s (q_j - z))^2, q the codes that s and z give and s on its grid already: what is compared is what is
-    stored. Asymmetric lattices are tried with the zero point of the shrunk range, one more and one less. The first of equal errors
-    wins, the lattice of the whole range before all. Work space is a few pieces of 131,072 weights (at least one row).
+    Candidates are those of the group's range and of ``factors`` times its range. The search minimises sum_j h_j (w_j - s (q_j - z))^2,
+    with the codes q that s and z give and s already on the grid of stored scales, so the compared values are the stored ones. Asymmetric
+    specs are tried with the zero point of the scaled range, one more and one less. Of equal errors the first candidate wins, and the
+    whole range comes first. The work space is a few pieces of 131,072 weights (at least one row).
 
     Args:
-        weight: [out, in]; a group with NaN or infinite weights gets a scale of NaN, one of zeros 1.
-        spec: A lattice of kind int.
+        weight: [out, in]; a group with NaN or infinite weights gets a scale of NaN, a group of zeros a scale of 1.
+        spec: A quantization spec of kind int.
         mask: bool [out, in], True where a weight is kept; None keeps all.
         importance: h, fp32 [in], not negative: the diagonal of the Hessian; None = 1 for all.
-        factors: Shares of the range.
+        factors: Factors on the range.
 
     Raises:
         ValueError: the group size does not divide ``in``.
@@ -61,17 +62,21 @@ def searched_grid(
     low, high = low.view(grouped.shape[:2]), high.view(grouped.shape[:2])
     ranges = zip(pieces, low.split(len(pieces[0])), high.split(len(pieces[0])))
     found = [_search([piece], smallest, largest, spec, shares, factors) for piece, smallest, largest in ranges]
-    zeros = None if spec.symmetric else torch.cat([lattice.zeros for lattice in found if lattice.zeros is not None])
-    return SearchedScales(torch.cat([lattice.scales for lattice in found]), zeros)
+    zeros = None if spec.symmetric else torch.cat([piece.zeros for piece in found if piece.zeros is not None])
+    return SearchedScales(torch.cat([piece.scales for piece in found]), zeros)
 
 
 def _search(
     pieces: Sequence[Tensor], low: Tensor, high: Tensor, spec: QuantSpec, shares: Tensor | None, factors: Sequence[float]
 ) -> SearchedScales:
-    """The best lattice of groups with the ranges low to high; of one range for all ``pieces`` [rows, groups, width], or of one piece."""
+    """The best scales and zero points of groups with the ranges low to high.
+
+    ``pieces`` [rows, groups, width] is either one piece with a range per group, or all pieces of a weight with one range in total.
+    """
     tried = _candidates(low, high, spec, factors)
     scales, zeros = next(tried)
     least = _error(pieces, scales, zeros, spec, shares)
+    # a first error that is NaN would win every comparison below
     least.masked_fill_(torch.isnan(least), torch.inf)
     for scale, zero in tried:
         error = _error(pieces, scale, zero, spec, shares)
@@ -81,21 +86,23 @@ def _search(
 
 
 def _candidates(low: Tensor, high: Tensor, spec: QuantSpec, factors: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(scales, zero points) to try, those of the whole range first."""
+    """Yields the (scales, zero points) to try, those of the whole range first."""
     numbers = (spec.bits, spec.symmetric, spec.divisor_value, grid_numbers(spec))
     for factor in (1.0, *factors):
         scales, zeros = grid_of_range(low * factor, high * factor, *numbers)
         for shift in (0,) if spec.symmetric else (0, -1, 1):
+            # int16 because int8 would wrap around at 127 + 1
             yield scales, (zeros.to(torch.int16) + shift).clamp_(spec.qmin, spec.qmax).to(torch.int8)
 
 
 def _error(pieces: Sequence[Tensor], scales: Tensor, zeros: Tensor, spec: QuantSpec, shares: Tensor | None) -> Tensor:
-    """Squared error of each group, in the shape of ``scales``."""
+    """Squared error per group, in the shape of ``scales``."""
     sums = [_squares(piece, scales.unsqueeze(2), zeros.unsqueeze(2), spec, shares).sum(2) for piece in pieces]
     return torch.stack([part.sum(dtype=torch.float64) for part in sums]).sum().view(1, 1) if scales.numel() == 1 else sums[0]
 
 
 def _squares(grouped: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, shares: Tensor | None) -> Tensor:
+    """Squared error per weight [rows, groups, width]: rounds, clamps, subtracts and squares in one buffer."""
     off = (grouped / scale).round_()
     if spec.symmetric:
         off.clamp_(spec.qmin, spec.qmax)

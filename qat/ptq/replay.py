@@ -1,7 +1,7 @@
-"""One decoder layer at a time on stored hidden states, so that a layer runs once it and all before it are as they will be served.
+"""Runs one decoder layer at a time on stored hidden states, so that each layer sees the outputs of the quantized layers before it.
 
-The backbone itself is called every time, with the layers before skipped: it makes masks, positions and whatever else its family hands
-to a layer. What a layer gave is kept on the CPU in fp32, 4 x hidden bytes a token.
+Every run calls the whole backbone with the layers before skipped, because the backbone makes masks, positions and whatever else its
+family passes to a layer. The output of a layer is kept on the CPU in fp32, 4 x hidden size bytes per token.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,27 +23,28 @@ Batch = Mapping[str, Tensor]
 Advance = Callable[[int], None]
 
 
-class Enough(Exception):  # noqa: N818 - it ends a forward pass whose rest nobody needs
-    """Raised behind the layer that was asked for, or inside it by a hook that has seen all it wanted."""
+class Enough(Exception):  # noqa: N818 - not an error: it ends a forward pass early
+    """Ends a forward pass after the requested layer, or inside it when a hook has seen all inputs it needs."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A module inside a layer whose output is that of its last linear: given that linear's input, the rest of it need not run again."""
+    """A module inside a layer that returns the output of its last linear. With that linear's input the rest of it need not run again."""
 
     module: nn.Module
     linear: str
     """Full module name."""
     nones: int | None
-    """How many Nones the module returns behind its tensor, in a tuple; None: it returns the bare tensor."""
+    """How many Nones the module returns in a tuple after its tensor; None = it returns the bare tensor."""
 
 
 @dataclass
 class _Shortened:
     part: Part
     tensors: list[Tensor]
-    """By batch, what its linear reads, or gives once that is known."""
+    """Per batch the input of the part's linear, and after the first pass its output."""
     done: list[bool]
+    """Per batch whether ``tensors`` holds the output."""
 
 
 class Replay:
@@ -53,7 +54,7 @@ class Replay:
         model: In eval mode; everything outside its layers is on ``device``, each layer when it runs.
         layers: Its decoder layers, in order.
         batches: As ``backbone_inputs`` takes them, with ``attention_mask`` where there is padding.
-        device: Where it runs.
+        device: Device of the computation.
     """
 
     def __init__(self, model: "PreTrainedModel", layers: Sequence[nn.Module], batches: Sequence[Batch], device: torch.device) -> None:
@@ -62,36 +63,41 @@ class Replay:
         self._hidden: list[Tensor | None] = [None] * len(batches)
         self._shortened: list[_Shortened] = []
         self._behind: dict[int, int | None] = {}
-        """By layer, how many more things it gives behind its tensor, in a tuple; None: the bare tensor."""
+        """Per layer how many values it returns in a tuple after its tensor; None = it returns the bare tensor."""
 
     def batches(self) -> Iterator[tuple[int, Tensor | None]]:
-        """(number, bool [B, S], True for text, or None when all is text) of every batch."""
+        """Yields (number, mask) of every batch: mask is bool [B, S], True for text, or None if there is no padding."""
         for number, batch in enumerate(self._batches):
             kept = batch["attention_mask"].bool() if "attention_mask" in batch else None
             yield number, None if kept is None or bool(kept.all()) else kept.to(self._device)
 
     @property
     def positions(self) -> int:
-        """Tokens of all batches, padding and all."""
+        """Tokens of all batches, with padding."""
         return sum(batch["input_ids"].numel() for batch in self._batches)
 
     @property
     def all_tokens(self) -> int:
-        """Tokens of all batches, padding left out."""
+        """Tokens of all batches, without padding."""
         return sum(self.tokens(number) for number in range(len(self._batches)))
 
     def shorten(self, part: Part, inputs: Sequence[Tensor]) -> None:
-        """Until ``forget``, have a part of the layer that runs give what its last linear makes of ``inputs``, one for each batch. Whatever
-        these come from must stay as it is."""
+        """Until ``forget``, replaces a part of the current layer by its last linear applied to ``inputs``, one tensor per batch.
+
+        The modules that computed these inputs must not change until then.
+        """
         self._shortened.append(_Shortened(part, list(inputs), [False] * len(inputs)))
 
     def forget(self) -> None:
-        """Run every part of a layer again."""
+        """Makes every part of a layer run again."""
         self._shortened.clear()
 
     def run(self, index: int, number: int, few: tuple[int, int] | None = None) -> Tensor | None:
-        """Layer ``index`` on batch ``number``, or on ``few`` of its (rows, first tokens), whose hidden states the layers before have left:
-        its output [B, S, H]; None when a hook has raised ``Enough``."""
+        """Runs layer ``index`` on the stored hidden states of batch ``number``, or on ``few`` of its (rows, first tokens).
+
+        Returns:
+            The layer's output [B, S, H], or None if a hook raised ``Enough``.
+        """
         given, result, layer = self._hidden[number], [], self._layers[index]
         batch = self._batches[number]
         if few is not None:
@@ -102,7 +108,8 @@ class Replay:
         def give(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if given is None:
                 return None
-            hidden = given.to(self._device, copy=True)  # some layers add to it in place
+            # copied because some layers add to their input in place, and the stored states are needed again
+            hidden = given.to(self._device, copy=True)
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
         def take(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -119,13 +126,13 @@ class Replay:
         finally:
             for handle in handles:
                 handle.remove()
-        raise UserError(f"decoder layer {index} of {type(self._backbone).__name__} never ran; use method rtn or mse, which run nothing")
+        raise UserError(f"decoder layer {index} of {type(self._backbone).__name__} did not run; use method rtn or mse, which need no run")
 
     def _short_forwards(self, number: int) -> list[tuple[nn.Module, Callable[..., Any]]]:
         return [(known.part.module, partial(self._short, known, number)) for known in self._shortened]
 
     def _short(self, known: _Shortened, number: int, *_args: Any, **_kwargs: Any) -> Any:
-        """What a shortened part gives for a batch, which is worked out once. It is a copy: some layers add to it in place (Falcon's)."""
+        """Output of a shortened part for a batch, computed once. It is a copy: some layers, such as Falcon's, add to it in place."""
         if known.done[number]:
             tensor = known.tensors[number].to(self._device, copy=True)
         else:
@@ -134,7 +141,7 @@ class Replay:
         return tensor if known.part.nones is None else (tensor, *[None] * known.part.nones)
 
     def finish(self, index: int, advance: Advance) -> None:
-        """Put what layer ``index`` gives for every batch in the place of what it was given; forgets what was shortened."""
+        """Replaces the stored hidden states of every batch by the output of layer ``index``; calls ``forget``."""
         for number, _ in self.batches():
             hidden = self.run(index, number)
             assert hidden is not None
@@ -147,14 +154,14 @@ class Replay:
         return tuple(self._batches[number]["input_ids"].shape)
 
     def tokens(self, number: int) -> int:
-        """Tokens of a batch, padding left out."""
+        """Tokens of a batch, without padding."""
         batch = self._batches[number]
         return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
 
 
 @contextmanager
 def _skipped(layers: Sequence[nn.Module], behind: Mapping[int, int | None]) -> Iterator[None]:
-    """Let ``layers`` hand on what they are given, whether their weights are there or not, with Nones for all that they gave behind it."""
+    """Makes ``layers`` return their input, which needs no weights, with as many Nones after it as each layer returned values."""
 
     def hand_on(nones: int | None) -> Callable[..., Any]:
         def forward(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
@@ -168,8 +175,8 @@ def _skipped(layers: Sequence[nn.Module], behind: Mapping[int, int | None]) -> I
 
 @contextmanager
 def _replaced(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Let modules compute something else."""
-    # others, such as fused kernels, put a forward of their own on a module too
+    """Replaces the forward of modules."""
+    # other code, such as fused kernels, may also have set a forward on the module: it is put back afterwards
     before = [(module, module.__dict__.get("forward")) for module, _ in forwards]
     for module, forward in forwards:
         module.forward = forward

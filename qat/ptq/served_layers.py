@@ -1,8 +1,8 @@
-"""Layers that round more than their weights: hooked in once a layer's weights are rounded, so that the next layer is calibrated on what a
-served one gives.
+"""Quantizes inputs, keys and values too while calibrating, so that each layer sees what the layers before it will produce in serving.
 
-The Hessians of a layer are taken before: GPTQ sees its unrounded inputs, keys and values, given what the layers before it give as they are
-served. Ranges behind static scales are those of all calibration text, padding left out, in the layer with its weights rounded.
+The hooks are added once the weights of a layer are rounded. Its Hessians are taken before that: GPTQ sees the layer's unrounded inputs,
+keys and values, computed from the outputs of the layers before it as they are served. Ranges for static scales are measured over all
+calibration text without padding, in the layer with its weights rounded.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class ServedLayers:
-    """Rounds what ``rounding`` says of inputs, keys and values, layer by layer; does nothing where it says nothing.
+    """Quantizes inputs, keys and values as ``rounding`` specifies, layer by layer; does nothing if it specifies neither.
 
     Args:
         model: As in ``round_model``.
         rounding: Its ``activations`` and ``kv_cache``.
         replay: Runs a layer over the calibration text; needed for static scales.
-        advance: Told the tokens of every batch that was looked at for them.
+        advance: Called with the tokens of every batch that is run for static scales.
     """
 
     def __init__(self, model: "PreTrainedModel", rounding: RoundingMethod, replay: Replay | None, advance: Callable[[int], None]) -> None:
@@ -41,11 +41,11 @@ class ServedLayers:
 
     @property
     def rounds(self) -> bool:
-        """Whether more than weights is rounded."""
+        """Whether inputs, keys or values are quantized."""
         return self._padding is not None
 
     def layer(self, index: int, layer: nn.Module, names: Sequence[str]) -> None:
-        """Hook layer ``index``, whose linears ``names`` hold codes * scales, and find its static scales.
+        """Hooks layer ``index``, whose linears ``names`` hold codes * scales, and finds its static scales.
 
         Raises:
             UserError: a linear or an attention does not run.
@@ -82,13 +82,13 @@ class ServedLayers:
             for name, extremes in zip(rounders.rounders, found):
                 if not bool(torch.isfinite(extremes).all()):
                     raise NonFiniteError(
-                        f"the range of {name} is NaN or infinite on the calibration text; take an earlier checkpoint, or more bits"
+                        f"the range of {name} is NaN or infinite on the calibration text; take an earlier checkpoint or more bits"
                     )
             rounders.observe(False)
             rounders.set_ranges(found)
 
     def state(self) -> dict[str, Any]:
-        """Fields of a ``QuantState``."""
+        """The fields of a ``QuantState`` for inputs, keys and values."""
         found: dict[str, Any] = {}
         if self._rounding.activations:
             inputs = RoundedInputs(self._rounding.activations, self._inputs)

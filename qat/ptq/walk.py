@@ -1,8 +1,8 @@
-"""Rounding a whole model, decoder layer by decoder layer; what rounded linears and layers give is what the next ones are calibrated on.
+"""Rounds a whole model, decoder layer by decoder layer; each is calibrated on the outputs of the rounded linears and layers before it.
 
-Where inputs, keys or values are rounded too, a layer gives what it will give when it is served (``served_layers.py``).
+If inputs, keys or values are quantized too, these outputs are those of serving (``served_layers.py``).
 
-Sources: Frantar et al., arXiv 2210.17323, section 3 (blocks in order, each on the outputs of the quantized ones before).
+Source: Frantar et al., arXiv 2210.17323, section 3 (blocks in order, each on the outputs of the quantized blocks before it).
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class RoundedModel:
-    """What ``round_model`` found; the model itself holds codes * scales, and hooks where more than weights is rounded."""
+    """Result of ``round_model``. The model itself holds codes * scales, and hooks if inputs, keys or values are quantized."""
 
     state: QuantState
     errors: dict[str, KindError] = field(default_factory=dict)
-    """By kind of linear, in module order."""
+    """Rounding errors by kind of linear, in module order."""
     notes: list[str] = field(default_factory=list)
-    """What did not go as asked, a sentence each."""
+    """What differs from the settings, one sentence each."""
 
 
 @torch.no_grad()
@@ -57,22 +57,22 @@ def round_model(
     others: torch.dtype | None = None,
     advance: Advance = lambda done: None,
 ) -> RoundedModel:
-    """Round the linears of the decoder layers, in place: plain linears with weight = codes * scales (fp32).
+    """Rounds the linears of the decoder layers in place: they become plain linears with weight = codes * scales (fp32).
 
-    Embedding and head, where lattices name them, are rounded first, by rtn or else by mse, whatever the method.
+    Embedding and head, if the scheme quantizes them, are rounded first: by rtn if that is the method, else by mse.
 
     Args:
         model: Plain, fp32, on the CPU; or on the meta device, from ``empty_model``, together with ``files`` and ``work``.
-        spec: The lattice, or lattices.
-        rounding: The method, and how inputs, keys and values are rounded. Hessians are those of inputs that are not rounded yet.
-        skip: Beside a lattice: fnmatch patterns of full module names left as they are; one that matches nothing is an error.
+        spec: The quantization spec of all linears, or a scheme.
+        rounding: The method, and how inputs, keys and values are quantized. Hessians are taken of inputs before their quantization.
+        skip: With a spec: fnmatch patterns of full module names that stay unquantized; a pattern without a match is an error.
         sparse: Modules whose exact zeros are a pruning mask.
-        text: What to calibrate on, where ``rounding.needs`` it or ``rounding.observes``.
-        files: Where the weights of a model on the meta device are.
-        work: An existing folder that then takes the rounded layers, 5 bytes a weight; the model and the codes are views of its files.
-        device: Where the work is done, one layer at a time. The model ends on the CPU.
-        others: Dtype that parameters which are not rounded will be stored in: they get its values (as fp32) before the model is run.
-        advance: Told of work that is done, in the units of ``amount_of_work``.
+        text: Calibration text, needed if ``rounding.needs`` is not 'nothing' or ``rounding.observes``.
+        files: The weights of a model on the meta device.
+        work: With ``files``: an existing folder for the rounded layers, 5 bytes per weight; model and codes are views of its files.
+        device: Device of the work, one layer at a time. At the end the model is on the CPU.
+        others: Dtype in which unquantized parameters will be stored: they are rounded to its values (and stay fp32) before the model runs.
+        advance: Called with the work that is done, in the units of ``amount_of_work``.
 
     Raises:
         UserError: as in ``qat.layers.quantized_model.prepare``; weights are NaN or infinite; text is missing or empty; the inputs of a
@@ -83,7 +83,8 @@ def round_model(
     scheme = QuantScheme.of(spec, skip)
     chosen = targets(model, scheme)
     specs = {name: target.spec for name, target in chosen.items()}
-    names, ends = _names(chosen, layers or [model], model)
+    names, outer = _names(chosen, layers or [model], model)
+    # it refers to the modules, and so to the unrounded weights, which are freed layer by layer
     del chosen
     calibrates = rounding.needs != "nothing" or rounding.observes
     if calibrates:
@@ -96,15 +97,17 @@ def round_model(
         shelf = FileShelf(model, layers, files, work, device)
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     if others is not None and layers:
-        later = inside | {id(model.get_submodule(name).weight) for name in ends}
+        # layers follow one by one in ``Walk.layer``, embedding and head when they are rounded
+        later = inside | {id(model.get_submodule(name).weight) for name in outer}
         take_values([parameter for parameter in model.parameters() if id(parameter) not in later], others)
     replay = Replay(model, layers, text.batches, device) if calibrates and text is not None else None
     training = model.training
     model.eval()
     walk = Walk(model, specs, rounding, frozenset(sparse), shelf, replay, others, advance)
     try:
-        for name in ends:
-            walk.end(name)
+        # first, because the first layer must see the rounded embedding
+        for name in outer:
+            walk.embedding_or_head(name)
         for index, layer in enumerate(layers or [model]):
             walk.layer(index, layer, names[index], index + 1 == len(layers))
         shelf.close()
@@ -117,30 +120,33 @@ def round_model(
 def amount_of_work(
     model: "PreTrainedModel", spec: QuantSpec | QuantScheme, rounding: RoundingMethod, skip: Sequence[str], text: CalibrationText | None
 ) -> int:
-    """What ``advance`` will be told in all: tokens through layers where there is calibration, else weights of the decoder layers."""
+    """The total of all calls of ``advance``: tokens through layers if there is calibration, else weights of the decoder layers."""
     calibrates, layers = rounding.needs != "nothing", len(decoder_layers(model))
     if text is None or not (calibrates or rounding.observes):
         linears = decoder_linears(model)
         return sum(linears[name].weight.numel() for name in targets(model, QuantScheme.of(spec, skip)) if name in linears)
+    # per layer a pass for Hessians, one for ranges and one for the next layer's inputs, which the last layer does not need
     return text.tokens * max(0, (calibrates + rounding.observes + 1) * layers - 1)
 
 
 def _names(chosen: Mapping[str, Target], layers: Sequence[nn.Module], model: "PreTrainedModel") -> tuple[list[list[str]], list[str]]:
-    """The names of each layer's linears, and of embedding and head where they are chosen. The modules themselves are let go of: each has
-    its unrounded weight as long as it lives."""
+    """The names of each layer's linears, and the names of embedding and head if they are chosen.
+
+    Names and not modules, because a module keeps its unrounded weight alive.
+    """
     outside = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
-    ends = [name for name, target in chosen.items() if id(target.module) in outside]
+    outer = [name for name, target in chosen.items() if id(target.module) in outside]
     inside = [{id(module) for module in layer.modules()} - outside for layer in layers]
-    return [[name for name, target in chosen.items() if id(target.module) in modules] for modules in inside], ends
+    return [[name for name, target in chosen.items() if id(target.module) in modules] for modules in inside], outer
 
 
 def _check_calibration(text: CalibrationText | None, layers: Sequence[nn.Module], rounding: RoundingMethod) -> None:
     if text is None or not text.tokens:
-        raise UserError(f"{_who(rounding)} no token to calibrate on; raise calibration_tokens or give more text")
+        raise UserError(f"{_who(rounding)} calibration text, and there is none; raise calibration_tokens or give more text")
     if not layers:
         remedy = "use method rtn" + (" and scaling: dynamic" if rounding.observes else "")
-        raise UserError(f"{_who(rounding)} to look at layer after layer, but the model's decoder layers are not found; {remedy}")
+        raise UserError(f"{_who(rounding)} the model's decoder layers, and they are not found; {remedy}")
 
 
 def _who(rounding: RoundingMethod) -> str:
-    return f"method {rounding.method} has" if rounding.needs != "nothing" else "static scales of activations or kv_cache have"
+    return f"method {rounding.method} needs" if rounding.needs != "nothing" else "static scales of activations or kv_cache need"

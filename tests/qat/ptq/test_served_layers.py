@@ -203,7 +203,9 @@ def test_skipped_modules_read_what_they_are_given(random_model: RandomModel) -> 
 
 @pytest.mark.parametrize("rounding", [RoundingMethod(activations=STATIC), RoundingMethod(kv_cache=FP8, method="mse")])
 def test_text_is_needed(random_model: RandomModel, rounding: RoundingMethod) -> None:
-    with pytest.raises(UserError, match="static scales of activations or kv_cache have no token to calibrate on; raise calibration_tokens"):
+    with pytest.raises(
+        UserError, match="static scales of activations or kv_cache need calibration text, and there is none; raise calibration_tokens"
+    ):
         round_model(random_model("llama"), SPEC, rounding)
 
 

@@ -337,7 +337,7 @@ def test_bad_inputs_are_named(random_model: RandomModel) -> None:
 def test_linears_that_idle_are_named(random_model: RandomModel) -> None:
     model = random_model("llama")
     model.get_submodule("model.layers.0").add_module("spare", nn.Linear(32, 32, bias=False))
-    with pytest.raises(UserError, match=r"model\.layers\.0\.spare \(1 in all\) took no part .* add it to skip"):
+    with pytest.raises(UserError, match=r"model\.layers\.0\.spare \(1 in all\) did not run .* add it to skip"):
         round_model(model, SPEC, GPTQ, text=text_of(windows()))
 
 
@@ -377,10 +377,10 @@ def test_linears_that_read_no_token_vectors_are_named(random_model: RandomModel)
 
 
 def test_text_is_needed(random_model: RandomModel) -> None:
-    with pytest.raises(UserError, match="method gptq has no token to calibrate on; raise calibration_tokens"):
+    with pytest.raises(UserError, match="method gptq needs calibration text, and there is none; raise calibration_tokens"):
         round_model(random_model("llama"), SPEC, GPTQ)
     nothing = text_of(windows(2), attention_mask=torch.zeros(2, 24, dtype=torch.int64))
-    with pytest.raises(UserError, match="no token to calibrate on"):
+    with pytest.raises(UserError, match="needs calibration text, and there is none"):
         round_model(random_model("llama"), SPEC, GPTQ, text=nothing)
 
 
