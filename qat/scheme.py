@@ -1,8 +1,8 @@
-"""Which module of a model gets which lattice: one for all linears, other ones by name pattern, and what is left alone.
+"""QuantScheme: which module of a model gets which QuantSpec. One spec for all linears, changes by name pattern, and modules to skip.
 
     QuantScheme(weights=QuantSpec(bits=4, group_size=64), skip=("*.0.*",), overrides={"*.down_proj": SpecChange(bits=8)})
 
-Embedding and head are left alone unless they are given a lattice. Imports no torch: recipes are read without it.
+Embedding and head are not quantized unless the scheme has a change for them. The module imports no torch: recipes are read without it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,29 +42,29 @@ class SpecChange:
         return {entry.name: value for entry in fields(self) if (value := getattr(self, entry.name)) is not None}
 
     def applied(self, spec: QuantSpec) -> QuantSpec:
-        """``spec`` with the changes; ValueError when they do not go together."""
+        """``spec`` with the changes; ValueError if they do not fit together."""
         fixed = {"bits": FLOAT_BITS[self.kind]} if self.kind in FLOAT_BITS else {}
         return replace(spec, **fixed | self.given)
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantScheme:
-    """The lattices of a model's modules; nothing of it depends on the order of the patterns.
+    """The quantization specs of a model's modules. The order of the patterns has no influence.
 
     Raises:
-        ValueError: a change does not go together with ``weights``; the message begins with its key.
+        ValueError: a change does not fit ``weights``; the message begins with its key.
     """
 
     weights: QuantSpec = field(default_factory=QuantSpec)
-    """Of every linear of the decoder layers that nothing below names."""
+    """Spec of every linear of the decoder layers that no field below names."""
     skip: tuple[str, ...] = ()
-    """fnmatch patterns of full module names that are left alone, whatever else matches them."""
+    """fnmatch patterns of full module names that are not quantized, even if ``overrides`` match them too."""
     overrides: Mapping[str, SpecChange] = field(default_factory=dict)
-    """fnmatch pattern of full names of decoder linears -> what their lattice has otherwise."""
+    """fnmatch pattern of full names of decoder linears -> changes to their spec."""
     embedding: SpecChange | None = None
-    """The input embedding's lattice; of a tied model the head's too. None = left alone."""
+    """Changes for the input embedding, and for the head of a tied model. None = not quantized."""
     head: SpecChange | None = None
-    """The output head's lattice. None = left alone."""
+    """Changes for the output head. None = not quantized."""
 
     def __post_init__(self) -> None:
         for key, change in self.changes().items():
@@ -75,19 +75,19 @@ class QuantScheme:
 
     @classmethod
     def of(cls, spec: "QuantSpec | QuantScheme", skip: Sequence[str] = ()) -> "QuantScheme":
-        """A lattice for everything but ``skip``; QuantScheme as they are."""
+        """A scheme with one spec for all linears but ``skip``; a scheme is returned as it is."""
         return spec if isinstance(spec, QuantScheme) else cls(weights=spec, skip=tuple(skip))
 
     def changes(self) -> dict[str, SpecChange]:
-        """Every change by the key that tells of it."""
-        ends = {"embedding": self.embedding, "head": self.head}
-        return {f"overrides.{name}": change for name, change in self.overrides.items()} | {k: v for k, v in ends.items() if v}
+        """Every change by its key in a recipe."""
+        outer = {"embedding": self.embedding, "head": self.head}
+        return {f"overrides.{name}": change for name, change in self.overrides.items()} | {k: v for k, v in outer.items() if v}
 
     def of_linears(self, names: Iterable[str]) -> dict[str, QuantSpec]:
-        """The lattice of each decoder linear that is not skipped, in the order of ``names``.
+        """The spec of each decoder linear that is not skipped, in the order of ``names``.
 
         Raises:
-            ValueError: a pattern of ``overrides`` changes no linear, or two change one differently.
+            ValueError: a pattern of ``overrides`` matches no linear, or two patterns change the same linear differently.
         """
         kept = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in self.skip)]
         found: dict[str, tuple[str, QuantSpec]] = {}
@@ -99,11 +99,11 @@ class QuantScheme:
             for name in matched:
                 other, before = found.setdefault(name, (pattern, spec))
                 if before != spec:
-                    raise ValueError(f"overrides: {other!r} and {pattern!r} both match {name} and differ; let one of them leave it out")
+                    raise ValueError(f"overrides: {other!r} and {pattern!r} both match {name} and differ; narrow one of the patterns")
         return {name: found[name][1] if name in found else self.weights for name in kept}
 
 
 def example_of(names: Iterable[str]) -> str:
-    """How patterns are written, for messages."""
+    """A sentence for messages that shows how patterns are written."""
     example = next(iter(names), "model.layers.0.mlp.down_proj")
     return f"patterns are matched to full names such as {example!r}, so write '*.{example.rsplit('.', 1)[-1]}' for all of a kind."

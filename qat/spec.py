@@ -1,4 +1,4 @@
-"""QuantSpec: the one description of a weight lattice that drives reference, kernel, training, packing and export.
+"""QuantSpec describes how one weight is quantized; reference, kernels, training, packing and export all read it.
 
 Symbols: b bits, q signed code in [-2^(b-1), 2^(b-1)-1], s scale, z zero point, g group size along the input axis.
 
@@ -30,14 +30,14 @@ PACKED_BITS = (2, 4, 8)
 
 @dataclass(frozen=True, kw_only=True)
 class GridLimits:
-    """The numbers behind a scale grid: fp32 with its last mantissa bits dropped (round half to even), then clamped."""
+    """The values that a scale may take: fp32 with its last mantissa bits dropped (round half to even), then clamped."""
 
     dropped_bits: int
     """fp32 mantissa bits that a scale may not use: 16 leaves bf16's, 13 leaves fp16's, 0 leaves all."""
     smallest: float
-    """Smallest scale (itself on the grid; the smallest normal number, or for bf16_fp16 the smallest exact in fp16 too)."""
+    """Smallest scale, itself on the grid: the smallest normal number; for bf16_fp16 the smallest that fp16 holds exactly too."""
     largest: float
-    """Largest scale (itself on the grid)."""
+    """Largest scale, itself on the grid."""
 
 
 SCALE_GRIDS: dict[str, GridLimits] = {
@@ -50,13 +50,13 @@ SCALE_GRIDS: dict[str, GridLimits] = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Float:
-    """What a kind that is not int leaves open."""
+    """Limits of a kind that is not int."""
 
     bits: int
     group_sizes: tuple[int | str, ...] | None
-    """None: any."""
+    """Allowed group sizes; None = all."""
     own_scales: bool
-    """The kind has its own scale format, so that ``scale_grid`` does nothing."""
+    """Whether the kind fixes the format of its scales, so that ``scale_grid`` has no effect."""
 
 
 _FLOATS = {
@@ -66,9 +66,9 @@ _FLOATS = {
     "nvfp4": _Float(bits=4, group_sizes=(16,), own_scales=True),
 }
 FLOAT_BITS = {kind: form.bits for kind, form in _FLOATS.items()}
-"""Bits of a code of the kinds that are not int."""
+"""Bits per code of the kinds that are not int."""
 _NOT_STORED = {"kind": "int"}
-"""Fields that came later: at these values they are left out of the JSON form, so that older records and hashes stay."""
+"""Fields added later, with the values at which the JSON form omits them, so that older records and hashes stay valid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +100,11 @@ class QuantSpec:
     def _check_int(self) -> None:
         if not self.symmetric and self.divisor != "half_range":
             raise ValueError(
-                f"divisor={self.divisor!r} does nothing with symmetric=false, which divides max - min by 2^b - 1; leave it out"
+                f"divisor={self.divisor!r} has no effect with symmetric=false, which divides max - min by 2^b - 1; leave it out"
             )
 
     def _check_float(self, form: _Float) -> None:
-        """Everything that the kind fixes must be said as it is, or left at its default."""
+        """Every field that the kind fixes must have the fixed value or its default."""
         if self.bits != form.bits:
             raise ValueError(f"kind={self.kind!r} has codes of {form.bits} bits, not {self.bits}; use bits={form.bits}")
         if form.group_sizes is not None and self.group_size not in form.group_sizes:
@@ -113,9 +113,11 @@ class QuantSpec:
         if not self.symmetric:
             raise ValueError(f"kind={self.kind!r} has no zero point; leave symmetric out, or use kind='int'")
         if self.divisor != "half_range":
-            raise ValueError(f"divisor={self.divisor!r} does nothing with kind={self.kind!r}, whose scale is fixed; leave it out")
+            raise ValueError(f"divisor={self.divisor!r} has no effect with kind={self.kind!r}, whose scale is fixed; leave it out")
         if form.own_scales and self.scale_grid != "bf16_fp16":
-            raise ValueError(f"scale_grid={self.scale_grid!r} does nothing with kind={self.kind!r}, which has its own scales; leave it out")
+            raise ValueError(
+                f"scale_grid={self.scale_grid!r} has no effect with kind={self.kind!r}, which fixes the format of scales; leave it out"
+            )
 
     @property
     def qmin(self) -> int:
@@ -129,7 +131,7 @@ class QuantSpec:
 
     @property
     def divisor_value(self) -> float:
-        """The number that absmax (symmetric=false: max - min) is divided by (exact in fp32)."""
+        """The number by which absmax (symmetric=false: max - min) is divided to get the scale; exact in fp32."""
         if self.kind != "int":
             return {"nf4": 1.0, "fp8_e4m3": 448.0}.get(self.kind, 6.0)
         if not self.symmetric:
@@ -138,11 +140,11 @@ class QuantSpec:
 
     @property
     def grid(self) -> GridLimits:
-        """Rounding and limits of the scale."""
+        """Rounding and limits of scales."""
         return SCALE_GRIDS[self.scale_grid]
 
     def group_width(self, in_features: int) -> int:
-        """Elements of a row of ``in_features`` per scale; ValueError when the group size does not divide it."""
+        """Elements per scale in a row of ``in_features``; ValueError if the group size does not divide it."""
         if isinstance(self.group_size, str):
             return in_features
         if in_features % self.group_size:
@@ -152,23 +154,25 @@ class QuantSpec:
         return self.group_size
 
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """Shape of the scales of a weight [out, in]: (out, groups), (1, 1) for the whole tensor; ValueError as ``group_width``."""
+        """Shape of the scales of a weight [out, in]: (out, groups), or (1, 1) for one scale per tensor; ValueError as ``group_width``."""
         if self.group_size == "tensor":
             return 1, 1
         return out_features, in_features // self.group_width(in_features) if in_features else 0
 
     def words(self) -> str:
-        """The lattice for people: '4 bits in groups of 64, with zero points'."""
+        """The spec in words: '4 bits in groups of 64, with zero points'."""
         codes = f"{self.bits} bits" if self.kind == "int" else self.kind
-        shared = {"channel": "with a scale a row", "tensor": "with one scale"}.get(str(self.group_size), f"in groups of {self.group_size}")
+        shared = {"channel": "with one scale per row", "tensor": "with one scale"}.get(
+            str(self.group_size), f"in groups of {self.group_size}"
+        )
         return f"{codes} {shared}" + ("" if self.symmetric else ", with zero points")
 
     def with_bits(self, bits: int) -> "QuantSpec":
-        """The same lattice with codes of another width."""
+        """The same spec with codes of another width."""
         return replace(self, bits=bits)
 
     def to_json(self) -> dict[str, Any]:
-        """Stable JSON form (fields sorted by name; those that came later only where they differ from their default)."""
+        """Stable JSON form: fields sorted by name; fields added later are present only if they differ from their default."""
         return {name: value for name, value in sorted(asdict(self).items()) if _NOT_STORED.get(name, ...) != value}
 
     @classmethod
@@ -205,7 +209,7 @@ class ActivationSpec:
 
     @cached_property
     def lattice(self) -> QuantSpec:
-        """The same lattice as a QuantSpec of the matrix [tokens, features]."""
+        """The same quantization as a QuantSpec of the matrix [tokens, features]."""
         group = "channel" if self.scaling == "dynamic" else "tensor"
         if self.kind == "fp8_e4m3":
             return QuantSpec(kind="fp8_e4m3", bits=8, group_size=group, scale_grid="fp32")

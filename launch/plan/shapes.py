@@ -280,7 +280,7 @@ def _check_scheme(shape: ModelShape, scheme: "QuantScheme", entry: "StageEntry")
         raise ImpossibleStageError(f"{place}: there is nothing to quantize: skip={list(scheme.skip)} leaves no linear layer")
     if scheme.head and not shape.head:
         raise ImpossibleStageError(
-            f"{place}.head: the head is tied to the embedding, whose table it multiplies by; use 'embedding', which then is for both"
+            f"{place}.head: the head is tied to the embedding, whose table it multiplies by; use 'embedding', which then applies to both"
         )
     for name, (_, columns, spec) in quantized.items():
         try:

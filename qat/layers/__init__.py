@@ -1,4 +1,4 @@
-"""What sits in a model while it is quantized: layers that round their weights, hooks on inputs, keys and values."""
+"""Modules and hooks of a model that is being quantized: layers that round their weights, hooks on inputs, keys and values."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""A plain model made to compute as its quantized folder says, beyond its weights: inputs, keys and values rounded."""
+"""Adds to a plain model the quantization of inputs, keys and values that its quantized folder records."""
 
 from typing import TYPE_CHECKING
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def rounds_more_than_weights(record: dict[str, object] | None) -> bool:
-    """Whether the ``quant`` entry of a ``decoct.json`` speaks of rounded inputs, or rounded keys and values."""
+    """Whether the ``quant`` entry of a ``decoct.json`` has quantized inputs, or quantized keys and values."""
     return bool(record) and any(record.get(key) for key in ("activations", "kv_cache"))
 
 
 def round_as_stored(model: "PreTrainedModel", state: QuantState) -> None:
-    """Hook the rounding of ``state`` into a model with its weights, where there is any; UserError as ``round_cache_as_stored``."""
+    """Hooks the quantization of inputs, keys and values in ``state`` into a model; UserError as ``round_cache_as_stored``."""
     if state.activations is not None:
         round_inputs_as_stored(model, state.modules, state.activations, state.input_scales, state.input_zeros)
     if state.cache is not None:

@@ -1,4 +1,4 @@
-"""A linear layer of fixed codes, whose scales train: a byte a weight instead of a weight with its gradient and moments."""
+"""CodesLinear: a linear layer with fixed codes whose scales train. A weight takes one byte, without gradient and optimizer moments."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..spec import QuantSpec
 
 
 class CodesLinear(nn.Module):
-    """A linear layer of fixed codes, whose scales train: a byte a weight, no gradient and no optimizer state for it.
+    """A linear layer with fixed codes, one byte each, whose scales and bias train.
 
     Source: Chen et al., EfficientQAT, arXiv 2407.11062, section 3.3 (end-to-end training of quantization parameters).
     """
@@ -24,7 +24,7 @@ class CodesLinear(nn.Module):
     scale: nn.Parameter
     """fp32 [out, groups], positive."""
     zero: Tensor | None
-    """int8 in the shape of ``scale``, constants; None for a symmetric lattice. In the state dict."""
+    """int8 in the shape of ``scale``, constants; None for a symmetric spec. In the state dict."""
     bias: nn.Parameter | None
 
     def __init__(self, encoded: Encoded, bias: nn.Parameter | None, spec: QuantSpec) -> None:
@@ -37,7 +37,7 @@ class CodesLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     def quantized_weight(self) -> Tensor:
-        """fp32 [out, in]: codes times scales on their grid; a constant."""
+        """fp32 [out, in]: codes times scales on their grid, without a gradient."""
         return dequantize(self.code, scale_on_grid(self.scale, self.spec), self.zero)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class CodesLinear(nn.Module):
 
     @torch.no_grad()
     def encoded(self) -> Encoded:
-        """The codes, scales on their grid, zero points; ValueError when a scale is NaN or infinite."""
+        """The codes, the scales on their grid and the zero points; ValueError if a scale is NaN or infinite."""
         scales = scale_on_grid(self.scale, self.spec)
         if not bool(torch.isfinite(scales).all()):
             raise ValueError(f"{int((~torch.isfinite(scales)).sum())} of {scales.numel()} scales are NaN or infinite")
@@ -64,7 +64,7 @@ def _codes_linear(input: Tensor, codes: Tensor, zeros: Tensor | None, scale: Ten
 
 
 class _CodesProduct(torch.autograd.Function):
-    """x @ ((codes - zeros) * s)^T: the weight is made anew in the backward, so that no layer's is kept in fp32.
+    """x @ ((codes - zeros) * s)^T. The backward pass decodes the weight again, so that no layer keeps it in fp32.
 
     dL/ds = 1 / sqrt(N qmax) * sum over the group of dL/dw * (code - zero), the gradient of LSQ with the codes held.
     """
@@ -88,7 +88,7 @@ class _CodesProduct(torch.autograd.Function):
             given = (grad.to(dtype) @ weight).to(input.dtype)
         if ctx.needs_input_grad[3]:
             rows = grad.flatten(0, -2).to(dtype).T @ input.flatten(0, -2).to(dtype)
-            # with a scale of one the weight is code - zero
+            # code - zero, as the decoded weight with scales of one
             sums = (rows.to(torch.float32) * dequantize(codes, torch.ones_like(scale), zeros)).view(*scale.shape, -1).sum(-1)
             scale_gradient = back_inside(sums * group_factor(codes, scale, ctx.spec), scale, grid_numbers(ctx.spec))
         bias_gradient = grad.flatten(0, -2).sum(0).to(torch.float32) if bias is not None and ctx.needs_input_grad[5] else None

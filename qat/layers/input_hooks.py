@@ -1,8 +1,8 @@
-"""Rounding what quantized linears read: a forward pre-hook, the same in training, in calibration and when a stored model is measured.
+"""Quantizes the inputs of linears by a forward pre-hook, the same in training, in calibration and when a stored model is measured.
 
-inputs = round_inputs(model, modules, ActivationSpec())                     dynamic: a scale for each token
-inputs = round_inputs(model, modules, ActivationSpec(scaling="static"))     until it has a range it lets everything pass
-inputs.observe(); ...; inputs.set_ranges(inputs.extremes())                 scales of the range that was seen since
+inputs = round_inputs(model, modules, ActivationSpec())                     dynamic: one scale per token
+inputs = round_inputs(model, modules, ActivationSpec(scaling="static"))     inputs pass unchanged until it has a range
+inputs.observe(); ...; inputs.set_ranges(inputs.extremes())                 scales from the range seen since ``observe``
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ from .rounders import Padding, Rounder, Rounders, watch_padding
 
 
 class InputRounder(Rounder):
-    """The hook of one module: its first argument is rounded."""
+    """The hook of one module; it rounds the module's first argument."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x: Tensor = args[0]
@@ -24,13 +24,13 @@ class InputRounder(Rounder):
 
 
 class RoundedInputs(Rounders):
-    """The hooks of a model, by module name, in module order."""
+    """The input hooks of a model, by module name, in module order."""
 
 
 def round_inputs(model: nn.Module, modules: Iterable[str], spec: ActivationSpec, padding: Padding | None = None) -> RoundedInputs:
-    """Let ``modules`` (full names) read rounded inputs from now on; static scaling begins once it has ranges.
+    """Makes ``modules`` (full names) read rounded inputs from now on; static scaling begins once it has ranges.
 
-    Ranges leave out what ``attention_mask`` of transformers' backbone calls padding (``padding``: one that watches it already).
+    Ranges leave out the padding that ``attention_mask`` of transformers' backbone marks. ``padding`` may be a hook that already watches it.
     """
     padding = padding or watch_padding(model)
     rounders = {name: InputRounder(spec, padding) for name in modules}
@@ -42,7 +42,7 @@ def round_inputs(model: nn.Module, modules: Iterable[str], spec: ActivationSpec,
 def round_inputs_as_stored(
     model: nn.Module, modules: Iterable[str], spec: ActivationSpec, scales: Mapping[str, Tensor], zeros: Mapping[str, Tensor]
 ) -> RoundedInputs:
-    """``round_inputs`` with the scales that a quantized folder holds."""
+    """``round_inputs`` with the scales of a quantized folder."""
     inputs = round_inputs(model, modules, spec)
     inputs.set_scales(scales, zeros)
     return inputs

@@ -1,11 +1,11 @@
-"""Rounding keys and values as they enter the cache: in training, in calibration, while generating and when a stored model is measured.
+"""Quantizes keys and values as they enter the cache: in training, in calibration, in generation and when a stored model is measured.
 
-    cache = round_cache(model, ActivationSpec(kind="fp8_e4m3"))                        dynamic: a scale for each token and head
-    cache = round_cache(model, ActivationSpec(kind="fp8_e4m3", scaling="static"))      one for the keys, one for the values of a layer
+    cache = round_cache(model, ActivationSpec(kind="fp8_e4m3"))                        dynamic: one scale per token and head
+    cache = round_cache(model, ActivationSpec(kind="fp8_e4m3", scaling="static"))      per layer one scale for keys, one for values
 
-Attention modules of transformers hand keys (after the rotary embedding) and values to ``past_key_values.update`` and go on with what it
-returns. A stand-in for that cache does the rounding and passes on to the real one, where there is one: whatever computes the attention
-(eager, sdpa, flash) reads rounded keys and values, and none is rounded twice.
+Attention modules of transformers pass keys (after the rotary embedding) and values to ``past_key_values.update`` and use what it returns.
+A stand-in for that cache rounds them and calls the real cache if there is one. So every implementation of attention (eager, sdpa, flash)
+reads rounded keys and values, and nothing is rounded twice.
 """
 
 import inspect
@@ -28,11 +28,11 @@ _SHARED = {
     "kv_lora_rank": "servers cache a compressed form of its keys and values",
     "num_kv_shared_layers": "some of its layers use the keys and values of others",
 }
-"""Config fields of families whose cache holds something else than each layer's keys and values."""
+"""Config fields of families whose cache does not hold each layer's keys and values, with the reason."""
 
 
 class _StandIn:
-    """What an attention module takes for its cache."""
+    """Takes the place of an attention module's cache."""
 
     def __init__(self, key: Rounder, value: Rounder) -> None:
         self._key, self._value = key, value
@@ -40,15 +40,18 @@ class _StandIn:
         self.updated = False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, heads, S, head_dim] as the attention is to see them, with those of the real cache before them."""
+        """Rounds keys and values [B, heads, S, head_dim]; returns them, after those of the real cache if there is one."""
         self.updated = True
         rounded = []
         for rounder, states in ((self._key, key_states), (self._value, value_states)):
+            # ranges leave out padding, which is known as [B, S]
             rounder.note(states.transpose(1, 2))
             rounded.append(rounder.round(states))
         return (rounded[0], rounded[1]) if self.cache is None else self.cache.update(rounded[0], rounded[1], *args, **kwargs)
 
+    # families also ask their cache for lengths and layers
     def __getattr__(self, name: str) -> Any:
+        # not self.cache: before __init__ (copying) that would call __getattr__ without end
         cache = self.__dict__.get("cache")
         if cache is None:
             raise AttributeError(f"there is no cache, so it has no {name!r}")
@@ -63,7 +66,7 @@ class _Hooks:
         self._position = list(inspect.signature(module.forward).parameters).index(_ARGUMENT)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Give the stand-in in the place of the cache."""
+        """Passes the stand-in instead of the cache."""
         at = self._position
         self._stand_in.cache = args[at] if len(args) > at else kwargs.get(_ARGUMENT)
         self._stand_in.updated = False
@@ -72,7 +75,7 @@ class _Hooks:
         return args, {**kwargs, _ARGUMENT: self._stand_in}
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Let go of the cache; UserError when the module did not use it."""
+        """Releases the cache; UserError if the module did not use it."""
         self._stand_in.cache = None
         if not self._stand_in.updated:
             raise UserError(f"kv_cache: {self._name} ({type(module).__name__}) puts no keys and values into its cache; leave kv_cache out")
@@ -81,15 +84,15 @@ class _Hooks:
 class RoundedCache(Rounders):
     """The rounders of a model's keys and values: ``<attention module>.k`` and ``<attention module>.v``."""
 
-    unseen = "{name}: this attention took no part in running the text, so the range of its keys or values is not known; leave kv_cache out"
+    unseen = "{name}: this attention did not run on the text, so the range of its keys or values is not known; leave kv_cache out"
 
     def state(self) -> CacheState:
-        """What a quantized folder holds of it."""
+        """The part of a quantized folder that describes the cache."""
         attentions = dict.fromkeys(name.rpartition(".")[0] for name in self.rounders)
         return CacheState(spec=self.spec, attentions=tuple(attentions), scales=self.scales(), zeros=self.zeros())
 
     def set_ranges(self, extremes: Tensor) -> None:
-        """Static scales of ranges, on the bf16 grid: servers that hold them in the model's dtype hold the same numbers."""
+        """Sets static scales from ranges, rounded to bf16, so that servers that store them in the model's dtype have the same numbers."""
         super().set_ranges(extremes)
         grid = SCALE_GRIDS["bf16_fp16"]
         for rounder in self.rounders.values():
@@ -98,15 +101,16 @@ class RoundedCache(Rounders):
 
 
 def cached_attentions(model: "PreTrainedModel") -> dict[str, nn.Module]:
-    """The attention module of each decoder layer, by full name, in order: the one whose forward takes ``past_key_values``.
+    """The attention module of each decoder layer, by full name, in order: the module whose forward takes ``past_key_values``.
 
     Raises:
-        UserError: the layers are not found, one has no or several such modules, or the family's cache holds something else.
+        UserError: the layers are not found, a layer has no or several such modules, or the family's cache does not hold each layer's keys
+            and values.
     """
     config: Any = model.config.get_text_config()
     for field, reason in _SHARED.items():
         if getattr(config, field, None):
-            raise UserError(f"kv_cache: model type {config.model_type!r} cannot have it rounded: {reason}; leave kv_cache out")
+            raise UserError(f"kv_cache: the cache of model type {config.model_type!r} cannot be quantized: {reason}; leave kv_cache out")
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[str, nn.Module] = {}
     layers = decoder_layers(model)
@@ -125,7 +129,7 @@ def cached_attentions(model: "PreTrainedModel") -> dict[str, nn.Module]:
 
 
 def round_attention(name: str, module: nn.Module, spec: ActivationSpec, padding: Padding) -> dict[str, Rounder]:
-    """Let one attention module round its keys and values from now on; its two rounders by name."""
+    """Makes one attention module round its keys and values from now on; returns its two rounders by name."""
     rounders = {f"{name}.{part}": Rounder(spec, padding) for part in ("k", "v")}
     hooks = _Hooks(name, module, _StandIn(*rounders.values()))
     module.register_forward_pre_hook(hooks.before, with_kwargs=True)
@@ -134,15 +138,15 @@ def round_attention(name: str, module: nn.Module, spec: ActivationSpec, padding:
 
 
 def round_cache(model: "PreTrainedModel", spec: ActivationSpec, padding: Padding | None = None) -> RoundedCache:
-    """Let every attention module round its keys and values; static scaling begins once it has ranges (padding left out, as for inputs).
+    """Makes every attention module round its keys and values. Static scaling begins once it has ranges (without padding, as for inputs).
 
     Args:
         model: Any causal language model of transformers whose layers keep their own keys and values, on any device (also meta).
-        spec: The lattice. dynamic: a scale for each token and head; static: one for the keys and one for the values of each layer.
-        padding: One that watches the backbone already.
+        spec: Their quantization. dynamic: one scale per token and head; static: per layer one scale for keys and one for values.
+        padding: A hook that already watches the backbone, or None.
 
     Raises:
-        UserError: as ``cached_attentions``; later, in a forward, when a module turns out to use no cache.
+        UserError: as ``cached_attentions``; later, in a forward pass, if a module uses no cache.
 
     Source: Liu et al., LLM-QAT, arXiv 2305.17888, section 2.2 (keys and values are rounded per token in training).
     """
@@ -158,7 +162,7 @@ def round_cache_as_stored(model: "PreTrainedModel", stored: CacheState) -> Round
     """``round_cache`` with the scales of a quantized folder or an export.
 
     Raises:
-        UserError: as ``round_cache``, or its attention modules are not those of the model.
+        UserError: as ``round_cache``, or the stored attention modules are not those of the model.
     """
     cache = round_cache(model, stored.spec)
     if (found := cache.state().attentions) != stored.attentions:

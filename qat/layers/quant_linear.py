@@ -1,6 +1,6 @@
-"""Layers whose weight is rounded in every forward: linears, the embedding, and a head that is tied to it.
+"""Layers that round their weight in every forward pass: linears, the embedding, and a head that is tied to it.
 
-They keep the parameters of the module they are made from and may add their own: a scale for each group (LSQ), zero points, and a low-rank
+They keep the parameters of the module they are made from and may add their own: one scale per group (LSQ), zero points, and a low-rank
 adapter whose product is added to the weight before rounding.
 """
 
@@ -14,7 +14,7 @@ from .rounded import RoundedWeight as RoundedWeight
 
 
 class QuantLinear(RoundedWeight, nn.Linear):
-    """``nn.Linear`` whose weight goes through fake quantization in every forward, in training and in evaluation alike."""
+    """``nn.Linear`` whose weight goes through fake quantization in every forward pass, in training and in evaluation."""
 
     def __init__(self, linear: nn.Linear, spec: QuantSpec, extras: Extras | None = None) -> None:
         # on the meta device: nothing is allocated, no random number is drawn
@@ -33,7 +33,7 @@ class QuantLinear(RoundedWeight, nn.Linear):
 
 
 class QuantEmbedding(RoundedWeight, nn.Embedding):
-    """``nn.Embedding`` whose table [vocabulary, hidden] is rounded, each token's row in groups along hidden."""
+    """``nn.Embedding`` with a rounded table [vocabulary, hidden]; the groups of a token's row run along hidden."""
 
     def __init__(self, embedding: nn.Embedding, spec: QuantSpec, extras: Extras | None = None) -> None:
         rows, columns = embedding.weight.shape
@@ -51,18 +51,18 @@ class QuantEmbedding(RoundedWeight, nn.Embedding):
 
 
 class TiedHead(nn.Linear):
-    """A head that multiplies by the rounded table of a ``QuantEmbedding``; its ``weight`` is the table's, as tied models have it."""
+    """A head that multiplies by the rounded table of a ``QuantEmbedding``; its ``weight`` is the embedding's parameter."""
 
     def __init__(self, head: nn.Linear, embedding: QuantEmbedding) -> None:
         super().__init__(head.in_features, head.out_features, bias=False, device="meta")
         self.weight = head.weight
         self.register_parameter("bias", head.bias)
-        # in a list: the embedding is no child of the head
+        # in a list, so that torch does not register the embedding as a child of the head
         self._embedding = [embedding]
         self.train(head.training)
 
     def quantized_weight(self) -> Tensor:
-        """[vocabulary, hidden]: the embedding's."""
+        """[vocabulary, hidden]: the rounded table of the embedding."""
         return self._embedding[0].quantized_weight()
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""Linear layers that train on a lattice: putting them into a model, taking codes and scales out, folding them back.
+"""Puts quantized layers into a model, takes codes and scales out of it, and folds it back into plain layers.
 
-    names = prepare(model, spec)          # every linear of the decoder layers rounds its weight in the forward
+    names = prepare(model, spec)          # every linear of the decoder layers rounds its weight in the forward pass
     ... train ...
-    state = quantize_model(model, spec)   # codes and scales: what is exported
+    state = quantize_model(model, spec)   # codes and scales, as they are exported
     fold(model, state)                    # plain linears again, weight = codes * scales: same logits, bit for bit
 
-Parameters are shared, never copied: names in the state dict, optimizers and ties to parameters stay as they are.
+Parameters are shared, never copied, so names in the state dict, optimizers and tied parameters stay as they are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 
 
 def prepare(model: "PreTrainedModel", spec: QuantSpec | QuantScheme, skip: Sequence[str] = (), extras: Extras | None = None) -> list[str]:
-    """Replace the linears of the decoder layers by ``QuantLinear``, in place; with lattices for them, embedding and head too.
+    """Replaces the linears of the decoder layers by ``QuantLinear``, in place, and embedding and head if the scheme quantizes them.
 
     Args:
         model: Any causal language model with ``nn.Linear`` layers, on any device (also meta).
-        spec: The lattice of every replaced weight, or the lattices of all.
-        skip: Beside a lattice: fnmatch patterns of full module names left in full precision, such as ``*.down_proj``.
-        extras: Parameters of the layers beside weight and bias; zeros until somebody gives them values. With adapters nothing but the
-            extras trains, and embedding and head, which get none, keep their weights.
+        spec: The quantization spec of every replaced weight, or a scheme.
+        skip: With a spec: fnmatch patterns of full module names that stay in full precision, such as ``*.down_proj``.
+        extras: Further parameters of the layers. They are zero until the caller sets them. With adapters only the extras train; embedding
+            and head get no adapter, so their weights stay.
 
     Returns:
-        Names of the replaced modules, in module order; not that of a head which is tied to the embedding.
+        Names of the replaced modules, in module order, without a head that is tied to the embedding.
 
     Raises:
-        UserError: a pattern matches nothing, the group size does not divide, or a layer cannot be quantized; the model is untouched.
+        UserError: a pattern matches nothing, the group size does not divide, or a layer cannot be quantized; the model is not changed.
     """
     if _prepared(model):
         raise UserError("the model's linears are quantized already; prepare takes a plain model. Fold it first.")
@@ -52,27 +52,28 @@ def prepare(model: "PreTrainedModel", spec: QuantSpec | QuantScheme, skip: Seque
     for name, target in chosen.items():
         if isinstance(target.module, nn.Embedding) and type(target.module) is not nn.Embedding:
             raise UserError(
-                f"embedding: {name} is a {type(target.module).__name__}, which does more than look rows up, so that it cannot be trained "
-                "rounded; leave 'embedding' out, or round it without training (stage 'quantize')"
+                f"embedding: {name} is a {type(target.module).__name__}, which does more than look rows up, so it cannot be trained "
+                "quantized; leave 'embedding' out, or quantize it without training (stage 'quantize')"
             )
         if extras is not None and extras.rank > min(target.module.weight.shape):
             rows, columns = target.module.weight.shape
-            raise UserError(f"lora={extras.rank} is more than {name} of {rows} x {columns} has ranks; 16 or 32 are usual")
+            raise UserError(f"lora={extras.rank} is above the largest rank of {name}, {min(rows, columns)}; 16 or 32 are usual")
+    # asked before the embedding is replaced, which ends the tie
     tied = is_tied(model)
     if extras is not None and extras.rank:
         model.requires_grad_(False)
     for name, target in chosen.items():
-        module, lattice = target.module, target.spec
+        module, own = target.module, target.spec
         if isinstance(module, nn.Linear):
             head = module is model.get_output_embeddings()
-            model.set_submodule(name, QuantLinear(module, lattice, replace(extras, rank=0) if head and extras else extras))
+            model.set_submodule(name, QuantLinear(module, own, replace(extras, rank=0) if head and extras else extras))
         else:
-            _replace_embedding(model, name, QuantEmbedding(module, lattice, replace(extras, rank=0) if extras else None), tied)
+            _replace_embedding(model, name, QuantEmbedding(module, own, replace(extras, rank=0) if extras else None), tied)
     return list(chosen)
 
 
 def _replace_embedding(model: "PreTrainedModel", name: str, embedding: QuantEmbedding, tied: bool) -> None:
-    """Put a rounded embedding in its place, and a head that is tied to it on top of it."""
+    """Replaces the embedding by a rounded one, and a head that is tied to it by a ``TiedHead``."""
     head: Any = model.get_output_embeddings()
     model.set_submodule(name, embedding)
     if tied:
@@ -80,10 +81,10 @@ def _replace_embedding(model: "PreTrainedModel", name: str, embedding: QuantEmbe
 
 
 def hold_codes(model: "PreTrainedModel", state: QuantState) -> None:
-    """Replace the modules of ``state`` by ``CodesLinear``, in place: their weights are dropped, their scales train, nothing else does.
+    """Replaces the modules of ``state`` by ``CodesLinear``, in place: their weights are dropped, and only their scales train.
 
     Args:
-        model: A plain model that ``state`` was made from.
+        model: The plain model that ``state`` was made from.
         state: Codes and scales of linears, of kind int.
     """
     model.requires_grad_(False)
@@ -96,15 +97,15 @@ def hold_codes(model: "PreTrainedModel", state: QuantState) -> None:
 
 @torch.no_grad()
 def quantize_model(model: "PreTrainedModel", spec: QuantSpec | QuantScheme, skip: Sequence[str] = ()) -> QuantState:
-    """Codes and scales of the model's (latent) weights; the model stays as it is.
+    """Encodes the model's (latent) weights into codes and scales; the model is not changed.
 
     Args:
-        model: A prepared model, whose layers and masks are taken, or a plain one (round to nearest).
-        spec: The lattice or lattices; of a prepared model those it was prepared with.
-        skip: As in ``prepare``; of a prepared model the patterns it was prepared with, or empty.
+        model: A prepared model, whose layers and masks are used, or a plain one (round to nearest).
+        spec: The spec or scheme; for a prepared model the one it was prepared with.
+        skip: As in ``prepare``; for a prepared model the patterns it was prepared with, or empty.
 
     Raises:
-        UserError: as in ``prepare``, lattices or skip other than the model was prepared with, or NaN or infinite weights.
+        UserError: as in ``prepare``; spec or skip differ from those the model was prepared with; or weights are NaN or infinite.
     """
     scheme = QuantScheme.of(spec, skip)
     prepared = _prepared(model)
@@ -131,34 +132,34 @@ def _encoded(module: nn.Module, spec: QuantSpec) -> Encoded:
 
 
 def _check_prepared(model: "PreTrainedModel", prepared: Mapping[str, "_Prepared"], scheme: QuantScheme, asked: bool) -> None:
-    """UserError when a prepared model has other lattices, or (``asked``) other modules, than these."""
+    """Raises UserError if a prepared model has other specs, or (``asked``) other modules, than ``scheme``."""
     inside = {name: prepared.get(name, module) for name, module in _linears(model).items()}
     try:
         wanted = scheme.of_linears(inside if asked else [name for name in inside if name in prepared])
     except ValueError as error:
         raise UserError(str(error)) from None
-    ends = {module: change for module, change in _ends(model, scheme) if change is not None}
+    outer = {module: change for module, change in _embedding_and_head(model, scheme) if change is not None}
     held = {name: module for name, module in prepared.items() if name not in inside}
-    if asked and (set(wanted) != set(prepared) - set(held) or set(held.values()) != set(ends)):
+    if asked and (set(wanted) != set(prepared) - set(held) or set(held.values()) != set(outer)):
         raise UserError(f"the model was prepared with other modules than skip={list(scheme.skip)} leaves; use the same patterns, or none.")
-    other = any(module.spec != change.applied(scheme.weights) for module, change in ends.items())
+    other = any(module.spec != change.applied(scheme.weights) for module, change in outer.items())
     if (asked and other) or any(prepared[name].spec != spec for name, spec in wanted.items()):
-        raise UserError(f"the model was prepared with another lattice than {scheme.weights}; quantize it with the one it was trained with.")
+        raise UserError(f"the model was prepared with another spec than {scheme.weights}; quantize it with the spec it was trained with.")
 
 
-def _ends(model: "PreTrainedModel", scheme: QuantScheme) -> list[tuple[Any, SpecChange | None]]:
-    """Embedding and head, each with the lattice it is asked to have."""
+def _embedding_and_head(model: "PreTrainedModel", scheme: QuantScheme) -> list[tuple[Any, SpecChange | None]]:
+    """Embedding and head, each with its change in the scheme."""
     return [(model.get_input_embeddings(), scheme.embedding), (model.get_output_embeddings(), scheme.head)]
 
 
 @torch.no_grad()
 def fold(model: "PreTrainedModel", state: QuantState) -> None:
-    """Put plain layers with weight = codes * scales (fp32) in the place of every module of ``state``.
+    """Replaces every module of ``state`` by a plain layer with weight = codes * scales (fp32).
 
     In fp32 the folded model gives exactly the logits of the prepared one. Parameter names stay; the weights are new parameters.
 
     Raises:
-        UserError: a module is missing, of another shape, not fp32, or prepared but not in ``state``; the model is untouched.
+        UserError: a module is missing, has another shape, is not fp32, or is prepared but not in ``state``; the model is not changed.
     """
     left = [name for name in _prepared(model) if name not in state.codes]
     if left:
@@ -186,7 +187,7 @@ def fold(model: "PreTrainedModel", state: QuantState) -> None:
 
 
 def _shape(module: nn.Module | None) -> tuple[int, ...] | None:
-    """[out, in] of a layer that can be folded; None for anything else."""
+    """[out, in] of a layer that can be folded; None for all other modules."""
     if isinstance(module, CodesLinear):
         return module.out_features, module.in_features
     return tuple(module.weight.shape) if isinstance(module, nn.Linear | nn.Embedding) else None
@@ -207,11 +208,13 @@ def _fold_embedding(model: "PreTrainedModel", name: str, embedding: Any, table: 
         if isinstance(head, TiedHead):
             model.set_output_embeddings(_plain(head, table))
             head = model.get_output_embeddings()
+        # the very parameter of the embedding: a copy would end the tie
         head.weight = weight
 
 
 def _plain(linear: nn.Linear | CodesLinear, weight: Tensor) -> nn.Linear:
     """A plain linear with this weight and everything else of ``linear``."""
+    # on the meta device: nothing is allocated, no random number is drawn
     plain = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
     device = linear.weight.device if isinstance(linear, nn.Linear) else linear.code.device
     plain.weight = nn.Parameter(weight.to(device), requires_grad=not isinstance(linear, nn.Linear) or linear.weight.requires_grad)
@@ -220,7 +223,7 @@ def _plain(linear: nn.Linear | CodesLinear, weight: Tensor) -> nn.Linear:
 
 
 def _linears(model: "PreTrainedModel") -> dict[str, nn.Linear | CodesLinear]:
-    """The decoder's linears, those that hold codes among them."""
+    """The decoder's linears, including those that hold codes."""
     held = {name: module for name, module in model.named_modules() if isinstance(module, CodesLinear)}
     return {**decoder_linears(model), **held}
 

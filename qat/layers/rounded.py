@@ -1,4 +1,4 @@
-"""What modules share whose weight is rounded in every forward: the lattice, its parameters, and how the weight passes through it."""
+"""RoundedWeight: the common part of modules that round their weight in every forward pass, with the parameters of the rounding."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,40 +15,40 @@ else:
     _Base = object
 
 Mode = Literal["off", "absmax", "learned", "fixed"]
-"""off: the weight passes unrounded; absmax: scales are taken from the weight; learned: the scale parameter trains; fixed: it does not."""
+"""off: the weight is not rounded; absmax: scales are taken from the weight; learned: the scale parameter trains; fixed: it does not."""
 _EXTRAS = ("scale", "zero", "adapter_in", "adapter_out")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extras:
-    """What a module whose weight is rounded gets beside its own parameters."""
+    """Further parameters of a module that rounds its weight."""
 
     scale: bool = False
-    """A scale parameter for each group (kind int alone), and a zero point where the lattice has them."""
+    """Whether each group gets a scale parameter (only kind int), and a zero point if the spec has them."""
     rank: int = 0
-    """Rank of an adapter that trains in the weight's place; 0 = none."""
+    """Rank of an adapter that trains instead of the weight; 0 = none."""
 
 
 class RoundedWeight(_Base):
-    """Mixin of a module with a ``weight`` [out, in]; ``set_lattice`` comes after the weight is there.
+    """Mixin of a module with a ``weight`` [out, in]; call ``set_spec`` after the weight is set.
 
-    The parameters ``weight`` (latent, unrounded) and whatever else the module has are those of the module it is made from.
+    The parameters ``weight`` (latent, unrounded) and ``bias`` are those of the module it is made from.
     """
 
     weight: Tensor
     mask: Tensor | None
-    """bool [out, in], True where a weight is kept; pruned weights are zeros before scales are taken. Not in the state dict."""
+    """bool [out, in], True where a weight is kept; pruned weights are set to zero before scales are taken. Not in the state dict."""
     scale: nn.Parameter | None
-    """fp32 of ``spec.scale_shape``, positive; None where scales are always taken from the weight."""
+    """fp32 of ``spec.scale_shape``, positive; None if scales are always taken from the weight."""
     zero: nn.Parameter | None
-    """fp32 in the shape of ``scale``, whole numbers that do not train; None for a symmetric lattice."""
+    """fp32 in the shape of ``scale``, whole numbers that do not train; None for a symmetric spec."""
     adapter_in: nn.Parameter | None
-    """fp32 [rank, in]; the weight that is rounded is ``weight + adapter_out @ adapter_in``."""
+    """fp32 [rank, in]; the rounded weight is that of ``weight + adapter_out @ adapter_in``."""
     adapter_out: nn.Parameter | None
     """fp32 [out, rank]."""
 
     def set_spec(self, spec: QuantSpec, extras: Extras | None) -> None:
-        """Give the module its lattice; extras are zeros until somebody gives them values."""
+        """Gives the module its quantization spec; extras are zero until the caller sets them."""
         rows, columns = self.weight.shape
         shape = spec.scale_shape(rows, columns)
         self.spec = spec
@@ -85,12 +85,12 @@ class RoundedWeight(_Base):
         self.lattice = self.spec if bits == self.spec.bits else self.spec.with_bits(bits)
 
     def merged_weight(self) -> Tensor:
-        """[out, in]: the latent weight, with the adapter's product added; pruned weights (zeros of ``weight``) stay zero."""
+        """[out, in]: the latent weight plus the adapter's product; pruned weights (zeros of ``weight``) stay zero."""
         if self.adapter_in is None or self.adapter_out is None:
             return self.weight
         with torch.autocast(self.weight.device.type, enabled=False):
             update = self.adapter_out @ self.adapter_in
-        # a sharded layer has no mask of the whole weight; the frozen zeros are one
+        # the frozen weight's zeros are used and not ``mask``, which a sharded layer has for its own rows only
         return self.weight + update * (self.weight != 0)
 
     def quantized_weight(self) -> Tensor:
@@ -105,12 +105,12 @@ class RoundedWeight(_Base):
         return rounded if self.mode == "learned" or not scale.requires_grad else _Attached.apply(rounded, scale)
 
     def zero_codes(self) -> Tensor | None:
-        """int8 zero points in the shape of ``scale``; None for a symmetric lattice."""
+        """int8 zero points in the shape of ``scale``; None for a symmetric spec."""
         return None if self.zero is None else self.zero.detach().to(torch.int8)
 
     @torch.no_grad()
     def encoded(self) -> Encoded:
-        """Codes, scales, zero points of the spec: by the scale parameter where there is one, else from the weight.
+        """Codes, scales and zero points, with scales from the scale parameter if there is one, else from the weight.
 
         Raises:
             ValueError: weights or scales are NaN or infinite.
@@ -121,12 +121,12 @@ class RoundedWeight(_Base):
         return Encoded(*quantize_with(self.merged_weight(), self.scale, self.spec, zeros=zeros, mask=self.mask), zeros)
 
     def spec_repr(self) -> str:
-        """The lattice in a module's repr."""
+        """The spec as part of the module's repr."""
         return f"bits={self.spec.bits}, group_size={self.spec.group_size}, scales={self.mode}"
 
 
 class _Attached(torch.autograd.Function):
-    """A tensor as it is, with a parameter of which the gradient is zero."""
+    """Returns a tensor unchanged and gives a parameter that it does not depend on a gradient of zero."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, parameter: Tensor) -> Tensor:

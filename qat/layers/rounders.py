@@ -1,4 +1,4 @@
-"""What rounds a tensor in the forward and knows its range: the common part of ``input_hooks.py`` and ``kv_cache_hooks.py``."""
+"""Rounds a tensor of the forward pass and measures its range: the common part of ``input_hooks.py`` and ``kv_cache_hooks.py``."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,31 +13,31 @@ from .token_rows import token_rows
 
 
 class Padding:
-    """Pre-hook of the backbone: remembers which tokens of the batch on its way are text."""
+    """Pre-hook of the backbone that remembers which tokens of the current batch are text."""
 
     def __init__(self) -> None:
         self.text: Tensor | None = None
-        """bool [B, S], False for padding; None where there is none."""
+        """bool [B, S], False for padding; None if there is no mask."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
         self.text = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def without(self, x: Tensor) -> Tensor:
-        """``x`` [B, S, ...], or flattened to [B x S, ...], as rows of text alone; all of it where it is neither."""
+        """The rows of ``x`` [B, S, ...] (or flattened to [B x S, ...]) that are text; all of ``x`` if it has neither shape."""
         rows = None if self.text is None else token_rows(x, self.text, tuple(self.text.shape))
         return x if rows is None else rows
 
 
 def watch_padding(model: nn.Module) -> Padding:
-    """Hook a ``Padding`` into transformers' backbone: what ``attention_mask`` calls padding is in no range."""
+    """Hooks a ``Padding`` into transformers' backbone, so that ranges leave out what ``attention_mask`` marks as padding."""
     padding = Padding()
     getattr(model, "base_model", model).register_forward_pre_hook(padding, with_kwargs=True)
     return padding
 
 
 class Rounder:
-    """Rounds one tensor of the forward, and notes the range it has been seen in."""
+    """Rounds one tensor of the forward pass and measures its range."""
 
     def __init__(self, spec: ActivationSpec, padding: Padding) -> None:
         self.spec = spec
@@ -45,21 +45,22 @@ class Rounder:
         self.enabled = True
         self.observing = False
         self.scale: Tensor | None = None
-        """fp32 [], static scaling only; None = not known yet, and nothing is rounded."""
+        """fp32 [], only for static scaling; None = not known yet, and nothing is rounded."""
         self.zero: Tensor | None = None
-        """int8 [], static and asymmetric scaling only."""
+        """int8 [], only for static asymmetric scaling."""
         self.extremes: Tensor | None = None
         """fp32 [2] = (-smallest, largest) value seen while observing."""
 
     def note(self, x: Tensor) -> None:
-        """While observing, take ``x`` [B, S, ...] into the range, padding left out."""
+        """While observing, extends the range by ``x`` [B, S, ...] without padding."""
         if self.observing:
+            # -low, so that one maximum (and one all-reduce over ranks) updates both ends
             low, high = self._padding.without(x.detach()).aminmax()
             seen = torch.stack([-low, high]).to(torch.float32)
             self.extremes = seen if self.extremes is None else torch.maximum(self.extremes, seen)
 
     def round(self, x: Tensor) -> Tensor:
-        """``x`` as codes times scales; itself while switched off, or while a static scale is not known."""
+        """``x`` as codes times scales; ``x`` itself while switched off or while a static scale is not known."""
         if not self.enabled or (self.spec.scaling == "static" and self.scale is None):
             return x
         if self.spec.scaling == "dynamic":
@@ -72,37 +73,37 @@ class Rounder:
 class Rounders:
     """The rounders of a model, by name, in module order."""
 
-    unseen = "{name} took no part in running the text, so the range of its inputs is not known; add it to skip"
-    """What is said of one that has seen nothing."""
+    unseen = "{name} did not run on the text, so the range of its inputs is not known; add it to skip"
+    """Message about a rounder that has seen nothing."""
 
     def __init__(self, spec: ActivationSpec, rounders: Mapping[str, Rounder]) -> None:
         self.spec = spec
         self.rounders = dict(rounders)
 
     def enable(self, on: bool) -> None:
-        """Round, or let everything pass."""
+        """Switches rounding on or off."""
         for rounder in self.rounders.values():
             rounder.enabled = on
 
     def observe(self, on: bool = True) -> None:
-        """Start (or stop) noting what comes; forgets what was noted."""
+        """Starts or stops observing ranges; forgets the ranges so far."""
         for rounder in self.rounders.values():
             rounder.observing, rounder.extremes = on, None
 
     def extremes(self) -> Tensor:
-        """fp32 [rounders, 2] = (-smallest, largest) seen since ``observe``; UserError naming one that has seen nothing."""
+        """fp32 [rounders, 2] = (-smallest, largest) seen since ``observe``; UserError names a rounder that has seen nothing."""
         for name, rounder in self.rounders.items():
             if rounder.extremes is None:
                 raise UserError(self.unseen.format(name=name))
         return torch.stack([rounder.extremes for rounder in self.rounders.values() if rounder.extremes is not None])
 
     def set_ranges(self, extremes: Tensor) -> None:
-        """Static scales (and zero points) of ranges in the form of ``extremes``."""
+        """Sets static scales (and zero points) from ranges in the form of ``extremes``."""
         for rounder, (low, high) in zip(self.rounders.values(), extremes.cpu(), strict=True):
             rounder.scale, rounder.zero = static_scale(-low, high, self.spec)
 
     def set_scales(self, scales: Mapping[str, Tensor], zeros: Mapping[str, Tensor]) -> None:
-        """Static scales and zero points that are known already, by name."""
+        """Sets static scales and zero points, by name."""
         for name, rounder in self.rounders.items():
             rounder.scale, rounder.zero = scales.get(name), zeros.get(name)
 

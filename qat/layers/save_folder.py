@@ -1,4 +1,4 @@
-"""From a model and its codes to a quantized folder, which ``decoct export``, ``verify`` and ``evaluate`` take."""
+"""Saves a model and its codes as a quantized folder, which ``decoct export``, ``verify`` and ``evaluate`` read."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STORED = torch.bfloat16
-"""The grid of tensors that are not quantized: what exports store and runtimes compute with."""
+"""Dtype of unquantized tensors in exports and runtimes."""
 
 
 def save_quantized_folder(
@@ -26,15 +26,15 @@ def save_quantized_folder(
     record: dict[str, Any] | None = None,
     rounding: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a model whose weights are codes times scales, with the codes beside them, as the stages ``qat`` and ``quantize`` do.
+    """Saves a model whose weights are codes times scales, together with the codes, as the stages ``qat`` and ``quantize`` do.
 
     Args:
-        model: The student, prepared for quantized training or with plain layers, in fp32. Afterwards it has plain layers whose weights are
-            those of ``state``, and every other tensor lies on the bf16 grid, as exports store it: the model in memory is the one on disk.
-        state: Its codes and scales, as ``quantize_model`` and ``round_model`` give them.
-        path: The folder to make; it must not exist.
-        tokenizer: Goes along. An export needs one; its files may also be copied into the folder later.
-        base_model: Hub id or name that the model was made from, for the model card.
+        model: The student, prepared for quantized training or with plain layers, in fp32. Afterwards it has plain layers with the weights
+            of ``state``, and every other tensor is rounded to bf16 as in exports, so that the model in memory equals the one on disk.
+        state: Its codes and scales, from ``quantize_model`` or ``round_model``.
+        path: The folder to create; it must not exist.
+        tokenizer: Saved too. An export needs one; its files may also be copied into the folder later.
+        base_model: Hub id or name of the model it was made from, for the model card.
         record: Further entries of decoct.json.
         rounding: How codes and scales were found, for decoct.json.
 
@@ -42,7 +42,7 @@ def save_quantized_folder(
         ``path``.
 
     Raises:
-        UserError: the state is of another model, the model is not fp32, ``path`` exists, or the disk refuses; nothing is left behind.
+        UserError: the state is of another model, the model is not fp32, ``path`` exists, or writing fails; nothing is left behind.
         NonFiniteError: a weight is NaN or infinite; nothing is written.
     """
     fold(model, state)
@@ -54,13 +54,13 @@ def save_quantized_folder(
 
 
 def round_unquantized(model: "PreTrainedModel", state: QuantState) -> None:
-    """Put every tensor that is not quantized onto the bf16 grid, in place: the values that exports store and runtimes use."""
+    """Rounds every unquantized tensor to bf16 in place, as exports store it and runtimes use it."""
     quantized = {f"{name}.weight" for name in state.modules}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in quantized:
                 continue
             stored = parameter.to(STORED).to(parameter.dtype)
-            # writing to pages of a mapped file would take memory for them
+            # a parameter may be a view of a memory-mapped file: writing to its pages would copy them into memory
             if not torch.equal(stored, parameter):
                 parameter.copy_(stored)

@@ -1,4 +1,4 @@
-"""The modules of a model that lattices are for, checked before anything is changed."""
+"""Finds the modules that a scheme quantizes and checks them before anything is changed."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """A module that is quantized."""
+    """A module to quantize, with its spec."""
 
     module: nn.Linear | nn.Embedding
     spec: QuantSpec
 
 
 def targets(model: "PreTrainedModel", scheme: QuantScheme) -> dict[str, Target]:
-    """The modules to quantize and their lattices by full name, in module order, after checking that each can be.
+    """The modules to quantize and their specs by full name, in module order. Checks that each can be quantized.
 
     Raises:
-        UserError: a pattern matches nothing, a group size does not divide, a weight is shared with another module, a module is of a kind
-            that cannot be quantized, or nothing is left to quantize.
+        UserError: a pattern matches nothing, a group size does not divide, a weight is shared with another module, the type of a module
+            cannot be quantized, or nothing is left to quantize.
     """
     linears = decoder_linears(model)
     _check_patterns(model, scheme.skip, linears)
@@ -37,7 +37,7 @@ def targets(model: "PreTrainedModel", scheme: QuantScheme) -> dict[str, Target]:
         specs = scheme.of_linears(linears)
     except ValueError as error:
         raise UserError(str(error)) from None
-    chosen: dict[str, Target] = {name: Target(linears[name], spec) for name, spec in specs.items()} | _ends(model, scheme)
+    chosen: dict[str, Target] = {name: Target(linears[name], spec) for name, spec in specs.items()} | _embedding_and_head(model, scheme)
     if not chosen:
         raise UserError("there is nothing to quantize: " + (f"skip={list(scheme.skip)} leaves no linear layer." if linears else _NONE))
     _check_shared(model, chosen, scheme)
@@ -53,11 +53,13 @@ def is_tied(model: "PreTrainedModel") -> bool:
     return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", ...)
 
 
-def _ends(model: "PreTrainedModel", scheme: QuantScheme) -> dict[str, Target]:
-    """Embedding and head, as far as they are asked for."""
+def _embedding_and_head(model: "PreTrainedModel", scheme: QuantScheme) -> dict[str, Target]:
+    """Embedding and head, as far as the scheme quantizes them."""
     found = {}
     if scheme.head and is_tied(model):
-        raise UserError("head: the head is tied to the embedding, whose table it multiplies by; use 'embedding', which then is for both")
+        raise UserError(
+            "head: the head is tied to the embedding, whose table it multiplies by; use 'embedding', which then applies to both"
+        )
     for key, module in (("embedding", model.get_input_embeddings()), ("head", model.get_output_embeddings())):
         change: SpecChange | None = getattr(scheme, key)
         if change is None:
@@ -66,13 +68,13 @@ def _ends(model: "PreTrainedModel", scheme: QuantScheme) -> dict[str, Target]:
         if name is None or not isinstance(module, nn.Linear | nn.Embedding):
             raise UserError(f"{key}: the model has no plain {key} to quantize; leave the key out")
         if any(fnmatchcase(name, pattern) for pattern in scheme.skip):
-            raise UserError(f"{key}: skip leaves {name} alone, but {key} asks for a lattice; take one of the two away")
+            raise UserError(f"{key}: skip matches {name}, which {key} quantizes; remove one of the two")
         found[name] = Target(module, change.applied(scheme.weights))
     return found
 
 
 def _check_patterns(model: nn.Module, skip: Sequence[str], linears: Iterable[str]) -> None:
-    """A pattern of ``skip`` that matches no linear and no embedding at all is an error."""
+    """Raises UserError for a pattern of ``skip`` that matches no linear and no embedding."""
     leaves = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in leaves):
@@ -81,6 +83,7 @@ def _check_patterns(model: nn.Module, skip: Sequence[str], linears: Iterable[str
 
 def _check_shared(model: "PreTrainedModel", chosen: Mapping[str, Target], scheme: QuantScheme) -> None:
     owners: dict[int, str] = {}
+    # a quantized embedding may share its table with the head, which then reads the rounded table
     tied = id(model.get_input_embeddings().weight) if scheme.embedding and is_tied(model) else None
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = owners.setdefault(id(parameter), name)

@@ -1,4 +1,4 @@
-"""Tensors that hold a vector for each token, whatever shape a family gives them: [B, S, ...] or flattened to [B x S, ...]."""
+"""Reads tensors with one vector per token in every shape that families use: [B, S, ...] or flattened to [B x S, ...]."""
 
 import math
 
@@ -6,16 +6,16 @@ from torch import Tensor
 
 
 def token_rows(x: Tensor, text: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-    """The vectors of ``x`` as rows [N, width], padding left out.
+    """The vectors of ``x`` as rows [N, width], without padding.
 
     Args:
-        x: [B, S, ..., width], or [B x S, ..., width] in the order of the batch (OPT's FFN, the shared expert of Qwen2-MoE); axes of one
-            are anywhere (MiniCPM3).
+        x: [B, S, ..., width], or [B x S, ..., width] in the order of the batch (OPT's FFN, the shared expert of Qwen2-MoE); axes of size
+            1 may be anywhere (MiniCPM3).
         text: bool [B, S], False for padding; None = all is text.
         shape: (B, S) of the batch.
 
     Returns:
-        None when ``x`` holds something else than one or more vectors for each token.
+        The rows, or None if ``x`` does not hold one or more vectors per token.
     """
     width, wanted = x.shape[-1], [size for size in shape if size != 1]
     sizes = [size for size in x.shape[:-1] if size != 1]

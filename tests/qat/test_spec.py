@@ -26,15 +26,15 @@ from decoct.qat.spec import SCALE_GRIDS, ActivationSpec, QuantSpec
         ({"group_size": None}, "group_size=None is neither"),
         ({"symmetric": 1}, "symmetric=1 is not a truth value"),
         ({"kind": "int4"}, "kind='int4' is not one of int, nf4, fp8_e4m3, mxfp4, nvfp4"),
-        ({"symmetric": False, "divisor": "qmax"}, "divisor='qmax' does nothing with symmetric=false"),
+        ({"symmetric": False, "divisor": "qmax"}, "divisor='qmax' has no effect with symmetric=false"),
         ({"kind": "nf4", "bits": 8}, "kind='nf4' has codes of 4 bits, not 8; use bits=4"),
         ({"kind": "fp8_e4m3", "group_size": "channel"}, "kind='fp8_e4m3' has codes of 8 bits, not 4; use bits=8"),
         ({"kind": "fp8_e4m3", "bits": 8}, "kind='fp8_e4m3' does not take group_size=128; use group_size='tensor' or 'channel'"),
         ({"kind": "mxfp4"}, "kind='mxfp4' does not take group_size=128; use group_size=32"),
         ({"kind": "nvfp4", "group_size": 32}, "kind='nvfp4' does not take group_size=32; use group_size=16"),
         ({"kind": "nf4", "symmetric": False}, "kind='nf4' has no zero point; leave symmetric out"),
-        ({"kind": "nf4", "divisor": "qmax"}, "divisor='qmax' does nothing with kind='nf4'"),
-        ({"kind": "mxfp4", "group_size": 32, "scale_grid": "bf16"}, "scale_grid='bf16' does nothing with kind='mxfp4'"),
+        ({"kind": "nf4", "divisor": "qmax"}, "divisor='qmax' has no effect with kind='nf4'"),
+        ({"kind": "mxfp4", "group_size": 32, "scale_grid": "bf16"}, "scale_grid='bf16' has no effect with kind='mxfp4'"),
         ({"divisor": "absmax"}, "divisor='absmax' is not one of half_range, qmax, full_range"),
         ({"divisor": 7.5}, "divisor=7.5 is not one of"),
         ({"scale_grid": "fp8"}, "scale_grid='fp8' is not one of bf16_fp16, bf16, fp16, fp32"),
@@ -137,5 +137,5 @@ def test_activations_have_a_json_form_and_a_lattice() -> None:
 
 def test_a_lattice_has_words() -> None:
     assert QuantSpec(bits=4, group_size=64).words() == "4 bits in groups of 64"
-    assert QuantSpec(bits=8, group_size="channel", symmetric=False).words() == "8 bits with a scale a row, with zero points"
+    assert QuantSpec(bits=8, group_size="channel", symmetric=False).words() == "8 bits with one scale per row, with zero points"
     assert QuantSpec(kind="nf4", group_size="tensor").words() == "nf4 with one scale"

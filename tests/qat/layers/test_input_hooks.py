@@ -59,7 +59,7 @@ def test_a_module_that_read_nothing_is_named() -> None:
     inputs = round_inputs(made, ["0", "1"], ActivationSpec(scaling="static"))
     inputs.observe()
     first(made)(torch.randn(1, 8))
-    with pytest.raises(UserError, match="1 took no part"):
+    with pytest.raises(UserError, match="1 did not run"):
         inputs.extremes()
 
 

@@ -200,7 +200,7 @@ def test_twice_prepared_other_spec_and_nothing_left_are_refused() -> None:
     prepare(model, SPEC)
     with pytest.raises(UserError, match="quantized already"):
         prepare(model, SPEC)
-    with pytest.raises(UserError, match="prepared with another lattice"):
+    with pytest.raises(UserError, match="prepared with another spec"):
         quantize_model(model, QuantSpec(bits=8, group_size=16))
 
 

@@ -73,7 +73,7 @@ def test_prepared_quantized_and_folded_are_one_model(name: str, kind: str) -> No
     state = quantize_model(model, scheme)
     assert state.hash() == plain.hash() and list(state.modules) == names
     state.check("memory")
-    with pytest.raises(UserError, match=r"prepared with (another lattice|other modules)"):
+    with pytest.raises(UserError, match=r"prepared with (another spec|other modules)"):
         quantize_model(model, QuantScheme(weights=QuantSpec(bits=2, group_size=8)))
     expected = logits(model)
     fold(model, state)
@@ -137,7 +137,7 @@ def test_another_lattice_or_choice_of_ends_than_prepared_is_refused(other: str) 
     model = tiny()
     prepare(model, QuantScheme(weights=SPEC, embedding=SpecChange(bits=6)))
     asked = LATTICES["embedding"] if other == "embedding" else QuantScheme(weights=SPEC)
-    with pytest.raises(UserError, match="another lattice" if other == "embedding" else "other modules"):
+    with pytest.raises(UserError, match="another spec" if other == "embedding" else "other modules"):
         quantize_model(model, asked)
 
 
