@@ -262,7 +262,7 @@ def test_what_cannot_be_rounded_is_said() -> None:
     latent = AutoConfig.for_model("deepseek_v3", num_hidden_layers=1)
     with torch.device("meta"):
         deepseek = AutoModelForCausalLM.from_config(latent)
-    with pytest.raises(UserError, match=r"kv_cache: model type 'deepseek_v3' .*compressed form.*leave kv_cache out"):
+    with pytest.raises(UserError, match=r"kv_cache: the cache of model type 'deepseek_v3' .*compressed form.*leave kv_cache out"):
         round_cache(deepseek, INT8)
     state_space = AutoConfig.for_model("mamba", hidden_size=16, state_size=4, num_hidden_layers=1, vocab_size=31)
     with pytest.raises(
