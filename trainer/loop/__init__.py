@@ -1,4 +1,4 @@
-"""One training stage from its first optimizer step to its last, on Lightning's Trainer."""
+"""The training loop of one stage, from its first optimizer step to its last, on Lightning's Trainer."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What happens around Lightning's loop: restore before the first step; hooks, metrics, progress and checkpoints after each."""
+"""Lightning callback of a stage: restores before the first step; runs hooks, metrics, progress and checkpoints after each step."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -26,22 +26,22 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class StageLoop:
-    """The surroundings of one stage's training; everything that is not arithmetic."""
+    """Everything around one stage's training that does not affect its numbers, with the plan."""
 
     stage: str
     plan: TrainingPlan
     folder: Path
-    """Where checkpoints go."""
+    """Folder of the checkpoints."""
     world: World
     metrics: MetricsSink
     progress: Progress
     say: Say
     held_out: HeldOut | None = None
-    """What the student is evaluated on meanwhile; None = on nothing."""
+    """Evaluates the student during training; None = no evaluation."""
 
 
 class LoopCallback(pl.Callback):
-    """Lightning's side of ``StageLoop``. ``tokens``, ``seconds`` and ``last`` tell what became of the stage."""
+    """The Lightning callback of a ``StageLoop``. Afterwards ``tokens``, ``seconds`` and ``last`` hold the stage's figures."""
 
     def __init__(self, loop: StageLoop, checkpoint: Checkpoint | None) -> None:
         self.loop = loop
@@ -59,13 +59,14 @@ class LoopCallback(pl.Callback):
         return self._seconds_before + time.perf_counter() - self._begun
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Everything is on its device: restore, or seed and start afresh."""
+        """Restores a checkpoint, or seeds and starts anew, once everything is on its device."""
         assert isinstance(pl_module, TrainingModule)
         loop, optimizer = self.loop, trainer.optimizers[0]
         for hook in pl_module.hooks:
             hook.on_start(pl_module.student, optimizer)
         if self.checkpoint is not None:
             restore(self.checkpoint, pl_module.student, pl_module.views, optimizer, pl_module.hooks)
+        # last, so that nothing in the set-up before can draw from them
         self._set_generators(pl_module.device)
         pl_module.signals.install()
         self._begun = self._step_begun = time.perf_counter()
@@ -75,7 +76,7 @@ class LoopCallback(pl.Callback):
             self._step_begun = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After the last micro-batch of a step: hooks, one metrics line, a checkpoint when it is due."""
+        """After the last micro-batch of a step: runs hooks, writes one metrics line, and a checkpoint if one is due."""
         assert isinstance(pl_module, TrainingModule)
         record = pl_module.take_record()
         if record is None:
@@ -85,20 +86,21 @@ class LoopCallback(pl.Callback):
         speed = record.input_tokens / max(time.perf_counter() - self._step_begun, 1e-9)
         plan, held_out = self.loop.plan, self.loop.held_out
         due = held_out is not None and held_out.due(record.step, plan.total_steps)
-        self._tell(record, speed, self._evaluate(trainer, pl_module, record.step) if due else {})
+        self._log(record, speed, self._evaluate(trainer, pl_module, record.step) if due else {})
         self.stopped_by = record.stop
         if record.step == plan.total_steps or record.step % plan.checkpoint_every == 0 or record.stop is not None:
             self._save(pl_module, trainer.optimizers[0], record.step)
+            # the time of a save is no part of the next step's speed
             self._step_begun = time.perf_counter()
         if record.stop is not None:
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The loop has ended well."""
+        """Called when the loop has ended without an exception."""
         self._end(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """The loop has ended badly; the exception goes on."""
+        """Called when the loop has ended with an exception, which is raised further."""
         self._end(pl_module)
 
     def _end(self, pl_module: pl.LightningModule) -> None:
@@ -116,17 +118,18 @@ class LoopCallback(pl.Callback):
             loop.say(
                 f"{loop.stage}: the checkpoint has no generator state of rank {loop.world.rank}; dropout is seeded anew from step {step}"
             )
+        # the step is part of the seed: with more ranks than before, the new ones must not repeat their first steps' dropout
         seed_generators(derive_seed(loop.plan.seed, "dropout", loop.world.rank, step))
 
     def _evaluate(self, trainer: pl.Trainer, module: TrainingModule, step: int) -> dict[str, float | None]:
-        """Held-out figures after ``step``, told and returned."""
+        """Prints and returns the held-out figures after ``step``."""
         assert self.loop.held_out is not None
         figures = self.loop.held_out.evaluate(module, trainer.precision_plugin.forward_context(), self.loop.world)
         if text := describe(figures):
             self.loop.say(f"{self.loop.stage}  step {step}/{self.loop.plan.total_steps}  {text}")
         return figures
 
-    def _tell(self, record: StepRecord, speed: float, held_out: Mapping[str, float | None]) -> None:
+    def _log(self, record: StepRecord, speed: float, held_out: Mapping[str, float | None]) -> None:
         self.tokens += record.input_tokens
         self._step_begun = time.perf_counter()
         self.last = {"tokens": self.tokens, **record.values, **held_out, "tokens_per_second": speed, "seconds": self.seconds}
@@ -134,7 +137,7 @@ class LoopCallback(pl.Callback):
         self.loop.progress.update(record.step, record.values["loss"], record.input_tokens)
 
     def _save(self, module: TrainingModule, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Every rank writes its part. A save that fails is told and training goes on, except after the last step."""
+        """Saves a checkpoint, each rank its part. A failed save is reported and training goes on, except after the last step."""
         loop = self.loop
         state = TrainingState(
             step=step,
@@ -148,17 +151,18 @@ class LoopCallback(pl.Callback):
             groups = state_groups(module.student, module.views, optimizer, module.hooks)
             save_checkpoint(loop.folder, state, groups, capture_generators(module.device), loop.world, before=loop.metrics.flush)
         except UserError as error:
-            self._refused(step, str(error))
+            self._save_failed(step, str(error))
         else:
             self.saved_step = step
 
-    def _refused(self, step: int, problem: str) -> None:
+    def _save_failed(self, step: int, problem: str) -> None:
+        # without this checkpoint the process would end and lose the steps since the one before
         if step == self.loop.plan.total_steps or self.stopped_by is not None:
             raise UserError(
-                f"the checkpoint of step {step} could not be written: {problem}. Those written before are as they were "
+                f"the checkpoint of step {step} could not be written: {problem}. Earlier checkpoints are unchanged "
                 f"(the newest is of step {self.saved_step}). Make room and run again: training continues there."
             )
         self.loop.say(
             f"{self.loop.stage}: the checkpoint of step {step} could not be written ({problem}); training goes on, "
-            "the ones before it are kept"
+            "and earlier checkpoints are kept"
         )

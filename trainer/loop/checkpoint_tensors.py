@@ -1,7 +1,7 @@
-"""A stage's tensors by name, for checkpoints: student, optimizer and hooks, each as it lies on this rank, and back again.
+"""Collects a stage's tensors (student, optimizer, hooks) by name for a checkpoint, and restores them.
 
-What is sharded stays sharded: a checkpoint takes this rank's rows of it, and gives back the rows that this rank holds now, however many
-ranks wrote it.
+Sharded tensors stay sharded: each rank saves its own rows, and reads back the rows that it holds now, for any number of ranks that wrote
+the checkpoint.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ def student_tensors(student: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(views: ParameterViews, optimizer: torch.optim.Optimizer) -> dict[str, Tensor | Rows]:
-    """Optimizer state as ``<parameter name>.<state name>``: fp32 moments that lie as their parameter does, and step counts."""
+    """Optimizer state as ``<parameter name>.<state name>``: fp32 moments, sharded as their parameter is, and step counts."""
     return {
         f"{name}.{key}": like(value, views.owners[name]) if value.shape == view.shape else value
         for name, view in views.views.items()
@@ -43,10 +43,11 @@ def hook_tensors(hooks: Sequence[StepHook]) -> dict[str, Tensor | Rows]:
 
 
 def load_student(student: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy saved values into the student in place; names, shapes and dtypes must be the same."""
+    """Copies saved values into the student in place; names, shapes and dtypes must be the same."""
     current = student_tensors(student)
     if different := sorted(current.keys() ^ set(checkpoint.names("student"))):
         raise UserError(f"the checkpoint holds another model: {len(different)} names differ, the first is {different[0]}")
+    # all shapes first, so that a foreign checkpoint leaves the student unchanged
     for name, tensor in current.items():
         saved = checkpoint.shape("student", name)
         if tuple(tensor.shape) != saved:
@@ -59,15 +60,15 @@ def load_student(student: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def load_optimizer(views: ParameterViews, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
-    """Inverse of ``optimizer_tensors``: of each moment the rows that this rank steps."""
+    """Inverse of ``optimizer_tensors``; reads the rows of each moment that this rank steps."""
     for full in checkpoint.names("optimizer"):
         if full.rsplit(".", 1)[0] not in views.owners:
-            raise UserError(f"the checkpoint holds another model: it trains {full.rsplit('.', 1)[0]}, which this student has not")
+            raise UserError(f"the checkpoint holds another model: it trains {full.rsplit('.', 1)[0]}, which this student does not have")
     load_state_tensors(optimizer, views.views, _SavedMoments(checkpoint, views))
 
 
 class _SavedMoments(Mapping[str, Tensor]):
-    """Optimizer state in a checkpoint, read when asked for: this rank's rows."""
+    """Optimizer state in a checkpoint, read on access: this rank's rows."""
 
     def __init__(self, checkpoint: Checkpoint, views: ParameterViews) -> None:
         self._checkpoint, self._views = checkpoint, views
@@ -76,6 +77,7 @@ class _SavedMoments(Mapping[str, Tensor]):
 
     def __getitem__(self, full: str) -> Tensor:
         owner = self._views.owners[full.rsplit(".", 1)[0]]
+        # moments have their parameter's shape and are read by rows; step counts are whole on every rank
         shaped = self._checkpoint.shape("optimizer", full) == tuple(owner.shape)
         return self._checkpoint.read("optimizer", full, row_range(owner) if shaped else None)
 
@@ -90,7 +92,7 @@ class _SavedMoments(Mapping[str, Tensor]):
 
 
 def load_hooks(hooks: Sequence[StepHook], checkpoint: Checkpoint) -> None:
-    """Give every hook (started already) its saved tensors, as many rows of each as it holds now."""
+    """Gives every started hook its saved tensors, with the rows that it holds now."""
     current = hook_tensors(hooks)
     saved = checkpoint.names("hooks")
     if foreign := sorted({name.split("/", 1)[0] for name in saved} ^ {name.split("/", 1)[0] for name in current}):
@@ -110,14 +112,14 @@ def load_hooks(hooks: Sequence[StepHook], checkpoint: Checkpoint) -> None:
 def restore(
     checkpoint: Checkpoint, student: nn.Module, views: ParameterViews, optimizer: torch.optim.Optimizer, hooks: Sequence[StepHook]
 ) -> None:
-    """Put student, optimizer and hooks (started already) back to where the checkpoint was taken."""
+    """Restores student, optimizer and started hooks from the checkpoint."""
     load_student(student, checkpoint)
     load_optimizer(views, optimizer, checkpoint)
     load_hooks(hooks, checkpoint)
 
 
 def state_groups(student: nn.Module, views: ParameterViews, optimizer: torch.optim.Optimizer, hooks: Sequence[StepHook]) -> Groups:
-    """Everything a checkpoint holds, by group."""
+    """All tensors of a checkpoint by group."""
     return {
         "student": student_tensors(student),
         "optimizer": optimizer_tensors(views, optimizer),

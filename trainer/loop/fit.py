@@ -1,7 +1,7 @@
-"""fit(): one training stage from wherever it stands to its last step, on Lightning's Trainer.
+"""fit() trains one stage to its last step on Lightning's Trainer, from the start or from the newest checkpoint.
 
-Lightning's own loop state is not used to resume. Each start builds a loader of exactly the micro-batches that are left; the rate
-is a function of the step; student, optimizer, hooks and generators come back from the newest checkpoint that verifies.
+Resuming does not use Lightning's own loop state. Each start builds a loader of exactly the micro-batches that are left; the learning rate
+is a function of the step; student, optimizer, hooks and random generators are restored from the newest checkpoint that verifies.
 """
 
 import logging
@@ -54,7 +54,7 @@ class WindowSource(Protocol):
     """Training windows, such as ``data.windows.Windows``."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of windows."""
         ...
 
     def __getitem__(self, index: int, /) -> dict[str, Tensor]:
@@ -64,10 +64,10 @@ class WindowSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
-    """What a stage's training came to, over all its starts."""
+    """Result of a stage's training over all its starts."""
 
     student: "PreTrainedModel"
-    """The trained student on the CPU, in eval mode: the one that was given, or under FSDP2 a gathered copy (rank 0 alone)."""
+    """The trained student on the CPU, in eval mode: the given object, or under FSDP2 a gathered copy (only on rank 0)."""
     steps: int
     """Optimizer steps."""
     tokens: int
@@ -75,9 +75,9 @@ class FitResult:
     seconds: float
     """Training time."""
     resumed_from: int | None
-    """Step that this start continued from; None when it began at the beginning."""
+    """Step from which this start continued; None if it began at the first step."""
     metrics: Mapping[str, float | int | None]
-    """Numbers of the last step; empty when nothing was left to do."""
+    """Numbers of the last step; empty if no step was left."""
 
 
 def fit(
@@ -95,25 +95,26 @@ def fit(
     progress: Progress | None = None,
     held_out: HeldOut | None = None,
 ) -> FitResult:
-    """Train ``student`` on all ranks; continues from ``work/checkpoints`` and returns at once when that is finished.
+    """Trains ``student`` on all ranks. Continues from ``work/checkpoints``, and returns at once if the last step is done.
 
     Args:
-        student: Model with fp32 weights, whole on every rank or, with ``weights``, on the meta device. Used up: go on with the result's.
-        objective: Sums of a micro-batch; see ``Objective``.
+        student: Model with fp32 weights, whole on every rank or, with ``weights``, on the meta device. Do not use it afterwards: use the
+            result's student.
+        objective: Computes the loss sums of a micro-batch; see ``Objective``.
         windows: Training windows.
         plan: All numbers of the stage.
         work: The stage's folder; checkpoints go into ``work/checkpoints``.
         stage: Name in metrics and messages.
-        metrics: Where each step's numbers go.
-        hooks: Act around each step, in this order.
-        weights: Where a student on the meta device gets its values from; each rank reads no more than it holds.
-        console: Where rank 0 speaks and shows progress; None is silent.
-        progress: Shown instead of the console's own.
-        held_out: What the student is evaluated on before the first step and every so many; changes no number of the training.
+        metrics: Receives the numbers of each step.
+        hooks: Called around each step, in this order.
+        weights: Files with the values of a student on the meta device; each rank reads only what it holds.
+        console: Console of rank 0 for messages and progress; None = silent.
+        progress: Progress display to use instead of the console's own.
+        held_out: Evaluates the student before the first step and at intervals; it changes no number of the training.
 
     Raises:
         NonFiniteError: loss or gradient norm is NaN or infinite; weights and checkpoints are as before that step.
-        MemoryFullError: memory ran out while training; the checkpoints are whole.
+        MemoryFullError: memory ran out while training; the checkpoints are complete.
         UserError: the checkpoints belong to another plan, or the last one could not be written.
         KeyboardInterrupt, SystemExit(143): stopped by Ctrl-C or SIGTERM, after a checkpoint.
     """
@@ -124,6 +125,7 @@ def fit(
     folder = work / "checkpoints"
     found = _open_checkpoints(folder, plan, world, stage, say)
     start = found.state.step if found else 0
+    # lines of steps after the checkpoint, which are taken again
     metrics.rewind(stage, start)
     if found is not None and start == plan.total_steps:
         say(f"{stage}: all {start} steps are done")
@@ -178,7 +180,7 @@ def fit(
 
 
 class _Indexed(Dataset[dict[str, Tensor]]):
-    """Windows that carry their own index, so that a bad loss can name them."""
+    """Windows with their own index, so that the error about a loss that is not finite can name them."""
 
     def __init__(self, windows: WindowSource) -> None:
         self._windows = windows
@@ -191,7 +193,7 @@ class _Indexed(Dataset[dict[str, Tensor]]):
 
 
 def _loader(windows: WindowSource, plan: TrainingPlan, world: World, start: int) -> DataLoader[dict[str, Tensor]]:
-    """This rank's micro-batches of the steps that are left, in order."""
+    """Loads this rank's micro-batches of the steps that are left, in order."""
     batches = StepBatches(
         windows,
         global_batch=plan.batch.global_windows,
@@ -202,7 +204,7 @@ def _loader(windows: WindowSource, plan: TrainingPlan, world: World, start: int)
         start_step=start,
         total_steps=plan.total_steps,
     )
-    # a generator of its own: the loader draws a worker seed from it, and must not touch the one that dropout uses
+    # the loader draws a worker seed at each start: from the global generator that would change dropout after a resume
     own = torch.Generator().manual_seed(0)
     return DataLoader(
         _Indexed(windows), batch_sampler=batches, num_workers=plan.num_workers, generator=own, pin_memory=torch.cuda.is_available()
@@ -210,7 +212,7 @@ def _loader(windows: WindowSource, plan: TrainingPlan, world: World, start: int)
 
 
 def _trainer(plan: TrainingPlan, world: World, callback: LoopCallback, metrics: MetricsSink, work: Path) -> pl.Trainer:
-    """Lightning with its own checkpoints, bars, samplers and launching switched off."""
+    """A Lightning Trainer with its own checkpoints, progress bars, samplers and process launching switched off."""
     environment = TorchElasticEnvironment() if "TORCHELASTIC_RUN_ID" in os.environ else LightningEnvironment()
     return pl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
@@ -235,8 +237,9 @@ def _trainer(plan: TrainingPlan, world: World, callback: LoopCallback, metrics: 
 
 
 def _open_checkpoints(folder: Path, plan: TrainingPlan, world: World, stage: str, say: Say) -> Checkpoint | None:
-    """The checkpoint to continue from, the same on all ranks; damaged ones are set aside and named."""
+    """The checkpoint to continue from, the same on all ranks; damaged checkpoints are set aside and reported."""
     chosen = -1
+    # rank 0 chooses for all: verifying reads every byte, and ranks that chose for themselves could differ
     if world.is_first:
         prepare_folder(folder)
         found, damaged = find_newest_verified(folder)
@@ -246,7 +249,7 @@ def _open_checkpoints(folder: Path, plan: TrainingPlan, world: World, stage: str
         if found is not None:
             chosen = found.state.step
         elif damaged:
-            say(f"{stage}: no checkpoint is whole; training starts again from the stage's input")
+            say(f"{stage}: all checkpoints are damaged; training starts again from the stage's input")
     step = value_of_first(chosen)
     if step < 0:
         return None
@@ -273,20 +276,21 @@ def _check_same_plan(found: Checkpoint, plan: TrainingPlan, folder: Path) -> Non
 
 
 def _less_memory(plan: TrainingPlan, windows: WindowSource) -> str:
-    """What to lower, with what it is now."""
+    """Settings that need less memory, with their current values."""
     lower = [f"trainer.micro_batch (now {plan.batch.micro_batch})"] if plan.batch.micro_batch > 1 else []
     length = getattr(windows, "seq_length", None)
     lower.append(f"data.seq_length (now {length})" if length else "data.seq_length")
     more = [] if plan.activation_checkpointing else ["set trainer.activation_checkpointing=true"]
     more.append("load the teacher smaller (teacher.load_in: nf4, teacher.placement: offloaded)")
-    return f"Lower {' or '.join(lower)}, {', or '.join(more)}; `decoct plan` says what each takes."
+    return f"Lower {' or '.join(lower)}, {', or '.join(more)}; `decoct plan` estimates the memory of each."
 
 
 def _finished(found: Checkpoint, placed: Placed, plan: TrainingPlan, hooks: Sequence[StepHook], world: World) -> FitResult:
-    """Only the result is wanted: the student as the last step left it, on the ranks that would have it after the last step too."""
+    """The result of a stage whose steps are all done: the student of the last checkpoint, on the ranks that have it after training too."""
     student = placed.student
     if world.is_first or not shards(plan.strategy, world):
         student = placed.whole()
+        # hooks are started and loaded too: they may add to the student, such as masks and modes of rounding
         views = ParameterViews(student)
         optimizer = build_optimizer(student, plan, views.views)
         for hook in hooks:
@@ -300,7 +304,7 @@ def _finished(found: Checkpoint, placed: Placed, plan: TrainingPlan, hooks: Sequ
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Lightning's remarks about devices, tips and things that are off on purpose; its warnings about errors stay."""
+    """Silences Lightning's messages about devices, tips and features that are switched off on purpose; its errors stay."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -318,7 +322,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _determinism(wanted: bool) -> Iterator[None]:
-    """Deterministic algorithms for the time of a stage; cuBLAS wants its workspace fixed before its first use."""
+    """Switches deterministic algorithms on during a stage; cuBLAS needs its workspace fixed before its first use."""
     before: Any = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

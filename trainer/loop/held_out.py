@@ -1,7 +1,7 @@
-"""Held-out KL and perplexity while a stage trains: a few windows, every so many steps, without a trace in what is trained.
+"""Measures held-out KL and perplexity while a stage trains, on a few windows at intervals, without any effect on the training.
 
-The figures are those that training logs (means over tokens, in the arithmetic of training), on text that is never trained on: they show
-the direction, and the report's figures, in fp32 on all of the held-out text, are the measure.
+The figures are means over tokens in the arithmetic of training, as in the training metrics, but on text that is never trained on. They show
+the trend. The report's figures, in fp32 on all held-out text, are the measurement.
 """
 
 import math
@@ -23,49 +23,53 @@ from .objective import Objective
 from .rng import capture_generators, restore_generators
 
 EVALUATIONS = 8
-"""About so many in a stage, beside the one before its first step."""
+"""Approximate number of evaluations in a stage, without the one before its first step."""
 SHARE = 0.04
-"""Windows that all evaluations of a stage take together, as a share of those that it trains on. Without a backward pass one costs a third
-(no teacher) to six tenths (a teacher of twice the student) of a training window: some two percent of the stage's time."""
+"""Windows of all evaluations of a stage, as a share of its training windows. Without a backward pass a window costs a third (no teacher)
+to six tenths (a teacher of twice the student) of a training window: about two percent of the stage's time."""
 MOST_TOKENS = 32_768
-"""Of one evaluation."""
+"""Largest number of tokens of one evaluation."""
 FIGURES = ("held_out_kl", "held_out_perplexity")
 """Names in metrics.jsonl."""
 
 
 @runtime_checkable
 class Watcher(Protocol):
-    """A hook that notes what passes through the student while it trains."""
+    """A hook that observes the tensors of the student while it trains."""
 
     def forget_seen(self) -> None:
-        """Drop what was noted since the last step: it was held-out text."""
+        """Drops what was observed since the last step: it was held-out text."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """When to evaluate, and on how much."""
+    """When to evaluate, and on how many windows."""
 
     every: int
-    """Optimizer steps; the start and the last step are evaluated too."""
+    """Optimizer steps between evaluations; the start and the last step are evaluated too."""
     windows: int
-    """Over all ranks."""
+    """Windows per evaluation over all ranks."""
 
 
 def derive_watch(
     every: int | Literal["auto"], *, total_steps: int, step_windows: int, seq_length: int, available: int, ranks: int
 ) -> Watch | None:
-    """How a stage of ``total_steps`` steps of ``step_windows`` windows is watched; None = not at all (``every`` 0, too short, or no text).
+    """Derives when a stage is evaluated and on how many windows; None = never (``every`` is 0, the stage is too short, or no text).
 
     Args:
-        every: Steps between evaluations; auto = about ``EVALUATIONS`` of them, fewer where even one window each would cost too much.
-        available: Held-out windows.
-        ranks: Processes that share the work: each takes as many windows.
+        every: Steps between evaluations; auto = about ``EVALUATIONS`` evaluations, fewer if even one window each would cost too much.
+        total_steps: Optimizer steps of the stage.
+        step_windows: Windows per optimizer step.
+        seq_length: Tokens per window.
+        available: Number of held-out windows.
+        ranks: Processes that share the work, each with the same number of windows.
     """
     if every == 0 or not available:
         return None
     budget = int(SHARE * total_steps * step_windows)
     if every == "auto":
+        # one window before the first step and one after the last are the least that shows a difference
         if budget < 2:
             return None
         every = -(-total_steps // min(EVALUATIONS, budget - 1, total_steps))
@@ -78,7 +82,7 @@ class Text(Protocol):
     """Held-out windows, such as ``data.windows.Windows``."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of windows."""
         ...
 
     def __getitem__(self, index: int, /) -> dict[str, Tensor]:
@@ -87,13 +91,13 @@ class Text(Protocol):
 
 
 class HeldOut:
-    """Evaluates the student of a stage.
+    """Evaluates the student of a stage on held-out windows.
 
     Args:
         text: Held-out windows.
-        watch: When, and how many of them: evenly spread, always the same.
-        teacher: The stage's. A cache or a server has not seen this text, so there is the perplexity alone.
-        v_eff: Tokens of the real vocabulary.
+        watch: When to evaluate, and on how many windows; they are evenly spread and always the same.
+        teacher: The stage's teacher. A cache or a server has no targets for this text, so only the perplexity is measured.
+        v_eff: Number of tokens in the real vocabulary.
     """
 
     def __init__(self, text: Text, watch: Watch, teacher: Teacher | SparseTeacher | None, v_eff: int) -> None:
@@ -108,9 +112,9 @@ class HeldOut:
         return step % self.watch.every == 0 or step == total_steps
 
     def evaluate(self, module: TrainingModule, forward_context: AbstractContextManager[None], world: World) -> dict[str, float | None]:
-        """``FIGURES`` of the student as it is now, the same on every rank; all call it.
+        """``FIGURES`` of the current student, the same on every rank; all ranks must call it.
 
-        Generators, modules' modes and what hooks know are left as they were, and nothing reaches the optimizer.
+        Random generators, modules' modes and the hooks' observations are as before afterwards, and nothing reaches the optimizer.
         """
         generators = capture_generators(module.device)
         self._objective.to(module.device)
@@ -134,8 +138,9 @@ class HeldOut:
         }
 
     def _batches(self, module: TrainingModule, world: World) -> Iterator[dict[str, Tensor]]:
-        """This rank's micro-batches: as many as any other rank's, for a sharded student computes on all ranks at once."""
-        alone = len(self._chosen) < world.size  # too few to share: every rank takes them all, and the means are the same
+        """This rank's micro-batches: as many as on every other rank, because the ranks of a sharded student compute together."""
+        # with fewer windows than ranks every rank takes all of them, which gives the same means
+        alone = len(self._chosen) < world.size
         mine = self._chosen if alone else self._chosen[world.rank :: world.size]
         size = module.plan.batch.micro_batch
         for first in range(0, len(mine), size):
@@ -144,7 +149,7 @@ class HeldOut:
 
 
 def describe(values: dict[str, float | None]) -> str:
-    """The figures for people: 'held-out KL 0.0412, perplexity 104.58'; '' when there are none."""
+    """The figures as text: 'held-out KL 0.0412, perplexity 104.58'; '' if there are none."""
     kl, perplexity = (values.get(name) for name in FIGURES)
     parts = [f"KL {kl:.4f}"] if kl is not None else []
     parts += [f"perplexity {perplexity:.2f}"] if perplexity is not None else []

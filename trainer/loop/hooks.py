@@ -18,7 +18,7 @@ from ..settings import MagnitudeSettings
 
 
 class StepHook(Protocol):
-    """Something that acts around every optimizer step. ``name`` keys its tensors in checkpoints."""
+    """Acts around every optimizer step. ``name`` is the key of its tensors in checkpoints."""
 
     name: str
 
@@ -27,15 +27,15 @@ class StepHook(Protocol):
         ...
 
     def before_step(self, step: int) -> None:
-        """Gradients of step ``step`` (the first is 1) are complete and not yet clipped."""
+        """Called when the gradients of step ``step`` (the first is 1) are complete and not yet clipped."""
         ...
 
     def after_step(self, step: int) -> None:
-        """The optimizer has taken step ``step``."""
+        """Called when the optimizer has taken step ``step``."""
         ...
 
     def state(self) -> Mapping[str, Tensor | Rows]:
-        """Tensors that a resumed run needs; of those that lie as a sharded weight does, this rank's rows."""
+        """Tensors that a resumed run needs; for tensors that are sharded as a weight is, this rank's rows."""
         ...
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -44,13 +44,13 @@ class StepHook(Protocol):
 
 
 class KeepZeros:
-    """Keeps pruned weights of linear modules at zero: a sparse folder's zeros are its mask.
+    """Keeps pruned weights of linear modules at zero; the exact zeros of a sparse model are its mask.
 
-    Masks lie as the weights do: whole, or under FSDP2 the rows that this rank holds. ``masks`` (by module name, bool, True = kept) is
-    filled by ``on_start``.
+    Masks are sharded as the weights are: whole, or under FSDP2 the rows that this rank holds. ``on_start`` fills ``masks`` (by module name,
+    bool, True = kept).
 
     Args:
-        modules: Names of linear modules, as in ``decoder_linears``, whose exact zeros stay.
+        modules: Names of linear modules, as in ``decoder_linears``, whose exact zeros stay zero.
     """
 
     name = "keep_zeros"
@@ -63,7 +63,7 @@ class KeepZeros:
         self.masks: dict[str, Tensor] = {}
 
     def on_start(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Find the modules; what is zero now stays zero."""
+        """Finds the modules; weights that are zero now stay zero."""
         self._optimizer = optimizer
         self._linears = {name: _linear(student, name) for name in self._modules}
         self._trained = {name: parameter_of(optimizer, linear.weight) for name, linear in self._linears.items()}
@@ -71,14 +71,14 @@ class KeepZeros:
         self._apply()
 
     def before_step(self, step: int) -> None:
-        """Removed weights get no gradient, so they have no part in the clipped norm either."""
+        """Sets gradients of removed weights to zero, so that they do not count in the clipped norm."""
         for name, mask in self.masks.items():
             gradient = self._linears[name].weight.grad
             if gradient is not None:
                 local(gradient).mul_(mask)
 
     def after_step(self, step: int) -> None:
-        """Removed weights and their moments are zero, whatever the optimizer did."""
+        """Sets removed weights and their moments to zero: momentum and weight decay may have moved them."""
         self._apply()
 
     def state(self) -> dict[str, Tensor | Rows]:
@@ -86,7 +86,7 @@ class KeepZeros:
         return {name: like(mask, self._linears[name].weight) for name, mask in self.masks.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take the saved masks."""
+        """Sets the saved masks."""
         if different := sorted(state.keys() ^ self._linears.keys()):
             raise UserError(f"the checkpoint masks other modules than this stage: {different[0]} is in only one of them")
         self._set_masks(state)
@@ -96,8 +96,8 @@ class KeepZeros:
         for name, mask in masks.items():
             weight = self._linears[name].weight
             self.masks[name] = mask.to(weight.device, torch.bool)
-            # A quantized linear masks inside its forward pass too. Sharded it sees the whole weight and this rank a part of the mask;
-            # it needs none, because removed weights are exact zeros, which move no scale and round to zero.
+            # A quantized linear masks in its forward pass too. A sharded one sees the whole weight, but this rank has only a part of the
+            # mask. It needs none, because removed weights are exact zeros, which change no scale and round to zero.
             if hasattr(self._linears[name], "mask") and local(weight).shape == weight.shape:
                 self._linears[name].mask = self.masks[name]
 
@@ -112,9 +112,9 @@ class KeepZeros:
 
 
 class MaskHook(KeepZeros):
-    """Magnitude pruning on the cubic schedule of Zhu & Gupta 2017; masks only ever shrink.
+    """Magnitude pruning on the cubic schedule of Zhu & Gupta 2017; masks only shrink.
 
-    The masks are all the state there is: the share follows from the step, and choosing it again among what is kept changes nothing.
+    The masks are the whole state: the share follows from the step, and choosing the same share again among kept weights changes nothing.
 
     Args:
         modules: Names of the linear modules to prune.
@@ -139,12 +139,12 @@ class MaskHook(KeepZeros):
         self._keep = 1.0
 
     def on_start(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Start from what is there: weights that are zero already stay zero."""
+        """Starts from the current weights; weights that are already zero stay zero."""
         self._keep = 1.0
         super().on_start(student, optimizer)
 
     def after_step(self, step: int) -> None:
-        """Shrink the masks when the schedule says so, then apply them."""
+        """Shrinks the masks if the schedule requires it, then applies them."""
         keep = self.keep_at(step)
         if keep < self._keep:
             self._keep = keep
@@ -154,17 +154,17 @@ class MaskHook(KeepZeros):
         self._apply()
 
     def _shrink(self, keep: float) -> None:
-        """New masks, chosen on whole matrices, one gathered at a time: the choice does not depend on how they are spread."""
+        """Chooses new masks on whole matrices, gathering one at a time, so that the choice does not depend on the sharding."""
         masks = stream_masks(self._whole, self._modules, keep, self._settings.scope)
         self._set_masks({name: own_rows(mask, self._linears[name].weight) for name, mask in masks})
 
     def _whole(self, name: str) -> tuple[Tensor, Tensor]:
         weight = self._linears[name].weight
-        # as bytes: not every back end gathers booleans
+        # as uint8, because not every communication back end gathers booleans
         return whole(weight), gathered(self.masks[name].to(torch.uint8), weight).bool()
 
     def keep_at(self, step: int) -> float:
-        """Share of weights kept after step ``step``; the last step always ends at the target."""
+        """Share of weights kept after step ``step``; at the last step it is always the target."""
         settings = self._settings
         return settings.keep if step >= self._total else cubic_keep(step, self._total, settings.keep, settings.heal, settings.update_every)
 
@@ -175,5 +175,5 @@ def _linear(student: nn.Module, name: str) -> nn.Linear:
     except AttributeError:
         module = None
     if not isinstance(module, nn.Linear):
-        raise UserError(f"{name} is to be masked, but the model has no linear layer of that name")
+        raise UserError(f"{name} has a mask, but the model has no linear layer of that name; use the model that was pruned")
     return module

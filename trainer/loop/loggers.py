@@ -1,7 +1,7 @@
 """Experiment trackers through Lightning's loggers: W&B (offline without a key), CSV, or none.
 
-``metrics.jsonl`` is the truth; these are views of it. The W&B run id is kept in the run folder: online a resumed run continues the
-same run, offline each part carries the same id, and ``wandb sync`` joins them.
+``metrics.jsonl`` is the record; trackers are views of it. The W&B run id is kept in the run folder: online, a resumed run continues the
+same W&B run; offline, each part has the same id and ``wandb sync`` joins them.
 """
 
 import os
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
 RUN_ID_FILE = "wandb-run-id.txt"
 DEFAULT_PROJECT = "decoct"
 TOKENS = "tokens"
-"""Training tokens of the stage so far: the x-axis of every curve."""
+"""Name of the stage's training tokens so far, the x-axis of every curve."""
 
 
 def build_loggers(
     settings: LoggerSettings, run_dir: Path, *, name: str, config: Mapping[str, Any], console: "Console | None" = None
 ) -> list["Logger"]:
-    """Loggers of a run; call it on rank 0 alone, once per process.
+    """Starts the loggers of a run; call it only on rank 0, once per process.
 
     Args:
-        settings: Kind of logger, and where in W&B.
-        run_dir: Everything a logger writes goes inside.
-        name: Shown name of the run.
+        settings: Kind of logger, and its place in W&B.
+        run_dir: Folder for all files that a logger writes.
+        name: Display name of the run.
         config: Plain data of the resolved recipe.
-        console: Told when W&B does not send anything.
+        console: Prints a line if W&B sends nothing.
     """
     if settings.kind == "none":
         return []
     if settings.kind == "csv":
         from lightning.pytorch.loggers import CSVLogger
 
-        # a new version folder per start: the logger deletes what it finds in one that is not empty
+        # without a version the logger makes a new folder per start: it deletes the files of a folder that is not empty
         return [CSVLogger(save_dir=run_dir, name="csv")]
     if settings.kind == "wandb":
         return [_wandb(settings, run_dir, name, config, console)]
@@ -51,25 +51,25 @@ def build_loggers(
 
 
 def log_table(loggers: Sequence["Logger"], key: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Show a table in every logger that can."""
+    """Logs a table to every logger that supports tables."""
     for logger in _wandb_loggers(loggers):
         logger.log_table(key=key, columns=list(headings), data=[list(row) for row in rows])
 
 
 def log_image(loggers: Sequence["Logger"], key: str, picture: "Path | bytes | Image") -> None:
-    """Show a picture (a PNG file, the bytes of one, or a PIL image) in every logger that can."""
+    """Logs a picture (a PNG file, the bytes of one, or a PIL image) to every logger that supports pictures."""
     for logger in _wandb_loggers(loggers):
         logger.log_image(key=key, images=[_opened(picture)])
 
 
 def log_summary(loggers: Sequence["Logger"], figures: Mapping[str, Any]) -> None:
-    """Set final figures, which trackers list beside the run's name."""
+    """Sets final figures, which trackers list next to the run's name."""
     for logger in _wandb_loggers(loggers):
         logger.experiment.summary.update(dict(figures))
 
 
 def finish_loggers(loggers: Sequence["Logger"], *, exit_code: int = 0) -> None:
-    """Write everything out and end the runs. A process that is killed before loses nothing of ``metrics.jsonl``."""
+    """Writes everything and ends the runs. A process that is killed before this loses nothing of ``metrics.jsonl``."""
     for logger in loggers:
         logger.save()
     for logger in _wandb_loggers(loggers):
@@ -77,7 +77,7 @@ def finish_loggers(loggers: Sequence["Logger"], *, exit_code: int = 0) -> None:
 
 
 def wandb_run_id(run_dir: Path) -> str:
-    """The W&B id of a run folder; made at the first call and the same ever after."""
+    """The W&B id of a run folder; made at the first call and the same afterwards."""
     path = run_dir / RUN_ID_FILE
     if path.exists() and re.fullmatch("[A-Za-z0-9_-]{1,64}", known := path.read_text(encoding="utf-8", errors="replace").strip()):
         return known
@@ -112,9 +112,10 @@ _MODES = {name: name for name in ("online", "offline", "disabled", "shared")} | 
 
 
 def wandb_mode() -> str:
-    """How W&B is to run: WANDB_DISABLED and WANDB_MODE decide when they are set, else whether there is a key.
+    """The mode of W&B: WANDB_DISABLED and WANDB_MODE decide if they are set; else online with a key and offline without.
 
-    Raises: UserError for a mode that W&B does not have.
+    Raises:
+        UserError: WANDB_MODE is not a mode of W&B.
     """
     if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("true", "1", "yes", "y", "on", "t"):
         return "disabled"
@@ -122,24 +123,24 @@ def wandb_mode() -> str:
     if not given:
         return "online" if has_wandb_key() else "offline"
     if given.lower() not in _MODES:
-        raise UserError(f"the environment variable WANDB_MODE={given!r} is none of online, offline and disabled; mend or unset it")
+        raise UserError(f"the environment variable WANDB_MODE={given!r} is not one of online, offline and disabled; change or unset it")
     return _MODES[given.lower()]
 
 
 def check_logger(settings: LoggerSettings) -> None:
-    """UserError, before any work, for surroundings in which the logger cannot start."""
+    """Raises UserError, before any work, if the environment does not let the logger start."""
     if settings.kind == "wandb":
         wandb_mode()
 
 
 def wandb_arguments(settings: LoggerSettings, run_dir: Path, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``wandb.init`` is called with: online with a key, offline without (WANDB_MODE decides when it is set)."""
+    """The arguments of ``wandb.init``; the mode is that of ``wandb_mode``."""
     import wandb
 
     mode = wandb_mode()
     return {
         "name": name,
-        # absolute: the W&B service that writes may be one that a parent process started in another folder
+        # absolute, because the W&B service that writes may have been started by a parent process in another folder
         "dir": str(run_dir.resolve()),
         "id": wandb_run_id(run_dir),
         "project": settings.project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT,
@@ -149,7 +150,7 @@ def wandb_arguments(settings: LoggerSettings, run_dir: Path, name: str, config: 
         "mode": mode,
         "resume": "allow" if mode == "online" else None,
         "config": dict(config),
-        # its own console capture breaks progress bars, and the command line may hold more than a tracker should know
+        # W&B's console capture breaks progress bars, and code and command line may hold private data
         "settings": wandb.Settings(console="off", silent=True, save_code=False, disable_git=True, x_disable_meta=True),
     }
 
@@ -168,10 +169,10 @@ def _wandb(settings: LoggerSettings, run_dir: Path, name: str, config: Mapping[s
     try:
         run = wandb.init(**arguments)
     except (wandb.Error, ValueError, TypeError, OSError) as error:
-        # settings in the environment and in W&B's own files that it does not understand, and keys that are none
-        told = " ".join(str(error).split())[:300]
-        raise UserError(f"logger: wandb cannot start: {told}. WANDB_MODE=offline logs into the run folder only.") from error
-    # curves of stages with batches of different sizes are comparable over tokens, and over nothing else
+        # invalid settings in the environment or in W&B's own files, or an invalid key
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"logger: wandb cannot start: {reason}. WANDB_MODE=offline logs into the run folder only.") from error
+    # over tokens, because steps of stages with batches of different sizes are not comparable
     run.define_metric(TOKENS, hidden=True)
     run.define_metric("*", step_metric=TOKENS, step_sync=True)
     return WandbLogger(name=name, save_dir=run_dir, project=arguments["project"], id=arguments["id"], experiment=run)

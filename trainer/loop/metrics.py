@@ -1,4 +1,4 @@
-"""MetricsSink: one JSON line per optimizer step in ``metrics.jsonl`` (the truth), and the same numbers to loggers."""
+"""MetricsSink writes one JSON line per optimizer step to ``metrics.jsonl``, the record of a run, and the same numbers to loggers."""
 
 import json
 import os
@@ -16,11 +16,11 @@ Number = int | float | None
 
 
 class MetricsSink:
-    """Takes the numbers of training stages.
+    """Writes the numbers of training stages.
 
     Args:
-        path: ``metrics.jsonl`` of the run; lines of all stages go into it. None (ranks other than 0) writes nothing at all.
-        loggers: Lightning loggers, which get ``<stage>/<name>`` at the stage's own step, and its tokens once more as ``tokens``: the axis.
+        path: ``metrics.jsonl`` of the run, with the lines of all stages. None (ranks other than 0) writes nothing.
+        loggers: Lightning loggers. They get ``<stage>/<name>`` at the stage's own step, and its tokens also as ``tokens``, the x-axis.
     """
 
     def __init__(self, path: Path | None, loggers: Sequence["Logger"] = ()) -> None:
@@ -28,7 +28,7 @@ class MetricsSink:
         self.loggers = list(loggers) if path is not None else []
 
     def write(self, stage: str, step: int, values: Mapping[str, Number]) -> None:
-        """Append ``{stage, step, **values}``; loggers get the values that are numbers."""
+        """Appends ``{stage, step, **values}``; loggers get the values that are not None."""
         if self.path is None:
             return
         append_line(self.path, {"stage": stage, "step": step, **values})
@@ -39,7 +39,7 @@ class MetricsSink:
             logger.log_metrics(numbers, step=step)
 
     def rewind(self, stage: str, step: int) -> None:
-        """Cut the lines of a stage beyond ``step``: they tell of steps that a resumed run takes again. Torn lines go too."""
+        """Removes a stage's lines after ``step``, which a resumed run writes again, and incomplete lines."""
         if self.path is None or not self.path.exists():
             return
         text = self.path.read_text(encoding="utf-8", errors="replace")
@@ -48,18 +48,18 @@ class MetricsSink:
             write_text_atomic(self.path, kept)
 
     def flush(self) -> None:
-        """Force the lines to the disk; called before a checkpoint is committed, so that it never is ahead of them."""
+        """Forces the lines to the disk. Called before a checkpoint is committed, so that no checkpoint is ahead of its metrics."""
         if self.path is not None and self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
 
     def close(self) -> None:
-        """End the loggers' runs."""
+        """Ends the loggers' runs."""
         finish_loggers(self.loggers)
 
 
 def read_row(line: str) -> dict[str, Any] | None:
-    """A line of ``metrics.jsonl``: ``stage``, ``step`` and numbers; None when it is none (cut short, damaged)."""
+    """Parses a line of ``metrics.jsonl`` into ``stage``, ``step`` and numbers; None if it is incomplete or damaged."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -71,5 +71,5 @@ def read_row(line: str) -> dict[str, Any] | None:
 
 def _is_beyond(line: str, stage: str, step: int) -> bool:
     row = read_row(line)
-    # a stage that begins anew is evaluated before its first step again, and that line has step 0
+    # a stage that starts anew is evaluated before its first step again, and that line has step 0
     return row is None or (row["stage"] == stage and (step == 0 or row["step"] > step))

@@ -1,8 +1,8 @@
 """Lightning module whose gradients are the mean over all unmasked tokens of an optimizer step (law 1, docs/architecture.md).
 
-Micro-batches return SUMS over their tokens. Lightning divides each by the accumulation count and DDP averages over ranks, so
-before clipping gradients are multiplied by world x accumulation / N, N = unmasked tokens of the whole optimizer step. They are
-then the gradients of the mean over N, whatever the micro-batch size, accumulation, world size or packing.
+Micro-batches return SUMS over their tokens. Lightning divides each by the accumulation count and DDP averages over ranks. So before
+clipping, gradients are multiplied by world x accumulation / N, N = unmasked tokens of the whole optimizer step. They are then the
+gradients of the mean over N for every micro-batch size, accumulation, world size and packing.
 """
 
 import math
@@ -25,7 +25,7 @@ from .optimizer import build_optimizer
 from .signals import StopSignals
 
 INDEX = "index"
-"""Key of a batch's window indices, int64 [B]: they name the culprits when a loss is not finite."""
+"""Key of a batch's window indices, int64 [B]: they identify the windows of a loss that is not finite."""
 
 _SUMS = ("tokens", "loss", "kl", "cross_entropy", "teacher_entropy", "top1_matches", "covered_mass")
 _WITH_REVERSE_KL = ("reverse_kl", "symmetric_kl", "adaptive_kl")
@@ -33,15 +33,15 @@ _NAMED_SAMPLES = 16
 
 
 class Objectivelike(Protocol):
-    """What a training stage minimises: any callable that gives sums, such as ``Objective``."""
+    """What a training stage minimises: any callable that returns loss sums, such as ``Objective``."""
 
     @property
     def has_teacher(self) -> bool:
-        """Whether KL and teacher entropy mean anything."""
+        """Whether KL and teacher entropy are measured."""
         ...
 
     def to(self, device: torch.device) -> Any:
-        """Move what it holds."""
+        """Moves its tensors and models to a device."""
         ...
 
     def __call__(self, student: Any, batch: Mapping[str, Tensor]) -> LossSums:
@@ -56,20 +56,20 @@ class StepRecord:
     step: int
     """Steps taken, this one included."""
     input_tokens: int
-    """Real tokens fed in (padding not counted)."""
+    """Input tokens without padding."""
     values: dict[str, float | None]
-    """Means over unmasked tokens: loss, kl, cross_entropy, teacher_entropy, top1, covered_mass (None where none was to be predicted); and
-    learning_rate, grad_norm."""
+    """Means over unmasked tokens: loss, kl, cross_entropy, teacher_entropy, top1, covered_mass (None if no token was to be predicted, or
+    no teacher is there to measure against); and learning_rate, grad_norm."""
     stop: int | None
-    """Signal number when any rank was asked to stop."""
+    """Signal number if any rank received one, else None."""
 
 
 Shard = Callable[[nn.Module, Any, Any], None]
-"""(module whose forward runs the student, student, device mesh): spreads the student over the mesh, in place."""
+"""Called with (module whose forward runs the student, student, device mesh); shards the student over the mesh, in place."""
 
 
 class _Forward(nn.Module):
-    """One micro-batch as a module call: FSDP2 gathers what lies outside the decoder layers, the head among it, around this forward."""
+    """Runs one micro-batch as a module call, because FSDP2 gathers the weights outside the decoder layers (the head, too) around it."""
 
     def __init__(self, student: nn.Module, objective: Objectivelike) -> None:
         super().__init__()
@@ -77,13 +77,16 @@ class _Forward(nn.Module):
         self._objective: Callable[[], Objectivelike] = lambda: objective
 
     def forward(self, batch: Mapping[str, Tensor], objective: "Objectivelike | None" = None) -> tuple[Tensor, LossSums]:
-        """(loss, sums): the loss by itself, because FSDP2 looks for tensors in tuples, not in dataclasses. ``objective``: another one."""
+        """Returns (loss, sums); the loss separately, because FSDP2 finds tensors in tuples but not in dataclasses.
+
+        ``objective`` is used instead of the module's own.
+        """
         sums = (objective or self._objective())(self.student, batch)
         return sums.loss, sums
 
 
 class TrainingModule(pl.LightningModule):
-    """Holds the student alone; objective and hooks are outside the module tree, its state dict and its optimizer."""
+    """Holds only the student; objective and hooks are outside the module tree, its state dict and its optimizer."""
 
     def __init__(
         self,
@@ -99,7 +102,7 @@ class TrainingModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.student = student
-        # a function, not an attribute: a module assigned here would be registered, whatever it is
+        # in a function, because torch registers every module that is assigned to an attribute
         self._objective: Callable[[], Objectivelike] = lambda: objective
         forward = _Forward(student, objective)
         self._forward: Callable[[], _Forward] = lambda: forward
@@ -117,12 +120,12 @@ class TrainingModule(pl.LightningModule):
 
     @property
     def views(self) -> ParameterViews:
-        """What the optimizer steps, by parameter name."""
+        """The tensors that the optimizer steps, by parameter name."""
         assert self._views is not None, "Lightning configures the optimizers before anything else"
         return self._views
 
     def configure_model(self) -> None:
-        """Spread the student over the ranks, where the strategy says so."""
+        """Shards the student over the ranks if the strategy does so."""
         if self._shard is not None:
             self._shard(self._forward(), self.student, self.device_mesh["data_parallel"])  # pyright: ignore[reportOptionalSubscript]
 
@@ -132,17 +135,18 @@ class TrainingModule(pl.LightningModule):
         return build_optimizer(self.student, self.plan, self._views.views)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        """Also of the sharded parameters, which the optimizer does not know."""
+        """Drops the gradients, also those of sharded parameters, which the optimizer does not know."""
         self.views.drop_gradients()
 
     def on_fit_start(self) -> None:
-        """``from_pretrained`` returns eval mode and Lightning keeps it: dropout would silently be off."""
+        """Sets training mode: ``from_pretrained`` returns eval mode and Lightning keeps it, so dropout would silently be off."""
         self.student.train()
         self._objective().to(self.device)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Sum of the micro-batch's token losses."""
+        """The sum of the micro-batch's token losses."""
         loss, sums = self._forward()(batch)
+        # fp64, and kept on the device: reading the sums here would make the host wait for every micro-batch
         parts = [getattr(sums, name) for name in _SUMS] + [batch["attention_mask"].sum()]
         vector = torch.stack([part.detach().to(torch.float64) for part in parts])
         self._sums = vector if self._sums is None else self._sums + vector
@@ -150,19 +154,20 @@ class TrainingModule(pl.LightningModule):
         return loss
 
     def evaluation_sums(self, batch: Mapping[str, Tensor], objective: Objectivelike) -> Tensor:
-        """fp64 [3]: tokens, KL and cross-entropy of a micro-batch, summed. Call it without gradients; nothing is noted for the step."""
+        """fp64 [3]: sums of tokens, KL and cross-entropy of a micro-batch. Call it without gradients; the step's sums do not change."""
         _, sums = self._forward()(batch, objective)
         return torch.stack([part.detach().to(torch.float64) for part in (sums.tokens, sums.kl, sums.cross_entropy)])
 
     def reshard(self) -> None:
-        """Let go of what FSDP2 keeps whole between a forward and its backward, after a forward that has none."""
+        """Frees the weights that FSDP2 keeps gathered from a forward to its backward pass, after a forward without a backward."""
         release = getattr(self._forward(), "reshard", None)
         if release is not None:
             release()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Sum over ranks, scale gradients to the mean over tokens, and refuse to go on when anything is not finite."""
+        """Sums over ranks, scales gradients to the mean over tokens, and raises if loss or gradient norm is not finite."""
         assert self._sums is not None
+        # signals travel with the sums, so all ranks agree on the step after which they stop
         totals = sum_over_ranks(torch.cat([self._sums, self._sums.new_tensor(self.signals.counts())]))
         self.views.receive_gradients()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -175,12 +180,13 @@ class TrainingModule(pl.LightningModule):
         for hook in self.hooks:
             hook.before_step(step)
         self._norm = total_norm = self._total_norm(gradients)
-        # the one place per step where the host waits for the device
+        # one transfer for all numbers: the only place per step where the host waits for the device
         *sums, norm = torch.cat([totals, total_norm.to(totals)[None]]).tolist()
         self._refuse_non_finite(step, sums, norm)
         if sums[0] == 0:
             for parameter in parameters:
-                parameter.grad = None  # AdamW then leaves weights and moments alone: nothing was learnt
+                # without a gradient AdamW leaves weights and moments alone; with zeros it would decay both
+                parameter.grad = None
         rate = self._set_rate(optimizer)
         self._record = self._describe(step, sums, norm, rate)
         self._sums, self._losses, self.steps_done = None, [], step
@@ -188,23 +194,23 @@ class TrainingModule(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: int | float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip by the norm that is known already."""
+        """Clips by the norm that is already known."""
         if gradient_clip_val:
             assert self._norm is not None
             clip_grads_with_norm_([p for group in optimizer.param_groups for p in group["params"]], float(gradient_clip_val), self._norm)
 
     def _total_norm(self, gradients: list[Tensor]) -> Tensor:
-        """Global norm: of what is here, or of all ranks' rows together."""
+        """Global norm of the gradients; for a sharded student over the rows of all ranks."""
         norm = get_total_norm(gradients)
         return sum_over_ranks(norm.square()).sqrt() if self.views.sharded else norm
 
     def take_record(self) -> StepRecord | None:
-        """The step that has just been taken, once; None between micro-batches."""
+        """Returns the record of a finished step once; None between micro-batches."""
         record, self._record = self._record, None
         return record
 
     def _set_rate(self, optimizer: torch.optim.Optimizer) -> float:
-        """The rate is a function of the step alone: there is no scheduler state to lose."""
+        """Sets the learning rate, a function of the step alone, so that a checkpoint needs no scheduler state."""
         plan = self.plan
         rate = learning_rate(self.steps_done, plan.total_steps, plan.learning_rate, plan.warmup, plan.schedule, plan.final_learning_rate)
         for group in optimizer.param_groups:
@@ -214,7 +220,7 @@ class TrainingModule(pl.LightningModule):
     def _describe(self, step: int, sums: list[float], norm: float, rate: float) -> StepRecord:
         tokens, loss, kl, cross_entropy, teacher_entropy, top1, covered, inputs, *stops = sums
         count = max(tokens, 1.0)
-        # a step without a token to predict has no loss: 0 would look like success
+        # a step without a token to predict has no loss: a 0 in the curves would look like a perfect student
         learnt = tokens > 0
         taught = learnt and self._objective().has_teacher
         values: dict[str, float | None] = {
@@ -230,9 +236,10 @@ class TrainingModule(pl.LightningModule):
         return StepRecord(step, int(inputs), values, self.signals.agreed(stops))
 
     def _refuse_non_finite(self, step: int, sums: list[float], norm: float) -> None:
-        """Every rank sees the same totals, so every rank raises, and before its optimizer has moved a weight."""
+        """Raises if loss or norm is not finite: on every rank, because all have the same totals, and before a weight is changed."""
         if math.isfinite(sums[1]) and math.isfinite(norm):
             return
+        # the culprits may be on another rank
         own = [int(i) for index, loss in self._losses if not bool(torch.isfinite(loss)) for i in index.tolist()]
         culprits = sorted({int(i) for part in gather_bytes(",".join(map(str, own)).encode()) for i in part.decode().split(",") if i})
         if culprits:
@@ -243,9 +250,10 @@ class TrainingModule(pl.LightningModule):
         raise NonFiniteError(f"{what}. The step was not taken. {self._why(sums)}")
 
     def _why(self, sums: list[float]) -> str:
-        """What to do about it; a loss alone is not finite where reverse KL is asked of a teacher that gives tokens the probability 0."""
+        """The advice in the error message."""
         settings = getattr(self._objective(), "settings", None)
         divergence = settings.divergence if settings is not None and settings.hard_weight < 1 else ""
+        # an infinite loss with finite forward KL and cross-entropy: only reverse KL is infinite, by teacher probabilities of 0
         if divergence in _WITH_REVERSE_KL and not math.isfinite(sums[1]) and math.isfinite(sums[2]) and math.isfinite(sums[3]):
             return (
                 f"The teacher gives some tokens the probability 0 (logits of -inf), where {divergence} is infinite; use loss.divergence "

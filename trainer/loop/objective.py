@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class Objective:
-    """What a training stage minimises. A plain object: the teacher it holds is in no module tree, state dict or optimizer.
+    """What a training stage minimises. It is not a module, so its teacher is in no module tree, state dict or optimizer.
 
     Args:
-        teacher: Whose predictions to learn; None = cross-entropy on the text itself.
-        settings: Divergence, temperature, hard-label weight; a weight of 1 leaves the teacher unused.
-        v_eff: Tokens of the real vocabulary; heads are sliced to it.
+        teacher: Model whose predictions the student learns; None = cross-entropy on the text.
+        settings: Divergence, temperature, hard-label weight; with a weight of 1 the teacher is not used.
+        v_eff: Number of tokens in the real vocabulary; heads are sliced to it.
         backend: Back end of ``linear_divergence``.
 
     Raises:
@@ -46,21 +46,21 @@ class Objective:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the KL to a teacher is measured at all."""
+        """Whether the KL to a teacher is measured."""
         return self.teacher is not None
 
     def to(self, device: torch.device) -> "Objective":
-        """Move the teacher."""
+        """Moves the teacher to a device."""
         if self.teacher is not None:
             self.teacher.to(device)
         return self
 
     def __call__(self, student: "PreTrainedModel", batch: Mapping[str, Tensor]) -> LossSums:
-        """Loss sums of a micro-batch; ``loss`` carries the graph.
+        """Computes the loss sums of a micro-batch; ``loss`` has the autograd graph.
 
         Args:
             student: A causal language model of transformers.
-            batch: input_ids, labels (-100 = no label), attention_mask and, of packed windows, position_ids; each [B, S] int64.
+            batch: input_ids, labels (-100 = no label), attention_mask and, for packed windows, position_ids; each [B, S] int64.
         """
         backbone, head, bias = backbone_and_head(student)
         output = backbone(**backbone_inputs(batch))

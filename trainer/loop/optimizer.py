@@ -1,4 +1,4 @@
-"""AdamW over a student's parameters, with decay where it belongs and moments in 32 or 8 bits."""
+"""Builds AdamW over a student's parameters: weight decay for matrices only, moments in 32 or 8 bits."""
 
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
@@ -16,12 +16,12 @@ _EPS = 1e-8
 
 
 def build_optimizer(student: nn.Module, plan: TrainingPlan, views: Mapping[str, nn.Parameter] | None = None) -> torch.optim.Optimizer:
-    """AdamW of the plan's kind; matrices decay, norms, biases and embeddings (a tied head with them) do not, nor do scales of quantizers.
+    """The plan's AdamW. Matrices decay; norms, biases, embeddings (with a tied head) and scales of quantizers do not.
 
     Args:
-        student: Whose trainable parameters are stepped.
+        student: The model whose trainable parameters are stepped.
         plan: Rates, betas, decay, kind of optimizer.
-        views: What to step instead of the parameter of a name: a rank's own rows of it.
+        views: Tensors to step instead of the parameters of these names: a rank's own rows of them.
 
     Raises:
         UserError: see ``adamw``.
@@ -48,16 +48,16 @@ def adamw(
 
     Args:
         named_parameters: Parameters on their device; frozen ones are left out.
-        embeddings: ``id`` of those that are embedding tables.
-        plan: ``optimizer`` is adamw (torch, fp32 moments), adamw-8bit or paged-adamw-8bit (bitsandbytes: tensors of at least 4,096 elements
-            have moments of one byte and an fp32 scale for each 256, but for scales; paged ones may leave a full GPU, on a CPU paging means
-            nothing).
-        scales: ``id`` of quantizers' scales: no decay, and the plan's rate for them. A group's ``rate_share`` is its rate as a share of
-            the plan's.
+        embeddings: ``id`` of the parameters that are embedding tables.
+        plan: ``optimizer`` is adamw (torch, fp32 moments), adamw-8bit or paged-adamw-8bit (bitsandbytes: tensors of at least 4,096
+            elements, except scales, have moments of one byte with one fp32 scale per 256; paged moments may leave a full GPU, and on a
+            CPU paging has no effect).
+        scales: ``id`` of quantizers' scales: no decay, and the plan's own rate for them. A group's ``rate_share`` is its rate as a share
+            of the plan's.
 
     Raises:
-        UserError: a trainable parameter is not fp32 (bf16 steps smaller than 2^-8 of a weight are lost), none is left, or bitsandbytes is
-            wanted and does not work on the parameters' device.
+        UserError: a trainable parameter is not fp32 (in bf16, steps smaller than 2^-8 of a weight are lost), no parameter is trainable, or
+            bitsandbytes is needed and does not work on the parameters' device.
     """
     decaying: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -75,7 +75,7 @@ def adamw(
     groups: list[dict[str, Any]] = [
         {"params": decaying, "weight_decay": plan.weight_decay, "rate_share": 1.0},
         {"params": others, "weight_decay": 0.0, "rate_share": 1.0},
-        # few, and each steers a whole group of weights: their moments are never of 8 bits
+        # scales are few and each one affects a whole group of weights, so their moments are never stored in 8 bits
         {"params": quantizers, "weight_decay": 0.0, "rate_share": share, "lr": share * plan.learning_rate, "optim_bits": 32},
     ]
     groups = [group for group in groups if group["params"]]
@@ -89,7 +89,7 @@ def adamw(
 def _low_bit_adamw(groups: list[dict[str, Any]], plan: TrainingPlan) -> torch.optim.Optimizer:
     key = f"trainer.optimizer: {plan.optimizer}"
     bitsandbytes = load_bitsandbytes(key)
-    # a rank may hold no row of a small tensor, and its kernels refuse to be started for nothing
+    # a rank may hold no row of a small tensor, and bitsandbytes' kernels fail on empty tensors
     held = [{**group, "params": [p for p in group["params"] if p.numel()]} for group in groups]
     device = groups[0]["params"][0].device
     check_low_bit(key, device)
@@ -103,11 +103,11 @@ def _low_bit_adamw(groups: list[dict[str, Any]], plan: TrainingPlan) -> torch.op
 
 
 def _with_full_groups(kind: Any) -> Any:
-    """bitsandbytes' optimizer, with the moments of a group that says ``optim_bits`` in so many bits."""
+    """A subclass of bitsandbytes' optimizer in which a group may set ``optim_bits``, the bits of its moments."""
 
     class FullGroups(kind):
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
-            """Dials of one parameter."""
+            """The settings of one parameter."""
             config = super().get_config(gindex, pindex, group)
             return config | {"optim_bits": group["optim_bits"]} if "optim_bits" in group else config
 

@@ -1,4 +1,4 @@
-"""A student on its way through a training stage: prepared (checkpointing, compiling), spread over ranks, and collected at the end."""
+"""Prepares a student for a training stage (activation checkpointing, compiling), shards it over ranks, and collects it at the end."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class Placed:
-    """The student of a stage and where its weights lie.
+    """The student of a stage, whole or sharded.
 
     Args:
-        student: Whole on every rank, or on the meta device (buffers real) when ``weights`` is given.
-        weights: Files to fill it from.
+        student: Whole on every rank, or on the meta device (with real buffers) if ``weights`` is given.
+        weights: Files with its values.
         plan: Strategy, activation checkpointing and compiling.
-        world: Whose ranks it is spread over.
+        world: The ranks over which it is sharded.
     """
 
     def __init__(self, student: "PreTrainedModel", weights: "WeightFiles | None", plan: TrainingPlan, world: World) -> None:
@@ -38,15 +38,15 @@ class Placed:
         self._skeleton = skeleton_of(student) if shards(plan.strategy, world) else None
 
     def prepare(self) -> "Shard | None":
-        """Make it ready to train; returns what spreads it over a mesh, None where every rank keeps it whole."""
+        """Makes it ready to train; returns the function that shards it over a mesh, or None if every rank keeps it whole."""
         if self._skeleton is None:
             self.whole()
         if self._plan.activation_checkpointing:
-            # non-reentrant: the form that gets on with frozen inputs and with FSDP2's hooks
+            # only the non-reentrant form works with frozen inputs and with FSDP2's hooks
             self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self._plan.compile:
             for layer in decoder_layers(self.student):
-                # in place: names in the state dict stay as they are
+                # in place: torch.compile(layer) would add a prefix to names in the state dict
                 layer.compile()
         return None if self._skeleton is None else self._shard
 
@@ -58,7 +58,7 @@ class Placed:
         return self.student
 
     def collect(self) -> "PreTrainedModel":
-        """The trained student, whole, on the CPU, in eval mode; under FSDP2 on rank 0 alone, the others get it without weights."""
+        """The trained student, whole, on the CPU, in eval mode; under FSDP2 only rank 0 gets its weights."""
         if self._skeleton is None:
             self._undo()
             return self.student.eval()
@@ -81,7 +81,7 @@ class Placed:
 
     @torch.no_grad()
     def _fill(self) -> None:
-        """Read this rank's rows of every parameter that has values in the files; a stage's hooks give them to those it has added."""
+        """Reads this rank's rows of every parameter that the files hold; the stage's hooks set the parameters that the stage has added."""
         assert self._weights is not None
         for places in parameter_places(self.student):
             module, key, _ = places[0]

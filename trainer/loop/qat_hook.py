@@ -1,6 +1,6 @@
-"""The hook that leads rounded weights through a stage: first scales, delay, annealed bits, frozen scales; exact when resumed.
+"""The hook that schedules weight rounding in a stage: first scales, delay, annealed bits, frozen scales. It resumes exactly.
 
-Everything follows from the step number but what training has made of the scales, and those are parameters of the student.
+Everything follows from the step number, except the trained scales, which are parameters of the student, and ranges of static scales.
 """
 
 import math
@@ -25,7 +25,7 @@ FirstGrid = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Phase:
-    """How linears round in a step."""
+    """How linears round their weights in a step."""
 
     mode: Mode
     bits: int
@@ -35,12 +35,12 @@ class QatSchedule:
     """Sets the mode and bits of every ``RoundedWeight`` before each step, and the first values of scales and adapters.
 
     Args:
-        settings: Of the stage.
+        settings: Settings of the stage.
         total_steps: Optimizer steps of the stage.
-        seed: Of the adapters' first values.
-        given: First lattices by module name; None = from the weights, as ``settings.first`` says.
+        seed: Seed of the adapters' first values.
+        given: First scales and zero points by module name; None = from the weights, by ``settings.first``.
         inputs: Rounders of the linears' inputs; static ones as in ``FollowedRanges``.
-        cache: Those of keys and values.
+        cache: Rounders of keys and values.
     """
 
     name = "quantizers"
@@ -78,7 +78,7 @@ class QatSchedule:
         return Phase("learned" if settings.scales == "learned" else "absmax", bits)
 
     def on_start(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Find the linears; give scales and adapters their first values, each rank those of its rows."""
+        """Finds the linears and sets the first values of scales and adapters, on each rank for its own rows."""
         self._modules = {name: module for name, module in student.named_modules() if isinstance(module, RoundedWeight)}
         scales = [parameter_of(optimizer, module.scale) for module in self._modules.values() if module.scale is not None]
         self._stepped = [scale for scale in scales if scale is not None]
@@ -92,13 +92,14 @@ class QatSchedule:
             ranges.start()
 
     def before_step(self, step: int) -> None:
-        """Scales that do not train take no step, and the optimizer counts none."""
+        """Drops the gradients of scales that do not train in this phase."""
+        # without a gradient the optimizer neither decays their moments nor counts a step
         if self._phase.mode != "learned":
             for parameter in self._stepped:
                 parameter.grad = None
 
     def after_step(self, step: int) -> None:
-        """Go over to the phase of the next step."""
+        """Changes to the phase of the next step."""
         self._step = step
         if self._phase.mode != "fixed":
             for ranges in self._followed:
@@ -109,25 +110,26 @@ class QatSchedule:
         self._phase = after
         self._apply()
         for name, module in self._modules.items():
+            # scales that trained are kept; those that had no values yet (off, absmax) are taken from the weights
             if before.mode == "off" or (after.mode == "fixed" and before.mode == "absmax"):
                 self._take_scales(name, module)
             elif after.bits != before.bits:
-                _cut_anew(module, self._bits(module, before), self._bits(module, after))
+                _change_bits(module, self._bits(module, before), self._bits(module, after))
 
     def forget_seen(self) -> None:
-        """What passed since the last step was held-out text: no range may follow it."""
+        """Drops ranges seen since the last step: they come from held-out text."""
         for ranges in self._followed:
             ranges.forget_seen()
 
     def state(self) -> dict[str, Tensor]:
-        """The steps taken, and ranges of inputs, keys and values: scales and adapters are the student's."""
+        """The steps taken, and ranges of inputs, keys and values. Scales and adapters are saved with the student."""
         state = {"step": torch.tensor(self._step)}
         for ranges in self._followed:
             state |= ranges.state()
         return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take up the phase that these steps have led to."""
+        """Restores the phase that follows these steps, and the ranges."""
         self._step = int(state["step"])
         self._phase = self.phase_of(min(self._step + 1, self._total))
         self._apply()
@@ -141,20 +143,20 @@ class QatSchedule:
             ranges.enable(self._phase.mode != "off")
 
     def _bits(self, module: RoundedWeight, phase: Phase) -> int:
-        """Bits in use: a module of its own lattice takes part in annealing until its bits are reached."""
+        """Bits in use. A module with more bits of its own takes part in annealing until these are reached."""
         annealed = self._settings.anneal_from is not None and module.spec.kind == "int"
         return max(module.spec.bits, phase.bits) if annealed else module.spec.bits
 
     @torch.no_grad()
     def _take_scales(self, name: str, module: RoundedWeight) -> None:
-        """Scales and zero points for the weights as they are now, in the lattice in use."""
+        """Sets scales and zero points for the current weights and the spec in use."""
         if module.scale is None:
             return
         if self._given is not None:
             scales, zeros = self._given[name]
             first = (own_rows(scales, module.scale), None if zeros is None else own_rows(zeros, module.scale))
         elif module.spec.group_size == "tensor":
-            # one scale for rows of every rank
+            # one scale covers the rows of all ranks, so it needs the gathered weight
             scales, zeros = first_scales(_merged(module), module.lattice, self._settings.first)
             first = (own_rows(scales, module.scale), None if zeros is None else own_rows(zeros, module.scale))
         else:
@@ -165,9 +167,10 @@ class QatSchedule:
 
     @torch.no_grad()
     def _start_adapter(self, name: str, module: RoundedWeight) -> None:
-        """The product begins as zero; the inner matrix is uniform in +-1 / sqrt(in), the same however it is spread."""
+        """Starts an adapter: the inner matrix is uniform in +-1 / sqrt(in), the outer one zero, and so is their product."""
         if module.adapter_in is None or module.adapter_out is None:
             return
+        # drawn whole from a generator of its own, so that it is the same for every sharding and changes no other random number
         generator = torch.Generator().manual_seed(derive_seed(self._seed, "adapter", name))
         drawn = (2 * torch.rand(module.adapter_in.shape, generator=generator) - 1) / math.sqrt(module.weight.shape[1])
         local(module.adapter_in).copy_(own_rows(drawn, module.adapter_in))
@@ -176,6 +179,7 @@ class QatSchedule:
 
 def first_scales(weight: Tensor, spec: QuantSpec, start: str) -> FirstGrid:
     """(scales fp32, zero points int8 or None): from the range of each group, or searched (start mse)."""
+    # a rank may hold no row of a small weight
     if not weight.numel():
         return weight.new_zeros(0), None
     rounded = METHODS["mse" if start == "mse" else "rtn"].round(
@@ -185,12 +189,13 @@ def first_scales(weight: Tensor, spec: QuantSpec, start: str) -> FirstGrid:
 
 
 @torch.no_grad()
-def _cut_anew(module: RoundedWeight, before: int, after: int) -> None:
-    """The same range of each group, cut into fewer steps."""
+def _change_bits(module: RoundedWeight, before: int, after: int) -> None:
+    """Changes scales and zero points so that each group keeps its range with the new number of codes."""
     if module.scale is None or before == after:
         return
     old, new = module.spec.with_bits(before), module.spec.with_bits(after)
     scale = local(module.scale)
+    # read before the scale changes: the value of the lowest code, which the new zero point must keep
     lowest = None if module.zero is None else (old.qmin - local(module.zero)) * scale
     scale.mul_(old.divisor_value / new.divisor_value)
     if module.zero is not None and lowest is not None:
@@ -198,7 +203,7 @@ def _cut_anew(module: RoundedWeight, before: int, after: int) -> None:
 
 
 def _merged_rows(module: RoundedWeight) -> Tensor:
-    """This rank's rows of the weight that is rounded."""
+    """This rank's rows of the weight to round, adapter included."""
     weight = local(module.weight)
     if module.adapter_in is None or module.adapter_out is None:
         return weight
@@ -206,7 +211,7 @@ def _merged_rows(module: RoundedWeight) -> Tensor:
 
 
 def _merged(module: RoundedWeight) -> Tensor:
-    """All rows of the weight that is rounded (a collective where it is sharded)."""
+    """All rows of the weight to round, adapter included (a collective operation if it is sharded)."""
     weight = whole(module.weight)
     if module.adapter_in is None or module.adapter_out is None:
         return weight

@@ -1,4 +1,4 @@
-"""Every random generator that training may draw from, as bytes in safetensors form: no pickle on the way back.
+"""Saves and restores every random generator that training may use, as bytes in safetensors form, so that no pickle is loaded.
 
 Lightning saves no generator at all, so a resumed run with dropout would differ from one never stopped.
 """
@@ -10,8 +10,9 @@ import torch
 
 
 def seed_generators(seed: int) -> None:
-    """Seed torch (CPU and all CUDA devices), NumPy and Python: the global generators, because libraries draw from them."""
+    """Seeds the global generators of torch (CPU and all CUDA devices), NumPy and Python, because libraries draw from them."""
     torch.manual_seed(seed)
+    # NumPy takes 32 bits
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
@@ -38,7 +39,7 @@ def capture_generators(device: torch.device) -> bytes:
 
 
 def restore_generators(data: bytes, device: torch.device) -> None:
-    """Inverse of ``capture_generators``; a state saved without this device's generator leaves that one alone."""
+    """Inverse of ``capture_generators``. If the state has no generator of this device, that generator is not changed."""
     from safetensors.torch import load
 
     state = load(data)

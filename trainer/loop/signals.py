@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM as flags: the step in progress ends, a checkpoint is written, then the process leaves.
+"""Turns Ctrl-C and SIGTERM into flags: the current step ends, a checkpoint is written, then the process exits.
 
-Lightning's own handler runs a collective inside the signal handler, which hangs a job when one rank alone gets the signal. Here
-the flags travel with the sums of the next step, so all ranks stop after the same one.
+Lightning's own handler runs a collective operation inside the signal handler, which hangs a job if only one rank gets the signal. Here the
+flags are summed over ranks with the sums of the next step, so all ranks stop after the same step.
 """
 
 import signal
@@ -13,25 +13,25 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """Flags set by signals while installed; a second Ctrl-C interrupts at once."""
+    """Flags that signals set while installed; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self._received: set[int] = set()
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
-        """Take the handlers over; only possible, and only done, in the main thread."""
+        """Installs the handlers. Python allows it only in the main thread; in others it does nothing."""
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._note) for number in STOPPING}
 
     def uninstall(self) -> None:
-        """Give them back."""
+        """Restores the previous handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
 
     def counts(self) -> list[float]:
-        """One number per signal, to be summed over ranks."""
+        """One number per signal, for a sum over ranks."""
         return [float(number in self._received) for number in STOPPING]
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Ranges behind static scales, of inputs or of keys and values: a moving average over steps, the same on every rank."""
+"""Ranges for static scales of inputs, keys and values during training: a moving average over steps, the same on every rank."""
 
 from collections.abc import Mapping
 
@@ -13,12 +13,14 @@ RANGE_SHARE = 0.1
 
 
 class FollowedRanges:
-    """Leads rounders through a stage. Static ones follow the range that all ranks have seen in a step, so that it depends on neither
-    micro-batches nor ranks; they round from the second step on.
+    """Updates the ranges of static rounders after each step.
+
+    The range of a step is that of all ranks and micro-batches together, so it does not depend on their number. Rounding starts with the
+    second step. Dynamic rounders need no ranges and are only switched on and off.
 
     Args:
-        rounders: Of the student.
-        key: Of the ranges in checkpoints.
+        rounders: Rounders of the student.
+        key: Name of the ranges in checkpoints.
     """
 
     def __init__(self, rounders: Rounders, key: str) -> None:
@@ -27,28 +29,28 @@ class FollowedRanges:
         self._follows = rounders.spec.scaling == "static"
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Starts observing."""
         if self._follows:
             self._rounders.observe()
 
     def enable(self, on: bool) -> None:
-        """Round, or let everything pass."""
+        """Switches rounding on or off."""
         self._rounders.enable(on)
 
     def follow(self) -> None:
-        """Take the step's range into the average."""
+        """Adds the range of the step to the average."""
         if self._follows:
             seen = max_over_ranks(self._rounders.extremes()).cpu()
             self._rounders.observe()
             self._set(seen if self._ranges is None else torch.lerp(self._ranges, seen, RANGE_SHARE))
 
     def forget_seen(self) -> None:
-        """Drop what has been seen since the last step."""
+        """Drops the ranges seen since the last step."""
         if self._follows:
             self._rounders.observe()
 
     def state(self) -> dict[str, Tensor]:
-        """The ranges, once there are any."""
+        """The ranges; empty before the first step."""
         return {} if self._ranges is None else {self._key: self._ranges}
 
     def load(self, state: Mapping[str, Tensor]) -> None:

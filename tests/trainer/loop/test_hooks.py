@@ -130,7 +130,7 @@ def test_a_quantized_linear_masks_inside_its_forward(training: ModuleType) -> No
 
 def test_unknown_modules_and_foreign_masks_are_refused(training: ModuleType) -> None:
     model = training.tiny_model()
-    with pytest.raises(UserError, match=r"model\.nowhere is to be masked"):
+    with pytest.raises(UserError, match=r"model\.nowhere has a mask, but the model has no linear layer"):
         KeepZeros(["model.nowhere"]).on_start(model, _adamw(model))
     with pytest.raises(UserError, match=r"model\.norm"):
         MaskHook(["model.norm"], MagnitudeSettings(keep=0.5), 4).on_start(model, _adamw(model))
