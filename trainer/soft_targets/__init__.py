@@ -1,4 +1,4 @@
-"""Soft targets: a few probabilities per token, from a cache of what a teacher predicted or from a teacher behind a server."""
+"""Soft targets: a few probabilities per token, from a cache of a teacher's predictions or from a teacher on a server."""
 
 from typing import TYPE_CHECKING
 

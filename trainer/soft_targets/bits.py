@@ -1,7 +1,7 @@
-"""Numbers of any width laid end to end in rows of bytes, and ascending numbers in Elias-Fano form. Runs on any device.
+"""Packs numbers of any width into rows of bytes, and ascending numbers in Elias-Fano form, on any device.
 
-Elias-Fano (Elias 1974, Fano 1971) holds m ascending numbers below U in about m (2 + log2(U / m)) bits, whatever they are: the low bits
-as they are, the high bits as the gaps of a bit vector with m ones. Its size depends on m and U alone, so rows have one size.
+Elias-Fano (Elias 1974, Fano 1971) stores m ascending numbers below U in about m (2 + log2(U / m)) bits: the low bits directly, the high
+bits as the gaps of a bit vector with m ones. Its size depends only on m and U, so all rows have the same size.
 """
 
 import torch
@@ -34,12 +34,12 @@ def from_bytes(data: Tensor) -> Tensor:
 
 
 def low_width(count: int, limit: int) -> int:
-    """Low bits of each of ``count`` ascending numbers in [0, limit]."""
+    """Number of bits per number that are stored directly, for ``count`` ascending numbers in [0, limit]."""
     return max(0, ((limit + 1) // max(count, 1)).bit_length() - 1)
 
 
 def ascending_width(count: int, limit: int) -> int:
-    """Bits that ``count`` ascending numbers in [0, limit] take."""
+    """Total bits of ``count`` ascending numbers in [0, limit]."""
     low = low_width(count, limit)
     return count * low + count + (limit >> low) if count else 0
 
@@ -48,6 +48,7 @@ def unfold_ascending(numbers: Tensor, limit: int) -> Tensor:
     """Elias-Fano bits of rows of ascending numbers: [n, m] int64 in [0, limit], repeats allowed -> [n, ascending_width] uint8."""
     rows, count = numbers.shape
     low = low_width(count, limit)
+    # the i-th one at high part + i: distinct places even where high parts repeat
     ones = (numbers >> low) + torch.arange(count, device=numbers.device)
     high = torch.zeros(rows, ascending_width(count, limit) - count * low, dtype=torch.uint8, device=numbers.device)
     high.scatter_(1, ones, 1)
@@ -63,6 +64,7 @@ def fold_ascending(bits: Tensor, count: int, limit: int) -> Tensor:
     """
     low = low_width(count, limit)
     lows, high = bits[:, : count * low], bits[:, count * low :]
+    # nonzero lists row by row, so with ``count`` ones in each row the view below separates the rows
     places = high.nonzero()[:, 1]
     if len(places) != len(bits) * count:
         raise ValueError(f"{len(places):,} numbers in {len(bits):,} rows of {count}")

@@ -1,4 +1,4 @@
-"""A teacher read from its cache: drop-in for the teacher itself, without its memory and its time."""
+"""A teacher that is read from its cache: a drop-in for the teacher without its memory and compute time."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, Self, runtime_checkable
@@ -16,28 +16,28 @@ from .store import Store
 
 @runtime_checkable
 class SparseTeacher(Protocol):
-    """A teacher of whom a few probabilities per token are known."""
+    """A teacher that gives a few probabilities per token."""
 
     @property
     def v_eff(self) -> int:
-        """Tokens of the real vocabulary."""
+        """Number of tokens in the real vocabulary."""
         ...
 
     def sparse_targets(self, batch: Mapping[str, Tensor]) -> SparseTargets:
-        """Of the B * (S - 1) positions that predict a token, in the order of ``shift_for_next_token``; masked ones hold anything."""
+        """Targets of the B * (S - 1) positions that predict a token, ordered as by ``shift_for_next_token``; masked ones are arbitrary."""
         ...
 
     def to(self, device: torch.device | str) -> Self:
-        """Give targets on this device from now on."""
+        """Returns targets on this device from now on."""
         ...
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line of text for messages."""
         ...
 
 
 def row_format(settings: CacheSettings, v_eff: int, temperature: float) -> RowFormat:
-    """Sizes of a cache's rows; a vocabulary smaller than ``settings.tokens`` is kept nearly whole."""
+    """Layout of a cache's rows. Without ``settings.tokens`` a row holds as many tokens as fit into ``CACHED_BYTES``."""
 
     def form(tokens: int) -> RowFormat:
         top = {"top_k": min(4, tokens), "sampled": 1, "hybrid": max(1, tokens // 4)}[settings.mode]
@@ -51,12 +51,12 @@ def row_format(settings: CacheSettings, v_eff: int, temperature: float) -> RowFo
 
 
 class CachedTeacher:
-    """The cache of a teacher.
+    """A teacher that is read from its cache.
 
     Args:
-        store: Holds all sequences that will be asked for.
-        form: How its rows are laid out.
-        name: What ``describe`` calls it.
+        store: Holds all sequences of the training.
+        form: Layout of its rows.
+        name: Name of the teacher in ``describe``.
     """
 
     def __init__(self, store: Store, form: RowFormat, name: str) -> None:
@@ -69,7 +69,7 @@ class CachedTeacher:
         return self._form.v_eff
 
     def to(self, device: torch.device | str) -> Self:
-        """Decode on this device from now on."""
+        """Decodes on this device from now on."""
         self._device = torch.device(device)
         return self
 
@@ -83,22 +83,24 @@ class CachedTeacher:
         return spread(self._form.decode(data), batch["labels"].to(self._device))
 
     def describe(self) -> str:
-        """Name, mode and bytes."""
+        """Name, tokens and bytes per position, and whether rows are unbiased samples."""
         kept = "with the mass of the others" if self._form.tail else "unbiased"
         tokens = self._form.top + self._form.others
-        return f"the cache of {self._name} ({tokens} tokens a position, {kept}, {self._form.bytes} bytes)"
+        return f"the cache of {self._name} ({tokens} tokens per position, {kept}, {self._form.bytes} bytes)"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
 
 def spread(known: SparseTargets, labels: Tensor) -> SparseTargets:
-    """Targets of the unmasked positions, laid out over all of them; ``labels`` [B, S] are not shifted."""
+    """Spreads targets of the unmasked positions over all positions; ``labels`` [B, S] are not shifted."""
     wanted = (labels[:, 1:] != MASKED).flatten()
+    # there is no row to repeat: any valid targets do, as all positions are masked
     if not len(known.ids):
         one = torch.zeros(len(wanted), dtype=torch.int64, device=labels.device)
         zero = one.to(torch.float32)
         tail = None if known.log_tail is None else zero - torch.inf
         inclusion = None if known.log_inclusion is None else zero[:, None]
         return SparseTargets(one[:, None], zero[:, None], zero, one, tail, known.temperature, zero, inclusion)
+    # a masked position repeats the row of the unmasked one before it, which is never read
     return known[(wanted.cumsum(0) - 1).clamp(min=0)]

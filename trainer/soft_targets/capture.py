@@ -1,4 +1,4 @@
-"""Fills a cache: the teacher predicts each window once, and what is to be kept of it goes to disk."""
+"""Fills a cache: the teacher predicts each window once, and the chosen part of its distributions goes to disk."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,11 +26,11 @@ BATCH_TOKENS = 4096
 _BLOCK_ELEMENTS = 2**25
 SHARD_BYTES = 64_000_000
 SHARD_SECONDS = 60.0
-"""A killed capture loses at most this much work."""
+"""Longest time between two shards: a killed capture loses at most this much work."""
 
 
 def missing_windows(store: Store, windows: "Windows", indices: Iterable[int]) -> list[int]:
-    """Those of ``indices`` that are not in the cache, each content once."""
+    """The ``indices`` of windows that are not in the cache; of windows with the same content only the first."""
     wanted = list(indices)
     missing: dict[bytes, int] = {}
     for first in range(0, len(wanted), 256):
@@ -44,15 +44,15 @@ def missing_windows(store: Store, windows: "Windows", indices: Iterable[int]) ->
 
 
 def stack(windows: "Windows", indices: Sequence[int]) -> dict[str, Tensor]:
-    """A batch of windows."""
+    """Stacks windows to a batch."""
     rows = [windows[index] for index in indices]
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def capture(teacher: Teacher | SparseTeacher, windows: "Windows", indices: Sequence[int], store: Store, form: RowFormat) -> Iterator[int]:
-    """Let ``teacher`` predict windows and add them to ``store``; yields the tokens of each batch, for progress bars.
+    """Adds the teacher's predictions of windows to ``store``; yields the tokens of each batch, for progress bars.
 
-    The same window gives the same bytes in any batch, order and process (as far as the teacher's own arithmetic does).
+    The same window gives the same bytes in every batch, order and process, as far as the teacher's own arithmetic does.
     """
     keys: list[bytes] = []
     rows: list[Tensor] = []
@@ -74,7 +74,7 @@ def capture(teacher: Teacher | SparseTeacher, windows: "Windows", indices: Seque
 
 @torch.no_grad()
 def encoded(teacher: Teacher | SparseTeacher, batch: Mapping[str, Tensor], form: RowFormat) -> Iterator[tuple[Tensor, float]]:
-    """(rows [n, bytes] uint8 in host memory, summed KL(cache || teacher)) of each sequence of a batch."""
+    """Yields (rows [n, bytes] uint8 in host memory, summed KL(cache || teacher)) for each sequence of a batch."""
     if isinstance(teacher, SparseTeacher):
         yield from _encoded_again(teacher, batch, form)
         return
@@ -84,6 +84,7 @@ def encoded(teacher: Teacher | SparseTeacher, batch: Mapping[str, Tensor], form:
     block = max(1, _BLOCK_ELEMENTS // form.v_eff)
     for sequence, own, key in zip(flat.view(len(hidden), -1, flat.shape[1]), labels.view(len(hidden), -1), sequence_keys(batch)):
         states = sequence[own != MASKED]
+        # from the window's key, so that its draws do not depend on batch, order or process
         noise = noise_of(key, len(states), 1 + form.top + form.others).to(states.device)
         parts: list[Tensor] = []
         error = 0.0
@@ -98,7 +99,7 @@ def encoded(teacher: Teacher | SparseTeacher, batch: Mapping[str, Tensor], form:
 
 
 def _encoded_again(teacher: SparseTeacher, batch: Mapping[str, Tensor], form: RowFormat) -> Iterator[tuple[Tensor, float]]:
-    """Of a teacher that gives a few tokens itself; the error is against what it gave, tokens that are left out counting as its tail."""
+    """``encoded`` for a teacher that gives only a few tokens itself; tokens that are left out of a row count as its tail."""
     targets = teacher.sparse_targets(batch)
     if form.top + form.others > targets.ids.shape[1]:
         have, wanted = targets.ids.shape[1], form.top + form.others
@@ -115,7 +116,8 @@ def _encoded_again(teacher: SparseTeacher, batch: Mapping[str, Tensor], form: Ro
 
 
 def _kl_between(kept: SparseTargets, known: SparseTargets, v_eff: int) -> Tensor:
-    """KL of two bucket forms per position [n]; tokens that only ``known`` names belong to the tail of ``kept``."""
+    """KL of two bucket forms per position [n]; tokens that only ``known`` holds belong to the tail of ``kept``."""
+    # the tail of ``known`` as one more token, in the column behind the vocabulary
     dense = known.log_weights.new_full((len(known.ids), v_eff + 1), -torch.inf)
     used = known.log_weights > -torch.inf
     dense.scatter_(1, torch.where(used, known.ids, v_eff), known.log_weights)
@@ -135,16 +137,17 @@ def _log_probabilities(states: Tensor, weight: Tensor, bias: Tensor | None, tran
 
 
 def kl_to_full(known: SparseTargets, log_p: Tensor) -> Tensor:
-    """KL(cache || teacher) per position [n] in nats: weights against probabilities, the tail, where there is one, against the other mass.
+    """KL(cache || teacher) per position [n] in nats: weights against probabilities, and the tail, if there is one, against the other mass.
 
-    Of a sampled cache it is that of the one draw that is kept; over draws the weights average to the probabilities.
+    For a sampled cache it is the KL of the one draw that is kept; over draws the weights average to the probabilities.
     """
     ids, weights = known.filled()
     whole = weights.sum(1)
     log_outside = log_p.scatter(1, ids, -torch.inf).logsumexp(1)
     tail = torch.zeros_like(whole) if known.log_tail is None else known.log_tail.exp()
-    # the least weight that a row can tell stands for a probability of 0 too
+    # clamped, because a probability of 0 may have been stored as the smallest weight of a row
     parts = torch.where(weights > 0, weights * (known.log_weights - log_p.gather(1, ids).clamp(min=-100)), 0.0).sum(1)
     if known.log_tail is None:
+        # the weights of a sample do not sum to 1: KL of the normalised weights
         return parts / whole - whole.log()
     return parts + torch.where(tail > 0, tail * (known.log_tail - log_outside), 0.0)

@@ -1,4 +1,4 @@
-"""The name of a window by its content: so a cache knows nothing of order, batches, shuffling or how many processes there are."""
+"""Keys of windows by content, so that a cache does not depend on order, batches, shuffling or the number of processes."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ KEY_BYTES = 16
 
 
 def sequence_keys(batch: Mapping[str, Tensor]) -> list[bytes]:
-    """Hash of each window: its tokens, which of them are predicted, and where documents begin.
+    """Hash per window over its tokens, which of them are predicted, and where documents begin.
 
     Args:
-        batch: input_ids, labels and, of packed windows, position_ids; each [B, S] int64.
+        batch: input_ids, labels and, for packed windows, position_ids; each [B, S] int64.
     """
     parts = [batch["input_ids"].to(torch.int32), (batch["labels"] != MASKED).to(torch.int32)]
     if "position_ids" in batch:
@@ -26,7 +26,7 @@ def sequence_keys(batch: Mapping[str, Tensor]) -> list[bytes]:
 
 
 def noise_of(key: bytes, rows: int, columns: int) -> Tensor:
-    """[rows, columns] fp32 in [0, 1) that depends on the key alone (raw PCG64 words, whose stream numpy guarantees)."""
+    """[rows, columns] fp32 in [0, 1) that depends only on the key (raw PCG64 words, whose stream numpy guarantees)."""
     words = np.random.PCG64(np.random.SeedSequence(int.from_bytes(key, "little"))).random_raw(rows * columns)
-    # 24 bits: what fp32 holds without rounding up to 1
+    # 24 bits, which fp32 holds exactly: more bits could round up to 1
     return torch.from_numpy((words >> 40).astype(np.float32) * np.float32(2**-24)).view(rows, columns)

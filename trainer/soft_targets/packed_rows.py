@@ -1,19 +1,19 @@
-"""What a cache keeps of a teacher at one position, in a row of bytes whose size depends on the vocabulary and the mode alone.
+"""Packs the teacher's distribution at one position into a row of bytes, whose size depends only on the vocabulary and the mode.
 
-A row holds the ``top`` likeliest tokens by themselves and ``others`` more tokens as a set:
+A row holds the ``top`` likeliest tokens in order and ``others`` more tokens as a set:
 
     top ids                 ceil(log2 V) bits each
     their log-weights       12 bits each, linear in nats
-    ids of the others       Elias-Fano, ascending; the number V = slot not in use
+    ids of the others       Elias-Fano, ascending; the number V = unused slot
     their weights           4 (top_k) or 7 bits each, see below
-    floor, tail             12 bits each, in nats; the tail (mass outside the row) in top_k only
+    floor, tail             12 bits each, in nats; the tail (mass outside the row) only in top_k
     entropy                 16 bits, as a share of log V
 
 Weights of the others are codes on a linear grid of log-weights between the floor and the smallest of the top. In sampled and hybrid rows
-the floor is tau, the weight of every token that was drawn at random; their codes come first, and tell the probability r = p / tau with
-which it was drawn: ``DRAWN_LEVELS`` steps of log r from 0 down to -``DRAWN_RANGE``. Weights of tokens kept for certain, and 1 / r, are
-rounded up or down at random such that their expectation is what they were: the weights of a row are an unbiased estimate of the
-distribution, and sum_S q / r one of sum q, but for tokens below exp(-16) tau.
+the floor is tau, the weight of every token that was drawn at random. The codes of drawn tokens come first and store the probability
+r = p / tau with which the token was drawn: ``DRAWN_LEVELS`` steps of log r from 0 down to -``DRAWN_RANGE``. Weights of tokens kept for
+certain, and 1 / r, are rounded up or down at random so that their expectation does not change. So the weights of a row are an unbiased
+estimate of the distribution, and sum_S q / r is one of sum q, except for tokens below exp(-16) tau.
 """
 
 import math
@@ -28,28 +28,28 @@ from .bits import ascending_width, fold, fold_ascending, from_bytes, to_bytes, u
 SCALE_BITS = 12
 _SCALE = (1 << SCALE_BITS) - 1
 LOG_RANGE = 24.0
-"""Nats below 0 that a 12-bit log-weight reaches; its step is 0.006."""
+"""Range of a 12-bit log-weight in nats below 0; its step is 0.006."""
 _ENTROPY = (1 << 16) - 1
 DRAWN_LEVELS = 80
-"""Codes of a token that was drawn; the other 48 are for tokens kept for certain. A step is 0.2 nats."""
+"""Number of codes for drawn tokens, in steps of 0.2 nats; the other 48 of the 7 bits are for tokens kept for certain."""
 DRAWN_RANGE = 16.0
-"""Nats below 0 that the probability of being drawn reaches."""
+"""Range of the log-probability of being drawn in nats below 0."""
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """What is to be kept of n positions."""
+    """The distributions of n positions before packing."""
 
     top_ids: Tensor
     """[n, top] int64, by falling probability; the first is the teacher's likeliest."""
     top_logs: Tensor
     """[n, top] fp32 log-probabilities."""
     ids: Tensor
-    """[n, others] int64 ascending; ``v_eff`` = not in use."""
+    """[n, others] int64 ascending; ``v_eff`` = unused slot."""
     logs: Tensor
     """[n, others] fp32 log-probabilities."""
     floor: Tensor
-    """[n] int64 code (see ``log_code``) of the least of ``logs``, or in the sampled form of tau: what is below was drawn at random."""
+    """[n] int64 code (see ``log_code``) of the least of ``logs``; in the sampled form the code of tau, and tokens below it were drawn."""
     log_tail: Tensor | None
     """[n] fp32 log of the mass outside the row; None = sampled form."""
     entropy: Tensor
@@ -57,7 +57,7 @@ class PackedRows:
 
 
 def log_code(logs: Tensor, *, up: bool = False) -> Tensor:
-    """12-bit code of a log-weight: the nearest, or the next one that is not smaller."""
+    """12-bit code of a log-weight: the nearest one, or with ``up`` the smallest one that is not below it."""
     scaled = (logs / LOG_RANGE + 1).clamp(0, 1) * _SCALE
     return (torch.ceil(scaled) if up else torch.round(scaled)).to(torch.int64)
 
@@ -69,13 +69,13 @@ def log_of(code: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """Sizes of a row, and the way between rows and bytes."""
+    """Layout of a row; encodes and decodes rows."""
 
     v_eff: int
     top: int
     others: int
     tail: bool
-    """Whether a row knows its tail (bucket form) or is a sample."""
+    """True: rows store their tail (bucket form). False: rows are samples."""
     temperature: float
 
     @property
@@ -90,7 +90,7 @@ class RowFormat:
 
     @property
     def levels(self) -> int:
-        """Steps of the log-weight of one of the others."""
+        """Number of codes for the log-weight of a token that was kept for certain."""
         return (1 << self.weight_bits) - (0 if self.tail else DRAWN_LEVELS)
 
     @property
@@ -106,11 +106,11 @@ class RowFormat:
         return -(-sum(self.widths) // 8)
 
     def encode(self, rows: PackedRows, noise: Tensor | None = None) -> Tensor:
-        """[n, bytes] uint8.
+        """Packs rows into bytes [n, bytes] uint8.
 
         Args:
-            rows: What to keep.
-            noise: [n, top + others] in [0, 1), for rounding at random; None = to nearest.
+            rows: The rows to pack.
+            noise: [n, top + others] in [0, 1), for rounding at random; None = round to nearest.
         """
         top_noise, other_noise = (None, None) if noise is None else (noise[:, : self.top], noise[:, self.top :])
         top = _rounded(rows.top_logs, log_of(torch.tensor(0)), log_of(torch.tensor(_SCALE)), _SCALE, top_noise)
@@ -118,6 +118,7 @@ class RowFormat:
         low, high = low.unsqueeze(1), high.unsqueeze(1)
         weights = _rounded(rows.logs, low, high, self.levels - 1, other_noise)
         if not self.tail:
+            # -log r: rounded at random like a log-weight, it keeps the expectation of 1 / r
             drawn = _rounded(low - rows.logs, torch.zeros_like(low), torch.full_like(low, DRAWN_RANGE), DRAWN_LEVELS - 1, other_noise)
             weights = torch.where(rows.logs < low, drawn, weights + DRAWN_LEVELS)
         scales = [rows.floor] if rows.log_tail is None else [rows.floor, log_code(rows.log_tail)]
@@ -133,10 +134,10 @@ class RowFormat:
         return to_bytes(torch.cat([part for part in parts if part.shape[1]], 1))
 
     def decode(self, data: Tensor) -> SparseTargets:
-        """Rows of bytes [n, bytes] uint8, on any device, as targets on that device.
+        """Unpacks rows of bytes [n, bytes] uint8, on any device, into targets on that device.
 
         Raises:
-            ValueError: these are not such rows.
+            ValueError: the bytes are not rows of this format.
         """
         top_ids, top, ids, weights, scales, entropy = from_bytes(data)[:, : sum(self.widths)].split(self.widths, 1)
         first, top_codes = fold(top_ids, self.id_bits), fold(top, SCALE_BITS)
@@ -151,7 +152,9 @@ class RowFormat:
         log_weights = torch.cat([log_of(top_codes), logs], 1)
         tail, inclusion = None, None
         if self.tail:
+            # code 0 means no tail at all
             tail = torch.where(levels[:, 1] > 0, log_of(levels[:, 1]), -torch.inf)
+            # rounded weights need not sum to 1; the bucket form compares distributions, the sampled form an unbiased estimate
             whole = torch.logaddexp(log_weights.logsumexp(1), tail)
             log_weights, tail = log_weights - whole.unsqueeze(1), tail - whole
         else:
@@ -169,12 +172,12 @@ class RowFormat:
 
 
 def _above(code: Tensor) -> Tensor:
-    """The next code: the top's own may have been rounded down below the others."""
+    """The next code, because the last top weight may have been rounded down below the others."""
     return (code + 1).clamp(max=_SCALE)
 
 
 def _rounded(logs: Tensor, low: Tensor, high: Tensor, most: int, noise: Tensor | None) -> Tensor:
-    """Codes 0 .. ``most`` of log-weights on a grid from ``low`` to ``high``; with ``noise`` the expected weight is the weight itself."""
+    """Codes 0 .. ``most`` of log-weights on a grid from ``low`` to ``high``; with ``noise`` the expected weight equals the weight."""
     width = (high - low).clamp(min=1e-6)
     place = ((logs - low) / width).clamp(0, 1) * most
     if noise is None:
@@ -182,6 +185,6 @@ def _rounded(logs: Tensor, low: Tensor, high: Tensor, most: int, noise: Tensor |
     below = place.floor().clamp(max=most - 1)
     step = width / most
     lower = low + below * step
-    # weights, not logarithms: with w between a and a e^step, P(up) = (w / a - 1) / (e^step - 1)
+    # the expectation of weights is kept, not of logarithms: for w between a and a e^step, P(up) = (w / a - 1) / (e^step - 1)
     share = torch.expm1(logs.clamp(min=low, max=high) - lower) / torch.expm1(step)
     return (below + (noise < share)).to(torch.int64)

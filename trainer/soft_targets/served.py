@@ -1,7 +1,8 @@
-"""A teacher behind an OpenAI-compatible server that gives log-probabilities of the prompt, such as vLLM.
+"""A teacher on an OpenAI-compatible server that returns log-probabilities of the prompt, such as vLLM.
 
-Each document goes out as token ids by itself (``POST /v1/completions`` with ``prompt_logprobs``, which vLLM adds to OpenAI's parameters),
-so that packed documents stay apart; what comes back are the likeliest tokens of each position with the full normaliser, at temperature 1.
+Each document is sent separately as token ids (``POST /v1/completions`` with ``prompt_logprobs``, vLLM's addition to OpenAI's parameters),
+so that packed documents do not see each other. The answer holds the likeliest tokens per position with the full normaliser, at
+temperature 1.
 """
 
 import json
@@ -22,18 +23,18 @@ from .prompt_logprobs import NoJsonError, Position, WrongAnswerError, most_bytes
 from .server import NoAnswerError, Server
 
 _LEAST_TAIL = 1e-6
-"""1 minus a sum of fp32 numbers is noise below this."""
+"""Smallest tail mass: 1 minus a sum of fp32 numbers is rounding noise below it."""
 
 
 class ServedTeacher:
-    """Asks a server for each batch.
+    """A teacher that asks a server for the targets of each batch.
 
     Args:
-        settings: Address, model, how many tokens, how long to wait.
-        v_eff: Tokens of the real vocabulary; what the server says of others counts as tail.
+        settings: Address, model, number of tokens, time limit.
+        v_eff: Number of tokens in the real vocabulary; other ids in an answer count as tail.
 
     Raises:
-        UserError: the environment variable of the key holds none.
+        UserError: the environment variable of the key does not hold a valid key.
     """
 
     def __init__(self, settings: ServedSettings, v_eff: int) -> None:
@@ -48,15 +49,15 @@ class ServedTeacher:
         return self._v_eff
 
     def to(self, device: torch.device | str) -> Self:
-        """Give targets on this device from now on."""
+        """Returns targets on this device from now on."""
         self._device = torch.device(device)
         return self
 
     def describe(self) -> str:
-        """Model, address, tokens a position, and which variable's key the server is sent."""
+        """Model, address, tokens per position, and the environment variable whose key is sent."""
         settings = self._settings
         key = f", with the key in {settings.key_variable}" if self._server.has_key else ""
-        return f"{settings.model} served at {settings.url} ({settings.tokens} tokens a position{key})"
+        return f"{settings.model} served at {settings.url} ({settings.tokens} tokens per position{key})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -65,10 +66,10 @@ class ServedTeacher:
         raise TypeError("a ServedTeacher is never saved or sent to another process: leave it out of hyperparameters and checkpoints")
 
     def sparse_targets(self, batch: Mapping[str, Tensor]) -> SparseTargets:
-        """Targets of a batch, in bucket form. Their entropy takes the tail as one token: a lower bound.
+        """Targets of a batch, in bucket form. Their entropy counts the tail as one token, so it is a lower bound.
 
         Raises:
-            UserError: the server cannot be reached, refuses, or answers with something else than was asked for.
+            UserError: the server cannot be reached, refuses, or gives an invalid answer.
         """
         labels = batch["labels"].cpu()
         documents = [piece for row in range(len(labels)) for piece in _documents(batch, row)]
@@ -87,6 +88,7 @@ class ServedTeacher:
             logs[row, : len(position)] = torch.tensor([log for _, log in position], dtype=torch.float64)
         tail = 1 - logs.exp().sum(1)
         log_tail = torch.where(tail > _LEAST_TAIL, tail.clamp(min=_LEAST_TAIL).log(), -torch.inf)
+        # a tail that was dropped, and rounding, leave a sum other than 1
         whole = torch.logaddexp(logs.logsumexp(1), log_tail)
         logs, log_tail = logs - whole.unsqueeze(1), log_tail - whole
         entropy = torch.special.entr(torch.cat([logs, log_tail.unsqueeze(1)], 1).exp()).sum(1)
@@ -96,7 +98,7 @@ class ServedTeacher:
         return SparseTargets(ids, logs, entropy, ids[:, 0], log_tail)
 
     def _ask(self, ids: list[int]) -> list[Position]:
-        """What the server knows of each position; that of the first is empty."""
+        """The known tokens of each position of one document; the first position is empty."""
         if len(ids) < 2:
             return [[]] * len(ids)
         settings = self._settings
@@ -109,6 +111,7 @@ class ServedTeacher:
             try:
                 return read_positions(self._server.post("/completions", question, most), length=len(ids), v_eff=self._v_eff)
             except WrongAnswerError as error:
+                # no retry: a server that answers another question will do so again
                 raise UserError(f"the teacher's server {settings.url} (teacher.served.url) answered with {error}") from None
             except (NoAnswerError, NoJsonError) as error:
                 trouble = str(error)
@@ -121,9 +124,10 @@ class ServedTeacher:
 
 
 def _documents(batch: Mapping[str, Tensor], row: int) -> list[tuple[int, int, list[int]]]:
-    """(row, where it begins, token ids) of each document of a window, without padding."""
+    """(row, first position, token ids) of each document of a window, without padding."""
     ids = batch["input_ids"][row].tolist()
     if "position_ids" in batch:
+        # positions of packed windows restart at each document
         starts = (batch["position_ids"][row] == 0).nonzero().flatten().tolist()
         end = len(ids)
     else:

@@ -1,7 +1,7 @@
-"""One question to a server and its whole answer. Servers are not trusted.
+"""Posts one request to a server and reads the complete answer. Servers are not trusted.
 
-No redirect is followed (the key would go along), one deadline holds for the whole answer however slowly it drips, what is read has a bound,
-and what a server says is shortened to one line before anybody sees it, without the key.
+Redirects are not followed (the key would be sent along), one deadline covers the whole answer even if it arrives byte by byte, the size of
+an answer is limited, and a server's text is shortened to one line without the key before it is shown.
 """
 
 import http.client
@@ -19,11 +19,11 @@ from ...models.common.terminal_text import printable
 
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _SHOWN = 300
-"""Characters of a server's own words in a message."""
+"""Largest number of characters of a server's text in a message."""
 
 
 class NoAnswerError(Exception):
-    """No whole answer came; ``again`` says whether another try may get one."""
+    """No complete answer came; ``again`` is whether another try may succeed."""
 
     def __init__(self, why: str, *, again: bool) -> None:
         super().__init__(why)
@@ -31,15 +31,15 @@ class NoAnswerError(Exception):
 
 
 class Server:
-    """Where questions are posted.
+    """A server that answers requests.
 
     Args:
-        url: Address that paths are put behind.
+        url: Base address; paths are appended to it.
         key_variable: Environment variable that holds the key, if there is one.
-        timeout: Seconds for a whole answer, from the connection to the last byte.
+        timeout: Seconds for a complete answer, from the connection to the last byte.
 
     Raises:
-        UserError: what the variable holds cannot be a key.
+        UserError: the value of the variable cannot be a key.
     """
 
     def __init__(self, url: str, key_variable: str, timeout: float) -> None:
@@ -49,7 +49,7 @@ class Server:
             raise UserError(
                 f"the environment variable {key_variable} (teacher.served.key_variable) holds no key: a key is one line of plain characters"
             )
-        # no handlers for redirects, files and passwords, which urllib's own opener has
+        # built by hand, because urllib's default opener also follows redirects, opens files and sends passwords
         self._opener = urllib.request.OpenerDirector()
         for handler in (
             urllib.request.ProxyHandler,
@@ -62,14 +62,14 @@ class Server:
 
     @property
     def has_key(self) -> bool:
-        """Whether a key goes out with each question."""
+        """Whether a key is sent with each request."""
         return bool(self._key)
 
     def post(self, path: str, body: bytes, most: int) -> bytes:
         """The answer to ``body`` (JSON), at most ``most`` bytes.
 
         Raises:
-            NoAnswerError: a refusal, a redirect, silence, too many bytes or too few.
+            NoAnswerError: the server refuses, redirects, does not answer in time, or sends too many bytes or too few.
         """
         headers = {"Content-Type": "application/json"}
         if self._key:
@@ -89,32 +89,33 @@ class Server:
             what = f"HTTP {error.code}, a redirect to {_host(error.headers.get('Location'))}; redirects are not followed, because the key "
             return NoAnswerError(what + "would go along: give the final address", again=False)
         try:
-            said = error.read(4 * _SHOWN).decode("utf-8", "replace")
+            text = error.read(4 * _SHOWN).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException, ValueError):
-            said = ""
-        return NoAnswerError(f"HTTP {error.code}: {self._shown(said) or self._shown(str(error.reason))}", again=error.code in _AGAIN)
+            text = ""
+        return NoAnswerError(f"HTTP {error.code}: {self._shown(text) or self._shown(str(error.reason))}", again=error.code in _AGAIN)
 
     def _trouble(self, error: Exception) -> NoAnswerError:
         reason: Any = getattr(error, "reason", None) or error
         if isinstance(reason, TimeoutError):
-            return NoAnswerError(f"no whole answer within {self._timeout:g} seconds (teacher.served.timeout)", again=True)
+            return NoAnswerError(f"no complete answer within {self._timeout:g} seconds (teacher.served.timeout)", again=True)
         if isinstance(error, http.client.HTTPException):
-            return NoAnswerError(f"an answer that breaks off or is no HTTP ({type(error).__name__})", again=True)
+            return NoAnswerError(f"an answer that breaks off or is not HTTP ({type(error).__name__})", again=True)
         return NoAnswerError(self._shown(str(reason)) or type(reason).__name__, again=True)
 
     def _shown(self, text: str) -> str:
-        """A server's words on one line, shortened, without the key that it may send back and without what steers terminals."""
+        """A server's text on one line, shortened, without the key (which it may echo) and without terminal control characters."""
         return printable(" ".join((text.replace(self._key, "***") if self._key else text).split())[:_SHOWN])
 
 
 def _whole(answer: http.client.HTTPResponse, most: int) -> bytes:
-    """The body, which must be there to its last byte."""
-    told = f"more than {most:,} bytes, which no answer to what was asked can take"
+    """The complete body."""
+    too_long = f"more than {most:,} bytes, the most that an answer to this request can have"
     if answer.length is not None and answer.length > most:
-        raise NoAnswerError(told, again=False)
+        raise NoAnswerError(too_long, again=False)
+    # one byte more than allowed shows that there is more, without reading it all
     data = answer.read(most + 1)
     if len(data) > most:
-        raise NoAnswerError(told, again=False)
+        raise NoAnswerError(too_long, again=False)
     if answer.length:
         raise NoAnswerError(f"an answer that breaks off {answer.length:,} bytes before its end", again=True)
     return data
@@ -128,7 +129,7 @@ def _host(location: str | None) -> str:
 
 
 class _TimedReader(io.RawIOBase):
-    """Reads of a socket that together have one deadline: a time-out of its own for each would let a server drip for ever."""
+    """Reads of a socket with one deadline for all: with a time-out per read a server could send single bytes for ever."""
 
     def __init__(self, raw: Any, connected: socket.socket, deadline: float) -> None:
         super().__init__()

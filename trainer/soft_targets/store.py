@@ -1,11 +1,11 @@
-"""A teacher's cache on disk: a header and shards, each there whole or not at all.
+"""A teacher's cache on disk: a header and shards; a shard is complete or does not count.
 
-    header.json               teacher, tokenizer, vocabulary, temperature, mode, format: must be equal to be used
+    header.json               teacher, tokenizer, vocabulary, temperature, mode, format; a reader must have the same
     shards/NAME.rows          rows of one size, sequence after sequence, memory-mapped
     shards/NAME.keys          for each sequence its key (16 bytes) and its number of rows (int64)
     shards/NAME.json          sizes and sha256 of both, and figures; written last
 
-Several processes write at once, each its own shards under names of their own; a sequence that was written twice is read once.
+Several processes may write at the same time, each its own shards with unique names. A sequence that was written twice is read once.
 """
 
 import json
@@ -27,16 +27,16 @@ from ...models.common.seal import seal_is_broken, sealed
 from .keys import KEY_BYTES
 
 FORMAT = 2
-"""Raised whenever bytes come to mean something else."""
+"""Version of the format; raise it whenever the meaning of bytes changes."""
 HEADER = "header.json"
 _ENTRY = np.dtype([("key", f"V{KEY_BYTES}"), ("rows", "<i8")])
 
 
 def open_store(folder: Path, header: dict[str, Any]) -> "Store":
-    """A cache with this header, made if it is not there.
+    """Opens the cache with this header, or creates it.
 
     Raises:
-        UserError: the folder has another header (each difference is named), or cannot be read or written.
+        UserError: the folder has another header (the message names each difference), or cannot be read or written.
     """
     header = {"format": FORMAT, **header}
     file = folder / HEADER
@@ -46,12 +46,12 @@ def open_store(folder: Path, header: dict[str, Any]) -> "Store":
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read ({error}); delete the folder, and it is made again") from None
+        raise UserError(f"{file} cannot be read ({error}); delete the folder to have it made again") from None
     if not isinstance(found, dict) or found != json.loads(json.dumps(header)):
         there: dict[str, Any] = found if isinstance(found, dict) else {}
         names = sorted(name for name in there.keys() | header.keys() if there.get(name) != header.get(name))
-        told = "; ".join(f"{name} is {there.get(name)!r} there and {header.get(name)!r} here" for name in names)
-        raise UserError(f"the teacher's cache {folder} was made for something else: {told}. Name another folder in teacher.cache.path.")
+        differences = "; ".join(f"{name} is {there.get(name)!r} there and {header.get(name)!r} here" for name in names)
+        raise UserError(f"the teacher's cache {folder} does not fit this recipe: {differences}. Name another folder in teacher.cache.path.")
     return Store(folder, int(header["bytes_per_token"]))
 
 
@@ -70,8 +70,8 @@ class Store:
     """Reads and adds sequences.
 
     Args:
-        folder: With a header.
-        width: Bytes of a row.
+        folder: Folder with a header.
+        width: Bytes per row.
     """
 
     def __init__(self, folder: Path, width: int) -> None:
@@ -80,13 +80,13 @@ class Store:
         self._index = (np.empty(0, "<u8"), np.empty(0, "<u8"), np.empty((0, 3), "<i8"))
 
     def refresh(self, *, thorough: bool = False) -> list[str]:
-        """Find what has been added since.
+        """Finds shards that were added since the last call.
 
         Args:
-            thorough: Compare hashes too, and remove shards that are damaged.
+            thorough: Also compare hashes, and remove damaged shards.
 
         Returns:
-            What was damaged, in words.
+            One line per damaged shard.
         """
         problems: list[str] = []
         for manifest in sorted((self.folder / "shards").glob("*.json")):
@@ -110,6 +110,7 @@ class Store:
         return Shard(manifest.stem, entries["key"], entries["rows"], data, json.loads(manifest.read_text())["figures"])
 
     def _build_index(self) -> None:
+        """Sorts all keys by their first 8 bytes, so that ``find`` is a binary search over plain integers."""
         keys: list[np.ndarray] = [np.empty(0, f"V{KEY_BYTES}")]
         places: list[np.ndarray] = [np.empty((0, 3), "<i8")]
         for number, shard in enumerate(self.shards.values()):
@@ -122,7 +123,7 @@ class Store:
         self._rows = [shard.rows for shard in self.shards.values()]
 
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
-        """[n, 3] int64: shard, first row and end of each sequence; -1 where it is not there."""
+        """[n, 3] int64: shard, first row and end per sequence; -1 for sequences that are not in the cache."""
         first, second, places = self._index
         halves = np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2)
         at = np.searchsorted(first, halves[:, 0])
@@ -134,7 +135,7 @@ class Store:
         return found
 
     def read(self, keys: Sequence[bytes]) -> Tensor:
-        """Rows of sequences, one after the other: [n, width] uint8 in host memory.
+        """The rows of sequences, concatenated: [n, width] uint8 in host memory.
 
         Raises:
             UserError: a sequence is not in the cache.
@@ -146,7 +147,7 @@ class Store:
         return torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, self.width, dtype=torch.uint8)
 
     def add(self, keys: Sequence[bytes], rows: Sequence[Tensor], figures: dict[str, float]) -> None:
-        """Write one shard.
+        """Writes one shard.
 
         Raises:
             UserError: it cannot be written; nothing of it is left.
@@ -164,6 +165,7 @@ class Store:
                     file.write(array.tobytes())
                     file.flush()
                     os.fsync(file.fileno())
+            # last: without its manifest a shard does not exist for readers
             facts = {end[1:]: {"bytes": a.nbytes, "sha256": sha256_file(target.with_suffix(end))} for end, a in files.items()}
             write_json_atomic(target, sealed({"files": facts, "figures": figures}))
         except OSError as error:
@@ -173,7 +175,7 @@ class Store:
 
 
 def _fault(manifest: Path, *, thorough: bool) -> str:
-    """What is wrong with a shard, '' when nothing is."""
+    """The fault of a shard; '' if it has none."""
     try:
         content = json.loads(manifest.read_text())
         if seal_is_broken(content):

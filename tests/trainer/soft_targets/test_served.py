@@ -129,7 +129,7 @@ WRONG: dict[str, tuple[Answer, str]] = {
     ),
     "probabilities above 1": (
         lambda body: (200, {"choices": [{"prompt_logprobs": [None] + [{"1": {"logprob": 2.0}}] * (len(body["prompt"]) - 1)}]}),
-        "log-probabilities that are none",
+        "invalid log-probabilities",
     ),
 }
 

@@ -134,7 +134,7 @@ def test_an_answer_that_drips_ends_at_the_deadline(headers: bool, hostile: Calla
     began = time.monotonic()
     error = trouble(hostile(drip(headers)).url, timeout=0.3)
     assert time.monotonic() - began < 2
-    assert "no whole answer within 0.3 seconds" in str(error)
+    assert "no complete answer within 0.3 seconds" in str(error)
     assert error.again
 
 
