@@ -1,1 +1,1 @@
-"""Text to windows of tokens: reading, tokenizing once into the cache, and the order in which training sees them."""
+"""Turns text into windows of tokens: reading, tokenizing once into the cache, and the order of training windows."""

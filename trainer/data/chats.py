@@ -1,6 +1,6 @@
-"""Conversations to tokens: rows through the tokenizer's chat template, prompts not predicted, what is left out counted by reason.
+"""Encodes rows of conversations by the tokenizer's chat template; prompts are not predicted, and omissions are counted by reason.
 
-A token that is not to be predicted is stored as ``-1 - id``, so that windows need no second file.
+A token that is not predicted is stored as ``-1 - id``, so that windows need no second file.
 """
 
 import hashlib
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["ChatEncoder", "Samples", "encode_chat", "rows_of_jsonl", "rows_of_parquet", "write_chats"]
 
 FORMAT = 2
-"""Raised whenever the same rows would lead to other tokens."""
+"""Version of the encoding; raise it whenever the same rows would give other tokens."""
 MOST_BAD = 0.1
-"""Share of bad rows beyond which the data as a whole is refused."""
+"""Largest share of bad rows; with more of them all data is refused."""
 _MOST_REASONS = 20
 _MOST_CHARACTERS = 300
 _FIRST_COLUMNS = ("messages", "prompt", "completion")
@@ -42,7 +42,7 @@ _FIRST_COLUMNS = ("messages", "prompt", "completion")
 
 @dataclass
 class Samples:
-    """How many rows were read, how many of them were left out because something is wrong with them, and what else was not taught."""
+    """Counts of rows read and rows left out because they are invalid, with the reasons, and of changes to the other rows."""
 
     read: int = 0
     bad: int = 0
@@ -50,17 +50,17 @@ class Samples:
     reasons: Counter[str] = field(default_factory=Counter)
     """Rows that were left out, by reason."""
     notes: Counter[str] = field(default_factory=Counter)
-    """What was cut, replaced or not learned of the others."""
+    """What was cut, replaced or not learned in the other rows."""
 
     def refuse(self, where: str, why: str) -> None:
-        """Count a bad one."""
+        """Counts a bad row."""
         why = printable(why)[:_MOST_CHARACTERS]
         self.bad += 1
         self.first_bad = self.first_bad or f"{where}: {why}"
         self.reasons[why if why in self.reasons or len(self.reasons) < _MOST_REASONS else "other reasons"] += 1
 
     def check(self) -> None:
-        """Raise UserError when too many are bad, or none is good."""
+        """Raises UserError if too many rows are bad, or none is good."""
         if self.bad > MOST_BAD * self.read or self.bad == self.read:
             often = "; ".join(f"{count:,} x {why}" for why, count in self.reasons.most_common(3))
             raise UserError(
@@ -73,8 +73,9 @@ class ChatEncoder:
     """Encodes rows.
 
     Args:
-        mask_prompts: Predict what the assistant says and nothing else.
-        control: Whether control tokens that messages spell are read as such; else they are text.
+        tokenizer: A fast tokenizer.
+        mask_prompts: Predict only the assistant's turns.
+        control: Whether control tokens that messages spell are read as control tokens; if not, they are text.
         notes: Counts what is cut, replaced or not learned.
     """
 
@@ -92,14 +93,15 @@ class ChatEncoder:
         self._encoder = Encoder(tokenizer)
 
     def encode(self, row: Mapping[str, Any]) -> list[tuple[list[int], list[bool]]]:
-        """(token ids, whether each is learned) of each of the row's samples; one, unless the template rewrites earlier turns.
+        """(token ids, whether each is learned) per sample of the row; one sample, unless the template rewrites earlier turns.
 
         Raises:
-            ValueError: the row is no conversation, the template refuses it, or nothing of it is to be learned.
+            ValueError: the row is not a conversation, the template refuses it, or no token of it is to be learned.
             UserError: the tokenizer has no chat template.
         """
         samples, mark = self._samples(row)
         encoded = [self._encoder.encode(sample, mark) for sample in samples]
+        # without the first token, which nothing predicts
         if not any(any(learned[1:]) for _, learned in encoded):
             raise ValueError("nothing that the assistant says")
         return encoded
@@ -112,7 +114,7 @@ class ChatEncoder:
         except NothingToLearnError:
             raise
         except ValueError:
-            # some templates put arguments behind other text
+            # some templates concatenate the arguments of tool calls with text, so they need them as text
             plain = read_conversation(row, arguments="text")
             if plain == read_conversation(row):
                 raise
@@ -129,7 +131,7 @@ class ChatEncoder:
         return samples_of(conversation, self.tokenizer, self.notes, everything=not self._mask_prompts), mark
 
     def _without_template(self, row: Mapping[str, Any]) -> tuple[list[Sample], str]:
-        """Prompt and completion one after the other, as they are."""
+        """The sample of a tokenizer without a template: prompt and completion concatenated as they are."""
         prompt, completion = row.get("prompt"), row.get("completion", row.get("response"))
         if not isinstance(prompt, str) or not isinstance(completion, str):
             raise UserError(
@@ -151,9 +153,10 @@ class ChatEncoder:
 
 
 def encode_chat(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", **more: Any) -> tuple[list[int], list[bool]]:
-    """(token ids, whether each is learned) of a row, its samples one after the other; ``more`` as of ``ChatEncoder``.
+    """(token ids, whether each is learned) of a row, its samples concatenated; ``more`` as for ``ChatEncoder``.
 
-    Raises: as ``ChatEncoder.encode``.
+    Raises:
+        ValueError, UserError: as ``ChatEncoder.encode``.
     """
     samples = ChatEncoder(tokenizer, **more).encode(row)
     return [token for ids, _ in samples for token in ids], [own for _, learned in samples for own in learned]
@@ -169,17 +172,19 @@ def write_chats(
     control: bool = False,
     seq_length: int | None = None,
 ) -> TokenStream:
-    """Encode conversations into the file ``path``.
+    """Encodes conversations into the file ``path``.
 
     Args:
-        rows: (where it is from, row or why there is none).
-        mask_prompts: Predict what the assistant says and nothing else.
-        samples: Counts them.
-        control: Whether control tokens that messages spell are read as such.
-        seq_length: Longer samples are counted.
+        rows: (place of the row, the row or the error that it cannot be read).
+        tokenizer: A fast tokenizer.
+        path: File for the token ids, int32.
+        mask_prompts: Predict only the assistant's turns.
+        samples: Counts rows and omissions.
+        control: Whether control tokens that messages spell are read as control tokens.
+        seq_length: Tokens per window; longer samples are counted.
 
     Raises:
-        UserError: more than ``MOST_BAD`` of them are bad, or the tokenizer cannot render or encode any.
+        UserError: more than ``MOST_BAD`` of the rows are bad, or the tokenizer cannot render or encode any.
     """
     bounds, hashes, total = array("q", [0]), array("Q"), 0
     encoder = ChatEncoder(tokenizer, mask_prompts=mask_prompts, control=control, notes=samples.notes)
@@ -190,6 +195,7 @@ def write_chats(
                 row = _whole_row(given, samples.notes)
                 encoded = encoder.encode(row)
             except UserError:
+                # one unreadable row is counted; an error about the tokenizer concerns all rows
                 if not isinstance(given, UserError):
                     raise
                 samples.refuse(where, "a row that cannot be read")
@@ -225,7 +231,8 @@ def _whole_row(row: Mapping[str, Any] | UserError, notes: Counter[str]) -> Mappi
 
 
 def _digest(row: Mapping[str, Any]) -> int:
-    """What the split goes by: the conversation's text, the same on every machine."""
+    """Hash of the conversation's text, by which the split chooses; the same on every machine."""
+    # the other columns only where there are some, so that the hashes of older data stay
     facts: list[Any] = [row.get(column) for column in _FIRST_COLUMNS]
     others = {column: row[column] for column in COLUMNS if column not in _FIRST_COLUMNS and row.get(column) is not None}
     text = json.dumps([*facts, others] if others else facts, sort_keys=True, ensure_ascii=False, default=str)

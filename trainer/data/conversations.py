@@ -1,4 +1,4 @@
-"""Rows of every usual shape as one thing: messages, the tools they may call, and which turns are to be learned.
+"""Reads rows of every usual shape into one form: messages, the tools they may call, and which turns are to be learned.
 
     messages                        [{role, content, tool_calls, weight, ...}], also as JSON text
     conversations                   the same, or ShareGPT's [{from, value}]
@@ -6,7 +6,7 @@
     instruction, (input,) output    Alpaca's, with system and history
     question, answer; prompt, response
 
-and beside them ``tools`` (or ``functions``), ``system`` and ``chat_template_kwargs``.
+and in addition ``tools`` (or ``functions``), ``system`` and ``chat_template_kwargs``.
 """
 
 import json
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 SHAPES = ("'messages'", "'conversations'", "'prompt' and 'completion'", "'instruction' and 'output'", "'question' and 'answer'")
-"""What a row may consist of, in words."""
+"""The shapes of rows, in words for messages."""
 _LISTS = ("messages", "conversations", "conversation")
 _PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response"), ("question", "answer"))
 COLUMNS = (
@@ -24,14 +24,14 @@ COLUMNS = (
     *("conversations", "conversation", "instruction", "input", "output", "history", "question", "answer", "response"),
     *("system", "tools", "functions", "chat_template_kwargs"),
 )
-"""Columns that are read; others are not."""
+"""Columns that are read; all others are ignored."""
 _ROLES = {
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "function_call"), "assistant"),
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "system": "system",
 }
-"""Roles by other names; any other role is left to the template."""
+"""Roles by other names; all other roles are passed to the template unchanged."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _NO_FIELDS = ("role", "from", "content", "value", "weight", "train", "loss", "function_call")
 _RESERVED = {
@@ -43,17 +43,17 @@ _NAMES = {dict: "an object", int: "a number", float: "a number", bool: "a truth 
 
 
 class NothingToLearnError(ValueError):
-    """A conversation that is in order, and of which no turn is to be learned."""
+    """A valid conversation without a turn that is to be learned."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a chat template is given."""
+    """The input of a chat template."""
 
     messages: list[dict[str, Any]]
-    """``role``, ``content`` (text, or None beside tool calls) and what else the row had, without nulls."""
+    """``role``, ``content`` (text, or None with tool calls) and the row's other fields, without nulls."""
     learned: list[bool]
-    """For each message, whether it is an assistant's turn that is to be learned."""
+    """Per message, whether it is a turn of the assistant that is to be learned."""
     tools: list[Any] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     """Further variables of the template (``chat_template_kwargs``)."""
@@ -72,13 +72,15 @@ def is_conversation(columns: Collection[str]) -> bool:
 
 
 def read_conversation(row: Mapping[str, Any], *, arguments: Literal["object", "text"] = "object") -> Conversation:
-    """The conversation of a row.
+    """Reads the conversation of a row.
 
     Args:
-        arguments: Arguments of tool calls that are JSON text become objects, as servers hand them to templates; or objects become text.
+        row: The row.
+        arguments: 'object' turns arguments of tool calls from JSON text into objects, as servers pass them to templates; 'text' does the
+            opposite.
 
     Raises:
-        ValueError: it has none, or one that a model of text cannot read.
+        ValueError: the row has no conversation, or one with content other than text.
     """
     given = _messages(row)
     messages = [_message(each, arguments) for each in given]
@@ -109,7 +111,7 @@ def _messages(row: Mapping[str, Any]) -> list[Any]:
 
 
 def _asked(row: Mapping[str, Any], column: str) -> Any:
-    """What the user says; Alpaca's input goes behind the instruction."""
+    """The user's turn; Alpaca's input is appended to the instruction."""
     more = row.get("input") if column == "instruction" else None
     return f"{row[column]}\n{more}" if isinstance(row[column], str) and isinstance(more, str) and more.strip() else row[column]
 
@@ -129,7 +131,7 @@ def _turns(value: Any, role: str) -> list[Any]:
 
 
 def _json(value: Any, column: str) -> Any:
-    """A value that may have been stored as JSON text, as tables without nested columns do."""
+    """Parses a value that may be stored as JSON text, as in tables without nested columns."""
     if not isinstance(value, str):
         return value
     if not value.strip():
@@ -157,7 +159,7 @@ def _message(message: Any, arguments: str) -> dict[str, Any]:
 
 
 def _text(content: Any) -> str | None:
-    """The text of a message; parts of it are joined by line ends, as vLLM and llama.cpp do."""
+    """The text of a message; a list of parts is joined by line ends, as in vLLM and llama.cpp."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -173,7 +175,7 @@ def _text(content: Any) -> str | None:
 
 
 def _calls(message: Mapping[str, Any], role: str, content: str | None) -> list[dict[str, Any]]:
-    """Tool calls that are written in an older way: OpenAI's function_call, or ShareGPT's turn of that name."""
+    """Tool calls in older forms: OpenAI's function_call, or ShareGPT's turn of that name."""
     calls: Any = message.get("function_call")
     if role.strip().lower() == "function_call":
         calls = _json(content, "function_call")
@@ -192,7 +194,7 @@ def _with_arguments(calls: Any, form: str) -> Any:
     for call in calls:
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict) and (arguments := function.get("arguments")) is not None:
-            # what is no JSON a template may still print
+            # arguments that are not JSON stay as they are: a template may still print them
             with suppress(ValueError, RecursionError, TypeError):
                 if isinstance(arguments, str) == (form == "object"):
                     arguments = json.loads(arguments) if form == "object" else json.dumps(arguments, ensure_ascii=False)
@@ -202,7 +204,7 @@ def _with_arguments(calls: Any, form: str) -> Any:
 
 
 def _is_learned(message: Mapping[str, Any]) -> bool:
-    """False where a turn says so: ``weight: 0`` (OpenAI), ``train: false``, ``loss: false``."""
+    """False for turns with ``weight: 0`` (OpenAI), ``train: false`` or ``loss: false``."""
     weight = message.get("weight")
     if weight not in (None, 0, 1):
         raise ValueError("a weight other than 0 and 1")
@@ -231,7 +233,7 @@ def _collect(value: Any, found: list[str]) -> None:
 
 
 def map_strings(value: Any, change: Any, skip: Collection[str] = ()) -> Any:
-    """``value`` with ``change`` applied to every text in it, but for those under the keys ``skip``."""
+    """Nested ``value`` with ``change`` applied to every text in it, except under the keys ``skip``."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The documents of a run, from the Python standard library, local files or the hub; read as often as needed, never held whole."""
+"""Reads the documents of a run from the Python standard library, local files or the hub, as often as needed and one at a time."""
 
 import hashlib
 import itertools
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
     import datasets
 
 STDLIB_BYTES = 8_000_000
-"""Size of the python-stdlib text: whole files, in order, as long as they fit."""
+"""Largest size of the python-stdlib text: whole files, in order, as long as they fit."""
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts in a fixed order; iterating reads them from the start. Blank ones are left out."""
+    """Texts in a fixed order, without blank ones. Each iteration reads them from the start."""
 
     description: str
-    """What the text is, for people."""
+    """Description of the text for messages."""
     fingerprint: str
-    """sha256 of what decides the documents; the same text gives the same on every machine (for the hub: the same revision)."""
+    """sha256 of everything that decides the documents; the same text (on the hub: the same revision) has the same on every machine."""
     open: Callable[[], Iterable[str]] = field(repr=False, compare=False)
-    """Starts reading."""
+    """Starts reading texts."""
     chats: "Callable[[], Iterable[Row]] | None" = field(default=None, repr=False, compare=False)
-    """Starts reading conversations, (where, row or why there is none) each; None = these are texts."""
+    """Starts reading conversations, as (place, row or the error that it cannot be read); None = these are texts."""
     passed: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
-    """What was not taken for text at all, by reason."""
+    """Files that were not read as text, by reason."""
     notes: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
-    """What the last reading left out or replaced, by reason."""
+    """What the last iteration left out or replaced, by reason."""
 
     def __iter__(self) -> Iterator[str]:
         self.notes.clear()
@@ -55,11 +55,11 @@ class Documents:
 
 
 def read_documents(settings: DataSettings) -> Documents:
-    """The text that ``settings`` names, with its first document read as a check.
+    """The text that ``settings`` names; its first document is read as a check.
 
     Raises:
-        UserError: nothing matches, nothing but blanks, an unknown suffix, a missing field, a broken file, or a hub out of reach.
-            Errors further down a file are raised while iterating.
+        UserError: no file matches, all documents are blank, a suffix is unknown, a field is missing, a file is damaged, or the hub cannot
+            be reached. Errors in later documents are raised while iterating.
     """
     if settings.builtin:
         documents = _stdlib_documents(settings.max_documents)
@@ -96,12 +96,13 @@ def _stdlib_texts(root: Path, most_bytes: int) -> Iterator[str]:
             with tokenize.open(str(path)) as file:
                 text = file.read()
         except (SyntaxError, UnicodeDecodeError):
-            continue  # a distribution's own file that Python itself could not import
+            # some distributions add a file that Python itself cannot import
+            continue
         yield text
 
 
 def stdlib_files(root: Path) -> list[Path]:
-    """The .py files of a standard library without installed packages, tests and idlelib, sorted by their path in it."""
+    """The .py files of a standard library, without installed packages, tests and idlelib, sorted by their path in it."""
     found: list[str] = []
     for folder, inner, files in os.walk(root):
         inner[:] = [name for name in inner if name not in _NOT_STDLIB]
@@ -157,7 +158,7 @@ def _limited(settings: DataSettings) -> str:
 def _hub_documents(settings: DataSettings) -> Documents:
     named = f"{settings.hub}" + (f" {settings.hub_config}" if settings.hub_config else "") + f" {settings.hub_split}"
     dataset, revision = _load_hub(settings)
-    # a streamed dataset may not know its columns before its first row
+    # a streamed dataset may know its columns only after its first row
     names = dataset.column_names or list(next(iter(dataset), {}))
     if settings.kind == "chat":
         return _hub_chats(settings, dataset, revision, named, names)
@@ -193,7 +194,7 @@ def _hub_chats(settings: DataSettings, dataset: Any, revision: str, named: str, 
 
 
 def _load_hub(settings: DataSettings) -> "tuple[datasets.Dataset | datasets.IterableDataset, str]":
-    """The dataset and its revision. With ``max_documents`` a hub dataset is streamed: only what is read is fetched."""
+    """The dataset and its revision. With ``max_documents`` a hub dataset is streamed, so that only the rows read are downloaded."""
     import datasets
     from huggingface_hub import HfApi
 
@@ -204,7 +205,7 @@ def _load_hub(settings: DataSettings) -> "tuple[datasets.Dataset | datasets.Iter
             return datasets.load_dataset(name, settings.hub_config, split=settings.hub_split, revision=revision, streaming=True), revision
         dataset = datasets.load_dataset(name, settings.hub_config, split=settings.hub_split)
         return dataset, dataset._fingerprint
-    # the hub's client and every dataset's own format raise errors of many libraries; all mean that this data cannot be had
+    # the hub's client and the readers of all formats raise errors of many libraries; each means that this data cannot be loaded
     except Exception as error:
         raise UserError(
             f"data.hub={name!r} (data.hub_config={settings.hub_config!r}, data.hub_split={settings.hub_split!r}) cannot be loaded: "

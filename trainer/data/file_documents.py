@@ -1,4 +1,4 @@
-"""Documents out of local files: plain text (one document a file), or one field of each row."""
+"""Reads documents from local files: plain text (one document per file), or one field of each row."""
 
 import difflib
 from collections import Counter
@@ -16,12 +16,15 @@ _CHAT_COLUMNS = ({"messages"}, {"conversations"}, {"prompt", "completion"}, {"in
 
 
 def read_file(path: Path, field: str, notes: Counter[str] | None = None) -> Iterator[str]:
-    """Documents of one file; ``field`` is the key or column of files of rows.
+    """Yields the documents of one file.
 
     Args:
-        notes: Counts what had to be replaced.
+        path: The file.
+        field: Key or column of the text, in files of rows.
+        notes: Counts replacements.
 
-    Raises: UserError naming the file (and line) that cannot be read, and the fields that are there when ``field`` is not.
+    Raises:
+        UserError: the file or a line cannot be read, or ``field`` is missing; the message names the place, and the fields that exist.
     """
     if kind_of(path) in PLAIN:
         with opened(path) as stream:
@@ -58,7 +61,7 @@ def _text_of_row(row: Mapping[str, Any], field: str, where: str, notes: Counter[
 
 
 def whole_text(text: str, notes: Counter[str]) -> str:
-    """``text`` without halves of surrogate pairs, which JSON may escape and no tokenizer can encode."""
+    """``text`` with '?' for halves of surrogate pairs, which JSON can escape and no tokenizer can encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -76,7 +79,8 @@ def _parquet_texts(path: Path, field: str) -> Iterator[str]:
             schema = file.schema_arrow
             names = schema.names
     except (pa.ArrowException, OSError, UnicodeDecodeError):
-        schema, names = None, []  # what is wrong with it is said where it is read
+        # a damaged file gets its message when its rows are read below
+        schema, names = None, []
     if schema is not None:
         if field not in names:
             raise missing_field(field, names, shown(path))
@@ -86,7 +90,7 @@ def _parquet_texts(path: Path, field: str) -> Iterator[str]:
 
 
 def check_text_column(kind: Any, field: str, where: str) -> None:
-    """Raises: UserError when the Arrow type ``kind`` of a column is not text."""
+    """Raises UserError if the Arrow type ``kind`` of a column is not text."""
     import pyarrow.types as types
 
     kind = kind.value_type if types.is_dictionary(kind) else kind

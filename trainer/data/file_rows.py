@@ -1,4 +1,4 @@
-"""Rows out of files: JSON lines, JSON arrays, CSV and Parquet, one at a time and never a whole file of them."""
+"""Reads rows from files of JSON lines, JSON arrays, CSV and Parquet, one at a time."""
 
 import csv
 import io
@@ -11,19 +11,20 @@ from ...models.common.errors import UserError
 from .input_files import Expansion, decode, encoding_of, kind_of, lines_of, opened, shown
 
 Row = tuple[str, Mapping[str, Any] | UserError]
-"""(where it is from, the row or why there is none)."""
+"""(place of the row for messages, the row or the error that it cannot be read)."""
 _BATCH_ROWS = 1024
 
 
 def rows_of(path: Path, columns: Collection[str] | None = None, *, name: str | None = None) -> Iterator[Row]:
-    """The rows of a file, each with where it is from. A row that cannot be read comes as the error that says so.
+    """Yields the rows of a file, each with its place. For a row that cannot be read the error is yielded.
 
     Args:
-        path: A file of a kind of ``files.ROWS``.
-        columns: Of Parquet files no others are read.
-        name: What the file is called in "where it is from"; default: its path.
+        path: A file with a suffix of ``input_files.ROWS``.
+        columns: Columns to read from Parquet files; None = all.
+        name: Name of the file in places; default: its path.
 
-    Raises: UserError when the file as a whole cannot be read on.
+    Raises:
+        UserError: the rest of the file cannot be read.
     """
     kind, name = kind_of(path), name or shown(path)
     if kind == ".parquet":
@@ -39,7 +40,7 @@ def rows_of(path: Path, columns: Collection[str] | None = None, *, name: str | N
 
 
 def _starts_array(stream: BinaryIO) -> bool:
-    """Whether a file that should hold an object a line is one JSON array."""
+    """Whether a file that should hold one object per line is one JSON array."""
     head = stream.peek(64)[:64] if isinstance(stream, io.BufferedReader) else b""
     return head.decode(encoding_of(head), "ignore").lstrip().startswith("[")
 
@@ -62,7 +63,7 @@ def _parsed(text: str, where: str) -> Mapping[str, Any] | UserError:
 
 
 def _json_values(text: str, name: str) -> Iterator[Row]:
-    """Elements of an array, or objects one after the other, decoded one at a time."""
+    """Yields the elements of an array, or concatenated objects, decoded one at a time."""
     decoder, at, number = json.JSONDecoder(), _next(text, 0), 0
     array = text[at : at + 1] == "["
     at = _next(text, at + 1) if array else at
@@ -107,10 +108,9 @@ def _csv_rows(stream: BinaryIO, name: str, delimiter: str) -> Iterator[Row]:
 
 
 def parquet_rows(path: Path, columns: Collection[str] | None = None, *, name: str | None = None) -> Iterator[Row]:
-    """Rows of a Parquet file, without the nulls that its schema puts where a row has no such key.
+    """Yields the rows of a Parquet file, without the nulls that its schema adds for missing keys.
 
-    Text stays a dictionary until a row is asked for, so that a file of some bytes whose rows repeat one long text takes the memory of
-    one row.
+    Text stays dictionary-encoded until a row is read, so that a small file whose rows repeat one long text takes the memory of one row.
     """
     for where, row in _parquet_batches(path, columns, name or shown(path)):
         yield where, without_nulls(row)
@@ -130,7 +130,7 @@ def _parquet_batches(path: Path, columns: Collection[str] | None, name: str) -> 
         with pq.ParquetFile(path, read_dictionary=texts) as file:
             number = 0
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
-                # lengths, indices and UTF-8, which a damaged file may have wrong
+                # lengths, indices and UTF-8 may be wrong in a damaged file, and reading them unchecked could crash the process
                 batch.validate(full=True)
                 for at in range(batch.num_rows):
                     number += 1
@@ -150,7 +150,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _characters(value: Any) -> int:
-    """Characters of all texts in a value."""
+    """Number of characters of all texts in a nested value."""
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, dict):
@@ -159,7 +159,7 @@ def _characters(value: Any) -> int:
 
 
 def without_nulls(value: Any) -> Any:
-    """A value without the keys that hold nothing, all the way down: tables give every row the keys of all."""
+    """A nested value without keys that are None: tables give every row the keys of all rows."""
     if isinstance(value, dict):
         return {key: without_nulls(each) for key, each in value.items() if each is not None}
     if isinstance(value, list):

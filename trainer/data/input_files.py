@@ -1,4 +1,4 @@
-"""Files of text: which ones a name, a glob or a folder means, and their bytes, unpacked, under a bound."""
+"""Finds files of text by name, glob or folder, and reads their bytes, decompressed, up to a limit."""
 
 import bz2
 import codecs
@@ -20,15 +20,15 @@ from typing import Any, BinaryIO
 from ...models.common.errors import UserError
 
 PLAIN = (".txt", ".text", ".md")
-"""One document a file."""
+"""Suffixes of files with one document per file."""
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-"""One document or conversation a row."""
+"""Suffixes of files with one document or conversation per row."""
 PACKED = (".gz", ".bz2", ".xz", ".zst")
-"""May stand behind any suffix but .parquet, which is compressed inside."""
+"""Suffixes of compression; they may follow all suffixes but .parquet, which is compressed inside."""
 READABLE = f"{', '.join((*PLAIN, *ROWS))}, and packed ({', '.join(PACKED)})"
 MOST_EXPANSION = 1000
 MOST_EXPANDED_BYTES = 2**30
-"""A file that unpacks to more than this, and to more than ``MOST_EXPANSION`` times its size, is no text of anyone's."""
+"""A file that unpacks to more than this and to more than ``MOST_EXPANSION`` times its size is refused: it is not real text."""
 _NOT_TEXT = re.compile(r"(readme|license|licence|notice|changelog)\b.*", re.IGNORECASE)
 _SPECIAL: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISFIFO, "a pipe"),
@@ -39,23 +39,23 @@ _SPECIAL: tuple[tuple[Callable[[int], bool], str], ...] = (
 
 
 def shown(path: Path | str) -> str:
-    """A file's name as it can be printed and written to JSON: bytes that are no UTF-8, and control characters, as ``\\xff``."""
+    """A file's name for printing and JSON: bytes that are not UTF-8, and control characters, are escaped as ``\\xff``."""
     return printable(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
 def printable(text: str) -> str:
-    """Text from outside as it can be shown on a terminal: what is no character of a line is escaped."""
+    """Foreign text for a terminal: all characters that are not printable are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def suffix_of(path: Path) -> str:
-    """What a file is read by, lower case: its suffix, with the one of its packing behind it ('.jsonl.gz')."""
+    """The suffix that decides how a file is read, in lower case, with that of its compression ('.jsonl.gz')."""
     last = path.suffix.lower()
     return Path(path.stem).suffix.lower() + last if last in PACKED else last
 
 
 def kind_of(path: Path) -> str:
-    """``suffix_of`` without the packing."""
+    """``suffix_of`` without the compression."""
     return "." + suffix_of(path).split(".")[1] if path.suffix else ""
 
 
@@ -66,14 +66,16 @@ def is_readable(path: Path) -> bool:
 
 
 def find_files(patterns: Sequence[str], passed: Counter[str] | None = None) -> list[Path]:
-    """Files that the names, globs and folders of ``data.files`` mean: sorted within each, in their order, none twice.
+    """The files of the names, globs and folders in ``data.files``: in the order of the patterns, sorted within each, none twice.
 
-    Of a folder: all readable files in it and below, which must be of one kind; hidden files, READMEs and licenses are no text.
+    A folder means all readable files in it and below, which must be of one kind; hidden files, READMEs and licenses are skipped.
 
     Args:
-        passed: Counts what lies in folders and is not read, by reason.
+        patterns: Names, globs and folders.
+        passed: Counts files in folders that are not read, by reason.
 
-    Raises: UserError for a pattern without files, a pipe or device, or a suffix that cannot be read.
+    Raises:
+        UserError: a pattern has no files, names a pipe or device, or a suffix cannot be read.
     """
     counts: Counter[str] = Counter() if passed is None else passed
     found: dict[Path, Path] = {}
@@ -147,9 +149,10 @@ def _hint(pattern: str, place: Path) -> str:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked.
+    """Opens the decompressed bytes of a file.
 
-    Raises: UserError when it is not whole, unpacks to absurdly much, or cannot be read.
+    Raises:
+        UserError: the file is incomplete, unpacks to more than the limit, or cannot be read.
     """
     packing = path.suffix.lower()
     try:
@@ -162,8 +165,9 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise _not_whole(path, packing, error) from error
     except OSError as error:
+        # bz2 and zstd report damaged data by an OSError without a number
         if error.errno is None:
-            raise _not_whole(path, packing, error) from error  # bz2 and zstd tell of broken data so
+            raise _not_whole(path, packing, error) from error
         raise UserError(f"data.files: {shown(path)} cannot be read ({error.strerror}); check the path and its permissions") from error
 
 
@@ -181,12 +185,12 @@ def _unpacked(file: BinaryIO, packing: str) -> Any:
     import pyarrow as pa
 
     if not pa.Codec.is_available("zstd"):
-        raise UserError("data.files: this pyarrow reads no .zst files; unpack them (unzstd FILE), or install pyarrow from its wheel")
+        raise UserError("data.files: this pyarrow cannot read .zst files; unpack them (unzstd FILE), or install pyarrow from its wheel")
     return pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
 
 
 class _Bounded(io.RawIOBase):
-    """Unpacked bytes; UserError once they are absurdly many for the file."""
+    """Decompressed bytes; raises UserError once they exceed the limit for the file."""
 
     def __init__(self, source: Any, path: Path) -> None:
         self._source = source
@@ -203,7 +207,7 @@ class _Bounded(io.RawIOBase):
 
 
 class Expansion:
-    """Counts what comes out of a file, and refuses one that holds absurdly much for its size (a decompression bomb)."""
+    """Counts the bytes that come out of a file, and refuses a file with far too many for its size (a decompression bomb)."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -211,7 +215,7 @@ class Expansion:
         self._seen = 0
 
     def add(self, size: int) -> None:
-        """``size`` bytes more; raises UserError when they are too many."""
+        """Counts ``size`` more bytes; raises UserError if there are too many."""
         self._seen += size
         if self._seen > self._most:
             raise UserError(
@@ -221,21 +225,23 @@ class Expansion:
 
 
 def encoding_of(head: bytes) -> str:
-    """The encoding that a file's first bytes tell by their byte-order mark; UTF-8 without one."""
+    """The encoding given by the byte-order mark in a file's first bytes; UTF-8 without one."""
+    # UTF-32 first: its little-endian mark begins with that of UTF-16
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "utf-32"
     return "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def decode(data: bytes, where: str) -> str:
-    """Text of ``data``, by its byte-order mark or as UTF-8.
+    """Decodes ``data`` by its byte-order mark, or as UTF-8.
 
-    Raises: UserError for other encodings.
+    Raises:
+        UserError: the text has another encoding.
     """
     encoding = encoding_of(data[:4])
     if encoding == "utf-8-sig" and data[:4096].count(0) > len(data[:4096]) // 4:
         raise UserError(
-            f"data.files: {where} is every other byte zero: UTF-16 without a byte-order mark, or no text; convert it, for example with "
+            f"data.files: {where} has many zero bytes, as UTF-16 without a byte-order mark or a binary file; convert it, for example with "
             "iconv -f UTF-16LE -t UTF-8"
         )
     try:
@@ -248,7 +254,7 @@ def decode(data: bytes, where: str) -> str:
 
 
 def lines_of(stream: BinaryIO, where: str) -> Iterator[tuple[int, str | UserError]]:
-    """(number, text) of each line, or the error of one that cannot be decoded."""
+    """Yields (number, text) of each line; a line that cannot be decoded gives (number, error)."""
     encoding = encoding_of(stream.peek(4)[:4] if isinstance(stream, io.BufferedReader) else b"")
     if encoding != "utf-8-sig":
         with io.TextIOWrapper(stream, encoding, newline="\n") as text:

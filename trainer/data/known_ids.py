@@ -1,4 +1,4 @@
-"""Whether a text stays within the rows of an embedding, where the tokenizer has ids beyond them."""
+"""Checks that all tokens of a text have a row in the embedding, if the tokenizer has ids without one."""
 
 from typing import TYPE_CHECKING
 
@@ -17,15 +17,15 @@ _ROWS = 4096
 
 
 def check_rows(data: "PreparedData", tokenizer: "PreTrainedTokenizerBase", v_eff: int) -> None:
-    """Refuse text with a token that no model has a row for. The text is looked through only if the tokenizer has such tokens.
+    """Refuses text with a token that has no row in the embedding. The text is searched only if the tokenizer has such tokens.
 
     Args:
         data: The tokenized text.
-        tokenizer: What it was tokenized with.
+        tokenizer: Its tokenizer.
         v_eff: Rows of the smallest embedding.
 
     Raises:
-        UserError: naming the token, its id, and how often it comes.
+        UserError: the text has such a token; the message names it, its id, and how often it occurs.
     """
     beyond = tokens_without_rows(tokenizer, v_eff)
     if not beyond:
@@ -34,13 +34,13 @@ def check_rows(data: "PreparedData", tokenizer: "PreTrainedTokenizerBase", v_eff
     for index, token in beyond.items():
         if count := int(counts[index - v_eff]):
             raise UserError(
-                f"the text has the token {token!r} (id {index:,}) {count:,} times, but the embedding has {v_eff:,} rows, so that the model "
-                f"knows no such token; take it out of the text, or add rows to the model (resize_token_embeddings({max(beyond) + 1}))"
+                f"the text has the token {token!r} (id {index:,}) {count:,} times, but the embedding has {v_eff:,} rows, so the model "
+                f"has no such token; remove it from the text, or add rows to the model (resize_token_embeddings({max(beyond) + 1}))"
             )
 
 
 def _counts(windows: "Windows", first: int, end: int) -> np.ndarray:
-    """int64 [end - first]: how often each of these ids comes, padding included."""
+    """int64 [end - first]: how often each of these ids occurs, padding included."""
     found = np.zeros(end - first, dtype=np.int64)
     for at in range(0, len(windows), _ROWS):
         stored = windows.rows[at : at + _ROWS]

@@ -1,7 +1,7 @@
-"""The order of training windows: an endless stream of per-epoch permutations, a pure function of seed and position.
+"""The order of training windows: an endless stream of one permutation per epoch, a pure function of seed and position.
 
-Optimizer step t takes positions t*G .. (t+1)*G - 1 of the stream, however many ranks and micro-batches share them. So nothing has to
-be saved to resume, and another world size or micro-batch neither loses nor repeats a window.
+Optimizer step t takes positions t*G .. (t+1)*G - 1 of the stream (G = windows per step), for any number of ranks and micro-batches. So
+resuming needs no saved state, and another world size or micro-batch neither loses nor repeats a window.
 """
 
 from collections.abc import Iterator, Sized
@@ -9,29 +9,29 @@ from collections.abc import Iterator, Sized
 import numpy as np
 from torch.utils.data import Sampler
 
-_DOMAIN = 0x6F72646572  # "order": keeps these streams apart from other uses of the same seed
+_DOMAIN = 0x6F72646572  # "order": makes these streams differ from other uses of the same seed
 
 
 def sample_order(num: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of ``range(num)``, int64 [num], that depends on the three numbers alone.
+    """A permutation of ``range(num)``, int64 [num], that depends only on the three numbers.
 
-    Made from raw PCG64 words, whose stream numpy guarantees for good (NEP 19), unlike that of ``Generator.permutation``.
+    It is made from raw PCG64 words, whose stream numpy guarantees (NEP 19); that of ``Generator.permutation`` may change.
     """
     words = np.random.PCG64(np.random.SeedSequence([_DOMAIN, seed % 2**64, epoch])).random_raw(num)
     return np.argsort(words, kind="stable").astype(np.int64, copy=False)
 
 
 class StepBatches(Sampler[list[int]]):
-    """Batch sampler: the window indices of each micro-batch of one rank, step after step.
+    """Batch sampler of one rank: yields the window indices of each micro-batch, step after step.
 
     Iterating always starts at ``start_step``. ``len()`` is the number of micro-batches that are left.
 
     Args:
-        windows: What is sampled from; only its length is used.
-        global_batch: Windows of one optimizer step over all ranks.
-        micro_batch: Windows of one micro-batch; divides ``global_batch / world``.
-        rank, world: This process, and how many there are.
-        seed: Of the order.
+        windows: The windows; only their number is used.
+        global_batch: Windows per optimizer step over all ranks.
+        micro_batch: Windows per micro-batch; divides ``global_batch / world``.
+        rank, world: Number of this process, and number of processes.
+        seed: Seed of the order.
         start_step: First optimizer step to yield.
         total_steps: Optimizer steps of the stage; steps ``start_step .. total_steps - 1`` are yielded.
 
@@ -45,7 +45,9 @@ class StepBatches(Sampler[list[int]]):
         if len(windows) == 0:
             raise ValueError("there are no windows to train on")
         if global_batch < 1 or micro_batch < 1 or global_batch % (world * micro_batch):
-            raise ValueError(f"global_batch={global_batch} is no multiple of world={world} x micro_batch={micro_batch}; see derive_batch")
+            raise ValueError(
+                f"global_batch={global_batch} is not a multiple of world={world} x micro_batch={micro_batch}; see derive_batch"
+            )
         if not 0 <= rank < world:
             raise ValueError(f"rank={rank} must lie in [0, {world})")
         self.num = len(windows)

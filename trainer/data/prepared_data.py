@@ -1,8 +1,8 @@
-"""Documents to training and evaluation windows, made once and kept in ``<cache>/tokens/<fingerprint>/``.
+"""Makes training and evaluation windows of documents once and keeps them in ``<cache>/tokens/<fingerprint>/``.
 
-A cache entry is ``train.tokens`` and ``evaluation.tokens`` (with ``.starts`` of packed documents, or ``.lengths`` without packing)
-beside ``manifest.json`` with the size and sha256 of each. It is written under a temporary name and renamed, so it is there whole or not
-at all; one that was damaged later is made again. Tokenizing that is killed goes on where it was (``unfinished.py``).
+A cache entry has ``train.tokens`` and ``evaluation.tokens`` (with ``.starts`` of packed documents, or ``.lengths`` without packing) and
+``manifest.json`` with the size and sha256 of each. It is written under a temporary name and renamed, so it is complete or absent; an entry
+that is damaged later is made again. Tokenizing that is killed continues at the next start (``unfinished.py``).
 """
 
 import errno
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = 2
-"""Raised whenever the same settings would lead to other windows."""
+"""Version of the windows; raise it whenever the same settings would give other windows."""
 MANIFEST = "manifest.json"
 _LOG = logging.getLogger(__name__)
 Say = Callable[[str], None]
@@ -43,26 +43,26 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedData:
-    """Tokenized text, split into what is trained on and what is held out."""
+    """Tokenized text, split into training windows and held-out windows."""
 
     train: Windows
     evaluation: Windows
     fingerprint: str
     """sha256 of the text, the tokenizer, the window length, packing and the split."""
     text_fingerprint: str
-    """sha256 of the text alone."""
+    """sha256 of the text only."""
     description: str
-    """What the text is, for people."""
+    """Description of the text for messages."""
     samples: dict[str, Any] | None
-    """Of conversations: ``read``, ``bad`` (left out) and ``first_bad``; None for text."""
+    """For conversations: ``read``, ``bad`` (left out) and ``first_bad``; None for text."""
     left_out: dict[str, int]
-    """What was left out, cut, replaced or is never taught, by reason."""
+    """What was left out, cut, replaced or is not learned, by reason."""
     path: Path
     """The cache entry; ``open_prepared`` opens it on other ranks."""
 
     @property
     def packed(self) -> bool:
-        """Whether windows hold several documents, which models must keep apart."""
+        """Whether windows hold several documents, which models must keep separate."""
         return self.train.starts is not None
 
 
@@ -75,16 +75,18 @@ def prepare_data(
     train: bool = True,
     say: Say = _LOG.warning,
 ) -> PreparedData:
-    """Tokenize the text of ``settings``, or find it in the cache (rank 0); waits for another process that makes the same entry.
+    """Tokenizes the text of ``settings``, or finds it in the cache (on rank 0); waits for another process that makes the same entry.
 
     Args:
+        settings: The text, window length and split.
+        tokenizer: The tokenizer.
         cache_dir: The cache folder, from ``cache.cache_dir()``.
-        documents: The text, when it has been read already.
-        train: Whether anything is trained on. If not, nothing is kept back for it: ``data.eval_tokens`` tokens are measured, or all.
-        say: Told of damaged entries, and every ten seconds how far it is.
+        documents: The text, if it is already read.
+        train: Whether there is training. If not, no text is kept for it, and ``data.eval_tokens`` tokens, or all, are held out.
+        say: Called with a line about a damaged entry, and every ten seconds about the progress.
 
     Raises:
-        UserError: anything wrong with the text (see ``read_documents``), too little of it, or no room in the cache.
+        UserError: the text cannot be read (see ``read_documents``), is too short, or the cache has no room.
     """
     if train and settings.eval_tokens == "all":
         raise UserError("data.eval_tokens=all leaves nothing to train on; give a number of tokens, such as 32k")
@@ -99,6 +101,7 @@ def prepare_data(
     }
     if settings.kind == "chat":
         facts |= {"chat_template": tokenizer.chat_template, "mask_prompts": settings.mask_prompts, "chat_format": CHAT_FORMAT}
+    # only where it differs from the default, so that the fingerprints of older entries stay
     if settings.reads_control_tokens != (settings.kind == "text"):
         facts["control_tokens"] = settings.reads_control_tokens
     if not train:
@@ -107,7 +110,7 @@ def prepare_data(
     target = cache_dir / "tokens" / fingerprint
     if not target.exists() or _damage(target, thorough=True):
         with waiting_for(target.with_name(f"{target.name}.making"), "tokenizes the same text", say):
-            # another process may have made it meanwhile
+            # while this process waited, another one may have made the entry
             damage = _damage(target, thorough=True) if target.exists() else "missing"
             if damage:
                 if damage != "missing":
@@ -143,7 +146,7 @@ def open_prepared(path: Path) -> PreparedData:
 
 
 def _damage(path: Path, *, thorough: bool) -> str:
-    """What is wrong with a cache entry, '' when nothing is. Hashes are compared only when ``thorough``."""
+    """The fault of a cache entry; '' if it has none. Hashes are compared only if ``thorough``."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] != FORMAT or manifest["fingerprint"] != path.name:
@@ -151,7 +154,7 @@ def _damage(path: Path, *, thorough: bool) -> str:
         if seal_is_broken(manifest):
             return f"{MANIFEST} is not what was written"
         if type(manifest["seq_length"]) is not int or manifest["seq_length"] < 1 or not {"text", "description"} <= manifest.keys():
-            return f"{MANIFEST} does not say what the windows are"
+            return f"{MANIFEST} does not describe the windows"
         for name, file in manifest["files"].items():
             if (path / name).stat().st_size != file["bytes"]:
                 return f"{name} has another size"
@@ -165,7 +168,7 @@ def _damage(path: Path, *, thorough: bool) -> str:
 
 
 def _clear(target: Path) -> None:
-    """Make room for a new entry: no damaged one, no leftovers of processes that died."""
+    """Makes room for a new entry: removes a damaged one, and leftovers of processes that died."""
     target.parent.mkdir(parents=True, exist_ok=True)
     clean_leftovers(target.parent)
     if target.is_dir() and not target.is_symlink():
@@ -207,10 +210,10 @@ def _build(
             description = documents.description + ("" if whole else ", held out from the end of the text, inside a document")
             del stream
             files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.glob("*.*"))}
-            told = {"description": description, "samples": samples, "left_out": dict(left_out)}
-            write_json_atomic(folder / MANIFEST, sealed({**facts, **told, "files": files}))
+            described = {"description": description, "samples": samples, "left_out": dict(left_out)}
+            write_json_atomic(folder / MANIFEST, sealed({**facts, **described, "files": files}))
     except UserError:
-        # another run may have finished the same entry meanwhile: then there is nothing left to do
+        # the target may exist because another run has finished the same entry in the meantime: then that one is used
         if _damage(target, thorough=False):
             raise
 
@@ -218,7 +221,7 @@ def _build(
 def _write_stream(
     settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", documents: Documents, work: Unfinished, say: Say
 ) -> tuple[TokenStream, dict[str, Any] | None, Counter[str]]:
-    """All tokens; of conversations how many were read and how many left out; and what is not taught, by reason."""
+    """(all tokens, for conversations the numbers of rows read and left out, what is not learned by reason)."""
     control = settings.reads_control_tokens
     if documents.chats is None:
         stream = write_tokens(documents, tokenizer, work, say=say, need_end=settings.packing, control=control)
@@ -236,5 +239,5 @@ def _write_stream(
     if samples.bad:
         say(f"{samples.bad:,} of {samples.read:,} conversations were left out; the first: {samples.first_bad}")
     reasons = Counter({f"conversations: {why}": count for why, count in samples.reasons.items()})
-    told = {"read": samples.read, "bad": samples.bad, "first_bad": samples.first_bad}
-    return stream, told, documents.passed + reasons + samples.notes
+    counts = {"read": samples.read, "bad": samples.bad, "first_bad": samples.first_bad}
+    return stream, counts, documents.passed + reasons + samples.notes

@@ -1,8 +1,8 @@
-"""Conversations through the tokenizer's chat template, with the place of every turn that is to be learned.
+"""Renders conversations by the tokenizer's chat template and finds the place of every turn that is to be learned.
 
-A turn is learned as it is rendered when it is the last: that is what a server's prompt leads to. Most templates render earlier turns the
-same later on, and one sample then holds all turns. Templates of reasoning models do not (Qwen3 drops the thoughts of earlier turns): a
-turn that is rendered differently later on gets a sample of its own, which ends with it.
+A turn is learned as it is rendered when it is the last turn, because a server generates it in that place. Most templates render earlier
+turns the same way afterwards, and one sample then holds all turns. Templates of reasoning models do not (Qwen3 drops the thoughts of
+earlier turns): a turn that is rendered differently afterwards gets its own sample, which ends with it.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ _TEMPLATE_ERRORS = (TypeError, KeyError, IndexError, AttributeError, ValueError,
 
 @dataclass(frozen=True)
 class Sample:
-    """A text, and the parts of it that are learned: (begin, end) of characters."""
+    """A text and its learned parts, as (begin, end) in characters."""
 
     text: str
     spans: list[tuple[int, int]]
@@ -29,12 +29,14 @@ def samples_of(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase",
     """The samples of a conversation, the longest first; each turn is learned in one of them.
 
     Args:
+        conversation: The conversation.
+        tokenizer: Has the chat template.
         notes: Counts what the template leaves out.
         everything: Learn prompts too, in one sample.
 
     Raises:
-        ValueError: the template refuses it, or there is no turn of the assistant.
-        NothingToLearnError: there are some, and all say not to learn them.
+        ValueError: the template refuses the conversation, or it has no turn of the assistant.
+        NothingToLearnError: all turns of the assistant have weight 0.
     """
     messages = _with_content(conversation, tokenizer)
     turns = [turn for turn, learned in enumerate(conversation.learned) if learned]
@@ -65,10 +67,11 @@ def samples_of(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase",
 
 
 def _gather(whole: str, places: dict[int, tuple[str, int]]) -> list[Sample]:
-    """As few samples as hold every turn as it is rendered up to it."""
+    """The fewest samples in which every turn appears as it was rendered as the last turn."""
     samples: list[Sample] = []
     text, left = whole, dict(places)
     while left:
+        # a turn belongs to this text if the text begins with the conversation as rendered up to that turn
         own = {turn: (begin, len(after)) for turn, (after, begin) in left.items() if text.startswith(after)}
         if own:
             samples.append(Sample(text, list(own.values())))
@@ -81,14 +84,14 @@ def _gather(whole: str, places: dict[int, tuple[str, int]]) -> list[Sample]:
 def _begin_of_turn(
     after: str, messages: list[dict[str, Any]], turn: int, conversation: Conversation, tokenizer: "PreTrainedTokenizerBase"
 ) -> int:
-    """Where in ``after``, the conversation up to and with a turn, what the assistant says begins."""
+    """The place in ``after`` (the conversation up to and including ``turn``) at which the assistant's part of the turn begins."""
     before = _try_render(messages[:turn], conversation, tokenizer, prompt=True)
     if before is not None and after.startswith(before):
         return len(before)
     content = (messages[turn]["content"] or "").strip()
     at = after.rfind(content) if content else -1
     if before is not None:
-        # the prompt may end with what the stored turn has not, such as a <think> that the template opens
+        # the prompt may end with text that is not in the stored turn, such as a <think> that the template opens
         common = _common_prefix(before, after)
         bare = _try_render(messages[:turn], conversation, tokenizer, prompt=False)
         if bare is not None and after.startswith(bare) and common >= len(bare):
@@ -99,18 +102,19 @@ def _begin_of_turn(
 
 
 def _common_prefix(first: str, second: str) -> int:
-    """Characters that two texts begin with alike."""
+    """Length of the longest common prefix of two texts."""
     pairs = zip(first, second)
     return next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
 
 
 def _with_content(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, Any]]:
-    """The messages; content that is missing beside tool calls becomes '' where the template would print 'None'."""
+    """The messages; missing content of messages with tool calls becomes '' if the template would print it as 'None'."""
     messages = conversation.messages
     if all(message["content"] is not None for message in messages):
         return messages
     filled = [{**message, "content": message["content"] or ""} for message in messages]
     text = _try_render(messages, conversation, tokenizer, prompt=False)
+    # the messages may contain the word themselves
     spelled = sum(string.count("None") for string in conversation.strings)
     return filled if text is None or text.count("None") > spelled else messages
 
@@ -132,7 +136,7 @@ def _render(
 def _try_render(
     messages: list[dict[str, Any]], conversation: Conversation, tokenizer: "PreTrainedTokenizerBase", *, prompt: bool
 ) -> str | None:
-    """None for a beginning that the template refuses, and for no messages at all."""
+    """``_render``, but None if the template refuses the messages or there are none."""
     try:
         return _render(messages, conversation, tokenizer, prompt=prompt) if messages else None
     except ValueError:
@@ -147,25 +151,25 @@ def _note_tools(conversation: Conversation, text: str, notes: Counter[str]) -> N
 
 
 def _check_turn(message: dict[str, Any], after: str, begin: int, notes: Counter[str]) -> None:
-    """Note what the template leaves out of a turn, and raise ValueError when that is all of it."""
+    """Counts what the template leaves out of a turn; raises ValueError if it leaves out all of it."""
     content = (message["content"] or "").strip()
-    # a prompt that opens a thought holds the beginning of the content too
-    said = after[max(0, begin - len(content)) :]
+    # from before the turn: a prompt that opens a thought already contains the beginning of the content
+    rendered = after[max(0, begin - len(content)) :]
     names = [name for call in message.get("tool_calls") or () if (name := _called(call))]
-    if not all(name in said for name in names):
+    if not all(name in rendered for name in names):
         raise ValueError("the chat template does not show the tool calls")
-    # thoughts may be cut, what follows them may not
+    # a template may drop thoughts, but not the answer after them
     words = content.rpartition("</think>")[2].split()
-    if words and not names and words[-1] not in said:
+    if words and not names and words[-1] not in rendered:
         raise ValueError("the chat template does not show what the assistant says")
-    # templates trim and break lines as they like
-    if "".join(content.split()) not in "".join(said.split()):
+    # compared without white space, because templates trim and break lines
+    if "".join(content.split()) not in "".join(rendered.split()):
         notes["turns of which the chat template leaves something out"] += 1
-    elif content and said.rstrip().endswith(content):
+    elif content and rendered.rstrip().endswith(content):
         notes["turns behind which the chat template puts nothing, so that their end is not learned"] += 1
     for name in ("reasoning_content", "reasoning"):
         thought = message.get(name)
-        if isinstance(thought, str) and thought.strip() not in said:
+        if isinstance(thought, str) and thought.strip() not in rendered:
             notes["turns whose reasoning the chat template leaves out"] += 1
             return
 

@@ -1,4 +1,4 @@
-"""A stream of tokens to the windows of both sides: what is trained on and what is held out."""
+"""Writes a stream of tokens as windows of both sides: training and held out."""
 
 from collections import Counter
 from pathlib import Path
@@ -28,19 +28,25 @@ def write_sides(
     *,
     train: bool,
 ) -> bool:
-    """Write ``train`` and ``evaluation`` into ``folder``.
+    """Writes ``train`` and ``evaluation`` into ``folder``.
 
     Args:
-        left_out: Gets the tokens and windows that are on neither side.
+        settings: Window length, packing and size of the held-out side.
+        tokenizer: Gives the id of padding.
+        stream: All tokens.
+        folder: Folder for the windows.
+        left_out: Receives the numbers of tokens and windows that are on neither side.
         train: Whether there is a training side; if not, all of the text may be held out.
 
-    Returns: whether no document is on both sides.
+    Returns:
+        Whether no document is on both sides.
 
-    Raises: UserError when a side has no window, or none with anything to predict.
+    Raises:
+        UserError: a side has no window with a token to predict.
     """
     length, most = settings.seq_length, None if settings.eval_tokens == "all" else settings.eval_tokens
-    # what padding holds is never looked at; any id that embeddings have will do
-    # (the lower of the two: a pad token that was added later may have no row)
+    # padding is never predicted or attended to, so every id with a row in the embedding will do; the lower of the two, because a pad token
+    # that was added later may have no row
     padding = min((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), default=0)
     labelled = settings.kind == "chat"
     if train:

@@ -1,4 +1,4 @@
-"""Which documents are held out: a rule that goes by their text alone, so that it is the same on every machine and in any order."""
+"""Chooses the held-out documents by their text alone, so that the choice is the same on every machine and in every order."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from ...models.common.errors import UserError
 from .tokens import TokenStream
 
 _WASTE = 10
-"""Whole documents may hold out a tenth of the text more than asked for; beyond that the text is split inside a document."""
+"""Whole documents may hold out a tenth of the text more than requested; if they would hold out more, the text is split in a document."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Split:
 
 
 def split_documents(stream: TokenStream, *, seq_length: int, eval_tokens: int, packing: bool) -> Split:
-    """Hold out the documents with the smallest hashes until they have ``eval_tokens`` tokens; train on the others.
+    """Holds out the documents with the smallest hashes until they have ``eval_tokens`` tokens; the others are for training.
 
-    Documents with the same text are held out together, and evaluated once. Where whole documents would hold out far more than was asked
-    for (one long file, or the same text over and over), the last ``eval_tokens`` tokens of the text are held out instead.
+    Documents with the same text are held out together, and evaluated once. If whole documents would hold out far more than requested
+    (one long file, or many copies of one text), the last ``eval_tokens`` tokens of the text are held out instead.
 
     Raises:
         UserError: one of the sides would be empty; the message names the key to lower.
@@ -49,10 +49,11 @@ def split_documents(stream: TokenStream, *, seq_length: int, eval_tokens: int, p
 
 
 def held_out_only(stream: TokenStream, *, eval_tokens: int | None) -> Split:
-    """Everything is held out: nothing trains.
+    """Holds out everything; there is no training.
 
     Args:
-        eval_tokens: As many documents as hold so many tokens, those with the smallest hashes, each text once; None = all, in their order.
+        stream: The tokens.
+        eval_tokens: Hold out documents with this many tokens: those with the smallest hashes, each text once. None = all, in their order.
 
     Raises:
         UserError: there are fewer than two tokens.

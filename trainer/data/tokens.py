@@ -1,4 +1,4 @@
-"""Documents to one stream of token ids on disk, in bounded memory; cut short, it goes on where it was."""
+"""Encodes documents into one stream of token ids on disk, in bounded memory; an interrupted stream is continued."""
 
 import hashlib
 import itertools
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PIECE_CHARACTERS = 1_000_000
-"""Longer documents are encoded in pieces, cut behind a line end: a tokenizer's memory grows with what it is given at once."""
+"""Longer documents are encoded in pieces, cut after a line end: a tokenizer's memory grows with the length of one text."""
 _BATCH_CHARACTERS = 2_000_000
 _BATCH_PIECES = 1024
 _REPORT_SECONDS = 10.0
@@ -31,24 +31,25 @@ _REPORT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class TokenStream:
-    """All documents, one after the other."""
+    """The concatenated tokens of all documents."""
 
     tokens: np.ndarray
     """int32 [T], mapped from disk."""
     bounds: np.ndarray
     """int64 [D + 1]; document d is ``tokens[bounds[d]:bounds[d + 1]]``."""
     hashes: np.ndarray
-    """uint64 [D], of each document's text: what the split goes by, the same on every machine."""
+    """uint64 [D], hash of each document's text, by which the split chooses; the same on every machine."""
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """sha256 of all that decides token ids; padding and truncation, which calls switch on and off, are left out."""
+    """sha256 of everything that decides token ids."""
     import json
 
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         facts: Any = [type(tokenizer).__name__, tokenizer.get_vocab()]
     else:
+        # calls of the tokenizer switch padding and truncation on and off
         facts = {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")}
     return sha256_json([facts, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id])
 
@@ -62,14 +63,16 @@ def write_tokens(
     need_end: bool,
     control: bool = True,
 ) -> TokenStream:
-    """Encode ``documents`` into ``work``: an end-of-text token behind each, a begin-of-text one where the tokenizer adds it.
+    """Encodes ``documents`` into ``work``, each with an end-of-text token, and a begin-of-text token if the tokenizer adds one.
 
     Args:
-        work: Documents that it has already are passed over.
-        say: Told every ten seconds how far it is.
-        need_end: Whether documents must be told apart by an end-of-text token (packing).
-        control: Whether control tokens that the text spells (``<|endoftext|>``) are read as such; else they are text. Documents that
-            spell some are counted in ``work.notes``.
+        documents: Texts in a fixed order.
+        tokenizer: The tokenizer.
+        work: The stream; documents that it already has are skipped.
+        say: Called every ten seconds with a line about the progress.
+        need_end: Whether documents must be separated by an end-of-text token (packing).
+        control: Whether control tokens that the text spells (``<|endoftext|>``) are read as control tokens; if not, they are text.
+            Documents that spell some are counted in ``work.notes``.
 
     Raises:
         UserError: ``need_end``, and the tokenizer has none.
@@ -83,9 +86,9 @@ def write_tokens(
     spelled = _Spelled(tokenizer, control)
     encoder = tokenizer if control else text_only(facts_of(tokenizer))
     bounds, hashes = work.bounds, work.hashes
-    total, told = bounds[-1], time.monotonic()
+    total, reported = bounds[-1], time.monotonic()
     if hashes:
-        say(f"tokenizing goes on behind document {len(hashes):,} ({total:,} tokens)")
+        say(f"tokenizing continues after document {len(hashes):,} ({total:,} tokens)")
     with _tokenizers_in_parallel():
         for batch in _batches(itertools.islice(documents, len(hashes), None)):
             ids = array("i")
@@ -99,8 +102,8 @@ def write_tokens(
             total += len(ids)
             work.write(ids)
             work.save()
-            if time.monotonic() - told > _REPORT_SECONDS:
-                told = time.monotonic()
+            if time.monotonic() - reported > _REPORT_SECONDS:
+                reported = time.monotonic()
                 say(f"tokenized {len(hashes):,} documents, {total:,} tokens")
     work.close()
     tokens = np.memmap(work.stream, dtype=DTYPE, mode="r") if total else np.empty(0, dtype=DTYPE)
@@ -108,7 +111,7 @@ def write_tokens(
 
 
 def _outer_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """Ids put before and behind each document. Begin-of-text only where the tokenizer itself starts a text with it (Llama does)."""
+    """Ids before and after each document. Begin-of-text is added only if the tokenizer itself starts a text with it, as Llama's does."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     starts: Any = tokenizer("a")["input_ids"]
     begin = [bos] if isinstance(bos, int) and len(starts) > 1 and starts[0] == bos else []
@@ -134,7 +137,7 @@ class _Spelled:
         self._seen = False
 
     def look(self, text: str, ids: list[int], last: bool) -> bool:
-        """One more piece; True behind a document that spells some."""
+        """Looks at one more piece of a document; True at the last piece of a document that spells control tokens."""
         self._seen = self._seen or not self._ids.isdisjoint(ids) or bool(self._pattern and self._pattern.search(text))
         found = self._seen and last
         self._seen = self._seen and not last
@@ -145,7 +148,7 @@ _Piece = tuple[int, bool, bool, str]
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[_Piece]]:
-    """(hash of the document, first piece, last piece, text) in batches of about two million characters."""
+    """Yields batches of about two million characters: (hash of the document, whether it is its first and its last piece, text)."""
     batch: list[_Piece] = []
     size = 0
     for text in documents:
@@ -172,9 +175,9 @@ def _piece_end(text: str, at: int) -> int:
 
 @contextmanager
 def _tokenizers_in_parallel() -> Iterator[None]:
-    """Threads while encoding; afterwards off, because data loader workers are forked (the library warns of that otherwise).
+    """Switches the library's threads on while encoding, and off afterwards: it warns when data loader workers are forked with threads on.
 
-    A choice that the user has made in the environment is kept.
+    A value that the user has set in the environment is kept.
     """
     name = "TOKENIZERS_PARALLELISM"
     if name in os.environ:

@@ -1,10 +1,10 @@
-"""Tokenizing that was cut short goes on where it was: the stream, and how much of it is whole, in a folder beside the cache entry.
+"""Lets interrupted tokenizing continue: a folder next to the cache entry holds the stream and how much of it is complete.
 
     <fingerprint>.unfinished/stream         int32 token ids
     <fingerprint>.unfinished/bounds         int64 end of each document; hashes: uint64 of each document's text
-    <fingerprint>.unfinished/progress.json  documents and tokens that are surely on disk; written every minute, last
+    <fingerprint>.unfinished/progress.json  documents and tokens that are certainly on disk; written every minute, after the others
 
-Text that streams from a hub, or fills a disk, takes hours to tokenize; without this a kill would lose them all.
+Large texts take hours to tokenize; without this a kill would lose all of the work.
 """
 
 import errno
@@ -23,7 +23,7 @@ from typing import IO
 from ...models.common.files import write_json_atomic
 
 SAVE_SECONDS = 60.0
-"""A kill loses at most this much work."""
+"""Time between two saves: a kill loses at most this much work."""
 _KEPT_SECONDS = 7 * 24 * 3600
 _ENDING = ".unfinished"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -33,29 +33,30 @@ class Unfinished:
     """A stream of tokens that grows on disk.
 
     Args:
-        folder: Its own; what an earlier process left there is continued.
+        folder: Folder of this stream; the stream that an earlier process left there is continued.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.bounds, self.hashes = array("q", [0]), array("Q")
         self.notes: Counter[str] = Counter()
-        """What was found in the documents, by name; goes on with them."""
+        """Counts of findings in the documents, by name; saved and continued with them."""
         self._saved = 0
         self._at = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         self._continue()
         self._file = (folder / "stream").open("r+b" if self.bounds[-1] else "wb")
+        # tokens after the last saved document may be incomplete: they are written again
         self._file.truncate(self.bounds[-1] * 4)
         self._file.seek(0, os.SEEK_END)
 
     @property
     def stream(self) -> Path:
-        """The tokens."""
+        """The file of tokens."""
         return self.folder / "stream"
 
     def _continue(self) -> None:
-        """Take over the documents that are surely on disk; anything doubtful means from the start."""
+        """Loads the documents that are certainly on disk; starts from the beginning if anything is inconsistent."""
         try:
             progress = json.loads((self.folder / "progress.json").read_text())
             documents, tokens = int(progress["documents"]), int(progress["tokens"])
@@ -72,13 +73,14 @@ class Unfinished:
             self.hashes, self._saved, self.notes = hashes, documents, notes
 
     def write(self, ids: array) -> None:
-        """Append token ids (int32)."""
+        """Appends token ids (int32)."""
         self._file.write(ids)
 
     def save(self, *, now: bool = False) -> None:
-        """Make sure of all whole documents, if a minute has passed since the last time."""
+        """Saves all complete documents, if a minute has passed since the last time."""
         if not now and time.monotonic() - self._at < SAVE_SECONDS:
             return
+        # the tokens first and progress.json last, so that it never counts documents that are not on disk
         self._sync(self._file)
         for name, numbers in (("bounds", self.bounds[1:]), ("hashes", self.hashes)):
             with (self.folder / name).open("r+b" if self._saved else "wb") as file:
@@ -97,13 +99,13 @@ class Unfinished:
         os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Nothing more will be written."""
+        """Closes the stream."""
         self._file.close()
 
 
 @contextmanager
 def unfinished(target: Path, spare: Path) -> Iterator[Unfinished]:
-    """The unfinished stream of the cache entry ``target``; gone afterwards, unless the work was cut short and is worth going on with.
+    """Opens the unfinished stream of the cache entry ``target``. It is removed afterwards, unless it was interrupted after a save.
 
     Args:
         target: The entry.
@@ -119,10 +121,11 @@ def unfinished(target: Path, spare: Path) -> Iterator[Unfinished]:
             with closing(Unfinished(folder if alone else spare)) as work:
                 yield work
         except BaseException as error:
+            # on a full disk the stream itself takes the space that a next start needs
             kept = alone and (folder / "progress.json").exists() and not _is_full(error)
             raise
         finally:
-            # while the lock is still held
+            # removed while the lock is still held, so that no other process opens it in between
             if not kept:
                 shutil.rmtree(folder if alone else spare, ignore_errors=True)
             if alone:
@@ -130,7 +133,7 @@ def unfinished(target: Path, spare: Path) -> Iterator[Unfinished]:
 
 
 def _locked(lock: IO[str]) -> bool:
-    """Whether this process alone has the lock, and the file is still the one that others see."""
+    """Whether this process has the lock, and the locked file still has its name: a process that ends removes the file."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(lock.fileno()), Path(lock.name).stat())
@@ -147,7 +150,7 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 def _forget_old(own: Path) -> None:
-    """Remove what nobody came back for in a week."""
+    """Removes unfinished streams that were not continued for a week."""
     for folder in own.parent.glob(f"*{_ENDING}"):
         file = folder / "progress.json"
         if folder != own and file.exists() and time.time() - file.stat().st_mtime > _KEPT_SECONDS:

@@ -1,4 +1,4 @@
-"""Windows of tokens in one file: rows of int32, read through a memory map."""
+"""Windows of tokens: rows of int32 in one file, read through a memory map."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-"""Label of positions that no loss looks at."""
+"""Label of positions that are not predicted."""
 DTYPE = np.dtype("<i4")
 STARTS_DTYPE = np.dtype("<i8")
 _COPY_TOKENS = 4_194_304
@@ -19,10 +19,10 @@ class Windows:
     """Training or evaluation windows.
 
     Args:
-        rows: int32 [num, seq_length], token ids, ``-1 - id`` for those that are not predicted; anything behind a window's length.
-        lengths: int32 [num], real tokens at the start of each row (at least 2); None = all rows are full.
-        starts: int64, ascending: where documents begin in the windows laid end to end, which makes them packed ones; None = each
-            window is (part of) one document.
+        rows: int32 [num, seq_length], token ids, ``-1 - id`` for tokens that are not predicted; padding may be any id.
+        lengths: int32 [num], number of real tokens at the start of each row (at least 2); None = all rows are full.
+        starts: int64, ascending, for packed windows: positions in the concatenated windows at which documents begin; None = each window
+            is (part of) one document.
     """
 
     def __init__(self, rows: np.ndarray, lengths: np.ndarray | None = None, starts: np.ndarray | None = None) -> None:
@@ -30,7 +30,7 @@ class Windows:
 
     @classmethod
     def open(cls, path: Path, seq_length: int) -> "Windows":
-        """Map ``<path>.tokens`` and, where they are, ``<path>.lengths`` and ``<path>.starts``."""
+        """Maps ``<path>.tokens`` and, if they exist, ``<path>.lengths`` and ``<path>.starts``."""
         rows = _mapped(path.with_suffix(".tokens"), DTYPE).reshape(-1, seq_length)
         lengths, starts = path.with_suffix(".lengths"), path.with_suffix(".starts")
         windows = cls(
@@ -44,12 +44,12 @@ class Windows:
     _origin: tuple[Path, int] | None = None
 
     def __reduce__(self) -> tuple[Callable[..., "Windows"], tuple[Any, ...]]:
-        # a mapped file travels to data loader workers by its name, not by its content
+        # data loader workers get the name of a mapped file, not its content
         return (Windows.open, self._origin) if self._origin else (Windows, (self.rows, self.lengths, self.starts))
 
     @property
     def seq_length(self) -> int:
-        """Tokens of a window, padding included."""
+        """Tokens per window, padding included."""
         return self.rows.shape[1]
 
     @property
@@ -61,15 +61,16 @@ class Windows:
         return self.rows.shape[0]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One window: ``input_ids``, ``labels``, ``attention_mask`` and, of packed ones, ``position_ids``; each int64 [seq_length].
+        """One window: ``input_ids``, ``labels``, ``attention_mask`` and, if packed, ``position_ids``; each int64 [seq_length].
 
-        ``labels[i]`` is the token at i itself (losses do the causal shift); -100 for each document's first token, prompts and padding,
-        so the labels that are left count the tokens to predict. Positions start at 0 with each document, and with the window: what
-        ``models.batches`` keeps documents apart by.
+        ``labels[i]`` is the token at i itself (losses do the causal shift), or -100 for each document's first token, prompts and padding,
+        so the other labels count the tokens to predict. Positions start at 0 in each document and in the window; ``models.batches``
+        separates documents by them.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         stored = torch.from_numpy(self.rows[index].astype(np.int64))
+        # -1 - id is its own inverse, and negative for every id
         ids = torch.where(stored < 0, -1 - stored, stored)
         length = self.seq_length if self.lengths is None else int(self.lengths[index])
         mask = torch.zeros_like(ids)
@@ -84,7 +85,7 @@ class Windows:
         return window
 
     def _starts_in(self, index: int) -> np.ndarray:
-        """Places in a window where documents begin, int64."""
+        """Positions in a window at which documents begin, int64."""
         assert self.starts is not None
         begin = index * self.seq_length
         first, last = np.searchsorted(self.starts, [begin, begin + self.seq_length])
@@ -92,7 +93,7 @@ class Windows:
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
-    """A file as an array; an empty one cannot be mapped."""
+    """Maps a file as an array. An empty file cannot be mapped and gives an empty array."""
     return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)
 
 
@@ -104,19 +105,24 @@ def _positions(starts: np.ndarray, length: int) -> Tensor:
 
 
 def write_packed(path: Path, tokens: np.ndarray, documents: np.ndarray, seq_length: int, most: int | None = None) -> int:
-    """Write the documents one after the other as full windows, at most ``most``; what fills no window is left out.
+    """Writes the concatenated documents as full windows, at most ``most``; tokens that fill no window are left out.
 
     Args:
+        path: Path without suffix of the files to write.
         tokens: int32 [T].
-        documents: int64 [num, 2], begin and end of each in ``tokens``.
+        documents: int64 [num, 2], begin and end of each document in ``tokens``.
+        seq_length: Tokens per window.
+        most: Largest number of windows; None = no limit.
 
-    Returns: windows written to ``<path>.tokens``, with the beginnings of documents in ``<path>.starts``.
+    Returns:
+        The number of windows written to ``<path>.tokens``; ``<path>.starts`` gets the beginnings of documents.
     """
     sizes = np.diff(documents)[:, 0]
     num = int(sizes.sum()) // seq_length
     num = num if most is None else min(num, most)
     left = num * seq_length
     starts = np.cumsum(sizes) - sizes
+    # unique, because an empty document begins where the next one does
     np.unique(starts[starts < left]).astype(STARTS_DTYPE).tofile(path.with_suffix(".starts"))
     with path.with_suffix(".tokens").open("wb") as file:
         for begin, end in join_neighbours(documents).tolist():
@@ -132,10 +138,11 @@ def write_labelled(
     """``write_packed`` for text of which only parts are learned: windows without a token to predict are left out.
 
     Args:
-        tokens, documents, seq_length, most: As of ``write_packed``.
-        padding: Token id that fills up a last window with what is left, if that is two tokens or more; None = leave it out.
+        path, tokens, documents, seq_length, most: As for ``write_packed``.
+        padding: Token id that fills up the last window, if two or more tokens are left for it; None = leave these tokens out.
 
-    Returns: (windows written, also to ``<path>.lengths`` where the last one is padded; windows left out).
+    Returns:
+        (windows written, windows left out). ``<path>.lengths`` is written if the last window is padded.
     """
     sizes = np.diff(documents)[:, 0]
     starts = np.unique(np.cumsum(sizes) - sizes)
@@ -148,6 +155,7 @@ def write_labelled(
                 break
             first, last = np.searchsorted(starts, [index * seq_length, index * seq_length + len(row)])
             own = starts[first:last] - index * seq_length
+            # the first token of a window or document has no predecessor, so nothing predicts it
             learned = row >= 0
             learned[0] = False
             learned[own] = False
@@ -164,7 +172,7 @@ def write_labelled(
 
 
 def _windows_of(tokens: np.ndarray, documents: np.ndarray, seq_length: int) -> Iterator[np.ndarray]:
-    """The documents one after the other, int32 [seq_length] at a time; what is left in the end is shorter."""
+    """Yields the concatenated documents as int32 [seq_length]; the last part may be shorter."""
     pending = np.empty(0, dtype=DTYPE)
     for begin, end in join_neighbours(documents).tolist():
         for at in range(begin, end, _COPY_TOKENS):
@@ -213,7 +221,7 @@ def write_padded(
 
 
 def join_neighbours(segments: np.ndarray) -> np.ndarray:
-    """The same positions in the same order, int64 [num, 2], with segments that touch made one."""
+    """The same positions in the same order, int64 [num, 2], with adjacent segments joined."""
     if len(segments) == 0:
         return segments
     starts = np.flatnonzero(np.r_[True, segments[1:, 0] != segments[:-1, 1]])

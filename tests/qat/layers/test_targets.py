@@ -163,7 +163,7 @@ def test_embedding_and_head_get_no_adapter_and_keep_their_weights() -> None:
     ("changes", "scheme", "message"),
     [
         ({"tie_word_embeddings": True}, QuantScheme(weights=SPEC, head=SpecChange(bits=8)), "head: the head is tied to the embedding"),
-        ({}, QuantScheme(weights=SPEC, skip=("lm_head",), head=SpecChange(bits=8)), "head: skip leaves lm_head alone"),
+        ({}, QuantScheme(weights=SPEC, skip=("lm_head",), head=SpecChange(bits=8)), "head: skip matches lm_head, which head quantizes"),
         ({}, QuantScheme(weights=SPEC, embedding=SpecChange(group_size=24)), "model.embed_tokens: group_size=24 does not divide"),
         ({}, QuantScheme(weights=SPEC, overrides={"*.gate": SpecChange(bits=8)}), "overrides: '.*gate' matches no linear layer"),
         ({}, QuantScheme(weights=SPEC, skip=("*.gate",)), "skip: '.*gate' matches no linear layer"),

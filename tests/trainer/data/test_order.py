@@ -67,7 +67,7 @@ def test_iterating_again_starts_again_and_length_counts_micro_batches() -> None:
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match="global_batch=8 is no multiple of world=3"):
+    with pytest.raises(ValueError, match="global_batch=8 is not a multiple of world=3"):
         batches(world=3, micro=1)
     with pytest.raises(ValueError, match="no windows"):
         batches(num=0)

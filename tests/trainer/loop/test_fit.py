@@ -94,7 +94,7 @@ def test_without_any_whole_checkpoint_the_stage_starts_again_and_says_so(trainin
     console, out = _console()
     result, other = training.run_case(case, tmp_path, console=console)
     assert out.getvalue().count("is damaged") == 2
-    assert "no checkpoint is whole; training starts again" in out.getvalue()
+    assert "all checkpoints are damaged; training starts again" in out.getvalue()
     assert result.resumed_from is None
     assert _same(student, other)
 

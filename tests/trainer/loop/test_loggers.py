@@ -154,7 +154,7 @@ def test_the_environment_decides_how_wandb_runs(environment: dict[str, str], mod
 
 def test_a_mode_that_wandb_does_not_have_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "sometimes")
-    with pytest.raises(UserError, match="WANDB_MODE='sometimes' is none of online, offline and disabled"):
+    with pytest.raises(UserError, match="WANDB_MODE='sometimes' is not one of online, offline and disabled"):
         check_logger(LoggerSettings(kind="wandb"))
     check_logger(LoggerSettings(kind="csv"))
 

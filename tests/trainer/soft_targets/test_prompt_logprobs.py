@@ -51,7 +51,7 @@ def test_absurd_numbers_are_refused(case: str) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"<html>", b"\xff\xfe\xfa", b'{"choices": [', b"[" * 200_000 + b"]" * 200_000])
 def test_what_is_no_json_may_be_asked_for_again(data: bytes) -> None:
-    with pytest.raises(NoJsonError, match="no JSON"):
+    with pytest.raises(NoJsonError, match="not JSON"):
         read_positions(data, length=3, v_eff=V)
 
 

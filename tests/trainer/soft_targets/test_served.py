@@ -120,7 +120,7 @@ def test_a_server_that_is_busy_is_asked_again(
 WRONG: dict[str, tuple[Answer, str]] = {
     "a model that is not there": (lambda _: (404, {"error": "no model big"}), "HTTP 404.*no model big.*the model's name"),
     "busy for good": (lambda _: (503, b"busy"), "gave no answer.*503"),
-    "no JSON": (lambda _: (200, b"<html>"), "gave no answer"),
+    "not JSON": (lambda _: (200, b"<html>"), "gave no answer"),
     "a server without prompt_logprobs": (lambda _: (200, {"choices": [{"text": ""}]}), r"no choices\[0\]\.prompt_logprobs"),
     "tokens added": (lambda body: (200, {"choices": [{"prompt_logprobs": [None] * (len(body["prompt"]) + 1)}]}), "must not add or cut"),
     "foreign tokens": (
