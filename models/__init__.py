@@ -1,4 +1,4 @@
-"""Models as people have them: families, folders, tokenizers, teachers, pruning. Imports no other part of decoct."""
+"""Models: families, folders, tokenizers, teachers and pruning. Imports no other part of decoct."""
 
 from typing import TYPE_CHECKING
 

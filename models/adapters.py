@@ -1,4 +1,4 @@
-"""Models under a LoRA adapter of peft: what their head really is, and what cannot be taken apart. peft itself is not needed here."""
+"""Models with a LoRA adapter of peft: the base model inside, and the head with its adapter. peft itself is not imported."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from .common.errors import UserError
 
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model inside a peft wrapper, with the adapter's layers in it; any other model as it is.
+    """The transformers model inside a peft wrapper, with the adapter's layers in it; any other model is returned unchanged.
 
     Raises:
         UserError: the adapter adds virtual tokens (prompt or prefix tuning), which the backbone alone does not see.
@@ -21,13 +21,13 @@ def unwrapped(model: Any) -> Any:
 
 
 def effective_head(head: Any) -> tuple[Tensor | None, Tensor | None]:
-    """(weight [V, H], bias [V] or None) that a head multiplies by: rounded where it rounds, its LoRA part included; gradients reach the
-    adapter alone when the base is frozen. (None, None) for a head without a weight.
+    """(weight [V, H], bias [V] or None) of a head as it computes: rounded if the head rounds, and with its LoRA part.
 
-    ``head.weight`` of a LoRA layer is the base's: a loss that reads it trains on other numbers than the model computes.
+    Gradients reach only the adapter if the base is frozen. A head without a weight gives (None, None). Do not read ``head.weight`` of a
+    LoRA layer instead: it is the base's weight, and a loss on it would train on other numbers than the model computes.
 
     Raises:
-        UserError: dropout before the adapter, or a form of LoRA that is no sum of matrices.
+        UserError: the adapter has dropout, or a form of LoRA that is not a sum of matrices.
     """
     if isinstance(getattr(head, "modules_to_save", None), nn.ModuleDict):
         head = head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
@@ -50,12 +50,14 @@ def _update(head: Any, name: str) -> Tensor:
     if head.training and getattr(dropout, "p", 0):
         raise UserError(f"the LoRA adapter {name!r} of the output head has dropout {dropout.p}; losses need it to be 0 there")
     if getattr(head, "use_dora", {}).get(name) or not isinstance(head.lora_A[name], nn.Linear) or head.lora_B[name].bias is not None:
-        raise UserError(f"the adapter {name!r} of the output head is no plain LoRA (two matrices without bias); leave the head out of it")
+        raise UserError(
+            f"the adapter {name!r} of the output head is not plain LoRA (two matrices without bias); leave the head out of the adapter"
+        )
     return head.scaling[name] * (head.lora_B[name].weight @ head.lora_A[name].weight)
 
 
 class EveryModuleInEval:
-    """Eval mode inside a ``with``, and afterwards the mode that each module had."""
+    """Context manager: eval mode inside, and each module's own mode again afterwards."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._training = model, [module for module in model.modules() if module.training]

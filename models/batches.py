@@ -1,4 +1,4 @@
-"""What a backbone is called with, so that the documents of a packed window stay apart for student and teacher alike."""
+"""Arguments of a backbone, so that the documents of a packed window do not see each other in student and teacher."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,22 +17,23 @@ def backbone_inputs(batch: Mapping[str, Tensor], device: torch.device | str | No
     """Arguments of a backbone, or of a whole model, for ``batch``.
 
     Args:
-        batch: ``input_ids`` and, for packed windows, ``position_ids`` that start at 0 with each document; else ``attention_mask`` where
-            there is padding. Each [B, S] int64; other keys are ignored.
-        device: Where the model is; None = where the batch is.
+        batch: ``input_ids`` and, for packed windows, ``position_ids`` that start at 0 in each document; else ``attention_mask`` if there
+            is padding. Each [B, S] int64; other keys are ignored.
+        device: Device of the model; None = that of the batch.
 
     Returns:
-        For packed windows no mask: transformers then builds one from the positions in which a token sees its own document alone.
+        The arguments. Packed windows get no mask: transformers then builds one from the positions, by which a token sees only its own
+        document.
     """
     keys = ("input_ids", "position_ids") if "position_ids" in batch else ("input_ids", "attention_mask")
     given = {key: batch[key] if device is None else batch[key].to(device) for key in keys if key in batch}
-    # beside a cache, which transformers makes unasked, positions would not count
+    # transformers makes a cache by default in eval mode, and with a cache it ignores the positions: documents would see each other
     return {"attention_mask": None, "use_cache": False, **given}
 
 
 @torch.no_grad()
 def keeps_documents_apart(model: "PreTrainedModel") -> bool:
-    """Whether the second of two packed documents gives the hidden states that it gives alone. True on the meta device, unseen."""
+    """Whether the second of two packed documents has the same hidden states as alone. True, without a run, on the meta device."""
     backbone, weight, _ = backbone_and_head(model)
     if weight.is_meta:
         return True
@@ -46,7 +47,8 @@ def keeps_documents_apart(model: "PreTrainedModel") -> bool:
             for batch in ({"input_ids": ids, "position_ids": positions}, {"input_ids": ids[:, 3:], "position_ids": positions[:, 3:]})
         )
     except TypeError:
-        return False  # it knows no positions at all
+        # the backbone takes no position_ids at all
+        return False
     finally:
         model.train(training)
     tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2
@@ -55,7 +57,7 @@ def keeps_documents_apart(model: "PreTrainedModel") -> bool:
 
 
 def check_packing(model: "PreTrainedModel", who: str) -> None:
-    """Run two packed documents together, and one alone, and compare.
+    """Runs two packed documents together and one alone, and compares.
 
     Raises:
         UserError: the model, named by ``who``, lets a document see the one before it.
@@ -63,6 +65,6 @@ def check_packing(model: "PreTrainedModel", who: str) -> None:
     if not keeps_documents_apart(model):
         kind: Any = model.config.model_type
         raise UserError(
-            f"{who} (model type {kind!r}) does not keep packed documents apart: its attention takes no notice of positions that start "
+            f"{who} (model type {kind!r}) does not keep packed documents apart: its attention ignores positions that start "
             "again; set data.packing: false"
         )

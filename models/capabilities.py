@@ -1,9 +1,9 @@
-"""What decoct can do with a model, and why not: answered from its modules and config, on the meta device, before any weight is read.
+"""Decides what decoct can do with a model, with reasons, from its modules and config on the meta device, before any weight is read.
 
-Two sources. The modules show what a stage reaches: linears of decoder layers, and not GPT-2's ``Conv1D`` or the experts that transformers
-keeps in one three-dimensional parameter. What only shows when a model runs (documents that see each other, targets that leak) was measured
-once for each architecture of transformers in tiny form (``family_facts.json``, made by ``benchmarks/families.py``); the checks that are
-made when weights are loaded stay, for models that are not in that list.
+It has two sources. The modules show what a stage reaches: linears of decoder layers, but not GPT-2's ``Conv1D`` or the experts that
+transformers keeps in one three-dimensional parameter. Properties that only show when a model runs (documents that see each other, targets
+that leak) were measured once per architecture of transformers in tiny form (``family_facts.json``, made by ``benchmarks/families.py``).
+Models that are not in that list are checked when their weights are loaded.
 """
 
 import json
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 LEAST_COVERED = 0.95
-"""Share of the decoder's weights that a stage must reach, unless its setting ``allow_partial`` is true."""
+"""Least share of the decoder's weights that a stage must reach, unless its setting ``allow_partial`` is true."""
 ACTIONS = ("measure", "distil", "bf16 teacher", "packing", "keep layers", "prune channels", "prune weights", "rtn", "gptq", "qat", "export")
 """measure = perplexity and KL, which every run ends with; distil = training of any kind; bf16 teacher = held in bf16 while it teaches;
 packing = several documents in one window; export = to any packed format."""
@@ -32,21 +32,21 @@ _WEIGHT_ACTIONS = ("prune weights", "rtn", "gptq", "qat")
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderWeights:
-    """The decoder's weights: every parameter of two or more dimensions but embeddings (of tokens, positions) and the output head."""
+    """The decoder's weights: every parameter of two or more dimensions except embeddings (of tokens, positions) and the output head."""
 
     total: int
     linears: Mapping[str, int]
-    """Elements of the linears of the decoder layers, by full name: what pruning and quantization work on."""
+    """Elements of the linears of the decoder layers by full name; pruning and quantization work on these."""
     others: Mapping[str, int]
-    """What they do not reach, in words -> elements, most first."""
+    """All other weights: description -> elements, the largest first."""
 
     def share(self, names: Iterable[str] | None = None) -> float:
-        """Share of the weights in these linears, in all of them by default; 0.0 of a model without decoder weights."""
+        """Share of the weights in these linears (by default in all linears); 0.0 for a model without decoder weights."""
         chosen = self.linears if names is None else [name for name in dict.fromkeys(names) if name in self.linears]
         return sum(self.linears[name] for name in chosen) / self.total if self.total else 0.0
 
     def left(self) -> str:
-        """'97.1% experts in 3-dimensional parameters (MixtralExperts)'; '' when the linears are everything."""
+        """The other weights in words: '97.1% experts in 3-dimensional parameters (MixtralExperts)'; '' if there are none."""
         return ", ".join(f"{percent(count / self.total)} {words}" for words, count in list(self.others.items())[:3])
 
 
@@ -57,28 +57,29 @@ class Capabilities:
     model_type: str
     weights: DecoderWeights
     reasons: Mapping[str, str]
-    """Action -> why not; actions without a reason are carried."""
+    """Action -> reason why it is not supported; actions without a reason are supported."""
 
     def refusal(self, action: str) -> str | None:
-        """A sentence that names the family and the reason; None when the action is carried."""
+        """A sentence with the family and the reason; None if the action is supported."""
         reason = self.reasons.get(action)
         return None if reason is None else f"model type {self.model_type!r}: {reason}"
 
     def partial(self, action: str) -> str | None:
-        """``refusal``, for a stage that may leave weights out: None as well where it reaches some of them."""
+        """``refusal`` for a stage that may leave weights out: also None if it reaches some of them."""
         return None if self.weights.linears and self.reasons.get(action) == _uncovered(self.weights) else self.refusal(action)
 
 
 def capabilities(model: "PreTrainedModel", measured: Mapping[str, str] | None = None) -> Capabilities:
-    """The answers for ``model``, on any device, meta too; nothing is run.
+    """The answers for ``model``, on any device, also meta; nothing is run.
 
     Args:
-        measured: What running its family has shown, action -> why not; None = as it is on record.
+        model: The model.
+        measured: Results of running its family: action -> reason why it is not supported; None = the recorded ones.
     """
     weights = decoder_weights(model)
     kind: str = text_config(model.config).model_type
     reasons = dict(measured_reasons(kind) if measured is None else measured)
-    # such as routers
+    # linears with a forward of their own, such as routers, compute something else than a product with their weight
     special = {name.rpartition(".")[2]: type(linear).__name__ for name, linear in _special(model).items()}
     if special:
         parts = ", ".join(f"{leaf} ({kind})" for leaf, kind in special.items())
@@ -99,16 +100,16 @@ def capabilities(model: "PreTrainedModel", measured: Mapping[str, str] | None = 
 
 
 def decoder_weights(model: "PreTrainedModel") -> DecoderWeights:
-    """What of a plain model the stages reach, and what they do not. Shared weights count once."""
+    """The weights of a plain model that stages reach, and those that they do not. Shared weights count once."""
     linears = decoder_linears(model)
     reached = {id(linear.weight): name for name, linear in linears.items()}
-    ends = {id(getattr(end, "weight", None)) for end in (model.get_input_embeddings(), model.get_output_embeddings())}
+    outer = {id(getattr(module, "weight", None)) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     seen: set[int] = set()
     covered: dict[str, int] = {}
     others: Counter[str] = Counter()
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen or parameter.ndim < 2 or id(parameter) in ends or isinstance(module, nn.Embedding):
+            if id(parameter) in seen or parameter.ndim < 2 or id(parameter) in outer or isinstance(module, nn.Embedding):
                 continue
             seen.add(id(parameter))
             if (name := reached.get(id(parameter))) is not None:
@@ -138,14 +139,14 @@ def _uncovered(weights: DecoderWeights) -> str:
 
 
 def percent(share: float) -> str:
-    """'96.4%', and never 100.0% of what is not all."""
+    """A share as '96.4%'. Below 1 it is at most 99.9%, so that '100%' always means all."""
     return "100%" if share >= 1 else f"{min(share, 0.999):.1%}"
 
 
 def coverage_refusal(weights: DecoderWeights, reached: Iterable[str], named: Iterable[str] = ()) -> str | None:
-    """Why a stage that works on the linears ``reached`` leaves too much; what the user has named to be left (``named``) counts as said.
+    """Why a stage that works on the linears ``reached`` leaves out too much; None if it reaches enough.
 
-    None when it is enough.
+    Linears that the user has named to be left out (``named``) count as reached.
     """
     if weights.total and weights.share([*reached, *named]) >= LEAST_COVERED:
         return None
@@ -179,7 +180,10 @@ def _without_head(model: "PreTrainedModel") -> str | None:
 
 
 def measured_reasons(model_type: str) -> Mapping[str, str]:
-    """What running the family in tiny form has shown: action -> why not; {} for one that was not run, or by another transformers."""
+    """Results of running the family in tiny form: action -> reason why it is not supported.
+
+    It is {} for families that were not run, or not with this version of transformers.
+    """
     facts = _facts()
     return facts["reasons"].get(model_type, {}) if facts["transformers"] == _minor_version() else {}
 

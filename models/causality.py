@@ -1,4 +1,4 @@
-"""Whether a model is what training and evaluation take it for: one that says nothing of a token by looking at later ones."""
+"""Checks that a model is causal, as training and evaluation assume: its predictions do not depend on later tokens."""
 
 from typing import TYPE_CHECKING
 
@@ -16,9 +16,9 @@ _TOKENS = 12
 
 @torch.no_grad()
 def future_leak(model: "PreTrainedModel") -> float:
-    """How far the hidden states before the last token move when that token is changed, as a share of the largest; 0.0 on the meta device.
+    """Largest change of the hidden states before the last token when that token changes, as a share of the largest hidden state.
 
-    One forward pass of two rows of 12 tokens. NaN where the hidden states are.
+    It takes one forward pass of two rows of 12 tokens. It is 0.0 on the meta device, and NaN if hidden states are NaN.
     """
     backbone, weight, _ = backbone_and_head(model)
     if weight.is_meta:
@@ -35,7 +35,7 @@ def future_leak(model: "PreTrainedModel") -> float:
 
 
 def future_reason(model: "PreTrainedModel") -> str | None:
-    """'it sees later tokens' with the setting that says so; None for a causal model, found by changing a later token."""
+    """'it sees later tokens', with the setting that causes it; None for a causal model. Found by changing a later token."""
     tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 3e-2
     if not future_leak(model) > tolerance:
         return None
@@ -44,19 +44,20 @@ def future_reason(model: "PreTrainedModel") -> str | None:
 
 
 def check_causal(model: "PreTrainedModel", who: str) -> None:
-    """Change a later token and see that nothing before it moves.
+    """Checks that changing a later token changes nothing before it.
 
-    A model that sees the tokens it is to predict learns to copy them, and its perplexity is that of one that knows the answer.
+    A model that sees the tokens it must predict learns to copy them, and its perplexity means nothing.
 
     Args:
-        who: What messages call the model, such as 'the teacher'.
+        model: The model.
+        who: Name of the model in messages, such as 'the teacher'.
 
     Raises:
-        UserError: it sees later tokens; the message names the setting, where one of its config says so.
+        UserError: the model sees later tokens; the message names the setting of its config that causes it, if there is one.
     """
     if reason := future_reason(model):
         remedy = "set it the other way if the model was trained so" if ":" in reason else "use a causal language model"
         raise UserError(
-            f"{who}, model type {text_config(model.config).model_type!r}: {reason}. Changing the last of {_TOKENS} tokens moves what it "
-            f"says of those before, so that it would learn, and be measured, on targets that it sees; {remedy}"
+            f"{who}, model type {text_config(model.config).model_type!r}: {reason}. Changing the last of {_TOKENS} tokens changes its "
+            f"predictions before it, so it would be trained and measured on targets that it sees; {remedy}"
         )

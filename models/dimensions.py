@@ -1,6 +1,6 @@
-"""Sizes of a model as estimates need them, read from its modules where its config does not name them as Llama's does.
+"""Sizes of a model for estimates, read from its modules if its config has no field of Llama's name for them.
 
-transformers' configs agree on little: GPT-2 says ``n_embd``, OPT ``ffn_dim``, Gemma 3n has a list of FFN widths, Mamba no heads at all.
+transformers' configs differ: GPT-2 has ``n_embd``, OPT ``ffn_dim``, Gemma 3n a list of FFN widths, Mamba no heads at all.
 """
 
 from dataclasses import dataclass
@@ -23,19 +23,19 @@ class Dimensions:
     hidden: int
     """Channels of the hidden states."""
     ffn: int
-    """Channels of the widest FFN; where the config does not name them, the widest side of a layer's linears."""
+    """Channels of the widest FFN; if the config does not name them, the widest side of a layer's linears."""
     heads: int
-    """Query heads; 1 where there is no attention."""
+    """Query heads; 1 without attention."""
     kv_heads: int
-    """Key and value heads; 0 where there is no attention, and so no KV cache."""
+    """Key and value heads; 0 without attention, and so without a KV cache."""
     head_dim: int
-    """Channels of a head."""
+    """Channels per head."""
     vocabulary: int
     """Rows of the output head."""
 
 
 def dimensions(model: "PreTrainedModel") -> Dimensions:
-    """The sizes of ``model``, on any device, meta too."""
+    """The sizes of ``model``, on any device, also meta."""
     text = text_config(model.config)
     embedding, head = _shape(model.get_input_embeddings()), _shape(model.get_output_embeddings())
     hidden = _number(text, "hidden_size", "d_model") or head[1] or embedding[1]
@@ -58,7 +58,7 @@ def hidden_size(model: "PreTrainedModel") -> int:
 
 
 def field_of(config: Any, name: str) -> Any:
-    """A config's field; a list of its values where layers have their own, and None where there is none."""
+    """A config's field; a list of its values if layers have their own, and None if there is none."""
     try:
         return getattr(config, name, None)
     except RuntimeError:
@@ -67,7 +67,7 @@ def field_of(config: Any, name: str) -> Any:
 
 
 def _number(config: Any, *names: str) -> int | None:
-    """The first of these fields that is a number above 0, or the largest of those of all layers where they differ."""
+    """The first of these fields that is a number above 0; the largest one if layers have different numbers."""
     for name in names:
         value = field_of(config, name)
         numbers = value if isinstance(value, list | tuple) else [value]

@@ -1,7 +1,7 @@
-"""What decoct knows about model families: where decoder layers, FFN projections, head and logit transform are.
+"""Model families: the places of decoder layers, FFN projections, head and logit transform.
 
-An explicit map per family instead of tracing: an unknown family is refused by name, never guessed. Only what reshapes a model
-needs the map; ``decoder_linears``, ``backbone_and_head`` and ``head_transform`` work on any causal language model of transformers.
+Each family has an explicit map; an unknown family is refused by name, never guessed. Only operations that reshape a model need the map;
+``decoder_linears``, ``backbone_and_head`` and ``head_transform`` work on any causal language model of transformers.
 """
 
 import re
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadTransform:
-    """What happens to logits after the head: ``x = logit_scale * x``, then ``softcap * tanh(x / softcap)`` if there is a cap."""
+    """Transform of the logits after the head: ``x = logit_scale * x``, then ``softcap * tanh(x / softcap)`` if there is a cap."""
 
     logit_scale: float = 1.0
     """Factor on the logits (Cohere, Granite, Falcon-H1)."""
@@ -37,7 +37,7 @@ class HeadTransform:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Where the parts of one ``model_type`` are. Names are relative: ``layers_path`` to the model, the others to a decoder layer."""
+    """Names of the parts of one ``model_type``: ``layers_path`` is relative to the model, the others to a decoder layer."""
 
     name: str
     """transformers ``model_type``."""
@@ -97,9 +97,9 @@ def family_of(config_or_model: "PreTrainedConfig | PreTrainedModel") -> Family:
 def decoder_linears(model: "PreTrainedModel") -> dict[str, nn.Linear]:
     """Every ``nn.Linear`` (subclasses too) inside the decoder layers, by full name, in module order.
 
-    Works for any causal language model: where the decoder layers are not found, every linear but the output head counts. The head
-    and embeddings are never among them. Empty for models without ``nn.Linear`` in their layers (GPT-2 uses ``Conv1D``). What share of the
-    decoder they are, ``capabilities.decoder_weights`` says.
+    This works for any causal language model. If the decoder layers are not found, all linears but the output head are taken; the head and
+    embeddings never are. The result is empty for models without ``nn.Linear`` in their layers (GPT-2 uses ``Conv1D``).
+    ``capabilities.decoder_weights`` gives the share of the decoder that these linears are.
     """
     head = model.get_output_embeddings()
     prefix = layers_prefix(model)
@@ -111,33 +111,35 @@ def decoder_linears(model: "PreTrainedModel") -> dict[str, nn.Linear]:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module is ``nn.Linear``, or a subclass that computes the same: weights of others mean something else when rounded."""
-    # Falcon's writes the product out, so that bf16 rounds between product and bias
+    """Whether a module is ``nn.Linear`` or a subclass that computes the same; only their weights can be rounded on their own."""
+    # Falcon's own forward computes the same: it only makes bf16 round between product and bias
     return isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear")
 
 
 def decoder_layers(model: "PreTrainedModel") -> list[nn.Module]:
-    """The decoder layers, in order; empty where they are not found (no family map, and no ModuleList in the model)."""
+    """The decoder layers, in order; empty if they are not found (no family map, and no ModuleList in the model)."""
     prefix = layers_prefix(model)
     return list(model.get_submodule(prefix.removesuffix(".")).children()) if prefix else []
 
 
 def layers_prefix(model: "PreTrainedModel") -> str:
-    """Name of the ModuleList of decoder layers with a trailing dot: of those as long as the config says, or of all, the one that holds
-    most; '' when there is none."""
+    """Name of the ModuleList of decoder layers, with a trailing dot; '' if there is none.
+
+    Without a family map it is the list with the most parameters, of those with as many entries as the config has layers, or else of all.
+    """
     family = FAMILIES.get(model.config.model_type)
     if family is not None:
         return f"{family.layers_path}."
     count = depth_of(model.config)
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
-    # lists inside a layer, such as experts, belong to the layer
+    # without lists inside other lists, such as the experts of a layer
     outer = {name: module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
     fitting = {name: module for name, module in outer.items() if len(module) == count} or outer
     return max(fitting, key=lambda name: sum(p.numel() for p in fitting[name].parameters())) + "." if fitting else ""
 
 
 def text_config(config: "PreTrainedConfig") -> Any:
-    """The config of the language model; of a config with several of them (a text encoder and a decoder) the config itself."""
+    """The config of the language model; if there are several (a text encoder and a decoder), the config itself."""
     try:
         return config.get_text_config()
     except ValueError:
@@ -145,25 +147,25 @@ def text_config(config: "PreTrainedConfig") -> Any:
 
 
 def depth_of(config: "PreTrainedConfig") -> int | None:
-    """The number of decoder layers that a config states; None where it names it otherwise than Llama's does."""
+    """The number of decoder layers that a config states; None if it has no field of Llama's name for it."""
     count = getattr(text_config(config), "num_hidden_layers", None)
     return count if isinstance(count, int) else None
 
 
 def backbone_and_head(model: "PreTrainedModel") -> tuple[nn.Module, Tensor, Tensor | None]:
-    """The two halves of a causal language model, under a LoRA adapter of peft or not.
+    """The backbone and the head of a causal language model, with or without a LoRA adapter of peft.
 
     Returns:
         (backbone, weight [V_padded, H], bias [V_padded] or None). The input of the head is
-        ``backbone(input_ids=..., attention_mask=..., use_cache=False).last_hidden_state`` [B, S, H]; the weight is the embedding
-        table itself when they are tied, and a sum
-        with a graph when the head has a LoRA adapter. What follows the head is ``head_transform(model.config)``.
+        ``backbone(input_ids=..., attention_mask=..., use_cache=False).last_hidden_state`` [B, S, H]. The weight is the embedding table
+        itself if they are tied, and a sum with an autograd graph if the head has a LoRA adapter. ``head_transform(model.config)`` follows
+        the head.
 
     Raises:
         UserError: the model has no separate backbone, or no linear head.
     """
     model = unwrapped(model)
-    # some models name another part of them as their base, which then is the whole model
+    # base_model is the model itself if its prefix names a part that it does not have; the backbone is then under "model"
     backbone = model.base_model if model.base_model is not model else getattr(model, "model", model)
     weight, bias = effective_head(model.get_output_embeddings())
     if backbone is model or weight is None:
@@ -175,7 +177,7 @@ def backbone_and_head(model: "PreTrainedModel") -> tuple[nn.Module, Tensor, Tens
 
 
 def head_transform(config: "PreTrainedConfig") -> HeadTransform:
-    """What the model of ``config`` does to its logits after the head (read in transformers' modelling code)."""
+    """The transform of the logits after the head, for the model of ``config`` (from transformers' modelling code)."""
     text = text_config(config)
     kind: str = text.model_type
     scale = 1.0
@@ -194,10 +196,10 @@ def head_transform(config: "PreTrainedConfig") -> HeadTransform:
 
 @torch.no_grad()
 def check_head(model: "PreTrainedModel") -> None:
-    """Run four tokens both ways, whole and as backbone + head + transform, and compare the logits.
+    """Runs four tokens through the whole model and through backbone + head + transform, and compares the logits.
 
-    Losses bypass the model's own head, so a family with a step between head and logits that is unknown here would be trained on wrong
-    numbers without any error. Does nothing on the meta device.
+    Losses bypass the model's own head, so a family with a step between head and logits that is not known here would be trained on wrong
+    numbers without any error. It does nothing on the meta device.
 
     Raises:
         UserError: the two disagree.
@@ -213,11 +215,11 @@ def check_head(model: "PreTrainedModel") -> None:
         hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
     finally:
         model.train(training)
-    # some models keep their hidden states in fp32 whatever their weights are (Mamba), and cast them for the head
+    # some models (Mamba) keep their hidden states in fp32 for every dtype of the weights, and cast them for the head
     logits = head_transform(model.config).apply(nn.functional.linear(hidden.to(weight.dtype), weight, bias).float())
     tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2
     logits = logits[..., : expected.shape[-1]]
-    # a token that cannot be said has -inf both ways
+    # a token of probability 0 has -inf both ways, and the difference of infinities would be NaN
     error = torch.where(logits == expected, 0.0, logits - expected).abs().max().item()
     if not error <= tolerance * max(1.0, torch.where(expected.isfinite(), expected, 0.0).abs().max().item()):
         raise UserError(

@@ -1,6 +1,6 @@
-"""The door to bitsandbytes: imported when something asks for it, with a readable refusal where it cannot work.
+"""Imports bitsandbytes only when it is needed, with a readable error if it does not work.
 
-Version 0.50 has CPU kernels for everything decoct uses of it (nf4 and int8 linear layers, 8-bit AdamW); paged moments need CUDA.
+Version 0.50 has CPU kernels for everything that decoct uses of it (nf4 and int8 linear layers, 8-bit AdamW); paged moments need CUDA.
 """
 
 import logging
@@ -12,17 +12,18 @@ from .common.errors import UserError
 
 @cache
 def load_bitsandbytes(key: str) -> Any:
-    """The module.
+    """Imports and returns the module.
 
     Args:
         key: Recipe key and value that need it, such as "trainer.optimizer: adamw-8bit", for the message.
 
     Raises:
-        UserError: it is not installed, or its library does not load here.
+        UserError: bitsandbytes is not installed, or its library does not load here.
     """
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it remarks at import that an optional package of CPU kernels is absent
+    # at import it logs that an optional package of CPU kernels is missing
+    logger.setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError as error:
@@ -35,10 +36,10 @@ def load_bitsandbytes(key: str) -> Any:
 
 
 def check_low_bit(key: str, device: Any = "cpu") -> None:
-    """Quantize 256 numbers on ``device`` and back: whether bitsandbytes works there.
+    """Checks that bitsandbytes works on ``device``, by quantizing and dequantizing 256 numbers.
 
     Raises:
-        UserError: it does not, or it is not installed.
+        UserError: it does not work, or is not installed.
     """
     import torch
 
@@ -55,6 +56,6 @@ def check_low_bit(key: str, device: Any = "cpu") -> None:
 def _broken(key: str, error: Exception) -> UserError:
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return UserError(
-        f"{key} needs bitsandbytes, which does not work here: {first}. 'python -m bitsandbytes' says more; install a build for this "
+        f"{key} needs bitsandbytes, which does not work here: {first}. 'python -m bitsandbytes' prints details; install a build for this "
         "machine, or leave the key out"
     )

@@ -1,4 +1,4 @@
-"""Windows that are longer than a model's table of positions."""
+"""Checks that windows are not longer than a model's table of positions."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 
 
 def check_positions(path: str | Path, config: "PreTrainedConfig", seq_length: int) -> None:
-    """Refuse windows that are longer than a model's table of positions (GPT-2, OPT, GPT-J); rotary ones have none.
+    """Refuses windows that are longer than a model's table of positions (GPT-2, OPT, GPT-J); rotary models have no table.
 
     Raises:
-        UserError: naming both lengths.
+        UserError: the windows are too long; the message has both lengths.
     """
     limit = position_limit(config)
     if limit is not None and seq_length > limit:
         raise UserError(
-            f"data.seq_length={seq_length} is longer than the {limit:,} positions of {path} (model type {config.model_type!r}), which has "
-            f"a table of them and none beyond; set data.seq_length={limit} or less (--seq-length {limit})"
+            f"data.seq_length={seq_length} is longer than the {limit:,} positions of {path} (model type {config.model_type!r}), "
+            f"whose table of positions ends there; set data.seq_length={limit} or less (--seq-length {limit})"
         )
 
 
 def position_limit(config: "PreTrainedConfig") -> int | None:
-    """The number of positions that a model has a table for; None where any position can be computed."""
+    """The number of positions in a model's table; None if the model computes positions without a table."""
     text = text_config(config)
     if text.model_type == "mpt":
         return text.max_seq_len

@@ -1,7 +1,7 @@
-"""Building students: fewer layers of a teacher, or random weights from a config; and dropping rows no token uses.
+"""Builds students from some layers of a teacher, or with random weights from a config; and drops vocabulary rows without a token.
 
-A student with fewer layers is built anew from its own config and filled from the teacher's tensors under renumbered names, so that
-everything a layer derives from its index (cache slot, attention type) is right by construction.
+A student with fewer layers is built from its own config and filled with the teacher's tensors under renumbered names, so that everything
+that a layer derives from its index (cache slot, attention type) is right by construction.
 """
 
 import copy
@@ -49,14 +49,14 @@ def student_by_keeping(teacher_model: "PreTrainedModel", layers: int) -> tuple["
     """A student made of ``layers`` evenly spread decoder layers of the teacher, embeddings, final norm and head.
 
     Args:
-        teacher_model: Llama, Mistral, Qwen2 or Qwen3; left as it is. On the meta device the student is too.
-        layers: Decoder layers kept, see ``kept_layers``.
+        teacher_model: Llama, Mistral, Qwen2 or Qwen3; not changed. If it is on the meta device, the student is too.
+        layers: Number of decoder layers kept, see ``kept_layers``.
 
     Returns:
-        (student, kept): fp32 copy on the teacher's device in eval mode, its own config; indices of the teacher's layers, ascending.
+        (student, kept): fp32 copy on the teacher's device in eval mode with its own config; ascending indices of the teacher's layers.
 
     Raises:
-        UserError: unknown family, impossible number of layers, or per-layer shapes.
+        UserError: the family is unknown, the number of layers impossible, or layers have different shapes.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -85,14 +85,14 @@ def kept_config(config: "PreTrainedConfig", layers: int) -> tuple["PreTrainedCon
 
 
 def _shallow_config(source: "PreTrainedConfig", family: Family, kept: list[int]) -> "PreTrainedConfig":
-    """The teacher's config with fewer layers: depth, ``layer_types`` and ``max_window_layers`` agree."""
+    """The teacher's config with fewer layers, with consistent depth, ``layer_types`` and ``max_window_layers``."""
     config: Any = copy.deepcopy(source)
     if getattr(config, "is_heterogeneous", False):
         raise UserError("the teacher's config has per_layer_config (layers of different shapes); student.keep needs equal layers")
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[index] for index in kept]
     if getattr(config, "max_window_layers", None) is not None:
-        # Layers from this index on use the sliding window; below it they attend to everything.
+        # layers from this index on use the sliding window, those below it attend to all tokens
         config.max_window_layers = sum(index < config.max_window_layers for index in kept)
     setattr(config, family.depth_field, len(kept))
     return config
@@ -104,15 +104,15 @@ def _renumbered(state: dict[str, Tensor], family: Family, kept: list[int]) -> di
 
 
 def student_from_config(config: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", seed: int) -> "PreTrainedModel":
-    """A student with random weights, fp32, on the current default device, in eval mode as ``from_pretrained`` gives it.
+    """A student with random weights, fp32, on the current default device, in eval mode as from ``from_pretrained``.
 
     Args:
         config: ``model_type`` and fields of its transformers config. ``vocab_size`` and the special tokens come from the tokenizer.
-        tokenizer: Its ids size the embedding exactly: no padding rows.
-        seed: Seed of the initial weights; the global generators are left as they were.
+        tokenizer: The embedding gets one row per id of it, without padding rows.
+        seed: Seed of the initial weights; the global generators are not changed.
 
     Raises:
-        UserError: unknown ``model_type`` or field (with the nearest valid one), or values that transformers refuses.
+        UserError: ``model_type`` or a field is unknown (the message has the nearest valid one), or transformers refuses a value.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -133,7 +133,7 @@ def student_from_config(config: dict[str, Any], tokenizer: "PreTrainedTokenizerB
 
 
 def _checked_fields(config: dict[str, Any], v_eff: int) -> dict[str, Any]:
-    """The config's fields with ``vocab_size`` set; transformers would ignore a mistyped one in silence."""
+    """Checks the names of the config's fields, as transformers would silently ignore a mistyped one, and sets ``vocab_size``."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind = config.get("model_type")
@@ -156,10 +156,10 @@ def _checked_fields(config: dict[str, Any], v_eff: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def trim_vocabulary(model: "PreTrainedModel", v_eff: int) -> int:
-    """Drop the rows beyond ``v_eff`` of embedding and head, in place; tied tensors stay tied.
+    """Drops the rows of embedding and head beyond ``v_eff``, in place; tied tensors stay tied.
 
     Returns:
-        The number of rows dropped (0 when there is no padding).
+        The number of dropped rows (0 without padding).
 
     Raises:
         UserError: the model has fewer than ``v_eff`` rows.
@@ -188,7 +188,7 @@ def _first_rows(parameter: nn.Parameter, rows: int) -> nn.Parameter:
 
 
 def _set_vocabulary(model: "PreTrainedModel", v_eff: int) -> None:
-    """Make configs and cached attributes say ``v_eff``; a special token on a dropped row is none any more."""
+    """Sets ``v_eff`` in configs and cached attributes, and special tokens on dropped rows to None."""
     text: Any = model.config.get_text_config()
     text.vocab_size = v_eff
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Whether an output head is the embedding's table, in memory and by the config, which readers of a saved model believe."""
+"""Makes a model's config state correctly whether the output head is tied to the embedding: readers of a saved model rely on it."""
 
 import logging
 from pathlib import Path
@@ -11,9 +11,9 @@ _logger = logging.getLogger(__name__)
 
 
 def settle_ties(path: str | Path, model: "PreTrainedModel") -> None:
-    """Make the config of a loaded model say what it is in memory.
+    """Sets ``tie_word_embeddings`` in the config of a loaded model to what is the case in memory.
 
-    transformers unties a head that the files hold with values of its own, and leaves ``tie_word_embeddings`` as it was.
+    transformers unties a head that has values of its own in the files, but does not change ``tie_word_embeddings``.
     """
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
@@ -23,8 +23,8 @@ def settle_ties(path: str | Path, model: "PreTrainedModel") -> None:
         return
     if one is not two:
         _logger.warning(
-            "%s says tie_word_embeddings: true, but holds a head with values of its own, which is what was trained and is kept; what is "
-            "saved from here says false",
+            "%s has tie_word_embeddings: true, but also a head with values of its own; that head is kept, and models saved from here have "
+            "tie_word_embeddings: false",
             path,
         )
     for part in (model.config, text):

@@ -1,6 +1,6 @@
-"""Fake quantization: the rounding that export stores, inside the forward, with a gradient.
+"""Fake quantization: the rounding of exports in the forward pass, with a gradient.
 
-Imports torch alone (triton only when its kernels run), so it can be lifted into any training loop:
+It imports nothing but torch (and triton when its kernels run), so any training loop can use it:
 
     y = F.linear(x, fake_quant(linear.weight, QuantSpec(bits=4, group_size=32)), linear.bias)
 
@@ -8,8 +8,8 @@ Imports torch alone (triton only when its kernels run), so it can be lifted into
     fake_quant_learned(weight, scale, spec)  scales given, learned by LSQ          quantize_with: its codes
     fake_quant_activation(x, spec)           activations, keys and values          static_scale: scales of an observed range
 
-Each op is a file of formulas in plain PyTorch, ``*reference.py``, the path of every CPU, and beside it the same, bit for bit, as
-Triton kernels for a GPU, ``*kernel.py``.
+Each op has a file of formulas in plain PyTorch, ``*reference.py``, which also runs on CPUs, and a file of Triton kernels for GPUs,
+``*kernel.py``, which gives the same bits.
 """
 
 from ..spec import ActivationSpec as ActivationSpec

@@ -1,4 +1,4 @@
-"""Fake quantization by scales taken from the weights themselves: absmax of each group, or its range."""
+"""Fake quantization with scales computed from the weights: from the absmax of each group, or from its range."""
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from .ranges import check_groups, range_grid
 
 
 def _arguments(weight: Tensor, spec: QuantSpec, mask: Tensor | None) -> tuple[int, int, float, list[float]]:
-    """What the back ends take of a spec, after checking weight and mask."""
+    """The arguments of the back ends from a spec, after checking weight and mask."""
     check_weight(weight, mask)
     return spec.bits, spec.group_width(weight.shape[1]), spec.divisor_value, grid_numbers(spec)
 
@@ -19,16 +19,15 @@ def _arguments(weight: Tensor, spec: QuantSpec, mask: Tensor | None) -> tuple[in
 def fake_quant(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, backend: Backend = "auto") -> Tensor:
     """The weights as codes times scales, differentiable by the straight-through estimator.
 
-    y = s * clamp(round(w * mask / s), qmin, qmax) with s = max|w * mask| / divisor of each group, rounded to its grid and
-    taken as a constant; dL/dw = dL/dy * 1[qmin <= w / s <= qmax] * mask (``absmax_reference.py`` has every detail). With symmetric=False
-    scale and zero point come from the group's range (``range_reference.py``); kinds other than int have their own code books
-    and scales (``float_reference.py``).
+    y = s * clamp(round(w * mask / s), qmin, qmax) with s = max|w * mask| / divisor per group, rounded to its grid and taken as a constant;
+    dL/dw = dL/dy * 1[qmin <= w / s <= qmax] * mask (details in ``absmax_reference.py``). With symmetric=False scale and zero point come
+    from the group's range (``range_reference.py``); kinds other than int have their own code books and scales (``float_reference.py``).
 
     Args:
         weight: [out, in], float32, bfloat16, float16 (computed in fp32) or float64 (computed in fp64, reference only);
             need not be contiguous.
-        spec: The lattice; its group size divides ``in``.
-        mask: bool [out, in], True where a weight is kept; pruned weights are zeros before scales are taken. None keeps all.
+        spec: The quantization spec; its group size divides ``in``.
+        mask: bool [out, in], True where a weight is kept; pruned weights are set to zero before scales are taken. None keeps all.
         backend: 'auto' is the Triton kernel on CUDA and the reference elsewhere; both give the same bits.
 
     Returns:
@@ -55,11 +54,11 @@ def fake_quant(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, b
 
 
 def quantize(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
-    """Codes and scales of the weights: ``dequantize`` of them is ``fake_quant`` of the weights, bit for bit.
+    """Codes and scales of the weights; ``dequantize`` of them equals ``fake_quant`` of the weights, bit for bit.
 
     Args:
         weight: [out, in], as in ``fake_quant``.
-        spec: The lattice.
+        spec: The quantization spec.
         mask: bool [out, in], True where a weight is kept, or None.
         backend: As in ``fake_quant``.
 
@@ -67,10 +66,10 @@ def quantize(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, bac
         (codes int8 [out, in] in [qmin, qmax], scales fp32 of ``spec.scale_shape(out, in)`` on the spec's grid); zero groups have scale 1.
 
     Raises:
-        ValueError: as in ``fake_quant``, or a weight is NaN or infinite (waits for the device to tell).
+        ValueError: as in ``fake_quant``, or a weight is NaN or infinite (the check waits for the device).
     """
     if spec.kind != "int":
-        raise ValueError(f"codes of kind={spec.kind!r} are no int8; call encode() instead of quantize()")
+        raise ValueError(f"codes of kind={spec.kind!r} are not int8; call encode() instead of quantize()")
     if not spec.symmetric:
         raise ValueError("codes of a spec with symmetric=false come with zero points; call encode() instead of quantize()")
     if spec.group_size == "tensor":

@@ -1,4 +1,4 @@
-"""Fake quantization of activations, and of keys and values on their way into the cache: the ops of weights, over tokens."""
+"""Fake quantization of activations, and of keys and values on their way into the cache, by the ops for weights with tokens as rows."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from .range_reference import grid_of_range
 
 
 def _given(scale: Tensor | None, zero: Tensor | None, x: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of static scaling as [1, 1], after checking that they are there."""
+    """Checks scale and zero point of static scaling and returns them as [1, 1]."""
     if scale is None:
         raise ValueError("scaling='static' needs a scale: fp32, one number, as static_scale() makes it of an observed range")
     if scale.numel() != 1 or scale.dtype != torch.float32 or scale.device != x.device:
@@ -33,18 +33,18 @@ def fake_quant_activation(
 ) -> Tensor:
     """Activations as codes times scales, differentiable in ``x`` by the straight-through estimator with a clip mask.
 
-    Dynamic scaling takes scale (and zero point) of each token from its own values: int8 as ``absmax_reference.py`` with divisor 127, or
-    ``range_reference.py``; fp8 as ``float_reference.py``. Static scaling takes them as given. Scales are constants in the gradient.
+    Dynamic scaling computes the scale (and zero point) of each token from its own values: int8 as ``absmax_reference.py`` with divisor 127,
+    or ``range_reference.py``; fp8 as ``float_reference.py``. Static scaling takes them as given. Scales are constants in the gradient.
 
     Args:
         x: [..., features] (keys or values: [..., head_dim]), float32, bfloat16 or float16; a token is a row of the last axis.
-        spec: The lattice.
-        scale: One fp32 number, static scaling only.
-        zero: One int8 number, static scaling with symmetric=False only.
+        spec: The quantization of the activations.
+        scale: One fp32 number, only for static scaling.
+        zero: One int8 number, only for static scaling with symmetric=False.
         backend: As in ``fake_quant``.
 
     Returns:
-        Shape and dtype of ``x``, contiguous. A token with a NaN or an infinity is NaN (static: the element is).
+        Shape and dtype of ``x``, contiguous. A token with a NaN or infinity becomes NaN (with static scaling only the element does).
 
     Raises:
         ValueError: dtype, scale, zero or back end do not fit.
@@ -67,12 +67,12 @@ def fake_quant_activation(
 
 @torch.no_grad()
 def static_scale(low: Tensor, high: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point for static scaling, of an observed (calibrated, or moving) range of values.
+    """Scale and zero point for static scaling, from an observed range of values (calibrated, or a moving average).
 
     Args:
-        low: fp32 [], smallest value seen; numbers above 0 act as 0, so that zero is a code.
-        high: fp32 [], largest value seen; numbers below 0 act as 0.
-        spec: The lattice.
+        low: fp32 [], smallest value seen; values above 0 act as 0, so that zero is a code.
+        high: fp32 [], largest value seen; values below 0 act as 0.
+        spec: The quantization of the activations.
 
     Returns:
         (scale fp32 [], zero int8 [] or None when the spec is symmetric); scale 1 for the range [0, 0], NaN for a broken one.

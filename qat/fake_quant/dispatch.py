@@ -1,4 +1,4 @@
-"""Which implementation runs: the Triton kernels on CUDA, the reference elsewhere; and the checks that all ops share."""
+"""Chooses the implementation, Triton kernels on CUDA and the reference elsewhere, and has the checks that all ops share."""
 
 import importlib.util
 from typing import Literal
@@ -17,7 +17,7 @@ def use_kernel(tensor: Tensor, backend: str, dtypes: tuple[torch.dtype, ...] = _
     """Whether ``backend`` means the Triton kernels, which take ``dtypes``, for this tensor.
 
     Raises:
-        ValueError: an unknown name, or an explicit 'triton' that cannot run: package, dtype or device do not fit.
+        ValueError: the name is unknown, or an explicit 'triton' cannot run because package, dtype or device do not fit.
     """
     if backend == "auto":
         return tensor.is_cuda and tensor.dtype in dtypes and _TRITON_INSTALLED
@@ -43,7 +43,7 @@ def _check_triton(tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
 
 
 def check_weight(weight: Tensor, mask: Tensor | None) -> None:
-    """ValueError unless ``weight`` is a floating point matrix and ``mask`` its bool companion."""
+    """Raises ValueError if ``weight`` is not a floating point matrix, or ``mask`` not bool of its shape on its device."""
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(f"weight must be a floating point matrix [out, in], not {weight.dtype} of shape {tuple(weight.shape)}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != weight.shape or mask.device != weight.device):
@@ -54,5 +54,5 @@ def check_weight(weight: Tensor, mask: Tensor | None) -> None:
 
 
 def grid_numbers(spec: QuantSpec) -> list[float]:
-    """[dropped mantissa bits, smallest, largest] of the spec's scale grid, as the ops take it."""
+    """[dropped mantissa bits, smallest, largest] of the spec's scale grid, in the form that the ops take."""
     return [float(spec.grid.dropped_bits), spec.grid.smallest, spec.grid.largest]

@@ -1,4 +1,4 @@
-"""Weights as what is stored: codes, scales and, where the lattice has them, zero points and a global scale."""
+"""Encodes weights as they are stored: codes, scales and, if the spec has them, zero points and a global scale; and decodes them."""
 
 from typing import NamedTuple
 
@@ -14,19 +14,19 @@ from .ranges import check_groups, range_grid
 
 
 class Encoded(NamedTuple):
-    """A weight [out, in] on its lattice; ``decode`` makes the values."""
+    """A quantized weight [out, in]; ``decode`` gives its values."""
 
     codes: Tensor
-    """[out, in]: int8 in [qmin, qmax] (int), uint8 in 0..15, one a byte (nf4, mxfp4, nvfp4), float8_e4m3fn (fp8_e4m3)."""
+    """[out, in]: int8 in [qmin, qmax] (int), uint8 in 0..15, one per byte (nf4, mxfp4, nvfp4), float8_e4m3fn (fp8_e4m3)."""
     scales: Tensor
-    """fp32 of ``spec.scale_shape(out, in)``: on the spec's grid; powers of two (mxfp4); numbers of float8 e4m3 (nvfp4)."""
+    """fp32 of ``spec.scale_shape(out, in)``: on the spec's grid; powers of two (mxfp4); values of float8 e4m3 (nvfp4)."""
     zeros: Tensor | None = None
-    """int8 in the shape of ``scales`` when the spec is not symmetric."""
+    """int8 in the shape of ``scales`` if the spec is not symmetric, else None."""
     global_scale: Tensor | None = None
-    """fp32 [1] that the scales are divided by (nvfp4)."""
+    """fp32 [1] by which the scales are divided (nvfp4), else None."""
 
     def to(self, device: torch.device | str) -> "Encoded":
-        """All of it on another device."""
+        """The same on another device."""
         zeros, whole = (None if part is None else part.to(device) for part in (self.zeros, self.global_scale))
         return Encoded(self.codes.to(device), self.scales.to(device), zeros, whole)
 
@@ -35,7 +35,7 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Te
     """fp32 [out, in] = (codes - zeros) * scales, exact for codes of 8 bits or fewer and scales on a bf16 or fp16 grid.
 
     Args:
-        codes: int8 [out, in] (or values that stand for codes, fp32).
+        codes: int8 [out, in], or decoded values fp32 of codes that are not integers.
         scales: fp32 [out, groups], ``groups`` divides ``in``; or [1, 1] for the whole tensor.
         zeros: int8 zero points in the shape of ``scales``; None for symmetric codes.
 
@@ -55,13 +55,13 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Te
 
 @torch.no_grad()
 def encode(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, backend: Backend = "auto") -> Encoded:
-    """Codes and what belongs to them, for every spec: ``decode`` of them is ``fake_quant`` of the weights, bit for bit.
+    """Encodes weights for every spec; ``decode`` of the result equals ``fake_quant`` of the weights, bit for bit.
 
     Args:
         weight, spec, mask, backend: As in ``fake_quant``.
 
     Raises:
-        ValueError: as in ``fake_quant``, or a weight is NaN or infinite (waits for the device to tell).
+        ValueError: as in ``fake_quant``, or a weight is NaN or infinite (the check waits for the device).
     """
     if spec.kind != "int":
         divides, stored, whole = float_scales(weight, spec, mask)

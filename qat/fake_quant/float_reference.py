@@ -1,6 +1,6 @@
-"""Lattices whose codes are small floats or quantiles, in plain PyTorch: the spec of ``float_kernel.py`` and the CPU path.
+"""Fake quantization to small floats or quantiles in plain PyTorch: for CPUs, and the specification of ``float_kernel.py``.
 
-In fp32 whatever the weight's dtype, for each group that shares a scale:
+In fp32 for every dtype of the weight, for each group that shares a scale:
 
     v = w * mask / s                              true division
     c = nearest(clamp(v, -limit, limit))          nearest value of the code book, as below
@@ -13,8 +13,8 @@ In fp32 whatever the weight's dtype, for each group that shares a scale:
     mxfp4       6       the even code              2^(floor(log2 absmax) - 2), exponents -127 to 127
     nvfp4       6       the even code              e4m3(absmax / 6 * G) / G, G = 448 * 6 / absmax of the tensor
 
-Zero groups: s = 1 (nvfp4: e4m3 scale 1). A group with a NaN or infinite weight becomes NaN as a whole (nvfp4: the tensor). MXFP4's
-scale is rounded down, as its standard says: weights between 6 s and 8 s are clipped to 6 s.
+Zero groups have s = 1 (nvfp4: e4m3 scale 1). A group with a NaN or infinite weight becomes NaN as a whole (nvfp4: the whole tensor).
+MXFP4's scale is rounded down, as its standard requires: weights between 6 s and 8 s are clipped to 6 s.
 
 Sources: nf4: Dettmers et al., arXiv 2305.14314, appendix E (table in full precision as in bitsandbytes); fp8: Micikevicius et al.,
 arXiv 2209.05433; mxfp4: OCP Microscaling Formats v1.0, sections 5.3 and 6.3; nvfp4: scales as compressed-tensors stores them.
@@ -42,19 +42,20 @@ _SMALLEST_E4M3 = 2.0**-9
 
 
 def nearest(value: Tensor, kind: str) -> Tensor:
-    """Values fp32 of the code book of ``kind`` nearest to fp32 numbers within its limit; -0 and NaN are the caller's affair."""
+    """The fp32 values of the code book of ``kind`` that are nearest to fp32 numbers within its limit. Callers handle -0 and NaN."""
     if kind == "nf4":
         return value.new_tensor(NF4)[torch.bucketize(value.contiguous(), value.new_tensor(NF4_MIDPOINTS))]
     if kind == "fp8_e4m3":
         return value.to(torch.float8_e4m3fn).to(torch.float32)
     magnitude = value.abs()
-    # 0, .5, 1, 1.5, 2 | 2, 3, 4 | 4, 6: evenly spaced stretches, on each of which an even code is an even multiple
+    # 0, .5, 1, 1.5, 2 | 2, 3, 4 | 4, 6 are evenly spaced parts, in which even codes are even multiples: round half to even is right in each
     step = 0.5 * (1 + (magnitude >= 2).float() + 2 * (magnitude >= 4).float())
     return (value / step).round_().mul_(step)
 
 
 def _power_of_two_scales(absmax: Tensor) -> Tensor:
-    """2^(floor(log2 absmax) - 2) by the exponent's bits; 2^-127 is subnormal."""
+    """2^(floor(log2 absmax) - 2) from the exponent's bits; 2^-127 is subnormal."""
+    # a logarithm in floating point may be off by one at powers of two
     exponent = ((absmax.view(torch.int32) >> 23) - 2).clamp_(min=0)
     bits = torch.where(exponent == 0, 0x00400000, exponent << 23)
     return bits.view(torch.float32)
@@ -64,14 +65,15 @@ def _power_of_two_scales(absmax: Tensor) -> Tensor:
 def scales(
     weight: Tensor, mask: Tensor | None, kind: str, width: int, shared: bool, grid: list[float]
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(s fp32 that divides, scales fp32 as they are stored, both [out, groups] or, shared, [1, 1]; G fp32 [1], 1 but for nvfp4).
+    """(divisor s fp32, stored scales fp32, both [out, groups], or [1, 1] if shared; G fp32 [1], which is 1 except for nvfp4).
 
-    The same on every device. NaN scales mark groups with NaN or infinite weights.
+    All devices give the same bits. Groups with NaN or infinite weights have NaN scales.
     """
     kept = weight.to(torch.float32)
     if mask is not None:
         kept = kept * mask.view(torch.uint8).to(torch.float32)
     absmax = kept.reshape(-1, width).abs().amax(1)
+    # with a zero, because amax of an empty tensor is an error
     nothing = absmax.new_zeros(1)
     tensor_absmax = torch.cat([absmax, nothing]).amax(0, keepdim=True)
     if shared:
@@ -81,6 +83,7 @@ def scales(
     if kind in ("nf4", "fp8_e4m3"):
         stored = group_scales(absmax, LIMITS[kind], int(grid[0]), grid[1], grid[2]).view(shape)
         return stored, stored.clone(), one
+    # NaN for NaN and infinity, else 0: added below, because the casts and clamps would hide them
     bad = absmax * 0.0
     if kind == "mxfp4":
         stored = (_power_of_two_scales(absmax).masked_fill_(absmax == 0, 1.0) + bad).view(shape)
@@ -109,7 +112,7 @@ def rounded(weight: Tensor, scale: Tensor, mask: Tensor | None, kind: str, width
     kept = weight.to(torch.float32)
     if mask is not None:
         kept = kept * mask.view(torch.uint8).to(torch.float32)
-    # an infinite scale acts as NaN
+    # 0 * scale makes an infinite scale NaN: divided by infinity the group would silently become zeros
     value = kept.reshape(-1, width) / (scale + scale * 0.0).reshape(-1, 1)
     return nearest(value.clamp(-LIMITS[kind], LIMITS[kind]), kind), value
 
@@ -118,7 +121,7 @@ def rounded(weight: Tensor, scale: Tensor, mask: Tensor | None, kind: str, width
 def fake_quant(weight: Tensor, scale: Tensor, mask: Tensor | None, kind: str, width: int) -> tuple[Tensor, Tensor]:
     """(y [out, in] in the weight's dtype, passes uint8 [out, in]: 1 where the gradient passes)."""
     codes, value = rounded(weight, scale, mask, kind, width)
-    # minus zero times v: turns -0 into +0, and infinities into NaN
+    # -0.0 * v added: it turns -0 into +0, and makes infinities NaN
     result = codes.mul_(scale.reshape(-1, 1)).add_(value, alpha=-0.0)
     passes = (value.abs_() <= LIMITS[kind]).view(torch.uint8).view(weight.shape)
     if mask is not None:

@@ -9,14 +9,14 @@ from .dispatch import check_weight, grid_numbers, use_kernel
 
 
 def float_scales(weight: Tensor, spec: QuantSpec, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(s that divides, scales as stored, global scale [1]), constants; see ``float_reference.scales``."""
+    """(divisor s, stored scales, global scale [1]), without gradients; see ``float_reference.scales``."""
     check_weight(weight, mask)
     shared = spec.group_size == "tensor"
     return reference.scales(weight.detach(), mask, spec.kind, spec.group_width(weight.shape[1]), shared, grid_numbers(spec))
 
 
 def fake_quant_float(weight: Tensor, scale: Tensor, mask: Tensor | None, kind: str, width: int, backend: str) -> Tensor:
-    """y [out, in] by given scales fp32, one for each ``width`` inputs or one in all; differentiable in the weight."""
+    """y [out, in] with given scales fp32, one per ``width`` inputs or one in total; differentiable in the weight."""
     if use_kernel(weight, backend):
         from ..fake_quant import float_kernel
 
@@ -25,7 +25,7 @@ def fake_quant_float(weight: Tensor, scale: Tensor, mask: Tensor | None, kind: s
 
 
 def float_codes(weight: Tensor, scale: Tensor, spec: QuantSpec, mask: Tensor | None) -> Tensor:
-    """Codes [out, in] by given scales: uint8 in 0..15, or float8_e4m3fn, whose values are their own codes."""
+    """Codes [out, in] with given scales: uint8 in 0..15, or float8_e4m3fn, whose values are the codes."""
     values, _ = reference.rounded(weight.detach(), scale, mask, spec.kind, spec.group_width(weight.shape[1]))
     # + 0 turns -0 into +0
     values = values.add_(0.0).view(weight.shape)
@@ -38,7 +38,7 @@ def float_codes(weight: Tensor, scale: Tensor, spec: QuantSpec, mask: Tensor | N
 
 
 def float_values(codes: Tensor, kind: str) -> Tensor:
-    """fp32 value of every code of ``float_codes``, before its scale."""
+    """The fp32 values of codes of ``float_codes``, before scaling."""
     if kind == "fp8_e4m3":
         return codes.to(torch.float32)
     table = reference.NF4 if kind == "nf4" else (*reference.E2M1, *(-value for value in reference.E2M1))

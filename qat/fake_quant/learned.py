@@ -1,4 +1,4 @@
-"""Fake quantization by scales that are given, not taken from the weight: learned scales (LSQ), calibrated ones, searched ones."""
+"""Fake quantization with given scales, which are learned (LSQ), calibrated or searched."""
 
 import math
 
@@ -35,12 +35,12 @@ def _arguments(
 
 
 def group_factor(weight: Tensor, scale: Tensor, spec: QuantSpec) -> float:
-    """1 / sqrt(N qmax) with N weights a scale: what the gradient of a scale is multiplied by (LSQ, section 2.2)."""
+    """1 / sqrt(N qmax) with N weights per scale, the factor on the gradient of a scale (LSQ, section 2.2)."""
     return 1.0 / math.sqrt(max(1, weight.numel() // max(1, scale.numel())) * spec.qmax)
 
 
 def scale_on_grid(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Scales of any shape as fp32 numbers of the spec's grid, a constant; NaN for NaN and infinity."""
+    """Scales of any shape rounded to the spec's grid, fp32, without a gradient; NaN for NaN and infinity."""
     return reference.on_grid(scale, grid_numbers(spec))
 
 
@@ -57,18 +57,18 @@ def fake_quant_learned(
 
     y = s * clamp(round(w * mask / s), qmin - z, qmax - z) with s = ``scale`` rounded to the spec's grid, straight through.
     dL/dw = dL/dy * 1[qmin - z <= w / s <= qmax - z] * mask; dL/dscale is the LSQ gradient times 1 / sqrt(N * qmax), N = the number
-    of weights that share the scale (``learned_reference.py`` has every detail). A scale, or a weight, without ``requires_grad``
-    costs nothing in the backward.
+    of weights that share the scale (details in ``learned_reference.py``). A scale or weight without ``requires_grad`` costs nothing in the
+    backward pass.
 
     Args:
         weight: [out, in], as in ``fake_quant``.
-        scale: fp32 of ``spec.scale_shape(out, in)``, positive; usually a parameter that begins as ``quantize(weight, spec)[1]``.
-            Values beyond the grid's limits act as the limit.
-        spec: The lattice, kind 'int'. Its divisor plays no part here.
+        scale: fp32 of ``spec.scale_shape(out, in)``, positive; usually a parameter that starts as ``quantize(weight, spec)[1]``.
+            Values outside the grid's limits act as the nearest limit.
+        spec: The quantization spec, kind 'int'. Its divisor is not used.
         zeros: int8 in the shape of ``scale``, the zero points of a spec with symmetric=False; constants.
         mask: bool [out, in], True where a weight is kept; None keeps all.
-        backend: As in ``fake_quant``. Values and weight gradients are equal bit for bit, scale gradients to about 1e-7 of the sum
-            of their terms' magnitudes; each back end repeats its own bits from run to run.
+        backend: As in ``fake_quant``. Values and weight gradients of both back ends are equal bit for bit, scale gradients to about 1e-7 of
+            the sum of their terms' magnitudes; each back end gives the same bits in every run.
 
     Returns:
         [out, in] in the weight's dtype, contiguous; NaN where the weight or its scale is NaN or infinite.
@@ -97,7 +97,7 @@ def quantize_with(
     mask: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Codes and grid scales of ``fake_quant_learned``: ``dequantize(codes, scales, zeros)`` is its value, bit for bit.
+    """Codes and rounded scales of ``fake_quant_learned``; ``dequantize(codes, scales, zeros)`` equals its value, bit for bit.
 
     Args:
         weight, scale, spec, zeros, mask, backend: As in ``fake_quant_learned``.
@@ -106,7 +106,7 @@ def quantize_with(
         (codes int8 [out, in] in [qmin, qmax], scales fp32 in the shape of ``scale``, on the spec's grid).
 
     Raises:
-        ValueError: as in ``fake_quant_learned``, or a weight or scale is NaN or infinite (waits for the device to tell).
+        ValueError: as in ``fake_quant_learned``, or a weight or scale is NaN or infinite (the check waits for the device).
     """
     arguments = _arguments(weight, scale, spec, mask, zeros)
     scales = reference.on_grid(scale, arguments[-1])

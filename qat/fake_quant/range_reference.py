@@ -1,4 +1,4 @@
-"""Scales and zero points from the range of each group, or of the whole tensor, in plain PyTorch: the spec of ``range_kernel.py``.
+"""Scales and zero points from the range of each group, or of the whole tensor, in plain PyTorch: the specification of ``range_kernel.py``.
 
 With low = min(w * mask, 0) and high = max(w * mask, 0), so that zero is a code (fp32 arithmetic; fp64 weights stay fp64):
 
@@ -6,11 +6,11 @@ With low = min(w * mask, 0) and high = max(w * mask, 0), so that zero is a code 
                   z = clamp(round_half_even(qmin - low / s), qmin, qmax)                     w ~ (q - z) * s
     symmetric     s from max(high, -low) / divisor as in ``absmax_reference.py``; z = 0
 
-Codes and values then come from ``learned_reference.py``, which takes scales and zero points as given. A NaN or infinite weight
-makes the scale of its group NaN.
+``learned_reference.py`` then computes codes and values with these scales and zero points. A NaN or infinite weight makes the scale of its
+group NaN.
 
-Source: Jacob et al., arXiv 1712.05877, eq. 1 (integer zero point); the same numbers as compressed-tensors' min-max observer, but s
-is rounded to its grid before z and the codes are taken.
+Source: Jacob et al., arXiv 1712.05877, eq. 1 (integer zero point). The numbers are those of compressed-tensors' min-max observer, except
+that s is rounded to its grid before z and the codes are computed.
 """
 
 import torch
@@ -27,10 +27,11 @@ def grid_of_range(
     if symmetric:
         scale = group_scales(torch.maximum(high, -low), *numbers)
         return scale.to(torch.float32), torch.zeros_like(scale, dtype=torch.int8)
+    # clamped, because the difference of two finite numbers may overflow
     scale = group_scales((high - low).clamp(max=torch.finfo(high.dtype).max), *numbers)
     qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     zeros = (qmin - low / scale).clamp_(qmin, qmax).round_().nan_to_num_(0.0)
-    # low and high differ in sign, so that their sum is finite unless one of them is not
+    # NaN where low or high is not finite; as they differ in sign, the sum of finite ones cannot overflow
     return scale.add_((low + high) * 0.0).to(torch.float32), zeros.to(torch.int8)
 
 
@@ -45,22 +46,22 @@ def group_range(weight: Tensor, mask: Tensor | None, width: int) -> tuple[Tensor
 
 
 def shared_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """The range of everything as (low, high) [1]; of an empty tensor (0, 0)."""
+    """The range of all groups together as (low, high) [1]; (0, 0) for an empty tensor."""
     nothing = low.new_zeros(1)
     return torch.cat([low, nothing]).amin(0, keepdim=True), torch.cat([high, nothing]).amax(0, keepdim=True)
 
 
 def shape_of(weight: Tensor, width: int, shared: bool) -> tuple[int, int]:
-    """[out, groups] of scales and zero points."""
+    """Shape of scales and zero points: [out, groups], or [1, 1] if shared."""
     return (1, 1) if shared else (weight.shape[0], weight.shape[1] // width)
 
 
-# An op, so that no compiler leaves out the cast to the grid.
+# A custom op, so that no compiler removes the cast to the grid and back.
 @torch.library.custom_op("decoct::range_lattice_reference", mutates_args=())
 def lattice(
     weight: Tensor, mask: Tensor | None, bits: int, width: int, shared: bool, symmetric: bool, divisor: float, grid: list[float]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(scales fp32, zero points int8), both [out, groups] or, shared, [1, 1], of weights [out, in]; NaN scales mark bad groups."""
+    """(scales fp32, zero points int8) of weights [out, in], both [out, groups], or [1, 1] if shared; bad groups have NaN scales."""
     low, high = group_range(weight, mask, width)
     if shared:
         low, high = shared_range(low, high)

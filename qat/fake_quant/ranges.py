@@ -1,4 +1,4 @@
-"""Scales and zero points taken from the weights: of asymmetric lattices, and of one scale for the whole tensor."""
+"""Scales and zero points computed from the weights, for asymmetric specs and for one scale per tensor."""
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from .dispatch import check_weight, grid_numbers, use_kernel
 
 @torch.no_grad()
 def range_grid(weight: Tensor, spec: QuantSpec, mask: Tensor | None, backend: str) -> tuple[Tensor, Tensor | None]:
-    """(scales fp32, zero points int8 or None when the spec is symmetric) of ``spec.scale_shape(out, in)``; constants.
+    """(scales fp32, zero points int8 or None if the spec is symmetric) of ``spec.scale_shape(out, in)``, without gradients.
 
-    NaN scales mark groups with NaN or infinite weights. ``range_reference.py`` has the formulas.
+    Groups with NaN or infinite weights have NaN scales. The formulas are in ``range_reference.py``.
     """
     check_weight(weight, mask)
     shared = spec.group_size == "tensor"
@@ -28,7 +28,7 @@ def range_grid(weight: Tensor, spec: QuantSpec, mask: Tensor | None, backend: st
 
 
 def check_groups(scales: Tensor) -> None:
-    """ValueError, naming the first, when scales say that groups hold NaN or infinite weights (waits for the device to tell)."""
+    """Raises ValueError, naming the first group, if scales are NaN, as those of NaN or infinite weights (it waits for the device)."""
     broken = torch.isnan(scales)
     if bool(broken.any()):
         row, group = (int(i) for i in broken.nonzero()[0])

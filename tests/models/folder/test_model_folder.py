@@ -306,7 +306,7 @@ def test_a_head_of_its_own_under_a_tied_config_is_saved_as_what_it_is(
     (first / "decoct.json").unlink()
     with caplog.at_level(logging.WARNING):
         loaded = load_model(first, dtype=FP32)
-    assert "says tie_word_embeddings: true, but holds a head with values of its own" in caplog.text
+    assert "has tie_word_embeddings: true, but also a head with values of its own" in caplog.text
     assert loaded.config.tie_word_embeddings is False
     saved = save_model_folder(tmp_path / "saved", loaded, tokenizer, {}, dtype=FP32)
     assert json.loads((saved / "config.json").read_text())["tie_word_embeddings"] is False

@@ -200,7 +200,7 @@ def test_dtypes_layouts_zeros_and_compile(name: str) -> None:
     assert not fake_quant(torch.zeros(2, 64), spec).any()
     encoded = encode(torch.zeros(2, 64), spec)
     assert torch.equal(encoded.scales, torch.ones_like(encoded.scales))
-    with pytest.raises(ValueError, match=r"are no int8; call encode\(\)"):
+    with pytest.raises(ValueError, match=r"are not int8; call encode\(\)"):
         quantize(weight, spec)
 
 
