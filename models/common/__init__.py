@@ -1,4 +1,4 @@
-"""The ground that everything stands on: errors, files, locks, hashes, host memory. Knows nothing of models."""
+"""Utilities that all other folders use: errors, files, locks, hashes, host memory. They do not depend on models."""
 
 from typing import TYPE_CHECKING
 

@@ -10,7 +10,7 @@ VARIABLE = "DECOCT_CACHE"
 
 
 def cache_folder() -> Path:
-    """The cache folder, which may not be there yet: ``$DECOCT_CACHE``, else ``~/.cache/decoct``."""
+    """The cache folder, which may not exist yet: ``$DECOCT_CACHE``, else ``~/.cache/decoct``."""
     return Path(os.environ.get(VARIABLE) or "~/.cache/decoct").expanduser().absolute()
 
 

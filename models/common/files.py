@@ -1,9 +1,9 @@
-"""Files and folders that are there whole or not at all, and readable messages when a disk says no.
+"""Writes files and folders atomically, so that they are complete or absent, and turns disk errors into readable messages.
 
-Everything is written under a temporary name beside its place, fsynced and renamed: a crash or a full disk leaves the old thing
-untouched. The temporary's name carries host and process id, so that the next start can tell a dead process's leftovers from work
-in progress (``clean_leftovers``). A rename within one folder never crosses file systems, which is where "atomic" saves that stage
-in $TMPDIR lose both the old and the new file.
+Everything is written under a temporary name in the same folder, fsynced and renamed: after a crash or on a full disk the old content is
+unchanged. The temporary name contains host and process id, so that the next start can tell leftovers of a dead process from work in
+progress (``clean_leftovers``). A rename within one folder never crosses file systems; "atomic" writes by way of $TMPDIR do, and can lose
+both the old and the new file.
 """
 
 import errno
@@ -27,8 +27,8 @@ _REASONS = {
     errno.EDQUOT: ("the disk quota is used up", "free some space or choose another folder"),
     errno.EFBIG: ("a file-size limit was reached", "raise the limit (ulimit -f) or choose another file system"),
     errno.EROFS: ("the file system is read-only", "choose a folder that can be written"),
-    errno.EACCES: ("permission was denied", "choose a folder that you may write, or mend its permissions"),
-    errno.EPERM: ("permission was denied", "choose a folder that you may write, or mend its permissions"),
+    errno.EACCES: ("permission was denied", "choose a folder that you may write, or change its permissions"),
+    errno.EPERM: ("permission was denied", "choose a folder that you may write, or change its permissions"),
     errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
     errno.ELOOP: ("links lead in a circle", "choose another folder"),
     errno.EIO: ("the disk failed to read or write", "look at its health and choose another one"),
@@ -36,12 +36,12 @@ _REASONS = {
 }
 # Rust libraries (safetensors, tokenizers) give the errno only inside their message.
 _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
-# Temporaries that this very process is still writing: a container's restart reuses process ids, so the id alone proves nothing.
+# Temporaries that this process is still writing. The process id in the name is not enough: a restarted container reuses process ids.
 _active: set[str] = set()
 
 
 def disk_reason(error: BaseException) -> tuple[str, str] | None:
-    """(what a disk that refuses says, the remedy), or None when ``error`` is something else."""
+    """(reason, remedy) of a disk error (full, quota, read-only, permission), or None for other errors."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (found := _RUST_ERRNO.search(str(error))):
         number = int(found.group(1))
@@ -49,7 +49,7 @@ def disk_reason(error: BaseException) -> tuple[str, str] | None:
 
 
 def storage_error(error: BaseException, path: Path, doing: str) -> UserError | None:
-    """The readable form of a disk that refuses (full, quota, read-only, permission), or None when ``error`` is something else."""
+    """The readable form of a disk error (full, quota, read-only, permission), or None for other errors."""
     found = disk_reason(error)
     if found is None:
         return None
@@ -73,7 +73,8 @@ def _fsync_folder(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some network file systems cannot fsync a folder
+        # some network file systems cannot fsync a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
             raise
     finally:
         os.close(handle)
@@ -102,7 +103,7 @@ def _make_parents(folder: Path, doing: str) -> None:
 
 @contextmanager
 def _staged(target: Path, doing: str) -> Iterator[Path]:
-    """A temporary beside ``target`` that is removed on any exception; a refusing disk becomes a ``UserError``."""
+    """A temporary name next to ``target`` that is removed on any exception; disk errors become a ``UserError``."""
     _make_parents(target.parent, f"{doing} {target}")
     temporary = _temporary(target)
     _active.add(temporary.name)
@@ -121,10 +122,10 @@ def _staged(target: Path, doing: str) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``target``; on success it becomes ``target`` (fsynced, renamed), on any exception it is gone.
+    """Yields an empty folder next to ``target``. On success it becomes ``target`` (fsynced, renamed); on an exception it is removed.
 
     Raises:
-        UserError: ``target`` exists already, or the disk refuses (full, quota, read-only, a file in the way).
+        UserError: ``target`` already exists, or there is a disk error (full, quota, read-only, a file in the way).
     """
     target = Path(target)
     taken = UserError(f"{target} exists already and is never overwritten; remove it or choose another folder")
@@ -134,6 +135,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         _fsync_tree(temporary)
+        # a rename would silently replace an empty folder that was made in the meantime
         if os.path.lexists(target):
             raise taken
         try:
@@ -145,10 +147,10 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_directory(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``target`` for work on the way to it; it is gone afterwards, and ``clean_leftovers`` knows it.
+    """Yields an empty folder next to ``target`` for intermediate work, removed afterwards; ``clean_leftovers`` finds it after a crash.
 
     Raises:
-        UserError: the disk refuses (full, quota, read-only, a file in the way).
+        UserError: there is a disk error (full, quota, read-only, a file in the way).
     """
     with _staged(Path(target), "work on") as temporary:
         temporary.mkdir()
@@ -157,7 +159,7 @@ def scratch_directory(target: Path) -> Iterator[Path]:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` (UTF-8) in one step; the old file stays whole when that fails."""
+    """Replaces ``path`` by ``text`` (UTF-8) in one step; if that fails the old file is unchanged."""
     path = Path(path)
     with _staged(path, "write") as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as handle:
@@ -169,7 +171,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def finite(obj: Any) -> Any:
-    """The same data with NaN and infinities as None: JSON has no spelling for them that every reader accepts."""
+    """The same data with None for NaN and infinities, for which JSON has no form that every reader accepts."""
     if isinstance(obj, float):
         return obj if math.isfinite(obj) else None
     if isinstance(obj, dict):
@@ -178,12 +180,12 @@ def finite(obj: Any) -> Any:
 
 
 def write_json_atomic(path: Path, obj: Any) -> None:
-    """Replace ``path`` by ``obj`` as indented JSON in one step; NaN and infinities become null."""
+    """Replaces ``path`` by ``obj`` as indented JSON in one step; NaN and infinities become null."""
     write_text_atomic(path, json.dumps(finite(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def append_line(path: Path, obj: Any) -> None:
-    """Append ``obj`` as one JSON line and flush it; NaN and infinities become null. A torn last line (a kill) is closed first."""
+    """Appends ``obj`` as one JSON line; NaN and infinities become null. An incomplete last line (after a kill) is ended first."""
     line = json.dumps(finite(obj), ensure_ascii=False, allow_nan=False).encode() + b"\n"
     try:
         with Path(path).open("ab+") as handle:
@@ -203,7 +205,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_json(obj: Any) -> str:
-    """Hex sha256 of the canonical JSON of ``obj``: sorted keys, no spaces, UTF-8; NaN and infinities are a ``ValueError``."""
+    """Hex sha256 of the canonical JSON of ``obj``: sorted keys, no spaces, UTF-8. NaN and infinities raise ``ValueError``."""
     text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -219,9 +221,9 @@ def _alive(pid: int) -> bool:
 
 
 def clean_leftovers(parent: Path) -> list[Path]:
-    """Remove the temporaries that killed processes of this host left in ``parent``; returns what was removed.
+    """Removes the temporaries that dead processes of this host left in ``parent``; returns the removed paths.
 
-    Those of other hosts (a shared file system) and of living processes stay.
+    Temporaries of other hosts (on a shared file system) and of living processes stay.
     """
     if not Path(parent).is_dir():
         return []
@@ -237,10 +239,10 @@ def clean_leftovers(parent: Path) -> list[Path]:
 
 
 def check_writable_folder(path: Path, what: str) -> None:
-    """Create ``path`` with its parents and write, fsync and remove a probe file in it.
+    """Creates ``path`` with its parents, and writes, fsyncs and removes a probe file in it.
 
     Raises:
-        UserError: naming ``what`` (the recipe key or the folder's role) when a file is in the way, it is read-only or full.
+        UserError: a file is in the way, or the folder is read-only or full; the message names ``what`` (recipe key or role of the folder).
     """
     path = Path(path)
     try:
@@ -256,11 +258,12 @@ def check_writable_folder(path: Path, what: str) -> None:
 
 
 def check_free_space(path: Path, needed_bytes: int, what: str) -> None:
-    """Refuse to start writing ``what`` (``needed_bytes``) when the file system of ``path`` has less room.
+    """Checks that the file system of ``path`` has room for ``what`` (``needed_bytes``).
 
     Raises:
-        UserError: with both numbers.
+        UserError: it has less room; the message has both numbers.
     """
+    # the folder itself may not exist yet
     existing = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:

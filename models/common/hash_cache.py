@@ -1,8 +1,8 @@
-"""sha256 of large files, remembered by what the file system says of them, so that a folder can be checked each time it is opened.
+"""Caches the sha256 of large files by their file system attributes, so that a folder can be checked each time it is opened.
 
-An entry ``<cache>/hashes/<device>-<inode>`` holds for as long as the file has the same size, mtime and ctime (nanoseconds). Every write
-through the file system changes them; a disk that loses bits by itself does not: ``decoct verify`` reads every byte for that reason.
-Entries are replaced in one step and carry a checksum, so that processes may share the folder and a damaged entry is as good as none.
+An entry ``<cache>/hashes/<device>-<inode>`` is valid as long as the file has the same size, mtime and ctime (nanoseconds). Every write
+through the file system changes them; a disk that loses bits by itself does not, so ``decoct verify`` reads every byte. Entries are replaced
+in one step and have a checksum, so that processes can share the folder, and a damaged entry is ignored.
 """
 
 import hashlib
@@ -15,16 +15,16 @@ from pathlib import Path
 from .cache_folder import cache_folder
 
 SMALL = 2**20
-"""Files below these bytes are hashed each time: looking up would cost as much."""
+"""Files with fewer bytes are hashed each time: a lookup would take as long."""
 SETTLED_SECONDS = 2.0
-"""A file changed more recently is not remembered: clocks of file systems tick, and a second write in the same tick would not show."""
+"""A file that changed more recently is not cached: a second write within the same tick of the file system's clock would not show."""
 
 
 def cached_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes, from the cache where the file is the one that was hashed before.
+    """Hex sha256 of a file's bytes, from the cache if the file is unchanged since it was hashed.
 
     Raises:
-        OSError: the file cannot be read. A cache that cannot be read or written is done without.
+        OSError: the file cannot be read. A cache that cannot be read or written is ignored.
     """
     with Path(path).open("rb") as handle:
         before = os.fstat(handle.fileno())

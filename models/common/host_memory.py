@@ -1,18 +1,18 @@
-"""How much memory of the machine a process may still take."""
+"""The memory of the machine that a process may still take."""
 
 from pathlib import Path
 
 _GROUPS = (
-    # limit, use and a breakdown of a container: control groups version 2, then version 1
+    # files with a container's limit, use and statistics: control groups version 2, then version 1
     ("memory.max", "memory.current", "memory.stat"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
 )
 
 
 def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that can be taken without swapping: what the system has to give, or less where a container has a limit.
+    """Bytes that can be taken without swapping: the system's available memory, or less if a container has a limit.
 
-    Memory that only keeps files at hand counts as free. None where the system does not tell (anything but Linux).
+    File caches count as free memory. None if the system does not report it (all but Linux).
     """
     rooms = [_number(proc / "meminfo", "MemAvailable:", 1024)]
     rooms += [_room(*(groups / name for name in names)) for names in _GROUPS]
@@ -20,16 +20,17 @@ def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgr
 
 
 def _room(limit: Path, used: Path, stat: Path) -> int | None:
-    """What a control group leaves; None where it sets no limit."""
+    """The memory that a control group leaves; None if it sets no limit."""
     try:
         free = int(limit.read_text()) - int(used.read_text())
     except (OSError, ValueError):  # no such group, or the word 'max'
         return None
+    # a group's use contains file caches, which are given up when memory is needed
     return max(0, free + (_number(stat, "inactive_file", 1) or 0))
 
 
 def _number(file: Path, key: str, unit: int) -> int | None:
-    """The number behind a key of a file of ``key number`` lines."""
+    """The number of a key in a file of ``key number`` lines."""
     try:
         lines = [line.split() for line in file.read_text(encoding="ascii").splitlines()]
     except OSError:

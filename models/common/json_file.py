@@ -1,4 +1,4 @@
-"""JSON objects of files that people hand us."""
+"""Reads JSON objects from model folders, with readable errors."""
 
 import json
 from pathlib import Path
@@ -8,24 +8,25 @@ from .errors import UserError
 
 
 def what_instead(folder: Path) -> str:
-    """What to give in the place of a folder that is no model, by what lies in it."""
+    """Advice on what to give instead of a folder that is not a model folder, from its content."""
     checkpoints = [found.parent for found in folder.glob("checkpoint-*/config.json")]
     if checkpoints:
         newest = max(checkpoints, key=lambda one: (len(one.name), one.name))
         return f"give one of the checkpoints in it, such as {newest}"
     made = [found.parent for found in (*folder.glob("model/config.json"), *folder.glob("[0-9][0-9]-*/model/config.json"))]
-    current = [one for one in made if "." not in one.parent.name] or made  # NN-kind.<key> is what a stage wrote before its settings changed
+    # a folder NN-kind.<key> is from before the settings of its stage changed
+    current = [one for one in made if "." not in one.parent.name] or made
     if current:
         return f"give a model folder in it, such as {max(current)}"
     if any(folder.glob("*.gguf")):
-        return "a GGUF file is what is served; give the model folder that it was made from"
+        return "a GGUF file is for serving; give the model folder from which it was made"
     if any(folder.glob("*.pth")):
-        return "it holds an original release (.pth), which is pickled and never read; give its form for transformers"
+        return "it holds an original release (.pth), which is pickled and never read; give its version for transformers"
     return "give a folder that from_pretrained can read"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a model folder; ``UserError`` when the file is missing or holds something else."""
+    """Reads a JSON object of a model folder; ``UserError`` if the file is missing or is not a JSON object."""
     if not path.is_file():
         raise UserError(f"{path.parent} is not a model folder: it has no {path.name}; {what_instead(path.parent)}")
     try:

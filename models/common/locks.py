@@ -1,8 +1,8 @@
-"""One process at a time: locks that the kernel takes back when their holder dies, however it dies.
+"""Locks for one process at a time. The kernel releases them when their holder dies in any way.
 
-A lock is a file under ``flock``; its content says who holds it, for people alone. It is removed when the lock is given back, and whoever
-gets the lock looks whether the file is still the one that others see. Forked children (data loader workers) give up their copy, or an
-orphan would hold on to what its dead parent had.
+A lock is a file under ``flock``; its content names the holder, only for messages. The file is removed on release, so a process that gets
+the lock checks that the locked file still has its name. Forked children (data loader workers) close their copy; otherwise an orphan would
+keep the lock of its dead parent.
 """
 
 import errno
@@ -27,19 +27,20 @@ _all: "weakref.WeakSet[Lock]" = weakref.WeakSet()
 
 
 class Lock:
-    """The lock of a file, which is made with its folder if it is missing."""
+    """The lock of a file, which is created with its folder if it is missing."""
 
     def __init__(self, file: Path) -> None:
         self.file = Path(file)
         self.lockable = True
-        """Whether the file system has locks; without them ``acquire`` succeeds, and the caller should say so."""
+        """Whether the file system has locks. Without them ``acquire`` succeeds, and the caller should warn (``no_locks``)."""
         self._handle: int | None = None
         _all.add(self)
 
     def acquire(self) -> bool:
-        """Take the lock if nobody holds it; whether this process has it now.
+        """Takes the lock if it is free; returns whether this process has it now.
 
-        Raises: UserError when the disk refuses.
+        Raises:
+            UserError: there is a disk error.
         """
         while self._handle is None:
             try:
@@ -63,7 +64,8 @@ class Lock:
                     os.truncate(handle, 0)
                     os.pwrite(handle, json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": _now()}).encode(), 0)
             else:
-                os.close(handle)  # its last holder has removed it meanwhile
+                # its last holder has removed the file after it was opened here: try again with a new one
+                os.close(handle)
         return True
 
     def _is_file(self, handle: int) -> bool:
@@ -72,7 +74,8 @@ class Lock:
         except OSError:
             return False
 
-    def _told(self) -> dict[str, Any]:
+    def _content(self) -> dict[str, Any]:
+        """The holder as the file names it; {} if it does not."""
         try:
             found = json.loads(self.file.read_text(encoding="utf-8", errors="replace"))
             return {"process": int(found["process"]), "host": str(found["host"])[:80], "since": str(found["since"])[:40]}
@@ -80,16 +83,16 @@ class Lock:
             return {}
 
     def holder(self) -> str:
-        """Who holds the lock, in words."""
-        told = self._told()
-        return f"process {told['process']} on {told['host']} (since {told['since']})" if told else "another process"
+        """The holder of the lock, in words."""
+        found = self._content()
+        return f"process {found['process']} on {found['host']} (since {found['since']})" if found else "another process"
 
     def is_elsewhere(self) -> bool:
-        """Whether the holder is on another machine, as far as it says."""
-        return self._told().get("host", socket.gethostname()) != socket.gethostname()
+        """Whether the holder is on another machine, according to the file."""
+        return self._content().get("host", socket.gethostname()) != socket.gethostname()
 
     def release(self) -> None:
-        """Give the lock back; nothing to do when it is not held."""
+        """Releases the lock; does nothing if it is not held."""
         if self._handle is not None:
             self.file.unlink(missing_ok=True)
             self._forget()
@@ -120,42 +123,44 @@ os.register_at_fork(after_in_child=_in_child)
 
 
 def acquire_or_refuse(lock: Lock, what: str, say: Callable[[str], None], *, seconds: float = 2.0, elsewhere: float = 120.0) -> None:
-    """Take ``lock``, or say who has ``what``.
+    """Takes ``lock``, or raises an error that names its holder.
 
     Args:
-        lock: To take.
-        what: The thing, as in "the run folder runs/x".
-        say: Told when it waits for another machine.
-        seconds: Wait for a holder on this machine: one that was killed just now may still be going.
-        elsewhere: Wait for a holder on another: a file server takes the locks of a dead machine back after a while (NFS: 90 seconds).
+        lock: The lock to take.
+        what: The locked thing, as in "the run folder runs/x".
+        say: Called with a line when it waits for another machine.
+        seconds: Time to wait for a holder on this machine: one that was just killed may still be ending.
+        elsewhere: Time to wait for a holder on another machine: a file server releases the locks of a dead machine after a while (NFS: 90
+            seconds).
 
-    Raises: UserError when another process holds it.
+    Raises:
+        UserError: another process holds it.
     """
-    began, told = time.monotonic(), False
+    began, reported = time.monotonic(), False
     while not lock.acquire():
         away = lock.is_elsewhere()
         if time.monotonic() - began > (elsewhere if away else seconds):
             raise UserError(f"{what} is in use by {lock.holder()}; wait until it has ended, stop it, or choose another folder")
-        if away and not told:
+        if away and not reported:
             say(f"{what} is in use by {lock.holder()}; waiting {elsewhere:.0f} seconds, in case that machine has died")
-            told = True
+            reported = True
         time.sleep(POLL_SECONDS)
 
 
 @contextmanager
 def waiting_for(file: Path, doing: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of ``file``; waits for another process that holds it, and takes over when that one dies.
+    """Holds the lock of ``file`` inside the block. Waits for another process that holds it, and takes over if that one dies.
 
     Args:
-        file: Of the lock.
+        file: File of the lock.
         doing: What its holder does, as in "makes the same teacher".
-        say: Told once when it has to wait, and when the file system has no locks.
+        say: Called once with a line if it has to wait, and if the file system has no locks.
     """
-    lock, told = Lock(file), False
+    lock, reported = Lock(file), False
     while not lock.acquire():
-        if not told:
+        if not reported:
             say(f"{lock.holder()} {doing}; waiting for it")
-            told = True
+            reported = True
         time.sleep(POLL_SECONDS)
     if not lock.lockable:
         say(no_locks(file))
@@ -164,5 +169,5 @@ def waiting_for(file: Path, doing: str, say: Callable[[str], None]) -> Iterator[
 
 
 def no_locks(file: Path) -> str:
-    """What to say where a file system has no locks."""
-    return f"the file system of {file.parent} has no locks (flock): see to it that no second process works there at the same time"
+    """The warning about a file system without locks."""
+    return f"the file system of {file.parent} has no locks (flock): make sure that no second process works there at the same time"

@@ -1,4 +1,4 @@
-"""Memory that ran out, told apart from other errors: every library has a way of its own to say so."""
+"""Recognizes errors of exhausted memory, which every library reports differently."""
 
 import errno
 import re
@@ -12,9 +12,10 @@ _AMOUNT = re.compile(r"tr(?:ied|y) to allocate ([\d.]+ ?(?:[KMGT]i?B|bytes))", r
 
 
 def out_of_memory(error: BaseException) -> Literal["the GPU", "this machine"] | None:
-    """Whose memory ran out; None when ``error`` is something else."""
+    """The device whose memory is exhausted; None for other errors."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    if "OutOfMemoryError" in names:  # torch's, which is not imported for this
+    # torch.OutOfMemoryError by name, so that torch need not be imported
+    if "OutOfMemoryError" in names:
         return "the GPU"
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return "this machine"
@@ -24,6 +25,6 @@ def out_of_memory(error: BaseException) -> Literal["the GPU", "this machine"] | 
 
 
 def asked_for(error: BaseException) -> str:
-    """``" (2.00 GiB were asked for at once)"``, or nothing where the error does not say."""
+    """``" (it requested 2.00 GiB at once)"``, or '' if the error does not state an amount."""
     found = _AMOUNT.search(str(error))
-    return f" ({found[1]} were asked for at once)" if found else ""
+    return f" (it requested {found[1]} at once)" if found else ""

@@ -1,4 +1,4 @@
-"""Silence for transformers where decoct says the same thing better: its load report and progress bars, for the time of a call."""
+"""Silences transformers' load report and progress bars during a call, for which decoct prints its own lines."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Only errors from transformers' loggers and no bars inside the block; the user's settings come back afterwards."""
+    """Inside the block transformers logs only errors and shows no bars; afterwards the user's settings are restored."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

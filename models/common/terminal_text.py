@@ -1,4 +1,4 @@
-"""What may reach a terminal: names, messages and answers come from files, servers and people, and may hold anything."""
+"""Makes text safe for a terminal: names, messages and answers come from files, servers and people and may contain anything."""
 
 import re
 
@@ -7,13 +7,16 @@ _PASSWORD = re.compile(r"(?<=://)[^/\s@]+@")
 
 
 def printable(text: str) -> str:
-    r"""``text`` for a terminal or log: control characters (but line ends and tabs), marks that turn writing round and bytes that are not
-    UTF-8 as escapes (``\x1b``), and no name or password in an address."""
+    r"""``text`` for a terminal or log.
+
+    Control characters (except line ends and tabs), marks that change the direction of writing, and bytes that are not UTF-8 become escapes
+    (``\x1b``); names and passwords in addresses become ``***``.
+    """
     return _PASSWORD.sub("***@", _UNSAFE.sub(_escaped, text))
 
 
 def _escaped(match: re.Match[str]) -> str:
     code = ord(match[0])
-    # a byte that is not UTF-8 comes as a surrogate, and is shown as the byte that it is
+    # Python decodes a byte that is not UTF-8 into a surrogate: show the byte
     code -= 0xDC00 if 0xDC80 <= code <= 0xDCFF else 0
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

@@ -1,8 +1,8 @@
-"""Magnitude pruning: which single weights stay, exactly how many, and how many at which optimizer step.
+"""Magnitude pruning: chooses the weights that stay, exactly how many, and how many at each optimizer step.
 
-Masks are chosen on latent weights, before any rounding: after int4 fake-quant a third of the magnitudes tie. The cut is found by
-counting the bit patterns of fp32 magnitudes (they order like integers), two passes over the weights and no sort, so a ``global`` cut
-needs no copy of all weights in one tensor.
+Masks are chosen on latent weights before any rounding: after int4 fake quantization a third of the magnitudes are equal. The threshold is
+found by counting the bit patterns of fp32 magnitudes, which order like integers, in two passes over the weights and without a sort. So a
+``global`` threshold needs no copy of all weights in one tensor.
 
 Source: Zhu & Gupta 2017, "To prune, or not to prune" (schedule, equation 1).
 """
@@ -17,24 +17,25 @@ from torch import Tensor
 from ..common.errors import NonFiniteError
 
 _LEAST_KEPT = 0.05
-"""With ``global`` scope no matrix falls below this share (or ``keep``, when that is less): a layer cut to nothing cuts the network."""
+"""Least share kept of each matrix with ``global`` scope (or ``keep``, if that is less): a layer without weights would cut the network."""
 _LOW_BITS = 16
 _MISSING = -1
 
 
 def cubic_keep(step: int, total: int, keep: float, heal: float, update_every: int) -> float:
-    """Share of weights that stays after ``step`` optimizer steps; a pure function, so a resumed run needs no state.
+    """Share of weights kept after ``step`` optimizer steps; a pure function, so a resumed run needs no state.
 
-    ``1 - (1 - keep) (1 - (1 - min(k, n) / n)^3)`` with ``k = step // update_every`` updates so far and ``n`` updates in the first
-    ``1 - heal`` of the steps: 1.0 at step 0, ``keep`` exactly from the last update on.
+    It is ``1 - (1 - keep) (1 - (1 - min(k, n) / n)^3)`` with ``k = step // update_every`` updates so far and ``n`` updates in the first
+    ``1 - heal`` of the steps: 1.0 at step 0, and exactly ``keep`` from the last update on.
 
     Args:
         step: Completed optimizer steps, >= 0.
         total: Optimizer steps of the stage.
         keep: Final share kept, (0, 1].
-        heal: Share of the steps at the end with the final mask, at least; [0, 1).
+        heal: Least share of the steps, at the end, with the final mask; [0, 1).
         update_every: Steps between updates; an interval longer than the ramp becomes one update at its end.
     """
+    # 1e-9, so that a product such as 100 * 0.07 = 7.000000000000001 does not count as 8
     ramp = max(1, total - math.ceil(total * heal - 1e-9))
     interval = min(update_every, ramp)
     updates, last = step // interval, ramp // interval
@@ -51,17 +52,17 @@ def magnitude_masks(
     scope: Literal["layer", "global"],
     current: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Masks (True = stays) of the largest magnitudes: exactly ``round(keep * numel)`` of them, the first of equals.
+    """Masks (True = kept) of the largest magnitudes: exactly ``round(keep * numel)`` of them; of equal ones the first.
 
     Args:
         weights: Latent weights by name, any shape; compared in fp32.
-        keep: Share of the weights that stays, (0, 1].
-        scope: ``layer`` counts inside each matrix; ``global`` over all, each divided by its mean magnitude (pruned weights count as
-            zeros, so a matrix that lost much is spared more and more), and no matrix below 5 %.
-        current: Masks of the same shapes; what they prune never returns, even when more could be kept.
+        keep: Share of the weights kept, (0, 1].
+        scope: ``layer`` counts within each matrix; ``global`` over all matrices, each divided by its mean magnitude (pruned weights count
+            as zeros, so a matrix that has lost many loses fewer), and no matrix below 5 %.
+        current: Masks of the same shapes; weights that they prune never return, even if more could be kept.
 
     Returns:
-        Bool masks by name, shapes and devices of the weights.
+        Bool masks by name, with the shapes and devices of the weights.
 
     Raises:
         NonFiniteError: a weight is NaN or infinite; the message names the tensor.
@@ -107,12 +108,12 @@ def stream_masks(
 
 
 def zero_masks(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The masks that a sparse model's exact zeros stand for: True where the weight is not zero."""
+    """Masks from the exact zeros of a sparse model: True where the weight is not zero."""
     return {name: weight.detach() != 0 for name, weight in weights.items()}
 
 
 def sparsity(weights: Mapping[str, Tensor]) -> float:
-    """Share of exact zeros over all elements of the weights; 0.0 when there are none."""
+    """Share of exact zeros over all elements of the weights; 0.0 without weights."""
     total = sum(weight.numel() for weight in weights.values())
     zeros = sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in weights.values())
     return zeros / total if total else 0.0
@@ -131,7 +132,7 @@ def _scores(name: str, weight: Tensor, current: Tensor | None) -> Tensor:
 
 
 def _normalised(score: Tensor, keep: float) -> Tensor:
-    """Scores divided by the matrix's mean magnitude; the share that it keeps in any case is lifted above all others."""
+    """Scores divided by the matrix's mean magnitude; the least share that is kept of the matrix gets infinite scores."""
     present = score.clamp(min=0)
     mean = present.mean(dtype=torch.float64).float().clamp(min=torch.finfo(torch.float32).tiny)
     protected = _largest([score], _count(min(_LEAST_KEPT, keep), score.numel()))[0]
@@ -140,12 +141,12 @@ def _normalised(score: Tensor, keep: float) -> Tensor:
 
 
 def _bits(score: Tensor) -> Tensor:
-    """Bit patterns of fp32 scores: they order like the scores, and those that are missing are negative."""
+    """Bit patterns of fp32 scores as int32. They order like the scores; missing ones (-1.0) are negative."""
     return score.contiguous().view(torch.int32)
 
 
 def _largest(scores: list[Tensor], count: int) -> list[Tensor]:
-    """Masks of the ``count`` largest scores over all tensors, fewer when fewer are there; ties go to the first in order."""
+    """Masks of the ``count`` largest scores over all tensors (or fewer, if fewer are present); of equal scores the first win."""
     bits = [_bits(score) for score in scores]
     cut = _cut(lambda: bits, min(count, sum(int((pattern >= 0).sum()) for pattern in bits)))
     masks = []
@@ -156,7 +157,7 @@ def _largest(scores: list[Tensor], count: int) -> list[Tensor]:
 
 
 def _above(pattern: Tensor, cut: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int] | None]:
-    """(mask of one tensor, the cut for those after it): everything above the threshold, and the first of those equal to it."""
+    """(mask of one tensor, cut for the next tensors): everything above the threshold, and the first ones equal to it."""
     if cut is None:
         return torch.zeros_like(pattern, dtype=torch.bool), None
     threshold, ties = cut
@@ -167,12 +168,13 @@ def _above(pattern: Tensor, cut: tuple[int, int] | None) -> tuple[Tensor, tuple[
 
 
 def _cut(patterns: Callable[[], Iterable[Tensor]], count: int) -> tuple[int, int] | None:
-    """(threshold, ties): everything above the threshold stays, and ``ties`` of those equal to it; None when nothing stays.
+    """(threshold, ties): everything above the threshold is kept, and ``ties`` of those equal to it; None if nothing is kept.
 
-    ``patterns`` gives the tensors one by one, and is called twice. Negative patterns are left out.
+    ``patterns`` yields the tensors one by one and is called twice. Negative patterns are left out.
     """
     if count == 0:
         return None
+    # first by the upper bits, then by the lower bits in the bucket found: one histogram of all patterns would have 2^31 entries
     high, above = _bucket(((pattern >> _LOW_BITS)[pattern >= 0] for pattern in patterns()), 1 << (31 - _LOW_BITS), count)
     inside = (pattern[(pattern >> _LOW_BITS) == high] & ((1 << _LOW_BITS) - 1) for pattern in patterns())
     low, above_inside = _bucket(inside, 1 << _LOW_BITS, count - above)
@@ -180,7 +182,7 @@ def _cut(patterns: Callable[[], Iterable[Tensor]], count: int) -> tuple[int, int
 
 
 def _bucket(values: Iterable[Tensor], buckets: int, count: int) -> tuple[int, int]:
-    """(b, above): the bucket that holds the ``count``-th largest value, and how many values lie in higher buckets."""
+    """(b, above): the bucket of the ``count``-th largest value, and the number of values in higher buckets."""
     histogram = torch.zeros(buckets, dtype=torch.int64)
     for value in values:
         histogram += torch.bincount(value, minlength=buckets).cpu()

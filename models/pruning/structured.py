@@ -1,7 +1,8 @@
-"""Structured pruning of FFN channels: the dense model becomes physically smaller, every server runs it faster.
+"""Structured pruning of FFN channels: the dense model becomes smaller, and every server runs it faster.
 
-A channel c of a gated FFN is one row of the gate and of the up projection (with their biases) and one column of the down projection.
-All layers keep the same number, so the result is an ordinary Hugging Face model with a smaller ``intermediate_size``.
+A channel c of a gated FFN is one row of the gate projection and of the up projection (with their biases) and one column of the down
+projection. All layers keep the same number of channels, so the result is an ordinary Hugging Face model with a smaller
+``intermediate_size``.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,30 +19,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ALIGNMENT = 128
-"""Channels that int4 groups of 128 and packed kernels want the kept number to be a multiple of."""
+"""The number of kept channels should be a multiple of this for int4 groups of 128 and packed kernels."""
 
 
 @torch.no_grad()
 def ffn_channel_scores(model: "PreTrainedModel", batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
     """Importance of every FFN channel: ``S_c = ||W_down[:, c]||_2 * mean_t |a_tc|``, a = the input of the down projection.
 
-    The mean is over all unmasked tokens of all batches, so it does not depend on how the text is batched (fp64 sums). The model runs in
-    eval mode and is left in the mode it was in.
+    The mean is over all unmasked tokens of all batches (fp64 sums), so it does not depend on the batching. The model runs in eval mode and
+    is in its former mode afterwards.
 
     Args:
         model: Llama, Mistral, Qwen2 or Qwen3.
-        batches: ``input_ids`` [B, S] and, where there is padding, ``attention_mask`` [B, S], or ``position_ids`` of packed windows.
+        batches: ``input_ids`` [B, S] and, with padding, ``attention_mask`` [B, S], or ``position_ids`` of packed windows.
 
     Returns:
         One fp32 tensor [channels] per decoder layer, on the CPU.
 
     Raises:
-        UserError: unknown family, or no token to score on.
+        UserError: the family is unknown, or there is no token to score on.
         NonFiniteError: a layer's activations or weights are NaN or infinite.
     """
     family = family_of(model)
     downs = [family.linear(layer, family.ffn_out) for layer in family.layers(model)]
     sums = [torch.zeros(down.in_features, dtype=torch.float64, device=down.weight.device) for down in downs]
+    # a box that the hooks read: the mask of the current batch
     keep_rows: list[Tensor] = [torch.empty(0)]
     handles = [down.register_forward_pre_hook(_adder(total, keep_rows)) for down, total in zip(downs, sums)]
     training = model.training
@@ -58,7 +60,9 @@ def ffn_channel_scores(model: "PreTrainedModel", batches: Iterable[Mapping[str, 
         for handle in handles:
             handle.remove()
     if tokens == 0:
-        raise UserError("prune.structured has no token to score channels on; raise prune.calibration_tokens or give more text")
+        raise UserError(
+            "prune.structured needs text to score channels on, and has no token; raise prune.calibration_tokens or give more text"
+        )
     return [_score(index, down.weight, total / tokens) for index, (down, total) in enumerate(zip(downs, sums))]
 
 
@@ -80,13 +84,13 @@ def _score(index: int, down: Tensor, mean_activation: Tensor) -> Tensor:
 
 @torch.no_grad()
 def prune_ffn(model: "PreTrainedModel", scores: Sequence[Tensor], keep: int) -> dict[str, list[int]]:
-    """Cut every FFN down to its ``keep`` best channels, in place, before an optimizer is made.
+    """Cuts every FFN down to its ``keep`` best channels, in place. Call it before an optimizer is made.
 
-    Equal to setting the other channels' activations to zero: no other number of the model changes. Equal scores are decided by index
-    (the first stays), order is preserved, and ``keep`` equal to the present number changes nothing.
+    The result equals setting the activations of the other channels to zero; no other number of the model changes. Of equal scores the first
+    is kept, the order is preserved, and ``keep`` equal to the current number changes nothing.
 
     Args:
-        model: Llama, Mistral, Qwen2 or Qwen3; its config's ``intermediate_size`` follows.
+        model: Llama, Mistral, Qwen2 or Qwen3; ``intermediate_size`` of its config is set.
         scores: One tensor [channels] per decoder layer.
         keep: Channels kept in every layer.
 
@@ -94,8 +98,8 @@ def prune_ffn(model: "PreTrainedModel", scores: Sequence[Tensor], keep: int) -> 
         Kept indices, ascending, by FFN name (``model.layers.0.mlp``).
 
     Raises:
-        UserError: unknown family, or ``keep`` outside 1..channels.
-        ValueError: scores that do not fit the model's layers.
+        UserError: the family is unknown, or ``keep`` is outside 1..channels.
+        ValueError: the scores do not fit the model's layers.
     """
     family = family_of(model)
     layers = family.layers(model)
@@ -119,7 +123,7 @@ def prune_ffn(model: "PreTrainedModel", scores: Sequence[Tensor], keep: int) -> 
 
 
 def _slice_ffn(family: Family, layer: nn.Module, chosen: Tensor) -> None:
-    """Keep the chosen rows of the input projections (and biases) and columns of the output projection of one layer."""
+    """Cuts one layer to the chosen rows of the input projections (and biases) and the chosen columns of the output projection."""
     for name in family.ffn_in:
         linear = family.linear(layer, name)
         linear.weight = _selected(linear.weight, 0, chosen)
@@ -139,12 +143,12 @@ def _selected(parameter: Tensor, dim: int, chosen: Tensor) -> nn.Parameter:
 
 
 def alignment_hint(keep: int) -> str | None:
-    """A sentence for the user when ``keep`` channels will not pack well; None when they will."""
+    """A sentence for the user if ``keep`` channels do not pack well; None if they do."""
     if keep % ALIGNMENT == 0:
         return None
     below = keep - keep % ALIGNMENT
     near = f"{below} or {below + ALIGNMENT}" if below else str(ALIGNMENT)
     return (
-        f"prune.structured.ffn={keep} is not a multiple of {ALIGNMENT}: groups of {ALIGNMENT} will not divide the down projection, and "
-        f"packed int4 kernels pad it or fall back; {near} would fit"
+        f"prune.structured.ffn={keep} is not a multiple of {ALIGNMENT}: groups of {ALIGNMENT} do not divide the down projection, and "
+        f"packed int4 kernels pad it or fall back; use {near}"
     )

@@ -1,7 +1,7 @@
-"""The record of zeros: which matrices' exact zeros are a mask (decoct.json, ``sparse``).
+"""The record of zeros: the matrices whose exact zeros are a mask (decoct.json, ``sparse``).
 
-Whoever writes a model folder carries the record of its input on, cut to what is left. Whoever trains keeps the zeros that it names: a
-matrix that is not named has zeros by chance, and training moves them.
+A stage that writes a model folder copies the record of its input, without removed matrices. A stage that trains keeps the zeros of the
+listed matrices; the zeros of other matrices are there by chance, and training changes them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOLD_FROM = 0.05
-"""Share of exact zeros from which a model looks pruned: trained weights hold next to none."""
+"""Share of exact zeros from which a model looks pruned: trained weights hold almost none."""
 
 
 def sparse_modules(path: str | Path, revision: str | None = None) -> list[str]:
-    """Matrices whose exact zeros are a mask, as decoct.json of a model folder or hub id lists them; [] where it lists none.
+    """The matrices whose exact zeros are a mask, from decoct.json of a model folder or hub id; [] if it lists none.
 
     Raises:
-        UserError: there is no such model, or the list is none.
+        UserError: there is no such model, or the entry is not a list of names.
     """
     folder = find_model_folder(path, revision, weights=False)
     names = read_record(folder).get("sparse", [])
@@ -34,26 +34,26 @@ def sparse_modules(path: str | Path, revision: str | None = None) -> list[str]:
 
 
 def check_sparse(names: Iterable[str], model: "PreTrainedModel") -> None:
-    """UserError when a listed matrix is no linear layer of the model: its zeros could not be kept."""
+    """Raises UserError if a listed matrix is not a linear layer of the model, so that its zeros could not be kept."""
     linears = decoder_linears(model)
     if lost := [name for name in names if name not in linears]:
         raise UserError(
-            f"decoct.json lists {lost[0]} as sparse, but the model has no such linear layer; the folder was put together from two"
+            f"decoct.json lists {lost[0]} as sparse, but the model has no such linear layer: the folder mixes two models. Make it again"
         )
 
 
 def joined(carried: Sequence[str], new: Sequence[str]) -> list[str]:
-    """The record of a model that was sparse in ``carried`` and has become so in ``new``."""
+    """The record of a model that was sparse in ``carried`` and is now sparse in ``new`` too."""
     return [*new, *(name for name in carried if name not in new)]
 
 
 def of_kept_layers(names: Iterable[str], family: Family, kept: Sequence[int]) -> list[str]:
-    """The record of a student that has the layers ``kept`` of its teacher, under their new numbers."""
+    """The record of a student with the layers ``kept`` of its teacher, under their new numbers."""
     return [renamed for name in names if (renamed := family.renumbered(name, kept)) is not None]
 
 
 def unlisted_zeros(model: "PreTrainedModel", names: Iterable[str]) -> float:
-    """Share of exact zeros of the decoder's linear weights that no record names; 0.0 on the meta device."""
+    """Share of exact zeros in the decoder's linear weights that the record does not list; 0.0 on the meta device."""
     import torch
 
     weights = [linear.weight for name, linear in decoder_linears(model).items() if name not in set(names)]

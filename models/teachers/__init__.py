@@ -1,4 +1,4 @@
-"""Teachers: where the predictions come from that a student learns, in which precision and in whose memory."""
+"""Teachers: the models whose predictions a student learns, by precision and place of their weights."""
 
 from .adapter_base import AdapterBaseTeacher as AdapterBaseTeacher
 from .local import Hidden as Hidden

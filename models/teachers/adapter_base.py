@@ -1,4 +1,4 @@
-"""The model under a student's LoRA adapter as its teacher: the same weights in the same memory, with the adapter switched off."""
+"""A teacher that is the model under a student's LoRA adapter: the same weights in the same memory, with the adapter switched off."""
 
 from collections.abc import Mapping
 from typing import Any, NoReturn, Self
@@ -15,14 +15,14 @@ from .local import Hidden
 
 
 class AdapterBaseTeacher:
-    """What a peft model predicts without its adapter, in eval mode; the student's own modes (dropout) are left as they were.
+    """Predictions of a peft model without its adapter, in eval mode; the student's own modes (dropout) are restored afterwards.
 
     Args:
         student: A ``peft`` model; it is not copied, moved or changed.
         v_eff: Size of the real vocabulary.
 
     Raises:
-        UserError: the model has no adapter that can be switched off, or too small a head.
+        UserError: the model has no adapter that can be switched off, or a head with too few rows.
     """
 
     def __init__(self, student: Any, *, v_eff: int) -> None:
@@ -38,7 +38,7 @@ class AdapterBaseTeacher:
         return self._v_eff
 
     def to(self, device: torch.device | str) -> Self:
-        """Nothing: the weights are the student's, and go where it goes."""
+        """Does nothing: the weights are the student's and move with it."""
         return self
 
     @torch.no_grad()
@@ -52,7 +52,7 @@ class AdapterBaseTeacher:
         return output.last_hidden_state, weight[: self._v_eff], head_bias, head_transform(self._student.config)
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line of text for messages."""
         return "the student's own base, its adapter switched off"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

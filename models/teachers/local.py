@@ -1,7 +1,7 @@
 """A teacher that runs in this process.
 
-It is a plain object on purpose. A teacher that is a submodule of what is trained ends up in its checkpoints, its optimizer, its EMA copy
-and its DDP buckets; this one is invisible to ``nn.Module``, is shared by copies and refuses to be pickled.
+It is deliberately not a module. A teacher that is a submodule of the trained model ends up in its checkpoints, its optimizer, its EMA copy
+and its DDP buckets. This one is invisible to ``nn.Module``, is shared by copies and cannot be pickled.
 """
 
 import math
@@ -28,7 +28,7 @@ Hidden = tuple[Tensor, Tensor, Tensor | None, HeadTransform]
 
 @runtime_checkable
 class Teacher(Protocol):
-    """What a loss needs of a teacher: the two factors of its logits, never the [B, S, V] product."""
+    """The part of a teacher that a loss needs: the two factors of its logits, never their [B, S, V] product."""
 
     @property
     def v_eff(self) -> int:
@@ -40,11 +40,11 @@ class Teacher(Protocol):
         ...
 
     def to(self, device: torch.device | str) -> Self:
-        """Move to a device, in place."""
+        """Moves to a device, in place."""
         ...
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line of text for messages."""
         ...
 
 
@@ -52,14 +52,14 @@ class LocalTeacher:
     """A causal language model of transformers as a teacher: frozen, in eval mode, in the dtype it was loaded in.
 
     Args:
-        model: Becomes the teacher's own: its parameters stop requiring gradients.
-        v_eff: Size of the real vocabulary; rows of the head beyond it are padding and never seen.
-        name: What ``describe`` calls it; default: where the model was loaded from.
-        held: How its weights are held, for ``describe``; default: the model's dtype.
+        model: The model, which from now on belongs to the teacher: its parameters stop requiring gradients.
+        v_eff: Size of the real vocabulary; rows of the head beyond it are padding and never used.
+        name: Name in ``describe``; default: the path from which the model was loaded.
+        held: Format of its weights in ``describe``; default: the model's dtype.
 
     Raises:
-        UserError: the head has fewer than ``v_eff`` rows, the model's logits are not its head's product (``check_head``), or it sees later
-            tokens (``check_causal``).
+        UserError: the head has fewer than ``v_eff`` rows, the model's logits are not the product with its head (``check_head``), or it sees
+            later tokens (``check_causal``).
     """
 
     def __init__(self, model: "PreTrainedModel", *, v_eff: int, name: str | None = None, held: str | None = None) -> None:
@@ -83,18 +83,18 @@ class LocalTeacher:
         return self._model
 
     def to(self, device: torch.device | str) -> Self:
-        """Move to a device, in place."""
+        """Moves to a device, in place."""
         self._model.to(device)  # pyright: ignore[reportArgumentType] - transformers' wrapper hides the signature of nn.Module.to
         return self
 
     @torch.no_grad()
     def hidden_and_head(self, batch: Mapping[str, Tensor]) -> Hidden:
-        """Run the backbone, outside autograd and autocast.
+        """Runs the backbone, outside autograd and autocast.
 
-        ``no_grad`` and not ``inference_mode``: the results enter the student's graph as constants.
+        It uses ``no_grad`` and not ``inference_mode``, because the results are constants in the student's autograd graph.
 
         Args:
-            batch: ``input_ids`` and optionally ``attention_mask`` or, of packed windows, ``position_ids``; [B, S] int64, on any device.
+            batch: ``input_ids`` and optionally ``attention_mask`` or, for packed windows, ``position_ids``; [B, S] int64, on any device.
 
         Returns:
             (hidden [B, S, H], head weight [V_eff, H], head bias [V_eff] or None, transform), all in the teacher's dtype; weight and
@@ -105,7 +105,8 @@ class LocalTeacher:
         with torch.autocast(device.type, enabled=False):
             output: Any = backbone(**backbone_inputs(batch, device))
         head_bias = None if bias is None else bias[: self._v_eff]
-        hidden = output.last_hidden_state.to(weight.dtype)  # Mamba's are fp32 whatever its weights are
+        # Mamba's hidden states are fp32 for every dtype of its weights
+        hidden = output.last_hidden_state.to(weight.dtype)
         return hidden, weight[: self._v_eff], head_bias, head_transform(self._model.config)
 
     def describe(self) -> str:
@@ -124,13 +125,13 @@ class LocalTeacher:
 
 
 class PinnedTeacher(LocalTeacher):
-    """A teacher whose weights were laid out for one device, that of its head, and stay there."""
+    """A teacher whose weights were placed for one device, that of its head, and cannot move."""
 
     def to(self, device: torch.device | str) -> Self:
-        """Nothing, for its own device.
+        """Does nothing for its own device.
 
         Raises:
-            UserError: another device.
+            UserError: the device is another one.
         """
         wanted, own = torch.device(device), backbone_and_head(self._model)[1].device
         if wanted.type != own.type or wanted.index not in (None, own.index):
@@ -139,7 +140,7 @@ class PinnedTeacher(LocalTeacher):
 
 
 def _count(model: "PreTrainedModel") -> int:
-    """Parameters as the config has them: two weights of nf4 lie in one element, tied parameters count once."""
+    """Number of weights: the two nf4 weights in one stored element count as two, tied parameters count once."""
     shapes = (getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape) for parameter in model.parameters())
     return sum(math.prod(shape) for shape in shapes)
 
@@ -153,15 +154,15 @@ def load_teacher(
     v_eff: int | None = None,
     name: str | None = None,
 ) -> LocalTeacher:
-    """Load a model folder or hub id as a teacher.
+    """Loads a model folder or hub id as a teacher.
 
     Args:
         path: Model folder or hub id.
-        dtype: Dtype of its weights and of its hidden states; logits are made in fp32 by the losses.
-        device: Where it runs.
+        dtype: Dtype of its weights and hidden states; the losses compute logits in fp32.
+        device: Its device.
         revision: Hub revision.
-        v_eff: Size of the real vocabulary; None = of the teacher's own tokenizer.
-        name: What ``describe`` calls it; default: ``path``.
+        v_eff: Size of the real vocabulary; None = that of the teacher's own tokenizer.
+        name: Name in ``describe``; default: ``path``.
 
     Raises:
         UserError: see ``load_model``, ``load_tokenizer`` and ``LocalTeacher``.

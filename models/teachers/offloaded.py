@@ -1,7 +1,7 @@
-"""A teacher whose decoder layers lie in host memory and visit the device one at a time.
+"""A teacher with its decoder layers in host memory, of which one at a time is on the device.
 
-Before a layer runs its weights are copied to the device, after it they are dropped; with CUDA the next layer's are on their way meanwhile
-(pinned memory, a stream of its own), so two layers are the most that is ever there. Embedding, final norm and head stay on the device.
+The weights of a layer are copied to the device before it runs and dropped afterwards. With CUDA the next layer's weights are copied at the
+same time (pinned memory, separate stream), so the device holds at most two layers. Embedding, final norm and head stay on the device.
 """
 
 from pathlib import Path
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def offloaded_model(path: str | Path, *, dtype: torch.dtype, device: torch.device | str, revision: str | None = None) -> "PreTrainedModel":
-    """A frozen causal language model that runs on ``device`` with its decoder layers in host memory, in eval mode.
+    """A frozen causal language model in eval mode that runs on ``device`` with its decoder layers in host memory.
 
-    It cannot move afterwards, and has no backward pass.
+    It cannot move afterwards and has no backward pass.
 
     Raises:
         UserError: see ``load_model``; or the decoder layers are not found.
@@ -44,7 +44,7 @@ def offloaded_model(path: str | Path, *, dtype: torch.dtype, device: torch.devic
 
 
 def _place_around(model: nn.Module, layers: list[nn.Module], device: torch.device) -> None:
-    """Move everything but the layers' parameters."""
+    """Moves everything but the layers' parameters."""
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     place(model, device, skip=inside)
 
@@ -53,8 +53,8 @@ class Offloading:
     """Brings the weights of layers to ``device`` while they run; installed by its constructor, kept alive by the layers' hooks.
 
     Args:
-        layers: In the order in which they run; their parameters are on the CPU.
-        device: Where they run. The CPU is allowed (weights are copied all the same), for tests.
+        layers: The layers in the order in which they run; their parameters are on the CPU.
+        device: Device on which they run. The CPU is allowed for tests (weights are copied there too).
     """
 
     def __init__(self, layers: list[nn.Module], device: torch.device) -> None:
@@ -65,7 +65,8 @@ class Offloading:
         self._coming: dict[int, tuple[list[Tensor], torch.cuda.Event | None]] = {}
         for index, layer in enumerate(layers):
             self._host.append([self._pin(parameter.detach()) for parameter in self._parameters[index]])
-            self._leave(index)  # lets go of what was not pinned: the host never holds two copies of more than a layer
+            # drops the unpinned weights at once, so that the host never holds two copies of more than one layer
+            self._leave(index)
             layer.register_forward_pre_hook(lambda *_, index=index: self._enter(index))
             layer.register_forward_hook(lambda *_, index=index: self._leave(index), always_call=True)
 
@@ -73,20 +74,21 @@ class Offloading:
         return weight.pin_memory() if self._stream is not None else weight
 
     def _enter(self, index: int) -> None:
-        """Give layer ``index`` its weights, and send for the next layer's."""
+        """Gives layer ``index`` its weights, and starts the copy of the next layer's."""
         weights, arrived = self._coming.pop(index, None) or self._send(index)
         if arrived is not None:
             here = torch.cuda.current_stream(self._device)
             here.wait_event(arrived)
             for weight in weights:
-                weight.record_stream(here)  # or its memory would be given to the next copy while this layer still reads it
+                # without this its memory could be given to the next copy while this layer still reads it
+                weight.record_stream(here)
         for parameter, weight in zip(self._parameters[index], weights):
             parameter.data = weight
         if self._stream is not None and index + 1 < len(self._parameters):
             self._coming[index + 1] = self._send(index + 1)
 
     def _leave(self, index: int) -> None:
-        """Back to the weights in host memory; those on the device are dropped."""
+        """Sets the weights in host memory again, which drops those on the device."""
         for parameter, weight in zip(self._parameters[index], self._host[index]):
             parameter.data = weight
 

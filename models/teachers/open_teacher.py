@@ -1,4 +1,4 @@
-"""One door to every kind of teacher: whole, rounded, spread over processes or kept in host memory."""
+"""Opens every kind of teacher: whole, quantized, sharded over processes or offloaded to host memory."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,24 +60,24 @@ def open_teacher(
     v_eff: int | None = None,
     name: str | None = None,
 ) -> LocalTeacher:
-    """Open a model folder or hub id as a teacher; a weight is never in host memory twice.
+    """Opens a model folder or hub id as a teacher; no weight is in host memory twice.
 
     Args:
         path: Model folder or hub id.
-        load_in: fp32, bf16, or the decoder's linears in nf4 or int8 (replicated only).
-        placement: replicated; sharded over all processes (all must call this; one process alone holds it whole); or offloaded.
-        device: This process's device. Only a replicated fp32 or bf16 teacher can move to another.
+        load_in: fp32, bf16, or the decoder's linears in nf4 or int8 (only replicated).
+        placement: replicated; sharded over all processes (all must call this; a single process holds it whole); or offloaded.
+        device: This process's device. Only a replicated fp32 or bf16 teacher can move to another device.
         revision: Hub revision.
-        v_eff: Size of the real vocabulary; None = of the teacher's own tokenizer.
-        name: What ``describe`` calls it; default: ``path``.
+        v_eff: Size of the real vocabulary; None = that of the teacher's own tokenizer.
+        name: Name in ``describe``; default: ``path``.
 
     Raises:
         UserError: see ``load_model``, ``LocalTeacher``, ``quantized_model``, ``offloaded_model`` and ``sharded_model``.
     """
     if load_in not in _DTYPES and placement != "replicated":
         raise UserError(
-            f"teacher.placement: {placement} goes with teacher.load_in: bf16 or fp32; a teacher in {load_in} is replicated (it is a "
-            "half or a quarter of its size already)"
+            f"teacher.placement: {placement} needs teacher.load_in: bf16 or fp32; a teacher in {load_in} is always replicated (it has "
+            "only a half or a quarter of the size)"
         )
     if v_eff is None:
         from ..folder.loading import load_config, load_tokenizer
@@ -95,7 +95,7 @@ def open_teacher(
 def _model(
     path: str | Path, load_in: LoadIn, placement: Placement, device: torch.device | str, revision: str | None
 ) -> "tuple[PreTrainedModel, str]":
-    """The model and how its weights are held, in words."""
+    """The model, and the format and place of its weights in words."""
     if load_in == "nf4" or load_in == "int8":
         from .quantized import quantized_model
 

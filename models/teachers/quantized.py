@@ -1,8 +1,8 @@
-"""A teacher whose decoder linears are rounded by bitsandbytes: nf4 (QLoRA, arXiv 2305.14314) or int8 (LLM.int8(), arXiv 2208.07339).
+"""A teacher whose decoder linears are quantized by bitsandbytes: nf4 (QLoRA, arXiv 2305.14314) or int8 (LLM.int8(), arXiv 2208.07339).
 
-Built on the meta device and filled one tensor at a time, so that a model that only fits quantized needs no more than that. Embedding,
-norms and head stay bf16, and so does the arithmetic of nf4; int8 multiplies in 8 bits, with input columns beyond 6.0 in fp16. Both run on
-a CPU as well, where nf4 is decoded for each product.
+The model is built on the meta device and filled one tensor at a time, so that it never needs more memory than its quantized form.
+Embedding, norms and head stay bf16, and so does the arithmetic of nf4; int8 multiplies in 8 bits, with input columns above 6.0 in fp16.
+Both also run on a CPU, where nf4 is decoded for each product.
 """
 
 import logging
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Rounding = Literal["nf4", "int8"]
 OUTLIER = 6.0
-"""Input columns with a larger number are multiplied in fp16 (the paper's threshold)."""
+"""Input columns with a larger value are multiplied in fp16 (the paper's threshold)."""
 
 
 def quantized_model(
@@ -34,8 +34,8 @@ def quantized_model(
 
     Args:
         path: Model folder or hub id.
-        kind: nf4 (0.5 byte a weight + an fp32 scale for each 64) or int8 (1 byte + an fp32 scale a row).
-        device: Where it is quantized and runs; it cannot move afterwards.
+        kind: nf4 (0.5 bytes per weight and one fp32 scale per 64) or int8 (1 byte per weight and one fp32 scale per row).
+        device: Device on which it is quantized and runs; it cannot move afterwards.
         revision: Hub revision.
 
     Raises:
@@ -48,7 +48,7 @@ def quantized_model(
         model = skeleton if skeleton is not None else load_model(path, dtype=torch.bfloat16, revision=revision)
         linears = decoder_linears(model)
         if not linears:
-            raise UserError(f"{key}: {path} has no linear layers in its decoder that could be rounded; use load_in: bf16")
+            raise UserError(f"{key}: {path} has no linear layers in its decoder to quantize; use load_in: bf16")
         for name, linear in linears.items():
             weight = linear.weight if files is None else files.read_as(f"{name}.weight", torch.bfloat16)
             _replace(model, name, _rounded(key, name, linear, weight.detach(), kind, device))
@@ -59,16 +59,16 @@ def quantized_model(
 
 
 def _rounded(key: str, name: str, linear: nn.Linear, weight: Tensor, kind: Rounding, device: torch.device | str) -> nn.Linear:
-    """bitsandbytes' module for ``linear``, its weight [out, in] quantized on ``device``; a bias is taken over as it is."""
+    """bitsandbytes' module for ``linear``, with its weight [out, in] quantized on ``device`` and its bias unchanged."""
     modules = load_bitsandbytes(key).nn
     shape = (linear.in_features, linear.out_features)
     try:
         if kind == "nf4":
-            # fp32 scales: rounding those too (compress_statistics) would save 0.4 bits a weight
+            # scales stay fp32: rounding those too (compress_statistics) would save only 0.4 bits per weight
             module: Any = modules.Linear4bit(
                 *shape, bias=False, compute_dtype=torch.bfloat16, compress_statistics=False, quant_type="nf4", device="meta"
             )
-            # its packed CPU kernels want multiples of 32 outputs and exist on some CPUs only; decoding gives the same numbers on all
+            # packed CPU kernels need a multiple of 32 outputs and exist only on some CPUs; decoding gives the same numbers on all
             module.support_avx512bf16_for_cpu = False
             module.weight = modules.Params4bit(
                 weight, requires_grad=False, compress_statistics=False, quant_type="nf4", blocksize=NF4_BLOCK, module=module
@@ -77,7 +77,7 @@ def _rounded(key: str, name: str, linear: nn.Linear, weight: Tensor, kind: Round
             module = modules.Linear8bitLt(*shape, bias=False, has_fp16_weights=False, threshold=OUTLIER, device="meta")
             module.weight = modules.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{key}: {name} {tuple(weight.shape)} cannot be rounded on {device} ({error}); use load_in: bf16") from error
+        raise UserError(f"{key}: {name} {tuple(weight.shape)} cannot be quantized on {device} ({error}); use load_in: bf16") from error
     module.bias = linear.bias
     return module.eval()
 
@@ -88,7 +88,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 class _CastRemark(logging.Filter):
-    """bitsandbytes remarks at every int8 product that bf16 inputs are cast to fp16."""
+    """Drops bitsandbytes' message, at every int8 product, that bf16 inputs are cast to fp16."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "inputs will be cast" not in record.getMessage()

@@ -1,8 +1,8 @@
-"""A teacher spread over all processes by FSDP2: each holds some rows of every weight of the decoder layers.
+"""A teacher sharded over all processes by FSDP2: each holds some rows of every weight of the decoder layers.
 
-A layer is gathered just before its forward pass and dropped after it, at every process at the same time, whatever batch each has.
-Embedding, final norm and head are whole everywhere: the head is used outside the backbone. There is no backward pass, so nothing is ever
-kept gathered.
+A layer is gathered just before its forward pass and dropped after it, in all processes at the same time, each with its own batch.
+Embedding, final norm and head are whole in every process, because the head is used outside the backbone. There is no backward pass, so
+nothing stays gathered.
 """
 
 from pathlib import Path
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def sharded_model(path: str | Path, *, dtype: torch.dtype, device: torch.device | str, revision: str | None = None) -> "PreTrainedModel":
-    """A frozen causal language model of which each process holds a share, in eval mode; each process reads only its own rows.
+    """A frozen causal language model in eval mode of which each process holds a share; each process reads only its own rows.
 
-    Every process must call this, and then the model equally often. It cannot move afterwards.
+    All processes must call this function, and then the model equally often. The model cannot move afterwards.
 
     Args:
         path: Model folder or hub id, on a disk that every process can read.
-        dtype: Dtype of weights, of their exchange and of hidden states.
+        dtype: Dtype of weights, of their exchange between processes, and of hidden states.
         device: This process's device.
         revision: Hub revision.
 
@@ -53,7 +53,7 @@ def sharded_model(path: str | Path, *, dtype: torch.dtype, device: torch.device 
         inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
         for layer in layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-        # the root manages no weights: it makes the layers share streams, and gathers the next one while one computes
+        # a root without weights of its own: it makes the layers share streams, so that the next layer is gathered while one computes
         around = {parameter for parameter in model.parameters() if id(parameter) not in inside}
         fully_shard(model.base_model, mesh=mesh, reshard_after_forward=True, ignored_params=around)
         for layer in layers:
@@ -72,7 +72,7 @@ def _all_processes(device: torch.device) -> "DeviceMesh":
 
 @torch.no_grad()
 def _read_rows(model: nn.Module, layer: nn.Module, files: WeightFiles, device: torch.device) -> None:
-    """Allocate and fill this process's rows of every weight in ``layer``, which is on the meta device."""
+    """Allocates and fills this process's rows of every weight in ``layer``, which is on the meta device."""
     own = {id(parameter) for parameter in layer.parameters()}
     for places in parameter_places(model):
         parameter: Any = getattr(places[0][0], places[0][1])
@@ -88,7 +88,7 @@ def _local(tensor: Any) -> Tensor:
 
 
 def _own_rows(parameter: Any) -> slice:
-    """Rows of the first dimension that this process holds: FSDP2 cuts them as ``torch.chunk`` does."""
+    """Rows of the first dimension that this process holds; FSDP2 splits them as ``torch.chunk`` does."""
     rows, mesh = parameter.shape[0], parameter.device_mesh
     share = -(-rows // mesh.size())
     start = min(mesh.get_local_rank() * share, rows)

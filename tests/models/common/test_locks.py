@@ -120,7 +120,7 @@ def test_a_file_system_without_locks_is_told_and_does_not_stop_work(tmp_path: Pa
     said: list[str] = []
     with waiting_for(tmp_path / "lock", "works", said.append):
         pass
-    assert said == [f"the file system of {tmp_path} has no locks (flock): see to it that no second process works there at the same time"]
+    assert said == [f"the file system of {tmp_path} has no locks (flock): make sure that no second process works there at the same time"]
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b'{"process": "x"}', b"{}"])

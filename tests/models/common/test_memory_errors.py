@@ -13,7 +13,7 @@ def test_what_this_machine_really_raises() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert out_of_memory(caught.value) == "this machine"
-    assert asked_for(caught.value) == f" ({2**60} bytes were asked for at once)"
+    assert asked_for(caught.value) == f" (it requested {2**60} bytes at once)"
     with pytest.raises(MemoryError) as numpys:
         np.empty(2**60, np.uint8)
     assert out_of_memory(numpys.value) == "this machine"
@@ -38,7 +38,5 @@ def test_whose_memory_ran_out(error: Exception, whose: str | None) -> None:
 
 
 def test_the_amount_is_told_where_it_is_known() -> None:
-    assert (
-        asked_for(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")) == " (2.00 GiB were asked for at once)"
-    )
+    assert asked_for(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")) == " (it requested 2.00 GiB at once)"
     assert asked_for(MemoryError()) == ""

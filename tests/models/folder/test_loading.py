@@ -166,7 +166,7 @@ def test_usual_causes_are_named_with_their_remedy(folder: Path, case: str) -> No
     ("holds", "message"),
     [
         ("checkpoint-9/config.json checkpoint-10/config.json", r"give one of the checkpoints in it, such as .*checkpoint-10$"),
-        ("model.gguf", "a GGUF file is what is served; give the model folder that it was made from"),
+        ("model.gguf", "a GGUF file is for serving; give the model folder from which it was made"),
         ("consolidated.00.pth", r"an original release \(\.pth\)"),
         ("01-qat/model/config.json 02-qat.71fddf59/model/config.json", r"give a model folder in it, such as .*01-qat.model$"),
         ("model/config.json", r"give a model folder in it, such as .*model$"),

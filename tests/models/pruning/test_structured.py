@@ -150,4 +150,4 @@ def test_no_token_and_broken_weights_are_refused(tiny_model: TinyModel) -> None:
 def test_alignment_hint_names_the_neighbours() -> None:
     assert alignment_hint(6144) is None
     assert "6016 or 6144" in str(alignment_hint(6100))
-    assert "128 would fit" in str(alignment_hint(100))
+    assert "use 128" in str(alignment_hint(100))

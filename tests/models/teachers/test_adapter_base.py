@@ -81,7 +81,7 @@ def test_what_cannot_be_taken_apart_is_refused(tiny_model: Any) -> None:
     with pytest.raises(UserError, match=r"output head has dropout 0\.1"):
         backbone_and_head(model)
     backbone_and_head(model.eval())
-    with pytest.raises(UserError, match="no plain LoRA"):
+    with pytest.raises(UserError, match="not plain LoRA"):
         backbone_and_head(adapted(tiny_model, use_dora=True))
     prompts: Any = get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(UserError, match="learns prompts"):

@@ -65,7 +65,7 @@ def test_a_forward_pass_that_fails_leaves_nothing_behind(saved_model: SavedModel
 
 def test_a_rounded_teacher_is_not_offloaded(saved_model: SavedModel) -> None:
     for placement in ("offloaded", "sharded"):
-        with pytest.raises(UserError, match=rf"teacher\.placement: {placement} goes with teacher\.load_in: bf16 or fp32"):
+        with pytest.raises(UserError, match=rf"teacher\.placement: {placement} needs teacher\.load_in: bf16 or fp32"):
             open_teacher(saved_model(), load_in="nf4", placement=placement, v_eff=128)
 
 
