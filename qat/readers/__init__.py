@@ -1,4 +1,4 @@
-"""The independent readers of exports, in numpy: the oracle that every export is held against. Imports no other part of qat."""
+"""The independent readers of exports, in numpy: every export is checked against them. They import no other part of qat."""
 
 from typing import TYPE_CHECKING
 

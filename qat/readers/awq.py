@@ -20,22 +20,22 @@ _FIELD_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 class AwqFolder(QweightFolder):
-    """An opened AWQ export: which tensors it has, and each of them as fp32."""
+    """An opened AWQ export: its tensors by name, each as fp32."""
 
     def __init__(self, folder: Path) -> None:
-        """UserError when config, index or a file header is missing, damaged or foreign."""
+        """Raises UserError if config, index or a file header is missing, damaged or foreign."""
         super().__init__(folder)
         self._scheme, self.ignore = read_scheme(self.folder)
 
     def scheme_of(self, module: str) -> StoredScheme:
-        """Bits and group size, one for all modules. Zero points are always stored; whether they are constant only they tell."""
+        """Bits and group size, the same for all modules. Zero points are always stored, also for symmetric weights."""
         return self._scheme
 
     def unlisted(self, linears: tuple[str, ...]) -> list[str]:
-        """Sentences about linears that are plain or packed against what the config says of them (patterns are parts of names)."""
+        """Sentences about linears that are packed or not packed in contradiction to the config (its patterns are parts of names)."""
         problems = []
         for name in linears:
-            # readers never take the head for a packed one
+            # runtimes never read the head as packed
             skipped = name == "lm_head" or any(part in name for part in self.ignore)
             if name not in self.modules and not skipped:
                 problems.append(f"{name} is not packed, but quantization_config.modules_to_not_convert does not name it")
@@ -72,12 +72,12 @@ def read_scheme(folder: Path) -> tuple[StoredScheme, tuple[str, ...]]:
     """(scheme, parts of names that are not packed) of ``config.json``.
 
     Raises:
-        UserError: the folder is no AWQ export, or one that this reader does not know; the message names the field.
+        UserError: the folder is not an AWQ export, or one that this reader does not know; the message names the field.
     """
     file, quantization = Path(folder) / "config.json", read_config(folder).get("quantization_config")
     if not isinstance(quantization, dict):
         raise UserError(f"{file} has no quantization_config: the folder holds plain weights; run 'decoct export' on a quantized folder")
-    # two generations of tools name the same fields differently
+    # older tools name the same fields w_bit and q_group_size
     named: dict[str, Any] = {"bits": quantization.get("w_bit"), "group_size": quantization.get("q_group_size"), **quantization}
     version = named.get("version", "gemm")
     expected: list[tuple[str, Any, tuple[Any, ...]]] = [

@@ -1,14 +1,14 @@
 """An independent reader of compressed-tensors folders with integer weights, in numpy.
 
-It shares no code with the writer (``packing.py``, ``export/``): bits are taken out of bytes, not words, so that a mistake made
-there is seen here. It reads exports by others too: the formats "pack-quantized" and "int-quantized", symmetric or not, a scale per
-group or row, one scheme or several. Source of the layout: compressed-tensors ``compressors/pack_quantized/base.py``,
+It shares no code with the writer (``packing.py``, ``export/``): it takes bits out of bytes, not words, so that a mistake there is found
+here. It also reads exports by other tools: the formats "pack-quantized" and "int-quantized", symmetric or not, one scale per group or
+per row, one scheme or several. Source of the layout: compressed-tensors ``compressors/pack_quantized/base.py``,
 ``compressors/naive_quantized/base.py`` and ``quantization/quant_args.py``.
 
     pack-quantized   P.weight_packed int32 [out, ceil(in b / 32)], P.weight_shape int64 [2]; P.weight_zero_point int32
                      [ceil(out b / 32), groups], packed along the outputs
     int-quantized    P.weight int8 [out, in]; P.weight_zero_point int8 [out, 1]; P.input_scale, P.input_zero_point [1] when static
-    both             P.weight_scale [out, groups]; w = (q - z) * s; of keys and values what ``kv_cache.py`` says
+    both             P.weight_scale [out, groups]; w = (q - z) * s; keys and values as in ``kv_cache.py``
 
 Codes of 3, 5, 6 and 7 bits are read as the dense stream of version 0.18 and later.
 """
@@ -31,15 +31,15 @@ _FOREIGN = (".weight_g_idx", ".weight_global_scale", ".input_global_scale")
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """How the inputs of a module are rounded, all to int8."""
+    """How the inputs of a module are quantized to int8."""
 
     dynamic: bool
-    """A scale for each token, taken when it comes; else one that is stored."""
+    """True: one scale per token, computed at run time. False: one stored scale."""
     symmetric: bool
     scale: float | None = None
-    """Static only."""
+    """Only for static scaling."""
     zero: int = 0
-    """Static only."""
+    """Only for static scaling."""
 
 
 def is_packed(folder: Path) -> bool:
@@ -48,17 +48,17 @@ def is_packed(folder: Path) -> bool:
 
 
 class PackedFolder(WeightFolder):
-    """An opened export: which tensors it has, and each of them as fp32. Every access reads the file anew; nothing is kept."""
+    """An opened export: its tensors by name, each as fp32. Every access reads the file again; nothing is kept in memory."""
 
     def __init__(self, folder: Path) -> None:
-        """UserError when config, index or a file header is missing, damaged or foreign."""
+        """Raises UserError if config, index or a file header is missing, damaged or foreign."""
         self.folder = Path(folder)
         self.scheme = read_scheme(self.folder)
         self._stored = StoredTensors(self.folder)
         names = self._stored.names
         for name in names:
             if name.endswith(_FOREIGN):
-                raise UserError(f"{self._stored.file(name)}: {name}: reordered groups and global scales are unknown to this reader")
+                raise UserError(f"{self._stored.file(name)}: {name}: this reader does not know reordered groups and global scales")
         packed = {name.removesuffix(_PACKED) for name in names if name.endswith(_PACKED)}
         bytewise = (n.removesuffix(".weight") for n in names if n.endswith(".weight") and self._stored.dtype(n) == "I8")
         self._unpacked = frozenset(module for module in bytewise if module + _SCALE in self._stored)
@@ -80,13 +80,13 @@ class PackedFolder(WeightFolder):
         return [module + _INPUT_SCALE] + ([] if inputs.symmetric else [module + _INPUT_ZERO])
 
     def _check_names(self, needed: set[str]) -> None:
-        """Every module has all its tensors and no second, plain weight; no part is left over."""
+        """Checks that every module has all its tensors and no second, plain weight, and that no tensor is left over."""
         for name in self.plain:
             file = self._stored.file(name)
             if name.endswith((_SCALE, _SHAPE)):
                 raise UserError(f"{file}: {name} belongs to no {_PACKED[1:]}; the export is incomplete")
             if name.endswith((_ZERO, _INPUT_SCALE, _INPUT_ZERO)):
-                raise UserError(f"{file}: {name}: config.json says nothing of such zero points or scales; export again")
+                raise UserError(f"{file}: {name}: config.json does not announce such zero points or scales; export again")
             if name.removesuffix(".weight") + _PACKED in needed:
                 raise UserError(f"{file}: {name} is stored twice, packed and plain; export again")
         for name in sorted(name for name in needed if name not in self._stored):
@@ -101,7 +101,7 @@ class PackedFolder(WeightFolder):
         return self.scheme.of(module).weights
 
     def inputs(self, module: str) -> Inputs | None:
-        """How the inputs of a quantized module are rounded; None when they are not.
+        """How the inputs of a quantized module are quantized; None if they are not.
 
         Raises:
             UserError: a stored scale is not one finite positive number, or a zero point does not fit.
@@ -116,15 +116,15 @@ class PackedFolder(WeightFolder):
         return Inputs(dynamic=False, symmetric=kind.symmetric, scale=scale, zero=zero)
 
     def cache(self) -> dict[str, float] | None:
-        """Scales by which keys and values are rounded to fp8, by ``<attention module>.k`` and ``.v``; None when they are not.
+        """Scales of keys and values in fp8 by ``<attention module>.k`` and ``.v``; None if they are not quantized.
 
         Raises:
-            UserError: one is not a finite positive number.
+            UserError: a scale is not a finite positive number.
         """
         return cache_scales(self._stored, self.attentions) if self.scheme.cache else None
 
     def unlisted(self, linears: tuple[str, ...]) -> list[str]:
-        """Sentences about linears that are plain or packed against what the config says of them."""
+        """Sentences about linears that are packed or not packed in contradiction to the config."""
         problems = []
         for name in linears:
             announced = self.scheme.announces(name)
@@ -161,10 +161,10 @@ class PackedFolder(WeightFolder):
         return StoredCodes(codes=codes, scales=scales, zeros=self._zeros(module, rows, groups, scheme))
 
     def tensor(self, name: str) -> NDArray[np.float32]:
-        """The fp32 tensor ``name`` of the full state dict: the stored lattice's values, or a plain tensor's exact value.
+        """The fp32 tensor ``name`` of the full state dict: decoded, or a plain tensor's exact values.
 
         Raises:
-            UserError: as ``lattice``, or a plain tensor that is not a finite bf16, fp16 or fp32 one.
+            UserError: as ``lattice``, or a plain tensor is not bf16, fp16 or fp32, or not finite.
         """
         return self._stored.floats(name) if name not in self._quantized else self.lattice(name.removesuffix(".weight")).weight()
 
@@ -182,26 +182,26 @@ class PackedFolder(WeightFolder):
         return self._fields(name, data, scheme.bits, rows).T
 
     def _fields(self, name: str, data: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int16]:
-        # within a word the first code has the lowest bits and words are little-endian: the first code has the lowest bits of byte 0
+        # in a word the first code has the lowest bits, and words are little-endian: so the first code has the lowest bits of byte 0
         unsigned, more = bit_fields(data, bits, count)
         if more:
-            raise UserError(f"{self._stored.file(name)}: {name} has bits set behind the last column; the file is damaged, export again")
+            raise UserError(f"{self._stored.file(name)}: {name} has bits set after the last column; the file is damaged, export again")
         return unsigned - (1 << (bits - 1))
 
     def as_stored(self, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """``values``: this format stores every tensor as it is."""
+        """Returns ``values``: this format stores every tensor unchanged."""
         return values
 
     def _shape(self, module: str) -> tuple[int, int]:
         if module in self._unpacked:
             shape = self._stored.shape(f"{module}.weight")
             if len(shape) != 2 or 0 in shape:
-                raise UserError(f"{self._stored.file(f'{module}.weight')}: {module}.weight has shape {shape}, no matrix; export again")
+                raise UserError(f"{self._stored.file(f'{module}.weight')}: {module}.weight has shape {shape}, not a matrix; export again")
             return shape[0], shape[1]
         name = module + _SHAPE
         self._stored.expect(name, ("I64", "I32"), (2,))
         rows, columns = (int(n) for n in self._stored.integers(name))
         self._stored.matrix(module + _PACKED)
-        # before anything of that size is made: the packed tensor, whose bytes are really there, must agree
+        # a damaged weight_shape could ask for any amount of memory: the packed tensor, whose bytes exist, must agree with it first
         self._stored.expect(module + _PACKED, ("I32",), (rows, -(-columns * self.scheme_of(module).bits // 32)))
         return rows, columns

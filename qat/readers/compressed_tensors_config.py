@@ -1,4 +1,4 @@
-"""What ``quantization_config`` of a compressed-tensors folder says of each module, checked field by field.
+"""Reads ``quantization_config`` of a compressed-tensors folder, field by field: which module is quantized, and how.
 
 Source: compressed-tensors ``quantization/quant_config.py``, ``quantization/quant_args.py``, ``utils/match.py``.
 """
@@ -18,10 +18,10 @@ FORMATS = ("pack-quantized", "int-quantized")
 
 @dataclass(frozen=True, kw_only=True)
 class InputScheme:
-    """How inputs are rounded, to int8."""
+    """How inputs are quantized to int8."""
 
     dynamic: bool
-    """A scale for each token, taken in the forward; else one that is stored."""
+    """True: one scale per token, computed in the forward pass. False: one stored scale."""
     symmetric: bool
 
 
@@ -38,30 +38,30 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedScheme:
-    """What ``quantization_config`` says about the packed weights."""
+    """The content of ``quantization_config`` about packed weights."""
 
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
     """Names (or ``re:`` patterns) of linears that are not packed."""
     cache: bool = False
-    """Keys and values are rounded to fp8 with stored scales."""
+    """Whether keys and values are quantized to fp8 with stored scales."""
 
     @property
     def bits(self) -> int:
-        """Of the first group."""
+        """Bits of the first group."""
         return self.groups[0].weights.bits
 
     @property
     def group_size(self) -> int | None:
-        """Of the first group; None: one scale per row."""
+        """Group size of the first group; None = one scale per row."""
         return self.groups[0].weights.group_size
 
     def of(self, module: str) -> Group:
-        """The group of a module: the first with its name, else with a pattern of it, else with the class Linear, else the first."""
+        """The group of a module: the first with its name, else with a matching pattern, else with the class Linear, else the first."""
         return self._find(module) or self.groups[0]
 
     def announces(self, module: str) -> bool:
-        """Whether a linear of this name is to be packed."""
+        """Whether the config announces a linear of this name as packed."""
         return not any(_matches(module, name) for name in self.ignore) and self._find(module) is not None
 
     def _find(self, module: str) -> Group | None:
@@ -79,7 +79,7 @@ def read_scheme(folder: Path) -> PackedScheme:
     """The scheme in ``config.json``.
 
     Raises:
-        UserError: the folder is not packed, or in a way this reader does not know; the message names the field.
+        UserError: the folder is not packed, or in a way that this reader does not know; the message names the field.
     """
     file, quantization = Path(folder) / "config.json", read_config(folder).get("quantization_config")
     if not isinstance(quantization, dict):

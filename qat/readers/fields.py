@@ -1,4 +1,4 @@
-"""Checks of the fields of a ``quantization_config`` that somebody else may have written."""
+"""Checks of the fields of a ``quantization_config``, which another tool may have written."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
 def check_fields(file: Path, expected: Sequence[tuple[str, Any, tuple[Any, ...]]]) -> None:
-    """UserError naming the first (field, value, allowed values) whose value is none of those allowed, type included."""
+    """Raises UserError for the first (field, value, allowed values) whose value is not allowed; types must be equal too."""
     for name, value, allowed in expected:
         if not any(type(value) is type(choice) and value == choice for choice in allowed):
             choices = " or ".join(map(repr, allowed))
@@ -19,27 +19,28 @@ def check_fields(file: Path, expected: Sequence[tuple[str, Any, tuple[Any, ...]]
 
 
 def check_group(file: Path, size: Any) -> None:
-    """UserError unless a group size is -1 (a scale per row) or a positive whole number."""
+    """Raises UserError if a group size is neither -1 (one scale per row) nor a positive whole number."""
     if type(size) is not int or (size != -1 and size < 1):
         raise UserError(f"{file}: quantization_config: group_size is {size!r:.100}; it must be -1 or a positive whole number")
 
 
 def check_names(file: Path, key: str, names: Any) -> tuple[str, ...]:
-    """A list of strings that are not empty as a tuple; UserError otherwise."""
+    """Returns a list of non-empty strings as a tuple; raises UserError for anything else."""
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{file}: quantization_config.{key} must be a list of module names")
     return tuple(names)
 
 
 def module_pattern(file: Path, key: str, text: str) -> re.Pattern[str]:
-    """A regular expression of module names, compiled.
+    """Compiles a regular expression of module names.
 
     Raises:
-        UserError: it is none, or one that could take for ever to match: those of module names need few repeats, and none of a group.
+        UserError: the pattern is invalid, or could backtrack without bound (more than three repeats, or a repeated group).
     """
+    # patterns of module names need few repeats and no repeated group
     if len(text) > 500 or re.search(r"[*+{})][*+{]", text) or len(re.findall(r"[*+{]", text)) > 3:
         raise UserError(f"{file}: quantization_config.{key}: {text!r:.100} is not a pattern of module names that this reader takes")
     try:
         return re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
-        raise UserError(f"{file}: quantization_config.{key}: {text!r:.100} is no regular expression ({error})") from error
+        raise UserError(f"{file}: quantization_config.{key}: {text!r:.100} is not a regular expression ({error})") from error

@@ -1,7 +1,7 @@
 """An independent reader of GGUF files, in numpy: header, metadata, tensor table, and tensors as fp32.
 
-It shares no code with the writer (``export/gguf_*.py``). The file is taken for hostile: every count and length is compared with the
-bytes that are there before anything of that size is made. ``gguf_model.py`` gives the tensors their transformers names.
+It shares no code with the writer (``export/gguf/``). The file is not trusted: every count and length is compared with the bytes in the file
+before memory of that size is allocated. ``gguf_model.py`` gives the tensors their transformers names.
 
 Source of the format: ggml ``docs/gguf.md``; of the blocks: ggml ``ggml-common.h`` and ``ggml-quants.c`` (dequantize_row_*).
 """
@@ -21,9 +21,9 @@ from .tensors import Decoded
 
 MAX_HEADER_BYTES = 1 << 28
 MAX_ENTRIES = 1 << 16
-"""Metadata entries, and tensors."""
+"""Largest number of metadata entries, and of tensors."""
 MAX_ITEMS = 1 << 23
-"""Elements of a metadata array."""
+"""Largest number of elements in a metadata array."""
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 # ggml type: (name, elements of a block, bytes of a block)
@@ -37,7 +37,7 @@ _REMEDY = "the file is damaged or not GGUF; fetch or export it again"
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """An entry of the table."""
+    """An entry of the tensor table."""
 
     name: str
     type: str
@@ -45,24 +45,24 @@ class GgufTensor:
     shape: tuple[int, ...]
     """Row-major: the last dimension is contiguous."""
     begin: int
-    """Byte of the file."""
+    """Position of its first byte in the file."""
     nbytes: int
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A checked file; tensors are read when asked for."""
+    """A checked file; tensors are read on access."""
 
     path: Path
     metadata: dict[str, Any]
-    """Numbers, truth values, strings; arrays of numbers as ndarray, of strings as list."""
+    """Numbers, truth values and strings; arrays of numbers are ndarrays, arrays of strings lists."""
     tensors: dict[str, GgufTensor]
-    """By name, in the order of the table."""
+    """Tensors by name, in the order of the table."""
 
     def decode(self, name: str) -> Decoded:
         """A tensor of blocks; scales are [out, in / 32], of Q2_0 [out, in / 64].
 
-        Of Q4_1 and Q5_1 the codes are shifted like those of Q4_0 and Q5_0; minimums are left out. Codes of Q2_0 are -1 to 2.
+        Codes of Q4_1 and Q5_1 are shifted like those of Q4_0 and Q5_0, and their minimums are left out. Codes of Q2_0 are -1 to 2.
 
         Raises:
             UserError: a scale or value is not finite, or a scale is zero though the block's codes are not.
@@ -84,7 +84,7 @@ class GgufFile:
         return Decoded(values.reshape(tensor.shape), codes.reshape(tensor.shape), scales.reshape(*tensor.shape[:-1], -1))
 
     def read(self, name: str) -> NDArray[np.float32]:
-        """A tensor as fp32: the exact stored value, or codes times scales.
+        """A tensor as fp32: the exact stored values, or codes times scales.
 
         Raises:
             UserError: a value or scale is not finite.
@@ -124,18 +124,18 @@ class GgufFile:
 
 
 _MIDDLES = {"Q2_0": np.int8(1), "Q4_0": np.int8(8), "Q4_1": np.int8(8), "Q5_0": np.int8(16), "Q5_1": np.int8(16)}
-"""The field that stands for zero, where the block has no minimum."""
+"""The stored value that means zero, in blocks without a minimum."""
 
 
 def _fields(form: str, packed: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """What follows the numbers of each block, [blocks, bytes], as one field a weight, from 0 on."""
+    """Unpacks the packed bytes [blocks, bytes] of each block into one unsigned number per weight."""
     if form == "Q2_0":  # four to a byte, the first lowest
         return (
             np.stack([packed >> np.uint8(shift) & np.uint8(3) for shift in (0, 2, 4, 6)], axis=2).reshape(len(packed), -1).astype(np.int8)
         )
     high = 4 if form.startswith("Q5") else 0
     low = packed[:, high:]
-    # the low halves are the first 16 weights
+    # a block of 32: the low halves of the bytes are its first 16 weights, the high halves the others
     fields = np.concatenate([low % 16, low // 16], axis=1)
     if high:  # bit j of a little-endian number is the fifth bit of weight j
         number = np.ascontiguousarray(packed[:, :high]).view("<u4")
@@ -144,11 +144,11 @@ def _fields(form: str, packed: NDArray[np.uint8]) -> NDArray[np.int8]:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read and check everything but the tensors' data.
+    """Reads and checks everything but the tensors' data.
 
     Raises:
-        UserError: naming the file and what is wrong: foreign, of another version, truncated, counts or lengths beyond the file,
-            duplicate keys or names, bad text, unknown types, tensors that overlap, leave holes or lie outside, padding that is not zero.
+        UserError: the file is foreign, of another version or truncated; counts or lengths exceed the file; keys or names occur twice; text
+            is not UTF-8; types are unknown; tensors overlap, leave gaps or exceed the file; or padding is not zero.
     """
     path = Path(path)
     try:
@@ -174,7 +174,7 @@ def _parse(path: Path, handle: BinaryIO, size: int) -> GgufFile:
     for _ in range(entry_count):
         key = cursor.string("a metadata key", 1 << 16)
         if key in metadata:
-            raise ValueError(f"the metadata key {key!r:.200} is there twice")
+            raise ValueError(f"the metadata key {key!r:.200} occurs twice")
         metadata[key] = cursor.value(key)
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 16 or alignment & (alignment - 1):
@@ -192,7 +192,7 @@ class _Cursor:
 
     def take(self, length: int) -> bytes:
         if self.at + length > min(self.size, MAX_HEADER_BYTES):
-            raise ValueError(f"truncated: {length:,} bytes are wanted at byte {self.at:,} of {self.size:,}")
+            raise ValueError(f"truncated: {length:,} bytes are needed at byte {self.at:,} of {self.size:,}")
         self.at += length
         data = self.handle.read(length)
         if len(data) != length:
@@ -203,7 +203,7 @@ class _Cursor:
         return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))[0]
 
     def count(self, form: str, limit: int, least_bytes: int, what: str) -> int:
-        """A number of things that take at least ``least_bytes`` each."""
+        """Reads a number of items with at least ``least_bytes`` each, and checks that the rest of the file can hold them."""
         value = self.number(form)
         if value > limit or value * least_bytes > self.size - self.at:
             raise ValueError(f"it claims {value:,} {what}, more than the {self.size - self.at:,} bytes that follow can hold or {limit:,}")
@@ -250,20 +250,20 @@ def _tensor_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _placed(cursor: _Cursor, entries: list[tuple[str, tuple[int, ...], int, int]], alignment: int) -> dict[str, GgufTensor]:
-    """The table with places in the file: in order of the data, without holes other than zeros up to the alignment."""
+    """The tensor table with positions in the file. Checks that the data has no gaps except zeros up to the alignment."""
     start = cursor.at + -cursor.at % alignment
     if entries:
         _check_zeros(cursor, cursor.at, start, "the header")
     tensors: dict[str, GgufTensor] = {}
     for name, shape, kind, offset in entries:
         if name in tensors:
-            raise ValueError(f"the tensor {name!r:.200} is there twice")
+            raise ValueError(f"the tensor {name!r:.200} occurs twice")
         if kind not in _TYPES:
             known = ", ".join(form for form, _, _ in _TYPES.values())
             raise ValueError(f"tensor {name!r:.200} has the ggml type {kind}; this reader knows {known}")
         form, elements, size = _TYPES[kind]
         if shape[-1] % elements:
-            raise ValueError(f"tensor {name!r:.200} ({form}) has rows of {shape[-1]:,}, no multiple of {elements}")
+            raise ValueError(f"tensor {name!r:.200} ({form}) has rows of {shape[-1]:,}, not a multiple of {elements}")
         nbytes = math.prod(shape) // elements * size
         if start + offset + nbytes > cursor.size:
             raise ValueError(f"truncated: tensor {name!r:.200} ends at byte {start + offset + nbytes:,} of {cursor.size:,}")

@@ -1,7 +1,7 @@
-"""A GGUF file as the model it was made from: transformers' names and layout, fp32, and what its metadata says against config.json.
+"""Reads a GGUF file as the model it was made from: transformers' names and layout, in fp32.
 
-The way back of ``export/gguf/names.py``, written a second time on purpose: llama.cpp's pairs of a head's channels become halves again,
-Gemma's 1 + w becomes w, GPT-2's matrices are turned.
+It is the inverse of ``export/gguf/names.py``, deliberately written independently: llama.cpp's pairs of a head's channels become halves
+again, Gemma's 1 + w becomes w, GPT-2's matrices are transposed.
 
 Source: transformers ``modeling_{llama,qwen2,qwen3,gemma,gemma2,gemma3,gpt2}.py``; llama.cpp ``llama-arch.cpp``.
 """
@@ -19,7 +19,7 @@ from .tensors import Decoded
 
 FILE = "model.gguf"
 EXTRA = ("rope_freqs.weight",)
-"""Tensors that are no weights of the transformers model."""
+"""Tensors that are not weights of the transformers model."""
 _LLAMA_LIKE = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "attn_norm": "input_layernorm",
@@ -52,15 +52,15 @@ _PACKED = ("Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that ``path`` is, or that is in the folder ``path``; None where there is none.
+    """The GGUF file ``path``, or the one in the folder ``path``; None if there is none.
 
     Raises:
-        UserError: several files in the folder (a model in parts is not read).
+        UserError: the folder has several files (a model in parts is not read).
     """
     path = Path(path)
     if path.is_file():
         return path if path.suffix == ".gguf" else None
-    # a folder may hold a model in both forms; then it is a plain model folder
+    # a folder with safetensors too is a plain model folder
     files = sorted(path.glob("*.gguf")) if path.is_dir() and not any(path.glob("*.safetensors")) else []
     if len(files) > 1:
         raise UserError(f"{path} has {len(files)} GGUF files ({files[0].name}, {files[1].name}, ...); name the one that is meant")
@@ -68,13 +68,13 @@ def find_gguf(path: Path) -> Path | None:
 
 
 class GgufModel:
-    """An opened file under transformers' names. Every access reads the file anew; nothing is kept."""
+    """An opened file under transformers' names. Every access reads the file again; nothing is kept in memory."""
 
     def __init__(self, path: Path) -> None:
-        """UserError when the file is damaged, foreign, of an architecture this reader does not know, or has unknown tensors."""
+        """Raises UserError if the file is damaged or foreign, has an unknown architecture, or unknown tensors."""
         found = find_gguf(Path(path))
         if found is None:
-            raise UserError(f"{path} is no GGUF file and has none; give a .gguf file, or a folder with one")
+            raise UserError(f"{path} is not a GGUF file and contains none; give a .gguf file, or a folder with one")
         self.file: GgufFile = read_gguf(found)
         self.path = found
         self.architecture = self._entry("general.architecture", str)
@@ -88,10 +88,10 @@ class GgufModel:
         )
         """Names of the modules whose weights are blocks of codes, in file order."""
         self.scheme: dict[str, str] = {name: self.file.tensors[stored].type for name, stored in self._stored.items()}
-        """Name -> how it is stored, as ``GgufTensor.type``."""
+        """Name -> stored type, as in ``GgufTensor.type``."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the state dict; a tied head is not in it."""
+        """Shapes of the state dict, without a tied head."""
         shapes = {name: self.file.tensors[stored].shape for name, stored in self._stored.items()}
         return {name: shape[::-1] if self._turned(name) else shape for name, shape in shapes.items()}
 
@@ -106,7 +106,7 @@ class GgufModel:
         return np.ascontiguousarray(values.T) if self._turned(name) else values
 
     def as_stored(self, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """What ``tensor`` gives for ``values``: Gemma's norms lose digits below 1 + w, in llama.cpp as in transformers."""
+        """The result of ``tensor`` for ``values``: Gemma's norms are stored as 1 + w, whose rounding loses digits of w."""
         if self.architecture.startswith("gemma") and "norm" in name:
             return (values + np.float32(1)) - np.float32(1)
         return values
@@ -118,7 +118,7 @@ class GgufModel:
         return Decoded(self._as_ours(name, weight), self._in_halves(name, codes), self._in_halves(name, scales))
 
     def number(self, key: str) -> Any:
-        """An entry ``<architecture>.<key>``; None when it is not there."""
+        """The metadata entry ``<architecture>.<key>``; None if it is missing."""
         return self.file.metadata.get(f"{self.architecture}.{key}")
 
     def _entry(self, key: str, kind: type) -> Any:
@@ -140,7 +140,7 @@ class GgufModel:
         return self.architecture == "gpt2" and name.endswith(".weight") and (".attn.c_" in name or ".mlp.c_" in name)
 
     def _in_halves(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
-        """Rows of q and k: from neighbouring pairs of a head's channels to its first and second half."""
+        """Reorders the rows of q and k: adjacent pairs of a head's channels become its first and second half."""
         queries, keys = ".self_attn.q_proj." in name, ".self_attn.k_proj." in name
         if self.architecture != "llama" or not (queries or keys):
             return values

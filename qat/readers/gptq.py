@@ -22,22 +22,22 @@ _G_IDX = ".g_idx"
 
 
 class GptqFolder(QweightFolder):
-    """An opened GPTQ export: which tensors it has, and each of them as fp32."""
+    """An opened GPTQ export: its tensors by name, each as fp32."""
 
     def __init__(self, folder: Path) -> None:
-        """UserError when config, index or a file header is missing, damaged or foreign."""
+        """Raises UserError if config, index or a file header is missing, damaged or foreign."""
         super().__init__(folder, (_G_IDX,))
         self.format, self._scheme, self._dynamic = read_scheme(self.folder)
 
     def scheme_of(self, module: str) -> StoredScheme:
-        """Bits and group size of a module: the config's, or what the first ``dynamic`` pattern that fits it says."""
+        """Bits and group size of a module: those of the config, changed by the first ``dynamic`` pattern that matches the module."""
         changes = next((change for pattern, change in self._dynamic if pattern.match(module)), None) or {}
         bits, size = changes.get("bits", self._scheme.bits), changes.get("group_size", self._scheme.group_size or -1)
         return StoredScheme(bits=bits, group_size=None if size == -1 else size, symmetric=changes.get("sym", self._scheme.symmetric))
 
     def unlisted(self, linears: tuple[str, ...]) -> list[str]:
-        """Sentences about linears that are plain or packed against what the config says of them."""
-        # the head is plain unless 'lm_head' is true; readers look inside the decoder's layers
+        """Sentences about linears that are packed or not packed in contradiction to the config."""
+        # the head is not packed unless 'lm_head' is true, which runtimes read apart from the patterns
         head = bool(read_config(self.folder)["quantization_config"].get("lm_head"))
         problems = []
         for name in linears:
@@ -53,26 +53,26 @@ class GptqFolder(QweightFolder):
 
         Raises:
             UserError: shapes or dtypes do not fit, a scale is not finite and positive, inputs are reordered, unused bits are set, or
-                zero points are those of asymmetric weights where the config says symmetric.
+                zero points are those of asymmetric weights although the config states symmetric.
         """
         (rows, columns), scheme = self._shape(module), self.scheme_of(module)
         width = self._group_width(module, columns, scheme)
         half, groups = 1 << (scheme.bits - 1), columns // width
         codes = self._fields(module + QWEIGHT, scheme.bits, columns, transposed=True)
         self._stored.expect(module + QZEROS, ("I32",), (groups, -(-rows * scheme.bits // 32)))
-        # version 1 readers add 1 to the field and keep its width, so that z = 0 would come back as 2^b: it cannot be stored
+        # version 1 stores z - 1, and its readers add 1 within the width of the field: z = 0 would become 2^b, so it cannot be stored
         zeros = self._fields(module + QZEROS, scheme.bits, rows, transposed=False).T + (self.format == "gptq")
         if scheme.symmetric and (zeros != half).any():
             raise UserError(
                 f"{self._stored.file(module + QZEROS)}: {module}{QZEROS} holds other zero points than {half}, but sym is true; the file "
-                "is damaged, or of the other checkpoint_format (gptq stores zero points less one, gptq_v2 as they are)"
+                "is damaged, or has the other checkpoint_format (gptq stores zero points minus one, gptq_v2 stores them unchanged)"
             )
         self._check_order(module, columns, width)
         scales = self._stored.scales(module + SCALES, (groups, rows)).T
         return StoredCodes(codes=codes - half, scales=scales, zeros=zeros - half)
 
     def _shape(self, module: str) -> tuple[int, int]:
-        """(out, in): outputs as stored, inputs from ``g_idx``, or as many as the words hold."""
+        """(out, in): outputs as stored, inputs from ``g_idx``, or else as many as the words hold."""
         name, bits = module + QWEIGHT, self.scheme_of(module).bits
         words, rows = self._stored.matrix(name)
         order = module + _G_IDX
@@ -86,7 +86,7 @@ class GptqFolder(QweightFolder):
             data = data.reshape(data.shape[0], -1, 4).transpose(1, 0, 2).reshape(data.shape[1] // 4, -1)
         numbers, more = bit_fields(data, bits, count)
         if more:
-            raise UserError(f"{self._stored.file(name)}: {name} has bits set behind its last field; the file is damaged, export again")
+            raise UserError(f"{self._stored.file(name)}: {name} has bits set after its last field; the file is damaged, export again")
         return numbers
 
     def _check_order(self, module: str, columns: int, width: int) -> None:
@@ -102,7 +102,7 @@ def read_scheme(folder: Path) -> tuple[str, StoredScheme, list[tuple[re.Pattern[
     """(checkpoint format, scheme, ``dynamic`` as (pattern, changes; None = not quantized)) of ``config.json``.
 
     Raises:
-        UserError: the folder is no GPTQ export, or one that this reader does not know; the message names the field.
+        UserError: the folder is not a GPTQ export, or one that this reader does not know; the message names the field.
     """
     file, quantization = Path(folder) / "config.json", read_config(folder).get("quantization_config")
     if not isinstance(quantization, dict):

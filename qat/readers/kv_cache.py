@@ -1,4 +1,4 @@
-"""Keys and values in a compressed-tensors export: its scheme and stored scales, as the independent reader finds them.
+"""Independent reader of the quantization of keys and values in a compressed-tensors export: its scheme and stored scales.
 
     P.k_scale, P.v_scale    [1] float, P an attention module; x is rounded to e4m3(x / s) * s
 
@@ -17,7 +17,7 @@ _SUFFIXES = (".k_scale", ".v_scale")
 
 
 def read_cache_scheme(file: Path, scheme: Any) -> bool:
-    """Whether keys and values are rounded; UserError when it is not to fp8 with one stored scale for each tensor."""
+    """Whether keys and values are quantized; UserError if not to fp8 with one stored scale per tensor."""
     if scheme is None:
         return False
     if not isinstance(scheme, dict):
@@ -34,7 +34,7 @@ def read_cache_scheme(file: Path, scheme: Any) -> bool:
 
 
 def is_cache_scale(name: str) -> bool:
-    """Whether a tensor's name is that of a scale of keys or values."""
+    """Whether a tensor is a scale of keys or values, by its name."""
     return name.endswith(_SUFFIXES)
 
 
@@ -42,11 +42,11 @@ def cache_attentions(folder: Path, names: Iterable[str], announced: bool) -> tup
     """The attention modules that have both scales, in file order.
 
     Raises:
-        UserError: only one of the two is there, none although the config announces them, or some although it does not.
+        UserError: one of the two is missing, all are missing although the config announces them, or some exist although it does not.
     """
     scales = [name for name in names if is_cache_scale(name)]
     if scales and not announced:
-        raise UserError(f"{folder}: {scales[0]}: config.json has no kv_cache_scheme that says what it is; export again")
+        raise UserError(f"{folder}: {scales[0]}: config.json has no kv_cache_scheme that describes it; export again")
     attentions = tuple(dict.fromkeys(name.rpartition(".")[0] for name in scales))
     missing = [attention + suffix for attention in attentions for suffix in _SUFFIXES if attention + suffix not in scales]
     if missing or (announced and not attentions):
@@ -55,6 +55,6 @@ def cache_attentions(folder: Path, names: Iterable[str], announced: bool) -> tup
 
 
 def cache_scales(stored: StoredTensors, attentions: Iterable[str]) -> dict[str, float]:
-    """The scales by ``<attention module>.k`` and ``.v``; UserError unless each is one finite positive number."""
+    """The scales by ``<attention module>.k`` and ``.v``; UserError if one is not a finite positive number."""
     names = [f"{attention}{suffix}" for attention in attentions for suffix in _SUFFIXES]
     return {name.removesuffix("_scale"): float(stored.scales(name, (1,))[0]) for name in names}

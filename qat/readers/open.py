@@ -1,4 +1,4 @@
-"""The independent reader of an export, whatever its format. A reader shares no code with the writer."""
+"""Opens the independent reader of an export by its format. A reader shares no code with the writer."""
 
 from pathlib import Path
 from typing import Protocol
@@ -17,21 +17,21 @@ from .tensors import Decoded, WeightFolder, read_config
 
 
 class ExportReader(Protocol):
-    """What every reader can do. Names are transformers'."""
+    """The interface of every reader. Names are those of transformers."""
 
     modules: tuple[str, ...]
     """Modules whose weights are stored as codes and scales."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the full state dict; tied tensors once."""
+        """Shapes of the full state dict; tied tensors appear once."""
         ...
 
     def tensor(self, name: str) -> NDArray[np.float32]:
-        """A tensor as fp32: codes times scales, or the exact stored value."""
+        """A tensor as fp32: codes times scales, or the exact stored values."""
         ...
 
     def as_stored(self, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """What ``tensor`` gives when the tensor ``name`` of the source holds ``values``: the same, unless the format shifts them."""
+        """The result of ``tensor`` if the tensor ``name`` of the source has ``values``: the same, unless the format shifts them."""
         ...
 
     def decode(self, module: str) -> Decoded:
@@ -40,19 +40,19 @@ class ExportReader(Protocol):
 
 
 def open_export(path: Path) -> ExportReader:
-    """The reader that fits a folder or file.
+    """The reader for a folder or file.
 
     Raises:
-        UserError: it is no export that a reader knows, or damaged.
+        UserError: it is not an export that a reader knows, or it is damaged.
     """
     return GgufModel(path) if find_gguf(path) is not None else open_folder(path)
 
 
 def open_folder(path: Path) -> WeightFolder:
-    """The reader that fits a folder of safetensors, by what its config says it is.
+    """The reader for a folder of safetensors, by ``quant_method`` of its config.
 
     Raises:
-        UserError: config, index or a file header is missing or damaged, or no reader knows what the config names.
+        UserError: config, index or a file header is missing or damaged, or no reader knows the method in the config.
     """
     path = Path(path)
     config = read_config(path)
@@ -67,5 +67,5 @@ def open_folder(path: Path) -> WeightFolder:
 
 
 def is_export(path: Path) -> bool:
-    """Whether a folder or file holds an export rather than a model folder; UserError when config.json is missing or broken."""
+    """Whether a folder or file is an export and not a model folder; UserError if config.json is missing or damaged."""
     return find_gguf(path) is not None or is_packed(path) or "export" in read_record(path)

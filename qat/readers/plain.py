@@ -1,4 +1,4 @@
-"""A reader of plain safetensors folders (bf16, fp16 or fp32) as exports: nothing is quantized in them."""
+"""A reader of unquantized safetensors folders (bf16, fp16 or fp32) as exports."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ class PlainFolder(WeightFolder):
     """An opened folder of plain weights."""
 
     def __init__(self, folder: Path) -> None:
-        """UserError when config, index or a file header is missing, damaged or foreign."""
+        """Raises UserError if config, index or a file header is missing, damaged or foreign."""
         self.folder = Path(folder)
         read_config(self.folder)
         self._stored = StoredTensors(self.folder)
@@ -25,17 +25,17 @@ class PlainFolder(WeightFolder):
         return {name: self._stored.shape(name) for name in self.plain}
 
     def tensor(self, name: str) -> NDArray[np.float32]:
-        """A tensor's exact value; UserError when it is not a finite bf16, fp16 or fp32 one."""
+        """A tensor's exact values; UserError if it is not bf16, fp16 or fp32, or not finite."""
         return self._stored.floats(name)
 
     def lattice(self, module: str) -> StoredCodes:
-        """There is none."""
+        """Always raises UserError: no module is quantized."""
         raise UserError(f"{self.folder}: {module} is not quantized")
 
     def scheme_of(self, module: str) -> StoredScheme:
-        """There is none."""
+        """Always raises UserError: no module is quantized."""
         raise UserError(f"{self.folder}: {module} is not quantized")
 
     def unlisted(self, linears: tuple[str, ...]) -> list[str]:
-        """None: every linear is plain."""
+        """Returns an empty list: no linear is packed."""
         return []

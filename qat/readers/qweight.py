@@ -1,4 +1,4 @@
-"""What GPTQ and AWQ folders share: each quantized module is a ``qweight``, ``qzeros`` and ``scales``, and nothing may be left over."""
+"""The common part of GPTQ and AWQ folders: each quantized module has ``qweight``, ``qzeros`` and ``scales``, and no others may exist."""
 
 from abc import abstractmethod
 from pathlib import Path
@@ -16,11 +16,11 @@ class QweightFolder(WeightFolder):
     """An opened folder of such modules.
 
     Args:
-        folder: With safetensors files.
+        folder: Folder with safetensors files.
         optional: Suffixes of further tensors that a module may have.
 
     Raises:
-        UserError: an index or a file header is damaged, or a module's tensors are incomplete, stored twice or belong to none.
+        UserError: an index or a file header is damaged, a module's tensors are incomplete or stored twice, or one belongs to no module.
     """
 
     def __init__(self, folder: Path, optional: tuple[str, ...] = ()) -> None:
@@ -45,7 +45,7 @@ class QweightFolder(WeightFolder):
         return packed | {name: self._stored.shape(name) for name in self.plain}
 
     def tensor(self, name: str) -> NDArray[np.float32]:
-        """The fp32 tensor ``name`` of the full state dict; UserError as ``lattice``, or when a plain tensor is no finite float one."""
+        """The fp32 tensor ``name`` of the full state dict; UserError as ``lattice``, or if a plain tensor is not float or not finite."""
         return self._stored.floats(name) if name in self._stored else self.lattice(name.removesuffix(".weight")).weight()
 
     @abstractmethod
@@ -53,7 +53,7 @@ class QweightFolder(WeightFolder):
         """(out, in) of a packed module."""
 
     def _group_width(self, module: str, columns: int, scheme: StoredScheme) -> int:
-        """Inputs that share a scale; UserError when the config's number does not divide them."""
+        """Inputs per scale; UserError if the group size of the config does not divide the inputs."""
         width = scheme.group_size or columns
         if not width or columns % width:
             raise UserError(f"{self._stored.file(module + QWEIGHT)}: {module}: group_size {width} does not divide its {columns} inputs")

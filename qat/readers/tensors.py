@@ -1,7 +1,7 @@
-"""What the independent readers of exports share, in numpy: tensors of a model folder, lattices, and fields of bits.
+"""The common part of the independent readers of exports, in numpy: tensors of a model folder, codes and scales, and fields of bits.
 
-It shares no code with the writers (``packing.py``, ``export/``), so that a mistake made there is seen here. Every access reads the
-file anew; nothing is kept. Sizes are checked against the bytes that are really there before anything of that size is made.
+It shares no code with the writers (``packing.py``, ``export/``), so that a mistake there is found here. Every access reads the file again;
+nothing is kept in memory. Sizes are checked against the bytes in the file before memory of that size is allocated.
 """
 
 import json
@@ -25,11 +25,11 @@ _KINDS = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "I8": "i1", "I32": "<i4", "
 
 @dataclass(frozen=True, kw_only=True)
 class StoredScheme:
-    """What ``config.json`` says about the weights of a module."""
+    """The quantization of a module's weight according to ``config.json``."""
 
     bits: int
     group_size: int | None
-    """Inputs that share a scale; None: one scale per row."""
+    """Inputs per scale; None = one scale per row."""
     symmetric: bool = True
 
     def __str__(self) -> str:
@@ -38,17 +38,17 @@ class StoredScheme:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredCodes:
-    """A weight as it is stored: w = (codes - zeros) * scales, group by group."""
+    """A stored weight: w = (codes - zeros) * scales, with one scale and zero point per group."""
 
     codes: NDArray[np.int16]
     """[out, in], signed: in [-2^(b-1), 2^(b-1) - 1]."""
     scales: NDArray[np.float32]
     """[out, groups], finite and positive."""
     zeros: NDArray[np.int16]
-    """[out, groups], signed as the codes; all 0 where the weights are symmetric."""
+    """[out, groups], signed as the codes; all 0 for symmetric weights."""
 
     def centred(self) -> NDArray[np.int16]:
-        """[out, groups, group size]: codes less zero points."""
+        """[out, groups, group size]: codes minus zero points."""
         return self.codes.reshape(*self.scales.shape, -1) - self.zeros[:, :, None]
 
     def weight(self) -> NDArray[np.float32]:
@@ -68,7 +68,7 @@ class Decoded(NamedTuple):
 
 
 class WeightFolder(ABC):
-    """An opened export in safetensors: which tensors it has, and each of them as fp32."""
+    """An opened export in safetensors: its tensors by name, each as fp32."""
 
     folder: Path
     modules: tuple[str, ...]
@@ -78,23 +78,23 @@ class WeightFolder(ABC):
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the full state dict, under original names; tied tensors once."""
+        """Shapes of the full state dict under original names; tied tensors appear once."""
 
     @abstractmethod
     def tensor(self, name: str) -> NDArray[np.float32]:
-        """The fp32 tensor ``name`` of the full state dict; UserError when it is damaged."""
+        """The fp32 tensor ``name`` of the full state dict; UserError if it is damaged."""
 
     @abstractmethod
     def lattice(self, module: str) -> StoredCodes:
-        """Codes, scales and zero points of a quantized module; UserError when they are damaged."""
+        """Codes, scales and zero points of a quantized module; UserError if they are damaged."""
 
     @abstractmethod
     def scheme_of(self, module: str) -> StoredScheme:
-        """What the config says of a quantized module."""
+        """The quantization of a module according to the config."""
 
     @abstractmethod
     def unlisted(self, linears: tuple[str, ...]) -> list[str]:
-        """Sentences about linears that are plain or packed against what the config says of them."""
+        """Sentences about linears that are packed or not packed in contradiction to the config."""
 
     def decode(self, module: str) -> Decoded:
         """A quantized module; UserError as ``lattice``."""
@@ -102,7 +102,7 @@ class WeightFolder(ABC):
         return Decoded(lattice.weight(), lattice.codes.astype(np.int8), lattice.scales)
 
     def as_stored(self, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """``values``: these formats shift none."""
+        """Returns ``values``: these formats store all tensors unchanged."""
         return values
 
 
@@ -114,10 +114,10 @@ class _Place:
 
 
 class StoredTensors:
-    """The tensors of a model folder by name: of ``model.safetensors``, or of the files that its index names."""
+    """The tensors of a model folder by name, in ``model.safetensors`` or in the files of its index."""
 
     def __init__(self, folder: Path) -> None:
-        """UserError when index or a file header is missing, damaged or foreign."""
+        """Raises UserError if the index or a file header is missing, damaged or foreign."""
         self.folder = Path(folder)
         self._places = _tensor_places(self.folder)
 
@@ -142,7 +142,7 @@ class StoredTensors:
         return self._places[name].info.dtype
 
     def expect(self, name: str, dtypes: Sequence[str], shape: tuple[int, ...]) -> None:
-        """UserError unless a tensor is of one of the dtypes and of this shape."""
+        """Raises UserError if a tensor has another shape or none of these dtypes."""
         place = self._places[name]
         if place.info.dtype not in dtypes or place.info.shape != shape:
             raise UserError(
@@ -151,14 +151,16 @@ class StoredTensors:
             )
 
     def matrix(self, name: str) -> tuple[int, int]:
-        """Shape of a matrix of packed words; UserError when the tensor is none, or empty."""
+        """Shape of a matrix of packed words; UserError if the tensor is not such a matrix, or is empty."""
         place = self._places[name]
         if place.info.dtype != "I32" or len(place.info.shape) != 2 or 0 in place.info.shape:
-            raise UserError(f"{place.file}: {name} is {place.info.dtype} of shape {place.info.shape}, no matrix of I32 words; export again")
+            raise UserError(
+                f"{place.file}: {name} is {place.info.dtype} of shape {place.info.shape}, not a matrix of I32 words; export again"
+            )
         return place.info.shape[0], place.info.shape[1]
 
     def integers(self, name: str) -> NDArray[Any]:
-        """A tensor of I8, I32 or I64 as it is stored."""
+        """A tensor of I8, I32 or I64 as stored."""
         info = self._places[name].info
         return self._raw(name, np.dtype(_KINDS[info.dtype])).reshape(info.shape)
 
@@ -168,7 +170,7 @@ class StoredTensors:
         return self._raw(name, np.dtype(np.uint8), 4).reshape(rows, words * 4)
 
     def floats(self, name: str) -> NDArray[np.float32]:
-        """The exact values of a float tensor; UserError when it is of another dtype, or not finite."""
+        """The exact values of a float tensor; UserError if it has another dtype, or is not finite."""
         place = self._places[name]
         if place.info.dtype not in FLOATS:
             raise UserError(f"{place.file}: {name} is {place.info.dtype}; weights are stored as {', '.join(FLOATS)} or packed")
@@ -181,8 +183,9 @@ class StoredTensors:
         return values
 
     def scales(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """Scales of this shape; UserError unless each is finite and positive."""
+        """Scales of this shape; UserError if one is not finite and positive."""
         self.expect(name, FLOATS, shape)
+        # zeros for values that are not finite, so that both faults give the same message
         try:
             values = self.floats(name)
         except UserError:
@@ -198,7 +201,7 @@ class StoredTensors:
 
 
 def bit_fields(data: NDArray[np.uint8], bits: int, count: int) -> tuple[NDArray[np.int16], bool]:
-    """Numbers of ``bits`` bits out of rows of bytes, the first from the lowest bits of the first byte, without gaps.
+    """Unpacks numbers of ``bits`` bits from rows of bytes; the first number has the lowest bits of the first byte, and there are no gaps.
 
     Args:
         data: uint8 [rows, bytes].
@@ -206,8 +209,9 @@ def bit_fields(data: NDArray[np.uint8], bits: int, count: int) -> tuple[NDArray[
         count: Numbers per row.
 
     Returns:
-        (unsigned numbers [rows, count], whether any bit behind the last of them is set).
+        (unsigned numbers [rows, count], whether a bit after the last number is set).
     """
+    # widths that divide 8 need only shifts; the others are expanded to one byte per bit
     if 8 % bits == 0:
         fields = (data[:, :, None] >> np.arange(0, 8, bits, dtype=np.uint8)) & np.uint8((1 << bits) - 1)
         whole = fields.reshape(len(data), -1)
@@ -218,7 +222,7 @@ def bit_fields(data: NDArray[np.uint8], bits: int, count: int) -> tuple[NDArray[
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a model folder; UserError when it is missing or no JSON object."""
+    """``config.json`` of a model folder; UserError if it is missing or not a JSON object."""
     return read_object(Path(folder) / "config.json", "give a model folder")
 
 
@@ -239,14 +243,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
         twice = next(key for position, (key, _) in enumerate(pairs) if key in dict(pairs[:position]))
-        raise ValueError(f"the key {twice!r:.100} is there twice: readers differ in which counts")
+        raise ValueError(f"the key {twice!r:.100} occurs twice, and readers differ in which one they use")
     return content
 
 
 def _tensor_places(folder: Path) -> dict[str, _Place]:
     single, index = folder / "model.safetensors", folder / INDEX
     if single.is_file() and index.is_file():
-        raise UserError(f"{folder} has both {single.name} and {index.name}: runtimes differ in which they read; remove the wrong one")
+        raise UserError(
+            f"{folder} has both {single.name} and {index.name}, and runtimes differ in which one they read; remove the wrong one"
+        )
     if not single.is_file() and not index.is_file():
         raise UserError(f"{folder} has neither {single.name} nor {index.name}; the export is incomplete")
     mapped = None if single.is_file() else _weight_map(index)

@@ -1,4 +1,4 @@
-"""Checkpoints of a training stage: written with one rename, verified by hash before they are read."""
+"""Checkpoints of a training stage: committed by one rename, verified by hash before they are read."""
 
 from typing import TYPE_CHECKING
 

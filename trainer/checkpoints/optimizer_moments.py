@@ -1,8 +1,8 @@
-"""The moments of any of our optimizers as fp32 tensors, and back.
+"""Converts the moments of all optimizers to fp32 tensors and back.
 
-torch keeps ``exp_avg`` and ``exp_avg_sq`` in fp32. bitsandbytes keeps one byte an element, an index into a table of 256 numbers, and the
-largest magnitude of each 256 elements; small tensors it keeps in fp32. Those blocks depend on how a tensor is cut over ranks, so a
-checkpoint holds plain fp32 moments. Where the cut is the same again, loading finds scales and codes that decode to the same bits.
+torch keeps ``exp_avg`` and ``exp_avg_sq`` in fp32. bitsandbytes keeps one byte per element, an index into a table of 256 numbers, and the
+largest magnitude per 256 elements; it keeps small tensors in fp32. These blocks depend on the sharding of a tensor over ranks, so a
+checkpoint holds plain fp32 moments. If the sharding is the same again, loading finds scales and codes that decode to the same bits.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from torch import Tensor
 
 BLOCK = 256
 """Elements of a moment that share a scale in bitsandbytes' 8-bit optimizers."""
-_CHUNK = 4096  # blocks at a time: what bounds the temporaries of coding
+_CHUNK = 4096  # blocks per step, which limits the size of temporaries
 _MOMENTS = {"exp_avg": ("state1", "qmap1", "absmax1"), "exp_avg_sq": ("state2", "qmap2", "absmax2")}
 
 
@@ -49,7 +49,7 @@ def parameter_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict
 
 
 def set_parameter_state(optimizer: torch.optim.Optimizer, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
-    """Give one parameter its step count and moments."""
+    """Sets step count and moments of one parameter."""
     if not _is_low_bit(optimizer):
         moments = {key: state[key].to(parameter.device, parameter.dtype, copy=True) for key in _MOMENTS}
         optimizer.state[parameter] = {"step": state["step"].to("cpu", torch.float32, copy=True), **moments}
@@ -68,11 +68,11 @@ def set_parameter_state(optimizer: torch.optim.Optimizer, parameter: Tensor, sta
 
 @torch.no_grad()
 def zero_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, mask: Tensor) -> None:
-    """Moments of removed weights become exact zeros, in place.
+    """Sets the moments of removed weights to exact zeros, in place.
 
     Args:
-        optimizer: Any of ``build_optimizer``'s kinds.
-        parameter: One of its parameters; nothing happens before its first step.
+        optimizer: Any kind of ``build_optimizer``.
+        parameter: One of its parameters; does nothing before the parameter's first step.
         mask: Bool, shape and device of the parameter; True = kept.
     """
     state = optimizer.state.get(parameter, {})
@@ -81,7 +81,7 @@ def zero_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, mask: Tens
         if moment is None:
             continue
         if moment.dtype == torch.uint8:
-            # paged moments lie in memory that torch takes for the CPU's
+            # paged moments are in memory that torch regards as the CPU's, so the mask must be there too
             moment.masked_fill_(~mask.to(moment.device), int((state[table] == 0).nonzero()[0]))
         else:
             moment.mul_(mask)
@@ -89,7 +89,7 @@ def zero_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, mask: Tens
 
 @torch.no_grad()
 def decode(codes: Tensor, table: Tensor, scales: Tensor) -> Tensor:
-    """``table[codes] * scale of the block``, as the optimizer's kernels read it: fp32 on the CPU, shape of ``codes``.
+    """``table[codes] * scale of the block``, as the optimizer's kernels decode it: fp32 on the CPU, in the shape of ``codes``.
 
     Args:
         codes: uint8; blocks of ``BLOCK`` run over the flattened tensor.
@@ -107,7 +107,7 @@ def decode(codes: Tensor, table: Tensor, scales: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode(moment: Tensor, table: Tensor, *, codes: Tensor, scales: Tensor) -> None:
-    """Inverse of ``decode``, into ``codes`` and ``scales``: exact for what was decoded in the same blocks, else rounded to nearest."""
+    """Inverse of ``decode``, into ``codes`` and ``scales``: exact for numbers that were decoded in the same blocks, else to nearest."""
     own, flat, target = table.to("cpu"), moment.detach().reshape(-1).to("cpu", torch.float32), codes.view(-1)
     for first in range(0, len(scales), _CHUNK):
         part = slice(first * BLOCK, (first + _CHUNK) * BLOCK)
@@ -119,7 +119,7 @@ def encode(moment: Tensor, table: Tensor, *, codes: Tensor, scales: Tensor) -> N
 
 
 def _encode_blocks(rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [B, BLOCK] and scales [B]: of each block the first candidate scale that gives every number back, else its largest."""
+    """Codes uint8 [B, BLOCK] and scales [B]: per block the first candidate scale that reproduces every number, else its largest one."""
     middles = (table[1:] + table[:-1]) / 2
     scale = rows.abs().amax(1)
     codes = _nearest(rows, scale, middles)
@@ -135,10 +135,11 @@ def _encode_blocks(rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _candidates(rows: Tensor, table: Tensor) -> list[Tensor]:
-    """Scales [B] that a block may have had, apart from its largest number.
+    """Scales [B] that a block may have had, other than its largest number.
 
-    The number that set the scale was coded as the table's first or last entry. The last is 1. The first is not -1 but -0.993 (0 where
-    there is no sign), so after a negative number the scale is that quotient, up to the rounding of product and quotient.
+    The number that determined the scale was coded as the table's first or last entry. The last entry is 1, so then the scale is the number.
+    The first entry is not -1 but -0.993 (0 in tables without a sign), so for a negative number the scale is the number divided by it, up to
+    the rounding of product and quotient.
     """
     lowest = float(table[0])
     if lowest >= 0:

@@ -1,16 +1,17 @@
-"""Checkpoints of a training stage: a new folder per save, committed by one rename, verified by hash before it is read.
+"""Reads checkpoints of a training stage: one folder per save, committed by one rename, verified by hash before it is read.
 
     checkpoints/step-00000120/student-<rank>.safetensors     this rank's part of parameters and saved buffers
                               optimizer-<rank>.safetensors   "<parameter>.exp_avg" and the like
                               hooks-<rank>.safetensors       "<hook>/<tensor>": masks
                               rng-<rank>.safetensors         generators of each rank
-                              pieces.json                    shape of every tensor, and which rows lie in which file
+                              pieces.json                    shape of every tensor, and which rows are in which file
                               state.json                     step, tokens, seconds, plan
                               manifest.json                  size and sha256 of every file above
 
-Any number of ranks may have written it, under any strategy, and any other number may read it: a tensor is put together from its
-pieces, or as much of it as a rank wants. Two are kept, and the older one goes only after the newer is whole on disk. A damaged
-folder is set aside and the one before it used. The teacher is in none of them, and nothing is pickled. ``checkpoint_writing`` writes.
+Any number of ranks may have written it under any strategy, and any other number may read it: a rank puts together a tensor, or the rows
+that it needs, from the pieces. Two checkpoints are kept, and the older one is removed only after the newer one is complete on disk. A
+damaged folder is set aside, and the one before it is used. No checkpoint holds the teacher, and nothing is pickled. ``write.py`` writes
+them.
 """
 
 import json
@@ -33,7 +34,7 @@ MANIFEST = "manifest.json"
 PIECES = "pieces.json"
 STATE = "state.json"
 GROUPS = ("student", "optimizer", "hooks")
-"""Kinds of tensors; each rank writes one file a group."""
+"""Kinds of tensors; each rank writes one file per group."""
 
 Pieces = dict[str, dict[str, dict[str, Any]]]
 """group -> tensor -> {"shape": [...], "pieces": [[file, first row, past the last row], ...]}; a whole tensor has one piece, rows null."""
@@ -41,32 +42,32 @@ Pieces = dict[str, dict[str, dict[str, Any]]]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """Where a stage stood: what a resumed run must know besides the tensors."""
+    """Progress of a stage: what a resumed run needs in addition to the tensors."""
 
     step: int
     """Optimizer steps done."""
     sample_index: int
     """Windows consumed of the endless permuted stream, over all ranks."""
     tokens: int
-    """Input tokens trained on (padding not counted)."""
+    """Input tokens trained on, without padding."""
     seconds: float
     """Training time so far, over all starts."""
     world: int
-    """Ranks that wrote it."""
+    """Number of ranks that wrote it."""
     plan: dict[str, Any]
-    """``TrainingPlan.identity()``: another plan must not continue from here."""
+    """``TrainingPlan.identity()``; a stage with another plan must not continue from it."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose files all have the recorded hashes."""
+    """A checkpoint folder whose files have the recorded hashes."""
 
     path: Path
     state: TrainingState
     index: Pieces = field(repr=False)
 
     def names(self, group: str) -> list[str]:
-        """Tensors of a group (one of ``GROUPS``)."""
+        """Names of the tensors of a group (one of ``GROUPS``)."""
         return list(self.index[group])
 
     def shape(self, group: str, name: str) -> tuple[int, ...]:
@@ -74,7 +75,7 @@ class Checkpoint:
         return tuple(self.index[group][name]["shape"])
 
     def read(self, group: str, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """A tensor, or its rows ``rows[0]`` to ``rows[1]`` (excluded), on the CPU; only what is wanted is read."""
+        """A tensor, or its rows ``rows[0]`` to ``rows[1]`` (excluded), on the CPU; only these rows are read."""
         from safetensors import safe_open
 
         parts: list[Tensor] = []
@@ -83,36 +84,37 @@ class Checkpoint:
                 if first is None:
                     return opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows[0] : rows[1]]
                 start, stop = (max(first, rows[0]), min(last, rows[1])) if rows else (first, last)
-                # a piece without wanted rows gives none, but shape and dtype
+                # a piece without any of these rows adds an empty part, which still has the dtype and the other dimensions
                 parts.append(
                     opened.get_slice(name)[start - first : max(start, stop) - first] if start < last else opened.get_slice(name)[:0]
                 )
         return torch.cat(parts)
 
     def tensors(self, group: str) -> dict[str, Tensor]:
-        """Every tensor of a group, whole, on the CPU."""
+        """All tensors of a group, whole, on the CPU."""
         return {name: self.read(group, name) for name in self.names(group)}
 
     def generators(self, rank: int) -> bytes | None:
-        """Generator state of a rank; None when the saving run had fewer ranks."""
+        """Generator state of a rank; None if the run that saved had fewer ranks."""
         path = self.path / f"rng-{rank}.safetensors"
         return path.read_bytes() if path.exists() else None
 
 
 def open_checkpoint(folder: Path, step: int) -> Checkpoint:
-    """The checkpoint of ``step``, which another rank has verified.
+    """Opens the checkpoint of ``step``, which another rank has verified.
 
-    Raises: OSError, ValueError, KeyError or TypeError when it cannot be read.
+    Raises:
+        OSError, ValueError, KeyError, TypeError: it cannot be read.
     """
     path = step_folder(folder, step)
     state = TrainingState(**json.loads((path / STATE).read_text()))
     if type(state.step) is not int or state.step != step or not isinstance(state.plan, dict):
-        raise ValueError(f"{STATE} does not tell of step {step}")
+        raise ValueError(f"{STATE} is not the state of step {step}")
     return Checkpoint(path, state, json.loads((path / PIECES).read_text()))
 
 
 def find_newest_verified(folder: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
-    """The newest checkpoint whose every byte is as written, and the damaged ones before it with what is wrong."""
+    """(the newest undamaged checkpoint or None, the damaged newer ones with their faults)."""
     damaged: list[tuple[Path, str]] = []
     for path in step_folders(folder):
         try:
@@ -124,7 +126,7 @@ def find_newest_verified(folder: Path) -> tuple[Checkpoint | None, list[tuple[Pa
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that its step can be saved again; the next good save removes it."""
+    """Renames a damaged checkpoint, so that its step can be saved again; the next successful save removes it."""
     target = path.with_name(f"damaged-{path.name}")
     if target.exists():
         remove(target)
@@ -132,13 +134,13 @@ def set_aside(path: Path) -> Path:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Create the folder and remove what a killed save left behind."""
+    """Creates the folder and removes leftovers of killed saves."""
     folder.mkdir(parents=True, exist_ok=True)
     clean_leftovers(folder)
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` is."""
+    """The folder of the checkpoint of ``step``."""
     return folder / f"step-{step:08d}"
 
 
@@ -148,13 +150,14 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def drop_old(folder: Path) -> None:
-    """Remove all but the newest ``KEPT``, and what was set aside."""
+    """Removes all but the newest ``KEPT`` checkpoints, and those that were set aside."""
     for old in [*step_folders(folder)[KEPT:], *folder.glob("damaged-step-*")]:
         remove(old)
 
 
 def remove(path: Path) -> None:
-    """Rename to a leftover's name first: a removal that is killed half way must not look like a damaged checkpoint."""
+    """Removes a folder."""
+    # renamed to a leftover first: a removal that is killed half way must not look like a damaged checkpoint
     leftover = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     path.rename(leftover)
     shutil.rmtree(leftover, ignore_errors=True)
@@ -168,7 +171,7 @@ def _verify(path: Path) -> None:
         raise ValueError(f"format {manifest['format']} is not the one this version writes ({FORMAT})")
     for name, expected in manifest["files"].items():
         if Path(name).name != name:
-            raise ValueError(f"{name!r} is no file name")
+            raise ValueError(f"{name!r} is not a file name")
         if not (path / name).is_file():
             raise ValueError(f"{name} is missing")
         size = (path / name).stat().st_size

@@ -1,7 +1,7 @@
-"""Saving a checkpoint: every rank writes its own part into one temporary folder, rank 0 commits it with one rename.
+"""Writes a checkpoint: every rank writes its own part into one temporary folder, and rank 0 commits it with one rename.
 
-A sharded tensor is written by all ranks, each its own rows. A tensor that every rank holds whole (DDP, buffers, step counts) is written
-by one of them, chosen so that all write about the same number of bytes.
+All ranks write a sharded tensor, each its own rows. A tensor that every rank holds whole (DDP, buffers, step counts) is written by one
+rank, chosen so that all write about the same number of bytes.
 """
 
 import json
@@ -28,15 +28,18 @@ Groups = Mapping[str, Mapping[str, Tensor | Rows]]
 def save_checkpoint(
     folder: Path, state: TrainingState, groups: Groups, generators: bytes, world: World, *, before: Callable[[], None] | None = None
 ) -> Path:
-    """Write ``folder/step-XXXXXXXX`` whole or not at all, then drop all but the newest two; every rank calls it.
+    """Writes ``folder/step-XXXXXXXX`` completely or not at all, then removes all but the newest two. All ranks must call it.
 
     Args:
-        groups: Tensors of each of ``GROUPS``; a group left out is empty.
+        folder: Folder of the stage's checkpoints.
+        state: Progress of the stage.
+        groups: Tensors of each of ``GROUPS``; a missing group is empty.
         generators: This rank's generator state.
-        before: Called on rank 0 first; what it raises counts as a disk that refuses.
+        world: This process among all ranks.
+        before: Called first on rank 0; its errors are treated as disk errors.
 
-    Raises: UserError on every rank when one of them could not write (disk full, no permission, ...); earlier checkpoints are then as
-    they were.
+    Raises:
+        UserError: on every rank if one of them could not write (disk full, no permission, ...); earlier checkpoints are unchanged.
     """
     target = step_folder(folder, state.step)
     own = {group: _own_part(groups.get(group, {}), world) for group in GROUPS}
@@ -54,8 +57,9 @@ def save_checkpoint(
                 _write_index(Path(temporary), state, reports)
     except _RefusedByAllError:
         raise
-    except (OSError, UserError) as error:  # rank 0 alone: the index, or the rename
+    except (OSError, UserError) as error:  # only on rank 0: the index, or the rename
         problem = str(error)
+    # all ranks meet once more, so that no rank goes on before the rename has succeeded
     _agree({"problem": problem})
     if world.is_first:
         drop_old(folder)
@@ -63,11 +67,11 @@ def save_checkpoint(
 
 
 class _RefusedByAllError(UserError):
-    """A failure that every rank knows of already."""
+    """A failure that every rank already knows."""
 
 
 def _agree(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every rank's report, in rank order; raises on every rank when one of them tells of a problem."""
+    """Every rank's report, in rank order; raises on every rank if one of them reports a problem."""
     reports = [json.loads(part) for part in gather_bytes(json.dumps(report).encode())]
     if problems := [report["problem"] for report in reports if report["problem"]]:
         raise _RefusedByAllError("; ".join(problems))
@@ -75,7 +79,7 @@ def _agree(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _own_part(tensors: Mapping[str, Tensor | Rows], world: World) -> dict[str, Tensor]:
-    """What this rank writes: its rows of sharded tensors, and its share of the others, largest first to the least laden rank."""
+    """The tensors that this rank writes: its rows of sharded ones, and its share of the others, each given to the least loaded rank."""
     own = {name: local(tensor) for name, tensor in tensors.items() if row_range(tensor) is not None}
     shared = {name: local(tensor) for name, tensor in tensors.items() if name not in own}
     load = [0] * world.size
@@ -92,7 +96,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _open(stack: ExitStack, folder: Path, target: Path, total: int, before: Callable[[], None] | None) -> dict[str, Any]:
-    """Rank 0 makes the temporary folder, which becomes ``target`` when the stack is left without an exception."""
+    """Makes the temporary folder on rank 0; it becomes ``target`` when the stack is left without an exception."""
     try:
         if before is not None:
             before()
@@ -104,7 +108,7 @@ def _open(stack: ExitStack, folder: Path, target: Path, total: int, before: Call
 
 
 def _write_own(temporary: Path, own: Mapping[str, Mapping[str, Tensor]], generators: bytes, rank: int) -> dict[str, Any]:
-    """Write this rank's files; returns ``{"files": {name: {bytes, sha256}}, "problem": text}``."""
+    """Writes this rank's files; returns ``{"files": {name: {bytes, sha256}}, "problem": text}``."""
     written: list[Path] = []
     try:
         for group, tensors in own.items():
@@ -113,7 +117,7 @@ def _write_own(temporary: Path, own: Mapping[str, Mapping[str, Tensor]], generat
         written.append(temporary / f"rng-{rank}.safetensors")
         written[-1].write_bytes(generators)
         for path in written:
-            # on a network file system a rank can only flush what it wrote itself
+            # here and not on rank 0, because on a network file system a machine can only flush what it has written itself
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         return {"files": {path.name: _fingerprint(path) for path in written}, "problem": ""}
@@ -122,7 +126,7 @@ def _write_own(temporary: Path, own: Mapping[str, Mapping[str, Tensor]], generat
 
 
 def _describe(groups: Groups, own: Mapping[str, Mapping[str, Tensor]], rank: int) -> Pieces:
-    """Where this rank's part of each tensor lies."""
+    """The place of this rank's part of each tensor, for ``pieces.json``."""
     return {
         group: {
             name: {
@@ -140,7 +144,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _write_index(temporary: Path, state: TrainingState, reports: list[dict[str, Any]]) -> None:
-    """Rank 0 writes where every piece lies, the state, and the manifest over all files."""
+    """Writes, on rank 0, the places of all pieces, the state, and the manifest of all files."""
     index: Pieces = {group: {} for group in GROUPS}
     for report in reports:
         for group, tensors in report["pieces"].items():

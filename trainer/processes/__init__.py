@@ -1,4 +1,4 @@
-"""The processes of a run: ranks and their collectives, the strategy that shares a student, FSDP2's rows."""
+"""The processes of a run: ranks and their collective operations, the strategy that shares a student, FSDP2's rows."""
 
 from typing import TYPE_CHECKING
 

@@ -1,10 +1,10 @@
-"""FSDP2: every rank holds some rows of each parameter, and sees a layer whole only while it computes.
+"""Sharding by FSDP2: every rank holds some rows of each parameter, and a layer is whole only while it computes.
 
-Optimizer, hooks and checkpoints work on plain tensors: ``local`` gives a rank's own rows (everything, where nothing is sharded), and
-``ParameterViews`` are parameters on that memory. AdamW is elementwise, so stepping the rows is stepping the whole.
+Optimizer, hooks and checkpoints work on plain tensors: ``local`` gives a rank's own rows (all of them without sharding), and
+``ParameterViews`` are parameters on that memory. AdamW is elementwise, so stepping the rows equals stepping the whole.
 
-The all-gather stays fp32, also under bf16-mixed: fake quantization must see the master weights, or what is trained is not what is
-stored; autocast then makes the bf16 copies, as it does under DDP.
+The all-gather stays fp32, also under bf16-mixed: fake quantization must see the master weights, because the rounding in training must be
+that of the stored weights. Autocast then makes the bf16 copies, as under DDP.
 """
 
 import copy
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def local(tensor: "Tensor | Rows") -> Tensor:
-    """This rank's rows of a sharded tensor, sharing its memory; any other tensor itself. Outside autograd."""
+    """This rank's rows of a sharded tensor, in the same memory; any other tensor itself. Without an autograd graph."""
     if isinstance(tensor, Rows):
         return tensor.tensor
     own = tensor.detach()
@@ -34,7 +34,7 @@ def local(tensor: "Tensor | Rows") -> Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """This rank's rows of something that lies as a sharded parameter does: a mask, or a moment."""
+    """This rank's rows of a tensor that is sharded as a parameter is: a mask, or a moment."""
 
     tensor: Tensor
     """The rows, on any device."""
@@ -42,11 +42,11 @@ class Rows:
     last: int
     """Past the last row."""
     shape: torch.Size
-    """Of the whole."""
+    """Shape of the whole tensor."""
 
 
 def row_range(tensor: Tensor | Rows) -> tuple[int, int] | None:
-    """First and past-the-last row (of dimension 0) that this rank holds; None when it holds them all."""
+    """First and past-the-last row (of dimension 0) that this rank holds; None if it holds all rows."""
     if isinstance(tensor, Rows):
         return tensor.first, tensor.last
     if not isinstance(tensor, DTensor):
@@ -60,19 +60,19 @@ def row_range(tensor: Tensor | Rows) -> tuple[int, int] | None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor on every rank (a collective when it is sharded)."""
+    """The full tensor on every rank (a collective operation if it is sharded)."""
     own = tensor.detach()
     return own.full_tensor() if isinstance(own, DTensor) else own
 
 
 def like(rows: Tensor, weight: Tensor) -> Tensor | Rows:
-    """``rows``, this rank's part of a tensor of ``weight``'s shape, with its place in the whole (itself where nothing is sharded)."""
+    """``rows``, this rank's part of a tensor with ``weight``'s shape, together with its place in the whole; ``rows`` if not sharded."""
     held = row_range(weight)
     return rows if held is None else Rows(rows, *held, weight.shape)
 
 
 def gathered(rows: Tensor, weight: Tensor) -> Tensor:
-    """The whole tensor of which every rank holds the ``rows`` that it holds of ``weight`` (a collective when that is sharded)."""
+    """The whole tensor of which every rank holds ``rows``, the same rows as of ``weight`` (a collective operation if sharded)."""
     if not isinstance(weight, DTensor):
         return rows
     placed = DTensor.from_local(rows, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride())
@@ -80,15 +80,15 @@ def gathered(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def own_rows(full: Tensor, weight: Tensor) -> Tensor:
-    """The rows of ``full`` that this rank holds of ``weight``, in memory of their own where that is sharded."""
+    """The rows of ``full`` that this rank holds of ``weight``; a copy if ``weight`` is sharded."""
     rows = row_range(weight)
     return full if rows is None else full[rows[0] : rows[1]].clone()
 
 
 class ParameterViews:
-    """The trainable parameters of a student as parameters in plain memory: themselves, or this rank's rows.
+    """The trainable parameters of a student as plain parameters: themselves, or this rank's rows.
 
-    FSDP2 leaves gradients on the sharded parameters; ``receive_gradients`` hands them over before the optimizer steps.
+    FSDP2 puts gradients on the sharded parameters; ``receive_gradients`` passes them to the views before the optimizer steps.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -99,34 +99,35 @@ class ParameterViews:
         self.sharded = any(isinstance(p, DTensor) for p in self.owners.values())
 
     def receive_gradients(self) -> None:
-        """Give every view its parameter's gradient (shared memory)."""
+        """Gives every view its parameter's gradient, in the same memory."""
         for name, view in self.views.items():
             owner = self.owners[name]
             if view is not owner:
                 view.grad = None if owner.grad is None else local(owner.grad)
 
     def drop_gradients(self) -> None:
-        """No gradient anywhere."""
+        """Drops all gradients."""
         for parameters in (self.owners, self.views):
             for parameter in parameters.values():
                 parameter.grad = None
 
 
 def parameter_of(optimizer: torch.optim.Optimizer, weight: Tensor) -> Tensor | None:
-    """The optimizer's parameter that lives in ``weight``'s memory; None when this rank has none of its rows, or it is not trained."""
+    """The optimizer's parameter in ``weight``'s memory; None if this rank has none of its rows, or it is not trained."""
+    # by address, because the optimizer has views of sharded weights; 0 is the address of all empty tensors
     address = local(weight).data_ptr()
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     return next((p for p in parameters if p is weight or (p.data_ptr() == address and address != 0)), None)
 
 
 def shard(step: nn.Module, student: "PreTrainedModel", mesh: "DeviceMesh", materialize: Callable[[], None] | None = None) -> None:
-    """Spread ``student`` over the ranks of ``mesh``, in place: a unit a decoder layer, and one of everything else.
+    """Shards ``student`` over the ranks of ``mesh``, in place: one unit per decoder layer, and one for everything else.
 
     Args:
-        step: The module whose forward runs the student; gathering starts there, so the head may be used outside the backbone.
+        step: The module whose forward runs the student; weights are gathered there, so the head may be used outside the backbone.
         student: Whole on every rank, or on the meta device.
-        mesh: One dimension, all ranks.
-        materialize: Fills the rows of a student on the meta device, after they have been allocated.
+        mesh: Mesh of one dimension with all ranks.
+        materialize: Allocates and fills the rows of a student on the meta device.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -135,13 +136,13 @@ def shard(step: nn.Module, student: "PreTrainedModel", mesh: "DeviceMesh", mater
     fully_shard(step, mesh=mesh)
     if materialize is not None:
         materialize()
-    # Rows that do not divide evenly are padded on first use, which moves them: that must be over before anyone holds a view.
+    # FSDP2 pads rows that do not divide evenly at first use, which moves them in memory: do it now, before there are views of them
     state: Any = step._get_fsdp_state()  # pyright: ignore[reportCallIssue] - fully_shard gave the module another class
     state._lazy_init()
 
 
 def allocate(student: nn.Module, device: torch.device) -> None:
-    """Uninitialised memory for every parameter on the meta device, of a sharded one for this rank's rows; buffers are left alone."""
+    """Allocates memory for every parameter on the meta device (for this rank's rows if it is sharded); buffers are not changed."""
     for places in parameter_places(student):
         module, key, _ = places[0]
         parameter = getattr(module, key)
@@ -150,7 +151,8 @@ def allocate(student: nn.Module, device: torch.device) -> None:
 
 
 def skeleton_of(student: "PreTrainedModel") -> "PreTrainedModel":
-    """A copy of the student without weights (parameters on the meta device, ties kept): what ``gather_into`` fills."""
+    """A copy of the student without weights (parameters on the meta device, ties kept), for ``gather_into``."""
+    # deepcopy takes the meta parameters from the memo instead of copying the real ones
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad) for p in student.parameters()
     }
@@ -158,10 +160,10 @@ def skeleton_of(student: "PreTrainedModel") -> "PreTrainedModel":
 
 
 def gather_into(skeleton: "PreTrainedModel", student: "PreTrainedModel", *, keep: bool) -> None:
-    """Gather the sharded ``student`` tensor by tensor: ranks that ``keep`` fill ``skeleton`` with it on the CPU, the others drop it."""
+    """Gathers the sharded ``student`` tensor by tensor; ranks with ``keep`` fill ``skeleton`` with it on the CPU, others drop it."""
     places = {name: hung for hung in parameter_places(skeleton) for _, _, name in hung}
     for name, parameter in student.named_parameters():
         full = whole(parameter)
         if keep:
-            # a copy in memory of its own: what was gathered may be a part of padded memory
+            # copied, because the gathered tensor may be a view of larger, padded memory
             register(places[name], torch.empty_like(full, device="cpu").copy_(full))

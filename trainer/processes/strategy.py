@@ -1,7 +1,7 @@
 """How several processes share a student: chosen by ``trainer.strategy``, carried out by Lightning's strategies.
 
-Both give the numbers of one process: gradients are averaged over ranks by either and scaled alike afterwards, weights are fp32, and
-the optimizer is elementwise. What differs is who holds what: under DDP every rank all of it, under FSDP2 a share.
+Both strategies give the numbers of a single process: gradients are averaged over ranks and then scaled in the same way, weights are fp32,
+and the optimizer is elementwise. Under DDP every rank holds the whole student, under FSDP2 a share.
 """
 
 from datetime import timedelta
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""Longest wait of one rank for another; the first step waits for the slowest rank to load its teacher."""
+"""Longest time that one rank waits for another; the first step waits for the slowest rank to load its teacher."""
 _BYTES_A_PARAMETER = {"adamw": 16.0, "adamw-8bit": 10.1, "paged-adamw-8bit": 8.0}
 _USABLE = 0.6
-"""Share of a GPU that weights, gradients and moments may fill before activations and logits get too little."""
+"""Largest share of a GPU for weights, gradients and moments; the rest is for activations and logits."""
 
 
 def choose_strategy(
@@ -30,10 +30,10 @@ def choose_strategy(
     Args:
         wanted: The recipe's ``trainer.strategy``; auto = fsdp2 when ddp would fill more than 60 % of a GPU with weights, gradients, moments
             and the teacher, else ddp.
-        ranks: Processes; with one the answer makes no difference.
-        parameters: Of the student.
-        optimizer: Decides the bytes of its moments.
-        teacher_bytes: Held on each device.
+        ranks: Number of processes; with one both strategies are the same.
+        parameters: Number of the student's parameters.
+        optimizer: Determines the bytes of the moments.
+        teacher_bytes: Bytes of the teacher on each device.
         device_bytes: Memory of one GPU; None on a CPU.
     """
     if wanted != "auto":
@@ -50,12 +50,12 @@ def device_bytes() -> int | None:
 
 
 def shards(chosen: Literal["ddp", "fsdp2"], world: World) -> bool:
-    """Whether the student is spread over ranks: one process holds it all, whatever was chosen."""
+    """Whether the student is sharded over ranks. A single process holds it whole with both strategies."""
     return chosen == "fsdp2" and world.size > 1
 
 
 def lightning_strategy(chosen: Literal["ddp", "fsdp2"], world: World) -> "Strategy | Literal['auto']":
-    """Lightning's side of it. Process groups are open already (``world.connect``) and stay open."""
+    """Lightning's strategy object. The process groups are already open (``world.connect``) and stay open."""
     # here and not above: the plan chooses strategies without loading Lightning
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 

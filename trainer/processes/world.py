@@ -1,7 +1,7 @@
-"""The processes of a run as training sees them, and the few collectives it needs.
+"""The processes of a run, and the few collective operations that training needs.
 
-Ranks come from torchrun's environment; nothing here ever starts a process. One process needs no process group, and every
-function below then returns its input.
+Ranks come from torchrun's environment; this module starts no process. A single process needs no process group, and every function below
+then returns its input.
 """
 
 import os
@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from ...models.common.errors import UserError
 
 MEETING_TIMEOUT = timedelta(minutes=10)
-"""Longest wait for all ranks to start."""
+"""Longest time to wait for all ranks to start."""
 
 
 @dataclass(frozen=True)
@@ -33,31 +33,32 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which writes files and talks to the user."""
+        """Whether this is rank 0, which writes files and prints messages."""
         return self.rank == 0
 
     @property
     def nodes(self) -> int:
-        """Machines of the run."""
+        """Number of machines in the run."""
         return self.size // self.local_size
 
 
 def current_world() -> World:
-    """The world that torchrun's environment variables describe; one process without them.
+    """The world that torchrun's environment variables describe; a single process without them.
 
-    Raises: UserError when they are missing or no numbers.
+    Raises:
+        UserError: some of the variables are missing, or are not numbers.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return World()
     try:
         read = {name: int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     except (KeyError, ValueError) as error:
-        raise UserError(f"TORCHELASTIC_RUN_ID is set, but the other variables of torchrun are not whole ({error}); unset it") from None
+        raise UserError(f"TORCHELASTIC_RUN_ID is set, but the other variables of torchrun are incomplete ({error}); unset it") from None
     return World(rank=read["RANK"], local_rank=read["LOCAL_RANK"], size=read["WORLD_SIZE"], local_size=read["LOCAL_WORLD_SIZE"])
 
 
 def connect(world: World) -> None:
-    """Open the process group once (gloo for CPU tensors, NCCL for CUDA ones); nothing to do for a single process."""
+    """Opens the process group once (gloo for CPU tensors, NCCL for CUDA tensors); does nothing for a single process."""
     if world.size == 1 or dist.is_initialized():
         return
     store, rank, size = next(iter(rendezvous("env://")))
@@ -71,9 +72,9 @@ def connect(world: World) -> None:
 def _fresh_store(store: Store, rank: int, size: int) -> Store:
     """A part of the store that only this start of all ranks uses.
 
-    torchrun gives restarted workers the store of those that died, where their addresses still stand (seen with torch 2.13: connecting
-    to them fails or hangs). So rank 0 makes a name, and gives it to each rank in answer to a word that this rank has just made up:
-    what the dead have left is answered too, but never acknowledged.
+    torchrun gives restarted workers the store of the dead ones, which still holds their addresses (seen with torch 2.13: connecting to
+    them fails or hangs). So rank 0 makes a random name and sends it to each rank in answer to a random word of that rank. Words that dead
+    workers have left are answered too, but nobody acknowledges these answers.
     """
     name = uuid.uuid4().hex
     if rank:
@@ -110,7 +111,7 @@ def max_over_ranks(values: Tensor) -> Tensor:
 
 
 def value_of_first(value: int) -> int:
-    """The integer that rank 0 passes, on every rank."""
+    """The integer of rank 0, on every rank."""
     if not dist.is_initialized():
         return value
     box = torch.tensor([value], dtype=torch.int64)

@@ -153,7 +153,7 @@ def test_every_change_of_a_scale_is_found(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(kv_cache_scheme=None), "config.json has no kv_cache_scheme that says what it is"),
+        (lambda q: q.update(kv_cache_scheme=None), "config.json has no kv_cache_scheme that describes it"),
         (lambda q: q.update(kv_cache_scheme=[]), "kv_cache_scheme must be an object or null"),
         (lambda q: q["kv_cache_scheme"].update(type="int"), "kv_cache_scheme.type is 'int'"),
         (lambda q: q["kv_cache_scheme"].update(num_bits=4), "kv_cache_scheme.num_bits is 4"),

@@ -173,7 +173,7 @@ def test_a_name_in_the_manifest_cannot_leave_the_folder(tmp_path: Path) -> None:
     manifest["files"]["../outside"] = manifest["files"]["state.json"]
     (path / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "outside").write_bytes((path / "state.json").read_bytes())
-    assert "no file name" in find_newest_verified(tmp_path)[1][0][1]
+    assert "not a file name" in find_newest_verified(tmp_path)[1][0][1]
 
 
 def test_a_damaged_step_can_be_saved_again_and_its_remains_go(tmp_path: Path) -> None:
