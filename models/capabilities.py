@@ -175,7 +175,7 @@ def _without_head(model: "PreTrainedModel") -> str | None:
     except UserError as error:
         return str(error).partition(", which losses")[0]
     except Exception as error:  # transformers' own code, of any family
-        return f"its backbone and head cannot be told apart ({type(error).__name__})"
+        return f"its backbone and head cannot be separated ({type(error).__name__})"
     return None
 
 

@@ -24,6 +24,7 @@ def future_leak(model: "PreTrainedModel") -> float:
     if weight.is_meta:
         return 0.0
     ids = torch.arange(1, _TOKENS + 1, device=weight.device).remainder(weight.shape[0]).repeat(2, 1)
+    # 0 occurs at no other position, as the ids begin with 1
     ids[1, -1] = 0
     training = model.training
     model.eval()

@@ -121,6 +121,7 @@ def student_from_config(config: dict[str, Any], tokenizer: "PreTrainedTokenizerB
     fields = _checked_fields(config, effective_vocab(tokenizer))
     for name in _SPECIAL_TOKENS:
         fields.setdefault(name, getattr(tokenizer, name))
+    # weights are drawn from the global generators, which must be afterwards as before
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -168,6 +169,7 @@ def trim_vocabulary(model: "PreTrainedModel", v_eff: int) -> int:
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     rows = embedding.weight.shape[0]
+    # asked before the embedding gets a new parameter
     tied = head.weight is embedding.weight
     embedding.weight = _first_rows(embedding.weight, v_eff)
     embedding.num_embeddings = v_eff

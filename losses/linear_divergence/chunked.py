@@ -48,9 +48,11 @@ def rows_per_block(rows: int, v_eff: int, buffers: int, itemsize: int, limits: B
         itemsize: Bytes per element.
         limits: Bytes of all buffers together, and rows.
     """
+    # ``FEWEST_ROWS`` may exceed the budget: with fewer rows the products would be slow
     most = max(FEWEST_ROWS, limits.budget_bytes // (v_eff * buffers * itemsize))
     if limits.most_rows is not None:
         most = min(most, limits.most_rows)
+    # equal blocks, because a small last one would be slow for its number of rows
     blocks = max(1, -(-rows // most))
     return max(1, -(-rows // blocks))
 
@@ -71,6 +73,7 @@ class _Product:
     def __init__(self, states: HiddenStates, problem: Problem) -> None:
         v_eff, self.dtype = problem.v_eff, problem.dtype
         self.states = states
+        # hidden states are converted block by block instead: all of them in fp32 would be a second copy of [N, H]
         self.head = states.head.detach()[:v_eff].to(self.dtype)
         self.bias = None if states.bias is None else states.bias.detach()[:v_eff].to(self.dtype)
 
@@ -99,10 +102,12 @@ def _run(problem: Problem, gradients: Gradients, rows: int | None) -> tuple[Tens
     student = _Product(problem.student, problem)
     taught = _Product(teacher, problem) if isinstance(teacher, HiddenStates) else teacher
     buffers = _buffers(teacher)
+    # the derivative of a soft cap needs one more buffer, and only where there is a gradient
     capped = gradients.any and problem.student.transform is not None and problem.student.transform.softcap is not None
     if rows is None:
         limits = CPU_LIMITS if labels.device.type == "cpu" else ACCELERATOR_LIMITS
         rows = rows_per_block(count, v_eff, buffers + capped, dtype.itemsize, limits)
+    # allocated once for all blocks
     workspace = student.head.new_empty(buffers + capped, min(rows, count), v_eff)
     # kept per token and summed at the end, so that the result does not depend on where blocks begin
     figures = student.head.new_zeros(4, count)

@@ -162,6 +162,7 @@ def _run(problem: Problem, gradients: Gradients, *, rows: int | None, slope_rows
     taught = _Operands(teacher, v_eff) if isinstance(teacher, HiddenStates) else teacher
     # 4 bytes: logits are fp32, of one model or two
     rows = rows or block_rows(count, v_eff, 4 * (1 + isinstance(taught, _Operands)), LOGIT_BYTES)
+    # a multiple of ``rows``, so that no block of logits is split over two collections of slopes
     slope_rows = slope_rows or max(rows, SLOPE_BYTES // (v_eff * student.dtype.itemsize) // rows * rows)
     device, held = problem.labels.device, min(rows, count)
     space = _Space(
@@ -228,6 +229,7 @@ def _launch(
     soft = teacher is not None and settings.hard_weight < 1
     adaptive = soft and settings.divergence == "adaptive_kl"
     late = slopes is not None and soft and settings.divergence != "forward_kl"
+    # the threshold needs a sort over the vocabulary, which a kernel of one pass cannot do
     head_from = _head_from(problem, model, theirs, rows) if adaptive else figures
     bias, their_bias = student.bias, model.bias if model else None
     dial = next((d for d in (settings.beta, settings.alpha, settings.balance) if d is not None), 0.5)

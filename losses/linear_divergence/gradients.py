@@ -73,6 +73,7 @@ class _Loss(torch.autograd.Function):
             gradients = Gradients.zeros(problem, hidden=hidden_wanted, head=head_wanted, bias=bias_wanted)
             # cloned because FSDP2 warns of a loss that is a view
             sums = tuple(part.clone() for part in run(problem, gradients))
+        # gradients are in the problem's dtype; backward converts them to that of their tensors
         ctx.dtypes = (hidden.dtype, head.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(gradients.hidden, gradients.head, gradients.bias)
         ctx.mark_non_differentiable(*sums[1:])

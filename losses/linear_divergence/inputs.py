@@ -125,6 +125,7 @@ def checked_problem(
             "labels alone"
         )
     _check_teacher(teacher, rows, settings, v_eff)
+    # found before anything is computed, so that masked rows cost no product
     kept = (labels != MASKED).nonzero().squeeze(1)
     _check_labels(labels[kept], v_eff)
     impossible = any(_holds_minus_infinity(model, v_eff) for model in (student, teacher))
@@ -148,6 +149,7 @@ def _check_teacher(teacher: TeacherLogitsSource | None, rows: int, settings: Los
             raise ValueError(
                 f"divergence={settings.divergence} needs the whole distribution of the teacher; with sparse targets use forward_kl"
             )
+        # the stored probabilities cannot be turned into those of another temperature, which depend on all logits
         if settings.temperature not in (None, teacher.temperature):
             raise ValueError(
                 f"temperature={settings.temperature} differs from that of the sparse targets; set temperature to {teacher.temperature}"

@@ -66,6 +66,7 @@ def infinite(d: Tensor, divergence: Divergence) -> Tensor:
 
 def _forward_kl(pair: Pair, spare: Tensor, settings: LossSettings, gradient: bool) -> Result:
     value = torch.linalg.vecdot(pair.p, pair.d)
+    # q only where it is needed: exp_ is a whole pass over [n, V]
     return value, torch.sub(pair.log_q.exp_(), pair.p, out=pair.p) if gradient else None
 
 
@@ -96,6 +97,7 @@ def _both_kls(pair: Pair, q: Tensor, weight: Tensor, gradient: bool) -> Result:
     if not gradient:
         return value, None
     forward = weight.unsqueeze(1)
+    # in p's buffer, which is not needed any more; q still is
     slope = torch.sub(q, p, out=p).mul_(forward)
     return value, slope.sub_(d.add_(reverse.unsqueeze(1)).mul_(q).mul_(1 - forward))
 
@@ -114,6 +116,7 @@ def _jsd(pair: Pair, spare: Tensor, settings: LossSettings, gradient: bool) -> R
 def _gkd_jsd(pair: Pair, spare: Tensor, settings: LossSettings, gradient: bool) -> Result:
     assert settings.beta is not None
     value, slope = _jsd(pair, spare, settings, gradient)
+    # the published form is ``_jsd`` times beta (1 - beta), and so is its gradient
     factor = settings.beta * (1 - settings.beta)
     return value * factor, None if slope is None else slope.mul_(factor)
 
@@ -125,6 +128,7 @@ def _skew_forward_kl(pair: Pair, spare: Tensor, settings: LossSettings, gradient
     value = -torch.linalg.vecdot(pair.p, log_m_over_p)
     if not gradient:
         return value, None
+    # 1 + alpha E is the mixture divided by q
     ratio = d.expm1_()
     mixture = torch.mul(ratio, alpha, out=spare).add_(1)
     return value, _centred(ratio.div_(mixture).mul_(-((1 - alpha) ** 2)), pair.log_q.exp_())

@@ -110,6 +110,7 @@ def _staged(target: Path, doing: str) -> Iterator[Path]:
     try:
         yield temporary
     except BaseException as error:
+        # first, because the message promises it; BaseException, because Ctrl-C must not leave it behind either
         with suppress(OSError):
             _remove(temporary)
         readable = None if isinstance(error, UserError) else storage_error(error, target, doing)

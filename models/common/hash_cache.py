@@ -34,6 +34,7 @@ def cached_sha256(path: Path) -> str:
         known = _read(entry, before)
         if known is not None:
             return known
+        # the file must not change while it is hashed, so its attributes are compared before and after
         started = time.time_ns()
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
         after = os.fstat(handle.fileno())

@@ -60,6 +60,7 @@ class Lock:
                     raise (storage_error(error, self.file, "lock") or error) from error
             if self._is_file(handle):
                 self._handle = handle
+                # on a full disk the lock still holds, without the name of its holder
                 with suppress(OSError):
                     os.truncate(handle, 0)
                     os.pwrite(handle, json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": _now()}).encode(), 0)
@@ -94,6 +95,7 @@ class Lock:
     def release(self) -> None:
         """Releases the lock; does nothing if it is not held."""
         if self._handle is not None:
+            # removed while the lock is held: afterwards the file could be another process's
             self.file.unlink(missing_ok=True)
             self._forget()
 

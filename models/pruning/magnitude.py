@@ -99,6 +99,7 @@ def stream_masks(
             shapes[name] = weight.shape
             yield _bits(_normalised(_scores(name, weight, current), keep))
 
+    # the patterns are computed anew in every pass: keeping them would take as much memory as all weights
     sizes = [(pattern.numel(), int((pattern >= 0).sum())) for pattern in patterns()]
     count = min(_count(keep, sum(size for size, _ in sizes)), sum(present for _, present in sizes))
     cut = _cut(patterns, count)

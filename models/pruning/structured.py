@@ -115,6 +115,7 @@ def prune_ffn(model: "PreTrainedModel", scores: Sequence[Tensor], keep: int) -> 
         )
     kept: dict[str, list[int]] = {}
     for index, (layer, score) in enumerate(zip(layers, scores)):
+        # the second sort keeps the order of channels, so that nothing but the selection changes
         chosen = torch.sort(score, descending=True, stable=True).indices[:keep].sort().values
         _slice_ffn(family, layer, chosen)
         kept[f"{family.layers_path}.{index}.{family.ffn}"] = chosen.tolist()
@@ -133,6 +134,7 @@ def _slice_ffn(family: Family, layer: nn.Module, chosen: Tensor) -> None:
     down = family.linear(layer, family.ffn_out)
     down.weight = _selected(down.weight, 1, chosen)
     down.in_features = len(chosen)
+    # transformers' FFN modules keep the number as an attribute too
     ffn: Any = layer.get_submodule(family.ffn)
     if hasattr(ffn, family.ffn_field):
         setattr(ffn, family.ffn_field, len(chosen))

@@ -102,6 +102,7 @@ class LocalTeacher:
         """
         backbone, weight, bias = backbone_and_head(self._model)
         device = weight.device
+        # the teacher computes in its own dtype, not in that of the student's training
         with torch.autocast(device.type, enabled=False):
             output: Any = backbone(**backbone_inputs(batch, device))
         head_bias = None if bias is None else bias[: self._v_eff]

@@ -34,6 +34,7 @@ def offloaded_model(path: str | Path, *, dtype: torch.dtype, device: torch.devic
         if not layers:
             raise UserError(f"teacher.placement: offloaded: no list of decoder layers in {path}; use placement: replicated")
         if files is not None:
+            # layer by layer into host memory; then all other parameters, which are still on the meta device, onto the device
             for layer in layers:
                 fill(model, files, dtype=dtype, device="cpu", inside=layer)
             fill(model, files, dtype=dtype, device=device)

@@ -84,6 +84,7 @@ def open_teacher(
 
         v_eff = effective_vocab(load_tokenizer(path, revision=revision), rows_of(load_config(path, revision=revision)))
     name = name or str(path)
+    # a single process has nothing to shard, and usually no process group
     if placement == "sharded" and _processes() == 1:
         placement = "replicated"
     model, held = _model(path, load_in, placement, device, revision)

@@ -54,15 +54,15 @@ def fake_quant_activation(
     if x.ndim < 1 or not x.is_floating_point():
         raise ValueError(f"activations must be floating point [..., features], not {x.dtype} of shape {tuple(x.shape)}")
     rows = x.reshape(-1, x.shape[-1])
-    lattice = spec.lattice
+    own = spec.lattice
     if spec.scaling == "dynamic":
         if scale is not None or zero is not None:
             raise ValueError("scaling='dynamic' takes scales from the values; leave scale and zero out, or use scaling='static'")
-        return fake_quant(rows, lattice, backend=backend).view(x.shape)
+        return fake_quant(rows, own, backend=backend).view(x.shape)
     scale, zero = _given(scale, zero, x, spec)
     if spec.kind == "int8":
-        return fake_quant_learned(rows, scale, lattice, zeros=zero, backend=backend).view(x.shape)
-    return fake_quant_float(rows, scale, None, lattice.kind, rows.shape[1], backend).view(x.shape)
+        return fake_quant_learned(rows, scale, own, zeros=zero, backend=backend).view(x.shape)
+    return fake_quant_float(rows, scale, None, own.kind, rows.shape[1], backend).view(x.shape)
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def static_scale(low: Tensor, high: Tensor, spec: ActivationSpec) -> tuple[Tenso
     Returns:
         (scale fp32 [], zero int8 [] or None when the spec is symmetric); scale 1 for the range [0, 0], NaN for a broken one.
     """
-    lattice = spec.lattice
+    own = spec.lattice
     low, high = low.to(torch.float32).clamp(max=0.0), high.to(torch.float32).clamp(min=0.0)
-    scale, zero = grid_of_range(low, high, lattice.bits, spec.symmetric, lattice.divisor_value, grid_numbers(lattice))
+    scale, zero = grid_of_range(low, high, own.bits, spec.symmetric, own.divisor_value, grid_numbers(own))
     return scale, None if spec.symmetric else zero

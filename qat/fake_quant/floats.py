@@ -1,4 +1,4 @@
-"""Fake quantization, codes and values of the lattices that are not integers: nf4, fp8_e4m3, mxfp4, nvfp4."""
+"""Fake quantization, codes and values of the kinds that are not integers: nf4, fp8_e4m3, mxfp4, nvfp4."""
 
 import torch
 from torch import Tensor

@@ -115,6 +115,7 @@ def cached_attentions(model: "PreTrainedModel") -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     layers = decoder_layers(model)
     for layer in layers:
+        # by the argument and not by name, because every family names its attention differently
         own = [m for m in layer.modules() if m is not layer and _ARGUMENT in inspect.signature(m.forward).parameters]
         if len(own) != 1:
             count = "no attention" if not own else f"{len(own)} modules"

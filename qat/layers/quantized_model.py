@@ -178,6 +178,7 @@ def fold(model: "PreTrainedModel", state: QuantState) -> None:
             raise UserError(
                 f"{name}.weight is {module.weight.dtype}; codes * scales are exact in fp32 only: load the model with dtype=float32."
             )
+    # only after all checks, so that an error leaves the model unchanged
     for name in state.modules:
         module = held[name]
         if isinstance(module, nn.Linear | CodesLinear):

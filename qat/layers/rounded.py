@@ -68,7 +68,7 @@ class RoundedWeight(_Base):
             self.weight.requires_grad_(False)
 
     def is_extra(self, parameter: str) -> bool:
-        """Whether the module has this parameter beside those of the one it was made from: no model file has values for it."""
+        """Whether this parameter was added to those of the original module, so that no model file has values for it."""
         return parameter in _EXTRAS
 
     def _extra(self, *shape: int) -> nn.Parameter:
@@ -94,7 +94,7 @@ class RoundedWeight(_Base):
         return self.weight + update * (self.weight != 0)
 
     def quantized_weight(self) -> Tensor:
-        """[out, in]: the weight as codes times scales, differentiable in whatever trains."""
+        """[out, in]: the weight as codes times scales, differentiable in all parameters that train."""
         weight, scale = self.merged_weight(), self.scale
         if self.mode == "off" or scale is None or self.mode == "absmax":
             rounded = weight if self.mode == "off" else fake_quant(weight, self.lattice, mask=self.mask)

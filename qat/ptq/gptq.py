@@ -138,6 +138,7 @@ def gptq_pass(
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         block = torch.addmm(target[start:stop], factor.links[start:stop, :start], errors[:start], out=remains[start:stop])
+        # ``errors`` holds w - q of all columns so far; each part adds those of its own block
         for first in range(start, stop, _INNER):
             end = min(first + _INNER, stop)
             inner = slice(first - start, end - start)
@@ -150,6 +151,7 @@ def gptq_pass(
                 [steps[g] for g in groups[first:end]],
             )
         found = numbers[: stop - start]
+        # until here numbers are q - z, so that a pruned weight is 0 with and without zero points
         if zeros is not None:
             found += zeros.T.to(torch.float32)[groups[start:stop]]
         codes[factor.order[start:stop]] = found.to(torch.int8)
@@ -192,6 +194,7 @@ def _round_columns(columns: _Columns, kept: Tensor | None, links: Tensor, steps:
     """Rounds the columns one by one; ``kept`` [columns, out] is 0 for pruned weights, ``links`` is [columns, columns]."""
     parts = zip(*(tensor.unbind() for tensor in columns), steps)
     for index, (target, value, number, error, (scale, low, high)) in enumerate(parts):
+        # compensation for the columns of this part that are already rounded
         if index:
             value.addmv_(columns.errors[:index].T, links[index, :index])
         torch.div(value, scale, out=number)

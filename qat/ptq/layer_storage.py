@@ -49,6 +49,7 @@ class MemoryShelf:
 
     def put_away(self, layer: nn.Module, extra: dict[str, Tensor]) -> dict[str, Tensor]:
         layer.to("cpu")
+        # the C library keeps freed memory of a layer's size otherwise, and the process would seem to grow layer by layer
         trim_host()
         return {name: tensor.cpu() for name, tensor in extra.items()}
 
@@ -72,6 +73,7 @@ class FileShelf:
     ) -> None:
         self._model, self._files, self._folder, self._device = model, files, folder, device
         self._written = 0
+        # everything outside the layers is used in every forward pass, so it is read once and stays
         inside = _parameters_of(layers)
         around = nn.ParameterList([parameter for parameter in model.parameters() if id(parameter) not in inside])
         fill(model, files, dtype=torch.float32, device=device, inside=around)
@@ -88,6 +90,7 @@ class FileShelf:
         file = self._folder / f"{self._written:05d}.safetensors"
         self._written += 1
         write_safetensors(file, {found[0][2]: getattr(found[0][0], found[0][1]) for found in places} | extra)
+        # the parameters become views of the mapped file, whose pages the system can drop when memory is short
         with safe_open(file, framework="pt") as mapped:
             for found in places:
                 register(found, mapped.get_tensor(found[0][2]))

@@ -39,6 +39,7 @@ def steps_of(replay: Replay, index: int, layer: nn.Module, linears: Mapping[str,
     """
     seen = _Seen()
     hooks = [linear.register_forward_hook(seen.linear(name)) for name, linear in linears.items()]
+    # candidates for ``Step.part`` are modules with children: a leaf has no inner linear whose output it could return
     own = {id(linear) for linear in linears.values()} | {id(layer)}
     parts = [module for module in layer.modules() if id(module) not in own and next(module.children(), None) is not None]
     hooks += [module.register_forward_hook(seen.part) for module in parts]
@@ -48,6 +49,7 @@ def steps_of(replay: Replay, index: int, layer: nn.Module, linears: Mapping[str,
         for hook in hooks:
             hook.remove()
     shape = (1, min(_TOKENS, replay.shape(0)[1]))
+    # sorted with repeats: a linear that ran twice, or not at all, has no place in one order
     if sorted(name for name, _, _ in seen.linears) != sorted(linears):
         return None
     if any(token_rows(given, None, shape) is None for _, given, _ in seen.linears):

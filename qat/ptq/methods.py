@@ -122,12 +122,14 @@ def _searched(stack: Stack, spec: QuantSpec, rounding: RoundingMethod) -> Rounde
 def _gptq(stack: Stack, spec: QuantSpec, rounding: RoundingMethod) -> Rounded:
     _check_int(spec, rounding)
     assert stack.moments is not None
+    # scales come first, because GPTQ rounds with given scales; a fit afterwards changes them for the codes that came out
     if rounding.scale == "absmax":
         grid = SearchedScales(*range_grid(stack.weight, spec, stack.mask, "auto"))
     else:
         factors = FITTED_FACTORS if rounding.scale == "fitted" else FACTORS
         grid = searched_grid(stack.weight, spec, stack.mask, stack.importance, factors)
     factor = factorize(stack.moments, rounding.damping, rounding.activation_order)
+    # rounding to nearest needs no Hessian; the note reports it
     if factor is None:
         return _to_nearest(stack, grid, spec, note="rounded to nearest: their Hessian has no Cholesky factor with any damping up to 1")
     note = None

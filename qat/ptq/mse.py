@@ -56,6 +56,7 @@ def searched_grid(
     grouped = kept.reshape(weight.shape[0], -1, width)
     shares = None if importance is None else importance.to(torch.float32).view(1, *grouped.shape[1:])
     pieces = grouped.split(max(1, _PIECE // max(1, weight.shape[1])))
+    # one scale per tensor: the errors of all pieces decide together
     if spec.group_size == "tensor":
         low, high = shared_range(low, high)
         return _search(pieces, low.view(1, 1), high.view(1, 1), spec, shares, factors)
@@ -88,6 +89,7 @@ def _search(
 def _candidates(low: Tensor, high: Tensor, spec: QuantSpec, factors: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the (scales, zero points) to try, those of the whole range first."""
     numbers = (spec.bits, spec.symmetric, spec.divisor_value, grid_numbers(spec))
+    # the whole range first: a candidate must be strictly better to replace it, so it wins ties
     for factor in (1.0, *factors):
         scales, zeros = grid_of_range(low * factor, high * factor, *numbers)
         for shift in (0,) if spec.symmetric else (0, -1, 1):
@@ -98,6 +100,7 @@ def _candidates(low: Tensor, high: Tensor, spec: QuantSpec, factors: Sequence[fl
 def _error(pieces: Sequence[Tensor], scales: Tensor, zeros: Tensor, spec: QuantSpec, shares: Tensor | None) -> Tensor:
     """Squared error per group, in the shape of ``scales``."""
     sums = [_squares(piece, scales.unsqueeze(2), zeros.unsqueeze(2), spec, shares).sum(2) for piece in pieces]
+    # fp64, because one number sums the errors of a whole matrix
     return torch.stack([part.sum(dtype=torch.float64) for part in sums]).sum().view(1, 1) if scales.numel() == 1 else sums[0]
 
 

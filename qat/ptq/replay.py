@@ -110,9 +110,11 @@ class Replay:
                 return None
             # copied because some layers add to their input in place, and the stored states are needed again
             hidden = given.to(self._device, copy=True)
+            # families pass hidden states by position or by name
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
         def take(_module: nn.Module, _args: Any, output: Any) -> None:
+            # noted for later runs, in which this layer is skipped and must return a tuple of the same length
             self._behind[index] = len(output) - 1 if isinstance(output, tuple) else None
             result.append(output[0] if isinstance(output, tuple) else output)
             raise Enough

@@ -65,6 +65,7 @@ def _equations(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields (A [rows, groups, groups] with its lower triangle filled, b [rows, groups], scales) in fp32 for some rows after the other."""
     groups, (inputs, outputs) = scales.shape[1], columns.shape
+    # the matrices A of all rows at once would take out * groups^2 numbers
     rows = max(1, _PIECE // max(inputs, groups**2))
     for first in range(0, outputs, rows):
         piece = slice(first, min(first + rows, outputs))
@@ -82,6 +83,7 @@ def _curvature(numbers: Tensor, groups: int, hessian: Tensor, damping: float) ->
     lower = torch.zeros(rows, groups, groups, device=numbers.device)
     for group in range(groups):
         first = group * width
+        # only groups from this one on: the rest of the lower triangle is done, and A is symmetric
         product = hessian[first:, first : first + width] @ numbers[first : first + width]
         lower[:, group:, group] = product.mul_(numbers[first:]).view(groups - group, width, rows).sum(1).T
     own = lower.diagonal(dim1=1, dim2=2)
@@ -136,6 +138,7 @@ def fitted_codes(
     # one scale belongs to all rows, so their codes cannot be chosen row by row
     if len(scales) < len(weight):
         return (again, fitted) if left.sum() < error.sum() else (codes, scales)
+    # not strictly better: the first turn is kept
     worse = left >= error
     again[worse], fitted[worse] = codes[worse], scales[worse]
     return again, fitted

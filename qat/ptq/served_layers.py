@@ -66,6 +66,7 @@ class ServedLayers:
                     rounders |= round_attention(name, module, self._rounding.kv_cache, self._padding)
             self._cache |= rounders
             hooked.append(RoundedCache(self._rounding.kv_cache, rounders))
+        # dynamic rounders have no ranges to find, and families may have layers without attention
         self._find_ranges(index, [rounders for rounders in hooked if rounders.spec.scaling == "static" and rounders.rounders])
 
     def _find_ranges(self, index: int, static: Sequence[Rounders]) -> None:
@@ -77,6 +78,7 @@ class ServedLayers:
         for number, _ in self._replay.batches():
             self._replay.run(index, number)
             self._advance(self._replay.tokens(number))
+        # rounding of static rounders starts only here, so all of them were measured on unrounded inputs of this layer
         for rounders in static:
             found = rounders.extremes()
             for name, extremes in zip(rounders.rounders, found):

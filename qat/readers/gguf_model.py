@@ -148,5 +148,6 @@ class GgufModel:
         rows = values.shape[0]
         if not isinstance(heads, int) or heads < 1 or rows % (2 * heads):
             raise UserError(f"{self.path}: {name} has {rows} rows, which {heads!r:.50} attention heads do not divide into pairs")
+        # llama.cpp rotates adjacent channels, transformers channel i with channel i + half
         pairs = np.arange(rows).reshape(heads, rows // heads // 2, 2)
         return values[pairs.transpose(0, 2, 1).reshape(-1)]

@@ -37,7 +37,7 @@ class GptqFolder(QweightFolder):
 
     def unlisted(self, linears: tuple[str, ...]) -> list[str]:
         """Sentences about linears that are packed or not packed in contradiction to the config."""
-        # the head is not packed unless 'lm_head' is true, which runtimes read apart from the patterns
+        # runtimes read the head as packed only if 'lm_head' is true; the patterns are for the decoder's layers
         head = bool(read_config(self.folder)["quantization_config"].get("lm_head"))
         problems = []
         for name in linears:

@@ -55,6 +55,7 @@ def set_parameter_state(optimizer: torch.optim.Optimizer, parameter: Tensor, sta
         optimizer.state[parameter] = {"step": state["step"].to("cpu", torch.float32, copy=True), **moments}
         return
     group, index = next((g, i) for g, i in _places(optimizer) if optimizer.param_groups[g]["params"][i] is parameter)
+    # lets bitsandbytes decide about the precision and place of this parameter's state
     low_bit: Any = optimizer
     low_bit.init_state(optimizer.param_groups[group], parameter, group, index)
     own = optimizer.state[parameter]
@@ -81,7 +82,7 @@ def zero_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, mask: Tens
         if moment is None:
             continue
         if moment.dtype == torch.uint8:
-            # paged moments are in memory that torch regards as the CPU's, so the mask must be there too
+            # paged moments are in memory that torch regards as the CPU's, so the mask must be there too; the code of 0 differs per table
             moment.masked_fill_(~mask.to(moment.device), int((state[table] == 0).nonzero()[0]))
         else:
             moment.mul_(mask)

@@ -117,6 +117,7 @@ def find_newest_verified(folder: Path) -> tuple[Checkpoint | None, list[tuple[Pa
     """(the newest undamaged checkpoint or None, the damaged newer ones with their faults)."""
     damaged: list[tuple[Path, str]] = []
     for path in step_folders(folder):
+        # damaged files may raise anything of the parsers: each such error only means that this checkpoint cannot be used
         try:
             _verify(path)
             return open_checkpoint(folder, int(path.name.removeprefix("step-"))), damaged
@@ -170,6 +171,7 @@ def _verify(path: Path) -> None:
     if manifest["format"] != FORMAT:
         raise ValueError(f"format {manifest['format']} is not the one this version writes ({FORMAT})")
     for name, expected in manifest["files"].items():
+        # a name with folders could make this read, and later a load, files outside the checkpoint
         if Path(name).name != name:
             raise ValueError(f"{name!r} is not a file name")
         if not (path / name).is_file():

@@ -83,6 +83,7 @@ def _own_part(tensors: Mapping[str, Tensor | Rows], world: World) -> dict[str, T
     own = {name: local(tensor) for name, tensor in tensors.items() if row_range(tensor) is not None}
     shared = {name: local(tensor) for name, tensor in tensors.items() if name not in own}
     load = [0] * world.size
+    # the same order on every rank, so that all ranks compute the same assignment without talking
     for name, tensor in sorted(shared.items(), key=lambda item: (-_bytes(item[1]), item[0])):
         rank = load.index(min(load))
         load[rank] += _bytes(tensor)

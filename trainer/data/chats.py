@@ -138,6 +138,7 @@ class ChatEncoder:
                 "data.kind: chat needs a tokenizer with a chat template, and this one has none; use the instruct model's tokenizer, or "
                 "rows of 'prompt' and 'completion' as plain text"
             )
+        # the end is learned too: without it the student would not stop
         end = self.tokenizer.eos_token if isinstance(self.tokenizer.eos_token, str) else ""
         if mark := self._mark([prompt, completion]):
             prompt, completion = self._encoder.marked(prompt, mark), self._encoder.marked(completion, mark)
@@ -211,6 +212,7 @@ def write_chats(
                 samples.notes["further samples, of turns that the chat template rewrites later on"] += len(encoded) - 1
             for ids, learned in encoded:
                 values = np.array(ids, dtype=DTYPE)
+                # without masking every token is learned, so none is stored as negative
                 if mask_prompts:
                     values = np.where(np.array(learned), values, -1 - values).astype(DTYPE)
                 file.write(values.data)

@@ -84,6 +84,7 @@ def read_conversation(row: Mapping[str, Any], *, arguments: Literal["object", "t
     """
     given = _messages(row)
     messages = [_message(each, arguments) for each in given]
+    # some data sets keep the system prompt in a column of its own
     system = row.get("system")
     if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
@@ -146,6 +147,7 @@ def _message(message: Any, arguments: str) -> dict[str, Any]:
     role = message.get("role", message.get("from")) if isinstance(message, dict) else None
     if not isinstance(role, str):
         raise ValueError(f"a message without a role: {str(message)[:80]}")
+    # unknown roles stay as they are: the template decides about them
     name = _ROLES.get(role.strip().lower(), role)
     content = _text(message["content"] if "content" in message else message.get("value"))
     rest = {key: value for key, value in message.items() if key not in _NO_FIELDS and value is not None}
@@ -206,6 +208,7 @@ def _with_arguments(calls: Any, form: str) -> Any:
 def _is_learned(message: Mapping[str, Any]) -> bool:
     """False for turns with ``weight: 0`` (OpenAI), ``train: false`` or ``loss: false``."""
     weight = message.get("weight")
+    # OpenAI's format has only 0 and 1, and the losses have no weight per turn
     if weight not in (None, 0, 1):
         raise ValueError("a weight other than 0 and 1")
     return weight != 0 and message.get("train") is not False and message.get("loss") is not False

@@ -67,6 +67,7 @@ def read_documents(settings: DataSettings) -> Documents:
         documents = _file_documents(settings)
     else:
         documents = _hub_documents(settings)
+    # reads the first document, so that most mistakes show before a teacher is loaded
     if next(iter(documents.chats() if documents.chats else documents), None) is None:
         source = "data.hub" if settings.hub else "data.files" if settings.files else "data.builtin"
         raise UserError(f"{source}: {documents.description} holds no text (nothing, or blanks only); give other data")

@@ -55,6 +55,7 @@ def text_only(facts: dict[str, Any], *, inner: bool = False) -> "Tokenizer":
     """
     from tokenizers import Tokenizer
 
+    # a deep copy: the caller's facts stay those of the real tokenizer
     facts = json.loads(json.dumps(facts))
     model = facts["model"]
     names = {token["content"] for token in facts["added_tokens"] if token["special"]} - {model.get("unk_token")}
@@ -96,6 +97,7 @@ class Encoder:
         if self.pattern is None or not any(map(self.pattern.search, given)):
             return ""
         taken = set().union(*given)
+        # from the end of Unicode, where private characters are: texts hardly use them
         return next(chr(code) for code in range(_LAST_MARK, 0, -1) if chr(code) not in taken)
 
     def marked(self, text: str, mark: str) -> str:
@@ -133,6 +135,7 @@ class Encoder:
     def _parts(self, text: str, spelled: set[int]) -> list[tuple[int, int, bool]]:
         """Cuts the text at the template's control tokens into parts (begin, end, whether the part spells control tokens)."""
         assert self.pattern is not None
+        # control tokens without a mark come from the template: they are encoded as control tokens
         real = [found.span() for found in self.pattern.finditer(text) if found.start() not in spelled]
         runs = list(zip([0, *(end for _, end in real)], [*(begin for begin, _ in real), len(text)]))
         own = [(begin, end) for begin, end in runs if any(begin <= at < end for at in spelled)]

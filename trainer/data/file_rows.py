@@ -90,6 +90,7 @@ def _next(text: str, at: int) -> int:
 
 def _csv_rows(stream: BinaryIO, name: str, delimiter: str) -> Iterator[Row]:
     head = stream.peek(4)[:4] if isinstance(stream, io.BufferedReader) else b""
+    # the default of 128 KiB is less than many documents
     csv.field_size_limit(2**31 - 1)
     with io.TextIOWrapper(stream, encoding_of(head), newline="") as text:
         reader = csv.DictReader(text, delimiter=delimiter, strict=True)

@@ -101,6 +101,7 @@ def find_files(patterns: Sequence[str], passed: Counter[str] | None = None) -> l
 def _files_of_folder(folder: Path, passed: Counter[str]) -> list[Path]:
     files: list[Path] = []
     for place, inner, names in os.walk(folder):
+        # in place: os.walk enters the folders that are left in this list
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         for name in names:
             file = Path(place, name)
@@ -239,6 +240,7 @@ def decode(data: bytes, where: str) -> str:
         UserError: the text has another encoding.
     """
     encoding = encoding_of(data[:4])
+    # such text is valid UTF-8 with a zero after every letter, so decoding alone would not fail
     if encoding == "utf-8-sig" and data[:4096].count(0) > len(data[:4096]) // 4:
         raise UserError(
             f"data.files: {where} has many zero bytes, as UTF-16 without a byte-order mark or a binary file; convert it, for example with "

@@ -205,6 +205,7 @@ def _build(
             unfinished(target, folder / "stream") as work,
         ):
             stream, samples, left_out = _write_stream(settings, tokenizer, documents, work, say)
+            # windows take about as much room as the stream, which is deleted only afterwards
             check_free_space(folder, stream.tokens.nbytes, "the tokenized text (in the cache folder, environment variable DECOCT_CACHE)")
             whole = write_sides(settings, tokenizer, stream, folder, left_out, train=train)
             description = documents.description + ("" if whole else ", held out from the end of the text, inside a document")

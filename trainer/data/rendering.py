@@ -55,6 +55,7 @@ def samples_of(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase",
     for turn in turns:
         is_last = turn + 1 == len(messages)
         after = whole if is_last else _try_render(messages[: turn + 1], conversation, tokenizer, prompt=False)
+        # some templates refuse a conversation that ends in the middle, for example after a tool call
         if after is None:
             notes["turns of the assistant that the chat template does not render as the last, which are not learned"] += 1
             continue
@@ -86,8 +87,10 @@ def _begin_of_turn(
 ) -> int:
     """The place in ``after`` (the conversation up to and including ``turn``) at which the assistant's part of the turn begins."""
     before = _try_render(messages[:turn], conversation, tokenizer, prompt=True)
+    # the prompt of a server for this turn: what follows it is what the model would generate
     if before is not None and after.startswith(before):
         return len(before)
+    # otherwise by the content of the turn itself
     content = (messages[turn]["content"] or "").strip()
     at = after.rfind(content) if content else -1
     if before is not None:

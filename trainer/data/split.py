@@ -37,6 +37,7 @@ def split_documents(stream: TokenStream, *, seq_length: int, eval_tokens: int, p
     _check_size(total, len(stream.hashes), least, seq_length, eval_tokens)
     documents = np.stack([stream.bounds[:-1], stream.bounds[1:]], axis=1)
     hashes, firsts = np.unique(stream.hashes, return_index=True)
+    # np.unique sorts by hash, so the documents with the smallest hashes come first, each text once
     held = np.cumsum(np.diff(documents[firsts])[:, 0])
     count = int(np.searchsorted(held, eval_tokens)) + 1
     if count <= len(held) and held[count - 1] <= eval_tokens + total // _WASTE:

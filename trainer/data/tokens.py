@@ -90,6 +90,7 @@ def write_tokens(
     if hashes:
         say(f"tokenizing continues after document {len(hashes):,} ({total:,} tokens)")
     with _tokenizers_in_parallel():
+        # documents come in a fixed order, so the first ones are those that an earlier process has encoded
         for batch in _batches(itertools.islice(documents, len(hashes), None)):
             ids = array("i")
             for (digest, first, last, text), part in zip(batch, _encode(encoder, [piece[3] for piece in batch])):

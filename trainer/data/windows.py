@@ -76,6 +76,7 @@ class Windows:
         mask = torch.zeros_like(ids)
         mask[:length] = 1
         labels = ids.masked_fill((mask == 0) | (stored < 0), IGNORED)
+        # nothing in the window predicts its first token
         labels[0] = IGNORED
         window = {"input_ids": ids, "labels": labels, "attention_mask": mask}
         if self.starts is not None:
@@ -99,6 +100,7 @@ def _mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
 
 def _positions(starts: np.ndarray, length: int) -> Tensor:
     """int64 [length]: distance from the last of ``starts``, or from 0."""
+    # each position gets the largest start at or before it
     origin = np.zeros(length, dtype=np.int64)
     origin[starts] = starts
     return torch.from_numpy(np.arange(length) - np.maximum.accumulate(origin))
@@ -125,6 +127,7 @@ def write_packed(path: Path, tokens: np.ndarray, documents: np.ndarray, seq_leng
     # unique, because an empty document begins where the next one does
     np.unique(starts[starts < left]).astype(STARTS_DTYPE).tofile(path.with_suffix(".starts"))
     with path.with_suffix(".tokens").open("wb") as file:
+        # whole runs of documents that are adjacent in the stream, in parts of bounded size: far fewer writes than one per document
         for begin, end in join_neighbours(documents).tolist():
             for at in range(begin, min(end, begin + left), _COPY_TOKENS):
                 part = tokens[at : min(end, at + _COPY_TOKENS, at + left)]

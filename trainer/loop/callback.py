@@ -62,6 +62,7 @@ class LoopCallback(pl.Callback):
         """Restores a checkpoint, or seeds and starts anew, once everything is on its device."""
         assert isinstance(pl_module, TrainingModule)
         loop, optimizer = self.loop, trainer.optimizers[0]
+        # hooks first: they may add buffers and masks that the checkpoint restores
         for hook in pl_module.hooks:
             hook.on_start(pl_module.student, optimizer)
         if self.checkpoint is not None:
@@ -81,6 +82,7 @@ class LoopCallback(pl.Callback):
         record = pl_module.take_record()
         if record is None:
             return
+        # before evaluation and checkpoint, which must see the student as the hooks leave it
         for hook in pl_module.hooks:
             hook.after_step(record.step)
         speed = record.input_tokens / max(time.perf_counter() - self._step_begun, 1e-9)

@@ -19,6 +19,7 @@ from .hooks import StepHook
 
 def student_tensors(student: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name; a tied tensor appears once, under its first name."""
+    # keep_vars, because detached copies of a tied parameter would have different identities
     seen: set[int] = set()
     found: dict[str, Tensor] = {}
     for name, tensor in student.state_dict(keep_vars=True).items():

@@ -127,6 +127,7 @@ def fit(
     start = found.state.step if found else 0
     # lines of steps after the checkpoint, which are taken again
     metrics.rewind(stage, start)
+    # before any loader or trainer is built: a finished stage is only restored
     if found is not None and start == plan.total_steps:
         say(f"{stage}: all {start} steps are done")
         return _finished(found, Placed(student, weights, plan, world), plan, hooks, world)
@@ -155,6 +156,7 @@ def fit(
                 if callback.saved_step
                 else "No checkpoint was written yet."
             )
+            # raised again with the stage and the checkpoint that is kept, which the loop itself does not know
             if isinstance(error, NonFiniteError):
                 raise NonFiniteError(f"{stage}: {error} {kept}") from None
             if whose := out_of_memory(error):
@@ -164,6 +166,7 @@ def fit(
             raise
     if callback.stopped_by is not None:
         say(f"{stage}: stopped after step {module.steps_done}; the same command continues there")
+        # the exit codes of a process that the signal had ended, which launchers and shells know
         if callback.stopped_by == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + callback.stopped_by)

@@ -103,6 +103,7 @@ class HeldOut:
     def __init__(self, text: Text, watch: Watch, teacher: Teacher | SparseTeacher | None, v_eff: int) -> None:
         self.watch = watch
         self._text = text
+        # evenly spread over the text, and the same in every evaluation, so that the figures are comparable
         self._chosen = [index * len(text) // watch.windows for index in range(watch.windows)]
         dense = None if isinstance(teacher, SparseTeacher) else teacher
         self._objective: Objectivelike = Objective(dense, LossSettings(hard_weight=1.0 if dense is None else 0.0), v_eff=v_eff)
@@ -124,6 +125,7 @@ class HeldOut:
                 for batch in self._batches(module, world):
                     totals += module.evaluation_sums(batch, self._objective)
         finally:
+            # FSDP2 frees gathered weights in the backward pass, and there was none
             module.reshard()
             restore_generators(generators, module.device)
         for hook in module.hooks:
@@ -134,6 +136,7 @@ class HeldOut:
             return dict.fromkeys(FIGURES)
         return {
             "held_out_kl": _finite(kl / tokens) if self._objective.has_teacher else None,
+            # exp(710) overflows a float
             "held_out_perplexity": _finite(math.exp(min(cross_entropy / tokens, 700.0))),
         }
 

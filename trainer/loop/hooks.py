@@ -1,7 +1,7 @@
 """Hooks around each optimizer step, and the two that keep pruned weights at zero (law 4, docs/architecture.md).
 
-A hook is told about the student and its optimizer once, then before each step (gradients summed and scaled, not yet clipped)
-and after it. Its state goes into every checkpoint; everything else it knows must follow from the step number.
+A hook is called once with the student and its optimizer, then before each step (gradients are summed and scaled, not yet clipped) and
+after it. Its state is saved in every checkpoint; everything else that it uses must follow from the step number.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -146,6 +146,7 @@ class MaskHook(KeepZeros):
     def after_step(self, step: int) -> None:
         """Shrinks the masks if the schedule requires it, then applies them."""
         keep = self.keep_at(step)
+        # after a resume ``_keep`` is 1.0 again: the first call chooses the saved share again among kept weights, which changes nothing
         if keep < self._keep:
             self._keep = keep
             self._shrink(keep)

@@ -32,6 +32,7 @@ class MetricsSink:
         if self.path is None:
             return
         append_line(self.path, {"stage": stage, "step": step, **values})
+        # trackers have no null: values that are None stay in the file only
         numbers = {f"{stage}/{name}": float(value) for name, value in values.items() if value is not None}
         if (tokens := values.get(TOKENS)) is not None:
             numbers[TOKENS] = float(tokens)

@@ -169,6 +169,7 @@ class TrainingModule(pl.LightningModule):
         assert self._sums is not None
         # signals travel with the sums, so all ranks agree on the step after which they stop
         totals = sum_over_ranks(torch.cat([self._sums, self._sums.new_tensor(self.signals.counts())]))
+        # before anything looks at gradients: FSDP2 has put them on the sharded parameters
         self.views.receive_gradients()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -177,6 +178,7 @@ class TrainingModule(pl.LightningModule):
             for gradient in gradients:
                 gradient.mul_(scale.to(gradient.dtype))
         step = self.steps_done + 1
+        # before the norm: hooks drop gradients, of removed weights for example, which must not count in it
         for hook in self.hooks:
             hook.before_step(step)
         self._norm = total_norm = self._total_norm(gradients)

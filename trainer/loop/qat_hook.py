@@ -66,10 +66,12 @@ class QatSchedule:
         """The phase of optimizer step ``step`` (the first is 1)."""
         settings = self._settings
         target = settings.weights.bits
+        # shares of the whole stage, so that the phase of a step does not depend on where training was resumed
         done = step - 1 - round(settings.delay * self._total)
         if done < 0:
             return Phase("off", settings.anneal_from or target)
         bits = target
+        # the last step always trains with the bits of the result
         if settings.anneal_from is not None and step < self._total:
             span = max(1.0, settings.anneal * self._total)
             bits = max(target, settings.anneal_from - math.floor(done * (settings.anneal_from - target) / span))
@@ -101,6 +103,7 @@ class QatSchedule:
     def after_step(self, step: int) -> None:
         """Changes to the phase of the next step."""
         self._step = step
+        # with fixed scales of weights the ranges of inputs, keys and values are fixed too
         if self._phase.mode != "fixed":
             for ranges in self._followed:
                 ranges.follow()

@@ -41,6 +41,7 @@ class FollowedRanges:
         """Adds the range of the step to the average."""
         if self._follows:
             seen = max_over_ranks(self._rounders.extremes()).cpu()
+            # forgets the step's range, so that the next one is seen by itself
             self._rounders.observe()
             self._set(seen if self._ranges is None else torch.lerp(self._ranges, seen, RANGE_SHARE))
 

@@ -62,6 +62,7 @@ def connect(world: World) -> None:
     if world.size == 1 or dist.is_initialized():
         return
     store, rank, size = next(iter(rendezvous("env://")))
+    # gloo also with GPUs: the small collectives of checkpoints and messages are on the CPU
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank)
@@ -126,6 +127,7 @@ def gather_bytes(data: bytes) -> list[bytes]:
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(lengths, torch.tensor([len(data)]))
     longest = max(int(length) for length in lengths)
+    # all_gather needs equal sizes
     padded = torch.zeros(longest, dtype=torch.uint8)
     if data:
         padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)

@@ -114,6 +114,7 @@ class RowFormat:
         """
         top_noise, other_noise = (None, None) if noise is None else (noise[:, : self.top], noise[:, self.top :])
         top = _rounded(rows.top_logs, log_of(torch.tensor(0)), log_of(torch.tensor(_SCALE)), _SCALE, top_noise)
+        # the grid of the others ends at the stored weight of the last top token, which the reader knows too
         low, high = log_of(rows.floor), log_of(_above(top[:, -1]))
         low, high = low.unsqueeze(1), high.unsqueeze(1)
         weights = _rounded(rows.logs, low, high, self.levels - 1, other_noise)
@@ -146,6 +147,7 @@ class RowFormat:
         low, high = log_of(levels[:, :1]), log_of(_above(top_codes[:, -1:]))
         drawn = torch.zeros_like(codes, dtype=torch.bool) if self.tail else codes < DRAWN_LEVELS
         steps = codes if self.tail else (codes - DRAWN_LEVELS).clamp(min=0)
+        # the id V marks an unused slot: its bits of a weight mean nothing
         unused = others >= self.v_eff
         logs = (low + (high - low).clamp(min=0) * steps / (self.levels - 1)).masked_fill(unused, -torch.inf)
         certain = torch.cat([torch.ones_like(first, dtype=torch.bool), ~drawn], 1)
@@ -178,6 +180,7 @@ def _above(code: Tensor) -> Tensor:
 
 def _rounded(logs: Tensor, low: Tensor, high: Tensor, most: int, noise: Tensor | None) -> Tensor:
     """Codes 0 .. ``most`` of log-weights on a grid from ``low`` to ``high``; with ``noise`` the expected weight equals the weight."""
+    # never 0: floor and last top weight may have the same code
     width = (high - low).clamp(min=1e-6)
     place = ((logs - low) / width).clamp(0, 1) * most
     if noise is None:

@@ -72,6 +72,7 @@ class ServedTeacher:
             UserError: the server cannot be reached, refuses, or gives an invalid answer.
         """
         labels = batch["labels"].cpu()
+        # all documents of the batch at once: the pool keeps several requests in flight, and map returns answers in order
         documents = [piece for row in range(len(labels)) for piece in _documents(batch, row)]
         answers = list(self._pool.map(self._ask, [ids for _, _, ids in documents]))
         known: list[Position] = []
@@ -86,6 +87,7 @@ class ServedTeacher:
         for row, position in enumerate(known):
             ids[row, : len(position)] = torch.tensor([token for token, _ in position])
             logs[row, : len(position)] = torch.tensor([log for _, log in position], dtype=torch.float64)
+        # fp64 above, because the tail is a small difference
         tail = 1 - logs.exp().sum(1)
         log_tail = torch.where(tail > _LEAST_TAIL, tail.clamp(min=_LEAST_TAIL).log(), -torch.inf)
         # a tail that was dropped, and rounding, leave a sum other than 1

@@ -47,6 +47,7 @@ def open_store(folder: Path, header: dict[str, Any]) -> "Store":
         found = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({error}); delete the folder to have it made again") from None
+    # compared as JSON gives it back: tuples in the header have become lists in the file
     if not isinstance(found, dict) or found != json.loads(json.dumps(header)):
         there: dict[str, Any] = found if isinstance(found, dict) else {}
         names = sorted(name for name in there.keys() | header.keys() if there.get(name) != header.get(name))
@@ -117,6 +118,7 @@ class Store:
             ends = np.cumsum(shard.counts)
             keys.append(shard.keys)
             places.append(np.stack([np.full(len(ends), number), ends - shard.counts, ends], 1))
+        # keys are hashes: different ones with the same first half do not occur in practice
         halves = np.frombuffer(np.concatenate(keys).tobytes(), "<u8").reshape(-1, 2)
         order = np.argsort(halves[:, 0], kind="stable")
         self._index = (halves[order, 0], halves[order, 1], np.concatenate(places)[order])
