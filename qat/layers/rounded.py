@@ -54,7 +54,7 @@ class RoundedWeight(_Base):
         self.spec = spec
         self.mode: Mode = "absmax"
         self.lattice = spec
-        """The lattice in use."""
+        """The spec in use: with more bits than ``spec`` while bits are annealed."""
         self.register_buffer("mask", None, persistent=False)
         extras = extras or Extras()
         own = extras.scale and spec.kind == "int"
@@ -76,12 +76,12 @@ class RoundedWeight(_Base):
 
     @property
     def bits(self) -> int:
-        """Bits of the lattice in use: the spec's, or more while bits are annealed."""
+        """Bits in use: those of the spec, or more while bits are annealed."""
         return self.lattice.bits
 
     @bits.setter
     def bits(self, bits: int) -> None:
-        # made once and not in every forward pass: torch.compile cannot trace the checks of a new spec
+        # made here and not in every forward pass, because torch.compile cannot trace the checks of a new spec
         self.lattice = self.spec if bits == self.spec.bits else self.spec.with_bits(bits)
 
     def merged_weight(self) -> Tensor:

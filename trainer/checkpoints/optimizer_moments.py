@@ -18,13 +18,13 @@ _MOMENTS = {"exp_avg": ("state1", "qmap1", "absmax1"), "exp_avg_sq": ("state2", 
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Give every parameter its state, as ``parameter_state`` has it; what was there before is forgotten.
+    """Sets the state of every parameter, in the form of ``parameter_state``; drops the optimizer's former state.
 
     Args:
-        optimizer: Any of ``build_optimizer``'s kinds, also another than wrote the tensors.
-        parameters: The optimizer's parameters by name; those without state in ``tensors`` start afresh.
+        optimizer: Any kind of ``build_optimizer``, also another one than wrote the tensors.
+        parameters: The optimizer's parameters by name; parameters without state in ``tensors`` start without state.
         tensors: By ``<parameter>.exp_avg``, ``.exp_avg_sq`` and ``.step``. Read one parameter at a time, so a mapping that reads from
-            disk needs no room for all of them.
+            disk does not need memory for all of them.
     """
     optimizer.state.clear()
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -131,7 +131,7 @@ def test_refuses_bits_behind_the_last_column(tmp_path: Path) -> None:
         "a.weight_scale": torch.ones(1, 1),
         "a.weight_shape": torch.tensor([1, 7]),
     }
-    with pytest.raises(UserError, match="bits set behind the last column"):
+    with pytest.raises(UserError, match="bits set after the last column"):
         weights_of(minimal(tmp_path / "folder", tensors))
 
 
