@@ -1,4 +1,4 @@
-"""Where decoct keeps what it can make again: tokenized text, scratch teachers, what teachers predicted, hashes."""
+"""The cache folder, which holds only what decoct can make again: tokenized text, scratch teachers, teachers' predictions, hashes."""
 
 import os
 from pathlib import Path
@@ -15,10 +15,10 @@ def cache_folder() -> Path:
 
 
 def cache_dir() -> Path:
-    """The cache folder, made if it is missing.
+    """The cache folder, created if it is missing.
 
     Raises:
-        UserError: it cannot be made or written.
+        UserError: it cannot be created or written.
     """
     folder = cache_folder()
     check_writable_folder(folder, f"the cache folder (environment variable {VARIABLE})")

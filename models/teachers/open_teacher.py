@@ -24,21 +24,21 @@ class TeacherRef:
     path: str
     """Model folder or hub id."""
     load_in: LoadIn
-    """How its weights are held while training."""
+    """Format of its weights during training."""
     placement: Placement
-    """Where they are held while training."""
+    """Place of its weights during training."""
     revision: str | None
     name: str
-    """What reports and cards call it (never a local path)."""
+    """Name in reports and cards, never a local path."""
     content: str
     """Content hash of its folder."""
     cache: CacheSettings | None = None
-    """What of it is kept on disk and trained from; None = it runs beside the student."""
+    """Settings of its cache, if training reads its predictions from disk; None = it runs during training."""
     served: ServedSettings | None = None
-    """Server that predicts in its place."""
+    """Server that predicts instead of it."""
 
     def open(self, *, device: torch.device | str, v_eff: int) -> LocalTeacher:
-        """The teacher itself, as training holds it; arguments and errors as for ``open_teacher``."""
+        """Opens the teacher as training needs it; arguments and errors as for ``open_teacher``."""
         return open_teacher(
             self.path,
             load_in=self.load_in,

@@ -60,12 +60,12 @@ class GgufFile:
     """Tensors by name, in the order of the table."""
 
     def decode(self, name: str) -> Decoded:
-        """A tensor of blocks; scales are [out, in / 32], of Q2_0 [out, in / 64].
+        """Decodes a tensor of blocks; scales are [out, in / 32], or [out, in / 64] for Q2_0.
 
         Codes of Q4_1 and Q5_1 are shifted like those of Q4_0 and Q5_0, and their minimums are left out. Codes of Q2_0 are -1 to 2.
 
         Raises:
-            UserError: a scale or value is not finite, or a scale is zero though the block's codes are not.
+            UserError: a scale or value is not finite, or a scale is zero although the block's codes are not.
         """
         tensor = self.tensors[name]
         blocks = self._blocks(tensor)

@@ -35,7 +35,7 @@ class ExportReader(Protocol):
         ...
 
     def decode(self, module: str) -> Decoded:
-        """A quantized module: its weight as ``tensor`` gives it, its codes and its scales."""
+        """Weight (as from ``tensor``), codes and scales of a quantized module."""
         ...
 
 

@@ -57,7 +57,7 @@ class StoredCodes:
 
 
 class Decoded(NamedTuple):
-    """A quantized module, decoded once: what it is multiplied with, and what is stored of it."""
+    """A quantized module, decoded once: its weight, codes and scales."""
 
     weight: NDArray[np.float32]
     """[out, in]"""
@@ -97,7 +97,7 @@ class WeightFolder(ABC):
         """Sentences about linears that are packed or not packed in contradiction to the config."""
 
     def decode(self, module: str) -> Decoded:
-        """A quantized module; UserError as ``lattice``."""
+        """Weight, codes and scales of a quantized module; UserError as ``lattice``."""
         lattice = self.lattice(module)
         return Decoded(lattice.weight(), lattice.codes.astype(np.int8), lattice.scales)
 

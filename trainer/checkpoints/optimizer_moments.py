@@ -36,7 +36,7 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str
 def parameter_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     """``exp_avg``, ``exp_avg_sq`` (fp32, shaped as the parameter) and ``step`` (fp32 scalar) of a parameter; empty before its first step.
 
-    Moments of 8 bits are decoded on the CPU: all of them in fp32 would not fit where they are. The others share the optimizer's memory.
+    8-bit moments are decoded on the CPU, because all of them in fp32 would not fit on their device. Others share the optimizer's memory.
     """
     state = optimizer.state.get(parameter, {})
     if not state:
