@@ -1,6 +1,7 @@
 """Launched jobs that are killed, stopped and started again: real processes, two ranks, gloo."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,10 @@ import yaml
 
 from decoct.models.folder.model_folder import content_hash
 
+from ...support.warm_python import WarmPython
+
 pytestmark = pytest.mark.slow
+STAGES = [{"distill": {"steps": 60, "checkpoint_every": 5}}]
 DECOCT = [sys.executable, "-m", "decoct.launch.cli"]
 
 
@@ -78,29 +82,28 @@ class Case:
 
 
 @pytest.fixture
-def case(tiny: dict[str, Any], tmp_path: Path) -> Iterator[Case]:
-    tiny["stages"] = [{"distill": {"steps": 60, "checkpoint_every": 5}}]
-    made = Case(tmp_path, tiny)
-    yield made
-    for process in made.started:
+def case(tiny: dict[str, Any], made: Path, tmp_path: Path) -> Iterator[Case]:
+    tiny["stages"] = STAGES
+    shutil.copytree(made / "cache/teachers", tmp_path / "cache/teachers")
+    case = Case(tmp_path, tiny)
+    yield case
+    for process in case.started:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-@pytest.fixture
-def straight(case: Case) -> str:
+@pytest.fixture(scope="module")
+def straight(made: Path, warm: WarmPython, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Content of the model that two undisturbed processes make."""
-    done = subprocess.run(
-        [*DECOCT, "run", str(case.file), "trainer.devices=2", "--out", "straight"],
-        cwd=case.folder,
-        env=case.environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return content_hash(case.folder / "straight/01-distill/model")
+    folder = tmp_path_factory.mktemp("straight")
+    recipe = {**yaml.safe_load((made / "recipe.yaml").read_text()), "stages": STAGES}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    command = ["-m", "decoct.launch.cli", "run", "recipe.yaml", "trainer.devices=2", "--out", "straight"]
+    done = warm.run_ranks(2, command, cwd=folder, env={**os.environ, "DECOCT_CACHE": str(made / "cache")})
+    assert [rank.returncode for rank in done] == [0, 0], "".join(rank.stdout + rank.stderr for rank in done)
+    assert "teacher found in the cache" in done[0].stdout
+    return content_hash(folder / "straight/01-distill/model")
 
 
 def _port() -> int:

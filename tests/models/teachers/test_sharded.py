@@ -1,8 +1,6 @@
-"""A sharded teacher under a real torchrun of two ranks (gloo): the plain one's numbers, half its bytes, and only its own rows read."""
+"""A sharded teacher on two ranks (gloo): the plain one's numbers, half its bytes, and only its own rows read."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +11,8 @@ from decoct.models.families import decoder_layers
 from decoct.models.folder.loading import load_model
 from decoct.models.teachers import open_teacher
 from decoct.models.teachers.sharded import sharded_model
+
+from ...support.warm_python import WarmPython
 
 SavedModel = Callable[..., Path]
 
@@ -88,24 +88,13 @@ os._exit(0)  # gloo's threads may abort a process that tears them down
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_two_ranks_hold_half_each_and_compute_the_whole(saved_model: SavedModel, tmp_path: Path, family: str) -> None:
+def test_two_ranks_hold_half_each_and_compute_the_whole(saved_model: SavedModel, warm: WarmPython, tmp_path: Path, family: str) -> None:
     # 97 channels do not divide by two, and the ranks see batches of different shapes
     folder = saved_model(family, intermediate_size=97, tie_word_embeddings=family == "qwen2")
     script = tmp_path / "rank.py"
     script.write_text(_RANK)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-        str(folder),
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = warm.run_ranks(2, [str(script), str(folder), str(tmp_path)])
+    assert [rank.returncode for rank in done] == [0, 0], "".join(rank.stdout + rank.stderr for rank in done)
     facts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     model = load_model(folder, dtype=open_teacher(folder, load_in="fp32", v_eff=100).model.dtype)
     whole = sum(p.numel() for layer in decoder_layers(model) for p in layer.parameters())
