@@ -1,6 +1,6 @@
 """Time of the stage `export`, and how often it decodes each packed module, on a random Llama.
 
-    python benchmarks/export_stage.py [--layers 13] [--hidden 768] [--runtimes] [--json FILE]
+    python benchmarks/export_stage.py [--layers 14] [--hidden 768] [--repeat 3] [--runtimes] [--json FILE]
 
 The model has int4 weights in groups of 64 and is written as compressed-tensors and as GGUF. Without ``--runtimes`` no runtime loads the
 exports, so that the figures are work of this package alone.
