@@ -45,9 +45,7 @@ def build_loggers(
 
         # without a version the logger makes a new folder per start: it deletes the files of a folder that is not empty
         return [CSVLogger(save_dir=run_dir, name="csv")]
-    if settings.kind == "wandb":
-        return [_wandb(settings, run_dir, name, config, console)]
-    raise UserError(f"logger: {settings.kind!r} is not one of wandb, csv and none")
+    return [_wandb(settings, run_dir, name, config, console)]
 
 
 def log_table(loggers: Sequence["Logger"], key: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
