@@ -13,7 +13,7 @@ MOST_SHOWN = 40
 """Problems that one message tells."""
 
 
-def nearest(word: str, valid: Iterable[str]) -> str | None:
+def nearest_name(word: str, valid: Iterable[str]) -> str | None:
     """The valid word that ``word`` most likely means, None when nothing is close."""
     known = {candidate.lower(): candidate for candidate in valid}
     close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.6)
@@ -22,7 +22,7 @@ def nearest(word: str, valid: Iterable[str]) -> str | None:
 
 def did_you_mean(word: str, valid: Iterable[str]) -> str:
     """``", did you mean 'x'?"`` or an empty string."""
-    guess = nearest(word, valid)
+    guess = nearest_name(word, valid)
     return f", did you mean '{guess}'?" if guess else ""
 
 

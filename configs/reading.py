@@ -10,9 +10,9 @@ from ..trainer.settings import DataSettings, LoggerSettings, TrainerSettings
 from ..trainer.stages.registry import STAGE_KINDS
 from .checks import Draft, check_draft
 from .nodes import Entry, KeyPath, Listing, Mapping, Node, Scalar, is_null, place_of
-from .problems import Problems, did_you_mean, nearest
+from .problems import Problems, did_you_mean, nearest_name
 from .recipe import Recipe, Seed, StageEntry, stage_name
-from .sections import read_settings, shown, unknown_key
+from .sections import read_settings, shown_value, unknown_key
 
 SECTIONS: dict[str, type] = {
     "teacher": TeacherSettings,
@@ -59,7 +59,7 @@ def read_recipe(root: Node, problems: Problems, *, default_name: str | None) -> 
     for key in root.entries:
         if key not in KEYS:
             problems.add((key,), unknown_key(key, KEYS))
-            problems.excuse((nearest(key, KEYS) or key,))
+            problems.excuse((nearest_name(key, KEYS) or key,))
     name, seed = _read_head(root, problems, default_name)
     sections = {key: _read_section(root, key, problems) for key in SECTIONS}
     stages = _read_stages(root, problems)

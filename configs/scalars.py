@@ -1,7 +1,7 @@
 """What a scalar means under the key it stands: numbers with suffixes, percentages, true and false, choices, text.
 
 1k = 1,000, 1M = 1,000,000, 1B = 1,000,000,000 (powers of 1000, as tokens are counted); 1_000 and 1e-4 are numbers; 5% = 0.05
-where a fraction may stand. ``describe`` says in words what a key takes.
+where a fraction may stand. ``described_type`` says in words what a key takes.
 """
 
 import math
@@ -82,7 +82,7 @@ def _read_free(text: str) -> Any:
     return text
 
 
-def describe(annotation: Any) -> str:
+def described_type(annotation: Any) -> str:
     """What a key of this type takes, in words."""
     words = [_describe(option) for option in alternatives(annotation) if option is not type(None)]
     return " or ".join(words)

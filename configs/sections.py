@@ -15,8 +15,8 @@ from ..models.settings import CacheSettings
 from ..trainer.settings import DataSettings, LoggerSettings, TrainerSettings, TrainingBlock
 from .foreign_names import meant_by
 from .nodes import Entry, KeyPath, Listing, Mapping, Node, Scalar, is_null
-from .problems import Problems, did_you_mean, nearest
-from .scalars import describe, parse_number, read_scalar
+from .problems import Problems, did_you_mean, nearest_name
+from .scalars import described_type, parse_number, read_scalar
 
 Settings = TypeVar("Settings")
 
@@ -116,7 +116,7 @@ class _Walk:
             if key not in known:
                 valid = (*self._also.get(path, ()), *known)
                 self._problems.add((*path, key), unknown_key(key, valid))
-                self._problems.excuse((*path, nearest(key, valid) or key))
+                self._problems.excuse((*path, nearest_name(key, valid) or key))
             # A key without a value keeps its default, so `stages: - export:` and `tokens:` mean what they look like.
             elif not is_null(entry.node):
                 found[key] = self.value(entry.node, known[key], (*path, key))
@@ -196,7 +196,7 @@ def _hint(value: Any, annotation: Any) -> str:
     return did_you_mean(value, choices(annotation))
 
 
-def shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
     """A value as a message quotes it, shortened."""
     if isinstance(value, Mapping):
         return "a section of keys"

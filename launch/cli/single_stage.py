@@ -53,14 +53,14 @@ def verb_overrides(kind: str, overrides: Sequence[str]) -> list[str]:
     """
     from ... import types_of
     from ...configs.foreign_names import meant_by
-    from ...configs.problems import nearest
+    from ...configs.problems import nearest_name
     from ...configs.reading import KEYS
     from ...trainer.stages.registry import STAGE_KINDS
 
     own = set(types_of(STAGE_KINDS[kind].settings)) - set(KEYS)
 
     def of_the_stage(key: str) -> bool:
-        return key in own or (key not in KEYS and meant_by(key) is None and nearest(key, [*KEYS, *own]) in own)
+        return key in own or (key not in KEYS and meant_by(key) is None and nearest_name(key, [*KEYS, *own]) in own)
 
     return [f"stages.0.{text}" if of_the_stage(text.partition("=")[0].partition(".")[0].strip()) else text for text in overrides]
 

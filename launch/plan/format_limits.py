@@ -15,7 +15,7 @@ MOST = 8
 """Sentences at most: who reads them follows one and looks again."""
 
 
-def stored_model(
+def planned_model(
     remedies: "RecipeRemedies",
     *,
     activations: "ActivationSpec | None" = None,

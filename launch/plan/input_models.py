@@ -19,7 +19,7 @@ def check_inputs(recipe: "Recipe") -> None:
         UserError: its config is nowhere to be had.
     """
     from ...models.folder.hub import local_folder
-    from ...models.folder.name_checks import check_names
+    from ...models.folder.name_checks import check_weight_names
     from ...models.folder.refused_inputs import check_files, check_text_model
     from ...models.positions import check_positions
 
@@ -34,7 +34,7 @@ def check_inputs(recipe: "Recipe") -> None:
         try:
             check_text_model(path, config)
             if folder is not None and trained and any(folder.glob("*.safetensors")):
-                check_names(path, folder)
+                check_weight_names(path, folder)
             check_positions(path, config, recipe.data.seq_length)
         except UserError as error:
             raise ImpossibleStageError(f"{key}: {error}") from error

@@ -9,7 +9,7 @@ from ...trainer.stage_plan import derive_plan, derive_steps, held_teacher, learn
 from .disk import EXPORT_BYTES, checkpoint_bytes, model_bytes, quantized_bytes
 from .family_limits import check_families, coverage
 from .fitting import cheapest_fit, usable
-from .format_limits import format_problems, stored_model
+from .format_limits import format_problems, planned_model
 from .input_models import check_inputs
 from .memory import training_memory
 from .memory_case import StageMemoryCase
@@ -96,7 +96,7 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
     if isinstance(entry.settings, ExportSettings) and shape.scheme is not None:
         exports = {name: EXPORT_BYTES[name](after, shape.scheme) for name in entry.settings.formats}
         remedies = RecipeRemedies(after, shape.scheme, tuple(exports), _keys(recipe, entry))
-        stored = stored_model(
+        stored = planned_model(
             remedies,
             activations=shape.activations,
             kv_cache=shape.kv_cache,

@@ -14,7 +14,7 @@ from ...qat.export.limits.refusal import OtherFormat
 from ...qat.export.limits.stored_model import StoredModel
 from ...qat.spec import QuantSpec
 from .recipe_remedies import RecipeRemedies
-from .stack_rules import Finding, Outcome, rules
+from .stack_rules import StackFinding, Outcome, rules
 from .stored_shapes import StoredShapes, stored_shapes
 
 
@@ -80,13 +80,13 @@ def _of_format(target: str, form: str, stored: StoredModel, cases: Sequence[Stor
     return Verdict(target, grave[0].outcome, reason + (told if grave[0].outcome != "no" else ""), fix, form)
 
 
-def _of_limits(target: str, form: str, stored: StoredModel, remedies: RecipeRemedies) -> Iterable[Finding]:
+def _of_limits(target: str, form: str, stored: StoredModel, remedies: RecipeRemedies) -> Iterable[StackFinding]:
     """What the format cannot hold; another format is a remedy only where the stack reads it."""
     for refusal in refusals(form, stored):
         ways = [way for way in refusal.remedies if not isinstance(way, OtherFormat) or way.name in formats_for(target)]
         phrases = [phrase for way in ways if (phrase := remedies(way, refusal))]
         fix = ", or ".join(what if verb == "use" else f"{verb} {what}" for verb, what in phrases)
-        yield Finding("no", f"{form} {refusal.reason}", fix)
+        yield StackFinding("no", f"{form} {refusal.reason}", fix)
 
 
 def _fast_path(target: str, form: str, case: StoredShapes) -> str:

@@ -21,7 +21,7 @@ _SPLIT_INPUTS = ("o_proj", "down_proj")
 Outcome = Literal["ok", "slower", "no"]
 
 
-class Finding(NamedTuple):
+class StackFinding(NamedTuple):
     """One thing that a stack makes of an export."""
 
     outcome: Outcome
@@ -31,7 +31,7 @@ class Finding(NamedTuple):
     """The nearest setting that is ok, as overrides of the recipe; '' when nothing is to be done."""
 
 
-Rule = Callable[[StoredShapes], Iterable[Finding]]
+Rule = Callable[[StoredShapes], Iterable[StackFinding]]
 
 
 def rules(target: str, form: str) -> tuple[Rule, ...]:
@@ -42,26 +42,26 @@ def rules(target: str, form: str) -> tuple[Rule, ...]:
     return (*_RULES[target], *own)
 
 
-def _family(case: StoredShapes) -> Iterable[Finding]:
+def _family(case: StoredShapes) -> Iterable[StackFinding]:
     if case.config.model_type not in FAMILIES:
-        yield Finding("slower", f"model type {case.config.model_type} is not among those checked ({', '.join(FAMILIES)})")
+        yield StackFinding("slower", f"model type {case.config.model_type} is not among those checked ({', '.join(FAMILIES)})")
 
 
-def _kernel_bits(case: StoredShapes) -> Iterable[Finding]:
+def _kernel_bits(case: StoredShapes) -> Iterable[StackFinding]:
     bits = case.spec.bits
     if case.spec.kind == "int" and bits not in (4, 8):
-        yield Finding("no", f"its kernels for packed weights take 4 and 8 bits, not {bits}", case.spec_fix(bits=4 if bits <= 4 else 8))
+        yield StackFinding("no", f"its kernels for packed weights take 4 and 8 bits, not {bits}", case.spec_fix(bits=4 if bits <= 4 else 8))
 
 
-def _marlin_groups(case: StoredShapes) -> Iterable[Finding]:
+def _marlin_groups(case: StoredShapes) -> Iterable[StackFinding]:
     group = case.spec.group_size
     if group != "channel" and group not in GROUPS:
         nearest = min(GROUPS, key=lambda size: (abs(size - int(group)), -size))
         reason = f"Marlin has groups of {', '.join(map(str, GROUPS))} and whole rows, not {group}"
-        yield Finding("no", reason, case.spec_fix(group_size=nearest))
+        yield StackFinding("no", reason, case.spec_fix(group_size=nearest))
 
 
-def _tensor_parallel(case: StoredShapes) -> Iterable[Finding]:
+def _tensor_parallel(case: StoredShapes) -> Iterable[StackFinding]:
     """Heads are dealt out whole; row-parallel matrices are cut along their inputs."""
     ranks, sizes = case.ranks, case.model.dimensions
     if ranks == 1:
@@ -69,12 +69,12 @@ def _tensor_parallel(case: StoredShapes) -> Iterable[Finding]:
     heads, keys = sizes.heads, sizes.kv_heads
     if keys and heads % ranks:
         fitting = max(d for d in range(1, ranks + 1) if heads % d == 0)
-        yield Finding("no", f"{heads} heads cannot be dealt to {ranks} GPUs", f"--tensor-parallel {fitting}")
+        yield StackFinding("no", f"{heads} heads cannot be dealt to {ranks} GPUs", f"--tensor-parallel {fitting}")
     if keys and keys % ranks and ranks % keys:
         reason = f"{keys} key/value heads cannot be dealt to {ranks} GPUs, nor copied evenly"
-        yield Finding("no", reason, f"--tensor-parallel {keys}")
+        yield StackFinding("no", reason, f"--tensor-parallel {keys}")
     if sizes.vocabulary % (64 * ranks):
-        yield Finding("ok", f"the vocabulary of {sizes.vocabulary:,} is padded to a multiple of {64 * ranks}")
+        yield StackFinding("ok", f"the vocabulary of {sizes.vocabulary:,} is padded to a multiple of {64 * ranks}")
     group = case.spec.group_size
     for name in _SPLIT_INPUTS:
         size = next((s for n, s in case.linears.items() if n.endswith(name)), None)
@@ -84,7 +84,7 @@ def _tensor_parallel(case: StoredShapes) -> Iterable[Finding]:
             unit = ranks * (128 if group == "channel" else int(group))
             reason = f"{name} takes {size[1]:,} inputs, and a GPU's share of them is no multiple of the group size {group}"
             fewer = f"--tensor-parallel {_largest_ranks(case, size[1])}"
-            yield Finding("no", reason, (case.ffn_fix(unit) if name == "down_proj" else "") or fewer)
+            yield StackFinding("no", reason, (case.ffn_fix(unit) if name == "down_proj" else "") or fewer)
 
 
 def _largest_ranks(case: StoredShapes, width: int) -> int:
@@ -92,7 +92,7 @@ def _largest_ranks(case: StoredShapes, width: int) -> int:
     return max((r for r in range(1, case.ranks) if width % (r * unit) == 0), default=1)
 
 
-def _marlin_widths(case: StoredShapes) -> Iterable[Finding]:
+def _marlin_widths(case: StoredShapes) -> Iterable[StackFinding]:
     """Marlin tiles: (outputs, inputs) multiples of (64, 128) or (128, 64) on each GPU; others are padded with zeros."""
     if case.activations is not None:
         return  # kernels for int8 inputs are others; what they need, the format asks for
@@ -106,34 +106,34 @@ def _marlin_widths(case: StoredShapes) -> Iterable[Finding]:
         if (out % 64 == 0 and inner % 128 == 0) or (out % 128 == 0 and inner % 64 == 0):
             continue
         fix = case.ffn_fix(128 * case.ranks) if name.startswith("mlp.") and case.model.dimensions.ffn % (128 * case.ranks) else ""
-        yield Finding("slower", f"{name} is {out:,} x {inner:,} on a GPU; Marlin pads what is no multiple of 64 x 128", fix)
+        yield StackFinding("slower", f"{name} is {out:,} x {inner:,} on a GPU; Marlin pads what is no multiple of 64 x 128", fix)
         return
 
 
-def _fused(case: StoredShapes) -> Iterable[Finding]:
+def _fused(case: StoredShapes) -> Iterable[StackFinding]:
     """q, k, v and gate, up are one matrix in the server, which is quantized as a whole or not at all."""
     if case.partly is not None:
         names, left = case.partly.names, case.partly.left
         reason = f"{', '.join(names)} are one matrix there and need one scheme, but skip leaves out {', '.join(left)} alone"
-        yield Finding("no", reason, case.remedies.skip(*(f"*.{name}" for name in names if name not in left)))
+        yield StackFinding("no", reason, case.remedies.skip(*(f"*.{name}" for name in names if name not in left)))
 
 
-def _fixed_head_dim(case: StoredShapes) -> Iterable[Finding]:
+def _fixed_head_dim(case: StoredShapes) -> Iterable[StackFinding]:
     config = case.config
     head_dim = case.model.dimensions.head_dim
     if config.model_type == "qwen2" and head_dim * config.num_attention_heads != config.hidden_size:
         reason = f"its Qwen2 takes head_dim = hidden / heads, not {head_dim}"
-        yield Finding("no", reason, "keep hidden / heads, or serve with --model-impl transformers")
+        yield StackFinding("no", reason, "keep hidden / heads, or serve with --model-impl transformers")
 
 
-def _llama_hidden(case: StoredShapes) -> Iterable[Finding]:
+def _llama_hidden(case: StoredShapes) -> Iterable[StackFinding]:
     config = case.config
     if config.model_type == "llama" and config.hidden_size % config.num_attention_heads:
         reason = f"hidden size {config.hidden_size} is no multiple of {config.num_attention_heads} heads, which its Llama refuses"
-        yield Finding("no", reason)
+        yield StackFinding("no", reason)
 
 
-def _narrow_codes(case: StoredShapes) -> Iterable[Finding]:
+def _narrow_codes(case: StoredShapes) -> Iterable[StackFinding]:
     """Blocks hold narrower codes exactly, in as many bytes."""
     spec = case.spec
     if spec.kind != "int" or not spec.symmetric or (held := symmetric_bits(spec.bits)) == spec.bits:
@@ -144,35 +144,35 @@ def _narrow_codes(case: StoredShapes) -> Iterable[Finding]:
     fix = case.spec_fix(bits=held)
     if narrow:
         fix += f", or {case.remedies.other_format('gguf-q2_0', instead_of='gguf')} for a llama.cpp from July 2026 on"
-    yield Finding("slower", f"its blocks have 4, 5 and 8 bits, not {spec.bits}: each code takes {held}", fix)
+    yield StackFinding("slower", f"its blocks have 4, 5 and 8 bits, not {spec.bits}: each code takes {held}", fix)
 
 
-def _asymmetric_gptq(case: StoredShapes) -> Iterable[Finding]:
+def _asymmetric_gptq(case: StoredShapes) -> Iterable[StackFinding]:
     """vLLM's fast GPTQ kernels take symmetric weights; what others make of version 2 differs between its releases."""
     fix = case.remedies.other_format("compressed-tensors", instead_of="gptq_v2")
-    yield Finding("slower", "not every kernel of every release reads gptq_v2, and none of the fast ones", fix)
+    yield StackFinding("slower", "not every kernel of every release reads gptq_v2, and none of the fast ones", fix)
 
 
-def _onnx(case: StoredShapes) -> Iterable[Finding]:
+def _onnx(case: StoredShapes) -> Iterable[StackFinding]:
     spec = case.spec
     if spec.bits not in (2, 4, 8):
-        yield Finding("no", f"MatMulNBits takes 2, 4 and 8 bits, not {spec.bits}", case.spec_fix(bits=nearest_bits(spec.bits)))
+        yield StackFinding("no", f"MatMulNBits takes 2, 4 and 8 bits, not {spec.bits}", case.spec_fix(bits=nearest_bits(spec.bits)))
     elif spec.bits != 4:
-        yield Finding("slower", f"its builder was tried with 4 bits alone, not with {spec.bits}", case.spec_fix(bits=4))
+        yield StackFinding("slower", f"its builder was tried with 4 bits alone, not with {spec.bits}", case.spec_fix(bits=4))
     group = spec.group_size
     if group == "channel" or int(group) < 16 or int(group) & (int(group) - 1):
-        yield Finding("no", f"its block sizes are powers of two from 16 on, not {group}", case.spec_fix(group_size=32))
+        yield StackFinding("no", f"its block sizes are powers of two from 16 on, not {group}", case.spec_fix(group_size=32))
 
 
-def _openvino(case: StoredShapes) -> Iterable[Finding]:
+def _openvino(case: StoredShapes) -> Iterable[StackFinding]:
     if case.spec.bits > 4 or not case.spec.symmetric or case.config.model_type not in ("llama", "qwen2", "qwen3"):
-        yield Finding("slower", "its reader was tried with Q4_0 of Llama, Qwen2 and Qwen3 alone")
+        yield StackFinding("slower", "its reader was tried with Q4_0 of Llama, Qwen2 and Qwen3 alone")
 
 
-def _mlx(case: StoredShapes) -> Iterable[Finding]:
+def _mlx(case: StoredShapes) -> Iterable[StackFinding]:
     if case.spec.group_size not in GROUPS:
         groups = ", ".join(map(str, GROUPS))
-        yield Finding("no", f"it has groups of {groups}, not {case.spec.group_size}", case.spec_fix(group_size=64))
+        yield StackFinding("no", f"it has groups of {groups}, not {case.spec.group_size}", case.spec_fix(group_size=64))
 
 
 _SERVER: tuple[Rule, ...] = (_family, _kernel_bits, _marlin_groups, _tensor_parallel, _marlin_widths, _fused, _fixed_head_dim)

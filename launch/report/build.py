@@ -9,7 +9,7 @@ from ...qat.runtimes.outcome_words import outcome_text
 from .curves import read_curves
 from .page import render_page
 from .sentences import coverage_sentences, exactness, protocol_lines
-from .tables import markdown_table
+from .tables import report_markdown
 
 Report = dict[str, Any]
 
@@ -66,7 +66,7 @@ def write_report(report: Report, run_dir: Path) -> list[Path]:
 
 def markdown_report(report: Report) -> str:
     """The table, the exports' checks and the protocol as Markdown."""
-    lines = [f"# {report['name']}", "", markdown_table(report), ""]
+    lines = [f"# {report['name']}", "", report_markdown(report), ""]
     lines += [f"- The run ended at a gate: {sentence}." for sentence in report.get("gates", [])]
     lines += [f"- {sentence}." for sentence in coverage_sentences(report)]
     lines += [line for note in report["notes"] for line in (f"> **Note:** {note}.", "")]

@@ -30,7 +30,7 @@ def draw_all(report: dict[str, Any], curves: Curves) -> dict[str, "Figure"]:
     if curves:
         drawn["curves"] = training_curves(curves)
     if any(row.get("layer_sparsity") and max(row["layer_sparsity"]) > 0 for row in report["stages"]):
-        drawn["sparsity"] = layer_sparsity(report)
+        drawn["sparsity"] = draw_layer_sparsity(report)
     return drawn
 
 
@@ -145,7 +145,7 @@ def _smooth(values: list[float], share: float = 0.05) -> list[float]:
     return [sum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(values))]
 
 
-def layer_sparsity(report: dict[str, Any]) -> "Figure":
+def draw_layer_sparsity(report: dict[str, Any]) -> "Figure":
     """Share of zeros per decoder layer after each stage that has any."""
     rows = [row for row in report["stages"] if row.get("layer_sparsity") and max(row["layer_sparsity"]) > 0]
     # `evaluate` judges the model of the row before it, unless it stands alone

@@ -61,8 +61,8 @@ def _cells(name: str, row: dict[str, Any]) -> tuple[str, ...]:
     return (
         name,
         count(row.get("parameters")),
-        size(served(row, "bytes")),
-        size(row.get("bytes")),
+        table_size(served(row, "bytes")),
+        table_size(row.get("bytes")),
         _number(served(row, "bits_per_weight"), ".2f"),
         _number(row.get("sparsity"), ".1%"),
         _number(measured.get("perplexity"), ".3f"),
@@ -95,7 +95,7 @@ def count(value: int | None) -> str:
     return str(value)
 
 
-def size(value: int | None) -> str:
+def table_size(value: int | None) -> str:
     """Bytes as decimal kB, MB or GB."""
     if value is None:
         return "-"
@@ -117,7 +117,7 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def markdown_table(report: dict[str, Any]) -> str:
+def report_markdown(report: dict[str, Any]) -> str:
     """The table in Markdown, numbers to the right."""
     lines = ["| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in report_rows(report)])

@@ -16,7 +16,7 @@ from ...models.folder.record import check_record
 from ...models.pruning.zeros_record import check_sparse, of_kept_layers, sparse_modules
 from ...models.student import student_by_keeping, student_from_config, trim_vocabulary
 from ...models.teachers import TeacherRef
-from ...models.tokenizer.vocabulary import check_same_vocabulary, effective_vocab, rows_of, tokens_without_rows
+from ...models.tokenizer.vocabulary import check_same_vocabulary, effective_vocab, embedding_rows, tokens_without_rows
 from ...trainer.data.documents import read_documents
 from ...trainer.data.known_ids import check_rows
 from ...trainer.data.prepared_data import PreparedData, open_prepared, prepare_data
@@ -56,7 +56,7 @@ def _rows(recipe: "Recipe") -> list[int | None]:
     """Rows of the embeddings of the models that are given."""
     given = [(recipe.student.path, recipe.student.revision)]
     given += [(recipe.teacher.path, recipe.teacher.revision)] if recipe.teacher else []
-    return [rows_of(load_config(path, revision=revision)) for path, revision in given if path]
+    return [embedding_rows(load_config(path, revision=revision)) for path, revision in given if path]
 
 
 def _without_rows(tokenizer: "PreTrainedTokenizerBase", v_eff: int) -> str:

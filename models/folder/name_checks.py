@@ -9,7 +9,7 @@ from .stored_names import ignored, module_names
 from .weights import WeightFiles
 
 
-def check_names(path: str | Path, folder: Path) -> None:
+def check_weight_names(path: str | Path, folder: Path) -> None:
     """``check_report`` from names and shapes alone, without loading: nothing is said of families whose weights are split or joined.
 
     Raises:

@@ -17,7 +17,7 @@ from ..causality import check_causal
 from ..common.errors import UserError
 from ..dimensions import dimensions
 from ..families import HeadTransform, backbone_and_head, check_head, head_transform, text_config
-from ..tokenizer.vocabulary import check_head_rows, effective_vocab, rows_of
+from ..tokenizer.vocabulary import check_head_rows, effective_vocab, embedding_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -171,6 +171,6 @@ def load_teacher(
     from ..folder.loading import load_config, load_model, load_tokenizer
 
     if v_eff is None:
-        v_eff = effective_vocab(load_tokenizer(path, revision=revision), rows_of(load_config(path, revision=revision)))
+        v_eff = effective_vocab(load_tokenizer(path, revision=revision), embedding_rows(load_config(path, revision=revision)))
     model = load_model(path, dtype=dtype, revision=revision, device=device)
     return LocalTeacher(model, v_eff=v_eff, name=name or str(path))

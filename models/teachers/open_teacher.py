@@ -8,7 +8,7 @@ import torch
 
 from ..common.errors import UserError
 from ..settings import CacheSettings, LoadIn, Placement, ServedSettings
-from ..tokenizer.vocabulary import effective_vocab, rows_of
+from ..tokenizer.vocabulary import effective_vocab, embedding_rows
 from .local import LocalTeacher, PinnedTeacher
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def open_teacher(
     if v_eff is None:
         from ..folder.loading import load_config, load_tokenizer
 
-        v_eff = effective_vocab(load_tokenizer(path, revision=revision), rows_of(load_config(path, revision=revision)))
+        v_eff = effective_vocab(load_tokenizer(path, revision=revision), embedding_rows(load_config(path, revision=revision)))
     name = name or str(path)
     # a single process has nothing to shard, and usually no process group
     if placement == "sharded" and _processes() == 1:

@@ -27,7 +27,7 @@ def effective_vocab(tokenizer: "PreTrainedTokenizerBase", *rows: int | None) -> 
     return min(max(tokens) + 1, *(count for count in rows if count is not None), 2**31)
 
 
-def rows_of(config: "PreTrainedConfig") -> int | None:
+def embedding_rows(config: "PreTrainedConfig") -> int | None:
     """Rows of the embedding of a model; None where the config does not say."""
     rows = getattr(config.get_text_config(), "vocab_size", None)
     return rows if isinstance(rows, int) else None

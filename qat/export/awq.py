@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..source.quantized_source import ExportSource
-from .common import exact_plain, exact_scales, layer, plain_config, plain_dtype, unsigned
+from .common import exact_plain, exact_scales, layer, unquantized_config, plain_dtype, unsigned
 from .shards import plan_shards, write_shards
 
 NAME = "awq"
@@ -61,7 +61,7 @@ def quantization_config(source: ExportSource) -> dict[str, Any]:
 
 def exported_config(source: ExportSource) -> dict[str, Any]:
     """``config.json`` of the export: float16 when that holds every unquantized tensor exactly, else bfloat16."""
-    return plain_config(source, plain_dtype(source, _DTYPES)) | {"quantization_config": quantization_config(source)}
+    return unquantized_config(source, plain_dtype(source, _DTYPES)) | {"quantization_config": quantization_config(source)}
 
 
 def planned_bytes(source: ExportSource) -> int:

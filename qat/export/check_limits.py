@@ -28,14 +28,14 @@ def check_limits(source: ExportSource, format: str) -> None:
     Raises:
         UserError: naming the module, and the nearest setting that can be stored.
     """
-    found = [_said(refusal) for refusal in refusals(format, stored_model(source)) if not refusal.by_values]
+    found = [_said(refusal) for refusal in refusals(format, opened_model(source)) if not refusal.by_values]
     if len(found) == 1:
         raise UserError(found[0])
     if found:
         raise UserError(f"{source.folder} cannot be exported so:\n" + "\n".join(f"  - {said}" for said in found))
 
 
-def stored_model(source: ExportSource) -> StoredModel:
+def opened_model(source: ExportSource) -> StoredModel:
     """What the limits must know of an opened folder."""
     state, config = source.state, plain_config(source.folder)
     return StoredModel(

@@ -82,7 +82,7 @@ def plain_dtype(source: ExportSource, preferred: Sequence[torch.dtype]) -> torch
     return preferred[-1]
 
 
-def plain_config(source: ExportSource, dtype: torch.dtype) -> dict[str, Any]:
+def unquantized_config(source: ExportSource, dtype: torch.dtype) -> dict[str, Any]:
     """``config.json`` of the model without anything of this machine in it, no code, and with the dtype that is stored."""
     config = {key: value for key, value in source.config.items() if key not in ("torch_dtype", "_name_or_path", "auto_map")}
     return config | {"dtype": NAMES[dtype]}

@@ -66,7 +66,7 @@ def card_lines(form: str) -> list[str]:
     return [f"- {runtime} {words[found.outcome]}: {found.how}." for runtime, found in readers.items() if found.how]
 
 
-def markdown_table() -> str:
+def readers_markdown() -> str:
     """The whole table for docs/serving.md."""
     lines = [f"| Format | {' | '.join(RUNTIMES)} |", "|---" * (len(RUNTIMES) + 1) + "|"]
     notes: list[str] = []

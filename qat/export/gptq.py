@@ -21,7 +21,7 @@ from ...models.fused_linears import FUSED, FUSED_NAMES
 from ..packing import pack_bits
 from ..source.quantized_source import ExportSource
 from ..spec import QuantSpec
-from .common import exact_plain, exact_scales, layer, plain_config, plain_dtype
+from .common import exact_plain, exact_scales, layer, unquantized_config, plain_dtype
 from .shards import plan_shards, write_shards
 
 V1, V2 = "gptq", "gptq_v2"
@@ -86,7 +86,7 @@ def _in_every_block(source: ExportSource) -> list[list[str]] | None:
 
 def exported_config(source: ExportSource, format: str) -> dict[str, Any]:
     """``config.json`` of the export: float16 when that holds every unquantized tensor exactly, else bfloat16."""
-    config = plain_config(source, plain_dtype(source, _DTYPES))
+    config = unquantized_config(source, plain_dtype(source, _DTYPES))
     return config | {"quantization_config": quantization_config(source, format)}
 
 

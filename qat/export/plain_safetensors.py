@@ -14,14 +14,14 @@ from typing import Any
 from ..source.plain_source import PlainSource
 from ..source.plain_weights import PlainWeights
 from ..source.quantized_source import ExportSource
-from .common import plain_config
+from .common import unquantized_config
 from .shards import plan_shards, write_shards
 
 
 def exported_config(source: ExportSource) -> dict[str, Any]:
     """``config.json`` of the export: the model's own with the stored dtype; no path of this machine, no code."""
     assert isinstance(source, PlainSource)
-    return plain_config(source, source.dtype)
+    return unquantized_config(source, source.dtype)
 
 
 def planned_bytes(source: ExportSource) -> int:

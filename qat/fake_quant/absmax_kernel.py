@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common_kernel import drop_bits, from_memory, integer_grid, launch, masked_weights, nearest_integers, operands, to_memory
+from .common_kernel import drop_bits, from_memory, integer_grid, launch_kernel, masked_weights, nearest_integers, operands, to_memory
 
 
 @triton.jit
@@ -129,7 +129,7 @@ def quantize(weight: Tensor, mask: Tensor | None, bits: int, width: int, divisor
     scales = torch.empty((weight.shape[0], weight.shape[1] // width), dtype=torch.float32, device=weight.device)
     tensors = [weight, mask_bytes, codes, scales]
     constants = integer_grid(bits, grid) | {"DIVISOR": divisor, "HAS_MASK": mask is not None, "IS_CODES": True}
-    launch(_forward_kernel, tensors, weight, width, **constants)
+    launch_kernel(_forward_kernel, tensors, weight, width, **constants)
     return codes, scales
 
 
@@ -139,7 +139,7 @@ def fake_quant(weight: Tensor, mask: Tensor | None, bits: int, width: int, divis
     weight, mask_bytes = operands(weight, mask)
     result = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     constants = integer_grid(bits, grid) | {"DIVISOR": divisor, "HAS_MASK": mask is not None, "IS_CODES": False}
-    launch(_forward_kernel, [weight, mask_bytes, result, result], weight, width, **constants)
+    launch_kernel(_forward_kernel, [weight, mask_bytes, result, result], weight, width, **constants)
     return result
 
 
@@ -152,7 +152,7 @@ def fake_quant_gradient(
     result = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     tensors = [grad.contiguous(), weight, mask_bytes, result]
     constants = integer_grid(bits, grid) | {"DIVISOR": divisor, "HAS_MASK": mask is not None}
-    launch(_gradient_kernel, tensors, weight, width, **constants)
+    launch_kernel(_gradient_kernel, tensors, weight, width, **constants)
     return result
 
 

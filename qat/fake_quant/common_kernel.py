@@ -86,7 +86,7 @@ def operands(weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return weight, weight if mask is None else mask.contiguous().view(torch.uint8)
 
 
-def launch(kernel, tensors: list[Tensor], like: Tensor, width: int, numbers: tuple[float, ...] = (), **constants: object) -> None:
+def launch_kernel(kernel, tensors: list[Tensor], like: Tensor, width: int, numbers: tuple[float, ...] = (), **constants: object) -> None:
     """Run ``kernel`` over all groups of ``like``, on its device.
 
     Args:

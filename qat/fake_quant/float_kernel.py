@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common_kernel import drop_bits, finite, from_memory, launch, masked_weights, operands, to_memory
+from .common_kernel import drop_bits, finite, from_memory, launch_kernel, masked_weights, operands, to_memory
 from .float_reference import LIMITS, NF4, NF4_MIDPOINTS
 
 # constexpr numbers of the ways to round
@@ -93,7 +93,7 @@ def _run(grad: Tensor | None, weight: Tensor, scale: Tensor, mask: Tensor | None
     result = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     tensors = [weight if grad is None else grad.contiguous(), weight, mask_bytes, scale.contiguous(), _table(weight.device), result]
     constants = {"WAY": _WAYS[kind], "LIMIT": LIMITS[kind], "HAS_MASK": mask is not None, "SHARED": scale.numel() == 1}
-    launch(_kernel, tensors, weight, width, **constants, IS_GRADIENT=grad is not None)
+    launch_kernel(_kernel, tensors, weight, width, **constants, IS_GRADIENT=grad is not None)
     return result
 
 

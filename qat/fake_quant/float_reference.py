@@ -41,7 +41,7 @@ NF4_MIDPOINTS = tuple((low + high) / 2 for low, high in pairwise(NF4))
 _SMALLEST_E4M3 = 2.0**-9
 
 
-def nearest(value: Tensor, kind: str) -> Tensor:
+def nearest_value(value: Tensor, kind: str) -> Tensor:
     """The fp32 values of the code book of ``kind`` that are nearest to fp32 numbers within its limit. Callers handle -0 and NaN."""
     if kind == "nf4":
         return value.new_tensor(NF4)[torch.bucketize(value.contiguous(), value.new_tensor(NF4_MIDPOINTS))]
@@ -114,7 +114,7 @@ def rounded(weight: Tensor, scale: Tensor, mask: Tensor | None, kind: str, width
         kept = kept * mask.view(torch.uint8).to(torch.float32)
     # 0 * scale makes an infinite scale NaN: divided by infinity the group would silently become zeros
     value = kept.reshape(-1, width) / (scale + scale * 0.0).reshape(-1, 1)
-    return nearest(value.clamp(-LIMITS[kind], LIMITS[kind]), kind), value
+    return nearest_value(value.clamp(-LIMITS[kind], LIMITS[kind]), kind), value
 
 
 @torch.library.custom_op("decoct::fake_quant_float_reference", mutates_args=())

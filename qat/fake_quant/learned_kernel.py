@@ -9,7 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common_kernel import drop_bits, finite, from_memory, integer_grid, launch, masked_weights, nearest_integers, operands, to_memory
+from .common_kernel import (
+    drop_bits,
+    finite,
+    from_memory,
+    integer_grid,
+    launch_kernel,
+    masked_weights,
+    nearest_integers,
+    operands,
+    to_memory,
+)
 from .learned_reference import back_inside
 
 
@@ -160,7 +170,7 @@ def _forward(
     zero, flags = _arguments(mask, zeros, scale)
     result = torch.empty(weight.shape, dtype=torch.int8 if codes else weight.dtype, device=weight.device)
     tensors = [weight, mask_bytes, scale, zero, result]
-    launch(_forward_kernel, tensors, weight, width, **integer_grid(bits, grid), IS_CODES=codes, **flags)
+    launch_kernel(_forward_kernel, tensors, weight, width, **integer_grid(bits, grid), IS_CODES=codes, **flags)
     return result
 
 
@@ -202,7 +212,7 @@ def fake_quant_gradient(
     sums = torch.empty(groups if for_scale else 0, dtype=torch.float32, device=weight.device)
     tensors = [grad.contiguous(), weight, mask_bytes, raw, zero, weight_grad, sums]
     flags |= {"FOR_WEIGHT": for_weight, "FOR_SCALE": for_scale}
-    launch(_gradient_kernel, tensors, weight, width, (factor,), **integer_grid(bits, grid), **flags)
+    launch_kernel(_gradient_kernel, tensors, weight, width, (factor,), **integer_grid(bits, grid), **flags)
     if not for_scale:
         return weight_grad, sums
     if flags["SHARED"]:

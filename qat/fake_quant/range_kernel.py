@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common_kernel import drop_bits, integer_grid, launch, masked_weights, nearest_integers, operands
-from .range_reference import grid_of_range, shape_of, shared_range
+from .common_kernel import drop_bits, integer_grid, launch_kernel, masked_weights, nearest_integers, operands
+from .range_reference import grid_of_range, group_shape, shared_range
 
 _LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 
@@ -82,10 +82,10 @@ def lattice(
     second = torch.empty(groups, dtype=torch.float32 if shared else torch.int8, device=weight.device)
     tensors = [weight, mask_bytes, first, second, second]
     flags = {"HAS_MASK": mask is not None, "IS_RANGE": shared}
-    launch(_range_kernel, tensors, weight, width, **integer_grid(bits, grid), DIVISOR=divisor, **flags)
+    launch_kernel(_range_kernel, tensors, weight, width, **integer_grid(bits, grid), DIVISOR=divisor, **flags)
     if shared:
         first, second = grid_of_range(*shared_range(first, second), bits, symmetric, divisor, grid)
-    shape = shape_of(weight, width, shared)
+    shape = group_shape(weight, width, shared)
     return first.view(shape), second.view(shape)
 
 
@@ -93,6 +93,6 @@ def lattice(
 def _(
     weight: Tensor, mask: Tensor | None, bits: int, width: int, shared: bool, symmetric: bool, divisor: float, grid: list[float]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape = shape_of(weight, width, shared)
+    shape = group_shape(weight, width, shared)
     device = weight.device
     return torch.empty(shape, dtype=torch.float32, device=device), torch.empty(shape, dtype=torch.int8, device=device)

@@ -51,7 +51,7 @@ def shared_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([low, nothing]).amin(0, keepdim=True), torch.cat([high, nothing]).amax(0, keepdim=True)
 
 
-def shape_of(weight: Tensor, width: int, shared: bool) -> tuple[int, int]:
+def group_shape(weight: Tensor, width: int, shared: bool) -> tuple[int, int]:
     """Shape of scales and zero points: [out, groups], or [1, 1] if shared."""
     return (1, 1) if shared else (weight.shape[0], weight.shape[1] // width)
 
@@ -66,7 +66,7 @@ def lattice(
     if shared:
         low, high = shared_range(low, high)
     scale, zeros = grid_of_range(low, high, bits, symmetric, divisor, grid)
-    shape = shape_of(weight, width, shared)
+    shape = group_shape(weight, width, shared)
     return scale.view(shape), zeros.view(shape)
 
 
@@ -74,6 +74,6 @@ def lattice(
 def _(
     weight: Tensor, mask: Tensor | None, bits: int, width: int, shared: bool, symmetric: bool, divisor: float, grid: list[float]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape = shape_of(weight, width, shared)
+    shape = group_shape(weight, width, shared)
     device = weight.device
     return torch.empty(shape, dtype=torch.float32, device=device), torch.empty(shape, dtype=torch.int8, device=device)

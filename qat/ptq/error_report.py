@@ -54,7 +54,7 @@ def row_energy(rows: Tensor, moments: Tensor | None) -> Tensor:
     return energy
 
 
-def kind_of(module: str) -> str:
+def linear_kind(module: str) -> str:
     """``mlp.down_proj`` for ``model.layers.3.mlp.down_proj``; the whole name if it contains no number."""
     parts = module.split(".")
     last = max((place for place, part in enumerate(parts) if part.isdigit()), default=-1)

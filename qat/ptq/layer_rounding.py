@@ -12,11 +12,11 @@ from ..fake_quant import Encoded
 from ..layers.quantized_model import fold
 from ..ptq_limits import KEPT_BYTES
 from ..spec import QuantSpec
-from .error_report import KindError, kind_of, row_energy, sampled
+from .error_report import KindError, linear_kind, row_energy, sampled
 from .hessians import SharedInput, shared_inputs
 from .layer_storage import Shelf
 from .linear_order import Step, steps_of
-from .methods import METHODS, RoundingMethod, Stack, nearest
+from .methods import METHODS, RoundingMethod, Stack, round_to_nearest
 from .replay import Replay
 from .served_layers import ServedLayers
 
@@ -56,7 +56,7 @@ class Walk:
             rounded_later = {id(linear.weight) for linear in linears.values()}
             take_values([parameter for parameter in layer.parameters() if id(parameter) not in rounded_later], self.others)
         for name in linears:
-            self.errors.setdefault(kind_of(name), KindError())
+            self.errors.setdefault(linear_kind(name), KindError())
         rounded: dict[str, Encoded] = {}
         if self.replay is None or self.rounding.needs == "nothing":
             for name in linears:
@@ -114,7 +114,7 @@ class Walk:
         """Rounds the embedding or the head, which are outside the layers and have no calibrated inputs."""
         module: Any = self.model.get_submodule(name)
         rounding = RoundingMethod(method="rtn" if self.rounding.method == "rtn" else "mse")
-        self.errors.setdefault(kind_of(name), KindError())
+        self.errors.setdefault(linear_kind(name), KindError())
         rounded: dict[str, Encoded] = {}
         self._stack([name], {name: module}, None, rounded, rounding)
         self._fold(rounded)
@@ -156,14 +156,14 @@ class Walk:
         result = METHODS[rounding.method].round(stack, spec, rounding)
         if result.note:
             self.notes.append(f"{', '.join(names)}: {result.note}")
-        plain = result if rounding.method == "rtn" else nearest(stack, spec)
+        plain = result if rounding.method == "rtn" else round_to_nearest(stack, spec)
         differences = (weight, weight - result.values(spec), weight - plain.values(spec))
         begin = 0
         for name, own in zip(names, weights):
             rows = slice(begin, begin + len(own))
             begin += len(own)
             rounded[name] = result.rows(rows)
-            kind = self.errors[kind_of(name)]
+            kind = self.errors[linear_kind(name)]
             kind.linears += 1
             kind.energy, kind.error, kind.nearest = (
                 before + float(row_energy(difference[rows][sampled(len(own))], stack.moments).sum())

@@ -107,7 +107,7 @@ class Method:
     round: Callable[[Stack, QuantSpec, RoundingMethod], Rounded]
 
 
-def nearest(stack: Stack, spec: QuantSpec, rounding: RoundingMethod | None = None) -> Rounded:
+def round_to_nearest(stack: Stack, spec: QuantSpec, rounding: RoundingMethod | None = None) -> Rounded:
     """Rounds to nearest with scales from the largest magnitude or the range, as ``fake_quant`` does, for every kind."""
     codes, scales, zeros, whole = encode(stack.weight, spec, mask=stack.mask)
     return Rounded(codes=codes, scales=scales, zeros=zeros, global_scale=whole)
@@ -154,7 +154,7 @@ def _check_int(spec: QuantSpec, rounding: RoundingMethod) -> None:
 
 
 METHODS: dict[str, Method] = {
-    "rtn": Method(lambda _: "nothing", nearest),
+    "rtn": Method(lambda _: "nothing", round_to_nearest),
     "mse": Method(lambda rounding: "diagonal" if rounding.weighted else "nothing", _searched),
     "gptq": Method(lambda _: "hessian", _gptq),
 }

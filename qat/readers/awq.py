@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...models.common.errors import UserError
-from .fields import check_fields, check_group, check_names
+from .fields import check_fields, check_group, check_module_names
 from .qweight import QWEIGHT, QZEROS, SCALES, QweightFolder
 from .tensors import StoredCodes, StoredScheme, bit_fields, read_config
 
@@ -88,6 +88,6 @@ def read_scheme(folder: Path) -> tuple[StoredScheme, tuple[str, ...]]:
     ]
     check_fields(file, expected)
     check_group(file, named["group_size"])
-    ignore = check_names(file, "modules_to_not_convert", named.get("modules_to_not_convert") or [])
+    ignore = check_module_names(file, "modules_to_not_convert", named.get("modules_to_not_convert") or [])
     size = named["group_size"]
     return StoredScheme(bits=4, group_size=None if size == -1 else size, symmetric=False), ignore

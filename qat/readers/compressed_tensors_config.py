@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...models.common.errors import UserError
-from .fields import BITS, check_fields, check_names, module_pattern
+from .fields import BITS, check_fields, check_module_names, module_pattern
 from .kv_cache import read_cache_scheme
 from .tensors import StoredScheme, read_config
 
@@ -145,7 +145,7 @@ def _inputs(file: Path, inputs: Any) -> InputScheme | None:
 
 
 def _names(file: Path, key: str, names: Any) -> tuple[str, ...]:
-    checked = check_names(file, key, names)
+    checked = check_module_names(file, key, names)
     for name in checked:
         if name.startswith("re:"):
             module_pattern(file, key, name[3:])

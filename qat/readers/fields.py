@@ -24,7 +24,7 @@ def check_group(file: Path, size: Any) -> None:
         raise UserError(f"{file}: quantization_config: group_size is {size!r:.100}; it must be -1 or a positive whole number")
 
 
-def check_names(file: Path, key: str, names: Any) -> tuple[str, ...]:
+def check_module_names(file: Path, key: str, names: Any) -> tuple[str, ...]:
     """Returns a list of non-empty strings as a tuple; raises UserError for anything else."""
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{file}: quantization_config.{key} must be a list of module names")

@@ -79,7 +79,7 @@ def run_judge(
         if "not_installed" in ended.result:
             return outcome("not installed", reason=ended.result["not_installed"]), None
         if not ended.done:
-            return unfinished(ended), None
+            return unfinished_outcome(ended), None
         with np.load(places["seen"], allow_pickle=False) as arrays:
             return {key: value for key, value in ended.result.items() if key != "phase"}, dict(arrays)
 
@@ -99,7 +99,7 @@ def run_check(command: Sequence[str], result: Path, environment: Mapping[str, st
     return Ended(phase=str(found.get("phase", STARTING)), result=found, words=str(found.get("words") or words))
 
 
-def unfinished(ended: Ended) -> dict[str, Any]:
+def unfinished_outcome(ended: Ended) -> dict[str, Any]:
     """The outcome of a check that did not answer: skipped where the runtime refused the export, failed where it had loaded it.
 
     Neither says that the export is not what was trained.

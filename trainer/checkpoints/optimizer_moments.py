@@ -44,7 +44,7 @@ def parameter_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict
     found = {"step": torch.as_tensor(state["step"], dtype=torch.float32)}
     for key, (codes, table, scales) in _MOMENTS.items():
         moment = state[key] if key in state else state[codes]
-        found[key] = moment if moment.dtype != torch.uint8 else decode(moment, state[table], state[scales])
+        found[key] = moment if moment.dtype != torch.uint8 else decode_moments(moment, state[table], state[scales])
     return found
 
 
@@ -62,7 +62,7 @@ def set_parameter_state(optimizer: torch.optim.Optimizer, parameter: Tensor, sta
     own["step"] = int(state["step"])
     for key, (codes, table, scales) in _MOMENTS.items():
         if own[codes].dtype == torch.uint8:
-            encode(state[key], own[table], codes=own[codes], scales=own[scales])
+            encode_moments(state[key], own[table], codes=own[codes], scales=own[scales])
         else:
             own[codes].copy_(state[key])
 
@@ -89,7 +89,7 @@ def zero_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, mask: Tens
 
 
 @torch.no_grad()
-def decode(codes: Tensor, table: Tensor, scales: Tensor) -> Tensor:
+def decode_moments(codes: Tensor, table: Tensor, scales: Tensor) -> Tensor:
     """``table[codes] * scale of the block``, as the optimizer's kernels decode it: fp32 on the CPU, in the shape of ``codes``.
 
     Args:
@@ -107,8 +107,8 @@ def decode(codes: Tensor, table: Tensor, scales: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode(moment: Tensor, table: Tensor, *, codes: Tensor, scales: Tensor) -> None:
-    """Inverse of ``decode``, into ``codes`` and ``scales``: exact for numbers that were decoded in the same blocks, else to nearest."""
+def encode_moments(moment: Tensor, table: Tensor, *, codes: Tensor, scales: Tensor) -> None:
+    """Inverse of ``decode_moments``, into ``codes`` and ``scales``: exact for numbers that were decoded in the same blocks, else to nearest."""
     own, flat, target = table.to("cpu"), moment.detach().reshape(-1).to("cpu", torch.float32), codes.view(-1)
     for first in range(0, len(scales), _CHUNK):
         part = slice(first * BLOCK, (first + _CHUNK) * BLOCK)

@@ -20,8 +20,8 @@ from .encoding import Encoder
 from .file_documents import whole_text
 from .file_rows import Row
 from .file_rows import parquet_rows as rows_of_parquet
-from .file_rows import rows_of as rows_of_jsonl
-from .input_files import printable
+from .file_rows import read_rows as rows_of_jsonl
+from .input_files import escaped_text
 from .rendering import Sample, samples_of
 from .tokens import TokenStream
 from .windows import DTYPE
@@ -54,7 +54,7 @@ class Samples:
 
     def refuse(self, where: str, why: str) -> None:
         """Counts a bad row."""
-        why = printable(why)[:_MOST_CHARACTERS]
+        why = escaped_text(why)[:_MOST_CHARACTERS]
         self.bad += 1
         self.first_bad = self.first_bad or f"{where}: {why}"
         self.reasons[why if why in self.reasons or len(self.reasons) < _MOST_REASONS else "other reasons"] += 1

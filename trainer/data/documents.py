@@ -17,8 +17,8 @@ from ...models.common.files import sha256_file, sha256_json
 from ..settings import DataSettings
 from .conversations import COLUMNS, SHAPES, is_conversation
 from .file_documents import check_text_column, missing_field, read_file
-from .file_rows import Row, rows_of, without_nulls
-from .input_files import PLAIN, ROWS, find_files, kind_of, shown, suffix_of
+from .file_rows import Row, read_rows, without_nulls
+from .input_files import PLAIN, ROWS, find_files, file_kind, shown_path, suffix_of
 
 if TYPE_CHECKING:
     import datasets
@@ -115,13 +115,13 @@ def _file_documents(settings: DataSettings) -> Documents:
     passed: Counter[str] = Counter()
     files = find_files(settings.files or (), passed)
     column = settings.text_field
-    fields = {column for file in files if kind_of(file) not in PLAIN}
+    fields = {column for file in files if file_kind(file) not in PLAIN}
     facts = {
         "files": [[suffix_of(file), _hash_file(file)] for file in files],
         "text_field": sorted(fields),
         "max_documents": settings.max_documents,
     }
-    first, last = shown(files[0].name), shown(files[-1].name)
+    first, last = shown_path(files[0].name), shown_path(files[-1].name)
     named = first if len(files) == 1 else f"{len(files)} files, {first} to {last}"
     if settings.kind == "chat":
         return _file_chats(settings, files, named, {"files": facts["files"], "max_documents": settings.max_documents}, passed)
@@ -135,11 +135,11 @@ def _file_documents(settings: DataSettings) -> Documents:
 
 
 def _file_chats(settings: DataSettings, files: list[Path], named: str, facts: dict[str, Any], passed: Counter[str]) -> Documents:
-    if plain := [file for file in files if kind_of(file) in PLAIN]:
+    if plain := [file for file in files if file_kind(file) in PLAIN]:
         raise UserError(f"data.files: {shown(plain[0])} holds no conversations; data.kind: chat reads rows ({', '.join(ROWS)})")
 
     def read() -> Iterator[Row]:
-        rows = itertools.chain.from_iterable(rows_of(file, COLUMNS, name=shown(file.name)) for file in files)
+        rows = itertools.chain.from_iterable(read_rows(file, COLUMNS, name=shown_path(file.name)) for file in files)
         return itertools.islice(rows, settings.max_documents)
 
     return Documents(named + _limited(settings), sha256_json({"kind": "chat", **facts}), tuple, read, passed)

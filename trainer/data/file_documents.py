@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ...models.common.errors import UserError
-from .file_rows import rows_of
-from .input_files import PLAIN, decode, kind_of, opened, shown
+from .file_rows import read_rows
+from .input_files import PLAIN, decode_text, file_kind, opened, shown_path
 
 HALF_PAIRS = "texts with half of a surrogate pair, which became '?'"
 _JSON_NAMES = {dict: "an object", list: "a list", int: "a number", float: "a number", bool: "a truth value", bytes: "bytes"}
@@ -26,14 +26,14 @@ def read_file(path: Path, field: str, notes: Counter[str] | None = None) -> Iter
     Raises:
         UserError: the file or a line cannot be read, or ``field`` is missing; the message names the place, and the fields that exist.
     """
-    if kind_of(path) in PLAIN:
+    if file_kind(path) in PLAIN:
         with opened(path) as stream:
-            yield decode(stream.read(), shown(path))
-    elif kind_of(path) == ".parquet":
+            yield decode_text(stream.read(), shown_path(path))
+    elif file_kind(path) == ".parquet":
         yield from _parquet_texts(path, field)
     else:
         counts: Counter[str] = Counter() if notes is None else notes
-        for where, row in rows_of(path):
+        for where, row in read_rows(path):
             if isinstance(row, UserError):
                 raise row
             yield _text_of_row(row, field, where, counts)
@@ -83,9 +83,9 @@ def _parquet_texts(path: Path, field: str) -> Iterator[str]:
         schema, names = None, []
     if schema is not None:
         if field not in names:
-            raise missing_field(field, names, shown(path))
-        check_text_column(schema.field(field).type, field, shown(path))
-    for _, row in rows_of(path, [field]):
+            raise missing_field(field, names, shown_path(path))
+        check_text_column(schema.field(field).type, field, shown_path(path))
+    for _, row in read_rows(path, [field]):
         yield row.get(field, "") if isinstance(row, Mapping) else ""
 
 

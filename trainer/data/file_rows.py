@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...models.common.errors import UserError
-from .input_files import Expansion, decode, encoding_of, kind_of, lines_of, opened, shown
+from .input_files import Expansion, decode_text, encoding_of, file_kind, lines_of, opened, shown_path
 
 Row = tuple[str, Mapping[str, Any] | UserError]
 """(place of the row for messages, the row or the error that it cannot be read)."""
 _BATCH_ROWS = 1024
 
 
-def rows_of(path: Path, columns: Collection[str] | None = None, *, name: str | None = None) -> Iterator[Row]:
+def read_rows(path: Path, columns: Collection[str] | None = None, *, name: str | None = None) -> Iterator[Row]:
     """Yields the rows of a file, each with its place. For a row that cannot be read the error is yielded.
 
     Args:
@@ -26,7 +26,7 @@ def rows_of(path: Path, columns: Collection[str] | None = None, *, name: str | N
     Raises:
         UserError: the rest of the file cannot be read.
     """
-    kind, name = kind_of(path), name or shown(path)
+    kind, name = file_kind(path), name or shown_path(path)
     if kind == ".parquet":
         yield from parquet_rows(path, columns, name=name)
         return
@@ -34,7 +34,7 @@ def rows_of(path: Path, columns: Collection[str] | None = None, *, name: str | N
         if kind in (".csv", ".tsv"):
             yield from _csv_rows(stream, name, "\t" if kind == ".tsv" else ",")
         elif kind == ".json" or _starts_array(stream):
-            yield from _json_values(decode(stream.read(), name), name)
+            yield from _json_values(decode_text(stream.read(), name), name)
         else:
             yield from _line_rows(stream, name)
 
@@ -113,7 +113,7 @@ def parquet_rows(path: Path, columns: Collection[str] | None = None, *, name: st
 
     Text stays dictionary-encoded until a row is read, so that a small file whose rows repeat one long text takes the memory of one row.
     """
-    for where, row in _parquet_batches(path, columns, name or shown(path)):
+    for where, row in _parquet_batches(path, columns, name or shown_path(path)):
         yield where, without_nulls(row)
 
 

@@ -38,12 +38,12 @@ _SPECIAL: tuple[tuple[Callable[[int], bool], str], ...] = (
 )
 
 
-def shown(path: Path | str) -> str:
+def shown_path(path: Path | str) -> str:
     """A file's name for printing and JSON: bytes that are not UTF-8, and control characters, are escaped as ``\\xff``."""
-    return printable(os.fsencode(path).decode("utf-8", "backslashreplace"))
+    return escaped_text(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
-def printable(text: str) -> str:
+def escaped_text(text: str) -> str:
     """Foreign text for a terminal: all characters that are not printable are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
@@ -54,14 +54,14 @@ def suffix_of(path: Path) -> str:
     return Path(path.stem).suffix.lower() + last if last in PACKED else last
 
 
-def kind_of(path: Path) -> str:
+def file_kind(path: Path) -> str:
     """``suffix_of`` without the compression."""
     return "." + suffix_of(path).split(".")[1] if path.suffix else ""
 
 
 def is_readable(path: Path) -> bool:
     """Whether files of this name can be read."""
-    suffix, kind = suffix_of(path), kind_of(path)
+    suffix, kind = suffix_of(path), file_kind(path)
     return kind in (*PLAIN, *ROWS) and (suffix == kind or kind != ".parquet")
 
 
@@ -114,7 +114,7 @@ def _files_of_folder(folder: Path, passed: Counter[str]) -> list[Path]:
                     f"data.files: {shown(place)} holds a dataset as datasets.save_to_disk writes it; write it as Parquet first: "
                     "datasets.load_from_disk(FOLDER).to_parquet('text.parquet')"
                 )
-    kinds = Counter(kind_of(file) for file in files)
+    kinds = Counter(file_kind(file) for file in files)
     if len(kinds) > 1:
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         example = str(folder / "**" / f"*{kinds.most_common(1)[0][0]}*")
@@ -233,7 +233,7 @@ def encoding_of(head: bytes) -> str:
     return "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
-def decode(data: bytes, where: str) -> str:
+def decode_text(data: bytes, where: str) -> str:
     """Decodes ``data`` by its byte-order mark, or as UTF-8.
 
     Raises:
@@ -267,6 +267,6 @@ def lines_of(stream: BinaryIO, where: str) -> Iterator[tuple[int, str | UserErro
         return
     for number, line in enumerate(stream, 1):
         try:
-            yield number, decode(line, f"{where}:{number}")
+            yield number, decode_text(line, f"{where}:{number}")
         except UserError as error:
             yield number, error

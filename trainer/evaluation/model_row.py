@@ -36,7 +36,7 @@ def open_for_measuring(path: str, revision: str | None = None) -> "PreTrainedMod
 
     Of fp32 folders transformers maps the files, so that a model quantized layer by layer can be measured where memory does not hold it.
     """
-    if is_export(path):
+    if is_existing_export(path):
         return load_exported_model(Path(path))
     model = load_model(path, dtype=torch.float32, revision=revision)
     check_head(model)
@@ -46,10 +46,10 @@ def open_for_measuring(path: str, revision: str | None = None) -> "PreTrainedMod
     return model
 
 
-def is_export(path: str) -> bool:
+def is_existing_export(path: str) -> bool:
     """Whether a local folder (or GGUF file) holds packed weights."""
     from ...models.common.errors import UserError
-    from ...qat.readers.open import is_export as has_packed_weights
+    from ...qat.readers.open import is_existing_export as has_packed_weights
 
     try:
         return Path(path).exists() and has_packed_weights(Path(path))
@@ -88,7 +88,7 @@ def measure_folder(path: str, teacher: LocalTeacher | None, windows: "Windows", 
     model = open_for_measuring(path, revision)
     row = measure_model(model, teacher, windows)
     size = folder_bytes(Path(path)) if Path(path).is_dir() else None
-    quant = None if is_export(path) else quant_record(path)
+    quant = None if is_existing_export(path) else quant_record(path)
     packed = size if quant is None else packed_bytes(model, quant)
     return {**row, **_sizes("", size, row["parameters"]), **_sizes("packed_", packed, row["parameters"])}
 
@@ -103,7 +103,7 @@ def too_large_to_measure(path: str, revision: str | None = None) -> str | None:
     fp32 folders take no memory of their own (transformers maps their files), nor does the copy on a GPU count.
     """
     room = available_bytes()
-    if room is None or is_export(path):
+    if room is None or is_existing_export(path):
         return None
     files = weight_files(find_model_folder(path, revision, weights=True))
     stored = [info for file in files for info in read_header(file).tensors.values() if info.dtype != "F32"]

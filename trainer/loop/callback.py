@@ -16,7 +16,7 @@ from ..plan import TrainingPlan, derive_seed
 from ..processes.world import World
 from ..progress import Progress
 from .checkpoint_tensors import restore, state_groups
-from .held_out import HeldOut, describe
+from .held_out import HeldOut, held_out_text
 from .metrics import MetricsSink
 from .module import StepRecord, TrainingModule
 from .rng import capture_generators, restore_generators, seed_generators
@@ -127,7 +127,7 @@ class LoopCallback(pl.Callback):
         """Prints and returns the held-out figures after ``step``."""
         assert self.loop.held_out is not None
         figures = self.loop.held_out.evaluate(module, trainer.precision_plugin.forward_context(), self.loop.world)
-        if text := describe(figures):
+        if text := held_out_text(figures):
             self.loop.say(f"{self.loop.stage}  step {step}/{self.loop.plan.total_steps}  {text}")
         return figures
 

@@ -151,7 +151,7 @@ class HeldOut:
             yield {key: torch.stack([row[key] for row in rows]).to(module.device) for key in rows[0]}
 
 
-def describe(values: dict[str, float | None]) -> str:
+def held_out_text(values: dict[str, float | None]) -> str:
     """The figures as text: 'held-out KL 0.0412, perplexity 104.58'; '' if there are none."""
     kl, perplexity = (values.get(name) for name in FIGURES)
     parts = [f"KL {kl:.4f}"] if kl is not None else []

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 
-def unfold(numbers: Tensor, width: int) -> Tensor:
+def unfold_bits(numbers: Tensor, width: int) -> Tensor:
     """Bits of each number, lowest first: [n, k] int64 -> [n, k * width] uint8."""
     shifts = torch.arange(width, device=numbers.device)
     return (numbers.unsqueeze(-1) >> shifts).bitwise_and(1).to(torch.uint8).flatten(1)
 
 
-def fold(bits: Tensor, width: int) -> Tensor:
-    """The inverse of ``unfold``: [n, k * width] uint8 -> [n, k] int64."""
+def fold_bits(bits: Tensor, width: int) -> Tensor:
+    """The inverse of ``unfold_bits``: [n, k * width] uint8 -> [n, k] int64."""
     if not width:
         return bits.new_zeros(len(bits), 0, dtype=torch.int64)
     shifts = torch.arange(width, device=bits.device)
@@ -24,7 +24,7 @@ def fold(bits: Tensor, width: int) -> Tensor:
 
 def to_bytes(bits: Tensor) -> Tensor:
     """[n, b] bits -> [n, ceil(b / 8)] uint8, the last byte filled with zeros."""
-    return fold(torch.nn.functional.pad(bits, (0, -bits.shape[1] % 8)), 8).to(torch.uint8)
+    return fold_bits(torch.nn.functional.pad(bits, (0, -bits.shape[1] % 8)), 8).to(torch.uint8)
 
 
 def from_bytes(data: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def unfold_ascending(numbers: Tensor, limit: int) -> Tensor:
     high = torch.zeros(rows, ascending_width(count, limit) - count * low, dtype=torch.uint8, device=numbers.device)
     high.scatter_(1, ones, 1)
     lows = numbers & ((1 << low) - 1)
-    return torch.cat([unfold(lows, low), high], 1) if low else high
+    return torch.cat([unfold_bits(lows, low), high], 1) if low else high
 
 
 def fold_ascending(bits: Tensor, count: int, limit: int) -> Tensor:
@@ -69,4 +69,4 @@ def fold_ascending(bits: Tensor, count: int, limit: int) -> Tensor:
     if len(places) != len(bits) * count:
         raise ValueError(f"{len(places):,} numbers in {len(bits):,} rows of {count}")
     highs = places.view(len(bits), count) - torch.arange(count, device=bits.device)
-    return (highs << low) + (fold(lows, low) if low else 0)
+    return (highs << low) + (fold_bits(lows, low) if low else 0)

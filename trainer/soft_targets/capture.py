@@ -14,7 +14,7 @@ from ...losses.shift import MASKED, shift_for_next_token
 from ...losses.sparse import SparseTargets
 from ...models.teachers import Teacher
 from .cached import SparseTeacher
-from .choosing import choose_rows, rows_of
+from .choosing import choose_rows, packed_rows
 from .keys import noise_of, sequence_keys
 from .packed_rows import RowFormat
 from .store import Store
@@ -111,7 +111,7 @@ def _encoded_again(teacher: SparseTeacher, batch: Mapping[str, Tensor], form: Ro
     labels = batch["labels"][:, 1:].to(targets.ids.device)
     for sequence, own in enumerate(labels):
         known = targets[torch.arange(own.numel(), device=own.device)[own != MASKED] + sequence * own.numel()]
-        data = form.encode(rows_of(known, form))
+        data = form.encode(packed_rows(known, form))
         yield data.cpu(), float(_kl_between(form.decode(data), known, form.v_eff).sum())
 
 

@@ -50,7 +50,7 @@ def _likeliest(log_p: Tensor, form: RowFormat, entropy: Tensor) -> PackedRows:
     return PackedRows(ids[:, : form.top], logs[:, : form.top], others, kept, floor, outside, entropy)
 
 
-def rows_of(known: SparseTargets, form: RowFormat) -> PackedRows:
+def packed_rows(known: SparseTargets, form: RowFormat) -> PackedRows:
     """Chooses the rows of a top-k cache for a teacher that is itself known in bucket form: the same tokens or fewer."""
     logs, order = known.log_weights.topk(form.top + form.others, 1)
     ids = torch.where(logs > -torch.inf, known.ids.gather(1, order), form.v_eff)

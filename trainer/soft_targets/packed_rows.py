@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...losses.sparse import SparseTargets
-from .bits import ascending_width, fold, fold_ascending, from_bytes, to_bytes, unfold, unfold_ascending
+from .bits import ascending_width, fold_bits, fold_ascending, from_bytes, to_bytes, unfold_bits, unfold_ascending
 
 SCALE_BITS = 12
 _SCALE = (1 << SCALE_BITS) - 1
@@ -125,12 +125,12 @@ class RowFormat:
         scales = [rows.floor] if rows.log_tail is None else [rows.floor, log_code(rows.log_tail)]
         entropy = (rows.entropy / math.log(max(self.v_eff, 2))).clamp(0, 1).mul(_ENTROPY).round().to(torch.int64)
         parts = [
-            unfold(rows.top_ids, self.id_bits),
-            unfold(top, SCALE_BITS),
+            unfold_bits(rows.top_ids, self.id_bits),
+            unfold_bits(top, SCALE_BITS),
             unfold_ascending(rows.ids, self.v_eff),
-            unfold(weights, self.weight_bits),
-            unfold(torch.stack(scales, 1), SCALE_BITS),
-            unfold(entropy.unsqueeze(1), 16),
+            unfold_bits(weights, self.weight_bits),
+            unfold_bits(torch.stack(scales, 1), SCALE_BITS),
+            unfold_bits(entropy.unsqueeze(1), 16),
         ]
         return to_bytes(torch.cat([part for part in parts if part.shape[1]], 1))
 
@@ -141,9 +141,9 @@ class RowFormat:
             ValueError: the bytes are not rows of this format.
         """
         top_ids, top, ids, weights, scales, entropy = from_bytes(data)[:, : sum(self.widths)].split(self.widths, 1)
-        first, top_codes = fold(top_ids, self.id_bits), fold(top, SCALE_BITS)
-        others, codes = fold_ascending(ids, self.others, self.v_eff), fold(weights, self.weight_bits)
-        levels = fold(scales, SCALE_BITS)
+        first, top_codes = fold_bits(top_ids, self.id_bits), fold_bits(top, SCALE_BITS)
+        others, codes = fold_ascending(ids, self.others, self.v_eff), fold_bits(weights, self.weight_bits)
+        levels = fold_bits(scales, SCALE_BITS)
         low, high = log_of(levels[:, :1]), log_of(_above(top_codes[:, -1:]))
         drawn = torch.zeros_like(codes, dtype=torch.bool) if self.tail else codes < DRAWN_LEVELS
         steps = codes if self.tail else (codes - DRAWN_LEVELS).clamp(min=0)
@@ -164,7 +164,7 @@ class RowFormat:
         return SparseTargets(
             torch.cat([first, others.masked_fill(unused, 0)], 1),
             log_weights,
-            fold(entropy, 16).squeeze(1).to(torch.float32) * (math.log(max(self.v_eff, 2)) / _ENTROPY),
+            fold_bits(entropy, 16).squeeze(1).to(torch.float32) * (math.log(max(self.v_eff, 2)) / _ENTROPY),
             first[:, 0],
             tail,
             self.temperature,

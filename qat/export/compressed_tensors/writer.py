@@ -21,7 +21,7 @@ from ....models.common.errors import UserError
 from ...packing import pack_bits, packed_width
 from ...source.quantized_source import ExportSource
 from ...spec import ActivationSpec
-from ..common import Layer, exact_plain, exact_scales, layer, plain_config
+from ..common import Layer, exact_plain, exact_scales, layer, unquantized_config
 from ..shards import plan_shards, write_shards
 from .config import LAYOUT_VERSION, NAME, quantization_config
 from .kv_cache import cache_tensors
@@ -61,7 +61,7 @@ def _is_scale(scale: Tensor | None) -> bool:
 
 def exported_config(source: ExportSource) -> dict[str, Any]:
     """``config.json`` of the export: the model's own, in bf16, with the packing described; no path of this machine, no code."""
-    return plain_config(source, torch.bfloat16) | {"quantization_config": quantization_config(source)}
+    return unquantized_config(source, torch.bfloat16) | {"quantization_config": quantization_config(source)}
 
 
 def planned_bytes(source: ExportSource) -> int:

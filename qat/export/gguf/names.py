@@ -91,7 +91,7 @@ def architecture_of(model_type: str) -> str:
     return ARCHITECTURES[model_type]
 
 
-def place_of(name: str, architecture: str) -> Place:
+def gguf_place(name: str, architecture: str) -> Place:
     """The place of the weight ``name`` (transformers' name).
 
     Raises:
@@ -131,7 +131,7 @@ def changed(tensor: "Tensor", change: Change, config: "PreTrainedConfig") -> "Te
 
     Args:
         tensor: [out, ...] as transformers holds it.
-        change: As ``place_of`` says.
+        change: As ``gguf_place`` says.
         config: Gives the numbers of heads.
     """
     settings: Any = config

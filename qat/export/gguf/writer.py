@@ -27,7 +27,7 @@ from .blocks import fits_fp16, is_q2_0, minimums, pack_q2_0, pack_q4_0, pack_q4_
 from .container import FILE_TYPES, TensorPlan, TensorType, Value, planned_file_bytes, write_gguf
 from .generation import end_tokens, sampling_metadata
 from .metadata import ROPE_FREQS, model_metadata, rope_frequency_factors
-from .names import Place, architecture_of, changed, place_of
+from .names import Place, architecture_of, changed, gguf_place
 from .tokenizer import tokenizer_metadata
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _order(source: ExportSource) -> list[str]:
 
 
 def _tensor(source: ExportSource, name: str, architecture: str, config: "PreTrainedConfig", q2_0: bool) -> TensorPlan:
-    place, module, shape = place_of(name, architecture), name.removesuffix(".weight"), source.structure.shapes[name]
+    place, module, shape = gguf_place(name, architecture), name.removesuffix(".weight"), source.structure.shapes[name]
     if module in source.state.codes:
         kind = block_type(source, module, q2_0)
         return TensorPlan(place.name, kind, shape, partial(_blocks, source, module, kind, place, config))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ....models.common.errors import UserError
 from ..gguf.blocks import ASYMMETRIC_BITS, BLOCK, WIDE_BLOCK, is_q2_0
 from ..gguf.metadata import model_metadata
-from ..gguf.names import architecture_of, place_of
+from ..gguf.names import architecture_of, gguf_place
 from .refusal import OtherFormat, Refusal, weights
 from .shared import fp16_scales, integer_schemes, multiples, nothing_beyond_weights, packed
 from .stored_model import StoredModel
@@ -52,7 +52,7 @@ def family_refusal(config: "PreTrainedConfig", names: Iterable[str]) -> str | No
         architecture = architecture_of(config.model_type)
         model_metadata(config, architecture)
         for name in names:
-            place_of(name, architecture)
+            gguf_place(name, architecture)
     except UserError as error:
         return str(error)
     return None

@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 
 from decoct.configs.loader import load_recipe
 from decoct.launch.plan.disk import EXPORT_BYTES
-from decoct.launch.plan.format_limits import format_problems, stored_model
+from decoct.launch.plan.format_limits import format_problems, planned_model
 from decoct.launch.plan.make_plan import plan
 from decoct.launch.plan.problems import problems
 from decoct.launch.plan.recipe_remedies import RecipeRemedies
@@ -31,7 +31,7 @@ def said(
     config = LlamaConfig(hidden_size=32 * heads, intermediate_size=ffn, num_attention_heads=heads, num_hidden_layers=2)
     scheme = QuantScheme(weights=QuantSpec(**spec), skip=skip, **(other or {}))
     remedies = RecipeRemedies(shape_of(config, "a test"), scheme, (form,))
-    return "; ".join(format_problems(stored_model(remedies, **(beside or {}), **(options or {})), remedies))
+    return "; ".join(format_problems(planned_model(remedies, **(beside or {}), **(options or {})), remedies))
 
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "gptq_v2", "awq", "gguf", "safetensors"])

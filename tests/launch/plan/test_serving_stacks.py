@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from decoct.launch.plan.format_limits import stored_model
+from decoct.launch.plan.format_limits import planned_model
 from decoct.launch.plan.recipe_remedies import RecipeRemedies
 from decoct.launch.plan.serving_stacks import Verdict, verdicts
 from decoct.launch.plan.shapes import shape_of
@@ -20,7 +20,7 @@ def _llama(**changes: Any) -> LlamaConfig:
 
 def _verdicts(config: PreTrainedConfig, scheme: QuantScheme, formats: tuple[str, ...], ranks: int = 1) -> list[Verdict]:
     remedies = RecipeRemedies(shape_of(config, "a test"), scheme, formats)
-    return verdicts(stored_model(remedies), remedies, tensor_parallel=ranks)
+    return verdicts(planned_model(remedies), remedies, tensor_parallel=ranks)
 
 
 def _of(

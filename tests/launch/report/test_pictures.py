@@ -9,7 +9,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from decoct.launch.report.labels import overlap, place_labels
-from decoct.launch.report.pictures import layer_sparsity, render, size_against_quality
+from decoct.launch.report.pictures import draw_layer_sparsity, render, size_against_quality
 
 
 def boxes(figure: Any) -> tuple[list[Any], list[Any], Any]:
@@ -101,11 +101,11 @@ def test_the_legend_of_the_zeros_lies_beside_the_bars() -> None:
     report = quickstart()
     report["stages"][4]["layer_sparsity"] = [0.3, 0.3]
     report["stages"].append(row("06-evaluate", "evaluate", 1.3, 102.9, layer_sparsity=[0.3, 0.3]))
-    figure = layer_sparsity(report)
+    figure = draw_layer_sparsity(report)
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["04-prune"], "evaluate judges the same model"
     assert legend.get_window_extent(renderer).x0 >= figure.axes[0].get_window_extent(renderer).x1
     report["stages"] = report["stages"][-1:]
-    assert [text.get_text() for text in layer_sparsity(report).legends[0].get_texts()] == ["06-evaluate"]
+    assert [text.get_text() for text in draw_layer_sparsity(report).legends[0].get_texts()] == ["06-evaluate"]

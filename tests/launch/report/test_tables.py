@@ -4,7 +4,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from decoct.launch.report.tables import HEADINGS, LEFT_OUT_FIRST, WIDE, count, duration, markdown_table, report_rows, size, terminal_table
+from decoct.launch.report.tables import (
+    HEADINGS,
+    LEFT_OUT_FIRST,
+    WIDE,
+    count,
+    duration,
+    report_markdown,
+    report_rows,
+    table_size,
+    terminal_table,
+)
 
 OTHERS = ("compressed-tensors (re-read)", "teacher rounded to int4 (for scale)")
 
@@ -45,7 +55,7 @@ def test_change_is_told_with_its_sign(report: dict[str, Any]) -> None:
 
 
 def test_markdown_table_has_a_cell_for_every_heading(report: dict[str, Any]) -> None:
-    lines = markdown_table(report).splitlines()
+    lines = report_markdown(report).splitlines()
     assert {line.count("|") for line in lines} == {len(HEADINGS) + 1}
 
 
@@ -58,7 +68,7 @@ def test_count(value: int | None, text: str) -> None:
 
 @pytest.mark.parametrize(("value", "text"), [(12, "12 B"), (1_500, "1.50 kB"), (3_420_000_000, "3.42 GB")])
 def test_size(value: int, text: str) -> None:
-    assert size(value) == text
+    assert table_size(value) == text
 
 
 @pytest.mark.parametrize(("value", "text"), [(None, "-"), (0.2, "1 s"), (59.4, "59 s"), (61, "1 min 01 s"), (3661, "1 h 01 min")])

@@ -15,7 +15,7 @@ from decoct.models.common.errors import UserError
 from decoct.models.folder.folder_checks import check_model_folder
 from decoct.models.folder.load_report import check_report
 from decoct.models.folder.loading import load_config, load_model, load_tokenizer, meta_model
-from decoct.models.folder.name_checks import check_names
+from decoct.models.folder.name_checks import check_weight_names
 from decoct.models.tokenizer.scratch_tokenizer import train_tokenizer
 
 Edit = Callable[[dict[str, torch.Tensor]], object]
@@ -130,7 +130,7 @@ def test_missing_unexpected_and_misshapen_weights_are_refused_by_name(folder: Pa
     assert "model.norm.weight (31,) vs (32,)" in message
     assert "\n" not in message
     with pytest.raises(UserError) as early:
-        check_names(folder, folder)
+        check_weight_names(folder, folder)
     assert str(early.value) == message, "the same without loading"
 
 
@@ -153,13 +153,13 @@ REMEDIES: dict[str, tuple[Edit, dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REMEDIES)
 def test_usual_causes_are_named_with_their_remedy(folder: Path, case: str) -> None:
     edit, config, message = REMEDIES[case]
-    check_names(folder, folder)
+    check_weight_names(folder, folder)
     _edit_weights(folder, edit)
     _edit_json(folder / "config.json", **config)
     with pytest.raises(UserError, match=message):
         _load(folder)
     with pytest.raises(UserError, match=message):
-        check_names("model", folder)
+        check_weight_names("model", folder)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from decoct.models.common.errors import UserError
-from decoct.models.tokenizer.vocabulary import check_head_rows, check_same_vocabulary, effective_vocab, rows_of, tokens_without_rows
+from decoct.models.tokenizer.vocabulary import check_head_rows, check_same_vocabulary, effective_vocab, embedding_rows, tokens_without_rows
 
 
 def _tokenizer(*tokens: str, **vocabulary: int) -> PreTrainedTokenizerFast:
@@ -34,7 +34,7 @@ def test_ids_beyond_the_rows_of_a_model_do_not_count(tiny_model: Callable[..., A
     assert effective_vocab(tokenizer, 8, 3) == 3
     assert tokens_without_rows(tokenizer, 3) == {3: "<image>"}
     assert tokens_without_rows(tokenizer, 4) == {}
-    assert rows_of(tiny_model("llama", vocab_size=64).config) == 64
+    assert embedding_rows(tiny_model("llama", vocab_size=64).config) == 64
 
 
 def test_the_same_tokens_in_another_tokenizer_object_are_the_same_vocabulary() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from decoct.qat.export.export import EXPORTERS
-from decoct.qat.export.format_readers import READERS, RUNTIMES, card_lines, formats_for, known_as, markdown_table, reading
+from decoct.qat.export.format_readers import READERS, RUNTIMES, card_lines, formats_for, known_as, readers_markdown, reading
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -25,7 +25,7 @@ def test_the_table_speaks_of_known_formats_and_runtimes_alone() -> None:
 
 
 def test_the_docs_show_the_table() -> None:
-    assert markdown_table() in (ROOT / "docs" / "serving.md").read_text()
+    assert readers_markdown() in (ROOT / "docs" / "serving.md").read_text()
 
 
 def test_a_card_names_what_must_be_told() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from decoct.launch.plan.format_limits import format_problems, stored_model
+from decoct.launch.plan.format_limits import format_problems, planned_model
 from decoct.launch.plan.recipe_remedies import RecipeRemedies
 from decoct.launch.plan.shapes import shape_of
 from decoct.models.common.errors import UserError
@@ -126,7 +126,7 @@ def folder_of(case: Case, build: Build) -> Path:
 
 def planned(case: Case, folder: Path, form: str) -> tuple[Any, list[str]]:
     remedies = RecipeRemedies(shape_of(load_config(folder), "a test"), case.scheme, (form,))
-    stored = stored_model(remedies, **case.beyond, **case.options)
+    stored = planned_model(remedies, **case.beyond, **case.options)
     return stored, format_problems(stored, remedies)
 
 

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from decoct.qat.fake_quant import decode, encode, fake_quant, quantize
-from decoct.qat.fake_quant.float_reference import E2M1, NF4, nearest
+from decoct.qat.fake_quant.float_reference import E2M1, NF4, nearest_value
 from decoct.qat.spec import QuantSpec
 
 SPECS = {
@@ -97,15 +97,15 @@ def test_values_codes_and_gradient_equal_the_search(poisoned: None, name: str, s
 def test_nearest_is_the_nearest(values: np.ndarray, kind: str) -> None:
     scaled = values * np.float32({"nf4": 1, "fp8_e4m3": 448, "mxfp4": 6}[kind])
     expected = torch.from_numpy(search(scaled.astype(np.float64), kind)).float()
-    assert torch.equal(nearest(torch.from_numpy(scaled), kind).abs(), expected.abs())
-    assert torch.equal(nearest(torch.from_numpy(scaled), kind), expected)
+    assert torch.equal(nearest_value(torch.from_numpy(scaled), kind).abs(), expected.abs())
+    assert torch.equal(nearest_value(torch.from_numpy(scaled), kind), expected)
 
 
 def test_every_tie() -> None:
     for kind, table in (("fp8_e4m3", e4m3_values()), ("mxfp4", np.array(E2M1))):
         middle = (table[1:] + table[:-1]) / 2
         middle = np.concatenate([middle, -middle, np.nextafter(middle.astype(np.float32), np.float32(0)).astype(np.float64)])
-        assert torch.equal(nearest(torch.from_numpy(middle).float(), kind), torch.from_numpy(search(middle, kind)).float())
+        assert torch.equal(nearest_value(torch.from_numpy(middle).float(), kind), torch.from_numpy(search(middle, kind)).float())
 
 
 def test_mxfp4_scales_are_powers_of_two_down_to_the_smallest() -> None:

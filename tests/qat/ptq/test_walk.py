@@ -19,7 +19,7 @@ from decoct.models.folder.streaming import empty_model
 from decoct.qat.fake_quant import dequantize, quantize
 from decoct.qat.layers.quantized_model import quantize_model
 from decoct.qat.ptq import CalibrationText, RoundedModel, RoundingMethod, amount_of_work, round_model
-from decoct.qat.ptq.error_report import SAMPLE, error_lines, kind_of, sampled
+from decoct.qat.ptq.error_report import SAMPLE, error_lines, linear_kind, sampled
 from decoct.qat.ptq.gptq import factorize, gptq_codes
 from decoct.qat.ptq.hessians import shared_inputs
 from decoct.qat.ptq.mse import searched_grid
@@ -404,4 +404,4 @@ def test_lines_of_the_summary(random_model: RandomModel) -> None:
     lines = list(error_lines(rounded.errors, True))
     assert len(lines) == 7
     assert lines[0].startswith("self_attn.q_proj  squared output error ") and lines[0].endswith(" to nearest")
-    assert kind_of("model.layers.12.mlp.down_proj") == "mlp.down_proj" and kind_of("lm_head") == "lm_head"
+    assert linear_kind("model.layers.12.mlp.down_proj") == "mlp.down_proj" and linear_kind("lm_head") == "lm_head"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from decoct.qat.runtimes.judge_process import Ended, run_check, unfinished
+from decoct.qat.runtimes.judge_process import Ended, run_check, unfinished_outcome
 
 WRITE = "import json, os, sys; from pathlib import Path; tell = lambda **facts: Path(sys.argv[1]).write_text(json.dumps(facts))\n"
 
@@ -31,7 +31,7 @@ def ended(tmp_path: Path, script: str, seconds: float = 60) -> Ended:
 def test_the_phase_decides_and_the_words_are_its_own(tmp_path: Path, script: str, status: str, reason: str) -> None:
     found = ended(tmp_path, script)
     assert not found.done
-    seen = unfinished(found)
+    seen = unfinished_outcome(found)
     assert seen["status"] == status
     assert reason in seen["reason"]
 
@@ -43,6 +43,9 @@ def test_an_answer_is_an_answer_and_half_a_file_is_none(tmp_path: Path) -> None:
 
 
 def test_time_and_a_missing_interpreter_are_said(tmp_path: Path) -> None:
-    assert "no answer within 0.2 seconds" in unfinished(ended(tmp_path, "tell(phase='done'); import time; time.sleep(30)", 0.2))["reason"]
-    seen = unfinished(run_check(["/nowhere/python"], tmp_path / "none.json", os.environ))
+    assert (
+        "no answer within 0.2 seconds"
+        in unfinished_outcome(ended(tmp_path, "tell(phase='done'); import time; time.sleep(30)", 0.2))["reason"]
+    )
+    seen = unfinished_outcome(run_check(["/nowhere/python"], tmp_path / "none.json", os.environ))
     assert seen["status"] == "skipped" and "/nowhere/python" in seen["reason"]

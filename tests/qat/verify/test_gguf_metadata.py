@@ -19,7 +19,7 @@ from decoct.qat.runtimes import llama_cpp_check
 from decoct.qat.runtimes.check import check_runtimes
 from decoct.qat.spec import QuantSpec
 from decoct.qat.verify.verify import verify_folder
-from decoct.trainer.evaluation.model_row import is_export
+from decoct.trainer.evaluation.model_row import is_existing_export
 
 Build = Callable[..., Path]
 ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -173,8 +173,8 @@ def test_rebuilt_model_is_the_fake_quant_model(quantized_folder: Build, tmp_path
 
 
 def test_reports_take_it_for_an_export(exported: Path, source: Path) -> None:
-    assert is_export(str(exported))
-    assert not is_export(str(source))
+    assert is_existing_export(str(exported))
+    assert not is_existing_export(str(source))
 
 
 def test_a_runtime_that_is_not_installed_is_said_to_be(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:

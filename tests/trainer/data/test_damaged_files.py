@@ -14,7 +14,7 @@ import pytest
 
 from decoct.models.common.errors import UserError
 from decoct.trainer.data.file_documents import read_file
-from decoct.trainer.data.file_rows import rows_of
+from decoct.trainer.data.file_rows import read_rows
 
 TEXTS = [f"text number {n} \u00e9\u6f22" for n in range(40)]
 LINES = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in TEXTS)
@@ -69,7 +69,7 @@ def test_damaged_files_are_read_or_refused(tmp_path: Path, name: str) -> None:
         file.write_bytes(mutated(FILES[name], rng))
         try:
             if name.startswith("talks"):
-                list(rows_of(file, ["messages"]))
+                list(read_rows(file, ["messages"]))
             else:
                 list(read_file(file, "text"))
         except UserError as error:

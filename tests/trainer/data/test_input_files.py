@@ -17,7 +17,7 @@ from decoct.models.common.errors import UserError
 from decoct.trainer.data import input_files as files
 from decoct.trainer.data.documents import read_documents
 from decoct.trainer.data.file_documents import read_file
-from decoct.trainer.data.input_files import find_files, opened, shown
+from decoct.trainer.data.input_files import find_files, opened, shown_path
 from decoct.trainer.settings import DataSettings
 
 TEXTS = ["one\ntwo", "d\u00e9j\u00e0, \u6f22\u5b57", 'a "quoted" word']
@@ -160,8 +160,8 @@ def test_names_that_are_no_utf8_are_read_and_shown(tmp_path: Path) -> None:
         read_documents(DataSettings(files=(str(tmp_path),)))
     assert r"caf\xe9.txt" in str(caught.value)
     assert str(caught.value).isascii()
-    assert shown(name) == r"caf\xe9.txt"
-    assert shown("a\nb\x1b[31m.txt") == r"a\nb\x1b[31m.txt"
+    assert shown_path(name) == r"caf\xe9.txt"
+    assert shown_path("a\nb\x1b[31m.txt") == r"a\nb\x1b[31m.txt"
 
 
 def test_a_file_that_unpacks_to_absurdly_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 from decoct.models.common.errors import UserError
 from decoct.trainer.data import input_files as files
 from decoct.trainer.data.file_documents import read_file
-from decoct.trainer.data.file_rows import rows_of
+from decoct.trainer.data.file_rows import read_rows
 
 
 def broken_text(data: bytes) -> pa.Array:
@@ -34,7 +34,7 @@ def test_rows_that_repeat_one_long_text_take_the_memory_of_one(tmp_path: Path, n
     before = pa.total_allocated_bytes()
     tracemalloc.start()
     most = 0
-    for count, (_, row) in enumerate(rows_of(tmp_path / "a.parquet"), 1):
+    for count, (_, row) in enumerate(read_rows(tmp_path / "a.parquet"), 1):
         assert not isinstance(row, UserError)
         most = max(most, pa.total_allocated_bytes() - before)
         if count == 300:
@@ -57,7 +57,7 @@ def test_keys_that_a_schema_makes_for_rows_without_them_are_taken_out(tmp_path: 
         {"messages": [{"role": "user", "content": "q", "call": {"arguments": {"hour": 7}}}]},
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    read = [row for _, row in rows_of(tmp_path / "a.parquet", ["messages"])]
+    read = [row for _, row in read_rows(tmp_path / "a.parquet", ["messages"])]
     assert read == [
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "call": {"arguments": {"city": "Oslo"}}}]},
         {"messages": [{"role": "user", "content": "q", "call": {"arguments": {"hour": 7}}}]},
@@ -66,4 +66,4 @@ def test_keys_that_a_schema_makes_for_rows_without_them_are_taken_out(tmp_path: 
 
 def test_other_columns_are_not_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["x"], "other": [1]}), tmp_path / "a.parquet")
-    assert list(rows_of(tmp_path / "a.parquet", ["text"], name="a")) == [("a, row 1", {"text": "x"})]
+    assert list(read_rows(tmp_path / "a.parquet", ["text"], name="a")) == [("a, row 1", {"text": "x"})]

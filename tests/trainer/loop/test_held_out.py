@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from decoct.trainer.evaluation.figures import evaluate_model
-from decoct.trainer.loop.held_out import FIGURES, HeldOut, Watch, derive_watch, describe
+from decoct.trainer.loop.held_out import FIGURES, HeldOut, Watch, derive_watch, held_out_text
 
 TIMES = ("seconds", "tokens_per_second")
 
@@ -96,7 +96,7 @@ def test_a_cache_has_not_seen_this_text_and_gives_no_kl(training: ModuleType, tm
         def to(self, device: Any) -> "Cache":
             return self
 
-        def describe(self) -> str:
+        def held_out_text(self) -> str:
             return "a cache"
 
     held_out = HeldOut(training.RandomWindows(4), Watch(every=2, windows=2), Cache(), training.VOCAB)
@@ -132,5 +132,5 @@ def test_how_a_stage_is_watched(every: Any, steps: int, step_windows: int, avail
 
 
 def test_figures_without_numbers_are_not_told() -> None:
-    assert describe(dict.fromkeys(FIGURES)) == ""
-    assert describe({"held_out_kl": None, "held_out_perplexity": 12.0}) == "held-out perplexity 12.00"
+    assert held_out_text(dict.fromkeys(FIGURES)) == ""
+    assert held_out_text({"held_out_kl": None, "held_out_perplexity": 12.0}) == "held-out perplexity 12.00"

@@ -13,7 +13,7 @@ from decoct.models.common.errors import UserError
 from decoct.models.low_bit import load_bitsandbytes
 from decoct.qat.layers.quant_linear import Extras, QuantLinear
 from decoct.qat.spec import QuantSpec
-from decoct.trainer.checkpoints.optimizer_moments import decode, encode, load_state_tensors, parameter_state, zero_moments
+from decoct.trainer.checkpoints.optimizer_moments import decode_moments, encode_moments, load_state_tensors, parameter_state, zero_moments
 from decoct.trainer.loop.optimizer import build_optimizer
 from decoct.trainer.plan import BatchPlan, TrainingPlan
 
@@ -130,7 +130,7 @@ def test_codes_and_scales_come_back_as_they_were() -> None:
     state = optimizer.state[student[1].weight]
     for codes, table, scales in (("state1", "qmap1", "absmax1"), ("state2", "qmap2", "absmax2")):
         found, scale = torch.empty_like(state[codes]), torch.empty_like(state[scales])
-        encode(decode(state[codes], state[table], state[scales]), state[table], codes=found, scales=scale)
+        encode_moments(decode_moments(state[codes], state[table], state[scales]), state[table], codes=found, scales=scale)
         assert torch.equal(found, state[codes])
         # two neighbouring scales may give the same 256 numbers
         torch.testing.assert_close(scale, state[scales], rtol=2.5e-7, atol=0)
@@ -143,11 +143,11 @@ def test_decoding_is_that_of_bitsandbytes_and_encoding_rounds_to_nearest() -> No
     table = functional.create_dynamic_map(signed=True)
     theirs, state = functional.quantize_blockwise(numbers, code=table, blocksize=256)
     expected = functional.dequantize_blockwise(theirs, state)
-    assert torch.equal(decode(theirs, table, state.absmax), expected)
+    assert torch.equal(decode_moments(theirs, table, state.absmax), expected)
     codes, scales = torch.empty(5, 200, dtype=torch.uint8), torch.empty(4)
-    encode(numbers, table, codes=codes, scales=scales)
+    encode_moments(numbers, table, codes=codes, scales=scales)
     assert torch.equal(scales, state.absmax)
-    ours = decode(codes, table, scales)
+    ours = decode_moments(codes, table, scales)
     assert ((ours - numbers).abs() <= (expected - numbers).abs() + 1e-7).all()
 
 

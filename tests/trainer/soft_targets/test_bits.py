@@ -2,20 +2,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decoct.trainer.soft_targets.bits import ascending_width, fold, fold_ascending, from_bytes, to_bytes, unfold, unfold_ascending
+from decoct.trainer.soft_targets.bits import ascending_width, fold_bits, fold_ascending, from_bytes, to_bytes, unfold_bits, unfold_ascending
 
 
 @given(st.integers(1, 20), st.lists(st.integers(0, 2**20 - 1), min_size=1, max_size=9))
 def test_numbers_come_back_from_bytes(width: int, numbers: list[int]) -> None:
     values = torch.tensor([[number % 2**width for number in numbers]] * 3)
-    bits = unfold(values, width)
+    bits = unfold_bits(values, width)
     assert bits.shape == (3, width * len(numbers))
     back = from_bytes(to_bytes(bits))[:, : bits.shape[1]]
-    assert torch.equal(fold(back, width), values)
+    assert torch.equal(fold_bits(back, width), values)
 
 
 def test_bits_lie_lowest_first() -> None:
-    assert to_bytes(unfold(torch.tensor([[0b101, 0b001]]), 3)).tolist() == [[0b001101]]
+    assert to_bytes(unfold_bits(torch.tensor([[0b101, 0b001]]), 3)).tolist() == [[0b001101]]
 
 
 @settings(deadline=None)
