@@ -106,7 +106,7 @@ def main() -> None:
         exporter.check_runtimes = lambda folder, **options: {}
     counts: Counter[str] = Counter()
     packed: Any = lambda file, tensor: tensor.type.startswith("Q")  # noqa: E731
-    PackedFolder.lattice = counted(counts, "decodes", PackedFolder.lattice, lambda *arguments: True)
+    PackedFolder.stored_codes = counted(counts, "decodes", PackedFolder.stored_codes, lambda *arguments: True)
     GgufFile._blocks = counted(counts, "decodes", GgufFile._blocks, packed)
     codes_state.QuantState.dequantized = counted(
         counts, "dequantized", codes_state.QuantState.dequantized, lambda *arguments: True

@@ -32,9 +32,9 @@ def draw(rows: list[dict[str, object]], file: Path) -> None:
     for system, label in NAMES.items():
         points = []
         for row in rows:
-            lattice = re.fullmatch(r"w(\d)-g(64)", str(row["case"]))
-            if lattice and row["system"] == system and row["metric"] == "kl":
-                points.append((int(lattice[1]) + SCALE_BITS / int(lattice[2]), float(str(row["value"]))))
+            spec = re.fullmatch(r"w(\d)-g(64)", str(row["case"]))
+            if spec and row["system"] == system and row["metric"] == "kl":
+                points.append((int(spec[1]) + SCALE_BITS / int(spec[2]), float(str(row["value"]))))
         if points:
             axes.plot(*zip(*sorted(points)), marker="o", markersize=4, label=label)
     axes.set_yscale("log")

@@ -85,7 +85,7 @@ def measure_written(bench: Bench, file: str, method: str, bits: int, group: int)
         weight, scale = written[f"{name}.weight"], written[f"{name}.scale"]
         codes = weight.view(weight.shape[0], -1, group) / scale.unsqueeze(2)
         if float((codes - codes.round()).abs().max()) > 1e-3 or float(codes.max()) > 2 ** (bits - 1) - 0.5:
-            raise SystemExit(f"{file}: {name} is not on a lattice of {bits} bits in groups of {group}")
+            raise SystemExit(f"{file}: {name} is not on a spec of {bits} bits in groups of {group}")
         linear.weight.data.copy_(weight)
         if method == "rtn":
             # a scale that differs in its last bit moves a weight on a tie to the next code

@@ -53,7 +53,7 @@ def read_recipe(root: Node, problems: Problems, *, default_name: str | None) -> 
         default_name: name of a recipe that gives none (a file's stem); None makes the key required.
     """
     if not isinstance(root, Mapping):
-        problems.add((), f"a recipe is a set of keys ({', '.join(KEYS)}); got {shown(root)}")
+        problems.add((), f"a recipe is a set of keys ({', '.join(KEYS)}); got {shown_value(root)}")
         problems.stop()
     assert isinstance(root, Mapping)
     for key in root.entries:
@@ -88,7 +88,7 @@ def _read_head(root: Mapping, problems: Problems, default_name: str | None) -> t
     if name is None:
         _need("name", problems)
     elif not _NAME.fullmatch(name):
-        problems.add(("name",), f"{shown(name)} cannot name a run; {_NAME_RULE}")
+        problems.add(("name",), f"{shown_value(name)} cannot name a run; {_NAME_RULE}")
     return name or "", settings.seed
 
 
@@ -108,7 +108,7 @@ def _read_stages(root: Mapping, problems: Problems) -> list[StageEntry | None]:
         return []
     node = root.entries["stages"].node
     if not isinstance(node, Listing):
-        problems.add(("stages",), f"wants a list of stages ('- distill: {{tokens: 10M}}' and so on, in order); got {shown(node)}")
+        problems.add(("stages",), f"wants a list of stages ('- distill: {{tokens: 10M}}' and so on, in order); got {shown_value(node)}")
         return []
     if not node.items:
         problems.add(("stages",), f"is empty; name at least one of {', '.join(STAGE_KINDS)}")
@@ -153,7 +153,7 @@ def _shape_message(node: Node) -> str:
         others = [key for key in node.entries if key != kind]
         remedy = f"indent {', '.join(others)} below '{kind}:'" if kind else f"write them below one of {', '.join(STAGE_KINDS)}"
         return f"a stage is one key, its kind, with its settings below it; got the keys {', '.join(node.entries)}: {remedy}"
-    return f"a stage is '- kind' or '- kind: {{settings}}', kind one of {', '.join(STAGE_KINDS)}; got {shown(node)}"
+    return f"a stage is '- kind' or '- kind: {{settings}}', kind one of {', '.join(STAGE_KINDS)}; got {shown_value(node)}"
 
 
 def _read_label(body: Node, kind: str, path: KeyPath, problems: Problems) -> str:
@@ -163,11 +163,11 @@ def _read_label(body: Node, kind: str, path: KeyPath, problems: Problems) -> str
         return kind
     value = entry.node.value if isinstance(entry.node, Scalar) else entry.node
     if not isinstance(value, str) or not _NAME.fullmatch(value):
-        problems.add((*path, "name"), f"{shown(value)} cannot name a stage; {_NAME_RULE}")
+        problems.add((*path, "name"), f"{shown_value(value)} cannot name a stage; {_NAME_RULE}")
     elif value.isdigit():
-        problems.add((*path, "name"), f"{shown(value)} would be taken for a position in overrides; begin with a letter")
+        problems.add((*path, "name"), f"{shown_value(value)} would be taken for a position in overrides; begin with a letter")
     elif value in STAGE_KINDS and value != kind:
-        problems.add((*path, "name"), f"{shown(value)} is another kind of stage; choose a name that is none of {', '.join(STAGE_KINDS)}")
+        problems.add((*path, "name"), f"{shown_value(value)} is another kind of stage; choose a name other than {', '.join(STAGE_KINDS)}")
     else:
         return value
     return kind

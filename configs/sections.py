@@ -67,7 +67,7 @@ class _Walk:
 
     def _wrong(self, given: Any, annotation: Any, path: KeyPath) -> Any:
         """Tell that ``given`` has the wrong type."""
-        self._problems.add(path, f"wants {describe(annotation)}; got {shown(given)}{_hint(given, annotation)}")
+        self._problems.add(path, f"wants {described_type(annotation)}; got {shown_value(given)}{_hint(given, annotation)}")
         return _WRONG
 
     def _scalar(self, node: Scalar, annotation: Any, path: KeyPath) -> Any:
@@ -123,7 +123,7 @@ class _Walk:
         missing = [entry.name for entry in fields(section) if _required(entry) and entry.name not in found]
         for key in missing:
             if not self._problems.excused((*path, key)):
-                self._problems.add(path, f"needs the key '{key}': {describe(known[key])}")
+                self._problems.add(path, f"needs the key '{key}': {described_type(known[key])}")
         if missing or any(self._problems.touches((*path, key)) for key in node.entries):
             return _WRONG
         return self._built(section, found, path)

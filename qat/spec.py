@@ -205,10 +205,10 @@ class ActivationSpec:
         if not self.symmetric and self.kind != "int8":
             raise ValueError(f"kind={self.kind!r} has no zero point; leave symmetric out, or use kind='int8'")
         # made here and kept: torch.compile, which traces forward passes, cannot trace the checks of a new spec
-        _ = self.lattice
+        _ = self.matrix_spec
 
     @cached_property
-    def lattice(self) -> QuantSpec:
+    def matrix_spec(self) -> QuantSpec:
         """The same quantization as a QuantSpec of the matrix [tokens, features]."""
         group = "channel" if self.scaling == "dynamic" else "tensor"
         if self.kind == "fp8_e4m3":

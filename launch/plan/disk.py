@@ -142,7 +142,7 @@ EXPORT_BYTES = {
     "safetensors": plain_bytes,
     "safetensors-f32": plain_f32_bytes,
 }
-"""Format -> function of (shape, lattices)."""
+"""Format -> function of (shape, specs)."""
 
 
 def checkpoint_bytes(shape: ModelShape, *, masks: bool) -> int:

@@ -23,7 +23,7 @@ class StageMemoryCase:
     placement: Placement = "replicated"
     """Where they are held."""
     scheme: "QuantScheme | None" = None
-    """Lattices that the student trains on, in a qat stage."""
+    """The scheme that the student trains on, in a qat stage."""
     learned_scales: bool = False
     """A scale parameter for each group, in a qat stage."""
     codes_only: bool = False

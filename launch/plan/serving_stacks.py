@@ -14,7 +14,7 @@ from ...qat.export.limits.refusal import OtherFormat
 from ...qat.export.limits.stored_model import StoredModel
 from ...qat.spec import QuantSpec
 from .recipe_remedies import RecipeRemedies
-from .stack_rules import StackFinding, Outcome, rules
+from .stack_rules import Outcome, StackFinding, rules
 from .stored_shapes import StoredShapes, stored_shapes
 
 

@@ -104,7 +104,7 @@ class StageShape:
     before: ModelShape
     after: ModelShape
     scheme: "QuantScheme | None"
-    """The lattices of the weights after the stage, None while they are not quantized."""
+    """The specs of the weights after the stage, None while they are not quantized."""
     activations: "ActivationSpec | None" = None
     """How the inputs of the quantized linears are rounded after the stage."""
     kv_cache: "ActivationSpec | None" = None
@@ -237,7 +237,7 @@ def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
 
 
 def quantized_linears(shape: ModelShape, scheme: "QuantScheme") -> dict[str, Quantized]:
-    """What lattices cover: linears of the decoder layers, and embedding and head where they are asked for.
+    """What specs cover: linears of the decoder layers, and embedding and head where they are asked for.
 
     Raises:
         ValueError: a pattern changes nothing, or two change one module differently.

@@ -1,4 +1,4 @@
-"""What codes and scales of a lattice must look like, checked when they are read back: shapes, ranges, grids."""
+"""What codes and scales of a spec must look like, checked when they are read back: shapes, ranges, grids."""
 
 import torch
 from torch import Tensor
@@ -20,9 +20,9 @@ def grid_problem(encoded: Encoded, spec: QuantSpec) -> str | None:
 
 def _zero_problem(zeros: Tensor | None, scales: Tensor, spec: QuantSpec) -> str | None:
     if spec.symmetric:
-        return None if zeros is None else "zero points are stored for a symmetric lattice"
+        return None if zeros is None else "zero points are stored for a symmetric spec"
     if zeros is None:
-        return "zero points of an asymmetric lattice are missing"
+        return "zero points of an asymmetric spec are missing"
     if zeros.dtype != torch.int8 or zeros.shape != scales.shape:
         return f"zero points are {zeros.dtype} of shape {tuple(zeros.shape)}, not int8 of shape {tuple(scales.shape)}"
     if zeros.numel() and not spec.qmin <= int(zeros.min()) <= int(zeros.max()) <= spec.qmax:

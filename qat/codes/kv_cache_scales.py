@@ -1,7 +1,7 @@
 """How keys and values are rounded, as a quantized folder holds it: part of ``QuantState``.
 
-``quant/codes.safetensors`` has ``<attention module>.k_scale`` and ``.v_scale`` fp32, and for an asymmetric lattice ``.k_zero`` and
-``.v_zero`` int8, one number each, where the scales are stored ones; ``decoct.json`` names the lattice and the attention modules.
+``quant/codes.safetensors`` has ``<attention module>.k_scale`` and ``.v_scale`` fp32, and for an asymmetric spec ``.k_zero`` and
+``.v_zero`` int8, one number each, where the scales are stored ones; ``decoct.json`` names the spec and the attention modules.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ _SCALE, _ZERO = "_scale", "_zero"
 
 @dataclass(frozen=True, kw_only=True)
 class CacheState:
-    """The lattice of keys and values, and its stored scales, on the CPU."""
+    """The spec of keys and values, and its stored scales, on the CPU."""
 
     spec: ActivationSpec
     attentions: tuple[str, ...]
@@ -48,7 +48,7 @@ class CacheState:
         return {"kv_cache": self.spec.to_json(), "attentions": list(self.attentions)}
 
     def expected(self) -> Iterator[str]:
-        """Names of the tensors that the lattice has in ``quant/codes.safetensors``."""
+        """Names of the tensors that the spec has in ``quant/codes.safetensors``."""
         if self.spec.scaling == "static":
             for name in self.names:
                 yield name + _SCALE
@@ -59,7 +59,7 @@ class CacheState:
         """What is wrong with scales and zero points, as a sentence; None when nothing is."""
         tensors = self.tensors()
         if differing := sorted(set(self.expected()) ^ set(tensors)):
-            return f"kv_cache: {differing[0]} is {'stored, but the lattice has none' if differing[0] in tensors else 'missing'}"
+            return f"kv_cache: {differing[0]} is {'stored, but the spec has none' if differing[0] in tensors else 'missing'}"
         for name, tensor in tensors.items():
             dtype = torch.float32 if name.endswith(_SCALE) else torch.int8
             if tensor.numel() != 1 or tensor.dtype != dtype:

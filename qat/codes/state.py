@@ -1,7 +1,7 @@
 """QuantState: the codes and scales of a model, how they lie in a model folder, and the checks when they are read back.
 
 A quantized folder holds ``model.safetensors`` with codes * scales in fp32 under the original names, and
-``quant/codes.safetensors``: ``<module>.codes`` int8 [out, in], ``<module>.scale`` fp32 [out, groups], for an asymmetric lattice
+``quant/codes.safetensors``: ``<module>.codes`` int8 [out, in], ``<module>.scale`` fp32 [out, groups], for an asymmetric spec
 ``<module>.zero_point`` int8 [out, groups], for nvfp4 ``.global_scale`` fp32 [1], for inputs with a stored scale ``.input_scale`` fp32
 and ``.input_zero`` int8, one number each; of keys and values what ``kv_cache_scales.py`` says. ``decoct.json`` records the QuantSpec, the
 modules and a hash of everything. Export reads the codes and never rounds again.
@@ -35,7 +35,7 @@ class QuantState:
     """What is stored and served: codes and scales per module, on the CPU."""
 
     spec: QuantSpec
-    """The lattice of every module that has none of its own."""
+    """The spec of every module that has none of its own."""
     modules: tuple[str, ...]
     """Full module names, in module order."""
     codes: dict[str, Tensor]
@@ -43,17 +43,17 @@ class QuantState:
     scales: dict[str, Tensor]
     """fp32 of ``spec.scale_shape`` by module name, on the spec's grid (mxfp4: powers of two; nvfp4: numbers of float8 e4m3)."""
     zero_points: dict[str, Tensor] = field(default_factory=dict)
-    """int8 [out, groups] in [qmin, qmax] by module name; modules with a symmetric lattice have none."""
+    """int8 [out, groups] in [qmin, qmax] by module name; modules with a symmetric spec have none."""
     global_scales: dict[str, Tensor] = field(default_factory=dict)
     """fp32 [1] by module name, which its scales are divided by (nvfp4 alone)."""
     own_specs: dict[str, QuantSpec] = field(default_factory=dict)
-    """Lattices of modules that differ from ``spec``."""
+    """Specs of modules that differ from ``spec``."""
     activations: ActivationSpec | None = None
     """How the modules' inputs are rounded; None = not at all."""
     input_scales: dict[str, Tensor] = field(default_factory=dict)
     """fp32 [] by module name: scales of inputs that are rounded with a stored one."""
     input_zeros: dict[str, Tensor] = field(default_factory=dict)
-    """int8 [] by module name: zero points of inputs whose stored lattice has one."""
+    """int8 [] by module name: zero points of inputs whose stored spec has one."""
     cache: CacheState | None = None
     """How keys and values are rounded; None = not at all."""
 
@@ -64,7 +64,7 @@ class QuantState:
         """The state of modules that have been encoded, in the order of ``encoded``.
 
         Args:
-            spec: The lattice of most of them.
+            spec: The spec of most of them.
             specs: That of each.
             encoded: Codes and scales of each.
             device: Where the tensors go; None leaves them where they are.
@@ -89,7 +89,7 @@ class QuantState:
         return Encoded(self.codes[module], self.scales[module], self.zero_points.get(module), self.global_scales.get(module))
 
     def spec_of(self, module: str) -> QuantSpec:
-        """The lattice of a module."""
+        """The spec of a module."""
         return self.own_specs.get(module, self.spec)
 
     def dequantized(self, module: str) -> Tensor:

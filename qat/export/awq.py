@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..source.quantized_source import ExportSource
-from .common import exact_plain, exact_scales, layer, unquantized_config, plain_dtype, unsigned
+from .common import exact_plain, exact_scales, layer, plain_dtype, unquantized_config, unsigned
 from .shards import plan_shards, write_shards
 
 NAME = "awq"

@@ -39,7 +39,7 @@ class CardFacts:
     runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """As ``check_runtimes`` gives them; {} when none was asked."""
     scheme: dict[str, int] = field(default_factory=dict)
-    """Where modules have different lattices: what each is -> how many modules have it."""
+    """Where modules have different specs: what each is -> how many modules have it."""
     inputs: str = ""
     """How inputs of quantized modules are rounded; '' when they are not."""
     cache: str = ""
@@ -139,7 +139,7 @@ def _weight_rows(facts: CardFacts, spec: QuantSpec, form: FormatCard) -> list[tu
     per = "output row" if isinstance(spec.group_size, str) else f"group of {spec.group_size} inputs"
     kind = "symmetric" if spec.symmetric else "asymmetric"
     left = f"; in {form.plain}: {', '.join(facts.unquantized)}" if facts.unquantized else ""
-    mixed = "; ".join(f"{count} linears {lattice}" for lattice, count in facts.scheme.items())
+    mixed = "; ".join(f"{count} linears {spec}" for spec, count in facts.scheme.items())
     beside = {"Inputs": facts.inputs, "Keys and values": facts.cache}
     return [
         ("Weights", (mixed and f"{mixed} ({form.tag})") or f"int{spec.bits}, {kind}, one {form.scales.format(per=per)}"),

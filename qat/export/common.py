@@ -1,4 +1,4 @@
-"""What the exporters of packed weights share: the lattice of a module, checked casts, and which 16-bit float the rest is stored in."""
+"""What the exporters of packed weights share: the spec of a module, checked casts, and which 16-bit float the rest is stored in."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "f
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A module's lattice with a scale for each row and group: w = (codes - zeros) * scales."""
+    """A module's spec with a scale for each row and group: w = (codes - zeros) * scales."""
 
     spec: QuantSpec
     codes: Tensor
@@ -34,7 +34,7 @@ class Layer:
 
 
 def layer(source: ExportSource, module: str) -> Layer:
-    """The lattice of a module; one scale for the whole matrix is repeated for each row, which is the same numbers."""
+    """The spec of a module; one scale for the whole matrix is repeated for each row, which is the same numbers."""
     state = source.state
     codes, scales, zeros = state.codes[module], state.scales[module], state.zero_points.get(module)
     if tuple(scales.shape) == (1, 1) and state.spec_of(module).group_size == "tensor":

@@ -156,7 +156,7 @@ def export_folder(
         allow_inexact: Let plain weights be rounded to a dtype that does not hold them; the largest change is reported.
 
     Raises:
-        UserError: unknown format, a source without codes or with damaged ones, a lattice the format cannot hold, an existing target,
+        UserError: unknown format, a source without codes or with damaged ones, a spec the format cannot hold, an existing target,
             a disk that refuses.
         DecoctError: the result is not exact, or a runtime loads it and computes other logits. In every case nothing is left behind. A
             runtime that refuses to load it is reported with its own words, and is no error.

@@ -21,7 +21,7 @@ from ...models.fused_linears import FUSED, FUSED_NAMES
 from ..packing import pack_bits
 from ..source.quantized_source import ExportSource
 from ..spec import QuantSpec
-from .common import exact_plain, exact_scales, layer, unquantized_config, plain_dtype
+from .common import exact_plain, exact_scales, layer, plain_dtype, unquantized_config
 from .shards import plan_shards, write_shards
 
 V1, V2 = "gptq", "gptq_v2"

@@ -167,13 +167,13 @@ def _(grad: Tensor, weight: Tensor, mask: Tensor | None, bits: int, width: int, 
 
 
 def _save(ctx, inputs, output) -> None:
-    weight, mask, *ctx.lattice = inputs
+    weight, mask, *ctx.grid = inputs
     ctx.save_for_backward(weight, mask)
 
 
 def _backward(ctx, grad: Tensor):
     weight, mask = ctx.saved_tensors
-    return fake_quant_gradient(grad, weight, mask, *ctx.lattice), None, None, None, None, None
+    return fake_quant_gradient(grad, weight, mask, *ctx.grid), None, None, None, None, None
 
 
 fake_quant.register_autograd(_backward, setup_context=_save)

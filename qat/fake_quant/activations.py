@@ -54,7 +54,7 @@ def fake_quant_activation(
     if x.ndim < 1 or not x.is_floating_point():
         raise ValueError(f"activations must be floating point [..., features], not {x.dtype} of shape {tuple(x.shape)}")
     rows = x.reshape(-1, x.shape[-1])
-    own = spec.lattice
+    own = spec.matrix_spec
     if spec.scaling == "dynamic":
         if scale is not None or zero is not None:
             raise ValueError("scaling='dynamic' takes scales from the values; leave scale and zero out, or use scaling='static'")
@@ -77,7 +77,7 @@ def static_scale(low: Tensor, high: Tensor, spec: ActivationSpec) -> tuple[Tenso
     Returns:
         (scale fp32 [], zero int8 [] or None when the spec is symmetric); scale 1 for the range [0, 0], NaN for a broken one.
     """
-    own = spec.lattice
+    own = spec.matrix_spec
     low, high = low.to(torch.float32).clamp(max=0.0), high.to(torch.float32).clamp(min=0.0)
     scale, zero = grid_of_range(low, high, own.bits, spec.symmetric, own.divisor_value, grid_numbers(own))
     return scale, None if spec.symmetric else zero

@@ -71,8 +71,8 @@ def _range_kernel(
         tl.store(zero_ptr + rows, tl.where(fine, zero, 0.0).to(tl.int8), mask=inside)
 
 
-@torch.library.custom_op("decoct::range_lattice_triton", mutates_args=())
-def lattice(
+@torch.library.custom_op("decoct::range_grid_triton", mutates_args=())
+def range_grid_op(
     weight: Tensor, mask: Tensor | None, bits: int, width: int, shared: bool, symmetric: bool, divisor: float, grid: list[float]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(scales fp32, zero points int8) of weights [out, in]; symmetric ones only when shared (``absmax_kernel.py`` has the groups)."""
@@ -89,7 +89,7 @@ def lattice(
     return first.view(shape), second.view(shape)
 
 
-@lattice.register_fake
+@range_grid_op.register_fake
 def _(
     weight: Tensor, mask: Tensor | None, bits: int, width: int, shared: bool, symmetric: bool, divisor: float, grid: list[float]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip

@@ -57,8 +57,8 @@ def group_shape(weight: Tensor, width: int, shared: bool) -> tuple[int, int]:
 
 
 # A custom op, so that no compiler removes the cast to the grid and back.
-@torch.library.custom_op("decoct::range_lattice_reference", mutates_args=())
-def lattice(
+@torch.library.custom_op("decoct::range_grid_reference", mutates_args=())
+def range_grid_op(
     weight: Tensor, mask: Tensor | None, bits: int, width: int, shared: bool, symmetric: bool, divisor: float, grid: list[float]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(scales fp32, zero points int8) of weights [out, in], both [out, groups], or [1, 1] if shared; bad groups have NaN scales."""
@@ -70,7 +70,7 @@ def lattice(
     return scale.view(shape), zeros.view(shape)
 
 
-@lattice.register_fake
+@range_grid_op.register_fake
 def _(
     weight: Tensor, mask: Tensor | None, bits: int, width: int, shared: bool, symmetric: bool, divisor: float, grid: list[float]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip

@@ -21,9 +21,9 @@ def range_grid(weight: Tensor, spec: QuantSpec, mask: Tensor | None, backend: st
     if use_kernel(weight, backend) and (shared or not spec.symmetric):
         from ..fake_quant import range_kernel
 
-        scale, zeros = range_kernel.lattice(weight.detach(), *arguments)
+        scale, zeros = range_kernel.range_grid_op(weight.detach(), *arguments)
     else:
-        scale, zeros = range_reference.lattice(weight.detach(), *arguments)
+        scale, zeros = range_reference.range_grid_op(weight.detach(), *arguments)
     return scale, None if spec.symmetric else zeros
 
 

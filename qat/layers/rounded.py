@@ -53,7 +53,7 @@ class RoundedWeight(_Base):
         shape = spec.scale_shape(rows, columns)
         self.spec = spec
         self.mode: Mode = "absmax"
-        self.lattice = spec
+        self.current_spec = spec
         """The spec in use: with more bits than ``spec`` while bits are annealed."""
         self.register_buffer("mask", None, persistent=False)
         extras = extras or Extras()
@@ -77,12 +77,12 @@ class RoundedWeight(_Base):
     @property
     def bits(self) -> int:
         """Bits in use: those of the spec, or more while bits are annealed."""
-        return self.lattice.bits
+        return self.current_spec.bits
 
     @bits.setter
     def bits(self, bits: int) -> None:
         # made here and not in every forward pass, because torch.compile cannot trace the checks of a new spec
-        self.lattice = self.spec if bits == self.spec.bits else self.spec.with_bits(bits)
+        self.current_spec = self.spec if bits == self.spec.bits else self.spec.with_bits(bits)
 
     def merged_weight(self) -> Tensor:
         """[out, in]: the latent weight plus the adapter's product; pruned weights (zeros of ``weight``) stay zero."""
@@ -97,11 +97,11 @@ class RoundedWeight(_Base):
         """[out, in]: the weight as codes times scales, differentiable in all parameters that train."""
         weight, scale = self.merged_weight(), self.scale
         if self.mode == "off" or scale is None or self.mode == "absmax":
-            rounded = weight if self.mode == "off" else fake_quant(weight, self.lattice, mask=self.mask)
+            rounded = weight if self.mode == "off" else fake_quant(weight, self.current_spec, mask=self.mask)
             # DDP waits for a gradient of every parameter, used or not
             return rounded if scale is None or not scale.requires_grad else _Attached.apply(rounded, scale)
         given = scale if self.mode == "learned" else scale.detach()
-        rounded = fake_quant_learned(weight, given, self.lattice, zeros=self.zero_codes(), mask=self.mask)
+        rounded = fake_quant_learned(weight, given, self.current_spec, zeros=self.zero_codes(), mask=self.mask)
         return rounded if self.mode == "learned" or not scale.requires_grad else _Attached.apply(rounded, scale)
 
     def zero_codes(self) -> Tensor | None:

@@ -43,7 +43,7 @@ class AwqFolder(QweightFolder):
                 problems.append(f"{name} is packed, but quantization_config.modules_to_not_convert leaves it out")
         return problems
 
-    def lattice(self, module: str) -> StoredCodes:
+    def stored_codes(self, module: str) -> StoredCodes:
         """Codes, scales and zero points of a packed module.
 
         Raises:

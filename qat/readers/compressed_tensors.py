@@ -139,7 +139,7 @@ class PackedFolder(WeightFolder):
         packed = {f"{module}.weight": self._shape(module) for module in self.modules}
         return packed | {name: self._stored.shape(name) for name in self.plain}
 
-    def lattice(self, module: str) -> StoredCodes:
+    def stored_codes(self, module: str) -> StoredCodes:
         """Codes, scales and zero points of a quantized module.
 
         Raises:
@@ -164,9 +164,9 @@ class PackedFolder(WeightFolder):
         """The fp32 tensor ``name`` of the full state dict: decoded, or a plain tensor's exact values.
 
         Raises:
-            UserError: as ``lattice``, or a plain tensor is not bf16, fp16 or fp32, or not finite.
+            UserError: as ``stored_codes``, or a plain tensor is not bf16, fp16 or fp32, or not finite.
         """
-        return self._stored.floats(name) if name not in self._quantized else self.lattice(name.removesuffix(".weight")).weight()
+        return self._stored.floats(name) if name not in self._quantized else self.stored_codes(name.removesuffix(".weight")).weight()
 
     def _zeros(self, module: str, rows: int, groups: int, scheme: StoredScheme) -> NDArray[np.int16]:
         name = module + _ZERO

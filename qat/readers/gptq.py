@@ -48,7 +48,7 @@ class GptqFolder(QweightFolder):
                 problems.append(f"{name} is packed, but quantization_config leaves it out")
         return problems
 
-    def lattice(self, module: str) -> StoredCodes:
+    def stored_codes(self, module: str) -> StoredCodes:
         """Codes, scales and zero points of a packed module.
 
         Raises:

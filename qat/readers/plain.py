@@ -28,7 +28,7 @@ class PlainFolder(WeightFolder):
         """A tensor's exact values; UserError if it is not bf16, fp16 or fp32, or not finite."""
         return self._stored.floats(name)
 
-    def lattice(self, module: str) -> StoredCodes:
+    def stored_codes(self, module: str) -> StoredCodes:
         """Always raises UserError: no module is quantized."""
         raise UserError(f"{self.folder}: {module} is not quantized")
 

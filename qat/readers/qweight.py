@@ -45,8 +45,11 @@ class QweightFolder(WeightFolder):
         return packed | {name: self._stored.shape(name) for name in self.plain}
 
     def tensor(self, name: str) -> NDArray[np.float32]:
-        """The fp32 tensor ``name`` of the full state dict; UserError as ``lattice``, or if a plain tensor is not float or not finite."""
-        return self._stored.floats(name) if name in self._stored else self.lattice(name.removesuffix(".weight")).weight()
+        """The fp32 tensor ``name`` of the full state dict.
+
+        Raises: UserError as ``stored_codes``, or if a plain tensor is not float or not finite.
+        """
+        return self._stored.floats(name) if name in self._stored else self.stored_codes(name.removesuffix(".weight")).weight()
 
     @abstractmethod
     def _shape(self, module: str) -> tuple[int, int]:

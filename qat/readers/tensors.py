@@ -85,7 +85,7 @@ class WeightFolder(ABC):
         """The fp32 tensor ``name`` of the full state dict; UserError if it is damaged."""
 
     @abstractmethod
-    def lattice(self, module: str) -> StoredCodes:
+    def stored_codes(self, module: str) -> StoredCodes:
         """Codes, scales and zero points of a quantized module; UserError if they are damaged."""
 
     @abstractmethod
@@ -97,9 +97,9 @@ class WeightFolder(ABC):
         """Sentences about linears that are packed or not packed in contradiction to the config."""
 
     def decode(self, module: str) -> Decoded:
-        """Weight, codes and scales of a quantized module; UserError as ``lattice``."""
-        lattice = self.lattice(module)
-        return Decoded(lattice.weight(), lattice.codes.astype(np.int8), lattice.scales)
+        """Weight, codes and scales of a quantized module; UserError as ``stored_codes``."""
+        stored = self.stored_codes(module)
+        return Decoded(stored.weight(), stored.codes.astype(np.int8), stored.scales)
 
     def as_stored(self, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Returns ``values``: these formats store all tensors unchanged."""

@@ -131,8 +131,8 @@ def test_activations_have_a_json_form_and_a_lattice() -> None:
     spec = ActivationSpec(scaling="static", symmetric=False)
     assert json.dumps(spec.to_json()) == '{"kind": "int8", "scaling": "static", "symmetric": false}'
     assert ActivationSpec.from_json(spec.to_json()) == spec
-    assert spec.lattice == QuantSpec(bits=8, group_size="tensor", symmetric=False, scale_grid="fp32")
-    assert ActivationSpec().lattice.divisor_value == 127
+    assert spec.matrix_spec == QuantSpec(bits=8, group_size="tensor", symmetric=False, scale_grid="fp32")
+    assert ActivationSpec().matrix_spec.divisor_value == 127
 
 
 def test_a_lattice_has_words() -> None:

@@ -108,7 +108,7 @@ def decode_moments(codes: Tensor, table: Tensor, scales: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_moments(moment: Tensor, table: Tensor, *, codes: Tensor, scales: Tensor) -> None:
-    """Inverse of ``decode_moments``, into ``codes`` and ``scales``: exact for numbers that were decoded in the same blocks, else to nearest."""
+    """Inverse of ``decode_moments``, into ``codes`` and ``scales``: exact for numbers decoded in the same blocks, else to nearest."""
     own, flat, target = table.to("cpu"), moment.detach().reshape(-1).to("cpu", torch.float32), codes.view(-1)
     for first in range(0, len(scales), _CHUNK):
         part = slice(first * BLOCK, (first + _CHUNK) * BLOCK)

@@ -18,7 +18,7 @@ from ..settings import DataSettings
 from .conversations import COLUMNS, SHAPES, is_conversation
 from .file_documents import check_text_column, missing_field, read_file
 from .file_rows import Row, read_rows, without_nulls
-from .input_files import PLAIN, ROWS, find_files, file_kind, shown_path, suffix_of
+from .input_files import PLAIN, ROWS, file_kind, find_files, shown_path, suffix_of
 
 if TYPE_CHECKING:
     import datasets
@@ -136,7 +136,7 @@ def _file_documents(settings: DataSettings) -> Documents:
 
 def _file_chats(settings: DataSettings, files: list[Path], named: str, facts: dict[str, Any], passed: Counter[str]) -> Documents:
     if plain := [file for file in files if file_kind(file) in PLAIN]:
-        raise UserError(f"data.files: {shown(plain[0])} holds no conversations; data.kind: chat reads rows ({', '.join(ROWS)})")
+        raise UserError(f"data.files: {shown_path(plain[0])} holds no conversations; data.kind: chat reads rows ({', '.join(ROWS)})")
 
     def read() -> Iterator[Row]:
         rows = itertools.chain.from_iterable(read_rows(file, COLUMNS, name=shown_path(file.name)) for file in files)
@@ -149,7 +149,7 @@ def _hash_file(path: Path) -> str:
     try:
         return sha256_file(path)
     except OSError as error:
-        raise UserError(f"data.files: {shown(path)} cannot be read ({error.strerror or error}); check its permissions") from error
+        raise UserError(f"data.files: {shown_path(path)} cannot be read ({error.strerror or error}); check its permissions") from error
 
 
 def _limited(settings: DataSettings) -> str:

@@ -88,11 +88,13 @@ def find_files(patterns: Sequence[str], passed: Counter[str] | None = None) -> l
             names = [str(place)] if place.exists() else sorted(glob.glob(str(place), recursive=True))
             files = [Path(name) for name in names if Path(name).is_file()]
         if not files:
-            raise UserError(f"data.files: no file matches {shown(pattern)!r} (looked in {shown(Path.cwd())}){_hint(pattern, place)}")
+            raise UserError(
+                f"data.files: no file matches {shown_path(pattern)!r} (looked in {shown_path(Path.cwd())}){_hint(pattern, place)}"
+            )
         for file in files:
             if not is_readable(file):
                 raise UserError(
-                    f"data.files: {shown(file)} has a suffix that cannot be read; use {READABLE} ({suffix_of(file) or 'none'} given)"
+                    f"data.files: {shown_path(file)} has a suffix that cannot be read; use {READABLE} ({suffix_of(file) or 'none'} given)"
                 )
             found.setdefault(file.resolve(), file)
     return list(found.values())
@@ -111,16 +113,16 @@ def _files_of_folder(folder: Path, passed: Counter[str]) -> list[Path]:
                 files.append(file)
             if name.endswith(".arrow"):
                 raise UserError(
-                    f"data.files: {shown(place)} holds a dataset as datasets.save_to_disk writes it; write it as Parquet first: "
+                    f"data.files: {shown_path(place)} holds a dataset as datasets.save_to_disk writes it; write it as Parquet first: "
                     "datasets.load_from_disk(FOLDER).to_parquet('text.parquet')"
                 )
     kinds = Counter(file_kind(file) for file in files)
     if len(kinds) > 1:
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         example = str(folder / "**" / f"*{kinds.most_common(1)[0][0]}*")
-        raise UserError(f"data.files: {shown(folder)} holds files of several kinds ({listed}); name those that are meant: {example!r}")
+        raise UserError(f"data.files: {shown_path(folder)} holds files of several kinds ({listed}); name those that are meant: {example!r}")
     if not files:
-        raise UserError(f"data.files: the folder {shown(folder)} holds no file that can be read; use {READABLE}")
+        raise UserError(f"data.files: the folder {shown_path(folder)} holds no file that can be read; use {READABLE}")
     return sorted(files, key=lambda file: file.relative_to(folder).parts)
 
 
@@ -131,7 +133,9 @@ def _refuse_special(place: Path) -> None:
         return
     for is_it, name in _SPECIAL:
         if is_it(mode):
-            raise UserError(f"data.files: {shown(place)} is {name}, which cannot be read more than once; write its text to a file first")
+            raise UserError(
+                f"data.files: {shown_path(place)} is {name}, which cannot be read more than once; write its text to a file first"
+            )
 
 
 def _hint(pattern: str, place: Path) -> str:
@@ -142,7 +146,7 @@ def _hint(pattern: str, place: Path) -> str:
     if place.parent.is_dir():
         close = difflib.get_close_matches(place.name, [other.name for other in place.parent.iterdir()], n=1)
         if close:
-            return f"; did you mean {shown(place.parent / close[0])!r}?"
+            return f"; did you mean {shown_path(place.parent / close[0])!r}?"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", pattern) and not is_readable(place):
         return "; a dataset of the Hugging Face hub goes to data.hub (--hub)"
     return ""
@@ -169,11 +173,11 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         # bz2 and zstd report damaged data by an OSError without a number
         if error.errno is None:
             raise _not_whole(path, packing, error) from error
-        raise UserError(f"data.files: {shown(path)} cannot be read ({error.strerror}); check the path and its permissions") from error
+        raise UserError(f"data.files: {shown_path(path)} cannot be read ({error.strerror}); check the path and its permissions") from error
 
 
 def _not_whole(path: Path, packing: str, error: Exception) -> UserError:
-    return UserError(f"data.files: {shown(path)} is not a whole {packing} file ({error}); make or fetch it again")
+    return UserError(f"data.files: {shown_path(path)} is not a whole {packing} file ({error}); make or fetch it again")
 
 
 def _unpacked(file: BinaryIO, packing: str) -> Any:
@@ -220,8 +224,8 @@ class Expansion:
         self._seen += size
         if self._seen > self._most:
             raise UserError(
-                f"data.files: {shown(self._path)} ({self._path.stat().st_size:,} bytes) unpacks to more than {self._most:,} bytes, which "
-                "no text does; unpack it by other means and look at it"
+                f"data.files: {shown_path(self._path)} ({self._path.stat().st_size:,} bytes) unpacks to more than {self._most:,} bytes, "
+                "which no text does; unpack it by other means and look at it"
             )
 
 

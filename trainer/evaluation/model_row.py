@@ -49,7 +49,7 @@ def open_for_measuring(path: str, revision: str | None = None) -> "PreTrainedMod
 def is_existing_export(path: str) -> bool:
     """Whether a local folder (or GGUF file) holds packed weights."""
     from ...models.common.errors import UserError
-    from ...qat.readers.open import is_existing_export as has_packed_weights
+    from ...qat.readers.open import is_export as has_packed_weights
 
     try:
         return Path(path).exists() and has_packed_weights(Path(path))

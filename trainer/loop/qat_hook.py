@@ -160,10 +160,10 @@ class QatSchedule:
             first = (own_rows(scales, module.scale), None if zeros is None else own_rows(zeros, module.scale))
         elif module.spec.group_size == "tensor":
             # one scale covers the rows of all ranks, so it needs the gathered weight
-            scales, zeros = first_scales(_merged(module), module.lattice, self._settings.first)
+            scales, zeros = first_scales(_merged(module), module.current_spec, self._settings.first)
             first = (own_rows(scales, module.scale), None if zeros is None else own_rows(zeros, module.scale))
         else:
-            first = first_scales(_merged_rows(module), module.lattice, self._settings.first)
+            first = first_scales(_merged_rows(module), module.current_spec, self._settings.first)
         for parameter, values in zip((module.scale, module.zero), first, strict=True):
             if parameter is not None and values is not None and local(parameter).numel():
                 local(parameter).copy_(values)

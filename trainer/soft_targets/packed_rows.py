@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...losses.sparse import SparseTargets
-from .bits import ascending_width, fold_bits, fold_ascending, from_bytes, to_bytes, unfold_bits, unfold_ascending
+from .bits import ascending_width, fold_ascending, fold_bits, from_bytes, to_bytes, unfold_ascending, unfold_bits
 
 SCALE_BITS = 12
 _SCALE = (1 << SCALE_BITS) - 1

@@ -179,7 +179,7 @@ def round_and_tell(
 
 
 def scheme_words(specs: Iterable[QuantSpec]) -> str:
-    """How many modules have which lattice, the most common first."""
+    """How many modules have which spec, the most common first."""
     counts = Counter(specs)
     return ", ".join(f"{count} modules in {spec.words()}" for spec, count in counts.most_common())
 

@@ -1,6 +1,6 @@
-"""The ``quantization_config`` of compressed-tensors exports: one group for each lattice.
+"""The ``quantization_config`` of compressed-tensors exports: one group for each spec.
 
-With one lattice its group has the class Linear; with several each names its modules, because servers look for the class of a fused
+With one spec its group has the class Linear; with several each names its modules, because servers look for the class of a fused
 matrix before they look at the names of its parts. Unknown keys are refused by readers, so nothing of ours is in it.
 
 Source: compressed-tensors ``quantization/quant_config.py``, ``quantization/quant_args.py``; vLLM ``compressed_tensors/utils.py``.
@@ -40,7 +40,7 @@ def quantization_config(source: ExportSource) -> dict[str, Any]:
 
 
 def _as_stored(spec: QuantSpec) -> QuantSpec:
-    """Lattices that are stored alike are one: what the scales came from, and on which grid, no reader asks."""
+    """Specs that are stored alike are one: what the scales came from, and on which grid, no reader asks."""
     group_size = "channel" if spec.group_size == "tensor" else spec.group_size
     return QuantSpec(bits=spec.bits, group_size=group_size, symmetric=spec.symmetric)
 

@@ -1,7 +1,7 @@
 """The compressed-tensors formats "pack-quantized" and "int-quantized", read by transformers, vLLM and SGLang.
 
 pack-quantized: integer codes in 32-bit words along the inputs, zero points packed along the outputs. int-quantized: int8 codes as they
-are, one scale a row, for modules whose inputs are rounded to int8 too. Modules with different lattices get a group each.
+are, one scale a row, for modules whose inputs are rounded to int8 too. Modules with different specs get a group each.
 
 Nothing is rounded here: codes and scales are those that training used. Scales lie on the bf16 grid and are stored as bf16; tensors
 that are not quantized must lie on it too (a quantized folder's do). The package of that name is not needed to write.

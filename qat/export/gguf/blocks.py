@@ -8,7 +8,7 @@
     Q8_0   34 bytes   fp16 d, 32 int8                                                       w = d * q
 
 A group of g weights (a multiple of the block) is written as several blocks with the same scale. Q2_0 has room for -1 to 2, so that codes of
--2 to 1 are written with the sign turned in both factors. The asymmetric lattice (q - z) * s is Q4_1 or Q5_1 with d = s, where m fits fp16:
+-2 to 1 are written with the sign turned in both factors. The asymmetric spec (q - z) * s is Q4_1 or Q5_1 with d = s, where m fits fp16:
 codes narrower than the block are moved by 8 - z, or 16 - z, so that m = -8 s or -16 s, which always does; codes as wide as the block are
 moved by 8, or 16, and m = -(z + 8) * s often has too many digits.
 

@@ -158,7 +158,7 @@ def test_every_format_is_held_and_refused_somewhere() -> None:
 def test_plan_and_exporter_describe_one_model_alike(quantized_folder: Build, name: str) -> None:
     case = CASES[name]
     folder = folder_of(case, quantized_folder)
-    ours, theirs = planned(case, folder, "gguf")[0], check_limits.stored_model(open_source(folder))
+    ours, theirs = planned(case, folder, "gguf")[0], check_limits.opened_model(open_source(folder))
     same = ("modules", "embedding", "tied", "activations", "kv_cache", "ffn")
     assert {key: getattr(ours, key) for key in same} == {key: getattr(theirs, key) for key in same}
     assert set(ours.tensors) == set(theirs.tensors)

@@ -16,7 +16,7 @@ from triton.compiler import compile as compile_kernel
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile", allow_module_level=True)
 
-LATTICE = {
+GRID = {
     "WIDTH": 96,
     "QMIN": -8,
     "QMAX": 7,
@@ -55,9 +55,9 @@ def test_arithmetic_is_ieee_and_never_fused(dtype: str, capability: int, tmp_pat
     from decoct.qat.fake_quant import absmax_kernel as kernel
 
     pointers = {"weight_ptr": f"*{dtype}", "mask_ptr": "*u8", "result_ptr": f"*{dtype}", "scale_ptr": "*fp32"}
-    forward = arithmetic(ptx(kernel._forward_kernel, pointers, LATTICE | {"IS_CODES": False}, capability))
+    forward = arithmetic(ptx(kernel._forward_kernel, pointers, GRID | {"IS_CODES": False}, capability))
     pointers = {"grad_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "mask_ptr": "*u8", "result_ptr": f"*{dtype}"}
-    gradient = arithmetic(ptx(kernel._gradient_kernel, pointers, LATTICE, capability))
+    gradient = arithmetic(ptx(kernel._gradient_kernel, pointers, GRID, capability))
     # no approximate division, no flush of subnormal numbers (.ftz), no fused multiply-add
     assert forward == {"div.rn.f32", "mul.f32", "add.f32"}
     assert gradient == {"div.rn.f32", "mul.f32"}
@@ -68,7 +68,7 @@ def test_codes_take_the_same_arithmetic(tmp_path: Path, monkeypatch: pytest.Monk
     from decoct.qat.fake_quant import absmax_kernel as kernel
 
     pointers = {"weight_ptr": "*fp32", "mask_ptr": "*u8", "result_ptr": "*i8", "scale_ptr": "*fp32"}
-    code = ptx(kernel._forward_kernel, pointers, LATTICE | {"IS_CODES": True, "HAS_MASK": False})
+    code = ptx(kernel._forward_kernel, pointers, GRID | {"IS_CODES": True, "HAS_MASK": False})
     assert arithmetic(code) == {"div.rn.f32", "add.f32"}
 
 
@@ -78,18 +78,16 @@ def test_given_scales_take_the_same_arithmetic(dtype: str, capability: int, tmp_
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from decoct.qat.fake_quant import learned_kernel
 
-    lattice = {name: value for name, value in LATTICE.items() if name != "DIVISOR"} | {"HAS_ZERO": True, "SHARED": False}
+    grid = {name: value for name, value in GRID.items() if name != "DIVISOR"} | {"HAS_ZERO": True, "SHARED": False}
     inputs = {"weight_ptr": f"*{dtype}", "mask_ptr": "*u8", "scale_ptr": "*fp32", "zero_ptr": "*i8"}
-    forward = arithmetic(
-        ptx(learned_kernel._forward_kernel, inputs | {"result_ptr": f"*{dtype}"}, lattice | {"IS_CODES": False}, capability)
-    )
+    forward = arithmetic(ptx(learned_kernel._forward_kernel, inputs | {"result_ptr": f"*{dtype}"}, grid | {"IS_CODES": False}, capability))
     pointers = inputs | {"grad_ptr": f"*{dtype}", "result_ptr": f"*{dtype}", "scale_grad_ptr": "*fp32", "FACTOR": "fp32"}
     weight_only = {"FOR_WEIGHT": True, "FOR_SCALE": False}
-    gradient = arithmetic(ptx(learned_kernel._gradient_kernel, pointers, lattice | weight_only, capability))
+    gradient = arithmetic(ptx(learned_kernel._gradient_kernel, pointers, grid | weight_only, capability))
     assert forward == {"div.rn.f32", "mul.f32", "add.f32", "sub.f32"}
     assert gradient == {"div.rn.f32", "mul.f32", "sub.f32"}
     # the sum of the scale's gradient need not be the reference's bit for bit: it may be fused, but never approximate
-    both = ptx(learned_kernel._gradient_kernel, pointers, lattice | {"FOR_WEIGHT": True, "FOR_SCALE": True}, capability)
+    both = ptx(learned_kernel._gradient_kernel, pointers, grid | {"FOR_WEIGHT": True, "FOR_SCALE": True}, capability)
     assert not [name for name in arithmetic(both) if "approx" in name or "ftz" in name]
 
 
@@ -100,7 +98,7 @@ def test_ranges_take_the_same_arithmetic(dtype: str, capability: int, tmp_path: 
     from decoct.qat.fake_quant import range_kernel
 
     pointers = {"weight_ptr": f"*{dtype}", "mask_ptr": "*u8", "first_ptr": "*fp32", "zero_ptr": "*i8", "high_ptr": "*fp32"}
-    code = arithmetic(ptx(range_kernel._range_kernel, pointers, LATTICE | {"DIVISOR": 15.0, "IS_RANGE": False}, capability))
+    code = arithmetic(ptx(range_kernel._range_kernel, pointers, GRID | {"DIVISOR": 15.0, "IS_RANGE": False}, capability))
     assert code == {"div.rn.f32", "mul.f32", "add.f32", "sub.f32"}
 
 
@@ -111,7 +109,7 @@ def test_floats_take_the_same_arithmetic(kind: str, capability: int, tmp_path: P
     from decoct.qat.fake_quant import float_kernel
 
     way = {"WAY": float_kernel._WAYS[kind], "LIMIT": float_kernel.LIMITS[kind], "SHARED": False}
-    constants = {name: LATTICE[name] for name in ("WIDTH", "HAS_MASK", "BLOCK_GROUPS", "BLOCK_WIDTH")} | way
+    constants = {name: GRID[name] for name in ("WIDTH", "HAS_MASK", "BLOCK_GROUPS", "BLOCK_WIDTH")} | way
     for dtype in ("fp32", "i16"):
         pointers = dict.fromkeys(("grad_ptr", "weight_ptr", "result_ptr"), f"*{dtype}")
         pointers |= {"mask_ptr": "*u8", "scale_ptr": "*fp32", "table_ptr": "*fp32"}

@@ -74,4 +74,4 @@ def test_operator_is_registered_soundly() -> None:
     fake_quant(weight, QuantSpec(group_size=16, symmetric=False), backend="triton")
     for shared in (False, True):
         arguments = (weight, weight > 0, 4, 16, shared, False, 15.0, [16.0, 2.0**-17, 65280.0])
-        torch.library.opcheck(torch.ops.decoct.range_lattice_triton.default, arguments)
+        torch.library.opcheck(torch.ops.decoct.range_grid_triton.default, arguments)

@@ -171,7 +171,7 @@ def test_operator_is_registered_soundly() -> None:
     weight = some_weights()
     for shared in (False, True):
         arguments = (weight, weight > 0, 4, 16, shared, False, 15.0, [16.0, 2.0**-17, 65280.0])
-        torch.library.opcheck(torch.ops.decoct.range_lattice_reference.default, arguments)
+        torch.library.opcheck(torch.ops.decoct.range_grid_reference.default, arguments)
 
 
 def test_what_has_zero_points_says_so() -> None:

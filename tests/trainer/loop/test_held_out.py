@@ -96,7 +96,7 @@ def test_a_cache_has_not_seen_this_text_and_gives_no_kl(training: ModuleType, tm
         def to(self, device: Any) -> "Cache":
             return self
 
-        def held_out_text(self) -> str:
+        def describe(self) -> str:
             return "a cache"
 
     held_out = HeldOut(training.RandomWindows(4), Watch(every=2, windows=2), Cache(), training.VOCAB)

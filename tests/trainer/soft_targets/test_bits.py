@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decoct.trainer.soft_targets.bits import ascending_width, fold_bits, fold_ascending, from_bytes, to_bytes, unfold_bits, unfold_ascending
+from decoct.trainer.soft_targets.bits import ascending_width, fold_ascending, fold_bits, from_bytes, to_bytes, unfold_ascending, unfold_bits
 
 
 @given(st.integers(1, 20), st.lists(st.integers(0, 2**20 - 1), min_size=1, max_size=9))

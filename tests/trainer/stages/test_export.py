@@ -56,13 +56,13 @@ def decodes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counts: Counter[str] = Counter()
     blocks, dequantized = GgufFile._blocks, QuantState.dequantized
     for kind in (PackedFolder, GptqFolder):
-        lattice = kind.lattice
+        stored_codes = kind.stored_codes
 
-        def counted(reader: Any, module: str, lattice: Callable[..., Any] = lattice) -> Any:
+        def counted(reader: Any, module: str, stored_codes: Callable[..., Any] = stored_codes) -> Any:
             counts["compressed-tensors" if isinstance(reader, PackedFolder) else "gptq"] += 1
-            return lattice(reader, module)
+            return stored_codes(reader, module)
 
-        monkeypatch.setattr(kind, "lattice", counted)
+        monkeypatch.setattr(kind, "stored_codes", counted)
 
     def counted_blocks(file: GgufFile, tensor: GgufTensor) -> Any:
         counts["gguf"] += 1
