@@ -19,7 +19,11 @@ KINDS: dict[str, tuple[BaseException, int, str]] = {
     "NaN": (NonFiniteError("loss"), 1, "loss"),
     "a gate": (GateFailed("worse"), 3, "worse"),
     "memory": (MemoryError(), 1, "this machine is out of memory. Lower trainer.micro_batch"),
-    "a GPU's memory": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), 1, "the GPU is out of memory (2.00 GiB"),
+    "a GPU's memory": (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        1,
+        "the GPU is out of memory (it requested 2.00 GiB",
+    ),
     "torch's CPU memory": (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), 1, "this machine"),
     "a full disk without a name": (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk is full; free some space"),
     "a full disk told by a library": (RuntimeError("Error while serializing: I/O error: No space (os error 28)"), 2, "the disk is full"),

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -96,7 +98,9 @@ class Peak(TorchDispatchMode):
 
 
 def living() -> int:
-    return storages(found for found in gc.get_objects() if isinstance(found, torch.Tensor))
+    # tests of compiled layers leave tensors without memory behind in this process
+    unreal = (FakeTensor, FunctionalTensor)
+    return storages(found for found in gc.get_objects() if isinstance(found, torch.Tensor) and not isinstance(found, unreal))
 
 
 @contextmanager
