@@ -1,4 +1,4 @@
-"""Exporters: a quantized folder becomes a packed one that serving stacks load, checked before it appears under its name."""
+"""Exporters: they pack a quantized folder for serving stacks and check the result before it gets its final name."""
 
 from typing import TYPE_CHECKING
 

@@ -19,7 +19,7 @@ from .shards import plan_shards, write_shards
 
 NAME = "awq"
 COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of eight neighbouring outputs lies in each field of a word, the lowest first."""
+"""Index, among eight neighbouring outputs, of the one in each 4-bit field of a word, lowest field first."""
 _DTYPES = (torch.float16, torch.bfloat16)
 _PARTS = ("qweight", "qzeros", "scales")
 
@@ -42,25 +42,28 @@ def pack_columns(codes: Tensor) -> Tensor:
     blocks = unsigned(codes, 4).view(rows, width // 8, 8)
     words = torch.zeros(rows, width // 8, dtype=torch.int32, device=codes.device)
     for place, column in enumerate(COLUMNS):
+        # the top field may set the sign bit: the word is the same 32 bits, only read as a negative number
         words |= blocks[:, :, column] << (4 * place)
     return words
 
 
 def quantization_config(source: ExportSource) -> dict[str, Any]:
-    """The ``quantization_config`` of ``config.json``."""
+    """Return the ``quantization_config`` of ``config.json``."""
     first = source.state.modules[0]
     return {
         "quant_method": NAME,
         "bits": 4,
         "group_size": layer(source, first).group_size or -1,
+        # the format stores zero points always; symmetric weights get the constant 8
         "zero_point": True,
         "version": "gemm",
+        # readers leave lm_head alone by themselves
         "modules_to_not_convert": [name for name in source.unquantized_linears if name != "lm_head"] or None,
     }
 
 
 def exported_config(source: ExportSource) -> dict[str, Any]:
-    """``config.json`` of the export: float16 when that holds every unquantized tensor exactly, else bfloat16."""
+    """Return the export's ``config.json``; its dtype is float16 if that holds every unquantized tensor exactly, else bfloat16."""
     return unquantized_config(source, plain_dtype(source, _DTYPES)) | {"quantization_config": quantization_config(source)}
 
 
@@ -80,7 +83,7 @@ def write(folder: Path, source: ExportSource) -> None:
 
 
 def _sizes(source: ExportSource) -> dict[str, int]:
-    """Bytes of every stored tensor, in the order of writing."""
+    """Return the bytes of every stored tensor, in the order of writing."""
     sizes: dict[str, int] = {}
     for module in source.state.modules:
         it = layer(source, module)
@@ -90,7 +93,7 @@ def _sizes(source: ExportSource) -> dict[str, int]:
 
 
 def _stored(source: ExportSource, name: str, dtype: torch.dtype) -> Tensor:
-    """The tensor that is stored under ``name``."""
+    """Return the tensor stored under ``name``."""
     if name in source.plain:
         return exact_plain(source, name, dtype)
     module, part = name.rsplit(".", 1)
@@ -98,5 +101,6 @@ def _stored(source: ExportSource, name: str, dtype: torch.dtype) -> Tensor:
     if part == "qweight":
         return pack_columns(it.codes.T)
     if part == "qzeros":
+        # a signed zero point of 0 is 8 in the unsigned terms of the format
         return pack_columns(torch.zeros_like(it.scales, dtype=torch.int8).T if it.zeros is None else it.zeros.T)
     return exact_scales(it.scales, torch.float16, NAME, module).T.contiguous()

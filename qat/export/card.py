@@ -1,6 +1,6 @@
-"""The model card (README.md) of an export: what it is made of, how large, how good, how to load it, and what was checked.
+"""The model card (README.md) of an export: its source, size, figures, loading commands and checks.
 
-No path of the machine it was made on is in it.
+It contains no path of the machine that made it.
 """
 
 import re
@@ -19,12 +19,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What the card tells."""
+    """What the card reports."""
 
     name: str
-    """Title, such as the folder's name."""
+    """Title, for example the folder's name."""
     base_model: str | None
-    """Hub id or a name; of a local path only the last part is shown."""
+    """Hub id or name; only the last part of a local path is shown."""
     model_type: str
     spec: QuantSpec | None
     """None: plain weights."""
@@ -37,24 +37,25 @@ class CardFacts:
     metrics: dict[str, Any] = field(default_factory=dict)
     """``{figure: number}``, or ``{row: {figure: number}}`` for several models or texts."""
     runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """As ``check_runtimes`` gives them; {} when none was asked."""
+    """Results of ``check_runtimes``; {} if no runtime was checked."""
     scheme: dict[str, int] = field(default_factory=dict)
-    """Where modules have different specs: what each is -> how many modules have it."""
+    """Description of a spec -> number of modules with it; {} if all modules have the same spec."""
     inputs: str = ""
-    """How inputs of quantized modules are rounded; '' when they are not."""
+    """How inputs of quantized modules are rounded; '' if they are not."""
     cache: str = ""
-    """How keys and values are rounded as they enter the cache; '' when they are not."""
+    """How keys and values are rounded when they enter the cache; '' if they are not."""
     format: str = ""
-    """Name of the export format; '' where it is not known."""
+    """Name of the export format; '' if unknown."""
     rounding: str = ""
-    """What was rounded to the stored dtype; '' when nothing was."""
+    """What was rounded to the stored dtype; '' if nothing was."""
     left_out: str = ""
-    """What the source has that transformers does not load; '' for nothing."""
+    """Parts of the source that transformers does not load; '' if none."""
 
 
 def _transformers_and_vllm(facts: CardFacts) -> str:
     bits = facts.spec.bits if facts.spec else 16
     zeros = bool(facts.spec) and not facts.spec.symmetric and not facts.inputs
+    # transformers takes packed zero points for unpacked ones unless it dequantizes on loading
     names, option = (", CompressedTensorsConfig", ", quantization_config=CompressedTensorsConfig(dequantize=True)") if zeros else ("", "")
     vllm = "With vLLM" if bits in (4, 8, 16) else f"vLLM reads 4 and 8 bits; whether your version reads {bits} is not known"
     return f"""With transformers (`pip install transformers compressed-tensors`):
@@ -76,27 +77,27 @@ vllm serve path/to/this/folder{" --kv-cache-dtype fp8" if facts.cache else ""}
 
 @dataclass(frozen=True, kw_only=True)
 class FormatCard:
-    """What a card says of the format; the default is compressed-tensors'."""
+    """The parts of a card that depend on the format; the defaults are those of compressed-tensors."""
 
     tag: str = "compressed-tensors"
     library: str = "transformers"
     """The hub's library_name."""
     scales: str = "bf16 scale per {per} (compressed-tensors, pack-quantized)"
-    """How scales are stored; ``{per}`` is what has one."""
+    """How scales are stored; ``{per}`` is replaced by what shares one scale."""
     plain: str = "bf16"
     """Dtype of linears that are not quantized."""
     rest: str = "embeddings, norms and biases are bf16"
-    """What the other tensors are."""
+    """Dtypes of the other tensors."""
     loading: Callable[[CardFacts], str] = _transformers_and_vllm
-    """The commands that load it."""
+    """Returns the commands that load the export."""
     own_arithmetic: tuple[str, ...] = ()
     """Runtimes that do not compute in fp32."""
     unchecked: str = "vLLM"
-    """A runtime that readers of the card will ask about and that was not tried; '' for none."""
+    """An untested runtime that readers of the card are likely to ask about; '' for none."""
 
 
 def card_text(facts: CardFacts, form: FormatCard = FormatCard()) -> str:
-    """The card as Markdown with the hub's YAML header."""
+    """Return the card as Markdown with the hub's YAML header."""
     parts = [
         _header(facts, form),
         f"# {facts.name}\n",
@@ -109,7 +110,8 @@ def card_text(facts: CardFacts, form: FormatCard = FormatCard()) -> str:
 
 
 def shown_name(base_model: str | None) -> str | None:
-    """A hub id or plain name as it is; of a path only its last part."""
+    """Return a hub id or plain name unchanged, and only the last part of a path."""
+    # a relative path such as runs/teacher looks like a hub id: an existing folder is a path
     if base_model is None or (_HUB_ID.fullmatch(base_model) and not Path(base_model).exists()):
         return base_model
     return PurePath(base_model).name or None
@@ -151,6 +153,7 @@ def _weight_rows(facts: CardFacts, spec: QuantSpec, form: FormatCard) -> list[tu
 def _evaluation(metrics: dict[str, Any]) -> str:
     if not metrics:
         return ""
+    # figures of one model are shown as a table with a single row
     rows = metrics if all(isinstance(value, dict) for value in metrics.values()) else {"this model": metrics}
     figures = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = [f"| | {' | '.join(figures)} |", "|---" * (len(figures) + 1) + "|"]
@@ -159,6 +162,7 @@ def _evaluation(metrics: dict[str, Any]) -> str:
 
 
 def _figure(value: Any) -> str:
+    # bool is an int, so it must be handled before numbers
     if isinstance(value, bool) or value is None:
         return "" if value is None else str(value)
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
@@ -198,7 +202,7 @@ def _checked(facts: CardFacts, form: FormatCard) -> str:
 
 
 def said_of(spec: ActivationSpec | None, stored: str) -> str:
-    """How something is rounded, for the model card; '' for None. ``stored`` is what has a scale of its own where scales are stored."""
+    """Describe a rounding for the model card; '' for None. ``stored`` names what has its own scale when scales are stored."""
     if spec is None:
         return ""
     scale = "a scale for each token, taken when it comes" if spec.scaling == "dynamic" else f"one stored scale {stored}"

@@ -1,4 +1,4 @@
-"""The exporter's question to the limits of a format: can it hold the folder that was opened."""
+"""Checks of an opened folder against the limits of an export format."""
 
 from typing import Any
 
@@ -19,14 +19,14 @@ _OPTIONS = {
 
 
 def check_limits(source: ExportSource, format: str) -> None:
-    """Refuse what the format cannot hold; what only the values can tell, its exporter checks.
+    """Refuse what the format cannot hold; limits that depend on stored values are left to its exporter.
 
     Args:
-        source: The folder, opened.
+        source: The opened folder.
         format: Name of the format.
 
     Raises:
-        UserError: naming the module, and the nearest setting that can be stored.
+        UserError: the format cannot hold the model; names the module and the nearest setting that can be stored.
     """
     found = [_said(refusal) for refusal in refusals(format, opened_model(source)) if not refusal.by_values]
     if len(found) == 1:
@@ -36,7 +36,7 @@ def check_limits(source: ExportSource, format: str) -> None:
 
 
 def opened_model(source: ExportSource) -> StoredModel:
-    """What the limits must know of an opened folder."""
+    """Describe an opened folder for the limits of formats."""
     state, config = source.state, plain_config(source.folder)
     return StoredModel(
         modules=tuple(_module(source, name) for name in state.modules),
@@ -58,12 +58,14 @@ def _module(source: ExportSource, name: str) -> StoredModule:
 
 
 def _recorded(source: ExportSource, key: str) -> ActivationSpec | None:
-    """What the record says of a quantized folder that is exported as a plain one."""
+    """Return the recorded spec of a quantized folder that is exported with plain weights."""
+    # a quantized source states its specs itself; a plain source has them only in the record it was made with
     quant = {} if source.state.modules else read_record(source.folder).get("quant") or {}
     return ActivationSpec.from_json(quant[key]) if quant.get(key) else None
 
 
 def _ffn(config: Any) -> int | None:
+    # only families that decoct can prune get the remedy of a narrower FFN
     family = FAMILIES.get(config.model_type)
     return None if family is None else int(getattr(text_config(config), family.ffn_field))
 
@@ -75,7 +77,7 @@ def _said(refusal: Refusal) -> str:
 
 
 def export_words(remedy: Remedy, refusal: Refusal) -> Phrase | None:
-    """A remedy for whoever has a quantized folder: what to do before it, or which option to give."""
+    """Phrase a remedy for the user of a quantized folder: an earlier step to change, or an option to give."""
     match remedy:
         case Weights(values):
             return "quantize with", ", ".join(f"{name}={_plain(value)}" for name, value in values)

@@ -1,4 +1,4 @@
-"""What the exporters of packed weights share: the spec of a module, checked casts, and which 16-bit float the rest is stored in."""
+"""Helpers of the exporters of packed weights: a module's codes and scales, checked casts, and the dtype of the other tensors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "f
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A module's spec with a scale for each row and group: w = (codes - zeros) * scales."""
+    """A module's spec, codes and scales, one scale per row and group: w = (codes - zeros) * scales."""
 
     spec: QuantSpec
     codes: Tensor
@@ -25,16 +25,16 @@ class Layer:
     scales: Tensor
     """fp32 [out, groups]."""
     zeros: Tensor | None
-    """int8 [out, groups]; None when symmetric."""
+    """int8 [out, groups]; None if symmetric."""
 
     @property
     def group_size(self) -> int | None:
-        """Inputs that share a scale; None: the whole row."""
+        """Input features per scale; None for one scale per row."""
         return None if isinstance(self.spec.group_size, str) else self.spec.group_size
 
 
 def layer(source: ExportSource, module: str) -> Layer:
-    """The spec of a module; one scale for the whole matrix is repeated for each row, which is the same numbers."""
+    """Return a module's layer. A scale of the whole matrix is repeated for each row, which gives the same weights."""
     state = source.state
     codes, scales, zeros = state.codes[module], state.scales[module], state.zero_points.get(module)
     if tuple(scales.shape) == (1, 1) and state.spec_of(module).group_size == "tensor":
@@ -44,7 +44,11 @@ def layer(source: ExportSource, module: str) -> Layer:
 
 
 def unsigned(codes: Tensor, bits: int) -> Tensor:
-    """Signed codes as int32 in [0, 2^bits - 1]; ValueError for one out of range, which would spill into its neighbours."""
+    """Shift signed codes to int32 in [0, 2^bits - 1].
+
+    Raises:
+        ValueError: a code is out of range; packed, it would overwrite its neighbours.
+    """
     moved = codes.to(torch.int32) + (1 << (bits - 1))
     if moved.numel() and not 0 <= int(moved.min()) <= int(moved.max()) < 1 << bits:
         raise ValueError(f"codes span {int(codes.min())}..{int(codes.max())}, which {bits} bits do not hold")
@@ -52,7 +56,7 @@ def unsigned(codes: Tensor, bits: int) -> Tensor:
 
 
 def exact_scales(scales: Tensor, dtype: torch.dtype, format: str, module: str) -> Tensor:
-    """Scales in another dtype; UserError unless every one stays what it is."""
+    """Cast scales to another dtype; UserError if a value changes."""
     stored = scales.to(dtype)
     if not torch.equal(stored.to(torch.float32), scales):
         raise UserError(
@@ -63,7 +67,7 @@ def exact_scales(scales: Tensor, dtype: torch.dtype, format: str, module: str) -
 
 
 def exact_plain(source: ExportSource, name: str, dtype: torch.dtype) -> Tensor:
-    """An unquantized tensor in a 16-bit float; UserError unless every value stays what it is."""
+    """Return an unquantized tensor in a 16-bit float; UserError if a value changes."""
     tensor = source.tensor(name)
     if not holds(tensor, dtype):
         word = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, NAMES[dtype])
@@ -75,7 +79,8 @@ def exact_plain(source: ExportSource, name: str, dtype: torch.dtype) -> Tensor:
 
 
 def plain_dtype(source: ExportSource, preferred: Sequence[torch.dtype]) -> torch.dtype:
-    """The first of the dtypes that holds every unquantized tensor exactly; the last when none does (writing then says which)."""
+    """Return the first dtype that holds every unquantized tensor exactly, or the last one; writing then names the tensor it does not
+    hold."""
     for dtype in preferred[:-1]:
         if all(holds(source.tensor(name), dtype) for name in source.plain):
             return dtype
@@ -83,6 +88,6 @@ def plain_dtype(source: ExportSource, preferred: Sequence[torch.dtype]) -> torch
 
 
 def unquantized_config(source: ExportSource, dtype: torch.dtype) -> dict[str, Any]:
-    """``config.json`` of the model without anything of this machine in it, no code, and with the dtype that is stored."""
+    """Return the model's ``config.json`` with the stored dtype, without local paths and without references to code."""
     config = {key: value for key, value in source.config.items() if key not in ("torch_dtype", "_name_or_path", "auto_map")}
     return config | {"dtype": NAMES[dtype]}

@@ -1,6 +1,6 @@
-"""Exporters: a quantized folder becomes a packed one that serving stacks load, checked before it appears under its name.
+"""Exporters: they pack a quantized folder for serving stacks and check the result before it gets its final name.
 
-``export_folder`` does what all formats share; each format is a file of its own, registered in ``EXPORTERS``.
+``export_folder`` does what all formats share; each format has a module of its own, registered in ``EXPORTERS``.
 """
 
 import difflib
@@ -43,8 +43,8 @@ _HOLDS_ALL = {
     "rounded: --allow-inexact (in a recipe stages.export.allow_inexact=true)",
     "gguf": "--format gguf-f32 holds every weight; or have them rounded: --allow-inexact",
 }
-"""What to do where plain weights would be rounded, by the kind of format."""
-# What a tokenizer consists of in any transformers version, and how text is generated; weights and records are written anew.
+"""Kind of format -> remedy if its dtype does not hold plain weights exactly."""
+# Tokenizer files of any transformers version, and generation settings; weights and records are written anew.
 _COPIED = (
     *TOKENIZER_FILES, "*.tiktoken", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "generation_config.json",
@@ -61,9 +61,9 @@ class Exporter:
     write: Callable[[Path, ExportSource], None]
     """Writes the weight files into a folder."""
     check_values: Callable[[ExportSource], None] | None = None
-    """UserError when stored values keep the format from holding a model that is within its limits; None: seen as they are written."""
+    """Raises UserError if the format cannot hold stored values of a model within its limits; None: ``write`` checks them."""
     card: FormatCard = field(default_factory=FormatCard)
-    """What the model card says of the format."""
+    """The parts of the model card that depend on the format."""
 
 
 _GGUF = Exporter(
@@ -120,14 +120,15 @@ class ExportResult:
     bytes: int
     """Bytes of the weight files."""
     exact: bool
-    """Every weight of the source was rebuilt element by element by an independent reader. False only for plain weights that were rounded
-    to another dtype, as ``allow_inexact`` permits; then the reader rebuilt the rounded ones."""
+    """An independent reader rebuilt every weight of the source, element by element. False only if ``allow_inexact`` let plain weights be
+    rounded to another dtype; the reader then rebuilt the rounded weights."""
     rounding: CastError | None = None
-    """How far the rounded weights are from the source's; None where nothing was rounded."""
+    """Distance of the rounded weights from the source's; None if nothing was rounded."""
     runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """As ``qat.runtimes.check.check_runtimes`` gives them; {} when not asked for."""
+    """Results of ``qat.runtimes.check.check_runtimes``; {} if not requested."""
     proof: Proof
-    """What the independent reader found: the hashes that ``decoct.json`` records. It has no problems, or nothing would be written."""
+    """Result of the independent reader, with the hashes that ``decoct.json`` records. It lists no problems: otherwise nothing is
+    written."""
 
 
 def export_folder(
@@ -140,26 +141,27 @@ def export_folder(
     allow_inexact: bool = False,
     reader_version: str | None = None,
 ) -> ExportResult:
-    """Pack a model folder, check the result, and only then give it its name.
+    """Pack a model folder, check the result, and only then give it its final name.
 
-    Codes and scales are stored as trained, nothing is rounded again. An independent reader rebuilds every weight and compares; with
-    ``runtimes`` every installed runtime loads the folder in a fresh process and is compared too.
+    Codes and scales are stored as trained; nothing is rounded again. An independent reader rebuilds every weight and compares; with
+    ``runtimes``, every installed runtime also loads the folder in a fresh process, and its logits are compared.
 
     Args:
-        source: A folder that ``qat`` or ``quantize`` wrote; for gguf-f32, gguf-f16 and gguf-bf16 one with plain weights. A SourceFolder
+        source: A folder that ``qat`` or ``quantize`` wrote; for gguf-f32, gguf-f16 and gguf-bf16 a folder with plain weights. A
+            SourceFolder
             is read and proven once for several formats.
-        target: The folder to make; it must not exist.
+        target: The folder to create; it must not exist.
         format: A name in ``EXPORTERS``.
-        runtimes: Also load it in installed runtimes (some seconds; a runtime that is not installed is reported, not an error).
-        tokens: int64 [B, S] of real text for the runtimes, which adds their perplexity.
+        runtimes: Also load the export in installed runtimes (some seconds). A missing runtime is reported and is no error.
+        tokens: int64 [B, S], real text for the runtimes; adds their perplexity.
         reader_version: Version of the format's package that will read the export: compressed-tensors needs it for 3, 5, 6 and 7 bits.
-        allow_inexact: Let plain weights be rounded to a dtype that does not hold them; the largest change is reported.
+        allow_inexact: Round plain weights to a dtype that does not hold them; the largest change is reported.
 
     Raises:
-        UserError: unknown format, a source without codes or with damaged ones, a spec the format cannot hold, an existing target,
-            a disk that refuses.
-        DecoctError: the result is not exact, or a runtime loads it and computes other logits. In every case nothing is left behind. A
-            runtime that refuses to load it is reported with its own words, and is no error.
+        UserError: unknown format, a source with missing or damaged codes, a spec the format cannot hold, an existing target, a failing or
+            full disk.
+        DecoctError: the result is not exact, or a runtime loads it and computes other logits. Nothing is left behind in either case. A
+            runtime that refuses to load the export is reported with its message and is no error.
     """
     exporter = EXPORTERS.get(format)
     if exporter is None:
@@ -171,18 +173,20 @@ def export_folder(
     if target.resolve() != source.resolve() and target.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{target} lies inside the model folder {source}, whose files are on record; choose a place outside it")
     with atomic_directory(target) as folder:
-        check_record(source)  # what is packed gets new hashes, so that damage must be found before
+        check_record(source)  # the export gets new hashes, so damage must be found before packing
         opened = replace(opening.open(format), reader_version=reader_version)
         _check_tokenizer(source)
         check_limits(opened, format)
         if exporter.check_values:
             exporter.check_values(opened)
+        # limits and sizes come before any weight is written: a refusal or a full disk must cost seconds, not the whole export
         planned = exporter.planned_bytes(opened)
         rounding = _rounding(opened, format, allow_inexact)
         check_free_space(folder, planned, f"the export {target}")
         write_json_atomic(folder / "config.json", with_older_fields(exporter.config(opened)))
         exporter.write(folder, opened)
         _copy_companions(source, folder)
+        # the proof reads the written files, so it must follow them; the record must follow the proof, whose hashes it stores
         content = _record(opened)
         proof = _proven(folder, opened, content)
         seen = _checked_runtimes(folder, tokens) if runtimes else {}
@@ -196,7 +200,7 @@ def export_folder(
 
 
 def _rounding(source: ExportSource, format: str, allow_inexact: bool) -> CastError | None:
-    """What rounding plain weights changes; None when nothing changes. UserError when it does and must not."""
+    """Return what rounding plain weights changes; None if nothing changes. UserError if it changes weights without ``allow_inexact``."""
     if not isinstance(source, PlainSource):
         return None
     rounding = source.rounding()
@@ -225,9 +229,9 @@ def _copy_companions(source: Path, folder: Path) -> None:
 
 
 def _proven(folder: Path, source: ExportSource, record: dict[str, Any]) -> Proof:
-    """Every weight element by element, and what config and metadata say; DecoctError when anything is not the source's."""
+    """Compare every weight, the config and the metadata with the source; DecoctError if anything differs."""
     proof = prove(folder, source)
-    # the codes' ranges are a part of the proof, which has decoded them
+    # codes=False: the proof has decoded the codes and checked their ranges
     problems = proof.problems or structure_problems(folder, record, codes=False)
     if problems:
         raise DecoctError(
@@ -240,7 +244,7 @@ def _proven(folder: Path, source: ExportSource, record: dict[str, Any]) -> Proof
 def _checked_runtimes(folder: Path, tokens: "Tensor | None") -> dict[str, dict[str, Any]]:
     seen = check_runtimes(folder, tokens=tokens)
     for name, outcome in seen.items():
-        # a runtime that refuses the export, or ends before it answers, says nothing about its weights: that is reported, not an error
+        # a runtime that refuses the export, or dies before it answers, proves nothing about its weights: report it, raise nothing
         if outcome["status"] == "differs":
             raise DecoctError(
                 f"{name} ({outcome['version'] or 'version unknown'}) does not run the export as it was trained: {outcome['reason']}. "
@@ -252,7 +256,7 @@ def _checked_runtimes(folder: Path, tokens: "Tensor | None") -> dict[str, dict[s
 def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[str, Any]], rounding: CastError | None) -> CardFacts:
     scheme = Counter(f"int{s.bits}, {s.group_size}" for s in map(source.state.spec_of, source.state.modules))
     return CardFacts(
-        # Folders are often called after their format; the run has a name that somebody chose.
+        # folders are often named after their format; the run has a name that somebody chose
         name=str(source.record.get("run") or name),
         base_model=source.record.get("base_model"),
         model_type=str(source.config.get("model_type", "unknown")),
@@ -272,6 +276,6 @@ def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[
 
 
 def _record(source: ExportSource) -> dict[str, Any]:
-    """What decoct.json says of the source; of its codes only where they are written."""
+    """Return the source's part of ``decoct.json``; ``quant`` only if the export stores codes."""
     record = {key: value for key, value in source.record.items() if key != "quant"}
     return record | ({"quant": source.state.record()} if source.state.modules else {})

@@ -1,4 +1,4 @@
-"""What the model cards of GPTQ, AWQ and plain safetensors exports say: how their stacks load them."""
+"""Loading instructions for the model cards of GPTQ, AWQ and plain safetensors exports."""
 
 from .card import CardFacts, FormatCard
 

@@ -1,7 +1,8 @@
-"""Which serving stack reads which export format: the one table that the plan, model cards and docs/serving.md ask.
+"""Which serving stack reads which export format: the one table behind the plan, model cards and docs/serving.md.
 
-``launch/plan/serving_stacks.py`` says what a stack makes of a certain scheme or width; this table only says whether it knows the format.
-docs/serving.md reports what was run, and how near the result came.
+``launch/plan/serving_stacks.py`` judges a stack's support of a scheme or width; this table only lists the formats it knows.
+docs/serving.md
+reports what was run, and how close the logits were.
 """
 
 from collections.abc import Mapping
@@ -9,19 +10,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 RUNTIMES = ("vLLM", "SGLang", "transformers", "llama.cpp", "ONNX Runtime", "OpenVINO", "mlx-lm")
-"""ONNX Runtime and OpenVINO by their packages onnxruntime-genai and openvino-genai."""
+"""ONNX Runtime and OpenVINO are used through the packages onnxruntime-genai and openvino-genai."""
 ONNX_OPTIONS = "nodes_to_exclude=/lm_head/MatMul shared_embeddings=false accuracy_level=1"
-"""``--extra_options`` of onnxruntime-genai's builder. Without them it rounds a tied head to int4 itself and multiplies inputs of 8 bits."""
+"""``--extra_options`` of onnxruntime-genai's builder. Without them it rounds a tied head to int4 itself and rounds inputs to 8 bits."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a stack makes of a format that it knows."""
+    """How a stack reads a format that it knows."""
 
     outcome: Literal["reads", "misreads"]
-    """misreads: it loads the files without a word and computes another model."""
+    """misreads: the stack loads the files without an error and computes another model."""
     how: str = ""
-    """What must be told or known; '' where the folder's name is enough."""
+    """Options or caveats; '' if the folder's path is all the stack needs."""
 
 
 _PLAIN = Reading("reads")
@@ -41,33 +42,33 @@ READERS: Mapping[str, Mapping[str, Reading]] = {
     "gguf": _GGUF,
     "gguf-q2_0": {"llama.cpp": Reading("reads", "from July 2026 on")},
 }
-"""Format -> runtime -> what it makes of it. Pairs that are not here: the stack does not know the format, or nobody has tried."""
+"""Format -> runtime -> how it reads the format. A missing pair: the stack does not know the format, or nobody has tried."""
 
 
 def formats_for(runtime: str) -> list[str]:
-    """Formats that a runtime reads rightly."""
+    """Return the formats that a runtime reads correctly."""
     return [form for form, readers in READERS.items() if runtime in readers and readers[runtime].outcome == "reads"]
 
 
 def known_as(form: str) -> str:
-    """The format of the table that a format is read as: the GGUF files of plain weights are read as others are."""
+    """Return the table's name for a format: GGUF files of plain weights are read like any other GGUF file."""
     return form if form in READERS or not form.startswith("gguf") else "gguf"
 
 
 def reading(form: str, runtime: str) -> Reading | None:
-    """What a runtime makes of a format; None where it does not know it."""
+    """Return how a runtime reads a format; None if it does not know it."""
     return READERS.get(known_as(form), {}).get(runtime)
 
 
 def card_lines(form: str) -> list[str]:
-    """For a model card, what the stacks beyond those with commands of their own must be told."""
+    """Return the model card's lines on options and caveats of stacks."""
     readers = READERS.get(known_as(form), {})
     words = {"reads": "reads it", "misreads": "must not be given it"}
     return [f"- {runtime} {words[found.outcome]}: {found.how}." for runtime, found in readers.items() if found.how]
 
 
 def readers_markdown() -> str:
-    """The whole table for docs/serving.md."""
+    """Return the whole table for docs/serving.md."""
     lines = [f"| Format | {' | '.join(RUNTIMES)} |", "|---" * (len(RUNTIMES) + 1) + "|"]
     notes: list[str] = []
     for form, readers in READERS.items():

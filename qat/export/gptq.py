@@ -30,8 +30,9 @@ _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def quantization_config(source: ExportSource, format: str) -> dict[str, Any]:
-    """The ``quantization_config`` of ``config.json``, and all of ``quantize_config.json``."""
+    """Return the ``quantization_config`` of ``config.json``, which is also the content of ``quantize_config.json``."""
     state = source.state
+    # the most frequent spec is the default; ``dynamic`` lists the modules that differ from it
     common = Counter(state.spec_of(module) for module in state.modules).most_common(1)[0][0]
     config: dict[str, Any] = {
         "quant_method": "gptq",
@@ -52,7 +53,8 @@ def _settings(spec: QuantSpec) -> dict[str, Any]:
 
 
 def _dynamic(source: ExportSource, common: QuantSpec) -> dict[str, Any]:
-    """Patterns of modules that differ: '-:' is not quantized, '+:' has settings of its own; servers' fused matrices beside their parts."""
+    """Return patterns of modules that differ: '-:' is not quantized, '+:' has its own settings. Parts and servers' fused matrices are
+    listed."""
     state, rules = source.state, {}
     for module in (name for name in source.unquantized_linears if name != "lm_head"):
         rules |= {f"-:^{re.escape(name)}$": {} for name in _also_fused(module)}
@@ -69,7 +71,7 @@ def _also_fused(module: str) -> list[str]:
 
 
 def _in_every_block(source: ExportSource) -> list[list[str]] | None:
-    """Names inside a decoder layer that are quantized, for readers that know no patterns; None when all are, or layers differ."""
+    """Return the quantized names inside a decoder layer, for readers without patterns; None if all are quantized or layers differ."""
     blocks: dict[str, set[str]] = {}
     quantized = set(source.state.modules)
     for name in source.structure.linears:
@@ -85,7 +87,7 @@ def _in_every_block(source: ExportSource) -> list[list[str]] | None:
 
 
 def exported_config(source: ExportSource, format: str) -> dict[str, Any]:
-    """``config.json`` of the export: float16 when that holds every unquantized tensor exactly, else bfloat16."""
+    """Return the export's ``config.json``; its dtype is float16 if that holds every unquantized tensor exactly, else bfloat16."""
     config = unquantized_config(source, plain_dtype(source, _DTYPES))
     return config | {"quantization_config": quantization_config(source, format)}
 
@@ -107,7 +109,7 @@ def write(folder: Path, source: ExportSource, format: str) -> None:
 
 
 def _sizes(source: ExportSource) -> dict[str, int]:
-    """Bytes of every stored tensor, in the order of writing."""
+    """Return the bytes of every stored tensor, in the order of writing."""
     sizes: dict[str, int] = {}
     for module in source.state.modules:
         it = layer(source, module)
@@ -118,7 +120,7 @@ def _sizes(source: ExportSource) -> dict[str, int]:
 
 
 def _stored(source: ExportSource, name: str, format: str, dtype: torch.dtype) -> Tensor:
-    """The tensor that is stored under ``name``."""
+    """Return the tensor stored under ``name``."""
     if name in source.plain:
         return exact_plain(source, name, dtype)
     module, part = name.rsplit(".", 1)
@@ -128,8 +130,9 @@ def _stored(source: ExportSource, name: str, format: str, dtype: torch.dtype) ->
         return pack_bits(it.codes, it.spec.bits).T.contiguous()
     if part == "qzeros":
         zeros = torch.zeros_like(it.scales, dtype=torch.int8) if it.zeros is None else it.zeros
-        # less one in each field, before the fields become a word: a word's difference would borrow across fields
+        # version 1: subtract 1 from each field before packing; subtracting from a packed word would borrow across fields
         return pack_bits((zeros.T - (1 if format == V1 else 0)).contiguous(), it.spec.bits)
     if part == "scales":
         return exact_scales(it.scales, torch.float16, format, module).T.contiguous()
+    # g_idx: the group of each input, in order because decoct does not permute inputs
     return torch.arange(columns, dtype=torch.int32) // (columns // groups)

@@ -1,10 +1,11 @@
-"""Plain safetensors: a model folder that every stack loads without knowing of quantization.
+"""Plain safetensors: a model folder that every stack loads without support for quantization.
 
-Of a quantized folder the weights are codes times scales. Scales have bf16's 8 digits, so that bf16 holds the products of symmetric 2-bit
-codes (powers of two) alone; fp16, with 11, those of up to 4 bits. Embeddings and norms lie on the bf16 grid, and fp16 does not hold their
-small values. ``safetensors`` stores all in bf16 or in fp16 where one of them holds every value, else each tensor in the one that holds it,
-and then config.json says float32; where neither holds some tensor, all in the one that changes fewer values, and the export is refused
-unless inexact ones are allowed. ``safetensors-f32`` stores all in fp32, which holds everything.
+The weights of a quantized folder are codes times scales. Scales have the 8 significant bits of bf16, so bf16 holds only products with
+symmetric 2-bit codes (powers of two); fp16, with 11 significant bits, holds those of up to 4 bits. Embeddings and norms lie on the bf16
+grid, and fp16 does not hold their
+small values. ``safetensors`` stores all tensors in bf16 or in fp16 if one of them holds every value; else each tensor in the one
+that holds it, and config.json names float32. If neither holds some tensor, all are stored in the one that changes fewer values, and the
+export is refused unless ``allow_inexact`` is set. ``safetensors-f32`` stores all in fp32, which holds everything.
 """
 
 import math
@@ -19,7 +20,7 @@ from .shards import plan_shards, write_shards
 
 
 def exported_config(source: ExportSource) -> dict[str, Any]:
-    """``config.json`` of the export: the model's own with the stored dtype; no path of this machine, no code."""
+    """Return the export's ``config.json``: the model's own with the stored dtype, without paths and code."""
     assert isinstance(source, PlainSource)
     return unquantized_config(source, source.dtype)
 

@@ -10,13 +10,13 @@ from ...models.folder.safetensors_write import write_safetensors
 from ...models.folder.tensor_places import INDEX, WEIGHTS
 
 SHARD_BYTES = 5_000_000_000
-"""As transformers cuts files."""
+"""The limit that transformers uses."""
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int = SHARD_BYTES) -> dict[str, list[str]]:
-    """File name -> names of its tensors, filled in the order of ``sizes`` (bytes by tensor name).
+    """Return file name -> names of its tensors, filled in the order of ``sizes`` (tensor name -> bytes).
 
-    No file holds more than ``limit`` bytes, but a larger tensor gets a file of its own.
+    No file holds more than ``limit`` bytes, except for one with a single larger tensor.
     """
     files: list[list[str]] = [[]]
     used = 0
@@ -36,8 +36,8 @@ def write_shards(folder: Path, shards: Mapping[str, list[str]], make: Callable[[
 
     Args:
         folder: An existing folder.
-        shards: As ``plan_shards`` gives them.
-        make: The tensor of a name; called once per tensor, when its file is written.
+        shards: Result of ``plan_shards``.
+        make: Returns the tensor of a name; called once per tensor, when its file is written.
     """
     total = 0
     for file, names in shards.items():

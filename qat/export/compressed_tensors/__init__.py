@@ -1,1 +1,1 @@
-"""The compressed-tensors formats "pack-quantized" and "int-quantized": writer, config, keys and values."""
+"""The compressed-tensors formats "pack-quantized" and "int-quantized": writer, config, and scales of keys and values."""

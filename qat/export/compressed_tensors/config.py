@@ -1,7 +1,8 @@
-"""The ``quantization_config`` of compressed-tensors exports: one group for each spec.
+"""The ``quantization_config`` of compressed-tensors exports: one group per spec.
 
-With one spec its group has the class Linear; with several each names its modules, because servers look for the class of a fused
-matrix before they look at the names of its parts. Unknown keys are refused by readers, so nothing of ours is in it.
+A single group targets the class Linear. Several groups name their modules, because servers look for the class of a fused matrix before
+they
+look at the names of its parts. Readers refuse unknown keys, so decoct adds none of its own.
 
 Source: compressed-tensors ``quantization/quant_config.py``, ``quantization/quant_args.py``; vLLM ``compressed_tensors/utils.py``.
 """
@@ -19,28 +20,31 @@ PACK_QUANTIZED, INT_QUANTIZED = "pack-quantized", "int-quantized"
 
 
 def quantization_config(source: ExportSource) -> dict[str, Any]:
-    """The ``quantization_config`` of ``config.json``."""
+    """Return the ``quantization_config`` of ``config.json``."""
     state = source.state
     scheme: dict[QuantSpec, list[str]] = {}
     for module in state.modules:
+        # specs that differ only in how their scales were found share a group
         scheme.setdefault(_as_stored(state.spec_of(module)), []).append(module)
     targets = {spec: source.also_in_model(modules) if len(scheme) > 1 else ["Linear"] for spec, modules in scheme.items()}
     groups = [_group(spec, source.state.activations, targets[spec]) for spec in scheme]
     formats = {group["format"] for group in groups}
     return {
         "quant_method": NAME,
+        # 3, 5, 6 and 7 bits need the version that the user names; 2, 4 and 8 bits are laid out alike in all
         "version": source.reader_version or LAYOUT_VERSION,
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": cache_scheme(source),
+        # servers name some modules differently from the weight files: both names are listed
         "ignore": source.also_in_model(source.unquantized_linears),
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
     }
 
 
 def _as_stored(spec: QuantSpec) -> QuantSpec:
-    """Specs that are stored alike are one: what the scales came from, and on which grid, no reader asks."""
+    """Reduce a spec to what a reader needs: the origin of the scales and their grid are dropped."""
     group_size = "channel" if spec.group_size == "tensor" else spec.group_size
     return QuantSpec(bits=spec.bits, group_size=group_size, symmetric=spec.symmetric)
 

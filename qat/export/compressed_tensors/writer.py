@@ -1,10 +1,10 @@
 """The compressed-tensors formats "pack-quantized" and "int-quantized", read by transformers, vLLM and SGLang.
 
-pack-quantized: integer codes in 32-bit words along the inputs, zero points packed along the outputs. int-quantized: int8 codes as they
-are, one scale a row, for modules whose inputs are rounded to int8 too. Modules with different specs get a group each.
+pack-quantized: integer codes in 32-bit words along the inputs, zero points packed along the outputs. int-quantized: unpacked int8
+codes with one scale per row, for modules whose inputs are rounded to int8 too. Each spec gets a group of its own.
 
-Nothing is rounded here: codes and scales are those that training used. Scales lie on the bf16 grid and are stored as bf16; tensors
-that are not quantized must lie on it too (a quantized folder's do). The package of that name is not needed to write.
+The writer rounds nothing: codes and scales are those of training. Scales lie on the bf16 grid and are stored as bf16; unquantized tensors
+must lie on it too (those of a quantized folder do). Writing does not need the package compressed-tensors.
 
 Source: compressed-tensors ``compressors/pack_quantized/base.py``, ``compressors/naive_quantized/base.py``,
 ``quantization/quant_config.py``; transformers ``quantizers/quantizer_compressed_tensors.py``.
@@ -33,10 +33,10 @@ _INPUT_SCALE, _INPUT_ZERO = ".input_scale", ".input_zero_point"
 
 
 def check_values(source: ExportSource) -> None:
-    """Refuse stored scales of inputs, or of keys and values, that are missing or no scales.
+    """Refuse missing or invalid stored scales of inputs, keys and values.
 
     Raises:
-        UserError: naming the module.
+        UserError: a scale is missing, not finite or not positive; names the module.
     """
     state = source.state
     if state.activations is not None and state.activations.scaling == "static":
@@ -60,7 +60,7 @@ def _is_scale(scale: Tensor | None) -> bool:
 
 
 def exported_config(source: ExportSource) -> dict[str, Any]:
-    """``config.json`` of the export: the model's own, in bf16, with the packing described; no path of this machine, no code."""
+    """Return the export's ``config.json``: the model's own, in bf16, with a description of the packing."""
     return unquantized_config(source, torch.bfloat16) | {"quantization_config": quantization_config(source)}
 
 
@@ -79,7 +79,7 @@ def write(folder: Path, source: ExportSource) -> None:
 
 
 def _sizes(source: ExportSource) -> dict[str, int]:
-    """Bytes of every stored tensor, in the order of writing."""
+    """Return the bytes of every stored tensor, in the order of writing."""
     sizes: dict[str, int] = {}
     for module in source.state.modules:
         it = layer(source, module)
@@ -92,8 +92,10 @@ def _part_sizes(source: ExportSource, it: Layer) -> dict[str, int]:
     (rows, columns), groups, bits = it.codes.shape, it.scales.shape[1], it.spec.bits
     scales = {_SCALE: rows * groups * 2}
     if source.state.activations is None:
+        # the shape of the unpacked matrix is two int64 values; zero points are packed along the outputs
         zeros = {} if it.zeros is None else {_ZERO: packed_width(rows, bits) * groups * 4}
         return {_PACKED: rows * packed_width(columns, bits) * 4, **scales, _SHAPE: 2 * 8, **zeros}
+    # with rounded inputs the format is int-quantized: one byte per code and zero point
     zeros = {} if it.zeros is None else {_ZERO: rows * groups}
     static = source.state.activations.scaling == "static"
     inputs = ({_INPUT_SCALE: 4} if static else {}) | ({_INPUT_ZERO: 1} if static and not source.state.activations.symmetric else {})
@@ -101,7 +103,7 @@ def _part_sizes(source: ExportSource, it: Layer) -> dict[str, int]:
 
 
 def _stored(source: ExportSource, name: str) -> Tensor:
-    """The tensor that is stored under ``name``."""
+    """Return the tensor stored under ``name``."""
     if name in source.plain:
         return exact_plain(source, name, torch.bfloat16)
     if name in (scales := cache_tensors(source)):
@@ -109,6 +111,7 @@ def _stored(source: ExportSource, name: str) -> Tensor:
     module, part = name.rsplit(".", 1)
     it = layer(source, module)
     packed = source.state.activations is None
+    # functions, so that only the requested part is computed
     make = {
         _PACKED: lambda: pack_bits(it.codes, it.spec.bits),
         _SCALE: lambda: exact_scales(it.scales, torch.bfloat16, NAME, module),
@@ -122,6 +125,6 @@ def _stored(source: ExportSource, name: str) -> Tensor:
 
 
 def _zero_points(it: Layer, packed: bool) -> Tensor:
-    """Zero points as they are stored: int8 [out, groups], or packed along the outputs."""
+    """Return zero points as stored: int8 [out, groups], or packed along the outputs."""
     assert it.zeros is not None
     return pack_bits(it.zeros.T.contiguous(), it.spec.bits).T.contiguous() if packed else it.zeros.contiguous()

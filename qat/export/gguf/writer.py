@@ -1,11 +1,11 @@
 """The format "gguf": one file ``model.gguf`` with codes and scales as ggml blocks, read by llama.cpp, Ollama and LM Studio.
 
 Nothing is rounded: symmetric codes of up to 4 bits are Q4_0, of 5 bits Q5_0, wider ones Q8_0; asymmetric ones of up to 3 bits Q4_1, of 4
-bits Q4_1 or else Q5_1, of 5 bits Q5_1 where that is exact; scales are exact in fp16. ``gguf-q2_0`` writes symmetric codes of 2 bits as
-Q2_0, which llama.cpp reads since July 2026 alone. Embedding and head are BF16, norms and biases F32. ``gguf-bf16``, ``gguf-f16`` and
+bits Q4_1 or else Q5_1, of 5 bits Q5_1 where that is exact; scales are exact in fp16. ``gguf-q2_0`` writes symmetric 2-bit codes as Q2_0,
+which only llama.cpp of July 2026 or later reads. Embedding and head are BF16, norms and biases F32. ``gguf-bf16``, ``gguf-f16`` and
 ``gguf-f32`` take a plain model folder.
 
-Source: layouts and names as in the other ``gguf_*`` files here.
+Source: as in the other modules of this folder, which define layouts and names.
 """
 
 from collections import Counter
@@ -43,12 +43,12 @@ _ASYMMETRIC = {TensorType.Q4_1: pack_q4_1, TensorType.Q5_1: pack_q5_1}
 
 
 def planned_bytes(source: ExportSource, q2_0: bool = False) -> int:
-    """Size of ``model.gguf``."""
+    """Return the size of ``model.gguf`` in bytes."""
     return planned_file_bytes(*_plan(source, q2_0))
 
 
 def exported_config(source: ExportSource) -> dict[str, Any]:
-    """``config.json`` beside the file: llama.cpp does not read it; whoever rebuilds or checks the model does. No path, no code."""
+    """Return ``config.json``, without paths and code. llama.cpp does not read it; tools that rebuild or check the model do."""
     return {key: value for key, value in source.config.items() if key not in ("torch_dtype", "_name_or_path", "auto_map")}
 
 
@@ -58,10 +58,10 @@ def write(folder: Path, source: ExportSource, q2_0: bool = False) -> None:
 
 
 def block_type(source: ExportSource, module: str, q2_0: bool = False) -> TensorType:
-    """The narrowest blocks that hold the codes of a module within the format's limits, Q2_0 among them where ``q2_0`` says so.
+    """Return the narrowest block type that holds a module's codes; Q2_0 only if ``q2_0`` is true.
 
     Raises:
-        UserError: fp16 does not hold a scale, or what is stored beside it.
+        UserError: fp16 does not hold a scale, or a block's minimum (zero point times scale).
     """
     spec, held = source.state.spec_of(module), layer(source, module)
     if not fits_fp16(held.scales.numpy()):
@@ -74,6 +74,7 @@ def block_type(source: ExportSource, module: str, q2_0: bool = False) -> TensorT
 
 def _asymmetric_type(module: str, bits: int, scales: NDArray[np.float32], zeros: NDArray[np.int8]) -> TensorType:
     for width, kind in ((4, TensorType.Q4_1), (5, TensorType.Q5_1)):
+        # wider blocks shift the codes, which changes the minimum: fp16 may hold one and not the other
         if bits <= width and fits_fp16(minimums(scales, zeros, bits, width)):
             return kind
     raise UserError(
@@ -83,13 +84,14 @@ def _asymmetric_type(module: str, bits: int, scales: NDArray[np.float32], zeros:
 
 
 def _plan(source: ExportSource, q2_0: bool) -> tuple[dict[str, Value], list[TensorPlan]]:
-    """Metadata and tensors; no weight is read."""
+    """Return metadata and tensors; no weight is read until a tensor is written."""
     config = plain_config(source.folder)
     architecture = architecture_of(config.model_type)
     metadata = model_metadata(config, architecture)
     tensors = [_tensor(source, name, architecture, config, q2_0) for name in _order(source)]
     if (factors := rope_frequency_factors(config)) is not None:
         tensors.append(TensorPlan(ROPE_FREQS, TensorType.F32, (len(factors),), lambda: np.array(factors, "<f4")))
+    # the tokenizer needs a name for every row of the embedding, and that may be padded
     rows = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
     general: dict[str, Value] = {
         "general.architecture": architecture,
@@ -106,7 +108,7 @@ def _plan(source: ExportSource, q2_0: bool) -> tuple[dict[str, Value], list[Tens
 
 
 def _order(source: ExportSource) -> list[str]:
-    """Names of all weights in the order of the model, tied ones once."""
+    """Return the names of all weights in module order, tied ones once."""
     return [name for name in source.structure.shapes if name in source.plain or name.removesuffix(".weight") in source.state.codes]
 
 
@@ -115,6 +117,7 @@ def _tensor(source: ExportSource, name: str, architecture: str, config: "PreTrai
     if module in source.state.codes:
         kind = block_type(source, module, q2_0)
         return TensorPlan(place.name, kind, shape, partial(_blocks, source, module, kind, place, config))
+    # GPT-2's Conv1D stores [in, out]; GGUF stores every matrix as [out, in]
     if place.change == "transpose":
         shape = shape[::-1]
     kind = _plain_type(source, place, shape)
@@ -122,7 +125,7 @@ def _tensor(source: ExportSource, name: str, architecture: str, config: "PreTrai
 
 
 def _plain_type(source: ExportSource, place: Place, shape: tuple[int, ...]) -> TensorType:
-    """llama.cpp wants vectors, norms and learned positions in fp32."""
+    """Return the type of an unquantized tensor; llama.cpp needs vectors, norms and learned positions in fp32."""
     if len(shape) < 2 or "_norm" in place.name or place.name.startswith("position_embd"):
         return TensorType.F32
     return PLAIN_TYPES[source.dtype] if isinstance(source, PlainSource) else TensorType.BF16
@@ -149,12 +152,12 @@ def _plain(source: ExportSource, name: str, kind: TensorType, place: Place, conf
 
 
 def _raw(tensor: Tensor) -> NDArray[Any]:
-    # numpy has no bf16
+    # numpy has no bf16: the same bits as uint16
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def _usual_type(tensors: list[TensorPlan]) -> TensorType:
-    """The type of most layers' weights, by bytes' worth of elements."""
+    """Return the type with the most weight elements, embedding and head not counted."""
     counts: Counter[TensorType] = Counter()
     for tensor in tensors:
         if len(tensor.shape) > 1 and tensor.name not in _EMBEDDINGS:

@@ -1,4 +1,4 @@
-"""What each export format can hold, known from a plain description of the model: the exporters and the plan ask here. No torch."""
+"""Limits of each export format, checked against a plain description of the model by the exporters and the plan. Needs no torch."""
 
 from typing import TYPE_CHECKING
 

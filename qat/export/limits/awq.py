@@ -1,4 +1,4 @@
-"""What the AWQ format holds: 4 bits, one group size for all modules, outputs in whole words.
+"""Limits of the AWQ format: 4 bits, one group size for all modules, outputs in whole words.
 
 Source: AutoAWQ ``modules/linear/gemm.py``, ``utils/packing_utils.py``; vLLM ``layers/quantization/awq*.py``.
 """
@@ -11,11 +11,11 @@ from .stored_model import StoredModel
 
 BITS = (4,)
 PER_WORD = 8
-"""Codes in a word."""
+"""Codes per 32-bit word."""
 
 
 def limits(model: StoredModel) -> Iterator[Refusal]:
-    """What the version "gemm" cannot hold exactly."""
+    """Yield what the version "gemm" cannot hold exactly."""
     yield from packed(model, head=False)
     model = without_ends(model, head=False)
     yield from bits(model, BITS)

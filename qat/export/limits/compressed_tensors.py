@@ -1,4 +1,4 @@
-"""What the compressed-tensors formats hold: every integer width, scales of bf16, int8 inputs, fp8 keys and values.
+"""Limits of the compressed-tensors formats: every integer width, scales of bf16, int8 inputs, fp8 keys and values.
 
 Source: compressed-tensors ``compressors/pack_quantized``, ``quantization/quant_args.py``; vLLM ``compressed_tensors/schemes``.
 """
@@ -15,7 +15,7 @@ DENSE_VERSION = (0, 18, 0)
 
 
 def limits(model: StoredModel) -> Iterator[Refusal]:
-    """What the formats "pack-quantized" and "int-quantized" cannot hold exactly."""
+    """Yield what the formats "pack-quantized" and "int-quantized" cannot hold exactly."""
     yield from packed(model, head=True)
     model = without_ends(model, head=True)
     yield from scale_grid(model, "bf16", ("bf16_fp16", "bf16"), by_values=False)
@@ -25,7 +25,7 @@ def limits(model: StoredModel) -> Iterator[Refusal]:
 
 
 def _dense(model: StoredModel) -> Iterator[Refusal]:
-    """Widths that do not divide a word: releases of the package pack them differently under one name."""
+    """Yield widths that do not divide a 32-bit word: releases of the package pack them differently under the same name."""
     needed = ".".join(map(str, DENSE_VERSION))
     named = Option("reader_version", needed)
     for spec, modules in integer_schemes(model):
@@ -43,11 +43,12 @@ def _dense(model: StoredModel) -> Iterator[Refusal]:
 
 def _is_dense(version: str) -> bool:
     numbers = version.split(".")
+    # a pre-release such as 0.18.0rc1 does not count: its layout is not known
     return all(number.isdecimal() for number in numbers) and tuple(map(int, numbers)) >= DENSE_VERSION
 
 
 def _inputs(model: StoredModel) -> Iterator[Refusal]:
-    """Kernels for int8 inputs take int8 weights with a scale per row."""
+    """Yield schemes that do not fit rounded inputs: kernels for int8 inputs need int8 weights with one scale per row."""
     inputs, without = model.activations, Without("activations")
     if inputs is None:
         return
@@ -62,7 +63,8 @@ def _inputs(model: StoredModel) -> Iterator[Refusal]:
 
 
 def _cache(model: StoredModel) -> Iterator[Refusal]:
-    """Servers read symmetric fp8 with one stored scale for the keys and one for the values of each layer."""
+    """Yield unsupported roundings of keys and values: servers read symmetric fp8 with one stored scale each for a layer's keys and
+    values."""
     cache = model.kv_cache
     if cache is None or (cache.kind, cache.scaling) == ("fp8_e4m3", "static"):
         return

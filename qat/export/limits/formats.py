@@ -1,4 +1,4 @@
-"""Format name -> its limits: the one list of them."""
+"""Table of export formats and their limits."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -23,7 +23,7 @@ LIMITS: dict[str, Callable[[StoredModel], Iterable[Refusal]]] = {
 
 
 def refusals(format: str, model: StoredModel) -> list[Refusal]:
-    """What the format cannot hold of the model, the most telling first; [] when it holds it exactly.
+    """Return what the format cannot hold of the model, most important first; [] if it holds the model exactly.
 
     Args:
         format: A name in ``LIMITS``.
@@ -31,5 +31,6 @@ def refusals(format: str, model: StoredModel) -> list[Refusal]:
     """
     found: dict[str, Refusal] = {}
     for refusal in LIMITS[format](model):
+        # several schemes may give the same reason: the first is the most frequent one
         found.setdefault(refusal.reason, replace(refusal, format=format))
     return list(found.values())

@@ -1,4 +1,5 @@
-"""What the GGUF formats hold: families that llama.cpp computes alike, integer codes in blocks of 32 (Q2_0: 64) with one fp16 scale.
+"""Limits of the GGUF formats: families that llama.cpp computes in the same way, integer codes in blocks of 32 (Q2_0: 64) with one fp16
+scale.
 
 Source: ggml ``ggml-common.h``, ``ggml-quants.c``; llama.cpp ``llama-model.cpp``.
 """
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def limits(model: StoredModel) -> Iterator[Refusal]:
-    """What ``gguf`` cannot hold exactly."""
+    """Yield what ``gguf`` cannot hold exactly."""
     yield from plain_limits(model)
     yield from packed(model, head=True, fused=False, embedding=True)
     yield from _blocks(model)
@@ -27,7 +28,7 @@ def limits(model: StoredModel) -> Iterator[Refusal]:
 
 
 def narrow_limits(model: StoredModel) -> Iterator[Refusal]:
-    """What ``gguf-q2_0`` cannot: it is for models that have such blocks."""
+    """Yield what ``gguf-q2_0`` cannot hold exactly; it also refuses models without a single Q2_0 block."""
     if model.modules and not any(is_q2_0(module.spec, module.columns) for module in model.modules):
         reason = f"is for symmetric weights of 2 bits in groups of a multiple of {WIDE_BLOCK}, and there are none"
         yield Refusal(reason=reason, remedies=(OtherFormat("gguf"),))
@@ -35,20 +36,22 @@ def narrow_limits(model: StoredModel) -> Iterator[Refusal]:
 
 
 def plain_limits(model: StoredModel) -> Iterator[Refusal]:
-    """What the formats of plain weights cannot: families that llama.cpp has no equal of, and what is rounded beyond weights."""
+    """Yield what the formats of plain weights cannot hold: families without a llama.cpp equivalent, and rounding of anything but
+    weights."""
     if reason := family_refusal(model.config, model.tensors):
         yield Refusal(reason=f"cannot hold this model: {reason}")
     yield from nothing_beyond_weights(model)
 
 
 def family_refusal(config: "PreTrainedConfig", names: Iterable[str]) -> str | None:
-    """Why llama.cpp has no equal of the model; None when it has.
+    """Return why llama.cpp has no equivalent of the model; None if it has one.
 
     Args:
-        config: The model's.
-        names: Of all its weights.
+        config: The model's transformers config.
+        names: Names of all its weights.
     """
     try:
+        # the exporter's own functions decide: they raise for whatever they have no GGUF name or value for
         architecture = architecture_of(config.model_type)
         model_metadata(config, architecture)
         for name in names:
@@ -65,7 +68,7 @@ def _blocks(model: StoredModel) -> Iterator[Refusal]:
             reason = f"holds asymmetric codes of {ASYMMETRIC_BITS[-1]} bits at most, not {spec.bits}"
             yield Refusal(reason=reason, remedies=ways, modules=modules, spec=spec)
         elif not spec.symmetric and spec.bits == ASYMMETRIC_BITS[-1]:
-            # narrower codes have room in their block to be moved so that the minimum is exact
+            # at fewer bits the block has spare codes, so the codes can be shifted until fp16 holds the minimum
             reason = "stores zero point times scale in fp16 (Q5_1), which hardly ever holds it at 5 bits"
             yield Refusal(reason=reason, remedies=ways, modules=modules, spec=spec, by_values=True)
         if modules[0].group is not None and modules[0].group % BLOCK:

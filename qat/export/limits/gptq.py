@@ -1,4 +1,4 @@
-"""What the GPTQ formats hold: 2, 4 and 8 bits in whole 32-bit words along inputs and outputs; version 1 only symmetric weights.
+"""Limits of the GPTQ formats: 2, 4 and 8 bits in whole 32-bit words along inputs and outputs; version 1 only symmetric weights.
 
 Source: GPTQModel ``nn_modules/qlinear/__init__.py``; vLLM ``layers/quantization/gptq*.py``.
 """
@@ -12,7 +12,7 @@ from .stored_model import StoredModel
 
 
 def limits_v1(model: StoredModel) -> Iterator[Refusal]:
-    """What version 1 cannot hold exactly: it stores zero points less one, so that 0 has no place."""
+    """Yield what version 1 cannot hold exactly: it stores zero points minus one, so it cannot store 0."""
     for spec, modules in integer_schemes(model):
         if not spec.symmetric:
             ways = (OtherFormat("gptq_v2"), weights(symmetric=True))
@@ -21,7 +21,7 @@ def limits_v1(model: StoredModel) -> Iterator[Refusal]:
 
 
 def limits_v2(model: StoredModel) -> Iterator[Refusal]:
-    """What version 2 cannot hold exactly."""
+    """Yield what version 2 cannot hold exactly."""
     yield from packed(model, head=True)
     model = without_ends(model, head=True)
     yield from bits(model, PACKED_BITS)
@@ -31,7 +31,7 @@ def limits_v2(model: StoredModel) -> Iterator[Refusal]:
 
 
 def _whole_words(model: StoredModel) -> Iterator[Refusal]:
-    """A word holds codes of neighbouring inputs (weights), or outputs (zero points)."""
+    """Yield modules that do not fill whole words. A word holds codes of neighbouring inputs (weights) or outputs (zero points)."""
     for spec, modules in integer_schemes(model):
         if spec.bits not in PACKED_BITS:
             continue

@@ -1,4 +1,4 @@
-"""What plain safetensors hold: 16-bit floats only some codes times scales, fp32 every weight."""
+"""Limits of plain safetensors: 16-bit floats hold only some products of codes and scales; fp32 holds every weight."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ FORMATS = (NAME, WIDE_NAME)
 
 
 def limits(model: StoredModel) -> Iterator[Refusal]:
-    """What 16-bit floats cannot hold exactly, unless ``allow_inexact`` lets them round it."""
+    """Yield what 16-bit floats cannot hold exactly; with ``allow_inexact`` weights may be rounded."""
     if not model.allow_inexact:
         for spec, modules in model.schemes():
             if not _fits(spec):
@@ -24,12 +24,14 @@ def limits(model: StoredModel) -> Iterator[Refusal]:
 
 
 def wide_limits(model: StoredModel) -> Iterator[Refusal]:
-    """What fp32 cannot: it has no words for what is rounded beyond weights."""
+    """Yield what fp32 cannot hold: it cannot describe the rounding of anything but weights."""
     return nothing_beyond_weights(model)
 
 
 def _fits(spec: QuantSpec) -> bool:
-    """Scales of bf16 have 8 significant bits and codes of int4 3, which are fp16's 11; those of mxfp4 are powers of two."""
+    """Return whether a 16-bit float may hold code times scale: bf16 scales have 8 significant bits and int4 codes 3, together the 11 of
+    fp16; mxfp4
+    scales are powers of two."""
     if spec.kind != "int":
         return spec.kind == "mxfp4"
     return spec.symmetric and spec.bits <= 4 and spec.scale_grid in ("bf16_fp16", "bf16")

@@ -1,4 +1,4 @@
-"""Why a format cannot hold a model, and what to change: plain values, which a recipe's plan and an exporter put into their own words."""
+"""Why a format cannot hold a model, and the remedies, as plain values: the plan and the exporter each phrase them for their users."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Weights:
-    """Quantize the weights of the refusal's modules otherwise."""
+    """Quantize the weights of the refusal's modules differently."""
 
     values: tuple[tuple[str, object], ...]
     """(field of the QuantSpec, value)."""
@@ -19,7 +19,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Beyond:
-    """Round inputs, or keys and values, otherwise."""
+    """Round inputs, or keys and values, differently."""
 
     key: Literal["activations", "kv_cache"]
     values: tuple[tuple[str, object], ...]
@@ -28,7 +28,7 @@ class Beyond:
 
 @dataclass(frozen=True)
 class Without:
-    """Leave a setting of the quantizing stage out."""
+    """Leave out a setting of the quantizing stage."""
 
     key: Literal["embedding", "head", "activations", "kv_cache"]
 
@@ -43,7 +43,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class NarrowFfn:
-    """Prune the FFN to so many channels."""
+    """Prune the FFN to this number of channels."""
 
     channels: int
 
@@ -80,30 +80,30 @@ class Refusal:
     reason: str
     """The end of a sentence that begins with the format's name: 'packs 4 bits, not 8'."""
     remedies: tuple[Remedy, ...] = ()
-    """Each alone makes it go away, the nearest first."""
+    """Each one alone is sufficient; the smallest change comes first."""
     modules: tuple["StoredModule", ...] = ()
-    """The modules that it is about; () where it is about the whole model."""
+    """The modules concerned; () if the whole model is."""
     spec: "QuantSpec | None" = None
-    """Their quantization scheme, where that is what cannot be held."""
+    """Quantization scheme of the modules, if the scheme is the cause."""
     format: str = ""
     """Name of the format; ``formats.refusals`` fills it in."""
     by_values: bool = False
-    """The stored values decide, and hardly ever fit. The plan, which has none, refuses; the exporter looks at them."""
+    """The stored values decide, and they hardly ever fit. The plan has no values and refuses; the exporter checks the values."""
 
 
 def weights(**values: object) -> Weights:
-    """``Weights`` of keyword arguments."""
+    """Return ``Weights`` of keyword arguments."""
     return Weights(tuple(values.items()))
 
 
 Phrase = tuple[str, str]
 """(verb, what): ('use', 'weights.bits=4')."""
 Words = Callable[[Remedy, Refusal], Phrase | None]
-"""How a remedy is said; None where it is no way for the one who is told."""
+"""Phrases a remedy; None if the user has no such option."""
 
 
 def said(phrases: Iterable[Phrase]) -> str:
-    """'use a, or b, or leave c out': a verb that repeats is said once."""
+    """Join phrases: 'use a, or b, or leave c out'. A repeated verb is written once."""
     parts: list[str] = []
     before = ""
     for verb, what in phrases:
@@ -113,18 +113,18 @@ def said(phrases: Iterable[Phrase]) -> str:
 
 
 def sentence(refusal: Refusal, words: Words, more: str = "") -> str:
-    """'awq packs 4 bits, not 8; use weights.bits=4'.
+    """Return the refusal as a sentence: 'awq packs 4 bits, not 8; use weights.bits=4'.
 
     Args:
-        refusal: What is refused.
-        words: How remedies are said.
-        more: Follows the reason, such as the module in brackets.
+        refusal: The refusal.
+        words: Phrases a remedy.
+        more: Text after the reason, for example the module in brackets.
     """
     phrases = [phrase for remedy in refusal.remedies if (phrase := words(remedy, refusal))]
     return f"{refusal.format} {refusal.reason}{more}" + (f"; {said(phrases)}" if phrases else "")
 
 
 def listed(values: Sequence[object]) -> str:
-    """'2, 4 and 8'."""
+    """Join values: '2, 4 and 8'."""
     *most, last = map(str, values)
     return f"{', '.join(most)} and {last}" if most else last

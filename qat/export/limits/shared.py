@@ -10,22 +10,22 @@ from .stored_model import StoredModel, StoredModule
 
 Modules = tuple[StoredModule, ...]
 FP8_CACHE = Beyond("kv_cache", (("kind", "fp8_e4m3"), ("scaling", "static")))
-"""Keys and values as servers read them from an export."""
+"""The one rounding of keys and values that servers read from an export."""
 
 
 def integer_schemes(model: StoredModel) -> Iterator[tuple[QuantSpec, Modules]]:
-    """The quantization schemes of integer codes; ``integers`` refuses the others."""
+    """Return the schemes with integer codes and their modules; ``integers`` refuses the others."""
     return ((spec, modules) for spec, modules in model.schemes() if spec.kind == "int")
 
 
 def packed(model: StoredModel, *, head: bool, fused: bool = True, embedding: bool = False) -> Iterator[Refusal]:
-    """What every format of packed integer codes asks for.
+    """Yield what no format of packed integer codes can hold.
 
     Args:
         model: What is to be stored.
-        head: Readers know a quantized head.
-        fused: Readers make one matrix of q, k, v and of gate, up.
-        embedding: Readers know a quantized embedding.
+        head: Readers support a quantized head.
+        fused: Readers fuse q, k, v into one matrix, and gate, up into another.
+        embedding: Readers support a quantized embedding.
     """
     if not model.modules:
         yield Refusal(reason="packs quantized linears, and the model has none", remedies=(OtherFormat("safetensors"),))
@@ -36,7 +36,7 @@ def packed(model: StoredModel, *, head: bool, fused: bool = True, embedding: boo
 
 
 def integers(model: StoredModel) -> Iterator[Refusal]:
-    """Codes of another kind than int."""
+    """Yield schemes whose codes are not integers."""
     for spec, modules in model.schemes():
         if spec.kind != "int":
             ways = (weights(kind="int"), OtherFormat("safetensors-f32"))
@@ -44,13 +44,14 @@ def integers(model: StoredModel) -> Iterator[Refusal]:
 
 
 def without_ends(model: StoredModel, *, head: bool) -> StoredModel:
-    """The model less the embedding and, unless readers know it, the head: nothing more is said of what is refused as a whole."""
+    """Return the model without the embedding and, unless ``head``, without the head: ``ends`` has refused them, so other limits skip
+    them."""
     left_out = {model.embedding} if head else {model.embedding, model.head}
     return replace(model, modules=tuple(module for module in model.modules if module.name not in left_out))
 
 
 def ends(model: StoredModel, *, head: bool, embedding: bool) -> Iterator[Refusal]:
-    """A quantized embedding or head that readers take for a plain one."""
+    """Yield a quantized embedding or head that readers take for an unquantized one."""
     for module in model.modules:
         if module.name == model.embedding and not embedding:
             ways: tuple[Remedy, ...] = (Without("embedding"), OtherFormat("gguf"))
@@ -64,13 +65,14 @@ def ends(model: StoredModel, *, head: bool, embedding: bool) -> Iterator[Refusal
 
 
 def one_scheme(model: StoredModel) -> Iterator[Refusal]:
-    """Parts of one matrix of servers with different quantization schemes. Parts that are all left alone, or some of them, are no matter of
-    the format: what a server makes of those, ``launch/plan/stack_rules.py`` says."""
+    """Yield parts of a matrix that servers fuse, if their quantization schemes differ. Unquantized parts are no limit of the format:
+    ``launch/plan/stack_rules.py`` judges how each server reads them."""
     by_name = {module.name: module for module in model.modules if module.spec.kind == "int"}
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in by_name):
         for names in FUSED:
             own = [by_name[f"{parent}.{name}"] for name in names if f"{parent}.{name}" in by_name]
             if len({module.spec for module in own}) > 1:
+                # one example is enough: every layer usually has the same difference
                 other = next(module for module in own if module.spec != own[0].spec)
                 each = " and ".join(f"{module.name.rpartition('.')[2]} {module.spec.words()}" for module in (own[0], other))
                 reason = f"is read by servers that make one matrix of {', '.join(names)}, and {each} differ"
@@ -79,12 +81,12 @@ def one_scheme(model: StoredModel) -> Iterator[Refusal]:
 
 
 def scale_grid(model: StoredModel, stored: str, grids: Sequence[str], *, by_values: bool) -> Iterator[Refusal]:
-    """Scales that the 16-bit float of the format does not hold.
+    """Yield schemes whose scales the format's 16-bit float does not hold.
 
     Args:
         model: What is to be stored.
-        stored: What the format calls that float.
-        grids: Values of ``scale_grid`` whose scales it holds.
+        stored: The format's name for that float.
+        grids: Values of ``scale_grid`` whose scales the float holds.
         by_values: As in ``Refusal``.
     """
     for spec, modules in integer_schemes(model):
@@ -95,12 +97,12 @@ def scale_grid(model: StoredModel, stored: str, grids: Sequence[str], *, by_valu
 
 
 def fp16_scales(model: StoredModel) -> Iterator[Refusal]:
-    """``scale_grid`` of the formats that store fp16: an fp32 scale may happen to be one."""
+    """Yield schemes whose scales fp16 may not hold; by values, because an fp32 scale may happen to be an fp16 number."""
     return scale_grid(model, "fp16", ("bf16_fp16", "bf16", "fp16"), by_values=True)
 
 
 def bits(model: StoredModel, widths: Sequence[int]) -> Iterator[Refusal]:
-    """Codes of a width that the format does not pack."""
+    """Yield schemes of a bit width that the format does not pack."""
     for spec, modules in integer_schemes(model):
         if spec.bits not in widths:
             reason, way = f"packs {listed(widths)} bits, not {spec.bits}", weights(bits=nearest_bits(spec.bits, widths))
@@ -108,12 +110,12 @@ def bits(model: StoredModel, widths: Sequence[int]) -> Iterator[Refusal]:
 
 
 def nearest_bits(asked: int, widths: Sequence[int] = (4, 8)) -> int:
-    """4 or 8, which every serving stack reads: the nearer one that the format packs, the wider of two as near."""
+    """Return 4 or 8, which every serving stack reads: the nearer width that the format packs; of two equally near, the wider."""
     return min((width for width in (4, 8) if width in widths), key=lambda width: (abs(width - asked), -width))
 
 
 def nothing_beyond_weights(model: StoredModel) -> Iterator[Refusal]:
-    """A format without words for rounded inputs, or for rounded keys and values: servers would compute another model."""
+    """Yield rounded inputs, keys and values that the format cannot describe: servers would compute another model."""
     other = OtherFormat("compressed-tensors")
     if model.kv_cache is not None:
         said = "cannot say that keys and values are rounded (kv_cache), so servers would compute another model"
@@ -124,13 +126,15 @@ def nothing_beyond_weights(model: StoredModel) -> Iterator[Refusal]:
 
 
 def multiples(model: StoredModel, reason: str, odd: Sequence[StoredModule], unit: int, *others: Remedy) -> Refusal:
-    """The refusal of modules with a side that is no multiple of ``unit``: a narrower FFN where that is all there is, or leave them out.
+    """Return the refusal of modules with a side that is no multiple of ``unit``. Remedies: a narrower FFN if only FFN modules are
+    concerned, or to
+    leave the modules unquantized.
 
     Args:
         model: What is to be stored.
-        reason: Of the first of them.
-        odd: All of them, as one of them alone would leave the others.
-        unit: What the side must be a multiple of.
+        reason: Reason for the first module.
+        odd: All modules concerned; a remedy must cover every one.
+        unit: Required divisor of the side.
         others: Further remedies.
     """
     ways: list[Remedy] = []
@@ -141,5 +145,5 @@ def multiples(model: StoredModel, reason: str, odd: Sequence[StoredModule], unit
 
 
 def multiple_near(size: int, unit: int) -> int:
-    """The next multiple below, or above where there is none."""
+    """Return the largest multiple of ``unit`` up to ``size``; ``unit`` itself if ``size`` is smaller."""
     return max(unit, size // unit * unit)

@@ -1,6 +1,6 @@
-"""What is to be exported, as the limits of formats see it: shapes and quantization schemes, no weights.
+"""Description of a model to export for the limits of formats: shapes and quantization schemes, no weights.
 
-The plan makes it of a recipe before anything is trained, an exporter of the folder that it has opened.
+The plan derives it from a recipe before training, an exporter from the opened folder.
 """
 
 import re
@@ -28,19 +28,19 @@ class StoredModule:
 
     @property
     def kind(self) -> str:
-        """What it is called in every decoder layer, such as ``mlp.down_proj``; outside the layers its full name."""
+        """Name within a decoder layer, for example ``mlp.down_proj``; the full name for modules outside the layers."""
         found = _IN_LAYER.fullmatch(self.name)
         return found[1] if found else self.name
 
     @property
     def group(self) -> int | None:
-        """Inputs that share a scale; None: at least the whole row."""
+        """Input features per scale; None if a scale covers at least a whole row."""
         return None if isinstance(self.spec.group_size, str) else self.spec.group_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredModel:
-    """A model that a format is asked to hold."""
+    """A model to store in a format."""
 
     modules: tuple[StoredModule, ...]
     """Every quantized matrix, in module order."""
@@ -55,27 +55,27 @@ class StoredModel:
     tied: bool = False
     """The head multiplies by the embedding's table."""
     activations: "ActivationSpec | None" = None
-    """How inputs of the quantized linears are rounded; None = not at all."""
+    """How inputs of the quantized linears are rounded; None if they are not."""
     kv_cache: "ActivationSpec | None" = None
-    """How keys and values are rounded; None = not at all."""
+    """How keys and values are rounded; None if they are not."""
     reader_version: str | None = None
-    """Version of the format's package that will read the export, where layouts differ and the user names one."""
+    """Version of the format's package that will read the export; needed where layouts differ between versions."""
     allow_inexact: bool = False
     """Plain weights may be rounded."""
     ffn: int | None = None
-    """FFN channels of a decoder layer where decoct can remove some of them; None where it cannot."""
+    """FFN channels per decoder layer if decoct can prune them; None if it cannot."""
 
     @classmethod
     def of_weights(cls, spec: "QuantSpec", size: int = 4096) -> "StoredModel":
-        """One square matrix: asks what a format makes of a quantization scheme alone, apart from any model's shapes and family.
+        """Return a model of one square matrix, to test a scheme without a model's shapes and family.
 
         Args:
             spec: The scheme.
-            size: Outputs and inputs.
+            size: Number of outputs and of inputs.
         """
         return cls(modules=(StoredModule(name="weight", spec=spec, rows=size, columns=size),), config=None)
 
     def schemes(self) -> list[tuple["QuantSpec", tuple[StoredModule, ...]]]:
-        """Each quantization scheme with its modules, that of most modules first."""
+        """Return each quantization scheme with its modules, the most frequent scheme first."""
         counted = Counter(module.spec for module in self.modules)
         return [(spec, tuple(module for module in self.modules if module.spec == spec)) for spec, _ in counted.most_common()]
