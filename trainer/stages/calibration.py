@@ -8,19 +8,19 @@ from ..data.windows import Windows
 from ..plan import derive_seed
 
 BATCH_TOKENS = 4096
-"""Tokens of a forward pass, padding included; always the same, so that sums are added in the same order everywhere."""
+"""Tokens per forward pass, padding included. The value is fixed, so that sums are added in the same order on every machine."""
 
 
 def calibration_text(windows: Windows, tokens: int, seed: int) -> CalibrationText:
     """Windows in a random order until they hold ``tokens`` tokens, or all of them.
 
-    The order depends on ``seed`` and the number of windows alone: two stages of a recipe calibrate on the same text, and more tokens take
-    the same windows and further ones. Prompts of conversations are text like any other; padding is masked.
+    The order depends only on ``seed`` and the number of windows: two stages of a recipe calibrate on the same text, and a larger ``tokens``
+    keeps the same windows and adds more. Prompts of conversations count as text; padding is masked.
 
     Args:
         windows: Training windows.
-        tokens: How many tokens are wanted, padding left out; the last window is taken whole.
-        seed: The recipe's.
+        tokens: Number of tokens to collect, not counting padding; the last window is taken whole.
+        seed: Seed of the recipe.
     """
     chosen: list[dict[str, torch.Tensor]] = []
     left = tokens
@@ -28,8 +28,10 @@ def calibration_text(windows: Windows, tokens: int, seed: int) -> CalibrationTex
         if left <= 0:
             break
         row = windows[index]
+        # count real tokens only: short documents are padded to the full window
         left -= int(row["attention_mask"].sum())
         chosen.append({key: value for key, value in row.items() if key != "labels"})
+    # one window at least, even when a window is longer than the batch
     size = max(1, BATCH_TOKENS // windows.seq_length)
     batches = [chosen[at : at + size] for at in range(0, len(chosen), size)]
     return CalibrationText(batches=[{key: torch.stack([row[key] for row in batch]) for key in batch[0]} for batch in batches])

@@ -1,4 +1,4 @@
-"""What a stage is given and what it gives back. Stages know nothing of recipes, run order or the command line."""
+"""Inputs and results of a stage. Stages do not depend on recipes, on the order of a run or on the command line."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """What all stages of a run share."""
+    """Objects that all stages of a run share."""
 
     data: "PreparedData"
     tokenizer: "PreTrainedTokenizerBase"
     v_eff: int
-    """Real vocabulary: both heads are sliced to it before the softmax."""
+    """Size of the real vocabulary. Both heads are sliced to it before the softmax."""
     trainer: TrainerSettings
     seed: int
-    """The recipe's."""
+    """Seed of the recipe."""
     teacher: TeacherRef | None
-    """The recipe's; None when it has none, and while a scratch teacher is still trained."""
+    """Teacher of the recipe. None when the recipe has no teacher, and while a scratch teacher is being trained."""
     metrics: "MetricsSink"
     console: "Console"
 
@@ -41,16 +41,16 @@ class RunContext:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingContext:
-    """What training needs to know of a stage besides its settings and its student."""
+    """Everything that training needs from a stage, except its settings and its student."""
 
     run: RunContext
     name: str
     """Folder name, such as '01-distill'."""
     kind: str
     folder: Path
-    """The stage's folder; its checkpoints go there."""
+    """Folder of the stage, which also holds its checkpoints."""
     key: str
-    """The stage key: what else decides the stage's numbers."""
+    """Stage key: a hash of everything else that decides the numbers of the stage."""
 
     def say(self, text: str) -> None:
         """Print a line of the run's output (rank 0)."""
@@ -59,23 +59,23 @@ class TrainingContext:
 
 @dataclass(frozen=True, kw_only=True)
 class StageContext(TrainingContext):
-    """Everything outside a stage's own settings."""
+    """Everything that a stage needs in addition to its settings."""
 
     input: str
     """Model folder (or hub id) that the stage starts from."""
     input_revision: str | None
     record: dict[str, Any]
-    """What every model folder of this run says about its origin (decoct.json)."""
+    """Facts about the run that go into the decoct.json of each model folder."""
 
     @property
     def model(self) -> Path:
-        """Where the stage's model folder goes."""
+        """Path of the model folder that the stage writes."""
         return self.folder / "model"
 
 
 @dataclass(frozen=True)
 class StudentRounders:
-    """The hooks that round a student's inputs, keys and values while it trains; a gathered copy of the student has none of them."""
+    """Hooks that round the inputs, keys and values of a student in training. A gathered copy of the student does not carry them."""
 
     inputs: "RoundedInputs | None" = None
     cache: "RoundedCache | None" = None
@@ -83,23 +83,23 @@ class StudentRounders:
 
 @dataclass
 class Trained:
-    """What a training stage holds in memory when its last step is done; rank 0's student has all its weights."""
+    """State of a training stage in memory after its last step. On rank 0 the student has all its weights."""
 
     student: "PreTrainedModel"
     tokens: int
     seconds: float
     facts: dict[str, Any] = field(default_factory=dict)
-    """What the stage adds to decoct.json."""
+    """Facts that the stage adds to decoct.json."""
     rounders: StudentRounders = StudentRounders()
-    """Whose ranges a quantized folder is to hold."""
+    """Hooks whose ranges are stored in the quantized folder."""
 
 
 @dataclass
 class StageResult:
-    """What a finished stage left on disk."""
+    """Files and figures that a finished stage leaves."""
 
     model: Path | None
-    """Model folder that the next stage reads; None when this stage makes none."""
+    """Model folder that the next stage reads; None when this stage writes no model."""
     tokens: int = 0
     seconds: float = 0.0
     exports: list[dict[str, Any]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What share of the decoder's weights a stage works on: said by the stage, kept in its facts, and too little of it refused."""
+"""Share of the decoder's weights that a stage works on: printed, recorded in the facts of the stage, and refused when it is too small."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -14,26 +14,28 @@ if TYPE_CHECKING:
 
 
 def input_weights(context: StageContext) -> "DecoderWeights":
-    """The decoder's weights of the stage's input, by its config."""
+    """The decoder weights of the stage's input, derived from its config alone."""
     config: Any = load_config(context.input, revision=context.input_revision)
     if hasattr(config, "quantization_config"):
+        # count the weights of the unpacked model
         del config.quantization_config
     return decoder_weights(meta_model(config))
 
 
 def check_coverage(context: StageContext, *, allow_partial: bool, skip: Iterable[str] = ()) -> None:
-    """Refuse a stage that works on the decoder's linears and would leave more than a little untouched, before it begins.
+    """Refuse, before it begins, a stage that would leave a large part of the decoder's weights unchanged.
 
     Args:
-        allow_partial: The user has agreed to less.
-        skip: Patterns of linears that the user has named to be left.
+        allow_partial: The user accepts a smaller share.
+        skip: Patterns (fnmatch) of linears that the user excludes.
 
     Raises:
-        UserError: nothing would be touched, or less than 95 % without ``allow_partial``.
+        UserError: no weight would be changed, or less than 95 % of them without ``allow_partial``.
     """
     weights, patterns = input_weights(context), tuple(skip)
     named = [name for name in weights.linears if any(fnmatchcase(name, pattern) for pattern in patterns)]
     reached = [name for name in weights.linears if name not in set(named)]
+    # a stage that reaches no linear at all is refused even with allow_partial
     if reached and allow_partial:
         return
     if reason := coverage_refusal(weights, reached, named):
@@ -42,14 +44,14 @@ def check_coverage(context: StageContext, *, allow_partial: bool, skip: Iterable
 
 
 def coverage_facts(context: StageContext, verb: str, names: Iterable[str]) -> dict[str, Any]:
-    """Say what share of the weights was worked on; the same for the stage's facts: ``coverage`` (share, and what is left, in words).
+    """Print the share of the weights that was changed, and return ``coverage`` for the stage's facts: ``share``, and ``left`` by kind.
 
     Args:
         verb: 'quantized', 'pruned'.
-        names: The modules that were, by full name.
+        names: Full names of the changed modules.
 
     Raises:
-        UserError: none of the decoder's weights was.
+        UserError: none of the decoder's weights was changed.
     """
     weights = input_weights(context)
     share = weights.share(names)

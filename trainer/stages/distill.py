@@ -9,7 +9,7 @@ from .zeros import keep_zeros_hooks, tell_unlisted_zeros
 
 
 def train(settings: DistillSettings, context: StageContext) -> Trained:
-    """Train the input on the settings' loss; exact zeros of a sparse folder stay zero."""
+    """Train the input model on the loss of the settings. Exact zeros of a sparse folder stay zero."""
     student = open_student(settings, context)
     tell_unlisted_zeros(context, student.model)
     plan = training_plan(settings, context, student)

@@ -1,4 +1,4 @@
-"""Stage `export`: pack the quantized folder for serving stacks, and check each result with readers that did not write it."""
+"""Stage `export`: pack the quantized folder for serving stacks, and check each export with independent readers."""
 
 import time
 from dataclasses import asdict
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from ..data.windows import Windows
 
 RUNTIME_POSITIONS = 2048
-"""Held-out positions on which runtimes are compared."""
+"""Number of held-out positions on which runtimes are compared."""
 
 
 def finish(settings: ExportSettings, context: StageContext, trained: None) -> StageResult:
-    """Write one folder per format beside each other (rank 0). The model that goes on is the stage's input."""
+    """Write one folder per format, side by side (rank 0). The next stage continues with the input of this one."""
     started = time.perf_counter()
     source = SourceFolder(Path(context.input))
     exports = [_export(source, context.folder / form, form, settings, context) for form in settings.formats]
@@ -37,7 +37,8 @@ def finish(settings: ExportSettings, context: StageContext, trained: None) -> St
 
 
 def _export(source: SourceFolder, target: Path, form: str, settings: ExportSettings, context: StageContext) -> dict[str, Any]:
-    """Write a format, or check what an interrupted start of this stage left whole. What is written here is proven as it is written."""
+    """Write one format, or verify the complete export of an interrupted earlier start. ``export_folder`` proves a new export itself."""
+    # exports appear under their final name by a rename, so an existing one is complete
     if target.exists():
         runtimes, rounding = _verified(source, target)
     else:
@@ -53,7 +54,8 @@ def _export(source: SourceFolder, target: Path, form: str, settings: ExportSetti
 
 
 def _verified(source: SourceFolder, target: Path) -> tuple[dict[str, Any], CastError | None]:
-    """(what runtimes made of an export that is there, how far it is from its source); UserError when it is not what was written."""
+    """(Results of the runtimes, rounding error against the source) of an existing export; UserError when the export has changed."""
+    # the record already has the results of the runtimes, which take long to repeat
     report = verify_folder(target, source=source, runtimes=False)
     if report.problems:
         raise UserError(f"{target} does not verify: {'; '.join(report.problems)}; delete it and run again")
@@ -62,7 +64,8 @@ def _verified(source: SourceFolder, target: Path) -> tuple[dict[str, Any], CastE
 
 
 def real_tokens(windows: "Windows") -> "Tensor | None":
-    """int64 [B, S]: the first held-out windows that have no padding; None when there is none."""
+    """int64 [B, S]: the first held-out windows without padding; None when every window is padded."""
     full = [row["input_ids"] for row in map(windows.__getitem__, range(len(windows))) if bool(row["attention_mask"].all())]
+    # round up to whole windows
     count = -(-RUNTIME_POSITIONS // windows.seq_length)
     return torch.stack(full[:count]) if full else None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def train(settings: PruneSettings, context: StageContext) -> Trained | None:
-    """Scheduled magnitude pruning; None when the stage is one shot."""
+    """Prune by magnitude along a schedule while training; None when the stage prunes in one shot."""
     if not trains(settings):
         return None
     assert settings.magnitude is not None
@@ -36,7 +36,7 @@ def train(settings: PruneSettings, context: StageContext) -> Trained | None:
 
 
 def finish(settings: PruneSettings, context: StageContext, trained: Trained | None) -> StageResult:
-    """Write the trained student, or prune in one shot and write that (rank 0)."""
+    """Write the trained student, or prune in one shot and write the result (rank 0)."""
     if trained is not None:
         saved = save_trained(trained, context)
         return replace(saved, facts={**saved.facts, **coverage_facts(context, "pruned among", decoder_linears(trained.student))})
@@ -44,6 +44,7 @@ def finish(settings: PruneSettings, context: StageContext, trained: Trained | No
     if settings.magnitude:
         check_coverage(context, allow_partial=settings.allow_partial)
     student = whole_student(context)
+    # only for its check: refuses a record that names something other than linears
     input_zeros(context, student)
     touched = _ffn_linears(student) if settings.structured else list(decoder_linears(student))
     facts = _prune_structured(student, settings, context) if settings.structured else _prune_once(student, settings)
@@ -53,7 +54,7 @@ def finish(settings: PruneSettings, context: StageContext, trained: Trained | No
 
 
 def _ffn_linears(student: "PreTrainedModel") -> list[str]:
-    """The linears whose channels structured pruning removes."""
+    """Names of the linears whose channels structured pruning removes."""
     family = family_of(student)
     return [name for name in decoder_linears(student) if name.endswith((*family.ffn_in, family.ffn_out))]
 
@@ -61,6 +62,7 @@ def _ffn_linears(student: "PreTrainedModel") -> list[str]:
 def _prune_structured(student: "PreTrainedModel", settings: PruneSettings, context: StageContext) -> dict[str, Any]:
     assert isinstance(settings.structured, StructuredSettings)
     scores = ffn_channel_scores(student, calibration_text(context.run.data.train, settings.calibration_tokens, context.run.seed).batches)
+    # no hint for toy sizes: their FFN is narrower than one group of 128
     if settings.structured.ffn > 128 and (hint := alignment_hint(settings.structured.ffn)):
         context.say(f"  {hint}")
     kept = prune_ffn(student, scores, settings.structured.ffn)

@@ -1,4 +1,4 @@
-"""Stage `qat`: train with rounded weights, end in codes and scales that exporters only shuffle."""
+"""Stage `qat`: train with rounded weights. The result is codes and scales, which exporters only rearrange."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -33,18 +33,20 @@ if TYPE_CHECKING:
 
 _START = "start"
 _BESIDE_ZERO = 1e-3
-"""What is left of a kept weight with code zero."""
+"""Factor on a kept weight whose code is zero: it starts near zero, without becoming an exact zero."""
 
 
 def start(settings: QatSettings, context: StageContext) -> None:
-    """Rank 0, before all train: GPTQ's codes and scales, in a folder that resumed runs find again.
+    """Round with GPTQ on rank 0, before all ranks train, into a folder that a resumed run reads again.
 
-    Weights begin as codes times scales, in the middle of their cells: there a code changes when training keeps asking for it. Kept as near
-    as their codes allow to what they were, those that GPTQ has moved lie at the edge of a cell, and the first steps undo what it found.
+    Latent weights start as code times scale, the centre of their rounding cell, so that a code changes only under a persistent gradient.
+    If they started as near to the original weights as their codes allow, those that GPTQ moved would lie at the edge of a cell, and the
+    first steps would undo its choice.
     """
     check_coverage(context, allow_partial=settings.allow_partial, skip=settings.skip)
     folder = context.folder / _START
     rounding = settings.start_rounding
+    # a resumed run must continue from the same codes
     if rounding is None or folder.exists():
         return
     model = load_model(context.input, dtype=torch.float32, revision=context.input_revision)
@@ -52,13 +54,13 @@ def start(settings: QatSettings, context: StageContext) -> None:
     if trains:
         tell_unlisted_zeros(context, model)
     sparse = _weights(model, input_zeros(context, model) if trains else ())
-    # kinds other than int take their scales anew, from the weights as they were
+    # kinds other than int compute their scales in each forward pass, so they start from the original weights
     plain = [name for name, target in targets(model, settings.scheme).items() if target.spec.kind != "int"]
     others = _weights(model, plain if trains else ())
     text = stage_text(rounding, context, model)
     rounded = round_and_tell(rounding, context, RoundingSource(model, {}), text, others=None)
     for name, before in sparse.items():
-        # zeros are a mask: a weight that is kept and rounded to zero must not look like one
+        # exact zeros are the pruning mask: a kept weight that rounds to zero must not look pruned
         weight = model.get_parameter(f"{name}.weight").data
         weight.copy_(torch.where((weight == 0) & (before != 0), before * _BESIDE_ZERO, weight))
     for name, before in others.items():
@@ -69,12 +71,12 @@ def start(settings: QatSettings, context: StageContext) -> None:
 
 
 def _weights(model: "PreTrainedModel", modules: Iterable[str]) -> dict[str, "Tensor"]:
-    """Copies of modules' weights."""
+    """Detached copies of the weights of modules, by module name."""
     return {name: model.get_parameter(f"{name}.weight").detach().clone() for name in modules}
 
 
 def train(settings: QatSettings, context: StageContext) -> Trained:
-    """Train latent weights, or scales alone, through linears that round."""
+    """Train latent weights, or only the scales, through linears that round their weights."""
     opened = replace(context, input=str(context.folder / _START), input_revision=None) if settings.first == "gptq" else context
     student = open_student(settings, opened)
     if settings.train == "scales":
@@ -91,15 +93,17 @@ def train(settings: QatSettings, context: StageContext) -> Trained:
     modules = prepare(student.model, settings.scheme, extras=extras)
     _announce(settings, student, context)
     plan = training_plan(settings, context, student)
+    # without these, the schedule would search new scales and lose the choice of GPTQ
     given = _given_grids(opened) if settings.first == "gptq" else None
     rounders = _hook(settings, student, modules)
     schedule = QatSchedule(settings, plan.total_steps, plan.seed, given, inputs=rounders.inputs, cache=rounders.cache)
+    # `context`, not `opened`: the record of zeros is that of the stage's own input
     hooks = [*keep_zeros_hooks(context, student.model), schedule]
     return train_student(student, settings, context, plan, hooks=hooks, rounders=rounders)
 
 
 def finish(settings: QatSettings, context: StageContext, trained: Trained | None) -> StageResult:
-    """Take codes and scales from what was trained, fold them, and write the quantized folder (rank 0)."""
+    """Derive codes and scales from the trained student, fold them into its weights, and write the quantized folder (rank 0)."""
     assert trained is not None
     inputs, cache = trained.rounders.inputs, trained.rounders.cache
     state = quantize_model(trained.student, settings.scheme)
@@ -107,6 +111,7 @@ def finish(settings: QatSettings, context: StageContext, trained: Trained | None
         state = replace(state, activations=inputs.spec, input_scales=inputs.scales(), input_zeros=inputs.zeros())
     if cache is not None:
         state = replace(state, cache=cache.state())
+    # after the state: folding replaces the rounding linears that it is read from
     fold(trained.student, state)
     save_quantized(trained.student, state, context, trained.facts)
     covered = coverage_facts(context, "quantized", state.modules)
@@ -124,14 +129,14 @@ def _hold_codes(settings: QatSettings, student: OpenStudent, context: StageConte
 
 
 def _hook(settings: QatSettings, student: OpenStudent, modules: Iterable[str]) -> StudentRounders:
-    """Hook what rounds the student's inputs, keys and values, where the settings ask for it."""
+    """Attach the hooks that round inputs, keys and values, as far as the settings ask for them."""
     inputs = round_inputs(student.model, modules, settings.activations) if settings.activations else None
     cache = round_cache(student.model, settings.kv_cache) if settings.kv_cache else None
     return StudentRounders(inputs, cache)
 
 
 def _given_grids(context: StageContext) -> dict[str, FirstGrid]:
-    """Scales and zero points that GPTQ chose, by module; the weights beside them are latent ones, inside the codes' cells."""
+    """Scales and zero points chosen by GPTQ, by module. The weights of the same folder are the latent weights."""
     from safetensors.torch import load_file
 
     suffix = ".scale"

@@ -40,12 +40,12 @@ _NOTES_TOLD = 5
 
 @dataclass(frozen=True)
 class RoundingSource:
-    """What is rounded."""
+    """The model to round."""
 
     model: "PreTrainedModel"
-    """In fp32 in host memory, or on the meta device."""
+    """fp32 in host memory, or on the meta device when it is streamed."""
     streaming: dict[str, Any]
-    """Arguments of ``round_model`` that say where to read and write it; {} when it is in memory."""
+    """Arguments of ``round_model`` with the places to read from and to write to; {} when the model is in memory."""
 
 
 def finish(settings: QuantizeSettings, context: StageContext, trained: None) -> StageResult:
@@ -62,14 +62,14 @@ def finish(settings: QuantizeSettings, context: StageContext, trained: None) -> 
 
 
 def rounding_of(settings: QuantizeSettings) -> RoundingMethod:
-    """The method and its dials; those that it does not have are at their defaults."""
+    """The rounding method with its options. Options that the method does not use keep their defaults."""
     dials = {name: getattr(settings, name) for name in ("scale", "damping", "activation_order", "weighted")}
     given = {name: value for name, value in dials.items() if value is not None}
     return RoundingMethod(method=settings.method, activations=settings.activations, kv_cache=settings.kv_cache, **given)
 
 
 def rounding_record(settings: QuantizeSettings, text: CalibrationText | None, rounded: RoundedModel) -> dict[str, Any]:
-    """What decoct.json says of how codes and scales were found (``quant.rounding``)."""
+    """The ``quant.rounding`` entry of decoct.json: how codes and scales were found, and the relative errors."""
     names = ("method", "scale", "damping", "activation_order", "weighted")
     record: dict[str, Any] = {name: value for name in names if (value := getattr(settings, name)) is not None}
     if text is not None:
@@ -83,8 +83,9 @@ def rounding_record(settings: QuantizeSettings, text: CalibrationText | None, ro
 
 @contextmanager
 def _opened(settings: QuantizeSettings, context: StageContext) -> Iterator[RoundingSource]:
-    """The stage's input, whole in host memory or to be read layer by layer. What was rounded of it is on disk until the block ends."""
+    """The stage's input, whole in host memory or streamed layer by layer. Rounded layers stay on disk until the block ends."""
     if not _streams(settings, context):
+        # fp32 in memory: GPTQ subtracts small errors from weights, which bf16 would lose
         yield RoundingSource(load_model(context.input, dtype=torch.float32, revision=context.input_revision), {})
         return
     with scratch_directory(context.folder / "layers") as work:
@@ -94,12 +95,12 @@ def _opened(settings: QuantizeSettings, context: StageContext) -> Iterator[Round
 
 
 def memory_in_whole(parameters: int) -> int:
-    """About what rounding a model in host memory takes: its weights in fp32, the codes, and a copy of one file of it for writing."""
+    """Approximate bytes to round a model in host memory: fp32 weights (4 per parameter), codes (1), and a copy of one output file."""
     return 5 * parameters + min(4 * parameters, 5 * 10**9)
 
 
 def wants_streaming(settings: QuantizeSettings, parameters: int) -> bool:
-    """Whether a model of so many parameters is rounded layer by layer from its files, where they allow it."""
+    """Whether a model with this many parameters is rounded layer by layer from its files, if the files allow it."""
     room = available_bytes()
     too_large = room is not None and memory_in_whole(parameters) > room
     return settings.stream == "always" or (settings.stream == "auto" and too_large)
@@ -108,6 +109,7 @@ def wants_streaming(settings: QuantizeSettings, parameters: int) -> bool:
 def _streams(settings: QuantizeSettings, context: StageContext) -> bool:
     if settings.stream == "never" or not wants_streaming(settings, stored_parameters(context.input, context.input_revision)):
         return False
+    # the memory is short or the user asks for it; the files decide whether it is possible
     if can_stream(context.input, context.input_revision):
         context.say("  layer by layer, from its files and to new ones")
         return True
@@ -121,7 +123,11 @@ def _streams(settings: QuantizeSettings, context: StageContext) -> bool:
 
 
 def stage_text(settings: QuantizeSettings, context: StageContext, model: "PreTrainedModel") -> CalibrationText:
-    """Calibration text, checked to be enough for the method."""
+    """Calibration text of the stage.
+
+    Raises:
+        UserError: GPTQ gets fewer tokens than the widest layer has inputs, or packed windows do not suit the model (``check_packing``).
+    """
     assert settings.calibration_tokens is not None
     if context.run.data.packed:
         check_packing(model, f"{context.name}: the student")
@@ -129,6 +135,7 @@ def stage_text(settings: QuantizeSettings, context: StageContext, model: "PreTra
     widths = {name: target.module.weight.shape[1] for name, target in targets(model, settings.scheme).items()}
     widest = max(widths, key=lambda name: widths[name])
     inputs = widths[widest]
+    # with fewer tokens than inputs the Hessian X^T X is singular
     if rounding_of(settings).needs == "hessian" and text.tokens < inputs:
         raise UserError(
             f"{context.name}: {text.tokens:,} tokens are too few to calibrate on: {widest} has {inputs:,} inputs, and method "
@@ -151,10 +158,11 @@ def round_and_tell(
     text: CalibrationText | None,
     others: torch.dtype | None = STORED,
 ) -> RoundedModel:
-    """Round the model in place with a progress bar, and say what it cost; ``others`` is the grid of what is not quantized."""
+    """Round the model in place with a progress bar, and print the errors. ``others`` is the dtype to which other weights are rounded."""
     rounding, device = rounding_of(settings), current_device()
     total = amount_of_work(source.model, settings.scheme, rounding, (), text)
     unit = "weights" if text is None else "layer tokens"
+    # no TF32 and no autocast, so that the same text gives the same Hessian whatever training used
     with token_progress(context.run.console, context.name, total, unit) as advance, exact_products(device.type):
         rounded = round_model(
             source.model,
@@ -179,13 +187,13 @@ def round_and_tell(
 
 
 def scheme_words(specs: Iterable[QuantSpec]) -> str:
-    """How many modules have which spec, the most common first."""
+    """Number of modules for each quantization spec, the most common first."""
     counts = Counter(specs)
     return ", ".join(f"{count} modules in {spec.words()}" for spec, count in counts.most_common())
 
 
 def beside_words(settings: SchemeSettings) -> list[str]:
-    """What is rounded beside weights, in so many parts."""
+    """One phrase each for quantized inputs and for quantized keys and values."""
     both = {"inputs": settings.activations, "keys and values": settings.kv_cache}
     return [f"{what} in {spec.kind}, {spec.scaling}" for what, spec in both.items() if spec]
 
@@ -193,11 +201,16 @@ def beside_words(settings: SchemeSettings) -> list[str]:
 def save_quantized(
     model: "PreTrainedModel", state: QuantState, context: StageContext, facts: dict[str, Any], rounding: dict[str, Any] | None = None
 ) -> None:
-    """Write q * s in fp32 under the original names, with codes and scales in quant/codes.safetensors.
+    """Write code * scale in fp32 under the original names, and codes and scales in quant/codes.safetensors.
 
     Args:
-        rounding: How codes and scales were found, for decoct.json.
+        model: Folded model: its weights are code * scale.
+        state: Codes and scales.
+        context: Context of the stage.
+        facts: Further entries of decoct.json.
+        rounding: How codes and scales were found (``rounding_record``).
     """
+    # weights without codes go to the precision in which an export stores them
     round_unquantized(model, state)
     quant = {**state.record(), **({"rounding": rounding} if rounding else {})}
     save_model_folder(

@@ -1,4 +1,4 @@
-"""The stage kinds, closed: a recipe names one of these and nothing else is ever imported from a file."""
+"""The closed list of stage kinds. A recipe names one of them; it can never import other code."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,23 +15,24 @@ class StageKind:
     settings: type
     """The dataclass of its settings."""
     format_version: int
-    """Raised when the same settings come to mean another result; part of the stage key."""
+    """Increased when the same settings give another result; part of the stage key."""
     load: Callable[[], "Work"]
-    """Imports the stage."""
+    """Imports the stage module and returns its functions."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage does, in order; each takes (settings, context), the last also what ``train`` gave."""
+    """Functions of a stage, in the order of calls. Each takes (settings, context); ``finish`` also takes the result of ``train``."""
 
     start: Callable[..., None] | None = None
-    """On rank 0, before all train."""
+    """Runs on rank 0 before all ranks train."""
     train: Callable[..., Any] | None = None
-    """On all ranks."""
+    """Runs on all ranks."""
     finish: Callable[..., Any] | None = None
-    """On rank 0: writes what the stage makes; None = the stage is only measured."""
+    """Runs on rank 0 and writes the results of the stage. None = nothing is written, the model is only measured."""
 
 
+# Imported inside functions: a recipe is checked without loading torch.
 def _pretrain() -> Work:
     from ..stages import pretrain
 
@@ -75,6 +76,6 @@ STAGE_KINDS: dict[str, StageKind] = {
     "qat": StageKind(QatSettings, 2, _qat),
     "quantize": StageKind(QuantizeSettings, 1, _quantize),
     "export": StageKind(ExportSettings, 1, _export),
-    # Its work is what the run does after every stage; the stage itself only names gates.
+    # The run measures the model after every stage anyway; this kind only adds gates.
     "evaluate": StageKind(EvaluateSettings, 1, Work),
 }

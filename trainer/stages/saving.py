@@ -1,4 +1,4 @@
-"""Writing a stage's model folder, with what the next stage and the report need to know beside the weights."""
+"""Writes the model folder of a stage, with the facts that the next stage and the report need."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def stage_record(context: StageContext, facts: dict[str, Any]) -> dict[str, Any]:
-    """decoct.json of a folder that this stage writes: the run's facts, the stage's own, and the record of zeros of its input."""
+    """Content of decoct.json for a folder of this stage: facts of the run and of the stage, and the record of zeros of its input."""
+    # zeros that an earlier stage made stay a mask in every later folder
     facts = {**facts, "sparse": joined(input_record(context), facts.get("sparse", []))}
     return {
         **context.record,
@@ -28,12 +29,12 @@ def stage_record(context: StageContext, facts: dict[str, Any]) -> dict[str, Any]
 
 
 def save_student(model: "PreTrainedModel", context: StageContext, facts: dict[str, Any]) -> None:
-    """Write ``model`` in the recipe's save dtype."""
+    """Write ``model`` in the save dtype of the recipe (``trainer.save_dtype``)."""
     run = context.run
     save_model_folder(context.model, model, run.tokenizer, stage_record(context, facts), dtype=_DTYPES[run.trainer.save_dtype])
 
 
 def save_trained(trained: Trained, context: StageContext) -> StageResult:
-    """Write what a training stage ended with."""
+    """Write the student of a training stage as a model folder."""
     save_student(trained.student, context, trained.facts)
     return StageResult(model=context.model, tokens=trained.tokens, seconds=trained.seconds)

@@ -1,4 +1,4 @@
-"""What a training stage starts from: the student, whole or as empty shapes to be filled by each rank, and the teacher."""
+"""Opens the student and the teacher of a training stage. A sharded student is opened empty and filled by each rank."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -29,21 +29,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OpenStudent:
-    """A stage's input, ready for ``fit``."""
+    """The input model of a stage, ready for ``fit``."""
 
     model: "PreTrainedModel"
     """fp32 master weights; on the meta device when ``weights`` is given."""
     weights: WeightFiles | None
-    """Where each rank reads its own rows from."""
+    """Files from which each rank reads its own rows; None when the model is loaded whole."""
     strategy: Literal["ddp", "fsdp2"]
-    """How the student is spread over ranks."""
+    """How the student is distributed over ranks."""
 
 
 def open_student(settings: TrainingBlock, context: StageContext) -> OpenStudent:
-    """The stage's input with fp32 master weights. Under FSDP2 no rank ever reads, or holds, more of it than its share."""
+    """Open the stage's input with fp32 master weights. Under FSDP2 each rank reads and holds only its share, if the files allow it."""
     strategy = stage_strategy(settings, context)
     place, revision = context.input, context.input_revision
     if shards(strategy, current_world()) and can_stream(place, revision):
+        # meta device: the whole model never exists on one rank
         model, weights = empty_model(place, revision)
         return OpenStudent(model, weights, strategy)
     model = load_model(place, dtype=torch.float32, revision=revision)
@@ -55,7 +56,7 @@ def open_student(settings: TrainingBlock, context: StageContext) -> OpenStudent:
 
 
 def whole_student(context: StageContext) -> "PreTrainedModel":
-    """The stage's input in fp32, for work that rank 0 does alone, on its GPU where there is one."""
+    """Load the stage's input in fp32 for work on rank 0 alone, on its GPU if there is one."""
     return load_model(context.input, dtype=torch.float32, revision=context.input_revision, device=current_device())
 
 
@@ -65,11 +66,12 @@ def current_device() -> torch.device:
 
 
 def stage_strategy(settings: TrainingBlock, context: StageContext) -> Literal["ddp", "fsdp2"]:
-    """How this stage's student is spread: the recipe's word, or by what fits (decided on rank 0, the same on every rank)."""
+    """Strategy of this stage: as the recipe sets it, or chosen by memory on rank 0 and the same on every rank."""
     wanted = wanted_strategy(settings, context.run.trainer, name=context.name)
     world, memory = current_world(), device_bytes()
     if wanted != "auto":
         return wanted
+    # without GPUs there is no memory limit to decide by
     if world.size == 1 or memory is None:
         return "ddp"
     chosen = choose_strategy(
@@ -80,11 +82,12 @@ def stage_strategy(settings: TrainingBlock, context: StageContext) -> Literal["d
         teacher_bytes=stage_teacher_bytes(settings, context, world.size),
         device_bytes=memory,
     )
+    # free memory differs between ranks, and a strategy must not: rank 0 decides
     return "fsdp2" if value_of_first(int(chosen == "fsdp2")) else "ddp"
 
 
 def stage_teacher_bytes(settings: TrainingBlock, context: StageContext, ranks: int) -> int:
-    """Bytes of the stage's teacher on each device, by its config; 0 where none is held."""
+    """Bytes of the stage's teacher on each device, derived from its config; 0 when no teacher is held."""
     held = held_teacher(settings, context.run.teacher, name=context.name)
     if held is None:
         return 0
@@ -95,13 +98,14 @@ def stage_teacher_bytes(settings: TrainingBlock, context: StageContext, ranks: i
 
 
 def stored_parameters(path: str, revision: str | None) -> int:
-    """Parameters of a model folder or hub id, by its config; tied ones once."""
+    """Number of parameters of a model folder or hub id, derived from its config; tied weights count once."""
     return sum(parameter.numel() for parameter in meta_model(load_config(path, revision=revision)).parameters())
 
 
 def stage_teacher(settings: TrainingBlock, context: StageContext, steps: StepPlan) -> Teacher | SparseTeacher | None:
-    """The teacher that the stage learns from, on this rank's device or in its cache; None when its loss needs none."""
+    """Teacher of the stage, on this rank's device, in its cache or behind a server; None when the loss needs none."""
     held = held_teacher(settings, context.run.teacher, name=context.name)
+    # before the check of `held`: a served teacher holds no weights here but still predicts
     if learns_from(settings, has_teacher=context.run.teacher is not None) == "recipe":
         return recipe_teacher(settings, context.run, context.name, steps)
     if held is None:
@@ -119,13 +123,13 @@ def stage_teacher(settings: TrainingBlock, context: StageContext, steps: StepPla
 
 
 def recipe_teacher(settings: TrainingBlock, run: RunContext, stage: str, steps: StepPlan) -> Teacher | SparseTeacher:
-    """The recipe's teacher as a stage learns from it: running here, read from its cache, or behind a server (all ranks).
+    """Open the teacher of the recipe: in memory, from its cache, or behind a server (all ranks call this).
 
     Args:
-        settings: Of the stage.
-        run: Has a teacher.
+        settings: Settings of the stage.
+        run: Run context; its teacher must not be None.
         stage: Name of the stage, for messages.
-        steps: Say which windows the stage will see.
+        steps: Plan that determines which windows the stage sees.
     """
     teacher = run.teacher
     assert teacher is not None
@@ -139,6 +143,7 @@ def recipe_teacher(settings: TrainingBlock, run: RunContext, stage: str, steps: 
         tokenizer=run.tokenizer,
         v_eff=run.v_eff,
         console=run.console,
+        # opened only when the cache lacks windows, which saves loading a large model
         open_teacher=lambda: _running_teacher(teacher, run, stage),
     )
     return cached_teacher(wanted, settings.loss, steps)

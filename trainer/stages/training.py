@@ -1,4 +1,4 @@
-"""The part that every training stage shares: open student and teacher, derive the plan, fit, keep zeros."""
+"""Steps that every training stage shares: derive the plan, open the teacher, fit the student."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,14 +20,14 @@ from .student_and_teacher import OpenStudent, recipe_teacher, stage_teacher
 
 
 def training_steps(settings: TrainingBlock, run: RunContext, stage: str) -> StepPlan:
-    """The steps of the stage of this name, and the windows of each."""
+    """Step plan of the stage called ``stage``: number of steps and windows per step."""
     return derive_steps(
         settings, run.trainer, name=stage, seq_length=run.data.train.seq_length, ranks=current_world().size, seed=run.seed
     )  # fmt: skip
 
 
 def training_plan(settings: TrainingBlock, context: TrainingContext, student: OpenStudent) -> TrainingPlan:
-    """The stage's plan for this student, all derived values filled in."""
+    """Training plan of the stage for this student, with all derived values filled in."""
     return derive_plan(
         settings,
         context.run.trainer,
@@ -40,7 +40,7 @@ def training_plan(settings: TrainingBlock, context: TrainingContext, student: Op
 
 
 def fill_cache(settings: TrainingBlock, run: RunContext, stage: str) -> None:
-    """Let the recipe's teacher predict what the stage of this name will need of it, without training (all ranks)."""
+    """Fill the teacher's cache with everything that the stage called ``stage`` needs, without training (all ranks)."""
     recipe_teacher(settings, run, stage, training_steps(settings, run, stage))
 
 
@@ -54,16 +54,16 @@ def train_student(
     facts: dict[str, Any] | None = None,
     rounders: StudentRounders | None = None,
 ) -> Trained:
-    """Fit ``student`` by ``plan`` to the stage's teacher, on all ranks; resumes from the stage's checkpoints.
+    """Train ``student`` on the stage's teacher according to ``plan``, on all ranks. Resumes from the stage's checkpoints.
 
     Args:
-        student: The stage's input, with what the stage has put into it.
-        settings: Of the stage.
-        context: Of the stage.
-        plan: Of ``training_plan``.
-        hooks: Act around each step, in this order.
-        facts: What the stage adds to decoct.json.
-        rounders: Hooks of the student that ``finish`` asks for ranges.
+        student: The stage's input, after the stage has prepared its modules.
+        settings: Settings of the stage.
+        context: Context of the stage.
+        plan: Result of ``training_plan``.
+        hooks: Called around each step, in this order.
+        facts: Entries that the stage adds to decoct.json.
+        rounders: Hooks of the student from which ``finish`` reads the ranges.
     """
     trained = fit_student(student, settings, context, plan, stage_teacher(settings, context, plan), hooks)
     return replace(trained, facts=facts or {}, rounders=rounders or StudentRounders())
@@ -77,7 +77,7 @@ def fit_student(
     teacher: Teacher | SparseTeacher | None,
     hooks: Sequence[StepHook] = (),
 ) -> Trained:
-    """``train_student`` with a teacher that is already open; None trains on the text alone."""
+    """``train_student`` with an open teacher; None trains on the text alone."""
     run = context.run
     _announce(context, plan, teacher)
     objective = Objective(teacher, settings.loss, v_eff=run.v_eff)
@@ -99,7 +99,7 @@ def fit_student(
 
 
 def _announce(context: TrainingContext, plan: TrainingPlan, teacher: Teacher | SparseTeacher | None) -> None:
-    """Print what was derived, so that nobody has to guess a default."""
+    """Print the derived values, so that every default is visible in the output."""
     learns = "from the text alone" if teacher is None else f"from {teacher.describe()}"
     length = context.run.data.train.seq_length
     tokens = plan.total_steps * plan.batch.global_windows * length
@@ -112,7 +112,7 @@ def _announce(context: TrainingContext, plan: TrainingPlan, teacher: Teacher | S
 
 
 def _held_out(context: TrainingContext, plan: TrainingPlan, teacher: Teacher | SparseTeacher | None) -> HeldOut | None:
-    """What the stage is evaluated on while it trains."""
+    """Held-out windows for evaluation during training; None when ``trainer.evaluate_every`` turns it off."""
     text = context.run.data.evaluation
     watch = derive_watch(
         context.run.trainer.evaluate_every,
@@ -132,7 +132,7 @@ def _held_out(context: TrainingContext, plan: TrainingPlan, teacher: Teacher | S
 
 
 def _options(plan: TrainingPlan) -> str:
-    """What differs from one plain process; '' when nothing does."""
+    """Options that differ from one process with AdamW, for the output; '' when none differs."""
     ranks = current_world().size
     named = {
         f"{ranks} processes ({plan.strategy})": ranks > 1,

@@ -1,4 +1,4 @@
-"""Exact zeros of a stage's input: the record of them, and the hook that keeps them (law 4, docs/architecture.md)."""
+"""Exact zeros of a stage's input: their record, and the hook that keeps them at zero (law 4, docs/architecture.md)."""
 
 from typing import TYPE_CHECKING
 
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
 
 
 def input_record(context: StageContext) -> list[str]:
-    """Matrices of the stage's input whose exact zeros are a mask."""
+    """Names of the matrices of the stage's input whose exact zeros are a pruning mask."""
     return sparse_modules(context.input, context.input_revision)
 
 
 def input_zeros(context: StageContext, model: "PreTrainedModel") -> list[str]:
-    """``input_record``, checked to name linears of ``model``, the stage's input."""
+    """``input_record`` after a check that every name is a linear of ``model``, the stage's input."""
     names = input_record(context)
     check_sparse(names, model)
     return names
 
 
 def keep_zeros_hooks(context: StageContext, model: "PreTrainedModel") -> "list[StepHook]":
-    """A hook that keeps the zeros of the stage's input; none when its record names none.
+    """A list with the hook that keeps the zeros of the stage's input; empty when its record has none.
 
     Raises:
-        UserError: the record names what is no linear layer of ``model``.
+        UserError: a name in the record is not a linear layer of ``model``.
     """
-    # the plan reads this module's neighbours, and needs no hooks: theirs bring torch's sharded tensors with them
+    # imported late: the hooks import torch's sharded tensors, which `decoct plan` does not need
     from ..loop.hooks import KeepZeros
 
     names = input_zeros(context, model)
@@ -39,9 +39,9 @@ def keep_zeros_hooks(context: StageContext, model: "PreTrainedModel") -> "list[S
 
 
 def tell_unlisted_zeros(context: StageContext, model: "PreTrainedModel") -> None:
-    """Say that training will move zeros of the input which no record names, as in a folder that another tool has pruned."""
+    """Print a warning when the input has many zeros that no record lists, as in a folder pruned by another tool: training moves them."""
     if "quant" in read_record(find_model_folder(context.input, context.input_revision, weights=False)):
-        return  # rounding makes zeros
+        return  # zeros of a quantized folder come from rounding, not from pruning
     share = unlisted_zeros(model, input_record(context))
     if share >= TOLD_FROM:
         context.say(
