@@ -1,6 +1,6 @@
-"""The numbers of one training stage: TrainingPlan, how a step is cut into micro-batches, the learning rate of each step.
+"""Numbers of one training stage: its plan, the split of a step into micro-batches, and the learning rate of each step.
 
-Plain arithmetic: what decides a stage's numbers is derived once (``stage_plan``) and hashed into its checkpoints.
+Plain arithmetic without torch. ``stage_plan`` derives a plan once, and its hash goes into the checkpoints of the stage.
 """
 
 import hashlib
@@ -14,10 +14,10 @@ from .settings import Optimizer, Precision
 _NOT_NUMBERS = ("batch", "checkpoint_every", "num_workers", "deterministic", "strategy", "activation_checkpointing", "compile")
 Schedule = Literal["cosine", "linear", "constant"]
 WARMUP = 0.05
-"""Share of the steps of a long stage over which the rate rises, where a recipe says nothing."""
+"""Default share of the steps over which the rate rises, for stages with many steps."""
 _LEAST_WARMUP = 8  # steps
 MICRO_BATCH_TOKENS = 8192
-"""Most tokens of a micro-batch when ``trainer.micro_batch`` is auto."""
+"""Largest number of tokens per micro-batch when ``trainer.micro_batch`` is auto."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,23 +25,23 @@ class BatchPlan:
     """``global_windows == micro_batch * accumulation * number of ranks``."""
 
     global_windows: int
-    """Windows of one optimizer step over all ranks."""
+    """Windows per optimizer step, summed over all ranks."""
     micro_batch: int
-    """Windows of one forward pass on one rank."""
+    """Windows per forward pass on one rank."""
     accumulation: int
-    """Micro-batches of one optimizer step on each rank."""
+    """Micro-batches per optimizer step on each rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """Which windows a stage sees: this part of its plan does not depend on the student."""
+    """The part of a plan that decides which windows a stage sees. It does not depend on the student."""
 
     total_steps: int
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch: BatchPlan
-    """Windows of one optimizer step, over all ranks, and how they are cut into micro-batches."""
+    """Windows per optimizer step over all ranks, and their split into micro-batches."""
     seed: int = 0
-    """Seed of data order and dropout."""
+    """Seed of the data order and of dropout."""
 
     def __post_init__(self) -> None:
         if self.total_steps < 1:
@@ -50,61 +50,66 @@ class StepPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan(StepPlan):
-    """One training stage in plain numbers."""
+    """All numbers of one training stage."""
 
     learning_rate: float
-    """Peak rate."""
+    """Peak learning rate."""
     scale_learning_rate: float | None = None
-    """Peak rate of quantizers' scales; None = that of everything else."""
+    """Peak learning rate of learned quantization scales; None = ``learning_rate``."""
     warmup: float = 0.05
     """Share of the steps over which the rate rises, [0, 1)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Decay after warm-up."""
+    """Shape of the decay after warm-up."""
     final_learning_rate: float = 0.1
-    """Share of the peak kept at the end."""
+    """Learning rate of the last step, as a share of the peak rate."""
     precision: Precision = "32"
-    """32, or bf16-mixed with fp32 master weights."""
+    """32 = fp32 throughout; bf16-mixed = bf16 matrix products with fp32 master weights."""
     gradient_clip: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
     optimizer: Optimizer = "adamw"
-    """Precision and place of the moments."""
+    """AdamW with fp32 or 8-bit moments; paged ones may move to host memory."""
     weight_decay: float = 0.0
     """AdamW decay of matrices."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW moments."""
+    """AdamW betas of the first and second moment."""
     checkpoint_every: int = 100
     """Optimizer steps between checkpoints."""
     deterministic: bool = True
-    """Deterministic algorithms only."""
+    """Use only deterministic algorithms."""
     strategy: Literal["ddp", "fsdp2"] = "ddp"
-    """How several ranks share the student; one rank holds it all."""
+    """Distribution of the student over several ranks; a single rank always holds all of it."""
     activation_checkpointing: bool = False
-    """Keep the inputs of decoder layers only, and compute the rest again in the backward pass."""
+    """Keep only the inputs of decoder layers and recompute the rest in the backward pass."""
     compile: bool = False
-    """torch.compile each decoder layer."""
+    """Compile each decoder layer with torch.compile."""
     num_workers: int = 0
-    """Data loader workers of each rank."""
+    """Data loader workers per rank."""
     stage_key: str = ""
-    """Whatever else decides the numbers (input weights, teacher, data, loss): the stage key."""
+    """Stage key: a hash of everything else that decides the numbers (input weights, teacher, data, loss)."""
 
     def identity(self) -> dict[str, Any]:
-        """The JSON-able part that decides the numbers; where and how fast it runs (micro-batches, strategy, workers, saves) is left out."""
+        """The fields that decide the numbers, as JSON types. Those that only affect speed, memory or saving (such as micro-batches)
+        are left out."""
         fields = asdict(self)
         for name in _NOT_NUMBERS:
+            # a stage may resume with another micro-batch or strategy: the windows per step stay the same
             del fields[name]
         return {**fields, "betas": list(self.betas), "global_windows": self.batch.global_windows}
 
 
 def derive_batch(global_batch_tokens: int, seq_length: int, world: int, micro_batch: int | Literal["auto"]) -> BatchPlan:
-    """Cut ``global_batch_tokens`` tokens of windows of ``seq_length`` tokens over ``world`` ranks.
+    """Split a global batch into windows per rank and micro-batches.
 
     Args:
-        micro_batch: Windows per forward pass and rank; "auto" = the most that divide the rank's share and hold at most 8,192 tokens
-            together (at least one window).
+        global_batch_tokens: Tokens per optimizer step over all ranks.
+        seq_length: Tokens per window.
+        world: Number of ranks.
+        micro_batch: Windows per forward pass and rank; "auto" = the largest divisor of the rank's share that holds at most 8,192
+            tokens (at least one window).
 
     Raises:
-        UserError: the tokens are no multiple of ``seq_length * world``, or ``micro_batch`` does not divide the rank's share; the
-            message names the nearest values that do.
+        UserError: the tokens are not a multiple of ``seq_length * world``, or ``micro_batch`` does not divide the rank's share. The
+            message names the nearest valid values.
     """
     unit = seq_length * world
     if global_batch_tokens < unit or global_batch_tokens % unit:
@@ -117,6 +122,7 @@ def derive_batch(global_batch_tokens: int, seq_length: int, world: int, micro_ba
         )
     share = global_batch_tokens // unit
     if micro_batch == "auto":
+        # a divisor of the share: the accumulation must be a whole number
         micro_batch = max(size for size in divisors(share) if size == 1 or size * seq_length <= MICRO_BATCH_TOKENS)
     elif micro_batch < 1 or share % micro_batch:
         near = sorted(divisors(share), key=lambda size: (abs(size - micro_batch), size))[:2]
@@ -134,24 +140,29 @@ def divisors(number: int) -> list[int]:
 
 
 def default_warmup(total: int) -> float:
-    """Share of ``total`` steps over which the rate rises when a recipe does not say: 5 %, or 8 steps where that is more, at most half.
+    """Default share of ``total`` steps over which the rate rises: 5 %, or 8 steps if that is more, but at most half of the steps.
 
-    AdamW's first steps move every weight by the whole rate, whatever the gradient. At the peak they throw away a start near the teacher,
-    and a short stage has no time to find it again (docs/lab-book.md).
+    The first AdamW steps move every weight by about the full rate, whatever the gradient. At the peak rate they destroy a start near the
+    teacher, and a short stage has no time to recover (docs/lab-book.md).
     """
     return max(WARMUP, min(_LEAST_WARMUP, total // 2) / total)
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float, schedule: Schedule, final: float) -> float:
-    """Rate of optimizer step ``step`` (0 is the first) of ``total``.
+    """Learning rate of optimizer step ``step`` (0-based) of ``total``.
 
     With ``w = floor(warmup * total)``: ``peak * (step + 1) / (w + 1)`` for the first w steps, ``peak`` at step w, then a decay that
-    reaches ``final * peak`` at the last step. ``constant`` stays at the peak. Steps past the last keep the last rate.
+    reaches ``final * peak`` at the last step. ``constant`` stays at the peak. Steps after the last one keep the last rate.
 
     Args:
+        step: Index of the step.
+        total: Number of steps.
+        peak: Peak rate.
         warmup: Share of the steps over which the rate rises, [0, 1).
-        final: Share of the peak that is left at the last step, [0, 1].
+        schedule: Shape of the decay.
+        final: Rate of the last step as a share of the peak, [0, 1].
     """
+    # 1e-9: 0.29 * 100 is 28.999999999999996 in floating point. At least the last step is not warm-up
     warm = min(math.floor(warmup * total + 1e-9), total - 1)
     if step < warm:
         return peak * (step + 1) / (warm + 1)
@@ -164,6 +175,7 @@ def learning_rate(step: int, total: int, peak: float, warmup: float, schedule: S
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
-    """A seed for one named purpose (63 bits): sha256 of the recipe's seed and the names."""
+    """Seed for one named purpose: the first 63 bits of the sha256 of the recipe's seed and the names."""
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
+    # one bit is dropped, so that the seed fits a signed 64-bit integer
     return int.from_bytes(digest[:8], "big") >> 1

@@ -14,28 +14,28 @@ RATE_WINDOW_SECONDS = 30.0
 
 
 def print_line(console: "Console", text: str, style: str = "") -> None:
-    """Print a line of a run's output: names in it are never taken for markup, and a log gets it in one piece."""
+    """Print one line of a run's output, without rich markup (names may contain brackets) and without wrapping in logs."""
     console.print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)
 
 
 class Progress(Protocol):
-    """What the training loop tells about itself."""
+    """Receiver of the training loop's progress."""
 
     def start(self, label: str, total: int, done: int) -> None:
-        """A stage of ``total`` optimizer steps begins, ``done`` of them taken by earlier starts."""
+        """Begin a stage of ``total`` optimizer steps, of which earlier starts have taken ``done``."""
         ...
 
     def update(self, step: int, loss: float | None, tokens: int) -> None:
-        """Optimizer step ``step`` is done; ``tokens`` = input tokens of this step; no loss where nothing was to be predicted."""
+        """Report optimizer step ``step`` with its input tokens. The loss is None when the step had no token to predict."""
         ...
 
     def stop(self) -> None:
-        """The stage has ended, well or badly. May be called twice."""
+        """End the stage, after success or failure. May be called twice."""
         ...
 
 
 class NoProgress:
-    """Silence, for ranks other than 0 and for tests."""
+    """Shows nothing: for ranks other than 0, and for tests."""
 
     def start(self, label: str, total: int, done: int) -> None:
         """Nothing to show."""
@@ -55,18 +55,19 @@ class SpeedMeter:
         self._marks: deque[tuple[float, int, int]] = deque()
 
     def start(self, step: int) -> None:
-        """Begin at ``step`` now."""
+        """Start measuring now, at ``step``."""
         self._marks = deque([(self._clock(), step, 0)])
 
     def add(self, step: int, tokens: int) -> None:
-        """One more step, of so many tokens."""
+        """Record a finished step and its tokens."""
         now = self._clock()
         self._marks.append((now, step, self._marks[-1][2] + tokens))
+        # keep two marks even when one step takes longer than the window: a rate needs both
         while len(self._marks) > 2 and now - self._marks[0][0] > RATE_WINDOW_SECONDS:
             self._marks.popleft()
 
     def rates(self) -> tuple[float, float]:
-        """(steps, tokens) per second; zeros before the first step."""
+        """(steps, tokens) per second; (0.0, 0.0) before the first step."""
         first, last = self._marks[0], self._marks[-1]
         seconds = last[0] - first[0]
         return ((last[1] - first[1]) / seconds, (last[2] - first[2]) / seconds) if seconds > 0 else (0.0, 0.0)
@@ -83,12 +84,13 @@ class LineProgress:
         self._label, self._total, self._last = "", 0, float("-inf")
 
     def start(self, label: str, total: int, done: int) -> None:
-        """Begin; nothing is printed before the first step."""
+        """Start a stage. Nothing is printed before its first step."""
+        # minus infinity: the first step is always printed
         self._label, self._total, self._last = label, total, float("-inf")
         self._meter.start(done)
 
     def update(self, step: int, loss: float | None, tokens: int) -> None:
-        """Print when it is time."""
+        """Print a line if the interval has passed or the step is the last."""
         self._meter.add(step, tokens)
         now = self._clock()
         if step < self._total and now - self._last < self._interval:
@@ -101,11 +103,11 @@ class LineProgress:
         print_line(self._console, text)
 
     def stop(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: lines need no clean-up."""
 
 
 class BarProgress:
-    """A live bar with tokens/s, loss and the time left."""
+    """Live bar with tokens/s, loss and remaining time."""
 
     def __init__(self, console: "Console", *, clock: Callable[[], float] = time.monotonic) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -123,6 +125,7 @@ class BarProgress:
             console=console,
         )
         self._total = 0
+        # invisible until start(), so that the console shows no empty bar
         self._task = self._bar.add_task("", visible=False, loss="-", rate="-", left="?")
 
     def start(self, label: str, total: int, done: int) -> None:
@@ -140,7 +143,7 @@ class BarProgress:
         self._bar.update(self._task, completed=step, loss=_loss(loss), rate=f"{tokens_rate:,.0f}", left=left)
 
     def stop(self) -> None:
-        """Leave the finished bar on the screen."""
+        """Stop updating and leave the bar on the screen."""
         self._bar.stop()
 
 
@@ -149,7 +152,7 @@ def _loss(loss: float | None) -> str:
 
 
 def make_progress(console: "Console | None", *, interval: float = 5.0) -> Progress:
-    """A bar on a terminal, lines elsewhere; None is silent."""
+    """Bar on a terminal, lines elsewhere, nothing when ``console`` is None."""
     if console is None:
         return NoProgress()
     return BarProgress(console) if console.is_terminal else LineProgress(console, interval=interval)
@@ -157,12 +160,16 @@ def make_progress(console: "Console | None", *, interval: float = 5.0) -> Progre
 
 @contextmanager
 def token_progress(console: "Console", label: str, total: int, unit: str = "tokens") -> Iterator[Callable[[int], None]]:
-    """Progress of work that is counted in tokens and has no loss: a bar with tokens/s and the time left, a line every 5 s in logs.
+    """Progress of work that is counted in tokens and has no loss: a bar on a terminal, a line every 5 s in logs.
 
     Args:
-        unit: What is counted, where it is not tokens.
+        console: Console of the run.
+        label: Name of the work.
+        total: Number of tokens in all.
+        unit: Name of the unit, if it is not tokens.
 
-    Yields: a function to tell of tokens that are done.
+    Yields:
+        A function that takes the number of tokens finished since the last call.
     """
     meter, done, told = SpeedMeter(), 0, time.monotonic()
     meter.start(0)
@@ -176,6 +183,7 @@ def token_progress(console: "Console", label: str, total: int, unit: str = "toke
             left = format_seconds(max(0, total - done) / rate) if rate else "?"
             if console.is_terminal:
                 show(done, f"{rate:,.0f}", left)
+            # the last call always prints, so that a log ends with the total
             elif time.monotonic() - told >= 5.0 or done >= total:
                 told = time.monotonic()
                 text = f"{label}  {done:,}/{total:,} {unit}  {rate:,.0f} {unit}/s  {left} left"

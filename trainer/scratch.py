@@ -1,6 +1,6 @@
-"""The embedded teacher: a byte-level BPE tokenizer and a small Llama trained on the run's own text, cached for the next run.
+"""Scratch teacher: a byte-level BPE tokenizer and a small Llama, trained on the text of the run and cached for later runs.
 
-It lives in ``<cache>/teachers/<hash of text, tokenizer, model and training settings>/``; a broken-off training resumes there.
+The folder is ``<cache>/teachers/<hash of text, tokenizer, model and training settings>/``; an interrupted training resumes there.
 """
 
 import logging
@@ -29,28 +29,28 @@ if TYPE_CHECKING:
 _FORMAT = 2
 _LOG = logging.getLogger(__name__)
 LOCK = "lock"
-"""File in the teacher's folder that the run holds which makes it."""
+"""Lock file in the teacher's folder, held by the run that trains it."""
 
 
 @dataclass(frozen=True)
 class ScratchTeacher:
-    """Where a scratch teacher and its tokenizer are, or will be."""
+    """Folder of a scratch teacher and its tokenizer, which need not exist yet."""
 
     folder: Path
 
     @property
     def tokenizer(self) -> Path:
-        """Folder of the tokenizer alone."""
+        """Folder of the tokenizer."""
         return self.folder / "tokenizer"
 
     @property
     def model(self) -> Path:
-        """The finished teacher's model folder."""
+        """Model folder of the trained teacher."""
         return self.folder / "model"
 
 
 def locate_scratch(settings: ScratchSettings, data: DataSettings, trainer: TrainerSettings, text: "Documents", seed: int) -> ScratchTeacher:
-    """The cache folder that these settings and this text lead to."""
+    """Cache folder for these settings and this text. Only values that change the teacher are part of its hash."""
     key = sha256_json(
         {
             "format": _FORMAT,
@@ -69,13 +69,14 @@ def locate_scratch(settings: ScratchSettings, data: DataSettings, trainer: Train
 
 
 def make_tokenizer(settings: ScratchSettings, place: ScratchTeacher, text: "Documents") -> None:
-    """Train the tokenizer, unless it is there or another run makes it meanwhile (rank 0)."""
+    """Train the tokenizer (rank 0), unless it exists or another run trains it at the same time."""
     if place.tokenizer.exists():
         check_scratch(place, place.tokenizer)
         return
     with waiting_for(place.folder / LOCK, "makes the same scratch teacher", _LOG.warning):
         if place.tokenizer.exists():
             return
+        # safe under the lock: no other run writes here now
         clean_leftovers(place.folder)
         tokenizer = train_tokenizer(iter(text), settings.vocab)
         with atomic_directory(place.tokenizer) as folder:
@@ -84,14 +85,14 @@ def make_tokenizer(settings: ScratchSettings, place: ScratchTeacher, text: "Docu
 
 
 def check_scratch(place: ScratchTeacher, folder: Path) -> None:
-    """Compare a part of a scratch teacher that an earlier run made with its record.
+    """Compare a cached part of a scratch teacher with its record.
 
     Args:
-        place: The teacher.
-        folder: Its tokenizer's folder, or its model's.
+        place: Place of the teacher.
+        folder: Folder of its tokenizer or of its model.
 
     Raises:
-        UserError: a file is not the one that was written, with the way to have it made again.
+        UserError: a file has changed. The message names the folder to delete.
     """
     try:
         check_record(folder)
@@ -100,13 +101,16 @@ def check_scratch(place: ScratchTeacher, folder: Path) -> None:
 
 
 def scratch_config(settings: ScratchSettings, v_eff: int, context: int, end: int | None = None) -> "LlamaConfig":
-    """The config of a scratch teacher.
+    """Config of a scratch teacher.
 
     Args:
-        settings: Its shape.
-        v_eff: Tokens of its tokenizer.
-        context: Longest window it will see.
+        settings: Shape of the model.
+        v_eff: Size of its vocabulary.
+        context: Length of the longest window in tokens.
         end: Id of the end-of-text token.
+
+    Raises:
+        UserError: ``hidden`` is not divisible by ``heads``, or ``heads`` not by ``kv_heads``.
     """
     from transformers import LlamaConfig
 
@@ -123,9 +127,10 @@ def scratch_config(settings: ScratchSettings, v_eff: int, context: int, end: int
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.kv_heads,
         head_dim=settings.hidden // settings.heads,
+        # 2048 as a minimum, so that serving runtimes accept prompts longer than the training window
         max_position_embeddings=max(context, 2048),
         tie_word_embeddings=settings.tie_embeddings,
-        # The usual 0.02 is meant for widths of thousands; a narrow model starts too flat with it (docs/lab-book.md).
+        # The usual 0.02 suits widths of thousands; a narrow model starts too flat with it (docs/lab-book.md).
         initializer_range=settings.hidden**-0.5,
         bos_token_id=end,
         eos_token_id=end,
@@ -134,17 +139,18 @@ def scratch_config(settings: ScratchSettings, v_eff: int, context: int, end: int
 
 
 def new_llama(settings: ScratchSettings, tokenizer: "PreTrainedTokenizerBase", v_eff: int, context: int, seed: int) -> "PreTrainedModel":
-    """A small Llama with random weights; every weight comes from ``seed``."""
+    """Small Llama (fp32, CPU) whose random weights depend only on ``seed``."""
     from transformers import LlamaForCausalLM
 
     end: Any = tokenizer.eos_token_id
+    # the global random state stays as it was: a cached teacher must not change the run after it
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(scratch_config(settings, v_eff, context, end))
 
 
 def teacher_training(settings: ScratchSettings) -> PretrainSettings:
-    """How a scratch teacher is trained."""
+    """Training settings of a scratch teacher: cross-entropy on the text."""
     return PretrainSettings(
         tokens=settings.tokens,
         learning_rate=settings.learning_rate,
@@ -154,5 +160,5 @@ def teacher_training(settings: ScratchSettings) -> PretrainSettings:
 
 
 def scratch_record(settings: ScratchSettings, text: "PreparedData") -> dict[str, Any]:
-    """decoct.json of a scratch teacher."""
+    """Content of decoct.json for a scratch teacher."""
     return {"kind": "teacher", "base_model": "trained from scratch", "scratch": asdict(settings), "text": text.description}

@@ -1,4 +1,4 @@
-"""What a user may choose about data, training and stages (plain data; ``configs/`` reads it from recipes)."""
+"""Settings of data, training and stages: plain dataclasses that ``configs/`` fills from recipes."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -33,7 +33,7 @@ class DataSettings:
     kind: Literal["text", "chat"] = "text"
     """text = documents; chat = rows of messages, or of prompt and completion and the like, formatted with the tokenizer's chat template."""
     mask_prompts: bool = True
-    """chat: train only on what the assistant says."""
+    """chat: train only on the messages of the assistant."""
     text_field: str = "text"
     """Column or JSON key that holds the text (jsonl, json, csv, parquet, hub)."""
     special_tokens: Literal["auto", "text", "control"] = "auto"
@@ -62,7 +62,7 @@ class DataSettings:
 
     @property
     def reads_control_tokens(self) -> bool:
-        """Whether control tokens that the data spells are read as such."""
+        """Whether spelled-out control tokens in the data become control tokens (``special_tokens``)."""
         return self.special_tokens == "control" or (self.special_tokens == "auto" and self.kind == "text")
 
 
@@ -70,7 +70,7 @@ class DataSettings:
 class TrainerSettings:
     """How training stages run. Devices, strategy and logging do not change a stage's numbers; everything else does."""
 
-    # The largest machine bounds the processes; what this machine has is checked when a run starts.
+    # 1024 bounds typing errors only; a run checks at its start how many devices the machine has.
     devices: Annotated[int, Bounds(ge=1, le=1024)] | Literal["auto"] = "auto"
     """Processes on this machine. auto = one per GPU, or one process on a CPU."""
     strategy: Strategy = "auto"
@@ -126,9 +126,10 @@ class TrainingBlock:
     betas: tuple[Moment, Moment] = (0.9, 0.95)
     """AdamW betas of the first and second moment."""
     loss: LossSettings = field(default_factory=LossSettings)
-    """Divergence to the teacher, temperature, weight of the text's own labels."""
+    """Divergence from the teacher, temperature, and weight of the labels of the text."""
     teacher: Literal["recipe", "input"] | None = None
-    """Whose predictions to learn: recipe = the recipe's teacher; input = this stage's own input model. Default: recipe, if there is one."""
+    """Model whose predictions are learned: recipe = the recipe's teacher; input = this stage's input model. Default: recipe if there is
+    a teacher."""
     checkpoint_every: Count | None = None
     """Optimizer steps between checkpoints. Default: a twentieth of the stage, at least 10."""
 

@@ -1,4 +1,4 @@
-"""What a user may choose about the stages that quantize: training with rounded weights, and rounding without training."""
+"""Settings of the stages that quantize: training with rounded weights (qat), and rounding without training (quantize)."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -34,16 +34,20 @@ class SchemeSettings:
 
     @property
     def scheme(self) -> QuantScheme:
-        """The same as the library takes it; ValueError when a change does not go together with weights."""
+        """The scheme in the form that ``decoct.qat`` takes.
+
+        Raises:
+            ValueError: an override does not fit ``weights``.
+        """
         return QuantScheme(weights=self.weights, skip=self.skip, overrides=self.overrides, embedding=self.embedding, head=self.head)
 
     @property
     def ends(self) -> list[str]:
-        """Which of embedding and head are rounded."""
+        """The names of embedding and head, as far as they are quantized."""
         return [key for key in ("embedding", "head") if getattr(self, key) is not None]
 
     def _check_inputs(self) -> None:
-        """Embedding and head have no inputs of the kind that activations round."""
+        """Refuse embedding or head together with activations, which exist only in decoder layers."""
         for key in self.ends if self.activations is not None else ():
             raise ValueError(f"{key} cannot be rounded together with activations, which are inputs of the decoder layers; leave one out")
 
@@ -88,6 +92,7 @@ class QatSettings(SchemeSettings, TrainingBlock):
         self._check_ends()
         if self.train == "scales" and self.scales != "learned":
             raise ValueError("train=scales trains the scales and nothing else: it needs scales=learned")
+        # rtn is allowed: absmax scales are what rtn computes
         searched = self.start not in (None, "rtn")
         if self.scales == "absmax" and (searched or self.scale_learning_rate is not None):
             key = "start" if searched else "scale_learning_rate"
@@ -99,15 +104,15 @@ class QatSettings(SchemeSettings, TrainingBlock):
 
     @property
     def first(self) -> Literal["rtn", "mse", "gptq"]:
-        """``start``, or what stands for it."""
+        """``start``, or its default for these settings."""
         if self.start is not None or self.scales == "absmax" or self.weights.kind != "int":
             return self.start or "rtn"
-        # what GPTQ finds belongs to the final bits and to weights that train
+        # GPTQ rounds to the final bits and changes the weights, which delay, annealing and adapters do not allow
         return "mse" if self.delay or self.anneal_from is not None or self.lora is not None else "gptq"
 
     @property
     def start_rounding(self) -> "QuantizeSettings | None":
-        """What rounds the model before training, for ``start: gptq``; None for other starts."""
+        """Settings of the rounding before training, for ``start: gptq``; None for other starts."""
         if self.first != "gptq":
             return None
         same = {
@@ -117,7 +122,7 @@ class QatSettings(SchemeSettings, TrainingBlock):
         return QuantizeSettings(**same, method="gptq", calibration_tokens=self.calibration_tokens, stream="never")
 
     def _check_kind(self) -> None:
-        """What needs integer codes is refused for other kinds."""
+        """Refuse settings that need integer codes when ``weights`` have another kind."""
         if self.weights.kind == "int":
             return
         dials = {
@@ -133,7 +138,7 @@ class QatSettings(SchemeSettings, TrainingBlock):
             )
 
     def _check_ends(self) -> None:
-        """Embedding and head are refused where they would not be what was asked for."""
+        """Refuse embedding and head where they could not be quantized as asked."""
         for key in self.ends if self.train == "scales" else ():
             raise ValueError(f"{key} does nothing with train=scales, which trains linears of the decoder layers alone; leave it out")
         self._check_inputs()
@@ -143,6 +148,7 @@ class QatSettings(SchemeSettings, TrainingBlock):
             raise ValueError(f"anneal={self.anneal:g} does nothing without anneal_from, the bits to begin with")
         if self.anneal_from is not None and self.anneal_from <= self.weights.bits:
             raise ValueError(f"anneal_from={self.anneal_from} must be greater than bits={self.weights.bits}")
+        # anneal counts only when it is used: its default is half of the steps
         last = self.delay + (self.anneal if self.anneal_from is not None else 0.0)
         if last + self.freeze_scales > 1:
             raise ValueError(f"delay, anneal and freeze_scales take {last + self.freeze_scales:.0%} of the steps; together at most 100%")
@@ -163,7 +169,7 @@ class QatSettings(SchemeSettings, TrainingBlock):
 class QuantizeSettings(SchemeSettings):
     """Round without training.
 
-    A dial that is not given gets its default. A dial that the chosen method does not have stays None; giving one is an error.
+    An option that is not given gets its default. An option that the method does not have stays None; giving one is an error.
     """
 
     method: Literal["rtn", "mse", "gptq"] = "rtn"
@@ -207,17 +213,18 @@ class QuantizeSettings(SchemeSettings):
 
     @property
     def calibrates(self) -> bool:
-        """Whether there is text to look at, for the method or for static scales."""
+        """Whether the stage needs calibration text, for the method or for static scales."""
         return self.calibration_tokens is not None
 
     def _fill(self, dial: str, default: object, *methods: str) -> None:
-        """Fill a dial in where the method has it; refuse one that it has not."""
+        """Set an option to its default if the method has it; refuse it if the method does not."""
         value = getattr(self, dial)
         if self.method not in methods:
             if value is not None:
                 has = " and ".join(methods)
                 raise ValueError(f"{dial}={_word(value)} does nothing with method={self.method}: it belongs to {has}; leave it out")
         elif value is None:
+            # the dataclass is frozen, and the default depends on another field
             object.__setattr__(self, dial, default)
 
 

@@ -1,6 +1,6 @@
-"""A training stage in numbers, derived from its settings alone: no model, no text and no training library is needed.
+"""Numbers of a training stage, derived from its settings without a model, a text or a training library.
 
-The plan shows these numbers and the stages train by them: learning rates, steps, whose predictions are learned, how the student is spread.
+``decoct plan`` prints these numbers and the stages train with them: learning rates, steps, teacher, distribution of the student.
 """
 
 from dataclasses import dataclass
@@ -14,36 +14,37 @@ from .settings_quantization import QatSettings
 
 # Peak rate at 192 hidden channels; it falls with 1 / hidden (muP's rule for AdamW matrices, arXiv 2203.03466, table 3).
 BASE_RATES = {"pretrain": 3e-3, "distill": 1.5e-3, "prune": 1e-3, "qat": 6e-4}
-"""Peak learning rate of each kind of stage at ``BASE_HIDDEN`` channels; of qat at 3 bits."""
+"""Peak learning rate of each kind of stage at ``BASE_HIDDEN`` channels; for qat at 3 bits."""
 LORA_FACTOR = 10
-"""Adapters take ten times the rate of weights: the usual relation, not measured here."""
+"""Adapters train at ten times the rate of weights. This is the usual factor, not measured here."""
 SCALE_RATE_SHARE = 1 / 30
-"""Rate of learned scales as a share of the weights': a scale is small, and AdamW's steps are of one size for all."""
+"""Rate of learned scales as a share of the rate of weights: scales are small numbers, and AdamW steps have the same size for all."""
 BASE_HIDDEN = 192
 
 
 def default_learning_rate(kind: str, hidden: int) -> float:
-    """Peak learning rate of a stage kind for a model of ``hidden`` channels, when the recipe gives none."""
+    """Default peak learning rate of a stage kind for a model with ``hidden`` channels, rounded to two digits."""
     return float(f"{BASE_RATES[kind] * BASE_HIDDEN / hidden:.2g}")
 
 
 def quantized_rate(settings: QatSettings, hidden: int) -> float:
     """Default peak learning rate of a QAT stage. It halves with every extra bit, as the quantization step does: at high widths a larger
     rate destroys more than it recovers."""
+    # BASE_RATES['qat'] holds at 3 bits
     factor = 2.0 ** (3 - settings.weights.bits) * (LORA_FACTOR if settings.lora else 1)
     return float(f"{factor * default_learning_rate('qat', hidden):.2g}")
 
 
 def derive_steps(settings: TrainingBlock, trainer: TrainerSettings, *, name: str, seq_length: int, ranks: int, seed: int) -> StepPlan:
-    """How many steps a stage takes, and the windows of each.
+    """Number of steps of a stage, and the windows of each step.
 
     Args:
-        settings: Of the stage.
-        trainer: Of the recipe.
-        name: Of the stage; its order of windows is drawn from it.
+        settings: Settings of the stage.
+        trainer: Trainer settings of the recipe.
+        name: Name of the stage, from which its order of windows is derived.
         seq_length: Tokens per window.
-        ranks: Processes.
-        seed: The recipe's.
+        ranks: Number of processes.
+        seed: Seed of the recipe.
 
     Raises:
         UserError: the stage has neither tokens nor steps, or the batch cannot be cut (``derive_batch``).
@@ -51,8 +52,9 @@ def derive_steps(settings: TrainingBlock, trainer: TrainerSettings, *, name: str
     batch = derive_batch(trainer.global_batch_tokens, seq_length, ranks, trainer.micro_batch)
     if settings.steps is None and settings.tokens is None:
         raise UserError(f"{name}: a training stage needs 'tokens' or 'steps'; for example tokens: 10M")
+    # negated twice to round up to whole optimizer steps
     steps = settings.steps if settings.steps is not None else -(-(settings.tokens or 0) // (batch.global_windows * seq_length))
-    # Each stage draws its own order: the same one would show every stage the same first windows.
+    # Each stage draws its own order; with a common one every stage would begin with the same windows.
     return StepPlan(total_steps=steps, batch=batch, seed=derive_seed(seed, name))
 
 
@@ -69,13 +71,13 @@ def derive_plan(
     """All numbers of a training stage.
 
     Args:
-        settings: Of the stage.
-        trainer: Of the recipe.
-        steps: Of ``derive_steps``.
-        kind: Kind of the stage, from which its learning rate follows.
-        hidden: Channels of the student.
-        strategy: How several ranks share the student.
-        stage_key: What else decides the numbers, for the checkpoints.
+        settings: Settings of the stage.
+        trainer: Trainer settings of the recipe.
+        steps: Result of ``derive_steps``.
+        kind: Kind of the stage, which decides the default learning rate.
+        hidden: Number of channels of the student.
+        strategy: Distribution of the student over ranks.
+        stage_key: Hash of everything else that decides the numbers, for the checkpoints.
     """
     quantizes = isinstance(settings, QatSettings)
     rate = settings.learning_rate or (quantized_rate(settings, hidden) if quantizes else default_learning_rate(kind, hidden))
@@ -108,46 +110,50 @@ def derive_plan(
 
 
 def trains(settings: Any) -> bool:
-    """Whether a stage with these settings takes optimizer steps; pruning does so only when it is given tokens or steps."""
+    """Whether a stage with these settings takes optimizer steps. A prune stage does so only with ``tokens`` or ``steps``."""
     if isinstance(settings, PruneSettings):
         return settings.tokens is not None or settings.steps is not None
     return isinstance(settings, TrainingBlock)
 
 
 def learns_from(settings: Any, *, has_teacher: bool) -> Literal["recipe", "input"] | None:
-    """Whose predictions a stage learns: the recipe's teacher's or its own input's; None when it learns the text alone, or does not train.
+    """Model whose predictions a stage learns: the teacher of the recipe, or the stage's own input.
 
     Args:
-        settings: Of the stage, of any kind.
+        settings: Settings of a stage of any kind.
         has_teacher: Whether the recipe has a teacher.
+
+    Returns:
+        "recipe" or "input"; None when the stage learns from the text alone or does not train.
     """
+    # hard_weight=1 leaves only the cross-entropy term, which needs no teacher
     if not trains(settings) or isinstance(settings, PretrainSettings) or settings.loss.hard_weight == 1.0:
         return None
     return settings.teacher or ("recipe" if has_teacher else "input")
 
 
 class TeacherWeights(Protocol):
-    """What says how a teacher is held: ``TeacherSettings`` of a recipe, or ``TeacherRef`` of a run."""
+    """Settings of how a teacher is held: ``TeacherSettings`` of a recipe, or ``TeacherRef`` of a run."""
 
     @property
     def load_in(self) -> LoadIn:
-        """How its weights are held."""
+        """Format of its weights in memory."""
         ...
 
     @property
     def placement(self) -> Placement:
-        """Where they are held."""
+        """Devices that hold its weights."""
         ...
 
     @property
     def served(self) -> ServedSettings | None:
-        """Server that predicts in its place."""
+        """Server that predicts instead; None when the teacher runs here."""
         ...
 
 
 @dataclass(frozen=True)
 class HeldTeacher:
-    """The model whose weights lie on the devices for a stage to learn from."""
+    """A model whose weights are on the devices so that a stage can learn from it."""
 
     whose: Literal["recipe", "input"]
     load_in: LoadIn
@@ -155,23 +161,23 @@ class HeldTeacher:
 
 
 def held_teacher(settings: Any, teacher: TeacherWeights | None, *, name: str) -> HeldTeacher | None:
-    """The model that a stage holds besides its student; None when it learns the text alone, or a server predicts.
+    """Model that a stage holds in addition to its student; None when it learns from the text alone or a server predicts.
 
-    A cached teacher counts: it is there while the cache is filled.
+    A cached teacher counts, because it is in memory while the cache is filled.
 
     Args:
-        settings: Of the stage, of any kind.
-        teacher: The recipe's.
-        name: Of the stage, for the message.
+        settings: Settings of a stage of any kind.
+        teacher: Teacher of the recipe.
+        name: Name of the stage, for the message.
 
     Raises:
-        UserError: the stage asks for the recipe's teacher, and there is none.
+        UserError: the stage needs the teacher of the recipe, and the recipe has none.
     """
     whose = learns_from(settings, has_teacher=teacher is not None)
     if whose is None:
         return None
     if whose == "input":
-        # what a stage learns from itself is its input as it is
+        # load_in and placement are settings of the recipe's teacher; the input is always held whole in fp32
         return HeldTeacher("input", "fp32", "replicated")
     if teacher is None:
         raise UserError(f"{name}: teacher: recipe, but the recipe has no teacher; add one, or set teacher: input")
@@ -179,10 +185,10 @@ def held_teacher(settings: Any, teacher: TeacherWeights | None, *, name: str) ->
 
 
 def wanted_strategy(settings: Any, trainer: TrainerSettings, *, name: str) -> Strategy:
-    """The strategy that a stage asks for; a stage that trains scales alone is never spread.
+    """Strategy that a stage asks for. A stage with ``train: scales`` is never sharded.
 
     Raises:
-        UserError: such a stage, and the recipe says fsdp2.
+        UserError: the recipe sets fsdp2 and the stage trains only scales.
     """
     if not isinstance(settings, QatSettings) or settings.train != "scales":
         return trainer.strategy

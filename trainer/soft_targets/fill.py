@@ -1,4 +1,4 @@
-"""From a stage that wants a cached teacher to one that is whole: what is missing is captured by all ranks together."""
+"""Opens the teacher cache of a stage. All ranks together capture the windows that are missing."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,21 +40,21 @@ _POLL_SECONDS = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class CacheRequest:
-    """Who wants what of which teacher's cache."""
+    """Request of a stage for a teacher cache."""
 
     stage: str
-    """Name of the stage that will train from it, for messages."""
+    """Name of the stage that trains from the cache, for messages."""
     teacher: TeacherRef
     cache: CacheSettings
-    """What is kept of the teacher."""
+    """What the cache keeps of each prediction, and its path."""
     windows: "Windows"
-    """The training text."""
+    """Windows of the training text."""
     tokenizer: "PreTrainedTokenizerBase"
     v_eff: int
-    """Tokens of the real vocabulary."""
+    """Size of the real vocabulary."""
     console: "Console"
     open_teacher: Callable[[], LocalTeacher | ServedTeacher]
-    """Opens the teacher itself; called only when something is missing."""
+    """Opens the teacher itself; called only when the cache lacks windows."""
 
     def say(self, text: str) -> None:
         """Print a line of the run's output."""
@@ -62,26 +62,27 @@ class CacheRequest:
 
 
 def stage_windows(steps: StepPlan, windows: "Windows") -> list[int]:
-    """Windows that a stage will see, ascending, each once: a stage of few tokens needs a small cache."""
+    """Indices of the windows that a stage sees, ascending, each once. A stage with few tokens needs only a small cache."""
     needed = steps.total_steps * steps.batch.global_windows
     if needed >= len(windows):
         return list(range(len(windows)))
     batches = StepBatches(
+        # one step as large as the stage: the same positions in any batch size
         windows, global_batch=needed, micro_batch=needed, rank=0, world=1, seed=steps.seed, start_step=0, total_steps=1
     )  # fmt: skip
     return sorted(set(batches.positions(0, needed)))
 
 
 def cached_teacher(wanted: CacheRequest, loss: LossSettings, steps: StepPlan) -> CachedTeacher:
-    """The recipe's teacher, read from its cache; what the stage needs and the cache lacks is captured first (all ranks call this).
+    """Teacher of the recipe, read from its cache. Missing windows are captured first (all ranks call this).
 
     Args:
-        wanted: The teacher, its cache and the text.
-        loss: Its temperature is that of the cache.
-        steps: Say which windows the stage will see.
+        wanted: Teacher, cache settings and text.
+        loss: Loss of the stage; the cache is taken at its temperature.
+        steps: Plan that decides which windows the stage sees.
 
     Raises:
-        UserError: see ``open_store`` and ``Store.add``; or the loss needs more than a cache has.
+        UserError: see ``open_store`` and ``Store.add``; or the divergence is not forward_kl.
     """
     if loss.divergence != "forward_kl":
         raise UserError(f"{wanted.stage}: loss.divergence: {loss.divergence} needs the whole distribution; a cache gives forward_kl alone")
@@ -90,6 +91,7 @@ def cached_teacher(wanted: CacheRequest, loss: LossSettings, steps: StepPlan) ->
     store = open_store(_folder(wanted.cache, header), header)
     windows = wanted.windows
     world = current_world()
+    # only rank 0 compares hashes and removes damaged shards; the other ranks read again after the barrier
     for problem in store.refresh(thorough=world.is_first):
         if world.is_first:
             wanted.say(f"  damaged shard of the teacher's cache is made again: {problem}")
@@ -97,10 +99,11 @@ def cached_teacher(wanted: CacheRequest, loss: LossSettings, steps: StepPlan) ->
     store.refresh()
     needed = stage_windows(steps, windows)
     missing = missing_windows(store, windows, needed)
-    # another run may have added some between the looks of two ranks
+    # summed over ranks: another run may have added windows between the reads of two ranks, and all must take the same branch
     if float(sum_over_ranks(torch.tensor([len(missing)], dtype=torch.float64))):
         with _alone(store, wanted):
             store.refresh()
+            # another run may have filled the cache while this one waited for the lock
             if missing := missing_windows(store, windows, needed):
                 _fill(wanted, store, form, missing)
     if world.is_first:
@@ -109,7 +112,7 @@ def cached_teacher(wanted: CacheRequest, loss: LossSettings, steps: StepPlan) ->
 
 
 def _header(wanted: CacheRequest, form: RowFormat) -> dict[str, Any]:
-    """What must be equal for a cache to be used: teacher, tokenizer, and what is kept of each position."""
+    """Values that must be equal for a cache to be reused: teacher, tokenizer, and format of each position."""
     teacher = wanted.teacher
     transform = head_transform(load_config(teacher.path, revision=teacher.revision))
     served = {"served": teacher.served.model, "served_tokens": teacher.served.tokens} if teacher.served else {}
@@ -134,29 +137,31 @@ def _folder(settings: CacheSettings, header: dict[str, Any]) -> Path:
 
 
 def _fill(wanted: CacheRequest, store: Store, form: RowFormat, missing: Sequence[int]) -> None:
-    """Capture the windows ``missing``, this rank its share of them, and wait until all of them are there."""
+    """Capture this rank's share of the windows ``missing``, and wait until the store has all of them."""
     world, windows = current_world(), wanted.windows
     tokens = len(missing) * windows.seq_length
     wanted.say(
         f"  the teacher predicts {len(missing):,} windows ({tokens:,} tokens) once: at most {form.bytes} bytes a token, "
         f"{form.bytes * tokens / 1e6:,.1f} MB, in {store.folder}"
     )
-    # a sharded teacher needs all ranks in each of its passes, so that all make the same number
+    # a sharded teacher needs all ranks in each forward pass, so all ranks make the same number (some windows twice)
     share = -(-len(missing) // world.size)
     own = [missing[(world.rank * share + step) % len(missing)] for step in range(share)]
     with token_progress(wanted.console, "teacher", share * windows.seq_length * world.size) as advance:
         for done in capture(wanted.open_teacher(), windows, own, store, form):
             advance(done * world.size)
     if torch.cuda.is_available():
+        # the teacher is gone; give its memory to the student
         torch.cuda.empty_cache()
     store.refresh()
+    # other ranks may be slower; there is no collective here that could time out
     while world.size > 1 and missing_windows(store, windows, missing):
         time.sleep(_POLL_SECONDS)
         store.refresh()
 
 
 def _measured(store: Store, form: RowFormat) -> str:
-    """Size and error of everything in the cache, in words."""
+    """Sentence with the size of the cache and its mean KL from the teacher."""
     tokens = sum(shard.figures["tokens"] for shard in store.shards.values())
     kl = sum(shard.figures["kl"] for shard in store.shards.values()) / max(tokens, 1)
     size = sum(entry.stat().st_size for entry in (store.folder / "shards").iterdir())
@@ -166,9 +171,10 @@ def _measured(store: Store, form: RowFormat) -> str:
 
 @contextmanager
 def _alone(store: Store, wanted: CacheRequest) -> Iterator[None]:
-    """Hold the cache's lock on rank 0, so that two runs do not ask the teacher the same. All ranks wait, in short collectives."""
+    """Hold the cache's lock on rank 0, so that two runs do not compute the same predictions. All ranks wait in short collectives."""
     world, lock, told = current_world(), Lock(store.folder / "lock"), False
     with lock:
+        # polling, not a blocking wait: a collective that waits for hours would time out
         while not value_of_first(int(world.is_first and lock.acquire())):
             if world.is_first and not told:
                 wanted.say(f"  {lock.holder()} fills the same teacher's cache; waiting for it")
@@ -177,10 +183,10 @@ def _alone(store: Store, wanted: CacheRequest) -> Iterator[None]:
         if not lock.lockable:
             wanted.say(f"  {no_locks(lock.file)}")
         yield
-        # nobody goes on to read before everybody has written
+        # no rank reads before all ranks have written
         _together()
 
 
 def _together() -> None:
-    """All ranks have come this far."""
+    """Barrier: return once all ranks have called this."""
     sum_over_ranks(torch.zeros(1, dtype=torch.float64))
