@@ -1,4 +1,4 @@
-"""Codes and scales of a quantized model: in memory, in its folder, and checked when they are read back."""
+"""Codes and scales of a quantized model: in memory, in its folder, and the checks on reading them."""
 
 from typing import TYPE_CHECKING
 

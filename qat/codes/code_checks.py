@@ -1,4 +1,4 @@
-"""What codes and scales of a spec must look like, checked when they are read back: shapes, ranges, grids."""
+"""Checks of codes and scales against their spec: shapes, dtypes, ranges, grids."""
 
 import torch
 from torch import Tensor
@@ -8,12 +8,12 @@ from ..fake_quant.absmax_reference import GRID_DTYPES
 from ..spec import QuantSpec
 
 _CODE_DTYPES = {"int": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
-"""Of codes; the others are uint8, one code of 4 bits a byte."""
+"""Kind -> dtype of its codes; the other kinds use uint8, one 4-bit code per byte."""
 _OWN_GRIDS = ("mxfp4", "nvfp4")
 
 
 def grid_problem(encoded: Encoded, spec: QuantSpec) -> str | None:
-    """Why these tensors are no codes and scales of ``spec``; None when they are."""
+    """Return why these tensors are not valid codes and scales of ``spec``; None if they are."""
     problem = _codes_problem(encoded.codes, encoded.scales, spec) or _zero_problem(encoded.zeros, encoded.scales, spec)
     return problem or _global_problem(encoded.global_scale, spec)
 
@@ -40,7 +40,7 @@ def _global_problem(whole: Tensor | None, spec: QuantSpec) -> str | None:
 
 
 def _codes_problem(codes: Tensor, scales: Tensor, spec: QuantSpec) -> str | None:
-    """Why these tensors are no codes and scales of ``spec``; None when they are."""
+    """Return why ``codes`` or ``scales`` do not fit ``spec``; None if they do."""
     dtype = _CODE_DTYPES.get(spec.kind, torch.uint8)
     if codes.dtype != dtype or codes.ndim != 2:
         return f"codes are {codes.dtype} of shape {tuple(codes.shape)}, not {_a(dtype)} matrix"
@@ -65,10 +65,11 @@ def _a(dtype: torch.dtype) -> str:
 
 
 def _on_grid(scales: Tensor, spec: QuantSpec) -> Tensor:
-    """The scales rounded to what the kind may store; NaN where it stores powers of two alone and this is none."""
+    """Round scales to values the kind can store. For powers of two, any other number becomes NaN, which equals nothing."""
     if spec.kind == "nvfp4":
         return scales.clamp(max=448.0).to(torch.float8_e4m3fn).to(torch.float32)
     if spec.kind == "mxfp4":
+        # frexp gives mantissas in [0.5, 1): exactly 0.5 means a power of two
         return torch.where(torch.frexp(scales).mantissa == 0.5, scales, torch.nan)
     grid = spec.grid
     return scales.to(GRID_DTYPES[grid.dropped_bits]).to(torch.float32).clamp(grid.smallest, grid.largest)

@@ -1,7 +1,7 @@
-"""How keys and values are rounded, as a quantized folder holds it: part of ``QuantState``.
+"""Rounding of keys and values as stored in a quantized folder; part of ``QuantState``.
 
 ``quant/codes.safetensors`` has ``<attention module>.k_scale`` and ``.v_scale`` fp32, and for an asymmetric spec ``.k_zero`` and
-``.v_zero`` int8, one number each, where the scales are stored ones; ``decoct.json`` names the spec and the attention modules.
+``.v_zero`` int8, one number each, if scaling is static; ``decoct.json`` names the spec and the attention modules.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ _SCALE, _ZERO = "_scale", "_zero"
 
 @dataclass(frozen=True, kw_only=True)
 class CacheState:
-    """The spec of keys and values, and its stored scales, on the CPU."""
+    """The spec of keys and values with its stored scales, on the CPU."""
 
     spec: ActivationSpec
     attentions: tuple[str, ...]
@@ -31,11 +31,11 @@ class CacheState:
 
     @property
     def names(self) -> list[str]:
-        """``<attention module>.k`` and ``.v`` of each attention module."""
+        """Return ``<attention module>.k`` and ``.v`` for each attention module."""
         return [f"{attention}.{part}" for attention in self.attentions for part in PARTS]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Their part of ``quant/codes.safetensors``."""
+        """Return the tensors for ``quant/codes.safetensors``."""
         return {
             name + suffix: held[name].contiguous()
             for name in self.names
@@ -44,11 +44,11 @@ class CacheState:
         }
 
     def record(self) -> dict[str, Any]:
-        """Their part of the ``quant`` entry of ``decoct.json``."""
+        """Return the part of the ``quant`` entry of ``decoct.json``."""
         return {"kv_cache": self.spec.to_json(), "attentions": list(self.attentions)}
 
     def expected(self) -> Iterator[str]:
-        """Names of the tensors that the spec has in ``quant/codes.safetensors``."""
+        """Yield the names of the tensors that the spec needs in ``quant/codes.safetensors``."""
         if self.spec.scaling == "static":
             for name in self.names:
                 yield name + _SCALE
@@ -56,7 +56,7 @@ class CacheState:
                     yield name + _ZERO
 
     def problem(self) -> str | None:
-        """What is wrong with scales and zero points, as a sentence; None when nothing is."""
+        """Return what is wrong with scales and zero points, as a sentence; None if nothing is."""
         tensors = self.tensors()
         if differing := sorted(set(self.expected()) ^ set(tensors)):
             return f"kv_cache: {differing[0]} is {'stored, but the spec has none' if differing[0] in tensors else 'missing'}"
@@ -70,7 +70,7 @@ class CacheState:
 
 
 def cache_from_record(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CacheState | None:
-    """Inverse of ``record`` and ``tensors``; None when nothing is said of a cache. TypeError, KeyError or ValueError when it is damaged."""
+    """Invert ``record`` and ``tensors``; None if the record has no cache. TypeError, KeyError or ValueError if the record is damaged."""
     if not record.get("kv_cache"):
         return None
     spec, attentions = ActivationSpec.from_json(record["kv_cache"]), tuple(str(name) for name in record["attentions"])

@@ -1,9 +1,10 @@
-"""QuantState: the codes and scales of a model, how they lie in a model folder, and the checks when they are read back.
+"""QuantState: the codes and scales of a model, their layout in a model folder, and the checks on reading them.
 
 A quantized folder holds ``model.safetensors`` with codes * scales in fp32 under the original names, and
 ``quant/codes.safetensors``: ``<module>.codes`` int8 [out, in], ``<module>.scale`` fp32 [out, groups], for an asymmetric spec
 ``<module>.zero_point`` int8 [out, groups], for nvfp4 ``.global_scale`` fp32 [1], for inputs with a stored scale ``.input_scale`` fp32
-and ``.input_zero`` int8, one number each; of keys and values what ``kv_cache_scales.py`` says. ``decoct.json`` records the QuantSpec, the
+and ``.input_zero`` int8, one number each; ``kv_cache_scales.py`` adds those of keys and values. ``decoct.json`` records the QuantSpec,
+the
 modules and a hash of everything. Export reads the codes and never rounds again.
 """
 
@@ -25,49 +26,49 @@ from .code_checks import grid_problem
 from .kv_cache_scales import CacheState, cache_from_record
 
 QUANT_FILE = CODES
-"""Where ``save_model_folder`` puts the codes."""
+"""File in which ``save_model_folder`` writes the codes."""
 _CODES, _SCALE, _ZERO, _GLOBAL = ".codes", ".scale", ".zero_point", ".global_scale"
 _INPUT_SCALE, _INPUT_ZERO = ".input_scale", ".input_zero"
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantState:
-    """What is stored and served: codes and scales per module, on the CPU."""
+    """Codes and scales per module, as stored and served, on the CPU."""
 
     spec: QuantSpec
-    """The spec of every module that has none of its own."""
+    """The spec of every module without an entry in ``own_specs``."""
     modules: tuple[str, ...]
     """Full module names, in module order."""
     codes: dict[str, Tensor]
-    """[out, in] by module name, as ``fake_quant.Encoded`` has them: int8 in [qmin, qmax] for kind int."""
+    """[out, in] by module name, as in ``fake_quant.Encoded``: int8 in [qmin, qmax] for kind int."""
     scales: dict[str, Tensor]
-    """fp32 of ``spec.scale_shape`` by module name, on the spec's grid (mxfp4: powers of two; nvfp4: numbers of float8 e4m3)."""
+    """fp32 of shape ``spec.scale_shape`` by module name, on the spec's grid (mxfp4: powers of two; nvfp4: float8 e4m3 values)."""
     zero_points: dict[str, Tensor] = field(default_factory=dict)
     """int8 [out, groups] in [qmin, qmax] by module name; modules with a symmetric spec have none."""
     global_scales: dict[str, Tensor] = field(default_factory=dict)
-    """fp32 [1] by module name, which its scales are divided by (nvfp4 alone)."""
+    """fp32 [1] by module name; the module's scales are divided by it (nvfp4 only)."""
     own_specs: dict[str, QuantSpec] = field(default_factory=dict)
     """Specs of modules that differ from ``spec``."""
     activations: ActivationSpec | None = None
-    """How the modules' inputs are rounded; None = not at all."""
+    """How the modules' inputs are rounded; None if they are not."""
     input_scales: dict[str, Tensor] = field(default_factory=dict)
-    """fp32 [] by module name: scales of inputs that are rounded with a stored one."""
+    """fp32 [] by module name: scales of inputs with static scaling."""
     input_zeros: dict[str, Tensor] = field(default_factory=dict)
-    """int8 [] by module name: zero points of inputs whose stored spec has one."""
+    """int8 [] by module name: zero points of inputs with asymmetric static scaling."""
     cache: CacheState | None = None
-    """How keys and values are rounded; None = not at all."""
+    """How keys and values are rounded; None if they are not."""
 
     @classmethod
     def of(
         cls, spec: QuantSpec, specs: Mapping[str, QuantSpec], encoded: Mapping[str, Encoded], device: str | None = "cpu"
     ) -> "QuantState":
-        """The state of modules that have been encoded, in the order of ``encoded``.
+        """Build the state of encoded modules, in the order of ``encoded``.
 
         Args:
-            spec: The spec of most of them.
-            specs: That of each.
-            encoded: Codes and scales of each.
-            device: Where the tensors go; None leaves them where they are.
+            spec: The common spec; other specs are kept per module.
+            specs: Spec by module name.
+            encoded: Codes and scales by module name.
+            device: Target device of the tensors; None leaves them where they are.
         """
 
         def held(part: str) -> dict[str, Tensor]:
@@ -85,24 +86,24 @@ class QuantState:
         )
 
     def encoded(self, module: str) -> Encoded:
-        """A module's codes and what belongs to them."""
+        """Return a module's codes, scales, zero points and global scale."""
         return Encoded(self.codes[module], self.scales[module], self.zero_points.get(module), self.global_scales.get(module))
 
     def spec_of(self, module: str) -> QuantSpec:
-        """The spec of a module."""
+        """Return the spec of a module."""
         return self.own_specs.get(module, self.spec)
 
     def dequantized(self, module: str) -> Tensor:
-        """fp32 [out, in]: the weight that plain runtimes see, (codes - zero points) * scales for kind int."""
+        """Return the decoded weight, fp32 [out, in]: (codes - zero points) * scales for kind int."""
         return decode(self.encoded(module), self.spec_of(module))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The content of ``quant/codes.safetensors``."""
+        """Return the content of ``quant/codes.safetensors``."""
         own = {name + suffix: held[name].contiguous() for suffix, held in self._parts() for name in self.modules if name in held}
         return own | (self.cache.tensors() if self.cache else {})
 
     def renamed(self, names: Mapping[str, str]) -> "QuantState":
-        """The same under other module names; those that ``names`` does not have stay."""
+        """Return the state with renamed modules; modules missing from ``names`` keep their name."""
         if not any(name in names for name in self.modules):
             return self
 
@@ -130,7 +131,8 @@ class QuantState:
         yield _INPUT_ZERO, self.input_zeros
 
     def hash(self) -> str:
-        """sha256 over specs, module names, shapes, codes, scales and whatever else there is."""
+        """Return the sha256 over specs, module names, dtypes, shapes and all tensors."""
+        # recorded in folders: the order of parts, and the omission of absent ones, must never change
         digest = hashlib.sha256(self.spec.hash().encode())
         if more := self._more():
             digest.update(json.dumps(more, sort_keys=True).encode())
@@ -141,7 +143,7 @@ class QuantState:
         return digest.hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """The ``quant`` entry of ``decoct.json``."""
+        """Return the ``quant`` entry of ``decoct.json``."""
         return {"spec": self.spec.to_json(), "modules": list(self.modules), "hash": self.hash(), **self._more()}
 
     def _more(self) -> dict[str, Any]:
@@ -150,7 +152,11 @@ class QuantState:
         return own | (self.cache.record() if self.cache else {})
 
     def check(self, where: str) -> None:
-        """UserError beginning with ``where`` (a file) unless every code is in range and every scale positive and on the grid."""
+        """Check that every code is in range and every scale is positive and on the grid.
+
+        Raises:
+            UserError: something is not; the message begins with ``where`` (a file).
+        """
         for name in self.modules:
             spec = self.spec_of(name)
             if problem := grid_problem(self.encoded(name), spec) or self._input_problem(name):
@@ -174,15 +180,15 @@ class QuantState:
 
 
 class NoCodesError(UserError):
-    """A model folder holds no codes."""
+    """The model folder holds no codes."""
 
 
 def load_quant_state(folder: Path) -> QuantState:
-    """The codes and scales of a quantized model folder, checked against its record and its weights.
+    """Load the codes and scales of a quantized model folder, checked against its record and its weights.
 
     Raises:
         NoCodesError: the folder holds no codes.
-        UserError: they are damaged, or ``model.safetensors`` holds other weights than codes * scales.
+        UserError: the codes are damaged, or the weights in ``model.safetensors`` are not codes * scales.
     """
     from ...models.folder.model_folder import read_record
 
@@ -191,6 +197,7 @@ def load_quant_state(folder: Path) -> QuantState:
     if record is None or file is None:
         raise NoCodesError(f"{folder} holds no codes ({QUANT_FILE} and its record): run the stage 'qat' or 'quantize' on the model first.")
     state = _from_record(record, _read_tensors(file), file, folder)
+    # before the hash: a code out of range gets a message that names its module
     state.check(str(file))
     if state.hash() != record.get("hash"):
         raise UserError(f"{file}: codes or scales differ from what decoct.json recorded; the file was changed. Quantize again.")
@@ -208,7 +215,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _from_record(record: Any, tensors: Mapping[str, Tensor], file: Path, folder: Path) -> QuantState:
-    """The state that ``decoct.json`` describes, made of exactly the tensors of the file."""
+    """Build the state that ``decoct.json`` describes; UserError if the file has missing or unexpected tensors."""
     try:
         spec, modules = QuantSpec.from_json(record["spec"]), tuple(str(name) for name in record["modules"])
         own = {str(name): QuantSpec.from_json(given) for name, given in record.get("own_specs", {}).items()}
@@ -246,11 +253,12 @@ def _held(tensors: Mapping[str, Tensor], modules: tuple[str, ...], suffix: str) 
 
 
 def _check_weights(folder: Path, state: QuantState, codes: str) -> None:
-    """UserError unless the stored fp32 weights are the codes times the scales, element by element."""
+    """Raise UserError unless the stored fp32 weights equal codes times scales, element by element."""
     from ...models.folder.tensor_places import safetensors_files, tensor_places
     from ...models.folder.weights import read_tensor
 
     places = tensor_places(safetensors_files(folder))
+    # the model is built only if a name differs: some families store their weights under other names than their modules have
     called: dict[str, str] = {}
     if any(f"{name}.weight" not in places for name in state.modules) and (folder / "config.json").is_file():
         from ...models.folder.structure import model_structure

@@ -1,4 +1,4 @@
-"""Codes and scales as ggml blocks of 32 weights, or 64. Nothing is rounded; a scale that fp16 does not hold is an error.
+"""Packs codes and scales into ggml blocks of 32 or 64 weights. Nothing is rounded; a scale that fp16 does not hold is an error.
 
     Q2_0   18 bytes   64 weights: fp16 d, 16 bytes: byte j = u[4j] | u[4j + 1] << 2 | ...   w = d * (u - 1)    u = 1 - q, d = -s
     Q4_0   18 bytes   fp16 d, 16 bytes: byte j = u[j] | u[j + 16] << 4                      w = d * (u - 8)    u = q + 8
@@ -7,10 +7,13 @@
     Q5_1   24 bytes   fp16 d, fp16 m, the same 4 and 16 bytes                               w = d * u + m
     Q8_0   34 bytes   fp16 d, 32 int8                                                       w = d * q
 
-A group of g weights (a multiple of the block) is written as several blocks with the same scale. Q2_0 has room for -1 to 2, so that codes of
--2 to 1 are written with the sign turned in both factors. The asymmetric spec (q - z) * s is Q4_1 or Q5_1 with d = s, where m fits fp16:
-codes narrower than the block are moved by 8 - z, or 16 - z, so that m = -8 s or -16 s, which always does; codes as wide as the block are
-moved by 8, or 16, and m = -(z + 8) * s often has too many digits.
+A group (a multiple of the block) is written as several blocks with the same scale. Q2_0 holds -1 to 2, so codes of -2 to 1 are written
+with
+the sign of both factors flipped. The asymmetric (q - z) * s is written as Q4_1 or Q5_1 with d = s if m is exact in fp16. Codes narrower
+than
+the block are shifted by 8 - z (or 16 - z), so m = -8 s (or -16 s) is always exact. Codes as wide as the block are shifted by 8 (or 16),
+and
+m = -(z + 8) * s often has too many significant bits.
 
 Source: ggml ``ggml-common.h``, ``ggml-quants.c`` (dequantize_row_*).
 """
@@ -21,28 +24,29 @@ from numpy.typing import NDArray
 from ...spec import QuantSpec
 
 BLOCK, WIDE_BLOCK = 32, 64
-"""Weights of a block; those of Q2_0."""
+"""Weights per block, and per Q2_0 block."""
 SYMMETRIC_BITS = (4, 5, 8)
-"""Widths of the blocks of symmetric codes (Q4_0, Q5_0, Q8_0), besides Q2_0. Narrower codes take the next one."""
+"""Bit widths of symmetric blocks (Q4_0, Q5_0, Q8_0; Q2_0 is separate). Narrower codes take the next wider block."""
 ASYMMETRIC_BITS = (4, 5)
-"""Widths of the blocks with a minimum (Q4_1, Q5_1)."""
+"""Bit widths of blocks with a minimum (Q4_1, Q5_1)."""
 
 Bytes = NDArray[np.uint8]
 
 
 def pack_q2_0(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> Bytes:
-    """Symmetric codes of 2 bits: uint8 [out, in / 64, 18]; arguments and errors as ``pack_q4_0``, codes in [-2, 1], in blocks of 64."""
+    """Pack symmetric 2-bit codes: uint8 [out, in / 64, 18]; arguments and errors as ``pack_q4_0``, codes in [-2, 1], blocks of 64."""
     _check_range(codes, -2, 1)
+    # u = 1 - q with d = -s: the format holds -1..2, the codes are -2..1
     fields = (1 - codes.astype(np.int16)).astype(np.uint8).reshape(codes.shape[0], -1, WIDE_BLOCK // 4, 4)
     packed = np.bitwise_or.reduce(fields << np.array([0, 2, 4, 6], np.uint8), axis=3)
     return np.concatenate([_halves(codes, -scales, WIDE_BLOCK), packed], axis=2)
 
 
 def pack_q4_0(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> Bytes:
-    """Symmetric codes of at most 4 bits.
+    """Pack symmetric codes of at most 4 bits.
 
     Args:
-        codes: int8 [out, in], values in [-8, 7], in a multiple of 32.
+        codes: int8 [out, in], values in [-8, 7]; ``in`` is a multiple of 32.
         scales: fp32 [out, groups], each exact in fp16; in / groups is a multiple of 32.
 
     Returns:
@@ -55,24 +59,24 @@ def pack_q4_0(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> Bytes:
 
 
 def pack_q5_0(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> Bytes:
-    """Symmetric codes of at most 5 bits: uint8 [out, in / 32, 22]; arguments and errors as ``pack_q4_0``, codes in [-16, 15]."""
+    """Pack symmetric codes of at most 5 bits: uint8 [out, in / 32, 22]; arguments and errors as ``pack_q4_0``, codes in [-16, 15]."""
     fields = _moved(codes, 16, 5)
     return np.concatenate([_halves(codes, scales), _fifth_bits(fields), _nibbles(fields % 16)], axis=2)
 
 
 def pack_q8_0(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> Bytes:
-    """Symmetric codes of at most 8 bits; arguments and errors as ``pack_q4_0``, codes in [-128, 127]. Returns uint8 [out, in / 32, 34]."""
+    """Pack symmetric codes of at most 8 bits: uint8 [out, in / 32, 34]; arguments and errors as ``pack_q4_0``, codes in [-128, 127]."""
     blocks = np.ascontiguousarray(codes).reshape(codes.shape[0], -1, BLOCK)
     return np.concatenate([_halves(codes, scales), blocks.view(np.uint8)], axis=2)
 
 
 def pack_q4_1(codes: NDArray[np.int8], scales: NDArray[np.float32], zero_points: NDArray[np.int8], bits: int = 4) -> Bytes:
-    """Asymmetric codes of at most 4 bits, w = (q - z) * s.
+    """Pack asymmetric codes of at most 4 bits, w = (q - z) * s.
 
     Args:
         codes: int8 [out, in], values in [-2^(bits-1), 2^(bits-1) - 1].
         scales: fp32 [out, groups].
-        zero_points: int8 [out, groups], values as those of the codes.
+        zero_points: int8 [out, groups], in the range of the codes.
         bits: Width of a code.
 
     Returns:
@@ -86,42 +90,44 @@ def pack_q4_1(codes: NDArray[np.int8], scales: NDArray[np.float32], zero_points:
 
 
 def pack_q5_1(codes: NDArray[np.int8], scales: NDArray[np.float32], zero_points: NDArray[np.int8], bits: int = 5) -> Bytes:
-    """Asymmetric codes of at most 5 bits: uint8 [out, in / 32, 24]; arguments and errors as ``pack_q4_1``."""
+    """Pack asymmetric codes of at most 5 bits: uint8 [out, in / 32, 24]; arguments and errors as ``pack_q4_1``."""
     fields = _moved(codes, _offsets(zero_points, bits, 5), 5)
     least = minimums(scales, zero_points, bits, 5)
     return np.concatenate([_halves(codes, scales), _halves(codes, least), _fifth_bits(fields), _nibbles(fields % 16)], axis=2)
 
 
 def symmetric_bits(bits: int) -> int:
-    """Width of the narrowest block for symmetric codes of ``bits``."""
+    """Return the width of the narrowest block for symmetric codes of ``bits``."""
     return next(width for width in SYMMETRIC_BITS if bits <= width)
 
 
 def is_q2_0(spec: QuantSpec, columns: int) -> bool:
-    """Whether Q2_0 holds a matrix with ``columns`` inputs: symmetric codes of 2 bits, rows and groups of whole blocks."""
+    """Return whether Q2_0 holds a matrix with ``columns`` inputs: symmetric 2-bit codes, rows and groups of whole blocks."""
     group = columns if isinstance(spec.group_size, str) else spec.group_size
     return (spec.kind, spec.bits, spec.symmetric) == ("int", 2, True) and columns % WIDE_BLOCK == 0 and group % WIDE_BLOCK == 0
 
 
 def minimums(scales: NDArray[np.float32], zero_points: NDArray[np.int8], bits: int = 4, width: int = 4) -> NDArray[np.float32]:
-    """m of Q4_1 (``width`` 4) or Q5_1 (5) for codes of ``bits``: fp32 [out, groups], exact."""
+    """Return m of Q4_1 (``width`` 4) or Q5_1 (5) for codes of ``bits``: fp32 [out, groups], exact."""
     return -(zero_points.astype(np.float32) + _offsets(zero_points, bits, width).astype(np.float32)) * scales
 
 
 def fits_fp16(values: NDArray[np.float32]) -> bool:
-    """Whether fp16 holds every number exactly."""
+    """Return whether fp16 holds every number exactly."""
     with np.errstate(over="ignore"):
         return bool(np.array_equal(values.astype(np.float16).astype(np.float32), values))
 
 
 def _offsets(zero_points: NDArray[np.int8], bits: int, width: int) -> NDArray[np.int16]:
-    """What is added to the codes of a group, int16 [out, groups]: codes less zero point have a bit more than codes."""
+    """Return the shift of each group's codes, int16 [out, groups]. code - zero point needs one bit more than the code, so only blocks
+    wider than
+    the codes have room for it."""
     half = np.int16(1 << (width - 1))
     return half - zero_points.astype(np.int16) if bits < width else np.full(zero_points.shape, half)
 
 
 def _halves(codes: NDArray[np.int8], numbers: NDArray[np.float32], block: int = BLOCK) -> Bytes:
-    """A number per group as the fp16 of each of its blocks: uint8 [out, in / block, 2]."""
+    """Return one number per group, repeated for its blocks, as fp16 bytes: uint8 [out, in / block, 2]."""
     (rows, columns), groups = codes.shape, numbers.shape[1]
     if columns % block or not groups or columns % groups or columns // groups % block:
         raise ValueError(f"{groups} groups of {columns} inputs are no multiples of a block of {block}")
@@ -132,9 +138,10 @@ def _halves(codes: NDArray[np.int8], numbers: NDArray[np.float32], block: int = 
 
 
 def _moved(codes: NDArray[np.int8], offset: int | NDArray[np.int16], width: int) -> Bytes:
-    """Codes moved to 0..2^width - 1, in blocks: uint8 [out, in / 32, 32]. ``offset`` is one number, or one a group."""
+    """Return codes shifted to 0..2^width - 1, in blocks: uint8 [out, in / 32, 32]. ``offset`` is one number, or one per group."""
     rows, columns = codes.shape
     by_group = offset if isinstance(offset, int) else np.repeat(offset, columns // offset.shape[1], axis=1)
+    # int16, because the sum may not fit int8; the range is checked before the cast back
     moved = codes.astype(np.int16) + by_group
     _check_range(moved, 0, (1 << width) - 1)
     return moved.astype(np.uint8).reshape(rows, -1, BLOCK)
@@ -146,10 +153,10 @@ def _check_range(values: NDArray[np.int8] | NDArray[np.int16], least: int, most:
 
 
 def _nibbles(fields: Bytes) -> Bytes:
-    """[out, blocks, 32] of 0..15 -> uint8 [out, blocks, 16]."""
+    """Pack [out, blocks, 32] of 0..15 into uint8 [out, blocks, 16]: a byte holds elements j (low half) and j + 16."""
     return fields[:, :, : BLOCK // 2] | fields[:, :, BLOCK // 2 :] << np.uint8(4)
 
 
 def _fifth_bits(fields: Bytes) -> Bytes:
-    """[out, blocks, 32] of 0..31 -> uint8 [out, blocks, 4]."""
+    """Pack the fifth bits of [out, blocks, 32] of 0..31 into uint8 [out, blocks, 4], lowest bit first."""
     return np.packbits(fields >> np.uint8(4), axis=2, bitorder="little")

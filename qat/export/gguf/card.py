@@ -1,4 +1,4 @@
-"""What the model card of a GGUF export says: how llama.cpp, Ollama and Python load it."""
+"""Loading instructions for the model card of a GGUF export: llama.cpp, Ollama and Python."""
 
 from ..card import CardFacts, FormatCard
 

@@ -5,9 +5,9 @@ u32, value); the table (name, number of dimensions u32, dimensions u64 with the 
 the data); zeros up to a multiple of 32; the data, every tensor followed by zeros up to a multiple of 32. A string is its length u64
 and UTF-8 bytes, an array its element type u32, length u64 and elements.
 
-The ``gguf`` package writes the same bytes, tensor by tensor too (tests/qat/export/gguf/test_container.py compares); it is a judge here and
-not the writer. Release 0.19.0 hands arrays to ``numpy.tofile``, which reports a full disk without its error number, so that it would be
-taken for a fault that passes; it opens files with "wb", over what is there; it does not know Q2_0. It would save about 40 lines here.
+The ``gguf`` package writes the same bytes, tensor by tensor too (tests/qat/export/gguf/test_container.py compares); the tests use it as a
+reference. It is not the writer because release 0.19.0 calls ``numpy.tofile``, which reports a full disk without its error number, so the
+failure would look transient; opens files with "wb", which overwrites existing ones; and lacks Q2_0. It would save about 40 lines.
 
 Source: ggml ``docs/gguf.md``; gguf-py ``gguf_writer.py``, ``constants.py``.
 """
@@ -29,7 +29,7 @@ _U32, _I32, _F32, _BOOL, _STRING, _ARRAY, _U64 = 4, 5, 6, 7, 8, 9, 10
 
 
 class TensorType(IntEnum):
-    """How the elements of a tensor are stored, as ggml numbers it."""
+    """Storage type of a tensor, with ggml's number."""
 
     F32 = 0
     F16 = 1
@@ -53,7 +53,7 @@ BLOCKS = {
     TensorType.Q8_0: (32, 34),
     TensorType.Q2_0: (64, 18),
 }
-"""Type -> (elements of a block along the row, bytes of a block)."""
+"""Type -> (elements per block along the row, bytes per block)."""
 
 FILE_TYPES = {
     TensorType.F32: 0,
@@ -71,14 +71,14 @@ FILE_TYPES = {
 
 @dataclass(frozen=True)
 class F32:
-    """A metadata number that is stored as fp32 (a plain ``int`` is stored as u32, or u64 where it needs to be)."""
+    """A metadata number stored as fp32 (a plain ``int`` is stored as u32, or as u64 if it needs to be)."""
 
     value: float
 
 
 @dataclass(frozen=True)
 class I32:
-    """A metadata number that is stored as int32."""
+    """A metadata number stored as int32."""
 
     value: int
 
@@ -95,7 +95,7 @@ class TensorPlan:
     shape: tuple[int, ...]
     """Row-major, as in PyTorch: the last dimension is contiguous. Its length is a multiple of the type's block."""
     make: Callable[[], NDArray[np.generic]]
-    """The bytes, as any contiguous array; called when it is written, so that one tensor at a time is in memory."""
+    """Returns the data as a contiguous array; called when the tensor is written, so that only one tensor is in memory at a time."""
 
     @property
     def nbytes(self) -> int:
@@ -105,11 +105,12 @@ class TensorPlan:
 
 
 def write_gguf(file: Path, metadata: dict[str, Value], tensors: Sequence[TensorPlan]) -> None:
-    """Write a new file; tensors lie in the order given.
+    """Write a new file with the tensors in the given order.
 
     Raises:
         ValueError: a value that no metadata type holds, a row that is no multiple of its block, or data of another size than planned.
     """
+    # "x": an existing file is never overwritten
     with Path(file).open("xb") as handle:
         handle.write(header_bytes(metadata, tensors))
         for tensor in tensors:
@@ -117,7 +118,7 @@ def write_gguf(file: Path, metadata: dict[str, Value], tensors: Sequence[TensorP
 
 
 def header_bytes(metadata: dict[str, Value], tensors: Sequence[TensorPlan]) -> bytes:
-    """Everything before the data, padded to the alignment."""
+    """Return everything before the data, padded to the alignment."""
     parts = [b"GGUF", struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for key, value in metadata.items():
         parts += [_string(key), _value(key, value)]
@@ -126,6 +127,7 @@ def header_bytes(metadata: dict[str, Value], tensors: Sequence[TensorPlan]) -> b
         if tensor.shape[-1] % BLOCKS[tensor.type][0]:
             raise ValueError(f"{tensor.name}: rows of {tensor.shape[-1]} are no multiple of a {tensor.type.name} block")
         parts.append(_string(tensor.name) + struct.pack("<I", len(tensor.shape)))
+        # ggml lists the contiguous dimension first
         parts.append(struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape)))
         parts.append(struct.pack("<IQ", tensor.type, offset))
         offset += tensor.nbytes + _padding(tensor.nbytes)
@@ -134,7 +136,7 @@ def header_bytes(metadata: dict[str, Value], tensors: Sequence[TensorPlan]) -> b
 
 
 def planned_file_bytes(metadata: dict[str, Value], tensors: Sequence[TensorPlan]) -> int:
-    """Size of the file that ``write_gguf`` will make."""
+    """Return the size in bytes of the file that ``write_gguf`` will write."""
     return len(header_bytes(metadata, tensors)) + sum(tensor.nbytes + _padding(tensor.nbytes) for tensor in tensors)
 
 
@@ -169,6 +171,7 @@ def _value(key: str, value: Value) -> bytes:
 def _scalar(key: str, value: str | bool | int | F32 | I32, element: bool = False) -> tuple[int, bytes]:
     if isinstance(value, str):
         return _STRING, _string(value)
+    # bool is an int, so it must be checked before the integers
     if isinstance(value, bool):
         return _BOOL, struct.pack("<?", value)
     if isinstance(value, F32):

@@ -1,7 +1,7 @@
-"""How a model wants its text generated, as GGUF metadata: sampling, and every token that ends a text.
+"""Generation settings as GGUF metadata: sampling, and the tokens that end a text.
 
-llama.cpp reads no generation_config.json. Its server and command line take ``general.sampling.*`` for what a caller leaves open. It ends a
-text at ``eos_token_id``, ``eot_token_id``, ``eom_token_id`` and at tokens that it knows by their text; there is no key for a list.
+llama.cpp reads no generation_config.json. Its server and command line use ``general.sampling.*`` as defaults. It ends a text at
+``eos_token_id``, ``eot_token_id``, ``eom_token_id`` and at tokens that it knows by their text; there is no key for a list.
 
 Source: gguf-py ``metadata.py``, ``constants.py``; llama.cpp ``common.cpp`` (common_init_sampler_from_model), ``llama-vocab.cpp``.
 """
@@ -23,20 +23,21 @@ _FLOATS = {"temperature": "temp", "top_p": "top_p", "min_p": "min_p", "repetitio
 _KNOWN_BY_TEXT = frozenset(
     ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "<|end_of_text|>")
 )
-"""Texts of tokens that every llama.cpp since early 2025 ends at, whatever the file says."""
+"""Texts of tokens at which every llama.cpp since early 2025 ends, whatever the file contains."""
 _ENDS = "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"
 
 
 def sampling_metadata(folder: Path, context: int) -> dict[str, Value]:
-    """The ``general.sampling.*`` entries that generation_config.json asks for, under the names that llama.cpp's converter writes.
+    """Return the ``general.sampling.*`` entries for generation_config.json, under the names of llama.cpp's converter.
 
     Args:
-        folder: A model folder; one without the file asks for nothing.
-        context: Tokens that the model can see. transformers penalizes the repetition of any earlier token, llama.cpp of the last 64 unless
-            it is told how many.
+        folder: A model folder; without the file there are no entries.
+        context: The model's context in tokens. transformers penalizes the repetition of any earlier token, llama.cpp by default only that
+            of
+            the last 64, so the entry names the whole context.
 
     Raises:
-        UserError: a setting that is no number.
+        UserError: a setting is not a number.
     """
     given = _generation(folder)
     found: dict[str, Value] = {}
@@ -51,11 +52,11 @@ def sampling_metadata(folder: Path, context: int) -> dict[str, Value]:
 
 
 def end_tokens(folder: Path, config: "PreTrainedConfig", tokenizer: Mapping[str, Value]) -> dict[str, Value]:
-    """Entries for the tokens at which the model ends a text, beyond the tokenizer's own end of text.
+    """Return the entries for tokens that end a text in addition to the tokenizer's own end of text.
 
     Args:
         folder: A model folder.
-        config: The model's; where there is no generation_config.json transformers ends at its ``eos_token_id``.
+        config: The model's transformers config; without generation_config.json its ``eos_token_id`` counts, as in transformers.
         tokenizer: The ``tokenizer.*`` entries.
 
     Raises:
@@ -66,6 +67,7 @@ def end_tokens(folder: Path, config: "PreTrainedConfig", tokenizer: Mapping[str,
     names: Any = tokenizer["tokenizer.ggml.tokens"]
     if wrong := [index for index in ids if not (type(index) is int and 0 <= index < len(names))]:
         raise UserError(f"{folder}: eos_token_id {wrong[0]!r} is none of the {len(names):,} tokens; mend {GENERATION}")
+    # a tokenizer without an end of text takes the first of the model's
     own = tokenizer.get("tokenizer.ggml.eos_token_id")
     first: dict[str, Value] = {}
     if own is None and ids:

@@ -1,4 +1,4 @@
-"""What llama.cpp must know of a model besides its weights, from the transformers config; whatever it would compute otherwise is refused.
+"""Model hyperparameters as GGUF metadata, from the transformers config; settings that llama.cpp would compute differently are refused.
 
 Source: llama.cpp ``llama-model.cpp`` (load_hparams of each architecture), ``conversion/{base,llama,qwen,gemma,gpt2}.py``.
 """
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 ROPE_FREQS = "rope_freqs.weight"
-"""Llama 3's stretched wavelengths are a tensor of the file: fp32 [head_dim / 2], what each frequency is divided by."""
+"""Tensor with Llama 3's RoPE scaling: fp32 [head_dim / 2], the divisor of each frequency."""
 _ACTIVATIONS = {"gemma": "gelu_pytorch_tanh", "gemma2": "gelu_pytorch_tanh", "gemma3": "gelu_pytorch_tanh", "gpt2": "gelu_new"}
 _PERIODS = {"gemma2": 2, "gemma3": 6}
-"""Every how many layers one attends to everything; llama.cpp has it built in."""
+"""Period of layers with full attention (every n-th layer), as built into llama.cpp."""
 _WHOLE_SCALE = {"gemma2": 46, "gemma3": 62}
-"""Layers of the 27B models, whose attention llama.cpp scales by hidden / heads instead of head_dim."""
+"""Number of layers of the 27B models; llama.cpp scales their attention by hidden / heads instead of head_dim."""
 
 
 def model_metadata(config: "PreTrainedConfig", architecture: str) -> dict[str, Value]:
-    """The ``<architecture>.*`` entries.
+    """Return the ``<architecture>.*`` entries.
 
     Raises:
-        UserError: llama.cpp would compute something else than transformers; the message names the config's field.
+        UserError: llama.cpp would compute something other than transformers; the message names the config's field.
     """
     c: Any = config
     _check_activation(c, architecture)
@@ -57,13 +57,13 @@ def model_metadata(config: "PreTrainedConfig", architecture: str) -> dict[str, V
 
 
 def head_width(config: "PreTrainedConfig") -> int:
-    """Channels of an attention head."""
+    """Return the number of channels per attention head."""
     c: Any = config
     return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
 
 
 def rope_frequency_factors(config: "PreTrainedConfig") -> list[float] | None:
-    """The content of ``rope_freqs.weight``; None for a model without Llama 3's scaling."""
+    """Return the content of ``rope_freqs.weight``; None for a model without Llama 3's scaling."""
     c: Any = config
     rope = getattr(c, "rope_parameters", None) or {}
     if rope.get("rope_type") != "llama3":
@@ -73,6 +73,7 @@ def rope_frequency_factors(config: "PreTrainedConfig") -> list[float] | None:
     trained = rope["original_max_position_embeddings"]
     factors = []
     for pair in range(width // 2):
+        # as in transformers' llama3 RoPE: short wavelengths stay, long ones are divided by the factor, the rest is interpolated
         wavelength = 2 * math.pi * rope["rope_theta"] ** (2 * pair / width)
         if wavelength < trained / high:
             factors.append(1.0)
@@ -129,7 +130,8 @@ def _check_attention(c: Any, architecture: str, head_dim: int) -> None:
 
 
 def _context(c: Any, architecture: str) -> int:
-    """Positions. Mistral's sliding window is unknown to llama.cpp's ``llama``; within it the two compute the same."""
+    """Return the context length. llama.cpp's ``llama`` has no sliding window, so Mistral is limited to its window, where both compute the
+    same."""
     window = getattr(c, "sliding_window", None) if architecture == "llama" else None
     return min(c.max_position_embeddings, window or c.max_position_embeddings)
 
@@ -149,7 +151,7 @@ def _rope_scaling(rope: dict[str, Any]) -> dict[str, Value]:
     kind = rope.get("rope_type", "default")
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise UserError("partial_rotary_factor: only rotary positions over the whole head are exported to gguf")
-    if kind in ("default", "llama3"):  # llama3 is the tensor rope_freqs
+    if kind in ("default", "llama3"):  # llama3 is stored as the tensor rope_freqs
         return {}
     if kind == "linear":
         return {"rope.scaling.type": "linear", "rope.scaling.factor": F32(rope["factor"])}

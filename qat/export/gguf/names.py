@@ -1,10 +1,10 @@
-"""Which GGUF tensor a weight becomes: llama.cpp's names, and what it wants done to rows and values.
+"""GGUF name of each weight, and the change of rows or values that llama.cpp expects.
 
-llama.cpp rotates neighbouring pairs of a head's channels for its ``llama`` architecture (Llama, Mistral), transformers the two halves;
-so the rows of q and k are reordered, with their codes, scales and biases. Gemma multiplies by 1 + w, llama.cpp by what is stored.
-GPT-2's Conv1D holds [in, out].
-
-Imports no torch: the plan asks what llama.cpp knows.
+RoPE of llama.cpp's ``llama`` architecture (Llama, Mistral) rotates neighbouring channels of a head, transformers the two halves; so the
+rows
+of q and k are reordered, with their codes, scales and biases. Gemma multiplies by 1 + w, llama.cpp by the stored value. GPT-2's Conv1D
+stores
+[in, out]. This module imports no torch, because the plan uses it.
 
 Source: gguf-py ``tensor_mapping.py``; llama.cpp ``conversion/llama.py`` (permute), ``conversion/gemma.py``, ``conversion/gpt2.py``.
 """
@@ -74,7 +74,7 @@ _PARTS = {"gemma2": _SANDWICH, "gemma3": _SANDWICH, "gpt2": _GPT2}
 
 @dataclass(frozen=True)
 class Place:
-    """Where a weight goes."""
+    """Name and change of a weight in the GGUF file."""
 
     name: str
     """Name in the file, with ``.weight`` or ``.bias``."""
@@ -82,7 +82,7 @@ class Place:
 
 
 def architecture_of(model_type: str) -> str:
-    """``general.architecture``; UserError for a family whose conversion is not known."""
+    """Return ``general.architecture``; UserError for a family without a known conversion."""
     if model_type not in ARCHITECTURES:
         raise UserError(
             f"decoct knows no conversion of model_type {model_type!r}; it knows {', '.join(ARCHITECTURES)}. "
@@ -92,7 +92,7 @@ def architecture_of(model_type: str) -> str:
 
 
 def gguf_place(name: str, architecture: str) -> Place:
-    """The place of the weight ``name`` (transformers' name).
+    """Return the place of the weight ``name`` (transformers' name).
 
     Raises:
         UserError: the architecture has no such weight in llama.cpp.
@@ -108,7 +108,7 @@ def gguf_place(name: str, architecture: str) -> Place:
 
 
 def _takes_bias(architecture: str, known: str) -> bool:
-    """Biases that llama.cpp's loader of the architecture asks for."""
+    """Return whether llama.cpp's loader of the architecture reads this bias."""
     if architecture == "gpt2":
         return True
     if architecture == "llama":
@@ -127,12 +127,12 @@ def _change(architecture: str, known: str, part: str) -> Change:
 
 
 def changed(tensor: "Tensor", change: Change, config: "PreTrainedConfig") -> "Tensor":
-    """The tensor as llama.cpp wants it. Rows are reordered for codes, scales, weights and biases alike.
+    """Return the tensor as llama.cpp expects it. Codes, scales, weights and biases have their rows reordered in the same way.
 
     Args:
-        tensor: [out, ...] as transformers holds it.
-        change: As ``gguf_place`` says.
-        config: Gives the numbers of heads.
+        tensor: [out, ...] in transformers' order.
+        change: The change of ``gguf_place``.
+        config: The model's config, for the numbers of heads.
     """
     settings: Any = config
     if change == "permute_q":
@@ -140,11 +140,12 @@ def changed(tensor: "Tensor", change: Change, config: "PreTrainedConfig") -> "Te
     if change == "permute_k":
         return permuted(tensor, getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads)
     if change == "plus_one":
+        # fp32: norms are stored as F32, and 1 + w may need more bits than bf16 has
         return tensor.float() + 1
     return tensor.T.contiguous() if change == "transpose" else tensor
 
 
 def permuted(tensor: "Tensor", heads: int) -> "Tensor":
-    """Rows of each head from halves to pairs: row i of the first half and row i of the second become neighbours."""
+    """Reorder the rows of each head from halves to pairs: row i of the first half and row i of the second become neighbours."""
     rows = tensor.shape[0]
     return tensor.reshape(heads, 2, rows // heads // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape).contiguous()

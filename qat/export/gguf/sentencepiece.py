@@ -1,8 +1,9 @@
-"""SentencePiece BPE ("llama" in llama.cpp), as Llama 2, Mistral and Gemma have it, from its form in tokenizer.json.
+"""SentencePiece BPE ("llama" in llama.cpp; Llama 2, Mistral, Gemma), converted from tokenizer.json.
 
-SentencePiece joins the neighbours whose joined piece has the best score; tokenizer.json lists the pairs that may be joined, best
-first. The two agree when the list has every way to cut each piece in two, as those made from a SentencePiece model have; then the
-score of a piece is minus its place in the list.
+SentencePiece merges the neighbours whose merged piece has the best score; tokenizer.json lists the pairs to merge, best first. The two
+agree
+if the list contains every split of each piece in two, as lists made from a SentencePiece model do; then the score of a piece is minus its
+rank in the list.
 
 Source: llama.cpp ``llama-vocab.cpp`` (llm_tokenizer_spm); transformers ``convert_slow_tokenizer.py`` (generate_merges).
 """
@@ -18,24 +19,24 @@ _SPACE = "▁"
 
 
 def is_sentencepiece(content: dict[str, Any]) -> bool:
-    """Whether the tokenizer falls back to byte tokens (``<0x0A>``), which only SentencePiece's do."""
+    """Return whether the tokenizer falls back to byte tokens (``<0x0A>``), which only SentencePiece tokenizers do."""
     return bool(content["model"].get("byte_fallback"))
 
 
 def sentencepiece_metadata(
     folder: Path, content: dict[str, Any], tokens: Mapping[int, str], added: set[int], rows: int
 ) -> dict[str, Value]:
-    """Scores and how spaces are treated.
+    """Return the entries for scores and the treatment of spaces.
 
     Args:
-        folder: Named in messages.
-        content: tokenizer.json.
-        tokens: Text by id, added ones included.
-        added: Ids of added tokens, which are found in the text before anything is joined.
+        folder: Model folder, for messages.
+        content: Content of tokenizer.json.
+        tokens: Text by id, added tokens included.
+        added: Ids of added tokens, which are found in the text before any merge.
         rows: Rows of the embedding; each gets a score.
 
     Raises:
-        UserError: bytes without a token, a list of merges or a treatment of spaces that SentencePiece has no equal of.
+        UserError: bytes without a token, or merges or a treatment of spaces without a SentencePiece equivalent.
     """
     vocabulary = content["model"]["vocab"]
     if lost := [f"<0x{byte:02X}>" for byte in range(256) if f"<0x{byte:02X}>" not in vocabulary]:
@@ -58,11 +59,12 @@ def _pairs(content: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _ranks(folder: Path, content: dict[str, Any], added: set[str]) -> dict[str, int]:
-    """Piece -> its place among the pieces that pairs are joined to, from 1; UserError when the pairs of one are not side by side."""
+    """Return piece -> rank among merged pieces, from 1; UserError if the pairs of a piece are not consecutive."""
     ranks: dict[str, int] = {}
     last = ""
     for left, right in _pairs(content):
         piece = left + right
+        # one score per piece can replace the ranks of its pairs only if no other piece is ranked between them
         if piece in ranks and piece != last and piece not in added:
             raise UserError(f"{folder}: merges of {piece!r} lie apart in tokenizer.json, so no score of a piece can stand for them")
         ranks.setdefault(piece, len(ranks) + 1)
@@ -77,6 +79,7 @@ def _check_complete(folder: Path, content: dict[str, Any], added: set[str], rank
             continue
         for cut in range(1, len(piece)):
             pair = (piece[:cut], piece[cut:])
+            # SentencePiece never merges halves that it cannot reach by merges itself
             usable = all(half in vocabulary and half not in added and (len(half) == 1 or half in ranks) for half in pair)
             if usable and pair not in known:
                 raise UserError(
@@ -86,14 +89,14 @@ def _check_complete(folder: Path, content: dict[str, Any], added: set[str], rank
 
 
 def _space_prefix(folder: Path, content: dict[str, Any]) -> bool:
-    """Whether a space is put before a text; the spaces themselves become '▁' in every SentencePiece tokenizer."""
+    """Return whether a space is put before a text; spaces themselves become '▁' in every SentencePiece tokenizer."""
     normalizer, splitter = content.get("normalizer"), content.get("pre_tokenizer")
     steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer] if normalizer else []
     replaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE} in steps
     prepends = {"type": "Prepend", "prepend": _SPACE} in steps
     if splitter and splitter["type"] == "Metaspace" and not steps and splitter["replacement"] == _SPACE and not splitter.get("split", True):
         return splitter["prepend_scheme"] != "never"
-    # Gemma splits at spaces of which none are left by then
+    # Gemma's split at spaces has no effect: the normalizer has replaced them all
     idle = splitter is None or (splitter["type"] == "Split" and splitter["pattern"] == {"String": " "})
     if replaces and idle and len(steps) == 1 + prepends:
         return prepends

@@ -1,7 +1,7 @@
 """A tokenizer as GGUF metadata, so that llama.cpp splits text into the same tokens: byte-level BPE ("gpt2") or SentencePiece BPE ("llama").
 
-llama.cpp has its pre-tokenizers built in and takes their name; the name is found here by what tokenizer.json says, and an unknown
-one is refused, as any guess would split text differently without an error.
+llama.cpp has built-in pre-tokenizers, chosen by name. The name is looked up from the steps in tokenizer.json; unknown steps are refused,
+because a wrong guess would split text differently without an error.
 
 Source: llama.cpp ``llama-vocab.cpp`` (llm_tokenizer_bpe, llm_tokenizer_spm), ``conversion/base.py`` (get_vocab_base_pre).
 """
@@ -35,18 +35,18 @@ _PRE_TOKENIZERS: dict[tuple[str, ...], tuple[str, bool]] = {
     (_CONTRACTIONS + r"\p{N}" + _REST,): ("qwen2", False),
     (_TEKKEN,): ("tekken", True),
 }
-"""Steps of the pre-tokenizer -> (llama.cpp's name, whether a word that is a token is taken without merging)."""
+"""Steps of the pre-tokenizer -> (llama.cpp's name, whether a word that is a token is used without merging)."""
 
 
 def tokenizer_metadata(folder: Path, rows: int) -> dict[str, Value]:
-    """The ``tokenizer.*`` entries.
+    """Return the ``tokenizer.*`` entries.
 
     Args:
         folder: A model folder with a tokenizer.
         rows: Rows of the embedding; those without a token become unused ``[PADi]``.
 
     Raises:
-        UserError: no tokenizer, one that llama.cpp has no equal of (the message says which part), or ids beyond the embedding.
+        UserError: no tokenizer, one without a llama.cpp equivalent (the message names the part), or ids beyond the embedding.
     """
     tokenizer = load_tokenizer(folder)
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -72,7 +72,7 @@ def tokenizer_metadata(folder: Path, rows: int) -> dict[str, Value]:
 
 
 def unique_names(tokens: Mapping[int, str], rows: int) -> list[str]:
-    """The text of every row; rows without a token are called ``[PADi]``, or something longer where a token is called that."""
+    """Return a unique name per row; rows without a token are called ``[PADi]``, or longer if a token has that text."""
     taken = set(tokens.values())
     names = []
     for index in range(rows):
@@ -105,6 +105,7 @@ def _type(token: str | None, added: dict[str, Any] | None, content: dict[str, An
         return UNKNOWN
     if added is not None:
         return CONTROL if added["special"] else USER_DEFINED
+    # <0x0A> is a byte token only where bytes fall back; in byte-level BPE it is plain text
     byte = is_sentencepiece(content) and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
     return BYTE if byte else NORMAL
 
@@ -112,7 +113,7 @@ def _type(token: str | None, added: dict[str, Any] | None, content: dict[str, An
 def _byte_level(folder: Path, content: dict[str, Any]) -> dict[str, Value]:
     name, whole_words = _pre_tokenizer(folder, content)
     normalizer = content.get("normalizer")
-    # Qwen's NFC is skipped by llama.cpp, which changes nothing for text that is in this form already
+    # llama.cpp skips Qwen's NFC normalization, which changes nothing for text that is already normalized
     if normalizer is not None and (normalizer["type"] != "NFC" or name != "qwen2"):
         raise UserError(f"{folder}: llama.cpp normalizes no text before byte-level BPE; the tokenizer has {normalizer['type']}")
     if bool(content["model"].get("ignore_merges")) != whole_words:
@@ -120,7 +121,7 @@ def _byte_level(folder: Path, content: dict[str, Any]) -> dict[str, Value]:
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
     if any(pair.count(" ") != 1 for pair in merges):
         raise UserError(f"{folder}: a merge of the tokenizer is not two tokens without spaces, so it is not byte-level BPE")
-    # readers of the format refuse empty arrays
+    # GGUF readers refuse empty arrays
     listed: dict[str, Value] = {"tokenizer.ggml.merges": merges} if merges else {}
     return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, **listed}
 
@@ -139,7 +140,7 @@ def _pre_tokenizer(folder: Path, content: dict[str, Any]) -> tuple[str, bool]:
 
 
 def _steps(part: dict[str, Any]) -> list[str]:
-    """What a part of the pre-tokenizer does, as the table above writes it; nothing for one that only maps bytes."""
+    """Return a part of the pre-tokenizer as steps of ``_PRE_TOKENIZERS``; [] for a part that only maps bytes."""
     if part["type"] == "ByteLevel" and not part["add_prefix_space"]:
         return ["gpt2"] if part["use_regex"] else []
     if part["type"] == "Digits" and part["individual_digits"]:
@@ -155,7 +156,7 @@ def _special_tokens(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> dict[
         index = getattr(tokenizer, f"{name}_token_id")
         if index is not None:
             found[f"tokenizer.ggml.{key}_token_id"] = index
-    # what is put around a text is seen best on a text
+    # encode a text: added tokens depend on the post-processor, not only on the tokenizer's attributes
     bare: Any = tokenizer.encode("a b", add_special_tokens=False)
     around: Any = tokenizer.encode("a b")
     front, back = _around(list(around), list(bare))
