@@ -1,4 +1,4 @@
-"""Judges: what installed runtimes (transformers, vLLM, llama.cpp) make of an export, each in a process of its own."""
+"""Checks of an export in installed runtimes (transformers, vLLM, llama.cpp), each in a process of its own."""
 
 from typing import TYPE_CHECKING
 

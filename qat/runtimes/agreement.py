@@ -1,9 +1,11 @@
-"""When a runtime computes the model that was trained: the one rule for all of them, over the same tokens.
+"""The rule that decides whether a runtime computes the trained model, from logits or predictions over the same tokens.
 
-In fp32 and with the same order of operations the logits must be equal to 1e-5 (of the largest logit, where that is above 1): only the order
-of additions may differ. In a runtime's own arithmetic the predictions are compared: the same token wherever the fake-quant model's first
-choice leads by more than 0.1 nat; over at least 2,000 positions of real text also at 99 % of all positions, and a perplexity as near as
-``MAX_PERPLEXITY_SHIFT`` says. A runtime gives whole logits (``compare_logits``) or its likeliest tokens (``compare_predictions``).
+In fp32 and with the same operations, logits must agree to 1e-5 (relative to the largest logit if that is above 1): only the order of
+additions
+may differ. In a runtime's own arithmetic, predictions are compared: the token must be the same wherever the fake-quant model's first
+choice
+leads by more than 0.1 nat. Over at least 2,000 positions it must also be the same at 99 % of all positions, and the perplexities may
+differ by ``MAX_PERPLEXITY_SHIFT``. A runtime returns whole logits (``compare_logits``) or its likeliest tokens (``compare_predictions``).
 """
 
 import math
@@ -16,44 +18,45 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 TOLERANCE = 1e-5
-"""Largest difference of logits in fp32, relative to the largest logit where that is above 1."""
+"""Largest difference of logits in fp32, relative to the largest logit if that is above 1."""
 MARGIN = 0.1
-"""Nats between the first and the second choice above which both must choose the same, in whatever arithmetic."""
+"""Lead of the first choice over the second, in nats, above which both must choose the same token in any arithmetic."""
 MIN_TOP1, MIN_POSITIONS = 0.99, 2000
-"""Share of positions with the same likeliest token, asked for from so many positions on."""
+"""Required share of positions with the same likeliest token, and the number of positions from which it is required."""
 MAX_PERPLEXITY_SHIFT = {"transformers": 0.002, "vLLM": 0.002, "llama.cpp": 0.005}
-"""By runtime: relative difference of the perplexities, asked for from ``MIN_POSITIONS`` on. llama.cpp also rounds activations."""
+"""Largest relative difference of perplexities by runtime, required from ``MIN_POSITIONS`` on. llama.cpp also rounds activations."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """A runtime and the fake-quant model over the same tokens. A NaN anywhere makes the differences NaN, which never agrees."""
+    """Comparison of a runtime with the fake-quant model over the same tokens. A NaN anywhere makes the differences NaN, which never
+    agree."""
 
     top1: float
     """Share of positions with the same likeliest token."""
     decided_differently: int
-    """Positions where they choose differently though the fake-quant model's first choice leads by more than ``MARGIN``."""
+    """Positions with different tokens although the fake-quant model's first choice leads by more than ``MARGIN``."""
     max_logprob_diff: float
-    """Nats, over the tokens that the runtime gave."""
+    """Largest difference in nats, over the tokens that the runtime returned."""
     perplexity: float
-    """The runtime's, over all positions but the first of each row."""
+    """Perplexity of the runtime, over all positions except the first of each row."""
     reference_perplexity: float
     positions: int
     max_logit_diff: float = math.nan
-    """NaN where the runtime gave log-probabilities alone, which are never equal in fp32."""
+    """NaN if the runtime returned only log-probabilities."""
     largest_logit: float = 1.0
-    """Of the fake-quant model."""
+    """Largest absolute logit of the fake-quant model."""
 
     @property
     def perplexity_shift(self) -> float:
-        """Relative difference of the perplexities."""
+        """Return the relative difference of the perplexities."""
         return abs(self.perplexity / self.reference_perplexity - 1)
 
     def problem(self, max_shift: float | None) -> str | None:
-        """What breaks the rule; None when they agree.
+        """Return what breaks the rule; None if the two agree.
 
         Args:
-            max_shift: Largest relative difference of the perplexities; None where logits must be equal in fp32.
+            max_shift: Largest relative difference of the perplexities; None requires equal logits in fp32.
         """
         if max_shift is None:
             equal = self.max_logit_diff <= TOLERANCE * max(1.0, self.largest_logit)
@@ -66,6 +69,7 @@ class Agreement:
             return None
         if self.top1 < MIN_TOP1:
             return f"the same token at {self.top1:.2%} of {self.positions:,} positions, {MIN_TOP1:.0%} are asked for"
+        # "not <=" instead of ">": a NaN must fail
         if not self.perplexity_shift <= max_shift:
             return f"perplexity {self.perplexity:.4f} instead of {self.reference_perplexity:.4f}"
         return None
@@ -75,9 +79,9 @@ def compare_logits(reference: Tensor, logits: Tensor, tokens: Tensor) -> Agreeme
     """Compare whole logits.
 
     Args:
-        reference: fp32 [B, S, V] of the fake-quant model.
-        logits: fp32 [B, S, V] of the runtime.
-        tokens: int64 [B, S], what both were given.
+        reference: fp32 [B, S, V], logits of the fake-quant model.
+        logits: fp32 [B, S, V], logits of the runtime.
+        tokens: int64 [B, S], the input of both.
     """
     counts = _Counts()
     logit_diff = torch.zeros(())
@@ -87,7 +91,7 @@ def compare_logits(reference: Tensor, logits: Tensor, tokens: Tensor) -> Agreeme
     for expected, found, row in zip(reference, logits, tokens):
         logprobs = found.double().log_softmax(-1)
         wanted = counts.add(expected, found.argmax(-1), row)
-        # torch.maximum passes NaN on, Python's max does not
+        # torch.maximum propagates NaN, Python's max does not
         logit_diff = torch.maximum(logit_diff, (expected - found).abs().max())
         logprob_diff = torch.maximum(logprob_diff, (wanted - logprobs).abs().max())
         nll -= float(logprobs[:-1].gather(1, row[1:, None]).sum())
@@ -102,11 +106,11 @@ def compare_logits(reference: Tensor, logits: Tensor, tokens: Tensor) -> Agreeme
 
 
 def compare_predictions(reference: Tensor, seen: dict[str, NDArray[Any]], tokens: Tensor) -> Agreement:
-    """Compare what a runtime's ``teacher_forced`` gave (``llama_cpp_process.py``, ``vllm_process.py``).
+    """Compare the results of a runtime's ``teacher_forced`` (``llama_cpp_process.py``, ``vllm_process.py``).
 
     Args:
-        reference: fp32 logits [B, S, V] of the fake-quant model.
-        seen: ids and logprobs [B, S, K], likeliest first; next [B, S - 1], log-probability of the token that follows.
+        reference: fp32 [B, S, V], logits of the fake-quant model.
+        seen: ids and logprobs [B, S, K], likeliest first; next [B, S - 1], log-probability of the following token.
         tokens: int64 [B, S].
     """
     counts = _Counts()
@@ -120,13 +124,14 @@ def compare_predictions(reference: Tensor, seen: dict[str, NDArray[Any]], tokens
 
 
 class _Counts:
-    """What both comparisons count, row by row."""
+    """Counts of both comparisons, accumulated row by row."""
 
     def __init__(self) -> None:
         self.same, self.decided, self.nll = 0, 0, 0.0
 
     def add(self, expected: Tensor, chosen: Tensor, row: Tensor) -> Tensor:
-        """Take up fp32 logits [S, V] of the fake-quant model, the runtime's tokens [S] and the text [S]; returns fp64 log-probabilities."""
+        """Count one row: fp32 logits [S, V] of the fake-quant model, the runtime's tokens [S], the text [S]. Returns fp64
+        log-probabilities [S, V]."""
         wanted = expected.double().log_softmax(-1)
         best = wanted.topk(2, dim=-1).values
         equal = expected.argmax(-1) == chosen
@@ -146,5 +151,5 @@ class _Counts:
 
 
 def _perplexity(nll: float, predicted: int) -> float:
-    # e^700 is near the largest number of fp64
+    # e^700 is near the largest fp64 number; beyond about 709 math.exp raises OverflowError
     return math.exp(min(nll / predicted, 700.0)) if predicted else math.nan

@@ -1,6 +1,6 @@
-"""What installed runtimes make of an export, compared with the model that the independent reader rebuilds.
+"""Loads an export in installed runtimes and compares them with the model that the independent reader rebuilds.
 
-Each runtime loads the export in a fresh process (``judge_process.py``); ``agreement.py`` says when it computes what was trained.
+Each runtime loads the export in a fresh process (``judge_process.py``); ``agreement.py`` has the rule for agreement.
 """
 
 from pathlib import Path
@@ -16,19 +16,19 @@ from .vllm_check import check_vllm
 
 
 def check_runtimes(folder: Path, *, tokens: Tensor | None = None) -> dict[str, dict[str, Any]]:
-    """Load an export in every runtime that can be had here, and compare.
+    """Load an export in every installed runtime and compare.
 
     Args:
         folder: The export.
-        tokens: int64 [B, S] of real text, to have perplexities too; None takes 128 pseudo-random tokens.
+        tokens: int64 [B, S], real text, which adds perplexities; None takes 128 pseudo-random tokens.
 
     Returns:
         By runtime: ``status``, ``top1``, ``max_logprob_diff`` (nats), ``perplexity`` (None without ``tokens``), ``version``, ``positions``
-        and, when it did not agree, ``reason``. The status is 'agrees'; 'differs': it loaded the export and computes something else, the
-        only one that speaks against the export; 'failed': it loaded it and ended while it predicted; 'skipped': it refused to load it
-        (in the reason its own words), or there is too little memory to compare; or 'not installed'.
-        ``arithmetic`` 'own' (of vLLM the dtype) where predictions were compared, not logits. Of a model that was loaded also
-        ``tokens_per_second`` of generating one text and ``peak_bytes``, the most memory that its processes had.
+        and, when it did not agree, ``reason``. The status is 'agrees'; 'differs': it loaded the export and computes something else,
+        the only status that counts against the export; 'failed': it loaded the export and died while predicting; 'skipped': it refused to
+        load the export (``reason`` has its message), or memory is too small to compare; or 'not installed'. ``arithmetic`` is 'own' (for
+        vLLM the dtype) if predictions were compared instead of logits. For a loaded model also ``tokens_per_second`` of generating one
+        text and ``peak_bytes``, the peak memory of its processes.
 
     Raises:
         UserError: the export cannot be rebuilt, or ``tokens`` do not fit its vocabulary.

@@ -1,8 +1,10 @@
-"""Runs a judge, a runtime's check in a fresh process, and sees how far it came: that tells a refusal from another answer.
+"""Runs a judge (a runtime's check in a fresh process) and records its last phase, which separates a refusal from a wrong answer.
 
-The scripts (``transformers_process.py``, ``llama_cpp_process.py``, ``vllm_process.py``) write their result file anew as they enter each
-phase. Which phase a process ended in says what happened, whatever its words were. One that ended before or while it loaded the export has
-refused it (no kernel, no memory, a missing package, a crash) and says nothing about the numbers in it. Only one that answered can disagree.
+The scripts (``transformers_process.py``, ``llama_cpp_process.py``, ``vllm_process.py``) rewrite their result file at the
+start of each phase. The last phase shows what happened, whatever the process printed. A process that ended before or while loading the
+export
+has refused it (no kernel, no memory, a missing package, a crash), which proves nothing about its numbers. Only one that answered can
+disagree.
 """
 
 import json
@@ -25,7 +27,7 @@ from .outcome import outcome
 
 TIMEOUT_SECONDS = 3600
 STARTING, LOADING, PREDICTING, DONE = "starting", "loading", "predicting", "done"
-"""Phases in their order; a process that has written nothing is starting."""
+"""Phases in order; a process that has written nothing is starting."""
 _ENDINGS = {
     STARTING: "its check did not start",
     LOADING: "it does not load the export",
@@ -37,18 +39,18 @@ _LONGEST = 500
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """A check that has ended."""
+    """A finished check."""
 
     phase: str
     """The last phase it entered."""
     result: dict[str, Any]
-    """What it wrote last; {} when it wrote nothing."""
+    """Its last result file; {} if it wrote none."""
     words: str = ""
-    """Its own last words, where it did not come to the end."""
+    """Its last message, if it did not answer."""
 
     @property
     def done(self) -> bool:
-        """Whether it answered."""
+        """Return whether it answered."""
         return self.phase == DONE
 
 
@@ -59,20 +61,20 @@ def run_judge(
 
     Args:
         python: The interpreter that has the runtime.
-        script: How it starts the judge: a file, or ``-m`` and a module.
-        export: What the judge loads.
+        script: Arguments that start the judge: a file, or ``-m`` and a module.
+        export: The export to load.
         tokens: int64 [B, S].
-        environment: Variables beyond this process's own.
+        environment: Variables to add to those of this process.
         options: Further options of the script.
 
     Returns:
-        (version, speed, memory and what else the script wrote; the arrays it saw), or (an outcome, None) when it did not get that far.
+        (result of the script, such as version, speed and memory; its arrays), or (an outcome, None) if it did not answer.
     """
     with tempfile.TemporaryDirectory(prefix="decoct-verify-") as scratch:
         places = {"tokens": Path(scratch, "tokens.npy"), "seen": Path(scratch, "seen.npz"), "result": Path(scratch, "result.json")}
         np.save(places["tokens"], tokens.numpy())
         given = {"threads": torch.get_num_threads(), **options, **places}
-        # -P: no module of the current folder, or of the script's, is taken for an installed one
+        # -P: modules of the current folder or the script's folder must not shadow installed ones
         command = [python, "-P", *script, str(export.resolve())]
         command += [part for name, value in given.items() for part in (f"--{name}", str(value))]
         ended = run_check(command, places["result"], {**os.environ, "HF_HUB_OFFLINE": "1", **environment})
@@ -85,7 +87,7 @@ def run_judge(
 
 
 def run_check(command: Sequence[str], result: Path, environment: Mapping[str, str], seconds: float = TIMEOUT_SECONDS) -> Ended:
-    """Run a check that writes ``result`` (JSON with ``phase``, and ``words`` where it knows why it ends early)."""
+    """Run a check that writes ``result`` (JSON with ``phase``, and with ``words`` if it knows why it ends early)."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", env=dict(environment), timeout=seconds, check=False
@@ -100,9 +102,9 @@ def run_check(command: Sequence[str], result: Path, environment: Mapping[str, st
 
 
 def unfinished_outcome(ended: Ended) -> dict[str, Any]:
-    """The outcome of a check that did not answer: skipped where the runtime refused the export, failed where it had loaded it.
+    """Return the outcome of a check that did not answer: skipped if the runtime refused the export, failed if it had loaded it.
 
-    Neither says that the export is not what was trained.
+    Neither is evidence against the export.
     """
     status = "failed" if ended.phase == PREDICTING else "skipped"
     reason = f"{_ENDINGS.get(ended.phase, ended.phase)}: {ended.words}"
@@ -118,7 +120,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _last_words(code: int, stderr: str) -> str:
-    """Why a process ended: the signal that ended it, or the last error that it printed with the lines that follow."""
+    """Return why a process ended: its signal, or the last error that it printed with the following lines."""
     if code < 0:
         name = signal.Signals(-code).name if -code in {number.value for number in signal.Signals} else str(-code)
         return f"ended by {name}" + (", as the system does when memory runs out" if -code == signal.SIGKILL else "")

@@ -1,7 +1,7 @@
-"""What llama.cpp makes of a GGUF export, compared with the model that the independent reader rebuilds.
+"""Loads a GGUF export in llama.cpp and compares it with the model that the independent reader rebuilds.
 
-llama.cpp multiplies with activations of 8 bits (or in half precision), so its logits are near the fake-quant model's, not equal:
-predictions are compared, as ``agreement.py`` says.
+llama.cpp rounds activations to 8 bits (or computes in half precision), so its logits are close to the fake-quant model's but not equal:
+predictions are compared (``agreement.py``).
 """
 
 import importlib.util
@@ -25,7 +25,8 @@ PACKAGE = "xllamacpp"
 def check_llama_cpp(path: Path, tokens: Tensor | None, python: str | None = None) -> dict[str, Any]:
     """Load a GGUF export (a folder with config.json) in llama.cpp, in a fresh process, and compare; see ``check_runtimes``.
 
-    ``python`` is an interpreter that has the package, None for the one that runs.
+
+    ``python`` is an interpreter that has the package; None: the running one.
     """
     file = find_gguf(path)
     assert file is not None, path
@@ -43,5 +44,5 @@ def check_llama_cpp(path: Path, tokens: Tensor | None, python: str | None = None
 
 
 def run_llama_cpp(file: Path, tokens: Tensor, vocabulary: int, python: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]] | None]:
-    """(version, speed and memory; what it predicted), or (an outcome, None) when it did not get that far."""
+    """Return (version, speed and memory; its predictions), or (an outcome, None) if it did not answer."""
     return run_judge(python, [llama_cpp_process.__file__], file, tokens, {"CUDA_VISIBLE_DEVICES": ""}, vocabulary=vocabulary)

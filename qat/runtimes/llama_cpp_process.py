@@ -1,7 +1,8 @@
 """Asks llama.cpp about every token of a text, in a process of its own: ``python -m decoct.qat.runtimes.llama_cpp_process``.
 
-Nothing of decoct runs here but this file. The package xllamacpp carries llama.cpp's own server, which is asked over HTTP as any client
-would. ``llama_cpp_check.py`` starts it and compares.
+This file is the only part of decoct that runs here. The package xllamacpp contains llama.cpp's own server, which answers over HTTP like
+for
+any other client. ``llama_cpp_check.py`` starts this process and compares.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LIKELIEST = 64
-"""Tokens whose log-probabilities are asked for at each position."""
+"""Number of tokens whose log-probabilities are requested at each position."""
 _GENERATED = 64
 
 
@@ -34,10 +35,11 @@ class Server:
         parameters.n_parallel = 1
         parameters.n_gpu_layers = 0
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+        # no layer on a GPU, no warm-up, no prompt cache in RAM: the peak of memory is the model's
         parameters.warmup = False
         parameters.verbosity = 1
         parameters.cache_ram_mib = 0
-        # a cache of the window alone keeps what a prompt that was changed no longer has (Gemma)
+        # a cache limited to the sliding window (Gemma) cannot be reused for a changed prompt
         parameters.swa_full = True
         parameters.port = 0  # a free one
         self._server: Any = xllamacpp.Server(parameters)
@@ -56,26 +58,27 @@ class Server:
             return json.load(answer)
 
     def next_token(self, tokens: list[int], count: int) -> dict[int, float]:
-        """Token -> log-probability of the ``count`` likeliest ones after ``tokens``; what was computed for a shorter prompt is kept."""
-        # probabilities are told of a token that is sent, and neither an end of text nor half a character is; so a letter is chosen, by
-        # a bias that comes after the probabilities
+        """Return token -> log-probability of the ``count`` likeliest tokens after ``tokens``; the cache of a shorter prompt is reused."""
+        # the server reports probabilities only with a token it sends, and it sends neither an end of text nor half a character; so a
+        # bias,
+        # applied after the probabilities, forces a letter
         chosen = [[self._letter, 1e6]]
         body = {"prompt": tokens, "n_predict": 1, "n_probs": count, "temperature": -1.0, "cache_prompt": True, "logit_bias": chosen}
         answer = self.ask("/completion", body)
         return {entry["id"]: entry["logprob"] for entry in answer["completion_probabilities"][0]["top_logprobs"]}
 
     def speed(self, prompt: list[int]) -> float:
-        """Tokens per second of generating."""
+        """Return tokens per second of generating."""
         body = {"prompt": prompt, "n_predict": _GENERATED, "temperature": -1.0, "ignore_eos": True}
         return float(self.ask("/completion", body)["timings"]["predicted_per_second"])
 
 
 def teacher_forced(server: Server, tokens: NDArray[np.int64], vocabulary: int) -> dict[str, NDArray[Any]]:
-    """What is predicted after every prefix of each row.
+    """Return what is predicted after every prefix of each row.
 
     Returns:
         ``ids`` int64 and ``logprobs`` fp32 [B, S, K], likeliest first, K = min(64, vocabulary); ``next`` fp32 [B, S - 1], the
-        log-probability of the token that follows.
+        log-probability of the following token.
     """
     count = min(LIKELIEST, vocabulary)
     rows, length = tokens.shape
@@ -88,13 +91,14 @@ def teacher_forced(server: Server, tokens: NDArray[np.int64], vocabulary: int) -
             if position + 1 < length:
                 wanted = text[position + 1]
                 if wanted not in seen:
+                    # rare: the following token is not among the likeliest, so ask for all of them
                     seen = server.next_token(text[: position + 1], vocabulary)
                 following[row, position] = seen[wanted]
     return {"ids": ids, "logprobs": logprobs, "next": following}
 
 
 def _peak_bytes() -> int:
-    """The most memory this process had. Linux counts the parent's into ``ru_maxrss``, but not into VmHWM."""
+    """Return the peak memory of this process. On Linux ``ru_maxrss`` includes the parent's, VmHWM does not."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
@@ -122,11 +126,11 @@ def main(arguments: list[str] | None = None) -> None:
     result = {"version": version, "tokens_per_second": server.speed(tokens[0, :1].tolist()), "peak_bytes": _peak_bytes()}
     _tell(options.result, phase="done", **result)
     sys.stdout.flush()
-    os._exit(0)  # the server's threads are not waited for
+    os._exit(0)  # skips waiting for the server's threads
 
 
 def _tell(file: Path, **facts: Any) -> None:
-    """How far it came (``judge_process.py`` reads it, whatever becomes of this process)."""
+    """Write the phase for ``judge_process.py``, which reads it even if this process crashes."""
     file.write_text(json.dumps(facts), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""A runtime's entry in records and reports: what it made of an export."""
+"""A runtime's entry in records and reports."""
 
 from typing import Any
 
@@ -6,17 +6,17 @@ from .agreement import Agreement
 
 
 def outcome(status: str, **facts: Any) -> dict[str, Any]:
-    """Every usual key, None where there is nothing to say, and ``facts``."""
+    """Return an entry with all usual keys, None where unknown, and ``facts``."""
     return {"status": status, **dict.fromkeys(("top1", "max_logprob_diff", "perplexity", "version", "positions", "reason")), **facts}
 
 
 def verdict(agreement: Agreement, problem: str | None, *, real_text: bool, **facts: Any) -> dict[str, Any]:
-    """The entry of a runtime that answered.
+    """Return the entry of a runtime that answered.
 
     Args:
-        agreement: What it computes, compared.
-        problem: ``agreement.problem(...)``.
-        real_text: Whether the tokens were text, so that a perplexity means something.
+        agreement: Comparison of its answer.
+        problem: Result of ``agreement.problem``.
+        real_text: Whether the tokens are text, so that a perplexity is meaningful.
         facts: Further entries.
     """
     return outcome(

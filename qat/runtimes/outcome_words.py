@@ -1,4 +1,4 @@
-"""What a runtime made of an export, in words: one line for the console and the report."""
+"""Describes a runtime's entry in one line for the console and the report."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ _STATUS = {
 
 
 def outcome_text(seen: dict[str, Any]) -> str:
-    """A sentence about a runtime's entry as ``check_runtimes`` gives it.
+    """Return a sentence about a runtime's entry from ``check_runtimes``, for example
 
     'loads it and agrees with the model that was trained: the same token at 100.00% of 128 positions, ...; transformers 5.17.0'
     """

@@ -1,4 +1,4 @@
-"""What a runtime is compared with: the logits of the model that the independent reader rebuilds of an export."""
+"""Reference for runtimes: the logits of the model that the independent reader rebuilds from an export."""
 
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,16 @@ from .outcome import outcome
 
 _SEQUENCES, _POSITIONS = 4, 32
 _BYTES = 5
-"""Memory per parameter while a model is rebuilt in fp32: itself, and a part of it once more."""
+"""Bytes per parameter while a model is rebuilt in fp32: 4 for the model, and 1 for the part that exists twice."""
 
 
 class Reference:
-    """The rebuilt model along a text. It is rebuilt when a runtime has answered, and once for all of them.
+    """Logits of the rebuilt model along a text, computed on first use and shared by all runtimes.
 
     Args:
         path: An export: a folder, or a GGUF file with config.json in its folder.
-        tokens: int64 [B, S] of real text; None takes 128 pseudo-random tokens.
-        context: Longest row that the runtime takes; rows are cut to it.
+        tokens: int64 [B, S], real text; None takes 128 pseudo-random tokens.
+        context: Longest row that the runtime accepts; rows are cut to it.
     """
 
     def __init__(self, path: Path, tokens: Tensor | None, context: int | None = None) -> None:
@@ -38,23 +38,24 @@ class Reference:
 
     @property
     def tokens(self) -> Tensor:
-        """int64 [B, S]; UserError when the given ones do not fit the model's vocabulary."""
+        """Return the tokens, int64 [B, S]; UserError if the given ones do not fit the model's vocabulary."""
         return chosen_tokens(self.folder, self._given)[:, : self._context]
 
     def too_large(self) -> dict[str, Any] | None:
-        """The outcome 'skipped' where there is too little memory to rebuild the model; None where there is enough, or nobody knows."""
+        """Return the outcome 'skipped' if memory is too small to rebuild the model; None if it suffices or is unknown."""
         needed, free = _BYTES * model_structure(self.folder).parameters, available_bytes()
         if free is None or needed <= free:
             return None
         return outcome("skipped", reason=f"rebuilding in fp32 needs about {needed:,} bytes of memory, {free:,} are free")
 
     def logits(self, arithmetic: Arithmetic = "kernels") -> Tensor:
-        """fp32 [B, S, V]; ``arithmetic`` says how inputs are rounded where the export says that they are.
+        """Return the logits, fp32 [B, S, V]; ``arithmetic`` selects how inputs are rounded, if the export rounds them.
 
         Raises:
             UserError: the export cannot be rebuilt.
         """
         if not _rounds_inputs(self.path):
+            # both arithmetics are equal without rounded inputs: do not rebuild the model twice
             arithmetic = "kernels"
         if self._made is None or self._made[0] != arithmetic:
             model = load_exported_model(self.path, inputs=arithmetic)
@@ -65,7 +66,7 @@ class Reference:
 
 
 def chosen_tokens(folder: Path, tokens: Tensor | None) -> Tensor:
-    """``tokens`` when they fit the model, pseudo-random ones when there are none; UserError when they do not."""
+    """Return ``tokens``, or pseudo-random ones for None; UserError if they do not fit the model's vocabulary."""
     config = plain_config(folder).get_text_config()
     vocabulary = int(config.vocab_size)
     if tokens is None:

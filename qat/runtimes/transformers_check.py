@@ -1,6 +1,6 @@
-"""What plain transformers makes of an export, compared with the model that the independent reader rebuilds.
+"""Loads an export in plain transformers and compares it with the model that the independent reader rebuilds.
 
-It loads the export in fp32 on the CPU. Which rule of ``agreement.py`` holds for a format, ``transformers_rules.py`` says.
+The export is loaded in fp32 on the CPU. ``transformers_rules.py`` selects the rule of ``agreement.py`` for a format.
 """
 
 import sys
@@ -32,6 +32,7 @@ def check_transformers(reference: Reference) -> dict[str, Any]:
     if seen is None:
         return facts
     loading = facts.pop("loading")
+    # before logits: missing or unexpected weights explain any difference better than numbers
     if loading:
         kind, names = next(iter(loading.items()))
         what = f"it loaded something else than was written; {kind.replace('_', ' ')}: {names[0]} ({len(names)} in all)"

@@ -1,7 +1,7 @@
-"""Loads an export as a user would and writes its logits: ``python -m decoct.qat.runtimes.transformers_process``, a process of its own.
+"""Loads an export as a user would and writes its logits, in a process of its own: ``python -m decoct.qat.runtimes.transformers_process``.
 
-Nothing of decoct runs here but this file: plain transformers with the packages that the format needs, so that what they make of the folder
-is seen, not what decoct thinks they make of it. ``transformers_check.py`` starts it and compares.
+This file is the only part of decoct that runs here, with plain transformers and the packages that the format needs, so the result is
+independent of decoct. ``transformers_check.py`` starts this process and compares.
 """
 
 import argparse
@@ -25,12 +25,12 @@ GENERATED = 64
 def run_transformers(
     folder: str, tokens: Tensor, dtype: torch.dtype = torch.float32, loaded: Callable[[], None] = lambda: None
 ) -> tuple[Tensor, dict[str, list[str]], float]:
-    """Logits of plain transformers, and how fast it generates.
+    """Return the logits of plain transformers, its loading problems and its speed.
 
     Args:
         folder: The export.
         tokens: int64 [B, S].
-        dtype: What is computed in.
+        dtype: Dtype of the computation.
         loaded: Called between loading and predicting.
 
     Returns:
@@ -49,7 +49,7 @@ def run_transformers(
 
 
 def _speed(model: Any, prompt: Tensor) -> float:
-    """Tokens per second of generating one text; 0 where the model's context leaves no room."""
+    """Return tokens per second of generating one text; 0 if the model's context leaves no room."""
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     count = min(GENERATED, room - 1 if room else GENERATED)
     if count < 1:
@@ -61,7 +61,7 @@ def _speed(model: Any, prompt: Tensor) -> float:
 
 
 def peak_bytes() -> int:
-    """The most memory this process had. Linux counts the parent's into ``ru_maxrss``, but not into VmHWM."""
+    """Return the peak memory of this process. On Linux ``ru_maxrss`` includes the parent's, VmHWM does not."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
@@ -69,10 +69,11 @@ def peak_bytes() -> int:
 
 
 def loading_options(folder: str) -> dict[str, Any]:
-    """What ``from_pretrained`` must be told beyond the folder.
+    """Return further arguments of ``from_pretrained``.
 
-    Of GPTQ and AWQ the kernel that unpacks weights and multiplies in the inputs' dtype (the fast ones compute in fewer bits). Of packed
-    zero points that they are to be dequantized on loading: otherwise transformers 5.23 with compressed-tensors 0.20 expects them unpacked.
+    GPTQ and AWQ need the kernel that unpacks weights and multiplies in the inputs' dtype (the fast kernels compute in fewer bits). Packed
+    zero
+    points need dequantizing on loading: otherwise transformers 5.23 with compressed-tensors 0.20 expects them unpacked.
     """
     import transformers
 
@@ -122,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _tell(file: Path, **facts: Any) -> None:
-    """How far it came (``judge_process.py`` reads it, whatever becomes of this process)."""
+    """Write the phase for ``judge_process.py``, which reads it even if this process crashes."""
     file.write_text(json.dumps(facts), encoding="utf-8")
 
 

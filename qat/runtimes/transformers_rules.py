@@ -1,8 +1,8 @@
-"""What transformers needs to load an export, and how near its logits must come to the fake-quant model's.
+"""What transformers needs to load an export, and how close its logits must be to the fake-quant model's.
 
 In fp32 they are equal to 1e-5: compressed-tensors, plain weights, and symmetric GPTQ up to 4 bits, which GPTQModel unpacks in fp16 without
 loss. GPTQModel unpacks other weights with one rounding to fp16, its AWQ kernels compute in fp16, and transformers unpacks zero points of
-compressed-tensors in the dtype of the scales, bf16: there the rule is that for a runtime's own arithmetic, with a perplexity within 0.2 %.
+compressed-tensors in the dtype of the scales, bf16: these follow the rule for a runtime's own arithmetic, with a perplexity within 0.2 %.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ class Rule:
     """How one format is loaded and judged."""
 
     packages: tuple[str, ...]
-    """Import names of what transformers needs besides itself."""
+    """Import names of the packages that transformers needs for the format."""
     exact: bool
     """Logits in fp32 must be equal; else only the predictions."""
     unreadable: str = ""
@@ -28,12 +28,12 @@ class Rule:
 
     @property
     def absent(self) -> tuple[str, ...]:
-        """Packages that are not installed."""
+        """Return the packages that are not installed."""
         return tuple(name for name in self.packages if importlib.util.find_spec(name) is None)
 
 
 def rule_for(folder: Path) -> Rule:
-    """The rule for an export; UserError when it cannot be read."""
+    """Return the rule for an export; UserError if it cannot be read."""
     opened = open_folder(folder)
     if isinstance(opened, GptqFolder):
         schemes = [opened.scheme_of(module) for module in opened.modules]

@@ -1,8 +1,9 @@
-"""What vLLM makes of an export, compared with the model that the independent reader rebuilds.
+"""Serves an export in vLLM and compares it with the model that the independent reader rebuilds.
 
-vLLM is asked over HTTP, on the device it was built for. Predictions are compared, as ``agreement.py`` says. vLLM's own
-arithmetic would be bf16, whose logits are up to 0.06 nat coarse: enough to decide a choice by itself, in any model. So packed weights
-are judged in fp16, or else in bf16 (activations may be too large for fp16), and rounded inputs and plain weights in fp32.
+vLLM answers over HTTP, on the device it was built for. Predictions are compared (``agreement.py``). vLLM's default bf16 rounds logits by
+up
+to 0.06 nat, enough to change a choice in any model. So packed weights are judged in fp16, or in bf16 if that fails (activations may be
+too large for fp16), and rounded inputs and plain weights in fp32.
 """
 
 import importlib.util
@@ -23,7 +24,7 @@ from .outcome import outcome, verdict
 from .reference import Reference
 
 PYTHON = "DECOCT_VLLM_PYTHON"
-"""Environment variable: the interpreter that has vLLM, where it is not the one that runs decoct."""
+"""Environment variable with the interpreter that has vLLM, if decoct runs in another one."""
 
 
 def check_vllm(reference: Reference) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def _compared(python: str, reference: Reference, dtype: str) -> dict[str, Any]:
 def run_vllm(
     python: str, folder: Path, tokens: Tensor, vocabulary: int, dtype: str
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]] | None]:
-    """(version, speed, memory and seconds to start; what it predicted), or (an outcome, None) when it did not get that far."""
+    """Return (version, speed, memory and seconds to start; its predictions), or (an outcome, None) if it did not answer."""
     script = [vllm_process.__file__]
     # vLLM's venv must not see the packages of this one
     return run_judge(python, script, folder, tokens, {"PYTHONPATH": ""}, dtype=dtype, vocabulary=vocabulary)

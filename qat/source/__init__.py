@@ -1,4 +1,4 @@
-"""What is exported: a quantized or plain model folder, opened and proven before a weight is written."""
+"""Sources of an export: a quantized or plain model folder, opened and checked before a weight is written."""
 
 from typing import TYPE_CHECKING
 

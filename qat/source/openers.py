@@ -1,6 +1,6 @@
-"""How the folder that is exported is opened for each format: a quantized one, one with plain weights, or either.
+"""Opens the source folder of an export as its format needs it: quantized, with plain weights, or either.
 
-Exporting and verifying both open folders here, so that both compare with the same numbers.
+Export and verification both open folders here, so that both compare with the same numbers.
 """
 
 from collections.abc import Callable
@@ -16,21 +16,21 @@ from .plain_weights import open_any_folder, open_wide_folder
 from .quantized_source import ExportSource, Load, open_source
 
 PLAIN_GGUF = {"gguf-f32": torch.float32, "gguf-f16": torch.float16, "gguf-bf16": torch.bfloat16}
-"""GGUF formats that take a folder with plain weights, and what those are rounded to."""
+"""GGUF formats of plain weights -> dtype to which the weights are rounded."""
 
 
 class SourceFolder:
-    """A folder to export. Its codes are read and proven once, however many formats are written of it or compared with it."""
+    """A folder to export. Its codes are read and proven once for all formats and comparisons."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._state: QuantState | None = None
 
     def open(self, format: str | None) -> ExportSource:
-        """The folder as the source of a format; of one that is unknown, a quantized folder.
+        """Open the folder as the source of a format; an unknown format or None means a quantized folder.
 
         Raises:
-            UserError: the folder cannot be that, or it is damaged.
+            UserError: the folder is not of the right kind, or it is damaged.
         """
         return OPENERS.get(format or "", open_source)(self.path, self._load)
 
@@ -41,7 +41,7 @@ class SourceFolder:
 
 
 def _open_codes(folder: Path, load: Load) -> ExportSource:
-    """``open_source``, whose refusal of a folder without codes also names the formats that take one."""
+    """Call ``open_source``; its refusal of a folder without codes also names the formats that accept one."""
     try:
         return open_source(folder, load)
     except NoCodesError as error:
@@ -59,4 +59,4 @@ OPENERS: dict[str, Callable[[Path, Load], ExportSource]] = {
     "gguf-q2_0": _open_codes,
     **{name: partial(_open_plain, dtype=dtype) for name, dtype in PLAIN_GGUF.items()},
 }
-"""By format; every other one takes a quantized folder (``open_source``)."""
+"""Format -> opener; every other format takes a quantized folder (``open_source``)."""

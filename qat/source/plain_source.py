@@ -1,4 +1,4 @@
-"""An unquantized model folder as the source of an export, its weights rounded once to the dtype that is written."""
+"""An unquantized model folder as the source of an export; its weights are rounded once to the stored dtype."""
 
 import math
 from dataclasses import dataclass
@@ -24,26 +24,27 @@ class PlainSource(ExportSource):
     """A checked model folder without codes; ``state`` has no modules."""
 
     dtype: torch.dtype
-    """What matrices are rounded to (to nearest, ties to even); vectors are kept in fp32."""
+    """Dtype to which matrices are rounded (to nearest, ties to even); vectors stay in fp32."""
 
     def tensor(self, name: str) -> Tensor:
-        """A weight in fp32 as the export holds it; UserError when it is not finite, or not in ``dtype`` any more."""
+        """Return a weight in fp32 with the values that the export stores; UserError if it is not finite, or overflows in ``dtype``."""
         stored = super().tensor(name)
         if stored.ndim < 2:
             return stored.float()
         return self._in_range(name, stored.to(self.dtype)).float()
 
     def _in_range(self, name: str, rounded: Tensor) -> Tensor:
-        """``rounded``, a weight in the dtype that is written; UserError when that does not reach its values."""
+        """Return ``rounded``, a weight in the stored dtype; UserError if a value has overflowed."""
         if not bool(torch.isfinite(rounded).all()):
             raise UserError(f"{self.plain[name]}: {name} has values beyond the range of {rounded.dtype}; export in another type")
         return rounded
 
     def rounding(self) -> "CastError":
-        """How far the export is from the folder."""
+        """Measure how far the export's weights are from the folder's."""
         changed, largest, squares, errors = 0, 0.0, 0.0, 0.0
         for name in self.plain:
             for piece, rounded in zip(super().tensor(name).flatten().split(_PIECE), self.tensor(name).flatten().split(_PIECE)):
+                # in pieces and in fp64: no second copy of a large tensor, and no rounding in the sums
                 difference = (piece.double() - rounded.double()).abs()
                 changed += int((difference > 0).sum())
                 largest = max(largest, float(difference.max()) if difference.numel() else 0.0)
@@ -54,14 +55,14 @@ class PlainSource(ExportSource):
 
 @dataclass(frozen=True, kw_only=True)
 class CastError:
-    """What rounding to the stored dtype did."""
+    """Error of rounding to the stored dtype."""
 
     changed: int
     """Elements whose value changed."""
     largest: float
     """Largest absolute change."""
     relative: float
-    """Norm of all changes, over the norm of all weights."""
+    """Norm of all changes divided by the norm of all weights."""
 
     def __str__(self) -> str:
         return (

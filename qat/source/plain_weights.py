@@ -1,4 +1,4 @@
-"""A model folder, quantized or not, as the source of plain safetensors: every weight in a float that holds it, where one does."""
+"""A model folder, quantized or not, as the source of plain safetensors: every weight in a dtype that holds it, if there is one."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,11 +24,11 @@ class PlainWeights(PlainSource):
     """Dtypes of tensors that are not stored in ``dtype``."""
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """What a weight is stored in."""
+        """Return the dtype in which a weight is stored."""
         return self.own.get(name, self.dtype)
 
     def tensor(self, name: str) -> Tensor:
-        """A weight as it is stored; UserError when it is not finite, or not in its dtype any more."""
+        """Return a weight as stored; UserError if it is not finite, or overflows in its dtype."""
         return self._in_range(name, super().tensor(name).to(self.stored_dtype(name)))
 
 
@@ -37,10 +37,10 @@ def open_any_folder(folder: Path, load: Load = load_quant_state) -> PlainWeights
 
     Args:
         folder: The model folder.
-        load: Reads and proves its codes, where it has any.
+        load: Reads and proves its codes, if it has any.
 
     Raises:
-        UserError: as ``open_plain_source``; of a quantized folder also when its weights are not its codes times its scales.
+        UserError: as ``open_plain_source``; for a quantized folder also if its weights are not codes times scales.
     """
     source = open_wide_folder(folder, load)
     held = {name: [dtype for dtype in _DTYPES if holds(source.tensor(name), dtype)] for name in source.plain}
@@ -49,11 +49,12 @@ def open_any_folder(folder: Path, load: Load = load_quant_state) -> PlainWeights
             return replace(source, dtype=dtype)
     if all(held.values()):
         return replace(source, own={name: dtypes[0] for name, dtypes in held.items()})
+    # neither dtype holds everything: the one that changes fewer values
     return min((replace(source, dtype=dtype) for dtype in _DTYPES), key=_changed)
 
 
 def open_wide_folder(folder: Path, load: Load = load_quant_state) -> PlainWeights:
-    """Read and check a model folder, quantized or not, to be stored in fp32; UserError as ``open_any_folder``."""
+    """Read and check a model folder, quantized or not, for storing in fp32; UserError as ``open_any_folder``."""
     folder = Path(folder)
     if codes_file(folder):
         load(folder)
@@ -64,7 +65,7 @@ def open_wide_folder(folder: Path, load: Load = load_quant_state) -> PlainWeight
 
 
 def _changed(source: PlainWeights) -> int:
-    """Elements that the dtype changes; one that is beyond its range is worse than any number of them."""
+    """Return the number of elements that the dtype changes; an overflow counts as more than all elements."""
     try:
         return source.rounding().changed
     except UserError:
@@ -74,5 +75,5 @@ def _changed(source: PlainWeights) -> int:
 
 
 def holds(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether every value of a float tensor is a value of ``dtype`` too."""
+    """Return whether ``dtype`` holds every value of a float tensor exactly."""
     return torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)

@@ -1,4 +1,4 @@
-"""The quantized folder that is exported: its codes, and every other tensor, read when it is written."""
+"""A quantized folder as the source of an export: its codes, and its other tensors, which are read only when they are written."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -22,35 +22,35 @@ Load = Callable[[Path], QuantState]
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSource:
-    """A checked quantized folder: codes times scales are its weights, and its weights are what its config asks for."""
+    """A checked quantized folder: its weights are codes times scales, and they match its config."""
 
     folder: Path
     config: dict[str, Any]
-    """``config.json`` as it is."""
+    """Content of ``config.json``."""
     record: dict[str, Any]
-    """``decoct.json`` as it is."""
+    """Content of ``decoct.json``."""
     state: QuantState
     structure: Structure
     plain: dict[str, Path]
     """Unquantized tensors: name -> the file that holds it, in file order. Tied names are left out."""
     names_in_files: dict[str, str] = field(default_factory=dict)
-    """Names of unquantized tensors -> those that the folder's files have for them, where these differ."""
+    """Names of unquantized tensors -> their names in the folder's files, where these differ."""
     reader_version: str | None = None
-    """Version of the format's package that will read the export, where layouts differ between versions and the user named one."""
+    """Version of the format's package that will read the export, if the user named one; needed where layouts differ between versions."""
 
     @property
     def unquantized_linears(self) -> list[str]:
-        """Linears that stay as they are: the head and what was skipped, in module order."""
+        """Return the linears that are not quantized (the head and skipped ones), in module order."""
         quantized = set(self.state.modules)
         return [name for name in self.structure.linears if name not in quantized]
 
     def also_in_model(self, modules: Iterable[str]) -> list[str]:
-        """``modules`` and the names that they have in the model where those differ: readers look for the one or the other."""
+        """Return ``modules`` and also their names in the model where those differ: readers look for either."""
         inside = self.structure.modules
         return [name for module in modules for name in (module, *([inside[module]] if module in inside else []))]
 
     def tensor(self, name: str) -> Tensor:
-        """An unquantized tensor as it is stored; UserError when it holds NaN or infinite values."""
+        """Return an unquantized tensor as stored; UserError if it has NaN or infinite values."""
         tensor = read_tensor(self.plain[name], self.names_in_files.get(name, name))
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{self.plain[name]}: {name} holds NaN or infinite values; take an earlier checkpoint")
@@ -61,7 +61,7 @@ def open_source(folder: Path, load: Load = load_quant_state) -> ExportSource:
     """Read and check a quantized folder.
 
     Args:
-        folder: As the stages ``qat`` and ``quantize`` write it.
+        folder: A folder that the stage ``qat`` or ``quantize`` wrote.
         load: Reads and proves its codes.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The tensors of a model folder under the names that transformers writes, whatever the folder calls them."""
+"""The tensors of a model folder under the names that transformers writes, whatever names the folder uses."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,27 +17,27 @@ from ...models.folder.weights import read_tensor
 
 @dataclass(frozen=True)
 class StoredFiles:
-    """Where tensors are."""
+    """The files, shapes and names of a folder's tensors."""
 
     files: dict[str, Path]
-    """Which file has a tensor, in file order."""
+    """Tensor name -> its file, in file order."""
     shapes: dict[str, tuple[int, ...]]
     other_names: dict[str, str]
-    """What the file calls it, where that differs."""
+    """Tensor name -> its name in the file, where that differs."""
     left_out: dict[str, int]
-    """Number of tensors that transformers does not load, by what they belong to; those that it computes itself do not count."""
+    """Part of the model -> number of its tensors that transformers does not load; tensors that it computes itself do not count."""
 
     def record(self, folder: Path) -> dict[str, Any]:
-        """``decoct.json`` of the folder, what is left out noted in it."""
+        """Return the folder's ``decoct.json`` with a note on tensors that are left out."""
         return read_record(folder) | ({"left_out": self.left_out} if self.left_out else {})
 
     def read(self, name: str) -> Tensor:
-        """A tensor as it is stored."""
+        """Return a tensor as stored."""
         return read_tensor(self.files[name], self.other_names.get(name, name))
 
 
 def stored_files(found: dict[str, TensorPlace], structure: Structure) -> StoredFiles:
-    """``checked_places`` as the model of ``structure`` has them; tensors that transformers leaves out are left out."""
+    """Convert ``checked_places`` to the names of ``structure``, without the tensors that transformers does not load."""
     left_out: dict[str, int] = {}
     if structure.model is not None and not found.keys() <= structure.shapes.keys():
         left_out = summary(not_loaded(structure.model, found))
@@ -53,10 +53,10 @@ def stored_files(found: dict[str, TensorPlace], structure: Structure) -> StoredF
 
 
 def check_tied(folder: Path, stored: StoredFiles, structure: Structure) -> None:
-    """A tied weight that is stored under a second name must repeat the first: it is written once.
+    """Check that a tied weight stored under a second name repeats the first; the export stores it once.
 
     Raises:
-        UserError: it has values of its own.
+        UserError: the second copy has different values.
     """
     for name in structure.tied & set(stored.files):
         copies = [other for other in stored.files if other not in structure.tied and structure.shapes[other] == structure.shapes[name]]
