@@ -1,7 +1,7 @@
-"""The modules of the families that decoct reshapes, by name, order and shape, without transformers' modelling code.
+"""Outline of a model: modules of common families by name, order and shape, without transformers' modelling code.
 
-Importing that code takes longer than everything else that a plan does, and a plan needs shapes alone. Other families, and configs with
-anything unusual in them, are built by transformers (``folder.meta``); ``tests/models/test_outline.py`` holds the two against each other.
+A plan needs only shapes, and the import of that code takes longer than the rest of a plan. transformers builds other families and
+unusual configs (``folder.meta``); ``tests/models/test_outline.py`` compares the two.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,16 @@ _BIASES = {"llama": "attention_bias", "qwen3": "attention_bias"}
 
 
 def outline_of(config: "PreTrainedConfig") -> "PreTrainedModel":
-    """The modules of the model of ``config`` on the meta device, to be counted and measured, not to be run.
+    """The modules of the model of ``config`` on the meta device, for counting only: the result may not run.
 
-    Raises: UserError, as ``meta_model``, when transformers refuses the config.
+    Raises:
+        UserError: transformers refuses the config (as ``meta_model``).
     """
     return Outline(config) if has_outline(config) else meta_model(config)  # pyright: ignore[reportReturnType]
 
 
 class Outline(nn.Module):
-    """A causal language model on the meta device that cannot run: it has the modules, names and shapes of the real one."""
+    """Causal language model on the meta device with the modules, names and shapes of the real one. It has no forward pass."""
 
     base_model_prefix = "model"
 
@@ -37,6 +38,7 @@ class Outline(nn.Module):
         given = self.config
         width, vocabulary = given.hidden_size, given.vocab_size
         self.model = nn.Module()
+        # from_pretrained skips the random initialisation, which imports sympy on the meta device
         self.model.embed_tokens = nn.Embedding.from_pretrained(torch.empty(vocabulary, width, device="meta"), freeze=False)
         self.model.layers = nn.ModuleList(_layer(given) for _ in range(given.num_hidden_layers))
         self.model.norm = _norm(width)
@@ -51,16 +53,16 @@ class Outline(nn.Module):
         return self.model
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding of tokens."""
+        """The input embedding."""
         return self.model.get_submodule("embed_tokens")
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head."""
+        """The output head."""
         return self.lm_head
 
 
 def has_outline(config: "PreTrainedConfig") -> bool:
-    """Whether ``Outline`` knows every module that transformers would build; where it would refuse the config, it shall say so itself."""
+    """Whether ``Outline`` knows every module that transformers would build. A config that it may refuse is left to transformers."""
     given: Any = config
     if given.model_type not in ("llama", "mistral", "qwen2", "qwen3") or getattr(given, "is_heterogeneous", False):
         return False
@@ -87,6 +89,7 @@ def _layer(config: Any) -> nn.Module:
     width, head = config.hidden_size, _head_width(config)
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     everywhere = bool(getattr(config, _BIASES.get(config.model_type, ""), False))
+    # Qwen2 has biases on q, k and v whatever its config holds
     inputs = everywhere or config.model_type == "qwen2"
     attention, ffn, layer = nn.Module(), nn.Module(), nn.Module()
     for name, outputs in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
@@ -108,7 +111,7 @@ def _layer(config: Any) -> nn.Module:
 
 class _Linear(nn.Linear):
     def reset_parameters(self) -> None:
-        """There is nothing to initialise; torch's way to do so on the meta device imports sympy."""
+        """Do nothing: meta tensors have no values, and torch's initialisation of them imports sympy."""
 
 
 def _linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
@@ -116,6 +119,7 @@ def _linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
 
 
 def _norm(width: int) -> nn.Module:
+    # the families use RMSNorm classes of their own; only the weight counts here
     norm = nn.Module()
     norm.register_parameter("weight", nn.Parameter(torch.empty(width, device="meta")))
     return norm

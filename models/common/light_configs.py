@@ -1,4 +1,4 @@
-"""transformers' configs without its modelling code, whose import takes longer than a whole plan."""
+"""Import transformers' configs without its modelling code, whose import takes longer than a whole plan."""
 
 import importlib
 import sys
@@ -10,21 +10,24 @@ _ACTIVATIONS, _KERNELS = "transformers.activations", "transformers.integrations.
 
 
 def import_configs_alone() -> None:
-    """Import what a config of transformers needs, and leave what it does not need to whoever builds a model.
+    """Import ``transformers.activations``, which every config needs, without the modelling code behind it.
 
-    Every config checks its ``hidden_act`` against ``transformers.activations``, which takes one decorator from ``hub_kernels``, which
-    imports attention, loading and torch's compiler. Where the package ``kernels`` is not installed that decorator returns the class as it
-    is, and so does the one that stands in for it here. Does nothing where ``kernels`` is installed, where one of the two modules is
-    imported already, or where this release of transformers is made otherwise.
+    Every config checks its ``hidden_act`` against ``transformers.activations``. That module takes one decorator from ``hub_kernels``,
+    which imports attention, loading and torch's compiler. Without the package ``kernels`` the decorator returns its class unchanged, and so
+    does the stand-in used here. The function has no effect if ``kernels`` is installed, if one of the two modules is already imported, or
+    if this release of transformers is structured differently.
     """
     if _ACTIVATIONS in sys.modules or _KERNELS in sys.modules or find_spec("kernels") is not None:
         return
     stand_in: Any = ModuleType(_KERNELS)
     stand_in.use_kernel_forward_from_hub = lambda *_: lambda layer: layer
+    # registered before the import below, so that `activations` finds it instead of the real module
     sys.modules[_KERNELS] = stand_in
     try:
         importlib.import_module(_ACTIVATIONS)
     except ImportError:
+        # a half-imported module would break the later, normal import
         sys.modules.pop(_ACTIVATIONS, None)
     finally:
+        # whoever builds a model must get the real module
         del sys.modules[_KERNELS]

@@ -1,4 +1,4 @@
-"""Figures of a model on held-out text, the rows of the report made of them, and gates."""
+"""Figures of a model on held-out text, rows of the report, and gates."""
 
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,6 @@
-"""How good a model is on held-out windows, and how far from its teacher: all in fp32, a few thousand tokens at a time.
+"""Quality of a model on held-out windows and its distance from the teacher, in fp32, a few thousand tokens at a time.
 
-Perplexity is over the model's full head, as serving runtimes compute it; what compares with the teacher is over the real vocabulary
-that both share.
+Perplexity uses the full head of the model, as serving runtimes do. Comparisons with the teacher use the real vocabulary that both share.
 """
 
 import math
@@ -27,16 +26,16 @@ if TYPE_CHECKING:
     from ...models.teachers import Teacher
 
 BATCH_TOKENS = 4096
-"""Tokens of a forward pass when ``batch`` is not given."""
+"""Tokens per forward pass when ``batch`` is not given."""
 LOGITS = 2**26
-"""Most logits held at once: rows of hidden states go through the head in parts of at most this many (256 MB in fp32)."""
+"""Largest number of logits in memory at once (256 MB in fp32). Hidden states go through the head in parts of this size."""
 ECE_BINS = 15
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """Figures over ``tokens`` predicted tokens; those that need a teacher are None without one."""
+    """Figures over ``tokens`` predicted tokens. Those that need a teacher are None without one."""
 
     perplexity: float
     """exp of the mean negative log-likelihood of the text, over non-overlapping windows."""
@@ -45,15 +44,15 @@ class EvalResult:
     kl_p99: float | None
     """99th percentile of the per-token KL, exact (linear between neighbours)."""
     top1: float | None
-    """Share of tokens whose likeliest next token is the teacher's."""
+    """Share of positions where model and teacher have the same most likely next token."""
     ece: float
-    """Expected calibration error of the likeliest token, 15 bins of equal width (Guo et al. 2017, arXiv 1706.04599, eq. 3)."""
+    """Expected calibration error of the most likely token, 15 bins of equal width (Guo et al. 2017, arXiv 1706.04599, eq. 3)."""
     tokens: int
 
 
 @dataclass
 class _Tally:
-    """Per-token figures, gathered on the CPU."""
+    """Per-token figures, collected on the CPU: each list holds fp32 tensors [N], one per part of a batch."""
 
     nll: list[Tensor]
     confidence: list[Tensor]
@@ -77,16 +76,17 @@ def evaluate_model(
     """Evaluate ``model`` on ``windows``, against ``teacher`` if there is one.
 
     Args:
-        model: Causal language model with fp32 weights, on ``device``. Runs in eval mode; every module's mode is restored.
-        teacher: Compared with over its ``v_eff`` tokens; must be on ``device``.
-        windows: The held-out text. The first token of each window and padding are not predicted.
-        batch: Windows of a forward pass; default: as many as hold 4,096 tokens, at least one.
-        progress: Called with (windows done, windows in all).
+        model: Causal language model with fp32 weights, on ``device``. Runs in eval mode; the mode of every module is restored.
+        teacher: Model to compare with, over its ``v_eff`` tokens; must be on ``device``.
+        windows: Held-out text. The first token of each window and padding are not predicted.
+        device: Device of the model and the teacher.
+        batch: Windows per forward pass; default: as many as fit into 4,096 tokens, at least one.
+        progress: Called with (finished windows, total windows).
 
     Raises:
         ValueError: a weight of the model is not fp32.
-        NonFiniteError: logits are NaN or infinite, but for -inf of the teacher, which is a probability of 0 (``losses.divergences``).
-        UserError: nothing is to be predicted.
+        NonFiniteError: a logit is NaN or infinite. The teacher's logits may be -inf, which means probability 0 (``losses.divergences``).
+        UserError: the windows hold no token to predict.
     """
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
@@ -101,6 +101,7 @@ def evaluate_model(
             inputs = _stack(windows, first, last, device)
             output = backbone(**backbone_inputs(inputs))
             _add(tally, output.last_hidden_state, head, teacher, inputs)
+            # checked per batch, so that the message can name the windows
             if tally.nll and not torch.isfinite(tally.nll[-1]).all():
                 raise NonFiniteError(
                     f"the model's logits are NaN or infinite on evaluation windows {first} to {last - 1}; it is not usable"
@@ -122,14 +123,16 @@ def _stack(windows: Windows, first: int, last: int, device: str | torch.device) 
 
 
 def _add(tally: _Tally, hidden: Tensor, head: Head, teacher: "Teacher | None", inputs: dict[str, Tensor]) -> None:
-    """Figures of one batch: its predicted tokens go through the heads a part at a time."""
+    """Add the figures of one batch. Its predicted tokens go through the heads in parts."""
     rows, labels = _predicted(hidden, inputs["labels"])
     theirs: Tensor | None = None
     their_head: Head | None = None
     if teacher is not None:
         theirs, their_weight, their_bias, transform = teacher.hidden_and_head(inputs)
         theirs, _ = _predicted(theirs, inputs["labels"])
+        # cast once per batch, not once per part
         their_head = (their_weight.float(), their_bias, transform)
+    # parts: logits of a whole batch at a vocabulary of 256k would need gigabytes
     size = max(1, LOGITS // head[0].shape[0])
     for at in range(0, len(labels), size):
         part = slice(at, at + size)
@@ -147,7 +150,7 @@ def _add(tally: _Tally, hidden: Tensor, head: Head, teacher: "Teacher | None", i
 
 
 def _predicted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states [N, H] before the tokens to predict, and those tokens [N]."""
+    """Hidden states [N, H] that predict a token, and the predicted tokens [N] (int64). Padding and masked prompts are dropped."""
     rows, targets = shift_for_next_token(hidden, labels)
     wanted = targets != IGNORED
     return rows[wanted], targets[wanted]
@@ -159,10 +162,12 @@ def _logits(rows: Tensor, head: Head) -> Tensor:
 
 
 def _result(tally: _Tally) -> EvalResult:
+    # fp64 sums: millions of fp32 terms would lose digits
     nll, confidence, correct = (torch.cat(parts).double() for parts in (tally.nll, tally.confidence, tally.correct))
     mean = nll.mean().item()
     kl = torch.cat(tally.kl).double().numpy() if tally.kl else None
     return EvalResult(
+        # math.exp overflows above 709
         perplexity=math.exp(mean) if mean < 700 else math.inf,
         kl=None if kl is None else float(kl.mean()),
         kl_p99=None if kl is None else float(np.percentile(kl, 99)),
@@ -173,12 +178,13 @@ def _result(tally: _Tally) -> EvalResult:
 
 
 def calibration_error(confidence: Tensor, correct: Tensor) -> float:
-    """Mean over tokens of |accuracy - confidence| of the token's bin; bins are (k/15, (k+1)/15].
+    """Expected calibration error: mean over tokens of |accuracy - confidence| of the token's bin; bins are (k/15, (k+1)/15].
 
     Args:
-        confidence: [N], probability of the likeliest token.
-        correct: [N], 1 where it is the right one, else 0.
+        confidence: [N], probability of the most likely token.
+        correct: [N], 1 where that token is the label, else 0.
     """
+    # ceil - 1: bins are closed on the right; confidence 0 falls into the first bin
     bins = (confidence * ECE_BINS).ceil().long().clamp(1, ECE_BINS) - 1
     gaps = torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, bins, correct.double() - confidence.double())
     return (gaps.abs().sum() / len(confidence)).item()
@@ -186,7 +192,8 @@ def calibration_error(confidence: Tensor, correct: Tensor) -> float:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; afterwards each module is in the mode it was in."""
+    """Put a model into eval mode inside the block; afterwards each module has its former mode."""
+    # per module: a user may have frozen parts in eval mode, which model.train() would undo
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -198,7 +205,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def exact_products(device: str) -> Iterator[None]:
-    """True fp32 matrix products: no autocast and no TF32, whatever training uses."""
+    """Compute matrix products in true fp32 inside the block, without autocast and TF32, whatever training uses."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

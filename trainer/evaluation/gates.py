@@ -1,4 +1,4 @@
-"""Stage `evaluate`: hold the run's figures against its gates."""
+"""Stage `evaluate`: compare the figures of the run with its gates."""
 
 from typing import Any
 
@@ -6,14 +6,17 @@ from ..settings import EvaluateSettings
 
 
 def gate_failures(settings: EvaluateSettings, model: dict[str, Any], teacher: dict[str, Any] | None) -> list[str]:
-    """Sentences about the gates that are not met; [] when all are.
+    """One sentence for each gate that is not met; [] when all are met.
 
     Args:
-        model: eval figures (perplexity, kl, top1) of the model that is judged; teacher: the teacher's, when there is one.
+        settings: The gates.
+        model: Figures of the evaluated model: ``perplexity``, ``kl`` in nats, ``top1`` as a share.
+        teacher: Figures of the teacher; None without a teacher, which skips the perplexity gate.
     """
     failed = []
     if settings.max_perplexity_increase is not None and teacher is not None:
         increase = model["perplexity"] / teacher["perplexity"] - 1
+        # not <=: NaN fails the gate, where > would let it pass
         if not increase <= settings.max_perplexity_increase:
             moved = f"fell by {_percent(-increase)}" if increase < 0 else f"rose by {_percent(increase)}"
             allowed = f"{settings.max_perplexity_increase * 100:.6g}%"
@@ -26,5 +29,5 @@ def gate_failures(settings: EvaluateSettings, model: dict[str, Any], teacher: di
 
 
 def _percent(share: float) -> str:
-    """With as many digits as tell a small share from none: 3.1%, 0.014%."""
+    """Percentage with enough digits to tell a small share from zero: 3.1%, 0.014%."""
     return f"{share:.1%}" if not abs(share) < 0.01 else f"{share * 100:.2g}%"

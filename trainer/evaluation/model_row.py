@@ -1,4 +1,4 @@
-"""The figures of one model folder, as a row of the report."""
+"""Figures of one model folder: a row of the report."""
 
 import math
 import time
@@ -32,15 +32,16 @@ def best_device() -> str:
 
 
 def open_for_measuring(path: str, revision: str | None = None) -> "PreTrainedModel":
-    """Any model folder, hub id or export as a plain fp32 model; exports are rebuilt by the independent reader.
+    """Open any model folder, hub id or export as a plain fp32 model on the CPU. Exports are rebuilt by the independent reader.
 
-    Of fp32 folders transformers maps the files, so that a model quantized layer by layer can be measured where memory does not hold it.
+    transformers maps the files of fp32 folders, so that a model quantized layer by layer can be measured even if it is larger than memory.
     """
     if is_existing_export(path):
         return load_exported_model(Path(path))
     model = load_model(path, dtype=torch.float32, revision=revision)
     check_head(model)
     check_causal(model, f"the model in {path}")
+    # weights are stored rounded already; inputs, keys and values are rounded in the forward pass
     if rounds_more_than_weights(quant_record(path)):
         round_as_stored(model, load_quant_state(Path(path)))
     return model
@@ -58,14 +59,14 @@ def is_existing_export(path: str) -> bool:
 
 
 def measure_teacher(path: str, revision: str | None, v_eff: int) -> LocalTeacher:
-    """The teacher in fp32, against which models are measured."""
+    """Load the teacher in fp32, as the reference for measurements."""
     from ...models.teachers import load_teacher
 
     return load_teacher(path, dtype=torch.float32, v_eff=v_eff, revision=revision, device=best_device())
 
 
 def measure_model(model: "PreTrainedModel", teacher: LocalTeacher | None, windows: "Windows") -> dict[str, Any]:
-    """Figures of a model in memory: parameters, sparsity, quality and the seconds the measuring took."""
+    """Measure a model in memory: parameters, sparsity (shares), quality (``EvalResult``) and the time in seconds."""
     started = time.perf_counter()
     device = best_device()
     model.to(torch.device(device))  # pyright: ignore[reportArgumentType] - transformers' wrapper hides the signature of nn.Module.to
@@ -81,9 +82,9 @@ def measure_model(model: "PreTrainedModel", teacher: LocalTeacher | None, window
 
 
 def measure_folder(path: str, teacher: LocalTeacher | None, windows: "Windows", revision: str | None = None) -> dict[str, Any]:
-    """A row: the model's figures and the bytes of its weight files (None for a hub id, whose files are not ours to count).
+    """Row of the report: figures of the model and the bytes of its weight files (None for a hub id, whose files are not counted).
 
-    ``packed_bytes`` is what the model takes where it is served: of a folder with codes an export's size, of any other its own.
+    ``packed_bytes`` is the size of the served model: the size of an export for a folder with codes, the folder's own size otherwise.
     """
     model = open_for_measuring(path, revision)
     row = measure_model(model, teacher, windows)
@@ -98,9 +99,9 @@ def _sizes(name: str, size: int | None, parameters: int) -> dict[str, Any]:
 
 
 def too_large_to_measure(path: str, revision: str | None = None) -> str | None:
-    """Why a folder cannot be measured: figures are taken in fp32, and memory does not hold that. None when it can, or who knows.
+    """Reason why a folder is too large to be measured in fp32; None when it fits, or when the free memory is unknown.
 
-    fp32 folders take no memory of their own (transformers maps their files), nor does the copy on a GPU count.
+    Only weights stored in other dtypes count: transformers maps fp32 files. The copy on a GPU does not count either.
     """
     room = available_bytes()
     if room is None or is_existing_export(path):
@@ -114,9 +115,10 @@ def too_large_to_measure(path: str, revision: str | None = None) -> str | None:
 
 
 def layer_sparsity(model: "PreTrainedModel") -> list[float]:
-    """Share of zeros of the linear weights of each decoder layer, in order."""
+    """Share of exact zeros in the linear weights of each decoder layer, in order."""
     zeros: dict[int, list[int]] = {}
     for name, module in decoder_linears(model).items():
+        # the first number in a module name is the layer: model.layers.3.mlp.experts.7.up_proj
         numbers = [int(part) for part in name.split(".") if part.isdigit()]
         seen = zeros.setdefault(numbers[0] if numbers else 0, [0, 0])
         seen[0] += int((module.weight == 0).sum())
@@ -125,5 +127,5 @@ def layer_sparsity(model: "PreTrainedModel") -> list[float]:
 
 
 def quant_record(path: str) -> dict[str, Any] | None:
-    """The QuantSpec record of a quantized folder, None for any other."""
+    """The ``quant`` record of a quantized folder; None for any other folder or a hub id."""
     return read_record(Path(path)).get("quant") if Path(path).is_dir() else None

@@ -1,4 +1,4 @@
-"""What rounding the teacher costs: KL(teacher || teacher as it is held) on held-out text, to be known before training on it."""
+"""Cost of quantizing the teacher: KL(teacher || quantized teacher) on held-out text, measured before training on it."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,23 +15,24 @@ if TYPE_CHECKING:
     from ..data.windows import Windows
 
 DRIFT_TOKENS = 8192
-"""Held-out tokens that the drift is measured on."""
+"""Number of held-out tokens for the measurement."""
 ROUNDED: tuple[LoadIn, ...] = ("nf4", "int8")
-"""Ways to hold a teacher that change what it says."""
+"""Formats in memory that change the predictions of a teacher."""
 _BATCH_TOKENS = 2048
 
 
 @torch.no_grad()
 def teacher_drift(exact: Teacher, held: Teacher, windows: "Windows", device: torch.device | str) -> dict[str, Any]:
-    """How far ``held`` is from ``exact``, token by token at temperature 1.
+    """Distance of ``held`` from ``exact``, per token at temperature 1.
 
     Args:
-        exact: The teacher as its folder has it, on ``device``.
+        exact: The teacher with the weights of its folder, on ``device``.
         held: The same teacher as training holds it, on ``device``.
-        windows: Held-out text; its first ``DRIFT_TOKENS`` tokens are used.
+        windows: Held-out text; the first ``DRIFT_TOKENS`` tokens are used, at least one window.
+        device: Device of both.
 
     Returns:
-        ``kl`` (mean KL(exact || held) in nats), ``top1`` (share of tokens where both find the same token likeliest) and ``tokens``.
+        ``kl`` (mean KL(exact || held) in nats), ``top1`` (share of positions where both have the same most likely token) and ``tokens``.
     """
     count = min(len(windows), max(1, DRIFT_TOKENS // windows.seq_length))
     size = max(1, _BATCH_TOKENS // windows.seq_length)
@@ -42,6 +43,7 @@ def teacher_drift(exact: Teacher, held: Teacher, windows: "Windows", device: tor
         reference = TeacherHidden(*_shifted(exact, batch))
         hidden, head, bias, transform = _shifted(held, batch)
         _, labels = shift_for_next_token(batch["labels"].unsqueeze(-1), batch["labels"])
+        # the loss of training itself, with `held` in the place of the student
         sums = linear_divergence(
             hidden, head, reference, labels, LossSettings(), v_eff=exact.v_eff, student_bias=bias, student_transform=transform
         )
