@@ -1,4 +1,4 @@
-"""Model folders: finding, checking, loading, streaming and writing them, and what ``decoct.json`` records of them."""
+"""Model folders: find, check, load, stream and write them, and the record of each in ``decoct.json``."""
 
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,7 @@
-"""Numbers of a config.json that no model has: refused before anything is built from them.
+"""Refuses impossible sizes in a config.json before a model is built from them.
 
-transformers builds whatever a config asks for, layer by layer: ten million layers take hours, a vocabulary of 2^31 takes all memory, and
-both are one damaged digit away. The files say how large the model can be, and are asked first.
+transformers builds whatever a config asks for: ten million layers take hours, a vocabulary of 2^31 takes all memory, and one damaged
+digit is enough for both. The weight files limit the size of the model, so they are read first.
 """
 
 import math
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
-"""Names that configs have for the number of layers, each built one by one."""
+"""Names of the number of layers in configs. Layers are built one by one."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "moe_num_experts", "num_experts_per_tok")
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim", "head_dim", "num_attention_heads", "num_key_value_heads", "n_head", "num_heads")
 _LARGE = ("vocab_size", "intermediate_size", "n_inner", "ffn_dim", "d_ff", "moe_intermediate_size", "type_vocab_size")
@@ -28,26 +28,28 @@ MOST: dict[str, int] = {
     **dict.fromkeys(_LARGE, 2**24),
     **dict.fromkeys(_POSITIONS, 2**31),
 }
-"""The largest number that is taken for each field; the largest models of 2026 are far below."""
+"""Largest accepted value of each field, far above the largest models of 2026."""
 _POSITIVE = ("hidden_size", "vocab_size", "num_attention_heads", "n_embd", "n_head")
 _PRODUCT = 100_000
 _REMEDY = "config.json is damaged or of another model; fetch or export the model again"
 
 
 def check_numbers(fields: Mapping[str, Any], where: object) -> None:
-    """Refuse sizes that are not whole numbers in a sensible range, in a config and in the configs inside it.
+    """Refuse sizes that are out of range, in a config and in its nested configs.
 
     Args:
         fields: Content of config.json, or the fields of a recipe's ``student.config``.
-        where: What the message names.
+        where: File or key that the message names.
 
     Raises:
-        UserError: naming field, value and the largest one that is taken.
+        UserError: a size is out of range. The message names the field, its value and the largest accepted value.
     """
     for part in _parts(fields):
         for name, most in MOST.items():
             given = part.get(name)
+            # some families give a list with one value per layer
             for value in given if isinstance(given, list) else (given,):
+                # some configs write -1 or 0 for 'none'
                 least = 1 if name in _POSITIVE else -1
                 if isinstance(value, bool) or (isinstance(value, int | float) and not least <= value <= most):
                     raise UserError(
@@ -59,15 +61,15 @@ def check_numbers(fields: Mapping[str, Any], where: object) -> None:
 
 
 def check_depth(fields: Mapping[str, Any], tensors: int, where: object) -> None:
-    """Refuse a config with more layers than there are tensors: every layer has some.
+    """Refuse a config with more layers than tensors: every layer has at least one tensor.
 
     Args:
         fields: Content of config.json.
         tensors: Number of tensors in the weight files.
-        where: What the message names.
+        where: File that the message names.
 
     Raises:
-        UserError: naming both numbers.
+        UserError: the message names both numbers.
     """
     text = fields.get("text_config")
     for part in (fields, text if isinstance(text, dict) else {}):
@@ -78,20 +80,21 @@ def check_depth(fields: Mapping[str, Any], tensors: int, where: object) -> None:
 
 
 def check_size(path: object, config: "PreTrainedConfig", files: Sequence[Path]) -> None:
-    """Refuse a config whose model is much larger than its weight files: what is missing in them would be made up in memory.
+    """Refuse a config whose model is much larger than its weight files: transformers would allocate the missing weights.
 
     Args:
-        path: What the message names.
-        config: Of the model.
-        files: Its weight files, already checked.
+        path: Folder or hub id that the message names.
+        config: Config of the model.
+        files: Weight files of the model, already checked.
 
     Raises:
-        UserError: naming both numbers of weights.
+        UserError: the message names both numbers of weights.
     """
     from .meta import meta_model
 
     held = sum(math.prod(info.shape) for file in files for info in read_header(file).tensors.values())
     wanted = sum(parameter.numel() for parameter in meta_model(config).parameters())
+    # generous: only a config that is far off is refused here; check_report finds the smaller differences
     if wanted > 2 * held + 2**24:
         raise UserError(
             f"the weights in {path} do not fit its config.json, which asks for {wanted:,} of them; the files hold {held:,}; {_REMEDY}"
@@ -101,5 +104,6 @@ def check_size(path: object, config: "PreTrainedConfig", files: Sequence[Path]) 
 def _parts(fields: Mapping[str, Any], depth: int = 4) -> Iterator[Mapping[str, Any]]:
     yield fields
     for value in fields.values():
+        # bounded: a hostile file may nest without end
         if isinstance(value, dict) and depth:
             yield from _parts(value, depth - 1)

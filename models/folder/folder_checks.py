@@ -1,4 +1,4 @@
-"""What a model folder must be before anything in it is loaded: every file that transformers would read is checked here first."""
+"""Checks of a model folder before anything is loaded from it. They cover every file that transformers would read."""
 
 from pathlib import Path
 
@@ -14,12 +14,15 @@ from .tensor_places import TensorPlace, safetensors_files, tensor_places
 
 
 def check_model_folder(folder: Path) -> list[Path]:
-    """Check a model folder without loading it; returns the weight files that make up the model.
+    """Check a model folder without loading it.
+
+    Returns:
+        The weight files that make up the model.
 
     Raises:
         UserError: no config.json, no safetensors (pickled weights are never read), an adapter, packed quantized weights, a name in
-            the index that leaves the folder (absolute, '../', a link), a damaged safetensors file, or a file that is not the one
-            that the folder's record names (``check_record``).
+            the index that leaves the folder (absolute, '../', a link), a damaged safetensors file, or a file that differs from the
+            folder's record (``check_record``).
     """
     folder = Path(folder)
     check_files(folder)
@@ -34,11 +37,12 @@ def check_model_folder(folder: Path) -> list[Path]:
         if file in others:
             read_header(file)
     tensors = tensor_places(files)
+    # before anything builds the model: a wrong depth would take hours
     check_depth(config, len(tensors), folder / "config.json")
     check_record(folder)
     return files
 
 
 def checked_places(folder: Path) -> dict[str, TensorPlace]:
-    """Where each tensor of the model lies, in file order, once the folder has passed ``check_model_folder``."""
+    """Place of each tensor of the model, in file order, after ``check_model_folder``."""
     return tensor_places(check_model_folder(folder))

@@ -1,8 +1,8 @@
-"""From what a user calls a model (a folder or a hub id) to a folder on this machine.
+"""Resolves the name of a model (a folder or a hub id) to a folder on this machine.
 
-A hub id becomes a snapshot in the Hugging Face cache; the checks of ``loading`` then run on that folder just as
-on a user's own. Pickled weights are never downloaded. Without the hub a cached snapshot is used; the question is asked once, with
-a short time limit, so a machine without a network gets its answer in seconds.
+A hub id becomes a snapshot in the Hugging Face cache, and ``loading`` checks that folder like any other. Pickled weights are never
+downloaded. If the hub cannot be reached, a cached snapshot is used. decoct asks the hub once with a short time limit, so a machine without
+a network gets an answer in seconds.
 """
 
 import re
@@ -14,15 +14,15 @@ from ..common.files import storage_error
 HUB_TIMEOUT_SECONDS = 5.0
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-# Named exactly: some repositories hold a second copy of their weights (consolidated.safetensors).
+# Exact names: some repositories hold a second copy of their weights (consolidated.safetensors).
 _WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors")
 
 
 def local_folder(path_or_hub_id: str | Path, *, revision: str | None = None) -> Path | None:
-    """The folder that is meant, or None when the name can only be a hub id.
+    """The local folder of this name, or None when the name can only be a hub id.
 
     Raises:
-        UserError: it is a file, it cannot be a hub id either, or a ``revision`` was given for a folder.
+        UserError: the name is a file, is neither a folder nor a possible hub id, or is a folder and has a ``revision``.
     """
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
@@ -32,25 +32,27 @@ def local_folder(path_or_hub_id: str | Path, *, revision: str | None = None) -> 
     if folder.exists():
         raise UserError(f"{path_or_hub_id} is a file; give a model folder (config.json, *.safetensors, tokenizer) or a hub id")
     name = str(path_or_hub_id)
+    # the hub's own rules (validate_repo_id)
     if not _HUB_ID.fullmatch(name) or len(name) > 96 or ".." in name or "--" in name:
         raise UserError(f"no such folder: {path_or_hub_id}; give a model folder or a hub id such as HuggingFaceTB/SmolLM2-135M")
     return None
 
 
 def hub_commit(hub_id: str, revision: str | None = None) -> str:
-    """The commit that ``revision`` (default: the main branch) of a hub model stands for, asked of the hub or of the local cache.
+    """Resolve ``revision`` (default: the main branch) of a hub model to a commit, by the hub or by the local cache.
 
     Raises:
-        UserError: the hub does not know it or refuses it, or neither the hub nor the cache can answer.
+        UserError: the hub does not know the model or refuses access, or neither the hub nor the cache can answer.
     """
     from huggingface_hub import HfApi
 
     try:
         commit = HfApi().model_info(hub_id, revision=revision, timeout=HUB_TIMEOUT_SECONDS).sha
-    except Exception as error:  # its HTTP library is the hub client's business: no network, no name, a time-out, offline mode
+    except Exception as error:  # broad: the HTTP library behind the hub client may change; no network, no DNS, time-out, offline mode
         cached = None if _refused(error) else _cached_snapshot(hub_id, revision, None)
         if cached is None:
             raise _explained(hub_id, revision, error) from error
+        # a snapshot folder is named by its commit
         return cached.name
     if commit is None:
         raise UserError(f"the hub gave no commit for {hub_id}; try again, or give a folder")
@@ -58,17 +60,26 @@ def hub_commit(hub_id: str, revision: str | None = None) -> str:
 
 
 def hub_snapshot(hub_id: str, *, revision: str | None = None, weights: bool = True, code: bool = False) -> Path:
-    """Download (or find in the cache) config, tokenizer and, with ``weights``, safetensors of a hub model; returns the folder.
+    """Download a hub model or find it in the cache.
+
+    Args:
+        hub_id: Name of the model on the hub.
+        revision: Branch, tag or commit; default: the main branch.
+        weights: Also fetch safetensors, not only config and tokenizer.
+        code: Also fetch Python files.
+
+    Returns:
+        The folder of the snapshot.
 
     Raises:
         UserError: as ``hub_commit``, or the download failed.
     """
     from huggingface_hub import snapshot_download
 
-    hub_commit(hub_id, revision)  # asks once, with a short time limit; the download itself would try again and again
+    hub_commit(hub_id, revision)  # fails within seconds; the download itself would retry for a long time
     patterns = [*_SMALL_FILES, *(_WEIGHT_FILES if weights else ()), *(("*.py",) if code else ())]
     try:
-        # by the revision's name and not by its commit: only so does the cache note what the name stood for, for use without the hub
+        # by the name of the revision, not its commit: only then does the cache record which commit the name means, for later offline use
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except Exception as error:  # see hub_commit
         cached = None if _refused(error) else _cached_snapshot(hub_id, revision, patterns)
@@ -78,15 +89,16 @@ def hub_snapshot(hub_id: str, *, revision: str | None = None, weights: bool = Tr
 
 
 def snapshot_root(folder: Path) -> Path:
-    """The folder that files of ``folder`` may lie in once links are followed: itself, or its repository in the hub's cache."""
+    """The folder that must contain the files of ``folder`` after links are resolved: itself, or its repository in the hub's cache."""
     folder = folder.resolve()
+    # files of a snapshot are links to ../../blobs, inside the repository's cache folder
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
         return folder.parent.parent
     return folder
 
 
 def _cached_snapshot(hub_id: str, revision: str | None, patterns: list[str] | None) -> Path | None:
-    """The cached snapshot that holds everything ``patterns`` ask for; None as patterns: whatever part of it is there."""
+    """The cached snapshot if it is complete for ``patterns``; with None as patterns, an incomplete snapshot counts too."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -98,7 +110,7 @@ def _cached_snapshot(hub_id: str, revision: str | None, patterns: list[str] | No
 
 
 def _refused(error: Exception) -> bool:
-    """Whether the hub did answer, with a no."""
+    """Whether the hub answered and refused."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     return isinstance(error, RepositoryNotFoundError | RevisionNotFoundError)
@@ -109,6 +121,7 @@ def _explained(hub_id: str, revision: str | None, error: Exception) -> UserError
 
     if readable := storage_error(error, Path(hub_id), "store in the Hugging Face cache the model"):
         return readable
+    # before _refused: GatedRepoError derives from RepositoryNotFoundError
     if isinstance(error, GatedRepoError):
         return UserError(f"the hub model {hub_id} is gated: accept its terms on its page, then log in with 'hf auth login'")
     if isinstance(error, RevisionNotFoundError):

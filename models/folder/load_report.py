@@ -1,4 +1,4 @@
-"""Weights that do not fit a config: what is missing, unexpected or of another shape, and what to do about the usual causes."""
+"""Refuses weights that do not fit a config: missing, unexpected or of another shape, with remedies for the usual causes."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,17 +18,18 @@ _WRAPPERS = {
 
 
 def check_report(path: str | Path, model: "PreTrainedModel", report: dict[str, Any]) -> None:
-    """Refuse what transformers only warns about; a head that is tied to the embedding may be missing.
+    """Refuse what transformers only warns about. A head that is tied to the embedding may be missing.
 
     Args:
-        path: Whose weights they are.
-        model: What they were loaded into.
+        path: Folder or hub id of the weights.
+        model: Model into which they were loaded.
         report: ``missing_keys``, ``unexpected_keys``, ``mismatched_keys`` and ``error_msgs`` as ``from_pretrained`` gives them.
 
     Raises:
-        UserError: naming the first of each, and the remedy.
+        UserError: the weights do not fit. The message names the first of each kind and the remedy.
     """
     tied = getattr(model, "all_tied_weights_keys", None) or {}
+    # a tied weight is missing only if the weight that it repeats is missing too
     missing = sorted(name for name in report["missing_keys"] if name not in tied or tied[name] in report["missing_keys"])
     unexpected = sorted(report["unexpected_keys"])
     faults = {
@@ -43,6 +44,7 @@ def check_report(path: str | Path, model: "PreTrainedModel", report: dict[str, A
 
 
 def _remedy(model: "PreTrainedModel", missing: list[str], unexpected: list[str]) -> str:
+    # a wrapper renames every weight; one name without the prefix has another cause
     for prefix, cause in _WRAPPERS.items():
         if unexpected and all(name.startswith(prefix) for name in unexpected):
             return f"Every name begins with {prefix!r}, which {cause} (save_pretrained)"
@@ -52,6 +54,7 @@ def _remedy(model: "PreTrainedModel", missing: list[str], unexpected: list[str])
         return f"It is a {kind}, which predicts no tokens; give a causal language model"
     head: Any = model.get_output_embeddings()
     names = {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    # only the head is missing: the config probably forgot the tie
     if missing and set(missing) == names:
         return "If its head is the embedding's table, set tie_word_embeddings to true in config.json; else the head is lost: fetch it again"
     return "Fetch or export the model again"

@@ -1,7 +1,7 @@
-"""Loading a model so that what comes back is what the files say, or a readable refusal.
+"""Loads a model with exactly the weights of its files, or refuses it with a readable message.
 
-transformers follows '../' in a local index file, falls back to pickled weights and fills missing weights with random numbers under a
-warning. Here the folder is checked before anything is loaded (``folder_check``) and the result afterwards.
+transformers follows '../' in a local index file, falls back to pickled weights, and fills missing weights with random numbers after a
+warning. Here the folder is checked before anything is loaded (``folder_checks``), and the loaded model afterwards.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
 )  # fmt: skip
-# With runs, which patterns that try every way to split a text do not get through.
+# Contains long runs: a pre-tokenizer pattern that backtracks exponentially does not finish on them.
 _TRIAL = "Hello, world! 123 " + "a" * 100 + " " * 100 + "é"
 _PIECE = 2**22
 
@@ -43,7 +43,7 @@ def load_model(
 ) -> "PreTrainedModel":
     """Load a causal language model from a folder or hub id, in ``dtype``, in eval mode, on ``device``.
 
-    ``from_pretrained`` returns eval mode and trainers keep it: whoever trains calls ``.train()``.
+    The model is in eval mode, as ``from_pretrained`` returns it; call ``.train()`` before training.
 
     Raises:
         UserError: the folder fails ``check_model_folder`` or its config ``check_numbers``, it is not a causal LM that transformers
@@ -66,13 +66,14 @@ def load_model(
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported, and refused below with our own words
+                ignore_mismatched_sizes=True,  # reported, and refused below with a better message
             )
     except MemoryError:
         raise
     except Exception as error:
         raise not_loadable(path, "a causal language model", error) from error
     model, report = loaded
+    # in this order: missing weights are random, so they are refused before any value is looked at
     check_report(path, model, report)
     settle_ties(path, model)
     _check_finite(path, model, dtype)
@@ -83,13 +84,14 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remot
     """Load the tokenizer of a folder or hub id.
 
     Raises:
-        UserError: there is none, or it cannot be read. (transformers alone would make up an empty one from the model type.)
+        UserError: the folder has no tokenizer, or it cannot be read. (transformers alone would build an empty one from the model type.)
     """
     folder = find_model_folder(path, revision, trust_remote_code, weights=False)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES) and not any(folder.glob("*.tiktoken")):
         if not (folder / "config.json").is_file():
             read_json(folder / "config.json")
         raise UserError(f"{path} has no tokenizer (tokenizer.json or a vocabulary file); copy the tokenizer's files into the folder")
+    # before the tokenizers library reads them: it panics, or takes all memory, on some files
     check_tokenizer_files(folder)
     try:
         with quiet_transformers():
@@ -109,10 +111,15 @@ def _tried(folder: Path, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
 
 
 def load_config(path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> "PreTrainedConfig":
-    """Load the config of a folder or hub id (no weights are read or downloaded)."""
+    """Load the config of a folder or hub id, without reading or downloading weights.
+
+    Raises:
+        UserError: the config is missing, damaged, of an unknown kind, or fails ``check_numbers``.
+    """
     from transformers import AutoConfig
 
     folder = find_model_folder(path, revision, trust_remote_code, weights=False)
+    # before transformers sees it: some configs build lists with one entry per layer
     check_numbers(read_json(folder / "config.json"), folder / "config.json")
     try:
         with quiet_transformers():
@@ -122,14 +129,18 @@ def load_config(path: str | Path, *, revision: str | None = None, trust_remote_c
 
 
 def find_model_folder(path: str | Path, revision: str | None, trust_remote_code: bool = False, *, weights: bool) -> Path:
-    """The local folder of a model folder or hub id, which is downloaded when needed (``weights`` and all, or the small files alone).
+    """The local folder of a model folder or hub id, downloaded if needed: with its weights, or only config and tokenizer.
 
-    A folder with a record is checked against it, all but the bytes of its weights, which ``check_model_folder`` looks at.
+    A folder with a record is checked against it, except for the bytes of its weights, which ``check_model_folder`` checks.
+
+    Raises:
+        UserError: the model cannot be found, differs from its record, or runs code from the hub without a pinned revision.
     """
     folder = local_folder(path, revision=revision)
     if folder is not None:
         check_record(folder, weights=False)
         return folder
+    # code on a branch can change after the user has read it
     if trust_remote_code and revision is None:
         raise UserError(f"running code from the hub model {path} needs a pinned revision; give the commit that you have read")
     return hub_snapshot(str(path), revision=revision, weights=weights, code=trust_remote_code)
@@ -141,8 +152,12 @@ def _check_finite(path: str | Path, model: "PreTrainedModel", dtype: "torch.dtyp
 
 
 def check_finite(path: str | Path, name: str, weight: "torch.Tensor", dtype: "torch.dtype") -> None:
-    """Refuse NaN and infinite numbers in a weight that was loaded as ``dtype``."""
-    # in pieces: the temporaries of a whole matrix are as large as it is
+    """Refuse NaN and infinite numbers in a weight that was loaded as ``dtype``.
+
+    Raises:
+        UserError: the weight is not finite.
+    """
+    # in pieces: the temporaries for a whole matrix would be as large as the matrix
     if weight.is_floating_point() and not all(bool(piece.isfinite().all()) for piece in weight.detach().reshape(-1).split(_PIECE)):
         raise UserError(
             f"weight {name} of {path} holds NaN or infinite numbers (loaded as {dtype}); the model is damaged or was saved after its "

@@ -1,4 +1,4 @@
-"""A model without memory: every shape and name of a config, on the meta device."""
+"""Builds a model on the meta device: every shape and name of a config, without memory for weights."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,11 @@ if TYPE_CHECKING:
 
 
 def meta_model(config: "PreTrainedConfig") -> "PreTrainedModel":
-    """The model of ``config`` on the meta device: every shape and name, no memory."""
+    """The model of ``config`` on the meta device: every shape and name, no memory.
+
+    Raises:
+        UserError: it is not a text model, or transformers cannot build it.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -24,6 +28,6 @@ def meta_model(config: "PreTrainedConfig") -> "PreTrainedModel":
 
 
 def not_loadable(path: object, what: str, error: Exception) -> UserError:
-    """What to say of an error of transformers, by its first line."""
+    """A ``UserError`` with the first line of an error of transformers."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return UserError(f"{path} cannot be loaded as {what}: {first}")

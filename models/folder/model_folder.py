@@ -1,7 +1,7 @@
-"""A model folder: what ``from_pretrained`` reads, plus ``decoct.json`` with its history and a hash of every file.
+"""Writes a model folder: the files that ``from_pretrained`` reads, plus ``decoct.json`` with its history and a hash of every file.
 
-Written under a temporary name and renamed, so it is there whole or not at all. What transformers writes is kept, except that the
-config says which dtype was really saved and never names code (``auto_map``).
+The folder is written under a temporary name and then renamed, so it is complete or absent. The files are those of transformers, except
+that the config has the dtype that was actually saved and never names code (``auto_map``).
 """
 
 import copy
@@ -46,12 +46,15 @@ def save_model_folder(
     extra_tensors: "Mapping[str, Mapping[str, Tensor]] | None" = None,
     write_extra: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write ``model`` and ``tokenizer`` to the new folder ``path``; the live model keeps its weights, dtype and config.
+    """Write ``model`` and ``tokenizer`` to the new folder ``path``. The model in memory keeps its weights, dtype and config.
 
     Args:
-        record: Goes into decoct.json, beside ``format``, ``files`` (name -> sha256) and ``sizes``, which are set here.
-        state_dict: The weights to write, under the model's own names; default: the model's. Tied weights are written once.
-        dtype: Parameters are cast to it (a copy); None keeps the dtypes they have. Buffers are never cast.
+        path: New folder.
+        model: Model to write.
+        tokenizer: Tokenizer to write; None writes none.
+        record: Content of decoct.json; ``format``, ``files`` (name -> sha256) and ``sizes`` are added here.
+        state_dict: Weights to write, under the model's names; default: those of the model. Tied weights are written once.
+        dtype: Dtype of the written parameters (a cast copy); None keeps their dtypes. Buffers are never cast.
         extra_tensors: Further safetensors files, such as ``{"quant/codes.safetensors": {...}}``.
         write_extra: Called with the temporary folder before the hashes are taken.
 
@@ -73,17 +76,18 @@ def save_model_folder(
             _write_tensors(folder / name, tensors)
         if write_extra is not None:
             write_extra(folder)
+        # last: it hashes every file of the folder
         write_record(folder, record)
     return path
 
 
 def content_hash(path_or_hub_id: str | Path, revision: str | None = None) -> str:
-    """Hex sha256 over names and bytes of config, weights and tokenizer files; of a hub id, over its name and resolved commit.
+    """Hex sha256 over the names and bytes of config, weights and tokenizer files; for a hub id, over its name and resolved commit.
 
-    The same bytes give the same hash wherever the folder lies; README, decoct.json and generation settings do not count.
+    The hash does not depend on the path of the folder. README, decoct.json and generation settings do not count.
 
     Raises:
-        UserError: it is no model folder, or a hub id whose commit neither the hub nor the cache can tell.
+        UserError: the path is not a model folder, or neither the hub nor the cache knows the commit of the hub id.
     """
     folder = local_folder(path_or_hub_id, revision=revision)
     if folder is None:
@@ -93,7 +97,7 @@ def content_hash(path_or_hub_id: str | Path, revision: str | None = None) -> str
 
 
 def _weights(model: "PreTrainedModel", given: "Mapping[str, Tensor] | None", dtype: "torch.dtype | None") -> "dict[str, Tensor]":
-    """A detached state dict to write: checked against the model's names, tied names dropped, parameters cast, all finite."""
+    """A detached state dict for writing: names checked, tied names dropped, parameters cast, all values finite."""
     import torch
 
     own = model.state_dict()
@@ -108,7 +112,7 @@ def _weights(model: "PreTrainedModel", given: "Mapping[str, Tensor] | None", dty
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     seen: set[int] = set()
     for name, tensor in weights.items():
-        # shared in memory, though the model's class ties nothing: each is written, as each would be read
+        # two tensors share memory although the class ties nothing: write both, because loading reads both
         if tensor.numel() and tensor.data_ptr() in seen:
             weights[name] = tensor = tensor.clone()
         seen.add(tensor.data_ptr())
@@ -129,21 +133,25 @@ def _write_model(folder: Path, model: "PreTrainedModel", weights: "dict[str, Ten
             "use a model type that transformers knows"
         )
     saved = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), model.dtype)
-    tied = _tied(model, weights)  # before saving, which empties the dict
+    tied = _tied(model, weights)  # before save_pretrained, which empties the dict
     before = {key: getattr(config, key, None) for key in ("dtype", "architectures")}
     live: Any = model
     generation = getattr(model, "generation_config", None)
     try:
+        # save_pretrained refuses inconsistent sampling options, which many published models have
         live.generation_config = _savable(generation)
         with quiet_transformers():
             model.save_pretrained(folder, state_dict=weights, max_shard_size=MAX_SHARD)
     finally:
         live.generation_config = generation
         for key, value in before.items():
+            # save_pretrained writes dtype and architectures into the live config
             setattr(config, key, value)
     file = folder / "config.json"
+    # transformers writes the dtype of the live model, not of the state dict
     content = json.loads(file.read_text(encoding="utf-8")) | {"dtype": str(saved).removeprefix("torch.")}
     if tied is not None:
+        # weights decide: a student may be untied although its config is tied
         for part in (content, content.get("text_config")):
             if isinstance(part, dict):
                 part["tie_word_embeddings"] = tied
@@ -151,14 +159,14 @@ def _write_model(folder: Path, model: "PreTrainedModel", weights: "dict[str, Ten
 
 
 def _tied(model: "PreTrainedModel", weights: "dict[str, Tensor]") -> bool | None:
-    """Whether the head that is written is the embedding's table, by what is written; None for a model without a head of its own."""
+    """Whether the written head is tied to the embedding, judged by the written names; None for a model without a head."""
     head: Any = model.get_output_embeddings()
     name = next((name for name, module in model.named_modules() if module is head), None)
     return None if name is None or getattr(head, "weight", None) is None else f"{name}.weight" not in weights
 
 
 def _savable(generation: "GenerationConfig | None") -> "GenerationConfig | None":
-    """Settings that transformers agrees to write: sampling dials beside greedy decoding, which do nothing, are dropped."""
+    """Generation settings that transformers accepts for writing: sampling options have no effect in greedy decoding and are dropped."""
     if generation is None:
         return None
     try:
@@ -185,7 +193,7 @@ def _edit_json(file: Path, changes: dict[str, Any], drop: str | None = None) -> 
 
 
 def _strip_code(folder: Path) -> None:
-    """Nothing we save names or carries code to run on loading."""
+    """Remove everything that would run code on loading: ``auto_map`` entries and Python files."""
     for name in ("config.json", "tokenizer_config.json"):
         if (folder / name).exists():
             _edit_json(folder / name, {}, drop="auto_map")
@@ -194,7 +202,7 @@ def _strip_code(folder: Path) -> None:
 
 
 def _check_tokenizer(folder: Path, path: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """See that AutoTokenizer gives the saved tokenizer back; for some model types it takes the type's own class instead."""
+    """Check that AutoTokenizer restores the saved tokenizer; for some model types it uses another class, which gives a warning."""
     from .loading import load_tokenizer
 
     again = load_tokenizer(folder)
