@@ -1,6 +1,6 @@
-"""How large a model is: parameters, bytes of its weight files, bits per weight, share of zeros.
+"""Size of a model: parameters, bytes of its weight files, bits per weight, share of zeros.
 
-Tied tensors count once. Embeddings count in bits per weight: of a small quantized model they are most of the bytes.
+Tied tensors count once. Bits per weight include embeddings: they are most of the bytes of a small quantized model.
 """
 
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ _WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files of a model folder (or the one file) that a runtime reads weights from, sorted.
+    """Return the files of a model folder (or the one file) from which a runtime reads weights, sorted.
 
-    The file of codes is not among them: it repeats the weights beside it as codes, for export.
+    The file of codes is excluded: it holds the same weights as codes, for export.
 
     Raises:
         UserError: there is none.
@@ -39,7 +39,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def folder_bytes(path: Path) -> int:
-    """Bytes of the weight files of a model folder.
+    """Return the bytes of the weight files of a model folder.
 
     Raises:
         UserError: there is none.
@@ -48,27 +48,29 @@ def folder_bytes(path: Path) -> int:
 
 
 def bits_per_weight(size_bytes: int, parameters: int) -> float:
-    """8 x bytes / parameters; ``parameters`` of the whole model, embeddings included."""
+    """Return 8 x bytes / parameters; ``parameters`` counts the whole model, embeddings included."""
     return 8.0 * size_bytes / parameters
 
 
 def packed_bytes(model: nn.Module, record: Mapping[str, Any]) -> int:
-    """Bytes of a quantized model's tensors as exports pack them: codes in whole words, scales, zero points, everything else in 16 bits.
+    """Return the bytes of a quantized model's tensors as exports pack them: codes in whole words, scales, zero points, the rest in 16
+    bits.
 
     Args:
-        model: Plain, with the weights of a quantized folder.
+        model: Plain model with the weights of a quantized folder.
         record: The ``quant`` entry of its ``decoct.json``.
     """
     spec = QuantSpec.from_json(record["spec"])
     own = {name: QuantSpec.from_json(fields) for name, fields in record.get("own_specs", {}).items()}
     modules = dict(model.named_modules())
     weights = {name: getattr(modules.get(name), "weight", None) for name in record["modules"]}
+    # by identity: named modules repeat a tied weight, ``parameters`` yields it once
     packed = {id(weight): own.get(name, spec) for name, weight in weights.items()}
     return sum(_stored(p.shape, packed.get(id(p))) for p in model.parameters())
 
 
 def _stored(shape: torch.Size, spec: QuantSpec | None) -> int:
-    """Bytes of one tensor."""
+    """Return the bytes of one tensor."""
     if spec is None:
         return 2 * shape.numel()
     rows, columns = shape
@@ -83,16 +85,17 @@ def _scale_bytes(spec: QuantSpec) -> int:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters; a tensor used in several places counts once. Buffers do not count."""
+    """Return the number of parameters; a tensor used in several places counts once. Buffers do not count."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 @torch.no_grad()
 def linear_sparsity(model: "PreTrainedModel") -> float:
-    """Share of exact zeros among the weights of the decoder's linears, embeddings and head left out; 0.0 without linears.
+    """Return the share of exact zeros among the weights of the decoder's linears, without embeddings and head; 0.0 without linears.
 
-    Of a ``QuantLinear`` the weights that it multiplies with count (codes times scales), not the latent ones: those are stored and
-    served, and rounding makes zeros too.
+    For a ``QuantLinear`` the quantized weights count (codes times scales), not the latent ones: they are stored and served, and rounding
+    makes
+    zeros too.
     """
     zeros = total = 0
     for module in decoder_linears(model).values():

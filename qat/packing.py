@@ -1,7 +1,7 @@
-"""Codes in 32-bit words, as compressed-tensors ("pack-quantized") and GPTQ store them.
+"""Packs codes into 32-bit words, as compressed-tensors ("pack-quantized") and GPTQ store them.
 
-A row is one dense stream of bits: code i, as the unsigned number u = q + 2^(b-1), takes the bits from i * b on, lowest first, across
-words where b does not divide 32. Rows end on a word: unused high bits of the last word are zero.
+A row is a dense stream of bits: code i, as the unsigned number u = q + 2^(b-1), takes b bits from bit i * b on, lowest first, and crosses
+words if b does not divide 32. Each row starts a new word; unused high bits of the last word are zero.
 
 2, 4 and 8 bits have this layout in every release of compressed-tensors. 3, 5, 6 and 7 bits have it since 0.18; older readers expect
 another one under the same format name.
@@ -19,7 +19,7 @@ from .fake_quant.dispatch import Backend, use_kernel
 
 
 def packed_width(in_features: int, bits: int) -> int:
-    """Words per row of ``pack_bits``: ceil(in_features * bits / 32); ValueError for a width outside 2..8."""
+    """Return the words per row of ``pack_bits``, ceil(in_features * bits / 32); ValueError for a width outside 2..8."""
     if bits not in range(2, 9):
         raise ValueError(f"bits={bits} cannot be packed; use 2 to 8")
     return -(-in_features * bits // 32)
@@ -45,7 +45,7 @@ def pack_bits(codes: Tensor, bits: int, *, backend: Backend = "auto") -> Tensor:
         int32 [out, ceil(in * bits / 32)].
 
     Raises:
-        ValueError: another width, dtype or rank, or a code out of range (it would spill into its neighbours).
+        ValueError: unsupported width, dtype or rank, or a code out of range (it would overwrite its neighbours).
     """
     width = packed_width(codes.shape[-1], bits)
     _check_codes(codes, bits)
@@ -54,7 +54,7 @@ def pack_bits(codes: Tensor, bits: int, *, backend: Backend = "auto") -> Tensor:
 
         return pack(codes, bits, width)
     rows, columns = codes.shape
-    # the fewest codes that end on a word: 8 codes of 4 bits are 1 word, 32 codes of 3 bits are 3
+    # the smallest block of codes that fills whole words: 8 codes of 4 bits are 1 word, 32 codes of 3 bits are 3
     common = math.gcd(bits, 32)
     block_codes, block_words = 32 // common, bits // common
     blocks = -(-columns // block_codes)
@@ -63,6 +63,7 @@ def pack_bits(codes: Tensor, bits: int, *, backend: Backend = "auto") -> Tensor:
     for place in range(block_codes):
         word, shift = divmod(place * bits, 32)
         words[..., word] |= unsigned[..., place] << shift
+        # the code crosses into the next word: its high bits go there
         if shift + bits > 32:
             words[..., word + 1] |= unsigned[..., place] >> (32 - shift)
     return words.view(rows, blocks * block_words)[:, :width].contiguous()

@@ -1,4 +1,4 @@
-"""An export as a plain fp32 transformers model, rebuilt by the independent reader: what is measured as "the re-read export"."""
+"""Rebuilds an export as a plain fp32 transformers model with the independent reader; reports call it "the re-read export"."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,18 +18,17 @@ if TYPE_CHECKING:
 
 
 def load_exported_model(path: Path, *, inputs: Arithmetic = "kernels") -> "PreTrainedModel":
-    """Rebuild an export (a folder, or a GGUF file with config.json beside it) without any runtime's package.
+    """Rebuild an export (a folder, or a GGUF file with config.json in its folder) without any runtime's package.
 
     Args:
         path: The export.
-        inputs: Where the export rounds inputs to int8: like serving kernels, or like the package that transformers loads it with.
+        inputs: How inputs are rounded to int8, if the export does so: like serving kernels, or like the package that transformers uses.
 
     Returns:
         The model in eval mode on the CPU, plain ``nn.Linear`` layers, fp32: codes times scales, and every other tensor's stored value.
 
     Raises:
-        UserError: the folder is damaged or not what its record says, of a kind the reader does not know, or its weights are not those
-            its config asks for.
+        UserError: the folder is damaged or differs from its record, is of an unknown kind, or its weights do not match its config.
     """
     from transformers import GenerationConfig
 
@@ -44,7 +43,7 @@ def load_exported_model(path: Path, *, inputs: Arithmetic = "kernels") -> "PreTr
         raise UserError(f"{path}: {problems[0]} ({len(problems)} differences in all); export the model again")
     tensors = {name: torch.from_numpy(opened.tensor(name)) for name in shapes}
     config = plain_config(path)
-    # the auto class wants a path; the model's own takes tensors, ties them and makes the buffers that no file holds
+    # the auto class needs a path; the model's own class takes tensors, ties them and creates the buffers that no file holds
     model_class: Any = type(meta_model(config))
     with quiet_transformers():
         model, loaded = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True)

@@ -1,9 +1,11 @@
-"""Rounding what a rebuilt model's linears read, and its keys and values, as its export says: serving kernels' way, or that of the
-compressed-tensors package.
+"""Rounds inputs, keys and values of a rebuilt model as its export specifies: like serving kernels, or like the compressed-tensors
+package.
 
-Kernels divide a token's absmax by 127 (vLLM's int8 kernels; what decoct trains with), the package by 127.5, so that the two give other
-logits by design. A rebuilt model computes like the kernels; like the package where transformers, which uses it, is compared. Keys and
-values in fp8 are rounded alike by both.
+Kernels divide a token's absmax by 127 (vLLM's int8 kernels, and decoct in training), the package by 127.5, so their logits differ by
+design. A
+rebuilt model computes like the kernels, or like the package for the comparison with transformers, which uses it. Both round keys and
+values
+in fp8 in the same way.
 """
 
 from collections.abc import Mapping
@@ -27,9 +29,9 @@ Arithmetic = Literal["kernels", "compressed-tensors"]
 
 
 def hook_inputs(model: nn.Module, opened: ExportReader, arithmetic: Arithmetic, modules: Mapping[str, str]) -> None:
-    """Hook the rounding of inputs into every module of ``model`` whose inputs the export says are rounded.
+    """Hook the rounding of inputs into every module of ``model`` whose inputs the export rounds.
 
-    ``modules`` has the names in the model of those that the export calls otherwise.
+    ``modules`` maps export names to model names where they differ.
     """
     if not isinstance(opened, PackedFolder):
         return
@@ -41,7 +43,7 @@ def hook_inputs(model: nn.Module, opened: ExportReader, arithmetic: Arithmetic, 
 
 
 def hook_cache(model: "PreTrainedModel", opened: ExportReader) -> None:
-    """Let the model round keys and values as the export says; UserError when its scales belong to other modules."""
+    """Make the model round keys and values as the export specifies; UserError if the scales belong to other modules."""
     scales = opened.cache() if isinstance(opened, PackedFolder) else None
     if scales is None:
         return
@@ -56,7 +58,7 @@ def _hook(rounding: Any, module: nn.Module, arguments: tuple[Tensor, ...]) -> tu
 
 
 def like_kernels(x: Tensor, inputs: Inputs) -> Tensor:
-    """Inputs [..., features] as ``fake_quant_activation`` rounds them."""
+    """Round inputs [..., features] as ``fake_quant_activation`` does."""
     spec = ActivationSpec(scaling="dynamic" if inputs.dynamic else "static", symmetric=inputs.symmetric)
     if inputs.scale is None:
         return fake_quant_activation(x, spec)
@@ -65,12 +67,13 @@ def like_kernels(x: Tensor, inputs: Inputs) -> Tensor:
 
 
 def like_package(x: Tensor, inputs: Inputs) -> Tensor:
-    """Inputs fp32 [..., features] as compressed-tensors rounds them (``quantization/utils/helpers.py``, ``calculate_qparams``)."""
+    """Round inputs fp32 [..., features] as compressed-tensors does (``quantization/utils/helpers.py``, ``calculate_qparams``)."""
     if inputs.scale is not None:
         scale, zero = torch.tensor(inputs.scale), torch.tensor(float(inputs.zero))
     else:
         low, high = x.amin(-1, keepdim=True).clamp(max=0.0), x.amax(-1, keepdim=True).clamp(min=0.0)
         scale = torch.maximum(-low, high) / 127.5 if inputs.symmetric else (high - low) / 255
+        # the package's own guard for tokens that are all zero
         scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
         zero = torch.zeros(()) if inputs.symmetric else (-128 - low / scale).clamp(-128, 127).round()
     return ((x / scale + zero).clamp(-128, 127).round() - zero) * scale

@@ -1,1 +1,1 @@
-"""`decoct doctor`: what is installed, which combinations are known to be bad, and what each verb lacks."""
+"""`decoct doctor`: installed packages, known bad combinations, and missing requirements of each verb."""

@@ -1,4 +1,4 @@
-"""`decoct doctor`: what is installed, what devices there are, which combinations are known to be bad, and what each verb lacks."""
+"""`decoct doctor`: installed packages, devices, known bad combinations, and missing requirements of each verb."""
 
 import importlib.util
 import json
@@ -31,27 +31,27 @@ _TOOLS = {"launch --target slurm": "sbatch", "launch --target kubernetes": "kube
 
 @dataclass(frozen=True)
 class Health:
-    """Everything doctor knows."""
+    """Result of an examination."""
 
     versions: dict[str, str | None]
     machine: dict[str, Any]
     findings: list[Finding] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
-    """What cannot be done -> what is missing for it."""
+    """Unavailable feature -> what it is missing."""
 
     @property
     def usable(self) -> bool:
-        """Whether nothing fatal was found."""
+        """Return whether nothing fatal was found."""
         return not any(finding.fatal for finding in self.findings)
 
 
 def installed() -> dict[str, str | None]:
-    """Version of Python and of every package that matters; None for those that are not installed."""
+    """Return the versions of Python and of relevant packages; None for a missing package."""
     return {"python": platform.python_version(), **{package: installed_version(package) for package in ("decoct", *PACKAGES)}}
 
 
 def missing() -> dict[str, str]:
-    """What cannot be done here, and what is missing for it."""
+    """Return the features that are unavailable here, and what they are missing."""
     found: dict[str, str] = {}
     for what, modules in _NEEDED.items():
         if absent := [module for module in modules if importlib.util.find_spec(module) is None]:
@@ -61,7 +61,7 @@ def missing() -> dict[str, str]:
 
 
 def examine() -> Health:
-    """Look at everything; no network, no model."""
+    """Examine packages and machine; uses no network and no model."""
     versions = installed()
     machine, findings = _machine()
     return Health(versions, machine, judge(versions) + findings, missing())
@@ -80,6 +80,7 @@ def _machine() -> tuple[dict[str, Any], list[Finding]]:
         if properties.major < 8:
             findings.append(Finding(f"{properties.name} has no bf16", "set trainer.precision: 32", False))
     cache = cache_dir()
+    # the cache may not exist yet: its nearest existing parent decides
     place = next(p for p in (cache, *cache.parents) if p.exists())
     if not os.access(place, os.W_OK):
         findings.append(Finding(f"the cache {cache} cannot be written", "set DECOCT_CACHE to a folder that can", True))
@@ -109,7 +110,7 @@ def _memory() -> int | None:
 
 
 def run_doctor(as_json: bool) -> None:
-    """Print what was found; exit code 2 when something fatal is among it."""
+    """Print the result; exit code 2 if a finding is fatal."""
     health = examine()
     if as_json:
         print(json.dumps({**asdict(health), "usable": health.usable}, indent=1))

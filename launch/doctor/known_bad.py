@@ -1,4 +1,4 @@
-"""Versions and combinations that are known to be bad, each with where that is known from: what `decoct doctor` judges by."""
+"""Versions and combinations that are known to be bad, each with its source: the rules of `decoct doctor`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ class Finding:
     what: str
     remedy: str
     fatal: bool
-    """Whether decoct should not be used with it."""
+    """Whether decoct must not be used with it."""
 
 
 Versions = Mapping[str, str | None]
 
 
 def _release(versions: Versions, package: str) -> tuple[int, ...] | None:
-    """(2, 13, 0) of '2.13.0+cpu'; None when it is not installed."""
+    """Return a version as numbers, '2.13.0+cpu' as (2, 13, 0); None if the package is not installed."""
     text = versions.get(package)
     if text is None:
         return None
@@ -45,7 +45,7 @@ def _lightning_holes(versions: Versions) -> Finding | None:
 
 
 def _unpickler(versions: Versions) -> Finding | None:
-    """PyTorch's advisory: memory corruption inside the safe unpickler, mended in 2.10."""
+    """PyTorch's advisory: memory corruption inside the safe unpickler, fixed in 2.10."""
     found = _release(versions, "torch")
     if found and found < (2, 10):
         return Finding(f"torch {versions['torch']} can be taken over by a checkpoint (CVE-2026-24747)", "install 2.11 or newer", True)
@@ -80,7 +80,7 @@ def _foreign_triton(versions: Versions) -> Finding | None:
 
 
 def _two_lightnings(versions: Versions) -> Finding | None:
-    """Lightning-AI/pytorch-lightning#19252: classes of one are not those of the other, and different releases of the two do not fit."""
+    """Lightning-AI/pytorch-lightning#19252: the two packages have separate classes, and different releases do not work together."""
     one, other = versions.get("lightning"), versions.get("pytorch-lightning")
     if one and other and one != other:
         return Finding(f"lightning {one} lies beside pytorch-lightning {other}", f"install pytorch-lightning {one}", False)
@@ -97,9 +97,9 @@ def _python(versions: Versions) -> Finding | None:
 KNOWN_BAD: tuple[Callable[[Versions], Finding | None], ...] = (
     _stolen_credentials, _lightning_holes, _unpickler, _old_torch, _old_transformers, _foreign_triton, _two_lightnings, _python,
 )  # fmt: skip
-"""Rules over installed versions; the first word on each combination is the maintainers' own advisory or release note."""
+"""Rules over installed versions; each is based on the maintainers' own advisory or release note."""
 
 
 def judge(versions: Versions) -> list[Finding]:
-    """What is known to be bad about these versions."""
+    """Return what is known to be bad about these versions."""
     return [finding for rule in KNOWN_BAD if (finding := rule(versions))]

@@ -1,1 +1,1 @@
-"""How a recipe gets to its machines: this one, several under torchrun, Slurm, Kubernetes. Each target makes a command or a file."""
+"""Launch targets of a recipe: this machine, several under torchrun, Slurm, Kubernetes. Each target makes a command or a file."""

@@ -1,7 +1,8 @@
-"""torchrun, with exit codes that mean something: ``python -m decoct.launch.jobs.agent <torchrun's own arguments>``.
+"""torchrun with meaningful exit codes: ``python -m decoct.launch.jobs.agent <torchrun's own arguments>``.
 
-torchrun itself ends with 1 and a traceback whatever happened. A scheduler that is to queue a preempted job again, and to leave a mistake
-alone, needs to know: 2 a mistake, 3 a gate, 130 Ctrl-C, 143 SIGTERM, 1 a crash after the last restart.
+torchrun itself ends with 1 and a traceback whatever happened. A scheduler that requeues preempted jobs but not faulty ones needs more: 2
+is a
+user error, 3 a failed gate, 130 Ctrl-C, 143 SIGTERM, 1 a crash after the last restart.
 """
 
 import logging
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run torchrun's agent; returns the code to end with."""
+    """Run torchrun's agent and return the exit code."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ..run.processes import exit_code, forget_outcome, tell_killed
     from ..terminal.boundary import bug_report, ending_of
 
-    # The workers have already told the user what went wrong; the agent would add its own traceback.
+    # the workers have already reported the error; the agent would add its own traceback
     for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     given = run.parse_args(list(sys.argv[1:] if arguments is None else arguments))

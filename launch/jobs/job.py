@@ -1,4 +1,4 @@
-"""What is launched, apart from where."""
+"""What is launched: the job and the settings of Slurm and Kubernetes."""
 
 import re
 import unicodedata
@@ -17,19 +17,19 @@ class Job:
     recipe: str
     """Recipe file or shipped name, as given."""
     name: str
-    """The recipe's name, for the job's."""
+    """The recipe's name, from which the job's name is made."""
     overrides: Sequence[str] = ()
     out: Path
-    """Run folder; the machines share it."""
+    """Run folder, shared by the machines."""
     gpus: int = 1
-    """Processes on each node, one a GPU."""
+    """Processes per node, one per GPU."""
     nodes: int = 1
     restarts: int = 3
-    """How often processes that died are started again; each start resumes by itself."""
+    """Number of restarts after a process dies; every start resumes by itself."""
     job_id: str
-    """Rendezvous id: one for each job, the same on all its nodes."""
+    """Rendezvous id, unique to the job and the same on all its nodes."""
     grace: int = 120
-    """Seconds that a stopped job has to save: between the signal and the end."""
+    """Seconds between the stop signal and the end, for saving a checkpoint."""
 
     def __post_init__(self) -> None:
         words = {"the recipe": self.recipe, "its name": self.name, "--out": str(self.out), "--job-id": self.job_id}
@@ -40,23 +40,23 @@ class Job:
                 raise UserError(f"{what} {text!r} begins with '-', which programs take for an option; choose another name, or a whole path")
 
     def arguments(self) -> list[str]:
-        """What follows ``decoct``."""
+        """Return the arguments of ``decoct``."""
         return ["run", self.recipe, *self.overrides, f"trainer.devices={self.gpus}", "--out", str(self.out)]
 
     @property
     def logs(self) -> Path:
-        """Folder of each rank's output."""
+        """Return the folder of the ranks' log files."""
         return self.out / "logs"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slurm:
-    """Slurm's own settings."""
+    """Settings of Slurm."""
 
     partition: str | None = None
     account: str | None = None
     time: str | None = None
-    """Limit, as sbatch takes it: minutes, 24:00:00, 2-12 or 2-12:30:00."""
+    """Time limit in sbatch's syntax: minutes, 24:00:00, 2-12 or 2-12:30:00."""
 
     def __post_init__(self) -> None:
         for option, text in (("--partition", self.partition), ("--account", self.account)):
@@ -67,14 +67,14 @@ class Slurm:
 
 @dataclass(frozen=True, kw_only=True)
 class Kubernetes:
-    """The cluster's own settings."""
+    """Settings of the Kubernetes cluster."""
 
     image: str
     namespace: str = "default"
     volume_claim: str
     """PersistentVolumeClaim for runs and cache."""
     secrets: Mapping[str, str] = field(default_factory=dict)
-    """Environment variable -> 'secret/key' that holds its value."""
+    """Environment variable -> 'secret/key' with its value."""
 
     def __post_init__(self) -> None:
         check_word("--image", self.image)
@@ -87,7 +87,7 @@ _CLUSTER_NAME = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-
 
 
 def check_word(what: str, text: str) -> None:
-    """UserError for a word with line ends, other control characters or broken bytes: in a generated file it would become other lines."""
+    """Raise UserError for a word with line ends, other control characters or broken bytes: in a generated file it would add lines."""
     if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text):
         raise UserError(
             f"{what} {text!r} holds a line end or a character that cannot be printed, which no job file can carry; choose another name"
@@ -95,12 +95,12 @@ def check_word(what: str, text: str) -> None:
 
 
 def new_job_id(name: str) -> str:
-    """An id of its own for each job: the name, and eight random digits; short enough for the names that a JobSet makes of it."""
+    """Return a unique job id: the name and eight random hex digits, short enough for the names that a JobSet derives from it."""
     return f"{dns_name(name)[:32].rstrip('-')}-{uuid.uuid4().hex[:8]}"
 
 
 def dns_name(name: str) -> str:
-    """A name as Kubernetes and hosts want it (RFC 1035): lower case, digits and dashes, a letter first."""
+    """Return a valid Kubernetes and host name (RFC 1035): lower case, digits and dashes, a letter first."""
     found = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return found if found[:1].isalpha() else f"decoct-{found}".strip("-")
 
@@ -109,7 +109,7 @@ _SECRET = re.compile(r"[-._a-zA-Z0-9]{1,253}")
 
 
 def parse_secret(text: str) -> tuple[str, str]:
-    """``WANDB_API_KEY=wandb/key`` as (variable, 'secret/key'); a value instead of a reference is refused."""
+    """Parse ``WANDB_API_KEY=wandb/key`` into (variable, 'secret/key'); a value instead of a reference is refused."""
     variable, equals, reference = text.partition("=")
     parts = reference.split("/")
     if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable) or len(parts) != 2 or not all(map(_SECRET.fullmatch, parts)):

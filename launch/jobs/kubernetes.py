@@ -1,4 +1,4 @@
-"""Manifests: a Kubeflow TrainJob, or a JobSet where the cluster has no Kubeflow. Secrets are named, never written.
+"""Manifests: a Kubeflow TrainJob, or a JobSet where the cluster has no Kubeflow. Secrets are referenced, never written.
 
 Source: the public CRDs trainer.kubeflow.org/v1alpha1 TrainJob and jobset.x-k8s.io/v1alpha2 JobSet.
 """
@@ -11,13 +11,13 @@ from .job import Job, Kubernetes, dns_name
 from .torchrun import AGENT, ENVIRONMENT, MODULE, torchrun_command
 
 WORK = "/workspace"
-"""Where the volume is mounted: runs, cache and the recipe, if it is a file."""
+"""Mount point of the volume with runs, cache and the recipe, if it is a file."""
 PORT = 29500
 Kind = Literal["trainjob", "jobset"]
 
 
 def manifest(job: Job, cluster: Kubernetes, kind: Kind = "trainjob") -> str:
-    """The manifest as YAML, for ``kubectl apply -f -``."""
+    """Return the manifest as YAML, for ``kubectl apply -f -``."""
     import yaml
 
     made = train_job(job, cluster) if kind == "trainjob" else job_set(job, cluster)
@@ -25,9 +25,9 @@ def manifest(job: Job, cluster: Kubernetes, kind: Kind = "trainjob") -> str:
 
 
 def train_job(job: Job, cluster: Kubernetes) -> dict[str, Any]:
-    """A TrainJob on the runtime ``torch-distributed``, whose environment tells torchrun its nodes and where they meet.
+    """Return a TrainJob on the runtime ``torch-distributed``, whose environment gives torchrun its nodes and rendezvous.
 
-    The time that a stopped pod has to save is the runtime's to set: a TrainJob cannot (terminationGracePeriodSeconds is no override).
+    Only the runtime can set the time that a stopped pod has to save: a TrainJob cannot override terminationGracePeriodSeconds.
     """
     name = dns_name(job.job_id)
     return {
@@ -60,7 +60,7 @@ def train_job(job: Job, cluster: Kubernetes) -> dict[str, Any]:
 
 
 def job_set(job: Job, cluster: Kubernetes) -> dict[str, Any]:
-    """A JobSet of one indexed Job: a pod a node, which meet at the first pod."""
+    """Return a JobSet of one indexed Job with one pod per node; the first pod is the rendezvous."""
     name = dns_name(job.job_id)
     head = f"{name}-node-0-0.{name}"
     command = torchrun_command(replace(job, job_id=name), endpoint=f"{head}:{PORT}", python="python")
@@ -74,6 +74,7 @@ def job_set(job: Job, cluster: Kubernetes) -> dict[str, Any]:
         "volumeMounts": _mounts(),
     }
     pod = {
+        # the Job restarts failed pods, so that its failure policy sees the exit code
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": job.grace,
         "containers": [container],
@@ -109,12 +110,12 @@ def job_set(job: Job, cluster: Kubernetes) -> dict[str, Any]:
 
 
 def _literal(words: Sequence[str]) -> list[str]:
-    """Words as a container gets them: Kubernetes fills in $(NAME) of its own, and takes $$ for $."""
+    """Escape words for a container's command: Kubernetes expands $(NAME), and reads $$ as $."""
     return [word.replace("$", "$$") for word in words]
 
 
 def _decided(container: str) -> dict[str, Any]:
-    """Exit codes that another start would only repeat: a mistake and a failed gate."""
+    """Return the rule for exit codes that a restart would only repeat: a user error (2) and a failed gate (3)."""
     return {"containerName": container, "operator": "In", "values": [2, 3]}
 
 
@@ -132,6 +133,6 @@ def _mounts() -> list[dict[str, Any]]:
 
 
 def _volumes(cluster: Kubernetes) -> list[dict[str, Any]]:
-    # processes of a node talk through shared memory, of which a container has 64 MB by default
+    # processes of a node communicate through shared memory, of which a container has only 64 MB by default
     shared = {"name": "shm", "emptyDir": {"medium": "Memory"}}
     return [{"name": "work", "persistentVolumeClaim": {"claimName": cluster.volume_claim}}, shared]

@@ -1,4 +1,4 @@
-"""An sbatch file: one torchrun on each node, saved and queued again when Slurm takes the nodes back."""
+"""An sbatch file: one torchrun per node; when Slurm takes the nodes back, the run is saved and requeued."""
 
 import re
 import shlex
@@ -9,16 +9,18 @@ from .torchrun import ENVIRONMENT, torchrun_command
 
 PORT = 29500
 PREEMPTED = 143
-"""What a run ends with after SIGTERM, its checkpoint written."""
+"""Exit code of a run after SIGTERM, with its checkpoint written."""
 
 
 def sbatch_script(job: Job, settings: Slurm, *, python: str | None = None) -> str:
-    """The file. Slurm sends USR1 ``job.grace`` seconds before the limit; the batch shell hands it on as SIGTERM and queues the job again.
+    """Return the file. Slurm sends USR1 ``job.grace`` seconds before the limit; the batch shell passes it on as SIGTERM and requeues the
+    job.
 
-    Log files and the run folder lie relative to where sbatch is called, as the recipe does. Slurm opens its log before the script runs:
-    the run folder must be there (`decoct launch` makes it; after --print, mkdir it, as the file says).
+    Log files, the run folder and the recipe are relative to the folder in which sbatch is called. Slurm opens its log before the script
+    runs:
+    the run folder must exist (`decoct launch` makes it; after --print, create it, as the file explains).
 
-    Raises: UserError when the run folder's or the recipe's name holds what Slurm itself reads anew.
+    Raises: UserError if the name of the run folder or the recipe has something that Slurm interprets.
     """
     for what, text in (("--out", str(job.out)), ("the recipe's name", job.name)):
         if "\\" in text or re.search("packjob|hetjob", text, re.IGNORECASE):
@@ -38,7 +40,7 @@ def sbatch_script(job: Job, settings: Slurm, *, python: str | None = None) -> st
     header = "\n".join(f"#SBATCH --{key}={_quoted(value)}" for key, value in options.items() if value is not None)
     command = torchrun_command(job, endpoint="", python=python)
     words = [shlex.quote(word) for word in command]
-    # $head and the job's id are the shell's to fill in; the first of these options are torchrun's own
+    # unquoted, so that the shell fills in $head and the job's id; index() finds the first match, which is torchrun's own option
     words[command.index("--rdzv-endpoint") + 1] = f'"$head:{PORT}"'
     words[command.index("--rdzv-id") + 1] = '"slurm-$SLURM_JOB_ID"'
     line = " ".join(words)
@@ -47,7 +49,7 @@ def sbatch_script(job: Job, settings: Slurm, *, python: str | None = None) -> st
 
 
 def _quoted(value: object) -> str:
-    """As sbatch reads an option: in double quotes, with backslashes before quotes, unless all of it is plain."""
+    """Quote an option's value for sbatch: in double quotes with escaped quotes, unless it is plain."""
     text = str(value)
     return text if re.fullmatch(r"[A-Za-z0-9_@%+=:,./-]+", text) else '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 

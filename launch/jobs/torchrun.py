@@ -8,27 +8,27 @@ from .job import Job
 
 MODULE = "decoct.launch.cli"
 AGENT = "decoct.launch.jobs.agent"
-"""torchrun with exit codes of its own."""
-# A restarted worker must not find the addresses of the dead in its store, and a lost node must not take the store with it.
+"""Module that runs torchrun with meaningful exit codes."""
+# a restarted worker must not find addresses of dead ones in its store, and a lost node must not take the store with it
 ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def torchrun_command(
     job: Job, *, endpoint: str, node_rank: int | None = None, python: str | None = None, logs: str | None = None
 ) -> list[str]:
-    """torchrun with c10d rendezvous, automatic restarts, rank 0 on the console and every rank in a file of its own.
+    """Return the torchrun command: c10d rendezvous, automatic restarts, rank 0 on the console and one log file per rank.
 
     Args:
         job: What to run.
-        endpoint: ``host:port`` of the first node, where the ranks meet.
-        node_rank: This node's number, where the machines should keep their order; None = as they come.
-        python: Interpreter; None = the one that runs this.
-        logs: Log folder; None = the job's.
+        endpoint: ``host:port`` of the first node, the rendezvous.
+        node_rank: This node's number, to fix the order of the machines; None: in order of arrival.
+        python: Interpreter; None: the running one.
+        logs: Log folder; None: the job's.
     """
     command = [python or sys.executable, "-m", AGENT]
     command += ["--nnodes", str(job.nodes), "--nproc-per-node", str(job.gpus)]
     if node_rank is not None:
-        # the first node holds the meeting place; without this the first to come would, wherever two nodes share a name
+        # the first node hosts the rendezvous; without this the first to arrive would, if two nodes share a name
         command += ["--node-rank", str(node_rank), "--rdzv-conf", f"is_host={int(node_rank == 0)}"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", job.job_id]
     command += ["--max-restarts", str(job.restarts)]
@@ -37,7 +37,7 @@ def torchrun_command(
 
 
 def endpoint_of(given: str | None, nodes: int) -> str:
-    """``host:port``; one node meets itself. UserError when several nodes are not told where to meet."""
+    """Return ``host:port``; a single node is its own rendezvous. UserError if several nodes have no endpoint."""
     from ...models.common.errors import UserError
 
     if given is None:
@@ -51,7 +51,7 @@ def endpoint_of(given: str | None, nodes: int) -> str:
 
 
 def shell_line(command: Sequence[str]) -> str:
-    """The command as a shell takes it, its environment before it."""
+    """Return the command as a shell line, with its environment variables in front."""
     import shlex
 
     return " ".join([*(f"{key}={value}" for key, value in ENVIRONMENT.items()), shlex.join(command)])

@@ -1,4 +1,4 @@
-"""Is an export still the model that was measured: hashes, structure, every weight, and what runtimes compute."""
+"""Verifies that an export is still the measured model: hashes, structure, every weight, and the results of runtimes."""
 
 from typing import TYPE_CHECKING
 

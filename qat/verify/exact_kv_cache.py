@@ -1,4 +1,4 @@
-"""Are the scales of keys and values in an export those of its source, and those that were recorded?"""
+"""Compares the scales of keys and values in an export with its source and its record."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def cache_of(opened: ExportReader) -> dict[str, float]:
-    """Scales by ``<attention module>.k`` and ``.v``; {} where keys and values are not rounded. UserError when they are damaged."""
+    """Return scales by ``<attention module>.k`` and ``.v``; {} if keys and values are not rounded. UserError if they are damaged."""
     return (opened.cache() or {}) if isinstance(opened, PackedFolder) else {}
 
 
 def cache_differences(opened: ExportReader, source: "ExportSource") -> list[str]:
-    """Sentences about scales of keys and values that are not the source's; [] when all are."""
+    """Return a sentence for each scale of keys and values that differs from the source; [] if none does."""
     stored = source.state.cache
     wanted = {} if stored is None else {name: float(scale) for name, scale in stored.scales.items()}
     found = cache_of(opened)
@@ -29,7 +29,7 @@ def cache_differences(opened: ExportReader, source: "ExportSource") -> list[str]
 
 
 def cache_values(opened: ExportReader) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
-    """fp32 [2] by attention module: its scales of keys and values, to be hashed."""
+    """Return fp32 [2] by attention module, its scales of keys and values, for hashing."""
     scales = cache_of(opened)
     attentions = dict.fromkeys(name.rpartition(".")[0] for name in scales)
     return {name: np.array([scales[f"{name}.k"], scales[f"{name}.v"]], np.float32) for name in attentions}

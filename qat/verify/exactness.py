@@ -1,7 +1,7 @@
-"""Is an export the model that was measured? Element by element against its source, and by recorded hash long after.
+"""Proves that an export is the measured model: element by element against its source, and later by recorded hashes.
 
-What is hashed is the fp32 tensor that the independent reader rebuilds, not the file: the record holds for the numbers a runtime
-multiplies with, however their bytes are arranged.
+Hashes cover the fp32 tensor that the independent reader rebuilds, not the file: they describe the numbers that a runtime multiplies with,
+however their bytes are arranged.
 """
 
 import hashlib
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What the independent reader found in an export."""
+    """Result of the independent reader for an export."""
 
     weights: dict[str, str]
     """``weight_hash`` of each rebuilt tensor by original name."""
     scales: dict[str, str]
     """``weight_hash`` of the scales of each quantized module, and of each attention module whose keys and values are rounded."""
     problems: list[str]
-    """Sentences about what is not the source's; [] when the export is exact."""
+    """Differences from the source, one sentence each; [] if the export is exact."""
 
 
 def weight_hash(values: NDArray[np.float32]) -> str:
-    """Hex sha256 of the little-endian fp32 bytes of a tensor, row by row."""
+    """Return the hex sha256 of a tensor's little-endian fp32 bytes in row-major order."""
     return hashlib.sha256(np.ascontiguousarray(values, dtype="<f4").data).hexdigest()
 
 
 def prove(folder: Path, source: "ExportSource") -> Proof:
-    """Rebuild every tensor of an export, compare it with its source element by element, and hash it: each packed module is decoded once.
+    """Rebuild every tensor of an export, compare it with its source and hash it; each packed module is decoded only once.
 
     Raises:
         UserError: the export cannot be read.
@@ -62,6 +62,7 @@ def prove(folder: Path, source: "ExportSource") -> Proof:
         weights[name] = weight_hash(rebuilt)
         if packed is not None:
             scales[module] = _scale_hash(opened, module, packed)
+            # GGUF blocks are wider than some codes, so equal weights do not prove codes in range
             problems += code_problems(module, packed, source.state.spec_of(module)) if isinstance(opened, GgufModel) else []
         if name in wanted:
             expected = opened.as_stored(name, source_weight(source, name, quantized.get(name)))
@@ -72,7 +73,7 @@ def prove(folder: Path, source: "ExportSource") -> Proof:
 
 
 def _decoded(opened: ExportReader, name: str) -> tuple[NDArray[np.float32], Decoded | None]:
-    """(a tensor as fp32, the packed module that it is the weight of; None where it is plain)."""
+    """Return (a tensor as fp32, the decoded module of a packed weight or None for a plain tensor)."""
     module = name.removesuffix(".weight")
     if module not in opened.modules:
         return opened.tensor(name), None
@@ -81,20 +82,21 @@ def _decoded(opened: ExportReader, name: str) -> tuple[NDArray[np.float32], Deco
 
 
 def source_weight(source: "ExportSource", name: str, module: str | None) -> NDArray[np.float32]:
-    """fp32 tensor of a quantized folder: the values of a module's codes and scales, or of a plain tensor (``module`` None)."""
+    """Return an fp32 tensor of a quantized folder: a module's decoded weight, or a plain tensor (``module`` None)."""
     if module is None:
         return source.tensor(name).float().numpy()
     return source.state.dequantized(module).numpy()
 
 
 def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]]:
-    """Rebuild every tensor of an export and compare it with the hashes in ``decoct.json`` (none are there in others' exports).
+    """Rebuild every tensor of an export and compare it with the hashes in ``decoct.json`` (exports of other tools have none).
 
-    Every single flipped bit of a tensor's bytes is found: of a code or a plain value by the hash; of a scale by the hash of
-    the scales; of unused bits and shapes by the reader.
+    Every flipped bit of a tensor's bytes is found: in a code or plain value by the hash, in a scale by the hash of the scales, in unused
+    bits
+    and shapes by the reader.
 
     Returns:
-        (number of tensors that were compared with a hash, sentences about what is wrong).
+        (number of tensors compared with a hash, one sentence per problem).
     """
     try:
         opened = open_export(folder)
@@ -131,7 +133,7 @@ def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]
 
 
 def _scale_hash(opened: ExportReader, name: str, module: Decoded) -> str:
-    """Hash of a module's scales, and of the scale and zero point of its inputs where they are stored."""
+    """Return the hash of a module's scales, with the scale and zero point of its inputs if they are stored."""
     inputs = opened.inputs(name) if isinstance(opened, PackedFolder) else None
     if inputs is None or inputs.scale is None:
         return weight_hash(module.scales)
@@ -139,9 +141,9 @@ def _scale_hash(opened: ExportReader, name: str, module: Decoded) -> str:
 
 
 def _scale_problem(opened: ExportReader, name: str, module: Decoded, recorded: dict[str, str] | None) -> str | None:
-    """What is wrong with the scales of a module, which show in no weight where the codes are zero.
+    """Return what is wrong with a module's scales; the weights do not show it where all codes are zero.
 
-    Records of older exports have no hash of the scales (``recorded`` None): those know that decoct stores groups of zeros with scale 1.
+    Records of older exports have no hash of the scales (``recorded`` None); there, decoct stored groups of zeros with scale 1.
     """
     if recorded is not None:
         return None if recorded.get(name) == _scale_hash(opened, name, module) else f"{name}: its scales are not those that were exported"

@@ -1,4 +1,4 @@
-"""Does a GGUF file say of the model what its config, tokenizer and record say? Written from the other side than the exporter.
+"""Compares a GGUF file's metadata with the model's config, tokenizer and record, independently of the exporter's code.
 
 A wrong number of heads or a wrong rope base changes every token while each weight is right, so the metadata is checked like weights.
 """
@@ -28,23 +28,23 @@ _FIELDS = {
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
 }
-"""Metadata -> names of the config's field."""
+"""Metadata key -> possible names of the config's field."""
 _SAMPLING = {
     "temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty",
 }  # fmt: skip
-"""general.sampling.* -> names in generation_config.json."""
+"""Key after ``general.sampling.`` -> name in generation_config.json."""
 
 
 def gguf_problems(model: GgufModel, record: dict[str, Any], *, codes: bool = True) -> list[str]:
-    """What disagrees, one sentence each; [] when nothing does.
+    """Return what disagrees, one sentence each; [] if nothing does.
 
     Args:
         model: The opened file, with config and tokenizer in its folder.
-        record: ``decoct.json``; {} when there is none.
-        codes: Also decode every module and see that its codes are in the range that the record says (``exactness.prove`` does too).
+        record: Content of ``decoct.json``; {} if there is none.
+        codes: Also decode every module and check that its codes are in the recorded range (as ``exactness.prove`` does).
 
     Raises:
-        UserError: config or tokenizer beside the file cannot be read.
+        UserError: the folder's config or tokenizer cannot be read.
     """
     folder, name = model.path.parent, model.path.name
     problems = [f"{name}: {problem}" for problem in model_structure(folder, model.shapes()).differences(model.shapes())]
@@ -72,7 +72,7 @@ def _number_problems(model: GgufModel, config: Any) -> list[str]:
 
 
 def _differing(key: str, found: Any, wanted: Any) -> list[str]:
-    with np.errstate(over="ignore"):  # 1e308 in a config is infinite in fp32, and no file's number
+    with np.errstate(over="ignore"):  # 1e308 in a config overflows to infinity in fp32, which equals no number of a file
         same = (
             found is None
             if wanted is None
@@ -103,7 +103,7 @@ def _rope_problems(model: GgufModel, config: Any) -> list[str]:
 
 
 def _llama3_factor(rope: dict[str, Any], pair: int, width: int) -> float:
-    """What the frequency of a pair of channels is divided by (Llama 3.1: long wavelengths fully, short ones not at all)."""
+    """Return the divisor of a channel pair's frequency (Llama 3.1: long wavelengths fully scaled, short ones not at all)."""
     turns = rope["original_max_position_embeddings"] / (2 * math.pi * rope["rope_theta"] ** (2 * pair / width))
     if turns > rope["high_freq_factor"]:
         return 1.0
@@ -128,13 +128,13 @@ def _token_problems(model: GgufModel, folder: Path) -> list[str]:
     problems = [f"token {wrong[0][1]} is another one than in tokenizer.json ({len(wrong):,} differ)"] if wrong else []
     for key, index in (("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)):
         found = model.file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        # a tokenizer may have no end of text while the model has
+        # the model may have an end of text that the tokenizer lacks
         problems += [] if key == "eos" and index is None else _differing(f"{key}_token_id", found, index)
     return problems + _generation_problems(model, folder)
 
 
 def _generation_problems(model: GgufModel, folder: Path) -> list[str]:
-    """Sampling and ends of text that are not what generation_config.json says. What is not there at all is no fault: older files."""
+    """Return differences of sampling and end tokens from generation_config.json. Missing entries are accepted: older files lack them."""
     file = folder / "generation_config.json"
     given, config = (read_json(file) if file.is_file() else {}), plain_config(folder)
     problems = []
@@ -161,19 +161,19 @@ def _record_problems(model: GgufModel, record: dict[str, Any], codes: bool) -> l
         return [f"decoct.json: the entry 'quant' cannot be read ({error})"]
     if modules != set(model.modules):
         return ["the packed modules are not those that decoct.json lists"]
-    # modules may have schemes of their own: of the usual one the range is known
+    # modules with their own scheme are skipped: ``spec`` is the range of the others
     usual = (name for name in model.modules if name not in (quant.get("own_specs") or {})) if codes else ()
     return [problem for name in usual for problem in code_problems(name, model.decode(name), spec)][:1]
 
 
 def code_problems(name: str, module: Decoded, spec: QuantSpec) -> list[str]:
-    """A sentence about a module whose codes are outside the range of its scheme; [] when they are inside."""
+    """Return a sentence if a module's codes are outside the range of its scheme; else []."""
     blocks = module.codes.reshape(module.scales.size, -1).astype(np.int16)
     if spec.symmetric:
-        # Q2_0 has the signs of codes and scale turned
+        # Q2_0 stores codes and scales with flipped signs
         blocks = np.where(module.scales.reshape(-1, 1) < 0, -blocks, blocks)
         inside = spec.qmin <= int(blocks.min()) <= int(blocks.max()) <= spec.qmax
     else:
-        # codes are moved by a number that a block may choose: only how far they lie apart is the scheme's
+        # the exporter may shift the codes of a block, so only their spread is fixed by the scheme
         inside = int((blocks.max(1) - blocks.min(1)).max()) <= spec.qmax - spec.qmin
     return [] if inside else [f"{name} has codes outside {spec.qmin}..{spec.qmax}"]

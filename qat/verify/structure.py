@@ -1,4 +1,4 @@
-"""Does an export have the names, shapes and scheme that its config and its record say? No weight is compared here."""
+"""Compares names, shapes and scheme of an export with its config and record; no weight is compared here."""
 
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from .gguf_metadata import gguf_problems
 
 
 def structure_problems(path: Path, record: dict[str, Any], *, codes: bool = True) -> list[str]:
-    """What disagrees, one sentence each; [] when nothing does, or when the export cannot be read at all it says so.
+    """Return what disagrees, one sentence each; [] if nothing does. An unreadable export is one sentence.
 
     Args:
         path: The export.
-        record: ``decoct.json``; {} when there is none.
-        codes: Also decode a GGUF file's modules and see that their codes are in the recorded range.
+        record: Content of ``decoct.json``; {} if there is none.
+        codes: Also decode a GGUF file's modules and check that their codes are in the recorded range.
     """
     try:
         if find_gguf(path) is not None:
@@ -28,7 +28,7 @@ def structure_problems(path: Path, record: dict[str, Any], *, codes: bool = True
         opened = open_folder(path)
         structure = model_structure(path, opened.shapes())
         problems = [f"{path.name}: {problem}" for problem in structure.differences(opened.shapes())]
-        # runtimes expect packed tensors of every linear that the config does not leave out
+        # runtimes expect packed tensors for every linear that the config does not exclude
         problems += opened.unlisted(structure.linears)
         return problems + _record_problems(opened, record)
     except UserError as error:
@@ -55,7 +55,7 @@ def _record_problems(opened: WeightFolder, record: dict[str, Any]) -> list[str]:
 
 
 def _cache_problems(opened: WeightFolder, quant: dict[str, Any]) -> list[str]:
-    """Attention modules of which either the export or the record alone says that their keys and values are rounded."""
+    """Return attention modules whose keys and values are rounded only in the export, or only according to the record."""
     found, recorded = {name.rpartition(".")[0] for name in cache_of(opened)}, set(map(str, quant.get("attentions") or ()))
     problems = [f"kv_cache: {name} has no k_scale and v_scale, but {RECORD} says so" for name in sorted(recorded - found)]
     return problems + [f"kv_cache: {name} has a k_scale and v_scale that {RECORD} says nothing of" for name in sorted(found - recorded)]

@@ -1,6 +1,6 @@
-"""Is a folder still what was exported? Hashes, structure, scales, every weight, and what installed runtimes make of it.
+"""Verifies that a folder is still what was exported: hashes, structure, scales, every weight, and the results of installed runtimes.
 
-Works on exports by others too: without a record there is no hash to compare with, and the report says so.
+Exports of other tools can be verified too: without a record there is no hash to compare with, and the report notes it.
 """
 
 from dataclasses import dataclass, field
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class VerifyReport:
-    """What was found; the folder is whole when ``problems`` is empty."""
+    """Result of a verification; the folder is sound if ``problems`` is empty."""
 
     problems: list[str] = field(default_factory=list)
     """One sentence each, naming the file or tensor."""
     checks: list[str] = field(default_factory=list)
-    """What was checked and found right, one sentence each."""
+    """Checks that passed, one sentence each."""
     runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By runtime, as ``check_runtimes`` gives it."""
+    """Entry by runtime, as in ``check_runtimes``."""
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Return whether there are no problems."""
         return not self.problems
 
     def note(self, problems: list[str], passed: str) -> None:
-        """Take up the outcome of one check."""
+        """Record the result of one check."""
         self.problems += [problem for problem in problems if problem not in self.problems]
         if not problems:
             self.checks.append(passed)
@@ -49,16 +49,16 @@ class VerifyReport:
 def verify_folder(
     path: Path, *, source: Path | SourceFolder | None = None, runtimes: bool = True, tokens: "Tensor | None" = None
 ) -> VerifyReport:
-    """Check a model folder without changing it; what is wrong with it is reported, not raised.
+    """Check a model folder without changing it; problems are reported, not raised.
 
     Args:
-        path: An export (or any model folder: then files and, of a quantized one, codes are checked), or a GGUF file.
+        path: An export, a GGUF file, or any other model folder, of which files and any codes are checked.
         source: The quantized folder it was made from, to compare every weight with.
         runtimes: Load a sound export in every installed runtime, each in a fresh process, and compare logits.
-        tokens: int64 [B, S] of real text for the runtimes, which adds their perplexity.
+        tokens: int64 [B, S], real text for the runtimes; adds their perplexity.
 
     Raises:
-        UserError: ``path`` is no folder, or ``source`` cannot be used.
+        UserError: ``path`` does not exist, or ``source`` cannot be used.
     """
     path = Path(path)
     source = SourceFolder(source) if isinstance(source, str | Path) else source
@@ -91,7 +91,7 @@ def verify_folder(
 
 
 def _verify_bare_gguf(path: Path, source: SourceFolder | None) -> VerifyReport:
-    """A file alone, as others pass it on: no record, and no config to compare its metadata or run a reference with."""
+    """Verify a single GGUF file without a record, and without a config for metadata or a reference model."""
     report = VerifyReport()
     _, problems = check_recorded(path, {})
     report.note(problems, "an independent reader rebuilds every weight: header sound, values and scales finite")
@@ -102,7 +102,7 @@ def _verify_bare_gguf(path: Path, source: SourceFolder | None) -> VerifyReport:
 
 
 def _check_files(path: Path, report: VerifyReport) -> dict[str, Any]:
-    """Every file's sha256 against the record; returns the record, {} when there is none or it cannot be read."""
+    """Compare every file's sha256 with the record; return the record, {} if there is none or it cannot be read."""
     try:
         record = read_record(path)
         problems = verify_folder_files(path) if record else []
@@ -137,6 +137,7 @@ def _check_runtimes(path: Path, tokens: "Tensor | None", report: VerifyReport) -
     if report.problems:
         return
     try:
+        # only for a sound export: a damaged one would only repeat its fault in every runtime
         report.runtimes = check_runtimes(path, tokens=tokens)
     except UserError as error:
         report.note([str(error)], "")
@@ -153,7 +154,7 @@ def _check_runtimes(path: Path, tokens: "Tensor | None", report: VerifyReport) -
 
 
 def _check_plain(path: Path, record: dict[str, Any], report: VerifyReport) -> None:
-    """A folder without packed weights: readable files, and of a quantized one codes that are its weights."""
+    """Check a folder without packed weights: sound files, and for a quantized folder codes that match its weights."""
     from ..codes.state import load_quant_state
 
     try:
