@@ -1,8 +1,8 @@
-"""What transformers 4, and servers built on it (SGLang, older vLLM), need to read a folder as transformers 5 does.
+"""Config fields that transformers 4 and servers built on it (SGLang, older vLLM) need to read a folder as transformers 5 does.
 
-transformers 5 keeps everything of rotary positions in ``rope_parameters`` and the dtype in ``dtype``; transformers 4 knows neither, takes
-its own defaults without a word, and predicts other tokens. The older fields are written beside the new ones, and left out of a config
-that transformers 5 would then read differently.
+transformers 5 keeps rotary positions in ``rope_parameters`` and the dtype in ``dtype``. transformers 4 knows neither: it silently takes
+its own defaults and predicts other tokens. The older fields are therefore written in addition, unless transformers 5 would then read the
+config differently.
 
 Source: ``convert_rope_params_to_dict`` in transformers 5 (what it reads of the older fields), ``configuration_*.py`` of 4.57.
 """
@@ -23,19 +23,20 @@ _TOKENIZERS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
 def older_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of ``config.json`` that transformers 4 reads in the place of ``rope_parameters`` and ``dtype``.
+    """The fields that transformers 4 reads instead of ``rope_parameters`` and ``dtype``.
 
     Args:
         config: Content of a ``config.json`` as transformers 5 writes it.
 
     Returns:
-        ``rope_theta``, ``rope_scaling`` (null for plain frequencies) and what else the model type had, and ``torch_dtype``; {} for what
-        the config does not have.
+        ``rope_theta``, ``rope_scaling`` (null for plain frequencies), further fields of the model type, and ``torch_dtype``. Fields that
+        the config does not have are left out.
     """
     fields = {"torch_dtype": config["dtype"]} if isinstance(config.get("dtype"), str) else {}
     rope, kind = config.get("rope_parameters"), str(config.get("model_type"))
     if not isinstance(rope, dict) or not rope:
         return fields
+    # a dict per kind of attention layer is the newer form; otherwise one set serves all layers
     if not any(isinstance(value, dict) for value in rope.values()):
         return fields | _of_one(rope, config, kind)
     whole, local = rope.get("full_attention") or {}, rope.get("sliding_attention") or {}
@@ -45,7 +46,7 @@ def older_fields(config: dict[str, Any]) -> dict[str, Any]:
         return fields | _of_one(whole, config, kind) | {"rope_local_base_freq": local.get("rope_theta")}
     if whole.get("rope_theta") == local.get("rope_theta") is not None:
         return fields | _of_one(whole, config, kind)
-    return fields  # no type of transformers 4 has words for it
+    return fields  # transformers 4 has no model type that can express this
 
 
 def _of_one(rope: dict[str, Any], config: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -69,13 +70,14 @@ def _scaling(rope: dict[str, Any], kind: str) -> dict[str, Any] | None:
 
 
 def with_older_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` and its ``older_fields``; without those where transformers here would read other numbers from them."""
+    """``config`` with its ``older_fields``; without them if the installed transformers would then read other numbers."""
     fields = older_fields(config)
-    # what an earlier version wrote may not be true any more
+    # drop fields from an earlier save, which may be outdated
     plain = {key: value for key, value in config.items() if key not in (*fields, "rope_scaling", "rope_theta")}
     if not isinstance(config.get("rope_parameters"), dict) or not fields:
         return {**config, **fields}
     full = {**plain, **fields}
+    # tried, not assumed: releases of transformers differ in which field wins
     if _read(full) == _read(plain):
         return full
     _logger.warning(
@@ -85,7 +87,7 @@ def with_older_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(config: dict[str, Any]) -> Any:
-    """What transformers understands of rotary positions in a config; the error if it refuses it."""
+    """Rotary parameters that the installed transformers reads from a config; the error message if it refuses the config."""
     from transformers import CONFIG_MAPPING
 
     kind = config.get("model_type")
@@ -94,7 +96,7 @@ def _read(config: dict[str, Any]) -> Any:
     build: Any = CONFIG_MAPPING[kind]
     try:
         with quiet_transformers():
-            # as from_json_file does: infinite numbers have a spelling of their own
+            # as from_json_file does: infinite numbers have a special spelling
             content = build._decode_special_floats(json.loads(json.dumps(config)))
             rope = build.from_dict(content).to_dict().get("rope_parameters")
     except Exception as error:
@@ -103,12 +105,12 @@ def _read(config: dict[str, Any]) -> Any:
 
 
 def _without_type(rope: Any) -> Any:
-    """``type`` is the older word for ``rope_type``, which stands beside it."""
+    """Drop ``type``, the older name of ``rope_type``, which is present as well."""
     return {key: _without_type(value) for key, value in rope.items() if key != "type"} if isinstance(rope, dict) else rope
 
 
 def mend_tokenizer_config(file: Path) -> None:
-    """Rewrite ``tokenizer_config.json`` so that transformers 4 reads it too; nothing happens when it is absent or does already."""
+    """Rewrite ``tokenizer_config.json`` so that transformers 4 can read it too. A missing or readable file stays unchanged."""
     if not file.is_file():
         return
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -116,7 +118,7 @@ def mend_tokenizer_config(file: Path) -> None:
     changed = {**content, "tokenizer_class": _TOKENIZERS.get(named, named)} if isinstance(named, str) else dict(content)
     extra = changed.get("extra_special_tokens")
     if isinstance(extra, list):
-        # version 4 wants names for these, and has a list under the older key, which version 5 takes as well
+        # version 4 expects a dict here and reads a list from the older key, which version 5 accepts as well
         del changed["extra_special_tokens"]
         changed["additional_special_tokens"] = extra
     if changed != content:

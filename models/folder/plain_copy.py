@@ -1,7 +1,6 @@
-"""A plain text model in 16 bits out of what people have: text and images, an adapter, fp8 or bitsandbytes weights.
+"""Makes a plain 16-bit text model from a multimodal model, an adapter, or fp8 or bitsandbytes weights.
 
-Each is a change of form: the text model of a larger one is compared with it on some tokens; merged and unpacked weights are what
-transformers and peft make of them.
+The text part of a multimodal model is compared with the whole model on a few tokens. transformers and peft merge and unpack weights.
 """
 
 import copy
@@ -28,18 +27,19 @@ _TOKENS = 16
 
 
 def make_plain(source: str, target: Path, *, revision: str | None = None) -> str:
-    """Write the plain text model of ``source`` to the new folder ``target``, in the dtype that it has (packed weights: bf16).
+    """Write the plain text model of ``source`` to the new folder ``target``, in its own dtype (packed weights: bf16).
 
     Args:
-        source: A model folder or hub id: of text and images or sound, an adapter of peft, or with packed weights.
-        target: The folder to make.
+        source: Model folder or hub id: a multimodal model, a peft adapter, or packed weights.
+        target: New folder.
         revision: Hub revision of ``source``.
 
     Returns:
-        What was done, in words.
+        A phrase that describes what was done.
 
     Raises:
-        UserError: ``source`` is a plain text model already, or of a kind that cannot be made one.
+        UserError: ``source`` is already a plain text model, or cannot be converted to one.
+        DecoctError: the text part alone gives other logits than the whole model; nothing is written.
     """
     folder = local_folder(source, revision=revision)
     if folder is not None and (folder / ADAPTER).is_file():
@@ -74,7 +74,7 @@ def _quietly(source: str, load: Callable[[], Any]) -> Any:
 
 
 def _merged(folder: Path) -> "tuple[PreTrainedModel, Path | str]":
-    """(model with the adapter's weights in its own, where its tokenizer is)."""
+    """(Model with the adapter merged into its weights, folder or hub id of its tokenizer)."""
     try:
         from peft import AutoPeftModelForCausalLM
     except ImportError as error:
@@ -82,8 +82,8 @@ def _merged(folder: Path) -> "tuple[PreTrainedModel, Path | str]":
     base = read_json(folder / ADAPTER).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{folder / ADAPTER} does not say which model it belongs to; set base_model_name_or_path to its folder or hub id")
-    stored = load_config(base).dtype  # with refusals of its own: no such folder, no hub
-    # the sum in fp32, rounded once
+    stored = load_config(base).dtype  # raises a clear UserError when the base model cannot be found
+    # add in fp32 and round once: a sum in bf16 would round twice
     adapted = _quietly(str(folder), lambda: AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32))
     merged = _quietly(str(folder), lambda: adapted.merge_and_unload(safe_merge=True))
     own = any(folder.glob("tokenizer*"))
@@ -111,12 +111,13 @@ def _unpacked(source: str, folder: Path, packed: dict[str, Any]) -> "tuple[str, 
         lambda: load(folder, dtype=torch.bfloat16, use_safetensors=True, local_files_only=True, output_loading_info=True, **how),
     )
     check_report(source, model, report)
+    # bitsandbytes has no option to unpack while loading
     if method == "bitsandbytes":
         model = _quietly(source, lambda: model.dequantize(dtype=torch.bfloat16))
     left = [name for name, parameter in model.named_parameters() if parameter.dtype not in (torch.bfloat16, torch.float16, torch.float32)]
     if left:
         raise UserError(f"{source} cannot be made a plain model: {left[0]} stays packed ({method}); give the model it was made from")
-    # a model of its own: the loaded one remembers how it was unpacked, and would be saved so
+    # a fresh model: the loaded one keeps its quantizer and would be saved as quantized
     config: Any = load_config(folder)
     del config.quantization_config
     with quiet_transformers():
@@ -127,7 +128,7 @@ def _unpacked(source: str, folder: Path, packed: dict[str, Any]) -> "tuple[str, 
 
 
 def _text_model(source: str, folder: Path) -> "tuple[str, PreTrainedModel]":
-    """The text model inside a larger one, with the same logits."""
+    """The text model inside a multimodal one, with the same logits."""
     from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
     load: Any = AutoModelForMultimodalLM.from_pretrained
@@ -137,7 +138,7 @@ def _text_model(source: str, folder: Path) -> "tuple[str, PreTrainedModel]":
     check_report(source, whole, report)
     head = whole.get_output_embeddings()
     config = copy.deepcopy(whole.config.get_text_config())
-    # the flag of the whole model decides, and the two need not agree
+    # the nested config may disagree with the whole model: the actual weights decide
     config.tie_word_embeddings = head is not None and head.weight is whole.get_input_embeddings().weight
     with quiet_transformers():
         inner = whole.get_decoder()
@@ -162,6 +163,7 @@ def _text_model(source: str, folder: Path) -> "tuple[str, PreTrainedModel]":
 def _same_logits(source: str, whole: Any, text: Any) -> None:
     ids = torch.arange(1, 1 + _TOKENS).remainder(text.config.vocab_size)[None]
     expected, found = (model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits for model in (whole, text))
+    # exact: the same weights in the same operations must give the same bits
     if not torch.equal(expected, found):
         raise DecoctError(
             f"{source}: the text model alone predicts something else (largest difference {(expected - found).abs().max():.3g}); "

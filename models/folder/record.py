@@ -1,7 +1,7 @@
-"""decoct.json: what decoct knows of a folder that it wrote, and whether the folder still is what was written.
+"""decoct.json: the record of a folder that decoct wrote, and checks that the folder is unchanged.
 
-Whoever opens a folder checks it here (``check_record``): the record itself, and sizes and sha256 of the files, which a cache by file
-identity makes cheap. ``verify_folder_files`` reads every byte and names everything that is wrong.
+Code that opens a folder calls ``check_record``: it checks the record, sizes and sha256 of the files, and is cheap because hashes are
+cached by file identity. ``verify_folder_files`` reads every byte and reports every problem.
 """
 
 import os
@@ -23,7 +23,7 @@ CONTENT = (
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
     "sentencepiece.bpe.model", "tekken.json", "*.tiktoken", "chat_template.jinja",
 )  # fmt: skip
-"""The files that decide what numbers a folder gives: README, decoct.json and generation settings do not."""
+"""Files that determine the numbers of a model; README, decoct.json and generation settings do not."""
 _WEIGHTS = (".safetensors", ".gguf")
 _TYPES: dict[str, tuple[type, ...]] = {
     "files": (dict,), "sizes": (dict,), "quant": (dict, type(None)), "export": (dict,), "training": (dict,),
@@ -38,7 +38,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """The content of decoct.json; {} when the folder has none.
 
     Raises:
-        UserError: it is broken, not what was written, or of a newer format than this version reads.
+        UserError: the record is damaged, was changed, or has a newer format than this version reads.
     """
     file = Path(path) / RECORD
     if not file.exists():
@@ -67,9 +67,10 @@ def _is_well_formed(record: Mapping[str, Any]) -> bool:
 
 
 def write_record(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write decoct.json: ``content``, the format, size and sha256 of every other file of the folder, and a hash of itself."""
+    """Write decoct.json: ``content``, the format, size and sha256 of every other file in the folder, and a hash of the record itself."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / RECORD]
     names = {file.relative_to(folder).as_posix(): file for file in files}
+    # the content may come from another folder's record, whose hashes do not apply here
     own = {key: value for key, value in content.items() if key not in ("format", "files", "sizes")}
     hashes = {name: sha256_file(file) for name, file in names.items()}
     sizes = {name: file.stat().st_size for name, file in names.items()}
@@ -77,27 +78,27 @@ def write_record(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def seal_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write exactly ``record`` as decoct.json, with a hash of itself."""
+    """Write ``record`` unchanged as decoct.json, with a hash of itself."""
     write_json_atomic(folder / RECORD, sealed(record))
 
 
 def check_record(folder: Path, *, weights: bool = True) -> None:
-    """Check a folder against its record, if it has one, before it is used; README files may differ.
+    """Check a folder against its record, if it has one, before it is used. Markdown files may differ.
 
-    Of the processes of a machine the first one looks, and the others end with it.
+    Only the first process of a machine checks; if it fails, the others stop with it.
 
     Args:
-        folder: Model folder, export, or any other that ``write_record`` was called for.
-        weights: Hash weight files too. False: their sizes alone, for who reads config or tokenizer.
+        folder: Model folder, export, or any other folder with a record.
+        weights: Also hash weight files. False checks only their sizes, for callers that read config or tokenizer.
 
     Raises:
-        UserError: the record is damaged, or a file is missing or not the one that was written.
+        UserError: the record is damaged, or a file is missing or has changed.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
     record = read_record(folder)
     for name in record.get("files", {}):
-        # model cards are edited by hand; codes may be left out, as only an export needs them
+        # users edit model cards by hand; codes may be missing, because only an export needs them
         if name.endswith(".md") or (name in (CODES, OLD_CODES) and not (Path(folder) / name).is_file()):
             continue
         hashing = cached_sha256 if weights or not name.endswith(_WEIGHTS) else None
@@ -108,12 +109,16 @@ def check_record(folder: Path, *, weights: bool = True) -> None:
 
 
 def _yours(folder: Path, name: str) -> str:
-    """How a change that was meant is recorded; nothing for weights, which are what was measured."""
+    """Hint how to record an intended change; '' for weights, whose figures would no longer hold."""
     return "" if name.endswith(_WEIGHTS) else f" (a change of your own: 'decoct verify {folder} --accept {name}' records it)"
 
 
 def verify_folder_files(path: Path) -> list[str]:
-    """Compare every byte of every file with the record; returns the problems, [] when the folder is whole."""
+    """Compare every byte of every file with the record.
+
+    Returns:
+        One line per problem; [] when the folder is unchanged.
+    """
     path = Path(path)
     record = read_record(path)
     files = record.get("files")
@@ -125,12 +130,12 @@ def verify_folder_files(path: Path) -> list[str]:
 
 
 def accept_changes(folder: Path, names: Sequence[str]) -> None:
-    """Take files as they are now into the record, after an edit that was meant; the record itself by its own name.
+    """Record the present content of files after an intended edit. The name decoct.json accepts an edit of the record itself.
 
-    A file that was added (a chat template, say) is listed from then on.
+    A new file (such as a chat template) is added to the record.
 
     Raises:
-        UserError: the folder has no record, a name is not a file in it, or it is a weight file: those are what was measured.
+        UserError: the folder has no record, a name is not a file in it, or it is a weight file, whose figures would no longer hold.
     """
     file = Path(folder) / RECORD
     record = read_json(file)
@@ -143,19 +148,21 @@ def accept_changes(folder: Path, names: Sequence[str]) -> None:
         if Path(name).is_absolute() or ".." in Path(name).parts or not (Path(folder) / name).is_file():
             raise UserError(f"{name} is not a file that is in {folder}; {file} lists {', '.join(sorted(files))}")
         files[name], sizes[name] = sha256_file(Path(folder) / name), (Path(folder) / name).stat().st_size
+    # an edited record has a broken seal, which only its own name accepts
     if RECORD not in names:
         read_record(Path(folder))
     seal_record(Path(folder), {**record, "files": files, "sizes": sizes})
 
 
 def _problem(folder: Path, name: str, record: Mapping[str, Any], hashing: Callable[[Path], str] | None) -> str | None:
-    """What is wrong with a recorded file; None when nothing is."""
+    """The problem of a recorded file; None when it is unchanged."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return f"{name}: the record names a file outside the folder"
     file, size = folder / name, record.get("sizes", {}).get(name)
     try:
         if not file.is_file():
             return f"{name} is missing"
+        # the size first: it is free, and finds truncated downloads without hashing
         if size is not None and file.stat().st_size != size:
             return f"{name} has changed since it was written ({file.stat().st_size:,} bytes instead of {size!r:.40})"
         if hashing is not None and hashing(file) != record["files"][name]:

@@ -1,4 +1,4 @@
-"""Whether a model folder can be taken as teacher or student, seen before any weight is read: each refusal names the way that works."""
+"""Refuses folders that cannot be a teacher or student, before any weight is read. Each message names a way that works."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 ADAPTER = "adapter_config.json"
-# Kinds of quantization_config whose weights transformers gives back in 16 bits, so that 'decoct plain' can.
+# Values of quant_method that transformers can unpack to 16 bits, and therefore 'decoct plain' too.
 UNPACKED = ("fp8", "bitsandbytes", "mxfp4", "compressed-tensors")
 _OTHER_SENSES = ("vision", "audio", "image", "speech", "vq")
 
@@ -19,7 +19,7 @@ def check_files(folder: Path) -> None:
     """Refuse an adapter and packed weights in a local folder.
 
     Raises:
-        UserError: naming what it holds and the command that makes a model of it.
+        UserError: the message names what the folder holds and the command that converts it.
     """
     adapter = folder / ADAPTER
     if adapter.is_file():
@@ -31,10 +31,10 @@ def check_files(folder: Path) -> None:
 
 
 def check_text_model(path: str | Path, config: "PreTrainedConfig") -> None:
-    """Refuse a model of text and images or sound, of which AutoModelForCausalLM would not give the text model alone.
+    """Refuse a multimodal model, unless AutoModelForCausalLM loads its text model alone.
 
     Raises:
-        UserError: naming the command that makes its text model, where transformers has one.
+        UserError: the message names the command that extracts the text model, if transformers has one.
     """
     from ..families import text_config
 
@@ -47,7 +47,7 @@ def check_text_model(path: str | Path, config: "PreTrainedConfig") -> None:
 
     build: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if build is not None and build.config_class is not type(config):
-        return  # transformers takes the text model of it itself
+        return  # transformers itself loads only the text model
     what = ", ".join(name.removesuffix("_config") for name in others) or "other parts"
     message = f"{path} (model type {config.model_type!r}) is more than a text model: it has {what} beside it, which decoct does not train"
     if text is not config and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -83,7 +83,7 @@ def _packed(folder: Path, method: Any) -> str:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """The file's content, {} when it is absent or damaged: other checks say so."""
+    """Content of the file; {} when it is absent or damaged, which other checks report."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

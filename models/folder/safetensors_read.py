@@ -1,4 +1,4 @@
-"""A strict reader of safetensors headers, so that what we accept is what every other reader understands the same way.
+"""A strict reader of safetensors headers: it accepts only files that every reader interprets in the same way.
 
 The safetensors library accepts duplicate keys (the format forbids them; readers then disagree on which tensor counts) and any
 tensor name. Here everything is checked before a byte of data is used: header size and JSON, names, dtypes, sizes, and that the
@@ -29,7 +29,7 @@ _REMEDY = "the file is damaged or not safetensors; fetch or export it again"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: ``begin`` and ``end`` are byte offsets from ``Header.data_start``."""
+    """Place of one tensor: ``begin`` and ``end`` are byte offsets from ``Header.data_start``."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: tensors in the order of their bytes, free-form metadata, and where the data begins in the file."""
+    """A checked header: tensors in the order of their bytes, free-form metadata, and the byte offset of the data in the file."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -50,7 +50,7 @@ def read_header(path: Path) -> Header:
     """Read and check the header of a safetensors file; the tensors' data is not read.
 
     Raises:
-        UserError: naming the file and what is wrong: truncated, foreign, a header above 16 MB, bad JSON, duplicate keys, bad names,
+        UserError: the message names the file and the fault: truncated, foreign, a header above 16 MB, bad JSON, duplicate keys, bad names,
             unknown dtypes, sizes that are not shape x dtype, offsets that overlap, leave holes or lie outside the file.
     """
     path = Path(path)
@@ -60,6 +60,7 @@ def read_header(path: Path) -> Header:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8:
                 raise UserError(f"{path}: {size} bytes are too few for a safetensors file; {_REMEDY}")
+            # before reading: a damaged length could ask for exabytes
             if length > MAX_HEADER_BYTES:
                 raise UserError(f"{path}: the header claims {length:,} bytes, more than the {MAX_HEADER_BYTES:,} allowed; {_REMEDY}")
             if 8 + length > size:
@@ -84,6 +85,7 @@ def _parse(raw: bytes, data_bytes: int) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("__metadata__ must map strings to strings")
     tensors = {name: _tensor(name, entry) for name, entry in fields.items()}
+    # the layout check below walks through the file once, in the order of bytes
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
     _check_layout(tensors, data_bytes)
     return Header(tensors=tensors, metadata=metadata, data_start=8 + len(raw))
@@ -118,6 +120,7 @@ def _tensor(name: str, entry: Any) -> TensorInfo:
         raise ValueError(f"tensor {name!r} has the impossible shape {shape!r:.100}")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"tensor {name!r} has the impossible data_offsets {offsets!r:.100}")
+    # in bits, because F4 and F6 elements are smaller than a byte
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
         raise ValueError(f"the size of tensor {name!r} ({dtype} {shape!r:.100}) is not the {offsets[1] - offsets[0]:,} bytes it is given")

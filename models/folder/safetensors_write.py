@@ -1,4 +1,4 @@
-"""Writing safetensors tensor by tensor: the library first copies all that goes into a file, which for a checkpoint is a second model.
+"""Writes safetensors tensor by tensor. The library first copies everything that goes into a file, which is a second model in memory.
 
 Source of the format: https://github.com/huggingface/safetensors (section "Format").
 """
@@ -19,14 +19,17 @@ _NAMES = {
 
 
 def write_safetensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str] | None = None) -> None:
-    """Write ``tensors`` to the new file ``path``: the bytes that the library writes, with no more than one tensor copied at a time.
+    """Write ``tensors`` to the new file ``path``. The bytes equal those of the library; at most one tensor is copied at a time.
 
     Args:
-        path: A file that does not exist.
-        tensors: Any devices and strides; float, integer and bool dtypes.
+        path: File that does not exist yet.
+        tensors: Tensors on any device with any strides; float, integer and bool dtypes.
         metadata: Free-form text of the header.
 
-    Raises: OSError when the disk refuses, FileExistsError when the file is there, KeyError for a dtype that has no name here.
+    Raises:
+        OSError: the disk refuses.
+        FileExistsError: the file exists.
+        KeyError: a dtype has no name in the format.
     """
     import torch
 
@@ -40,11 +43,13 @@ def write_safetensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Map
         header[name] = {"dtype": _NAMES[dtypes[name]], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # data begins at a multiple of 8 bytes, so that readers can map tensors
     text += b" " * (-len(text) % 8)
     with Path(path).open("xb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for _, tensor in ordered:
             if tensor.numel():
+                # as bytes: numpy has no bf16
                 own = tensor.detach().cpu().contiguous()
                 file.write(own.reshape(-1).view(torch.uint8).numpy().data)
