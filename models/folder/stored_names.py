@@ -1,7 +1,7 @@
-"""How the tensors of a model are called in files and in its modules, by transformers' own conversion.
+"""Names of tensors in files and in modules, according to transformers' own conversion.
 
-Most families use one name for both. GPT-NeoX's files say ``embed_out`` and its module ``lm_head``, others rename whole blocks; experts
-lie in files one by one and in modules as one tensor. transformers renames and converts when it loads, and turns that back when it saves.
+Most families use the same names in both. GPT-NeoX has ``embed_out`` in files and ``lm_head`` in its modules, others rename whole blocks;
+files hold experts one by one and modules hold them as one tensor. transformers converts on loading and reverts this on saving.
 
 Source: ``conversion_mapping.py`` and ``core_model_loading.py`` of transformers 5.
 """
@@ -16,19 +16,20 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Constants that old checkpoints hold and transformers computes: masks, frequencies, counters.
+# Constants that old checkpoints store and transformers computes: masks, frequencies, counters.
 _CONSTANTS = re.compile(r"(^|\.)(inv_freq|(attn|attention|crossattention)\.(masked_)?bias|position_ids|(en|de)coder\.version)$")
 _NUMBERED = re.compile(r"[^.]+(\.\D[^.]*)*\.\d+(?=\.)")
 
 
 def stored_tensors(model: "PreTrainedModel") -> dict[str, Tensor]:
-    """What transformers writes of ``model`` (on any device): name in the file -> tensor. Tied ones are there under each name."""
+    """The tensors that transformers writes for ``model`` (on any device): name in the file -> tensor. Tied tensors have every name."""
     return _reverted(model, model.state_dict())
 
 
 def stored_names(model: "PreTrainedModel") -> dict[str, str]:
-    """Module name -> name in the file, of every tensor that lies in the file as it is; those that are split or joined are left out."""
+    """Module name -> name in the file, for every tensor that is stored unchanged. Split or joined tensors are left out."""
     state = model.state_dict()
+    # by identity: renamed tensors stay the same object, split or joined ones are new
     names = {id(tensor): name for name, tensor in state.items()}
     return {names[id(tensor)]: stored for stored, tensor in _reverted(model, state).items() if id(tensor) in names}
 
@@ -40,15 +41,16 @@ def _reverted(model: "PreTrainedModel", state: dict[str, Tensor]) -> dict[str, T
 
 
 def module_names(model: "PreTrainedModel", files: Iterable[str]) -> dict[str, str | None]:
-    """Name in the file -> the module name that transformers loads it under; None for parts of a tensor that it joins.
+    """Name in the file -> module name under which transformers loads it; None for parts of a tensor that it joins.
 
-    A name that is no module's stays what the renaming makes of it.
+    A name that belongs to no module is returned as the renaming leaves it.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     own: dict[str, Any] = model.state_dict()
     names = list(files)
+    # the common case: files and modules use the same names
     if all(name in own for name in names):
         return {name: name for name in names}
     mapping = get_model_conversion_mapping(model)
@@ -64,12 +66,12 @@ def module_names(model: "PreTrainedModel", files: Iterable[str]) -> dict[str, st
 
 
 def ignored_patterns(model: "PreTrainedModel") -> list[str]:
-    """Patterns of the names that transformers leaves out without a word, further heads for example, and constants of old checkpoints."""
+    """Patterns of names that transformers silently ignores, such as additional heads and constants of old checkpoints."""
     return [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
 
 
 def ignored(model: "PreTrainedModel", files: Iterable[str]) -> list[str]:
-    """Names in the file of tensors that transformers leaves out without a word: further heads that it expects there, and constants."""
+    """File names of tensors that transformers silently ignores: additional heads that it knows of, and constants."""
     patterns = ignored_patterns(model)
     own = model.state_dict()
     outside = [name for name, inside in module_names(model, files).items() if inside is not None and inside not in own]
@@ -82,12 +84,12 @@ def not_loaded(model: "PreTrainedModel", files: Iterable[str]) -> list[str]:
 
 
 def summary(names: Iterable[str]) -> dict[str, int]:
-    """Tensors by what they belong to: up to the first number, or the first part: ``{"model.layers.61.*": 17, "mtp.*": 3}``."""
+    """Number of tensors per module, named up to the first number or by its first part: ``{"model.layers.61.*": 17, "mtp.*": 3}``."""
     return dict(Counter(f"{match[0] if (match := _NUMBERED.match(name)) else name.split('.')[0]}.*" for name in names))
 
 
 def left_out_words(left_out: Mapping[str, int]) -> str:
-    """``summary`` as a sentence without its end."""
+    """``summary`` as a clause without a full stop."""
     count = sum(left_out.values())
     places = ", ".join(f"{name} ({number:,})" for name, number in left_out.items())
     what = "one tensor that transformers does not load is" if count == 1 else f"{count:,} tensors that transformers does not load are"

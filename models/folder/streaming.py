@@ -1,8 +1,8 @@
-"""Loading tensor by tensor, so that nothing is in memory twice.
+"""Loads a model tensor by tensor, so that no weight is in memory twice.
 
-``from_pretrained`` builds the whole model on the host and then moves it. Here it is built on the meta device and each weight goes from the
-mapped file straight to where it belongs: to a GPU, or as the rows that one rank holds. Weights that files and modules call differently
-are renamed as transformers does (``stored_names``); where it fuses or splits weights (experts), ``load_model`` does it.
+``from_pretrained`` builds the whole model on the host and then moves it. Here the model is built on the meta device, and each weight goes
+from the mapped file directly to its destination: a GPU, or the rows of one rank. Weights with different names in files and modules are
+renamed as transformers does (``stored_names``). Families whose weights are fused or split (experts) use ``load_model``.
 """
 
 import ctypes
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 def can_stream(path: str | Path, revision: str | None = None) -> bool:
-    """Whether the files of a model folder or hub id hold exactly the weights of its modules, under names that lead to the modules'.
+    """Whether the files of a model folder or hub id hold exactly the weights of its modules, under the same or renamed names.
 
-    False as well for a model that must keep some weights in fp32, has saved buffers, or buffers that only loading can make.
+    Also False for a model that keeps some weights in fp32, has stored buffers, or has buffers that only full loading can compute.
 
     Raises:
         UserError: see ``load_config`` and ``check_model_folder``.
@@ -44,10 +44,10 @@ def can_stream(path: str | Path, revision: str | None = None) -> bool:
 def empty_model(path: str | Path, revision: str | None = None) -> "tuple[PreTrainedModel, WeightFiles]":
     """The model on the meta device in fp32 with real buffers on the CPU, in eval mode, and the files to fill it from.
 
-    Use it where ``can_stream`` is true. A tied weight has several names in the model; ``stored_name`` tells the one in the files.
+    Requires ``can_stream``. A tied weight has several names in the model; ``stored_name`` returns the one in the files.
 
     Raises:
-        UserError: as ``load_model``, but for weights that are not finite, which ``WeightFiles.read`` refuses.
+        UserError: as ``load_model``, except for weights that are not finite, which ``WeightFiles.read`` refuses.
     """
     folder = find_model_folder(path, revision, weights=True)
     files = WeightFiles(folder)
@@ -61,7 +61,7 @@ def empty_model(path: str | Path, revision: str | None = None) -> "tuple[PreTrai
 def streamed_model(
     path: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu", revision: str | None = None
 ) -> "PreTrainedModel":
-    """``load_model``, without a copy of the model on the host: the same values, refusals and eval mode.
+    """``load_model`` without a copy of the model on the host: the same values, errors and eval mode.
 
     Falls back to ``load_model`` where ``can_stream`` is false.
 
@@ -81,7 +81,7 @@ def open_files(path: str | Path, revision: str | None, dtype: torch.dtype) -> "I
     """The model on the meta device in ``dtype`` and eval mode, and the files to ``fill`` it from; (None, None) if it cannot be streamed.
 
     Raises:
-        UserError: as ``load_model``, where no values are needed to see it.
+        UserError: as ``load_model``, for all errors that show without reading values.
     """
     folder = find_model_folder(path, revision, weights=True)
     with WeightFiles(folder) as files:
@@ -98,11 +98,11 @@ def fill(model: nn.Module, files: WeightFiles, *, dtype: torch.dtype, device: to
     """Read every parameter that is still on the meta device, one at a time, into memory of its own on ``device``.
 
     Args:
-        model: Its names are those of ``files``.
-        files: Where to read from.
+        model: Model whose names are those of ``files``.
+        files: Files to read from.
         dtype: Dtype of the parameters.
-        device: Their device.
-        inside: Only the parameters of this part of the model.
+        device: Device of the parameters.
+        inside: Fill only the parameters of this submodule.
 
     Raises:
         UserError: a weight is not finite, in the files or in ``dtype``.
@@ -113,8 +113,9 @@ def fill(model: nn.Module, files: WeightFiles, *, dtype: torch.dtype, device: to
         if parameter.is_meta and (wanted is None or id(parameter) in wanted):
             name = stored_name(places, files)
             stored = files.read(name)
-            # memory of its own: what was read is mapped, and would change with the file
+            # copy: what was read is mapped memory, which would change with the file
             tensor = torch.empty(stored.shape, dtype=dtype, device=device).copy_(stored)
+            # read() has checked the stored values; a cast can overflow to infinity
             if dtype != stored.dtype:
                 check_finite(files.folder, name, tensor, dtype)
             register(places, tensor)
@@ -122,13 +123,13 @@ def fill(model: nn.Module, files: WeightFiles, *, dtype: torch.dtype, device: to
 
 
 def trim_host() -> None:
-    """Give freed memory back to the system: glibc keeps what large temporaries leave between tensors that stay."""
+    """Return freed memory to the system. glibc otherwise keeps the gaps that large temporaries leave between live tensors."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def place(model: nn.Module, device: torch.device | str, *, skip: Set[int] = frozenset()) -> None:
-    """Make buffers real on ``device`` and move every parameter there, one at a time, whose ``id`` is not in ``skip``."""
+    """Materialize buffers on ``device`` and move parameters there one at a time, except those whose ``id`` is in ``skip``."""
     materialize_buffers(model, device)
     for places in parameter_places(model):
         parameter = getattr(places[0][0], places[0][1])
@@ -137,11 +138,11 @@ def place(model: nn.Module, device: torch.device | str, *, skip: Set[int] = froz
 
 
 Place = tuple[nn.Module, str, str]
-"""Where a parameter hangs: (module, attribute, full name)."""
+"""Place of a parameter in the model: (module, attribute, full name)."""
 
 
 def parameter_places(model: nn.Module) -> list[list[Place]]:
-    """Every parameter once, in module order, with all the places where it hangs: a tied one has several."""
+    """Every parameter once, in module order, with all its places in the model: a tied parameter has several."""
     found: dict[int, list[Place]] = {}
     for prefix, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -150,13 +151,13 @@ def parameter_places(model: nn.Module) -> list[list[Place]]:
 
 
 def stored_name(places: list[Place], files: WeightFiles) -> str:
-    """The name that the files have for a parameter."""
+    """Name of a parameter in the files."""
     stored = set(files.names())
     return next(name for _, _, name in places if name in stored)
 
 
 def register(places: list[Place], tensor: Tensor) -> None:
-    """Make ``tensor`` the parameter in all its places, trainable if the one before was."""
+    """Set ``tensor`` as the parameter in all its places; it is trainable if the former one was."""
     before = getattr(places[0][0], places[0][1])
     parameter = nn.Parameter(tensor, requires_grad=before.requires_grad)
     for module, key, _ in places:
@@ -164,12 +165,12 @@ def register(places: list[Place], tensor: Tensor) -> None:
 
 
 def materialize_buffers(model: nn.Module, device: torch.device | str) -> None:
-    """Make buffers that are on the meta device real: rotary frequencies, computed in fp32 on the CPU as ``from_pretrained`` does.
+    """Compute the buffers that are on the meta device: rotary frequencies, in fp32 on the CPU as ``from_pretrained`` does.
 
-    Parameters are left alone. Buffers that are real already only move.
+    Parameters stay unchanged. Other buffers only move to ``device``.
 
     Raises:
-        UserError: a buffer is none that a rotary embedding's config decides.
+        UserError: a buffer is not determined by the config of a rotary embedding.
     """
     for prefix, module in model.named_modules():
         empty = [key for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
@@ -185,6 +186,7 @@ def materialize_buffers(model: nn.Module, device: torch.device | str) -> None:
 
 def _computed_buffers(rotary: nn.Module) -> dict[str, Tensor]:
     build: Any = type(rotary)
+    # as from_pretrained does: frequencies computed on a GPU may differ in the last bit
     with torch.device("cpu"):
         return dict(build(config=rotary.config).named_buffers(recurse=False))
 
@@ -195,7 +197,7 @@ def _is_rotary(module: nn.Module) -> bool:
 
 
 def _skeleton(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
-    """The model on the meta device, in ``dtype`` and eval mode, its config as ``from_pretrained`` leaves it."""
+    """The model on the meta device in ``dtype`` and eval mode, with the config that ``from_pretrained`` would leave."""
     config = load_config(folder)
     config.dtype = dtype
     model: Any = meta_model(config)
@@ -211,7 +213,7 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
 
 
 def _unexpected(model: "PreTrainedModel", files: WeightFiles) -> list[str]:
-    """Names in the files that no module has; those that transformers itself ignores in old checkpoints do not count."""
+    """Names in the files that no module has, except those that transformers ignores."""
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     patterns = ignored_patterns(model)
     return [name for name in files.names() if name not in own and not any(re.search(pattern, name) for pattern in patterns)]
@@ -231,12 +233,13 @@ def _fits(model: "PreTrainedModel", files: WeightFiles) -> bool:
         and not _missing(model, files)
         and not _unexpected(model, files)
         and all(files.dtype(name) is not None for name in files.names())
+        # last in the chain: the only test that reads values
         and all(_same(names, files) for names in _stored_twice(model, files))
     )
 
 
 def _stored_twice(model: "PreTrainedModel", files: WeightFiles) -> Iterator[list[str]]:
-    """Tied weights of which the files hold more than one copy."""
+    """Names of each tied weight that the files hold more than once."""
     stored = set(files.names())
     for places in parameter_places(model):
         names = [name for _, _, name in places if name in stored]
@@ -245,13 +248,13 @@ def _stored_twice(model: "PreTrainedModel", files: WeightFiles) -> Iterator[list
 
 
 def _same(names: list[str], files: WeightFiles) -> bool:
-    """Whether copies of a tied weight are equal; transformers unties those that differ."""
+    """Whether the stored copies of a tied weight are equal; transformers unties copies that differ."""
     first, *others = (files.read(name) for name in names)
     return all(torch.equal(first, other) for other in others)
 
 
 def _check(path: str | Path, model: "PreTrainedModel", files: WeightFiles) -> None:
-    """The refusals of ``load_model`` that need no values."""
+    """Raise the errors of ``load_model`` that need only names and shapes."""
     stored = set(files.names())
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False) if name in stored}
     report = {

@@ -1,4 +1,4 @@
-"""What weights a model folder must hold according to its config: names, shapes, linears (on the meta device, nothing is allocated)."""
+"""Weights that a model folder must hold according to its config: names, shapes and linears, without allocating memory."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:
-    """The weights of one config, under the names that they have in files; those of a few families differ from the modules' names."""
+    """The weights of one config, under their names in files, which differ from the module names in a few families."""
 
     shapes: dict[str, tuple[int, ...]]
-    """Every parameter and stored buffer, tied ones under each of their names."""
+    """Shape of every parameter and stored buffer; tied ones appear under each name."""
     tied: frozenset[str]
-    """Names that repeat another one's tensor and need not be stored (``lm_head.weight`` of a tied model)."""
+    """Names that repeat the tensor of another name and need not be stored (``lm_head.weight`` of a tied model)."""
     linears: tuple[str, ...]
     """Every ``nn.Linear``, the head included, in module order."""
     embedding: str = ""
@@ -33,16 +33,16 @@ class Structure:
     head: str = ""
     """Name of the output head's module."""
     modules: dict[str, str] = field(default_factory=dict)
-    """Name of a module in files -> its name in the model, where the two differ (``embed_out`` -> ``lm_head`` of GPT-NeoX)."""
+    """Name of a module in files -> its name in the model, where they differ (``embed_out`` -> ``lm_head`` in GPT-NeoX)."""
     model: "PreTrainedModel | None" = field(default=None, repr=False, compare=False)
     """The model on the meta device."""
 
     def stored_modules(self) -> dict[str, str]:
-        """Name of a module in the model -> its name in files, where the two differ."""
+        """Name of a module in the model -> its name in files, where they differ."""
         return {module: stored for stored, module in self.modules.items()}
 
     def in_files(self, names: Iterable[str]) -> dict[str, str]:
-        """Names that some folder has for its tensors -> those that transformers writes; a name that it does not know stays."""
+        """Names of tensors in some folder -> the names that transformers writes; unknown names stay unchanged."""
         if self.model is None or all(name in self.shapes for name in names):
             return {name: name for name in names}
         written = stored_names(self.model)
@@ -51,11 +51,11 @@ class Structure:
 
     @property
     def parameters(self) -> int:
-        """Number of elements, tied ones once."""
+        """Number of elements; tied weights count once."""
         return sum(math.prod(shape) for name, shape in self.shapes.items() if name not in self.tied)
 
     def differences(self, found: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """What is missing, unexpected or of another shape in ``found``; [] when it is exactly this model."""
+        """Sentences about missing, unexpected or differently shaped tensors in ``found``; [] when it is exactly this model."""
         problems = [f"{name} is missing" for name in self.shapes if name not in found and name not in self.tied]
         problems += [f"{name} is unexpected: config.json has no such weight" for name in found if name not in self.shapes]
         problems += [
@@ -70,11 +70,11 @@ def model_structure(folder: Path, found: Mapping[str, tuple[int, ...]] | None = 
     """The structure that ``config.json`` of a model folder describes, packed or not.
 
     Args:
-        folder: With a config.json.
-        found: Shapes of the tensors that its files hold, where they are known: a config with more layers than that is never built.
+        folder: Folder with a config.json.
+        found: Shapes of the tensors in its files, if known. A config with more layers than tensors is refused before it is built.
 
     Raises:
-        UserError: the config is missing, damaged or of an unknown kind of model.
+        UserError: the config is missing, damaged or of an unknown model type.
     """
     if found is not None:
         check_depth(read_json(folder / "config.json"), len(found), folder / "config.json")
@@ -83,6 +83,7 @@ def model_structure(folder: Path, found: Mapping[str, tuple[int, ...]] | None = 
     tied = set()
     names = stored_names(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        # the first name counts as the stored one, every further name as tied to it
         if first.setdefault(id(parameter), name) != name:
             tied.add(names.get(name, name))
     stored = {name: names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name, _ in model.named_modules()}
@@ -102,12 +103,12 @@ def model_structure(folder: Path, found: Mapping[str, tuple[int, ...]] | None = 
 
 
 def covered_share(folder: Path, modules: Iterable[str]) -> float:
-    """Share of the decoder's weights of a model folder, packed or not, that is in these linears (by module name)."""
+    """Share of the decoder's weights of a model folder, packed or not, that these linears (module names) hold."""
     return decoder_weights(meta_model(plain_config(folder))).share(modules)
 
 
 def plain_config(folder: Path) -> "PreTrainedConfig":
-    """The config of a model folder as that of the unpacked model."""
+    """The config of a model folder without its quantization, as for the unpacked model."""
     config = load_config(folder)
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")

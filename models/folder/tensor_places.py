@@ -1,8 +1,8 @@
-"""Which safetensors files hold the weights of a model folder, and where in them each tensor lies: the one reader of indices and headers.
+"""Finds the safetensors files of a model folder and the place of each tensor in them: the only reader of indices on this side.
 
-transformers follows '../' and absolute names in a local index file and falls back to pickled weights, which can run code. So names are
-checked here before any file is opened, and pickled weights are refused. The readers of exports (``qat.readers``) have a reader of their
-own on purpose: they judge what is written from this one.
+transformers follows '../' and absolute names in a local index file and falls back to pickled weights, which can run code. Here names are
+checked before any file is opened, and pickled weights are refused. ``qat.readers`` has its own reader on purpose: it verifies exports
+independently of this code.
 """
 
 from collections.abc import Iterable
@@ -20,18 +20,18 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 class TensorPlace(NamedTuple):
-    """Where a tensor lies."""
+    """Place of a tensor."""
 
     file: Path
     info: TensorInfo
-    """Its dtype and shape, and its bytes in the file."""
+    """Dtype, shape and byte range in the file."""
 
 
 def tensor_places(files: Iterable[Path]) -> dict[str, TensorPlace]:
-    """Every tensor of some safetensors files by name, in the order of the files and of their bytes.
+    """Every tensor of several safetensors files by name, in the order of the files and of their bytes.
 
     Raises:
-        UserError: a damaged file (see ``read_header``), or a name that two files have.
+        UserError: a file is damaged (see ``read_header``), or two files have the same name.
     """
     places: dict[str, TensorPlace] = {}
     for file in files:
@@ -78,6 +78,7 @@ def _indexed(index: Path) -> list[Path]:
     shards: dict[Path, set[str]] = {}
     for tensor, name in weight_map.items():
         shards.setdefault(_inside(index.parent, name, index.name), set()).add(tensor)
+    # found here, because a wrong index would later show only as a missing weight
     for file, tensors in shards.items():
         if absent := sorted(tensors - read_header(file).tensors.keys()):
             raise UserError(f"{index} places tensor {absent[0]!r} in {file.name}, which does not hold it; fetch or export the model again")
@@ -85,7 +86,7 @@ def _indexed(index: Path) -> list[Path]:
 
 
 def _is_short(name: str) -> bool:
-    """Whether file systems take it: at most 255 bytes, no half characters."""
+    """Whether file systems accept the name: at most 255 bytes, no lone surrogates."""
     try:
         return len(name.encode()) <= 255
     except UnicodeEncodeError:
@@ -93,7 +94,7 @@ def _is_short(name: str) -> bool:
 
 
 def _inside(folder: Path, name: Any, where: str) -> Path:
-    """``folder / name`` for a plain file name of a file that really lies in the folder."""
+    """``folder / name`` for a plain file name, after a check that the file is really in the folder."""
     if not isinstance(name, str) or not name or name in (".", "..") or any(bad in name for bad in "/\\\0") or not _is_short(name):
         raise UserError(f"{where} of {folder} names the weight file {name!r:.200}; only plain file names inside the folder are allowed")
     file = folder / name

@@ -1,4 +1,4 @@
-"""The weights of a model folder one by one: mapped into memory, checked, and read when asked for."""
+"""Reads the weights of a model folder one by one from memory-mapped files, with checks."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +12,11 @@ from .folder_checks import checked_places
 from .loading import check_finite
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Dtypes of weights that are read as they are."""
+"""Dtypes of weights that can be read without unpacking."""
 
 
 class WeightFiles:
-    """The weights of a checked model folder by name, mapped into memory and read when asked for; a context manager.
+    """Context manager over the weights of a checked model folder, memory-mapped and read on demand by name.
 
     Args:
         folder: Local model folder, one safetensors file or several with an index.
@@ -38,7 +38,7 @@ class WeightFiles:
         return list(self._stored)
 
     def call(self, names: Mapping[str, str | None]) -> None:
-        """Call tensors by other names from here on: name in the file -> name. One that is None, or taken, stays as in the file."""
+        """Rename tensors: name in the file -> new name. A tensor keeps its name in the file if the new one is None or taken."""
         called: dict[str, str] = {}
         for stored in self._places:
             name = names.get(stored) or stored
@@ -50,18 +50,18 @@ class WeightFiles:
         return self._places[self._stored[name]].info.shape
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """Dtype of a tensor as stored; None for those that no model is trained in (integers, 8 bits and less)."""
+        """Stored dtype of a tensor; None for dtypes that no model is trained in (integers, 8 bits and fewer)."""
         return DTYPES.get(self._places[self._stored[name]].info.dtype)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """A tensor, or some rows of its first dimension, on the CPU in its own dtype; no other rows are read from the disk.
+        """Read a tensor, or rows of its first dimension, to the CPU in its stored dtype. Other rows are not read from disk.
 
         Args:
             name: One of ``names()``.
             rows: Contiguous rows, possibly none; None = all.
 
         Raises:
-            UserError: there is no such tensor, or what was read is not finite.
+            UserError: the tensor does not exist, or a read value is not finite.
         """
         if name not in self._stored:
             raise UserError(f"{self.folder} has no weight {name}; fetch or export the model again")
@@ -72,7 +72,11 @@ class WeightFiles:
         return tensor
 
     def read_as(self, name: str, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
-        """``read`` in another dtype; refuses numbers that are too large for it."""
+        """``read`` in another dtype.
+
+        Raises:
+            UserError: as ``read``, or a value is too large for ``dtype``.
+        """
         stored = self.read(name, rows)
         if stored.dtype == dtype:
             return stored
@@ -81,7 +85,7 @@ class WeightFiles:
         return tensor
 
     def close(self) -> None:
-        """Forget the files; tensors that were read stay valid."""
+        """Release the files; tensors that were read stay valid."""
         self._places.clear()
         self._stored.clear()
         self._open.clear()
@@ -94,7 +98,7 @@ class WeightFiles:
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
-    """A tensor of a checked safetensors file as it is stored, on the CPU."""
+    """Read a tensor of a checked safetensors file in its stored dtype, on the CPU."""
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:

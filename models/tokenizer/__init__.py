@@ -1,4 +1,4 @@
-"""Tokenizers: training one, checking what a folder brings, chat templates, and the real vocabulary."""
+"""Tokenizers: training, checks of tokenizer files, chat templates, and the real vocabulary."""
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,8 @@
-"""Does a chat template end? It is a program that comes with a model, and loops and long texts are allowed in it.
+"""Checks that a chat template terminates. A template is a program that comes with a model and may loop or build long texts.
 
-transformers runs templates in jinja2's sandbox, which keeps them from files and from Python's own objects, and neither from ranges nested
-fifteen deep nor from strings that double with each turn. Before a template is used on anybody's rows it is tried once on conversations of
-one to 64 messages in a process of its own, with limits on time and memory.
+transformers runs templates in jinja2's sandbox, which blocks files and Python objects, but not ranges nested fifteen deep or strings that
+double with each turn. Before its first use on data, a template is tried once on conversations of 1 to 64 messages in a separate process
+with limits on time and memory.
 """
 
 import json
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SECONDS = 10
-"""Most processor time for all conversations together; published templates take milliseconds."""
+"""Limit of processor time for all conversations together; published templates take milliseconds."""
 BYTES = 2**30
 _WALL_SECONDS = 120
 _REMEDY = "mend chat_template.jinja (or chat_template in tokenizer_config.json), or take the template of a model that you trust"
 
 
 def check_chat_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Try a tokenizer's chat template, if it has one (a second or two, once for a template in a process).
+    """Try the chat template of a tokenizer, if it has one. This takes a second or two, once per template and process.
 
     Raises:
-        UserError: it takes more than ``SECONDS`` or ``BYTES`` for a short conversation, or calls itself without end.
+        UserError: the template needs more than ``SECONDS`` or ``BYTES`` for a short conversation, or recurses without end.
     """
     given: Any = tokenizer.chat_template
     tokens = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
@@ -42,6 +42,7 @@ def check_chat_template(tokenizer: "PreTrainedTokenizerBase") -> None:
 @lru_cache
 def _fault(template: str, tokens: str) -> str:
     request = {"template": template, "tokens": json.loads(tokens), "conversations": _conversations(), "seconds": SECONDS, "bytes": BYTES}
+    # -P: a file in the working directory must not replace a module of the child
     command = [sys.executable, "-P", "-m", "decoct.models.tokenizer.chat_template_trial"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     try:
@@ -60,6 +61,7 @@ def _fault(template: str, tokens: str) -> str:
 
 
 def _conversations() -> list[list[dict[str, str]]]:
+    # 64 turns: a text that doubles with each turn exceeds any limit
     turns = [{"role": ("user", "assistant")[n % 2], "content": f"what is said in turn {n}"} for n in range(64)]
     system = {"role": "system", "content": "what holds for all turns"}
     return [turns[:1], turns[:2], [system, *turns[:2]], turns[:9], turns]

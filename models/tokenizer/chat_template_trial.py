@@ -1,7 +1,7 @@
-"""Renders a chat template in a process with limits: ``python -m decoct.models.tokenizer.chat_template_trial`` (see ``chat_template.py``).
+"""Renders a chat template in a limited process: ``python -m decoct.models.tokenizer.chat_template_trial`` (see ``chat_template.py``).
 
-Reads ``{"template", "conversations", "seconds", "bytes"}`` as JSON and prints ``{"fault"}``: '' or what went wrong. A template that needs
-more time is ended by the system. What a template refuses by itself is no fault: rows are read one by one and may be refused too.
+Reads ``{"template", "conversations", "seconds", "bytes"}`` as JSON and prints ``{"fault"}``: '' or what went wrong. The system ends a
+template that needs more time. A conversation that the template itself refuses is not a fault: rows of data may be refused too.
 """
 
 import json
@@ -28,16 +28,17 @@ def main() -> None:
             except RecursionError:
                 fault = "calls itself without end"
             except Exception:
-                # a template may refuse these conversations: what it says of the data's own is told when they are rendered
+                # a template may refuse these conversations; its refusals of real data are reported when the data is rendered
                 continue
     sys.stdout.write(json.dumps({"fault": fault}))
 
 
 def _limit(seconds: int, memory: int) -> None:
-    """Of processor time from here on, and of memory beyond what this process has."""
+    """Limit processor time (s) from now on, and memory (bytes) beyond what the process already uses."""
     import resource
 
     used = resource.getrusage(resource.RUSAGE_SELF)
+    # RLIMIT_CPU counts from the start of the process, and imports have used some of it
     spent = int(used.ru_utime + used.ru_stime) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (spent + seconds, spent + seconds))
     with suppress(OSError, ValueError, IndexError):

@@ -1,6 +1,6 @@
-"""A tokenizer trained on the user's own text: byte-level BPE with GPT-2's pre-tokenizer.
+"""Trains a tokenizer on the user's text: byte-level BPE with GPT-2's pre-tokenizer.
 
-Every byte is in the alphabet, so any text survives encode and decode, and llama.cpp's ``gpt-2`` type splits alike.
+The alphabet contains every byte, so decoding restores any text, and llama.cpp's ``gpt-2`` type splits text in the same way.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB = 257
-"""256 bytes and the special token."""
+"""256 bytes and one special token."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
@@ -21,7 +21,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
 
     Args:
         texts: Documents; read once.
-        vocab_size: Tokens wanted, the 256 bytes and ``<|endoftext|>`` (id 0: bos, eos and pad) included. A short text gives fewer.
+        vocab_size: Number of tokens, including the 256 bytes and ``<|endoftext|>`` (id 0: bos, eos and pad). A short text gives fewer.
 
     Raises:
         UserError: ``vocab_size`` below 257, or no text.
@@ -58,7 +58,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
 
 
 class _Counted:
-    """Passes the texts on and counts their characters, so that an iterator need not be read twice to see that it is empty."""
+    """Passes texts on and counts their characters, so that an empty iterator shows after a single pass."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.texts = texts

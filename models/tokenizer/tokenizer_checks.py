@@ -1,7 +1,7 @@
-"""What a tokenizer's files must not hold: ids and texts that would take all memory, seen in the JSON before anything reads it.
+"""Checks tokenizer files for ids and texts that would exhaust memory, before the tokenizers library reads them.
 
-The tokenizers library trusts its file. Ids size tables of tokens, so that one of 10^9 ends the process without a word; replacements in the
-normalizer multiply text; some contradictions make it panic, which is no exception that callers expect (``read_safely``).
+The library trusts its file. It allocates tables by the largest id, so an id of 10^9 kills the process silently; replacements in the
+normalizer multiply text; some contradictions cause a Rust panic, which callers do not expect (``read_safely``).
 """
 
 import math
@@ -13,7 +13,7 @@ from ..common.errors import UserError
 from ..common.json_file import read_json
 
 MOST_ID = 2**24
-"""Ids from here on are refused; the largest vocabularies have some hundred thousand."""
+"""Ids from this value on are refused; the largest vocabularies have a few hundred thousand tokens."""
 _MOST_ADDED = 1024
 _MOST_GROWTH = 64
 _REMEDY = "the file is damaged or not of a tokenizer; fetch or copy it again"
@@ -21,10 +21,10 @@ _Result = TypeVar("_Result")
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Check ids, special tokens and the normalizer of a tokenizer; what it leaves out the library itself refuses.
+    """Check ids, special tokens and the normalizer of a tokenizer. The library itself refuses other faults.
 
     Raises:
-        UserError: naming the file and what is wrong with it.
+        UserError: the message names the file and the fault.
     """
     for name, ids in (
         ("tokenizer.json", _ids_of_tokenizer),
@@ -43,7 +43,7 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def read_safely(what: str, read: Callable[[], _Result]) -> _Result:
-    """Run a call into the tokenizers library; a panic of it becomes a ``UserError`` that begins with ``what``."""
+    """Call the tokenizers library; a panic becomes a ``UserError`` whose message begins with ``what``."""
     try:
         return read()
     except BaseException as error:
@@ -53,7 +53,7 @@ def read_safely(what: str, read: Callable[[], _Result]) -> _Result:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether an error is a panic of a library in Rust, which derives from BaseException alone."""
+    """Whether an error is a panic of a Rust library; its class derives directly from BaseException."""
     return any(kind.__name__ == "PanicException" for kind in type(error).__mro__)
 
 
@@ -76,7 +76,7 @@ def _keys(decoder: Any) -> Iterator[int]:
 
 
 def _check_parts(file: Path, content: dict[str, Any]) -> None:
-    """How much a normalizer or pre-tokenizer may make of a text, and whether templates add tokens that exist."""
+    """Refuse a normalizer or pre-tokenizer that makes text much longer, and a template that adds unknown tokens."""
     growth = 1.0
     for part in (*_walk(content.get("normalizer")), *_walk(content.get("pre_tokenizer"))):
         prefix, new, pattern = part.get("prepend"), part.get("content"), part.get("pattern")
@@ -84,6 +84,7 @@ def _check_parts(file: Path, content: dict[str, Any]) -> None:
             raise UserError(f"{file}: the normalizer puts {len(prefix):,} characters before each text; {_REMEDY}")
         if part.get("type") == "Replace" and isinstance(new, str):
             old = pattern.get("String") if isinstance(pattern, dict) else None
+            # a chain of replacements multiplies: each may lengthen the result of the one before
             growth *= max(1.0, len(new) / max(1, len(old) if isinstance(old, str) else 1))
     if not growth <= _MOST_GROWTH:
         raise UserError(f"{file}: the normalizer makes text up to {math.ceil(min(growth, 1e18)):,} times as long; {_REMEDY}")
@@ -96,7 +97,7 @@ def _check_parts(file: Path, content: dict[str, Any]) -> None:
 
 
 def _walk(node: Any, depth: int = 20) -> Iterator[dict[str, Any]]:
-    """Every object in a part of the file."""
+    """Every JSON object in a part of the file, to a limited depth."""
     if isinstance(node, dict):
         yield node
     if depth:

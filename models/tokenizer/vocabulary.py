@@ -1,8 +1,8 @@
-"""The real vocabulary: what the tokenizer can produce, not how many rows an embedding table was padded to.
+"""The real vocabulary: the tokens that the tokenizer can produce, without the padding of the embedding table.
 
-V_eff = highest token id + 1, or the rows of the embedding where a tokenizer has ids beyond it (Gemma 3's image token in its text
-models, a pad token that was added without resizing): no text may have those. Logits are sliced to V_eff before any softmax, so teacher
-and student heads padded to different sizes are fine as long as their tokenizers give every id the same token.
+V_eff = highest token id + 1, or the number of embedding rows if the tokenizer has larger ids (Gemma 3's image token in its text models, a
+pad token added without resizing); text must not contain those. Logits are sliced to V_eff before any softmax, so teacher and student
+heads may be padded to different sizes as long as their tokenizers map every id to the same token.
 """
 
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ def _tokens_by_id(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
 
 
 def effective_vocab(tokenizer: "PreTrainedTokenizerBase", *rows: int | None) -> int:
-    """V_eff: the tokenizer's highest id + 1, added tokens included, but no more than the ``rows`` of any model (None: unknown)."""
+    """V_eff: the highest id of the tokenizer + 1, added tokens included, limited by the embedding ``rows`` per model (None: unknown)."""
     tokens = _tokens_by_id(tokenizer)
     if not tokens:
         raise UserError(f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no tokens; give a folder with a whole tokenizer")
@@ -28,21 +28,21 @@ def effective_vocab(tokenizer: "PreTrainedTokenizerBase", *rows: int | None) -> 
 
 
 def embedding_rows(config: "PreTrainedConfig") -> int | None:
-    """Rows of the embedding of a model; None where the config does not say."""
+    """Number of embedding rows of a model; None if the config does not give it."""
     rows = getattr(config.get_text_config(), "vocab_size", None)
     return rows if isinstance(rows, int) else None
 
 
 def tokens_without_rows(tokenizer: "PreTrainedTokenizerBase", v_eff: int) -> dict[int, str]:
-    """The tokens that no model has a row for, by id, ascending; {} as a rule."""
+    """Tokens without an embedding row, by ascending id; usually {}."""
     return {index: token for index, token in sorted(_tokens_by_id(tokenizer).items()) if index >= v_eff}
 
 
 def check_same_vocabulary(teacher_tokenizer: "PreTrainedTokenizerBase", student_tokenizer: "PreTrainedTokenizerBase") -> int:
-    """V_eff of two tokenizers that give every id the same token (compared by content, not by class or size of the model).
+    """V_eff of two tokenizers that map every id to the same token. They are compared by content, not by class or size.
 
     Raises:
-        UserError: naming the first ids whose tokens differ and both sizes.
+        UserError: a token differs. The message names the first such ids and both sizes.
     """
     teacher, student = _tokens_by_id(teacher_tokenizer), _tokens_by_id(student_tokenizer)
     differing = sorted(index for index in teacher.keys() | student.keys() if teacher.get(index) != student.get(index))
@@ -58,7 +58,7 @@ def check_same_vocabulary(teacher_tokenizer: "PreTrainedTokenizerBase", student_
 
 
 def check_head_rows(model: "PreTrainedModel", v_eff: int) -> None:
-    """Refuse a model whose head or embedding table has no row for some token of the vocabulary; more rows (padding) are fine."""
+    """Refuse a model whose head or embedding has fewer rows than the vocabulary has tokens; more rows (padding) are fine."""
     tables = {"output head": model.get_output_embeddings(), "input embedding": model.get_input_embeddings()}
     for what, module in tables.items():
         weight = getattr(module, "weight", None)
