@@ -1,4 +1,4 @@
-"""What a recipe needs and yields, from shapes alone and in seconds: ``plan`` makes a ``Plan``, ``show`` draws it."""
+"""Plans a recipe's needs and results from shapes alone, in seconds: ``plan`` makes a ``Plan``, ``show`` draws it."""
 
 from typing import TYPE_CHECKING
 

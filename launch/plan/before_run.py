@@ -1,4 +1,4 @@
-"""What `decoct run` plans before it begins: the short form is printed, and what cannot work is refused before any work."""
+"""The plan of `decoct run`: prints the short form, and refuses a recipe that cannot work before any work."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def check_before_run(recipe: Any, out: "Path", console: "Console", *, nodes: int = 1) -> None:
-    """Print the short form; UserError (exit code 2) when something cannot work.
+    """Print the short form; UserError (exit code 2) if something cannot work.
 
-    A model whose numbers cannot be had is left to the run, which needs more of it and says more about it.
+    A model whose config cannot be read is left to the run, which needs more of it and reports more about it.
     """
     try:
         made = make_plan(recipe, nodes=nodes)

@@ -20,7 +20,7 @@ Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 def safetensors_bytes(tensors: Tensors) -> int:
-    """Size of a safetensors file: header length, header (JSON, padded to 8 bytes), data."""
+    """Return the size of a safetensors file: header length, header (JSON, padded to 8 bytes), data."""
     header, offset = {}, 0
     for name, (dtype, shape) in tensors.items():
         size = _WIDTHS[dtype]
@@ -33,12 +33,13 @@ def safetensors_bytes(tensors: Tensors) -> int:
 
 
 def model_bytes(shape: ModelShape, dtype: str) -> int:
-    """Weight files of a model folder whose tensors are all of ``dtype`` (BF16, F32)."""
+    """Return the bytes of a model folder's weight files with all tensors in ``dtype`` (BF16, F32)."""
     return safetensors_bytes({name: (dtype, sizes) for name, sizes in shape.tensors.items()})
 
 
 def quantized_bytes(shape: ModelShape, scheme: "QuantScheme") -> tuple[int, int]:
-    """(model.safetensors, quant/codes.safetensors) of a quantized folder: codes times scales in fp32, and int8 codes with fp32 scales."""
+    """Return the bytes of (model.safetensors, quant/codes.safetensors) of a quantized folder: codes times scales in fp32, and int8 codes
+    with fp32 scales."""
     codes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, (rows, columns, spec) in quantized_linears(shape, scheme).items():
         scales = spec.scale_shape(rows, columns)
@@ -52,7 +53,7 @@ def quantized_bytes(shape: ModelShape, scheme: "QuantScheme") -> tuple[int, int]
 
 
 def compressed_tensors_bytes(shape: ModelShape, scheme: "QuantScheme") -> int:
-    """Weight files of a compressed-tensors export: int32 words of codes, bf16 scales, everything else bf16."""
+    """Return the bytes of a compressed-tensors export: int32 words of codes, bf16 scales, everything else bf16."""
     quantized = quantized_linears(shape, scheme)
     stored: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, (rows, columns, spec) in quantized.items():
@@ -67,12 +68,13 @@ def compressed_tensors_bytes(shape: ModelShape, scheme: "QuantScheme") -> int:
 
 
 def gguf_bytes(shape: ModelShape, scheme: "QuantScheme") -> int:
-    """The file of a GGUF export: blocks of 32 codes with an fp16 scale, other matrices bf16, vectors fp32, and about 40 bytes a token."""
+    """Return the bytes of a GGUF export: blocks of 32 codes with an fp16 scale, other matrices bf16, vectors fp32, about 40 bytes per
+    token."""
     return _gguf_bytes(shape, scheme, q2_0=False)
 
 
 def gguf_q2_0_bytes(shape: ModelShape, scheme: "QuantScheme") -> int:
-    """The same with symmetric codes of 2 bits in blocks of 64, where rows and groups are whole ones."""
+    """As ``gguf_bytes``, with symmetric 2-bit codes in blocks of 64 if rows and groups are multiples of 64."""
     return _gguf_bytes(shape, scheme, q2_0=True)
 
 
@@ -88,14 +90,15 @@ def _gguf_bytes(shape: ModelShape, scheme: "QuantScheme", *, q2_0: bool) -> int:
 
 
 def _block(spec: "QuantSpec", q2_0: bool) -> int:
-    """Bytes of 32 codes. Of zero points Q4_1 up to 3 bits and Q5_1 above: 4 bits fit Q4_1 now and then."""
+    """Return the bytes per 32 codes. With zero points: Q4_1 up to 3 bits, Q5_1 above, since 4 bits only sometimes fit Q4_1."""
     if not spec.symmetric:
         return 20 if spec.bits <= 3 else 24
     return 9 if q2_0 else {4: 18, 5: 22, 8: 34}[symmetric_bits(spec.bits)]
 
 
 def gptq_bytes(shape: ModelShape, scheme: "QuantScheme") -> int:
-    """Weight files of a GPTQ export: int32 words of codes and zero points, fp16 scales, an int32 a column, everything else 16 bits."""
+    """Return the bytes of a GPTQ export: int32 words of codes and zero points, fp16 scales, an int32 per column, everything else 16
+    bits."""
     stored: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, (rows, columns, spec) in quantized_linears(shape, scheme).items():
         groups = spec.scale_shape(rows, columns)[1]
@@ -107,7 +110,7 @@ def gptq_bytes(shape: ModelShape, scheme: "QuantScheme") -> int:
 
 
 def awq_bytes(shape: ModelShape, scheme: "QuantScheme") -> int:
-    """Weight files of an AWQ export: int32 words of codes and zero points, fp16 scales, everything else 16 bits."""
+    """Return the bytes of an AWQ export: int32 words of codes and zero points, fp16 scales, everything else 16 bits."""
     stored: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, (rows, columns, spec) in quantized_linears(shape, scheme).items():
         groups = spec.scale_shape(rows, columns)[1]
@@ -118,12 +121,12 @@ def awq_bytes(shape: ModelShape, scheme: "QuantScheme") -> int:
 
 
 def plain_bytes(shape: ModelShape, scheme: "QuantScheme") -> int:
-    """Weight files of a plain export: everything in 16 bits."""
+    """Return the bytes of a plain export with everything in 16 bits."""
     return model_bytes(shape, "BF16")
 
 
 def plain_f32_bytes(shape: ModelShape, scheme: "QuantScheme") -> int:
-    """Weight files of a plain export in fp32."""
+    """Return the bytes of a plain export in fp32."""
     return model_bytes(shape, "F32")
 
 
@@ -146,5 +149,5 @@ EXPORT_BYTES = {
 
 
 def checkpoint_bytes(shape: ModelShape, *, masks: bool) -> int:
-    """One checkpoint of a training stage: fp32 weights and moments, and a byte a weight for masks."""
+    """Return the bytes of one checkpoint of a training stage: fp32 weights and moments, and one byte per weight for masks."""
     return 4 * shape.parameters * (1 + _OPTIMIZER_TENSORS) + (shape.linear if masks else 0)

@@ -1,4 +1,4 @@
-"""What a recipe asks of its models that their families do not give, said before any work; and the share of weights that stages reach."""
+"""Checks before any work that the models' families support the recipe, and computes the share of weights that stages reach."""
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -16,14 +16,14 @@ _TABLE = "docs/families.md has the table of families"
 
 
 def check_families(recipe: "Recipe", teacher: ModelShape | None, student: ModelShape) -> None:
-    """ImpossibleStageError that names the family, what stands in the way and the remedy; nothing when all can be done."""
+    """Raise ImpossibleStageError with the family, the obstacle and the remedy if a stage cannot work on its model."""
     for entry in recipe.stages:
         for reason in _reasons(recipe, entry, teacher, student):
             raise ImpossibleStageError(f"{entry.name}: {reason}")
 
 
 def coverage(stage: StageShape) -> float | None:
-    """Share of the decoder's weights that a stage works on, from what its input has; None for stages that choose none."""
+    """Return the share of its input's decoder weights that a stage works on; None for stages that select no weights."""
     from ...trainer.settings import ExportSettings, PruneSettings
     from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
@@ -36,7 +36,7 @@ def coverage(stage: StageShape) -> float | None:
 
 
 def ffn_linears(shape: ModelShape) -> list[str]:
-    """The linears whose channels structured pruning removes; [] of a family that it does not know."""
+    """Return the linears whose channels structured pruning removes; [] for an unknown family."""
     from ...models.families import FAMILIES
 
     family = FAMILIES.get(shape.config.model_type)
@@ -72,7 +72,7 @@ def _reasons(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, 
 
 
 def _of_weights(entry: "StageEntry", student: ModelShape) -> Iterator[str]:
-    """What the stage does not reach of the weights, and what of its method was seen to fail."""
+    """Yield the weights that the stage does not reach, and methods that are known to fail on the family."""
     from ...trainer.settings import PruneSettings
     from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
@@ -85,7 +85,7 @@ def _of_weights(entry: "StageEntry", student: ModelShape) -> Iterator[str]:
         allowed = f", or allow it by name: stages.{entry.index}.{entry.kind}.allow_partial=true" if student.linears else ""
         yield f"model type {student.family.model_type!r}: {reason}. Use a model of another family ({_TABLE}){allowed}"
     if named or isinstance(settings, PruneSettings):
-        # what was seen of a family is not known of a part of it: the stage itself will say
+        # the families' known failures are of whole models; for a part of one the stage itself decides
         return
     calibrates = isinstance(settings, QuantizeSettings) and settings.calibrates
     starts = isinstance(settings, QatSettings) and settings.first == "gptq"

@@ -1,4 +1,4 @@
-"""The cheapest change that makes a stage fit a GPU: what costs no quality and no time first, more GPUs last."""
+"""Finds the cheapest change that makes a stage fit a GPU: changes without cost in quality or time first, more GPUs last."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,21 +16,21 @@ class Remedy:
     """Settings that make a stage fit."""
 
     settings: tuple[str, ...]
-    """As overrides of the recipe: ``trainer.micro_batch=1``."""
+    """Overrides of the recipe: ``trainer.micro_batch=1``."""
     roles: Roles
-    """What it takes then."""
+    """Memory with these settings."""
 
 
 def usable(device_bytes: int) -> int:
-    """What tensors may take of a GPU."""
+    """Return the bytes of a GPU that tensors may use."""
     return int(device_bytes * (1 - RESERVE))
 
 
 def cheapest_fit(student: ModelShape, teacher: ModelShape | None, case: StageMemoryCase, device_bytes: int) -> Remedy | None:
-    """The settings that make a stage fit; None: nothing helps.
+    """Return the settings that make a stage fit; None if nothing helps.
 
-    Changes are tried in order of their cost, each on top of those that saved something and did not suffice; then those that turn out not
-    to be needed are taken back.
+    Changes are tried in order of cost, each on top of the earlier ones that saved memory but did not suffice; then unnecessary ones are
+    reverted.
     """
 
     def roles(changes: Sequence[Change]) -> Roles:
@@ -47,6 +47,7 @@ def cheapest_fit(student: ModelShape, teacher: ModelShape | None, case: StageMem
             break
     else:
         return None
+    # the last change is the one that made it fit; an earlier, cheaper one may be unnecessary with it
     for change in applied[:-1]:
         fewer = [other for other in applied if other is not change]
         if roles(fewer).total <= usable(device_bytes):
@@ -61,7 +62,7 @@ def _changed(case: StageMemoryCase, changes: Sequence[Change]) -> StageMemoryCas
 
 
 def _overrides(case: StageMemoryCase, changed: StageMemoryCase) -> tuple[str, ...]:
-    """What a user has to say to come from one to the other; read off the result, so that changes which undo each other name nothing."""
+    """Return the overrides that lead from one case to the other; compared by result, so changes that undo each other name nothing."""
     before, after = case.plan, changed.plan
     named = {
         "trainer.micro_batch": (before.batch.micro_batch, after.batch.micro_batch),

@@ -1,4 +1,4 @@
-"""What an export format cannot hold of a recipe's model, said before training: the limits that its exporter asks, from shapes alone."""
+"""Checks a recipe's model against the exporters' limits of formats, from shapes alone and before training."""
 
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .recipe_remedies import RecipeRemedies
 
 MOST = 8
-"""Sentences at most: who reads them follows one and looks again."""
+"""Largest number of sentences: a reader fixes one and plans again."""
 
 
 def planned_model(
@@ -23,10 +23,10 @@ def planned_model(
     reader_version: str | None = None,
     allow_inexact: bool = False,
 ) -> StoredModel:
-    """What the limits of formats must know of an export.
+    """Describe an export for the limits of formats.
 
     Args:
-        remedies: Of the export; they name the model and its scheme.
+        remedies: The export's remedies, which name the model and its scheme.
         activations: How inputs are rounded.
         kv_cache: How keys and values are rounded.
         reader_version: As in the export's settings.
@@ -53,10 +53,10 @@ def planned_model(
 
 
 def format_problems(stored: StoredModel, remedies: "RecipeRemedies") -> list[str]:
-    """One sentence, with the nearest setting that works, for each thing that a format of the export cannot hold; [] when all hold all.
+    """Return a sentence, with the nearest working setting, for each thing that a format cannot hold; [] if every format holds everything.
 
     Args:
-        stored: What is to be exported.
+        stored: The model to export.
         remedies: How remedies are written.
     """
     found = (refusal for form in remedies.formats for refusal in refusals(form, stored))

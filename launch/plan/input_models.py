@@ -1,4 +1,4 @@
-"""The models that a recipe starts from, looked at before anything else: what cannot be taken is refused with the way that works."""
+"""Checks the models that a recipe starts from before anything else; a refusal names an input that works."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ def check_inputs(recipe: "Recipe") -> None:
     Raises:
         ImpossibleStageError: an adapter, packed weights, a model of more than text, weights of another model than config.json,
             or windows longer than its table of positions.
-        UserError: its config is nowhere to be had.
+        UserError: its config cannot be found.
     """
     from ...models.folder.hub import local_folder
     from ...models.folder.name_checks import check_weight_names
@@ -41,10 +41,10 @@ def check_inputs(recipe: "Recipe") -> None:
 
 
 def _models(recipe: "Recipe") -> Iterator[tuple[str, str, str | None, bool]]:
-    """(recipe key, folder or hub id, revision, whether its weights must be plain) of teacher and student."""
+    """Yield (recipe key, folder or hub id, revision, whether its weights must be plain) of teacher and student."""
     if recipe.teacher and recipe.teacher.path:
         yield "teacher.path", recipe.teacher.path, recipe.teacher.revision, True
     if recipe.student.path:
-        # exports can be measured
+        # packed exports can be evaluated, but not trained
         worked_on = any(entry.kind != "evaluate" for entry in recipe.stages)
         yield "student.path", recipe.student.path, recipe.student.revision, worked_on

@@ -1,4 +1,4 @@
-"""The precision ladder of an architecture: what its weights take at each precision, bare and as stored, and its KV cache."""
+"""The precision ladder of an architecture: bytes of its weights at each precision, bare and as stored, and of its KV cache."""
 
 import re
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LONGEST_CONTEXT = 8192
-"""Context of the KV cache when none is given, if the model has as much."""
+"""Default context of the KV cache, limited to the model's own."""
 
 
 @dataclass(frozen=True)
 class Rung:
-    """A mix of precisions. Bits of a number; a group of 0 has no scales."""
+    """A mix of precisions, in bits per number; a group of 0 means no scales."""
 
     name: str
     body: float
@@ -30,9 +30,9 @@ class Rung:
     group: int = 0
     """Weights that share a scale (bf16)."""
     zero_points: bool = False
-    """Whether a group has a zero point too, as wide as a weight."""
+    """Whether a group also has a zero point, as wide as a weight."""
     embeddings_group: int = 0
-    """Elements of embedding and head that share a scale, where those are rounded too; norms then stay bf16."""
+    """Elements of embedding and head per scale if those are rounded too; norms then stay bf16."""
 
 
 RUNGS = (
@@ -58,7 +58,7 @@ class LadderRow:
     scales: int
     """Scales and zero points, of embeddings too."""
     embeddings: int
-    """Embedding, and the head where it is not the same table."""
+    """Embedding, and the head unless it is tied."""
     norms: int
     """Norms and biases."""
     kv_cache: int
@@ -76,12 +76,12 @@ class LadderRow:
 
 
 def ladder(shape: ModelShape, *, context: int, batch: int, nominal: float | None = None) -> list[LadderRow]:
-    """Every rung for ``shape``.
+    """Return every rung for ``shape``.
 
     Args:
         shape: The model.
         context: Tokens of each sequence in the cache; batch: sequences.
-        nominal: Parameters that the bare figure goes by, such as 70e9; None = the model's own count.
+        nominal: Number of parameters for the bare figure, such as 70e9; None: the model's own count.
     """
     tables = sum(rows * columns for rows, columns in _tables(shape).values())
     cache = kv_cache_bytes(shape, context, batch)
@@ -89,17 +89,18 @@ def ladder(shape: ModelShape, *, context: int, batch: int, nominal: float | None
 
 
 def kv_cache_bytes(shape: ModelShape, context: int, batch: int) -> int:
-    """Keys and values of all layers in bf16."""
+    """Return the bytes of keys and values of all layers in bf16."""
+    # keys and values, 2 bytes each
     return 2 * 2 * shape.layers * shape.dimensions.kv_heads * shape.dimensions.head_dim * context * batch
 
 
 def default_context(shape: ModelShape) -> int:
-    """The model's own context, at most 8,192 tokens."""
+    """Return the model's own context, at most 8,192 tokens."""
     return min(LONGEST_CONTEXT, getattr(text_config(shape.config), "max_position_embeddings", None) or LONGEST_CONTEXT)
 
 
 def find_shape(what: str) -> ModelShape:
-    """The model meant by a folder, hub id, stored name, or a size such as ``70B`` (the stored architecture nearest to it).
+    """Find the model of a folder, hub id, stored name, or size such as ``70B`` (the nearest stored architecture).
 
     Raises: UserError when it is none of them.
     """
@@ -117,7 +118,7 @@ def find_shape(what: str) -> ModelShape:
 
 
 def nominal_size(what: str) -> float | None:
-    """70e9 for ``70B``; None for what is no size above 0, or a folder of that name."""
+    """Parse a size such as ``70B`` into 70e9; None if the text is not a size above 0, or names a folder."""
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MBT])", what, re.IGNORECASE)
     if size is None or not float(size[1]) or Path(what).is_dir():
         return None
@@ -132,7 +133,7 @@ def _config(what: str, stored: Sequence[str]) -> Any:
 
 
 def _tables(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """Embedding and head (once when tied): matrices outside the decoder layers."""
+    """Return the matrices outside the decoder layers: embedding and head (once if tied)."""
     found: dict[str, tuple[int, int]] = {}
     for name, sizes in shape.tensors.items():
         if len(sizes) == 2 and not shape.within(name):
@@ -158,7 +159,7 @@ def _row(rung: Rung, shape: ModelShape, tables: int, cache: int, counted: float)
 
 
 def _count(option: str, text: str) -> int:
-    """A whole number as recipes write them."""
+    """Parse a whole number in the notation of recipes."""
     from ...configs.scalars import parse_number
 
     number = parse_number(text)

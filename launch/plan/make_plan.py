@@ -1,4 +1,4 @@
-"""What a recipe will need and yield, from shapes alone and in seconds: ``plan`` makes a ``Plan``, ``show`` draws it."""
+"""Makes the plan of a recipe from shapes alone, in seconds."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -29,13 +29,13 @@ def plan(recipe: "Recipe", *, gpus: int | None = None, gpu_memory: int | None = 
     """Plan a recipe.
 
     Args:
-        recipe: What to plan.
-        gpus: GPUs on each node; None = those of this machine, as ``trainer.devices`` asks for them.
-        gpu_memory: Bytes of one GPU; None = that of this machine's, unknown without one.
+        recipe: The recipe.
+        gpus: GPUs per node; None: those of this machine, as selected by ``trainer.devices``.
+        gpu_memory: Bytes of one GPU; None: those of this machine's GPU, unknown without one.
         nodes: Machines.
         tensor_parallel: GPUs that will serve one copy of the exported model.
 
-    Raises: UserError when a model's numbers are nowhere to be had, or the recipe contradicts itself.
+    Raises: UserError if a model's config cannot be found, or the recipe contradicts itself.
     """
     check_inputs(recipe)
     machine = _machine(recipe.trainer, gpus, gpu_memory, nodes)
@@ -54,6 +54,7 @@ def plan(recipe: "Recipe", *, gpus: int | None = None, gpu_memory: int | None = 
         student=f"{student.describe()}, {student.parameters:,} parameters ({student.source})",
         values=recipe_values(recipe),
         stages=stages,
+        # two checkpoints are kept and a third exists while it is written; only one stage trains at a time
         disk_bytes=kept + made + passing + 3 * largest + sum(stage.training.cache_bytes for stage in stages if stage.training),
     )
 
@@ -124,7 +125,7 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
 
 
 def _keys(recipe: "Recipe", export: "StageEntry") -> Keys:
-    """How keys of remedies begin: the export's, those of the stage that rounded last before it, and of the one that prunes channels."""
+    """Return the key prefixes for remedies: of the export, of the last rounding stage before it, and of the one that prunes channels."""
     from ...trainer.settings import PruneSettings
     from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
@@ -149,7 +150,7 @@ def _written(recipe: "Recipe", shape: StageShape) -> int | None:
 
 
 def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, machine: Machine) -> tuple[Training, list[Value]]:
-    """Memory, work and derived numbers of one training stage."""
+    """Return memory, work and derived numbers of one training stage."""
     from ...trainer.processes.strategy import choose_strategy
 
     entry, trainer, seq = shape.entry, recipe.trainer, recipe.data.seq_length
@@ -210,7 +211,7 @@ def _trained_in_qat(settings: Any) -> dict[str, Any]:
 
 
 def _cache_bytes(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, tokens: int) -> int:
-    """What a cache keeps of the teacher for the tokens of a stage, none of them seen twice: at most that much."""
+    """Return the largest size of the teacher's cache for a stage, assuming that no token is seen twice."""
     from ...trainer.soft_targets.cached import row_format
 
     if teacher is None or recipe.teacher is None or recipe.teacher.cache is None:

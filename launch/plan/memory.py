@@ -1,10 +1,12 @@
-"""Bytes that a training stage holds on one device, by role, from shapes alone.
+"""Memory of a training stage on one device in bytes, by role, from shapes alone.
 
-The peak is taken where the loss is computed: the activations of the whole micro-batch are there, the last step's gradients still are, and
-the blocks of logits come on top. Activations are counted tensor by tensor for a Llama-like layer as autograd saves them (RMSNorm, rotary
-positions, SDPA that keeps no attention matrix, gated FFN); other families are close. What allocators add, and the CUDA context, is in
-``RESERVE``, not here. Keys and values that are rounded are not counted either: each is saved once more, half a percent of a layer's
-activations (measured with two of eight heads), and their scales are two numbers a layer.
+The peak is where the loss is computed: it holds the activations of the whole micro-batch, the last step's gradients and the blocks of
+logits. Activations are counted tensor by tensor for a Llama-like layer as autograd saves them (RMSNorm, rotary
+positions, SDPA that keeps no attention matrix, gated FFN); other families are close. The overhead of allocators and the CUDA context is
+in
+``RESERVE``. Copies of rounded keys and values are not counted: they are half a percent of a layer's activations (measured with two of
+eight
+heads), and their scales are two numbers per layer.
 """
 
 from dataclasses import dataclass
@@ -29,24 +31,24 @@ class Roles:
     teacher: int
     """Weights of the teacher."""
     student: int
-    """fp32 master weights, and under FSDP2 what is gathered at the same time."""
+    """fp32 master weights, and under FSDP2 the gathered layers."""
     gradients: int
     """fp32."""
     optimizer: int
     """Moments."""
     activations: int
-    """Saved for the backward pass, with copies of weights that it needs; and what the teacher's forward pass takes."""
+    """Tensors saved for the backward pass, including copies of weights; and those of the teacher's forward pass."""
     logits: int
-    """Blocks of logits, gradients of head and hidden states."""
+    """Blocks of logits, and gradients of head and hidden states."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Return the sum over all roles."""
         return self.teacher + self.student + self.gradients + self.optimizer + self.activations + self.logits
 
 
 def training_memory(student: ModelShape, teacher: ModelShape | None, case: StageMemoryCase) -> Roles:
-    """Bytes by role on one device at the peak of a step."""
+    """Return the bytes by role on one device at the peak of a step."""
     return Roles(
         teacher=0 if teacher is None else teacher_bytes(teacher.as_teacher, case.load_in, case.placement, case.ranks),
         student=_student_bytes(student, case),
@@ -62,7 +64,7 @@ def _share(elements: int, case: StageMemoryCase) -> int:
 
 
 def _added(student: ModelShape, case: StageMemoryCase) -> int:
-    """Parameters that quantized linears have beside their weights: scales and adapters."""
+    """Return the number of parameters that quantized linears add to their weights: scales and adapters."""
     if case.scheme is None or not (case.learned_scales or case.rank):
         return 0
     quantized = quantized_linears(student, case.scheme)
@@ -71,13 +73,13 @@ def _added(student: ModelShape, case: StageMemoryCase) -> int:
 
 
 def _quantized_weights(student: ModelShape, case: StageMemoryCase) -> int:
-    """Weights of decoder linears that are quantized."""
+    """Return the number of quantized weights of the decoder's linears."""
     quantized = {} if case.scheme is None else quantized_linears(student, case.scheme)
     return sum(one.rows * one.columns for name, one in quantized.items() if name in student.linears)
 
 
 def _trained(student: ModelShape, case: StageMemoryCase) -> int:
-    """Parameters with a gradient and moments."""
+    """Return the number of parameters with a gradient and moments."""
     return _added(student, case) + (0 if case.codes_only or case.rank else student.parameters)
 
 
@@ -86,7 +88,7 @@ def _student_bytes(student: ModelShape, case: StageMemoryCase) -> int:
         quantized = _quantized_weights(student, case)
         return quantized + 4 * (student.parameters - quantized + _added(student, case))
     own = 4 * _share(student.parameters + _added(student, case), case)
-    # gathered: everything outside the layers, the layer at work, the one that is fetched, and the buffer that it arrives in
+    # gathered: everything outside the layers, the current layer, the prefetched one, and its receive buffer
     return own + (4 * (student.outside + 3 * student.layer) if case.sharded else 0)
 
 
@@ -100,39 +102,39 @@ def _optimizer_bytes(student: ModelShape, case: StageMemoryCase) -> int:
         return 8 * _share(_trained(student, case), case)
     large = sum(size for size in map(_elements, student.tensors.values()) if _share(size, case) >= SMALLEST_8BIT)
     small = _trained(student, case) - large
-    # a byte a moment, and an fp32 scale for each 256
+    # two moments, each one byte and an fp32 scale per 256 elements
     return int(_share(large, case) * (2 + 2 * 4 / 256)) + 8 * _share(small, case)
 
 
 def _layer_activations(student: ModelShape, case: StageMemoryCase) -> int:
-    """What one decoder layer saves for a micro-batch, without copies of weights."""
+    """Return the bytes that one decoder layer saves for a micro-batch, without copies of weights."""
     sizes = student.dimensions
     hidden, ffn = sizes.hidden, sizes.ffn
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     low = 2 if case.mixed else 4
-    # both norms: input and normalised input in fp32; then what each linear keeps of it (under autocast a bf16 copy each)
+    # both norms: input and normalised input in fp32; then the input that each linear saves (under autocast a bf16 copy each)
     norms = 2 * 2 * 4 * hidden + (low * 5 * hidden if case.mixed else 4 * 2 * hidden)
-    # queries, keys and values as attention sees them, and its result, which lies in the order that the projection reads
+    # queries, keys and values as attention reads them, and its result, already in the projection's memory layout
     attention = low * (queries + 2 * keys) + low * queries + 4 * sizes.heads
     # gate, its SiLU, up, and their product
     return case.tokens * (norms + attention + low * 4 * ffn)
 
 
 def _layer_copies(student: ModelShape, case: StageMemoryCase) -> int:
-    """Copies of one layer's weights that its backward pass needs: quantized values, bf16 casts, flags of clipped weights."""
+    """Return the bytes of weight copies for one layer's backward pass: quantized values, bf16 casts, flags of clipped weights."""
     linear = student.linear // max(1, student.layers)
     if case.scheme is None:
         return 2 * linear if case.mixed else 0
     quantized = _quantized_weights(student, case) // max(1, student.layers)
     plain = 2 * (linear - quantized) if case.mixed else 0
     if case.codes_only:
-        return plain  # the weight is made again in the backward
-    flags = 0 if case.on_gpu else 1  # the Triton kernel computes them again
+        return plain  # the weight is recomputed in the backward pass
+    flags = 0 if case.on_gpu else 1  # the Triton kernel recomputes the flags
     return plain + quantized * ((2 if case.mixed else 4) + flags)
 
 
 def _table_copies(student: ModelShape, case: StageMemoryCase) -> int:
-    """Rounded values, flags and bf16 casts of embedding and head; a tied head rounds the table once more."""
+    """Return the bytes of rounded values, flags and bf16 casts of embedding and head; a tied head rounds the table again."""
     if case.scheme is None:
         return 0
     quantized = quantized_linears(student, case.scheme)
@@ -151,7 +153,7 @@ def _activation_bytes(student: ModelShape, case: StageMemoryCase) -> int:
 
 
 def _teacher_pass(teacher: ModelShape, case: StageMemoryCase) -> int:
-    """The teacher's forward pass keeps nothing but its last hidden states: one layer's widest moment."""
+    """Return the peak of the teacher's forward pass, which is that of one layer, since only the last hidden states are kept."""
     width = 4 if case.load_in == "fp32" else 2
     return case.tokens * width * (3 * teacher.dimensions.ffn + 4 * teacher.hidden)
 
@@ -162,7 +164,7 @@ def _logit_bytes(student: ModelShape, teacher: ModelShape | None, case: StageMem
     limits = ACCELERATOR_LIMITS if case.on_gpu else CPU_LIMITS
     rows = rows_per_block(case.tokens, vocabulary, buffers, 4, limits)
     blocks = buffers * 4 * min(rows, case.tokens) * vocabulary
-    # the head's gradient, and of the hidden states gradient and shifted copy
+    # the head's gradient, and the hidden states' gradient and shifted copy
     gradients = 4 * vocabulary * student.hidden + 2 * 4 * case.tokens * student.hidden
     if teacher is None:
         return blocks + gradients

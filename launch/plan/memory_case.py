@@ -1,4 +1,4 @@
-"""What decides the memory of a training stage besides the shapes of its models."""
+"""Settings that determine the memory of a training stage, apart from the shapes of its models."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,38 +12,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StageMemoryCase:
-    """What decides the memory of a stage besides the shapes."""
+    """Settings that determine the memory of a stage, apart from shapes."""
 
     plan: "TrainingPlan"
     seq_length: int
     ranks: int
     on_gpu: bool
     load_in: LoadIn = "bf16"
-    """How the teacher's weights are held."""
+    """Storage type of the teacher's weights."""
     placement: Placement = "replicated"
-    """Where they are held."""
+    """Placement of the teacher's weights."""
     scheme: "QuantScheme | None" = None
-    """The scheme that the student trains on, in a qat stage."""
+    """Quantization scheme of the student in a qat stage."""
     learned_scales: bool = False
-    """A scale parameter for each group, in a qat stage."""
+    """Whether a qat stage trains a scale per group."""
     codes_only: bool = False
-    """Quantized weights are codes of a byte, and only scales train."""
+    """Whether quantized weights are one-byte codes and only scales train."""
     rank: int = 0
-    """Rank of the adapters that train instead of the weights; 0 = none."""
+    """Rank of the adapters that train instead of the weights; 0: none."""
     rounds_inputs: bool = False
-    """Quantized linears of the decoder layers read rounded inputs, in a qat stage."""
+    """Whether quantized linears of the decoder layers read rounded inputs in a qat stage."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch."""
+        """Return the tokens per micro-batch."""
         return self.plan.batch.micro_batch * self.seq_length
 
     @property
     def sharded(self) -> bool:
-        """Whether the student is spread over ranks."""
+        """Return whether the student is sharded over ranks."""
         return self.plan.strategy == "fsdp2" and self.ranks > 1
 
     @property
     def mixed(self) -> bool:
-        """bf16 autocast over fp32 masters."""
+        """Return whether training uses bf16 autocast over fp32 master weights."""
         return self.plan.precision == "bf16-mixed"

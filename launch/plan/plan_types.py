@@ -1,4 +1,4 @@
-"""What a plan says, piece by piece."""
+"""The data types of a plan."""
 
 from dataclasses import dataclass, field
 
@@ -13,44 +13,45 @@ PRECISIONS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where the recipe is to run."""
+    """The machines that the recipe will run on."""
 
     gpus: int
-    """On each node; 0 = CPU."""
+    """GPUs per node; 0: CPU."""
     nodes: int
     processes: int
-    """On each node."""
+    """Processes per node."""
     gpu_memory: int | None
-    """Bytes of one GPU; None when there is none, or it is unknown."""
+    """Bytes of one GPU; None without a GPU or if unknown."""
 
     @property
     def ranks(self) -> int:
-        """Processes in all."""
+        """Return the total number of processes."""
         return self.processes * self.nodes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What a training stage takes."""
+    """Resources of a training stage."""
 
     steps: int
     tokens: int
     flop: float
-    """Floating point operations: 6 a parameter and token for the student (8 with checkpointing), 2 for the teacher."""
+    """Floating point operations per parameter and token: 6 for the student (8 with checkpointing), 2 for the teacher; summed over the
+    stage."""
     memory: Roles
     fits: bool | None
-    """None when the memory of the device is unknown."""
+    """Whether the stage fits the device; None if its memory is unknown."""
     remedy: Remedy | None
-    """What makes it fit, when it does not and something does."""
+    """Settings that make it fit; None if it fits, or if nothing helps."""
     checkpoint_bytes: int
-    """Of one; two are kept, and a third is there while it is written."""
+    """Bytes of one checkpoint; two are kept, and a third exists while it is written."""
     cache_bytes: int = 0
-    """Of the teacher's cache, at most."""
+    """Largest size of the teacher's cache in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """One stage."""
+    """Plan of one stage."""
 
     name: str
     kind: str
@@ -59,21 +60,21 @@ class StagePlan:
     precisions: dict[str, int]
     """Bare bytes of the parameters at each precision."""
     model_bytes: int | None
-    """Weight files that the stage writes; None when it writes no model."""
+    """Bytes of the weight files that the stage writes; None if it writes no model."""
     training: Training | None
     rounding: RoundingPlan | None
-    """Of a quantize stage."""
+    """Resources of rounding, for a stage that rounds weights."""
     values: list[Value] = field(repr=False)
     exports: dict[str, int]
     """Format -> bytes of weight files."""
     verdicts: list[Verdict]
-    """Whether and how each serving stack will load what this stage exports."""
+    """Whether and how each serving stack will load the exports of this stage."""
     refusals: list[str] = field(default_factory=list)
-    """What the formats of this stage cannot hold, a sentence each with the remedy."""
+    """What the formats of this stage cannot hold, one sentence each with the remedy."""
     coverage: float | None = None
     """Share of the decoder's weights that the stage prunes, quantizes or packs; None for other stages."""
     not_exported: str = ""
-    """Of a stage that quantizes: why no packed format will hold its result; '' when nothing is known against it."""
+    """For a quantizing stage: why no packed format will hold its result; '' if no reason is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,4 +88,4 @@ class Plan:
     values: list[Value] = field(repr=False)
     stages: list[StagePlan]
     disk_bytes: int
-    """All model folders, three checkpoints of the stage that needs most, and work files of the quantize stage that needs most."""
+    """All model folders and caches, three checkpoints of the largest training stage, and work files of the largest quantize stage."""

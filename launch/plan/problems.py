@@ -1,4 +1,4 @@
-"""What of a plan cannot work."""
+"""Finds what cannot work in a plan."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from .units import size
 
 
 def problems(plan: Plan, out: Path | None = None) -> list[str]:
-    """What cannot work, each as a sentence with the remedy; [] when nothing is known to stand in the way."""
+    """Return what cannot work, one sentence each with the remedy; [] if no problem is known."""
     found = [
         f"{stage.name} {_too_large(stage.training, plan.machine)}"
         for stage in plan.stages

@@ -1,4 +1,4 @@
-"""How remedies are written in a recipe: the overrides of its stages that follow them, such as ``stages.qat.weights.bits=4``."""
+"""Phrases remedies as overrides of a recipe, such as ``stages.qat.weights.bits=4``."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Keys:
-    """Where a remedy is written in a recipe: how the keys of its overrides begin."""
+    """Key prefixes of the overrides that apply a remedy."""
 
     quantizer: str = ""
-    """Of the stage that rounded the weights, such as ``stages.qat.``."""
+    """Prefix of the stage that rounded the weights, such as ``stages.qat.``."""
     export: str = "export."
-    """Of the export."""
+    """Prefix of the export stage."""
     prune: str | None = "prune."
-    """Of the stage that removes FFN channels; None where none does."""
+    """Prefix of the stage that removes FFN channels; None without such a stage."""
 
 
 USUAL_KEYS = Keys()
@@ -41,18 +41,18 @@ USUAL_KEYS = Keys()
 
 @dataclass(frozen=True)
 class RecipeRemedies:
-    """The words for one export of a recipe; called with a remedy it is what ``refusal.Words`` asks for."""
+    """Phrases remedies for one export of a recipe; a ``refusal.Words``."""
 
     model: "ModelShape"
     """The exported model."""
     scheme: "QuantScheme"
-    """Of its weights."""
+    """The scheme of its weights."""
     formats: tuple[str, ...]
-    """What the export writes."""
+    """The formats that the export writes."""
     keys: Keys = USUAL_KEYS
 
     def __call__(self, remedy: Remedy, refusal: Refusal) -> Phrase | None:
-        """(verb, what) of a remedy."""
+        """Return (verb, what) of a remedy."""
         match remedy:
             case Weights(values):
                 assert refusal.spec is not None
@@ -75,12 +75,12 @@ class RecipeRemedies:
                 return "use", f"{self.keys.export}{name}={value} to have them rounded"
 
     def weights(self, spec: "QuantSpec", names: Iterable[str], **values: object) -> str:
-        """The overrides that give modules of a quantization scheme other values; of ``overrides`` in words, as its pattern is no part of a
-        key.
+        """Return the overrides that change the scheme of modules; entries of ``overrides`` in words, because a pattern cannot be part of
+        a key.
 
         Args:
-            spec: What the modules have.
-            names: Their full names.
+            spec: Current scheme of the modules.
+            names: Full names of the modules.
             values: Fields of the QuantSpec.
         """
         text = {name: str(value).lower() if isinstance(value, bool) else value for name, value in values.items()}
@@ -94,16 +94,16 @@ class RecipeRemedies:
         )
 
     def skip(self, *patterns: str) -> str:
-        """The override that leaves out more linears."""
+        """Return the override that skips further linears."""
         return f"{self.keys.quantizer}skip=[{','.join(dict.fromkeys((*self.scheme.skip, *patterns)))}]"
 
     def ffn(self, channels: int) -> str:
-        """The override that keeps so many FFN channels."""
+        """Return the override that keeps this number of FFN channels."""
         if self.keys.prune is None:
             return f"a stage before it: prune: {{structured: {{ffn: {channels}}}}}"
         return f"{self.keys.prune}structured.ffn={channels}"
 
     def other_format(self, name: str, *, instead_of: str = "") -> str:
-        """The override that writes another format too, or in place of one."""
+        """Return the override that adds a format, or replaces one."""
         kept = [form for form in self.formats if form not in (instead_of, name)]
         return f"{self.keys.export}formats=[{','.join([*kept, name])}]"

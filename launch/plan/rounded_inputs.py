@@ -1,8 +1,9 @@
-"""Bytes that a stage saves more for its backward pass when quantized linears read rounded inputs, from shapes alone.
+"""Additional bytes saved for the backward pass when quantized linears read rounded inputs, from shapes alone.
 
-Each linear rounds for itself, so that three projections of one input keep three rounded copies. On a CPU a byte of flags for each
-element comes on top, and what was read before rounding is free again unless somebody else keeps it; the Triton kernels keep it
-instead of flags. Under autocast each linear had a copy of its own before, and the rounded one takes its place.
+Each linear rounds its own input, so three projections of one input keep three rounded copies. On a CPU each element adds a byte of flags,
+and
+the unrounded input is freed unless something else keeps it; the Triton kernels keep it instead of flags. Under autocast each linear has a
+copy of its own anyway, which the rounded one replaces.
 """
 
 from typing import TYPE_CHECKING
@@ -13,13 +14,13 @@ if TYPE_CHECKING:
     from .memory_case import StageMemoryCase
 
 _SHARED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
-"""Linears that read one tensor, what a norm gives; every other one reads what no other does."""
+"""Linears that share an input, the output of a norm; every other linear has an input of its own."""
 _KEPT = ("o_proj", "out_proj")
-"""What they read is the attention's result, which the attention keeps too."""
+"""Linears that read the attention's result, which attention itself also keeps."""
 
 
 def rounded_input_bytes(student: ModelShape, case: "StageMemoryCase") -> int:
-    """Of a micro-batch in one decoder layer (the mean of all); 0 where inputs are not rounded."""
+    """Return the additional bytes of a micro-batch per decoder layer (mean over layers); 0 if inputs are not rounded."""
     if not case.rounds_inputs or case.scheme is None:
         return 0
     rounded = quantized_linears(student, case.scheme)
@@ -35,7 +36,7 @@ def rounded_input_bytes(student: ModelShape, case: "StageMemoryCase") -> int:
 
 
 def _bytes(part: str, readers: int, rounding: int, case: "StageMemoryCase") -> int:
-    """More bytes for each element of an input that ``readers`` linears read, ``rounding`` of them rounded."""
+    """Return the additional bytes per element of an input that ``readers`` linears read, ``rounding`` of which round it."""
     if not rounding:
         return 0
     flags = 0 if case.on_gpu else rounding
@@ -43,6 +44,6 @@ def _bytes(part: str, readers: int, rounding: int, case: "StageMemoryCase") -> i
         stays = case.on_gpu or rounding < readers or part in _KEPT
         return 4 * rounding + flags - (0 if stays else 4)
     if part in _SHARED.values():
-        # fp32, of which autocast kept bf16 copies alone, as it does now
+        # the norm's output is fp32; without rounding, autocast keeps only its bf16 copies
         return 4 if case.on_gpu else flags
     return flags + (2 if case.on_gpu or part in _KEPT else 0)

@@ -1,4 +1,4 @@
-"""What rounding after training takes, from shapes alone: the work is done one decoder layer at a time, on one GPU or on the CPU.
+"""Resources of post-training quantization, from shapes alone; it works on one decoder layer at a time, on one GPU or on the CPU.
 
 The peak is everything outside the layers, one layer with its codes, one Hessian, and either a batch on its way through the layer or the
 widest weights while they are rounded. Linears are taken to share inputs, and to run, as in a Llama.
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundingPlan:
-    """What a quantize stage takes."""
+    """Resources of a quantize stage."""
 
     method: str
     tokens: int
-    """Calibration tokens, fewer when the text has fewer; 0 when the method looks at none."""
+    """Calibration tokens at most (the text may have fewer); 0 for methods without calibration."""
     flop: float
     """Floating point operations of calibration: one to three forward passes, second moments, and rounding against them; 0 without."""
     device_bytes: int
-    """On the GPU that it runs on; 0 without one."""
+    """Bytes on the GPU; 0 without one."""
     host_bytes: int
-    """Host memory."""
+    """Bytes of host memory."""
     streamed: bool
     """Whether the model is read and written layer by layer."""
     work_bytes: int
-    """Files beside the result, which are gone at the end."""
+    """Bytes of temporary files, which are deleted at the end."""
     fits: bool | None
-    """None when the memory of the device is unknown."""
+    """Whether it fits the device; None if its memory is unknown."""
 
 
 _FITTING = 2**24  # four matrices of 2^20 numbers
@@ -53,7 +53,7 @@ class _Stack:
 def rounding_plan(
     settings: "QuantizeSettings", shape: StageShape, seq_length: int, *, on_gpu: bool, gpu_memory: int | None
 ) -> RoundingPlan:
-    """The plan of one stage.
+    """Plan the rounding of one stage.
 
     Args:
         on_gpu: Whether there is a GPU to work on.
@@ -86,7 +86,7 @@ def rounding_plan(
 
 
 def _stacks(model: ModelShape, scheme: "QuantScheme", *, shared: bool) -> list[list[_Stack]]:
-    """The stacks of each layer that has linears to round."""
+    """Return the stacks of each layer that has linears to round."""
     layers: dict[str, dict[Any, _Stack]] = {}
     for name, (rows, columns, _) in quantized_linears(model, scheme).items():
         if name not in model.linears:
@@ -101,28 +101,29 @@ def _stacks(model: ModelShape, scheme: "QuantScheme", *, shared: bool) -> list[l
 
 
 def _layer_bytes(stacks: list[_Stack], needs: str, batch: int, fitted: bool) -> int:
-    """Bytes of work on one layer, beside its weights and codes."""
+    """Return the bytes of work on one layer, without its weights and codes."""
     whole = needs == "hessian"
     return max((4 * stack.inputs**2 if whole else 0) + max(batch, _stack_bytes(stack, whole, fitted)) for stack in stacks)
 
 
 def _stack_bytes(stack: _Stack, whole: bool, fitted: bool) -> int:
-    """Bytes of rounding one stack."""
+    """Return the bytes for rounding one stack."""
     weights = stack.outputs * stack.inputs
     if not whole:
-        # what rounding leaves of the weights, twice, and their values in fp32; codes twice
+        # two copies of the remaining weights and their values, all in fp32; codes twice
         return 3 * 4 * weights + 2 * weights
     # weights, what is rounded of them and its errors in fp32, and codes twice
     rounding = 4 * 4 * weights + 2 * weights
     factor = 4 * stack.inputs**2
-    # fitting keeps the codes before, and works on a few rows at a time
+    # fitting keeps the previous codes, and works on a few rows at a time
     more = weights + _FITTING if fitted else 0
-    # the factor stays while codes are found; before, the damped matrix and its Cholesky factor are beside it
+    # the factor is kept while codes are found; before that, the damped matrix and its Cholesky factor exist too
     return max(3 * factor, factor + rounding + more)
 
 
 def _batch_bytes(model: ModelShape, seq_length: int) -> int:
-    """Bytes of a batch inside a layer, fp32: the gated FFN or attention is the widest, with the layer's own input and normalised input."""
+    """Return the bytes of a batch inside a layer, fp32: the gated FFN or attention is the widest, with the layer's own input and
+    normalised input."""
     from ...trainer.stages.calibration import BATCH_TOKENS
 
     tokens = max(1, BATCH_TOKENS // seq_length) * seq_length
@@ -130,8 +131,9 @@ def _batch_bytes(model: ModelShape, seq_length: int) -> int:
 
 
 def _kept_inputs(model: ModelShape, layers: list[list[_Stack]], needs: str, tokens: int) -> int:
-    """Numbers a token that a layer keeps beside its hidden states while its linears are calibrated: what the last linears of its attention
-    and FFN read, where it is no wider than the hidden states or not too much."""
+    """Return the numbers per token that a layer keeps in addition to its hidden states during calibration: the inputs of the last linears
+    of
+    attention and FFN, if they are no wider than the hidden states or small enough."""
     if needs == "nothing":
         return 0
     widths = [[stack.inputs for stack in stacks if stack.outputs == model.hidden] for stacks in layers]
@@ -151,13 +153,13 @@ def _flop(model: ModelShape, layers: list[list[_Stack]], rounding: "RoundingMeth
         return passes
     stacks = [stack for layer in layers for stack in layer]
     moments = sum(2.0 * tokens * stack.inputs**2 for stack in stacks)
-    # codes; and of a fit what they pull, and its equations
+    # products for the codes; a fit adds two more, and repeats them in a second pass
     products = (6 if twice else 3) if rounding.scale == "fitted" else 1
     return passes + moments + sum(stack.inputs**3 / 3 + products * stack.outputs * stack.inputs**2 for stack in stacks)
 
 
 def _work_files(model: ModelShape, shape: StageShape) -> int:
-    """The rounded layers on their way: fp32 weights, codes and scales."""
+    """Return the bytes of rounded layers on disk before they are joined: fp32 weights, codes and scales."""
     assert shape.scheme is not None
     linears = [one for name, one in quantized_linears(model, shape.scheme).items() if name in model.linears]
     codes = sum(one.rows * one.columns for one in linears)

@@ -1,7 +1,8 @@
-"""Will a serving stack load what a recipe exports, on its fast path, and if not, what is the nearest setting that does.
+"""Judges whether serving stacks load a recipe's exports on their fast path, and names the nearest setting that does.
 
-``qat/export/format_readers.py`` says which stack knows which format, ``qat/export/limits`` what the format holds, ``stack_rules.py`` what a
-stack asks besides.
+``qat/export/format_readers.py`` has the formats of each stack, ``qat/export/limits`` the limits of formats, ``stack_rules.py`` the
+further
+requirements of stacks.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,24 +21,24 @@ from .stored_shapes import StoredShapes, stored_shapes
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one stack makes of an export."""
+    """Verdict of one stack on an export."""
 
     target: str
     outcome: Outcome
-    """ok = on its fast path; slower = it loads and does more than it need; no = it does not load, or computes another model."""
+    """ok: on its fast path; slower: it loads, with extra work; no: it does not load, or computes another model."""
     reason: str
     fix: str = ""
-    """The nearest setting that is ok, as overrides of the recipe; '' when nothing is to be done."""
+    """The nearest setting that is ok, as overrides of the recipe; '' if there is nothing to change."""
     format: str = ""
-    """The format that it is about; '' where the stack reads none of those that are written."""
+    """The format concerned; '' if the stack reads none of the written formats."""
 
 
 def verdicts(stored: StoredModel, remedies: RecipeRemedies, *, tensor_parallel: int = 1) -> list[Verdict]:
-    """For each target one verdict on each format that it knows, or one that says which it would read; the gravest reason first.
+    """Return for each stack a verdict on each format that it knows, or one naming the formats it reads; the most serious reason first.
 
     Args:
-        stored: What is exported.
-        remedies: How remedies are written; they name the model and the formats.
+        stored: The exported model.
+        remedies: Phrases remedies; names the model and the formats.
         tensor_parallel: GPUs that serve one copy.
     """
     cases = stored_shapes(remedies, tensor_parallel, stored.activations, stored.kv_cache)
@@ -49,7 +50,7 @@ def verdicts(stored: StoredModel, remedies: RecipeRemedies, *, tensor_parallel: 
 
 
 def _of_none(target: str, remedies: RecipeRemedies) -> Verdict:
-    """Nothing that is written is for this stack."""
+    """Return the verdict for a stack that reads none of the written formats."""
     read = formats_for(target)
     return Verdict(target, "no", f"it reads {' or '.join(read)}, which this stage does not write", remedies.other_format(read[0]))
 
@@ -67,7 +68,7 @@ def _of_format(target: str, form: str, stored: StoredModel, cases: Sequence[Stor
         served = [case for case in cases if case.spec.kind == "int"]
     reasons = list(dict.fromkeys(finding for case in served for rule in rules(target, form) for finding in rule(case)))
     if all(finding.outcome != "no" for finding in reasons):
-        # where the stack itself refuses the scheme, its own words are nearer to what it takes
+        # if the stack itself refuses the scheme, its own reason is more specific than the format's
         reasons += _of_limits(target, form, stored, remedies)
     grave = sorted(reasons, key=lambda finding: ("no", "slower", "ok").index(finding.outcome))
     told = f"; {how.how}" if how.how else ""
@@ -81,7 +82,7 @@ def _of_format(target: str, form: str, stored: StoredModel, cases: Sequence[Stor
 
 
 def _of_limits(target: str, form: str, stored: StoredModel, remedies: RecipeRemedies) -> Iterable[StackFinding]:
-    """What the format cannot hold; another format is a remedy only where the stack reads it."""
+    """Yield what the format cannot hold; another format is a remedy only if the stack reads it."""
     for refusal in refusals(form, stored):
         ways = [way for way in refusal.remedies if not isinstance(way, OtherFormat) or way.name in formats_for(target)]
         phrases = [phrase for way in ways if (phrase := remedies(way, refusal))]

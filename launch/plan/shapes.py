@@ -35,7 +35,7 @@ class ModelShape:
     layer: int
     """Parameters of one decoder layer (the largest)."""
     inside: str
-    """What the names of the decoder layers' tensors begin with."""
+    """Common prefix of the names of the decoder layers' tensors."""
     dimensions: "Dimensions" = field(repr=False)
     family: "Capabilities" = field(repr=False)
     """What can be done with the model."""
@@ -46,48 +46,48 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """All of them."""
+        """Return the number of all parameters."""
         return sum(_elements(shape) for shape in self.tensors.values())
 
     @property
     def linear(self) -> int:
-        """Weights of the decoder's linears."""
+        """Return the number of weights in the decoder's linears."""
         return sum(rows * columns for rows, columns in self.linears.values())
 
     @property
     def layers(self) -> int:
-        """Decoder layers."""
+        """Return the number of decoder layers."""
         return self.dimensions.layers
 
     @property
     def hidden(self) -> int:
-        """Channels."""
+        """Return the hidden size."""
         return self.dimensions.hidden
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the head."""
+        """Return the number of rows of the head."""
         return self.dimensions.vocabulary
 
     @property
     def outside(self) -> int:
-        """Parameters outside the decoder layers: embedding, final norm, head."""
+        """Return the number of parameters outside the decoder layers: embedding, final norm, head."""
         return sum(_elements(shape) for name, shape in self.tensors.items() if not self.within(name))
 
     @property
     def as_teacher(self) -> "TeacherSize":
-        """What decides how much memory the model takes as a teacher."""
+        """Return the sizes that determine the model's memory as a teacher."""
         from ...trainer.processes.teacher_memory import TeacherSize
 
         rows = sum(rows for rows, _ in self.linears.values())
         return TeacherSize(parameters=self.parameters, outside=self.outside, layer=self.layer, linear=self.linear, linear_rows=rows)
 
     def within(self, name: str) -> bool:
-        """Whether a tensor is in the decoder layers."""
+        """Return whether a tensor is in the decoder layers."""
         return bool(self.inside) and name.startswith(self.inside)
 
     def kind_of(self, name: str) -> str:
-        """What a module is called in each decoder layer: 'mlp.down_proj' of 'model.layers.3.mlp.down_proj'."""
+        """Return a module's name within its decoder layer: 'mlp.down_proj' for 'model.layers.3.mlp.down_proj'."""
         return name.removeprefix(self.inside).split(".", 1)[1] if self.within(name) else name
 
     def describe(self) -> str:
@@ -98,21 +98,21 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class StageShape:
-    """What goes into a stage and what comes out of it."""
+    """Shapes of a stage's input and output."""
 
     entry: "StageEntry"
     before: ModelShape
     after: ModelShape
     scheme: "QuantScheme | None"
-    """The specs of the weights after the stage, None while they are not quantized."""
+    """Quantization scheme of the weights after the stage; None if they are not quantized."""
     activations: "ActivationSpec | None" = None
     """How the inputs of the quantized linears are rounded after the stage."""
     kv_cache: "ActivationSpec | None" = None
-    """How keys and values are."""
+    """How keys and values are rounded after the stage."""
 
 
 class ImpossibleStageError(UserError):
-    """A stage asks for what no model of its shape has: worth stopping for before anything runs."""
+    """A stage asks for something that no model of its shape has; raised before anything runs."""
 
 
 class Quantized(NamedTuple):
@@ -124,13 +124,13 @@ class Quantized(NamedTuple):
 
     @property
     def scales(self) -> int:
-        """Number of its scales."""
+        """Return the number of its scales."""
         rows, groups = self.spec.scale_shape(self.rows, self.columns)
         return rows * groups
 
 
 def shape_of(config: "PreTrainedConfig", source: str) -> ModelShape:
-    """The shape of the model of a transformers config."""
+    """Return the shape of the model of a transformers config."""
     from ...models.capabilities import capabilities
     from ...models.dimensions import dimensions
     from ...models.families import decoder_layers, decoder_linears, layers_prefix
@@ -155,7 +155,7 @@ def shape_of(config: "PreTrainedConfig", source: str) -> ModelShape:
 
 
 def config_of(path: str, revision: str | None = None) -> tuple["PreTrainedConfig", str]:
-    """(config, where it is from) of a model folder, hub id or stored architecture; the stored numbers spare the way to the hub.
+    """Return (config, its origin) of a model folder, hub id or stored architecture; stored architectures need no network.
 
     Raises: UserError when none of them is there.
     """
@@ -171,7 +171,7 @@ def config_of(path: str, revision: str | None = None) -> tuple["PreTrainedConfig
 
 
 def config_from(fields: dict[str, Any]) -> "PreTrainedConfig":
-    """The transformers config of plain fields, ``model_type`` among them."""
+    """Return the transformers config of plain fields, including ``model_type``."""
     import_configs_alone()
     from transformers import AutoConfig
 
@@ -182,7 +182,7 @@ def config_from(fields: dict[str, Any]) -> "PreTrainedConfig":
 
 
 def teacher_shape(recipe: "Recipe") -> ModelShape | None:
-    """The recipe's teacher; a scratch teacher's vocabulary is taken as asked for."""
+    """Return the shape of the recipe's teacher; for a scratch teacher with the requested vocabulary."""
     if recipe.teacher is None:
         return None
     if scratch := recipe.teacher.scratch:
@@ -195,7 +195,7 @@ def teacher_shape(recipe: "Recipe") -> ModelShape | None:
 
 
 def student_shape(recipe: "Recipe", teacher: ModelShape | None) -> ModelShape:
-    """The student as the first stage finds it; its vocabulary is the teacher's until the tokenizer is read."""
+    """Return the student's shape before the first stage; its vocabulary is the teacher's until the tokenizer is read."""
     from ...models.student import kept_config
 
     settings = recipe.student
@@ -215,7 +215,7 @@ def student_shape(recipe: "Recipe", teacher: ModelShape | None) -> ModelShape:
 
 
 def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
-    """Every stage in order."""
+    """Return the shapes of every stage, in order."""
     from ...trainer.settings import PruneSettings
     from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
@@ -231,13 +231,14 @@ def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
             _check_scheme(shape, scheme, entry)
             _check_calibration(shape, scheme, entry, recipe.data.seq_length)
         elif entry.kind in ("pretrain", "distill", "prune"):
+            # training and pruning write plain weights: an earlier quantization is gone
             scheme, beside = None, {}
         found.append(StageShape(entry, before, shape, scheme, **beside))
     return found
 
 
 def quantized_linears(shape: ModelShape, scheme: "QuantScheme") -> dict[str, Quantized]:
-    """What specs cover: linears of the decoder layers, and embedding and head where they are asked for.
+    """Return the quantized matrices: linears of the decoder layers, and embedding and head if requested.
 
     Raises:
         ValueError: a pattern changes nothing, or two change one module differently.
@@ -252,7 +253,7 @@ def quantized_linears(shape: ModelShape, scheme: "QuantScheme") -> dict[str, Qua
 
 
 def _check_calibration(shape: ModelShape, scheme: "QuantScheme", entry: "StageEntry", seq_length: int) -> None:
-    """ImpossibleStageError when GPTQ is given fewer tokens, in whole windows, than the widest matrix has inputs."""
+    """Raise ImpossibleStageError if GPTQ gets fewer tokens, in whole windows, than the widest matrix has inputs."""
     given, method = entry.settings.calibration_tokens, getattr(entry.settings, "method", "gptq")
     if given is None or method != "gptq":
         return
@@ -266,7 +267,7 @@ def _check_calibration(shape: ModelShape, scheme: "QuantScheme", entry: "StageEn
 
 
 def _check_scheme(shape: ModelShape, scheme: "QuantScheme", entry: "StageEntry") -> None:
-    """ImpossibleStageError when a pattern matches nothing or a group size does not divide, naming the widths that would do."""
+    """Raise ImpossibleStageError if a pattern matches nothing, or a group size does not divide; names the widths that would."""
     place = f"stages.{entry.index}.{entry.kind}"
     try:
         quantized = quantized_linears(shape, scheme)
