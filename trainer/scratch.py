@@ -53,6 +53,7 @@ def locate_scratch(settings: ScratchSettings, data: DataSettings, trainer: Train
     """Cache folder for these settings and this text. Only values that change the teacher are part of its hash."""
     key = sha256_json(
         {
+            # increased when the same settings give another teacher
             "format": _FORMAT,
             "scratch": asdict(settings),
             "text": text.fingerprint,

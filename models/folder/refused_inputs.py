@@ -43,6 +43,7 @@ def check_text_model(path: str | Path, config: "PreTrainedConfig") -> None:
     others = [name for name in parts if any(sense in name for sense in _OTHER_SENSES)]
     if text is config and not others:
         return
+    # imported late: most configs return above
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     build: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)

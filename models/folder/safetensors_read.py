@@ -105,10 +105,12 @@ def _no_constant(name: str) -> None:
 
 
 def _sizes(value: Any) -> bool:
+    # type, not isinstance: true and false are ints in Python
     return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value)
 
 
 def _tensor(name: str, entry: Any) -> TensorInfo:
+    # a narrow alphabet: names appear in messages and in the files of other formats
     if not _NAME.fullmatch(name) or ".." in name:
         raise ValueError(f"the tensor name {name!r:.200} is not allowed (letters, digits and _ . : / - only, no '..', no leading '/')")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -132,6 +134,7 @@ def _check_layout(tensors: dict[str, TensorInfo], data_bytes: int) -> None:
     for name, info in tensors.items():
         if info.end > data_bytes:
             raise ValueError(f"truncated: tensor {name!r} ends at data byte {info.end:,}, the file has {data_bytes:,}")
+        # bytes that belong to no tensor, or to two, could hide data from some readers
         if info.begin != position:
             fault = "overlaps the tensor before it" if info.begin < position else "leaves a hole before it"
             raise ValueError(f"tensor {name!r} {fault} (begins at {info.begin:,}, expected {position:,})")

@@ -110,6 +110,7 @@ def fill(model: nn.Module, files: WeightFiles, *, dtype: torch.dtype, device: to
     wanted = None if inside is None else {id(parameter) for parameter in inside.parameters()}
     for places in parameter_places(model):
         parameter = getattr(places[0][0], places[0][1])
+        # a second call fills only what an earlier one left empty
         if parameter.is_meta and (wanted is None or id(parameter) in wanted):
             name = stored_name(places, files)
             stored = files.read(name)
@@ -146,6 +147,7 @@ def parameter_places(model: nn.Module) -> list[list[Place]]:
     found: dict[int, list[Place]] = {}
     for prefix, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            # remove_duplicate=False above: each place of a tied parameter must be replaced
             found.setdefault(id(parameter), []).append((module, key, f"{prefix}.{key}" if prefix else key))
     return list(found.values())
 
@@ -174,6 +176,7 @@ def materialize_buffers(model: nn.Module, device: torch.device | str) -> None:
     """
     for prefix, module in model.named_modules():
         empty = [key for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        # only rotary frequencies can be rebuilt from the config alone
         if empty and not _is_rotary(module):
             raise UserError(f"{type(model).__name__} computes the buffer {prefix}.{empty[0]} only while it is loaded whole; use load_model")
         if empty:
@@ -199,6 +202,7 @@ def _is_rotary(module: nn.Module) -> bool:
 def _skeleton(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     """The model on the meta device in ``dtype`` and eval mode, with the config that ``from_pretrained`` would leave."""
     config = load_config(folder)
+    # from_pretrained records the requested dtype in the config, and saving writes it
     config.dtype = dtype
     model: Any = meta_model(config)
     if (folder / "generation_config.json").is_file():

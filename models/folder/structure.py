@@ -45,6 +45,7 @@ class Structure:
         """Names of tensors in some folder -> the names that transformers writes; unknown names stay unchanged."""
         if self.model is None or all(name in self.shapes for name in names):
             return {name: name for name in names}
+        # through the module names: file name -> module -> name that transformers writes
         written = stored_names(self.model)
         inside = module_names(self.model, names)
         return {name: name if name in self.shapes else written.get(inside[name] or name, name) for name in names}
@@ -77,6 +78,7 @@ def model_structure(folder: Path, found: Mapping[str, tuple[int, ...]] | None = 
         UserError: the config is missing, damaged or of an unknown model type.
     """
     if found is not None:
+        # before the model is built, layer by layer
         check_depth(read_json(folder / "config.json"), len(found), folder / "config.json")
     model = meta_model(plain_config(folder))
     first: dict[int, str] = {}

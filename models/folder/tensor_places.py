@@ -36,6 +36,7 @@ def tensor_places(files: Iterable[Path]) -> dict[str, TensorPlace]:
     places: dict[str, TensorPlace] = {}
     for file in files:
         for name, info in read_header(file).tensors.items():
+            # readers disagree on which of two copies counts, so neither is taken
             if name in places:
                 raise UserError(
                     f"tensor {name!r} is in both {places[name].file.name} and {file.name} of {file.parent}; only one can be meant"
@@ -58,6 +59,7 @@ def safetensors_files(folder: Path) -> list[Path]:
     if named is not None:
         named = _inside(folder, named, "config.json (transformers_weights)")
         return _indexed(named) if named.name.endswith(".index.json") else [named]
+    # a single file wins over an index, as in transformers
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
@@ -98,6 +100,7 @@ def _inside(folder: Path, name: Any, where: str) -> Path:
     if not isinstance(name, str) or not name or name in (".", "..") or any(bad in name for bad in "/\\\0") or not _is_short(name):
         raise UserError(f"{where} of {folder} names the weight file {name!r:.200}; only plain file names inside the folder are allowed")
     file = folder / name
+    # links are followed first: a plain name can still point out of the folder
     if not file.resolve().is_relative_to(snapshot_root(folder)):
         raise UserError(f"{where} of {folder} names {name!r}, a link to {file.resolve()} outside the folder; copy the file itself there")
     if not file.is_file():

@@ -41,6 +41,7 @@ class WeightFiles:
         """Rename tensors: name in the file -> new name. A tensor keeps its name in the file if the new one is None or taken."""
         called: dict[str, str] = {}
         for stored in self._places:
+            # None or an empty name: keep the one in the file
             name = names.get(stored) or stored
             called[stored if name in called else name] = stored
         self._stored = called
@@ -67,6 +68,7 @@ class WeightFiles:
             raise UserError(f"{self.folder} has no weight {name}; fetch or export the model again")
         stored = self._stored[name]
         file = self._open[self._places[stored].file]
+        # get_slice reads only these rows from the mapped file
         tensor: Tensor = file.get_tensor(stored) if rows is None else file.get_slice(stored)[rows]
         check_finite(self.folder, name, tensor, tensor.dtype)
         return tensor
@@ -81,6 +83,7 @@ class WeightFiles:
         if stored.dtype == dtype:
             return stored
         tensor = stored.to(dtype)
+        # read() has checked the stored values; the cast can overflow to infinity
         check_finite(self.folder, name, tensor, dtype)
         return tensor
 

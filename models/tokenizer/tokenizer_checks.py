@@ -46,6 +46,7 @@ def read_safely(what: str, read: Callable[[], _Result]) -> _Result:
     """Call the tokenizers library; a panic becomes a ``UserError`` whose message begins with ``what``."""
     try:
         return read()
+    # a Rust panic does not derive from Exception
     except BaseException as error:
         if is_panic(error):
             raise UserError(f"{what}: the tokenizers library gave up ({str(error).strip():.200}); {_REMEDY}") from error
@@ -72,6 +73,7 @@ def _values(vocab: Any) -> Iterator[Any]:
 
 def _keys(decoder: Any) -> Iterator[int]:
     names = decoder if isinstance(decoder, dict) else {}
+    # a number with thousands of digits would itself take long to convert
     return (int(name) if len(name) < 40 else MOST_ID for name in names if name.isdecimal())
 
 
@@ -88,6 +90,7 @@ def _check_parts(file: Path, content: dict[str, Any]) -> None:
             growth *= max(1.0, len(new) / max(1, len(old) if isinstance(old, str) else 1))
     if not growth <= _MOST_GROWTH:
         raise UserError(f"{file}: the normalizer makes text up to {math.ceil(min(growth, 1e18)):,} times as long; {_REMEDY}")
+    # without the post-processor, whose own ids are what is checked here
     highest = max((i for i in _ids_of_tokenizer({**content, "post_processor": None}) if isinstance(i, int)), default=0)
     for part in _walk(content.get("post_processor")):
         ids = part.get("ids")

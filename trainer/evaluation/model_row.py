@@ -89,6 +89,7 @@ def measure_folder(path: str, teacher: LocalTeacher | None, windows: "Windows", 
     model = open_for_measuring(path, revision)
     row = measure_model(model, teacher, windows)
     size = folder_bytes(Path(path)) if Path(path).is_dir() else None
+    # an export is packed already: its own size counts
     quant = None if is_existing_export(path) else quant_record(path)
     packed = size if quant is None else packed_bytes(model, quant)
     return {**row, **_sizes("", size, row["parameters"]), **_sizes("packed_", packed, row["parameters"])}

@@ -64,6 +64,7 @@ def finish(settings: QuantizeSettings, context: StageContext, trained: None) -> 
 def rounding_of(settings: QuantizeSettings) -> RoundingMethod:
     """The rounding method with its options. Options that the method does not use keep their defaults."""
     dials = {name: getattr(settings, name) for name in ("scale", "damping", "activation_order", "weighted")}
+    # None means that the method has no such option
     given = {name: value for name, value in dials.items() if value is not None}
     return RoundingMethod(method=settings.method, activations=settings.activations, kv_cache=settings.kv_cache, **given)
 
@@ -179,6 +180,7 @@ def round_and_tell(
     context.say("  " + ", ".join(words))
     for line in error_lines(rounded.errors, rounding.needs != "nothing"):
         context.say(f"    {line}")
+    # a large model can have hundreds of notes; decoct.json has all of them
     for note in rounded.notes[:_NOTES_TOLD]:
         context.say(f"  {note}")
     if len(rounded.notes) > _NOTES_TOLD:

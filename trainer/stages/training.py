@@ -66,6 +66,7 @@ def train_student(
         rounders: Hooks of the student from which ``finish`` reads the ranges.
     """
     trained = fit_student(student, settings, context, plan, stage_teacher(settings, context, plan), hooks)
+    # the fit knows neither: they belong to the stage
     return replace(trained, facts=facts or {}, rounders=rounders or StudentRounders())
 
 
@@ -101,6 +102,7 @@ def fit_student(
 def _announce(context: TrainingContext, plan: TrainingPlan, teacher: Teacher | SparseTeacher | None) -> None:
     """Print the derived values, so that every default is visible in the output."""
     learns = "from the text alone" if teacher is None else f"from {teacher.describe()}"
+    # the printed tokens count whole windows, padding included
     length = context.run.data.train.seq_length
     tokens = plan.total_steps * plan.batch.global_windows * length
     context.say(
