@@ -1,4 +1,4 @@
-"""What no section can know alone: whether stages have a teacher, a budget, codes to export, widths that divide."""
+"""Checks across sections: whether stages have a teacher, a budget, codes to export, widths that divide."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Draft:
 
 
 def check_draft(draft: Draft, problems: Problems) -> None:
-    """Tell everything that is wrong between the sections and stages that could be read."""
+    """Report every problem between the sections and stages that could be read."""
     _check_start(draft, problems)
     for entry in draft.stages:
         if entry is not None:

@@ -71,7 +71,7 @@ def place_of(root: Node, path: Sequence[str | int]) -> str:
 
 
 def is_null(node: Node) -> bool:
-    """Whether the value is absent: nothing after the colon, ``null`` or ``~``."""
+    """Return whether the value is absent: nothing after the colon, ``null`` or ``~``."""
     return isinstance(node, Scalar) and (node.value is None or (node.plain and node.value in ("", "~", "null", "Null", "NULL")))
 
 

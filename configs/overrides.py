@@ -70,7 +70,7 @@ def _override_stage(root: Mapping, keys: Sequence[str], node: Node, place: str) 
     index = _find_stage(stages, keys[0], place)
     parts = stage_parts(stages.items[index])
     if parts is None or parts[0] not in STAGE_KINDS:
-        # The stage itself is wrong; reading the recipe tells how.
+        # the stage itself is wrong; reading the recipe reports how
         return
     kind, body = parts
     rest = list(keys[1:])

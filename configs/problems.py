@@ -1,4 +1,4 @@
-"""Everything wrong with a recipe, collected and told at once, each problem with its key path and its place.
+"""Collects all problems of a recipe and reports them at once, each with its key path and its place.
 
 my.yaml:4: data.seq_lenght: unknown key, did you mean 'seq_length'? (valid here: builtin, files, ...)
 """
@@ -10,7 +10,7 @@ from ..models.common.errors import UserError
 from .nodes import KeyPath, Node, dotted, place_of
 
 MOST_SHOWN = 40
-"""Problems that one message tells."""
+"""Largest number of problems in one message."""
 
 
 def nearest_name(word: str, valid: Iterable[str]) -> str | None:
@@ -27,7 +27,7 @@ def did_you_mean(word: str, valid: Iterable[str]) -> str:
 
 
 class Problems:
-    """The problems of one recipe, in the order they were found; a problem told twice is kept once."""
+    """The problems of one recipe, in the order they were found; duplicates are dropped."""
 
     def __init__(self, source: str, root: Node | None = None) -> None:
         """``source`` is what the recipe is called in the message; ``root`` gives key paths their places."""
@@ -38,7 +38,7 @@ class Problems:
         self._excused: set[KeyPath] = set()
 
     def add(self, path: Sequence[str | int], message: str, *, place: str | None = None) -> None:
-        """Tell that the value at ``path`` is wrong. ``place`` overrides the place that the recipe gives for it."""
+        """Report that the value at ``path`` is wrong. ``place`` overrides the place that the recipe gives for it."""
         keys = tuple(path)
         self._paths.update(keys[:end] for end in range(len(keys) + 1))
         where = place if place is not None else place_of(self._root, keys) if self._root else ""
@@ -50,7 +50,7 @@ class Problems:
         return tuple(path) in self._paths
 
     def excuse(self, path: Sequence[str | int]) -> None:
-        """Tell that the key at ``path`` was most likely meant by a misspelt one, so that its absence is no second problem."""
+        """Mark the key at ``path`` as the likely meaning of a misspelt one, so that its absence is not reported as well."""
         self._excused.add(tuple(path))
 
     def excused(self, path: Sequence[str | int]) -> bool:
@@ -58,7 +58,7 @@ class Problems:
         return tuple(path) in self._excused
 
     def stop(self) -> None:
-        """UserError with all problems, when there are any."""
+        """Raise UserError with all problems, if there are any."""
         lines = list(self._found)
         if len(lines) == 1:
             raise UserError(lines[0])

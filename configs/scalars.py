@@ -83,7 +83,7 @@ def _read_free(text: str) -> Any:
 
 
 def described_type(annotation: Any) -> str:
-    """What a key of this type takes, in words."""
+    """Describe in words what a key of this type accepts."""
     words = [_describe(option) for option in alternatives(annotation) if option is not type(None)]
     return " or ".join(words)
 

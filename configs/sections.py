@@ -26,7 +26,7 @@ _PASSWORD = re.compile(r"://[^/\s]*@")
 # Where a key lives that someone put into the wrong section.
 _SECTIONS: dict[str, type] = {"data": DataSettings, "trainer": TrainerSettings, "logger": LoggerSettings}
 _WRONG: Any = object()
-"""Stands for a value that was refused; the problems say why."""
+"""Marks a refused value; the problems have the reason."""
 
 
 def read_settings(node: Node, settings: type[Settings], path: KeyPath, problems: Problems, *, also: Sequence[str] = ()) -> Settings | None:
@@ -66,7 +66,7 @@ class _Walk:
         return _WRONG if any(value is _WRONG for value in found.values()) else found
 
     def _wrong(self, given: Any, annotation: Any, path: KeyPath) -> Any:
-        """Tell that ``given`` has the wrong type."""
+        """Report that ``given`` has the wrong type."""
         self._problems.add(path, f"wants {described_type(annotation)}; got {shown_value(given)}{_hint(given, annotation)}")
         return _WRONG
 
@@ -134,7 +134,7 @@ class _Walk:
             return section(**found)
         except ValueError as error:
             message = str(error)
-            # 'group_size=7 does not ...' is told at the line of group_size
+            # 'group_size=7 does not ...' is reported at the line of group_size
             named = message.partition("=")[0]
             self._problems.add((*path, named) if named in found else path, message)
             return _WRONG
@@ -164,7 +164,7 @@ def _required(entry: Any) -> bool:
 def _typed(value: Any, annotation: Any) -> Any:
     """``value`` where ``annotation`` allows it, a whole number for a float as a float; ``_WRONG`` otherwise."""
     options = alternatives(annotation)
-    # True is an int for isinstance, and no number of anything
+    # isinstance takes True for an int, but it is not a number here
     if Any in options or type(value) in options or (isinstance(value, str) and value in choices(annotation)):
         return value
     if float in options and type(value) is int and abs(value) < 2**1023:

@@ -64,7 +64,7 @@ def _rounding_line(rounding: "RoundingPlan") -> str:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan as plain data, with the total of each memory."""
+    """Return the plan as plain data, with the total memory of each stage."""
     found = asdict(plan)
     for stage, plain in zip(plan.stages, found["stages"]):
         if stage.training:
@@ -73,7 +73,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def draw(plan: Plan, console: "Console", *, values: bool = True) -> None:
-    """The long form."""
+    """Print the long form."""
     console.print(f"[bold]{_safe(plan.name)}[/bold] on {machine_line(plan)}")
     if plan.teacher:
         console.print(f"teacher: {plan.teacher}", markup=False, highlight=False)

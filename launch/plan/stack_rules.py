@@ -15,27 +15,27 @@ from .stored_shapes import StoredShapes
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """``model_type`` that vLLM and SGLang were checked with."""
 GROUPS = (32, 64, 128)
-"""Group sizes of vLLM's Marlin kernels, besides one scale per row; also those of mlx-lm."""
+"""Group sizes of vLLM's Marlin kernels, which also take one scale per row; those of mlx-lm are the same."""
 _SPLIT_INPUTS = ("o_proj", "down_proj")
 
 Outcome = Literal["ok", "slower", "no"]
 
 
 class StackFinding(NamedTuple):
-    """One thing that a stack makes of an export."""
+    """One finding of a stack's rules on an export."""
 
     outcome: Outcome
-    """ok = on its fast path; slower = it loads and does more than it need; no = it does not load, or computes another model."""
+    """ok: on its fast path; slower: it loads, with extra work; no: it does not load, or computes another model."""
     reason: str
     fix: str = ""
-    """The nearest setting that is ok, as overrides of the recipe; '' when nothing is to be done."""
+    """The nearest setting that is ok, as overrides of the recipe; '' if there is nothing to change."""
 
 
 Rule = Callable[[StoredShapes], Iterable[StackFinding]]
 
 
 def rules(target: str, form: str) -> tuple[Rule, ...]:
-    """The rules of a stack for a format that it reads."""
+    """Return the rules of a stack for a format that it reads."""
     if form in PLAIN:
         return _PLAIN_SERVER if target in ("vLLM", "SGLang") else (_llama_hidden,)
     own = (_asymmetric_gptq,) if form == "gptq_v2" and target in ("vLLM", "SGLang") else ()
@@ -62,7 +62,7 @@ def _marlin_groups(case: StoredShapes) -> Iterable[StackFinding]:
 
 
 def _tensor_parallel(case: StoredShapes) -> Iterable[StackFinding]:
-    """Heads are dealt out whole; row-parallel matrices are cut along their inputs."""
+    """Tensor parallelism distributes whole heads and cuts row-parallel matrices along their inputs."""
     ranks, sizes = case.ranks, case.model.dimensions
     if ranks == 1:
         return
@@ -100,7 +100,7 @@ def _marlin_widths(case: StoredShapes) -> Iterable[StackFinding]:
         row_parallel = name.endswith(_SPLIT_INPUTS)
         out = rows if row_parallel else rows // case.ranks
         if name.endswith(("k_proj", "v_proj")):
-            # fewer heads than GPUs: each head is copied
+            # fewer heads than GPUs: heads are replicated
             out = max(rows // case.ranks, case.model.dimensions.head_dim)
         inner = columns // case.ranks if row_parallel else columns
         if (out % 64 == 0 and inner % 128 == 0) or (out % 128 == 0 and inner % 64 == 0):
@@ -111,7 +111,7 @@ def _marlin_widths(case: StoredShapes) -> Iterable[StackFinding]:
 
 
 def _fused(case: StoredShapes) -> Iterable[StackFinding]:
-    """q, k, v and gate, up are one matrix in the server, which is quantized as a whole or not at all."""
+    """Servers fuse q, k, v and gate, up into one matrix, which is quantized as a whole or not at all."""
     if case.partly is not None:
         names, left = case.partly.names, case.partly.left
         reason = f"{', '.join(names)} are one matrix there and need one scheme, but skip leaves out {', '.join(left)} alone"

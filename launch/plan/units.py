@@ -1,8 +1,8 @@
-"""Bytes and counts in the units that people read."""
+"""Formats bytes and counts in readable units."""
 
 
 def size(count: float) -> str:
-    """Bytes in a unit that reads well: '3.42 GB'."""
+    """Format bytes in a readable unit: '3.42 GB'."""
     for unit, width in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= width:
             return f"{count / width:.3g} {unit}"
@@ -10,7 +10,7 @@ def size(count: float) -> str:
 
 
 def amount(count: float) -> str:
-    """A number of things: '1.71B', '524k'."""
+    """Format a count: '1.71B', '524k'."""
     for unit, width in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= width:
             return f"{count / width:.3g}{unit}"

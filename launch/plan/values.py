@@ -1,4 +1,4 @@
-"""Every value that a run goes by, with where it comes from: the recipe, a default, or a rule."""
+"""Every value that a run uses, with its origin: the recipe, a default, or a rule."""
 
 import math
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -18,10 +18,10 @@ class Value:
     """One value."""
 
     key: str
-    """As overrides address it, or a name of a derived number below it."""
+    """Key path as in overrides, or the name of a derived number below it."""
     value: Any
     origin: str
-    """recipe, default, or the rule."""
+    """Origin: recipe, default, or the rule."""
 
 
 def recipe_values(recipe: "Recipe") -> list[Value]:
@@ -50,7 +50,7 @@ def settings_values(prefix: str, settings: Any) -> list[Value]:
 
 
 def training_values(entry: "StageEntry", plan: "TrainingPlan", seq_length: int, ranks: int, hidden: int, wanted: Any) -> list[Value]:
-    """Derived numbers of a training stage.
+    """Return the derived numbers of a training stage.
 
     Args:
         wanted: The recipe's ``TrainerSettings``, whose ``auto`` is decided here.

@@ -1,1 +1,1 @@
-"""The report of a run: tables, pictures and pages, from what the stages wrote down."""
+"""The report of a run: tables, pictures and pages, from the stages' records."""

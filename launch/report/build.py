@@ -1,4 +1,4 @@
-"""report.{json,md,html}: what each step cost, from what the stages wrote down. Nothing is computed anew here."""
+"""report.{json,md,html}: the cost of each step, from the stages' records. Nothing is computed again here."""
 
 from collections.abc import Sequence
 from pathlib import Path

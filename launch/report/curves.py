@@ -1,4 +1,4 @@
-"""Training curves out of metrics.jsonl, the local truth."""
+"""Training curves from metrics.jsonl, their local source."""
 
 from pathlib import Path
 from typing import Any

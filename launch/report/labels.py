@@ -1,4 +1,4 @@
-"""Labels of points that lie close together: each beside its point, where it covers no other label and no point."""
+"""Labels for points that are close together: each next to its point, covering no other label and no point."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ Box = tuple[float, float, float, float]
 def place_labels(
     axes: "Axes", points: Sequence[tuple[float, float]], labels: Sequence[str], colours: Sequence[str], *, fontsize: float = 8
 ) -> list[Any]:
-    """Write each label beside its point. Call it last: limits and scales of the axes must stand.
+    """Draw each label next to its point. Call this last: limits and scales of the axes must be final.
 
     Args:
         points: x and y in data coordinates.
@@ -103,7 +103,7 @@ def _distance(box: Box, place: tuple[float, float]) -> float:
 
 
 def overlap(one: Box, other: Box) -> float:
-    """Area that two boxes share."""
+    """Return the area that two boxes share."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     return width * height if width > 0 and height > 0 else 0.0

@@ -148,7 +148,7 @@ def _smooth(values: list[float], share: float = 0.05) -> list[float]:
 def draw_layer_sparsity(report: dict[str, Any]) -> "Figure":
     """Share of zeros per decoder layer after each stage that has any."""
     rows = [row for row in report["stages"] if row.get("layer_sparsity") and max(row["layer_sparsity"]) > 0]
-    # `evaluate` judges the model of the row before it, unless it stands alone
+    # `evaluate` measures the model of the row before it, unless it is the only row
     rows = [row for row in rows if row["kind"] != "evaluate"] or rows
     figure = _figure(7.5, 2.8)
     axes = figure.subplots()

@@ -31,7 +31,7 @@ def protocol_lines(report: Report) -> list[str]:
 
 
 def _left_out(counts: dict[str, int]) -> list[str]:
-    """What of the text was not used, by reason; nothing to say where all was."""
+    """Return the unused parts of the text by reason; nothing if all of it was used."""
     listed = "; ".join(f"{count:,} {reason}" for reason, count in counts.items())
     return [f"Not used of the text: {listed}."] if listed else []
 
@@ -47,7 +47,7 @@ def coverage_sentences(report: Report) -> list[str]:
 
 
 def exactness(export: Row) -> str:
-    """What a row of ``exports`` says of the weights in its files."""
+    """Describe the weights in the files of a row of ``exports``."""
     if export["exact"]:
         return "rebuilt element by element by an independent reader"
     rounding = export.get("rounding")

@@ -13,7 +13,7 @@ HEADINGS = (
 WIDE = 180
 """Characters that the whole table needs, with names of stages as long as people write them."""
 LEFT_OUT_FIRST = ("p99 KL", "folder", "tokens", "sparsity", "time", "parameters", "change", "top-1", "bits/weight")
-"""Columns in the order in which a narrow terminal does without them; the others always stand."""
+"""Columns in the order in which a narrow terminal drops them; the others are always shown."""
 _SHORT = {"parameters": "params", "bits/weight": "bits/w", "sparsity": "zeros", "perplexity": "ppl"}
 
 

@@ -10,13 +10,13 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 NOISE = 0.001
-"""Relative rise of a figure that is no change: fp32 sums in another order move less, a training stage that works moves more."""
+"""Relative rise that does not count as a change: reordered fp32 sums differ by less, a working training stage changes more."""
 _ONLY_TRAIN = ("pretrain", "distill")
-"""Stages that do nothing but train, so that what they end with is to be better than what they began with."""
+"""Stages that only train, so their result should be better than their input."""
 
 
 def learns_from_teacher(entry: "StageEntry") -> bool:
-    """Whether a stage trains on what the recipe's teacher predicts."""
+    """Return whether a stage trains on the predictions of the recipe's teacher."""
     return learns_from(entry.settings, has_teacher=True) == "recipe"
 
 

@@ -1,16 +1,16 @@
-"""How many processes a machine is asked for: more than it can run would take it down before a message could be read."""
+"""Checks the number of processes per machine: too many would take it down before a message could be read."""
 
 import os
 
 from ...models.common.errors import UserError
 
 MOST_PROCESSES = 1024
-"""Processes on one machine, whatever it has."""
+"""Largest number of processes on any machine."""
 MOST_NODES = 65_536
 
 
 def check_processes(count: int) -> None:
-    """UserError when this machine has fewer GPUs than ``count``, or without GPUs fewer cores."""
+    """Raise UserError if this machine has fewer GPUs than ``count``, or, without GPUs, fewer cores."""
     import torch
 
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
@@ -22,7 +22,7 @@ def check_processes(count: int) -> None:
 
 
 def check_workers(count: int) -> None:
-    """UserError when each process would start more data loader workers than this machine has cores."""
+    """Raise UserError if each process would start more data loader workers than this machine has cores."""
     cores = os.cpu_count() or 1
     if count > cores:
         raise UserError(

@@ -1,10 +1,10 @@
-"""Which version of a package is here."""
+"""Installed versions of packages."""
 
 from importlib import metadata
 
 
 def installed_version(package: str) -> str | None:
-    """Version of a package; None when it is not installed. Of decoct that of the code that runs, however it came onto the path."""
+    """Return the version of a package; None if it is not installed. For decoct, the version of the running code."""
     if package == "decoct":
         import decoct
 

@@ -23,25 +23,25 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 FINAL_CODES = (2, 3, 130, 143)
-"""Exit codes after which nothing is started again: a mistake, a gate, Ctrl-C, SIGTERM."""
+"""Exit codes without a restart: user error, failed gate, Ctrl-C, SIGTERM."""
 _KILLED_BY_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agent:
-    """How the processes of one machine are watched over."""
+    """How the processes of one machine are supervised."""
 
     processes: int
     restarts: int = 0
-    """How often processes that died are started again."""
+    """Number of restarts after a process dies."""
     logs: Path | None = None
-    """Folder for each rank's own output; rank 0 is on the console too."""
+    """Folder for the output of each rank; that of rank 0 is also on the console."""
     grace: int = 30
     """Seconds between SIGTERM and SIGKILL."""
 
 
 def wanted_processes(devices: int | str) -> int:
-    """Processes that ``trainer.devices`` asks for on this machine: auto is every GPU, or one process on a CPU."""
+    """Return the number of processes for ``trainer.devices``: auto means every GPU, or one process on a CPU."""
     import torch
 
     if devices == "auto":
@@ -66,14 +66,14 @@ def run_under_torchrun(arguments: Sequence[str], agent: Agent) -> int:
 
 
 def _run_once(arguments: Sequence[str], agent: Agent, attempt: int) -> tuple[int, bool]:
-    """(exit code, whether the workers say that another start would end alike)."""
+    """Return (exit code, whether the workers report that a restart would end in the same way)."""
     import logging
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # The workers have already told the user what went wrong; the agent would add its own traceback.
+    # the workers have already reported the error; the agent would add its own traceback
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // agent.processes)))
@@ -102,7 +102,7 @@ def _run_once(arguments: Sequence[str], agent: Agent, attempt: int) -> tuple[int
 
 
 def exit_code(failure: "ChildFailedError", run_id: str) -> tuple[int, bool]:
-    """(code that this agent's job ends with, whether its workers have said that another start would end alike)."""
+    """Return (exit code of this agent's job, whether its workers report that a restart would end in the same way)."""
     decided = _read_outcome(os.getpid(), run_id)
     if decided is not None:
         return decided, True
@@ -119,7 +119,7 @@ _KILLED = {
 
 
 def tell_killed(failure: "ChildFailedError") -> None:
-    """Say which worker died by a signal, and what that means: it could not say so itself."""
+    """Report which worker died by a signal and what that means; the worker itself could not."""
     for rank, child in failure.failures.items():
         if (why := _KILLED.get(child.exitcode)) is not None:
             name = signal.Signals(-child.exitcode).name
@@ -127,7 +127,7 @@ def tell_killed(failure: "ChildFailedError") -> None:
 
 
 def _options(agent: Agent, attempt: int) -> dict[str, Any]:
-    """Logs and grace, as far as this torch has them."""
+    """Return the options for logs and grace that this torch supports."""
     from dataclasses import fields
 
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
@@ -144,7 +144,7 @@ def _options(agent: Agent, attempt: int) -> dict[str, Any]:
 
 
 def die_with_agent() -> None:
-    """Ask Linux to kill this worker when its agent is killed: an orphan would hold its GPU and its place in every collective.
+    """Ask Linux to kill this worker if its agent is killed: an orphan would keep its GPU and its place in every collective.
 
     SIGKILL, not SIGTERM: a save needs all ranks, and those of other machines are to be restarted, not stopped.
     """
@@ -161,18 +161,19 @@ def remember_outcome(code: int) -> None:
         file = _outcome_file(os.getppid(), run_id)
         whole = file.with_suffix(f".{os.getpid()}")
         whole.write_text(str(code))
-        whole.replace(file)  # never seen empty
+        whole.replace(file)  # atomic: readers never see an empty file
 
 
 def remembered_outcome() -> int | None:
-    """The final exit code of this agent's earlier workers; None when they have left none, or these are its first."""
+    """Return the final exit code of this agent's earlier workers; None if there is none."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
     return _read_outcome(os.getppid(), os.environ.get("TORCHELASTIC_RUN_ID", ""))
 
 
 def told_by_another(seconds: float = 1.0) -> bool:
-    """Whether another worker of this agent has left a final code, and so has told the user; waits a moment for one that fails as well."""
+    """Return whether another worker of this agent has left a final code and so has reported the error; waits briefly for one that fails
+    too."""
     deadline = time.monotonic() + seconds
     while (found := _read_outcome(os.getppid(), os.environ.get("TORCHELASTIC_RUN_ID", ""))) is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -193,7 +194,7 @@ def leave(code: int) -> None:
 
 
 def forget_outcome(agent: int, run_id: str) -> None:
-    """Remove what an agent's workers have left."""
+    """Remove the files of an agent's workers."""
     _outcome_file(agent, run_id).unlink(missing_ok=True)
 
 
@@ -205,9 +206,9 @@ def _read_outcome(agent: int, run_id: str) -> int | None:
 
 
 def _started(process: int) -> str:
-    """When a process was started, in the kernel's ticks; empty where there is no /proc."""
+    """Return the start time of a process in the kernel's ticks; empty without /proc."""
     try:
-        # the name, in brackets, may hold blanks; the start is the 22nd field
+        # the name in brackets may contain spaces; the start time is the 22nd field
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""

@@ -27,7 +27,7 @@ def publish(report: dict[str, Any], folder: "RunFolder", metrics: "MetricsSink")
 
 
 def _stage_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """``<step>/final_<figure>``: every number of every row, beside the step's own curves."""
+    """Return every number of every row as ``<step>/final_<figure>``, next to the step's curves."""
     return {
         f"{row['step']}/final_{key}": value
         for row in rows

@@ -1,4 +1,4 @@
-"""Measures every model of a run once, remembers the figures in the stage's folder, and hands them to the report."""
+"""Measures every model of a run once, stores the figures in the stage's folder, and passes them to the report."""
 
 import shutil
 from pathlib import Path
@@ -45,7 +45,7 @@ class ReportRows:
         self.folder = folder
         self.exports: list[Row] = []
         self.notes: list[str] = []
-        """What a reader of the report should not miss, a sentence each."""
+        """Return important notes for readers of the report, one sentence each."""
         self._rows: list[Row] = []
         self._teacher_row: Row | None = None
         self._opened: LocalTeacher | None = None
@@ -53,12 +53,12 @@ class ReportRows:
 
     @property
     def stages(self) -> list[Row]:
-        """Rows of teacher and stages, in order."""
+        """Return the rows of teacher and stages, in order."""
         first = [self.teacher_row()] if self.teacher else []
         return first + self._rows
 
     def protocol(self) -> dict[str, Any]:
-        """How the figures are taken."""
+        """Return how the figures are measured."""
         windows = self.run.data.evaluation
         return {
             "text": self.run.data.description,
@@ -71,12 +71,12 @@ class ReportRows:
         }
 
     def teacher_row(self) -> Row:
-        """The teacher's own figures."""
+        """Return the teacher's own figures."""
         assert self.teacher is not None
         if self._teacher_row is None:
             seen = self._remembered(self.folder.path / ".measured" / "teacher.json", self.teacher.path, self.teacher.revision)
             local = Path(self.teacher.path)
-            # A scratch teacher says what its training took, in whichever run that was.
+            # a scratch teacher records the cost of its training, whichever run that was
             spent = {"tokens": 0, "seconds": 0.0} | (read_record(local).get("training", {}) if local.is_dir() else {})
             drift = _read_json(self.folder.path / ".measured" / "teacher-drift.json").get("row")
             held = {"held": {"load_in": self.teacher.load_in, **drift}} if drift and self.teacher.load_in in ROUNDED else {}
@@ -111,11 +111,12 @@ class ReportRows:
         return self._rows[-1]
 
     def _before(self) -> Row | None:
-        """The last row with figures."""
+        """Return the last row with figures."""
         return next((row for row in reversed(self.stages) if row.get("eval")), None)
 
     def teacher_drift(self) -> Row | None:
-        """What holding the teacher in nf4 or int8 costs, measured once and said before training; None for one that is not rounded."""
+        """Return the loss of holding the teacher in nf4 or int8, measured once and reported before training; None if it is not
+        rounded."""
         teacher = self.teacher
         if teacher is None or teacher.load_in not in ROUNDED:
             return None
@@ -145,7 +146,7 @@ class ReportRows:
         return drift
 
     def start_row(self, entry: "StageEntry", at: dict[str, Any]) -> None:
-        """A row for a stage that makes no model: the model as it stands (or, alone, the model the run was given)."""
+        """Return a row for a stage that makes no model: the current model, or the run's input if the stage is alone."""
         if self.exports:
             seen = {k: self.exports[-1].get(k) for k in (*_SIZES, "layer_sparsity", "eval")}
             path = self.exports[-1]["path"]
@@ -160,7 +161,7 @@ class ReportRows:
         for export in state["exports"]:
             path = folder.path / export["path"]
             seen = self._remembered(folder.path / f"measured-{export['format']}.json", str(path), None)
-            # of the first runtime that ran it
+            # speed and memory of the first runtime that ran it
             ran = next((outcome for outcome in export["runtimes"].values() if outcome.get("tokens_per_second")), {})
             measured = {name: ran.get(name) for name in ("tokens_per_second", "peak_bytes")}
             row = {**export, "path": self._relative(str(path)), **measured, **seen}
@@ -204,7 +205,7 @@ class ReportRows:
             try:
                 self._round_teacher(spec, place)
             except UserError as error:
-                # the run's own work is done, and this row is for scale alone
+                # the run's own work is done, and this row is only a comparison: a failure must not lose the report
                 self.run.say(f"the teacher is not rounded for scale: {error}")
                 return []
         seen = self._remembered(place / "measured.json", str(packed), None)
@@ -230,13 +231,13 @@ class ReportRows:
             export_folder(unpacked, place / "packed", "compressed-tensors", runtimes=False)
             shutil.rmtree(unpacked)
         else:
-            # no format packs it: what is measured are its values
+            # no format packs it, so the rounded values are measured
             unpacked.rename(place / "packed")
 
     def _remembered(self, file: Path, path: str, revision: str | None) -> Row:
-        """Measure ``path``, or read what was measured before on the same bytes, teacher and text."""
+        """Measure ``path``, or read the stored figures of the same bytes, teacher and text."""
         parts = [content_hash(path, revision), self.teacher and self.teacher.content, self.run.data.fingerprint, self.run.v_eff]
-        # rows of quantized folders have had a packed size since this word is in their key
+        # this word in the key invalidates older rows of quantized folders, which lack a packed size
         key = sha256_json([*parts, "packed"] if quant_record(path) else parts)
         before = _read_json(file)
         if before.get("key") == key and _is_row(before.get("row")):
@@ -256,7 +257,7 @@ class ReportRows:
         return self._opened
 
     def _release(self) -> None:
-        """Give the GPU back to training: the measuring teacher is fp32, and the plan counts on the training one alone."""
+        """Free the GPU for training: the measuring teacher is fp32, and the plan counts only the training one."""
         if best_device() != "cpu":
             self._opened = None
             torch.cuda.empty_cache()
@@ -270,14 +271,14 @@ class ReportRows:
 
 
 def _is_row(row: Any) -> bool:
-    """Whether a remembered row holds what every row does; a damaged one is measured again."""
+    """Return whether a stored row is complete; a damaged one is measured again."""
     if not isinstance(row, dict) or not isinstance(row.get("eval"), dict | None):
         return False
     return all(type(row.get(name, "")) in (int, float, type(None)) for name in ("parameters", "bytes", "bits_per_weight", "sparsity"))
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """What was remembered; {} for nothing and for a file that is damaged, so that it is measured again."""
+    """Return the stored figures; {} if there are none or the file is damaged, so that they are measured again."""
     import json
 
     try:

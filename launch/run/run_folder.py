@@ -24,7 +24,7 @@ from .installed import installed_version
 
 STAGE_FILE = "stage.json"
 LOCK = ".lock"
-"""File in the run folder that its run holds."""
+"""Lock file in the run folder, held by its run."""
 _PACKAGES = (
     "decoct",
     "torch",
@@ -41,7 +41,7 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, Any]:
-    """Python, platform, cores, GPUs, package versions and the commit of a checkout: what a number needs beside it."""
+    """Return Python, platform, cores, GPUs, package versions and commit: the context of every measured number."""
     import torch
 
     found = {package: installed_version(package) for package in _PACKAGES}
@@ -82,7 +82,7 @@ def commit() -> str | None:
 
 
 def state_fault(state: Any) -> str:
-    """What is wrong with the content of a stage.json; '' when nothing is that anybody reads."""
+    """Return what is wrong with the content of a stage.json; '' if every field in use is valid."""
     if not isinstance(state, dict):
         return "does not hold what a stage writes into it"
     wanted: dict[str, tuple[type, ...]] = {"key": (str,), "kind": (str,), "state": (str,), "makes_model": (bool,), "exports": (list,)}
@@ -107,17 +107,17 @@ def state_fault(state: Any) -> str:
 
 @dataclass(frozen=True)
 class StageFolder:
-    """One stage's folder and the small JSON file in which it says how far it is."""
+    """One stage's folder and the small JSON file with its progress."""
 
     path: Path
 
     @property
     def model(self) -> Path:
-        """Where the stage's model folder is, once it is whole."""
+        """Return the path of the stage's model folder, which exists once it is complete."""
         return self.path / "model"
 
     def read(self) -> dict[str, Any]:
-        """What stage.json says; {} when the stage never started."""
+        """Return the content of stage.json; {} if the stage never started."""
         file = self.path / STAGE_FILE
         try:
             state = json.loads(file.read_text(encoding="utf-8"))
@@ -132,7 +132,7 @@ class StageFolder:
         return state
 
     def write(self, state: dict[str, Any]) -> None:
-        """Replace stage.json, which can tell when it is damaged."""
+        """Replace stage.json; its checksum reveals damage."""
         write_json_atomic(self.path / STAGE_FILE, sealed(state))
 
     def begin(self, key: str, kind: str) -> dict[str, Any]:
@@ -150,13 +150,13 @@ class StageFolder:
         if state.get("state") == "done" and not self._whole(state):
             state = {}
         if state.get("state") != "done":
-            # Killed between the model folder and this file, or the folder was deleted: the checkpoints lead to the same model again.
+            # killed between the model folder and this file, or the folder was deleted: the checkpoints lead to the same model again
             shutil.rmtree(self.model, ignore_errors=True)
             self.write({"key": key, "kind": kind, "state": "running"})
         return state
 
     def _whole(self, state: dict[str, Any]) -> bool:
-        """Whether what a finished stage made is still there; UserError when it was changed since."""
+        """Return whether a finished stage's result still exists; UserError if it was changed."""
         made = [self.model] if state.get("makes_model") else []
         made += [self.path / export["path"] for export in state.get("exports", [])]
         if not all(folder.is_dir() for folder in made):
@@ -167,7 +167,7 @@ class StageFolder:
         return True
 
     def drop_checkpoints(self, keep: int) -> None:
-        """Delete the stage's checkpoints but the newest ``keep``, and what it started from: only of use while the stage is unfinished."""
+        """Delete the stage's checkpoints except the newest ``keep``, and its start state, which only an unfinished stage needs."""
         shutil.rmtree(self.path / "start", ignore_errors=True)
         saves = sorted((self.path / "checkpoints").glob("step-*"))
         for folder in saves[: len(saves) - keep]:
@@ -186,7 +186,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """The local truth about training curves."""
+        """Return the file of training metrics, the local source of all curves."""
         return self.path / "metrics.jsonl"
 
     def lock(self, say: Callable[[str], None]) -> Lock:
@@ -209,7 +209,7 @@ class RunFolder:
         write_json_atomic(self.path / "versions.json", versions())
 
     def discard(self) -> None:
-        """Remove the folder of a start that failed before anything was made."""
+        """Remove the folder of a start that failed before it produced anything."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def stage(self, name: str) -> StageFolder:

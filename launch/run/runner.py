@@ -1,4 +1,4 @@
-"""Runs a recipe: opens what it starts from, runs its stages, and writes the report at the end."""
+"""Runs a recipe: opens its inputs, runs its stages, and writes the report at the end."""
 
 import time
 from dataclasses import asdict, replace
@@ -38,7 +38,7 @@ class Runner:
 
         self.recipe = recipe
         self.plain = resolved(recipe)
-        """The recipe with every default filled in."""
+        """Return the recipe with every default filled in."""
         self.folder = RunFolder(run_dir)
         self.world = world
         self.console = CleanConsole(quiet=not world.is_first)
@@ -49,7 +49,7 @@ class Runner:
         self._lock: Lock | None = None
 
     def run(self) -> dict[str, Any]:
-        """Run every stage and write the report. A gate that is not met ends the run where it stands: GateFailed after the report."""
+        """Run every stage and write the report. A gate that is not met ends the run early: GateFailed, after the report."""
         try:
             return self._run()
         finally:
@@ -81,7 +81,7 @@ class Runner:
         return report
 
     def fill_caches(self) -> None:
-        """Let the teacher predict what the stages will need, and stop there."""
+        """Compute the teacher's predictions that the stages will need, and stop."""
         try:
             run = self._open()
             for entry in self.recipe.stages:
@@ -139,7 +139,7 @@ class Runner:
         print_line(self.console, text, style)
 
     def _record(self, run: RunContext) -> dict[str, Any]:
-        """What every model folder of this run says about its origin."""
+        """Return the record of origin for every model folder of this run."""
         record: dict[str, Any] = {"base_model": run.teacher.name if run.teacher else self._student_name(), "run": self.recipe.name}
         if left_out := self.session.on_first(lambda: left_out_of(self.recipe)):
             record["left_out"] = left_out

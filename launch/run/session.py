@@ -1,4 +1,4 @@
-"""Who does what when there are several processes.
+"""Coordinates the processes of a run.
 
 Training stages run on all ranks; everything else runs on rank 0 while the others poll a status file in the run folder: no
 collective is pending meanwhile, so nothing can time out. A failure on rank 0 is written there and ends every rank with the

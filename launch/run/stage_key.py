@@ -42,7 +42,7 @@ def stage_key(
     """
     chosen = {key: value for key, value in asdict(settings).items() if key not in _NOT_NUMBERS}
     if "warmup" in chosen and chosen["warmup"] is None:
-        # what the default was called before short stages got a longer one: finished stages stay finished
+        # the default's earlier name: keys must not change, so that finished stages stay finished
         chosen["warmup"] = WARMUP
     return sha256_json(
         {

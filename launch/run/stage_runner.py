@@ -115,7 +115,7 @@ class StageRunner:
 
 
 def _teacher_key(teacher: TeacherRef | None) -> str | None:
-    """What of the teacher changes numbers."""
+    """Return the teacher's settings that change numbers."""
     if teacher is None:
         return None
     kept = f":{teacher.cache.mode}:{teacher.cache.tokens}:{CACHE_FORMAT}" if teacher.cache else ""

@@ -1,4 +1,4 @@
-"""From a recipe to a process or many: starts torchrun itself when the recipe asks for more than one device."""
+"""Starts a recipe in one process, or under torchrun if it asks for more than one device."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ...trainer.processes.world import World
 
 _PLANNED = "DECOCT_PLANNED"
-"""Set for the processes that this one starts: the plan has been shown."""
+"""Environment variable for the started processes: the plan has been shown."""
 
 
 def start(recipe: "Recipe", out: Path | None, *, only_caches: bool = False) -> None:
@@ -55,7 +55,7 @@ def start(recipe: "Recipe", out: Path | None, *, only_caches: bool = False) -> N
 
 
 def _plan_first(recipe: "Recipe", out: Path, world: "World") -> None:
-    """Say what is coming, once for all processes, and stop where something cannot work."""
+    """Show the plan once for all processes, and stop if something cannot work."""
     if not world.is_first or os.environ.get(_PLANNED):
         return
     quiet_libraries()

@@ -1,4 +1,4 @@
-"""What a run starts from: tokenizer, prepared text, teacher and student. Rank 0 makes each, every rank opens it."""
+"""Inputs of a run: tokenizer, prepared text, teacher and student. Rank 0 makes each, every rank opens it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ class RunInputs:
     data: PreparedData
     scratch: ScratchTeacher | None
     note: str = ""
-    """What there is to say of the vocabulary; '' as a rule."""
+    """Note on the vocabulary; usually ''."""
 
 
 def open_origin(recipe: "Recipe", session: "Session") -> RunInputs:
@@ -71,7 +71,7 @@ def _without_rows(tokenizer: "PreTrainedTokenizerBase", v_eff: int) -> str:
 def _prepare(recipe: "Recipe") -> dict[str, Any]:
     for path in (recipe.student.path, recipe.teacher and recipe.teacher.path):
         if path and Path(path).is_dir():
-            check_record(Path(path))  # damage is worth knowing before hours of tokenizing
+            check_record(Path(path))  # find damage before hours of tokenizing
     text = read_documents(recipe.data)
     scratch = None
     if recipe.teacher and recipe.teacher.scratch:
@@ -86,7 +86,7 @@ def _prepare(recipe: "Recipe") -> dict[str, Any]:
 
 
 def _learns(recipe: "Recipe") -> bool:
-    """Whether anything needs text of its own beside what is measured."""
+    """Return whether anything needs text other than the evaluation text."""
     return any(entry.kind != "evaluate" for entry in recipe.stages) or bool(recipe.teacher and recipe.teacher.scratch)
 
 
@@ -101,7 +101,7 @@ def _tokenizer_place(recipe: "Recipe", scratch: ScratchTeacher | None) -> tuple[
 
 
 def _check_vocabularies(recipe: "Recipe", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Teacher and student must mean the same by every token id, whatever their heads are padded to."""
+    """Check that teacher and student give every token id the same meaning, whatever the padding of their heads."""
     if recipe.teacher and recipe.student.path:
         if recipe.teacher.path:
             check_same_vocabulary(load_tokenizer(recipe.teacher.path, revision=recipe.teacher.revision), tokenizer)
@@ -144,7 +144,7 @@ def make_student(recipe: "Recipe", run: RunContext, folder: "StageFolder", recor
             "config": settings.config,
             "teacher": teacher and teacher.content,
             "seed": recipe.seed,
-            # not among the bytes that the teacher's content stands for
+            # not part of the teacher's content hash
             **({"sparse": sparse} if sparse else {}),
         }
     )

@@ -1,1 +1,1 @@
-"""What every verb says and how it ends: the console, tables that fit it, and the boundary that turns errors into messages."""
+"""Terminal output of every verb: the console, tables that fit it, and the boundary that turns errors into messages."""

@@ -22,7 +22,7 @@ _PEERS = re.compile(r"gloo|NCCL|ProcessGroup|c10d|Connection (closed|reset) by p
 
 @dataclass(frozen=True)
 class Ending:
-    """How a process ends."""
+    """Exit code and message of a process."""
 
     code: int
     message: str
@@ -31,7 +31,7 @@ class Ending:
 
 
 def ending_of(error: BaseException) -> Ending | None:
-    """The exit code and the message of an expected error; None when it is none."""
+    """Return the exit code and message of an expected error; None for an unexpected one."""
     if isinstance(error, DecoctError):
         return Ending(error.exit_code, str(error))
     if is_panic(error):
@@ -61,7 +61,7 @@ def _has_bytes(error: UnicodeError) -> bool:
 
 
 def _of_system(error: OSError) -> Ending:
-    """Disks, paths, permissions and networks."""
+    """Return the ending of an error of disks, paths, permissions or networks."""
     what = error.strerror or str(error) or type(error).__name__
     passing = error.errno in _PASSING or error.errno is None or isinstance(error, ConnectionError | TimeoutError)
     reason = disk_reason(error)
@@ -76,14 +76,14 @@ def _of_system(error: OSError) -> Ending:
 
 
 def _is_peers(error: BaseException) -> bool:
-    """Whether another rank left this one alone."""
+    """Return whether the error only shows that another rank has ended."""
     if any(kind.__name__.startswith(("Dist", "Rendezvous")) for kind in type(error).__mro__):
         return True
     return isinstance(error, RuntimeError) and "WORLD_SIZE" in os.environ and _PEERS.search(str(error)) is not None
 
 
 def bug_report(error: BaseException) -> str:
-    """The traceback of an error that nobody expected, and what to do about it."""
+    """Return the traceback of an unexpected error with instructions for a report."""
     from decoct import __version__
 
     lines = "".join(traceback.format_exception(error))

@@ -1,4 +1,4 @@
-"""The console that everything speaks through: nothing that a file, a server or a name holds can steer the terminal."""
+"""The console for all output; text from files, servers or names cannot control the terminal."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from ...models.common.terminal_text import printable
 
 
 class OutputClosedError(DecoctError):
-    """Nobody reads what is printed any more (`decoct ... | head`)."""
+    """The reader of the output has closed the pipe (`decoct ... | head`)."""
 
     exit_code = 1
 
@@ -29,7 +29,7 @@ class CleanConsole(Console):
     def on_broken_pipe(self) -> None:
         """End with a message on the other stream instead of in silence."""
         self.quiet = True
-        # or Python complains when it flushes the stream at its end
+        # otherwise Python reports an error when it flushes the stream at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OutputClosedError(
             "what is printed is no longer read (the pipe was closed); the same command goes on from the last checkpoint"

@@ -1,4 +1,4 @@
-"""Tables for a console of any width: text wraps, numbers are never cut, and columns that do not fit are left out with a word."""
+"""Tables for a console of any width: text wraps, numbers are never cut, and columns that do not fit are left out with a note."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -65,17 +65,17 @@ def _table(
         name = short.get(heading, heading)
         if heading in text:
             words = [word for row in rows for word in (*row[place].split(), *name.split())]
-            # wraps at blanks; a longer word is folded rather than cut
+            # wraps at spaces; a longer word is folded rather than cut
             table.add_column(name, min_width=min(max(map(len, words), default=1), _WIDEST_WORD), overflow="fold")
         else:
             table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        # as Text: names of stages and paths may hold what rich takes for markup
+        # as Text: names of stages and paths may contain rich's markup
         table.add_row(*(Text(row[place]) for place in places))
     return table
 
 
 def _fits(table: "Table", width: int) -> bool:
-    """Whether nothing is cut. (rich's own measure leaves the padding out.)"""
+    """Return whether nothing is cut. (rich's own measure ignores the padding.)"""
     widths = [column.min_width or max(map(len, (str(column.header), *map(str, column.cells)))) for column in table.columns]
     return sum(widths) + 2 * len(widths) <= width
