@@ -17,7 +17,7 @@ TARGETS = ("local", "torchrun", "slurm", "kubernetes")
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What the command line says, beside the recipe."""
+    """Options of the command line, apart from the recipe."""
 
     target: str
     show: bool
@@ -56,7 +56,7 @@ def run_launch(recipe: str, overrides: Sequence[str], choices: Choices) -> None:
 
 
 def _job(recipe: str, overrides: Sequence[str], choices: Choices) -> Job:
-    """The job, after the recipe has been read: a mistake in it is told before anything is queued."""
+    """Return the job, after the recipe has been read: a mistake in it is reported before anything is queued."""
     from ...configs.loader import load_recipe
     from ..run.processes import wanted_processes
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from ...models.common.errors import UserError
 
 SCHEMA_NAME = "recipe.schema.json"
-"""What the schema is called beside a copied recipe, whose first line names it."""
+"""File name of the schema next to a copied recipe, whose first line names it."""
 
 
 def copy_recipe(name: str, target: Path) -> Path:

@@ -46,7 +46,8 @@ def verb_recipe(kind: str, model: str, settings: dict[str, Any], text: TextChoic
 
 
 def verb_overrides(kind: str, overrides: Sequence[str]) -> list[str]:
-    """KEY=VALUE of a single verb as overrides of its recipe: a key of the stage stands for itself (``steps=9`` for ``stages.0.steps=9``).
+    """Convert KEY=VALUE of a single verb to overrides of its recipe: a key of the stage needs no prefix (``steps=9`` for
+    ``stages.0.steps=9``).
 
     A key that recipes have at the top (``teacher.load_in``, ``seed``) keeps that meaning. One that neither has goes where its nearest
     word is, so that the message names it.
