@@ -74,7 +74,7 @@ class Bench:
 
     def learning_rate(self, student: Any) -> float:
         """That of a distill stage."""
-        from decoct.trainer.stage_plan import default_learning_rate
+        from decoct.trainer.learning_rates import default_learning_rate
 
         return default_learning_rate("distill", student.config.hidden_size)
 

@@ -71,7 +71,7 @@ def train(bench: Bench, system: str, bits: int, group: int, tokens: int, rate_sh
     import torch
 
     from decoct.models.folder.loading import load_config, load_model
-    from decoct.trainer.stage_plan import quantized_rate
+    from decoct.trainer.learning_rates import quantized_rate
     from decoct.trainer.stages import qat
 
     with tempfile.TemporaryDirectory() as place:
@@ -153,7 +153,7 @@ def stepper(bench: Bench, system: str, objective: str) -> Callable[[dict[str, An
     from decoct.qat.layers.quant_linear import Extras
     from decoct.qat.layers.quantized_model import prepare
     from decoct.qat.spec import QuantSpec
-    from decoct.trainer.loop.qat_hook import QatSchedule
+    from decoct.trainer.loop.qat_schedule import QatSchedule
     from decoct.trainer.settings_quantization import QatSettings
 
     student, loss = bench.student().train(), bench.objective(objective, range(0))

@@ -4,9 +4,9 @@ import math
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...trainer.learning_rates import BASE_HIDDEN, BASE_RATES, LORA_FACTOR, SCALE_RATE_SHARE
 from ...trainer.plan import MICRO_BATCH_TOKENS, WARMUP
 from ...trainer.settings_quantization import QatSettings
-from ...trainer.stage_plan import BASE_HIDDEN, BASE_RATES, LORA_FACTOR, SCALE_RATE_SHARE
 
 if TYPE_CHECKING:
     from ...configs.recipe import Recipe, StageEntry

@@ -30,7 +30,7 @@ from decoct.trainer.loop.held_out import HeldOut, derive_watch
 from decoct.trainer.loop.hooks import KeepZeros, MaskHook, StepHook
 from decoct.trainer.loop.metrics import MetricsSink
 from decoct.trainer.loop.objective import Objective
-from decoct.trainer.loop.qat_hook import QatSchedule
+from decoct.trainer.loop.qat_schedule import QatSchedule
 from decoct.trainer.plan import BatchPlan
 from decoct.trainer.processes.world import current_world
 from decoct.trainer.settings import MagnitudeSettings

@@ -17,7 +17,7 @@ from ...qat.layers.quant_linear import Extras, RoundedWeight
 from ...qat.layers.quantized_model import fold, hold_codes, prepare, quantize_model
 from ...qat.layers.targets import targets
 from ...qat.ptq import RoundingMethod, round_model
-from ..loop.qat_hook import FirstGrid, QatSchedule
+from ..loop.qat_schedule import FirstGrid, QatSchedule
 from ..settings_quantization import QatSettings
 from .context import StageContext, StageResult, StudentRounders, Trained
 from .coverage import check_coverage, coverage_facts

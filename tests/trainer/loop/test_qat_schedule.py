@@ -12,7 +12,7 @@ from decoct.qat.layers.quant_linear import Extras, QuantLinear
 from decoct.qat.layers.quantized_model import prepare, quantize_model
 from decoct.qat.ptq.mse import searched_grid
 from decoct.qat.spec import ActivationSpec, QuantSpec
-from decoct.trainer.loop.qat_hook import Phase, QatSchedule
+from decoct.trainer.loop.qat_schedule import Phase, QatSchedule
 from decoct.trainer.settings_quantization import QatSettings
 
 SPEC = QuantSpec(bits=4, group_size=16)

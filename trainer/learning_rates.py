@@ -1,0 +1,25 @@
+"""Default peak learning rates: by the kind of stage, the width of the model and, for QAT, the bits of its weights."""
+
+from .settings_quantization import QatSettings
+
+# Peak rate at 192 hidden channels; it falls with 1 / hidden (muP's rule for AdamW matrices, arXiv 2203.03466, table 3).
+BASE_RATES = {"pretrain": 3e-3, "distill": 1.5e-3, "prune": 1e-3, "qat": 6e-4}
+"""Peak learning rate of each kind of stage at ``BASE_HIDDEN`` channels; for qat at 3 bits."""
+LORA_FACTOR = 10
+"""Adapters train at ten times the rate of weights. This is the usual factor, not measured here."""
+SCALE_RATE_SHARE = 1 / 30
+"""Rate of learned scales as a share of the rate of weights: scales are small numbers, and AdamW steps have the same size for all."""
+BASE_HIDDEN = 192
+
+
+def default_learning_rate(kind: str, hidden: int) -> float:
+    """Default peak learning rate of a stage kind for a model with ``hidden`` channels, rounded to two digits."""
+    return float(f"{BASE_RATES[kind] * BASE_HIDDEN / hidden:.2g}")
+
+
+def quantized_rate(settings: QatSettings, hidden: int) -> float:
+    """Default peak learning rate of a QAT stage. It halves with every extra bit, as the quantization step does: at high widths a larger
+    rate destroys more than it recovers."""
+    # BASE_RATES['qat'] holds at 3 bits
+    factor = 2.0 ** (3 - settings.weights.bits) * (LORA_FACTOR if settings.lora else 1)
+    return float(f"{factor * default_learning_rate('qat', hidden):.2g}")
