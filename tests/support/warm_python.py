@@ -148,6 +148,9 @@ class WarmPython:
                 return list(pool.map(lambda its: self.run(arguments, cwd=cwd, env=its, timeout=timeout), own))
 
     def _place(self) -> str:
+        if self._server is not None and self._server.poll() is not None:
+            # a server that died takes one test with it, not all that follow
+            self._socket = None
         if self._socket is None:
             self._folder = tempfile.TemporaryDirectory(prefix="warm-")
             place = os.path.join(self._folder.name, "socket")

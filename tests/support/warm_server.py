@@ -88,7 +88,11 @@ def serve(place: str) -> None:
                 _tell_ended(children)
             if listener in sources:
                 client, _ = listener.accept()
-                request, fds = _receive(client)
+                try:
+                    request, fds = _receive(client)
+                except (OSError, ValueError):  # whoever asked was killed while it asked
+                    client.close()
+                    continue
                 child = os.fork()
                 if not child:
                     signal.set_wakeup_fd(-1)
@@ -99,7 +103,8 @@ def serve(place: str) -> None:
                 for fd in fds:
                     os.close(fd)
                 children[child] = client
-                client.sendall(f"{child}\n".encode())
+                with suppress(OSError):
+                    client.sendall(f"{child}\n".encode())
     for child in children:
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
@@ -111,7 +116,7 @@ def _tell_ended(children: dict[int, socket.socket]) -> None:
         child, status = os.waitpid(-1, os.WNOHANG)
         if not child:
             return
-        with children.pop(child) as client, suppress(OSError):
+        with children.pop(child, None) or socket.socket() as client, suppress(OSError):
             client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
@@ -121,7 +126,10 @@ def _receive(client: socket.socket) -> tuple[dict[str, Any], list[int]]:
     size = int.from_bytes(data, "big")
     text = b""
     while len(text) < size:
-        text += client.recv(size - len(text))
+        part = client.recv(size - len(text))
+        if not part:
+            raise ValueError("the request was cut short")
+        text += part
     return json.loads(text), fds
 
 
