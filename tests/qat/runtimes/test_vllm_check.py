@@ -192,7 +192,8 @@ def test_a_sound_export_that_vllm_does_not_serve_verifies_and_is_written(
     assert report.ok, report.problems
     assert report.runtimes["vLLM"]["status"] == ("failed" if ending == "dies" else "skipped")
     made = export_folder(quantized_folder(tie_word_embeddings=True), exported.parent / "other", "compressed-tensors")
-    assert made.runtimes["vLLM"]["reason"] == report.runtimes["vLLM"]["reason"]
+    # a server that dies closes its connection in one of two ways
+    assert made.runtimes["vLLM"]["reason"].split(":")[0] == report.runtimes["vLLM"]["reason"].split(":")[0]
     assert "Not checked in vLLM" in (made.path / "README.md").read_text()
 
 
