@@ -41,7 +41,10 @@ def lazy_names(package: str) -> tuple[Callable[[str], object], Callable[[], list
         place = None if name.startswith("__") else places().get(name)
         if place is None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(place), name)
+        found = getattr(importlib.import_module(place), name)
+        # a variable of the package from now on, so that Python asks here once per name
+        vars(sys.modules[package])[name] = found
+        return found
 
     def names() -> list[str]:
         return sorted({*vars(sys.modules[package]), *places()})
@@ -114,6 +117,56 @@ def choices(annotation: Any) -> tuple[str, ...]:
     return tuple(word for option in alternatives(annotation) if get_origin(option) is Literal for word in get_args(option))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Rule:
+    """What a field of a settings dataclass takes, worked out of its type once."""
+
+    many: bool
+    """The field is a tuple, and the rule is for each of its items."""
+    words: tuple[str, ...]
+    none: bool
+    truth: bool
+    whole: bool
+    """Whole numbers."""
+    fractions: bool
+    """All numbers."""
+    bounds: Bounds
+
+    def fault(self, value: Any) -> str | None:
+        """What is wrong with ``value``; None if nothing is."""
+        if value in self.words or (value is None and self.none):
+            return None
+        if self.truth:
+            return None if isinstance(value, bool) else "is not a truth value; use true or false"
+        if not (self.whole or self.fractions):
+            return f"is not one of {', '.join(self.words)}"
+        if isinstance(value, bool) or not isinstance(value, (int, float) if self.fractions else int):
+            number = "number" if self.fractions else "whole number"
+            return f"is neither a {number} nor one of {', '.join(self.words)}" if self.words else f"is not a {number}"
+        return None if self.bounds.allow(value) else self.bounds.demand()
+
+
+@cache
+def _rules(settings: type) -> dict[str, _Rule]:
+    """The rules of the fields that allow nothing but numbers, truth values and choices."""
+    rules = {}
+    for name, annotation in types_of(settings).items():
+        item = next((get_args(option)[0] for option in alternatives(annotation) if get_origin(option) is tuple), None)
+        allowed = alternatives(annotation if item is None else item)
+        options = [option for option in allowed if option is not type(None)]
+        if all(option in (int, float, bool) or get_origin(option) is Literal for option in options):
+            rules[name] = _Rule(
+                many=item is not None,
+                words=choices(annotation if item is None else item),
+                none=type(None) in (*allowed, *alternatives(annotation)),
+                truth=bool in options,
+                whole=int in options,
+                fractions=float in options,
+                bounds=bounds_of(annotation if item is None else item),
+            )
+    return rules
+
+
 def check_fields(settings: Any) -> None:
     """Check numbers, truth values and choices of a settings dataclass against the types of its fields.
 
@@ -123,28 +176,8 @@ def check_fields(settings: Any) -> None:
     # torch.compile cannot trace the walk over types; values of a spec made in a compiled forward pass are not checked
     if "torch" in sys.modules and sys.modules["torch"].compiler.is_compiling():
         return
-    for name, annotation in types_of(type(settings)).items():
+    for name, rule in _rules(type(settings)).items():
         value = getattr(settings, name)
-        inner = next((get_args(option)[0] for option in alternatives(annotation) if get_origin(option) is tuple), annotation)
-        for item in value if isinstance(value, tuple) else (value,):
-            if fault := _fault(item, inner):
+        for item in value if rule.many and isinstance(value, tuple) else (value,):
+            if fault := rule.fault(item):
                 raise ValueError(f"{name}={item!r} {fault}")
-
-
-def _fault(value: Any, annotation: Any) -> str | None:
-    """What is wrong with a value of a field, where its type allows nothing but numbers, truth values and choices."""
-    options = [option for option in alternatives(annotation) if option is not type(None)]
-    words = choices(annotation)
-    if not all(option in (int, float, bool) or get_origin(option) is Literal for option in options):
-        return None
-    if value in words or (value is None and len(options) < len(alternatives(annotation))):
-        return None
-    if bool in options:
-        return None if isinstance(value, bool) else "is not a truth value; use true or false"
-    if not (int in options or float in options):
-        return f"is not one of {', '.join(words)}"
-    if isinstance(value, bool) or not isinstance(value, (int, float) if float in options else int):
-        number = "number" if float in options else "whole number"
-        return f"is neither a {number} nor one of {', '.join(words)}" if words else f"is not a {number}"
-    bounds = bounds_of(annotation)
-    return None if bounds.allow(value) else bounds.demand()

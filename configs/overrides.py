@@ -1,4 +1,4 @@
-"""Dotted overrides from the command line: ``stages.1.tokens=2B``, ``trainer.precision=32``, ``data.files=[a.txt,b.txt]``.
+"""Dotted overrides from the command line: ``stages.1.tokens=2B``, ``data.files=[a.txt,b.txt]``, ``logger={kind: wandb}``.
 
 An override is written into the recipe's tree before it is read, so its value gets the same meaning and the same messages as one in
 the file. A stage is addressed by its position (from 0), by its ``name``, by its folder's name, or by its kind when there is only one
@@ -15,6 +15,7 @@ from .problems import did_you_mean
 from .reading import SECTIONS, stage_parts
 from .recipe import stage_name
 from .sections import SHORT_FORMS
+from .yaml_source import read_yaml_text
 
 
 def apply_overrides(root: Node, overrides: Sequence[str]) -> None:
@@ -35,7 +36,12 @@ def apply_overrides(root: Node, overrides: Sequence[str]) -> None:
 
 
 def _value(text: str, place: str) -> Node:
-    """A list in brackets, quoted text, or a scalar."""
+    """A mapping in braces, a list in brackets, quoted text, or a scalar."""
+    if text.startswith("{") and text.endswith("}"):
+        # YAML's own flow form; its problems have the override's text for a place, not a line
+        node, problems = read_yaml_text(text, place, lines=False)
+        problems.stop()
+        return node
     if text.startswith("[") and text.endswith("]"):
         inner = text[1:-1].strip()
         return Listing([_value(item.strip(), place) for item in inner.split(",")] if inner else [], place)

@@ -37,15 +37,22 @@ def read_yaml_file(path: Path, label: str) -> tuple[Node, Problems]:
     return read_yaml_text(text, label)
 
 
-def read_yaml_text(text: str, label: str) -> tuple[Node, Problems]:
-    """The tree of YAML text; duplicate keys are collected, what makes the text unreadable is a UserError."""
+def read_yaml_text(text: str, label: str, *, lines: bool = True) -> tuple[Node, Problems]:
+    """The tree of YAML text; duplicate keys are collected, what makes the text unreadable is a UserError.
+
+    Args:
+        text: One document.
+        label: What messages call it.
+        lines: Whether a place is ``label`` with a line number, or ``label`` alone for text of one line.
+    """
     try:
-        return _Builder(label, yaml.parse(text, Loader=yaml.SafeLoader)).document()
+        return _Builder(label, yaml.parse(text, Loader=yaml.SafeLoader), lines=lines).document()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         told = "; ".join(part for part in (error.context, error.problem) if part)
-        raise UserError(f"{label}:{line}: not readable as YAML: {told}{_hint(told)}") from None
+        place = f"{label}:{line}" if lines else label
+        raise UserError(f"{place}: not readable as YAML: {told}{_hint(told)}") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
@@ -64,8 +71,9 @@ def _hint(told: str) -> str:
 class _Builder:
     """Turns the parser's events into nodes."""
 
-    def __init__(self, label: str, events: Iterator[Any]) -> None:
+    def __init__(self, label: str, events: Iterator[Any], *, lines: bool) -> None:
         self._label = label
+        self._lines = lines
         self._events = events
         self._duplicates: list[tuple[KeyPath, str, str]] = []
         self._values = 0
@@ -86,7 +94,7 @@ class _Builder:
         return root, problems
 
     def _place(self, event: Any) -> str:
-        return f"{self._label}:{event.start_mark.line + 1}"
+        return f"{self._label}:{event.start_mark.line + 1}" if self._lines else self._label
 
     def _node(self, event: Any, path: KeyPath) -> Node:
         place = self._place(event)
@@ -126,7 +134,8 @@ class _Builder:
             if name in found.entries:
                 first = found.entries[name].place.rpartition(":")[2]
                 second = key.place.rpartition(":")[2]
-                self._duplicates.append(((*path, name), key.place, f"given twice, on lines {first} and {second}; keep one"))
+                where = f", on lines {first} and {second}" if self._lines else ""
+                self._duplicates.append(((*path, name), key.place, f"given twice{where}; keep one"))
             else:
                 found.entries[name] = Entry(key.place, node)
         return found

@@ -216,6 +216,8 @@ class ExportSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not self.formats:
+            raise ValueError("formats=[] names no format; name one or more, or leave the stage out")
         twice = next((name for name in self.formats if self.formats.count(name) > 1), None)
         if twice:
             raise ValueError(f"formats={list(self.formats)} names {twice} twice")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from decoct.configs import Recipe
+from decoct.models.common.errors import UserError
 
 TEXT = """\
 teacher: {path: a/teacher}
@@ -101,3 +102,25 @@ STAGES = "stages: 0 (01-distill), 1 (02-prune), 2 (03-recover), 3 (04-qat), 4 (0
 )
 def test_an_override_that_means_nothing_is_refused(override: str, expected: str, message: Callable[..., str]) -> None:
     assert message(TEXT, [override]).startswith(f"override '{override}'{expected}")
+
+
+def test_a_mapping_is_written_in_braces(load: Callable[..., Recipe]) -> None:
+    recipe = load(TEXT, ["logger={kind: wandb, project: mine}", "student={keep: {layers: 6}}"])
+    assert (recipe.logger.kind, recipe.logger.project) == ("wandb", "mine")
+    assert recipe.student.keep is not None
+    assert recipe.student.keep.layers == 6
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("logger={kind: wandb, kind: none}", r"^override 'logger={kind: wandb, kind: none}': kind: given twice; keep one$"),
+        ("logger={kind: [}", r"^override 'logger={kind: \[}': not readable as YAML: "),
+        ("logger={kind: &a wandb}", r"^override 'logger={kind: &a wandb}': YAML anchors"),
+        ("logger={knd: wandb}", r"^override 'logger={knd: wandb}': logger.knd: unknown key, did you mean 'kind'"),
+        ("stages.export.formats=[]", r"formats=\[\] names no format; name one or more, or leave the stage out$"),
+    ],
+)
+def test_a_faulty_mapping_or_list_is_reported_by_its_override(load: Callable[..., Recipe], override: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load(TEXT, [override])

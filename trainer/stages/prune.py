@@ -62,10 +62,10 @@ def _ffn_linears(student: "PreTrainedModel") -> list[str]:
 def _prune_structured(student: "PreTrainedModel", settings: PruneSettings, context: StageContext) -> dict[str, Any]:
     assert isinstance(settings.structured, StructuredSettings)
     scores = ffn_channel_scores(student, calibration_text(context.run.data.train, settings.calibration_tokens, context.run.seed).batches)
-    # no hint for toy sizes: their FFN is narrower than one group of 128
+    kept = prune_ffn(student, scores, settings.structured.ffn)
+    # after the width was accepted; no hint for toy sizes, whose FFN is narrower than one group of 128
     if settings.structured.ffn > 128 and (hint := alignment_hint(settings.structured.ffn)):
         context.say(f"  {hint}")
-    kept = prune_ffn(student, scores, settings.structured.ffn)
     context.say(f"  kept {settings.structured.ffn} of {len(scores[0])} FFN channels in each of {len(scores)} layers")
     return {"kept": {"ffn": kept}}
 

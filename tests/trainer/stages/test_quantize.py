@@ -261,27 +261,30 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-from decoct.models import folder
+from decoct.models.folder import model_folder
 from decoct.models.tokenizer.scratch_tokenizer import train_tokenizer
 from decoct.qat.spec import QuantSpec
 from decoct.trainer.data.windows import Windows
 from decoct.trainer.settings_quantization import QuantizeSettings
 from decoct.trainer.settings import TrainerSettings
+from decoct.trainer.stages.context import StageContext
 from decoct.trainer.stages.quantize import finish
 
 def anonymous():
     return int(re.findall(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[0]) * 1024
 
-class Context:
-    name, kind, record, key, seed, input_revision, teacher = "01-quantize", "quantize", {}, "key", 0, None, None
+class Run:
+    teacher, seed = None, 0
     trainer, tokenizer, console = TrainerSettings(), train_tokenizer(iter(["a b c"] * 4), 258), Console(file=io.StringIO())
-    folder, input = Path(sys.argv[1]), sys.argv[2]
-    model = folder / "model"
     def say(self, text): pass
     class data:
         packed, train = False, Windows(torch.randint(0, 258, (40, 32)).int().numpy())
 
-folder.MAX_SHARD = "30MB"
+context = StageContext(
+    run=Run(), name="01-quantize", kind="quantize", folder=Path(sys.argv[1]), key="key", input=sys.argv[2], input_revision=None, record={}
+)
+
+model_folder.MAX_SHARD = "30MB"
 torch.set_num_threads(1)
 settings = QuantizeSettings(method=sys.argv[4], weights=QuantSpec(group_size=64), stream=sys.argv[3], skip=("*.0.mlp.down_proj",))
 base, seen, over = anonymous(), [0], threading.Event()
@@ -289,9 +292,10 @@ def watch():
     while not over.is_set():
         seen[0] = max(seen[0], anonymous() - base)
         time.sleep(0.002)
-thread = threading.Thread(target=watch)
+# a daemon: a script that fails must end
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
-finish(settings, Context(), None)
+finish(settings, context, None)
 over.set()
 thread.join()
 print(seen[0])
