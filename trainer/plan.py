@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ..models.common.errors import UserError
 from .settings import Optimizer, Precision
 
+# fields of a plan that change speed, memory or saving, but no number beyond rounding
 _NOT_NUMBERS = ("batch", "checkpoint_every", "num_workers", "deterministic", "strategy", "activation_checkpointing", "compile")
 Schedule = Literal["cosine", "linear", "constant"]
 WARMUP = 0.05
@@ -112,6 +113,7 @@ def derive_batch(global_batch_tokens: int, seq_length: int, world: int, micro_ba
             message names the nearest valid values.
     """
     unit = seq_length * world
+    # a window is never split: a step has the same number of whole windows on every rank
     if global_batch_tokens < unit or global_batch_tokens % unit:
         below = global_batch_tokens // unit * unit
         nearest = f"{below:,} or {below + unit:,}" if below > 0 else f"{unit:,}"
@@ -165,9 +167,11 @@ def learning_rate(step: int, total: int, peak: float, warmup: float, schedule: S
     # 1e-9: 0.29 * 100 is 28.999999999999996 in floating point. At least the last step is not warm-up
     warm = min(math.floor(warmup * total + 1e-9), total - 1)
     if step < warm:
+        # w + 1: the first step already learns, and step w would be the peak
         return peak * (step + 1) / (warm + 1)
     if schedule == "constant":
         return peak
+    # from the first step at the peak to the last step, which gets exactly ``final``
     decay_steps = total - 1 - warm
     progress = min(1.0, (step - warm) / decay_steps) if decay_steps > 0 else 0.0
     left = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
@@ -176,6 +180,7 @@ def learning_rate(step: int, total: int, peak: float, warmup: float, schedule: S
 
 def derive_seed(seed: int, *names: str | int) -> int:
     """Seed for one named purpose: the first 63 bits of the sha256 of the recipe's seed and the names."""
+    # a hash and not seed + n: neighbouring seeds and purposes must not share a stream
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     # one bit is dropped, so that the seed fits a signed 64-bit integer
     return int.from_bytes(digest[:8], "big") >> 1

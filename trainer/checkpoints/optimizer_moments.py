@@ -13,7 +13,8 @@ from torch import Tensor
 
 BLOCK = 256
 """Elements of a moment that share a scale in bitsandbytes' 8-bit optimizers."""
-_CHUNK = 4096  # blocks per step, which limits the size of temporaries
+_CHUNK = 4096  # blocks per step, about a million elements: limits the size of temporaries
+# torch's name of a moment -> bitsandbytes' names of its codes, its table of 256 numbers, and its scales
 _MOMENTS = {"exp_avg": ("state1", "qmap1", "absmax1"), "exp_avg_sq": ("state2", "qmap2", "absmax2")}
 
 
@@ -43,6 +44,7 @@ def parameter_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict
         return {}
     found = {"step": torch.as_tensor(state["step"], dtype=torch.float32)}
     for key, (codes, table, scales) in _MOMENTS.items():
+        # an 8-bit optimizer keeps small tensors in fp32 too, under the name of the codes: the dtype tells the two apart
         moment = state[key] if key in state else state[codes]
         found[key] = moment if moment.dtype != torch.uint8 else decode_moments(moment, state[table], state[scales])
     return found
@@ -51,7 +53,9 @@ def parameter_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict
 def set_parameter_state(optimizer: torch.optim.Optimizer, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
     """Sets step count and moments of one parameter."""
     if not _is_low_bit(optimizer):
+        # copies: the optimizer updates its state in place, and what was read may be a view of a mapped checkpoint file
         moments = {key: state[key].to(parameter.device, parameter.dtype, copy=True) for key in _MOMENTS}
+        # the step count stays on the CPU, where torch's AdamW keeps it unless it is fused or capturable
         optimizer.state[parameter] = {"step": state["step"].to("cpu", torch.float32, copy=True), **moments}
         return
     group, index = next((g, i) for g, i in _places(optimizer) if optimizer.param_groups[g]["params"][i] is parameter)
@@ -101,6 +105,7 @@ def decode_moments(codes: Tensor, table: Tensor, scales: Tensor) -> Tensor:
     flat, decoded = codes.reshape(-1).cpu(), torch.empty(codes.numel(), dtype=torch.float32)
     for first in range(0, len(scales), _CHUNK):
         part = slice(first * BLOCK, (first + _CHUNK) * BLOCK)
+        # int, because torch takes a uint8 index as a mask
         numbers = table[flat[part].int()]
         decoded[part] = numbers * scales[first : first + _CHUNK].repeat_interleave(BLOCK)[: len(numbers)]
     return decoded.reshape(codes.shape)
@@ -113,6 +118,7 @@ def encode_moments(moment: Tensor, table: Tensor, *, codes: Tensor, scales: Tens
     for first in range(0, len(scales), _CHUNK):
         part = slice(first * BLOCK, (first + _CHUNK) * BLOCK)
         numbers = flat[part]
+        # [blocks, BLOCK]; zeros fill up the last block, which change neither its largest magnitude nor the codes of its own elements
         rows = torch.nn.functional.pad(numbers, (0, -len(numbers) % BLOCK)).view(-1, BLOCK)
         found, scale = _encode_blocks(rows, own)
         target[part].copy_(found.reshape(-1)[: len(numbers)])
@@ -121,10 +127,13 @@ def encode_moments(moment: Tensor, table: Tensor, *, codes: Tensor, scales: Tens
 
 def _encode_blocks(rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """Codes uint8 [B, BLOCK] and scales [B]: per block the first candidate scale that reproduces every number, else its largest one."""
+    # the table is ascending: the nearest entry is found by bisection among the middles between neighbours
     middles = (table[1:] + table[:-1]) / 2
     scale = rows.abs().amax(1)
+    # first guess: the scale is the block's largest magnitude, as bitsandbytes computes it from fresh fp32 moments
     codes = _nearest(rows, scale, middles)
     exact = (table[codes.int()] * scale[:, None] == rows).all(1)
+    # blocks that this does not reproduce were decoded from codes before: try the other scales that such a block may have had
     for candidate in _candidates(rows, table):
         if bool(exact.all()):
             break
@@ -145,6 +154,7 @@ def _candidates(rows: Tensor, table: Tensor) -> list[Tensor]:
     lowest = float(table[0])
     if lowest >= 0:
         return []
+    # the quotient may be off by a rounding in either direction, so two neighbours on each side are candidates too
     near = rows.amin(1) / lowest
     up, down = torch.full_like(near, torch.inf), torch.zeros_like(near)
     above, below = torch.nextafter(near, up), torch.nextafter(near, down)
@@ -152,6 +162,7 @@ def _candidates(rows: Tensor, table: Tensor) -> list[Tensor]:
 
 
 def _nearest(rows: Tensor, scale: Tensor, middles: Tensor) -> Tensor:
+    # a block of zeros has scale 0: dividing by 1 gives the code of 0 instead of NaN
     return torch.bucketize(rows / torch.where(scale > 0, scale, 1.0)[:, None], middles).to(torch.uint8)
 
 

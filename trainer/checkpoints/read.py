@@ -28,7 +28,9 @@ from torch import Tensor
 
 from ...models.common.files import clean_leftovers, sha256_file
 
+# raised when a change of the layout would make an older reader misread it: a folder of another format counts as damaged
 FORMAT = 2
+# two, so that a damaged newest checkpoint costs the steps of one interval and not the stage
 KEPT = 2
 MANIFEST = "manifest.json"
 PIECES = "pieces.json"
@@ -81,13 +83,16 @@ class Checkpoint:
         parts: list[Tensor] = []
         for file, first, last in self.index[group][name]["pieces"]:
             with safe_open(self.path / file, framework="pt") as opened:
+                # a whole tensor lies in one piece, in the file of the rank that was chosen to write it
                 if first is None:
                     return opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows[0] : rows[1]]
+                # the part of this piece that is wanted, in rows of the whole tensor; the file counts from its own first row
                 start, stop = (max(first, rows[0]), min(last, rows[1])) if rows else (first, last)
                 # a piece without any of these rows adds an empty part, which still has the dtype and the other dimensions
                 parts.append(
                     opened.get_slice(name)[start - first : max(start, stop) - first] if start < last else opened.get_slice(name)[:0]
                 )
+        # pieces are in rank order, which is the order of rows
         return torch.cat(parts)
 
     def tensors(self, group: str) -> dict[str, Tensor]:
@@ -108,6 +113,7 @@ def open_checkpoint(folder: Path, step: int) -> Checkpoint:
     """
     path = step_folder(folder, step)
     state = TrainingState(**json.loads((path / STATE).read_text()))
+    # type() and not isinstance: JSON's true is an int to Python, and equals 1
     if type(state.step) is not int or state.step != step or not isinstance(state.plan, dict):
         raise ValueError(f"{STATE} is not the state of step {step}")
     return Checkpoint(path, state, json.loads((path / PIECES).read_text()))
@@ -116,6 +122,7 @@ def open_checkpoint(folder: Path, step: int) -> Checkpoint:
 def find_newest_verified(folder: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     """(the newest undamaged checkpoint or None, the damaged newer ones with their faults)."""
     damaged: list[tuple[Path, str]] = []
+    # newest first, and only until one verifies: reading every byte of an older one would be wasted
     for path in step_folders(folder):
         # damaged files may raise anything of the parsers: each such error only means that this checkpoint cannot be used
         try:
@@ -128,6 +135,7 @@ def find_newest_verified(folder: Path) -> tuple[Checkpoint | None, list[tuple[Pa
 
 def set_aside(path: Path) -> Path:
     """Renames a damaged checkpoint, so that its step can be saved again; the next successful save removes it."""
+    # outside the pattern step-*, so that neither a resume nor the count of kept checkpoints sees it
     target = path.with_name(f"damaged-{path.name}")
     if target.exists():
         remove(target)
@@ -147,6 +155,7 @@ def step_folder(folder: Path, step: int) -> Path:
 
 def step_folders(folder: Path) -> list[Path]:
     """Committed checkpoints, newest first."""
+    # by name: the step has a fixed number of digits. Only a rename gives this name, so whatever has it was complete once
     return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True) if folder.is_dir() else []
 
 
@@ -176,11 +185,13 @@ def _verify(path: Path) -> None:
             raise ValueError(f"{name!r} is not a file name")
         if not (path / name).is_file():
             raise ValueError(f"{name} is missing")
+        # the size first: a truncated file is found without reading it
         size = (path / name).stat().st_size
         if size != expected["bytes"]:
             raise ValueError(f"{name} has {size} bytes instead of {expected['bytes']}")
         if sha256_file(path / name) != expected["sha256"]:
             raise ValueError(f"the content of {name} is not what was written (sha256 differs)")
+    # a manifest that lists too little would verify too: the state, verified above, says how many ranks must have written
     ranks = range(json.loads((path / STATE).read_text())["world"])
     wanted = {STATE, PIECES, *(f"{group}-{rank}.safetensors" for group in GROUPS for rank in ranks)}
     if not wanted <= manifest["files"].keys():

@@ -41,6 +41,8 @@ def save_checkpoint(
     Raises:
         UserError: on every rank if one of them could not write (disk full, no permission, ...); earlier checkpoints are unchanged.
     """
+    # Every rank takes part in the same four gathers, in this order: sizes, folder, reports, outcome. A rank that fails before one sends its
+    # problem instead of raising alone, so no rank waits for another that has left.
     target = step_folder(folder, state.step)
     own = {group: _own_part(groups.get(group, {}), world) for group in GROUPS}
     needed = sum(_bytes(t) for tensors in own.values() for t in tensors.values()) + len(generators)
@@ -48,13 +50,17 @@ def save_checkpoint(
     problem = ""
     try:
         with ExitStack() as stack:
+            # rank 0 makes the folder and sends its name: the name is random, and with a full disk no rank begins to write
             temporary = _agree(_open(stack, folder, target, total, before) if world.is_first else {"folder": "", "problem": ""})[0][
                 "folder"
             ]
+            # returns when this rank's bytes are on the disk: the rename below must not commit a file that a power failure could still lose
             written = _write_own(Path(temporary), own, generators, world.rank)
             reports = _agree({**written, "pieces": _describe(groups, own, world.rank)})
             if world.is_first:
+                # leaving the block renames the folder; on an exception (a report with a problem, a full disk) it is removed
                 _write_index(Path(temporary), state, reports)
+    # every rank has raised it after the same gather, so none may wait in the last one
     except _RefusedByAllError:
         raise
     except (OSError, UserError) as error:  # only on rank 0: the index, or the rename
@@ -73,6 +79,7 @@ class _RefusedByAllError(UserError):
 def _agree(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Every rank's report, in rank order; raises on every rank if one of them reports a problem."""
     reports = [json.loads(part) for part in gather_bytes(json.dumps(report).encode())]
+    # all ranks have the same reports, so all raise or none does
     if problems := [report["problem"] for report in reports if report["problem"]]:
         raise _RefusedByAllError("; ".join(problems))
     return reports
@@ -80,6 +87,7 @@ def _agree(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _own_part(tensors: Mapping[str, Tensor | Rows], world: World) -> dict[str, Tensor]:
     """The tensors that this rank writes: its rows of sharded ones, and its share of the others, each given to the least loaded rank."""
+    # row_range is None for a tensor that every rank holds whole
     own = {name: local(tensor) for name, tensor in tensors.items() if row_range(tensor) is not None}
     shared = {name: local(tensor) for name, tensor in tensors.items() if name not in own}
     load = [0] * world.size
@@ -99,9 +107,11 @@ def _bytes(tensor: Tensor) -> int:
 def _open(stack: ExitStack, folder: Path, target: Path, total: int, before: Callable[[], None] | None) -> dict[str, Any]:
     """Makes the temporary folder on rank 0; it becomes ``target`` when the stack is left without an exception."""
     try:
+        # the metrics are flushed before the checkpoint exists, so that no checkpoint is ahead of its metrics
         if before is not None:
             before()
         folder.mkdir(parents=True, exist_ok=True)
+        # a megabyte more for index, state and manifest. The check spares hours of writing into a disk that is known to be too small
         check_free_space(folder, total + (1 << 20), f"checkpoint {target.name}")
         return {"folder": str(stack.enter_context(atomic_directory(target))), "problem": ""}
     except (OSError, UserError) as error:
@@ -150,9 +160,11 @@ def _write_index(temporary: Path, state: TrainingState, reports: list[dict[str, 
     for report in reports:
         for group, tensors in report["pieces"].items():
             for name, entry in tensors.items():
+                # reports come in rank order, so the pieces of a tensor end up in the order of their rows
                 index[group].setdefault(name, {"shape": entry["shape"], "pieces": []})["pieces"] += entry["pieces"]
     (temporary / PIECES).write_text(json.dumps(index))
     (temporary / STATE).write_text(json.dumps(asdict(state), indent=1))
     files = {name: found for report in reports for name, found in report["files"].items()}
     files |= {name: _fingerprint(temporary / name) for name in (PIECES, STATE)}
+    # last, with the hashes of all others. The fsync of these three files is that of the folder's commit
     (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": state.step, "files": files}, indent=1))

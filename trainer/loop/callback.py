@@ -73,12 +73,15 @@ class LoopCallback(pl.Callback):
         self._begun = self._step_begun = time.perf_counter()
         loop.progress.start(loop.stage, loop.plan.total_steps, pl_module.steps_done)
         if loop.held_out is not None and self.checkpoint is None:
+            # the figures of the unchanged student: the point from which the curve of this stage starts. A resumed stage has that line
+            # already
             loop.metrics.write(loop.stage, 0, {"tokens": 0, **self._evaluate(trainer, pl_module, 0)})
             self._step_begun = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After the last micro-batch of a step: runs hooks, writes one metrics line, and a checkpoint if one is due."""
         assert isinstance(pl_module, TrainingModule)
+        # Lightning calls this after every micro-batch; only the one that ended an optimizer step has left a record
         record = pl_module.take_record()
         if record is None:
             return
@@ -87,14 +90,19 @@ class LoopCallback(pl.Callback):
             hook.after_step(record.step)
         speed = record.input_tokens / max(time.perf_counter() - self._step_begun, 1e-9)
         plan, held_out = self.loop.plan, self.loop.held_out
+        # a function of the step alone, so all ranks evaluate together, which a sharded student needs
         due = held_out is not None and held_out.due(record.step, plan.total_steps)
+        # the line of metrics comes before the checkpoint: a crash in between leaves a line too many, and the next start drops it
+        # (``rewind``)
         self._log(record, speed, self._evaluate(trainer, pl_module, record.step) if due else {})
         self.stopped_by = record.stop
+        # saving is collective. Every rank comes here: the step is the same everywhere, and ``stop`` was summed over ranks with the losses
         if record.step == plan.total_steps or record.step % plan.checkpoint_every == 0 or record.stop is not None:
             self._save(pl_module, trainer.optimizers[0], record.step)
             # the time of a save is no part of the next step's speed
             self._step_begun = time.perf_counter()
         if record.stop is not None:
+            # Lightning leaves its loop after this micro-batch, which ended a step: nothing of a half accumulated step is lost
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -143,6 +151,7 @@ class LoopCallback(pl.Callback):
         loop = self.loop
         state = TrainingState(
             step=step,
+            # for readers of the file; a resume derives the position from the step
             sample_index=step * loop.plan.batch.global_windows,
             tokens=self.tokens,
             seconds=self.seconds,

@@ -32,6 +32,7 @@ def student_tensors(student: nn.Module) -> dict[str, Tensor]:
 def optimizer_tensors(views: ParameterViews, optimizer: torch.optim.Optimizer) -> dict[str, Tensor | Rows]:
     """Optimizer state as ``<parameter name>.<state name>``: fp32 moments, sharded as their parameter is, and step counts."""
     return {
+        # moments have the shape of this rank's rows and get their place in the whole; the step count is a scalar
         f"{name}.{key}": like(value, views.owners[name]) if value.shape == view.shape else value
         for name, view in views.views.items()
         for key, value in parameter_state(optimizer, view).items()
@@ -54,6 +55,7 @@ def load_student(student: nn.Module, checkpoint: Checkpoint) -> None:
         if tuple(tensor.shape) != saved:
             raise UserError(f"the checkpoint holds another model: {name} is {saved}, the model has {tuple(tensor.shape)}")
     for name, tensor in current.items():
+        # one tensor at a time, and only this rank's rows: the whole student never is in memory twice
         value = checkpoint.read("student", name, row_range(tensor))
         if value.dtype != tensor.dtype:
             raise UserError(f"the checkpoint holds another model: {name} is {value.dtype}, the model has {tensor.dtype}")
@@ -62,6 +64,7 @@ def load_student(student: nn.Module, checkpoint: Checkpoint) -> None:
 
 def load_optimizer(views: ParameterViews, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
     """Inverse of ``optimizer_tensors``; reads the rows of each moment that this rank steps."""
+    # "<parameter>.<state>": the name before the last dot is the parameter's
     for full in checkpoint.names("optimizer"):
         if full.rsplit(".", 1)[0] not in views.owners:
             raise UserError(f"the checkpoint holds another model: it trains {full.rsplit('.', 1)[0]}, which this student does not have")
@@ -94,6 +97,7 @@ class _SavedMoments(Mapping[str, Tensor]):
 
 def load_hooks(hooks: Sequence[StepHook], checkpoint: Checkpoint) -> None:
     """Gives every started hook its saved tensors, with the rows that it holds now."""
+    # Compared by hook and not by tensor: a hook may have saved tensors that it has not made yet after ``on_start``, such as ranges.
     current = hook_tensors(hooks)
     saved = checkpoint.names("hooks")
     if foreign := sorted({name.split("/", 1)[0] for name in saved} ^ {name.split("/", 1)[0] for name in current}):

@@ -121,8 +121,10 @@ def fit(
     world = current_world()
     connect(world)
     shown = console if world.is_first else None
+    # rank 0 alone speaks: every rank has the same progress, and the plain messages of others would only repeat it
     say: Say = (lambda text: None) if shown is None else partial(print_line, shown)
     folder = work / "checkpoints"
+    # before metrics, loaders and models: everything below starts at the step that is found here
     found = _open_checkpoints(folder, plan, world, stage, say)
     start = found.state.step if found else 0
     # lines of steps after the checkpoint, which are taken again
@@ -149,6 +151,7 @@ def fit(
     with _quiet(), _determinism(plan.deterministic):
         trainer = _trainer(plan, world, callback, metrics, work)
         try:
+            # returns after the last step, or after the step in which a stop signal was agreed on
             trainer.fit(module, _loader(windows, plan, world, start))
         except Exception as error:
             kept = (
@@ -159,6 +162,7 @@ def fit(
             # raised again with the stage and the checkpoint that is kept, which the loop itself does not know
             if isinstance(error, NonFiniteError):
                 raise NonFiniteError(f"{stage}: {error} {kept}") from None
+            # out of memory is not one type of error: devices, the host and libraries report it in different ways
             if whose := out_of_memory(error):
                 raise MemoryFullError(
                     f"{stage}: {whose} ran out of memory{asked_for(error)}. {_less_memory(plan, windows)} {kept}"
@@ -170,9 +174,11 @@ def fit(
         if callback.stopped_by == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + callback.stopped_by)
+    # Lightning has several reasons of its own to leave its loop; a stage that is cut short must never pass for a finished one
     if module.steps_done != plan.total_steps:
         raise RuntimeError(f"{stage}: training ended after step {module.steps_done} of {plan.total_steps}")
     return FitResult(
+        # collective under FSDP2; rank 0 gets the whole student
         student=placed.collect(),
         steps=plan.total_steps,
         tokens=callback.tokens,
@@ -209,6 +215,7 @@ def _loader(windows: WindowSource, plan: TrainingPlan, world: World, start: int)
     )
     # the loader draws a worker seed at each start: from the global generator that would change dropout after a resume
     own = torch.Generator().manual_seed(0)
+    # pinned host memory lets copies to a GPU run beside its work
     return DataLoader(
         _Indexed(windows), batch_sampler=batches, num_workers=plan.num_workers, generator=own, pin_memory=torch.cuda.is_available()
     )
@@ -216,6 +223,7 @@ def _loader(windows: WindowSource, plan: TrainingPlan, world: World, start: int)
 
 def _trainer(plan: TrainingPlan, world: World, callback: LoopCallback, metrics: MetricsSink, work: Path) -> pl.Trainer:
     """A Lightning Trainer with its own checkpoints, progress bars, samplers and process launching switched off."""
+    # Named, and not detected: inside a Slurm allocation Lightning would take a single process for one of Slurm's own tasks.
     environment = TorchElasticEnvironment() if "TORCHELASTIC_RUN_ID" in os.environ else LightningEnvironment()
     return pl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
@@ -224,8 +232,10 @@ def _trainer(plan: TrainingPlan, world: World, callback: LoopCallback, metrics: 
         strategy=lightning_strategy(plan.strategy, world),
         plugins=[environment],
         precision=_PRECISIONS[plan.precision],  # pyright: ignore[reportArgumentType] - a dict's values are plain str
+        # Lightning divides each micro-batch's loss by this number; the module multiplies it back (law 1)
         accumulate_grad_batches=plan.batch.accumulation,
         gradient_clip_val=plan.gradient_clip,
+        # one pass over the loader, which has exactly the micro-batches that are left
         max_epochs=1,
         logger=metrics.loggers or False,
         callbacks=[callback],
@@ -233,6 +243,7 @@ def _trainer(plan: TrainingPlan, world: World, callback: LoopCallback, metrics: 
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        # the batch sampler already gives each rank its own windows; Lightning would split them a second time
         use_distributed_sampler=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,
@@ -253,10 +264,12 @@ def _open_checkpoints(folder: Path, plan: TrainingPlan, world: World, stage: str
             chosen = found.state.step
         elif damaged:
             say(f"{stage}: all checkpoints are damaged; training starts again from the stage's input")
+    # a collective on every rank, also where nothing was found
     step = value_of_first(chosen)
     if step < 0:
         return None
     try:
+        # rank 0 has hashed every byte; the others only open it, which shows whether they see the same folder
         found = open_checkpoint(folder, step)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
@@ -309,6 +322,7 @@ def _finished(found: Checkpoint, placed: Placed, plan: TrainingPlan, hooks: Sequ
 def _quiet() -> Iterator[None]:
     """Silences Lightning's messages about devices, tips and features that are switched off on purpose; its errors stay."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    # restored afterwards: a program that uses decoct as a library may use Lightning itself
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -326,6 +340,7 @@ def _quiet() -> Iterator[None]:
 @contextmanager
 def _determinism(wanted: bool) -> Iterator[None]:
     """Switches deterministic algorithms on during a stage; cuBLAS needs its workspace fixed before its first use."""
+    # process-wide switches: evaluation and export after the stage must find them as they were
     before: Any = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

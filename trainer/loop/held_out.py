@@ -74,7 +74,9 @@ def derive_watch(
             return None
         every = -(-total_steps // min(EVALUATIONS, budget - 1, total_steps))
     evaluations = -(-total_steps // every) + 1
+    # at least one, even if that is above the budget: whoever gives ``every`` wants to see the curve
     windows = max(1, min(budget // evaluations, MOST_TOKENS // seq_length, available))
+    # a multiple of the ranks, so that each has the same number
     return Watch(every=every, windows=windows if windows < ranks else windows // ranks * ranks)
 
 
@@ -105,6 +107,7 @@ class HeldOut:
         self._text = text
         # evenly spread over the text, and the same in every evaluation, so that the figures are comparable
         self._chosen = [index * len(text) // watch.windows for index in range(watch.windows)]
+        # hard_weight decides what runs: 1 leaves the teacher out, 0 measures the KL; the cross-entropy is summed in both cases
         dense = None if isinstance(teacher, SparseTeacher) else teacher
         self._objective: Objectivelike = Objective(dense, LossSettings(hard_weight=1.0 if dense is None else 0.0), v_eff=v_eff)
 
@@ -119,8 +122,10 @@ class HeldOut:
         """
         generators = capture_generators(module.device)
         self._objective.to(module.device)
+        # tokens, KL, cross-entropy; fp64, because sums over ranks and windows must not depend on their order in a visible digit
         totals = torch.zeros(3, dtype=torch.float64, device=module.device)
         try:
+            # the precision plugin's context: autocast as in training, so the figures are those of the model that trains
             with torch.no_grad(), eval_mode(module.student), forward_context:
                 for batch in self._batches(module, world):
                     totals += module.evaluation_sums(batch, self._objective)
@@ -129,8 +134,10 @@ class HeldOut:
             module.reshard()
             restore_generators(generators, module.device)
         for hook in module.hooks:
+            # ranges of static scales must come from training text alone
             if isinstance(hook, Watcher):
                 hook.forget_seen()
+        # the one collective here (a sharded student has its own), and the one transfer to the host
         tokens, kl, cross_entropy = sum_over_ranks(totals).tolist()
         if not tokens:
             return dict.fromkeys(FIGURES)

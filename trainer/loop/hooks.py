@@ -66,6 +66,7 @@ class KeepZeros:
         """Finds the modules; weights that are zero now stay zero."""
         self._optimizer = optimizer
         self._linears = {name: _linear(student, name) for name in self._modules}
+        # None for a frozen weight, and for one of which this rank has no row: there are no moments to clear
         self._trained = {name: parameter_of(optimizer, linear.weight) for name, linear in self._linears.items()}
         self._set_masks({name: local(linear.weight) != 0 for name, linear in self._linears.items()})
         self._apply()
@@ -75,6 +76,7 @@ class KeepZeros:
         for name, mask in self.masks.items():
             gradient = self._linears[name].weight.grad
             if gradient is not None:
+                # local rows and local mask: no communication under FSDP2
                 local(gradient).mul_(mask)
 
     def after_step(self, step: int) -> None:
@@ -89,6 +91,7 @@ class KeepZeros:
         """Sets the saved masks."""
         if different := sorted(state.keys() ^ self._linears.keys()):
             raise UserError(f"the checkpoint masks other modules than this stage: {different[0]} is in only one of them")
+        # Not the zeros of the weights: a kept weight may pass through exact zero while it trains, and must stay free to move on.
         self._set_masks(state)
         self._apply()
 
@@ -156,6 +159,7 @@ class MaskHook(KeepZeros):
 
     def _shrink(self, keep: float) -> None:
         """Chooses new masks on whole matrices, gathering one at a time, so that the choice does not depend on the sharding."""
+        # collective: all ranks go through the modules in the same order, and each computes the same masks
         masks = stream_masks(self._whole, self._modules, keep, self._settings.scope)
         self._set_masks({name: own_rows(mask, self._linears[name].weight) for name, mask in masks})
 

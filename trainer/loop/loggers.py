@@ -146,6 +146,7 @@ def wandb_arguments(settings: LoggerSettings, run_dir: Path, name: str, config: 
         "group": settings.group,
         "tags": list(settings.tags) or None,
         "mode": mode,
+        # offline there is no run on the server to resume: parts with the same id are joined when they are uploaded
         "resume": "allow" if mode == "online" else None,
         "config": dict(config),
         # W&B's console capture breaks progress bars, and code and command line may hold private data

@@ -31,6 +31,7 @@ class MetricsSink:
         """Appends ``{stage, step, **values}``; loggers get the values that are not None."""
         if self.path is None:
             return
+        # one write per line, not synced: a killed process loses nothing, and a power failure at most what the next rewind would drop anyway
         append_line(self.path, {"stage": stage, "step": step, **values})
         # trackers have no null: values that are None stay in the file only
         numbers = {f"{stage}/{name}": float(value) for name, value in values.items() if value is not None}
@@ -44,6 +45,7 @@ class MetricsSink:
         if self.path is None or not self.path.exists():
             return
         text = self.path.read_text(encoding="utf-8", errors="replace")
+        # half a line, which a kill can leave, counts as beyond the checkpoint
         kept = "".join(f"{line}\n" for line in text.split("\n") if line.strip() and not _is_beyond(line, stage, step))
         if kept != text:
             write_text_atomic(self.path, kept)

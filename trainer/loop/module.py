@@ -29,6 +29,7 @@ INDEX = "index"
 
 _SUMS = ("tokens", "loss", "kl", "cross_entropy", "teacher_entropy", "top1_matches", "covered_mass")
 _WITH_REVERSE_KL = ("reverse_kl", "symmetric_kl", "adaptive_kl")
+# windows named in the error about a loss that is not finite; one micro-batch can hold far more
 _NAMED_SAMPLES = 16
 
 
@@ -81,6 +82,8 @@ class _Forward(nn.Module):
 
         ``objective`` is used instead of the module's own.
         """
+        # backbone and head are called inside this forward: FSDP2 has gathered embedding, final norm and head here, and frees them
+        # afterwards
         sums = (objective or self._objective())(self.student, batch)
         return sums.loss, sums
 
@@ -113,6 +116,7 @@ class TrainingModule(pl.LightningModule):
         self.world = world
         self.signals = signals
         self.steps_done = start_step
+        # of the micro-batches since the last optimizer step: sums of tokens, and (window indices, loss) of each
         self._sums: Tensor | None = None
         self._losses: list[tuple[Tensor, Tensor]] = []
         self._norm: Tensor | None = None
@@ -151,6 +155,7 @@ class TrainingModule(pl.LightningModule):
         vector = torch.stack([part.detach().to(torch.float64) for part in parts])
         self._sums = vector if self._sums is None else self._sums + vector
         self._losses.append((batch[INDEX], sums.loss.detach()))
+        # the sum, not the mean: Lightning divides by the accumulation count, DDP and FSDP2 by the ranks; see on_before_optimizer_step
         return loss
 
     def evaluation_sums(self, batch: Mapping[str, Tensor], objective: Objectivelike) -> Tensor:
@@ -166,6 +171,8 @@ class TrainingModule(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Sums over ranks, scales gradients to the mean over tokens, and raises if loss or gradient norm is not finite."""
+        # Lightning calls this inside the optimizer's closure: after the backward pass of the step's last micro-batch, before clipping, and
+        # before AdamW reads rates and gradients.
         assert self._sums is not None
         # signals travel with the sums, so all ranks agree on the step after which they stop
         totals = sum_over_ranks(torch.cat([self._sums, self._sums.new_tensor(self.signals.counts())]))
@@ -173,6 +180,8 @@ class TrainingModule(pl.LightningModule):
         self.views.receive_gradients()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
+        # law 1: undoes the division by accumulation and ranks, then divides by N. It stays on the device, so nothing waits for it; N = 0
+        # would give NaN
         scale = self.world.size * self.plan.batch.accumulation / totals[0].clamp(min=1)
         with torch.no_grad():
             for gradient in gradients:
@@ -185,6 +194,7 @@ class TrainingModule(pl.LightningModule):
         # one transfer for all numbers: the only place per step where the host waits for the device
         *sums, norm = torch.cat([totals, total_norm.to(totals)[None]]).tolist()
         self._refuse_non_finite(step, sums, norm)
+        # no token to predict on any rank, so every rank takes this branch
         if sums[0] == 0:
             for parameter in parameters:
                 # without a gradient AdamW leaves weights and moments alone; with zeros it would decay both
@@ -199,11 +209,13 @@ class TrainingModule(pl.LightningModule):
         """Clips by the norm that is already known."""
         if gradient_clip_val:
             assert self._norm is not None
+            # computing the norm again would read every gradient once more, and if sharded take another collective
             clip_grads_with_norm_([p for group in optimizer.param_groups for p in group["params"]], float(gradient_clip_val), self._norm)
 
     def _total_norm(self, gradients: list[Tensor]) -> Tensor:
         """Global norm of the gradients; for a sharded student over the rows of all ranks."""
         norm = get_total_norm(gradients)
+        # ranks hold disjoint rows, so squares add up. Under DDP every rank already has the same gradients
         return sum_over_ranks(norm.square()).sqrt() if self.views.sharded else norm
 
     def take_record(self) -> StepRecord | None:
@@ -216,6 +228,7 @@ class TrainingModule(pl.LightningModule):
         plan = self.plan
         rate = learning_rate(self.steps_done, plan.total_steps, plan.learning_rate, plan.warmup, plan.schedule, plan.final_learning_rate)
         for group in optimizer.param_groups:
+            # still inside the closure, so the step that follows uses it
             group["lr"] = rate * group["rate_share"]
         return rate
 
@@ -239,10 +252,12 @@ class TrainingModule(pl.LightningModule):
 
     def _refuse_non_finite(self, step: int, sums: list[float], norm: float) -> None:
         """Raises if loss or norm is not finite: on every rank, because all have the same totals, and before a weight is changed."""
+        # a finite loss may have an infinite gradient, and clipping would multiply by 0 and turn it into NaN
         if math.isfinite(sums[1]) and math.isfinite(norm):
             return
         # the culprits may be on another rank
         own = [int(i) for index, loss in self._losses if not bool(torch.isfinite(loss)) for i in index.tolist()]
+        # a collective that every rank enters: all of them have the same sums and norm
         culprits = sorted({int(i) for part in gather_bytes(",".join(map(str, own)).encode()) for i in part.decode().split(",") if i})
         if culprits:
             named = ", ".join(map(str, culprits[:_NAMED_SAMPLES])) + (", ..." if len(culprits) > _NAMED_SAMPLES else "")

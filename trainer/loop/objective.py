@@ -62,9 +62,12 @@ class Objective:
             student: A causal language model of transformers.
             batch: input_ids, labels (-100 = no label), attention_mask and, for packed windows, position_ids; each [B, S] int64.
         """
+        # the backbone alone: calling the model would make logits [B, S, vocabulary], which are larger than everything else in memory
         backbone, head, bias = backbone_and_head(student)
+        # last_hidden_state: [B, S, H]
         output = backbone(**backbone_inputs(batch))
         hidden, labels = shift_for_next_token(output.last_hidden_state, batch["labels"])
+        # hidden [B * (S - 1), H], labels [B * (S - 1)], row by row; the teacher's rows below are in the same order
         return linear_divergence(
             hidden,
             head,
@@ -80,8 +83,10 @@ class Objective:
     def _targets(self, batch: Mapping[str, Tensor]) -> TeacherLogitsSource | None:
         if self.teacher is None:
             return None
+        # from a cache or server: a few tokens and probabilities per position, already shifted and without a model to run
         if isinstance(self.teacher, SparseTeacher):
             return self.teacher.sparse_targets(batch)
+        # not its logits: the loss multiplies hidden states and head in parts, and never holds them all
         hidden, head, bias, transform = self.teacher.hidden_and_head(batch)
         shifted, _ = shift_for_next_token(hidden, batch["labels"])
         return TeacherHidden(shifted, head, bias, transform)

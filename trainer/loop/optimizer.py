@@ -27,6 +27,7 @@ def build_optimizer(student: nn.Module, plan: TrainingPlan, views: Mapping[str, 
         UserError: see ``adamw``.
     """
     tables = {id(module.weight) for module in student.modules() if isinstance(module, nn.Embedding)}
+    # by identity and not by name: a tied head is the same parameter as the table, and views have lost the module
     stepped: list[tuple[str, nn.Parameter]] = []
     scales = {id(module.scale) for module in student.modules() if isinstance(module, RoundedWeight | CodesLinear)}
     embeddings: set[int] = set()
@@ -65,12 +66,14 @@ def adamw(
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
+        # fp64 is for tests that compare with an oracle
         if parameter.dtype not in (torch.float32, torch.float64):
             raise UserError(f"{name} is {parameter.dtype}; training needs fp32 weights: load the student with dtype=torch.float32")
         if id(parameter) in scales:
             quantizers.append(parameter)
         else:
             (decaying if parameter.ndim >= 2 and id(parameter) not in embeddings else others).append(parameter)
+    # the schedule gives one rate per step; each group takes its share of it, see ``TrainingModule._set_rate``
     share = 1.0 if plan.scale_learning_rate is None else plan.scale_learning_rate / plan.learning_rate
     groups: list[dict[str, Any]] = [
         {"params": decaying, "weight_decay": plan.weight_decay, "rate_share": 1.0},
@@ -78,6 +81,7 @@ def adamw(
         # scales are few and each one affects a whole group of weights, so their moments are never stored in 8 bits
         {"params": quantizers, "weight_decay": 0.0, "rate_share": share, "lr": share * plan.learning_rate, "optim_bits": 32},
     ]
+    # optimizers refuse an empty group
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise UserError("the student has no trainable parameter (requires_grad is False everywhere)")
@@ -92,6 +96,7 @@ def _low_bit_adamw(groups: list[dict[str, Any]], plan: TrainingPlan) -> torch.op
     # a rank may hold no row of a small tensor, and bitsandbytes' kernels fail on empty tensors
     held = [{**group, "params": [p for p in group["params"] if p.numel()]} for group in groups]
     device = groups[0]["params"][0].device
+    # before the first state is made: kernels of another device would only fail in the first step
     check_low_bit(key, device)
     return _with_full_groups(bitsandbytes.optim.AdamW8bit)(
         [group for group in held if group["params"]],

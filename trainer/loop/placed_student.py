@@ -35,6 +35,7 @@ class Placed:
         self.world = world
         self._weights = weights
         self._plan = plan
+        # taken now: fully_shard changes the class of modules and replaces their parameters, so no plain copy could be made later
         self._skeleton = skeleton_of(student) if shards(plan.strategy, world) else None
 
     def prepare(self) -> "Shard | None":
@@ -62,6 +63,7 @@ class Placed:
         if self._skeleton is None:
             self._undo()
             return self.student.eval()
+        # all ranks take part, rank 0 alone keeps the result: one whole student on one host, not one per rank
         gather_into(self._skeleton, self.student, keep=self.world.is_first)
         return self._skeleton.eval()
 
@@ -70,9 +72,12 @@ class Placed:
             self.student.gradient_checkpointing_disable()
         if self._plan.compile:
             for layer in decoder_layers(self.student):
+                # torch has no inverse of Module.compile; without this, evaluation after the stage would run compiled layers too
                 layer._compiled_call_impl = None
 
     def _shard(self, step: nn.Module, student: Any, mesh: Any) -> None:
+        # called when parameters are sharded but still on the meta device: each rank allocates and reads its own rows, and none ever holds
+        # the whole student
         def materialize() -> None:
             allocate(student, torch.device(mesh.device_type))
             self._fill()

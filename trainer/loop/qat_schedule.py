@@ -67,6 +67,7 @@ class QatSchedule:
         settings = self._settings
         target = settings.weights.bits
         # shares of the whole stage, so that the phase of a step does not depend on where training was resumed
+        # steps of rounding before this one; negative during the delay
         done = step - 1 - round(settings.delay * self._total)
         if done < 0:
             return Phase("off", settings.anneal_from or target)
@@ -74,8 +75,10 @@ class QatSchedule:
         # the last step always trains with the bits of the result
         if settings.anneal_from is not None and step < self._total:
             span = max(1.0, settings.anneal * self._total)
+            # falls by one bit at a time, evenly over the first ``anneal`` of the stage
             bits = max(target, settings.anneal_from - math.floor(done * (settings.anneal_from - target) / span))
         if step > self._total - round(settings.freeze_scales * self._total):
+            # the end: scales stand still and the weights settle on their grid; always in the bits of the result
             return Phase("fixed", target)
         return Phase("learned" if settings.scales == "learned" else "absmax", bits)
 
@@ -91,6 +94,7 @@ class QatSchedule:
             if self._phase.mode != "off":
                 self._take_scales(name, module)
         for ranges in self._followed:
+            # observing from the first micro-batch on; static ranges need one step before they can round
             ranges.start()
 
     def before_step(self, step: int) -> None:
@@ -107,6 +111,7 @@ class QatSchedule:
         if self._phase.mode != "fixed":
             for ranges in self._followed:
                 ranges.follow()
+        # after the last step the phase stays that of the last step: the result is saved in it
         before, after = self._phase, self.phase_of(min(step + 1, self._total))
         if after == before:
             return
@@ -126,6 +131,7 @@ class QatSchedule:
 
     def state(self) -> dict[str, Tensor]:
         """The steps taken, and ranges of inputs, keys and values. Scales and adapters are saved with the student."""
+        # the step, so that a resumed run enters the phase without running through those before it
         state = {"step": torch.tensor(self._step)}
         for ranges in self._followed:
             state |= ranges.state()
@@ -134,6 +140,7 @@ class QatSchedule:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Restores the phase that follows these steps, and the ranges."""
         self._step = int(state["step"])
+        # scales are not taken from the weights here: the checkpoint's own were loaded with the student
         self._phase = self.phase_of(min(self._step + 1, self._total))
         self._apply()
         for ranges in self._followed:
@@ -163,8 +170,10 @@ class QatSchedule:
             scales, zeros = first_scales(_merged(module), module.current_spec, self._settings.first)
             first = (own_rows(scales, module.scale), None if zeros is None else own_rows(zeros, module.scale))
         else:
+            # groups lie within rows, so a rank's own rows are enough for its own scales
             first = first_scales(_merged_rows(module), module.current_spec, self._settings.first)
         for parameter, values in zip((module.scale, module.zero), first, strict=True):
+            # zero points exist for asymmetric specs alone; a rank may hold no row
             if parameter is not None and values is not None and local(parameter).numel():
                 local(parameter).copy_(values)
 
@@ -185,6 +194,7 @@ def first_scales(weight: Tensor, spec: QuantSpec, start: str) -> FirstGrid:
     # a rank may hold no row of a small weight
     if not weight.numel():
         return weight.new_zeros(0), None
+    # without training text: the search weighs every weight alike
     rounded = METHODS["mse" if start == "mse" else "rtn"].round(
         Stack(weight=weight.float(), mask=None, moments=None), spec, RoundingMethod()
     )
@@ -200,8 +210,10 @@ def _change_bits(module: RoundedWeight, before: int, after: int) -> None:
     scale = local(module.scale)
     # read before the scale changes: the value of the lowest code, which the new zero point must keep
     lowest = None if module.zero is None else (old.qmin - local(module.zero)) * scale
+    # scale = range / divisor: the range stays
     scale.mul_(old.divisor_value / new.divisor_value)
     if module.zero is not None and lowest is not None:
+        # lowest value = (qmin - zero) * scale, solved for zero
         local(module.zero).copy_((new.qmin - lowest / scale).round_().clamp_(new.qmin, new.qmax))
 
 

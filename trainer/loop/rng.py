@@ -27,6 +27,7 @@ def capture_generators(device: torch.device) -> bytes:
         raise RuntimeError(f"unknown generators (python state {kind}, numpy {name}): their state cannot be saved")
     tensors = {
         "torch": torch.get_rng_state(),
+        # unsigned 32-bit words, as NumPy's keys are: int64 holds them in every version of torch
         "python.words": torch.tensor(words, dtype=torch.int64),
         "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
         "numpy.keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
@@ -34,6 +35,7 @@ def capture_generators(device: torch.device) -> bytes:
         "numpy.gauss": torch.tensor([cached], dtype=torch.float64),
     }
     if device.type == "cuda":
+        # only this process's own device: other ranks save theirs
         tensors["cuda"] = torch.cuda.get_rng_state(device)
     return save(tensors)
 

@@ -22,6 +22,7 @@ class StopSignals:
     def install(self) -> None:
         """Installs the handlers. Python allows it only in the main thread; in others it does nothing."""
         if threading.current_thread() is threading.main_thread():
+            # over Lightning's own handlers, which it has installed by now, see above
             self._previous = {number: signal.signal(number, self._note) for number in STOPPING}
 
     def uninstall(self) -> None:
@@ -37,9 +38,12 @@ class StopSignals:
     @staticmethod
     def agreed(counts: list[float]) -> int | None:
         """The signal to obey, given the summed counts."""
+        # SIGTERM before SIGINT where ranks got different ones: every rank must end with the same exit code
         return next((int(number) for number, count in zip(STOPPING, counts) if count > 0), None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        # a user who presses twice does not want to wait for the step. SIGTERM may repeat: schedulers and torchrun both send it
         if number == signal.SIGINT and number in self._received:
             raise KeyboardInterrupt
+        # nothing more: a handler may interrupt any line, also the middle of a collective
         self._received.add(number)

@@ -26,6 +26,7 @@ class FollowedRanges:
     def __init__(self, rounders: Rounders, key: str) -> None:
         self._rounders, self._key = rounders, key
         self._ranges: Tensor | None = None
+        # the same on every rank, so all or none take part in the collective of ``follow``
         self._follows = rounders.spec.scaling == "static"
 
     def start(self) -> None:
@@ -40,9 +41,11 @@ class FollowedRanges:
     def follow(self) -> None:
         """Adds the range of the step to the average."""
         if self._follows:
+            # [rounders, 2] = (-smallest, largest): one maximum over ranks covers both ends
             seen = max_over_ranks(self._rounders.extremes()).cpu()
             # forgets the step's range, so that the next one is seen by itself
             self._rounders.observe()
+            # a moving average, because the range of a single step depends on its few windows
             self._set(seen if self._ranges is None else torch.lerp(self._ranges, seen, RANGE_SHARE))
 
     def forget_seen(self) -> None:

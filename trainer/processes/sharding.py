@@ -52,6 +52,7 @@ def row_range(tensor: Tensor | Rows) -> tuple[int, int] | None:
     if not isinstance(tensor, DTensor):
         return None
     rows, mesh = tensor.shape[0], tensor.device_mesh
+    # torch.chunk: equal shares rounded up, so the last ranks may hold fewer rows or none
     share = -(-rows // mesh.size())
     start = min(mesh.get_local_rank() * share, rows)
     stop = min(start + share, rows)
@@ -75,6 +76,7 @@ def gathered(rows: Tensor, weight: Tensor) -> Tensor:
     """The whole tensor of which every rank holds ``rows``, the same rows as of ``weight`` (a collective operation if sharded)."""
     if not isinstance(weight, DTensor):
         return rows
+    # run_check would add a collective of its own. Shape and stride are given, since with uneven rows a rank cannot derive them from its own
     placed = DTensor.from_local(rows, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride())
     return placed.full_tensor()
 
@@ -92,6 +94,7 @@ class ParameterViews:
     """
 
     def __init__(self, student: nn.Module) -> None:
+        # named_parameters has a tied tensor once, under its first name, which is also its name in checkpoints
         self.owners: dict[str, nn.Parameter] = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self.views: dict[str, nn.Parameter] = {
             name: nn.Parameter(local(p)) if isinstance(p, DTensor) else p for name, p in self.owners.items()
@@ -103,10 +106,12 @@ class ParameterViews:
         for name, view in self.views.items():
             owner = self.owners[name]
             if view is not owner:
+                # the same memory: scaling and clipping act on the views, and no second copy of the gradients is held
                 view.grad = None if owner.grad is None else local(owner.grad)
 
     def drop_gradients(self) -> None:
         """Drops all gradients."""
+        # both: a view that kept a gradient would keep its memory alive through the next forward pass
         for parameters in (self.owners, self.views):
             for parameter in parameters.values():
                 parameter.grad = None
@@ -131,7 +136,9 @@ def shard(step: nn.Module, student: "PreTrainedModel", mesh: "DeviceMesh", mater
     """
     from torch.distributed.fsdp import fully_shard
 
+    # layers first: fully_shard leaves out what is already sharded, so the second call gets embedding, final norm and head
     for layer in decoder_layers(student):
+        # no mixed-precision policy: parameters are gathered in fp32, see above
         fully_shard(layer, mesh=mesh)
     fully_shard(step, mesh=mesh)
     if materialize is not None:
@@ -147,6 +154,7 @@ def allocate(student: nn.Module, device: torch.device) -> None:
         module, key, _ = places[0]
         parameter = getattr(module, key)
         if parameter.is_meta:
+            # for a DTensor this allocates the rank's own rows alone; all places of a tied tensor get the same parameter
             register(places, torch.empty_like(parameter, device=device))
 
 
@@ -163,6 +171,8 @@ def gather_into(skeleton: "PreTrainedModel", student: "PreTrainedModel", *, keep
     """Gathers the sharded ``student`` tensor by tensor; ranks with ``keep`` fill ``skeleton`` with it on the CPU, others drop it."""
     places = {name: hung for hung in parameter_places(skeleton) for _, _, name in hung}
     for name, parameter in student.named_parameters():
+        # a collective: every rank calls it for every parameter in the same order, also the ranks that drop the result. It takes one
+        # tensor at a time, so no device holds more than its share and one whole parameter
         full = whole(parameter)
         if keep:
             # copied, because the gathered tensor may be a view of larger, padded memory

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Longest time that one rank waits for another; the first step waits for the slowest rank to load its teacher."""
+# fp32 weight 4, gradient 4, and moments: 2 x 4, or 2 x 1 with a scale per 256, or none on the device when they are paged
 _BYTES_A_PARAMETER = {"adamw": 16.0, "adamw-8bit": 10.1, "paged-adamw-8bit": 8.0}
 _USABLE = 0.6
 """Largest share of a GPU for weights, gradients and moments; the rest is for activations and logits."""
@@ -63,5 +64,8 @@ def lightning_strategy(chosen: Literal["ddp", "fsdp2"], world: World) -> "Strate
         return "auto"
     if shards(chosen, world):
         # its own default puts nodes in the first place and tensor parallelism inside a node
+        # Lightning needs both sizes: one mesh dimension with all ranks, and no tensor parallelism.
         return ModelParallelStrategy(data_parallel_size=world.size, tensor_parallel_size=1, timeout=COLLECTIVE_TIMEOUT)
+    # A search for unused parameters would walk the graph in each step. Buffers need no broadcast: hooks change them alike on every rank.
+    # Buckets as views save a second copy of all gradients.
     return DDPStrategy(find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True, timeout=COLLECTIVE_TIMEOUT)

@@ -67,9 +67,11 @@ def teacher_bytes(size: TeacherSize, load_in: LoadIn, placement: Placement, rank
         placement: Where they are held; int8 and nf4 are always replicated.
         ranks: Processes; one alone holds a sharded teacher whole.
     """
+    # bytes per element of what is not rounded
     width = 4 if load_in == "fp32" else 2
     if load_in in ("nf4", "int8"):
         rounded = size.linear / 2 + 4 * size.linear / NF4_BLOCK if load_in == "nf4" else size.linear + 4 * size.linear_rows
+        # embedding, norms and head stay in bf16
         return int(rounded) + width * (size.parameters - size.linear)
     if placement == "sharded" and ranks > 1:
         inside = size.parameters - size.outside

@@ -61,6 +61,7 @@ def connect(world: World) -> None:
     """Opens the process group once (gloo for CPU tensors, NCCL for CUDA tensors); does nothing for a single process."""
     if world.size == 1 or dist.is_initialized():
         return
+    # the store of torchrun, at MASTER_ADDR and MASTER_PORT
     store, rank, size = next(iter(rendezvous("env://")))
     # gloo also with GPUs: the small collectives of checkpoints and messages are on the CPU
     backend = "gloo"
@@ -77,14 +78,18 @@ def _fresh_store(store: Store, rank: int, size: int) -> Store:
     them fails or hangs). So rank 0 makes a random name and sends it to each rank in answer to a random word of that rank. Words that dead
     workers have left are answered too, but nobody acknowledges these answers.
     """
+    # chosen by rank 0 alone; the other ranks overwrite theirs with the answer
     name = uuid.uuid4().hex
     if rank:
+        # rank N: ask under a word that no earlier start can have used, so that an old answer cannot be taken for this one
         word = uuid.uuid4().hex
         store.set(f"hello/{rank}", word)
         store.wait([f"answer/{word}"], MEETING_TIMEOUT)
         name = store.get(f"answer/{word}").decode()
+        # acknowledged under the name itself: rank 0 goes on only when every rank of this start has it
         store.set(f"here/{name}/{rank}", "1")
         return PrefixStore(name, store)
+    # rank 0: answer until all have acknowledged. The greeting is read again each round, because a living rank may overwrite a dead one's
     missing, deadline = set(range(1, size)), time.monotonic() + MEETING_TIMEOUT.total_seconds()
     while missing:
         for other in sorted(missing):
@@ -115,6 +120,7 @@ def value_of_first(value: int) -> int:
     """The integer of rank 0, on every rank."""
     if not dist.is_initialized():
         return value
+    # on the CPU, so over gloo: no GPU is made to wait
     box = torch.tensor([value], dtype=torch.int64)
     dist.broadcast(box, src=0)
     return int(box)
@@ -124,12 +130,14 @@ def gather_bytes(data: bytes) -> list[bytes]:
     """Each rank's bytes, in rank order, on every rank. Lengths may differ."""
     if not dist.is_initialized():
         return [data]
+    # two collectives on every rank, also on one without data: first the lengths, then the bytes padded to the longest
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(lengths, torch.tensor([len(data)]))
     longest = max(int(length) for length in lengths)
     # all_gather needs equal sizes
     padded = torch.zeros(longest, dtype=torch.uint8)
     if data:
+        # frombuffer refuses empty buffers, and warns of read-only ones such as bytes
         padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     parts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(parts, padded)
