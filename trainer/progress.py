@@ -98,6 +98,7 @@ class LineProgress:
         self._last = now
         steps_rate, tokens_rate = self._meter.rates()
         left = format_seconds((self._total - step) / steps_rate) if steps_rate else "?"
+        # rounded down: 100 % only after the last step
         share = 100 * step // self._total
         text = f"{self._label}  step {step}/{self._total} ({share}%)  loss {_loss(loss)}  {tokens_rate:,.0f} tokens/s  {left} left"
         print_line(self._console, text)
@@ -132,6 +133,7 @@ class BarProgress:
         """Show the bar."""
         self._meter.start(done)
         self._total = total
+        # a resumed stage begins at the steps that earlier starts have taken
         self._bar.reset(self._task, total=total, completed=done, description=label, visible=True, loss="-", rate="-", left="?")
         self._bar.start()
 

@@ -74,11 +74,13 @@ def make_tokenizer(settings: ScratchSettings, place: ScratchTeacher, text: "Docu
     if place.tokenizer.exists():
         check_scratch(place, place.tokenizer)
         return
+    # other runs with the same text and settings wait here, and then use this tokenizer
     with waiting_for(place.folder / LOCK, "makes the same scratch teacher", _LOG.warning):
         if place.tokenizer.exists():
             return
         # safe under the lock: no other run writes here now
         clean_leftovers(place.folder)
+        # outside the temporary folder: a damaged document stops the training before anything is written
         tokenizer = train_tokenizer(iter(text), settings.vocab)
         with atomic_directory(place.tokenizer) as folder:
             tokenizer.save_pretrained(folder)
@@ -121,6 +123,7 @@ def scratch_config(settings: ScratchSettings, v_eff: int, context: int, end: int
             f"and heads by kv_heads={settings.kv_heads}; change one of the three"
         )
     return LlamaConfig(
+        # no padding rows: ids and rows of embedding and head are the same number
         vocab_size=v_eff,
         hidden_size=settings.hidden,
         intermediate_size=settings.ffn,
@@ -156,6 +159,7 @@ def teacher_training(settings: ScratchSettings) -> PretrainSettings:
         tokens=settings.tokens,
         learning_rate=settings.learning_rate,
         weight_decay=0.1,
+        # there is no teacher to learn from yet
         loss=LossSettings(hard_weight=1.0),
     )
 

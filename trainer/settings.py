@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from .. import Bounds, Count, check_fields
 from ..losses.settings import LossSettings
 
+# Literals and bounds are the one source of allowed values: ``check_fields``, the loader's messages and the schema read them.
 Precision = Literal["32", "bf16-mixed"]
 Strategy = Literal["auto", "ddp", "fsdp2"]
 Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw-8bit"]
@@ -50,6 +51,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        # by truth: an empty list of files is no source either
         given = [name for name in ("builtin", "files", "hub") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(f"data needs exactly one of 'builtin', 'files' and 'hub'; given: {given or 'none'}")
@@ -57,6 +59,7 @@ class DataSettings:
             raise ValueError("kind=chat needs rows of conversations, and builtin text has none; give 'files' or 'hub'")
         if self.kind == "text" and not self.mask_prompts:
             raise ValueError("mask_prompts=false would do nothing: text has no prompts; set kind: chat, or leave it out")
+        # checked here and not with the text: it fails before anything is read or downloaded
         if self.eval_tokens != "all" and self.eval_tokens < self.seq_length:
             raise ValueError(f"eval_tokens={self.eval_tokens} is shorter than one window of seq_length={self.seq_length}; raise it")
 
@@ -192,6 +195,7 @@ class PruneSettings(TrainingBlock):
 
     def __post_init__(self) -> None:
         TrainingBlock.__post_init__(self)
+        # equal = both or neither
         if (self.structured is None) == (self.magnitude is None):
             raise ValueError("a prune stage needs exactly one of 'structured' and 'magnitude'")
         if self.structured is not None and (self.tokens is not None or self.steps is not None):

@@ -115,6 +115,7 @@ class QatSettings(SchemeSettings, TrainingBlock):
         """Settings of the rounding before training, for ``start: gptq``; None for other starts."""
         if self.first != "gptq":
             return None
+        # the same scheme as training, so that the codes of the start fit its modules
         same = {
             name: getattr(self, name)
             for name in ("weights", "skip", "overrides", "embedding", "head", "activations", "kv_cache", "allow_partial")
@@ -150,6 +151,7 @@ class QatSettings(SchemeSettings, TrainingBlock):
             raise ValueError(f"anneal_from={self.anneal_from} must be greater than bits={self.weights.bits}")
         # anneal counts only when it is used: its default is half of the steps
         last = self.delay + (self.anneal if self.anneal_from is not None else 0.0)
+        # these phases follow each other, so together they have the whole stage at most
         if last + self.freeze_scales > 1:
             raise ValueError(f"delay, anneal and freeze_scales take {last + self.freeze_scales:.0%} of the steps; together at most 100%")
         if self.start == "gptq" and (self.delay or self.anneal_from is not None):
@@ -197,6 +199,7 @@ class QuantizeSettings(SchemeSettings):
         _ = self.scheme
         if self.weights.kind != "int" and self.method != "rtn":
             raise ValueError(f"method={self.method} chooses integer codes; kind={self.weights.kind} is rounded to nearest: use method=rtn")
+        # defaults are written into the settings, so that records, stage keys and plans show the numbers that are used
         self._fill("scale", "fitted", "gptq")
         self._fill("damping", 0.01, "gptq")
         self._fill("activation_order", True, "gptq")

@@ -35,8 +35,10 @@ FORMAT = 2
 """Version of the encoding; raise it whenever the same rows would give other tokens."""
 MOST_BAD = 0.1
 """Largest share of bad rows; with more of them all data is refused."""
+# bounds on a summary of faults: every broken row may have a reason of its own
 _MOST_REASONS = 20
 _MOST_CHARACTERS = 300
+# columns of the first version, whose hashes must stay as they are, see _digest
 _FIRST_COLUMNS = ("messages", "prompt", "completion")
 
 
@@ -54,6 +56,7 @@ class Samples:
 
     def refuse(self, where: str, why: str) -> None:
         """Counts a bad row."""
+        # the reason may quote the row, which is foreign text: escaped, so that it cannot control the terminal
         why = escaped_text(why)[:_MOST_CHARACTERS]
         self.bad += 1
         self.first_bad = self.first_bad or f"{where}: {why}"
@@ -61,6 +64,7 @@ class Samples:
 
     def check(self) -> None:
         """Raises UserError if too many rows are bad, or none is good."""
+        # a few bad rows are normal in collected data; a large share means a misread format, and training on the rest would hide it
         if self.bad > MOST_BAD * self.read or self.bad == self.read:
             often = "; ".join(f"{count:,} x {why}" for why, count in self.reasons.most_common(3))
             raise UserError(
@@ -115,12 +119,14 @@ class ChatEncoder:
             raise
         except ValueError:
             # some templates concatenate the arguments of tool calls with text, so they need them as text
+            # servers give arguments as objects, so that form comes first
             plain = read_conversation(row, arguments="text")
             if plain == read_conversation(row):
                 raise
             return self._render(plain)
 
     def _render(self, conversation: Conversation) -> tuple[list[Sample], str]:
+        # put in before rendering: afterwards the control tokens of messages and of the template look the same
         mark = self._mark(conversation.strings)
         if mark:
             conversation = replace(
@@ -146,6 +152,7 @@ class ChatEncoder:
         return [Sample(text, [(len(prompt) if self._mask_prompts else 0, len(text))])], mark
 
     def _mark(self, strings: list[str]) -> str:
+        # '' unless a string spells a control token, so that most conversations need no second tokenizer
         mark = self._encoder.mark_for(strings)
         if mark:
             read_as = "control tokens" if self._control else "text"
@@ -207,6 +214,7 @@ def write_chats(
             except ValueError as error:
                 samples.refuse(where, str(error))
                 continue
+            # one hash for all samples of a conversation, so that the split never puts them on different sides
             digest = _digest(row)
             if len(encoded) > 1:
                 samples.notes["further samples, of turns that the chat template rewrites later on"] += len(encoded) - 1
@@ -217,10 +225,12 @@ def write_chats(
                     values = np.where(np.array(learned), values, -1 - values).astype(DTYPE)
                 file.write(values.data)
                 total += len(ids)
+                # each sample is a document of its own in the stream
                 bounds.append(total)
                 hashes.append(digest)
                 if seq_length is not None and len(ids) > seq_length:
                     samples.notes["samples longer than a window (data.seq_length), which are cut"] += 1
+    # after the last row, when the share of bad rows is known; the file is temporary until the caller commits it
     samples.check()
     tokens = np.memmap(path, dtype=DTYPE, mode="r") if total else np.empty(0, dtype=DTYPE)
     return TokenStream(tokens, np.frombuffer(bounds, dtype=np.int64), np.frombuffer(hashes, dtype=np.uint64))

@@ -33,7 +33,9 @@ _ROLES = {
 }
 """Roles by other names; all other roles are passed to the template unchanged."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
+# keys that are read here; all other fields of a message go to the template unchanged
 _NO_FIELDS = ("role", "from", "content", "value", "weight", "train", "loss", "function_call")
+# arguments of apply_chat_template: a row must not change how it is called
 _RESERVED = {
     *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
     *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
@@ -88,6 +90,7 @@ def read_conversation(row: Mapping[str, Any], *, arguments: Literal["object", "t
     system = row.get("system")
     if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
+        # kept in step with ``messages``, because zip pairs them below
         given = [{"role": "system"}, *given]
     learned = [message["role"] == "assistant" and _is_learned(raw) for message, raw in zip(messages, given)]
     options = _json(row.get("chat_template_kwargs"), "chat_template_kwargs") or {}
@@ -104,6 +107,7 @@ def _messages(row: Mapping[str, Any]) -> list[Any]:
         if not isinstance(messages, list) or not messages:
             raise ValueError(f"'{column}' that is no list of messages")
         return messages
+    # in the order of the list: a row that has several pairs is read by the first
     for first, second in _PAIRS:
         if row.get(first) is not None and row.get(second) is not None:
             return [*_history(row.get("history")), *_turns(_asked(row, first), "user"), *_turns(row[second], "assistant")]
@@ -149,12 +153,15 @@ def _message(message: Any, arguments: str) -> dict[str, Any]:
         raise ValueError(f"a message without a role: {str(message)[:80]}")
     # unknown roles stay as they are: the template decides about them
     name = _ROLES.get(role.strip().lower(), role)
+    # content may be null on purpose, next to tool calls, so presence decides and not truth
     content = _text(message["content"] if "content" in message else message.get("value"))
     rest = {key: value for key, value in message.items() if key not in _NO_FIELDS and value is not None}
+    # ShareGPT keeps the call in the content, which is then no text to show
     if calls := _calls(message, role, content):
         rest["tool_calls"], content = calls, None if content is None or role.lower() == "function_call" else content
     if "tool_calls" in rest:
         rest["tool_calls"] = _with_arguments(rest["tool_calls"], arguments)
+    # a turn may consist of tool calls or reasoning alone
     if content is None and not (rest.get("tool_calls") or rest.get("reasoning_content") or rest.get("reasoning")):
         raise ValueError("a message without content")
     return {"role": name, "content": content, **rest}
@@ -183,6 +190,7 @@ def _calls(message: Mapping[str, Any], role: str, content: str | None) -> list[d
         calls = _json(content, "function_call")
     if calls is None:
         return []
+    # several calls in one turn are a list
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         raise ValueError("a function_call without a name")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 STDLIB_BYTES = 8_000_000
 """Largest size of the python-stdlib text: whole files, in order, as long as they fit."""
+# folders that differ between installations of the same Python, or whose files are written to be odd
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
 
@@ -46,6 +47,7 @@ class Documents:
     """What the last iteration left out or replaced, by reason."""
 
     def __iter__(self) -> Iterator[str]:
+        # each iteration counts anew: the text is read once as a check and once to be tokenized
         self.notes.clear()
         for text in self.open():
             if text and not text.isspace():
@@ -82,6 +84,7 @@ def _stdlib_documents(limit: int | None) -> Documents:
     digest = hashlib.sha256()
     for text in texts:
         data = text.encode("utf-8")
+        # with its length, so that two ways of cutting the same bytes into files have different hashes
         digest.update(len(data).to_bytes(8, "little") + data)
     return Documents(f"python-stdlib of Python {platform.python_version()} ({len(texts)} files)", digest.hexdigest(), lambda: texts)
 
@@ -106,8 +109,10 @@ def stdlib_files(root: Path) -> list[Path]:
     """The .py files of a standard library, without installed packages, tests and idlelib, sorted by their path in it."""
     found: list[str] = []
     for folder, inner, files in os.walk(root):
+        # in place: os.walk enters the folders that are left in this list
         inner[:] = [name for name in inner if name not in _NOT_STDLIB]
         found += [Path(folder, name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
+    # sorted as text with "/" on every system, so that the order is the same everywhere
     return [root / name for name in sorted(found)]
 
 
@@ -128,6 +133,7 @@ def _file_documents(settings: DataSettings) -> Documents:
     notes: Counter[str] = Counter()
 
     def read() -> Iterator[str]:
+        # a generator: no file is read before its turn, and one document is in memory at a time
         texts = itertools.chain.from_iterable(read_file(file, column, notes) for file in files)
         return itertools.islice(texts, settings.max_documents)
 
@@ -201,6 +207,7 @@ def _load_hub(settings: DataSettings) -> "tuple[datasets.Dataset | datasets.Iter
 
     name = str(settings.hub)
     try:
+        # the commit is looked up first: a branch may move between two starts, and what is streamed is never hashed
         if settings.max_documents and not Path(name).exists():
             revision = str(HfApi().dataset_info(name).sha)
             return datasets.load_dataset(name, settings.hub_config, split=settings.hub_split, revision=revision, streaming=True), revision

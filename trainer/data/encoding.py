@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
+# the last code point of a private-use plane; U+10FFFE and U+10FFFF are no characters, so no text has them
 _LAST_MARK = 0x10FFFD
 _UNSPELLED = chr(0x10FFFF)
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -68,6 +69,7 @@ def text_only(facts: dict[str, Any], *, inner: bool = False) -> "Tokenizer":
         model["vocab"] = {renamed.get(name, name): number for name, number in model["vocab"].items()}
     else:  # Unigram has a list of pairs, all of which it matches in text, control tokens too
         model["vocab"] = [[renamed.get(name, name), score] for name, score in model["vocab"]]
+    # Metaspace with this scheme puts a space before the first word of a document; each later part would count as a first one
     if inner:
         _replace(facts, "prepend_scheme", "first", "never")
     return Tokenizer.from_str(json.dumps(facts))
@@ -126,9 +128,11 @@ class Encoder:
         else:
             parts = [(0, len(text), False)]
         for begin, end, as_text in parts:
+            # parts begin and end at control tokens, where tokenizers cut the text anyway, so the ids are those of the whole
             part_ids, offsets = self._encode(text[begin:end], as_text=as_text, inner=begin > 0)
             ids.extend(part_ids)
             places.extend((first + begin, last + begin) for first, last in offsets)
+        # a token counts as learned only if all of it is in a span; empty tokens, which some tokenizers add, never are
         inside = [any(first <= begin and end <= last for first, last in spans) and end > begin for begin, end in places]
         return ids, inside
 

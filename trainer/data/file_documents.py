@@ -34,6 +34,7 @@ def read_file(path: Path, field: str, notes: Counter[str] | None = None) -> Iter
     else:
         counts: Counter[str] = Counter() if notes is None else notes
         for where, row in read_rows(path):
+            # documents stop at the first row that cannot be read; conversations count such rows instead (``chats``)
             if isinstance(row, UserError):
                 raise row
             yield _text_of_row(row, field, where, counts)
@@ -63,6 +64,7 @@ def _text_of_row(row: Mapping[str, Any], field: str, where: str, notes: Counter[
 def whole_text(text: str, notes: Counter[str]) -> str:
     """``text`` with '?' for halves of surrogate pairs, which JSON can escape and no tokenizer can encode."""
     try:
+        # nearly all texts pass, and checking is cheaper than replacing
         text.encode()
     except UnicodeEncodeError:
         notes[HALF_PAIRS] += 1
@@ -85,6 +87,7 @@ def _parquet_texts(path: Path, field: str) -> Iterator[str]:
         if field not in names:
             raise missing_field(field, names, shown_path(path))
         check_text_column(schema.field(field).type, field, shown_path(path))
+    # only this column is read from disk
     for _, row in read_rows(path, [field]):
         yield row.get(field, "") if isinstance(row, Mapping) else ""
 
@@ -93,6 +96,7 @@ def check_text_column(kind: Any, field: str, where: str) -> None:
     """Raises UserError if the Arrow type ``kind`` of a column is not text."""
     import pyarrow.types as types
 
+    # repeated texts are often stored as a dictionary of values
     kind = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_null(kind)):
         raise UserError(f"data.text_field={field!r} holds {kind} in {where}, not text; name the field with the text")

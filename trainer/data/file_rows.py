@@ -41,6 +41,7 @@ def read_rows(path: Path, columns: Collection[str] | None = None, *, name: str |
 
 def _starts_array(stream: BinaryIO) -> bool:
     """Whether a file that should hold one object per line is one JSON array."""
+    # peek leaves the bytes in the stream, which may be compressed and could not be rewound cheaply
     head = stream.peek(64)[:64] if isinstance(stream, io.BufferedReader) else b""
     return head.decode(encoding_of(head), "ignore").lstrip().startswith("[")
 
@@ -71,6 +72,7 @@ def _json_values(text: str, name: str) -> Iterator[Row]:
         number += 1
         where = f"{name}, item {number}"
         try:
+            # one value at a time: the objects of a large array would take several times the memory of its text
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             raise UserError(f"data.files: {where} is not whole JSON ({error}); make or fetch the file again") from error
@@ -89,6 +91,7 @@ def _next(text: str, at: int) -> int:
 
 
 def _csv_rows(stream: BinaryIO, name: str, delimiter: str) -> Iterator[Row]:
+    # the longest byte-order mark has four bytes
     head = stream.peek(4)[:4] if isinstance(stream, io.BufferedReader) else b""
     # the default of 128 KiB is less than many documents
     csv.field_size_limit(2**31 - 1)
@@ -97,6 +100,7 @@ def _csv_rows(stream: BinaryIO, name: str, delimiter: str) -> Iterator[Row]:
         try:
             for row in reader:
                 where = f"{name}:{reader.line_num}"
+                # DictReader collects surplus columns under None: text with an unquoted delimiter would lose its rest
                 if None in row:
                     yield where, UserError(f"data.files: {where} has more columns than the header; quote text that holds {delimiter!r}")
                 else:
@@ -122,6 +126,7 @@ def _parquet_batches(path: Path, columns: Collection[str] | None, name: str) -> 
     import pyarrow.parquet as pq
 
     try:
+        # dictionary encoding can repeat one long text a million times in a small file
         guard = Expansion(path)
         with pq.ParquetFile(path) as plain:
             schema = plain.schema
@@ -140,6 +145,7 @@ def _parquet_batches(path: Path, columns: Collection[str] | None, name: str) -> 
                     yield f"{name}, row {number}", row
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"data.files: {name} is not a whole Parquet file ({_first_line(error)}); make or fetch it again") from error
+    # pyarrow reports damaged files as OSError without a number; with a number it is the file system
     except OSError as error:
         if error.errno is None:
             raise UserError(f"data.files: {name} is not a whole Parquet file ({_first_line(error)}); make or fetch it again") from error

@@ -29,7 +29,9 @@ READABLE = f"{', '.join((*PLAIN, *ROWS))}, and packed ({', '.join(PACKED)})"
 MOST_EXPANSION = 1000
 MOST_EXPANDED_BYTES = 2**30
 """A file that unpacks to more than this and to more than ``MOST_EXPANSION`` times its size is refused: it is not real text."""
+# found in most folders of data, and not what anyone wants to train on; named directly they are read
 _NOT_TEXT = re.compile(r"(readme|license|licence|notice|changelog)\b.*", re.IGNORECASE)
+# reading a pipe would block, and its text is gone after the first pass
 _SPECIAL: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -78,6 +80,7 @@ def find_files(patterns: Sequence[str], passed: Counter[str] | None = None) -> l
         UserError: a pattern has no files, names a pipe or device, or a suffix cannot be read.
     """
     counts: Counter[str] = Counter() if passed is None else passed
+    # resolved path -> path as given: links and overlapping patterns must not read a file twice
     found: dict[Path, Path] = {}
     for pattern in patterns:
         place = Path(pattern).expanduser()
@@ -116,6 +119,7 @@ def _files_of_folder(folder: Path, passed: Counter[str]) -> list[Path]:
                     f"data.files: {shown_path(place)} holds a dataset as datasets.save_to_disk writes it; write it as Parquet first: "
                     "datasets.load_from_disk(FOLDER).to_parquet('text.parquet')"
                 )
+    # kinds differ in what a document is (a file or a row), so a mixture in one folder is hardly ever meant
     kinds = Counter(file_kind(file) for file in files)
     if len(kinds) > 1:
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
@@ -123,6 +127,7 @@ def _files_of_folder(folder: Path, passed: Counter[str]) -> list[Path]:
         raise UserError(f"data.files: {shown_path(folder)} holds files of several kinds ({listed}); name those that are meant: {example!r}")
     if not files:
         raise UserError(f"data.files: the folder {shown_path(folder)} holds no file that can be read; use {READABLE}")
+    # by parts and not by text, in which "a-b" comes before "a/b": the files of a folder stay together
     return sorted(files, key=lambda file: file.relative_to(folder).parts)
 
 
@@ -205,6 +210,7 @@ class _Bounded(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        # counted while reading, before the text is collected: a bomb is found after the limit and not after the memory is full
         data = self._source.read(len(buffer))
         self._guard.add(len(data))
         buffer[: len(data)] = data
@@ -261,6 +267,8 @@ def decode_text(data: bytes, where: str) -> str:
 
 def lines_of(stream: BinaryIO, where: str) -> Iterator[tuple[int, str | UserError]]:
     """Yields (number, text) of each line; a line that cannot be decoded gives (number, error)."""
+    # UTF-16 and UTF-32 need a decoder over line ends, since b"\n" occurs inside other characters; UTF-8 can be cut into lines as bytes, and
+    # then a damaged line spoils only itself
     encoding = encoding_of(stream.peek(4)[:4] if isinstance(stream, io.BufferedReader) else b"")
     if encoding != "utf-8-sig":
         with io.TextIOWrapper(stream, encoding, newline="\n") as text:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .prepared_data import PreparedData
     from .windows import Windows
 
+# windows per pass, so that a text of any size takes little memory
 _ROWS = 4096
 
 
@@ -27,6 +28,7 @@ def check_rows(data: "PreparedData", tokenizer: "PreTrainedTokenizerBase", v_eff
     Raises:
         UserError: the text has such a token; the message names it, its id, and how often it occurs.
     """
+    # most tokenizers have none, and then the text is not read at all
     beyond = tokens_without_rows(tokenizer, v_eff)
     if not beyond:
         return
@@ -44,6 +46,8 @@ def _counts(windows: "Windows", first: int, end: int) -> np.ndarray:
     found = np.zeros(end - first, dtype=np.int64)
     for at in range(0, len(windows), _ROWS):
         stored = windows.rows[at : at + _ROWS]
+        # -1 - id marks tokens that are not predicted, which the model still sees
         ids = np.where(stored < 0, -1 - stored, stored)
+        # only ids from ``first`` on are counted, and anything beyond ``end`` is cut off
         found += np.bincount(ids[ids >= first] - first, minlength=end - first)[: end - first]
     return found

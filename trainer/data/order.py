@@ -17,6 +17,7 @@ def sample_order(num: int, seed: int, epoch: int) -> np.ndarray:
 
     It is made from raw PCG64 words, whose stream numpy guarantees (NEP 19); that of ``Generator.permutation`` may change.
     """
+    # two 64-bit words are practically never equal; a stable sort would order even them in the same way everywhere
     words = np.random.PCG64(np.random.SeedSequence([_DOMAIN, seed % 2**64, epoch])).random_raw(num)
     return np.argsort(words, kind="stable").astype(np.int64, copy=False)
 
@@ -62,6 +63,8 @@ class StepBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         share = self.global_batch // self.world
         for step in range(self.start_step, self.total_steps):
+            # ranks take neighbouring shares of the step, each in the stream's order, so all ranks together take the same windows for any
+            # world size
             first = step * self.global_batch + self.rank * share
             mine = self.positions(first, share)
             for begin in range(0, share, self.micro_batch):
@@ -72,6 +75,7 @@ class StepBatches(Sampler[list[int]]):
         taken: list[int] = []
         while len(taken) < count:
             epoch, offset = divmod(first + len(taken), self.num)
+            # one permutation in memory at a time; a step may reach over the end of an epoch into the next
             if epoch != self._epoch:
                 self._epoch, self._order = epoch, sample_order(self.num, self.seed, epoch)
             taken += self._order[offset : offset + count - len(taken)].tolist()

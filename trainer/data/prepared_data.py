@@ -108,7 +108,9 @@ def prepare_data(
         facts["train"] = False
     fingerprint = sha256_json(facts)
     target = cache_dir / "tokens" / fingerprint
+    # checked first without the lock: a run that finds a whole entry never waits for another
     if not target.exists() or _damage(target, thorough=True):
+        # other processes wait here, so the same text is tokenized once
         with waiting_for(target.with_name(f"{target.name}.making"), "tokenizes the same text", say):
             # while this process waited, another one may have made the entry
             damage = _damage(target, thorough=True) if target.exists() else "missing"
@@ -117,6 +119,7 @@ def prepare_data(
                     say(f"tokenized text in {target} is damaged ({damage}); it is made again")
                 if settings.kind == "chat":
                     check_chat_template(tokenizer)
+                # an entry is never repaired: whatever is wrong with it, it is made from the text again
                 with _readable_errors(target.parent):
                     _clear(target)
                     _build(settings, tokenizer, documents, target, {"fingerprint": fingerprint, **facts}, train, say)
@@ -200,6 +203,7 @@ def _build(
 ) -> None:
     try:
         with (
+            # left in the reverse order: the stream is closed and removed, errors of the disk get their message, the folder is renamed
             atomic_directory(target) as folder,
             _readable_errors(target.parent),
             unfinished(target, folder / "stream") as work,
@@ -209,7 +213,9 @@ def _build(
             check_free_space(folder, stream.tokens.nbytes, "the tokenized text (in the cache folder, environment variable DECOCT_CACHE)")
             whole = write_sides(settings, tokenizer, stream, folder, left_out, train=train)
             description = documents.description + ("" if whole else ", held out from the end of the text, inside a document")
+            # the mapped file is removed next
             del stream
+            # hashed as written here; the seal protects the manifest itself
             files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.glob("*.*"))}
             described = {"description": description, "samples": samples, "left_out": dict(left_out)}
             write_json_atomic(folder / MANIFEST, sealed({**facts, **described, "files": files}))

@@ -14,6 +14,7 @@ from .conversations import Conversation, NothingToLearnError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# a template is a program with the row as its input, and may fail in any of these ways
 _TEMPLATE_ERRORS = (TypeError, KeyError, IndexError, AttributeError, ValueError, ArithmeticError, RecursionError)
 
 
@@ -45,6 +46,7 @@ def samples_of(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase",
         if passed:
             raise NothingToLearnError("no turn of the assistant that is to be learned (weight 0)")
         raise ValueError("no turn of the assistant")
+    # every turn in its final form, as the last sample has it
     whole = _render(messages, conversation, tokenizer)
     _note_tools(conversation, whole, notes)
     if everything:
@@ -70,6 +72,7 @@ def samples_of(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase",
 def _gather(whole: str, places: dict[int, tuple[str, int]]) -> list[Sample]:
     """The fewest samples in which every turn appears as it was rendered as the last turn."""
     samples: list[Sample] = []
+    # begins with the whole conversation, which usually holds every turn
     text, left = whole, dict(places)
     while left:
         # a turn belongs to this text if the text begins with the conversation as rendered up to that turn
@@ -78,6 +81,7 @@ def _gather(whole: str, places: dict[int, tuple[str, int]]) -> list[Sample]:
             samples.append(Sample(text, list(own.values())))
         left = {turn: place for turn, place in left.items() if turn not in own}
         if left:
+            # the latest turn that is left: its text holds the most of the turns before it
             text = left[max(left)][0]
     return samples
 
@@ -92,6 +96,7 @@ def _begin_of_turn(
         return len(before)
     # otherwise by the content of the turn itself
     content = (messages[turn]["content"] or "").strip()
+    # the last occurrence: an earlier turn may contain the same words
     at = after.rfind(content) if content else -1
     if before is not None:
         # the prompt may end with text that is not in the stored turn, such as a <think> that the template opens

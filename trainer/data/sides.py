@@ -54,6 +54,7 @@ def write_sides(
         split = split_documents(stream, seq_length=length, eval_tokens=most, packing=settings.packing)
     else:
         split = held_out_only(stream, eval_tokens=most)
+    # the held-out side first and with a limit; training takes everything that it leaves
     sides = [("evaluation", split.evaluation, most), ("train", split.train, None)]
     counts: dict[str, int] = {}
     dropped = 0
@@ -63,9 +64,11 @@ def write_sides(
         empty = 0
         if not settings.packing:
             counts[side], empty = write_padded(path, stream.tokens, documents, length, padding, limit, labelled=labelled)
+        # plain text is full of tokens to predict: whole runs of documents are copied without looking at each window
         elif train and not labelled:
             counts[side] = write_packed(path, stream.tokens, documents, length, windows)
         else:
+            # evaluation alone may use all of a short text, so its last window is filled up; training leaves these tokens out
             end = None if train else padding
             counts[side], empty = write_labelled(path, stream.tokens, documents, length, windows, padding=end)
         dropped += empty

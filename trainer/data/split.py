@@ -33,6 +33,7 @@ def split_documents(stream: TokenStream, *, seq_length: int, eval_tokens: int, p
         UserError: one of the sides would be empty; the message names the key to lower.
     """
     total = int(stream.bounds[-1])
+    # packed text needs one full window per side; without packing two tokens make a window
     least = seq_length if packing else 2
     _check_size(total, len(stream.hashes), least, seq_length, eval_tokens)
     documents = np.stack([stream.bounds[:-1], stream.bounds[1:]], axis=1)
@@ -41,9 +42,11 @@ def split_documents(stream: TokenStream, *, seq_length: int, eval_tokens: int, p
     held = np.cumsum(np.diff(documents[firsts])[:, 0])
     count = int(np.searchsorted(held, eval_tokens)) + 1
     if count <= len(held) and held[count - 1] <= eval_tokens + total // _WASTE:
+        # by hash and not by index: copies of a held-out text leave the training side with it
         train = documents[stream.hashes > hashes[count - 1]]
         if np.diff(train).sum() >= least:
             return Split(train, documents[firsts[:count]], whole=True)
+    # one cut through the text: the document that it falls into has a part on each side
     cut = total - eval_tokens
     before, after = documents[documents[:, 0] < cut], documents[documents[:, 1] > cut]
     return Split(np.minimum(before, cut), np.maximum(after, cut), whole=False)

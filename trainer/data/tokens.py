@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PIECE_CHARACTERS = 1_000_000
 """Longer documents are encoded in pieces, cut after a line end: a tokenizer's memory grows with the length of one text."""
+# enough for all threads of a fast tokenizer; a batch's text, ids and encodings are in memory together
 _BATCH_CHARACTERS = 2_000_000
 _BATCH_PIECES = 1024
 _REPORT_SECONDS = 10.0
@@ -96,12 +97,14 @@ def write_tokens(
             for (digest, first, last, text), part in zip(batch, _encode(encoder, [piece[3] for piece in batch])):
                 if spelled.look(text, part, last):
                     work.notes[spelled.name] += 1
+                # begin and end once per document, not once per piece
                 ids.extend([*(begin if first else ()), *part, *(end if last else ())])
                 if last:
                     bounds.append(total + len(ids))
                     hashes.append(digest)
             total += len(ids)
             work.write(ids)
+            # counts complete documents alone: one that this batch cuts is encoded again from its beginning after a kill
             work.save()
             if time.monotonic() - reported > _REPORT_SECONDS:
                 reported = time.monotonic()
@@ -114,12 +117,14 @@ def write_tokens(
 def _outer_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
     """Ids before and after each document. Begin-of-text is added only if the tokenizer itself starts a text with it, as Llama's does."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    # by trial: several tokenizers have a begin-of-text token that they never put before a text
     starts: Any = tokenizer("a")["input_ids"]
     begin = [bos] if isinstance(bos, int) and len(starts) > 1 and starts[0] == bos else []
     return begin, [eos] if isinstance(eos, int) else []
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase | Tokenizer", texts: list[str]) -> list[list[int]]:
+    # a plain tokenizers.Tokenizer from ``text_only``; _fast leaves out offsets, which are not needed here
     if not callable(tokenizer):
         return [encoded.ids for encoded in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     ids: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)
@@ -170,6 +175,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[_Piece]]:
 def _piece_end(text: str, at: int) -> int:
     if len(text) - at <= PIECE_CHARACTERS:
         return len(text)
+    # at a line end, where most tokenizers cut anyway, so the ids hardly differ from those of the whole text
     line_end = text.rfind("\n", at, at + PIECE_CHARACTERS)
     return line_end + 1 if line_end >= 0 else at + PIECE_CHARACTERS
 

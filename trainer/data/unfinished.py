@@ -24,6 +24,7 @@ from ...models.common.files import write_json_atomic
 
 SAVE_SECONDS = 60.0
 """Time between two saves: a kill loses at most this much work."""
+# long enough for a machine that is repaired or a queue that is full, short enough that abandoned streams do not fill the cache
 _KEPT_SECONDS = 7 * 24 * 3600
 _ENDING = ".unfinished"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -44,6 +45,7 @@ class Unfinished:
         self._saved = 0
         self._at = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
+        # sets ``bounds``, which decides below how much of the stream is kept
         self._continue()
         self._file = (folder / "stream").open("r+b" if self.bounds[-1] else "wb")
         # tokens after the last saved document may be incomplete: they are written again
@@ -60,11 +62,13 @@ class Unfinished:
         try:
             progress = json.loads((self.folder / "progress.json").read_text())
             documents, tokens = int(progress["documents"]), int(progress["tokens"])
+            # both arrays have one number per document; the files may be longer, after a kill between two writes
             ends, hashes = array("q"), array("Q")
             for name, numbers in (("bounds", ends), ("hashes", hashes)):
                 with (self.folder / name).open("rb") as file:
                     numbers.fromfile(file, documents)
             notes = Counter({str(name): int(count) for name, count in progress.get("notes", {}).items()})
+            # the parts must agree with each other: a stream that is too short, or other bounds, would shift every later token
             whole = (not documents or ends[-1] == tokens) and self.stream.stat().st_size >= tokens * 4
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError, OverflowError, MemoryError):
             return
@@ -84,6 +88,7 @@ class Unfinished:
         self._sync(self._file)
         for name, numbers in (("bounds", self.bounds[1:]), ("hashes", self.hashes)):
             with (self.folder / name).open("r+b" if self._saved else "wb") as file:
+                # appends what is new and cuts what a kill has left behind it; 8 bytes per number
                 file.seek(self._saved * 8)
                 file.truncate()
                 file.write(numbers[self._saved :])
@@ -113,7 +118,9 @@ def unfinished(target: Path, spare: Path) -> Iterator[Unfinished]:
     """
     folder = target.with_name(target.name + _ENDING)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # here, because whoever starts a new text may never come back to the old one
     _forget_old(folder)
+    # flock belongs to the open file, so the kernel releases it when the process dies, however it dies
     with target.with_name(target.name + ".lock").open("w") as lock:
         alone = _locked(lock)
         kept = False
@@ -129,6 +136,8 @@ def unfinished(target: Path, spare: Path) -> Iterator[Unfinished]:
             if not kept:
                 shutil.rmtree(folder if alone else spare, ignore_errors=True)
             if alone:
+                # while still locked; a process that has opened the same file finds in ``_locked`` that its name is gone, and works in the
+                # spare folder
                 Path(lock.name).unlink(missing_ok=True)
 
 
@@ -145,6 +154,7 @@ def _is_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return True
+        # disk errors come wrapped in readable ones
         error = error.__cause__
     return False
 

@@ -12,7 +12,7 @@ IGNORED = -100
 """Label of positions that are not predicted."""
 DTYPE = np.dtype("<i4")
 STARTS_DTYPE = np.dtype("<i8")
-_COPY_TOKENS = 4_194_304
+_COPY_TOKENS = 4_194_304  # 16 MiB of int32
 
 
 class Windows:
@@ -69,12 +69,14 @@ class Windows:
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
+        # a copy: the map is read-only, and embeddings and losses take int64
         stored = torch.from_numpy(self.rows[index].astype(np.int64))
         # -1 - id is its own inverse, and negative for every id
         ids = torch.where(stored < 0, -1 - stored, stored)
         length = self.seq_length if self.lengths is None else int(self.lengths[index])
         mask = torch.zeros_like(ids)
         mask[:length] = 1
+        # not shifted: the losses shift once, for student and teacher alike
         labels = ids.masked_fill((mask == 0) | (stored < 0), IGNORED)
         # nothing in the window predicts its first token
         labels[0] = IGNORED
@@ -82,6 +84,7 @@ class Windows:
         if self.starts is not None:
             own = self._starts_in(index % len(self))
             labels[own] = IGNORED
+            # a document cut by the window's start counts from 0 too: it cannot see its beginning
             window["position_ids"] = _positions(own, self.seq_length)
         return window
 
@@ -89,6 +92,7 @@ class Windows:
         """Positions in a window at which documents begin, int64."""
         assert self.starts is not None
         begin = index * self.seq_length
+        # ``starts`` counts over all windows, which are concatenated without gaps
         first, last = np.searchsorted(self.starts, [begin, begin + self.seq_length])
         return self.starts[first:last] - begin
 
@@ -122,6 +126,7 @@ def write_packed(path: Path, tokens: np.ndarray, documents: np.ndarray, seq_leng
     sizes = np.diff(documents)[:, 0]
     num = int(sizes.sum()) // seq_length
     num = num if most is None else min(num, most)
+    # tokens to write; what fills no window is dropped at the end, not spread over windows
     left = num * seq_length
     starts = np.cumsum(sizes) - sizes
     # unique, because an empty document begins where the next one does
@@ -165,10 +170,12 @@ def write_labelled(
             if not learned.any():
                 left_out += 1
                 continue
+            # windows before this one may have been left out, so documents begin earlier in the file than in the stream
             kept.append(own + len(lengths) * seq_length)
             lengths.append(len(row))
             _write(file, np.r_[row, np.full(seq_length - len(row), padding or 0, dtype=DTYPE)])
     np.concatenate([*kept, np.empty(0, dtype=np.int64)]).astype(STARTS_DTYPE).tofile(path.with_suffix(".starts"))
+    # only the last window can be short; without the file all windows count as full
     if lengths and lengths[-1] < seq_length:
         np.array(lengths, dtype=DTYPE).tofile(path.with_suffix(".lengths"))
     return len(lengths), left_out
@@ -179,6 +186,7 @@ def _windows_of(tokens: np.ndarray, documents: np.ndarray, seq_length: int) -> I
     pending = np.empty(0, dtype=DTYPE)
     for begin, end in join_neighbours(documents).tolist():
         for at in range(begin, end, _COPY_TOKENS):
+            # what is left of the last part, at most a window, and a part of bounded size: the stream is never in memory as a whole
             pending = np.concatenate([pending, tokens[at : min(end, at + _COPY_TOKENS)]])
             whole = len(pending) // seq_length * seq_length
             yield from pending[:whole].reshape(-1, seq_length)
@@ -209,12 +217,14 @@ def write_padded(
     num = total = left_out = 0
     with path.with_suffix(".tokens").open("wb") as file, path.with_suffix(".lengths").open("wb") as lengths:
         for begin, end in _cut(segments, seq_length):
+            # without the first token, which nothing predicts
             if labelled and (tokens[begin + 1 : end] < 0).all():
                 left_out += 1
                 continue
             total += end - begin
             if most_tokens is not None and total > most_tokens:
                 break
+            # masked, so any id with a row in the embedding will do
             row = np.full(seq_length, padding, dtype=DTYPE)
             row[: end - begin] = tokens[begin:end]
             _write(file, row)
@@ -227,6 +237,7 @@ def join_neighbours(segments: np.ndarray) -> np.ndarray:
     """The same positions in the same order, int64 [num, 2], with adjacent segments joined."""
     if len(segments) == 0:
         return segments
+    # a run begins where a segment does not start at the end of the one before it
     starts = np.flatnonzero(np.r_[True, segments[1:, 0] != segments[:-1, 1]])
     ends = np.r_[starts[1:] - 1, len(segments) - 1]
     return np.stack([segments[starts, 0], segments[ends, 1]], axis=1)
@@ -235,6 +246,7 @@ def join_neighbours(segments: np.ndarray) -> np.ndarray:
 def _cut(segments: np.ndarray, seq_length: int) -> Iterator[tuple[int, int]]:
     for begin, end in segments.tolist():
         for at in range(begin, end, seq_length):
+            # a window of one token predicts nothing
             if min(end, at + seq_length) - at >= 2:
                 yield at, min(end, at + seq_length)
 

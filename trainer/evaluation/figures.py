@@ -91,6 +91,7 @@ def evaluate_model(
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise ValueError(f"{name} is {parameter.dtype}; figures are taken in fp32: load the model with dtype=torch.float32")
+    # fixed and not fitted to memory: batch sizes change the last bits of matrix products, and figures should be the same on every machine
     batch = batch or max(1, BATCH_TOKENS // windows.seq_length)
     backbone, weight, bias = backbone_and_head(model)
     head: Head = (weight, bias, head_transform(model.config))
@@ -124,6 +125,7 @@ def _stack(windows: Windows, first: int, last: int, device: str | torch.device) 
 
 def _add(tally: _Tally, hidden: Tensor, head: Head, teacher: "Teacher | None", inputs: dict[str, Tensor]) -> None:
     """Add the figures of one batch. Its predicted tokens go through the heads in parts."""
+    # rows [N, H], labels [N]: only positions that predict a token
     rows, labels = _predicted(hidden, inputs["labels"])
     theirs: Tensor | None = None
     their_head: Head | None = None
@@ -136,6 +138,7 @@ def _add(tally: _Tally, hidden: Tensor, head: Head, teacher: "Teacher | None", i
     size = max(1, LOGITS // head[0].shape[0])
     for at in range(0, len(labels), size):
         part = slice(at, at + size)
+        # [n, rows of the head], fp32. The model's own head is whole, the teacher's is cut to the shared vocabulary
         their_logits = None if theirs is None or their_head is None else _logits(theirs[part], their_head)
         sums = evaluation_sums(_logits(rows[part], head), their_logits, labels[part])
         for kept, figures in (
@@ -146,6 +149,7 @@ def _add(tally: _Tally, hidden: Tensor, head: Head, teacher: "Teacher | None", i
             (tally.top1, sums.top1),
         ):
             if figures is not None:
+                # five numbers per token leave the device; the logits do not
                 kept.append(figures.float().cpu())
 
 
@@ -170,6 +174,7 @@ def _result(tally: _Tally) -> EvalResult:
         # math.exp overflows above 709
         perplexity=math.exp(mean) if mean < 700 else math.inf,
         kl=None if kl is None else float(kl.mean()),
+        # exact and not from a histogram: all per-token values are at hand
         kl_p99=None if kl is None else float(np.percentile(kl, 99)),
         top1=torch.cat(tally.top1).double().mean().item() if tally.top1 else None,
         ece=calibration_error(confidence, correct),

@@ -39,6 +39,7 @@ def open_for_measuring(path: str, revision: str | None = None) -> "PreTrainedMod
     if is_existing_export(path):
         return load_exported_model(Path(path))
     model = load_model(path, dtype=torch.float32, revision=revision)
+    # figures come from hidden states and the head: a model whose logits are something else would get wrong ones
     check_head(model)
     check_causal(model, f"the model in {path}")
     # weights are stored rounded already; inputs, keys and values are rounded in the forward pass
@@ -108,6 +109,7 @@ def too_large_to_measure(path: str, revision: str | None = None) -> str | None:
     if room is None or is_existing_export(path):
         return None
     files = weight_files(find_model_folder(path, revision, weights=True))
+    # headers alone are read: dtypes and shapes, no weights
     stored = [info for file in files for info in read_header(file).tensors.values() if info.dtype != "F32"]
     needed = sum(4 * math.prod(info.shape) for info in stored)
     if needed <= room:

@@ -42,6 +42,7 @@ def teacher_drift(exact: Teacher, held: Teacher, windows: "Windows", device: tor
         batch = {key: torch.stack([row[key] for row in rows]).to(device) for key in rows[0]}
         reference = TeacherHidden(*_shifted(exact, batch))
         hidden, head, bias, transform = _shifted(held, batch)
+        # the shift needs [B, S, H]; the labels stand in for hidden states of width 1
         _, labels = shift_for_next_token(batch["labels"].unsqueeze(-1), batch["labels"])
         # the loss of training itself, with `held` in the place of the student
         sums = linear_divergence(
