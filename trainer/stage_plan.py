@@ -60,6 +60,7 @@ def derive_plan(
         stage_key: Hash of everything else that decides the numbers, for the checkpoints.
     """
     quantizes = isinstance(settings, QatSettings)
+    # 0 is no valid rate, so ``or`` means: not given
     rate = settings.learning_rate or (quantized_rate(settings, hidden) if quantizes else default_learning_rate(kind, hidden))
     scale_rate = None
     if quantizes and settings.scales == "learned":
@@ -78,6 +79,7 @@ def derive_plan(
         betas=settings.betas,
         gradient_clip=trainer.gradient_clip,
         precision=trainer.precision,
+        # a kill costs at most a twentieth of the stage; short stages do not save after nearly every step
         checkpoint_every=settings.checkpoint_every or max(10, total // 20),
         deterministic=trainer.deterministic,
         num_workers=trainer.num_workers,
@@ -109,6 +111,7 @@ def learns_from(settings: Any, *, has_teacher: bool) -> Literal["recipe", "input
     # hard_weight=1 leaves only the cross-entropy term, which needs no teacher
     if not trains(settings) or isinstance(settings, PretrainSettings) or settings.loss.hard_weight == 1.0:
         return None
+    # without a teacher in the recipe a stage learns from its own input: pruning and rounding then restore what the model could do before
     return settings.teacher or ("recipe" if has_teacher else "input")
 
 
@@ -161,6 +164,7 @@ def held_teacher(settings: Any, teacher: TeacherWeights | None, *, name: str) ->
         return HeldTeacher("input", "fp32", "replicated")
     if teacher is None:
         raise UserError(f"{name}: teacher: recipe, but the recipe has no teacher; add one, or set teacher: input")
+    # a served teacher takes no memory here
     return None if teacher.served else HeldTeacher("recipe", teacher.load_in, teacher.placement)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 def unfold_bits(numbers: Tensor, width: int) -> Tensor:
     """Bits of each number, lowest first: [n, k] int64 -> [n, k * width] uint8."""
+    # [n, k, width]: one column per bit, then all bits of a row side by side
     shifts = torch.arange(width, device=numbers.device)
     return (numbers.unsqueeze(-1) >> shifts).bitwise_and(1).to(torch.uint8).flatten(1)
 
@@ -53,6 +54,7 @@ def unfold_ascending(numbers: Tensor, limit: int) -> Tensor:
     high = torch.zeros(rows, ascending_width(count, limit) - count * low, dtype=torch.uint8, device=numbers.device)
     high.scatter_(1, ones, 1)
     lows = numbers & ((1 << low) - 1)
+    # parts of fixed widths, so the reader needs no lengths
     return torch.cat([unfold_bits(lows, low), high], 1) if low else high
 
 
@@ -68,5 +70,6 @@ def fold_ascending(bits: Tensor, count: int, limit: int) -> Tensor:
     places = high.nonzero()[:, 1]
     if len(places) != len(bits) * count:
         raise ValueError(f"{len(places):,} numbers in {len(bits):,} rows of {count}")
+    # undoes the shift by i above: what is left is the high part
     highs = places.view(len(bits), count) - torch.arange(count, device=bits.device)
     return (highs << low) + (fold_bits(lows, low) if low else 0)

@@ -40,12 +40,14 @@ def row_format(settings: CacheSettings, v_eff: int, temperature: float) -> RowFo
     """Layout of a cache's rows. Without ``settings.tokens`` a row holds as many tokens as fit into ``CACHED_BYTES``."""
 
     def form(tokens: int) -> RowFormat:
+        # top_k: four exact ranks, the rest as a set of ascending ids, which takes fewer bits
         top = {"top_k": min(4, tokens), "sampled": 1, "hybrid": max(1, tokens // 4)}[settings.mode]
         return RowFormat(v_eff, top, tokens - top, settings.mode == "top_k", temperature)
 
     if settings.tokens is not None:
         return form(min(settings.tokens, v_eff))
     most = min(MOST_TOP_K if settings.mode == "top_k" else MOST_TOKENS, v_eff)
+    # bytes grow with tokens: the first that fits is the most that fits
     fitting = (tokens for tokens in range(most, 2, -1) if form(tokens).bytes <= CACHED_BYTES[settings.mode])
     return form(next(fitting, min(2, v_eff)))
 
@@ -79,6 +81,7 @@ class CachedTeacher:
         Raises:
             UserError: a sequence is not in the cache.
         """
+        # bytes go to the device and are decoded there: far less to move than ids and log-weights
         data = self._store.read(sequence_keys(batch)).to(self._device, non_blocking=True)
         return spread(self._form.decode(data), batch["labels"].to(self._device))
 
@@ -94,6 +97,7 @@ class CachedTeacher:
 
 def spread(known: SparseTargets, labels: Tensor) -> SparseTargets:
     """Spreads targets of the unmasked positions over all positions; ``labels`` [B, S] are not shifted."""
+    # [B * (S - 1)]: the positions of ``shift_for_next_token``; the cache has rows for the unmasked ones alone
     wanted = (labels[:, 1:] != MASKED).flatten()
     # there is no row to repeat: any valid targets do, as all positions are masked
     if not len(known.ids):

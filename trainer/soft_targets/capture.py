@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from ..data.windows import Windows
 
 BATCH_TOKENS = 4096
+# log-probabilities in memory at once: 128 MiB in fp32, and as much again for each intermediate of the same shape
 _BLOCK_ELEMENTS = 2**25
+# large enough that a cache has few files, small enough to be held in memory until it is written
 SHARD_BYTES = 64_000_000
 SHARD_SECONDS = 60.0
 """Longest time between two shards: a killed capture loses at most this much work."""
@@ -32,6 +34,7 @@ SHARD_SECONDS = 60.0
 def missing_windows(store: Store, windows: "Windows", indices: Iterable[int]) -> list[int]:
     """The ``indices`` of windows that are not in the cache; of windows with the same content only the first."""
     wanted = list(indices)
+    # by key: windows with the same content need the teacher once
     missing: dict[bytes, int] = {}
     for first in range(0, len(wanted), 256):
         part = wanted[first : first + 256]
@@ -65,6 +68,7 @@ def capture(teacher: Teacher | SparseTeacher, windows: "Windows", indices: Seque
             keys.append(key)
             rows.append(data)
             kl, tokens = kl + error, tokens + len(data)
+        # by time as well as by size: with a slow teacher a shard may take hours to fill
         full = sum(len(part) for part in rows) * form.bytes >= SHARD_BYTES or time.monotonic() - began > SHARD_SECONDS
         if full or first + size >= len(indices):
             store.add(keys, rows, {"kl": kl, "tokens": tokens})
@@ -79,10 +83,13 @@ def encoded(teacher: Teacher | SparseTeacher, batch: Mapping[str, Tensor], form:
         yield from _encoded_again(teacher, batch, form)
         return
     hidden, head, bias, transform = teacher.hidden_and_head(batch)
+    # hidden [B, S, H] -> flat [B * (S - 1), H], labels [B * (S - 1)]
     flat, labels = shift_for_next_token(hidden, batch["labels"].to(hidden.device))
+    # once per batch; law 2: logits and softmax are fp32, over the real vocabulary
     weight = in_full_precision(head[: form.v_eff])
     block = max(1, _BLOCK_ELEMENTS // form.v_eff)
     for sequence, own, key in zip(flat.view(len(hidden), -1, flat.shape[1]), labels.view(len(hidden), -1), sequence_keys(batch)):
+        # [n, H]: masked positions are neither computed nor stored
         states = sequence[own != MASKED]
         # from the window's key, so that its draws do not depend on batch, order or process
         noise = noise_of(key, len(states), 1 + form.top + form.others).to(states.device)
@@ -93,7 +100,9 @@ def encoded(teacher: Teacher | SparseTeacher, batch: Mapping[str, Tensor], form:
             log_p = _log_probabilities(states[part], weight, bias, transform, form)
             chosen = choose_rows(log_p, form, noise[part, 0])
             data = form.encode(chosen, None if form.tail else noise[part, 1:])
+            # measured on what a reader will decode, so it contains the rounding of the row too
             error += float(kl_to_full(form.decode(data), log_p).sum())
+            # rows are about a hundred bytes; log_p [block, V] is dropped here
             parts.append(data.cpu())
         yield (torch.cat(parts) if parts else torch.empty(0, form.bytes, dtype=torch.uint8)), error
 
@@ -103,6 +112,7 @@ def _encoded_again(teacher: SparseTeacher, batch: Mapping[str, Tensor], form: Ro
     targets = teacher.sparse_targets(batch)
     if form.top + form.others > targets.ids.shape[1]:
         have, wanted = targets.ids.shape[1], form.top + form.others
+        # a server may know fewer tokens than a row holds: the rest becomes unused slots of weight 0
         targets = replace(
             targets,
             ids=torch.nn.functional.pad(targets.ids, (0, wanted - have)),
@@ -126,6 +136,7 @@ def _kl_between(kept: SparseTargets, known: SparseTargets, v_eff: int) -> Tensor
 
 
 def _log_probabilities(states: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, form: RowFormat) -> Tensor:
+    # [n, H] -> [n, V], in the order of the model's own head: scale, soft cap, then the temperature
     with torch.autocast(states.device.type, enabled=False):
         logits = in_full_precision(states) @ weight.T
         if bias is not None:
@@ -143,6 +154,7 @@ def kl_to_full(known: SparseTargets, log_p: Tensor) -> Tensor:
     """
     ids, weights = known.filled()
     whole = weights.sum(1)
+    # the teacher's mass of all tokens that the row does not hold
     log_outside = log_p.scatter(1, ids, -torch.inf).logsumexp(1)
     tail = torch.zeros_like(whole) if known.log_tail is None else known.log_tail.exp()
     # clamped, because a probability of 0 may have been stored as the smallest weight of a row

@@ -21,10 +21,12 @@ def choose_rows(log_p: Tensor, form: RowFormat, start: Tensor) -> PackedRows:
         form: Layout of the rows.
         start: [n] in [0, 1): start of the systematic draws.
     """
+    # [n, top], by falling probability
     top_logs, top_ids = log_p.topk(form.top, 1)
     entropy = torch.special.entr(log_p.exp()).sum(1)
     if form.tail:
         return _likeliest(log_p, form, entropy)
+    # probabilities [n, V] without the top tokens, which are always kept
     rest = log_p.exp().scatter_(1, top_ids, 0.0)
     # up, because a smaller tau would draw more tokens than the row holds; from here on tau is the value that is stored
     floor = log_code(_threshold(rest, form.others).log(), up=True)
@@ -32,7 +34,9 @@ def choose_rows(log_p: Tensor, form: RowFormat, start: Tensor) -> PackedRows:
     certain = rest >= tau
     # systematic draws: a token is drawn where the running sum of p / tau passes a whole number
     through = rest.masked_fill(certain, 0).div_(tau).cumsum_(1).add_(start.unsqueeze(1)).floor_()
+    # through[v] counts the whole numbers passed up to token v; a step of one is a draw, as p / tau < 1 for these tokens
     drawn = through.diff(dim=1, prepend=torch.zeros_like(through[:, :1])) > 0
+    # rest > 0, because rounding of the running sum must not draw a token of probability 0
     ids = _places(certain | (drawn & (rest > 0)), form.others)
     used = ids < form.v_eff
     logs = rest.gather(1, ids.masked_fill(~used, 0)).clamp(min=torch.finfo(rest.dtype).tiny).log()
@@ -71,9 +75,11 @@ def _floor(kept: Tensor, logs: Tensor, form: RowFormat) -> Tensor:
 
 def _threshold(rest: Tensor, count: int) -> Tensor:
     """tau [n] with sum min(1, rest / tau) = count; the smallest positive number where there is nothing to draw."""
+    # no more than ``count`` tokens can be certain, so the largest ``count`` decide tau
     leading = rest.topk(min(count, rest.shape[1]), 1).values
     before = leading.cumsum(1) - leading
     whole = rest.sum(1, keepdim=True)
+    # draws left for the others when c = 0, 1, 2, ... of the largest are kept for certain
     number = count - torch.arange(leading.shape[1], device=rest.device)
     candidates = (whole - before).clamp(min=0) / number
     # if c tokens are kept for certain, tau is candidates[c]; the right c is the first whose next token is not above its tau

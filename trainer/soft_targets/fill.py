@@ -95,12 +95,14 @@ def cached_teacher(wanted: CacheRequest, loss: LossSettings, steps: StepPlan) ->
     for problem in store.refresh(thorough=world.is_first):
         if world.is_first:
             wanted.say(f"  damaged shard of the teacher's cache is made again: {problem}")
+    # a barrier: no rank may map a shard that rank 0 is about to remove
     _together()
     store.refresh()
     needed = stage_windows(steps, windows)
     missing = missing_windows(store, windows, needed)
     # summed over ranks: another run may have added windows between the reads of two ranks, and all must take the same branch
     if float(sum_over_ranks(torch.tensor([len(missing)], dtype=torch.float64))):
+        # all ranks enter together, see the sum above
         with _alone(store, wanted):
             store.refresh()
             # another run may have filled the cache while this one waited for the lock
@@ -126,6 +128,7 @@ def _header(wanted: CacheRequest, form: RowFormat) -> dict[str, Any]:
         "temperature": form.temperature,
         "mode": wanted.cache.mode,
         "tokens": form.top + form.others,
+        # from the config, so a change of it is found even where the weights are the same
         "softcap": transform.softcap,
         "logit_scale": transform.logit_scale,
         "bytes_per_token": form.bytes,
@@ -148,6 +151,7 @@ def _fill(wanted: CacheRequest, store: Store, form: RowFormat, missing: Sequence
     share = -(-len(missing) // world.size)
     own = [missing[(world.rank * share + step) % len(missing)] for step in range(share)]
     with token_progress(wanted.console, "teacher", share * windows.seq_length * world.size) as advance:
+        # shards are written as they fill: an interrupted capture continues with the windows that are still missing
         for done in capture(wanted.open_teacher(), windows, own, store, form):
             advance(done * world.size)
     if torch.cuda.is_available():

@@ -18,9 +18,11 @@ def sequence_keys(batch: Mapping[str, Tensor]) -> list[bytes]:
     Args:
         batch: input_ids, labels and, for packed windows, position_ids; each [B, S] int64.
     """
+    # labels only as a mask: which tokens are predicted decides which positions have a row, their ids are in input_ids
     parts = [batch["input_ids"].to(torch.int32), (batch["labels"] != MASKED).to(torch.int32)]
     if "position_ids" in batch:
         parts.append(batch["position_ids"].to(torch.int32))
+    # [B, 2 or 3, S] little-endian, so that the keys are the same on every machine
     table = torch.stack(parts, 1).cpu().numpy().astype("<i4")
     return [hashlib.blake2b(row.tobytes(), digest_size=KEY_BYTES).digest() for row in table]
 

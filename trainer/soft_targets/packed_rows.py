@@ -26,10 +26,10 @@ from ...losses.sparse import SparseTargets
 from .bits import ascending_width, fold_ascending, fold_bits, from_bytes, to_bytes, unfold_ascending, unfold_bits
 
 SCALE_BITS = 12
-_SCALE = (1 << SCALE_BITS) - 1
+_SCALE = (1 << SCALE_BITS) - 1  # largest 12-bit code
 LOG_RANGE = 24.0
 """Range of a 12-bit log-weight in nats below 0; its step is 0.006."""
-_ENTROPY = (1 << 16) - 1
+_ENTROPY = (1 << 16) - 1  # largest 16-bit code
 DRAWN_LEVELS = 80
 """Number of codes for drawn tokens, in steps of 0.2 nats; the other 48 of the 7 bits are for tokens kept for certain."""
 DRAWN_RANGE = 16.0
@@ -113,6 +113,7 @@ class RowFormat:
             noise: [n, top + others] in [0, 1), for rounding at random; None = round to nearest.
         """
         top_noise, other_noise = (None, None) if noise is None else (noise[:, : self.top], noise[:, self.top :])
+        # on the whole 12-bit grid from -24 to 0 nats
         top = _rounded(rows.top_logs, log_of(torch.tensor(0)), log_of(torch.tensor(_SCALE)), _SCALE, top_noise)
         # the grid of the others ends at the stored weight of the last top token, which the reader knows too
         low, high = log_of(rows.floor), log_of(_above(top[:, -1]))
@@ -122,6 +123,7 @@ class RowFormat:
             # -log r: rounded at random like a log-weight, it keeps the expectation of 1 / r
             drawn = _rounded(low - rows.logs, torch.zeros_like(low), torch.full_like(low, DRAWN_RANGE), DRAWN_LEVELS - 1, other_noise)
             weights = torch.where(rows.logs < low, drawn, weights + DRAWN_LEVELS)
+        # sampled rows have no tail: their weights already stand for all mass
         scales = [rows.floor] if rows.log_tail is None else [rows.floor, log_code(rows.log_tail)]
         entropy = (rows.entropy / math.log(max(self.v_eff, 2))).clamp(0, 1).mul(_ENTROPY).round().to(torch.int64)
         parts = [
@@ -132,6 +134,7 @@ class RowFormat:
             unfold_bits(torch.stack(scales, 1), SCALE_BITS),
             unfold_bits(entropy.unsqueeze(1), 16),
         ]
+        # all parts of a row side by side, [n, sum of widths], filled up to whole bytes
         return to_bytes(torch.cat([part for part in parts if part.shape[1]], 1))
 
     def decode(self, data: Tensor) -> SparseTargets:
@@ -140,6 +143,7 @@ class RowFormat:
         Raises:
             ValueError: the bytes are not rows of this format.
         """
+        # the bits beyond the widths fill the last byte
         top_ids, top, ids, weights, scales, entropy = from_bytes(data)[:, : sum(self.widths)].split(self.widths, 1)
         first, top_codes = fold_bits(top_ids, self.id_bits), fold_bits(top, SCALE_BITS)
         others, codes = fold_ascending(ids, self.others, self.v_eff), fold_bits(weights, self.weight_bits)
@@ -149,7 +153,9 @@ class RowFormat:
         steps = codes if self.tail else (codes - DRAWN_LEVELS).clamp(min=0)
         # the id V marks an unused slot: its bits of a weight mean nothing
         unused = others >= self.v_eff
+        # [n, others]; drawn tokens have step 0 and so the weight tau
         logs = (low + (high - low).clamp(min=0) * steps / (self.levels - 1)).masked_fill(unused, -torch.inf)
+        # the top tokens are always certain
         certain = torch.cat([torch.ones_like(first, dtype=torch.bool), ~drawn], 1)
         log_weights = torch.cat([log_of(top_codes), logs], 1)
         tail, inclusion = None, None
@@ -168,6 +174,7 @@ class RowFormat:
             first[:, 0],
             tail,
             self.temperature,
+            # mass known exactly, for the metric covered_mass
             log_weights.masked_fill(~certain, -torch.inf).exp().sum(1).clamp(max=1),
             inclusion,
         )

@@ -13,6 +13,7 @@ _ROUNDING = 0.01
 """Largest mass above 1, or outside the vocabulary, that is accepted as an effect of rounding and padding."""
 _NOTHING = -5000.0
 """Log-probabilities below this mean a probability of 0: JSON has no infinity, and vLLM writes -9999 for it."""
+# JSON of one entry: id, log-probability, rank and the token's text, which may be long and escaped
 _BYTES_A_TOKEN = 512
 _BYTES_BESIDE = 65_536
 
@@ -27,6 +28,7 @@ class WrongAnswerError(ValueError):
 
 def most_bytes(length: int, tokens: int) -> int:
     """Largest size in bytes of an answer about ``length`` positions, each with ``tokens`` tokens and the prompt's own."""
+    # the prompt's own token is added to the likeliest where it is not among them
     return _BYTES_BESIDE + length * (tokens + 1) * _BYTES_A_TOKEN
 
 
@@ -55,6 +57,7 @@ def read_positions(data: bytes, *, length: int, v_eff: int) -> list[Position]:
         raise WrongAnswerError(f"no choices[0].prompt_logprobs as vLLM gives them ({type(error).__name__})") from None
     if not isinstance(positions, list) or count != length:
         raise WrongAnswerError(f"{count} positions for a prompt of {length} tokens; it must not add or cut tokens")
+    # the first position is null in the answer: nothing predicts the first token
     return [[], *(_position(position, v_eff) for position in positions[1:])]
 
 
@@ -75,6 +78,7 @@ def _position(entries: Any, v_eff: int) -> Position:
         log = _log(entry)
         if not _TOKEN.fullmatch(token):
             raise WrongAnswerError("a token whose id is not a plain number")
+        # probability 0: such a token says nothing and must not take a slot
         if log < _NOTHING:
             continue
         mass += math.exp(log)
@@ -90,6 +94,7 @@ def _position(entries: Any, v_eff: int) -> Position:
         )
     if mass > 1 + _ROUNDING:
         raise WrongAnswerError(f"invalid log-probabilities: the probabilities of one position sum to {mass:.3g}")
+    # vLLM appends the prompt's own token out of order
     return sorted(known, key=lambda entry: -entry[1])
 
 

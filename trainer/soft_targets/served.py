@@ -41,6 +41,7 @@ class ServedTeacher:
         self._settings, self._v_eff = settings, v_eff
         self._device = torch.device("cpu")
         self._server = Server(settings.url, settings.key_variable, settings.timeout)
+        # threads, because they wait for the network nearly all of the time
         self._pool = ThreadPoolExecutor(settings.requests)
 
     @property
@@ -77,10 +78,12 @@ class ServedTeacher:
         answers = list(self._pool.map(self._ask, [ids for _, _, ids in documents]))
         known: list[Position] = []
         for (row, begin, ids), positions in zip(documents, answers):
+            # position at predicts itself: the answer gives the distribution of the token at this place, given those before it
             known += [positions[at] for at in range(1, len(ids)) if labels[row, begin + at] != MASKED]
         return spread(self._targets(known), labels.to(self._device))
 
     def _targets(self, known: Sequence[Position]) -> SparseTargets:
+        # positions have different numbers of tokens: the row is as wide as the longest, the rest has weight 0
         width = max((len(position) for position in known), default=1)
         ids = torch.zeros(len(known), width, dtype=torch.int64)
         logs = torch.full((len(known), width), -torch.inf, dtype=torch.float64)
@@ -97,6 +100,7 @@ class ServedTeacher:
         parts = (logs.float(), entropy.float(), log_tail.float())
         logs, entropy, log_tail = (part.to(self._device) for part in parts)
         ids = ids.to(self._device)
+        # the first id is the likeliest token, because positions are sorted
         return SparseTargets(ids, logs, entropy, ids[:, 0], log_tail)
 
     def _ask(self, ids: list[int]) -> list[Position]:
@@ -104,11 +108,13 @@ class ServedTeacher:
         if len(ids) < 2:
             return [[]] * len(ids)
         settings = self._settings
+        # max_tokens 1 is the least that servers accept; the generated token is not used
         body = {"model": settings.model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": settings.tokens}
         question, most = json.dumps(body).encode(), most_bytes(len(ids), settings.tokens)
         trouble = ""
         for turn in range(settings.retries + 1):
             if turn:
+                # 0.5, 1, 2, ... seconds, so that a server that restarts is not flooded
                 time.sleep(min(30.0, 0.5 * 2 ** (turn - 1)))
             try:
                 return read_positions(self._server.post("/completions", question, most), length=len(ids), v_eff=self._v_eff)

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from ...models.common.errors import UserError
 from ...models.common.terminal_text import printable
 
+# time-outs, too many requests and failures of the server: the same request may succeed later
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _SHOWN = 300
 """Largest number of characters of a server's text in a message."""
@@ -89,6 +90,7 @@ class Server:
             what = f"HTTP {error.code}, a redirect to {_host(error.headers.get('Location'))}; redirects are not followed, because the key "
             return NoAnswerError(what + "would go along: give the final address", again=False)
         try:
+            # enough for what is shown: UTF-8 takes up to four bytes per character
             text = error.read(4 * _SHOWN).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException, ValueError):
             text = ""
@@ -116,6 +118,7 @@ def _whole(answer: http.client.HTTPResponse, most: int) -> bytes:
     data = answer.read(most + 1)
     if len(data) > most:
         raise NoAnswerError(too_long, again=False)
+    # http.client returns what it got when the connection ends early; length counts what is still missing
     if answer.length:
         raise NoAnswerError(f"an answer that breaks off {answer.length:,} bytes before its end", again=True)
     return data

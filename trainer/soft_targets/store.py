@@ -29,6 +29,7 @@ from .keys import KEY_BYTES
 FORMAT = 2
 """Version of the format; raise it whenever the meaning of bytes changes."""
 HEADER = "header.json"
+# little-endian and without padding: 24 bytes on every machine
 _ENTRY = np.dtype([("key", f"V{KEY_BYTES}"), ("rows", "<i8")])
 
 
@@ -40,6 +41,7 @@ def open_store(folder: Path, header: dict[str, Any]) -> "Store":
     """
     header = {"format": FORMAT, **header}
     file = folder / HEADER
+    # two processes may both write it: the same header, each by a rename
     if not file.exists():
         check_writable_folder(folder / "shards", "the teacher's cache (teacher.cache.path, or the environment variable DECOCT_CACHE)")
         write_json_atomic(file, header)
@@ -91,11 +93,13 @@ class Store:
         """
         problems: list[str] = []
         for manifest in sorted((self.folder / "shards").glob("*.json")):
+            # shards never change, so one that is open needs no second look
             if manifest.stem in self.shards and not thorough:
                 continue
             if fault := _fault(manifest, thorough=thorough):
                 problems.append(f"{manifest.stem}: {fault}")
                 if thorough:
+                    # the manifest first: without it the shard is gone for every reader, whatever a kill leaves of the rest
                     for ending in (".json", ".rows", ".keys"):
                         manifest.with_suffix(ending).unlink(missing_ok=True)
                 self.shards.pop(manifest.stem, None)
@@ -107,6 +111,7 @@ class Store:
     def _open(self, manifest: Path) -> Shard:
         entries = np.fromfile(manifest.with_suffix(".keys"), dtype=_ENTRY)
         rows = manifest.with_suffix(".rows")
+        # [rows, width], mapped: a cache may be larger than memory
         data = np.memmap(rows, np.uint8, "r").reshape(-1, self.width) if rows.stat().st_size else np.empty((0, self.width), np.uint8)
         return Shard(manifest.stem, entries["key"], entries["rows"], data, json.loads(manifest.read_text())["figures"])
 
@@ -131,6 +136,7 @@ class Store:
         at = np.searchsorted(first, halves[:, 0])
         found = np.full((len(keys), 3), -1, np.int64)
         if len(first):
+            # a key beyond the last one would point outside; it is compared with the last and does not match
             near = np.minimum(at, len(first) - 1)
             hit = (first[near] == halves[:, 0]) & (second[near] == halves[:, 1])
             found[hit] = places[near[hit]]
@@ -145,6 +151,7 @@ class Store:
         places = self.find(keys)
         if (missing := int((places[:, 0] < 0).sum())) > 0:
             raise UserError(f"the teacher's cache {self.folder} lacks {missing} of {len(keys)} windows; run decoct cache RECIPE to fill it")
+        # copied out of the maps, one batch at a time
         parts = [self._rows[shard][begin:end] for shard, begin, end in places.tolist()]
         return torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, self.width, dtype=torch.uint8)
 
@@ -154,6 +161,7 @@ class Store:
         Raises:
             UserError: it cannot be written; nothing of it is left.
         """
+        # a name of its own, so that processes need no lock to write
         target = self.folder / "shards" / f"{uuid.uuid4().hex}.json"
         entries = np.empty(len(keys), _ENTRY)
         entries["key"] = np.frombuffer(b"".join(keys), f"V{KEY_BYTES}")

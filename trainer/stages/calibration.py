@@ -30,6 +30,7 @@ def calibration_text(windows: Windows, tokens: int, seed: int) -> CalibrationTex
         row = windows[index]
         # count real tokens only: short documents are padded to the full window
         left -= int(row["attention_mask"].sum())
+        # nothing is predicted here, so labels would only take memory
         chosen.append({key: value for key, value in row.items() if key != "labels"})
     # one window at least, even when a window is longer than the batch
     size = max(1, BATCH_TOKENS // windows.seq_length)

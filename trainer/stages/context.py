@@ -90,6 +90,7 @@ class Trained:
     seconds: float
     facts: dict[str, Any] = field(default_factory=dict)
     """Facts that the stage adds to decoct.json."""
+    # frozen, so all may share one default
     rounders: StudentRounders = StudentRounders()
     """Hooks whose ranges are stored in the quantized folder."""
 

@@ -11,6 +11,7 @@ from .zeros import keep_zeros_hooks, tell_unlisted_zeros
 def train(settings: DistillSettings, context: StageContext) -> Trained:
     """Train the input model on the loss of the settings. Exact zeros of a sparse folder stay zero."""
     student = open_student(settings, context)
+    # before training moves them
     tell_unlisted_zeros(context, student.model)
     plan = training_plan(settings, context, student)
     return train_student(student, settings, context, plan, hooks=keep_zeros_hooks(context, student.model))

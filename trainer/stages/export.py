@@ -32,6 +32,7 @@ def finish(settings: ExportSettings, context: StageContext, trained: None) -> St
     started = time.perf_counter()
     source = SourceFolder(Path(context.input))
     exports = [_export(source, context.folder / form, form, settings, context) for form in settings.formats]
+    # the modules with codes; the others stay as they are in every format
     facts = coverage_facts(context, "packed", read_record(source.path).get("quant", {}).get("modules", []))
     return StageResult(model=None, seconds=time.perf_counter() - started, exports=exports, facts=facts)
 
@@ -43,6 +44,7 @@ def _export(source: SourceFolder, target: Path, form: str, settings: ExportSetti
         runtimes, rounding = _verified(source, target)
     else:
         options = {"allow_inexact": settings.allow_inexact, "reader_version": settings.reader_version}
+        # writes, reads back, compares with runtimes, and renames last: a failure leaves no export of that name
         made = export_folder(source, target, form, tokens=real_tokens(context.run.data.evaluation), **options)
         runtimes, rounding = made.runtimes, made.rounding
     for name, seen in runtimes.items():

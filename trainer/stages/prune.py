@@ -31,6 +31,7 @@ def train(settings: PruneSettings, context: StageContext) -> Trained | None:
     student = open_student(settings, context)
     modules = list(decoder_linears(student.model))
     plan = training_plan(settings, context, student)
+    # it keeps earlier zeros too: they are the first that its masks exclude
     hook = MaskHook(modules, settings.magnitude, plan.total_steps)
     return train_student(student, settings, context, plan, hooks=[hook], facts={"sparse": modules})
 
@@ -73,6 +74,7 @@ def _prune_structured(student: "PreTrainedModel", settings: PruneSettings, conte
 def _prune_once(student: "PreTrainedModel", settings: PruneSettings) -> dict[str, Any]:
     assert settings.magnitude is not None
     weights = {name: module.weight.data for name, module in decoder_linears(student).items()}
+    # in place, on rank 0 alone: nothing is trained, so there are no moments to clear
     for name, mask in magnitude_masks(weights, settings.magnitude.keep, settings.magnitude.scope, None).items():
         weights[name].mul_(mask)
     return {"sparse": list(weights)}

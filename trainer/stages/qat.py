@@ -53,11 +53,13 @@ def start(settings: QatSettings, context: StageContext) -> None:
     trains = settings.train == "all"
     if trains:
         tell_unlisted_zeros(context, model)
+    # copies from before the rounding, which changes the model in place
     sparse = _weights(model, input_zeros(context, model) if trains else ())
     # kinds other than int compute their scales in each forward pass, so they start from the original weights
     plain = [name for name, target in targets(model, settings.scheme).items() if target.spec.kind != "int"]
     others = _weights(model, plain if trains else ())
     text = stage_text(rounding, context, model)
+    # others=None: what is not quantized trains on in fp32, so it is not rounded to the dtype of exports yet
     rounded = round_and_tell(rounding, context, RoundingSource(model, {}), text, others=None)
     for name, before in sparse.items():
         # exact zeros are the pruning mask: a kept weight that rounds to zero must not look pruned
@@ -67,6 +69,7 @@ def start(settings: QatSettings, context: StageContext) -> None:
         model.get_parameter(f"{name}.weight").data.copy_(before)
     record = stage_record(context, {"quant": rounded.state.record()})
     tensors = {QUANT_FILE: rounded.state.tensors()}
+    # one rename: a kill before it rounds again, a kill after it finds the folder above
     save_model_folder(folder, model, context.run.tokenizer, record, dtype=torch.float32, extra_tensors=tensors)
 
 
@@ -77,6 +80,7 @@ def _weights(model: "PreTrainedModel", modules: Iterable[str]) -> dict[str, "Ten
 
 def train(settings: QatSettings, context: StageContext) -> Trained:
     """Train latent weights, or only the scales, through linears that round their weights."""
+    # all ranks read what rank 0 has written in ``start``
     opened = replace(context, input=str(context.folder / _START), input_revision=None) if settings.first == "gptq" else context
     student = open_student(settings, opened)
     if settings.train == "scales":
@@ -85,11 +89,13 @@ def train(settings: QatSettings, context: StageContext) -> Trained:
         rounders = _hook(settings, student, modules)
         plan = training_plan(settings, context, student)
         rounds = rounders.inputs is not None or rounders.cache is not None
+        # codes stay as they are, so zeros need no hook; the schedule is there for the ranges of inputs, keys and values alone
         hooks = [QatSchedule(settings, plan.total_steps, plan.seed, inputs=rounders.inputs, cache=rounders.cache)] if rounds else []
         return train_student(student, settings, context, plan, hooks=hooks, rounders=rounders)
     if settings.first != "gptq" and not settings.lora:
         tell_unlisted_zeros(context, student.model)
     extras = Extras(scale=settings.scales == "learned" or settings.freeze_scales > 0, rank=settings.lora or 0)
+    # before the optimizer is built: scales and adapters become parameters of the student here
     modules = prepare(student.model, settings.scheme, extras=extras)
     _announce(settings, student, context)
     plan = training_plan(settings, context, student)
@@ -106,6 +112,7 @@ def finish(settings: QatSettings, context: StageContext, trained: Trained | None
     """Derive codes and scales from the trained student, fold them into its weights, and write the quantized folder (rank 0)."""
     assert trained is not None
     inputs, cache = trained.rounders.inputs, trained.rounders.cache
+    # law 3: the codes come from the same forward rounding that was trained, and nothing rounds after them
     state = quantize_model(trained.student, settings.scheme)
     if inputs is not None:
         state = replace(state, activations=inputs.spec, input_scales=inputs.scales(), input_zeros=inputs.zeros())

@@ -35,6 +35,7 @@ from .zeros import input_zeros
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# lines printed; the record has all notes
 _NOTES_TOLD = 5
 
 
@@ -56,6 +57,7 @@ def finish(settings: QuantizeSettings, context: StageContext, trained: None) -> 
         text = stage_text(settings, context, source.model) if settings.calibrates else None
         rounded = round_and_tell(settings, context, source, text)
         record = rounding_record(settings, text, rounded)
+        # inside the block: layers that were streamed lie in its folder until they are copied into the output
         save_quantized(source.model, rounded.state, context, {}, rounding=record)
         facts = coverage_facts(context, "quantized", rounded.state.modules)
     return StageResult(model=context.model, seconds=time.perf_counter() - started, facts=facts)
@@ -102,6 +104,7 @@ def memory_in_whole(parameters: int) -> int:
 
 def wants_streaming(settings: QuantizeSettings, parameters: int) -> bool:
     """Whether a model with this many parameters is rounded layer by layer from its files, if the files allow it."""
+    # None where the system does not report it: then ``auto`` keeps the model whole
     room = available_bytes()
     too_large = room is not None and memory_in_whole(parameters) > room
     return settings.stream == "always" or (settings.stream == "auto" and too_large)
@@ -131,6 +134,7 @@ def stage_text(settings: QuantizeSettings, context: StageContext, model: "PreTra
     """
     assert settings.calibration_tokens is not None
     if context.run.data.packed:
+        # GPTQ would otherwise calibrate on hidden states that mix documents
         check_packing(model, f"{context.name}: the student")
     text = calibration_text(context.run.data.train, settings.calibration_tokens, context.run.seed)
     widths = {name: target.module.weight.shape[1] for name, target in targets(model, settings.scheme).items()}

@@ -24,6 +24,7 @@ def stage_record(context: StageContext, facts: dict[str, Any]) -> dict[str, Any]
         "kind": context.kind,
         "stage": context.name,
         "stage_key": context.key,
+        # empty facts are left out: an absent entry and an empty one mean the same to readers
         **{k: v for k, v in facts.items() if v},
     }
 

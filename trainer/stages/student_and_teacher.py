@@ -47,7 +47,9 @@ def open_student(settings: TrainingBlock, context: StageContext) -> OpenStudent:
         # meta device: the whole model never exists on one rank
         model, weights = empty_model(place, revision)
         return OpenStudent(model, weights, strategy)
+    # fp32 whatever the folder holds: these are the master weights that the optimizer moves
     model = load_model(place, dtype=torch.float32, revision=revision)
+    # by running the model: an empty one on the meta device cannot be tried
     check_head(model)
     check_causal(model, f"{context.name}: the student")
     if context.run.data.packed:
@@ -92,6 +94,7 @@ def stage_teacher_bytes(settings: TrainingBlock, context: StageContext, ranks: i
     if held is None:
         return 0
     path, revision = context.input, context.input_revision
+    # otherwise the stage's own input is its teacher, a second copy beside the student
     if held.whose == "recipe" and context.run.teacher is not None:
         path, revision = context.run.teacher.path, context.run.teacher.revision
     return teacher_bytes(teacher_size(meta_model(load_config(path, revision=revision))), held.load_in, held.placement, ranks)

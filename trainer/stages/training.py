@@ -121,6 +121,7 @@ def _held_out(context: TrainingContext, plan: TrainingPlan, teacher: Teacher | S
         total_steps=plan.total_steps,
         step_windows=plan.batch.global_windows,
         seq_length=text.seq_length,
+        # each rank computes the same plan from the same numbers, so all evaluate at the same steps
         available=len(text),
         ranks=current_world().size,
     )
