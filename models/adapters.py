@@ -29,8 +29,10 @@ def effective_head(head: Any) -> tuple[Tensor | None, Tensor | None]:
     Raises:
         UserError: the adapter has dropout, or a form of LoRA that is not a sum of matrices.
     """
+    # peft can train a whole copy of the head instead of an adapter; the copy is then what computes
     if isinstance(getattr(head, "modules_to_save", None), nn.ModuleDict):
         head = head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
+    # QAT: the rounded weight, through which gradients pass straight
     if hasattr(head, "quantized_weight"):
         return head.quantized_weight(), head.bias
     if not hasattr(head, "lora_A"):
@@ -38,9 +40,11 @@ def effective_head(head: Any) -> tuple[Tensor | None, Tensor | None]:
         return (weight if isinstance(weight, Tensor) else None), (bias if isinstance(bias, Tensor) else None)
     base = head.base_layer
     weight = base.weight
+    # a merged adapter is in the base's weight already
     if not (head.disable_adapters or head.merged):
         for name in head.active_adapters:
             if name in head.lora_A:
+                # [V, H], with a graph to the two small matrices of the adapter
                 weight = weight + _update(head, name).to(weight.dtype)
     return weight, base.bias
 
@@ -53,6 +57,7 @@ def _update(head: Any, name: str) -> Tensor:
         raise UserError(
             f"the adapter {name!r} of the output head is not plain LoRA (two matrices without bias); leave the head out of the adapter"
         )
+    # [V, r] @ [r, H]
     return head.scaling[name] * (head.lora_B[name].weight @ head.lora_A[name].weight)
 
 

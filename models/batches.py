@@ -37,6 +37,7 @@ def keeps_documents_apart(model: "PreTrainedModel") -> bool:
     backbone, weight, _ = backbone_and_head(model)
     if weight.is_meta:
         return True
+    # two documents of 3 and 4 tokens in one window; all ids differ, so a leak from the first changes the second
     ids = torch.arange(1, 8, device=weight.device).remainder(weight.shape[0])[None]
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]], device=weight.device)
     training = model.training
@@ -51,6 +52,7 @@ def keeps_documents_apart(model: "PreTrainedModel") -> bool:
         return False
     finally:
         model.train(training)
+    # packed and alone run in different shapes, so bf16 rounds differently; a leak is far larger
     tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2
     error = (packed[:, 3:].float() - alone.float()).abs().max().item()
     return error <= tolerance * max(1.0, alone.float().abs().max().item())

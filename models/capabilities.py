@@ -27,6 +27,7 @@ LEAST_COVERED = 0.95
 ACTIONS = ("measure", "distil", "bf16 teacher", "packing", "keep layers", "prune channels", "prune weights", "rtn", "gptq", "qat", "export")
 """measure = perplexity and KL, which every run ends with; distil = training of any kind; bf16 teacher = held in bf16 while it teaches;
 packing = several documents in one window; export = to any packed format."""
+# actions that work on the weights of linears, so that their share counts
 _WEIGHT_ACTIONS = ("prune weights", "rtn", "gptq", "qat")
 
 
@@ -93,6 +94,7 @@ def capabilities(model: "PreTrainedModel", measured: Mapping[str, str] | None = 
         reasons["keep layers"] = f"keeping layers knows the families {known}"
         reasons["prune channels"] = f"pruning channels knows the families {known}"
     if weights.share() < LEAST_COVERED:
+        # replaces the reasons above: in a family that is hardly covered this is the first problem
         reasons |= dict.fromkeys(_WEIGHT_ACTIONS, _uncovered(weights))
     if not decoder_layers(model):
         reasons.setdefault("gptq", "its decoder layers are not found")
@@ -102,6 +104,7 @@ def capabilities(model: "PreTrainedModel", measured: Mapping[str, str] | None = 
 def decoder_weights(model: "PreTrainedModel") -> DecoderWeights:
     """The weights of a plain model that stages reach, and those that they do not. Shared weights count once."""
     linears = decoder_linears(model)
+    # by identity: a shared weight is one tensor under several names
     reached = {id(linear.weight): name for name, linear in linears.items()}
     outer = {id(getattr(module, "weight", None)) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     seen: set[int] = set()
@@ -109,6 +112,7 @@ def decoder_weights(model: "PreTrainedModel") -> DecoderWeights:
     others: Counter[str] = Counter()
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False):
+            # vectors (norms, biases) are neither pruned nor rounded
             if id(parameter) in seen or parameter.ndim < 2 or id(parameter) in outer or isinstance(module, nn.Embedding):
                 continue
             seen.add(id(parameter))
@@ -173,6 +177,7 @@ def _without_head(model: "PreTrainedModel") -> str | None:
     try:
         backbone_and_head(model)
     except UserError as error:
+        # the first half of the message of backbone_and_head: the reason without the advice
         return str(error).partition(", which losses")[0]
     except Exception as error:  # transformers' own code, of any family
         return f"its backbone and head cannot be separated ({type(error).__name__})"
@@ -185,6 +190,7 @@ def measured_reasons(model_type: str) -> Mapping[str, str]:
     It is {} for families that were not run, or not with this version of transformers.
     """
     facts = _facts()
+    # another release may have changed the family's code, so its results no longer count; such models are checked when they are loaded
     return facts["reasons"].get(model_type, {}) if facts["transformers"] == _minor_version() else {}
 
 

@@ -11,6 +11,7 @@ from .families import backbone_and_head, text_config
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# enough for several tokens before the last, few enough to cost nothing
 _TOKENS = 12
 
 
@@ -23,6 +24,7 @@ def future_leak(model: "PreTrainedModel") -> float:
     backbone, weight, _ = backbone_and_head(model)
     if weight.is_meta:
         return 0.0
+    # two equal rows [2, 12]; the second gets another last token below
     ids = torch.arange(1, _TOKENS + 1, device=weight.device).remainder(weight.shape[0]).repeat(2, 1)
     # 0 occurs at no other position, as the ids begin with 1
     ids[1, -1] = 0
@@ -32,12 +34,14 @@ def future_leak(model: "PreTrainedModel") -> float:
         hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].float()
     finally:
         model.train(training)
+    # relative to the states, which differ by orders of magnitude between families; an absolute floor keeps tiny states from dividing noise
     return float((hidden[0] - hidden[1]).abs().max() / hidden.abs().max().clamp(min=1.0))
 
 
 def future_reason(model: "PreTrainedModel") -> str | None:
     """'it sees later tokens', with the setting that causes it; None for a causal model. Found by changing a later token."""
     tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 3e-2
+    # NaN compares false, so a model with NaN is not accused of this; other checks report it
     if not future_leak(model) > tolerance:
         return None
     why = future_setting(model.config)

@@ -39,6 +39,7 @@ def dimensions(model: "PreTrainedModel") -> Dimensions:
     text = text_config(model.config)
     embedding, head = _shape(model.get_input_embeddings()), _shape(model.get_output_embeddings())
     hidden = _number(text, "hidden_size", "d_model") or head[1] or embedding[1]
+    # for configs without any known field: the widest linear of a layer is its FFN
     sides = [side for linear in decoder_linears(model).values() for side in (linear.out_features, linear.in_features)]
     heads = _number(text, "num_attention_heads") or 0
     return Dimensions(
@@ -46,6 +47,7 @@ def dimensions(model: "PreTrainedModel") -> Dimensions:
         hidden=hidden,
         ffn=_number(text, "intermediate_size", "ffn_dim", "ffn_hidden_size") or max(sides, default=4 * hidden),
         heads=heads or 1,
+        # multi-query and grouped-query attention have fewer; without a field every query head has its own
         kv_heads=heads and (_number(text, "num_key_value_heads", "num_kv_heads") or heads),
         head_dim=_number(text, "head_dim") or hidden // (heads or 1),
         vocabulary=_number(text, "vocab_size") or head[0] or embedding[0],

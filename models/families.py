@@ -62,6 +62,7 @@ class Family:
 
     def renumbered(self, name: str, kept: Sequence[int]) -> str | None:
         """Name of a module or tensor in a student that has the layers ``kept`` of this model; None when its layer was dropped."""
+        # "model.layers.3.mlp.up_proj" -> layer 3 and the rest; names outside the layers stay
         match = re.fullmatch(re.escape(self.layers_path) + r"\.(\d+)\.(.+)", name)
         if match is None:
             return name
@@ -134,6 +135,7 @@ def layers_prefix(model: "PreTrainedModel") -> str:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
     # without lists inside other lists, such as the experts of a layer
     outer = {name: module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
+    # a vision tower or an encoder has a list too; the number of layers and then the size tell them apart
     fitting = {name: module for name, module in outer.items() if len(module) == count} or outer
     return max(fitting, key=lambda name: sum(p.numel() for p in fitting[name].parameters())) + "." if fitting else ""
 
@@ -180,6 +182,7 @@ def head_transform(config: "PreTrainedConfig") -> HeadTransform:
     """The transform of the logits after the head, for the model of ``config`` (from transformers' modelling code)."""
     text = text_config(config)
     kind: str = text.model_type
+    # each family has its own field, and some divide where others multiply
     scale = 1.0
     if kind.startswith("cohere"):
         scale = text.logit_scale
@@ -218,6 +221,7 @@ def check_head(model: "PreTrainedModel") -> None:
     # some models (Mamba) keep their hidden states in fp32 for every dtype of the weights, and cast them for the head
     logits = head_transform(model.config).apply(nn.functional.linear(hidden.to(weight.dtype), weight, bias).float())
     tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2
+    # some models cut padding rows off their own logits
     logits = logits[..., : expected.shape[-1]]
     # a token of probability 0 has -inf both ways, and the difference of infinities would be NaN
     error = torch.where(logits == expected, 0.0, logits - expected).abs().max().item()

@@ -46,6 +46,7 @@ def check_low_bit(key: str, device: Any = "cpu") -> None:
     functional = load_bitsandbytes(key).functional
     numbers = torch.linspace(-1, 1, 256, device=device)
     try:
+        # by trial: the import succeeds even where the library has no kernels for this device
         back = functional.dequantize_blockwise(*functional.quantize_blockwise(numbers))
     except Exception as error:
         raise _broken(key, error) from error

@@ -14,6 +14,7 @@ from .folder.meta import meta_model
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+# kinds of rotary positions without weights: they change no shape
 _POSITIONS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _BIASES = {"llama": "attention_bias", "qwen3": "attention_bias"}
 
@@ -44,6 +45,7 @@ class Outline(nn.Module):
         self.model.norm = _norm(width)
         self.lm_head = _linear(width, vocabulary)
         if given.tie_word_embeddings:
+            # one parameter in two places, so that it counts once
             self.lm_head.weight = self.model.embed_tokens.weight
         self.eval()
 
@@ -87,6 +89,7 @@ def _head_width(config: Any) -> int:
 def _layer(config: Any) -> nn.Module:
     """One decoder layer."""
     width, head = config.hidden_size, _head_width(config)
+    # grouped-query attention: keys and values have fewer heads than queries
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     everywhere = bool(getattr(config, _BIASES.get(config.model_type, ""), False))
     # Qwen2 has biases on q, k and v whatever its config holds

@@ -36,6 +36,7 @@ def position_limit(config: "PreTrainedConfig") -> int | None:
     if not isinstance(limit, int):
         return None
     model = outline_of(config)
+    # max_position_embeddings is there for rotary models too, so only a table of positions makes it a limit
     tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     tables = [name for name in tables if name.endswith(("wpe", "embed_positions", "position_embeddings", "embed_position"))]
     tables += [name for name, buffer in model.named_buffers() if name.endswith(("embed_positions", "pos_encoding")) and buffer.ndim > 1]

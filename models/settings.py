@@ -101,6 +101,7 @@ def _check_url(url: str, key_variable: str) -> None:
     """ValueError unless ``url`` is a plain address. A password or key in it is never shown: messages are printed and logged."""
     try:
         parts = urlsplit(url)
+        # port 0 and ports beyond 65,535 are no addresses; urlsplit raises for the latter
         known = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
     except ValueError:
         known, parts = False, urlsplit("")
@@ -136,6 +137,7 @@ class TeacherSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        # equal = both or neither
         if (self.path is None) == (self.scratch is None):
             raise ValueError("a teacher needs exactly one of 'path' (model folder or hub id) and 'scratch'")
         if self.served and self.scratch:

@@ -41,6 +41,7 @@ def kept_layers(total: int, keep: int) -> list[int]:
         )
     if total == 1:
         return [0]
+    # Fraction: linspace in floating point could round a half either way
     return [round(Fraction(index * (total - 1), keep - 1)) for index in range(keep)]
 
 
@@ -63,6 +64,7 @@ def student_by_keeping(teacher_model: "PreTrainedModel", layers: int) -> tuple["
 
     config, kept = kept_config(teacher_model.config, layers)
     device = teacher_model.device
+    # every weight is copied from the teacher below, so drawing random ones would only take time
     with torch.device(device), no_init_weights():
         student: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     student.tie_weights()  # part of the initialisation that was left out
@@ -90,6 +92,7 @@ def _shallow_config(source: "PreTrainedConfig", family: Family, kept: list[int])
     if getattr(config, "is_heterogeneous", False):
         raise UserError("the teacher's config has per_layer_config (layers of different shapes); student.keep needs equal layers")
     if getattr(config, "layer_types", None):
+        # full and sliding attention alternate: each kept layer keeps its kind
         config.layer_types = [config.layer_types[index] for index in kept]
     if getattr(config, "max_window_layers", None) is not None:
         # layers from this index on use the sliding window, those below it attend to all tokens
@@ -141,6 +144,7 @@ def _checked_fields(config: dict[str, Any], v_eff: int) -> dict[str, Any]:
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"student.config.model_type={kind!r} is no causal language model of transformers; use llama, qwen2, qwen3, ...")
     config_class: Any = CONFIG_MAPPING[kind]
+    # attribute_map has further names of the same fields, such as hidden_size for GPT-2's n_embd
     known = {*config_class().to_dict(), *config_class.attribute_map, *_FOREIGN_FIELDS}
     for name in config:
         if name not in known:
@@ -173,6 +177,7 @@ def trim_vocabulary(model: "PreTrainedModel", v_eff: int) -> int:
     tied = head.weight is embedding.weight
     embedding.weight = _first_rows(embedding.weight, v_eff)
     embedding.num_embeddings = v_eff
+    # only a hint for gradients; torch refuses an index beyond the table
     if embedding.padding_idx is not None and embedding.padding_idx >= v_eff:
         embedding.padding_idx = None
     head.weight = embedding.weight if tied else _first_rows(head.weight, v_eff)

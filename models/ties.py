@@ -21,6 +21,7 @@ def settle_ties(path: str | Path, model: "PreTrainedModel") -> None:
     text: Any = model.config.get_text_config()
     if one is None or two is None or (one is two) == bool(getattr(text, "tie_word_embeddings", False)):
         return
+    # tied weights in an untied config need no warning: nothing is lost
     if one is not two:
         _logger.warning(
             "%s has tie_word_embeddings: true, but also a head with values of its own; that head is kept, and models saved from here have "

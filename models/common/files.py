@@ -58,6 +58,7 @@ def storage_error(error: BaseException, path: Path, doing: str) -> UserError | N
 
 
 def _temporary(target: Path) -> Path:
+    # hidden, in the target's own folder (a rename must not cross file systems), and unique per process and call
     return target.parent / f".{target.name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
 
 
@@ -81,6 +82,7 @@ def _fsync_folder(path: Path) -> None:
 
 
 def _fsync_tree(root: Path) -> None:
+    # files before their folder: a synced entry must not point to content that a power failure could lose
     for folder, _, names in os.walk(root, topdown=False):
         for name in names:
             file = Path(folder, name)
@@ -167,6 +169,7 @@ def write_text_atomic(path: Path, text: str) -> None:
             handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())
+        # replaces atomically: readers see the old file or the new one, never a part
         temporary.replace(path)
         _fsync_folder(path.parent)
 
@@ -187,6 +190,7 @@ def write_json_atomic(path: Path, obj: Any) -> None:
 
 def append_line(path: Path, obj: Any) -> None:
     """Appends ``obj`` as one JSON line; NaN and infinities become null. An incomplete last line (after a kill) is ended first."""
+    # bytes, because the last byte of the file is looked at below
     line = json.dumps(finite(obj), ensure_ascii=False, allow_nan=False).encode() + b"\n"
     try:
         with Path(path).open("ab+") as handle:
@@ -194,6 +198,7 @@ def append_line(path: Path, obj: Any) -> None:
                 handle.seek(-1, os.SEEK_END)
                 if handle.read(1) != b"\n":
                     line = b"\n" + line
+            # in append mode, so the position does not matter and two writers do not overwrite each other
             handle.write(line)
     except OSError as error:
         raise (storage_error(error, Path(path), "append to") or error) from error
@@ -213,9 +218,11 @@ def sha256_json(obj: Any) -> str:
 
 def _alive(pid: int) -> bool:
     try:
+        # signal 0 checks for the process and sends nothing
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
+    # a process of another user, or a number that is none: in doubt it lives, and its files stay
     except (PermissionError, OverflowError):
         return True
     return True
@@ -233,6 +240,7 @@ def clean_leftovers(parent: Path) -> list[Path]:
     for path in sorted(Path(parent).iterdir()):
         if (match := ours.fullmatch(path.name)) and path.name not in _active:
             pid = int(match.group(1))
+            # our own number, but not in ``_active``: left by a dead process that had the same number
             if pid == os.getpid() or not _alive(pid):
                 _remove(path)
                 removed.append(path)
@@ -253,6 +261,7 @@ def check_writable_folder(path: Path, what: str) -> None:
                 handle.write(bytes(4096))
                 handle.flush()
                 os.fsync(handle.fileno())
+            # inside the block, which would not remove it: it cleans up only after an exception
             temporary.unlink()
     except (UserError, OSError) as error:
         raise UserError(f"{what} cannot be written: {error}") from error

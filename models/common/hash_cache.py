@@ -27,6 +27,7 @@ def cached_sha256(path: Path) -> str:
         OSError: the file cannot be read. A cache that cannot be read or written is ignored.
     """
     with Path(path).open("rb") as handle:
+        # of the open file, not of the name: a rename in between cannot mix two files
         before = os.fstat(handle.fileno())
         if before.st_size < SMALL:
             return hashlib.file_digest(handle, "sha256").hexdigest()
@@ -39,6 +40,7 @@ def cached_sha256(path: Path) -> str:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
         after = os.fstat(handle.fileno())
     changed = max(before.st_mtime_ns, before.st_ctime_ns)
+    # a file written within the last two seconds could change again without a new time stamp
     if _identity(after) == _identity(before) and started - changed > SETTLED_SECONDS * 1e9:
         _write(entry, before, digest)
     return digest
@@ -49,6 +51,7 @@ def _identity(stat: os.stat_result) -> str:
 
 
 def _line(stat: os.stat_result, digest: str) -> str:
+    # the checksum guards against a torn or damaged entry, which would vouch for a file that nobody has hashed
     text = f"{_identity(stat)} {digest}"
     return f"{text} {hashlib.sha256(text.encode()).hexdigest()[:16]}\n"
 
@@ -70,4 +73,5 @@ def _write(entry: Path, stat: os.stat_result, digest: str) -> None:
             temporary.write_text(_line(stat, digest), encoding="ascii")
             temporary.replace(entry)
         finally:
+            # gone already after a successful replace
             temporary.unlink(missing_ok=True)

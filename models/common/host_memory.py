@@ -14,6 +14,7 @@ def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgr
 
     File caches count as free memory. None if the system does not report it (all but Linux).
     """
+    # MemAvailable and not MemFree: the kernel's own estimate contains caches that it would give up
     rooms = [_number(proc / "meminfo", "MemAvailable:", 1024)]
     rooms += [_room(*(groups / name for name in names)) for names in _GROUPS]
     return min((room for room in rooms if room is not None), default=None)

@@ -11,6 +11,7 @@ def what_instead(folder: Path) -> str:
     """Advice on what to give instead of a folder that is not a model folder, from its content."""
     checkpoints = [found.parent for found in folder.glob("checkpoint-*/config.json")]
     if checkpoints:
+        # by length first: checkpoint-900 comes before checkpoint-1000
         newest = max(checkpoints, key=lambda one: (len(one.name), one.name))
         return f"give one of the checkpoints in it, such as {newest}"
     made = [found.parent for found in (*folder.glob("model/config.json"), *folder.glob("[0-9][0-9]-*/model/config.json"))]

@@ -21,6 +21,7 @@ from .errors import UserError
 from .files import storage_error
 
 POLL_SECONDS = 0.2
+# file systems report a taken lock, and the absence of locks, in different ways
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 _all: "weakref.WeakSet[Lock]" = weakref.WeakSet()
@@ -45,6 +46,7 @@ class Lock:
         while self._handle is None:
             try:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
+                # not truncated here: until the lock is held, the content is another process's
                 handle = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             except OSError as error:
                 raise (storage_error(error, self.file, "lock") or error) from error
@@ -121,6 +123,7 @@ def _in_child() -> None:
         lock._forget()
 
 
+# flock belongs to the open file, which a fork shares: closing the child's copy leaves the parent's lock
 os.register_at_fork(after_in_child=_in_child)
 
 
@@ -166,6 +169,7 @@ def waiting_for(file: Path, doing: str, say: Callable[[str], None]) -> Iterator[
         time.sleep(POLL_SECONDS)
     if not lock.lockable:
         say(no_locks(file))
+    # acquired above; the block only releases it
     with lock:
         yield
 

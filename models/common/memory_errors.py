@@ -4,6 +4,7 @@ import errno
 import re
 from typing import Literal
 
+# phrases of torch, CUDA libraries and the C++ runtime
 _SAYINGS = re.compile(
     r"can(?:'t|not) allocate memory|not enough memory|out of memory|std::bad_alloc|CUBLAS_STATUS_ALLOC_FAILED|unable to mmap",
     re.IGNORECASE,

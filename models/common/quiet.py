@@ -9,6 +9,7 @@ def quiet_transformers() -> Iterator[None]:
     """Inside the block transformers logs only errors and shows no bars; afterwards the user's settings are restored."""
     from transformers.utils import logging
 
+    # process-wide settings, so they are restored also after an error
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -12,6 +12,7 @@ SEAL = "self_sha256"
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """``content`` as it is after writing and reading JSON (NaN and infinities become null), with its hash as the last key."""
+    # through JSON, so that the hash is of what a reader gets back: tuples become lists, keys become strings
     own = json.loads(json.dumps(finite({key: value for key, value in content.items() if key != SEAL}), allow_nan=False))
     return {**own, SEAL: sha256_json(own)}
 

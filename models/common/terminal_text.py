@@ -2,6 +2,7 @@
 
 import re
 
+# control characters without \t and \n; marks that reorder text; line separators that some terminals obey; surrogates; the byte-order mark
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 _PASSWORD = re.compile(r"(?<=://)[^/\s@]+@")
 

@@ -39,6 +39,7 @@ def check_model_folder(folder: Path) -> list[Path]:
     tensors = tensor_places(files)
     # before anything builds the model: a wrong depth would take hours
     check_depth(config, len(tensors), folder / "config.json")
+    # last: it may hash every byte, which the cheaper checks above can make unnecessary
     check_record(folder)
     return files
 

@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 # Contains long runs: a pre-tokenizer pattern that backtracks exponentially does not finish on them.
 _TRIAL = "Hello, world! 123 " + "a" * 100 + " " * 100 + "é"
-_PIECE = 2**22
+_PIECE = 2**22  # elements per check
 
 
 def load_model(
@@ -52,7 +52,9 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     folder = find_model_folder(path, revision, trust_remote_code, weights=True)
+    # before transformers touches the folder: what it would follow, run or guess is refused here
     files = check_model_folder(folder)
+    # these checks build the config and an empty model, which is not done with code from a repository
     if not trust_remote_code:
         config = load_config(folder)
         check_text_model(path, config)

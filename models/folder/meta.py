@@ -21,6 +21,7 @@ def meta_model(config: "PreTrainedConfig") -> "PreTrainedModel":
 
     check_text_model(config.name_or_path or "the model", config)
     try:
+        # every tensor that is made in this block has a shape and no storage
         with quiet_transformers(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:

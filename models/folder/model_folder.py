@@ -63,12 +63,14 @@ def save_model_folder(
         NonFiniteError: a weight is NaN or infinite; nothing is written.
     """
     path = Path(path)
+    # before the folder is made: a NaN or a wrong name fails without touching the disk
     weights = _weights(model, state_dict, dtype)
     with atomic_directory(path) as folder:
         _write_model(folder, model, weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
             mend_tokenizer_config(folder / "tokenizer_config.json")
+        # after both save_pretrained calls, which may add code
         _strip_code(folder)
         if tokenizer is not None:
             _check_tokenizer(folder, path, tokenizer)
@@ -105,6 +107,7 @@ def _weights(model: "PreTrainedModel", given: "Mapping[str, Tensor] | None", dty
     tied = {name: source for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items() if source in weights}
     for name, source in tied.items():
         other = weights.pop(name, None)
+        # one of the two would be lost without a word
         if other is not None and not torch.equal(other, weights[source]):
             raise DecoctError(f"{name} and {source} are tied in the config but differ; set tie_word_embeddings to false before saving")
     if wrong := (own.keys() - tied.keys()) ^ weights.keys():
@@ -117,6 +120,7 @@ def _weights(model: "PreTrainedModel", given: "Mapping[str, Tensor] | None", dty
             weights[name] = tensor = tensor.clone()
         seen.add(tensor.data_ptr())
         if dtype is not None and name in parameters and tensor.is_floating_point():
+            # a copy in the new dtype; the model keeps its own
             weights[name] = tensor = tensor.to(dtype)
         if name in parameters and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise NonFiniteError(f"weight {name} holds NaN or infinite numbers (as {tensor.dtype}); the model is not saved")
@@ -174,6 +178,7 @@ def _savable(generation: "GenerationConfig | None") -> "GenerationConfig | None"
             generation.validate(strict=True)
     except ValueError:
         generation = copy.deepcopy(generation)
+        # a copy: the live settings stay as the user set them
         for dial in _SAMPLING_DIALS if not generation.do_sample else ():
             setattr(generation, dial, None)
     return generation

@@ -15,6 +15,7 @@ from typing import Any
 from ..common.quiet import quiet_transformers
 
 _logger = logging.getLogger(__name__)
+# entries of rope_parameters that have a field of their own in version 4, or are written separately below
 _OWN = ("rope_theta", "partial_rotary_factor", "rope_type", "type")
 _LOCAL_FREQUENCY = ("gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 _NEOX = ("gpt_neox", "gpt_neox_japanese")
@@ -44,6 +45,7 @@ def older_fields(config: dict[str, Any]) -> dict[str, Any]:
         return fields | {"global_rope_theta": whole.get("rope_theta"), "local_rope_theta": local.get("rope_theta")}
     if kind in _LOCAL_FREQUENCY:
         return fields | _of_one(whole, config, kind) | {"rope_local_base_freq": local.get("rope_theta")}
+    # both kinds of layers agree, so one value serves version 4 too
     if whole.get("rope_theta") == local.get("rope_theta") is not None:
         return fields | _of_one(whole, config, kind)
     return fields  # transformers 4 has no model type that can express this
@@ -66,6 +68,7 @@ def _scaling(rope: dict[str, Any], kind: str) -> dict[str, Any] | None:
     if kind.startswith("phi3") and name == "longrope":
         # its class takes exactly these three; the length before scaling is a field of the config
         return {"type": name, "short_factor": rope.get("short_factor"), "long_factor": rope.get("long_factor")}
+    # both spellings: releases of version 4 and servers read one or the other
     return {"rope_type": name, "type": name, **{key: value for key, value in rope.items() if key not in _OWN}}
 
 

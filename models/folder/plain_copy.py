@@ -55,6 +55,7 @@ def make_plain(source: str, target: Path, *, revision: str | None = None) -> str
         else:
             raise UserError(f"{source} is a plain text model already (model type {config.model_type!r}); use it as it is")
         tokenizer = folder
+    # of an earlier copy that was killed: it may have the size of a model
     clean_leftovers(target.parent)
     save_model_folder(
         target, model, load_tokenizer(tokenizer), {"kind": "plain", "base_model": Path(source).name, "plain": what}, dtype=None
@@ -85,6 +86,7 @@ def _merged(folder: Path) -> "tuple[PreTrainedModel, Path | str]":
     stored = load_config(base).dtype  # raises a clear UserError when the base model cannot be found
     # add in fp32 and round once: a sum in bf16 would round twice
     adapted = _quietly(str(folder), lambda: AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32))
+    # safe_merge refuses a merge that gives NaN
     merged = _quietly(str(folder), lambda: adapted.merge_and_unload(safe_merge=True))
     own = any(folder.glob("tokenizer*"))
     return merged.to(stored or torch.bfloat16).eval(), folder if own else base
@@ -114,6 +116,7 @@ def _unpacked(source: str, folder: Path, packed: dict[str, Any]) -> "tuple[str, 
     # bitsandbytes has no option to unpack while loading
     if method == "bitsandbytes":
         model = _quietly(source, lambda: model.dequantize(dtype=torch.bfloat16))
+    # some loaders leave single layers packed without an error
     left = [name for name, parameter in model.named_parameters() if parameter.dtype not in (torch.bfloat16, torch.float16, torch.float32)]
     if left:
         raise UserError(f"{source} cannot be made a plain model: {left[0]} stays packed ({method}); give the model it was made from")
@@ -122,6 +125,7 @@ def _unpacked(source: str, folder: Path, packed: dict[str, Any]) -> "tuple[str, 
     del config.quantization_config
     with quiet_transformers():
         plain: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    # strict: a name that is left over or missing raises
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
     return f"weights of {method} unpacked to bf16", plain.eval()

@@ -25,6 +25,7 @@ CONTENT = (
 )  # fmt: skip
 """Files that determine the numbers of a model; README, decoct.json and generation settings do not."""
 _WEIGHTS = (".safetensors", ".gguf")
+# a record may have been edited: whatever reads these entries relies on their types
 _TYPES: dict[str, tuple[type, ...]] = {
     "files": (dict,), "sizes": (dict,), "quant": (dict, type(None)), "export": (dict,), "training": (dict,),
     "metrics": (dict, type(None)), "kept": (dict,), "base_model": (str, type(None)), "run": (str, type(None)), "kind": (str,),
@@ -68,6 +69,7 @@ def _is_well_formed(record: Mapping[str, Any]) -> bool:
 
 def write_record(folder: Path, content: Mapping[str, Any]) -> None:
     """Write decoct.json: ``content``, the format, size and sha256 of every other file in the folder, and a hash of the record itself."""
+    # sorted, so that the same folder gives the same record on every file system
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / RECORD]
     names = {file.relative_to(folder).as_posix(): file for file in files}
     # the content may come from another folder's record, whose hashes do not apply here
@@ -94,6 +96,7 @@ def check_record(folder: Path, *, weights: bool = True) -> None:
     Raises:
         UserError: the record is damaged, or a file is missing or has changed.
     """
+    # one hashing process per machine; the others would read the same bytes from the same disk at the same time
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
     record = read_record(folder)
@@ -125,6 +128,7 @@ def verify_folder_files(path: Path) -> list[str]:
     if not files:
         return [f"{path / RECORD} is missing or lists no files, so nothing can be compared"]
     problems = [problem for name in files if (problem := _problem(path, name, record, sha256_file)) is not None]
+    # a new file that determines numbers is a change too, though every listed file is unchanged
     unlisted = {file.relative_to(path).as_posix() for pattern in CONTENT for file in path.glob(pattern)} - files.keys()
     return problems + [f"{name} was added after the folder was written{_yours(path, name)}" for name in sorted(unlisted)]
 

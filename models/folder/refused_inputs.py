@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 ADAPTER = "adapter_config.json"
 # Values of quant_method that transformers can unpack to 16 bits, and therefore 'decoct plain' too.
 UNPACKED = ("fp8", "bitsandbytes", "mxfp4", "compressed-tensors")
+# parts of the names of sub-configs that are not text
 _OTHER_SENSES = ("vision", "audio", "image", "speech", "vq")
 
 

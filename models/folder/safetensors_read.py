@@ -16,6 +16,7 @@ from typing import Any
 
 from ..common.errors import UserError
 
+# a model of a thousand layers needs a few; the library's own limit is 100 MB
 MAX_HEADER_BYTES = 16_000_000
 MAX_DIMENSIONS = 64
 DTYPE_BITS = {
@@ -57,6 +58,7 @@ def read_header(path: Path) -> Header:
     try:
         with path.open("rb") as handle:
             size = os.fstat(handle.fileno()).st_size
+            # the file: 8 bytes with the header's length, the header (JSON), the data
             length = int.from_bytes(handle.read(8), "little")
             if size < 8:
                 raise UserError(f"{path}: {size} bytes are too few for a safetensors file; {_REMEDY}")
@@ -79,6 +81,7 @@ def read_header(path: Path) -> Header:
 def _parse(raw: bytes, data_bytes: int) -> Header:
     if not raw.startswith(b"{"):
         raise ValueError("the header is not a JSON object")
+    # Python's reader accepts duplicate keys, NaN and Infinity unless these two hooks refuse them
     fields = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     metadata = fields.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata

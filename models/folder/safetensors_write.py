@@ -35,6 +35,7 @@ def write_safetensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Map
 
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
     places = {dtype: place for place, dtype in enumerate(_NAMES)}
+    # by dtype, then by name, as the library does
     ordered = sorted(tensors.items(), key=lambda item: (places[dtypes[item[0]]], item[0]))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -45,6 +46,7 @@ def write_safetensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Map
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     # data begins at a multiple of 8 bytes, so that readers can map tensors
     text += b" " * (-len(text) % 8)
+    # x: an existing file is never overwritten
     with Path(path).open("xb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Constants that old checkpoints store and transformers computes: masks, frequencies, counters.
 _CONSTANTS = re.compile(r"(^|\.)(inv_freq|(attn|attention|crossattention)\.(masked_)?bias|position_ids|(en|de)coder\.version)$")
+# up to and including the first number: "model.layers.61" of "model.layers.61.mlp.gate.weight"
 _NUMBERED = re.compile(r"[^.]+(\.\D[^.]*)*\.\d+(?=\.)")
 
 
@@ -58,7 +59,9 @@ def module_names(model: "PreTrainedModel", files: Iterable[str]) -> dict[str, st
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
     found: dict[str, str | None] = {}
     for name in names:
+        # a pattern means that a converter splits or joins this tensor
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        # a rule for old names may match a name that is already right
         if renamed not in own and name in own:
             renamed, pattern = name, None
         found[name] = renamed if pattern is None else None

@@ -161,6 +161,7 @@ def stored_name(places: list[Place], files: WeightFiles) -> str:
 def register(places: list[Place], tensor: Tensor) -> None:
     """Set ``tensor`` as the parameter in all its places; it is trainable if the former one was."""
     before = getattr(places[0][0], places[0][1])
+    # one object for all places: separate ones would untie the weights
     parameter = nn.Parameter(tensor, requires_grad=before.requires_grad)
     for module, key, _ in places:
         module.register_parameter(key, parameter)
@@ -181,6 +182,7 @@ def materialize_buffers(model: nn.Module, device: torch.device | str) -> None:
             raise UserError(f"{type(model).__name__} computes the buffer {prefix}.{empty[0]} only while it is loaded whole; use load_model")
         if empty:
             fresh = _computed_buffers(module)
+            # assigned directly: register_buffer would make a buffer persistent that is not
             for key in empty:
                 module._buffers[key] = fresh[key]
         for key, buffer in list(module.named_buffers(recurse=False)):
@@ -213,6 +215,7 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
                 model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         except Exception as error:
             raise UserError(f"{folder / 'generation_config.json'} cannot be read: {error}; mend or remove it") from error
+    # also parameters that the config builds in another dtype
     return model.to(dtype).eval()
 
 
@@ -229,6 +232,7 @@ def _missing(model: "PreTrainedModel", files: WeightFiles) -> list[str]:
 
 
 def _fits(model: "PreTrainedModel", files: WeightFiles) -> bool:
+    # such models load with mixed dtypes, which filling in one dtype would change
     plain = not any(getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
     buffers = (module for module in model.modules() if any(True for _ in module.named_buffers(recurse=False)))
     return (

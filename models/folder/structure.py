@@ -88,6 +88,7 @@ def model_structure(folder: Path, found: Mapping[str, tuple[int, ...]] | None = 
         # the first name counts as the stored one, every further name as tied to it
         if first.setdefault(id(parameter), name) != name:
             tied.add(names.get(name, name))
+    # modules are renamed together with their weight
     stored = {name: names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name, _ in model.named_modules()}
 
     def name_of(module: object) -> str:

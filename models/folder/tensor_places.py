@@ -54,6 +54,7 @@ def safetensors_files(folder: Path) -> list[Path]:
     """
     config = folder / "config.json"
     named = read_json(config).get("transformers_weights") if config.is_file() else None
+    # names of PyTorch's distributed checkpoints, whose files hold parts of tensors
     if any(folder.glob("shard-*-model-*.safetensors")):
         raise UserError(f"{folder} is a distributed training checkpoint; save the model as plain safetensors first (save_pretrained)")
     if named is not None:
@@ -84,6 +85,7 @@ def _indexed(index: Path) -> list[Path]:
     for file, tensors in shards.items():
         if absent := sorted(tensors - read_header(file).tensors.keys()):
             raise UserError(f"{index} places tensor {absent[0]!r} in {file.name}, which does not hold it; fetch or export the model again")
+    # in the order of names, so that tensors come in the same order on every machine
     return sorted(shards)
 
 

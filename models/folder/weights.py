@@ -30,6 +30,7 @@ class WeightFiles:
 
         self.folder = Path(folder)
         self._places = checked_places(self.folder)
+        # mapped, not read: pages come from disk when a tensor is used, and the kernel may drop them again
         self._open: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in {place.file for place in self._places.values()}}
         self._stored = {name: name for name in self._places}
 
@@ -39,6 +40,7 @@ class WeightFiles:
 
     def call(self, names: Mapping[str, str | None]) -> None:
         """Rename tensors: name in the file -> new name. A tensor keeps its name in the file if the new one is None or taken."""
+        # new name -> name in the file
         called: dict[str, str] = {}
         for stored in self._places:
             # None or an empty name: keep the one in the file

@@ -18,8 +18,8 @@ from ..common.errors import NonFiniteError
 
 _LEAST_KEPT = 0.05
 """Least share kept of each matrix with ``global`` scope (or ``keep``, if that is less): a layer without weights would cut the network."""
-_LOW_BITS = 16
-_MISSING = -1
+_LOW_BITS = 16  # fp32 magnitudes have 31 bits: 15 upper and 16 lower
+_MISSING = -1  # sorts below every magnitude
 
 
 def cubic_keep(step: int, total: int, keep: float, heal: float, update_every: int) -> float:
@@ -91,6 +91,7 @@ def stream_masks(
             yield name, _largest([score], _count(keep, score.numel()))[0].view(weight.shape)
         return
 
+    # global scope: count the patterns of all matrices, find the threshold, then make one mask after the other
     shapes: dict[str, torch.Size] = {}
 
     def patterns() -> Iterator[Tensor]:
@@ -136,8 +137,10 @@ def _normalised(score: Tensor, keep: float) -> Tensor:
     """Scores divided by the matrix's mean magnitude; the least share that is kept of the matrix gets infinite scores."""
     present = score.clamp(min=0)
     mean = present.mean(dtype=torch.float64).float().clamp(min=torch.finfo(torch.float32).tiny)
+    # the largest 5 % of each matrix (or ``keep``, if that is less), which no threshold can remove
     protected = _largest([score], _count(min(_LEAST_KEPT, keep), score.numel()))[0]
     relative = torch.where(score < 0, score, (score / mean).clamp(max=torch.finfo(torch.float32).max))
+    # infinity sorts above all finite scores, and its bit pattern too
     return torch.where(protected, torch.inf, relative)
 
 
@@ -163,6 +166,7 @@ def _above(pattern: Tensor, cut: tuple[int, int] | None) -> tuple[Tensor, tuple[
         return torch.zeros_like(pattern, dtype=torch.bool), None
     threshold, ties = cut
     mask = pattern > threshold
+    # the first in the order of matrices and elements: the same choice on every machine
     equal = (pattern == threshold).nonzero().squeeze(1)[:ties]
     mask[equal] = True
     return mask, (threshold, ties - equal.numel())
@@ -186,7 +190,9 @@ def _bucket(values: Iterable[Tensor], buckets: int, count: int) -> tuple[int, in
     """(b, above): the bucket of the ``count``-th largest value, and the number of values in higher buckets."""
     histogram = torch.zeros(buckets, dtype=torch.int64)
     for value in values:
+        # on the host: counting is exact in int64, and sums over matrices on several devices meet here
         histogram += torch.bincount(value, minlength=buckets).cpu()
+    # [buckets]: how many values are in this bucket and all higher ones, from the highest on
     from_top = histogram.flip(0).cumsum(0)
     position = int(torch.searchsorted(from_top, count))
     bucket = buckets - 1 - position

@@ -42,9 +42,11 @@ def ffn_channel_scores(model: "PreTrainedModel", batches: Iterable[Mapping[str, 
     """
     family = family_of(model)
     downs = [family.linear(layer, family.ffn_out) for layer in family.layers(model)]
+    # [channels] per layer
     sums = [torch.zeros(down.in_features, dtype=torch.float64, device=down.weight.device) for down in downs]
     # a box that the hooks read: the mask of the current batch
     keep_rows: list[Tensor] = [torch.empty(0)]
+    # the input of the down projection is the activation of the channels, after gate and up projection
     handles = [down.register_forward_pre_hook(_adder(total, keep_rows)) for down, total in zip(downs, sums)]
     training = model.training
     model.eval()
@@ -70,12 +72,14 @@ def _adder(total: Tensor, keep_rows: list[Tensor]) -> Callable[[nn.Module, tuple
     """Pre-hook of a down projection that adds |a| of the unmasked tokens to ``total`` [channels]."""
 
     def add(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        # [B, S, channels] with a mask [B, S] -> [real tokens, channels] -> [channels]
         total.add_(inputs[0][keep_rows[0]].abs().sum(0, dtype=torch.float64))
 
     return add
 
 
 def _score(index: int, down: Tensor, mean_activation: Tensor) -> Tensor:
+    # the norm of column c: how far one unit of channel c moves the layer's output
     score = (down.double().norm(dim=0) * mean_activation).float().cpu()
     if not bool(torch.isfinite(score).all()):
         raise NonFiniteError(f"FFN channel scores of layer {index} are not finite: the model's weights or activations overflow")
@@ -119,6 +123,7 @@ def prune_ffn(model: "PreTrainedModel", scores: Sequence[Tensor], keep: int) -> 
         chosen = torch.sort(score, descending=True, stable=True).indices[:keep].sort().values
         _slice_ffn(family, layer, chosen)
         kept[f"{family.layers_path}.{index}.{family.ffn}"] = chosen.tolist()
+    # last, when all layers have the same number again
     setattr(model.config, family.ffn_field, keep)
     return kept
 
@@ -141,6 +146,7 @@ def _slice_ffn(family: Family, layer: nn.Module, chosen: Tensor) -> None:
 
 
 def _selected(parameter: Tensor, dim: int, chosen: Tensor) -> nn.Parameter:
+    # a copy, so the large matrix can be freed
     return nn.Parameter(parameter.index_select(dim, chosen.to(parameter.device)), requires_grad=parameter.requires_grad)
 
 

@@ -44,6 +44,7 @@ def check_sparse(names: Iterable[str], model: "PreTrainedModel") -> None:
 
 def joined(carried: Sequence[str], new: Sequence[str]) -> list[str]:
     """The record of a model that was sparse in ``carried`` and is now sparse in ``new`` too."""
+    # without duplicates, the newest stage first
     return [*new, *(name for name in carried if name not in new)]
 
 

@@ -44,6 +44,7 @@ class AdapterBaseTeacher:
     @torch.no_grad()
     def hidden_and_head(self, batch: Mapping[str, Tensor]) -> Hidden:
         """Last hidden states and head without the adapter, outside autograd and autocast; see ``LocalTeacher.hidden_and_head``."""
+        # module by module: parts of the student may be frozen in eval mode
         with EveryModuleInEval(self._student), self._student.disable_adapter():
             backbone, weight, bias = backbone_and_head(self._student)
             with torch.autocast(weight.device.type, enabled=False):

@@ -66,6 +66,7 @@ class LocalTeacher:
         check_head_rows(model, v_eff)
         check_head(model)
         check_causal(model, f"the teacher {name}" if name else "the teacher")
+        # eval: dropout would make its targets random
         self._model = model.eval().requires_grad_(False)
         self._v_eff = v_eff
         self._name = name or model.config.name_or_path or model.config.model_type
@@ -142,6 +143,7 @@ class PinnedTeacher(LocalTeacher):
 
 def _count(model: "PreTrainedModel") -> int:
     """Number of weights: the two nf4 weights in one stored element count as two, tied parameters count once."""
+    # quant_state has the shape from before the packing
     shapes = (getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape) for parameter in model.parameters())
     return sum(math.prod(shape) for shape in shapes)
 

@@ -60,7 +60,9 @@ class Offloading:
 
     def __init__(self, layers: list[nn.Module], device: torch.device) -> None:
         self._device = device
+        # a stream of its own: copies run beside the computation on the current one
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # the same Parameter objects throughout; only their data changes, so names and hooks stay valid
         self._parameters = [list(layer.parameters()) for layer in layers]
         self._host: list[list[Tensor]] = []
         self._coming: dict[int, tuple[list[Tensor], torch.cuda.Event | None]] = {}
@@ -72,10 +74,12 @@ class Offloading:
             layer.register_forward_hook(lambda *_, index=index: self._leave(index), always_call=True)
 
     def _pin(self, weight: Tensor) -> Tensor:
+        # only pinned memory can be copied without blocking the host
         return weight.pin_memory() if self._stream is not None else weight
 
     def _enter(self, index: int) -> None:
         """Gives layer ``index`` its weights, and starts the copy of the next layer's."""
+        # on its way since the layer before began; the first layer of a pass is fetched now
         weights, arrived = self._coming.pop(index, None) or self._send(index)
         if arrived is not None:
             here = torch.cuda.current_stream(self._device)
@@ -95,6 +99,7 @@ class Offloading:
 
     def _send(self, index: int) -> tuple[list[Tensor], Any]:
         if self._stream is None:
+            # copy=True: on the CPU ``to`` would return the host's tensor itself, and a test of dropping would prove nothing
             return [weight.to(self._device, copy=True) for weight in self._host[index]], None
         with torch.cuda.stream(self._stream):
             weights = [weight.to(self._device, non_blocking=True) for weight in self._host[index]]

@@ -90,6 +90,7 @@ def open_teacher(
     model, held = _model(path, load_in, placement, device, revision)
     if load_in in _DTYPES and placement == "replicated":
         return LocalTeacher(model, v_eff=v_eff, name=name, held=held)
+    # quantized, sharded and offloaded weights are bound to their device
     return PinnedTeacher(model, v_eff=v_eff, name=name, held=held)
 
 

@@ -50,6 +50,7 @@ def quantized_model(
         if not linears:
             raise UserError(f"{key}: {path} has no linear layers in its decoder to quantize; use load_in: bf16")
         for name, linear in linears.items():
+            # one linear at a time: bf16 from the file, quantized at once, then freed
             weight = linear.weight if files is None else files.read_as(f"{name}.weight", torch.bfloat16)
             _replace(model, name, _rounded(key, name, linear, weight.detach(), kind, device))
         if files is not None:
@@ -75,6 +76,7 @@ def _rounded(key: str, name: str, linear: nn.Linear, weight: Tensor, kind: Round
             ).to(device)
         else:
             module = modules.Linear8bitLt(*shape, bias=False, has_fp16_weights=False, threshold=OUTLIER, device="meta")
+            # from the CPU: bitsandbytes quantizes when the parameter moves to its device
             module.weight = modules.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise UserError(f"{key}: {name} {tuple(weight.shape)} cannot be quantized on {device} ({error}); use load_in: bf16") from error

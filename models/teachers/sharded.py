@@ -58,6 +58,7 @@ def sharded_model(path: str | Path, *, dtype: torch.dtype, device: torch.device 
         fully_shard(model.base_model, mesh=mesh, reshard_after_forward=True, ignored_params=around)
         for layer in layers:
             _read_rows(model, layer, files, device)
+        # what is left on the meta device: embedding, final norm and head, whole in every process
         fill(model, files, dtype=dtype, device=device)
         place(model, device)
     return model.eval()

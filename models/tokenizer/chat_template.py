@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SECONDS = 10
 """Limit of processor time for all conversations together; published templates take milliseconds."""
 BYTES = 2**30
+# far above SECONDS: a busy machine gives the child little processor time
 _WALL_SECONDS = 120
 _REMEDY = "mend chat_template.jinja (or chat_template in tokenizer_config.json), or take the template of a model that you trust"
 

@@ -16,6 +16,7 @@ def main() -> None:
     request: dict[str, Any] = json.loads(sys.stdin.buffer.read())
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    # after the imports, whose time and memory must not count
     _limit(request["seconds"], request["bytes"])
     render: Any = render_jinja_template
     fault = ""
@@ -43,6 +44,7 @@ def _limit(seconds: int, memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (spent + seconds, spent + seconds))
     with suppress(OSError, ValueError, IndexError):
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        # address space, because the kernel limits nothing closer to real use
         limit = pages * resource.getpagesize() + memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 

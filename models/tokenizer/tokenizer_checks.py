@@ -14,8 +14,8 @@ from ..common.json_file import read_json
 
 MOST_ID = 2**24
 """Ids from this value on are refused; the largest vocabularies have a few hundred thousand tokens."""
-_MOST_ADDED = 1024
-_MOST_GROWTH = 64
+_MOST_ADDED = 1024  # characters before each text
+_MOST_GROWTH = 64  # times the length of the text
 _REMEDY = "the file is damaged or not of a tokenizer; fetch or copy it again"
 _Result = TypeVar("_Result")
 

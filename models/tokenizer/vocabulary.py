@@ -24,6 +24,7 @@ def effective_vocab(tokenizer: "PreTrainedTokenizerBase", *rows: int | None) -> 
     tokens = _tokens_by_id(tokenizer)
     if not tokens:
         raise UserError(f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no tokens; give a folder with a whole tokenizer")
+    # 2**31 only keeps min from failing where no rows are known
     return min(max(tokens) + 1, *(count for count in rows if count is not None), 2**31)
 
 
@@ -59,6 +60,7 @@ def check_same_vocabulary(teacher_tokenizer: "PreTrainedTokenizerBase", student_
 
 def check_head_rows(model: "PreTrainedModel", v_eff: int) -> None:
     """Refuse a model whose head or embedding has fewer rows than the vocabulary has tokens; more rows (padding) are fine."""
+    # both: a tied model has one table, an untied one may have been resized on one side only
     tables = {"output head": model.get_output_embeddings(), "input embedding": model.get_input_embeddings()}
     for what, module in tables.items():
         weight = getattr(module, "weight", None)
