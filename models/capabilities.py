@@ -158,7 +158,7 @@ def coverage_refusal(weights: DecoderWeights, reached: Iterable[str], named: Ite
 
 
 def future_setting(config: "PreTrainedConfig") -> str | None:
-    """The setting by which a model sees later tokens; None when no setting of its config says so."""
+    """The setting by which a model sees later tokens; None if its config has no such setting."""
     text = text_config(config)
     if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         return f"config.json has use_bidirectional_attention={text.use_bidirectional_attention!r}"

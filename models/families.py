@@ -202,7 +202,7 @@ def check_head(model: "PreTrainedModel") -> None:
     """Runs four tokens through the whole model and through backbone + head + transform, and compares the logits.
 
     Losses bypass the model's own head, so a family with a step between head and logits that is not known here would be trained on wrong
-    numbers without any error. It does nothing on the meta device.
+    numbers without any error. A model on the meta device is not checked.
 
     Raises:
         UserError: the two disagree.

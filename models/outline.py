@@ -114,7 +114,7 @@ def _layer(config: Any) -> nn.Module:
 
 class _Linear(nn.Linear):
     def reset_parameters(self) -> None:
-        """Do nothing: meta tensors have no values, and torch's initialisation of them imports sympy."""
+        """Skips the initialisation: meta tensors have no values, and torch's code for them imports sympy."""
 
 
 def _linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:

@@ -16,11 +16,11 @@ NF4_BLOCK = 64
 """Weights of an nf4 teacher that share an fp32 scale."""
 
 CACHED_BYTES: Mapping[CacheMode, int] = {"top_k": 120, "sampled": 39, "hybrid": 97}
-"""Most bytes per position of a cache, where the user names no number of tokens."""
+"""Largest number of bytes per position of a cache, if the user sets no number of tokens."""
 MOST_TOKENS = 1024
-"""Most tokens that a cache can keep per position."""
+"""Largest number of tokens that a cache can keep per position."""
 MOST_TOP_K = 50
-"""Most tokens that a top-k cache keeps per position, where the user names no number."""
+"""Largest number of tokens that a top-k cache keeps per position, if the user sets none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class TeacherSettings:
         if self.served and self.scratch:
             raise ValueError("a served teacher is named by 'path' (the model that the server runs), not by 'scratch'")
         if self.load_in in ("int8", "nf4") and self.placement != "replicated":
-            raise ValueError(f"placement={self.placement} goes with load_in: bf16 or fp32; a teacher in {self.load_in} is replicated")
+            raise ValueError(f"placement={self.placement} needs load_in: bf16 or fp32; a teacher in {self.load_in} is always replicated")
 
 
 @dataclass(frozen=True, kw_only=True)

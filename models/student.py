@@ -142,7 +142,7 @@ def _checked_fields(config: dict[str, Any], v_eff: int) -> dict[str, Any]:
 
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"student.config.model_type={kind!r} is no causal language model of transformers; use llama, qwen2, qwen3, ...")
+        raise UserError(f"student.config.model_type={kind!r} is not a causal language model of transformers; use llama, qwen2, qwen3, ...")
     config_class: Any = CONFIG_MAPPING[kind]
     # attribute_map has further names of the same fields, such as hidden_size for GPT-2's n_embd
     known = {*config_class().to_dict(), *config_class.attribute_map, *_FOREIGN_FIELDS}

@@ -104,7 +104,7 @@ class LineProgress:
         print_line(self._console, text)
 
     def stop(self) -> None:
-        """Do nothing: lines need no clean-up."""
+        """End the stage; lines need no clean-up."""
 
 
 class BarProgress:

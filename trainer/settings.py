@@ -58,7 +58,7 @@ class DataSettings:
         if self.kind == "chat" and self.builtin:
             raise ValueError("kind=chat needs rows of conversations, and builtin text has none; give 'files' or 'hub'")
         if self.kind == "text" and not self.mask_prompts:
-            raise ValueError("mask_prompts=false would do nothing: text has no prompts; set kind: chat, or leave it out")
+            raise ValueError("mask_prompts=false has no effect with kind=text, which has no prompts; set kind: chat, or leave it out")
         # checked here and not with the text: it fails before anything is read or downloaded
         if self.eval_tokens != "all" and self.eval_tokens < self.seq_length:
             raise ValueError(f"eval_tokens={self.eval_tokens} is shorter than one window of seq_length={self.seq_length}; raise it")
@@ -226,9 +226,9 @@ class ExportSettings:
         if twice:
             raise ValueError(f"formats={list(self.formats)} names {twice} twice")
         if self.reader_version is not None and "compressed-tensors" not in self.formats:
-            raise ValueError(f"reader_version={self.reader_version} is read by compressed-tensors alone, which formats does not name")
+            raise ValueError(f"reader_version={self.reader_version} applies only to compressed-tensors, which is not among the formats")
         if self.allow_inexact and "safetensors" not in self.formats:
-            raise ValueError("allow_inexact=true is for safetensors alone, which formats does not name; nothing else is ever rounded")
+            raise ValueError("allow_inexact=true applies only to safetensors, which is not among the formats; nothing else is ever rounded")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,9 +96,9 @@ class QatSettings(SchemeSettings, TrainingBlock):
         searched = self.start not in (None, "rtn")
         if self.scales == "absmax" and (searched or self.scale_learning_rate is not None):
             key = "start" if searched else "scale_learning_rate"
-            raise ValueError(f"{key} does nothing with scales=absmax, which are taken anew in every forward; use scales=learned")
+            raise ValueError(f"{key} has no effect with scales=absmax, which are computed in every forward pass; use scales=learned")
         if self.first != "gptq" and self.calibration_tokens is not None:
-            raise ValueError(f"calibration_tokens={self.calibration_tokens} does nothing unless start is gptq; leave it out")
+            raise ValueError(f"calibration_tokens={self.calibration_tokens} has no effect unless start is gptq; leave it out")
         self._check_schedule()
         self._check_trained()
 
@@ -141,12 +141,12 @@ class QatSettings(SchemeSettings, TrainingBlock):
     def _check_ends(self) -> None:
         """Refuse embedding and head where they could not be quantized as asked."""
         for key in self.ends if self.train == "scales" else ():
-            raise ValueError(f"{key} does nothing with train=scales, which trains linears of the decoder layers alone; leave it out")
+            raise ValueError(f"{key} has no effect with train=scales, which trains only linears of the decoder layers; leave it out")
         self._check_inputs()
 
     def _check_schedule(self) -> None:
         if self.anneal_from is None and self.anneal != 0.5:
-            raise ValueError(f"anneal={self.anneal:g} does nothing without anneal_from, the bits to begin with")
+            raise ValueError(f"anneal={self.anneal:g} has no effect without anneal_from, the number of bits to begin with")
         if self.anneal_from is not None and self.anneal_from <= self.weights.bits:
             raise ValueError(f"anneal_from={self.anneal_from} must be greater than bits={self.weights.bits}")
         # anneal counts only when it is used: its default is half of the steps
@@ -156,13 +156,13 @@ class QatSettings(SchemeSettings, TrainingBlock):
             raise ValueError(f"delay, anneal and freeze_scales take {last + self.freeze_scales:.0%} of the steps; together at most 100%")
         if self.start == "gptq" and (self.delay or self.anneal_from is not None):
             key = "delay" if self.delay else "anneal_from"
-            raise ValueError(f"{key} does nothing good with start=gptq, which fits the weights as they are to the final bits; leave it out")
+            raise ValueError(f"{key} does not go together with start=gptq, which rounds to the final bits at once; leave one of them out")
 
     def _check_trained(self) -> None:
         if self.train == "scales":
             for name, unused in (("lora", None), ("delay", 0.0), ("anneal_from", None), ("freeze_scales", 0.0)):
                 if getattr(self, name) != unused:
-                    raise ValueError(f"{name} does nothing with train=scales, whose codes stay as they are; leave it out")
+                    raise ValueError(f"{name} has no effect with train=scales, whose codes never change; leave it out")
         if self.lora is not None and self.start == "gptq":
             raise ValueError("start=gptq changes the weights that an adapter leaves alone; use start=mse with lora")
 
@@ -209,7 +209,7 @@ class QuantizeSettings(SchemeSettings):
             self._fill("calibration_tokens", 262_144, self.method)
         elif self.method == "mse" and not self.weighted and self.calibration_tokens is not None:
             raise ValueError(
-                f"calibration_tokens={self.calibration_tokens} does nothing with method=mse unless weighted is true; leave it out"
+                f"calibration_tokens={self.calibration_tokens} has no effect with method=mse unless weighted is true; leave it out"
             )
         elif self.weighted is not False:
             self._fill("calibration_tokens", 262_144, "gptq", "mse")
@@ -225,7 +225,7 @@ class QuantizeSettings(SchemeSettings):
         if self.method not in methods:
             if value is not None:
                 has = " and ".join(methods)
-                raise ValueError(f"{dial}={_word(value)} does nothing with method={self.method}: it belongs to {has}; leave it out")
+                raise ValueError(f"{dial}={_word(value)} has no effect with method={self.method}: it belongs to {has}; leave it out")
         elif value is None:
             # the dataclass is frozen, and the default depends on another field
             object.__setattr__(self, dial, default)

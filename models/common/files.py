@@ -97,7 +97,7 @@ def _make_parents(folder: Path, doing: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         way = next((p for p in (folder, *folder.parents) if os.path.lexists(p)), folder)
-        what = "a file where a folder should be" if way.exists() else "a link that leads nowhere"
+        what = "a file where a folder should be" if way.exists() else "a broken link"
         raise UserError(f"cannot {doing}: {way} is {what}; move it or choose another folder") from error
     except OSError as error:
         raise (storage_error(error, folder, "create the folder") or error) from error

@@ -95,7 +95,7 @@ class Lock:
         return self._content().get("host", socket.gethostname()) != socket.gethostname()
 
     def release(self) -> None:
-        """Releases the lock; does nothing if it is not held."""
+        """Releases the lock if it is held."""
         if self._handle is not None:
             # removed while the lock is held: afterwards the file could be another process's
             self.file.unlink(missing_ok=True)

@@ -133,7 +133,7 @@ def _explained(hub_id: str, revision: str | None, error: Exception) -> UserError
         )
     reason = str(error).splitlines()[0] if str(error) else "no answer"
     return UserError(
-        f"{hub_id!r}: there is no such folder here, and as a hub id it is not whole in the local cache and the hub cannot be reached "
+        f"{hub_id!r}: there is no such folder here, and as a hub id it is not complete in the local cache and the hub cannot be reached "
         f"({type(error).__name__}: {reason}); give the path of a model folder, or connect to the network (and unset HF_HUB_OFFLINE) "
         "so that it can be downloaded"
     )

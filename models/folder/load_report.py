@@ -35,7 +35,7 @@ def check_report(path: str | Path, model: "PreTrainedModel", report: dict[str, A
     faults = {
         "missing (they would be random)": missing,
         "unexpected": unexpected,
-        "of another shape than config.json says": [f"{name} {tuple(a)} vs {tuple(b)}" for name, a, b in sorted(report["mismatched_keys"])],
+        "of another shape than config.json gives": [f"{name} {tuple(a)} vs {tuple(b)}" for name, a, b in sorted(report["mismatched_keys"])],
         "unreadable": [str(message) for message in report["error_msgs"]],
     }
     found = [f"{len(names)} weights are {fault}: {_few(names)}" for fault, names in faults.items() if names]

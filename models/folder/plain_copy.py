@@ -82,7 +82,7 @@ def _merged(folder: Path) -> "tuple[PreTrainedModel, Path | str]":
         raise UserError("merging an adapter needs peft, which is not installed here: pip install peft") from error
     base = read_json(folder / ADAPTER).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise UserError(f"{folder / ADAPTER} does not say which model it belongs to; set base_model_name_or_path to its folder or hub id")
+        raise UserError(f"{folder / ADAPTER} does not name the model it belongs to; set base_model_name_or_path to its folder or hub id")
     stored = load_config(base).dtype  # raises a clear UserError when the base model cannot be found
     # add in fp32 and round once: a sum in bf16 would round twice
     adapted = _quietly(str(folder), lambda: AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32))

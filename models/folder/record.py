@@ -148,7 +148,7 @@ def accept_changes(folder: Path, names: Sequence[str]) -> None:
         if name == RECORD:
             continue
         if name.endswith(_WEIGHTS):
-            raise UserError(f"{name} holds weights, and the record says what was measured of them; make the folder again")
+            raise UserError(f"{name} holds weights, and the record contains what was measured with them; make the folder again")
         if Path(name).is_absolute() or ".." in Path(name).parts or not (Path(folder) / name).is_file():
             raise UserError(f"{name} is not a file that is in {folder}; {file} lists {', '.join(sorted(files))}")
         files[name], sizes[name] = sha256_file(Path(folder) / name), (Path(folder) / name).stat().st_size

@@ -61,7 +61,7 @@ def _adapter(folder: Path, adapter: Path, *, beside: bool) -> str:
     base = _json(adapter).get("base_model_name_or_path")
     if beside:
         return (
-            f"{folder} holds an adapter ({ADAPTER}) beside a model, and it is not said which is meant; move {ADAPTER} and adapter_model.* "
+            f"{folder} holds an adapter ({ADAPTER}) beside a model, and it is unclear which one to use; move {ADAPTER} and adapter_model.* "
             "away to use the model alone, or into a folder of their own to merge them: decoct plain ADAPTER --out MODEL"
         )
     of = f" of {base}" if isinstance(base, str) and base else ""

@@ -71,7 +71,7 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeError as error:
-        raise UserError(f"{str(path)!r:.300} is no name that a file can have") from error
+        raise UserError(f"{str(path)!r:.300} is not a valid file name") from error
     try:
         return _parse(raw, size - 8 - length)
     except (ValueError, RecursionError) as error:

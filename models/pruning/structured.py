@@ -63,7 +63,8 @@ def ffn_channel_scores(model: "PreTrainedModel", batches: Iterable[Mapping[str, 
             handle.remove()
     if tokens == 0:
         raise UserError(
-            "prune.structured needs text to score channels on, and has no token; raise prune.calibration_tokens or give more text"
+            "prune.structured needs text to score channels on, and the calibration text has no token; raise "
+            "prune.calibration_tokens or give more text"
         )
     return [_score(index, down.weight, total / tokens) for index, (down, total) in enumerate(zip(downs, sums))]
 

@@ -38,7 +38,7 @@ class AdapterBaseTeacher:
         return self._v_eff
 
     def to(self, device: torch.device | str) -> Self:
-        """Does nothing: the weights are the student's and move with it."""
+        """Returns the teacher unchanged: the weights are the student's and move with it."""
         return self
 
     @torch.no_grad()

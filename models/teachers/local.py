@@ -130,7 +130,7 @@ class PinnedTeacher(LocalTeacher):
     """A teacher whose weights were placed for one device, that of its head, and cannot move."""
 
     def to(self, device: torch.device | str) -> Self:
-        """Does nothing for its own device.
+        """Accepts its own device, and moves nothing.
 
         Raises:
             UserError: the device is another one.

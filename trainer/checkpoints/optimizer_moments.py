@@ -77,7 +77,7 @@ def zero_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, mask: Tens
 
     Args:
         optimizer: Any kind of ``build_optimizer``.
-        parameter: One of its parameters; does nothing before the parameter's first step.
+        parameter: One of its parameters. Before its first step it has no moments, and nothing changes.
         mask: Bool, shape and device of the parameter; True = kept.
     """
     state = optimizer.state.get(parameter, {})

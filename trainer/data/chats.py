@@ -107,7 +107,7 @@ class ChatEncoder:
         encoded = [self._encoder.encode(sample, mark) for sample in samples]
         # without the first token, which nothing predicts
         if not any(any(learned[1:]) for _, learned in encoded):
-            raise ValueError("nothing that the assistant says")
+            raise ValueError("no token of the assistant's turns can be learned")
         return encoded
 
     def _samples(self, row: Mapping[str, Any]) -> tuple[list[Sample], str]:

@@ -95,7 +95,7 @@ def read_conversation(row: Mapping[str, Any], *, arguments: Literal["object", "t
     learned = [message["role"] == "assistant" and _is_learned(raw) for message, raw in zip(messages, given)]
     options = _json(row.get("chat_template_kwargs"), "chat_template_kwargs") or {}
     if not isinstance(options, dict) or _RESERVED & options.keys():
-        raise ValueError("chat_template_kwargs that are no object of the template's own variables")
+        raise ValueError("chat_template_kwargs is not an object, or sets an argument of apply_chat_template")
     return Conversation(messages, learned, _tools(row), options)
 
 
@@ -105,14 +105,14 @@ def _messages(row: Mapping[str, Any]) -> list[Any]:
         if messages is None:
             continue
         if not isinstance(messages, list) or not messages:
-            raise ValueError(f"'{column}' that is no list of messages")
+            raise ValueError(f"'{column}' is not a list of messages")
         return messages
     # in the order of the list: a row that has several pairs is read by the first
     for first, second in _PAIRS:
         if row.get(first) is not None and row.get(second) is not None:
             return [*_history(row.get("history")), *_turns(_asked(row, first), "user"), *_turns(row[second], "assistant")]
     there = [name for name in row if name in COLUMNS and row[name] is not None]
-    raise ValueError(f"none of {', '.join(SHAPES)}" + (f"; of these columns there is {', '.join(there)} alone" if there else ""))
+    raise ValueError(f"none of {', '.join(SHAPES)}" + (f"; of their columns it has only {', '.join(there)}" if there else ""))
 
 
 def _asked(row: Mapping[str, Any], column: str) -> Any:
@@ -125,7 +125,7 @@ def _history(history: Any) -> list[Any]:
     """Earlier turns as pairs of texts."""
     pairs = _json(history, "history") or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-        raise ValueError("'history' that is no list of pairs")
+        raise ValueError("'history' is not a list of pairs")
     return [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
 
 
@@ -144,7 +144,7 @@ def _json(value: Any, column: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        raise ValueError(f"'{column}' that is text, and not JSON") from None
+        raise ValueError(f"'{column}' is text, but not JSON") from None
 
 
 def _message(message: Any, arguments: str) -> dict[str, Any]:
@@ -172,13 +172,13 @@ def _text(content: Any) -> str | None:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise ValueError(f"content that is {_NAMES.get(type(content), 'no text')}, not text")
+        raise ValueError(f"the content of a message is {_NAMES.get(type(content), 'of another type')}, not text")
     texts: list[str] = []
     for part in content:
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS else part
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, dict) else None
-            raise ValueError(f"a part of a message that is no text ({kind if isinstance(kind, str) else 'of no type'})")
+            raise ValueError(f"a part of a message is not text ({kind if isinstance(kind, str) else 'without a type'})")
         texts.append(text)
     return "\n".join(texts)
 
@@ -228,7 +228,7 @@ def _tools(row: Mapping[str, Any]) -> list[Any] | None:
         functions = _json(row.get("functions"), "functions")
         tools = [{"type": "function", "function": each} for each in functions] if isinstance(functions, list) else functions
     if tools is not None and (not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError("'tools' that is no list of objects")
+        raise ValueError("'tools' is not a list of objects")
     return tools or None
 
 

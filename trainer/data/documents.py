@@ -72,7 +72,7 @@ def read_documents(settings: DataSettings) -> Documents:
     # reads the first document, so that most mistakes show before a teacher is loaded
     if next(iter(documents.chats() if documents.chats else documents), None) is None:
         source = "data.hub" if settings.hub else "data.files" if settings.files else "data.builtin"
-        raise UserError(f"{source}: {documents.description} holds no text (nothing, or blanks only); give other data")
+        raise UserError(f"{source}: {documents.description} holds no text (it is empty or blank); give other data")
     return documents
 
 

@@ -81,7 +81,7 @@ def _json_values(text: str, name: str) -> Iterator[Row]:
         if array and text[at : at + 1] == ",":
             at = _next(text, at + 1)
         elif array and text[at : at + 1] != "]":
-            raise UserError(f"data.files: {name} is not whole JSON (its array ends behind item {number}); make or fetch the file again")
+            raise UserError(f"data.files: {name} is not whole JSON (its array ends after item {number}); make or fetch the file again")
 
 
 def _next(text: str, at: int) -> int:

@@ -111,7 +111,7 @@ def _files_of_folder(folder: Path, passed: Counter[str]) -> list[Path]:
         for name in names:
             file = Path(place, name)
             if name.startswith(".") or _NOT_TEXT.fullmatch(name) or not is_readable(file) or not file.is_file():
-                passed["files in folders that are no text"] += 1
+                passed["files in folders that are not text"] += 1
             else:
                 files.append(file)
             if name.endswith(".arrow"):
@@ -124,7 +124,7 @@ def _files_of_folder(folder: Path, passed: Counter[str]) -> list[Path]:
     if len(kinds) > 1:
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         example = str(folder / "**" / f"*{kinds.most_common(1)[0][0]}*")
-        raise UserError(f"data.files: {shown_path(folder)} holds files of several kinds ({listed}); name those that are meant: {example!r}")
+        raise UserError(f"data.files: {shown_path(folder)} holds files of several kinds ({listed}); name the ones to read: {example!r}")
     if not files:
         raise UserError(f"data.files: the folder {shown_path(folder)} holds no file that can be read; use {READABLE}")
     # by parts and not by text, in which "a-b" comes before "a/b": the files of a folder stay together
@@ -231,7 +231,7 @@ class Expansion:
         if self._seen > self._most:
             raise UserError(
                 f"data.files: {shown_path(self._path)} ({self._path.stat().st_size:,} bytes) unpacks to more than {self._most:,} bytes, "
-                "which no text does; unpack it by other means and look at it"
+                "far more than text can be compressed; unpack it by other means and inspect it"
             )
 
 

@@ -127,13 +127,14 @@ def prepare_data(
 
 
 def open_prepared(path: Path) -> PreparedData:
-    """Open a cache entry by its folder, as other ranks do with what rank 0 has made.
+    """Opens a cache entry by its folder, as the other ranks do after rank 0 has made it.
 
-    Raises: UserError when it is not there, or not whole.
+    Raises:
+        UserError: the entry is missing or damaged.
     """
     if damage := _damage(path, thorough=False):
         raise UserError(
-            f"tokenized text in {path} cannot be used ({damage}); run again to make it anew (all ranks need the same DECOCT_CACHE folder)"
+            f"tokenized text in {path} cannot be used ({damage}); run again to rebuild it (all ranks need the same DECOCT_CACHE folder)"
         )
     manifest = json.loads((path / MANIFEST).read_text())
     return PreparedData(

@@ -52,7 +52,7 @@ def samples_of(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase",
     if everything:
         return [Sample(whole, [(0, len(whole))])]
     if passed:
-        notes["turns of the assistant that say not to learn them (weight 0)"] += passed
+        notes["turns of the assistant that are marked as not to be learned (weight 0)"] += passed
     places: dict[int, tuple[str, int]] = {}
     for turn in turns:
         is_last = turn + 1 == len(messages)
@@ -174,7 +174,7 @@ def _check_turn(message: dict[str, Any], after: str, begin: int, notes: Counter[
     if "".join(content.split()) not in "".join(rendered.split()):
         notes["turns of which the chat template leaves something out"] += 1
     elif content and rendered.rstrip().endswith(content):
-        notes["turns behind which the chat template puts nothing, so that their end is not learned"] += 1
+        notes["turns after which the chat template adds nothing, so that their end is not learned"] += 1
     for name in ("reasoning_content", "reasoning"):
         thought = message.get(name)
         if isinstance(thought, str) and thought.strip() not in rendered:

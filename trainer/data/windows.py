@@ -205,14 +205,17 @@ def write_padded(
     *,
     labelled: bool = False,
 ) -> tuple[int, int]:
-    """Write each segment (a document) as windows of its own, the last one padded; windows of a single token are left out.
-
-    Stops before a window that would exceed ``most_tokens`` real tokens.
+    """Writes each segment (a document) as windows of its own, the last one padded; windows of a single token are left out.
 
     Args:
+        path, tokens, seq_length: As for ``write_packed``.
+        segments: int64 [num, 2], begin and end of each segment in ``tokens``.
+        padding: Token id that fills up windows.
+        most_tokens: Stops before a window that would exceed this number of real tokens; None = no limit.
         labelled: Leave out windows without a token to predict.
 
-    Returns: (windows written to ``<path>.tokens``, with ``<path>.lengths``; windows left out because nothing is predicted in them).
+    Returns:
+        (windows written to ``<path>.tokens``, with ``<path>.lengths``; windows left out because nothing is predicted in them).
     """
     num = total = left_out = 0
     with path.with_suffix(".tokens").open("wb") as file, path.with_suffix(".lengths").open("wb") as lengths:

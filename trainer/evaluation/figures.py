@@ -109,7 +109,7 @@ def evaluate_model(
                 )
             if tally.kl and tally.kl[-1].isnan().any():
                 raise NonFiniteError(
-                    f"the teacher's logits are NaN or infinite on evaluation windows {first} to {last - 1}; it is no measure for the model"
+                    f"the teacher's logits are NaN or infinite on evaluation windows {first} to {last - 1}; nothing can be compared with it"
                 )
             if progress is not None:
                 progress(last, len(windows))

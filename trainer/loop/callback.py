@@ -59,7 +59,7 @@ class LoopCallback(pl.Callback):
         return self._seconds_before + time.perf_counter() - self._begun
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restores a checkpoint, or seeds and starts anew, once everything is on its device."""
+        """Restores a checkpoint, or seeds the generators and starts at the first step, once everything is on its device."""
         assert isinstance(pl_module, TrainingModule)
         loop, optimizer = self.loop, trainer.optimizers[0]
         # hooks first: they may add buffers and masks that the checkpoint restores
@@ -126,7 +126,7 @@ class LoopCallback(pl.Callback):
             return
         if self.checkpoint is not None:
             loop.say(
-                f"{loop.stage}: the checkpoint has no generator state of rank {loop.world.rank}; dropout is seeded anew from step {step}"
+                f"{loop.stage}: the checkpoint has no generator state of rank {loop.world.rank}; dropout gets a new seed from step {step}"
             )
         # the step is part of the seed: with more ranks than before, the new ones must not repeat their first steps' dropout
         seed_generators(derive_seed(loop.plan.seed, "dropout", loop.world.rank, step))

@@ -232,7 +232,7 @@ def _trainer(plan: TrainingPlan, world: World, callback: LoopCallback, metrics: 
         strategy=lightning_strategy(plan.strategy, world),
         plugins=[environment],
         precision=_PRECISIONS[plan.precision],  # pyright: ignore[reportArgumentType] - a dict's values are plain str
-        # Lightning divides each micro-batch's loss by this number; the module multiplies it back (law 1)
+        # Lightning divides each micro-batch's loss by this number; the module multiplies gradients by it (law 1, docs/architecture.md)
         accumulate_grad_batches=plan.batch.accumulation,
         gradient_clip_val=plan.gradient_clip,
         # one pass over the loader, which has exactly the micro-batches that are left

@@ -180,8 +180,8 @@ class TrainingModule(pl.LightningModule):
         self.views.receive_gradients()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        # law 1: undoes the division by accumulation and ranks, then divides by N. It stays on the device, so nothing waits for it; N = 0
-        # would give NaN
+        # Undoes the division by accumulation and ranks, then divides by N (law 1, docs/architecture.md). It stays on the device, so nothing
+        # waits for it; without the clamp N = 0 would give NaN.
         scale = self.world.size * self.plan.batch.accumulation / totals[0].clamp(min=1)
         with torch.no_grad():
             for gradient in gradients:

@@ -20,7 +20,7 @@ class StopSignals:
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
-        """Installs the handlers. Python allows it only in the main thread; in others it does nothing."""
+        """Installs the handlers. Python allows it only in the main thread; in others the former handlers stay."""
         if threading.current_thread() is threading.main_thread():
             # over Lightning's own handlers, which it has installed by now, see above
             self._previous = {number: signal.signal(number, self._note) for number in STOPPING}

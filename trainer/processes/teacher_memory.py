@@ -1,6 +1,6 @@
-"""What a teacher's weights take on one device: the one estimate, by which ``strategy: auto`` decides and which ``decoct plan`` shows.
+"""Memory that a teacher's weights take on one device: the one estimate, for the decision of ``strategy: auto`` and for ``decoct plan``.
 
-It is the most that is there at any moment, counted tensor by tensor as ``models/teachers`` lays the weights out:
+It is the largest amount held at any moment, counted tensor by tensor in the layout of ``models/teachers``:
 
 - replicated fp32 and bf16: every parameter once, tied ones together;
 - nf4: half a byte for each weight of the decoder's linears and an fp32 scale for each ``NF4_BLOCK`` of them; int8: a byte, and an fp32
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GATHERED_LAYERS = 3
-"""Whole layers of a sharded teacher that are there at the same time."""
+"""Whole layers of a sharded teacher that are in memory at the same time."""
 OFFLOADED_LAYERS = 2
 """Whole layers of an offloaded teacher that are on the device at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSize:
-    """What of a model decides how much memory it takes as a teacher. Elements, not bytes; tied tensors once."""
+    """Sizes of a model that decide how much memory it takes as a teacher, in elements, not bytes. Tied tensors count once."""
 
     parameters: int
-    """All of them."""
+    """All parameters."""
     outside: int
     """Outside the decoder layers: embedding, final norm, head."""
     layer: int
@@ -62,10 +62,10 @@ def teacher_bytes(size: TeacherSize, load_in: LoadIn, placement: Placement, rank
     """Bytes of a teacher's weights on each device.
 
     Args:
-        size: Of the teacher.
-        load_in: How its weights are held.
-        placement: Where they are held; int8 and nf4 are always replicated.
-        ranks: Processes; one alone holds a sharded teacher whole.
+        size: Sizes of the teacher.
+        load_in: Format of its weights in memory.
+        placement: Place of its weights; int8 and nf4 are always replicated.
+        ranks: Number of processes; a single process holds a sharded teacher whole.
     """
     # bytes per element of what is not rounded
     width = 4 if load_in == "fp32" else 2

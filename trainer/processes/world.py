@@ -58,7 +58,7 @@ def current_world() -> World:
 
 
 def connect(world: World) -> None:
-    """Opens the process group once (gloo for CPU tensors, NCCL for CUDA tensors); does nothing for a single process."""
+    """Opens the process group once (gloo for CPU tensors, NCCL for CUDA tensors); a single process needs none."""
     if world.size == 1 or dist.is_initialized():
         return
     # the store of torchrun, at MASTER_ADDR and MASTER_PORT

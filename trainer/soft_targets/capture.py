@@ -85,7 +85,7 @@ def encoded(teacher: Teacher | SparseTeacher, batch: Mapping[str, Tensor], form:
     hidden, head, bias, transform = teacher.hidden_and_head(batch)
     # hidden [B, S, H] -> flat [B * (S - 1), H], labels [B * (S - 1)]
     flat, labels = shift_for_next_token(hidden, batch["labels"].to(hidden.device))
-    # once per batch; law 2: logits and softmax are fp32, over the real vocabulary
+    # once per batch; logits and softmax are fp32, over the real vocabulary (law 2, docs/architecture.md)
     weight = in_full_precision(head[: form.v_eff])
     block = max(1, _BLOCK_ELEMENTS // form.v_eff)
     for sequence, own, key in zip(flat.view(len(hidden), -1, flat.shape[1]), labels.view(len(hidden), -1), sequence_keys(batch)):

@@ -48,7 +48,7 @@ class Server:
         self._key = os.environ.get(key_variable, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise UserError(
-                f"the environment variable {key_variable} (teacher.served.key_variable) holds no key: a key is one line of plain characters"
+                f"the environment variable {key_variable} (teacher.served.key_variable) holds no valid key: a key is one line of ASCII text"
             )
         # built by hand, because urllib's default opener also follows redirects, opens files and sends passwords
         self._opener = urllib.request.OpenerDirector()
@@ -88,7 +88,7 @@ class Server:
     def _refusal(self, error: urllib.error.HTTPError) -> NoAnswerError:
         if 300 <= error.code < 400:
             what = f"HTTP {error.code}, a redirect to {_host(error.headers.get('Location'))}; redirects are not followed, because the key "
-            return NoAnswerError(what + "would go along: give the final address", again=False)
+            return NoAnswerError(what + "would be sent along; give the final address", again=False)
         try:
             # enough for what is shown: UTF-8 takes up to four bytes per character
             text = error.read(4 * _SHOWN).decode("utf-8", "replace")
@@ -132,7 +132,7 @@ def _host(location: str | None) -> str:
 
 
 class _TimedReader(io.RawIOBase):
-    """Reads of a socket with one deadline for all: with a time-out per read a server could send single bytes for ever."""
+    """Reads of a socket with one deadline for all: with a time-out per read a server could send single bytes forever."""
 
     def __init__(self, raw: Any, connected: socket.socket, deadline: float) -> None:
         super().__init__()

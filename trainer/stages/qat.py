@@ -112,7 +112,7 @@ def finish(settings: QatSettings, context: StageContext, trained: Trained | None
     """Derive codes and scales from the trained student, fold them into its weights, and write the quantized folder (rank 0)."""
     assert trained is not None
     inputs, cache = trained.rounders.inputs, trained.rounders.cache
-    # law 3: the codes come from the same forward rounding that was trained, and nothing rounds after them
+    # the codes come from the rounding of the trained forward pass, and nothing rounds after them (law 3, docs/architecture.md)
     state = quantize_model(trained.student, settings.scheme)
     if inputs is not None:
         state = replace(state, activations=inputs.spec, input_scales=inputs.scales(), input_zeros=inputs.zeros())

@@ -122,7 +122,7 @@ def _streams(settings: QuantizeSettings, context: StageContext) -> bool:
             f"{context.name}: stream: always, but the files of {context.input} do not hold the weights under the names of the model's "
             "modules, so that they cannot be read one by one; save the model with decoct or transformers first, or use stream: never"
         )
-    context.say("  memory is short, but the model's files can only be read whole: they name weights otherwise than its modules do")
+    context.say("  memory is short, but the model's files can only be read whole: their tensor names differ from its module names")
     return False
 
 
@@ -147,7 +147,7 @@ def stage_text(settings: QuantizeSettings, context: StageContext, model: "PreTra
             f"{settings.method} needs at least as many tokens (calibration_tokens={settings.calibration_tokens:,}, training text "
             f"{context.run.data.train.tokens:,} tokens); raise calibration_tokens, give more text, or use method mse"
         )
-    fewer = f", all there are of {settings.calibration_tokens:,}" if text.tokens < settings.calibration_tokens else ""
+    fewer = f", fewer than the {settings.calibration_tokens:,} requested" if text.tokens < settings.calibration_tokens else ""
     context.say(f"  calibrates on {text.tokens:,} tokens in {_windows(text):,} windows{fewer} (sha256 {text.fingerprint()[:12]})")
     return text
 
@@ -188,7 +188,7 @@ def round_and_tell(
     for note in rounded.notes[:_NOTES_TOLD]:
         context.say(f"  {note}")
     if len(rounded.notes) > _NOTES_TOLD:
-        context.say(f"  and {len(rounded.notes) - _NOTES_TOLD} notes more in decoct.json (quant.rounding.notes)")
+        context.say(f"  and {len(rounded.notes) - _NOTES_TOLD} more notes in decoct.json (quant.rounding.notes)")
     return rounded
 
 

@@ -61,7 +61,7 @@ def test_quantize_by_gptq_on_text(tiny: dict[str, Any], run: Any, verb: Any, cor
     assert "is done, skipped" in quantize(*gptq, "--calibration-tokens", "4k", "stages.0.quantize.stream=always")
     assert "calibrates on 8,000 tokens" in quantize(*gptq, "--calibration-tokens", "8k")
     assert len(list((tmp_path / "gptq").glob("01-quantize.*"))) == 1, "what other text gave is kept aside"
-    refusal = "calibration_tokens=4000 does nothing with method=rtn: it belongs to gptq and mse"
+    refusal = "calibration_tokens=4000 has no effect with method=rtn: it belongs to gptq and mse"
     assert refusal in quantize("--calibration-tokens", "4k", "--out", "no", code=2)
     assert "wants 'rtn', 'mse' or 'gptq'; got 'gptk', did you mean 'gptq'?" in quantize("--method", "gptk", "--out", "no", code=2)
 

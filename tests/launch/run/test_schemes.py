@@ -95,7 +95,7 @@ def test_other_kinds_train_and_are_measured(tiny: dict[str, Any], run: Run, tmp_
             {"qat": {"steps": 1, "overrides": {"*.down_proj": {"bits": 9}}}},
             "overrides.*.down_proj.bits: 9 is out of range; it must be at least 2",
         ),
-        ({"qat": {"steps": 1, "train": "scales", "embedding": {"bits": 8}}}, "embedding does nothing with train=scales"),
+        ({"qat": {"steps": 1, "train": "scales", "embedding": {"bits": 8}}}, "embedding has no effect with train=scales"),
         ({"qat": {"steps": 1, "weights": {"kind": "nf4", "group_size": 16}, "start": "gptq"}}, "start needs integer codes"),
         ({"quantize": {"skip": ["*.q_prj"]}}, "stages.0.quantize.skip: '*.q_prj' matches no linear layer"),
         ({"quantize": {"skip": ["*"]}}, "there is nothing to quantize"),

@@ -271,7 +271,7 @@ def test_pickled_weights_are_refused_with_the_remedy(folder: Path) -> None:
 
 def test_what_is_no_plain_model_is_refused(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="it is not said which is meant"):
+    with pytest.raises(UserError, match="it is unclear which one to use"):
         _load(folder)
     (folder / "adapter_config.json").unlink()
     _edit_json(folder / "config.json", quantization_config={"quant_method": "compressed-tensors"})

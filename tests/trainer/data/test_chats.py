@@ -84,11 +84,11 @@ def test_without_a_template_prompt_and_completion_are_plain_text(tokenizer: Any)
     ("row", "why"),
     [
         ({}, "none of 'messages', .*'prompt' and 'completion'"),
-        ({"messages": []}, "no list of messages"),
-        ({"messages": "hello"}, "is text, and not JSON"),
+        ({"messages": []}, "not a list of messages"),
+        ({"messages": "hello"}, "is text, but not JSON"),
         ({"messages": [{"content": "hello"}]}, "without a role"),
         ({"messages": TALK[:2]}, "no turn of the assistant"),
-        ({"prompt": "one", "completion": None}, "there is prompt alone"),
+        ({"prompt": "one", "completion": None}, "of their columns it has only prompt"),
     ],
 )
 def test_rows_that_are_no_conversation_say_why(chatty: Any, row: dict[str, Any], why: str) -> None:
@@ -175,7 +175,7 @@ def test_conversations_read_as_text_are_told_of_the_key(tmp_path: Path, tokenize
 
 
 def test_switches_that_would_do_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match="mask_prompts=false would do nothing"):
+    with pytest.raises(ValueError, match="mask_prompts=false has no effect"):
         DataSettings(builtin="python-stdlib", mask_prompts=False)
     with pytest.raises(ValueError, match="builtin text has none"):
         DataSettings(builtin="python-stdlib", kind="chat")
@@ -204,7 +204,7 @@ def test_every_reason_is_counted(tmp_path: Path, chatty: Any) -> None:
         "conversations: a row that cannot be read": 1,
         "conversations: no turn of the assistant": 2,
         "conversations: a message without content": 1,
-        "conversations: a part of a message that is no text (image_url)": 1,
+        "conversations: a part of a message is not text (image_url)": 1,
         "conversations of which no turn is to be learned (weight 0)": 1,
     }
 

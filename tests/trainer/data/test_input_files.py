@@ -85,7 +85,7 @@ def test_text_files_are_read_by_their_mark(tmp_path: Path) -> None:
     ("name", "content", "why"),
     [
         ("a.json", '[{"text": "x"}, {"text": "y"', r"a\.json, item 2 is not whole JSON"),
-        ("a.json", '[{"text": "x"} {"text": "y"}]', r"ends behind item 1"),
+        ("a.json", '[{"text": "x"} {"text": "y"}]', r"ends after item 1"),
         ("a.json", '[{"text": "x"}, 3]', r"a\.json, item 2 is not a JSON object, but '3'"),
         ("a.json", "[" * 100_000, r"is not whole JSON"),
         ("a.csv", "text,n\nx,1\ny,2,3\n", r"a\.csv:3 has more columns than the header"),
@@ -117,7 +117,7 @@ def test_a_folder_of_several_kinds_or_of_none_is_refused(tmp_path: Path) -> None
         find_files([str(tmp_path)])
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "b.jsonl").write_text(LINES)
-    with pytest.raises(UserError, match=r"several kinds \(1 \.jsonl, 1 \.txt\); name those that are meant: .*\*\*"):
+    with pytest.raises(UserError, match=r"several kinds \(1 \.jsonl, 1 \.txt\); name the ones to read: .*\*\*"):
         find_files([str(tmp_path)])
 
 

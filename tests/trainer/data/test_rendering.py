@@ -88,7 +88,7 @@ def test_a_template_that_shows_no_beginning_is_refused(learned: Any) -> None:
 def test_turns_of_no_weight_are_passed_over_and_counted(learned: Any) -> None:
     spans, notes = learned(CHATML, [user("1"), says("wrong", weight=0), user("2"), says("right")])
     assert spans == [["right<|im_end|>\n"]]
-    assert notes == {"turns of the assistant that say not to learn them (weight 0)": 1}
+    assert notes == {"turns of the assistant that are marked as not to be learned (weight 0)": 1}
     with pytest.raises(NothingToLearnError):
         learned(CHATML, [user("1"), says("wrong", weight=0)])
 
@@ -112,7 +112,7 @@ def test_a_turn_that_the_template_does_not_show_is_not_learned_as_an_empty_one(l
 def test_turns_without_an_end_are_counted(learned: Any) -> None:
     spans, notes = learned(CHATML.replace("<|im_end|>", ""), [user("sun?"), says("yes")])
     assert spans == [["yes\n"]]
-    assert notes == {"turns behind which the chat template puts nothing, so that their end is not learned": 1}
+    assert notes == {"turns after which the chat template adds nothing, so that their end is not learned": 1}
 
 
 def test_a_turn_that_the_template_does_not_render_as_the_last_is_context(learned: Any) -> None:

@@ -48,13 +48,13 @@ def test_bits_reach_the_lattice_whatever_the_shares() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scales": "absmax", "start": "gptq"}, "start does nothing with scales=absmax"),
+        ({"scales": "absmax", "start": "gptq"}, "start has no effect with scales=absmax"),
         ({"scales": "absmax", "train": "scales"}, "it needs scales=learned"),
-        ({"calibration_tokens": 1000, "lora": 4}, "does nothing unless start is gptq"),
+        ({"calibration_tokens": 1000, "lora": 4}, "has no effect unless start is gptq"),
         ({"anneal_from": 4}, "must be greater than bits=4"),
         ({"delay": 0.6, "freeze_scales": 0.5}, "take 110% of the steps"),
-        ({"delay": 0.1, "start": "gptq"}, "delay does nothing good with start=gptq"),
-        ({"train": "scales", "lora": 4}, "lora does nothing with train=scales"),
+        ({"delay": 0.1, "start": "gptq"}, "delay does not go together with start=gptq"),
+        ({"train": "scales", "lora": 4}, "lora has no effect with train=scales"),
         ({"lora": 4, "start": "gptq"}, "use start=mse with lora"),
     ],
 )

@@ -175,7 +175,7 @@ def test_a_key_that_the_server_sends_back_is_not_shown(hostile: Callable[[Act], 
 
 def test_a_variable_that_holds_no_key_is_told_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEACHER_KEY", f"{KEY}\r\nX-Evil: 1")
-    with pytest.raises(UserError, match=r"TEACHER_KEY.*holds no key") as caught:
+    with pytest.raises(UserError, match=r"TEACHER_KEY.*holds no valid key") as caught:
         Server("http://127.0.0.1:1/v1", "TEACHER_KEY", 1.0)
     assert KEY not in str(caught.value)
 

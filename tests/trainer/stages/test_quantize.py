@@ -154,7 +154,7 @@ def test_trouble_is_said_shortly_and_recorded_in_full(make_context: MakeContext,
     finish(GPTQ, context, None)
     assert len(rounding(context)["notes"]) == 12
     assert said(context).count("no Cholesky factor") == 5
-    assert "and 7 notes more in decoct.json" in said(context)
+    assert "and 7 more notes in decoct.json" in said(context)
 
 
 def test_the_text_decides_and_its_seed(make_context: MakeContext, prepared: Prepared, texts: Path) -> None:
@@ -241,12 +241,12 @@ def test_defaults_are_the_librarys() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"damping": 0.1}, "damping=0.1 does nothing with method=rtn: it belongs to gptq; leave it out"),
-        ({"method": "mse", "scale": "mse"}, "scale=mse does nothing with method=mse: it belongs to gptq"),
-        ({"method": "mse", "activation_order": False}, "activation_order=false does nothing with method=mse"),
-        ({"method": "gptq", "weighted": True}, "weighted=true does nothing with method=gptq: it belongs to mse"),
-        ({"calibration_tokens": 1000}, "calibration_tokens=1000 does nothing with method=rtn: it belongs to gptq and mse"),
-        ({"method": "mse", "calibration_tokens": 1000}, "calibration_tokens=1000 does nothing with method=mse unless weighted is true"),
+        ({"damping": 0.1}, "damping=0.1 has no effect with method=rtn: it belongs to gptq; leave it out"),
+        ({"method": "mse", "scale": "mse"}, "scale=mse has no effect with method=mse: it belongs to gptq"),
+        ({"method": "mse", "activation_order": False}, "activation_order=false has no effect with method=mse"),
+        ({"method": "gptq", "weighted": True}, "weighted=true has no effect with method=gptq: it belongs to mse"),
+        ({"calibration_tokens": 1000}, "calibration_tokens=1000 has no effect with method=rtn: it belongs to gptq and mse"),
+        ({"method": "mse", "calibration_tokens": 1000}, "calibration_tokens=1000 has no effect with method=mse unless weighted is true"),
         ({"method": "gptq", "damping": 1.5}, "damping=1.5 must be at least 0 and at most 1"),
     ],
 )

@@ -153,5 +153,5 @@ def test_every_kind_of_weight_goes_with_a_rounded_cache(make_context: MakeContex
 
 @pytest.mark.parametrize("given", [{"activations": ActivationSpec()}, {"kv_cache": ActivationSpec(), "method": "mse"}])
 def test_dynamic_scales_do_not(given: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="calibration_tokens=1000 does nothing with method="):
+    with pytest.raises(ValueError, match="calibration_tokens=1000 has no effect with method="):
         QuantizeSettings(calibration_tokens=1000, **given)
