@@ -94,7 +94,7 @@ def capabilities(model: "PreTrainedModel", measured: Mapping[str, str] | None = 
         reasons["keep layers"] = f"keeping layers knows the families {known}"
         reasons["prune channels"] = f"pruning channels knows the families {known}"
     if weights.share() < LEAST_COVERED:
-        # replaces the reasons above: in a family that is hardly covered this is the first problem
+        # replaces the reasons above: where little is covered, this is the first problem
         reasons |= dict.fromkeys(_WEIGHT_ACTIONS, _uncovered(weights))
     if not decoder_layers(model):
         reasons.setdefault("gptq", "its decoder layers are not found")
@@ -110,6 +110,7 @@ def decoder_weights(model: "PreTrainedModel") -> DecoderWeights:
     seen: set[int] = set()
     covered: dict[str, int] = {}
     others: Counter[str] = Counter()
+    # by module, because the class of the owner shows what kind of weight it is
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False):
             # vectors (norms, biases) are neither pruned nor rounded

@@ -41,7 +41,7 @@ def future_leak(model: "PreTrainedModel") -> float:
 def future_reason(model: "PreTrainedModel") -> str | None:
     """'it sees later tokens', with the setting that causes it; None for a causal model. Found by changing a later token."""
     tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 3e-2
-    # NaN compares false, so a model with NaN is not accused of this; other checks report it
+    # NaN compares false: hidden states with NaN are reported by other checks, not as a leak
     if not future_leak(model) > tolerance:
         return None
     why = future_setting(model.config)

@@ -37,6 +37,7 @@ class Dimensions:
 def dimensions(model: "PreTrainedModel") -> Dimensions:
     """The sizes of ``model``, on any device, also meta."""
     text = text_config(model.config)
+    # [vocabulary, hidden] of both tables, for configs that name neither size
     embedding, head = _shape(model.get_input_embeddings()), _shape(model.get_output_embeddings())
     hidden = _number(text, "hidden_size", "d_model") or head[1] or embedding[1]
     # for configs without any known field: the widest linear of a layer is its FFN

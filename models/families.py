@@ -135,7 +135,7 @@ def layers_prefix(model: "PreTrainedModel") -> str:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
     # without lists inside other lists, such as the experts of a layer
     outer = {name: module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
-    # a vision tower or an encoder has a list too; the number of layers and then the size tell them apart
+    # a vision tower or an encoder has a list too: the number of layers decides, then the size
     fitting = {name: module for name, module in outer.items() if len(module) == count} or outer
     return max(fitting, key=lambda name: sum(p.numel() for p in fitting[name].parameters())) + "." if fitting else ""
 

@@ -52,7 +52,7 @@ class SpeedMeter:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._marks: deque[tuple[float, int, int]] = deque()
+        self._marks: deque[tuple[float, int, int]] = deque()  # (time, step, tokens so far)
 
     def start(self, step: int) -> None:
         """Start measuring now, at ``step``."""

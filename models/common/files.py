@@ -198,7 +198,7 @@ def append_line(path: Path, obj: Any) -> None:
                 handle.seek(-1, os.SEEK_END)
                 if handle.read(1) != b"\n":
                     line = b"\n" + line
-            # in append mode, so the position does not matter and two writers do not overwrite each other
+            # append mode: the line goes to the end, wherever the reads above have left the position
             handle.write(line)
     except OSError as error:
         raise (storage_error(error, Path(path), "append to") or error) from error
@@ -222,7 +222,7 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    # a process of another user, or a number that is none: in doubt it lives, and its files stay
+    # a process of another user, or a number out of range: it may be alive, so its files stay
     except (PermissionError, OverflowError):
         return True
     return True

@@ -51,7 +51,7 @@ def _identity(stat: os.stat_result) -> str:
 
 
 def _line(stat: os.stat_result, digest: str) -> str:
-    # the checksum guards against a torn or damaged entry, which would vouch for a file that nobody has hashed
+    # the checksum detects a damaged entry, whose hash would be that of no file
     text = f"{_identity(stat)} {digest}"
     return f"{text} {hashlib.sha256(text.encode()).hexdigest()[:16]}\n"
 

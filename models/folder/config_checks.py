@@ -29,7 +29,7 @@ MOST: dict[str, int] = {
     **dict.fromkeys(_POSITIONS, 2**31),
 }
 """Largest accepted value of each field, far above the largest models of 2026."""
-# fields without a sense of "none", in which 0 would divide or build nothing
+# fields that must be at least 1; others may be 0 or -1 for none
 _POSITIVE = ("hidden_size", "vocab_size", "num_attention_heads", "n_embd", "n_head")
 # largest number of experts in all layers together: each one is a module that is built
 _PRODUCT = 100_000

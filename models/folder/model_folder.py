@@ -107,7 +107,7 @@ def _weights(model: "PreTrainedModel", given: "Mapping[str, Tensor] | None", dty
     tied = {name: source for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items() if source in weights}
     for name, source in tied.items():
         other = weights.pop(name, None)
-        # one of the two would be lost without a word
+        # one of the two would be lost silently
         if other is not None and not torch.equal(other, weights[source]):
             raise DecoctError(f"{name} and {source} are tied in the config but differ; set tie_word_embeddings to false before saving")
     if wrong := (own.keys() - tied.keys()) ^ weights.keys():

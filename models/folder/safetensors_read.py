@@ -16,7 +16,7 @@ from typing import Any
 
 from ..common.errors import UserError
 
-# a model of a thousand layers needs a few; the library's own limit is 100 MB
+# far more than models need; the library's own limit is 100 MB
 MAX_HEADER_BYTES = 16_000_000
 MAX_DIMENSIONS = 64
 DTYPE_BITS = {

@@ -106,6 +106,7 @@ class LocalTeacher:
         # the teacher computes in its own dtype, not in that of the student's training
         with torch.autocast(device.type, enabled=False):
             output: Any = backbone(**backbone_inputs(batch, device))
+        # slices are views: padding rows are left out without a copy (law 2, docs/architecture.md)
         head_bias = None if bias is None else bias[: self._v_eff]
         # Mamba's hidden states are fp32 for every dtype of its weights
         hidden = output.last_hidden_state.to(weight.dtype)

@@ -14,6 +14,7 @@ from .local import LocalTeacher, PinnedTeacher
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# formats without quantization; their teachers may be sharded or offloaded
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

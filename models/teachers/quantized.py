@@ -52,6 +52,7 @@ def quantized_model(
         for name, linear in linears.items():
             # one linear at a time: bf16 from the file, quantized at once, then freed
             weight = linear.weight if files is None else files.read_as(f"{name}.weight", torch.bfloat16)
+            # in place of the linear under the same name, so that nothing else of the model notices
             _replace(model, name, _rounded(key, name, linear, weight.detach(), kind, device))
         if files is not None:
             fill(model, files, dtype=torch.bfloat16, device=device)

@@ -49,6 +49,7 @@ def sharded_model(path: str | Path, *, dtype: torch.dtype, device: torch.device 
                 "the families llama, mistral, qwen2 or qwen3, or placement: offloaded"
             )
         model.requires_grad_(False)
+        # a mesh of the teacher's own: under DDP the student has none
         mesh = _all_processes(device)
         inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
         for layer in layers:
@@ -79,6 +80,7 @@ def _read_rows(model: nn.Module, layer: nn.Module, files: WeightFiles, device: t
         parameter: Any = getattr(places[0][0], places[0][1])
         if id(parameter) in own:
             rows = _own_rows(parameter)
+            # a DTensor with this process's rows alone
             here = torch.empty_like(parameter, device=device)
             _local(here).copy_(files.read_as(stored_name(places, files), parameter.dtype, rows))
             register(places, here)
@@ -92,6 +94,7 @@ def _own_rows(parameter: Any) -> slice:
     """Rows of the first dimension that this process holds; FSDP2 splits them as ``torch.chunk`` does."""
     rows, mesh = parameter.shape[0], parameter.device_mesh
     share = -(-rows // mesh.size())
+    # the last processes may hold fewer rows, or none
     start = min(mesh.get_local_rank() * share, rows)
     stop = min(start + share, rows)
     assert stop - start == _local(parameter).shape[0]

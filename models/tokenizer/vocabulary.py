@@ -46,6 +46,7 @@ def check_same_vocabulary(teacher_tokenizer: "PreTrainedTokenizerBase", student_
         UserError: a token differs. The message names the first such ids and both sizes.
     """
     teacher, student = _tokens_by_id(teacher_tokenizer), _tokens_by_id(student_tokenizer)
+    # ids of either side: a token that only one of them has differs too
     differing = sorted(index for index in teacher.keys() | student.keys() if teacher.get(index) != student.get(index))
     if differing:
         examples = "; ".join(

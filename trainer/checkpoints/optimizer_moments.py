@@ -44,7 +44,7 @@ def parameter_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict
         return {}
     found = {"step": torch.as_tensor(state["step"], dtype=torch.float32)}
     for key, (codes, table, scales) in _MOMENTS.items():
-        # an 8-bit optimizer keeps small tensors in fp32 too, under the name of the codes: the dtype tells the two apart
+        # an 8-bit optimizer keeps small tensors in fp32, under the name of the codes: the dtype shows which it is
         moment = state[key] if key in state else state[codes]
         found[key] = moment if moment.dtype != torch.uint8 else decode_moments(moment, state[table], state[scales])
     return found

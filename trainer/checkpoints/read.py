@@ -83,7 +83,7 @@ class Checkpoint:
         parts: list[Tensor] = []
         for file, first, last in self.index[group][name]["pieces"]:
             with safe_open(self.path / file, framework="pt") as opened:
-                # a whole tensor lies in one piece, in the file of the rank that was chosen to write it
+                # a whole tensor is one piece, in the file of the rank that was chosen to write it
                 if first is None:
                     return opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows[0] : rows[1]]
                 # the part of this piece that is wanted, in rows of the whole tensor; the file counts from its own first row
@@ -191,7 +191,7 @@ def _verify(path: Path) -> None:
             raise ValueError(f"{name} has {size} bytes instead of {expected['bytes']}")
         if sha256_file(path / name) != expected["sha256"]:
             raise ValueError(f"the content of {name} is not what was written (sha256 differs)")
-    # a manifest that lists too little would verify too: the state, verified above, says how many ranks must have written
+    # a manifest that lists too few files would verify too: the state, verified above, has the number of ranks that wrote
     ranks = range(json.loads((path / STATE).read_text())["world"])
     wanted = {STATE, PIECES, *(f"{group}-{rank}.safetensors" for group in GROUPS for rank in ranks)}
     if not wanted <= manifest["files"].keys():

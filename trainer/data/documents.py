@@ -47,7 +47,7 @@ class Documents:
     """What the last iteration left out or replaced, by reason."""
 
     def __iter__(self) -> Iterator[str]:
-        # each iteration counts anew: the text is read once as a check and once to be tokenized
+        # each iteration counts from zero: the text is read once as a check and once to be tokenized
         self.notes.clear()
         for text in self.open():
             if text and not text.isspace():

@@ -119,7 +119,7 @@ def _files_of_folder(folder: Path, passed: Counter[str]) -> list[Path]:
                     f"data.files: {shown_path(place)} holds a dataset as datasets.save_to_disk writes it; write it as Parquet first: "
                     "datasets.load_from_disk(FOLDER).to_parquet('text.parquet')"
                 )
-    # kinds differ in what a document is (a file or a row), so a mixture in one folder is hardly ever meant
+    # kinds differ in what a document is (a file or a row), so a mixture in one folder is most likely a mistake
     kinds = Counter(file_kind(file) for file in files)
     if len(kinds) > 1:
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
@@ -170,6 +170,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
             if packing not in PACKED:
                 yield file
                 return
+            # buffered, because the readers of lines and of byte-order marks need peek
             with io.BufferedReader(_Bounded(_unpacked(file, packing), path)) as stream:
                 yield stream
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:

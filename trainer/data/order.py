@@ -75,7 +75,7 @@ class StepBatches(Sampler[list[int]]):
         taken: list[int] = []
         while len(taken) < count:
             epoch, offset = divmod(first + len(taken), self.num)
-            # one permutation in memory at a time; a step may reach over the end of an epoch into the next
+            # one permutation in memory at a time; a step may begin in one epoch and end in the next
             if epoch != self._epoch:
                 self._epoch, self._order = epoch, sample_order(self.num, self.seed, epoch)
             taken += self._order[offset : offset + count - len(taken)].tolist()

@@ -132,6 +132,7 @@ def open_prepared(path: Path) -> PreparedData:
     Raises:
         UserError: the entry is missing or damaged.
     """
+    # without hashing: rank 0 has done it, and all ranks would read the same bytes
     if damage := _damage(path, thorough=False):
         raise UserError(
             f"tokenized text in {path} cannot be used ({damage}); run again to rebuild it (all ranks need the same DECOCT_CACHE folder)"
@@ -204,14 +205,16 @@ def _build(
 ) -> None:
     try:
         with (
-            # left in the reverse order: the stream is closed and removed, errors of the disk get their message, the folder is renamed
+            # left in reverse order: the stream is closed and removed, disk errors become readable, the folder gets its name
             atomic_directory(target) as folder,
             _readable_errors(target.parent),
             unfinished(target, folder / "stream") as work,
         ):
+            # phase 1: all tokens in the order of the text
             stream, samples, left_out = _write_stream(settings, tokenizer, documents, work, say)
             # windows take about as much room as the stream, which is deleted only afterwards
             check_free_space(folder, stream.tokens.nbytes, "the tokenized text (in the cache folder, environment variable DECOCT_CACHE)")
+            # phase 2: the windows of both sides, read from the stream
             whole = write_sides(settings, tokenizer, stream, folder, left_out, train=train)
             description = documents.description + ("" if whole else ", held out from the end of the text, inside a document")
             # the mapped file is removed next

@@ -96,7 +96,7 @@ def _begin_of_turn(
         return len(before)
     # otherwise by the content of the turn itself
     content = (messages[turn]["content"] or "").strip()
-    # the last occurrence: an earlier turn may contain the same words
+    # the last occurrence, because an earlier turn may contain the same words
     at = after.rfind(content) if content else -1
     if before is not None:
         # the prompt may end with text that is not in the stored turn, such as a <think> that the template opens

@@ -175,7 +175,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[_Piece]]:
 def _piece_end(text: str, at: int) -> int:
     if len(text) - at <= PIECE_CHARACTERS:
         return len(text)
-    # at a line end, where most tokenizers cut anyway, so the ids hardly differ from those of the whole text
+    # at a line end, where most tokenizers cut anyway, so the ids are nearly always those of the whole text
     line_end = text.rfind("\n", at, at + PIECE_CHARACTERS)
     return line_end + 1 if line_end >= 0 else at + PIECE_CHARACTERS
 

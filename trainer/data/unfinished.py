@@ -118,7 +118,7 @@ def unfinished(target: Path, spare: Path) -> Iterator[Unfinished]:
     """
     folder = target.with_name(target.name + _ENDING)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # here, because whoever starts a new text may never come back to the old one
+    # here, because a user who starts with a new text may never continue the old one
     _forget_old(folder)
     # flock belongs to the open file, so the kernel releases it when the process dies, however it dies
     with target.with_name(target.name + ".lock").open("w") as lock:

@@ -121,7 +121,7 @@ def fit(
     world = current_world()
     connect(world)
     shown = console if world.is_first else None
-    # rank 0 alone speaks: every rank has the same progress, and the plain messages of others would only repeat it
+    # only rank 0 prints: every rank makes the same progress, and messages of the others would repeat it
     say: Say = (lambda text: None) if shown is None else partial(print_line, shown)
     folder = work / "checkpoints"
     # before metrics, loaders and models: everything below starts at the step that is found here

@@ -74,7 +74,7 @@ def derive_watch(
             return None
         every = -(-total_steps // min(EVALUATIONS, budget - 1, total_steps))
     evaluations = -(-total_steps // every) + 1
-    # at least one, even if that is above the budget: whoever gives ``every`` wants to see the curve
+    # at least one, even if that is above the budget, because ``every`` is the user's explicit choice
     windows = max(1, min(budget // evaluations, MOST_TOKENS // seq_length, available))
     # a multiple of the ranks, so that each has the same number
     return Watch(every=every, windows=windows if windows < ranks else windows // ranks * ranks)

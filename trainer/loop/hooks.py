@@ -148,6 +148,7 @@ class MaskHook(KeepZeros):
 
     def after_step(self, step: int) -> None:
         """Shrinks the masks if the schedule requires it, then applies them."""
+        # a function of the step alone, so all ranks shrink, or none, and ``_shrink`` may be collective
         keep = self.keep_at(step)
         # after a resume ``_keep`` is 1.0 again: the first call chooses the saved share again among kept weights, which changes nothing
         if keep < self._keep:

@@ -170,7 +170,7 @@ class QatSchedule:
             scales, zeros = first_scales(_merged(module), module.current_spec, self._settings.first)
             first = (own_rows(scales, module.scale), None if zeros is None else own_rows(zeros, module.scale))
         else:
-            # groups lie within rows, so a rank's own rows are enough for its own scales
+            # a group is part of one row, so a rank needs only its own rows for its own scales
             first = first_scales(_merged_rows(module), module.current_spec, self._settings.first)
         for parameter, values in zip((module.scale, module.zero), first, strict=True):
             # zero points exist for asymmetric specs alone; a rank may hold no row
@@ -184,6 +184,7 @@ class QatSchedule:
             return
         # drawn whole from a generator of its own, so that it is the same for every sharding and changes no other random number
         generator = torch.Generator().manual_seed(derive_seed(self._seed, "adapter", name))
+        # [rank, in]; the outer matrix is [out, rank]
         drawn = (2 * torch.rand(module.adapter_in.shape, generator=generator) - 1) / math.sqrt(module.weight.shape[1])
         local(module.adapter_in).copy_(own_rows(drawn, module.adapter_in))
         local(module.adapter_out).zero_()
@@ -222,6 +223,7 @@ def _merged_rows(module: RoundedWeight) -> Tensor:
     weight = local(module.weight)
     if module.adapter_in is None or module.adapter_out is None:
         return weight
+    # own rows of the product: [own rows, rank] @ [rank, in]. Pruned weights stay zero in the sum (law 4, docs/architecture.md)
     return weight + (local(module.adapter_out) @ whole(module.adapter_in)) * (weight != 0)
 
 

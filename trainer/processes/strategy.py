@@ -66,6 +66,6 @@ def lightning_strategy(chosen: Literal["ddp", "fsdp2"], world: World) -> "Strate
         # its own default puts nodes in the first place and tensor parallelism inside a node
         # Lightning needs both sizes: one mesh dimension with all ranks, and no tensor parallelism.
         return ModelParallelStrategy(data_parallel_size=world.size, tensor_parallel_size=1, timeout=COLLECTIVE_TIMEOUT)
-    # A search for unused parameters would walk the graph in each step. Buffers need no broadcast: hooks change them alike on every rank.
-    # Buckets as views save a second copy of all gradients.
+    # Every parameter gets a gradient in each step (``RoundedWeight`` attaches unused scales), so none is searched for. Buffers need no
+    # broadcast: hooks change them alike on every rank. Buckets as views save a second copy of all gradients.
     return DDPStrategy(find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True, timeout=COLLECTIVE_TIMEOUT)

@@ -75,6 +75,7 @@ def teacher_bytes(size: TeacherSize, load_in: LoadIn, placement: Placement, rank
         return int(rounded) + width * (size.parameters - size.linear)
     if placement == "sharded" and ranks > 1:
         inside = size.parameters - size.outside
+        # shares rounded up: the process that holds the most decides
         return width * (size.outside + -(-inside // ranks) + GATHERED_LAYERS * size.layer)
     if placement == "offloaded":
         return width * (size.outside + OFFLOADED_LAYERS * size.layer)

@@ -78,7 +78,7 @@ def _position(entries: Any, v_eff: int) -> Position:
         log = _log(entry)
         if not _TOKEN.fullmatch(token):
             raise WrongAnswerError("a token whose id is not a plain number")
-        # probability 0: such a token says nothing and must not take a slot
+        # probability 0: such a token must not take a slot
         if log < _NOTHING:
             continue
         mass += math.exp(log)
@@ -94,7 +94,7 @@ def _position(entries: Any, v_eff: int) -> Position:
         )
     if mass > 1 + _ROUNDING:
         raise WrongAnswerError(f"invalid log-probabilities: the probabilities of one position sum to {mass:.3g}")
-    # vLLM appends the prompt's own token out of order
+    # vLLM puts the prompt's own token out of order
     return sorted(known, key=lambda entry: -entry[1])
 
 

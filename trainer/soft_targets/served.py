@@ -78,7 +78,7 @@ class ServedTeacher:
         answers = list(self._pool.map(self._ask, [ids for _, _, ids in documents]))
         known: list[Position] = []
         for (row, begin, ids), positions in zip(documents, answers):
-            # position at predicts itself: the answer gives the distribution of the token at this place, given those before it
+            # ``positions[at]`` is the distribution of the token at this place, given those before it
             known += [positions[at] for at in range(1, len(ids)) if labels[row, begin + at] != MASKED]
         return spread(self._targets(known), labels.to(self._device))
 

@@ -126,6 +126,7 @@ def _whole(answer: http.client.HTTPResponse, most: int) -> bytes:
 
 def _host(location: str | None) -> str:
     try:
+        # the host alone: the rest of an address may hold secrets, and comes from the server
         return repr(urlsplit(location or "").hostname or "nowhere")
     except ValueError:
         return "nowhere"

@@ -57,7 +57,7 @@ def finish(settings: QuantizeSettings, context: StageContext, trained: None) -> 
         text = stage_text(settings, context, source.model) if settings.calibrates else None
         rounded = round_and_tell(settings, context, source, text)
         record = rounding_record(settings, text, rounded)
-        # inside the block: layers that were streamed lie in its folder until they are copied into the output
+        # inside the block: streamed layers are in its scratch folder until they are copied into the output
         save_quantized(source.model, rounded.state, context, {}, rounding=record)
         facts = coverage_facts(context, "quantized", rounded.state.modules)
     return StageResult(model=context.model, seconds=time.perf_counter() - started, facts=facts)

@@ -42,7 +42,7 @@ def tell_unlisted_zeros(context: StageContext, model: "PreTrainedModel") -> None
     """Print a warning when the input has many zeros that no record lists, as in a folder pruned by another tool: training moves them."""
     if "quant" in read_record(find_model_folder(context.input, context.input_revision, weights=False)):
         return  # zeros of a quantized folder come from rounding, not from pruning
-    # a warning and no mask: a folder without a record does not tell pruned weights from weights that happen to be zero
+    # a warning and no mask: without a record, pruned weights cannot be distinguished from weights that happen to be zero
     share = unlisted_zeros(model, input_record(context))
     if share >= TOLD_FROM:
         context.say(
