@@ -46,7 +46,7 @@ def samples_of(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase",
         if passed:
             raise NothingToLearnError("no turn of the assistant that is to be learned (weight 0)")
         raise ValueError("no turn of the assistant")
-    # every turn in its final form, as the last sample has it
+    # every turn in its final form: the text of the first sample
     whole = _render(messages, conversation, tokenizer)
     _note_tools(conversation, whole, notes)
     if everything:

@@ -75,7 +75,7 @@ class QatSchedule:
         # the last step always trains with the bits of the result
         if settings.anneal_from is not None and step < self._total:
             span = max(1.0, settings.anneal * self._total)
-            # falls by one bit at a time, evenly over the first ``anneal`` of the stage
+            # after the delay, falls by one bit at a time, evenly over ``anneal`` of the stage
             bits = max(target, settings.anneal_from - math.floor(done * (settings.anneal_from - target) / span))
         if step > self._total - round(settings.freeze_scales * self._total):
             # the end: scales stand still and the weights settle on their grid; always in the bits of the result
