@@ -67,6 +67,7 @@ def _check_start(draft: Draft, problems: Problems) -> None:
             )
     if draft.data and draft.data.hub_config and not draft.data.hub:
         problems.add(("data", "hub_config"), "configures a hub dataset, and data.hub is not given; remove it, or give data.hub")
+    _check_generate(draft, problems)
     layers, depth = draft.student.keep.layers if draft.student and draft.student.keep else None, _known_numbers(draft).get("layers")
     if layers is not None and depth is not None and not min(2, depth) <= layers <= depth:
         problems.add(
@@ -84,6 +85,25 @@ def _check_start(draft: Draft, problems: Problems) -> None:
             problems.add(
                 ("teacher", "scratch", "kv_heads"), f"{scratch.kv_heads} does not divide heads={scratch.heads}; change one of them"
             )
+
+
+def _check_generate(draft: Draft, problems: Problems) -> None:
+    """The model that writes the text has weights before there is any text."""
+    asked = draft.data.generate if draft.data else None
+    if asked is None or draft.student is None or not (draft.teacher or draft.lacks_teacher):
+        return
+    given = draft.student if asked.model == "student" else draft.teacher
+    if given is not None and given.path:
+        return
+    at = ("data", "generate", "model")
+    if draft.teacher and draft.teacher.scratch:
+        problems.add(at, "writes the text, and a scratch teacher is trained on it; give teacher.path, or data.files")
+    elif asked.model == "student":
+        problems.add(at, "is 'student', which is made from the teacher; give student.path, or let the teacher write (model: teacher)")
+    elif draft.student.path:
+        problems.add(at, "is 'teacher', and the recipe has none; add one (teacher: {path: ...}), or set model: student")
+    else:
+        problems.add(at, "is 'teacher', and the recipe has none; add one (teacher: {path: ...})")
 
 
 def _check_budget(entry: StageEntry, problems: Problems) -> None:

@@ -59,17 +59,3 @@ def _update(head: Any, name: str) -> Tensor:
         )
     # [V, r] @ [r, H]
     return head.scaling[name] * (head.lora_B[name].weight @ head.lora_A[name].weight)
-
-
-class EveryModuleInEval:
-    """Context manager: eval mode inside, and each module's own mode again afterwards."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self._training = model, [module for module in model.modules() if module.training]
-
-    def __enter__(self) -> None:
-        self._model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module in self._training:
-            module.training = True

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .common.errors import UserError
+from .eval_mode import eval_mode
 from .families import backbone_and_head
 
 if TYPE_CHECKING:
@@ -40,18 +41,15 @@ def keeps_documents_apart(model: "PreTrainedModel") -> bool:
     # two documents of 3 and 4 tokens in one window; all ids differ, so a leak from the first changes the second
     ids = torch.arange(1, 8, device=weight.device).remainder(weight.shape[0])[None]
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]], device=weight.device)
-    training = model.training
-    model.eval()
     try:
-        packed, alone = (
-            backbone(**backbone_inputs(batch)).last_hidden_state
-            for batch in ({"input_ids": ids, "position_ids": positions}, {"input_ids": ids[:, 3:], "position_ids": positions[:, 3:]})
-        )
+        with eval_mode(model):
+            packed, alone = (
+                backbone(**backbone_inputs(batch)).last_hidden_state
+                for batch in ({"input_ids": ids, "position_ids": positions}, {"input_ids": ids[:, 3:], "position_ids": positions[:, 3:]})
+            )
     except TypeError:
         # the backbone takes no position_ids at all
         return False
-    finally:
-        model.train(training)
     # packed and alone run in different shapes, so bf16 rounds differently; a leak is far larger
     tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2
     error = (packed[:, 3:].float() - alone.float()).abs().max().item()

@@ -6,6 +6,7 @@ import torch
 
 from .capabilities import future_setting
 from .common.errors import UserError
+from .eval_mode import eval_mode
 from .families import backbone_and_head, text_config
 
 if TYPE_CHECKING:
@@ -28,12 +29,8 @@ def future_leak(model: "PreTrainedModel") -> float:
     ids = torch.arange(1, _TOKENS + 1, device=weight.device).remainder(weight.shape[0]).repeat(2, 1)
     # 0 occurs at no other position, as the ids begin with 1
     ids[1, -1] = 0
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].float()
-    finally:
-        model.train(training)
     # relative to the states, which differ by orders of magnitude between families; an absolute floor keeps tiny states from dividing noise
     return float((hidden[0] - hidden[1]).abs().max() / hidden.abs().max().clamp(min=1.0))
 

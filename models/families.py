@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .adapters import effective_head, unwrapped
 from .common.errors import UserError
+from .eval_mode import eval_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -211,13 +212,9 @@ def check_head(model: "PreTrainedModel") -> None:
     if weight.is_meta:
         return
     ids = torch.arange(4, device=weight.device).remainder(weight.shape[0])[None]
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         expected = model(input_ids=ids, use_cache=False).logits.float()
         hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
-    finally:
-        model.train(training)
     # some models (Mamba) keep their hidden states in fp32 for every dtype of the weights, and cast them for the head
     logits = head_transform(model.config).apply(nn.functional.linear(hidden.to(weight.dtype), weight, bias).float())
     tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2

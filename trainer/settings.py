@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from .. import Bounds, Count, check_fields
 from ..losses.settings import LossSettings
+from .settings_generation import GenerateSettings
 
 # Literals and bounds are the one source of allowed values: ``check_fields``, the loader's messages and the schema read them.
 Precision = Literal["32", "bf16-mixed"]
@@ -19,7 +20,7 @@ NotNegative = Annotated[float, Bounds(ge=0)]
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """The text of a run: exactly one of ``builtin``, ``files`` and ``hub``."""
+    """The text of a run: exactly one of ``builtin``, ``files``, ``hub`` and ``generate``."""
 
     builtin: Literal["python-stdlib"] | None = None
     """Text that every machine has: the sorted .py files of the running Python's standard library, first 8 MB."""
@@ -31,6 +32,8 @@ class DataSettings:
     """Configuration name of the hub dataset."""
     hub_split: str = "train"
     """Split of the hub dataset."""
+    generate: GenerateSettings | None = None
+    """Text that the recipe's teacher, or the given student, writes itself."""
     kind: Literal["text", "chat"] = "text"
     """text = documents; chat = rows of messages, or of prompt and completion and the like, formatted with the tokenizer's chat template."""
     mask_prompts: bool = True
@@ -52,11 +55,15 @@ class DataSettings:
     def __post_init__(self) -> None:
         check_fields(self)
         # by truth: an empty list of files is no source either
-        given = [name for name in ("builtin", "files", "hub") if getattr(self, name)]
+        given = [name for name in ("builtin", "files", "hub", "generate") if getattr(self, name)]
         if len(given) != 1:
-            raise ValueError(f"data needs exactly one of 'builtin', 'files' and 'hub'; given: {given or 'none'}")
+            raise ValueError(f"data needs exactly one of 'builtin', 'files', 'hub' and 'generate'; given: {given or 'none'}")
         if self.kind == "chat" and self.builtin:
             raise ValueError("kind=chat needs rows of conversations, and builtin text has none; give 'files' or 'hub'")
+        if self.kind == "chat" and self.generate and self.generate.start == "text":
+            raise ValueError("kind=chat needs conversations, and generate.start is 'text'; leave one of the two out")
+        if self.generate and self.max_documents is not None:
+            raise ValueError(f"max_documents={self.max_documents} is not used with generate, whose size is generate.tokens; leave it out")
         if self.kind == "text" and not self.mask_prompts:
             raise ValueError("mask_prompts=false has no effect with kind=text, which has no prompts; set kind: chat, or leave it out")
         # checked here and not with the text: it fails before anything is read or downloaded

@@ -1,5 +1,6 @@
 """Inputs of a run: tokenizer, prepared text, teacher and student. Rank 0 makes each, every rank opens it."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,15 @@ from ...models.pruning.zeros_record import check_sparse, of_kept_layers, sparse_
 from ...models.student import student_by_keeping, student_from_config, trim_vocabulary
 from ...models.teachers import TeacherRef
 from ...models.tokenizer.vocabulary import check_same_vocabulary, effective_vocab, embedding_rows, tokens_without_rows
-from ...trainer.data.documents import read_documents
+from ...trainer.data.documents import Documents, read_documents
+from ...trainer.data.generated import WritingModel, generated_documents
 from ...trainer.data.known_ids import check_rows
 from ...trainer.data.prepared_data import PreparedData, open_prepared, prepare_data
 from ...trainer.scratch import ScratchTeacher, locate_scratch, make_tokenizer
 from ...trainer.stages.context import RunContext
+from ...trainer.stages.student_and_teacher import current_device
+
+_LOG = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +77,7 @@ def _prepare(recipe: "Recipe") -> dict[str, Any]:
     for path in (recipe.student.path, recipe.teacher and recipe.teacher.path):
         if path and Path(path).is_dir():
             check_record(Path(path))  # find damage before hours of tokenizing
-    text = read_documents(recipe.data)
+    text = _generated(recipe) if recipe.data.generate else read_documents(recipe.data)
     scratch = None
     if recipe.teacher and recipe.teacher.scratch:
         scratch = locate_scratch(recipe.teacher.scratch, recipe.data, recipe.trainer, text, recipe.seed)
@@ -83,6 +88,27 @@ def _prepare(recipe: "Recipe") -> dict[str, Any]:
     data = prepare_data(recipe.data, tokenizer, cache_dir(), documents=text, train=_learns(recipe))
     check_rows(data, tokenizer, effective_vocab(tokenizer, *_rows(recipe)))
     return {"tokenizer": where, "revision": revision, "scratch": str(scratch.folder) if scratch else None, "data": str(data.path)}
+
+
+def _generated(recipe: "Recipe") -> Documents:
+    """The text that the recipe's teacher, or its given student, writes itself; ``configs/checks.py`` refuses recipes without it."""
+    asked = recipe.data.generate
+    assert asked is not None
+    given = recipe.student if asked.model == "student" else recipe.teacher
+    assert given is not None and given.path is not None
+    path, revision = given.path, given.revision
+    tokenizer = load_tokenizer(path, revision=revision)
+
+    def load() -> tuple[Any, int]:
+        device = current_device()
+        # a CPU is slow in bf16, and a GPU samples from bf16 weights as a server does
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        model = load_model(path, dtype=dtype, revision=revision, device=device)
+        return model, effective_vocab(tokenizer, embedding_rows(model.config))
+
+    name = Path(path).name if Path(path).is_dir() else path
+    writer = WritingModel(name=name, content=content_hash(path, revision), tokenizer=tokenizer, load=load)
+    return generated_documents(recipe.data, writer, cache_dir(), recipe.seed, _LOG.warning)
 
 
 def _learns(recipe: "Recipe") -> bool:

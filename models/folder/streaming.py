@@ -51,10 +51,14 @@ def empty_model(path: str | Path, revision: str | None = None) -> "tuple[PreTrai
     """
     folder = find_model_folder(path, revision, weights=True)
     files = WeightFiles(folder)
-    model = _skeleton(folder, torch.float32)
-    files.call(module_names(model, files.names()))
-    _check(path, model, files)
-    materialize_buffers(model, "cpu")
+    try:
+        model = _skeleton(folder, torch.float32)
+        files.call(module_names(model, files.names()))
+        _check(path, model, files)
+        materialize_buffers(model, "cpu")
+    except BaseException:
+        files.close()
+        raise
     return model, files
 
 
@@ -134,8 +138,11 @@ def place(model: nn.Module, device: torch.device | str, *, skip: Set[int] = froz
     materialize_buffers(model, device)
     for places in parameter_places(model):
         parameter = getattr(places[0][0], places[0][1])
-        if id(parameter) not in skip and parameter.device.type != torch.device(device).type:
-            register(places, parameter.detach().to(device))
+        if id(parameter) not in skip:
+            moved = parameter.detach().to(device)
+            # ``to`` returns the tensor itself where it is on the device already ('cuda' is the current card)
+            if moved.device != parameter.device:
+                register(places, moved)
 
 
 Place = tuple[nn.Module, str, str]

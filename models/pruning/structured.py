@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..batches import backbone_inputs
 from ..common.errors import NonFiniteError, UserError
+from ..eval_mode import eval_mode
 from ..families import Family, family_of
 
 if TYPE_CHECKING:
@@ -48,17 +49,15 @@ def ffn_channel_scores(model: "PreTrainedModel", batches: Iterable[Mapping[str, 
     keep_rows: list[Tensor] = [torch.empty(0)]
     # the input of the down projection is the activation of the channels, after gate and up projection
     handles = [down.register_forward_pre_hook(_adder(total, keep_rows)) for down, total in zip(downs, sums)]
-    training = model.training
-    model.eval()
     tokens = 0
     try:
-        for batch in batches:
-            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).to(model.device)
-            keep_rows[0] = mask.bool()
-            tokens += int(mask.sum())
-            model.base_model(**backbone_inputs(batch, model.device))
+        with eval_mode(model):
+            for batch in batches:
+                mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).to(model.device)
+                keep_rows[0] = mask.bool()
+                tokens += int(mask.sum())
+                model.base_model(**backbone_inputs(batch, model.device))
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     if tokens == 0:

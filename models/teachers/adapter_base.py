@@ -6,9 +6,10 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor
 
-from ..adapters import EveryModuleInEval, unwrapped
+from ..adapters import unwrapped
 from ..batches import backbone_inputs
 from ..common.errors import UserError
+from ..eval_mode import eval_mode
 from ..families import backbone_and_head, head_transform
 from ..tokenizer.vocabulary import check_head_rows
 from .local import Hidden
@@ -45,7 +46,7 @@ class AdapterBaseTeacher:
     def hidden_and_head(self, batch: Mapping[str, Tensor]) -> Hidden:
         """Last hidden states and head without the adapter, outside autograd and autocast; see ``LocalTeacher.hidden_and_head``."""
         # module by module: parts of the student may be frozen in eval mode
-        with EveryModuleInEval(self._student), self._student.disable_adapter():
+        with eval_mode(self._student), self._student.disable_adapter():
             backbone, weight, bias = backbone_and_head(self._student)
             with torch.autocast(weight.device.type, enabled=False):
                 output: Any = backbone(**backbone_inputs(batch, weight.device))

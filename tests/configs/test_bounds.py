@@ -12,9 +12,11 @@ from decoct.configs.reading import SECTIONS
 from decoct.models.settings import KeepSettings, ServedSettings, StudentSettings, TeacherSettings
 from decoct.qat.scheme import SpecChange
 from decoct.trainer.settings import DataSettings, MagnitudeSettings, PruneSettings, StructuredSettings
+from decoct.trainer.settings_generation import GenerateSettings
 from decoct.trainer.stages.registry import STAGE_KINDS
 
 LEAST: dict[type, dict[str, Any]] = {
+    GenerateSettings: {"tokens": 1},
     DataSettings: {"builtin": "python-stdlib"},
     TeacherSettings: {"path": "a"},
     StudentSettings: {"path": "a"},

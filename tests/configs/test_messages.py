@@ -27,7 +27,7 @@ BROKEN = {
     "mistyped key in a section": (
         HEAD.replace("seq_length", "seq_lenght") + STAGES,
         "my.yaml:3: data.seq_lenght: unknown key, did you mean 'seq_length'? valid here: builtin, files, hub, hub_config, hub_split, "
-        "kind, mask_prompts, text_field, special_tokens, seq_length, packing, eval_tokens, max_documents",
+        "generate, kind, mask_prompts, text_field, special_tokens, seq_length, packing, eval_tokens, max_documents",
     ),
     "mistyped key at the top": (
         HEAD + STAGES + "trianer: {precision: 32}\n",
@@ -136,7 +136,7 @@ BROKEN = {
     ),
     "two sources of text": (
         HEAD.replace("seq_length: 256", "builtin: python-stdlib") + STAGES,
-        "my.yaml:3: data: data needs exactly one of 'builtin', 'files' and 'hub'; given: ['builtin', 'files']",
+        "my.yaml:3: data: data needs exactly one of 'builtin', 'files', 'hub' and 'generate'; given: ['builtin', 'files']",
     ),
     "percent sign forgotten": (
         HEAD + "stages:\n  - distill: {tokens: 1M, warmup: 5}\n",
@@ -255,6 +255,23 @@ BROKEN = {
 
 
 BROKEN |= {
+    "text by a scratch teacher": (
+        HEAD.replace("path: a/teacher", "scratch: {}").replace("files: [a.txt]", "generate: {tokens: 1M}") + STAGES,
+        "my.yaml:3: data.generate.model: writes the text, and a scratch teacher is trained on it; give teacher.path, or data.files",
+    ),
+    "text by a student that is yet to be made": (
+        HEAD.replace("files: [a.txt]", "generate: {tokens: 1M, model: student}") + STAGES,
+        "my.yaml:3: data.generate.model: is 'student', which is made from the teacher; give student.path, or let the teacher write "
+        "(model: teacher)",
+    ),
+    "text by no teacher": (
+        NO_TEACHER.replace("builtin: python-stdlib", "generate: {tokens: 1M}") + "stages:\n  - quantize\n",
+        "my.yaml:2: data.generate.model: is 'teacher', and the recipe has none; add one (teacher: {path: ...}), or set model: student",
+    ),
+    "conversations from the beginning of a document": (
+        HEAD.replace("files: [a.txt]", "kind: chat, generate: {tokens: 1M, start: text}") + STAGES,
+        "my.yaml:3: data.kind: kind=chat needs conversations, and generate.start is 'text'; leave one of the two out",
+    ),
     "the rate's short name": (
         HEAD + "stages:\n  - distill: {tokens: 1M, lr: 1e-4}\n",
         "my.yaml:5: stages.0.distill.lr: unknown key: the peak learning rate is 'learning_rate' of a stage that trains "
@@ -279,7 +296,8 @@ SEVERAL_KEYS = {
     "batch of broken windows", "micro-batch that does not divide", "more layers than a known teacher has",
     "more channels than a scratch teacher has", "group size that does not divide what pruning left", "heads that do not divide",
     "export of nothing quantized", "export after training undid the codes", "no text left to train on",
-    "a key in the address of a served teacher",
+    "a key in the address of a served teacher", "text by a scratch teacher", "text by a student that is yet to be made",
+    "text by no teacher", "conversations from the beginning of a document",
 }  # fmt: skip
 """What no JSON Schema of single keys can find: faults between keys, of YAML itself, and of an address's parts."""
 

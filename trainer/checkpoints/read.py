@@ -76,6 +76,10 @@ class Checkpoint:
         """Shape of a whole tensor."""
         return tuple(self.index[group][name]["shape"])
 
+    def dtype(self, group: str, name: str) -> torch.dtype:
+        """Dtype of a tensor; no row of it is read."""
+        return self.read(group, name, (0, 0) if self.shape(group, name) else None).dtype
+
     def read(self, group: str, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """A tensor, or its rows ``rows[0]`` to ``rows[1]`` (excluded), on the CPU; only these rows are read."""
         from safetensors import safe_open

@@ -17,6 +17,7 @@ from ...losses.evaluation import evaluation_sums
 from ...losses.shift import shift_for_next_token
 from ...models.batches import backbone_inputs
 from ...models.common.errors import NonFiniteError, UserError
+from ...models.eval_mode import eval_mode
 from ...models.families import HeadTransform, backbone_and_head, head_transform
 from ..data.windows import IGNORED, Windows
 
@@ -193,19 +194,6 @@ def calibration_error(confidence: Tensor, correct: Tensor) -> float:
     bins = (confidence * ECE_BINS).ceil().long().clamp(1, ECE_BINS) - 1
     gaps = torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, bins, correct.double() - confidence.double())
     return (gaps.abs().sum() / len(confidence)).item()
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode inside the block; afterwards each module has its former mode."""
-    # per module: a user may have frozen parts in eval mode, which model.train() would undo
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -49,17 +49,17 @@ def load_student(student: nn.Module, checkpoint: Checkpoint) -> None:
     current = student_tensors(student)
     if different := sorted(current.keys() ^ set(checkpoint.names("student"))):
         raise UserError(f"the checkpoint holds another model: {len(different)} names differ, the first is {different[0]}")
-    # all shapes first, so that a foreign checkpoint leaves the student unchanged
+    # all shapes and dtypes first, so that a foreign checkpoint leaves the student unchanged
     for name, tensor in current.items():
         saved = checkpoint.shape("student", name)
         if tuple(tensor.shape) != saved:
             raise UserError(f"the checkpoint holds another model: {name} is {saved}, the model has {tuple(tensor.shape)}")
+        dtype = checkpoint.dtype("student", name)
+        if dtype != tensor.dtype:
+            raise UserError(f"the checkpoint holds another model: {name} is {dtype}, the model has {tensor.dtype}")
     for name, tensor in current.items():
         # one tensor at a time, and only this rank's rows: the whole student never is in memory twice
-        value = checkpoint.read("student", name, row_range(tensor))
-        if value.dtype != tensor.dtype:
-            raise UserError(f"the checkpoint holds another model: {name} is {value.dtype}, the model has {tensor.dtype}")
-        local(tensor).copy_(value)
+        local(tensor).copy_(checkpoint.read("student", name, row_range(tensor)))
 
 
 def load_optimizer(views: ParameterViews, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...losses.settings import LossSettings
+from ...models.eval_mode import eval_mode
 from ...models.teachers import Teacher
-from ..evaluation.figures import eval_mode
 from ..processes.world import World, sum_over_ranks
 from ..soft_targets.cached import SparseTeacher
 from .module import Objectivelike, TrainingModule

@@ -66,10 +66,11 @@ def fold_ascending(bits: Tensor, count: int, limit: int) -> Tensor:
     """
     low = low_width(count, limit)
     lows, high = bits[:, : count * low], bits[:, count * low :]
-    # nonzero lists row by row, so with ``count`` ones in each row the view below separates the rows
+    ones = high.sum(1, dtype=torch.int64)
+    if wrong := int((ones != count).sum()):
+        raise ValueError(f"{wrong:,} of {len(bits):,} rows do not have {count} numbers")
+    # nonzero lists row by row, and each row has ``count`` ones, so the view below separates the rows
     places = high.nonzero()[:, 1]
-    if len(places) != len(bits) * count:
-        raise ValueError(f"{len(places):,} numbers in {len(bits):,} rows of {count}")
     # undoes the shift by i above: what is left is the high part
     highs = places.view(len(bits), count) - torch.arange(count, device=bits.device)
     return (highs << low) + (fold_bits(lows, low) if low else 0)

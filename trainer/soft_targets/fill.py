@@ -168,7 +168,7 @@ def _measured(store: Store, form: RowFormat) -> str:
     """Sentence with the size of the cache and its mean KL from the teacher."""
     tokens = sum(shard.figures["tokens"] for shard in store.shards.values())
     kl = sum(shard.figures["kl"] for shard in store.shards.values()) / max(tokens, 1)
-    size = sum(entry.stat().st_size for entry in (store.folder / "shards").iterdir())
+    size = store.bytes_on_disk()
     what = "KL(cache || teacher)" if form.tail else "KL(one draw || teacher)"
     return f"{tokens:,.0f} tokens, {size / max(tokens, 1):.1f} bytes a token with its index, {what} {kl:.2e} nats a token"
 

@@ -108,6 +108,11 @@ class Store:
         self._build_index()
         return problems
 
+    def bytes_on_disk(self) -> int:
+        """Size of the open shards, keys and manifests included."""
+        manifests = [self.folder / "shards" / f"{name}.json" for name in self.shards]
+        return sum(manifest.with_suffix(ending).stat().st_size for manifest in manifests for ending in (".json", ".rows", ".keys"))
+
     def _open(self, manifest: Path) -> Shard:
         entries = np.fromfile(manifest.with_suffix(".keys"), dtype=_ENTRY)
         rows = manifest.with_suffix(".rows")
@@ -178,10 +183,13 @@ class Store:
             # last: without its manifest a shard does not exist for readers
             facts = {end[1:]: {"bytes": a.nbytes, "sha256": sha256_file(target.with_suffix(end))} for end, a in files.items()}
             write_json_atomic(target, sealed({"files": facts, "figures": figures}))
-        except OSError as error:
+        # also the UserError that a full disk becomes while the manifest is written
+        except BaseException as error:
             for ending in files:
                 target.with_suffix(ending).unlink(missing_ok=True)
-            raise storage_error(error, target, "write the teacher's cache") or error from error
+            if isinstance(error, OSError):
+                raise storage_error(error, target, "write the teacher's cache") or error from error
+            raise
 
 
 def _fault(manifest: Path, *, thorough: bool) -> str:

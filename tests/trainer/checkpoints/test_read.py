@@ -201,19 +201,29 @@ def test_remains_of_a_killed_save_are_neither_read_nor_kept(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
 
 
+def _with_last_in_bf16(student: nn.Module) -> nn.Module:
+    last = list(student.parameters())[-1]
+    last.data = last.data.to(torch.bfloat16)
+    return student
+
+
 @pytest.mark.parametrize(
     ("other", "named"),
     [
         (lambda: _Net(8), "embed.weight is (6, 4)"),
         (lambda: _Net().to(torch.bfloat16), "bfloat16"),
+        (lambda: _with_last_in_bf16(_Net()), "bfloat16"),
         (lambda: nn.Linear(2, 2), "names differ"),
     ],
 )
 def test_another_model_is_refused_before_it_is_touched(tmp_path: Path, other: type, named: str) -> None:
     _save(tmp_path, 5)
+    student = other()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
     with pytest.raises(UserError, match="holds another model") as caught:
-        load_student(other(), open_checkpoint(tmp_path, 5))
+        load_student(student, open_checkpoint(tmp_path, 5))
     assert named in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
 _FULL_DISK = """

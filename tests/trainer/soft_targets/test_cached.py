@@ -121,7 +121,13 @@ def test_a_disk_that_is_full_leaves_no_shard(case: dict[str, Any], monkeypatch: 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("decoct.trainer.soft_targets.store.os.fsync", full)
-    with pytest.raises(UserError, match="write the teacher's cache"):
+    with monkeypatch.context() as broken:
+        broken.setattr("decoct.trainer.soft_targets.store.os.fsync", full)
+        with pytest.raises(UserError, match="write the teacher's cache"):
+            fill(case, [0])
+    assert not list((case["store"].folder / "shards").iterdir())
+    # full at the last file alone, which is written by another rule
+    monkeypatch.setattr("decoct.models.common.files.os.replace", full)
+    with pytest.raises(UserError, match="disk is full"):
         fill(case, [0])
     assert not list((case["store"].folder / "shards").iterdir())
