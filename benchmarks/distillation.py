@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from distillation_work import CACHES, SEQ, STEP_TOKENS
+from distillation_work import CACHES, SEQ, STEP_TOKENS, TURNS
 from rows import Row, report
 
 TOKENS = {"quick": 40_000, "default": 200_000, "full": 2_000_000}
@@ -106,7 +106,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="distillation-") as place:
         quickstart = recipe([], given.size)
         rows += compare("quickstart", quickstart, given.size, Path(place) / "quickstart")
-        steps = in_own_process(Path(place) / "quickstart", quickstart, ["steps"])
+        steps = in_own_process(Path(place) / "quickstart", quickstart, ["steps", TURNS])
         rows += [Row("a step", system, "seconds_ratio", value / steps["cross_entropy"], "x") for system, value in steps.items()]
         if given.text:
             texts = [str(Path(name).resolve()) for name in given.text]

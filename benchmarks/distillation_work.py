@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-STEP_TOKENS, SEQ, TURNS = 2048, 256, 30
+STEP_TOKENS, SEQ = 2048, 256
+TURNS = 30
+"""Timed steps of each system."""
 CACHES = {"cache_topk": "top_k", "cache_sampled": "sampled", "cache_hybrid": "hybrid"}
 
 
@@ -175,14 +177,14 @@ def speed(ends: list[float]) -> float:
     return STEP_TOKENS / statistics.median(after - before for before, after in itertools.pairwise(ends[3:]))
 
 
-def step_seconds(bench: Bench) -> dict[str, float]:
-    """Median seconds of an optimizer step of 2,048 tokens, the systems in turn on the same batches."""
+def step_seconds(bench: Bench, turns: int) -> dict[str, float]:
+    """Median seconds of an optimizer step of 2,048 tokens, the systems in turn on the same batches; two more turns come first."""
     import torch
 
     windows = bench.origin.data.train
     size = STEP_TOKENS // SEQ
     steps: dict[str, Callable[[dict[str, Any]], None]] = {}
-    seen_windows = range((TURNS + 2) * size)
+    seen_windows = range((turns + 2) * size)
     for system in ("cross_entropy", "forward_kl", *CACHES):
         student, objective = bench.student().train(), bench.objective(system, seen_windows)
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
@@ -195,7 +197,7 @@ def step_seconds(bench: Bench) -> dict[str, float]:
 
         steps[system] = step
     seen: dict[str, list[float]] = {system: [] for system in steps}
-    for turn in range(TURNS + 2):
+    for turn in range(turns + 2):
         parts = [windows[turn * size + row] for row in range(size)]
         batch = {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
         for system, step in steps.items():
@@ -226,7 +228,7 @@ def worker(told: str) -> None:
     folder, plain, kind, *rest = json.loads(told)
     with contextlib.redirect_stdout(sys.stderr):
         bench = Bench(plain, Path(folder))
-        figures = step_seconds(bench) if kind == "steps" else train(bench, kind, *rest)
+        figures = step_seconds(bench, *rest) if kind == "steps" else train(bench, kind, *rest)
     print(json.dumps(figures))
 
 

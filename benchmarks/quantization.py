@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from distillation import prepare, recipe
+from distillation_work import TURNS
 from quantization_training import STEPS
 from rows import Row, report
 
@@ -51,6 +52,8 @@ class Size:
     rates: tuple[float, ...] = (1.0, 0.3)
     """torchao's rates, as shares of the stage's own."""
     turns: int = 3
+    step_turns: int = TURNS
+    """Timed steps of each system."""
     only: tuple[str, ...] = ()
     """Systems beside round to nearest; empty = all, and the timings."""
 
@@ -184,7 +187,7 @@ def speed(runner: Runner, size: Size) -> None:
     python = runner.torchao or sys.executable
     systems = [system for system in STEPS if system != "torchao" or runner.torchao]
     for objective in ("cross_entropy", "forward_kl"):
-        steps = runner.work("steps", objective, systems, python=python)
+        steps = runner.work("steps", objective, systems, size.step_turns, python=python)
         for system, seconds in steps.items():
             runner.take(f"a step, {objective}", system, {"seconds": seconds, "seconds_ratio": seconds / steps["plain"]})
 

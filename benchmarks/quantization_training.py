@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distillation_work import SEQ, STEP_TOKENS, TURNS, Bench, reset_peak, status
+from distillation_work import SEQ, STEP_TOKENS, Bench, reset_peak, status
 
 CROSS_ENTROPY = {"loss": {"hard_weight": 1.0}}
 SYSTEMS: dict[str, dict[str, Any]] = {
@@ -127,15 +127,16 @@ def fold_torchao(model: Any) -> Any:
     return model
 
 
-def step_seconds(bench: Bench, objective: str, systems: list[str]) -> dict[str, float]:
-    """Median seconds of an optimizer step of 2,048 tokens of the distilled student, the systems in turn on the same batches."""
+def step_seconds(bench: Bench, objective: str, systems: list[str], turns: int) -> dict[str, float]:
+    """Median seconds of an optimizer step of 2,048 tokens of the distilled student, the systems in turn on the same batches; two more
+    turns come first."""
     import torch
 
     windows = bench.origin.data.train
     size = STEP_TOKENS // SEQ
     steps = {system: stepper(bench, system, objective) for system in systems}
     seen: dict[str, list[float]] = {system: [] for system in systems}
-    for turn in range(TURNS + 2):
+    for turn in range(turns + 2):
         parts = [windows[turn * size + row] for row in range(size)]
         batch = {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
         for system, step in steps.items():

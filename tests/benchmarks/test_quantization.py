@@ -1,30 +1,31 @@
-"""The quantization benchmark runs, in a form that takes a minute or two."""
+"""The quantization benchmark runs, in a form that takes seconds."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from ..support.warm_python import WarmPython
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")]
 
 SMALL = """
-import sys
-sys.path.insert(0, {folder!r})
 import quantization
-quantization.SIZES["quick"] = quantization.Size(bits=(3,), trained_bits=(), once=(3,), windows=32, tokens=8192, rates=(1.0,), turns=1)
+quantization.SIZES["quick"] = quantization.Size(
+    bits=(3,), trained_bits=(), once=(3,), windows=32, tokens=8192, rates=(1.0,), turns=1, step_turns=5
+)
 quantization.interpreter_with = lambda package, peers: None
 sys.argv = ["quantization.py", "--quick", "--json", {file!r}]
 quantization.main()
 """
 
 
-def test_it_writes_rows_of_every_method_and_says_which_peers_are_missing(tmp_path: Path) -> None:
+def test_it_writes_rows_of_every_method_and_says_which_peers_are_missing(benchmark: Any, warm: WarmPython, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    script = SMALL.format(folder=str(FOLDER), file=str(file))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=850)
+    done = benchmark(SMALL.format(file=str(file)))
     assert done.returncode == 0, done.stdout + done.stderr
     listed = json.loads(file.read_text())["rows"]
     rows = {(row["case"], row["system"], row["metric"]): row["value"] for row in listed}
@@ -41,5 +42,6 @@ def test_it_writes_rows_of_every_method_and_says_which_peers_are_missing(tmp_pat
         assert rows[f"a step, {objective}", "plain", "seconds_ratio"] == 1.0
         assert 0.5 < rows[f"a step, {objective}", "qat_kl_learned", "seconds_ratio"] < 3
     picture = tmp_path / "picture.svg"
-    subprocess.run([sys.executable, str(FOLDER / "quantization_picture.py"), str(file), str(picture)], check=True, timeout=120)
+    drawn = warm.run([str(FOLDER / "quantization_picture.py"), str(file), str(picture)], timeout=120)
+    assert drawn.returncode == 0, drawn.stderr
     assert picture.read_text().count("<use ") > 3  # points and ticks

@@ -1,8 +1,8 @@
 """Processes that start in milliseconds: forked from a Python that has imported torch, transformers, Lightning and decoct already.
 
 They are real processes: they can be killed, have an exit code, an environment, a working directory and output of their own, and share
-nothing with pytest. Only the imports are saved, which cost more than most runs of these tests. Tests whose subject is how a process
-starts (the console script, torchrun and the workers that it starts) use ``subprocess``.
+nothing with pytest. Only the imports are saved, which cost more than most runs of these tests. What they start themselves is warm too
+(``warm_children.py``): workers of torchrun, judges of exports. Tests whose subject is how a process starts use ``subprocess``.
 """
 
 import json
@@ -24,7 +24,7 @@ SERVER = Path(__file__).with_name("warm_server.py")
 class WarmProcess:
     """One process, with the methods of ``subprocess.Popen`` that tests need. ``stdout`` and ``stderr`` are text."""
 
-    def __init__(self, channel: socket.socket, stdout: IO[str], stderr: IO[str] | None) -> None:
+    def __init__(self, channel: socket.socket, stdout: IO[str] | None, stderr: IO[str] | None) -> None:
         self._channel = channel
         self._answers = channel.makefile()
         self.stdout, self.stderr = stdout, stderr
@@ -92,6 +92,7 @@ class WarmPython:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         merged: bool = False,
+        into: IO[str] | None = None,
         session: bool = False,
     ) -> WarmProcess:
         """Start ``python *arguments`` without waiting for it.
@@ -101,20 +102,21 @@ class WarmPython:
             cwd: Its working directory.
             env: Its whole environment; None = this process's.
             merged: stderr goes where stdout goes.
+            into: A file for stdout and stderr.
             session: In a session of its own, so that ``os.killpg`` reaches it and what it starts.
         """
-        where = self._place()
+        where = self.place()
         request = {"arguments": list(arguments), "cwd": str(cwd or Path.cwd()), "env": dict(env or os.environ), "session": session}
         text = json.dumps(request).encode()
         channel = socket.socket(socket.AF_UNIX)
         channel.connect(where)
-        out, its_out = os.pipe()
-        error, its_error = (None, os.dup(its_out)) if merged else os.pipe()
+        out, its_out = os.pipe() if into is None else (None, os.dup(into.fileno()))
+        error, its_error = (None, os.dup(its_out)) if merged or into is not None else os.pipe()
         socket.send_fds(channel, [len(text).to_bytes(8, "big")], [its_out, its_error])
         channel.sendall(text)
         os.close(its_out)
         os.close(its_error)
-        return WarmProcess(channel, os.fdopen(out), None if error is None else os.fdopen(error))
+        return WarmProcess(channel, *(None if fd is None else os.fdopen(fd) for fd in (out, error)))
 
     def run(
         self, arguments: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 300
@@ -147,7 +149,8 @@ class WarmPython:
             with ThreadPoolExecutor(count) as pool:
                 return list(pool.map(lambda its: self.run(arguments, cwd=cwd, env=its, timeout=timeout), own))
 
-    def _place(self) -> str:
+    def place(self) -> str:
+        """The socket of the server, which runs then."""
         if self._server is not None and self._server.poll() is not None:
             # a server that died takes one test with it, not all that follow
             self._socket = None

@@ -4,25 +4,27 @@ Started as ``python warm_server.py SOCKET``; ends, with everything that it has s
 """
 
 import atexit
+import ctypes
 import gc
 import importlib
-import json
 import os
 import runpy
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from warm_python import WarmPython  # pyright: ignore[reportImplicitRelativeImport, reportMissingImports] - this file runs as a script
+from warm_children import (  # pyright: ignore[reportImplicitRelativeImport, reportMissingImports] - this file runs as a script
+    install,
+    python_arguments,
+    receive,
+)
 
-JUDGE = "decoct.qat.runtimes.transformers_process"
 PRELOADED = (
     "decoct.launch.cli.app",
     "decoct.launch.cli.plan_verb",
@@ -45,10 +47,12 @@ PRELOADED = (
     "datasets",
     "decoct.configs.loader",
     "decoct.configs.recipe",
-    JUDGE,
+    "decoct.qat.runtimes.transformers_process",
     "matplotlib.pyplot",
     "torch._dynamo",
+    "torch.distributed.elastic.rendezvous.c10d_rendezvous_backend",
     "torch.distributed.fsdp",
+    "torch.distributed.launcher.api",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.tokenization_qwen2",
@@ -89,7 +93,7 @@ def serve(place: str) -> None:
             if listener in sources:
                 client, _ = listener.accept()
                 try:
-                    request, fds = _receive(client)
+                    request, fds = receive(client, 2)
                 except (OSError, ValueError):  # whoever asked was killed while it asked
                     client.close()
                     continue
@@ -99,7 +103,7 @@ def serve(place: str) -> None:
                     ready.close()
                     for other in (listener, client, *children.values()):
                         other.close()
-                    _become(request, fds, place)
+                    _become(request, [os.open(os.devnull, os.O_RDONLY), *fds])
                 for fd in fds:
                     os.close(fd)
                 children[child] = client
@@ -120,46 +124,19 @@ def _tell_ended(children: dict[int, socket.socket]) -> None:
             client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
-def _receive(client: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """(request, file descriptors of stdout and stderr)."""
-    data, fds, _, _ = socket.recv_fds(client, 8, 2)
-    size = int.from_bytes(data, "big")
-    text = b""
-    while len(text) < size:
-        part = client.recv(size - len(text))
-        if not part:
-            raise ValueError("the request was cut short")
-        text += part
-    return json.loads(text), fds
-
-
-def _judge_at(place: str) -> None:
-    """Let the judge of an export that this process will ask for start at the server as well."""
-    started = subprocess.run
-
-    def run(command: Sequence[str], **options: Any) -> "subprocess.CompletedProcess[Any]":
-        if list(command[:4]) != [sys.executable, "-P", "-m", JUDGE]:
-            return started(command, **options)
-        return WarmPython(place).run(command[2:], env=options["env"], timeout=options["timeout"])
-
-    subprocess.run = run  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _become(request: dict[str, Any], fds: list[int], place: str) -> NoReturn:
-    """Be the process that was asked for: a fresh ``python -m MODULE ...`` or ``python FILE ...`` but for what is imported already.
-
-    The judge of an export that it runs in a process of its own is asked for at ``place`` as well.
-    """
-    code = 1
+def _become(request: dict[str, Any], fds: list[int]) -> NoReturn:
+    """Be the process that was asked for: a fresh ``python -m MODULE ...`` or ``python FILE ...`` but for what is imported already."""
     try:
         if request["session"]:
             os.setsid()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        for fd, target in zip((nothing, *fds), (0, 1, 2), strict=True):
+        for target, fd in enumerate(fds):
             os.dup2(fd, target)
             os.close(fd)
+        install(_become)
+        os.execvp = _take_over  # pyright: ignore[reportAttributeAccessIssue]
+        _show_environment(request["env"])
         os.chdir(request["cwd"])
         os.environ.clear()
         os.environ.update(request["env"])
@@ -167,13 +144,42 @@ def _become(request: dict[str, Any], fds: list[int], place: str) -> NoReturn:
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         sys.stdout.reconfigure(write_through=bool(os.environ.get("PYTHONUNBUFFERED")))
         sys.stderr = open(2, "w", encoding="utf-8", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
-        _judge_at(place)
-        first, *rest = request["arguments"]
+        _run(request["arguments"])
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def _show_environment(variables: dict[str, str]) -> None:
+    """Write a new environment where /proc shows it: what the server has not comes first, as the room is that of its own environment."""
+    with open("/proc/self/stat", encoding="utf-8") as stat:
+        begin, end = map(int, stat.read().rpartition(")")[2].split()[47:49])
+    ordered = sorted(variables.items(), key=lambda item: os.environ.get(item[0]) == item[1])
+    text = b"".join(f"{name}={value}\0".encode(errors="surrogateescape") for name, value in ordered)
+    ctypes.memmove(begin, text[: end - begin].ljust(end - begin, b"\0"), end - begin)
+
+
+def _take_over(file: str, command: Sequence[str], cold: Callable[..., NoReturn] = os.execvp) -> NoReturn:
+    """As ``os.execvp``: this process becomes another warm one."""
+    arguments = python_arguments(command)
+    if arguments is None:
+        cold(file, command)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> NoReturn:
+    """Run ``-m MODULE ...`` or ``FILE ...`` and end as an interpreter does."""
+    code = 1
+    try:
+        first, *rest = arguments
         if first == "-m":
             sys.argv = rest
             runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         else:
             sys.argv = [first, *rest]
+            sys.path.insert(0, os.path.dirname(os.path.abspath(first)))
             runpy.run_path(first, run_name="__main__")
         code = 0
     except SystemExit as ended:

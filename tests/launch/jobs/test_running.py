@@ -1,4 +1,4 @@
-"""Launched jobs that are killed, stopped and started again: real processes, two ranks, gloo."""
+"""Launched jobs that are killed, stopped and started again: real processes, two ranks, gloo; warm ones but for one test."""
 
 import os
 import shutil
@@ -9,44 +9,50 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import yaml
 
 from decoct.models.folder.model_folder import content_hash
 
-from ...support.warm_python import WarmPython
+from ...support import warm_python
+from ...support.warm_python import WarmProcess, WarmPython
 
 pytestmark = pytest.mark.slow
 STAGES = [{"distill": {"steps": 60, "checkpoint_every": 5}}]
-DECOCT = [sys.executable, "-m", "decoct.launch.cli"]
+DECOCT = ["-m", "decoct.launch.cli"]
+Job = subprocess.Popen[str] | WarmProcess
 
 
 class Case:
     """A recipe of one distilling stage, its folder, and the processes that were started."""
 
-    def __init__(self, folder: Path, recipe: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, recipe: dict[str, Any], warm: WarmPython) -> None:
         self.folder = folder
         self.file = folder / "recipe.yaml"
         self.file.write_text(yaml.safe_dump(recipe, sort_keys=False))
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "DECOCT_CACHE": str(folder / "cache")}
-        self.started: list[subprocess.Popen[str]] = []
+        self.started: list[Job] = []
+        self._warm = warm
 
-    def start(self, command: list[str], **environment: str) -> subprocess.Popen[str]:
-        """Start ``command`` in a session of its own, output in a file."""
-        with (self.folder / f"log-{len(self.started)}.txt").open("w") as log:
-            process = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env={**self.environment, **environment},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
+    def start(self, arguments: list[str]) -> Job:
+        """Start a warm ``python *arguments`` in a session of its own, output in a file."""
+        with self._log() as log:
+            self.started.append(self._warm.start(arguments, cwd=self.folder, env=self.environment, into=log, session=True))
+        return self.started[-1]
+
+    def start_cold(self, command: list[str], **environment: str) -> Job:
+        """Start ``command``, as ``start``; whatever Python is among it imports everything anew."""
+        with self._log() as log:
+            env = {**self.environment, **environment}
+            self.started.append(
+                subprocess.Popen(command, cwd=self.folder, env=env, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True)
             )
-        self.started.append(process)
-        return process
+        return self.started[-1]
+
+    def _log(self) -> IO[str]:
+        return (self.folder / f"log-{len(self.started)}.txt").open("w")
 
     def output(self, number: int = 0) -> str:
         """What the process started as ``number`` has printed."""
@@ -82,10 +88,10 @@ class Case:
 
 
 @pytest.fixture
-def case(tiny: dict[str, Any], made: Path, tmp_path: Path) -> Iterator[Case]:
+def case(tiny: dict[str, Any], made: Path, warm: WarmPython, tmp_path: Path) -> Iterator[Case]:
     tiny["stages"] = STAGES
     shutil.copytree(made / "cache/teachers", tmp_path / "cache/teachers")
-    case = Case(tmp_path, tiny)
+    case = Case(tmp_path, tiny, warm)
     yield case
     for process in case.started:
         if process.poll() is None:
@@ -136,7 +142,9 @@ def test_a_mistake_is_not_tried_again(case: Case, target: str) -> None:
 @pytest.mark.parametrize("target", ["local", "torchrun"])
 def test_sigterm_to_the_launcher_saves_and_ends_with_143(case: Case, target: str) -> None:
     options = ["--target", target, "--gpus", "2", "--out", "run", "stages.0.steps=4000"]
-    job = case.start([*DECOCT, "launch", str(case.file), *options])
+    command = [*DECOCT, "launch", str(case.file), *options]
+    # one start as people know it: every process imports all that it needs
+    job = case.start_cold([sys.executable, *command]) if target == "local" else case.start(command)
     case.wait_for(lambda: case.steps("run") >= 7)
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=40) == 143, case.output()
@@ -171,14 +179,16 @@ def test_two_nodes_one_killed_in_the_middle_end_in_the_same_bits(case: Case, str
     assert content_hash(case.folder / "run/01-distill/model") == straight
 
 
-_SRUN = """#!/bin/bash
-# a stand-in: runs the command on "this node", hands signals on
-for word; do case "$word" in --*) shift;; *) break;; esac; done
-"$@" & child=$!
-trap 'kill -TERM $child' TERM
-wait $child; code=$?
-while kill -0 $child 2>/dev/null; do wait $child; code=$?; done
-exit $code
+_SRUN = """#!{python} -S
+# a stand-in: lets the server of warm processes run the command "on the node", hands signals on
+import signal, sys
+sys.path.insert(0, {support!r})
+from warm_python import WarmPython
+interpreter, *arguments = [word for number, word in enumerate(sys.argv[1:], 1) if not all(w[:2] == "--" for w in sys.argv[1:number + 1])]
+assert interpreter == {python!r}
+process = WarmPython({place!r}).start(arguments, into=sys.stdout)
+signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
+sys.exit(process.wait())
 """
 _SCONTROL = """#!/bin/bash
 case "$1" in
@@ -188,16 +198,16 @@ esac
 """
 
 
-def test_the_sbatch_file_runs_saves_on_its_signal_and_is_queued_again(case: Case, straight: str) -> None:
+def test_the_sbatch_file_runs_saves_on_its_signal_and_is_queued_again(case: Case, straight: str, warm: WarmPython) -> None:
+    srun = _SRUN.format(python=sys.executable, support=str(Path(warm_python.__file__).parent), place=warm.place())
     tools = case.folder / "bin"
     tools.mkdir()
-    for name, text in (("srun", _SRUN), ("scontrol", _SCONTROL)):
+    for name, text in (("srun", srun), ("scontrol", _SCONTROL)):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     options = ["--target", "slurm", "--gpus", "2", "--out", "run", "--print"]
-    made = subprocess.run(
-        [*DECOCT, "launch", str(case.file), *options], cwd=case.folder, env=case.environment, capture_output=True, text=True, check=True
-    )
+    made = warm.run([*DECOCT, "launch", str(case.file), *options], cwd=case.folder, env=case.environment)
+    assert made.returncode == 0, made.stderr
     file = case.folder / "job.sbatch"
     file.write_text(made.stdout.replace(":29500", f":{_port()}"))
     slurm = {
@@ -206,12 +216,12 @@ def test_the_sbatch_file_runs_saves_on_its_signal_and_is_queued_again(case: Case
         "SLURM_JOB_NODELIST": "localhost",
         "REQUEUED": str(case.folder / "requeued"),
     }
-    job = case.start(["bash", str(file)], **slurm)
+    job = case.start_cold(["bash", str(file)], **slurm)
     case.wait_for(lambda: case.steps("run") >= 12)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=90) == 0, case.output()
     assert (case.folder / "requeued").read_text() == "77\n"
-    again = case.start(["bash", str(file)], **slurm)
+    again = case.start_cold(["bash", str(file)], **slurm)
     assert again.wait(timeout=200) == 0, case.output(1)
     assert "continues from the checkpoint of step" in case.output(1)
     assert content_hash(case.folder / "run/01-distill/model") == straight

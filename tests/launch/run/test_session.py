@@ -1,8 +1,7 @@
-"""Real torchrun, two processes: rank 0's result reaches the other, and so does its failure, with the same exit code."""
+"""torchrun's agent, two processes: rank 0's result reaches the other, and so does its failure, with the same exit code."""
 
 import json
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import pytest
 
 from decoct.launch.run.session import Session
 from decoct.trainer.processes.world import World
+
+from ...support.warm_python import WarmPython
 
 SCRIPT = """
 import json, os, sys, time
@@ -44,16 +45,15 @@ raise AssertionError("a rank that has left goes on")
 """
 
 
-def start(tmp_path: Path, how: str, agent: str = "torch.distributed.run") -> subprocess.CompletedProcess[str]:
+def start(warm: WarmPython, tmp_path: Path, how: str, agent: str = "torch.distributed.run") -> subprocess.CompletedProcess[str]:
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    command = [sys.executable, "-m", agent, "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path), how]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return warm.run(["-m", agent, "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path), how], timeout=120)
 
 
 @pytest.mark.slow
-def test_every_rank_gets_what_rank_0_made(tmp_path: Path) -> None:
-    done = start(tmp_path, "well")
+def test_every_rank_gets_what_rank_0_made(warm: WarmPython, tmp_path: Path) -> None:
+    done = start(warm, tmp_path, "well")
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         assert json.loads((tmp_path / f"told-{rank}.json").read_text()) == [{"rank": 0}, {"rank": 0}]
@@ -61,16 +61,18 @@ def test_every_rank_gets_what_rank_0_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_failure_of_rank_0_ends_the_other_with_its_code(tmp_path: Path) -> None:
-    done = start(tmp_path, "fail")
+def test_failure_of_rank_0_ends_the_other_with_its_code(warm: WarmPython, tmp_path: Path) -> None:
+    done = start(warm, tmp_path, "fail")
     assert done.returncode == 1
     assert "exitcode  : 2" in done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "code"), [("well", 0), ("gate", 3), ("abort", 0)])
-def test_a_run_that_is_over_ends_with_its_code_whatever_becomes_of_its_processes(tmp_path: Path, how: str, code: int) -> None:
-    done = start(tmp_path, how, "decoct.launch.jobs.agent")
+def test_a_run_that_is_over_ends_with_its_code_whatever_becomes_of_its_processes(
+    warm: WarmPython, tmp_path: Path, how: str, code: int
+) -> None:
+    done = start(warm, tmp_path, how, "decoct.launch.jobs.agent")
     assert done.returncode == code, done.stderr
 
 

@@ -1,10 +1,8 @@
-"""Several processes give what one gives: two ranks (gloo), DDP and FSDP2, under real torchruns where they are killed and restarted."""
+"""Several processes give what one gives: two ranks (gloo), DDP and FSDP2, under torchrun's agent where they are killed and restarted."""
 
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,14 +22,20 @@ Start = Callable[..., str]
 
 
 def _command(script: str, work: Path, *options: str, restarts: int = 0) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
     return [*launcher, script, str(work), *options]
 
 
-def _torchrun(script: str, work: Path, *options: str, restarts: int = 0) -> str:
-    done = subprocess.run(_command(script, work, *options, restarts=restarts), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture
+def torchrun(warm: WarmPython, training_command: list[str]) -> Start:
+    """``torchrun(work, *options, restarts=0)``: the stage on two ranks of torchrun's agent; what all of them print."""
+
+    def start(work: Path, *options: str, restarts: int = 0) -> str:
+        done = warm.run(_command(training_command[-1], work, *options, restarts=restarts))
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return start
 
 
 @pytest.fixture
@@ -135,8 +139,8 @@ def test_ddp_and_fsdp2_give_the_curve_of_one_process(alone: Start, pair: Start, 
             assert all((kept[name] / expected[name] - 1).abs().median() < 2e-3 for name in kept), strategy
 
 
-def test_fsdp2_ranks_hold_and_write_about_half_each(training_command: list[str], tmp_path: Path) -> None:
-    _torchrun(training_command[-1], tmp_path, "prune", "steps=4", "micro=2", "ranks=2", "strategy=fsdp2")
+def test_fsdp2_ranks_hold_and_write_about_half_each(torchrun: Start, tmp_path: Path) -> None:
+    torchrun(tmp_path, "prune", "steps=4", "micro=2", "ranks=2", "strategy=fsdp2")
     last = tmp_path / "stage/checkpoints/step-00000004"
     for group in ("student", "optimizer", "hooks"):
         sizes = [sum(t.numel() for t in load_file(last / f"{group}-{rank}.safetensors").values()) for rank in (0, 1)]
@@ -157,10 +161,10 @@ def test_two_ranks_resume_in_the_same_bits(pair: Start, tmp_path: Path, strategy
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_killed_rank_is_restarted_and_ends_in_the_same_bits(training_command: list[str], tmp_path: Path, strategy: str) -> None:
-    script, options = training_command[-1], ["distill", "steps=12", "every=4", "micro=2", "ranks=2", f"strategy={strategy}"]
-    _torchrun(script, tmp_path / "straight", *options, "strike=99:0:SIGKILL")
-    out = _torchrun(script, tmp_path / "struck", *options, "strike=6:1:SIGKILL", restarts=1)
+def test_a_killed_rank_is_restarted_and_ends_in_the_same_bits(torchrun: Start, tmp_path: Path, strategy: str) -> None:
+    options = ["distill", "steps=12", "every=4", "micro=2", "ranks=2", f"strategy={strategy}"]
+    torchrun(tmp_path / "straight", *options, "strike=99:0:SIGKILL")
+    out = torchrun(tmp_path / "struck", *options, "strike=6:1:SIGKILL", restarts=1)
     assert "continues from the checkpoint of step 4" in out
     _same_bits(tmp_path / "straight", tmp_path / "struck")
 
@@ -188,11 +192,11 @@ def test_another_world_size_goes_on_without_losing_or_repeating_a_window(alone: 
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_sigterm_to_the_agent_saves_at_a_step_boundary(training_command: list[str], tmp_path: Path, strategy: str) -> None:
+def test_sigterm_to_the_agent_saves_at_a_step_boundary(
+    warm: WarmPython, training_command: list[str], tmp_path: Path, strategy: str
+) -> None:
     options = ["distill", "steps=4000", "every=4000", "micro=2", "ranks=2", "pause=0.05", f"strategy={strategy}"]
-    agent = subprocess.Popen(
-        _command(training_command[-1], tmp_path, *options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    agent = warm.start(_command(training_command[-1], tmp_path, *options), merged=True)
     try:
         started = time.monotonic()
         while not (tmp_path / "metrics.jsonl").exists() or len(_rows(tmp_path)) < 3:
@@ -210,24 +214,23 @@ def test_sigterm_to_the_agent_saves_at_a_step_boundary(training_command: list[st
     assert f"stopped after step {steps}" in out
 
 
-def test_activation_checkpointing_and_compiled_layers_change_no_curve(alone: Start, training_command: list[str], tmp_path: Path) -> None:
+def test_activation_checkpointing_and_compiled_layers_change_no_curve(alone: Start, torchrun: Start, tmp_path: Path) -> None:
     common = ["qat", "steps=6", "windows=8", "dropout=0.0", "every=100", "micro=2"]
     alone(tmp_path / "plain", *common)
     alone(tmp_path / "checkpointed", *common, "checkpointing=1")
     _same_bits(tmp_path / "plain", tmp_path / "checkpointed")
-    _torchrun(training_command[-1], tmp_path / "both", *common, "ranks=2", "checkpointing=1", "compile=1", "strategy=fsdp2")
+    torchrun(tmp_path / "both", *common, "ranks=2", "checkpointing=1", "compile=1", "strategy=fsdp2")
     assert max(_differences(tmp_path / "plain", tmp_path / "both", "loss")) < 1e-4
     names = load_file(tmp_path / "both/student.safetensors").keys()
     assert names == load_file(tmp_path / "plain/student.safetensors").keys(), "compiling renames nothing"
 
 
-def test_moments_of_8_bits_survive_a_kill_and_another_strategy(alone: Start, training_command: list[str], tmp_path: Path) -> None:
+def test_moments_of_8_bits_survive_a_kill_and_another_strategy(alone: Start, torchrun: Start, tmp_path: Path) -> None:
     """Masked, sharded, 8 bits: the same bits after a kill; and one process goes on with what two have sharded."""
     common = ["prune", "steps=12", "windows=8", "every=4", "dropout=0.0", "hidden=96", "optimizer=adamw-8bit"]
     two = ["micro=2", "ranks=2", "strategy=fsdp2"]
-    script = training_command[-1]
-    _torchrun(script, tmp_path / "straight", *common, *two, "strike=99:0:SIGKILL")
-    _torchrun(script, tmp_path / "struck", *common, *two, "strike=6:1:SIGKILL", restarts=1)
+    torchrun(tmp_path / "straight", *common, *two, "strike=99:0:SIGKILL")
+    torchrun(tmp_path / "struck", *common, *two, "strike=6:1:SIGKILL", restarts=1)
     _same_bits(tmp_path / "straight", tmp_path / "struck")
     shutil.copytree(tmp_path / "straight", tmp_path / "moved")
     (tmp_path / "moved/stage/checkpoints/step-00000012/state.json").write_text("{}")
