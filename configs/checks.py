@@ -10,7 +10,7 @@ from ..models.folder.codes_file import codes_file
 from ..models.settings import MOST_TOP_K, StudentSettings, TeacherSettings
 from ..trainer.settings import DataSettings, EvaluateSettings, PruneSettings, TrainerSettings, TrainingBlock
 from ..trainer.settings_quantization import QatSettings, QuantizeSettings
-from ..trainer.stage_plan import learns_from, trains
+from ..trainer.stage_plan import learns_from, reads_text, trains
 from .architectures import HUB_IDS, architecture
 from .problems import Problems
 from .recipe import StageEntry
@@ -74,7 +74,7 @@ def _check_start(draft: Draft, problems: Problems) -> None:
             ("student", "keep", "layers"), f"{layers} layers cannot be kept of a teacher that has {depth}; give {min(2, depth)} to {depth}"
         )
     scratch = draft.teacher.scratch if draft.teacher else None
-    if draft.data and draft.data.eval_tokens == "all" and (scratch or any(entry and entry.kind != "evaluate" for entry in draft.stages)):
+    if draft.data and draft.data.eval_tokens == "all" and (scratch or any(entry and reads_text(entry.settings) for entry in draft.stages)):
         problems.add(("data", "eval_tokens"), "is 'all', which leaves no text for the stages that need some; give a number, such as 32k")
     if scratch and draft.data and draft.data.kind == "chat":
         problems.add(("data", "kind"), "is 'chat', and a scratch teacher's tokenizer has no chat template; give teacher.path")

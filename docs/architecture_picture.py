@@ -38,7 +38,7 @@ LAUNCH = Hall(
     0,
     11.4,
     20,
-    2.0,
+    3.4,
     "#d6e4f5",
     (
         (
@@ -47,7 +47,12 @@ LAUNCH = Hall(
             "plan | sizes, memory, | limits, in seconds",
             "run | stages in order, | run folder",
             "jobs | torchrun, Slurm, | Kubernetes",
+        ),
+        (
             "report | tables, pictures, | pages",
+            "answers | generate, chat, | samples",
+            "compare | models in | one table",
+            "upkeep | runs, clean, | push",
             "doctor | what is | installed",
         ),
     ),
@@ -185,11 +190,11 @@ def draw_chip(axes: Axes, chip: str, left: float, bottom: float, width: float, h
 
 def folders() -> None:
     """The top folders, each above those that it may import."""
-    figure, axes = canvas(20.9, 13.6, -0.1, -0.1)
+    figure, axes = canvas(20.9, 15.0, -0.1, -0.1)
     for hall in HALLS:
         draw_hall(axes, hall)
-    arrow(axes, (20.45, 13.2), (20.45, 0.2))
-    note(axes, 20.62, 6.7, "imports run down only", 9.5, rotation="vertical")
+    arrow(axes, (20.45, 14.6), (20.45, 0.2))
+    note(axes, 20.62, 7.4, "imports run down only", 9.5, rotation="vertical")
     save(figure, "architecture-folders.svg")
 
 

@@ -12,7 +12,7 @@ from ..models.settings import LoadIn, Placement, ServedSettings
 from .learning_rates import SCALE_RATE_SHARE, default_learning_rate, quantized_rate
 from .plan import StepPlan, TrainingPlan, default_warmup, derive_batch, derive_seed
 from .settings import PretrainSettings, PruneSettings, Strategy, TrainerSettings, TrainingBlock
-from .settings_quantization import QatSettings
+from .settings_quantization import QatSettings, QuantizeSettings
 
 
 def derive_steps(settings: TrainingBlock, trainer: TrainerSettings, *, name: str, seq_length: int, ranks: int, seed: int) -> StepPlan:
@@ -96,6 +96,13 @@ def trains(settings: Any) -> bool:
     if isinstance(settings, PruneSettings):
         return settings.tokens is not None or settings.steps is not None
     return isinstance(settings, TrainingBlock)
+
+
+def reads_text(settings: Any) -> bool:
+    """Whether a stage with these settings needs text besides the held-out text, to train or to calibrate on."""
+    if isinstance(settings, PruneSettings) and settings.structured is not None:
+        return True
+    return trains(settings) or (isinstance(settings, QuantizeSettings) and settings.calibrates)
 
 
 def learns_from(settings: Any, *, has_teacher: bool) -> Literal["recipe", "input"] | None:

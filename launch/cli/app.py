@@ -15,10 +15,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from ...models.common.errors import DecoctError, GateFailed, MemoryFullError, UserError
-from ..cli import export_verbs, model_verbs, recipe_verbs
+from ..cli import answer_verbs, export_verbs, model_verbs, recipe_verbs
 from .command_group import Verbs
 
 _INTERRUPTED = "interrupted; run the same command again to go on from the last checkpoint"
+_KEEPS_NOTHING = ("generate", "chat", "compare", "push", "clean", "runs")
+"""Verbs without checkpoints."""
 
 app = typer.Typer(
     name="decoct",
@@ -28,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verbs in (recipe_verbs, model_verbs, export_verbs):
+for verbs in (recipe_verbs, model_verbs, export_verbs, answer_verbs):
     app.add_typer(verbs.app)
 app.add_typer(recipe_verbs.shipped_app, name="recipes")
 
@@ -61,10 +63,10 @@ def _tell(message: str) -> None:
         print(f"decoct: {printable(message)}", file=sys.stderr, flush=True)
 
 
-def _first_tells(message: str) -> None:
+def _tell_interrupted(arguments: Sequence[str]) -> None:
     """One message for all ranks."""
     if os.environ.get("RANK", "0") == "0":
-        _tell(message)
+        _tell("interrupted" if arguments and arguments[0] in _KEEPS_NOTHING else _INTERRUPTED)
 
 
 def _end(error: BaseException) -> NoReturn:
@@ -128,12 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _check_arguments(given)
         app(args=given, prog_name="decoct")
     except KeyboardInterrupt:
-        _first_tells(_INTERRUPTED)
+        _tell_interrupted(given)
         remember_outcome(130)
         sys.exit(130)
     except SystemExit as ended:
         if ended.code == 130:  # what typer makes of Ctrl-C
-            _first_tells(_INTERRUPTED)
+            _tell_interrupted(given)
         if ended.code in FINAL_CODES:
             remember_outcome(int(ended.code))
         if not ended.code:

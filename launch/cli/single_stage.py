@@ -71,11 +71,6 @@ def _gives_steps(override: str) -> bool:
     return keys[0].strip() == "stages" and keys[-1].strip() == "steps"
 
 
-def _learns(kind: str, settings: dict[str, Any]) -> bool:
-    """Whether the weights that come out depend on the text."""
-    return settings.get("method") == "gptq" if kind == "quantize" else kind != "evaluate"
-
-
 def _slug(model: str) -> str:
     path = Path(model)
     name = path.parent.name if path.name == "model" and path.parent.name else path.name
@@ -104,14 +99,16 @@ def run_verb(
     if kind == "distill" and not teacher:
         raise UserError("decoct distill needs a teacher to learn from: --teacher MODEL (a model folder or a hub id)")
     from ...configs.loader import recipe_from_dict
+    from ...trainer.stage_plan import reads_text
     from ..run.start import start
 
     given = verb_overrides(kind, overrides or ())
     if "tokens" in settings and settings["tokens"] is None and kind in DEFAULT_TOKENS and not any(map(_gives_steps, given)):
         settings = {**settings, "tokens": DEFAULT_TOKENS[kind]}
-    if not (text.files or text.hub) and _learns(kind, settings) and os.environ.get("RANK", "0") == "0":
+    recipe = recipe_from_dict(verb_recipe(kind, model, settings, text, teacher), given)
+    if not (text.files or text.hub) and reads_text(recipe.stages[0].settings) and os.environ.get("RANK", "0") == "0":
         print(f"decoct: neither --text nor --hub: {kind} learns from the Python standard library, which is for trying out", file=sys.stderr)
-    start(recipe_from_dict(verb_recipe(kind, model, settings, text, teacher), given), out)
+    start(recipe, out)
 
 
 def run_evaluate(

@@ -23,6 +23,7 @@ from ...trainer.data.generated import WritingModel, generated_documents
 from ...trainer.data.known_ids import check_rows
 from ...trainer.data.prepared_data import PreparedData, open_prepared, prepare_data
 from ...trainer.scratch import ScratchTeacher, locate_scratch, make_tokenizer
+from ...trainer.stage_plan import reads_text
 from ...trainer.stages.context import RunContext
 from ...trainer.stages.student_and_teacher import current_device
 
@@ -113,7 +114,7 @@ def _generated(recipe: "Recipe") -> Documents:
 
 def _learns(recipe: "Recipe") -> bool:
     """Return whether anything needs text other than the evaluation text."""
-    return any(entry.kind != "evaluate" for entry in recipe.stages) or bool(recipe.teacher and recipe.teacher.scratch)
+    return any(reads_text(entry.settings) for entry in recipe.stages) or bool(recipe.teacher and recipe.teacher.scratch)
 
 
 def _tokenizer_place(recipe: "Recipe", scratch: ScratchTeacher | None) -> tuple[str, str | None]:

@@ -49,7 +49,8 @@ def make_plain(source: str, target: Path, *, revision: str | None = None) -> str
         packed = read_json(folder / "config.json").get("quantization_config")
         config = load_config(folder)
         if isinstance(packed, dict):
-            what, model = _unpacked(source, folder, packed)
+            what = f"weights of {packed.get('quant_method')} unpacked to bf16"
+            model = unpacked_model(source, folder, packed)
         elif config.get_text_config() is not config:
             what, model = _text_model(source, folder)
         else:
@@ -92,7 +93,17 @@ def _merged(folder: Path) -> "tuple[PreTrainedModel, Path | str]":
     return merged.to(stored or torch.bfloat16).eval(), folder if own else base
 
 
-def _unpacked(source: str, folder: Path, packed: dict[str, Any]) -> "tuple[str, PreTrainedModel]":
+def unpacked_model(source: str, folder: Path, packed: dict[str, Any]) -> "PreTrainedModel":
+    """The model of packed weights that transformers can unpack (``UNPACKED``), in bf16.
+
+    Args:
+        source: Name in messages.
+        folder: Its folder, not one that decoct wrote.
+        packed: ``quantization_config`` of its config.json.
+
+    Raises:
+        UserError: they are of another kind, or transformers cannot unpack them here.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
 
@@ -128,7 +139,7 @@ def _unpacked(source: str, folder: Path, packed: dict[str, Any]) -> "tuple[str, 
     # strict: a name that is left over or missing raises
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
-    return f"weights of {method} unpacked to bf16", plain.eval()
+    return plain.eval()
 
 
 def _text_model(source: str, folder: Path) -> "tuple[str, PreTrainedModel]":

@@ -11,6 +11,7 @@ from decoct.qat.spec import QuantSpec
 from decoct.trainer.plan import derive_seed
 from decoct.trainer.settings import (
     DistillSettings,
+    EvaluateSettings,
     ExportSettings,
     MagnitudeSettings,
     PretrainSettings,
@@ -18,8 +19,8 @@ from decoct.trainer.settings import (
     StructuredSettings,
     TrainerSettings,
 )
-from decoct.trainer.settings_quantization import QatSettings
-from decoct.trainer.stage_plan import HeldTeacher, derive_plan, derive_steps, held_teacher, learns_from
+from decoct.trainer.settings_quantization import QatSettings, QuantizeSettings
+from decoct.trainer.stage_plan import HeldTeacher, derive_plan, derive_steps, held_teacher, learns_from, reads_text
 
 TEXT_ALONE = LossSettings(hard_weight=1.0)
 SERVED = ServedSettings(url="http://localhost:1/v1", model="big")
@@ -61,3 +62,24 @@ def test_a_plan_takes_its_steps_as_they_are_for_any_student() -> None:
     for plan in (narrow, wide):
         assert (plan.total_steps, plan.batch, plan.seed) == (steps.total_steps, steps.batch, steps.seed)
     assert narrow.learning_rate == 2 * wide.learning_rate == 1.5e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "reads"),
+    [
+        (DistillSettings(steps=1), True),
+        (PretrainSettings(steps=1), True),
+        (QatSettings(weights=QuantSpec(), steps=1), True),
+        (PruneSettings(magnitude=MagnitudeSettings(keep=0.5), steps=1), True),
+        (PruneSettings(magnitude=MagnitudeSettings(keep=0.5)), False),
+        (PruneSettings(structured=StructuredSettings(ffn=8)), True),
+        (QuantizeSettings(weights=QuantSpec()), False),
+        (QuantizeSettings(weights=QuantSpec(), method="mse"), False),
+        (QuantizeSettings(weights=QuantSpec(), method="mse", weighted=True), True),
+        (QuantizeSettings(weights=QuantSpec(), method="gptq"), True),
+        (ExportSettings(), False),
+        (EvaluateSettings(), False),
+    ],
+)
+def test_which_stages_need_text_besides_the_held_out_text(settings: Any, reads: bool) -> None:
+    assert reads_text(settings) is reads

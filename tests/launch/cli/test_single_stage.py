@@ -121,3 +121,21 @@ def test_evaluate_measures_all_of_its_files_and_takes_overrides(
     app(["evaluate", "model", *given], standalone_mode=False)
     assert started[0].data.eval_tokens == eval_tokens
     assert started[0].data.seq_length == length
+
+
+@pytest.mark.parametrize("arguments", [["evaluate"], ["quantize", "--group-size", "16"], ["prune", "--keep", "0.5"]], ids=" ".join)
+def test_a_stage_that_learns_nothing_measures_on_all_of_a_short_text(
+    arguments: list[str], verb: Any, small_student: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text("kado logu mita nufi. " * 8)
+    kind, *options = arguments
+    verb(kind, str(small_student), *options, "--text", "short.txt", "--out", "made")
+    report = json.loads((tmp_path / "made/report.json").read_text())
+    assert 2 < report["protocol"]["tokens"] < 512, "less than one window of the default length"
+    assert report["stages"][-1]["eval"]["perplexity"] > 1
+
+
+def test_a_stage_that_learns_refuses_text_without_a_window_to_learn_from(verb: Any, small_student: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("kado logu mita nufi. " * 8)
+    told = verb("prune", str(small_student), "--ffn", "16", "--text", "short.txt", code=2).stderr
+    assert "fewer than one window of data.seq_length=512" in told
