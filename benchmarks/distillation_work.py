@@ -57,6 +57,7 @@ class Bench:
 
         windows = self.origin.data.train
         form = row_format(CacheSettings(mode=mode), self.origin.v_eff, 1.0)
+        # the cache is kept between processes: the teacher reads each window once for all seeds
         store = open_store(self.folder / mode, {"bytes_per_token": form.bytes})
         store.refresh()
         missing = missing_windows(store, windows, wanted)
@@ -88,6 +89,7 @@ def train(bench: Bench, system: str, seed: int, tokens: int) -> dict[str, float]
     student = bench.student()
     run = train_trl if system == "trl" else train_decoct
     student, speed, extra = run(bench, student, system, seed, -(-tokens // STEP_TOKENS))
+    # the teacher is opened again, whatever the system learned from: all are measured against the same one
     seen = evaluate_model(student, bench.teacher(), bench.origin.data.evaluation, device="cpu")
     return {"perplexity": seen.perplexity, "kl": seen.kl or 0.0, "top1": seen.top1 or 0.0, "tokens_per_second": speed, "extra_bytes": extra}
 
@@ -109,6 +111,7 @@ def train_decoct(bench: Bench, student: Any, system: str, seed: int, steps: int)
         schedule="cosine",
         precision="32",
         seed=seed,
+        # never: a save would count in the time of a step
         checkpoint_every=10**9,
     )
     objective = bench.objective(system, stage_windows(plan, windows))
@@ -147,16 +150,19 @@ def train_trl(bench: Bench, student: Any, system: str, seed: int, steps: int) ->
 
     class InOrder(GKDTrainer):
         def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
+            # the order is already in the rows; a shuffle of the trainer's own would give it other batches than ours
             return torch.utils.data.SequentialSampler(rows)  # pyright: ignore[reportArgumentType]
 
     with tempfile.TemporaryDirectory() as work:
         settings = GKDConfig(
             output_dir=work,
             max_steps=steps, per_device_train_batch_size=size, learning_rate=bench.learning_rate(student), seed=seed,
+            # the same schedule as ours: warm-up over a twentieth of the steps, cosine to a tenth of the peak
             lr_scheduler_type="cosine_with_min_lr",
             lr_scheduler_kwargs={"min_lr_rate": 0.1}, warmup_steps=max(1, steps // 20),
             adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0,
             bf16=False, use_cpu=True, report_to=[], save_strategy="no",
+            # lmbda=0 and seq_kd=False: it learns on the text, not on what a model generates
             lmbda=0.0, beta=0.0, temperature=1.0, seq_kd=False, remove_unused_columns=False,
             gradient_checkpointing=False, disable_tqdm=True,
             dataset_kwargs={"skip_prepare_dataset": True}, logging_strategy="no", max_length=SEQ,
@@ -185,10 +191,12 @@ def step_seconds(bench: Bench, turns: int) -> dict[str, float]:
     size = STEP_TOKENS // SEQ
     steps: dict[str, Callable[[dict[str, Any]], None]] = {}
     seen_windows = range((turns + 2) * size)
+    # all systems stay in memory and take turns, so that a slow spell of the machine falls on each of them
     for system in ("cross_entropy", "forward_kl", *CACHES):
         student, objective = bench.student().train(), bench.objective(system, seen_windows)
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
 
+        # as defaults: a closure would see the last system of the loop
         def step(batch: dict[str, Any], student: Any = student, objective: Any = objective, optimizer: Any = optimizer) -> None:
             sums = objective(student, batch)
             (sums.loss / sums.tokens).backward()
@@ -203,6 +211,7 @@ def step_seconds(bench: Bench, turns: int) -> dict[str, float]:
         for system, step in steps.items():
             begun = time.perf_counter()
             step(batch)
+            # the first steps also fill caches and allocate the optimizer's moments
             if turn >= 2:
                 seen[system].append(time.perf_counter() - begun)
     return {system: statistics.median(values) for system, values in seen.items()}
@@ -226,6 +235,7 @@ def worker(told: str) -> None:
 
     torch.set_num_threads(1)
     folder, plain, kind, *rest = json.loads(told)
+    # stdout carries the figures alone; whatever libraries print must not mix with the JSON
     with contextlib.redirect_stdout(sys.stderr):
         bench = Bench(plain, Path(folder))
         figures = step_seconds(bench, *rest) if kind == "steps" else train(bench, kind, *rest)

@@ -48,6 +48,7 @@ def quantized_folder(place: Path, layers: int, hidden: int) -> tuple[Path, int, 
     shape |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "max_position_embeddings": 512}
     model = LlamaForCausalLM(LlamaConfig(**shape)).eval()
     for parameter in model.parameters():
+        # unquantized tensors of a quantized folder lie on the bf16 grid, and exporters refuse others
         parameter.data = parameter.data.bfloat16().float()
     state = quantize_model(model, QuantSpec(bits=4, group_size=64))
     fold(model, state)

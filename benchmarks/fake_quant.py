@@ -69,6 +69,7 @@ def plain(weight: Tensor) -> Tensor:
 
 def check(weight: Tensor) -> None:
     """Stop unless value and gradients of the path in use are the reference's, bit for bit."""
+    # a random gradient: with ones, wrong signs and missing terms could cancel
     given = torch.randn_like(weight)
     for call in (
         lambda w, backend: fake_quant(w, SPEC, backend=backend),
@@ -90,6 +91,7 @@ def seconds(work: Callable[[], object]) -> float:
         begun = time.perf_counter()
         work()
         return time.perf_counter() - begun
+    # events are read on the device, so that the time to launch a kernel is not counted
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     work()
@@ -110,6 +112,7 @@ def measure(weight: Tensor) -> dict[str, tuple[float, float]]:
             forward = seconds(lambda run=run, made=made: made.append(run(leaf)))
             times[name] = forward, seconds(lambda made=made: made[0].backward(given))
         for name, pair in times.items():
+            # the first turns compile the Triton kernels
             if turn >= 3:
                 seen[name].append(pair)
     return {name: (statistics.median(f for f, _ in pairs), statistics.median(b for _, b in pairs)) for name, pairs in seen.items()}
@@ -167,6 +170,7 @@ def steps(turns: int) -> list[Row]:
             if turn >= 2:
                 seen[name].append(taken)
     label = f"a step of a {'1B' if GPU else 'tiny'} Llama, {tokens:,} tokens"
+    # pairs of neighbouring steps: a change of the clock falls on both
     ratio = statistics.median(own / other for own, other in zip(seen["decoct"], seen["plain"], strict=True))
     return [Row(label, "decoct", "seconds_ratio", ratio, "x")]
 

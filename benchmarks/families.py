@@ -83,6 +83,7 @@ def look_at(model_type: str) -> Row:
             with torch.no_grad():
                 tiny(input_ids=torch.arange(1, 9)[None], use_cache=False)
             row.measured, row.ran = _measured(tiny), True
+            # encoders such as BERT are causal only with this field; without it they would see the token that they predict
             if "is_decoder" in large.config.to_dict():
                 row.encoder = future_reason(tiny_model(model_type, decoder=False)) is not None
     except UserError as error:
@@ -108,6 +109,7 @@ def look_at(model_type: str) -> Row:
         if large is None:
             return row
         model = large
+    # shapes of the default size with what running the tiny form has shown: a share of weights needs real widths
     found = capabilities(model, row.measured)
     row.share = found.weights.share()
     row.reasons = dict(found.reasons)
@@ -115,6 +117,7 @@ def look_at(model_type: str) -> Row:
         row.reasons["distil"] = reason
     if reason := family_refusal(model.config, [name for name, _ in model.named_parameters()]):
         row.reasons["gguf"] = reason
+    # without linears there are no codes to pack either, so both columns have the reason of rounding
     if "rtn" in row.reasons and not found.weights.linears:
         row.reasons |= {"export": row.reasons["rtn"], "gguf": row.reasons["rtn"]}
     return row
@@ -169,6 +172,7 @@ def _measures(model: Any) -> None:
 def _batch() -> dict[str, torch.Tensor]:
     ids = torch.randint(1, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
+    # one row is padded, since a family may read past its mask
     mask[1, 11:] = 0
     return {"input_ids": ids, "attention_mask": mask}
 
@@ -224,6 +228,7 @@ def _exports(model: Any) -> None:
         except UserError as error:
             if "as a model config" in str(error):
                 return  # a field of the tiny form that the file cannot hold says nothing of the family
+            # paths and layer numbers go, so that the reason is the same on every machine and families share a note
             what = _LAYER.sub("", str(error).replace(f"{folder}: ", "")).partition(" is missing")[0]
             raise UserError(f"what is saved has other names than its modules ({what})") from error
 

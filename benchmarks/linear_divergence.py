@@ -48,6 +48,7 @@ def inputs_of(case: tuple[int, int, int], dtype: torch.dtype = DTYPE, gap: float
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
+    # divided by the square root of the width, so that logits have the same spread at every width
     hidden, head = randn(tokens, width), randn(vocab, width) * 8 / width**0.5
     teacher_head = head + randn(vocab, width) * gap / width**0.5
     labels = torch.randint(0, vocab, (tokens,), generator=generator)
@@ -114,6 +115,7 @@ def there() -> list[str]:
 
 def check(case: tuple[int, int, int], names: list[str]) -> None:
     """Stop unless all systems give the loss and gradients of the dense form in fp32."""
+    # a few tokens suffice: the full logits of the dense form in fp32 would not fit at the largest sizes
     inputs = inputs_of((min(case[0], 256), case[1], case[2]), torch.float32)
     truth = dense(inputs)
     wanted = torch.autograd.grad(truth, inputs[:2])
@@ -121,6 +123,7 @@ def check(case: tuple[int, int, int], names: list[str]) -> None:
         loss = SYSTEMS[name](inputs)
         got = torch.autograd.grad(loss, inputs[:2])
         worst = max(abs(loss.item() / truth.item() - 1), *(((a - b).norm() / b.norm()).item() for a, b in zip(got, wanted)))
+        # wide enough for peers that compute in lower precision, narrow enough for any wrong formula
         if worst > 1e-2:
             raise SystemExit(f"{name} is wrong: relative difference {worst:.2g} from plain PyTorch")
 
@@ -155,6 +158,7 @@ def times(case: tuple[int, int, int], names: list[str]) -> dict[str, float]:
 
 def extra_bytes(case: tuple[int, int, int], name: str) -> float:
     """Peak memory of one pass beyond inputs, weights and gradients, in this process."""
+    # the first call compiles kernels and loads libraries, which would count as its memory
     once(SYSTEMS[name], inputs_of((32, 64, 128)))
     inputs = inputs_of(case)
     gradients = sum(leaf.numel() * leaf.element_size() for leaf in inputs[:2])
@@ -177,6 +181,7 @@ def _status(field: str) -> int:
 def memory(case: tuple[int, int, int], name: str) -> float:
     """``extra_bytes`` in a fresh process."""
     command = [sys.executable, __file__, "--memory", json.dumps([*case, name])]
+    # glibc then gives every block of 64 KiB or more back to the system when it is freed, so that the peak is of what is alive
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -191,6 +196,7 @@ def gradient_errors(case: tuple[int, int, int]) -> dict[str, float]:
     truth = (q - p) @ exact[1]
     leaf = hidden.detach().float().requires_grad_()
     (own,) = torch.autograd.grad(decoct((leaf, head.detach(), teacher_hidden, teacher_head, labels)), [leaf])
+    # what a model does that rounds its logits to bf16 before the softmax
     p, q = ((part @ weight.T).bfloat16().float().softmax(-1) for part, weight in ((teacher_hidden, teacher_head), (hidden, head)))
     rounded = (q - p) @ head.float()
     return {"decoct": ((own.double() - truth).norm() / truth.norm()).item(), "dense": ((rounded - truth).norm() / truth.norm()).item()}

@@ -86,6 +86,7 @@ class Runner:
         self.compressor, self.torchao = interpreter_with("llmcompressor", peers), interpreter_with("torchao", peers)
         self.rows: list[Row] = []
         (folder / "package").mkdir(parents=True, exist_ok=True)
+        # an interpreter of --peers has no decoct installed; it finds this checkout under the package's name
         (folder / "package" / "decoct").symlink_to(HERE.parent)
 
     def work(self, *work: Any, python: str = sys.executable) -> dict[str, float]:
@@ -98,6 +99,7 @@ class Runner:
         return self._run(self.compressor, "quantization_peer.py", told)
 
     def _run(self, python: str, script: str, told: Any) -> dict[str, float]:
+        # one thread each: workers run side by side, and times compare work and not the use of cores
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         if python != sys.executable:
             environment["PYTHONPATH"] = str(self.folder / "package")
@@ -105,6 +107,7 @@ class Runner:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=self.folder, check=False)
         if done.returncode:
             raise SystemExit(f"{command[1:]}: {done.stderr[-4000:]}")
+        # libraries print before it
         return json.loads(done.stdout.splitlines()[-1])
 
     def take(self, case: str, system: str, figures: dict[str, float]) -> None:
@@ -128,6 +131,7 @@ def quality(runner: Runner, size: Size) -> None:
     nearest: dict[tuple[int, int], float] = {}
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for (group, bits, name), figures in zip(jobs, pool.map(lambda job: measure(runner, size, *job), jobs)):
+            # RTN is the first system in ``jobs``, so its KL is known when the others need it
             if name == "rtn":
                 nearest[bits, group] = figures["kl"]
             recovered = 1 - figures["kl"] / nearest[bits, group]
@@ -168,6 +172,7 @@ def best_torchao(runner: Runner, bits: int, group: int, size: Size) -> dict[str,
     """torchao's QAT at the rate that serves it best."""
     python = runner.torchao or sys.executable
     runs = [runner.work("train", "torchao", bits, group, size.tokens, rate, python=python) | {"rate_share": rate} for rate in size.rates]
+    # the best of several rates, since a rate that suits our scales need not suit theirs
     return min(runs, key=lambda figures: figures["kl"])
 
 
@@ -177,6 +182,7 @@ def speed(runner: Runner, size: Size) -> None:
         runner.work("make_wide")
         seen: dict[str, list[dict[str, float]]] = {"gptq": [], "llm-compressor gptq": []}
         told = {"model": str(runner.folder / "wide"), "windows": str(runner.folder / "wide.safetensors"), "warm": True}
+        # in turn, never side by side: these are times
         for _ in range(size.turns):
             seen["llm-compressor gptq"].append(runner.peer(**told, method="gptq", bits=4, group_size=64))
             seen["gptq"].append(runner.work("time_wide", 4, 64))

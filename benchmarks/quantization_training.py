@@ -76,6 +76,7 @@ def train(bench: Bench, system: str, bits: int, group: int, tokens: int, rate_sh
 
     with tempfile.TemporaryDirectory() as place:
         settings, context = stage(bench, system, bits, group, tokens, Path(place))
+        # set by hand, so that a share of the stage's own rate can be tried, and torchao gets the same
         rate = quantized_rate(settings, load_config(str(bench.teacher_path)).hidden_size)
         settings = replace(settings, learning_rate=rate_share * rate)
         before, begun = reset_peak(), time.perf_counter()
@@ -84,6 +85,7 @@ def train(bench: Bench, system: str, bits: int, group: int, tokens: int, rate_sh
         else:
             qat.start(settings, context)
             qat.finish(settings, context, qat.train(settings, context))
+            # the stage has written a folder: what is measured is what was stored, not what was in memory
             model = None
         figures = {"seconds": time.perf_counter() - begun, "extra_bytes": status("VmHWM") - before}
         model = model or load_model(context.model, dtype=torch.float32)
@@ -118,6 +120,7 @@ def fold_torchao(model: Any) -> Any:
     import torch
     from torchao.quantization.qat.linear import FakeQuantizedLinear  # pyright: ignore[reportMissingImports]
 
+    # a list, as the loop replaces modules
     for name, module in list(model.named_modules()):
         if isinstance(module, FakeQuantizedLinear):
             weight = module.weight_fake_quantizer(module.weight).detach()
@@ -165,6 +168,7 @@ def stepper(bench: Bench, system: str, objective: str) -> Callable[[dict[str, An
     elif system != "plain":
         prepare(student, spec, extras=Extras(scale=learned))
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
+    # the schedule puts the scales into an optimizer group of their own, as the stage does
     if learned:
         QatSchedule(QatSettings(weights=spec), 100, 0).on_start(student, optimizer)
 

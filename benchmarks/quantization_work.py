@@ -25,6 +25,7 @@ def write_windows(bench: Bench, count: int) -> dict[str, float]:
     from safetensors.torch import save_file
 
     windows = bench.origin.data.train
+    # llm-compressor knows no packed documents; windows of one document mean the same to everybody
     single = [index for index in range(len(windows)) if int((windows[index]["position_ids"] == 0).sum()) == 1]
     chosen = [single[place * len(single) // count] for place in range(min(count, len(single)))]
     save_file({"input_ids": torch.stack([windows[index]["input_ids"] for index in chosen])}, bench.folder / "windows.safetensors")
@@ -80,9 +81,11 @@ def measure_written(bench: Bench, file: str, method: str, bits: int, group: int)
         raise SystemExit(f"{file}: {missing[0]} was not rounded")
     ours = full_model(bench)
     if method == "rtn":
+        # llm-compressor keeps scales in fp32; on our bf16 grid the codes would differ
         round_by(ours, Path(), "rtn", bits, group, grid="fp32")
     for name, linear in linears.items():
         weight, scale = written[f"{name}.weight"], written[f"{name}.scale"]
+        # whole numbers within range, or the file is not what it claims to be
         codes = weight.view(weight.shape[0], -1, group) / scale.unsqueeze(2)
         if float((codes - codes.round()).abs().max()) > 1e-3 or float(codes.max()) > 2 ** (bits - 1) - 0.5:
             raise SystemExit(f"{file}: {name} is not on a spec of {bits} bits in groups of {group}")
@@ -115,6 +118,7 @@ def time_wide(folder: Path, bits: int, group: int) -> dict[str, float]:
 
     from decoct.models.folder.loading import load_model
 
+    # the first run warms up libraries and the page cache
     for _ in range(2):
         model = load_model(folder / "wide", dtype=torch.float32)
         _, figures = round_by(model, folder / "wide.safetensors", "gptq", bits, group)

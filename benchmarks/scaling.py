@@ -102,6 +102,7 @@ def main() -> None:
         folder, system, size, windows = given.worker
         work(Path(folder), system, size, int(windows))
         return
+    # the whole batch in one process: the losses that two ranks must give (law 1)
     truth = [line["loss"] for line in run("one", given.size, WINDOWS)]
     hidden, layers, _ = SIZES[given.size]
     case = f"{layers}x{hidden}, {WINDOWS} windows of {SEQ}"
@@ -109,10 +110,12 @@ def main() -> None:
     times: dict[str, list[float]] = {system: [] for system in SYSTEMS}
     for turn in range(3):
         for system in SYSTEMS:
+            # half the windows for the one process: then a rank does the same work in all systems
             lines = run(system, given.size, WINDOWS // 2 if system == "one" else WINDOWS)
             times[system] += step_times(lines)
             if system != "one" and turn == 0:
                 worst = max(abs(line["loss"] - loss) / abs(loss) for line, loss in zip(lines, truth, strict=True))
+                # sums in another order, in fp32
                 if worst > 1e-5:
                     raise SystemExit(f"{system} does not give the losses of one process (relative difference {worst:.2g})")
     base = statistics.median(times["one"])

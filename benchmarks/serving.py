@@ -33,6 +33,7 @@ def interpreter(package: str, peers: list[str]) -> str | None:
     """The first interpreter that has the package; decoct's own is asked first."""
     script = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
     for python in (sys.executable, *peers):
+        # -P: not from this folder, whose file names may shadow a package
         if subprocess.run([python, "-P", "-c", script], capture_output=True, check=False).returncode == 0:
             return python
     return None
@@ -91,6 +92,7 @@ def main() -> None:
     found = {system: interpreter(package, given.peers) for system, package in SYSTEMS.items()}
     pythons = {system: python for system, python in found.items() if python}
     torch.set_num_threads(1)
+    # a variable of the user's own must not decide which vLLM is timed
     os.environ.pop(PYTHON, None)
     if "vllm" in pythons:
         os.environ[PYTHON] = pythons["vllm"]

@@ -94,6 +94,7 @@ def forms(place: Path, text: str, layers: int, times: int) -> tuple[dict[str, di
     small, tokenizer, tokens = trained(text, layers)
     student = widened(small, times)
     plain = save_model_folder(place / "plain", student, tokenizer, {"kind": "distill"}, dtype=torch.bfloat16)
+    # both forms start from the same bf16 weights
     student.load_state_dict({name: tensor.bfloat16().float() for name, tensor in student.state_dict().items()})
     state = quantize_model(student, QuantSpec(bits=4, group_size=GROUP))
     fold(student, state)

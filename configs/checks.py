@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ..losses.settings import LossSettings
+from ..models.common.terminal_text import counted
 from ..models.folder.codes_file import codes_file
-from ..models.settings import MOST_TOP_K, StudentSettings, TeacherSettings
-from ..trainer.settings import DataSettings, EvaluateSettings, PruneSettings, TrainerSettings, TrainingBlock
+from ..models.settings import MOST_TOP_K, StudentSettings, TeacherSettings, allowed_layers
+from ..qat.spec import USUAL_GROUPS
+from ..trainer.settings import DataSettings, EvaluateSettings, TrainerSettings, TrainingBlock
+from ..trainer.settings_pruning import PruneSettings
 from ..trainer.settings_quantization import QatSettings, QuantizeSettings
 from ..trainer.stage_plan import learns_from, reads_text, trains
 from .architectures import HUB_IDS, architecture
@@ -39,6 +42,7 @@ class Draft:
 
 def check_draft(draft: Draft, problems: Problems) -> None:
     """Report every problem between the sections and stages that could be read."""
+    # every check runs on what could be read: a section that is wrong is None, and its own problem is already known
     _check_start(draft, problems)
     for entry in draft.stages:
         if entry is not None:
@@ -71,13 +75,15 @@ def _check_start(draft: Draft, problems: Problems) -> None:
     layers, depth = draft.student.keep.layers if draft.student and draft.student.keep else None, _known_numbers(draft).get("layers")
     if layers is not None and depth is not None and not min(2, depth) <= layers <= depth:
         problems.add(
-            ("student", "keep", "layers"), f"{layers} layers cannot be kept of a teacher that has {depth}; give {min(2, depth)} to {depth}"
+            ("student", "keep", "layers"),
+            f"{counted(layers, 'layer')} cannot be kept of a teacher that has {depth}; {allowed_layers(depth)}",
         )
     scratch = draft.teacher.scratch if draft.teacher else None
     if draft.data and draft.data.eval_tokens == "all" and (scratch or any(entry and reads_text(entry.settings) for entry in draft.stages)):
         problems.add(("data", "eval_tokens"), "is 'all', which leaves no text for the stages that need some; give a number, such as 32k")
     if scratch and draft.data and draft.data.kind == "chat":
         problems.add(("data", "kind"), "is 'chat', and a scratch teacher's tokenizer has no chat template; give teacher.path")
+    # a zero is out of bounds and reported as such; here it would be a division by zero
     if scratch and min(scratch.heads, scratch.kv_heads) >= 1:
         if scratch.hidden % scratch.heads:
             problems.add(("teacher", "scratch", "heads"), f"{scratch.heads} does not divide hidden={scratch.hidden}; change one of them")
@@ -124,6 +130,7 @@ def _check_stage_teacher(entry: StageEntry, draft: Draft, problems: Problems) ->
     if entry.kind == "pretrain":
         if settings.teacher is not None:
             problems.add(_at(entry, "teacher"), "is not used: pretrain learns from the text alone; use a distill stage, or remove the key")
+        # the defaults are what a stage without the key has, and hard_weight=1 is what pretrain does anyway
         if settings.loss not in (LossSettings(), LossSettings(hard_weight=1.0)):
             problems.add(_at(entry, "loss"), "is not used: pretrain always trains on cross-entropy; use a distill stage, or remove the key")
     elif draft.lacks_teacher and learns_from(settings, has_teacher=False) is not None:
@@ -153,6 +160,7 @@ def _check_parts(draft: Draft, problems: Problems) -> None:
             problems.add(
                 _at(entry, "loss", "temperature"), "must be 1 with teacher.served: servers give log-probabilities at temperature 1"
             )
+    # with a stage that could not be read, its kind and so its teacher are unknown
     if not readers and all(draft.stages):
         name = "cache" if teacher.cache else "served"
         problems.add(("teacher", name), "is read by no stage: none learns from the recipe's teacher; remove it")
@@ -172,6 +180,7 @@ def _check_batch(draft: Draft, problems: Problems) -> None:
     batch, length = trainer.global_batch_tokens, data.seq_length
     windows, rest = divmod(batch, length)
     if rest:
+        # the nearest batches that are whole windows and whole micro-batches, below and above
         whole = max(1, trainer.micro_batch) if isinstance(trainer.micro_batch, int) else 1
         legal = [length * whole * count for count in (windows // whole, windows // whole + 1) if count]
         nearest = " or ".join(f"{tokens:,}" for tokens in legal)
@@ -199,6 +208,7 @@ def _known_numbers(draft: Draft) -> dict[str, int]:
         if draft.teacher.scratch:
             scratch = draft.teacher.scratch
             return {"layers": scratch.layers, "hidden": scratch.hidden, "ffn": scratch.ffn}
+        # a local folder of the same name wins, and its config is not read here
         path = draft.teacher.path or ""
         config = architecture(path) if path in HUB_IDS and not Path(path).exists() else {}
     named = {"layers": config.get("num_hidden_layers"), "hidden": config.get("hidden_size"), "ffn": config.get("intermediate_size")}
@@ -214,21 +224,33 @@ def _check_widths(draft: Draft, problems: Problems) -> None:
             kept = settings.structured.ffn
             if kept > widths.get("ffn", kept):
                 problems.add(_at(entry, "structured", "ffn"), f"keeps {kept} FFN channels of a student that has {widths['ffn']} here")
+            # later stages meet the narrower FFN
             elif "ffn" in widths:
                 widths["ffn"] = kept
+        # skipped and overridden modules may be the very ones that do not fit; the plan, which knows the model, checks these recipes
         if entry and isinstance(settings, QatSettings | QuantizeSettings) and not settings.skip and not settings.overrides:
-            for name, width in widths.items():
-                try:
-                    settings.weights.group_width(width)
-                except ValueError as error:
-                    what = {"hidden": "hidden size", "ffn": "FFN channels"}[name]
-                    problems.add(_at(entry, "weights", "group_size"), f"{error} (the student's {what} at this stage)")
+            _check_group(entry, settings.weights.group_size, widths, problems)
+
+
+def _check_group(entry: StageEntry, group: int | str, widths: dict[str, int], problems: Problems) -> None:
+    """A group size divides every width; one message for all that it does not divide."""
+    if isinstance(group, str):
+        return
+    words = {"hidden": "hidden size", "ffn": "FFN channels"}
+    broken = [f"{words[name]} ({width:,})" for name, width in widths.items() if width % group]
+    if not broken:
+        return
+    fits = [size for size in USUAL_GROUPS if all(width % size == 0 for width in widths.values())]
+    hint = f"use {' or '.join(map(str, fits))}" if fits else "use channel"
+    message = f"{group} does not divide the student's {' and '.join(broken)} at this stage; {hint}, or skip these modules"
+    problems.add(_at(entry, "weights", "group_size"), message)
 
 
 def _check_exports(draft: Draft, problems: Problems) -> None:
     """An export finds codes: the last stage that wrote a model, or the student's own folder, is quantized."""
     writer: StageEntry | None = None
     for entry in draft.stages:
+        # the unreadable stage may be the one that quantizes
         if entry is None:
             return
         if entry.kind in _WRITERS:

@@ -12,7 +12,9 @@ from functools import cache
 def field_docs(settings: type) -> dict[str, str]:
     """Field -> its description on one line; a field that a subclass gives anew without a description keeps the base's."""
     found: dict[str, str] = {}
+    # base classes first, so that a subclass can describe a field anew
     for base in reversed(settings.__mro__[:-1]):
+        # from the source, as Python keeps no docstrings of fields
         (definition,) = ast.parse(inspect.cleandoc(inspect.getsource(base))).body
         assert isinstance(definition, ast.ClassDef)
         for field, below in zip(definition.body, definition.body[1:], strict=False):

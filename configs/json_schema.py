@@ -1,7 +1,8 @@
 """The JSON Schema (draft 2020-12) of recipes, made from the settings dataclasses: editors complete and check keys with it.
 
-It knows what one key takes: type, choices, bounds, suffix forms ("1M", "5%") as text, and what may be left empty. Rules about several keys
-are left to ``decoct plan`` and ``decoct run``. The package holds it as ``configs/recipe.schema.json``, for ``decoct recipes schema``.
+It knows what one key takes: type, choices, bounds, suffix forms ("1M", "5%") as text, and what may be left empty. It also knows the keys of
+which a section needs exactly one (``exactly_one``). Other rules about several keys are left to ``decoct plan`` and ``decoct run``. The
+package holds it as ``configs/recipe.schema.json``, for ``decoct recipes schema``.
 """
 
 import json
@@ -40,6 +41,7 @@ def recipe_schema() -> dict[str, Any]:
         if key == "stages":
             made = {"type": "array", "minItems": 1, "items": _stage(definitions)}
         elif key == "name":
+            # YAML reads a name such as 2024 as a number
             made = {"type": ["string", "integer", "null"], "pattern": f"^({NAME_PATTERN})$"}
         else:
             made = _value(types[key], definitions)
@@ -60,11 +62,13 @@ def recipe_schema() -> dict[str, Any]:
 
 def _stage(definitions: dict[str, Any]) -> dict[str, Any]:
     """One entry of ``stages``: a kind alone, or a kind with its settings."""
-    kinds = {kind: _or_null(_reference(stage.settings, definitions, kind)) for kind, stage in STAGE_KINDS.items()}
-    alone = {"enum": list(kinds)}
-    return {
-        "anyOf": [{"type": "object", "properties": kinds, "minProperties": 1, "maxProperties": 1, "additionalProperties": False}, alone]
-    }
+    kinds = {}
+    for kind, stage in STAGE_KINDS.items():
+        section = _reference(stage.settings, definitions, kind)
+        kinds[kind] = section if _needed(stage.settings) else _or_null(section)
+    alone = {"enum": [kind for kind, stage in STAGE_KINDS.items() if not _needed(stage.settings)]}
+    below = {"type": "object", "properties": kinds, "minProperties": 1, "maxProperties": 1, "additionalProperties": False}
+    return _cased("object", below, alone)
 
 
 def _reference(settings: type, definitions: dict[str, Any], kind: str | None = None) -> dict[str, Any]:
@@ -78,6 +82,7 @@ def _reference(settings: type, definitions: dict[str, Any], kind: str | None = N
             properties["name"] = {
                 "description": f"Name of the stage and of its folder. Default: {kind}.",
                 "type": ["string", "null"],
+                # all digits would be a position in overrides
                 "pattern": f"^(?![0-9]+$)({NAME_PATTERN})$",
                 "not": {"enum": others},
             }
@@ -88,9 +93,33 @@ def _reference(settings: type, definitions: dict[str, Any], kind: str | None = N
             "type": "object",
             "properties": properties,
             **({"required": required} if required else {}),
+            **({"oneOf": [_given(key) for key in exactly_one]} if (exactly_one := _exactly_one(settings)) else {}),
             "additionalProperties": False,
         }
     return {"$ref": f"#/$defs/{name}"}
+
+
+def _exactly_one(settings: type) -> tuple[str, ...]:
+    """The keys of which a section has exactly one."""
+    return getattr(settings, "exactly_one", ())
+
+
+def _given(key: str) -> dict[str, Any]:
+    """A key is there and has a value."""
+    return {"required": [key], "properties": {key: {"not": {"type": "null"}}}}
+
+
+def _needed(settings: type) -> bool:
+    """Whether a section cannot be left empty."""
+    return bool(_exactly_one(settings)) or any(map(_required, fields(settings)))
+
+
+def _cased(kind: str, section: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """``section`` for values of a JSON type, ``other`` for the rest.
+
+    With ``anyOf`` an editor could only say that the whole value fits neither; with a condition it marks the key inside that is wrong.
+    """
+    return {"if": {"type": kind}, "then": section, "else": other}
 
 
 def _required(entry: Any) -> bool:
@@ -108,11 +137,16 @@ def _property(settings: type, entry: Any, definitions: dict[str, Any]) -> dict[s
 
 def _or_null(made: dict[str, Any]) -> dict[str, Any]:
     """The same or nothing: a key without a value keeps its default."""
-    if isinstance(made.get("type"), list):
-        return {**made, "type": [*made["type"], "null"]}
+    if "type" in made:
+        types = made["type"] if isinstance(made["type"], list) else [made["type"]]
+        return {**made, "type": [*types, "null"]}
     if "enum" in made:
         return {**made, "enum": [*made["enum"], None]}
     null = {"type": "null"}
+    if "if" in made:
+        return {**made, "else": _or_null(made["else"])}
+    if "$ref" in made:
+        return _cased("null", {}, made)
     return {**made, "anyOf": [*made["anyOf"], null]} if "anyOf" in made else {"anyOf": [made, null]}
 
 
@@ -124,6 +158,8 @@ def _value(annotation: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     if words := choices(annotation):
         # YAML reads 32 as a number where a recipe means the word
         made.insert(0, {"enum": [*words, *(int(word) for word in words if word.isdigit())]})
+    if len(made) == 2 and "$ref" in made[0]:
+        return _cased("object", made[0], made[1])
     return made[0] if len(made) == 1 else {"anyOf": made}
 
 
@@ -146,7 +182,7 @@ def _option(option: Any, definitions: dict[str, Any]) -> list[dict[str, Any]]:
     if get_origin(option) is tuple and inner[-1] is Ellipsis:
         # one value stands for a list of one
         item = _value(inner[0], definitions)
-        return [{"type": "array", "items": item}, item]
+        return [_cased("array", {"type": "array", "items": item}, item)]
     if get_origin(option) is tuple:
         return [{"type": "array", "items": _value(inner[0], definitions), "minItems": len(inner), "maxItems": len(inner)}]
     if get_origin(option) is dict:

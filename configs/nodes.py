@@ -84,6 +84,7 @@ def node_from_python(data: Any, place: str = "", path: KeyPath = ()) -> Node:
         return Mapping(place, {key: Entry(place, node_from_python(value, place, (*path, key))) for key, value in data.items()})
     if isinstance(data, list | tuple):
         return Listing([node_from_python(value, place, (*path, index)) for index, value in enumerate(data)], place)
+    # "plain" is for YAML without quotes; a Python string 'null' is meant as text
     if data is None or isinstance(data, str | int | float):
         return Scalar(data, place, plain=False)
     raise UserError(f"recipe value {dotted(path) or 'of the whole recipe'} is a {type(data).__name__}; give text, numbers, lists and dicts")

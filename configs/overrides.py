@@ -2,13 +2,14 @@
 
 An override is written into the recipe's tree before it is read, so its value gets the same meaning and the same messages as one in
 the file. A stage is addressed by its position (from 0), by its ``name``, by its folder's name, or by its kind when there is only one
-of it; the kind after that may be left out.
+of it; the kind after that may be left out. Dots separate keys, except in the pattern of ``stages.qat.overrides.*.mlp.down_proj.bits=8``.
 """
 
 from collections.abc import Sequence
 
 from .. import types_of
 from ..models.common.errors import UserError
+from ..qat.scheme import SpecChange
 from ..trainer.stages.registry import STAGE_KINDS
 from .nodes import Entry, Listing, Mapping, Node, Scalar, is_null
 from .problems import did_you_mean
@@ -59,6 +60,7 @@ def _write(mapping: Mapping, keys: Sequence[str], node: Node, place: str, above:
     entry = mapping.entries.get(key)
     if entry is None or is_null(entry.node):
         entry = mapping.entries[key] = Entry(place, Mapping(place))
+    # ``logger: wandb`` in the file and logger.project=... on the command line: the word becomes the section that it is short for
     elif isinstance(entry.node, Scalar) and not above and SECTIONS.get(key) in SHORT_FORMS:
         word = SHORT_FORMS[SECTIONS[key]]
         entry.node = Mapping(entry.node.place, {word: Entry(entry.place, entry.node)})
@@ -80,16 +82,31 @@ def _override_stage(root: Mapping, keys: Sequence[str], node: Node, place: str) 
         return
     kind, body = parts
     rest = list(keys[1:])
+    # a kind may be named after the stage, unless it is also a key of the stage's own
     if rest[0] in STAGE_KINDS and rest[0] not in types_of(STAGE_KINDS[kind].settings):
         if rest[0] != kind:
             raise UserError(f"{place}: stages.{keys[0]} is a '{kind}' stage, not '{rest[0]}'; {_known_stages(stages)}")
         rest = rest[1:]
     if not rest or not isinstance(body, Mapping):
         raise UserError(f"{place}: name a key of the stage, such as stages.{keys[0]}.tokens=2M")
+    rest = _joined_pattern(rest, kind, place)
     old = stages.items[index]
     key_place = old.entries[kind].place if isinstance(old, Mapping) else old.place
+    # ``- export`` has no body to write into, so every stage gets the long form
     stages.items[index] = Mapping(old.place, {kind: Entry(key_place, body)})
     _write(body, rest, node, place, above=f"stages.{keys[0]}.{kind}.")
+
+
+def _joined_pattern(keys: list[str], kind: str, place: str) -> list[str]:
+    """The keys below a stage, with the pattern in ``overrides.*.mlp.down_proj.bits`` as one key: module names have dots of their own."""
+    if keys[0] != "overrides" or len(keys) == 1 or "overrides" not in types_of(STAGE_KINDS[kind].settings):
+        return keys
+    if len(keys) < 3 or keys[-1] not in types_of(SpecChange):
+        raise UserError(
+            f"{place}: overrides needs a pattern of module names and one of {', '.join(types_of(SpecChange))}, such as "
+            f"stages.{kind}.overrides.*.mlp.down_proj.bits=8"
+        )
+    return ["overrides", ".".join(keys[1:-1]), keys[-1]]
 
 
 def _labels(stages: Listing) -> list[tuple[str, str]]:
@@ -111,9 +128,11 @@ def _find_stage(stages: Listing, word: str, place: str) -> int:
     """Position of the stage that ``word`` addresses."""
     labels = _labels(stages)
     if word.isascii() and word.isdigit():
+        # six digits are enough for a position, and int() refuses texts of thousands
         if int(word[:6]) < len(labels):
             return int(word[:6])
         raise UserError(f"{place}: there is no stage {word}; {_known_stages(stages)}")
+    # from the most specific name to the least: folder, own name, kind
     for match in (
         [i for i, (_, label) in enumerate(labels) if word == stage_name(i, label)],
         [i for i, (kind, label) in enumerate(labels) if word == label != kind],

@@ -40,6 +40,7 @@ class Problems:
     def add(self, path: Sequence[str | int], message: str, *, place: str | None = None) -> None:
         """Report that the value at ``path`` is wrong. ``place`` overrides the place that the recipe gives for it."""
         keys = tuple(path)
+        # with all paths above it: a section is wrong if something in it is
         self._paths.update(keys[:end] for end in range(len(keys) + 1))
         where = place if place is not None else place_of(self._root, keys) if self._root else ""
         line = ": ".join(part for part in (where, dotted(keys), message) if part)

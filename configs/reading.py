@@ -60,9 +60,11 @@ def read_recipe(root: Node, problems: Problems, *, default_name: str | None) -> 
         if key not in KEYS:
             problems.add((key,), unknown_key(key, KEYS))
             problems.excuse((nearest_name(key, KEYS) or key,))
+    # no early return from here on: a reader should get every problem of a file in one message
     name, seed = _read_head(root, problems, default_name)
     sections = {key: _read_section(root, key, problems) for key in SECTIONS}
     stages = _read_stages(root, problems)
+    # a misspelt or broken teacher must not also be reported as a missing one
     untouched = not (problems.touches(("teacher",)) or problems.excused(("teacher",)))
     draft = Draft(**{key: sections[key] for key in ("teacher", "student", "data", "trainer")}, stages=stages, teacher_is_known=untouched)
     check_draft(draft, problems)
@@ -130,6 +132,7 @@ def _read_stage(node: Node, index: int, problems: Problems) -> StageEntry | None
     path = (*path, kind)
     label = _read_label(body, kind, path, problems)
     if isinstance(body, Mapping):
+        # the name belongs to the recipe; the settings dataclass of a stage knows nothing of it
         body = Mapping(body.place, {key: entry for key, entry in body.entries.items() if key != "name"})
     settings = read_settings(body, STAGE_KINDS[kind].settings, path, problems, also=("name",))
     if settings is None:

@@ -59,6 +59,7 @@ class Recipe:
 def resolved(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data with every default filled in; ``recipe_from_dict`` makes an equal Recipe of it."""
     plain: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed}
+    # an absent teacher is written as null, so that the resolved recipe names every section
     for section in ("teacher", "student", "data"):
         settings = getattr(recipe, section)
         plain[section] = None if settings is None else _plain(asdict(settings))

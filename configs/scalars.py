@@ -15,15 +15,18 @@ from .nodes import Scalar, is_null
 
 _NUMBER = re.compile(r"([+-]?)([0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]([+-]?[0-9]{1,3}))?([kMB%]?)")
 _SUFFIXES = {"": Decimal(1), "k": Decimal(10**3), "M": Decimal(10**6), "B": Decimal(10**9), "%": Decimal("0.01")}
-_LARGEST_INT = 2**63 - 1
+LARGEST_INT = 2**63 - 1
+"""The largest whole number that a key takes: what 64 bits hold, with a sign."""
 
 
 def parse_number(text: str) -> tuple[Decimal, bool] | None:
     """The exact value of a number as recipes write it and whether it was a percentage; None when it is no number."""
+    # the bound keeps Decimal from working on megabytes of digits
     match = _NUMBER.fullmatch(text.strip()) if len(text) <= 64 else None
     if match is None:
         return None
     sign, digits, exponent, suffix = match.groups()
+    # exact: 0.1B is 100,000,000, which a float product need not give
     value = Decimal(f"{sign}{digits.replace('_', '')}e{exponent or 0}") * _SUFFIXES[suffix]
     return value, suffix == "%"
 
@@ -40,6 +43,7 @@ def read_scalar(scalar: Scalar, annotation: Any) -> Any:
         return _read_text(scalar.value, scalar.plain, annotation, options)
     if isinstance(scalar.value, float) and not math.isfinite(scalar.value):
         return str(scalar.value)
+    # 1e6 in Python or JSON is a float, and means a number of tokens
     if type(scalar.value) is float and int in options and float not in options and scalar.value.is_integer():
         return int(scalar.value)
     if type(scalar.value) in (int, float) and str(scalar.value) in choices(annotation):
@@ -48,6 +52,7 @@ def read_scalar(scalar: Scalar, annotation: Any) -> Any:
 
 
 def _read_text(text: str, plain: bool, annotation: Any, options: tuple[Any, ...]) -> Any:
+    # words first: 32 is a word for trainer.precision and a number elsewhere
     if text in choices(annotation):
         return text
     if Any in options:
@@ -62,7 +67,7 @@ def _read_text(text: str, plain: bool, annotation: Any, options: tuple[Any, ...]
 
 
 def _as_type(value: Decimal, percentage: bool, options: tuple[Any, ...], text: str) -> int | float | str:
-    whole = value == value.to_integral_value() and abs(value) <= _LARGEST_INT
+    whole = value == value.to_integral_value() and abs(value) <= LARGEST_INT
     if int in options and whole and not percentage:
         return int(value)
     if float in options and math.isfinite(float(value)):

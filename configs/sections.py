@@ -16,7 +16,7 @@ from ..trainer.settings import DataSettings, LoggerSettings, TrainerSettings, Tr
 from .foreign_names import meant_by
 from .nodes import Entry, KeyPath, Listing, Mapping, Node, Scalar, is_null
 from .problems import Problems, did_you_mean, nearest_name
-from .scalars import described_type, parse_number, read_scalar
+from .scalars import LARGEST_INT, described_type, parse_number, read_scalar
 
 Settings = TypeVar("Settings")
 
@@ -53,6 +53,7 @@ class _Walk:
     def value(self, node: Node, annotation: Any, path: KeyPath) -> Any:
         """The value for a key of type ``annotation``; ``_WRONG`` when it is refused."""
         section = _section_of(annotation)
+        # a scalar decides by itself, because a word may stand for a section and one value for a list
         if isinstance(node, Scalar):
             return self._scalar(node, annotation, path)
         if isinstance(node, Listing):
@@ -124,6 +125,7 @@ class _Walk:
         for key in missing:
             if not self._problems.excused((*path, key)):
                 self._problems.add(path, f"needs the key '{key}': {described_type(known[key])}")
+        # a dataclass with a wrong field is not built: its own checks would report the same fault in other words
         if missing or any(self._problems.touches((*path, key)) for key in node.entries):
             return _WRONG
         return self._built(section, found, path)
@@ -167,6 +169,7 @@ def _typed(value: Any, annotation: Any) -> Any:
     # isinstance takes True for an int, but it is not a number here
     if Any in options or type(value) in options or (isinstance(value, str) and value in choices(annotation)):
         return value
+    # beyond this, float() overflows
     if float in options and type(value) is int and abs(value) < 2**1023:
         return float(value)
     return _WRONG
@@ -191,7 +194,10 @@ def _hint(value: Any, annotation: Any) -> str:
     if not isinstance(value, str):
         return ""
     numbers = {int, float} & set(alternatives(annotation))
-    if numbers and value[:1].isdigit() and parse_number(value) is None:
+    number = parse_number(value) if numbers else None
+    if number is not None and number[0] == number[0].to_integral_value() and abs(number[0]) > LARGEST_INT:
+        return f"; the largest whole number is {LARGEST_INT:,}"
+    if numbers and value[:1].isdigit() and number is None:
         return "; suffixes are k, M and B (powers of 1000)"
     return did_you_mean(value, choices(annotation))
 

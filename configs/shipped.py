@@ -58,5 +58,6 @@ def find_recipe(path_or_name: str) -> Path:
         raise UserError(f"{path_or_name} is a folder{model}; give a recipe file in it, or one of the shipped recipes: {', '.join(known)}")
     if path.exists():
         raise UserError(f"{path_or_name} is no regular file; give a recipe file, or one of the shipped recipes: {', '.join(known)}")
+    # both with and without the ending: quickstrt.yaml and smollm2-1.7b-hlf, whose version number looks like an ending
     hint = did_you_mean(path.name.removesuffix(path.suffix) or path_or_name, known) or did_you_mean(path.name, known)
     raise UserError(f"there is no recipe file '{path_or_name}' and no shipped recipe of that name{hint or ';'} shipped: {', '.join(known)}")

@@ -24,12 +24,14 @@ def read_yaml_file(path: Path, label: str) -> tuple[Node, Problems]:
     """The tree of a file and the collector that names it ``label``; UserError when it cannot be read as YAML."""
     try:
         with path.open("rb") as file:
+            # one byte more than allowed shows that there is more, without reading all of it
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise UserError(f"{label} cannot be read ({error.strerror}); give a recipe file or the name of a shipped recipe") from None
     if len(raw) > MAX_BYTES:
         raise UserError(f"{label} is larger than {MAX_BYTES:,} bytes; a recipe holds settings only, text belongs in data.files")
     try:
+        # editors on Windows begin a file with a byte order mark
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
@@ -98,6 +100,7 @@ class _Builder:
 
     def _node(self, event: Any, path: KeyPath) -> Node:
         place = self._place(event)
+        # refused at the parser's events, before anything is expanded
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
             raise UserError(
                 f"{place}: YAML anchors (&) and aliases (*) are not allowed in a recipe; quote the text if it is meant literally"
@@ -131,6 +134,7 @@ class _Builder:
             if not name.isprintable():
                 raise UserError(f"{key.place}: a key holds characters that cannot be printed; write plain text")
             node = self._node(next(self._events), (*path, name))
+            # PyYAML itself would silently keep the last
             if name in found.entries:
                 first = found.entries[name].place.rpartition(":")[2]
                 second = key.place.rpartition(":")[2]

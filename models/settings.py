@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from .. import Bounds, Count, check_fields
@@ -118,6 +118,8 @@ def _check_url(url: str, key_variable: str) -> None:
 class TeacherSettings:
     """The teacher: exactly one of ``path`` and ``scratch``."""
 
+    exactly_one: ClassVar = ("path", "scratch")
+
     path: str | None = None
     """Model folder or hub id."""
     scratch: ScratchSettings | None = None
@@ -146,6 +148,12 @@ class TeacherSettings:
             raise ValueError(f"placement={self.placement} needs load_in: bf16 or fp32; a teacher in {self.load_in} is always replicated")
 
 
+def allowed_layers(depth: int) -> str:
+    """What a message says of the layers that can be kept of a teacher with ``depth`` layers: 'give 2 to 24', or the only number."""
+    # the first and the last layer are always kept
+    return f"give 2 to {depth}" if depth > 2 else f"give {depth}, which keeps all"
+
+
 @dataclass(frozen=True, kw_only=True)
 class KeepSettings:
     """The part of the teacher that the student starts from."""
@@ -161,6 +169,8 @@ class KeepSettings:
 class StudentSettings:
     """The student: exactly one of ``path``, ``keep`` (part of the teacher) and ``config`` (random weights)."""
 
+    exactly_one: ClassVar = ("path", "keep", "config")
+
     path: str | None = None
     """Model folder or hub id."""
     keep: KeepSettings | None = None
@@ -171,6 +181,6 @@ class StudentSettings:
     """Hub revision of ``path``."""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("path", "keep", "config") if getattr(self, name) is not None]
+        given = [name for name in self.exactly_one if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"a student needs exactly one of 'keep', 'path' and 'config'; given: {given or 'none'}")

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .common.errors import UserError
+from .common.terminal_text import counted
 from .families import Family, family_of
 from .folder.config_checks import check_numbers
+from .settings import allowed_layers
 from .tokenizer.vocabulary import check_head_rows, effective_vocab
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def kept_layers(total: int, keep: int) -> list[int]:
     least = min(2, total)
     if not least <= keep <= total:
         raise UserError(
-            f"student.keep.layers={keep} cannot be cut from a teacher of {total} layers; give {least} to {total} "
+            f"student.keep.layers={keep} cannot be cut from a teacher of {counted(total, 'layer')}; {allowed_layers(total)} "
             "(first and last layer are always kept)"
         )
     if total == 1:

@@ -24,6 +24,8 @@ Scaling = Literal["dynamic", "static"]
 ScaleGrid = Literal["bf16_fp16", "bf16", "fp16", "fp32"]
 Bits = Annotated[int, Bounds(ge=2, le=8, why="4 and 8 are what serving stacks read")]
 GroupSize = Annotated[int, Bounds(ge=1, why="use 32, 64 or 128, or 'channel'")] | Literal["channel", "tensor"]
+USUAL_GROUPS = (128, 64, 32, 16)
+"""Group sizes that messages propose, the preferred first."""
 PACKED_BITS = (2, 4, 8)
 """Widths of integer codes that divide a 32-bit word: every version of every packed format lays them out alike."""
 
@@ -148,7 +150,7 @@ class QuantSpec:
         if isinstance(self.group_size, str):
             return in_features
         if in_features % self.group_size:
-            fits = [g for g in (128, 64, 32, 16) if in_features % g == 0]
+            fits = [g for g in USUAL_GROUPS if in_features % g == 0]
             hint = f"use {' or '.join(map(str, fits))}" if fits else "use 'channel'"
             raise ValueError(f"group_size={self.group_size} does not divide in_features={in_features}; {hint}, or skip the module")
         return self.group_size

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from .plan import TrainingPlan as TrainingPlan
     from .settings import DataSettings as DataSettings
     from .settings import DistillSettings as DistillSettings
-    from .settings import PruneSettings as PruneSettings
     from .settings import TrainerSettings as TrainerSettings
+    from .settings_pruning import PruneSettings as PruneSettings
     from .settings_quantization import QatSettings as QatSettings
     from .settings_quantization import QuantizeSettings as QuantizeSettings
 

@@ -11,7 +11,8 @@ from ..models.common.errors import UserError
 from ..models.settings import LoadIn, Placement, ServedSettings
 from .learning_rates import SCALE_RATE_SHARE, default_learning_rate, quantized_rate
 from .plan import StepPlan, TrainingPlan, default_warmup, derive_batch, derive_seed
-from .settings import PretrainSettings, PruneSettings, Strategy, TrainerSettings, TrainingBlock
+from .settings import PretrainSettings, Strategy, TrainerSettings, TrainingBlock
+from .settings_pruning import PruneSettings
 from .settings_quantization import QatSettings, QuantizeSettings
 
 

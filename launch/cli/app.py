@@ -27,6 +27,7 @@ app = typer.Typer(
     cls=Verbs,
     help="Boil a large language model down to one that can be served: distil, prune, train quantized, export, verify, report.",
     no_args_is_help=True,
+    # rich tracebacks show local variables, and with them whatever key or text is in them
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -77,10 +78,12 @@ def _end(error: BaseException) -> NoReturn:
     ending = ending_of(error)
     rank = os.environ.get("RANK", "0")
     if ending is None:
+        # every rank tells its own: a bug may be in one rank alone
         _tell_bug(bug_report(error))
         sys.exit(1)
     if rank == "0":
         _tell(f"error: {ending.message}")
+    # all ranks meet most faults together; one message is enough, unless only this rank can know of it
     elif ending.by_all or isinstance(error, MemoryFullError) or not told_by_another():
         _tell(f"rank {rank}: error: {ending.message}")
     if isinstance(error, DecoctError) or ending.code in FINAL_CODES:
@@ -121,8 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs the verb and ends the process with its exit code."""
     from ..run.processes import FINAL_CODES, leave, remember_outcome, remembered_outcome
 
+    # before typer, so that an error of typer itself can be debugged too
     given, debug = _split_debug(sys.argv[1:] if arguments is None else arguments)
     _soften_streams()
+    # torchrun restarts a worker whatever its exit code was; the restarted one leaves at once with the code of the first
     decided = remembered_outcome()
     if decided is not None:
         sys.exit(decided)
@@ -138,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _tell_interrupted(given)
         if ended.code in FINAL_CODES:
             remember_outcome(int(ended.code))
+        # typer ends a verb that worked with SystemExit(0)
         if not ended.code:
             leave(0)
         raise

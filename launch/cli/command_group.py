@@ -60,6 +60,7 @@ def options_from_pairs(parameters: Sequence[Any], arguments: Sequence[str], kept
     found: list[str] = []
     after = False  # whether this argument is the value of the one before
     for position, argument in enumerate(arguments):
+        # what follows -- is meant literally
         if argument == "--":
             return [*found, *arguments[position:]]
         match = None if after else _PAIR.fullmatch(argument)
@@ -76,6 +77,7 @@ def _written(option: Any, key: str, value: str) -> list[str]:
         raise typer.BadParameter(f"{key}={value}: write {key}=true or {key}=false")
     if _SWITCH[value.lower()]:
         return [option.opts[0]]
+    # without an opposite the switch is left out, which is its default
     return [option.secondary_opts[0]] if option.secondary_opts else []
 
 

@@ -48,6 +48,7 @@ def run_launch(recipe: str, overrides: Sequence[str], choices: Choices) -> None:
         ("--max-restarts", choices.restarts, 0, 1000),
         ("--grace", choices.grace, 0, 65_535),
     )
+    # typing errors with a zero too many would start so many processes, or pods, that a machine or a cluster hangs
     for option, value, least, most in counts:
         if value is not None and not least <= value <= most:
             raise UserError(f"{option}={value} must be at least {least} and at most {most:,}")
@@ -100,6 +101,7 @@ def _torchrun(job: Job, choices: Choices) -> None:
     check_processes(job.gpus)
     job.logs.mkdir(parents=True, exist_ok=True)
     os.environ.update(ENVIRONMENT)
+    # exec throws away what is still in Python's buffers
     sys.stdout.flush()
     # the agent takes this process's place: signals reach it, and its exit code is ours
     os.execvp(command[0], command)

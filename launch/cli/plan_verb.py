@@ -15,6 +15,7 @@ def parse_bytes(text: str, option: str) -> int:
     if match is None or match[2].lower() not in _UNITS or float(match[1]) <= 0:
         raise UserError(f"{option}={text!r} is no amount of memory; write it as 80GB or 24GiB")
     amount = int(float(match[1]) * _UNITS[match[2].lower()])
+    # a bare 80 is 80 bytes to a computer and gigabytes to everybody else
     if not match[2] and amount < 10**6:
         raise UserError(f"{option}={text} is {amount:,} bytes; write the unit too: {text.strip()}GB")
     return amount
@@ -48,6 +49,7 @@ def run_plan(
         console = CleanConsole()
         if not console.is_terminal:
             console.width = max(console.width, WIDE)
+        # the plan is printed before the refusal: it shows the numbers behind it
         drawing.draw(made, console)
     if found := problems(made):
         raise UserError("this recipe cannot work there:\n" + "\n".join(f"  - {problem}" for problem in found))

@@ -19,6 +19,7 @@ def copy_recipe(name: str, target: Path) -> Path:
 
     text = with_schema(shipped_text(name), SCHEMA_NAME)
     try:
+        # "x" checks and creates in one call, so that a file which appears meanwhile is not overwritten either
         with target.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:

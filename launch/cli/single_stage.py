@@ -71,8 +71,21 @@ def _gives_steps(override: str) -> bool:
     return keys[0].strip() == "stages" and keys[-1].strip() == "steps"
 
 
+def _use_of_text(settings: Any) -> str:
+    """What a stage does with the training text, as a verb; '' if it reads none."""
+    from ...trainer.settings_pruning import PruneSettings
+    from ...trainer.stage_plan import reads_text, trains
+
+    if not reads_text(settings):
+        return ""
+    if trains(settings):
+        return "learns from"
+    return "scores channels on" if isinstance(settings, PruneSettings) else "calibrates on"
+
+
 def _slug(model: str) -> str:
     path = Path(model)
+    # runs/x/01-distill/model is named by its stage, since all stages call their folder 'model'
     name = path.parent.name if path.name == "model" and path.parent.name else path.name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
 
@@ -99,15 +112,16 @@ def run_verb(
     if kind == "distill" and not teacher:
         raise UserError("decoct distill needs a teacher to learn from: --teacher MODEL (a model folder or a hub id)")
     from ...configs.loader import recipe_from_dict
-    from ...trainer.stage_plan import reads_text
     from ..run.start import start
 
     given = verb_overrides(kind, overrides or ())
     if "tokens" in settings and settings["tokens"] is None and kind in DEFAULT_TOKENS and not any(map(_gives_steps, given)):
         settings = {**settings, "tokens": DEFAULT_TOKENS[kind]}
     recipe = recipe_from_dict(verb_recipe(kind, model, settings, text, teacher), given)
-    if not (text.files or text.hub) and reads_text(recipe.stages[0].settings) and os.environ.get("RANK", "0") == "0":
-        print(f"decoct: neither --text nor --hub: {kind} learns from the Python standard library, which is for trying out", file=sys.stderr)
+    use = _use_of_text(recipe.stages[0].settings)
+    # judged by the recipe, because an override may name a text, a method or a number of tokens too; one message for all ranks
+    if recipe.data.builtin and use and os.environ.get("RANK", "0") == "0":
+        print(f"decoct: neither --text nor --hub: {kind} {use} the Python standard library, which is for trying out", file=sys.stderr)
     start(recipe, out)
 
 
@@ -115,6 +129,7 @@ def run_evaluate(
     model: str, text: TextChoice, teacher: str | None, gate: str | None, overrides: Sequence[str] | None, out: Path | None
 ) -> None:
     """Measure a model folder or an export, on all of the files that are given; the gate decides the exit code."""
+    # files that somebody names are all meant; of the standard library or a hub dataset a part is enough
     text = replace(text, eval_tokens=text.eval_tokens or ("all" if text.files else "32k"))
     run_verb("evaluate", model, {"max_perplexity_increase": gate, "round_teacher": False}, text, teacher, overrides, out)
 

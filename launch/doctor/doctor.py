@@ -54,6 +54,7 @@ def missing() -> dict[str, str]:
     """Return the features that are unavailable here, and what they are missing."""
     found: dict[str, str] = {}
     for what, modules in _NEEDED.items():
+        # looked for, not imported: an import takes seconds, and a broken package would end the examination
         if absent := [module for module in modules if importlib.util.find_spec(module) is None]:
             found[what] = f"pip install {' '.join(absent)}"
     found |= {what: f"{tool} is not on the PATH" for what, tool in _TOOLS.items() if shutil.which(tool) is None}
@@ -77,6 +78,7 @@ def _machine() -> tuple[dict[str, Any], list[Finding]]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         gpus.append({"name": properties.name, "memory": properties.total_memory, "capability": f"{properties.major}.{properties.minor}"})
+        # bf16 matrix products came with compute capability 8.0 (Ampere)
         if properties.major < 8:
             findings.append(Finding(f"{properties.name} has no bf16", "set trainer.precision: 32", False))
     cache = cache_dir()
@@ -97,6 +99,7 @@ def _machine() -> tuple[dict[str, Any], list[Finding]]:
         "cache": str(cache),
         "free in the cache": shutil.disk_usage(place).free,
     }
+    # NCCL and data loader workers pass data through shared memory; containers have 64 MB by default
     if gpus and machine["shared memory"] is not None and machine["shared memory"] < 2**30:
         findings.append(Finding("/dev/shm has less than 1 GB", "start the container with more (--shm-size=8g)", False))
     return machine, findings
@@ -138,6 +141,7 @@ def _draw(health: Health) -> None:
             if not value:
                 console.print("GPU: none; everything runs on the CPU", highlight=False)
         else:
+            # counts of cores stay numbers, bytes get a unit
             large = isinstance(value, int) and not isinstance(value, bool) and value > 10**5
             console.print(f"{key}: {size(value) if large else value}", markup=False, highlight=False)
     for what, lacking in health.missing.items():

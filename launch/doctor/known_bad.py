@@ -24,6 +24,7 @@ def _release(versions: Versions, package: str) -> tuple[int, ...] | None:
         return None
     numbers = []
     for part in text.partition("+")[0].split(".")[:3]:
+        # '0rc1' is read as 1: near enough for the rules, which name releases
         digits = "".join(c for c in part if c.isdigit())
         numbers.append(int(digits) if digits else 0)
     return tuple(numbers)

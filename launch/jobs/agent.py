@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     given = run.parse_args(list(sys.argv[1:] if arguments is None else arguments))
     try:
+        # it may also be 'auto', 'gpu' or 'cpu', which torchrun fits to the machine
         if str(given.nproc_per_node).isdigit():
             check_processes(int(given.nproc_per_node))
         run.run(given)
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ending = ending_of(error)
         print(printable(f"decoct: error: {ending.message}" if ending else bug_report(error)), file=sys.stderr, flush=True)
         return ending.code if ending else 1
+    # the number of this process may come again; the next agent with it must not find this outcome
     finally:
         forget_outcome(os.getpid(), given.rdzv_id)
     return 0

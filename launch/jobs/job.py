@@ -36,6 +36,7 @@ class Job:
         words |= {"an override": " ".join(self.overrides)}
         for what, text in words.items():
             check_word(what, text)
+            # also where the shell quotes correctly: quoting does not change what a program makes of a dash
             if text.startswith("-"):
                 raise UserError(f"{what} {text!r} begins with '-', which programs take for an option; choose another name, or a whole path")
 
@@ -96,6 +97,7 @@ def check_word(what: str, text: str) -> None:
 
 def new_job_id(name: str) -> str:
     """Return a unique job id: the name and eight random hex digits, short enough for the names that a JobSet derives from it."""
+    # a Kubernetes label holds 63 characters, and a JobSet appends its job's name and two indices
     return f"{dns_name(name)[:32].rstrip('-')}-{uuid.uuid4().hex[:8]}"
 
 

@@ -62,6 +62,7 @@ def train_job(job: Job, cluster: Kubernetes) -> dict[str, Any]:
 def job_set(job: Job, cluster: Kubernetes) -> dict[str, Any]:
     """Return a JobSet of one indexed Job with one pod per node; the first pod is the rendezvous."""
     name = dns_name(job.job_id)
+    # JobSet's name for the first pod: <jobset>-<job>-<job index>-<pod index>.<service>, the service being called like the JobSet
     head = f"{name}-node-0-0.{name}"
     command = torchrun_command(replace(job, job_id=name), endpoint=f"{head}:{PORT}", python="python")
     container = {
@@ -87,7 +88,9 @@ def job_set(job: Job, cluster: Kubernetes) -> dict[str, Any]:
             "spec": {
                 "completions": job.nodes,
                 "parallelism": job.nodes,
+                # pods of an indexed Job have stable host names; without them the rendezvous would have no address
                 "completionMode": "Indexed",
+                # counted over all pods of the Job: when one rank dies, the pods of all nodes fail with it
                 "backoffLimit": job.restarts * job.nodes,
                 "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": _decided("node")}]},
                 "template": {"spec": pod},
@@ -102,6 +105,7 @@ def job_set(job: Job, cluster: Kubernetes) -> dict[str, Any]:
             "network": {"enableDNSHostnames": True},
             "failurePolicy": {
                 "maxRestarts": job.restarts,
+                # a user error or failed gate ends the Job by its pod failure policy; the JobSet must not start it again
                 "rules": [{"name": "decided", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
             },
             "replicatedJobs": [replicated],

@@ -28,13 +28,17 @@ def sbatch_script(job: Job, settings: Slurm, *, python: str | None = None) -> st
     options = {
         "job-name": job.name,
         "nodes": job.nodes,
+        # one torchrun per node, which starts the ranks itself
         "ntasks-per-node": 1,
         "gpus-per-node": job.gpus,
         "partition": settings.partition,
         "account": settings.account,
         "time": settings.time,
+        # B: to the batch shell alone. Without it the signal would reach srun's tasks, and the ranks would not save
         "signal": f"B:USR1@{job.grace}",
+        # sbatch expands %j and its like in this option
         "output": str(job.out).replace("%", "%%") + "/slurm-%j.log",
+        # a requeued job has the same number, and would truncate the log of its earlier start
         "open-mode": "append",
     }
     header = "\n".join(f"#SBATCH --{key}={_quoted(value)}" for key, value in options.items() if value is not None)

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 from ...models.common.errors import UserError
 from .make_plan import plan as make_plan
 from .problems import problems
-from .shapes import ImpossibleStageError
 from .show import short_form
+from .stage_shapes import ImpossibleStageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,6 +21,7 @@ def check_before_run(recipe: Any, out: "Path", console: "Console", *, nodes: int
     """
     try:
         made = make_plan(recipe, nodes=nodes)
+    # its message already names the stage and the remedy, and no later check knows more
     except ImpossibleStageError:
         raise
     except UserError:

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from ...models.capabilities import Capabilities, coverage_refusal
 from ...trainer.stage_plan import learns_from, trains
-from .shapes import ImpossibleStageError, ModelShape, StageShape, quantized_linears
+from .quantized_shapes import quantized_linears
+from .shapes import ModelShape
+from .stage_shapes import ImpossibleStageError, StageShape
 
 if TYPE_CHECKING:
     from ...configs.recipe import Recipe, StageEntry
@@ -24,10 +26,12 @@ def check_families(recipe: "Recipe", teacher: ModelShape | None, student: ModelS
 
 def coverage(stage: StageShape) -> float | None:
     """Return the share of its input's decoder weights that a stage works on; None for stages that select no weights."""
-    from ...trainer.settings import ExportSettings, PruneSettings
+    from ...trainer.settings import ExportSettings
+    from ...trainer.settings_pruning import PruneSettings
     from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
     settings, weights = stage.entry.settings, stage.before.family.weights
+    # channels are removed from the FFN alone; magnitude pruning chooses among all linears
     if isinstance(settings, PruneSettings):
         return weights.share(ffn_linears(stage.before) if settings.structured else None)
     if isinstance(settings, QatSettings | QuantizeSettings | ExportSettings) and stage.scheme is not None:
@@ -45,7 +49,8 @@ def ffn_linears(shape: ModelShape) -> list[str]:
 
 
 def _reasons(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, student: ModelShape) -> Iterator[str]:
-    from ...trainer.settings import ExportSettings, PruneSettings
+    from ...trainer.settings import ExportSettings
+    from ...trainer.settings_pruning import PruneSettings
     from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
     settings, family = entry.settings, student.family
@@ -56,8 +61,10 @@ def _reasons(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, 
         action = "distil" if trains(settings) else "measure"
         if reason := one.refusal(action):
             yield f"{who}, {reason}; use a model of another family ({_TABLE})"
+        # only the teacher's weights may be in bf16; the student's master weights are always fp32
         if one is not family and recipe.teacher and recipe.teacher.load_in == "bf16" and (reason := one.refusal("bf16 teacher")):
             yield f"{who} in bf16, {reason}; set teacher.load_in: fp32"
+        # all that runs text through the model meets packed windows, not training alone
         reads = action == "distil" or getattr(settings, "calibrates", False) or getattr(settings, "structured", None) is not None
         if reads and recipe.data.packing and (reason := one.refusal("packing")):
             yield f"{who}, {reason}; set data.packing: false"
@@ -73,13 +80,14 @@ def _reasons(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, 
 
 def _of_weights(entry: "StageEntry", student: ModelShape) -> Iterator[str]:
     """Yield the weights that the stage does not reach, and methods that are known to fail on the family."""
-    from ...trainer.settings import PruneSettings
+    from ...trainer.settings_pruning import PruneSettings
     from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
     settings, reached, named = entry.settings, list(student.linears), list[str]()
     if isinstance(settings, QatSettings | QuantizeSettings):
         named = [name for name in student.linears if any(fnmatchcase(name, pattern) for pattern in settings.skip)]
         reached = [name for name in student.linears if name not in named]
+    # no linear at all is nothing to agree to
     agreed = settings.allow_partial and bool(student.linears)
     if not agreed and (reason := coverage_refusal(student.family.weights, reached, named)):
         allowed = f", or allow it by name: stages.{entry.index}.{entry.kind}.allow_partial=true" if student.linears else ""
@@ -90,6 +98,7 @@ def _of_weights(entry: "StageEntry", student: ModelShape) -> Iterator[str]:
     calibrates = isinstance(settings, QuantizeSettings) and settings.calibrates
     starts = isinstance(settings, QatSettings) and settings.first == "gptq"
     asked = {"rtn": "", "gptq": "use start: mse" if starts else "use method rtn or mse", "qat": "use a stage 'quantize'"}
+    # every quantizing stage rounds to nearest in the end, so that is always asked
     wanted = ["rtn", *(["gptq"] if calibrates or starts else []), *(["qat"] if isinstance(settings, QatSettings) else [])]
     for action in wanted:
         if reason := student.family.partial(action):

@@ -39,6 +39,7 @@ def cheapest_fit(student: ModelShape, teacher: ModelShape | None, case: StageMem
     least, applied = roles([]).total, list[Change]()
     for change in _changes(case, teacher is not None):
         total = roles([*applied, change]).total
+        # a change that saves nothing is not proposed, even if a later one makes the stage fit
         if total >= least:
             continue
         least = total
@@ -77,16 +78,22 @@ def _overrides(case: StageMemoryCase, changed: StageMemoryCase) -> tuple[str, ..
 
 
 def _changes(case: StageMemoryCase, taught: bool) -> Iterator[Change]:
+    # free of cost in quality: the loss is a mean over the whole step, however it is cut (law 1); large steps first, since small batches use
+    # a GPU badly
     for size in sorted((s for s in divisors(case.plan.batch.micro_batch) if s < case.plan.batch.micro_batch), reverse=True):
         yield _micro_batch(size)
     if case.ranks > 1:
+        # costs traffic between the GPUs
         yield lambda c: None if c.sharded else replace(c, plan=replace(c.plan, strategy="fsdp2"))
+    # costs a third of the time: the forward pass runs twice
     yield lambda c: None if c.plan.activation_checkpointing else replace(c, plan=replace(c.plan, activation_checkpointing=True))
     if taught and case.ranks > 1 and case.load_in in ("bf16", "fp32"):
         yield lambda c: replace(c, placement="sharded") if c.placement == "replicated" else None
+    # from here on numbers change: rounded moments, then a rounded teacher
     yield lambda c: replace(c, plan=replace(c.plan, optimizer="adamw-8bit"))
     if taught:
         yield lambda c: replace(c, load_in="nf4", placement="replicated")
+        # the slowest: each layer of the teacher crosses the bus in every step
         yield lambda c: replace(c, load_in="fp32" if c.load_in == "fp32" else "bf16", placement="offloaded")
     for more in (2, 4, 8, 16, 32, 64):
         if more > case.ranks:
@@ -96,6 +103,7 @@ def _changes(case: StageMemoryCase, taught: bool) -> Iterator[Change]:
 def _micro_batch(size: int) -> Change:
     def change(case: StageMemoryCase) -> StageMemoryCase:
         batch = case.plan.batch
+        # the step keeps its windows: what the micro-batch loses, accumulation gains
         smaller = replace(batch, micro_batch=size, accumulation=batch.accumulation * batch.micro_batch // size)
         return replace(case, plan=replace(case.plan, batch=smaller))
 
@@ -104,6 +112,7 @@ def _micro_batch(size: int) -> Change:
 
 def _more_gpus(ranks: int) -> Change:
     def change(case: StageMemoryCase) -> StageMemoryCase | None:
+        # every rank must get the same number of whole windows
         if case.plan.batch.global_windows % ranks:
             return None
         batch = case.plan.batch

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ...qat.export.limits.formats import refusals
 from ...qat.export.limits.refusal import sentence
 from ...qat.export.limits.stored_model import StoredModel, StoredModule
-from .shapes import quantized_linears
+from .quantized_shapes import quantized_linears
 
 if TYPE_CHECKING:
     from ...qat.spec import ActivationSpec
@@ -48,6 +48,7 @@ def planned_model(
         kv_cache=kv_cache,
         reader_version=reader_version,
         allow_inexact=allow_inexact,
+        # a remedy that narrows the FFN is proposed only where a stage could do it
         ffn=None if model.family.refusal("prune channels") else model.dimensions.ffn,
     )
 

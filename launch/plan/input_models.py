@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ...models.common.errors import UserError
-from .shapes import ImpossibleStageError, config_of
+from .shapes import config_of
+from .stage_shapes import ImpossibleStageError
 
 if TYPE_CHECKING:
     from ...configs.recipe import Recipe
@@ -33,6 +34,7 @@ def check_inputs(recipe: "Recipe") -> None:
         config, _ = config_of(path, revision)
         try:
             check_text_model(path, config)
+            # other weight files are converted, and checked, when they are opened
             if folder is not None and trained and any(folder.glob("*.safetensors")):
                 check_weight_names(path, folder)
             check_positions(path, config, recipe.data.seq_length)

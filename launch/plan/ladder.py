@@ -111,6 +111,7 @@ def find_shape(what: str) -> ModelShape:
         return shape_of(*_config(what, names()))
     shapes = {name: shape_of(config_from(architecture(name)), f"stored architecture of {name}") for name in names()}
     name = min(shapes, key=lambda key: abs(shapes[key].parameters - wanted) / wanted)
+    # further off, the stored shape would stand for another model
     if abs(shapes[name].parameters - wanted) > 0.25 * wanted:
         known = ", ".join(f"{key} ({shape.parameters / 1e9:.3g}B)" for key, shape in shapes.items())
         raise UserError(f"no stored architecture has about {what} parameters; give a model folder, a hub id, or one of {known}")
@@ -143,9 +144,11 @@ def _tables(shape: ModelShape) -> dict[str, tuple[int, int]]:
 
 def _row(rung: Rung, shape: ModelShape, tables: int, cache: int, counted: float) -> LadderRow:
     groups = shape.linear // rung.group if rung.group else 0
+    # two bytes for a bf16 scale; a zero point has the width of a code
     scales = 2 * groups + (int(groups * rung.body / 8) if rung.zero_points else 0)
     if rung.embeddings_group:
         scales += 2 * tables // rung.embeddings_group
+    # what is neither a linear nor a table: norms and biases, which no precision rounds below 16 bits
     other = shape.parameters - shape.linear - tables
     return LadderRow(
         name=rung.name,
@@ -158,13 +161,13 @@ def _row(rung: Rung, shape: ModelShape, tables: int, cache: int, counted: float)
     )
 
 
-def _count(option: str, text: str) -> int:
-    """Parse a whole number in the notation of recipes."""
+def _count(option: str, text: str, example: str) -> int:
+    """Parse a whole number in the notation of recipes; UserError with an example for anything else."""
     from ...configs.scalars import parse_number
 
     number = parse_number(text)
     if number is None or number[1] or number[0] != int(number[0]) or number[0] < 1:
-        raise UserError(f"{option}={text} must be a whole number of at least 1, such as 32768 or 32k")
+        raise UserError(f"{option}={text} must be a whole number of at least 1, such as {example}")
     return int(number[0])
 
 
@@ -175,7 +178,7 @@ def run_footprint(what: str, context: str | None, batch: str, as_json: bool) -> 
 
     from ..terminal.console import CleanConsole
 
-    batches, asked = _count("--batch", batch), context and _count("--context", context)
+    batches, asked = _count("--batch", batch, "8"), context and _count("--context", context, "32768 or 32k")
     shape = find_shape(what)
     length = asked or default_context(shape)
     rows = ladder(shape, context=length, batch=batches, nominal=nominal_size(what))

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...trainer.processes.teacher_memory import teacher_bytes
 from ...trainer.stage_plan import derive_plan, derive_steps, held_teacher, learns_from, trains, wanted_strategy
-from .disk import EXPORT_BYTES, checkpoint_bytes, model_bytes, quantized_bytes
+from .disk import checkpoint_bytes, model_bytes, quantized_bytes
+from .export_sizes import export_bytes, tokenizer_folder
 from .family_limits import check_families, coverage
 from .fitting import cheapest_fit, usable
 from .format_limits import format_problems, planned_model
@@ -17,7 +18,8 @@ from .plan_types import PRECISIONS, Machine, Plan, StagePlan, Training
 from .recipe_remedies import Keys, RecipeRemedies
 from .rounding import rounding_plan
 from .serving_stacks import Verdict, verdicts
-from .shapes import ModelShape, StageShape, stage_shapes, student_shape, teacher_shape
+from .shapes import ModelShape
+from .stage_shapes import StageShape, stage_shapes, student_shape, teacher_shape
 from .values import Value, recipe_values, settings_values, training_values
 
 if TYPE_CHECKING:
@@ -37,12 +39,14 @@ def plan(recipe: "Recipe", *, gpus: int | None = None, gpu_memory: int | None = 
 
     Raises: UserError if a model's config cannot be found, or the recipe contradicts itself.
     """
+    # from cheap to expensive, and each step needs the one before: files, configs, families, then every stage
     check_inputs(recipe)
     machine = _machine(recipe.trainer, gpus, gpu_memory, nodes)
     teacher = teacher_shape(recipe)
     student = student_shape(recipe, teacher)
     check_families(recipe, teacher, student)
     stages = [_stage(recipe, shape, teacher, machine, tensor_parallel) for shape in stage_shapes(recipe, student)]
+    # stages keep their folders for resuming, so sizes add up over the run
     kept = sum((stage.model_bytes or 0) + sum(stage.exports.values()) for stage in stages)
     largest = max((stage.training.checkpoint_bytes for stage in stages if stage.training), default=0)
     passing = max((stage.rounding.work_bytes for stage in stages if stage.rounding), default=0)
@@ -66,6 +70,7 @@ def _machine(trainer: "TrainerSettings", gpus: int | None, gpu_memory: int | Non
     import torch
 
     here = torch.cuda.device_count()
+    # memory given alone: so many GPUs as are here, else as the recipe has devices
     if gpus is None and gpu_memory is not None:
         gpus = here or (trainer.devices if isinstance(trainer.devices, int) else 1)
     on_gpu = here if gpus is None else gpus
@@ -84,9 +89,11 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
     training = None
     if trains(entry.settings):
         training, derived = _training(recipe, shape, teacher, machine)
+        # a derived value replaces the setting it was derived for (auto, or none)
         values = derived + [value for value in values if value.key not in {other.key for other in derived}]
     rounding, rounded = None, entry.settings
     if isinstance(entry.settings, QatSettings):
+        # qat rounds before it trains, and that is the peak of its memory on a small GPU
         rounded = entry.settings.start_rounding
     if isinstance(rounded, QuantizeSettings):
         seq, memory = recipe.data.seq_length, machine.gpu_memory
@@ -95,12 +102,13 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
     judged: Sequence[Verdict] = ()
     refused: list[str] = []
     if isinstance(entry.settings, ExportSettings) and shape.scheme is not None:
-        exports = {name: EXPORT_BYTES[name](after, shape.scheme) for name in entry.settings.formats}
+        beside = {"activations": shape.activations, "kv_cache": shape.kv_cache}
+        tokenizer = tokenizer_folder(recipe)
+        exports = {name: export_bytes(name, after, shape.scheme, **beside, tokenizer=tokenizer) for name in entry.settings.formats}
         remedies = RecipeRemedies(after, shape.scheme, tuple(exports), _keys(recipe, entry))
         stored = planned_model(
             remedies,
-            activations=shape.activations,
-            kv_cache=shape.kv_cache,
+            **beside,
             reader_version=entry.settings.reader_version,
             allow_inexact=entry.settings.allow_inexact,
         )
@@ -126,7 +134,7 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
 
 def _keys(recipe: "Recipe", export: "StageEntry") -> Keys:
     """Return the key prefixes for remedies: of the export, of the last rounding stage before it, and of the one that prunes channels."""
-    from ...trainer.settings import PruneSettings
+    from ...trainer.settings_pruning import PruneSettings
     from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
     kinds = Counter(entry.kind for entry in recipe.stages)
@@ -134,6 +142,7 @@ def _keys(recipe: "Recipe", export: "StageEntry") -> Keys:
     def key(entry: "StageEntry") -> str:
         return f"stages.{entry.kind if kinds[entry.kind] == 1 else entry.name}."
 
+    # remedies must change the stages that this export reads, not later ones
     before = recipe.stages[: export.index]
     rounding = [entry for entry in before if isinstance(entry.settings, QatSettings | QuantizeSettings)]
     pruning = [entry for entry in before if isinstance(entry.settings, PruneSettings) and entry.settings.structured]
@@ -141,6 +150,7 @@ def _keys(recipe: "Recipe", export: "StageEntry") -> Keys:
 
 
 def _written(recipe: "Recipe", shape: StageShape) -> int | None:
+    # codes and a plain fp32 model lie next to each other in a quantized folder
     if shape.entry.kind in ("qat", "quantize"):
         assert shape.scheme is not None
         return sum(quantized_bytes(shape.after, shape.scheme))
@@ -186,7 +196,9 @@ def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, m
     memory = training_memory(shape.before, taught, case)
     fits = None if machine.gpu_memory is None else memory.total <= usable(machine.gpu_memory)
     tokens = steps.total_steps * steps.batch.global_windows * seq
+    # per parameter and token: 2 forward, 4 backward, 2 more where the forward pass is repeated, 2 for the teacher's forward pass
     work = (8 if steps.activation_checkpointing else 6) * shape.before.parameters + (0 if taught is None else 2 * taught.parameters)
+    # zeros made by a prune stage are kept by every later one, and so its masks are in their checkpoints
     masks = entry.kind == "prune" or any(e.kind == "prune" and e.settings.magnitude for e in recipe.stages[: entry.index])
     training = Training(
         steps=steps.total_steps,

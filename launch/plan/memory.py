@@ -15,8 +15,9 @@ from ...losses.linear_divergence.chunked import ACCELERATOR_LIMITS, CPU_LIMITS, 
 from ...losses.linear_divergence.closed_form import BUFFERS_ALONE, BUFFERS_WITH_TEACHER
 from ...trainer.processes.teacher_memory import teacher_bytes
 from .memory_case import StageMemoryCase
+from .quantized_shapes import quantized_linears
 from .rounded_inputs import rounded_input_bytes
-from .shapes import ModelShape, quantized_linears
+from .shapes import ModelShape
 
 RESERVE = 0.08
 """Share of a GPU left to the CUDA context, workspaces and fragmentation."""
@@ -85,6 +86,7 @@ def _trained(student: ModelShape, case: StageMemoryCase) -> int:
 
 def _student_bytes(student: ModelShape, case: StageMemoryCase) -> int:
     if case.codes_only:
+        # one byte per code in place of four per master weight; what is not quantized stays fp32
         quantized = _quantized_weights(student, case)
         return quantized + 4 * (student.parameters - quantized + _added(student, case))
     own = 4 * _share(student.parameters + _added(student, case), case)
@@ -100,6 +102,7 @@ def _gradient_bytes(student: ModelShape, case: StageMemoryCase) -> int:
 def _optimizer_bytes(student: ModelShape, case: StageMemoryCase) -> int:
     if case.plan.optimizer == "adamw" or case.codes_only or case.rank:
         return 8 * _share(_trained(student, case), case)
+    # bitsandbytes decides per tensor; under FSDP2 it sees the shard
     large = sum(size for size in map(_elements, student.tensors.values()) if _share(size, case) >= SMALLEST_8BIT)
     small = _trained(student, case) - large
     # two moments, each one byte and an fp32 scale per 256 elements
@@ -147,6 +150,7 @@ def _activation_bytes(student: ModelShape, case: StageMemoryCase) -> int:
     layer = _layer_activations(student, case) + rounded_input_bytes(student, case) + _layer_copies(student, case)
     # embedding, final norm (input, normalised, result)
     outside = 4 * 4 * case.tokens * student.hidden + _table_copies(student, case)
+    # only each layer's input is kept, plus the one layer that is being recomputed
     if case.plan.activation_checkpointing:
         return outside + student.layers * 4 * case.tokens * student.hidden + layer
     return outside + student.layers * layer
@@ -160,6 +164,7 @@ def _teacher_pass(teacher: ModelShape, case: StageMemoryCase) -> int:
 
 def _logit_bytes(student: ModelShape, teacher: ModelShape | None, case: StageMemoryCase) -> int:
     vocabulary = student.vocabulary
+    # logits of the student and of the teacher, and the work buffers of the loss
     buffers = 1 + BUFFERS_ALONE if teacher is None else 2 + BUFFERS_WITH_TEACHER
     limits = ACCELERATOR_LIMITS if case.on_gpu else CPU_LIMITS
     rows = rows_per_block(case.tokens, vocabulary, buffers, 4, limits)
@@ -168,6 +173,7 @@ def _logit_bytes(student: ModelShape, teacher: ModelShape | None, case: StageMem
     gradients = 4 * vocabulary * student.hidden + 2 * 4 * case.tokens * student.hidden
     if teacher is None:
         return blocks + gradients
+    # the loss computes in fp32, so a head in another dtype is cast as a whole
     theirs = 0 if case.load_in == "fp32" else 4 * vocabulary * teacher.hidden
     return blocks + gradients + theirs + case.tokens * teacher.hidden * (4 if case.load_in == "fp32" else 2)
 

@@ -24,6 +24,7 @@ def problems(plan: Plan, out: Path | None = None) -> list[str]:
         if stage.rounding and stage.rounding.fits is False
     ]
     if out is not None:
+        # the run folder may not exist yet: its nearest existing parent is on the same disk
         place = next(p for p in (out.absolute(), *out.absolute().parents) if os.path.exists(p))
         free = shutil.disk_usage(place).free
         if free < plan.disk_bytes:

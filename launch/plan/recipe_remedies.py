@@ -75,17 +75,19 @@ class RecipeRemedies:
                 return "use", f"{self.keys.export}{name}={value} to have them rounded"
 
     def weights(self, spec: "QuantSpec", names: Iterable[str], **values: object) -> str:
-        """Return the overrides that change the scheme of modules; entries of ``overrides`` in words, because a pattern cannot be part of
-        a key.
+        """Return the overrides that change the scheme of modules; entries of ``overrides`` in words, because the pattern that
+        the recipe has for them is not known here.
 
         Args:
             spec: Current scheme of the modules.
             names: Full names of the modules.
             values: Fields of the QuantSpec.
         """
+        # true and false as YAML writes them
         text = {name: str(value).lower() if isinstance(value, bool) else value for name, value in values.items()}
         kinds = list(dict.fromkeys(self.model.kind_of(name) for name in names))
         ends = {self.model.embedding: "embedding", self.model.head: "head"}
+        # modules with the common scheme are changed at ``weights``; embedding and head have keys of their own
         sections = ["weights"] if spec == self.scheme.weights else [ends[kind] for kind in kinds if kind in ends]
         if sections == ["weights"] or len(sections) == len(kinds):
             return " ".join(f"{self.keys.quantizer}{section}.{name}={value}" for section in sections for name, value in text.items())

@@ -8,7 +8,8 @@ copy of its own anyway, which the rounded one replaces.
 
 from typing import TYPE_CHECKING
 
-from .shapes import ModelShape, quantized_linears
+from .quantized_shapes import quantized_linears
+from .shapes import ModelShape
 
 if TYPE_CHECKING:
     from .memory_case import StageMemoryCase
@@ -41,6 +42,8 @@ def _bytes(part: str, readers: int, rounding: int, case: "StageMemoryCase") -> i
         return 0
     flags = 0 if case.on_gpu else rounding
     if not case.mixed:
+        # the unrounded input is freed when nobody needs it for the backward pass: no kernel, no linear that reads it unrounded, no
+        # attention
         stays = case.on_gpu or rounding < readers or part in _KEPT
         return 4 * rounding + flags - (0 if stays else 4)
     if part in _SHARED.values():

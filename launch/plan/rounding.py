@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ...models.fused_linears import FUSED
 from ...qat.ptq_limits import KEPT_BYTES, TWICE_TO
 from .fitting import usable
-from .shapes import ModelShape, StageShape, quantized_linears
+from .quantized_shapes import quantized_linears
+from .shapes import ModelShape
+from .stage_shapes import StageShape
 
 if TYPE_CHECKING:
     from ...qat.ptq import RoundingMethod
@@ -68,6 +70,7 @@ def rounding_plan(
     layers = _stacks(model, shape.scheme, shared=needs != "nothing")
     batch = _batch_bytes(model, seq_length) if tokens else 0
     codes = max((sum(stack.outputs * stack.inputs for stack in stacks) for stacks in layers), default=0)
+    # embedding, norms and head, and the layer that is being rounded, in fp32
     around = 4 * (model.outside + model.layer) + codes
     work = max((_layer_bytes(stacks, needs, batch, fitted) for stacks in layers), default=0)
     streamed = wants_streaming(settings, model.parameters)
@@ -92,7 +95,9 @@ def _stacks(model: ModelShape, scheme: "QuantScheme", *, shared: bool) -> list[l
         if name not in model.linears:
             continue
         parts = name.split(".")
+        # the first number in a name is that of the layer; experts have a second one
         number = next((part for part in parts if part.isdigit()), "")
+        # linears of one input share its Hessian, so their weights are stacked and rounded in one pass
         together = next((names for names in FUSED if shared and parts[-1] in names), name)
         stacks = layers.setdefault(number, {})
         before = stacks[together].outputs if together in stacks else 0
@@ -152,6 +157,7 @@ def _flop(model: ModelShape, layers: list[list[_Stack]], rounding: "RoundingMeth
     if rounding.needs != "hessian":
         return passes
     stacks = [stack for layer in layers for stack in layer]
+    # X^T X of each input; the Cholesky factorization below takes n^3 / 3
     moments = sum(2.0 * tokens * stack.inputs**2 for stack in stacks)
     # products for the codes; a fit adds two more, and repeats them in a second pass
     products = (6 if twice else 3) if rounding.scale == "fitted" else 1

@@ -58,6 +58,7 @@ def _of_none(target: str, remedies: RecipeRemedies) -> Verdict:
 def _of_format(target: str, form: str, stored: StoredModel, cases: Sequence[StoredShapes]) -> Verdict:
     how, remedies = reading(form, target), cases[0].remedies
     assert how is not None
+    # worse than a refusal: it would serve another model without a word
     if how.outcome == "misreads":
         other = next((name for name in formats_for(target) if not refusals(name, stored)), formats_for(target)[0])
         return Verdict(target, "no", f"it misreads {form}: {how.how}", remedies.other_format(other, instead_of=form), form)

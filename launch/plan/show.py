@@ -8,7 +8,7 @@ from ..terminal.fitting_table import fitting_table
 from .fitting import usable
 from .plan_types import PRECISIONS, Plan, StagePlan
 from .problems import problems
-from .units import amount, size
+from .units import amount, shown_value, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -130,6 +130,7 @@ def _stages(plan: Plan, width: int) -> "Table":
         rows,
         width,
         text=("stage", "model", "writes"),
+        # bare sizes first: they follow from the number of parameters. What is written and trained stays to the last
         left_out_first=("fp32", "int8", "int4", "bf16", "checkpoint", "work", "model", "steps"),
         short={"parameters": "params"},
         elsewhere=_ELSEWHERE,
@@ -154,6 +155,7 @@ def _memory(plan: Plan, width: int) -> "Table":
         rows,
         width,
         text=("stage", "fits"),
+        # the total and the verdict always stand
         left_out_first=("logits", "gradients", "activations", "optimizer", "student", "teacher"),
         elsewhere=_ELSEWHERE,
     )
@@ -171,11 +173,12 @@ def _values(plan: Plan, width: int) -> "Table":
     rows: list[tuple[str, ...]] = []
     told: set[str] = set()
     derived = [value for stage in plan.stages for value in stage.values]
+    # a key such as trainer.micro_batch is 'auto' in the recipe and a number in each stage: the number is shown
     overtaken = {value.key for value in derived}
     for value in [*(v for v in plan.values if v.key not in overtaken), *derived]:
         if value.key not in told:
             told.add(value.key)
-            rows.append((value.key, str(value.value), value.origin))
+            rows.append((value.key, shown_value(value.value), value.origin))
     return fitting_table("values", headings, rows, width, text=headings)
 
 

@@ -56,6 +56,7 @@ def _kernel_bits(case: StoredShapes) -> Iterable[StackFinding]:
 def _marlin_groups(case: StoredShapes) -> Iterable[StackFinding]:
     group = case.spec.group_size
     if group != "channel" and group not in GROUPS:
+        # of two equally near sizes the larger, which costs fewer scales
         nearest = min(GROUPS, key=lambda size: (abs(size - int(group)), -size))
         reason = f"Marlin has groups of {', '.join(map(str, GROUPS))} and whole rows, not {group}"
         yield StackFinding("no", reason, case.spec_fix(group_size=nearest))
@@ -67,12 +68,15 @@ def _tensor_parallel(case: StoredShapes) -> Iterable[StackFinding]:
     if ranks == 1:
         return
     heads, keys = sizes.heads, sizes.kv_heads
+    # models without attention (state space) have no heads to deal out
     if keys and heads % ranks:
         fitting = max(d for d in range(1, ranks + 1) if heads % d == 0)
         yield StackFinding("no", f"{heads} heads cannot be dealt to {ranks} GPUs", f"--tensor-parallel {fitting}")
+    # fewer key/value heads than GPUs are copied, which needs a whole number of copies
     if keys and keys % ranks and ranks % keys:
         reason = f"{keys} key/value heads cannot be dealt to {ranks} GPUs, nor copied evenly"
         yield StackFinding("no", reason, f"--tensor-parallel {keys}")
+    # servers pad the vocabulary to a multiple of 64 on each GPU; said, because the memory is not in the export
     if sizes.vocabulary % (64 * ranks):
         yield StackFinding("ok", f"the vocabulary of {sizes.vocabulary:,} is padded to a multiple of {64 * ranks}")
     group = case.spec.group_size
@@ -81,6 +85,7 @@ def _tensor_parallel(case: StoredShapes) -> Iterable[StackFinding]:
         if size is None:
             continue
         if size[1] % ranks or (group != "channel" and (size[1] // ranks) % int(group)):
+            # whole groups on each GPU, or whole tiles of the kernel where there are no groups
             unit = ranks * (128 if group == "channel" else int(group))
             reason = f"{name} takes {size[1]:,} inputs, and a GPU's share of them is no multiple of the group size {group}"
             fewer = f"--tensor-parallel {_largest_ranks(case, size[1])}"
@@ -105,6 +110,7 @@ def _marlin_widths(case: StoredShapes) -> Iterable[StackFinding]:
         inner = columns // case.ranks if row_parallel else columns
         if (out % 64 == 0 and inner % 128 == 0) or (out % 128 == 0 and inner % 64 == 0):
             continue
+        # only the FFN has a width that a recipe can change
         fix = case.ffn_fix(128 * case.ranks) if name.startswith("mlp.") and case.model.dimensions.ffn % (128 * case.ranks) else ""
         yield StackFinding("slower", f"{name} is {out:,} x {inner:,} on a GPU; Marlin pads what is no multiple of 64 x 128", fix)
         return

@@ -85,7 +85,9 @@ def stored_shapes(
         linears: dict[str, tuple[int, int]] = {}
         for name, other in specs.items():
             if other == spec:
+                # layers are alike in shape, so the first stands for all
                 linears.setdefault(model.kind_of(name), model.linears[name])
+        # exporters repeat a matrix's one scale for each row, which gives the same weights
         served = replace(spec, group_size="channel") if spec.group_size == "tensor" else spec
         found.append(StoredShapes(remedies, spec, served, linears, ranks, _partly_left(specs), activations, kv_cache))
     return found

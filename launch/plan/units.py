@@ -1,4 +1,4 @@
-"""Formats bytes and counts in readable units."""
+"""Formats bytes, counts and values for readers."""
 
 
 def size(count: float) -> str:
@@ -15,3 +15,10 @@ def amount(count: float) -> str:
         if count >= width:
             return f"{count / width:.3g}{unit}"
     return f"{count:g}"
+
+
+def shown_value(value: object) -> str:
+    """Format a setting: floats with six significant digits, so that 1e-05 is not shown as 9.999999999999999e-06; all else as it is."""
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(shown_value, value))}]"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -40,6 +40,7 @@ def settings_values(prefix: str, settings: Any) -> list[Value]:
     for entry in fields(settings):
         value = getattr(settings, entry.name)
         default = (
+            # a default that is a section or list is made by a factory; comparing with it tells whether the recipe gave another value
             entry.default if entry.default is not MISSING else entry.default_factory() if entry.default_factory is not MISSING else None
         )
         if is_dataclass(value):
@@ -68,6 +69,7 @@ def training_values(entry: "StageEntry", plan: "TrainingPlan", seq_length: int, 
         Value(f"{prefix}.learning_rate", plan.learning_rate, rate if settings.learning_rate is None else "recipe"),
         *_scale_rate(prefix, settings, plan),
         *_start(prefix, settings),
+        # 1e-9: 0.29 x 100 is 28.999... in binary, and floor would lose a step
         Value(f"{prefix}.warmup steps", math.floor(plan.warmup * plan.total_steps + 1e-9), _warmup_words(settings, plan)),
         Value(
             f"{prefix}.checkpoint_every",

@@ -56,8 +56,10 @@ def build_report(
 
 def write_report(report: Report, run_dir: Path) -> list[Path]:
     """Write report.json, report.md and the self-contained report.html into ``run_dir`` and return their paths."""
+    # curves are read from the file, not from memory: after a resume it also has the lines of earlier starts
     curves = read_curves(run_dir / "metrics.jsonl")
     targets = [run_dir / f"report.{suffix}" for suffix in ("json", "md", "html")]
+    # the data first: should a picture fail to draw, the figures are safe
     write_json_atomic(targets[0], report)
     write_text_atomic(targets[1], markdown_report(report))
     write_text_atomic(targets[2], render_page(report, curves))

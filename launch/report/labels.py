@@ -35,6 +35,7 @@ def place_labels(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure: Any = axes.figure
+    # text has no size before a renderer measures it
     renderer: Any = FigureCanvasAgg(figure).get_renderer()
     scale = figure.dpi / 72
     # what is written must not move the axes again
@@ -42,6 +43,7 @@ def place_labels(
     for label, point, colour in zip(labels, points, colours):
         made.append(axes.annotate(label, point, xytext=(0, 0), textcoords="offset points", fontsize=fontsize, color=colour))
         made[-1].set_in_layout(False)
+    # the constrained layout moves the axes now; positions in pixels are valid only after it
     figure.draw_without_rendering()
     places = [tuple(axes.transData.transform(point)) for point in points]
     markers = [(x - _MARKER * scale, y - _MARKER * scale, x + _MARKER * scale, y + _MARKER * scale) for x, y in places]
@@ -53,6 +55,7 @@ def place_labels(
         others = [other for at, other in enumerate(places) if at != number]
         candidates = _candidates(place, size, scale)
         costs = [_cost(box, taken, markers, inside) + _doubt(box, place, others) + 2 * radius for radius, box in candidates]
+        # the order breaks ties, so the same picture comes out each time
         best = min(range(len(costs)), key=lambda order: (costs[order], order))
         radius, box = candidates[best]
         taken.append(box)
@@ -84,6 +87,7 @@ def _cost(box: Box, taken: Sequence[Box], markers: Sequence[Box], inside: Any) -
     left, bottom, right, top = box
     area = (right - left) * (top - bottom)
     within = overlap(box, (inside.x0, inside.y0, inside.x1, inside.y1))
+    # leaving the axes counts double: there a label is cut off
     covered = sum(overlap(box, other) for other in (*taken, *markers)) + 2 * (area - within)
     return _COVERED * covered
 

@@ -26,8 +26,11 @@ def render_page(report: dict[str, Any], curves: Curves) -> str:
     pictures = []
     for name, figure in draw_all(report, curves).items():
         svg = render(figure, "svg").decode()
+        # matplotlib writes an XML prolog, which is not allowed inside HTML
         pictures.append({"name": name, "svg": Markup(svg[svg.index("<svg") :]), "caption": _CAPTIONS[name]})
     source = resources.files("decoct.launch.report").joinpath("page.html.j2").read_text()
+    # autoescape, as names of runs and stages are free text; StrictUndefined, so that a renamed key fails in a test and not as a hole in a
+    # page
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined).from_string(
         source
     )

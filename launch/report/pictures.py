@@ -109,6 +109,7 @@ def training_curves(curves: Curves) -> "Figure":
     for (stage, lines), axes in zip(curves.items(), panels):
         has_teacher = any(line.get("kl") for line in lines)
         figures = _points(lines, "kl" if has_teacher else "loss")
+        # the training loss is a cross-entropy, so a perplexity is drawn as its logarithm, on the same axis
         held_out = _points(lines, "held_out_kl" if has_teacher else "held_out_perplexity", (lambda x: x) if has_teacher else math.log)
         axes.plot(*zip(*figures), linewidth=0.8, color=_TRAINED, alpha=0.3)
         axes.plot([x for x, _ in figures], _smooth([y for _, y in figures]), linewidth=1.3, color=_TRAINED, label="training")
@@ -122,6 +123,7 @@ def training_curves(curves: Curves) -> "Figure":
         axes.xaxis.set_major_formatter(lambda value, _: count(round(value)) if value else "0")
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.25)
+    # zip has taken one panel per stage; what is left of the grid stays empty
     for axes in list(panels):
         axes.set_visible(False)
     return figure
@@ -154,6 +156,7 @@ def draw_layer_sparsity(report: dict[str, Any]) -> "Figure":
     axes = figure.subplots()
     width = 0.8 / len(rows)
     for index, row in enumerate(rows):
+        # the bars of one layer stand side by side, centred on its number
         places = [layer + (index - (len(rows) - 1) / 2) * width for layer in range(len(row["layer_sparsity"]))]
         axes.bar(places, row["layer_sparsity"], width=width, label=row["name"], color=_COLOURS.get(row["kind"], "#555555"))
     axes.set_xticks(range(len(rows[0]["layer_sparsity"])))

@@ -12,6 +12,7 @@ Row = dict[str, Any]
 def protocol_lines(report: Report) -> list[str]:
     """How the figures were taken, one sentence a line."""
     p, v = report["protocol"], report["versions"]
+    # the packages whose release can change a figure
     packages = ", ".join(f"{n} {v['packages'][n]}" for n in ("decoct", "torch", "transformers", "lightning") if v["packages"].get(n))
     return [
         f"Held-out text: {p['text']} (fingerprint {p['text_hash'][:12]}), {p['tokens']:,} tokens "

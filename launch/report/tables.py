@@ -109,6 +109,7 @@ def duration(seconds: float | None) -> str:
     """Seconds as '42 s', '3 min 05 s' or '2 h 10 min'."""
     if not seconds:
         return "-"
+    # half a second is shown as one, since '0 s' reads like nothing was done
     whole = max(1, round(seconds))
     if whole < 60:
         return f"{whole} s"

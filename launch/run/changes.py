@@ -28,6 +28,7 @@ def change_between(before: Row | None, after: Row) -> dict[str, Any] | None:
     if before is None or not before.get("eval") or not after.get("eval"):
         return None
     old, new = before["eval"], after["eval"]
+    # a KL of zero has no useful ratio, so it is a difference; perplexities of different models compare by their ratio
     kl = None if old["kl"] is None or new["kl"] is None else new["kl"] - old["kl"]
     return {"since": before["name"], "perplexity": new["perplexity"] / old["perplexity"] - 1, "kl": kl}
 
@@ -41,12 +42,15 @@ def warning_of(entry: "StageEntry", before: Row | None, after: Row, curve: Seque
     Args:
         curve: the stage's lines of metrics.jsonl.
     """
+    # pruning and rounding are expected to cost quality, so only stages that do nothing but train are held against the row before
     if entry.kind in _ONLY_TRAIN and before is not None and before.get("eval") and after.get("eval"):
         old, new = before["eval"], after["eval"]
         kl = learns_from_teacher(entry) and old["kl"] is not None and new["kl"] is not None
         between = f"{before['name']} -> {entry.name}"
         return _worse(entry, "kl" if kl else "perplexity", old["kl" if kl else "perplexity"], new["kl" if kl else "perplexity"], between)
+    # with a delay or an annealed width the first evaluation measures other weights than the last, so the two are not compared
     if entry.kind == "qat" and entry.settings.delay == 0 and entry.settings.anneal_from is None:
+        # the KL decides where there is a teacher; without one its column is empty and the perplexity decides
         for figure in ("kl", "perplexity"):
             seen = [line[f"held_out_{figure}"] for line in curve if line.get(f"held_out_{figure}") is not None]
             if len(seen) > 1:
@@ -55,6 +59,7 @@ def warning_of(entry: "StageEntry", before: Row | None, after: Row, curve: Seque
 
 
 def _worse(entry: "StageEntry", figure: str, old: float, new: float, between: str) -> str | None:
+    # written with "not", so that NaN counts as worse
     if not new > old * (1 + NOISE):
         return None
     words = {"kl": "KL to the teacher", "perplexity": "perplexity"}[figure]

@@ -13,6 +13,7 @@ def check_processes(count: int) -> None:
     """Raise UserError if this machine has fewer GPUs than ``count``, or, without GPUs, fewer cores."""
     import torch
 
+    # NCCL refuses two ranks on one GPU; on a CPU more ranks than cores only slow each other down
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     if count > (gpus or cores):
         has = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else f"no GPU and {cores} CPU core{'s' * (cores > 1)}"

@@ -26,11 +26,13 @@ def left_out_of(recipe: "Recipe") -> dict[str, int]:
     if all(entry.kind == "evaluate" for entry in recipe.stages):
         return {}
     path, revision = recipe.student.path, recipe.student.revision
+    # a student cut from the teacher loses what the teacher's files hold beside the model
     if recipe.student.keep and recipe.teacher:
         path, revision = recipe.teacher.path, recipe.teacher.revision
     if path is None:
         return {}
     folder = find_model_folder(path, revision, weights=True)
+    # a folder that decoct wrote has left them out already; its record says what the original had
     if known := read_record(folder).get("left_out"):
         return known
     with WeightFiles(folder) as files:

@@ -58,6 +58,7 @@ def run_under_torchrun(arguments: Sequence[str], agent: Agent) -> int:
     attempt = 0
     while True:
         code, decided = _run_once(arguments, agent, attempt)
+        # torchrun's own max_restarts stays 0: it would restart a user's mistake as readily as a crash
         if code == 0 or decided or code in FINAL_CODES or attempt == agent.restarts:
             return code
         attempt += 1
@@ -76,7 +77,9 @@ def _run_once(arguments: Sequence[str], agent: Agent, attempt: int) -> tuple[int
     # the workers have already reported the error; the agent would add its own traceback
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
+    # torch gives every process as many threads as the machine has cores; torchrun sets 1. Both are wrong for several ranks on a CPU
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // agent.processes)))
+    # a new id for each attempt: no worker of an earlier one can join this rendezvous, and its outcome file is another
     run_id = uuid.uuid4().hex
     config = LaunchConfig(
         min_nodes=1,
@@ -84,8 +87,10 @@ def _run_once(arguments: Sequence[str], agent: Agent, attempt: int) -> tuple[int
         nproc_per_node=agent.processes,
         run_id=run_id,
         rdzv_backend="c10d",
+        # port 0: the agent picks a free one, so two runs on a machine do not collide
         rdzv_endpoint="localhost:0",
         max_restarts=0,
+        # seconds between looks at the workers: how long a death goes unnoticed
         monitor_interval=0.2,
         **_options(agent, attempt),
     )
@@ -95,6 +100,7 @@ def _run_once(arguments: Sequence[str], agent: Agent, attempt: int) -> tuple[int
         tell_killed(failure)
         return exit_code(failure, run_id)
     except SignalException as stopped:
+        # the agent itself got the signal (128 + number is what shells report); whoever sent it wants the job to end
         return 128 + int(stopped.sigval), True
     finally:
         forget_outcome(os.getpid(), run_id)
@@ -106,6 +112,7 @@ def exit_code(failure: "ChildFailedError", run_id: str) -> tuple[int, bool]:
     decided = _read_outcome(os.getpid(), run_id)
     if decided is not None:
         return decided, True
+    # negative codes are signals: mostly the SIGTERM that the agent sends to the other workers after the first has failed
     codes = [child.exitcode for child in failure.failures.values()]
     return next((code for code in codes if code > 0), 1), False
 
@@ -137,7 +144,9 @@ def _options(agent: Agent, attempt: int) -> dict[str, Any]:
     if agent.logs is not None:
         place = agent.logs / f"start-{attempt}"
         place.mkdir(parents=True, exist_ok=True)
+        # every rank writes into its own files; only rank 0 is also shown, since all ranks print the same
         options["logs_specs"] = DefaultLogsSpecs(log_dir=str(place), tee=Std.ALL, local_ranks_filter={0})
+    # older releases of torch lack the field
     if "shutdown_timeout" in {field.name for field in fields(LaunchConfig)}:
         options["shutdown_timeout"] = agent.grace
     return options
@@ -152,12 +161,14 @@ def die_with_agent() -> None:
         return
     import ctypes
 
+    # a fork does not inherit the setting, so the agent cannot make it for its workers
     ctypes.CDLL(None, use_errno=True).prctl(_KILLED_BY_PARENTS_DEATH, signal.SIGKILL)
 
 
 def remember_outcome(code: int) -> None:
     """Leave a final exit code for the agent, and for the workers that it may start next; 0 when the run is finished."""
     if run_id := os.environ.get("TORCHELASTIC_RUN_ID"):
+        # the parent of a worker is its agent
         file = _outcome_file(os.getppid(), run_id)
         whole = file.with_suffix(f".{os.getpid()}")
         whole.write_text(str(code))
@@ -166,6 +177,7 @@ def remember_outcome(code: int) -> None:
 
 def remembered_outcome() -> int | None:
     """Return the final exit code of this agent's earlier workers; None if there is none."""
+    # the first workers of an agent have no predecessors; a file of that name would be another job's
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
     return _read_outcome(os.getppid(), os.environ.get("TORCHELASTIC_RUN_ID", ""))
@@ -185,11 +197,13 @@ def leave(code: int) -> None:
 
     Returns when this process has none: then the interpreter may end it as usual.
     """
+    # looked up, not imported: importing torch only to end a process would cost seconds
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return
     sys.stdout.flush()
     sys.stderr.flush()
+    # no atexit hooks, no destructors: gloo's and NCCL's teardown waits for peers that may have left
     os._exit(code)
 
 

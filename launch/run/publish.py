@@ -20,6 +20,7 @@ def publish(report: dict[str, Any], folder: "RunFolder", metrics: "MetricsSink")
     log_table(metrics.loggers, "stages", NUMBERS, [tuple(row.values()) for row in rows])
     for name, figure in draw_all(report, read_curves(folder.metrics)).items():
         log_image(metrics.loggers, name, render(figure, "png"))
+    # the summary of a run in a tracker's list is that of what would be served
     last = (report["exports"] or report["stages"])[-1]
     figures = {f"final/{name}": value for name, value in (last.get("eval") or {}).items() if value is not None}
     figures |= {"final/bytes": last["bytes"], "final/parameters": last["parameters"]}

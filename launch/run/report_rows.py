@@ -79,6 +79,7 @@ class ReportRows:
             # a scratch teacher records the cost of its training, whichever run that was
             spent = {"tokens": 0, "seconds": 0.0} | (read_record(local).get("training", {}) if local.is_dir() else {})
             drift = _read_json(self.folder.path / ".measured" / "teacher-drift.json").get("row")
+            # a drift file may remain from a run with a rounded teacher; it says nothing of one held in full precision
             held = {"held": {"load_in": self.teacher.load_in, **drift}} if drift and self.teacher.load_in in ROUNDED else {}
             self._teacher_row = {"name": "teacher", "kind": "teacher", "path": self.teacher.name, **spent, **seen, **held}
         return self._teacher_row
@@ -88,6 +89,7 @@ class ReportRows:
 
         A model that does not fit into memory in fp32 has none, which is noted.
         """
+        # ``start_row`` measures the model of a recipe that begins with evaluate
         if STAGE_KINDS[self.recipe.stages[0].kind].load().finish is None:
             return
         made = self.recipe.student.path is None
@@ -121,6 +123,7 @@ class ReportRows:
         if teacher is None or teacher.load_in not in ROUNDED:
             return None
         file = self.folder.path / ".measured" / "teacher-drift.json"
+        # all that the figures depend on; the same key means the same figures
         key = sha256_json([teacher.content, teacher.load_in, self.run.data.fingerprint, self.run.v_eff])
         before = _read_json(file)
         drift = (
@@ -139,6 +142,7 @@ class ReportRows:
         with self.run.console.status(f"measuring the teacher in {teacher.load_in}"):
             held = teacher.open(device=device, v_eff=self.run.v_eff)
             drift = teacher_drift(exact, held, self.run.data.evaluation, device)
+        # from here on only ``_opened`` holds the exact copy, so that ``_release`` can free it
         del exact
         self._release()
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -147,6 +151,7 @@ class ReportRows:
 
     def start_row(self, entry: "StageEntry", at: dict[str, Any]) -> None:
         """Return a row for a stage that makes no model: the current model, or the run's input if the stage is alone."""
+        # after an export the gates judge what will be served, which is measured on the files read back
         if self.exports:
             seen = {k: self.exports[-1].get(k) for k in (*_SIZES, "layer_sparsity", "eval")}
             path = self.exports[-1]["path"]
@@ -166,6 +171,7 @@ class ReportRows:
             measured = {name: ran.get(name) for name in ("tokens_per_second", "peak_bytes")}
             row = {**export, "path": self._relative(str(path)), **measured, **seen}
             self.exports.append({**row, "change": change_between(self._before(), row)})
+        # an export leaves the model as it is: the row repeats the sizes, and has no figures of its own
         if not state["makes_model"]:
             last = self._rows[-1] if self._rows else {}
             seen = {k: last.get(k) for k in _SIZES} | {"eval": None}
@@ -175,6 +181,7 @@ class ReportRows:
             seen = self._remembered(folder.path / "measured.json", str(folder.model), None)
             if quant_record(str(folder.model)):
                 self._quantized = str(folder.model)
+        # taken before the new row is added, since the row of a stage is compared with the model it began with
         before = self._before()
         row = self._add(
             {
@@ -199,6 +206,7 @@ class ReportRows:
         quant = quant_record(self._quantized)
         assert quant is not None
         spec = QuantSpec.from_json(quant["spec"])
+        # named by teacher and spec, so that a changed recipe finds no stale folder
         place = self.folder.path / f".measured/teacher-rtn-{sha256_json([self.teacher.content, spec.to_json()])[:8]}"
         packed = place / "packed"
         if not packed.exists():
@@ -223,11 +231,13 @@ class ReportRows:
             raise UserError(reason)
         state = quantize_model(model, spec)
         unpacked = place / "unpacked"
+        # what an interrupted start left behind; ``save_quantized_folder`` writes into no existing folder
         if unpacked.exists():
             shutil.rmtree(unpacked)
         place.mkdir(parents=True, exist_ok=True)
         save_quantized_folder(model, state, unpacked, tokenizer=self.run.tokenizer, base_model=self.teacher.name)
         if not refusals("compressed-tensors", StoredModel.of_weights(spec)):
+            # the fp32 copy is several times the size of the packed one, which holds the same weights exactly
             export_folder(unpacked, place / "packed", "compressed-tensors", runtimes=False)
             shutil.rmtree(unpacked)
         else:
@@ -246,6 +256,7 @@ class ReportRows:
             row = measure_folder(path, self._open_teacher(), self.run.data.evaluation, revision)
         self._release()
         file.parent.mkdir(parents=True, exist_ok=True)
+        # sealed with a checksum: a damaged file is measured again instead of being reported
         write_json_atomic(file, sealed({"key": key, "row": row}))
         return row
 
@@ -274,6 +285,7 @@ def _is_row(row: Any) -> bool:
     """Return whether a stored row is complete; a damaged one is measured again."""
     if not isinstance(row, dict) or not isinstance(row.get("eval"), dict | None):
         return False
+    # type(), since isinstance would take True for a number
     return all(type(row.get(name, "")) in (int, float, type(None)) for name in ("parameters", "bytes", "bits_per_weight", "sparsity"))
 
 

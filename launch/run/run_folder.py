@@ -75,6 +75,7 @@ def commit() -> str | None:
     try:
         ask = {"cwd": here, "capture_output": True, "text": True, "timeout": 10}
         head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **ask)
+        # untracked files are left out: run folders and notes beside the code change no numbers
         changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **ask)
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -85,6 +86,7 @@ def state_fault(state: Any) -> str:
     """Return what is wrong with the content of a stage.json; '' if every field in use is valid."""
     if not isinstance(state, dict):
         return "does not hold what a stage writes into it"
+    # a field that is absent is an older version's; one of another type would fail later, far from its cause
     wanted: dict[str, tuple[type, ...]] = {"key": (str,), "kind": (str,), "state": (str,), "makes_model": (bool,), "exports": (list,)}
     wanted |= {"tokens": (int, type(None)), "seconds": (int, float, type(None))}
     if state.get("state") == "done" and state.get("kind") != "student":
@@ -94,10 +96,12 @@ def state_fault(state: Any) -> str:
     for name, kinds in wanted.items():
         if name in state and type(state[name]) not in kinds:
             return f"holds no {name} that a stage writes: {str(state[name])[:40]!r}"
+    # the key becomes part of a folder's name when the stage is moved aside
     if not re.fullmatch("[0-9A-Za-z]{0,128}", state.get("key", "")):
         return "holds a key that is none"
     for export in state.get("exports", []):
         inside = isinstance(export, dict) and isinstance(export.get("path"), str) and isinstance(export.get("format"), str)
+        # a path out of the folder would have another folder verified and measured in the export's place
         if not inside or Path(export["path"]).is_absolute() or ".." in Path(export["path"]).parts:
             return "names an export that is none"
         if not isinstance(export.get("runtimes"), dict) or not all(isinstance(seen, dict) for seen in export["runtimes"].values()):
@@ -128,6 +132,7 @@ class StageFolder:
             state, fault = {}, f"is not readable JSON ({type(error).__name__}: {error})"
         if fault:
             raise UserError(f"{file} {fault}; delete the folder {self.path} to run the stage again")
+        # the checksum is of the file alone; what is read may be changed and written again
         state.pop(SEAL, None)
         return state
 
@@ -142,11 +147,13 @@ class StageFolder:
         """
         state = self.read()
         if state and state.get("key") != key:
+            # kept, not deleted: it may be hours of training, and a changed setting may be a slip
             aside = self._aside(str(state.get("key", "unknown")))
             self.path.rename(aside)
             state = {}
         self.path.mkdir(parents=True, exist_ok=True)
         clean_leftovers(self.path)
+        # whoever deletes a finished model wants it made again
         if state.get("state") == "done" and not self._whole(state):
             state = {}
         if state.get("state") != "done":
@@ -162,6 +169,7 @@ class StageFolder:
         if not all(folder.is_dir() for folder in made):
             return False
         for folder in made:
+            # the hashes are compared before the next stage builds on the folder: damage must not end up in a model
             if problems := verify_folder_files(folder):
                 raise UserError(f"{folder} is damaged: {problems[0]}; delete it and run again to make it anew")
         return True
@@ -169,6 +177,7 @@ class StageFolder:
     def drop_checkpoints(self, keep: int) -> None:
         """Delete the stage's checkpoints except the newest ``keep``, and its start state, which only an unfinished stage needs."""
         shutil.rmtree(self.path / "start", ignore_errors=True)
+        # step numbers have leading zeros, so that names sort as numbers
         saves = sorted((self.path / "checkpoints").glob("step-*"))
         for folder in saves[: len(saves) - keep]:
             shutil.rmtree(folder, ignore_errors=True)
@@ -197,6 +206,7 @@ class RunFolder:
         check_writable_folder(self.path, "the run folder (runs/<name>, or --out)")
         lock = Lock(self.path / LOCK)
         acquire_or_refuse(lock, f"the run folder {self.path}", say)
+        # some network file systems have no locks; the run goes on, but says that it cannot guard its folder
         if not lock.lockable:
             say(no_locks(lock.file))
         return lock

@@ -58,9 +58,11 @@ class Runner:
     def _run(self) -> dict[str, Any]:
         started = time.perf_counter()
         run = self._open()
+        # every model folder of the run carries this record, so it is made before the first one
         record = self._record(run)
         at = self.session.on_first(lambda: make_student(self.recipe, run, self.folder.stage("00-student"), record))
         rows = ReportRows(self.recipe, run, self.folder)
+        # said before training: a teacher that lost too much by rounding is better replaced now than after hours
         if any(learns_from_teacher(entry) for entry in self.recipe.stages):
             self.session.on_first(rows.teacher_drift)
         failed: list[str] = []
@@ -68,15 +70,19 @@ class Runner:
         self.session.on_first(lambda: rows.first_row(at))
         stages = StageRunner(run, self.folder, self.session, record, rows)
         for entry in self.recipe.stages:
+            # what remains is what a failed gate leaves out; stages after it would only build on a model that is not wanted
             del left[0]
             at = stages.run(entry, at)
             if failed := stages.judge(entry):
                 break
+        # also after a failed gate: the report shows why it failed
         report = self.session.on_first(lambda: self._finish(run, rows, time.perf_counter() - started, failed))
+        # before the processes leave: a tracker uploads in the background, and ``leave`` waits for no thread
         finish_loggers(run.metrics.loggers)
         self.session.close(GateFailed.exit_code if failed else 0)
         if failed:
             after = f". Not run: {', '.join(left)}. What is done is kept and skipped when the recipe runs again" if left else ""
+            # raised last, when report, curves and status files are written: the exit code is all that is different
             raise GateFailed(f"the model is worse than the recipe allows: {'; '.join(failed)}{after}")
         return report
 
@@ -106,6 +112,7 @@ class Runner:
         try:
             inputs = open_origin(self.recipe, self.session)
         except UserError:
+            # an input that cannot be opened leaves no folder behind; one that was there before keeps its finished stages
             if new and self.world.is_first:
                 self.folder.discard()
             raise
@@ -124,6 +131,7 @@ class Runner:
             metrics=self._open_metrics(),
             console=self.console,
         )
+        # the teacher is trained by the run's own context, which has no teacher yet, and is put into it afterwards
         if inputs.scratch:
             train_scratch_teacher(self.recipe, inputs.scratch, run, self.session)
         return replace(run, teacher=self._teacher(inputs))
@@ -151,12 +159,14 @@ class Runner:
         return (Path(path).name if Path(path).is_dir() else path) if path else "random weights"
 
     def _open_metrics(self) -> MetricsSink:
+        # one writer per file: the other ranks compute the same curves and log nothing
         if not self.world.is_first:
             return MetricsSink(None)
         loggers = build_loggers(self.recipe.logger, self.folder.path, name=self.recipe.name, config=self.plain, console=self.console)
         return MetricsSink(self.folder.metrics, loggers)
 
     def _teacher(self, inputs: RunInputs) -> TeacherRef | None:
+        # the hash of the teacher's files is computed once; the other ranks get it as JSON, so the nested dataclasses are built again here
         told = self.session.on_first(lambda: (ref := teacher_ref(self.recipe, inputs.scratch)) and asdict(ref))
         if not told:
             return None

@@ -35,6 +35,7 @@ def train_scratch_teacher(recipe: "Recipe", place: ScratchTeacher, run: RunConte
     assert recipe.teacher.scratch is not None
     settings, console = recipe.teacher.scratch, run.console
     lock = contextlib.ExitStack()
+    # under the lock: another run may have finished the same teacher while this one waited
     if session.on_first(lambda: _enter(lock, place.folder, run) or _is_made(place)):
         console.print(f"{STAGE} found in the cache", highlight=False)
         lock.close()
@@ -44,6 +45,7 @@ def train_scratch_teacher(recipe: "Recipe", place: ScratchTeacher, run: RunConte
         model = new_llama(settings, run.tokenizer, run.v_eff, recipe.data.seq_length, recipe.seed)
         # a scratch teacher is small: nothing is gained by spreading it unless somebody asks for it
         student = OpenStudent(model, None, "fsdp2" if recipe.trainer.strategy == "fsdp2" else "ddp")
+        # the folder's name is the hash of all that decides the teacher, which makes it the key of its checkpoints
         context = TrainingContext(run=run, name=STAGE, kind="pretrain", folder=place.folder, key=place.folder.name)
         training = teacher_training(settings)
         trained = fit_student(student, training, context, training_plan(training, context, student), None)
@@ -66,4 +68,5 @@ def _save(trained: Trained, settings: ScratchSettings, place: ScratchTeacher, ru
     training = {"tokens": trained.tokens, "seconds": trained.seconds}
     record = {**scratch_record(settings, run.data), "training": training}
     save_model_folder(place.model, trained.student, run.tokenizer, record, dtype=torch.bfloat16)
+    # only after the model has its name: until then the checkpoints are the way back to it
     StageFolder(place.folder).drop_checkpoints(keep=0)

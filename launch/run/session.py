@@ -38,6 +38,7 @@ class Session:
         """One name for this start on all ranks, so that status files of an earlier start are never read."""
         if self.world.size == 1:
             return "single"
+        # the id must be agreed on before the first file is written, and only a collective can do that
         connect(self.world)
         return f"{value_of_first(time.time_ns()):x}"
 
@@ -46,6 +47,7 @@ class Session:
 
         Raises: on rank 0 whatever ``work`` raises, on the others ``RankZeroFailed`` with the same exit code.
         """
+        # every rank counts its calls, and all ranks make the same calls in the same order: the number names the status file
         self._count += 1
         if self.world.size == 1:
             return work()
@@ -58,6 +60,7 @@ class Session:
         try:
             value = work()
         except BaseException as error:
+            # also for KeyboardInterrupt and SystemExit: the others would poll for ever
             code = error.exit_code if isinstance(error, DecoctError) else 1
             write_json_atomic(status, {"state": "failed", "code": code})
             raise
@@ -66,6 +69,7 @@ class Session:
 
     @staticmethod
     def _wait_for(status: Path) -> Any:
+        # the file appears by one rename, so what exists is whole. A killed rank 0 never writes it: then the agent ends these ranks
         while not status.exists():
             time.sleep(POLL_SECONDS)
         told = json.loads(status.read_text())

@@ -55,6 +55,7 @@ def stage_key(
             "teacher": teacher,
             "trainer": {name: getattr(trainer, name) for name in _TRAINER_NUMBERS},
             "seed": seed,
+            # only where there are any, so that the keys of dense models stay those of earlier versions
             **({"sparse": list(sparse)} if sparse else {}),
         }
     )

@@ -40,6 +40,7 @@ class StageRunner:
         """Run one stage on the model folder ``at``; returns where the next stage starts (``path`` and ``revision``)."""
         work = STAGE_KINDS[entry.kind].load()
         folder = self._folder.stage(entry.name)
+        # evaluate makes nothing, so it needs no folder, no key and no resuming
         if (finish := work.finish) is None:
             self._session.on_first(lambda: self._rows.start_row(entry, at))
             return at
@@ -58,10 +59,13 @@ class StageRunner:
                 input_revision=at["revision"],
                 record={**self._record, "parent": begun["input"]},
             )
+            # three steps with a wait between them: rank 0 prepares, all ranks train, rank 0 writes
             if (first := work.start) is not None:
                 self._session.on_first(lambda: first(entry.settings, context))
+            # outside ``on_first``: collectives need all ranks
             trained = work.train(entry.settings, context) if work.train else None
             self._session.on_first(lambda: self._close(entry, folder, begun, finish(entry.settings, context, trained)))
+        # also for a skipped stage: its figures are remembered in its folder, or measured now if they are not
         makes_model = self._session.on_first(lambda: self._rows.stage_row(entry, folder))
         return {"path": str(folder.model), "revision": None} if makes_model else at
 
@@ -72,6 +76,7 @@ class StageRunner:
 
         def judge() -> list[str]:
             rows = self._rows.stages
+            # the last row is that of this stage; the teacher's, if there is one, is the first
             teacher = rows[0]["eval"] if rows[0]["kind"] == "teacher" else None
             return [f"{entry.name}: {sentence}" for sentence in gate_failures(entry.settings, rows[-1]["eval"], teacher)]
 
@@ -111,6 +116,8 @@ class StageRunner:
                 **result.facts,
             }
         )
+        # after the state is written: a kill in between costs disk, the other order would cost the training. The last checkpoint of qat
+        # holds what its model folder rounds away
         folder.drop_checkpoints(keep=1 if entry.kind == "qat" else 0)
 
 
@@ -118,6 +125,7 @@ def _teacher_key(teacher: TeacherRef | None) -> str | None:
     """Return the teacher's settings that change numbers."""
     if teacher is None:
         return None
+    # a cache and a server give a part of each distribution, so other numbers come out; where they lie and how they are asked changes none
     kept = f":{teacher.cache.mode}:{teacher.cache.tokens}:{CACHE_FORMAT}" if teacher.cache else ""
     kept += f":served:{teacher.served.model}:{teacher.served.tokens}" if teacher.served else ""
     return f"{teacher.content}:{teacher.load_in}{kept}"

@@ -24,14 +24,17 @@ def start(recipe: "Recipe", out: Path | None, *, only_caches: bool = False) -> N
     from ...trainer.loop.loggers import check_logger
     from ...trainer.processes.world import current_world
 
+    # before anything that takes time: if the agent is killed meanwhile, this process must go too
     die_with_agent()
     world = current_world()
     where = out or Path("runs") / recipe.name
     check_logger(recipe.logger)
     check_workers(recipe.trainer.num_workers)
+    # a worker of torchrun with one process is not alone: its agent restarts it, and must not be doubled
     alone = world.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
     if alone:
         check_processes(wanted_processes(recipe.trainer.devices))
+    # before processes are started: a refusal of the plan should come once, and from a process without ranks
     _plan_first(recipe, where, world)
     if alone:
         processes = wanted_processes(recipe.trainer.devices)
@@ -41,6 +44,7 @@ def start(recipe: "Recipe", out: Path | None, *, only_caches: bool = False) -> N
                 code = run_under_torchrun(sys.argv[1:], Agent(processes=processes))
             finally:
                 del os.environ[_PLANNED]
+            # the workers have said what happened; only their code is passed on
             if code:
                 raise SystemExit(code)
             return

@@ -79,14 +79,17 @@ def _prepare(recipe: "Recipe") -> dict[str, Any]:
         if path and Path(path).is_dir():
             check_record(Path(path))  # find damage before hours of tokenizing
     text = _generated(recipe) if recipe.data.generate else read_documents(recipe.data)
+    # phases: the text, the scratch teacher's tokenizer on it, then tokens for everybody
     scratch = None
     if recipe.teacher and recipe.teacher.scratch:
         scratch = locate_scratch(recipe.teacher.scratch, recipe.data, recipe.trainer, text, recipe.seed)
         make_tokenizer(recipe.teacher.scratch, scratch, text)
     where, revision = _tokenizer_place(recipe, scratch)
     tokenizer = load_tokenizer(where, revision=revision)
+    # before tokenizing, which takes hours for a large text
     _check_vocabularies(recipe, tokenizer)
     data = prepare_data(recipe.data, tokenizer, cache_dir(), documents=text, train=_learns(recipe))
+    # ids beyond the embedding would fail on a GPU as an assertion without a name
     check_rows(data, tokenizer, effective_vocab(tokenizer, *_rows(recipe)))
     return {"tokenizer": where, "revision": revision, "scratch": str(scratch.folder) if scratch else None, "data": str(data.path)}
 
@@ -120,6 +123,7 @@ def _learns(recipe: "Recipe") -> bool:
 def _tokenizer_place(recipe: "Recipe", scratch: ScratchTeacher | None) -> tuple[str, str | None]:
     if scratch:
         return str(scratch.tokenizer), None
+    # the student's own tokenizer first: it is the one that its model folder must have
     if recipe.student.path:
         return recipe.student.path, recipe.student.revision
     if recipe.teacher and recipe.teacher.path:
@@ -190,6 +194,7 @@ def _build_student(recipe: "Recipe", run: RunContext, folder: "StageFolder", rec
         if teacher is None:
             raise UserError("student.keep needs a teacher to cut the student from; add one, or use student.path")
         source = load_model(teacher.path, dtype=torch.float32, revision=teacher.revision)
+        # fp32 whatever the files have: the student's master weights start from the teacher's exact values
         model, kept = student_by_keeping(source, recipe.student.keep.layers)
         check_sparse(sparse, source)
         facts, zeros = {"kept": {"layers": kept}}, of_kept_layers(sparse, family_of(source), kept)
@@ -197,6 +202,7 @@ def _build_student(recipe: "Recipe", run: RunContext, folder: "StageFolder", rec
         model = student_from_config(dict(recipe.student.config or {}), run.tokenizer, recipe.seed)
     trim_vocabulary(model, run.v_eff)
     dtype = torch.bfloat16 if recipe.trainer.save_dtype == "bf16" else torch.float32
+    # the record names the matrices with zeros, because bytes alone do not say which zeros are meant to stay
     made = {**record, "kind": "student", **facts, **({"sparse": zeros} if zeros else {})}
     save_model_folder(folder.model, model, run.tokenizer, made, dtype=dtype)
     return facts

@@ -32,8 +32,10 @@ class Ending:
 
 def ending_of(error: BaseException) -> Ending | None:
     """Return the exit code and message of an expected error; None for an unexpected one."""
+    # the order matters: our own errors first, then kinds that are subclasses or carriers of others, the vaguest last
     if isinstance(error, DecoctError):
         return Ending(error.exit_code, str(error))
+    # a panic of the tokenizer's Rust code is a BaseException of its own, and no Exception
     if is_panic(error):
         return Ending(2, f"the tokenizer cannot split a text of the data ({str(error).strip():.200}); use another tokenizer", by_all=True)
     if whose := out_of_memory(error):
@@ -49,6 +51,7 @@ def ending_of(error: BaseException) -> Ending | None:
         return _of_system(error)
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
         return Ending(1, f"no further thread can be started; raise the limit (ulimit -u), or end other programs. {_GOES_ON}", by_all=True)
+    # libraries such as safetensors wrap a full disk in an error of their own, which is no OSError
     if (reason := disk_reason(error)) is not None:
         return Ending(2, f"{reason[0]}; {reason[1]}. {_GOES_ON}", by_all=True)
     if _is_peers(error):
@@ -63,6 +66,7 @@ def _has_bytes(error: UnicodeError) -> bool:
 def _of_system(error: OSError) -> Ending:
     """Return the ending of an error of disks, paths, permissions or networks."""
     what = error.strerror or str(error) or type(error).__name__
+    # no number at all is what network libraries raise
     passing = error.errno in _PASSING or error.errno is None or isinstance(error, ConnectionError | TimeoutError)
     reason = disk_reason(error)
     if error.filename is not None:
@@ -79,6 +83,7 @@ def _is_peers(error: BaseException) -> bool:
     """Return whether the error only shows that another rank has ended."""
     if any(kind.__name__.startswith(("Dist", "Rendezvous")) for kind in type(error).__mro__):
         return True
+    # gloo raises a bare RuntimeError for a lost peer; its text is all there is to go by
     return isinstance(error, RuntimeError) and "WORLD_SIZE" in os.environ and _PEERS.search(str(error)) is not None
 
 

@@ -33,6 +33,7 @@ def fitting_table(
     """
     shown = list(headings)
     table = _table(title, headings, rows, shown, text, {})
+    # first the whole table, then with short headings, then one column less each time
     for left_out in (None, *left_out_first):
         if _fits(table, width):
             break
@@ -78,4 +79,5 @@ def _table(
 def _fits(table: "Table", width: int) -> bool:
     """Return whether nothing is cut. (rich's own measure ignores the padding.)"""
     widths = [column.min_width or max(map(len, (str(column.header), *map(str, column.cells)))) for column in table.columns]
+    # two spaces between columns
     return sum(widths) + 2 * len(widths) <= width

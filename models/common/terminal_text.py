@@ -16,6 +16,16 @@ def printable(text: str) -> str:
     return _PASSWORD.sub("***@", _UNSAFE.sub(_escaped, text))
 
 
+def printable_line(text: str) -> str:
+    r"""``printable`` on one line: line ends, tabs and all other characters without a glyph are escaped too (``\n``)."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in printable(text))
+
+
+def counted(count: int, thing: str) -> str:
+    """A count with its noun: '1 layer', '1,024 layers'."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def _escaped(match: re.Match[str]) -> str:
     code = ord(match[0])
     # Python decodes a byte that is not UTF-8 into a surrogate: show the byte

@@ -16,12 +16,12 @@ from torch import Tensor
 from ..source.quantized_source import ExportSource
 from .common import exact_plain, exact_scales, layer, plain_dtype, unquantized_config, unsigned
 from .shards import plan_shards, write_shards
+from .stored_parts import awq_parts, stored_bytes
 
 NAME = "awq"
 COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 """Index, among eight neighbouring outputs, of the one in each 4-bit field of a word, lowest field first."""
 _DTYPES = (torch.float16, torch.bfloat16)
-_PARTS = ("qweight", "qzeros", "scales")
 
 
 def pack_columns(codes: Tensor) -> Tensor:
@@ -86,9 +86,9 @@ def _sizes(source: ExportSource) -> dict[str, int]:
     """Return the bytes of every stored tensor, in the order of writing."""
     sizes: dict[str, int] = {}
     for module in source.state.modules:
-        it = layer(source, module)
-        (rows, columns), groups = it.codes.shape, it.scales.shape[1]
-        sizes |= {f"{module}.{part}": n for part, n in zip(_PARTS, (rows * columns // 2, groups * rows // 2, groups * rows * 2))}
+        rows, columns = source.state.codes[module].shape
+        parts = awq_parts(rows, columns, source.state.spec_of(module))
+        sizes |= {f"{module}.{part}": stored_bytes(tensor) for part, tensor in parts.items()}
     return sizes | {name: 2 * math.prod(source.structure.shapes[name]) for name in source.plain}
 
 

@@ -23,10 +23,10 @@ from ..source.quantized_source import ExportSource
 from ..spec import QuantSpec
 from .common import exact_plain, exact_scales, layer, plain_dtype, unquantized_config
 from .shards import plan_shards, write_shards
+from .stored_parts import gptq_parts, stored_bytes
 
 V1, V2 = "gptq", "gptq_v2"
 _DTYPES = (torch.float16, torch.bfloat16)
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def quantization_config(source: ExportSource, format: str) -> dict[str, Any]:
@@ -112,10 +112,9 @@ def _sizes(source: ExportSource) -> dict[str, int]:
     """Return the bytes of every stored tensor, in the order of writing."""
     sizes: dict[str, int] = {}
     for module in source.state.modules:
-        it = layer(source, module)
-        (rows, columns), groups, bits = it.codes.shape, it.scales.shape[1], it.spec.bits
-        amounts = (rows * columns * bits // 8, groups * rows * bits // 8, groups * rows * 2, columns * 4)
-        sizes |= {f"{module}.{part}": amount for part, amount in zip(_PARTS, amounts)}
+        rows, columns = source.state.codes[module].shape
+        parts = gptq_parts(rows, columns, source.state.spec_of(module))
+        sizes |= {f"{module}.{part}": stored_bytes(tensor) for part, tensor in parts.items()}
     return sizes | {name: 2 * math.prod(source.structure.shapes[name]) for name in source.plain}
 
 

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...models.common.errors import UserError
-from .fields import check_fields, check_group, check_module_names
+from .fields import check_fields, check_group, check_module_names, read_quantization
 from .qweight import QWEIGHT, QZEROS, SCALES, QweightFolder
-from .tensors import StoredCodes, StoredScheme, bit_fields, read_config
+from .tensors import StoredCodes, StoredScheme, bit_fields
 
 _FIELD_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
 
@@ -25,7 +24,7 @@ class AwqFolder(QweightFolder):
     def __init__(self, folder: Path) -> None:
         """Raises UserError if config, index or a file header is missing, damaged or foreign."""
         super().__init__(folder)
-        self._scheme, self.ignore = read_scheme(self.folder)
+        self._scheme, self.ignore = read_awq_scheme(self.folder)
 
     def scheme_of(self, module: str) -> StoredScheme:
         """Bits and group size, the same for all modules. Zero points are always stored, also for symmetric weights."""
@@ -68,15 +67,13 @@ class AwqFolder(QweightFolder):
         return fields.reshape(len(data), -1, 8)[:, :, _FIELD_OF_COLUMN].reshape(len(data), -1).T
 
 
-def read_scheme(folder: Path) -> tuple[StoredScheme, tuple[str, ...]]:
+def read_awq_scheme(folder: Path) -> tuple[StoredScheme, tuple[str, ...]]:
     """(scheme, parts of names that are not packed) of ``config.json``.
 
     Raises:
         UserError: the folder is not an AWQ export, or one that this reader does not know; the message names the field.
     """
-    file, quantization = Path(folder) / "config.json", read_config(folder).get("quantization_config")
-    if not isinstance(quantization, dict):
-        raise UserError(f"{file} has no quantization_config: the folder holds plain weights; run 'decoct export' on a quantized folder")
+    file, quantization = read_quantization(folder)
     # older tools name the same fields w_bit and q_group_size
     named: dict[str, Any] = {"bits": quantization.get("w_bit"), "group_size": quantization.get("q_group_size"), **quantization}
     version = named.get("version", "gemm")

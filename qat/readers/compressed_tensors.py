@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...models.common.errors import UserError
-from .compressed_tensors_config import read_scheme
+from .compressed_tensors_config import read_packed_scheme
 from .kv_cache import cache_attentions, cache_scales, is_cache_scale
 from .tensors import StoredCodes, StoredScheme, StoredTensors, WeightFolder, bit_fields, read_config
 
@@ -53,7 +53,7 @@ class PackedFolder(WeightFolder):
     def __init__(self, folder: Path) -> None:
         """Raises UserError if config, index or a file header is missing, damaged or foreign."""
         self.folder = Path(folder)
-        self.scheme = read_scheme(self.folder)
+        self.scheme = read_packed_scheme(self.folder)
         self._stored = StoredTensors(self.folder)
         names = self._stored.names
         for name in names:

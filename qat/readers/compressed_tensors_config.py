@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ...models.common.errors import UserError
-from .fields import BITS, check_fields, check_module_names, module_pattern
+from .fields import BITS, check_fields, check_module_names, module_pattern, read_quantization
 from .kv_cache import read_cache_scheme
-from .tensors import StoredScheme, read_config
+from .tensors import StoredScheme
 
 FORMATS = ("pack-quantized", "int-quantized")
 
@@ -75,15 +75,13 @@ def _matches(module: str, target: str) -> bool:
     return re.match(target[3:], module) is not None if target.startswith("re:") else module == target
 
 
-def read_scheme(folder: Path) -> PackedScheme:
+def read_packed_scheme(folder: Path) -> PackedScheme:
     """The scheme in ``config.json``.
 
     Raises:
         UserError: the folder is not packed, or in a way that this reader does not know; the message names the field.
     """
-    file, quantization = Path(folder) / "config.json", read_config(folder).get("quantization_config")
-    if not isinstance(quantization, dict):
-        raise UserError(f"{file} has no quantization_config: the folder holds plain weights; run 'decoct export' on a quantized folder")
+    file, quantization = read_quantization(folder)
     whole = quantization.get("format")
     check_fields(file, [("quant_method", quantization.get("quant_method"), ("compressed-tensors",))])
     check_fields(file, [("format", whole, (*FORMATS, "mixed-precision"))])

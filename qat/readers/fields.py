@@ -6,8 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from ...models.common.errors import UserError
+from .tensors import read_config
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
+
+
+def read_quantization(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """(config.json, its ``quantization_config``) of an export.
+
+    Raises:
+        UserError: the folder holds plain weights, or its config cannot be read.
+    """
+    file, quantization = Path(folder) / "config.json", read_config(folder).get("quantization_config")
+    if not isinstance(quantization, dict):
+        raise UserError(f"{file} has no quantization_config: the folder holds plain weights; run 'decoct export' on a quantized folder")
+    return file, quantization
 
 
 def check_fields(file: Path, expected: Sequence[tuple[str, Any, tuple[Any, ...]]]) -> None:

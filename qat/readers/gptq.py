@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...models.common.errors import UserError
-from .fields import BITS, check_fields, check_group, module_pattern
+from .fields import BITS, check_fields, check_group, module_pattern, read_quantization
 from .qweight import QWEIGHT, QZEROS, SCALES, QweightFolder
 from .tensors import StoredCodes, StoredScheme, bit_fields, read_config
 
@@ -27,7 +27,7 @@ class GptqFolder(QweightFolder):
     def __init__(self, folder: Path) -> None:
         """Raises UserError if config, index or a file header is missing, damaged or foreign."""
         super().__init__(folder, (_G_IDX,))
-        self.format, self._scheme, self._dynamic = read_scheme(self.folder)
+        self.format, self._scheme, self._dynamic = read_gptq_scheme(self.folder)
 
     def scheme_of(self, module: str) -> StoredScheme:
         """Bits and group size of a module: those of the config, changed by the first ``dynamic`` pattern that matches the module."""
@@ -98,15 +98,13 @@ class GptqFolder(QweightFolder):
             raise UserError(f"{self._stored.file(name)}: {name} reorders inputs (desc_act), which this reader does not know")
 
 
-def read_scheme(folder: Path) -> tuple[str, StoredScheme, list[tuple[re.Pattern[str], dict[str, Any] | None]]]:
+def read_gptq_scheme(folder: Path) -> tuple[str, StoredScheme, list[tuple[re.Pattern[str], dict[str, Any] | None]]]:
     """(checkpoint format, scheme, ``dynamic`` as (pattern, changes; None = not quantized)) of ``config.json``.
 
     Raises:
         UserError: the folder is not a GPTQ export, or one that this reader does not know; the message names the field.
     """
-    file, quantization = Path(folder) / "config.json", read_config(folder).get("quantization_config")
-    if not isinstance(quantization, dict):
-        raise UserError(f"{file} has no quantization_config: the folder holds plain weights; run 'decoct export' on a quantized folder")
+    file, quantization = read_quantization(folder)
     expected: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("quant_method", quantization.get("quant_method"), ("gptq",)),
         ("checkpoint_format", quantization.get("checkpoint_format", "gptq"), ("gptq", "gptq_v2")),

@@ -32,7 +32,7 @@ class SourceFolder:
         Raises:
             UserError: the folder is not of the right kind, or it is damaged.
         """
-        return OPENERS.get(format or "", open_source)(self.path, self._load)
+        return OPENERS.get(format or "", _open_codes)(self.path, self._load)
 
     def _load(self, folder: Path) -> QuantState:
         if self._state is None:
@@ -45,7 +45,8 @@ def _open_codes(folder: Path, load: Load) -> ExportSource:
     try:
         return open_source(folder, load)
     except NoCodesError as error:
-        raise UserError(f"{error} Weights as they are can be exported with --format {', '.join(PLAIN_GGUF)}.") from error
+        plain = ", ".join(("safetensors", "safetensors-f32", *PLAIN_GGUF))
+        raise UserError(f"{error} Weights as they are can be exported with --format {plain}.") from error
 
 
 def _open_plain(folder: Path, load: Load, dtype: torch.dtype) -> ExportSource:
@@ -59,4 +60,4 @@ OPENERS: dict[str, Callable[[Path, Load], ExportSource]] = {
     "gguf-q2_0": _open_codes,
     **{name: partial(_open_plain, dtype=dtype) for name, dtype in PLAIN_GGUF.items()},
 }
-"""Format -> opener; every other format takes a quantized folder (``open_source``)."""
+"""Format -> opener; every other format takes a quantized folder."""

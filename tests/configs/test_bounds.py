@@ -11,8 +11,9 @@ from decoct import Bounds, Count, alternatives, bounds_of, check_fields, choices
 from decoct.configs.reading import SECTIONS
 from decoct.models.settings import KeepSettings, ServedSettings, StudentSettings, TeacherSettings
 from decoct.qat.scheme import SpecChange
-from decoct.trainer.settings import DataSettings, MagnitudeSettings, PruneSettings, StructuredSettings
+from decoct.trainer.settings import DataSettings
 from decoct.trainer.settings_generation import GenerateSettings
+from decoct.trainer.settings_pruning import MagnitudeSettings, PruneSettings, StructuredSettings
 from decoct.trainer.stages.registry import STAGE_KINDS
 
 LEAST: dict[type, dict[str, Any]] = {

@@ -10,7 +10,7 @@ from decoct.configs.foreign_names import _BY_NAME, meant_by
 from decoct.configs.reading import KEYS, SECTIONS
 from decoct.losses.settings import LossSettings
 from decoct.qat.spec import QuantSpec
-from decoct.trainer.settings import MagnitudeSettings
+from decoct.trainer.settings_pruning import MagnitudeSettings
 from decoct.trainer.settings_quantization import QatSettings, QuantizeSettings
 
 HOMES = {**SECTIONS, "loss": LossSettings, "weights": QuantSpec, "magnitude": MagnitudeSettings}

@@ -90,6 +90,8 @@ def test_a_number_of_tokens_is_written_as_the_loader_reads_it(value: object) -> 
         {"teacher__revision": "5e10"},
         {"data": {"files": "*.txt", "eval_tokens": "64k"}},
         {"student": {"config": {"model_type": "llama", "anything": [1, {"else": None}]}}},
+        {"student__path": None, "student__config": {"model_type": "llama"}},
+        {"stages": [{"prune": {"structured": {"ffn": 8}, "magnitude": None}}, {"evaluate": None}, "evaluate"]},
         {"seed": 2**32 - 1},
     ],
 )
@@ -130,11 +132,39 @@ def test_what_the_loader_takes_fits(changes: dict[str, Any]) -> None:
         {"stages": [{"qat": {"tokens": "1M"}, "export": None}]},
         {"stages": ["expotr"]},
         {"student": None},
+        {"student__keep": {"layers": 4}},
+        {"data__files": "a.txt"},
+        {"data": {"seq_length": 64}},
+        {"teacher": {"load_in": "fp32"}},
+        {"stages": ["prune"]},
+        {"stages": [{"prune": None}]},
+        {"stages": [{"prune": {"allow_partial": True}}]},
+        {"stages": [{"prune": {"structured": {"ffn": 8}, "magnitude": {"keep": 0.5}}}]},
         {"seed": -1},
         {"name": "runs/x"},
     ],
 )
-def test_what_the_loader_refuses_for_one_key_does_not_fit(changes: dict[str, Any]) -> None:
+def test_what_the_loader_refuses_for_one_key_or_section_does_not_fit(changes: dict[str, Any]) -> None:
     with pytest.raises(UserError):
         recipe_from_dict(recipe(**changes))
     assert not CHECKER.is_valid(recipe(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"qat__tokens": "1m"}, "stages.0.qat.tokens"),
+        ({"qat__weights": {"bits": 9}}, "stages.0.qat.weights.bits"),
+        ({"qat__overrides": {"*.down_proj": {"bits": 9}}}, "stages.0.qat.overrides.*.down_proj.bits"),
+        ({"qat__loss": {"temperature": "warm"}}, "stages.0.qat.loss.temperature"),
+        ({"stages": [{"prune": {"magnitude": {"keep": 2}}}]}, "stages.0.prune.magnitude.keep"),
+        ({"stages": [{"prune": {"allow_partial": True}}]}, "stages.0.prune"),
+        ({"stages": [{"prune": {"structured": {}}}]}, "stages.0.prune.structured"),
+        ({"teacher__cache": {"mode": "topk"}}, "teacher.cache.mode"),
+        ({"logger": {"kind": "tensorboard"}}, "logger.kind"),
+        ({"data": {"files": ["a.txt", {}]}}, "data.files.1"),
+        ({"trainer__precision": 16}, "trainer.precision"),
+    ],
+)
+def test_an_editor_marks_the_key_that_is_wrong(changes: dict[str, Any], place: str) -> None:
+    assert {".".join(map(str, error.absolute_path)) for error in CHECKER.iter_errors(recipe(**changes))} == {place}

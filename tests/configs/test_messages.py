@@ -208,6 +208,15 @@ BROKEN = {
         HEAD.replace("a/teacher", "HuggingFaceTB/SmolLM2-1.7B").replace("layers: 4", "layers: 30") + STAGES,
         "my.yaml:2: student.keep.layers: 30 layers cannot be kept of a teacher that has 24; give 2 to 24",
     ),
+    "one layer of a teacher of two": (
+        HEAD.replace("path: a/teacher", "scratch: {layers: 2}").replace("layers: 4", "layers: 1") + STAGES,
+        "my.yaml:2: student.keep.layers: 1 layer cannot be kept of a teacher that has 2; give 2, which keeps all",
+    ),
+    "group size that divides neither width": (
+        HEAD.replace("path: a/teacher", "scratch: {}") + "stages:\n  - qat: {tokens: 1M, weights: {group_size: 33}}\n",
+        "my.yaml:5: stages.0.qat.weights.group_size: 33 does not divide the student's hidden size (192) and FFN channels (512) at this "
+        "stage; use 64 or 32 or 16, or skip these modules",
+    ),
     "more channels than a scratch teacher has": (
         HEAD.replace("path: a/teacher", "scratch: {ffn: 256}") + "stages:\n  - prune: {structured: {ffn: 384}}\n",
         "my.yaml:5: stages.0.prune.structured.ffn: keeps 384 FFN channels of a student that has 256 here",
@@ -215,8 +224,8 @@ BROKEN = {
     "group size that does not divide what pruning left": (
         HEAD.replace("path: a/teacher", "scratch: {}") + "stages:\n  - prune: {structured: {ffn: 352}}\n"
         "  - qat: {tokens: 1M, weights: {group_size: 64}}\n",
-        "my.yaml:6: stages.1.qat.weights.group_size: group_size=64 does not divide in_features=352; use 32 or 16, or skip the module "
-        "(the student's FFN channels at this stage)",
+        "my.yaml:6: stages.1.qat.weights.group_size: 64 does not divide the student's FFN channels (352) at this stage; use 32 or 16, or "
+        "skip these modules",
     ),
     "heads that do not divide": (
         HEAD.replace("path: a/teacher", "scratch: {heads: 5}") + STAGES,
@@ -282,6 +291,11 @@ BROKEN |= {
         "my.yaml:5: stages.0.distill.epochs: unknown key: a stage is as long as its 'tokens' (or 'steps') say, and there are no epochs: "
         f"N times over a text is N times its tokens; valid here: {STAGE_KEYS}",
     ),
+    "more steps than can be counted": (
+        HEAD + "stages:\n  - distill: {steps: 1e30}\n",
+        "my.yaml:5: stages.0.distill.steps: wants a whole number (64, 500k, 2M); got '1e30'; the largest whole number is "
+        "9,223,372,036,854,775,807",
+    ),
     "a seed in the wrong place": (
         HEAD + "stages:\n  - distill: {tokens: 1M, seed: 3}\n",
         f"my.yaml:5: stages.0.distill.seed: unknown key: it is 'seed' at the top of the recipe; valid here: {STAGE_KEYS}",
@@ -290,16 +304,17 @@ BROKEN |= {
 
 
 SEVERAL_KEYS = {
-    "duplicate key", "duplicate section", "stage name given twice", "two sources of text", "both tokens and steps",
+    "duplicate key", "duplicate section", "stage name given twice", "both tokens and steps",
     "neither tokens nor steps", "distill without a teacher", "a cache for a divergence that needs everything", "a cache that nobody reads",
     "teacher: recipe without one", "student cut from no teacher", "gate without a teacher", "setting that pretrain ignores",
     "batch of broken windows", "micro-batch that does not divide", "more layers than a known teacher has",
     "more channels than a scratch teacher has", "group size that does not divide what pruning left", "heads that do not divide",
+    "one layer of a teacher of two", "group size that divides neither width", "more steps than can be counted",
     "export of nothing quantized", "export after training undid the codes", "no text left to train on",
     "a key in the address of a served teacher", "text by a scratch teacher", "text by a student that is yet to be made",
     "text by no teacher", "conversations from the beginning of a document",
 }  # fmt: skip
-"""What no JSON Schema of single keys can find: faults between keys, of YAML itself, and of an address's parts."""
+"""What the JSON Schema does not find: most faults between keys, those of YAML itself, and of an address's parts."""
 
 
 @pytest.mark.parametrize("case", BROKEN)

@@ -64,6 +64,17 @@ def test_a_stage_is_addressed_by_its_kind_when_there_is_one_of_it(load: Callable
     assert (recipe.stages[3].settings.weights.bits, recipe.stages[3].settings.tokens) == (8, 4_000_000)
 
 
+def test_the_pattern_of_an_override_of_modules_keeps_its_dots(load: Callable[..., Recipe]) -> None:
+    settings = (
+        load(TEXT, ["stages.qat.overrides.*.mlp.down_proj.bits=8", "stages.3.qat.overrides.*.o_proj.group_size=64"]).stages[3].settings
+    )
+    assert {pattern: (change.bits, change.group_size) for pattern, change in settings.overrides.items()} == {
+        "*.mlp.down_proj": (8, None),
+        "*.o_proj": (None, 64),
+    }
+    assert load(TEXT, ["stages.qat.overrides.*.o_proj.bits=8", "stages.qat.overrides=null"]).stages[3].settings.overrides == {}
+
+
 def test_the_last_of_two_overrides_counts_and_null_takes_the_default(load: Callable[..., Recipe]) -> None:
     recipe = load(TEXT, ["stages.0.tokens=5M", "stages.0.tokens=null", "stages.0.steps=9", "student.keep=null", "student.path=some/model"])
     assert (recipe.stages[0].settings.tokens, recipe.stages[0].settings.steps) == (None, 9)
@@ -95,6 +106,9 @@ STAGES = "stages: 0 (01-distill), 1 (02-prune), 2 (03-recover), 3 (04-qat), 4 (0
         ("stages.5", ": write key=value, such as trainer.precision=32 or stages.1.tokens=2M"),
         ("stages.0=3", f": name a stage and a key of it, such as stages.0.tokens=2M; {STAGES}"),
         ("stages.0.distill=3", ": name a key of the stage, such as stages.0.tokens=2M"),
+        ("stages.qat.overrides.*.mlp.down_proj=8", ": overrides needs a pattern of module names and one of kind, bits, "),
+        ("stages.qat.overrides.bits=8", ": overrides needs a pattern of module names and one of kind, bits, "),
+        ("stages.qat.overrides.*.down_proj.bit=8", ": overrides needs a pattern of module names and one of kind, bits, "),
         ("trainer..precision=32", ": write key=value, such as trainer.precision=32 or stages.1.tokens=2M"),
         ("data.files.0=b.txt", ": data.files is a list; set it as a whole"),
         ("data.seq_length.x=1", ": data.seq_length is a single value; set it as a whole"),

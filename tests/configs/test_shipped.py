@@ -12,7 +12,8 @@ from decoct.configs.architectures import architecture
 from decoct.models.common.errors import UserError
 from decoct.models.student import student_by_keeping
 from decoct.trainer.scratch import new_llama
-from decoct.trainer.settings import DistillSettings, PruneSettings
+from decoct.trainer.settings import DistillSettings
+from decoct.trainer.settings_pruning import PruneSettings
 from decoct.trainer.settings_quantization import QatSettings, QuantizeSettings
 
 NAMES = [name for name, _, _ in list_recipes()]

@@ -33,7 +33,7 @@ from decoct.trainer.loop.objective import Objective
 from decoct.trainer.loop.qat_schedule import QatSchedule
 from decoct.trainer.plan import BatchPlan
 from decoct.trainer.processes.world import current_world
-from decoct.trainer.settings import MagnitudeSettings
+from decoct.trainer.settings_pruning import MagnitudeSettings
 from decoct.trainer.settings_quantization import QatSettings
 
 VOCAB = 96

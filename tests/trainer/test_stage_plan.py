@@ -13,12 +13,10 @@ from decoct.trainer.settings import (
     DistillSettings,
     EvaluateSettings,
     ExportSettings,
-    MagnitudeSettings,
     PretrainSettings,
-    PruneSettings,
-    StructuredSettings,
     TrainerSettings,
 )
+from decoct.trainer.settings_pruning import MagnitudeSettings, PruneSettings, StructuredSettings
 from decoct.trainer.settings_quantization import QatSettings, QuantizeSettings
 from decoct.trainer.stage_plan import HeldTeacher, derive_plan, derive_steps, held_teacher, learns_from, reads_text
 

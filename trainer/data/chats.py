@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...models.common.errors import UserError
+from ...models.common.terminal_text import printable_line
 from .conversations import COLUMNS, SHAPES, Conversation, NothingToLearnError, map_strings, read_conversation
 from .encoding import Encoder
 from .file_documents import whole_text
 from .file_rows import Row
 from .file_rows import parquet_rows as rows_of_parquet
 from .file_rows import read_rows as rows_of_jsonl
-from .input_files import escaped_text
 from .rendering import Sample, samples_of
 from .tokens import TokenStream
 from .windows import DTYPE
@@ -57,7 +57,7 @@ class Samples:
     def refuse(self, where: str, why: str) -> None:
         """Counts a bad row."""
         # the reason may quote the row, which is foreign text: escaped, so that it cannot control the terminal
-        why = escaped_text(why)[:_MOST_CHARACTERS]
+        why = printable_line(why)[:_MOST_CHARACTERS]
         self.bad += 1
         self.first_bad = self.first_bad or f"{where}: {why}"
         self.reasons[why if why in self.reasons or len(self.reasons) < _MOST_REASONS else "other reasons"] += 1

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...models.common.errors import UserError
+from ...models.common.terminal_text import printable_line
 
 PLAIN = (".txt", ".text", ".md")
 """Suffixes of files with one document per file."""
@@ -42,12 +43,7 @@ _SPECIAL: tuple[tuple[Callable[[int], bool], str], ...] = (
 
 def shown_path(path: Path | str) -> str:
     """A file's name for printing and JSON: bytes that are not UTF-8, and control characters, are escaped as ``\\xff``."""
-    return escaped_text(os.fsencode(path).decode("utf-8", "backslashreplace"))
-
-
-def escaped_text(text: str) -> str:
-    """Foreign text for a terminal: all characters that are not printable are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return printable_line(os.fspath(path))
 
 
 def suffix_of(path: Path) -> str:

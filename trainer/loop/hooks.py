@@ -14,7 +14,7 @@ from ...models.common.errors import UserError
 from ...models.pruning.magnitude import cubic_keep, stream_masks
 from ..checkpoints.optimizer_moments import zero_moments
 from ..processes.sharding import Rows, gathered, like, local, own_rows, parameter_of, whole
-from ..settings import MagnitudeSettings
+from ..settings_pruning import MagnitudeSettings
 
 
 class StepHook(Protocol):

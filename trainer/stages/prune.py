@@ -8,7 +8,7 @@ from ...models.families import decoder_linears, family_of
 from ...models.pruning.magnitude import magnitude_masks
 from ...models.pruning.structured import alignment_hint, ffn_channel_scores, prune_ffn
 from ..loop.hooks import MaskHook
-from ..settings import PruneSettings, StructuredSettings
+from ..settings_pruning import PruneSettings, StructuredSettings
 from ..stage_plan import trains
 from .calibration import calibration_text
 from .context import StageContext, StageResult, Trained

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..settings import DistillSettings, EvaluateSettings, ExportSettings, PretrainSettings, PruneSettings
+from ..settings import DistillSettings, EvaluateSettings, ExportSettings, PretrainSettings
+from ..settings_pruning import PruneSettings
 from ..settings_quantization import QatSettings, QuantizeSettings
 
 

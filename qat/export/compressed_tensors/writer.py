@@ -18,18 +18,16 @@ import torch
 from torch import Tensor
 
 from ....models.common.errors import UserError
-from ...packing import pack_bits, packed_width
+from ...packing import pack_bits
 from ...source.quantized_source import ExportSource
 from ...spec import ActivationSpec
 from ..common import Layer, exact_plain, exact_scales, layer, unquantized_config
 from ..shards import plan_shards, write_shards
+from ..stored_parts import compressed_tensors_parts, stored_bytes
 from .config import LAYOUT_VERSION, NAME, quantization_config
 from .kv_cache import cache_tensors
 
 __all__ = ["LAYOUT_VERSION", "NAME", "check_values", "exported_config", "planned_bytes", "quantization_config", "write"]
-
-_PACKED, _SCALE, _SHAPE, _ZERO = ".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point"
-_INPUT_SCALE, _INPUT_ZERO = ".input_scale", ".input_zero_point"
 
 
 def check_values(source: ExportSource) -> None:
@@ -82,24 +80,11 @@ def _sizes(source: ExportSource) -> dict[str, int]:
     """Return the bytes of every stored tensor, in the order of writing."""
     sizes: dict[str, int] = {}
     for module in source.state.modules:
-        it = layer(source, module)
-        sizes |= {module + part: size for part, size in _part_sizes(source, it).items()}
+        rows, columns = source.state.codes[module].shape
+        parts = compressed_tensors_parts(rows, columns, source.state.spec_of(module), source.state.activations)
+        sizes |= {f"{module}.{part}": stored_bytes(tensor) for part, tensor in parts.items()}
     sizes |= {name: tensor.nbytes for name, tensor in cache_tensors(source).items()}
     return sizes | {name: 2 * math.prod(source.structure.shapes[name]) for name in source.plain}
-
-
-def _part_sizes(source: ExportSource, it: Layer) -> dict[str, int]:
-    (rows, columns), groups, bits = it.codes.shape, it.scales.shape[1], it.spec.bits
-    scales = {_SCALE: rows * groups * 2}
-    if source.state.activations is None:
-        # the shape of the unpacked matrix is two int64 values; zero points are packed along the outputs
-        zeros = {} if it.zeros is None else {_ZERO: packed_width(rows, bits) * groups * 4}
-        return {_PACKED: rows * packed_width(columns, bits) * 4, **scales, _SHAPE: 2 * 8, **zeros}
-    # with rounded inputs the format is int-quantized: one byte per code and zero point
-    zeros = {} if it.zeros is None else {_ZERO: rows * groups}
-    static = source.state.activations.scaling == "static"
-    inputs = ({_INPUT_SCALE: 4} if static else {}) | ({_INPUT_ZERO: 1} if static and not source.state.activations.symmetric else {})
-    return {".weight": rows * columns, **scales, **zeros, **inputs}
 
 
 def _stored(source: ExportSource, name: str) -> Tensor:
@@ -113,15 +98,15 @@ def _stored(source: ExportSource, name: str) -> Tensor:
     packed = source.state.activations is None
     # functions, so that only the requested part is computed
     make = {
-        _PACKED: lambda: pack_bits(it.codes, it.spec.bits),
-        _SCALE: lambda: exact_scales(it.scales, torch.bfloat16, NAME, module),
-        _SHAPE: lambda: torch.tensor(it.codes.shape, dtype=torch.int64),
-        _ZERO: lambda: _zero_points(it, packed),
-        ".weight": lambda: it.codes.contiguous(),
-        _INPUT_SCALE: lambda: source.state.input_scales[module].to(torch.float32).reshape(1),
-        _INPUT_ZERO: lambda: source.state.input_zeros[module].to(torch.int8).reshape(1),
+        "weight_packed": lambda: pack_bits(it.codes, it.spec.bits),
+        "weight_scale": lambda: exact_scales(it.scales, torch.bfloat16, NAME, module),
+        "weight_shape": lambda: torch.tensor(it.codes.shape, dtype=torch.int64),
+        "weight_zero_point": lambda: _zero_points(it, packed),
+        "weight": lambda: it.codes.contiguous(),
+        "input_scale": lambda: source.state.input_scales[module].to(torch.float32).reshape(1),
+        "input_zero_point": lambda: source.state.input_zeros[module].to(torch.int8).reshape(1),
     }
-    return make[f".{part}"]()
+    return make[part]()
 
 
 def _zero_points(it: Layer, packed: bool) -> Tensor:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...spec import QuantSpec
+from .container import TensorType
 
 BLOCK, WIDE_BLOCK = 32, 64
 """Weights per block, and per Q2_0 block."""
@@ -99,6 +100,13 @@ def pack_q5_1(codes: NDArray[np.int8], scales: NDArray[np.float32], zero_points:
 def symmetric_bits(bits: int) -> int:
     """Return the width of the narrowest block for symmetric codes of ``bits``."""
     return next(width for width in SYMMETRIC_BITS if bits <= width)
+
+
+def symmetric_type(spec: QuantSpec, columns: int, *, q2_0: bool) -> TensorType:
+    """Return the narrowest block type of symmetric codes; Q2_0 only if ``q2_0`` is true and it holds a matrix with ``columns`` inputs."""
+    if q2_0 and is_q2_0(spec, columns):
+        return TensorType.Q2_0
+    return {4: TensorType.Q4_0, 5: TensorType.Q5_0, 8: TensorType.Q8_0}[symmetric_bits(spec.bits)]
 
 
 def is_q2_0(spec: QuantSpec, columns: int) -> bool:

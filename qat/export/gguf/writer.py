@@ -23,7 +23,7 @@ from ....models.folder.structure import plain_config
 from ...source.plain_source import PlainSource
 from ...source.quantized_source import ExportSource
 from ..common import layer
-from .blocks import fits_fp16, is_q2_0, minimums, pack_q2_0, pack_q4_0, pack_q4_1, pack_q5_0, pack_q5_1, pack_q8_0, symmetric_bits
+from .blocks import fits_fp16, minimums, pack_q2_0, pack_q4_0, pack_q4_1, pack_q5_0, pack_q5_1, pack_q8_0, symmetric_type
 from .container import FILE_TYPES, TensorPlan, TensorType, Value, planned_file_bytes, write_gguf
 from .generation import end_tokens, sampling_metadata
 from .metadata import ROPE_FREQS, model_metadata, rope_frequency_factors
@@ -38,7 +38,6 @@ FILE = "model.gguf"
 PLAIN_TYPES = {torch.float32: TensorType.F32, torch.float16: TensorType.F16, torch.bfloat16: TensorType.BF16}
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
 _SYMMETRIC = {TensorType.Q2_0: pack_q2_0, TensorType.Q4_0: pack_q4_0, TensorType.Q5_0: pack_q5_0, TensorType.Q8_0: pack_q8_0}
-_SYMMETRIC_TYPES = {4: TensorType.Q4_0, 5: TensorType.Q5_0, 8: TensorType.Q8_0}
 _ASYMMETRIC = {TensorType.Q4_1: pack_q4_1, TensorType.Q5_1: pack_q5_1}
 
 
@@ -67,8 +66,7 @@ def block_type(source: ExportSource, module: str, q2_0: bool = False) -> TensorT
     if not fits_fp16(held.scales.numpy()):
         raise UserError(f"{module}: GGUF stores scales in fp16, which does not hold all of them; quantize with scale_grid='bf16_fp16'")
     if held.zeros is None:
-        narrow = q2_0 and is_q2_0(spec, held.codes.shape[1])
-        return TensorType.Q2_0 if narrow else _SYMMETRIC_TYPES[symmetric_bits(spec.bits)]
+        return symmetric_type(spec, held.codes.shape[1], q2_0=q2_0)
     return _asymmetric_type(module, spec.bits, held.scales.numpy(), held.zeros.numpy())
 
 

@@ -94,6 +94,31 @@ def test_steps_replace_the_default_tokens(given: list[str], tokens: Any, steps: 
     assert (settings.tokens, settings.steps) == (tokens, steps)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "text", "given", "told"),
+    [
+        ("prune", {"magnitude": {"keep": 0.5}}, None, [], ""),
+        ("prune", {"magnitude": {"keep": 0.5}, "tokens": "1M"}, None, [], "prune learns from the Python standard library"),
+        ("prune", {"magnitude": {"keep": 0.5}}, None, ["steps=3"], "prune learns from the Python standard library"),
+        ("prune", {"structured": {"ffn": 8}}, None, [], "prune scores channels on the Python standard library"),
+        ("quantize", {"method": "rtn"}, None, [], ""),
+        ("quantize", {"method": "gptq"}, None, [], "quantize calibrates on the Python standard library"),
+        ("quantize", {}, None, ["stages.0.method=gptq"], "quantize calibrates on the Python standard library"),
+        ("quantize", {"method": "gptq"}, ["a.txt"], [], ""),
+        ("qat", {"tokens": "1M"}, None, [], "qat learns from the Python standard library"),
+        ("qat", {"tokens": "1M"}, None, ["data.builtin=null", "data.files=a.txt"], ""),
+        ("evaluate", {}, None, [], ""),
+    ],
+)
+def test_the_built_in_text_is_announced_where_the_weights_depend_on_it(
+    kind: str, settings: Any, text: Any, given: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("decoct.launch.run.start.start", lambda recipe, out: None)
+    run_verb(kind, "m", settings, TextChoice(text, None, 64), "t", given, None)
+    said = capsys.readouterr().err
+    assert (told in said) if told else not said
+
+
 def test_options_that_exclude_each_other_are_refused_by_name() -> None:
     with pytest.raises(UserError, match="--text and --hub"):
         TextChoice(["a"], "b", 64).data()

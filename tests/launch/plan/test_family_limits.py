@@ -13,8 +13,9 @@ from decoct.configs import recipe_from_dict
 from decoct.launch.plan.before_run import check_before_run
 from decoct.launch.plan.make_plan import Plan, plan
 from decoct.launch.plan.problems import problems
-from decoct.launch.plan.shapes import ImpossibleStageError, shape_of
+from decoct.launch.plan.shapes import shape_of
 from decoct.launch.plan.show import short_form
+from decoct.launch.plan.stage_shapes import ImpossibleStageError
 from decoct.models.common.errors import UserError
 
 QUANTIZE = {"quantize": {"weights": {"bits": 4, "group_size": 16}}}

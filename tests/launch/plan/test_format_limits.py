@@ -6,7 +6,6 @@ import pytest
 from transformers import LlamaConfig
 
 from decoct.configs.loader import load_recipe
-from decoct.launch.plan.disk import EXPORT_BYTES
 from decoct.launch.plan.format_limits import format_problems, planned_model
 from decoct.launch.plan.make_plan import plan
 from decoct.launch.plan.problems import problems
@@ -38,7 +37,6 @@ def said(
 def test_one_symmetric_int4_lattice_goes_everywhere(form: str) -> None:
     assert said(form, bits=4, group_size=32) == ""
     assert form in EXPORTERS
-    assert form in EXPORT_BYTES
 
 
 def test_each_limit_is_named_with_the_nearest_setting() -> None:

@@ -14,7 +14,7 @@ from decoct.configs.loader import recipe_from_dict
 from decoct.launch.cli.app import main
 from decoct.launch.plan.input_models import check_inputs
 from decoct.launch.plan.make_plan import plan
-from decoct.launch.plan.shapes import ImpossibleStageError
+from decoct.launch.plan.stage_shapes import ImpossibleStageError
 from decoct.models.tokenizer.scratch_tokenizer import train_tokenizer
 
 SMALL: dict[str, Any] = {"vocab_size": 260, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

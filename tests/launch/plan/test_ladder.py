@@ -38,6 +38,19 @@ def test_rungs_add_up_and_fall() -> None:
     assert by_name["INT4 with zero points"] > by_name["INT4"] > by_name["INT4, embeddings and head INT8"]
 
 
+@pytest.mark.parametrize(
+    ("context", "batch", "expected"),
+    [
+        (None, "0", "--batch=0 must be a whole number of at least 1, such as 8"),
+        ("1.5", "1", "--context=1.5 must be a whole number of at least 1, such as 32768 or 32k"),
+    ],
+)
+def test_a_count_that_is_none_is_refused_with_an_example(context: str | None, batch: str, expected: str) -> None:
+    with pytest.raises(UserError) as refused:
+        run_footprint("SmolLM2-360M", context, batch, as_json=False)
+    assert str(refused.value) == expected
+
+
 def test_a_folder_is_read_and_an_unknown_size_is_refused(tmp_path: Path) -> None:
     LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=100).save_pretrained(tmp_path)
     assert find_shape(str(tmp_path)).hidden == 64

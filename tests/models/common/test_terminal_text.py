@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decoct.models.common.terminal_text import printable
+from decoct.models.common.terminal_text import printable, printable_line
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,11 @@ def test_no_control_character_is_left_and_cleaning_twice_changes_nothing(text: s
     assert all(unicodedata.category(letter) not in ("Cc", "Cs", "Zl", "Zp") or letter in "\n\t" for letter in shown)
     assert printable(shown) == shown
     shown.encode()
+
+
+@given(st.text())
+def test_one_line_stays_one_line_and_shows_plain_text_as_it_is(text: str) -> None:
+    shown = printable_line(text)
+    assert shown.isprintable()
+    assert shown == text or not text.isprintable() or "://" in text
+    assert printable_line("a\nb\tc\xa0d\udce9") == r"a\nb\tc\xa0d\xe9"

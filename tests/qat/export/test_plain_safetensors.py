@@ -135,7 +135,7 @@ def test_values_beyond_fp16_go_to_bf16(quantized_folder: Build, tmp_path: Path) 
 def test_a_flipped_bit_is_found_and_the_folder_is_no_longer_quantized(quantized_folder: Build, tmp_path: Path) -> None:
     source = quantized_folder(bits=4, group_size=8, change=fit_for_fp16)
     exported(source, tmp_path / "export")
-    with pytest.raises(UserError, match="holds no codes"):
+    with pytest.raises(UserError, match=r"holds no codes .* can be exported with --format safetensors, safetensors-f32, gguf-f32"):
         export_folder(tmp_path / "export", tmp_path / "again", "compressed-tensors", runtimes=False)
     file = tmp_path / "export" / "model.safetensors"
     data = bytearray(file.read_bytes())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import decoct.qat.readers.compressed_tensors as reader
 from decoct.models.common.errors import UserError
-from decoct.qat.readers.compressed_tensors import PackedFolder, read_scheme
+from decoct.qat.readers.compressed_tensors import PackedFolder, read_packed_scheme
 
 MODULE = "model.layers.0.self_attn.q_proj"
 
@@ -150,19 +150,19 @@ SCHEMES: dict[str, tuple[dict[str, Any], str]] = {
 def test_refuses_unknown_schemes(tmp_path: Path, scheme: str) -> None:
     weights, message = SCHEMES[scheme]
     with pytest.raises(UserError, match=message):
-        read_scheme(minimal(tmp_path / "folder", {"a": torch.ones(1)}, **weights))
+        read_packed_scheme(minimal(tmp_path / "folder", {"a": torch.ones(1)}, **weights))
 
 
 def test_refuses_other_quantization_and_plain_folders(exported: Path) -> None:
     edit_config(exported, lambda config: config["quantization_config"].update(quant_method="gptq"))
     with pytest.raises(UserError, match="quant_method is 'gptq'"):
-        read_scheme(exported)
+        read_packed_scheme(exported)
     edit_config(exported, lambda config: config.pop("quantization_config"))
     with pytest.raises(UserError, match="plain weights; run 'decoct export'"):
-        read_scheme(exported)
+        read_packed_scheme(exported)
     (exported / "config.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
-        read_scheme(exported)
+        read_packed_scheme(exported)
 
 
 def test_refuses_a_truncated_file(exported: Path) -> None:

@@ -9,7 +9,7 @@ from decoct.models.families import decoder_linears
 from decoct.models.pruning.magnitude import cubic_keep, zero_masks
 from decoct.trainer.loop.hooks import KeepZeros, MaskHook
 from decoct.trainer.processes.sharding import local
-from decoct.trainer.settings import MagnitudeSettings
+from decoct.trainer.settings_pruning import MagnitudeSettings
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

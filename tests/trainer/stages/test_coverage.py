@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from decoct.models.common.errors import UserError
 from decoct.models.folder.model_folder import save_model_folder
 from decoct.qat.spec import QuantSpec
-from decoct.trainer.settings import MagnitudeSettings, PruneSettings, StructuredSettings
+from decoct.trainer.settings_pruning import MagnitudeSettings, PruneSettings, StructuredSettings
 from decoct.trainer.settings_quantization import QatSettings, QuantizeSettings
 from decoct.trainer.stages import prune, qat, quantize
 from decoct.trainer.stages.context import StageContext

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from decoct.models.pruning.structured import ffn_channel_scores
-from decoct.trainer.settings import PruneSettings, StructuredSettings
+from decoct.trainer.settings_pruning import PruneSettings, StructuredSettings
 from decoct.trainer.stages import prune
 from decoct.trainer.stages.calibration import calibration_text
 from decoct.trainer.stages.context import StageContext

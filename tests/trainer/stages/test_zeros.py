@@ -19,12 +19,10 @@ from decoct.models.student import student_by_keeping
 from decoct.qat.spec import QuantSpec
 from decoct.trainer.settings import (
     DistillSettings,
-    MagnitudeSettings,
     PretrainSettings,
-    PruneSettings,
-    StructuredSettings,
     TrainerSettings,
 )
+from decoct.trainer.settings_pruning import MagnitudeSettings, PruneSettings, StructuredSettings
 from decoct.trainer.settings_quantization import QatSettings, QuantizeSettings
 from decoct.trainer.stages.context import StageContext
 from decoct.trainer.stages.registry import STAGE_KINDS

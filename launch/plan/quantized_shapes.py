@@ -1,0 +1,38 @@
+"""The matrices of a model that a quantization scheme quantizes, from its shape alone."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from .shapes import ModelShape
+
+if TYPE_CHECKING:
+    from ...qat.scheme import QuantScheme
+    from ...qat.spec import QuantSpec
+
+
+class Quantized(NamedTuple):
+    """A matrix that is quantized."""
+
+    rows: int
+    columns: int
+    spec: "QuantSpec"
+
+    @property
+    def scales(self) -> int:
+        """Return the number of its scales."""
+        rows, groups = self.spec.scale_shape(self.rows, self.columns)
+        return rows * groups
+
+
+def quantized_linears(shape: ModelShape, scheme: "QuantScheme") -> dict[str, Quantized]:
+    """Return the quantized matrices: linears of the decoder layers, and embedding and head if requested.
+
+    Raises:
+        ValueError: a pattern changes nothing, or two change one module differently.
+    """
+    specs = scheme.of_linears(shape.linears)
+    found = {name: Quantized(*shape.linears[name], spec) for name, spec in specs.items()}
+    for change, name in ((scheme.embedding, shape.embedding), (scheme.head, shape.head)):
+        if change is not None and name:
+            rows, columns = shape.tensors[f"{name}.weight"]
+            found[name] = Quantized(rows, columns, change.applied(scheme.weights))
+    return found

@@ -1,0 +1,148 @@
+"""The shape of every model that a recipe passes through: teacher, student, and what each stage makes of it."""
+
+import copy
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from ...models.common.errors import UserError
+from ...models.common.light_configs import import_configs_alone
+from ...qat.scheme import example_of
+from .quantized_shapes import quantized_linears
+from .shapes import ModelShape, config_from, config_of, shape_of
+
+if TYPE_CHECKING:
+    from ...configs.recipe import Recipe, StageEntry
+    from ...qat.scheme import QuantScheme
+    from ...qat.spec import ActivationSpec
+
+
+@dataclass(frozen=True)
+class StageShape:
+    """Shapes of a stage's input and output."""
+
+    entry: "StageEntry"
+    before: ModelShape
+    after: ModelShape
+    scheme: "QuantScheme | None"
+    """Quantization scheme of the weights after the stage; None if they are not quantized."""
+    activations: "ActivationSpec | None" = None
+    """How the inputs of the quantized linears are rounded after the stage."""
+    kv_cache: "ActivationSpec | None" = None
+    """How keys and values are rounded after the stage."""
+
+
+class ImpossibleStageError(UserError):
+    """A stage asks for something that no model of its shape has; raised before anything runs."""
+
+
+def teacher_shape(recipe: "Recipe") -> ModelShape | None:
+    """Return the shape of the recipe's teacher; for a scratch teacher with the requested vocabulary."""
+    if recipe.teacher is None:
+        return None
+    if scratch := recipe.teacher.scratch:
+        from ...trainer.scratch import scratch_config
+
+        import_configs_alone()
+        return shape_of(scratch_config(scratch, scratch.vocab, recipe.data.seq_length), "teacher.scratch")
+    assert recipe.teacher.path is not None
+    return shape_of(*config_of(recipe.teacher.path, recipe.teacher.revision))
+
+
+def student_shape(recipe: "Recipe", teacher: ModelShape | None) -> ModelShape:
+    """Return the student's shape before the first stage; its vocabulary is the teacher's until the tokenizer is read."""
+    from ...models.student import kept_config
+
+    settings = recipe.student
+    if settings.path:
+        return shape_of(*config_of(settings.path, settings.revision))
+    if settings.keep:
+        if teacher is None:
+            raise UserError("student.keep needs a teacher to cut the student from; add one, or use student.path")
+        if reason := teacher.family.refusal("keep layers"):
+            raise ImpossibleStageError(f"student.keep: {reason}; use student.path or student.config (docs/families.md)")
+        config, _ = kept_config(teacher.config, settings.keep.layers)
+        return shape_of(config, f"{settings.keep.layers} of the teacher's {teacher.layers} layers")
+    fields = dict(settings.config or {})
+    if teacher is not None:
+        # the tokenizer decides the vocabulary; before it is read, the teacher's is the best guess
+        fields.setdefault("vocab_size", teacher.vocabulary)
+    return shape_of(config_from(fields), "student.config")
+
+
+def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
+    """Return the shapes of every stage, in order."""
+    from ...trainer.settings_pruning import PruneSettings
+    from ...trainer.settings_quantization import QatSettings, QuantizeSettings
+
+    found: list[StageShape] = []
+    shape, scheme, beside = student, None, {}
+    for entry in recipe.stages:
+        before, settings = shape, entry.settings
+        if isinstance(settings, PruneSettings) and settings.structured:
+            shape = _with_ffn(shape, settings.structured.ffn, entry.name)
+        if isinstance(settings, QatSettings | QuantizeSettings):
+            scheme = settings.scheme
+            beside = {"activations": settings.activations, "kv_cache": settings.kv_cache}
+            _check_scheme(shape, scheme, entry)
+            _check_calibration(shape, scheme, entry, recipe.data.seq_length)
+        elif entry.kind in ("pretrain", "distill", "prune"):
+            # training and pruning write plain weights: an earlier quantization is gone
+            scheme, beside = None, {}
+        found.append(StageShape(entry, before, shape, scheme, **beside))
+    return found
+
+
+def _check_calibration(shape: ModelShape, scheme: "QuantScheme", entry: "StageEntry", seq_length: int) -> None:
+    """Raise ImpossibleStageError if GPTQ gets fewer tokens, in whole windows, than the widest matrix has inputs."""
+    given, method = entry.settings.calibration_tokens, getattr(entry.settings, "method", "gptq")
+    if given is None or method != "gptq":
+        return
+    # a Hessian of n inputs has full rank only with at least n tokens
+    widest = max((one.columns for name, one in quantized_linears(shape, scheme).items() if name in shape.linears), default=0)
+    # calibration reads whole windows
+    tokens = -(-given // seq_length) * seq_length
+    if tokens < widest:
+        raise ImpossibleStageError(
+            f"stages.{entry.index}.{entry.kind}.calibration_tokens: {tokens:,} tokens are too few for a matrix with {widest:,} inputs; "
+            "GPTQ needs at least as many, and many times that are usual"
+        )
+
+
+def _check_scheme(shape: ModelShape, scheme: "QuantScheme", entry: "StageEntry") -> None:
+    """Raise ImpossibleStageError if a pattern matches nothing, or a group size does not divide; names the widths that would."""
+    place = f"stages.{entry.index}.{entry.kind}"
+    try:
+        quantized = quantized_linears(shape, scheme)
+    except ValueError as error:
+        raise ImpossibleStageError(f"{place}.{error}") from error
+    leaves = [*shape.linears, shape.embedding, shape.head]
+    for pattern in scheme.skip:
+        if not any(fnmatchcase(name, pattern) for name in leaves):
+            raise ImpossibleStageError(f"{place}.skip: {pattern!r} matches no linear layer of the model; {example_of(shape.linears)}")
+    if not quantized:
+        raise ImpossibleStageError(f"{place}: there is nothing to quantize: skip={list(scheme.skip)} leaves no linear layer")
+    if scheme.head and not shape.head:
+        raise ImpossibleStageError(
+            f"{place}.head: the head is tied to the embedding, whose table it multiplies by; use 'embedding', which then applies to both"
+        )
+    for name, (_, columns, spec) in quantized.items():
+        try:
+            spec.group_width(columns)
+        except ValueError as error:
+            raise ImpossibleStageError(f"{place}.weights.group_size: module {name}: {error}") from error
+
+
+def _with_ffn(shape: ModelShape, ffn: int, stage: str) -> ModelShape:
+    from ...models.families import family_of
+
+    family = family_of(shape.config)
+    width = getattr(shape.config, family.ffn_field)
+    if ffn > width:
+        raise UserError(f"{stage}: structured.ffn={ffn} keeps more FFN channels than the student's {width}; give at most {width}")
+    if ffn == width:
+        raise ImpossibleStageError(f"{stage}: structured.ffn={ffn} keeps all FFN channels, so that nothing is pruned; give fewer")
+    # the input's config stays: every stage has a shape of its own
+    config = copy.deepcopy(shape.config)
+    setattr(config, family.ffn_field, ffn)
+    return shape_of(config, f"{shape.source}, ffn {ffn:,} of {width:,}")

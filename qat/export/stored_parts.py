@@ -1,0 +1,81 @@
+"""The tensors that a packed format stores for one quantized matrix, from its shape and scheme alone.
+
+The exporters plan their files with these rules, and the plan of a recipe its sizes. GGUF stores blocks instead; see ``gguf/blocks.py``.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..packing import packed_width
+
+if TYPE_CHECKING:
+    from ..spec import ActivationSpec, QuantSpec
+
+StoredTensor = tuple[str, tuple[int, ...]]
+"""(safetensors dtype, shape)."""
+Parts = dict[str, StoredTensor]
+"""Name below the module, such as ``weight_packed`` -> tensor, in the order of writing."""
+WIDTHS = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "I32": 4, "I64": 8}
+"""safetensors dtype -> bytes per element."""
+
+
+def stored_bytes(tensor: StoredTensor) -> int:
+    """Return the bytes of a tensor's data."""
+    dtype, shape = tensor
+    return WIDTHS[dtype] * math.prod(shape)
+
+
+def compressed_tensors_parts(rows: int, columns: int, spec: "QuantSpec", activations: "ActivationSpec | None" = None) -> Parts:
+    """Return the tensors of pack-quantized, or of int-quantized where inputs are rounded.
+
+    Args:
+        rows: Outputs.
+        columns: Inputs.
+        spec: Scheme of the codes.
+        activations: How inputs are rounded.
+    """
+    groups = spec.scale_shape(rows, columns)[1]
+    scale: Parts = {"weight_scale": ("BF16", (rows, groups))}
+    if activations is None:
+        # the shape of the unpacked matrix is stored, because the packed width does not give it; zero points are packed along the outputs
+        packed: Parts = {"weight_packed": ("I32", (rows, packed_width(columns, spec.bits)))}
+        zeros: Parts = {} if spec.symmetric else {"weight_zero_point": ("I32", (packed_width(rows, spec.bits), groups))}
+        return {**packed, **scale, "weight_shape": ("I64", (2,)), **zeros}
+    # int8 kernels read unpacked codes: one byte per code and zero point
+    zeros = {} if spec.symmetric else {"weight_zero_point": ("I8", (rows, groups))}
+    static = activations.scaling == "static"
+    inputs: Parts = {"input_scale": ("F32", (1,))} if static else {}
+    inputs |= {"input_zero_point": ("I8", (1,))} if static and not activations.symmetric else {}
+    return {"weight": ("I8", (rows, columns)), **scale, **zeros, **inputs}
+
+
+def gptq_parts(rows: int, columns: int, spec: "QuantSpec", activations: "ActivationSpec | None" = None) -> Parts:
+    """Return the tensors of both versions of GPTQ; arguments as ``compressed_tensors_parts``. Inputs cannot be rounded."""
+    groups = spec.scale_shape(rows, columns)[1]
+    return {
+        "qweight": ("I32", (packed_width(columns, spec.bits), rows)),
+        # also for symmetric codes: every reader expects zero points
+        "qzeros": ("I32", (groups, packed_width(rows, spec.bits))),
+        "scales": ("F16", (groups, rows)),
+        "g_idx": ("I32", (columns,)),
+    }
+
+
+def awq_parts(rows: int, columns: int, spec: "QuantSpec", activations: "ActivationSpec | None" = None) -> Parts:
+    """Return the tensors of AWQ, whose codes have 4 bits; arguments as ``compressed_tensors_parts``. Inputs cannot be rounded."""
+    groups = spec.scale_shape(rows, columns)[1]
+    return {
+        "qweight": ("I32", (columns, packed_width(rows, 4))),
+        "qzeros": ("I32", (groups, packed_width(rows, 4))),
+        "scales": ("F16", (groups, rows)),
+    }
+
+
+PARTS: dict[str, Callable[..., Parts]] = {
+    "compressed-tensors": compressed_tensors_parts,
+    "gptq": gptq_parts,
+    "gptq_v2": gptq_parts,
+    "awq": awq_parts,
+}
+"""Format -> its tensors for one matrix."""
