@@ -28,5 +28,6 @@ def chosen_divergence(student_logits: Tensor, teacher_logits: Tensor, settings: 
     Arguments and result as for ``forward_kl``. ``settings.hard_weight`` must be below 1: at 1 the settings have no temperature.
     """
     function, dial = FUNCTIONS[settings.divergence]
+    # at most one parameter: LossSettings has refused those of other divergences
     dials = {} if dial is None else {dial: getattr(settings, dial)}
     return function(student_logits, teacher_logits, temperature=settings.temperature, **dials)

@@ -62,7 +62,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
 def symmetric_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, balance: float = 0.5) -> Tensor:
     """``balance`` x forward KL + (1 - ``balance``) x reverse KL per token; 0.5 is half of Jeffreys' divergence.
 
-    Arguments, result and errors as for ``forward_kl``; ``balance`` lies strictly between 0 and 1.
+    Arguments, result and errors as for ``forward_kl``; ``balance`` is strictly between 0 and 1.
     """
     checked_share("balance", balance, "use forward_kl for 1 and reverse_kl for 0")
     log_q, log_p = log_distributions(student_logits, teacher_logits, temperature)
@@ -89,6 +89,7 @@ def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: 
     checked_share("head_mass", head_mass, "use forward_kl or reverse_kl for 0 and 1")
     log_q, log_p = log_distributions(student_logits, teacher_logits.detach(), temperature)
     p, q = log_p.exp(), log_q.exp()
+    # [...]; detached above, so gradients flow through the two KLs alone
     weight = forward_weight(p, (p - q).detach().abs(), head_mass)
     return weight * _kl(log_p, log_q) + (1 - weight) * _kl(log_q, log_p)
 
@@ -107,7 +108,7 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 def head_threshold(p: Tensor, head_mass: float) -> Tensor:
     """Smallest probability in the head.
 
-    The head holds the likeliest tokens, each of which has less than ``head_mass`` before it, and all tokens as likely as the last of them.
+    The head contains every token whose likelier tokens have less than ``head_mass`` together, and all tokens as likely as the last of them.
 
     Args:
         p: [..., V] probabilities.
@@ -117,6 +118,7 @@ def head_threshold(p: Tensor, head_mass: float) -> Tensor:
         [..., 1], dtype of ``p``: the head is where ``p`` is at least this.
     """
     ordered = p.sort(-1, descending=True).values
+    # [..., V]: the mass of all likelier tokens
     before = ordered.cumsum(-1) - ordered
     # clamped for NaN, of which no token is "before": index -1 would be an error where the result must be NaN
     count = (before < head_mass).sum(-1, keepdim=True).clamp(min=1)
@@ -126,6 +128,7 @@ def head_threshold(p: Tensor, head_mass: float) -> Tensor:
 def forward_weight(p: Tensor, distance: Tensor, head_mass: float) -> Tensor:
     """g_h / (g_h + g_t) of ``adaptive_kl`` [...], from p [..., V] and |p - q| [..., V]; 1/2 where the two are equal."""
     whole = distance.sum(-1)
+    # g_h; ``whole`` is g_h + g_t
     head = (distance * (p >= head_threshold(p, head_mass))).sum(-1)
     # clamped because torch.where also computes the quotient that it drops
     return torch.where(whole > 0, head / whole.clamp(min=torch.finfo(whole.dtype).tiny), 0.5)
@@ -167,4 +170,5 @@ def teacher_entropy(teacher_logits: Tensor, *, temperature: float = 1.0) -> Tens
         ValueError: temperature is not positive.
     """
     log_p = torch.log_softmax(in_full_precision(teacher_logits) / checked_temperature(temperature), -1).clamp(min=FLOOR)
+    # a probability of 0 adds exp(FLOOR) * FLOOR = 0, where log 0 would add NaN
     return -(log_p.exp() * log_p).sum(-1)

@@ -45,11 +45,13 @@ def evaluation_sums(student_logits: Tensor, teacher_logits: Tensor | None, label
         ValueError: shapes do not fit, or a label is masked or out of range.
     """
     _check(student_logits, teacher_logits, labels)
+    # law 2: fp32 softmax over all V_s columns, as runtimes compute perplexity
     logits = in_full_precision(student_logits)
     log_q = torch.log_softmax(logits, -1)
     likeliest = logits.argmax(-1)
     kl = top1 = None
     if teacher_logits is not None:
+        # [N, V]: both softmaxes are over the teacher's vocabulary, so the student's padding takes no mass
         shared = logits[:, : teacher_logits.shape[1]]
         kl = forward_kl(shared, teacher_logits)
         top1 = shared.argmax(-1) == teacher_logits.argmax(-1)

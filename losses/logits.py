@@ -9,6 +9,7 @@ FLOOR = -1e30
 
 def in_full_precision(tensor: Tensor) -> Tensor:
     """Returns fp64 tensors as they are and all others in fp32."""
+    # law 2: the softmax is fp32, also for bf16 logits
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -26,6 +27,7 @@ def log_distributions(student_logits: Tensor, teacher_logits: Tensor, temperatur
     checked_temperature(temperature)
     student, teacher = in_full_precision(student_logits), in_full_precision(teacher_logits)
     log_q, log_p = torch.log_softmax(student / temperature, -1), torch.log_softmax(teacher / temperature, -1)
+    # log 0 becomes FLOOR: -inf - (-inf) in log p - log q would be NaN
     return log_q.clamp(min=FLOOR), log_p.clamp(min=FLOOR)
 
 

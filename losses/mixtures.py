@@ -37,6 +37,7 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 
     checked_share("beta", beta, "use forward_kl or reverse_kl for 0 and 1")
     log_q, log_p = log_distributions(student_logits, teacher_logits, temperature)
     d = _log_ratio(log_p, log_q)
+    # sum p log(m / p) and sum q log(m / q), the negative KLs to the mixture m = beta p + (1 - beta) q: [...]
     from_teacher = (log_p.exp() * _log_mixture(-d, 1 - beta)).sum(-1)
     from_student = (log_q.exp() * _log_mixture(d, beta)).sum(-1)
     return -from_teacher / (1 - beta) - from_student / beta

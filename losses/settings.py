@@ -52,7 +52,7 @@ class LossSettings:
     """symmetric_kl: weight of forward KL; reverse KL gets the rest. Default: 0.5."""
     head_mass: HeadMass | None = None
     """adaptive_kl: teacher probability that makes up the head of the distribution. Default: 0.5."""
-    hard_weight: Annotated[float, Bounds(ge=0, le=1, why="0 trains on the teacher alone")] = 0.0
+    hard_weight: Annotated[float, Bounds(ge=0, le=1, why="0 trains only on the teacher")] = 0.0
     """Weight of the cross-entropy on the labels of the text. 1 trains without a teacher."""
 
     def __post_init__(self) -> None:
@@ -64,6 +64,7 @@ class LossSettings:
     @property
     def scale(self) -> float:
         """Factor on the divergence: its weight times T^2."""
+        # only with hard_weight 1, where there is no divergence
         if self.temperature is None:
             return 0.0
         return (1 - self.hard_weight) * (self.temperature**2 if self.t_squared else 1.0)
@@ -82,6 +83,7 @@ class LossSettings:
 
     def _fill(self, dial: str, default: float, owners: tuple[Divergence, ...]) -> None:
         """Fills in a parameter's default; raises ValueError if the divergence has no such parameter."""
+        # a parameter of another divergence is an error: ignored silently, it would leave the user with a loss that was not chosen
         value = getattr(self, dial)
         if self.divergence not in owners:
             if value is not None:

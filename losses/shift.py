@@ -26,4 +26,5 @@ def shift_for_next_token(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
             f"hidden states of shape {tuple(hidden.shape)} and labels of shape {tuple(labels.shape)} must be [B, S, H] and [B, S] "
             "with the same B and S; pass labels as they come out of the data, not shifted"
         )
+    # [B, S, H] -> [B, S - 1, H] -> [B (S - 1), H], and labels [B, S] -> [B (S - 1)]
     return hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()

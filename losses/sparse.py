@@ -59,7 +59,7 @@ class SparseTargets:
                 f"{tuple(weights.shape)}"
             )
         if self.log_inclusion is not None and (self.log_inclusion.shape != ids.shape or self.log_tail is not None):
-            raise ValueError("log_inclusion of sparse targets goes with the sampled form, one number for each of ids")
+            raise ValueError("log_inclusion of sparse targets belongs to the sampled form and has the shape of ids")
         others = {"entropy": self.entropy, "best": self.best, "log_tail": self.log_tail, "covered": self.covered}
         if wrong := [name for name, part in others.items() if part is not None and part.shape != ids.shape[:1]]:
             raise ValueError(f"{wrong[0]} of sparse targets must have shape [{len(ids)}], one number per position")
@@ -68,8 +68,8 @@ class SparseTargets:
         used = ids[weights > -torch.inf]
         if used.numel() and not (int(used.min()) >= 0 and int(used.max()) < v_eff):
             raise ValueError(
-                f"sparse targets hold token ids {int(used.min())} to {int(used.max())}, and the vocabulary has 0 to {v_eff - 1}; make them "
-                "anew with the student's tokenizer"
+                f"sparse targets have token ids {int(used.min())} to {int(used.max())}, but the vocabulary has 0 to {v_eff - 1}; create "
+                "them again with the student's tokenizer"
             )
 
     def __getitem__(self, rows: Tensor | slice) -> "SparseTargets":
@@ -86,6 +86,7 @@ class SparseTargets:
     def filled(self) -> tuple[Tensor, Tensor]:
         """(ids, weights) [N, K]. Unused slots get the first used id of their row and weight 0, so that they add nothing to a sum."""
         used = self.log_weights > -torch.inf
+        # [N, 1]; argmax, which takes no bool, gives the first of equal values and so the first used slot
         first = self.ids.gather(1, used.to(torch.int8).argmax(1, keepdim=True))
         return torch.where(used, self.ids, first), self.log_weights.exp()
 
@@ -93,6 +94,7 @@ class SparseTargets:
         """[N] the part of the loss that does not depend on the student: sum w log w of the outcomes compared, or -H."""
         if self.log_tail is None:
             return -self.entropy
+        # [N, K + 1]: the outcomes of the bucket form, the tail last
         parts = torch.cat([self.log_weights, self.log_tail.unsqueeze(1)], 1)
         return torch.special.entr(parts.exp()).sum(1).neg()
 
@@ -135,16 +137,20 @@ def control(log_q: Tensor, weights: Tensor, log_inclusion: Tensor) -> Tensor:
     # an inclusion probability of 1 adds no noise: only tokens drawn at random need control
     drawn = used & (log_inclusion < 0)
     q, least = torch.where(used, log_q.exp(), 0.0), torch.finfo(log_q.dtype).eps
+    # P and Q [N, 1]: masses outside the tokens known for certain
     rest = torch.where(drawn, weights, 0.0).sum(1, keepdim=True).clamp(min=least)
     left = (1 - torch.where(drawn, 0.0, q).sum(1, keepdim=True)).clamp(min=least)
     # w = p / r for a drawn token, so p = w r
     log_p = weights.clamp(min=torch.finfo(weights.dtype).tiny).log() + log_inclusion
+    # log^2 (q P / (p Q)) of each draw
     distance = torch.where(drawn, log_q - log_p - (left / rest).log(), 0.0).square()
     count, whole = drawn.sum(1, keepdim=True), distance.sum(1, keepdim=True)
+    # min(1, P / Q); 0 for the only draw of a row, which has no others to take c from
     most = torch.where(count > 1, (rest / left).clamp(max=1), 0.0)
     # leave one out: a c_v that saw draw v itself would bias the gradient
     own = most * torch.exp(-(whole - distance) / (count - 1).clamp(min=1))
     common = most * torch.exp(-whole / count.clamp(min=1))
+    # c_v q / r - (c_v - c) q
     at_random = own * (log_q - log_inclusion).exp() - (own - common) * q
     return torch.where(drawn, torch.minimum(at_random, MOST_CONTROL * weights), common * q)
 
@@ -165,6 +171,7 @@ def sparse_forward_kl(student_logits: Tensor, targets: SparseTargets) -> Tensor:
     targets.check(len(student_logits), student_logits.shape[1])
     log_q = torch.log_softmax(in_full_precision(student_logits) / checked_temperature(targets.temperature), -1)
     ids, weights = targets.filled()
+    # the whole sampled form; the bucket form still lacks its tail
     value = targets.negative_entropy().to(log_q.dtype) - (weights.to(log_q.dtype) * log_q.gather(1, ids)).sum(1)
     if targets.log_inclusion is not None:
         known = log_q.gather(1, ids)
@@ -176,4 +183,5 @@ def sparse_forward_kl(student_logits: Tensor, targets: SparseTargets) -> Tensor:
     tail = targets.log_tail.to(log_q.dtype).exp()
     # a sum over the other tokens: 1 minus the known sum would be rounding noise when the known tokens hold nearly all mass
     log_other = log_q.exp().scatter(1, ids, 0.0).sum(1).clamp(min=torch.finfo(log_q.dtype).tiny).log()
+    # where the teacher has no tail, 0 log q_t is 0 whatever q_t is
     return value - torch.where(tail > 0, tail * log_other, 0.0)

@@ -53,8 +53,7 @@ def bits_per_weight(size_bytes: int, parameters: int) -> float:
 
 
 def packed_bytes(model: nn.Module, record: Mapping[str, Any]) -> int:
-    """Return the bytes of a quantized model's tensors as exports pack them: codes in whole words, scales, zero points, the rest in 16
-    bits.
+    """Return the bytes of a quantized model's tensors as exports pack them: codes in words, scales, zero points, the rest in 16 bits.
 
     Args:
         model: Plain model with the weights of a quantized folder.
@@ -75,12 +74,14 @@ def _stored(shape: torch.Size, spec: QuantSpec | None) -> int:
         return 2 * shape.numel()
     rows, columns = shape
     height, width = spec.scale_shape(rows, columns)
+    # every row starts a new word; zero points are packed along the outputs (compressed-tensors)
     words = -(-columns * spec.bits // 32)
     zeros = 0 if spec.symmetric else 4 * width * -(-rows * spec.bits // 32)
     return 4 * rows * words + height * width * _scale_bytes(spec) + zeros
 
 
 def _scale_bytes(spec: QuantSpec) -> int:
+    # e8m0 and e4m3 scales take a byte
     return 1 if spec.kind in ("mxfp4", "nvfp4") else 4 if spec.scale_grid == "fp32" else 2
 
 
@@ -94,8 +95,7 @@ def linear_sparsity(model: "PreTrainedModel") -> float:
     """Return the share of exact zeros among the weights of the decoder's linears, without embeddings and head; 0.0 without linears.
 
     For a ``QuantLinear`` the quantized weights count (codes times scales), not the latent ones: they are stored and served, and rounding
-    makes
-    zeros too.
+    makes zeros too.
     """
     zeros = total = 0
     for module in decoder_linears(model).values():

@@ -58,12 +58,16 @@ def pack_bits(codes: Tensor, bits: int, *, backend: Backend = "auto") -> Tensor:
     common = math.gcd(bits, 32)
     block_codes, block_words = 32 // common, bits // common
     blocks = -(-columns // block_codes)
+    # u = q + 2^(b-1): [out, blocks, codes of a block]; padding beyond the row is u = 0
     unsigned = F.pad(codes.to(torch.int32) + (1 << (bits - 1)), (0, blocks * block_codes - columns)).view(rows, blocks, block_codes)
     words = torch.zeros(rows, blocks, block_words, dtype=torch.int32, device=codes.device)
     for place in range(block_codes):
         word, shift = divmod(place * bits, 32)
+        # the last code may set the sign bit: the word is the same 32 bits, read as a negative number
         words[..., word] |= unsigned[..., place] << shift
         # the code crosses into the next word: its high bits go there
         if shift + bits > 32:
+            # u < 256 is positive, so the shift brings in zeros
             words[..., word + 1] |= unsigned[..., place] >> (32 - shift)
+    # without the words of the last block that hold no code
     return words.view(rows, blocks * block_words)[:, :width].contiguous()

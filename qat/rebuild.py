@@ -33,6 +33,7 @@ def load_exported_model(path: Path, *, inputs: Arithmetic = "kernels") -> "PreTr
     from transformers import GenerationConfig
 
     path = Path(path)
+    # 1. the files are checked before any tensor is read
     opened = open_export(path)
     path = path.parent if path.is_file() else path
     check_record(path)
@@ -41,6 +42,7 @@ def load_exported_model(path: Path, *, inputs: Arithmetic = "kernels") -> "PreTr
     problems = structure.differences(shapes)
     if problems:
         raise UserError(f"{path}: {problems[0]} ({len(problems)} differences in all); export the model again")
+    # 2. every tensor decoded to fp32; memory holds the whole model
     tensors = {name: torch.from_numpy(opened.tensor(name)) for name in shapes}
     config = plain_config(path)
     # the auto class needs a path; the model's own class takes tensors, ties them and creates the buffers that no file holds
@@ -50,6 +52,7 @@ def load_exported_model(path: Path, *, inputs: Arithmetic = "kernels") -> "PreTr
     wrong = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in loaded[kind]]
     if wrong:
         raise UserError(f"{path}: transformers did not take {sorted(map(str, wrong))[0]} ({len(wrong)} in all); export the model again")
+    # 3. what the weights do not contain: sampling defaults, and the rounding of inputs, keys and values
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     hook_inputs(model, opened, inputs, structure.modules)

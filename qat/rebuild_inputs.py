@@ -1,11 +1,8 @@
-"""Rounds inputs, keys and values of a rebuilt model as its export specifies: like serving kernels, or like the compressed-tensors
-package.
+"""Rounds inputs, keys and values of a rebuilt model as its export specifies: like serving kernels or like the compressed-tensors package.
 
 Kernels divide a token's absmax by 127 (vLLM's int8 kernels, and decoct in training), the package by 127.5, so their logits differ by
-design. A
-rebuilt model computes like the kernels, or like the package for the comparison with transformers, which uses it. Both round keys and
-values
-in fp8 in the same way.
+design. A rebuilt model computes like the kernels, or like the package for the comparison with transformers, which uses it. Both round
+keys and values in fp8 in the same way.
 """
 
 from collections.abc import Mapping
@@ -49,6 +46,7 @@ def hook_cache(model: "PreTrainedModel", opened: ExportReader) -> None:
         return
     attentions = tuple(dict.fromkeys(name.rpartition(".")[0] for name in scales))
     spec = ActivationSpec(kind="fp8_e4m3", scaling="static")
+    # the reader gives Python floats of fp32 numbers, so the tensors have the stored bits
     numbers = {name: torch.tensor(scale) for name, scale in scales.items()}
     round_cache_as_stored(model, CacheState(spec=spec, attentions=attentions, scales=numbers))
 
@@ -72,8 +70,10 @@ def like_package(x: Tensor, inputs: Inputs) -> Tensor:
         scale, zero = torch.tensor(inputs.scale), torch.tensor(float(inputs.zero))
     else:
         low, high = x.amin(-1, keepdim=True).clamp(max=0.0), x.amax(-1, keepdim=True).clamp(min=0.0)
+        # half of 255 steps when symmetric, where +absmax is clipped to 127; the whole range in 255 steps otherwise
         scale = torch.maximum(-low, high) / 127.5 if inputs.symmetric else (high - low) / 255
         # the package's own guard for tokens that are all zero
         scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
         zero = torch.zeros(()) if inputs.symmetric else (-128 - low / scale).clamp(-128, 127).round()
+    # clamped, then rounded, in the order of the package
     return ((x / scale + zero).clamp(-128, 127).round() - zero) * scale

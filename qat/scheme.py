@@ -43,6 +43,7 @@ class SpecChange:
 
     def applied(self, spec: QuantSpec) -> QuantSpec:
         """``spec`` with the changes; ValueError if they do not fit together."""
+        # a float kind has one width; a change that also gives bits keeps them, and QuantSpec judges the pair
         fixed = {"bits": FLOAT_BITS[self.kind]} if self.kind in FLOAT_BITS else {}
         return replace(spec, **fixed | self.given)
 
@@ -89,14 +90,17 @@ class QuantScheme:
         Raises:
             ValueError: a pattern of ``overrides`` matches no linear, or two patterns change the same linear differently.
         """
+        # skip goes first: a skipped linear has no spec for a pattern to change
         kept = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in self.skip)]
         found: dict[str, tuple[str, QuantSpec]] = {}
         for pattern, change in self.overrides.items():
             matched = [name for name in kept if fnmatchcase(name, pattern)]
             if not matched:
                 raise ValueError(f"overrides: {pattern!r} matches no linear layer that is quantized; {example_of(kept)}")
+            # always from ``weights``, never from another pattern's result
             spec = change.applied(self.weights)
             for name in matched:
+                # the first pattern sets the spec, and every later one must agree: the order of patterns has no influence
                 other, before = found.setdefault(name, (pattern, spec))
                 if before != spec:
                     raise ValueError(f"overrides: {other!r} and {pattern!r} both match {name} and differ; narrow one of the patterns")

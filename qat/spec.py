@@ -43,7 +43,10 @@ class GridLimits:
 
 
 SCALE_GRIDS: dict[str, GridLimits] = {
+    # From 2^-17 on, bf16 numbers are multiples of 2^-24, the spacing of fp16's subnormals; 65280 = 255 * 2^8 is bf16's last number below
+    # fp16's largest, 65504. So a scale in between is exact in both.
     "bf16_fp16": GridLimits(dropped_bits=16, smallest=2.0**-17, largest=65280.0),
+    # The other grids span the normal numbers of their dtype: subnormals would have fewer bits.
     "bf16": GridLimits(dropped_bits=16, smallest=2.0**-126, largest=(2.0 - 2.0**-7) * 2.0**127),
     "fp16": GridLimits(dropped_bits=13, smallest=2.0**-14, largest=65504.0),
     "fp32": GridLimits(dropped_bits=0, smallest=2.0**-126, largest=(2.0 - 2.0**-23) * 2.0**127),
@@ -135,9 +138,11 @@ class QuantSpec:
     def divisor_value(self) -> float:
         """The number by which absmax (symmetric=false: max - min) is divided to get the scale; exact in fp32."""
         if self.kind != "int":
+            # the largest value of the code book: 1 (NF4), 448 (e4m3), 6 (e2m1)
             return {"nf4": 1.0, "fp8_e4m3": 448.0}.get(self.kind, 6.0)
         if not self.symmetric:
             return float(2**self.bits - 1)
+        # half_range is 7.5 at 4 bits: -absmax rounds to the code -8, and +absmax is clipped to 7 (compressed-tensors, GPTQ)
         return {"half_range": (2**self.bits - 1) / 2, "qmax": float(self.qmax), "full_range": float(2 ** (self.bits - 1))}[self.divisor]
 
     @property
@@ -175,6 +180,7 @@ class QuantSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Stable JSON form: fields sorted by name; fields added later are present only if they differ from their default."""
+        # an Ellipsis equals no value: fields without an entry are always stored
         return {name: value for name, value in sorted(asdict(self).items()) if _NOT_STORED.get(name, ...) != value}
 
     @classmethod
@@ -215,6 +221,7 @@ class ActivationSpec:
         group = "channel" if self.scaling == "dynamic" else "tensor"
         if self.kind == "fp8_e4m3":
             return QuantSpec(kind="fp8_e4m3", bits=8, group_size=group, scale_grid="fp32")
+        # symmetric: 127, as serving kernels divide; asymmetric specs allow no other divisor than half_range
         divisor = "qmax" if self.symmetric else "half_range"
         return QuantSpec(bits=8, group_size=group, symmetric=self.symmetric, divisor=divisor, scale_grid="fp32")
 

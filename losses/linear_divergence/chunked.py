@@ -117,6 +117,7 @@ def _run(problem: Problem, gradients: Gradients, rows: int | None) -> tuple[Tens
         # a slice is a view, an index tensor copies: the copy is only needed where some rows are masked
         block = part if count == len(labels) else problem.kept[part]
         space = workspace[:, : part.stop - first]
+        # [rows, H] and [rows, V]
         hidden = student.hidden(block)
         logits = student.into(hidden, space[0])
         # taken now: _block overwrites the logits

@@ -40,7 +40,7 @@ def cross_entropy_block(logits: Tensor, labels: Tensor, buffer: Tensor, *, gradi
         gradient: Whether to compute the gradient.
 
     Returns:
-        (figures, gradient [n, V] with respect to ``logits`` or None); the gradient lies in ``buffer``.
+        (figures, gradient [n, V] with respect to ``logits`` or None); the gradient is in ``buffer``.
     """
     own, best = _at(logits, labels), logits.amax(-1)
     q = torch.softmax(logits, -1, out=buffer)
@@ -63,23 +63,25 @@ def divergence_block(
         gradient: Whether to compute the gradient.
 
     Returns:
-        (figures, gradient [n, V] with respect to ``logits`` or None); the gradient lies in one of the buffers or the logits.
+        (figures, gradient [n, V] with respect to ``logits`` or None); the gradient is in one of the buffers or the logits.
     """
     settings = problem.settings
     weight, temperature = settings.hard_weight, settings.temperature or 1.0
     # the figures at temperature 1 come first: what follows overwrites the logits
     matches = _at(logits, teacher_logits.argmax(-1)) >= logits.amax(-1)
     pair, entropy = _plain_pair(logits, teacher_logits, buffers, problem.impossible)
+    # [n] each; vecdot sums over V without a further [n, V] buffer for the product
     hard, kl = -_at(pair.log_q, labels), torch.linalg.vecdot(pair.p, pair.d)
     infinite_rows = None
     if problem.impossible:
-        # log 0 is the finite FLOOR in the buffers, so that 0 * log 0 is 0: sums that must be inf are put right afterwards
+        # log 0 is the finite FLOOR in the buffers, so that 0 * log 0 is 0: sums that must be inf are corrected afterwards
         hard = torch.where(hard >= -FLOOR / 2, torch.inf, hard)
         kl = kl.masked_fill(infinite(pair.d, "forward_kl"), torch.inf)
         infinite_rows = infinite(pair.d, settings.divergence)
     if weight == 1:
         figures = BlockValues(hard, hard, matches, kl, entropy)
         return figures, _minus_onehot(pair.log_q.exp_(), labels, 1.0) if gradient else None
+    # log q at temperature 1, which the gradient of cross-entropy needs below
     student = pair.log_q
     if temperature == 1:
         value, slope = soft(pair, logits, settings, gradient=gradient)
@@ -106,6 +108,7 @@ def divergence_block(
 
 def _plain_pair(logits: Tensor, teacher_logits: Tensor, buffers: Sequence[Tensor], impossible: bool) -> tuple[Pair, Tensor]:
     """The two distributions at temperature 1, and the teacher's entropy [n]; leaves both logits unchanged."""
+    # buffers: log q, log p and then d, p
     log_q = _log_softmax(logits, buffers[0], impossible)
     d = _log_softmax(teacher_logits, buffers[1], impossible)
     p = torch.exp(d, out=buffers[2])
@@ -117,6 +120,7 @@ def _tempered_pair(logits: Tensor, teacher_logits: Tensor, temperature: float, b
     """The two distributions at ``temperature``; overwrites both logits."""
     log_q = _log_softmax(logits.div_(temperature), buffers[0], impossible)
     d = _log_softmax(teacher_logits.div_(temperature), buffers[1], impossible)
+    # the student's logits are in log_q by now, so their buffer is free
     p = torch.exp(d, out=logits)
     return Pair(p, log_q, d.sub_(log_q))
 

@@ -98,6 +98,7 @@ def block_rows(count: int, v_eff: int, bytes_each: int, budget: int) -> int:
     most = max(1, budget // (v_eff * bytes_each))
     blocks = -(-count // most)
     rows = -(-count // max(1, blocks))
+    # rounded up to whole tiles only if these still fit the budget
     whole = -(-rows // _ROW_TILE) * _ROW_TILE
     return max(1, whole if whole <= most else rows)
 
@@ -169,6 +170,7 @@ def _run(problem: Problem, gradients: Gradients, *, rows: int | None, slope_rows
         torch.empty(held, v_eff, device=device),
         torch.empty(held, v_eff, device=device) if isinstance(taught, _Operands) else None,
         torch.empty(min(slope_rows, count) if gradients.any else 0, v_eff, device=device, dtype=student.dtype),
+        # zeros: without a teacher the kernel writes neither KL nor entropy
         torch.zeros(5, count, device=device),
     )
     # a slice is a view, an index tensor copies: the copy is only needed where some rows are masked
@@ -228,11 +230,14 @@ def _launch(
     model = teacher if isinstance(teacher, _Operands) else None
     soft = teacher is not None and settings.hard_weight < 1
     adaptive = soft and settings.divergence == "adaptive_kl"
+    # all slopes but forward KL's need a sum over the vocabulary first: they are written in the third pass
     late = slopes is not None and soft and settings.divergence != "forward_kl"
     # the threshold needs a sort over the vocabulary, which a kernel of one pass cannot do
     head_from = _head_from(problem, model, theirs, rows) if adaptive else figures
     bias, their_bias = student.bias, model.bias if model else None
+    # at most one of them is set; otherwise the kernel does not read the number
     dial = next((d for d in (settings.beta, settings.alpha, settings.balance) if d is not None), 0.5)
+    # the published JSD is beta (1 - beta) times the kernel's, and so is its gradient
     factor = dial * (1 - dial) if settings.divergence == "gkd_jsd" else 1.0
     # Triton launches on the current device, which need not be that of the tensors
     with torch.cuda.device(own.device) if own.is_cuda else nullcontext():

@@ -12,12 +12,14 @@ _JSD = tl.constexpr(JSD)
 _SKEW_FORWARD = tl.constexpr(SKEW_FORWARD)
 _SKEW_REVERSE = tl.constexpr(SKEW_REVERSE)
 _VARIATION = tl.constexpr(VARIATION)
+# The bound of ``mixtures``; a kernel reads only those globals that are constexpr.
 MAX_LOG_RATIO = tl.constexpr(80.0)
 
 
 @triton.jit
 def expm1(x):
     """exp(x) - 1 in fp32: the series to x^9 where |x| < 1/2 (next term below 3e-10 of the result), else exp(x) - 1 itself."""
+    # Horner's scheme, from the last term of x (1 + x/2 (1 + x/3 (...))) inwards
     y = 1.0 + x * (1.0 / 9.0)
     y = 1.0 + x * (1.0 / 8.0) * y
     y = 1.0 + x * (1.0 / 7.0) * y
@@ -33,6 +35,7 @@ def expm1(x):
 def log1p(x):
     """log(1 + x) in fp32: log(w) corrected for the rounding of w = 1 + x (Goldberg 1991, theorem 4)."""
     w = 1.0 + x
+    # what is left of x after rounding 1 + x; 0 where x was rounded away, and log(1 + x) is x itself
     lost = w - 1.0
     exact = lost == 0.0
     return tl.where(exact, x, tl.log(tl.where(exact, 1.0, w)) * tl.math.div_rn(x, tl.where(exact, 1.0, lost)))
@@ -41,6 +44,7 @@ def log1p(x):
 @triton.jit
 def slope_g(p, q, d, dial, KIND: tl.constexpr):
     """g of ``slopes``: T times the gradient is q (g - sum q g). Forward KL and the mixtures of both KLs do not use it."""
+    # E of ``slopes`` is expm1(d)
     if KIND == _REVERSE:
         g = -d
     elif KIND == _JSD:

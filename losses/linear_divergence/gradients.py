@@ -96,6 +96,7 @@ def _scaled(own: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if own.dtype == dtype or own.numel() <= _CAST_ELEMENTS:
         return (own * factor).to(dtype)
     result = torch.empty_like(own, dtype=dtype)
+    # [rows, H] per piece of a head's gradient
     rows = max(1, _CAST_ELEMENTS // own[0].numel())
     for first in range(0, len(own), rows):
         torch.mul(own[first : first + rows], factor, out=result[first : first + rows])

@@ -96,6 +96,7 @@ class Problem:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the computation: fp64 if the student is fp64, else fp32."""
+        # the teacher does not count: its numbers are converted to this dtype
         return torch.float64 if torch.float64 in (self.student.hidden.dtype, self.student.head.dtype) else torch.float32
 
     def covered_mass(self) -> Tensor:
@@ -121,13 +122,14 @@ def checked_problem(
         raise ValueError(f"labels must be int64 of shape [{rows}], one per student hidden state, not {labels.dtype} {tuple(labels.shape)}")
     if teacher is None and settings.hard_weight != 1:
         raise ValueError(
-            f"hard_weight={settings.hard_weight} needs a teacher and there is none; give one, or set hard_weight to 1.0 to train on the "
-            "labels alone"
+            f"hard_weight={settings.hard_weight} needs a teacher and there is none; give one, or set hard_weight to 1.0 to train only on "
+            "the labels"
         )
     _check_teacher(teacher, rows, settings, v_eff)
     # found before anything is computed, so that masked rows cost no product
     kept = (labels != MASKED).nonzero().squeeze(1)
     _check_labels(labels[kept], v_eff)
+    # waits for the device, once per call
     impossible = any(_holds_minus_infinity(model, v_eff) for model in (student, teacher))
     return Problem(student, _without_graph(teacher), labels, settings, v_eff, kept, impossible)
 
@@ -138,6 +140,7 @@ def _holds_minus_infinity(model: HiddenStates | TeacherLogitsSource | None, v_ef
         logits = model.logits[:, :v_eff]
         # amin needs no [N, V] mask, which isneginf would make
         return logits.numel() > 0 and float(logits.amin()) == -torch.inf
+    # products of finite hidden states and heads are finite, so only a bias makes a token impossible
     bias = model.bias if isinstance(model, HiddenStates) else None
     return bias is not None and bool(torch.isneginf(bias[:v_eff]).any())
 
@@ -168,6 +171,7 @@ def _without_graph(teacher: TeacherLogitsSource | None) -> HiddenStates | Teache
     if isinstance(teacher, SparseTargets):
         return teacher
     if isinstance(teacher, TeacherHidden):
+        # the teacher is a constant: its graph would only keep activations in memory
         return teacher.detached()
     return None if teacher is None else TeacherLogits(teacher.logits.detach())
 

@@ -13,12 +13,14 @@ from .inputs import HiddenStates, LogitTransform, Problem, TeacherLogits
 def reference_sums(problem: Problem) -> LossSums:
     """Computes the sums of ``problem`` by the formulas of ``divergences``; gradients come from autograd."""
     with torch.autocast(problem.labels.device.type, enabled=False):
+        # law 2: autocast, switched off here, would compute the product in bf16
         logits = _logits(problem.student, problem)
         labels = problem.labels[problem.kept]
         hard = cross_entropy(logits, labels)
         zero = logits.new_zeros(())
         if problem.teacher is None:
             kl = entropy = zero
+            # top-1 matches are then those with the label
             loss, target = hard, labels
         elif isinstance(problem.teacher, SparseTargets):
             targets = problem.teacher[problem.kept]
@@ -28,6 +30,7 @@ def reference_sums(problem: Problem) -> LossSums:
         else:
             teacher_logits = _logits(problem.teacher, problem)
             loss = _mixed(logits, teacher_logits, hard, problem)
+            # figures of the report, at temperature 1 and without a graph
             kl = forward_kl(logits.detach(), teacher_logits).sum()
             entropy = teacher_entropy(teacher_logits).sum()
             target = teacher_logits.argmax(-1)
@@ -65,6 +68,7 @@ def _logits(states: HiddenStates | TeacherLogits, problem: Problem) -> Tensor:
     v_eff, dtype, kept = problem.v_eff, problem.dtype, problem.kept
     if isinstance(states, TeacherLogits):
         return states.logits[kept, :v_eff].to(dtype)
+    # [n, H] @ [H, V]
     logits = states.hidden[kept].to(dtype) @ states.head[:v_eff].to(dtype).T
     if states.bias is not None:
         logits = logits + states.bias[:v_eff].to(dtype)

@@ -46,7 +46,7 @@ def soft(pair: Pair, spare: Tensor, settings: LossSettings, *, gradient: bool) -
         pair: Overwritten; ``log_q`` becomes q if q or a gradient is needed.
         spare: [n, V] scratch.
         settings: Divergence and its parameter.
-        gradient: Whether to compute the gradient; it lies in one of the buffers.
+        gradient: Whether to compute the gradient; it is in one of the buffers.
     """
     return _SLOPES[settings.divergence](pair, spare, settings, gradient)
 
@@ -85,6 +85,7 @@ def _symmetric_kl(pair: Pair, spare: Tensor, settings: LossSettings, gradient: b
 def _adaptive_kl(pair: Pair, spare: Tensor, settings: LossSettings, gradient: bool) -> Result:
     assert settings.head_mass is not None
     q = pair.log_q.exp_()
+    # a constant: no gradient flows through |p - q|
     weight = forward_weight(pair.p, torch.sub(pair.p, q, out=spare).abs_(), settings.head_mass)
     return _both_kls(pair, q, weight, gradient)
 
@@ -99,6 +100,7 @@ def _both_kls(pair: Pair, q: Tensor, weight: Tensor, gradient: bool) -> Result:
     forward = weight.unsqueeze(1)
     # in p's buffer, which is not needed any more; q still is
     slope = torch.sub(q, p, out=p).mul_(forward)
+    # minus (1 - weight) q (d + reverse KL), the centred slope of reverse KL
     return value, slope.sub_(d.add_(reverse.unsqueeze(1)).mul_(q).mul_(1 - forward))
 
 
@@ -107,6 +109,7 @@ def _jsd(pair: Pair, spare: Tensor, settings: LossSettings, gradient: bool) -> R
     beta, p, q = settings.beta, pair.p, pair.log_q.exp_()
     # only mixtures are clamped: reverse KL of two models 800 nats apart was 90 % off with a clamp (docs/lab-book.md, 2026-11-24)
     d = pair.d.clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    # log of m / q = 1 + beta E, and of m / p with the roles of p and q exchanged, in the buffer of d
     log_m_over_q = torch.expm1(d, out=spare).mul_(beta).log1p_()
     log_m_over_p = d.neg_().expm1_().mul_(1 - beta).log1p_()
     value = -torch.linalg.vecdot(p, log_m_over_p) / (1 - beta) - torch.linalg.vecdot(q, log_m_over_q) / beta
@@ -146,6 +149,7 @@ def _skew_reverse_kl(pair: Pair, spare: Tensor, settings: LossSettings, gradient
 
 def _total_variation(pair: Pair, spare: Tensor, settings: LossSettings, gradient: bool) -> Result:
     q = pair.log_q.exp_()
+    # its sign is 0 where p = q, and so is g
     difference = torch.sub(q, pair.p, out=spare)
     value = torch.linalg.vector_norm(difference, 1, dim=1) / 2
     return value, _centred(difference.sign_().mul_(0.5), q) if gradient else None

@@ -52,6 +52,7 @@ def sparse_block(
     q = plain if temperature == 1 else torch.softmax(logits.div_(temperature), -1, out=first)
     known -= _log_normaliser(best / temperature, q).unsqueeze(1)
     value = targets.negative_entropy().to(q.dtype) - (weights * known).sum(1)
+    # the gradient is ``others`` [n, 1] times q everywhere, plus ``slopes`` [n, K] at the known ids
     others = whole = weights.sum(1)
     slopes = -weights
     if targets.log_inclusion is not None:
@@ -62,6 +63,7 @@ def sparse_block(
         if temperature == 1 and gradient and weight:
             # the lines below set entries of q to 0, and cross-entropy still needs all of them
             q = first.copy_(plain)
+        # [n, K], read before these entries of q are set to 0
         own_q = torch.where(weights > 0, q.gather(1, ids), 0.0)
         # sum of the other tokens with the known ones set to 0: 1 minus a sum would be rounding noise
         mass = q.scatter_(1, ids, 0.0).sum(1).clamp(min=torch.finfo(q.dtype).tiny)
@@ -73,6 +75,7 @@ def sparse_block(
     if not gradient:
         return figures, None
     factor = problem.settings.scale / temperature
+    # in the buffer of the logits, which are not needed any more
     slope = torch.mul(q, (others * factor).unsqueeze(1), out=logits).scatter_add_(1, ids, slopes * factor)
     if weight:
         slope.add_(plain, alpha=weight)

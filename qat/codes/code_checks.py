@@ -25,6 +25,7 @@ def _zero_problem(zeros: Tensor | None, scales: Tensor, spec: QuantSpec) -> str 
         return "zero points of an asymmetric spec are missing"
     if zeros.dtype != torch.int8 or zeros.shape != scales.shape:
         return f"zero points are {zeros.dtype} of shape {tuple(zeros.shape)}, not int8 of shape {tuple(scales.shape)}"
+    # min and max of an empty tensor are errors
     if zeros.numel() and not spec.qmin <= int(zeros.min()) <= int(zeros.max()) <= spec.qmax:
         return f"zero points span {int(zeros.min())}..{int(zeros.max())}, outside {spec.qmin}..{spec.qmax}"
     return None
@@ -54,6 +55,7 @@ def _codes_problem(codes: Tensor, scales: Tensor, spec: QuantSpec) -> str | None
         return outside
     if not bool((torch.isfinite(scales) & (scales > 0)).all()):
         return "a scale is not a positive finite number"
+    # exporters cast scales to fp16 or bf16 unrounded, which only the grid makes exact (law 3)
     if not torch.equal(_on_grid(scales, spec), scales):
         return f"a scale is not on the grid {spec.kind if spec.kind in _OWN_GRIDS else spec.scale_grid}"
     return None
@@ -67,6 +69,7 @@ def _a(dtype: torch.dtype) -> str:
 def _on_grid(scales: Tensor, spec: QuantSpec) -> Tensor:
     """Round scales to values the kind can store. For powers of two, any other number becomes NaN, which equals nothing."""
     if spec.kind == "nvfp4":
+        # clamped, because the cast of a number above e4m3's range gives NaN
         return scales.clamp(max=448.0).to(torch.float8_e4m3fn).to(torch.float32)
     if spec.kind == "mxfp4":
         # frexp gives mantissas in [0.5, 1): exactly 0.5 means a power of two
@@ -77,6 +80,7 @@ def _on_grid(scales: Tensor, spec: QuantSpec) -> Tensor:
 
 def _outside(codes: Tensor, spec: QuantSpec) -> str | None:
     if spec.kind == "fp8_e4m3":
+        # e4m3fn has no infinities, so NaN is its only bit pattern that is not a number
         return None if bool(torch.isfinite(codes.to(torch.float32)).all()) else "a code is NaN"
     low, high = (spec.qmin, spec.qmax) if spec.kind == "int" else (0, 15)
     if codes.numel() and not low <= int(codes.min()) <= int(codes.max()) <= high:

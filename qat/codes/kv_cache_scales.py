@@ -58,10 +58,12 @@ class CacheState:
     def problem(self) -> str | None:
         """Return what is wrong with scales and zero points, as a sentence; None if nothing is."""
         tensors = self.tensors()
+        # missing and surplus tensors at once; the message names the first
         if differing := sorted(set(self.expected()) ^ set(tensors)):
             return f"kv_cache: {differing[0]} is {'stored, but the spec has none' if differing[0] in tensors else 'missing'}"
         for name, tensor in tensors.items():
             dtype = torch.float32 if name.endswith(_SCALE) else torch.int8
+            # one number per layer for keys and one for values, in whatever shape
             if tensor.numel() != 1 or tensor.dtype != dtype:
                 return f"kv_cache: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; it is one number in {dtype}"
             if dtype == torch.float32 and not (float(tensor) > 0 and bool(torch.isfinite(tensor).all())):
@@ -74,6 +76,7 @@ def cache_from_record(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     if not record.get("kv_cache"):
         return None
     spec, attentions = ActivationSpec.from_json(record["kv_cache"]), tuple(str(name) for name in record["attentions"])
+    # without scales at first: it provides the names under which they are stored
     empty = CacheState(spec=spec, attentions=attentions)
     held = ({name: tensors[name + suffix] for name in empty.names if name + suffix in tensors} for suffix in (_SCALE, _ZERO))
     scales, zeros = held

@@ -4,8 +4,7 @@ A quantized folder holds ``model.safetensors`` with codes * scales in fp32 under
 ``quant/codes.safetensors``: ``<module>.codes`` int8 [out, in], ``<module>.scale`` fp32 [out, groups], for an asymmetric spec
 ``<module>.zero_point`` int8 [out, groups], for nvfp4 ``.global_scale`` fp32 [1], for inputs with a stored scale ``.input_scale`` fp32
 and ``.input_zero`` int8, one number each; ``kv_cache_scales.py`` adds those of keys and values. ``decoct.json`` records the QuantSpec,
-the
-modules and a hash of everything. Export reads the codes and never rounds again.
+the modules and a hash of everything. Export reads the codes and never rounds again.
 """
 
 import hashlib
@@ -72,6 +71,7 @@ class QuantState:
         """
 
         def held(part: str) -> dict[str, Tensor]:
+            # parts that a module lacks, such as zero points of symmetric codes, get no entry
             found = {name: value for name, one in encoded.items() if (value := getattr(one, part)) is not None}
             return found if device is None else {name: value.to(device) for name, value in found.items()}
 
@@ -139,6 +139,7 @@ class QuantState:
         own = ((name, held[name]) for name in self.modules for _, held in self._parts() if name in held)
         for name, tensor in (*own, *(self.cache.tensors().items() if self.cache else ())):
             digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            # as bytes: numpy has no float8
             digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
@@ -147,6 +148,7 @@ class QuantState:
         return {"spec": self.spec.to_json(), "modules": list(self.modules), "hash": self.hash(), **self._more()}
 
     def _more(self) -> dict[str, Any]:
+        # absent parts are left out, so that the hashes of older folders stay valid
         own = {"own_specs": {name: spec.to_json() for name, spec in sorted(self.own_specs.items())}} if self.own_specs else {}
         own |= {"activations": self.activations.to_json()} if self.activations else {}
         return own | (self.cache.record() if self.cache else {})
@@ -192,6 +194,7 @@ def load_quant_state(folder: Path) -> QuantState:
     """
     from ...models.folder.model_folder import read_record
 
+    # 1. codes, scales and the record that describes them
     file = codes_file(folder)
     record = read_record(folder).get("quant")
     if record is None or file is None:
@@ -201,6 +204,7 @@ def load_quant_state(folder: Path) -> QuantState:
     state.check(str(file))
     if state.hash() != record.get("hash"):
         raise UserError(f"{file}: codes or scales differ from what decoct.json recorded; the file was changed. Quantize again.")
+    # 2. model.safetensors beside them, which loads in plain transformers and could have been changed alone
     _check_weights(folder, state, file.name)
     return state
 
@@ -210,6 +214,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
     from ...models.folder.safetensors_read import read_header
 
+    # raises UserError for a damaged file, which the library would report in its own words
     read_header(file)
     return load_file(file)
 
@@ -223,6 +228,7 @@ def _from_record(record: Any, tensors: Mapping[str, Tensor], file: Path, folder:
         cache = cache_from_record(record, tensors)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'decoct.json'}: the entry 'quant' cannot be read ({error}); quantize again.") from error
+    # exactly the tensors that the specs imply: a surplus one is a fault too, because nothing would ever read it
     expected = {name + suffix for name in modules for suffix in (_CODES, _SCALE)}
     expected |= {name + _ZERO for name in modules if not own.get(name, spec).symmetric}
     expected |= {name + _GLOBAL for name in modules if own.get(name, spec).kind == "nvfp4"}
@@ -268,6 +274,8 @@ def _check_weights(folder: Path, state: QuantState, codes: str) -> None:
         key = f"{called.get(name, name)}.weight"
         if key not in places:
             raise UserError(f"{folder}: {key} is missing from the weights, yet {codes} has codes for it; quantize again.")
+        # one weight at a time: memory holds one fp32 matrix and its decoded counterpart
         weight = read_tensor(places[key].file, key)
+        # without a tolerance: both files were written from the same numbers
         if weight.dtype != torch.float32 or not torch.equal(weight, state.dequantized(name)):
             raise UserError(f"{places[key].file}: {key} is not codes * scales of {codes}; the weights were changed. Quantize again.")

@@ -39,6 +39,7 @@ def pack_columns(codes: Tensor) -> Tensor:
     rows, width = codes.shape
     if width % 8:
         raise ValueError(f"{width} codes a row are no multiple of 8")
+    # [rows, out / 8, 8]: eight neighbouring outputs share a word
     blocks = unsigned(codes, 4).view(rows, width // 8, 8)
     words = torch.zeros(rows, width // 8, dtype=torch.int32, device=codes.device)
     for place, column in enumerate(COLUMNS):
@@ -54,10 +55,10 @@ def quantization_config(source: ExportSource) -> dict[str, Any]:
         "quant_method": NAME,
         "bits": 4,
         "group_size": layer(source, first).group_size or -1,
-        # the format stores zero points always; symmetric weights get the constant 8
+        # the format always stores zero points; symmetric weights get the constant 8
         "zero_point": True,
         "version": "gemm",
-        # readers leave lm_head alone by themselves
+        # readers skip lm_head without being configured to
         "modules_to_not_convert": [name for name in source.unquantized_linears if name != "lm_head"] or None,
     }
 
@@ -99,6 +100,7 @@ def _stored(source: ExportSource, name: str, dtype: torch.dtype) -> Tensor:
     module, part = name.rsplit(".", 1)
     it = layer(source, module)
     if part == "qweight":
+        # [out, in] -> [in, out] -> [in, out / 8]
         return pack_columns(it.codes.T)
     if part == "qzeros":
         # a signed zero point of 0 is 8 in the unsigned terms of the format

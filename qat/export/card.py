@@ -54,8 +54,9 @@ class CardFacts:
 
 def _transformers_and_vllm(facts: CardFacts) -> str:
     bits = facts.spec.bits if facts.spec else 16
+    # with rounded inputs the format is int-quantized, which stores zero points unpacked
     zeros = bool(facts.spec) and not facts.spec.symmetric and not facts.inputs
-    # transformers takes packed zero points for unpacked ones unless it dequantizes on loading
+    # transformers reads packed zero points as unpacked ones unless it dequantizes on loading
     names, option = (", CompressedTensorsConfig", ", quantization_config=CompressedTensorsConfig(dequantize=True)") if zeros else ("", "")
     vllm = "With vLLM" if bits in (4, 8, 16) else f"vLLM reads 4 and 8 bits; whether your version reads {bits} is not known"
     return f"""With transformers (`pip install transformers compressed-tensors`):
@@ -119,6 +120,7 @@ def shown_name(base_model: str | None) -> str | None:
 
 def _header(facts: CardFacts, form: FormatCard) -> str:
     shown = shown_name(facts.base_model)
+    # the hub resolves base_model to a page, so only a hub id may stand there
     base = [f"base_model: {shown}"] if shown and _HUB_ID.fullmatch(shown) else []
     bits = [f"- int{facts.spec.bits}"] if facts.spec else []
     tags = ["- decoct", f"- {form.tag}", *bits, f"- {facts.model_type}"]
@@ -171,7 +173,7 @@ def _figure(value: Any) -> str:
 def _speed(seen: dict[str, Any]) -> str:
     if not seen.get("tokens_per_second"):
         return ""
-    memory = f", with {seen['peak_bytes'] / 1e6:,.0f} MB of memory at most" if seen.get("peak_bytes") else ""
+    memory = f", with a peak memory of {seen['peak_bytes'] / 1e6:,.0f} MB" if seen.get("peak_bytes") else ""
     return f" It generated {seen['tokens_per_second']:,.0f} tokens per second on the machine it was checked on{memory}."
 
 
@@ -186,6 +188,7 @@ def _checked(facts: CardFacts, form: FormatCard) -> str:
         lines.append(f"- {facts.rounding}")
     for name, seen in runtimes.items():
         if seen["status"] == "agrees":
+            # a runtime with arithmetic of its own was judged by its predictions, not by its logits
             own = name in form.own_arithmetic or seen.get("arithmetic")
             arithmetic = f"in {_ARITHMETIC.get(str(own), 'its own arithmetic')}" if own else "in fp32 its logits agree"
             lines.append(
@@ -205,5 +208,5 @@ def said_of(spec: ActivationSpec | None, stored: str) -> str:
     """Describe a rounding for the model card; '' for None. ``stored`` names what has its own scale when scales are stored."""
     if spec is None:
         return ""
-    scale = "a scale for each token, taken when it comes" if spec.scaling == "dynamic" else f"one stored scale {stored}"
+    scale = "one scale per token, computed at run time" if spec.scaling == "dynamic" else f"one stored scale {stored}"
     return f"{spec.kind}, {'symmetric' if spec.symmetric else 'asymmetric'}, {scale}"

@@ -28,11 +28,12 @@ def check_limits(source: ExportSource, format: str) -> None:
     Raises:
         UserError: the format cannot hold the model; names the module and the nearest setting that can be stored.
     """
+    # every reason at once, so that one change of the settings can answer all of them
     found = [_said(refusal) for refusal in refusals(format, opened_model(source)) if not refusal.by_values]
     if len(found) == 1:
         raise UserError(found[0])
     if found:
-        raise UserError(f"{source.folder} cannot be exported so:\n" + "\n".join(f"  - {said}" for said in found))
+        raise UserError(f"{source.folder} cannot be exported in this form:\n" + "\n".join(f"  - {said}" for said in found))
 
 
 def opened_model(source: ExportSource) -> StoredModel:
@@ -41,6 +42,7 @@ def opened_model(source: ExportSource) -> StoredModel:
     return StoredModel(
         modules=tuple(_module(source, name) for name in state.modules),
         config=config,
+        # tied tensors are stored once, so limits see them once
         tensors=tuple(name for name in source.structure.shapes if name not in source.structure.tied),
         embedding=source.structure.embedding,
         head=source.structure.head,

@@ -38,6 +38,7 @@ def layer(source: ExportSource, module: str) -> Layer:
     state = source.state
     codes, scales, zeros = state.codes[module], state.scales[module], state.zero_points.get(module)
     if tuple(scales.shape) == (1, 1) and state.spec_of(module).group_size == "tensor":
+        # a view: the one number is not copied
         scales = scales.expand(codes.shape[0], 1)
         zeros = None if zeros is None else zeros.expand(codes.shape[0], 1)
     return Layer(spec=state.spec_of(module), codes=codes, scales=scales, zeros=zeros)
@@ -49,6 +50,7 @@ def unsigned(codes: Tensor, bits: int) -> Tensor:
     Raises:
         ValueError: a code is out of range; packed, it would overwrite its neighbours.
     """
+    # u = q + 2^(b-1)
     moved = codes.to(torch.int32) + (1 << (bits - 1))
     if moved.numel() and not 0 <= int(moved.min()) <= int(moved.max()) < 1 << bits:
         raise ValueError(f"codes span {int(codes.min())}..{int(codes.max())}, which {bits} bits do not hold")
@@ -57,6 +59,7 @@ def unsigned(codes: Tensor, bits: int) -> Tensor:
 
 def exact_scales(scales: Tensor, dtype: torch.dtype, format: str, module: str) -> Tensor:
     """Cast scales to another dtype; UserError if a value changes."""
+    # law 3: an exporter moves bits. A scale that changed here would give other weights than those that were trained
     stored = scales.to(dtype)
     if not torch.equal(stored.to(torch.float32), scales):
         raise UserError(
@@ -89,5 +92,6 @@ def plain_dtype(source: ExportSource, preferred: Sequence[torch.dtype]) -> torch
 
 def unquantized_config(source: ExportSource, dtype: torch.dtype) -> dict[str, Any]:
     """Return the model's ``config.json`` with the stored dtype, without local paths and without references to code."""
+    # _name_or_path is a path of this machine, auto_map names Python files that an export does not contain
     config = {key: value for key, value in source.config.items() if key not in ("torch_dtype", "_name_or_path", "auto_map")}
     return config | {"dtype": NAMES[dtype]}

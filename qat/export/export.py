@@ -44,7 +44,7 @@ _HOLDS_ALL = {
     "gguf": "--format gguf-f32 holds every weight; or have them rounded: --allow-inexact",
 }
 """Kind of format -> remedy if its dtype does not hold plain weights exactly."""
-# Tokenizer files of any transformers version, and generation settings; weights and records are written anew.
+# Tokenizer files of any transformers version, and generation settings; the export writes its own weights and record.
 _COPIED = (
     *TOKENIZER_FILES, "*.tiktoken", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "generation_config.json",
@@ -148,8 +148,7 @@ def export_folder(
 
     Args:
         source: A folder that ``qat`` or ``quantize`` wrote; for gguf-f32, gguf-f16 and gguf-bf16 a folder with plain weights. A
-            SourceFolder
-            is read and proven once for several formats.
+            SourceFolder is read and proven once for several formats.
         target: The folder to create; it must not exist.
         format: A name in ``EXPORTERS``.
         runtimes: Also load the export in installed runtimes (some seconds). A missing runtime is reported and is no error.
@@ -171,9 +170,10 @@ def export_folder(
     opening = source if isinstance(source, SourceFolder) else SourceFolder(source)
     source, target = opening.path, Path(target)
     if target.resolve() != source.resolve() and target.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"{target} lies inside the model folder {source}, whose files are on record; choose a place outside it")
+        raise UserError(f"{target} is inside the model folder {source}, whose files are recorded; choose a place outside it")
     with atomic_directory(target) as folder:
         check_record(source)  # the export gets new hashes, so damage must be found before packing
+        # 1. everything that can refuse, before a byte is written
         opened = replace(opening.open(format), reader_version=reader_version)
         _check_tokenizer(source)
         check_limits(opened, format)
@@ -182,11 +182,13 @@ def export_folder(
         # limits and sizes come before any weight is written: a refusal or a full disk must cost seconds, not the whole export
         planned = exporter.planned_bytes(opened)
         rounding = _rounding(opened, format, allow_inexact)
+        # 2. the files
         check_free_space(folder, planned, f"the export {target}")
         write_json_atomic(folder / "config.json", with_older_fields(exporter.config(opened)))
         exporter.write(folder, opened)
         _copy_companions(source, folder)
         # the proof reads the written files, so it must follow them; the record must follow the proof, whose hashes it stores
+        # 3. proof, judges, card
         content = _record(opened)
         proof = _proven(folder, opened, content)
         seen = _checked_runtimes(folder, tokens) if runtimes else {}
@@ -256,7 +258,7 @@ def _checked_runtimes(folder: Path, tokens: "Tensor | None") -> dict[str, dict[s
 def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[str, Any]], rounding: CastError | None) -> CardFacts:
     scheme = Counter(f"int{s.bits}, {s.group_size}" for s in map(source.state.spec_of, source.state.modules))
     return CardFacts(
-        # folders are often named after their format; the run has a name that somebody chose
+        # folders are often named after their format; the run's name was chosen by the user
         name=str(source.record.get("run") or name),
         base_model=source.record.get("base_model"),
         model_type=str(source.config.get("model_type", "unknown")),

@@ -40,7 +40,7 @@ def _plain(facts: CardFacts) -> str:
     return "\n".join([_TRANSFORMERS.format(packages="transformers"), _SERVERS])
 
 
-_REST = "embeddings, norms and biases are 16-bit floats as config.json says"
+_REST = "embeddings, norms and biases are 16-bit floats, in the dtype of config.json"
 GPTQ_CARD = FormatCard(tag="gptq", scales="fp16 scale per {per} (GPTQ, version 1)", plain="16-bit floats", rest=_REST, loading=_gptq)
 GPTQ_V2_CARD = FormatCard(tag="gptq", scales="fp16 scale per {per} (GPTQ, version 2)", plain="16-bit floats", rest=_REST, loading=_gptq_v2)
 AWQ_CARD = FormatCard(tag="awq", scales="fp16 scale per {per} (AWQ, gemm)", plain="16-bit floats", rest=_REST, loading=_awq)

@@ -1,7 +1,6 @@
 """Which serving stack reads which export format: the one table behind the plan, model cards and docs/serving.md.
 
-``launch/plan/serving_stacks.py`` judges a stack's support of a scheme or width; this table only lists the formats it knows.
-docs/serving.md
+``launch/plan/serving_stacks.py`` judges a stack's support of a scheme or width; this table only lists the formats it knows. docs/serving.md
 reports what was run, and how close the logits were.
 """
 
@@ -30,7 +29,7 @@ _SAFETENSORS = {"vLLM": _PLAIN, "SGLang": _PLAIN, "transformers": _PLAIN}
 _ONNX = Reading("reads", f"its model builder, with --extra_options {ONNX_OPTIONS}")
 _GGUF = {"llama.cpp": _PLAIN, "OpenVINO": Reading("reads", "its CPU plugin rounds inputs and cache to 8 bits")}
 _MLX_AWQ = Reading("reads", "symmetric weights exactly; zero points and embeddings are rounded to fp16")
-_OFF_BY_ONE = Reading("misreads", "its model builder takes version 2 for version 1, and each zero point is off by one")
+_OFF_BY_ONE = Reading("misreads", "its model builder reads version 2 as version 1, so each zero point is off by one")
 _FP32 = Reading("reads", "with --dtype float32, or it computes in 16 bits")
 READERS: Mapping[str, Mapping[str, Reading]] = {
     "compressed-tensors": _SAFETENSORS,
@@ -42,7 +41,7 @@ READERS: Mapping[str, Mapping[str, Reading]] = {
     "gguf": _GGUF,
     "gguf-q2_0": {"llama.cpp": Reading("reads", "from July 2026 on")},
 }
-"""Format -> runtime -> how it reads the format. A missing pair: the stack does not know the format, or nobody has tried."""
+"""Format -> runtime -> how it reads the format. A missing pair: the stack does not know the format, or the pair is untested."""
 
 
 def formats_for(runtime: str) -> list[str]:
@@ -63,7 +62,7 @@ def reading(form: str, runtime: str) -> Reading | None:
 def card_lines(form: str) -> list[str]:
     """Return the model card's lines on options and caveats of stacks."""
     readers = READERS.get(known_as(form), {})
-    words = {"reads": "reads it", "misreads": "must not be given it"}
+    words = {"reads": "reads it", "misreads": "must not be used with it"}
     return [f"- {runtime} {words[found.outcome]}: {found.how}." for runtime, found in readers.items() if found.how]
 
 

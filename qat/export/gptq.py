@@ -67,6 +67,7 @@ def _dynamic(source: ExportSource, common: QuantSpec) -> dict[str, Any]:
 
 def _also_fused(module: str) -> list[str]:
     parent, _, name = module.rpartition(".")
+    # servers look a pattern up under the name of the fused matrix, for example qkv_proj
     return [module, *(f"{parent}.{fused}" for fused, parts in zip(FUSED_NAMES, FUSED) if name in parts)]
 
 
@@ -80,6 +81,7 @@ def _in_every_block(source: ExportSource) -> list[list[str]] | None:
             blocks.setdefault(found[1], set())
             if name in quantized:
                 blocks[found[1]].add(found[2])
+    # one set of names for all layers is all that ``modules_in_block_to_quantize`` can express
     everywhere = {tuple(sorted(names)) for names in blocks.values()}
     if len(everywhere) != 1 or all(name in quantized for name in source.structure.linears if re.match(r".*?\.\d+\.", name)):
         return None
@@ -104,6 +106,7 @@ def write(folder: Path, source: ExportSource, format: str) -> None:
         UserError: scales that fp16 does not hold, or an unquantized tensor with values that neither fp16 nor bf16 holds.
     """
     dtype = plain_dtype(source, _DTYPES)
+    # older readers look here instead of into config.json
     write_json_atomic(folder / "quantize_config.json", quantization_config(source, format))
     write_shards(folder, plan_shards(_sizes(source)), lambda name: _stored(source, name, format, dtype))
 
@@ -126,8 +129,10 @@ def _stored(source: ExportSource, name: str, format: str, dtype: torch.dtype) ->
     it = layer(source, module)
     columns, groups = it.codes.shape[1], it.scales.shape[1]
     if part == "qweight":
+        # packed along the inputs: [out, words] -> [words, out]
         return pack_bits(it.codes, it.spec.bits).T.contiguous()
     if part == "qzeros":
+        # signed 0 is 2^(b-1) in the unsigned terms of the format
         zeros = torch.zeros_like(it.scales, dtype=torch.int8) if it.zeros is None else it.zeros
         # version 1: subtract 1 from each field before packing; subtracting from a packed word would borrow across fields
         return pack_bits((zeros.T - (1 if format == V1 else 0)).contiguous(), it.spec.bits)

@@ -1,11 +1,11 @@
 """Plain safetensors: a model folder that every stack loads without support for quantization.
 
 The weights of a quantized folder are codes times scales. Scales have the 8 significant bits of bf16, so bf16 holds only products with
-symmetric 2-bit codes (powers of two); fp16, with 11 significant bits, holds those of up to 4 bits. Embeddings and norms lie on the bf16
-grid, and fp16 does not hold their
-small values. ``safetensors`` stores all tensors in bf16 or in fp16 if one of them holds every value; else each tensor in the one
-that holds it, and config.json names float32. If neither holds some tensor, all are stored in the one that changes fewer values, and the
-export is refused unless ``allow_inexact`` is set. ``safetensors-f32`` stores all in fp32, which holds everything.
+symmetric 2-bit codes (powers of two); fp16, with 11 significant bits, holds those of up to 4 bits. Embeddings and norms are on the bf16
+grid, and fp16 does not hold their small values. ``safetensors`` stores all tensors in bf16 or in fp16 if one of them holds every value;
+else each tensor in the one that holds it, and config.json names float32. If neither holds some tensor, all are stored in the one that
+changes fewer values, and the export is refused unless ``allow_inexact`` is set. ``safetensors-f32`` stores all in fp32, which holds
+everything.
 """
 
 import math

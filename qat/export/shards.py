@@ -21,6 +21,7 @@ def plan_shards(sizes: Mapping[str, int], limit: int = SHARD_BYTES) -> dict[str,
     files: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
+        # a tensor is never split: one above the limit gets a file of its own
         if files[-1] and used + size > limit:
             files.append([])
             used = 0
@@ -41,6 +42,7 @@ def write_shards(folder: Path, shards: Mapping[str, list[str]], make: Callable[[
     """
     total = 0
     for file, names in shards.items():
+        # the tensors of one file are in memory at a time
         tensors = {name: make(name) for name in names}
         total += sum(tensor.nbytes for tensor in tensors.values())
         write_safetensors(folder / file, tensors, {"format": "pt"})

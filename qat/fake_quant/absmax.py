@@ -39,12 +39,16 @@ def fake_quant(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, b
 
     Source: Bengio et al., arXiv 1308.3432; Esser et al., arXiv 1902.08153, eq. 1 to 3.
     """
+    # floats and quantiles: code books and scales of their own
     if spec.kind != "int":
         scale, _, _ = float_scales(weight, spec, mask)
         return fake_quant_float(weight, scale, mask, spec.kind, spec.group_width(weight.shape[1]), backend)
+    # zero points, or one scale for the matrix: the range is found first, and its scales then act as given ones. They have no gradient,
+    # because ``range_grid`` runs under no_grad
     if not spec.symmetric or spec.group_size == "tensor":
         scale, zeros = range_grid(weight, spec, mask, backend)
         return fake_quant_learned(weight, scale, spec, zeros=zeros, mask=mask, backend=backend)
+    # symmetric groups and rows: one op finds the scales and applies them, so no scale is kept for the backward pass
     arguments = _arguments(weight, spec, mask)
     if use_kernel(weight, backend):
         from ..fake_quant import absmax_kernel as kernel
@@ -77,6 +81,7 @@ def quantize(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, bac
         check_groups(scale)
         return quantize_with(weight, scale, spec, mask=mask, backend=backend)
     arguments = _arguments(weight, spec, mask)
+    # codes are integers: no gradient passes through them
     weight = weight.detach()
     implementation = reference
     if use_kernel(weight, backend):

@@ -1,6 +1,6 @@
 """The fake-quant op as Triton kernels: the weight is read once and written once, and nothing is kept for the backward.
 
-``absmax_reference.py`` is the spec; ``common_kernel.py`` says why both give the same bits.
+``absmax_reference.py`` is the spec; ``common_kernel.py`` explains why both give the same bits.
 """
 
 import torch
@@ -28,18 +28,22 @@ def _scales(
 ):
     """fp32 [BLOCK_GROUPS] scales on their grid; 1 for zero groups, NaN for groups with a NaN or an infinity."""
     largest = tl.zeros([BLOCK_GROUPS], tl.int32)
+    # first sweep over a group: its largest magnitude
     for start in range(0, WIDTH, BLOCK_WIDTH):
         columns = start + tl.arange(0, BLOCK_WIDTH)
         valid = (rows[:, None] < num_groups) & (columns[None, :] < WIDTH)
         x, _ = masked_weights(weight_ptr, mask_ptr, rows[:, None] * WIDTH + columns[None, :], valid, HAS_MASK)
+        # without the sign bit, fp32 numbers order as their bits do; NaN and infinity come out on top
         magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         largest = tl.maximum(largest, tl.max(magnitude, axis=1))
     # any finite stand-in will do where the result is replaced below
     finite = tl.where(largest >= 0x7F800000, 0, largest)
+    # div_rn: ``/`` may be approximate in fp32 and give other bits than the reference
     scale = tl.math.div_rn(finite.to(tl.float32, bitcast=True), tl.full([BLOCK_GROUPS], DIVISOR, tl.float32))
     if DROPPED_BITS > 0:
         scale = drop_bits(scale, DROPPED_BITS)
     scale = tl.minimum(tl.maximum(scale, SMALLEST), LARGEST)
+    # law 3: a group of zeros has s = 1 and q = 0, never 0 / 0
     scale = tl.where(largest == 0, 1.0, scale)
     return tl.where(largest >= 0x7F800000, float("nan"), scale)
 
@@ -63,13 +67,16 @@ def _forward_kernel(
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
+    # int64: offsets of a matrix may exceed 2^31
     rows = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
     scale = _scales(
         weight_ptr, mask_ptr, rows, num_groups, WIDTH, DIVISOR, DROPPED_BITS, SMALLEST, LARGEST, HAS_MASK, BLOCK_GROUPS, BLOCK_WIDTH
     )  # fmt: skip
+    # only NaN differs from itself
     broken = scale != scale
     if IS_CODES:
         tl.store(scale_ptr + rows, scale, mask=rows < num_groups)
+    # second sweep, which needs the scale of the whole group
     for start in range(0, WIDTH, BLOCK_WIDTH):
         columns = start + tl.arange(0, BLOCK_WIDTH)
         valid = (rows[:, None] < num_groups) & (columns[None, :] < WIDTH)
@@ -82,6 +89,7 @@ def _forward_kernel(
         else:
             result = codes * scale[:, None]
             if result_ptr.dtype.element_ty == tl.int16:
+                # bf16: rounded here by integer arithmetic, so that ``to_memory`` only moves bits
                 result = drop_bits(result, 16)
             result = tl.where(broken[:, None], float("nan"), result)
             tl.store(result_ptr + offsets, to_memory(result, result_ptr.dtype.element_ty), mask=valid)
@@ -113,6 +121,7 @@ def _gradient_kernel(
         columns = start + tl.arange(0, BLOCK_WIDTH)
         valid = (rows[:, None] < num_groups) & (columns[None, :] < WIDTH)
         offsets = rows[:, None] * WIDTH + columns[None, :]
+        # scale and clip mask are computed again by the code of the forward pass, which keeps neither
         x, keep = masked_weights(weight_ptr, mask_ptr, offsets, valid, HAS_MASK)
         divided = tl.math.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
         # false for NaN
@@ -139,6 +148,7 @@ def fake_quant(weight: Tensor, mask: Tensor | None, bits: int, width: int, divis
     weight, mask_bytes = operands(weight, mask)
     result = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     constants = integer_grid(bits, grid) | {"DIVISOR": divisor, "HAS_MASK": mask is not None, "IS_CODES": False}
+    # ``result`` stands in for the pointer of the scales, which are written only with IS_CODES
     launch_kernel(_forward_kernel, [weight, mask_bytes, result, result], weight, width, **constants)
     return result
 

@@ -49,6 +49,7 @@ def _divided(weight: Tensor, mask: Tensor | None, width: int, divisor: float, gr
     kept = weight.to(compute)
     if mask is not None:
         kept = kept * _flags(mask, compute)
+    # [out, in] -> [out * groups, width]
     grouped = kept.reshape(-1, width)
     # max and -min instead of abs: no temporary of the weight's size
     absmax = torch.maximum(grouped.amax(1, keepdim=True), grouped.amin(1, keepdim=True).neg_())
@@ -59,6 +60,7 @@ def _divided(weight: Tensor, mask: Tensor | None, width: int, divisor: float, gr
 def quantize(weight: Tensor, mask: Tensor | None, bits: int, width: int, divisor: float, grid: list[float]) -> tuple[Tensor, Tensor]:
     """(codes int8 [out, in], scales fp32 [out, in / width]) of weights [out, in]; groups that are not finite have NaN scales."""
     value, scale = _divided(weight, mask, width, divisor, grid)
+    # NaN becomes code 0: int8 of NaN is undefined, and the NaN scale already marks the group
     codes = value.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).round_().nan_to_num_(0.0).to(torch.int8)
     return codes.view(weight.shape), scale.view(weight.shape[0], -1).to(torch.float32)
 

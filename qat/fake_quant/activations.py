@@ -20,6 +20,7 @@ def _given(scale: Tensor | None, zero: Tensor | None, x: Tensor, spec: Activatio
     if (zero is None) != spec.symmetric:
         remedy = "leave zero out" if spec.symmetric else "give zero, int8, as static_scale() makes it"
         raise ValueError(f"symmetric={str(spec.symmetric).lower()}: {remedy}")
+    # [1, 1] is the form of one scale for the whole matrix
     return scale.detach().view(1, 1), None if zero is None else zero.view(1, 1)
 
 
@@ -53,13 +54,16 @@ def fake_quant_activation(
     """
     if x.ndim < 1 or not x.is_floating_point():
         raise ValueError(f"activations must be floating point [..., features], not {x.dtype} of shape {tuple(x.shape)}")
+    # [..., features] -> [tokens, features]: a token takes the place of a weight's row
     rows = x.reshape(-1, x.shape[-1])
     own = spec.matrix_spec
     if spec.scaling == "dynamic":
         if scale is not None or zero is not None:
             raise ValueError("scaling='dynamic' takes scales from the values; leave scale and zero out, or use scaling='static'")
+        # [tokens, features] with one scale per row, which is one per token
         return fake_quant(rows, own, backend=backend).view(x.shape)
     scale, zero = _given(scale, zero, x, spec)
+    # static: one given scale for all tokens; int8 may also have a zero point
     if spec.kind == "int8":
         return fake_quant_learned(rows, scale, own, zeros=zero, backend=backend).view(x.shape)
     return fake_quant_float(rows, scale, None, own.kind, rows.shape[1], backend).view(x.shape)
@@ -79,5 +83,6 @@ def static_scale(low: Tensor, high: Tensor, spec: ActivationSpec) -> tuple[Tenso
     """
     own = spec.matrix_spec
     low, high = low.to(torch.float32).clamp(max=0.0), high.to(torch.float32).clamp(min=0.0)
+    # as for weights with one scale, but on the fp32 grid of activation scales
     scale, zero = grid_of_range(low, high, own.bits, spec.symmetric, own.divisor_value, grid_numbers(own))
     return scale, None if spec.symmetric else zero

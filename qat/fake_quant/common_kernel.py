@@ -31,6 +31,8 @@ INFINITY_BITS = tl.constexpr(0x7F800000)
 def drop_bits(x, DROPPED_BITS: tl.constexpr):
     """fp32 -> fp32 without its last mantissa bits, round half to even; x finite, and no subnormal of the target type."""
     bits = x.to(tl.int32, bitcast=True)
+    # half to even on the bit pattern: just under half of the dropped part, plus 1 if the kept part is odd. A carry out of the mantissa
+    # raises the exponent, which is the right result
     odd = (bits >> DROPPED_BITS) & 1
     bits = ((bits + ((1 << (DROPPED_BITS - 1)) - 1) + odd) >> DROPPED_BITS) << DROPPED_BITS
     return bits.to(tl.float32, bitcast=True)
@@ -40,6 +42,7 @@ def drop_bits(x, DROPPED_BITS: tl.constexpr):
 def from_memory(raw):
     """fp32 of loaded fp32, fp16 or, as int16, bf16 numbers; exact."""
     if raw.dtype == tl.int16:
+        # bf16 is the upper half of an fp32
         x = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         x = raw.to(tl.float32)
@@ -50,6 +53,7 @@ def from_memory(raw):
 def to_memory(x, dtype: tl.constexpr):
     """fp32 -> what is stored; for bf16 (int16) the number must be one of bf16 already."""
     if dtype == tl.int16:
+        # the lower half is zero already (``drop_bits``)
         raw = (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
     else:
         raw = x.to(dtype)
@@ -63,6 +67,7 @@ def masked_weights(weight_ptr, mask_ptr, offsets, valid, HAS_MASK: tl.constexpr)
     keep = tl.full(x.shape, 1.0, tl.float32)
     if HAS_MASK:
         keep = tl.load(mask_ptr + offsets, mask=valid, other=0).to(tl.float32)
+        # a product, not a select: NaN stays NaN under a mask of 0, as in the reference
         x = x * keep
     return x, keep
 
@@ -76,6 +81,7 @@ def finite(x):
 @triton.jit
 def nearest_integers(value, low, high):
     """fp32 integers in [low, high]: clamp, then round half to even by adding 1.5 * 2^23, where fp32 numbers are 1 apart; never -0."""
+    # clamped first: the magic number works for magnitudes up to 2^22 only
     clipped = tl.minimum(tl.maximum(value, low), high)
     return (clipped + 12582912.0) - 12582912.0
 
@@ -101,8 +107,11 @@ def launch_kernel(kernel, tensors: list[Tensor], like: Tensor, width: int, numbe
     num_groups = like.numel() // width
     if num_groups == 0:
         return
+    # Triton's ranges have powers of two as lengths; what a group does not fill is masked
     block_width = min(triton.next_power_of_2(width), MAX_BLOCK_WIDTH)
+    # narrow groups share a program, so that every program has about TILE_ELEMENTS numbers
     block_groups = max(1, TILE_ELEMENTS // block_width)
+    # Triton launches on the current device, which need not be that of the tensors
     with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
         kernel[(triton.cdiv(num_groups, block_groups),)](
             *(t.view(torch.int16) if t.dtype == torch.bfloat16 else t for t in tensors),
@@ -123,5 +132,6 @@ def integer_grid(bits: int, grid: list[float]) -> dict[str, float]:
 
 def runs_on(device: torch.device) -> bool:
     """Whether the kernels can run on tensors of ``device``: CUDA, or the CPU when they were loaded for the interpreter."""
+    # with TRITON_INTERPRET=1, triton.jit returns something other than a JITFunction
     interpreted = not isinstance(nearest_integers, triton.JITFunction)
     return device.type == "cuda" or (interpreted and device.type == "cpu")

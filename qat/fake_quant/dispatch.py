@@ -9,7 +9,9 @@ from torch import Tensor
 from ..spec import QuantSpec
 
 Backend = Literal["auto", "reference", "triton"]
+# fp64 has no kernel: the reference computes it on every device
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# find_spec imports nothing, so machines without a GPU never load triton
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 

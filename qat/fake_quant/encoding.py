@@ -47,8 +47,10 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Te
         raise ValueError(f"scales of shape {tuple(scales.shape)} do not fit codes of shape {tuple(codes.shape)}")
     if zeros is not None and zeros.shape != scales.shape:
         raise ValueError(f"zeros of shape {tuple(zeros.shape)} do not fit scales of shape {tuple(scales.shape)}")
+    # [out, in] -> [out, groups, group size], or [1, 1, out * in] with one scale for the matrix
     grouped = codes.reshape(*scales.shape, codes.numel() // max(1, scales.numel())).to(torch.float32)
     if zeros is not None:
+        # in fp32: q - z of two int8 numbers may need 9 bits
         grouped = grouped - zeros.to(torch.float32).unsqueeze(-1)
     return (grouped * scales.to(torch.float32).unsqueeze(-1)).view(codes.shape)
 
@@ -64,6 +66,7 @@ def encode(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, backe
         ValueError: as in ``fake_quant``, or a weight is NaN or infinite (the check waits for the device).
     """
     if spec.kind != "int":
+        # nvfp4 stores e4m3 scales and one global scale, and divides by their quotient; for the other kinds ``divides`` equals ``stored``
         divides, stored, whole = float_scales(weight, spec, mask)
         check_groups(divides)
         codes = float_codes(weight, divides, spec, mask)
@@ -80,5 +83,6 @@ def decode(encoded: Encoded, spec: QuantSpec) -> Tensor:
     """fp32 [out, in]: the values that ``encode`` stored under the same spec."""
     if spec.kind == "int":
         return dequantize(encoded.codes, encoded.scales, encoded.zeros)
+    # the quotient by which ``encode`` divided (``float_reference.scales``)
     scales = encoded.scales if encoded.global_scale is None else encoded.scales / encoded.global_scale
     return dequantize(float_values(encoded.codes, spec.kind), scales)

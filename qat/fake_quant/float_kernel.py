@@ -1,6 +1,6 @@
 """Small floats and quantiles as Triton kernels with given scales; ``float_reference.py`` is the spec.
 
-``common_kernel.py`` says what keeps the bits.
+``common_kernel.py`` explains why both give the same bits.
 
 e4m3 and e2m1 are rounded by the magic-number add at the spacing of the number's binade, so that no float8 hardware is needed.
 """
@@ -23,6 +23,7 @@ _WAYS = {"nf4": 0, "fp8_e4m3": 1, "mxfp4": 2, "nvfp4": 2}
 def _nearest(value, table_ptr, WAY: tl.constexpr):
     """fp32 numbers of the code book; table_ptr fp32 [31] = 16 quantiles, 15 midpoints. Never -0."""
     if WAY == 0:
+        # starts at the lowest quantile and takes the next one for each midpoint below the value; > keeps the lower of two on a tie
         result = tl.full(value.shape, 0.0, tl.float32) + tl.load(table_ptr)
         for i in tl.static_range(15):
             result = tl.where(value > tl.load(table_ptr + 16 + i), tl.load(table_ptr + 1 + i), result)
@@ -30,9 +31,11 @@ def _nearest(value, table_ptr, WAY: tl.constexpr):
         magnitude = tl.abs(value)
         if WAY == 1:
             # 1.5 * 2^(20 + e), where e >= -6 is the exponent: numbers there are 2^(e - 3) apart
+            # biased exponents: 121 is that of 2^-6, below which e4m3 is subnormal and evenly spaced
             exponent = tl.maximum(magnitude.to(tl.int32, bitcast=True) >> 23, 121)
             magic = (((exponent + 20) << 23) | 0x400000).to(tl.float32, bitcast=True)
         else:
+            # 1.5 times 2^24, 2^23 and 2^22, where fp32 numbers are 2, 1 and 1/2 apart, as e2m1's are from 4, from 2 and below 2
             magic = tl.where(magnitude >= 4.0, 25165824.0, tl.where(magnitude >= 2.0, 12582912.0, 6291456.0))
         result = (value + magic) - magic
     return result
@@ -59,6 +62,7 @@ def _kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
     scale = tl.load(scale_ptr + rows * (0 if SHARED else 1), mask=rows < num_groups, other=1.0)
     fine = finite(scale)
+    # a broken scale divides by 1 here; ``whole`` turns its group into NaN below
     scale = tl.where(fine, scale, 1.0)
     for start in range(0, WIDTH, BLOCK_WIDTH):
         columns = start + tl.arange(0, BLOCK_WIDTH)
@@ -73,9 +77,11 @@ def _kernel(
             grad = from_memory(tl.load(grad_ptr + offsets, mask=valid, other=0))
             result = grad * tl.where(whole & (tl.abs(value) <= LIMIT), keep, 0.0)
         else:
+            # clamped first: the magic numbers fit only values within the limit
             codes = _nearest(tl.minimum(tl.maximum(value, -LIMIT), LIMIT), table_ptr, WAY)
             result = codes * scale[:, None]
             if result_ptr.dtype.element_ty == tl.int16:
+                # rounded here by integer arithmetic; ``to_memory`` only moves the upper half
                 result = drop_bits(result, 16)
             result = tl.where(whole, result, float("nan"))
         tl.store(result_ptr + offsets, to_memory(result, result_ptr.dtype.element_ty), mask=valid)

@@ -38,14 +38,17 @@ NF4 = (
 )  # fmt: skip
 """Values of NormalFloat4, by code."""
 NF4_MIDPOINTS = tuple((low + high) / 2 for low, high in pairwise(NF4))
+# The smallest positive (subnormal) e4m3 number: a smaller scale would be stored as 0.
 _SMALLEST_E4M3 = 2.0**-9
 
 
 def nearest_value(value: Tensor, kind: str) -> Tensor:
     """The fp32 values of the code book of ``kind`` that are nearest to fp32 numbers within its limit. Callers handle -0 and NaN."""
     if kind == "nf4":
+        # bucketize puts a number that equals a midpoint into the interval below it
         return value.new_tensor(NF4)[torch.bucketize(value.contiguous(), value.new_tensor(NF4_MIDPOINTS))]
     if kind == "fp8_e4m3":
+        # the cast rounds half to even; beyond 448 it would give NaN, so callers clamp
         return value.to(torch.float8_e4m3fn).to(torch.float32)
     magnitude = value.abs()
     # 0, .5, 1, 1.5, 2 | 2, 3, 4 | 4, 6 are evenly spaced parts, in which even codes are even multiples: round half to even is right in each
@@ -56,7 +59,9 @@ def nearest_value(value: Tensor, kind: str) -> Tensor:
 def _power_of_two_scales(absmax: Tensor) -> Tensor:
     """2^(floor(log2 absmax) - 2) from the exponent's bits; 2^-127 is subnormal."""
     # a logarithm in floating point may be off by one at powers of two
+    # 2 is the exponent of e2m1's largest number, 6 = 1.5 * 2^2 (OCP MX v1.0, section 6.3)
     exponent = ((absmax.view(torch.int32) >> 23) - 2).clamp_(min=0)
+    # a biased exponent of 0 with an empty mantissa would be 0: 2^-127 is the subnormal with the top mantissa bit alone
     bits = torch.where(exponent == 0, 0x00400000, exponent << 23)
     return bits.view(torch.float32)
 
@@ -72,6 +77,7 @@ def scales(
     kept = weight.to(torch.float32)
     if mask is not None:
         kept = kept * mask.view(torch.uint8).to(torch.float32)
+    # [out * groups]
     absmax = kept.reshape(-1, width).abs().amax(1)
     # with a zero, because amax of an empty tensor is an error
     nothing = absmax.new_zeros(1)
@@ -88,8 +94,10 @@ def scales(
     if kind == "mxfp4":
         stored = (_power_of_two_scales(absmax).masked_fill_(absmax == 0, 1.0) + bad).view(shape)
         return stored, stored.clone(), one
+    # G puts the scale of the largest group at 448, the top of e4m3; clamped, because a tiny absmax would make it infinite
     whole = (one * (448.0 * 6.0) / tensor_absmax).clamp_(max=torch.finfo(torch.float32).max)
     whole = whole.masked_fill_(tensor_absmax == 0, 1.0) + tensor_absmax * 0.0
+    # 6 as a tensor: for a Python number CUDA multiplies by the reciprocal, which gives other bits
     wanted = (absmax / (one * 6.0) * whole).clamp_(_SMALLEST_E4M3, 448.0)
     stored = wanted.to(torch.float8_e4m3fn).to(torch.float32).masked_fill_(absmax == 0, 1.0) + bad
     return (stored / whole).view(shape), stored.view(shape), whole

@@ -32,8 +32,10 @@ def float_codes(weight: Tensor, scale: Tensor, spec: QuantSpec, mask: Tensor | N
     if spec.kind == "fp8_e4m3":
         return values.to(torch.float8_e4m3fn)
     if spec.kind == "nf4":
+        # the values are numbers of the table, and bucketize gives such a number its own index
         return torch.bucketize(values, values.new_tensor(reference.NF4)).to(torch.uint8)
     magnitude = torch.bucketize(values.abs(), values.new_tensor(reference.E2M1))
+    # sign and magnitude: bit 3 is the sign (OCP MX v1.0, e2m1)
     return (magnitude + 8 * (values < 0)).to(torch.uint8)
 
 

@@ -17,6 +17,7 @@ def _arguments(
     check_weight(weight, mask)
     if spec.kind != "int":
         raise ValueError(f"given scales need kind='int'; the scales of kind={spec.kind!r} come from the weights, by fake_quant")
+    # [out, groups], or [1, 1] for one scale
     shape = spec.scale_shape(*weight.shape)
     if scale.dtype != torch.float32 or tuple(scale.shape) != shape or scale.device != weight.device:
         raise ValueError(
@@ -36,6 +37,7 @@ def _arguments(
 
 def group_factor(weight: Tensor, scale: Tensor, spec: QuantSpec) -> float:
     """1 / sqrt(N qmax) with N weights per scale, the factor on the gradient of a scale (LSQ, section 2.2)."""
+    # max: an empty weight has no group
     return 1.0 / math.sqrt(max(1, weight.numel() // max(1, scale.numel())) * spec.qmax)
 
 
@@ -79,6 +81,7 @@ def fake_quant_learned(
     Source: Esser et al., arXiv 1902.08153, eq. 1 to 3 and section 2.2.
     """
     arguments = _arguments(weight, scale, spec, mask, zeros)
+    # keeps the steps of a scale and of its weights in proportion, whatever the group size (LSQ, section 2.2)
     factor = group_factor(weight, scale, spec)
     if use_kernel(weight, backend):
         from ..fake_quant import learned_kernel
@@ -109,6 +112,7 @@ def quantize_with(
         ValueError: as in ``fake_quant_learned``, or a weight or scale is NaN or infinite (the check waits for the device).
     """
     arguments = _arguments(weight, scale, spec, mask, zeros)
+    # checked before rounding, because codes cannot hold NaN: int8 of NaN is undefined
     scales = reference.on_grid(scale, arguments[-1])
     for name, tensor in (("weight", weight), ("scale", scales)):
         broken = ~torch.isfinite(tensor)

@@ -1,4 +1,6 @@
-"""Fake quantization by given scales as Triton kernels; ``learned_reference.py`` is the spec, ``common_kernel.py`` says what keeps the bits.
+"""Fake quantization by given scales as Triton kernels; ``learned_reference.py`` is the spec.
+
+``common_kernel.py`` explains why both give the same bits where they do.
 
 A program handles a block of whole groups: one sweep forward, one sweep backward that writes the weight's gradient and sums the
 scale's in registers, column block by column block. No atomics and no partial sums in memory: the order of the sum is fixed.
@@ -28,6 +30,7 @@ def _given_scales(
     scale_ptr, rows, num_groups, DROPPED_BITS: tl.constexpr, SMALLEST: tl.constexpr, LARGEST: tl.constexpr, SHARED: tl.constexpr
 ):
     """(fp32 [BLOCK_GROUPS] scales on their grid, 1 for broken ones; which are fine). SHARED: one scale for all groups."""
+    # a stride of 0 gives every group the one shared scale
     raw = tl.load(scale_ptr + rows * (0 if SHARED else 1), mask=rows < num_groups, other=1.0)
     fine = finite(raw)
     scale = tl.where(fine, raw, 1.0)
@@ -69,6 +72,7 @@ def _forward_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
     scale, fine = _given_scales(scale_ptr, rows, num_groups, DROPPED_BITS, SMALLEST, LARGEST, SHARED)
     zero = _zeros(zero_ptr, rows, num_groups, HAS_ZERO, SHARED)
+    # the limits of q - z, by which the scale is multiplied; the stored code is (q - z) + z
     low, high = QMIN - zero, QMAX - zero
     for start in range(0, WIDTH, BLOCK_WIDTH):
         columns = start + tl.arange(0, BLOCK_WIDTH)
@@ -83,6 +87,7 @@ def _forward_kernel(
         else:
             result = codes * scale[:, None]
             if result_ptr.dtype.element_ty == tl.int16:
+                # bf16: rounded here by integer arithmetic, so that ``to_memory`` only moves bits
                 result = drop_bits(result, 16)
             result = tl.where(whole, result, float("nan"))
             tl.store(result_ptr + offsets, to_memory(result, result_ptr.dtype.element_ty), mask=valid)
@@ -94,6 +99,7 @@ def _residual(codes, inside_x, scale, DROPPED_BITS: tl.constexpr):
     if DROPPED_BITS > 0:
         left = codes * scale - inside_x
     else:
+        # clearing 12 bits leaves 12 of 24 significant ones, whose product with a code of at most 9 bits is exact in fp32
         high = (scale.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
         left = (codes * high - inside_x) + codes * (scale - high)
     return left
@@ -128,6 +134,7 @@ def _gradient_kernel(
     scale, fine = _given_scales(scale_ptr, rows, num_groups, DROPPED_BITS, SMALLEST, LARGEST, SHARED)
     zero = _zeros(zero_ptr, rows, num_groups, HAS_ZERO, SHARED)
     low, high = QMIN - zero, QMAX - zero
+    # one sum per column of the block, added up after the loop: the order never changes
     sums = tl.zeros([BLOCK_GROUPS, BLOCK_WIDTH], tl.float32)
     for start in range(0, WIDTH, BLOCK_WIDTH):
         columns = start + tl.arange(0, BLOCK_WIDTH)
@@ -145,10 +152,13 @@ def _gradient_kernel(
         if FOR_SCALE:
             codes = nearest_integers(value, low[:, None], high[:, None])
             left = _residual(codes, tl.where(inside, x, 0.0), scale[:, None], DROPPED_BITS)
+            # a NaN weight or scale reaches the scale's gradient; columns beyond WIDTH are padding and add 0
             left = tl.where(whole | (columns[None, :] >= WIDTH), left, float("nan"))
             sums += grad * left
     if FOR_SCALE:
+        # sum of (c s - w), divided by s once: see ``learned_reference.py``
         total = tl.math.div_rn(tl.sum(sums, axis=1), scale) * FACTOR
+        # as ``back_inside``; a shared scale is judged after its groups are added up, by ``fake_quant_gradient``
         if not SHARED:
             raw = tl.load(scale_ptr + rows, mask=rows < num_groups, other=1.0)
             outwards = ((raw < SMALLEST) & (total > 0.0)) | ((raw > LARGEST) & (total < 0.0))
@@ -177,7 +187,7 @@ def _forward(
 def quantize(
     weight: Tensor, scale: Tensor, mask: Tensor | None, zeros: Tensor | None, bits: int, width: int, grid: list[float]
 ) -> Tensor:  # fmt: skip
-    """Codes int8 [out, in], zero point included; those of NaN weights mean nothing."""
+    """Codes int8 [out, in], zero points included; codes of NaN weights are arbitrary."""
     return _forward(weight, scale, mask, zeros, bits, width, grid, True)
 
 
@@ -203,7 +213,7 @@ def fake_quant_gradient(
     for_weight: bool,
     for_scale: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(dL/dw [out, in] in the weight's dtype, dL/dscale fp32 in the scale's shape); what is not asked for is empty."""
+    """(dL/dw [out, in] in the weight's dtype, dL/dscale fp32 in the scale's shape); a gradient that is not needed is empty."""
     weight, mask_bytes = operands(weight, mask)
     raw = scale.detach().contiguous()
     zero, flags = _arguments(mask, zeros, raw)
@@ -216,6 +226,7 @@ def fake_quant_gradient(
     if not for_scale:
         return weight_grad, sums
     if flags["SHARED"]:
+        # one number for the whole matrix: summed in fp64, then rounded to fp32 once
         sums = back_inside(sums.sum(dtype=torch.float64).to(torch.float32).view(scale.shape), raw, grid)
     return weight_grad, sums.view(scale.shape)
 

@@ -31,6 +31,7 @@ Limits = tuple[float, float] | tuple[Tensor, Tensor]
 def on_grid(scale: Tensor, grid: list[float]) -> Tensor:
     """Scales of any shape rounded to their grid, fp32; NaN for NaN and infinity."""
     scale = scale.detach().to(torch.float32)
+    # 0 * scale is added: NaN for NaN and infinity, which the clamp would hide
     return scale.to(GRID_DTYPES[int(grid[0])]).to(torch.float32).clamp_(grid[1], grid[2]).add_(scale, alpha=0.0)
 
 
@@ -39,6 +40,7 @@ def _limits(zeros: Tensor | None, bits: int, dtype: torch.dtype) -> Limits:
     qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     if zeros is None:
         return float(qmin), float(qmax)
+    # [out, groups] -> [out * groups, 1], the rows of ``_divided``
     shift = zeros.reshape(-1, 1).to(dtype)
     return qmin - shift, qmax - shift
 
@@ -72,6 +74,7 @@ def quantize(
     value, _, _ = _divided(weight, scale, mask, width, grid)
     codes = _clamped(value, _limits(zeros, bits, value.dtype)).round_().nan_to_num_(0.0)
     if zeros is not None:
+        # q - z is within [qmin - z, qmax - z], so q fits int8
         codes += zeros.reshape(-1, 1)
     return codes.to(torch.int8).view(weight.shape)
 
@@ -118,8 +121,10 @@ def _scale_gradient(
         off = torch.addcmul(result, passes.to(torch.float32), weight, value=-1.0).reshape(-1, width)
     else:
         value, _, _ = _divided(weight, scale, mask, width, grid)
+        # c s - w inside the limits, c s outside, in fp64: an fp32 product of a 24-bit scale would be rounded
         off = _clamped(value, _limits(zeros, bits, value.dtype)).round_().to(torch.float64).mul_(rounded.to(torch.float64))
         off.sub_((weight.to(torch.float64) * passes).reshape(-1, width))
+    # [out * groups]
     sums = off.mul_(grad.reshape(-1, width)).sum(1)
     if scale.numel() == 1:
         sums = sums.sum(dtype=torch.float64)
@@ -140,6 +145,7 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, scale: Tensor, mask: Tensor | None, zeros: Tensor | None, *numbers: Any) -> Tensor:
         bits, width, grid, _ = ctx.numbers = numbers
         result, passes, rounded = _forward(weight, scale, mask, zeros, bits, width, grid)
+        # a fixed scale needs nothing but the clip mask, one byte per weight
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(passes, result if _exact(weight, grid) else None, weight, scale, rounded, mask, zeros)
         else:

@@ -18,6 +18,7 @@ _LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 @triton.jit
 def _ordered(bits):
     """int32 bits of fp32 -> integers in the order of the numbers, and back; -0 is just below +0."""
+    # negative numbers have all bits but the sign flipped: a larger magnitude becomes a smaller integer
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -42,6 +43,7 @@ def _range_kernel(
     BLOCK_WIDTH: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
+    # both ends start at 0, whose key is 0, so the range contains zero
     least = tl.zeros([BLOCK_GROUPS], tl.int32)
     most = tl.zeros([BLOCK_GROUPS], tl.int32)
     for start in range(0, WIDTH, BLOCK_WIDTH):
@@ -60,12 +62,15 @@ def _range_kernel(
         tl.store(first_ptr + rows, tl.where(fine, low, float("nan")), mask=inside)
         tl.store(high_ptr + rows, tl.where(fine, high, float("nan")), mask=inside)
     else:
+        # the difference of two finite numbers may overflow
         width = tl.minimum(high - low, _LARGEST_FLOAT)
         scale = tl.math.div_rn(width, tl.full([BLOCK_GROUPS], DIVISOR, tl.float32))
         if DROPPED_BITS > 0:
             scale = drop_bits(scale, DROPPED_BITS)
         scale = tl.minimum(tl.maximum(scale, SMALLEST), LARGEST)
+        # law 3: a group of zeros has s = 1
         scale = tl.where(width == 0.0, 1.0, scale)
+        # from the scale on its grid, which is the one that is stored
         zero = nearest_integers(QMIN - tl.math.div_rn(low, scale), QMIN, QMAX)
         tl.store(first_ptr + rows, tl.where(fine, scale, float("nan")), mask=inside)
         tl.store(zero_ptr + rows, tl.where(fine, zero, 0.0).to(tl.int8), mask=inside)
@@ -80,6 +85,7 @@ def range_grid_op(
     groups = weight.numel() // width
     first = torch.empty(groups, dtype=torch.float32, device=weight.device)
     second = torch.empty(groups, dtype=torch.float32 if shared else torch.int8, device=weight.device)
+    # ``second`` is zero_ptr and high_ptr at once: the kernel writes the one that IS_RANGE selects
     tensors = [weight, mask_bytes, first, second, second]
     flags = {"HAS_MASK": mask is not None, "IS_RANGE": shared}
     launch_kernel(_range_kernel, tensors, weight, width, **integer_grid(bits, grid), DIVISOR=divisor, **flags)

@@ -30,6 +30,7 @@ def grid_of_range(
     # clamped, because the difference of two finite numbers may overflow
     scale = group_scales((high - low).clamp(max=torch.finfo(high.dtype).max), *numbers)
     qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    # from the scale on its grid, which is the one that is stored
     zeros = (qmin - low / scale).clamp_(qmin, qmax).round_().nan_to_num_(0.0)
     # NaN where low or high is not finite; as they differ in sign, the sum of finite ones cannot overflow
     return scale.add_((low + high) * 0.0).to(torch.float32), zeros.to(torch.int8)
@@ -41,6 +42,7 @@ def group_range(weight: Tensor, mask: Tensor | None, width: int) -> tuple[Tensor
     kept = weight.to(compute)
     if mask is not None:
         kept = kept * mask.view(torch.uint8).to(compute)
+    # [out, in] -> [out * groups, width] -> [out * groups]
     low, high = kept.reshape(-1, width).aminmax(dim=1)
     return low.clamp_(max=0.0), high.clamp_(min=0.0)
 

@@ -18,6 +18,7 @@ def range_grid(weight: Tensor, spec: QuantSpec, mask: Tensor | None, backend: st
     shared = spec.group_size == "tensor"
     width = spec.group_width(weight.shape[1])
     arguments = (mask, spec.bits, width, shared, spec.symmetric, spec.divisor_value, grid_numbers(spec))
+    # the kernel has no symmetric form for groups (``absmax_kernel.py`` finds those scales itself): the reference gives them on a GPU too
     if use_kernel(weight, backend) and (shared or not spec.symmetric):
         from ..fake_quant import range_kernel
 
@@ -29,6 +30,7 @@ def range_grid(weight: Tensor, spec: QuantSpec, mask: Tensor | None, backend: st
 
 def check_groups(scales: Tensor) -> None:
     """Raises ValueError, naming the first group, if scales are NaN, as those of NaN or infinite weights (it waits for the device)."""
+    # group_scales and grid_of_range mark groups with NaN or infinite weights by a scale of NaN
     broken = torch.isnan(scales)
     if bool(broken.any()):
         row, group = (int(i) for i in broken.nonzero()[0])

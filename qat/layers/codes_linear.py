@@ -31,6 +31,7 @@ class CodesLinear(nn.Module):
         super().__init__()
         self.spec = spec
         self.out_features, self.in_features = encoded.codes.shape
+        # buffers, so that checkpoints hold the codes; they get neither gradients nor optimizer moments
         self.register_buffer("code", encoded.codes)
         self.register_buffer("zero", encoded.zeros)
         self.scale = nn.Parameter(encoded.scales)
@@ -66,7 +67,7 @@ def _codes_linear(input: Tensor, codes: Tensor, zeros: Tensor | None, scale: Ten
 class _CodesProduct(torch.autograd.Function):
     """x @ ((codes - zeros) * s)^T. The backward pass decodes the weight again, so that no layer keeps it in fp32.
 
-    dL/ds = 1 / sqrt(N qmax) * sum over the group of dL/dw * (code - zero), the gradient of LSQ with the codes held.
+    dL/ds = 1 / sqrt(N qmax) * sum over the group of dL/dw * (code - zero), the gradient of LSQ with fixed codes.
     """
 
     @staticmethod
@@ -75,7 +76,9 @@ class _CodesProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(input, codes, zeros, scale, bias)
         ctx.spec = spec
+        # noted here, because autocast is off while the backward pass runs
         ctx.cast = torch.get_autocast_dtype(input.device.type) if torch.is_autocast_enabled(input.device.type) else None
+        # the fp32 weight exists only during this product; between the passes a weight takes the one byte of its code
         return F.linear(input, dequantize(codes, scale_on_grid(scale, spec), zeros), bias)
 
     @staticmethod
@@ -85,10 +88,13 @@ class _CodesProduct(torch.autograd.Function):
         given = scale_gradient = None
         if ctx.needs_input_grad[0]:
             weight = dequantize(codes, scale_on_grid(scale, ctx.spec), zeros).to(dtype)
+            # dL/dx: [..., out] @ [out, in]
             given = (grad.to(dtype) @ weight).to(input.dtype)
         if ctx.needs_input_grad[3]:
+            # dL/dw [out, in], summed over tokens: [out, tokens] @ [tokens, in]
             rows = grad.flatten(0, -2).to(dtype).T @ input.flatten(0, -2).to(dtype)
             # code - zero, as the decoded weight with scales of one
+            # [out, in] -> [out, groups, group size] -> [out, groups]; [1, 1] with one scale for the matrix
             sums = (rows.to(torch.float32) * dequantize(codes, torch.ones_like(scale), zeros)).view(*scale.shape, -1).sum(-1)
             scale_gradient = back_inside(sums * group_factor(codes, scale, ctx.spec), scale, grid_numbers(ctx.spec))
         bias_gradient = grad.flatten(0, -2).sum(0).to(torch.float32) if bias is not None and ctx.needs_input_grad[5] else None

@@ -19,6 +19,7 @@ class InputRounder(Rounder):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x: Tensor = args[0]
+        # before rounding: a range is that of the unrounded inputs
         self.note(x)
         return (self.round(x), *args[1:])
 

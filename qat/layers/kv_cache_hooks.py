@@ -63,6 +63,7 @@ class _Hooks:
 
     def __init__(self, name: str, module: nn.Module, stand_in: _StandIn) -> None:
         self._name, self._stand_in = name, stand_in
+        # some families pass the cache by position, others by name
         self._position = list(inspect.signature(module.forward).parameters).index(_ARGUMENT)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -76,6 +77,7 @@ class _Hooks:
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Releases the cache; UserError if the module did not use it."""
+        # otherwise the hooks would keep the keys and values of the last batch in memory
         self._stand_in.cache = None
         if not self._stand_in.updated:
             raise UserError(f"kv_cache: {self._name} ({type(module).__name__}) puts no keys and values into its cache; leave kv_cache out")
@@ -167,6 +169,7 @@ def round_cache_as_stored(model: "PreTrainedModel", stored: CacheState) -> Round
     """
     cache = round_cache(model, stored.spec)
     if (found := cache.state().attentions) != stored.attentions:
+        # the sets are equal if only the order differs
         other = next(iter(set(found) ^ set(stored.attentions)), found[0])
         raise UserError(f"kv_cache: the stored scales are not those of this model's attention modules ({other}); quantize again")
     cache.set_scales(stored.scales, stored.zeros)

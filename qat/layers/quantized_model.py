@@ -60,6 +60,7 @@ def prepare(model: "PreTrainedModel", spec: QuantSpec | QuantScheme, skip: Seque
             raise UserError(f"lora={extras.rank} is above the largest rank of {name}, {min(rows, columns)}; 16 or 32 are usual")
     # asked before the embedding is replaced, which ends the tie
     tied = is_tied(model)
+    # norms, embeddings and biases are frozen as well; the extras, made below, are new parameters, which train
     if extras is not None and extras.rank:
         model.requires_grad_(False)
     for name, target in chosen.items():
@@ -87,6 +88,7 @@ def hold_codes(model: "PreTrainedModel", state: QuantState) -> None:
         model: The plain model that ``state`` was made from.
         state: Codes and scales of linears, of kind int.
     """
+    # the scales are new parameters, which train; everything else is frozen
     model.requires_grad_(False)
     for name in state.modules:
         linear = model.get_submodule(name)
@@ -132,13 +134,15 @@ def _encoded(module: nn.Module, spec: QuantSpec) -> Encoded:
 
 
 def _check_prepared(model: "PreTrainedModel", prepared: Mapping[str, "_Prepared"], scheme: QuantScheme, asked: bool) -> None:
-    """Raises UserError if a prepared model has other specs, or (``asked``) other modules, than ``scheme``."""
+    """Raises UserError if a prepared model has other specs than ``scheme``, or, if ``asked``, other modules."""
+    # the decoder's linears, each as what it was replaced by
     inside = {name: prepared.get(name, module) for name, module in _linears(model).items()}
     try:
         wanted = scheme.of_linears(inside if asked else [name for name in inside if name in prepared])
     except ValueError as error:
         raise UserError(str(error)) from None
     outer = {module: change for module, change in _embedding_and_head(model, scheme) if change is not None}
+    # embedding and head, which are outside the decoder layers
     held = {name: module for name, module in prepared.items() if name not in inside}
     if asked and (set(wanted) != set(prepared) - set(held) or set(held.values()) != set(outer)):
         raise UserError(f"the model was prepared with other modules than skip={list(scheme.skip)} leaves; use the same patterns, or none.")
@@ -161,6 +165,7 @@ def fold(model: "PreTrainedModel", state: QuantState) -> None:
     Raises:
         UserError: a module is missing, has another shape, is not fp32, or is prepared but not in ``state``; the model is not changed.
     """
+    # 1. checks
     left = [name for name in _prepared(model) if name not in state.codes]
     if left:
         raise UserError(f"module {left[0]} ({len(left)} in all) is prepared, but the codes do not cover it; quantize the whole model.")
@@ -200,9 +205,11 @@ def _fold_embedding(model: "PreTrainedModel", name: str, embedding: Any, table: 
     if isinstance(embedding, QuantEmbedding):
         rows, columns = weight.shape
         plain = nn.Embedding(rows, columns, padding_idx=embedding.padding_idx, _weight=weight)
+        # nn.Embedding makes a parameter of its own from _weight, and a tied head must share this one
         plain.weight = weight
         model.set_submodule(name, plain.train(embedding.training))
     else:
+        # a plain embedding, rounded without training, keeps its module and gets the new table
         embedding.weight = weight
     if tied:
         head: Any = model.get_output_embeddings()

@@ -52,6 +52,7 @@ class RoundedWeight(_Base):
         rows, columns = self.weight.shape
         shape = spec.scale_shape(rows, columns)
         self.spec = spec
+        # scale parameters are zero until the caller sets them, so they are not in use yet
         self.mode: Mode = "absmax"
         self.current_spec = spec
         """The spec in use: with more bits than ``spec`` while bits are annealed."""
@@ -61,6 +62,7 @@ class RoundedWeight(_Base):
         self.scale = self._extra(*shape) if own else None
         self.zero = self._extra(*shape) if own and not spec.symmetric else None
         if self.zero is not None:
+            # a stored zero point is an integer, which gradient steps cannot move
             self.zero.requires_grad_(False)
         self.adapter_in = self._extra(extras.rank, columns) if extras.rank else None
         self.adapter_out = self._extra(rows, extras.rank) if extras.rank else None
@@ -88,6 +90,7 @@ class RoundedWeight(_Base):
         """[out, in]: the latent weight plus the adapter's product; pruned weights (zeros of ``weight``) stay zero."""
         if self.adapter_in is None or self.adapter_out is None:
             return self.weight
+        # in fp32: autocast would round the update to the 8 significant bits of bf16
         with torch.autocast(self.weight.device.type, enabled=False):
             update = self.adapter_out @ self.adapter_in
         # the frozen weight's zeros are used and not ``mask``, which a sharded layer has for its own rows only
@@ -96,10 +99,12 @@ class RoundedWeight(_Base):
     def quantized_weight(self) -> Tensor:
         """[out, in]: the weight as codes times scales, differentiable in all parameters that train."""
         weight, scale = self.merged_weight(), self.scale
+        # off, or scales from the weight: a scale parameter is not used
         if self.mode == "off" or scale is None or self.mode == "absmax":
             rounded = weight if self.mode == "off" else fake_quant(weight, self.current_spec, mask=self.mask)
             # DDP waits for a gradient of every parameter, used or not
             return rounded if scale is None or not scale.requires_grad else _Attached.apply(rounded, scale)
+        # learned or fixed: the scale parameter is used
         given = scale if self.mode == "learned" else scale.detach()
         rounded = fake_quant_learned(weight, given, self.current_spec, zeros=self.zero_codes(), mask=self.mask)
         return rounded if self.mode == "learned" or not scale.requires_grad else _Attached.apply(rounded, scale)

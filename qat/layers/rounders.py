@@ -21,6 +21,7 @@ class Padding:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
+        # a mask of another shape says which tokens see which, not which tokens are padding
         self.text = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def without(self, x: Tensor) -> Tensor:
@@ -32,6 +33,7 @@ class Padding:
 def watch_padding(model: nn.Module) -> Padding:
     """Hooks a ``Padding`` into transformers' backbone, so that ranges leave out what ``attention_mask`` marks as padding."""
     padding = Padding()
+    # the backbone, because calibration runs it without the head
     getattr(model, "base_model", model).register_forward_pre_hook(padding, with_kwargs=True)
     return padding
 
@@ -100,6 +102,7 @@ class Rounders:
     def set_ranges(self, extremes: Tensor) -> None:
         """Sets static scales (and zero points) from ranges in the form of ``extremes``."""
         for rounder, (low, high) in zip(self.rounders.values(), extremes.cpu(), strict=True):
+            # ``low`` is the negated minimum, as ``note`` stores it
             rounder.scale, rounder.zero = static_scale(-low, high, self.spec)
 
     def set_scales(self, scales: Mapping[str, Tensor], zeros: Mapping[str, Tensor]) -> None:

@@ -45,11 +45,13 @@ def save_quantized_folder(
         UserError: the state is of another model, the model is not fp32, ``path`` exists, or writing fails; nothing is left behind.
         NonFiniteError: a weight is NaN or infinite; nothing is written.
     """
+    # 1. the model becomes what is stored: codes * scales, and every other tensor in bf16
     fold(model, state)
     round_unquantized(model, state)
     quant = {**state.record(), **({"rounding": rounding} if rounding else {})}
     named = {"base_model": base_model} if base_model else {}
     whole = {"kind": "quantize", **named, **(record or {}), "quant": quant}
+    # 2. in fp32, which holds codes * scales exactly; bf16 would round products of 8-bit codes and 8-bit scales
     return save_model_folder(Path(path), model, tokenizer, whole, dtype=torch.float32, extra_tensors={QUANT_FILE: state.tensors()})
 
 

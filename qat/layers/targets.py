@@ -43,6 +43,7 @@ def targets(model: "PreTrainedModel", scheme: QuantScheme) -> dict[str, Target]:
     _check_shared(model, chosen, scheme)
     for name, target in chosen.items():
         _check_module(name, target)
+    # embedding and head, appended above, move to their places
     return {name: chosen[name] for name, _ in model.named_modules() if name in chosen}
 
 
@@ -85,7 +86,9 @@ def _check_shared(model: "PreTrainedModel", chosen: Mapping[str, Target], scheme
     owners: dict[int, str] = {}
     # a quantized embedding may share its table with the head, which then reads the rounded table
     tied = id(model.get_input_embeddings().weight) if scheme.embedding and is_tied(model) else None
+    # lists a shared parameter once for each of its names
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        # folding gives a module a weight of its own, which would silently end the sharing
         first = owners.setdefault(id(parameter), name)
         for shared in (name, first):
             if first != name and shared.removesuffix(".weight") in chosen and id(parameter) != tied:

@@ -20,7 +20,9 @@ def token_rows(x: Tensor, text: Tensor | None, shape: tuple[int, ...]) -> Tensor
     width, wanted = x.shape[-1], [size for size in shape if size != 1]
     sizes = [size for size in x.shape[:-1] if size != 1]
     tokens = math.prod(shape)
+    # neither [B, S, ...] nor [B x S, ...]
     if sizes[: len(wanted)] != wanted and sizes[:1] != [tokens]:
         return None
+    # [tokens, vectors per token, width], then without padding and flat: [N, width]
     rows = x.reshape(tokens, -1, width)
     return (rows if text is None else rows[text.flatten()]).reshape(-1, width)

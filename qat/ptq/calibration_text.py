@@ -25,6 +25,7 @@ class CalibrationText:
         """sha256 over each window's number of tokens and token ids (int32, little-endian); the same for every batching and padding."""
         digest = hashlib.sha256()
         for row in self._rows():
+            # the length separates windows: the same ids cut elsewhere are another text
             digest.update(len(row).to_bytes(8, "little"))
             digest.update(row.to(torch.int32).numpy().astype("<i4").tobytes())
         return digest.hexdigest()

@@ -36,6 +36,7 @@ class KindError:
 
 def sampled(rows: int) -> slice:
     """The rows that are measured of a linear with ``rows`` rows."""
+    # the step is rounded up, so that at most SAMPLE rows remain
     return slice(0, rows, -(-rows // SAMPLE))
 
 
@@ -44,11 +45,13 @@ def row_energy(rows: Tensor, moments: Tensor | None) -> Tensor:
     if moments is None:
         return rows.square().sum(1, dtype=torch.float64)
     if moments.ndim == 1:
+        # diagonal H: sum_i w_i^2 H_ii
         return (rows * moments).mul_(rows).sum(1, dtype=torch.float64)
     energy = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
     for at in range(0, rows.shape[1], _BLOCK):
         # H is symmetric: the part right of the diagonal block counts twice, which saves half of the products
         part = rows[:, at : at + _BLOCK]
+        # [out, block] @ [block, in - at] -> [out, in - at]
         energy += 2 * (part @ moments[at : at + _BLOCK, at:]).mul_(rows[:, at:]).sum(1, dtype=torch.float64)
         energy -= (part @ moments[at : at + _BLOCK, at : at + _BLOCK]).mul_(part).sum(1, dtype=torch.float64)
     return energy

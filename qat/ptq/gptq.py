@@ -61,6 +61,7 @@ class Pass:
         found = torch.empty_like(weighted)
         for start in range(0, len(weighted), BLOCK):
             stop = min(start + BLOCK, len(weighted))
+            # R is upper triangular: these rows need only the columns from ``start`` on. [block, in - start] @ [in - start, out]
             found[factor.order[start:stop]] = factor.links[start:, start:stop].T @ weighted[start:]
         return found
 
@@ -102,6 +103,7 @@ def factorize(hessian: Tensor, damping: float = 0.01, activation_order: bool = T
         lower, failed = torch.linalg.cholesky_ex(matrix)
         # cholesky_ex may succeed on a pivot that is only rounding error; what it divides by that pivot may then be infinite
         if not int(failed) and bool(torch.isfinite(lower).all()):
+            # R^T, then each row k divided by R_kk
             links = lower.flip(0, 1).T.contiguous()
             pivots = links.diagonal().clone()
             links.div_(pivots.unsqueeze(1))
@@ -127,6 +129,7 @@ def gptq_pass(
     """
     columns = weight.shape[1]
     width = columns // scales.shape[1]
+    # 1. everything in the order of rounding, columns first
     target = weight.detach().to(torch.float32).T[factor.order]  # [in, out]: a column is contiguous
     kept = None if mask is None else mask.T[factor.order].to(torch.float32)
     errors, remains = torch.empty_like(target), torch.empty_like(target)
@@ -135,8 +138,10 @@ def gptq_pass(
     groups = (factor.order // width).tolist()
     numbers = torch.empty_like(target[:BLOCK])
     # column by column all corrections would be matrix-vector products; in two levels of blocks most of them are matrix products
+    # 2. rounding, block by block
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
+        # v of this block with the compensation for all blocks before it: [block, start] @ [start, out]
         block = torch.addmm(target[start:stop], factor.links[start:stop, :start], errors[:start], out=remains[start:stop])
         # ``errors`` holds w - q of all columns so far; each part adds those of its own block
         for first in range(start, stop, _INNER):

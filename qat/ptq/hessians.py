@@ -35,7 +35,7 @@ def shared_inputs(
         index: Number of the layer.
         linears: Linears of that layer, by full name.
         whole: True sums x x^T, False only its diagonal.
-        advance: Called with the tokens of every batch that is done.
+        advance: Called with the number of tokens after every batch.
         store: With one linear: receives its inputs, one tensor per batch, on the CPU.
         once: Whether each linear is known to run exactly once per pass, so that a pass may end at the last of them.
 
@@ -108,6 +108,7 @@ class _Sums:
                 self.seen.append((given, shared))
             else:
                 shared = next(shared for shared in self.shared if shared.names[0] == name)
+            # [text tokens, in]
             rows = token_rows(given, kept, self.shape)
             if rows is None and given.ndim == 3 and kept is None and not self._once:
                 # some modules pass their tokens through a linear in several parts: the sum over all calls is the same
@@ -138,6 +139,7 @@ class _Sums:
                 "add it to skip, or use method rtn, or mse without weighted"
             )
         for shared in self.shared:
+            # H = 2/N sum x x^T, the Hessian of the mean squared output error
             shared.moments.mul_(2.0 / tokens)
             if self.whole:
                 for at in range(0, len(shared.moments), _BLOCK):

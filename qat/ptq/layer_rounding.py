@@ -50,6 +50,7 @@ class Walk:
         """Rounds one layer, and runs it to get the inputs of the next."""
         self._reported = 0
         self.shelf.bring(layer)
+        # 1. the layer is on the device, in fp32
         linears = {name: _linear(self.model, name) for name in names}
         if self.others is not None:
             # the following layers must see these parameters as they will be stored
@@ -66,6 +67,7 @@ class Walk:
         elif linears:
             self._calibrated(index, layer, linears, rounded, last)
         ordered = {name: rounded[name] for name in linears}
+        # 2. its outputs become those of serving, and the inputs of the next layer
         self.served.layer(index, layer, list(ordered))
         if self.replay is not None and not last:
             self.replay.finish(index, self.advance)
@@ -73,6 +75,7 @@ class Walk:
             # a layer with nothing to round makes fewer passes: report the rest, so that the total is ``amount_of_work``
             passes = (self.rounding.needs != "nothing") + self.rounding.observes + (not last)
             self.advance(self.replay.all_tokens * passes - self._reported)
+        # 3. out of the device's memory; codes go to the storage with the weights
         stored = self.shelf.put_away(layer, self._parts(ordered).tensors())
         self.encoded |= {name: _stored(stored, name) for name in ordered}
 
@@ -98,7 +101,7 @@ class Walk:
             if kept and step.part is not None:
                 # the part's last linear is rounded now, so later passes start from its kept inputs
                 self.replay.shorten(step.part, kept)
-            # the old modules hold the unrounded weights: letting go of them frees the memory
+            # the old modules own the unrounded weights: dropping them frees the memory
             for name in step.names:
                 linears[name] = _linear(self.model, name)
         # the passes that follow run with hooks on inputs, keys and values, which a shortened part would leave out
@@ -108,6 +111,7 @@ class Walk:
     def _keeps(self, linear: nn.Linear) -> bool:
         """Whether the inputs of a linear are kept, so that later passes need not compute them again."""
         assert self.replay is not None
+        # fp32, 4 bytes each; inputs wider than the outputs (down_proj) only within the limit
         return linear.in_features <= linear.out_features or 4 * linear.in_features * self.replay.positions <= KEPT_BYTES
 
     def embedding_or_head(self, name: str) -> None:
@@ -156,6 +160,7 @@ class Walk:
         result = METHODS[rounding.method].round(stack, spec, rounding)
         if result.note:
             self.notes.append(f"{', '.join(names)}: {result.note}")
+        # the yardstick of the report: the error that rounding to nearest would have had
         plain = result if rounding.method == "rtn" else round_to_nearest(stack, spec)
         differences = (weight, weight - result.values(spec), weight - plain.values(spec))
         begin = 0

@@ -77,6 +77,7 @@ class FileShelf:
         inside = _parameters_of(layers)
         around = nn.ParameterList([parameter for parameter in model.parameters() if id(parameter) not in inside])
         fill(model, files, dtype=torch.float32, device=device, inside=around)
+        # rotary frequencies, which are in no file
         materialize_buffers(model, device)
 
     def bring(self, layer: nn.Module) -> None:
@@ -86,6 +87,7 @@ class FileShelf:
         from safetensors import safe_open
 
         own = {id(parameter) for parameter in layer.parameters()}
+        # per parameter all its places (module, attribute, full name); a tied one is written once, under its first name
         places = [found for found in parameter_places(self._model) if id(getattr(found[0][0], found[0][1])) in own]
         file = self._folder / f"{self._written:05d}.safetensors"
         self._written += 1

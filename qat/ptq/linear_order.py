@@ -44,6 +44,7 @@ def steps_of(replay: Replay, index: int, layer: nn.Module, linears: Mapping[str,
     parts = [module for module in layer.modules() if id(module) not in own and next(module.children(), None) is not None]
     hooks += [module.register_forward_hook(seen.part) for module in parts]
     try:
+        # one row of the first batch
         replay.run(index, 0, few=(1, _TOKENS))
     finally:
         for hook in hooks:

@@ -65,6 +65,7 @@ class Stack:
     @property
     def importance(self) -> Tensor | None:
         """fp32 [in]: twice the mean square of each input."""
+        # H_ii = 2 E[x_i^2]; with method mse the moments may be that diagonal already
         return self.moments.diagonal() if self.moments is not None and self.moments.ndim == 2 else self.moments
 
 
@@ -90,6 +91,7 @@ class Rounded:
 
     def rows(self, rows: slice) -> Encoded:
         """``encoded`` of some rows. A stack with one scale in total is one linear, so it is returned whole."""
+        # [1, 1] scales
         if len(self.scales) != len(self.codes):
             return self.encoded
         return Encoded(self.codes[rows], self.scales[rows], None if self.zeros is None else self.zeros[rows], self.global_scale)
@@ -128,11 +130,13 @@ def _gptq(stack: Stack, spec: QuantSpec, rounding: RoundingMethod) -> Rounded:
     else:
         factors = FITTED_FACTORS if rounding.scale == "fitted" else FACTORS
         grid = searched_grid(stack.weight, spec, stack.mask, stack.importance, factors)
+    # one factorization for all stacked linears: H depends on their common input alone
     factor = factorize(stack.moments, rounding.damping, rounding.activation_order)
     # rounding to nearest needs no Hessian; the note reports it
     if factor is None:
         return _to_nearest(stack, grid, spec, note="rounded to nearest: their Hessian has no Cholesky factor with any damping up to 1")
     note = None
+    # ``factorize`` may have needed more
     if factor.damping != rounding.damping:
         note = f"damping raised to {factor.damping:g}: their Hessian has no Cholesky factor with {rounding.damping:g}"
     scales, zeros = grid

@@ -53,6 +53,7 @@ def searched_grid(
     if mask is not None:
         kept = kept * mask
     low, high = group_range(kept, None, width)
+    # [out, groups, width]; shares are [1, groups, width]
     grouped = kept.reshape(weight.shape[0], -1, width)
     shares = None if importance is None else importance.to(torch.float32).view(1, *grouped.shape[1:])
     pieces = grouped.split(max(1, _PIECE // max(1, weight.shape[1])))

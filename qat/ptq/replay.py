@@ -98,6 +98,7 @@ class Replay:
         Returns:
             The layer's output [B, S, H], or None if a hook raised ``Enough``.
         """
+        # None before the first layer: the backbone then embeds the tokens itself
         given, result, layer = self._hidden[number], [], self._layers[index]
         batch = self._batches[number]
         if few is not None:
@@ -121,6 +122,7 @@ class Replay:
 
         handles = [layer.register_forward_pre_hook(give, with_kwargs=True), layer.register_forward_hook(take)]
         try:
+            # the layers before pass their input through, so only layer ``index`` computes; ``Enough`` ends the pass behind it
             with _skipped(self._layers[:index], self._behind), _replaced(self._short_forwards(number)):
                 self._backbone(**backbone_inputs(batch, self._device))
         except Enough:
@@ -139,6 +141,7 @@ class Replay:
             tensor = known.tensors[number].to(self._device, copy=True)
         else:
             tensor = self._model.get_submodule(known.part.linear)(known.tensors[number].to(self._device))
+            # the output replaces the input, which is not needed any more
             known.tensors[number], known.done[number] = tensor.to("cpu", copy=True), True
         return tensor if known.part.nones is None else (tensor, *[None] * known.part.nones)
 
@@ -147,6 +150,7 @@ class Replay:
         for number, _ in self.batches():
             hidden = self.run(index, number)
             assert hidden is not None
+            # one batch at a time: its old states are freed when its new ones are stored
             self._hidden[number] = hidden.to("cpu", torch.float32)
             advance(self.tokens(number))
         self.forget()

@@ -24,7 +24,7 @@ from .gptq import Factor, gptq_pass
 from .mse import SearchedScales
 
 _HOLD = 0.01
-"""Ridge that holds the fitted scales near the scales before, as a share of each group's own curvature. Without it, groups with nearly the
+"""Ridge that keeps the fitted scales near the scales before, as a share of each group's own curvature. Without it, groups with nearly the
 same inputs share their error at random, and the fit follows the calibration text too closely."""
 _PIECE = 2**20  # numbers of a matrix per piece of work: 4 MB
 _FARTHEST = 4.0  # largest factor of change: a fitted scale that changes more comes from a nearly singular system
@@ -70,9 +70,11 @@ def _equations(
     for first in range(0, outputs, rows):
         piece = slice(first, min(first + rows, outputs))
         own = piece if scales.shape[0] == outputs else slice(None)
+        # q - z: [in, rows]
         numbers = columns[:, piece].to(torch.float32)
         if zeros is not None:
             numbers.view(groups, -1, numbers.shape[1]).sub_(zeros[own].T.unsqueeze(1))
+        # [in, rows] -> [groups, width, rows] -> [rows, groups]
         target = (pull[:, piece] * numbers).view(groups, -1, numbers.shape[1]).sum(1).T
         yield _curvature(numbers, groups, hessian, damping), target, scales[own]
 
@@ -84,6 +86,7 @@ def _curvature(numbers: Tensor, groups: int, hessian: Tensor, damping: float) ->
     for group in range(groups):
         first = group * width
         # only groups from this one on: the rest of the lower triangle is done, and A is symmetric
+        # [in - first, width] @ [width, rows]
         product = hessian[first:, first : first + width] @ numbers[first : first + width]
         lower[:, group:, group] = product.mul_(numbers[first:]).view(groups - group, width, rows).sum(1).T
     own = lower.diagonal(dim1=1, dim2=2)

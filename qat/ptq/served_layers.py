@@ -59,6 +59,7 @@ class ServedLayers:
             self._inputs |= inputs.rounders
             hooked.append(inputs)
         if self._rounding.kv_cache:
+            # the attention modules of this layer alone
             inside = {id(module) for module in layer.modules()}
             rounders: dict[str, Rounder] = {}
             for name, module in self._attentions.items():
@@ -76,6 +77,7 @@ class ServedLayers:
         for rounders in static:
             rounders.observe()
         for number, _ in self._replay.batches():
+            # static rounders note their ranges and round nothing, because they have no scale yet
             self._replay.run(index, number)
             self._advance(self._replay.tokens(number))
         # rounding of static rounders starts only here, so all of them were measured on unrounded inputs of this layer

@@ -79,6 +79,7 @@ def round_model(
             linear cannot be calibrated; as in ``qat.layers.kv_cache_hooks.round_cache``.
         NonFiniteError: inputs of a linear are NaN or infinite.
     """
+    # 1. what is rounded, and checks, before anything is changed
     layers = decoder_layers(model)
     scheme = QuantScheme.of(spec, skip)
     chosen = targets(model, scheme)
@@ -90,6 +91,7 @@ def round_model(
     if calibrates:
         _check_calibration(text, layers, rounding)
     device = torch.device(device)
+    # 2. where the weights are while other layers are worked on
     if files is None:
         shelf: Shelf = MemoryShelf(model, layers, device)
     else:
@@ -100,6 +102,7 @@ def round_model(
         # layers follow one by one in ``Walk.layer``, embedding and head when they are rounded
         later = inside | {id(model.get_submodule(name).weight) for name in outer}
         take_values([parameter for parameter in model.parameters() if id(parameter) not in later], others)
+    # 3. the walk; eval mode, because dropout would make calibration random
     replay = Replay(model, layers, text.batches, device) if calibrates and text is not None else None
     training = model.training
     model.eval()

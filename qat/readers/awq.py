@@ -15,6 +15,7 @@ from .fields import check_fields, check_group, check_module_names, read_quantiza
 from .qweight import QWEIGHT, QZEROS, SCALES, QweightFolder
 from .tensors import StoredCodes, StoredScheme, bit_fields
 
+# The inverse of the order above: column 1 is in field 4, column 2 in field 1, and so on (AutoAWQ's AWQ_REVERSE_ORDER).
 _FIELD_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
@@ -31,7 +32,7 @@ class AwqFolder(QweightFolder):
         return self._scheme
 
     def unlisted(self, linears: tuple[str, ...]) -> list[str]:
-        """Sentences about linears that are packed or not packed in contradiction to the config (its patterns are parts of names)."""
+        """Sentences about linears for which tensors and config (its patterns are parts of names) disagree on whether they are packed."""
         problems = []
         for name in linears:
             # runtimes never read the head as packed
@@ -52,7 +53,9 @@ class AwqFolder(QweightFolder):
         width = self._group_width(module, columns, self._scheme)
         groups = columns // width
         self._stored.expect(module + QZEROS, ("I32",), (groups, rows // 8))
+        # [groups, out] -> [out, groups]
         scales = self._stored.scales(module + SCALES, (groups, rows)).T
+        # both shifts cancel: (u - 8) - (z - 8) = u - z
         return StoredCodes(codes=self._nibbles(module + QWEIGHT) - 8, scales=scales, zeros=self._nibbles(module + QZEROS) - 8)
 
     def _shape(self, module: str) -> tuple[int, int]:
@@ -63,6 +66,7 @@ class AwqFolder(QweightFolder):
     def _nibbles(self, name: str) -> NDArray[np.int16]:
         """Unsigned [out, rows] of a tensor int32 [rows, out / 8]."""
         data = self._stored.words(name)
+        # [rows, out / 2] bytes -> [rows, out] fields -> [rows, out / 8, 8], reordered within each word -> [out, rows]
         fields, _ = bit_fields(data, 4, data.shape[1] * 2)
         return fields.reshape(len(data), -1, 8)[:, :, _FIELD_OF_COLUMN].reshape(len(data), -1).T
 

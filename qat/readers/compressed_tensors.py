@@ -26,6 +26,7 @@ from .tensors import StoredCodes, StoredScheme, StoredTensors, WeightFolder, bit
 
 _PACKED, _SCALE, _SHAPE, _ZERO = ".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point"
 _INPUT_SCALE, _INPUT_ZERO = ".input_scale", ".input_zero_point"
+# Reordered inputs (actorder "group"), and the scales of nvfp4.
 _FOREIGN = (".weight_g_idx", ".weight_global_scale", ".input_global_scale")
 
 
@@ -59,11 +60,14 @@ class PackedFolder(WeightFolder):
         for name in names:
             if name.endswith(_FOREIGN):
                 raise UserError(f"{self._stored.file(name)}: {name}: this reader does not know reordered groups and global scales")
+        # 1. which modules are quantized, by their tensors
         packed = {name.removesuffix(_PACKED) for name in names if name.endswith(_PACKED)}
+        # int-quantized keeps the plain name; the dtype and a scale beside it mark such a weight
         bytewise = (n.removesuffix(".weight") for n in names if n.endswith(".weight") and self._stored.dtype(n) == "I8")
         self._unpacked = frozenset(module for module in bytewise if module + _SCALE in self._stored)
         heads = dict.fromkeys(name.removesuffix(_PACKED).removesuffix(".weight") for name in names)
         self.modules = tuple(head for head in heads if head in packed or head in self._unpacked)
+        # 2. the tensors that such modules must have; all others are plain
         needed = {module + suffix for module in packed for suffix in (_PACKED, _SCALE, _SHAPE)}
         needed |= {module + suffix for module in self._unpacked for suffix in (".weight", _SCALE)}
         needed |= {module + _ZERO for module in self.modules if not self.scheme_of(module).symmetric}
@@ -94,7 +98,7 @@ class PackedFolder(WeightFolder):
         for module in self.modules:
             form = "int-quantized" if module in self._unpacked else "pack-quantized"
             if self.scheme.of(module).format != form:
-                raise UserError(f"{self.folder}: {module} is {form}, but its group in config.json says {self.scheme.of(module).format}")
+                raise UserError(f"{self.folder}: {module} is {form}, but its group in config.json has {self.scheme.of(module).format}")
 
     def scheme_of(self, module: str) -> StoredScheme:
         """Bits, group size and symmetry of a quantized module."""
@@ -124,7 +128,7 @@ class PackedFolder(WeightFolder):
         return cache_scales(self._stored, self.attentions) if self.scheme.cache else None
 
     def unlisted(self, linears: tuple[str, ...]) -> list[str]:
-        """Sentences about linears that are packed or not packed in contradiction to the config."""
+        """Sentences about linears for which tensors and config disagree on whether they are packed."""
         problems = []
         for name in linears:
             announced = self.scheme.announces(name)
@@ -152,6 +156,7 @@ class PackedFolder(WeightFolder):
             raise UserError(f"{file}: {module}: group_size {width} does not divide its {columns} columns; export again")
         groups, half = columns // width, 1 << (scheme.bits - 1)
         if module in self._unpacked:
+            # int16: code - zero point of two int8 numbers may need 9 bits
             codes = self._stored.integers(f"{module}.weight").astype(np.int16)
             if codes.min() < -half or codes.max() >= half:
                 raise UserError(f"{self._stored.file(f'{module}.weight')}: {module}.weight has codes outside {-half}..{half - 1}")
@@ -179,6 +184,7 @@ class PackedFolder(WeightFolder):
         self._stored.expect(name, ("I32",), (words, groups))
         # [words, groups] -> [groups, words], each word's bytes kept together
         data = self._stored.words(name).reshape(words, groups, 4).transpose(1, 0, 2).reshape(groups, words * 4)
+        # [groups, out] -> [out, groups]
         return self._fields(name, data, scheme.bits, rows).T
 
     def _fields(self, name: str, data: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int16]:

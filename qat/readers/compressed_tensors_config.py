@@ -62,9 +62,11 @@ class PackedScheme:
 
     def announces(self, module: str) -> bool:
         """Whether the config announces a linear of this name as packed."""
+        # ``ignore`` wins over every group, as in the package
         return not any(_matches(module, name) for name in self.ignore) and self._find(module) is not None
 
     def _find(self, module: str) -> Group | None:
+        # generators: the search ends at the first group that fits, an exact name before a pattern, a pattern before a class
         by_name = (group for group in self.groups if module in group.targets)
         by_pattern = (group for group in self.groups if any(_matches(module, target) for target in group.targets))
         by_class = (group for group in self.groups if "Linear" in group.targets)
@@ -72,6 +74,7 @@ class PackedScheme:
 
 
 def _matches(module: str, target: str) -> bool:
+    # match, not fullmatch: compressed-tensors' own rule, under which a pattern may end before the name does
     return re.match(target[3:], module) is not None if target.startswith("re:") else module == target
 
 
@@ -82,6 +85,7 @@ def read_packed_scheme(folder: Path) -> PackedScheme:
         UserError: the folder is not packed, or in a way that this reader does not know; the message names the field.
     """
     file, quantization = read_quantization(folder)
+    # method, format and status first: with another one of these, no other field has the meaning that is read below
     whole = quantization.get("format")
     check_fields(file, [("quant_method", quantization.get("quant_method"), ("compressed-tensors",))])
     check_fields(file, [("format", whole, (*FORMATS, "mixed-precision"))])
@@ -102,17 +106,21 @@ def _group(file: Path, name: str, group: Any, whole: str) -> Group:
         raise UserError(f"{file}: quantization_config.config_groups[{name!r:.100}] must be an object with weights")
     form = group.get("format") or whole
     expected: list[tuple[str, Any, tuple[Any, ...]]] = [
+        # a group without a format of its own has that of the file
         ("the format of a group", form, FORMATS if whole == "mixed-precision" else (whole,)),
         ("output_activations", group.get("output_activations"), (None,)),
+        # int-quantized stores one byte per code
         ("weights.num_bits", weights.get("num_bits"), (8,) if form == "int-quantized" else BITS),
         ("weights.type", weights.get("type"), ("int",)),
         ("weights.symmetric", weights.get("symmetric"), (True, False)),
         ("weights.strategy", weights.get("strategy"), ("group", "channel")),
         ("weights.dynamic", weights.get("dynamic", False), (False,)),
+        # static and weight name how the codes were found; groups stay ranges of inputs, as without either
         ("weights.actorder", weights.get("actorder"), (None, "static", "weight")),
     ]
     check_fields(file, expected)
     size = weights.get("group_size")
+    # with strategy channel the size may be null or anything: it is not used
     if weights["strategy"] == "group" and (type(size) is not int or size < 1):
         raise UserError(f"{file}: quantization_config: weights.group_size is {size!r}; strategy 'group' needs a positive whole number")
     return Group(
@@ -136,6 +144,7 @@ def _inputs(file: Path, inputs: Any) -> InputScheme | None:
         ("input_activations.type", inputs.get("type"), ("int",)),
         ("input_activations.symmetric", inputs.get("symmetric", True), (True, False)),
         ("input_activations.dynamic", dynamic, (True, False)),
+        # one scale per token can only be computed at run time, a stored one can only be for all tokens
         ("input_activations.strategy", inputs.get("strategy"), ("token",) if dynamic else ("tensor",)),
     ]
     check_fields(file, expected)

@@ -26,6 +26,7 @@ def read_quantization(folder: Path) -> tuple[Path, dict[str, Any]]:
 def check_fields(file: Path, expected: Sequence[tuple[str, Any, tuple[Any, ...]]]) -> None:
     """Raises UserError for the first (field, value, allowed values) whose value is not allowed; types must be equal too."""
     for name, value, allowed in expected:
+        # types too, because 1 == True in Python
         if not any(type(value) is type(choice) and value == choice for choice in allowed):
             choices = " or ".join(map(repr, allowed))
             raise UserError(f"{file}: quantization_config: {name} is {value!r:.100}; this reader knows {choices}")

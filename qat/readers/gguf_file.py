@@ -24,6 +24,7 @@ MAX_ENTRIES = 1 << 16
 """Largest number of metadata entries, and of tensors."""
 MAX_ITEMS = 1 << 23
 """Largest number of elements in a metadata array."""
+# Type number of a metadata value -> its struct code (ggml's enum gguf_type).
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 # ggml type: (name, elements of a block, bytes of a block)
@@ -71,10 +72,12 @@ class GgufFile:
         blocks = self._blocks(tensor)
         scales = self._halves(tensor, blocks, 0)
         if tensor.type in _WITH_MINIMUM:
+            # two fp16, d and m, come first
             fields = _fields(tensor.type, blocks[:, 4:])
             codes = fields - _MIDDLES[tensor.type]
             values = fields.astype(np.float32) * scales + self._halves(tensor, blocks, 2)
         else:
+            # one fp16, d, comes first
             packed = blocks[:, 2:]
             codes = packed.view(np.int8) if tensor.type == "Q8_0" else _fields(tensor.type, packed) - _MIDDLES[tensor.type]
             if (codes[scales[:, 0] == 0] != 0).any():
@@ -166,9 +169,11 @@ def _parse(path: Path, handle: BinaryIO, size: int) -> GgufFile:
     cursor = _Cursor(handle, size)
     if cursor.take(4) != b"GGUF":
         raise ValueError("it does not begin with 'GGUF'")
+    # version 3 differs from 2 only in that big-endian files exist
     version = cursor.number("I")
     if version not in (2, 3):
         raise ValueError(f"version {version} of the format is unknown (2 and 3 are read; a big-endian file has another first byte)")
+    # the fewest bytes of an entry: lengths, counts, type and offset of a tensor; key length, type and one byte of metadata
     tensor_count, entry_count = cursor.count("Q", MAX_ENTRIES, 24, "tensors"), cursor.count("Q", MAX_ENTRIES, 13, "metadata entries")
     metadata: dict[str, Any] = {}
     for _ in range(entry_count):
@@ -204,6 +209,7 @@ class _Cursor:
 
     def count(self, form: str, limit: int, least_bytes: int, what: str) -> int:
         """Reads a number of items with at least ``least_bytes`` each, and checks that the rest of the file can hold them."""
+        # compared before anything of that size is allocated: the file is not trusted
         value = self.number(form)
         if value > limit or value * least_bytes > self.size - self.at:
             raise ValueError(f"it claims {value:,} {what}, more than the {self.size - self.at:,} bytes that follow can hold or {limit:,}")
@@ -243,6 +249,7 @@ def _tensor_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     dimensions = cursor.number("I")
     if not 1 <= dimensions <= 4:
         raise ValueError(f"tensor {name!r:.200} has {dimensions:,} dimensions, 1 to 4 are possible")
+    # the file lists the contiguous dimension first
     shape = tuple(reversed([cursor.number("Q") for _ in range(dimensions)]))
     if not all(shape) or math.prod(shape) >= 1 << 62:
         raise ValueError(f"tensor {name!r:.200} has the impossible shape {shape}")
@@ -251,6 +258,7 @@ def _tensor_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 
 def _placed(cursor: _Cursor, entries: list[tuple[str, tuple[int, ...], int, int]], alignment: int) -> dict[str, GgufTensor]:
     """The tensor table with positions in the file. Checks that the data has no gaps except zeros up to the alignment."""
+    # the data begins at the next multiple of the alignment
     start = cursor.at + -cursor.at % alignment
     if entries:
         _check_zeros(cursor, cursor.at, start, "the header")
@@ -264,10 +272,12 @@ def _placed(cursor: _Cursor, entries: list[tuple[str, tuple[int, ...], int, int]
         form, elements, size = _TYPES[kind]
         if shape[-1] % elements:
             raise ValueError(f"tensor {name!r:.200} ({form}) has rows of {shape[-1]:,}, not a multiple of {elements}")
+        # whole blocks, because rows are multiples of a block
         nbytes = math.prod(shape) // elements * size
         if start + offset + nbytes > cursor.size:
             raise ValueError(f"truncated: tensor {name!r:.200} ends at byte {start + offset + nbytes:,} of {cursor.size:,}")
         tensors[name] = GgufTensor(name, form, shape, start + offset, nbytes)
+    # in the order of their bytes: neither an overlap nor a byte between two tensors may hide anything
     position, before = start, "the header"
     for tensor in sorted(tensors.values(), key=lambda tensor: tensor.begin):
         if tensor.begin != position:

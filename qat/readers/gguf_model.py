@@ -93,6 +93,7 @@ class GgufModel:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the state dict, without a tied head."""
         shapes = {name: self.file.tensors[stored].shape for name, stored in self._stored.items()}
+        # transformers' shapes: GPT-2's Conv1D stores [in, out], the file [out, in]
         return {name: shape[::-1] if self._turned(name) else shape for name, shape in shapes.items()}
 
     def tensor(self, name: str) -> NDArray[np.float32]:
@@ -102,7 +103,9 @@ class GgufModel:
     def _as_ours(self, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
         values = self._in_halves(name, values)
         if self.architecture.startswith("gemma") and "norm" in name:
+            # the file has 1 + w, because llama.cpp multiplies norms by the stored value
             return values - np.float32(1)
+        # GPT-2: [out, in] -> Conv1D's [in, out]
         return np.ascontiguousarray(values.T) if self._turned(name) else values
 
     def as_stored(self, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -130,6 +133,7 @@ class GgufModel:
     def _original(self, stored: str) -> str:
         outer, inner, layers = _TABLES[self.architecture]
         match = re.fullmatch(r"(?:blk\.(\d{1,5})\.)?([a-z_0-9]+)\.(weight|bias)", stored)
+        # ``blk.7.`` selects the table of the layers
         known = (inner if match.group(1) else outer).get(match.group(2)) if match else None
         if match is None or known is None:
             raise UserError(f"{self.path}: the tensor {stored!r:.200} belongs to no {self.architecture} model that this reader knows")
@@ -150,4 +154,5 @@ class GgufModel:
             raise UserError(f"{self.path}: {name} has {rows} rows, which {heads!r:.50} attention heads do not divide into pairs")
         # llama.cpp rotates adjacent channels, transformers channel i with channel i + half
         pairs = np.arange(rows).reshape(heads, rows // heads // 2, 2)
+        # [heads, half, 2] -> [heads, 2, half] -> [rows]
         return values[pairs.transpose(0, 2, 1).reshape(-1)]

@@ -32,11 +32,12 @@ class GptqFolder(QweightFolder):
     def scheme_of(self, module: str) -> StoredScheme:
         """Bits and group size of a module: those of the config, changed by the first ``dynamic`` pattern that matches the module."""
         changes = next((change for pattern, change in self._dynamic if pattern.match(module)), None) or {}
+        # what a pattern does not change is as in the rest of the config; -1 means one group of all inputs
         bits, size = changes.get("bits", self._scheme.bits), changes.get("group_size", self._scheme.group_size or -1)
         return StoredScheme(bits=bits, group_size=None if size == -1 else size, symmetric=changes.get("sym", self._scheme.symmetric))
 
     def unlisted(self, linears: tuple[str, ...]) -> list[str]:
-        """Sentences about linears that are packed or not packed in contradiction to the config."""
+        """Sentences about linears for which tensors and config disagree on whether they are packed."""
         # runtimes read the head as packed only if 'lm_head' is true; the patterns are for the decoder's layers
         head = bool(read_config(self.folder)["quantization_config"].get("lm_head"))
         problems = []
@@ -58,6 +59,7 @@ class GptqFolder(QweightFolder):
         (rows, columns), scheme = self._shape(module), self.scheme_of(module)
         width = self._group_width(module, columns, scheme)
         half, groups = 1 << (scheme.bits - 1), columns // width
+        # [out, in], unsigned
         codes = self._fields(module + QWEIGHT, scheme.bits, columns, transposed=True)
         self._stored.expect(module + QZEROS, ("I32",), (groups, -(-rows * scheme.bits // 32)))
         # version 1 stores z - 1, and its readers add 1 within the width of the field: z = 0 would become 2^b, so it cannot be stored
@@ -68,7 +70,9 @@ class GptqFolder(QweightFolder):
                 "is damaged, or has the other checkpoint_format (gptq stores zero points minus one, gptq_v2 stores them unchanged)"
             )
         self._check_order(module, columns, width)
+        # [groups, out] -> [out, groups]
         scales = self._stored.scales(module + SCALES, (groups, rows)).T
+        # both shifts cancel: (u - half) - (z - half) = u - z
         return StoredCodes(codes=codes - half, scales=scales, zeros=zeros - half)
 
     def _shape(self, module: str) -> tuple[int, int]:
@@ -94,6 +98,7 @@ class GptqFolder(QweightFolder):
         if name not in self._stored:
             return
         self._stored.expect(name, ("I32",), (columns,))
+        # with desc_act a group may be any set of inputs; without, it is a range of them
         if not np.array_equal(self._stored.integers(name), np.arange(columns) // width):
             raise UserError(f"{self._stored.file(name)}: {name} reorders inputs (desc_act), which this reader does not know")
 
@@ -127,6 +132,7 @@ def _rule(file: Path, key: str, change: Any) -> tuple[re.Pattern[str], dict[str,
     """One entry of ``dynamic``: '-:pattern' leaves modules out, '+:pattern' or 'pattern' changes their settings."""
     if not isinstance(change, dict):
         raise UserError(f"{file}: quantization_config: dynamic[{key!r:.100}] must be an object")
+    # the prefix decides what the pattern does; without one it changes settings, as with "+:"
     compiled = module_pattern(file, "dynamic", key.removeprefix("+:").removeprefix("-:"))
     if key.startswith("-:"):
         return compiled, None

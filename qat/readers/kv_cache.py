@@ -47,6 +47,7 @@ def cache_attentions(folder: Path, names: Iterable[str], announced: bool) -> tup
     scales = [name for name in names if is_cache_scale(name)]
     if scales and not announced:
         raise UserError(f"{folder}: {scales[0]}: config.json has no kv_cache_scheme that describes it; export again")
+    # each attention once, in file order
     attentions = tuple(dict.fromkeys(name.rpartition(".")[0] for name in scales))
     missing = [attention + suffix for attention in attentions for suffix in _SUFFIXES if attention + suffix not in scales]
     if missing or (announced and not attentions):

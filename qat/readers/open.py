@@ -56,6 +56,7 @@ def open_folder(path: Path) -> WeightFolder:
     """
     path = Path(path)
     config = read_config(path)
+    # plain weights: a model folder, quantized or not, or a plain export
     if "quantization_config" not in config:
         return PlainFolder(path)
     quantization = config["quantization_config"]

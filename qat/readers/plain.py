@@ -15,6 +15,7 @@ class PlainFolder(WeightFolder):
     def __init__(self, folder: Path) -> None:
         """Raises UserError if config, index or a file header is missing, damaged or foreign."""
         self.folder = Path(folder)
+        # read for its errors alone: a folder without a sound config is no export
         read_config(self.folder)
         self._stored = StoredTensors(self.folder)
         self.modules = ()

@@ -29,6 +29,7 @@ class QweightFolder(WeightFolder):
         names = self._stored.names
         self.modules = tuple(name.removesuffix(QWEIGHT) for name in names if name.endswith(QWEIGHT))
         needed = {module + suffix for module in self.modules for suffix in (QWEIGHT, QZEROS, SCALES)}
+        # with the tensors that a module may have; everything else is a plain tensor
         parts = needed | {module + suffix for module in self.modules for suffix in optional}
         self.plain = tuple(name for name in names if name not in parts)
         for name in sorted(needed - set(names)):
@@ -36,6 +37,7 @@ class QweightFolder(WeightFolder):
         for name in self.plain:
             if name.endswith((QZEROS, SCALES, *optional)):
                 raise UserError(f"{self._stored.file(name)}: {name} belongs to no {QWEIGHT[1:]}; the export is incomplete")
+            # runtimes would differ in which of the two they use
             if name.removesuffix(".weight") + QWEIGHT in parts:
                 raise UserError(f"{self._stored.file(name)}: {name} is stored twice, packed and plain; export again")
 
@@ -57,6 +59,7 @@ class QweightFolder(WeightFolder):
 
     def _group_width(self, module: str, columns: int, scheme: StoredScheme) -> int:
         """Inputs per scale; UserError if the group size of the config does not divide the inputs."""
+        # None: one group of all inputs
         width = scheme.group_size or columns
         if not width or columns % width:
             raise UserError(f"{self._stored.file(module + QWEIGHT)}: {module}: group_size {width} does not divide its {columns} inputs")

@@ -20,6 +20,7 @@ from ...models.folder.safetensors_read import TensorInfo, read_header
 INDEX = "model.safetensors.index.json"
 FLOATS = ("BF16", "F16", "F32")
 """Dtypes of scales and plain tensors."""
+# numpy has no bf16: its bits as uint16
 _KINDS = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "I8": "i1", "I32": "<i4", "I64": "<i8"}
 
 
@@ -94,7 +95,7 @@ class WeightFolder(ABC):
 
     @abstractmethod
     def unlisted(self, linears: tuple[str, ...]) -> list[str]:
-        """Sentences about linears that are packed or not packed in contradiction to the config."""
+        """Sentences about linears for which tensors and config disagree on whether they are packed."""
 
     def decode(self, module: str) -> Decoded:
         """Weight, codes and scales of a quantized module; UserError as ``stored_codes``."""
@@ -167,6 +168,7 @@ class StoredTensors:
     def words(self, name: str) -> NDArray[np.uint8]:
         """An I32 matrix [rows, words] as its bytes [rows, 4 words], the lowest first."""
         rows, words = self._places[name].info.shape
+        # safetensors is little-endian, so the bytes of a word come lowest first
         return self._raw(name, np.dtype(np.uint8), 4).reshape(rows, words * 4)
 
     def floats(self, name: str) -> NDArray[np.float32]:
@@ -177,6 +179,7 @@ class StoredTensors:
         raw = self._raw(name, np.dtype(_KINDS[place.info.dtype]))
         if place.info.dtype == "BF16":  # the upper half of the same number in fp32
             raw = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        # bf16, fp16 and fp32 are exact in fp32
         values = raw.astype(np.float32).reshape(place.info.shape)
         if not np.isfinite(values).all():
             raise UserError(f"{place.file}: {name} holds NaN or infinite values; export again")
@@ -190,6 +193,7 @@ class StoredTensors:
             values = self.floats(name)
         except UserError:
             values = np.zeros(1, np.float32)
+        # a scale of 0 would hide its codes
         if not (values > 0).all():
             raise UserError(f"{self.file(name)}: {name} holds a scale that is not finite and positive; export again")
         return values
@@ -197,6 +201,7 @@ class StoredTensors:
     def _raw(self, name: str, kind: np.dtype[Any], per_element: int = 1) -> NDArray[Any]:
         place = self._places[name]
         count = int(np.prod(place.info.shape, dtype=np.int64)) * per_element
+        # reads this tensor's bytes and no others
         return np.fromfile(place.file, kind, count, offset=place.start + place.info.begin)
 
 
@@ -213,10 +218,13 @@ def bit_fields(data: NDArray[np.uint8], bits: int, count: int) -> tuple[NDArray[
     """
     # widths that divide 8 need only shifts; the others are expanded to one byte per bit
     if 8 % bits == 0:
+        # [rows, bytes, 8 / bits], then [rows, numbers]
         fields = (data[:, :, None] >> np.arange(0, 8, bits, dtype=np.uint8)) & np.uint8((1 << bits) - 1)
         whole = fields.reshape(len(data), -1)
         return whole[:, :count].astype(np.int16), bool(whole[:, count:].any())
+    # [rows, 8 bytes]: bit 0 of byte 0 first
     single = np.unpackbits(data, axis=1, bitorder="little")
+    # [rows, count, bits] @ [bits]: bit k counts 2^k
     numbers = single[:, : count * bits].reshape(len(data), count, bits) @ (1 << np.arange(bits)).astype(np.int16)
     return numbers.astype(np.int16), bool(single[:, count * bits :].any())
 
@@ -255,11 +263,13 @@ def _tensor_places(folder: Path) -> dict[str, _Place]:
         )
     if not single.is_file() and not index.is_file():
         raise UserError(f"{folder} has neither {single.name} nor {index.name}; the export is incomplete")
+    # tensor -> file of the index; None for a single file
     mapped = None if single.is_file() else _weight_map(index)
     places: dict[str, _Place] = {}
     for file in [single] if mapped is None else [folder / name for name in sorted(set(mapped.values()))]:
         header = read_header(file)
         for name, info in header.tensors.items():
+            # a tensor in two files: readers by index and readers of all files would differ
             if mapped is not None and mapped.get(name) != file.name:
                 raise UserError(f"{file}: {name} is in this file, but {index.name} places it in {mapped.get(name)}; export again")
             places[name] = _Place(file, header.data_start, info)
@@ -272,6 +282,7 @@ def _tensor_places(folder: Path) -> dict[str, _Place]:
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         mapped = read_object(index, "export again")["weight_map"]
+        # a path out of the folder would read files that are no part of the export
         outside = [file for file in mapped.values() if not isinstance(file, str) or Path(file).name != file or "\0" in file]
     except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is not a readable index ({error}); export again") from error

@@ -1,11 +1,10 @@
 """The rule that decides whether a runtime computes the trained model, from logits or predictions over the same tokens.
 
 In fp32 and with the same operations, logits must agree to 1e-5 (relative to the largest logit if that is above 1): only the order of
-additions
-may differ. In a runtime's own arithmetic, predictions are compared: the token must be the same wherever the fake-quant model's first
-choice
-leads by more than 0.1 nat. Over at least 2,000 positions it must also be the same at 99 % of all positions, and the perplexities may
-differ by ``MAX_PERPLEXITY_SHIFT``. A runtime returns whole logits (``compare_logits``) or its likeliest tokens (``compare_predictions``).
+additions may differ. In a runtime's own arithmetic, predictions are compared: the token must be the same wherever the fake-quant model's
+first choice leads by more than 0.1 nat. Over at least 2,000 positions it must also be the same at 99 % of all positions, and the
+perplexities may differ by ``MAX_PERPLEXITY_SHIFT``. A runtime returns whole logits (``compare_logits``) or its likeliest tokens
+(``compare_predictions``).
 """
 
 import math
@@ -59,16 +58,17 @@ class Agreement:
             max_shift: Largest relative difference of the perplexities; None requires equal logits in fp32.
         """
         if max_shift is None:
+            # false for NaN
             equal = self.max_logit_diff <= TOLERANCE * max(1.0, self.largest_logit)
             return None if equal and self.top1 == 1.0 else f"logits differ by {self.max_logit_diff:.3g}, same token at {self.top1:.2%}"
         if not math.isfinite(self.max_logprob_diff):
-            return "it gave logits that are no finite numbers"
+            return "its logits are not finite"
         if self.decided_differently:
             return f"another token at {self.decided_differently} positions where the model's first choice leads by more than {MARGIN} nat"
         if self.positions < MIN_POSITIONS:
             return None
         if self.top1 < MIN_TOP1:
-            return f"the same token at {self.top1:.2%} of {self.positions:,} positions, {MIN_TOP1:.0%} are asked for"
+            return f"the same token at {self.top1:.2%} of {self.positions:,} positions, {MIN_TOP1:.0%} are required"
         # "not <=" instead of ">": a NaN must fail
         if not self.perplexity_shift <= max_shift:
             return f"perplexity {self.perplexity:.4f} instead of {self.reference_perplexity:.4f}"
@@ -94,6 +94,7 @@ def compare_logits(reference: Tensor, logits: Tensor, tokens: Tensor) -> Agreeme
         # torch.maximum propagates NaN, Python's max does not
         logit_diff = torch.maximum(logit_diff, (expected - found).abs().max())
         logprob_diff = torch.maximum(logprob_diff, (wanted - logprobs).abs().max())
+        # position i predicts the token at i + 1
         nll -= float(logprobs[:-1].gather(1, row[1:, None]).sum())
     predicted = tokens.shape[0] * (tokens.shape[1] - 1)
     return counts.agreement(
@@ -133,6 +134,7 @@ class _Counts:
         """Count one row: fp32 logits [S, V] of the fake-quant model, the runtime's tokens [S], the text [S]. Returns fp64
         log-probabilities [S, V]."""
         wanted = expected.double().log_softmax(-1)
+        # [S, 2]: first and second choice, whose distance says how decided the model is
         best = wanted.topk(2, dim=-1).values
         equal = expected.argmax(-1) == chosen
         self.same += int(equal.sum())

@@ -1,10 +1,8 @@
 """Runs a judge (a runtime's check in a fresh process) and records its last phase, which separates a refusal from a wrong answer.
 
-The scripts (``transformers_process.py``, ``llama_cpp_process.py``, ``vllm_process.py``) rewrite their result file at the
-start of each phase. The last phase shows what happened, whatever the process printed. A process that ended before or while loading the
-export
-has refused it (no kernel, no memory, a missing package, a crash), which proves nothing about its numbers. Only one that answered can
-disagree.
+The scripts (``transformers_process.py``, ``llama_cpp_process.py``, ``vllm_process.py``) rewrite their result file at the start of each
+phase. The last phase shows what happened, whatever the process printed. A process that ended before or while loading the export has refused
+it (no kernel, no memory, a missing package, a crash), which proves nothing about its numbers. Only one that answered can disagree.
 """
 
 import json
@@ -73,6 +71,7 @@ def run_judge(
     with tempfile.TemporaryDirectory(prefix="decoct-verify-") as scratch:
         places = {"tokens": Path(scratch, "tokens.npy"), "seen": Path(scratch, "seen.npz"), "result": Path(scratch, "result.json")}
         np.save(places["tokens"], tokens.numpy())
+        # everything goes through files and the exit: what a runtime prints is not part of its answer
         given = {"threads": torch.get_num_threads(), **options, **places}
         # -P: modules of the current folder or the script's folder must not shadow installed ones
         command = [python, "-P", *script, str(export.resolve())]
@@ -82,17 +81,19 @@ def run_judge(
             return outcome("not installed", reason=ended.result["not_installed"]), None
         if not ended.done:
             return unfinished_outcome(ended), None
+        # arrays of another process: no code of theirs may run here
         with np.load(places["seen"], allow_pickle=False) as arrays:
             return {key: value for key, value in ended.result.items() if key != "phase"}, dict(arrays)
 
 
 def run_check(command: Sequence[str], result: Path, environment: Mapping[str, str], seconds: float = TIMEOUT_SECONDS) -> Ended:
-    """Run a check that writes ``result`` (JSON with ``phase``, and with ``words`` if it knows why it ends early)."""
+    """Run a check that writes ``result`` (JSON with ``phase``, and with ``words`` if it can report why it ends early)."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", env=dict(environment), timeout=seconds, check=False
         )
         words = _last_words(done.returncode, done.stderr)
+    # the result file still shows how far it came
     except subprocess.TimeoutExpired:
         words = f"no answer within {seconds:g} seconds"
     except OSError as error:
@@ -121,6 +122,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _last_words(code: int, stderr: str) -> str:
     """Return why a process ended: its signal, or the last error that it printed with the following lines."""
+    # the negative number of the signal, as subprocess reports it
     if code < 0:
         name = signal.Signals(-code).name if -code in {number.value for number in signal.Signals} else str(-code)
         return f"ended by {name}" + (", as the system does when memory runs out" if -code == signal.SIGKILL else "")

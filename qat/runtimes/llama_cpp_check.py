@@ -25,7 +25,6 @@ PACKAGE = "xllamacpp"
 def check_llama_cpp(path: Path, tokens: Tensor | None, python: str | None = None) -> dict[str, Any]:
     """Load a GGUF export (a folder with config.json) in llama.cpp, in a fresh process, and compare; see ``check_runtimes``.
 
-
     ``python`` is an interpreter that has the package; None: the running one.
     """
     file = find_gguf(path)
@@ -35,6 +34,7 @@ def check_llama_cpp(path: Path, tokens: Tensor | None, python: str | None = None
     reference = Reference(file, tokens, GgufModel(file).number("context_length"))
     if skipped := reference.too_large():
         return skipped
+    # the reference first: it also gives the size of the vocabulary
     logits = reference.logits()
     facts, seen = run_llama_cpp(file, reference.tokens, logits.shape[-1], python or sys.executable)
     if seen is None:
@@ -45,4 +45,5 @@ def check_llama_cpp(path: Path, tokens: Tensor | None, python: str | None = None
 
 def run_llama_cpp(file: Path, tokens: Tensor, vocabulary: int, python: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]] | None]:
     """Return (version, speed and memory; its predictions), or (an outcome, None) if it did not answer."""
+    # on the CPU, also where the package was built for a GPU
     return run_judge(python, [llama_cpp_process.__file__], file, tokens, {"CUDA_VISIBLE_DEVICES": ""}, vocabulary=vocabulary)

@@ -1,7 +1,6 @@
-"""Asks llama.cpp about every token of a text, in a process of its own: ``python -m decoct.qat.runtimes.llama_cpp_process``.
+"""Requests llama.cpp's prediction for every token of a text, in a process of its own: ``python -m decoct.qat.runtimes.llama_cpp_process``.
 
-This file is the only part of decoct that runs here. The package xllamacpp contains llama.cpp's own server, which answers over HTTP like
-for
+This file is the only part of decoct that runs here. The package xllamacpp contains llama.cpp's own server, which answers over HTTP like for
 any other client. ``llama_cpp_check.py`` starts this process and compares.
 """
 
@@ -60,8 +59,7 @@ class Server:
     def next_token(self, tokens: list[int], count: int) -> dict[int, float]:
         """Return token -> log-probability of the ``count`` likeliest tokens after ``tokens``; the cache of a shorter prompt is reused."""
         # the server reports probabilities only with a token it sends, and it sends neither an end of text nor half a character; so a
-        # bias,
-        # applied after the probabilities, forces a letter
+        # bias, applied after the probabilities, forces a letter
         chosen = [[self._letter, 1e6]]
         body = {"prompt": tokens, "n_predict": 1, "n_probs": count, "temperature": -1.0, "cache_prompt": True, "logit_bias": chosen}
         answer = self.ask("/completion", body)
@@ -118,6 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     tokens: NDArray[np.int64] = np.load(options.tokens)
     _tell(options.result, phase="loading")
+    # room for a row and one more token, and for the text of the speed measurement
     server = Server(options.model, max(512, tokens.shape[1] + _GENERATED + 1), options.threads)
     version = f"xllamacpp {importlib.metadata.version('xllamacpp')}"
     _tell(options.result, phase="predicting", version=version)

@@ -8,7 +8,7 @@ _STATUS = {
     "differs": "loads it and does NOT agree with the model that was trained",
     "failed": "did NOT run it",
     "skipped": "was not compared",
-    "not installed": "was not asked, as it is not installed here",
+    "not installed": "was not checked, because it is not installed here",
 }
 
 
@@ -32,9 +32,7 @@ def _figures(seen: dict[str, Any]) -> list[str]:
         positions = f" of {seen['positions']:,} positions" if seen.get("positions") else " of the positions"
         found.append(f"the same token at {seen['top1']:.2%}{positions}")
     if (difference := seen.get("max_logprob_diff")) is not None:
-        found.append(
-            "log-probabilities that are no numbers" if math.isnan(difference) else f"log-probabilities within {difference:.1g} nats"
-        )
+        found.append("log-probabilities that are NaN" if math.isnan(difference) else f"log-probabilities within {difference:.1g} nats")
     if (perplexity := seen.get("perplexity")) is not None:
         found.append(f"perplexity {perplexity:.3f}")
     if arithmetic := seen.get("arithmetic"):
@@ -45,5 +43,5 @@ def _figures(seen: dict[str, Any]) -> list[str]:
 def _speed(seen: dict[str, Any]) -> str:
     if not seen.get("tokens_per_second"):
         return ""
-    memory = f" with {seen['peak_bytes'] / 1e6:,.0f} MB of memory at most" if seen.get("peak_bytes") else ""
+    memory = f", peak memory {seen['peak_bytes'] / 1e6:,.0f} MB" if seen.get("peak_bytes") else ""
     return f"{seen['tokens_per_second']:,.0f} tokens/s{memory}"

@@ -60,7 +60,9 @@ class Reference:
         if self._made is None or self._made[0] != arithmetic:
             model = load_exported_model(self.path, inputs=arithmetic)
             with torch.inference_mode():
+                # row by row, as the judges predict: memory holds the activations of one row
                 logits = torch.cat([model(input_ids=row[None], use_cache=False).logits for row in self.tokens])
+            # kept, because several runtimes are compared with the same logits; the model is freed
             self._made = arithmetic, logits
         return self._made[1]
 
@@ -71,6 +73,7 @@ def chosen_tokens(folder: Path, tokens: Tensor | None) -> Tensor:
     vocabulary = int(config.vocab_size)
     if tokens is None:
         length = min(_POSITIONS, int(getattr(config, "max_position_embeddings", None) or _POSITIONS))
+        # a fixed seed: the same export is always asked about the same tokens
         return torch.randint(0, vocabulary, (_SEQUENCES, length), generator=torch.Generator().manual_seed(0))
     if tokens.dtype != torch.int64 or tokens.ndim != 2 or not tokens.numel():
         raise UserError(f"tokens must be int64 [B, S], not {tokens.dtype} of shape {tuple(tokens.shape)}")

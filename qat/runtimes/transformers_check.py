@@ -35,8 +35,9 @@ def check_transformers(reference: Reference) -> dict[str, Any]:
     # before logits: missing or unexpected weights explain any difference better than numbers
     if loading:
         kind, names = next(iter(loading.items()))
-        what = f"it loaded something else than was written; {kind.replace('_', ' ')}: {names[0]} ({len(names)} in all)"
+        what = f"it did not load what was written; {kind.replace('_', ' ')}: {names[0]} ({len(names)} in all)"
         return outcome("differs", version=facts["version"], reason=what)
+    # the reference rounds inputs as the package does, with 127.5
     agreement = compare_logits(reference.logits("compressed-tensors"), torch.from_numpy(seen["logits"]), reference.tokens)
     problem = agreement.problem(None if rule.exact else MAX_PERPLEXITY_SHIFT["transformers"])
     arithmetic = {} if rule.exact else {"arithmetic": "own"}

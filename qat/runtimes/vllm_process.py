@@ -1,8 +1,7 @@
-"""Serves an export with ``vllm serve`` and asks it about every token of a text: ``python vllm_process.py FOLDER ...``.
+"""Serves an export with ``vllm serve`` and requests its prediction for every token of a text: ``python vllm_process.py FOLDER ...``.
 
 The interpreter that has vLLM runs it, often in a venv of its own: this file is the only part of decoct that runs here, and vLLM answers
-over
-HTTP like for any other client. ``vllm_check.py`` starts this process and compares.
+over HTTP like for any other client. ``vllm_check.py`` starts this process and compares.
 """
 
 import argparse
@@ -44,11 +43,13 @@ class Server:
     def __init__(self, folder: str, context: int, threads: int, scratch: Path, dtype: str = "auto") -> None:
         self.log = scratch / "vllm.log"
         with socket.socket() as probe:
+            # 0 takes a free port; vLLM opens it after the probe has closed it
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.address = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", folder, "--host", "127.0.0.1", "--port", str(port)]
         command += ["--served-model-name", "model", "--max-model-len", str(context), "--kv-cache-memory-bytes", str(CACHE_BYTES)]
+        # eager: nothing is compiled for the few requests that follow
         command += ["--dtype", dtype, "--enforce-eager", "--no-enable-prefix-caching", "--max-num-seqs", "8"]
         with self.log.open("wb") as log:
             # a session of its own, so that close() and peak_bytes() find all of its processes
@@ -100,6 +101,7 @@ class Server:
 
     def close(self) -> None:
         """End the server and every process it started."""
+        # the whole group: the engine runs in child processes
         for sign in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, sign)
@@ -168,6 +170,7 @@ def teacher_forced(server: Server, tokens: NDArray[np.int64], vocabulary: int) -
         last = choice["logprobs"]["top_logprobs"][0]
         seen = [
             {int(token): entry["logprob"] for token, entry in sorted(entries.items(), key=lambda item: item[1]["rank"])}
+            # the first entry is empty: nothing precedes the first token
             for entries in choice["prompt_logprobs"][1:]
         ]
         # prompt_logprobs covers positions 1 to S - 1; the prediction after the last token is that of the generated one
@@ -189,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seen", type=Path, required=True)
     parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", default="auto", help="what vLLM computes in; auto: what config.json says")
+    parser.add_argument("--dtype", default="auto", help="dtype of vLLM's computation; auto = the dtype of config.json")
     options = parser.parse_args(arguments)
     tokens: NDArray[np.int64] = np.load(options.tokens)
     with tempfile.TemporaryDirectory(prefix="decoct-vllm-") as scratch:

@@ -32,9 +32,11 @@ class SourceFolder:
         Raises:
             UserError: the folder is not of the right kind, or it is damaged.
         """
+        # compressed-tensors, GPTQ and AWQ have no entry
         return OPENERS.get(format or "", _open_codes)(self.path, self._load)
 
     def _load(self, folder: Path) -> QuantState:
+        # proving reads every weight, so it is done once for all formats
         if self._state is None:
             self._state = load_quant_state(folder)
         return self._state

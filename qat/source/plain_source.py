@@ -16,6 +16,7 @@ from ..spec import QuantSpec
 from .quantized_source import ExportSource
 from .stored_tensors import check_tied, stored_files
 
+# elements: 32 MB in fp64
 _PIECE = 2**22
 
 
@@ -29,6 +30,7 @@ class PlainSource(ExportSource):
     def tensor(self, name: str) -> Tensor:
         """Return a weight in fp32 with the values that the export stores; UserError if it is not finite, or overflows in ``dtype``."""
         stored = super().tensor(name)
+        # norms and biases: llama.cpp needs them in fp32
         if stored.ndim < 2:
             return stored.float()
         return self._in_range(name, stored.to(self.dtype)).float()
@@ -74,11 +76,12 @@ def open_plain_source(folder: Path, dtype: torch.dtype) -> PlainSource:
     """Read and check a model folder with plain weights.
 
     Raises:
-        UserError: no such folder, damaged files, or tensors that config.json does not ask for.
+        UserError: no such folder, damaged files, or tensors that do not belong to the model of config.json.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder (no config.json); {what_instead(folder)}")
+    # names, shapes and ties are checked against the config; weights are read when they are written
     found = checked_places(folder)
     structure = model_structure(folder)
     stored = stored_files(found, structure)

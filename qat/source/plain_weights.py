@@ -43,6 +43,7 @@ def open_any_folder(folder: Path, load: Load = load_quant_state) -> PlainWeights
         UserError: as ``open_plain_source``; for a quantized folder also if its weights are not codes times scales.
     """
     source = open_wide_folder(folder, load)
+    # the 16-bit dtypes that hold each tensor exactly
     held = {name: [dtype for dtype in _DTYPES if holds(source.tensor(name), dtype)] for name in source.plain}
     for dtype in _DTYPES:
         if all(dtype in dtypes for dtypes in held.values()):
@@ -56,6 +57,7 @@ def open_any_folder(folder: Path, load: Load = load_quant_state) -> PlainWeights
 def open_wide_folder(folder: Path, load: Load = load_quant_state) -> PlainWeights:
     """Read and check a model folder, quantized or not, for storing in fp32; UserError as ``open_any_folder``."""
     folder = Path(folder)
+    # a quantized folder is proven first: its weights are codes times scales
     if codes_file(folder):
         load(folder)
     opened = open_plain_source(folder, torch.float32)
@@ -69,6 +71,7 @@ def _changed(source: PlainWeights) -> int:
     try:
         return source.rounding().changed
     except UserError:
+        # bf16 has the range of fp32: an overflow there means a weight that no 16-bit float can hold
         if source.dtype == _DTYPES[0]:
             raise
         return source.structure.parameters + 1

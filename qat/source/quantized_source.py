@@ -66,19 +66,22 @@ def open_source(folder: Path, load: Load = load_quant_state) -> ExportSource:
 
     Raises:
         UserError: no such folder, no codes in it (run qat or quantize), damaged or foreign files, codes out of range, scales that are
-            not finite and positive, weights other than codes times scales, or tensors that config.json does not ask for.
+            not finite and positive, weights other than codes times scales, or tensors that do not belong to the model of config.json.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} is not a model folder (no config.json); {what_instead(folder)}; 'qat' and 'quantize' write quantized ones"
         )
+    # 1. codes, proven against the weights
     state = load(folder)
     found = checked_places(folder)
+    # 2. names and shapes against the config, under the names that transformers writes
     structure = model_structure(folder)
     state, stored = state.renamed(structure.stored_modules()), stored_files(found, structure)
     problems = structure.differences(stored.shapes)
     known = {*structure.linears, structure.embedding}
+    # codes of a foreign module would be exported under a name that no runtime looks up
     problems += [f"{name} is quantized, but no linear of the model" for name in state.modules if name not in known]
     if problems:
         more = f" ({len(problems)} differences in all)" if len(problems) > 1 else ""

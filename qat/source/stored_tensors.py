@@ -41,6 +41,7 @@ def stored_files(found: dict[str, TensorPlace], structure: Structure) -> StoredF
     left_out: dict[str, int] = {}
     if structure.model is not None and not found.keys() <= structure.shapes.keys():
         left_out = summary(not_loaded(structure.model, found))
+        # buffers that transformers computes itself are no loss, and are not counted in ``left_out``
         outside = set(ignored(structure.model, found))
         found = {name: place for name, place in found.items() if name not in outside}
     names = structure.in_files(found)
@@ -59,6 +60,7 @@ def check_tied(folder: Path, stored: StoredFiles, structure: Structure) -> None:
         UserError: the second copy has different values.
     """
     for name in structure.tied & set(stored.files):
+        # one of equal shape must have equal values: which one a tie points to is not recorded
         copies = [other for other in stored.files if other not in structure.tied and structure.shapes[other] == structure.shapes[name]]
         if not any(torch.equal(stored.read(name), stored.read(other)) for other in copies):
             raise UserError(

@@ -23,6 +23,7 @@ def cache_differences(opened: ExportReader, source: "ExportSource") -> list[str]
     found = cache_of(opened)
     return [
         f"{name}_scale is {found.get(name, 'missing')}, not the source's ({wanted.get(name, 'it has none')})"
+        # scales on either side alone count as differences
         for name in sorted(wanted.keys() | found.keys())
         if wanted.get(name) != found.get(name)
     ]

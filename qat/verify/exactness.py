@@ -58,6 +58,7 @@ def prove(folder: Path, source: "ExportSource") -> Proof:
     scales: dict[str, str] = {}
     for name in shapes:
         module = name.removesuffix(".weight")
+        # one tensor at a time: memory holds it twice, rebuilt and expected
         rebuilt, packed = _decoded(opened, name)
         weights[name] = weight_hash(rebuilt)
         if packed is not None:
@@ -66,6 +67,7 @@ def prove(folder: Path, source: "ExportSource") -> Proof:
             problems += code_problems(module, packed, source.state.spec_of(module)) if isinstance(opened, GgufModel) else []
         if name in wanted:
             expected = opened.as_stored(name, source_weight(source, name, quantized.get(name)))
+            # equal in every element, without a tolerance: exporters move bits
             if not np.array_equal(expected, rebuilt):
                 problems.append(f"{name} is not the source's: {_differing(expected, rebuilt)}")
     scales |= {name: weight_hash(values) for name, values in cache_values(opened).items()}
@@ -92,8 +94,7 @@ def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]
     """Rebuild every tensor of an export and compare it with the hashes in ``decoct.json`` (exports of other tools have none).
 
     Every flipped bit of a tensor's bytes is found: in a code or plain value by the hash, in a scale by the hash of the scales, in unused
-    bits
-    and shapes by the reader.
+    bits and shapes by the reader.
 
     Returns:
         (number of tensors compared with a hash, one sentence per problem).
@@ -104,6 +105,7 @@ def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]
         cache = cache_values(opened)
     except UserError as error:
         return 0, [str(error)]
+    # None: another tool's export, which can only be read, not compared
     recorded = record.get("export", {}).get("weights")
     problems = [] if recorded is None else [f"{name} is missing" for name in sorted(set(recorded) - set(shapes))]
     scales = record.get("export", {}).get("scales") or {}
@@ -137,6 +139,7 @@ def _scale_hash(opened: ExportReader, name: str, module: Decoded) -> str:
     inputs = opened.inputs(name) if isinstance(opened, PackedFolder) else None
     if inputs is None or inputs.scale is None:
         return weight_hash(module.scales)
+    # one hash for all numbers that a module stores beside its codes
     return weight_hash(np.append(module.scales.ravel(), np.array([inputs.scale, inputs.zero], np.float32)))
 
 
@@ -147,6 +150,7 @@ def _scale_problem(opened: ExportReader, name: str, module: Decoded, recorded: d
     """
     if recorded is not None:
         return None if recorded.get(name) == _scale_hash(opened, name, module) else f"{name}: its scales are not those that were exported"
+    # [out, groups]: groups of zeros, where a changed scale changes no weight
     empty = ~module.codes.reshape(*module.scales.shape, -1).any(axis=2)
     return f"{name}.weight_scale: a group of zeros has another scale than 1" if (module.scales[empty] != 1).any() else None
 

@@ -59,6 +59,7 @@ def _number_problems(model: GgufModel, config: Any) -> list[str]:
     for key, fields in _FIELDS.items():
         wanted = next((value for field in fields if (value := getattr(config, field, None)) is not None), None)
         if key == "feed_forward_length" and wanted is None:
+            # GPT-2's default when n_inner is None
             wanted = 4 * config.n_embd
         problems += _differing(key, model.number(key), wanted)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -78,13 +79,14 @@ def _differing(key: str, found: Any, wanted: Any) -> list[str]:
             if wanted is None
             else found is not None and found == (np.float32(wanted) if isinstance(wanted, float) else wanted)
         )
-    return [] if same else [f"{key} is {found!r}, config.json says {wanted!r}"]
+    return [] if same else [f"{key} is {found!r}, config.json has {wanted!r}"]
 
 
 def _rope_problems(model: GgufModel, config: Any) -> list[str]:
     if model.architecture == "gpt2":
         return []
     rope = config.rope_parameters
+    # Gemma 3 has parameters per kind of layer
     rope = rope.get("full_attention", rope)
     kind = rope.get("rope_type", "default")
     scaled = kind in ("linear", "yarn")
@@ -99,7 +101,7 @@ def _rope_problems(model: GgufModel, config: Any) -> list[str]:
     found = model.file.read("rope_freqs.weight")
     wanted = np.array([_llama3_factor(rope, pair, 2 * found.size) for pair in range(found.size)], np.float32)
     right = found.shape == (config.head_dim // 2,) and np.array_equal(found, wanted)
-    return problems + ([] if right else ["rope_freqs.weight is not what rope_parameters of config.json ask for"])
+    return problems + ([] if right else ["rope_freqs.weight does not match rope_parameters of config.json"])
 
 
 def _llama3_factor(rope: dict[str, Any], pair: int, width: int) -> float:
@@ -125,7 +127,7 @@ def _token_problems(model: GgufModel, folder: Path) -> list[str]:
     except UserError as error:
         return [str(error)]
     wrong = [(token, index) for token, index in tokenizer.get_vocab().items() if index >= rows or tokens[index] != token]
-    problems = [f"token {wrong[0][1]} is another one than in tokenizer.json ({len(wrong):,} differ)"] if wrong else []
+    problems = [f"token {wrong[0][1]} differs from that in tokenizer.json ({len(wrong):,} differ)"] if wrong else []
     for key, index in (("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)):
         found = model.file.metadata.get(f"tokenizer.ggml.{key}_token_id")
         # the model may have an end of text that the tokenizer lacks
@@ -141,13 +143,13 @@ def _generation_problems(model: GgufModel, folder: Path) -> list[str]:
     for key, name in _SAMPLING.items():
         found, wanted = model.file.metadata.get(f"general.sampling.{key}"), given.get(name)
         if found is not None and (wanted is None or np.float32(found) != np.float32(wanted)):
-            problems.append(f"general.sampling.{key} is {found!r}, {file.name} says {wanted!r}")
+            problems.append(f"general.sampling.{key} is {found!r}, {file.name} has {wanted!r}")
     ends = given.get("eos_token_id", getattr(config, "eos_token_id", None))
     ends = ends if isinstance(ends, list) else [ends]
     for key in ("eot", "eom"):
         found = model.file.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if found is not None and found not in ends:
-            problems.append(f"{key}_token_id is {found!r}, which ends no text by {file.name}")
+            problems.append(f"{key}_token_id is {found!r}, which is no end of text in {file.name}")
     return problems
 
 

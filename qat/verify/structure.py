@@ -37,6 +37,7 @@ def structure_problems(path: Path, record: dict[str, Any], *, codes: bool = True
 
 def _record_problems(opened: WeightFolder, record: dict[str, Any]) -> list[str]:
     quant = record.get("quant")
+    # another tool's export, or plain weights: the record has nothing to compare
     if quant is None or not opened.modules:
         return []
     try:
@@ -48,8 +49,9 @@ def _record_problems(opened: WeightFolder, record: dict[str, Any]) -> list[str]:
     problems += [] if modules == set(opened.modules) else [f"the packed modules are not those that {RECORD} lists"]
     for module in opened.modules:
         spec, scheme = specs.get(module), opened.scheme_of(module)
+        # one sentence is enough: a wrong group in the config concerns all of its modules
         if spec and (scheme.bits, scheme.group_size) != (spec.bits, None if isinstance(spec.group_size, str) else spec.group_size):
-            problems.append(f"config.json says {scheme} of {module}; {RECORD} says {spec}")
+            problems.append(f"config.json has {scheme} for {module}; {RECORD} has {spec}")
             break
     return problems
 
@@ -57,5 +59,5 @@ def _record_problems(opened: WeightFolder, record: dict[str, Any]) -> list[str]:
 def _cache_problems(opened: WeightFolder, quant: dict[str, Any]) -> list[str]:
     """Return attention modules whose keys and values are rounded only in the export, or only according to the record."""
     found, recorded = {name.rpartition(".")[0] for name in cache_of(opened)}, set(map(str, quant.get("attentions") or ()))
-    problems = [f"kv_cache: {name} has no k_scale and v_scale, but {RECORD} says so" for name in sorted(recorded - found)]
-    return problems + [f"kv_cache: {name} has a k_scale and v_scale that {RECORD} says nothing of" for name in sorted(found - recorded)]
+    problems = [f"kv_cache: {name} has no k_scale and v_scale, but {RECORD} lists it" for name in sorted(recorded - found)]
+    return problems + [f"kv_cache: {name} has a k_scale and v_scale, but {RECORD} does not list it" for name in sorted(found - recorded)]

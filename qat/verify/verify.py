@@ -71,6 +71,7 @@ def verify_folder(
         what = "file" if path.suffix == ".gguf" else "folder"
         raise UserError(f"no such {what}: {path}; give a model folder, such as one that 'decoct export' wrote, or a .gguf file")
     report = VerifyReport()
+    # hashes first: they need no reader and name the damaged file
     record = _check_files(path, report)
     try:
         packed = is_export(path)
@@ -105,6 +106,7 @@ def _check_files(path: Path, report: VerifyReport) -> dict[str, Any]:
     """Compare every file's sha256 with the record; return the record, {} if there is none or it cannot be read."""
     try:
         record = read_record(path)
+        # a file without a recorded hash is reported as well
         problems = verify_folder_files(path) if record else []
     except UserError as error:
         report.note([str(error)], "")
@@ -120,11 +122,12 @@ def _check_packed(path: Path, record: dict[str, Any], report: VerifyReport) -> N
     compared, problems = check_recorded(path, record)
     note = f", {compared} of them as recorded" if compared else ", nothing recorded to compare them with"
     report.note(problems, f"an independent reader rebuilds every weight: finite, scales positive{note}")
-    report.note(structure_problems(path, record), "names and shapes are those that config.json asks for")
+    report.note(structure_problems(path, record), "names and shapes are those of config.json")
 
 
 def _check_source(path: Path, source: SourceFolder, report: VerifyReport) -> None:
     folder = path.parent if path.is_file() else path
+    # for the recorded format: plain weights are compared as they were cast for it
     opened = source.open(read_record(folder).get("export", {}).get("format"))
     try:
         problems = prove(path, opened).problems

@@ -37,7 +37,7 @@ def planned(recipe: str, steps: Sequence[str], ranks: int = 1, **machine: Any) -
     ("recipe", "trigger", "said", "ways"),
     [
         (CUT, "export.formats=[awq] qat.weights.bits=8", "awq packs 4 bits", 1),
-        (CUT, "export.formats=[gptq,gguf] qat.weights.symmetric=false", "gptq holds symmetric weights alone", 2),
+        (CUT, "export.formats=[gptq,gguf] qat.weights.symmetric=false", "gptq stores only symmetric weights", 2),
         (CUT, "export.formats=[gptq] qat.weights.bits=6", "gptq packs 2, 4 and 8 bits", 1),
         (CUT, "export.formats=[gptq_v2] qat.weights.bits=3", "gptq_v2 packs 2, 4 and 8 bits", 1),
         (CUT, "export.formats=[compressed-tensors] qat.weights.bits=3", "packs 3 bits differently", 2),
@@ -50,9 +50,9 @@ def planned(recipe: str, steps: Sequence[str], ranks: int = 1, **machine: Any) -
         (CUT, "export.formats=[gguf-q2_0]", "gguf-q2_0 is for symmetric weights of 2 bits", 1),
         (CUT, "export.formats=[gptq] qat.weights.kind=nf4", "holds integer codes, not kind=nf4", 2),
         (CUT, "export.formats=[gguf] qat.weights.scale_grid=fp32", "does not hold scale_grid=fp32", 1),
-        (CUT, "export.formats=[gptq] qat.embedding.bits=8", "gptq has readers that take the embedding for a plain table", 2),
+        (CUT, "export.formats=[gptq] qat.embedding.bits=8", "gptq has readers that expect an unquantized embedding", 2),
         (CUT, "export.formats=[compressed-tensors] qat.kv_cache.kind=int8", "takes keys and values in fp8", 2),
-        (CUT, "export.formats=[gguf] qat.kv_cache.kind=fp8_e4m3 qat.kv_cache.scaling=static", "cannot say that keys and values", 2),
+        (CUT, "export.formats=[gguf] qat.kv_cache.kind=fp8_e4m3 qat.kv_cache.scaling=static", "cannot record that keys and values", 2),
         (CUT, "qat.activations.kind=int8", "takes int8 inputs with int8 weights", 2),
         (CUT, "qat.activations.kind=fp8_e4m3 qat.weights.bits=8 qat.weights.group_size=channel", "takes inputs in int8, not fp8", 1),
         (

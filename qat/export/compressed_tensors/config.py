@@ -1,7 +1,6 @@
 """The ``quantization_config`` of compressed-tensors exports: one group per spec.
 
-A single group targets the class Linear. Several groups name their modules, because servers look for the class of a fused matrix before
-they
+A single group targets the class Linear. Several groups name their modules, because servers look for the class of a fused matrix before they
 look at the names of its parts. Readers refuse unknown keys, so decoct adds none of its own.
 
 Source: compressed-tensors ``quantization/quant_config.py``, ``quantization/quant_args.py``; vLLM ``compressed_tensors/utils.py``.
@@ -45,6 +44,7 @@ def quantization_config(source: ExportSource) -> dict[str, Any]:
 
 def _as_stored(spec: QuantSpec) -> QuantSpec:
     """Reduce a spec to what a reader needs: the origin of the scales and their grid are dropped."""
+    # one scale for the matrix is repeated for each row (``common.layer``)
     group_size = "channel" if spec.group_size == "tensor" else spec.group_size
     return QuantSpec(bits=spec.bits, group_size=group_size, symmetric=spec.symmetric)
 
@@ -68,6 +68,7 @@ def _group(spec: QuantSpec, inputs: ActivationSpec | None, targets: list[str]) -
         "weights": weights,
         "input_activations": None if inputs is None else _inputs(inputs),
         "output_activations": None,
+        # named in each group: readers would otherwise infer it from weights and inputs
         "format": PACK_QUANTIZED if inputs is None else INT_QUANTIZED,
     }
 

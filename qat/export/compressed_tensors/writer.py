@@ -3,8 +3,8 @@
 pack-quantized: integer codes in 32-bit words along the inputs, zero points packed along the outputs. int-quantized: unpacked int8
 codes with one scale per row, for modules whose inputs are rounded to int8 too. Each spec gets a group of its own.
 
-The writer rounds nothing: codes and scales are those of training. Scales lie on the bf16 grid and are stored as bf16; unquantized tensors
-must lie on it too (those of a quantized folder do). Writing does not need the package compressed-tensors.
+The writer rounds nothing: codes and scales are those of training. Scales are on the bf16 grid and are stored as bf16; unquantized tensors
+must be on it too (those of a quantized folder do). Writing does not need the package compressed-tensors.
 
 Source: compressed-tensors ``compressors/pack_quantized/base.py``, ``compressors/naive_quantized/base.py``,
 ``quantization/quant_config.py``; transformers ``quantizers/quantizer_compressed_tensors.py``.
@@ -112,4 +112,5 @@ def _stored(source: ExportSource, name: str) -> Tensor:
 def _zero_points(it: Layer, packed: bool) -> Tensor:
     """Return zero points as stored: int8 [out, groups], or packed along the outputs."""
     assert it.zeros is not None
+    # [out, groups] -> [groups, out] -> packed [groups, words] -> [words, groups]
     return pack_bits(it.zeros.T.contiguous(), it.spec.bits).T.contiguous() if packed else it.zeros.contiguous()

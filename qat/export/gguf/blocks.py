@@ -7,13 +7,10 @@
     Q5_1   24 bytes   fp16 d, fp16 m, the same 4 and 16 bytes                               w = d * u + m
     Q8_0   34 bytes   fp16 d, 32 int8                                                       w = d * q
 
-A group (a multiple of the block) is written as several blocks with the same scale. Q2_0 holds -1 to 2, so codes of -2 to 1 are written
-with
+A group (a multiple of the block) is written as several blocks with the same scale. Q2_0 holds -1 to 2, so codes of -2 to 1 are written with
 the sign of both factors flipped. The asymmetric (q - z) * s is written as Q4_1 or Q5_1 with d = s if m is exact in fp16. Codes narrower
-than
-the block are shifted by 8 - z (or 16 - z), so m = -8 s (or -16 s) is always exact. Codes as wide as the block are shifted by 8 (or 16),
-and
-m = -(z + 8) * s often has too many significant bits.
+than the block are shifted by 8 - z (or 16 - z), so m = -8 s (or -16 s) is always exact. Codes as wide as the block are shifted by 8 (or
+16), and m = -(z + 8) * s often has too many significant bits.
 
 Source: ggml ``ggml-common.h``, ``ggml-quants.c`` (dequantize_row_*).
 """
@@ -39,6 +36,7 @@ def pack_q2_0(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> Bytes:
     _check_range(codes, -2, 1)
     # u = 1 - q with d = -s: the format holds -1..2, the codes are -2..1
     fields = (1 - codes.astype(np.int16)).astype(np.uint8).reshape(codes.shape[0], -1, WIDE_BLOCK // 4, 4)
+    # [out, blocks, 16, 4]: four neighbouring weights share a byte, the first in its lowest bits
     packed = np.bitwise_or.reduce(fields << np.array([0, 2, 4, 6], np.uint8), axis=3)
     return np.concatenate([_halves(codes, -scales, WIDE_BLOCK), packed], axis=2)
 
@@ -61,6 +59,7 @@ def pack_q4_0(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> Bytes:
 
 def pack_q5_0(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> Bytes:
     """Pack symmetric codes of at most 5 bits: uint8 [out, in / 32, 22]; arguments and errors as ``pack_q4_0``, codes in [-16, 15]."""
+    # u = q + 16 in 0..31: four bits go into the nibbles, the fifth into qh
     fields = _moved(codes, 16, 5)
     return np.concatenate([_halves(codes, scales), _fifth_bits(fields), _nibbles(fields % 16)], axis=2)
 
@@ -117,6 +116,7 @@ def is_q2_0(spec: QuantSpec, columns: int) -> bool:
 
 def minimums(scales: NDArray[np.float32], zero_points: NDArray[np.int8], bits: int = 4, width: int = 4) -> NDArray[np.float32]:
     """Return m of Q4_1 (``width`` 4) or Q5_1 (5) for codes of ``bits``: fp32 [out, groups], exact."""
+    # w = (q - z) s = s u + m with u = q + offset, so m = -(z + offset) s
     return -(zero_points.astype(np.float32) + _offsets(zero_points, bits, width).astype(np.float32)) * scales
 
 
@@ -127,9 +127,8 @@ def fits_fp16(values: NDArray[np.float32]) -> bool:
 
 
 def _offsets(zero_points: NDArray[np.int8], bits: int, width: int) -> NDArray[np.int16]:
-    """Return the shift of each group's codes, int16 [out, groups]. code - zero point needs one bit more than the code, so only blocks
-    wider than
-    the codes have room for it."""
+    """Return the shift of each group's codes, int16 [out, groups]. code - zero point needs one bit more than the code, so only blocks wider
+    than the codes have room for it."""
     half = np.int16(1 << (width - 1))
     return half - zero_points.astype(np.int16) if bits < width else np.full(zero_points.shape, half)
 
@@ -141,6 +140,7 @@ def _halves(codes: NDArray[np.int8], numbers: NDArray[np.float32], block: int = 
         raise ValueError(f"{groups} groups of {columns} inputs are no multiples of a block of {block}")
     if not fits_fp16(numbers):
         raise ValueError("a scale or minimum is not exact in fp16")
+    # [out, groups] -> [out, blocks]
     repeated = np.repeat(numbers.astype("<f2"), columns // groups // block, axis=1)
     return np.ascontiguousarray(repeated).view(np.uint8).reshape(rows, columns // block, 2)
 
@@ -167,4 +167,5 @@ def _nibbles(fields: Bytes) -> Bytes:
 
 def _fifth_bits(fields: Bytes) -> Bytes:
     """Pack the fifth bits of [out, blocks, 32] of 0..31 into uint8 [out, blocks, 4], lowest bit first."""
+    # bit j of the four bytes, read as one little-endian number, belongs to weight j
     return np.packbits(fields >> np.uint8(4), axis=2, bitorder="little")

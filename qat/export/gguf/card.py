@@ -9,8 +9,8 @@ llama-cli -m path/to/this/folder/model.gguf
 llama-server -m path/to/this/folder/model.gguf
 ```
 
-With Ollama, next to a file `Modelfile` that says `FROM ./model.gguf`. Ollama runs no Jinja: for chats the file also needs the template in
-Ollama's own language, and the sampling settings (docs/serving.md of decoct has an example):
+With Ollama, next to a file `Modelfile` with the line `FROM ./model.gguf`. Ollama runs no Jinja: for chats the file also needs the template
+in Ollama's own language, and the sampling settings (docs/serving.md of decoct has an example):
 
 ```bash
 ollama create my-model -f Modelfile && ollama run my-model

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 VERSION, ALIGNMENT = 3, 32
 
+# ggml's enum gguf_type
 _U32, _I32, _F32, _BOOL, _STRING, _ARRAY, _U64 = 4, 5, 6, 7, 8, 9, 10
 
 
@@ -119,9 +120,11 @@ def write_gguf(file: Path, metadata: dict[str, Value], tensors: Sequence[TensorP
 
 def header_bytes(metadata: dict[str, Value], tensors: Sequence[TensorPlan]) -> bytes:
     """Return everything before the data, padded to the alignment."""
+    # magic, version, number of tensors, number of metadata entries
     parts = [b"GGUF", struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for key, value in metadata.items():
         parts += [_string(key), _value(key, value)]
+    # of the tensor, from the start of the data
     offset = 0
     for tensor in tensors:
         if tensor.shape[-1] % BLOCKS[tensor.type][0]:
@@ -132,6 +135,7 @@ def header_bytes(metadata: dict[str, Value], tensors: Sequence[TensorPlan]) -> b
         parts.append(struct.pack("<IQ", tensor.type, offset))
         offset += tensor.nbytes + _padding(tensor.nbytes)
     header = b"".join(parts)
+    # the data begins at a multiple of the alignment
     return header + bytes(_padding(len(header)))
 
 
@@ -165,6 +169,7 @@ def _value(key: str, value: Value) -> bytes:
     kinds = {kind for kind, _ in items}
     if len(kinds) > 1 or not items:
         raise ValueError(f"{key}: an array needs elements of one type")
+    # array: its own type, the type of its elements, their number
     return struct.pack("<IIQ", _ARRAY, kinds.pop(), len(items)) + b"".join(body for _, body in items)
 
 
@@ -186,4 +191,4 @@ def _scalar(key: str, value: str | bool | int | F32 | I32, element: bool = False
         return _U32, struct.pack("<I", value)
     if 0 <= value < 2**64:
         return _U64, struct.pack("<Q", value)
-    raise ValueError(f"{key}: no metadata type is meant to hold {value!r}")
+    raise ValueError(f"{key}: no metadata type holds {value!r}")

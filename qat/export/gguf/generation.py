@@ -24,6 +24,7 @@ _KNOWN_BY_TEXT = frozenset(
     ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "<|end_of_text|>")
 )
 """Texts of tokens at which every llama.cpp since early 2025 ends, whatever the file contains."""
+# Besides the end of text: llama.cpp stops at an end of turn (eot) and an end of message (eom) too.
 _ENDS = "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"
 
 
@@ -33,8 +34,7 @@ def sampling_metadata(folder: Path, context: int) -> dict[str, Value]:
     Args:
         folder: A model folder; without the file there are no entries.
         context: The model's context in tokens. transformers penalizes the repetition of any earlier token, llama.cpp by default only that
-            of
-            the last 64, so the entry names the whole context.
+            of the last 64, so the entry names the whole context.
 
     Raises:
         UserError: a setting is not a number.
@@ -46,6 +46,7 @@ def sampling_metadata(folder: Path, context: int) -> dict[str, Value]:
             found[f"general.sampling.{key}"] = F32(_number(folder, name, given[name]))
     if given.get("top_k") is not None:
         found["general.sampling.top_k"] = I32(int(_number(folder, "top_k", given["top_k"], whole=True)))
+    # 1 penalizes nothing
     if given.get("repetition_penalty") not in (None, 1, 1.0):
         found["general.sampling.penalty_last_n"] = I32(context)
     return found
@@ -66,13 +67,14 @@ def end_tokens(folder: Path, config: "PreTrainedConfig", tokenizer: Mapping[str,
     ids = [given] if isinstance(given, int) else list(given or [])
     names: Any = tokenizer["tokenizer.ggml.tokens"]
     if wrong := [index for index in ids if not (type(index) is int and 0 <= index < len(names))]:
-        raise UserError(f"{folder}: eos_token_id {wrong[0]!r} is none of the {len(names):,} tokens; mend {GENERATION}")
+        raise UserError(f"{folder}: eos_token_id {wrong[0]!r} is not one of the {len(names):,} tokens; correct {GENERATION}")
     # a tokenizer without an end of text takes the first of the model's
     own = tokenizer.get("tokenizer.ggml.eos_token_id")
     first: dict[str, Value] = {}
     if own is None and ids:
         own = ids[0]
         first = {"tokenizer.ggml.eos_token_id": own}
+    # ends that the file must name: neither the end of text nor known to llama.cpp by their text
     left = [index for index in dict.fromkeys(ids) if index != own and names[index] not in _KNOWN_BY_TEXT]
     if len(left) > len(_ENDS):
         raise UserError(
@@ -91,5 +93,5 @@ def _number(folder: Path, name: str, value: Any, *, whole: bool = False) -> floa
     right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not right or (whole and (value != int(value) or abs(value) >= 2**31)):
         what = "a whole number" if whole else "a number"
-        raise UserError(f"{folder / GENERATION}: {name} is {value!r}, not {what}; mend it or take it out")
+        raise UserError(f"{folder / GENERATION}: {name} is {value!r}, not {what}; correct or remove it")
     return value

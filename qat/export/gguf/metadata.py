@@ -72,6 +72,7 @@ def rope_frequency_factors(config: "PreTrainedConfig") -> list[float] | None:
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     trained = rope["original_max_position_embeddings"]
     factors = []
+    # one divisor per pair of channels, which rotate together
     for pair in range(width // 2):
         # as in transformers' llama3 RoPE: short wavelengths stay, long ones are divided by the factor, the rest is interpolated
         wavelength = 2 * math.pi * rope["rope_theta"] ** (2 * pair / width)
@@ -87,7 +88,10 @@ def rope_frequency_factors(config: "PreTrainedConfig") -> list[float] | None:
 
 def _gpt2(c: Any) -> dict[str, Value]:
     if not c.scale_attn_weights or c.scale_attn_by_inverse_layer_idx:
-        raise UserError("llama.cpp scales GPT-2's attention by sqrt(head_dim) alone; scale_attn_weights or its layer index says otherwise")
+        raise UserError(
+            "llama.cpp scales GPT-2's attention by sqrt(head_dim) only; "
+            "scale_attn_weights must be true and scale_attn_by_inverse_layer_idx false"
+        )
     entries: dict[str, Value] = {
         "block_count": c.n_layer,
         "context_length": c.n_positions,
@@ -100,10 +104,11 @@ def _gpt2(c: Any) -> dict[str, Value]:
 
 
 def _check_activation(c: Any, architecture: str) -> None:
+    # llama.cpp's graph of an architecture has its activation built in; swish is another name of silu
     wanted = _ACTIVATIONS.get(architecture, "silu")
     found = next((value for key in ("activation_function", "hidden_activation", "hidden_act") if (value := getattr(c, key, None))), wanted)
     if found != wanted and not (found == "swish" and wanted == "silu"):
-        raise UserError(f"llama.cpp computes {wanted} in the FFN of its {architecture} architecture, config.json asks for {found!r}")
+        raise UserError(f"llama.cpp computes {wanted} in the FFN of its {architecture} architecture, config.json has {found!r}")
 
 
 def _check_attention(c: Any, architecture: str, head_dim: int) -> None:
@@ -112,18 +117,17 @@ def _check_attention(c: Any, architecture: str, head_dim: int) -> None:
     if architecture.startswith("gemma") and not c.tie_word_embeddings:
         raise UserError("llama.cpp ties Gemma's output head to its embedding; config.json unties it (tie_word_embeddings)")
     if getattr(c, "use_bidirectional_attention", None):
-        raise UserError("use_bidirectional_attention: llama.cpp attends to earlier tokens only")
+        raise UserError("use_bidirectional_attention: llama.cpp attends only to earlier tokens")
     layers = list(getattr(c, "layer_types", None) or [])
     period = _PERIODS.get(architecture)
     if period is None:
         if any(kind != "full_attention" for kind in layers):
-            raise UserError(
-                f"llama.cpp's {architecture} has no sliding window, but layer_types asks for one; set use_sliding_window to false"
-            )
+            raise UserError(f"llama.cpp's {architecture} has no sliding window, but layer_types has one; set use_sliding_window to false")
         return
     wanted = ["full_attention" if (layer + 1) % period == 0 else "sliding_attention" for layer in range(c.num_hidden_layers)]
     if layers != wanted:
         raise UserError(f"llama.cpp's {architecture} attends to everything in every {period}th layer, counted from 1; layer_types differs")
+    # the model's 27B form is recognized by its number of layers
     scaled = c.hidden_size // c.num_attention_heads if c.num_hidden_layers == _WHOLE_SCALE[architecture] else head_dim
     if c.query_pre_attn_scalar != scaled:
         raise UserError(f"llama.cpp scales {architecture}'s attention by {scaled}, query_pre_attn_scalar is {c.query_pre_attn_scalar}")
@@ -132,6 +136,7 @@ def _check_attention(c: Any, architecture: str, head_dim: int) -> None:
 def _context(c: Any, architecture: str) -> int:
     """Return the context length. llama.cpp's ``llama`` has no sliding window, so Mistral is limited to its window, where both compute the
     same."""
+    # other architectures of llama.cpp have the window itself, or are refused if the config has one
     window = getattr(c, "sliding_window", None) if architecture == "llama" else None
     return min(c.max_position_embeddings, window or c.max_position_embeddings)
 
@@ -156,6 +161,7 @@ def _rope_scaling(rope: dict[str, Any]) -> dict[str, Value]:
     if kind == "linear":
         return {"rope.scaling.type": "linear", "rope.scaling.factor": F32(rope["factor"])}
     unusual = {"attention_factor", "mscale", "mscale_all_dim"} & {key for key, value in rope.items() if value is not None}
+    # yarn's other parameters are left at llama.cpp's defaults, so other values would be lost
     usual = rope.get("beta_fast") in (None, 32, 32.0) and rope.get("beta_slow") in (None, 1, 1.0) and rope.get("truncate") is not False
     if kind != "yarn" or unusual or not usual or not rope.get("original_max_position_embeddings"):
         raise UserError(f"rope_parameters: gguf holds default, linear, llama3 and plain yarn (its factor and original context), not {rope}")

@@ -1,10 +1,8 @@
 """GGUF name of each weight, and the change of rows or values that llama.cpp expects.
 
 RoPE of llama.cpp's ``llama`` architecture (Llama, Mistral) rotates neighbouring channels of a head, transformers the two halves; so the
-rows
-of q and k are reordered, with their codes, scales and biases. Gemma multiplies by 1 + w, llama.cpp by the stored value. GPT-2's Conv1D
-stores
-[in, out]. This module imports no torch, because the plan uses it.
+rows of q and k are reordered, with their codes, scales and biases. Gemma multiplies by 1 + w, llama.cpp by the stored value. GPT-2's Conv1D
+stores [in, out]. This module imports no torch, because the plan uses it.
 
 Source: gguf-py ``tensor_mapping.py``; llama.cpp ``conversion/llama.py`` (permute), ``conversion/gemma.py``, ``conversion/gpt2.py``.
 """
@@ -85,7 +83,7 @@ def architecture_of(model_type: str) -> str:
     """Return ``general.architecture``; UserError for a family without a known conversion."""
     if model_type not in ARCHITECTURES:
         raise UserError(
-            f"decoct knows no conversion of model_type {model_type!r}; it knows {', '.join(ARCHITECTURES)}. "
+            f"decoct cannot convert model_type {model_type!r} to GGUF; it converts {', '.join(ARCHITECTURES)}. "
             "Export as compressed-tensors, or use a model of one of these families"
         )
     return ARCHITECTURES[model_type]
@@ -99,7 +97,9 @@ def gguf_place(name: str, architecture: str) -> Place:
     """
     module, _, part = name.rpartition(".")
     match = _LAYER.fullmatch(module)
+    # the name within a layer, or the whole name outside the layers
     short = match.group(2) if match else module
+    # Gemma 2 and 3 have norms before and after attention and FFN, the other families only before
     known = (_PARTS.get(architecture, _PRE_NORM) if match else _TOP).get(short)
     if known is None or part not in ("weight", "bias") or (part == "bias" and not _takes_bias(architecture, known)):
         raise UserError(f"{name}: llama.cpp's {architecture} architecture has no such weight")
@@ -111,6 +111,7 @@ def _takes_bias(architecture: str, known: str) -> bool:
     """Return whether llama.cpp's loader of the architecture reads this bias."""
     if architecture == "gpt2":
         return True
+    # covers attention_bias and mlp_bias of transformers' Llama
     if architecture == "llama":
         return known.startswith(("attn_q", "attn_k", "attn_v", "attn_output", "ffn_"))
     return architecture == "qwen2" and known in ("attn_q", "attn_k", "attn_v")
@@ -148,4 +149,5 @@ def changed(tensor: "Tensor", change: Change, config: "PreTrainedConfig") -> "Te
 def permuted(tensor: "Tensor", heads: int) -> "Tensor":
     """Reorder the rows of each head from halves to pairs: row i of the first half and row i of the second become neighbours."""
     rows = tensor.shape[0]
+    # [heads, 2, half, ...] -> [heads, half, 2, ...]
     return tensor.reshape(heads, 2, rows // heads // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape).contiguous()

@@ -1,9 +1,8 @@
 """SentencePiece BPE ("llama" in llama.cpp; Llama 2, Mistral, Gemma), converted from tokenizer.json.
 
 SentencePiece merges the neighbours whose merged piece has the best score; tokenizer.json lists the pairs to merge, best first. The two
-agree
-if the list contains every split of each piece in two, as lists made from a SentencePiece model do; then the score of a piece is minus its
-rank in the list.
+agree if the list contains every split of each piece in two, as lists made from a SentencePiece model do; then the score of a piece is minus
+its rank in the list.
 
 Source: llama.cpp ``llama-vocab.cpp`` (llm_tokenizer_spm); transformers ``convert_slow_tokenizer.py`` (generate_merges).
 """
@@ -44,6 +43,7 @@ def sentencepiece_metadata(
     whole = {tokens[index] for index in added}
     ranks = _ranks(folder, content, whole)
     _check_complete(folder, content, whole, ranks)
+    # a higher score is merged earlier, so the first merge of the list has -1
     best = {index: -float(ranks.get(token, 0)) for index, token in tokens.items()}
     return {
         "tokenizer.ggml.model": "llama",
@@ -66,7 +66,7 @@ def _ranks(folder: Path, content: dict[str, Any], added: set[str]) -> dict[str, 
         piece = left + right
         # one score per piece can replace the ranks of its pairs only if no other piece is ranked between them
         if piece in ranks and piece != last and piece not in added:
-            raise UserError(f"{folder}: merges of {piece!r} lie apart in tokenizer.json, so no score of a piece can stand for them")
+            raise UserError(f"{folder}: merges of {piece!r} are not adjacent in tokenizer.json, so one score per piece cannot replace them")
         ranks.setdefault(piece, len(ranks) + 1)
         last = piece
     return ranks
@@ -83,8 +83,8 @@ def _check_complete(folder: Path, content: dict[str, Any], added: set[str], rank
             usable = all(half in vocabulary and half not in added and (len(half) == 1 or half in ranks) for half in pair)
             if usable and pair not in known:
                 raise UserError(
-                    f"{folder}: SentencePiece would join {pair[0]!r} and {pair[1]!r}, tokenizer.json does not; llama.cpp has no equal of "
-                    "this tokenizer (BPE with byte_fallback that was not made from a SentencePiece model)"
+                    f"{folder}: SentencePiece would join {pair[0]!r} and {pair[1]!r}, tokenizer.json does not; llama.cpp has no equivalent "
+                    "of this tokenizer (BPE with byte_fallback that was not made from a SentencePiece model)"
                 )
 
 
@@ -100,4 +100,4 @@ def _space_prefix(folder: Path, content: dict[str, Any]) -> bool:
     idle = splitter is None or (splitter["type"] == "Split" and splitter["pattern"] == {"String": " "})
     if replaces and idle and len(steps) == 1 + prepends:
         return prepends
-    raise UserError(f"{folder}: llama.cpp has no equal of how the tokenizer treats spaces (normalizer {normalizer}, {splitter})")
+    raise UserError(f"{folder}: llama.cpp has no equivalent of how the tokenizer treats spaces (normalizer {normalizer}, {splitter})")

@@ -19,6 +19,7 @@ from .sentencepiece import is_sentencepiece, sentencepiece_metadata
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# llama.cpp's enum llama_token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -52,6 +53,7 @@ def tokenizer_metadata(folder: Path, rows: int) -> dict[str, Value]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"{folder}: gguf needs a tokenizer in the form of tokenizer.json; {type(tokenizer).__name__} has none")
+    # the tokenizer as transformers loads it
     content = json.loads(backend.to_str())
     if content["model"]["type"] != "BPE":
         raise UserError(f"{folder}: gguf holds BPE tokenizers (byte-level or SentencePiece), not {content['model']['type']}")
@@ -117,7 +119,7 @@ def _byte_level(folder: Path, content: dict[str, Any]) -> dict[str, Value]:
     if normalizer is not None and (normalizer["type"] != "NFC" or name != "qwen2"):
         raise UserError(f"{folder}: llama.cpp normalizes no text before byte-level BPE; the tokenizer has {normalizer['type']}")
     if bool(content["model"].get("ignore_merges")) != whole_words:
-        raise UserError(f"{folder}: llama.cpp's {name!r} tokenizer has ignore_merges={whole_words}, tokenizer.json says otherwise")
+        raise UserError(f"{folder}: llama.cpp's {name!r} tokenizer has ignore_merges={whole_words}, tokenizer.json has the opposite")
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
     if any(pair.count(" ") != 1 for pair in merges):
         raise UserError(f"{folder}: a merge of the tokenizer is not two tokens without spaces, so it is not byte-level BPE")
@@ -133,8 +135,8 @@ def _pre_tokenizer(folder: Path, content: dict[str, Any]) -> tuple[str, bool]:
     if known is None or not any(part["type"] == "ByteLevel" for part in parts):
         names = ", ".join(sorted({name for name, _ in _PRE_TOKENIZERS.values()}))
         raise UserError(
-            f"{folder}: the tokenizer splits text in a way that decoct knows no llama.cpp name for ({json.dumps(given)[:300]}); known are "
-            f"{names} and SentencePiece. A tokenizer with GPT-2's pre-tokenizer works everywhere"
+            f"{folder}: decoct knows no llama.cpp name for the way in which the tokenizer splits text ({json.dumps(given)[:300]}); known "
+            f"are {names} and SentencePiece. A tokenizer with GPT-2's pre-tokenizer works everywhere"
         )
     return known
 
@@ -178,6 +180,7 @@ def _chat_templates(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Value]:
         return {}
     if isinstance(template, str):
         return {"tokenizer.chat_template": template}
+    # the default is the one that servers use unless a request names another
     named = {name: text for name, text in template.items() if name != "default"}
     default = template.get("default") or next(iter(named.values()))
     listed: dict[str, Value] = {"tokenizer.chat_templates": sorted(named)} if named else {}

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 NAME, NARROW_NAME = "gguf", "gguf-q2_0"
 FILE = "model.gguf"
 PLAIN_TYPES = {torch.float32: TensorType.F32, torch.float16: TensorType.F16, torch.bfloat16: TensorType.BF16}
+# llama.cpp names a file's type after the matrices of the layers, not after these two
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
 _SYMMETRIC = {TensorType.Q2_0: pack_q2_0, TensorType.Q4_0: pack_q4_0, TensorType.Q5_0: pack_q5_0, TensorType.Q8_0: pack_q8_0}
 _ASYMMETRIC = {TensorType.Q4_1: pack_q4_1, TensorType.Q5_1: pack_q5_1}
@@ -97,6 +98,7 @@ def _plan(source: ExportSource, q2_0: bool) -> tuple[dict[str, Value], list[Tens
         "general.name": str(source.record.get("run") or config.model_type),
         "general.size_label": _size_label(source.structure.parameters),
         "general.file_type": FILE_TYPES[_usual_type(tensors)],
+        # ggml's GGML_QNT_VERSION
         "general.quantization_version": 2,
         "general.alignment": 32,
     }
@@ -131,6 +133,7 @@ def _plain_type(source: ExportSource, place: Place, shape: tuple[int, ...]) -> T
 
 def _blocks(source: ExportSource, module: str, kind: TensorType, place: Place, config: "PreTrainedConfig") -> NDArray[np.uint8]:
     held = layer(source, module)
+    # reordered rows take their scales and zero points along
     codes, scales = (changed(tensor, place.change, config).numpy() for tensor in (held.codes, held.scales))
     if held.zeros is not None:
         return _ASYMMETRIC[kind](codes, scales, changed(held.zeros, place.change, config).numpy(), source.state.spec_of(module).bits)
@@ -140,6 +143,7 @@ def _blocks(source: ExportSource, module: str, kind: TensorType, place: Place, c
 def _plain(source: ExportSource, name: str, kind: TensorType, place: Place, config: "PreTrainedConfig") -> NDArray[Any]:
     dtype = next(dtype for dtype, stored in PLAIN_TYPES.items() if stored == kind)
     tensor = changed(source.tensor(name), place.change, config)
+    # law 3 for the unquantized tensors: stored values are those that were measured
     stored = tensor.to(dtype).contiguous()
     if not torch.equal(stored.to(torch.float32), tensor.to(torch.float32)):
         raise UserError(

@@ -30,6 +30,7 @@ def limits(model: StoredModel) -> Iterator[Refusal]:
 
 def _one_group_size(model: StoredModel) -> Iterator[Refusal]:
     integers = [module for module in model.modules if module.spec.kind == "int"]
+    # config.json has one group_size and no entries per module
     sizes = list(dict.fromkeys(module.group for module in integers))
     if len(sizes) > 1:
         reason = f"has one group size, not {listed(['channel' if size is None else size for size in sizes])}"

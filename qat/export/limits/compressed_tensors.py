@@ -29,6 +29,7 @@ def _dense(model: StoredModel) -> Iterator[Refusal]:
     needed = ".".join(map(str, DENSE_VERSION))
     named = Option("reader_version", needed)
     for spec, modules in integer_schemes(model):
+        # these widths divide a word, so the old and the new layout agree
         if spec.bits in PACKED_BITS:
             continue
         if model.reader_version is None:
@@ -56,6 +57,7 @@ def _inputs(model: StoredModel) -> Iterator[Refusal]:
         way = Beyond("activations", (("kind", "int8"),))
         yield Refusal(reason=f"takes inputs in int8, not {inputs.kind}", remedies=(way,))
     for spec, modules in integer_schemes(model):
+        # a kernel multiplies int8 by int8 along the whole row and applies the scales afterwards, so they cannot change within a row
         if spec.bits != 8 or not isinstance(spec.group_size, str):
             reason = f"takes int8 inputs with int8 weights that have a scale per row, not with {spec.words()}"
             ways = (weights(bits=8, group_size="channel"), without)
@@ -68,6 +70,6 @@ def _cache(model: StoredModel) -> Iterator[Refusal]:
     cache = model.kv_cache
     if cache is None or (cache.kind, cache.scaling) == ("fp8_e4m3", "static"):
         return
-    why = "servers take any scheme of 8 bits for fp8" if cache.kind != "fp8_e4m3" else "it has no words for a scale of each token"
+    why = "servers read every 8-bit scheme as fp8" if cache.kind != "fp8_e4m3" else "it cannot describe one scale per token"
     reason = f"takes keys and values in fp8 with stored scales, not {cache.kind}, {cache.scaling}: {why}"
     yield Refusal(reason=reason, remedies=(FP8_CACHE, Without("kv_cache")))

@@ -71,9 +71,11 @@ def _blocks(model: StoredModel) -> Iterator[Refusal]:
             # at fewer bits the block has spare codes, so the codes can be shifted until fp16 holds the minimum
             reason = "stores zero point times scale in fp16 (Q5_1), which hardly ever holds it at 5 bits"
             yield Refusal(reason=reason, remedies=ways, modules=modules, spec=spec, by_values=True)
+        # a group is written as several blocks with the same scale, so it must end where a block ends
         if modules[0].group is not None and modules[0].group % BLOCK:
             reason = f"has one scale for a block of {BLOCK} weights, and groups of {modules[0].group} are no multiple"
             yield Refusal(reason=reason, remedies=(weights(group_size=BLOCK),), modules=modules, spec=spec)
+        # a block never crosses rows
         odd = [module for module in modules if module.columns % BLOCK]
         if odd:
             reason = f"stores blocks of {BLOCK} along the inputs, and {odd[0].kind} has {odd[0].columns:,}, no multiple"

@@ -16,7 +16,7 @@ def limits_v1(model: StoredModel) -> Iterator[Refusal]:
     for spec, modules in integer_schemes(model):
         if not spec.symmetric:
             ways = (OtherFormat("gptq_v2"), weights(symmetric=True))
-            yield Refusal(reason="holds symmetric weights alone", remedies=ways, modules=modules, spec=spec)
+            yield Refusal(reason="stores only symmetric weights", remedies=ways, modules=modules, spec=spec)
     yield from limits_v2(model)
 
 
@@ -38,6 +38,7 @@ def _whole_words(model: StoredModel) -> Iterator[Refusal]:
         unit = 32 // spec.bits
         odd = [module for module in modules if module.rows % unit or module.columns % unit]
         if odd:
+            # zero points are packed along the outputs, codes along the inputs
             side, size = ("outputs", odd[0].rows) if odd[0].rows % unit else ("inputs", odd[0].columns)
             reason = f"packs {unit} codes in a word, and {odd[0].kind} has {size:,} {side}, no multiple"
             yield multiples(model, reason, odd, unit, OtherFormat("compressed-tensors"))

@@ -30,10 +30,10 @@ def wide_limits(model: StoredModel) -> Iterator[Refusal]:
 
 def _fits(spec: QuantSpec) -> bool:
     """Return whether a 16-bit float may hold code times scale: bf16 scales have 8 significant bits and int4 codes 3, together the 11 of
-    fp16; mxfp4
-    scales are powers of two."""
+    fp16; mxfp4 scales are powers of two."""
     if spec.kind != "int":
         return spec.kind == "mxfp4"
+    # without a zero point q has 3 significant bits at most: 8 + 3 = 11
     return spec.symmetric and spec.bits <= 4 and spec.scale_grid in ("bf16_fp16", "bf16")
 
 

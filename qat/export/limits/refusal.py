@@ -120,6 +120,7 @@ def sentence(refusal: Refusal, words: Words, more: str = "") -> str:
         words: Phrases a remedy.
         more: Text after the reason, for example the module in brackets.
     """
+    # a command line and a recipe have different options, so some remedies have no phrase
     phrases = [phrase for remedy in refusal.remedies if (phrase := words(remedy, refusal))]
     return f"{refusal.format} {refusal.reason}{more}" + (f"; {said(phrases)}" if phrases else "")
 

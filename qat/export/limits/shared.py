@@ -55,13 +55,14 @@ def ends(model: StoredModel, *, head: bool, embedding: bool) -> Iterator[Refusal
     for module in model.modules:
         if module.name == model.embedding and not embedding:
             ways: tuple[Remedy, ...] = (Without("embedding"), OtherFormat("gguf"))
-            yield Refusal(reason="has readers that take the embedding for a plain table", remedies=ways, modules=(module,))
+            yield Refusal(reason="has readers that expect an unquantized embedding", remedies=ways, modules=(module,))
+        # one stored table cannot be packed for the head and plain for the embedding
         if module.name == model.head and model.tied:
             reason = "cannot hold a quantized head that is tied to the embedding (tie_word_embeddings)"
             yield Refusal(reason=reason, remedies=(Without("head"),), modules=(module,))
         elif module.name == model.head and not head:
             ways = (Without("head"), OtherFormat("compressed-tensors"))
-            yield Refusal(reason="has readers that take the head for a plain matrix", remedies=ways, modules=(module,))
+            yield Refusal(reason="has readers that expect an unquantized head", remedies=ways, modules=(module,))
 
 
 def one_scheme(model: StoredModel) -> Iterator[Refusal]:
@@ -71,6 +72,7 @@ def one_scheme(model: StoredModel) -> Iterator[Refusal]:
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in by_name):
         for names in FUSED:
             own = [by_name[f"{parent}.{name}"] for name in names if f"{parent}.{name}" in by_name]
+            # a fused matrix is one tensor with one width and one group size
             if len({module.spec for module in own}) > 1:
                 # one example is enough: every layer usually has the same difference
                 other = next(module for module in own if module.spec != own[0].spec)
@@ -92,6 +94,7 @@ def scale_grid(model: StoredModel, stored: str, grids: Sequence[str], *, by_valu
     for spec, modules in integer_schemes(model):
         if spec.scale_grid not in grids:
             reason = f"stores scales in {stored}, which does not hold scale_grid={spec.scale_grid}"
+            # the grid that every format holds
             way = weights(scale_grid="bf16_fp16")
             yield Refusal(reason=reason, remedies=(way,), modules=modules, spec=spec, by_values=by_values)
 
@@ -118,17 +121,16 @@ def nothing_beyond_weights(model: StoredModel) -> Iterator[Refusal]:
     """Yield rounded inputs, keys and values that the format cannot describe: servers would compute another model."""
     other = OtherFormat("compressed-tensors")
     if model.kv_cache is not None:
-        said = "cannot say that keys and values are rounded (kv_cache), so servers would compute another model"
+        said = "cannot record that keys and values are rounded (kv_cache), so servers would compute another model"
         yield Refusal(reason=said, remedies=(other, Without("kv_cache")))
     if model.activations is not None:
-        said = "cannot say that inputs are rounded (activations), so servers would compute another model"
+        said = "cannot record that inputs are rounded (activations), so servers would compute another model"
         yield Refusal(reason=said, remedies=(other, Without("activations")))
 
 
 def multiples(model: StoredModel, reason: str, odd: Sequence[StoredModule], unit: int, *others: Remedy) -> Refusal:
     """Return the refusal of modules with a side that is no multiple of ``unit``. Remedies: a narrower FFN if only FFN modules are
-    concerned, or to
-    leave the modules unquantized.
+    concerned, or to leave the modules unquantized.
 
     Args:
         model: What is to be stored.

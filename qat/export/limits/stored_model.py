@@ -77,5 +77,6 @@ class StoredModel:
 
     def schemes(self) -> list[tuple["QuantSpec", tuple[StoredModule, ...]]]:
         """Return each quantization scheme with its modules, the most frequent scheme first."""
+        # specs are frozen dataclasses: equal ones count together
         counted = Counter(module.spec for module in self.modules)
         return [(spec, tuple(module for module in self.modules if module.spec == spec)) for spec, _ in counted.most_common()]

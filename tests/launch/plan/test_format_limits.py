@@ -67,7 +67,7 @@ def test_each_limit_is_named_with_the_nearest_setting() -> None:
 def test_kinds_and_ends_that_a_format_has_no_place_for_are_named(form: str) -> None:
     assert said(form, kind="nf4") == f"{form} holds integer codes, not kind=nf4; use weights.kind=int, or export.formats=[safetensors-f32]"
     embedding = said(form, other={"embedding": SpecChange(bits=4, group_size=32)})
-    reason = "has readers that take the embedding for a plain table"
+    reason = "has readers that expect an unquantized embedding"
     assert embedding == ("" if form == "gguf" else f"{form} {reason}; leave embedding out, or use export.formats=[gguf]")
     head = said(form, other={"head": SpecChange(group_size=32)}, group_size=32)
     assert ("export.formats=[compressed-tensors]" in head) == (form == "awq")
@@ -98,7 +98,7 @@ FP8 = ActivationSpec(kind="fp8_e4m3", scaling="static")
 def test_only_one_format_says_what_is_rounded_beside_weights(form: str) -> None:
     for key, what, spec in (("kv_cache", "keys and values", FP8), ("activations", "inputs", ActivationSpec())):
         found = said(form, bits=4, group_size=32, beside={key: spec})
-        reason = f"cannot say that {what} are rounded ({key}), so servers would compute another model"
+        reason = f"cannot record that {what} are rounded ({key}), so servers would compute another model"
         assert found == f"{form} {reason}; use export.formats=[compressed-tensors], or leave {key} out"
 
 
@@ -119,7 +119,7 @@ def test_what_compressed_tensors_says_of_it() -> None:
 def test_a_plan_says_so_before_training() -> None:
     recipe = load_recipe("smollm2-1.7b-half-int4", ["stages.qat.kv_cache.kind=int8", "stages.export.formats=[compressed-tensors,gguf]"])
     found = [problem for problem in problems(plan(recipe, gpus=0)) if "keys and values" in problem]
-    assert len(found) == 2 and "not int8, dynamic" in found[0] and "gguf cannot say" in found[1]
+    assert len(found) == 2 and "not int8, dynamic" in found[0] and "gguf cannot record" in found[1]
     good = ["stages.qat.kv_cache.kind=fp8_e4m3", "stages.qat.kv_cache.scaling=static", "stages.export.formats=[compressed-tensors]"]
     made = plan(load_recipe("smollm2-1.7b-half-int4", good), gpus=0)
     assert not [problem for problem in problems(made) if "kv_cache" in problem]

@@ -50,7 +50,7 @@ def test_card_claims_only_what_was_checked() -> None:
     measured = {"tokens_per_second": 1234.5, "peak_bytes": 2_100_000_000}
     served = {"transformers": {**AGREES, **measured}, "vLLM": {**AGREES, **measured, "version": "vllm 1", "arithmetic": "float16"}}
     card = card_text(dataclasses.replace(FACTS, runtimes=served))
-    assert card.count("1,234 tokens per second on the machine it was checked on, with 2,100 MB of memory at most.") == 2
+    assert card.count("1,234 tokens per second on the machine it was checked on, with a peak memory of 2,100 MB.") == 2
     assert "vLLM (vllm 1) loads them in a fresh process; in fp16: same token" in card
     assert "transformers (transformers 5) loads them in a fresh process; in fp32 its logits agree" in card
     assert "Not checked in vLLM" not in card

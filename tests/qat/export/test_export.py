@@ -238,7 +238,7 @@ def test_a_bit_that_flipped_since_the_folder_was_measured_is_found(quantized_fol
 
 def test_an_export_does_not_go_into_the_folder_it_is_made_from(quantized_folder: Build) -> None:
     source = quantized_folder()
-    refused(source, source / "packed", "lies inside the model folder")
+    refused(source, source / "packed", "is inside the model folder")
 
 
 def _code_out_of_range(source: Path) -> None:

@@ -30,5 +30,5 @@ def test_the_docs_show_the_table() -> None:
 
 def test_a_card_names_what_must_be_told() -> None:
     assert [line for line in card_lines("gptq") if "accuracy_level=1" in line]
-    assert card_lines("gptq_v2")[0].startswith("- ONNX Runtime must not be given it: ")
+    assert card_lines("gptq_v2")[0].startswith("- ONNX Runtime must not be used with it: ")
     assert card_lines("compressed-tensors") == []

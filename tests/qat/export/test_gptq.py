@@ -158,7 +158,7 @@ def test_what_cannot_be_held_is_refused_with_the_module_and_the_remedy(spec_sour
             QuantSpec(bits=4, group_size=16, symmetric=False),
             {},
             {},
-            r"holds symmetric weights alone \(.*q_proj and 13 more\); export to gptq_v2",
+            r"stores only symmetric weights \(.*q_proj and 13 more\); export to gptq_v2",
         ),
         ("gptq", QuantSpec(bits=3, group_size=16), {}, {}, r"bits, not 3 \(.*q_proj and 13 more\); quantize with bits=4"),
         ("gptq", QuantSpec(bits=6, group_size=16), {}, {}, "quantize with bits=8"),
@@ -173,7 +173,7 @@ def test_what_cannot_be_held_is_refused_with_the_module_and_the_remedy(spec_sour
         ("gptq_v2", QuantSpec(bits=4, group_size=2), {}, {"intermediate_size": 46}, "has 46 outputs, no multiple"),
         ("gptq_v2", QuantSpec(kind="nf4", group_size=16), {}, {}, "not kind=nf4"),
     ]
-    with pytest.raises(UserError, match="cannot say that inputs are rounded"):
+    with pytest.raises(UserError, match="cannot record that inputs are rounded"):
         export_source(spec_source(QuantSpec(bits=4, group_size=16), activations=ActivationSpec()), "gptq")
     for form, spec, own, folder, message in cases:
         made = spec_source(spec, own, **folder)

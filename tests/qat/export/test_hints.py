@@ -112,7 +112,7 @@ HINTS: dict[str, tuple[Way, str, Follow]] = {
             tie_word_embeddings=False,
             vocab_size=264,
         ),
-        r"take the head for a plain matrix \(lm_head\); leave 'head' out, or export to (\S+)",
+        r"expect an unquantized head \(lm_head\); leave 'head' out, or export to (\S+)",
         lambda other: [
             way("awq", bits=4, tie_word_embeddings=False, vocab_size=264),
             way(

@@ -176,7 +176,7 @@ def test_a_scheme_that_the_record_knows_nothing_of_is_found(spec_source: Make, e
     change_tensors(target, lambda t: [t.pop(f"{a}.{p}_scale") for a in ATTENTIONS for p in "kv"])
     change_config(target, lambda q: q.update(kv_cache_scheme=None))
     assert any(
-        "kv_cache: model.layers.0.self_attn has no k_scale and v_scale, but decoct.json says so" in problem
+        "kv_cache: model.layers.0.self_attn has no k_scale and v_scale, but decoct.json lists it" in problem
         for problem in verify_folder(target, runtimes=False).problems
     )
 
@@ -192,9 +192,9 @@ def test_a_writer_that_gets_a_scale_wrong_is_caught(spec_source: Make, export_so
 @pytest.mark.parametrize(
     ("rounded", "message"),
     [
-        (ActivationSpec(scaling="static"), r"not int8, static: servers take .* with kv_cache: \{kind: fp8_e4m3, scaling: static\}"),
+        (ActivationSpec(scaling="static"), r"not int8, static: servers read .* with kv_cache: \{kind: fp8_e4m3, scaling: static\}"),
         (ActivationSpec(scaling="static", symmetric=False), "not int8, static"),
-        (ActivationSpec(kind="fp8_e4m3"), "not fp8_e4m3, dynamic: it has no words for a scale of each token"),
+        (ActivationSpec(kind="fp8_e4m3"), "not fp8_e4m3, dynamic: it cannot describe one scale per token"),
     ],
 )  # fmt: skip
 def test_what_compressed_tensors_cannot_say(spec_source: Make, export_source: Export, rounded: ActivationSpec, message: str) -> None:
@@ -212,7 +212,7 @@ def test_every_other_format_refuses_the_folder(quantized_folder: Callable[..., P
     record = json.loads((folder / "decoct.json").read_text())
     seal_record(folder, record | {"quant": state.record(), "files": {}})
     what = r"keys and values are rounded \(kv_cache\)" if beside == "kv_cache" else "inputs are rounded"
-    with pytest.raises(UserError, match=f"{form} cannot say that {what}.*compressed-tensors"):
+    with pytest.raises(UserError, match=f"{form} cannot record that {what}.*compressed-tensors"):
         export_folder(folder, tmp_path / "export", form, runtimes=False, allow_inexact=True)
     assert not (tmp_path / "export").exists()
 

@@ -66,14 +66,16 @@ def test_a_rounded_head_goes_to_formats_whose_readers_know_one(quantized_folder:
         scheme = QuantScheme(weights=FOUR, head=SpecChange(bits=bits))
         source = quantized_folder("llama", scheme=scheme, tie_word_embeddings=False, vocab_size=264, **WIDE)
         assert "lm_head" in exact(source, tmp_path / form, form).modules
-    with pytest.raises(UserError, match=r"awq has readers that take the head for a plain matrix \(lm_head\)"):
+    with pytest.raises(UserError, match=r"awq has readers that expect an unquantized head \(lm_head\)"):
         export_folder(source, tmp_path / "awq", "awq", runtimes=False)
 
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "gptq_v2", "awq"])
 def test_a_rounded_embedding_is_refused_where_readers_know_none(quantized_folder: Build, tmp_path: Path, form: str) -> None:
     source = quantized_folder("llama", scheme=QuantScheme(weights=FOUR, embedding=SpecChange(bits=4)), **WIDE)
-    with pytest.raises(UserError, match=r"for a plain table \(model\.embed_tokens\); leave 'embedding' out, or export to gguf"):
+    with pytest.raises(
+        UserError, match=r"expect an unquantized embedding \(model\.embed_tokens\); leave 'embedding' out, or export to gguf"
+    ):
         export_folder(source, tmp_path / "export", form, runtimes=False)
     assert not (tmp_path / "export").exists()
 

@@ -46,7 +46,7 @@ def test_nan_never_agrees(row: int) -> None:
     other[row, 3, 7] = float("nan")
     seen = compare_logits(LOGITS, other, TOKENS)
     assert seen.problem(None)
-    assert seen.problem(1.0) == "it gave logits that are no finite numbers"
+    assert seen.problem(1.0) == "its logits are not finite"
     assert math.isnan(seen.max_logit_diff)
     assert math.isnan(seen.max_logprob_diff)
 
@@ -76,7 +76,7 @@ def test_likeliest_tokens_are_compared_as_whole_logits_are() -> None:
     seen = likeliest(LOGITS, 20)
     assert compare_predictions(LOGITS, seen, TOKENS).problem(0.0) is None
     seen["logprobs"][1, 3, 7] = np.nan
-    assert compare_predictions(LOGITS, seen, TOKENS).problem(1.0) == "it gave logits that are no finite numbers"
+    assert compare_predictions(LOGITS, seen, TOKENS).problem(1.0) == "its logits are not finite"
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_likeliest_tokens_are_compared_as_whole_logits_are() -> None:
     [
         ({}, None),
         ({"top1": 0.99}, None),
-        ({"top1": 0.9895}, "the same token at 98.95% of 2,000 positions, 99% are asked for"),
+        ({"top1": 0.9895}, "the same token at 98.95% of 2,000 positions, 99% are required"),
         ({"decided_differently": 1}, "another token at 1 positions"),
         ({"perplexity": 9.0 * 1.0019}, None),
         ({"perplexity": 9.0 * 1.0021}, "perplexity 9.0189 instead of 9.0000"),

@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Value], list[TensorPlan], str]] = [
         ({}, [TensorPlan("a", TensorType.F32, (4,), short)], "a: 12 bytes were made, 16 planned"),
         ({}, [TensorPlan("a", TensorType.Q4_0, (2, 33), short)], "rows of 33 are no multiple of a Q4_0 block"),
-        ({"negative": -1}, [], "negative: no metadata type is meant to hold -1"),
+        ({"negative": -1}, [], "negative: no metadata type holds -1"),
         ({"far": I32(2**31)}, [], "far: int32 does not hold 2147483648"),
         ({"empty": []}, [], "empty: an array needs elements of one type"),
     ]

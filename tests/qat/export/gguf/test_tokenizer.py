@@ -150,7 +150,10 @@ def test_how_sentencepiece_treats_the_first_space(tmp_path: Path, parts: dict[st
     ("tokenizer", "message"),
     [
         (lambda: sentencepiece(merges=[("\u2581", "a"), ("a", "b"), ("ab", "c"), ("b", "c")]), "would join 'a' and 'bc'"),
-        (lambda: sentencepiece(merges=[("\u2581", "a"), ("a", "b"), ("ab", "c"), ("b", "c"), ("a", "bc")]), "merges of 'abc' lie apart"),
+        (
+            lambda: sentencepiece(merges=[("\u2581", "a"), ("a", "b"), ("ab", "c"), ("b", "c"), ("a", "bc")]),
+            "merges of 'abc' are not adjacent",
+        ),
         (lambda: sentencepiece(normalizer=normalizers.Lowercase()), "how the tokenizer treats spaces"),
     ],
 )

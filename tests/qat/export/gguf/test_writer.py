@@ -134,7 +134,7 @@ def test_folder_has_card_record_and_tokenizer(quantized_folder: Build, tmp_path:
         ({"group_size": 16, **WIDE}, r"one scale for a block of 32 weights, and groups of 16 .*; quantize with group_size=32"),
         ({"group_size": "channel"}, r"down_proj has 48, no multiple .*structured\.ffn=32, or quantize with skip: \['\*\.mlp\.down_proj'\]"),
         ({"spec": QuantSpec(group_size=32, scale_grid="fp32"), **WIDE}, "fp16, which does not hold all of them"),
-        ({"model_type": "olmo2", "group_size": 32, **WIDE}, "no conversion of model_type 'olmo2'; it knows llama, mistral"),
+        ({"model_type": "olmo2", "group_size": 32, **WIDE}, "cannot convert model_type 'olmo2' to GGUF; it converts llama, mistral"),
         ({"hidden_act": "gelu", "group_size": 32, **WIDE}, "llama.cpp computes silu"),
         ({"model_type": "qwen3", "attention_bias": True, "group_size": 32, **WIDE}, "q_proj.bias: llama.cpp's qwen3"),
         (
@@ -386,7 +386,7 @@ def test_every_end_of_text_is_in_the_file(quantized_folder: Build, tmp_path: Pat
     one = read_gguf(export_to(_with_generation(source, eos_token_id=0), tmp_path / "one") / FILE).metadata
     assert "tokenizer.ggml.eot_token_id" not in one
     refused(_with_generation(source, eos_token_id=[5, 0, 7, 9]), tmp_path / "many", "ends a text at 4 tokens.*would be lost")
-    refused(_with_generation(source, eos_token_id=[258]), tmp_path / "beyond", "eos_token_id 258 is none of the 258 tokens")
+    refused(_with_generation(source, eos_token_id=[258]), tmp_path / "beyond", "eos_token_id 258 is not one of the 258 tokens")
 
 
 def test_ends_that_llama_cpp_knows_by_their_text_need_no_key() -> None:
