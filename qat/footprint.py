@@ -77,7 +77,8 @@ def _stored(shape: torch.Size, spec: QuantSpec | None) -> int:
     # every row starts a new word; zero points are packed along the outputs (compressed-tensors)
     words = -(-columns * spec.bits // 32)
     zeros = 0 if spec.symmetric else 4 * width * -(-rows * spec.bits // 32)
-    return 4 * rows * words + height * width * _scale_bytes(spec) + zeros
+    # nvfp4 has one fp32 scale for the tensor besides those of its groups
+    return 4 * rows * words + height * width * _scale_bytes(spec) + zeros + (4 if spec.kind == "nvfp4" else 0)
 
 
 def _scale_bytes(spec: QuantSpec) -> int:

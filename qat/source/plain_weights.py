@@ -44,7 +44,7 @@ def open_any_folder(folder: Path, load: Load = load_quant_state) -> PlainWeights
     """
     source = open_wide_folder(folder, load)
     # the 16-bit dtypes that hold each tensor exactly
-    held = {name: [dtype for dtype in _DTYPES if holds(source.tensor(name), dtype)] for name in source.plain}
+    held = {name: _exact_dtypes(source.tensor(name)) for name in source.plain}
     for dtype in _DTYPES:
         if all(dtype in dtypes for dtypes in held.values()):
             return replace(source, dtype=dtype)
@@ -52,6 +52,10 @@ def open_any_folder(folder: Path, load: Load = load_quant_state) -> PlainWeights
         return replace(source, own={name: dtypes[0] for name, dtypes in held.items()})
     # neither dtype holds everything: the one that changes fewer values
     return min((replace(source, dtype=dtype) for dtype in _DTYPES), key=_changed)
+
+
+def _exact_dtypes(tensor: Tensor) -> list[torch.dtype]:
+    return [dtype for dtype in _DTYPES if holds(tensor, dtype)]
 
 
 def open_wide_folder(folder: Path, load: Load = load_quant_state) -> PlainWeights:

@@ -87,5 +87,5 @@ def test_packed_size_of_other_lattices(random_model: RandomModel) -> None:
     assert packed() == rows * columns // 2 + 2 * rows * groups
     assert packed(bits=8) == rows * columns + 2 * rows * groups
     assert packed(symmetric=False) == rows * columns // 2 + 2 * rows * groups + 4 * groups * -(-rows * 4 // 32)
-    assert packed(kind="nvfp4") == rows * columns // 2 + rows * groups
+    assert packed(kind="nvfp4") == rows * columns // 2 + rows * groups + 4
     assert packed(group_size="channel", scale_grid="fp32") == rows * columns // 2 + 4 * rows
