@@ -22,13 +22,13 @@ from ..settings import NF4_BLOCK
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Rounding = Literal["nf4", "int8"]
+LowBitKind = Literal["nf4", "int8"]
 OUTLIER = 6.0
 """Input columns with a larger value are multiplied in fp16 (the paper's threshold)."""
 
 
 def quantized_model(
-    path: str | Path, *, kind: Rounding, device: torch.device | str = "cpu", revision: str | None = None
+    path: str | Path, *, kind: LowBitKind, device: torch.device | str = "cpu", revision: str | None = None
 ) -> "PreTrainedModel":
     """A frozen causal language model with the linears of its decoder layers in nf4 or int8, the rest in bf16, in eval mode.
 
@@ -60,7 +60,7 @@ def quantized_model(
     return model.requires_grad_(False).eval()
 
 
-def _rounded(key: str, name: str, linear: nn.Linear, weight: Tensor, kind: Rounding, device: torch.device | str) -> nn.Linear:
+def _rounded(key: str, name: str, linear: nn.Linear, weight: Tensor, kind: LowBitKind, device: torch.device | str) -> nn.Linear:
     """bitsandbytes' module for ``linear``, with its weight [out, in] quantized on ``device`` and its bias unchanged."""
     modules = load_bitsandbytes(key).nn
     shape = (linear.in_features, linear.out_features)

@@ -2,17 +2,29 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-IGNORED = -100
-"""Label of positions that are not predicted."""
+from ...losses.shift import MASKED
+
 DTYPE = np.dtype("<i4")
 STARTS_DTYPE = np.dtype("<i8")
 _COPY_TOKENS = 4_194_304  # 16 MiB of int32
+
+
+class WindowSource(Protocol):
+    """Windows of tokens that training and evaluation read, such as ``Windows``."""
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Tensor]:
+        """input_ids, labels (-100 = none) and attention_mask of one window, each [S] int64."""
+        ...
 
 
 class Windows:
@@ -77,13 +89,13 @@ class Windows:
         mask = torch.zeros_like(ids)
         mask[:length] = 1
         # not shifted: the losses shift once, for student and teacher alike
-        labels = ids.masked_fill((mask == 0) | (stored < 0), IGNORED)
+        labels = ids.masked_fill((mask == 0) | (stored < 0), MASKED)
         # nothing in the window predicts its first token
-        labels[0] = IGNORED
+        labels[0] = MASKED
         window = {"input_ids": ids, "labels": labels, "attention_mask": mask}
         if self.starts is not None:
             own = self._starts_in(index % len(self))
-            labels[own] = IGNORED
+            labels[own] = MASKED
             # a document cut by the window's start counts from 0 too: it cannot see its beginning
             window["position_ids"] = _positions(own, self.seq_length)
         return window

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ...losses.evaluation import evaluation_sums
-from ...losses.shift import shift_for_next_token
+from ...losses.shift import MASKED, shift_for_next_token
 from ...models.batches import backbone_inputs
 from ...models.common.errors import NonFiniteError, UserError
 from ...models.eval_mode import eval_mode
 from ...models.families import HeadTransform, backbone_and_head, head_transform
-from ..data.windows import IGNORED, Windows
+from ..data.windows import Windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -157,7 +157,7 @@ def _add(tally: _Tally, hidden: Tensor, head: Head, teacher: "Teacher | None", i
 def _predicted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states [N, H] that predict a token, and the predicted tokens [N] (int64). Padding and masked prompts are dropped."""
     rows, targets = shift_for_next_token(hidden, labels)
-    wanted = targets != IGNORED
+    wanted = targets != MASKED
     return rows[wanted], targets[wanted]
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -26,6 +26,7 @@ from ...models.common.errors import MemoryFullError, NonFiniteError, UserError
 from ...models.common.memory_errors import asked_for, out_of_memory
 from ..checkpoints.read import Checkpoint, find_newest_verified, open_checkpoint, prepare_folder, set_aside
 from ..data.order import StepBatches
+from ..data.windows import WindowSource
 from ..plan import TrainingPlan as TrainingPlan
 from ..processes.sharding import ParameterViews
 from ..processes.strategy import lightning_strategy, shards
@@ -48,18 +49,6 @@ if TYPE_CHECKING:
     from ...models.folder.weights import WeightFiles
 
 _PRECISIONS = {"32": "32-true", "bf16-mixed": "bf16-mixed"}
-
-
-class WindowSource(Protocol):
-    """Training windows, such as ``data.windows.Windows``."""
-
-    def __len__(self) -> int:
-        """Number of windows."""
-        ...
-
-    def __getitem__(self, index: int, /) -> dict[str, Tensor]:
-        """input_ids, labels (-100 = none) and attention_mask of one window, each [S] int64."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

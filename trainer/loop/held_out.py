@@ -16,6 +16,7 @@ from torch import Tensor
 from ...losses.settings import LossSettings
 from ...models.eval_mode import eval_mode
 from ...models.teachers import Teacher
+from ..data.windows import WindowSource
 from ..processes.world import World, sum_over_ranks
 from ..soft_targets.cached import SparseTeacher
 from .module import Objectivelike, TrainingModule
@@ -80,18 +81,6 @@ def derive_watch(
     return Watch(every=every, windows=windows if windows < ranks else windows // ranks * ranks)
 
 
-class Text(Protocol):
-    """Held-out windows, such as ``data.windows.Windows``."""
-
-    def __len__(self) -> int:
-        """Number of windows."""
-        ...
-
-    def __getitem__(self, index: int, /) -> dict[str, Tensor]:
-        """input_ids, labels (-100 = none) and attention_mask of one window, each [S] int64."""
-        ...
-
-
 class HeldOut:
     """Evaluates the student of a stage on held-out windows.
 
@@ -102,7 +91,7 @@ class HeldOut:
         v_eff: Number of tokens in the real vocabulary.
     """
 
-    def __init__(self, text: Text, watch: Watch, teacher: Teacher | SparseTeacher | None, v_eff: int) -> None:
+    def __init__(self, text: WindowSource, watch: Watch, teacher: Teacher | SparseTeacher | None, v_eff: int) -> None:
         self.watch = watch
         self._text = text
         # evenly spread over the text, and the same in every evaluation, so that the figures are comparable
