@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --durations=40 --durations-min=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart check format lint types docs docs-serve reference fast imports test test-slow test-serving test-serving-llama-cpp test-serving-vllm test-serving-gptq test-serving-onnx test-serving-mlx bench bench-gpu clean
+.PHONY: help install quickstart check format lint types docs docs-serve reference fast imports test test-slow test-serving test-serving-llama-cpp test-serving-vllm test-serving-gptq test-serving-onnx test-serving-mlx test-serving-lm-eval bench bench-gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,7 +71,7 @@ JUDGE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 DECOCT_
 JUDGE_PIP := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
 test-serving: ## exports in real serving stacks, one after the other; the others run on when one fails (about an hour on 2 cores)
-	$(MAKE) --keep-going --jobs=1 test-serving-llama-cpp test-serving-onnx test-serving-mlx test-serving-vllm test-serving-gptq
+	$(MAKE) --keep-going --jobs=1 test-serving-llama-cpp test-serving-onnx test-serving-mlx test-serving-lm-eval test-serving-vllm test-serving-gptq
 
 SERVING := .venv-serving
 $(SERVING)/.llama-cpp: pyproject.toml constraints.txt tests/serving/requirements-llama-cpp.txt
@@ -124,6 +124,17 @@ $(SERVING_MLX)/.installed: tests/serving/requirements-mlx.txt
 test-serving-mlx: install $(SERVING_MLX)/.installed ## the weights of AWQ exports in mlx-lm
 	$(JUDGE) DECOCT_MLX_PYTHON=$(CURDIR)/$(SERVING_MLX)/bin/python $(BIN)/pytest -m serving tests/serving/test_mlx.py $(PYTEST_ARGS)
 
+# lm-eval brings much that decoct does not take; decoct itself goes into the same venv, as its model answers.
+SERVING_LM_EVAL := .venv-lm-eval
+$(SERVING_LM_EVAL)/.installed: pyproject.toml constraints.txt tests/serving/requirements-lm-eval.txt
+	$(PYTHON) -m venv $(SERVING_LM_EVAL)
+	$(SERVING_LM_EVAL)/bin/python $(JUDGE_PIP) -c constraints.txt torch
+	$(SERVING_LM_EVAL)/bin/python $(JUDGE_PIP) -c constraints.txt -e '.[dev]' -r tests/serving/requirements-lm-eval.txt
+	@touch $@
+
+test-serving-lm-eval: $(SERVING_LM_EVAL)/.installed ## tasks of lm-eval, against its own reader of transformers
+	$(JUDGE) $(SERVING_LM_EVAL)/bin/pytest -m serving tests/serving/test_lm_eval.py $(PYTEST_ARGS)
+
 bench: install ## the benchmarks that need no GPU, at their default sizes
 	$(BIN)/python benchmarks/linear_divergence.py --json benchmarks/results/linear_divergence.json
 	$(BIN)/python benchmarks/fake_quant.py --json benchmarks/results/fake_quant.json
@@ -140,4 +151,4 @@ bench-gpu: install ## the tests and benchmarks that need a GPU
 	$(BIN)/python benchmarks/fake_quant.py --json benchmarks/results/fake_quant-gpu.json
 
 clean: ## remove the venvs and caches (runs/ stays)
-	rm -rf $(VENV) $(SERVING) $(SERVING_VLLM) $(SERVING_GPTQ) $(SERVING_ONNX) $(SERVING_MLX) .pytest_cache .ruff_cache .hypothesis build site *.egg-info
+	rm -rf $(VENV) $(SERVING) $(SERVING_VLLM) $(SERVING_GPTQ) $(SERVING_ONNX) $(SERVING_MLX) $(SERVING_LM_EVAL) .pytest_cache .ruff_cache .hypothesis build site *.egg-info

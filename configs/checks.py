@@ -122,7 +122,7 @@ def _check_stage_teacher(entry: StageEntry, draft: Draft, problems: Problems) ->
     """Every stage that learns from a teacher, or is judged against one, has one."""
     settings = entry.settings
     if isinstance(settings, EvaluateSettings) and draft.lacks_teacher:
-        gates = [gate for gate in ("max_perplexity_increase", "max_kl", "min_top1") if getattr(settings, gate) is not None]
+        gates = [gate for gate in ("max_perplexity_increase", "max_kl", "min_top1", "min_task") if getattr(settings, gate) is not None]
         for gate in gates:
             problems.add(_at(entry, gate), "compares with the teacher, and the recipe has none; add a teacher, or remove the gate")
     if not isinstance(settings, TrainingBlock):

@@ -87,6 +87,7 @@ TRAINER = Hall(
             "loop | Lightning module, | objective, hooks",
             "data | text to windows | of tokens",
             "evaluation | figures and | gates",
+            "tasks | scores on | tasks",
             "soft_targets | cached or | served teachers",
             "checkpoints | written once, | read by hash",
             "processes | ranks, DDP, | FSDP2",

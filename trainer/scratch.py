@@ -18,6 +18,7 @@ from ..models.common.locks import waiting_for
 from ..models.folder.record import check_record, write_record
 from ..models.settings import ScratchSettings
 from ..models.tokenizer.scratch_tokenizer import train_tokenizer
+from .data.split import BLOCKS
 from .settings import DataSettings, PretrainSettings, TrainerSettings
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def locate_scratch(settings: ScratchSettings, data: DataSettings, trainer: Train
             "seq_length": data.seq_length,
             "packing": data.packing,
             "eval_tokens": data.eval_tokens,
+            **({"held_out": BLOCKS} if data.held_out_rule == "blocks" else {}),
             "batch": trainer.global_batch_tokens,
             "precision": trainer.precision,
             "clip": trainer.gradient_clip,

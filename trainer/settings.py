@@ -50,7 +50,12 @@ class DataSettings:
     packing: bool = True
     """Concatenate documents, separated by end-of-text, into full windows. Otherwise each window holds one document, padded."""
     eval_tokens: int | Literal["all"] = 32_768
-    """Tokens held out for evaluation: whole documents that are never trained on. all = the whole text, where no stage trains on it."""
+    """Tokens held out for evaluation: whole documents that are never trained on, or parts of long ones (held_out). all = the whole text,
+    where no stage trains on it."""
+    held_out: Literal["blocks", "end"] | None = None
+    """What is held out of documents that are too long to be held out whole: blocks = windows from all over the text, chosen by the hash of
+    their tokens; end = the last tokens of the text. Conversations are never cut into blocks. Default: blocks; a run folder that was begun
+    before there were blocks keeps its split."""
     max_documents: Count | None = None
     """Read at most this many documents. Default: all."""
 
@@ -68,6 +73,8 @@ class DataSettings:
             raise ValueError(f"max_documents={self.max_documents} is not used with generate, whose size is generate.tokens; leave it out")
         if self.kind == "text" and not self.mask_prompts:
             raise ValueError("mask_prompts=false has no effect with kind=text, which has no prompts; set kind: chat, or leave it out")
+        if self.kind == "chat" and self.held_out == "blocks":
+            raise ValueError("held_out=blocks would do nothing: conversations are never cut into blocks; leave it out")
         # checked here and not with the text: it fails before anything is read or downloaded
         if self.eval_tokens != "all" and self.eval_tokens < self.seq_length:
             raise ValueError(f"eval_tokens={self.eval_tokens} is shorter than one window of seq_length={self.seq_length}; raise it")
@@ -76,6 +83,12 @@ class DataSettings:
     def reads_control_tokens(self) -> bool:
         """Whether spelled-out control tokens in the data become control tokens (``special_tokens``)."""
         return self.special_tokens == "control" or (self.special_tokens == "auto" and self.kind == "text")
+
+    @property
+    def held_out_rule(self) -> Literal["blocks", "end"]:
+        """``held_out`` with its default, and as it applies to this kind of text."""
+        # samples of one conversation share their beginnings: a block of one would be trained on in another
+        return "end" if self.kind == "chat" else self.held_out or "blocks"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,9 +215,29 @@ class EvaluateSettings:
     """Gate: smallest allowed top-1 agreement with the teacher."""
     round_teacher: bool = True
     """Also quantize the teacher as the recipe quantizes the student, without training, and report it for comparison."""
+    tasks: tuple[str, ...] = ()
+    """Tasks to score the model and the teacher on: cloze (last words of sentences of the held-out text), files of questions and answers
+    (.jsonl), and with lm-eval installed names that it knows or YAML files of tasks. Default: none."""
+    task_shots: Annotated[int, Bounds(ge=0, le=100)] | None = None
+    """Solved examples before each item. Default: 4 for a .jsonl file, in lm-eval the task's own number."""
+    task_limit: Count | None = None
+    """Items of each task at most. Default: all."""
+    task_batch: Count | Literal["auto"] = "auto"
+    """Sequences per forward pass in tasks. auto = as many as fit into 4,096 tokens."""
+    task_seed: Annotated[int, Bounds(ge=0, le=2**32 - 1)] = 0
+    """Seed of the choice of items and examples in tasks."""
+    min_task: dict[str, NotNegative] | None = None
+    """Gate: smallest allowed score of each task, as a share of the teacher's: {cloze: 95%}."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not self.tasks:
+            given = [name for name in ("task_shots", "task_limit", "min_task") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"{given[0]} is for tasks, and there are none; name some, such as tasks: [cloze]")
+        twice = next((name for name in self.tasks if self.tasks.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"tasks={list(self.tasks)} names {twice} twice")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """One answer of one model: greedy or sampled, token by token."""
 
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...models.common.errors import UserError
+from ...models.generation import end_ids, only_these_settings, real_tokens
 from .decoded import Decoded
 from .opened import Opened
 
@@ -85,15 +85,6 @@ def check_room(opened: Opened, ids: list[int], which: str = "the prompt") -> Non
         )
 
 
-def stop_ids(opened: Opened, more: Iterable[int] = ()) -> list[int]:
-    """Ids that end an answer: those of the tokenizer, of the model's generation settings, and ``more``."""
-    own: Any = opened.tokenizer.eos_token_id
-    named: Any = getattr(opened.model.generation_config, "eos_token_id", None)
-    found = {own, *more}
-    found |= set(named) if isinstance(named, list | tuple) else {named}
-    return sorted(one for one in found if isinstance(one, int))
-
-
 @torch.no_grad()
 def answer(
     opened: Opened, ids: list[int], sampling: Sampling, *, say: Callable[[str], None] = lambda _: None, stops: Iterable[int] = ()
@@ -112,7 +103,7 @@ def answer(
     """
     check_room(opened, ids)
     room = sampling.max_tokens if opened.context is None else min(sampling.max_tokens, opened.context - len(ids))
-    ends = stop_ids(opened, stops)
+    ends = end_ids(opened.model, opened.tokenizer, stops)
     stream = _Stream(opened.tokenizer, ids, ends, say)
     began, interrupted = time.perf_counter(), False
     try:
@@ -144,40 +135,20 @@ def _settings(sampling: Sampling, room: int, ends: list[int]) -> "GenerationConf
 
 
 def _generate(opened: Opened, ids: list[int], settings: "GenerationConfig", sampling: Sampling, stream: "_Stream") -> None:
-    from transformers import LogitsProcessorList
-
     from ...models.common.quiet import quiet_transformers
 
     model: Any = opened.model
-    own = model.generation_config
     prompt = torch.tensor([ids], device=model.device)
-    # the model's own settings would fill what these leave open: penalties, limits, another way to sample
-    model.generation_config = settings
-    try:
-        devices = [model.device] if model.device.type == "cuda" else []
-        with quiet_transformers(), torch.random.fork_rng(devices):
-            torch.manual_seed(sampling.seed)
-            model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                generation_config=settings,
-                logits_processor=LogitsProcessorList([_real_tokens(opened.v_eff)]),
-                streamer=stream,
-            )
-    finally:
-        model.generation_config = own
-
-
-def _real_tokens(v_eff: int) -> Any:
-    """Takes the rows of a padded head away: their ids are no tokens."""
-    from transformers import LogitsProcessor
-
-    class RealTokens(LogitsProcessor):
-        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-            scores[:, v_eff:] = -math.inf
-            return scores
-
-    return RealTokens()
+    devices = [model.device] if model.device.type == "cuda" else []
+    with only_these_settings(model, settings), quiet_transformers(), torch.random.fork_rng(devices):
+        torch.manual_seed(sampling.seed)
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            generation_config=settings,
+            logits_processor=real_tokens(opened.v_eff),
+            streamer=stream,
+        )
 
 
 class _Stream:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...models.common.errors import UserError
+from ...models.generation import control_token_of
 from ...models.tokenizer.chat_template import check_chat_template
 from .answer import Answer, Sampling, answer
 from .opened import Opened
@@ -81,9 +82,7 @@ def _render(opened: Opened, messages: list[dict[str, str]], *, prompt: bool) -> 
 
 
 def _turn_ends(opened: Opened) -> list[int]:
-    """The control token that the template puts behind an answer, which models learn to end with; [] where it puts none."""
+    """The control token that the template puts behind an answer; [] where it puts none."""
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _MARK}]
-    after = _render(opened, turns, prompt=False).rpartition(_MARK)[2]
-    ids: Any = opened.tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"] if after.strip() else []
-    control = {number for number, token in opened.tokenizer.added_tokens_decoder.items() if token.special}
-    return [ids[0]] if ids and ids[0] in control else []
+    after = control_token_of(opened.tokenizer, _render(opened, turns, prompt=False).rpartition(_MARK)[2])
+    return [] if after is None else [after]

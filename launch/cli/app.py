@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ...models.common.errors import DecoctError, GateFailed, MemoryFullError, UserError
-from ..cli import answer_verbs, export_verbs, model_verbs, recipe_verbs
+from ..cli import answer_verbs, export_verbs, model_verbs, recipe_verbs, upkeep_verbs
 from .command_group import Verbs
 
 _INTERRUPTED = "interrupted; run the same command again to go on from the last checkpoint"
@@ -31,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verbs in (recipe_verbs, model_verbs, export_verbs, answer_verbs):
+for verbs in (recipe_verbs, model_verbs, export_verbs, answer_verbs, upkeep_verbs):
     app.add_typer(verbs.app)
 app.add_typer(recipe_verbs.shipped_app, name="recipes")
 

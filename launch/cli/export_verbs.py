@@ -85,12 +85,20 @@ def evaluate(
         str | None, typer.Option("--tokens", help="Tokens to measure on.", show_default="all of --text; 32k of anything else")
     ] = None,
     max_perplexity_increase: Annotated[str | None, typer.Option(help="Gate: exit code 3 above this increase, such as 5%.")] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            help="Tasks to score, with commas or repeatable: cloze, .jsonl files of questions and answers, names or YAML files of lm-eval.",
+            show_default=False,
+        ),
+    ] = None,
     out: Out = None,
 ) -> None:
-    """Measure a model folder or export: perplexity, KL and top-1 agreement with a teacher, calibration, size."""
+    """Measure a model folder or export: perplexity, KL and top-1 agreement with a teacher, calibration, size, scores on tasks."""
     from .single_stage import TextChoice, run_evaluate
 
-    run_evaluate(model, TextChoice(text, hub, seq_length, tokens), teacher, max_perplexity_increase, overrides, out)
+    run_evaluate(model, TextChoice(text, hub, seq_length, tokens), teacher, max_perplexity_increase, overrides, out, tasks or ())
 
 
 @app.command(epilog="Example: decoct doctor")

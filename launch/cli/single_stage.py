@@ -126,12 +126,20 @@ def run_verb(
 
 
 def run_evaluate(
-    model: str, text: TextChoice, teacher: str | None, gate: str | None, overrides: Sequence[str] | None, out: Path | None
+    model: str,
+    text: TextChoice,
+    teacher: str | None,
+    gate: str | None,
+    overrides: Sequence[str] | None,
+    out: Path | None,
+    tasks: Sequence[str] = (),
 ) -> None:
     """Measure a model folder or an export, on all of the files that are given; the gate decides the exit code."""
     # files that somebody names are all meant; of the standard library or a hub dataset a part is enough
     text = replace(text, eval_tokens=text.eval_tokens or ("all" if text.files else "32k"))
-    run_verb("evaluate", model, {"max_perplexity_increase": gate, "round_teacher": False}, text, teacher, overrides, out)
+    named = [task for given in tasks for task in given.split(",") if task]
+    settings = {"max_perplexity_increase": gate, "round_teacher": False, "tasks": named or None}
+    run_verb("evaluate", model, settings, text, teacher, overrides, out)
 
 
 def run_export(model: Path, out: Path, form: str, allow_inexact: bool = False, reader_version: str | None = None) -> None:

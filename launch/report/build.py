@@ -45,13 +45,18 @@ def build_report(
         "commit": versions["commit"],
         "versions": versions,
         "protocol": protocol,
-        "stages": stages,
-        "baselines": baselines,
-        "exports": exports,
+        "stages": _without_blocks(stages),
+        "baselines": _without_blocks(baselines),
+        "exports": _without_blocks(exports),
         "gates": list(gates),
         "notes": list(notes),
         "recipe": recipe,
     }
+
+
+def _without_blocks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without the sums over blocks, of which errors and changes are made already; they stay in the stages' measured.json."""
+    return [{key: value for key, value in row.items() if key != "blocks"} for row in rows]
 
 
 def write_report(report: Report, run_dir: Path) -> list[Path]:

@@ -6,7 +6,7 @@ from typing import Any
 from .curves import Curves
 from .pictures import draw_all, render
 from .sentences import coverage_sentences, exactness, protocol_lines
-from .tables import HEADINGS, report_rows
+from .tables import headings, report_rows
 
 _CAPTIONS = {
     "size-quality": "Each point is a model, by the size that it is served at; the line follows the recipe.",
@@ -36,7 +36,7 @@ def render_page(report: dict[str, Any], curves: Curves) -> str:
     )
     return template.render(
         report=report,
-        headings=HEADINGS,
+        headings=headings(report),
         rows=report_rows(report),
         pictures=pictures,
         protocol=protocol_lines(report),

@@ -4,6 +4,7 @@ from typing import Any
 
 from ...models.capabilities import percent
 from ...qat.source.plain_source import CastError
+from ...trainer.evaluation.spread import CLEAR
 
 Report = dict[str, Any]
 Row = dict[str, Any]
@@ -19,6 +20,8 @@ def protocol_lines(report: Report) -> list[str]:
         f"in non-overlapping windows of {p['context']}, computed in {p['dtype']}.",
         *_left_out(p.get("left_out", {})),
         "KL is the mean over tokens of KL(teacher || model) in nats; top-1 is how often both predict the same token.",
+        *_errors(p.get("blocks")),
+        *_tasks(report),
         "Size is what the model takes where it is served, folder its weight files on disk. After qat or quantize the two differ: the "
         "folder holds codes times scales in fp32, and an export packs codes and scales and keeps the rest in 16 bits (embeddings, head "
         "and norms, as a rule, which weigh heavily in small models).",
@@ -29,6 +32,27 @@ def protocol_lines(report: Report) -> list[str]:
         f"Commit {report['commit'] or 'of an installed package'}; {packages}; Python {v['python']}; "
         f"{', '.join(v['gpus']) or v['cpu']}, {v['cores']} cores.",
     ]
+
+
+def _errors(blocks: int | None) -> list[str]:
+    """How errors were taken; nothing for a report of an earlier version, which has none."""
+    if not blocks:
+        return []
+    return [
+        f"± is one standard error over {blocks:,} blocks of the held-out text. The error of a change is that of the difference of both "
+        f"models on the same blocks, and a change of at most {CLEAR:g} errors is none ('none seen'). A single block gives no error."
+    ]
+
+
+def _tasks(report: Report) -> list[str]:
+    """How each task was scored, one sentence each; nothing without tasks."""
+    rows = (*report["stages"], *report["exports"])
+    scores = {name: score for row in rows for name, score in (row.get("tasks") or {}).items()}
+    return [
+        f"Task {name} ({score['source']}): {score['metric']} of {score['items']:,} items, {score['shots']} solved examples before each, "
+        f"seed {score['seed']}, limit {score['limit'] or 'none'}, batch {score['batch'] or 'auto'}, fp32; ± is the error over items."
+        for name, score in scores.items()
+    ] + ["KL does not predict tasks: read both." for _ in scores][:1]
 
 
 def _left_out(counts: dict[str, int]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from ...trainer.evaluation.spread import EVAL_FIGURES, is_clear
 from ..terminal.fitting_table import fitting_table
 
 if TYPE_CHECKING:
@@ -10,16 +11,28 @@ if TYPE_CHECKING:
 HEADINGS = (
     "step", "parameters", "size", "folder", "bits/weight", "sparsity", "perplexity", "change", "KL", "p99 KL", "top-1", "tokens", "time",
 )  # fmt: skip
-WIDE = 180
+WIDE = 210
 """Characters that the whole table needs, with names of stages as long as people write them."""
 LEFT_OUT_FIRST = ("p99 KL", "folder", "tokens", "sparsity", "time", "parameters", "change", "top-1", "bits/weight")
 """Columns in the order in which a narrow terminal drops them; the others are always shown."""
 _SHORT = {"parameters": "params", "bits/weight": "bits/w", "sparsity": "zeros", "perplexity": "ppl"}
 
 
+def headings(report: dict[str, Any]) -> tuple[str, ...]:
+    """``HEADINGS`` and the tasks that models were scored on."""
+    return (*HEADINGS, *task_names(report))
+
+
+def task_names(report: dict[str, Any]) -> list[str]:
+    """Tasks of which any row has a score, in the order of the rows."""
+    rows = (*report["stages"], *report["exports"], *report["baselines"])
+    return list(dict.fromkeys(name for row in rows for name in row.get("tasks") or {}))
+
+
 def report_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Text cells under ``HEADINGS``: teacher and stages that made a model, the re-read exports, then what is there for scale."""
-    return [_cells(name, row) for name, row in _shown(report)]
+    """Text cells under ``headings``: teacher and stages that made a model, the re-read exports, then what is there for scale."""
+    tasks = task_names(report)
+    return [(*_cells(name, row), *(_task((row.get("tasks") or {}).get(task)) for task in tasks)) for name, row in _shown(report)]
 
 
 def _shown(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -31,14 +44,22 @@ def _shown(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 NUMBERS = (
-    "step", "kind", "parameters", "size_bytes", "folder_bytes", "bits_per_weight", "sparsity", "perplexity", "perplexity_change", "kl",
-    "kl_p99", "top1", "ece", "tokens", "seconds",
+    "step", "kind", "parameters", "size_bytes", "folder_bytes", "bits_per_weight", "sparsity", "perplexity", "perplexity_se",
+    "perplexity_change", "perplexity_change_se", "kl", "kl_se", "kl_p99", "top1", "top1_se", "ece", "tokens", "seconds",
 )  # fmt: skip
 
 
 def report_numbers(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of ``report_rows`` as numbers under ``NUMBERS``, None where there is none: for trackers, which draw and compare them."""
-    return [_numbers(name, row) for name, row in _shown(report)]
+    """The rows of ``report_rows`` as numbers under ``NUMBERS`` and two columns for each task, None where there is none: for trackers, which
+    draw and compare them."""
+    tasks = task_names(report)
+    return [_numbers(name, row) | _task_numbers(row.get("tasks") or {}, tasks) for name, row in _shown(report)]
+
+
+def _task_numbers(scores: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
+    """``task_<name>`` and ``task_<name>_se``."""
+    told = [(task, scores.get(task) or {}) for task in tasks]
+    return {f"task_{task}{end}": score.get(key) for task, score in told for end, key in (("", "score"), ("_se", "stderr"))}
 
 
 def _numbers(name: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -46,13 +67,14 @@ def _numbers(name: str, row: dict[str, Any]) -> dict[str, Any]:
     return {
         **dict.fromkeys(NUMBERS),
         **{key: row.get(key) for key in plain},
-        **{key: measured.get(key) for key in ("perplexity", "kl", "kl_p99", "top1", "ece")},
+        **{key: measured.get(key) for key in EVAL_FIGURES},
         "step": name,
         "kind": row.get("kind", "export"),
         "size_bytes": served(row, "bytes"),
         "folder_bytes": row.get("bytes"),
         "bits_per_weight": served(row, "bits_per_weight"),
         "perplexity_change": (row.get("change") or {}).get("perplexity"),
+        "perplexity_change_se": (row.get("change") or {}).get("perplexity_se"),
     }
 
 
@@ -65,9 +87,9 @@ def _cells(name: str, row: dict[str, Any]) -> tuple[str, ...]:
         table_size(row.get("bytes")),
         _number(served(row, "bits_per_weight"), ".2f"),
         _number(row.get("sparsity"), ".1%"),
-        _number(measured.get("perplexity"), ".3f"),
-        _number((row.get("change") or {}).get("perplexity"), "+.2%"),
-        _number(measured.get("kl"), ".4f"),
+        _with_error(measured, "perplexity", ".3f"),
+        _change(row.get("change") or {}),
+        _with_error(measured, "kl", ".4f"),
         _number(measured.get("kl_p99"), ".3f"),
         _number(measured.get("top1"), ".1%"),
         count(row.get("tokens")),
@@ -83,6 +105,28 @@ def served(row: dict[str, Any], figure: str) -> Any:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _with_error(measured: dict[str, Any], name: str, form: str) -> str:
+    """A figure and its standard error: '10.000 ±0.210'."""
+    error = measured.get(f"{name}_se")
+    return _number(measured.get(name), form) + ("" if error is None else f" ±{error:{form}}")
+
+
+def _task(score: dict[str, Any] | None) -> str:
+    """A score and its standard error: shares as '45.2% ±1.1%', other metrics as numbers."""
+    if score is None:
+        return "-"
+    form = ".1%" if score["higher_is_better"] and 0 <= score["score"] <= 1 else ".3f"
+    return _with_error({"score": score["score"], "score_se": score["stderr"]}, "score", form)
+
+
+def _change(change: dict[str, Any]) -> str:
+    """The change of the perplexity with its standard error; 'none seen' where chance explains it."""
+    value, error = change.get("perplexity"), change.get("perplexity_se")
+    if value is None or error is None:
+        return _number(value, "+.2%")
+    return f"{value:+.2%} ±{error:.2%}" if is_clear(value, error) else f"none seen ±{error:.2%}"
 
 
 def count(value: int | None) -> str:
@@ -120,7 +164,8 @@ def duration(seconds: float | None) -> str:
 
 def report_markdown(report: dict[str, Any]) -> str:
     """The table in Markdown, numbers to the right."""
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
+    names = headings(report)
+    lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in report_rows(report)])
 
 
@@ -128,11 +173,12 @@ def terminal_table(report: dict[str, Any], width: int) -> "Table":
     """The table for a console of ``width`` characters; a narrow one goes without the columns that matter least, and says which."""
     return fitting_table(
         report["name"],
-        HEADINGS,
+        headings(report),
         report_rows(report),
         width,
         text=HEADINGS[:1],
-        left_out_first=LEFT_OUT_FIRST,
+        # the last ones to go, the last task first
+        left_out_first=(*LEFT_OUT_FIRST, *reversed(task_names(report))),
         short=_SHORT,
         elsewhere="report.md has them",
     )

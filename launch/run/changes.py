@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ...trainer.evaluation.spread import is_clear, paired_error
 from ...trainer.stage_plan import learns_from
 
 if TYPE_CHECKING:
@@ -21,16 +22,26 @@ def learns_from_teacher(entry: "StageEntry") -> bool:
 
 
 def change_between(before: Row | None, after: Row) -> dict[str, Any] | None:
-    """``{since, perplexity, kl}``: name of the row before, relative change of the perplexity, difference of the KL in nats.
+    """``{since, perplexity, perplexity_se, kl, kl_se}``: name of the row before, relative change of the perplexity, difference of the KL in
+    nats, and their standard errors over the blocks that both rows were measured on.
 
-    None where one of the two was not measured; ``kl`` is None without a teacher.
+    None where one of the two was not measured; ``kl`` is None without a teacher, errors are None where rows have no blocks in common.
     """
     if before is None or not before.get("eval") or not after.get("eval"):
         return None
     old, new = before["eval"], after["eval"]
     # a KL of zero has no useful ratio, so it is a difference; perplexities of different models compare by their ratio
     kl = None if old["kl"] is None or new["kl"] is None else new["kl"] - old["kl"]
-    return {"since": before["name"], "perplexity": new["perplexity"] / old["perplexity"] - 1, "kl": kl}
+    ratio = new["perplexity"] / old["perplexity"]
+    error = paired_error(before.get("blocks"), after.get("blocks"), "nll")
+    return {
+        "since": before["name"],
+        "perplexity": ratio - 1,
+        # the ratio is exp of the difference of the means
+        "perplexity_se": None if error is None else ratio * error,
+        "kl": kl,
+        "kl_se": None if kl is None else paired_error(before.get("blocks"), after.get("blocks"), "kl"),
+    }
 
 
 def warning_of(entry: "StageEntry", before: Row | None, after: Row, curve: Sequence[Row] = ()) -> str | None:
@@ -47,7 +58,11 @@ def warning_of(entry: "StageEntry", before: Row | None, after: Row, curve: Seque
         old, new = before["eval"], after["eval"]
         kl = learns_from_teacher(entry) and old["kl"] is not None and new["kl"] is not None
         between = f"{before['name']} -> {entry.name}"
-        return _worse(entry, "kl" if kl else "perplexity", old["kl" if kl else "perplexity"], new["kl" if kl else "perplexity"], between)
+        figure = "kl" if kl else "perplexity"
+        change = change_between(before, after)
+        if change and is_clear(change[figure], change[f"{figure}_se"]) is False:
+            return None
+        return _worse(entry, figure, old[figure], new[figure], between)
     # with a delay or an annealed width the first evaluation measures other weights than the last, so the two are not compared
     if entry.kind == "qat" and entry.settings.delay == 0 and entry.settings.anneal_from is None:
         # the KL decides where there is a teacher; without one its column is empty and the perplexity decides

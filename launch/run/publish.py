@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from ...trainer.loop.loggers import log_image, log_summary, log_table
 from ..report.curves import read_curves
 from ..report.pictures import draw_all, render
-from ..report.tables import NUMBERS, report_numbers
+from ..report.tables import report_numbers
 
 if TYPE_CHECKING:
     from ...trainer.loop.metrics import MetricsSink
@@ -17,7 +17,7 @@ def publish(report: dict[str, Any], folder: "RunFolder", metrics: "MetricsSink")
     if not metrics.loggers:
         return
     rows = report_numbers(report)
-    log_table(metrics.loggers, "stages", NUMBERS, [tuple(row.values()) for row in rows])
+    log_table(metrics.loggers, "stages", tuple(rows[0]), [tuple(row.values()) for row in rows])
     for name, figure in draw_all(report, read_curves(folder.metrics)).items():
         log_image(metrics.loggers, name, render(figure, "png"))
     # the summary of a run in a tracker's list is that of what would be served

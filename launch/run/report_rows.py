@@ -8,8 +8,7 @@ import torch
 
 from ...models.capabilities import capabilities
 from ...models.common.errors import UserError
-from ...models.common.files import sha256_json, write_json_atomic
-from ...models.common.seal import seal_is_broken, sealed
+from ...models.common.files import sha256_json
 from ...models.folder.loading import load_model
 from ...models.folder.model_folder import content_hash, read_record
 from ...models.teachers import LocalTeacher, TeacherRef
@@ -20,6 +19,7 @@ from ...qat.layers.quantized_model import quantize_model
 from ...qat.layers.save_folder import save_quantized_folder
 from ...qat.spec import QuantSpec
 from ...trainer.evaluation.model_row import best_device, measure_folder, measure_teacher, quant_record, too_large_to_measure
+from ...trainer.evaluation.spread import MOST_BLOCKS
 from ...trainer.evaluation.teacher_drift import ROUNDED, teacher_drift
 from ...trainer.settings import EvaluateSettings
 from ...trainer.stages.context import RunContext
@@ -27,6 +27,8 @@ from ...trainer.stages.registry import STAGE_KINDS
 from ..report.curves import read_curves
 from .changes import change_between, warning_of
 from .run_folder import RunFolder, StageFolder
+from .stored_figures import read_figures, store_figures
+from .task_scores import TaskScores
 
 if TYPE_CHECKING:
     from ...configs.recipe import Recipe, StageEntry
@@ -50,6 +52,7 @@ class ReportRows:
         self._teacher_row: Row | None = None
         self._opened: LocalTeacher | None = None
         self._quantized: str | None = None
+        self._last_export: str | None = None
 
     @property
     def stages(self) -> list[Row]:
@@ -65,6 +68,7 @@ class ReportRows:
             "text_hash": self.run.data.fingerprint,
             "context": windows.seq_length,
             "tokens": windows.tokens,
+            "blocks": min(len(windows), MOST_BLOCKS),
             "dtype": "float32",
             **({"samples": self.run.data.samples} if self.run.data.samples else {}),
             **({"left_out": self.run.data.left_out} if self.run.data.left_out else {}),
@@ -78,7 +82,7 @@ class ReportRows:
             local = Path(self.teacher.path)
             # a scratch teacher records the cost of its training, whichever run that was
             spent = {"tokens": 0, "seconds": 0.0} | (read_record(local).get("training", {}) if local.is_dir() else {})
-            drift = _read_json(self.folder.path / ".measured" / "teacher-drift.json").get("row")
+            drift = read_figures(self.folder.path / ".measured" / "teacher-drift.json").get("row")
             # a drift file may remain from a run with a rounded teacher; it says nothing of one held in full precision
             held = {"held": {"load_in": self.teacher.load_in, **drift}} if drift and self.teacher.load_in in ROUNDED else {}
             self._teacher_row = {"name": "teacher", "kind": "teacher", "path": self.teacher.name, **spent, **seen, **held}
@@ -125,7 +129,7 @@ class ReportRows:
         file = self.folder.path / ".measured" / "teacher-drift.json"
         # all that the figures depend on; the same key means the same figures
         key = sha256_json([teacher.content, teacher.load_in, self.run.data.fingerprint, self.run.v_eff])
-        before = _read_json(file)
+        before = read_figures(file)
         drift = (
             before["row"] if before.get("key") == key and isinstance(before.get("row"), dict) else self._measure_drift(teacher, file, key)
         )
@@ -145,26 +149,41 @@ class ReportRows:
         # from here on only ``_opened`` holds the exact copy, so that ``_release`` can free it
         del exact
         self._release()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(file, sealed({"key": key, "row": drift}))
+        store_figures(file, key, drift)
         return drift
 
     def start_row(self, entry: "StageEntry", at: dict[str, Any]) -> None:
-        """Return a row for a stage that makes no model: the current model, or the run's input if the stage is alone."""
+        """Return a row for a stage that makes no model: the current model, or the run's input if the stage is alone. Its tasks are scored
+        for the model and the teacher."""
+        judged, revision = (self._last_export, None) if self._last_export else (at["path"], at["revision"])
+        tasks = self._task_rows(entry.settings, judged, revision) if entry.settings.tasks else {}
         # after an export the gates judge what will be served, which is measured on the files read back
         if self.exports:
-            seen = {k: self.exports[-1].get(k) for k in (*_SIZES, "layer_sparsity", "eval")}
+            seen = {k: self.exports[-1].get(k) for k in (*_SIZES, "layer_sparsity", "eval", "blocks")}
             path = self.exports[-1]["path"]
         else:
             seen = self._remembered(self.folder.path / entry.name / "measured.json", at["path"], at["revision"])
             path = self._relative(at["path"])
-        self._rows.append({"name": entry.name, "kind": entry.kind, "path": path, "tokens": 0, "seconds": 0.0, **seen, "change": None})
+        # the table shows the model's own row, and this one where there is no other
+        shown = self.exports[-1] if self.exports else next((row for row in reversed(self._rows) if row.get("eval")), {})
+        shown["tasks"] = shown.get("tasks", {}) | tasks
+        row = {"name": entry.name, "kind": entry.kind, "path": path, "tokens": 0, "seconds": 0.0, **seen, "change": None, "tasks": tasks}
+        self._rows.append(row)
+
+    def _task_rows(self, settings: EvaluateSettings, path: str, revision: str | None) -> Row:
+        """Scores of a model on the tasks of a stage, by name; the teacher's are added to its row."""
+        scores = TaskScores(self.run, self.folder, settings)
+        if self.teacher is not None:
+            row = self.teacher_row()
+            row["tasks"] = row.get("tasks", {}) | scores.of(self.teacher.path, self.teacher.revision, "the teacher")
+        return scores.of(path, revision, "the model")
 
     def stage_row(self, entry: "StageEntry", folder: StageFolder) -> bool:
         """Rows of a finished stage; returns whether it made a model that the next stage reads."""
         state = folder.read()
         for export in state["exports"]:
             path = folder.path / export["path"]
+            self._last_export = str(path)
             seen = self._remembered(folder.path / f"measured-{export['format']}.json", str(path), None)
             # speed and memory of the first runtime that ran it
             ran = next((outcome for outcome in export["runtimes"].values() if outcome.get("tokens_per_second")), {})
@@ -246,18 +265,17 @@ class ReportRows:
 
     def _remembered(self, file: Path, path: str, revision: str | None) -> Row:
         """Measure ``path``, or read the stored figures of the same bytes, teacher and text."""
-        parts = [content_hash(path, revision), self.teacher and self.teacher.content, self.run.data.fingerprint, self.run.v_eff]
+        # "blocks": rows of earlier versions have no sums over blocks, and are measured again
+        parts = [content_hash(path, revision), self.teacher and self.teacher.content, self.run.data.fingerprint, self.run.v_eff, "blocks"]
         # this word in the key invalidates older rows of quantized folders, which lack a packed size
         key = sha256_json([*parts, "packed"] if quant_record(path) else parts)
-        before = _read_json(file)
+        before = read_figures(file)
         if before.get("key") == key and _is_row(before.get("row")):
             return before["row"]
         with self.run.console.status(f"measuring {Path(path).parent.name if Path(path).name == 'model' else Path(path).name}"):
             row = measure_folder(path, self._open_teacher(), self.run.data.evaluation, revision)
         self._release()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # sealed with a checksum: a damaged file is measured again instead of being reported
-        write_json_atomic(file, sealed({"key": key, "row": row}))
+        store_figures(file, key, row)
         return row
 
     def _open_teacher(self) -> LocalTeacher | None:
@@ -287,14 +305,3 @@ def _is_row(row: Any) -> bool:
         return False
     # type(), since isinstance would take True for a number
     return all(type(row.get(name, "")) in (int, float, type(None)) for name in ("parameters", "bytes", "bits_per_weight", "sparsity"))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """Return the stored figures; {} if there are none or the file is damaged, so that they are measured again."""
-    import json
-
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) and not seal_is_broken(found) else {}

@@ -17,7 +17,9 @@ from ...trainer.stages.context import RunContext
 from ...trainer.stages.training import fill_cache
 from ..report.tables import WIDE, terminal_table
 from .changes import learns_from_teacher
+from .kept_split import kept_words, with_split
 from .left_out import left_out_of, left_out_words
+from .outcome import forget_run_outcome, note_outcome
 from .report_rows import ReportRows
 from .run_folder import RunFolder, versions
 from .scratch_training import train_scratch_teacher
@@ -36,8 +38,9 @@ class Runner:
         from ...configs.recipe import resolved
         from ..terminal.console import CleanConsole
 
-        self.recipe = recipe
-        self.plain = resolved(recipe)
+        self.asked = recipe
+        self.recipe = with_split(recipe, run_dir)
+        self.plain = resolved(self.recipe)
         """Return the recipe with every default filled in."""
         self.folder = RunFolder(run_dir)
         self.world = world
@@ -52,6 +55,10 @@ class Runner:
         """Run every stage and write the report. A gate that is not met ends the run early: GateFailed, after the report."""
         try:
             return self._run()
+        except BaseException as error:
+            if self._lock is not None:
+                note_outcome(self.folder.path, error)
+            raise
         finally:
             self._unlock()
 
@@ -119,6 +126,8 @@ class Runner:
         self._say(f"text: {inputs.data.description}")
         for reason, count in inputs.data.left_out.items():
             self._say(f"  not used: {count:,} {reason}")
+        if kept := kept_words(self.recipe, self.asked, inputs.data.description):
+            self._say(kept)
         if inputs.note:
             self._say(f"vocabulary: {inputs.note}")
         run = RunContext(
@@ -141,6 +150,7 @@ class Runner:
         new = not self.folder.path.exists()
         self._lock = self.folder.lock(self._say)
         self.folder.open(recipe_text)
+        forget_run_outcome(self.folder.path)
         return new
 
     def _say(self, text: str, style: str = "") -> None:

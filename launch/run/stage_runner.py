@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 from ...models.folder.model_folder import content_hash
 from ...models.pruning.zeros_record import sparse_modules
 from ...models.teachers import TeacherRef
-from ...trainer.evaluation.gates import gate_failures
+from ...trainer.evaluation.gates import gate_failures, task_failures
 from ...trainer.soft_targets.store import FORMAT as CACHE_FORMAT
 from ...trainer.stages.context import RunContext, StageContext, StageResult
 from ...trainer.stages.registry import STAGE_KINDS
+from .changes import change_between
 from .report_rows import ReportRows
 from .run_folder import RunFolder, StageFolder
 from .session import Session
@@ -77,8 +78,11 @@ class StageRunner:
         def judge() -> list[str]:
             rows = self._rows.stages
             # the last row is that of this stage; the teacher's, if there is one, is the first
-            teacher = rows[0]["eval"] if rows[0]["kind"] == "teacher" else None
-            return [f"{entry.name}: {sentence}" for sentence in gate_failures(entry.settings, rows[-1]["eval"], teacher)]
+            teacher = rows[0] if rows[0]["kind"] == "teacher" else None
+            error = (change_between(teacher, rows[-1]) or {}).get("perplexity_se")
+            failed = gate_failures(entry.settings, rows[-1]["eval"], teacher and teacher["eval"], increase_se=error)
+            failed += task_failures(entry.settings.min_task, rows[-1].get("tasks", {}), teacher and teacher.get("tasks"))
+            return [f"{entry.name}: {sentence}" for sentence in failed]
 
         return self._session.on_first(judge)
 

@@ -67,6 +67,12 @@ def _plan_first(recipe: "Recipe", out: Path, world: "World") -> None:
     from ..terminal.console import CleanConsole
 
     check_before_run(recipe, out, CleanConsole(), nodes=world.nodes)
+    if any(getattr(entry.settings, "tasks", ()) for entry in recipe.stages):
+        from .task_checks import check_tasks
+
+        for entry in recipe.stages:
+            if entry.kind == "evaluate":
+                check_tasks(entry.settings)
 
 
 def quiet_libraries() -> None:

@@ -177,3 +177,19 @@ def waiting_for(file: Path, doing: str, say: Callable[[str], None]) -> Iterator[
 def no_locks(file: Path) -> str:
     """The warning about a file system without locks."""
     return f"the file system of {file.parent} has no locks (flock): make sure that no second process works there at the same time"
+
+
+def is_held(file: Path) -> bool:
+    """Whether a process holds the lock of ``file``. Nothing is created or changed; without locks in the file system nobody holds one."""
+    try:
+        handle = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        # shared: two that look at once do not take each other for a holder
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _HELD
+    finally:
+        os.close(handle)
+    return False

@@ -27,7 +27,7 @@ BROKEN = {
     "mistyped key in a section": (
         HEAD.replace("seq_length", "seq_lenght") + STAGES,
         "my.yaml:3: data.seq_lenght: unknown key, did you mean 'seq_length'? valid here: builtin, files, hub, hub_config, hub_split, "
-        "generate, kind, mask_prompts, text_field, special_tokens, seq_length, packing, eval_tokens, max_documents",
+        "generate, kind, mask_prompts, text_field, special_tokens, seq_length, packing, eval_tokens, held_out, max_documents",
     ),
     "mistyped key at the top": (
         HEAD + STAGES + "trianer: {precision: 32}\n",

@@ -27,6 +27,7 @@ from .chats import FORMAT as CHAT_FORMAT
 from .chats import Samples, write_chats
 from .documents import Documents, read_documents
 from .sides import write_sides
+from .split import BLOCKS, WORDS
 from .tokens import TokenStream, tokenizer_hash, write_tokens
 from .unfinished import Unfinished, unfinished
 from .windows import Windows
@@ -106,6 +107,9 @@ def prepare_data(
         facts["control_tokens"] = settings.reads_control_tokens
     if not train:
         facts["train"] = False
+    # the rule of runs before there were blocks is not named, so that their fingerprints stay
+    if settings.held_out_rule == "blocks" and settings.eval_tokens != "all":
+        facts["held_out"] = BLOCKS
     fingerprint = sha256_json(facts)
     target = cache_dir / "tokens" / fingerprint
     # checked first without the lock: a run that finds a whole entry never waits for another
@@ -215,8 +219,8 @@ def _build(
             # windows take about as much room as the stream, which is deleted only afterwards
             check_free_space(folder, stream.tokens.nbytes, "the tokenized text (in the cache folder, environment variable DECOCT_CACHE)")
             # phase 2: the windows of both sides, read from the stream
-            whole = write_sides(settings, tokenizer, stream, folder, left_out, train=train)
-            description = documents.description + ("" if whole else ", held out from the end of the text, inside a document")
+            split = write_sides(settings, tokenizer, stream, folder, left_out, train=train)
+            description = documents.description + WORDS[split.rule]
             # the mapped file is removed next
             del stream
             # hashed as written here; the seal protects the manifest itself

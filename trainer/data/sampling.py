@@ -11,6 +11,7 @@ import torch
 
 from ...models.common.errors import UserError
 from ...models.common.quiet import quiet_transformers
+from ...models.generation import control_token_of, decoded, end_ids, left_padded, only_these_settings, real_tokens, up_to_end
 from ..settings_generation import GenerateSettings
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class TextWriter:
         self._chat = writes_chats(settings, tokenizer)
         # what the model reads before its first own token, and the token that ends a message in the template
         self._start, after = self._taken_apart() if self._chat else ([self._first_token()], None)
-        self._stops = self._stop_tokens(after)
+        self._stops = end_ids(model, tokenizer, [] if after is None else [after])
         self._check_length(len(self._start) + settings.document_tokens)
 
     def batch(self, index: int) -> WrittenBatch:
@@ -66,14 +67,14 @@ class TextWriter:
         written = self._sample([self._start] * self._settings.batch, f"{index}/first")
         if not self._chat:
             for ids, whole in written:
-                self._keep(done, {"text": self._text(ids)}, self._text(ids), len(ids) + whole, not whole)
+                self._keep(done, {"text": decoded(self._tokenizer, ids)}, decoded(self._tokenizer, ids), len(ids) + whole, not whole)
             return done
-        messages = [(self._text(ids).strip(), len(ids) + whole, whole) for ids, whole in written]
+        messages = [(decoded(self._tokenizer, ids).strip(), len(ids) + whole, whole) for ids, whole in written]
         asked = [entry for entry in messages if entry[0]]
         done.empty = len(messages) - len(asked)
         prompts = [self._prompt(text) for text, _, _ in asked]
         for (text, tokens, ended), (ids, whole) in zip(asked, self._sample(prompts, f"{index}/answer")):
-            answer = self._text(ids).strip()
+            answer = decoded(self._tokenizer, ids).strip()
             turns = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
             self._keep(done, {"messages": turns}, answer, tokens + len(ids) + whole, not (ended and whole))
         return done
@@ -94,38 +95,28 @@ class TextWriter:
         if not prompts:
             return []
         settings, device = self._settings, self._model.device
-        width = max(map(len, prompts))
-        self._check_length(width + settings.document_tokens)
         # the value of the padding does not matter: it is masked
-        filler = self._stops[0] if self._stops else 0
-        ids = torch.tensor([[filler] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        embedding: Any = self._model.get_input_embeddings()
-        rows = embedding.weight.shape[0]
+        pad = self._stops[0] if self._stops else 0
+        ids, mask = left_padded(prompts, pad, device)
+        width = ids.shape[1]
+        self._check_length(width + settings.document_tokens)
         config = GenerationConfig(
             do_sample=True,
             temperature=settings.temperature,
             top_p=settings.top_p,
+            # transformers would otherwise keep the 50 likeliest tokens alone
             top_k=0,
             max_new_tokens=settings.document_tokens,
             eos_token_id=self._stops or None,
-            pad_token_id=filler,
-            # rows of the head that only pad it have a probability, too
-            suppress_tokens=list(range(self._v_eff, rows)) or None,
+            pad_token_id=pad,
+            use_cache=True,
         )
-        cards = [device.index or 0] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cards), quiet_transformers(), torch.no_grad():
+        model: Any = self._model
+        cards = [device] if device.type == "cuda" else []
+        with only_these_settings(model, config), torch.random.fork_rng(cards), quiet_transformers(), torch.no_grad():
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self._seed}/{label}".encode()).digest()[:8], "little") >> 1)
-            model: Any = self._model
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        return [self._own(row) for row in out[:, width:].tolist()]
-
-    def _own(self, row: list[int]) -> tuple[list[int], bool]:
-        end = next((place for place, token in enumerate(row) if token in self._stops), None)
-        return (row, False) if end is None else (row[:end], True)
-
-    def _text(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=real_tokens(self._v_eff))
+        return [up_to_end(row, self._stops) for row in out[:, width:].tolist()]
 
     def _first_token(self) -> int:
         """Begin-of-text; the end-of-text token of models that were trained with it between documents and have no other."""
@@ -135,7 +126,7 @@ class TextWriter:
         raise UserError("data.generate: the tokenizer has neither a begin-of-text nor an end-of-text token to start from; give data.files")
 
     def _taken_apart(self) -> tuple[list[int], int | None]:
-        """The template's tokens before a user's message, and the first one after it."""
+        """The template's tokens before a user's message, and the control token behind it."""
         rendered = str(self._tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False))
         before, mark, after = rendered.partition(_MARK)
         if not mark:
@@ -143,8 +134,7 @@ class TextWriter:
                 "data.generate: the chat template does not render a user's message as it is; let the model write documents instead "
                 "(data.generate.start: text), or give data.files"
             )
-        following = self._ids(after.lstrip())
-        return self._ids(before), following[0] if following else None
+        return self._ids(before), control_token_of(self._tokenizer, after)
 
     def _prompt(self, message: str) -> list[int]:
         turns = [{"role": "user", "content": message}]
@@ -153,14 +143,6 @@ class TextWriter:
     def _ids(self, text: str) -> list[int]:
         ids: Any = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return list(ids)
-
-    def _stop_tokens(self, after: int | None) -> list[int]:
-        """End-of-text by the tokenizer and by the model's generation config, and the token that ends a message."""
-        named: Any = getattr(self._model.generation_config, "eos_token_id", None)
-        several = named if isinstance(named, list) else [named]
-        special = {token for token, added in self._tokenizer.added_tokens_decoder.items() if added.special}
-        stops = [self._tokenizer.eos_token_id, *several, after if after in special else None]
-        return sorted({token for token in stops if isinstance(token, int)})
 
     def _check_length(self, length: int) -> None:
         context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)

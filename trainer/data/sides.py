@@ -8,7 +8,7 @@ import numpy as np
 
 from ...models.common.errors import UserError
 from ..settings import DataSettings
-from .split import held_out_only, split_documents
+from .split import Split, held_out_of_a_run, held_out_only, split_documents
 from .tokens import TokenStream
 from .windows import Windows, write_labelled, write_packed, write_padded
 
@@ -27,7 +27,7 @@ def write_sides(
     left_out: Counter[str],
     *,
     train: bool,
-) -> bool:
+) -> Split:
     """Writes ``train`` and ``evaluation`` into ``folder``.
 
     Args:
@@ -39,7 +39,7 @@ def write_sides(
         train: Whether there is a training side; if not, all of the text may be held out.
 
     Returns:
-        Whether no document is on both sides.
+        The split.
 
     Raises:
         UserError: a side has no window with a token to predict.
@@ -51,7 +51,9 @@ def write_sides(
     labelled = settings.kind == "chat"
     if train:
         assert most is not None, "prepare_data refuses it"
-        split = split_documents(stream, seq_length=length, eval_tokens=most, packing=settings.packing)
+        split = split_documents(stream, seq_length=length, eval_tokens=most, packing=settings.packing, held_out=settings.held_out_rule)
+    elif most is not None and settings.held_out_rule == "blocks":
+        split = held_out_of_a_run(stream, seq_length=length, eval_tokens=most, packing=settings.packing)
     else:
         split = held_out_only(stream, eval_tokens=most)
     # the held-out side first and with a limit; training takes everything that it leaves
@@ -78,7 +80,7 @@ def write_sides(
         left_out[UNLABELLED] += dropped
     if not counts["evaluation"] or (train and not counts["train"]):
         _refuse(counts, dropped, length)
-    return split.whole
+    return split
 
 
 def _refuse(counts: dict[str, int], dropped: int, length: int) -> None:

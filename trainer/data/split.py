@@ -1,14 +1,26 @@
-"""Chooses the held-out documents by their text alone, so that the choice is the same on every machine and in every order."""
+"""Chooses the held-out text by its content alone, so that the choice is the same on every machine and for every number of ranks."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from ...models.common.errors import UserError
+from .text_blocks import blocks_of, joined, spread_windows
 from .tokens import TokenStream
 
 _WASTE = 10
 """Whole documents may hold out a tenth of the text more than requested; if they would hold out more, the text is split in a document."""
+HeldOutRule = Literal["blocks", "end"]
+"""How text is held out that whole documents would waste; ``data.held_out``."""
+BLOCKS = 1
+"""Version of the rule that holds out blocks; raise it whenever it would hold out others."""
+WORDS = {
+    "documents": "",
+    "blocks": ", held out in blocks from all over the text, inside documents",
+    "end": ", held out from the end of the text, inside a document",
+}
+"""The rule of a split, as the description of the text ends with it."""
 
 
 @dataclass(frozen=True)
@@ -18,16 +30,25 @@ class Split:
     train: np.ndarray
     """In the text's order."""
     evaluation: np.ndarray
-    """In the order of the documents' hashes."""
-    whole: bool
-    """Whether no document is on both sides."""
+    """In the order of the hashes of documents or blocks."""
+    rule: Literal["documents", "blocks", "end"]
+    """What is held out: whole documents (no document is on both sides), blocks inside documents, or the end of the text."""
 
 
-def split_documents(stream: TokenStream, *, seq_length: int, eval_tokens: int, packing: bool) -> Split:
+def split_documents(stream: TokenStream, *, seq_length: int, eval_tokens: int, packing: bool, held_out: HeldOutRule = "blocks") -> Split:
     """Holds out the documents with the smallest hashes until they have ``eval_tokens`` tokens; the others are for training.
 
     Documents with the same text are held out together, and evaluated once. If whole documents would hold out far more than requested
-    (one long file, or many copies of one text), the last ``eval_tokens`` tokens of the text are held out instead.
+    (one long file, or many copies of one text), documents are cut into blocks of ``seq_length`` tokens, and the blocks with the smallest
+    hashes are held out. Where blocks do not suffice, the last ``eval_tokens`` tokens of the text are held out.
+
+    Args:
+        stream: The tokens.
+        seq_length: Tokens of a window, and of a block.
+        eval_tokens: Tokens to hold out.
+        packing: Whether windows hold several documents.
+        held_out: blocks = as above; end = without blocks, and the last held-out document is measured from its beginning, as all runs did
+            before there were blocks.
 
     Raises:
         UserError: one of the sides would be empty; the message names the key to lower.
@@ -45,11 +66,39 @@ def split_documents(stream: TokenStream, *, seq_length: int, eval_tokens: int, p
         # by hash and not by index: copies of a held-out text leave the training side with it
         train = documents[stream.hashes > hashes[count - 1]]
         if np.diff(train).sum() >= least:
-            return Split(train, documents[firsts[:count]], whole=True)
+            evaluation = documents[firsts[:count]]
+            if held_out == "blocks":
+                wanted = eval_tokens - int(held[count - 2] if count > 1 else 0)
+                evaluation = np.concatenate([evaluation[:-1], spread_windows(evaluation[-1], wanted, seq_length)])
+            return Split(train, evaluation, "documents")
+    if held_out == "blocks" and (split := _split_blocks(stream, seq_length, eval_tokens, least)):
+        return split
     # one cut through the text: the document that it falls into has a part on each side
     cut = total - eval_tokens
     before, after = documents[documents[:, 0] < cut], documents[documents[:, 1] > cut]
-    return Split(np.minimum(before, cut), np.maximum(after, cut), whole=False)
+    return Split(np.minimum(before, cut), np.maximum(after, cut), "end")
+
+
+def _split_blocks(stream: TokenStream, seq_length: int, eval_tokens: int, least: int) -> Split | None:
+    """Holds out blocks; None if too few differ, or if copies of those held out make up too much of the text."""
+    blocks = blocks_of(stream, seq_length)
+    sizes = np.diff(blocks.places)[:, 0]
+    candidates = np.flatnonzero(blocks.whole)
+    hashes, firsts = np.unique(blocks.hashes[candidates], return_index=True)
+    firsts = candidates[firsts]
+    held = np.cumsum(sizes[firsts])
+    count = int(np.searchsorted(held, eval_tokens)) + 1
+    if count > len(held):
+        return None
+    chosen = firsts[:count]
+    # the tail of a document is in no block: nothing is measured in it
+    kept = ~blocks.whole | (blocks.hashes > hashes[count - 1])
+    total = int(stream.bounds[-1])
+    if sizes[kept].sum() < least or sizes[~kept].sum() > held[count - 1] + total // _WASTE:
+        return None
+    # full blocks first: each is one window then, and shorter documents fill the last ones
+    chosen = chosen[np.argsort(sizes[chosen] < seq_length, kind="stable")]
+    return Split(joined(blocks, kept), blocks.places[chosen], "blocks")
 
 
 def held_out_only(stream: TokenStream, *, eval_tokens: int | None) -> Split:
@@ -69,7 +118,18 @@ def held_out_only(stream: TokenStream, *, eval_tokens: int | None) -> Split:
         documents = documents[firsts[: int(np.searchsorted(held, eval_tokens)) + 1]]
     if np.diff(documents).sum() < 2:
         raise UserError("the text has fewer than two tokens, and the first one is not predicted; give more text")
-    return Split(documents[:0], documents, whole=True)
+    return Split(documents[:0], documents, "documents")
+
+
+def held_out_of_a_run(stream: TokenStream, *, seq_length: int, eval_tokens: int, packing: bool) -> Split:
+    """What a run that trains on the same text would hold out, by blocks where documents are too long; without a training side.
+
+    A text that is too short to be split is held out whole.
+    """
+    if int(stream.bounds[-1]) - eval_tokens < (seq_length if packing else 2):
+        return held_out_only(stream, eval_tokens=eval_tokens)
+    split = split_documents(stream, seq_length=seq_length, eval_tokens=eval_tokens, packing=packing)
+    return Split(split.train[:0], split.evaluation, split.rule)
 
 
 def _check_size(total: int, documents: int, least: int, seq_length: int, eval_tokens: int) -> None:

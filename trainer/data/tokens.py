@@ -83,7 +83,7 @@ def write_tokens(
             "the tokenizer has no end-of-text token (eos_token), which packing puts between documents; name one in its "
             "tokenizer_config.json, or set data.packing: false"
         )
-    begin, end = _outer_ids(tokenizer)
+    begin, end = outer_ids(tokenizer)
     spelled = _Spelled(tokenizer, control)
     encoder = tokenizer if control else text_only(facts_of(tokenizer))
     bounds, hashes = work.bounds, work.hashes
@@ -114,7 +114,7 @@ def write_tokens(
     return TokenStream(tokens, np.array(bounds, dtype=np.int64), np.array(hashes, dtype=np.uint64))
 
 
-def _outer_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+def outer_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
     """Ids before and after each document. Begin-of-text is added only if the tokenizer itself starts a text with it, as Llama's does."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     # by trial: several tokenizers have a begin-of-text token that they never put before a text

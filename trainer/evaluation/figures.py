@@ -20,6 +20,7 @@ from ...models.common.errors import NonFiniteError, UserError
 from ...models.eval_mode import eval_mode
 from ...models.families import HeadTransform, backbone_and_head, head_transform
 from ..data.windows import Windows
+from .spread import Blocks, block_sums, errors_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +50,14 @@ class EvalResult:
     ece: float
     """Expected calibration error of the most likely token, 15 bins of equal width (Guo et al. 2017, arXiv 1706.04599, eq. 3)."""
     tokens: int
+    perplexity_se: float | None
+    """Standard error of the perplexity over blocks of the text (``spread.py``); None with a single block."""
+    kl_se: float | None
+    """Standard error of the KL."""
+    top1_se: float | None
+    """Standard error of the top-1 agreement."""
+    blocks: Blocks
+    """Sums over blocks, from which paired differences of two models are made."""
 
 
 @dataclass
@@ -60,9 +69,12 @@ class _Tally:
     correct: list[Tensor]
     kl: list[Tensor]
     top1: list[Tensor]
+    windows: list[int]
+    """Predicted tokens of each window."""
 
 
 Head = tuple[Tensor, Tensor | None, HeadTransform]
+"""Weight [V, H], bias [V] or None, and what follows them."""
 
 
 def evaluate_model(
@@ -96,7 +108,7 @@ def evaluate_model(
     batch = batch or max(1, BATCH_TOKENS // windows.seq_length)
     backbone, weight, bias = backbone_and_head(model)
     head: Head = (weight, bias, head_transform(model.config))
-    tally = _Tally([], [], [], [], [])
+    tally = _Tally([], [], [], [], [], [])
     with torch.no_grad(), eval_mode(model), exact_products(torch.device(device).type):
         for first in range(0, len(windows), batch):
             last = min(first + batch, len(windows))
@@ -128,6 +140,8 @@ def _add(tally: _Tally, hidden: Tensor, head: Head, teacher: "Teacher | None", i
     """Add the figures of one batch. Its predicted tokens go through the heads in parts."""
     # rows [N, H], labels [N]: only positions that predict a token
     rows, labels = _predicted(hidden, inputs["labels"])
+    # the first label of a window is never predicted
+    tally.windows.extend((inputs["labels"][:, 1:] != MASKED).sum(1).tolist())
     theirs: Tensor | None = None
     their_head: Head | None = None
     if teacher is not None:
@@ -140,8 +154,8 @@ def _add(tally: _Tally, hidden: Tensor, head: Head, teacher: "Teacher | None", i
     for at in range(0, len(labels), size):
         part = slice(at, at + size)
         # [n, rows of the head], fp32. The model's own head is whole, the teacher's is cut to the shared vocabulary
-        their_logits = None if theirs is None or their_head is None else _logits(theirs[part], their_head)
-        sums = evaluation_sums(_logits(rows[part], head), their_logits, labels[part])
+        their_logits = None if theirs is None or their_head is None else head_logits(theirs[part], their_head)
+        sums = evaluation_sums(head_logits(rows[part], head), their_logits, labels[part])
         for kept, figures in (
             (tally.nll, sums.nll),
             (tally.confidence, sums.confidence),
@@ -161,7 +175,8 @@ def _predicted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return rows[wanted], targets[wanted]
 
 
-def _logits(rows: Tensor, head: Head) -> Tensor:
+def head_logits(rows: Tensor, head: Head) -> Tensor:
+    """Logits [N, V] of hidden states [N, H] in fp32, whatever the dtype of both."""
     weight, bias, transform = head
     return transform.apply(nn.functional.linear(rows.float(), weight.float(), None if bias is None else bias.float()))
 
@@ -171,15 +186,20 @@ def _result(tally: _Tally) -> EvalResult:
     nll, confidence, correct = (torch.cat(parts).double() for parts in (tally.nll, tally.confidence, tally.correct))
     mean = nll.mean().item()
     kl = torch.cat(tally.kl).double().numpy() if tally.kl else None
+    top1 = torch.cat(tally.top1).double().numpy() if tally.top1 else None
+    # math.exp overflows above 709
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    blocks = block_sums(tally.windows, {"nll": nll.numpy(), "kl": kl, "top1": top1})
     return EvalResult(
-        # math.exp overflows above 709
-        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        perplexity=perplexity,
         kl=None if kl is None else float(kl.mean()),
         # exact and not from a histogram: all per-token values are at hand
         kl_p99=None if kl is None else float(np.percentile(kl, 99)),
-        top1=torch.cat(tally.top1).double().mean().item() if tally.top1 else None,
+        top1=None if top1 is None else float(top1.mean()),
         ece=calibration_error(confidence, correct),
         tokens=len(nll),
+        blocks=blocks,
+        **errors_of(blocks, perplexity),
     )
 
 

@@ -19,6 +19,7 @@ from ...qat.footprint import bits_per_weight, count_parameters, folder_bytes, li
 from ...qat.layers.as_stored import round_as_stored, rounds_more_than_weights
 from ...qat.rebuild import load_exported_model
 from .figures import evaluate_model
+from .spread import EVAL_FIGURES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,7 +77,8 @@ def measure_model(model: "PreTrainedModel", teacher: LocalTeacher | None, window
         "parameters": count_parameters(model),
         "sparsity": linear_sparsity(model),
         "layer_sparsity": layer_sparsity(model),
-        "eval": {name: getattr(result, name) for name in ("perplexity", "kl", "kl_p99", "top1", "ece")},
+        "eval": {name: getattr(result, name) for name in EVAL_FIGURES},
+        "blocks": result.blocks,
         "eval_tokens": result.tokens,
         "eval_seconds": time.perf_counter() - started,
     }

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from decoct.launch.answers.answer import Sampling, answer, prompt_ids, stop_ids
+from decoct.launch.answers.answer import Sampling, answer, prompt_ids
 from decoct.launch.answers.opened import Opened, open_for_answers
 from decoct.models.common.errors import UserError
+from decoct.models.generation import end_ids
 
 from .conftest import make_model
 
@@ -18,7 +19,7 @@ def by_hand(opened: Opened, ids: list[int], count: int) -> list[int]:
     for _ in range(count):
         logits = opened.model(torch.tensor([ids + made])).logits[0, -1, : opened.v_eff]
         made.append(int(logits.argmax()))
-        if made[-1] in stop_ids(opened):
+        if made[-1] in end_ids(opened.model, opened.tokenizer):
             return made[:-1]
     return made
 

@@ -10,7 +10,9 @@ from decoct.launch.report.tables import (
     WIDE,
     count,
     duration,
+    headings,
     report_markdown,
+    report_numbers,
     report_rows,
     table_size,
     terminal_table,
@@ -52,6 +54,40 @@ def test_reports_of_before_packed_sizes_still_have_a_table(report: dict[str, Any
 def test_change_is_told_with_its_sign(report: dict[str, Any]) -> None:
     column = {row[0]: row[HEADINGS.index("change")] for row in report_rows(report)}
     assert (column["teacher"], column["00-student"], column["01-distill"]) == ("-", "+150.00%", "-12.50%")
+
+
+def test_errors_stand_beside_figures_and_a_change_within_them_is_none(report: dict[str, Any]) -> None:
+    report["stages"][1]["eval"] |= {"perplexity_se": 0.5, "kl_se": 0.0123}
+    report["stages"][1]["change"] |= {"perplexity_se": 0.25}
+    report["stages"][2]["change"] |= {"perplexity_se": 0.07}
+    rows = {row[0]: dict(zip(HEADINGS, row)) for row in report_rows(report)}
+    assert rows["00-student"]["perplexity"] == "10.000 ±0.500"
+    assert rows["00-student"]["KL"] == "0.2500 ±0.0123"
+    assert rows["00-student"]["change"] == "+150.00% ±25.00%"
+    assert rows["01-distill"]["change"] == "none seen ±7.00%"
+    assert rows["01-distill"]["KL"] == "0.2500"
+
+
+def score(value: float, **more: Any) -> dict[str, Any]:
+    how = {"metric": "acc", "items": 10, "shots": 0, "limit": None, "batch": None, "seed": 0, "source": "decoct"}
+    return {**how, "score": value, "stderr": 0.011, "higher_is_better": True, **more}
+
+
+def test_tasks_are_columns_behind_the_others(report: dict[str, Any]) -> None:
+    report["stages"][0]["tasks"] = {"cloze": score(0.452)}
+    report["exports"][0]["tasks"] = {"cloze": score(0.4), "ppl": score(12.5, higher_is_better=False, stderr=None)}
+    assert headings(report) == (*HEADINGS, "cloze", "ppl")
+    rows = {row[0]: row[-2:] for row in report_rows(report)}
+    assert rows["teacher"] == ("45.2% ±1.1%", "-")
+    assert rows["01-distill"] == ("-", "-")
+    assert rows["compressed-tensors (re-read)"] == ("40.0% ±1.1%", "12.500")
+    numbers = {row["step"]: row for row in report_numbers(report)}
+    assert numbers["teacher"]["task_cloze"] == 0.452
+    assert numbers["teacher"]["task_ppl"] is None
+    assert {tuple(row) for row in numbers.values()} == {tuple(numbers["teacher"])}, "every row has the same columns"
+    out = io.StringIO()
+    Console(file=out, width=80).print(terminal_table(report, 80))
+    assert "cloze" in out.getvalue()
 
 
 def test_markdown_table_has_a_cell_for_every_heading(report: dict[str, Any]) -> None:

@@ -17,12 +17,18 @@ def entry(stage: dict[str, Any], teacher: bool = True) -> Any:
     return recipe_from_dict({**recipe, "teacher": {"path": "t"}} if teacher else recipe).stages[0]
 
 
+UNKNOWN = {"perplexity_se": None, "kl_se": None}
 DISTILL = {"distill": {"tokens": "1M"}}
 
 
 def test_change_is_relative_to_the_row_before() -> None:
-    assert change_between(row("a", 10.0, 0.5), row("b", 9.0, 0.25)) == {"since": "a", "perplexity": pytest.approx(-0.1), "kl": -0.25}
-    assert change_between(row("a", 10.0), row("b", 9.0, 0.25)) == {"since": "a", "perplexity": pytest.approx(-0.1), "kl": None}
+    assert change_between(row("a", 10.0, 0.5), row("b", 9.0, 0.25)) == {
+        "since": "a",
+        "perplexity": pytest.approx(-0.1),
+        "kl": -0.25,
+        **UNKNOWN,
+    }
+    assert change_between(row("a", 10.0), row("b", 9.0, 0.25)) == {"since": "a", "perplexity": pytest.approx(-0.1), "kl": None, **UNKNOWN}
     assert change_between(None, row("b", 9.0)) is None
     assert change_between(row("a", 10.0), {"name": "b", "eval": None}) is None
 
@@ -31,6 +37,24 @@ def test_a_distillation_that_ends_with_more_kl_is_told_with_both_figures_and_rem
     said = warning_of(entry(DISTILL), row("00-student", 100.0, 0.0400), row("01-distill", 99.0, 0.0412)) or ""
     assert "01-distill ends worse on held-out text than it began: KL to the teacher 0.04 -> 0.0412 (00-student -> 01-distill)" in said
     assert "stages.0.learning_rate" in said
+
+
+def in_blocks(name: str, kl: float, sums: list[float]) -> dict[str, Any]:
+    return {**row(name, 100.0, kl), "blocks": {"tokens": [1.0] * 4, "nll": [4.6] * 4, "kl": sums}}
+
+
+def test_change_has_the_error_of_the_difference_on_the_same_blocks() -> None:
+    change = change_between(in_blocks("a", 0.25, [0.1, 0.2, 0.3, 0.4]), in_blocks("b", 0.30, [0.16, 0.24, 0.36, 0.44])) or {}
+    assert change["kl_se"] == pytest.approx(0.0115470 / 2, rel=1e-3)
+    assert change["perplexity_se"] == 0
+
+
+def test_a_rise_that_chance_explains_is_not_told() -> None:
+    before = in_blocks("00-student", 0.25, [0.1, 0.2, 0.3, 0.4])
+    worse = in_blocks("01-distill", 0.30, [0.16, 0.24, 0.36, 0.44])
+    chance = in_blocks("01-distill", 0.30, [0.5, 0.0, 0.6, 0.1])
+    assert warning_of(entry(DISTILL), before, worse)
+    assert warning_of(entry(DISTILL), before, chance) is None
 
 
 @pytest.mark.parametrize(

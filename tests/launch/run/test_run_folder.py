@@ -143,13 +143,13 @@ def test_a_value_inside_a_stage_file_that_changed_is_one_message_and_no_key_is_h
 
 
 def test_a_remembered_row_that_changed_is_measured_again(tmp_path: Path) -> None:
-    from decoct.launch.run.report_rows import _read_json
+    from decoct.launch.run.stored_figures import read_figures
 
     file, row = tmp_path / "measured.json", {"key": "k", "row": {"parameters": 1, "eval": {"perplexity": 2.0}}}
     file.write_text(json.dumps(row))
-    assert _read_json(file) == row
+    assert read_figures(file) == row
     whole = sealed(row)
     file.write_text(json.dumps(whole))
-    assert _read_json(file)["row"] == row["row"]
+    assert read_figures(file)["row"] == row["row"]
     file.write_text(json.dumps({**whole, "row": {"parameters": 1, "eval": {"perplexity": "two"}}}))
-    assert _read_json(file) == {}
+    assert read_figures(file) == {}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from decoct.models.common.errors import UserError
-from decoct.models.common.locks import Lock, acquire_or_refuse, waiting_for
+from decoct.models.common.locks import Lock, acquire_or_refuse, is_held, waiting_for
 
 HOLD = """
 import os, sys, time
@@ -158,3 +158,20 @@ def test_a_holder_on_another_machine_is_given_time_to_be_missed(tmp_path: Path) 
         file.write_text('{"process": 7, "host": "node9", "since": "then"}')
         with pytest.raises(UserError, match="process 7 on node9"):
             acquire_or_refuse(Lock(file), "x", print, seconds=0, elsewhere=0.3)
+
+
+def test_looking_at_a_lock_tells_who_has_it_and_changes_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    assert not is_held(file)
+    assert not file.exists()
+    with held_elsewhere(file) as process:
+        assert is_held(file)
+        process.kill()
+        process.wait()
+        assert not is_held(file), "the file is left, and nobody holds it"
+        assert file.exists()
+    lock = Lock(file)
+    assert lock.acquire()
+    assert is_held(file)
+    lock.release()
+    assert not is_held(file)

@@ -13,9 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from decoct.models.common.cache_folder import cache_dir
 from decoct.models.common.errors import UserError
+from decoct.models.common.files import sha256_json
 from decoct.trainer.data import prepared_data as prepare
 from decoct.trainer.data.documents import read_documents
 from decoct.trainer.data.prepared_data import PreparedData, open_prepared, prepare_data
+from decoct.trainer.data.tokens import tokenizer_hash
 from decoct.trainer.data.windows import Windows
 from decoct.trainer.settings import DataSettings
 
@@ -157,15 +159,42 @@ def test_failure_half_way_leaves_nothing_behind(tmp_path: Path, tokenizer: PreTr
     assert list((cache_dir() / "tokens").iterdir()) == []
 
 
-def test_one_long_document_is_held_out_from_its_end_and_says_so(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, texts: list[str]
-) -> None:
+@pytest.fixture
+def book(tmp_path: Path, texts: list[str]) -> DataSettings:
+    """One long document."""
     (tmp_path / "book.txt").write_text("\n".join(texts))
-    data = prepare_data(DataSettings(files=(str(tmp_path / "book.txt"),), seq_length=16, eval_tokens=64), tokenizer, cache_dir())
+    return DataSettings(files=(str(tmp_path / "book.txt"),), seq_length=16, eval_tokens=64)
+
+
+def ids_of(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    assert settings.files
+    return [*tokenizer.encode(Path(settings.files[0]).read_text()), int(str(tokenizer.eos_token_id))]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_one_long_document_is_held_out_in_blocks_and_says_so(book: DataSettings, tokenizer: PreTrainedTokenizerBase, packing: bool) -> None:
+    data = prepare_data(replace(book, packing=packing), tokenizer, cache_dir())
+    assert data.description == "book.txt, held out in blocks from all over the text, inside documents"
+    ids = ids_of(book, tokenizer)
+    blocks = [ids[at : at + 16] for at in range(0, len(ids), 16)]
+    held, trained = rows(data.evaluation), rows(data.train)
+    assert len(held) == 4
+    assert all(block in blocks for block in [*held, *trained][: -1 if not packing else None])
+    assert not [block for block in held if block in trained], "a held-out window is trained on"
+    assert len(held) + len(trained) >= len({*map(tuple, blocks)}) - 1
+
+
+def test_the_older_rule_has_the_older_name_in_the_cache_and_the_end_of_the_text(
+    book: DataSettings, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    data = prepare_data(replace(book, held_out="end"), tokenizer, cache_dir())
     assert data.description == "book.txt, held out from the end of the text, inside a document"
-    ids = [*tokenizer("\n".join(texts))["input_ids"], tokenizer.eos_token_id]
+    ids = ids_of(book, tokenizer)
     assert list(chain.from_iterable(rows(data.evaluation))) == ids[-64:]
     assert list(chain.from_iterable(rows(data.train))) == ids[: (len(ids) - 64) // 16 * 16]
+    facts = {"format": 2, "text": data.text_fingerprint, "tokenizer": tokenizer_hash(tokenizer), "seq_length": 16, "packing": True}
+    assert data.fingerprint == sha256_json({**facts, "eval_tokens": 64}), "as every version before named it"
+    assert prepare_data(book, tokenizer, cache_dir()).fingerprint != data.fingerprint
 
 
 def test_text_shorter_than_a_window_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from decoct.models.common.errors import NonFiniteError, UserError
 from decoct.models.teachers import LocalTeacher
 from decoct.trainer.data.windows import Windows
 from decoct.trainer.evaluation import figures as evaluation
-from decoct.trainer.evaluation.figures import EvalResult, calibration_error, evaluate_model
+from decoct.trainer.evaluation.figures import calibration_error, evaluate_model
 
 V_EFF, PADDED = 50, 64
 
@@ -46,7 +47,7 @@ def text(padded: bool = True) -> Windows:
 
 
 @torch.no_grad()
-def by_hand(model: PreTrainedModel, teacher: PreTrainedModel, windows: Windows) -> EvalResult:
+def by_hand(model: PreTrainedModel, teacher: PreTrainedModel, windows: Windows) -> dict[str, float]:
     """One window at a time, without its padding, in fp64, from the models' own logits."""
     nll, kl, same, confidence, correct = [], [], [], [], []
     for index in range(len(windows)):
@@ -67,14 +68,18 @@ def by_hand(model: PreTrainedModel, teacher: PreTrainedModel, windows: Windows) 
     for k in range(15):
         inside = (joined[3] > k / 15) & (joined[3] <= (k + 1) / 15)
         ece += abs(float((joined[4][inside] - joined[3][inside]).sum())) / len(joined[0])
-    return EvalResult(
-        perplexity=math.exp(joined[0].mean()),
-        kl=joined[1].mean(),
-        kl_p99=np.percentile(joined[1], 99),
-        top1=joined[2].mean(),
-        ece=ece,
-        tokens=len(joined[0]),
-    )
+    counts = torch.tensor([len(part) for part in nll], dtype=torch.float64)
+    mean = joined[0].mean()
+    rest = torch.stack([part.sum() for part in nll]) - mean * counts
+    return {
+        "perplexity": math.exp(mean),
+        "perplexity_se": math.exp(mean) * math.sqrt(7 / 6 * float((rest**2).sum())) / len(joined[0]),
+        "kl": joined[1].mean(),
+        "kl_p99": np.percentile(joined[1], 99),
+        "top1": joined[2].mean(),
+        "ece": ece,
+        "tokens": len(joined[0]),
+    }
 
 
 @pytest.mark.parametrize("padded", [True, False])
@@ -82,8 +87,9 @@ def test_figures_are_those_of_the_models_own_logits(padded: bool) -> None:
     model, teacher, windows = llama(0), llama(1, rows=56), text(padded)
     expected = by_hand(model, teacher, windows)
     got = evaluate_model(model, LocalTeacher(teacher, v_eff=V_EFF), windows)
-    assert got.tokens == expected.tokens == windows.tokens - 7
-    assert asdict(got) == pytest.approx(asdict(expected), rel=1e-5)
+    assert got.tokens == expected["tokens"] == windows.tokens - 7
+    assert {name: getattr(got, name) for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert got.kl_se is not None and got.top1_se is not None
     assert got.top1 is not None
     assert 0 < got.top1 < 1
 
@@ -102,10 +108,19 @@ def test_perplexity_is_over_the_full_head_and_kl_over_the_real_vocabulary() -> N
 
 def test_batches_and_parts_of_the_head_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, teacher = llama(0), LocalTeacher(llama(1), v_eff=V_EFF)
-    whole = asdict(evaluate_model(model, teacher, text()))
-    assert asdict(evaluate_model(model, teacher, text(), batch=2)) == pytest.approx(whole, rel=1e-5)
-    monkeypatch.setattr(evaluation, "LOGITS", 3 * PADDED)
-    assert asdict(evaluate_model(model, teacher, text(), batch=3)) == pytest.approx(whole, rel=1e-5)
+
+    def figures(**more: Any) -> tuple[dict[str, float], dict[str, Any]]:
+        got = asdict(evaluate_model(model, teacher, text(), **more))
+        return got, got.pop("blocks")
+
+    whole, blocks = figures()
+    assert blocks["tokens"] == [11, 4, 11, 1, 8, 11, 11]
+    for batch, logits in ((2, evaluation.LOGITS), (3, 3 * PADDED)):
+        monkeypatch.setattr(evaluation, "LOGITS", logits)
+        again, parts = figures(batch=batch)
+        assert again == pytest.approx(whole, rel=1e-5)
+        assert parts["tokens"] == blocks["tokens"]
+        assert parts["kl"] == pytest.approx(blocks["kl"], rel=1e-4)
 
 
 def test_logits_held_at_once_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,8 +190,9 @@ def test_other_dtypes_and_broken_models_are_refused() -> None:
 def test_windows_without_a_token_to_predict_are_passed_over_and_text_of_nothing_else_is_refused() -> None:
     rows = text(padded=False).rows
     prompts = np.concatenate([-1 - rows[:1], rows])
-    expected = asdict(evaluate_model(llama(1), None, Windows(rows), batch=1))
-    assert asdict(evaluate_model(llama(1), None, Windows(prompts), batch=1)) == pytest.approx(expected)
+    expected, got = (asdict(evaluate_model(llama(1), None, Windows(each), batch=1)) for each in (rows, prompts))
+    assert got.pop("blocks")["tokens"] == [0, *expected.pop("blocks")["tokens"]]
+    assert got == pytest.approx(expected)
     with pytest.raises(UserError, match="no window of the held-out text has a token to predict"):
         evaluate_model(llama(1), LocalTeacher(llama(2), v_eff=V_EFF), Windows(-1 - rows))
 
