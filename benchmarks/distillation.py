@@ -43,6 +43,7 @@ def recipe(text: list[str], size: str) -> dict[str, Any]:
     elif size == "quick":
         given["teacher"]["scratch"]["tokens"] = 100_000
     given["trainer"]["global_batch_tokens"] = STEP_TOKENS
+    # an evaluate stage alone makes teacher, tokenizer, windows and student, and trains nothing
     return {**given, "name": "distillation", "seed": 0, "stages": [{"evaluate": {"round_teacher": False}}]}
 
 
@@ -52,6 +53,7 @@ def prepare(plain: dict[str, Any], folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(plain))
+    # its own process: what a run keeps in memory must not count in the peaks of the workers
     command = [sys.executable, "-m", "decoct.launch.cli", "run", str(folder / "recipe.yaml"), "--out", str(folder / "run")]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -65,6 +67,7 @@ def in_own_process(folder: Path, plain: dict[str, Any], work: list[Any]) -> dict
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise SystemExit(f"{work}: {done.stderr}")
+    # libraries may print before the figures
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -79,6 +82,7 @@ def compare(case: str, plain: dict[str, Any], size: str, folder: Path) -> list[R
     systems = [system for system in SYSTEMS if system != "trl" or importlib.util.find_spec("trl")]
     rows += [Row(case, system, "installed", 0, "") for system in SYSTEMS if system not in systems]
     jobs = [(seed, system) for seed in range(1, SEEDS[size] + 1) for system in systems]
+    # threads only wait for workers, each of which has one thread of its own
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for (seed, system), figures in zip(jobs, pool.map(lambda job: in_own_process(folder, plain, [job[1], job[0], TOKENS[size]]), jobs)):
             seen.setdefault(system, []).append(figures)
@@ -87,6 +91,7 @@ def compare(case: str, plain: dict[str, Any], size: str, folder: Path) -> list[R
         for name, unit in FIGURES.items():
             values = [run[name] for run in runs]
             rows.append(
+                # speed and memory have outliers from other load, quality has none
                 Row(case, system, name, statistics.median(values) if name.endswith(("second", "bytes")) else statistics.fmean(values), unit)
             )
             if len(values) > 1 and name in ("perplexity", "kl", "top1"):

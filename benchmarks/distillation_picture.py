@@ -24,6 +24,7 @@ def draw(rows: list[dict[str, object]], case: str, file: Path) -> None:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
+    # fixed ids: a picture of the same rows is the same file
     plt.rcParams.update({"svg.hashsalt": "decoct", "font.size": 9})
     seen = {(row["system"], row["metric"]): float(str(row["value"])) for row in rows if row["case"] == case}
     figure, axes = plt.subplots(figsize=(6, 3.6))

@@ -147,6 +147,7 @@ def llama(large: bool) -> Any:
     )  # fmt: skip
     with torch.device(DEVICE):
         model = LlamaForCausalLM(config)
+    # as in training a model of this size; it also makes every weight round twice a step
     model.gradient_checkpointing_enable()
     return model.train()
 

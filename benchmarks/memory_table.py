@@ -41,6 +41,7 @@ def memory(name: str, choice: Choice, gpus: int, seq_length: int) -> Roles:
     """Bytes by role on each of ``gpus``."""
     strategy, optimizer, load_in, placement = choice
     teacher = shape_of(*config_of(name))
+    # on the meta device: a 70B model has shapes but no bytes
     student, _ = student_by_keeping(meta_model(teacher.config), teacher.layers // 2)
     plan = TrainingPlan(
         total_steps=1,

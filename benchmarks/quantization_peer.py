@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 
+# repeated here because this interpreter may have no decoct
 def reset_peak() -> int:
     """Forget the peak so far; returns the memory in use, bytes."""
     Path("/proc/self/clear_refs").write_text("5")
@@ -47,6 +48,7 @@ def round_once(told: dict[str, Any]) -> tuple[Any, dict[str, float]]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(told["model"], dtype=torch.float32)
+    # a cache of keys and values would count as memory of the calibration
     model.config.use_cache = False
     ids = load_file(told["windows"])["input_ids"]
     data: dict[str, Any] = {}
@@ -69,6 +71,7 @@ def work(told: dict[str, Any]) -> dict[str, float]:
     from safetensors.torch import save_file
 
     torch.set_num_threads(1)
+    # the first run compiles, imports and fills the page cache
     if told.get("warm"):
         round_once(told)
     model, figures = round_once(told)

@@ -27,6 +27,7 @@ def draw(rows: list[dict[str, object]], file: Path) -> None:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
+    # fixed ids: a picture of the same rows is the same file
     plt.rcParams.update({"svg.hashsalt": "decoct", "font.size": 9})
     figure, axes = plt.subplots(figsize=(6, 3.8))
     for system, label in NAMES.items():

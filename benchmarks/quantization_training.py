@@ -137,6 +137,7 @@ def step_seconds(bench: Bench, objective: str, systems: list[str], turns: int) -
 
     windows = bench.origin.data.train
     size = STEP_TOKENS // SEQ
+    # all in one process and in turn, so that load from elsewhere falls on all of them
     steps = {system: stepper(bench, system, objective) for system in systems}
     seen: dict[str, list[float]] = {system: [] for system in systems}
     for turn in range(turns + 2):
@@ -167,8 +168,9 @@ def stepper(bench: Bench, system: str, objective: str) -> Callable[[dict[str, An
         prepare_torchao(student, BITS, GROUP)
     elif system != "plain":
         prepare(student, spec, extras=Extras(scale=learned))
+    # a small rate: the times are of interest, and the student should stay what it is
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
-    # the schedule puts the scales into an optimizer group of their own, as the stage does
+    # the schedule sets the first values of the scales, as in a stage
     if learned:
         QatSchedule(QatSettings(weights=spec), 100, 0).on_start(student, optimizer)
 

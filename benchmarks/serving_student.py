@@ -71,6 +71,8 @@ def widened(model: Any, times: int) -> Any:
     made = LlamaForCausalLM(config)
     state = {}
     for name, tensor in model.state_dict().items():
+        # norm weights are repeated, embeddings repeated along the features; a matrix sums over repeated inputs, so it is divided by their
+        # number
         if tensor.ndim == 1:
             state[name] = tensor.repeat(times)
         elif "embed_tokens" in name:

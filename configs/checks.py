@@ -1,43 +1,20 @@
-"""Checks across sections: whether stages have a teacher, a budget, codes to export, widths that divide."""
+"""Checks across the sections of a recipe: teachers, training tokens, codes to export, widths that group sizes divide."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..losses.settings import LossSettings
 from ..models.common.terminal_text import counted
 from ..models.folder.codes_file import codes_file
-from ..models.settings import MOST_TOP_K, StudentSettings, TeacherSettings, allowed_layers
-from ..qat.spec import USUAL_GROUPS
-from ..trainer.settings import DataSettings, EvaluateSettings, TrainerSettings, TrainingBlock
-from ..trainer.settings_pruning import PruneSettings
-from ..trainer.settings_quantization import QatSettings, QuantizeSettings
+from ..models.settings import MOST_TOP_K, allowed_layers
+from ..trainer.settings import EvaluateSettings, TrainingBlock
 from ..trainer.stage_plan import learns_from, reads_text, trains
-from .architectures import HUB_IDS, architecture
+from .draft import Draft, key_path
 from .problems import Problems
 from .recipe import StageEntry
+from .width_checks import check_widths, known_numbers
 
 _QUANTIZERS = ("qat", "quantize")
 _WRITERS = ("pretrain", "distill", "prune", *_QUANTIZERS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Draft:
-    """A recipe being read; what is absent or wrong is None."""
-
-    teacher: TeacherSettings | None
-    student: StudentSettings | None
-    data: DataSettings | None
-    trainer: TrainerSettings | None
-    stages: Sequence[StageEntry | None]
-    teacher_is_known: bool
-    """Whether ``teacher`` None means that there is none (not that it was written wrongly)."""
-
-    @property
-    def lacks_teacher(self) -> bool:
-        """Whether the recipe has no teacher."""
-        return self.teacher is None and self.teacher_is_known
 
 
 def check_draft(draft: Draft, problems: Problems) -> None:
@@ -50,29 +27,25 @@ def check_draft(draft: Draft, problems: Problems) -> None:
             _check_stage_teacher(entry, draft, problems)
     _check_parts(draft, problems)
     _check_batch(draft, problems)
-    _check_widths(draft, problems)
+    check_widths(draft, problems)
     _check_exports(draft, problems)
 
 
-def _at(entry: StageEntry, *keys: str) -> tuple[str | int, ...]:
-    return ("stages", entry.index, entry.kind, *keys)
-
-
 def _check_start(draft: Draft, problems: Problems) -> None:
-    """Student and teacher fit each other; the scratch teacher is a possible Llama."""
+    """Check that student and teacher fit each other, and that the scratch teacher is a possible Llama."""
     if draft.student and draft.lacks_teacher:
         if draft.student.keep:
             problems.add(
-                ("student", "keep"), "cuts the student from the teacher, and the recipe has none; add a teacher, or give student.path"
+                ("student", "keep"), "cuts the student from the teacher, but the recipe has no teacher; add one, or give student.path"
             )
         if draft.student.config is not None:
             problems.add(
-                ("student", "config"), "takes its tokenizer from the teacher, and the recipe has none; add a teacher, or give student.path"
+                ("student", "config"), "takes its tokenizer from the teacher, but the recipe has no teacher; add one, or give student.path"
             )
     if draft.data and draft.data.hub_config and not draft.data.hub:
         problems.add(("data", "hub_config"), "configures a hub dataset, and data.hub is not given; remove it, or give data.hub")
     _check_generate(draft, problems)
-    layers, depth = draft.student.keep.layers if draft.student and draft.student.keep else None, _known_numbers(draft).get("layers")
+    layers, depth = draft.student.keep.layers if draft.student and draft.student.keep else None, known_numbers(draft).get("layers")
     if layers is not None and depth is not None and not min(2, depth) <= layers <= depth:
         problems.add(
             ("student", "keep", "layers"),
@@ -115,34 +88,38 @@ def _check_generate(draft: Draft, problems: Problems) -> None:
 def _check_budget(entry: StageEntry, problems: Problems) -> None:
     settings = entry.settings
     if entry.kind in ("pretrain", "distill", "qat") and settings.tokens is None and settings.steps is None:
-        problems.add(_at(entry), "trains, and needs 'tokens' or 'steps', such as tokens: 10M")
+        problems.add(key_path(entry), "trains, and needs 'tokens' or 'steps', such as tokens: 10M")
 
 
 def _check_stage_teacher(entry: StageEntry, draft: Draft, problems: Problems) -> None:
-    """Every stage that learns from a teacher, or is judged against one, has one."""
+    """Check that each stage that learns from a teacher, or is compared with one, has a teacher."""
     settings = entry.settings
     if isinstance(settings, EvaluateSettings) and draft.lacks_teacher:
         gates = [gate for gate in ("max_perplexity_increase", "max_kl", "min_top1", "min_task") if getattr(settings, gate) is not None]
         for gate in gates:
-            problems.add(_at(entry, gate), "compares with the teacher, and the recipe has none; add a teacher, or remove the gate")
+            problems.add(key_path(entry, gate), "compares with the teacher, but the recipe has no teacher; add one, or remove the gate")
     if not isinstance(settings, TrainingBlock):
         return
     if entry.kind == "pretrain":
         if settings.teacher is not None:
-            problems.add(_at(entry, "teacher"), "is not used: pretrain learns from the text alone; use a distill stage, or remove the key")
+            problems.add(
+                key_path(entry, "teacher"), "is not used: pretrain learns from the text alone; use a distill stage, or remove the key"
+            )
         # the defaults are what a stage without the key has, and hard_weight=1 is what pretrain does anyway
         if settings.loss not in (LossSettings(), LossSettings(hard_weight=1.0)):
-            problems.add(_at(entry, "loss"), "is not used: pretrain always trains on cross-entropy; use a distill stage, or remove the key")
+            problems.add(
+                key_path(entry, "loss"), "is not used: pretrain always trains on cross-entropy; use a distill stage, or remove the key"
+            )
     elif draft.lacks_teacher and learns_from(settings, has_teacher=False) is not None:
         if settings.teacher == "recipe":
-            problems.add(_at(entry, "teacher"), "is 'recipe', and the recipe has no teacher; add one, or set teacher: input")
+            problems.add(key_path(entry, "teacher"), "is 'recipe', but the recipe has no teacher; add one, or set teacher: input")
         elif settings.teacher is None and entry.kind == "distill":
             remedy = "add one (teacher: {path: ...}), or train on the text alone with loss: {hard_weight: 1.0}"
-            problems.add(_at(entry), f"learns from a teacher, and the recipe has none; {remedy}")
+            problems.add(key_path(entry), f"learns from a teacher, but the recipe has none; {remedy}")
 
 
 def _check_parts(draft: Draft, problems: Problems) -> None:
-    """A cache or a server gives a part of each distribution: enough for forward KL alone. And some stage reads it."""
+    """Check that a cache or server, which gives a part of each distribution, is used only for forward KL, and that some stage reads it."""
     teacher = draft.teacher
     if teacher is None or not (teacher.cache or teacher.served):
         return
@@ -152,29 +129,30 @@ def _check_parts(draft: Draft, problems: Problems) -> None:
         loss = entry.settings.loss
         if loss.divergence != "forward_kl":
             problems.add(
-                _at(entry, "loss", "divergence"),
+                key_path(entry, "loss", "divergence"),
                 f"{loss.divergence} needs the teacher's whole distribution, and {source} a part of it; use forward_kl, or remove "
                 f"{source.split()[0]}",
             )
         if teacher.served and loss.temperature != 1:
             problems.add(
-                _at(entry, "loss", "temperature"), "must be 1 with teacher.served: servers give log-probabilities at temperature 1"
+                key_path(entry, "loss", "temperature"), "must be 1 with teacher.served: servers give log-probabilities at temperature 1"
             )
     # with a stage that could not be read, its kind and so its teacher are unknown
     if not readers and all(draft.stages):
         name = "cache" if teacher.cache else "served"
-        problems.add(("teacher", name), "is read by no stage: none learns from the recipe's teacher; remove it")
+        problems.add(("teacher", name), "is not used: no stage learns from the recipe's teacher; remove it")
     if teacher.cache and teacher.served and (teacher.cache.mode != "top_k" or (teacher.cache.tokens or MOST_TOP_K) > teacher.served.tokens):
         problems.add(
             ("teacher", "cache"),
-            f"of a served teacher must be top_k with at most teacher.served.tokens={teacher.served.tokens} tokens: nothing else is known",
+            f"of a served teacher must be top_k with at most teacher.served.tokens={teacher.served.tokens} tokens: it has no more",
         )
 
 
 def _check_batch(draft: Draft, problems: Problems) -> None:
-    """A global batch is whole windows, and whole micro-batches of them."""
+    """Check that a global batch is a whole number of windows and of micro-batches."""
     trainer, data = draft.trainer, draft.data
     training = any(entry and trains(entry.settings) for entry in draft.stages) or (draft.teacher and draft.teacher.scratch)
+    # without training the batch is not used, so it need not fit the windows
     if not (trainer and data and training):
         return
     batch, length = trainer.global_batch_tokens, data.seq_length
@@ -199,55 +177,8 @@ def _check_batch(draft: Draft, problems: Problems) -> None:
         )
 
 
-def _known_numbers(draft: Draft) -> dict[str, int]:
-    """Depth and widths that the student starts from or is cut from, as far as they are known without opening a model."""
-    if draft.student is None:
-        return {}
-    config: dict[str, Any] = draft.student.config or {}
-    if draft.student.keep and draft.teacher:
-        if draft.teacher.scratch:
-            scratch = draft.teacher.scratch
-            return {"layers": scratch.layers, "hidden": scratch.hidden, "ffn": scratch.ffn}
-        # a local folder of the same name wins, and its config is not read here
-        path = draft.teacher.path or ""
-        config = architecture(path) if path in HUB_IDS and not Path(path).exists() else {}
-    named = {"layers": config.get("num_hidden_layers"), "hidden": config.get("hidden_size"), "ffn": config.get("intermediate_size")}
-    return {name: number for name, number in named.items() if type(number) is int and number > 0}
-
-
-def _check_widths(draft: Draft, problems: Problems) -> None:
-    """FFN channels that are kept exist, and group sizes divide the widths they meet."""
-    widths = {name: number for name, number in _known_numbers(draft).items() if name != "layers"}
-    for entry in draft.stages:
-        settings = entry.settings if entry else None
-        if entry and isinstance(settings, PruneSettings) and settings.structured:
-            kept = settings.structured.ffn
-            if kept > widths.get("ffn", kept):
-                problems.add(_at(entry, "structured", "ffn"), f"keeps {kept} FFN channels of a student that has {widths['ffn']} here")
-            # later stages meet the narrower FFN
-            elif "ffn" in widths:
-                widths["ffn"] = kept
-        # skipped and overridden modules may be the very ones that do not fit; the plan, which knows the model, checks these recipes
-        if entry and isinstance(settings, QatSettings | QuantizeSettings) and not settings.skip and not settings.overrides:
-            _check_group(entry, settings.weights.group_size, widths, problems)
-
-
-def _check_group(entry: StageEntry, group: int | str, widths: dict[str, int], problems: Problems) -> None:
-    """A group size divides every width; one message for all that it does not divide."""
-    if isinstance(group, str):
-        return
-    words = {"hidden": "hidden size", "ffn": "FFN channels"}
-    broken = [f"{words[name]} ({width:,})" for name, width in widths.items() if width % group]
-    if not broken:
-        return
-    fits = [size for size in USUAL_GROUPS if all(width % size == 0 for width in widths.values())]
-    hint = f"use {' or '.join(map(str, fits))}" if fits else "use channel"
-    message = f"{group} does not divide the student's {' and '.join(broken)} at this stage; {hint}, or skip these modules"
-    problems.add(_at(entry, "weights", "group_size"), message)
-
-
 def _check_exports(draft: Draft, problems: Problems) -> None:
-    """An export finds codes: the last stage that wrote a model, or the student's own folder, is quantized."""
+    """Check that an export finds codes: the last stage that wrote a model, or the student's own folder, must be quantized."""
     writer: StageEntry | None = None
     for entry in draft.stages:
         # the unreadable stage may be the one that quantizes
@@ -259,9 +190,10 @@ def _check_exports(draft: Draft, problems: Problems) -> None:
             continue
         if writer is None and _starts_quantized(draft):
             continue
-        after = f"; stages.{writer.index} ({writer.kind}) comes last before it and writes none" if writer else ""
+        after = f"; the last stage before it, stages.{writer.index} ({writer.kind}), writes none" if writer else ""
         problems.add(
-            _at(entry), f"packs the codes that a 'qat' or 'quantize' stage writes, and never rounds{after}; put one of the two before it"
+            key_path(entry),
+            f"packs the codes that a 'qat' or 'quantize' stage writes, and never rounds{after}; put one of the two before it",
         )
 
 

@@ -1,6 +1,6 @@
-"""What each field of a settings dataclass is for: the strings below the fields, read from the source.
+"""Reads the descriptions of the fields of a settings dataclass: the strings below the fields in the source.
 
-The JSON Schema of recipes and the reference of recipe keys are made of them, so each must be a sentence that a user can act on.
+The JSON Schema of recipes and the reference of recipe keys show them, so each must be useful to a user.
 """
 
 import ast
@@ -10,7 +10,7 @@ from functools import cache
 
 @cache
 def field_docs(settings: type) -> dict[str, str]:
-    """Field -> its description on one line; a field that a subclass gives anew without a description keeps the base's."""
+    """Return field -> description on one line; a field that a subclass redefines without a description keeps that of the base."""
     found: dict[str, str] = {}
     # base classes first, so that a subclass can describe a field anew
     for base in reversed(settings.__mro__[:-1]):
@@ -29,10 +29,10 @@ def field_docs(settings: type) -> dict[str, str]:
 
 
 def class_doc(settings: type) -> str:
-    """The first paragraph of a dataclass's docstring, on one line."""
+    """Return the first paragraph of a dataclass's docstring, on one line."""
     return one_line(inspect.cleandoc(settings.__doc__ or "").partition("\n\n")[0])
 
 
 def one_line(text: str) -> str:
-    """Text without line breaks, with names marked as Markdown does."""
+    """Return text without line breaks, with names marked as in Markdown."""
     return " ".join(text.split()).replace("``", "`")

@@ -1,20 +1,20 @@
-"""Names that people of this field type and recipes do not have: what the key is called here, or why there is none.
+"""Names of settings in other tools, with the key that recipes have instead, or the reason why they have none.
 
-Trainer arguments of transformers and TRL, Lightning's Trainer, llm-compressor and GPTQ packages are the sources.
+Sources: trainer arguments of transformers and TRL, Lightning's Trainer, llm-compressor, and GPTQ packages.
 """
 
-_EPOCHS = "a stage is as long as its 'tokens' (or 'steps') say, and there are no epochs: N times over a text is N times its tokens"
+_EPOCHS = "there are no epochs: the length of a stage is its 'tokens' (or 'steps'), and N epochs of a text are N times its tokens"
 _RATE = "the peak learning rate is 'learning_rate' of a stage that trains (stages.0.learning_rate=1e-4)"
 _BATCH = (
-    "a batch is given in tokens: trainer.global_batch_tokens of an optimizer step; trainer.micro_batch is how many windows go through the "
-    "model at once"
+    "a batch is given in tokens: trainer.global_batch_tokens per optimizer step; trainer.micro_batch is the number of windows per forward "
+    "pass"
 )
 _ACCUMULATION = "it follows from trainer.global_batch_tokens, trainer.micro_batch and the number of devices"
 _STEPS = "optimizer steps are 'steps' of a stage that trains (stages.0.steps=100), instead of its 'tokens'"
 _TOKENS = "training tokens are 'tokens' of a stage that trains (stages.0.tokens=10M)"
 _OUT = "the run folder is an option of the command line: --out FOLDER"
 _PRECISION = "it is trainer.precision: 32, or bf16-mixed"
-_FP16 = "it is trainer.precision: 32, or bf16-mixed; fp16 is not trained in, as its range needs loss scaling"
+_FP16 = "it is trainer.precision: 32, or bf16-mixed; training in fp16 is not supported, because it needs loss scaling"
 _SEED = "it is 'seed' at the top of the recipe"
 _LENGTH = "tokens per window are data.seq_length"
 _WARMUP = "it is 'warmup' of a stage that trains: the share of its steps over which the rate rises (stages.0.warmup=10%)"
@@ -24,7 +24,7 @@ _OPTIMIZER = "it is trainer.optimizer: adamw, adamw-8bit or paged-adamw-8bit"
 _BETAS = "it is 'betas' of a stage that trains (stages.0.betas=[0.9,0.99])"
 _SAVES = "it is 'checkpoint_every' of a stage that trains, in optimizer steps"
 _EVALUATIONS = "it is trainer.evaluate_every, in optimizer steps (0 = never)"
-_RESUME = "nothing asks for it: the same command goes on from the newest whole checkpoint"
+_RESUME = "no setting is needed: run the same command again to resume from the newest valid checkpoint"
 _OVERWRITE = "nothing is overwritten: a stage whose settings changed runs again, and its old folder is kept; --out names another run folder"
 _LOGGER = "it is 'logger' at the top of the recipe: wandb, csv or none"
 _LOGGING = "every optimizer step is written to metrics.jsonl, so there is no interval"
@@ -40,12 +40,12 @@ _BITS = "it is weights.bits of a qat or quantize stage"
 _GROUP = "it is weights.group_size of a qat or quantize stage: a number of inputs, or channel"
 _CALIBRATION = "it is 'calibration_tokens' of the stage"
 _METHOD = "it is 'method' of a quantize stage: rtn, mse or gptq"
-_KEEP = "what stays is given instead: magnitude.keep of a prune stage (0.7 keeps 70 %)"
+_KEEP = "recipes give the share that is kept: magnitude.keep of a prune stage (0.7 keeps 70 %)"
 _LORA = "it is 'lora' of a qat stage: the rank of the adapter"
 _SOFT = "it is loss.temperature of a stage that trains"
-_HARD = "it is loss.hard_weight of a stage that trains: the share of the text's own labels in the loss"
+_HARD = "it is loss.hard_weight of a stage that trains: the weight of the hard labels (the text itself) in the loss"
 _WORKERS = "it is trainer.num_workers"
-_DRY = "`decoct plan RECIPE` says what a run would do, and trains nothing; `decoct launch --print` shows the command or file of a job"
+_DRY = "`decoct plan RECIPE` shows what a run would do without training; `decoct launch --print` shows the command or file of a job"
 _NODES = "it is an option of the command line: decoct launch RECIPE --nodes N"
 
 _MEANT: dict[str, tuple[str, ...]] = {
@@ -106,5 +106,5 @@ _BY_NAME = {name: sentence for sentence, names in _MEANT.items() for name in nam
 
 
 def meant_by(name: str) -> str | None:
-    """What a foreign name is called here, or why there is no such key, as the end of a sentence; None for a name that is not known."""
+    """Return what a setting of another tool is called here, or why there is no such key, as the end of a sentence; None if unknown."""
     return _BY_NAME.get(name.strip().lower().lstrip("-").replace("-", "_"))

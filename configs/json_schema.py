@@ -27,12 +27,12 @@ _TEXT = r"^(?!.*://[^/\s]*@)[^\x00-\x1f]*$"
 
 
 def schema_text() -> str:
-    """The schema as the package holds it: JSON, one key per line."""
+    """Return the schema as stored in the package: JSON, one key per line."""
     return json.dumps(recipe_schema(), indent=1, ensure_ascii=False) + "\n"
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The schema of a recipe; every dataclass that a recipe is made of stands under ``$defs``."""
+    """Return the schema of a recipe; ``$defs`` has every dataclass that recipes consist of."""
     definitions: dict[str, Any] = {}
     docs = field_docs(Recipe)
     types = types_of(Recipe)
@@ -61,7 +61,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _stage(definitions: dict[str, Any]) -> dict[str, Any]:
-    """One entry of ``stages``: a kind alone, or a kind with its settings."""
+    """Return the schema of one entry of ``stages``: a kind alone, or a kind with its settings."""
     kinds = {}
     for kind, stage in STAGE_KINDS.items():
         section = _reference(stage.settings, definitions, kind)
@@ -72,7 +72,7 @@ def _stage(definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reference(settings: type, definitions: dict[str, Any], kind: str | None = None) -> dict[str, Any]:
-    """A reference to a dataclass, which is added to ``definitions`` when it is not there yet. A stage also has a ``name``."""
+    """Return a reference to a dataclass, which is added to ``definitions`` if it is missing. A stage also has a ``name``."""
     name = settings.__name__
     if name not in definitions:
         definitions[name] = {}  # holds its place in the order
@@ -127,7 +127,7 @@ def _required(entry: Any) -> bool:
 
 
 def _property(settings: type, entry: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    """One key: its description, what it takes and its default."""
+    """Return the schema of one key: its description, what it takes, and its default."""
     made = _value(types_of(settings)[entry.name], definitions)
     if not _required(entry):
         made = _or_null(made)
@@ -136,7 +136,7 @@ def _property(settings: type, entry: Any, definitions: dict[str, Any]) -> dict[s
 
 
 def _or_null(made: dict[str, Any]) -> dict[str, Any]:
-    """The same or nothing: a key without a value keeps its default."""
+    """Return a schema that also allows null: a key without a value keeps its default."""
     if "type" in made:
         types = made["type"] if isinstance(made["type"], list) else [made["type"]]
         return {**made, "type": [*types, "null"]}
@@ -151,7 +151,7 @@ def _or_null(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(annotation: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    """What a key of this type takes, as ``sections.py`` reads it."""
+    """Return the schema of what a key of this type takes, as ``sections.py`` reads it."""
     options = [option for option in alternatives(annotation) if option is not type(None)]
     made = [_number(annotation, option) for option in options if option in (int, float)]
     made += [inner for option in options for inner in _option(option, definitions)]
@@ -167,13 +167,13 @@ def _number(annotation: Any, option: type) -> dict[str, Any]:
     bounds = bounds_of(annotation)
     named = {"minimum": bounds.ge, "exclusiveMinimum": bounds.gt, "maximum": bounds.le, "exclusiveMaximum": bounds.lt}
     types, digits = (["integer", "string"], _WHOLE) if option is int else (["number", "string"], _NUMBER)
-    # no pattern knows a text's size, but it can know its sign
+    # a pattern cannot check the size of a number that is written as text, but it can check its sign
     sign = "[+-]?" if bounds.allow(-1e-9) or bounds.allow(-1) else "[+]?"
     return {"type": types, **{key: limit for key, limit in named.items() if limit is not None}, "pattern": f"^{sign}{digits}$"}
 
 
 def _option(option: Any, definitions: dict[str, Any]) -> list[dict[str, Any]]:
-    """The schemas of one member of a type, except numbers and choices."""
+    """Return the schemas of one member of a type, except numbers and choices."""
     if is_dataclass(option) and isinstance(option, type):
         word = SHORT_FORMS.get(option)
         short = [{"enum": list(choices(types_of(option)[word]))}] if word else []
@@ -190,5 +190,5 @@ def _option(option: Any, definitions: dict[str, Any]) -> list[dict[str, Any]]:
         return [{"type": "object"} | ({} if free else {"additionalProperties": _value(inner[1], definitions)})]
     if option is bool:
         return [{"type": "boolean"}]
-    # a text key takes numbers and truth values as the text that they are written as
+    # where text is meant, numbers and truth values are taken as the text that was written
     return [{"type": ["string", "number", "boolean"], "pattern": _TEXT}] if option is str else []

@@ -1,4 +1,4 @@
-"""Recipes in and out: ``load_recipe`` for files and shipped names, ``recipe_from_dict`` for data, ``resolved`` for the way back.
+"""Reads recipes: ``load_recipe`` from files and shipped names, ``recipe_from_dict`` from data; ``resolved`` turns one back into data.
 
 recipe = load_recipe("quickstart", ["stages.recover.tokens=50k", "trainer.precision=32"])
 """
@@ -32,7 +32,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def recipe_from_dict(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe from plain data (as ``resolved`` gives it, or with values written as in YAML: ``{"tokens": "1M"}``).
+    """Return a recipe from plain data (as from ``resolved``, or with values written as in YAML: ``{"tokens": "1M"}``).
 
     Raises: UserError with every problem, each with its key path.
     """

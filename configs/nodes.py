@@ -1,6 +1,6 @@
-"""A recipe as a tree of plain values, each of which knows its place: a file and line, or an override.
+"""A recipe as a tree of plain values that know their place: a file and line, or an override.
 
-YAML files, Python data and overrides all become this tree, so that one reader with one set of messages serves the three.
+YAML files, Python data and overrides all become this tree, so that one reader with one set of messages handles all three.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass
 class Scalar:
-    """One value. From a file it is text that its key's type will give a meaning; from Python it may be a number already."""
+    """One value. From a file it is text whose meaning depends on the type of its key; from Python it may already be a number."""
 
     value: str | int | float | bool | None
     place: str
@@ -51,14 +51,15 @@ Node = Scalar | Listing | Mapping
 
 
 def dotted(path: Sequence[str | int]) -> str:
-    """``stages.0.distill.tokens``: a key path as messages and overrides write it."""
+    """Return a key path as in messages and overrides: ``stages.0.distill.tokens``."""
     return ".".join(str(part) for part in path)
 
 
 def place_of(root: Node, path: Sequence[str | int]) -> str:
-    """Place of the deepest part of ``path`` that was written."""
+    """Return the place of the deepest part of ``path`` that the recipe contains."""
     node, place = root, root.place
     for part in path:
+        # the key's own line, which is nearer to the mistake than that of the section
         if isinstance(node, Mapping) and part in node.entries:
             entry = node.entries[str(part)]
             node, place = entry.node, entry.place
@@ -76,11 +77,11 @@ def is_null(node: Node) -> bool:
 
 
 def node_from_python(data: Any, place: str = "", path: KeyPath = ()) -> Node:
-    """The tree of plain Python data (dict, list, tuple, str, int, float, bool, None); UserError for anything else."""
+    """Return the tree of plain Python data (dict, list, tuple, str, int, float, bool, None); UserError for anything else."""
     if isinstance(data, dict):
         for key in data:
             if not isinstance(key, str) or not key.isprintable():
-                raise UserError(f"recipe key {dotted((*path, ascii(key)))} is no plain text; keys are strings that can be printed")
+                raise UserError(f"recipe key {dotted((*path, ascii(key)))} is not plain text; keys are printable strings")
         return Mapping(place, {key: Entry(place, node_from_python(value, place, (*path, key))) for key, value in data.items()})
     if isinstance(data, list | tuple):
         return Listing([node_from_python(value, place, (*path, index)) for index, value in enumerate(data)], place)

@@ -20,7 +20,7 @@ from .yaml_source import read_yaml_text
 
 
 def apply_overrides(root: Node, overrides: Sequence[str]) -> None:
-    """Write ``key=value`` overrides into the tree, in order; UserError for one that addresses nothing."""
+    """Write ``key=value`` overrides into the tree, in order; UserError for one whose key does not exist."""
     for text in overrides:
         path, separator, value = text.partition("=")
         keys = [key.strip() for key in path.split(".")]
@@ -37,12 +37,13 @@ def apply_overrides(root: Node, overrides: Sequence[str]) -> None:
 
 
 def _value(text: str, place: str) -> Node:
-    """A mapping in braces, a list in brackets, quoted text, or a scalar."""
+    """Parse a value: a mapping in braces, a list in brackets, quoted text, or a scalar."""
     if text.startswith("{") and text.endswith("}"):
         # YAML's own flow form; its problems have the override's text for a place, not a line
         node, problems = read_yaml_text(text, place, lines=False)
         problems.stop()
         return node
+    # flat lists are enough: no setting has a list of lists
     if text.startswith("[") and text.endswith("]"):
         inner = text[1:-1].strip()
         return Listing([_value(item.strip(), place) for item in inner.split(",")] if inner else [], place)
@@ -52,7 +53,7 @@ def _value(text: str, place: str) -> Node:
 
 
 def _write(mapping: Mapping, keys: Sequence[str], node: Node, place: str, above: str) -> None:
-    """Set ``keys`` below ``mapping``; sections on the way that are absent are made."""
+    """Set ``keys`` below ``mapping``; missing sections on the way are created."""
     key, *rest = keys
     if not rest:
         mapping.entries[key] = Entry(place, node)
@@ -98,7 +99,7 @@ def _override_stage(root: Mapping, keys: Sequence[str], node: Node, place: str) 
 
 
 def _joined_pattern(keys: list[str], kind: str, place: str) -> list[str]:
-    """The keys below a stage, with the pattern in ``overrides.*.mlp.down_proj.bits`` as one key: module names have dots of their own."""
+    """Return the keys below a stage, with the pattern in ``overrides.*.mlp.down_proj.bits`` as one key, since module names have dots."""
     if keys[0] != "overrides" or len(keys) == 1 or "overrides" not in types_of(STAGE_KINDS[kind].settings):
         return keys
     if len(keys) < 3 or keys[-1] not in types_of(SpecChange):
@@ -110,7 +111,7 @@ def _joined_pattern(keys: list[str], kind: str, place: str) -> list[str]:
 
 
 def _labels(stages: Listing) -> list[tuple[str, str]]:
-    """Kind and name of each stage, as far as they can be told before the recipe is read."""
+    """Return kind and name of each stage, as far as they are known before the recipe is validated."""
     found = []
     for item in stages.items:
         kind, body = stage_parts(item) or ("?", item)
@@ -125,7 +126,7 @@ def _known_stages(stages: Listing) -> str:
 
 
 def _find_stage(stages: Listing, word: str, place: str) -> int:
-    """Position of the stage that ``word`` addresses."""
+    """Return the position of the stage that ``word`` names."""
     labels = _labels(stages)
     if word.isascii() and word.isdigit():
         # six digits are enough for a position, and int() refuses texts of thousands

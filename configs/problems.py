@@ -14,23 +14,23 @@ MOST_SHOWN = 40
 
 
 def nearest_name(word: str, valid: Iterable[str]) -> str | None:
-    """The valid word that ``word`` most likely means, None when nothing is close."""
+    """Return the valid word that ``word`` most likely means; None if no word is similar."""
     known = {candidate.lower(): candidate for candidate in valid}
     close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.6)
     return known[close[0]] if close else None
 
 
 def did_you_mean(word: str, valid: Iterable[str]) -> str:
-    """``", did you mean 'x'?"`` or an empty string."""
+    """Return ``", did you mean 'x'?"``, or an empty string."""
     guess = nearest_name(word, valid)
     return f", did you mean '{guess}'?" if guess else ""
 
 
 class Problems:
-    """The problems of one recipe, in the order they were found; duplicates are dropped."""
+    """Collects the problems of one recipe in the order they are found; duplicates are dropped."""
 
     def __init__(self, source: str, root: Node | None = None) -> None:
-        """``source`` is what the recipe is called in the message; ``root`` gives key paths their places."""
+        """``source`` is the recipe's name in messages; ``root`` is its tree, which gives the places of key paths."""
         self._source = source
         self._root = root
         self._found: dict[str, None] = {}
@@ -38,7 +38,7 @@ class Problems:
         self._excused: set[KeyPath] = set()
 
     def add(self, path: Sequence[str | int], message: str, *, place: str | None = None) -> None:
-        """Report that the value at ``path`` is wrong. ``place`` overrides the place that the recipe gives for it."""
+        """Report that the value at ``path`` is wrong. ``place`` replaces the place from the recipe's tree."""
         keys = tuple(path)
         # with all paths above it: a section is wrong if something in it is
         self._paths.update(keys[:end] for end in range(len(keys) + 1))
@@ -47,15 +47,15 @@ class Problems:
         self._found[line] = None
 
     def touches(self, path: Sequence[str | int]) -> bool:
-        """Whether something at or below ``path`` is already known to be wrong."""
+        """Return whether something at or below ``path`` is already known to be wrong."""
         return tuple(path) in self._paths
 
     def excuse(self, path: Sequence[str | int]) -> None:
-        """Mark the key at ``path`` as the likely meaning of a misspelt one, so that its absence is not reported as well."""
+        """Mark the key at ``path`` as the likely meaning of a misspelt key, so that it is not also reported as missing."""
         self._excused.add(tuple(path))
 
     def excused(self, path: Sequence[str | int]) -> bool:
-        """Whether ``excuse`` was called for ``path``."""
+        """Return whether ``excuse`` was called for ``path``."""
         return tuple(path) in self._excused
 
     def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""From a recipe's tree to a Recipe: the sections, the list of stages, then the checks that need several of them."""
+"""Turns a recipe's tree into a Recipe: the sections, the list of stages, then the checks across them."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,8 @@ from typing import Any
 from ..models.settings import StudentSettings, TeacherSettings
 from ..trainer.settings import DataSettings, LoggerSettings, TrainerSettings
 from ..trainer.stages.registry import STAGE_KINDS
-from .checks import Draft, check_draft
+from .checks import check_draft
+from .draft import Draft
 from .nodes import Entry, KeyPath, Listing, Mapping, Node, Scalar, is_null, place_of
 from .problems import Problems, did_you_mean, nearest_name
 from .recipe import Recipe, Seed, StageEntry, stage_name
@@ -23,11 +24,11 @@ SECTIONS: dict[str, type] = {
 }
 KEYS = ("name", "seed", "teacher", "student", "data", "stages", "trainer", "logger")
 REQUIRED = ("student", "data", "stages")
-"""Keys that every recipe has; one that is no file also has a name."""
+"""Required keys; a recipe that does not come from a file also needs a name."""
 NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
-"""What names a run or a stage, as a regular expression: it names a folder too."""
+"""Names of runs and stages, which also name folders, as a regular expression."""
 _EXAMPLES = {
-    "student": "where the student starts, such as student: {keep: {layers: 8}}",
+    "student": "the model to start from, such as student: {keep: {layers: 8}}",
     "data": "the text, such as data: {files: ['corpus/*.txt']}",
     "stages": "what to do, such as stages: [{distill: {tokens: 10M}}]",
     "name": "the name of the run and its folder",
@@ -38,19 +39,19 @@ _NAME_RULE = "use letters, digits, '.', '_' and '-', at most 100, a letter or di
 
 @dataclass(frozen=True, kw_only=True)
 class _Head:
-    """The keys at the top that are no sections."""
+    """The top-level keys that are not sections."""
 
     name: str | None = None
     seed: Seed = 0
 
 
 def read_recipe(root: Node, problems: Problems, *, default_name: str | None) -> Recipe:
-    """The validated recipe; UserError with everything that is wrong.
+    """Return the validated recipe; UserError with everything that is wrong.
 
     Args:
         root: tree of the file, overrides applied.
-        problems: what is known to be wrong with it so far.
-        default_name: name of a recipe that gives none (a file's stem); None makes the key required.
+        problems: the problems found so far.
+        default_name: name of a recipe without one (a file's stem); None makes the key required.
     """
     if not isinstance(root, Mapping):
         problems.add((), f"a recipe is a set of keys ({', '.join(KEYS)}); got {shown_value(root)}")
@@ -82,6 +83,7 @@ def _need(key: str, problems: Problems) -> None:
 
 
 def _read_head(root: Mapping, problems: Problems, default_name: str | None) -> tuple[str, int]:
+    # name and seed are no section, but are read by the same walk, with the same messages
     head = Mapping(root.place, {key: root.entries[key] for key in ("name", "seed") if key in root.entries})
     settings = read_settings(head, _Head, (), problems)
     if settings is None:
@@ -95,7 +97,7 @@ def _read_head(root: Mapping, problems: Problems, default_name: str | None) -> t
 
 
 def _read_section(root: Mapping, key: str, problems: Problems) -> Any:
-    """The settings of a section; its defaults or None when it is absent, None when it is wrong."""
+    """Return the settings of a section; if it is absent, its defaults or None; if it is wrong, None."""
     if not _given(root, key):
         if key in REQUIRED:
             _need(key, problems)
@@ -104,13 +106,13 @@ def _read_section(root: Mapping, key: str, problems: Problems) -> Any:
 
 
 def _read_stages(root: Mapping, problems: Problems) -> list[StageEntry | None]:
-    """The stages in order; None where one is wrong."""
+    """Return the stages in order; None for one that is wrong."""
     if not _given(root, "stages"):
         _need("stages", problems)
         return []
     node = root.entries["stages"].node
     if not isinstance(node, Listing):
-        problems.add(("stages",), f"wants a list of stages ('- distill: {{tokens: 10M}}' and so on, in order); got {shown_value(node)}")
+        problems.add(("stages",), f"must be a list of stages ('- distill: {{tokens: 10M}}' and so on, in order); got {shown_value(node)}")
         return []
     if not node.items:
         problems.add(("stages",), f"is empty; name at least one of {', '.join(STAGE_KINDS)}")
@@ -141,7 +143,7 @@ def _read_stage(node: Node, index: int, problems: Problems) -> StageEntry | None
 
 
 def stage_parts(node: Node) -> tuple[str, Node] | None:
-    """Kind and settings of a stage entry (``- kind: settings`` or ``- kind``); None when it has another shape."""
+    """Return kind and settings of a stage entry (``- kind: settings`` or ``- kind``); None if it has another form."""
     if isinstance(node, Scalar) and isinstance(node.value, str) and not is_null(node):
         return node.value, Mapping(node.place)
     if isinstance(node, Mapping) and len(node.entries) == 1:
@@ -160,7 +162,7 @@ def _shape_message(node: Node) -> str:
 
 
 def _read_label(body: Node, kind: str, path: KeyPath, problems: Problems) -> str:
-    """The stage's ``name``, or its kind."""
+    """Return the stage's ``name``, or its kind."""
     entry: Entry | None = body.entries.get("name") if isinstance(body, Mapping) else None
     if entry is None or is_null(entry.node):
         return kind
@@ -177,7 +179,7 @@ def _read_label(body: Node, kind: str, path: KeyPath, problems: Problems) -> str
 
 
 def _check_labels(stages: Sequence[StageEntry | None], root: Node, problems: Problems) -> None:
-    """Names given by the recipe are unique, so that overrides mean one stage."""
+    """Check that the stages' names are unique, so that an override means one stage."""
     first: dict[str, StageEntry] = {}
     for entry in stages:
         if entry is None or entry.label == entry.kind:

@@ -1,4 +1,4 @@
-"""The recipe: one typed value that holds everything a run is told. ``loader.py`` makes it from YAML."""
+"""The recipe: one typed value with all settings of a run. ``loader.py`` makes it from YAML."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
@@ -25,12 +25,12 @@ class StageEntry:
 
     @property
     def label(self) -> str:
-        """The ``name`` that the recipe gives the stage, or its kind."""
+        """Return the stage's ``name`` in the recipe, or its kind."""
         return self.name.partition("-")[2]
 
 
 def stage_name(index: int, label: str) -> str:
-    """Folder name of the stage at ``index`` (from 0): '01-distill' is the first."""
+    """Return the folder name of the stage at ``index`` (from 0): '01-distill' for the first."""
     return f"{index + 1:02d}-{label}"
 
 
@@ -57,7 +57,7 @@ class Recipe:
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data with every default filled in; ``recipe_from_dict`` makes an equal Recipe of it."""
+    """Return the recipe as plain data with every default filled in; ``recipe_from_dict`` turns it into an equal Recipe."""
     plain: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed}
     # an absent teacher is written as null, so that the resolved recipe names every section
     for section in ("teacher", "student", "data"):
@@ -75,7 +75,7 @@ def _plain_stage(entry: StageEntry) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, all the way down."""
+    """Return the value with all tuples turned into lists."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,7 +1,7 @@
-"""What a scalar means under the key it stands: numbers with suffixes, percentages, true and false, choices, text.
+"""The meaning of a scalar under its key: numbers with suffixes, percentages, true and false, choices, text.
 
 1k = 1,000, 1M = 1,000,000, 1B = 1,000,000,000 (powers of 1000, as tokens are counted); 1_000 and 1e-4 are numbers; 5% = 0.05
-where a fraction may stand. ``described_type`` says in words what a key takes.
+for keys that take fractions. ``described_type`` says in words what a key takes.
 """
 
 import math
@@ -20,7 +20,7 @@ LARGEST_INT = 2**63 - 1
 
 
 def parse_number(text: str) -> tuple[Decimal, bool] | None:
-    """The exact value of a number as recipes write it and whether it was a percentage; None when it is no number."""
+    """Return the exact value of a number as written in recipes, and whether it was a percentage; None if it is not a number."""
     # the bound keeps Decimal from working on megabytes of digits
     match = _NUMBER.fullmatch(text.strip()) if len(text) <= 64 else None
     if match is None:
@@ -32,9 +32,9 @@ def parse_number(text: str) -> tuple[Decimal, bool] | None:
 
 
 def read_scalar(scalar: Scalar, annotation: Any) -> Any:
-    """The value of ``scalar`` for a key of type ``annotation``; text that has no meaning there is returned as it is.
+    """Return the value of ``scalar`` for a key of type ``annotation``; text without a meaning there is returned unchanged.
 
-    The caller validates the result: this reads, it does not judge.
+    The result is not validated; the caller does that.
     """
     if is_null(scalar):
         return None
@@ -67,6 +67,7 @@ def _read_text(text: str, plain: bool, annotation: Any, options: tuple[Any, ...]
 
 
 def _as_type(value: Decimal, percentage: bool, options: tuple[Any, ...], text: str) -> int | float | str:
+    # a number beyond 64 bits is a typing error
     whole = value == value.to_integral_value() and abs(value) <= LARGEST_INT
     if int in options and whole and not percentage:
         return int(value)
@@ -76,7 +77,7 @@ def _as_type(value: Decimal, percentage: bool, options: tuple[Any, ...], text: s
 
 
 def _read_free(text: str) -> Any:
-    """YAML's core types, for free-form sections such as ``student.config``; no suffixes, no octals."""
+    """Return a value of YAML's core types, for free sections such as ``student.config``: no suffixes, no octal numbers."""
     if text in ("true", "false"):
         return text == "true"
     if re.fullmatch(r"[+-]?(0|[1-9][0-9_]*)", text) and len(text) < 20:

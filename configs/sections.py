@@ -1,8 +1,8 @@
-"""From a section's tree to its settings dataclass, or to readable problems.
+"""Turns a section's tree into its settings dataclass, or into readable problems.
 
-One walk along the dataclass does everything: it finds unknown keys, gives every scalar the meaning that its key's type has for it, checks
-types, bounds (``decoct.Bounds``) and required keys, and builds the frozen dataclasses from the inside out, which runs their own checks.
-The walk has each value's place at hand, so every message names the line, the key path, what was given and what is allowed.
+One walk along the dataclass finds unknown keys, reads every scalar by the type of its key, checks types, bounds (``decoct.Bounds``) and
+required keys, and builds the frozen dataclasses from the inside out, which runs their own checks. The walk knows each value's place, so
+every message names the line, the key path, what was given and what is allowed.
 """
 
 import re
@@ -23,21 +23,21 @@ Settings = TypeVar("Settings")
 SHORT_FORMS: dict[type, str] = {LoggerSettings: "kind", CacheSettings: "mode"}
 """Sections that can be written as one word: `logger: wandb` is `logger: {kind: wandb}`, `cache: top_k` is `cache: {mode: top_k}`."""
 _PASSWORD = re.compile(r"://[^/\s]*@")
-# Where a key lives that someone put into the wrong section.
+# Sections that are searched for a key that is in the wrong section.
 _SECTIONS: dict[str, type] = {"data": DataSettings, "trainer": TrainerSettings, "logger": LoggerSettings}
 _WRONG: Any = object()
 """Marks a refused value; the problems have the reason."""
 
 
 def read_settings(node: Node, settings: type[Settings], path: KeyPath, problems: Problems, *, also: Sequence[str] = ()) -> Settings | None:
-    """The validated dataclass that ``node`` describes; None when something is wrong, which ``problems`` then tells.
+    """Return the validated dataclass that ``node`` describes; None if something is wrong, which is added to ``problems``.
 
     Args:
         node: the section's tree.
         settings: the section's dataclass.
         path: where ``node`` stands in the recipe.
         problems: collects what is wrong.
-        also: keys that are valid here and read elsewhere, for the list of valid keys.
+        also: further valid keys, which are read elsewhere, for the list of valid keys in messages.
     """
     built = _Walk(problems, {path: tuple(also)}).value(node, settings, path)
     return None if built is _WRONG else built
@@ -51,7 +51,7 @@ class _Walk:
         self._also = also
 
     def value(self, node: Node, annotation: Any, path: KeyPath) -> Any:
-        """The value for a key of type ``annotation``; ``_WRONG`` when it is refused."""
+        """Return the value for a key of type ``annotation``; ``_WRONG`` if it is refused."""
         section = _section_of(annotation)
         # a scalar decides by itself, because a word may stand for a section and one value for a list
         if isinstance(node, Scalar):
@@ -60,6 +60,7 @@ class _Walk:
             return self._listing(node, annotation, path)
         if section is not None:
             return self._section(node, section, path)
+        # a section without a dataclass: pattern -> scheme, or the free fields of a config
         inner = _value_type(annotation)
         if inner is None:
             return self._wrong(node, annotation, path)
@@ -68,7 +69,7 @@ class _Walk:
 
     def _wrong(self, given: Any, annotation: Any, path: KeyPath) -> Any:
         """Report that ``given`` has the wrong type."""
-        self._problems.add(path, f"wants {described_type(annotation)}; got {shown_value(given)}{_hint(given, annotation)}")
+        self._problems.add(path, f"must be {described_type(annotation)}; got {shown_value(given)}{_hint(given, annotation)}")
         return _WRONG
 
     def _scalar(self, node: Scalar, annotation: Any, path: KeyPath) -> Any:
@@ -82,11 +83,11 @@ class _Walk:
             return self._listing(Listing([node], node.place), annotation, path)
         found = read_scalar(node, annotation)
         if isinstance(found, str) and not found.isprintable():
-            self._problems.add(path, "holds characters that cannot be printed; write plain text on one line")
+            self._problems.add(path, "contains characters that cannot be printed; write plain text on one line")
             return _WRONG
         if isinstance(found, str) and _PASSWORD.search(found):
             # not shown: this would be printed, logged and written into the run folder
-            self._problems.add(path, "holds an address with a name or password in it (://...@); give the bare address")
+            self._problems.add(path, "contains an address with a name or password (://...@); give the address without it")
             return _WRONG
         typed = _typed(found, annotation)
         if typed is _WRONG:
@@ -118,7 +119,7 @@ class _Walk:
                 valid = (*self._also.get(path, ()), *known)
                 self._problems.add((*path, key), unknown_key(key, valid))
                 self._problems.excuse((*path, nearest_name(key, valid) or key))
-            # A key without a value keeps its default, so `stages: - export:` and `tokens:` mean what they look like.
+            # a key without a value keeps its default: `- export:` is a stage with default settings
             elif not is_null(entry.node):
                 found[key] = self.value(entry.node, known[key], (*path, key))
         missing = [entry.name for entry in fields(section) if _required(entry) and entry.name not in found]
@@ -131,7 +132,7 @@ class _Walk:
         return self._built(section, found, path)
 
     def _built(self, section: type, found: dict[str, Any], path: KeyPath) -> Any:
-        """The dataclass, or the problem that its own checks find."""
+        """Return the dataclass, or report the problem that its own checks find."""
         try:
             return section(**found)
         except ValueError as error:
@@ -143,17 +144,17 @@ class _Walk:
 
 
 def _section_of(annotation: Any) -> Any:
-    """The dataclass that ``annotation`` allows; None when it allows none."""
+    """Return the dataclass in ``annotation``; None if there is none."""
     return next((option for option in alternatives(annotation) if is_dataclass(option)), None)
 
 
 def _item_types(annotation: Any) -> tuple[Any, ...]:
-    """Arguments of the tuple type that ``annotation`` allows; () when it allows none."""
+    """Return the arguments of the tuple type in ``annotation``; () if there is none."""
     return next((get_args(option) for option in alternatives(annotation) if get_origin(option) is tuple), ())
 
 
 def _value_type(annotation: Any) -> Any:
-    """Type of the values of the dict that ``annotation`` allows; None when it allows none."""
+    """Return the type of the values of the dict in ``annotation``; None if there is none."""
     if Any in alternatives(annotation):
         return Any
     return next((get_args(option)[1] for option in alternatives(annotation) if get_origin(option) is dict), None)
@@ -164,7 +165,7 @@ def _required(entry: Any) -> bool:
 
 
 def _typed(value: Any, annotation: Any) -> Any:
-    """``value`` where ``annotation`` allows it, a whole number for a float as a float; ``_WRONG`` otherwise."""
+    """Return ``value`` if ``annotation`` allows it (a whole number as a float where floats are meant), else ``_WRONG``."""
     options = alternatives(annotation)
     # isinstance takes True for an int, but it is not a number here
     if Any in options or type(value) in options or (isinstance(value, str) and value in choices(annotation)):
@@ -176,7 +177,8 @@ def _typed(value: Any, annotation: Any) -> Any:
 
 
 def unknown_key(key: str, valid: Sequence[str]) -> str:
-    """The message for a key that does not exist here: what it is called or where it belongs, or the nearest, and all valid ones."""
+    """Return the message for an unknown key: its name here, its section, or the most similar key, and all valid keys."""
+    # a key of another tool first: its nearest valid key would be a coincidence
     foreign = meant_by(key)
     if foreign:
         return f"unknown key: {foreign}; valid here: {', '.join(valid)}"
@@ -190,7 +192,7 @@ def unknown_key(key: str, valid: Sequence[str]) -> str:
 
 
 def _hint(value: Any, annotation: Any) -> str:
-    """What a value that does not fit was probably meant to be."""
+    """Return a hint at what a refused value was probably meant to be."""
     if not isinstance(value, str):
         return ""
     numbers = {int, float} & set(alternatives(annotation))
@@ -203,7 +205,7 @@ def _hint(value: Any, annotation: Any) -> str:
 
 
 def shown_value(value: Any) -> str:
-    """A value as a message quotes it, shortened."""
+    """Return a value as quoted in messages, shortened."""
     if isinstance(value, Mapping):
         return "a section of keys"
     if isinstance(value, Listing):

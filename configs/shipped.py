@@ -1,4 +1,4 @@
-"""The recipes that come with decoct: ``configs/*.yaml`` and ``configs/recipes/*.yaml``, known by their file names' stems, and their schema.
+"""The recipes that come with decoct (``configs/*.yaml`` and ``configs/recipes/*.yaml``, named by their file names' stems) and their schema.
 
 The first line of each names the schema for editors (the YAML language server's way): ``# yaml-language-server: $schema=FILE``.
 """
@@ -15,13 +15,13 @@ _FOR_EDITORS = "# yaml-language-server: $schema="
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name -> file, the quickstart first."""
+    """Return name -> file, the quickstart first."""
     files = [*sorted(_HERE.glob("*.yaml")), *sorted((_HERE / "recipes").glob("*.yaml"))]
     return {file.stem: file for file in files}
 
 
 def list_recipes() -> list[tuple[str, Path, str]]:
-    """(name, file, what it does) of every shipped recipe; the last is its first comment line that is not for editors."""
+    """Return (name, file, description) of every shipped recipe; the description is its first comment line that is not for editors."""
     return [(name, path, _about(path)) for name, path in shipped_recipes().items()]
 
 
@@ -32,13 +32,13 @@ def _about(path: Path) -> str:
 
 
 def with_schema(text: str, schema: str) -> str:
-    """A recipe's text whose first line names ``schema``, a path from the recipe's folder or a URL."""
+    """Return a recipe's text with a first line that names ``schema``, a path from the recipe's folder or a URL."""
     body = text.partition("\n")[2] if text.startswith(_FOR_EDITORS) else text
     return f"{_FOR_EDITORS}{schema}\n{body}"
 
 
 def shipped_text(name: str) -> str:
-    """Text of a shipped recipe, comments and all; UserError with the nearest name and the list when there is none."""
+    """Return the text of a shipped recipe with its comments; UserError with the most similar name and the list if there is none."""
     known = shipped_recipes()
     if name not in known:
         raise UserError(f"no shipped recipe is called '{name}'{did_you_mean(name, known) or ';'} shipped: {', '.join(known)}")
@@ -46,7 +46,7 @@ def shipped_text(name: str) -> str:
 
 
 def find_recipe(path_or_name: str) -> Path:
-    """The file that a path or a shipped name means; a file of that name wins. UserError when there is neither."""
+    """Return the file of a path or a shipped name; a file with that name comes first. UserError if there is neither."""
     path = Path(path_or_name)
     if path.is_file():
         return path

@@ -1,8 +1,8 @@
-"""YAML as data and nothing more: a file becomes a tree with line numbers.
+"""Reads YAML as plain data: a file becomes a tree with line numbers.
 
-No tags, no anchors and aliases (ten lines of them can stand for gigabytes), no second document, no interpolation, a megabyte
-at most. Scalars stay text: what ``1e-4``, ``no`` or ``1M`` means is decided by the key it stands under, so the traps of YAML 1.1's
-own types (``no`` a boolean, ``010`` an octal, ``1e-4`` a string) cannot arise.
+A recipe has no tags, no anchors and aliases (ten lines of them can expand to gigabytes), no second document and no interpolation, and is at
+most a megabyte. Scalars stay text: the type of its key decides what ``1e-4``, ``no`` or ``1M`` means, which avoids the traps of YAML 1.1's
+own types (``no`` a boolean, ``010`` an octal number, ``1e-4`` a string).
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ MAX_VALUES = 10_000
 
 
 def read_yaml_file(path: Path, label: str) -> tuple[Node, Problems]:
-    """The tree of a file and the collector that names it ``label``; UserError when it cannot be read as YAML."""
+    """Return the tree of a file and the problems found so far, with ``label`` as its name; UserError if it cannot be read as YAML."""
     try:
         with path.open("rb") as file:
             # one byte more than allowed shows that there is more, without reading all of it
@@ -40,11 +40,11 @@ def read_yaml_file(path: Path, label: str) -> tuple[Node, Problems]:
 
 
 def read_yaml_text(text: str, label: str, *, lines: bool = True) -> tuple[Node, Problems]:
-    """The tree of YAML text; duplicate keys are collected, what makes the text unreadable is a UserError.
+    """Return the tree of YAML text; duplicate keys are collected as problems, unreadable text raises UserError.
 
     Args:
         text: One document.
-        label: What messages call it.
+        label: Its name in messages.
         lines: Whether a place is ``label`` with a line number, or ``label`` alone for text of one line.
     """
     try:
@@ -62,12 +62,12 @@ def read_yaml_text(text: str, label: str, *, lines: bool = True) -> tuple[Node, 
 
 
 def _hint(told: str) -> str:
-    """The remedy of the mistakes that recipes invite: globs, tabs, colons in text."""
+    """Return the remedy for usual mistakes in recipes: globs, tabs, colons in text."""
     if "\\t" in told:
         return "; indent with spaces, not tabs"
     if "an alias" in told or "an anchor" in told or "cannot start any token" in told:
         return "; quote text that begins with a special character: '*.txt'"
-    return "; quote text that holds a colon and a space" if "mapping values are not allowed" in told else ""
+    return "; quote text that contains a colon and a space" if "mapping values are not allowed" in told else ""
 
 
 class _Builder:
@@ -108,7 +108,7 @@ class _Builder:
         if event.tag is not None:
             raise UserError(f"{place}: YAML tag {event.tag!r} is not allowed in a recipe; quote the text if it is meant literally")
         if len(path) > MAX_DEPTH:
-            raise UserError(f"{place}: nested more than {MAX_DEPTH} levels deep; no recipe is")
+            raise UserError(f"{place}: nested more than {MAX_DEPTH} levels deep, which no recipe needs")
         self._values += 1
         if self._values > MAX_VALUES:
             raise UserError(f"{place}: more than {MAX_VALUES:,} keys and values; is this a recipe?")
@@ -132,7 +132,7 @@ class _Builder:
             key = self._node(event, path)
             name = str(key.value) if isinstance(key, Scalar) else ""
             if not name.isprintable():
-                raise UserError(f"{key.place}: a key holds characters that cannot be printed; write plain text")
+                raise UserError(f"{key.place}: a key contains characters that cannot be printed; write plain text")
             node = self._node(next(self._events), (*path, name))
             # PyYAML itself would silently keep the last
             if name in found.entries:

@@ -56,7 +56,7 @@ def decoded(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
 
 @contextmanager
 def only_these_settings(model: Any, settings: "GenerationConfig") -> Iterator[None]:
-    """Inside the block the model has no generation settings of its own; they would fill what ``settings`` leaves open, such as penalties."""
+    """Inside the block the model has no generation settings of its own; they would fill what ``settings`` leaves open, like penalties."""
     own = model.generation_config
     model.generation_config = settings
     try:

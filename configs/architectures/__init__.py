@@ -33,7 +33,7 @@ def architecture(name_or_hub_id: str) -> dict[str, Any]:
         name_or_hub_id: ``SmolLM2-1.7B`` or ``HuggingFaceTB/SmolLM2-1.7B``; upper and lower case are the same.
 
     Raises:
-        UserError: there is none; the message lists those there are.
+        UserError: there is none; the message lists the stored ones.
     """
     known = {key.lower(): name for key, name in ({name: name for name in names()} | HUB_IDS).items()}
     name = known.get(name_or_hub_id.lower())

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NARROW = 60
-"""Below this many characters two columns are hard to read: the answers stand beneath each other."""
+"""Below this many characters two columns are hard to read; then the answers are shown one below the other."""
 
 
 def beside_each_other(names: Sequence[str], answers: Sequence[Answer], width: int) -> "Table":

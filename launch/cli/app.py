@@ -1,8 +1,8 @@
 """The command line: `decoct VERB ...`.
 
-A user's mistake ends with one readable message and exit code 2, a failure while running (a loss that is not finite, memory, a disk that
-dies) with 1, a failed quality gate with 3; ``boundary`` says which is which. `--debug` shows the traceback. Nothing heavy is imported here:
-help and usage errors come at once.
+A user's mistake ends with one message and exit code 2, a failure while running (a loss that is not finite, memory, a broken disk) with 1,
+and a failed quality gate with 3; ``boundary`` decides which. `--debug` shows the traceback. Nothing heavy is imported here, so that help
+and usage errors appear at once.
 """
 
 import os
@@ -18,7 +18,7 @@ from ...models.common.errors import DecoctError, GateFailed, MemoryFullError, Us
 from ..cli import answer_verbs, export_verbs, model_verbs, recipe_verbs, upkeep_verbs
 from .command_group import Verbs
 
-_INTERRUPTED = "interrupted; run the same command again to go on from the last checkpoint"
+_INTERRUPTED = "interrupted; run the same command again to resume from the last checkpoint"
 _KEEPS_NOTHING = ("generate", "chat", "compare", "push", "clean", "runs")
 """Verbs without checkpoints."""
 
@@ -49,7 +49,7 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="Show the version and end.")] = False,
 ) -> None:
-    """Options of every verb; ``main`` reads them before typer does, so that they may stand anywhere."""
+    """Options of every verb; ``main`` reads them before typer does, so that they may be anywhere on the command line."""
 
 
 def _split_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
@@ -57,7 +57,7 @@ def _split_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
 
 
 def _tell(message: str) -> None:
-    """One message on stderr, whatever it holds; a stream that cannot be written is no second error."""
+    """Print a message on stderr, with unsafe characters escaped; a stream that cannot be written is not a second error."""
     from ...models.common.terminal_text import printable
 
     with suppress(OSError, ValueError):
@@ -65,13 +65,13 @@ def _tell(message: str) -> None:
 
 
 def _tell_interrupted(arguments: Sequence[str]) -> None:
-    """One message for all ranks."""
+    """Print what Ctrl-C leaves behind, on rank 0 only, since all ranks have the same message."""
     if os.environ.get("RANK", "0") == "0":
         _tell("interrupted" if arguments and arguments[0] in _KEEPS_NOTHING else _INTERRUPTED)
 
 
 def _end(error: BaseException) -> NoReturn:
-    """End the process as the error says: one message and its code, or a traceback and what to do about it."""
+    """End the process with the error's message and exit code, or with a traceback and how to report it."""
     from ..run.processes import FINAL_CODES, leave, remember_outcome, told_by_another
     from ..terminal.boundary import bug_report, ending_of
 
@@ -101,27 +101,27 @@ def _tell_bug(text: str) -> None:
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:
-    """UserError for bytes that are not UTF-8: they would fail wherever a name is written, in the middle of a run at worst."""
+    """Raise UserError for arguments that are not UTF-8: writing such a name would fail later, during a run."""
     for text in (*arguments, os.environ.get("DECOCT_CACHE", "")):
         if any("\udc80" <= letter <= "\udcff" for letter in text):
             try:
                 os.fsencode(text).decode()
             except UnicodeDecodeError:
-                raise UserError(f"{text} is not UTF-8, and what is written into a run folder must be; rename the file or folder") from None
+                raise UserError(f"{text} is not UTF-8, which every name in a run folder must be; rename the file or folder") from None
             raise UserError(
-                f"this locale's encoding ({sys.getfilesystemencoding()}) lacks letters of {text}; set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+                f"the locale's encoding ({sys.getfilesystemencoding()}) lacks characters of {text}; set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
             )
 
 
 def _soften_streams() -> None:
-    """Characters that a terminal's encoding lacks are written as escapes, not raised as errors."""
+    """Write characters that the terminal's encoding lacks as escapes instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: runs the verb and ends the process with its exit code."""
+    """Run the verb and end the process with its exit code."""
     from ..run.processes import FINAL_CODES, leave, remember_outcome, remembered_outcome
 
     # before typer, so that an error of typer itself can be debugged too

@@ -1,7 +1,7 @@
-"""How the command line reads its arguments beyond what typer does: KEY=VALUE for every verb, and hints for names of other tools.
+"""Extends typer's command line: KEY=VALUE for every verb, and hints for option names of other tools.
 
-KEY=VALUE is another way to write an option: ``decoct export MODEL out=served/ format=gguf``. A verb with a recipe behind it hands to the
-recipe what is no option of its own, and what the recipe or its stage has a key for.
+KEY=VALUE is another way to write an option: ``decoct export MODEL out=served/ format=gguf``. A verb that runs a recipe passes the rest to
+the recipe: what is not one of its options, and what is a key of the recipe or its stage.
 """
 
 import re
@@ -16,10 +16,10 @@ _SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0
 
 
 class Verbs(TyperGroup):
-    """The top of the command line."""
+    """The group of all verbs."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """(name, command, its arguments), with KEY=VALUE turned into options where no recipe takes it."""
+        """Return (name, command, its arguments), with KEY=VALUE turned into options unless a recipe takes it."""
         name, command, rest = super().resolve_command(ctx, args)
         if command is not None and hasattr(command, "params"):
             of_a_recipe = any(p.name == "overrides" for p in command.params)
@@ -27,7 +27,7 @@ class Verbs(TyperGroup):
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the verb; an option that it does not have is explained when other tools have it."""
+        """Run the verb; the message about an unknown option names the right one if other tools have it."""
         try:
             return super().invoke(ctx)
         except Exception as error:
@@ -38,9 +38,10 @@ class Verbs(TyperGroup):
 
 
 def recipe_keys(verb: str) -> frozenset[str]:
-    """Keys that mean the recipe of ``verb``, not an option that has the same name: those at its top and, of a single verb, of its stage.
+    """Return the keys that mean the recipe of ``verb`` and not an option of the same name: its top-level keys and, for a single verb, those
+    of its stage.
 
-    ``teacher`` is left to the option, which means the same and is what the verb looks for.
+    ``teacher`` is left to the option, which has the same meaning.
     """
     from ... import types_of
     from ...configs.reading import KEYS
@@ -51,9 +52,9 @@ def recipe_keys(verb: str) -> frozenset[str]:
 
 
 def options_from_pairs(parameters: Sequence[Any], arguments: Sequence[str], kept: Collection[str] = ()) -> list[str]:
-    """``arguments`` with every KEY=VALUE whose key is an option's name, and not in ``kept``, written as that option.
+    """Return ``arguments`` with each KEY=VALUE written as an option if its key is the name of one and is not in ``kept``.
 
-    What follows an option that takes a value is left alone, and so is text whose key is no option: a path may hold '='.
+    The value of an option is left alone, and so is text whose key is not an option: a path may contain '='.
     """
     options = {_key(name): p for p in parameters for name in p.opts if name.startswith("--")}
     takes_value = {name for p in parameters if not getattr(p, "is_flag", False) for name in (*p.opts, *p.secondary_opts)}
@@ -86,7 +87,7 @@ def _key(name: str) -> str:
 
 
 def option_hint(option: str) -> str | None:
-    """What an option that does not exist is called here, or how a setting of that name is written; None when neither is known."""
+    """Return what an unknown option is called here, or how to write the setting of that name; None if neither is known."""
     from ... import types_of
     from ...configs.foreign_names import meant_by
     from ...configs.reading import SECTIONS

@@ -38,7 +38,7 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Pack a quantized folder for serving stacks, and check the result with a reader that did not write it."""
+    """Pack a quantized folder for serving stacks, and check the result with an independent reader."""
     from .single_stage import run_export
 
     run_export(model, out, form, allow_inexact, reader_version)
@@ -50,7 +50,7 @@ def plain(
     out: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")],
     revision: Annotated[str | None, typer.Option("--revision", help="Hub revision of MODEL.")] = None,
 ) -> None:
-    """Make a plain text model that the other verbs take, from a model of text and images, an adapter, or fp8 or bitsandbytes weights."""
+    """Make a plain text model for the other verbs from a model of text and images, an adapter, or fp8 or bitsandbytes weights."""
     from .single_stage import run_plain
 
     run_plain(model, out, revision)
@@ -64,7 +64,7 @@ def verify(
     ] = None,
     runtimes: Annotated[bool, typer.Option("--runtimes/--no-runtimes", help="Also load the export in the installed runtimes.")] = True,
     accept: Annotated[
-        list[str] | None, typer.Option("--accept", help="File that you changed on purpose: record it as it is now; repeatable.")
+        list[str] | None, typer.Option("--accept", help="A file that you changed on purpose: record its present content; repeatable.")
     ] = None,
 ) -> None:
     """Check an export: file hashes, structure, scales, every weight, and what the installed runtimes compute from it."""
@@ -103,7 +103,7 @@ def evaluate(
 
 @app.command(epilog="Example: decoct doctor")
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show versions and devices, combinations with known problems, and what each verb still needs."""
+    """Show versions, devices, combinations with known problems, and what is missing for each verb."""
     from ..doctor.doctor import run_doctor
 
     run_doctor(as_json)

@@ -1,4 +1,4 @@
-"""The verb `launch`: make the command or file of a target, and print it or start it."""
+"""The verb `launch`: makes the command or file of a target, and prints or starts it."""
 
 import os
 import subprocess
@@ -82,7 +82,7 @@ def _local(job: Job, choices: Choices) -> None:
     from ..run.processes import Agent, run_under_torchrun
 
     if job.nodes != 1:
-        raise UserError(f"--target local is this machine alone, not --nodes {job.nodes}; use --target torchrun on each node, or slurm")
+        raise UserError(f"--target local runs on this machine only, not on {job.nodes} nodes; use --target torchrun on each node, or slurm")
     if choices.show:
         print(shell_line(torchrun_command(job, endpoint="localhost:0")))
         return
@@ -126,7 +126,7 @@ def _kubernetes(job: Job, choices: Choices) -> None:
     from ..jobs.kubernetes import manifest
 
     if not choices.image or not choices.volume_claim:
-        raise UserError("--target kubernetes needs --image (with decoct in it) and --volume-claim (for runs and cache)")
+        raise UserError("--target kubernetes needs --image (an image with decoct) and --volume-claim (for runs and cache)")
     if choices.kind not in ("trainjob", "jobset"):
         raise UserError(f"--kind={choices.kind!r} is not one of trainjob, jobset")
     secrets = dict(parse_secret(text) for text in choices.secrets)
@@ -136,7 +136,11 @@ def _kubernetes(job: Job, choices: Choices) -> None:
         print(text, end="")
         return
     file = _write(job.out / "job.yaml", text)
-    _call(["kubectl", "apply", "-f", str(file.absolute())], "kubectl", f"the manifest is written: {file}; apply it where kubectl is")
+    _call(
+        ["kubectl", "apply", "-f", str(file.absolute())],
+        "kubectl",
+        f"the manifest is written: {file}; apply it on a machine that has kubectl",
+    )
 
 
 def _write(file: Path, text: str) -> Path:

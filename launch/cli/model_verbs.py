@@ -56,17 +56,17 @@ def qat(
     hub: Hub = None,
     tokens: TrainTokens = None,
     train: Annotated[
-        str, typer.Option("--train", help="What trains: all, or only the scales, over fixed codes of one byte per weight (scales).")
+        str, typer.Option("--train", help="What is trained: all, or scales (only the scales; codes are fixed, one byte per weight).")
     ] = "all",
     start: Annotated[
         str | None,
         typer.Option("--start", help="First scales: rtn, mse (searched) or gptq.", show_default="gptq; mse with --lora"),
     ] = None,
-    lora: Annotated[int | None, typer.Option("--lora", help="Rank of an adapter that trains in place of the weights.")] = None,
+    lora: Annotated[int | None, typer.Option("--lora", help="Rank of an adapter that is trained instead of the weights.")] = None,
     seq_length: SeqLength = 512,
     out: Out = None,
 ) -> None:
-    """Train MODEL with rounded weights; without --teacher it learns from the unrounded MODEL."""
+    """Train MODEL with rounded weights. Without --teacher it learns from the unrounded MODEL."""
     from .single_stage import TextChoice, run_verb
 
     settings = {"tokens": tokens, "weights": {"bits": bits, "group_size": group_size}, "train": train, "start": start, "lora": lora}

@@ -10,10 +10,10 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "k
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """'80GB', '24 GiB' or '85899345920' in bytes; UserError for anything else."""
+    """Parse '80GB', '24 GiB' or '85899345920' into bytes; UserError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS or float(match[1]) <= 0:
-        raise UserError(f"{option}={text!r} is no amount of memory; write it as 80GB or 24GiB")
+        raise UserError(f"{option}={text!r} is not an amount of memory; write it as 80GB or 24GiB")
     amount = int(float(match[1]) * _UNITS[match[2].lower()])
     # a bare 80 is 80 bytes to a computer and gigabytes to everybody else
     if not match[2] and amount < 10**6:
@@ -30,7 +30,7 @@ def run_plan(
     tensor_parallel: int,
     as_json: bool,
 ) -> None:
-    """Print the plan; UserError (exit code 2) after it when something cannot work."""
+    """Print the plan; then raise UserError (exit code 2) if something cannot work."""
     from ...configs.loader import load_recipe
     from ..plan import show as drawing
     from ..plan.make_plan import plan

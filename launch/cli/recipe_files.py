@@ -1,4 +1,4 @@
-"""Recipe files of the user's own: a copy of a shipped recipe, and the JSON Schema that editors check it with."""
+"""Writes recipe files for the user: a copy of a shipped recipe, and the JSON Schema that editors check it with."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from ...models.common.errors import UserError
 
 SCHEMA_NAME = "recipe.schema.json"
-"""File name of the schema next to a copied recipe, whose first line names it."""
+"""File name of the schema next to a copied recipe. The recipe's first line names it."""
 
 
 def copy_recipe(name: str, target: Path) -> Path:
@@ -30,7 +30,7 @@ def copy_recipe(name: str, target: Path) -> Path:
 
 
 def write_schema(target: Path) -> Path:
-    """Write the JSON Schema of recipes; a schema of recipes that is there already is replaced.
+    """Write the JSON Schema of recipes; an existing schema of recipes is replaced.
 
     Raises:
         UserError: another file of that name exists, or the place cannot be written.

@@ -1,4 +1,4 @@
-"""The verbs that take a recipe, or look at one. Nothing heavy is imported here: help and usage errors come at once."""
+"""The verbs that run or inspect a recipe. Nothing heavy is imported here, so that help and usage errors appear at once."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +17,7 @@ def run(
     overrides: Overrides = None,
     out: Out = None,
 ) -> None:
-    """Run a recipe: every stage in order, skipping what is done and resuming what was interrupted; ends with the report."""
+    """Run a recipe: every stage in order, skipping finished stages and resuming interrupted ones; then write the report."""
     from ...configs.loader import load_recipe
     from ..run.start import start
 
@@ -30,7 +30,7 @@ def cache(
     overrides: Overrides = None,
     out: Out = None,
 ) -> None:
-    """Run the teacher over the text of a recipe once and keep its predictions on disk (teacher.cache); nothing is trained."""
+    """Run the teacher over the text of a recipe once and keep its predictions on disk (teacher.cache), without training."""
     from ...configs.loader import load_recipe
     from ...models.common.errors import UserError
     from ..run.start import start
@@ -54,7 +54,7 @@ def launch(
     job_id: Annotated[str | None, typer.Option("--job-id", help="Rendezvous id, the same on all nodes.", show_default=False)] = None,
     rdzv_endpoint: Annotated[str | None, typer.Option("--rdzv-endpoint", help="torchrun: HOST:PORT of the first node.")] = None,
     node_rank: Annotated[int | None, typer.Option("--node-rank", help="torchrun: rank of this node, from 0.")] = None,
-    grace: Annotated[int, typer.Option("--grace", help="Seconds that a stopped job has to save a checkpoint.")] = 120,
+    grace: Annotated[int, typer.Option("--grace", help="Seconds that a stopped job gets to save a checkpoint.")] = 120,
     partition: Annotated[str | None, typer.Option("--partition", help="slurm: partition.")] = None,
     account: Annotated[str | None, typer.Option("--account", help="slurm: account.")] = None,
     time: Annotated[str | None, typer.Option("--time", help="slurm: time limit, such as 24:00:00.")] = None,
@@ -109,7 +109,7 @@ def plan(
     tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", help="GPUs that will serve one copy of the export.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a recipe needs and gives, stage by stage: sizes, tokens, disk, memory by role, who serves it. Downloads no weights."""
+    """Show what each stage of a recipe needs and produces: sizes, tokens, disk, memory, serving stacks. No weights are downloaded."""
     from .plan_verb import run_plan
 
     run_plan(recipe, overrides or (), gpus, nodes, gpu_memory, tensor_parallel, as_json)
@@ -137,7 +137,7 @@ def recipes_copy(
     name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
     target: Annotated[Path | None, typer.Argument(help="File to write.", show_default="NAME.yaml")] = None,
 ) -> None:
-    """Write a shipped recipe to a file of your own, and the schema for your editor beside it; an existing recipe is never overwritten."""
+    """Copy a shipped recipe to a file of your own, with the schema for your editor; an existing recipe is never overwritten."""
     from .recipe_files import SCHEMA_NAME, copy_recipe, write_schema
 
     copied = copy_recipe(name, target or Path(f"{name}.yaml"))

@@ -1,4 +1,4 @@
-"""Single verbs on a model folder: each is a recipe of one stage, so it resumes, skips and reports like any other run."""
+"""Single verbs on a model folder. Each runs a recipe of one stage, so it resumes, skips and reports like any other run."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from typing import Any
 from ...models.common.errors import UserError
 
 DEFAULT_TOKENS = {"distill": "1M", "qat": "1M"}
-"""What a verb trains on when neither tokens nor steps are given."""
+"""Training tokens of a verb if neither tokens nor steps are given."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class TextChoice:
     eval_tokens: str | None = None
 
     def data(self) -> dict[str, Any]:
-        """The ``data`` section of a recipe."""
+        """Return the ``data`` section of a recipe."""
         if self.files and self.hub:
-            raise UserError("--text and --hub exclude each other: give the text once")
+            raise UserError("--text and --hub exclude each other; give one of them")
         source: dict[str, Any] = (
             {"files": list(self.files)} if self.files else {"hub": self.hub} if self.hub else {"builtin": "python-stdlib"}
         )
@@ -35,11 +35,11 @@ class TextChoice:
 
 
 def verb_recipe(kind: str, model: str, settings: dict[str, Any], text: TextChoice, teacher: str | None) -> dict[str, Any]:
-    """The recipe, as plain data, that runs one stage of ``kind`` on ``model``."""
+    """Return the recipe, as plain data, that runs one stage of ``kind`` on ``model``."""
     recipe: dict[str, Any] = {"name": f"{kind}-{_slug(model)}", "student": {"path": model}, "data": text.data()}
     if teacher:
         recipe["teacher"] = {"path": teacher}
-    # One window of the default batch must fit a text of any length that a single verb is tried on.
+    # A step of 32 windows, so that a verb can be tried on a short text.
     recipe["trainer"] = {"global_batch_tokens": text.seq_length * 32}
     recipe["stages"] = [{kind: {k: v for k, v in settings.items() if v is not None}}]
     return recipe
@@ -49,8 +49,8 @@ def verb_overrides(kind: str, overrides: Sequence[str]) -> list[str]:
     """Convert KEY=VALUE of a single verb to overrides of its recipe: a key of the stage needs no prefix (``steps=9`` for
     ``stages.0.steps=9``).
 
-    A key that recipes have at the top (``teacher.load_in``, ``seed``) keeps that meaning. One that neither has goes where its nearest
-    word is, so that the message names it.
+    A top-level key of recipes (``teacher.load_in``, ``seed``) keeps its meaning. An unknown key goes where the most similar key is, so that
+    the message can name that key.
     """
     from ... import types_of
     from ...configs.foreign_names import meant_by
@@ -91,7 +91,7 @@ def _slug(model: str) -> str:
 
 
 def prune_settings(ffn: int | None, keep: str | None, tokens: str | None) -> dict[str, Any]:
-    """The ``prune`` stage's settings for ``--ffn`` or ``--keep``."""
+    """Return the settings of the ``prune`` stage for ``--ffn`` or ``--keep``."""
     if (ffn is None) == (keep is None):
         raise UserError("give exactly one of --ffn (channels kept in every layer) and --keep (share of the weights that stays)")
     if ffn is not None and tokens is not None:
@@ -134,7 +134,7 @@ def run_evaluate(
     out: Path | None,
     tasks: Sequence[str] = (),
 ) -> None:
-    """Measure a model folder or an export, on all of the files that are given; the gate decides the exit code."""
+    """Measure a model folder or an export on all of the given files; the gate decides the exit code."""
     # files that somebody names are all meant; of the standard library or a hub dataset a part is enough
     text = replace(text, eval_tokens=text.eval_tokens or ("all" if text.files else "32k"))
     named = [task for given in tasks for task in given.split(",") if task]
@@ -143,7 +143,7 @@ def run_evaluate(
 
 
 def run_export(model: Path, out: Path, form: str, allow_inexact: bool = False, reader_version: str | None = None) -> None:
-    """Pack a model folder, verify it, and say what was found."""
+    """Pack a model folder, verify the result, and print what was found."""
     from ...models.capabilities import percent
     from ...models.folder.model_folder import read_record
     from ...models.folder.stored_names import left_out_words
@@ -168,7 +168,7 @@ def run_export(model: Path, out: Path, form: str, allow_inexact: bool = False, r
 
 
 def run_plain(model: str, out: Path, revision: str | None) -> None:
-    """Make a plain text model, and say of what."""
+    """Make a plain text model, and print what it was made from."""
     from ...models.folder.plain_copy import make_plain
     from ..terminal.console import CleanConsole
 
@@ -177,7 +177,7 @@ def run_plain(model: str, out: Path, revision: str | None) -> None:
 
 
 def run_verify(folder: Path, source: Path | None, runtimes: bool, accept: Sequence[str] = ()) -> None:
-    """Print every check of an export; UserError (exit code 2) when one fails. Files in ``accept`` are first recorded as they are."""
+    """Print every check of an export; UserError (exit code 2) if one fails. Changes of the files in ``accept`` are first recorded."""
     from ...models.folder.record import accept_changes
     from ...qat.runtimes.outcome_words import outcome_text
     from ...qat.verify.verify import verify_folder

@@ -76,7 +76,7 @@ def _foreign_triton(versions: Versions) -> Finding | None:
     wanted = pinned.get(torch[:2]) if torch else None
     if wanted and triton and triton[:2] != wanted:
         wish = ".".join(map(str, wanted))
-        return Finding(f"triton {versions['triton']} is not the one that torch {versions['torch']} wants", f"install triton {wish}", False)
+        return Finding(f"triton {versions['triton']} is not what torch {versions['torch']} needs", f"install triton {wish}", False)
     return None
 
 
@@ -84,7 +84,7 @@ def _two_lightnings(versions: Versions) -> Finding | None:
     """Lightning-AI/pytorch-lightning#19252: the two packages have separate classes, and different releases do not work together."""
     one, other = versions.get("lightning"), versions.get("pytorch-lightning")
     if one and other and one != other:
-        return Finding(f"lightning {one} lies beside pytorch-lightning {other}", f"install pytorch-lightning {one}", False)
+        return Finding(f"lightning {one} and pytorch-lightning {other} are both installed", f"install pytorch-lightning {one}", False)
     return None
 
 

@@ -90,7 +90,7 @@ def job_set(job: Job, cluster: Kubernetes) -> dict[str, Any]:
                 "parallelism": job.nodes,
                 # pods of an indexed Job have stable host names; without them the rendezvous would have no address
                 "completionMode": "Indexed",
-                # counted over all pods of the Job: when one rank dies, the pods of all nodes fail with it
+                # counted over all pods of the Job, so that each node gets its restarts
                 "backoffLimit": job.restarts * job.nodes,
                 "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": _decided("node")}]},
                 "template": {"spec": pod},

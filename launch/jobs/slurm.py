@@ -24,7 +24,9 @@ def sbatch_script(job: Job, settings: Slurm, *, python: str | None = None) -> st
     """
     for what, text in (("--out", str(job.out)), ("the recipe's name", job.name)):
         if "\\" in text or re.search("packjob|hetjob", text, re.IGNORECASE):
-            raise UserError(f"{what} {text!r} holds a word that Slurm reads anew (a backslash, packjob or hetjob); choose another name")
+            raise UserError(
+                f"{what} {text!r} contains something that Slurm interprets (a backslash, packjob or hetjob); choose another name"
+            )
     options = {
         "job-name": job.name,
         "nodes": job.nodes,
@@ -34,7 +36,7 @@ def sbatch_script(job: Job, settings: Slurm, *, python: str | None = None) -> st
         "partition": settings.partition,
         "account": settings.account,
         "time": settings.time,
-        # B: to the batch shell alone. Without it the signal would reach srun's tasks, and the ranks would not save
+        # B: to the batch shell alone; without it Slurm signals the job steps, whose ranks know SIGTERM and not USR1
         "signal": f"B:USR1@{job.grace}",
         # sbatch expands %j and its like in this option
         "output": str(job.out).replace("%", "%%") + "/slurm-%j.log",

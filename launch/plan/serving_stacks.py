@@ -100,8 +100,8 @@ def _fast_path(target: str, form: str, case: StoredShapes) -> str:
         return kernels + cache + (f", tensor parallel over {case.ranks}" if case.ranks > 1 else "")
     return {
         "transformers": "weights are unpacked to 16-bit floats when they are loaded",
-        "llama.cpp": "blocks hold groups of this size exactly",
+        "llama.cpp": "its blocks hold groups of this size exactly",
         "ONNX Runtime": "MatMulNBits, the same codes and scales",
         "OpenVINO": "it reads llama.cpp's file",
-        "mlx-lm": "it packs the same codes anew",
+        "mlx-lm": "it repacks the same codes",
     }[target]

@@ -1,9 +1,10 @@
-"""A plan for people: a long form in tables, a short one that `decoct run` begins with, and JSON."""
+"""Shows a plan: the long form in tables, the short form at the start of `decoct run`, and JSON."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ...models.capabilities import percent
+from ...models.common.terminal_text import counted
 from ..terminal.fitting_table import fitting_table
 from .fitting import usable
 from .plan_types import PRECISIONS, Plan, StagePlan
@@ -20,15 +21,15 @@ _ROLES = ("teacher", "student", "gradients", "optimizer", "activations", "logits
 
 
 def machine_line(plan: Plan) -> str:
-    """'2 nodes x 8 GPUs of 85.0 GB'."""
+    """Describe the machine: '2 nodes x 8 GPUs of 85.0 GB'."""
     machine = plan.machine
-    what = f"{machine.gpus} GPU{'s' * (machine.gpus != 1)}" if machine.gpus else f"{machine.processes} process(es) on a CPU"
+    what = counted(machine.gpus, "GPU") if machine.gpus else f"{machine.processes} process{'' if machine.processes == 1 else 'es'} on a CPU"
     memory = f" of {size(machine.gpu_memory)}" if machine.gpu_memory else ""
     return (f"{machine.nodes} nodes x " if machine.nodes > 1 else "") + what + memory
 
 
 def short_form(plan: Plan) -> str:
-    """A few lines: what each stage costs, and whether it fits."""
+    """Return a few lines: what each stage costs, and whether it fits."""
     lines = [f"plan for {machine_line(plan)}:"]
     for stage in plan.stages:
         if stage.training:
@@ -48,10 +49,10 @@ def short_form(plan: Plan) -> str:
 
 
 def coverage_line(stage: StagePlan) -> str:
-    """'quantizes 98.7% of the decoder's weights'."""
+    """Describe the share of weights that a stage works on: 'quantizes 98.7% of the decoder's weights'."""
     assert stage.coverage is not None
     verb = {"prune": "prunes among", "export": "packs"}.get(stage.kind, "quantizes")
-    after = f"; what it makes cannot be exported: {stage.not_exported}" if stage.not_exported else ""
+    after = f"; its result cannot be exported: {stage.not_exported}" if stage.not_exported else ""
     return f"{verb} {percent(stage.coverage)} of the decoder's weights{after}"
 
 
@@ -73,7 +74,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def draw(plan: Plan, console: "Console", *, values: bool = True) -> None:
-    """Print the long form."""
+    """Print the long form of a plan, and what cannot work."""
     console.print(f"[bold]{_safe(plan.name)}[/bold] on {machine_line(plan)}")
     if plan.teacher:
         console.print(f"teacher: {plan.teacher}", markup=False, highlight=False)
@@ -163,7 +164,7 @@ def _memory(plan: Plan, width: int) -> "Table":
 
 def _targets(stage: StagePlan, width: int) -> "Table":
     title = ", ".join(f"{form} {size(count)}" for form, count in stage.exports.items())
-    headings = ("served by", "format", "loads", "why", "nearest that does")
+    headings = ("served by", "format", "loads", "why", "nearest setting that does")
     rows = [(verdict.target, verdict.format or "-", verdict.outcome, verdict.reason, verdict.fix) for verdict in stage.verdicts]
     return fitting_table(f"{stage.name}: {title}", headings, rows, width, text=headings)
 

@@ -1,7 +1,7 @@
-"""What serving stacks ask of an export beyond what its format holds: widths, groups and shapes of their kernels, tensor parallelism.
+"""What serving stacks require of an export in addition to its format: widths and groups of their kernels, and tensor parallelism.
 
-The rules are those of the stacks' loaders, read in vLLM 0.32 and 0.33, llama.cpp of mid 2026 and ONNX Runtime's contrib operators: kernels
-for packed weights want widths of certain multiples, tensor parallelism cuts matrices, fused projections share one scheme.
+The rules come from the stacks' loaders: vLLM 0.32 and 0.33, llama.cpp of mid 2026 and ONNX Runtime's contrib operators. Kernels for packed
+weights need widths that are multiples of their tiles, tensor parallelism cuts matrices, and fused projections share one scheme.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,9 +13,9 @@ from ...qat.export.limits.shared import nearest_bits
 from .stored_shapes import StoredShapes
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""``model_type`` that vLLM and SGLang were checked with."""
+"""Values of ``model_type`` that were checked with vLLM and SGLang."""
 GROUPS = (32, 64, 128)
-"""Group sizes of vLLM's Marlin kernels, which also take one scale per row; those of mlx-lm are the same."""
+"""Group sizes of vLLM's Marlin kernels, which also accept one scale per row; mlx-lm has the same."""
 _SPLIT_INPUTS = ("o_proj", "down_proj")
 
 Outcome = Literal["ok", "slower", "no"]
@@ -58,7 +58,7 @@ def _marlin_groups(case: StoredShapes) -> Iterable[StackFinding]:
     if group != "channel" and group not in GROUPS:
         # of two equally near sizes the larger, which costs fewer scales
         nearest = min(GROUPS, key=lambda size: (abs(size - int(group)), -size))
-        reason = f"Marlin has groups of {', '.join(map(str, GROUPS))} and whole rows, not {group}"
+        reason = f"Marlin takes groups of {', '.join(map(str, GROUPS))} or whole rows, not {group}"
         yield StackFinding("no", reason, case.spec_fix(group_size=nearest))
 
 
@@ -71,10 +71,10 @@ def _tensor_parallel(case: StoredShapes) -> Iterable[StackFinding]:
     # models without attention (state space) have no heads to deal out
     if keys and heads % ranks:
         fitting = max(d for d in range(1, ranks + 1) if heads % d == 0)
-        yield StackFinding("no", f"{heads} heads cannot be dealt to {ranks} GPUs", f"--tensor-parallel {fitting}")
+        yield StackFinding("no", f"{heads} heads cannot be distributed over {ranks} GPUs", f"--tensor-parallel {fitting}")
     # fewer key/value heads than GPUs are copied, which needs a whole number of copies
     if keys and keys % ranks and ranks % keys:
-        reason = f"{keys} key/value heads cannot be dealt to {ranks} GPUs, nor copied evenly"
+        reason = f"{keys} key/value heads can neither be distributed over {ranks} GPUs nor copied evenly"
         yield StackFinding("no", reason, f"--tensor-parallel {keys}")
     # servers pad the vocabulary to a multiple of 64 on each GPU; said, because the memory is not in the export
     if sizes.vocabulary % (64 * ranks):
@@ -87,7 +87,7 @@ def _tensor_parallel(case: StoredShapes) -> Iterable[StackFinding]:
         if size[1] % ranks or (group != "channel" and (size[1] // ranks) % int(group)):
             # whole groups on each GPU, or whole tiles of the kernel where there are no groups
             unit = ranks * (128 if group == "channel" else int(group))
-            reason = f"{name} takes {size[1]:,} inputs, and a GPU's share of them is no multiple of the group size {group}"
+            reason = f"{name} has {size[1]:,} inputs, and a GPU's share of them is not a multiple of the group size {group}"
             fewer = f"--tensor-parallel {_largest_ranks(case, size[1])}"
             yield StackFinding("no", reason, (case.ffn_fix(unit) if name == "down_proj" else "") or fewer)
 
@@ -100,7 +100,7 @@ def _largest_ranks(case: StoredShapes, width: int) -> int:
 def _marlin_widths(case: StoredShapes) -> Iterable[StackFinding]:
     """Marlin tiles: (outputs, inputs) multiples of (64, 128) or (128, 64) on each GPU; others are padded with zeros."""
     if case.activations is not None:
-        return  # kernels for int8 inputs are others; what they need, the format asks for
+        return  # int8 inputs use other kernels; the limits of the format cover what those need
     for name, (rows, columns) in case.linears.items():
         row_parallel = name.endswith(_SPLIT_INPUTS)
         out = rows if row_parallel else rows // case.ranks
@@ -112,15 +112,15 @@ def _marlin_widths(case: StoredShapes) -> Iterable[StackFinding]:
             continue
         # only the FFN has a width that a recipe can change
         fix = case.ffn_fix(128 * case.ranks) if name.startswith("mlp.") and case.model.dimensions.ffn % (128 * case.ranks) else ""
-        yield StackFinding("slower", f"{name} is {out:,} x {inner:,} on a GPU; Marlin pads what is no multiple of 64 x 128", fix)
+        yield StackFinding("slower", f"{name} is {out:,} x {inner:,} on a GPU; Marlin pads sizes that are not multiples of 64 x 128", fix)
         return
 
 
 def _fused(case: StoredShapes) -> Iterable[StackFinding]:
-    """Servers fuse q, k, v and gate, up into one matrix, which is quantized as a whole or not at all."""
+    """Servers fuse q, k and v, and gate and up, into one matrix that is quantized as a whole or not at all."""
     if case.partly is not None:
         names, left = case.partly.names, case.partly.left
-        reason = f"{', '.join(names)} are one matrix there and need one scheme, but skip leaves out {', '.join(left)} alone"
+        reason = f"it fuses {', '.join(names)} into one matrix with one scheme, but skip leaves out only {', '.join(left)}"
         yield StackFinding("no", reason, case.remedies.skip(*(f"*.{name}" for name in names if name not in left)))
 
 
@@ -128,19 +128,19 @@ def _fixed_head_dim(case: StoredShapes) -> Iterable[StackFinding]:
     config = case.config
     head_dim = case.model.dimensions.head_dim
     if config.model_type == "qwen2" and head_dim * config.num_attention_heads != config.hidden_size:
-        reason = f"its Qwen2 takes head_dim = hidden / heads, not {head_dim}"
+        reason = f"its Qwen2 requires head_dim = hidden / heads, not {head_dim}"
         yield StackFinding("no", reason, "keep hidden / heads, or serve with --model-impl transformers")
 
 
 def _llama_hidden(case: StoredShapes) -> Iterable[StackFinding]:
     config = case.config
     if config.model_type == "llama" and config.hidden_size % config.num_attention_heads:
-        reason = f"hidden size {config.hidden_size} is no multiple of {config.num_attention_heads} heads, which its Llama refuses"
+        reason = f"its Llama requires a hidden size that is a multiple of the {config.num_attention_heads} heads, not {config.hidden_size}"
         yield StackFinding("no", reason)
 
 
 def _narrow_codes(case: StoredShapes) -> Iterable[StackFinding]:
-    """Blocks hold narrower codes exactly, in as many bytes."""
+    """Blocks hold narrower codes exactly, but save no bytes with them."""
     spec = case.spec
     if spec.kind != "int" or not spec.symmetric or (held := symmetric_bits(spec.bits)) == spec.bits:
         return
@@ -154,9 +154,9 @@ def _narrow_codes(case: StoredShapes) -> Iterable[StackFinding]:
 
 
 def _asymmetric_gptq(case: StoredShapes) -> Iterable[StackFinding]:
-    """vLLM's fast GPTQ kernels take symmetric weights; what others make of version 2 differs between its releases."""
+    """vLLM's fast GPTQ kernels take symmetric weights only; whether other kernels read version 2 differs between its releases."""
     fix = case.remedies.other_format("compressed-tensors", instead_of="gptq_v2")
-    yield StackFinding("slower", "not every kernel of every release reads gptq_v2, and none of the fast ones", fix)
+    yield StackFinding("slower", "none of the fast kernels reads gptq_v2, and not every other kernel does in every release", fix)
 
 
 def _onnx(case: StoredShapes) -> Iterable[StackFinding]:
@@ -164,21 +164,21 @@ def _onnx(case: StoredShapes) -> Iterable[StackFinding]:
     if spec.bits not in (2, 4, 8):
         yield StackFinding("no", f"MatMulNBits takes 2, 4 and 8 bits, not {spec.bits}", case.spec_fix(bits=nearest_bits(spec.bits)))
     elif spec.bits != 4:
-        yield StackFinding("slower", f"its builder was tried with 4 bits alone, not with {spec.bits}", case.spec_fix(bits=4))
+        yield StackFinding("slower", f"its builder was tried only with 4 bits, not with {spec.bits}", case.spec_fix(bits=4))
     group = spec.group_size
     if group == "channel" or int(group) < 16 or int(group) & (int(group) - 1):
-        yield StackFinding("no", f"its block sizes are powers of two from 16 on, not {group}", case.spec_fix(group_size=32))
+        yield StackFinding("no", f"its block sizes are powers of two of at least 16, not {group}", case.spec_fix(group_size=32))
 
 
 def _openvino(case: StoredShapes) -> Iterable[StackFinding]:
     if case.spec.bits > 4 or not case.spec.symmetric or case.config.model_type not in ("llama", "qwen2", "qwen3"):
-        yield StackFinding("slower", "its reader was tried with Q4_0 of Llama, Qwen2 and Qwen3 alone")
+        yield StackFinding("slower", "its reader was tried only with Q4_0 of Llama, Qwen2 and Qwen3")
 
 
 def _mlx(case: StoredShapes) -> Iterable[StackFinding]:
     if case.spec.group_size not in GROUPS:
         groups = ", ".join(map(str, GROUPS))
-        yield StackFinding("no", f"it has groups of {groups}, not {case.spec.group_size}", case.spec_fix(group_size=64))
+        yield StackFinding("no", f"it takes groups of {groups}, not {case.spec.group_size}", case.spec_fix(group_size=64))
 
 
 _SERVER: tuple[Rule, ...] = (_family, _kernel_bits, _marlin_groups, _tensor_parallel, _marlin_widths, _fused, _fixed_head_dim)
@@ -192,4 +192,4 @@ _RULES: dict[str, tuple[Rule, ...]] = {
     "OpenVINO": (_narrow_codes, _openvino),
     "mlx-lm": (_mlx,),
 }
-"""Target -> its rules for packed weights."""
+"""Serving stack -> its rules for packed weights."""

@@ -1,4 +1,4 @@
-"""What serving stacks are asked to load: one case for each quantization scheme of a model's linears, from its shape alone."""
+"""The matrices that serving stacks have to load: one case for each quantization scheme of a model's linears, from shapes alone."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PartlyLeft:
-    """One matrix of servers of which only some parts are quantized."""
+    """A matrix that servers fuse from several linears, some of which are not quantized."""
 
     names: tuple[str, ...]
-    """Its parts."""
+    """The linears that are fused."""
     left: tuple[str, ...]
-    """Those that are not quantized."""
+    """Those of them that are not quantized."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,17 @@ class StoredShapes:
     """One quantization scheme of an export, and the matrices that have it."""
 
     remedies: "RecipeRemedies"
-    """Of the export; they name the model."""
+    """The export's remedies, which name the model."""
     own: "QuantSpec"
-    """The scheme as the recipe has it."""
+    """The scheme in the recipe."""
     spec: "QuantSpec"
-    """The scheme as it is served: one scale for a matrix is one per row."""
+    """The scheme as served: one scale per matrix becomes one per row."""
     linears: dict[str, tuple[int, int]]
-    """(out, in) of the kinds of linears in a layer that have the scheme, such as ``mlp.down_proj``; of the first layer that has each."""
+    """(out, in) of each kind of linear with this scheme, such as ``mlp.down_proj``, from the first layer that has it."""
     ranks: int = 1
     """GPUs of tensor parallelism."""
     partly: "PartlyLeft | None" = None
-    """Linears of one layer that servers make one matrix of, some of them not quantized."""
+    """The first fused matrix that is only partly quantized; None if there is none."""
     activations: "ActivationSpec | None" = None
     """How inputs are rounded."""
     kv_cache: "ActivationSpec | None" = None
@@ -53,15 +53,15 @@ class StoredShapes:
 
     @property
     def config(self) -> Any:
-        """Of the language model."""
+        """The config of the language model."""
         return text_config(self.model.config)
 
     def spec_fix(self, **values: object) -> str:
-        """The overrides that give the scheme other values."""
+        """Return the overrides that give the scheme other values."""
         return self.remedies.weights(self.own, self.linears, **values)
 
     def ffn_fix(self, unit: int) -> str:
-        """FFN channels that fit, as the stage that keeps so many; '' where no stage prunes the family's channels."""
+        """Return the override that prunes to a number of FFN channels that fits; '' if channels of the family cannot be pruned."""
         if self.model.family.refusal("prune channels"):
             return ""
         return self.remedies.ffn(multiple_near(self.model.dimensions.ffn, unit))
@@ -70,10 +70,10 @@ class StoredShapes:
 def stored_shapes(
     remedies: "RecipeRemedies", ranks: int = 1, activations: "ActivationSpec | None" = None, kv_cache: "ActivationSpec | None" = None
 ) -> list[StoredShapes]:
-    """A case for each quantization scheme of the decoder's linears, that of most modules first.
+    """Return a case for each quantization scheme of the decoder's linears, the most frequent first.
 
     Args:
-        remedies: Of the export; they name the model and its scheme.
+        remedies: The export's remedies, which name the model and its scheme.
         ranks: GPUs that serve one copy.
         activations: How inputs are rounded.
         kv_cache: How keys and values are rounded.
@@ -94,7 +94,7 @@ def stored_shapes(
 
 
 def _partly_left(specs: "Mapping[str, QuantSpec]") -> PartlyLeft | None:
-    """The first matrix of servers of which only some parts are quantized."""
+    """Return the first fused matrix of servers that is only partly quantized."""
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in specs):
         for names in FUSED:
             left = tuple(name for name in names if f"{parent}.{name}" not in specs)

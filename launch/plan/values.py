@@ -1,4 +1,4 @@
-"""Every value that a run uses, with its origin: the recipe, a default, or a rule."""
+"""Lists every value that a run uses, with its origin: the recipe, a default, or a rule."""
 
 import math
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -25,7 +25,7 @@ class Value:
 
 
 def recipe_values(recipe: "Recipe") -> list[Value]:
-    """All settings of teacher, student, data and trainer; those of stages come with each stage."""
+    """Return all settings of teacher, student, data and trainer; the settings of a stage are listed with the stage."""
     found = [Value("seed", recipe.seed, "recipe" if recipe.seed else "default")]
     for section in ("teacher", "student", "data", "trainer"):
         settings = getattr(recipe, section)
@@ -35,7 +35,7 @@ def recipe_values(recipe: "Recipe") -> list[Value]:
 
 
 def settings_values(prefix: str, settings: Any) -> list[Value]:
-    """The fields of a settings dataclass, sections inside it too; what is None and says nothing is left out."""
+    """Return the fields of a settings dataclass and of the sections in it, without those that are None."""
     found: list[Value] = []
     for entry in fields(settings):
         value = getattr(settings, entry.name)
@@ -79,7 +79,7 @@ def training_values(entry: "StageEntry", plan: "TrainingPlan", seq_length: int, 
         Value(
             "trainer.micro_batch",
             batch.micro_batch,
-            f"the most that {MICRO_BATCH_TOKENS:,} tokens hold and that divides a rank's share"
+            f"the largest number of windows that fits into {MICRO_BATCH_TOKENS:,} tokens and divides a rank's share"
             if wanted.micro_batch == "auto"
             else "recipe",
         ),
@@ -87,13 +87,13 @@ def training_values(entry: "StageEntry", plan: "TrainingPlan", seq_length: int, 
         Value(
             "trainer.strategy",
             plan.strategy if ranks > 1 else "one process",
-            "recipe" if wanted.strategy != "auto" else "fsdp2 where ddp would fill more than 60 % of a GPU",
+            "recipe" if wanted.strategy != "auto" else "fsdp2 if ddp would fill more than 60 % of a GPU",
         ),
     ]
 
 
 def _start(prefix: str, settings: Any) -> list[Value]:
-    """What a quantized stage begins with, where it is derived."""
+    """Return how a qat stage finds its first scales, if that is derived."""
     if not isinstance(settings, QatSettings) or settings.start is not None:
         return []
     why = "learned scales; weights train from the first step at the final bits" if settings.first == "gptq" else "of these settings"
@@ -103,7 +103,7 @@ def _start(prefix: str, settings: Any) -> list[Value]:
 def _warmup_words(settings: Any, plan: "TrainingPlan") -> str:
     if settings.warmup is not None:
         return "recipe"
-    return f"{WARMUP:.0%} of the steps" if plan.warmup == WARMUP else "8 steps, or half of a stage of fewer than 16"
+    return f"{WARMUP:.0%} of the steps" if plan.warmup == WARMUP else "8 steps, or half of the steps of a stage with fewer than 16"
 
 
 def _scale_rate(prefix: str, settings: Any, plan: "TrainingPlan") -> list[Value]:

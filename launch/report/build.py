@@ -1,4 +1,4 @@
-"""report.{json,md,html}: the cost of each step, from the stages' records. Nothing is computed again here."""
+"""Writes report.{json,md,html} from the stages' records: what each step cost. Nothing is computed again here."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,17 +26,17 @@ def build_report(
     gates: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> Report:
-    """The report as plain data.
+    """Return the report as plain data.
 
     Args:
         stages: rows ``{name, kind, path, parameters, bytes, bits_per_weight, sparsity, tokens, seconds, eval, change}``, the teacher first,
             then the model that the first stage works on; ``packed_bytes`` and ``packed_bits_per_weight`` are as an export packs it, and
             ``change`` is against the row before, as ``launch.run.changes`` has it.
-        baselines: rows of the same form for scale (the teacher merely rounded).
+        baselines: rows of the same form for comparison (the teacher, only rounded).
         exports: rows ``{format, path, bytes, exact, tokens_per_second, peak_bytes, runtimes, ...}``, measured on the re-read files; one
             that is not exact also has ``rounding`` (as ``qat.source.plain_source.CastError``).
-        gates: sentences about gates that were not met; the run ended there.
-        notes: what a reader should not miss, a sentence each.
+        gates: a sentence for each failed gate, where the run ended.
+        notes: important notes for readers, a sentence each.
     """
     assert stages, "a report has at least the row of the model it started from"
     return {
@@ -72,7 +72,7 @@ def write_report(report: Report, run_dir: Path) -> list[Path]:
 
 
 def markdown_report(report: Report) -> str:
-    """The table, the exports' checks and the protocol as Markdown."""
+    """Return the table, the checks of the exports and the protocol as Markdown."""
     lines = [f"# {report['name']}", "", report_markdown(report), ""]
     lines += [f"- The run ended at a gate: {sentence}." for sentence in report.get("gates", [])]
     lines += [f"- {sentence}." for sentence in coverage_sentences(report)]

@@ -1,4 +1,4 @@
-"""Training curves from metrics.jsonl, their local source."""
+"""Reads training curves from metrics.jsonl."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ Curves = dict[str, list[dict[str, Any]]]
 
 
 def read_curves(path: Path) -> Curves:
-    """Lines grouped by stage, in step order; of two lines for one step the later counts. No file: no curves.
+    """Return the lines of each stage in step order; of two lines for one step, the later counts. {} without a file.
 
-    Lines that tell of no step (cut short by a kill, damaged later) are left out: nothing but pictures is made of them.
+    Lines that hold no step (cut short by a kill, or damaged later) are skipped, since the curves are only drawn.
     """
     if not path.exists():
         return {}

@@ -1,4 +1,4 @@
-"""Labels for points that are close together: each next to its point, covering no other label and no point."""
+"""Places labels of points that are close together: each near its point, without covering another label or point."""
 
 import math
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _RADII = (9, 16, 26, 38, 52, 68, 86, 106, 130, 160, 195)
-"""Distances of a label from its point, in points of a 72nd of an inch."""
+"""Distances of a label from its point, in typographic points (1/72 inch)."""
 _ANGLES = (35, -35, 145, -145, 0, 180, 90, -90, 15, -15, 165, -165, 60, -60, 120, -120, 75, -75, 105, -105)
 """Directions in degrees, the preferred ones first."""
 _NEAR = 16
-"""Up to this distance it is plain which point a label belongs to; beyond, a thin line says so."""
+"""Largest distance at which it is clear which point a label belongs to; a label further away gets a thin line to its point."""
 _MARKER = 6.0
 _COVERED = 1000.0
-"""Cost of a covered pixel, in points of distance: nothing is covered where there is room anywhere."""
+"""Cost of a covered pixel, in points of distance; so large that a label covers something only if there is no room at all."""
 
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top in pixels."""
@@ -69,7 +69,7 @@ def place_labels(
 
 
 def _candidates(place: tuple[float, float], size: tuple[float, float], scale: float) -> list[tuple[float, Box]]:
-    """(distance, box) around a point, near ones first. The box's nearest edge or corner is that far away."""
+    """Return (distance, box) around a point, nearest first. The distance is that of the box's nearest edge or corner."""
     width, height = size
     found = []
     for radius in _RADII:
@@ -83,7 +83,7 @@ def _candidates(place: tuple[float, float], size: tuple[float, float], scale: fl
 
 
 def _cost(box: Box, taken: Sequence[Box], markers: Sequence[Box], inside: Any) -> float:
-    """Pixels of other labels, points and the world outside the axes that the box would cover."""
+    """Return the cost of the pixels that the box would cover: other labels, points, and the area outside the axes."""
     left, bottom, right, top = box
     area = (right - left) * (top - bottom)
     within = overlap(box, (inside.x0, inside.y0, inside.x1, inside.y1))
@@ -93,14 +93,14 @@ def _cost(box: Box, taken: Sequence[Box], markers: Sequence[Box], inside: Any) -
 
 
 def _doubt(box: Box, place: tuple[float, float], others: Sequence[tuple[float, float]]) -> float:
-    """What it costs that another point is as near to the box as its own: as much as being 75 points further away, where a line tells."""
+    """Return the cost of a box that is as near to another point as to its own: that of 75 points more distance, where a line is drawn."""
     own = _distance(box, place)
     near = any(_distance(box, other) <= 1.2 * own for other in others)
     return 150.0 if near else 0.0
 
 
 def _distance(box: Box, place: tuple[float, float]) -> float:
-    """From a point to the nearest place of a box."""
+    """Return the distance from a point to the nearest place of a box."""
     x = max(box[0] - place[0], 0.0, place[0] - box[2])
     y = max(box[1] - place[1], 0.0, place[1] - box[3])
     return math.hypot(x, y)
@@ -114,6 +114,6 @@ def overlap(one: Box, other: Box) -> float:
 
 
 def _tie(axes: "Axes", point: tuple[float, float], offset: tuple[float, float]) -> None:
-    """A thin line from the point to the nearest place of its label's box."""
+    """Draw a thin line from the point to the nearest place of its label's box."""
     line = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
     axes.annotate("", xy=point, xytext=offset, textcoords="offset points", arrowprops=line, zorder=1).set_in_layout(False)

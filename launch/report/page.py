@@ -1,4 +1,4 @@
-"""report.html: one self-contained page, nothing loaded from anywhere."""
+"""Renders report.html: one self-contained page that loads nothing from elsewhere."""
 
 from importlib import resources
 from typing import Any
@@ -9,14 +9,14 @@ from .sentences import coverage_sentences, exactness, protocol_lines
 from .tables import headings, report_rows
 
 _CAPTIONS = {
-    "size-quality": "Each point is a model, by the size that it is served at; the line follows the recipe.",
-    "curves": "Training curves from metrics.jsonl; points are taken on a small part of the held-out text while the stage trains.",
+    "size-quality": "Each point is a model at the size that it is served at; the line follows the stages of the recipe.",
+    "curves": "Training curves from metrics.jsonl; points are measured on a small part of the held-out text during the stage.",
     "sparsity": "Zeros per decoder layer.",
 }
 
 
 def render_page(report: dict[str, Any], curves: Curves) -> str:
-    """The page as HTML text, with the pictures as inline SVG and all user text escaped."""
+    """Return the page as HTML, with the pictures as inline SVG and all user text escaped."""
     import jinja2
     import yaml
     from markupsafe import Markup

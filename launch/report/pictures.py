@@ -1,4 +1,4 @@
-"""The pictures of a report, drawn by matplotlib as SVG (page, docs) or PNG (W&B)."""
+"""Draws the pictures of a report with matplotlib, as SVG (page, docs) or PNG (W&B)."""
 
 import io
 import math
@@ -25,7 +25,7 @@ _COLOURS = {
 
 
 def draw_all(report: dict[str, Any], curves: Curves) -> dict[str, "Figure"]:
-    """Every picture for which there is something to draw, by name: size-quality, curves, sparsity."""
+    """Return every picture for which there is data, by name: size-quality, curves, sparsity."""
     drawn = {"size-quality": size_against_quality(report)}
     if curves:
         drawn["curves"] = training_curves(curves)
@@ -42,10 +42,10 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 def size_against_quality(report: dict[str, Any]) -> "Figure":
-    """Perplexity over bytes as served: the path of the stages, the packed export, the rounded teacher for scale.
+    """Draw perplexity over bytes as served: the path of the stages, the packed export, and the rounded teacher for comparison.
 
-    Where there is an export, the folder with its codes is left out: it is the same model. Rows without a size (hub ids) or with a
-    perplexity beyond all numbers are left out too.
+    If there is an export, the folder with its codes is left out, because it is the same model. Rows without a size (hub ids) or with an
+    infinite perplexity are left out too.
     """
     figure = _figure(7.5, 4.6)
     axes = figure.subplots()
@@ -77,7 +77,7 @@ def size_against_quality(report: dict[str, Any]) -> "Figure":
 
 
 _FAR = 4
-"""Ratio of perplexities from which a linear axis would press all but the worst together."""
+"""Ratio of perplexities above which a linear axis would press all but the worst together."""
 
 
 def _has_point(row: dict[str, Any]) -> bool:
@@ -85,12 +85,12 @@ def _has_point(row: dict[str, Any]) -> bool:
 
 
 def _point(row: dict[str, Any]) -> tuple[float, float]:
-    """(megabytes, perplexity)."""
+    """Return (megabytes, perplexity)."""
     return served(row, "bytes") / 1e6, row["eval"]["perplexity"]
 
 
 def _plain_ticks(axis: Any) -> None:
-    """Plain numbers instead of powers of ten, also between the decades."""
+    """Label an axis with plain numbers instead of powers of ten, also between the decades."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     axis.set_major_locator(LogLocator(base=10, subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
@@ -101,7 +101,7 @@ def _plain_ticks(axis: Any) -> None:
 
 
 def training_curves(curves: Curves) -> "Figure":
-    """KL to the teacher (or the loss, where there is none) over the training tokens, one panel a stage; held-out figures as points."""
+    """Draw the KL to the teacher (the loss without one) over the training tokens, one panel per stage; held-out figures are points."""
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
     figure = _figure(3.4 * columns, 2.6 * rows)
@@ -136,19 +136,19 @@ def _few() -> Any:
 
 
 def _points(lines: list[dict[str, Any]], figure: str, scale: Callable[[float], float] = lambda x: x) -> list[tuple[float, float]]:
-    """(tokens, value) of the lines that have the figure; of lines without tokens the step."""
+    """Return (tokens, value) of the lines that have the figure; the step stands in for missing tokens."""
     chosen = [line for line in lines if line.get(figure) is not None]
     return [(line["step"] if line.get("tokens") is None else line["tokens"], scale(line[figure])) for line in chosen]
 
 
 def _smooth(values: list[float], share: float = 0.05) -> list[float]:
-    """Mean over a window that ends at each point and spans ``share`` of the curve."""
+    """Return the mean over a window that ends at each point and spans ``share`` of the curve."""
     width = max(1, round(len(values) * share))
     return [sum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(values))]
 
 
 def draw_layer_sparsity(report: dict[str, Any]) -> "Figure":
-    """Share of zeros per decoder layer after each stage that has any."""
+    """Draw the share of zeros per decoder layer, after each stage that has zeros."""
     rows = [row for row in report["stages"] if row.get("layer_sparsity") and max(row["layer_sparsity"]) > 0]
     # `evaluate` measures the model of the row before it, unless it is the only row
     rows = [row for row in rows if row["kind"] != "evaluate"] or rows
@@ -168,7 +168,7 @@ def draw_layer_sparsity(report: dict[str, Any]) -> "Figure":
 
 
 def render(figure: "Figure", form: Literal["svg", "png"]) -> bytes:
-    """The figure as a file's bytes; SVG is reproducible (no date, fixed ids)."""
+    """Return the figure as the bytes of a file; SVG is reproducible (no date, fixed ids)."""
     import matplotlib
 
     out = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The sentences of a report: how its figures were taken, what stages covered, how exact exports are."""
+"""The sentences of a report: how its figures were measured, what the stages covered, how exact the exports are."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 def protocol_lines(report: Report) -> list[str]:
-    """How the figures were taken, one sentence a line."""
+    """Return how the figures were measured, one sentence per line."""
     p, v = report["protocol"], report["versions"]
     # the packages whose release can change a figure
     packages = ", ".join(f"{n} {v['packages'][n]}" for n in ("decoct", "torch", "transformers", "lightning") if v["packages"].get(n))
@@ -19,16 +19,16 @@ def protocol_lines(report: Report) -> list[str]:
         f"Held-out text: {p['text']} (fingerprint {p['text_hash'][:12]}), {p['tokens']:,} tokens "
         f"in non-overlapping windows of {p['context']}, computed in {p['dtype']}.",
         *_left_out(p.get("left_out", {})),
-        "KL is the mean over tokens of KL(teacher || model) in nats; top-1 is how often both predict the same token.",
+        "KL is the mean over tokens of KL(teacher || model) in nats; top-1 is the share of tokens for which both predict the same token.",
         *_errors(p.get("blocks")),
         *_tasks(report),
-        "Size is what the model takes where it is served, folder its weight files on disk. After qat or quantize the two differ: the "
-        "folder holds codes times scales in fp32, and an export packs codes and scales and keeps the rest in 16 bits (embeddings, head "
-        "and norms, as a rule, which weigh heavily in small models).",
+        "Size is the size of the model as it is served; folder is the size of its weight files on disk. After qat or quantize they differ: "
+        "the folder holds codes times scales in fp32, while an export packs codes and scales and keeps the rest in 16 bits (usually "
+        "embeddings, head and norms, which are a large part of a small model).",
         "Bits per weight = 8 x size / parameters, embeddings included, tied tensors once; sparsity is the share of zeros in linear "
         "weights without embeddings and head.",
-        "Change is of the perplexity, against the row before: a stage against the model it began with, a re-read export against the model "
-        "it was made of.",
+        "Change is the relative change of the perplexity since the row before: a stage is compared with the model that it started from, a "
+        "re-read export with the model that it was made from.",
         f"Commit {report['commit'] or 'of an installed package'}; {packages}; Python {v['python']}; "
         f"{', '.join(v['gpus']) or v['cpu']}, {v['cores']} cores.",
     ]
@@ -62,11 +62,11 @@ def _left_out(counts: dict[str, int]) -> list[str]:
 
 
 def coverage_sentences(report: Report) -> list[str]:
-    """What share of the decoder's weights each stage worked on, where it says so."""
+    """Return a sentence for each stage with the share of the decoder's weights that it worked on."""
     told = ((row, row["coverage"]) for row in report["stages"] if row.get("coverage"))
     return [
         f"{row['name']} worked on {percent(seen['share'])} of the decoder's weights"
-        + (f"; left as they are: {', '.join(seen['left'])}" if seen["left"] else "")
+        + (f"; unchanged: {', '.join(seen['left'])}" if seen["left"] else "")
         for row, seen in told
     ]
 

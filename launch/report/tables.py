@@ -1,4 +1,4 @@
-"""One table for the terminal, Markdown, HTML and W&B: the rows of a report as text cells."""
+"""The rows of a report as text cells, for the table in the terminal, Markdown, HTML and W&B."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ HEADINGS = (
     "step", "parameters", "size", "folder", "bits/weight", "sparsity", "perplexity", "change", "KL", "p99 KL", "top-1", "tokens", "time",
 )  # fmt: skip
 WIDE = 210
-"""Characters that the whole table needs, with names of stages as long as people write them."""
+"""Width of the whole table in characters, with stage names of usual length."""
 LEFT_OUT_FIRST = ("p99 KL", "folder", "tokens", "sparsity", "time", "parameters", "change", "top-1", "bits/weight")
 """Columns in the order in which a narrow terminal drops them; the others are always shown."""
 _SHORT = {"parameters": "params", "bits/weight": "bits/w", "sparsity": "zeros", "perplexity": "ppl"}
@@ -30,7 +30,7 @@ def task_names(report: dict[str, Any]) -> list[str]:
 
 
 def report_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Text cells under ``headings``: teacher and stages that made a model, the re-read exports, then what is there for scale."""
+    """Return text cells under ``headings``: the teacher and the stages that made a model, the re-read exports, then rows for comparison."""
     tasks = task_names(report)
     return [(*_cells(name, row), *(_task((row.get("tasks") or {}).get(task)) for task in tasks)) for name, row in _shown(report)]
 
@@ -50,7 +50,7 @@ NUMBERS = (
 
 
 def report_numbers(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of ``report_rows`` as numbers under ``NUMBERS`` and two columns for each task, None where there is none: for trackers, which
+    """Return the rows of ``report_rows`` as numbers under ``NUMBERS`` and two columns for each task, None if missing: for trackers, which
     draw and compare them."""
     tasks = task_names(report)
     return [_numbers(name, row) | _task_numbers(row.get("tasks") or {}, tasks) for name, row in _shown(report)]
@@ -58,8 +58,8 @@ def report_numbers(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _task_numbers(scores: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
     """``task_<name>`` and ``task_<name>_se``."""
-    told = [(task, scores.get(task) or {}) for task in tasks]
-    return {f"task_{task}{end}": score.get(key) for task, score in told for end, key in (("", "score"), ("_se", "stderr"))}
+    known = [(task, scores.get(task) or {}) for task in tasks]
+    return {f"task_{task}{end}": score.get(key) for task, score in known for end, key in (("", "score"), ("_se", "stderr"))}
 
 
 def _numbers(name: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _cells(name: str, row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def served(row: dict[str, Any], figure: str) -> Any:
-    """``bytes`` or ``bits_per_weight`` as the model is served: of a quantized folder, whose weights are fp32, as an export packs it."""
+    """Return ``bytes`` or ``bits_per_weight`` of the model as served; a quantized folder, whose weights are fp32, counts as packed."""
     packed = row.get(f"packed_{figure}")
     return row.get(figure) if packed is None else packed
 
@@ -130,7 +130,7 @@ def _change(change: dict[str, Any]) -> str:
 
 
 def count(value: int | None) -> str:
-    """1234567 -> '1.23M'; None or 0 -> '-'."""
+    """Format a count: 1234567 -> '1.23M'; None or 0 -> '-'."""
     if not value:
         return "-"
     for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
@@ -140,7 +140,7 @@ def count(value: int | None) -> str:
 
 
 def table_size(value: int | None) -> str:
-    """Bytes as decimal kB, MB or GB."""
+    """Format bytes as decimal kB, MB or GB."""
     if value is None:
         return "-"
     for unit, letters in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
@@ -150,7 +150,7 @@ def table_size(value: int | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as '42 s', '3 min 05 s' or '2 h 10 min'."""
+    """Format seconds as '42 s', '3 min 05 s' or '2 h 10 min'."""
     if not seconds:
         return "-"
     # half a second is shown as one, since '0 s' reads like nothing was done
@@ -163,14 +163,14 @@ def duration(seconds: float | None) -> str:
 
 
 def report_markdown(report: dict[str, Any]) -> str:
-    """The table in Markdown, numbers to the right."""
+    """Return the table in Markdown, with numbers aligned to the right."""
     names = headings(report)
     lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in report_rows(report)])
 
 
 def terminal_table(report: dict[str, Any], width: int) -> "Table":
-    """The table for a console of ``width`` characters; a narrow one goes without the columns that matter least, and says which."""
+    """Return the table for a console of ``width`` characters; a narrow table drops the least important columns and names them."""
     return fitting_table(
         report["name"],
         headings(report),

@@ -1,4 +1,4 @@
-"""What a stage did to the held-out figures: the change against the model it began with, and a word when training made it worse."""
+"""What a stage did to the held-out figures: the change since the model that it started from, and a warning if training made it worse."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ Row = dict[str, Any]
 NOISE = 0.001
 """Relative rise that does not count as a change: reordered fp32 sums differ by less, a working training stage changes more."""
 _ONLY_TRAIN = ("pretrain", "distill")
-"""Stages that only train, so their result should be better than their input."""
+"""Kinds of stages that only train, so that their result should be better than their input."""
 
 
 def learns_from_teacher(entry: "StageEntry") -> bool:
@@ -22,10 +22,10 @@ def learns_from_teacher(entry: "StageEntry") -> bool:
 
 
 def change_between(before: Row | None, after: Row) -> dict[str, Any] | None:
-    """``{since, perplexity, perplexity_se, kl, kl_se}``: name of the row before, relative change of the perplexity, difference of the KL in
-    nats, and their standard errors over the blocks that both rows were measured on.
+    """Return ``{since, perplexity, perplexity_se, kl, kl_se}``: name of the row before, relative change of the perplexity, difference of
+    the KL in nats, and their standard errors over the blocks that both rows were measured on.
 
-    None where one of the two was not measured; ``kl`` is None without a teacher, errors are None where rows have no blocks in common.
+    Returns None if one of the two rows was not measured. ``kl`` is None without a teacher; errors are None if rows share no blocks.
     """
     if before is None or not before.get("eval") or not after.get("eval"):
         return None
@@ -45,10 +45,10 @@ def change_between(before: Row | None, after: Row) -> dict[str, Any] | None:
 
 
 def warning_of(entry: "StageEntry", before: Row | None, after: Row, curve: Sequence[Row] = ()) -> str | None:
-    """A sentence when training ended worse on held-out text than it began; None when it did not, or nothing is known.
+    """Return a sentence if training made the model worse on held-out text; None if it did not, or if that is not known.
 
-    Judged is what the stage learns: the KL to the teacher, or the perplexity where it learns from the text. A stage that only trains is
-    held against the row before; one that trains rounded weights against the same weights rounded and not yet trained.
+    The figure is what the stage learns: the KL to the teacher, or the perplexity if it learns from the text. A stage that only trains is
+    compared with the row before it. A stage that trains rounded weights is compared with the same weights, rounded but not yet trained.
 
     Args:
         curve: the stage's lines of metrics.jsonl.
@@ -69,7 +69,7 @@ def warning_of(entry: "StageEntry", before: Row | None, after: Row, curve: Seque
         for figure in ("kl", "perplexity"):
             seen = [line[f"held_out_{figure}"] for line in curve if line.get(f"held_out_{figure}") is not None]
             if len(seen) > 1:
-                return _worse(entry, figure, seen[0], seen[-1], "rounded weights before and after training, on the text watched meanwhile")
+                return _worse(entry, figure, seen[0], seen[-1], "rounded weights before and after training, on a part of the held-out text")
     return None
 
 

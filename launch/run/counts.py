@@ -1,4 +1,4 @@
-"""Checks the number of processes per machine: too many would take it down before a message could be read."""
+"""Checks the number of processes per machine: too many would overload it before a message could be read."""
 
 import os
 
@@ -18,7 +18,7 @@ def check_processes(count: int) -> None:
     if count > (gpus or cores):
         has = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else f"no GPU and {cores} CPU core{'s' * (cores > 1)}"
         raise UserError(
-            f"{count:,} processes (trainer.devices, or --gpus) are more than this machine runs: it has {has}; give at most {gpus or cores}"
+            f"{count:,} processes (trainer.devices, or --gpus) are too many for this machine: it has {has}; give at most {gpus or cores}"
         )
 
 
@@ -27,6 +27,6 @@ def check_workers(count: int) -> None:
     cores = os.cpu_count() or 1
     if count > cores:
         raise UserError(
-            f"trainer.num_workers={count:,}: each process would start that many more, and this machine has {cores} CPU cores; give at most "
-            f"{cores} (0 reads in the process itself, which is enough for tokenized text)"
+            f"trainer.num_workers={count:,}: each process would start so many workers, and there are {cores} CPU cores; give at most "
+            f"{cores} (with 0 the process itself reads the data, which is fast enough for tokenized text)"
         )

@@ -1,7 +1,7 @@
-"""Tensors of the model that a run starts from which transformers does not load, and which no stage therefore writes.
+"""Tensors in the files of the starting model that transformers does not load. No stage writes them.
 
-Heads that predict further tokens (multi-token prediction) and vision towers lie beside the model. They are not copied through: a head was
-trained on hidden states that every stage changes, and servers would take it for quantized as the rest is. What is left out is said.
+Examples are heads that predict further tokens (multi-token prediction) and vision towers. They are not copied into the results: such a head
+was trained on hidden states that every stage changes, and servers would expect it to be quantized like the rest. The run reports them.
 """
 
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ __all__ = ["left_out_of", "left_out_words"]
 
 
 def left_out_of(recipe: "Recipe") -> dict[str, int]:
-    """Number of such tensors by what they belong to, of the student or the teacher that it is cut from; {} as a rule.
+    """Return the number of such tensors by the part they belong to, in the student or the teacher that it is cut from; usually {}.
 
     Raises:
         UserError: see ``check_model_folder``.

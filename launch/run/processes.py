@@ -1,8 +1,8 @@
-"""Starting a run's processes: decoct starts torchrun's agent itself, restarts what died, and does not restart what was decided.
+"""Starts the processes of a run under torchrun's agent, restarts them after a crash, and ends the job after a final exit code.
 
-An agent of torchrun restarts whatever fails. A user's mistake, a failed gate, NaN, Ctrl-C and a preemption would end the same way again,
-so the exit code decides: ``FINAL_CODES`` end the job. Under a torchrun that somebody else started, a worker leaves its code in a file of
-its agent, and restarted workers of that agent end with it at once.
+torchrun's agent restarts its workers after any failure. A user's mistake, a failed gate, NaN, Ctrl-C and a preemption would end the same
+way again, so the exit code decides: ``FINAL_CODES`` end the job. Under a torchrun that somebody else started, a worker leaves its code in a
+file of its agent, and restarted workers of that agent end with it at once.
 """
 
 import hashlib
@@ -193,9 +193,9 @@ def told_by_another(seconds: float = 1.0) -> bool:
 
 
 def leave(code: int) -> None:
-    """End a worker whose run is over at once, without tearing its connections down (that aborts now and then, see ``Session.close``).
+    """End a worker at once when its run is over, without closing its connections (which sometimes aborts, see ``Session.close``).
 
-    Returns when this process has none: then the interpreter may end it as usual.
+    Returns if this process has no connections; then the interpreter can end it as usual.
     """
     # looked up, not imported: importing torch only to end a process would cost seconds
     distributed = sys.modules.get("torch.distributed")
@@ -229,6 +229,7 @@ def _started(process: int) -> str:
 
 
 def _outcome_file(agent: int, run_id: str) -> Path:
-    """By agent as well as by job: two agents of one job may run on one machine; by its start, as process numbers come again."""
+    """Return the file's path. It is named by job, agent and the agent's start time: one machine may run two agents of a job, and the kernel
+    reuses process numbers."""
     name = hashlib.sha256(f"{os.getuid()}/{agent}/{_started(agent)}/{run_id}".encode()).hexdigest()[:24]
     return Path(tempfile.gettempdir()) / f"decoct-{name}.outcome"

@@ -1,4 +1,4 @@
-"""Hands the finished report to the experiment tracker: the table, the pictures, the final figures."""
+"""Sends the finished report to the experiment tracker: table, pictures and final figures."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -47,7 +47,7 @@ class ReportRows:
         self.folder = folder
         self.exports: list[Row] = []
         self.notes: list[str] = []
-        """Return important notes for readers of the report, one sentence each."""
+        """Important notes for readers of the report, one sentence each."""
         self._rows: list[Row] = []
         self._teacher_row: Row | None = None
         self._opened: LocalTeacher | None = None
@@ -89,9 +89,9 @@ class ReportRows:
         return self._teacher_row
 
     def first_row(self, at: dict[str, Any]) -> None:
-        """The row of the model that the first stage works on, so that what each stage changed can be seen; ``evaluate`` works on none.
+        """Add the row of the first stage's input, so that the report shows what each stage changed; none if the stage is ``evaluate``.
 
-        A model that does not fit into memory in fp32 has none, which is noted.
+        A model that does not fit into memory in fp32 gets a note instead of a row.
         """
         # ``start_row`` measures the model of a recipe that begins with evaluate
         if STAGE_KINDS[self.recipe.stages[0].kind].load().finish is None:
@@ -153,8 +153,10 @@ class ReportRows:
         return drift
 
     def start_row(self, entry: "StageEntry", at: dict[str, Any]) -> None:
-        """Return a row for a stage that makes no model: the current model, or the run's input if the stage is alone. Its tasks are scored
-        for the model and the teacher."""
+        """Add a row for a stage that makes no model. It shows the current model, or the run's input if there is no other stage.
+
+        The tasks of the stage are scored for the model and for the teacher.
+        """
         judged, revision = (self._last_export, None) if self._last_export else (at["path"], at["revision"])
         tasks = self._task_rows(entry.settings, judged, revision) if entry.settings.tasks else {}
         # after an export the gates judge what will be served, which is measured on the files read back
@@ -179,7 +181,7 @@ class ReportRows:
         return scores.of(path, revision, "the model")
 
     def stage_row(self, entry: "StageEntry", folder: StageFolder) -> bool:
-        """Rows of a finished stage; returns whether it made a model that the next stage reads."""
+        """Add the rows of a finished stage; return whether it made a model that the next stage reads."""
         state = folder.read()
         for export in state["exports"]:
             path = folder.path / export["path"]
@@ -218,7 +220,7 @@ class ReportRows:
         return state["makes_model"]
 
     def baselines(self) -> list[Row]:
-        """The teacher merely rounded with the run's QuantSpec, for scale; nothing when there is no teacher or no spec."""
+        """Return a row for comparison: the teacher, only rounded with the run's QuantSpec; [] without a teacher or a spec."""
         wanted = any(isinstance(e.settings, EvaluateSettings) and e.settings.round_teacher for e in self.recipe.stages)
         if not (wanted and self.teacher and self._quantized):
             return []
@@ -233,7 +235,7 @@ class ReportRows:
                 self._round_teacher(spec, place)
             except UserError as error:
                 # the run's own work is done, and this row is only a comparison: a failure must not lose the report
-                self.run.say(f"the teacher is not rounded for scale: {error}")
+                self.run.say(f"the teacher is not rounded for comparison: {error}")
                 return []
         seen = self._remembered(place / "measured.json", str(packed), None)
         form = f"int{spec.bits}" if spec.kind == "int" else spec.kind
@@ -242,9 +244,9 @@ class ReportRows:
         return [{**row, "change": change_between(self.teacher_row(), row)}]
 
     def _round_teacher(self, spec: QuantSpec, place: Path) -> None:
-        """Round to nearest, pack as the student is packed, and keep only the packed folder."""
+        """Round the teacher to nearest, pack it like the student, and keep only the packed folder."""
         assert self.teacher is not None
-        self.run.console.print("rounding the teacher, for scale", highlight=False)
+        self.run.console.print("rounding the teacher, for comparison", highlight=False)
         model = load_model(self.teacher.path, dtype=torch.float32, revision=self.teacher.revision)
         if reason := capabilities(model).refusal("rtn"):
             raise UserError(reason)
@@ -292,7 +294,7 @@ class ReportRows:
             torch.cuda.empty_cache()
 
     def _relative(self, path: str) -> str:
-        """Paths in reports are relative to the run folder, or a bare name: never this machine's."""
+        """Return a path relative to the run folder, or a bare name: reports contain no absolute paths of this machine."""
         try:
             return str(Path(path).resolve().relative_to(self.folder.path.resolve()))
         except ValueError:

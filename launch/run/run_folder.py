@@ -1,4 +1,4 @@
-"""The run folder: resolved recipe, versions, one numbered folder per stage, and what each stage says about itself.
+"""The run folder: resolved recipe, versions, and one numbered folder per stage with the stage's state.
 
 runs/<name>/recipe.yaml  versions.json  metrics.jsonl  report.{json,md,html}
 runs/<name>/NN-kind/stage.json  model/  checkpoints/
@@ -68,7 +68,7 @@ def _cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """Commit of the checkout that decoct runs from ('-dirty' when files differ); None for an installed wheel."""
+    """Return the commit of the checkout that decoct runs from ('-dirty' when files differ); None for an installed wheel."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None
@@ -85,27 +85,27 @@ def commit() -> str | None:
 def state_fault(state: Any) -> str:
     """Return what is wrong with the content of a stage.json; '' if every field in use is valid."""
     if not isinstance(state, dict):
-        return "does not hold what a stage writes into it"
+        return "does not have the content that a stage writes"
     # a field that is absent is an older version's; one of another type would fail later, far from its cause
     wanted: dict[str, tuple[type, ...]] = {"key": (str,), "kind": (str,), "state": (str,), "makes_model": (bool,), "exports": (list,)}
     wanted |= {"tokens": (int, type(None)), "seconds": (int, float, type(None))}
     if state.get("state") == "done" and state.get("kind") != "student":
         missing = [name for name in ("makes_model", "exports") if name not in state]
         if missing:
-            return f"says that the stage is done, and lacks {', '.join(missing)}"
+            return f"says that the stage is done, but lacks {', '.join(missing)}"
     for name, kinds in wanted.items():
         if name in state and type(state[name]) not in kinds:
-            return f"holds no {name} that a stage writes: {str(state[name])[:40]!r}"
+            return f"has an invalid {name}: {str(state[name])[:40]!r}"
     # the key becomes part of a folder's name when the stage is moved aside
     if not re.fullmatch("[0-9A-Za-z]{0,128}", state.get("key", "")):
-        return "holds a key that is none"
+        return "has an invalid key"
     for export in state.get("exports", []):
         inside = isinstance(export, dict) and isinstance(export.get("path"), str) and isinstance(export.get("format"), str)
         # a path out of the folder would have another folder verified and measured in the export's place
         if not inside or Path(export["path"]).is_absolute() or ".." in Path(export["path"]).parts:
-            return "names an export that is none"
+            return "names an invalid export"
         if not isinstance(export.get("runtimes"), dict) or not all(isinstance(seen, dict) for seen in export["runtimes"].values()):
-            return "names an export without what runtimes made of it"
+            return "names an export without the results of its runtimes"
     return ""
 
 
@@ -141,7 +141,7 @@ class StageFolder:
         write_json_atomic(self.path / STAGE_FILE, sealed(state))
 
     def begin(self, key: str, kind: str) -> dict[str, Any]:
-        """Make the folder ready for ``key``: finished and unfinished work of the same key is kept, other work is moved aside.
+        """Prepare the folder for ``key``: work of the same key is kept, finished or not; other work is moved aside.
 
         Returns: the state of the same key ({} when it starts from nothing).
         """
@@ -171,7 +171,7 @@ class StageFolder:
         for folder in made:
             # the hashes are compared before the next stage builds on the folder: damage must not end up in a model
             if problems := verify_folder_files(folder):
-                raise UserError(f"{folder} is damaged: {problems[0]}; delete it and run again to make it anew")
+                raise UserError(f"{folder} is damaged: {problems[0]}; delete the folder and run again to make a new one")
         return True
 
     def drop_checkpoints(self, keep: int) -> None:
@@ -199,9 +199,9 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def lock(self, say: Callable[[str], None]) -> Lock:
-        """Create the folder (UserError when it cannot be written) and make it this process's own until the lock is released.
+        """Create the folder (UserError if it cannot be written) and lock it for this process.
 
-        Raises: UserError when another run works in it; nothing in it is changed then.
+        Raises: UserError if another run uses the folder; then nothing in it is changed.
         """
         check_writable_folder(self.path, "the run folder (runs/<name>, or --out)")
         lock = Lock(self.path / LOCK)

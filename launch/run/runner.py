@@ -41,7 +41,7 @@ class Runner:
         self.asked = recipe
         self.recipe = with_split(recipe, run_dir)
         self.plain = resolved(self.recipe)
-        """Return the recipe with every default filled in."""
+        """The recipe with every default filled in, as plain data."""
         self.folder = RunFolder(run_dir)
         self.world = world
         self.console = CleanConsole(quiet=not world.is_first)
@@ -52,7 +52,7 @@ class Runner:
         self._lock: Lock | None = None
 
     def run(self) -> dict[str, Any]:
-        """Run every stage and write the report. A gate that is not met ends the run early: GateFailed, after the report."""
+        """Run every stage and write the report. A failed gate ends the run early: GateFailed is raised after the report is written."""
         try:
             return self._run()
         except BaseException as error:
@@ -88,7 +88,7 @@ class Runner:
         finish_loggers(run.metrics.loggers)
         self.session.close(GateFailed.exit_code if failed else 0)
         if failed:
-            after = f". Not run: {', '.join(left)}. What is done is kept and skipped when the recipe runs again" if left else ""
+            after = f". Not run: {', '.join(left)}. Finished stages are kept and skipped when the recipe runs again" if left else ""
             # raised last, when report, curves and status files are written: the exit code is all that is different
             raise GateFailed(f"the model is worse than the recipe allows: {'; '.join(failed)}{after}")
         return report
@@ -111,7 +111,7 @@ class Runner:
             self._lock = None
 
     def _open(self) -> RunContext:
-        """What the stages share, the run folder made, a scratch teacher trained."""
+        """Make the run folder, train a scratch teacher if there is one, and return what the stages share."""
         import yaml
 
         new = self.session.on_first(lambda: self._enter(yaml.safe_dump(self.plain, sort_keys=False, allow_unicode=True)))
@@ -146,7 +146,7 @@ class Runner:
         return replace(run, teacher=self._teacher(inputs))
 
     def _enter(self, recipe_text: str) -> bool:
-        """Make the run folder this run's own (rank 0); whether it was not there before."""
+        """Create and lock the run folder (rank 0); return whether it is new."""
         new = not self.folder.path.exists()
         self._lock = self.folder.lock(self._say)
         self.folder.open(recipe_text)
@@ -161,7 +161,7 @@ class Runner:
         record: dict[str, Any] = {"base_model": run.teacher.name if run.teacher else self._student_name(), "run": self.recipe.name}
         if left_out := self.session.on_first(lambda: left_out_of(self.recipe)):
             record["left_out"] = left_out
-            self._say(f"{left_out_words(left_out)} (heads that predict further tokens and the like; no stage carries them on)")
+            self._say(f"{left_out_words(left_out)} (such as heads that predict further tokens; no stage copies them)")
         return record
 
     def _student_name(self) -> str:

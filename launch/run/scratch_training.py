@@ -1,4 +1,4 @@
-"""Trains the embedded teacher before the first stage, on all ranks, under a lock: two runs may want the same one."""
+"""Trains the scratch teacher before the first stage, on all ranks and under a lock, since two runs may need the same teacher."""
 
 import contextlib
 from pathlib import Path
@@ -26,10 +26,10 @@ def train_scratch_teacher(recipe: "Recipe", place: ScratchTeacher, run: RunConte
     """Make the teacher's model folder in the cache, unless an earlier run did.
 
     Args:
-        recipe: Has a scratch teacher.
-        place: Where it is to be.
-        run: Its text, tokenizer and trainer.
-        session: Of this start of the run.
+        recipe: A recipe with a scratch teacher.
+        place: The teacher's folder in the cache.
+        run: The run's text, tokenizer and trainer.
+        session: The session of this start of the run.
     """
     assert recipe.teacher is not None
     assert recipe.teacher.scratch is not None

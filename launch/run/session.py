@@ -1,8 +1,7 @@
 """Coordinates the processes of a run.
 
-Training stages run on all ranks; everything else runs on rank 0 while the others poll a status file in the run folder: no
-collective is pending meanwhile, so nothing can time out. A failure on rank 0 is written there and ends every rank with the
-same exit code.
+Training stages run on all ranks. Everything else runs on rank 0, while the other ranks poll a status file in the run folder. No collective
+is pending in the meantime, so nothing can time out. If rank 0 fails, the status file says so, and every rank ends with the same exit code.
 """
 
 import json
@@ -27,7 +26,7 @@ class RankZeroFailed(SystemExit):
 
 
 class Session:
-    """Runs a function on rank 0 and hands its JSON result to every rank, through status files of this start of the run."""
+    """Runs a function on rank 0 and passes its JSON result to every rank, through status files of this start of the run."""
 
     def __init__(self, world: World, run_dir: Path) -> None:
         self.world = world
@@ -35,7 +34,7 @@ class Session:
         self._folder = run_dir / ".session" / self._agree_on_id()
 
     def _agree_on_id(self) -> str:
-        """One name for this start on all ranks, so that status files of an earlier start are never read."""
+        """Return a name for this start, the same on all ranks, so that no rank reads status files of an earlier start."""
         if self.world.size == 1:
             return "single"
         # the id must be agreed on before the first file is written, and only a collective can do that
@@ -80,8 +79,8 @@ class Session:
     def close(self, code: int = 0) -> None:
         """Remove the status files (rank 0) once every rank has read them, and leave the exit ``code`` for the agent.
 
-        From here on nothing is left to do, whatever becomes of the process: gloo's threads may abort one whose peers have just left.
-        The process group stays open for the same reason; ``workers.leave`` ends the process without tearing it down.
+        After this call the run is complete, even if the process crashes: gloo's threads may abort a process whose peers have just left.
+        The process group stays open for the same reason; ``processes.leave`` ends the process without closing it.
         """
         if self.world.size == 1:
             return
@@ -94,7 +93,7 @@ class Session:
         dist.barrier()
 
     def _clean(self) -> None:
-        """Remove the status files of this start and of those that were killed; one that was refused just now may still read its own."""
+        """Remove the status files of this start and of earlier ones, except a start that was just refused and may still read its own."""
         for folder in self._folder.parent.iterdir():
             with suppress(OSError):
                 old = time.time() - folder.stat().st_mtime > _STALE_SECONDS

@@ -1,6 +1,6 @@
-"""The stage key: what a stage's numbers depend on, in one hash. Same key: the stage is done; changed key: it runs again.
+"""The stage key: one hash of all that a stage's numbers depend on. A finished stage with the same key is skipped, else it runs again.
 
-Devices, strategy, paths, data loader workers, checkpoint interval and loggers are not in it: they change no numbers.
+Devices, strategy, paths, data loader workers, checkpoint interval and loggers are not part of it, because they change no numbers.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from ...models.common.files import sha256_json
 from ...trainer.plan import WARMUP
 from ...trainer.settings import TrainerSettings
 
-# Settings of a stage that say how often to save, where weights lie meanwhile, or what is agreed to, not what to compute.
+# Settings of a stage that do not change what it computes: how often it saves, where weights are kept, and what the user accepts.
 _NOT_NUMBERS = {"checkpoint_every", "stream", "allow_partial"}
 _TRAINER_NUMBERS = ("precision", "global_batch_tokens", "gradient_clip", "save_dtype", "optimizer")
 
@@ -38,7 +38,7 @@ def stage_key(
         teacher: content hash and dtype of the teacher, None without one.
         trainer: precision, global batch, clipping and save dtype are taken from it.
         seed: the recipe's seed.
-        sparse: matrices whose zeros the stage keeps; the input's bytes do not say so.
+        sparse: matrices whose zeros the stage keeps; the bytes of the input do not show which these are.
     """
     chosen = {key: value for key, value in asdict(settings).items() if key not in _NOT_NUMBERS}
     if "warmup" in chosen and chosen["warmup"] is None:

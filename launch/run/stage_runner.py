@@ -1,4 +1,4 @@
-"""Runs the stages of a recipe one after the other: done ones are skipped, broken ones resumed, every model is measured."""
+"""Runs the stages of a recipe in order: skips finished ones, resumes interrupted ones, and measures every model."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,10 @@ class StageRunner:
 
     Args:
         run: What all stages share.
-        folder: Of the run.
-        session: Of this start.
-        record: What every model folder of the run says about its origin.
-        rows: Takes the figures of each model.
+        folder: The run folder.
+        session: The session of this start.
+        record: The record of origin for every model folder of the run.
+        rows: Collects the figures of each model.
     """
 
     def __init__(self, run: RunContext, folder: RunFolder, session: Session, record: dict[str, Any], rows: ReportRows) -> None:
@@ -71,7 +71,7 @@ class StageRunner:
         return {"path": str(folder.model), "revision": None} if makes_model else at
 
     def judge(self, entry: "StageEntry") -> list[str]:
-        """Sentences about the gates of an evaluate stage that its model does not meet, the same on every rank; [] for other stages."""
+        """Return a sentence for each gate of an evaluate stage that the model fails, the same on every rank; [] for other stages."""
         if entry.kind != "evaluate":
             return []
 
@@ -129,7 +129,7 @@ def _teacher_key(teacher: TeacherRef | None) -> str | None:
     """Return the teacher's settings that change numbers."""
     if teacher is None:
         return None
-    # a cache and a server give a part of each distribution, so other numbers come out; where they lie and how they are asked changes none
+    # a cache or a server gives only a part of each distribution, which changes the numbers; its path or address does not
     kept = f":{teacher.cache.mode}:{teacher.cache.tokens}:{CACHE_FORMAT}" if teacher.cache else ""
     kept += f":served:{teacher.served.model}:{teacher.served.tokens}" if teacher.served else ""
     return f"{teacher.content}:{teacher.load_in}{kept}"

@@ -1,4 +1,4 @@
-"""Starts a recipe in one process, or under torchrun if it asks for more than one device."""
+"""Runs a recipe in this process, or under torchrun if it needs more than one device."""
 
 import os
 import sys
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from ...trainer.processes.world import World
 
 _PLANNED = "DECOCT_PLANNED"
-"""Environment variable for the started processes: the plan has been shown."""
+"""Environment variable that tells the started processes that the plan has been shown."""
 
 
 def start(recipe: "Recipe", out: Path | None, *, only_caches: bool = False) -> None:
-    """Run ``recipe`` in ``out`` (default ``runs/<name>``); raises SystemExit with the workers' code when they failed.
+    """Run ``recipe`` in ``out`` (default ``runs/<name>``); raises SystemExit with the workers' exit code if they fail.
 
     With ``only_caches`` the teacher's caches are filled and nothing is trained.
     """

@@ -1,4 +1,4 @@
-"""Inputs of a run: tokenizer, prepared text, teacher and student. Rank 0 makes each, every rank opens it."""
+"""Inputs of a run: tokenizer, prepared text, teacher and student. Rank 0 makes them, and every rank opens them."""
 
 import logging
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class RunInputs:
 
 
 def open_origin(recipe: "Recipe", session: "Session") -> RunInputs:
-    """Read the text, make or find the tokenizer, tokenize once; the same result on every rank."""
+    """Read the text, make or find the tokenizer, and tokenize once; every rank returns the same result."""
     told = session.on_first(lambda: _prepare(recipe))
     tokenizer = load_tokenizer(told["tokenizer"], revision=told["revision"])
     scratch = ScratchTeacher(Path(told["scratch"])) if told["scratch"] else None
@@ -59,7 +59,7 @@ def open_origin(recipe: "Recipe", session: "Session") -> RunInputs:
 
 
 def _rows(recipe: "Recipe") -> list[int | None]:
-    """Rows of the embeddings of the models that are given."""
+    """Return the number of embedding rows of the given models."""
     given = [(recipe.student.path, recipe.student.revision)]
     given += [(recipe.teacher.path, recipe.teacher.revision)] if recipe.teacher else []
     return [embedding_rows(load_config(path, revision=revision)) for path, revision in given if path]
@@ -141,7 +141,7 @@ def _check_vocabularies(recipe: "Recipe", tokenizer: "PreTrainedTokenizerBase") 
 
 
 def teacher_ref(recipe: "Recipe", scratch: ScratchTeacher | None) -> TeacherRef | None:
-    """How stages open the recipe's teacher; None when it has none. A scratch teacher must be finished by now."""
+    """Return how stages open the recipe's teacher; None without one. A scratch teacher must already be trained."""
     if recipe.teacher is None:
         return None
     path = str(scratch.model) if scratch else str(recipe.teacher.path)
@@ -159,7 +159,7 @@ def teacher_ref(recipe: "Recipe", scratch: ScratchTeacher | None) -> TeacherRef 
 
 
 def make_student(recipe: "Recipe", run: RunContext, folder: "StageFolder", record: dict[str, Any]) -> dict[str, Any]:
-    """Make the student's first model folder, unless it is there (rank 0). A student given by path is used where it is.
+    """Make the student's first model folder if it does not exist yet (rank 0). A student given by path is used in place.
 
     Returns: ``{"path", "revision"}`` of the folder that the first stage reads.
     """
@@ -209,9 +209,9 @@ def _build_student(recipe: "Recipe", run: RunContext, folder: "StageFolder", rec
 
 
 def _refuse_export(path: str, revision: str | None) -> None:
-    """Packed weights cannot be trained; only `evaluate` reads them."""
+    """Raise UserError for packed weights, which only `evaluate` can read."""
     if Path(path).is_dir() and getattr(load_config(path, revision=revision), "quantization_config", None):
-        raise UserError(f"{path} holds packed weights, which cannot be trained; give the folder it was exported from")
+        raise UserError(f"{path} contains packed weights, which cannot be trained; give the folder that it was exported from")
 
 
 __all__ = ["RunInputs", "make_student", "open_origin", "teacher_ref"]

@@ -1,6 +1,7 @@
-"""One boundary for errors: every kind that is expected ends in one message and an exit code, everything else is called a bug.
+"""The boundary for errors: an expected error becomes one message and an exit code; everything else is reported as a bug.
 
-2 = the user can mend it, and another start would end the same way; 1 = it failed while running, and another start may not.
+Exit code 2: the user can fix it, and another start would fail in the same way. Exit code 1: it failed while running, and another start may
+succeed.
 """
 
 import errno
@@ -14,8 +15,8 @@ from ...models.common.files import disk_reason
 from ...models.common.memory_errors import asked_for, out_of_memory
 from ...models.tokenizer.tokenizer_checks import is_panic
 
-_GOES_ON = "The same command goes on from the last checkpoint."
-# A disk or a network that may be well again when the same is started once more.
+_GOES_ON = "Run the same command again to resume from the last checkpoint."
+# Errors of a disk or network that may be gone at the next start.
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EAGAIN, errno.EBUSY)
 _PEERS = re.compile(r"gloo|NCCL|ProcessGroup|c10d|Connection (closed|reset) by peer", re.IGNORECASE)
 
@@ -27,7 +28,7 @@ class Ending:
     code: int
     message: str
     by_all: bool = False
-    """Whether it is a rank's own trouble, which the first cannot tell of."""
+    """Whether each rank reports the error itself, because rank 0 may not have it."""
 
 
 def ending_of(error: BaseException) -> Ending | None:
@@ -42,11 +43,11 @@ def ending_of(error: BaseException) -> Ending | None:
         return Ending(
             1,
             f"{whose} is out of memory{asked_for(error)}. Lower trainer.micro_batch or data.seq_length, load the teacher smaller "
-            f"(teacher.load_in: nf4, teacher.placement: offloaded), or end other programs; `decoct plan` says what is needed. {_GOES_ON}",
+            f"(teacher.load_in: nf4, teacher.placement: offloaded), or end other programs; `decoct plan` shows what is needed. {_GOES_ON}",
             by_all=True,
         )
     if isinstance(error, UnicodeError) and _has_bytes(error):
-        return Ending(2, "a file or folder has a name that is not UTF-8, which no file of ours can hold; rename it")
+        return Ending(2, "a file or folder has a name that is not UTF-8 and cannot be written into the run folder; rename it")
     if isinstance(error, OSError):
         return _of_system(error)
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
@@ -93,6 +94,6 @@ def bug_report(error: BaseException) -> str:
 
     lines = "".join(traceback.format_exception(error))
     return (
-        f"{lines}decoct: this is a bug in decoct {__version__}: {type(error).__name__}. Please report it with the lines above. What "
-        f"was finished is whole in the run folder. {_GOES_ON}"
+        f"{lines}decoct: this is a bug in decoct {__version__}: {type(error).__name__}. Please report it with the lines above. Finished "
+        f"stages are intact in the run folder. {_GOES_ON}"
     )

@@ -1,4 +1,4 @@
-"""The console for all output; text from files, servers or names cannot control the terminal."""
+"""The console for all output. It keeps text from files, servers and names from controlling the terminal."""
 
 import os
 import sys
@@ -18,19 +18,19 @@ class OutputClosedError(DecoctError):
 
 
 class CleanConsole(Console):
-    """rich's console, but text keeps no control characters, and a closed pipe ends the program with a message."""
+    """rich's console, except that it removes control characters from text and ends the program with a message when the pipe is closed."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Segments of text are cleaned; those with which rich itself moves the cursor stay as they are."""
+        """Clean segments of text; rich's own segments that move the cursor stay as they are."""
         for segment in super().render(renderable, options):
             text = segment.text if segment.control else printable(segment.text)
             yield segment if text is segment.text or text == segment.text else Segment(text, segment.style)
 
     def on_broken_pipe(self) -> None:
-        """End with a message on the other stream instead of in silence."""
+        """End with a message on stderr instead of silently."""
         self.quiet = True
         # otherwise Python reports an error when it flushes the stream at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OutputClosedError(
-            "what is printed is no longer read (the pipe was closed); the same command goes on from the last checkpoint"
+            "the output is no longer read (the pipe was closed); run the same command again to resume from the last checkpoint"
         )

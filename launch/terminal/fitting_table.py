@@ -1,4 +1,4 @@
-"""Tables for a console of any width: text wraps, numbers are never cut, and columns that do not fit are left out with a note."""
+"""Tables for a console of any width: text wraps, numbers are never cut, and columns that do not fit are dropped with a note."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _WIDEST_WORD = 24
-"""Characters that a column of text gets at least, where it has words that long; longer words are folded."""
+"""Largest minimum width of a text column in characters; longer words are folded."""
 
 
 def fitting_table(
@@ -21,15 +21,15 @@ def fitting_table(
     short: Mapping[str, str] | None = None,
     elsewhere: str = "",
 ) -> "Table":
-    """A table that is at most ``width`` characters wide, if it can be.
+    """Return a table that is at most ``width`` characters wide, if possible.
 
     Args:
-        headings: Of the columns.
-        rows: Cells as plain text, as many as headings.
-        text: Headings of the columns that hold text, to the left and in as many lines as it takes; the others hold numbers.
-        left_out_first: Headings in the order in which a narrow table does without them; the others always stand.
-        short: Headings' short forms, used as soon as the table does not fit as it is.
-        elsewhere: Who has what is left out, such as 'report.md has them'.
+        headings: Headings of the columns.
+        rows: Cells as plain text, one per heading.
+        text: Headings of text columns, which are left-aligned and wrap; the others hold numbers.
+        left_out_first: Headings in the order in which a narrow table drops them; the others are always shown.
+        short: Short forms of headings, used if the whole table does not fit.
+        elsewhere: Where to find the dropped columns, such as 'report.md has them'.
     """
     shown = list(headings)
     table = _table(title, headings, rows, shown, text, {})
@@ -40,7 +40,7 @@ def fitting_table(
         shown = [heading for heading in shown if heading != left_out]
         table = _table(title, headings, rows, shown, text, short or {})
     if missing := [heading for heading in headings if heading not in shown]:
-        table.caption = "; ".join(filter(None, [f"left out for want of room: {', '.join(missing)}", elsewhere]))
+        table.caption = "; ".join(filter(None, [f"columns left out to fit the width: {', '.join(missing)}", elsewhere]))
         table.caption_justify = "left"
     return table
 

@@ -28,7 +28,7 @@ SENTENCES = sorted(set(_BY_NAME.values()))
         ("max_steps", "'steps'"),
         ("output_dir", "--out"),
         ("bf16", "trainer.precision"),
-        ("fp16", "fp16 is not trained in"),
+        ("fp16", "training in fp16 is not supported"),
         ("--dry-run", "decoct plan"),
         ("wbits", "weights.bits"),
         ("max_seq_length", "data.seq_length"),

@@ -77,7 +77,7 @@ BROKEN = {
     "empty stages": (HEAD + "stages: []\n", f"my.yaml:4: stages: is empty; name at least one of {KINDS}"),
     "stages as a mapping": (
         HEAD + "stages:\n  distill: {tokens: 1M}\n",
-        "my.yaml:4: stages: wants a list of stages ('- distill: {tokens: 10M}' and so on, in order); got a section of keys",
+        "my.yaml:4: stages: must be a list of stages ('- distill: {tokens: 10M}' and so on, in order); got a section of keys",
     ),
     "unsafe stage name": (
         HEAD + "stages:\n  - distill: {tokens: 1M, name: ../x}\n",
@@ -94,36 +94,36 @@ BROKEN = {
     ),
     "wrong suffix": (
         HEAD + "stages:\n  - distill: {tokens: 1m}\n",
-        "my.yaml:5: stages.0.distill.tokens: wants a whole number (64, 500k, 2M); got '1m'; suffixes are k, M and B (powers of 1000)",
+        "my.yaml:5: stages.0.distill.tokens: must be a whole number (64, 500k, 2M); got '1m'; suffixes are k, M and B (powers of 1000)",
     ),
     "half a step": (
         HEAD + "stages:\n  - distill: {steps: 1.5}\n",
-        "my.yaml:5: stages.0.distill.steps: wants a whole number (64, 500k, 2M); got '1.5'",
+        "my.yaml:5: stages.0.distill.steps: must be a whole number (64, 500k, 2M); got '1.5'",
     ),
     "percentage of tokens": (
         HEAD + "stages:\n  - distill: {tokens: 500%}\n",
-        "my.yaml:5: stages.0.distill.tokens: wants a whole number (64, 500k, 2M); got '500%'",
+        "my.yaml:5: stages.0.distill.tokens: must be a whole number (64, 500k, 2M); got '500%'",
     ),
     "boolean for a number": (
         HEAD + STAGES + "trainer: {devices: true}\n",
-        "my.yaml:6: trainer.devices: wants a whole number (64, 500k, 2M) or 'auto'; got 'true'",
+        "my.yaml:6: trainer.devices: must be a whole number (64, 500k, 2M) or 'auto'; got 'true'",
     ),
     "number for a boolean": (
         HEAD + STAGES + "trainer: {deterministic: 1}\n",
-        "my.yaml:6: trainer.deterministic: wants true or false; got '1'",
+        "my.yaml:6: trainer.deterministic: must be true or false; got '1'",
     ),
     "unknown choice": (
         HEAD + "stages:\n  - distill: {tokens: 1M, schedule: cosin}\n",
-        "my.yaml:5: stages.0.distill.schedule: wants 'cosine', 'linear' or 'constant'; got 'cosin', did you mean 'cosine'?",
+        "my.yaml:5: stages.0.distill.schedule: must be 'cosine', 'linear' or 'constant'; got 'cosin', did you mean 'cosine'?",
     ),
     "value where a section belongs": (
         HEAD + "stages:\n  - distill: {tokens: 1M, loss: forward_kl}\n",
-        "my.yaml:5: stages.0.distill.loss: wants a section with keys divergence, temperature, t_squared, beta, alpha, balance, "
+        "my.yaml:5: stages.0.distill.loss: must be a section with keys divergence, temperature, t_squared, beta, alpha, balance, "
         "head_mass, hard_weight; got 'forward_kl'",
     ),
     "short list": (
         HEAD + "stages:\n  - distill: {tokens: 1M, betas: [0.9]}\n",
-        "my.yaml:5: stages.0.distill.betas: wants a list of 2 numbers; got a list of 1",
+        "my.yaml:5: stages.0.distill.betas: must be a list of 2 numbers; got a list of 1",
     ),
     "missing key": (
         HEAD + "stages:\n  - prune:\n      structured: {}\n",
@@ -152,7 +152,7 @@ BROKEN = {
     ),
     "distill without a teacher": (
         NO_TEACHER + STAGES,
-        "my.yaml:4: stages.0.distill: learns from a teacher, and the recipe has none; add one (teacher: {path: ...}), or train on the text "
+        "my.yaml:4: stages.0.distill: learns from a teacher, but the recipe has none; add one (teacher: {path: ...}), or train on the text "
         "alone with loss: {hard_weight: 1.0}",
     ),
     "a cache for a divergence that needs everything": (
@@ -163,24 +163,24 @@ BROKEN = {
     ),
     "a cache that nobody reads": (
         HEAD.replace("teacher: {path: a/teacher}", "teacher: {path: a/teacher, cache: top_k}") + "stages: [quantize]\n",
-        "my.yaml:1: teacher.cache: is read by no stage: none learns from the recipe's teacher; remove it",
+        "my.yaml:1: teacher.cache: is not used: no stage learns from the recipe's teacher; remove it",
     ),
     "teacher: recipe without one": (
         NO_TEACHER + "stages:\n  - qat: {tokens: 1M, teacher: recipe}\n",
-        "my.yaml:4: stages.0.qat.teacher: is 'recipe', and the recipe has no teacher; add one, or set teacher: input",
+        "my.yaml:4: stages.0.qat.teacher: is 'recipe', but the recipe has no teacher; add one, or set teacher: input",
     ),
     "student cut from no teacher": (
         "student: {keep: {layers: 4}}\ndata: {builtin: python-stdlib}\nstages: [quantize]\n",
-        "my.yaml:1: student.keep: cuts the student from the teacher, and the recipe has none; add a teacher, or give student.path",
+        "my.yaml:1: student.keep: cuts the student from the teacher, but the recipe has no teacher; add one, or give student.path",
     ),
     "gate without a teacher": (
         NO_TEACHER + "stages:\n  - evaluate: {max_perplexity_increase: 5%}\n",
-        "my.yaml:4: stages.0.evaluate.max_perplexity_increase: compares with the teacher, and the recipe has none; "
-        "add a teacher, or remove the gate",
+        "my.yaml:4: stages.0.evaluate.max_perplexity_increase: compares with the teacher, but the recipe has no "
+        "teacher; add one, or remove the gate",
     ),
     "a password in the address of a served teacher": (
         HEAD.replace("path: a/teacher", "path: a/teacher, served: {url: 'https://me:canary@host/v1', model: big}") + STAGES,
-        "my.yaml:1: teacher.served.url: holds an address with a name or password in it (://...@); give the bare address",
+        "my.yaml:1: teacher.served.url: contains an address with a name or password (://...@); give the address without it",
     ),
     "a key in the address of a served teacher": (
         HEAD.replace("path: a/teacher", "path: a/teacher, served: {url: 'https://host/v1?key=canary', model: big}") + STAGES,
@@ -189,7 +189,7 @@ BROKEN = {
     ),
     "a password in any address": (
         HEAD.replace("a/teacher", "https://me:canary@host/m") + STAGES,
-        "my.yaml:1: teacher.path: holds an address with a name or password in it (://...@); give the bare address",
+        "my.yaml:1: teacher.path: contains an address with a name or password (://...@); give the address without it",
     ),
     "setting that pretrain ignores": (
         HEAD + "stages:\n  - pretrain: {tokens: 1M, loss: {temperature: 2}}\n",
@@ -233,18 +233,18 @@ BROKEN = {
     ),
     "export of nothing quantized": (
         HEAD + STAGES + "  - export\n",
-        "my.yaml:6: stages.1.export: packs the codes that a 'qat' or 'quantize' stage writes, and never rounds; stages.0 (distill) "
-        "comes last before it and writes none; put one of the two before it",
+        "my.yaml:6: stages.1.export: packs the codes that a 'qat' or 'quantize' stage writes, and never rounds; the last stage before it, "
+        "stages.0 (distill), writes none; put one of the two before it",
     ),
     "export after training undid the codes": (
         HEAD + "stages:\n  - quantize\n  - distill: {tokens: 1M}\n  - export\n",
-        "my.yaml:7: stages.2.export: packs the codes that a 'qat' or 'quantize' stage writes, and never rounds; stages.1 (distill) "
-        "comes last before it and writes none; put one of the two before it",
+        "my.yaml:7: stages.2.export: packs the codes that a 'qat' or 'quantize' stage writes, and never rounds; the last stage before it, "
+        "stages.1 (distill), writes none; put one of the two before it",
     ),
     "unknown export format": (
         HEAD + "stages:\n  - quantize\n  - export: {formats: [guff]}\n",
-        "my.yaml:6: stages.1.export.formats.0: wants 'compressed-tensors', 'gguf', 'gguf-q2_0', 'gptq', 'gptq_v2', 'awq', 'safetensors' or "
-        "'safetensors-f32'; got 'guff', did you mean 'gguf'?",
+        "my.yaml:6: stages.1.export.formats.0: must be 'compressed-tensors', 'gguf', 'gguf-q2_0', 'gptq', 'gptq_v2', 'awq', "
+        "'safetensors' or 'safetensors-f32'; got 'guff', did you mean 'gguf'?",
     ),
     "no text left to train on": (
         HEAD.replace("seq_length: 256", "eval_tokens: all") + STAGES,
@@ -252,7 +252,7 @@ BROKEN = {
     ),
     "unknown logger": (
         HEAD + STAGES + "logger: wanbd\n",
-        "my.yaml:6: logger.kind: wants 'wandb', 'csv' or 'none'; got 'wanbd', did you mean 'wandb'?",
+        "my.yaml:6: logger.kind: must be 'wandb', 'csv' or 'none'; got 'wanbd', did you mean 'wandb'?",
     ),
     "unsafe name of the run": (
         "name: runs/x\n" + HEAD + STAGES,
@@ -288,12 +288,12 @@ BROKEN |= {
     ),
     "epochs": (
         HEAD + "stages:\n  - distill: {tokens: 1M, epochs: 3}\n",
-        "my.yaml:5: stages.0.distill.epochs: unknown key: a stage is as long as its 'tokens' (or 'steps') say, and there are no epochs: "
-        f"N times over a text is N times its tokens; valid here: {STAGE_KEYS}",
+        "my.yaml:5: stages.0.distill.epochs: unknown key: there are no epochs: the length of a stage is its 'tokens' (or 'steps'), and "
+        f"N epochs of a text are N times its tokens; valid here: {STAGE_KEYS}",
     ),
     "more steps than can be counted": (
         HEAD + "stages:\n  - distill: {steps: 1e30}\n",
-        "my.yaml:5: stages.0.distill.steps: wants a whole number (64, 500k, 2M); got '1e30'; the largest whole number is "
+        "my.yaml:5: stages.0.distill.steps: must be a whole number (64, 500k, 2M); got '1e30'; the largest whole number is "
         "9,223,372,036,854,775,807",
     ),
     "a seed in the wrong place": (
@@ -363,13 +363,13 @@ def test_data_without_a_file_is_told_by_key_path() -> None:
     assert str(caught.value).splitlines() == [
         "the recipe has 2 problems:",
         "  needs the key 'name': the name of the run and its folder",
-        "  stages.0.qat.tokens: wants a whole number (64, 500k, 2M); got '1x'; suffixes are k, M and B (powers of 1000)",
+        "  stages.0.qat.tokens: must be a whole number (64, 500k, 2M); got '1x'; suffixes are k, M and B (powers of 1000)",
     ]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), True, 1.5, {"a": 1}, [1]])
 def test_data_of_the_wrong_type_is_refused(value: object) -> None:
-    with pytest.raises(UserError, match=r"stages\.0\.qat\.tokens: wants a whole number"):
+    with pytest.raises(UserError, match=r"stages\.0\.qat\.tokens: must be a whole number"):
         recipe_from_dict(
             {"name": "x", "student": {"path": "x"}, "data": {"builtin": "python-stdlib"}, "stages": [{"qat": {"tokens": value}}]}
         )
@@ -382,5 +382,5 @@ def test_data_that_is_no_plain_value_is_refused() -> None:
 
 @pytest.mark.parametrize("key", [1, "a\ud800", "a\x1b"])
 def test_data_with_a_key_that_is_no_plain_text_is_refused(key: object) -> None:
-    with pytest.raises(UserError, match="is no plain text; keys are strings"):
+    with pytest.raises(UserError, match="is not plain text; keys are printable strings"):
         recipe_from_dict({"name": "x", "student": {"config": {key: 1}}})

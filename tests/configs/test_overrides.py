@@ -93,7 +93,7 @@ STAGES = "stages: 0 (01-distill), 1 (02-prune), 2 (03-recover), 3 (04-qat), 4 (0
     [
         ("trainer.precison=32", ": trainer.precison: unknown key, did you mean 'precision'? valid here: devices, "),
         ("trianer.precision=32", ": trianer: unknown key, did you mean 'trainer'? valid here: name, "),
-        ("trainer.precision=16", ": trainer.precision: wants '32' or 'bf16-mixed'; got '16'"),
+        ("trainer.precision=16", ": trainer.precision: must be '32' or 'bf16-mixed'; got '16'"),
         ("stages.0.tokns=1M", ": stages.0.distill.tokns: unknown key, did you mean 'tokens'? valid here: name, tokens, "),
         (
             "stages.0.loss.temprature=2",

@@ -32,7 +32,7 @@ UNREADABLE = {
     ),
     "colon in text": (
         "name: a: b\n",
-        "my.yaml:1: not readable as YAML: mapping values are not allowed here; quote text that holds a colon and a space",
+        "my.yaml:1: not readable as YAML: mapping values are not allowed here; quote text that contains a colon and a space",
     ),
     "tag": (
         "a: !!python/object/apply:os.system [ls]",
@@ -40,20 +40,20 @@ UNREADABLE = {
         "is not allowed in a recipe; quote the text if it is meant literally",
     ),
     "two documents": ("a: 1\n---\nb: 2\n", "my.yaml:3: a second YAML document; a recipe file holds one recipe"),
-    "deep": ("[" * 5000, "my.yaml:1: nested more than 16 levels deep; no recipe is"),
+    "deep": ("[" * 5000, "my.yaml:1: nested more than 16 levels deep, which no recipe needs"),
     "long": ("[" + "1," * 400_000 + "]", "my.yaml:1: more than 10,000 keys and values; is this a recipe?"),
     "deep in keys": ("{" * 5000, "my.yaml:1: a list or mapping cannot be a key"),
     "mapping as a key": ("{a: b}: c\n", "my.yaml:1: a list or mapping cannot be a key"),
     "character out of range": ('a: "\\Uffffffff"', "my.yaml: not readable as YAML: "),
     "control character": ("a: \x00", "my.yaml: not readable as YAML: unacceptable character #x0000: special characters are not allowed"),
-    "escape in a key": ('"a\\e[2J": 1', "my.yaml:1: a key holds characters that cannot be printed; write plain text"),
+    "escape in a key": ('"a\\e[2J": 1', "my.yaml:1: a key contains characters that cannot be printed; write plain text"),
     "escape in a value": (
         'name: "a\\e[2J"',
-        "my.yaml has 4 problems:\n  my.yaml:1: name: holds characters that cannot be printed; write plain text on one line",
+        "my.yaml has 4 problems:\n  my.yaml:1: name: contains characters that cannot be printed; write plain text on one line",
     ),
     "lone surrogate": (
         'name: "a\\ud800"',
-        "my.yaml has 4 problems:\n  my.yaml:1: name: holds characters that cannot be printed; write plain text on one line",
+        "my.yaml has 4 problems:\n  my.yaml:1: name: contains characters that cannot be printed; write plain text on one line",
     ),
     "not UTF-8": (b"name: a\nseed: \xff\n", "my.yaml:2: not UTF-8 text (byte 14); is this a recipe?"),
     "too large": (

@@ -174,7 +174,7 @@ def test_shells_complete_verbs_and_options() -> None:
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        (["run", "quickstart", "--dry-run"], "`decoct plan RECIPE` says what a run would do"),
+        (["run", "quickstart", "--dry-run"], "`decoct plan RECIPE` shows what a run would do"),
         (["run", "quickstart", "--lr", "1e-4"], "stages.0.learning_rate=1e-4"),
         (["distill", "x", "--learning-rate", "1e-4"], "learning_rate=VALUE with a single verb"),
         (["distill", "x", "--precision", "32"], "write trainer.precision=VALUE"),

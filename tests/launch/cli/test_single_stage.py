@@ -63,7 +63,7 @@ def test_quantize_by_gptq_on_text(tiny: dict[str, Any], run: Any, verb: Any, cor
     assert len(list((tmp_path / "gptq").glob("01-quantize.*"))) == 1, "what other text gave is kept aside"
     refusal = "calibration_tokens=4000 has no effect with method=rtn: it belongs to gptq and mse"
     assert refusal in quantize("--calibration-tokens", "4k", "--out", "no", code=2)
-    assert "wants 'rtn', 'mse' or 'gptq'; got 'gptk', did you mean 'gptq'?" in quantize("--method", "gptk", "--out", "no", code=2)
+    assert "must be 'rtn', 'mse' or 'gptq'; got 'gptk', did you mean 'gptq'?" in quantize("--method", "gptk", "--out", "no", code=2)
 
 
 def test_verb_recipe_is_one_stage_on_the_given_model() -> None:

@@ -27,8 +27,8 @@ def test_a_good_machine_has_no_findings() -> None:
         ({"torch": "2.9.1"}, "CVE-2026-24747", True),
         ({"torch": "2.10.0", "triton": "3.6.0"}, "older than any", False),
         ({"transformers": "4.57.1"}, "another interface", True),
-        ({"triton": "3.9.0"}, "not the one that torch 2.13.0+cpu wants", False),
-        ({"pytorch-lightning": "2.5.0"}, "beside pytorch-lightning 2.5.0", False),
+        ({"triton": "3.9.0"}, "is not what torch 2.13.0+cpu needs", False),
+        ({"pytorch-lightning": "2.5.0"}, "and pytorch-lightning 2.5.0 are both installed", False),
         ({"python": "3.10.4"}, "outside 3.11 to 3.13", True),
     ],
 )

@@ -91,8 +91,8 @@ def test_heads_are_counted_by_the_familys_own_names(tmp_path: Path) -> None:
     stages = [{"quantize": {"weights": {"bits": 4, "group_size": 16}}}, {"export": {}}]
     made = {"name": "f", "student": {"path": str(tmp_path / "falcon")}, "data": {"files": ["x"], "seq_length": 32}, "stages": stages}
     (found,) = [v for v in plan(recipe_from_dict(made, ()), tensor_parallel=3).stages[1].verdicts if v.target == "vLLM"]
-    assert "8 heads cannot be dealt to 3 GPUs" in found.reason
-    assert "2 key/value heads cannot be dealt to 3 GPUs" in found.reason
+    assert "8 heads cannot be distributed over 3 GPUs" in found.reason
+    assert "2 key/value heads can neither be distributed over 3 GPUs" in found.reason
 
 
 @pytest.mark.parametrize("stage", [QUANTIZE, {"prune": {"magnitude": {"keep": 0.5}}}, {"qat": {"steps": 4, "weights": {"group_size": 16}}}])
@@ -118,7 +118,7 @@ def test_a_part_of_the_weights_is_refused_unless_it_is_agreed_to(tmp_path: Path)
     assert made.stages[0].coverage == pytest.approx(0.1424, abs=1e-3)
     assert "01-quantize: quantizes 14.2% of the decoder's weights\n" in short_form(made)
     silent = replace(made, stages=[replace(made.stages[0], not_exported="model type 'x': why")])
-    assert "of the decoder's weights; what it makes cannot be exported: model type 'x': why" in short_form(silent)
+    assert "of the decoder's weights; its result cannot be exported: model type 'x': why" in short_form(silent)
 
 
 def test_what_skip_names_needs_no_further_word(tmp_path: Path) -> None:

@@ -47,12 +47,19 @@ def test_a_plain_int4_llama_loads_on_the_fast_path() -> None:
     ("changes", "spec", "ranks", "outcome", "reason", "fix"),
     [
         ({}, {"bits": 3}, 1, "no", "4 and 8 bits, not 3", "weights.bits=4"),
-        ({}, {"group_size": 16}, 1, "no", "Marlin has groups of 32, 64, 128", "weights.group_size=32"),
+        ({}, {"group_size": 16}, 1, "no", "Marlin takes groups of 32, 64, 128", "weights.group_size=32"),
         ({"intermediate_size": 8256}, {"group_size": 64}, 1, "slower", "gate_proj is 8,256", ""),
         ({"intermediate_size": 8224}, {"group_size": 32}, 1, "slower", "8,224", "prune.structured.ffn=8192"),
-        ({"intermediate_size": 8064}, {}, 2, "no", "down_proj takes 8,064 inputs", "prune.structured.ffn=7936"),
+        ({"intermediate_size": 8064}, {}, 2, "no", "down_proj has 8,064 inputs", "prune.structured.ffn=7936"),
         ({"num_key_value_heads": 8}, {}, 16, "ok", "padded", ""),
-        ({"num_attention_heads": 32, "num_key_value_heads": 4}, {}, 6, "no", "32 heads cannot be dealt to 6", "--tensor-parallel 4"),
+        (
+            {"num_attention_heads": 32, "num_key_value_heads": 4},
+            {},
+            6,
+            "no",
+            "32 heads cannot be distributed over 6",
+            "--tensor-parallel 4",
+        ),
     ],
 )
 def test_what_marlin_and_tensor_parallelism_want(
@@ -79,7 +86,7 @@ def test_the_named_ffn_really_is_legal() -> None:
 def test_fused_projections_need_one_scheme() -> None:
     outcome, reason, fix = _of(_llama(), skip=("*.q_proj",))
     assert outcome == "no"
-    assert "skip leaves out q_proj alone" in reason
+    assert "skip leaves out only q_proj" in reason
     assert fix == "skip=[*.q_proj,*.k_proj,*.v_proj]"
     assert _of(_llama(), skip=("*.q_proj", "*.k_proj", "*.v_proj"))[0] == "ok"
     assert _of(_llama(), skip=("*.down_proj",))[0] == "ok"
@@ -116,7 +123,7 @@ def test_qwen2_has_no_head_dim_of_its_own_in_vllm() -> None:
 
 def test_blocks_of_llama_cpp_and_onnx() -> None:
     assert _of(_llama(), "llama.cpp")[::2] == ("no", "export.formats=[compressed-tensors,gguf]")
-    assert _of(_llama(), "llama.cpp", formats=("gguf",)) == ("ok", "blocks hold groups of this size exactly", "")
+    assert _of(_llama(), "llama.cpp", formats=("gguf",)) == ("ok", "its blocks hold groups of this size exactly", "")
     assert _of(_llama(), formats=("gguf",))[::2] == ("no", "export.formats=[gguf,compressed-tensors]")
     outcome, reason, fix = _of(_llama(), "llama.cpp", formats=("gguf",), group_size=16)
     assert (outcome, "multiple" in reason, fix) == ("no", True, "weights.group_size=32")

@@ -121,7 +121,7 @@ def test_no_number_is_cut_at_any_common_width(width: int, report: dict[str, Any]
     assert "\u2026" not in text
     assert max(map(len, text.splitlines())) <= width
     words = " ".join(text.split())
-    told = words.partition("left out for want of room: ")[2].partition(";")[0].split(", ")
+    told = words.partition("columns left out to fit the width: ")[2].partition(";")[0].split(", ")
     missing = [heading for heading in HEADINGS if heading in told]
     assert missing == ([] if width == WIDE else [heading for heading in told if heading])
     for place, heading in enumerate(HEADINGS):

@@ -86,7 +86,7 @@ def test_a_bug_keeps_its_traceback_and_says_so(monkeypatch: pytest.MonkeyPatch, 
     assert ended(KeyError("\x1b[2J"), monkeypatch) == 1
     told = capsys.readouterr().err
     assert told.startswith("Traceback")
-    assert "goes on from the last checkpoint" in told.splitlines()[-1]
+    assert "resume from the last checkpoint" in told.splitlines()[-1]
     assert "\x1b" not in told
 
 

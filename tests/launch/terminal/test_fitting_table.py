@@ -39,10 +39,10 @@ def test_short_headings_come_before_a_column_goes() -> None:
 
 def test_columns_go_in_order_and_are_named() -> None:
     text = drawn(42, left_out_first=("time", "bytes"), elsewhere="the file has them")
-    assert "left out for want of room: time" in text
+    assert "columns left out to fit the width: time" in text
     assert "1 min" not in text and "12.34 MB" in text and "1,234,567" in text
     words = " ".join(drawn(30, left_out_first=("time", "bytes"), elsewhere="the file has them").split())
-    assert "left out for want of room: bytes, time; the file has them" in words
+    assert "columns left out to fit the width: bytes, time; the file has them" in words
 
 
 def test_a_long_word_is_folded() -> None:

@@ -1,0 +1,61 @@
+"""Checks of the widths that a recipe is known to have: FFN channels that pruning keeps, and group sizes."""
+
+from pathlib import Path
+from typing import Any
+
+from ..qat.spec import USUAL_GROUPS
+from ..trainer.settings_pruning import PruneSettings
+from ..trainer.settings_quantization import QatSettings, QuantizeSettings
+from .architectures import HUB_IDS, architecture
+from .draft import Draft, key_path
+from .problems import Problems
+from .recipe import StageEntry
+
+
+def known_numbers(draft: Draft) -> dict[str, int]:
+    """Return depth and widths of the model that the student starts from, as far as they are known without opening a model."""
+    if draft.student is None:
+        return {}
+    # a student given by path is not opened here; the plan does that
+    config: dict[str, Any] = draft.student.config or {}
+    if draft.student.keep and draft.teacher:
+        if draft.teacher.scratch:
+            scratch = draft.teacher.scratch
+            return {"layers": scratch.layers, "hidden": scratch.hidden, "ffn": scratch.ffn}
+        # a local folder of the same name wins, and its config is not read here
+        path = draft.teacher.path or ""
+        config = architecture(path) if path in HUB_IDS and not Path(path).exists() else {}
+    named = {"layers": config.get("num_hidden_layers"), "hidden": config.get("hidden_size"), "ffn": config.get("intermediate_size")}
+    # whatever the config holds there, only whole numbers are judged; their types are checked when the config is built
+    return {name: number for name, number in named.items() if type(number) is int and number > 0}
+
+
+def check_widths(draft: Draft, problems: Problems) -> None:
+    """Check that pruning keeps no more FFN channels than there are, and that group sizes divide the widths at their stage."""
+    widths = {name: number for name, number in known_numbers(draft).items() if name != "layers"}
+    for entry in draft.stages:
+        settings = entry.settings if entry else None
+        if entry and isinstance(settings, PruneSettings) and settings.structured:
+            kept = settings.structured.ffn
+            if kept > widths.get("ffn", kept):
+                problems.add(key_path(entry, "structured", "ffn"), f"keeps {kept} FFN channels of a student that has {widths['ffn']} here")
+            # later stages meet the narrower FFN
+            elif "ffn" in widths:
+                widths["ffn"] = kept
+        # skipped and overridden modules may be the very ones that do not fit; the plan, which knows the model, checks these recipes
+        if entry and isinstance(settings, QatSettings | QuantizeSettings) and not settings.skip and not settings.overrides:
+            _check_group(entry, settings.weights.group_size, widths, problems)
+
+
+def _check_group(entry: StageEntry, group: int | str, widths: dict[str, int], problems: Problems) -> None:
+    """Check that a group size divides every width; one message names all widths that it does not divide."""
+    if isinstance(group, str):
+        return
+    words = {"hidden": "hidden size", "ffn": "FFN channels"}
+    broken = [f"{words[name]} ({width:,})" for name, width in widths.items() if width % group]
+    if not broken:
+        return
+    fits = [size for size in USUAL_GROUPS if all(width % size == 0 for width in widths.values())]
+    hint = f"use {' or '.join(map(str, fits))}" if fits else "use channel"
+    message = f"{group} does not divide the student's {' and '.join(broken)} at this stage; {hint}, or skip these modules"
+    problems.add(key_path(entry, "weights", "group_size"), message)
