@@ -7,8 +7,10 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
-# One thread a process: test workers and the processes they start share the cores.
-TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --durations=40 --durations-min=1
+# One thread a process: test workers and the processes they start share the cores. A file's tests stay together, as they share fixtures,
+# and files run in the order of tests/conftest.py.
+TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline HF_HUB_OFFLINE=1 $(BIN)/pytest
+TEST += -n auto --dist loadfile --no-loadscope-reorder --durations=40 --durations-min=1
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart check format lint types docs docs-serve reference fast imports test test-slow test-serving test-serving-llama-cpp test-serving-vllm test-serving-gptq test-serving-onnx test-serving-mlx test-serving-lm-eval bench bench-gpu clean
@@ -29,8 +31,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: install ## the whole path on a CPU: teacher, distil, prune, QAT, export, verify, report (some minutes on 2 cores after installing)
 	$(BIN)/decoct run configs/quickstart.yaml
 
-check: format lint types docs ## formatting, lint, types, the documentation and the fast tests
-	$(TEST) -m 'not slow and not serving' $(PYTEST_ARGS)
+check: format lint types docs fast ## formatting, lint, types, the documentation and the fast tests; with -j2 side by side
 
 format: install
 	$(BIN)/ruff format --check .

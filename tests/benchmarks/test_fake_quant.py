@@ -1,11 +1,12 @@
 """The benchmark of fake quantization runs where there is no GPU, and stops when the thing it times is wrong."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from ..support.warm_python import WarmPython
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "fake_quant.py"
 pytestmark = pytest.mark.slow
@@ -19,9 +20,9 @@ runpy.run_path({script!r}, run_name="__main__")
 """
 
 
-def test_quick_writes_its_rows(tmp_path: Path) -> None:
+def test_quick_writes_its_rows(warm: WarmPython, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    done = subprocess.run([sys.executable, str(SCRIPT), "--quick", "--json", str(file)], capture_output=True, text=True, timeout=300)
+    done = warm.run([str(SCRIPT), "--quick", "--json", str(file)])
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads(file.read_text())
     found = {row["system"]: row["value"] for row in written["rows"] if row["case"] == "256x512-g128" and row["metric"] == "seconds_ratio"}
@@ -30,7 +31,7 @@ def test_quick_writes_its_rows(tmp_path: Path) -> None:
     assert any(row["case"].startswith("a step") for row in written["rows"])
 
 
-def test_wrong_values_are_not_timed() -> None:
-    done = subprocess.run([sys.executable, "-c", WRONG.format(script=str(SCRIPT))], capture_output=True, text=True, timeout=300)
+def test_wrong_values_are_not_timed(benchmark: Any) -> None:
+    done = benchmark(WRONG.format(script=str(SCRIPT)))
     assert done.returncode == 1
     assert "what they cost means nothing" in done.stderr

@@ -1,18 +1,15 @@
 """The benchmark of serving runs, says what is missing, and times nothing that is wrong."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")]
 
 SMALL = """
-import sys
-sys.path.insert(0, {folder!r})
 import serving
 import serving_student
 serving.LAYERS["quick"], serving.WIDER["quick"], serving_student.STEPS = 1, 2, 150
@@ -22,12 +19,10 @@ sys.argv = ["serving.py", "--quick", "--json", {file!r}, "--peers", sys.executab
 serving.main()
 """
 SAME_FUNCTION = """
-import sys
-sys.path.insert(0, {folder!r})
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import serving_student
-config = LlamaConfig(vocab_size=50, num_hidden_layers=2, **{{**serving_student.SHAPE, "hidden_size": 32, "intermediate_size": 48}})
+config = LlamaConfig(vocab_size=50, num_hidden_layers=2, **{**serving_student.SHAPE, "hidden_size": 32, "intermediate_size": 48})
 model = LlamaForCausalLM(config).eval()
 wide = serving_student.widened(model, 4)
 tokens = torch.arange(40)[None]
@@ -38,18 +33,14 @@ assert (expected - found).abs().max() <= 1e-5 * expected.abs().max(), (expected 
 """
 
 
-def run(script: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
-
-
-def test_widening_keeps_the_function() -> None:
-    done = run(SAME_FUNCTION.format(folder=str(FOLDER)))
+def test_widening_keeps_the_function(benchmark: Any) -> None:
+    done = benchmark(SAME_FUNCTION)
     assert done.returncode == 0, done.stderr
 
 
-def test_it_writes_rows_of_speed_and_memory_and_of_what_is_missing(tmp_path: Path) -> None:
+def test_it_writes_rows_of_speed_and_memory_and_of_what_is_missing(benchmark: Any, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    done = run(SMALL.format(folder=str(FOLDER), file=str(file), more=""))
+    done = benchmark(SMALL.format(file=str(file), more=""))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "bf16-folder in transformers: loads it and agrees" in done.stderr
     rows = {(row["case"], row["system"], row["metric"]): row["value"] for row in json.loads(file.read_text())["rows"]}
@@ -72,9 +63,9 @@ runtimes.load_exported_model = other
 """
 
 
-def test_it_times_nothing_that_is_wrong(tmp_path: Path) -> None:
+def test_it_times_nothing_that_is_wrong(benchmark: Any, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    done = run(SMALL.format(folder=str(FOLDER), file=str(file), more=WRONG))
+    done = benchmark(SMALL.format(file=str(file), more=WRONG))
     assert done.returncode != 0
     assert "transformers does not serve what was trained" in done.stderr
     assert not file.exists()

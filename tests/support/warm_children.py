@@ -3,7 +3,7 @@
 They are its children in every respect: it waits for them, signals them, and its death reaches those that ask for a word of it. Only a
 process without threads can be forked safely, and an agent of torchrun has many; so every warm process forks a spare before it does anything
 else. The spare forks a middle process for each request, and that one the new process, and ends: the kernel gives an orphan to the nearest
-ancestor that adopts (PR_SET_CHILD_SUBREAPER), which is the process that asked. Linux alone.
+ancestor that adopts (PR_SET_CHILD_SUBREAPER), which is the process that asked. On other systems what a warm process starts is cold.
 """
 
 import ctypes
@@ -25,7 +25,9 @@ Become = Callable[[dict[str, Any], list[int]], NoReturn]
 
 
 def install(become: Become) -> None:
-    """Fork the spare of this process, which has no threads yet, and let ``subprocess`` ask it."""
+    """Fork the spare of this process, which has no threads yet, and let ``subprocess`` ask it; nothing but on Linux."""
+    if sys.platform != "linux":
+        return
     ours, its = socket.socketpair()
     if not os.fork():
         ours.close()

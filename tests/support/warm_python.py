@@ -84,6 +84,8 @@ class WarmPython:
         self._server: subprocess.Popen[str] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._socket = place
+        self._starting = threading.Lock()
+        """Ranks are started by a thread each, and there is one server for all."""
 
     def start(
         self,
@@ -151,18 +153,22 @@ class WarmPython:
 
     def place(self) -> str:
         """The socket of the server, which runs then."""
-        if self._server is not None and self._server.poll() is not None:
-            # a server that died takes one test with it, not all that follow
-            self._socket = None
-        if self._socket is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="warm-")
-            place = os.path.join(self._folder.name, "socket")
-            pipe = subprocess.PIPE
-            self._server = subprocess.Popen([sys.executable, str(SERVER), place], stdin=pipe, stdout=pipe, text=True)
-            assert self._server.stdout is not None
-            assert self._server.stdout.readline() == "ready\n", "the server of warm processes did not start"
-            self._socket = place
-        return self._socket
+        with self._starting:
+            if self._server is not None and self._server.poll() is not None:
+                # a server that died takes one test with it, not all that follow
+                self._socket = None
+            if self._socket is None:
+                self._socket = self._start_server()
+            return self._socket
+
+    def _start_server(self) -> str:
+        self._folder = tempfile.TemporaryDirectory(prefix="warm-")
+        place = os.path.join(self._folder.name, "socket")
+        pipe = subprocess.PIPE
+        self._server = subprocess.Popen([sys.executable, str(SERVER), place], stdin=pipe, stdout=pipe, text=True)
+        assert self._server.stdout is not None
+        assert self._server.stdout.readline() == "ready\n", "the server of warm processes did not start"
+        return place
 
     def close(self) -> None:
         """End the own server and what it has started."""

@@ -48,7 +48,9 @@ PRELOADED = (
     "decoct.configs.loader",
     "decoct.configs.recipe",
     "decoct.qat.runtimes.transformers_process",
+    "matplotlib.backends.backend_svg",
     "matplotlib.pyplot",
+    "rich.status",
     "torch._dynamo",
     "torch.distributed.elastic.rendezvous.c10d_rendezvous_backend",
     "torch.distributed.fsdp",
@@ -152,6 +154,8 @@ def _become(request: dict[str, Any], fds: list[int]) -> NoReturn:
 
 def _show_environment(variables: dict[str, str]) -> None:
     """Write a new environment where /proc shows it: what the server has not comes first, as the room is that of its own environment."""
+    if sys.platform != "linux":
+        return
     with open("/proc/self/stat", encoding="utf-8") as stat:
         begin, end = map(int, stat.read().rpartition(")")[2].split()[47:49])
     ordered = sorted(variables.items(), key=lambda item: os.environ.get(item[0]) == item[1])

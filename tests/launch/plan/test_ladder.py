@@ -1,9 +1,8 @@
 """The precision ladder: bare figures as people quote them, and stored ones that add up."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import GPT2Config, LlamaConfig
@@ -13,10 +12,8 @@ from decoct.launch.plan.shapes import shape_of
 from decoct.models.common.errors import UserError
 
 
-def test_70b_is_280_140_70_and_35_gigabytes() -> None:
-    done = subprocess.run([sys.executable, "-m", "decoct.launch.cli", "footprint", "70B", "--json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+def test_70b_is_280_140_70_and_35_gigabytes(verb: Any) -> None:
+    found = json.loads(verb("footprint", "70B", "--json").stdout)
     assert found["parameters"] == 70_553_706_496
     rows = {row["name"]: row for row in found["rows"]}
     assert [rows[name]["bare"] / 1e9 for name in ("FP32", "BF16", "INT8", "INT4")] == [280, 140, 70, 35]

@@ -18,6 +18,8 @@ from decoct.launch.plan.problems import problems
 from decoct.launch.plan.show import as_json, short_form
 from decoct.models.common.errors import UserError
 
+from ...support.warm_python import WarmPython
+
 NAMES = [name for name, _, _ in list_recipes()]
 
 
@@ -138,19 +140,21 @@ def test_every_run_of_a_process_is_planned(tmp_path: Path, monkeypatch: pytest.M
     assert len(planned) == 2
 
 
-def test_a_run_that_cannot_work_stops_before_it_begins(tmp_path: Path) -> None:
-    script = (
+def test_a_run_that_cannot_work_stops_before_it_begins(warm: WarmPython, tmp_path: Path) -> None:
+    script, place = tmp_path / "script.py", tmp_path / "place"
+    place.mkdir()
+    script.write_text(
         "import collections, shutil; from decoct.launch.cli.app import main; "
         "shutil.disk_usage = lambda path: collections.namedtuple('U', 'total used free')(10**9, 10**9, 10**5); "
         "main(['run', 'quickstart'])"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    done = warm.run([str(script)], cwd=place)
     assert done.returncode == 2, done.stderr
     assert "01-distill: 120k tokens in 235 steps" in done.stdout
     assert "cannot work here" in done.stderr
     assert "free some space" in done.stderr
     assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+    assert list(place.iterdir()) == [], "nothing is left behind"
 
 
 @pytest.mark.parametrize(
