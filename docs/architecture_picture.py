@@ -133,6 +133,7 @@ MODELS = Hall(
         (
             "families.py ... | where layers | and heads are",
             "folder | model folders: | read, write, prove",
+            "gguf | files of llama.cpp | as a source",
             "tokenizer | training, checks, | templates",
             "pruning | channels and | single weights",
             "teachers | where they are | held, and how",

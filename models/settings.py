@@ -121,7 +121,7 @@ class TeacherSettings:
     exactly_one: ClassVar = ("path", "scratch")
 
     path: str | None = None
-    """Model folder or hub id."""
+    """Model folder, .gguf file or hub id."""
     scratch: ScratchSettings | None = None
     """Train a small teacher on the recipe's own text (no download)."""
     load_in: LoadIn = "bf16"
@@ -172,7 +172,7 @@ class StudentSettings:
     exactly_one: ClassVar = ("path", "keep", "config")
 
     path: str | None = None
-    """Model folder or hub id."""
+    """Model folder, .gguf file or hub id."""
     keep: KeepSettings | None = None
     """Start from the teacher with fewer layers."""
     config: dict[str, Any] | None = None

@@ -1,14 +1,12 @@
 """Opens any model for answering: model folders, quantized folders, exports, packed weights of other tools, GGUF files.
 
-The model computes what was measured: exports of decoct are rebuilt by the independent reader, without any package of theirs. transformers
-reads what that reader does not know, with the package that the format needs.
+The model computes what was measured: exports of decoct are rebuilt by the independent reader, without any package of theirs. GGUF files of
+others are imported. transformers reads what that reader does not know, with the package that the format needs.
 """
 
 import importlib.util
 import re
-from contextlib import redirect_stderr
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,7 @@ from ...models.common.errors import UserError
 from ...models.common.quiet import quiet_transformers
 from ...models.families import check_head
 from ...models.folder.folder_checks import read_json
+from ...models.folder.gguf_folder import gguf_file
 from ...models.folder.loading import find_model_folder, load_model, load_tokenizer
 from ...models.folder.meta import not_loadable
 from ...models.folder.plain_copy import unpacked_model
@@ -28,7 +27,7 @@ from ...models.tokenizer.vocabulary import effective_vocab, embedding_rows
 from ...qat.readers.gguf_model import find_gguf
 from ...qat.rebuild import load_exported_model
 from ...qat.runtimes.transformers_process import loading_options
-from ...trainer.evaluation.model_row import best_device, open_for_measuring, quant_record
+from ...trainer.evaluation.model_row import best_device, is_existing_export, open_for_measuring, quant_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,9 +59,12 @@ def open_for_answers(path: str, *, revision: str | None = None, dtype: str = "fp
     """
     if dtype not in _DTYPES:
         raise UserError(f"--dtype={dtype} is not one of {', '.join(_DTYPES)}")
-    gguf = find_gguf(Path(path))
-    if gguf is not None:
-        model, tokenizer = _open_gguf(path, gguf)
+    file = gguf_file(path)
+    if find_gguf(Path(path)) is not None and is_existing_export(path):
+        place = Path(path).parent if Path(path).is_file() else Path(path)
+        model, tokenizer = load_exported_model(Path(path)), load_tokenizer(place)
+    elif file is not None:
+        model, tokenizer = load_model(file, dtype=_DTYPES[dtype]), load_tokenizer(file)
     else:
         folder = find_model_folder(path, revision, weights=True)
         model, tokenizer = _open_folder(path, folder, _DTYPES[dtype]), load_tokenizer(folder)
@@ -112,34 +114,12 @@ def _open_packed(path: str, folder: Path, packed: dict[str, Any]) -> "PreTrained
     return unpacked_model(path, folder, packed) if method in UNPACKED else _by_transformers(path, folder, **loading_options(str(folder)))
 
 
-def _open_gguf(path: str, file: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """A GGUF file: by the independent reader where the folder has a config, else by transformers."""
-    folder = file.parent
-    if (folder / "config.json").is_file():
-        try:
-            return load_exported_model(file), load_tokenizer(folder)
-        except UserError:
-            if (folder / RECORD).is_file():
-                raise
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"{path} is a GGUF file, and transformers needs gguf to read it, which is not installed here: pip install gguf")
-    from transformers import AutoTokenizer
-
-    model = _by_transformers(path, folder, gguf_file=file.name)
-    try:
-        with quiet_transformers():
-            return model, AutoTokenizer.from_pretrained(folder, gguf_file=file.name, local_files_only=True)
-    except Exception as error:
-        raise not_loadable(path, "a tokenizer", error) from error
-
-
 def _by_transformers(path: str, folder: Path, **options: Any) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
-        # its reader of GGUF shows a bar of its own on stderr, whatever transformers is told
-        with quiet_transformers(), redirect_stderr(StringIO()):
+        with quiet_transformers():
             return load(folder, dtype=torch.float32, local_files_only=True, **options)
     except MemoryError:
         raise

@@ -56,6 +56,34 @@ def plain(
     run_plain(model, out, revision)
 
 
+@app.command(
+    "import", epilog="Example: decoct import model-Q4_K_M.gguf --out model    or: decoct import base/ --adapter lora/ --out merged"
+)
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A .gguf file or a folder with one, a LoRA adapter of peft, a folder with .bin weights, or any model with --adapter.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")],
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="Folder of a LoRA adapter to merge into SOURCE.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Dtype of the weights: fp32, bf16 or fp16.", show_default="the exact values: fp32 for GGUF blocks"),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Folder or hub id whose tokenizer is used in place of that of a GGUF file.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Hub revision of SOURCE.")] = None,
+) -> None:
+    """Make a plain model folder of weights in another form: GGUF, a model with an adapter, or pickled files."""
+    from .single_stage import run_import
+
+    run_import(source, out, adapter, dtype, tokenizer, revision)
+
+
 @app.command(epilog="Example: decoct verify runs/quickstart/06-export/compressed-tensors")
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Export folder, or a .gguf file.")],

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped recipe.")]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or hub id.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, .gguf file or hub id.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides of the recipe, such as stages.0.learning_rate=1e-4.")
 ]
@@ -15,7 +15,7 @@ StageOverrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Settings of the stage or the recipe, such as learning_rate=1e-4 trainer.precision=32."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder.", show_default="runs/NAME")]
-Teacher = Annotated[str | None, typer.Option("--teacher", help="Teacher: model folder or hub id.")]
+Teacher = Annotated[str | None, typer.Option("--teacher", help="Teacher: model folder, .gguf file or hub id.")]
 Text = Annotated[
     list[str] | None,
     typer.Option(

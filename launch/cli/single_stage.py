@@ -145,6 +145,8 @@ def run_evaluate(
 def run_export(model: Path, out: Path, form: str, allow_inexact: bool = False, reader_version: str | None = None) -> None:
     """Pack a model folder, verify the result, and print what was found."""
     from ...models.capabilities import percent
+    from ...models.folder.gguf_folder import gguf_file
+    from ...models.folder.loading import find_model_folder
     from ...models.folder.model_folder import read_record
     from ...models.folder.stored_names import left_out_words
     from ...models.folder.structure import covered_share
@@ -153,6 +155,8 @@ def run_export(model: Path, out: Path, form: str, allow_inexact: bool = False, r
     from ..terminal.console import CleanConsole
 
     console = CleanConsole(markup=False, highlight=False, soft_wrap=True)
+    if gguf_file(model) is not None:
+        model = find_model_folder(model, None, weights=True)
     result = export_folder(model, out, form, allow_inexact=allow_inexact, reader_version=reader_version)
     kind = "rounded weight" if result.rounding else "weight"
     console.print(f"wrote {out}: {form}, {result.bytes:,} bytes, every {kind} rebuilt exactly by an independent reader")
@@ -174,6 +178,17 @@ def run_plain(model: str, out: Path, revision: str | None) -> None:
 
     what = make_plain(model, out, revision=revision)
     CleanConsole(markup=False, highlight=False, soft_wrap=True).print(f"wrote {out}: {what}")
+
+
+def run_import(source: str, out: Path, adapter: Path | None, dtype: str | None, tokenizer: str | None, revision: str | None) -> None:
+    """Make a plain model folder of another form, and say where its weights come from."""
+    from ...models.folder.import_model import import_model
+    from ..terminal.console import CleanConsole
+
+    console = CleanConsole(markup=False, highlight=False, soft_wrap=True)
+    with console.status("importing"):
+        what = import_model(source, out, adapter=adapter, dtype=dtype, tokenizer=tokenizer, revision=revision)
+    console.print(f"wrote {out}: {what}")
 
 
 def run_verify(folder: Path, source: Path | None, runtimes: bool, accept: Sequence[str] = ()) -> None:

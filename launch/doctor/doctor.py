@@ -25,6 +25,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "Triton kernels": ("triton",),
     "verify against transformers": ("compressed_tensors",),
     "verify gguf against llama.cpp": ("xllamacpp",),
+    "import GGUF blocks of IQ1 to IQ3": ("gguf",),
 }
 _TOOLS = {"launch --target slurm": "sbatch", "launch --target kubernetes": "kubectl", "trainer.compile": "c++"}
 

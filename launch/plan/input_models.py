@@ -19,12 +19,20 @@ def check_inputs(recipe: "Recipe") -> None:
             or windows longer than its table of positions.
         UserError: its config cannot be found.
     """
+    from ...models.folder.gguf_folder import gguf_file, open_gguf
     from ...models.folder.hub import local_folder
     from ...models.folder.name_checks import check_weight_names
     from ...models.folder.refused_inputs import check_files, check_text_model
     from ...models.positions import check_positions
 
     for key, path, revision, trained in _models(recipe):
+        if (file := gguf_file(path)) is not None:
+            try:
+                open_gguf(file)
+                check_positions(path, config_of(path)[0], recipe.data.seq_length)
+            except UserError as error:
+                raise ImpossibleStageError(f"{key}: {error}") from error
+            continue
         folder = local_folder(path, revision=revision)
         try:
             if folder is not None and trained:

@@ -121,9 +121,12 @@ def config_of(path: str, revision: str | None = None) -> tuple["PreTrainedConfig
     Raises: UserError when none of them is there.
     """
     from ...configs.architectures import HUB_IDS, architecture, names
+    from ...models.folder.gguf_folder import gguf_file
     from ...models.folder.loading import load_config
 
     import_configs_alone()
+    if (file := gguf_file(path)) is not None:
+        return load_config(path), f"the header of {file}"
     if Path(path).is_dir():
         return load_config(path), f"config.json in {path}"
     # before the hub is asked: a plan of a known model needs no network

@@ -10,6 +10,7 @@ from ...models.folder.loading import find_model_folder, load_config, meta_model
 from ...models.folder.model_folder import read_record
 from ...models.folder.stored_names import left_out_words, not_loaded, summary
 from ...models.folder.weights import WeightFiles
+from .origin import starting_model
 
 if TYPE_CHECKING:
     from ...configs.recipe import Recipe
@@ -25,10 +26,7 @@ def left_out_of(recipe: "Recipe") -> dict[str, int]:
     """
     if all(entry.kind == "evaluate" for entry in recipe.stages):
         return {}
-    path, revision = recipe.student.path, recipe.student.revision
-    # a student cut from the teacher loses what the teacher's files hold beside the model
-    if recipe.student.keep and recipe.teacher:
-        path, revision = recipe.teacher.path, recipe.teacher.revision
+    path, revision = starting_model(recipe)
     if path is None:
         return {}
     folder = find_model_folder(path, revision, weights=True)

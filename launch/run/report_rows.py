@@ -9,6 +9,7 @@ import torch
 from ...models.capabilities import capabilities
 from ...models.common.errors import UserError
 from ...models.common.files import sha256_json
+from ...models.folder.hub import model_name
 from ...models.folder.loading import load_model
 from ...models.folder.model_folder import content_hash, read_record
 from ...models.teachers import LocalTeacher, TeacherRef
@@ -298,7 +299,7 @@ class ReportRows:
         try:
             return str(Path(path).resolve().relative_to(self.folder.path.resolve()))
         except ValueError:
-            return Path(path).name if Path(path).is_dir() else path
+            return model_name(path)
 
 
 def _is_row(row: Any) -> bool:

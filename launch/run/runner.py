@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...models.common.errors import GateFailed, UserError
 from ...models.common.locks import Lock
+from ...models.folder.hub import model_name
 from ...models.settings import CacheSettings, ServedSettings
 from ...models.teachers import TeacherRef
 from ...trainer.loop.loggers import build_loggers, finish_loggers
@@ -19,6 +20,7 @@ from ..report.tables import WIDE, terminal_table
 from .changes import learns_from_teacher
 from .kept_split import kept_words, with_split
 from .left_out import left_out_of, left_out_words
+from .origin import imported_of, origin_words
 from .outcome import forget_run_outcome, note_outcome
 from .report_rows import ReportRows
 from .run_folder import RunFolder, versions
@@ -159,6 +161,9 @@ class Runner:
     def _record(self, run: RunContext) -> dict[str, Any]:
         """Return the record of origin for every model folder of this run."""
         record: dict[str, Any] = {"base_model": run.teacher.name if run.teacher else self._student_name(), "run": self.recipe.name}
+        if imported := self.session.on_first(lambda: imported_of(self.recipe)):
+            record["imported"] = imported
+            self._say(origin_words(imported))
         if left_out := self.session.on_first(lambda: left_out_of(self.recipe)):
             record["left_out"] = left_out
             self._say(f"{left_out_words(left_out)} (such as heads that predict further tokens; no stage copies them)")
@@ -166,7 +171,7 @@ class Runner:
 
     def _student_name(self) -> str:
         path = self.recipe.student.path
-        return (Path(path).name if Path(path).is_dir() else path) if path else "random weights"
+        return model_name(path) if path else "random weights"
 
     def _open_metrics(self) -> MetricsSink:
         # one writer per file: the other ranks compute the same curves and log nothing

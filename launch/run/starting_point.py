@@ -11,6 +11,7 @@ from ...models.common.cache_folder import cache_dir
 from ...models.common.errors import UserError
 from ...models.common.files import sha256_json
 from ...models.families import family_of
+from ...models.folder.hub import model_name
 from ...models.folder.loading import load_config, load_model, load_tokenizer
 from ...models.folder.model_folder import content_hash, save_model_folder
 from ...models.folder.record import check_record
@@ -145,7 +146,7 @@ def teacher_ref(recipe: "Recipe", scratch: ScratchTeacher | None) -> TeacherRef 
     if recipe.teacher is None:
         return None
     path = str(scratch.model) if scratch else str(recipe.teacher.path)
-    name = "a scratch teacher" if scratch else Path(path).name if Path(path).is_dir() else path
+    name = "a scratch teacher" if scratch else model_name(path)
     return TeacherRef(
         path=path,
         load_in=recipe.teacher.load_in,

@@ -19,8 +19,8 @@ def what_instead(folder: Path) -> str:
     current = [one for one in made if "." not in one.parent.name] or made
     if current:
         return f"give a model folder in it, such as {max(current)}"
-    if any(folder.glob("*.gguf")):
-        return "a GGUF file is for serving; give the model folder from which it was made"
+    if gguf := sorted(folder.glob("*.gguf")):
+        return f"give its GGUF file {gguf[0].name} itself, or make a model folder of it: decoct import {gguf[0]} --out MODEL"
     if any(folder.glob("*.pth")):
         return "it holds an original release (.pth), which is pickled and never read; give its version for transformers"
     return "give a folder that from_pretrained can read"

@@ -30,12 +30,19 @@ def local_folder(path_or_hub_id: str | Path, *, revision: str | None = None) -> 
             raise UserError(f"{path_or_hub_id} is a folder, and a folder has no revision ({revision!r}); leave the revision out")
         return folder
     if folder.exists():
-        raise UserError(f"{path_or_hub_id} is a file; give a model folder (config.json, *.safetensors, tokenizer) or a hub id")
+        raise UserError(
+            f"{path_or_hub_id} is a file; give a model folder (config.json, *.safetensors, tokenizer), a .gguf file or a hub id"
+        )
     name = str(path_or_hub_id)
     # the hub's own rules (validate_repo_id)
     if not _HUB_ID.fullmatch(name) or len(name) > 96 or ".." in name or "--" in name:
         raise UserError(f"no such folder: {path_or_hub_id}; give a model folder or a hub id such as HuggingFaceTB/SmolLM2-135M")
     return None
+
+
+def model_name(path_or_hub_id: str | Path) -> str:
+    """Name of a model in reports and cards: a hub id, or the last part of a path, never a whole path of this machine."""
+    return Path(path_or_hub_id).name if Path(path_or_hub_id).exists() else str(path_or_hub_id)
 
 
 def hub_commit(hub_id: str, revision: str | None = None) -> str:

@@ -14,6 +14,7 @@ from ..ties import settle_ties
 from ..tokenizer.tokenizer_checks import check_tokenizer_files, read_safely
 from .config_checks import check_numbers, check_size
 from .folder_checks import check_model_folder
+from .gguf_folder import cached_folder, gguf_file
 from .hub import hub_snapshot, local_folder
 from .load_report import check_report
 from .meta import meta_model as meta_model
@@ -88,7 +89,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remot
     Raises:
         UserError: the folder has no tokenizer, or it cannot be read. (transformers alone would build an empty one from the model type.)
     """
-    folder = find_model_folder(path, revision, trust_remote_code, weights=False)
+    folder = find_model_folder(path, revision, trust_remote_code, weights=False, tokenizer=True)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES) and not any(folder.glob("*.tiktoken")):
         if not (folder / "config.json").is_file():
             read_json(folder / "config.json")
@@ -130,14 +131,23 @@ def load_config(path: str | Path, *, revision: str | None = None, trust_remote_c
         raise not_loadable(path, "a model config", error) from error
 
 
-def find_model_folder(path: str | Path, revision: str | None, trust_remote_code: bool = False, *, weights: bool) -> Path:
+def find_model_folder(
+    path: str | Path, revision: str | None, trust_remote_code: bool = False, *, weights: bool, tokenizer: bool = False
+) -> Path:
     """The local folder of a model folder or hub id, downloaded if needed: with its weights, or only config and tokenizer.
 
-    A folder with a record is checked against it, except for the bytes of its weights, which ``check_model_folder`` checks.
+    A folder with a record is checked against it, except for the bytes of its weights, which ``check_model_folder`` checks. A GGUF file is
+    imported into the cache once; without ``weights`` only its header is read, and its tokenizer is made only for ``tokenizer``.
 
     Raises:
-        UserError: the model cannot be found, differs from its record, or runs code from the hub without a pinned revision.
+        UserError: the model cannot be found, differs from its record, cannot be imported, or runs code from the hub without a pinned
+            revision.
     """
+    if (file := gguf_file(path)) is not None:
+        if revision is not None:
+            raise UserError(f"{path} is a file on this machine, which has no revision ({revision!r}); leave the revision out")
+        check_record(file.parent, weights=weights)
+        return cached_folder(file, "weights" if weights else "tokenizer" if tokenizer else "config")
     folder = local_folder(path, revision=revision)
     if folder is not None:
         check_record(folder, weights=False)

@@ -16,6 +16,7 @@ from ..common.files import atomic_directory, sha256_json
 from ..common.hash_cache import cached_sha256
 from ..common.json_file import read_json
 from ..common.quiet import quiet_transformers
+from .gguf_folder import gguf_content, gguf_file
 from .hub import hub_commit, local_folder
 from .older_readers import mend_tokenizer_config, with_older_fields
 from .record import CONTENT, write_record
@@ -86,11 +87,14 @@ def save_model_folder(
 def content_hash(path_or_hub_id: str | Path, revision: str | None = None) -> str:
     """Hex sha256 over the names and bytes of config, weights and tokenizer files; for a hub id, over its name and resolved commit.
 
-    The hash does not depend on the path of the folder. README, decoct.json and generation settings do not count.
+    The hash does not depend on the path of the folder; that of a GGUF file is over its bytes. README, decoct.json and generation settings
+    do not count.
 
     Raises:
         UserError: the path is not a model folder, or neither the hub nor the cache knows the commit of the hub id.
     """
+    if (file := gguf_file(path_or_hub_id)) is not None:
+        return gguf_content(file)
     folder = local_folder(path_or_hub_id, revision=revision)
     if folder is None:
         return sha256_json({"hub": str(path_or_hub_id), "commit": hub_commit(str(path_or_hub_id), revision)})

@@ -1,6 +1,6 @@
 """Makes a plain 16-bit text model from a multimodal model, an adapter, or fp8 or bitsandbytes weights.
 
-The text part of a multimodal model is compared with the whole model on a few tokens. transformers and peft merge and unpack weights.
+The text part of a multimodal model is compared with the whole model on a few tokens. transformers unpacks weights.
 """
 
 import copy
@@ -13,8 +13,12 @@ import torch
 from ..common.errors import DecoctError, UserError
 from ..common.files import clean_leftovers
 from ..common.quiet import quiet_transformers
+from .adapter_files import Adapter
+from .adapter_merge import open_adapted
 from .folder_checks import read_json
+from .gguf_folder import gguf_file
 from .hub import local_folder
+from .imported import write_imported
 from .load_report import check_report
 from .loading import find_model_folder, load_config, load_tokenizer
 from .model_folder import save_model_folder
@@ -41,26 +45,28 @@ def make_plain(source: str, target: Path, *, revision: str | None = None) -> str
         UserError: ``source`` is already a plain text model, or cannot be converted to one.
         DecoctError: the text part alone gives other logits than the whole model; nothing is written.
     """
+    if gguf_file(source) is not None:
+        raise UserError(f"{source} is a GGUF file; make a model folder of it: decoct import {source} --out {target}")
     folder = local_folder(source, revision=revision)
     if folder is not None and (folder / ADAPTER).is_file():
-        what, model, tokenizer = "adapter merged into its model", *_merged(folder)
+        base = Adapter(folder).base
+        if base is None:
+            raise UserError(f"{folder / ADAPTER} does not say which model it belongs to: decoct import MODEL --adapter {folder} --out OUT")
+        write_imported(target, open_adapted(base, folder))
+        return "adapter merged into its model"
+    folder = find_model_folder(source, revision, weights=True)
+    packed = read_json(folder / "config.json").get("quantization_config")
+    config = load_config(folder)
+    if isinstance(packed, dict):
+        what = f"weights of {packed.get('quant_method')} unpacked to bf16"
+        model = unpacked_model(source, folder, packed)
+    elif config.get_text_config() is not config:
+        what, model = _text_model(source, folder)
     else:
-        folder = find_model_folder(source, revision, weights=True)
-        packed = read_json(folder / "config.json").get("quantization_config")
-        config = load_config(folder)
-        if isinstance(packed, dict):
-            what = f"weights of {packed.get('quant_method')} unpacked to bf16"
-            model = unpacked_model(source, folder, packed)
-        elif config.get_text_config() is not config:
-            what, model = _text_model(source, folder)
-        else:
-            raise UserError(f"{source} is a plain text model already (model type {config.model_type!r}); use it as it is")
-        tokenizer = folder
+        raise UserError(f"{source} is a plain text model already (model type {config.model_type!r}); use it as it is")
     # of an earlier copy that was killed: it may have the size of a model
     clean_leftovers(target.parent)
-    save_model_folder(
-        target, model, load_tokenizer(tokenizer), {"kind": "plain", "base_model": Path(source).name, "plain": what}, dtype=None
-    )
+    save_model_folder(target, model, load_tokenizer(folder), {"kind": "plain", "base_model": Path(source).name, "plain": what}, dtype=None)
     return what
 
 
@@ -73,24 +79,6 @@ def _quietly(source: str, load: Callable[[], Any]) -> Any:
     except Exception as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{source} cannot be made a plain model: {first}") from error
-
-
-def _merged(folder: Path) -> "tuple[PreTrainedModel, Path | str]":
-    """(Model with the adapter merged into its weights, folder or hub id of its tokenizer)."""
-    try:
-        from peft import AutoPeftModelForCausalLM
-    except ImportError as error:
-        raise UserError("merging an adapter needs peft, which is not installed here: pip install peft") from error
-    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise UserError(f"{folder / ADAPTER} does not name the model it belongs to; set base_model_name_or_path to its folder or hub id")
-    stored = load_config(base).dtype  # raises a clear UserError when the base model cannot be found
-    # add in fp32 and round once: a sum in bf16 would round twice
-    adapted = _quietly(str(folder), lambda: AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32))
-    # safe_merge refuses a merge that gives NaN
-    merged = _quietly(str(folder), lambda: adapted.merge_and_unload(safe_merge=True))
-    own = any(folder.glob("tokenizer*"))
-    return merged.to(stored or torch.bfloat16).eval(), folder if own else base
 
 
 def unpacked_model(source: str, folder: Path, packed: dict[str, Any]) -> "PreTrainedModel":

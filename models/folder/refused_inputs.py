@@ -62,10 +62,12 @@ def _adapter(folder: Path, adapter: Path, *, beside: bool) -> str:
     if beside:
         return (
             f"{folder} holds an adapter ({ADAPTER}) beside a model, and it is unclear which one to use; move {ADAPTER} and adapter_model.* "
-            "away to use the model alone, or into a folder of their own to merge them: decoct plain ADAPTER --out MODEL"
+            "away to use the model alone, or into a folder of their own to merge them: decoct import MODEL --adapter ADAPTER --out OUT"
         )
     of = f" of {base}" if isinstance(base, str) and base else ""
-    return f"{folder} holds an adapter{of} ({ADAPTER}), not a whole model; merge it into its model first: decoct plain {folder} --out MODEL"
+    return (
+        f"{folder} holds an adapter{of} ({ADAPTER}), not a whole model; merge it into its model first: decoct import {folder} --out MODEL"
+    )
 
 
 def _packed(folder: Path, method: Any) -> str:

@@ -58,7 +58,7 @@ def safetensors_files(folder: Path) -> list[Path]:
     if any(folder.glob("shard-*-model-*.safetensors")):
         raise UserError(f"{folder} is a distributed training checkpoint; save the model as plain safetensors first (save_pretrained)")
     if named is not None:
-        named = _inside(folder, named, "config.json (transformers_weights)")
+        named = inside_folder(folder, named, "config.json (transformers_weights)")
         return _indexed(named) if named.name.endswith(".index.json") else [named]
     # a single file wins over an index, as in transformers
     if (folder / WEIGHTS).is_file():
@@ -68,9 +68,12 @@ def safetensors_files(folder: Path) -> list[Path]:
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if pickles:
         raise UserError(
-            f"{folder} has its weights only as {pickles[0]}: pickled files can run code when they are opened and are never read; convert "
-            "them in a place you trust (AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors)"
+            f"{folder} has its weights only as {pickles[0]}: pickled files can run code when they are opened and are never read in a run; "
+            f"convert them first: decoct import {folder} --out MODEL (it reads tensors alone, and refuses a file that asks for more), or "
+            "where you trust them with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), which writes safetensors"
         )
+    if gguf := next(folder.glob("*.gguf"), None):
+        raise UserError(f"{folder} has its weights only as {gguf.name}; give that file itself: {gguf}")
     raise UserError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}; the copy or download of the model is incomplete")
 
 
@@ -80,7 +83,7 @@ def _indexed(index: Path) -> list[Path]:
         raise UserError(f"{index} has no weight_map; fetch or export the model again")
     shards: dict[Path, set[str]] = {}
     for tensor, name in weight_map.items():
-        shards.setdefault(_inside(index.parent, name, index.name), set()).add(tensor)
+        shards.setdefault(inside_folder(index.parent, name, index.name), set()).add(tensor)
     # found here, because a wrong index would later show only as a missing weight
     for file, tensors in shards.items():
         if absent := sorted(tensors - read_header(file).tensors.keys()):
@@ -97,7 +100,7 @@ def _is_short(name: str) -> bool:
         return False
 
 
-def _inside(folder: Path, name: Any, where: str) -> Path:
+def inside_folder(folder: Path, name: Any, where: str) -> Path:
     """``folder / name`` for a plain file name, after a check that the file is really in the folder."""
     if not isinstance(name, str) or not name or name in (".", "..") or any(bad in name for bad in "/\\\0") or not _is_short(name):
         raise UserError(f"{where} of {folder} names the weight file {name!r:.200}; only plain file names inside the folder are allowed")

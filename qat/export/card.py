@@ -50,6 +50,8 @@ class CardFacts:
     """What was rounded to the stored dtype; '' if nothing was."""
     left_out: str = ""
     """Parts of the source that transformers does not load; '' if none."""
+    origin: str = ""
+    """Where the weights were imported from before they were worked on; '' if they were not."""
 
 
 def _transformers_and_vllm(facts: CardFacts) -> str:
@@ -131,6 +133,7 @@ def _made_of(facts: CardFacts, form: FormatCard) -> str:
     size = f"{facts.weight_bytes:,} bytes, {bits_per_weight(facts.weight_bytes, facts.parameters):.2f} bits per weight"
     rows = [
         ("Base model", shown_name(facts.base_model) or "not recorded"),
+        *([("Imported", facts.origin)] if facts.origin else []),
         *(_weight_rows(facts, facts.spec, form) if facts.spec else [("Weights", f"not quantized ({form.tag})")]),
         ("Parameters", f"{facts.parameters:,} (tied tensors once)"),
         *([("Not included", facts.left_out)] if facts.left_out else []),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...models.common.errors import DecoctError, UserError
 from ...models.common.files import atomic_directory, check_free_space, write_json_atomic
+from ...models.folder.import_card import origin_words
 from ...models.folder.loading import TOKENIZER_FILES
 from ...models.folder.older_readers import mend_tokenizer_config, with_older_fields
 from ...models.folder.record import check_record, write_record
@@ -274,6 +275,7 @@ def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[
         cache=said_of(source.state.cache and source.state.cache.spec, "for the keys and one for the values of a layer"),
         rounding=f"{rounding}." if rounding else "",
         left_out=left_out_words(left_out) if (left_out := source.record.get("left_out")) else "",
+        origin=origin_words(source.record.get("imported") or {}),
     )
 
 

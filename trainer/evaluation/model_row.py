@@ -50,11 +50,14 @@ def open_for_measuring(path: str, revision: str | None = None) -> "PreTrainedMod
 
 
 def is_existing_export(path: str) -> bool:
-    """Whether a local folder (or GGUF file) holds packed weights."""
+    """Whether a local folder (or GGUF file) holds packed weights that decoct exported; a GGUF file of others is imported."""
     from ...models.common.errors import UserError
+    from ...models.folder.gguf_folder import gguf_file
     from ...qat.readers.open import is_export as has_packed_weights
 
     try:
+        if (file := gguf_file(path)) is not None:
+            return "export" in read_record(file.parent)
         return Path(path).exists() and has_packed_weights(Path(path))
     except UserError:
         return False
@@ -91,7 +94,7 @@ def measure_folder(path: str, teacher: LocalTeacher | None, windows: "Windows", 
     """
     model = open_for_measuring(path, revision)
     row = measure_model(model, teacher, windows)
-    size = folder_bytes(Path(path)) if Path(path).is_dir() else None
+    size = folder_bytes(Path(path)) if Path(path).exists() else None
     # an export is packed already: its own size counts
     quant = None if is_existing_export(path) else quant_record(path)
     packed = size if quant is None else packed_bytes(model, quant)

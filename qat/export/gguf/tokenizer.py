@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ....models.common.errors import UserError
 from ....models.folder.loading import load_tokenizer
+from ....models.gguf.pre_tokenizers import DIGITS, GPT2, PRE_TOKENIZERS
 from .container import Value
 from .sentencepiece import is_sentencepiece, sentencepiece_metadata
 
@@ -22,20 +23,9 @@ if TYPE_CHECKING:
 # llama.cpp's enum llama_token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_PRE_TOKENIZERS: dict[tuple[str, ...], tuple[str, bool]] = {
-    ("gpt2",): ("gpt-2", False),
-    ("digits", "gpt2"): ("smollm", False),
-    (_CONTRACTIONS + r"\p{N}{1,3}" + _REST,): ("llama-bpe", True),
-    (_CONTRACTIONS + r"\p{N}" + _REST,): ("qwen2", False),
-    (_TEKKEN,): ("tekken", True),
-}
+_NAMES = ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken")
+"""Names that every llama.cpp since 2024 knows."""
+_PRE_TOKENIZERS = {PRE_TOKENIZERS[name].steps: (name, PRE_TOKENIZERS[name].whole_words) for name in _NAMES}
 """Steps of the pre-tokenizer -> (llama.cpp's name, whether a word that is a token is used without merging)."""
 
 
@@ -144,9 +134,9 @@ def _pre_tokenizer(folder: Path, content: dict[str, Any]) -> tuple[str, bool]:
 def _steps(part: dict[str, Any]) -> list[str]:
     """Return a part of the pre-tokenizer as steps of ``_PRE_TOKENIZERS``; [] for a part that only maps bytes."""
     if part["type"] == "ByteLevel" and not part["add_prefix_space"]:
-        return ["gpt2"] if part["use_regex"] else []
+        return [GPT2] if part["use_regex"] else []
     if part["type"] == "Digits" and part["individual_digits"]:
-        return ["digits"]
+        return [DIGITS]
     if part["type"] == "Split" and part["behavior"] == "Isolated" and not part["invert"]:
         return [part["pattern"].get("Regex", "?")]
     return ["?"]

@@ -71,6 +71,7 @@ SURFACE = {
     },
     "export": {"model", "--out", "--allow-inexact", "--format", "--reader-version"},
     "plain": {"model", "--out", "--revision"},
+    "import": {"source", "--out", "--adapter", "--dtype", "--tokenizer", "--revision"},
     "verify": {"--accept", "folder", "--source", "--runtimes", "--no-runtimes"},
     "evaluate": {
         "model",

@@ -64,7 +64,7 @@ def _prefixed(folder: Path) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "fp8": (_fp8, r"packed quantized weights \(.*: fp8\).*decoct plain"),
-    "an adapter": (_adapter, r"holds an adapter of some/base .*decoct plain"),
+    "an adapter": (_adapter, r"holds an adapter of some/base .*decoct import"),
     "names of a wrapper": (_prefixed, r"begins with 'module\.', which DistributedDataParallel adds"),
     "text and images": (_vision, r"is more than a text model: it has vision beside it.*decoct plain"),
 }
@@ -94,7 +94,7 @@ def test_a_single_verb_says_it_before_any_work(llama: Path, tmp_path: Path, caps
     with pytest.raises(SystemExit) as ended:
         main(["quantize", str(adapter), "--out", str(tmp_path / "run")])
     assert ended.value.code == 2
-    assert f"merge it into its model first: decoct plain {adapter} --out MODEL" in capsys.readouterr().err
+    assert f"merge it into its model first: decoct import {adapter} --out MODEL" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

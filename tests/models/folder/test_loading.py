@@ -166,7 +166,8 @@ def test_usual_causes_are_named_with_their_remedy(folder: Path, case: str) -> No
     ("holds", "message"),
     [
         ("checkpoint-9/config.json checkpoint-10/config.json", r"give one of the checkpoints in it, such as .*checkpoint-10$"),
-        ("model.gguf", "a GGUF file is for serving; give the model folder from which it was made"),
+        ("model.gguf", "model.gguf.*is cut off: 0 bytes"),
+        ("model.gguf model.safetensors", r"give its GGUF file model.gguf itself, or make a model folder of it: decoct import"),
         ("consolidated.00.pth", r"an original release \(\.pth\)"),
         ("01-qat/model/config.json 02-qat.71fddf59/model/config.json", r"give a model folder in it, such as .*01-qat.model$"),
         ("model/config.json", r"give a model folder in it, such as .*model$"),
@@ -262,7 +263,9 @@ def test_a_tensor_in_two_shards_is_refused(sharded: Path) -> None:
 
 def test_pickled_weights_are_refused_with_the_remedy(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"only as pytorch_model\.bin: pickled files can run code.*save_pretrained"):
+    with pytest.raises(
+        UserError, match=r"only as pytorch_model\.bin: pickled files can run code.*decoct import .* --out MODEL.*save_pretrained"
+    ):
         _load(folder)
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(UserError, match=r"no weights: neither model\.safetensors nor model\.safetensors\.index\.json"):

@@ -96,7 +96,7 @@ def test_an_adapter_is_merged(tokenizer: Any, tmp_path: Path) -> None:
     )
     folder = tmp_path / "adapter"
     adapted.save_pretrained(str(folder))
-    with pytest.raises(UserError, match=rf"holds an adapter of {base} .*merge it .*: decoct plain {folder} --out MODEL"):
+    with pytest.raises(UserError, match=rf"holds an adapter of {base} .*merge it .*: decoct import {folder} --out MODEL"):
         load_model(folder, dtype=torch.float32)
     make_plain(str(folder), tmp_path / "merged")
     merged = load_model(tmp_path / "merged", dtype=torch.bfloat16)

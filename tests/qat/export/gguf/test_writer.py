@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from decoct.models.common.errors import UserError
+from decoct.models.folder.import_model import import_model
+from decoct.models.folder.loading import load_config, load_model, load_tokenizer
 from decoct.models.folder.model_folder import read_record, save_model_folder
 from decoct.models.folder.record import accept_changes, seal_record
 from decoct.qat.export.export import export_folder
@@ -409,3 +411,58 @@ def test_config_beside_the_file_has_no_path(quantized_folder: Build, tmp_path: P
     target = export_to(quantized_folder(group_size=32, **WIDE), tmp_path / "export")
     assert str(tmp_path) not in (target / "config.json").read_text()
     assert "quantization_config" not in json.loads((target / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "form", "options"),
+    [
+        ("llama", "gguf", {"bits": 4, "group_size": 32}),
+        ("llama", "gguf", {"bits": 8, "group_size": "channel"}),
+        ("llama", "gguf", {"spec": QuantSpec(bits=4, group_size=32, symmetric=False)}),
+        ("llama", "gguf-q2_0", {"bits": 2, "group_size": 64, "hidden_size": 64, "head_dim": 16, "intermediate_size": 128}),
+        ("mistral", "gguf", {"bits": 5, "group_size": 32}),
+        ("qwen2", "gguf", {"bits": 4, "group_size": 32}),
+        ("qwen3", "gguf", {"bits": 8, "group_size": 32}),
+        ("gemma2", "gguf", {"bits": 4, "group_size": 32, "query_pre_attn_scalar": 8}),
+        ("gemma3_text", "gguf", {"bits": 4, "group_size": 32, "query_pre_attn_scalar": 8}),
+    ],
+)
+def test_an_export_that_is_imported_again_is_what_is_served(
+    quantized_folder: Build, tmp_path: Path, model_type: str, form: str, options: dict[str, Any]
+) -> None:
+    """Three readers of the same file: the oracle of exports, the import, and (where it can) the package of llama.cpp."""
+    source = quantized_folder(model_type, **{**WIDE, **options})
+    target = export_to(source, tmp_path / "export", form)
+    import_model(str(target / FILE), tmp_path / "again")
+    served, found = GgufModel(target), load_model(tmp_path / "again", dtype=torch.float32)
+    state = found.state_dict()
+    assert served.shapes().keys() <= state.keys()
+    for name in served.shapes():
+        assert np.array_equal(served.tensor(name), state[name].numpy()), name
+    before = load_model(source, dtype=torch.float32)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.allclose(found(input_ids=ids).logits, before(input_ids=ids).logits, atol=1e-5)
+    assert load_tokenizer(tmp_path / "again").get_vocab() == load_tokenizer(source).get_vocab()
+    # the folder of the export is a model too, and its record is still checked
+    assert load_config(target).vocab_size == before.config.vocab_size
+    (target / "README.md").unlink()
+    (target / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer.json has changed since it was written"):
+        load_config(target)
+
+
+@pytest.mark.parametrize(("form", "dtype"), [("gguf-f16", torch.float16), ("gguf-bf16", torch.bfloat16), ("gguf-f32", torch.float32)])
+def test_plain_exports_keep_their_width_when_they_are_imported(
+    random_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path, form: str, dtype: torch.dtype
+) -> None:
+    model = random_model("llama", tie_word_embeddings=False)
+    save_model_folder(tmp_path / "plain", model, tokenizer, {"kind": "teacher"}, dtype=torch.float32)
+    export_folder(tmp_path / "plain", tmp_path / "export", form, runtimes=False)
+    import_model(str(tmp_path / "export" / FILE), tmp_path / "again")
+    served, stored = GgufModel(tmp_path / "export"), load_file(tmp_path / "again/model.safetensors")
+    assert served.shapes().keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert np.array_equal(served.tensor(name), tensor.float().numpy()), name
+        # llama.cpp needs vectors in fp32
+        assert tensor.dtype == (dtype if tensor.ndim > 1 else torch.float32), name

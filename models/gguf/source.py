@@ -1,0 +1,144 @@
+"""A GGUF file as the weights of a transformers model: names, shapes and values, one tensor in memory at a time."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.errors import UserError
+from .block_types import FLOATS
+from .container import GgufFile, GgufTensor, read_gguf
+from .fields import Fields
+from .hyperparameters import config_fields, expert_count
+from .names import Change, origin_of
+from .rope import ROPE_TENSORS
+from .unpack import check_installed, known_types, unpack
+
+_FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PIECE = 2**22
+"""Most elements that are unpacked at once."""
+
+
+@dataclass(frozen=True)
+class GgufWeight:
+    """A tensor of transformers' files and its place in the GGUF file."""
+
+    name: str
+    """Name in transformers' files."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    """Dtype that holds the stored values exactly: that of plain floats, fp32 for blocks."""
+    tensor: GgufTensor
+    change: Change
+    expert: int = 0
+    """Index in a stack of experts."""
+
+
+class GgufSource:
+    """An opened GGUF file; its header is checked, no tensor is read yet."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError if the file is damaged, or of an architecture or with tensors that decoct does not know."""
+        self.file: GgufFile = read_gguf(path)
+        self.fields = Fields(self.file)
+        self.config: dict[str, Any] = config_fields(self.fields)
+        """Fields of config.json."""
+        self.weights: list[GgufWeight] = []
+        """Tensors of transformers' files, in the order of the GGUF file."""
+        for tensor in self.file.tensors.values():
+            if tensor.name not in ROPE_TENSORS:
+                self.weights += self._weights_of(tensor)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding."""
+        return int(self.config["vocab_size"])
+
+    def _weights_of(self, tensor: GgufTensor) -> list[GgufWeight]:
+        if tensor.type.name not in known_types():
+            raise UserError(f"{self.file.path}: {tensor.name} is of type {tensor.type.name}, which holds no weights that can be unpacked")
+        try:
+            origin = origin_of(tensor.name, self.config["model_type"], expert_count(self.fields))
+        except UserError as error:
+            raise UserError(f"{self.file.path}: {error}; decoct cannot import this model") from error
+        dtype = _FLOAT_DTYPES.get(tensor.type.name, torch.float32)
+        # 1 + w may need more bits than w: the difference is exact only in fp32
+        if origin.change == "plus_one":
+            dtype = torch.float32
+        shape = tensor.shape
+        if origin.change == "experts":
+            if len(shape) != 3 or shape[0] != len(origin.names):
+                raise UserError(f"{self.file.path}: {tensor.name} has shape {shape}; expected {len(origin.names)} experts of matrices")
+            return [GgufWeight(name, shape[1:], dtype, tensor, "experts", index) for index, name in enumerate(origin.names)]
+        if origin.change == "transpose":
+            shape = shape[::-1]
+        if origin.change == "row" and len(shape) == 1:
+            shape = (1, *shape)
+        return [GgufWeight(origin.names[0], shape, dtype, tensor, origin.change)]
+
+    def check_types(self) -> None:
+        """Raise UserError if a block type needs a package that is not installed."""
+        for name in self.file.types():
+            check_installed(name)
+
+    def read(self, weight: GgufWeight) -> Tensor:
+        """The values of a tensor in ``weight.dtype``, as transformers stores them.
+
+        Raises:
+            UserError: a value is not finite, or the file was cut off while it was read.
+        """
+        tensor = weight.tensor
+        matrix = math.prod(tensor.shape[1:-1]) if weight.change == "experts" else tensor.rows
+        first = weight.expert * matrix
+        values = self._values(tensor, first, first + matrix)
+        if not bool(values.isfinite().all()):
+            raise UserError(
+                f"{self.file.path}: {tensor.name} holds NaN or infinite numbers; the file is damaged: fetch or convert it again"
+            )
+        return self._undone(weight, values.reshape(tensor.shape[1:] if weight.change == "experts" else tensor.shape)).to(weight.dtype)
+
+    def _values(self, tensor: GgufTensor, begin: int, end: int) -> Tensor:
+        """Rows of a tensor: [rows, columns], fp32 for blocks."""
+        columns = tensor.shape[-1]
+        out = torch.empty(end - begin, columns, dtype=_FLOAT_DTYPES.get(tensor.type.name, torch.float32))
+        step = max(1, _PIECE // columns)
+        for at in range(begin, end, step):
+            until = min(at + step, end)
+            blocks = self.file.row_blocks(tensor, at, until)
+            if tensor.type.name in FLOATS:
+                # the bits as they are: numpy has no bf16
+                rows = torch.from_numpy(blocks.reshape(-1)).view(out.dtype).reshape(until - at, columns)
+            else:
+                rows = torch.from_numpy(unpack(tensor.type.name, blocks.reshape(-1, tensor.type.nbytes)).reshape(until - at, columns))
+            out[at - begin : until - begin] = rows
+        return out
+
+    def _undone(self, weight: GgufWeight, values: Tensor) -> Tensor:
+        """The values before llama.cpp's converter changed them."""
+        if weight.change in ("pair_q", "pair_k"):
+            heads = self.config["num_attention_heads" if weight.change == "pair_q" else "num_key_value_heads"]
+            rows = values.shape[0]
+            if rows % (2 * heads):
+                raise UserError(f"{self.file.path}: {weight.tensor.name} has {rows:,} rows, no even number for each of {heads} heads")
+            return values.reshape(heads, rows // heads // 2, 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape).contiguous()
+        if weight.change == "plus_one":
+            return values.float() - 1
+        if weight.change == "transpose":
+            return values.T.contiguous()
+        return values.reshape(weight.shape)
+
+    def facts(self, sha256: str) -> dict[str, Any]:
+        """Where the weights come from, for the record: format, file name, sha256 of the file, and its tensors by type."""
+        texts = {name: self.fields.text(f"general.{name}", None) for name in ("name", "license")}
+        return {
+            "format": "gguf",
+            "file": self.file.path.name,
+            "sha256": sha256,
+            "bytes": self.file.size,
+            "architecture": self.fields.architecture,
+            **{name: text for name, text in texts.items() if text},
+            "types": self.file.types(),
+        }

@@ -1,0 +1,226 @@
+"""GGUF files as models: the weights, logits and tokens that other readers of the same file get, and one message for every bad file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from decoct.models.common.errors import UserError
+from decoct.models.folder import gguf_folder
+from decoct.models.folder.gguf_folder import cached_folder, gguf_file, import_gguf
+from decoct.models.folder.loading import find_model_folder, load_config, load_model, load_tokenizer
+from decoct.models.folder.model_folder import content_hash
+from decoct.models.folder.record import read_record, verify_folder_files
+from decoct.models.tokenizer.scratch_tokenizer import train_tokenizer
+
+from ...support.gguf_files import FAMILIES, gguf_of, metadata_of, tensors_of, tiny, tokenizer_keys, write_gguf
+
+AS_TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "llama": {}, "qwen2": {}, "qwen3": {"head_dim": 128}, "phi3": {}, "starcoder2": {}, "stablelm": {}, "nemotron": {},
+    "gpt2": {"n_inner": 256, "n_positions": 1024},
+    "gemma2": {"head_dim": 256, "query_pre_attn_scalar": 256}, "gemma3_text": {"head_dim": 256, "query_pre_attn_scalar": 256},
+    "qwen2_moe": {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}, "qwen3_moe": {"moe_intermediate_size": 768},
+}  # fmt: skip
+"""Families that transformers' own reader of GGUF knows -> fields that it takes from its defaults and not from the file."""
+IDS = torch.arange(120)[None] * 7 % 250
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return train_tokenizer(["def f(x):\n    return x + 1\n", "Hello, hello 123 worlds"] * 4, 260)
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("model_type", list(FAMILIES))
+def test_every_family_comes_back_with_its_weights_and_logits(model_type: str, tokenizer: Any, tmp_path: Path) -> None:
+    """The config is not compared field by field: that the logits are the same bits is what its fields are for."""
+    model = tiny(model_type)
+    import_gguf(gguf_of(tmp_path / "model.gguf", model, tokenizer), tmp_path / "out")
+    again = load_model(tmp_path / "out", dtype=torch.float32)
+    assert type(again) is type(model)
+    shifted = model_type.startswith("gemma") or model_type == "nemotron"
+    for name, tensor in model.state_dict().items():
+        if shifted and "norm" in name and name.endswith("weight"):
+            # 1 + w is stored in fp32
+            tensor = (tensor + 1) - 1
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert torch.allclose(logits(again), logits(model), rtol=0, atol=1e-5 if shifted else 0)
+    assert not verify_folder_files(tmp_path / "out")
+
+
+@pytest.mark.parametrize("model_type", list(AS_TRANSFORMERS))
+def test_transformers_reads_the_same_model_from_the_file(model_type: str, tokenizer: Any, tmp_path: Path) -> None:
+    def type_of(name: str, values: np.ndarray) -> Type:
+        return Type.Q8_0 if "attn" in name and values.shape[-1] % 32 == 0 else Type.Q5_1 if "ffn" in name else Type.F16
+
+    import_gguf(gguf_of(tmp_path / "model.gguf", tiny(model_type, **AS_TRANSFORMERS[model_type]), tokenizer, type_of), tmp_path / "out")
+    again = load_model(tmp_path / "out", dtype=torch.float32)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    theirs = load(tmp_path, gguf_file="model.gguf", dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)).eval()
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert torch.equal(logits(again), logits(theirs))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_record_says_where_the_weights_come_from(tokenizer: Any, tmp_path: Path, dtype: Any) -> None:
+    types = {"blk.0.attn_q.weight": Type.Q4_0, "blk.0.ffn_up.weight": Type.F16, "blk.1.ffn_up.weight": Type.BF16}
+    file = gguf_of(
+        tmp_path / "model.gguf",
+        tiny("llama"),
+        tokenizer,
+        lambda name, _: types.get(name, Type.F32),
+        general__name="Tiny",
+        general__license="MIT",
+    )
+    import_gguf(file, tmp_path / "out", dtype)
+    facts = read_record(tmp_path / "out")["imported"]
+    assert facts["types"] == {"F32": 18, "Q4_0": 1, "F16": 1, "BF16": 1}
+    assert (facts["file"], facts["name"], facts["architecture"]) == ("model.gguf", "Tiny", "llama")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "license: mit" in card and facts["sha256"] in card and "Q4_0" in card and str(tmp_path) not in card
+    assert ("rounded to bfloat16" in card) is (dtype is not None)
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == ("float32" if dtype is None else "bfloat16")
+    from safetensors.torch import load_file
+
+    stored = load_file(tmp_path / "out/model.safetensors")
+    own = {"model.layers.0.mlp.up_proj.weight": torch.float16, "model.layers.1.mlp.up_proj.weight": torch.bfloat16}
+    for name, tensor in stored.items():
+        assert tensor.dtype == (dtype or own.get(name, torch.float32)), name
+
+
+def test_a_file_is_a_model_wherever_a_folder_is(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    file = gguf_of(tmp_path / "model.gguf", model, tokenizer)
+    # the config comes from the header alone: no weight is read
+    monkeypatch.setattr("decoct.models.gguf.container.GgufFile.row_blocks", lambda *_: pytest.fail("a weight was read"))
+    assert load_config(file).hidden_size == load_config(tmp_path).hidden_size == 64
+    assert load_tokenizer(file).encode("Hello") == tokenizer.encode("Hello")
+    monkeypatch.undo()
+    monkeypatch.setenv("DECOCT_CACHE", str(tmp_path / "cache"))
+    assert torch.equal(logits(load_model(file, dtype=torch.float32)), logits(model))
+    # once: the second time nothing is imported
+    monkeypatch.setattr(gguf_folder, "import_gguf", lambda *_: pytest.fail("imported twice"))
+    assert find_model_folder(tmp_path, None, weights=True) == cached_folder(file, "weights")
+    moved = file.rename(tmp_path / "other.gguf")
+    assert content_hash(moved) == content_hash(tmp_path)
+    assert load_model(moved, dtype=torch.float32).config.model_type == "llama"
+    with pytest.raises(UserError, match="has no revision"):
+        load_config(moved, revision="main")
+
+
+def test_a_folder_with_several_files_is_asked_about(tokenizer: Any, tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        gguf_of(tmp_path / name, tiny("llama"), tokenizer)
+    with pytest.raises(UserError, match=r"has 2 GGUF files \(a.gguf, b.gguf, ...\); name the one that is meant"):
+        load_config(tmp_path)
+    assert gguf_file(tmp_path / "b.gguf") == tmp_path / "b.gguf"
+    (tmp_path / "model.safetensors").touch()
+    assert gguf_file(tmp_path) is None
+
+
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "architecture": ({"general__architecture": "mamba9"}, "cannot import the architecture 'mamba9'; it knows llama, smollm3"),
+    "parts": ({"split__count": 3}, "is one of 3 parts of a model; join them first"),
+    "layers": ({"block_count": 3}, "are not those of the llama it describes; 9 are missing: model.layers.2"),
+    "fewer layers": ({"block_count": 1}, "9 are unexpected: model.layers.1"),
+    "width": ({"embedding_length": 128}, "have another shape"),
+    "no layers": ({"block_count": None}, "the metadata key llama.block_count is missing"),
+    "heads": ({"attention__head_count": 3}, "head_count_kv is 2; expected a divisor of the 3 query heads"),
+    "huge": ({"block_count": 3_000_000}, "num_hidden_layers is 3000000; a whole number up to 1,000"),
+    "text": ({"context_length": "many"}, "llama.context_length is 'many'; expected a whole number"),
+    "nan": ({"attention__layer_norm_rms_epsilon": float("nan")}, "layer_norm_rms_epsilon is nan; expected a number above 0"),
+    "rope": (
+        {"rope__scaling__type": "magic", "rope__scaling__factor": 4.0},
+        "rope.scaling.type is 'magic'; expected none, linear, or yarn",
+    ),
+    "values": ({"attention__value_length": 8}, "value_length is 8; expected the width of keys, 16"),
+    "tokenizer": ({"tokenizer__ggml__model": "bert"}, "cannot rebuild a tokenizer of kind 'bert'.*--tokenizer FOLDER"),
+    "no tokenizer": ({"tokenizer__ggml__tokens": None}, "has no tokenizer; .*--tokenizer FOLDER"),
+    "split": ({"tokenizer__ggml__pre": "viking"}, "splits text by llama.cpp's 'viking', which decoct does not know .it knows gpt-2"),
+    "merges": ({"tokenizer__ggml__merges": ["zz yy"]}, "cannot be rebuilt: .*zz"),
+}
+
+
+@pytest.mark.parametrize("case", list(BROKEN))
+def test_a_bad_file_is_refused_and_nothing_is_left(case: str, tokenizer: Any, tmp_path: Path) -> None:
+    changes, message = BROKEN[case]
+    model = tiny("llama")
+    keys = {**metadata_of(model), **tokenizer_keys(tokenizer)} | {name.replace("__", "."): value for name, value in changes.items()}
+    architecture = keys.pop("general.architecture", "llama")
+    file = write_gguf(tmp_path / "model.gguf", architecture, keys, tensors_of(model))
+    with pytest.raises(UserError, match=message):
+        import_gguf(file, tmp_path / "out")
+    assert [one.name for one in tmp_path.iterdir() if "cache" not in one.name] == ["model.gguf"]
+
+
+def test_weights_that_are_not_finite_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[2, 3] = float("inf")
+    with pytest.raises(UserError, match=r"blk.1.ffn_up.weight holds NaN or infinite numbers"):
+        import_gguf(gguf_of(tmp_path / "model.gguf", model, tokenizer), tmp_path / "out")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[2, 3] = 1e5
+    file = gguf_of(tmp_path / "again.gguf", model, tokenizer)
+    with pytest.raises(UserError, match=r"up_proj.weight of .* has values beyond the range of float16; import it in another dtype"):
+        import_gguf(file, tmp_path / "out", torch.float16)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_that_the_model_has_not_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny("llama")
+    keys = {**metadata_of(model), **tokenizer_keys(tokenizer)}
+    for name, shape, message in (
+        ("blk.0.ssm_a", (4,), "belongs to no llama"),
+        ("blk.0.attn_q_norm.weight", (16,), "1 are unexpected: model.layers.0.self_attn.q_norm.weight"),
+    ):
+        file = write_gguf(tmp_path / f"{name}.gguf", "llama", keys, {**tensors_of(model), name: np.ones(shape, np.float32)})
+        with pytest.raises(UserError, match=message):
+            import_gguf(file, tmp_path / "out")
+
+
+def test_memory_and_disk_are_checked_before_a_weight_is_read(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = gguf_of(tmp_path / "model.gguf", tiny("llama"), tokenizer)
+    monkeypatch.setattr("decoct.models.gguf.container.GgufFile.row_blocks", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr("decoct.models.folder.imported.available_bytes", lambda: 1000)
+    with pytest.raises(UserError, match=r"needs about [\d,]+ bytes of memory for its largest tensor; 1,000 are free"):
+        import_gguf(file, tmp_path / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(UserError, match=r"the model of .* needs [\d,]+ bytes, but .* has 1,000 bytes free"):
+        import_gguf(file, tmp_path / "out")
+
+
+def test_generation_settings_and_templates_come_along(tokenizer: Any, tmp_path: Path) -> None:
+    file = gguf_of(
+        tmp_path / "model.gguf", tiny("llama"), tokenizer, general__sampling__temp=0.5, general__sampling__top_k=20,
+        tokenizer__ggml__eot_token_id=7, tokenizer__chat_template="{{ messages[0]['content'] }}",
+        tokenizer__chat_templates=["tools"], tokenizer__chat_template__tools="T{{ messages[0]['content'] }}",
+    )  # fmt: skip
+    import_gguf(file, tmp_path / "out")
+    given = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert (given["eos_token_id"], given["temperature"], given["top_k"], given["do_sample"]) == ([0, 7], 0.5, 20, True)
+    again = load_tokenizer(tmp_path / "out")
+    chat = [{"role": "user", "content": "Hello"}]
+    assert again.apply_chat_template(chat, tokenize=False) == "Hello"
+    assert again.apply_chat_template(chat, tokenize=False, chat_template="tools") == "THello"
+
+
+def test_transformers_reads_the_same_tokens(tokenizer: Any, tmp_path: Path) -> None:
+    gguf_of(tmp_path / "model.gguf", tiny("llama"), tokenizer)
+    import_gguf(tmp_path / "model.gguf", tmp_path / "out")
+    again, theirs = load_tokenizer(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    for text in ("Hello, hello 123 worlds\n\n  and <|endoftext|> more", "", " x", "naïve 日本 🙂"):
+        assert again.encode(text) == theirs.encode(text) == tokenizer.encode(text)
+        assert again.decode(again.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+    assert again.special_tokens_map == tokenizer.special_tokens_map
