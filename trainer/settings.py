@@ -228,6 +228,12 @@ class EvaluateSettings:
     """Seed of the choice of items and examples in tasks."""
     min_task: dict[str, NotNegative] | None = None
     """Gate: smallest allowed score of each task, as a share of the teacher's: {cloze: 95%}."""
+    samples: Annotated[int, Bounds(ge=0, le=20)] = 3
+    """Beginnings of held-out text from which teacher and model go on in the report, greedily. 0 = none."""
+    sample_prompts: tuple[str, ...] = ()
+    """Texts to go on from, in place of held-out text."""
+    sample_tokens: Annotated[int, Bounds(ge=1, le=1000)] = 24
+    """Tokens of each sample at most."""
 
     def __post_init__(self) -> None:
         check_fields(self)

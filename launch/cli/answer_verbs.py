@@ -1,10 +1,11 @@
-"""The verbs with which a model is asked something. Nothing heavy is imported here."""
+"""The verbs that ask a model something, or set models side by side. Nothing heavy is imported here."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .options import Model
+from .options import Hub, Model, SeqLength, Text
 
 app = typer.Typer()
 Revision = Annotated[str | None, typer.Option("--revision", help="Hub revision of MODEL.")]
@@ -58,3 +59,30 @@ def chat(
     from .chat_verb import run_chat
 
     run_chat(model, revision, system, dtype, Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed))
+
+
+@app.command(epilog="Example: decoct compare TEACHER STUDENT served/ --text 'held-out/*.txt' --html compared.html")
+def compare(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model folders, hub ids or exports; the first is the reference.")],
+    text: Text = None,
+    hub: Hub = None,
+    seq_length: SeqLength = 512,
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", help="Tokens to measure on.", show_default="all of --text; 32k of anything else")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            help="Tasks to score, with commas or repeatable: cloze, .jsonl files of questions and answers, names or YAML files of lm-eval.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Also write a page with the table and a picture.")] = None,
+) -> None:
+    """Measure models on the same text: size, perplexity and KL with their errors, top-1 agreement, speed here, tasks, in one table."""
+    from .compare_verb import run_compare
+    from .single_stage import TextChoice
+
+    run_compare(models, TextChoice(text, hub, seq_length, tokens), tasks or (), as_json=as_json, page=html)

@@ -25,6 +25,7 @@ def build_report(
     exports: list[dict[str, Any]],
     gates: Sequence[str] = (),
     notes: Sequence[str] = (),
+    samples: dict[str, Any] | None = None,
 ) -> Report:
     """Return the report as plain data.
 
@@ -37,6 +38,7 @@ def build_report(
             that is not exact also has ``rounding`` (as ``qat.source.plain_source.CastError``).
         gates: a sentence for each failed gate, where the run ended.
         notes: important notes for readers, a sentence each.
+        samples: what models say to a few prompts, as ``launch.run.samples`` has it.
     """
     assert stages, "a report has at least the row of the model it started from"
     return {
@@ -50,6 +52,7 @@ def build_report(
         "exports": _without_blocks(exports),
         "gates": list(gates),
         "notes": list(notes),
+        "samples": samples,
         "recipe": recipe,
     }
 

@@ -3,6 +3,7 @@
 from importlib import resources
 from typing import Any
 
+from ...models.common.terminal_text import printable
 from .curves import Curves
 from .pictures import draw_all, render
 from .sentences import coverage_sentences, exactness, protocol_lines
@@ -43,5 +44,15 @@ def render_page(report: dict[str, Any], curves: Curves) -> str:
         exactness=exactness,
         coverage=coverage_sentences(report),
         outcome_text=outcome_text,
+        samples=_samples(report),
         recipe=yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True),
     )
+
+
+def _samples(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Each prompt with the answers of every model; [] for a report without samples. Control characters are shown as escapes."""
+    found = report.get("samples") or {"prompts": [], "answers": {}}
+    return [
+        (printable(prompt), [(name, printable(texts[at])) for name, texts in found["answers"].items()])
+        for at, prompt in enumerate(found["prompts"])
+    ]

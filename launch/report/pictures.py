@@ -41,11 +41,11 @@ def _figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def size_against_quality(report: dict[str, Any]) -> "Figure":
+def size_against_quality(report: dict[str, Any], *, connected: bool = True) -> "Figure":
     """Draw perplexity over bytes as served: the path of the stages, the packed export, and the rounded teacher for comparison.
 
     If there is an export, the folder with its codes is left out, because it is the same model. Rows without a size (hub ids) or with an
-    infinite perplexity are left out too.
+    infinite perplexity are left out too. Without ``connected`` no line joins the rows: they are models, not steps.
     """
     figure = _figure(7.5, 4.6)
     axes = figure.subplots()
@@ -53,7 +53,8 @@ def size_against_quality(report: dict[str, Any]) -> "Figure":
     path = [row for row in report["stages"] if _has_point(row) and row["kind"] not in twice]
     path += [{**row, "kind": "export", "name": f"{row['format']} export"} for row in report["exports"] if _has_point(row)]
     others = [row for row in report["baselines"] if _has_point(row)]
-    axes.plot(*zip(*map(_point, path)), color="#bbbbbb", linewidth=1, zorder=1)
+    if connected:
+        axes.plot(*zip(*map(_point, path)), color="#bbbbbb", linewidth=1, zorder=1)
     for row in path:
         axes.scatter(*_point(row), s=70, color=_COLOURS.get(row["kind"], "#555555"), zorder=3)
     for row in others:

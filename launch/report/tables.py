@@ -32,7 +32,7 @@ def task_names(report: dict[str, Any]) -> list[str]:
 def report_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """Return text cells under ``headings``: the teacher and the stages that made a model, the re-read exports, then rows for comparison."""
     tasks = task_names(report)
-    return [(*_cells(name, row), *(_task((row.get("tasks") or {}).get(task)) for task in tasks)) for name, row in _shown(report)]
+    return [(*_cells(name, row), *(task_cell((row.get("tasks") or {}).get(task)) for task in tasks)) for name, row in _shown(report)]
 
 
 def _shown(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -85,13 +85,13 @@ def _cells(name: str, row: dict[str, Any]) -> tuple[str, ...]:
         count(row.get("parameters")),
         table_size(served(row, "bytes")),
         table_size(row.get("bytes")),
-        _number(served(row, "bits_per_weight"), ".2f"),
-        _number(row.get("sparsity"), ".1%"),
-        _with_error(measured, "perplexity", ".3f"),
+        number(served(row, "bits_per_weight"), ".2f"),
+        number(row.get("sparsity"), ".1%"),
+        with_error(measured, "perplexity", ".3f"),
         _change(row.get("change") or {}),
-        _with_error(measured, "kl", ".4f"),
-        _number(measured.get("kl_p99"), ".3f"),
-        _number(measured.get("top1"), ".1%"),
+        with_error(measured, "kl", ".4f"),
+        number(measured.get("kl_p99"), ".3f"),
+        number(measured.get("top1"), ".1%"),
         count(row.get("tokens")),
         duration(row.get("seconds")),
     )
@@ -103,29 +103,30 @@ def served(row: dict[str, Any], figure: str) -> Any:
     return row.get(figure) if packed is None else packed
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """A figure as text; '-' where there is none."""
     return "-" if value is None else format(value, form)
 
 
-def _with_error(measured: dict[str, Any], name: str, form: str) -> str:
+def with_error(measured: dict[str, Any], name: str, form: str) -> str:
     """A figure and its standard error: '10.000 ±0.210'."""
     error = measured.get(f"{name}_se")
-    return _number(measured.get(name), form) + ("" if error is None else f" ±{error:{form}}")
+    return number(measured.get(name), form) + ("" if error is None else f" ±{error:{form}}")
 
 
-def _task(score: dict[str, Any] | None) -> str:
+def task_cell(score: dict[str, Any] | None) -> str:
     """A score and its standard error: shares as '45.2% ±1.1%', other metrics as numbers."""
     if score is None:
         return "-"
     form = ".1%" if score["higher_is_better"] and 0 <= score["score"] <= 1 else ".3f"
-    return _with_error({"score": score["score"], "score_se": score["stderr"]}, "score", form)
+    return with_error({"score": score["score"], "score_se": score["stderr"]}, "score", form)
 
 
 def _change(change: dict[str, Any]) -> str:
     """The change of the perplexity with its standard error; 'none seen' where chance explains it."""
     value, error = change.get("perplexity"), change.get("perplexity_se")
     if value is None or error is None:
-        return _number(value, "+.2%")
+        return number(value, "+.2%")
     return f"{value:+.2%} ±{error:.2%}" if is_clear(value, error) else f"none seen ±{error:.2%}"
 
 

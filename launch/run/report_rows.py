@@ -28,6 +28,7 @@ from ...trainer.stages.registry import STAGE_KINDS
 from ..report.curves import read_curves
 from .changes import change_between, warning_of
 from .run_folder import RunFolder, StageFolder
+from .samples import report_samples
 from .stored_figures import read_figures, store_figures
 from .task_scores import TaskScores
 
@@ -243,6 +244,28 @@ class ReportRows:
         row = {"name": f"teacher rounded to {form}", "kind": "quantize", "path": self._relative(str(packed)), "tokens": 0, "seconds": 0.0}
         row |= seen
         return [{**row, "change": change_between(self.teacher_row(), row)}]
+
+    def samples(self, at: dict[str, Any]) -> dict[str, Any] | None:
+        """How teacher and model go on from a few prompts, for recipes that evaluate; the model is the last export or model folder."""
+        settings = next((e.settings for e in reversed(self.recipe.stages) if isinstance(e.settings, EvaluateSettings)), None)
+        if settings is None:
+            return None
+        path, revision = at["path"], at["revision"]
+        if self.exports:
+            path, revision = str(self.folder.path / self.exports[-1]["path"]), None
+
+        def teacher() -> Any:
+            opened = self._open_teacher()
+            return opened and opened.model
+
+        try:
+            return report_samples(settings, self.run, path, revision, teacher, self._kept("samples.json"))
+        # the run's own work is done: whatever keeps a model from answering must not lose the report
+        except Exception as error:
+            self.run.say(f"no samples: {str(error).strip() or type(error).__name__}")
+            return None
+        finally:
+            self._release()
 
     def _round_teacher(self, spec: QuantSpec, place: Path) -> None:
         """Round the teacher to nearest, pack it like the student, and keep only the packed folder."""

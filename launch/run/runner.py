@@ -85,7 +85,7 @@ class Runner:
             if failed := stages.judge(entry):
                 break
         # also after a failed gate: the report shows why it failed
-        report = self.session.on_first(lambda: self._finish(run, rows, time.perf_counter() - started, failed))
+        report = self.session.on_first(lambda: self._finish(run, rows, at, time.perf_counter() - started, failed))
         # before the processes leave: a tracker uploads in the background, and ``leave`` waits for no thread
         finish_loggers(run.metrics.loggers)
         self.session.close(GateFailed.exit_code if failed else 0)
@@ -188,7 +188,7 @@ class Runner:
         cache, served = told.pop("cache"), told.pop("served")
         return TeacherRef(**told, cache=CacheSettings(**cache) if cache else None, served=ServedSettings(**served) if served else None)
 
-    def _finish(self, run: RunContext, rows: ReportRows, seconds: float, failed: list[str]) -> dict[str, Any]:
+    def _finish(self, run: RunContext, rows: ReportRows, at: dict[str, Any], seconds: float, failed: list[str]) -> dict[str, Any]:
         from ..report.build import build_report, write_report
         from ..report.tables import duration
         from .publish import publish
@@ -203,6 +203,7 @@ class Runner:
             exports=rows.exports,
             gates=failed,
             notes=rows.notes,
+            samples=rows.samples(at),
         )
         written = write_report(report, self.folder.path)
         publish(report, self.folder, run.metrics)

@@ -46,10 +46,10 @@ def run_transformers(
         # row by row, as the reference computes them
         logits = torch.cat([model(input_ids=row[None], use_cache=False).logits for row in tokens])
     names = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    return logits.float(), {kind: sorted(map(str, info[kind])) for kind in names if info[kind]}, _speed(model, tokens[:1, :1])
+    return logits.float(), {kind: sorted(map(str, info[kind])) for kind in names if info[kind]}, generation_speed(model, tokens[:1, :1])
 
 
-def _speed(model: Any, prompt: Tensor) -> float:
+def generation_speed(model: Any, prompt: Tensor) -> float:
     """Return tokens per second of generating one text; 0 if the model's context leaves no room."""
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     count = min(GENERATED, room - 1 if room else GENERATED)

@@ -1,7 +1,7 @@
 """What tasks ask of a model: the log-likelihood of a continuation, the likeliest next tokens, and greedy text up to a stop.
 
-Logits are fp32 over the full head (law 2), from the same backbone and head as all other figures. Requests are batched by length, so that
-batches hold little padding. Sums over different paddings differ in the last digits, as with any batched evaluation.
+Logits are fp32 over the full head (law 2, docs/architecture.md), from the same backbone and head as all other figures. Requests are batched
+by length, so that batches hold little padding. Sums over different paddings differ in the last digits, as with any batched evaluation.
 """
 
 from collections.abc import Iterator, Sequence

@@ -17,9 +17,11 @@ TEMPLATE = (
 )
 
 
-def make_model(path: Path, *, template: str | None = TEMPLATE, context: int = 96, rows: int = 0, seed: int = 0) -> Path:
-    """A model folder; ``rows`` pads its head beyond the tokenizer."""
-    tokenizer = train_tokenizer(iter([TEXT] * 20), 300)
+def make_model(
+    path: Path, *, template: str | None = TEMPLATE, context: int = 96, rows: int = 0, seed: int = 0, vocabulary: int = 300
+) -> Path:
+    """A model folder; ``rows`` pads its head beyond the tokenizer, whose size is ``vocabulary`` and four control tokens."""
+    tokenizer = train_tokenizer(iter([TEXT] * 20), vocabulary)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]})
     tokenizer.chat_template = template
     config = AutoConfig.for_model(

@@ -101,6 +101,7 @@ SURFACE = {
         "--json",
     },
     "chat": {"model", "--system", "--max-tokens", "--temperature", "--top-p", "--seed", "--dtype", "--revision"},
+    "compare": {"models", "--text", "--hub", "--seq-length", "--tokens", "--tasks", "--json", "--html"},
     "runs": {"folder", "--json"},
     "clean": {"run", "--cache", "--yes", "--dry-run"},
     "push": {"folder", "hub_id", "--public", "--yes", "--message"},
@@ -220,3 +221,12 @@ def test_every_verb_takes_key_value(verb: Any) -> None:
         if option and not any(p.name == "overrides" for p in command.params):
             assert options_from_pairs(command.params, [f"{option}=true"])[0] == f"--{option}", name
     assert "32000" in verb("footprint", "70B", "context=32k", "json=true").stdout
+
+
+def test_ctrl_c_speaks_of_checkpoints_only_where_there_are_some(capsys: pytest.CaptureFixture[str]) -> None:
+    from decoct.launch.cli.app import _tell_interrupted
+
+    _tell_interrupted(["generate", "model"])
+    assert capsys.readouterr().err == "decoct: interrupted\n"
+    _tell_interrupted(["run", "recipe.yaml"])
+    assert "go on from the last checkpoint" in capsys.readouterr().err

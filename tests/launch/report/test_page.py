@@ -29,6 +29,17 @@ def test_page_holds_table_pictures_and_recipe_and_loads_nothing(report: dict[str
     assert "transformers: loads it and agrees with the model that was trained: the same token at 100.00% of 128 positions" in page
 
 
+def test_samples_stand_beneath_their_prompt_and_cannot_break_the_page(report: dict[str, Any]) -> None:
+    assert "Samples" not in render_page(report, CURVES)
+    report["samples"] = {"prompts": ["one <b>", "two"], "answers": {"teacher": ["t1", "t2\x1b[31m"], "model": ["m1", "m2"]}}
+    page = render_page(report, CURVES)
+    assert "one &lt;b&gt;" in page
+    places = [
+        page.index(text) for text in ("one &lt;", "<dd>t1</dd>", "<dd>m1</dd>", '"prompt">two', "<dd>t2\\x1b[31m</dd>", "<dd>m2</dd>")
+    ]
+    assert places == sorted(places)
+
+
 def test_pictures_are_the_same_bytes_every_time(report: dict[str, Any]) -> None:
     first, second = (render(draw_all(report, CURVES)["size-quality"], "svg") for _ in range(2))
     assert first == second
