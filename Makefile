@@ -8,8 +8,8 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 # One thread a process: test workers and the processes they start share the cores. A file's tests stay together, as they share fixtures,
-# and files run in the order of tests/conftest.py.
-TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline HF_HUB_OFFLINE=1 $(BIN)/pytest
+# and files run in the order of tests/conftest.py. Compiled modules are kept, whatever the environment says: many processes import them.
+TEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline HF_HUB_OFFLINE=1 $(BIN)/pytest
 TEST += -n auto --dist loadfile --no-loadscope-reorder --durations=40 --durations-min=1
 
 .DEFAULT_GOAL := help
