@@ -11,8 +11,10 @@ import math
 import mmap
 import os
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import UserError
+from ..common.hash_cache import SETTLED_SECONDS
 from .block_types import BLOCK_TYPES, BlockType
 
 VERSIONS = (2, 3)
@@ -98,13 +101,29 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read and check everything but the tensors' data.
+    """Read and check everything but the tensors' data; the result of a file that is unchanged is shared, so nobody may change it.
 
     Raises:
         UserError: the file is cut off, foreign, big-endian or of another version; a count or length exceeds the file; a name occurs twice;
             text is not UTF-8; a type is unknown; a tensor lies outside the file or over another one.
     """
     path = Path(path)
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    changed = max(stat.st_mtime_ns, stat.st_ctime_ns)
+    # a plan opens a file several times, and a large vocabulary takes seconds; a second write within a tick of the clock would not show
+    settled = time.time_ns() - changed > SETTLED_SECONDS * 1e9
+    return _kept(path, (stat.st_dev, stat.st_ino, stat.st_size, changed)) if settled else _opened(path)
+
+
+@lru_cache(maxsize=2)
+def _kept(path: Path, identity: tuple[int, ...]) -> GgufFile:
+    return _opened(path)
+
+
+def _opened(path: Path) -> GgufFile:
     try:
         with path.open("rb") as handle:
             size = os.fstat(handle.fileno()).st_size

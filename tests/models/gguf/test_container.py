@@ -1,5 +1,6 @@
 """The GGUF container: what the package ``gguf`` writes is read, and nothing else."""
 
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,18 @@ def test_no_flipped_byte_of_the_header_breaks_out(file: Path, tmp_path: Path) ->
                 read_gguf(tmp_path / "damaged.gguf")
             except UserError:
                 continue
+
+
+def test_an_unchanged_file_is_parsed_once_and_a_changed_one_again(file: Path) -> None:
+    os.utime(file, ns=(10**9, 10**9))
+    assert read_gguf(file) is not read_gguf(file), "its attributes have just changed"
+    # as after the time in which a second change might not show
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("decoct.models.gguf.container.SETTLED_SECONDS", -1.0)
+        once = read_gguf(file)
+        assert read_gguf(file) is once
+        file.write_bytes(file.read_bytes() + bytes(32))
+        assert read_gguf(file).size == once.size + 32
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(file: Path) -> None:
