@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...losses.shift import MASKED
 from ...models.common.files import sha256_json
 from ...models.common.host_memory import available_bytes
 from ...models.folder.model_folder import content_hash
 from ...qat.footprint import folder_bytes
-from ...trainer.data.windows import IGNORED, Windows
+from ...trainer.data.windows import Windows
 from ...trainer.evaluation.model_row import best_device, open_for_measuring, too_large_to_measure
 from ...trainer.settings import EvaluateSettings
 from ..answers.answer import Sampling, answer
@@ -73,7 +74,7 @@ def beginnings(windows: Windows, count: int) -> list[list[int]]:
     found: list[list[int]] = []
     for number in range(min(count, len(windows))):
         window = windows[number * len(windows) // count]
-        learned = (window["labels"] != IGNORED).nonzero().flatten().tolist()
+        learned = (window["labels"] != MASKED).nonzero().flatten().tolist()
         # a conversation begins with a prompt, which is not learned
         end = max(PROMPT_TOKENS, learned[0] if learned else 0)
         if "position_ids" in window:

@@ -229,4 +229,4 @@ def test_ctrl_c_speaks_of_checkpoints_only_where_there_are_some(capsys: pytest.C
     _tell_interrupted(["generate", "model"])
     assert capsys.readouterr().err == "decoct: interrupted\n"
     _tell_interrupted(["run", "recipe.yaml"])
-    assert "go on from the last checkpoint" in capsys.readouterr().err
+    assert "resume from the last checkpoint" in capsys.readouterr().err
