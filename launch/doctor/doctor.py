@@ -23,6 +23,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "adamw-8bit, nf4 and int8 teachers": ("bitsandbytes",),
     "logger: wandb": ("wandb",),
     "Triton kernels": ("triton",),
+    "tasks of lm-eval": ("lm_eval",),
     "verify against transformers": ("compressed_tensors",),
     "verify gguf against llama.cpp": ("xllamacpp",),
     "import GGUF blocks of IQ1 to IQ3": ("gguf",),

@@ -78,6 +78,7 @@ def test_the_seed_decides_and_a_limit_takes_fewer(file: Path) -> None:
     assert split_questions(rows, 2, 5, 1) == split_questions(rows, 2, 5, 1) != split_questions(rows, 2, 5, 2)
     examples, scored = split_questions(rows, 2, 5, 1)
     assert (len(examples), len(scored)) == (2, 5)
+    assert not any(row in examples for row in scored)
     assert [rows.index(row) for row in scored] == sorted(rows.index(row) for row in scored)
 
 
