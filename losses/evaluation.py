@@ -45,7 +45,7 @@ def evaluation_sums(student_logits: Tensor, teacher_logits: Tensor | None, label
         ValueError: shapes do not fit, or a label is masked or out of range.
     """
     _check(student_logits, teacher_logits, labels)
-    # law 2: fp32 softmax over all V_s columns, as runtimes compute perplexity
+    # law 2, docs/architecture.md: fp32 softmax over all V_s columns, as runtimes compute perplexity
     logits = in_full_precision(student_logits)
     log_q = torch.log_softmax(logits, -1)
     likeliest = logits.argmax(-1)

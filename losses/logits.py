@@ -9,7 +9,7 @@ FLOOR = -1e30
 
 def in_full_precision(tensor: Tensor) -> Tensor:
     """Returns fp64 tensors as they are and all others in fp32."""
-    # law 2: the softmax is fp32, also for bf16 logits
+    # law 2, docs/architecture.md: the softmax is fp32, also for bf16 logits
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 

@@ -78,8 +78,8 @@ def _overrides(case: StageMemoryCase, changed: StageMemoryCase) -> tuple[str, ..
 
 
 def _changes(case: StageMemoryCase, taught: bool) -> Iterator[Change]:
-    # free of cost in quality: the loss is a mean over the whole step, however it is cut (law 1); large steps first, since small batches use
-    # a GPU badly
+    # free of cost in quality: the loss is a mean over the whole step, however it is cut (law 1, docs/architecture.md); large steps first,
+    # since small batches use a GPU badly
     for size in sorted((s for s in divisors(case.plan.batch.micro_batch) if s < case.plan.batch.micro_batch), reverse=True):
         yield _micro_batch(size)
     if case.ranks > 1:

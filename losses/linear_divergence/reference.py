@@ -13,7 +13,7 @@ from .inputs import HiddenStates, LogitTransform, Problem, TeacherLogits
 def reference_sums(problem: Problem) -> LossSums:
     """Computes the sums of ``problem`` by the formulas of ``divergences``; gradients come from autograd."""
     with torch.autocast(problem.labels.device.type, enabled=False):
-        # law 2: autocast, switched off here, would compute the product in bf16
+        # law 2, docs/architecture.md: autocast, switched off here, would compute the product in bf16
         logits = _logits(problem.student, problem)
         labels = problem.labels[problem.kept]
         hard = cross_entropy(logits, labels)

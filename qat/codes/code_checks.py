@@ -55,7 +55,7 @@ def _codes_problem(codes: Tensor, scales: Tensor, spec: QuantSpec) -> str | None
         return outside
     if not bool((torch.isfinite(scales) & (scales > 0)).all()):
         return "a scale is not a positive finite number"
-    # exporters cast scales to fp16 or bf16 unrounded, which only the grid makes exact (law 3)
+    # exporters cast scales to fp16 or bf16 unrounded, which only the grid makes exact (law 3, docs/architecture.md)
     if not torch.equal(_on_grid(scales, spec), scales):
         return f"a scale is not on the grid {spec.kind if spec.kind in _OWN_GRIDS else spec.scale_grid}"
     return None

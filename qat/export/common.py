@@ -59,7 +59,7 @@ def unsigned(codes: Tensor, bits: int) -> Tensor:
 
 def exact_scales(scales: Tensor, dtype: torch.dtype, format: str, module: str) -> Tensor:
     """Cast scales to another dtype; UserError if a value changes."""
-    # law 3: an exporter moves bits. A scale that changed here would give other weights than those that were trained
+    # law 3, docs/architecture.md: an exporter moves bits. A scale that changed here would give other weights than those that were trained
     stored = scales.to(dtype)
     if not torch.equal(stored.to(torch.float32), scales):
         raise UserError(

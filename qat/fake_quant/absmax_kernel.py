@@ -43,7 +43,7 @@ def _scales(
     if DROPPED_BITS > 0:
         scale = drop_bits(scale, DROPPED_BITS)
     scale = tl.minimum(tl.maximum(scale, SMALLEST), LARGEST)
-    # law 3: a group of zeros has s = 1 and q = 0, never 0 / 0
+    # law 3, docs/architecture.md: a group of zeros has s = 1 and q = 0, never 0 / 0
     scale = tl.where(largest == 0, 1.0, scale)
     return tl.where(largest >= 0x7F800000, float("nan"), scale)
 

@@ -68,7 +68,7 @@ def _range_kernel(
         if DROPPED_BITS > 0:
             scale = drop_bits(scale, DROPPED_BITS)
         scale = tl.minimum(tl.maximum(scale, SMALLEST), LARGEST)
-        # law 3: a group of zeros has s = 1
+        # law 3, docs/architecture.md: a group of zeros has s = 1
         scale = tl.where(width == 0.0, 1.0, scale)
         # from the scale on its grid, which is the one that is stored
         zero = nearest_integers(QMIN - tl.math.div_rn(low, scale), QMIN, QMAX)

@@ -143,7 +143,7 @@ def _blocks(source: ExportSource, module: str, kind: TensorType, place: Place, c
 def _plain(source: ExportSource, name: str, kind: TensorType, place: Place, config: "PreTrainedConfig") -> NDArray[Any]:
     dtype = next(dtype for dtype, stored in PLAIN_TYPES.items() if stored == kind)
     tensor = changed(source.tensor(name), place.change, config)
-    # law 3 for the unquantized tensors: stored values are those that were measured
+    # law 3, docs/architecture.md, for the unquantized tensors: stored values are those that were measured
     stored = tensor.to(dtype).contiguous()
     if not torch.equal(stored.to(torch.float32), tensor.to(torch.float32)):
         raise UserError(
