@@ -146,10 +146,14 @@ def test_memory_that_rounding_does_not_have_goes_away_by_its_remedy() -> None:
         ("stages.qat.weights.kind=mxfp4", r"use (group_size)=(\d+)", ["stages.qat.weights.{0}={1}"]),
         ("stages.qat.weights.kind=fp8_e4m3", r"use (bits)=(\d)", ["stages.qat.weights.{0}={1} stages.qat.weights.group_size=channel"]),
         ("stages.qat.loss.divergence=jsd teacher.cache=top_k", r"use (forward_kl)", ["stages.qat.loss.divergence={0}"]),
-        ("stages.export.formats=[gguf] stages.export.allow_inexact=true", r"is for (safetensors) alone", ["stages.export.formats=[{0}]"]),
+        (
+            "stages.export.formats=[gguf] stages.export.allow_inexact=true",
+            r"applies only to (safetensors)",
+            ["stages.export.formats=[{0}]"],
+        ),
         (
             "stages.export.formats=[gguf] stages.export.reader_version=0.18.0",
-            r"is read by (compressed-tensors) alone",
+            r"applies only to (compressed-tensors)",
             ["stages.export.formats=[{0}]"],
         ),
         (

@@ -82,7 +82,7 @@ def test_a_key_of_the_stage_stands_for_itself() -> None:
     assert verb_overrides("distill", ["learning_rat=1", "trainr.precision=32", "lr=1"]) == [
         "stages.0.learning_rat=1", "trainr.precision=32", "lr=1",
     ]  # fmt: skip
-    assert verb_overrides("evaluate", ["max_kl=0.1", "tokens=5"]) == ["stages.0.max_kl=0.1", "tokens=5"]
+    assert verb_overrides("evaluate", ["max_kl=0.1", "tokens=5"]) == ["stages.0.max_kl=0.1", "stages.0.tokens=5"]
 
 
 @pytest.mark.parametrize(("given", "tokens", "steps"), [([], 1_000_000, None), (["steps=7"], None, 7), (["tokens=5k"], 5000, None)])

@@ -109,7 +109,7 @@ def test_no_token_of_the_environment_is_printed(target: str, monkeypatch: pytest
     [
         (["--target", "cloud"], "--target='cloud' is not one of local, torchrun, slurm, kubernetes"),
         (["--gpus", "0"], "--gpus=0 must be at least 1"),
-        (["--nodes", "2"], "--target local is this machine alone"),
+        (["--nodes", "2"], "--target local runs on this machine only, not on 2 nodes"),
         (["--target", "torchrun", "--nodes", "2"], "--rdzv-endpoint HOST:PORT"),
         (["--target", "kubernetes"], "needs --image"),
         (["--target", "kubernetes", "--image", "i", "--volume-claim", "v", "--kind", "pod"], "--kind='pod'"),

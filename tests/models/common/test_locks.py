@@ -20,8 +20,13 @@ from pathlib import Path
 from decoct.models.common.locks import Lock
 lock = Lock(Path(sys.argv[1]))
 assert lock.acquire()
-if sys.argv[2] == "fork" and not os.fork():
-    time.sleep(60)
+done, begun = os.pipe()
+if sys.argv[2] == "fork":
+    if not os.fork():
+        os.write(begun, b"x")
+        time.sleep(60)
+    # the child has given its copy up once it runs on
+    os.read(done, 1)
 print("held", flush=True)
 sys.stdin.read()
 lock.release()

@@ -83,7 +83,7 @@ def test_other_content_is_refused(pickled: Path, tmp_path: Path) -> None:
         ([torch.ones(2)], "holds no state dict"),
         ({**state, "extra.weight": torch.ones(2)}, "1 weights are unexpected: extra.weight"),
         ({name: tensor for name, tensor in state.items() if "layers.1.mlp" not in name}, "3 weights are missing"),
-        ({**state, "model.norm.weight": torch.ones(3)}, r"of another shape than config.json says: model.norm.weight \(3,\)"),
+        ({**state, "model.norm.weight": torch.ones(3)}, r"of another shape than config.json gives: model.norm.weight \(3,\)"),
         ({**state, "model.norm.weight": torch.full((64,), float("nan"))}, "model.norm.weight of .* holds NaN"),
         ({**state, "model.norm.weight": torch.ones(64, dtype=torch.int8)}, "stored as torch.int8, not in plain floats"),
     ):

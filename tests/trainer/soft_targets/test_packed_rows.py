@@ -163,5 +163,5 @@ def test_a_teacher_that_cannot_say_most_tokens_is_kept_as_well_as_any(mode: Cach
 
 def test_bytes_that_are_no_rows_are_refused() -> None:
     form = row_format(CacheSettings(), VOCAB, 1.0)
-    with pytest.raises(ValueError, match="numbers in"):
+    with pytest.raises(ValueError, match="rows do not have"):
         form.decode(torch.zeros(3, form.bytes, dtype=torch.uint8))

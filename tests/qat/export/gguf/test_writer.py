@@ -154,7 +154,7 @@ def test_what_cannot_be_held_is_refused(quantized_folder: Build, tmp_path: Path,
 def test_a_folder_without_codes_is_refused_and_the_plain_formats_take_it(quantized_folder: Build, tmp_path: Path) -> None:
     source = quantized_folder(group_size=32, **WIDE)
     (source / "quant/codes.safetensors").unlink()
-    refused(source, tmp_path / "export", "'qat' or 'quantize'.*--format gguf-f32, gguf-f16, gguf-bf16")
+    refused(source, tmp_path / "export", "'qat' or 'quantize'.*--format safetensors, safetensors-f32, gguf-f32, gguf-f16, gguf-bf16")
     export_to(source, tmp_path / "plain", "gguf-f32")
 
 
