@@ -165,7 +165,7 @@ class LanguageModel:
 
     def generate_until(self, prompts: Sequence[str], until: Sequence[str], max_tokens: int) -> list[str]:
         """Greedy text after each prompt, up to the first of ``until`` (left out), the end-of-text token or ``max_tokens`` tokens."""
-        from .generation import generate
+        from .greedy_text import generate
 
         room = max(1, self.longest - max_tokens)
         rows = [([*self._begin, *self.encode(prompt)] or self.prefix)[-room:] for prompt in prompts]
