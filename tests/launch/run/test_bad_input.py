@@ -48,7 +48,7 @@ def test_missing_files_empty_and_short_text(tiny: dict[str, Any], run: Any, tmp_
 
 def test_group_size_that_does_not_divide(tiny: dict[str, Any], run: Any, tmp_path: Path) -> None:
     tiny["stages"] = [{"qat": {"steps": 1, "weights": {"group_size": 24}}}]
-    refused(run(tiny), "group_size=24", "in_features=32", "stages.0.qat.weights.group_size")
+    refused(run(tiny), "stages.0.qat.weights.group_size: 24 does not divide the student's hidden size (32)", "use 32 or 16")
     assert not (tmp_path / "runs/tiny/01-qat/model").exists()
 
 

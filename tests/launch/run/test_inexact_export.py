@@ -49,7 +49,8 @@ def test_a_recipe_is_refused_or_reports_the_error_of_rounding(
     assert export["tokens_per_second"] == ran["tokens_per_second"] > 0
     assert export["peak_bytes"] == ran["peak_bytes"] > 10**8
     assert export["runtimes"]["vLLM"]["status"] == "not installed"
-    speed = f"{ran['tokens_per_second']:,.0f} tokens per second on the machine it was checked on, with {ran['peak_bytes'] / 1e6:,.0f} MB"
+    speed = f"{ran['tokens_per_second']:,.0f} tokens per second on the machine it was checked on"
+    speed += f", with a peak memory of {ran['peak_bytes'] / 1e6:,.0f} MB"
     assert speed in (folder / "README.md").read_text()
     # the re-read files are measured, not the source
     stages = {row["name"]: row["eval"] for row in read_report()["stages"]}
