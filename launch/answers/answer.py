@@ -42,7 +42,7 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p={self.top_p} must be above 0 and at most 1 (all tokens)")
         if self.top_p < 1 and self.temperature == 0:
-            raise UserError(f"--top-p={self.top_p} does nothing without sampling; give --temperature too, such as 0.7")
+            raise UserError(f"--top-p={self.top_p} has no effect without sampling; give --temperature too, such as 0.7")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed={self.seed} must be a whole number from 0 on")
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Hub, Model, SeqLength, Text
+from .options import Hub, MeasuredTokens, Model, SeqLength, Tasks, Text
 
 app = typer.Typer()
 Revision = Annotated[str | None, typer.Option("--revision", help="Hub revision of MODEL.")]
@@ -67,17 +67,8 @@ def compare(
     text: Text = None,
     hub: Hub = None,
     seq_length: SeqLength = 512,
-    tokens: Annotated[
-        str | None, typer.Option("--tokens", help="Tokens to measure on.", show_default="all of --text; 32k of anything else")
-    ] = None,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--tasks",
-            help="Tasks to score, with commas or repeatable: cloze, .jsonl files of questions and answers, names or YAML files of lm-eval.",
-            show_default=False,
-        ),
-    ] = None,
+    tokens: MeasuredTokens = None,
+    tasks: Tasks = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Also write a page with the table and a picture.")] = None,
 ) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Hub, Model, Out, SeqLength, StageOverrides, Teacher, Text
+from .options import Hub, MeasuredTokens, Model, Out, SeqLength, StageOverrides, Tasks, Teacher, Text
 
 app = typer.Typer()
 
@@ -109,18 +109,9 @@ def evaluate(
     text: Text = None,
     hub: Hub = None,
     seq_length: SeqLength = 512,
-    tokens: Annotated[
-        str | None, typer.Option("--tokens", help="Tokens to measure on.", show_default="all of --text; 32k of anything else")
-    ] = None,
+    tokens: MeasuredTokens = None,
     max_perplexity_increase: Annotated[str | None, typer.Option(help="Gate: exit code 3 above this increase, such as 5%.")] = None,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--tasks",
-            help="Tasks to score, with commas or repeatable: cloze, .jsonl files of questions and answers, names or YAML files of lm-eval.",
-            show_default=False,
-        ),
-    ] = None,
+    tasks: Tasks = None,
     out: Out = None,
 ) -> None:
     """Measure a model folder or export: perplexity, KL and top-1 agreement with a teacher, calibration, size, scores on tasks."""

@@ -30,3 +30,14 @@ TrainTokens = Annotated[str | None, typer.Option("--tokens", help="Training toke
 SeqLength = Annotated[int, typer.Option("--seq-length", help="Tokens per window.")]
 Bits = Annotated[int, typer.Option("--bits", help="Bits per weight.")]
 GroupSize = Annotated[str, typer.Option("--group-size", help="Input features per scale, or 'channel' for one scale per output row.")]
+MeasuredTokens = Annotated[
+    str | None, typer.Option("--tokens", help="Tokens to measure on.", show_default="all of --text; 32k of anything else")
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tasks",
+        help="Tasks to score, with commas or repeatable: cloze, .jsonl files of questions and answers, names or YAML files of lm-eval.",
+        show_default=False,
+    ),
+]

@@ -111,8 +111,7 @@ def _generated(recipe: "Recipe") -> Documents:
         model = load_model(path, dtype=dtype, revision=revision, device=device)
         return model, effective_vocab(tokenizer, embedding_rows(model.config))
 
-    name = Path(path).name if Path(path).is_dir() else path
-    writer = WritingModel(name=name, content=content_hash(path, revision), tokenizer=tokenizer, load=load)
+    writer = WritingModel(name=model_name(path), content=content_hash(path, revision), tokenizer=tokenizer, load=load)
     return generated_documents(recipe.data, writer, cache_dir(), recipe.seed, _LOG.warning)
 
 

@@ -110,7 +110,7 @@ def test_ctrl_c_keeps_what_was_said(opened: Opened) -> None:
         ({"max_tokens": 0}, "--max-tokens=0 must be at least 1"),
         ({"temperature": -1.0}, "--temperature=-1.0 must be between 0"),
         ({"temperature": 1.0, "top_p": 0.0}, "--top-p=0.0 must be above 0"),
-        ({"top_p": 0.5}, "--top-p=0.5 does nothing without sampling"),
+        ({"top_p": 0.5}, "--top-p=0.5 has no effect without sampling"),
         ({"seed": -1}, "--seed=-1 must be"),
     ],
 )
