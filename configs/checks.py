@@ -7,6 +7,7 @@ from ..models.common.terminal_text import counted
 from ..models.folder.codes_file import codes_file
 from ..models.settings import MOST_TOP_K, allowed_layers
 from ..trainer.settings import EvaluateSettings, TrainingBlock
+from ..trainer.settings_own import OwnStageSettings
 from ..trainer.stage_plan import learns_from, reads_text, trains
 from .draft import Draft, key_path
 from .problems import Problems
@@ -184,7 +185,7 @@ def _check_exports(draft: Draft, problems: Problems) -> None:
         # the unreadable stage may be the one that quantizes
         if entry is None:
             return
-        if entry.kind in _WRITERS:
+        if entry.kind in _WRITERS or _makes_own_model(entry):
             writer = entry
         if entry.kind != "export" or (writer and writer.kind in _QUANTIZERS):
             continue
@@ -195,6 +196,10 @@ def _check_exports(draft: Draft, problems: Problems) -> None:
             key_path(entry),
             f"packs the codes that a 'qat' or 'quantize' stage writes, and never rounds{after}; put one of the two before it",
         )
+
+
+def _makes_own_model(entry: StageEntry) -> bool:
+    return isinstance(entry.settings, OwnStageSettings) and entry.settings.part.makes_model
 
 
 def _starts_quantized(draft: Draft) -> bool:

@@ -1,15 +1,18 @@
 """The JSON Schema (draft 2020-12) of recipes, made from the settings dataclasses: editors complete and check keys with it.
 
 It knows what one key takes: type, choices, bounds, suffix forms ("1M", "5%") as text, and what may be left empty. It also knows the keys of
-which a section needs exactly one (``exactly_one``). Other rules about several keys are left to ``decoct plan`` and ``decoct run``. The
-package holds it as ``configs/recipe.schema.json``, for ``decoct recipes schema``.
+which a section needs exactly one (``exactly_one``). In a recipe with ``import`` it takes further kinds of stages, and other names and keys
+where a part may be named; which ones there are, only the loader knows. Other rules about several keys are left to ``decoct plan`` and
+``decoct run``. The package holds it as ``configs/recipe.schema.json``, for ``decoct recipes schema``.
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, get_args, get_origin
 
 from .. import alternatives, bounds_of, choices, types_of
+from ..trainer.settings_own import CallbackSettings
 from ..trainer.stages.registry import STAGE_KINDS
 from .field_docs import class_doc, field_docs
 from .reading import KEYS, NAME_PATTERN, REQUIRED
@@ -38,8 +41,11 @@ def recipe_schema() -> dict[str, Any]:
     types = types_of(Recipe)
     properties: dict[str, Any] = {}
     for key in KEYS:
-        if key == "stages":
-            made = {"type": "array", "minItems": 1, "items": _stage(definitions)}
+        if key in _WITH_PARTS:
+            # what they take depends on ``import``: see the condition below
+            made = {}
+        elif key == "import":
+            made = _or_null(_value(tuple[str, ...], definitions))
         elif key == "name":
             # YAML reads a name such as 2024 as a number
             made = {"type": ["string", "integer", "null"], "pattern": f"^({NAME_PATTERN})$"}
@@ -47,7 +53,8 @@ def recipe_schema() -> dict[str, Any]:
             made = _value(types[key], definitions)
             if key not in REQUIRED:
                 made = _or_null(made)
-        properties[key] = {"description": docs[key], **made}
+        properties[key] = {"description": docs["imports" if key == "import" else key], **made}
+    without, with_parts = _sections(definitions), _sections_with_parts(definitions)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "decoct recipe",
@@ -56,18 +63,76 @@ def recipe_schema() -> dict[str, Any]:
         "properties": properties,
         "required": list(REQUIRED),
         "additionalProperties": False,
+        "allOf": [{"if": _given("import"), "then": {"properties": with_parts}, "else": {"properties": without}}],
         "$defs": definitions,
     }
 
 
-def _stage(definitions: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of one entry of ``stages``: a kind alone, or a kind with its settings."""
+_WITH_PARTS = ("data", "stages")
+"""Sections that may name imported parts."""
+
+
+_OPEN = {"LossSettings": "divergence", "DataSettings": "source"}
+"""Definition -> the key that may name an imported part, whose options stand beside it."""
+_ENDING = "WithParts"
+"""End of the names of definitions that differ in recipes that import files."""
+
+
+def _sections(definitions: dict[str, Any], *, own: bool = False) -> dict[str, Any]:
+    """Return the schemas of ``_WITH_PARTS``; ``own`` takes kinds of stages that are not decoct's."""
+    data = _value(types_of(Recipe)["data"], definitions)
+    return {"data": data, "stages": {"type": "array", "minItems": 1, "items": _stage(definitions, own=own)}}
+
+
+def _sections_with_parts(definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return the schemas of ``_WITH_PARTS`` in a recipe that imports files; definitions that differ there are added."""
+    sections = _sections(definitions, own=True)
+    differ = set(_OPEN)
+    # and those that lead to one that differs
+    while more := {name for name, made in definitions.items() if name not in differ and _references(made) & differ}:
+        differ |= more
+    definitions.update({f"{name}{_ENDING}": _renamed(_opened(name, definitions[name]), differ) for name in sorted(differ)})
+    return _renamed(sections, differ)
+
+
+def _opened(name: str, section: dict[str, Any]) -> dict[str, Any]:
+    """Return a definition that also takes imported parts."""
+    if name not in _OPEN:
+        return section
+    key = _OPEN[name]
+    known = {inner: value for inner, value in section["properties"][key].items() if inner in ("description", "default")}
+    named = {**known, "type": ["string", "null"], "pattern": _TEXT}
+    return {**section, "properties": {**section["properties"], key: named}, "additionalProperties": True}
+
+
+def _references(node: Any) -> set[str]:
+    """Return the names of the definitions that a schema refers to."""
+    if isinstance(node, dict):
+        own = {node["$ref"].rpartition("/")[2]} if "$ref" in node else set[str]()
+        return own.union(*map(_references, node.values()))
+    return set[str]().union(*map(_references, node)) if isinstance(node, list) else set()
+
+
+def _renamed(node: Any, differ: Collection[str]) -> Any:
+    """Return a schema whose references to definitions in ``differ`` lead to those of recipes that import files."""
+    if isinstance(node, dict):
+        named = node.get("$ref", "").rpartition("/")[2] in differ
+        return {key: f"{value}{_ENDING}" if key == "$ref" and named else _renamed(value, differ) for key, value in node.items()}
+    return [_renamed(item, differ) for item in node] if isinstance(node, list) else node
+
+
+def _stage(definitions: dict[str, Any], *, own: bool) -> dict[str, Any]:
+    """Return the schema of one entry of ``stages``: a kind alone, or a kind with its settings; ``own`` takes other kinds too."""
     kinds = {}
     for kind, stage in STAGE_KINDS.items():
         section = _reference(stage.settings, definitions, kind)
         kinds[kind] = section if _needed(stage.settings) else _or_null(section)
-    alone = {"enum": [kind for kind, stage in STAGE_KINDS.items() if not _needed(stage.settings)]}
-    below = {"type": "object", "properties": kinds, "minProperties": 1, "maxProperties": 1, "additionalProperties": False}
+    alone: dict[str, Any] = {"enum": [kind for kind, stage in STAGE_KINDS.items() if not _needed(stage.settings)]}
+    if own:
+        needed = [kind for kind, stage in STAGE_KINDS.items() if _needed(stage.settings)]
+        alone = {"type": "string", "pattern": f"^({NAME_PATTERN})$", "not": {"enum": needed}}
+    others: Any = {"type": ["object", "null"]} if own else False
+    below = {"type": "object", "properties": kinds, "minProperties": 1, "maxProperties": 1, "additionalProperties": others}
     return _cased("object", below, alone)
 
 
@@ -94,7 +159,8 @@ def _reference(settings: type, definitions: dict[str, Any], kind: str | None = N
             "properties": properties,
             **({"required": required} if required else {}),
             **({"oneOf": [_given(key) for key in exactly_one]} if (exactly_one := _exactly_one(settings)) else {}),
-            "additionalProperties": False,
+            # the options of a callback stand beside its name
+            "additionalProperties": settings is CallbackSettings,
         }
     return {"$ref": f"#/$defs/{name}"}
 
@@ -176,7 +242,8 @@ def _option(option: Any, definitions: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the schemas of one member of a type, except numbers and choices."""
     if is_dataclass(option) and isinstance(option, type):
         word = SHORT_FORMS.get(option)
-        short = [{"enum": list(choices(types_of(option)[word]))}] if word else []
+        words = choices(types_of(option)[word]) if word else ()
+        short = [{"enum": list(words)} if words else _value(types_of(option)[word], definitions)] if word else []
         return [_reference(option, definitions), *short]
     inner = get_args(option)
     if get_origin(option) is tuple and inner[-1] is Ellipsis:

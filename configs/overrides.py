@@ -10,17 +10,23 @@ from collections.abc import Sequence
 from .. import types_of
 from ..models.common.errors import UserError
 from ..qat.scheme import SpecChange
-from ..trainer.stages.registry import STAGE_KINDS
 from .nodes import Entry, Listing, Mapping, Node, Scalar, is_null
+from .own_parts import OwnParts
 from .problems import did_you_mean
-from .reading import SECTIONS, stage_parts
+from .reading import SECTIONS, known_kinds, stage_parts
 from .recipe import stage_name
-from .sections import SHORT_FORMS
+from .sections import NO_PARTS, SHORT_FORMS
 from .yaml_source import read_yaml_text
 
 
-def apply_overrides(root: Node, overrides: Sequence[str]) -> None:
+def names_import(override: str) -> bool:
+    """Return whether an override says what the recipe imports; it comes before all others, which may name what is imported."""
+    return override.partition("=")[0].strip() == "import"
+
+
+def apply_overrides(root: Node, overrides: Sequence[str], parts: OwnParts = NO_PARTS) -> None:
     """Write ``key=value`` overrides into the tree, in order; UserError for one whose key does not exist."""
+    kinds = known_kinds(parts)
     for text in overrides:
         path, separator, value = text.partition("=")
         keys = [key.strip() for key in path.split(".")]
@@ -31,7 +37,7 @@ def apply_overrides(root: Node, overrides: Sequence[str]) -> None:
         place = f"override '{text}'"
         node = _value(value.strip(), place)
         if keys[0] == "stages":
-            _override_stage(root, keys[1:], node, place)
+            _override_stage(root, keys[1:], node, place, kinds)
         else:
             _write(root, keys, node, place, above="")
 
@@ -70,7 +76,7 @@ def _write(mapping: Mapping, keys: Sequence[str], node: Node, place: str, above:
     _write(entry.node, rest, node, place, above=f"{above}{key}.")
 
 
-def _override_stage(root: Mapping, keys: Sequence[str], node: Node, place: str) -> None:
+def _override_stage(root: Mapping, keys: Sequence[str], node: Node, place: str, kinds: dict[str, type]) -> None:
     stages = root.entries["stages"].node if "stages" in root.entries else None
     if not isinstance(stages, Listing):
         raise UserError(f"{place}: the recipe has no list of stages")
@@ -78,19 +84,19 @@ def _override_stage(root: Mapping, keys: Sequence[str], node: Node, place: str) 
         raise UserError(f"{place}: name a stage and a key of it, such as stages.0.tokens=2M; {_known_stages(stages)}")
     index = _find_stage(stages, keys[0], place)
     parts = stage_parts(stages.items[index])
-    if parts is None or parts[0] not in STAGE_KINDS:
+    if parts is None or parts[0] not in kinds:
         # the stage itself is wrong; reading the recipe reports how
         return
     kind, body = parts
     rest = list(keys[1:])
     # a kind may be named after the stage, unless it is also a key of the stage's own
-    if rest[0] in STAGE_KINDS and rest[0] not in types_of(STAGE_KINDS[kind].settings):
+    if rest[0] in kinds and rest[0] not in types_of(kinds[kind]):
         if rest[0] != kind:
             raise UserError(f"{place}: stages.{keys[0]} is a '{kind}' stage, not '{rest[0]}'; {_known_stages(stages)}")
         rest = rest[1:]
     if not rest or not isinstance(body, Mapping):
         raise UserError(f"{place}: name a key of the stage, such as stages.{keys[0]}.tokens=2M")
-    rest = _joined_pattern(rest, kind, place)
+    rest = _joined_pattern(rest, kind, place, kinds[kind])
     old = stages.items[index]
     key_place = old.entries[kind].place if isinstance(old, Mapping) else old.place
     # ``- export`` has no body to write into, so every stage gets the long form
@@ -98,9 +104,9 @@ def _override_stage(root: Mapping, keys: Sequence[str], node: Node, place: str) 
     _write(body, rest, node, place, above=f"stages.{keys[0]}.{kind}.")
 
 
-def _joined_pattern(keys: list[str], kind: str, place: str) -> list[str]:
+def _joined_pattern(keys: list[str], kind: str, place: str, settings: type) -> list[str]:
     """Return the keys below a stage, with the pattern in ``overrides.*.mlp.down_proj.bits`` as one key, since module names have dots."""
-    if keys[0] != "overrides" or len(keys) == 1 or "overrides" not in types_of(STAGE_KINDS[kind].settings):
+    if keys[0] != "overrides" or len(keys) == 1 or "overrides" not in types_of(settings):
         return keys
     if len(keys) < 3 or keys[-1] not in types_of(SpecChange):
         raise UserError(

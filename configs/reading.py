@@ -1,7 +1,7 @@
 """Turns a recipe's tree into a Recipe: the sections, the list of stages, then the checks across them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,10 @@ from ..trainer.stages.registry import STAGE_KINDS
 from .checks import check_draft
 from .draft import Draft
 from .nodes import Entry, KeyPath, Listing, Mapping, Node, Scalar, is_null, place_of
+from .own_parts import OwnParts
 from .problems import Problems, did_you_mean, nearest_name
 from .recipe import Recipe, Seed, StageEntry, stage_name
-from .sections import read_settings, shown_value, unknown_key
+from .sections import NO_PARTS, read_settings, shown_value, unknown_key
 
 SECTIONS: dict[str, type] = {
     "teacher": TeacherSettings,
@@ -22,7 +23,7 @@ SECTIONS: dict[str, type] = {
     "trainer": TrainerSettings,
     "logger": LoggerSettings,
 }
-KEYS = ("name", "seed", "teacher", "student", "data", "stages", "trainer", "logger")
+KEYS = ("name", "seed", "import", "teacher", "student", "data", "stages", "trainer", "logger")
 REQUIRED = ("student", "data", "stages")
 """Required keys; a recipe that does not come from a file also needs a name."""
 NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
@@ -45,13 +46,14 @@ class _Head:
     seed: Seed = 0
 
 
-def read_recipe(root: Node, problems: Problems, *, default_name: str | None) -> Recipe:
+def read_recipe(root: Node, problems: Problems, *, default_name: str | None, parts: OwnParts = NO_PARTS) -> Recipe:
     """Return the validated recipe; UserError with everything that is wrong.
 
     Args:
         root: tree of the file, overrides applied.
         problems: the problems found so far.
         default_name: name of a recipe without one (a file's stem); None makes the key required.
+        parts: what its ``import`` registers.
     """
     if not isinstance(root, Mapping):
         problems.add((), f"a recipe is a set of keys ({', '.join(KEYS)}); got {shown_value(root)}")
@@ -63,14 +65,14 @@ def read_recipe(root: Node, problems: Problems, *, default_name: str | None) -> 
             problems.excuse((nearest_name(key, KEYS) or key,))
     # no early return from here on: a reader should get every problem of a file in one message
     name, seed = _read_head(root, problems, default_name)
-    sections = {key: _read_section(root, key, problems) for key in SECTIONS}
-    stages = _read_stages(root, problems)
+    sections = {key: _read_section(root, key, problems, parts) for key in SECTIONS}
+    stages = _read_stages(root, problems, parts)
     # a misspelt or broken teacher must not also be reported as a missing one
     untouched = not (problems.touches(("teacher",)) or problems.excused(("teacher",)))
     draft = Draft(**{key: sections[key] for key in ("teacher", "student", "data", "trainer")}, stages=stages, teacher_is_known=untouched)
     check_draft(draft, problems)
     problems.stop()
-    return Recipe(name=name, seed=seed, stages=tuple(entry for entry in stages if entry), **sections)
+    return Recipe(name=name, seed=seed, imports=parts.files, stages=tuple(entry for entry in stages if entry), **sections)
 
 
 def _given(root: Mapping, key: str) -> bool:
@@ -96,16 +98,16 @@ def _read_head(root: Mapping, problems: Problems, default_name: str | None) -> t
     return name or "", settings.seed
 
 
-def _read_section(root: Mapping, key: str, problems: Problems) -> Any:
+def _read_section(root: Mapping, key: str, problems: Problems, parts: OwnParts) -> Any:
     """Return the settings of a section; if it is absent, its defaults or None; if it is wrong, None."""
     if not _given(root, key):
         if key in REQUIRED:
             _need(key, problems)
         return SECTIONS[key]() if key in ("trainer", "logger") else None
-    return read_settings(root.entries[key].node, SECTIONS[key], (key,), problems)
+    return read_settings(root.entries[key].node, SECTIONS[key], (key,), problems, parts=parts)
 
 
-def _read_stages(root: Mapping, problems: Problems) -> list[StageEntry | None]:
+def _read_stages(root: Mapping, problems: Problems, parts: OwnParts) -> list[StageEntry | None]:
     """Return the stages in order; None for one that is wrong."""
     if not _given(root, "stages"):
         _need("stages", problems)
@@ -114,29 +116,36 @@ def _read_stages(root: Mapping, problems: Problems) -> list[StageEntry | None]:
     if not isinstance(node, Listing):
         problems.add(("stages",), f"must be a list of stages ('- distill: {{tokens: 10M}}' and so on, in order); got {shown_value(node)}")
         return []
+    kinds = known_kinds(parts)
     if not node.items:
-        problems.add(("stages",), f"is empty; name at least one of {', '.join(STAGE_KINDS)}")
-    stages = [_read_stage(item, index, problems) for index, item in enumerate(node.items)]
+        problems.add(("stages",), f"is empty; name at least one of {', '.join(kinds)}")
+    stages = [_read_stage(item, index, problems, kinds, parts) for index, item in enumerate(node.items)]
     _check_labels(stages, root, problems)
     return stages
 
 
-def _read_stage(node: Node, index: int, problems: Problems) -> StageEntry | None:
+def known_kinds(parts: OwnParts) -> dict[str, type]:
+    """Return the settings of every kind of stage: decoct's, then those that the recipe imports."""
+    own = {name: made for name in parts.names("stage") if (made := parts.settings("stage", name)) is not None}
+    return {**{kind: stage.settings for kind, stage in STAGE_KINDS.items()}, **own}
+
+
+def _read_stage(node: Node, index: int, problems: Problems, kinds: dict[str, type], parts: OwnParts) -> StageEntry | None:
     found = stage_parts(node)
     path: KeyPath = ("stages", index)
     if found is None:
-        problems.add(path, _shape_message(node))
+        problems.add(path, _shape_message(node, kinds))
         return None
     kind, body = found
-    if kind not in STAGE_KINDS:
-        problems.add(path, f"unknown stage kind '{kind}'{did_you_mean(kind, STAGE_KINDS) or ';'} kinds: {', '.join(STAGE_KINDS)}")
+    if kind not in kinds:
+        problems.add(path, f"unknown stage kind '{kind}'{did_you_mean(kind, kinds) or ';'} kinds: {', '.join(kinds)}")
         return None
     path = (*path, kind)
-    label = _read_label(body, kind, path, problems)
+    label = _read_label(body, kind, path, problems, kinds)
     if isinstance(body, Mapping):
         # the name belongs to the recipe; the settings dataclass of a stage knows nothing of it
         body = Mapping(body.place, {key: entry for key, entry in body.entries.items() if key != "name"})
-    settings = read_settings(body, STAGE_KINDS[kind].settings, path, problems, also=("name",))
+    settings = read_settings(body, kinds[kind], path, problems, also=("name",), parts=parts)
     if settings is None:
         return None
     return StageEntry(kind=kind, name=stage_name(index, label), settings=settings, index=index)
@@ -152,16 +161,16 @@ def stage_parts(node: Node) -> tuple[str, Node] | None:
     return None
 
 
-def _shape_message(node: Node) -> str:
+def _shape_message(node: Node, kinds: Collection[str]) -> str:
     if isinstance(node, Mapping) and node.entries:
-        kind = next((key for key in node.entries if key in STAGE_KINDS), None)
+        kind = next((key for key in node.entries if key in kinds), None)
         others = [key for key in node.entries if key != kind]
-        remedy = f"indent {', '.join(others)} below '{kind}:'" if kind else f"write them below one of {', '.join(STAGE_KINDS)}"
+        remedy = f"indent {', '.join(others)} below '{kind}:'" if kind else f"write them below one of {', '.join(kinds)}"
         return f"a stage is one key, its kind, with its settings below it; got the keys {', '.join(node.entries)}: {remedy}"
-    return f"a stage is '- kind' or '- kind: {{settings}}', kind one of {', '.join(STAGE_KINDS)}; got {shown_value(node)}"
+    return f"a stage is '- kind' or '- kind: {{settings}}', kind one of {', '.join(kinds)}; got {shown_value(node)}"
 
 
-def _read_label(body: Node, kind: str, path: KeyPath, problems: Problems) -> str:
+def _read_label(body: Node, kind: str, path: KeyPath, problems: Problems, kinds: Collection[str]) -> str:
     """Return the stage's ``name``, or its kind."""
     entry: Entry | None = body.entries.get("name") if isinstance(body, Mapping) else None
     if entry is None or is_null(entry.node):
@@ -171,8 +180,8 @@ def _read_label(body: Node, kind: str, path: KeyPath, problems: Problems) -> str
         problems.add((*path, "name"), f"{shown_value(value)} cannot name a stage; {_NAME_RULE}")
     elif value.isdigit():
         problems.add((*path, "name"), f"{shown_value(value)} would be taken for a position in overrides; begin with a letter")
-    elif value in STAGE_KINDS and value != kind:
-        problems.add((*path, "name"), f"{shown_value(value)} is another kind of stage; choose a name other than {', '.join(STAGE_KINDS)}")
+    elif value in kinds and value != kind:
+        problems.add((*path, "name"), f"{shown_value(value)} is another kind of stage; choose a name other than {', '.join(kinds)}")
     else:
         return value
     return kind

@@ -1,11 +1,13 @@
 """The recipe: one typed value with all settings of a run. ``loader.py`` makes it from YAML."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from .. import Bounds
 from ..models.settings import StudentSettings, TeacherSettings
 from ..trainer.settings import DataSettings, LoggerSettings, TrainerSettings
+from .own_parts import PartsFile
 
 Seed = Annotated[int, Bounds(ge=0, le=2**32 - 1)]
 
@@ -15,7 +17,7 @@ class StageEntry:
     """One stage of a recipe."""
 
     kind: str
-    """A key of ``trainer.stages.registry.STAGE_KINDS``."""
+    """A key of ``trainer.stages.registry.STAGE_KINDS``, or the name of an imported stage."""
     name: str
     """``NN-<label>``, NN counted from 01: name of the stage's folder, unique in the recipe."""
     settings: Any
@@ -46,6 +48,9 @@ class Recipe:
     """The text to train and measure on."""
     stages: tuple[StageEntry, ...]
     """What to do, in order. Each stage is a kind, alone or with its settings below it."""
+    imports: tuple[PartsFile, ...] = ()
+    """Python files with parts of your own (divergences, data sources, stages, callbacks), which the recipe may then name. They are run; a
+    path is relative to the recipe's folder. In a recipe the key is `import`."""
     teacher: TeacherSettings | None = None
     """The model to learn from, and to compare with. Default: none."""
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
@@ -56,9 +61,16 @@ class Recipe:
     """Seed of everything random: initial weights, order of the data, split into training and evaluation."""
 
 
-def resolved(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe as plain data with every default filled in; ``recipe_from_dict`` turns it into an equal Recipe."""
+def resolved(recipe: Recipe, imports: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return the recipe as plain data with every default filled in; ``recipe_from_dict`` turns it into an equal Recipe.
+
+    Args:
+        recipe: The recipe.
+        imports: Paths of the imported files, in place of those that it was read with.
+    """
     plain: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed}
+    if recipe.imports:
+        plain["import"] = [file.path for file in recipe.imports] if imports is None else list(imports)
     # an absent teacher is written as null, so that the resolved recipe names every section
     for section in ("teacher", "student", "data"):
         settings = getattr(recipe, section)

@@ -13,15 +13,19 @@ from typing import Any, TypeVar, get_args, get_origin
 from .. import alternatives, bounds_of, choices, types_of
 from ..models.settings import CacheSettings
 from ..trainer.settings import DataSettings, LoggerSettings, TrainerSettings, TrainingBlock
+from ..trainer.settings_own import CallbackSettings
 from .foreign_names import meant_by
 from .nodes import Entry, KeyPath, Listing, Mapping, Node, Scalar, is_null
+from .own_parts import OwnParts
+from .own_settings import SLOTS
 from .problems import Problems, did_you_mean, nearest_name
 from .scalars import LARGEST_INT, described_type, parse_number, read_scalar
 
 Settings = TypeVar("Settings")
 
-SHORT_FORMS: dict[type, str] = {LoggerSettings: "kind", CacheSettings: "mode"}
+SHORT_FORMS: dict[type, str] = {LoggerSettings: "kind", CacheSettings: "mode", CallbackSettings: "name"}
 """Sections that can be written as one word: `logger: wandb` is `logger: {kind: wandb}`, `cache: top_k` is `cache: {mode: top_k}`."""
+NO_PARTS = OwnParts()
 _PASSWORD = re.compile(r"://[^/\s]*@")
 # Sections that are searched for a key that is in the wrong section.
 _SECTIONS: dict[str, type] = {"data": DataSettings, "trainer": TrainerSettings, "logger": LoggerSettings}
@@ -29,7 +33,15 @@ _WRONG: Any = object()
 """Marks a refused value; the problems have the reason."""
 
 
-def read_settings(node: Node, settings: type[Settings], path: KeyPath, problems: Problems, *, also: Sequence[str] = ()) -> Settings | None:
+def read_settings(
+    node: Node,
+    settings: type[Settings],
+    path: KeyPath,
+    problems: Problems,
+    *,
+    also: Sequence[str] = (),
+    parts: OwnParts = NO_PARTS,
+) -> Settings | None:
     """Return the validated dataclass that ``node`` describes; None if something is wrong, which is added to ``problems``.
 
     Args:
@@ -38,17 +50,19 @@ def read_settings(node: Node, settings: type[Settings], path: KeyPath, problems:
         path: where ``node`` stands in the recipe.
         problems: collects what is wrong.
         also: further valid keys, which are read elsewhere, for the list of valid keys in messages.
+        parts: what the recipe imports.
     """
-    built = _Walk(problems, {path: tuple(also)}).value(node, settings, path)
+    built = _Walk(problems, {path: tuple(also)}, parts).value(node, settings, path)
     return None if built is _WRONG else built
 
 
 class _Walk:
     """Reads values out of a tree, guided by types."""
 
-    def __init__(self, problems: Problems, also: dict[KeyPath, tuple[str, ...]]) -> None:
+    def __init__(self, problems: Problems, also: dict[KeyPath, tuple[str, ...]], parts: OwnParts) -> None:
         self._problems = problems
         self._also = also
+        self._parts = parts
 
     def value(self, node: Node, annotation: Any, path: KeyPath) -> Any:
         """Return the value for a key of type ``annotation``; ``_WRONG`` if it is refused."""
@@ -60,6 +74,10 @@ class _Walk:
             return self._listing(node, annotation, path)
         if section is not None:
             return self._section(node, section, path)
+        items = _item_types(annotation)
+        if items[-1:] == (Ellipsis,) and _section_of(items[0]) is not None:
+            # one section for a list of sections is a list of one
+            return self._listing(Listing([node], node.place), annotation, path)
         # a section without a dataclass: pattern -> scheme, or the free fields of a config
         inner = _value_type(annotation)
         if inner is None:
@@ -112,7 +130,10 @@ class _Walk:
         return found if items[0] is Any else tuple(found)
 
     def _section(self, node: Mapping, section: type, path: KeyPath) -> Any:
-        known = types_of(section)
+        chosen = self._chosen(node, section, path)
+        if chosen is None:
+            return _WRONG
+        section, known = chosen, types_of(chosen)
         found = {}
         for key, entry in node.entries.items():
             if key not in known:
@@ -130,6 +151,24 @@ class _Walk:
         if missing or any(self._problems.touches((*path, key)) for key in node.entries):
             return _WRONG
         return self._built(section, found, path)
+
+    def _chosen(self, node: Mapping, section: type, path: KeyPath) -> type | None:
+        """Return the settings of the imported part that a section names, or ``section`` if it names none; None if no part has its name."""
+        key, kind = SLOTS.get(section, ("", None))
+        entry = node.entries.get(key)
+        if kind is None or entry is None or is_null(entry.node) or not isinstance(entry.node, Scalar):
+            return section
+        word, built_in = str(entry.node.value), choices(types_of(section)[key])
+        if (made := self._parts.settings(kind, word)) is not None:
+            return made
+        # where nothing is imported, the section's own message says what is allowed
+        if self._parts.files and word not in built_in:
+            known = [*built_in, *self._parts.names(kind)]
+            listed = f"known: {', '.join(known)}" if known else "the imported files register none"
+            # the other keys of the section are not judged: they may be options of the part that is meant
+            self._problems.add((*path, key), f"unknown {kind} '{word}'{did_you_mean(word, known) or ';'} {listed}")
+            return None
+        return section
 
     def _built(self, section: type, found: dict[str, Any], path: KeyPath) -> Any:
         """Return the dataclass, or report the problem that its own checks find."""

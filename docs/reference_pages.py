@@ -63,11 +63,13 @@ def recipe_page() -> str:
     types, docs = types_of(Recipe), field_docs(Recipe)
     entries = {entry.name: entry for entry in fields(Recipe)}
     given = {"name": "", **dict.fromkeys(REQUIRED, "required")}
-    top = [_row(key, types[key], entries[key], docs[key], default=given.get(key)) for key in KEYS if key != "stages"]
+    # 'import' cannot name a field in Python
+    imported = {"import": f"| `import` | list of texts | | | {_cell(docs['imports'])} |\n"}
+    top = [imported.get(key) or _row(key, types[key], entries[key], docs[key], default=given.get(key)) for key in KEYS if key != "stages"]
     top.append(f"| [`stages`](#stages) | list of stages | | required | {docs['stages']} |\n")
     parts = [RECIPE_INTRO, "## Top of a recipe\n\n", HEADER, *top, "\n"]
     for key in KEYS:
-        if section := _section(types[key]):
+        if key in types and (section := _section(types[key])):
             parts += _settings(key, section, "##")
     return "".join([*parts, *_stages()]).rstrip() + "\n"
 

@@ -1,4 +1,4 @@
-"""Maps the name of a divergence in a recipe to its function."""
+"""Maps the name of a divergence in a recipe to its function, decoct's or the user's."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,7 +6,9 @@ from torch import Tensor
 
 from .divergences import adaptive_kl, forward_kl, reverse_kl, symmetric_kl, total_variation
 from .mixtures import gkd_jsd, jsd, skew_forward_kl, skew_reverse_kl
+from .own import own_divergence
 from .settings import Divergence, LossSettings
+from .settings_own import OwnLossSettings
 
 FUNCTIONS: Mapping[Divergence, tuple[Callable[..., Tensor], str | None]] = {
     "forward_kl": (forward_kl, None),
@@ -27,6 +29,8 @@ def chosen_divergence(student_logits: Tensor, teacher_logits: Tensor, settings: 
 
     Arguments and result as for ``forward_kl``. ``settings.hard_weight`` must be below 1: at 1 the settings have no temperature.
     """
+    if isinstance(settings, OwnLossSettings):
+        return own_divergence(student_logits, teacher_logits, settings)
     function, dial = FUNCTIONS[settings.divergence]
     # at most one parameter: LossSettings has refused those of other divergences
     dials = {} if dial is None else {dial: getattr(settings, dial)}

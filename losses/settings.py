@@ -39,7 +39,8 @@ class LossSettings:
     divergence: Divergence = "forward_kl"
     """Divergence between teacher and student: forward_kl = KL(teacher || student); reverse_kl = KL(student || teacher); jsd = generalised
     Jensen-Shannon divergence / (beta (1 - beta)); gkd_jsd = the same as published, without the division; skew_forward_kl and
-    skew_reverse_kl = the skewed divergences of DistiLLM; adaptive_kl and symmetric_kl = mixtures of both KLs; total_variation."""
+    skew_reverse_kl = the skewed divergences of DistiLLM; adaptive_kl and symmetric_kl = mixtures of both KLs; total_variation; or the
+    name of one that the recipe imports."""
     temperature: Annotated[float, Bounds(gt=0, why="1.0 leaves the logits as they are")] | None = None
     """Softmax temperature T of both models. It does not apply to the cross-entropy term. Default: 1."""
     t_squared: bool = True
@@ -73,7 +74,7 @@ class LossSettings:
         if self.temperature is None:
             if self.hard_weight < 1:
                 # the dataclass is frozen: defaults can only be written past its own __setattr__
-                object.__setattr__(self, "temperature", DEFAULT_TEMPERATURE[self.divergence])
+                object.__setattr__(self, "temperature", DEFAULT_TEMPERATURE.get(self.divergence, 1.0))
             return
         if self.hard_weight == 1:
             raise ValueError(

@@ -5,7 +5,9 @@ from typing import Annotated, ClassVar, Literal
 
 from .. import Bounds, Count, check_fields
 from ..losses.settings import LossSettings
+from ..parts import Part
 from .settings_generation import GenerateSettings
+from .settings_own import CallbackSettings
 
 # Literals and bounds are the one source of allowed values: ``check_fields``, the loader's messages and the schema read them.
 Precision = Literal["32", "bf16-mixed"]
@@ -20,9 +22,11 @@ NotNegative = Annotated[float, Bounds(ge=0)]
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """The text of a run: exactly one of ``builtin``, ``files``, ``hub`` and ``generate``."""
+    """The text of a run: exactly one of ``builtin``, ``files``, ``hub``, ``generate`` and ``source``."""
 
-    exactly_one: ClassVar = ("builtin", "files", "hub", "generate")
+    exactly_one: ClassVar = ("builtin", "files", "hub", "generate", "source")
+    part: ClassVar[Part | None] = None
+    """The data source that ``source`` names; set by the subclass that ``configs/own_settings.py`` makes for it."""
 
     builtin: Literal["python-stdlib"] | None = None
     """Text that every machine has: the sorted .py files of the running Python's standard library, first 8 MB."""
@@ -36,6 +40,8 @@ class DataSettings:
     """Split of the hub dataset."""
     generate: GenerateSettings | None = None
     """Text that the recipe's teacher, or the given student, writes itself."""
+    source: str | None = None
+    """Data source that the recipe imports (import); its options stand beside this key."""
     kind: Literal["text", "chat"] = "text"
     """text = documents; chat = rows of messages, or of prompt and completion and the like, formatted with the tokenizer's chat template."""
     mask_prompts: bool = True
@@ -64,7 +70,11 @@ class DataSettings:
         # by truth: an empty list of files is no source either
         given = [name for name in self.exactly_one if getattr(self, name)]
         if len(given) != 1:
-            raise ValueError(f"data needs exactly one of 'builtin', 'files', 'hub' and 'generate'; given: {given or 'none'}")
+            raise ValueError(f"data needs exactly one of 'builtin', 'files', 'hub', 'generate' and 'source'; given: {given or 'none'}")
+        if self.source is not None and self.part is None:
+            raise ValueError(
+                f"source={self.source!r} is no data source that the recipe imports; name the file that registers it (import: FILE.py)"
+            )
         if self.kind == "chat" and self.builtin:
             raise ValueError("kind=chat needs rows of conversations, and builtin text has none; give 'files' or 'hub'")
         if self.kind == "chat" and self.generate and self.generate.start == "text":
@@ -157,11 +167,16 @@ class TrainingBlock:
     a teacher."""
     checkpoint_every: Count | None = None
     """Optimizer steps between checkpoints. Default: a twentieth of the stage, at least 10."""
+    callbacks: tuple[CallbackSettings, ...] = ()
+    """Callbacks that the recipe imports (import), by name or as sections with a name and options."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.tokens is not None and self.steps is not None:
             raise ValueError("give 'tokens' or 'steps', not both")
+        names = [callback.name for callback in self.callbacks]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"callbacks={names} names {twice} twice")
 
 
 @dataclass(frozen=True, kw_only=True)

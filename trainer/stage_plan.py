@@ -12,6 +12,7 @@ from ..models.settings import LoadIn, Placement, ServedSettings
 from .learning_rates import SCALE_RATE_SHARE, default_learning_rate, quantized_rate
 from .plan import StepPlan, TrainingPlan, default_warmup, derive_batch, derive_seed
 from .settings import PretrainSettings, Strategy, TrainerSettings, TrainingBlock
+from .settings_own import OwnStageSettings
 from .settings_pruning import PruneSettings
 from .settings_quantization import QatSettings, QuantizeSettings
 
@@ -103,6 +104,8 @@ def reads_text(settings: Any) -> bool:
     """Whether a stage with these settings needs text besides the held-out text, to train or to calibrate on."""
     if isinstance(settings, PruneSettings) and settings.structured is not None:
         return True
+    if isinstance(settings, OwnStageSettings):
+        return settings.part.reads_text
     return trains(settings) or (isinstance(settings, QuantizeSettings) and settings.calibrates)
 
 

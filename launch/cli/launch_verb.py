@@ -60,8 +60,9 @@ def _job(recipe: str, overrides: Sequence[str], choices: Choices) -> Job:
     """Return the job, after the recipe has been read: a mistake in it is reported before anything is queued."""
     from ...configs.loader import load_recipe
     from ..run.processes import wanted_processes
+    from ..terminal.imported_code import tell_imported
 
-    found = load_recipe(recipe, overrides)
+    found = load_recipe(recipe, overrides, tell=tell_imported)
     gpus = choices.gpus or wanted_processes(found.trainer.devices)
     # processes of several nodes must agree on the id without talking
     shared = f"{dns_name(found.name)}-job" if choices.target == "torchrun" and choices.nodes > 1 else new_job_id(found.name)

@@ -37,12 +37,14 @@ def run_plan(
     from ..plan.problems import problems
     from ..report.tables import WIDE
     from ..terminal.console import CleanConsole
+    from ..terminal.imported_code import tell_imported
 
     for option, value in (("--gpus", gpus), ("--nodes", nodes), ("--tensor-parallel", tensor_parallel)):
         if value is not None and value < 1:
             raise UserError(f"{option}={value} must be at least 1")
     memory = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
-    made = plan(load_recipe(recipe, overrides), gpus=gpus, gpu_memory=memory, nodes=nodes, tensor_parallel=tensor_parallel)
+    loaded = load_recipe(recipe, overrides, tell=tell_imported)
+    made = plan(loaded, gpus=gpus, gpu_memory=memory, nodes=nodes, tensor_parallel=tensor_parallel)
     if as_json:
         print(json.dumps(drawing.as_json(made), indent=1))
     else:

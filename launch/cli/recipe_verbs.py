@@ -20,8 +20,9 @@ def run(
     """Run a recipe: every stage in order, skipping finished stages and resuming interrupted ones; then write the report."""
     from ...configs.loader import load_recipe
     from ..run.start import start
+    from ..terminal.imported_code import tell_imported
 
-    start(load_recipe(recipe, overrides or ()), out)
+    start(load_recipe(recipe, overrides or (), tell=tell_imported), out)
 
 
 @app.command(epilog="Example: decoct cache recipe.yaml teacher.cache.mode=top_k")
@@ -34,8 +35,9 @@ def cache(
     from ...configs.loader import load_recipe
     from ...models.common.errors import UserError
     from ..run.start import start
+    from ..terminal.imported_code import tell_imported
 
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = load_recipe(recipe, overrides or (), tell=tell_imported)
     if loaded.teacher is None or loaded.teacher.cache is None:
         raise UserError("the recipe keeps no cache of its teacher; add one: teacher.cache.mode=hybrid (or top_k, sampled)")
     start(loaded, out, only_caches=True)

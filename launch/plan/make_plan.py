@@ -19,7 +19,7 @@ from .recipe_remedies import Keys, RecipeRemedies
 from .rounding import rounding_plan
 from .serving_stacks import Verdict, verdicts
 from .shapes import ModelShape
-from .stage_shapes import StageShape, stage_shapes, student_shape, teacher_shape
+from .stage_shapes import StageShape, makes_own_model, stage_shapes, student_shape, teacher_shape
 from .values import Value, recipe_values, settings_values, training_values
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def plan(recipe: "Recipe", *, gpus: int | None = None, gpu_memory: int | None = 
         teacher=None if teacher is None else f"{teacher.describe()}, {teacher.parameters:,} parameters",
         student=f"{student.describe()}, {student.parameters:,} parameters ({student.source})",
         values=recipe_values(recipe),
+        imports=[file.words() for file in recipe.imports],
         stages=stages,
         # two checkpoints are kept and a third exists while it is written; only one stage trains at a time
         disk_bytes=kept + made + passing + 3 * largest + sum(stage.training.cache_bytes for stage in stages if stage.training),
@@ -154,7 +155,7 @@ def _written(recipe: "Recipe", shape: StageShape) -> int | None:
     if shape.entry.kind in ("qat", "quantize"):
         assert shape.scheme is not None
         return sum(quantized_bytes(shape.after, shape.scheme))
-    if shape.entry.kind in ("pretrain", "distill", "prune"):
+    if shape.entry.kind in ("pretrain", "distill", "prune") or makes_own_model(shape.entry.settings):
         return model_bytes(shape.after, _SAVED[recipe.trainer.save_dtype])
     return None
 

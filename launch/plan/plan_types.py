@@ -89,3 +89,5 @@ class Plan:
     stages: list[StagePlan]
     disk_bytes: int
     """All model folders and caches, three checkpoints of the largest training stage, and work files of the largest quantize stage."""
+    imports: list[str] = field(default_factory=list)
+    """Files of the user's that the recipe runs, each with what it registers."""

@@ -30,7 +30,7 @@ def machine_line(plan: Plan) -> str:
 
 def short_form(plan: Plan) -> str:
     """Return a few lines: what each stage costs, and whether it fits."""
-    lines = [f"plan for {machine_line(plan)}:"]
+    lines = [f"plan for {machine_line(plan)}:", *(f"  runs your code: {line}" for line in plan.imports)]
     for stage in plan.stages:
         if stage.training:
             need = size(stage.training.memory.total)
@@ -79,6 +79,8 @@ def draw(plan: Plan, console: "Console", *, values: bool = True) -> None:
     if plan.teacher:
         console.print(f"teacher: {plan.teacher}", markup=False, highlight=False)
     console.print(f"student: {plan.student}", markup=False, highlight=False)
+    for line in plan.imports:
+        console.print(f"runs your code: {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(_stages(plan, console.width))
     if any(stage.training for stage in plan.stages):
         console.print(_memory(plan, console.width))

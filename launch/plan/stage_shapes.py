@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ...models.common.errors import UserError
 from ...models.common.light_configs import import_configs_alone
 from ...qat.scheme import example_of
+from ...trainer.settings_own import OwnStageSettings
 from .quantized_shapes import quantized_linears
 from .shapes import ModelShape, config_from, config_of, shape_of
 
@@ -86,11 +87,16 @@ def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
             beside = {"activations": settings.activations, "kv_cache": settings.kv_cache}
             _check_scheme(shape, scheme, entry)
             _check_calibration(shape, scheme, entry, recipe.data.seq_length)
-        elif entry.kind in ("pretrain", "distill", "prune"):
+        elif entry.kind in ("pretrain", "distill", "prune") or makes_own_model(settings):
             # training and pruning write plain weights: an earlier quantization is gone
             scheme, beside = None, {}
         found.append(StageShape(entry, before, shape, scheme, **beside))
     return found
+
+
+def makes_own_model(settings: object) -> bool:
+    """Return whether an imported stage writes a model. What it makes of the shape is not known; the plan takes the shape as unchanged."""
+    return isinstance(settings, OwnStageSettings) and settings.part.makes_model
 
 
 def _check_calibration(shape: ModelShape, scheme: "QuantScheme", entry: "StageEntry", seq_length: int) -> None:

@@ -24,7 +24,7 @@ from ...trainer.evaluation.spread import MOST_BLOCKS
 from ...trainer.evaluation.teacher_drift import ROUNDED, teacher_drift
 from ...trainer.settings import EvaluateSettings
 from ...trainer.stages.context import RunContext
-from ...trainer.stages.registry import STAGE_KINDS
+from ...trainer.stages.registry import stage_kind
 from ..report.curves import read_curves
 from .changes import change_between, warning_of
 from .run_folder import RunFolder, StageFolder
@@ -96,7 +96,7 @@ class ReportRows:
         A model that does not fit into memory in fp32 gets a note instead of a row.
         """
         # ``start_row`` measures the model of a recipe that begins with evaluate
-        if STAGE_KINDS[self.recipe.stages[0].kind].load().finish is None:
+        if stage_kind(self.recipe.stages[0].kind, self.recipe.stages[0].settings).load().finish is None:
             return
         made = self.recipe.student.path is None
         name, file = ("00-student", self.folder.path / "00-student/measured.json") if made else ("input", self._kept("input.json"))

@@ -10,19 +10,21 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...models.common.errors import UserError
-from ...models.common.files import check_writable_folder, clean_leftovers, write_json_atomic, write_text_atomic
+from ...models.common.files import check_writable_folder, clean_leftovers, write_bytes_atomic, write_json_atomic, write_text_atomic
 from ...models.common.locks import Lock, acquire_or_refuse, no_locks
 from ...models.common.seal import SEAL, seal_is_broken, sealed
 from ...models.folder.model_folder import verify_folder_files
 from .installed import installed_version
 
 STAGE_FILE = "stage.json"
+PARTS = "parts"
+"""Folder in the run folder with copies of the files that the recipe imports."""
 LOCK = ".lock"
 """Lock file in the run folder, held by its run."""
 _PACKAGES = (
@@ -211,10 +213,17 @@ class RunFolder:
             say(no_locks(lock.file))
         return lock
 
-    def open(self, recipe_text: str) -> None:
-        """Create the folder (UserError when it cannot be written) with the resolved recipe and the versions in it."""
+    def open(self, recipe_text: str, imports: Mapping[str, bytes] | None = None) -> None:
+        """Create the folder (UserError when it cannot be written) with the resolved recipe and the versions in it.
+
+        Args:
+            recipe_text: The resolved recipe.
+            imports: Name and content of each file that the recipe imports. Copies of earlier starts stay.
+        """
         check_writable_folder(self.path, "the run folder (runs/<name>, or --out)")
         clean_leftovers(self.path)
+        for name, source in (imports or {}).items():
+            write_bytes_atomic(self.path / PARTS / name, source)
         write_text_atomic(self.path / "recipe.yaml", recipe_text)
         write_json_atomic(self.path / "versions.json", versions())
 

@@ -23,7 +23,7 @@ from .left_out import left_out_of, left_out_words
 from .origin import imported_of, origin_words
 from .outcome import forget_run_outcome, note_outcome
 from .report_rows import ReportRows
-from .run_folder import RunFolder, versions
+from .run_folder import PARTS, RunFolder, versions
 from .scratch_training import train_scratch_teacher
 from .session import Session
 from .stage_runner import StageRunner
@@ -42,7 +42,7 @@ class Runner:
 
         self.asked = recipe
         self.recipe = with_split(recipe, run_dir)
-        self.plain = resolved(self.recipe)
+        self.plain = resolved(self.recipe, [f"{PARTS}/{file.copy_name}" for file in self.recipe.imports])
         """The recipe with every default filled in, as plain data."""
         self.folder = RunFolder(run_dir)
         self.world = world
@@ -151,7 +151,7 @@ class Runner:
         """Create and lock the run folder (rank 0); return whether it is new."""
         new = not self.folder.path.exists()
         self._lock = self.folder.lock(self._say)
-        self.folder.open(recipe_text)
+        self.folder.open(recipe_text, {file.copy_name: file.source for file in self.recipe.imports})
         forget_run_outcome(self.folder.path)
         return new
 

@@ -14,7 +14,9 @@ from typing import Any
 
 from ...models.common.errors import DecoctError
 from ...models.common.files import write_json_atomic
+from ...parts import PartError
 from ...trainer.processes.world import World, connect, value_of_first
+from ..terminal.boundary import own_place
 from .processes import remember_outcome
 
 POLL_SECONDS = 0.2
@@ -60,7 +62,8 @@ class Session:
             value = work()
         except BaseException as error:
             # also for KeyboardInterrupt and SystemExit: the others would poll for ever
-            code = error.exit_code if isinstance(error, DecoctError) else 1
+            own = isinstance(error, PartError) or own_place(error) is not None
+            code = error.exit_code if isinstance(error, DecoctError) else 2 if own else 1
             write_json_atomic(status, {"state": "failed", "code": code})
             raise
         write_json_atomic(status, {"state": "done", "value": value})

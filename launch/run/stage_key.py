@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ...losses.settings_own import OwnLossSettings
 from ...models.common.files import sha256_json
+from ...parts import Part
 from ...trainer.plan import WARMUP
 from ...trainer.settings import TrainerSettings
+from ...trainer.settings_own import OwnSettings
 
 # Settings of a stage that do not change what it computes: how often it saves, where weights are kept, and what the user accepts.
 _NOT_NUMBERS = {"checkpoint_every", "stream", "allow_partial"}
@@ -41,6 +44,9 @@ def stage_key(
         sparse: matrices whose zeros the stage keeps; the bytes of the input do not show which these are.
     """
     chosen = {key: value for key, value in asdict(settings).items() if key not in _NOT_NUMBERS}
+    if not chosen.get("callbacks", True):
+        # stages without callbacks keep the keys of versions that had none
+        del chosen["callbacks"]
     if "warmup" in chosen and chosen["warmup"] is None:
         # the default's earlier name: keys must not change, so that finished stages stay finished
         chosen["warmup"] = WARMUP
@@ -57,5 +63,13 @@ def stage_key(
             "seed": seed,
             # only where there are any, so that the keys of dense models stay those of earlier versions
             **({"sparse": list(sparse)} if sparse else {}),
+            # a changed file runs the stages again that use a part of it
+            **({"parts": [part.key() for part in used]} if (used := parts_of(settings)) else {}),
         }
     )
+
+
+def parts_of(settings: Any) -> list[Part]:
+    """The imported parts that a stage uses: itself, its divergence, its callbacks. A data source is in the fingerprint of the text."""
+    sections = (settings, getattr(settings, "loss", None), *getattr(settings, "callbacks", ()))
+    return [section.part for section in sections if isinstance(section, OwnSettings | OwnLossSettings)]

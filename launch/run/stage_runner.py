@@ -8,12 +8,12 @@ from ...models.teachers import TeacherRef
 from ...trainer.evaluation.gates import gate_failures, task_failures
 from ...trainer.soft_targets.store import FORMAT as CACHE_FORMAT
 from ...trainer.stages.context import RunContext, StageContext, StageResult
-from ...trainer.stages.registry import STAGE_KINDS
+from ...trainer.stages.registry import stage_kind
 from .changes import change_between
 from .report_rows import ReportRows
 from .run_folder import RunFolder, StageFolder
 from .session import Session
-from .stage_key import stage_key
+from .stage_key import parts_of, stage_key
 
 if TYPE_CHECKING:
     from ...configs.recipe import StageEntry
@@ -39,7 +39,7 @@ class StageRunner:
 
     def run(self, entry: "StageEntry", at: dict[str, Any]) -> dict[str, Any]:
         """Run one stage on the model folder ``at``; returns where the next stage starts (``path`` and ``revision``)."""
-        work = STAGE_KINDS[entry.kind].load()
+        work = stage_kind(entry.kind, entry.settings).load()
         folder = self._folder.stage(entry.name)
         # evaluate makes nothing, so it needs no folder, no key and no resuming
         if (finish := work.finish) is None:
@@ -93,7 +93,7 @@ class StageRunner:
             name=entry.name,
             kind=entry.kind,
             settings=entry.settings,
-            format_version=STAGE_KINDS[entry.kind].format_version,
+            format_version=stage_kind(entry.kind, entry.settings).format_version,
             input_hash=source,
             data=self._run.data.fingerprint,
             teacher=_teacher_key(self._run.teacher),
@@ -117,6 +117,7 @@ class StageRunner:
                 "tokens": result.tokens,
                 "seconds": result.seconds,
                 "exports": result.exports,
+                **({"parts": used} if (used := [part.identity() for part in parts_of(entry.settings)]) else {}),
                 **result.facts,
             }
         )

@@ -5,15 +5,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..terminal.imported_code import PLANNED
 from .counts import check_processes, check_workers
 from .processes import Agent, die_with_agent, run_under_torchrun, wanted_processes
 
 if TYPE_CHECKING:
     from ...configs.recipe import Recipe
     from ...trainer.processes.world import World
-
-_PLANNED = "DECOCT_PLANNED"
-"""Environment variable that tells the started processes that the plan has been shown."""
 
 
 def start(recipe: "Recipe", out: Path | None, *, only_caches: bool = False) -> None:
@@ -39,11 +37,11 @@ def start(recipe: "Recipe", out: Path | None, *, only_caches: bool = False) -> N
     if alone:
         processes = wanted_processes(recipe.trainer.devices)
         if processes > 1:
-            os.environ[_PLANNED] = "1"  # for the workers alone: the next run of this process is planned too
+            os.environ[PLANNED] = "1"  # for the workers alone: the next run of this process is planned too
             try:
                 code = run_under_torchrun(sys.argv[1:], Agent(processes=processes))
             finally:
-                del os.environ[_PLANNED]
+                del os.environ[PLANNED]
             # the workers have said what happened; only their code is passed on
             if code:
                 raise SystemExit(code)
@@ -60,7 +58,7 @@ def start(recipe: "Recipe", out: Path | None, *, only_caches: bool = False) -> N
 
 def _plan_first(recipe: "Recipe", out: Path, world: "World") -> None:
     """Show the plan once for all processes, and stop if something cannot work."""
-    if not world.is_first or os.environ.get(_PLANNED):
+    if not world.is_first or os.environ.get(PLANNED):
         return
     quiet_libraries()
     from ..plan.before_run import check_before_run

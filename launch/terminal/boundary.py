@@ -14,6 +14,7 @@ from ...models.common.errors import DecoctError
 from ...models.common.files import disk_reason
 from ...models.common.memory_errors import asked_for, out_of_memory
 from ...models.tokenizer.tokenizer_checks import is_panic
+from ...parts import MARK, PartError
 
 _GOES_ON = "Run the same command again to resume from the last checkpoint."
 # Errors of a disk or network that may be gone at the next start.
@@ -36,6 +37,8 @@ def ending_of(error: BaseException) -> Ending | None:
     # the order matters: our own errors first, then kinds that are subclasses or carriers of others, the vaguest last
     if isinstance(error, DecoctError):
         return Ending(error.exit_code, str(error))
+    if isinstance(error, PartError):
+        return Ending(2, str(error), by_all=True)
     # a panic of the tokenizer's Rust code is a BaseException of its own, and no Exception
     if is_panic(error):
         return Ending(2, f"the tokenizer cannot split a text of the data ({str(error).strip():.200}); use another tokenizer", by_all=True)
@@ -46,6 +49,9 @@ def ending_of(error: BaseException) -> Ending | None:
             f"(teacher.load_in: nf4, teacher.placement: offloaded), or end other programs; `decoct plan` shows what is needed. {_GOES_ON}",
             by_all=True,
         )
+    if (own := own_place(error)) is not None:
+        text = f"{type(error).__name__}: {error}" if str(error).strip() else type(error).__name__
+        return Ending(2, f"{own}: {text}; this is code that the recipe imports (--debug shows the traceback)", by_all=True)
     if isinstance(error, UnicodeError) and _has_bytes(error):
         return Ending(2, "a file or folder has a name that is not UTF-8 and cannot be written into the run folder; rename it")
     if isinstance(error, OSError):
@@ -58,6 +64,16 @@ def ending_of(error: BaseException) -> Ending | None:
     if _is_peers(error):
         return Ending(1, f"another process of this run has ended or cannot be reached; its own output says why. {_GOES_ON}", by_all=True)
     return None
+
+
+def own_place(error: BaseException) -> str | None:
+    """Return file and line of the user's code that the error comes from, if a recipe has imported it; None if it has not."""
+    place, step = None, error.__traceback__
+    while step is not None:
+        if (file := step.tb_frame.f_globals.get(MARK)) is not None:
+            place = f"{file}:{step.tb_lineno}"
+        step = step.tb_next
+    return place
 
 
 def _has_bytes(error: UnicodeError) -> bool:

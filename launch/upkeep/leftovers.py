@@ -76,9 +76,9 @@ def remove(leftovers: list[Leftover]) -> int:
 
 
 def _candidates(run: Path) -> Iterator[tuple[Path, str]]:
-    from ...configs.loader import load_recipe
+    from ...configs.loader import outline_of
 
-    stages = {"00-student", *(entry.name for entry in load_recipe(run / RECIPE).stages)}
+    stages = {"00-student", *(entry.name for entry in outline_of(run / RECIPE).stages)}
     for folder in sorted(path for path in run.iterdir() if path.is_dir() and not path.is_symlink()):
         name = folder.name
         if name.startswith("."):

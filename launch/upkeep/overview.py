@@ -92,9 +92,9 @@ def state_of(path: Path) -> RunState:
 
 
 def _recipe(path: Path) -> "Recipe":
-    from ...configs.loader import load_recipe
+    from ...configs.loader import outline_of
 
-    return load_recipe(path / RECIPE)
+    return outline_of(path / RECIPE)
 
 
 def _done(path: Path, entry: "StageEntry") -> bool:

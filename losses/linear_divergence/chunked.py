@@ -10,9 +10,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..settings_own import OwnLossSettings
 from ..sparse import SparseTargets
 from ..sums import LossSums
-from .closed_form import BUFFERS_ALONE, BUFFERS_WITH_TEACHER, BlockValues, cross_entropy_block, divergence_block
+from .closed_form import (
+    BUFFERS_ALONE,
+    BUFFERS_OF_AUTOGRAD,
+    BUFFERS_WITH_TEACHER,
+    BlockValues,
+    cross_entropy_block,
+    divergence_block,
+)
 from .gradients import Gradients, sums_with_gradients
 from .inputs import HiddenStates, LogitTransform, Problem, TeacherLogits
 from .sparse_form import BUFFERS as SPARSE_BUFFERS
@@ -102,11 +110,13 @@ def _run(problem: Problem, gradients: Gradients, rows: int | None) -> tuple[Tens
     student = _Product(problem.student, problem)
     taught = _Product(teacher, problem) if isinstance(teacher, HiddenStates) else teacher
     buffers = _buffers(teacher)
+    # what autograd holds in addition counts for the size of a block, and is allocated by itself
+    held = BUFFERS_OF_AUTOGRAD if taught is not None and isinstance(problem.settings, OwnLossSettings) else 0
     # the derivative of a soft cap needs one more buffer, and only where there is a gradient
     capped = gradients.any and problem.student.transform is not None and problem.student.transform.softcap is not None
     if rows is None:
         limits = CPU_LIMITS if labels.device.type == "cpu" else ACCELERATOR_LIMITS
-        rows = rows_per_block(count, v_eff, buffers + capped, dtype.itemsize, limits)
+        rows = rows_per_block(count, v_eff, buffers + capped + held, dtype.itemsize, limits)
     # allocated once for all blocks
     workspace = student.head.new_empty(buffers + capped, min(rows, count), v_eff)
     # kept per token and summed at the end, so that the result does not depend on where blocks begin

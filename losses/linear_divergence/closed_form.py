@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from ..logits import FLOOR
+from ..own import own_block
+from ..settings_own import OwnLossSettings
 from .inputs import Problem
 from .slopes import Pair, infinite, soft
 
 BUFFERS_WITH_TEACHER = 3
 """Buffers [n, V] that a block needs in addition to the logits of both models."""
+BUFFERS_OF_AUTOGRAD = 9
+"""Further buffers [n, V] that a divergence of the user's may hold: log-probabilities, their gradients, and a few intermediate values."""
 BUFFERS_ALONE = 1
 """Buffers [n, V] that a block without a teacher needs in addition to its logits."""
 
@@ -83,7 +87,11 @@ def divergence_block(
         return figures, _minus_onehot(pair.log_q.exp_(), labels, 1.0) if gradient else None
     # log q at temperature 1, which the gradient of cross-entropy needs below
     student = pair.log_q
-    if temperature == 1:
+    if isinstance(settings, OwnLossSettings):
+        if gradient and weight:
+            student = student.exp_()
+        value, slope = own_block(logits, teacher_logits, settings, gradient=gradient)
+    elif temperature == 1:
         value, slope = soft(pair, logits, settings, gradient=gradient)
     else:
         if gradient and weight:

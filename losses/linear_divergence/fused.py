@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..divergences import head_threshold
 from ..settings import Divergence
+from ..settings_own import OwnLossSettings
 from ..sparse import SparseTargets
 from ..sums import LossSums
 from .gradients import Gradients, sums_with_gradients
@@ -46,8 +47,9 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def can_fuse(problem: Problem) -> bool:
-    """Whether ``auto`` takes this back end: tensors on a GPU, none fp64, no sparse targets, no logit of -inf, and triton installed."""
-    if isinstance(problem.teacher, SparseTargets) or problem.impossible:
+    """Whether ``auto`` takes this back end: tensors on a GPU, none fp64, no sparse targets, no logit of -inf, a divergence of decoct's, and
+    triton installed."""
+    if isinstance(problem.teacher, SparseTargets) or isinstance(problem.settings, OwnLossSettings) or problem.impossible:
         return False
     return TRITON_INSTALLED and problem.labels.is_cuda and all(dtype in _DTYPES for dtype in _input_dtypes(problem))
 
@@ -61,13 +63,15 @@ def fused_sums(problem: Problem, *, rows: int | None = None, slope_rows: int | N
         slope_rows: Rows whose slopes are held at once; None = as ``SLOPE_BYTES`` allows.
 
     Raises:
-        ValueError: triton is not installed or cannot run on this device, a tensor is fp64, the teacher is given by sparse targets, or
-            a logit may be -inf.
+        ValueError: triton is not installed or cannot run on this device, a tensor is fp64, the teacher is given by sparse targets, the
+            divergence is the user's, or a logit may be -inf.
     """
     if problem.impossible:
         raise ValueError("backend='triton' does not take logits of -inf (a token of probability 0); use backend='auto'")
     if isinstance(problem.teacher, SparseTargets):
         raise ValueError("backend='triton' does not take sparse targets; use backend='auto'")
+    if isinstance(problem.settings, OwnLossSettings):
+        raise ValueError(f"backend='triton' has no kernel for the imported divergence {problem.settings.divergence!r}; use backend='auto'")
     if not TRITON_INSTALLED:
         raise ValueError("backend='triton' needs the triton package; install it or use backend='auto'")
     if wrong := [dtype for dtype in _input_dtypes(problem) if dtype not in _DTYPES]:

@@ -163,10 +163,15 @@ def scratch_directory(target: Path) -> Iterator[Path]:
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Replaces ``path`` by ``text`` (UTF-8) in one step; if that fails the old file is unchanged."""
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    """Replaces ``path`` by ``content`` in one step; if that fails the old file is unchanged."""
     path = Path(path)
     with _staged(path, "write") as temporary:
-        with temporary.open("w", encoding="utf-8", newline="") as handle:
-            handle.write(text)
+        with temporary.open("wb") as handle:
+            handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
         # replaces atomically: readers see the old file or the new one, never a part

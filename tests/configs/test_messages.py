@@ -18,16 +18,17 @@ data: {files: [a.txt], seq_length: 256}
 NO_TEACHER = "student: {path: a/student}\ndata: {builtin: python-stdlib}\n"
 STAGES = "stages:\n  - distill: {tokens: 1M}\n"
 STAGE_KEYS = (
-    "name, tokens, steps, learning_rate, warmup, schedule, final_learning_rate, weight_decay, betas, loss, teacher, checkpoint_every"
+    "name, tokens, steps, learning_rate, warmup, schedule, final_learning_rate, weight_decay, betas, loss, teacher, "
+    "checkpoint_every, callbacks"
 )
-TOP_KEYS = "name, seed, teacher, student, data, stages, trainer, logger"
+TOP_KEYS = "name, seed, import, teacher, student, data, stages, trainer, logger"
 KINDS = "pretrain, distill, prune, qat, quantize, export, evaluate"
 
 BROKEN = {
     "mistyped key in a section": (
         HEAD.replace("seq_length", "seq_lenght") + STAGES,
         "my.yaml:3: data.seq_lenght: unknown key, did you mean 'seq_length'? valid here: builtin, files, hub, hub_config, hub_split, "
-        "generate, kind, mask_prompts, text_field, special_tokens, seq_length, packing, eval_tokens, held_out, max_documents",
+        "generate, source, kind, mask_prompts, text_field, special_tokens, seq_length, packing, eval_tokens, held_out, max_documents",
     ),
     "mistyped key at the top": (
         HEAD + STAGES + "trianer: {precision: 32}\n",
@@ -136,7 +137,7 @@ BROKEN = {
     ),
     "two sources of text": (
         HEAD.replace("seq_length: 256", "builtin: python-stdlib") + STAGES,
-        "my.yaml:3: data: data needs exactly one of 'builtin', 'files', 'hub' and 'generate'; given: ['builtin', 'files']",
+        "my.yaml:3: data: data needs exactly one of 'builtin', 'files', 'hub', 'generate' and 'source'; given: ['builtin', 'files']",
     ),
     "percent sign forgotten": (
         HEAD + "stages:\n  - distill: {tokens: 1M, warmup: 5}\n",

@@ -1,4 +1,4 @@
-"""Reads the documents of a run from the Python standard library, local files or the hub, as often as needed and one at a time."""
+"""Reads the documents of a run (the standard library, local files, the hub, a source of the user's), as often as needed, one at a time."""
 
 import hashlib
 import itertools
@@ -7,13 +7,14 @@ import platform
 import sysconfig
 import tokenize
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...models.common.errors import UserError
 from ...models.common.files import sha256_file, sha256_json
+from ...parts import Part, PartError
 from ..settings import DataSettings
 from .conversations import COLUMNS, SHAPES, is_conversation
 from .file_documents import check_text_column, missing_field, read_file
@@ -67,11 +68,13 @@ def read_documents(settings: DataSettings) -> Documents:
         documents = _stdlib_documents(settings.max_documents)
     elif settings.files:
         documents = _file_documents(settings)
+    elif settings.part is not None:
+        documents = _own_documents(settings, settings.part)
     else:
         documents = _hub_documents(settings)
     # reads the first document, so that most mistakes show before a teacher is loaded
     if next(iter(documents.chats() if documents.chats else documents), None) is None:
-        source = "data.hub" if settings.hub else "data.files" if settings.files else "data.builtin"
+        source = next(f"data.{name}" for name in settings.exactly_one if getattr(settings, name))
         raise UserError(f"{source}: {documents.description} holds no text (it is empty or blank); give other data")
     return documents
 
@@ -149,6 +152,30 @@ def _file_chats(settings: DataSettings, files: list[Path], named: str, facts: di
         return itertools.islice(rows, settings.max_documents)
 
     return Documents(named + _limited(settings), sha256_json({"kind": "chat", **facts}), tuple, read, passed)
+
+
+def _own_documents(settings: DataSettings, part: Part) -> Documents:
+    """What an imported data source gives. The hash is of its file and options: what else it reads must not change."""
+    options = {name: getattr(settings, name) for name in part.options}
+    facts = {"source": part.key(), "options": options, "kind": settings.kind, "max_documents": settings.max_documents}
+    what = f"{part.place}: data source '{part.name}'"
+    wanted = dict if settings.kind == "chat" else str
+
+    def read() -> Iterator[Any]:
+        found = part.call(options=options)
+        if not isinstance(found, Iterable) or isinstance(found, str | Mapping):
+            raise PartError(f"{what} must return an iterable of {wanted.__name__}; it returned {type(found).__name__}")
+        for number, one in enumerate(itertools.islice(found, settings.max_documents), 1):
+            if not isinstance(one, wanted):
+                raise PartError(
+                    f"{what} gave a {type(one).__name__} as document {number}; with data.kind: {settings.kind} it must be {wanted.__name__}"
+                )
+            yield one
+
+    named = f"{part.name} of {part.file}" + _limited(settings)
+    if settings.kind == "chat":
+        return Documents(named, sha256_json(facts), tuple, lambda: ((f"conversation {n}", row) for n, row in enumerate(read(), 1)))
+    return Documents(named, sha256_json(facts), read)
 
 
 def _hash_file(path: Path) -> str:

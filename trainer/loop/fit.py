@@ -79,6 +79,7 @@ def fit(
     stage: str,
     metrics: MetricsSink,
     hooks: Sequence[StepHook] = (),
+    callbacks: Sequence[pl.Callback] = (),
     weights: "WeightFiles | None" = None,
     console: "Console | None" = None,
     progress: Progress | None = None,
@@ -96,6 +97,7 @@ def fit(
         stage: Name in metrics and messages.
         metrics: Receives the numbers of each step.
         hooks: Called around each step, in this order.
+        callbacks: Lightning callbacks, called after the loop's own.
         weights: Files with the values of a student on the meta device; each rank reads only what it holds.
         console: Console of rank 0 for messages and progress; None = silent.
         progress: Progress display to use instead of the console's own.
@@ -138,7 +140,7 @@ def fit(
         student, objective, plan, hooks=hooks, world=world, signals=StopSignals(), start_step=start, shard=placed.prepare()
     )
     with _quiet(), _determinism(plan.deterministic):
-        trainer = _trainer(plan, world, callback, metrics, work)
+        trainer = _trainer(plan, world, [callback, *callbacks], metrics, work)
         try:
             # returns after the last step, or after the step in which a stop signal was agreed on
             trainer.fit(module, _loader(windows, plan, world, start))
@@ -210,7 +212,7 @@ def _loader(windows: WindowSource, plan: TrainingPlan, world: World, start: int)
     )
 
 
-def _trainer(plan: TrainingPlan, world: World, callback: LoopCallback, metrics: MetricsSink, work: Path) -> pl.Trainer:
+def _trainer(plan: TrainingPlan, world: World, callbacks: list[pl.Callback], metrics: MetricsSink, work: Path) -> pl.Trainer:
     """A Lightning Trainer with its own checkpoints, progress bars, samplers and process launching switched off."""
     # Named, and not detected: inside a Slurm allocation Lightning would take a single process for one of Slurm's own tasks.
     environment = TorchElasticEnvironment() if "TORCHELASTIC_RUN_ID" in os.environ else LightningEnvironment()
@@ -227,7 +229,7 @@ def _trainer(plan: TrainingPlan, world: World, callback: LoopCallback, metrics: 
         # one pass over the loader, which has exactly the micro-batches that are left
         max_epochs=1,
         logger=metrics.loggers or False,
-        callbacks=[callback],
+        callbacks=callbacks,
         default_root_dir=work,
         enable_checkpointing=False,
         enable_progress_bar=False,

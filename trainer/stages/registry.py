@@ -1,10 +1,11 @@
-"""The closed list of stage kinds. A recipe names one of them; it can never import other code."""
+"""The stage kinds: decoct's, and those that the recipe imports (``parts.stage``), which are known by their settings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ..settings import DistillSettings, EvaluateSettings, ExportSettings, PretrainSettings
+from ..settings_own import OwnStageSettings
 from ..settings_pruning import PruneSettings
 from ..settings_quantization import QatSettings, QuantizeSettings
 
@@ -70,6 +71,12 @@ def _export() -> Work:
     return Work(finish=export.finish)
 
 
+def _own() -> Work:
+    from ..stages import own
+
+    return Work(finish=own.finish)
+
+
 STAGE_KINDS: dict[str, StageKind] = {
     "pretrain": StageKind(PretrainSettings, 1, _pretrain),
     "distill": StageKind(DistillSettings, 1, _distill),
@@ -80,3 +87,9 @@ STAGE_KINDS: dict[str, StageKind] = {
     # The run measures the model after every stage anyway; this kind only adds gates.
     "evaluate": StageKind(EvaluateSettings, 1, Work),
 }
+"""decoct's kinds by name."""
+
+
+def stage_kind(kind: str, settings: Any) -> StageKind:
+    """The kind of a stage with these settings."""
+    return StageKind(type(settings), 1, _own) if isinstance(settings, OwnStageSettings) else STAGE_KINDS[kind]

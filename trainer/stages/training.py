@@ -10,6 +10,7 @@ from ..loop.fit import fit
 from ..loop.held_out import HeldOut, derive_watch
 from ..loop.hooks import StepHook
 from ..loop.objective import Objective
+from ..loop.own_callbacks import own_callbacks
 from ..plan import StepPlan, TrainingPlan
 from ..processes.world import current_world
 from ..settings import TrainingBlock
@@ -83,6 +84,7 @@ def fit_student(
     _announce(context, plan, teacher)
     objective = Objective(teacher, settings.loss, v_eff=run.v_eff)
     held_out = _held_out(context, plan, teacher)
+    own = own_callbacks(settings.callbacks)
     result = fit(
         student.model,
         objective,
@@ -90,7 +92,9 @@ def fit_student(
         plan,
         work=context.folder,
         stage=context.name,
-        hooks=hooks,
+        # the user's hooks come first, so that zeros stay zero whatever they do to the weights (law 4, docs/architecture.md)
+        hooks=[*own.hooks, *hooks],
+        callbacks=own.lightning,
         metrics=run.metrics,
         console=run.console,
         weights=student.weights,
