@@ -1,6 +1,7 @@
-"""decoct: distil, prune, quantize, export and report large language models. Its parts are its sub-packages; importing it costs nothing.
+"""decoct: distil, prune, quantize, export and report large language models. Importing it costs nothing.
 
-Only what every part shares stands here: names that a package hands on lazily, and what a field of a settings dataclass takes.
+It hands on runs and verbs as functions (``decoct.run``, ``decoct.distill``; docs/python-api.md) and the errors that they raise. Besides
+them stands here what every sub-package shares: names that a package hands on lazily, and what a field of a settings dataclass takes.
 
 A new setting states what it takes at its field and nowhere else: its type, and the bounds of a number as metadata of the type,
 
@@ -19,7 +20,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from .launch.functions.run import run as run
+    from .launch.functions.stages import distill as distill
+    from .launch.functions.stages import evaluate as evaluate
+    from .launch.functions.stages import export as export
+    from .launch.functions.stages import prune as prune
+    from .launch.functions.stages import qat as qat
+    from .launch.functions.stages import quantize as quantize
+    from .models.common.errors import DecoctError as DecoctError
+    from .models.common.errors import GateFailed as GateFailed
+    from .models.common.errors import MemoryFullError as MemoryFullError
+    from .models.common.errors import NonFiniteError as NonFiniteError
+    from .models.common.errors import UserError as UserError
 
 __version__ = "0.1.0"
 
@@ -50,6 +65,23 @@ def lazy_names(package: str) -> tuple[Callable[[str], object], Callable[[], list
         return sorted({*vars(sys.modules[package]), *places()})
 
     return get, names
+
+
+_handed_on, __dir__ = lazy_names(__name__)
+
+
+def __getattr__(name: str) -> object:
+    # qat is a package too, and its name stays the package's: the package itself can be called (``CallablePackage``)
+    return importlib.import_module(f"{__name__}.qat") if name == "qat" else _handed_on(name)
+
+
+class CallablePackage(types.ModuleType):
+    """A sub-package that is also the function of its name: ``decoct.qat(model, ...)`` beside ``from decoct.qat import QuantSpec``."""
+
+    def __call__(self, *given: Any, **settings: Any) -> Any:
+        """Call the function; see ``decoct.launch.functions.stages``."""
+        functions = importlib.import_module(f"{__name__}.launch.functions.stages")
+        return getattr(functions, self.__name__.rpartition(".")[2])(*given, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)

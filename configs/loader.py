@@ -9,7 +9,7 @@ from typing import Any
 
 from .nodes import Node, node_from_python
 from .outlines import forget_parts
-from .overrides import apply_overrides, names_import
+from .overrides import Override, apply_overrides, key_of
 from .own_parts import Tell, load_parts
 from .problems import Problems
 from .reading import read_recipe
@@ -18,12 +18,12 @@ from .shipped import find_recipe, list_recipes, shipped_text
 from .yaml_source import read_yaml_file
 
 
-def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = (), *, tell: Tell | None = None) -> Recipe:
+def load_recipe(path_or_name: str | Path, overrides: Sequence[Override] = (), *, tell: Tell | None = None) -> Recipe:
     """Read and validate a recipe. Files that it imports are run.
 
     Args:
         path_or_name: a YAML file (UTF-8, at most 1 MB), or the name of a shipped recipe.
-        overrides: ``key=value`` settings that replace the file's, such as ``stages.1.distill.tokens=2B``.
+        overrides: ``key=value`` settings that replace the file's, such as ``stages.1.distill.tokens=2B``, or pairs of key and value.
         tell: Called with the path of an imported file before it is run.
 
     Raises: UserError with every problem of the file, each with its line, key path and remedy.
@@ -33,7 +33,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = (), *, tell
     return _read(root, problems, overrides, path.parent, tell, default_name=path.stem)
 
 
-def recipe_from_dict(data: Mapping[str, Any], overrides: Sequence[str] = (), *, tell: Tell | None = None) -> Recipe:
+def recipe_from_dict(data: Mapping[str, Any], overrides: Sequence[Override] = (), *, tell: Tell | None = None) -> Recipe:
     """Return a recipe from plain data (as from ``resolved``, or with values written as in YAML: ``{"tokens": "1M"}``).
 
     Paths of its ``import`` are relative to the working directory.
@@ -54,11 +54,13 @@ def outline_of(path: Path) -> Recipe:
     return read_recipe(root, problems, default_name=path.stem)
 
 
-def _read(root: Node, problems: Problems, overrides: Sequence[str], folder: Path, tell: Tell | None, *, default_name: str | None) -> Recipe:
+def _read(
+    root: Node, problems: Problems, overrides: Sequence[Override], folder: Path, tell: Tell | None, *, default_name: str | None
+) -> Recipe:
     # the imported files first: the other overrides may address what they register
-    apply_overrides(root, [text for text in overrides if names_import(text)])
+    apply_overrides(root, [one for one in overrides if key_of(one) == "import"])
     parts = load_parts(root, folder, tell)
-    apply_overrides(root, [text for text in overrides if not names_import(text)], parts)
+    apply_overrides(root, [one for one in overrides if key_of(one) != "import"], parts)
     return read_recipe(root, problems, default_name=default_name, parts=parts)
 
 

@@ -6,11 +6,12 @@ of it; the kind after that may be left out. Dots separate keys, except in the pa
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from .. import types_of
 from ..models.common.errors import UserError
 from ..qat.scheme import SpecChange
-from .nodes import Entry, Listing, Mapping, Node, Scalar, is_null
+from .nodes import Entry, Listing, Mapping, Node, Scalar, is_null, node_from_python
 from .own_parts import OwnParts
 from .problems import did_you_mean
 from .reading import SECTIONS, known_kinds, stage_parts
@@ -18,24 +19,29 @@ from .recipe import stage_name
 from .sections import NO_PARTS, SHORT_FORMS
 from .yaml_source import read_yaml_text
 
-
-def names_import(override: str) -> bool:
-    """Return whether an override says what the recipe imports; it comes before all others, which may name what is imported."""
-    return override.partition("=")[0].strip() == "import"
+Override = str | tuple[str, Any]
+"""``key=value`` as on the command line, or from Python a key and its value."""
 
 
-def apply_overrides(root: Node, overrides: Sequence[str], parts: OwnParts = NO_PARTS) -> None:
-    """Write ``key=value`` overrides into the tree, in order; UserError for one whose key does not exist."""
+def key_of(override: Override) -> str:
+    """Return the dotted key of an override."""
+    return (override.partition("=")[0] if isinstance(override, str) else override[0]).strip()
+
+
+def apply_overrides(root: Node, overrides: Sequence[Override], parts: OwnParts = NO_PARTS) -> None:
+    """Write overrides into the tree, in order; UserError for one whose key does not exist."""
     kinds = known_kinds(parts)
-    for text in overrides:
-        path, separator, value = text.partition("=")
-        keys = [key.strip() for key in path.split(".")]
-        if not separator or not all(keys):
-            raise UserError(f"override '{text}': write key=value, such as trainer.precision=32 or stages.1.tokens=2M")
+    for override in overrides:
+        keys = [key.strip() for key in key_of(override).split(".")]
+        place = f"override '{override if isinstance(override, str) else override[0]}'"
+        if not all(keys) or (isinstance(override, str) and "=" not in override):
+            raise UserError(f"{place}: write key=value, such as trainer.precision=32 or stages.1.tokens=2M")
         if not isinstance(root, Mapping):
             return
-        place = f"override '{text}'"
-        node = _value(value.strip(), place)
+        if isinstance(override, str):
+            node = _value(override.partition("=")[2].strip(), place)
+        else:
+            node = node_from_python(override[1], place, tuple(keys))
         if keys[0] == "stages":
             _override_stage(root, keys[1:], node, place, kinds)
         else:

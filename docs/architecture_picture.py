@@ -54,6 +54,7 @@ LAUNCH = Hall(
             "compare | models in | one table",
             "upkeep | runs, clean, | push",
             "doctor | what is | installed",
+            "functions | the verbs, | from Python",
         ),
     ),
 )

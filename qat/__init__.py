@@ -1,8 +1,9 @@
 """Quantization: what a quantized weight is, training through the rounding, rounding without training, exports and the judges of them."""
 
+import sys
 from typing import TYPE_CHECKING
 
-from .. import lazy_names
+from .. import CallablePackage, lazy_names
 
 if TYPE_CHECKING:
     from .codes.state import QuantState as QuantState
@@ -33,3 +34,4 @@ if TYPE_CHECKING:
     from .verify.verify import verify_folder as verify_folder
 
 __getattr__, __dir__ = lazy_names(__name__)
+sys.modules[__name__].__class__ = CallablePackage

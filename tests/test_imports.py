@@ -24,6 +24,8 @@ BELOW = {
     "launch": {"losses", "models", "qat", "trainer", "configs"},
 }
 """Top folder -> the top folders that it may import."""
+SHARED = ("parts",)
+"""Modules beside the top folders, which import nothing else of decoct when they are imported: whoever needs them may import them."""
 NO_LIGHTNING = ("losses", "models", "qat", "configs")
 
 
@@ -67,7 +69,8 @@ def in_file(source: str, file: Path) -> Iterator[Import]:
                     yield Import(source, target, place)
                     break
             else:
-                if base:  # `from .. import lazy_names` of the root package has none
+                # `from .. import lazy_names` of the root package has none
+                if base and base[0] not in SHARED:
                     yield Import(source, ".".join([*base, "__init__"]), place)
 
 

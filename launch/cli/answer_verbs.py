@@ -74,6 +74,6 @@ def compare(
 ) -> None:
     """Measure models on the same text: size, perplexity and KL with their errors, top-1 agreement, speed here, tasks, in one table."""
     from .compare_verb import run_compare
-    from .single_stage import TextChoice
+    from .stage_recipes import TextChoice
 
     run_compare(models, TextChoice(text, hub, seq_length, tokens), tasks or (), as_json=as_json, page=html)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...models.common.errors import UserError
 from ..terminal.console import CleanConsole
 from ..terminal.written import QuietEndConsole, write_json
-from .single_stage import TextChoice
+from .stage_recipes import TextChoice
 
 if TYPE_CHECKING:
     from ...trainer.data.prepared_data import PreparedData

@@ -115,7 +115,8 @@ def evaluate(
     out: Out = None,
 ) -> None:
     """Measure a model folder or export: perplexity, KL and top-1 agreement with a teacher, calibration, size, scores on tasks."""
-    from .single_stage import TextChoice, run_evaluate
+    from .single_stage import run_evaluate
+    from .stage_recipes import TextChoice
 
     run_evaluate(model, TextChoice(text, hub, seq_length, tokens), teacher, max_perplexity_increase, overrides, out, tasks or ())
 

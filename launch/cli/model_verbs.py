@@ -21,7 +21,8 @@ def distill(
     out: Out = None,
 ) -> None:
     """Train MODEL to predict what a teacher predicts."""
-    from .single_stage import TextChoice, run_verb
+    from .single_stage import run_verb
+    from .stage_recipes import TextChoice
 
     run_verb("distill", model, {"tokens": tokens}, TextChoice(text, hub, seq_length), teacher, overrides, out)
 
@@ -40,7 +41,8 @@ def prune(
     out: Out = None,
 ) -> None:
     """Remove FFN channels of MODEL (--ffn), or set its smallest weights to zero (--keep; along a schedule with --tokens)."""
-    from .single_stage import TextChoice, prune_settings, run_verb
+    from .single_stage import run_verb
+    from .stage_recipes import TextChoice, prune_settings
 
     run_verb("prune", model, prune_settings(ffn, keep, tokens), TextChoice(text, hub, seq_length), teacher, overrides, out)
 
@@ -67,9 +69,10 @@ def qat(
     out: Out = None,
 ) -> None:
     """Train MODEL with rounded weights. Without --teacher it learns from the unrounded MODEL."""
-    from .single_stage import TextChoice, run_verb
+    from .single_stage import run_verb
+    from .stage_recipes import TextChoice, qat_settings
 
-    settings = {"tokens": tokens, "weights": {"bits": bits, "group_size": group_size}, "train": train, "start": start, "lora": lora}
+    settings = qat_settings(tokens, bits, group_size, train, start, lora)
     run_verb("qat", model, settings, TextChoice(text, hub, seq_length), teacher, overrides, out)
 
 
@@ -93,7 +96,8 @@ def quantize(
     out: Out = None,
 ) -> None:
     """Round the weights of MODEL without training; --method gptq calibrates on text, one layer at a time."""
-    from .single_stage import TextChoice, run_verb
+    from .single_stage import run_verb
+    from .stage_recipes import TextChoice, quantize_settings
 
-    settings = {"method": method, "weights": {"bits": bits, "group_size": group_size}, "calibration_tokens": calibration_tokens}
+    settings = quantize_settings(method, bits, group_size, calibration_tokens)
     run_verb("quantize", model, settings, TextChoice(text, hub, seq_length), teacher, overrides, out)

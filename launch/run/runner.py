@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class Runner:
     """One start of a recipe on this rank."""
 
-    def __init__(self, recipe: "Recipe", run_dir: Path, world: World) -> None:
+    def __init__(self, recipe: "Recipe", run_dir: Path, world: World, *, quiet: bool = False) -> None:
         from ...configs.recipe import resolved
         from ..terminal.console import CleanConsole
 
@@ -46,7 +46,7 @@ class Runner:
         """The recipe with every default filled in, as plain data."""
         self.folder = RunFolder(run_dir)
         self.world = world
-        self.console = CleanConsole(quiet=not world.is_first)
+        self.console = CleanConsole(quiet=quiet or not world.is_first)
         if not self.console.is_terminal:
             # a log file has no width of its own
             self.console.width = max(self.console.width, WIDE)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,17 @@ if TYPE_CHECKING:
     from ...trainer.processes.world import World
 
 
-def start(recipe: "Recipe", out: Path | None, *, only_caches: bool = False) -> None:
+def start(
+    recipe: "Recipe", out: Path | None, *, only_caches: bool = False, arguments: Sequence[str] | None = None, quiet: bool = False
+) -> None:
     """Run ``recipe`` in ``out`` (default ``runs/<name>``); raises SystemExit with the workers' exit code if they fail.
 
-    With ``only_caches`` the teacher's caches are filled and nothing is trained.
+    Args:
+        recipe: The recipe.
+        out: The run folder.
+        only_caches: Fill the teacher's caches and train nothing.
+        arguments: What further processes are started with, as arguments of `decoct`; None = those of this process.
+        quiet: Print nothing but errors, if the run needs no further process.
     """
     from ...trainer.loop.loggers import check_logger
     from ...trainer.processes.world import current_world
@@ -33,13 +41,13 @@ def start(recipe: "Recipe", out: Path | None, *, only_caches: bool = False) -> N
     if alone:
         check_processes(wanted_processes(recipe.trainer.devices))
     # before processes are started: a refusal of the plan should come once, and from a process without ranks
-    _plan_first(recipe, where, world)
+    _plan_first(recipe, where, world, quiet=quiet)
     if alone:
         processes = wanted_processes(recipe.trainer.devices)
         if processes > 1:
             os.environ[PLANNED] = "1"  # for the workers alone: the next run of this process is planned too
             try:
-                code = run_under_torchrun(sys.argv[1:], Agent(processes=processes))
+                code = run_under_torchrun(sys.argv[1:] if arguments is None else arguments, Agent(processes=processes))
             finally:
                 del os.environ[PLANNED]
             # the workers have said what happened; only their code is passed on
@@ -49,14 +57,14 @@ def start(recipe: "Recipe", out: Path | None, *, only_caches: bool = False) -> N
     quiet_libraries()
     from .runner import Runner
 
-    runner = Runner(recipe, where, world)
+    runner = Runner(recipe, where, world, quiet=quiet)
     if only_caches:
         runner.fill_caches()
     else:
         runner.run()
 
 
-def _plan_first(recipe: "Recipe", out: Path, world: "World") -> None:
+def _plan_first(recipe: "Recipe", out: Path, world: "World", *, quiet: bool) -> None:
     """Show the plan once for all processes, and stop if something cannot work."""
     if not world.is_first or os.environ.get(PLANNED):
         return
@@ -64,7 +72,7 @@ def _plan_first(recipe: "Recipe", out: Path, world: "World") -> None:
     from ..plan.before_run import check_before_run
     from ..terminal.console import CleanConsole
 
-    check_before_run(recipe, out, CleanConsole(), nodes=world.nodes)
+    check_before_run(recipe, out, CleanConsole(quiet=quiet), nodes=world.nodes)
     if any(getattr(entry.settings, "tasks", ()) for entry in recipe.stages):
         from .task_checks import check_tasks
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from decoct.launch.cli.app import app
-from decoct.launch.cli.single_stage import TextChoice, prune_settings, run_verb, verb_overrides, verb_recipe
+from decoct.launch.cli.single_stage import run_verb
+from decoct.launch.cli.stage_recipes import TextChoice, prune_settings, verb_overrides, verb_recipe
 from decoct.models.common.errors import UserError
 
 

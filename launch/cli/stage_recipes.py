@@ -1,0 +1,172 @@
+"""The recipes of single verbs, one stage on a model folder each: for the verbs, and for the functions of the same names."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...models.common.errors import UserError
+
+if TYPE_CHECKING:
+    from ...configs.overrides import Override
+    from ...configs.own_parts import Tell
+    from ...configs.recipe import Recipe
+    from ...qat.export.export import ExportResult
+
+DEFAULT_TOKENS = {"distill": "1M", "qat": "1M"}
+"""Training tokens of a verb if neither tokens nor steps are given."""
+
+
+@dataclass(frozen=True)
+class TextChoice:
+    """The text that a verb trains or measures on."""
+
+    files: Sequence[str] | None
+    hub: str | None
+    seq_length: int
+    eval_tokens: str | None = None
+
+    def data(self) -> dict[str, Any]:
+        """Return the ``data`` section of a recipe."""
+        if self.files and self.hub:
+            raise UserError("--text and --hub exclude each other; give one of them")
+        source: dict[str, Any] = (
+            {"files": list(self.files)} if self.files else {"hub": self.hub} if self.hub else {"builtin": "python-stdlib"}
+        )
+        measured = {"eval_tokens": self.eval_tokens} if self.eval_tokens else {}
+        return {**source, "seq_length": self.seq_length, **measured}
+
+
+_TEXTS = ("data.files", "data.hub", "data.generate", "data.source")
+
+
+def verb_recipe(
+    kind: str, model: str, settings: dict[str, Any], text: TextChoice, teacher: str | None, overrides: "Sequence[Override]" = ()
+) -> dict[str, Any]:
+    """Return the recipe, as plain data, that runs one stage of ``kind`` on ``model``.
+
+    Args:
+        kind: Kind of the stage.
+        model: The model.
+        settings: Settings of the stage; those that are None are left out.
+        text: The text.
+        teacher: The teacher, if any.
+        overrides: What will be written into it: one that names a text replaces the built-in one.
+    """
+    from ...configs.overrides import key_of
+
+    recipe: dict[str, Any] = {"name": f"{kind}-{_slug(model)}", "student": {"path": model}, "data": text.data()}
+    if any(key_of(one) in _TEXTS for one in overrides):
+        recipe["data"].pop("builtin", None)
+    if teacher:
+        recipe["teacher"] = {"path": teacher}
+    # A step of 32 windows, so that a verb can be tried on a short text.
+    recipe["trainer"] = {"global_batch_tokens": text.seq_length * 32}
+    recipe["stages"] = [{kind: {k: v for k, v in settings.items() if v is not None}}]
+    return recipe
+
+
+def verb_overrides(kind: str, overrides: "Sequence[Override]") -> "list[Override]":
+    """Convert KEY=VALUE of a single verb to overrides of its recipe: a key of the stage needs no prefix (``steps=9`` for
+    ``stages.0.steps=9``).
+
+    A top-level key of recipes (``teacher.load_in``, ``seed``) keeps its meaning. An unknown key goes where the most similar key is, so that
+    the message can name that key.
+    """
+    from ... import types_of
+    from ...configs.foreign_names import meant_by
+    from ...configs.overrides import key_of
+    from ...configs.problems import nearest_name
+    from ...configs.reading import KEYS
+    from ...trainer.stages.registry import STAGE_KINDS
+
+    own = set(types_of(STAGE_KINDS[kind].settings)) - set(KEYS)
+
+    def of_the_stage(key: str) -> bool:
+        return key in own or (key not in KEYS and meant_by(key) is None and nearest_name(key, [*KEYS, *own]) in own)
+
+    def addressed(one: "Override") -> "Override":
+        if not of_the_stage(key_of(one).partition(".")[0].strip()):
+            return one
+        return f"stages.0.{one}" if isinstance(one, str) else (f"stages.0.{one[0]}", one[1])
+
+    return [addressed(one) for one in overrides]
+
+
+def _gives_steps(override: "Override") -> bool:
+    from ...configs.overrides import key_of
+
+    keys = key_of(override).split(".")
+    return keys[0].strip() == "stages" and keys[-1].strip() == "steps"
+
+
+def _slug(model: str) -> str:
+    path = Path(model)
+    # runs/x/01-distill/model is named by its stage, since all stages call their folder 'model'
+    name = path.parent.name if path.name == "model" and path.parent.name else path.name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+
+
+def prune_settings(ffn: int | None, keep: float | str | None, tokens: int | str | None) -> dict[str, Any]:
+    """Return the settings of the ``prune`` stage for ``--ffn`` or ``--keep``."""
+    if (ffn is None) == (keep is None):
+        raise UserError("give exactly one of --ffn (channels kept in every layer) and --keep (share of the weights that stays)")
+    if ffn is not None and tokens is not None:
+        raise UserError("--ffn is one shot and takes no --tokens; run `decoct distill` on the result to recover")
+    return {"structured": {"ffn": ffn}} if ffn is not None else {"magnitude": {"keep": keep}, "tokens": tokens}
+
+
+def qat_settings(
+    tokens: int | str | None, bits: int, group_size: int | str, train: str, start: str | None, lora: int | None
+) -> dict[str, Any]:
+    """Return the settings of the ``qat`` stage for the options of its verb."""
+    return {"tokens": tokens, "weights": {"bits": bits, "group_size": group_size}, "train": train, "start": start, "lora": lora}
+
+
+def quantize_settings(method: str, bits: int, group_size: int | str, calibration_tokens: int | str | None) -> dict[str, Any]:
+    """Return the settings of the ``quantize`` stage for the options of its verb."""
+    return {"method": method, "weights": {"bits": bits, "group_size": group_size}, "calibration_tokens": calibration_tokens}
+
+
+def evaluation(text: TextChoice, gate: float | str | None, tasks: Sequence[str]) -> tuple[TextChoice, dict[str, Any]]:
+    """Return text and settings of the ``evaluate`` stage for the options of its verb."""
+    # files that somebody names are all meant; of the standard library or a hub dataset a part is enough
+    text = replace(text, eval_tokens=text.eval_tokens or ("all" if text.files else "32k"))
+    named = [task for given in tasks for task in given.split(",") if task]
+    return text, {"max_perplexity_increase": gate, "round_teacher": False, "tasks": named or None}
+
+
+def read_verb(
+    kind: str,
+    model: str,
+    settings: dict[str, Any],
+    text: TextChoice,
+    teacher: str | None,
+    overrides: "Sequence[Override]",
+    tell: "Tell | None" = None,
+) -> "Recipe":
+    """Return the recipe of one stage on a model: that of the verb, and of the function of the same name.
+
+    Raises:
+        UserError: a stage ``distill`` has no teacher, or the recipe is wrong.
+    """
+    if kind == "distill" and not teacher:
+        raise UserError("decoct distill needs a teacher to learn from: --teacher MODEL (a model folder or a hub id)")
+    from ...configs.loader import recipe_from_dict
+
+    given = verb_overrides(kind, overrides)
+    if "tokens" in settings and settings["tokens"] is None and kind in DEFAULT_TOKENS and not any(map(_gives_steps, given)):
+        settings = {**settings, "tokens": DEFAULT_TOKENS[kind]}
+    return recipe_from_dict(verb_recipe(kind, model, settings, text, teacher, given), given, tell=tell)
+
+
+def export_model(model: Path, out: Path, form: str, allow_inexact: bool = False, reader_version: str | None = None) -> "ExportResult":
+    """Pack a model folder, or a GGUF file, and verify the result."""
+    from ...models.folder.gguf_folder import gguf_file
+    from ...models.folder.loading import find_model_folder
+    from ...qat.export.export import export_folder
+
+    if gguf_file(model) is not None:
+        model = find_model_folder(model, None, weights=True)
+    return export_folder(model, out, form, allow_inexact=allow_inexact, reader_version=reader_version)

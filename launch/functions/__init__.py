@@ -1,0 +1,1 @@
+"""Runs and verbs as functions of Python, which ``decoct`` hands on: ``decoct.run``, ``decoct.distill`` and the others."""
