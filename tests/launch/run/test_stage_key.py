@@ -1,14 +1,19 @@
 """Everything that changes numbers changes the key; nothing else does."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from decoct.configs.nodes import node_from_python
+from decoct.configs.own_parts import load_parts
 from decoct.launch.run.stage_key import stage_key
 from decoct.losses.settings import LossSettings
 from decoct.trainer.settings import DistillSettings, TrainerSettings
 from decoct.trainer.settings_quantization import QuantizeSettings
+
+from ...support.own_parts import write_parts
 
 BASE: dict[str, Any] = {
     "name": "01-distill",
@@ -55,6 +60,26 @@ def test_what_changes_numbers_changes_the_key(change: dict[str, Any]) -> None:
 )
 def test_what_changes_no_numbers_keeps_the_key(change: dict[str, Any]) -> None:
     assert stage_key(**BASE) == stage_key(**{**BASE, **change})
+
+
+def test_a_stage_without_callbacks_keeps_the_key_of_versions_that_had_none() -> None:
+    assert stage_key(**BASE) == "cf007fc3ca8459013065cd5c9d073af6b8a695ba3c827d946504de336a495bd3"
+
+
+def test_the_file_of_a_part_is_in_the_key_of_a_stage_that_uses_it(tmp_path: Path) -> None:
+    def key(body: str, name: str = "my_parts.py", **options: Any) -> str:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        file = write_parts(tmp_path, body, name)
+        parts = load_parts(node_from_python({"import": str(file)}), tmp_path)
+        loss, callback = parts.settings("divergence", "d"), parts.settings("callback", "c")
+        assert loss is not None and callback is not None
+        used = {"loss": {"loss": loss()}, "callbacks": {"callbacks": (callback(**options),)}}["callbacks" if options else "loss"]
+        return stage_key(**{**BASE, "settings": DistillSettings(tokens=1000, **used)})
+
+    body = "@parts.divergence('d')\ndef d(s, t): pass\n@parts.callback('c')\nclass C:\n    def __init__(self, *, x: int = 1): pass\n"
+    keys = [key(body), key(body + "# changed\n"), key(body, x=1), key(body, x=2), key(body + "# changed\n", x=1), stage_key(**BASE)]
+    assert len(set(keys)) == len(keys)
+    assert key(body, "other.py") == key(body), "the file's name changes no numbers"
 
 
 def test_how_codes_are_chosen_changes_the_key_and_where_weights_lie_does_not() -> None:
