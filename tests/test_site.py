@@ -145,7 +145,9 @@ def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(("page", "given"), recipes(), ids=lambda value: value if isinstance(value, str) else "")
-def test_recipes_on_a_page_are_valid(page: str, given: dict[str, Any]) -> None:
+def test_recipes_on_a_page_are_valid(page: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    # where the files are that a recipe imports
+    monkeypatch.chdir(ROOT)
     whole = {"name": "page", "teacher": {"path": "big"}, "student": {"path": "small"}, "data": {"files": ["corpus/*.jsonl"]}}
     recipe_from_dict({**whole, "stages": [{"distill": {"tokens": "10M"}}], **given})
 
