@@ -45,6 +45,8 @@ def settings_values(prefix: str, settings: Any) -> list[Value]:
         )
         if is_dataclass(value):
             found += settings_values(f"{prefix}.{entry.name}", value)
+        elif isinstance(value, tuple) and value and all(map(is_dataclass, value)):
+            found += [line for index, one in enumerate(value) for line in settings_values(f"{prefix}.{entry.name}.{index}", one)]
         elif value is not None:
             found.append(Value(f"{prefix}.{entry.name}", value, "default" if value == default else "recipe"))
     return found

@@ -90,7 +90,8 @@ def gradients(loss: torch.Tensor, given: dict[str, Any]) -> list[torch.Tensor]:
 def test_the_same_formula_gives_the_sums_and_gradients_of_the_built_in_one(
     backend: Any, temperature: float, hard_weight: float, settings: Any
 ) -> None:
-    given, keys = tensors(), {"temperature": temperature, "hard_weight": hard_weight}
+    given = tensors()
+    keys: dict[str, Any] = {"temperature": temperature, "hard_weight": hard_weight}
     own = linear_divergence(**given, settings=settings("my_kl", **keys), backend=backend)
     theirs = linear_divergence(**given, settings=LossSettings(**keys), backend="reference")
     for name in ("loss", "kl", "cross_entropy", "teacher_entropy", "top1_matches", "tokens"):

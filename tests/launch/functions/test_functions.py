@@ -69,7 +69,8 @@ def test_keyword_arguments_become_overrides() -> None:
 
 def test_a_mistake_is_raised_with_the_message_of_the_command_line() -> None:
     with pytest.raises(UserError, match=r"override 'stages.0.tokns': stages.0.distill.tokns: unknown key, did you mean 'tokens'\?"):
-        decoct.run("quickstart", **{"stages.0.tokns": 1})
+        wrong: dict[str, Any] = {"stages.0.tokns": 1}
+        decoct.run("quickstart", **wrong)
     with pytest.raises(UserError, match="give exactly one of --ffn"):
         decoct.prune("m")
     with pytest.raises(UserError, match=r"weights\.bits: 99 is out of range"):

@@ -194,5 +194,9 @@ def test_a_verb_takes_parts_by_key_and_value(small_student: Path, verb: Verb, tm
     verb("distill", student, *given, "--teacher", student, "loss.divergence=near", "steps=2", "data.eval_tokens=512", "--out", "one")
     verb("evaluate", "one/01-distill/model", *given, "--out", "two")
     assert "twice of my_parts.py" in json.loads((tmp_path / "two/report.json").read_text())["protocol"]["text"]
+    shown = json.loads(verb("plan", str(EXAMPLES / "my_recipe.yaml"), "--json").stdout)["stages"][0]["values"]
+    values = {one["key"].removeprefix("stages.0.distill."): (one["value"], one["origin"]) for one in shown}
+    assert values["callbacks.0.decay"] == (0.8, "recipe")
+    assert values["loss.sharpness"] == (0.5, "recipe")
     plan = verb("plan", os.path.relpath(tmp_path / "one/recipe.yaml", tmp_path), "--json")
     assert json.loads(plan.stdout)["imports"][0].endswith("data source twice")

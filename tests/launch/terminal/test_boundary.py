@@ -13,6 +13,7 @@ import torch
 from decoct.launch.cli import app as cli
 from decoct.launch.terminal.boundary import bug_report, ending_of
 from decoct.models.common.errors import GateFailed, MemoryFullError, NonFiniteError, UserError
+from decoct.parts import MARK, PartError
 
 KINDS: dict[str, tuple[BaseException, int, str]] = {
     "a mistake": (UserError("no such key"), 2, "no such key"),
@@ -54,6 +55,40 @@ def test_an_expected_error_is_one_message(kind: str) -> None:
 def test_the_others_are_bugs(error: Exception) -> None:
     assert ending_of(error) is None
     assert bug_report(error).splitlines()[-1].startswith("decoct: this is a bug in decoct ")
+
+
+def in_users_code(body: str) -> BaseException:
+    """The error of a function that an imported file defines."""
+    scope: dict[str, Any] = {MARK: "my_parts.py"}
+    exec(compile(f"def part():\n    {body}\n", "my_parts.py", "exec"), scope)
+    try:
+        scope["part"]()
+    except BaseException as error:
+        return error
+    raise AssertionError
+
+
+def test_an_error_in_imported_code_is_the_users_with_file_and_line() -> None:
+    for body, told in (
+        ("{}['x']", "KeyError: 'x'"),
+        ("open('none')", "FileNotFoundError"),
+        ("import json; json.loads('{')", "JSONDecodeError"),
+    ):
+        ending = ending_of(in_users_code(body))
+        assert ending is not None
+        assert ending.code == 2
+        assert ending.message.startswith(f"my_parts.py:2: {told}")
+        assert ending.message.endswith("; this is code that the recipe imports (--debug shows the traceback)")
+    assert ending_of(PartError("my_parts.py:3: must return x")).message == "my_parts.py:3: must return x"  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_memory_and_mistakes_that_imported_code_meets_keep_their_message() -> None:
+    full = ending_of(in_users_code("raise MemoryError"))
+    assert full is not None
+    assert (full.code, full.message.startswith("this machine is out of memory")) == (1, True)
+    user = ending_of(in_users_code("from decoct import UserError; raise UserError('no such key')"))
+    assert user is not None
+    assert user.message == "no such key"
 
 
 def test_a_lost_peer_is_told_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ from decoct.models.folder.loading import load_model
 from decoct.models.folder.model_folder import read_record
 from decoct.parts import PartError
 from decoct.trainer.plan import derive_seed
+from decoct.trainer.settings import PretrainSettings, TrainerSettings
 from decoct.trainer.settings_pruning import MagnitudeSettings, PruneSettings
-from decoct.trainer.stages import own, prune
+from decoct.trainer.stages import own, pretrain, prune
 from decoct.trainer.stages.context import StageContext, StageResult
 from decoct.trainer.stages.registry import STAGE_KINDS, stage_kind
 
@@ -62,6 +63,18 @@ def facts(context):
 def rubbish(context):
     context.output.mkdir()
     (context.output / "x").write_text("x")
+"""
+
+
+MOVES = """
+@parts.callback("moves")
+class Moves:
+    def on_start(self, student, optimizer):
+        self.weights = list(student.parameters())
+    def after_step(self, step):
+        with torch.no_grad():
+            for weight in self.weights:
+                weight.add_(1.0)
 """
 
 
@@ -126,6 +139,22 @@ def test_zeros_of_a_pruned_input_stay_zero(finish: Any, make_context: MakeContex
         assert zeros.float().mean() > 0.1
         assert torch.equal(after[name].weight == 0, zeros), name
     assert read_record(result.model)["sparse"] == list(before)
+
+
+def test_zeros_stay_zero_while_a_callback_moves_every_weight(make_context: MakeContext, tmp_path: Path) -> None:
+    pruned = make_context("00-prune", kind="prune")
+    prune.finish(PruneSettings(magnitude=MagnitudeSettings(keep=0.5)), pruned, None)
+    mover = parts_of_text(tmp_path, MOVES).settings("callback", "moves")
+    assert mover is not None
+    trainer = TrainerSettings(precision="32", global_batch_tokens=256, evaluate_every=0)
+    context = make_context("01-pretrain", kind="pretrain", input=str(pruned.model), trainer=trainer)
+    trained = pretrain.train(PretrainSettings(steps=2, callbacks=(mover(),)), context)
+    before = decoder_linears(load_model(pruned.model, dtype=torch.float32))
+    for name, linear in decoder_linears(trained.student).items():
+        zeros = before[name].weight == 0
+        assert torch.equal(linear.weight == 0, zeros), name
+        # the callback has moved the others by 1 in each step, which training alone does not
+        assert (linear.weight - before[name].weight)[~zeros].min() > 1.5
 
 
 @pytest.mark.parametrize(
