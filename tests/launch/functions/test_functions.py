@@ -41,7 +41,7 @@ def test_a_function_has_the_options_and_defaults_of_its_verb(name: str) -> None:
     import typer
 
     root: Any = typer.main.get_command(app)
-    verb = {one.name: one for one in root.commands[name].params if one.name != "help"}
+    verb: dict[str, Any] = {one.name: one for one in root.commands[name].params if one.name != "help"}
     function = inspect.signature(getattr(stages, name)).parameters
     # the text is one argument in Python; what else differs is named here
     renamed = {
@@ -68,8 +68,8 @@ def test_keyword_arguments_become_overrides() -> None:
 
 
 def test_a_mistake_is_raised_with_the_message_of_the_command_line() -> None:
-    with pytest.raises(UserError, match=r"override 'stages.0.tokns': stages.0.distill.tokns: unknown key, did you mean 'tokens'\?"):
-        wrong: dict[str, Any] = {"stages.0.tokns": 1}
+    wrong: dict[str, Any] = {"stages.0.tokns": 1}
+    with pytest.raises(UserError, match=r"override 'stages\.0\.tokns': stages\.0\.distill\.tokns: unknown key, did you mean 'tokens'\?"):
         decoct.run("quickstart", **wrong)
     with pytest.raises(UserError, match="give exactly one of --ffn"):
         decoct.prune("m")
