@@ -23,7 +23,7 @@ from .file_rows import Row
 from .sampling import TextWriter, WrittenBatch, writes_chats
 from .tokens import tokenizer_hash
 
-FORMAT = 1
+FORMAT = 2
 """Version of the sampling; raise it whenever the same settings would give other text."""
 _MOST_EMPTY = 8
 """Batches without a single row after which the model is taken not to write at all."""
@@ -89,7 +89,7 @@ def _written(
     parts: list[Path] = []
     total = WrittenBatch()
     maker: TextWriter | None = None
-    began, reported, fresh = time.monotonic(), time.monotonic(), 0
+    progress = _Progress(asked.tokens, say)
     for index in itertools.count():
         if total.tokens >= asked.tokens:
             return parts, total
@@ -101,18 +101,37 @@ def _written(
             if maker is None:
                 say(f"{writer.name} writes {asked.tokens - total.tokens:,} tokens of text")
                 model, v_eff = writer.load()
-                maker, began = TextWriter(model, writer.tokenizer, asked, seed, v_eff), time.monotonic()
+                maker = TextWriter(model, writer.tokenizer, asked, seed, v_eff, progress.step)
+                progress.start(total.tokens)
             batch = maker.batch(index)
-            fresh += batch.tokens
             write_json_atomic(part, asdict(batch))
-            if time.monotonic() - reported > _REPORT_SECONDS:
-                reported = time.monotonic()
-                rate = fresh / (reported - began)
-                say(f"{total.tokens + batch.tokens:,} of {asked.tokens:,} tokens written ({rate:,.0f} tokens/s)")
         parts.append(part)
         total.rows += batch.rows
         total.tokens, total.cut, total.empty = total.tokens + batch.tokens, total.cut + batch.cut, total.empty + batch.empty
     raise AssertionError("itertools.count() never ends")
+
+
+class _Progress:
+    """Says every ten seconds how far the writing is, inside a batch too: on a CPU one takes minutes."""
+
+    def __init__(self, tokens: int, say: Callable[[str], None]) -> None:
+        self._tokens, self._say = tokens, say
+        self._before = self._fresh = 0
+        self._began = self._said = time.monotonic()
+
+    def start(self, before: int) -> None:
+        """The first batch begins; ``before`` tokens were there already."""
+        self._before = before
+        self._began = self._said = time.monotonic()
+
+    def step(self, rows: int) -> None:
+        """A step of the sampling made ``rows`` texts one token longer."""
+        self._fresh += rows
+        now = time.monotonic()
+        if now - self._said > _REPORT_SECONDS:
+            self._said = now
+            done, rate = self._before + self._fresh, self._fresh / (now - self._began)
+            self._say(f"{min(done, self._tokens):,} of {self._tokens:,} tokens written ({rate:,.0f} tokens/s)")
 
 
 def _read(part: Path) -> WrittenBatch | None:

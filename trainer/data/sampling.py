@@ -4,14 +4,13 @@ Batch ``n`` depends on the model, the settings, the seed and ``n`` alone, so tha
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ...models.common.errors import UserError
-from ...models.common.quiet import quiet_transformers
-from ...models.generation import control_token_of, decoded, end_ids, left_padded, only_these_settings, real_tokens, up_to_end
+from ...models.drawing import Drawing, drawn_texts
+from ...models.generation import control_token_of, decoded, end_ids
 from ..settings_generation import GenerateSettings
 
 if TYPE_CHECKING:
@@ -44,6 +43,7 @@ class TextWriter:
         settings: Length, sampling, batch.
         seed: Seed of the run.
         v_eff: Ids from here on mean no token and are never drawn.
+        on_step: Called at every step of the sampling with the number of texts that it made longer.
 
     Raises:
         UserError: the tokenizer has no token to begin with, the chat template does not render a user's message as it is, or the documents
@@ -51,14 +51,26 @@ class TextWriter:
     """
 
     def __init__(
-        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", settings: GenerateSettings, seed: int, v_eff: int
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        settings: GenerateSettings,
+        seed: int,
+        v_eff: int,
+        on_step: Callable[[int], None] = lambda rows: None,
     ) -> None:
         self._model, self._tokenizer, self._settings = model, tokenizer, settings
-        self._seed, self._v_eff = seed, v_eff
+        self._seed, self._on_step = seed, on_step
         self._chat = writes_chats(settings, tokenizer)
         # what the model reads before its first own token, and the token that ends a message in the template
         self._start, after = self._taken_apart() if self._chat else ([self._first_token()], None)
-        self._stops = end_ids(model, tokenizer, [] if after is None else [after])
+        self._drawing = Drawing(
+            ends=end_ids(model, tokenizer, [] if after is None else [after]),
+            v_eff=v_eff,
+            max_new_tokens=settings.document_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+        )
         self._check_length(len(self._start) + settings.document_tokens)
 
     def batch(self, index: int) -> WrittenBatch:
@@ -90,33 +102,10 @@ class TextWriter:
 
     def _sample(self, prompts: list[list[int]], label: str) -> list[tuple[list[int], bool]]:
         """(own tokens without the end token, whether the model ended by itself) of each prompt."""
-        from transformers import GenerationConfig
-
-        if not prompts:
-            return []
-        settings, device = self._settings, self._model.device
-        # the value of the padding does not matter: it is masked
-        pad = self._stops[0] if self._stops else 0
-        ids, mask = left_padded(prompts, pad, device)
-        width = ids.shape[1]
-        self._check_length(width + settings.document_tokens)
-        config = GenerationConfig(
-            do_sample=True,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            # transformers would otherwise keep the 50 likeliest tokens alone
-            top_k=0,
-            max_new_tokens=settings.document_tokens,
-            eos_token_id=self._stops or None,
-            pad_token_id=pad,
-            use_cache=True,
-        )
-        model: Any = self._model
-        cards = [device] if device.type == "cuda" else []
-        with only_these_settings(model, config), torch.random.fork_rng(cards), quiet_transformers(), torch.no_grad():
-            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self._seed}/{label}".encode()).digest()[:8], "little") >> 1)
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=real_tokens(self._v_eff))
-        return [up_to_end(row, self._stops) for row in out[:, width:].tolist()]
+        if prompts:
+            self._check_length(max(map(len, prompts)) + self._settings.document_tokens)
+        seed = int.from_bytes(hashlib.sha256(f"{self._seed}/{label}".encode()).digest()[:8], "little") >> 1
+        return drawn_texts(self._model, prompts, self._drawing, seed, self._on_step)
 
     def _first_token(self) -> int:
         """Begin-of-text; the end-of-text token of models that were trained with it between documents and have no other."""

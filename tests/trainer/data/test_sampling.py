@@ -54,7 +54,7 @@ def test_tokens_are_drawn_from_the_models_own_distribution(model: LlamaForCausal
     """First tokens against the softmax over the real vocabulary, computed by hand."""
     writer = _writer(model, tokenizer, batch=2000, document_tokens=8)
     logits = model(torch.tensor([[tokenizer.bos_token_id]])).logits[0, -1, :300].double()
-    drawn = Counter([*own, writer._stops[0]][0] for own, _ in writer._sample([writer._start] * 2000, "x"))
+    drawn = Counter([*own, writer._drawing.ends[0]][0] for own, _ in writer._sample([writer._start] * 2000, "x"))
     assert max(drawn) < 300
     expected = 2000 * torch.softmax(logits, 0)
     seen = torch.tensor([float(drawn[token]) for token in range(300)], dtype=torch.float64)
