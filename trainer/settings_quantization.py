@@ -63,7 +63,8 @@ class QatSettings(SchemeSettings, TrainingBlock):
     """Peak learning rate of learned scales. Default: a thirtieth of learning_rate."""
     start: Literal["rtn", "mse", "gptq"] | None = None
     """First scales: rtn = from the largest magnitude; mse = searched for the smallest squared error; gptq = by GPTQ on training text, whose
-    codes are then also the first weights. Default: gptq; mse with delay, anneal_from or lora; rtn with absmax scales."""
+    codes are then also the first weights; an input that has codes of the same scheme already, as after quantize, keeps them. Default: gptq;
+    mse with delay, anneal_from or lora; rtn with absmax scales."""
     train: Literal["all", "scales"] = "all"
     """all = weights and scales; scales = only the scales, over codes that stay as start makes them: one byte per weight, and no optimizer
     state for it."""

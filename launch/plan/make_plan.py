@@ -95,7 +95,7 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
     rounding, rounded = None, entry.settings
     if isinstance(entry.settings, QatSettings):
         # qat rounds before it trains, and that is the peak of its memory on a small GPU
-        rounded = entry.settings.start_rounding
+        rounded = None if shape.continues else entry.settings.start_rounding
     if isinstance(rounded, QuantizeSettings):
         seq, memory = recipe.data.seq_length, machine.gpu_memory
         rounding = rounding_plan(rounded, shape, seq, on_gpu=machine.gpus > 0, gpu_memory=memory)

@@ -31,6 +31,8 @@ class StageShape:
     """How the inputs of the quantized linears are rounded after the stage."""
     kv_cache: "ActivationSpec | None" = None
     """How keys and values are rounded after the stage."""
+    continues: bool = False
+    """A stage qat that starts from the codes of the stage before it."""
 
 
 class ImpossibleStageError(UserError):
@@ -77,20 +79,24 @@ def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
     from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
     found: list[StageShape] = []
-    shape, scheme, beside = student, None, {}
+    shape, scheme, beside, sparse = student, None, {}, False
     for entry in recipe.stages:
-        before, settings = shape, entry.settings
+        before, settings, continues = shape, entry.settings, False
         if isinstance(settings, PruneSettings) and settings.structured:
             shape = _with_ffn(shape, settings.structured.ffn, entry.name)
         if isinstance(settings, QatSettings | QuantizeSettings):
+            same = settings.scheme == scheme and not sparse and not any(beside.values())
             scheme = settings.scheme
             beside = {"activations": settings.activations, "kv_cache": settings.kv_cache}
             _check_scheme(shape, scheme, entry)
-            _check_calibration(shape, scheme, entry, recipe.data.seq_length)
+            continues = same and isinstance(settings, QatSettings) and settings.first == "gptq" and not any(beside.values())
+            if not continues:
+                _check_calibration(shape, scheme, entry, recipe.data.seq_length)
         elif entry.kind in ("pretrain", "distill", "prune") or makes_own_model(settings):
             # training and pruning write plain weights: an earlier quantization is gone
             scheme, beside = None, {}
-        found.append(StageShape(entry, before, shape, scheme, **beside))
+            sparse = sparse or (isinstance(settings, PruneSettings) and settings.magnitude is not None)
+        found.append(StageShape(entry, before, shape, scheme, **beside, continues=continues))
     return found
 
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from ...models.folder.codes_file import codes_file
-from ...models.folder.loading import load_model
+from ...models.folder.loading import load_config, load_model
+from ...models.folder.meta import meta_model
 from ...models.folder.model_folder import save_model_folder
 from ...qat.codes.state import QUANT_FILE, load_quant_state
 from ...qat.layers.codes_linear import CodesLinear
@@ -49,6 +51,9 @@ def start(settings: QatSettings, context: StageContext) -> None:
     # a resumed run must continue from the same codes
     if rounding is None or folder.exists():
         return
+    if _continues(settings, context):
+        context.say("  starts from the codes of its input, which has this scheme already")
+        return
     model = load_model(context.input, dtype=torch.float32, revision=context.input_revision)
     trains = settings.train == "all"
     if trains:
@@ -81,7 +86,7 @@ def _weights(model: "PreTrainedModel", modules: Iterable[str]) -> dict[str, "Ten
 def train(settings: QatSettings, context: StageContext) -> Trained:
     """Train latent weights, or only the scales, through linears that round their weights."""
     # all ranks read what rank 0 has written in ``start``
-    opened = replace(context, input=str(context.folder / _START), input_revision=None) if settings.first == "gptq" else context
+    opened = replace(context, input=str(_first_codes(context)), input_revision=None) if settings.first == "gptq" else context
     student = open_student(settings, opened)
     if settings.train == "scales":
         modules = _hold_codes(settings, student, context)
@@ -100,7 +105,7 @@ def train(settings: QatSettings, context: StageContext) -> Trained:
     _announce(settings, student, context)
     plan = training_plan(settings, context, student)
     # without these, the schedule would search new scales and lose the choice of GPTQ
-    given = _given_grids(opened) if settings.first == "gptq" else None
+    given = _given_grids(_first_codes(context)) if settings.first == "gptq" else None
     rounders = _hook(settings, student, modules)
     schedule = QatSchedule(settings, plan.total_steps, plan.seed, given, inputs=rounders.inputs, cache=rounders.cache)
     # `context`, not `opened`: the record of zeros is that of the stage's own input
@@ -127,7 +132,7 @@ def finish(settings: QatSettings, context: StageContext, trained: Trained | None
 
 def _hold_codes(settings: QatSettings, student: OpenStudent, context: StageContext) -> tuple[str, ...]:
     if settings.first == "gptq":
-        state = load_quant_state(context.folder / _START)
+        state = load_quant_state(_first_codes(context))
     else:
         sparse = input_zeros(context, student.model)
         state = round_model(student.model, settings.scheme, RoundingMethod(method=settings.first), sparse=sparse).state
@@ -142,13 +147,36 @@ def _hook(settings: QatSettings, student: OpenStudent, modules: Iterable[str]) -
     return StudentRounders(inputs, cache)
 
 
-def _given_grids(context: StageContext) -> dict[str, FirstGrid]:
-    """Scales and zero points chosen by GPTQ, by module. The weights of the same folder are the latent weights."""
+def _continues(settings: QatSettings, context: StageContext) -> bool:
+    """Whether the input holds codes of the same scheme, as after a stage `quantize`: rounding its weights again would change none.
+
+    Not with a pruning mask, because a kept weight whose code is zero can no longer be told from a pruned one, and not with rounded
+    inputs, keys and values.
+    """
+    folder = Path(context.input)
+    if settings.activations is not None or settings.kv_cache is not None or not (folder / "config.json").is_file():
+        return False
+    if codes_file(folder) is None or input_zeros(context, model := meta_model(load_config(folder))):
+        return False
+    state = load_quant_state(folder)
+    beside = state.activations is not None or state.cache is not None
+    asked = {name: target.spec for name, target in targets(model, settings.scheme).items()}
+    return not beside and asked == {name: state.spec_of(name) for name in state.modules}
+
+
+def _first_codes(context: StageContext) -> Path:
+    """The folder with the codes that training starts from: what ``start`` wrote, or the input."""
+    folder = context.folder / _START
+    return folder if folder.exists() else Path(context.input)
+
+
+def _given_grids(folder: Path) -> dict[str, FirstGrid]:
+    """Scales and zero points of a folder's codes, by module. The weights of the same folder are the latent weights."""
     from safetensors.torch import load_file
 
     suffix = ".scale"
-    file = codes_file(context.folder / _START)
-    assert file is not None, f"{_START} was written without codes"
+    file = codes_file(folder)
+    assert file is not None, f"{folder} was written without codes"
     tensors = load_file(file)
     modules = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
     return {name: (tensors[name + suffix], tensors.get(f"{name}.zero_point")) for name in modules}

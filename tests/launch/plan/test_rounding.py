@@ -95,6 +95,16 @@ def test_a_quantized_stage_that_starts_with_gptq_says_so(monkeypatch: pytest.Mon
     assert [value.value for value in made.stages[0].values if value.key.endswith("qat.start")] == ["gptq"]
 
 
+def test_a_quantized_stage_behind_the_same_rounding_does_not_round_again() -> None:
+    gptq, other = {"quantize": {"method": "gptq"}}, {"quantize": {"method": "gptq", "weights": {"bits": 3, "group_size": 128}}}
+    pruned = {"prune": {"magnitude": {"keep": 0.5}, "tokens": "1M"}}
+    data, found = {"builtin": "python-stdlib", "seq_length": 2048}, []
+    for before in ([gptq], [other], [pruned, gptq]):
+        recipe = {"name": "x", "student": {"path": "meta-llama/Llama-3.1-8B"}, "data": data, "stages": [*before, {"qat": {"tokens": "1M"}}]}
+        found.append(plan(recipe_from_dict(recipe)).stages[-1].rounding is not None)
+    assert found == [False, True, True]
+
+
 def test_a_gpu_that_is_too_small_for_a_layer_is_told() -> None:
     made, _ = planned({"method": "gptq"}, {}, gpus=1, gpu_memory=8 * 10**9)
     (problem,) = problems(made)

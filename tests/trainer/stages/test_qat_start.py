@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from decoct.models.folder.loading import load_model
 from decoct.models.folder.model_folder import save_model_folder
 from decoct.qat.codes.state import load_quant_state
-from decoct.qat.spec import QuantSpec
+from decoct.qat.spec import ActivationSpec, QuantSpec
 from decoct.trainer.settings_quantization import QatSettings
 from decoct.trainer.stages import qat
 from decoct.trainer.stages.context import StageContext
@@ -63,3 +64,25 @@ def test_what_stands_for_start() -> None:
     for shy in ({"delay": 0.1}, {"anneal_from": 8}, {"lora": 4}):
         assert QatSettings(steps=1, **shy).first == "mse"  # pyright: ignore[reportArgumentType]
     assert QatSettings(steps=1, lora=4, start="rtn").first == "rtn"
+
+
+def test_an_input_with_codes_of_the_same_scheme_keeps_them(make_context: Callable[..., StageContext]) -> None:
+    codes = started(make_context("first", kind="qat"))
+    again = make_context("second", kind="qat", input=str(codes))
+    assert not started(again).exists()
+    settings = QatSettings(weights=WEIGHTS, steps=1, learning_rate=1e-12, scale_learning_rate=1e-12)
+    qat.finish(settings, again, qat.train(settings, again))
+    first, second = load_quant_state(codes), load_quant_state(again.model)
+    # the scales move by less than the grid is wide
+    assert all(torch.equal(first.codes[name], second.codes[name]) for name in first.modules)
+    assert all(torch.equal(first.scales[name], second.scales[name]) for name in first.modules)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"weights": QuantSpec(bits=4, group_size=16)}, {"skip": ("*.0.*",)}, {"activations": ActivationSpec()}]
+)
+def test_codes_of_another_scheme_are_rounded_again(make_context: Callable[..., StageContext], changes: dict[str, Any]) -> None:
+    codes = started(make_context("first", kind="qat"))
+    context = make_context("second", kind="qat", input=str(codes))
+    qat.start(QatSettings(**{"weights": WEIGHTS, "steps": 1, **changes}), context)
+    assert (context.folder / "start").exists()
