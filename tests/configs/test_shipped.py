@@ -42,6 +42,8 @@ def test_the_recipes_are_listed_with_what_they_do() -> None:
         "smollm2-1.7b-1b-24gb",
         "smollm2-1.7b-gptq-int4",
         "smollm2-1.7b-half-int4",
+        "smollm2-135m-int4",
+        "smollm2-135m-pruned",
     ]
     for name, path, about in list_recipes():
         assert path.read_text() == shipped_text(name)
