@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import fetch_model
+import fetch_model  # pyright: ignore[reportMissingImports] - a script, found by sys.path
 
 PARTS = (b"GGUF" + b"a" * 5000, b"b" * 7000)
 
