@@ -1,10 +1,11 @@
 """Models with a LoRA adapter of peft: the base model inside, and the head with its adapter. peft itself is not imported."""
 
-from typing import Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from .common.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def unwrapped(model: Any) -> Any:
@@ -20,7 +21,7 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model()
 
 
-def effective_head(head: Any) -> tuple[Tensor | None, Tensor | None]:
+def effective_head(head: Any) -> "tuple[Tensor | None, Tensor | None]":
     """(weight [V, H], bias [V] or None) of a head as it computes: rounded if the head rounds, and with its LoRA part.
 
     Gradients reach only the adapter if the base is frozen. A head without a weight gives (None, None). Do not read ``head.weight`` of a
@@ -29,6 +30,8 @@ def effective_head(head: Any) -> tuple[Tensor | None, Tensor | None]:
     Raises:
         UserError: the adapter has dropout, or a form of LoRA that is not a sum of matrices.
     """
+    from torch import Tensor, nn
+
     # peft can train a whole copy of the head instead of an adapter; the copy is then what computes
     if isinstance(getattr(head, "modules_to_save", None), nn.ModuleDict):
         head = head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
@@ -49,7 +52,9 @@ def effective_head(head: Any) -> tuple[Tensor | None, Tensor | None]:
     return weight, base.bias
 
 
-def _update(head: Any, name: str) -> Tensor:
+def _update(head: Any, name: str) -> "Tensor":
+    from torch import nn
+
     dropout = head.lora_dropout[name]
     if head.training and getattr(dropout, "p", 0):
         raise UserError(f"the LoRA adapter {name!r} of the output head has dropout {dropout.p}; losses need it to be 0 there")

@@ -14,12 +14,12 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
 from .common.errors import UserError
+from .common.light_configs import transformers_version
 from .families import FAMILIES, backbone_and_head, decoder_layers, decoder_linears, is_plain_linear, text_config
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 LEAST_COVERED = 0.95
@@ -77,32 +77,61 @@ def capabilities(model: "PreTrainedModel", measured: Mapping[str, str] | None = 
         model: The model.
         measured: Results of running its family: action -> reason why it is not supported; None = the recorded ones.
     """
-    weights = decoder_weights(model)
-    kind: str = text_config(model.config).model_type
+    return answers(
+        model.config,
+        decoder_weights(model),
+        # linears with a forward of their own, such as routers, compute something else than a product with their weight
+        special={name.rpartition(".")[2]: type(linear).__name__ for name, linear in _special(model).items()},
+        headless=_without_head(model),
+        layered=bool(decoder_layers(model)),
+        measured=measured,
+    )
+
+
+def answers(
+    config: "PreTrainedConfig",
+    weights: DecoderWeights,
+    *,
+    special: Mapping[str, str],
+    headless: str | None,
+    layered: bool,
+    measured: Mapping[str, str] | None = None,
+) -> Capabilities:
+    """The answers for a model of which these facts are known. It imports no torch.
+
+    Args:
+        config: Config of the model.
+        weights: Its decoder's weights.
+        special: Linears with a forward of their own: last part of the name -> class.
+        headless: Why backbone and head cannot be separated; None if they can.
+        layered: Whether its decoder layers are found.
+        measured: As for ``capabilities``.
+    """
+    kind: str = text_config(config).model_type
     reasons = dict(measured_reasons(kind) if measured is None else measured)
-    # linears with a forward of their own, such as routers, compute something else than a product with their weight
-    special = {name.rpartition(".")[2]: type(linear).__name__ for name, linear in _special(model).items()}
     if special:
         parts = ", ".join(f"{leaf} ({kind})" for leaf, kind in special.items())
         patterns = ", ".join(f"'*.{leaf}'" for leaf in special)
         reasons |= dict.fromkeys(("rtn", "gptq", "qat"), f"{parts} are linears with a forward of their own; add {patterns} to skip")
-    future = future_setting(model.config)
-    if reason := _without_head(model) or (future and f"it sees later tokens: {future}"):
+    future = future_setting(config)
+    if reason := headless or (future and f"it sees later tokens: {future}"):
         reasons |= dict.fromkeys(("measure", "distil"), reason)
-    if model.config.model_type not in FAMILIES:
+    if config.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         reasons["keep layers"] = f"keeping layers knows the families {known}"
         reasons["prune channels"] = f"pruning channels knows the families {known}"
     if weights.share() < LEAST_COVERED:
         # replaces the reasons above: where little is covered, this is the first problem
         reasons |= dict.fromkeys(_WEIGHT_ACTIONS, _uncovered(weights))
-    if not decoder_layers(model):
+    if not layered:
         reasons.setdefault("gptq", "its decoder layers are not found")
     return Capabilities(model_type=kind, weights=weights, reasons=reasons)
 
 
 def decoder_weights(model: "PreTrainedModel") -> DecoderWeights:
     """The weights of a plain model that stages reach, and those that they do not. Shared weights count once."""
+    from torch import nn
+
     linears = decoder_linears(model)
     # by identity: a shared weight is one tensor under several names
     reached = {id(linear.weight): name for name, linear in linears.items()}
@@ -124,7 +153,9 @@ def decoder_weights(model: "PreTrainedModel") -> DecoderWeights:
     return DecoderWeights(total=sum(covered.values()) + others.total(), linears=covered, others=dict(others.most_common()))
 
 
-def _words(module: nn.Module, key: str, parameter: Tensor) -> str:
+def _words(module: "nn.Module", key: str, parameter: "Tensor") -> str:
+    from torch import nn
+
     kind = type(module).__name__
     if isinstance(module, nn.Linear):
         return "linears outside its decoder layers"
@@ -170,7 +201,7 @@ def future_setting(config: "PreTrainedConfig") -> str | None:
     return None
 
 
-def _special(model: "PreTrainedModel") -> dict[str, nn.Linear]:
+def _special(model: "PreTrainedModel") -> "dict[str, nn.Linear]":
     return {name: linear for name, linear in decoder_linears(model).items() if not is_plain_linear(linear)}
 
 
@@ -201,6 +232,4 @@ def _facts() -> dict[str, Any]:
 
 
 def _minor_version() -> str:
-    import transformers
-
-    return ".".join(transformers.__version__.split(".")[:2])
+    return ".".join(transformers_version().split(".")[:2])

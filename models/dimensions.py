@@ -3,15 +3,15 @@
 transformers' configs differ: GPT-2 has ``n_embd``, OPT ``ffn_dim``, Gemma 3n a list of FFN widths, Mamba no heads at all.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from torch import nn
 
 from .families import decoder_layers, decoder_linears, text_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +36,37 @@ class Dimensions:
 
 def dimensions(model: "PreTrainedModel") -> Dimensions:
     """The sizes of ``model``, on any device, also meta."""
-    text = text_config(model.config)
-    # [vocabulary, hidden] of both tables, for configs that name neither size
-    embedding, head = _shape(model.get_input_embeddings()), _shape(model.get_output_embeddings())
+    return read_dimensions(
+        model.config,
+        layers=len(decoder_layers(model)),
+        sides=[side for linear in decoder_linears(model).values() for side in (linear.out_features, linear.in_features)],
+        embedding=_shape(model.get_input_embeddings()),
+        head=_shape(model.get_output_embeddings()),
+    )
+
+
+def read_dimensions(
+    config: "PreTrainedConfig", *, layers: int, sides: Sequence[int], embedding: tuple[int, int], head: tuple[int, int]
+) -> Dimensions:
+    """The sizes of the model of ``config``, of which these facts are known. It imports no torch.
+
+    Args:
+        config: Config of the model.
+        layers: Decoder layers that were found; 0 if none were.
+        sides: Inputs and outputs of the decoder's linears.
+        embedding: [vocabulary, hidden] of the input embedding; (0, 0) without one.
+        head: [vocabulary, hidden] of the output head; (0, 0) without one.
+    """
+    text = text_config(config)
+    # the tables are for configs that name neither size
     hidden = _number(text, "hidden_size", "d_model") or head[1] or embedding[1]
-    # for configs without any known field: the widest linear of a layer is its FFN
-    sides = [side for linear in decoder_linears(model).values() for side in (linear.out_features, linear.in_features)]
     heads = _number(text, "num_attention_heads") or 0
     return Dimensions(
-        layers=len(decoder_layers(model)) or _number(text, "num_hidden_layers") or 1,
+        layers=layers or _number(text, "num_hidden_layers") or 1,
         hidden=hidden,
-        ffn=_number(text, "intermediate_size", "ffn_dim", "ffn_hidden_size") or max(sides, default=4 * hidden),
+        ffn=_number(text, "intermediate_size", "ffn_dim", "ffn_hidden_size")
+        # for configs without any known field: the widest linear of a layer is its FFN
+        or max(sides, default=4 * hidden),
         heads=heads or 1,
         # multi-query and grouped-query attention have fewer; without a field every query head has its own
         kv_heads=heads and (_number(text, "num_key_value_heads", "num_kv_heads") or heads),
@@ -80,6 +100,6 @@ def _number(config: Any, *names: str) -> int | None:
     return None
 
 
-def _shape(module: nn.Module | None) -> tuple[int, int]:
+def _shape(module: "nn.Module | None") -> tuple[int, int]:
     weight = getattr(module, "weight", None)
     return (int(weight.shape[0]), int(weight.shape[1])) if weight is not None and weight.ndim == 2 else (0, 0)

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: "nn.Module") -> Iterator[None]:
     """Put a model into eval mode inside the block; afterwards each module has its former mode."""
     # per module: a user may keep parts in eval mode while the rest trains, which model.train() would undo
     training = [module for module in model.modules() if module.training]

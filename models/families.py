@@ -9,14 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
 from .adapters import effective_head, unwrapped
 from .common.errors import UserError
 from .eval_mode import eval_mode
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -29,11 +27,11 @@ class HeadTransform:
     softcap: float | None = None
     """Bound of the logits (Gemma 2 and later, RecurrentGemma, xLSTM)."""
 
-    def apply(self, logits: Tensor) -> Tensor:
+    def apply(self, logits: "Tensor") -> "Tensor":
         """Final logits, shape and dtype of ``logits``."""
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +53,10 @@ class Family:
     depth_field: str = "num_hidden_layers"
     """Config field with the number of decoder layers."""
 
-    def layers(self, model: nn.Module) -> nn.ModuleList:
+    def layers(self, model: "nn.Module") -> "nn.ModuleList":
         """The decoder layers, in order."""
+        from torch import nn
+
         layers = model.get_submodule(self.layers_path)
         assert isinstance(layers, nn.ModuleList), f"{self.layers_path} of {self.name} is a {type(layers).__name__}"
         return layers
@@ -70,8 +70,10 @@ class Family:
         index = int(match[1])
         return f"{self.layers_path}.{kept.index(index)}.{match[2]}" if index in kept else None
 
-    def linear(self, layer: nn.Module, name: str) -> nn.Linear:
+    def linear(self, layer: "nn.Module", name: str) -> "nn.Linear":
         """The linear ``name`` of a decoder layer (one of ``ffn_in`` and ``ffn_out``)."""
+        from torch import nn
+
         module = layer.get_submodule(name)
         assert isinstance(module, nn.Linear), f"{name} of {self.name} is a {type(module).__name__}"
         return module
@@ -86,7 +88,9 @@ def family_of(config_or_model: "PreTrainedConfig | PreTrainedModel") -> Family:
     Raises:
         UserError: the family has no map; the message lists those that have one.
     """
-    config: Any = config_or_model.config if isinstance(config_or_model, nn.Module) else config_or_model
+    given: Any = config_or_model
+    # only a model has modules; isinstance would import torch for a plan
+    config = given.config if hasattr(given, "named_modules") else given
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UserError(
@@ -96,13 +100,15 @@ def family_of(config_or_model: "PreTrainedConfig | PreTrainedModel") -> Family:
     return family
 
 
-def decoder_linears(model: "PreTrainedModel") -> dict[str, nn.Linear]:
+def decoder_linears(model: "PreTrainedModel") -> "dict[str, nn.Linear]":
     """Every ``nn.Linear`` (subclasses too) inside the decoder layers, by full name, in module order.
 
     This works for any causal language model. If the decoder layers are not found, all linears but the output head are taken; the head and
     embeddings never are. The result is empty for models without ``nn.Linear`` in their layers (GPT-2 uses ``Conv1D``).
     ``capabilities.decoder_weights`` gives the share of the decoder that these linears are.
     """
+    from torch import nn
+
     head = model.get_output_embeddings()
     prefix = layers_prefix(model)
     return {
@@ -112,13 +118,15 @@ def decoder_linears(model: "PreTrainedModel") -> dict[str, nn.Linear]:
     }
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: "nn.Module") -> bool:
     """Whether a module is ``nn.Linear`` or a subclass that computes the same; only their weights can be rounded on their own."""
+    from torch import nn
+
     # Falcon's own forward computes the same: it only makes bf16 round between product and bias
     return isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear")
 
 
-def decoder_layers(model: "PreTrainedModel") -> list[nn.Module]:
+def decoder_layers(model: "PreTrainedModel") -> "list[nn.Module]":
     """The decoder layers, in order; empty if they are not found (no family map, and no ModuleList in the model)."""
     prefix = layers_prefix(model)
     return list(model.get_submodule(prefix.removesuffix(".")).children()) if prefix else []
@@ -129,6 +137,8 @@ def layers_prefix(model: "PreTrainedModel") -> str:
 
     Without a family map it is the list with the most parameters, of those with as many entries as the config has layers, or else of all.
     """
+    from torch import nn
+
     family = FAMILIES.get(model.config.model_type)
     if family is not None:
         return f"{family.layers_path}."
@@ -155,7 +165,7 @@ def depth_of(config: "PreTrainedConfig") -> int | None:
     return count if isinstance(count, int) else None
 
 
-def backbone_and_head(model: "PreTrainedModel") -> tuple[nn.Module, Tensor, Tensor | None]:
+def backbone_and_head(model: "PreTrainedModel") -> "tuple[nn.Module, Tensor, Tensor | None]":
     """The backbone and the head of a causal language model, with or without a LoRA adapter of peft.
 
     Returns:
@@ -198,7 +208,6 @@ def head_transform(config: "PreTrainedConfig") -> HeadTransform:
     return HeadTransform(logit_scale=float(scale), softcap=None if softcap is None else float(softcap))
 
 
-@torch.no_grad()
 def check_head(model: "PreTrainedModel") -> None:
     """Runs four tokens through the whole model and through backbone + head + transform, and compares the logits.
 
@@ -208,9 +217,24 @@ def check_head(model: "PreTrainedModel") -> None:
     Raises:
         UserError: the two disagree.
     """
+    import torch
+
+    with torch.no_grad():
+        _, weight, _ = backbone_and_head(model)
+        error, allowed = (0.0, 0.0) if weight.is_meta else _head_difference(model)
+    if not error <= allowed:
+        raise UserError(
+            f"{type(model).__name__} changes its logits between head and output in a way decoct does not know "
+            f"(difference {error:.3g} on four tokens); use a model of another family."
+        )
+
+
+def _head_difference(model: "PreTrainedModel") -> tuple[float, float]:
+    """(largest difference of the logits of four tokens, the largest one that rounding explains)."""
+    import torch
+    from torch import nn
+
     backbone, weight, bias = backbone_and_head(model)
-    if weight.is_meta:
-        return
     ids = torch.arange(4, device=weight.device).remainder(weight.shape[0])[None]
     with eval_mode(model):
         expected = model(input_ids=ids, use_cache=False).logits.float()
@@ -222,8 +246,4 @@ def check_head(model: "PreTrainedModel") -> None:
     logits = logits[..., : expected.shape[-1]]
     # a token of probability 0 has -inf both ways, and the difference of infinities would be NaN
     error = torch.where(logits == expected, 0.0, logits - expected).abs().max().item()
-    if not error <= tolerance * max(1.0, torch.where(expected.isfinite(), expected, 0.0).abs().max().item()):
-        raise UserError(
-            f"{type(model).__name__} changes its logits between head and output in a way decoct does not know "
-            f"(difference {error:.3g} on four tokens); use a model of another family."
-        )
+    return error, tolerance * max(1.0, torch.where(expected.isfinite(), expected, 0.0).abs().max().item())

@@ -1,15 +1,19 @@
-"""Outline of a model: modules of common families by name, order and shape, without transformers' modelling code.
+"""Outline of a model: what a plan reads of it, by arithmetic for common families, without torch and without transformers' modelling code.
 
-A plan needs only shapes, and the import of that code takes longer than the rest of a plan. transformers builds other families and
+A plan needs only names and shapes, and the import of torch takes longer than the rest of a plan. transformers builds other families and
 unusual configs (``folder.meta``); ``tests/models/test_outline.py`` compares the two.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
+from .capabilities import Capabilities, DecoderWeights, answers, capabilities
+from .dimensions import Dimensions, dimensions, read_dimensions
+from .families import FAMILIES, decoder_layers, decoder_linears, layers_prefix
 from .folder.meta import meta_model
+from .ties import is_tied
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -17,54 +21,58 @@ if TYPE_CHECKING:
 # kinds of rotary positions without weights: they change no shape
 _POSITIONS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _BIASES = {"llama": "attention_bias", "qwen3": "attention_bias"}
+_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 
 
-def outline_of(config: "PreTrainedConfig") -> "PreTrainedModel":
-    """The modules of the model of ``config`` on the meta device, for counting only: the result may not run.
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """Names and shapes of a model."""
+
+    tensors: dict[str, tuple[int, ...]]
+    """Shape of every parameter, in module order; tied ones once."""
+    linears: dict[str, tuple[int, int]]
+    """(out, in) of every linear of the decoder layers."""
+    layer: int
+    """Parameters of one decoder layer (the largest)."""
+    inside: str
+    """Common prefix of the names of the decoder layers' tensors; '' if the layers are not found."""
+    embedding: str
+    """Name of the input embedding's module."""
+    head: str
+    """Name of the output head's module; '' when it is tied to the embedding."""
+    dimensions: Dimensions
+    family: Capabilities
+    """What can be done with the model."""
+
+
+def outline_of(config: "PreTrainedConfig") -> Outline:
+    """The outline of the model of ``config``.
 
     Raises:
         UserError: transformers refuses the config (as ``meta_model``).
     """
-    return Outline(config) if has_outline(config) else meta_model(config)  # pyright: ignore[reportReturnType]
+    return _computed(config) if has_outline(config) else outlined(meta_model(config))
 
 
-class Outline(nn.Module):
-    """Causal language model on the meta device with the modules, names and shapes of the real one. It has no forward pass."""
-
-    base_model_prefix = "model"
-
-    def __init__(self, config: "PreTrainedConfig") -> None:
-        super().__init__()
-        self.config: Any = config
-        given = self.config
-        width, vocabulary = given.hidden_size, given.vocab_size
-        self.model = nn.Module()
-        # from_pretrained skips the random initialisation, which imports sympy on the meta device
-        self.model.embed_tokens = nn.Embedding.from_pretrained(torch.empty(vocabulary, width, device="meta"), freeze=False)
-        self.model.layers = nn.ModuleList(_layer(given) for _ in range(given.num_hidden_layers))
-        self.model.norm = _norm(width)
-        self.lm_head = _linear(width, vocabulary)
-        if given.tie_word_embeddings:
-            # one parameter in two places, so that it counts once
-            self.lm_head.weight = self.model.embed_tokens.weight
-        self.eval()
-
-    @property
-    def base_model(self) -> nn.Module:
-        """Everything but the head."""
-        return self.model
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The input embedding."""
-        return self.model.get_submodule("embed_tokens")
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The output head."""
-        return self.lm_head
+def outlined(model: "PreTrainedModel") -> Outline:
+    """The outline of a model, on any device, also meta."""
+    # modules are found by identity, since families call their embedding and head by different names
+    names = {id(module): name for name, module in model.named_modules()}
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)]
+    return Outline(
+        tensors={name: tuple(p.shape) for name, p in model.named_parameters()},
+        linears={name: (linear.out_features, linear.in_features) for name, linear in decoder_linears(model).items()},
+        layer=max(layers, default=0),
+        inside=layers_prefix(model),
+        embedding=names.get(id(model.get_input_embeddings()), ""),
+        head="" if is_tied(model) else names.get(id(model.get_output_embeddings()), ""),
+        dimensions=dimensions(model),
+        family=capabilities(model),
+    )
 
 
 def has_outline(config: "PreTrainedConfig") -> bool:
-    """Whether ``Outline`` knows every module that transformers would build. A config that it may refuse is left to transformers."""
+    """Whether the outline of the model is known without building it. A config that transformers may refuse is left to it."""
     given: Any = config
     if given.model_type not in ("llama", "mistral", "qwen2", "qwen3") or getattr(given, "is_heterogeneous", False):
         return False
@@ -82,47 +90,62 @@ def has_outline(config: "PreTrainedConfig") -> bool:
     )
 
 
+def _computed(config: Any) -> Outline:
+    width, vocabulary, depth = config.hidden_size, config.vocab_size, config.num_hidden_layers
+    inside = f"{FAMILIES[config.model_type].layers_path}."
+    parts = list(_layer(config))
+    layer = {f"{name}.{kind}": shape for name, kinds in parts for kind, shape in kinds.items()}
+    inner = {name: kinds["weight"] for name, kinds in parts if len(kinds["weight"]) == 2}
+    linears = {f"{inside}{index}.{name}": (shape[0], shape[1]) for index in range(depth) for name, shape in inner.items()}
+    table = (vocabulary, width)
+    tensors: dict[str, tuple[int, ...]] = {f"{_EMBEDDING}.weight": table}
+    tensors |= {f"{inside}{index}.{name}": shape for index in range(depth) for name, shape in layer.items()}
+    tensors["model.norm.weight"] = (width,)
+    # a tied head is the embedding's table, which counts once
+    if not config.tie_word_embeddings:
+        tensors[f"{_HEAD}.weight"] = table
+    elements = {name: prod(shape) for name, shape in linears.items()}
+    weights = DecoderWeights(total=sum(elements.values()), linears=elements, others={})
+    return Outline(
+        tensors=tensors,
+        linears=linears,
+        layer=sum(prod(shape) for shape in layer.values()),
+        inside=inside,
+        embedding=_EMBEDDING,
+        head="" if config.tie_word_embeddings else _HEAD,
+        dimensions=read_dimensions(
+            config, layers=depth, sides=[side for shape in inner.values() for side in shape], embedding=table, head=table
+        ),
+        family=answers(config, weights, special={}, headless=None, layered=True),
+    )
+
+
 def _head_width(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _layer(config: Any) -> nn.Module:
-    """One decoder layer."""
-    width, head = config.hidden_size, _head_width(config)
+def _layer(config: Any) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
+    """(module, its parameters) of one decoder layer, in module order."""
+    width, head, ffn = config.hidden_size, _head_width(config), config.intermediate_size
     # grouped-query attention: keys and values have fewer heads than queries
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     everywhere = bool(getattr(config, _BIASES.get(config.model_type, ""), False))
     # Qwen2 has biases on q, k and v whatever its config holds
     inputs = everywhere or config.model_type == "qwen2"
-    attention, ffn, layer = nn.Module(), nn.Module(), nn.Module()
     for name, outputs in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-        attention.add_module(name, _linear(width, outputs, bias=inputs))
-    attention.add_module("o_proj", _linear(queries, width, bias=everywhere))
-    if config.model_type == "qwen3":
-        attention.add_module("q_norm", _norm(head))
-        attention.add_module("k_norm", _norm(head))
-    bias = config.model_type == "llama" and config.mlp_bias
-    for name, sides in (("gate_proj", (0, 1)), ("up_proj", (0, 1)), ("down_proj", (1, 0))):
-        both = (width, config.intermediate_size)
-        ffn.add_module(name, _linear(both[sides[0]], both[sides[1]], bias=bias))
-    layer.add_module("self_attn", attention)
-    layer.add_module("mlp", ffn)
-    layer.add_module("input_layernorm", _norm(width))
-    layer.add_module("post_attention_layernorm", _norm(width))
-    return layer
-
-
-class _Linear(nn.Linear):
-    def reset_parameters(self) -> None:
-        """Skips the initialisation: meta tensors have no values, and torch's code for them imports sympy."""
-
-
-def _linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
-    return _Linear(inputs, outputs, bias=bias, device="meta")
-
-
-def _norm(width: int) -> nn.Module:
+        yield f"self_attn.{name}", _linear(width, outputs, bias=inputs)
+    yield "self_attn.o_proj", _linear(queries, width, bias=everywhere)
     # the families use RMSNorm classes of their own; only the weight counts here
-    norm = nn.Module()
-    norm.register_parameter("weight", nn.Parameter(torch.empty(width, device="meta")))
-    return norm
+    if config.model_type == "qwen3":
+        yield "self_attn.q_norm", {"weight": (head,)}
+        yield "self_attn.k_norm", {"weight": (head,)}
+    bias = config.model_type == "llama" and config.mlp_bias
+    yield "mlp.gate_proj", _linear(width, ffn, bias=bias)
+    yield "mlp.up_proj", _linear(width, ffn, bias=bias)
+    yield "mlp.down_proj", _linear(ffn, width, bias=bias)
+    yield "input_layernorm", {"weight": (width,)}
+    yield "post_attention_layernorm", {"weight": (width,)}
+
+
+def _linear(inputs: int, outputs: int, *, bias: bool) -> dict[str, tuple[int, ...]]:
+    return {"weight": (outputs, inputs)} | ({"bias": (outputs,)} if bias else {})

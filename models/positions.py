@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from .common.errors import UserError
 from .families import text_config
-from .outline import outline_of
+from .folder.meta import meta_model
+from .outline import has_outline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -35,7 +34,11 @@ def position_limit(config: "PreTrainedConfig") -> int | None:
     limit = getattr(text, "max_position_embeddings", None)
     if not isinstance(limit, int):
         return None
-    model = outline_of(config)
+    if has_outline(config):
+        return None  # all of these families rotate
+    from torch import nn
+
+    model = meta_model(config)
     # max_position_embeddings is there for rotary models too, so only a table of positions makes it a limit
     tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     tables = [name for name in tables if name.endswith(("wpe", "embed_positions", "position_embeddings", "embed_position"))]

@@ -6,45 +6,24 @@ that a layer derives from its index (cache slot, attention type) is right by con
 
 import copy
 import difflib
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .common.errors import UserError
-from .common.terminal_text import counted
 from .families import Family, family_of
 from .folder.config_checks import check_numbers
-from .settings import allowed_layers
+from .kept_layers import kept_config
+from .kept_layers import kept_layers as kept_layers
 from .tokenizer.vocabulary import check_head_rows, effective_vocab
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Fields of a published config.json that transformers accepts under another name, or that say nothing about the architecture.
 _FOREIGN_FIELDS = {"rope_theta", "rope_scaling", "rope_interleaved", "torch_dtype", "_name_or_path", "model_type"}
-
-
-def kept_layers(total: int, keep: int) -> list[int]:
-    """Indices of ``keep`` of ``total`` layers: ``round(linspace(0, total - 1, keep))``, so first and last are among them.
-
-    Exact arithmetic, halves to even: the indices are distinct and the same on every machine.
-
-    Raises:
-        UserError: ``keep`` is below 2 (below 1 for a model of one layer) or above ``total``.
-    """
-    least = min(2, total)
-    if not least <= keep <= total:
-        raise UserError(
-            f"student.keep.layers={keep} cannot be cut from a teacher of {counted(total, 'layer')}; {allowed_layers(total)} "
-            "(first and last layer are always kept)"
-        )
-    if total == 1:
-        return [0]
-    # Fraction: linspace in floating point could round a half either way
-    return [round(Fraction(index * (total - 1), keep - 1)) for index in range(keep)]
 
 
 @torch.no_grad()
@@ -75,32 +54,6 @@ def student_by_keeping(teacher_model: "PreTrainedModel", layers: int) -> tuple["
     if device.type != "meta":
         student.load_state_dict(_renumbered(teacher_model.state_dict(), family_of(teacher_model), kept))
     return student.eval(), kept
-
-
-def kept_config(config: "PreTrainedConfig", layers: int) -> tuple["PreTrainedConfig", list[int]]:
-    """(config of a student made of ``layers`` layers of a teacher with this config, indices of those layers).
-
-    Raises:
-        UserError: as ``student_by_keeping``.
-    """
-    family = family_of(config)
-    kept = kept_layers(getattr(config, family.depth_field), layers)
-    return _shallow_config(config, family, kept), kept
-
-
-def _shallow_config(source: "PreTrainedConfig", family: Family, kept: list[int]) -> "PreTrainedConfig":
-    """The teacher's config with fewer layers, with consistent depth, ``layer_types`` and ``max_window_layers``."""
-    config: Any = copy.deepcopy(source)
-    if getattr(config, "is_heterogeneous", False):
-        raise UserError("the teacher's config has per_layer_config (layers of different shapes); student.keep needs equal layers")
-    if getattr(config, "layer_types", None):
-        # full and sliding attention alternate: each kept layer keeps its kind
-        config.layer_types = [config.layer_types[index] for index in kept]
-    if getattr(config, "max_window_layers", None) is not None:
-        # layers from this index on use the sliding window, those below it attend to all tokens
-        config.max_window_layers = sum(index < config.max_window_layers for index in kept)
-    setattr(config, family.depth_field, len(kept))
-    return config
 
 
 def _renumbered(state: dict[str, Tensor], family: Family, kept: list[int]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Makes a model's config state correctly whether the output head is tied to the embedding: readers of a saved model rely on it."""
+"""Whether the output head is tied to the embedding, and a config that states it correctly: readers of a saved model rely on it."""
 
 import logging
 from pathlib import Path
@@ -8,6 +8,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _logger = logging.getLogger(__name__)
+
+
+def is_tied(model: "PreTrainedModel") -> bool:
+    """Whether the output head multiplies by the input embedding's table."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", ...)
 
 
 def settle_ties(path: str | Path, model: "PreTrainedModel") -> None:

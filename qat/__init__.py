@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from .layers.quantized_model import quantize_model as quantize_model
     from .layers.save_folder import save_quantized_folder as save_quantized_folder
     from .ptq import CalibrationText as CalibrationText
-    from .ptq import RoundingMethod as RoundingMethod
     from .ptq import round_model as round_model
     from .rebuild import load_exported_model as load_exported_model
+    from .rounding_method import RoundingMethod as RoundingMethod
     from .scheme import QuantScheme as QuantScheme
     from .scheme import SpecChange as SpecChange
     from .spec import ActivationSpec as ActivationSpec

@@ -16,13 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .fake_quant.dispatch import Backend, use_kernel
-
-
-def packed_width(in_features: int, bits: int) -> int:
-    """Return the words per row of ``pack_bits``, ceil(in_features * bits / 32); ValueError for a width outside 2..8."""
-    if bits not in range(2, 9):
-        raise ValueError(f"bits={bits} cannot be packed; use 2 to 8")
-    return -(-in_features * bits // 32)
+from .packed_width import packed_width as packed_width
 
 
 def _check_codes(codes: Tensor, bits: int) -> None:

@@ -17,7 +17,7 @@ from ...models.common.errors import UserError
 from ...models.common.quiet import quiet_transformers
 from ...models.families import check_head
 from ...models.folder.folder_checks import read_json
-from ...models.folder.gguf_folder import gguf_file
+from ...models.folder.gguf_place import gguf_file
 from ...models.folder.loading import find_model_folder, load_model, load_tokenizer
 from ...models.folder.meta import not_loadable
 from ...models.folder.plain_copy import unpacked_model

@@ -163,7 +163,7 @@ def read_verb(
 
 def export_model(model: Path, out: Path, form: str, allow_inexact: bool = False, reader_version: str | None = None) -> "ExportResult":
     """Pack a model folder, or a GGUF file, and verify the result."""
-    from ...models.folder.gguf_folder import gguf_file
+    from ...models.folder.gguf_place import gguf_file
     from ...models.folder.loading import find_model_folder
     from ...qat.export.export import export_folder
 

@@ -58,13 +58,18 @@ def export_bytes(
 
 def tokenizer_folder(recipe: "Recipe") -> Path | None:
     """Return the local folder with the run's tokenizer; None if it is on the hub, or is trained by the run."""
-    from ...models.folder.gguf_folder import cached_folder, gguf_file
+    from ...models.folder.gguf_place import gguf_file
     from ...models.folder.hub import local_folder
 
     for model in (recipe.student, recipe.teacher):
         if model is not None and model.path:
             file = gguf_file(model.path)
-            return local_folder(model.path, revision=model.revision) if file is None else cached_folder(file, "tokenizer")
+            if file is None:
+                return local_folder(model.path, revision=model.revision)
+            # here and not above: reading a GGUF file needs torch, which a plan of other models does without
+            from ...models.folder.gguf_folder import cached_folder
+
+            return cached_folder(file, "tokenizer")
     return None
 
 

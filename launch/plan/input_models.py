@@ -19,14 +19,15 @@ def check_inputs(recipe: "Recipe") -> None:
             or windows longer than its table of positions.
         UserError: its config cannot be found.
     """
-    from ...models.folder.gguf_folder import gguf_file, open_gguf
+    from ...models.folder.gguf_place import gguf_file
     from ...models.folder.hub import local_folder
-    from ...models.folder.name_checks import check_weight_names
     from ...models.folder.refused_inputs import check_files, check_text_model
     from ...models.positions import check_positions
 
     for key, path, revision, trained in _models(recipe):
         if (file := gguf_file(path)) is not None:
+            from ...models.folder.gguf_folder import open_gguf
+
             try:
                 open_gguf(file)
                 check_positions(path, config_of(path)[0], recipe.data.seq_length)
@@ -44,6 +45,8 @@ def check_inputs(recipe: "Recipe") -> None:
             check_text_model(path, config)
             # other weight files are converted, and checked, when they are opened
             if folder is not None and trained and any(folder.glob("*.safetensors")):
+                from ...models.folder.name_checks import check_weight_names
+
                 check_weight_names(path, folder)
             check_positions(path, config, recipe.data.seq_length)
         except UserError as error:

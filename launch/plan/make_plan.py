@@ -11,6 +11,7 @@ from .export_sizes import export_bytes, tokenizer_folder
 from .family_limits import check_families, coverage
 from .fitting import cheapest_fit, usable
 from .format_limits import format_problems, planned_model
+from .gpus_here import gpus_here, memory_here
 from .input_models import check_inputs
 from .memory import training_memory
 from .memory_case import StageMemoryCase
@@ -68,16 +69,15 @@ _SAVED = {"bf16": "BF16", "fp32": "F32"}
 
 
 def _machine(trainer: "TrainerSettings", gpus: int | None, gpu_memory: int | None, nodes: int) -> Machine:
-    import torch
-
-    here = torch.cuda.device_count()
+    # nothing of this machine is asked for where both are given
+    here = gpus_here() if gpus is None or gpu_memory is None else 0
     # memory given alone: so many GPUs as are here, else as the recipe has devices
     if gpus is None and gpu_memory is not None:
         gpus = here or (trainer.devices if isinstance(trainer.devices, int) else 1)
     on_gpu = here if gpus is None else gpus
     processes = on_gpu or 1 if trainer.devices == "auto" or gpus is not None else int(trainer.devices)
     if gpu_memory is None and on_gpu and here:
-        gpu_memory = torch.cuda.get_device_properties(0).total_memory
+        gpu_memory = memory_here()
     return Machine(gpus=on_gpu, nodes=nodes, processes=max(1, processes), gpu_memory=gpu_memory if on_gpu else None)
 
 
@@ -225,10 +225,10 @@ def _trained_in_qat(settings: Any) -> dict[str, Any]:
 
 def _cache_bytes(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, tokens: int) -> int:
     """Return the largest size of the teacher's cache for a stage, assuming that no token is seen twice."""
-    from ...trainer.soft_targets.cached import row_format
+    from ...trainer.soft_targets.row_layout import row_layout
 
     if teacher is None or recipe.teacher is None or recipe.teacher.cache is None:
         return 0
     if learns_from(entry.settings, has_teacher=True) != "recipe":
         return 0
-    return row_format(recipe.teacher.cache, teacher.vocabulary, entry.settings.loss.temperature or 1.0).bytes * tokens
+    return row_layout(recipe.teacher.cache, teacher.vocabulary, entry.settings.loss.temperature or 1.0).bytes * tokens

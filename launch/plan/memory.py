@@ -11,8 +11,7 @@ heads), and their scales are two numbers per layer.
 
 from dataclasses import dataclass
 
-from ...losses.linear_divergence.chunked import ACCELERATOR_LIMITS, CPU_LIMITS, rows_per_block
-from ...losses.linear_divergence.closed_form import BUFFERS_ALONE, BUFFERS_WITH_TEACHER
+from ...losses.block_rows import ACCELERATOR_LIMITS, BUFFERS_ALONE, BUFFERS_WITH_TEACHER, CPU_LIMITS, rows_per_block
 from ...trainer.processes.teacher_memory import teacher_bytes
 from .memory_case import StageMemoryCase
 from .quantized_shapes import quantized_linears

@@ -15,7 +15,7 @@ from .shapes import ModelShape
 from .stage_shapes import StageShape
 
 if TYPE_CHECKING:
-    from ...qat.ptq import RoundingMethod
+    from ...qat.rounding_method import RoundingMethod
     from ...qat.scheme import QuantScheme
     from ...trainer.settings_quantization import QuantizeSettings
 
@@ -61,7 +61,7 @@ def rounding_plan(
         on_gpu: Whether there is a GPU to work on.
         gpu_memory: Its bytes, if known.
     """
-    from ...trainer.stages.quantize import memory_in_whole, rounding_of, wants_streaming
+    from ...trainer.rounding_settings import memory_in_whole, rounding_of, wants_streaming
 
     model, rounding = shape.before, rounding_of(settings)
     needs = rounding.needs
@@ -129,7 +129,7 @@ def _stack_bytes(stack: _Stack, whole: bool, fitted: bool) -> int:
 def _batch_bytes(model: ModelShape, seq_length: int) -> int:
     """Return the bytes of a batch inside a layer, fp32: the gated FFN or attention is the widest, with the layer's own input and
     normalised input."""
-    from ...trainer.stages.calibration import BATCH_TOKENS
+    from ...trainer.rounding_settings import BATCH_TOKENS
 
     tokens = max(1, BATCH_TOKENS // seq_length) * seq_length
     return 4 * tokens * (3 * max(model.dimensions.ffn, model.hidden) + 3 * model.hidden)

@@ -1,6 +1,6 @@
 """The shape of one model, on the meta device: no weight is read or downloaded."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,28 +91,10 @@ class ModelShape:
 
 def shape_of(config: "PreTrainedConfig", source: str) -> ModelShape:
     """Return the shape of the model of a transformers config."""
-    from ...models.capabilities import capabilities
-    from ...models.dimensions import dimensions
-    from ...models.families import decoder_layers, decoder_linears, layers_prefix
     from ...models.outline import outline_of
-    from ...qat.layers.targets import is_tied
 
-    model = outline_of(config)
-    # modules are found by identity, since families call their embedding and head by different names
-    names = {id(module): name for name, module in model.named_modules()}
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)]
-    return ModelShape(
-        config=config,
-        source=source,
-        tensors={name: tuple(p.shape) for name, p in model.named_parameters()},
-        linears={name: (linear.out_features, linear.in_features) for name, linear in decoder_linears(model).items()},
-        layer=max(layers, default=0),
-        inside=layers_prefix(model),
-        dimensions=dimensions(model),
-        family=capabilities(model),
-        embedding=names.get(id(model.get_input_embeddings()), ""),
-        head="" if is_tied(model) else names.get(id(model.get_output_embeddings()), ""),
-    )
+    outline = outline_of(config)
+    return ModelShape(config=config, source=source, **{part.name: getattr(outline, part.name) for part in fields(outline)})
 
 
 def config_of(path: str, revision: str | None = None) -> tuple["PreTrainedConfig", str]:
@@ -121,29 +103,32 @@ def config_of(path: str, revision: str | None = None) -> tuple["PreTrainedConfig
     Raises: UserError when none of them is there.
     """
     from ...configs.architectures import HUB_IDS, architecture, names
-    from ...models.folder.gguf_folder import gguf_file
+    from ...models.folder.gguf_place import gguf_file
     from ...models.folder.loading import load_config
 
-    import_configs_alone()
     if (file := gguf_file(path)) is not None:
-        return load_config(path), f"the header of {file}"
+        return load_config(path, light=True), f"the header of {file}"
     if Path(path).is_dir():
-        return load_config(path), f"config.json in {path}"
+        return load_config(path, light=True), f"config.json in {path}"
     # before the hub is asked: a plan of a known model needs no network
     if path in HUB_IDS or path in names():
         return config_from(architecture(path)), f"stored architecture of {path}"
-    return load_config(path, revision=revision), f"config.json of {path}"
+    return load_config(path, revision=revision, light=True), f"config.json of {path}"
 
 
-def config_from(fields: dict[str, Any]) -> "PreTrainedConfig":
+def config_from(given: dict[str, Any]) -> "PreTrainedConfig":
     """Return the transformers config of plain fields, including ``model_type``."""
-    import_configs_alone()
-    from transformers import AutoConfig
-
     from ...models.folder.config_checks import check_numbers
+    from ...models.known_config import known_config
 
-    check_numbers(fields, "student.config")
-    return AutoConfig.for_model(**fields)
+    check_numbers(given, "student.config")
+    config: Any = known_config(given)
+    if config is None:
+        import_configs_alone()
+        from transformers import AutoConfig
+
+        config = AutoConfig.for_model(**given)
+    return config
 
 
 def _elements(shape: tuple[int, ...]) -> int:

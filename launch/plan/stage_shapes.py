@@ -6,7 +6,6 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from ...models.common.errors import UserError
-from ...models.common.light_configs import import_configs_alone
 from ...qat.scheme import example_of
 from ...trainer.settings_own import OwnStageSettings
 from .quantized_shapes import quantized_linears
@@ -44,17 +43,17 @@ def teacher_shape(recipe: "Recipe") -> ModelShape | None:
     if recipe.teacher is None:
         return None
     if scratch := recipe.teacher.scratch:
-        from ...trainer.scratch import scratch_config
+        from ...trainer.scratch_fields import scratch_fields
 
-        import_configs_alone()
-        return shape_of(scratch_config(scratch, scratch.vocab, recipe.data.seq_length), "teacher.scratch")
+        fields = scratch_fields(scratch, scratch.vocab, recipe.data.seq_length)
+        return shape_of(config_from({"model_type": "llama", **fields}), "teacher.scratch")
     assert recipe.teacher.path is not None
     return shape_of(*config_of(recipe.teacher.path, recipe.teacher.revision))
 
 
 def student_shape(recipe: "Recipe", teacher: ModelShape | None) -> ModelShape:
     """Return the student's shape before the first stage; its vocabulary is the teacher's until the tokenizer is read."""
-    from ...models.student import kept_config
+    from ...models.kept_layers import kept_config
 
     settings = recipe.student
     if settings.path:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ...models.folder.gguf_folder import gguf_file
+from ...models.folder.gguf_place import gguf_file
 from ...models.folder.import_card import origin_words
 from ...models.folder.loading import find_model_folder
 from ...models.folder.model_folder import read_record

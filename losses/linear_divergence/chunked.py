@@ -4,65 +4,28 @@ It holds a few [rows, V] buffers within a fixed budget, fp32 gradients of hidden
 Masked rows cost nothing, and no gradient is computed for a frozen head or frozen hidden states.
 """
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..settings_own import OwnLossSettings
-from ..sparse import SparseTargets
-from ..sums import LossSums
-from .closed_form import (
+from ..block_rows import (
+    ACCELERATOR_LIMITS,
     BUFFERS_ALONE,
     BUFFERS_OF_AUTOGRAD,
     BUFFERS_WITH_TEACHER,
-    BlockValues,
-    cross_entropy_block,
-    divergence_block,
+    CPU_LIMITS,
+    rows_per_block,
 )
+from ..block_rows import BlockLimits as BlockLimits
+from ..settings_own import OwnLossSettings
+from ..sparse import SparseTargets
+from ..sums import LossSums
+from .closed_form import BlockValues, cross_entropy_block, divergence_block
 from .gradients import Gradients, sums_with_gradients
 from .inputs import HiddenStates, LogitTransform, Problem, TeacherLogits
 from .sparse_form import BUFFERS as SPARSE_BUFFERS
 from .sparse_form import sparse_block
-
-FEWEST_ROWS = 16
-"""With fewer rows matrix products become slow; a very large vocabulary exceeds the budget instead."""
-
-
-@dataclass(frozen=True)
-class BlockLimits:
-    """Limits on the size of a block."""
-
-    budget_bytes: int
-    """Bytes of all [rows, V] buffers together."""
-    most_rows: int | None = None
-    """Number of rows above which a block does not get faster; None = no limit."""
-
-
-CPU_LIMITS = BlockLimits(2**26, 512)
-"""Measured with vocabularies of 2,048 to 8,192: fewer rows slow matrix products down, more rows push the softmax out of the cache."""
-ACCELERATOR_LIMITS = BlockLimits(2**29)
-"""Enough rows for fast matrix products, and small compared with the weights of a model."""
-
-
-def rows_per_block(rows: int, v_eff: int, buffers: int, itemsize: int, limits: BlockLimits) -> int:
-    """Rows per block: as many as ``limits`` allow, at least ``FEWEST_ROWS``, in blocks of nearly equal size.
-
-    Args:
-        rows: Number of unmasked rows.
-        v_eff: Size of the vocabulary.
-        buffers: Number of [rows, V] buffers held at once.
-        itemsize: Bytes per element.
-        limits: Bytes of all buffers together, and rows.
-    """
-    # ``FEWEST_ROWS`` may exceed the budget: with fewer rows the products would be slow
-    most = max(FEWEST_ROWS, limits.budget_bytes // (v_eff * buffers * itemsize))
-    if limits.most_rows is not None:
-        most = min(most, limits.most_rows)
-    # equal blocks, because a small last one would be slow for its number of rows
-    blocks = max(1, -(-rows // most))
-    return max(1, -(-rows // blocks))
 
 
 def chunked_sums(problem: Problem, *, rows: int | None = None) -> LossSums:

@@ -15,13 +15,6 @@ from ..settings_own import OwnLossSettings
 from .inputs import Problem
 from .slopes import Pair, infinite, soft
 
-BUFFERS_WITH_TEACHER = 3
-"""Buffers [n, V] that a block needs in addition to the logits of both models."""
-BUFFERS_OF_AUTOGRAD = 9
-"""Further buffers [n, V] that a divergence of the user's may hold: log-probabilities, their gradients, and a few intermediate values."""
-BUFFERS_ALONE = 1
-"""Buffers [n, V] that a block without a teacher needs in addition to its logits."""
-
 
 @dataclass(frozen=True, eq=False)
 class BlockValues:

@@ -2,11 +2,19 @@
 
 import importlib
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 _ACTIVATIONS, _KERNELS = "transformers.activations", "transformers.integrations.hub_kernels"
+
+
+def transformers_version() -> str:
+    """The installed version of transformers, without importing it."""
+    loaded = sys.modules.get("transformers")
+    # its own word, where it is there already: a checkout may differ from the metadata of an older installation
+    return version("transformers") if loaded is None else loaded.__version__
 
 
 def import_configs_alone() -> None:

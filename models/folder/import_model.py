@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from ..common.errors import UserError
 from .adapter_files import Adapter
 from .adapter_merge import open_adapted
-from .gguf_folder import gguf_file, import_gguf
+from .gguf_folder import import_gguf
+from .gguf_place import gguf_file
 from .hub import local_folder
 from .import_card import origin_words
 from .imported import write_imported

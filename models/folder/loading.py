@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.errors import UserError
 from ..common.json_file import read_json
+from ..common.light_configs import import_configs_alone
 from ..common.quiet import quiet_transformers
+from ..known_config import known_config
 from ..ties import settle_ties
 from ..tokenizer.tokenizer_checks import check_tokenizer_files, read_safely
 from .config_checks import check_numbers, check_size
 from .folder_checks import check_model_folder
-from .gguf_folder import cached_folder, gguf_file
+from .gguf_place import gguf_file
 from .hub import hub_snapshot, local_folder
 from .load_report import check_report
 from .meta import meta_model as meta_model
@@ -113,17 +115,33 @@ def _tried(folder: Path, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def load_config(path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> "PreTrainedConfig":
+def load_config(
+    path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, light: bool = False
+) -> "PreTrainedConfig":
     """Load the config of a folder or hub id, without reading or downloading weights.
+
+    Args:
+        path: Folder or hub id.
+        revision: Revision on the hub.
+        trust_remote_code: Whether code of the folder may run.
+        light: For a caller that only reads sizes: a ``KnownConfig`` where the family and its fields are known, which needs no
+            transformers, and otherwise transformers' configs without its modelling code.
 
     Raises:
         UserError: the config is missing, damaged, of an unknown kind, or fails ``check_numbers``.
     """
-    from transformers import AutoConfig
-
     folder = find_model_folder(path, revision, trust_remote_code, weights=False)
     # before transformers sees it: some configs build lists with one entry per layer
-    check_numbers(read_json(folder / "config.json"), folder / "config.json")
+    fields = read_json(folder / "config.json")
+    check_numbers(fields, folder / "config.json")
+    if light:
+        known: Any = known_config(fields)
+        if known is not None:
+            known.name_or_path = str(folder)
+            return known
+        import_configs_alone()
+    from transformers import AutoConfig
+
     try:
         with quiet_transformers():
             return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
@@ -147,6 +165,9 @@ def find_model_folder(
         if revision is not None:
             raise UserError(f"{path} is a file on this machine, which has no revision ({revision!r}); leave the revision out")
         check_record(file.parent, weights=weights)
+        # imported late: it reads weights, and so needs torch
+        from .gguf_folder import cached_folder
+
         return cached_folder(file, "weights" if weights else "tokenizer" if tokenizer else "config")
     folder = local_folder(path, revision=revision)
     if folder is not None:

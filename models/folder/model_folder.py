@@ -16,7 +16,8 @@ from ..common.files import atomic_directory, sha256_json
 from ..common.hash_cache import cached_sha256
 from ..common.json_file import read_json
 from ..common.quiet import quiet_transformers
-from .gguf_folder import gguf_content, gguf_file
+from .gguf_folder import gguf_content
+from .gguf_place import gguf_file
 from .hub import hub_commit, local_folder
 from .older_readers import mend_tokenizer_config, with_older_fields
 from .record import CONTENT, write_record

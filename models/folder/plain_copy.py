@@ -16,7 +16,7 @@ from ..common.quiet import quiet_transformers
 from .adapter_files import Adapter
 from .adapter_merge import open_adapted
 from .folder_checks import read_json
-from .gguf_folder import gguf_file
+from .gguf_place import gguf_file
 from .hub import local_folder
 from .imported import write_imported
 from .load_report import check_report

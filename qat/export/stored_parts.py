@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..packing import packed_width
+from ..packed_width import packed_width
 
 if TYPE_CHECKING:
     from ..spec import ActivationSpec, QuantSpec

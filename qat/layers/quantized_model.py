@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...models.common.errors import UserError
 from ...models.families import decoder_linears
+from ...models.ties import is_tied
 from ..codes.state import QuantState
 from ..fake_quant import Encoded, encode
 from ..scheme import QuantScheme, SpecChange
@@ -24,7 +25,7 @@ from ..spec import QuantSpec
 from .codes_linear import CodesLinear
 from .quant_linear import Extras, QuantEmbedding, RoundedWeight, TiedHead
 from .quant_linear import QuantLinear as QuantLinear
-from .targets import is_tied, targets
+from .targets import targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

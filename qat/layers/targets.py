@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ...models.common.errors import UserError
 from ...models.families import decoder_linears, is_plain_linear
+from ...models.ties import is_tied
 from ..scheme import QuantScheme, SpecChange, example_of
 from ..spec import QuantSpec
 
@@ -45,13 +46,6 @@ def targets(model: "PreTrainedModel", scheme: QuantScheme) -> dict[str, Target]:
         _check_module(name, target)
     # embedding and head, appended above, move to their places
     return {name: chosen[name] for name, _ in model.named_modules() if name in chosen}
-
-
-def is_tied(model: "PreTrainedModel") -> bool:
-    """Whether the output head multiplies by the input embedding's table."""
-    head: Any = model.get_output_embeddings()
-    embedding: Any = model.get_input_embeddings()
-    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", ...)
 
 
 def _embedding_and_head(model: "PreTrainedModel", scheme: QuantScheme) -> dict[str, Target]:

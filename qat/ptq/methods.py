@@ -5,50 +5,18 @@ A method gets the linears that share an input as one stacked weight. A new metho
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from ..fake_quant import Encoded, decode, encode, quantize_with
 from ..fake_quant.ranges import range_grid
-from ..spec import ActivationSpec, QuantSpec
+from ..rounding_method import NEEDS, Needs, RoundingMethod
+from ..rounding_method import MethodName as MethodName
+from ..rounding_method import ScaleChoice as ScaleChoice
+from ..spec import QuantSpec
 from .gptq import factorize, gptq_codes
 from .mse import FACTORS, FITTED_FACTORS, SearchedScales, searched_grid
 from .scale_fit import fitted_codes
-
-MethodName = Literal["rtn", "mse", "gptq"]
-ScaleChoice = Literal["absmax", "mse", "fitted"]
-Needs = Literal["nothing", "diagonal", "hessian"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundingMethod:
-    """How weights are rounded. A method ignores the fields that it does not use."""
-
-    method: MethodName = "rtn"
-    scale: ScaleChoice = "fitted"
-    """gptq: source of its scales. absmax = the largest magnitude; mse = a search for the least error of the weights; fitted = that search,
-    then least squares over the outputs in turn with the rounding."""
-    damping: float = 0.01
-    """gptq: share of the Hessian's mean diagonal added to its diagonal."""
-    activation_order: bool = True
-    """gptq: round the columns with the largest inputs first."""
-    weighted: bool = False
-    """mse: weight the error of each weight by the mean square of its input."""
-    activations: ActivationSpec | None = None
-    """How the inputs of the rounded linears are quantized in serving; None = they are not."""
-    kv_cache: ActivationSpec | None = None
-    """How keys and values are quantized in serving; None = they are not."""
-
-    @property
-    def observes(self) -> bool:
-        """Whether static scales need ranges that are measured on calibration text."""
-        return any(spec is not None and spec.scaling == "static" for spec in (self.activations, self.kv_cache))
-
-    @property
-    def needs(self) -> Needs:
-        """What the method needs to know of the inputs; everything but 'nothing' needs calibration text, as ``observes`` does."""
-        return METHODS[self.method].needs(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +126,7 @@ def _check_int(spec: QuantSpec, rounding: RoundingMethod) -> None:
 
 
 METHODS: dict[str, Method] = {
-    "rtn": Method(lambda _: "nothing", round_to_nearest),
-    "mse": Method(lambda rounding: "diagonal" if rounding.weighted else "nothing", _searched),
-    "gptq": Method(lambda _: "hessian", _gptq),
+    "rtn": Method(NEEDS["rtn"], round_to_nearest),
+    "mse": Method(NEEDS["mse"], _searched),
+    "gptq": Method(NEEDS["gptq"], _gptq),
 }

@@ -1,9 +1,15 @@
 """What a verb imports before it answers: only what it uses. Seconds depend on the machine; modules do not."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from decoct.configs.architectures import architecture
+from decoct.configs.architectures import names as stored
+from decoct.configs.shipped import shipped_recipes
 
 HEAVY = (
     "lightning",
@@ -36,10 +42,26 @@ def test_help_imports_nothing_heavy() -> None:
     assert not imported(SCRIPT, "--help") & {*HEAVY, "torch", "transformers", "pydantic", "numpy"}
 
 
-@pytest.mark.parametrize("arguments", [("footprint", "70B"), ("plan", "quickstart"), ("plan", "qwen3-8b-4b-int4")], ids=" ".join)
-def test_shapes_need_neither_lightning_nor_transformers_models(arguments: tuple[str, ...]) -> None:
-    seen = imported(SCRIPT, *arguments)
-    assert "torch" in seen
+@pytest.mark.parametrize(
+    "arguments",
+    [("footprint", name) for name in ("70B", *stored())]
+    + [("plan", name) for name in shipped_recipes()]
+    + [("plan", "quickstart", "--gpus", "2", "--gpu-memory", "80GB", "--json")],
+    ids=" ".join,
+)
+def test_plans_of_common_families_need_neither_torch_nor_transformers(arguments: tuple[str, ...]) -> None:
+    assert not imported(SCRIPT, *arguments) & {*HEAVY, "torch", "transformers"}
+
+
+def test_a_folder_needs_them_no_more(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(architecture("Qwen3-8B")))
+    assert not imported(SCRIPT, "footprint", str(tmp_path)) & {*HEAVY, "torch", "transformers"}
+
+
+def test_other_families_need_no_modelling_code_for_their_configs(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}))
+    seen = imported(SCRIPT, "footprint", str(tmp_path))
+    assert "transformers" in seen
     assert not seen & set(HEAVY)
 
 

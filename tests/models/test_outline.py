@@ -1,4 +1,4 @@
-"""An outline has the modules, names, order and shapes that transformers builds; what is unusual is left to transformers."""
+"""An outline has the names, order and shapes of the model that transformers builds; what is unusual is left to transformers."""
 
 from typing import Any
 
@@ -6,13 +6,10 @@ import pytest
 from transformers import AutoConfig
 
 from decoct.configs.architectures import architecture, names
-from decoct.models.capabilities import capabilities
 from decoct.models.common.errors import UserError
-from decoct.models.dimensions import dimensions
-from decoct.models.families import FAMILIES, backbone_and_head, decoder_linears, is_plain_linear, layers_prefix
+from decoct.models.families import FAMILIES
 from decoct.models.folder.meta import meta_model
-from decoct.models.outline import Outline, has_outline, outline_of
-from decoct.qat.layers.targets import is_tied
+from decoct.models.outline import has_outline, outline_of, outlined
 
 SIZES: dict[str, Any] = {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -21,22 +18,12 @@ SIZES: dict[str, Any] = {
 
 
 def check_same(config: Any) -> None:
-    """Everything that a plan reads of a model is the same of both."""
-    outline, real = outline_of(config), meta_model(config)
-    assert isinstance(outline, Outline)
-    for one, other in zip(outline.named_parameters(), real.named_parameters(), strict=True):
-        assert (one[0], one[1].shape, one[1].device) == (other[0], other[1].shape, other[1].device)
-    linears, expected = decoder_linears(outline), decoder_linears(real)
-    assert list(linears) == list(expected)
-    assert all(is_plain_linear(linear) for linear in linears.values())
-    shapes = [[(linear.in_features, linear.out_features) for linear in found.values()] for found in (linears, expected)]
-    assert shapes[0] == shapes[1]
-    assert layers_prefix(outline) == layers_prefix(real)
-    assert is_tied(outline) == is_tied(real)
-    assert dimensions(outline) == dimensions(real)
-    assert capabilities(outline) == capabilities(real)
-    assert backbone_and_head(outline)[1].shape == backbone_and_head(real)[1].shape
-    assert len(list(outline.base_model.parameters())) == len(list(real.base_model.parameters()))
+    """Everything that a plan reads of a model is the same of both, in the same order."""
+    assert has_outline(config)
+    found, real = outline_of(config), outlined(meta_model(config))
+    assert found == real
+    assert (list(found.tensors), list(found.linears)) == (list(real.tensors), list(real.linears))
+    assert list(found.family.weights.linears) == list(real.family.weights.linears)
 
 
 @pytest.mark.parametrize("name", names())
@@ -75,4 +62,4 @@ def test_an_error_of_transformers_is_told_as_before() -> None:
 def test_other_families_are_built_by_transformers() -> None:
     config = AutoConfig.for_model("gemma2", **SIZES, head_dim=16)
     assert not has_outline(config)
-    assert not isinstance(outline_of(config), Outline)
+    assert outline_of(config) == outlined(meta_model(config))

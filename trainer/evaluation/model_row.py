@@ -52,7 +52,7 @@ def open_for_measuring(path: str, revision: str | None = None) -> "PreTrainedMod
 def is_existing_export(path: str) -> bool:
     """Whether a local folder (or GGUF file) holds packed weights that decoct exported; a GGUF file of others is imported."""
     from ...models.common.errors import UserError
-    from ...models.folder.gguf_folder import gguf_file
+    from ...models.folder.gguf_place import gguf_file
     from ...qat.readers.open import is_export as has_packed_weights
 
     try:

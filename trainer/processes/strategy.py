@@ -7,13 +7,12 @@ and the optimizer is elementwise. Under DDP every rank holds the whole student, 
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
 from .. import settings
-from .world import World
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
+
+    from .world import World
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Longest time that one rank waits for another; the first step waits for the slowest rank to load its teacher."""
@@ -47,15 +46,17 @@ def choose_strategy(
 
 def device_bytes() -> int | None:
     """Memory of this process's GPU; None without one."""
+    import torch
+
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if torch.cuda.is_available() else None
 
 
-def shards(chosen: Literal["ddp", "fsdp2"], world: World) -> bool:
+def shards(chosen: Literal["ddp", "fsdp2"], world: "World") -> bool:
     """Whether the student is sharded over ranks. A single process holds it whole with both strategies."""
     return chosen == "fsdp2" and world.size > 1
 
 
-def lightning_strategy(chosen: Literal["ddp", "fsdp2"], world: World) -> "Strategy | Literal['auto']":
+def lightning_strategy(chosen: Literal["ddp", "fsdp2"], world: "World") -> "Strategy | Literal['auto']":
     """Lightning's strategy object. The process groups are already open (``world.connect``) and stay open."""
     # here and not above: the plan chooses strategies without loading Lightning
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy

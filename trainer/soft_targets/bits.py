@@ -7,6 +7,8 @@ bits as the gaps of a bit vector with m ones. Its size depends only on m and U, 
 import torch
 from torch import Tensor
 
+from .row_layout import ascending_width, low_width
+
 
 def unfold_bits(numbers: Tensor, width: int) -> Tensor:
     """Bits of each number, lowest first: [n, k] int64 -> [n, k * width] uint8."""
@@ -32,17 +34,6 @@ def from_bytes(data: Tensor) -> Tensor:
     """[n, k] uint8 -> [n, 8 k] bits, uint8."""
     shifts = torch.arange(8, dtype=torch.uint8, device=data.device)
     return (data.unsqueeze(-1) >> shifts).bitwise_and(1).flatten(1)
-
-
-def low_width(count: int, limit: int) -> int:
-    """Number of bits per number that are stored directly, for ``count`` ascending numbers in [0, limit]."""
-    return max(0, ((limit + 1) // max(count, 1)).bit_length() - 1)
-
-
-def ascending_width(count: int, limit: int) -> int:
-    """Total bits of ``count`` ascending numbers in [0, limit]."""
-    low = low_width(count, limit)
-    return count * low + count + (limit >> low) if count else 0
 
 
 def unfold_ascending(numbers: Tensor, limit: int) -> Tensor:

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ...losses.shift import MASKED
 from ...losses.sparse import SparseTargets
-from ...models.settings import CACHED_BYTES, MOST_TOKENS, MOST_TOP_K, CacheSettings
+from ...models.settings import CacheSettings
 from .keys import sequence_keys
 from .packed_rows import RowFormat
+from .row_layout import row_layout
 from .store import Store
 
 
@@ -37,19 +38,8 @@ class SparseTeacher(Protocol):
 
 
 def row_format(settings: CacheSettings, v_eff: int, temperature: float) -> RowFormat:
-    """Layout of a cache's rows. Without ``settings.tokens`` a row holds as many tokens as fit into ``CACHED_BYTES``."""
-
-    def form(tokens: int) -> RowFormat:
-        # top_k: four exact ranks, the rest as a set of ascending ids, which takes fewer bits
-        top = {"top_k": min(4, tokens), "sampled": 1, "hybrid": max(1, tokens // 4)}[settings.mode]
-        return RowFormat(v_eff, top, tokens - top, settings.mode == "top_k", temperature)
-
-    if settings.tokens is not None:
-        return form(min(settings.tokens, v_eff))
-    most = min(MOST_TOP_K if settings.mode == "top_k" else MOST_TOKENS, v_eff)
-    # bytes grow with tokens: the first that fits is the most that fits
-    fitting = (tokens for tokens in range(most, 2, -1) if form(tokens).bytes <= CACHED_BYTES[settings.mode])
-    return form(next(fitting, min(2, v_eff)))
+    """Format of a cache's rows, in the layout of ``row_layout``."""
+    return RowFormat(**vars(row_layout(settings, v_eff, temperature)))
 
 
 class CachedTeacher:

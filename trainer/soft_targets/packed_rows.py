@@ -23,15 +23,13 @@ import torch
 from torch import Tensor
 
 from ...losses.sparse import SparseTargets
-from .bits import ascending_width, fold_ascending, fold_bits, from_bytes, to_bytes, unfold_ascending, unfold_bits
+from .bits import fold_ascending, fold_bits, from_bytes, to_bytes, unfold_ascending, unfold_bits
+from .row_layout import DRAWN_LEVELS, SCALE_BITS, RowLayout
 
-SCALE_BITS = 12
 _SCALE = (1 << SCALE_BITS) - 1  # largest 12-bit code
 LOG_RANGE = 24.0
 """Range of a 12-bit log-weight in nats below 0; its step is 0.006."""
 _ENTROPY = (1 << 16) - 1  # largest 16-bit code
-DRAWN_LEVELS = 80
-"""Number of codes for drawn tokens, in steps of 0.2 nats; the other 48 of the 7 bits are for tokens kept for certain."""
 DRAWN_RANGE = 16.0
 """Range of the log-probability of being drawn in nats below 0."""
 
@@ -67,43 +65,8 @@ def log_of(code: Tensor) -> Tensor:
     return (code.to(torch.float32) / _SCALE - 1) * LOG_RANGE
 
 
-@dataclass(frozen=True)
-class RowFormat:
+class RowFormat(RowLayout):
     """Layout of a row; encodes and decodes rows."""
-
-    v_eff: int
-    top: int
-    others: int
-    tail: bool
-    """True: rows store their tail (bucket form). False: rows are samples."""
-    temperature: float
-
-    @property
-    def id_bits(self) -> int:
-        """Bits of a token id."""
-        return max(1, (self.v_eff - 1).bit_length())
-
-    @property
-    def weight_bits(self) -> int:
-        """Bits of the log-weight of one of the others."""
-        return 4 if self.tail else 7
-
-    @property
-    def levels(self) -> int:
-        """Number of codes for the log-weight of a token that was kept for certain."""
-        return (1 << self.weight_bits) - (0 if self.tail else DRAWN_LEVELS)
-
-    @property
-    def widths(self) -> list[int]:
-        """Bits of each part, in order."""
-        scales = SCALE_BITS * (2 if self.tail else 1)
-        ids = ascending_width(self.others, self.v_eff)
-        return [self.top * self.id_bits, self.top * SCALE_BITS, ids, self.others * self.weight_bits, scales, 16]
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of a row."""
-        return -(-sum(self.widths) // 8)
 
     def encode(self, rows: PackedRows, noise: Tensor | None = None) -> Tensor:
         """Packs rows into bytes [n, bytes] uint8.

@@ -6,9 +6,7 @@ from ...qat.ptq import CalibrationText
 from ..data.order import sample_order
 from ..data.windows import Windows
 from ..plan import derive_seed
-
-BATCH_TOKENS = 4096
-"""Tokens per forward pass, padding included. The value is fixed, so that sums are added in the same order on every machine."""
+from ..rounding_settings import BATCH_TOKENS as BATCH_TOKENS
 
 
 def calibration_text(windows: Windows, tokens: int, seed: int) -> CalibrationText:

@@ -12,18 +12,18 @@ import torch
 from ...models.batches import check_packing
 from ...models.common.errors import UserError
 from ...models.common.files import scratch_directory
-from ...models.common.host_memory import available_bytes
 from ...models.folder.loading import load_model
 from ...models.folder.model_folder import save_model_folder
 from ...models.folder.streaming import can_stream, empty_model
 from ...qat.codes.state import QUANT_FILE, QuantState
 from ...qat.layers.save_folder import STORED, round_unquantized
 from ...qat.layers.targets import targets
-from ...qat.ptq import CalibrationText, RoundedModel, RoundingMethod, amount_of_work, round_model
+from ...qat.ptq import CalibrationText, RoundedModel, amount_of_work, round_model
 from ...qat.ptq.error_report import error_lines
 from ...qat.spec import QuantSpec
 from ..evaluation.figures import exact_products
 from ..progress import token_progress
+from ..rounding_settings import rounding_of, wants_streaming
 from ..settings_quantization import QuantizeSettings, SchemeSettings
 from .calibration import calibration_text
 from .context import StageContext, StageResult
@@ -63,14 +63,6 @@ def finish(settings: QuantizeSettings, context: StageContext, trained: None) -> 
     return StageResult(model=context.model, seconds=time.perf_counter() - started, facts=facts)
 
 
-def rounding_of(settings: QuantizeSettings) -> RoundingMethod:
-    """The rounding method with its options. Options that the method does not use keep their defaults."""
-    dials = {name: getattr(settings, name) for name in ("scale", "damping", "activation_order", "weighted")}
-    # None means that the method has no such option
-    given = {name: value for name, value in dials.items() if value is not None}
-    return RoundingMethod(method=settings.method, activations=settings.activations, kv_cache=settings.kv_cache, **given)
-
-
 def rounding_record(settings: QuantizeSettings, text: CalibrationText | None, rounded: RoundedModel) -> dict[str, Any]:
     """The ``quant.rounding`` entry of decoct.json: how codes and scales were found, and the relative errors."""
     names = ("method", "scale", "damping", "activation_order", "weighted")
@@ -95,19 +87,6 @@ def _opened(settings: QuantizeSettings, context: StageContext) -> Iterator[Round
         model, files = empty_model(context.input, context.input_revision)
         with files:
             yield RoundingSource(model, {"files": files, "work": work})
-
-
-def memory_in_whole(parameters: int) -> int:
-    """Approximate bytes to round a model in host memory: fp32 weights (4 per parameter), codes (1), and a copy of one output file."""
-    return 5 * parameters + min(4 * parameters, 5 * 10**9)
-
-
-def wants_streaming(settings: QuantizeSettings, parameters: int) -> bool:
-    """Whether a model with this many parameters is rounded layer by layer from its files, if the files allow it."""
-    # None where the system does not report it: then ``auto`` keeps the model whole
-    room = available_bytes()
-    too_large = room is not None and memory_in_whole(parameters) > room
-    return settings.stream == "always" or (settings.stream == "auto" and too_large)
 
 
 def _streams(settings: QuantizeSettings, context: StageContext) -> bool:

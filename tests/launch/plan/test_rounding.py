@@ -15,7 +15,7 @@ from decoct.launch.plan.make_plan import Plan, plan
 from decoct.launch.plan.problems import problems
 from decoct.launch.plan.rounding import RoundingPlan
 from decoct.launch.plan.show import as_json, short_form
-from decoct.trainer.stages import quantize
+from decoct.trainer import rounding_settings
 
 
 def planned(*settings: dict[str, Any], model: str = "meta-llama/Llama-3.1-8B", **machine: Any) -> tuple[Plan, list[RoundingPlan]]:
@@ -26,7 +26,7 @@ def planned(*settings: dict[str, Any], model: str = "meta-llama/Llama-3.1-8B", *
 
 
 def test_gptq_takes_text_work_and_memory_and_rounding_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize, "available_bytes", lambda: 10**12)
+    monkeypatch.setattr(rounding_settings, "available_bytes", lambda: 10**12)
     gptq = {"method": "gptq"}
     made, (rtn, full, few, streamed) = planned(
         {}, gptq, {**gptq, "calibration_tokens": 65_536}, {**gptq, "stream": "always"}, gpus=1, gpu_memory=24 * 10**9
@@ -50,7 +50,7 @@ def test_gptq_takes_text_work_and_memory_and_rounding_does_not(monkeypatch: pyte
 
 
 def test_ranges_take_text_and_a_pass_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize, "available_bytes", lambda: 10**12)
+    monkeypatch.setattr(rounding_settings, "available_bytes", lambda: 10**12)
     static, fp8 = {"kind": "int8", "scaling": "static"}, {"kind": "fp8_e4m3", "scaling": "static"}
     _, (rtn, dynamic, ranges, gptq, both) = planned(
         {}, {"kv_cache": {"kind": "int8"}}, {"activations": static}, {"method": "gptq"}, {"method": "gptq", "kv_cache": fp8}, gpus=1
@@ -82,7 +82,7 @@ def test_what_an_attention_wider_than_the_hidden_states_reads_is_counted(tmp_pat
 
 
 def test_a_quantized_stage_that_starts_with_gptq_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize, "available_bytes", lambda: 10**9)
+    monkeypatch.setattr(rounding_settings, "available_bytes", lambda: 10**9)
     data = {"builtin": "python-stdlib", "seq_length": 2048}
     stages = [{"qat": {"name": name, "tokens": "1M", **more}} for name, more in (("a", {}), ("b", {"start": "mse"}), ("c", {"lora": 8}))]
     recipe = recipe_from_dict({"name": "x", "student": {"path": "meta-llama/Llama-3.1-8B"}, "data": data, "stages": stages})
@@ -113,7 +113,7 @@ def test_a_gpu_that_is_too_small_for_a_layer_is_told() -> None:
 
 
 def test_what_is_skipped_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize, "available_bytes", lambda: 10**12)
+    monkeypatch.setattr(rounding_settings, "available_bytes", lambda: 10**12)
     _, (whole, part) = planned({"method": "gptq"}, {"method": "gptq", "skip": ["*.down_proj"]}, gpus=1)
     assert whole.device_bytes - part.device_bytes > 4 * 14336**2
     assert whole.fits is None
@@ -130,8 +130,8 @@ from decoct.models.folder.loading import load_model
 from decoct.qat.ptq import round_model
 from decoct.trainer.data.windows import Windows
 from decoct.trainer.stages.calibration import calibration_text
-from decoct.trainer.stages import quantize
-from decoct.trainer.stages.quantize import rounding_of
+from decoct.trainer import rounding_settings
+from decoct.trainer.rounding_settings import rounding_of
 
 folder, method = sys.argv[1:]
 torch.set_num_threads(1)
@@ -146,7 +146,7 @@ stages = {
 stage = {"quantize": stages[method]}
 data = {"builtin": "python-stdlib", "seq_length": 256}
 recipe = recipe_from_dict({"name": "x", "student": {"path": folder}, "data": data, "stages": [stage]})
-quantize.available_bytes = lambda: 10**12
+rounding_settings.available_bytes = lambda: 10**12
 predicted = plan(recipe).stages[0].rounding
 settings = recipe.stages[0].settings
 

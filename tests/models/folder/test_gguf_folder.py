@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from decoct.models.common.errors import UserError
 from decoct.models.folder import gguf_folder
-from decoct.models.folder.gguf_folder import cached_folder, gguf_file, import_gguf
+from decoct.models.folder.gguf_folder import cached_folder, import_gguf
+from decoct.models.folder.gguf_place import gguf_file
 from decoct.models.folder.loading import find_model_folder, load_config, load_model, load_tokenizer
 from decoct.models.folder.model_folder import content_hash
 from decoct.models.folder.record import read_record, verify_folder_files

@@ -23,12 +23,14 @@ from decoct.qat.layers.quantized_model import fold, quantize_model
 from decoct.qat.layers.save_folder import round_unquantized
 from decoct.qat.ptq import CalibrationText, MethodName, RoundingMethod, ScaleChoice, round_model
 from decoct.qat.spec import QuantSpec
+from decoct.trainer import rounding_settings
 from decoct.trainer.data.prepared_data import PreparedData
 from decoct.trainer.evaluation.figures import evaluate_model
+from decoct.trainer.rounding_settings import rounding_of, wants_streaming
 from decoct.trainer.settings_quantization import QuantizeSettings
 from decoct.trainer.stages import quantize
 from decoct.trainer.stages.context import StageContext
-from decoct.trainer.stages.quantize import finish, rounding_of, wants_streaming
+from decoct.trainer.stages.quantize import finish
 
 MakeContext = Callable[..., StageContext]
 Prepared = Callable[..., PreparedData]
@@ -216,14 +218,14 @@ def test_files_that_cannot_be_read_one_by_one(make_context: MakeContext, monkeyp
     context = make_context("01-quantize")
     with pytest.raises(UserError, match=r"01-quantize: stream: always, but the files of .* use stream: never"):
         finish(replace(GPTQ, stream="always"), context, None)
-    monkeypatch.setattr(quantize, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(rounding_settings, "available_bytes", lambda: 1000)
     finish(GPTQ, context, None)
     assert "can only be read whole" in said(context)
 
 
 def test_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     for room, streams in ((8_999_999, True), (9_000_000, False), (None, False)):
-        monkeypatch.setattr(quantize, "available_bytes", lambda room=room: room)
+        monkeypatch.setattr(rounding_settings, "available_bytes", lambda room=room: room)
         assert wants_streaming(GPTQ, 10**6) is streams
     assert wants_streaming(replace(GPTQ, stream="always"), 1)
     assert not wants_streaming(replace(GPTQ, stream="never"), 10**18)

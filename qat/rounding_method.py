@@ -1,0 +1,52 @@
+"""How weights are rounded after training: the method, its dials, and what it needs to know of a linear's inputs. It imports no torch.
+
+``ptq.methods`` has the methods themselves.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from .spec import ActivationSpec
+
+MethodName = Literal["rtn", "mse", "gptq"]
+ScaleChoice = Literal["absmax", "mse", "fitted"]
+Needs = Literal["nothing", "diagonal", "hessian"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundingMethod:
+    """How weights are rounded. A method ignores the fields that it does not use."""
+
+    method: MethodName = "rtn"
+    scale: ScaleChoice = "fitted"
+    """gptq: source of its scales. absmax = the largest magnitude; mse = a search for the least error of the weights; fitted = that search,
+    then least squares over the outputs in turn with the rounding."""
+    damping: float = 0.01
+    """gptq: share of the Hessian's mean diagonal added to its diagonal."""
+    activation_order: bool = True
+    """gptq: round the columns with the largest inputs first."""
+    weighted: bool = False
+    """mse: weight the error of each weight by the mean square of its input."""
+    activations: ActivationSpec | None = None
+    """How the inputs of the rounded linears are quantized in serving; None = they are not."""
+    kv_cache: ActivationSpec | None = None
+    """How keys and values are quantized in serving; None = they are not."""
+
+    @property
+    def observes(self) -> bool:
+        """Whether static scales need ranges that are measured on calibration text."""
+        return any(spec is not None and spec.scaling == "static" for spec in (self.activations, self.kv_cache))
+
+    @property
+    def needs(self) -> Needs:
+        """What the method needs to know of the inputs; everything but 'nothing' needs calibration text, as ``observes`` does."""
+        return NEEDS[self.method](self)
+
+
+NEEDS: dict[MethodName, Callable[[RoundingMethod], Needs]] = {
+    "rtn": lambda _: "nothing",
+    "mse": lambda rounding: "diagonal" if rounding.weighted else "nothing",
+    "gptq": lambda _: "hessian",
+}
+"""Method -> what it needs to know of the inputs."""
