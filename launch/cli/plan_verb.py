@@ -1,10 +1,17 @@
 """The verb `plan`."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...models.common.errors import UserError
+
+if TYPE_CHECKING:
+    from ..plan.duration import Speed
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
@@ -21,15 +28,23 @@ def parse_bytes(text: str, option: str) -> int:
     return amount
 
 
-def run_plan(
-    recipe: str,
-    overrides: Sequence[str],
-    gpus: int | None,
-    nodes: int,
-    gpu_memory: str | None,
-    tensor_parallel: int,
-    as_json: bool,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The machine, its speed and its price, as options give them."""
+
+    gpus: int | None = None
+    nodes: int = 1
+    gpu_memory: str | None = None
+    tensor_parallel: int = 1
+    gpu: str | None = None
+    efficiency: float | None = None
+    link: str | None = None
+    tokens_per_second: str | None = None
+    price: float | None = None
+    out: Path | None = None
+
+
+def run_plan(recipe: str, overrides: Sequence[str], asked: Asked, as_json: bool) -> None:
     """Print the plan; then raise UserError (exit code 2) if something cannot work."""
     from ...configs.loader import load_recipe
     from ..plan import show as drawing
@@ -39,12 +54,21 @@ def run_plan(
     from ..terminal.console import CleanConsole
     from ..terminal.imported_code import tell_imported
 
-    for option, value in (("--gpus", gpus), ("--nodes", nodes), ("--tensor-parallel", tensor_parallel)):
+    for option, value in (("--gpus", asked.gpus), ("--nodes", asked.nodes), ("--tensor-parallel", asked.tensor_parallel)):
         if value is not None and value < 1:
             raise UserError(f"{option}={value} must be at least 1")
-    memory = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
+    memory = None if asked.gpu_memory is None else parse_bytes(asked.gpu_memory, "--gpu-memory")
     loaded = load_recipe(recipe, overrides, tell=tell_imported)
-    made = plan(loaded, gpus=gpus, gpu_memory=memory, nodes=nodes, tensor_parallel=tensor_parallel)
+    made = plan(
+        loaded,
+        gpus=asked.gpus,
+        gpu_memory=memory,
+        nodes=asked.nodes,
+        tensor_parallel=asked.tensor_parallel,
+        speed=_speed(asked, loaded.name),
+    )
+    if asked.price is not None and not made.machine.gpus:
+        raise UserError("--price is for one GPU and hour, and this plan is for a CPU; name the GPUs (--gpus 8 --gpu H100)")
     if as_json:
         print(json.dumps(drawing.as_json(made), indent=1))
     else:
@@ -55,3 +79,44 @@ def run_plan(
         drawing.draw(made, console)
     if found := problems(made):
         raise UserError("this recipe cannot work there:\n" + "\n".join(f"  - {problem}" for problem in found))
+
+
+def _speed(asked: Asked, name: str) -> "Speed":
+    """Return what options and the run folder say of speed and price.
+
+    Raises: UserError for a value that is no share, speed or price.
+    """
+    from ..plan.duration import EFFICIENCY, Speed
+    from ..plan.gpus import find_gpu
+    from ..plan.measured_speed import measured_speeds
+
+    if asked.efficiency is not None and not 0 < asked.efficiency <= 1:
+        raise UserError(f"--efficiency={asked.efficiency:g} must be above 0 and at most 1; it is a share of the GPU's peak, such as 0.4")
+    if asked.price is not None and not 0 <= asked.price < math.inf:
+        raise UserError(f"--price={asked.price:g} must be a number of at least 0, the price of one GPU for an hour")
+    # a run folder tells of the machine that it ran on; for another one it says nothing
+    here = asked.gpus is None and asked.nodes == 1 and asked.gpu is None and asked.gpu_memory is None
+    return Speed(
+        gpu=None if asked.gpu is None else find_gpu(asked.gpu),
+        efficiency=EFFICIENCY if asked.efficiency is None else asked.efficiency,
+        link=None if asked.link is None else _bytes_per_second(asked.link),
+        tokens_per_second=None if asked.tokens_per_second is None else _rate(asked.tokens_per_second),
+        measured=measured_speeds(asked.out or Path("runs") / name) if here and asked.tokens_per_second is None else {},
+        price=asked.price,
+    )
+
+
+def _bytes_per_second(text: str) -> float:
+    try:
+        return float(parse_bytes(text.removesuffix("/s"), "--link"))
+    except UserError as error:
+        raise UserError(f"--link={text} is not what a GPU sends in a second; write it with its unit, such as 50GB") from error
+
+
+def _rate(text: str) -> float:
+    from ...configs.scalars import parse_number
+
+    number = parse_number(text)
+    if number is None or number[1] or number[0] <= 0:
+        raise UserError(f"--tokens-per-second={text} must be a number above 0, such as 12000 or 12k")
+    return float(number[0])

@@ -99,7 +99,7 @@ def footprint(
     run_footprint(model, context, batch, as_json)
 
 
-@app.command(epilog="Example: decoct plan qwen3-8b-4b-int4 --gpus 8 --gpu-memory 80GB")
+@app.command(epilog="Example: decoct plan qwen3-8b-4b-int4 --gpus 8 --gpu H100 --price 2.5")
 def plan(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -109,12 +109,37 @@ def plan(
         str | None, typer.Option("--gpu-memory", help="Memory of one GPU, such as 80GB.", show_default="as found here")
     ] = None,
     tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", help="GPUs that will serve one copy of the export.")] = 1,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Kind of GPU, such as H100: its speed and memory.", show_default="as found here")
+    ] = None,
+    efficiency: Annotated[
+        float | None,
+        typer.Option("--efficiency", help="Share of the GPU's peak that training reaches, an assumption.", show_default="0.4"),
+    ] = None,
+    link: Annotated[
+        str | None,
+        typer.Option("--link", help="What a GPU sends to others in a second, such as 50GB.", show_default="the GPU's, in one machine"),
+    ] = None,
+    tokens_per_second: Annotated[
+        str | None,
+        typer.Option(
+            "--tokens-per-second",
+            help="Measured speed of the first training stage, over all GPUs; other stages follow by their operations.",
+            show_default="as this run has logged",
+        ),
+    ] = None,
+    price: Annotated[float | None, typer.Option("--price", help="Price of one GPU for an hour.", show_default=False)] = None,
+    out: Out = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what each stage of a recipe needs and produces: sizes, tokens, disk, memory, serving stacks. No weights are downloaded."""
-    from .plan_verb import run_plan
+    """Show what each stage of a recipe needs and produces: sizes, tokens, disk, memory, time, serving stacks. No weights are downloaded."""
+    from .plan_verb import Asked, run_plan
 
-    run_plan(recipe, overrides or (), gpus, nodes, gpu_memory, tensor_parallel, as_json)
+    asked = Asked(
+        gpus=gpus, nodes=nodes, gpu_memory=gpu_memory, tensor_parallel=tensor_parallel, gpu=gpu, efficiency=efficiency, link=link,
+        tokens_per_second=tokens_per_second, price=price, out=out,
+    )  # fmt: skip
+    run_plan(recipe, overrides or (), asked, as_json)
 
 
 @shipped_app.command("list", epilog="Example: decoct recipes list")

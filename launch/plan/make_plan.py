@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 from ...trainer.processes.teacher_memory import teacher_bytes
 from ...trainer.stage_plan import derive_plan, derive_steps, held_teacher, learns_from, trains, wanted_strategy
 from .disk import checkpoint_bytes, model_bytes, quantized_bytes
+from .duration import Speed
 from .export_sizes import export_bytes, tokenizer_folder
 from .family_limits import check_families, coverage
 from .fitting import cheapest_fit, usable
 from .format_limits import format_problems, planned_model
-from .gpus_here import gpus_here, memory_here
 from .input_models import check_inputs
+from .machine import planned_machine
 from .memory import training_memory
 from .memory_case import StageMemoryCase
 from .plan_types import PRECISIONS, Machine, Plan, StagePlan, Training
@@ -21,32 +22,44 @@ from .rounding import rounding_plan
 from .serving_stacks import Verdict, verdicts
 from .shapes import ModelShape
 from .stage_shapes import StageShape, makes_own_model, stage_shapes, student_shape, teacher_shape
+from .stage_time import StageWork, timed, training_step
+from .text_disk import tokenized_bytes
 from .values import Value, recipe_values, settings_values, training_values
+from .work import cache_work
 
 if TYPE_CHECKING:
     from ...configs.recipe import Recipe, StageEntry
-    from ...trainer.settings import TrainerSettings
 
 
-def plan(recipe: "Recipe", *, gpus: int | None = None, gpu_memory: int | None = None, nodes: int = 1, tensor_parallel: int = 1) -> Plan:
+def plan(
+    recipe: "Recipe",
+    *,
+    gpus: int | None = None,
+    gpu_memory: int | None = None,
+    nodes: int = 1,
+    tensor_parallel: int = 1,
+    speed: Speed | None = None,
+) -> Plan:
     """Plan a recipe.
 
     Args:
         recipe: The recipe.
         gpus: GPUs per node; None: those of this machine, as selected by ``trainer.devices``.
-        gpu_memory: Bytes of one GPU; None: those of this machine's GPU, unknown without one.
+        gpu_memory: Bytes of one GPU; None: those of the GPU in ``speed``, or of this machine's GPU, unknown without one.
         nodes: Machines.
         tensor_parallel: GPUs that will serve one copy of the exported model.
+        speed: What is known of speed and price; None: this machine's GPU, if ``gpus`` knows it.
 
     Raises: UserError if a model's config cannot be found, or the recipe contradicts itself.
     """
     # from cheap to expensive, and each step needs the one before: files, configs, families, then every stage
     check_inputs(recipe)
-    machine = _machine(recipe.trainer, gpus, gpu_memory, nodes)
+    machine, speed = planned_machine(recipe.trainer, gpus, gpu_memory, nodes, speed or Speed())
     teacher = teacher_shape(recipe)
     student = student_shape(recipe, teacher)
     check_families(recipe, teacher, student)
-    stages = [_stage(recipe, shape, teacher, machine, tensor_parallel) for shape in stage_shapes(recipe, student)]
+    found = [_stage(recipe, shape, teacher, machine, tensor_parallel) for shape in stage_shapes(recipe, student)]
+    stages, cost = timed([stage for stage, _ in found], [work for _, work in found], machine, speed)
     # stages keep their folders for resuming, so sizes add up over the run
     kept = sum((stage.model_bytes or 0) + sum(stage.exports.values()) for stage in stages)
     largest = max((stage.training.checkpoint_bytes for stage in stages if stage.training), default=0)
@@ -60,6 +73,8 @@ def plan(recipe: "Recipe", *, gpus: int | None = None, gpu_memory: int | None = 
         values=recipe_values(recipe),
         imports=[file.words() for file in recipe.imports],
         stages=stages,
+        cost=cost,
+        tokenized_bytes=tokenized_bytes(recipe.data),
         # two checkpoints are kept and a third exists while it is written; only one stage trains at a time
         disk_bytes=kept + made + passing + 3 * largest + sum(stage.training.cache_bytes for stage in stages if stage.training),
     )
@@ -68,28 +83,18 @@ def plan(recipe: "Recipe", *, gpus: int | None = None, gpu_memory: int | None = 
 _SAVED = {"bf16": "BF16", "fp32": "F32"}
 
 
-def _machine(trainer: "TrainerSettings", gpus: int | None, gpu_memory: int | None, nodes: int) -> Machine:
-    # nothing of this machine is asked for where both are given
-    here = gpus_here() if gpus is None or gpu_memory is None else 0
-    # memory given alone: so many GPUs as are here, else as the recipe has devices
-    if gpus is None and gpu_memory is not None:
-        gpus = here or (trainer.devices if isinstance(trainer.devices, int) else 1)
-    on_gpu = here if gpus is None else gpus
-    processes = on_gpu or 1 if trainer.devices == "auto" or gpus is not None else int(trainer.devices)
-    if gpu_memory is None and on_gpu and here:
-        gpu_memory = memory_here()
-    return Machine(gpus=on_gpu, nodes=nodes, processes=max(1, processes), gpu_memory=gpu_memory if on_gpu else None)
-
-
-def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, machine: Machine, tensor_parallel: int) -> StagePlan:
+def _stage(
+    recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, machine: Machine, tensor_parallel: int
+) -> tuple[StagePlan, StageWork]:
     from ...trainer.settings import ExportSettings
+    from ...trainer.settings_own import OwnStageSettings
     from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
     entry, after = shape.entry, shape.after
     values = settings_values(f"stages.{entry.index}.{entry.kind}", entry.settings)
-    training = None
+    training, work = None, StageWork(imported=isinstance(entry.settings, OwnStageSettings))
     if trains(entry.settings):
-        training, derived = _training(recipe, shape, teacher, machine)
+        training, derived, work = _training(recipe, shape, teacher, machine)
         # a derived value replaces the setting it was derived for (auto, or none)
         values = derived + [value for value in values if value.key not in {other.key for other in derived}]
     rounding, rounded = None, entry.settings
@@ -115,7 +120,7 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
         )
         judged = verdicts(stored, remedies, tensor_parallel=tensor_parallel)
         refused = format_problems(stored, remedies)
-    return StagePlan(
+    planned = StagePlan(
         name=entry.name,
         kind=entry.kind,
         shape=after.describe(),
@@ -131,6 +136,7 @@ def _stage(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, mach
         coverage=coverage(shape),
         not_exported=shape.after.family.refusal("export") or "" if entry.kind in ("qat", "quantize") else "",
     )
+    return planned, work
 
 
 def _keys(recipe: "Recipe", export: "StageEntry") -> Keys:
@@ -160,8 +166,8 @@ def _written(recipe: "Recipe", shape: StageShape) -> int | None:
     return None
 
 
-def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, machine: Machine) -> tuple[Training, list[Value]]:
-    """Return memory, work and derived numbers of one training stage."""
+def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, machine: Machine) -> tuple[Training, list[Value], StageWork]:
+    """Return memory, derived numbers and work of one training stage."""
     from ...trainer.processes.strategy import choose_strategy
 
     entry, trainer, seq = shape.entry, recipe.trainer, recipe.data.seq_length
@@ -197,21 +203,24 @@ def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, m
     memory = training_memory(shape.before, taught, case)
     fits = None if machine.gpu_memory is None else memory.total <= usable(machine.gpu_memory)
     tokens = steps.total_steps * steps.batch.global_windows * seq
-    # per parameter and token: 2 forward, 4 backward, 2 more where the forward pass is repeated, 2 for the teacher's forward pass
-    work = (8 if steps.activation_checkpointing else 6) * shape.before.parameters + (0 if taught is None else 2 * taught.parameters)
+    # a cached teacher is here only while the cache is filled
+    cached = recipe.teacher is not None and recipe.teacher.cache is not None and held is not None and held.whose == "recipe"
+    step = training_step(entry.name, shape.before, None if cached else taught, case)
+    filled = cache_work(taught, seq, load_in) * tokens if cached and taught is not None else None
     # zeros made by a prune stage are kept by every later one, and so its masks are in their checkpoints
     masks = entry.kind == "prune" or any(e.kind == "prune" and e.settings.magnitude for e in recipe.stages[: entry.index])
     training = Training(
         steps=steps.total_steps,
         tokens=tokens,
-        flop=float(work) * tokens,
+        flop=step.work.total * tokens,
         memory=memory,
         fits=fits,
         remedy=cheapest_fit(shape.before, taught, case, machine.gpu_memory) if fits is False and machine.gpu_memory else None,
         checkpoint_bytes=checkpoint_bytes(shape.before, masks=masks),
         cache_bytes=_cache_bytes(recipe, entry, teacher, tokens),
     )
-    return training, training_values(entry, steps, seq, machine.ranks, shape.before.hidden, trainer)
+    values = training_values(entry, steps, seq, machine.ranks, shape.before.hidden, trainer)
+    return training, values, StageWork(step=step, cache=filled)
 
 
 def _trained_in_qat(settings: Any) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def _share(elements: int, case: StageMemoryCase) -> int:
     return -(-elements // case.ranks) if case.sharded else elements
 
 
-def _added(student: ModelShape, case: StageMemoryCase) -> int:
+def added_parameters(student: ModelShape, case: StageMemoryCase) -> int:
     """Return the number of parameters that quantized linears add to their weights: scales and adapters."""
     if case.scheme is None or not (case.learned_scales or case.rank):
         return 0
@@ -80,15 +80,15 @@ def _quantized_weights(student: ModelShape, case: StageMemoryCase) -> int:
 
 def _trained(student: ModelShape, case: StageMemoryCase) -> int:
     """Return the number of parameters with a gradient and moments."""
-    return _added(student, case) + (0 if case.codes_only or case.rank else student.parameters)
+    return added_parameters(student, case) + (0 if case.codes_only or case.rank else student.parameters)
 
 
 def _student_bytes(student: ModelShape, case: StageMemoryCase) -> int:
     if case.codes_only:
         # one byte per code in place of four per master weight; what is not quantized stays fp32
         quantized = _quantized_weights(student, case)
-        return quantized + 4 * (student.parameters - quantized + _added(student, case))
-    own = 4 * _share(student.parameters + _added(student, case), case)
+        return quantized + 4 * (student.parameters - quantized + added_parameters(student, case))
+    own = 4 * _share(student.parameters + added_parameters(student, case), case)
     # gathered: everything outside the layers, the current layer, the prefetched one, and its receive buffer
     return own + (4 * (student.outside + 3 * student.layer) if case.sharded else 0)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from .duration import Cost, Duration
 from .fitting import Remedy
 from .memory import Roles
 from .rounding import RoundingPlan
@@ -36,8 +37,7 @@ class Training:
     steps: int
     tokens: int
     flop: float
-    """Floating point operations per parameter and token: 6 for the student (8 with checkpointing), 2 for the teacher; summed over the
-    stage."""
+    """Floating point operations of the stage, by the rule of ``work``, without filling a cache."""
     memory: Roles
     fits: bool | None
     """Whether the stage fits the device; None if its memory is unknown."""
@@ -75,6 +75,8 @@ class StagePlan:
     """Share of the decoder's weights that the stage prunes, quantizes or packs; None for other stages."""
     not_exported: str = ""
     """For a quantizing stage: why no packed format will hold its result; '' if no reason is known."""
+    durations: list[Duration] = field(default_factory=list)
+    """Times of its parts, as far as they take operations that are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,10 @@ class Plan:
     student: str
     values: list[Value] = field(repr=False)
     stages: list[StagePlan]
+    cost: Cost
+    """Time and price of the run."""
+    tokenized_bytes: int | None
+    """Largest size of the tokenized text in the cache folder, which is not part of ``disk_bytes``; None if no bound is known."""
     disk_bytes: int
     """All model folders and caches, three checkpoints of the largest training stage, and work files of the largest quantize stage."""
     imports: list[str] = field(default_factory=list)

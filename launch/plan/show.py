@@ -9,6 +9,7 @@ from ..terminal.fitting_table import fitting_table
 from .fitting import usable
 from .plan_types import PRECISIONS, Plan, StagePlan
 from .problems import problems
+from .time_table import cost_line, draw_times
 from .units import amount, shown_value, size
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def short_form(plan: Plan) -> str:
             held = [v.target for v in stage.verdicts if v.format == form and v.outcome == "ok"]
             lines.append(f"  {stage.name}: {form}, {size(count)}" + (f"; loads in {', '.join(held)}" if held else ""))
     lines.append(f"  disk: up to {size(plan.disk_bytes)}")
+    if plan.cost.seconds is not None:
+        lines.append(f"  {cost_line(plan)}")
     return "\n".join(lines)
 
 
@@ -84,6 +87,7 @@ def draw(plan: Plan, console: "Console", *, values: bool = True) -> None:
     console.print(_stages(plan, console.width))
     if any(stage.training for stage in plan.stages):
         console.print(_memory(plan, console.width))
+    draw_times(plan, console)
     for stage in plan.stages:
         if stage.rounding:
             starts = "starts with " if stage.training else ""
@@ -100,6 +104,9 @@ def draw(plan: Plan, console: "Console", *, values: bool = True) -> None:
     console.print(
         f"disk: up to {size(plan.disk_bytes)}: every model folder and export, and three checkpoints of the largest stage{work}{cache}"
     )
+    if plan.tokenized_bytes is not None:
+        text = f"at most {size(plan.tokenized_bytes)} of tokenized text, twice that while it is made"
+        console.print(f"disk of the cache folder (DECOCT_CACHE): {text}", highlight=False, soft_wrap=True)
     for problem in problems(plan):
         console.print(f"cannot work: {problem}", style="bold red", markup=False, highlight=False, soft_wrap=True)
 

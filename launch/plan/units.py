@@ -17,6 +17,13 @@ def amount(count: float) -> str:
     return f"{count:g}"
 
 
+def span(seconds: float) -> str:
+    """Format a time: '45 s', '37 min', '12.3 h'."""
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
 def shown_value(value: object) -> str:
     """Format a setting: floats with six significant digits, so that 1e-05 is not shown as 9.999999999999999e-06; all else as it is."""
     if isinstance(value, tuple | list):

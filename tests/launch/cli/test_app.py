@@ -14,7 +14,21 @@ from decoct.launch.cli.command_group import options_from_pairs, recipe_keys
 SURFACE = {
     "run": {"recipe", "overrides", "--out"},
     "cache": {"recipe", "overrides", "--out"},
-    "plan": {"recipe", "overrides", "--gpus", "--nodes", "--gpu-memory", "--tensor-parallel", "--json"},
+    "plan": {
+        "recipe",
+        "overrides",
+        "--gpus",
+        "--nodes",
+        "--gpu-memory",
+        "--tensor-parallel",
+        "--gpu",
+        "--efficiency",
+        "--link",
+        "--tokens-per-second",
+        "--price",
+        "--out",
+        "--json",
+    },
     "footprint": {"model", "--context", "--batch", "--json"},
     "launch": {
         "recipe",

@@ -1,0 +1,65 @@
+"""Bytes that processes exchange in an optimizer step, from shapes alone.
+
+What is handed to collectives (``tests/launch/plan/test_traffic.py`` compares it with what 1, 2 and 4 processes really hand over):
+
+- ddp: one all-reduce of the fp32 gradients per step, in the last micro-batch;
+- fsdp2: in every micro-batch an all-gather of all fp32 weights for the forward pass, one of the decoder layers for the backward pass (what
+  is outside them stays gathered), and a reduce-scatter of all fp32 gradients. Rows are padded to a multiple of the processes;
+- a sharded teacher: in every micro-batch an all-gather of its decoder layers, in its own dtype.
+
+Sums of losses and norms are a few hundred bytes and are not counted, nor are evaluation, checkpoints and the broadcast at the start.
+
+What a process sends of it with n processes, by rings (Patarasuk and Yuan 2009, J. Parallel Distrib. Comput. 69): 2 (n - 1) / n of an
+all-reduce, and (n - 1) / n of an all-gather's result or a reduce-scatter's input.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from .memory import added_parameters
+from .memory_case import StageMemoryCase
+from .shapes import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Bytes handed to collectives in an optimizer step, by each process."""
+
+    ranks: int
+    all_reduce: int = 0
+    """Gradients."""
+    all_gather: int = 0
+    """Whole tensors that result."""
+    reduce_scatter: int = 0
+    """Whole gradients that go in."""
+
+    @property
+    def sent(self) -> float:
+        """Return the bytes that each process sends to others."""
+        return (self.ranks - 1) / self.ranks * (2 * self.all_reduce + self.all_gather + self.reduce_scatter)
+
+
+def step_traffic(student: ModelShape, teacher: ModelShape | None, case: StageMemoryCase) -> Traffic:
+    """Return the traffic of an optimizer step."""
+    if case.ranks == 1:
+        return Traffic(ranks=1)
+    micro_batches = case.plan.batch.accumulation
+    taught = 0
+    if teacher is not None and case.placement == "sharded":
+        taught = micro_batches * (4 if case.load_in == "fp32" else 2) * _padded(teacher, case.ranks, inside=True)
+    added = added_parameters(student, case)
+    frozen = case.codes_only or case.rank > 0
+    if not case.sharded:
+        return Traffic(ranks=case.ranks, all_reduce=4 * (added + (0 if frozen else student.parameters)), all_gather=taught)
+    layers, outside = _padded(student, case.ranks, inside=True) + added, _padded(student, case.ranks, inside=False)
+    return Traffic(
+        ranks=case.ranks,
+        all_gather=micro_batches * 4 * (2 * layers + outside) + taught,
+        reduce_scatter=micro_batches * 4 * (added if frozen else layers + outside),
+    )
+
+
+def _padded(model: ModelShape, ranks: int, *, inside: bool) -> int:
+    """Return the elements in the decoder layers, or outside them, with the first dimension padded to a multiple of the processes."""
+    shapes = (shape for name, shape in model.tensors.items() if model.within(name) is inside)
+    return sum(-(-shape[0] // ranks) * ranks * prod(shape[1:]) for shape in shapes)
