@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,3 +90,17 @@ def test_a_run_that_has_begun_tells_its_own_speed(
     # for other machines it says nothing
     elsewhere = planned(capsys, "quickstart", out=tmp_path, gpus=2, gpu_memory="80GB")
     assert elsewhere["cost"]["seconds"] is None
+
+
+@pytest.mark.parametrize(("name", "known"), [("NVIDIA H200", "H200"), ("Some GPU of tomorrow", None)])
+def test_a_gpu_that_is_found_is_known_by_its_name(
+    name: str, known: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(name=name, total_memory=150_100_000_000))
+    found = planned(capsys, "smollm2-1.7b-half-int4", out=tmp_path)
+    assert found["machine"]["gpus"] == 2
+    assert found["cost"]["gpu"] == known
+    assert (found["cost"]["seconds"] is None) is (known is None)
+    # a plan for other GPUs does not take the speed of this one
+    assert planned(capsys, "smollm2-1.7b-half-int4", gpus=2, gpu_memory="80GB")["cost"]["seconds"] is None
