@@ -14,8 +14,8 @@ TOKEN_BYTES = 4
 def tokenized_bytes(data: "DataSettings") -> int | None:
     """Return the largest size of the tokenized text; it takes twice as much while it is made.
 
-    A tokenizer makes at most about one token of each byte, and mostly one of four. None where that bound says nothing: text from the hub or from
-    imported code, conversations (a chat template adds tokens), and files that are compressed.
+    A tokenizer makes at most about one token of each byte, and mostly one of four. None where that bound says nothing: text from the hub or
+    from imported code, conversations (a chat template adds tokens), and files that are compressed.
     """
     from ...trainer.data.documents import STDLIB_BYTES
     from ...trainer.data.input_files import PACKED, find_files

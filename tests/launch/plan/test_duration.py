@@ -154,3 +154,17 @@ def test_times_as_text() -> None:
     assert [span(seconds) for seconds in (0.5, 45.2, 119, 150, 7199, 7200, 360000)] == [
         "0.5 s", "45 s", "119 s", "2 min", "120 min", "2.0 h", "100.0 h"
     ]  # fmt: skip
+
+
+def test_imported_code_has_no_time_and_no_bound(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from decoct import parts\n\n\n@parts.stage('shake')\ndef shake(context):\n    pass\n\n\n"
+        "@parts.data_source('letters')\ndef letters():\n    yield 'a'\n"
+    )
+    text = "import: mine.py\nstudent: {path: Qwen/Qwen3-8B}\ndata: {source: letters}\nstages: [{pretrain: {tokens: 1M}}, shake]\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    made = plan(load_recipe(str(tmp_path / "recipe.yaml")), gpus=8, speed=Speed(gpu=GPUS["H100"]))
+    assert made.cost.unknown == ["02-shake, imported code"]
+    assert made.cost.seconds is not None
+    assert made.tokenized_bytes is None
+    assert short_form(made).endswith("without tokenizing, evaluation, checkpoints, exports and 02-shake, imported code")
