@@ -127,7 +127,8 @@ class Runner:
             raise
         self._say(f"text: {inputs.data.description}")
         for reason, count in inputs.data.left_out.items():
-            self._say(f"  not used: {count:,} {reason}")
+            # some are left out, others only read in another way: the reason says which
+            self._say(f"  of it: {count:,} {reason}")
         if kept := kept_words(self.recipe, self.asked, inputs.data.description):
             self._say(kept)
         if inputs.note:
