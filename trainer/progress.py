@@ -208,6 +208,25 @@ def _token_bar(console: "Console", label: str, total: int, unit: str) -> Iterato
         yield lambda done, rate, left: bar.update(task, completed=done, rate=rate, left=left)
 
 
+def part_lines(
+    console: "Console", label: str, unit: str, *, interval: float = 5.0, clock: Callable[[], float] = time.monotonic
+) -> Callable[[int, int], None]:
+    """Lines about work that usually takes seconds: one every ``interval`` seconds, none for work that is done before.
+
+    Returns:
+        A function that takes the number of finished parts and of all.
+    """
+    told = clock()
+
+    def show(done: int, total: int) -> None:
+        nonlocal told
+        if clock() - told >= interval and done < total:
+            told = clock()
+            print_line(console, f"{label}  {done:,}/{total:,} {unit}")
+
+    return show
+
+
 def format_seconds(seconds: float) -> str:
     """``0:07``, ``12:30`` or ``3:05:00``."""
     whole = round(seconds)

@@ -22,6 +22,7 @@ from ...qat.spec import QuantSpec
 from ...trainer.evaluation.model_row import best_device, measure_folder, measure_teacher, quant_record, too_large_to_measure
 from ...trainer.evaluation.spread import MOST_BLOCKS
 from ...trainer.evaluation.teacher_drift import ROUNDED, teacher_drift
+from ...trainer.progress import part_lines
 from ...trainer.settings import EvaluateSettings
 from ...trainer.stages.context import RunContext
 from ...trainer.stages.registry import stage_kind
@@ -298,8 +299,10 @@ class ReportRows:
         before = read_figures(file)
         if before.get("key") == key and _is_row(before.get("row")):
             return before["row"]
-        with self.run.console.status(f"measuring {Path(path).parent.name if Path(path).name == 'model' else Path(path).name}"):
-            row = measure_folder(path, self._open_teacher(), self.run.data.evaluation, revision)
+        told = f"measuring {Path(path).parent.name if Path(path).name == 'model' else Path(path).name}"
+        with self.run.console.status(told):
+            progress = part_lines(self.run.console, told, "held-out windows")
+            row = measure_folder(path, self._open_teacher(), self.run.data.evaluation, revision, progress)
         self._release()
         store_figures(file, key, row)
         return row

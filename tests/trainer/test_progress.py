@@ -2,7 +2,7 @@ import io
 
 from rich.console import Console
 
-from decoct.trainer.progress import BarProgress, LineProgress, NoProgress, SpeedMeter, format_seconds, make_progress
+from decoct.trainer.progress import BarProgress, LineProgress, NoProgress, SpeedMeter, format_seconds, make_progress, part_lines
 
 
 class _Clock:
@@ -76,3 +76,13 @@ def test_the_bar_shows_loss_speed_and_count_for_one_stage_after_another() -> Non
 
 def test_seconds_read_as_a_clock() -> None:
     assert [format_seconds(s) for s in (6.6, 750, 11_100)] == ["0:07", "12:30", "3:05:00"]
+
+
+def test_work_of_seconds_is_silent_and_longer_work_is_not() -> None:
+    out, clock = io.StringIO(), _Clock()
+    show = part_lines(Console(file=out, width=40), "measuring a model with a long name", "held-out windows", clock=clock)
+    for done in range(8, 41, 8):
+        clock.now += 4.0
+        show(done, 40)
+    name = "measuring a model with a long name"
+    assert out.getvalue().splitlines() == [f"{name}  16/40 held-out windows", f"{name}  32/40 held-out windows"]

@@ -18,7 +18,7 @@ from ...qat.codes.state import load_quant_state
 from ...qat.footprint import bits_per_weight, count_parameters, folder_bytes, linear_sparsity, packed_bytes, weight_files
 from ...qat.layers.as_stored import round_as_stored, rounds_more_than_weights
 from ...qat.rebuild import load_exported_model
-from .figures import evaluate_model
+from .figures import Progress, evaluate_model
 from .spread import EVAL_FIGURES
 
 if TYPE_CHECKING:
@@ -70,12 +70,14 @@ def measure_teacher(path: str, revision: str | None, v_eff: int) -> LocalTeacher
     return load_teacher(path, dtype=torch.float32, v_eff=v_eff, revision=revision, device=best_device())
 
 
-def measure_model(model: "PreTrainedModel", teacher: LocalTeacher | None, windows: "Windows") -> dict[str, Any]:
+def measure_model(
+    model: "PreTrainedModel", teacher: LocalTeacher | None, windows: "Windows", progress: Progress | None = None
+) -> dict[str, Any]:
     """Measure a model in memory: parameters, sparsity (shares), quality (``EvalResult``) and the time in seconds."""
     started = time.perf_counter()
     device = best_device()
     model.to(torch.device(device))  # pyright: ignore[reportArgumentType] - transformers' wrapper hides the signature of nn.Module.to
-    result = evaluate_model(model, teacher, windows, device=device)
+    result = evaluate_model(model, teacher, windows, device=device, progress=progress)
     return {
         "parameters": count_parameters(model),
         "sparsity": linear_sparsity(model),
@@ -87,13 +89,15 @@ def measure_model(model: "PreTrainedModel", teacher: LocalTeacher | None, window
     }
 
 
-def measure_folder(path: str, teacher: LocalTeacher | None, windows: "Windows", revision: str | None = None) -> dict[str, Any]:
+def measure_folder(
+    path: str, teacher: LocalTeacher | None, windows: "Windows", revision: str | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
     """Row of the report: figures of the model and the bytes of its weight files (None for a hub id, whose files are not counted).
 
     ``packed_bytes`` is the size of the served model: the size of an export for a folder with codes, the folder's own size otherwise.
     """
     model = open_for_measuring(path, revision)
-    row = measure_model(model, teacher, windows)
+    row = measure_model(model, teacher, windows, progress)
     size = folder_bytes(Path(path)) if Path(path).exists() else None
     # an export is packed already: its own size counts
     quant = None if is_existing_export(path) else quant_record(path)
