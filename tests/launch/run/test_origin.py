@@ -63,6 +63,9 @@ def test_a_run_from_a_file_is_the_run_from_its_folder(
     report = read_report("from-gguf")
     assert report["stages"][0]["path"] == "teacher-f32.gguf"
     assert str(tmp_path) not in json.dumps(report["stages"])
+    # student and teacher are the same bytes, and measured once: even the time is the same
+    assert [row["name"] for row in report["stages"][:2]] == ["teacher", "input"]
+    assert report["stages"][0]["eval_seconds"] == report["stages"][1]["eval_seconds"]
     facts = read_record(tmp_path / "runs/from-gguf/01-distill/model")["imported"]
     assert (facts["file"], facts["types"]) == ("teacher-f32.gguf", {"F32": len(tensors_of(one))})
     card = next((tmp_path / "runs/from-gguf").glob("03-export/**/README.md")).read_text()
