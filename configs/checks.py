@@ -26,6 +26,7 @@ def check_draft(draft: Draft, problems: Problems) -> None:
         if entry is not None:
             _check_budget(entry, problems)
             _check_stage_teacher(entry, draft, problems)
+            _check_watched(entry, draft, problems)
     _check_parts(draft, problems)
     _check_batch(draft, problems)
     check_widths(draft, problems)
@@ -90,6 +91,23 @@ def _check_budget(entry: StageEntry, problems: Problems) -> None:
     settings = entry.settings
     if entry.kind in ("pretrain", "distill", "qat") and settings.tokens is None and settings.steps is None:
         problems.add(key_path(entry), "trains, and needs 'tokens' or 'steps', such as tokens: 10M")
+
+
+def _check_watched(entry: StageEntry, draft: Draft, problems: Problems) -> None:
+    """Check that a stage whose evaluations decide what it ends with takes steps and is evaluated."""
+    settings = entry.settings
+    if not isinstance(settings, TrainingBlock) or not settings.selects:
+        return
+    key = "result" if settings.result == "best" else "early_stopping"
+    if not trains(settings):
+        # a stage that lacks its tokens by mistake has a problem of its own
+        if entry.kind == "prune":
+            problems.add(key_path(entry, key), "has no effect on a stage that takes no steps; give tokens or steps, or remove the key")
+    elif draft.trainer and draft.trainer.evaluate_every == 0:
+        problems.add(
+            key_path(entry, key),
+            "needs evaluations during the stage, and trainer.evaluate_every is 0; set it to auto or a number of steps, or remove the key",
+        )
 
 
 def _check_stage_teacher(entry: StageEntry, draft: Draft, problems: Problems) -> None:

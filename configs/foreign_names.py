@@ -26,7 +26,10 @@ _SAVES = "it is 'checkpoint_every' of a stage that trains, in optimizer steps"
 _EVALUATIONS = "it is trainer.evaluate_every, in optimizer steps (0 = never)"
 _RESUME = "no setting is needed: run the same command again to resume from the newest valid checkpoint"
 _OVERWRITE = "nothing is overwritten: a stage whose settings changed runs again, and its old folder is kept; --out names another run folder"
-_LOGGER = "it is 'logger' at the top of the recipe: wandb, csv or none"
+_BEST = "it is 'result: best' of a stage that trains: its model folder is then made of the weights of the best evaluation"
+_STOPPING = "it is 'early_stopping' of a stage that trains: {patience: 3, min_change: 1%}, patience in evaluations"
+_KEPT = "two checkpoints are kept while a stage trains (and the best one with 'result: best'), and none when it is done"
+_LOGGER = "it is 'logger' at the top of the recipe: wandb, tensorboard, mlflow, csv or none, or a list of several"
 _LOGGING = "every optimizer step is written to metrics.jsonl, so there is no interval"
 _NAME = "the name of the run is 'name' at the top of the recipe"
 _DEVICES = "processes on this machine are trainer.devices"
@@ -77,7 +80,10 @@ _MEANT: dict[str, tuple[str, ...]] = {
     _EVALUATIONS: ("eval_steps", "eval_every", "eval_interval", "val_check_interval", "evaluation_strategy", "eval_strategy", "do_eval"),
     _RESUME: ("resume", "resume_from", "resume_from_checkpoint", "ckpt_path"),
     _OVERWRITE: ("overwrite_output_dir", "overwrite", "force"),
-    _LOGGER: ("report_to", "wandb", "use_wandb", "tensorboard"),
+    _BEST: ("load_best_model_at_end", "metric_for_best_model", "save_best_only", "save_best", "keep_best", "best_model"),
+    _STOPPING: ("patience", "early_stopping_patience", "early_stopping_threshold", "early_stop", "min_delta"),
+    _KEPT: ("save_total_limit", "save_top_k", "keep_last", "max_checkpoints", "keep_checkpoints"),
+    _LOGGER: ("report_to", "wandb", "use_wandb", "tensorboard", "mlflow", "loggers", "log_with", "tracker"),
     _LOGGING: ("logging_steps", "log_every", "log_every_n_steps", "log_interval", "logging_strategy"),
     _NAME: ("run_name", "experiment_name", "wandb_run_name"),
     _DEVICES: ("gpus", "num_gpus", "n_gpus", "ngpus", "num_processes", "nproc_per_node", "world_size", "device"),

@@ -242,8 +242,8 @@ def _option(option: Any, definitions: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the schemas of one member of a type, except numbers and choices."""
     if is_dataclass(option) and isinstance(option, type):
         word = SHORT_FORMS.get(option)
-        words = choices(types_of(option)[word]) if word else ()
-        short = [{"enum": list(words)} if words else _value(types_of(option)[word], definitions)] if word else []
+        # a key that takes a list of words takes one word too, and so does the short form
+        short = [_value(types_of(option)[word], definitions)] if word else []
         return [_reference(option, definitions), *short]
     inner = get_args(option)
     if get_origin(option) is tuple and inner[-1] is Ellipsis:

@@ -73,8 +73,9 @@ def _write(mapping: Mapping, keys: Sequence[str], node: Node, place: str, above:
     entry = mapping.entries.get(key)
     if entry is None or is_null(entry.node):
         entry = mapping.entries[key] = Entry(place, Mapping(place))
-    # ``logger: wandb`` in the file and logger.project=... on the command line: the word becomes the section that it is short for
-    elif isinstance(entry.node, Scalar) and not above and SECTIONS.get(key) in SHORT_FORMS:
+    # ``logger: wandb`` in the file and logger.project=... on the command line: the word (or the list of words) becomes the section that it
+    # is short for
+    elif isinstance(entry.node, Scalar | Listing) and not above and SECTIONS.get(key) in SHORT_FORMS:
         word = SHORT_FORMS[SECTIONS[key]]
         entry.node = Mapping(entry.node.place, {word: Entry(entry.place, entry.node)})
     if not isinstance(entry.node, Mapping):

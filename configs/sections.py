@@ -24,7 +24,8 @@ from .scalars import LARGEST_INT, described_type, parse_number, read_scalar
 Settings = TypeVar("Settings")
 
 SHORT_FORMS: dict[type, str] = {LoggerSettings: "kind", CacheSettings: "mode", CallbackSettings: "name"}
-"""Sections that can be written as one word: `logger: wandb` is `logger: {kind: wandb}`, `cache: top_k` is `cache: {mode: top_k}`."""
+"""Sections that can be written as one word: `logger: wandb` is `logger: {kind: wandb}`, `cache: top_k` is `cache: {mode: top_k}`; or as a
+list of words where the word's key takes one."""
 NO_PARTS = OwnParts()
 _PASSWORD = re.compile(r"://[^/\s]*@")
 # Sections that are searched for a key that is in the wrong section.
@@ -97,8 +98,9 @@ class _Walk:
             return self._section(Mapping(node.place, {word: Entry(node.place, node)}), section, path)
         items = _item_types(annotation)
         if items[-1:] == (Ellipsis,) and not is_null(node):
-            # one value for a list of any length is a list of one
-            return self._listing(Listing([node], node.place), annotation, path)
+            # one value for a list of any length is a list of one; a problem with it is that of the key
+            found = self.value(node, items[0], path)
+            return _WRONG if found is _WRONG else (found,)
         found = read_scalar(node, annotation)
         if isinstance(found, str) and not found.isprintable():
             self._problems.add(path, "contains characters that cannot be printed; write plain text on one line")
@@ -117,6 +119,11 @@ class _Walk:
         return typed
 
     def _listing(self, node: Listing, annotation: Any, path: KeyPath) -> Any:
+        section = _section_of(annotation)
+        if section in SHORT_FORMS and _item_types(types_of(section)[SHORT_FORMS[section]]):
+            # a list of words may stand for a section as one word may
+            word = SHORT_FORMS[section]
+            return self._section(Mapping(node.place, {word: Entry(node.place, node)}), section, path)
         items = _item_types(annotation)
         if Any in alternatives(annotation):
             items = (Any, Ellipsis)

@@ -89,6 +89,7 @@ TRAINER = Hall(
             "data | text to windows | of tokens",
             "evaluation | figures and | gates",
             "tasks | scores on | tasks",
+            "trackers | W&B and | others",
             "soft_targets | cached or | served teachers",
             "checkpoints | written once, | read by hash",
             "processes | ranks, DDP, | FSDP2",

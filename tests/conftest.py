@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def read_wandb() -> Callable[[Path], list[dict[str, Any]]]:
-    """Reads every offline part of a run folder: id, project, config, history, summary."""
+    """Reads every offline part of a run folder: id, project, config, history, summary, axes, artifacts."""
     return _read_when_written
 
 
@@ -97,7 +97,7 @@ def _read_back(run_dir: Path) -> list[dict[str, Any]]:
 
     parts = []
     for path in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb")):
-        part: dict[str, Any] = {"config": {}, "history": [], "summary": {}, "axes": {}}
+        part: dict[str, Any] = {"config": {}, "history": [], "summary": {}, "axes": {}, "artifacts": []}
         for payload in _records(path):
             record = new_record()
             record.ParseFromString(payload)
@@ -111,6 +111,11 @@ def _read_back(run_dir: Path) -> list[dict[str, Any]]:
                 part["summary"] |= {_key(item): json.loads(item.value_json) for item in record.summary.update}
             elif kind == "metric":
                 part["axes"][record.metric.glob_name or record.metric.name] = record.metric.step_metric
+            elif kind == "artifact":
+                names = [entry.path for entry in record.artifact.manifest.contents]
+                part["artifacts"].append((record.artifact.name, record.artifact.type, names))
+            elif kind == "exit":
+                part["exit_code"] = record.exit.exit_code
             part["ended"] = kind == "exit"
         parts.append(part)
     return parts

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ..models.common.errors import UserError
-from .settings import Optimizer, Precision
+from .settings import Optimizer, Precision, Result
+from .settings_watching import EarlyStoppingSettings
 
 # fields of a plan that change speed, memory or saving, but no number beyond rounding
 _NOT_NUMBERS = ("batch", "checkpoint_every", "num_workers", "deterministic", "strategy", "activation_checkpointing", "compile")
@@ -87,6 +88,15 @@ class TrainingPlan(StepPlan):
     """Data loader workers per rank."""
     stage_key: str = ""
     """Stage key: a hash of everything else that decides the numbers (input weights, teacher, data, loss)."""
+    result: Result = "last"
+    """Weights that the stage ends with: those of the last step, or of the best evaluation."""
+    early_stopping: EarlyStoppingSettings | None = None
+    """When evaluations end the stage before ``total_steps``."""
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which the learning rate rises."""
+        return warmup_steps(self.warmup, self.total_steps)
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide the numbers, as JSON types. Those that only affect speed, memory or saving (such as micro-batches)
@@ -95,6 +105,11 @@ class TrainingPlan(StepPlan):
         for name in _NOT_NUMBERS:
             # a stage may resume with another micro-batch or strategy: the windows per step stay the same
             del fields[name]
+        # only where they are asked for, so that checkpoints of earlier versions continue
+        if self.result == "last":
+            del fields["result"]
+        if self.early_stopping is None:
+            del fields["early_stopping"]
         return {**fields, "betas": list(self.betas), "global_windows": self.batch.global_windows}
 
 
@@ -150,6 +165,12 @@ def default_warmup(total: int) -> float:
     return max(WARMUP, min(_LEAST_WARMUP, total // 2) / total)
 
 
+def warmup_steps(warmup: float, total: int) -> int:
+    """Steps over which the rate rises, of ``total``: floor(warmup * total), but never all of them."""
+    # 1e-9: 0.29 * 100 is 28.999999999999996 in floating point. At least the last step is not warm-up
+    return min(math.floor(warmup * total + 1e-9), total - 1)
+
+
 def learning_rate(step: int, total: int, peak: float, warmup: float, schedule: Schedule, final: float) -> float:
     """Learning rate of optimizer step ``step`` (0-based) of ``total``.
 
@@ -164,8 +185,7 @@ def learning_rate(step: int, total: int, peak: float, warmup: float, schedule: S
         schedule: Shape of the decay.
         final: Rate of the last step as a share of the peak, [0, 1].
     """
-    # 1e-9: 0.29 * 100 is 28.999999999999996 in floating point. At least the last step is not warm-up
-    warm = min(math.floor(warmup * total + 1e-9), total - 1)
+    warm = warmup_steps(warmup, total)
     if step < warm:
         # w + 1: the first step already learns, and step w would be the peak
         return peak * (step + 1) / (warm + 1)

@@ -8,6 +8,8 @@ from ..losses.settings import LossSettings
 from ..parts import Part
 from .settings_generation import GenerateSettings
 from .settings_own import CallbackSettings
+from .settings_watching import EarlyStoppingSettings
+from .settings_watching import LoggerSettings as LoggerSettings
 
 # Literals and bounds are the one source of allowed values: ``check_fields``, the loader's messages and the schema read them.
 Precision = Literal["32", "bf16-mixed"]
@@ -18,6 +20,7 @@ ShareOfSteps = Annotated[float, Bounds(ge=0, lt=1, why="it is a share of the ste
 Rate = Annotated[float, Bounds(gt=0)]
 Moment = Annotated[float, Bounds(ge=0, lt=1)]
 NotNegative = Annotated[float, Bounds(ge=0)]
+Result = Literal["last", "best"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +137,8 @@ class TrainerSettings:
     """Use deterministic algorithms, so that a resumed run ends in the same bits."""
     evaluate_every: Annotated[int, Bounds(ge=0)] | Literal["auto"] = "auto"
     """Optimizer steps between evaluations on a small part of the held-out text. auto = about eight evaluations per stage, on as much text
-    as costs about two percent of its time; 0 = never. It changes no number of the training."""
+    as costs about two percent of its time; 0 = never. It changes no number of the training, except where a stage asks for it (result: best,
+    early_stopping)."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -167,6 +171,11 @@ class TrainingBlock:
     a teacher."""
     checkpoint_every: Count | None = None
     """Optimizer steps between checkpoints. Default: a twentieth of the stage, at least 10."""
+    result: Result = "last"
+    """Weights that the stage's model folder is made of: last = those after the last step; best = those of the evaluation with the lowest
+    held-out KL (held-out loss without a teacher), whose checkpoint is kept too."""
+    early_stopping: EarlyStoppingSettings | None = None
+    """End the stage before its last step when held-out figures no longer get better. Default: never."""
     callbacks: tuple[CallbackSettings, ...] = ()
     """Callbacks that the recipe imports (import), by name or as sections with a name and options."""
 
@@ -177,6 +186,11 @@ class TrainingBlock:
         names = [callback.name for callback in self.callbacks]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"callbacks={names} names {twice} twice")
+
+    @property
+    def selects(self) -> bool:
+        """Whether evaluations during the stage decide which weights it ends with."""
+        return self.result == "best" or self.early_stopping is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,22 +273,3 @@ class EvaluateSettings:
         twice = next((name for name in self.tasks if self.tasks.count(name) > 1), None)
         if twice:
             raise ValueError(f"tasks={list(self.tasks)} names {twice} twice")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoggerSettings:
-    """Where curves go in addition to the run folder's ``metrics.jsonl``. ``logger: wandb`` is short for ``logger: {kind: wandb}``."""
-
-    kind: Literal["wandb", "csv", "none"] = "none"
-    """wandb = Weights & Biases (offline without a key); csv = files in the run folder; none = only metrics.jsonl."""
-    project: str | None = None
-    """wandb: project. Default: the environment variable WANDB_PROJECT, then 'decoct'."""
-    entity: str | None = None
-    """wandb: user or team. Default: the account's own."""
-    group: str | None = None
-    """wandb: group that the run is shown in."""
-    tags: tuple[str, ...] = ()
-    """wandb: tags of the run."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)

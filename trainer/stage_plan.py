@@ -90,6 +90,8 @@ def derive_plan(
         strategy=strategy,
         activation_checkpointing=trainer.activation_checkpointing,
         compile=trainer.compile,
+        result=settings.result,
+        early_stopping=settings.early_stopping,
     )
 
 

@@ -22,6 +22,8 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "parquet files": ("pyarrow",),
     "adamw-8bit, nf4 and int8 teachers": ("bitsandbytes",),
     "logger: wandb": ("wandb",),
+    "logger: tensorboard": ("tensorboard",),
+    "logger: mlflow": ("mlflow",),
     "Triton kernels": ("triton",),
     "tasks of lm-eval": ("lm_eval",),
     "verify against transformers": ("compressed_tensors",),

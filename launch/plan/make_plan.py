@@ -62,7 +62,7 @@ def plan(
     stages, cost = timed([stage for stage, _ in found], [work for _, work in found], machine, speed)
     # stages keep their folders for resuming, so sizes add up over the run
     kept = sum((stage.model_bytes or 0) + sum(stage.exports.values()) for stage in stages)
-    largest = max((stage.training.checkpoint_bytes for stage in stages if stage.training), default=0)
+    largest = max((stage.training.checkpoint_bytes * stage.training.checkpoints for stage in stages if stage.training), default=0)
     passing = max((stage.rounding.work_bytes for stage in stages if stage.rounding), default=0)
     made = 0 if recipe.student.path else model_bytes(student, _SAVED[recipe.trainer.save_dtype])
     return Plan(
@@ -75,8 +75,8 @@ def plan(
         stages=stages,
         cost=cost,
         tokenized_bytes=tokenized_bytes(recipe.data),
-        # two checkpoints are kept and a third exists while it is written; only one stage trains at a time
-        disk_bytes=kept + made + passing + 3 * largest + sum(stage.training.cache_bytes for stage in stages if stage.training),
+        # only one stage trains at a time
+        disk_bytes=kept + made + passing + largest + sum(stage.training.cache_bytes for stage in stages if stage.training),
     )
 
 
@@ -217,6 +217,8 @@ def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, m
         fits=fits,
         remedy=cheapest_fit(shape.before, taught, case, machine.gpu_memory) if fits is False and machine.gpu_memory else None,
         checkpoint_bytes=checkpoint_bytes(shape.before, masks=masks),
+        # two are kept, with result: best also the best one, and one more exists while it is written
+        checkpoints=4 if entry.settings.result == "best" else 3,
         cache_bytes=_cache_bytes(recipe, entry, teacher, tokens),
     )
     values = training_values(entry, steps, seq, machine.ranks, shape.before.hidden, trainer)

@@ -44,7 +44,9 @@ class Training:
     remedy: Remedy | None
     """Settings that make it fit; None if it fits, or if nothing helps."""
     checkpoint_bytes: int
-    """Bytes of one checkpoint; two are kept, and a third exists while it is written."""
+    """Bytes of one checkpoint."""
+    checkpoints: int = 3
+    """Most checkpoints that exist at a time."""
     cache_bytes: int = 0
     """Largest size of the teacher's cache in bytes."""
 
@@ -94,6 +96,6 @@ class Plan:
     tokenized_bytes: int | None
     """Largest size of the tokenized text in the cache folder, which is not part of ``disk_bytes``; None if no bound is known."""
     disk_bytes: int
-    """All model folders and caches, three checkpoints of the largest training stage, and work files of the largest quantize stage."""
+    """All model folders and caches, the checkpoints of the largest training stage, and work files of the largest quantize stage."""
     imports: list[str] = field(default_factory=list)
     """Files of the user's that the recipe runs, each with what it registers."""

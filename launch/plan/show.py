@@ -101,9 +101,10 @@ def draw(plan: Plan, console: "Console", *, values: bool = True) -> None:
     cached = sum(stage.training.cache_bytes for stage in plan.stages if stage.training)
     cache = f", and at most {size(cached)} of the teacher's cache" if cached else ""
     work = ", work files of rounding" if any(stage.rounding and stage.rounding.streamed for stage in plan.stages) else ""
-    console.print(
-        f"disk: up to {size(plan.disk_bytes)}: every model folder and export, and three checkpoints of the largest stage{work}{cache}"
-    )
+    trained = [stage.training for stage in plan.stages if stage.training]
+    most = max(trained, key=lambda training: training.checkpoint_bytes * training.checkpoints, default=None)
+    saves = f"and {'four' if most and most.checkpoints == 4 else 'three'} checkpoints of the largest stage"
+    console.print(f"disk: up to {size(plan.disk_bytes)}: every model folder and export, {saves}{work}{cache}")
     if plan.tokenized_bytes is not None:
         text = f"at most {size(plan.tokenized_bytes)} of tokenized text, twice that while it is made"
         console.print(f"disk of the cache folder (DECOCT_CACHE): {text}", highlight=False, soft_wrap=True)

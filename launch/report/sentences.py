@@ -5,6 +5,7 @@ from typing import Any
 from ...models.capabilities import percent
 from ...qat.source.plain_source import CastError
 from ...trainer.evaluation.spread import CLEAR
+from ...trainer.loop.standing import best_words
 
 Report = dict[str, Any]
 Row = dict[str, Any]
@@ -69,6 +70,24 @@ def coverage_sentences(report: Report) -> list[str]:
         + (f"; unchanged: {', '.join(seen['left'])}" if seen["left"] else "")
         for row, seen in told
     ]
+
+
+def held_out_sentences(report: Report) -> list[str]:
+    """Return a sentence for each stage that ended early, or whose last evaluation was not the best one."""
+    sentences = []
+    for row in report["stages"]:
+        # rows of earlier versions have none
+        seen = row.get("held_out")
+        if not seen:
+            continue
+        if seen["ended_early"]:
+            sentences.append(
+                f"{row['name']} ended early, after step {seen['last_step']} of {seen['total_steps']}: "
+                f"{seen['evaluations_since_better']} evaluations in a row were not better (early_stopping.patience {seen['patience']})"
+            )
+        if seen["ended_early"] or seen["best_step"] != seen["last_step"]:
+            sentences.append(f"{row['name']}: {best_words(seen)}")
+    return sentences
 
 
 def exactness(export: Row) -> str:

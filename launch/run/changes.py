@@ -69,7 +69,9 @@ def warning_of(entry: "StageEntry", before: Row | None, after: Row, curve: Seque
         for figure in ("kl", "perplexity"):
             seen = [line[f"held_out_{figure}"] for line in curve if line.get(f"held_out_{figure}") is not None]
             if len(seen) > 1:
-                return _worse(entry, figure, seen[0], seen[-1], "rounded weights before and after training, on a part of the held-out text")
+                # the weights that the stage ends with
+                end = min(seen[1:]) if entry.settings.result == "best" else seen[-1]
+                return _worse(entry, figure, seen[0], end, "rounded weights before and after training, on a part of the held-out text")
     return None
 
 

@@ -217,6 +217,7 @@ class ReportRows:
                 "tokens": state.get("tokens"),
                 "seconds": state.get("seconds"),
                 "coverage": state.get("coverage"),
+                "held_out": state.get("held_out"),
                 **seen,
             }
         )

@@ -38,6 +38,8 @@ _PACKAGES = (
     "safetensors",
     "numpy",
     "wandb",
+    "tensorboard",
+    "mlflow-skinny",
     "bitsandbytes",
 )
 
@@ -176,11 +178,16 @@ class StageFolder:
                 raise UserError(f"{folder} is damaged: {problems[0]}; delete the folder and run again to make a new one")
         return True
 
-    def drop_checkpoints(self, keep: int) -> None:
-        """Delete the stage's checkpoints except the newest ``keep``, and its start state, which only an unfinished stage needs."""
+    def drop_checkpoints(self, keep: int, step: int | None = None) -> None:
+        """Delete the stage's checkpoints, and its start state, which only an unfinished stage needs.
+
+        Args:
+            keep: number of checkpoints that stay, the newest ones.
+            step: the step whose checkpoint comes before the newest ones, because the stage's model is made of it.
+        """
         shutil.rmtree(self.path / "start", ignore_errors=True)
         # step numbers have leading zeros, so that names sort as numbers
-        saves = sorted((self.path / "checkpoints").glob("step-*"))
+        saves = sorted((self.path / "checkpoints").glob("step-*"), key=lambda save: (save.name == f"step-{step or 0:08d}", save.name))
         for folder in saves[: len(saves) - keep]:
             shutil.rmtree(folder, ignore_errors=True)
 

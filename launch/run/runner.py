@@ -1,5 +1,6 @@
 """Runs a recipe: opens its inputs, runs its stages, and writes the report at the end."""
 
+import contextlib
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,12 +11,13 @@ from ...models.common.locks import Lock
 from ...models.folder.hub import model_name
 from ...models.settings import CacheSettings, ServedSettings
 from ...models.teachers import TeacherRef
-from ...trainer.loop.loggers import build_loggers, finish_loggers
 from ...trainer.loop.metrics import MetricsSink
 from ...trainer.processes.world import World
 from ...trainer.progress import print_line
 from ...trainer.stages.context import RunContext
 from ...trainer.stages.training import fill_cache
+from ...trainer.trackers.build import build_trackers, finish_trackers
+from ...trainer.trackers.tracker import Tracker
 from ..report.tables import WIDE, terminal_table
 from .changes import learns_from_teacher
 from .kept_split import kept_words, with_split
@@ -52,6 +54,7 @@ class Runner:
             self.console.width = max(self.console.width, WIDE)
         self.session = Session(world, run_dir)
         self._lock: Lock | None = None
+        self._trackers: list[Tracker] = []
 
     def run(self) -> dict[str, Any]:
         """Run every stage and write the report. A failed gate ends the run early: GateFailed is raised after the report is written."""
@@ -60,6 +63,9 @@ class Runner:
         except BaseException as error:
             if self._lock is not None:
                 note_outcome(self.folder.path, error)
+            # what a tracker raises here would hide why the run ended
+            with contextlib.suppress(Exception):
+                self._end_trackers(1)
             raise
         finally:
             self._unlock()
@@ -87,7 +93,7 @@ class Runner:
         # also after a failed gate: the report shows why it failed
         report = self.session.on_first(lambda: self._finish(run, rows, at, time.perf_counter() - started, failed))
         # before the processes leave: a tracker uploads in the background, and ``leave`` waits for no thread
-        finish_loggers(run.metrics.loggers)
+        self._end_trackers(GateFailed.exit_code if failed else 0)
         self.session.close(GateFailed.exit_code if failed else 0)
         if failed:
             after = f". Not run: {', '.join(left)}. Finished stages are kept and skipped when the recipe runs again" if left else ""
@@ -178,8 +184,14 @@ class Runner:
         # one writer per file: the other ranks compute the same curves and log nothing
         if not self.world.is_first:
             return MetricsSink(None)
-        loggers = build_loggers(self.recipe.logger, self.folder.path, name=self.recipe.name, config=self.plain, console=self.console)
-        return MetricsSink(self.folder.metrics, loggers)
+        where = self.folder.path
+        self._trackers = build_trackers(self.recipe.logger, where, name=self.recipe.name, config=self.plain, console=self.console)
+        return MetricsSink(self.folder.metrics, self._trackers)
+
+    def _end_trackers(self, exit_code: int) -> None:
+        # once: a failed gate is raised after the trackers have ended
+        trackers, self._trackers = self._trackers, []
+        finish_trackers(trackers, exit_code=exit_code)
 
     def _teacher(self, inputs: RunInputs) -> TeacherRef | None:
         # the hash of the teacher's files is computed once; the other ranks get it as JSON, so the nested dataclasses are built again here

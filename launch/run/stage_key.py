@@ -50,6 +50,7 @@ def stage_key(
     if "warmup" in chosen and chosen["warmup"] is None:
         # the default's earlier name: keys must not change, so that finished stages stay finished
         chosen["warmup"] = WARMUP
+    watched = _watched(chosen, trainer)
     return sha256_json(
         {
             "name": name,
@@ -61,6 +62,7 @@ def stage_key(
             "teacher": teacher,
             "trainer": {name: getattr(trainer, name) for name in _TRAINER_NUMBERS},
             "seed": seed,
+            **watched,
             # only where there are any, so that the keys of dense models stay those of earlier versions
             **({"sparse": list(sparse)} if sparse else {}),
             # a changed file runs the stages again that use a part of it
@@ -73,3 +75,13 @@ def parts_of(settings: Any) -> list[Part]:
     """The imported parts that a stage uses: itself, its divergence, its callbacks. A data source is in the fingerprint of the text."""
     sections = (settings, getattr(settings, "loss", None), *getattr(settings, "callbacks", ()))
     return [section.part for section in sections if isinstance(section, OwnSettings | OwnLossSettings)]
+
+
+def _watched(chosen: dict[str, Any], trainer: TrainerSettings) -> dict[str, Any]:
+    """Remove ``result`` and ``early_stopping`` from ``chosen`` where they are at their defaults, so that the keys of finished stages stay;
+    else return when the stage is evaluated, which then decides what it ends with."""
+    if chosen.get("result", "last") == "last":
+        chosen.pop("result", None)
+    if chosen.get("early_stopping") is None:
+        chosen.pop("early_stopping", None)
+    return {"evaluate_every": trainer.evaluate_every} if {"result", "early_stopping"} & chosen.keys() else {}

@@ -121,9 +121,9 @@ class StageRunner:
                 **result.facts,
             }
         )
-        # after the state is written: a kill in between costs disk, the other order would cost the training. The last checkpoint of qat
-        # holds what its model folder rounds away
-        folder.drop_checkpoints(keep=1 if entry.kind == "qat" else 0)
+        # after the state is written: a kill in between costs disk, the other order would cost the training. The checkpoint of a qat stage
+        # that its model is made of holds what the model folder rounds away
+        folder.drop_checkpoints(keep=1 if entry.kind == "qat" else 0, step=(result.facts.get("held_out") or {}).get("model_step"))
 
 
 def _teacher_key(teacher: TeacherRef | None) -> str | None:

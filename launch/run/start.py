@@ -27,14 +27,14 @@ def start(
         arguments: What further processes are started with, as arguments of `decoct`; None = those of this process.
         quiet: Print nothing but errors, if the run needs no further process.
     """
-    from ...trainer.loop.loggers import check_logger
     from ...trainer.processes.world import current_world
+    from ...trainer.trackers.build import check_trackers
 
     # before anything that takes time: if the agent is killed meanwhile, this process must go too
     die_with_agent()
     world = current_world()
     where = out or Path("runs") / recipe.name
-    check_logger(recipe.logger)
+    check_trackers(recipe.logger)
     check_workers(recipe.trainer.num_workers)
     # a worker of torchrun with one process is not alone: its agent restarts it, and must not be doubled
     alone = world.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ

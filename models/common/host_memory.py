@@ -1,5 +1,6 @@
-"""The memory of the machine that a process may still take."""
+"""The memory of the machine: what a process may still take, and the most that this one has taken."""
 
+import sys
 from pathlib import Path
 
 _GROUPS = (
@@ -18,6 +19,20 @@ def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgr
     rooms = [_number(proc / "meminfo", "MemAvailable:", 1024)]
     rooms += [_room(*(groups / name for name in names)) for names in _GROUPS]
     return min((room for room in rooms if room is not None), default=None)
+
+
+def peak_bytes(proc: Path = Path("/proc")) -> int | None:
+    """The most memory that this process has held so far; None if the system does not report it."""
+    # VmHWM, since the figure of getrusage includes that of the parent on Linux
+    seen = _number(proc / "self" / "status", "VmHWM:", 1024)
+    if seen is not None:
+        return seen
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    # bytes on macOS, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _room(limit: Path, used: Path, stat: Path) -> int | None:

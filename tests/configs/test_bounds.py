@@ -14,6 +14,7 @@ from decoct.qat.scheme import SpecChange
 from decoct.trainer.settings import DataSettings
 from decoct.trainer.settings_generation import GenerateSettings
 from decoct.trainer.settings_pruning import MagnitudeSettings, PruneSettings, StructuredSettings
+from decoct.trainer.settings_watching import EarlyStoppingSettings
 from decoct.trainer.stages.registry import STAGE_KINDS
 
 LEAST: dict[type, dict[str, Any]] = {
@@ -25,6 +26,7 @@ LEAST: dict[type, dict[str, Any]] = {
     KeepSettings: {"layers": 2},
     StructuredSettings: {"ffn": 8},
     MagnitudeSettings: {"keep": 0.5},
+    EarlyStoppingSettings: {"patience": 1},
     PruneSettings: {"structured": StructuredSettings(ffn=8)},
     SpecChange: {"kind": "int"},
 }

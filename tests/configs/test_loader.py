@@ -51,7 +51,7 @@ def test_every_kind_of_value_means_what_its_key_says(load: Callable[..., Recipe]
     assert recipe.data.files == ("a.txt", "b*.jsonl")
     assert (recipe.data.seq_length, recipe.data.text_field) == (1024, "1k")
     assert recipe.trainer.precision == "32"
-    assert recipe.logger == LoggerSettings(kind="wandb")
+    assert recipe.logger == LoggerSettings(kind=("wandb",))
     assert [(entry.index, entry.kind, entry.name, entry.label) for entry in recipe.stages] == [
         (0, "distill", "01-first", "first"),
         (1, "qat", "02-qat", "qat"),

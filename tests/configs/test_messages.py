@@ -19,7 +19,7 @@ NO_TEACHER = "student: {path: a/student}\ndata: {builtin: python-stdlib}\n"
 STAGES = "stages:\n  - distill: {tokens: 1M}\n"
 STAGE_KEYS = (
     "name, tokens, steps, learning_rate, warmup, schedule, final_learning_rate, weight_decay, betas, loss, teacher, "
-    "checkpoint_every, callbacks"
+    "checkpoint_every, result, early_stopping, callbacks"
 )
 TOP_KEYS = "name, seed, import, teacher, student, data, stages, trainer, logger"
 KINDS = "pretrain, distill, prune, qat, quantize, export, evaluate"
@@ -253,7 +253,38 @@ BROKEN = {
     ),
     "unknown logger": (
         HEAD + STAGES + "logger: wanbd\n",
-        "my.yaml:6: logger.kind: must be 'wandb', 'csv' or 'none'; got 'wanbd', did you mean 'wandb'?",
+        "my.yaml:6: logger.kind: must be 'wandb', 'tensorboard', 'mlflow', 'csv' or 'none'; got 'wanbd', did you mean 'wandb'?",
+    ),
+    "unknown logger of several": (
+        HEAD + STAGES + "logger: [wandb, tensorbord]\n",
+        "my.yaml:6: logger.kind.1: must be 'wandb', 'tensorboard', 'mlflow', 'csv' or 'none'; got 'tensorbord', did you mean "
+        "'tensorboard'?",
+    ),
+    "a logger twice": (
+        HEAD + STAGES + "logger: [csv, csv]\n",
+        "my.yaml:6: logger.kind: kind=['csv', 'csv'] names csv twice",
+    ),
+    "no logger beside one": (
+        HEAD + STAGES + "logger:\n  kind: [none, csv]\n",
+        "my.yaml:7: logger.kind: kind=['none', 'csv'] names none beside others; leave none out",
+    ),
+    "no logger at all": (
+        HEAD + STAGES + "logger: []\n",
+        "my.yaml:6: logger.kind: kind=[] names no logger; name one or more, or none",
+    ),
+    "the best weights without evaluations": (
+        HEAD + "stages:\n  - distill: {tokens: 1M, result: best}\ntrainer: {evaluate_every: 0}\n",
+        "my.yaml:5: stages.0.distill.result: needs evaluations during the stage, and trainer.evaluate_every is 0; set it to auto or a "
+        "number of steps, or remove the key",
+    ),
+    "an early end of a stage without steps": (
+        HEAD + "stages:\n  - prune: {structured: {ffn: 64}, early_stopping: {patience: 2}}\n",
+        "my.yaml:5: stages.0.prune.early_stopping: has no effect on a stage that takes no steps; give tokens or steps, or remove the key",
+    ),
+    "patience of another tool": (
+        HEAD + "stages:\n  - distill: {tokens: 1M, early_stopping_patience: 3}\n",
+        "my.yaml:5: stages.0.distill.early_stopping_patience: unknown key: it is 'early_stopping' of a stage that trains: {patience: 3, "
+        f"min_change: 1%}}, patience in evaluations; valid here: {STAGE_KEYS}",
     ),
     "unsafe name of the run": (
         "name: runs/x\n" + HEAD + STAGES,
@@ -305,6 +336,8 @@ BROKEN |= {
 
 
 SEVERAL_KEYS = {
+    "a logger twice", "no logger beside one", "no logger at all", "the best weights without evaluations",
+    "an early end of a stage without steps",
     "duplicate key", "duplicate section", "stage name given twice", "both tokens and steps",
     "neither tokens nor steps", "distill without a teacher", "a cache for a divergence that needs everything", "a cache that nobody reads",
     "teacher: recipe without one", "student cut from no teacher", "gate without a teacher", "setting that pretrain ignores",
@@ -333,7 +366,7 @@ def test_broken_recipe_is_refused_with_place_key_and_remedy(case: str, message: 
 def test_all_problems_of_a_file_are_told_at_once(message: Callable[..., str]) -> None:
     text = HEAD.replace("seq_length: 256", "seq_lenght: 256") + (
         "stages:\n  - distill: {tokens: 1m, warmup: 5, learning_rate: fast}\n  - qat: {weights: {bits: 9}}\n  - expotr\n"
-        "trainer: {devices: yes, precision: 16}\nlogger: tensorboard\n"
+        "trainer: {devices: yes, precision: 16}\nlogger: tensorbord\n"
     )
     lines = message(text).splitlines()
     assert lines[0] == "my.yaml has 9 problems:"

@@ -41,7 +41,7 @@ def test_values_are_read_like_those_of_the_file(load: Callable[..., Recipe]) -> 
     assert recipe.student.keep.layers == 6
     assert recipe.teacher is not None
     assert recipe.teacher.revision == "null"
-    assert (recipe.logger.kind, recipe.logger.project) == ("wandb", "mine")
+    assert (recipe.logger.kind, recipe.logger.project) == (("wandb",), "mine")
     assert recipe.stages[0].settings.betas == (0.8, 0.99)
 
 
@@ -118,9 +118,16 @@ def test_an_override_that_means_nothing_is_refused(override: str, expected: str,
     assert message(TEXT, [override]).startswith(f"override '{override}'{expected}")
 
 
+def test_several_loggers_are_a_list(load: Callable[..., Recipe]) -> None:
+    assert load(TEXT, ["logger=[wandb,tensorboard]"]).logger.kind == ("wandb", "tensorboard")
+    listed = load(TEXT.replace("logger: wandb", "logger: [wandb, csv]"), ["logger.project=mine"])
+    assert (listed.logger.kind, listed.logger.project) == (("wandb", "csv"), "mine")
+    assert load(TEXT, ["logger.kind=csv"]).logger.kind == ("csv",)
+
+
 def test_a_mapping_is_written_in_braces(load: Callable[..., Recipe]) -> None:
     recipe = load(TEXT, ["logger={kind: wandb, project: mine}", "student={keep: {layers: 6}}"])
-    assert (recipe.logger.kind, recipe.logger.project) == ("wandb", "mine")
+    assert (recipe.logger.kind, recipe.logger.project) == (("wandb",), "mine")
     assert recipe.student.keep is not None
     assert recipe.student.keep.layers == 6
 

@@ -120,7 +120,7 @@ def test_quickstart_goes_through_every_step() -> None:
     assert recipe.stages[2].name == "03-recover"
     assert isinstance(recipe.stages[0].settings, DistillSettings)
     assert recipe.data.builtin == "python-stdlib"
-    assert (recipe.trainer.precision, recipe.logger.kind) == ("32", "none")
+    assert (recipe.trainer.precision, recipe.logger.kind) == ("32", ("none",))
     quant = recipe.stages[4].settings.weights
     assert (quant.bits, quant.group_size) == (4, 64)
     magnitude = recipe.stages[3].settings

@@ -35,6 +35,7 @@ from decoct.trainer.plan import BatchPlan
 from decoct.trainer.processes.world import current_world
 from decoct.trainer.settings_pruning import MagnitudeSettings
 from decoct.trainer.settings_quantization import QatSettings
+from decoct.trainer.settings_watching import EarlyStoppingSettings
 
 VOCAB = 96
 SEQ = 16
@@ -174,6 +175,11 @@ class Case:
     hidden: int = 32
     watch: int = 0
     """Optimizer steps between evaluations on held-out windows; 0 = never."""
+    result: str = "last"
+    patience: int = 0
+    """Evaluations without a better figure that end the stage; 0 = never."""
+    change: float = 0.0
+    warmup: float = 0.05
 
     def held_out(self, objective: Any) -> HeldOut | None:
         """Three windows that are never trained on."""
@@ -181,7 +187,13 @@ class Case:
             return None
         text = RandomWindows(9, seed=77)
         watch = derive_watch(
-            self.watch, total_steps=self.steps, step_windows=self.windows, seq_length=SEQ, available=len(text), ranks=self.ranks
+            self.watch,
+            total_steps=self.steps,
+            step_windows=self.windows,
+            seq_length=SEQ,
+            available=len(text),
+            ranks=self.ranks,
+            decides=self.result == "best" or self.patience > 0,
         )
         return HeldOut(text, watch, objective.teacher, VOCAB) if watch else None
 
@@ -201,6 +213,9 @@ class Case:
             compile=bool(self.compile),
             optimizer=self.optimizer,  # pyright: ignore[reportArgumentType]
             scale_learning_rate=self.rate / 30 if self.kind in QUANTIZED else None,
+            warmup=self.warmup,
+            result=self.result,  # pyright: ignore[reportArgumentType]
+            early_stopping=EarlyStoppingSettings(patience=self.patience, min_change=self.change) if self.patience else None,
         )
 
     def student(self) -> LlamaForCausalLM:

@@ -9,9 +9,9 @@
                               manifest.json                  size and sha256 of every file above
 
 Any number of ranks may have written it under any strategy, and any other number may read it: a rank puts together a tensor, or the rows
-that it needs, from the pieces. Two checkpoints are kept, and the older one is removed only after the newer one is complete on disk. A
-damaged folder is set aside, and the one before it is used. No checkpoint holds the teacher, and nothing is pickled. ``write.py`` writes
-them.
+that it needs, from the pieces. Two checkpoints are kept, and those that they name as the best of the stage; an older one is removed only
+after the newer one is complete on disk. A damaged folder is set aside, and the one before it is used. No checkpoint holds the teacher, and
+nothing is pickled. ``write.py`` writes them.
 """
 
 import json
@@ -58,6 +58,10 @@ class TrainingState:
     """Number of ranks that wrote it."""
     plan: dict[str, Any]
     """``TrainingPlan.identity()``; a stage with another plan must not continue from it."""
+    best: int | None = None
+    """Step of the checkpoint with the best weights so far, which is kept beside the newest ones; None = none is asked for."""
+    standing: dict[str, Any] | None = None
+    """The evaluations so far (``Standing.plain``); None = none counted yet."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,15 @@ def find_newest_verified(folder: Path) -> tuple[Checkpoint | None, list[tuple[Pa
     return None, damaged
 
 
+def fault_of(folder: Path, step: int) -> str:
+    """What is wrong with the checkpoint of ``step``; '' if it verifies."""
+    try:
+        _verify(step_folder(folder, step))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
 def set_aside(path: Path) -> Path:
     """Renames a damaged checkpoint, so that its step can be saved again; the next successful save removes it."""
     # outside the pattern step-*, so that neither a resume nor the count of kept checkpoints sees it
@@ -164,9 +177,20 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def drop_old(folder: Path) -> None:
-    """Removes all but the newest ``KEPT`` checkpoints, and those that were set aside."""
-    for old in [*step_folders(folder)[KEPT:], *folder.glob("damaged-step-*")]:
+    """Removes all checkpoints but the newest ``KEPT`` and the best ones that these name, and those that were set aside."""
+    found = step_folders(folder)
+    named = {step_folder(folder, best) for path in found[:KEPT] if (best := _best_of(path)) is not None}
+    for old in [*(path for path in found[KEPT:] if path not in named), *folder.glob("damaged-step-*")]:
         remove(old)
+
+
+def _best_of(path: Path) -> int | None:
+    """The step that a checkpoint names as the best; None if it names none, or cannot be read."""
+    try:
+        best = json.loads((path / STATE).read_text()).get("best")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return best if type(best) is int else None
 
 
 def remove(path: Path) -> None:

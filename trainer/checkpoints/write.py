@@ -28,7 +28,7 @@ Groups = Mapping[str, Mapping[str, Tensor | Rows]]
 def save_checkpoint(
     folder: Path, state: TrainingState, groups: Groups, generators: bytes, world: World, *, before: Callable[[], None] | None = None
 ) -> Path:
-    """Writes ``folder/step-XXXXXXXX`` completely or not at all, then removes all but the newest two. All ranks must call it.
+    """Writes ``folder/step-XXXXXXXX`` completely or not at all, then removes the ones that are not kept. All ranks must call it.
 
     Args:
         folder: Folder of the stage's checkpoints.

@@ -1,8 +1,8 @@
 """Lightning callback of a stage: restores before the first step; runs hooks, metrics, progress and checkpoints after each step."""
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,20 @@ import lightning.pytorch as pl
 import torch
 
 from ...models.common.errors import UserError
+from ...models.common.host_memory import peak_bytes
 from ..checkpoints.read import Checkpoint, TrainingState
 from ..checkpoints.write import save_checkpoint
 from ..plan import TrainingPlan, derive_seed
-from ..processes.world import World
+from ..processes.world import World, value_of_first
 from ..progress import Progress
 from .checkpoint_tensors import restore, state_groups
 from .held_out import HeldOut, held_out_text
+from .hooks import Shaping
 from .metrics import MetricsSink
 from .module import StepRecord, TrainingModule
+from .resuming import Say, best_checkpoint
 from .rng import capture_generators, restore_generators, seed_generators
-
-Say = Callable[[str], None]
+from .standing import Standing, ending_words, ends_early, figure_of, judged, standing_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,8 @@ class StageLoop:
     say: Say
     held_out: HeldOut | None = None
     """Evaluates the student during training; None = no evaluation."""
+    windows: int = 0
+    """Training windows of the text, for the share of it that was seen; 0 = unknown."""
 
 
 class LoopCallback(pl.Callback):
@@ -50,8 +54,17 @@ class LoopCallback(pl.Callback):
         self.saved_step = checkpoint.state.step if checkpoint else 0
         self.stopped_by: int | None = None
         self.last: Mapping[str, float | int | None] = {}
+        self.standing = standing_from(checkpoint.state.standing) if checkpoint else None
+        self.model_step = self.saved_step
+        """The step whose weights the student has at the end."""
+        self._before: Standing | None = None
         self._seconds_before = checkpoint.state.seconds if checkpoint else 0.0
         self._begun = self._step_begun = time.perf_counter()
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether evaluations have ended the stage before its last step."""
+        return self.standing is not None and self.standing.ended
 
     @property
     def seconds(self) -> float:
@@ -70,6 +83,9 @@ class LoopCallback(pl.Callback):
         # last, so that nothing in the set-up before can draw from them
         self._set_generators(pl_module.device)
         pl_module.signals.install()
+        if pl_module.device.type == "cuda":
+            # the peak in the metrics is that of this stage
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._begun = self._step_begun = time.perf_counter()
         loop.progress.start(loop.stage, loop.plan.total_steps, pl_module.steps_done)
         if loop.held_out is not None and self.checkpoint is None:
@@ -94,19 +110,30 @@ class LoopCallback(pl.Callback):
         due = held_out is not None and held_out.due(record.step, plan.total_steps)
         # the line of metrics comes before the checkpoint: a crash in between leaves a line too many, and the next start drops it
         # (``rewind``)
-        self._log(record, speed, self._evaluate(trainer, pl_module, record.step) if due else {})
+        seen = self._evaluate(trainer, pl_module, record.step) if due else {}
+        best = due and self._judge(pl_module, record, seen)
+        self._log(pl_module, record, speed, {**seen, **(self._decided() if due else {})})
         self.stopped_by = record.stop
-        # saving is collective. Every rank comes here: the step is the same everywhere, and ``stop`` was summed over ranks with the losses
-        if record.step == plan.total_steps or record.step % plan.checkpoint_every == 0 or record.stop is not None:
+        ends = record.stop is not None or self.ended_early
+        # saving is collective. Every rank comes here: the step is the same everywhere, ``stop`` was summed over ranks with the losses, and
+        # the first rank has judged for all
+        if record.step == plan.total_steps or record.step % plan.checkpoint_every == 0 or ends or (best and plan.result == "best"):
             self._save(pl_module, trainer.optimizers[0], record.step)
             # the time of a save is no part of the next step's speed
             self._step_begun = time.perf_counter()
-        if record.stop is not None:
+        if ends:
             # Lightning leaves its loop after this micro-batch, which ended a step: nothing of a half accumulated step is lost
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when the loop has ended without an exception."""
+        """Called when the loop has ended without an exception; puts the best weights into the student if the stage ends with them."""
+        assert isinstance(pl_module, TrainingModule)
+        self.model_step = pl_module.steps_done
+        loop = self.loop
+        # here and not after the loop: each rank still holds its part of the student on its own device
+        if self.stopped_by is None and (best := best_checkpoint(loop.folder, loop.plan, self.standing, loop.world, loop.stage, loop.say)):
+            restore(best, pl_module.student, pl_module.views, trainer.optimizers[0], pl_module.hooks)
+            self.model_step = best.state.step
         self._end(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -139,10 +166,45 @@ class LoopCallback(pl.Callback):
             self.loop.say(f"{self.loop.stage}  step {step}/{self.loop.plan.total_steps}  {text}")
         return figures
 
-    def _log(self, record: StepRecord, speed: float, held_out: Mapping[str, float | None]) -> None:
+    def _judge(self, module: TrainingModule, record: StepRecord, seen: Mapping[str, float | None]) -> bool:
+        """Counts an evaluation; returns whether it is the best so far. The first rank decides for all."""
+        loop, plan = self.loop, self.loop.plan
+        assert loop.held_out is not None
+        # functions of the step alone. While the rate rises, or before the student has the form that the stage promises (its sparsity, its
+        # bits), an evaluation measures something else than the result
+        if record.step <= plan.warmup_steps or not all(hook.reached(record.step) for hook in module.hooks if isinstance(hook, Shaping)):
+            return False
+        figure, rule = loop.held_out.figure, plan.early_stopping
+        self._before = self.standing
+        after = judged(self.standing, record.step, figure, figure_of(figure, seen), rule.min_change if rule else 0.0)
+        # sums over ranks could differ in the last bit, and ranks that decide for themselves would wait for each other for ever
+        best = after is not None and after.best_step == record.step
+        verdict = value_of_first(best + 2 * ends_early(after, plan))
+        if after is not None and verdict & 2:
+            after = replace(after, ended=True)
+            loop.say(f"{loop.stage} {ending_words(after, plan, record.values['learning_rate'] or 0.0)}")
+        self.standing = after
+        return bool(verdict & 1)
+
+    def _decided(self) -> dict[str, float | None]:
+        """Numbers that tell why a stage ends early, or does not yet."""
+        if self.standing is None or self.loop.plan.early_stopping is None:
+            return {}
+        return {"evaluations_since_better": self.standing.since, **({"ended_early": 1} if self.standing.ended else {})}
+
+    def _log(self, module: TrainingModule, record: StepRecord, speed: float, held_out: Mapping[str, float | None]) -> None:
         self.tokens += record.input_tokens
         self._step_begun = time.perf_counter()
-        self.last = {"tokens": self.tokens, **record.values, **held_out, "tokens_per_second": speed, "seconds": self.seconds}
+        plan, device = self.loop.plan, module.device
+        self.last = {
+            "tokens": self.tokens,
+            **record.values,
+            **held_out,
+            "tokens_per_second": speed,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes(),
+            "data_epochs": record.step * plan.batch.global_windows / self.loop.windows if self.loop.windows else None,
+            "seconds": self.seconds,
+        }
         self.loop.metrics.write(self.loop.stage, record.step, self.last)
         self.loop.progress.update(record.step, record.values["loss"], record.input_tokens)
 
@@ -157,6 +219,8 @@ class LoopCallback(pl.Callback):
             seconds=self.seconds,
             world=loop.world.size,
             plan=loop.plan.identity(),
+            best=self.standing.best_step if self.standing and loop.plan.result == "best" else None,
+            standing=self.standing.plain() if self.standing else None,
         )
         try:
             groups = state_groups(module.student, module.views, optimizer, module.hooks)
@@ -168,11 +232,14 @@ class LoopCallback(pl.Callback):
 
     def _save_failed(self, step: int, problem: str) -> None:
         # without this checkpoint the process would end and lose the steps since the one before
-        if step == self.loop.plan.total_steps or self.stopped_by is not None:
+        if step == self.loop.plan.total_steps or self.stopped_by is not None or self.ended_early:
             raise UserError(
                 f"the checkpoint of step {step} could not be written: {problem}. Earlier checkpoints are unchanged "
                 f"(the newest is of step {self.saved_step}). Make room and run again: training continues there."
             )
+        if self.loop.plan.result == "best" and self.standing is not None and self.standing.best_step == step:
+            # what is the best must be on the disk; patience goes on as after a better evaluation
+            self.standing = None if self._before is None else replace(self._before, last_step=step, last=self.standing.last, since=0)
         self.loop.say(
             f"{self.loop.stage}: the checkpoint of step {step} could not be written ({problem}); training goes on, "
             "and earlier checkpoints are kept"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...losses.settings import LossSettings
+from ...losses.shift import MASKED
 from ...models.eval_mode import eval_mode
 from ...models.teachers import Teacher
 from ..data.windows import WindowSource
@@ -54,7 +55,14 @@ class Watch:
 
 
 def derive_watch(
-    every: int | Literal["auto"], *, total_steps: int, step_windows: int, seq_length: int, available: int, ranks: int
+    every: int | Literal["auto"],
+    *,
+    total_steps: int,
+    step_windows: int,
+    seq_length: int,
+    available: int,
+    ranks: int,
+    decides: bool = False,
 ) -> Watch | None:
     """Derives when a stage is evaluated and on how many windows; None = never (``every`` is 0, the stage is too short, or no text).
 
@@ -65,20 +73,23 @@ def derive_watch(
         seq_length: Tokens per window.
         available: Number of held-out windows.
         ranks: Processes that share the work, each with the same number of windows.
+        decides: The evaluations decide what the stage ends with. Then they are the same for any number of ranks, and a stage that is too
+            short for ``auto`` is evaluated too.
     """
     if every == 0 or not available:
         return None
     budget = int(SHARE * total_steps * step_windows)
     if every == "auto":
         # one window before the first step and one after the last are the least that shows a difference
-        if budget < 2:
+        if budget < 2 and not decides:
             return None
-        every = -(-total_steps // min(EVALUATIONS, budget - 1, total_steps))
+        most = EVALUATIONS if decides else min(EVALUATIONS, budget - 1)
+        every = -(-total_steps // min(most, total_steps))
     evaluations = -(-total_steps // every) + 1
     # at least one, even if that is above the budget, because ``every`` is the user's explicit choice
     windows = max(1, min(budget // evaluations, MOST_TOKENS // seq_length, available))
     # a multiple of the ranks, so that each has the same number
-    return Watch(every=every, windows=windows if windows < ranks else windows // ranks * ranks)
+    return Watch(every=every, windows=windows if windows < ranks or decides else windows // ranks * ranks)
 
 
 class HeldOut:
@@ -99,6 +110,11 @@ class HeldOut:
         # hard_weight decides what runs: 1 leaves the teacher out, 0 measures the KL; the cross-entropy is summed in both cases
         dense = None if isinstance(teacher, SparseTeacher) else teacher
         self._objective: Objectivelike = Objective(dense, LossSettings(hard_weight=1.0 if dense is None else 0.0), v_eff=v_eff)
+
+    @property
+    def figure(self) -> str:
+        """The figure that tells which evaluation is better: kl, or loss where no KL is measured."""
+        return "kl" if self._objective.has_teacher else "loss"
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether the student is evaluated after ``step``."""
@@ -140,11 +156,21 @@ class HeldOut:
         """This rank's micro-batches: as many as on every other rank, because the ranks of a sharded student compute together."""
         # with fewer windows than ranks every rank takes all of them, which gives the same means
         alone = len(self._chosen) < world.size
-        mine = self._chosen if alone else self._chosen[world.rank :: world.size]
+        mine: list[int | None] = list(self._chosen if alone else self._chosen[world.rank :: world.size])
+        if not alone:
+            # a rank with one window fewer than the first takes an empty one, which counts no token
+            mine += [None] * (-(-len(self._chosen) // world.size) - len(mine))
         size = module.plan.batch.micro_batch
         for first in range(0, len(mine), size):
-            rows = [self._text[index] for index in mine[first : first + size]]
+            rows = [self._row(index) for index in mine[first : first + size]]
             yield {key: torch.stack([row[key] for row in rows]).to(module.device) for key in rows[0]}
+
+    def _row(self, index: int | None) -> dict[str, Tensor]:
+        """A window; None = one without a token to predict."""
+        if index is not None:
+            return self._text[index]
+        row = self._text[self._chosen[0]]
+        return {**row, "labels": torch.full_like(row["labels"], MASKED)}
 
 
 def held_out_text(values: dict[str, float | None]) -> str:

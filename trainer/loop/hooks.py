@@ -5,7 +5,7 @@ after it. Its state is saved in every checkpoint; everything else that it uses m
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,15 @@ class StepHook(Protocol):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of ``state``, rows as plain tensors; called after ``on_start`` when a run is resumed."""
+        ...
+
+
+@runtime_checkable
+class Shaping(Protocol):
+    """A hook that leads the student to another form along a schedule: fewer weights, fewer bits."""
+
+    def reached(self, step: int) -> bool:
+        """Whether the student after ``step`` has the form that the stage promises; a function of the step alone."""
         ...
 
 
@@ -157,6 +166,10 @@ class MaskHook(KeepZeros):
             if self._tell is not None:
                 self._tell(step, keep)
         self._apply()
+
+    def reached(self, step: int) -> bool:
+        """Whether the masks after ``step`` are as small as they get."""
+        return self.keep_at(step) <= self._settings.keep
 
     def _shrink(self, keep: float) -> None:
         """Chooses new masks on whole matrices, gathering one at a time, so that the choice does not depend on the sharding."""

@@ -1,4 +1,4 @@
-"""MetricsSink writes one JSON line per optimizer step to ``metrics.jsonl``, the record of a run, and the same numbers to loggers."""
+"""MetricsSink writes one JSON line per optimizer step to ``metrics.jsonl``, the record of a run, and the same numbers to trackers."""
 
 import json
 import os
@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...models.common.files import append_line, write_text_atomic
-from .loggers import TOKENS, finish_loggers
+from ..trackers.names import STAGE, STEP, TOKENS, before, stage_number, tracked
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
+
+    from ..trackers.tracker import Tracker
 
 Number = int | float | None
 
@@ -20,25 +22,43 @@ class MetricsSink:
 
     Args:
         path: ``metrics.jsonl`` of the run, with the lines of all stages. None (ranks other than 0) writes nothing.
-        loggers: Lightning loggers. They get ``<stage>/<name>`` at the stage's own step, and its tokens also as ``tokens``, the x-axis.
+        trackers: They get the numbers under the names of ``trackers.names``, with steps and tokens counted over all stages.
     """
 
-    def __init__(self, path: Path | None, loggers: Sequence["Logger"] = ()) -> None:
+    def __init__(self, path: Path | None, trackers: Sequence["Tracker"] = ()) -> None:
         self.path = path
-        self.loggers = list(loggers) if path is not None else []
+        self.trackers = list(trackers) if path is not None else []
+        self._before: dict[str, tuple[int, int]] = {}
 
     def write(self, stage: str, step: int, values: Mapping[str, Number]) -> None:
-        """Appends ``{stage, step, **values}``; loggers get the values that are not None."""
+        """Appends ``{stage, step, **values}``; trackers get the values that are not None."""
         if self.path is None:
             return
         # one write per line, not synced: a killed process loses nothing, and a power failure at most what the next rewind would drop anyway
         append_line(self.path, {"stage": stage, "step": step, **values})
-        # trackers have no null: values that are None stay in the file only
-        numbers = {f"{stage}/{name}": float(value) for name, value in values.items() if value is not None}
-        if (tokens := values.get(TOKENS)) is not None:
-            numbers[TOKENS] = float(tokens)
-        for logger in self.loggers:
-            logger.log_metrics(numbers, step=step)
+        if not self.trackers:
+            return
+        steps, tokens = self._offsets(stage)
+        numbers = {**tracked(values), STEP: float(steps + step)}
+        if (own := values.get(TOKENS)) is not None:
+            numbers[TOKENS] = float(tokens + own)
+        if (number := stage_number(stage)) is not None:
+            numbers[STAGE] = float(number)
+        for tracker in self.trackers:
+            tracker.log(numbers, steps + step)
+
+    @property
+    def loggers(self) -> list["Logger"]:
+        """Lightning's loggers of the trackers."""
+        return [tracker.logger for tracker in self.trackers]
+
+    def _offsets(self, stage: str) -> tuple[int, int]:
+        """(steps, tokens) of the stages before, which no longer change while this one trains."""
+        if stage not in self._before:
+            assert self.path is not None
+            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+            self._before[stage] = before(stage, [row for line in lines if (row := read_row(line)) is not None])
+        return self._before[stage]
 
     def rewind(self, stage: str, step: int) -> None:
         """Removes a stage's lines after ``step``, which a resumed run writes again, and incomplete lines."""
@@ -55,10 +75,6 @@ class MetricsSink:
         if self.path is not None and self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
-
-    def close(self) -> None:
-        """Ends the loggers' runs."""
-        finish_loggers(self.loggers)
 
 
 def read_row(line: str) -> dict[str, Any] | None:

@@ -124,6 +124,11 @@ class QatSchedule:
             elif after.bits != before.bits:
                 _change_bits(module, self._bits(module, before), self._bits(module, after))
 
+    def reached(self, step: int) -> bool:
+        """Whether the student after ``step`` rounds to the bits of the result."""
+        phase = self.phase_of(min(step + 1, self._total))
+        return phase.mode != "off" and phase.bits == self._settings.weights.bits
+
     def forget_seen(self) -> None:
         """Drops ranges seen since the last step: they come from held-out text."""
         for ranges in self._followed:

@@ -1,5 +1,6 @@
 """Inputs and results of a stage. Stages do not depend on recipes, on the order of a run or on the command line."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,9 +91,15 @@ class Trained:
     seconds: float
     facts: dict[str, Any] = field(default_factory=dict)
     """Facts that the stage adds to decoct.json."""
+    held_out: Mapping[str, Any] | None = None
+    """What the evaluations during the stage say (``trainer.loop.standing.facts``); None without one that counts."""
     # frozen, so all may share one default
     rounders: StudentRounders = StudentRounders()
     """Hooks whose ranges are stored in the quantized folder."""
+
+    def watched(self) -> dict[str, Any]:
+        """``held_out`` as facts of the stage's record; empty where there is none."""
+        return {"held_out": dict(self.held_out)} if self.held_out else {}
 
 
 @dataclass
@@ -105,3 +112,4 @@ class StageResult:
     seconds: float = 0.0
     exports: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    """Facts for the stage's own record and the report."""

@@ -127,7 +127,7 @@ def finish(settings: QatSettings, context: StageContext, trained: Trained | None
     fold(trained.student, state)
     save_quantized(trained.student, state, context, trained.facts)
     covered = coverage_facts(context, "quantized", state.modules)
-    return StageResult(model=context.model, tokens=trained.tokens, seconds=trained.seconds, facts=covered)
+    return StageResult(model=context.model, tokens=trained.tokens, seconds=trained.seconds, facts={**covered, **trained.watched()})
 
 
 def _hold_codes(settings: QatSettings, student: OpenStudent, context: StageContext) -> tuple[str, ...]:

@@ -38,4 +38,4 @@ def save_student(model: "PreTrainedModel", context: StageContext, facts: dict[st
 def save_trained(trained: Trained, context: StageContext) -> StageResult:
     """Write the student of a training stage as a model folder."""
     save_student(trained.student, context, trained.facts)
-    return StageResult(model=context.model, tokens=trained.tokens, seconds=trained.seconds)
+    return StageResult(model=context.model, tokens=trained.tokens, seconds=trained.seconds, facts=trained.watched())

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from ...models.common.errors import UserError
 from ...models.dimensions import hidden_size
 from ...models.teachers import Teacher
 from ..loop.fit import fit
@@ -100,7 +101,7 @@ def fit_student(
         weights=student.weights,
         held_out=held_out,
     )
-    return Trained(student=result.student, tokens=result.tokens, seconds=result.seconds)
+    return Trained(student=result.student, tokens=result.tokens, seconds=result.seconds, held_out=result.held_out)
 
 
 def _announce(context: TrainingContext, plan: TrainingPlan, teacher: Teacher | SparseTeacher | None) -> None:
@@ -120,6 +121,7 @@ def _announce(context: TrainingContext, plan: TrainingPlan, teacher: Teacher | S
 def _held_out(context: TrainingContext, plan: TrainingPlan, teacher: Teacher | SparseTeacher | None) -> HeldOut | None:
     """Held-out windows for evaluation during training; None when ``trainer.evaluate_every`` turns it off."""
     text = context.run.data.evaluation
+    selects = plan.result == "best" or plan.early_stopping is not None
     watch = derive_watch(
         context.run.trainer.evaluate_every,
         total_steps=plan.total_steps,
@@ -128,14 +130,32 @@ def _held_out(context: TrainingContext, plan: TrainingPlan, teacher: Teacher | S
         # each rank computes the same plan from the same numbers, so all evaluate at the same steps
         available=len(text),
         ranks=current_world().size,
+        decides=selects,
     )
     if watch is None:
+        if selects:
+            # a recipe is refused before any work; this is for those who call the stage from Python
+            raise UserError(f"{context.name}: result: best and early_stopping need evaluations, and trainer.evaluate_every is 0")
         return None
     plural = "s" if watch.every > 1 else ""
     context.say(
         f"  evaluated every {watch.every} step{plural} on {watch.windows * text.seq_length:,} held-out tokens (trainer.evaluate_every)"
     )
-    return HeldOut(text, watch, teacher, context.run.v_eff)
+    held_out = HeldOut(text, watch, teacher, context.run.v_eff)
+    if selects:
+        context.say(f"  {_selecting_words(plan, held_out.figure)}")
+    return held_out
+
+
+def _selecting_words(plan: TrainingPlan, figure: str) -> str:
+    """What the evaluations decide, for the output."""
+    what = f"lowest held-out {'KL' if figure == 'kl' else 'loss'}"
+    parts = [f"ends with the weights of the {what} (result: best)"] if plan.result == "best" else []
+    if rule := plan.early_stopping:
+        by = f" by at least {rule.min_change:.3g} of it" if rule.min_change else ""
+        plural = "s" if rule.patience > 1 else ""
+        parts.append(f"ends early after {rule.patience} evaluation{plural} in a row that do not lower the {what}{by} (early_stopping)")
+    return "; ".join(parts)
 
 
 def _options(plan: TrainingPlan) -> str:

@@ -196,6 +196,16 @@ def test_sizes_on_disk_are_within_a_hundredth(tiny: dict[str, Any], run: Any, tm
     assert made["05-qat"].training.checkpoint_bytes == pytest.approx(size, rel=0.1), "small files carry headers and generators"
 
 
+def test_the_best_checkpoint_counts_on_the_disk() -> None:
+    plain = plan(load_recipe("smollm2-1.7b-1b-24gb"))
+    asked = plan(load_recipe("smollm2-1.7b-1b-24gb", ["stages.0.result=best"]))
+    trained = [stage.training for stage in asked.stages if stage.training]
+    assert trained[0].checkpoints == 4
+    largest = max(training.checkpoint_bytes * training.checkpoints for training in trained)
+    before = max(stage.training.checkpoint_bytes for stage in plain.stages if stage.training)
+    assert asked.disk_bytes - plain.disk_bytes == largest - 3 * before > 0
+
+
 def test_a_cache_counts_by_its_rows_and_the_tokens_of_stages_that_read_it() -> None:
     plain = load_recipe("smollm2-1.7b-1b-24gb")
     cached = load_recipe("smollm2-1.7b-1b-24gb", ["teacher.cache=sampled"])

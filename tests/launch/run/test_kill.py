@@ -22,9 +22,10 @@ TRAINING = ("01-distill", "02-prune", "03-qat")
 
 def recipe(tiny: dict[str, Any], name: str) -> dict[str, Any]:
     stages = [
-        {"distill": {"steps": 60, "checkpoint_every": 5}},
+        # the best weights, and a patience that runs out in no start: both are decided from what the checkpoints hold
+        {"distill": {"steps": 60, "checkpoint_every": 5, "result": "best", "early_stopping": {"patience": 7}}},
         {"prune": {"magnitude": {"keep": 0.6, "update_every": 3}, "steps": 60, "checkpoint_every": 5}},
-        {"qat": {"steps": 60, "checkpoint_every": 5, "weights": {"group_size": 16}}},
+        {"qat": {"steps": 60, "checkpoint_every": 5, "weights": {"group_size": 16}, "result": "best"}},
     ]
     return {**tiny, "name": name, "stages": stages}
 
@@ -56,8 +57,9 @@ def fingerprint(folder: Path) -> dict[str, Any]:
     hashes = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items() if file.exists()}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     figures = ("step", "loss", "held_out_kl", "held_out_perplexity")
+    decided = [json.loads((folder / stage / "stage.json").read_text())["held_out"] for stage in TRAINING]
     losses = [(line["stage"], *map(line.get, figures)) for line in lines if line["stage"] in TRAINING]
-    return {"files": hashes, "losses": losses}
+    return {"files": hashes, "losses": losses, "decided": decided}
 
 
 def test_killed_twice_in_each_stage_ends_in_the_same_bits(tiny: dict[str, Any], start: Start, tmp_path: Path) -> None:

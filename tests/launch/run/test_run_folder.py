@@ -59,6 +59,15 @@ def test_drop_checkpoints_keeps_the_newest(tmp_path: Path) -> None:
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
+def test_drop_checkpoints_keeps_the_one_that_the_model_is_made_of(tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    StageFolder(tmp_path).drop_checkpoints(keep=1, step=2)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    StageFolder(tmp_path).drop_checkpoints(keep=0, step=2)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
 def finished(folder: StageFolder, **more: object) -> None:
     folder.begin("k", "distill")
     folder.model.mkdir()

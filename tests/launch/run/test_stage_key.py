@@ -12,6 +12,7 @@ from decoct.launch.run.stage_key import stage_key
 from decoct.losses.settings import LossSettings
 from decoct.trainer.settings import DistillSettings, TrainerSettings
 from decoct.trainer.settings_quantization import QuantizeSettings
+from decoct.trainer.settings_watching import EarlyStoppingSettings
 
 from ...support.own_parts import write_parts
 
@@ -49,6 +50,25 @@ BASE: dict[str, Any] = {
 )
 def test_what_changes_numbers_changes_the_key(change: dict[str, Any]) -> None:
     assert stage_key(**BASE) != stage_key(**{**BASE, **change})
+
+
+def test_keys_of_before_there_was_a_choice_of_weights_stay() -> None:
+    # made by the version before ``result`` and ``early_stopping``
+    assert stage_key(**BASE) == "cf007fc3ca8459013065cd5c9d073af6b8a695ba3c827d946504de336a495bd3"
+
+
+def test_when_a_stage_is_evaluated_counts_where_it_decides() -> None:
+    often = {"trainer": TrainerSettings(evaluate_every=5)}
+    assert stage_key(**BASE) == stage_key(**{**BASE, **often})
+    keys = {stage_key(**BASE)}
+    for settings in (
+        DistillSettings(tokens=1000, result="best"),
+        DistillSettings(tokens=1000, early_stopping=EarlyStoppingSettings(patience=2)),
+        DistillSettings(tokens=1000, early_stopping=EarlyStoppingSettings(patience=3)),
+        DistillSettings(tokens=1000, early_stopping=EarlyStoppingSettings(patience=2, min_change=0.1)),
+    ):
+        keys |= {stage_key(**{**BASE, "settings": settings}), stage_key(**{**BASE, **often, "settings": settings})}
+    assert len(keys) == 9
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,12 @@ def test_offline_run_holds_config_curves_table_and_pictures(tiny: dict[str, Any]
     (part,) = read_wandb(folder)
     assert part["id"] == identifier
     assert part["config"]["data"]["seq_length"] == 32
-    curves = [line["01-distill/loss"] for line in part["history"] if "01-distill/loss" in line]
+    curves = [line["train/loss"] for line in part["history"] if "train/loss" in line]
     assert len(curves) == 3
+    groups = {"train/learning_rate", "train/data_epochs", "heldout/perplexity", "speed/tokens_per_second", "memory/peak_gb"}
+    assert groups <= {key for line in part["history"] for key in line}
+    (artifact,) = (artifact for artifact in part["artifacts"] if artifact[1] == "report")
+    assert artifact == (f"report-{identifier}", "report", ["recipe.yaml", "report.html", "report.json", "report.md"])
     logged = {key.split(".")[0] for line in part["history"] for key in line}
     assert {"stages", "size-quality", "curves"} <= logged
     assert part["summary"]["final/parameters"] > 0
@@ -32,9 +36,9 @@ def test_offline_run_holds_config_curves_table_and_pictures(tiny: dict[str, Any]
         assert part["summary"][f"{name}/final_perplexity"] == rows[name]["eval"]["perplexity"]
         assert part["summary"][f"{name}/final_size_bytes"] == rows[name]["bytes"]
     assert part["summary"]["01-distill/final_tokens"] == rows["01-distill"]["tokens"]
-    watched = [line for line in part["history"] if "01-distill/held_out_kl" in line]
+    watched = [line for line in part["history"] if "heldout/kl" in line]
     assert [line["tokens"] for line in watched] == [0, 512, 1024, 1536]
-    assert part["axes"]["*"] == "tokens"
+    assert (part["axes"]["train/*"], part["axes"]["speed/*"]) == ("tokens", "step")
     (file,) = folder.glob("wandb/offline-run-*/files/media/table/stages*.json")
     table = json.loads(file.read_text())
     places = {heading: place for place, heading in enumerate(table["columns"])}

@@ -38,7 +38,9 @@ def test_checkpoints_of_done_stages_and_superseded_stages_go(finished: Path) -> 
 
 def test_what_an_unfinished_stage_resumes_from_stays(finished: Path) -> None:
     shutil.rmtree(finished / "01-distill/checkpoints", ignore_errors=True)
-    fill(finished / "01-distill/checkpoints/step-1")
+    # the best one and the two newest
+    for step in (3, 8, 9):
+        fill(finished / f"01-distill/checkpoints/step-{step:08d}")
     (finished / "01-distill/stage.json").unlink()
     assert not run_leftovers(finished)
 

@@ -103,6 +103,31 @@ def test_evaluating_meanwhile_changes_no_bit_on_two_ranks(alone: Start, pair: St
     ), "before any step all hold the same student"
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", ["pretrain", "prune"])
+def test_two_ranks_decide_as_one_and_resume_to_it(alone: Start, pair: Start, tmp_path: Path, strategy: str, kind: str) -> None:
+    """The best weights and an early end: held-out windows that two ranks cannot share evenly, and a last checkpoint that is lost."""
+    common = [kind, "steps=40", "windows=6", "dropout=0.0", "every=5", "watch=3", "result=best", "patience=2"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone(one, *common, "micro=3")
+    out = pair(two, *common, "micro=3", "ranks=2", f"strategy={strategy}")
+    assert out.count("ends early, after step") == 1
+    assert [row["step"] for row in _rows(two)] == [row["step"] for row in _rows(one)]
+    figure = "held_out_perplexity"
+    seen, wanted = ([row[figure] for row in _rows(work) if figure in row] for work in (two, one))
+    assert seen == pytest.approx(wanted, rel=1e-5)
+    assert _rows(two)[-1]["ended_early"] == 1
+    gathered, expected = load_file(two / "student.safetensors"), load_file(one / "student.safetensors")
+    assert all((gathered[name] - expected[name]).abs().median() < 1e-6 for name in expected)
+    again = tmp_path / "again"
+    shutil.copytree(two, again)
+    ended = _rows(two)[-1]["step"]
+    shutil.rmtree(again / f"stage/checkpoints/step-{ended:08d}")
+    out = pair(again, *common, "micro=3", "ranks=2", f"strategy={strategy}")
+    assert out.count("ends early, after step") == 1
+    _same_bits(two, again)
+
+
 @pytest.mark.parametrize("kind", ["distill", "prune", "qat", "learned", "lattices"])
 def test_ddp_and_fsdp2_give_the_curve_of_one_process(alone: Start, pair: Start, tmp_path: Path, kind: str) -> None:
     common = [kind, "steps=20", "windows=8", "dropout=0.0", "every=100"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from decoct.trainer.evaluation.figures import evaluate_model
 from decoct.trainer.loop.held_out import FIGURES, HeldOut, Watch, derive_watch, held_out_text
 
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes")
 
 
 def rows(work: Path, *without: str) -> list[dict[str, Any]]:
@@ -80,7 +80,8 @@ def test_a_resumed_stage_evaluates_where_one_never_stopped_does(training: Module
 def test_the_console_is_told(training: ModuleType, tmp_path: Path) -> None:
     out = io.StringIO()
     training.run_case(training.Case(steps=4, watch=2), tmp_path, console=Console(file=out, width=200))
-    told = [line for line in out.getvalue().splitlines() if "held-out" in line]
+    *told, best = [line for line in out.getvalue().splitlines() if "held-out" in line]
+    assert best.startswith("distill: held-out KL was lowest after ")
     assert [line.split("  ")[1] for line in told] == ["step 0/4", "step 2/4", "step 4/4"]
     last = rows(tmp_path)[-1]
     assert told[-1].endswith(f"held-out KL {last['held_out_kl']:.4f}, perplexity {last['held_out_perplexity']:.2f}")

@@ -10,8 +10,8 @@ class _Recorder:
     def __init__(self) -> None:
         self.lines: list[tuple[dict[str, float], int]] = []
 
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        self.lines.append((metrics, step))
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        self.lines.append((numbers, step))
 
 
 def _rows(path: Path) -> list[tuple[str, int]]:
@@ -62,13 +62,29 @@ def test_rewind_removes_lines_that_tell_of_no_step(line: bytes, tmp_path: Path) 
     assert _rows(path) == [("a", 1)]
 
 
-def test_loggers_get_the_numbers_under_the_stage_name(tmp_path: Path) -> None:
+def test_trackers_get_the_numbers_in_groups_over_all_stages(tmp_path: Path) -> None:
     recorder = _Recorder()
     sink = MetricsSink(tmp_path / "metrics.jsonl", [recorder])  # pyright: ignore[reportArgumentType]
     sink.write("01-distill", 4, {"loss": 2, "kl": None})
-    assert recorder.lines == [({"01-distill/loss": 2.0}, 4)]
-    sink.write("01-distill", 5, {"tokens": 512, "loss": 1})
-    assert recorder.lines[1] == ({"01-distill/tokens": 512.0, "01-distill/loss": 1.0, "tokens": 512.0}, 5), "the axis has no stage in it"
+    assert recorder.lines == [({"train/loss": 2.0, "step": 4.0, "stage": 1.0}, 4)]
+    sink.write("01-distill", 5, {"tokens": 512, "loss": 1, "held_out_perplexity": 9.0})
+    assert recorder.lines[1][0] == {"train/loss": 1.0, "heldout/perplexity": 9.0, "tokens": 512.0, "step": 5.0, "stage": 1.0}
+    sink.write("02-qat", 1, {"tokens": 128, "loss": 3})
+    assert recorder.lines[2] == ({"train/loss": 3.0, "tokens": 640.0, "step": 6.0, "stage": 2.0}, 6)
+    # the lines of the record are those of the stage
+    assert _rows(tmp_path / "metrics.jsonl") == [("01-distill", 4), ("01-distill", 5), ("02-qat", 1)]
+
+
+def test_a_resumed_stage_goes_on_where_the_stages_before_it_ended(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsSink(path)
+    for stage, step in [("teacher", 3), ("02-qat", 1), ("02-qat", 7), ("01-distill", 4), ("03-evaluated", 9)]:
+        first.write(stage, step, {"tokens": 10 * step})
+    recorder = _Recorder()
+    again = MetricsSink(path, [recorder])  # pyright: ignore[reportArgumentType]
+    again.rewind("02-qat", 1)
+    again.write("02-qat", 2, {"tokens": 20})
+    assert recorder.lines == [({"tokens": 90.0, "step": 9.0, "stage": 2.0}, 9)]
 
 
 def test_a_sink_without_a_path_is_silent(tmp_path: Path) -> None:
@@ -77,6 +93,5 @@ def test_a_sink_without_a_path_is_silent(tmp_path: Path) -> None:
     sink.write("a", 1, {"loss": 1.0})
     sink.rewind("a", 0)
     sink.flush()
-    sink.close()
     assert recorder.lines == []
-    assert sink.loggers == []
+    assert sink.trackers == []

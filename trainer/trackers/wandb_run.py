@@ -1,11 +1,12 @@
-"""Experiment trackers through Lightning's loggers: W&B (offline without a key), CSV, or none.
+"""W&B: one run per run folder, readable without knowing decoct: grouped names, two axes, the recipe as config, the report as an artifact.
 
-``metrics.jsonl`` is the record; trackers are views of it. The W&B run id is kept in the run folder: online, a resumed run continues the
-same W&B run; offline, each part has the same id and ``wandb sync`` joins them.
+The W&B run id is kept in the run folder: online, a resumed run continues the same W&B run; offline (without a key), each part has the same
+id and ``wandb sync`` joins them.
 """
 
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,65 +14,65 @@ from typing import TYPE_CHECKING, Any
 from ...models.common.errors import UserError
 from ...models.common.files import write_text_atomic
 from ..progress import print_line
-from ..settings import LoggerSettings
+from ..settings_watching import LoggerSettings
+from .names import AXES, STAGE, STEP, TOKENS
+from .tracker import Tracker
 
 if TYPE_CHECKING:
-    from lightning.pytorch.loggers import Logger
-    from PIL.Image import Image
+    from lightning.pytorch.loggers import WandbLogger
     from rich.console import Console
 
 RUN_ID_FILE = "wandb-run-id.txt"
 DEFAULT_PROJECT = "decoct"
-TOKENS = "tokens"
-"""Name of the stage's training tokens so far, the x-axis of every curve."""
 
 
-def build_loggers(
-    settings: LoggerSettings, run_dir: Path, *, name: str, config: Mapping[str, Any], console: "Console | None" = None
-) -> list["Logger"]:
-    """Starts the loggers of a run; call it only on rank 0, once per process.
+class WandbTracker(Tracker):
+    """One W&B run.
 
     Args:
-        settings: Kind of logger, and its place in W&B.
-        run_dir: Folder for all files that a logger writes.
-        name: Display name of the run.
-        config: Plain data of the resolved recipe.
-        console: Prints a line if W&B sends nothing.
+        logger: Lightning's logger of that run.
     """
-    if settings.kind == "none":
-        return []
-    if settings.kind == "csv":
-        from lightning.pytorch.loggers import CSVLogger
 
-        # without a version the logger makes a new folder per start: it deletes the files of a folder that is not empty
-        return [CSVLogger(save_dir=run_dir, name="csv")]
-    return [_wandb(settings, run_dir, name, config, console)]
+    def __init__(self, logger: "WandbLogger") -> None:
+        super().__init__(logger)
+        self._wandb = logger
+        self._run: Any = logger.experiment
 
+    def table(self, key: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table, which W&B can sort and plot."""
+        self._wandb.log_table(key=key, columns=list(headings), data=[list(row) for row in rows])
 
-def log_table(loggers: Sequence["Logger"], key: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Logs a table to every logger that supports tables."""
-    for logger in _wandb_loggers(loggers):
-        logger.log_table(key=key, columns=list(headings), data=[list(row) for row in rows])
+    def picture(self, key: str, png: bytes) -> None:
+        """A picture."""
+        import io
 
+        from PIL import Image
 
-def log_image(loggers: Sequence["Logger"], key: str, picture: "Path | bytes | Image") -> None:
-    """Logs a picture (a PNG file, the bytes of one, or a PIL image) to every logger that supports pictures."""
-    for logger in _wandb_loggers(loggers):
-        logger.log_image(key=key, images=[_opened(picture)])
+        self._wandb.log_image(key=key, images=[Image.open(io.BytesIO(png))])
 
+    def summary(self, figures: Mapping[str, Any]) -> None:
+        """Final figures, which W&B lists next to the run's name."""
+        self._run.summary.update(dict(figures))
 
-def log_summary(loggers: Sequence["Logger"], figures: Mapping[str, Any]) -> None:
-    """Sets final figures, which trackers list next to the run's name."""
-    for logger in _wandb_loggers(loggers):
-        logger.experiment.summary.update(dict(figures))
+    def files(self, paths: Sequence[Path]) -> None:
+        """The report and the recipe, as an artifact of type report; a run that is resumed adds a version of it."""
+        if self._run.disabled:
+            return
+        import wandb
 
+        # copies in this part's own folder, because an offline part is uploaded later, when the originals may be those of a later start;
+        # W&B's own copies would lie outside the run folder
+        kept = Path(self._run.dir).parent / "report"
+        kept.mkdir(exist_ok=True)
+        artifact = wandb.Artifact(f"report-{self._run.id}", type="report", description="report and resolved recipe of a decoct run")
+        for path in paths:
+            artifact.add_file(str(shutil.copy2(path, kept)), policy="immutable", skip_cache=True)
+        self._run.log_artifact(artifact)
 
-def finish_loggers(loggers: Sequence["Logger"], *, exit_code: int = 0) -> None:
-    """Writes everything and ends the runs. A process that is killed before this loses nothing of ``metrics.jsonl``."""
-    for logger in loggers:
-        logger.save()
-    for logger in _wandb_loggers(loggers):
-        logger.experiment.finish(exit_code=exit_code)
+    def finish(self, exit_code: int) -> None:
+        """Ends the run, or this part of it."""
+        self.logger.save()
+        self._run.finish(exit_code=exit_code)
 
 
 def wandb_run_id(run_dir: Path) -> str:
@@ -125,12 +126,6 @@ def wandb_mode() -> str:
     return _MODES[given.lower()]
 
 
-def check_logger(settings: LoggerSettings) -> None:
-    """Raises UserError, before any work, if the environment does not let the logger start."""
-    if settings.kind == "wandb":
-        wandb_mode()
-
-
 def wandb_arguments(settings: LoggerSettings, run_dir: Path, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of ``wandb.init``; the mode is that of ``wandb_mode``."""
     import wandb
@@ -154,7 +149,12 @@ def wandb_arguments(settings: LoggerSettings, run_dir: Path, name: str, config: 
     }
 
 
-def _wandb(settings: LoggerSettings, run_dir: Path, name: str, config: Mapping[str, Any], console: "Console | None") -> "Logger":
+def open_wandb(settings: LoggerSettings, run_dir: Path, name: str, config: Mapping[str, Any], console: "Console | None") -> WandbTracker:
+    """Starts or resumes the run's W&B run.
+
+    Raises:
+        UserError: W&B cannot start.
+    """
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
@@ -171,23 +171,12 @@ def _wandb(settings: LoggerSettings, run_dir: Path, name: str, config: Mapping[s
         # invalid settings in the environment or in W&B's own files, or an invalid key
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"logger: wandb cannot start: {reason}. WANDB_MODE=offline logs into the run folder only.") from error
-    # over tokens, because steps of stages with batches of different sizes are not comparable
-    run.define_metric(TOKENS, hidden=True)
-    run.define_metric("*", step_metric=TOKENS, step_sync=True)
-    return WandbLogger(name=name, save_dir=run_dir, project=arguments["project"], id=arguments["id"], experiment=run)
-
-
-def _wandb_loggers(loggers: Sequence["Logger"]) -> list[Any]:
-    from lightning.pytorch.loggers import WandbLogger
-
-    return [logger for logger in loggers if isinstance(logger, WandbLogger)]
-
-
-def _opened(picture: "Path | bytes | Image") -> Any:
-    if not isinstance(picture, bytes):
-        return str(picture) if isinstance(picture, Path) else picture
-    import io
-
-    from PIL import Image
-
-    return Image.open(io.BytesIO(picture))
+    # Lightning's own axis counts for this process; hidden, as the other axes are, so that no panel draws them
+    for axis in (TOKENS, STEP, STAGE, "trainer/global_step"):
+        run.define_metric(axis, hidden=True)
+    for group, axis in AXES.items():
+        run.define_metric(f"{group}/*", step_metric=axis, step_sync=True)
+    for figure in ("heldout/kl", "heldout/perplexity"):
+        # the list of runs shows the best and the newest
+        run.define_metric(figure, step_metric=AXES["heldout"], step_sync=True, summary="min,last")
+    return WandbTracker(WandbLogger(name=name, save_dir=run_dir, project=arguments["project"], id=arguments["id"], experiment=run))

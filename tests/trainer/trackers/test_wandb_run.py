@@ -8,20 +8,12 @@ import pytest
 from rich.console import Console
 
 from decoct.models.common.errors import UserError
-from decoct.trainer.loop.loggers import (
-    build_loggers,
-    check_logger,
-    finish_loggers,
-    has_wandb_key,
-    log_image,
-    log_summary,
-    log_table,
-    wandb_arguments,
-    wandb_mode,
-    wandb_run_id,
-)
 from decoct.trainer.loop.metrics import MetricsSink
-from decoct.trainer.settings import LoggerSettings
+from decoct.trainer.settings_watching import LoggerSettings
+from decoct.trainer.trackers.build import build_trackers, check_trackers, finish_trackers
+from decoct.trainer.trackers.wandb_run import has_wandb_key, wandb_arguments, wandb_mode, wandb_run_id
+
+WANDB = LoggerSettings(kind=("wandb",), tags=("tiny",))
 
 
 def _png() -> bytes:
@@ -32,21 +24,20 @@ def _png() -> bytes:
     return out.getvalue()
 
 
-def _offline_part(run_dir: Path, steps: range, console: Console) -> None:
-    loggers = build_loggers(
-        LoggerSettings(kind="wandb", tags=("tiny",)),
-        run_dir,
-        name="tiny",
-        config={"seed": 3, "stages": [{"distill": {"steps": 4}}]},
-        console=console,
-    )
-    sink = MetricsSink(run_dir / "metrics.jsonl", loggers)
+def _offline_part(run_dir: Path, stage: str, steps: range, console: Console) -> None:
+    config = {"seed": 3, "stages": [{"distill": {"steps": 4}}]}
+    trackers = build_trackers(WANDB, run_dir, name="tiny", config=config, console=console)
+    sink = MetricsSink(run_dir / "metrics.jsonl", trackers)
     for step in steps:
-        sink.write("01-distill", step, {"tokens": 512 * step, "loss": 2.0 / step, "kl": None})
-    log_table(loggers, "stages", ("step", "bytes"), [("teacher", 123), ("01-distill", 45)])
-    log_image(loggers, "size-against-quality", _png())
-    log_summary(loggers, {"final/perplexity": 12.5})
-    sink.close()
+        values = {"tokens": 512 * step, "loss": 2.0 / step, "kl": None, "held_out_kl": 1.0 / step, "tokens_per_second": 9.0}
+        sink.write(stage, step, {**values, "peak_memory_bytes": 2_500_000_000, "data_epochs": 0.25 * step})
+    (run_dir / "report.html").write_text(f"<p>{stage}</p>")
+    (tracker,) = trackers
+    tracker.table("stages", ("step", "bytes"), [("teacher", 123), ("01-distill", 45)])
+    tracker.picture("size-against-quality", _png())
+    tracker.summary({"final/perplexity": 12.5})
+    tracker.files([run_dir / "report.html"])
+    finish_trackers(trackers)
 
 
 def test_wandb_offline_parts_can_be_read_back_under_one_id(
@@ -57,30 +48,44 @@ def test_wandb_offline_parts_can_be_read_back_under_one_id(
     run_dir.mkdir()
     monkeypatch.chdir(elsewhere)
     said = io.StringIO()
-    _offline_part(run_dir, range(1, 3), Console(file=said))
-    _offline_part(run_dir, range(3, 5), Console(file=said))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
+    _offline_part(run_dir, "01-distill", range(1, 3), Console(file=said))
+    _offline_part(run_dir, "02-qat", range(1, 3), Console(file=said))
     assert list(elsewhere.iterdir()) == [], "nothing beside the run folder"
+    outside = [path.read_text() for path in (tmp_path / "wandb-data").rglob("*") if path.is_file()]
+    assert not [text for text in outside if text.startswith("<p>")], "W&B copies tables there; the report stays in the run folder"
     shown = capfd.readouterr()
     assert shown.out + shown.err == "", "W&B itself stays quiet"
     identifier = (run_dir / "wandb-run-id.txt").read_text().strip()
     assert [("offline" in line, identifier in line) for line in said.getvalue().splitlines()] == [(True, True)] * 2
     parts = read_wandb(run_dir)
     assert [part["id"] for part in parts] == [identifier, identifier]
-    losses = [row["01-distill/loss"] for part in parts for row in part["history"] if "01-distill/loss" in row]
-    assert losses == [2.0, 1.0, 2.0 / 3, 0.5]
-    tokens = [row["tokens"] for part in parts for row in part["history"] if "01-distill/loss" in row]
-    assert tokens == [512, 1024, 1536, 2048]
-    assert parts[0]["axes"]["*"] == "tokens"
+    lines = [row for part in parts for row in part["history"] if "train/loss" in row]
+    assert [line["train/loss"] for line in lines] == [2.0, 1.0, 2.0, 1.0]
+    # one line per figure: the second stage goes on where the first has ended
+    assert [(line["step"], line["tokens"], line["stage"]) for line in lines] == [(1, 512, 1), (2, 1024, 1), (3, 1536, 2), (4, 2048, 2)]
+    seen = {name for line in lines for name in line if not name.startswith("_")}
+    assert seen == {
+        "train/loss", "train/data_epochs", "heldout/kl", "speed/tokens_per_second", "memory/peak_gb", "step", "tokens", "stage",
+        "trainer/global_step",
+    }  # fmt: skip
+    assert lines[0]["memory/peak_gb"] == pytest.approx(2.5)
+    axes = {"train/*": "tokens", "heldout/*": "tokens", "heldout/kl": "tokens", "speed/*": "step", "memory/*": "step"}
+    assert axes.items() <= parts[0]["axes"].items()
+    reports = [[artifact for artifact in part["artifacts"] if artifact[1] == "report"] for part in parts]
+    assert reports == [[(f"report-{identifier}", "report", ["report.html"])]] * 2
+    kept = sorted(run_dir.glob("wandb/offline-run-*/report/report.html"))
+    assert [path.read_text() for path in kept] == ["<p>01-distill</p>", "<p>02-qat</p>"], "an offline part is uploaded as it was"
     first = parts[0]
     assert first["project"] == "decoct"
     assert first["config"]["seed"] == 3
     assert first["config"]["stages"] == [{"distill": {"steps": 4}}]
     assert first["summary"]["final/perplexity"] == 12.5
-    kept = {path.name.split("_")[0]: path for path in run_dir.glob("wandb/offline-run-*/files/media/*/*") if path.is_file()}
-    table = json.loads(kept["stages"].read_text())
+    media = {path.name.split("_")[0]: path for path in run_dir.glob("wandb/offline-run-*/files/media/*/*") if path.is_file()}
+    table = json.loads(media["stages"].read_text())
     assert table["columns"] == ["step", "bytes"]
     assert table["data"] == [["teacher", 123], ["01-distill", 45]]
-    assert kept["size-against-quality"].read_bytes().startswith(b"\x89PNG")
+    assert media["size-against-quality"].read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_keeps_its_id_and_runs_do_not_share_one(tmp_path: Path) -> None:
@@ -108,32 +113,15 @@ def test_keys_are_found_in_environment_and_netrc(tmp_path: Path, monkeypatch: py
 def test_with_a_key_the_run_is_online_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    wanted = wandb_arguments(LoggerSettings(kind="wandb"), tmp_path, "tiny", {})
+    wanted = wandb_arguments(WANDB, tmp_path, "tiny", {})
     assert (wanted["mode"], wanted["resume"], wanted["id"]) == ("online", "allow", wandb_run_id(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert wandb_arguments(LoggerSettings(kind="wandb"), tmp_path, "tiny", {})["mode"] == "offline", "the environment has the last word"
+    assert wandb_arguments(WANDB, tmp_path, "tiny", {})["mode"] == "offline", "the environment has the last word"
 
 
 def test_a_service_of_another_folder_writes_into_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert wandb_arguments(LoggerSettings(kind="wandb"), Path("runs"), "tiny", {})["dir"] == str(tmp_path / "runs")
-
-
-def test_csv_keeps_the_curves_of_every_start(tmp_path: Path) -> None:
-    for step in (1, 2):
-        loggers = build_loggers(LoggerSettings(kind="csv"), tmp_path, name="tiny", config={})
-        MetricsSink(tmp_path / "metrics.jsonl", loggers).write("a", step, {"loss": 0.5})
-        log_table(loggers, "stages", ("x",), [(1,)])
-        finish_loggers(loggers)
-    files = sorted(tmp_path.glob("csv/version_*/metrics.csv"))
-    assert [path.read_text().splitlines() for path in files] == [["a/loss,step", "0.5,1"], ["a/loss,step", "0.5,2"]]
-
-
-def test_none_is_nothing_and_others_are_refused(tmp_path: Path) -> None:
-    assert build_loggers(LoggerSettings(), tmp_path, name="tiny", config={}) == []
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match="kind='tensorboard' is not one of wandb, csv, none"):
-        LoggerSettings(kind="tensorboard")  # pyright: ignore[reportArgumentType]
+    assert wandb_arguments(WANDB, Path("runs"), "tiny", {})["dir"] == str(tmp_path / "runs")
 
 
 @pytest.mark.parametrize(
@@ -155,8 +143,8 @@ def test_the_environment_decides_how_wandb_runs(environment: dict[str, str], mod
 def test_a_mode_that_wandb_does_not_have_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "sometimes")
     with pytest.raises(UserError, match="WANDB_MODE='sometimes' is not one of online, offline and disabled"):
-        check_logger(LoggerSettings(kind="wandb"))
-    check_logger(LoggerSettings(kind="csv"))
+        check_trackers(WANDB)
+    check_trackers(LoggerSettings(kind=("csv",)))
 
 
 @pytest.mark.parametrize("error", [ValueError("API key must have\n40 characters"), TypeError("x"), OSError("y")])
@@ -167,7 +155,7 @@ def test_whatever_wandb_stumbles_over_is_one_message(error: Exception, tmp_path:
     monkeypatch.setattr("wandb.init", fail)
     monkeypatch.setenv("WANDB_MODE", "offline")
     with pytest.raises(UserError, match="logger: wandb cannot start") as caught:
-        build_loggers(LoggerSettings(kind="wandb"), tmp_path, name="tiny", config={})
+        build_trackers(WANDB, tmp_path, name="tiny", config={})
     assert len(str(caught.value).splitlines()) == 1
 
 

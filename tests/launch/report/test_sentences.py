@@ -1,0 +1,38 @@
+"""What a report says of the evaluations during its stages."""
+
+from typing import Any
+
+from decoct.launch.report.build import markdown_report
+from decoct.launch.report.page import render_page
+from decoct.launch.report.sentences import held_out_sentences
+
+SEEN = {
+    "figure": "kl", "best_step": 120, "best": 0.04, "last_step": 240, "last": 0.05, "model_step": 240, "total_steps": 240,
+    "evaluations_since_better": 4, "patience": None, "ended_early": False,
+}  # fmt: skip
+
+
+def test_a_stage_whose_best_evaluation_was_not_its_last_is_told(report: dict[str, Any]) -> None:
+    report["stages"][2]["held_out"] = SEEN
+    sentence = (
+        "01-distill: held-out KL was lowest after step 120 (0.04), 20.0% lower than after step 240 (0.05); the model is that of step 240; "
+        "result: best would take the best"
+    )
+    assert held_out_sentences(report) == [sentence]
+    assert f"- {sentence}.\n" in markdown_report(report)
+    assert sentence in render_page(report, {})
+
+
+def test_an_early_end_is_told_with_its_reason(report: dict[str, Any]) -> None:
+    early = {"model_step": 120, "total_steps": 900, "patience": 4, "ended_early": True}
+    report["stages"][2]["held_out"] = {**SEEN, **early}
+    first, second = held_out_sentences(report)
+    assert first == ("01-distill ended early, after step 240 of 900: 4 evaluations in a row were not better (early_stopping.patience 4)")
+    assert second.endswith("the model is that of step 120 (result: best)")
+
+
+def test_nothing_is_said_where_the_last_was_the_best_and_of_runs_of_before(report: dict[str, Any]) -> None:
+    report["stages"][2]["held_out"] = {**SEEN, "best_step": 240}
+    report["stages"][3]["held_out"] = None
+    assert "held_out" not in report["stages"][4]
+    assert held_out_sentences(report) == []
