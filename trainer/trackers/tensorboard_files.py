@@ -38,9 +38,10 @@ class TensorBoardTracker(Tracker):
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         """Numbers of a step."""
         if self._step is None:
-            # the first step of this start: a resumed run takes the steps since its checkpoint again, and TensorBoard drops what earlier
-            # files hold from this step on
-            self.logger = _logger(self._run_dir, purge_step=step)
+            # The first line of this start: a resumed run takes the steps since its checkpoint again, and TensorBoard drops what earlier
+            # files hold from there on. A stage's evaluation before its first step stands at the last step of the stage before, which stays.
+            trained = any(name.startswith("train/") for name in numbers)
+            self.logger = _logger(self._run_dir, purge_step=step if trained else step + 1)
             self._text("recipe", _as_code(self._config))
         self._step = step
         super().log(numbers, step)

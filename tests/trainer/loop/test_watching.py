@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from decoct.models.common.errors import UserError
+from decoct.models.common.files import sha256_file
 from decoct.trainer.checkpoints.read import open_checkpoint, step_folders
 from decoct.trainer.loop import callback
 
@@ -123,6 +124,24 @@ def test_patience_waits_for_the_final_form_and_the_end_of_the_warm_up(training: 
         assert result.steps == counted + 3, kind
     result, _ = training.run_case(case(training, kind="distill", patience=1, warmup=0.5), tmp_path / "warm")
     assert result.held_out["best_step"] > 12
+
+
+def test_a_checkpoint_of_before_there_was_a_standing_goes_on(training: ModuleType, tmp_path: Path) -> None:
+    plain = case(training)
+    first, student = training.run_case(plain, tmp_path)
+    checkpoints = tmp_path / "stage/checkpoints"
+    shutil.rmtree(checkpoints / "step-00000024")
+    state = checkpoints / "step-00000020/state.json"
+    old = {key: value for key, value in json.loads(state.read_text()).items() if key not in ("best", "standing")}
+    state.write_text(json.dumps(old))
+    manifest = json.loads((checkpoints / "step-00000020/manifest.json").read_text())
+    manifest["files"]["state.json"] = {"bytes": state.stat().st_size, "sha256": sha256_file(state)}
+    (checkpoints / "step-00000020/manifest.json").write_text(json.dumps(manifest))
+    again, twin = training.run_case(plain, tmp_path)
+    assert again.resumed_from == 20
+    assert same_weights(student, twin)
+    assert again.held_out["last"] == first.held_out["last"]
+    assert again.held_out["best_step"] == 21, "only what was evaluated since then is known"
 
 
 def test_a_damaged_best_is_told_and_the_last_weights_are_taken(training: ModuleType, tmp_path: Path) -> None:

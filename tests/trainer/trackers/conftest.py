@@ -35,10 +35,11 @@ def follow(tmp_path: Path) -> Follow:
         said = io.StringIO()
         trackers = build_trackers(LoggerSettings(kind=(kind,)), run_dir, name="tiny", config=CONFIG, console=Console(file=said, width=1000))
         sink = MetricsSink(run_dir / "metrics.jsonl", trackers)
-        sink.rewind(stage, steps.start - 1)
+        sink.rewind(stage, max(0, steps.start - 1))
         for step in steps:
-            values: dict[str, Any] = {"tokens": 512 * step, "loss": 2.0 / step, "kl": None, "held_out_kl": 1.0 / step}
-            sink.write(stage, step, values)
+            values: dict[str, Any] = {"tokens": 512 * step, "held_out_kl": 1.0 / max(step, 1)}
+            # the line before the first step has nothing of a step
+            sink.write(stage, step, {**values, "loss": 2.0 / step, "kl": None} if step else values)
         if report:
             (run_dir / "report.md").write_text("# tiny\n\nall is well\n")
             for tracker in trackers:

@@ -37,6 +37,14 @@ def test_a_run_of_two_stages_and_a_resume_is_one_line(follow: Follow, tmp_path: 
     assert "| 01\\|distill | 13.25 | 0.5 |" in texts["stages/text_summary"]
 
 
+def test_a_stage_that_begins_anew_leaves_the_last_step_before_it(follow: Follow, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    follow("tensorboard", "01-distill", range(1, 4))
+    follow("tensorboard", "02-qat", range(0, 3))
+    follow("tensorboard", "02-qat", range(0, 2))
+    assert [event.step for event in _read(tmp_path / "run").Scalars("train/loss")] == [1, 2, 3, 4]
+
+
 class _Writer:
     """What of a SummaryWriter is used."""
 
