@@ -138,7 +138,7 @@ class TrainerSettings:
     evaluate_every: Annotated[int, Bounds(ge=0)] | Literal["auto"] = "auto"
     """Optimizer steps between evaluations on a small part of the held-out text. auto = about eight evaluations per stage, on as much text
     as costs about two percent of its time; 0 = never. It changes no number of the training, except where a stage asks for it (result: best,
-    early_stopping)."""
+    early_stopping); then on at least 4,096 tokens."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -179,13 +179,15 @@ class Case:
     patience: int = 0
     """Evaluations without a better figure that end the stage; 0 = never."""
     change: float = 0.0
+    text: int = 9
+    """Held-out windows."""
     warmup: float = 0.05
 
     def held_out(self, objective: Any) -> HeldOut | None:
-        """Three windows that are never trained on."""
+        """Windows that are never trained on."""
         if not self.watch:
             return None
-        text = RandomWindows(9, seed=77)
+        text = RandomWindows(self.text, seed=77)
         watch = derive_watch(
             self.watch,
             total_steps=self.steps,

@@ -31,6 +31,8 @@ SHARE = 0.04
 to six tenths (a teacher of twice the student) of a training window: about two percent of the stage's time."""
 MOST_TOKENS = 32_768
 """Largest number of tokens of one evaluation."""
+LEAST_DECIDING = 4096
+"""Smallest number of tokens of an evaluation that decides what a stage ends with: on fewer, chance decides (docs/lab-book.md)."""
 FIGURES = ("held_out_kl", "held_out_perplexity")
 """Names in metrics.jsonl."""
 
@@ -73,8 +75,8 @@ def derive_watch(
         seq_length: Tokens per window.
         available: Number of held-out windows.
         ranks: Processes that share the work, each with the same number of windows.
-        decides: The evaluations decide what the stage ends with. Then they are the same for any number of ranks, and a stage that is too
-            short for ``auto`` is evaluated too.
+        decides: The evaluations decide what the stage ends with. Then they are the same for any number of ranks, on at least
+            ``LEAST_DECIDING`` tokens, and a stage that is too short for ``auto`` is evaluated too.
     """
     if every == 0 or not available:
         return None
@@ -87,9 +89,12 @@ def derive_watch(
         every = -(-total_steps // min(most, total_steps))
     evaluations = -(-total_steps // every) + 1
     # at least one, even if that is above the budget, because ``every`` is the user's explicit choice
-    windows = max(1, min(budget // evaluations, MOST_TOKENS // seq_length, available))
+    least = -(-LEAST_DECIDING // seq_length) if decides else 1
+    windows = min(max(least, budget // evaluations), max(1, MOST_TOKENS // seq_length), available)
+    if decides or windows < ranks:
+        return Watch(every=every, windows=windows)
     # a multiple of the ranks, so that each has the same number
-    return Watch(every=every, windows=windows if windows < ranks or decides else windows // ranks * ranks)
+    return Watch(every=every, windows=windows // ranks * ranks)
 
 
 class HeldOut:

@@ -107,10 +107,10 @@ def test_evaluating_meanwhile_changes_no_bit_on_two_ranks(alone: Start, pair: St
 @pytest.mark.parametrize("kind", ["pretrain", "prune"])
 def test_two_ranks_decide_as_one_and_resume_to_it(alone: Start, pair: Start, tmp_path: Path, strategy: str, kind: str) -> None:
     """The best weights and an early end: held-out windows that two ranks cannot share evenly, and a last checkpoint that is lost."""
-    common = [kind, "steps=40", "windows=30", "dropout=0.0", "every=5", "watch=3", "result=best", "patience=2"]
+    common = [kind, "steps=40", "windows=6", "dropout=0.0", "every=5", "watch=3", "text=3", "result=best", "patience=2"]
     one, two = tmp_path / "one", tmp_path / "two"
-    alone(one, *common, "micro=15")
-    out = pair(two, *common, "micro=15", "ranks=2", f"strategy={strategy}")
+    alone(one, *common, "micro=3")
+    out = pair(two, *common, "micro=3", "ranks=2", f"strategy={strategy}")
     assert out.count("ends early, after step") == 1
     assert [row["step"] for row in _rows(two)] == [row["step"] for row in _rows(one)]
     figure = "held_out_perplexity"
@@ -123,7 +123,7 @@ def test_two_ranks_decide_as_one_and_resume_to_it(alone: Start, pair: Start, tmp
     shutil.copytree(two, again)
     ended = _rows(two)[-1]["step"]
     shutil.rmtree(again / f"stage/checkpoints/step-{ended:08d}")
-    out = pair(again, *common, "micro=15", "ranks=2", f"strategy={strategy}")
+    out = pair(again, *common, "micro=3", "ranks=2", f"strategy={strategy}")
     assert out.count("ends early, after step") == 1
     _same_bits(two, again)
 

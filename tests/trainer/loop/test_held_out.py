@@ -132,6 +132,22 @@ def test_how_a_stage_is_watched(every: Any, steps: int, step_windows: int, avail
         assert evaluations * watch.windows <= 0.04 * steps * step_windows
 
 
+@pytest.mark.parametrize(
+    ("every", "steps", "available", "ranks", "found"),
+    [
+        ("auto", 234, 125, 1, Watch(every=30, windows=16)),  # 4,096 tokens, however little the stage trains on
+        ("auto", 234, 125, 3, Watch(every=30, windows=16)),  # the same on any number of ranks
+        ("auto", 12, 32, 1, Watch(every=2, windows=16)),  # also where a stage is too short for an evaluation that only informs
+        (5, 12, 7, 1, Watch(every=5, windows=7)),  # as much as there is
+        (0, 234, 125, 1, None),
+        ("auto", 234, 0, 1, None),
+    ],
+)
+def test_how_a_stage_is_watched_whose_evaluations_decide(every: Any, steps: int, available: int, ranks: int, found: Watch | None) -> None:
+    watch = derive_watch(every, total_steps=steps, step_windows=2, seq_length=256, available=available, ranks=ranks, decides=True)
+    assert watch == found
+
+
 def test_figures_without_numbers_are_not_told() -> None:
     assert held_out_text(dict.fromkeys(FIGURES)) == ""
     assert held_out_text({"held_out_kl": None, "held_out_perplexity": 12.0}) == "held-out perplexity 12.00"
