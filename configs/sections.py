@@ -98,8 +98,8 @@ class _Walk:
             return self._section(Mapping(node.place, {word: Entry(node.place, node)}), section, path)
         items = _item_types(annotation)
         if items[-1:] == (Ellipsis,) and not is_null(node):
-            # one value for a list of any length is a list of one; a problem with it is that of the key
-            found = self.value(node, items[0], path)
+            # one value for a list of any length is a list of one; a problem with a word is that of the key
+            found = self.value(node, items[0], path if _section_of(items[0]) is None else (*path, 0))
             return _WRONG if found is _WRONG else (found,)
         found = read_scalar(node, annotation)
         if isinstance(found, str) and not found.isprintable():
