@@ -44,22 +44,26 @@ def _check_start(draft: Draft, problems: Problems) -> None:
             problems.add(
                 ("student", "config"), "takes its tokenizer from the teacher, but the recipe has no teacher; add one, or give student.path"
             )
+    # hub_config alone would be read as a setting and have no effect
     if draft.data and draft.data.hub_config and not draft.data.hub:
         problems.add(("data", "hub_config"), "configures a hub dataset, and data.hub is not given; remove it, or give data.hub")
     _check_generate(draft, problems)
     layers, depth = draft.student.keep.layers if draft.student and draft.student.keep else None, known_numbers(draft).get("layers")
+    # at least two layers stay, because the first and the last one are always kept; a model of one layer keeps that one
     if layers is not None and depth is not None and not min(2, depth) <= layers <= depth:
         problems.add(
             ("student", "keep", "layers"),
             f"{counted(layers, 'layer')} cannot be kept of a teacher that has {depth}; {allowed_layers(depth)}",
         )
     scratch = draft.teacher.scratch if draft.teacher else None
+    # a scratch teacher is trained on the run's text, so it needs some too
     if draft.data and draft.data.eval_tokens == "all" and (scratch or any(entry and reads_text(entry.settings) for entry in draft.stages)):
         problems.add(("data", "eval_tokens"), "is 'all', which leaves no text for the stages that need some; give a number, such as 32k")
     if scratch and draft.data and draft.data.kind == "chat":
         problems.add(("data", "kind"), "is 'chat', and a scratch teacher's tokenizer has no chat template; give teacher.path")
     # a zero is out of bounds and reported as such; here it would be a division by zero
     if scratch and min(scratch.heads, scratch.kv_heads) >= 1:
+        # the same two rules as transformers' Llama: a head has a whole width, and each key/value head serves a whole number of query heads
         if scratch.hidden % scratch.heads:
             problems.add(("teacher", "scratch", "heads"), f"{scratch.heads} does not divide hidden={scratch.hidden}; change one of them")
         if scratch.heads % scratch.kv_heads:
@@ -71,6 +75,7 @@ def _check_start(draft: Draft, problems: Problems) -> None:
 def _check_generate(draft: Draft, problems: Problems) -> None:
     """The model that writes the text has weights before there is any text."""
     asked = draft.data.generate if draft.data else None
+    # with a teacher section that is wrong, nobody knows which model was meant to write
     if asked is None or draft.student is None or not (draft.teacher or draft.lacks_teacher):
         return
     given = draft.student if asked.model == "student" else draft.teacher
@@ -90,6 +95,7 @@ def _check_generate(draft: Draft, problems: Problems) -> None:
 def _check_budget(entry: StageEntry, problems: Problems) -> None:
     settings = entry.settings
     if entry.kind in ("pretrain", "distill", "qat") and settings.tokens is None and settings.steps is None:
+        # the message of a budget stands at the stage, not at a key: neither of the two keys is there
         problems.add(key_path(entry), "trains, and needs 'tokens' or 'steps', such as tokens: 10M")
 
 
@@ -143,6 +149,7 @@ def _check_parts(draft: Draft, problems: Problems) -> None:
     if teacher is None or not (teacher.cache or teacher.served):
         return
     source = "teacher.cache keeps" if teacher.cache else "teacher.served gives"
+    # has_teacher=True: without a teacher the check has ended above
     readers = [entry for entry in draft.stages if entry and learns_from(entry.settings, has_teacher=True) == "recipe"]
     for entry in readers:
         loss = entry.settings.loss
@@ -160,6 +167,7 @@ def _check_parts(draft: Draft, problems: Problems) -> None:
     if not readers and all(draft.stages):
         name = "cache" if teacher.cache else "served"
         problems.add(("teacher", name), "is not used: no stage learns from the recipe's teacher; remove it")
+    # a cache that keeps more tokens than the server gives would be filled with nothing
     if teacher.cache and teacher.served and (teacher.cache.mode != "top_k" or (teacher.cache.tokens or MOST_TOP_K) > teacher.served.tokens):
         problems.add(
             ("teacher", "cache"),
@@ -175,6 +183,7 @@ def _check_batch(draft: Draft, problems: Problems) -> None:
     if not (trainer and data and training):
         return
     batch, length = trainer.global_batch_tokens, data.seq_length
+    # the recipe's own numbers alone: how many ranks share the windows is known only where it runs (``trainer/plan.py``)
     windows, rest = divmod(batch, length)
     if rest:
         # the nearest batches that are whole windows and whole micro-batches, below and above
@@ -186,6 +195,7 @@ def _check_batch(draft: Draft, problems: Problems) -> None:
             f"{batch:,} tokens are not a whole number of windows of data.seq_length={length:,}; use {nearest}",
         )
     elif isinstance(trainer.micro_batch, int) and trainer.micro_batch >= 1 and windows % trainer.micro_batch:
+        # 1 is always a divisor, and micro_batch is larger here, so there is one below; above the whole batch there may be none
         legal = [count for count in range(1, windows + 1) if windows % count == 0]
         below, above = max(c for c in legal if c < trainer.micro_batch), min((c for c in legal if c > trainer.micro_batch), default=None)
         nearest = f"{below} or {above}" if above else f"{below}"
@@ -203,6 +213,7 @@ def _check_exports(draft: Draft, problems: Problems) -> None:
         # the unreadable stage may be the one that quantizes
         if entry is None:
             return
+        # evaluate and export write no model, so the codes of an earlier stage are still the newest
         if entry.kind in _WRITERS or _makes_own_model(entry):
             writer = entry
         if entry.kind != "export" or (writer and writer.kind in _QUANTIZERS):
@@ -221,5 +232,6 @@ def _makes_own_model(entry: StageEntry) -> bool:
 
 
 def _starts_quantized(draft: Draft) -> bool:
+    # a hub id finds no folder here: codes count only where they lie on this machine
     path = draft.student.path if draft.student else None
     return path is not None and codes_file(Path(path)) is not None

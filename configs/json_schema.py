@@ -63,6 +63,7 @@ def recipe_schema() -> dict[str, Any]:
         "properties": properties,
         "required": list(REQUIRED),
         "additionalProperties": False,
+        # the loader's rule as a condition: without ``import`` an unknown kind or source is an error that an editor should mark
         "allOf": [{"if": _given("import"), "then": {"properties": with_parts}, "else": {"properties": without}}],
         "$defs": definitions,
     }
@@ -91,6 +92,7 @@ def _sections_with_parts(definitions: dict[str, Any]) -> dict[str, Any]:
     # and those that lead to one that differs
     while more := {name for name, made in definitions.items() if name not in differ and _references(made) & differ}:
         differ |= more
+    # in order, so that the stored schema is the same at each making
     definitions.update({f"{name}{_ENDING}": _renamed(_opened(name, definitions[name]), differ) for name in sorted(differ)})
     return _renamed(sections, differ)
 
@@ -100,14 +102,17 @@ def _opened(name: str, section: dict[str, Any]) -> dict[str, Any]:
     if name not in _OPEN:
         return section
     key = _OPEN[name]
+    # the choices go, since any imported name may stand there; what the editor shows of the key stays
     known = {inner: value for inner, value in section["properties"][key].items() if inner in ("description", "default")}
     named = {**known, "type": ["string", "null"], "pattern": _TEXT}
+    # the options of the part stand beside its name, and only its own file knows them
     return {**section, "properties": {**section["properties"], key: named}, "additionalProperties": True}
 
 
 def _references(node: Any) -> set[str]:
     """Return the names of the definitions that a schema refers to."""
     if isinstance(node, dict):
+        # "#/$defs/Name": the name is what follows the last slash
         own = {node["$ref"].rpartition("/")[2]} if "$ref" in node else set[str]()
         return own.union(*map(_references, node.values()))
     return set[str]().union(*map(_references, node)) if isinstance(node, list) else set()
@@ -130,8 +135,11 @@ def _stage(definitions: dict[str, Any], *, own: bool) -> dict[str, Any]:
     alone: dict[str, Any] = {"enum": [kind for kind, stage in STAGE_KINDS.items() if not _needed(stage.settings)]}
     if own:
         needed = [kind for kind, stage in STAGE_KINDS.items() if _needed(stage.settings)]
+        # any name may be an imported kind, but a kind of decoct's that needs settings cannot stand alone
         alone = {"type": "string", "pattern": f"^({NAME_PATTERN})$", "not": {"enum": needed}}
+    # a kind with nothing below it is ``- export:``, whose value is null
     others: Any = {"type": ["object", "null"]} if own else False
+    # a stage is a mapping with one key; YAML has no other way to name a kind and its settings together
     below = {"type": "object", "properties": kinds, "minProperties": 1, "maxProperties": 1, "additionalProperties": others}
     return _cased("object", below, alone)
 
@@ -143,6 +151,7 @@ def _reference(settings: type, definitions: dict[str, Any], kind: str | None = N
         definitions[name] = {}  # holds its place in the order
         properties: dict[str, Any] = {}
         if kind is not None:
+            # a stage that had the name of another kind would make ``stages.KIND`` in an override ambiguous
             others = [other for other in STAGE_KINDS if other != kind]
             properties["name"] = {
                 "description": f"Name of the stage and of its folder. Default: {kind}.",
@@ -157,6 +166,7 @@ def _reference(settings: type, definitions: dict[str, Any], kind: str | None = N
             "description": class_doc(settings),
             "type": "object",
             "properties": properties,
+            # left out where empty: an empty ``oneOf`` is no valid schema, and an empty ``required`` says nothing
             **({"required": required} if required else {}),
             **({"oneOf": [_given(key) for key in exactly_one]} if (exactly_one := _exactly_one(settings)) else {}),
             # the options of a callback stand beside its name
@@ -172,6 +182,7 @@ def _exactly_one(settings: type) -> tuple[str, ...]:
 
 def _given(key: str) -> dict[str, Any]:
     """A key is there and has a value."""
+    # null does not count as given: YAML reads a key without a value as null, and the loader skips it
     return {"required": [key], "properties": {key: {"not": {"type": "null"}}}}
 
 
@@ -197,6 +208,7 @@ def _property(settings: type, entry: Any, definitions: dict[str, Any]) -> dict[s
     made = _value(types_of(settings)[entry.name], definitions)
     if not _required(entry):
         made = _or_null(made)
+    # a default of None is left out: the description says what happens without the key
     default = {} if entry.default is MISSING or entry.default is None else {"default": entry.default}
     return {"description": field_docs(settings)[entry.name], **made, **default}
 
@@ -209,8 +221,10 @@ def _or_null(made: dict[str, Any]) -> dict[str, Any]:
     if "enum" in made:
         return {**made, "enum": [*made["enum"], None]}
     null = {"type": "null"}
+    # in a condition, null belongs where the values are that are not objects
     if "if" in made:
         return {**made, "else": _or_null(made["else"])}
+    # what stands beside a reference is asked for as well, so null cannot be one more type: it is a case of its own
     if "$ref" in made:
         return _cased("null", {}, made)
     return {**made, "anyOf": [*made["anyOf"], null]} if "anyOf" in made else {"anyOf": [made, null]}
@@ -219,11 +233,13 @@ def _or_null(made: dict[str, Any]) -> dict[str, Any]:
 def _value(annotation: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of what a key of this type takes, as ``sections.py`` reads it."""
     options = [option for option in alternatives(annotation) if option is not type(None)]
+    # numbers and choices depend on the annotation as a whole (bounds, words), all else on one member of it
     made = [_number(annotation, option) for option in options if option in (int, float)]
     made += [inner for option in options for inner in _option(option, definitions)]
     if words := choices(annotation):
         # YAML reads 32 as a number where a recipe means the word
         made.insert(0, {"enum": [*words, *(int(word) for word in words if word.isdigit())]})
+    # a section and its short form: as a condition, which tells an editor in which of the two a mistake is
     if len(made) == 2 and "$ref" in made[0]:
         return _cased("object", made[0], made[1])
     return made[0] if len(made) == 1 else {"anyOf": made}

@@ -30,6 +30,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[Override] = (), *,
     """
     path = find_recipe(str(path_or_name))
     root, problems = read_yaml_file(path, str(path))
+    # a recipe without a name takes that of its file
     return _read(root, problems, overrides, path.parent, tell, default_name=path.stem)
 
 
@@ -41,6 +42,7 @@ def recipe_from_dict(data: Mapping[str, Any], overrides: Sequence[Override] = ()
     Raises: UserError with every problem, each with its key path.
     """
     root = node_from_python(dict(data))
+    # no file, so messages have no lines, and the name must be in the data
     return _read(root, Problems("the recipe", root), overrides, Path(), tell, default_name=None)
 
 
@@ -51,6 +53,7 @@ def outline_of(path: Path) -> Recipe:
     """
     root, problems = read_yaml_file(path, str(path))
     forget_parts(root)
+    # no overrides and no parts: the run folder holds a resolved recipe, and nobody's code runs for a look at it
     return read_recipe(root, problems, default_name=path.stem)
 
 

@@ -73,6 +73,7 @@ def place_of(root: Node, path: Sequence[str | int]) -> str:
 
 def is_null(node: Node) -> bool:
     """Return whether the value is absent: nothing after the colon, ``null`` or ``~``."""
+    # the spellings of null in YAML's core schema; quoted they are text
     return isinstance(node, Scalar) and (node.value is None or (node.plain and node.value in ("", "~", "null", "Null", "NULL")))
 
 
@@ -80,6 +81,7 @@ def node_from_python(data: Any, place: str = "", path: KeyPath = ()) -> Node:
     """Return the tree of plain Python data (dict, list, tuple, str, int, float, bool, None); UserError for anything else."""
     if isinstance(data, dict):
         for key in data:
+            # the key stands in a message before any check of its own, so what cannot be printed must not reach the terminal
             if not isinstance(key, str) or not key.isprintable():
                 raise UserError(f"recipe key {dotted((*path, ascii(key)))} is not plain text; keys are printable strings")
         return Mapping(place, {key: Entry(place, node_from_python(value, place, (*path, key))) for key, value in data.items()})

@@ -13,6 +13,7 @@ _STAND_IN = "quantize"
 
 def forget_parts(root: Node) -> None:
     """Replace what imported files register, in place; a recipe that imports nothing stays as it is."""
+    # an empty ``import`` is none
     if not isinstance(root, Mapping) or "import" not in root.entries or is_null(root.entries["import"].node):
         return
     del root.entries["import"]
@@ -26,8 +27,10 @@ def _forget_source(data: Mapping) -> None:
     source = data.entries.get("source")
     if source is None or is_null(source.node):
         return
+    # what is no key of the section is an option of the imported source, and goes with it
     known = types_of(DataSettings)
     data.entries = {key: entry for key, entry in data.entries.items() if key in known and key not in ("source", "kind", "mask_prompts")}
+    # the section needs exactly one source of text, and a look at the stages reads none of it
     data.entries["builtin"] = Entry(source.place, Scalar("python-stdlib", source.place))
 
 
@@ -44,9 +47,11 @@ def _known_stage(item: Node) -> Node:
         settings = Mapping(item.place, {"name": named, "weights": Entry(item.place, weights)})
         return Mapping(item.place, {_STAND_IN: Entry(item.place, settings)})
     if isinstance(body, Mapping):
+        # callbacks are named by what imported files register, and do not matter to what a stage writes
         body.entries.pop("callbacks", None)
         loss = body.entries.get("loss")
         chosen = loss.node.entries.get("divergence") if loss is not None and isinstance(loss.node, Mapping) else None
+        # the whole loss goes: its other keys may be options of the imported divergence
         if chosen is not None and not (isinstance(chosen.node, Scalar) and chosen.node.value in DIVERGENCES):
             del body.entries["loss"]
     return item

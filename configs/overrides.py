@@ -36,6 +36,7 @@ def apply_overrides(root: Node, overrides: Sequence[Override], parts: OwnParts =
         place = f"override '{override if isinstance(override, str) else override[0]}'"
         if not all(keys) or (isinstance(override, str) and "=" not in override):
             raise UserError(f"{place}: write key=value, such as trainer.precision=32 or stages.1.tokens=2M")
+        # the recipe is no mapping, which reading it reports
         if not isinstance(root, Mapping):
             return
         if isinstance(override, str):
@@ -78,6 +79,7 @@ def _write(mapping: Mapping, keys: Sequence[str], node: Node, place: str, above:
     elif isinstance(entry.node, Scalar | Listing) and not above and SECTIONS.get(key) in SHORT_FORMS:
         word = SHORT_FORMS[SECTIONS[key]]
         entry.node = Mapping(entry.node.place, {word: Entry(entry.place, entry.node)})
+    # a key below a list or a value cannot be written without guessing what happens to the rest
     if not isinstance(entry.node, Mapping):
         raise UserError(f"{place}: {above}{key} is {'a list' if isinstance(entry.node, Listing) else 'a single value'}; set it as a whole")
     _write(entry.node, rest, node, place, above=f"{above}{key}.")
@@ -120,6 +122,7 @@ def _joined_pattern(keys: list[str], kind: str, place: str, settings: type) -> l
             f"{place}: overrides needs a pattern of module names and one of {', '.join(types_of(SpecChange))}, such as "
             f"stages.{kind}.overrides.*.mlp.down_proj.bits=8"
         )
+    # all but the first and the last word are the pattern: ``*.mlp.down_proj``
     return ["overrides", ".".join(keys[1:-1]), keys[-1]]
 
 
@@ -156,5 +159,6 @@ def _find_stage(stages: Listing, word: str, place: str) -> int:
             return match[0]
         if match:
             raise UserError(f"{place}: '{word}' is more than one stage; use the position; {_known_stages(stages)}")
+    # each stage by every word that would have found it
     names = [name for i, (kind, label) in enumerate(labels) for name in (stage_name(i, label), label, kind)]
     raise UserError(f"{place}: there is no stage '{word}'{did_you_mean(word, names) or ';'} {_known_stages(stages)}")

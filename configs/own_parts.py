@@ -104,6 +104,7 @@ def load_parts(root: Node, folder: Path, tell: Tell | None = None) -> OwnParts:
         base = Path() if item.place.startswith(_PLACE_OF_OVERRIDE) else folder
         # without "..", so that messages show a short path
         file = _run_file(Path(os.path.normpath(base / item.value)), item.place, tell)
+        # a file that is named twice is one file, and registers its names once
         if file not in files:
             files.append(file)
     _check_names(files)
@@ -118,6 +119,7 @@ def _run_file(path: Path, place: str, tell: Tell | None) -> PartsFile:
     at = f"{_before(place)}import: "
     if path.suffix != ".py":
         raise UserError(f"{at}{path} is no Python file; give one whose name ends in .py")
+    # read once: what is hashed, run and copied into the run folder are the same bytes, even if the file changes meanwhile
     try:
         source = path.read_bytes()
     except FileNotFoundError:
@@ -127,6 +129,7 @@ def _run_file(path: Path, place: str, tell: Tell | None) -> PartsFile:
         raise UserError(f"{at}{path} cannot be read ({error.strerror}); give a Python file") from None
     if len(source) > MAX_BYTES:
         raise UserError(f"{at}{path} is larger than {MAX_BYTES:,} bytes; import what it needs from installed packages")
+    # the content is part of the key, so a file that was edited runs again in a notebook
     key = (str(path.absolute()), hashlib.sha256(source).hexdigest())
     if key not in _loaded:
         if tell is not None:
@@ -140,11 +143,14 @@ def _run_file(path: Path, place: str, tell: Tell | None) -> PartsFile:
 
 def _executed(path: Path, source: bytes, sha256: str) -> list[Registered]:
     """Run a file as a module of its own, and return what it registers."""
+    # the hash keeps two versions of a file apart in sys.modules; the stem makes tracebacks readable
     name = f"decoct_parts_{re.sub('[^A-Za-z0-9_]', '_', path.stem)}_{sha256[:8]}"
     module = ModuleType(name)
     module.__file__ = str(path.absolute())
+    # by this mark an error is traced to the user's code (``launch/terminal/boundary.py``)
     module.__dict__[MARK] = str(path)
     try:
+        # dont_inherit: the ``from __future__`` of this module would otherwise hold in the user's file
         code = compile(source, module.__file__, "exec", dont_inherit=True)
     except SyntaxError as error:
         raise UserError(f"{path}:{error.lineno or 1}: {type(error).__name__}: {error.msg}; the recipe imports this file") from error
@@ -158,6 +164,7 @@ def _executed(path: Path, source: bytes, sha256: str) -> list[Registered]:
     except KeyboardInterrupt:
         del sys.modules[name]
         raise
+    # BaseException: a file that calls sys.exit() must not end decoct without a message
     except BaseException as error:
         del sys.modules[name]
         raise UserError(f"{path}:{_line_of(error, module.__file__)}: {_words(error)}; the recipe imports this file") from error
@@ -166,6 +173,7 @@ def _executed(path: Path, source: bytes, sha256: str) -> list[Registered]:
 
 def _line_of(error: BaseException, file: str) -> int:
     """The last line of ``file`` that the error passed through."""
+    # frames below this file's are those of its libraries; the user looks for the line in the own file
     lines = [frame.lineno or 1 for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return lines[-1] if lines else 1
 
@@ -181,6 +189,7 @@ def _checked(path: Path, sha256: str, found: Sequence[Registered]) -> tuple[tupl
         raise UserError(f"{path}:1: registers no part; {_USE}")
     made: list[tuple[Part, type]] = []
     faults: list[str] = []
+    # all faults are collected, so that one run of the verb shows them all
     for one in found:
         at = f"{path}:{one.line}"
         if not isinstance(one.name, str) or not _NAME.fullmatch(one.name):
@@ -215,6 +224,7 @@ def _check_names(files: Sequence[PartsFile]) -> None:
     """UserError if a name is registered twice, in one file or in two."""
     first: dict[tuple[Kind, str], Part] = {}
     faults: list[str] = []
+    # over all files at once: two files may each be right, and clash only together
     for part, _ in (entry for file in files for entry in file.parts):
         earlier = first.setdefault((part.kind, part.name), part)
         if earlier is not part:

@@ -58,14 +58,17 @@ def options_of(kind: Kind, target: Any, settings: Any) -> list[Option]:
     given = _GIVEN[kind]
     try:
         parameters = list(inspect.signature(target).parameters.values())
+        # annotations may be text (PEP 563), and bounds are in their metadata: include_extras keeps them
         hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     except (TypeError, ValueError, NameError) as error:
         raise PartFaultError(f"has annotations that cannot be read ({type(error).__name__}: {error})") from error
     expected = (*given, *(("settings",) if settings is not None else ()))
+    # decoct passes its own arguments by position, so a keyword-only parameter cannot take one
     by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(by_position) < len(expected):
         raise PartFaultError(f"must take {' and '.join(expected)} as its first argument{'s' * (len(expected) > 1)}")
     rest = [p for p in parameters if p not in by_position[: len(expected)]]
+    # *args and **kwargs have no names that a recipe could check
     for parameter in rest:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise PartFaultError(f"takes *{parameter.name}; options need names, types and defaults of their own")
@@ -75,6 +78,7 @@ def options_of(kind: Kind, target: Any, settings: Any) -> list[Option]:
         if needed := [p.name for p in rest if p.default is p.empty]:
             raise PartFaultError(f"needs {needed[0]} besides its settings; make it a field of {settings.__name__}")
         types = get_type_hints(settings, include_extras=True)
+        # fields that a dataclass computes itself (init=False) cannot be given
         found = [(entry.name, types[entry.name], _copied(entry)) for entry in fields(settings) if entry.init]
     else:
         found = [(p.name, _type_of(p, hints), _default(p)) for p in rest]
@@ -86,6 +90,7 @@ def options_of(kind: Kind, target: Any, settings: Any) -> list[Option]:
 def settings_for(part: Part, options: list[Option]) -> type:
     """The settings dataclass of a part: a subclass of the section's, with the options as further fields."""
     slot = _SLOT_OF.get(part.kind)
+    # a type of one word: the section of this part names this part and no other
     one_word: Any = Literal[part.name]  # pyright: ignore[reportInvalidTypeForm] - the type of a key that takes this word alone
     default: Any = field(default=part.name)
     named: list[Option] = [] if slot is None else [(slot, one_word, default)]
@@ -123,12 +128,14 @@ def _default(parameter: inspect.Parameter) -> Field[Any]:
     if parameter.default is parameter.empty:
         return field()
     if isinstance(parameter.default, dict | list | set):
+        # a copy for each use: a list in a signature is one object for all calls, and dataclasses refuse it as a default
         copied: Callable[[], Any] = lambda: parameter.default.copy()  # noqa: E731 - typed, unlike a nested def in one expression
         return field(default_factory=copied)
     return field(default=parameter.default)
 
 
 def _check_option(kind: Kind, name: str, annotation: Any) -> None:
+    # ``name`` of a stage is a key of the recipe's, which it takes out before the settings are read
     taken = {"name"} if kind == "stage" else set[str]()
     if base := next((section for section, (_, of) in SLOTS.items() if of == kind), None):
         taken = {entry.name for entry in fields(base)} - set(_DIALS if kind == "divergence" else ())
@@ -145,6 +152,7 @@ def _check_option(kind: Kind, name: str, annotation: Any) -> None:
 def _readable(option: Any) -> bool:
     inner = get_args(option)
     if get_origin(option) is tuple:
+        # a bare ``tuple`` says nothing of its items
         return bool(inner) and all(_readable(one) for item in inner if item is not Ellipsis for one in alternatives(item))
     if get_origin(option) is dict:
         return inner[0] is str and (inner[1] is Any or all(map(_readable, alternatives(inner[1]))))

@@ -15,6 +15,7 @@ MOST_SHOWN = 40
 
 def nearest_name(word: str, valid: Iterable[str]) -> str | None:
     """Return the valid word that ``word`` most likely means; None if no word is similar."""
+    # compared in lower case: 'GPTQ' means gptq, and the answer is spelt as the valid word is
     known = {candidate.lower(): candidate for candidate in valid}
     close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.6)
     return known[close[0]] if close else None
@@ -65,5 +66,6 @@ class Problems:
             raise UserError(lines[0])
         if lines:
             more = [f"and {len(lines) - MOST_SHOWN} more"] if len(lines) > MOST_SHOWN else []
+            # one line each and indented, so that a terminal and an editor find file:line in them
             told = "".join(f"\n  {line}" for line in [*lines[:MOST_SHOWN], *more])
             raise UserError(f"{self._source} has {len(lines)} problems:{told}")

@@ -62,6 +62,7 @@ def read_recipe(root: Node, problems: Problems, *, default_name: str | None, par
     for key in root.entries:
         if key not in KEYS:
             problems.add((key,), unknown_key(key, KEYS))
+            # the key that was probably meant is not reported as missing too; a key like no other excuses itself, which has no effect
             problems.excuse((nearest_name(key, KEYS) or key,))
     # no early return from here on: a reader should get every problem of a file in one message
     name, seed = _read_head(root, problems, default_name)
@@ -71,6 +72,7 @@ def read_recipe(root: Node, problems: Problems, *, default_name: str | None, par
     untouched = not (problems.touches(("teacher",)) or problems.excused(("teacher",)))
     draft = Draft(**{key: sections[key] for key in ("teacher", "student", "data", "trainer")}, stages=stages, teacher_is_known=untouched)
     check_draft(draft, problems)
+    # the one place that stops: every check above has added what it knows
     problems.stop()
     return Recipe(name=name, seed=seed, imports=parts.files, stages=tuple(entry for entry in stages if entry), **sections)
 
@@ -103,6 +105,7 @@ def _read_section(root: Mapping, key: str, problems: Problems, parts: OwnParts) 
     if not _given(root, key):
         if key in REQUIRED:
             _need(key, problems)
+        # trainer and logger consist of defaults alone, so a recipe may leave them out
         return SECTIONS[key]() if key in ("trainer", "logger") else None
     return read_settings(root.entries[key].node, SECTIONS[key], (key,), problems, parts=parts)
 
@@ -126,6 +129,7 @@ def _read_stages(root: Mapping, problems: Problems, parts: OwnParts) -> list[Sta
 
 def known_kinds(parts: OwnParts) -> dict[str, type]:
     """Return the settings of every kind of stage: decoct's, then those that the recipe imports."""
+    # a part's own kinds come last, since they cannot have the name of one of decoct's
     own = {name: made for name in parts.names("stage") if (made := parts.settings("stage", name)) is not None}
     return {**{kind: stage.settings for kind, stage in STAGE_KINDS.items()}, **own}
 
@@ -140,6 +144,7 @@ def _read_stage(node: Node, index: int, problems: Problems, kinds: dict[str, typ
     if kind not in kinds:
         problems.add(path, f"unknown stage kind '{kind}'{did_you_mean(kind, kinds) or ';'} kinds: {', '.join(kinds)}")
         return None
+    # the kind is part of the key path: stages.0.distill.tokens
     path = (*path, kind)
     label = _read_label(body, kind, path, problems, kinds)
     if isinstance(body, Mapping):
@@ -154,6 +159,7 @@ def _read_stage(node: Node, index: int, problems: Problems, kinds: dict[str, typ
 def stage_parts(node: Node) -> tuple[str, Node] | None:
     """Return kind and settings of a stage entry (``- kind: settings`` or ``- kind``); None if it has another form."""
     if isinstance(node, Scalar) and isinstance(node.value, str) and not is_null(node):
+        # a bare kind has an empty body, so both forms are read alike
         return node.value, Mapping(node.place)
     if isinstance(node, Mapping) and len(node.entries) == 1:
         (kind, entry), *_ = node.entries.items()
@@ -176,6 +182,7 @@ def _read_label(body: Node, kind: str, path: KeyPath, problems: Problems, kinds:
     if entry is None or is_null(entry.node):
         return kind
     value = entry.node.value if isinstance(entry.node, Scalar) else entry.node
+    # the whole text must match, and it names a folder: no slash, no leading dot
     if not isinstance(value, str) or not _NAME.fullmatch(value):
         problems.add((*path, "name"), f"{shown_value(value)} cannot name a stage; {_NAME_RULE}")
     elif value.isdigit():
@@ -191,6 +198,7 @@ def _check_labels(stages: Sequence[StageEntry | None], root: Node, problems: Pro
     """Check that the stages' names are unique, so that an override means one stage."""
     first: dict[str, StageEntry] = {}
     for entry in stages:
+        # stages without a name of their own may share a kind: their folders differ by number
         if entry is None or entry.label == entry.kind:
             continue
         earlier = first.setdefault(entry.label, entry)

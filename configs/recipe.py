@@ -82,12 +82,14 @@ def resolved(recipe: Recipe, imports: Sequence[str] | None = None) -> dict[str, 
 
 
 def _plain_stage(entry: StageEntry) -> dict[str, Any]:
+    # the label is not a field of the settings, and is written only where it was given
     name = {} if entry.label == entry.kind else {"name": entry.label}
     return {entry.kind: {**name, **_plain(asdict(entry.settings))}}
 
 
 def _plain(value: Any) -> Any:
     """Return the value with all tuples turned into lists."""
+    # YAML has no tuples, and what is read back must equal what was written
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

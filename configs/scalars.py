@@ -41,11 +41,13 @@ def read_scalar(scalar: Scalar, annotation: Any) -> Any:
     options = alternatives(annotation)
     if isinstance(scalar.value, str):
         return _read_text(scalar.value, scalar.plain, annotation, options)
+    # no key takes nan or inf: as text they are refused with the message of a wrong type
     if isinstance(scalar.value, float) and not math.isfinite(scalar.value):
         return str(scalar.value)
     # 1e6 in Python or JSON is a float, and means a number of tokens
     if type(scalar.value) is float and int in options and float not in options and scalar.value.is_integer():
         return int(scalar.value)
+    # precision: 32 is given as a number in Python, and means the word
     if type(scalar.value) in (int, float) and str(scalar.value) in choices(annotation):
         return str(scalar.value)
     return scalar.value
@@ -55,6 +57,7 @@ def _read_text(text: str, plain: bool, annotation: Any, options: tuple[Any, ...]
     # words first: 32 is a word for trainer.precision and a number elsewhere
     if text in choices(annotation):
         return text
+    # quoted text in a free section stays text, as in YAML
     if Any in options:
         return _read_free(text) if plain else text
     if bool in options and plain and text in ("true", "True", "TRUE", "false", "False", "FALSE"):
@@ -80,8 +83,10 @@ def _read_free(text: str) -> Any:
     """Return a value of YAML's core types, for free sections such as ``student.config``: no suffixes, no octal numbers."""
     if text in ("true", "false"):
         return text == "true"
+    # a leading zero is octal in YAML 1.1 and stays text; the bound keeps int() from working on megabytes of digits
     if re.fullmatch(r"[+-]?(0|[1-9][0-9_]*)", text) and len(text) < 20:
         return int(text)
+    # free sections follow YAML, where 1k is a word
     number = parse_number(text) if text[-1:] not in "kMB%" else None
     if number is not None and re.search(r"[.eE]", text) and math.isfinite(float(number[0])):
         return float(number[0])

@@ -53,6 +53,7 @@ def read_settings(
         also: further valid keys, which are read elsewhere, for the list of valid keys in messages.
         parts: what the recipe imports.
     """
+    # the walk adds the keys in ``also`` only at the top of this section
     built = _Walk(problems, {path: tuple(also)}, parts).value(node, settings, path)
     return None if built is _WRONG else built
 
@@ -84,6 +85,7 @@ class _Walk:
         if inner is None:
             return self._wrong(node, annotation, path)
         found = {key: self.value(entry.node, inner, (*path, key)) for key, entry in node.entries.items()}
+        # the whole dict is refused for one value: what the rest means without it is not known
         return _WRONG if any(value is _WRONG for value in found.values()) else found
 
     def _wrong(self, given: Any, annotation: Any, path: KeyPath) -> Any:
@@ -125,9 +127,11 @@ class _Walk:
             word = SHORT_FORMS[section]
             return self._section(Mapping(node.place, {word: Entry(node.place, node)}), section, path)
         items = _item_types(annotation)
+        # Any takes a list of anything: the free fields of a model's config
         if Any in alternatives(annotation):
             items = (Any, Ellipsis)
         count = len(node.items)
+        # a fixed tuple such as betas has a type per position, an open one the same type for all
         types = items[:1] * count if items[-1:] == (Ellipsis,) else items
         if not items or len(types) != count:
             return self._wrong(node, annotation, path)
@@ -144,6 +148,7 @@ class _Walk:
         found = {}
         for key, entry in node.entries.items():
             if key not in known:
+                # ``name`` of a stage is valid here and read elsewhere
                 valid = (*self._also.get(path, ()), *known)
                 self._problems.add((*path, key), unknown_key(key, valid))
                 self._problems.excuse((*path, nearest_name(key, valid) or key))
@@ -163,6 +168,7 @@ class _Walk:
         """Return the settings of the imported part that a section names, or ``section`` if it names none; None if no part has its name."""
         key, kind = SLOTS.get(section, ("", None))
         entry = node.entries.get(key)
+        # a name that is no scalar is left to the section, which refuses its type
         if kind is None or entry is None or is_null(entry.node) or not isinstance(entry.node, Scalar):
             return section
         word, built_in = str(entry.node.value), choices(types_of(section)[key])
@@ -180,6 +186,7 @@ class _Walk:
     def _built(self, section: type, found: dict[str, Any], path: KeyPath) -> Any:
         """Return the dataclass, or report the problem that its own checks find."""
         try:
+            # only ValueError: the checks of the dataclasses raise it for what a user gave, anything else is a fault of decoct's
             return section(**found)
         except ValueError as error:
             message = str(error)
@@ -241,6 +248,7 @@ def _hint(value: Any, annotation: Any) -> str:
     """Return a hint at what a refused value was probably meant to be."""
     if not isinstance(value, str):
         return ""
+    # hints for numbers only where a number is taken; elsewhere 2kb may be a name
     numbers = {int, float} & set(alternatives(annotation))
     number = parse_number(value) if numbers else None
     if number is not None and number[0] == number[0].to_integral_value() and abs(number[0]) > LARGEST_INT:
@@ -260,5 +268,6 @@ def shown_value(value: Any) -> str:
         value = value.value
     if value is None or value == "":
         return "nothing"
+    # written as in YAML: true, not True
     text = str(value).lower() if isinstance(value, bool) else f"'{value}'" if isinstance(value, str) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -16,6 +16,7 @@ _FOR_EDITORS = "# yaml-language-server: $schema="
 
 def shipped_recipes() -> dict[str, Path]:
     """Return name -> file, the quickstart first."""
+    # the folder configs itself has the quickstart alone, so it comes first
     files = [*sorted(_HERE.glob("*.yaml")), *sorted((_HERE / "recipes").glob("*.yaml"))]
     return {file.stem: file for file in files}
 
@@ -33,6 +34,7 @@ def _about(path: Path) -> str:
 
 def with_schema(text: str, schema: str) -> str:
     """Return a recipe's text with a first line that names ``schema``, a path from the recipe's folder or a URL."""
+    # a line that names another schema is replaced, so that a copy of a copy has one
     body = text.partition("\n")[2] if text.startswith(_FOR_EDITORS) else text
     return f"{_FOR_EDITORS}{schema}\n{body}"
 
@@ -54,6 +56,7 @@ def find_recipe(path_or_name: str) -> Path:
     if path_or_name in known:
         return known[path_or_name]
     if path.is_dir():
+        # the likely mistake: the path of a model where a recipe is meant
         model = f" ('decoct footprint {path_or_name}' says what the model in it takes)" if (path / "config.json").is_file() else ""
         raise UserError(f"{path_or_name} is a folder{model}; give a recipe file in it, or one of the shipped recipes: {', '.join(known)}")
     if path.exists():

@@ -14,6 +14,7 @@ from .recipe import StageEntry
 
 def known_numbers(draft: Draft) -> dict[str, int]:
     """Return depth and widths of the model that the student starts from, as far as they are known without opening a model."""
+    # a student that is wrong has no widths, and its own problem is reported already
     if draft.student is None:
         return {}
     # a student given by path is not opened here; the plan does that
@@ -37,6 +38,7 @@ def check_widths(draft: Draft, problems: Problems) -> None:
         settings = entry.settings if entry else None
         if entry and isinstance(settings, PruneSettings) and settings.structured:
             kept = settings.structured.ffn
+            # widths that are not known allow everything; the plan, which opens the model, checks again
             if kept > widths.get("ffn", kept):
                 problems.add(key_path(entry, "structured", "ffn"), f"keeps {kept} FFN channels of a student that has {widths['ffn']} here")
             # later stages meet the narrower FFN
@@ -50,8 +52,10 @@ def check_widths(draft: Draft, problems: Problems) -> None:
 def _check_group(entry: StageEntry, group: int | str, widths: dict[str, int], problems: Problems) -> None:
     """Check that a group size divides every width; one message names all widths that it does not divide."""
     if isinstance(group, str):
+        # 'channel' and 'tensor' fit every width
         return
     words = {"hidden": "hidden size", "ffn": "FFN channels"}
+    # with one group size for all, each width must be a multiple of it
     broken = [f"{words[name]} ({width:,})" for name, width in widths.items() if width % group]
     if not broken:
         return

@@ -48,6 +48,7 @@ def read_yaml_text(text: str, label: str, *, lines: bool = True) -> tuple[Node, 
         lines: Whether a place is ``label`` with a line number, or ``label`` alone for text of one line.
     """
     try:
+        # events and not yaml.load: only they have lines, quotes and anchors, and nothing is constructed
         return _Builder(label, yaml.parse(text, Loader=yaml.SafeLoader), lines=lines).document()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -55,7 +56,9 @@ def read_yaml_text(text: str, label: str, *, lines: bool = True) -> tuple[Node, 
         told = "; ".join(part for part in (error.context, error.problem) if part)
         place = f"{label}:{line}" if lines else label
         raise UserError(f"{place}: not readable as YAML: {told}{_hint(told)}") from None
+    # a forbidden character is a YAMLError without a place, an escape beyond Unicode a bare ValueError of chr()
     except (yaml.YAMLError, ValueError, OverflowError) as error:
+        # UserError is a ValueError, and the messages of _Builder are already complete
         if isinstance(error, UserError):
             raise
         raise UserError(f"{label}: not readable as YAML: {str(error).splitlines()[0]}") from None
@@ -109,6 +112,7 @@ class _Builder:
             raise UserError(f"{place}: YAML tag {event.tag!r} is not allowed in a recipe; quote the text if it is meant literally")
         if len(path) > MAX_DEPTH:
             raise UserError(f"{place}: nested more than {MAX_DEPTH} levels deep, which no recipe needs")
+        # counted while reading, so that a file of nested lists stops early
         self._values += 1
         if self._values > MAX_VALUES:
             raise UserError(f"{place}: more than {MAX_VALUES:,} keys and values; is this a recipe?")
@@ -128,6 +132,7 @@ class _Builder:
         found = Mapping(place)
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             if isinstance(event, yaml.CollectionStartEvent):
+                # ``? [a, b] : c`` and ``{a: 1}: 2`` are YAML, but no key of a recipe
                 raise UserError(f"{self._place(event)}: a list or mapping cannot be a key")
             key = self._node(event, path)
             name = str(key.value) if isinstance(key, Scalar) else ""

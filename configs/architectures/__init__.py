@@ -36,6 +36,7 @@ def architecture(name_or_hub_id: str) -> dict[str, Any]:
     Raises:
         UserError: there is none; the message lists the stored ones.
     """
+    # stored names first, then hub ids, compared in lower case as hub ids are typed
     known = {key.lower(): name for key, name in ({name: name for name in names()} | HUB_IDS).items()}
     name = known.get(name_or_hub_id.lower())
     if name is None:
