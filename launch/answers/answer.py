@@ -113,6 +113,7 @@ def answer(
     seconds = time.perf_counter() - began
     stream.finish()
     finish: Finish = "context" if room < sampling.max_tokens else "max_tokens"
+    # an answer that ended by itself is whole, even if Ctrl-C came at the same moment
     finish = "end" if stream.ended else "interrupted" if interrupted else finish
     return Answer(
         text=stream.text,
@@ -140,10 +141,12 @@ def _generate(opened: Opened, ids: list[int], settings: "GenerationConfig", samp
     model: Any = opened.model
     prompt = torch.tensor([ids], device=model.device)
     devices = [model.device] if model.device.type == "cuda" else []
+    # a fork of the generator: the seed of an answer leaves the caller's random numbers alone
     with only_these_settings(model, settings), quiet_transformers(), torch.random.fork_rng(devices):
         torch.manual_seed(sampling.seed)
         model.generate(
             prompt,
+            # one prompt without padding: every position counts
             attention_mask=torch.ones_like(prompt),
             generation_config=settings,
             logits_processor=real_tokens(opened.v_eff),
@@ -167,6 +170,7 @@ class _Stream:
             self._prompt_passed = True
             return
         for token in value.reshape(-1).tolist():
+            # before the end token is looked at, since it took as long as any other
             self._times.append(time.perf_counter())
             if token in self._ends:
                 self.ended = True

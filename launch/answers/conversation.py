@@ -56,17 +56,21 @@ class Conversation:
         dropped = 0
         # half of the context at most is kept free for the answer
         while self._opened.context is not None and len(ids) > self._opened.context - min(sampling.max_tokens, self._opened.context // 2):
+            # the message itself stays; if it alone is too long, ``answer`` says so
             if len(turns) == 1:
                 break
+            # turns go in pairs of question and answer
             turns, dropped = turns[2:], dropped + 1
             ids = self._ids([*self._system, *turns])
         made = answer(self._opened, ids, sampling, say=say, stops=self._stops)
         if dropped:
             note(f"the context is full: the oldest {dropped} of {dropped + len(turns) // 2 + 1} turns are forgotten")
+        # only now, so that an answer that fails leaves the conversation as it was
         self._turns = [*turns, {"role": "assistant", "content": made.text}]
         return made
 
     def _ids(self, messages: list[dict[str, str]]) -> list[int]:
+        # the template has written the control tokens itself
         return list(self._opened.tokenizer(_render(self._opened, messages, prompt=True), add_special_tokens=False)["input_ids"])  # pyright: ignore[reportArgumentType] - one text gives one list
 
 

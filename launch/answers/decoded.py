@@ -27,6 +27,7 @@ class Decoded:
         """The text that ``token`` completes; '' while a character is not whole."""
         self._ids.append(token)
         new = self._new()
+        # U+FFFD at the end: bytes of a character are still missing
         if not new or new.endswith("\ufffd"):
             return ""
         self._from, self._shown = self._shown, len(self._ids)
@@ -37,6 +38,7 @@ class Decoded:
         return self._new()
 
     def _new(self) -> str:
+        # the difference of two decodings: a token decoded alone may lose its leading space
         return self._text(self._ids[self._from :])[len(self._text(self._ids[self._from : self._shown])) :]
 
     def _text(self, ids: list[int]) -> str:

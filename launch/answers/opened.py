@@ -60,6 +60,7 @@ def open_for_answers(path: str, *, revision: str | None = None, dtype: str = "fp
     if dtype not in _DTYPES:
         raise UserError(f"--dtype={dtype} is not one of {', '.join(_DTYPES)}")
     file = gguf_file(path)
+    # decoct's own GGUF export is what was measured, so the independent reader rebuilds it; other GGUF files are imported
     if find_gguf(Path(path)) is not None and is_existing_export(path):
         place = Path(path).parent if Path(path).is_file() else Path(path)
         model, tokenizer = load_exported_model(Path(path)), load_tokenizer(place)
@@ -69,6 +70,7 @@ def open_for_answers(path: str, *, revision: str | None = None, dtype: str = "fp
         folder = find_model_folder(path, revision, weights=True)
         model, tokenizer = _open_folder(path, folder, _DTYPES[dtype]), load_tokenizer(folder)
     live: Any = model
+    # the dtype first: half of the bytes go to the GPU
     live.to(_DTYPES[dtype]).to(best_device()).eval()
     rows = embedding_rows(model.config)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -88,6 +90,7 @@ def _open_folder(path: str, folder: Path, dtype: torch.dtype) -> "PreTrainedMode
     packed = read_json(folder / "config.json").get("quantization_config")
     if isinstance(packed, dict):
         return _open_packed(path, folder, packed)
+    # exact in fp32, as it was measured; ``open_for_answers`` converts it to --dtype
     if dtype == torch.float32 or quant_record(str(folder)):
         return open_for_measuring(str(folder))
     model = load_model(folder, dtype=dtype)
@@ -105,6 +108,7 @@ def _open_packed(path: str, folder: Path, packed: dict[str, Any]) -> "PreTrained
         # a folder of decoct that its own reader refuses is damaged
         if (folder / RECORD).is_file():
             raise
+        # find_spec looks for a package without importing it, which takes seconds
         if missing := [name for name in _PACKAGES.get(method, ()) if importlib.util.find_spec(name) is None]:
             raise UserError(
                 f"{path} holds weights packed by {method}, and transformers needs {' and '.join(missing)} to read them, which "
@@ -123,5 +127,6 @@ def _by_transformers(path: str, folder: Path, **options: Any) -> "PreTrainedMode
             return load(folder, dtype=torch.float32, local_files_only=True, **options)
     except MemoryError:
         raise
+    # any error: each quantization package raises its own
     except Exception as error:
         raise not_loadable(path, "a causal language model", error) from error

@@ -25,8 +25,10 @@ def read_prompts(given: Sequence[str], files: Sequence[str]) -> list[str]:
         if sys.stdin.isatty():
             raise UserError("there is no prompt: give --prompt TEXT, or --prompts FILE, or text on stdin")
         given = [STDIN]
+    # stdin can be read to its end once
     if (*given, *files).count(STDIN) > 1:
         raise UserError("stdin ('-') can be read once; give it once")
+    # the line end that a shell adds is no part of the prompt
     prompts = [_stdin().rstrip("\n") if one == STDIN else one for one in given]
     prompts += [prompt for file in files for prompt in _of_file(file)]
     for number, prompt in enumerate(prompts, 1):

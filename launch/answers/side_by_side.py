@@ -35,8 +35,10 @@ def common_words(answers: Sequence[Answer], same_tokens: bool) -> str:
     one, other = answers
     if one.text == other.text:
         return "both answers are the same"
+    # ids of different vocabularies cannot be compared
     if not same_tokens:
         return ""
+    # one answer may be the beginning of the other
     alike = next((at for at, (a, b) in enumerate(zip(one.ids, other.ids)) if a != b), min(len(one.ids), len(other.ids)))
     return (
         f"the first {alike:,} tokens are the same"

@@ -40,6 +40,7 @@ def generate(
     from .generate_verb import Asked, run_generate
 
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    # a system prompt has no place without a chat template
     run_generate(Asked(model, revision, compare, chat or system is not None, system, dtype), prompt or (), prompts or (), sampling, as_json)
 
 

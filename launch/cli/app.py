@@ -103,11 +103,13 @@ def _tell_bug(text: str) -> None:
 def _check_arguments(arguments: Sequence[str]) -> None:
     """Raise UserError for arguments that are not UTF-8: writing such a name would fail later, during a run."""
     for text in (*arguments, os.environ.get("DECOCT_CACHE", "")):
+        # Python reads bytes that it cannot decode as lone surrogates (PEP 383)
         if any("\udc80" <= letter <= "\udcff" for letter in text):
             try:
                 os.fsencode(text).decode()
             except UnicodeDecodeError:
                 raise UserError(f"{text} is not UTF-8, which every name in a run folder must be; rename the file or folder") from None
+            # the bytes are UTF-8 after all: the locale could not read them
             raise UserError(
                 f"the locale's encoding ({sys.getfilesystemencoding()}) lacks characters of {text}; set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
             )

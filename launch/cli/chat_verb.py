@@ -44,8 +44,10 @@ def run_chat(model: str, revision: str | None, system: str | None, dtype: str, s
             _note(str(error))
             continue
         write_out("\n")
+        # nobody is at a pipe to send another message, so Ctrl-C ends the verb
         if made.finish == "interrupted" and not people:
             raise KeyboardInterrupt
+        # an answer that came to its end needs no words
         if made.finish != "end" and people:
             _note(made.words())
 
@@ -62,6 +64,7 @@ def _typed() -> Iterator[str]:
         try:
             yield input(PROMPT)
         except EOFError:
+            # so that the shell's prompt begins a line
             write_out("\n")
             return
         except KeyboardInterrupt:

@@ -22,7 +22,9 @@ def run_clean(runs: Sequence[Path], *, cache: bool, yes: bool, dry_run: bool) ->
         raise UserError("name a run folder, such as runs/quickstart (`decoct runs` lists them), or give --cache")
     console = QuietEndConsole(markup=False, highlight=False)
     with ExitStack() as held:
+        # locked until everything is removed: a run that starts meanwhile is refused
         for run in runs:
+            # what is no run folder is refused below, and gets no lock file before
             if (run / RECIPE).is_file():
                 lock = Lock(run / LOCK)
                 acquire_or_refuse(lock, f"the run folder {run}", console.print)
@@ -50,5 +52,6 @@ def agreed(question: str, instead: str) -> bool:
         raise UserError(f"this needs an answer, and there is no terminal to ask; {instead}")
     try:
         return typer.confirm(question)
+    # Ctrl-C or Ctrl-D at the question is a no
     except typer.Abort:
         return False

@@ -22,6 +22,7 @@ class Verbs(TyperGroup):
         """Return (name, command, its arguments), with KEY=VALUE turned into options unless a recipe takes it."""
         name, command, rest = super().resolve_command(ctx, args)
         if command is not None and hasattr(command, "params"):
+            # an argument ``overrides`` is what makes a verb that of a recipe
             of_a_recipe = any(p.name == "overrides" for p in command.params)
             rest = options_from_pairs(command.params, rest, recipe_keys(name or "") if of_a_recipe else ())
         return name, command, rest
@@ -57,6 +58,7 @@ def options_from_pairs(parameters: Sequence[Any], arguments: Sequence[str], kept
     The value of an option is left alone, and so is text whose key is not an option: a path may contain '='.
     """
     options = {_key(name): p for p in parameters for name in p.opts if name.startswith("--")}
+    # an option's value may contain '=', and is never taken for a pair
     takes_value = {name for p in parameters if not getattr(p, "is_flag", False) for name in (*p.opts, *p.secondary_opts)}
     found: list[str] = []
     after = False  # whether this argument is the value of the one before

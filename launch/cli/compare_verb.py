@@ -24,8 +24,10 @@ def run_compare(models: Sequence[str], text: TextChoice, tasks: Sequence[str], *
     from ..report.tables import WIDE
     from ..run.start import quiet_libraries
 
+    # before the first model is measured, which may take long
     if page is not None and (page.is_dir() or not page.parent.is_dir()):
         raise UserError(f"--html={page} is no file that can be written; name a file in a folder that exists")
+    # files that somebody names are all meant; of any other text a part is enough
     text = replace(text, eval_tokens=text.eval_tokens or ("all" if text.files else "32k"))
     named = [task for given in tasks for task in given.split(",") if task]
     # a recipe checks all of it, with its messages
@@ -51,6 +53,7 @@ def run_compare(models: Sequence[str], text: TextChoice, tasks: Sequence[str], *
         write_json(found)
         return
     out = QuietEndConsole(markup=False, highlight=False)
+    # a pipe has no width: nothing is left out there
     if not out.is_terminal:
         out.width = max(out.width, WIDE)
     out.print(table.terminal_table(found, out.width))

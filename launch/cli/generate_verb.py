@@ -36,6 +36,7 @@ def run_generate(asked: Asked, given: Sequence[str], files: Sequence[str], sampl
 
     prompts = read_prompts(given, files)
     quiet_libraries()
+    # two models beside each other, and JSON, are printed when they are complete
     streams = asked.other is None and not as_json
     first = _opened(asked.model, asked)
     answers = _ask(first, prompts, asked, sampling, streams=streams)
@@ -53,6 +54,7 @@ def run_generate(asked: Asked, given: Sequence[str], files: Sequence[str], sampl
         answers = [*answers, *seen]
     if as_json:
         write_json(result)
+    # after everything is printed: the exit code says that it was cut short
     if _interrupted(answers):
         raise KeyboardInterrupt
 
@@ -61,6 +63,7 @@ def _opened(path: str, asked: Asked) -> "Opened":
     from ..answers.opened import open_for_answers
 
     with CleanConsole(stderr=True).status(f"loading {path}"):
+        # a revision belongs to the repository that it was given for
         return open_for_answers(path, revision=asked.revision if path == asked.model else None, dtype=asked.dtype)
 
 
@@ -75,6 +78,7 @@ def _ask(opened: "Opened", prompts: Sequence[str], asked: Asked, sampling: "Samp
 
     answers: list[Answer] = []
     talk = Conversation(opened, asked.system) if asked.chat else None
+    # a conversation makes its ids itself, and checks them
     begun = [] if talk else [prompt_ids(opened, prompt) for prompt in prompts]
     # every prompt is checked before the first answer, which may take long
     for number, ids in enumerate(begun, 1):
@@ -84,6 +88,7 @@ def _ask(opened: "Opened", prompts: Sequence[str], asked: Asked, sampling: "Samp
             write_out(f"> {_short(prompt)}\n")
         say = write_out if streams else _silent
         if talk:
+            # each prompt is a conversation of its own
             talk.reset()
             answers.append(talk.say(prompt, sampling, say))
         else:

@@ -85,6 +85,7 @@ def _local(job: Job, choices: Choices) -> None:
     if job.nodes != 1:
         raise UserError(f"--target local runs on this machine only, not on {job.nodes} nodes; use --target torchrun on each node, or slurm")
     if choices.show:
+        # port 0: torchrun takes a free one
         print(shell_line(torchrun_command(job, endpoint="localhost:0")))
         return
     check_processes(job.gpus)
@@ -126,6 +127,7 @@ def _slurm(job: Job, choices: Choices) -> None:
 def _kubernetes(job: Job, choices: Choices) -> None:
     from ..jobs.kubernetes import manifest
 
+    # no default could be right on another's cluster
     if not choices.image or not choices.volume_claim:
         raise UserError("--target kubernetes needs --image (an image with decoct) and --volume-claim (for runs and cache)")
     if choices.kind not in ("trainjob", "jobset"):

@@ -67,12 +67,14 @@ def run_plan(recipe: str, overrides: Sequence[str], asked: Asked, as_json: bool)
         tensor_parallel=asked.tensor_parallel,
         speed=_speed(asked, loaded.name),
     )
+    # known only here: without --gpus the plan has looked for GPUs itself
     if asked.price is not None and not made.machine.gpus:
         raise UserError("--price is for one GPU and hour, and this plan is for a CPU; name the GPUs (--gpus 8 --gpu H100)")
     if as_json:
         print(json.dumps(drawing.as_json(made), indent=1))
     else:
         console = CleanConsole()
+        # a pipe has no width: nothing is left out there
         if not console.is_terminal:
             console.width = max(console.width, WIDE)
         # the plan is printed before the refusal: it shows the numbers behind it
@@ -108,6 +110,7 @@ def _speed(asked: Asked, name: str) -> "Speed":
 
 def _bytes_per_second(text: str) -> float:
     try:
+        # amounts as for --gpu-memory, with or without '/s'
         return float(parse_bytes(text.removesuffix("/s"), "--link"))
     except UserError as error:
         raise UserError(f"--link={text} is not what a GPU sends in a second; write it with its unit, such as 50GB") from error

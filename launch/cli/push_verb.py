@@ -14,6 +14,7 @@ def run_push(folder: Path, hub_id: str, *, public: bool, yes: bool, message: str
     """Upload a folder. A new repository is private, unless ``public``; one that exists keeps who may see it."""
     planned = plan_upload(folder, hub_id)
     seen = visibility(hub_id)
+    # the hub would leave it as it is, and the option would mean nothing
     if seen == "private" and public:
         raise UserError(f"{hub_id} exists and is private; make it public on its page (Settings), or leave --public out")
     console = QuietEndConsole(markup=False, highlight=False)

@@ -38,6 +38,7 @@ def write_schema(target: Path) -> Path:
     from ...configs.shipped import SCHEMA_FILE
 
     text = SCHEMA_FILE.read_text(encoding="utf-8")
+    # only a schema is replaced, as that of an earlier version; the name may belong to another file
     if target.exists() and not _is_schema(target, json.loads(text)["title"]):
         raise UserError(f"{target} exists and is not a schema of recipes; choose another name: decoct recipes schema --out FILE")
     try:

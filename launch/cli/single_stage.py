@@ -109,6 +109,7 @@ def run_verify(folder: Path, source: Path | None, runtimes: bool, accept: Sequen
     from ..terminal.console import CleanConsole
 
     console = CleanConsole(markup=False, highlight=False, soft_wrap=True)
+    # first, since the checks compare files with the record
     if accept:
         accept_changes(folder, accept)
     with console.status("verifying"):

@@ -57,6 +57,7 @@ def verb_recipe(
     from ...configs.overrides import key_of
 
     recipe: dict[str, Any] = {"name": f"{kind}-{_slug(model)}", "student": {"path": model}, "data": text.data()}
+    # a section takes exactly one source of text
     if any(key_of(one) in _TEXTS for one in overrides):
         recipe["data"].pop("builtin", None)
     if teacher:
@@ -81,6 +82,7 @@ def verb_overrides(kind: str, overrides: "Sequence[Override]") -> "list[Override
     from ...configs.reading import KEYS
     from ...trainer.stages.registry import STAGE_KINDS
 
+    # a key of the recipe's stays the recipe's, also where a stage has one of that name
     own = set(types_of(STAGE_KINDS[kind].settings)) - set(KEYS)
 
     def of_the_stage(key: str) -> bool:
@@ -151,11 +153,13 @@ def read_verb(
     Raises:
         UserError: a stage ``distill`` has no teacher, or the recipe is wrong.
     """
+    # told here, where the option has a name; the recipe would speak of its key
     if kind == "distill" and not teacher:
         raise UserError("decoct distill needs a teacher to learn from: --teacher MODEL (a model folder or a hub id)")
     from ...configs.loader import recipe_from_dict
 
     given = verb_overrides(kind, overrides)
+    # only where the user gives no length: a stage takes tokens or steps
     if "tokens" in settings and settings["tokens"] is None and kind in DEFAULT_TOKENS and not any(map(_gives_steps, given)):
         settings = {**settings, "tokens": DEFAULT_TOKENS[kind]}
     return recipe_from_dict(verb_recipe(kind, model, settings, text, teacher, given), given, tell=tell)
@@ -167,6 +171,7 @@ def export_model(model: Path, out: Path, form: str, allow_inexact: bool = False,
     from ...models.folder.loading import find_model_folder
     from ...qat.export.export import export_folder
 
+    # a GGUF file becomes a plain folder first
     if gguf_file(model) is not None:
         model = find_model_folder(model, None, weights=True)
     return export_folder(model, out, form, allow_inexact=allow_inexact, reader_version=reader_version)

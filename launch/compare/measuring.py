@@ -59,6 +59,7 @@ def compare_models(
     Raises:
         UserError: a model or the text cannot be read, or a window is longer than a model's context.
     """
+    # read once: every model gets the same documents, cut by its own tokenizer
     documents = read_documents(text)
     first: _Reference | None = None
     rows: list[Row] = []
@@ -71,6 +72,7 @@ def compare_models(
         rows.append(row)
         if first is None:
             first = _Reference(opened=opened, data=data, row=row)
+        # before the next one is opened, so that only the reference stays beside it
         del opened
         gc.collect()
     assert first is not None, "there is at least one model"
@@ -78,6 +80,7 @@ def compare_models(
     if any(row["kl_left_out"] for row in rows):
         notes.append("perplexities of models with different vocabularies are per token of each: compare bits per byte")
     else:
+        # with one vocabulary both figures say the same
         rows = [{key: value for key, value in row.items() if key != "bits_per_byte"} for row in rows]
     notes += indistinct(rows)
     windows = first.data.evaluation
@@ -102,6 +105,7 @@ def _measure(
         )
     reason, teacher, data = "", None, None
     if first is not None:
+        # KL compares probabilities id by id, so ids must mean the same tokens (law 2, docs/architecture.md)
         try:
             check_same_vocabulary(first.opened.tokenizer, opened.tokenizer)
         except UserError:
@@ -109,14 +113,17 @@ def _measure(
             reason = f"its vocabulary ({sizes[1]:,} tokens) is not that of {first.row['name']} ({sizes[0]:,})"
             notes.append(f"{opened.name}: no KL and no top-1 agreement, because {reason}")
         else:
+            # no more ids than both heads have rows for
             rows = (embedding_rows(first.opened.model.config), embedding_rows(opened.model.config))
             teacher = LocalTeacher(first.opened.model, v_eff=effective_vocab(opened.tokenizer, *rows), name=first.row["name"])
             data = first.data
+    # a vocabulary of its own gives windows of its own, over the same documents
     data = data or prepare_data(text, opened.tokenizer, cache_dir(), documents=documents, train=False)
     check_rows(data, opened.tokenizer, opened.v_eff)
     row: Row = {"name": opened.name, "path": path, **measure_model(opened.model, teacher, data.evaluation)}
     row |= _sizes(path, opened, row["parameters"])
     perplexity = row["eval"]["perplexity"]
+    # per token to per byte, which does not depend on the vocabulary
     tokens_per_byte = data.evaluation.tokens / max(1, _text_bytes(opened, data))
     row["bits_per_byte"] = math.log2(perplexity) * tokens_per_byte if math.isfinite(perplexity) else None
     row["kl_left_out"] = reason
@@ -133,6 +140,7 @@ def _text_bytes(opened: Opened, data: PreparedData) -> int:
     total = 0
     for index in range(len(data.evaluation)):
         window = data.evaluation[index]
+        # padding is no text
         ids = window["input_ids"][window["attention_mask"] == 1].tolist()
         total += len(str(opened.tokenizer.decode(ids, skip_special_tokens=True)).encode())
     return total
@@ -140,8 +148,10 @@ def _text_bytes(opened: Opened, data: PreparedData) -> int:
 
 def _sizes(path: str, opened: Opened, parameters: int) -> Row:
     """Bytes of the weight files, and of the model as it is served where a folder holds codes beside fp32 weights."""
+    # what is not here is a hub id: its files lie in the hub's cache
     place = Path(path) if Path(path).exists() else find_model_folder(path, None, weights=True)
     size = folder_bytes(place)
+    # an export's files are packed already
     quant = None if is_existing_export(str(place)) else quant_record(str(place))
     packed = size if quant is None else packed_bytes(opened.model, quant)
     return {
@@ -181,9 +191,11 @@ def indistinct(rows: Sequence[Row]) -> list[str]:
                 difference = _difference(one["eval"], other["eval"], figure)
                 if error is None or difference is None or is_clear(difference, error):
                     continue
+                # not a single block differs
                 if difference == error == 0:
                     same.append(word)
                 else:
+                    # a difference of mean log-likelihoods is the logarithm of a ratio of perplexities
                     amount = f"{math.expm1(difference):+.2%} ±{error:.2%}" if figure == "nll" else f"{difference:+.4f} ±{error:.4f} nats"
                     unclear.append(f"{word} ({amount})")
             pair = f"{one['name']} and {other['name']}"
@@ -196,5 +208,6 @@ def _difference(one: Row, other: Row, figure: str) -> float | None:
     """Of mean log-likelihoods, or of KLs, in nats."""
     if figure == "kl":
         return None if one.get("kl") is None or other.get("kl") is None else other["kl"] - one["kl"]
+    # an infinite perplexity has no ratio to another
     ratio = other["perplexity"] / one["perplexity"] if math.isfinite(other["perplexity"]) and math.isfinite(one["perplexity"]) else 0
     return math.log(ratio) if ratio > 0 else None

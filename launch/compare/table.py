@@ -76,14 +76,17 @@ def page(comparison: dict[str, Any]) -> str:
     import jinja2
     from markupsafe import Markup
 
+    # the reference is drawn as the teacher is in a report
     rows = [{**row, "kind": "teacher" if at == 0 else "student"} for at, row in enumerate(comparison["models"])]
     svg = render(size_against_quality({"stages": rows, "exports": [], "baselines": []}, connected=False), "svg").decode()
     source = resources.files("decoct.launch.compare").joinpath("page.html.j2").read_text(encoding="utf-8")
+    # autoescape, as names of models are free text; StrictUndefined, so that a renamed key fails in a test and not as a hole in a page
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(source).render(
         headings=headings(comparison),
         rows=cells(comparison),
         notes=comparison["notes"],
         sentences=sentences(comparison),
+        # without the XML prolog, which is not allowed inside HTML
         picture=Markup(svg[svg.index("<svg") :]),
     )

@@ -112,6 +112,7 @@ def _machine() -> tuple[dict[str, Any], list[Finding]]:
 def _memory() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # not every system has sysconf, or these names in it
     except (OSError, ValueError, AttributeError):
         return None
 

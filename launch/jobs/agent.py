@@ -1,8 +1,7 @@
 """torchrun with meaningful exit codes: ``python -m decoct.launch.jobs.agent <torchrun's own arguments>``.
 
 torchrun itself ends with 1 and a traceback whatever happened. A scheduler that requeues preempted jobs but not faulty ones needs more: 2
-is a
-user error, 3 a failed gate, 130 Ctrl-C, 143 SIGTERM, 1 a crash after the last restart.
+is a user error, 3 a failed gate, 130 Ctrl-C, 143 SIGTERM, 1 a crash after the last restart.
 """
 
 import logging
@@ -36,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tell_killed(failure)
         return exit_code(failure, given.rdzv_id)[0]
     except SignalException as stopped:
+        # as a shell counts: 128 and the number of the signal
         return 128 + int(stopped.sigval)
     except RendezvousError as error:
         told = "start the job again on all nodes, it continues from the last checkpoint"

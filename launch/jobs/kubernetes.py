@@ -21,6 +21,7 @@ def manifest(job: Job, cluster: Kubernetes, kind: Kind = "trainjob") -> str:
     import yaml
 
     made = train_job(job, cluster) if kind == "trainjob" else job_set(job, cluster)
+    # one line per value: YAML would otherwise break a long argument at its spaces
     return yaml.safe_dump(made, sort_keys=False, width=1000)
 
 
@@ -64,6 +65,7 @@ def job_set(job: Job, cluster: Kubernetes) -> dict[str, Any]:
     name = dns_name(job.job_id)
     # JobSet's name for the first pod: <jobset>-<job>-<job index>-<pod index>.<service>, the service being called like the JobSet
     head = f"{name}-node-0-0.{name}"
+    # one name for the JobSet and for its rendezvous
     command = torchrun_command(replace(job, job_id=name), endpoint=f"{head}:{PORT}", python="python")
     container = {
         "name": "node",

@@ -17,8 +17,7 @@ def sbatch_script(job: Job, settings: Slurm, *, python: str | None = None) -> st
     job.
 
     Log files, the run folder and the recipe are relative to the folder in which sbatch is called. Slurm opens its log before the script
-    runs:
-    the run folder must exist (`decoct launch` makes it; after --print, create it, as the file explains).
+    runs, so the run folder must exist (`decoct launch` makes it; after --print, create it, as the file explains).
 
     Raises: UserError if the name of the run folder or the recipe has something that Slurm interprets.
     """

@@ -32,6 +32,7 @@ def torchrun_command(
         command += ["--node-rank", str(node_rank), "--rdzv-conf", f"is_host={int(node_rank == 0)}"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", job.job_id]
     command += ["--max-restarts", str(job.restarts)]
+    # both streams of each rank go to its log file, and those of rank 0 to the console too
     command += ["--log-dir", logs or str(job.logs), "--tee", "3", "--local-ranks-filter", "0"]
     return [*command, "-m", MODULE, *job.arguments()]
 
@@ -44,6 +45,7 @@ def endpoint_of(given: str | None, nodes: int) -> str:
         if nodes == 1:
             return "localhost:0"
         raise UserError("several nodes need a meeting place: --rdzv-endpoint HOST:PORT, with a host that is the same for all of them")
+    # from the right: an IPv6 address has colons of its own
     host, colon, port = given.rpartition(":")
     if not colon or not re.fullmatch(r"[A-Za-z0-9_.:\[\]%-]+", host) or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise UserError(f"--rdzv-endpoint={given!r} is no HOST:PORT; for example node1:29500")

@@ -26,6 +26,7 @@ def check_before_run(recipe: Any, out: "Path", console: "Console", *, nodes: int
         raise
     except UserError:
         return
+    # first, because the short form has the numbers behind a refusal
     console.print(short_form(made), markup=False, highlight=False, soft_wrap=True)
     if found := problems(made, out):
         raise UserError("this recipe cannot work here:\n" + "\n".join(f"  - {problem}" for problem in found))

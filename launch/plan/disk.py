@@ -25,7 +25,9 @@ def safetensors_bytes(tensors: Tensors) -> int:
         size = stored_bytes((dtype, shape))
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
+    # compact JSON, as the library writes it
     text = len(json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")))
+    # 8 bytes hold the length of the header, which is padded with spaces
     return 8 + -(-text // 8) * 8 + offset
 
 
@@ -42,6 +44,7 @@ def quantized_bytes(shape: ModelShape, scheme: "QuantScheme") -> tuple[int, int]
         scales = spec.scale_shape(rows, columns)
         codes[f"{name}.codes"] = ({"int": "I8", "fp8_e4m3": "F8_E4M3"}.get(spec.kind, "U8"), (rows, columns))
         codes[f"{name}.scale"] = ("F32", scales)
+        # a zero point for each scale
         if not spec.symmetric:
             codes[f"{name}.zero_point"] = ("I8", scales)
         # nvfp4 has an fp32 scale for the whole matrix above its scales per group

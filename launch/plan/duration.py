@@ -47,6 +47,7 @@ class Speed:
         """Return the seconds of computing on so many GPUs; None without a GPU."""
         if self.gpu is None:
             return None
+        # products of both kinds follow each other, each at its own peak
         return (work.bf16 / self.gpu.bf16 + work.fp32 / self.gpu.fp32) / (gpus * self.efficiency)
 
 
@@ -110,6 +111,7 @@ def training_duration(step: Step, speed: Speed, *, nodes: int, reference: "Refer
         reference: Stage whose speed was measured, for stages without a measurement of their own.
     """
     tokens = step.steps * step.tokens
+    # a stage's own measurement needs no assumption, so it comes first
     if rate := speed.measured.get(step.stage):
         return Duration(part="training", seconds=tokens / rate, origin=f"{rate:,.0f} tokens/s, as this run has logged")
     if reference is not None:
@@ -117,17 +119,21 @@ def training_duration(step: Step, speed: Speed, *, nodes: int, reference: "Refer
         seconds = tokens / reference.rate * reference.cost(step.work, speed.gpu) / reference.cost(reference.work, speed.gpu)
         told = "" if step.stage == reference.stage else f"from {reference.stage}, by operations: "
         return Duration(part="training", seconds=seconds, origin=f"{told}{tokens / seconds:,.0f} tokens/s, {reference.origin}")
+    # the ranks share the tokens of a step
     compute = speed.seconds(step.work * step.tokens, step.traffic.ranks)
     if compute is None or speed.gpu is None:
         return Duration(part="training", seconds=None, origin=NO_SPEED)
     origin = f"{speed.efficiency:.0%} of the peak of {speed.gpu.name}"
+    # a GPU's own link reaches the GPUs of its machine alone
     link = speed.link if speed.link is not None else speed.gpu.link if nodes == 1 else None
     if not step.traffic.sent:
         return Duration(part="training", seconds=step.steps * compute, compute_seconds=step.steps * compute, origin=origin)
+    # left out and said, not guessed: nothing is known of the network between machines
     if link is None:
         origin += "; without communication between machines, whose speed is not known (--link)"
         return Duration(part="training", seconds=step.steps * compute, compute_seconds=step.steps * compute, origin=origin)
     communication = step.traffic.sent / link
+    # the part of the traffic that is the gradients' all-reduce (as in ``Traffic.sent``)
     reduced = (step.traffic.ranks - 1) / step.traffic.ranks * 2 * step.traffic.all_reduce / link
     # gradients are complete only in the last backward pass; weights are fetched all the time
     waits = max(0.0, reduced - (speed.seconds(step.beside, 1) or 0.0)) + max(0.0, communication - reduced - compute)
@@ -154,6 +160,7 @@ class Reference:
     @staticmethod
     def cost(work: Work, gpu: Gpu | None) -> float:
         """Return the operations in units of bf16 ones; without a known GPU both kinds count the same."""
+        # an fp32 operation weighs as many bf16 ones as the GPU does in its time
         return work.total if gpu is None else work.bf16 + work.fp32 * gpu.bf16 / gpu.fp32
 
 
@@ -189,7 +196,9 @@ def run_cost(durations: Mapping[str, list[Duration]], speed: Speed, gpus: int) -
     """
     parts = [(stage, one) for stage, found in durations.items() for one in found]
     known = [one.seconds for _, one in parts if one.seconds is not None]
+    # a sum over what is known; ``unknown`` names the rest, so that the sum is not read as the whole
     seconds = sum(known) if known else None
+    # all GPUs are paid for while one of them rounds alone
     hours = None if seconds is None or not gpus else seconds / 3600 * gpus
     return Cost(
         seconds=seconds,

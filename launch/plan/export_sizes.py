@@ -52,6 +52,7 @@ def export_bytes(
     if kv_cache is not None and kv_cache.scaling == "static":
         # one scale for the keys and one for the values of each layer
         stored |= {f"{shape.inside}{layer}.self_attn.{part}_scale": ("F32", (1,)) for layer in range(shape.layers) for part in "kv"}
+    # everything else is stored in bf16, as the exporters do
     plain = {name: ("BF16", sizes) for name, sizes in shape.tensors.items() if name.removesuffix(".weight") not in quantized}
     return safetensors_bytes(stored | plain)
 
@@ -61,6 +62,7 @@ def tokenizer_folder(recipe: "Recipe") -> Path | None:
     from ...models.folder.gguf_place import gguf_file
     from ...models.folder.hub import local_folder
 
+    # the student's own tokenizer first; a student that is made from the teacher takes the teacher's
     for model in (recipe.student, recipe.teacher):
         if model is not None and model.path:
             file = gguf_file(model.path)
@@ -85,6 +87,7 @@ def _gguf_bytes(shape: ModelShape, scheme: "QuantScheme", tokenizer: Path | None
         else:
             # llama.cpp wants vectors in fp32
             kind = TensorType.F32 if len(sizes) == 1 else TensorType.BF16
+        # whole blocks: ``BLOCKS`` has the elements and the bytes of one
         elements, size = BLOCKS[kind]
         data = math.prod(sizes) // elements * size
         # 64: the tensor's name, shape and offset in the file's table

@@ -20,6 +20,7 @@ _TABLE = "docs/families.md has the table of families"
 def check_families(recipe: "Recipe", teacher: ModelShape | None, student: ModelShape) -> None:
     """Raise ImpossibleStageError with the family, the obstacle and the remedy if a stage cannot work on its model."""
     for entry in recipe.stages:
+        # one is enough: a model of another family answers them all
         for reason in _reasons(recipe, entry, teacher, student):
             raise ImpossibleStageError(f"{entry.name}: {reason}")
 
@@ -34,6 +35,7 @@ def coverage(stage: StageShape) -> float | None:
     # channels are removed from the FFN alone; magnitude pruning chooses among all linears
     if isinstance(settings, PruneSettings):
         return weights.share(ffn_linears(stage.before) if settings.structured else None)
+    # an export packs what its scheme quantizes
     if isinstance(settings, QatSettings | QuantizeSettings | ExportSettings) and stage.scheme is not None:
         return weights.share(quantized_linears(stage.before, stage.scheme))
     return None
@@ -58,6 +60,7 @@ def _reasons(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, 
     if teacher is not None and learns_from(settings, has_teacher=True) == "recipe":
         models.append(("the teacher", teacher.family))
     for who, one in models:
+        # a stage that does not train is measured all the same, by the report
         action = "distil" if trains(settings) else "measure"
         if reason := one.refusal(action):
             yield f"{who}, {reason}; use a model of another family ({_TABLE})"
@@ -70,6 +73,7 @@ def _reasons(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, 
             yield f"{who}, {reason}; set data.packing: false"
     if isinstance(settings, PruneSettings) and settings.structured:
         if reason := family.refusal("prune channels"):
+            # weights can be pruned without knowing where the FFN is, channels cannot
             other = "" if family.refusal("prune weights") else "prune.magnitude, or "
             yield f"{reason}; use {other}a model of one of these ({_TABLE})"
     elif isinstance(settings, PruneSettings | QatSettings | QuantizeSettings):

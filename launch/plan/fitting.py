@@ -72,6 +72,7 @@ def _overrides(case: StageMemoryCase, changed: StageMemoryCase) -> tuple[str, ..
         "trainer.optimizer": (before.optimizer, after.optimizer),
         "teacher.load_in": (case.load_in, changed.load_in),
         "teacher.placement": (case.placement, changed.placement),
+        # no key of a recipe: the number of processes to start
         "gpus": (case.ranks, changed.ranks),
     }
     return tuple(f"{key}={str(new).lower() if isinstance(new, bool) else new}" for key, (old, new) in named.items() if old != new)
@@ -87,14 +88,17 @@ def _changes(case: StageMemoryCase, taught: bool) -> Iterator[Change]:
         yield lambda c: None if c.sharded else replace(c, plan=replace(c.plan, strategy="fsdp2"))
     # costs a third of the time: the forward pass runs twice
     yield lambda c: None if c.plan.activation_checkpointing else replace(c, plan=replace(c.plan, activation_checkpointing=True))
+    # bitsandbytes' weights are whole on every GPU (``TeacherSettings``)
     if taught and case.ranks > 1 and case.load_in in ("bf16", "fp32"):
         yield lambda c: replace(c, placement="sharded") if c.placement == "replicated" else None
     # from here on numbers change: rounded moments, then a rounded teacher
     yield lambda c: replace(c, plan=replace(c.plan, optimizer="adamw-8bit"))
     if taught:
+        # nf4 cannot be sharded, so the placement goes back
         yield lambda c: replace(c, load_in="nf4", placement="replicated")
         # the slowest: each layer of the teacher crosses the bus in every step
         yield lambda c: replace(c, load_in="fp32" if c.load_in == "fp32" else "bf16", placement="offloaded")
+    # doubled, as machines have them, up to eight machines of eight
     for more in (2, 4, 8, 16, 32, 64):
         if more > case.ranks:
             yield _more_gpus(more)
@@ -116,6 +120,7 @@ def _more_gpus(ranks: int) -> Change:
         if case.plan.batch.global_windows % ranks:
             return None
         batch = case.plan.batch
+        # the micro-batch stays as large as a rank's share allows
         micro = max(size for size in divisors(batch.global_windows // ranks) if size <= batch.micro_batch)
         fewer = replace(batch, micro_batch=micro, accumulation=batch.global_windows // ranks // micro)
         return replace(case, ranks=ranks, plan=replace(case.plan, strategy="fsdp2", batch=fewer))

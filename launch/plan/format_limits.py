@@ -43,6 +43,7 @@ def planned_model(
         tensors=tuple(model.tensors),
         embedding=model.embedding,
         head=model.head,
+        # a head without a name of its own is the embedding's table
         tied=not model.head,
         activations=activations,
         kv_cache=kv_cache,

@@ -60,8 +60,10 @@ def find_gpu(name: str) -> Gpu:
 
     Raises: UserError with the known names.
     """
+    # case, spaces and dashes do not count: 'rtx 4090' is RTX-4090
     wanted = _plain(name)
     known = {_plain(key): gpu for key, gpu in GPUS.items()}
+    # a 4090 is also asked for without its RTX
     known |= {key.removeprefix("rtx"): gpu for key, gpu in known.items()}
     if wanted not in known:
         near = difflib.get_close_matches(wanted, known, n=1)
@@ -82,6 +84,7 @@ def recognized(device: str, memory: int) -> Gpu | None:
         return None
     # the longest name first: an A100 of 40 GB and a PCIe card are told apart from their plain names
     for gpu in sorted(GPUS.values(), key=lambda gpu: -len(gpu.name)):
+        # within a tenth: vendors print round numbers, in GB or GiB, and drivers keep a part
         if {part.lower() for part in gpu.name.split("-")} <= words and 0.9 * gpu.memory <= memory <= 1.1 * gpu.memory:
             return gpu
     return None

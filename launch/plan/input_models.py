@@ -25,6 +25,7 @@ def check_inputs(recipe: "Recipe") -> None:
     from ...models.positions import check_positions
 
     for key, path, revision, trained in _models(recipe):
+        # a GGUF file is refused by its own reader, on opening; only the header is read
         if (file := gguf_file(path)) is not None:
             from ...models.folder.gguf_folder import open_gguf
 
@@ -34,6 +35,7 @@ def check_inputs(recipe: "Recipe") -> None:
             except UserError as error:
                 raise ImpossibleStageError(f"{key}: {error}") from error
             continue
+        # None: it is on the hub, and then its config alone is looked at
         folder = local_folder(path, revision=revision)
         try:
             if folder is not None and trained:
@@ -48,6 +50,7 @@ def check_inputs(recipe: "Recipe") -> None:
                 from ...models.folder.name_checks import check_weight_names
 
                 check_weight_names(path, folder)
+            # a table of learned positions has no row for a later position
             check_positions(path, config, recipe.data.seq_length)
         except UserError as error:
             raise ImpossibleStageError(f"{key}: {error}") from error

@@ -110,6 +110,7 @@ def find_shape(what: str) -> ModelShape:
     if wanted is None:
         return shape_of(*_config(what, names()))
     shapes = {name: shape_of(config_from(architecture(name)), f"stored architecture of {name}") for name in names()}
+    # a size names no model: the nearest stored architecture stands for it, by relative distance
     name = min(shapes, key=lambda key: abs(shapes[key].parameters - wanted) / wanted)
     # further off, the stored shape would stand for another model
     if abs(shapes[name].parameters - wanted) > 0.25 * wanted:
@@ -137,6 +138,7 @@ def _tables(shape: ModelShape) -> dict[str, tuple[int, int]]:
     """Return the matrices outside the decoder layers: embedding and head (once if tied)."""
     found: dict[str, tuple[int, int]] = {}
     for name, sizes in shape.tensors.items():
+        # two dimensions: vectors outside the layers are norms
         if len(sizes) == 2 and not shape.within(name):
             found[name] = (sizes[0], sizes[1])
     return found
@@ -166,6 +168,7 @@ def _count(option: str, text: str, example: str) -> int:
     from ...configs.scalars import parse_number
 
     number = parse_number(text)
+    # a percentage or a fraction counts no tokens
     if number is None or number[1] or number[0] != int(number[0]) or number[0] < 1:
         raise UserError(f"{option}={text} must be a whole number of at least 1, such as {example}")
     return int(number[0])
@@ -198,6 +201,7 @@ def _draw(shape: ModelShape, rows: list[LadderRow], context: int, batch: int, co
     from ..terminal.fitting_table import fitting_table
     from .units import size
 
+    # a pipe has no width: nothing is left out there
     if not console.is_terminal:
         console.width = max(console.width, WIDE)
     console.print(f"{shape.source}: {shape.describe()}", markup=False, highlight=False)

@@ -54,6 +54,7 @@ def planned_machine(
     if gpus is None and gpu_memory is not None:
         gpus = here or (trainer.devices if isinstance(trainer.devices, int) else 1)
     on_gpu = here if gpus is None else gpus
+    # a GPU that was asked for has a process, whatever the recipe says; a CPU has one unless the recipe says more
     processes = on_gpu or 1 if trainer.devices == "auto" or gpus is not None else int(trainer.devices)
     if gpu_memory is None and on_gpu and here:
         name, gpu_memory = first_gpu()

@@ -64,6 +64,7 @@ def plan(
     kept = sum((stage.model_bytes or 0) + sum(stage.exports.values()) for stage in stages)
     largest = max((stage.training.checkpoint_bytes * stage.training.checkpoints for stage in stages if stage.training), default=0)
     passing = max((stage.rounding.work_bytes for stage in stages if stage.rounding), default=0)
+    # a student that is given lies where it is; one that is made is stored as 00-student
     made = 0 if recipe.student.path else model_bytes(student, _SAVED[recipe.trainer.save_dtype])
     return Plan(
         name=recipe.name,
@@ -134,6 +135,7 @@ def _stage(
         verdicts=list(judged),
         refusals=refused,
         coverage=coverage(shape),
+        # told at the stage that quantizes, not after it at an export that cannot be written
         not_exported=shape.after.family.refusal("export") or "" if entry.kind in ("qat", "quantize") else "",
     )
     return planned, work
@@ -147,6 +149,7 @@ def _keys(recipe: "Recipe", export: "StageEntry") -> Keys:
     kinds = Counter(entry.kind for entry in recipe.stages)
 
     def key(entry: "StageEntry") -> str:
+        # a kind that is there once needs no position
         return f"stages.{entry.kind if kinds[entry.kind] == 1 else entry.name}."
 
     # remedies must change the stages that this export reads, not later ones
@@ -172,8 +175,10 @@ def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, m
 
     entry, trainer, seq = shape.entry, recipe.trainer, recipe.data.seq_length
     held = held_teacher(entry.settings, recipe.teacher, name=entry.name)
+    # teacher 'input' is the model that the stage gets
     taught = None if held is None else shape.before if held.whose == "input" else teacher
     load_in, placement = (held.load_in, held.placement) if held else ("bf16", "replicated")
+    # the run's own rule: another strategy would need another amount of memory
     strategy = choose_strategy(
         wanted_strategy(entry.settings, trainer, name=entry.name),
         ranks=machine.ranks,
@@ -202,6 +207,7 @@ def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, m
     )
     memory = training_memory(shape.before, taught, case)
     fits = None if machine.gpu_memory is None else memory.total <= usable(machine.gpu_memory)
+    # steps are whole, so there may be a few more tokens than asked
     tokens = steps.total_steps * steps.batch.global_windows * seq
     # a cached teacher is here only while the cache is filled
     cached = recipe.teacher is not None and recipe.teacher.cache is not None and held is not None and held.whose == "recipe"

@@ -20,11 +20,14 @@ def measured_speeds(out: Path) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     try:
         with (out / "metrics.jsonl").open(encoding="utf-8", errors="replace") as lines:
+            # line by line: the file of a long run is large
             for line in lines:
                 row = read_row(line)
                 speed = row.get("tokens_per_second") if row else None
                 if row is not None and row["step"] > _FIRST and isinstance(speed, int | float) and speed > 0 and isfinite(speed):
                     found.setdefault(row["stage"], []).append(float(speed))
+    # no run folder yet, or none that can be read: then nothing was measured
     except OSError:
         return {}
+    # the median, which single slow steps do not move
     return {stage: median(speeds[-_LAST:]) for stage, speeds in found.items()}

@@ -1,12 +1,10 @@
 """Memory of a training stage on one device in bytes, by role, from shapes alone.
 
 The peak is where the loss is computed: it holds the activations of the whole micro-batch, the last step's gradients and the blocks of
-logits. Activations are counted tensor by tensor for a Llama-like layer as autograd saves them (RMSNorm, rotary
-positions, SDPA that keeps no attention matrix, gated FFN); other families are close. The overhead of allocators and the CUDA context is
-in
-``RESERVE``. Copies of rounded keys and values are not counted: they are half a percent of a layer's activations (measured with two of
-eight
-heads), and their scales are two numbers per layer.
+logits. Activations are counted tensor by tensor for a Llama-like layer as autograd saves them (RMSNorm, rotary positions, SDPA that keeps
+no attention matrix, gated FFN); other families are close. The overhead of allocators and the CUDA context is in ``RESERVE``. Copies of
+rounded keys and values are not counted: they are half a percent of a layer's activations (measured with two of eight heads), and their
+scales are two numbers per layer.
 """
 
 from dataclasses import dataclass
@@ -60,6 +58,7 @@ def training_memory(student: ModelShape, teacher: ModelShape | None, case: Stage
 
 
 def _share(elements: int, case: StageMemoryCase) -> int:
+    # rounded up: the last shard is padded
     return -(-elements // case.ranks) if case.sharded else elements
 
 
@@ -68,6 +67,7 @@ def added_parameters(student: ModelShape, case: StageMemoryCase) -> int:
     if case.scheme is None or not (case.learned_scales or case.rank):
         return 0
     quantized = quantized_linears(student, case.scheme)
+    # scales of other kinds are computed in every forward pass and never trained
     scales = sum(one.scales for one in quantized.values() if one.spec.kind == "int") if case.learned_scales else 0
     return scales + case.rank * sum(one.rows + one.columns for name, one in quantized.items() if name in student.linears)
 
@@ -80,6 +80,7 @@ def _quantized_weights(student: ModelShape, case: StageMemoryCase) -> int:
 
 def _trained(student: ModelShape, case: StageMemoryCase) -> int:
     """Return the number of parameters with a gradient and moments."""
+    # over fixed codes and under adapters the weights have no gradient
     return added_parameters(student, case) + (0 if case.codes_only or case.rank else student.parameters)
 
 

@@ -41,6 +41,7 @@ class StageMemoryCase:
     @property
     def sharded(self) -> bool:
         """Return whether the student is sharded over ranks."""
+        # alone, a process shards nothing
         return self.plan.strategy == "fsdp2" and self.ranks > 1
 
     @property

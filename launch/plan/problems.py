@@ -15,6 +15,7 @@ def problems(plan: Plan, out: Path | None = None) -> list[str]:
     found = [
         f"{stage.name} {_too_large(stage.training, plan.machine)}"
         for stage in plan.stages
+        # False, not None: memory that is not known refuses nothing
         if stage.training and stage.training.fits is False
     ]
     found += [f"{stage.name}: {refusal}" for stage in plan.stages for refusal in stage.refusals]

@@ -29,9 +29,11 @@ def quantized_linears(shape: ModelShape, scheme: "QuantScheme") -> dict[str, Qua
     Raises:
         ValueError: a pattern changes nothing, or two change one module differently.
     """
+    # the rule that the stage itself applies, so that a plan cannot count other matrices
     specs = scheme.of_linears(shape.linears)
     found = {name: Quantized(*shape.linears[name], spec) for name, spec in specs.items()}
     for change, name in ((scheme.embedding, shape.embedding), (scheme.head, shape.head)):
+        # a tied head has no name: its scheme is the embedding's
         if change is not None and name:
             rows, columns = shape.tensors[f"{name}.weight"]
             found[name] = Quantized(rows, columns, change.applied(scheme.weights))

@@ -97,15 +97,18 @@ class RecipeRemedies:
 
     def skip(self, *patterns: str) -> str:
         """Return the override that skips further linears."""
+        # an override replaces the whole list, so it repeats what is skipped already
         return f"{self.keys.quantizer}skip=[{','.join(dict.fromkeys((*self.scheme.skip, *patterns)))}]"
 
     def ffn(self, channels: int) -> str:
         """Return the override that keeps this number of FFN channels."""
+        # no such stage to change: the remedy is a new one
         if self.keys.prune is None:
             return f"a stage before it: prune: {{structured: {{ffn: {channels}}}}}"
         return f"{self.keys.prune}structured.ffn={channels}"
 
     def other_format(self, name: str, *, instead_of: str = "") -> str:
         """Return the override that adds a format, or replaces one."""
+        # an override replaces the whole list, so the other formats stand in it too
         kept = [form for form in self.formats if form not in (instead_of, name)]
         return f"{self.keys.export}formats=[{','.join([*kept, name])}]"

@@ -1,9 +1,8 @@
 """Additional bytes saved for the backward pass when quantized linears read rounded inputs, from shapes alone.
 
 Each linear rounds its own input, so three projections of one input keep three rounded copies. On a CPU each element adds a byte of flags,
-and
-the unrounded input is freed unless something else keeps it; the Triton kernels keep it instead of flags. Under autocast each linear has a
-copy of its own anyway, which the rounded one replaces.
+and the unrounded input is freed unless something else keeps it; the Triton kernels keep it instead of flags. Under autocast each linear
+has a copy of its own anyway, which the rounded one replaces.
 """
 
 from typing import TYPE_CHECKING
@@ -27,9 +26,11 @@ def rounded_input_bytes(student: ModelShape, case: "StageMemoryCase") -> int:
     rounded = quantized_linears(student, case.scheme)
     readers: dict[tuple[str, str], list[str]] = {}
     for name in student.linears:
+        # linears of one block that read the same tensor count as its readers
         parent, _, leaf = name.rpartition(".")
         readers.setdefault((parent, _SHARED.get(leaf, leaf)), []).append(name)
     elements = sum(
+        # one of them for all: they share the input, and so its width
         student.linears[names[0]][1] * _bytes(part, len(names), sum(name in rounded for name in names), case)
         for (_, part), names in readers.items()
     )
@@ -40,6 +41,7 @@ def _bytes(part: str, readers: int, rounding: int, case: "StageMemoryCase") -> i
     """Return the additional bytes per element of an input that ``readers`` linears read, ``rounding`` of which round it."""
     if not rounding:
         return 0
+    # one byte per element for each linear that rounds; Triton kernels keep the unrounded input instead
     flags = 0 if case.on_gpu else rounding
     if not case.mixed:
         # the unrounded input is freed when nobody needs it for the backward pass: no kernel, no linear that reads it unrounded, no

@@ -67,6 +67,7 @@ def rounding_plan(
     needs = rounding.needs
     tokens, fitted = settings.calibration_tokens or 0, settings.scale == "fitted"
     assert shape.scheme is not None
+    # what is measured on an input holds for all linears that read it; where nothing is measured, each is rounded alone
     layers = _stacks(model, shape.scheme, shared=needs != "nothing")
     batch = _batch_bytes(model, seq_length) if tokens else 0
     codes = max((sum(stack.outputs * stack.inputs for stack in stacks) for stacks in layers), default=0)
@@ -74,6 +75,7 @@ def rounding_plan(
     around = 4 * (model.outside + model.layer) + codes
     work = max((_layer_bytes(stacks, needs, batch, fitted) for stacks in layers), default=0)
     streamed = wants_streaming(settings, model.parameters)
+    # streamed to a GPU, the host holds only what is around the layers
     host = (4 * model.outside if on_gpu else around) if streamed else memory_in_whole(model.parameters)
     device = around + work if on_gpu else 0
     return RoundingPlan(
@@ -81,6 +83,7 @@ def rounding_plan(
         tokens=tokens,
         flop=_flop(model, layers, rounding, tokens, twice=shape.scheme.weights.bits <= TWICE_TO),
         device_bytes=device,
+        # calibration keeps the hidden states of all tokens on the host, in fp32
         host_bytes=host + 4 * tokens * (model.hidden + _kept_inputs(model, layers, needs, tokens)) + (0 if on_gpu else work),
         streamed=streamed,
         work_bytes=_work_files(model, shape) if streamed else 0,
@@ -131,16 +134,17 @@ def _batch_bytes(model: ModelShape, seq_length: int) -> int:
     normalised input."""
     from ...trainer.rounding_settings import BATCH_TOKENS
 
+    # whole windows, and at least one
     tokens = max(1, BATCH_TOKENS // seq_length) * seq_length
     return 4 * tokens * (3 * max(model.dimensions.ffn, model.hidden) + 3 * model.hidden)
 
 
 def _kept_inputs(model: ModelShape, layers: list[list[_Stack]], needs: str, tokens: int) -> int:
     """Return the numbers per token that a layer keeps in addition to its hidden states during calibration: the inputs of the last linears
-    of
-    attention and FFN, if they are no wider than the hidden states or small enough."""
+    of attention and FFN, if they are no wider than the hidden states or small enough."""
     if needs == "nothing":
         return 0
+    # outputs as wide as the hidden states: the last linears of attention and FFN
     widths = [[stack.inputs for stack in stacks if stack.outputs == model.hidden] for stacks in layers]
     return max(sum(width for width in one if width <= model.hidden or 4 * width * tokens <= KEPT_BYTES) for one in widths)
 

@@ -1,8 +1,7 @@
 """Judges whether serving stacks load a recipe's exports on their fast path, and names the nearest setting that does.
 
 ``qat/export/format_readers.py`` has the formats of each stack, ``qat/export/limits`` the limits of formats, ``stack_rules.py`` the
-further
-requirements of stacks.
+further requirements of stacks.
 """
 
 from collections.abc import Iterable, Sequence
@@ -45,6 +44,7 @@ def verdicts(stored: StoredModel, remedies: RecipeRemedies, *, tensor_parallel: 
     found: list[Verdict] = []
     for target in RUNTIMES:
         known = [form for form in remedies.formats if reading(form, target)]
+        # a stack that reads none of the formats gets a verdict too, or it would be missing without a word
         found += [_of_format(target, form, stored, cases) for form in known] or [_of_none(target, remedies)]
     return found
 
@@ -67,6 +67,7 @@ def _of_format(target: str, form: str, stored: StoredModel, cases: Sequence[Stor
         served = [replace(case, spec=QuantSpec(group_size="channel")) for case in cases]
     else:
         served = [case for case in cases if case.spec.kind == "int"]
+    # several schemes may give the same finding, which is told once
     reasons = list(dict.fromkeys(finding for case in served for rule in rules(target, form) for finding in rule(case)))
     if all(finding.outcome != "no" for finding in reasons):
         # if the stack itself refuses the scheme, its own reason is more specific than the format's

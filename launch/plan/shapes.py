@@ -81,6 +81,7 @@ class ModelShape:
 
     def kind_of(self, name: str) -> str:
         """Return a module's name within its decoder layer: 'mlp.down_proj' for 'model.layers.3.mlp.down_proj'."""
+        # without the prefix and the layer's number
         return name.removeprefix(self.inside).split(".", 1)[1] if self.within(name) else name
 
     def describe(self) -> str:
@@ -91,6 +92,7 @@ class ModelShape:
 
 def shape_of(config: "PreTrainedConfig", source: str) -> ModelShape:
     """Return the shape of the model of a transformers config."""
+    # here and not above: families that are not known by arithmetic are built, which imports torch
     from ...models.outline import outline_of
 
     outline = outline_of(config)
@@ -123,6 +125,7 @@ def config_from(given: dict[str, Any]) -> "PreTrainedConfig":
 
     check_numbers(given, "student.config")
     config: Any = known_config(given)
+    # transformers has to read it: its config classes without its modelling code
     if config is None:
         import_configs_alone()
         from transformers import AutoConfig

@@ -43,6 +43,7 @@ def short_form(plan: Plan) -> str:
         if stage.coverage is not None and stage.kind != "export":
             lines.append(f"  {stage.name}: {coverage_line(stage)}")
         for form, count in stage.exports.items():
+            # fast paths only: a stack that unpacks or pads is in the long form
             held = [v.target for v in stage.verdicts if v.format == form and v.outcome == "ok"]
             lines.append(f"  {stage.name}: {form}, {size(count)}" + (f"; loads in {', '.join(held)}" if held else ""))
     lines.append(f"  disk: up to {size(plan.disk_bytes)}")
@@ -72,6 +73,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     found = asdict(plan)
     for stage, plain in zip(plan.stages, found["stages"]):
         if stage.training:
+            # asdict takes fields, and the total is a property
             plain["training"]["memory"]["total"] = stage.training.memory.total
     return {**found, "problems": problems(plan)}
 

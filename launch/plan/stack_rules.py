@@ -36,6 +36,7 @@ Rule = Callable[[StoredShapes], Iterable[StackFinding]]
 
 def rules(target: str, form: str) -> tuple[Rule, ...]:
     """Return the rules of a stack for a format that it reads."""
+    # plain weights have no codes: only rules about the model's shape hold
     if form in PLAIN:
         return _PLAIN_SERVER if target in ("vLLM", "SGLang") else (_llama_hidden,)
     own = (_asymmetric_gptq,) if form == "gptq_v2" and target in ("vLLM", "SGLang") else ()
@@ -44,12 +45,14 @@ def rules(target: str, form: str) -> tuple[Rule, ...]:
 
 def _family(case: StoredShapes) -> Iterable[StackFinding]:
     if case.config.model_type not in FAMILIES:
+        # slower and not no: other families may work, but were not checked
         yield StackFinding("slower", f"model type {case.config.model_type} is not among those checked ({', '.join(FAMILIES)})")
 
 
 def _kernel_bits(case: StoredShapes) -> Iterable[StackFinding]:
     bits = case.spec.bits
     if case.spec.kind == "int" and bits not in (4, 8):
+        # the next width that holds every code
         yield StackFinding("no", f"its kernels for packed weights take 4 and 8 bits, not {bits}", case.spec_fix(bits=4 if bits <= 4 else 8))
 
 
@@ -81,6 +84,7 @@ def _tensor_parallel(case: StoredShapes) -> Iterable[StackFinding]:
         yield StackFinding("ok", f"the vocabulary of {sizes.vocabulary:,} is padded to a multiple of {64 * ranks}")
     group = case.spec.group_size
     for name in _SPLIT_INPUTS:
+        # layers are alike in shape, so one linear of this name stands for all
         size = next((s for n, s in case.linears.items() if n.endswith(name)), None)
         if size is None:
             continue
@@ -93,6 +97,7 @@ def _tensor_parallel(case: StoredShapes) -> Iterable[StackFinding]:
 
 
 def _largest_ranks(case: StoredShapes, width: int) -> int:
+    # one scale per row: there are no groups to cut
     unit = 1 if case.spec.group_size == "channel" else int(case.spec.group_size)
     return max((r for r in range(1, case.ranks) if width % (r * unit) == 0), default=1)
 
@@ -145,6 +150,7 @@ def _narrow_codes(case: StoredShapes) -> Iterable[StackFinding]:
     if spec.kind != "int" or not spec.symmetric or (held := symmetric_bits(spec.bits)) == spec.bits:
         return
     narrow = any(is_q2_0(spec, columns) for _, columns in case.linears.values())
+    # the recipe also writes the format that has blocks of two bits
     if narrow and "gguf-q2_0" in case.remedies.formats:
         return
     fix = case.spec_fix(bits=held)
@@ -166,6 +172,7 @@ def _onnx(case: StoredShapes) -> Iterable[StackFinding]:
     elif spec.bits != 4:
         yield StackFinding("slower", f"its builder was tried only with 4 bits, not with {spec.bits}", case.spec_fix(bits=4))
     group = spec.group_size
+    # x & (x - 1) is 0 for powers of two alone
     if group == "channel" or int(group) < 16 or int(group) & (int(group) - 1):
         yield StackFinding("no", f"its block sizes are powers of two of at least 16, not {group}", case.spec_fix(group_size=32))
 

@@ -84,6 +84,7 @@ def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
         if isinstance(settings, PruneSettings) and settings.structured:
             shape = _with_ffn(shape, settings.structured.ffn, entry.name)
         if isinstance(settings, QatSettings | QuantizeSettings):
+            # the codes of the stage before fit: the same scheme, no pruned weights, and no rounding of inputs or cache beside it
             same = settings.scheme == scheme and not sparse and not any(beside.values())
             scheme = settings.scheme
             beside = {"activations": settings.activations, "kv_cache": settings.kv_cache}
@@ -106,6 +107,7 @@ def makes_own_model(settings: object) -> bool:
 
 def _check_calibration(shape: ModelShape, scheme: "QuantScheme", entry: "StageEntry", seq_length: int) -> None:
     """Raise ImpossibleStageError if GPTQ gets fewer tokens, in whole windows, than the widest matrix has inputs."""
+    # a qat stage takes calibration tokens only where it starts by GPTQ (``QatSettings``), so it needs no key for the method
     given, method = entry.settings.calibration_tokens, getattr(entry.settings, "method", "gptq")
     if given is None or method != "gptq":
         return
@@ -126,6 +128,7 @@ def _check_scheme(shape: ModelShape, scheme: "QuantScheme", entry: "StageEntry")
     try:
         quantized = quantized_linears(shape, scheme)
     except ValueError as error:
+        # the message begins with the key that is wrong
         raise ImpossibleStageError(f"{place}.{error}") from error
     leaves = [*shape.linears, shape.embedding, shape.head]
     for pattern in scheme.skip:
@@ -138,6 +141,7 @@ def _check_scheme(shape: ModelShape, scheme: "QuantScheme", entry: "StageEntry")
             f"{place}.head: the head is tied to the embedding, whose table it multiplies by; use 'embedding', which then applies to both"
         )
     for name, (_, columns, spec) in quantized.items():
+        # the spec's own rule, asked for each matrix
         try:
             spec.group_width(columns)
         except ValueError as error:

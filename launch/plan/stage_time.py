@@ -45,6 +45,7 @@ def training_step(stage: str, student: ModelShape, teacher: ModelShape | None, c
 
 def timed(stages: Sequence[StagePlan], works: Sequence[StageWork], machine: Machine, speed: Speed) -> tuple[list[StagePlan], Cost]:
     """Return the stages with the times of their parts, and time and price of the run."""
+    # one measured stage gives the speed of the others
     reference = reference_of([work.step for work in works if work.step is not None], speed)
     found = []
     for stage, work in zip(stages, works, strict=True):

@@ -20,14 +20,17 @@ def tokenized_bytes(data: "DataSettings") -> int | None:
     from ...trainer.data.documents import STDLIB_BYTES
     from ...trainer.data.input_files import PACKED, find_files
 
+    # a text that a model writes is as long as the recipe says
     if data.generate:
         return TOKEN_BYTES * data.generate.tokens
     if data.kind == "chat" or data.hub or data.source:
         return None
     if data.builtin:
+        # its bytes are bounded, and so are its tokens
         return TOKEN_BYTES * STDLIB_BYTES
     try:
         files = find_files(data.files or ())
+        # how much is in a compressed file is known only when it is read
         if any(file.suffix.lower() in (*PACKED, ".parquet") for file in files):
             return None
         return TOKEN_BYTES * sum(file.stat().st_size for file in files)

@@ -22,6 +22,7 @@ def draw_times(plan: Plan, console: "Console") -> None:
     """Print the times of all parts, or in one line that none is known."""
     cost = plan.cost
     if cost.seconds is None:
+        # no part at all: a recipe that exports or measures takes no operations that are counted
         if cost.unknown:
             console.print(f"time: not known; {NO_SPEED}", markup=False, highlight=False, soft_wrap=True)
         return
@@ -60,6 +61,7 @@ def cost_line(plan: Plan) -> str:
     text = f"time: about {span(cost.seconds)}"
     if cost.gpu_hours is not None:
         text += f" on {counted(machine.gpus * machine.nodes, 'GPU')}, {cost.gpu_hours:,.1f} GPU hours"
+    # the price has no currency, and neither has the sum
     if cost.money is not None:
         text += f", {cost.money:,.2f} at {cost.price:g} each"
     left_out = ["tokenizing", "evaluation", "checkpoints", "exports", *cost.unknown]

@@ -43,6 +43,7 @@ def step_traffic(student: ModelShape, teacher: ModelShape | None, case: StageMem
     """Return the traffic of an optimizer step."""
     if case.ranks == 1:
         return Traffic(ranks=1)
+    # FSDP2 and a sharded teacher drop what they gathered, so each micro-batch gathers again
     micro_batches = case.plan.batch.accumulation
     taught = 0
     if teacher is not None and case.placement == "sharded":
@@ -51,6 +52,7 @@ def step_traffic(student: ModelShape, teacher: ModelShape | None, case: StageMem
     frozen = case.codes_only or case.rank > 0
     if not case.sharded:
         return Traffic(ranks=case.ranks, all_reduce=4 * (added + (0 if frozen else student.parameters)), all_gather=taught)
+    # scales and adapters belong to linears of the layers; their padding is too little to count
     layers, outside = _padded(student, case.ranks, inside=True) + added, _padded(student, case.ranks, inside=False)
     return Traffic(
         ranks=case.ranks,
@@ -62,4 +64,5 @@ def step_traffic(student: ModelShape, teacher: ModelShape | None, case: StageMem
 def _padded(model: ModelShape, ranks: int, *, inside: bool) -> int:
     """Return the elements in the decoder layers, or outside them, with the first dimension padded to a multiple of the processes."""
     shapes = (shape for name, shape in model.tensors.items() if model.within(name) is inside)
+    # rounded up, as FSDP2 pads the first dimension
     return sum(-(-shape[0] // ranks) * ranks * prod(shape[1:]) for shape in shapes)

@@ -45,8 +45,10 @@ def settings_values(prefix: str, settings: Any) -> list[Value]:
         )
         if is_dataclass(value):
             found += settings_values(f"{prefix}.{entry.name}", value)
+        # a list of sections, such as callbacks
         elif isinstance(value, tuple) and value and all(map(is_dataclass, value)):
             found += [line for index, one in enumerate(value) for line in settings_values(f"{prefix}.{entry.name}.{index}", one)]
+        # None is "not set": what is derived in its place is listed with its rule
         elif value is not None:
             found.append(Value(f"{prefix}.{entry.name}", value, "default" if value == default else "recipe"))
     return found
@@ -61,6 +63,7 @@ def training_values(entry: "StageEntry", plan: "TrainingPlan", seq_length: int, 
     settings, batch = entry.settings, plan.batch
     step_tokens = batch.global_windows * seq_length
     prefix = f"stages.{entry.index}.{entry.kind}"
+    # the rule of ``trainer/learning_rates.py`` in words
     rate = f"{BASE_RATES[entry.kind]:g} x {BASE_HIDDEN} / hidden {hidden:,}"
     if isinstance(settings, QatSettings):
         rate += f" x 2^(3 - bits {settings.weights.bits})" + (f" x {LORA_FACTOR} for adapters" if settings.lora else "")

@@ -54,6 +54,7 @@ def _in(operations: float, *, mixed: bool) -> Work:
 
 def layers_forward(model: ModelShape, seq_length: int) -> float:
     """Return the operations per token of a forward pass through the decoder layers."""
+    # a token passes a share of the experts, and all other weights
     weights = model.linear + sum(
         count * (_passed(model.config) if "expert" in words else 1.0) for words, count in model.family.weights.others.items()
     )
@@ -75,6 +76,7 @@ def student_work(student: ModelShape, seq_length: int, *, mixed: bool, checkpoin
         mixed: Whether layers compute in bf16.
         checkpointing: Whether the layers' forward pass runs twice.
     """
+    # one forward pass and a backward pass of twice its work; checkpointing repeats the forward pass
     passes = 4 if checkpointing else 3
     head = 3 * head_forward(student) + LOSS_FLOP * student.vocabulary
     return _in(passes * layers_forward(student, seq_length), mixed=mixed) + Work(fp32=head)
@@ -94,6 +96,7 @@ def teacher_work(teacher: ModelShape, seq_length: int, load_in: LoadIn) -> Work:
 def cache_work(teacher: ModelShape, seq_length: int, load_in: LoadIn) -> Work:
     """Return the operations per token of filling the teacher's cache: a forward pass in its own arithmetic, logits in fp32."""
     layers = _in(layers_forward(teacher, seq_length), mixed=load_in != "fp32")
+    # half of the loss: one softmax of the two, and no gradient
     return layers + Work(fp32=head_forward(teacher) + LOSS_FLOP / 2 * teacher.vocabulary)
 
 

@@ -54,6 +54,7 @@ def place_labels(
         size = (extent.width + 2 * scale, extent.height + 1 * scale)
         others = [other for at, other in enumerate(places) if at != number]
         candidates = _candidates(place, size, scale)
+        # two for each point of distance, next to which a covered pixel weighs so much that it decides
         costs = [_cost(box, taken, markers, inside) + _doubt(box, place, others) + 2 * radius for radius, box in candidates]
         # the order breaks ties, so the same picture comes out each time
         best = min(range(len(costs)), key=lambda order: (costs[order], order))

@@ -173,6 +173,7 @@ def render(figure: "Figure", form: Literal["svg", "png"]) -> bytes:
     import matplotlib
 
     out = io.BytesIO()
+    # text stays text, which can be selected and searched
     with matplotlib.rc_context({"svg.hashsalt": "decoct", "svg.fonttype": "none"}):
         figure.savefig(out, format=form, dpi=110, metadata={"Date": None} if form == "svg" else None)
     return out.getvalue()

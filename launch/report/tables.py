@@ -118,6 +118,7 @@ def task_cell(score: dict[str, Any] | None) -> str:
     """A score and its standard error: shares as '45.2% ±1.1%', other metrics as numbers."""
     if score is None:
         return "-"
+    # the range alone makes no share: a loss may lie in it too, but is better when lower
     form = ".1%" if score["higher_is_better"] and 0 <= score["score"] <= 1 else ".3f"
     return with_error({"score": score["score"], "score_se": score["stderr"]}, "score", form)
 
@@ -125,6 +126,7 @@ def task_cell(score: dict[str, Any] | None) -> str:
 def _change(change: dict[str, Any]) -> str:
     """The change of the perplexity with its standard error; 'none seen' where chance explains it."""
     value, error = change.get("perplexity"), change.get("perplexity_se")
+    # without an error nobody can say what chance explains
     if value is None or error is None:
         return number(value, "+.2%")
     return f"{value:+.2%} ±{error:.2%}" if is_clear(value, error) else f"none seen ±{error:.2%}"

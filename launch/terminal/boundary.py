@@ -71,12 +71,14 @@ def own_place(error: BaseException) -> str | None:
     place, step = None, error.__traceback__
     while step is not None:
         if (file := step.tb_frame.f_globals.get(MARK)) is not None:
+            # the last one that is found is the innermost: the line that the user has to look at
             place = f"{file}:{step.tb_lineno}"
         step = step.tb_next
     return place
 
 
 def _has_bytes(error: UnicodeError) -> bool:
+    # lone surrogates stand for bytes that are not UTF-8 (PEP 383)
     return isinstance(error, UnicodeEncodeError) and any("\udc80" <= letter <= "\udcff" for letter in error.object)
 
 

@@ -13,6 +13,7 @@ PLANNED = "DECOCT_PLANNED"
 
 def tell_imported(path: Path) -> None:
     """Print a line on stderr before an imported file runs; once for all processes of a run."""
+    # all ranks run the same files
     if os.environ.get("RANK", "0") == "0" and not os.environ.get(PLANNED):
         with suppress(OSError, ValueError):
             print(printable(f"decoct: runs the code of {path}, which the recipe imports"), file=sys.stderr, flush=True)

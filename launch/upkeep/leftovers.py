@@ -45,6 +45,7 @@ def run_leftovers(run: Path) -> list[Leftover]:
         raise UserError(f"{run} is not a run folder: it has no {RECIPE}; name one, such as runs/quickstart (`decoct runs` lists them)")
     needed = _named_by_report(run)
     found = [Leftover(path, _size(path), why) for path, why in _candidates(run) if path.exists() and not _holds(path, needed)]
+    # what is empty frees nothing
     return sorted((one for one in found if one.bytes), key=lambda one: -one.bytes)
 
 
@@ -53,6 +54,7 @@ def cache_leftovers() -> list[Leftover]:
     found = []
     for name, why in _CACHED.items():
         for entry in sorted((cache_folder() / name).glob("*")):
+            # locks inside it and beside it: any of them may be held by a process that makes it
             making = [entry, *entry.parent.glob(f"{entry.name}.*"), *(entry.rglob("*.lock") if entry.is_dir() else ())]
             if entry.is_dir() and not any(is_held(file) for file in making if file.is_file()):
                 found.append(Leftover(entry, _size(entry), why))
@@ -78,7 +80,9 @@ def remove(leftovers: list[Leftover]) -> int:
 def _candidates(run: Path) -> Iterator[tuple[Path, str]]:
     from ...configs.loader import outline_of
 
+    # the model that the first stage starts from, which is no stage of the recipe
     stages = {"00-student", *(entry.name for entry in outline_of(run / RECIPE).stages)}
+    # what a link leads to belongs to another place
     for folder in sorted(path for path in run.iterdir() if path.is_dir() and not path.is_symlink()):
         name = folder.name
         if name.startswith("."):
@@ -87,9 +91,11 @@ def _candidates(run: Path) -> Iterator[tuple[Path, str]]:
             continue
         if not _STAGE.fullmatch(name):
             continue
+        # an older stage is set aside as NAME.KEY; a stage of the recipe may be called so itself, and then it stays
         aside = _ASIDE.fullmatch(name)
         if name not in stages and aside and aside[1] in stages:
             yield folder, f"superseded: {aside[1]} was made again with other settings"
+        # only what a run has made: a user may keep other folders here
         elif name not in stages and (folder / STAGE_FILE).is_file():
             yield folder, "superseded: the recipe has no such stage any more"
         elif RunFolder(run).stage(name).read().get("state") == "done":
@@ -118,4 +124,5 @@ def _holds(path: Path, needed: list[Path]) -> bool:
 
 def _size(path: Path) -> int:
     files = path.rglob("*") if path.is_dir() else [path]
+    # a link takes its own bytes only
     return sum(file.lstat().st_size for file in files if file.is_file() or file.is_symlink())

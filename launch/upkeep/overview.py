@@ -102,6 +102,7 @@ def _done(path: Path, entry: "StageEntry") -> bool:
 
 
 def _ended(path: Path, report: dict[str, Any] | None) -> tuple[State, str]:
+    # the kernel knows who holds the lock; files would say "running" of a process that was killed
     if is_held(path / LOCK):
         return "running", ""
     if report is not None:
@@ -118,6 +119,7 @@ def _report(path: Path, recipe: "Recipe") -> dict[str, Any] | None:
     file = path / "report.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
+        # an older report is that of a start before the last one
         newer = any((path / name).stat().st_mtime > file.stat().st_mtime for name in (RECIPE, "outcome.json") if (path / name).exists())
     except (OSError, ValueError, RecursionError):
         return None
@@ -130,6 +132,7 @@ def _figures(path: Path, report: dict[str, Any] | None, done: "list[StageEntry]"
         rows = [row for row in (*report.get("stages", []), *report.get("exports", [])) if isinstance(row, dict) and row.get("eval")]
         return rows[-1]["eval"] if rows else {}
     for entry in reversed(done):
+        # the newest first; a damaged record is passed over
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             return dict(json.loads((path / entry.name / "measured.json").read_text(encoding="utf-8"))["row"]["eval"])
     return {}
@@ -141,6 +144,7 @@ def _steps(recipe: "Recipe", entry: "StageEntry") -> int | None:
     if not trains(entry.settings):
         return None
     with suppress(UserError):
+        # for one rank: the number of steps is the same for any
         return derive_steps(
             entry.settings, recipe.trainer, name=entry.name, seq_length=recipe.data.seq_length, ranks=1, seed=recipe.seed
         ).total_steps
@@ -153,6 +157,7 @@ def _last_line(path: Path, stage: str, having: str = "") -> dict[str, Any] | Non
     try:
         with file.open("rb") as stream:
             stream.seek(max(0, file.stat().st_size - _TAIL_BYTES))
+            # it may begin inside a line, whose rest is no row and is skipped
             lines = stream.read().decode(errors="replace").split("\n")
     except OSError:
         return None
@@ -167,6 +172,7 @@ def _changed(path: Path) -> float:
     times = [0.0]
     for pattern in (RECIPE, "metrics.jsonl", "report.json", "outcome.json", "*/stage.json"):
         for file in path.glob(pattern):
+            # a run may replace a file at this moment
             with suppress(OSError):
                 times.append(file.stat().st_mtime)
     return max(times)

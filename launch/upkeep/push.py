@@ -45,6 +45,7 @@ def plan_upload(folder: Path, hub_id: str) -> Upload:
     Raises:
         UserError: the name is no hub id, the folder is not whole (every byte is compared with its record), or its stage has not finished.
     """
+    # the hub's own rules for names
     if not _ID.fullmatch(hub_id) or len(hub_id) > 96 or ".." in hub_id or "--" in hub_id:
         raise UserError(f"{hub_id!r} is no name on the hub; write OWNER/NAME, such as {folder.name and 'me/' + _word(folder)}")
     if not folder.is_dir():
@@ -52,6 +53,7 @@ def plan_upload(folder: Path, hub_id: str) -> Upload:
     _check_whole(folder)
     record = read_record(folder)
     if record.get("files"):
+        # the record names all files but itself and the card, which may be written later
         names = [*record["files"], RECORD, *([CARD] if (folder / CARD).is_file() else [])]
     else:
         names = [file.relative_to(folder).as_posix() for pattern in (*CONTENT, *_BESIDE) for file in folder.glob(pattern)]
@@ -88,6 +90,7 @@ def _check_whole(folder: Path) -> None:
 def _card(folder: Path, hub_id: str, record: dict[str, Any]) -> str:
     """A short model card for a folder that has none."""
     base = record.get("base_model")
+    # a folder on this machine is no base model that a visitor could look up
     based = [f"base_model: {base}"] if isinstance(base, str) and _ID.fullmatch(base) and not Path(base).exists() else []
     kind = read_json(folder / "config.json").get("model_type", "") if (folder / "config.json").is_file() else ""
     head = [
@@ -111,6 +114,7 @@ def check_card(text: str, name: str) -> list[str]:
     """
     import yaml
 
+    # the hub reads the block only at the very top
     match = re.match(r"---\r?\n(.*?)\r?\n---\r?(\n|$)", text, re.DOTALL)
     if match is None:
         return [f"{name} has no metadata (a block between --- lines at its top), so the hub shows no library, base model or license"]
