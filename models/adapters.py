@@ -14,10 +14,12 @@ def unwrapped(model: Any) -> Any:
     Raises:
         UserError: the adapter adds virtual tokens (prompt or prefix tuning), which the backbone alone does not see.
     """
+    # by attribute: peft need not be installed for models without an adapter
     if not hasattr(model, "get_base_model"):
         return model
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise UserError("the model's adapter learns prompts, which losses on hidden states would leave out; use LoRA")
+    # the layers with the adapter are inside the base model, so its forward pass includes the adapter
     return model.get_base_model()
 
 
@@ -56,6 +58,7 @@ def _update(head: Any, name: str) -> "Tensor":
     from torch import nn
 
     dropout = head.lora_dropout[name]
+    # dropout would have to be drawn per token, and a sum of matrices has no tokens
     if head.training and getattr(dropout, "p", 0):
         raise UserError(f"the LoRA adapter {name!r} of the output head has dropout {dropout.p}; losses need it to be 0 there")
     if getattr(head, "use_dora", {}).get(name) or not isinstance(head.lora_A[name], nn.Linear) or head.lora_B[name].bias is not None:

@@ -26,6 +26,7 @@ def backbone_inputs(batch: Mapping[str, Tensor], device: torch.device | str | No
         The arguments. Packed windows get no mask: transformers then builds one from the positions, by which a token sees only its own
         document.
     """
+    # not both: with positions, transformers finds the documents by itself, and packed windows have no padding
     keys = ("input_ids", "position_ids") if "position_ids" in batch else ("input_ids", "attention_mask")
     given = {key: batch[key] if device is None else batch[key].to(device) for key in keys if key in batch}
     # transformers makes a cache by default in eval mode, and with a cache it ignores the positions: documents would see each other

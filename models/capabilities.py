@@ -43,11 +43,13 @@ class DecoderWeights:
 
     def share(self, names: Iterable[str] | None = None) -> float:
         """Share of the weights in these linears (by default in all linears); 0.0 for a model without decoder weights."""
+        # dict.fromkeys: a name that is given twice counts once
         chosen = self.linears if names is None else [name for name in dict.fromkeys(names) if name in self.linears]
         return sum(self.linears[name] for name in chosen) / self.total if self.total else 0.0
 
     def left(self) -> str:
         """The other weights in words: '97.1% experts in 3-dimensional parameters (MixtralExperts)'; '' if there are none."""
+        # three kinds are enough for a sentence
         return ", ".join(f"{percent(count / self.total)} {words}" for words, count in list(self.others.items())[:3])
 
 
@@ -67,6 +69,7 @@ class Capabilities:
 
     def partial(self, action: str) -> str | None:
         """``refusal`` for a stage that may leave weights out: also None if it reaches some of them."""
+        # a reason that is only about coverage does not hold where leaving weights out is agreed
         return None if self.weights.linears and self.reasons.get(action) == _uncovered(self.weights) else self.refusal(action)
 
 
@@ -108,6 +111,7 @@ def answers(
         measured: As for ``capabilities``.
     """
     kind: str = text_config(config).model_type
+    # a copy: what follows adds reasons of this one model
     reasons = dict(measured_reasons(kind) if measured is None else measured)
     if special:
         parts = ", ".join(f"{leaf} ({kind})" for leaf, kind in special.items())
@@ -115,6 +119,7 @@ def answers(
         reasons |= dict.fromkeys(("rtn", "gptq", "qat"), f"{parts} are linears with a forward of their own; add {patterns} to skip")
     future = future_setting(config)
     if reason := headless or (future and f"it sees later tokens: {future}"):
+        # neither training nor a perplexity means anything for such a model
         reasons |= dict.fromkeys(("measure", "distil"), reason)
     if config.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
@@ -124,6 +129,7 @@ def answers(
         # replaces the reasons above: where little is covered, this is the first problem
         reasons |= dict.fromkeys(_WEIGHT_ACTIONS, _uncovered(weights))
     if not layered:
+        # setdefault: a reason that is known already is closer to the cause
         reasons.setdefault("gptq", "its decoder layers are not found")
     return Capabilities(model_type=kind, weights=weights, reasons=reasons)
 
@@ -135,6 +141,7 @@ def decoder_weights(model: "PreTrainedModel") -> DecoderWeights:
     linears = decoder_linears(model)
     # by identity: a shared weight is one tensor under several names
     reached = {id(linear.weight): name for name, linear in linears.items()}
+    # tables of tokens and the head have settings of their own, and are no decoder weights
     outer = {id(getattr(module, "weight", None)) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     seen: set[int] = set()
     covered: dict[str, int] = {}
@@ -184,6 +191,7 @@ def coverage_refusal(weights: DecoderWeights, reached: Iterable[str], named: Ite
 
     Linears that the user has named to be left out (``named``) count as reached.
     """
+    # what a user leaves out by name is agreed to
     if weights.total and weights.share([*reached, *named]) >= LEAST_COVERED:
         return None
     return f"{_uncovered(weights)}; less than {LEAST_COVERED:.0%} is refused"
@@ -192,10 +200,12 @@ def coverage_refusal(weights: DecoderWeights, reached: Iterable[str], named: Ite
 def future_setting(config: "PreTrainedConfig") -> str | None:
     """The setting by which a model sees later tokens; None if its config has no such setting."""
     text = text_config(config)
+    # true, or the word that some families have for it
     if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         return f"config.json has use_bidirectional_attention={text.use_bidirectional_attention!r}"
     if getattr(text, "is_causal", True) is False:
         return "config.json has is_causal=false"
+    # encoders that can also be decoders see later tokens unless is_decoder is set
     if getattr(text, "is_decoder", None) is False and text.model_type in _facts()["encoders"]:
         return "config.json has is_decoder=false"
     return None

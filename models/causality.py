@@ -37,6 +37,7 @@ def future_leak(model: "PreTrainedModel") -> float:
 
 def future_reason(model: "PreTrainedModel") -> str | None:
     """'it sees later tokens', with the setting that causes it; None for a causal model. Found by changing a later token."""
+    # rounding in bf16 may differ with the batch; a leak is far larger
     tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 3e-2
     # NaN compares false: hidden states with NaN are reported by other checks, not as a leak
     if not future_leak(model) > tolerance:
@@ -58,6 +59,7 @@ def check_causal(model: "PreTrainedModel", who: str) -> None:
         UserError: the model sees later tokens; the message names the setting of its config that causes it, if there is one.
     """
     if reason := future_reason(model):
+        # a colon means that a setting is named
         remedy = "set it the other way if the model was trained so" if ":" in reason else "use a causal language model"
         raise UserError(
             f"{who}, model type {text_config(model.config).model_type!r}: {reason}. Changing the last of {_TOKENS} tokens changes its "

@@ -69,6 +69,7 @@ def read_dimensions(
         or max(sides, default=4 * hidden),
         heads=heads or 1,
         # multi-query and grouped-query attention have fewer; without a field every query head has its own
+        # heads first: a model without attention has no KV cache
         kv_heads=heads and (_number(text, "num_key_value_heads", "num_kv_heads") or heads),
         head_dim=_number(text, "head_dim") or hidden // (heads or 1),
         vocabulary=_number(text, "vocab_size") or head[0] or embedding[0],
@@ -96,10 +97,12 @@ def _number(config: Any, *names: str) -> int | None:
         numbers = value if isinstance(value, list | tuple) else [value]
         found = [number for number in numbers if isinstance(number, int) and not isinstance(number, bool) and number > 0]
         if found:
+            # the largest, because memory is planned for the widest layer
             return max(found)
     return None
 
 
 def _shape(module: "nn.Module | None") -> tuple[int, int]:
     weight = getattr(module, "weight", None)
+    # a table has two dimensions; anything else says nothing of vocabulary and width
     return (int(weight.shape[0]), int(weight.shape[1])) if weight is not None and weight.ndim == 2 else (0, 0)

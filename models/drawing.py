@@ -71,6 +71,7 @@ def drawn_texts(
         use_cache=True,
     )
     generator = torch.Generator().manual_seed(seed)
+    # fp64: as fine as the cumulated probabilities; on the CPU, so that the numbers are the same for every device
     chances = torch.rand(len(prompts), drawing.max_new_tokens, generator=generator, dtype=torch.float64).to(model.device)
     loop = _Loop(chances, drawing, on_step)
     anything: Any = model
@@ -90,12 +91,14 @@ class _Loop:
 
     def __call__(self, model: Any, input_ids: Tensor, logits_processor: Any, **given: Any) -> Tensor:
         """Draws until every row has ended or is as long as allowed; ``given`` are the model's inputs beside the ids."""
+        # what generate hands over for its own loop; the rest are inputs of the model
         state = {
             name: value
             for name, value in given.items()
             if name not in ("stopping_criteria", "generation_config", "synced_gpus", "streamer")
         }
         ends = torch.tensor(self._drawing.ends, dtype=torch.int64, device=input_ids.device)
+        # rows: which text each row of the batch belongs to, since finished ones leave the batch
         rows = torch.arange(len(self.texts), device=input_ids.device)
         outputs: Any = model._prefill(input_ids, given["generation_config"], state, is_first_iteration=True)
         for step in range(self._drawing.max_new_tokens):
@@ -103,6 +106,7 @@ class _Loop:
                 inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **state)
                 outputs = model(**inputs, return_dict=True)
             state = model._update_model_kwargs_for_generation(outputs, state, is_encoder_decoder=False)
+            # a copy, because the processor writes -inf into it
             logits = outputs.logits[:, -1].to(torch.float32, copy=True)
             # the cache stays in the state alone, so that the rows taken out of it are freed
             outputs = None
@@ -111,6 +115,7 @@ class _Loop:
             for row, token in zip(rows.tolist(), tokens.tolist()):
                 # a row that has ended and still is in the batch writes on behind its end, which nobody reads
                 self.texts[row].append(token)
+            # all tokens of the text so far: a row that ended earlier may still be in the batch
             going = ~torch.isin(input_ids[:, -step - 1 :], ends).any(1)
             left = int(going.sum())
             self._on_step(left)
@@ -129,6 +134,7 @@ def drawn(logits: Tensor, chances: Tensor) -> Tensor:
         logits: [B, V] fp32; -inf is never drawn.
         chances: [B] fp64 in [0, 1).
     """
+    # fp64: sums over 100,000 tokens in fp32 would lose the small probabilities
     sums = torch.softmax(logits.double(), dim=-1).cumsum(-1)
     # sums end a rounding error beside 1; the last one stands for all that is left
     places = torch.searchsorted(sums, (chances * sums[:, -1])[:, None], right=True)[:, 0]

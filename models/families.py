@@ -31,6 +31,7 @@ class HeadTransform:
         """Final logits, shape and dtype of ``logits``."""
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
+        # the order of transformers' code: scaled first, then capped
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
@@ -109,6 +110,7 @@ def decoder_linears(model: "PreTrainedModel") -> "dict[str, nn.Linear]":
     """
     from torch import nn
 
+    # by identity, because families call their head by different names
     head = model.get_output_embeddings()
     prefix = layers_prefix(model)
     return {
@@ -139,6 +141,7 @@ def layers_prefix(model: "PreTrainedModel") -> str:
     """
     from torch import nn
 
+    # the map first: it is known to be right, the search below is a guess by size
     family = FAMILIES.get(model.config.model_type)
     if family is not None:
         return f"{family.layers_path}."
@@ -155,12 +158,14 @@ def text_config(config: "PreTrainedConfig") -> Any:
     """The config of the language model; if there are several (a text encoder and a decoder), the config itself."""
     try:
         return config.get_text_config()
+    # ValueError: several sub-configs could be meant
     except ValueError:
         return config
 
 
 def depth_of(config: "PreTrainedConfig") -> int | None:
     """The number of decoder layers that a config states; None if it has no field of Llama's name for it."""
+    # not every config has a number there
     count = getattr(text_config(config), "num_hidden_layers", None)
     return count if isinstance(count, int) else None
 
@@ -180,6 +185,7 @@ def backbone_and_head(model: "PreTrainedModel") -> "tuple[nn.Module, Tensor, Ten
     model = unwrapped(model)
     # base_model is the model itself if its prefix names a part that it does not have; the backbone is then under "model"
     backbone = model.base_model if model.base_model is not model else getattr(model, "model", model)
+    # as it computes: rounded by QAT, or with its adapter
     weight, bias = effective_head(model.get_output_embeddings())
     if backbone is model or weight is None:
         raise UserError(
@@ -204,6 +210,7 @@ def head_transform(config: "PreTrainedConfig") -> HeadTransform:
     elif kind == "falcon_h1":
         scale = text.lm_head_multiplier
     caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # the last two are RecurrentGemma's and xLSTM's
+    # the first that is set: a config may have the field with None
     softcap = next((cap for name in caps if (cap := getattr(text, name, None)) is not None), None)
     return HeadTransform(logit_scale=float(scale), softcap=None if softcap is None else float(softcap))
 
@@ -222,6 +229,7 @@ def check_head(model: "PreTrainedModel") -> None:
     with torch.no_grad():
         _, weight, _ = backbone_and_head(model)
         error, allowed = (0.0, 0.0) if weight.is_meta else _head_difference(model)
+    # written so that NaN is refused too
     if not error <= allowed:
         raise UserError(
             f"{type(model).__name__} changes its logits between head and output in a way decoct does not know "
@@ -235,6 +243,7 @@ def _head_difference(model: "PreTrainedModel") -> tuple[float, float]:
     from torch import nn
 
     backbone, weight, bias = backbone_and_head(model)
+    # four ids, also for a vocabulary of fewer
     ids = torch.arange(4, device=weight.device).remainder(weight.shape[0])[None]
     with eval_mode(model):
         expected = model(input_ids=ids, use_cache=False).logits.float()

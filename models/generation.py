@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 def end_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", more: Iterable[int] = ()) -> list[int]:
     """Ids that end a text, ascending: those of the tokenizer, of the model's generation settings, and ``more``."""
+    # a number, a list, or None
     named: Any = getattr(model.generation_config, "eos_token_id", None)
     several = named if isinstance(named, list | tuple) else [named]
     return sorted({token for token in (tokenizer.eos_token_id, *several, *more) if isinstance(token, int)})
@@ -33,6 +34,7 @@ def control_token_of(tokenizer: "PreTrainedTokenizerBase", after: str) -> int | 
         tokenizer: Has the template.
         after: The rendered text behind the message.
     """
+    # lstrip: some templates put a line end before the control token
     ids: Any = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"] if after.strip() else []
     control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return ids[0] if ids and ids[0] in control else None
@@ -40,6 +42,7 @@ def control_token_of(tokenizer: "PreTrainedTokenizerBase", after: str) -> int | 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """(input_ids, attention_mask) [B, S] int64 of prompts that end at the same place, so that each is continued there."""
+    # the right ends are aligned, so all prompts are continued at the same position
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -71,6 +74,7 @@ def real_tokens(v_eff: int) -> "LogitsProcessorList":
 
     class RealTokens(LogitsProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            # in place: the logits are this step's own
             scores[:, v_eff:] = -math.inf
             return scores
 

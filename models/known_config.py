@@ -56,15 +56,19 @@ def known_config(fields: Mapping[str, Any]) -> KnownConfig | None:
     if known is None:
         return None
     given = {name: value for name, value in fields.items() if name != "model_type"}
+    # a dtype decides no size; an unusual one is transformers' to judge
     if any(given.pop(name, None) not in (None, *_DTYPES) for name in ("dtype", "torch_dtype")):
         return None
+    # fields of older configs, which transformers turns into rope_parameters
     theta, scaling = given.pop("rope_theta", _THETA), given.pop("rope_scaling", None)
     if not all(_usual(name, value, known, recorded["reserved"]) for name, value in given.items()):
         return None
+    # defaults first, as the class would fill them in
     values = {name: field["default"] for name, field in known.items()} | given
     values["rope_parameters"] = _rope(scaling or values["rope_parameters"], theta, values["max_position_embeddings"])
     config = KnownConfig(str(kind), values)
     _derive(config)
+    # None: transformers reads it, and warns or refuses
     return config if values["rope_parameters"] is not None and _consistent(config) else None
 
 
@@ -90,14 +94,17 @@ def _is(value: Any, kind: str) -> bool:
 
 def _rope(given: Any, theta: Any, positions: int) -> dict[str, Any] | None:
     """The rotary positions, completed; None where transformers has to look at them."""
+    # the older key 'type' is for transformers to rename
     if not isinstance(given, dict | None) or "type" in (given or {}):
         return None
     rope = dict(given or {})
     rope.setdefault("rope_theta", theta)
     rope.setdefault("rope_type", "default")
     numbers = [value for name, value in rope.items() if name != "rope_type"]
+    # a number in quotes is for transformers to refuse
     if any(type(value) not in (int, float) for value in numbers):
         return None
+    # plain frequencies with further entries are unusual
     if rope["rope_type"] == "default":
         return rope if rope.keys() == {"rope_type", "rope_theta"} else None
     usual = (
@@ -116,6 +123,7 @@ def _derive(config: Any) -> None:
     kind = config.model_type
     if kind in ("llama", "mistral") and config.head_dim is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
+    # without the field every query head has a key/value head of its own
     if config.num_key_value_heads is None:
         config.num_key_value_heads = config.num_attention_heads
     if kind in ("qwen2", "qwen3"):

@@ -74,13 +74,16 @@ def outlined(model: "PreTrainedModel") -> Outline:
 def has_outline(config: "PreTrainedConfig") -> bool:
     """Whether the outline of the model is known without building it. A config that transformers may refuse is left to it."""
     given: Any = config
+    # layers of different shapes are not computed here
     if given.model_type not in ("llama", "mistral", "qwen2", "qwen3") or getattr(given, "is_heterogeneous", False):
         return False
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    # a list, with a number per layer, is not computed here
     if not all(isinstance(getattr(given, name, None), int) and getattr(given, name) > 0 for name in sizes):
         return False
     kinds, pad = getattr(given, "layer_types", None), given.pad_token_id
     return (
+        # what transformers refuses, or warns of, is left to it
         given.hidden_act == "silu"
         and (kinds is None or len(kinds) == given.num_hidden_layers)
         and (pad is None or 0 <= pad < given.vocab_size)
@@ -95,6 +98,7 @@ def _computed(config: Any) -> Outline:
     inside = f"{FAMILIES[config.model_type].layers_path}."
     parts = list(_layer(config))
     layer = {f"{name}.{kind}": shape for name, kinds in parts for kind, shape in kinds.items()}
+    # a matrix of a layer is a linear; vectors are norms and biases
     inner = {name: kinds["weight"] for name, kinds in parts if len(kinds["weight"]) == 2}
     linears = {f"{inside}{index}.{name}": (shape[0], shape[1]) for index in range(depth) for name, shape in inner.items()}
     table = (vocabulary, width)
@@ -105,6 +109,7 @@ def _computed(config: Any) -> Outline:
     if not config.tie_word_embeddings:
         tensors[f"{_HEAD}.weight"] = table
     elements = {name: prod(shape) for name, shape in linears.items()}
+    # computed families have nothing but linears in their layers
     weights = DecoderWeights(total=sum(elements.values()), linears=elements, others={})
     return Outline(
         tensors=tensors,

@@ -29,6 +29,7 @@ def check_positions(path: str | Path, config: "PreTrainedConfig", seq_length: in
 def position_limit(config: "PreTrainedConfig") -> int | None:
     """The number of positions in a model's table; None if the model computes positions without a table."""
     text = text_config(config)
+    # MPT's table has a name of its own
     if text.model_type == "mpt":
         return text.max_seq_len
     limit = getattr(text, "max_position_embeddings", None)
@@ -41,6 +42,8 @@ def position_limit(config: "PreTrainedConfig") -> int | None:
     model = meta_model(config)
     # max_position_embeddings is there for rotary models too, so only a table of positions makes it a limit
     tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    # names of tables in GPT-2, OPT and BERT-like decoders
     tables = [name for name in tables if name.endswith(("wpe", "embed_positions", "position_embeddings", "embed_position"))]
+    # and of tables that are computed, not trained
     tables += [name for name, buffer in model.named_buffers() if name.endswith(("embed_positions", "pos_encoding")) and buffer.ndim > 1]
     return limit if tables else None

@@ -104,7 +104,9 @@ def _check_url(url: str, key_variable: str) -> None:
         # port 0 and ports beyond 65,535 are no addresses; urlsplit raises for the latter
         known = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
     except ValueError:
+        # an address that cannot be parsed has no query and no fragment
         known, parts = False, urlsplit("")
+    # checked first, so that the address with a password is in no message
     if "@" in url or parts.query or parts.fragment:
         raise ValueError(
             "url= holds a name, password or query; addresses are printed and written into files, so put the key into the environment "
@@ -142,6 +144,7 @@ class TeacherSettings:
         # equal = both or neither
         if (self.path is None) == (self.scratch is None):
             raise ValueError("a teacher needs exactly one of 'path' (model folder or hub id) and 'scratch'")
+        # a scratch teacher is made by this run, so no server has it
         if self.served and self.scratch:
             raise ValueError("a served teacher is named by 'path' (the model that the server runs), not by 'scratch'")
         if self.load_in in ("int8", "nf4") and self.placement != "replicated":

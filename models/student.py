@@ -50,8 +50,10 @@ def student_by_keeping(teacher_model: "PreTrainedModel", layers: int) -> tuple["
         student: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     student.tie_weights()  # part of the initialisation that was left out
     if teacher_model.generation_config is not None:
+        # a copy: trimming the student's vocabulary must not change the teacher's settings
         student.generation_config = copy.deepcopy(teacher_model.generation_config)
     if device.type != "meta":
+        # a teacher on the meta device has no values: a plan asks for shapes alone
         student.load_state_dict(_renumbered(teacher_model.state_dict(), family_of(teacher_model), kept))
     return student.eval(), kept
 
@@ -77,6 +79,7 @@ def student_from_config(config: dict[str, Any], tokenizer: "PreTrainedTokenizerB
 
     check_numbers(config, "student.config")
     fields = _checked_fields(config, effective_vocab(tokenizer))
+    # setdefault: special tokens that the user names stay
     for name in _SPECIAL_TOKENS:
         fields.setdefault(name, getattr(tokenizer, name))
     # weights are drawn from the global generators, which must be afterwards as before
@@ -96,6 +99,7 @@ def _checked_fields(config: dict[str, Any], v_eff: int) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind = config.get("model_type")
+    # the class has to be known as a causal model: from_config would otherwise fail with a list of all classes
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"student.config.model_type={kind!r} is not a causal language model of transformers; use llama, qwen2, qwen3, ...")
     config_class: Any = CONFIG_MAPPING[kind]
@@ -106,6 +110,7 @@ def _checked_fields(config: dict[str, Any], v_eff: int) -> dict[str, Any]:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"student.config.{name} is not a field of {config_class.__name__}{hint}")
+    # rows that no token uses would be trained for nothing
     if config.get("vocab_size", v_eff) != v_eff:
         raise UserError(
             f"student.config.vocab_size={config['vocab_size']} differs from the tokenizer's {v_eff} tokens; leave it out, "
@@ -135,6 +140,7 @@ def trim_vocabulary(model: "PreTrainedModel", v_eff: int) -> int:
     # only a hint for gradients; torch refuses an index beyond the table
     if embedding.padding_idx is not None and embedding.padding_idx >= v_eff:
         embedding.padding_idx = None
+    # one parameter again, or training would untie them
     head.weight = embedding.weight if tied else _first_rows(head.weight, v_eff)
     head.out_features = v_eff
     if getattr(head, "bias", None) is not None:
@@ -144,6 +150,7 @@ def trim_vocabulary(model: "PreTrainedModel", v_eff: int) -> int:
 
 
 def _first_rows(parameter: nn.Parameter, rows: int) -> nn.Parameter:
+    # nothing to drop: the parameter itself stays, and with it the tie
     if parameter.shape[0] == rows:
         return parameter
     return nn.Parameter(parameter[:rows].clone(), requires_grad=parameter.requires_grad)
@@ -156,6 +163,7 @@ def _set_vocabulary(model: "PreTrainedModel", v_eff: int) -> None:
     for module in model.modules():
         if isinstance(getattr(module, "vocab_size", None), int):
             module.vocab_size = v_eff  # pyright: ignore[reportArgumentType] - a plain int, not a tensor
+    # an id of a dropped row would index beyond the table
     for holder in (text, model.generation_config):
         for name in _SPECIAL_TOKENS:
             token = getattr(holder, name, None)

@@ -14,6 +14,7 @@ def is_tied(model: "PreTrainedModel") -> bool:
     """Whether the output head multiplies by the input embedding's table."""
     head: Any = model.get_output_embeddings()
     embedding: Any = model.get_input_embeddings()
+    # ``...`` as the default: a head and an embedding that both lack a weight are not tied
     return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", ...)
 
 
@@ -26,6 +27,7 @@ def settle_ties(path: str | Path, model: "PreTrainedModel") -> None:
     head: Any = model.get_output_embeddings()
     one, two = getattr(embedding, "weight", None), getattr(head, "weight", None)
     text: Any = model.config.get_text_config()
+    # nothing to settle: one of the two is missing, or the config says what is so
     if one is None or two is None or (one is two) == bool(getattr(text, "tie_word_embeddings", False)):
         return
     # tied weights in an untied config need no warning: nothing is lost
@@ -35,5 +37,6 @@ def settle_ties(path: str | Path, model: "PreTrainedModel") -> None:
             "tie_word_embeddings: false",
             path,
         )
+    # both, because savers read one or the other
     for part in (model.config, text):
         part.tie_word_embeddings = one is two

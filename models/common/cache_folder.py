@@ -11,6 +11,7 @@ VARIABLE = "DECOCT_CACHE"
 
 def cache_folder() -> Path:
     """The cache folder, which may not exist yet: ``$DECOCT_CACHE``, else ``~/.cache/decoct``."""
+    # an empty variable counts as not set
     return Path(os.environ.get(VARIABLE) or "~/.cache/decoct").expanduser().absolute()
 
 

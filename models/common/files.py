@@ -63,6 +63,7 @@ def _temporary(target: Path) -> Path:
 
 
 def _remove(path: Path) -> None:
+    # a link is removed itself, never what it points to
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -132,6 +133,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     """
     target = Path(target)
     taken = UserError(f"{target} exists already and is never overwritten; remove it or choose another folder")
+    # lexists: a broken link is in the way too
     if os.path.lexists(target):
         raise taken
     with _staged(target, "write") as temporary:

@@ -67,6 +67,7 @@ def _read(entry: Path, stat: os.stat_result) -> str | None:
 
 def _write(entry: Path, stat: os.stat_result, digest: str) -> None:
     temporary = entry.with_name(f".{entry.name}.{uuid.uuid4().hex}.tmp")
+    # a cache that cannot be written costs time alone
     with suppress(OSError):
         entry.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -14,6 +14,7 @@ def what_instead(folder: Path) -> str:
         # by length first: checkpoint-900 comes before checkpoint-1000
         newest = max(checkpoints, key=lambda one: (len(one.name), one.name))
         return f"give one of the checkpoints in it, such as {newest}"
+    # the models of a run folder: runs/x and runs/x/NN-kind
     made = [found.parent for found in (*folder.glob("model/config.json"), *folder.glob("[0-9][0-9]-*/model/config.json"))]
     # a folder NN-kind.<key> is from before the settings of its stage changed
     current = [one for one in made if "." not in one.parent.name] or made
@@ -32,6 +33,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path.parent} is not a model folder: it has no {path.name}; {what_instead(path.parent)}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    # deeply nested lists end in a RecursionError
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON: {error}; fetch or export the model again") from error
     if not isinstance(content, dict):

@@ -120,6 +120,7 @@ def _now() -> str:
 
 def _in_child() -> None:
     for lock in list(_all):
+        # the child inherits the list; its locks are the parent's
         lock._forget()
 
 
@@ -167,6 +168,7 @@ def waiting_for(file: Path, doing: str, say: Callable[[str], None]) -> Iterator[
             say(f"{lock.holder()} {doing}; waiting for it")
             reported = True
         time.sleep(POLL_SECONDS)
+    # without locks two processes may do the same work twice, which the user should know
     if not lock.lockable:
         say(no_locks(file))
     # acquired above; the block only releases it

@@ -22,10 +22,12 @@ def seal_is_broken(content: Mapping[str, Any]) -> bool:
 
     A damaged name of the key is detected too: then another key holds the hash of the rest.
     """
+    # without the key, any text of the length of a hash may be the seal under a damaged name
     names = [SEAL] if SEAL in content else [name for name, value in content.items() if isinstance(value, str) and len(value) == 64]
     try:
         fits = any(sha256_json({k: v for k, v in content.items() if k != name}) == content[name] for name in names)
     except (ValueError, RecursionError):
         # NaN or half a surrogate pair, which ``sealed`` never writes
         return SEAL in content
+    # broken: a key that does not fit, or a fitting hash under another key
     return fits != (SEAL in content)

@@ -68,6 +68,7 @@ class Adapter:
             pickled = (self.folder / "adapter_model.bin").is_file()
             why = "its weights only as adapter_model.bin, which is pickled and not read" if pickled else f"no {WEIGHTS}"
             raise UserError(f"{self.folder} has {why}; save the adapter again (save_pretrained of peft writes {WEIGHTS})")
+        # header only: a tensor is read when it is merged
         self.shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in read_header(self.file).tensors.items()}
         self.changes = self._changes()
 
@@ -105,6 +106,7 @@ class Adapter:
     def _number(self, patterns: str, key: str, module: str) -> float:
         given = self.settings.get(patterns) or {}
         try:
+            # peft's own rule: the pattern matches the end of a module's name
             found = next((value for pattern, value in given.items() if re.match(rf"(.*\.)?({pattern})$", module)), self.settings.get(key))
         except re.error as error:
             raise self._refusal(f"{patterns} holds the pattern {error.pattern!r:.100}, which is no regular expression") from error
@@ -121,6 +123,7 @@ class Adapter:
             raise self._refusal(
                 f"peft_type is {given.get('peft_type')!r:.100}; only LORA adapters (DoRA and rsLoRA too) are sums of matrices"
             )
+        # a setting of a later version that is off changes nothing
         unknown = [name for name, value in given.items() if name not in _HARMLESS and value not in (None, False, {}, [], "")]
         if unknown:
             raise self._refusal(f"{unknown[0]}={given[unknown[0]]!r:.100} is not known here, and may change what the adapter computes")
@@ -155,6 +158,7 @@ class Adapter:
         if not found:
             raise UserError(f"{self.file} is empty; save the adapter again")
         for change in found.values():
+            # both matrices or neither
             lone = [part for part in ("a", "b") if (part in change.parts) != bool(change.parts)]
             if lone:
                 raise UserError(f"{self.file}: {change.module} has no lora_{lone[0].upper()}; the file is incomplete")

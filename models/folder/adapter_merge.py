@@ -52,8 +52,10 @@ def open_adapted(base: str, adapter: Path, *, revision: str | None = None) -> Im
 
     def read(name: str) -> Tensor:
         stored = files.read(name)
+        # rounded once, from fp32 to the dtype of the base
         return edits[name](stored.to(torch.float32)).to(stored.dtype) if name in edits else stored
 
+    # the adapter's own tokenizer, which may have tokens that were added for it
     own = any(opened.folder.glob("tokenizer*"))
     return ImportSource(
         what=str(adapter),
@@ -90,12 +92,14 @@ def _edits(adapter: Adapter, model: "PreTrainedModel", files: WeightFiles, base:
 
     def add(change: Change, part: str, edit: Edit) -> None:
         name = f"{change.module}.{part}"
+        # files hold the name that transformers writes, or that of the module
         place = next((one for one in (written.get(name, name), name) if one in stored), None)
         if name in shared and not _same_everywhere(adapter, change, shared[name]):
             raise UserError(
                 f"{adapter.folder}: it changes {name}, which {base} shares with {', '.join(shared[name])} (tied embeddings); one matrix "
                 "cannot be both, so the adapter cannot be merged. Untie the base model first, and train the adapter on that"
             )
+        # a tied weight is stored once, under its other name
         if place is None and name in shared:
             return
         if place is None:
@@ -113,6 +117,7 @@ def _edits(adapter: Adapter, model: "PreTrainedModel", files: WeightFiles, base:
             if not isinstance(parameter, Tensor) or tuple(parameter.shape) != adapter.shapes[name]:
                 shape = tuple(parameter.shape) if isinstance(parameter, Tensor) else "none"
                 raise UserError(f"{adapter.file}: {name} has shape {adapter.shapes[name]}, {base} has {shape}; it is for another model")
+            # name=name: a closure would see the last name of the loop
             add(change, part, lambda _, name=name: adapter.tensor(name))
         if change.parts:
             _check_matrices(adapter, change, module, base)
@@ -138,6 +143,7 @@ def _shared(model: "PreTrainedModel") -> dict[str, list[str]]:
 def _same_everywhere(adapter: Adapter, change: Change, others: list[str]) -> bool:
     """Whether the adapter replaces every copy of a shared weight by the same values."""
     wholes = {f"{one.module}.weight": one.whole["weight"] for one in adapter.changes if "weight" in one.whole and not one.parts}
+    # one value per copy, None where a copy is left as it is
     names = [wholes.get(name) for name in (f"{change.module}.weight", *others)]
     if None in names:
         return False
@@ -156,6 +162,7 @@ def _check_matrices(adapter: Adapter, change: Change, module: nn.Module, base: s
     if not isinstance(weight, Tensor) or not (isinstance(module, kinds) or (_is_transposed(module) and not change.embedding)):
         raise UserError(f"{adapter.folder}: {change.module} is a {type(module).__name__} in {base}, to which no matrices can be added")
     rank, (rows, columns) = adapter.rank(change.module), tuple(weight.shape)
+    # an embedding's matrices are the other way round
     if _is_transposed(module) or change.embedding:
         rows, columns = columns, rows
     for part, wanted in (("a", (rank, columns)), ("b", (rows, rank))):
@@ -165,6 +172,7 @@ def _check_matrices(adapter: Adapter, change: Change, module: nn.Module, base: s
                 f"{adapter.file}: {change.parts[part]} has shape {found}; rank {rank} and {change.module} of {base} ask for {wanted}"
             )
     magnitude = change.parts.get("magnitude")
+    # a magnitude without DoRA, or DoRA without one, is a mixed-up file
     if bool(magnitude) != adapter.uses_magnitudes or (magnitude and (change.embedding or adapter.shapes[magnitude] != (rows,))):
         raise UserError(f"{adapter.folder}: use_dora and the magnitude vector of {change.module} contradict each other, or it is no linear")
 
@@ -174,6 +182,7 @@ def _merged(adapter: Adapter, change: Change, module: nn.Module, weight: Tensor)
     update = adapter.scale(change.module) * (b @ a)
     turned = _is_transposed(module) or change.embedding
     summed = (weight.T if turned else weight) + update
+    # arXiv 2402.09353: the norm of each output row becomes the trained magnitude
     if "magnitude" in change.parts:
         magnitude = adapter.tensor(change.parts["magnitude"])
         summed = summed * (magnitude / torch.linalg.vector_norm(summed, dim=1))[:, None]

@@ -57,7 +57,9 @@ def check_numbers(fields: Mapping[str, Any], where: object) -> None:
                     raise UserError(
                         f"{where}: {name} is {value!r:.40}; a whole number up to {most:,} is allowed; mend it, or fetch the model again"
                     )
+        # a config has one of the names; the largest counts where it has more
         depth, experts = (max((part[n] for n in names if isinstance(part.get(n), int)), default=0) for names in (DEPTHS, _EXPERTS))
+        # layers times experts: each factor may be possible, their product not
         if depth * experts > _PRODUCT:
             raise UserError(f"{where}: {depth:,} layers of {experts:,} experts are more than {_PRODUCT:,}; {_REMEDY}")
 
@@ -74,6 +76,7 @@ def check_depth(fields: Mapping[str, Any], tensors: int, where: object) -> None:
         UserError: the message names both numbers.
     """
     text = fields.get("text_config")
+    # models of text and images have their depth in a nested config
     for part in (fields, text if isinstance(text, dict) else {}):
         for name in DEPTHS:
             depth = part.get(name)
@@ -94,6 +97,7 @@ def check_size(path: object, config: "PreTrainedConfig", files: Sequence[Path]) 
     """
     from .meta import meta_model
 
+    # headers alone: no weight is read
     held = sum(math.prod(info.shape) for file in files for info in read_header(file).tensors.values())
     wanted = sum(parameter.numel() for parameter in meta_model(config).parameters())
     # generous: only a config that is far off is refused here; check_report finds the smaller differences

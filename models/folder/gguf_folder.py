@@ -45,6 +45,7 @@ def open_gguf(file: Path, tokenizer: "PreTrainedTokenizerBase | None" = None) ->
     if (parts := opened.fields.whole("split.count", 1, least=0)) > 1:
         raise UserError(f"{file} is one of {parts} parts of a model; join them first (llama-gguf-split --merge)")
     config = _config(opened)
+    # before a run starts and not in the middle of reading
     opened.check_types()
     # weights of the same file under their names in transformers' files
     weights = {weight.name: weight for weight in opened.weights}
@@ -58,6 +59,7 @@ def open_gguf(file: Path, tokenizer: "PreTrainedTokenizerBase | None" = None) ->
         write_others=lambda folder: _write_others(folder, opened, tokenizer),
         facts={},
     )
+    # by the names that transformers would write, which differ from module names in some families
     check_fits(source, model, {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()})
     return source
 
@@ -69,6 +71,7 @@ def import_gguf(file: Path, target: Path, dtype: Any = None, tokenizer: "PreTrai
         UserError: as ``open_gguf`` and ``write_imported``.
     """
     source = open_gguf(file, tokenizer)
+    # taken only for an import that is kept: the hash reads the whole file
     facts = GgufSource(file).facts(cached_sha256(file))
     source.facts.update(facts)
     write_imported(target, source, dtype)
@@ -91,6 +94,7 @@ def cached_folder(file: Path, part: Part) -> Path:
     if part == "weights":
         return _cached(gguf_content(file), file, lambda target: import_gguf(file, target))
     opened = GgufSource(file)
+    # config and tokenizer depend on the header alone, so the weights need not be hashed
     key = sha256_json({"header": opened.file.header_sha256, "import": VERSION, "part": part})
     return _cached(key, file, lambda target: _write_head(opened, target, part))
 
@@ -99,6 +103,7 @@ def _cached(key: str, file: Path, make: Any) -> Path:
     target = cache_dir() / "imports" / key[:32]
     if not target.is_dir():
         with waiting_for(target.with_name(f"{target.name}.lock"), f"imports {file}", lambda line: print(f"decoct: {line}")):
+            # asked again: the process that held the lock may have made it
             if not target.is_dir():
                 make(target)
     return target
@@ -111,6 +116,7 @@ def _write_head(opened: GgufSource, target: Path, part: Part) -> None:
         what=str(opened.file.path), config=config, weights={}, read=lambda name: opened.read(opened.weights[0]),
         write_others=lambda folder: None, facts={},
     )  # fmt: skip
+    # config.json names the dtype of the weights that an import would write
     planned = {weight.name: (str(weight.dtype).removeprefix("torch."), weight.shape) for weight in opened.weights}
     with atomic_directory(target) as folder:
         write_config(folder, source, planned)
@@ -147,14 +153,18 @@ def _write_generation(folder: Path, opened: GgufSource) -> None:
 
     fields, given = opened.fields, opened.config
     ends = [fields.whole(f"tokenizer.ggml{key}", None, least=0) for key in _ENDS]
+    # dict.fromkeys: the same id under two keys counts once, in order
     ids = [index for index in dict.fromkeys(ends) if index is not None and index < opened.rows]
     found: dict[str, Any] = {name: given[name] for name in ("bos_token_id", "pad_token_id") if given.get(name) is not None}
     for key, name in _SAMPLING.items():
+        # -1e30: any finite number, since penalties and temperatures may be 0
         value = fields.number(f"general.sampling.{key}", None, above=-1e30)
         if value is not None:
             found[name] = value
     if any(name in found for name in _SAMPLING.values()):
+        # without it transformers would ignore the sampling settings
         found["do_sample"] = found.get("temperature") != 0
+    # transformers' form: a number, a list, or nothing
     eos: Any = ids[0] if len(ids) == 1 else ids or None
     with quiet_transformers():
         GenerationConfig(**found, eos_token_id=eos).save_pretrained(folder)

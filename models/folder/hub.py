@@ -42,6 +42,7 @@ def local_folder(path_or_hub_id: str | Path, *, revision: str | None = None) -> 
 
 def model_name(path_or_hub_id: str | Path) -> str:
     """Name of a model in reports and cards: a hub id, or the last part of a path, never a whole path of this machine."""
+    # a path could name the user or the machine
     return Path(path_or_hub_id).name if Path(path_or_hub_id).exists() else str(path_or_hub_id)
 
 
@@ -84,6 +85,7 @@ def hub_snapshot(hub_id: str, *, revision: str | None = None, weights: bool = Tr
     from huggingface_hub import snapshot_download
 
     hub_commit(hub_id, revision)  # fails within seconds; the download itself would retry for a long time
+    # Python files only for code that the user asks for, never pickled weights
     patterns = [*_SMALL_FILES, *(_WEIGHT_FILES if weights else ()), *(("*.py",) if code else ())]
     try:
         # by the name of the revision, not its commit: only then does the cache record which commit the name means, for later offline use
@@ -109,6 +111,7 @@ def _cached_snapshot(hub_id: str, revision: str | None, patterns: list[str] | No
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    # local_files_only: the hub has just not answered, and would be waited for again
     try:
         return Path(snapshot_download(hub_id, revision=revision, local_files_only=True, allow_patterns=patterns))
     except LocalEntryNotFoundError as error:
@@ -126,6 +129,7 @@ def _refused(error: Exception) -> bool:
 def _explained(hub_id: str, revision: str | None, error: Exception) -> UserError:
     from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
+    # a full disk is not a missing network
     if readable := storage_error(error, Path(hub_id), "store in the Hugging Face cache the model"):
         return readable
     # before _refused: GatedRepoError derives from RepositoryNotFoundError

@@ -27,6 +27,7 @@ def origin_words(facts: Mapping[str, Any]) -> str:
 def card_of(name: str, facts: Mapping[str, Any], model_type: str) -> str:
     """The card as Markdown with the hub's YAML header."""
     license = str(facts.get("license", "")).lower()
+    # a license is written into YAML, so only plain words are taken
     licensed = [f"license: {license}"] if license and set(license) <= _LICENSE_LETTERS else []
     header = [
         "---",
@@ -56,4 +57,5 @@ def _listed(kinds: list[str]) -> str:
 
 
 def _cell(value: Any) -> str:
+    # a bar or a line end would break the table
     return str(value).replace("|", "\\|").replace("\n", " ")

@@ -48,6 +48,7 @@ def import_model(
     """
     if dtype is not None and dtype not in _DTYPES:
         raise UserError(f"dtype={dtype!r}: the dtypes of imported weights are {', '.join(_DTYPES)}")
+    # imports torch, which a wrong word needs not wait for
     wanted = _torch_dtype(dtype)
     file = gguf_file(source)
     if tokenizer is not None and (file is None or adapter is not None):
@@ -63,6 +64,7 @@ def import_model(
 def _open_alone(source: str, revision: str | None) -> Any:
     folder = local_folder(source, revision=revision)
     if folder is not None and (folder / ADAPTER).is_file():
+        # the adapter names its model, so one argument is enough
         base = Adapter(folder).base
         if base is None:
             raise UserError(f"{folder / ADAPTER} does not say which model it belongs to: decoct import MODEL --adapter {folder} --out OUT")

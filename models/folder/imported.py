@@ -60,6 +60,7 @@ def check_fits(source: ImportSource, model: "PreTrainedModel", names: Mapping[st
         UserError: a weight is missing, unexpected or of another shape.
     """
     tied = getattr(model, "all_tied_weights_keys", None) or {}
+    # a tied weight may be left out: it is stored under the other name
     missing = [name for name in names if name not in source.weights and name not in tied]
     unexpected = [name for name in source.weights if name not in names]
     wrong = [f"{name} {shape} vs {names[name]}" for name, (_, shape) in source.weights.items() if names.get(name, shape) != shape]
@@ -96,6 +97,7 @@ def write_imported(target: Path, source: ImportSource, dtype: "torch.dtype | Non
 
 def write_config(folder: Path, source: ImportSource, planned: Mapping[str, Planned]) -> None:
     """Write config.json as transformers does, with the dtype of most weights."""
+    # by elements, not by tensors: norms are many and small
     sizes: dict[str, int] = {}
     for dtype, shape in planned.values():
         sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
@@ -104,6 +106,7 @@ def write_config(folder: Path, source: ImportSource, planned: Mapping[str, Plann
     file = folder / "config.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     content |= {"dtype": max(sizes, key=lambda name: sizes[name])} | ({"architectures": [source.model_class]} if source.model_class else {})
+    # code of a repository is never copied
     content = with_older_fields({key: value for key, value in content.items() if key != "auto_map"})
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -117,6 +120,7 @@ def _check_room(target: Path, source: ImportSource, planned: Mapping[str, Planne
     free = available_bytes()
     if free is not None and needed > free:
         raise UserError(f"importing {source.what} needs about {needed:,} bytes of memory for its largest tensor; {free:,} are free")
+    # 16 MB for headers, tokenizer and config
     check_free_space(target.parent, sum(sizes) + 2**24, f"the model of {source.what}")
 
 
@@ -129,11 +133,13 @@ def _write_weights(folder: Path, source: ImportSource, planned: Mapping[str, Pla
         if values.dtype == dtype:
             return values
         rounded = values.to(dtype)
+        # fp16 ends at 65,504: a finite fp32 value can become infinite
         if not bool(rounded.isfinite().all()):
             raise UserError(f"{name} of {source.what} has values beyond the range of {planned[name][0]}; import it in another dtype")
         return rounded
 
     shards = _shards(planned)
+    # one file without an index, as transformers writes it
     if len(shards) == 1:
         write_planned(folder / "model.safetensors", planned, make, {"format": "pt"})
         return

@@ -50,6 +50,7 @@ def _remedy(model: "PreTrainedModel", missing: list[str], unexpected: list[str])
             return f"Every name begins with {prefix!r}, which {cause} (save_pretrained)"
     named = getattr(model.config, "architectures", None)
     kind = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+    # a class without a head for tokens, such as a reward model
     if missing and kind and not kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         return f"It is a {kind}, which predicts no tokens; give a causal language model"
     head: Any = model.get_output_embeddings()

@@ -99,6 +99,7 @@ def content_hash(path_or_hub_id: str | Path, revision: str | None = None) -> str
     folder = local_folder(path_or_hub_id, revision=revision)
     if folder is None:
         return sha256_json({"hub": str(path_or_hub_id), "commit": hub_commit(str(path_or_hub_id), revision)})
+    # its error names what is missing; a folder without a config is no model
     read_json(folder / "config.json")
     return sha256_json({file.relative_to(folder).as_posix(): cached_sha256(file) for pattern in CONTENT for file in folder.glob(pattern)})
 
@@ -109,12 +110,14 @@ def _weights(model: "PreTrainedModel", given: "Mapping[str, Tensor] | None", dty
 
     own = model.state_dict()
     weights = {name: tensor.detach() for name, tensor in (own if given is None else given).items()}
+    # a name is tied only if the other one is written
     tied = {name: source for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items() if source in weights}
     for name, source in tied.items():
         other = weights.pop(name, None)
         # one of the two would be lost silently
         if other is not None and not torch.equal(other, weights[source]):
             raise DecoctError(f"{name} and {source} are tied in the config but differ; set tie_word_embeddings to false before saving")
+    # symmetric difference: missing on either side
     if wrong := (own.keys() - tied.keys()) ^ weights.keys():
         raise DecoctError(f"the weights to save do not have the model's names; missing or unexpected: {', '.join(sorted(wrong)[:5])}")
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -141,6 +144,7 @@ def _write_model(folder: Path, model: "PreTrainedModel", weights: "dict[str, Ten
             f"model type {config.model_type!r} exists only as code in its repository, which decoct never copies into what it saves; "
             "use a model type that transformers knows"
         )
+    # the first float that is written: the config names one dtype
     saved = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), model.dtype)
     tied = _tied(model, weights)  # before save_pretrained, which empties the dict
     before = {key: getattr(config, key, None) for key in ("dtype", "architectures")}
@@ -207,6 +211,7 @@ def _strip_code(folder: Path) -> None:
     for name in ("config.json", "tokenizer_config.json"):
         if (folder / name).exists():
             _edit_json(folder / name, {}, drop="auto_map")
+    # save_pretrained of some tokenizers copies their code
     for file in folder.glob("*.py"):
         file.unlink()
 
@@ -215,6 +220,7 @@ def _check_tokenizer(folder: Path, path: Path, tokenizer: "PreTrainedTokenizerBa
     """Check that AutoTokenizer restores the saved tokenizer; for some model types it uses another class, which gives a warning."""
     from .loading import load_tokenizer
 
+    # by the way that users take: AutoTokenizer on the written folder
     again = load_tokenizer(folder)
     if again.get_vocab() != tokenizer.get_vocab():
         raise DecoctError(f"the tokenizer written for {path} reads back with another vocabulary; the model is not saved")

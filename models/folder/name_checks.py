@@ -26,6 +26,7 @@ def check_weight_names(path: str | Path, folder: Path) -> None:
         if None in names.values():
             return
         left_out = {names[name] for name in ignored(model, files.names())}
+        # from here on under the names of the modules
         files.call(names)
         own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         stored = {name: files.shape(name) for name in files.names()}

@@ -44,6 +44,7 @@ def older_fields(config: dict[str, Any]) -> dict[str, Any]:
     if kind == "modernbert-decoder":
         return fields | {"global_rope_theta": whole.get("rope_theta"), "local_rope_theta": local.get("rope_theta")}
     if kind in _LOCAL_FREQUENCY:
+        # Gemma 3: the frequency of local layers has a field of its own
         return fields | _of_one(whole, config, kind) | {"rope_local_base_freq": local.get("rope_theta")}
     # both kinds of layers agree, so one value serves version 4 too
     if whole.get("rope_theta") == local.get("rope_theta") is not None:
@@ -55,6 +56,7 @@ def _of_one(rope: dict[str, Any], config: dict[str, Any], kind: str) -> dict[str
     theta, part = rope.get("rope_theta"), rope.get("partial_rotary_factor")
     fields: dict[str, Any] = {"rope_theta": theta, "rope_scaling": _scaling(rope, kind)}
     if kind in _NEOX:
+        # GPT-NeoX has other names for base and rotated share
         fields |= {"rotary_emb_base": theta, "rotary_pct": part}
     elif part is not None and "partial_rotary_factor" not in config:
         fields["partial_rotary_factor"] = part
@@ -77,6 +79,7 @@ def with_older_fields(config: dict[str, Any]) -> dict[str, Any]:
     fields = older_fields(config)
     # drop fields from an earlier save, which may be outdated
     plain = {key: value for key, value in config.items() if key not in (*fields, "rope_scaling", "rope_theta")}
+    # without rotary positions there is nothing that could be read in two ways
     if not isinstance(config.get("rope_parameters"), dict) or not fields:
         return {**config, **fields}
     full = {**plain, **fields}

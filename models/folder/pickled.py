@@ -31,6 +31,7 @@ def pickled_files(folder: Path) -> list[Path]:
     Raises:
         UserError: the index is damaged or names a file outside the folder.
     """
+    # safetensors beside it are what transformers reads
     if any(folder.glob("*.safetensors")):
         return []
     if (folder / SINGLE).is_file():
@@ -40,6 +41,7 @@ def pickled_files(folder: Path) -> list[Path]:
     places = read_json(folder / INDEX).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise UserError(f"{folder / INDEX} has no weight_map; fetch the model again")
+    # a set: many tensors share a file
     return sorted({inside_folder(folder, name, INDEX) for name in places.values()})
 
 
@@ -53,6 +55,7 @@ def open_pickled(folder: Path) -> ImportSource:
     tensors: dict[str, Tensor] = {}
     for file in files:
         for name, tensor in _loaded(file).items():
+            # which of two counts would depend on the order of the files
             if name in tensors:
                 raise UserError(f"{folder}: the tensor {name!r:.200} is in two files; fetch the model again")
             tensors[name] = tensor
@@ -79,6 +82,7 @@ def open_pickled(folder: Path) -> ImportSource:
 def _loaded(file: Path) -> dict[str, Tensor]:
     try:
         # mapped: the weights stay on disk until they are read
+        # only zip archives can be mapped; the older format is read whole
         content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     except (MemoryError, KeyboardInterrupt):
         raise
@@ -88,6 +92,7 @@ def _loaded(file: Path) -> dict[str, Tensor]:
             f"{file} is not a file of tensors alone, and nothing of it was run: {first:.300}. Only torch's restricted loader reads pickled "
             "files here; save the model as safetensors where you trust it (save_pretrained), or fetch it again"
         ) from error
+    # some trainers wrap the weights in a dict
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in content.items()):
@@ -106,15 +111,18 @@ def _kept(folder: Path, model: Any, tensors: dict[str, Tensor]) -> dict[str, Ten
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     kept = {name: tensor for name, tensor in tensors.items() if name not in left_out}
+    # None: transformers splits or joins weights of this family, and names cannot be compared
     if None not in inside.values():
         found = {inside[name] or name: tuple(tensor.shape) for name, tensor in kept.items()}
         report = {
+            # of two tied names one is enough
             "missing_keys": {name for name, _ in model.named_parameters() if name not in found and tied.get(name) not in found},
             "unexpected_keys": found.keys() - own.keys(),
             "mismatched_keys": {(name, shape, own[name]) for name, shape in found.items() if own.get(name, shape) != shape},
             "error_msgs": [],
         }
         check_report(folder, model, report)
+    # a copy of a tied weight is written once; one that differs is a weight of its own
     for name in list(kept):
         source = next((other for other in kept if inside[other] == tied.get(inside[name] or name)), None)
         if source is not None and source != name and torch.equal(kept[name], kept[source]):

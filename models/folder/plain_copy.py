@@ -96,6 +96,7 @@ def unpacked_model(source: str, folder: Path, packed: dict[str, Any]) -> "PreTra
     from transformers.utils.quantization_config import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
 
     method = packed.get("quant_method")
+    # an export of decoct has a model folder that it was made from
     if method not in UNPACKED or (folder / "decoct.json").is_file():
         raise UserError(
             f"{source} holds packed weights ({method}), which are not unpacked here; give the unquantized model that they were made from"
@@ -121,6 +122,7 @@ def unpacked_model(source: str, folder: Path, packed: dict[str, Any]) -> "PreTra
         raise UserError(f"{source} cannot be made a plain model: {left[0]} stays packed ({method}); give the model it was made from")
     # a fresh model: the loaded one keeps its quantizer and would be saved as quantized
     config: Any = load_config(folder)
+    # else the fresh model would be built packed again
     del config.quantization_config
     with quiet_transformers():
         plain: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -155,6 +157,7 @@ def _text_model(source: str, folder: Path) -> "tuple[str, PreTrainedModel]":
     if text.base_model.state_dict().keys() != inner.state_dict().keys():
         raise UserError(f"{source}: its text part is not a {type(text.base_model).__name__} by its weights' names; use a text model")
     text.base_model.load_state_dict(inner.state_dict())
+    # a tied head comes with the embedding
     if head is not None and not config.tie_word_embeddings:
         text.get_output_embeddings().load_state_dict(head.state_dict())
     text.generation_config = whole.generation_config
@@ -164,6 +167,7 @@ def _text_model(source: str, folder: Path) -> "tuple[str, PreTrainedModel]":
 
 @torch.no_grad()
 def _same_logits(source: str, whole: Any, text: Any) -> None:
+    # from 1 on: id 0 is often padding, which some models mask
     ids = torch.arange(1, 1 + _TOKENS).remainder(text.config.vocab_size)[None]
     expected, found = (model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits for model in (whole, text))
     # exact: the same weights in the same operations must give the same bits

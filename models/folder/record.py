@@ -42,6 +42,7 @@ def read_record(path: Path) -> dict[str, Any]:
         UserError: the record is damaged, was changed, or has a newer format than this version reads.
     """
     file = Path(path) / RECORD
+    # a folder of another tool is no error
     if not file.exists():
         return {}
     record = read_json(file)
@@ -63,6 +64,7 @@ def _is_well_formed(record: Mapping[str, Any]) -> bool:
     return (
         all(isinstance(record[key], kinds) for key, kinds in _TYPES.items() if key in record)
         and all(isinstance(export[key], kinds) for key, kinds in _EXPORT_TYPES.items() if key in export)
+        # names are printed in messages
         and all(name.isprintable() for name in record.get("files", {}))
     )
 
@@ -124,6 +126,7 @@ def verify_folder_files(path: Path) -> list[str]:
     """
     path = Path(path)
     record = read_record(path)
+    # {} as well: a record that lists nothing proves nothing
     files = record.get("files")
     if not files:
         return [f"{path / RECORD} is missing or lists no files, so nothing can be compared"]
@@ -149,6 +152,7 @@ def accept_changes(folder: Path, names: Sequence[str]) -> None:
             continue
         if name.endswith(_WEIGHTS):
             raise UserError(f"{name} holds weights, and the record contains what was measured with them; make the folder again")
+        # only files of this folder can be recorded in it
         if Path(name).is_absolute() or ".." in Path(name).parts or not (Path(folder) / name).is_file():
             raise UserError(f"{name} is not a file that is in {folder}; {file} lists {', '.join(sorted(files))}")
         files[name], sizes[name] = sha256_file(Path(folder) / name), (Path(folder) / name).stat().st_size
@@ -160,6 +164,7 @@ def accept_changes(folder: Path, names: Sequence[str]) -> None:
 
 def _problem(folder: Path, name: str, record: Mapping[str, Any], hashing: Callable[[Path], str] | None) -> str | None:
     """The problem of a recorded file; None when it is unchanged."""
+    # a record is data from elsewhere and may name any path
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return f"{name}: the record names a file outside the folder"
     file, size = folder / name, record.get("sizes", {}).get(name)

@@ -39,6 +39,7 @@ def check_text_model(path: str | Path, config: "PreTrainedConfig") -> None:
     """
     from ..families import text_config
 
+    # the class knows its parts; a config without any is text alone
     parts: Any = getattr(type(config), "sub_configs", None) or {}
     text = text_config(config)
     others = [name for name in parts if any(sense in name for sense in _OTHER_SENSES)]
@@ -47,6 +48,7 @@ def check_text_model(path: str | Path, config: "PreTrainedConfig") -> None:
     # imported late: most configs return above
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    # some families load their text model alone from the whole folder
     build: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if build is not None and build.config_class is not type(config):
         return  # transformers itself loads only the text model
@@ -73,6 +75,7 @@ def _adapter(folder: Path, adapter: Path, *, beside: bool) -> str:
 def _packed(folder: Path, method: Any) -> str:
     what = f"{folder} holds packed quantized weights (quantization_config in config.json: {method or 'of an unknown kind'})"
     own = (folder / "decoct.json").is_file()
+    # an export of decoct has a model folder that it was made from
     if own or method not in UNPACKED:
         return f"{what}, which cannot be trained, pruned or quantized again; give the model folder from before the export" + (
             "" if own else ", or the unquantized model that it was made from"

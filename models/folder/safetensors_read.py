@@ -60,6 +60,7 @@ def read_header(path: Path) -> Header:
             size = os.fstat(handle.fileno()).st_size
             # the file: 8 bytes with the header's length, the header (JSON), the data
             length = int.from_bytes(handle.read(8), "little")
+            # after reading: fewer than eight bytes give a number all the same
             if size < 8:
                 raise UserError(f"{path}: {size} bytes are too few for a safetensors file; {_REMEDY}")
             # before reading: a damaged length could ask for exabytes
@@ -73,6 +74,7 @@ def read_header(path: Path) -> Header:
     except UnicodeError as error:
         raise UserError(f"{str(path)!r:.300} is not a valid file name") from error
     try:
+        # the data begins after eight bytes and the header
         return _parse(raw, size - 8 - length)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}; {_REMEDY}") from error
@@ -133,6 +135,7 @@ def _tensor(name: str, entry: Any) -> TensorInfo:
 
 
 def _check_layout(tensors: dict[str, TensorInfo], data_bytes: int) -> None:
+    # one walk finds holes, overlaps and bytes beyond the end
     position = 0
     for name, info in tensors.items():
         if info.end > data_bytes:

@@ -64,6 +64,7 @@ def write_planned(
     offset = 0
     for name in ordered:
         dtype, shape = planned[name]
+        # offsets count from the start of the data
         end = offset + math.prod(shape) * getattr(torch, dtype).itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
@@ -76,8 +77,10 @@ def write_planned(
         file.write(text)
         for name in ordered:
             tensor = make(name)
+            # the header is written already, so a tensor of another size would damage the file
             if (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) != planned[name]:
                 raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, planned was {planned[name]}")
+            # an empty tensor has no bytes
             if tensor.numel():
                 # as bytes: numpy has no bf16
                 own = tensor.detach().cpu().contiguous()

@@ -70,6 +70,7 @@ def module_names(model: "PreTrainedModel", files: Iterable[str]) -> dict[str, st
 
 def ignored_patterns(model: "PreTrainedModel") -> list[str]:
     """Patterns of names that transformers silently ignores, such as additional heads and constants of old checkpoints."""
+    # frequencies are stored by old releases of nearly every family
     return [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
 
 
@@ -88,6 +89,7 @@ def not_loaded(model: "PreTrainedModel", files: Iterable[str]) -> list[str]:
 
 def summary(names: Iterable[str]) -> dict[str, int]:
     """Number of tensors per module, named up to the first number or by its first part: ``{"model.layers.61.*": 17, "mtp.*": 3}``."""
+    # shown by module: a list of thousands of names helps nobody
     return dict(Counter(f"{match[0] if (match := _NUMBERED.match(name)) else name.split('.')[0]}.*" for name in names))
 
 

@@ -56,6 +56,7 @@ def empty_model(path: str | Path, revision: str | None = None) -> "tuple[PreTrai
         files.call(module_names(model, files.names()))
         _check(path, model, files)
         materialize_buffers(model, "cpu")
+    # the files stay open for the caller, unless it never gets them
     except BaseException:
         files.close()
         raise
@@ -162,6 +163,7 @@ def parameter_places(model: nn.Module) -> list[list[Place]]:
 def stored_name(places: list[Place], files: WeightFiles) -> str:
     """Name of a parameter in the files."""
     stored = set(files.names())
+    # the first of its names that is in the files: a tied weight is stored once
     return next(name for _, _, name in places if name in stored)
 
 
@@ -193,6 +195,7 @@ def materialize_buffers(model: nn.Module, device: torch.device | str) -> None:
             for key in empty:
                 module._buffers[key] = fresh[key]
         for key, buffer in list(module.named_buffers(recurse=False)):
+            # not through .to(), which would move parameters too
             module._buffers[key] = buffer.to(device)
 
 
@@ -205,6 +208,7 @@ def _computed_buffers(rotary: nn.Module) -> dict[str, Tensor]:
 
 def _is_rotary(module: nn.Module) -> bool:
     names = {key for key, _ in module.named_buffers(recurse=False)}
+    # scaled frequencies keep the original ones beside them
     return "RotaryEmbedding" in type(module).__name__ and hasattr(module, "config") and names <= {"inv_freq", "original_inv_freq"}
 
 

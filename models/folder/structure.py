@@ -44,6 +44,7 @@ class Structure:
     def in_files(self, names: Iterable[str]) -> dict[str, str]:
         """Names of tensors in some folder -> the names that transformers writes; unknown names stay unchanged."""
         names = list(names)
+        # the common case needs no conversion
         if self.model is None or all(name in self.shapes for name in names):
             return {name: name for name in names}
         # through the module names: file name -> module -> name that transformers writes

@@ -53,6 +53,7 @@ def safetensors_files(folder: Path) -> list[Path]:
             that is missing, or an index that is damaged or names a file without its tensor.
     """
     config = folder / "config.json"
+    # a folder of weights without a config has no preference
     named = read_json(config).get("transformers_weights") if config.is_file() else None
     # names of PyTorch's distributed checkpoints, whose files hold parts of tensors
     if any(folder.glob("shard-*-model-*.safetensors")):
@@ -83,6 +84,7 @@ def _indexed(index: Path) -> list[Path]:
         raise UserError(f"{index} has no weight_map; fetch or export the model again")
     shards: dict[Path, set[str]] = {}
     for tensor, name in weight_map.items():
+        # several tensors share a file, which is checked once
         shards.setdefault(inside_folder(index.parent, name, index.name), set()).add(tensor)
     # found here, because a wrong index would later show only as a missing weight
     for file, tensors in shards.items():

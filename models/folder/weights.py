@@ -31,6 +31,7 @@ class WeightFiles:
         self.folder = Path(folder)
         self._places = checked_places(self.folder)
         # mapped, not read: pages come from disk when a tensor is used, and the kernel may drop them again
+        # each file once, however many tensors it holds
         self._open: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in {place.file for place in self._places.values()}}
         self._stored = {name: name for name in self._places}
 
@@ -91,6 +92,7 @@ class WeightFiles:
 
     def close(self) -> None:
         """Release the files; tensors that were read stay valid."""
+        # safe_open has no close: the mapping ends with its last reference
         self._places.clear()
         self._stored.clear()
         self._open.clear()

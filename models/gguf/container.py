@@ -83,11 +83,13 @@ class GgufFile:
         Raises:
             UserError: the file has become shorter since it was opened, or cannot be read.
         """
+        # only the rows that are asked for are read: a whole tensor may not fit
         count = (end - begin) * tensor.row_bytes
         try:
             data = np.fromfile(self.path, np.uint8, count, offset=tensor.begin + begin * tensor.row_bytes)
         except OSError as error:
             raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        # fromfile returns fewer bytes at the end of the file without an error
         if data.size != count:
             raise UserError(f"{self.path}: {tensor.name} was cut off while the file was read; {_REMEDY}")
         return data.reshape(end - begin, -1, tensor.type.nbytes)
@@ -120,6 +122,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 @lru_cache(maxsize=2)
 def _kept(path: Path, identity: tuple[int, ...]) -> GgufFile:
+    # the identity is in the key: a file that changed is read again
     return _opened(path)
 
 
@@ -127,8 +130,10 @@ def _opened(path: Path) -> GgufFile:
     try:
         with path.open("rb") as handle:
             size = os.fstat(handle.fileno()).st_size
+            # magic, version and two counts
             if size < 24:
                 raise _Damaged(f"it is cut off: {size} bytes are fewer than the smallest header")
+            # mapped: a header is a small part of a large file
             with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 return _read(path, content, size)
     except OSError as error:
@@ -162,6 +167,7 @@ class _Header:
     def count(self, most: int, least_bytes: int, what: str) -> int:
         """A number of items that take at least ``least_bytes`` each."""
         count = self.number("Q")
+        # compared before anything is made of it: a count of 2^60 would otherwise reserve memory
         if count > most or count * least_bytes > self.size - self.at:
             raise _Damaged(
                 f"it declares {count:,} {what}; the {self.size - self.at:,} bytes that follow cannot hold them (at most {most:,})"
@@ -189,6 +195,7 @@ class _Header:
         kind = self.number("I")
         if kind == _STRING:
             what = f"a string of {key!r:.200}"
+            # a string is its length and its bytes: at least 8
             return [self.text(what) for _ in range(self.count(MOST_ITEMS, 8, f"strings of {key!r:.200}"))]
         if kind not in _NUMBERS:
             raise _Damaged(f"the array {key!r:.200} has elements of type {kind}, which is unknown or nested")
@@ -205,10 +212,12 @@ def _read(path: Path, content: mmap.mmap, size: int) -> GgufFile:
         raise _Damaged(f"it begins with {magic!r}, not with b'GGUF'")
     version = header.number("I")
     if version not in VERSIONS:
+        # a big-endian file shows as a version of 2^24 or more
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
         if swapped in (1, *VERSIONS):
             raise _Damaged(f"it is big-endian (version {swapped}); only little-endian files are read")
         raise _Damaged(f"it has version {version} of the format; versions {' and '.join(map(str, VERSIONS))} are read")
+    # least sizes: a tensor has the length of its name, a count, a type and an offset; an entry the length of its key, a type and a byte
     tensor_count, key_count = header.count(MOST_TENSORS, 24, "tensors"), header.count(MOST_KEYS, 13, "metadata entries")
     metadata: dict[str, Any] = {}
     for _ in range(key_count):
@@ -217,9 +226,11 @@ def _read(path: Path, content: mmap.mmap, size: int) -> GgufFile:
             raise _Damaged(f"the metadata key {key!r:.200} occurs twice")
         metadata[key] = header.value(key)
     alignment = metadata.get("general.alignment", 32)
+    # x & (x - 1) is 0 for powers of two alone
     if type(alignment) is not int or not 1 <= alignment <= 2**16 or alignment & (alignment - 1):
         raise _Damaged(f"general.alignment is {alignment!r:.100}, not a power of two up to 65,536")
     table = list(_table(header, tensor_count))
+    # data begins at the next multiple of the alignment
     start = -(-header.at // alignment) * alignment
     return GgufFile(path, size, metadata, _placed(table, start, size), hashlib.sha256(content[: header.at]).hexdigest())
 
@@ -251,10 +262,12 @@ def _placed(table: list[GgufTensor], start: int, size: int) -> dict[str, GgufTen
     for entry in table:
         if entry.name in tensors:
             raise _Damaged(f"the tensor {entry.name!r:.200} occurs twice")
+        # offsets of the table count from the start of the data
         tensors[entry.name] = placed = GgufTensor(entry.name, entry.type, entry.shape, start + entry.begin)
         if placed.begin + placed.nbytes > size:
             raise _Damaged(f"it is cut off: tensor {entry.name!r:.200} ends at byte {placed.begin + placed.nbytes:,} of {size:,}")
     end, before = start, ""
+    # by place, to find two tensors over the same bytes
     for tensor in sorted(tensors.values(), key=lambda one: one.begin):
         if tensor.begin < end:
             raise _Damaged(f"tensor {tensor.name!r:.200} lies over {before!r:.200}")

@@ -15,6 +15,7 @@ class Fields:
     def __init__(self, file: GgufFile) -> None:
         """Raises UserError if the file does not name its architecture."""
         self.file = file
+        # a first value, because ``text`` looks a key up by it
         self.architecture = "general"
         self.architecture = self.text("general.architecture")
 
@@ -28,6 +29,7 @@ class Fields:
             if not value or any(one != value[0] for one in value):
                 raise self.error(key, value, "one number for all layers")
             value = value[0]
+        # type, not isinstance: true is an int in Python
         if type(value) is not int or not least <= value < 2**40:
             raise self.error(key, value, f"a whole number from {least}")
         return value
@@ -37,6 +39,7 @@ class Fields:
         value = self.get(key, default)
         if value is default and default is not _REQUIRED:
             return default
+        # written so that NaN is refused
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not value > above:
             raise self.error(key, value, f"a number above {above:g}")
         return shortest(float(value))

@@ -36,6 +36,7 @@ def config_fields(fields: Fields) -> dict[str, Any]:
         raise UserError(f"{fields.file.path}: the embedding token_embd.weight is missing; the file is no complete language model")
     return {
         "vocab_size": table.shape[0],
+        # llama.cpp's rule: without a tensor for the head, the embedding's table is used
         "tie_word_embeddings": "output.weight" not in fields.file.tensors,
         **_token_ids(fields, table.shape[0]),
         **build(fields),
@@ -65,11 +66,13 @@ def _sizes(fields: Fields) -> dict[str, Any]:
     heads, hidden = fields.whole(".attention.head_count"), fields.whole(".embedding_length")
     kv_heads = fields.whole(".attention.head_count_kv", heads)
     if heads % kv_heads:
+        # grouped-query attention: every key/value head serves the same number of query heads
         raise fields.error(".attention.head_count_kv", kv_heads, f"a divisor of the {heads} query heads")
     width = fields.whole(".attention.key_length", None)
     if width is None and hidden % heads:
         raise fields.error(".attention.head_count", heads, f"a divisor of the {hidden} channels, or .attention.key_length")
     head_dim = width or hidden // heads
+    # transformers' classes have one width for both
     if fields.whole(".attention.value_length", head_dim) != head_dim:
         raise fields.error(".attention.value_length", fields.get(".attention.value_length"), f"the width of keys, {head_dim}")
     return {
@@ -95,11 +98,14 @@ def _decoder(fields: Fields, model_type: str, eps: str = "rms_norm_eps", key: st
 
 def _llama(fields: Fields) -> dict[str, Any]:
     experts = expert_count(fields)
+    # llama.cpp multiplies by these; 0 and 1 mean none
     for key in (".attention.scale", ".logit_scale", ".embedding_scale", ".residual_scale"):
         if fields.get(key) not in (None, 0, 0.0, 1, 1.0):
+            # models that are llama in all but these scales would compute other numbers
             raise fields.error(key, fields.get(key), "no scale: transformers' llama has none")
     if experts:
         used = fields.whole(".expert_used_count")
+        # llama.cpp calls Mixtral 'llama' with experts
         return {**_decoder(fields, "mixtral"), "hidden_act": "silu", "num_local_experts": experts, "num_experts_per_tok": used}
     # Llama has biases in all four projections or in none
     biases = {"attention_bias": _has(fields, "attn_q.bias"), "mlp_bias": _has(fields, "ffn_up.bias")}
@@ -117,6 +123,7 @@ def _smollm3(fields: Fields) -> dict[str, Any]:
 def _qwen(model_type: str) -> Callable[[Fields], dict[str, Any]]:
     def build(fields: Fields) -> dict[str, Any]:
         found = {**_decoder(fields, model_type), "hidden_act": "silu", "use_sliding_window": False}
+        # newer members of the family have a switch for biases; Qwen2 has them on q, k and v always
         if model_type == "qwen3":
             found["attention_bias"] = _has(fields, "attn_q.bias")
         elif found.pop("head_dim") != fields.whole(".embedding_length") // fields.whole(".attention.head_count"):
@@ -131,6 +138,7 @@ def _qwen(model_type: str) -> Callable[[Fields], dict[str, Any]]:
 def _qwen_experts(model_type: str) -> Callable[[Fields], dict[str, Any]]:
     def build(fields: Fields) -> dict[str, Any]:
         sizes = _sizes(fields)
+        # older files have no key for the width of an expert
         width = fields.whole(".expert_feed_forward_length", None) or _expert_width(fields)
         found = {
             "model_type": model_type,
@@ -139,6 +147,7 @@ def _qwen_experts(model_type: str) -> Callable[[Fields], dict[str, Any]]:
             "moe_intermediate_size": width,
             "num_experts": fields.whole(".expert_count"),
             "num_experts_per_tok": fields.whole(".expert_used_count"),
+            # Qwen3 divides by the sum of the chosen experts' probabilities, Qwen2 does not
             "norm_topk_prob": model_type == "qwen3_moe",
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
@@ -174,11 +183,13 @@ def _gemma_sandwich(model_type: str) -> Callable[[Fields], dict[str, Any]]:
         architecture = fields.architecture
         found = {**_decoder(fields, model_type), "hidden_activation": "gelu_pytorch_tanh"}
         layers, heads = found["num_hidden_layers"], found["num_attention_heads"]
+        # the file does not say it: llama.cpp knows the 27B models by their depth
         whole = layers == _WHOLE_SCALE[architecture]
         period = fields.whole(".attention.sliding_window_pattern", _PERIOD[architecture])
         found |= {
             "query_pre_attn_scalar": found["hidden_size"] // heads if whole else found["head_dim"],
             "sliding_window": fields.whole(".attention.sliding_window"),
+            # the last layer of each period sees everything
             "layer_types": ["full_attention" if (layer + 1) % period == 0 else "sliding_attention" for layer in range(layers)],
             "attn_logit_softcapping": fields.number(".attn_logit_softcapping", None),
             "final_logit_softcapping": fields.number(".final_logit_softcapping", None),
@@ -187,6 +198,7 @@ def _gemma_sandwich(model_type: str) -> Callable[[Fields], dict[str, Any]]:
             # local layers have frequencies of their own, never scaled
             local = {"rope_theta": fields.number(".rope.freq_base_swa", 10000.0), "rope_type": "default"}
             found["rope_parameters"] = {"full_attention": found["rope_parameters"], "sliding_attention": local}
+            # transformers' default may differ from what the file was made of
             found["use_bidirectional_attention"] = False
         return found
 
@@ -211,6 +223,7 @@ def _starcoder2(fields: Fields) -> dict[str, Any]:
 def _stablelm(fields: Fields) -> dict[str, Any]:
     found = _decoder(fields, "stablelm", "layer_norm_eps", ".attention.layer_norm_epsilon")
     found.pop("head_dim")
+    # without the file's word: a layer with one norm feeds attention and FFN side by side
     parallel = fields.flag(".use_parallel_residual", not _has(fields, "ffn_norm.weight"))
     return {**found, "hidden_act": "silu", "use_qkv_bias": _has(fields, "attn_q.bias"), "use_parallel_residual": parallel}
 

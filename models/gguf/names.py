@@ -83,6 +83,7 @@ def origin_of(name: str, model_type: str, experts: int) -> Origin:
     Raises:
         UserError: the model type has no such tensor.
     """
+    # 'blk.3.attn_q.weight': the part after the last dot says which parameter
     stem, _, part = name.rpartition(".")
     match = _BLOCK.fullmatch(stem)
     gpt2 = model_type == "gpt2"
@@ -93,6 +94,7 @@ def origin_of(name: str, model_type: str, experts: int) -> Origin:
     known = table.get(short)
     if known is None or part not in ("weight", "bias"):
         raise UserError(f"the tensor {name!r:.200} belongs to no {model_type} that transformers knows")
+    # one tensor in the file, a matrix per expert in transformers' files
     if "{}" in known:
         return Origin(tuple(f"{prefix}{known.format(index)}.{part}" for index in range(experts)), "experts")
     return Origin((f"{prefix}{known}.{part}",), _change(model_type, short, part))
@@ -101,8 +103,10 @@ def origin_of(name: str, model_type: str, experts: int) -> Origin:
 def _change(model_type: str, short: str, part: str) -> Change:
     if model_type in _PAIRED and short in ("attn_q", "attn_k"):
         return "pair_q" if short == "attn_q" else "pair_k"
+    # llama.cpp stores 1 + w, transformers w
     if model_type in _SHIFTED and "norm" in short and part == "weight":
         return "plus_one"
+    # Conv1D stores [in, out], llama.cpp [out, in]
     if model_type == "gpt2" and part == "weight" and short in ("attn_qkv", "attn_output", "ffn_up", "ffn_down"):
         return "transpose"
     return "row" if short == "ffn_gate_inp_shexp" else "none"

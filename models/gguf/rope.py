@@ -33,13 +33,16 @@ def rope_parameters(fields: Fields, head_dim: int) -> dict[str, Any]:
     Raises:
         UserError: a scaling that transformers has no equal of, or that cannot be told from the file.
     """
+    # llama.cpp's default base
     theta = fields.number(".rope.freq_base", 10000.0)
     width = fields.whole(".rope.dimension_count", head_dim, least=2)
     if width > head_dim:
         raise fields.error(".rope.dimension_count", width, f"at most the {head_dim} channels of a head")
     rope: dict[str, Any] = {"rope_theta": theta}
+    # part of the channels of a head is rotated (StableLM, Nemotron, Phi)
     if width != head_dim:
         rope["partial_rotary_factor"] = width / head_dim
+    # Llama 3's scaling is stored as divisors
     if "rope_freqs.weight" in fields.file.tensors:
         return rope | _llama3(fields, theta, width)
     return rope | _scaling(fields, width)
@@ -91,9 +94,11 @@ def _longrope(fields: Fields, width: int) -> dict[str, Any]:
 def _llama3(fields: Fields, theta: float, width: int) -> dict[str, Any]:
     divisors = _divisors(fields, "rope_freqs.weight", width)
     factor = shortest(float(divisors.max()))
+    # no divisor above 1: the scaling is plain
     if factor <= 1:
         return {"rope_type": "default"}
     named = fields.whole(".rope.scaling.original_context_length", None)
+    # a file need not name the length before scaling: usual ones are tried, and only one that gives the same divisors is taken
     for trained in (named, *_TRAINED) if named else _TRAINED:
         for high in (4.0, 2.0, 8.0, 16.0):
             guess = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": high, "original_max_position_embeddings": trained}

@@ -33,6 +33,7 @@ def sentencepiece_backend(fields: Fields, tokens: dict[int, str], types: list[in
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     scores = fields.items("tokenizer.ggml.scores", float, None)
+    # without scores the order of merging is unknown
     if scores is None or len(scores) != len(types) or not all(map(math.isfinite, scores)):
         raise UserError(f"{fields.file.path}: tokenizer.ggml.scores is not one finite number per token; fetch or convert the file again")
     for index, token in tokens.items():
@@ -41,6 +42,7 @@ def sentencepiece_backend(fields: Fields, tokens: dict[int, str], types: list[in
             tokens[index] = SPACE * len(token)
     unknown = fields.whole("tokenizer.ggml.unknown_token_id", None, least=0)
     if unknown is None:
+        # a file may name no unknown token; its type shows it
         unknown = next((index for index in tokens if types[index] == _UNKNOWN), None)
     texts = set(tokens.values())
     backend: Any = Tokenizer(
@@ -49,13 +51,16 @@ def sentencepiece_backend(fields: Fields, tokens: dict[int, str], types: list[in
             merges=_merges(tokens, types, scores),
             unk_token=tokens.get(unknown) if unknown is not None else None,
             fuse_unk=True,
+            # only if all 256 byte tokens are there: otherwise unknown characters become the unknown token
             byte_fallback=all(f"<0x{byte:02X}>" in texts for byte in range(256)),
         )
     )
     prefix = fields.flag("tokenizer.ggml.add_space_prefix", True)
     replace = normalizers.Replace(" ", SPACE)
+    # SentencePiece writes a space before a text, unless the model was trained without
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if prefix else replace
     parts: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    # and takes it off again when it decodes
     backend.decoder = decoders.Sequence([*parts, decoders.Strip(content=" ", left=1, right=0)] if prefix else parts)
     return backend
 

@@ -49,6 +49,7 @@ class GgufSource:
         self.weights: list[GgufWeight] = []
         """Tensors of transformers' files, in the order of the GGUF file."""
         for tensor in self.file.tensors.values():
+            # rotary divisors are part of the config, no weights
             if tensor.name not in ROPE_TENSORS:
                 self.weights += self._weights_of(tensor)
 
@@ -58,6 +59,7 @@ class GgufSource:
         return int(self.config["vocab_size"])
 
     def _weights_of(self, tensor: GgufTensor) -> list[GgufWeight]:
+        # integers and ggml's types for intermediate results (Q8_1, Q8_K) hold no weights
         if tensor.type.name not in known_types():
             raise UserError(f"{self.file.path}: {tensor.name} is of type {tensor.type.name}, which holds no weights that can be unpacked")
         try:
@@ -74,6 +76,7 @@ class GgufSource:
                 raise UserError(f"{self.file.path}: {tensor.name} has shape {shape}; expected {len(origin.names)} experts of matrices")
             return [GgufWeight(name, shape[1:], dtype, tensor, "experts", index) for index, name in enumerate(origin.names)]
         if origin.change == "transpose":
+            # Conv1D: transformers' shape is the other way round
             shape = shape[::-1]
         if origin.change == "row" and len(shape) == 1:
             shape = (1, *shape)
@@ -91,9 +94,11 @@ class GgufSource:
             UserError: a value is not finite, or the file was cut off while it was read.
         """
         tensor = weight.tensor
+        # an expert is a run of rows in the stack
         matrix = math.prod(tensor.shape[1:-1]) if weight.change == "experts" else tensor.rows
         first = weight.expert * matrix
         values = self._values(tensor, first, first + matrix)
+        # one check for all: every value passes here on its way to the disk or a GPU
         if not bool(values.isfinite().all()):
             raise UserError(
                 f"{self.file.path}: {tensor.name} holds NaN or infinite numbers; the file is damaged: fetch or convert it again"
@@ -104,6 +109,7 @@ class GgufSource:
         """Rows of a tensor: [rows, columns], fp32 for blocks."""
         columns = tensor.shape[-1]
         out = torch.empty(end - begin, columns, dtype=_FLOAT_DTYPES.get(tensor.type.name, torch.float32))
+        # in pieces, since unpacking takes several times the bytes of the block
         step = max(1, _PIECE // columns)
         for at in range(begin, end, step):
             until = min(at + step, end)
@@ -123,7 +129,9 @@ class GgufSource:
             rows = values.shape[0]
             if rows % (2 * heads):
                 raise UserError(f"{self.file.path}: {weight.tensor.name} has {rows:,} rows, no even number for each of {heads} heads")
+            # a head's rows are pairs in the file; transformers wants the first halves of all pairs, then the second
             return values.reshape(heads, rows // heads // 2, 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape).contiguous()
+        # in fp32, where the difference is exact
         if weight.change == "plus_one":
             return values.float() - 1
         if weight.change == "transpose":

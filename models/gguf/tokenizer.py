@@ -43,14 +43,17 @@ def tokenizer_of(fields: Fields, rows: int) -> "PreTrainedTokenizerFast":
     tokens = fields.items("tokenizer.ggml.tokens", str, None)
     if kind is None or not tokens:
         raise UserError(f"{fields.file.path} has no tokenizer; {_REMEDY}")
+    # more tokens than rows would index beyond the embedding
     if len(tokens) > rows:
         raise UserError(f"{fields.file.path}: the tokenizer has {len(tokens):,} tokens, the embedding {rows:,} rows; the file is damaged")
+    # without types every token is normal
     types = fields.items("tokenizer.ggml.token_type", int, None) or [1] * len(tokens)
     if len(types) != len(tokens):
         raise UserError(f"{fields.file.path}: {len(types):,} token types for {len(tokens):,} tokens; the file is damaged")
     what = f"the tokenizer of {fields.file.path} cannot be rebuilt"
     try:
         backend = read_safely(what, lambda: _backend(fields, kind, tokens, types))
+    # its message is complete already
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises plain exceptions: merges without tokens and the like
@@ -58,6 +61,7 @@ def tokenizer_of(fields: Fields, rows: int) -> "PreTrainedTokenizerFast":
     special = {name: _token(fields, tokens, key) for name, key in _SPECIAL.items()}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
+        # without None: transformers would register it as a token
         **{name: token for name, token in special.items() if token is not None},
         clean_up_tokenization_spaces=False,
         model_max_length=fields.whole(".context_length"),
@@ -69,6 +73,7 @@ def tokenizer_of(fields: Fields, rows: int) -> "PreTrainedTokenizerFast":
 def _backend(fields: Fields, kind: str, tokens: list[str], types: list[int]) -> "Tokenizer":
     from tokenizers import processors
 
+    # holes only fill the vocabulary up to its rows
     real = {index: token for index, token in enumerate(tokens) if not (types[index] == UNUSED and _is_hole(token, index))}
     if len(set(real.values())) != len(real):
         raise UserError(f"{fields.file.path}: two ids of the tokenizer have the same text; {_REMEDY}")
@@ -76,6 +81,7 @@ def _backend(fields: Fields, kind: str, tokens: list[str], types: list[int]) -> 
         split = _split(fields)
         backend, bos = _byte_level(fields, split, real), split.bos
     elif kind == "llama":
+        # llama.cpp puts bos before a text of this kind unless the file says otherwise
         backend, bos = sentencepiece_backend(fields, real, types), True
     else:
         raise UserError(f"{fields.file.path}: decoct cannot rebuild a tokenizer of kind {kind!r:.100} (it knows gpt2 and llama); {_REMEDY}")
@@ -83,11 +89,13 @@ def _backend(fields: Fields, kind: str, tokens: list[str], types: list[int]) -> 
     around = _around(fields, tokens, bos)
     if any(around):
         front, back = ([f"{token}:0" for _, token in side] for side in around)
+        # bos and eos as a template, so that tokenizers adds them at every call
         template: Any = processors.TemplateProcessing(
             single=[*front, "$A:0", *back],
             pair=[*front, "$A:0", *back, *(f"{token}:1" for _, token in around[0]), "$B:1", *(f"{token}:1" for _, token in around[1])],
             special_tokens=list({(token, index) for side in around for index, token in side}),
         )
+        # after the byte-level step, which corrects offsets
         backend.post_processor = processors.Sequence([backend.post_processor, template]) if backend.post_processor else template
     backend.encode(_TRIAL)  # some contradictions show only here
     return backend
@@ -125,6 +133,7 @@ def _byte_level(fields: Fields, split: PreTokenizer, tokens: dict[int, str]) -> 
             parts.append(pre_tokenizers.Digits(individual_digits=True))
         elif step != GPT2:
             parts.append(pre_tokenizers.Split(Regex(step), behavior="isolated"))
+    # the last step maps bytes to letters; GPT-2's own split is built into it
     parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.steps[-1] == GPT2))
     backend.pre_tokenizer = pre_tokenizers.Sequence(parts) if len(parts) > 1 else parts[0]
     backend.decoder = decoders.ByteLevel()
@@ -155,6 +164,7 @@ def _around(fields: Fields, tokens: list[str], bos: bool) -> tuple[list[tuple[in
     found: list[list[tuple[int, str]]] = []
     for name, default in (("bos", bos), ("eos", False)):
         index: int | None = fields.whole(f"tokenizer.ggml.{name}_token_id", None, least=0)
+        # the file's word counts; else the default of the kind, if there is such a token
         wanted = fields.flag(f"tokenizer.ggml.add_{name}_token", default and index is not None)
         if not wanted:
             found.append([])

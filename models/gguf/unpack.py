@@ -67,6 +67,7 @@ def _by_package(type_name: str, blocks: Blocks) -> Values:
 
     quants = _package(type_name)
     with np.errstate(invalid="ignore", over="ignore"):
+        # contiguous: the package looks at the bytes as other types
         return quants.dequantize(np.ascontiguousarray(blocks), GGMLQuantizationType(number_of(type_name)))
 
 
@@ -77,6 +78,7 @@ def _half(blocks: Blocks, at: int) -> Values:
 
 def _nibbles(packed: Blocks, width: int) -> Blocks:
     """[n, bytes] -> [n, 2 x bytes]: of every ``width`` bytes first the low halves, then the high halves."""
+    # each byte is taken twice, shifted by 0 and by 4 (>> binds before &)
     parts = packed.reshape(len(packed), -1, 1, width) >> np.array([0, 4], np.uint8)[:, None] & np.uint8(15)
     return parts.reshape(len(packed), -1)
 
@@ -93,6 +95,7 @@ def _fifth_bits(packed: Blocks) -> Blocks:
 
 
 def _q4_0(blocks: Blocks) -> Values:
+    # codes are stored from 0; 8 stands for zero
     return (_nibbles(blocks[:, 2:], 16).astype(np.float32) - 8) * _half(blocks, 0)
 
 
@@ -105,6 +108,7 @@ def _q5_0(blocks: Blocks) -> Values:
 
 
 def _q5_1(blocks: Blocks) -> Values:
+    # the minimum is added, as ggml does, not subtracted
     fields = _nibbles(blocks[:, 8:], 16) | _fifth_bits(blocks[:, 4:8])
     return fields.astype(np.float32) * _half(blocks, 0) + _half(blocks, 2)
 
@@ -129,6 +133,7 @@ def _by_group(fields: NDArray[np.generic], scales: Values, minimums: Values | No
 
 def _q2_k(blocks: Blocks) -> Values:
     scales, fields = blocks[:, :16], _bit_pairs(blocks[:, 16:80])
+    # K-quants: a 4-bit scale and a 4-bit minimum per group, each times one fp16 of the block
     return _by_group(fields, _half(blocks, 80) * (scales & np.uint8(15)), _half(blocks, 82) * (scales >> np.uint8(4)))
 
 
@@ -147,6 +152,7 @@ def _q3_k(blocks: Blocks) -> Values:
 def _six_bits(packed: Blocks) -> tuple[Blocks, Blocks]:
     """8 scales and 8 minimums of 6 bits each in 12 bytes: ([n, 8], [n, 8])."""
     first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    # the last four scales take their upper bits from the first four bytes
     scales = np.concatenate([first & np.uint8(63), third & np.uint8(15) | (first >> np.uint8(6)) << np.uint8(4)], axis=1)
     minimums = np.concatenate([second & np.uint8(63), third >> np.uint8(4) | (second >> np.uint8(6)) << np.uint8(4)], axis=1)
     return scales, minimums
@@ -167,6 +173,7 @@ def _q5_k(blocks: Blocks) -> Values:
 
 def _q6_k(blocks: Blocks) -> Values:
     fields = (_nibbles(blocks[:, :128], 64) | _bit_pairs(blocks[:, 128:192]) << np.uint8(4)).astype(np.float32) - 32
+    # scales of Q6_K are signed bytes
     scales = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.float32)
     return _by_group(fields, _half(blocks, 208) * scales)
 
@@ -176,6 +183,7 @@ def _iq4_nl(blocks: Blocks) -> Values:
 
 
 def _iq4_xs(blocks: Blocks) -> Values:
+    # two high bits of eight scales in one 16-bit number
     high = np.ascontiguousarray(blocks[:, 2:4]).view("<u2") >> np.arange(0, 16, 2, dtype=np.uint16) & np.uint16(3)
     low = (blocks[:, 4:8, None] >> np.array([0, 4], np.uint8) & np.uint8(15)).reshape(len(blocks), 8)
     scales = (low | high.astype(np.uint8) << np.uint8(4)).astype(np.float32) - 32
@@ -190,6 +198,7 @@ def _digits(packed: Blocks, count: int) -> Blocks:
 
 
 def _tq1_0(blocks: Blocks) -> Values:
+    # (32 + 16) x 5 + 4 x 4 = 256 digits
     fields = np.concatenate([_digits(blocks[:, :32], 5), _digits(blocks[:, 32:48], 5), _digits(blocks[:, 48:52], 4)], axis=1)
     return (fields.astype(np.float32) - 1) * _half(blocks, 52)
 

@@ -40,6 +40,7 @@ def cubic_keep(step: int, total: int, keep: float, heal: float, update_every: in
     interval = min(update_every, ramp)
     updates, last = step // interval, ramp // interval
     if updates >= last:
+        # the mask is final from here on, and the rest of the stage heals
         return keep
     if updates <= 0:
         return 1.0
@@ -87,6 +88,7 @@ def stream_masks(
     if scope == "layer":
         for name in names:
             weight, current = fetch(name)
+            # one matrix alone: its threshold does not depend on the others
             score = _scores(name, weight, current)
             yield name, _largest([score], _count(keep, score.numel()))[0].view(weight.shape)
         return
@@ -102,6 +104,7 @@ def stream_masks(
 
     # the patterns are computed anew in every pass: keeping them would take as much memory as all weights
     sizes = [(pattern.numel(), int((pattern >= 0).sum())) for pattern in patterns()]
+    # weights that are pruned already cannot be kept again
     count = min(_count(keep, sum(size for size, _ in sizes)), sum(present for _, present in sizes))
     cut = _cut(patterns, count)
     for name, pattern in zip(names, patterns(), strict=True):
@@ -122,6 +125,7 @@ def sparsity(weights: Mapping[str, Tensor]) -> float:
 
 
 def _count(keep: float, total: int) -> int:
+    # at least one weight stays
     return min(total, max(1, round(keep * total)))
 
 
@@ -136,6 +140,7 @@ def _scores(name: str, weight: Tensor, current: Tensor | None) -> Tensor:
 def _normalised(score: Tensor, keep: float) -> Tensor:
     """Scores divided by the matrix's mean magnitude; the least share that is kept of the matrix gets infinite scores."""
     present = score.clamp(min=0)
+    # tiny: a matrix of zeros has no mean to divide by
     mean = present.mean(dtype=torch.float64).float().clamp(min=torch.finfo(torch.float32).tiny)
     # the largest 5 % of each matrix (or ``keep``, if that is less), which no threshold can remove
     protected = _largest([score], _count(min(_LEAST_KEPT, keep), score.numel()))[0]
@@ -183,6 +188,7 @@ def _cut(patterns: Callable[[], Iterable[Tensor]], count: int) -> tuple[int, int
     high, above = _bucket(((pattern >> _LOW_BITS)[pattern >= 0] for pattern in patterns()), 1 << (31 - _LOW_BITS), count)
     inside = (pattern[(pattern >> _LOW_BITS) == high] & ((1 << _LOW_BITS) - 1) for pattern in patterns())
     low, above_inside = _bucket(inside, 1 << _LOW_BITS, count - above)
+    # so many of the equal ones that exactly ``count`` are kept (law 4)
     return (high << _LOW_BITS) | low, count - above - above_inside
 
 

@@ -53,9 +53,11 @@ def ffn_channel_scores(model: "PreTrainedModel", batches: Iterable[Mapping[str, 
     try:
         with eval_mode(model):
             for batch in batches:
+                # packed windows have no padding: every token counts
                 mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).to(model.device)
                 keep_rows[0] = mask.bool()
                 tokens += int(mask.sum())
+                # the backbone alone: scores need no logits
                 model.base_model(**backbone_inputs(batch, model.device))
     finally:
         for handle in handles:
@@ -73,6 +75,7 @@ def _adder(total: Tensor, keep_rows: list[Tensor]) -> Callable[[nn.Module, tuple
 
     def add(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
         # [B, S, channels] with a mask [B, S] -> [real tokens, channels] -> [channels]
+        # fp64 sums: independent of how the text is cut into batches
         total.add_(inputs[0][keep_rows[0]].abs().sum(0, dtype=torch.float64))
 
     return add
@@ -113,6 +116,7 @@ def prune_ffn(model: "PreTrainedModel", scores: Sequence[Tensor], keep: int) -> 
             f"prune.structured.ffn={keep} is outside 1..{channels}: it is the number of FFN channels kept in each layer, and this model "
             f"has {channels}; give a smaller number, a multiple of {ALIGNMENT} if it will be quantized"
         )
+    # a fault of the caller, not of a user
     if [tuple(score.shape) for score in scores] != [(channels,)] * len(layers):
         raise ValueError(
             f"scores of shapes {[tuple(score.shape) for score in scores]} do not fit {len(layers)} layers of {channels} channels"
@@ -147,6 +151,7 @@ def _slice_ffn(family: Family, layer: nn.Module, chosen: Tensor) -> None:
 
 def _selected(parameter: Tensor, dim: int, chosen: Tensor) -> nn.Parameter:
     # a copy, so the large matrix can be freed
+    # indices on the parameter's own device: layers may lie on several
     return nn.Parameter(parameter.index_select(dim, chosen.to(parameter.device)), requires_grad=parameter.requires_grad)
 
 

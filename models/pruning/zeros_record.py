@@ -50,6 +50,7 @@ def joined(carried: Sequence[str], new: Sequence[str]) -> list[str]:
 
 def of_kept_layers(names: Iterable[str], family: Family, kept: Sequence[int]) -> list[str]:
     """The record of a student with the layers ``kept`` of its teacher, under their new numbers."""
+    # a layer that was dropped has no new name, and so no entry
     return [renamed for name in names if (renamed := family.renumbered(name, kept)) is not None]
 
 

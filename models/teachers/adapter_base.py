@@ -47,7 +47,9 @@ class AdapterBaseTeacher:
         """Last hidden states and head without the adapter, outside autograd and autocast; see ``LocalTeacher.hidden_and_head``."""
         # module by module: parts of the student may be frozen in eval mode
         with eval_mode(self._student), self._student.disable_adapter():
+            # asked inside the block: the head is the base's only while the adapter is off
             backbone, weight, bias = backbone_and_head(self._student)
+            # the teacher computes in its own dtype, as every other teacher does
             with torch.autocast(weight.device.type, enabled=False):
                 output: Any = backbone(**backbone_inputs(batch, weight.device))
         head_bias = None if bias is None else bias[: self._v_eff]

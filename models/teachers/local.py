@@ -63,6 +63,7 @@ class LocalTeacher:
     """
 
     def __init__(self, model: "PreTrainedModel", *, v_eff: int, name: str | None = None, held: str | None = None) -> None:
+        # cheap checks first; those that run the model after them
         check_head_rows(model, v_eff)
         check_head(model)
         check_causal(model, f"the teacher {name}" if name else "the teacher")
@@ -121,6 +122,7 @@ class LocalTeacher:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # shared by copies: what copies its holder must not copy the weights
         return self
 
     def __reduce__(self) -> NoReturn:
@@ -137,6 +139,7 @@ class PinnedTeacher(LocalTeacher):
             UserError: the device is another one.
         """
         wanted, own = torch.device(device), backbone_and_head(self._model)[1].device
+        # 'cuda' without a number is any card, so also its own
         if wanted.type != own.type or wanted.index not in (None, own.index):
             raise UserError(f"the teacher {self.describe()} was opened for {own} and cannot move to {wanted}; open it there")
         return self

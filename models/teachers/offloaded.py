@@ -40,12 +40,14 @@ def offloaded_model(path: str | Path, *, dtype: torch.dtype, device: torch.devic
             fill(model, files, dtype=dtype, device=device)
         _place_around(model, layers, device)
     model.requires_grad_(False).eval()
+    # kept alive by the hooks that it registers
     Offloading(layers, device)
     return model
 
 
 def _place_around(model: nn.Module, layers: list[nn.Module], device: torch.device) -> None:
     """Moves everything but the layers' parameters."""
+    # by identity: a tied weight has several names
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     place(model, device, skip=inside)
 
@@ -89,6 +91,7 @@ class Offloading:
                 weight.record_stream(here)
         for parameter, weight in zip(self._parameters[index], weights):
             parameter.data = weight
+        # not on a CPU, where nothing runs beside the computation
         if self._stream is not None and index + 1 < len(self._parameters):
             self._coming[index + 1] = self._send(index + 1)
 

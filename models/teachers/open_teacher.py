@@ -81,6 +81,7 @@ def open_teacher(
             "only a half or a quarter of the size)"
         )
     if v_eff is None:
+        # imported late: a folder's loader needs transformers
         from ..folder.loading import load_config, load_tokenizer
 
         v_eff = effective_vocab(load_tokenizer(path, revision=revision), embedding_rows(load_config(path, revision=revision)))
@@ -99,6 +100,7 @@ def _model(
     path: str | Path, load_in: LoadIn, placement: Placement, device: torch.device | str, revision: str | None
 ) -> "tuple[PreTrainedModel, str]":
     """The model, and the format and place of its weights in words."""
+    # compared one by one, so that type checkers know which of the kinds is left
     if load_in == "nf4" or load_in == "int8":
         from .quantized import quantized_model
 

@@ -42,6 +42,7 @@ def quantized_model(
         UserError: see ``load_model``; or bitsandbytes is missing or does not work on ``device``.
     """
     key = f"teacher.load_in: {kind}"
+    # before the model is read, which may take minutes
     check_low_bit(key, device)
     _silence()
     with open_files(path, revision, torch.bfloat16) as (skeleton, files):
@@ -56,6 +57,7 @@ def quantized_model(
             _replace(model, name, _rounded(key, name, linear, weight.detach(), kind, device))
         if files is not None:
             fill(model, files, dtype=torch.bfloat16, device=device)
+        # buffers, and what a model that cannot be streamed has on the CPU
         place(model, device)
     return model.requires_grad_(False).eval()
 
@@ -99,5 +101,6 @@ class _CastRemark(logging.Filter):
 
 def _silence() -> None:
     logger = logging.getLogger("bitsandbytes.autograd._functions")
+    # once: each teacher of a process would add another filter
     if not any(isinstance(known, _CastRemark) for known in logger.filters):
         logger.addFilter(_CastRemark())

@@ -97,5 +97,6 @@ def _own_rows(parameter: Any) -> slice:
     # the last processes may hold fewer rows, or none
     start = min(mesh.get_local_rank() * share, rows)
     stop = min(start + share, rows)
+    # another way of splitting in a later release must not mix up rows
     assert stop - start == _local(parameter).shape[0]
     return slice(start, stop)

@@ -32,7 +32,9 @@ def check_chat_template(tokenizer: "PreTrainedTokenizerBase") -> None:
         UserError: the template needs more than ``SECONDS`` or ``BYTES`` for a short conversation, or recurses without end.
     """
     given: Any = tokenizer.chat_template
+    # special tokens that templates print, as text
     tokens = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    # a tokenizer may have several templates by name
     for template in given.values() if isinstance(given, dict) else (given,):
         if isinstance(template, str) and (fault := _fault(template, json.dumps(tokens, sort_keys=True))):
             raise UserError(
@@ -42,9 +44,11 @@ def check_chat_template(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 @lru_cache
 def _fault(template: str, tokens: str) -> str:
+    # as JSON, so that the arguments can be cached
     request = {"template": template, "tokens": json.loads(tokens), "conversations": _conversations(), "seconds": SECONDS, "bytes": BYTES}
     # -P: a file in the working directory must not replace a module of the child
     command = [sys.executable, "-P", "-m", "decoct.models.tokenizer.chat_template_trial"]
+    # no network, no GPU and one thread: a template needs none of it
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
@@ -63,6 +67,7 @@ def _fault(template: str, tokens: str) -> str:
 
 def _conversations() -> list[list[dict[str, str]]]:
     # 64 turns: a text that doubles with each turn exceeds any limit
+    # user and assistant in turn, since most templates refuse another order
     turns = [{"role": ("user", "assistant")[n % 2], "content": f"what is said in turn {n}"} for n in range(64)]
     system = {"role": "system", "content": "what holds for all turns"}
     return [turns[:1], turns[:2], [system, *turns[:2]], turns[:9], turns]

@@ -21,6 +21,7 @@ def main() -> None:
     render: Any = render_jinja_template
     fault = ""
     for messages in request["conversations"]:
+        # both forms: templates branch on the prompt for an answer
         for prompt in (False, True):
             try:
                 render(conversations=[messages], chat_template=request["template"], add_generation_prompt=prompt, **request["tokens"])

@@ -40,6 +40,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
+        # first, so that it has the id 0
         special_tokens=[END_OF_TEXT],
         # sorted: the library returns the alphabet in no fixed order
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),

@@ -35,9 +35,11 @@ def check_tokenizer_files(folder: Path) -> None:
         file = folder / name
         if file.is_file():
             content = read_json(file)
+            # True is an int as well, and harmless as 1
             worst = max((i for i in ids(content) if isinstance(i, int)), default=0)
             if worst >= MOST_ID:
                 raise UserError(f"{file}: the token id {worst!r:.40} is not below {MOST_ID:,}; {_REMEDY}")
+            # other files have no normalizer
             if name == "tokenizer.json":
                 _check_parts(file, content)
 
@@ -62,12 +64,14 @@ def _ids_of_tokenizer(content: dict[str, Any]) -> Iterator[Any]:
     added, model = content.get("added_tokens"), content.get("model")
     yield from (token.get("id") for token in (added if isinstance(added, list) else ()) if isinstance(token, dict))
     yield from _values(model.get("vocab") if isinstance(model, dict) else None)
+    # templates name ids too
     for part in _walk(content.get("post_processor")):
         ids = part.get("ids")
         yield from ids if isinstance(ids, list) else ()
 
 
 def _values(vocab: Any) -> Iterator[Any]:
+    # unigram models list their tokens in order: their ids are positions
     return iter(vocab.values() if isinstance(vocab, dict) else range(len(vocab)) if isinstance(vocab, list) else ())
 
 
@@ -87,7 +91,9 @@ def _check_parts(file: Path, content: dict[str, Any]) -> None:
         if part.get("type") == "Replace" and isinstance(new, str):
             old = pattern.get("String") if isinstance(pattern, dict) else None
             # a chain of replacements multiplies: each may lengthen the result of the one before
+            # a pattern that is a regular expression may match a single character
             growth *= max(1.0, len(new) / max(1, len(old) if isinstance(old, str) else 1))
+    # written so that NaN and infinity are refused
     if not growth <= _MOST_GROWTH:
         raise UserError(f"{file}: the normalizer makes text up to {math.ceil(min(growth, 1e18)):,} times as long; {_REMEDY}")
     # without the post-processor, whose own ids are what is checked here

@@ -56,6 +56,7 @@ def check_same_vocabulary(teacher_tokenizer: "PreTrainedTokenizerBase", student_
             f"teacher and student have different vocabularies ({len(teacher):,} and {len(student):,} tokens; {len(differing):,} differ): "
             f"{examples}; distillation compares the two models token by token, so give a student with the teacher's tokenizer"
         )
+    # either side: they are the same
     return effective_vocab(teacher_tokenizer)
 
 
