@@ -41,6 +41,7 @@ class Sampling:
             raise UserError(f"--temperature={self.temperature} must be between 0 (the likeliest token) and 100")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p={self.top_p} must be above 0 and at most 1 (all tokens)")
+        # greedy decoding looks at one token alone
         if self.top_p < 1 and self.temperature == 0:
             raise UserError(f"--top-p={self.top_p} has no effect without sampling; give --temperature too, such as 0.7")
         if not 0 <= self.seed < 2**63:
@@ -102,6 +103,7 @@ def answer(
         UserError: the prompt leaves no room in the model's context.
     """
     check_room(opened, ids)
+    # prompt and answer share the context
     room = sampling.max_tokens if opened.context is None else min(sampling.max_tokens, opened.context - len(ids))
     ends = end_ids(opened.model, opened.tokenizer, stops)
     stream = _Stream(opened.tokenizer, ids, ends, say)
@@ -112,6 +114,7 @@ def answer(
         interrupted = True
     seconds = time.perf_counter() - began
     stream.finish()
+    # the tighter of the two limits is the one that was reached
     finish: Finish = "context" if room < sampling.max_tokens else "max_tokens"
     # an answer that ended by itself is whole, even if Ctrl-C came at the same moment
     finish = "end" if stream.ended else "interrupted" if interrupted else finish
@@ -132,6 +135,7 @@ def _settings(sampling: Sampling, room: int, ends: list[int]) -> "GenerationConf
     if sampling.temperature > 0:
         # top_k: transformers would otherwise keep the 50 likeliest tokens alone
         choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    # one prompt is never padded: the padding id only keeps transformers from a warning
     return GenerationConfig(max_new_tokens=room, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0, use_cache=True, **choice)
 
 
@@ -166,6 +170,7 @@ class _Stream:
 
     def put(self, value: Tensor) -> None:
         """The prompt first, then each token."""
+        # transformers hands the prompt to a streamer before the first token
         if not self._prompt_passed:
             self._prompt_passed = True
             return
@@ -187,6 +192,7 @@ class _Stream:
 
     def speed(self) -> float | None:
         """Tokens per second after the first."""
+        # the first token waits for the whole prompt, so it only starts the clock
         spent = self._times[-1] - self._times[0] if len(self._times) > 1 else 0.0
         return (len(self._times) - 1) / spent if spent > 0 else None
 

@@ -27,6 +27,7 @@ class Conversation:
                 "chat_template.jinja of the model that it was made from into its folder (`decoct verify FOLDER --accept "
                 "chat_template.jinja` records it)"
             )
+        # before the template renders anything: it may not end
         check_chat_template(opened.tokenizer)
         self._opened = opened
         self._system = [{"role": "system", "content": system}] if system else []
@@ -79,6 +80,7 @@ def _render(opened: Opened, messages: list[dict[str, str]], *, prompt: bool) -> 
 
     try:
         text: Any = opened.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    # a template is a program of the model's author, and may raise nearly anything
     except (TemplateError, *_TEMPLATE_ERRORS) as error:
         hint = "; leave --system out" if messages and messages[0]["role"] == "system" else ""
         raise UserError(f"the chat template of {opened.name} refuses the conversation: {error}{hint}") from error

@@ -72,6 +72,7 @@ def open_for_answers(path: str, *, revision: str | None = None, dtype: str = "fp
     live: Any = model
     # the dtype first: half of the bytes go to the GPU
     live.to(_DTYPES[dtype]).to(best_device()).eval()
+    # rows beyond the tokenizer's ids are padding, which must never be drawn
     rows = embedding_rows(model.config)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return Opened(_name(path), model, tokenizer, effective_vocab(tokenizer, rows), limit if isinstance(limit, int) else None)

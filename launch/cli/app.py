@@ -128,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # before typer, so that an error of typer itself can be debugged too
     given, debug = _split_debug(sys.argv[1:] if arguments is None else arguments)
+    # before the first message
     _soften_streams()
     # torchrun restarts a worker whatever its exit code was; the restarted one leaves at once with the code of the first
     decided = remembered_outcome()
@@ -143,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SystemExit as ended:
         if ended.code == 130:  # what typer makes of Ctrl-C
             _tell_interrupted(given)
+        # decided: a worker that is started again leaves with it at once
         if ended.code in FINAL_CODES:
             remember_outcome(int(ended.code))
         # typer ends a verb that worked with SystemExit(0)

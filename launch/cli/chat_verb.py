@@ -23,6 +23,7 @@ def run_chat(model: str, revision: str | None, system: str | None, dtype: str, s
     from ..run.start import quiet_libraries
 
     quiet_libraries()
+    # on stderr, so that a pipe gets the answers alone
     with CleanConsole(stderr=True).status(f"loading {model}"):
         opened = open_for_answers(model, revision=revision, dtype=dtype)
         talk = Conversation(opened, system)

@@ -48,6 +48,7 @@ def recipe_keys(verb: str) -> frozenset[str]:
     from ...configs.reading import KEYS
     from ...trainer.stages.registry import STAGE_KINDS
 
+    # run, plan and the like are no kinds of stages, and have no keys of one
     own = set(types_of(STAGE_KINDS[verb].settings)) if verb in STAGE_KINDS else set()
     return frozenset({*KEYS, *own} - {"teacher"})
 
@@ -69,6 +70,7 @@ def options_from_pairs(parameters: Sequence[Any], arguments: Sequence[str], kept
         match = None if after else _PAIR.fullmatch(argument)
         option = options.get(_key(match[1])) if match and _key(match[1]) not in kept else None
         found += [argument] if match is None or option is None else _written(option, match[1], match[2])
+        # a value that is spelt like an option is still a value
         after = argument in takes_value and not after
     return found
 

@@ -69,6 +69,7 @@ def _scoring(settings: "EvaluateSettings") -> Any:
     from ..run.task_scores import choice_of
 
     choice = choice_of(settings)
+    # a task that is not there is told before anything is measured
     check_choice(choice)
 
     def score(opened: "Opened", data: "PreparedData") -> dict[str, dict[str, Any]]:

@@ -62,6 +62,7 @@ def run_generate(asked: Asked, given: Sequence[str], files: Sequence[str], sampl
 def _opened(path: str, asked: Asked) -> "Opened":
     from ..answers.opened import open_for_answers
 
+    # on stderr, so that a pipe gets the answers alone
     with CleanConsole(stderr=True).status(f"loading {path}"):
         # a revision belongs to the repository that it was given for
         return open_for_answers(path, revision=asked.revision if path == asked.model else None, dtype=asked.dtype)

@@ -63,6 +63,7 @@ def _job(recipe: str, overrides: Sequence[str], choices: Choices) -> Job:
     from ..terminal.imported_code import tell_imported
 
     found = load_recipe(recipe, overrides, tell=tell_imported)
+    # without --gpus the recipe's own number of processes
     gpus = choices.gpus or wanted_processes(found.trainer.devices)
     # processes of several nodes must agree on the id without talking
     shared = f"{dns_name(found.name)}-job" if choices.target == "torchrun" and choices.nodes > 1 else new_job_id(found.name)
@@ -116,6 +117,7 @@ def _slurm(job: Job, choices: Choices) -> None:
     if choices.show:
         print(script, end="")
         return
+    # written even where there is no sbatch: the file can be copied to a machine that has it
     file = _write(job.out / "job.sbatch", script)
     _call(
         ["sbatch", str(file.absolute())],

@@ -13,6 +13,7 @@ _LEFT_OUT_FIRST = ("KL", "recipe", "changed", "perplexity")
 
 def run_runs(folder: Path, json_wanted: bool) -> None:
     """Print a line for each run folder, the latest last."""
+    # the latest last: it stands next to the shell's prompt
     runs = sorted((state_of(path) for path in find_runs(folder)), key=lambda run: run.changed)
     if json_wanted:
         write_json([as_json(run) for run in runs])

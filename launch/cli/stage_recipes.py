@@ -107,6 +107,7 @@ def _slug(model: str) -> str:
     path = Path(model)
     # runs/x/01-distill/model is named by its stage, since all stages call their folder 'model'
     name = path.parent.name if path.name == "model" and path.parent.name else path.name
+    # the name of a run, and so of a folder
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
 
 

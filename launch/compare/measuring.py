@@ -127,6 +127,7 @@ def _measure(
     tokens_per_byte = data.evaluation.tokens / max(1, _text_bytes(opened, data))
     row["bits_per_byte"] = math.log2(perplexity) * tokens_per_byte if math.isfinite(perplexity) else None
     row["kl_left_out"] = reason
+    # from a single token, so that no prompt has to be read
     row["tokens_per_second"] = generation_speed(opened.model, torch.tensor([[_first_token(data)]], device=opened.model.device))
     return row, opened, data
 
@@ -180,6 +181,7 @@ def indistinct(rows: Sequence[Row]) -> list[str]:
     Args:
         rows: With ``name``, ``eval`` and ``blocks``. Rows that were measured on other tokens are not paired.
     """
+    # an error takes at least two blocks
     if rows and len(rows[0]["blocks"]["tokens"]) < 2:
         return ["the text fills one block, so nothing is known about errors; give more text"]
     said = []

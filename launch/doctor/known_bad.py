@@ -23,6 +23,7 @@ def _release(versions: Versions, package: str) -> tuple[int, ...] | None:
     if text is None:
         return None
     numbers = []
+    # without the local part: '+cpu' says how a release was built
     for part in text.partition("+")[0].split(".")[:3]:
         # '0rc1' is read as 1: near enough for the rules, which name releases
         digits = "".join(c for c in part if c.isdigit())
@@ -73,6 +74,7 @@ def _foreign_triton(versions: Versions) -> Finding | None:
     """torch pins one release of triton; another one compiles kernels that torch does not expect."""
     pinned: dict[tuple[int, ...], tuple[int, int]] = {(2, 11): (3, 6), (2, 12): (3, 7), (2, 13): (3, 7)}
     torch, triton = _release(versions, "torch"), _release(versions, "triton")
+    # releases of torch that the table does not have are not judged
     wanted = pinned.get(torch[:2]) if torch else None
     if wanted and triton and triton[:2] != wanted:
         wish = ".".join(map(str, wanted))

@@ -126,6 +126,7 @@ def training_duration(step: Step, speed: Speed, *, nodes: int, reference: "Refer
     origin = f"{speed.efficiency:.0%} of the peak of {speed.gpu.name}"
     # a GPU's own link reaches the GPUs of its machine alone
     link = speed.link if speed.link is not None else speed.gpu.link if nodes == 1 else None
+    # a single process, or nothing that is exchanged
     if not step.traffic.sent:
         return Duration(part="training", seconds=step.steps * compute, compute_seconds=step.steps * compute, origin=origin)
     # left out and said, not guessed: nothing is known of the network between machines
@@ -166,6 +167,7 @@ class Reference:
 
 def reference_of(steps: list[Step], speed: Speed) -> Reference | None:
     """Return the stage by which others are timed: that of ``--tokens-per-second``, or the first that this run has logged."""
+    # what the user gives counts more than what an earlier start has logged
     if speed.tokens_per_second is not None and steps:
         first = steps[0]
         return Reference(stage=first.stage, rate=speed.tokens_per_second, work=first.work, origin="as given (--tokens-per-second)")

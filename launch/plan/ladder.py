@@ -122,6 +122,7 @@ def find_shape(what: str) -> ModelShape:
 def nominal_size(what: str) -> float | None:
     """Parse a size such as ``70B`` into 70e9; None if the text is not a size above 0, or names a folder."""
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MBT])", what, re.IGNORECASE)
+    # a folder may be called 7B
     if size is None or not float(size[1]) or Path(what).is_dir():
         return None
     return float(size[1]) * {"M": 1e6, "B": 1e9, "T": 1e12}[size[2].upper()]

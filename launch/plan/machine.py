@@ -56,6 +56,7 @@ def planned_machine(
     on_gpu = here if gpus is None else gpus
     # a GPU that was asked for has a process, whatever the recipe says; a CPU has one unless the recipe says more
     processes = on_gpu or 1 if trainer.devices == "auto" or gpus is not None else int(trainer.devices)
+    # only a GPU that is here can be asked
     if gpu_memory is None and on_gpu and here:
         name, gpu_memory = first_gpu()
         speed = replace(speed, gpu=recognized(name, gpu_memory))

@@ -125,6 +125,7 @@ def _layer_activations(student: ModelShape, case: StageMemoryCase) -> int:
 
 def _layer_copies(student: ModelShape, case: StageMemoryCase) -> int:
     """Return the bytes of weight copies for one layer's backward pass: quantized values, bf16 casts, flags of clipped weights."""
+    # the mean over layers
     linear = student.linear // max(1, student.layers)
     if case.scheme is None:
         return 2 * linear if case.mixed else 0
@@ -167,6 +168,7 @@ def _logit_bytes(student: ModelShape, teacher: ModelShape | None, case: StageMem
     # logits of the student and of the teacher, and the work buffers of the loss
     buffers = 1 + BUFFERS_ALONE if teacher is None else 2 + BUFFERS_WITH_TEACHER
     limits = ACCELERATOR_LIMITS if case.on_gpu else CPU_LIMITS
+    # the rule by which the loss itself cuts its blocks
     rows = rows_per_block(case.tokens, vocabulary, buffers, 4, limits)
     blocks = buffers * 4 * min(rows, case.tokens) * vocabulary
     # the head's gradient, and the hidden states' gradient and shifted copy

@@ -70,6 +70,7 @@ def rounding_plan(
     # what is measured on an input holds for all linears that read it; where nothing is measured, each is rounded alone
     layers = _stacks(model, shape.scheme, shared=needs != "nothing")
     batch = _batch_bytes(model, seq_length) if tokens else 0
+    # one layer is worked on at a time, so the largest decides
     codes = max((sum(stack.outputs * stack.inputs for stack in stacks) for stacks in layers), default=0)
     # embedding, norms and head, and the layer that is being rounded, in fp32
     around = 4 * (model.outside + model.layer) + codes

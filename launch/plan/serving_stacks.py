@@ -60,6 +60,7 @@ def _of_format(target: str, form: str, stored: StoredModel, cases: Sequence[Stor
     assert how is not None
     # worse than a refusal: it would serve another model without a word
     if how.outcome == "misreads":
+        # the stack's first format that holds the model; else its first
         other = next((name for name in formats_for(target) if not refusals(name, stored)), formats_for(target)[0])
         return Verdict(target, "no", f"it misreads {form}: {how.how}", remedies.other_format(other, instead_of=form), form)
     if form in PLAIN:

@@ -124,6 +124,7 @@ def config_from(given: dict[str, Any]) -> "PreTrainedConfig":
     from ...models.known_config import known_config
 
     check_numbers(given, "student.config")
+    # by arithmetic where the family is known, which needs no transformers
     config: Any = known_config(given)
     # transformers has to read it: its config classes without its modelling code
     if config is None:

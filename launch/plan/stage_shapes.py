@@ -78,6 +78,7 @@ def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
     from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
     found: list[StageShape] = []
+    # what the stage before has left: the shape, the scheme of its codes, and whether weights were pruned
     shape, scheme, beside, sparse = student, None, {}, False
     for entry in recipe.stages:
         before, settings, continues = shape, entry.settings, False

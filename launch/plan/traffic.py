@@ -47,8 +47,10 @@ def step_traffic(student: ModelShape, teacher: ModelShape | None, case: StageMem
     micro_batches = case.plan.batch.accumulation
     taught = 0
     if teacher is not None and case.placement == "sharded":
+        # its decoder layers, in its own dtype; the rest of it is whole in every process
         taught = micro_batches * (4 if case.load_in == "fp32" else 2) * _padded(teacher, case.ranks, inside=True)
     added = added_parameters(student, case)
+    # weights without a gradient are gathered, but never reduced
     frozen = case.codes_only or case.rank > 0
     if not case.sharded:
         return Traffic(ranks=case.ranks, all_reduce=4 * (added + (0 if frozen else student.parameters)), all_gather=taught)

@@ -51,6 +51,7 @@ def place_labels(
     taken: list[Box] = []
     for number, (text, place) in enumerate(zip(made, places)):
         extent = text.get_window_extent(renderer)
+        # a little air around the text
         size = (extent.width + 2 * scale, extent.height + 1 * scale)
         others = [other for at, other in enumerate(places) if at != number]
         candidates = _candidates(place, size, scale)
@@ -64,6 +65,7 @@ def place_labels(
         text.set_verticalalignment("bottom")
         text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.3})
         if radius > _NEAR or _doubt(box, place, others):
+            # the line ends at the nearest edge or corner of the box
             nearest = (min(max(place[0], box[0]), box[2]), min(max(place[1], box[1]), box[3]))
             _tie(axes, text.xy, ((nearest[0] - place[0]) / scale, (nearest[1] - place[1]) / scale))
     return made
@@ -96,6 +98,7 @@ def _cost(box: Box, taken: Sequence[Box], markers: Sequence[Box], inside: Any) -
 def _doubt(box: Box, place: tuple[float, float], others: Sequence[tuple[float, float]]) -> float:
     """Return the cost of a box that is as near to another point as to its own: that of 75 points more distance, where a line is drawn."""
     own = _distance(box, place)
+    # a fifth of tolerance: a box that is nearly as near is as unclear
     near = any(_distance(box, other) <= 1.2 * own for other in others)
     return 150.0 if near else 0.0
 

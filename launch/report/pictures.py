@@ -69,6 +69,7 @@ def size_against_quality(report: dict[str, Any], *, connected: bool = True) -> "
     _plain_ticks(axes.xaxis)
     if far:
         _plain_ticks(axes.yaxis)
+    # room for the labels of the outermost points
     axes.margins(x=0.18, y=0.18)
     axes.grid(alpha=0.25)
     names = [row["name"] for row in path] + [f"{row['name']} (no training)" for row in others]
@@ -121,6 +122,7 @@ def training_curves(curves: Curves) -> "Figure":
         axes.set_xlabel("tokens" if any("tokens" in line for line in lines) else "step", fontsize=8)
         axes.set_ylabel("KL to teacher, nats" if has_teacher else "cross-entropy, nats", fontsize=8)
         axes.xaxis.set_major_locator(_few())
+        # count() writes 0 as '-', which is no number on an axis
         axes.xaxis.set_major_formatter(lambda value, _: count(round(value)) if value else "0")
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.25)

@@ -56,6 +56,7 @@ def ending_of(error: BaseException) -> Ending | None:
         return Ending(2, "a file or folder has a name that is not UTF-8 and cannot be written into the run folder; rename it")
     if isinstance(error, OSError):
         return _of_system(error)
+    # Python has no class of its own for it
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
         return Ending(1, f"no further thread can be started; raise the limit (ulimit -u), or end other programs. {_GOES_ON}", by_all=True)
     # libraries such as safetensors wrap a full disk in an error of their own, which is no OSError
@@ -89,12 +90,14 @@ def _of_system(error: OSError) -> Ending:
     passing = error.errno in _PASSING or error.errno is None or isinstance(error, ConnectionError | TimeoutError)
     reason = disk_reason(error)
     if error.filename is not None:
+        # a path as text or bytes, or the number of an open file
         name = os.fsdecode(error.filename) if isinstance(error.filename, bytes | str | os.PathLike) else str(error.filename)
         told = f"{reason[0]}; {reason[1]}" if reason else f"{what}; give another path"
         return Ending(1 if passing else 2, f"{name}: {told} (--debug shows where it was used)", by_all=True)
     if isinstance(error, ConnectionError | TimeoutError) or error.errno is None:
         return Ending(1, f"a connection or device failed: {what}. {_GOES_ON} (--debug shows where)", by_all=True)
     told = f"{reason[0]}; {reason[1]}" if reason else what
+    # a known reason, such as a full disk, is for the user to remove; without one another start may work
     return Ending(1 if passing or not reason else 2, f"{told}. {_GOES_ON} (--debug shows where)", by_all=True)
 
 

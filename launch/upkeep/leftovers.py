@@ -85,6 +85,7 @@ def _candidates(run: Path) -> Iterator[tuple[Path, str]]:
     # what a link leads to belongs to another place
     for folder in sorted(path for path in run.iterdir() if path.is_dir() and not path.is_symlink()):
         name = folder.name
+        # what is being written has a hidden name that ends in .tmp (``models/common/files.py``)
         if name.startswith("."):
             if name.endswith(".tmp"):
                 yield folder, "half written by a start that died"

@@ -169,6 +169,7 @@ def _last_line(path: Path, stage: str, having: str = "") -> dict[str, Any] | Non
 
 
 def _changed(path: Path) -> float:
+    # a folder with none of these files is the oldest
     times = [0.0]
     for pattern in (RECIPE, "metrics.jsonl", "report.json", "outcome.json", "*/stage.json"):
         for file in path.glob(pattern):

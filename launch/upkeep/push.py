@@ -56,11 +56,13 @@ def plan_upload(folder: Path, hub_id: str) -> Upload:
         # the record names all files but itself and the card, which may be written later
         names = [*record["files"], RECORD, *([CARD] if (folder / CARD).is_file() else [])]
     else:
+        # without a record: the files that decide the numbers, and the usual ones beside them
         names = [file.relative_to(folder).as_posix() for pattern in (*CONTENT, *_BESIDE) for file in folder.glob(pattern)]
     files = {name: (folder / name).stat().st_size for name in sorted(set(names))}
     card = None
     if CARD not in files:
         card = _card(folder, hub_id, record)
+        # a card that is still to be written is uploaded too
         files[CARD] = len(card.encode())
     return Upload(folder, hub_id, files, card, check_card(card if card is not None else (folder / CARD).read_text(encoding="utf-8"), CARD))
 
@@ -73,6 +75,7 @@ def _check_whole(folder: Path) -> None:
     """UserError unless the folder is a finished model or export with every file as it was written."""
     if folder.name.endswith(".tmp"):
         raise UserError(f"{folder} is half written; wait until it has its name, or make it again")
+    # the folder of a stage is whole when the stage says so
     if (folder.parent / STAGE_FILE).is_file() and StageFolder(folder.parent).read().get("state") != "done":
         raise UserError(f"the stage {folder.parent} has not finished; run its recipe to the end first")
     if find_gguf(folder) is None:
@@ -176,6 +179,7 @@ def upload(planned: Upload, *, private: bool, message: str) -> str:
 
 
 def _explained(hub_id: str, error: Exception) -> UserError:
+    # by attribute: the class of the error depends on the HTTP library
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403) or "token" in type(error).__name__.lower():
         return UserError(
