@@ -31,6 +31,7 @@ def weight_files(path: Path) -> list[Path]:
         UserError: there is none.
     """
     path = Path(path)
+    # sorted, so that a message names the same file on every file system
     candidates = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
     files = [file for file in candidates if file.suffix in _WEIGHT_SUFFIXES and file.name != OLD_CODES]
     if not files:
@@ -70,6 +71,7 @@ def packed_bytes(model: nn.Module, record: Mapping[str, Any]) -> int:
 
 def _stored(shape: torch.Size, spec: QuantSpec | None) -> int:
     """Return the bytes of one tensor."""
+    # what is not quantized is stored in 16 bits
     if spec is None:
         return 2 * shape.numel()
     rows, columns = shape

@@ -30,6 +30,7 @@ def hook_inputs(model: nn.Module, opened: ExportReader, arithmetic: Arithmetic, 
 
     ``modules`` maps export names to model names where they differ.
     """
+    # the other formats cannot say that inputs are rounded
     if not isinstance(opened, PackedFolder):
         return
     for name in opened.modules:
@@ -44,6 +45,7 @@ def hook_cache(model: "PreTrainedModel", opened: ExportReader) -> None:
     scales = opened.cache() if isinstance(opened, PackedFolder) else None
     if scales is None:
         return
+    # each attention has two scales, for keys and for values
     attentions = tuple(dict.fromkeys(name.rpartition(".")[0] for name in scales))
     spec = ActivationSpec(kind="fp8_e4m3", scaling="static")
     # the reader gives Python floats of fp32 numbers, so the tensors have the stored bits
@@ -60,6 +62,7 @@ def like_kernels(x: Tensor, inputs: Inputs) -> Tensor:
     spec = ActivationSpec(scaling="dynamic" if inputs.dynamic else "static", symmetric=inputs.symmetric)
     if inputs.scale is None:
         return fake_quant_activation(x, spec)
+    # in the shape of the scale, as the fake quantization takes them
     zero = None if inputs.symmetric else torch.tensor([inputs.zero], dtype=torch.int8)
     return fake_quant_activation(x, spec, scale=torch.tensor([inputs.scale]), zero=zero)
 

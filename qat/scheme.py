@@ -72,6 +72,7 @@ class QuantScheme:
             try:
                 change.applied(self.weights)
             except ValueError as error:
+                # the message begins with the key, by which a recipe finds the line
                 raise ValueError(f"{key}: {error}") from None
 
     @classmethod

@@ -103,6 +103,7 @@ class QuantSpec:
             self._check_float(_FLOATS[self.kind])
 
     def _check_int(self) -> None:
+        # a setting without an effect is refused: a user who gives it expects one
         if not self.symmetric and self.divisor != "half_range":
             raise ValueError(
                 f"divisor={self.divisor!r} has no effect with symmetric=false, which divides max - min by 2^b - 1; leave it out"
@@ -162,12 +163,15 @@ class QuantSpec:
 
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
         """Shape of the scales of a weight [out, in]: (out, groups), or (1, 1) for one scale per tensor; ValueError as ``group_width``."""
+        # one scale for the matrix needs no width that a group divides
         if self.group_size == "tensor":
             return 1, 1
+        # an empty matrix has no groups
         return out_features, in_features // self.group_width(in_features) if in_features else 0
 
     def words(self) -> str:
         """The spec in words: '4 bits in groups of 64, with zero points'."""
+        # the other kinds have one width, which their name says
         codes = f"{self.bits} bits" if self.kind == "int" else self.kind
         shared = {"channel": "with one scale per row", "tensor": "with one scale"}.get(
             str(self.group_size), f"in groups of {self.group_size}"

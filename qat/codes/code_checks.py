@@ -32,6 +32,7 @@ def _zero_problem(zeros: Tensor | None, scales: Tensor, spec: QuantSpec) -> str 
 
 
 def _global_problem(whole: Tensor | None, spec: QuantSpec) -> str | None:
+    # only nvfp4 has a scale above those of its groups
     if (whole is not None) != (spec.kind == "nvfp4"):
         return f"a global scale is {'stored' if whole is not None else 'missing'}, kind is {spec.kind}"
     if whole is None:

@@ -73,6 +73,7 @@ class CacheState:
 
 def cache_from_record(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CacheState | None:
     """Invert ``record`` and ``tensors``; None if the record has no cache. TypeError, KeyError or ValueError if the record is damaged."""
+    # folders of earlier versions have no such entry
     if not record.get("kv_cache"):
         return None
     spec, attentions = ActivationSpec.from_json(record["kv_cache"]), tuple(str(name) for name in record["attentions"])

@@ -104,6 +104,7 @@ class QuantState:
 
     def renamed(self, names: Mapping[str, str]) -> "QuantState":
         """Return the state with renamed modules; modules missing from ``names`` keep their name."""
+        # the common case: module and file have one name
         if not any(name in names for name in self.modules):
             return self
 
@@ -123,6 +124,7 @@ class QuantState:
         )
 
     def _parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        # the order is part of the hash
         yield _CODES, self.codes
         yield _SCALE, self.scales
         yield _ZERO, self.zero_points
@@ -222,6 +224,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 def _from_record(record: Any, tensors: Mapping[str, Tensor], file: Path, folder: Path) -> QuantState:
     """Build the state that ``decoct.json`` describes; UserError if the file has missing or unexpected tensors."""
     try:
+        # a record may have been edited: any of these may be missing or of another type
         spec, modules = QuantSpec.from_json(record["spec"]), tuple(str(name) for name in record["modules"])
         own = {str(name): QuantSpec.from_json(given) for name, given in record.get("own_specs", {}).items()}
         activations = ActivationSpec.from_json(record["activations"]) if record.get("activations") else None

@@ -54,6 +54,7 @@ def quantization_config(source: ExportSource) -> dict[str, Any]:
     return {
         "quant_method": NAME,
         "bits": 4,
+        # the limits let one group size through, so any module has it; -1 is one scale per row
         "group_size": layer(source, first).group_size or -1,
         # the format always stores zero points; symmetric weights get the constant 8
         "zero_point": True,

@@ -143,6 +143,7 @@ def _made_of(facts: CardFacts, form: FormatCard) -> str:
 
 
 def _weight_rows(facts: CardFacts, spec: QuantSpec, form: FormatCard) -> list[tuple[str, str]]:
+    # a scale for the whole matrix is repeated for each row
     per = "output row" if isinstance(spec.group_size, str) else f"group of {spec.group_size} inputs"
     kind = "symmetric" if spec.symmetric else "asymmetric"
     left = f"; in {form.plain}: {', '.join(facts.unquantized)}" if facts.unquantized else ""

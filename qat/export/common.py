@@ -84,6 +84,7 @@ def exact_plain(source: ExportSource, name: str, dtype: torch.dtype) -> Tensor:
 def plain_dtype(source: ExportSource, preferred: Sequence[torch.dtype]) -> torch.dtype:
     """Return the first dtype that holds every unquantized tensor exactly, or the last one; writing then names the tensor it does not
     hold."""
+    # the last one is taken without a look: where it holds nothing either, writing names the tensor
     for dtype in preferred[:-1]:
         if all(holds(source.tensor(name), dtype) for name in source.plain):
             return dtype

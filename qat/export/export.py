@@ -170,6 +170,7 @@ def export_folder(
         raise UserError(f"format {format!r} is not one of {', '.join(EXPORTERS)}{hint}")
     opening = source if isinstance(source, SourceFolder) else SourceFolder(source)
     source, target = opening.path, Path(target)
+    # a new file among recorded ones would make the source look changed
     if target.resolve() != source.resolve() and target.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{target} is inside the model folder {source}, whose files are recorded; choose a place outside it")
     with atomic_directory(target) as folder:
@@ -204,6 +205,7 @@ def export_folder(
 
 def _rounding(source: ExportSource, format: str, allow_inexact: bool) -> CastError | None:
     """Return what rounding plain weights changes; None if nothing changes. UserError if it changes weights without ``allow_inexact``."""
+    # codes times scales are stored as they are: nothing is rounded
     if not isinstance(source, PlainSource):
         return None
     rounding = source.rounding()
@@ -228,6 +230,7 @@ def _copy_companions(source: Path, folder: Path) -> None:
         copy = folder / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
+    # readers of transformers 4 get the export too
     mend_tokenizer_config(folder / "tokenizer_config.json")
 
 
@@ -281,5 +284,6 @@ def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[
 
 def _record(source: ExportSource) -> dict[str, Any]:
     """Return the source's part of ``decoct.json``; ``quant`` only if the export stores codes."""
+    # plain weights have no codes, and a record of codes would make readers look for them
     record = {key: value for key, value in source.record.items() if key != "quant"}
     return record | ({"quant": source.state.record()} if source.state.modules else {})

@@ -77,6 +77,7 @@ def readers_markdown() -> str:
             if found is None:
                 cells.append("-")
                 continue
+            # a remark that several pairs share gets one number
             mark = ""
             if found.how:
                 note = f"{runtime}: {found.how}"

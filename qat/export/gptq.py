@@ -37,6 +37,7 @@ def quantization_config(source: ExportSource, format: str) -> dict[str, Any]:
     config: dict[str, Any] = {
         "quant_method": "gptq",
         **_settings(common),
+        # decoct never permutes inputs, so groups are ranges of columns
         "desc_act": False,
         "lm_head": "lm_head" in state.modules,
         "checkpoint_format": format,
@@ -44,6 +45,7 @@ def quantization_config(source: ExportSource, format: str) -> dict[str, Any]:
         "dynamic": _dynamic(source, common),
         "meta": {"quantizer": ["decoct"]},
     }
+    # for readers that know no patterns (``dynamic``)
     blocks = _in_every_block(source)
     return config if blocks is None else config | {"modules_in_block_to_quantize": blocks}
 
@@ -56,6 +58,7 @@ def _dynamic(source: ExportSource, common: QuantSpec) -> dict[str, Any]:
     """Return patterns of modules that differ: '-:' is not quantized, '+:' has its own settings. Parts and servers' fused matrices are
     listed."""
     state, rules = source.state, {}
+    # the head has a field of its own, ``lm_head``
     for module in (name for name in source.unquantized_linears if name != "lm_head"):
         rules |= {f"-:^{re.escape(name)}$": {} for name in _also_fused(module)}
     for module in state.modules:

@@ -27,6 +27,7 @@ def plan_shards(sizes: Mapping[str, int], limit: int = SHARD_BYTES) -> dict[str,
             used = 0
         files[-1].append(name)
         used += size
+    # one file has no index, as transformers writes it
     if len(files) == 1:
         return {WEIGHTS: files[0]}
     return {f"model-{number:05d}-of-{len(files):05d}.safetensors": names for number, names in enumerate(files, 1)}

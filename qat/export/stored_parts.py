@@ -35,6 +35,7 @@ def compressed_tensors_parts(rows: int, columns: int, spec: "QuantSpec", activat
         spec: Scheme of the codes.
         activations: How inputs are rounded.
     """
+    # one scale for the matrix is stored for each row, so only the number of groups counts
     groups = spec.scale_shape(rows, columns)[1]
     scale: Parts = {"weight_scale": ("BF16", (rows, groups))}
     if activations is None:
@@ -44,6 +45,7 @@ def compressed_tensors_parts(rows: int, columns: int, spec: "QuantSpec", activat
         return {**packed, **scale, "weight_shape": ("I64", (2,)), **zeros}
     # int8 kernels read unpacked codes: one byte per code and zero point
     zeros = {} if spec.symmetric else {"weight_zero_point": ("I8", (rows, groups))}
+    # dynamic scales are computed by the server, and nothing is stored for them
     static = activations.scaling == "static"
     inputs: Parts = {"input_scale": ("F32", (1,))} if static else {}
     inputs |= {"input_zero_point": ("I8", (1,))} if static and not activations.symmetric else {}

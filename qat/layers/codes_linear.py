@@ -74,6 +74,7 @@ class _CodesProduct(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, codes: Tensor, zeros: Tensor | None, scale: Tensor, spec: QuantSpec, bias: Tensor | None
     ) -> Tensor:
+        # the codes and not the weight: a quarter of its bytes, and they are there anyway
         ctx.save_for_backward(input, codes, zeros, scale, bias)
         ctx.spec = spec
         # noted here, because autocast is off while the backward pass runs

@@ -33,9 +33,11 @@ def round_inputs(model: nn.Module, modules: Iterable[str], spec: ActivationSpec,
 
     Ranges leave out the padding that ``attention_mask`` of transformers' backbone marks. ``padding`` may be a hook that already watches it.
     """
+    # one hook watches for all: a second one would look at every mask again
     padding = padding or watch_padding(model)
     rounders = {name: InputRounder(spec, padding) for name in modules}
     for name, rounder in rounders.items():
+        # a pre-hook, so that every class of linear reads rounded inputs, also one that was replaced before
         model.get_submodule(name).register_forward_pre_hook(rounder)
     return RoundedInputs(spec, rounders)
 

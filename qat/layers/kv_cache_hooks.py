@@ -111,6 +111,7 @@ def cached_attentions(model: "PreTrainedModel") -> dict[str, nn.Module]:
     """
     config: Any = model.config.get_text_config()
     for field, reason in _SHARED.items():
+        # such a cache holds something else than the keys and values that a hook would see
         if getattr(config, field, None):
             raise UserError(f"kv_cache: the cache of model type {config.model_type!r} cannot be quantized: {reason}; leave kv_cache out")
     names = {id(module): name for name, module in model.named_modules()}
@@ -135,6 +136,7 @@ def round_attention(name: str, module: nn.Module, spec: ActivationSpec, padding:
     """Makes one attention module round its keys and values from now on; returns its two rounders by name."""
     rounders = {f"{name}.{part}": Rounder(spec, padding) for part in ("k", "v")}
     hooks = _Hooks(name, module, _StandIn(*rounders.values()))
+    # both ends of the forward pass: the stand-in goes in before and the cache is released after
     module.register_forward_pre_hook(hooks.before, with_kwargs=True)
     module.register_forward_hook(hooks.after)
     return rounders

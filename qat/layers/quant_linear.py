@@ -19,6 +19,7 @@ class QuantLinear(RoundedWeight, nn.Linear):
     def __init__(self, linear: nn.Linear, spec: QuantSpec, extras: Extras | None = None) -> None:
         # on the meta device: nothing is allocated, no random number is drawn
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        # the same parameter: optimizers, ties and names in the state dict stay as they are
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
         self.set_spec(spec, extras)

@@ -128,6 +128,7 @@ def quantize_model(model: "PreTrainedModel", spec: QuantSpec | QuantScheme, skip
 
 
 def _encoded(module: nn.Module, spec: QuantSpec) -> Encoded:
+    # a prepared layer knows its scales and its mask; a plain one is rounded to nearest
     if isinstance(module, RoundedWeight | CodesLinear):
         return module.encoded()
     assert isinstance(module, nn.Linear | nn.Embedding)
@@ -167,6 +168,7 @@ def fold(model: "PreTrainedModel", state: QuantState) -> None:
         UserError: a module is missing, has another shape, is not fp32, or is prepared but not in ``state``; the model is not changed.
     """
     # 1. checks
+    # a layer that still rounds would change its weights again in each forward pass
     left = [name for name in _prepared(model) if name not in state.codes]
     if left:
         raise UserError(f"module {left[0]} ({len(left)} in all) is prepared, but the codes do not cover it; quantize the whole model.")

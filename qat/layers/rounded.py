@@ -58,6 +58,7 @@ class RoundedWeight(_Base):
         """The spec in use: with more bits than ``spec`` while bits are annealed."""
         self.register_buffer("mask", None, persistent=False)
         extras = extras or Extras()
+        # only integer codes have learned scales; the other kinds fix how a scale is found
         own = extras.scale and spec.kind == "int"
         self.scale = self._extra(*shape) if own else None
         self.zero = self._extra(*shape) if own and not spec.symmetric else None
@@ -136,6 +137,7 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, parameter: Tensor) -> Tensor:
         ctx.save_for_backward(parameter)
+        # a view: autograd does not accept an input as the output of a function
         return value.view_as(value)
 
     @staticmethod

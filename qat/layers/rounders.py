@@ -63,6 +63,7 @@ class Rounder:
 
     def round(self, x: Tensor) -> Tensor:
         """``x`` as codes times scales; ``x`` itself while switched off or while a static scale is not known."""
+        # without a scale the tensor passes, so that ranges are those of unrounded values
         if not self.enabled or (self.spec.scaling == "static" and self.scale is None):
             return x
         if self.spec.scaling == "dynamic":
@@ -95,6 +96,7 @@ class Rounders:
     def extremes(self) -> Tensor:
         """fp32 [rounders, 2] = (-smallest, largest) seen since ``observe``; UserError names a rounder that has seen nothing."""
         for name, rounder in self.rounders.items():
+            # an unseen range has no scale, and a guess would clip or waste codes
             if rounder.extremes is None:
                 raise UserError(self.unseen.format(name=name))
         return torch.stack([rounder.extremes for rounder in self.rounders.values() if rounder.extremes is not None])

@@ -62,6 +62,7 @@ def round_unquantized(model: "PreTrainedModel", state: QuantState) -> None:
         for name, parameter in model.named_parameters():
             if name in quantized:
                 continue
+            # there and back: the dtype stays fp32, the values are those of bf16
             stored = parameter.to(STORED).to(parameter.dtype)
             # a parameter may be a view of a memory-mapped file: writing to its pages would copy them into memory
             if not torch.equal(stored, parameter):

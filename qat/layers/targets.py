@@ -51,6 +51,7 @@ def targets(model: "PreTrainedModel", scheme: QuantScheme) -> dict[str, Target]:
 def _embedding_and_head(model: "PreTrainedModel", scheme: QuantScheme) -> dict[str, Target]:
     """Embedding and head, as far as the scheme quantizes them."""
     found = {}
+    # one table cannot be rounded by two schemes
     if scheme.head and is_tied(model):
         raise UserError(
             "head: the head is tied to the embedding, whose table it multiplies by; use 'embedding', which then applies to both"
@@ -62,6 +63,7 @@ def _embedding_and_head(model: "PreTrainedModel", scheme: QuantScheme) -> dict[s
         name = next((name for name, other in model.named_modules() if other is module), None)
         if name is None or not isinstance(module, nn.Linear | nn.Embedding):
             raise UserError(f"{key}: the model has no plain {key} to quantize; leave the key out")
+        # two settings that contradict each other: neither can be the one that was meant
         if any(fnmatchcase(name, pattern) for pattern in scheme.skip):
             raise UserError(f"{key}: skip matches {name}, which {key} quantizes; remove one of the two")
         found[name] = Target(module, change.applied(scheme.weights))

@@ -42,6 +42,7 @@ def sampled(rows: int) -> slice:
 
 def row_energy(rows: Tensor, moments: Tensor | None) -> Tensor:
     """fp64 [out]: w H w^T per row w of ``rows`` [out, in]; ``moments`` is H [in, in], symmetric, or its diagonal [in], or None for 1."""
+    # nothing is known of the inputs: all count alike
     if moments is None:
         return rows.square().sum(1, dtype=torch.float64)
     if moments.ndim == 1:

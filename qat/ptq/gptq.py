@@ -57,6 +57,7 @@ class Pass:
 
     def pull(self, factor: Factor) -> Tensor:
         """fp32 [in, out]: H (W - Q)^T = R (E R)^T, H damped, in the original order of columns; half the gradient of the energy."""
+        # R_kk^2 (v_k - q_k): with ``links``, whose rows are divided by R_kk, the product is R (E R)^T
         weighted = self.remains * factor.pivots.unsqueeze(1)
         found = torch.empty_like(weighted)
         for start in range(0, len(weighted), BLOCK):
@@ -206,5 +207,6 @@ def _round_columns(columns: _Columns, kept: Tensor | None, links: Tensor, steps:
         number.round_().clamp_(low, high)  # pyright: ignore[reportArgumentType, reportCallIssue]
         if kept is not None:
             number.mul_(kept[index])
+        # the error to the original weight is what later columns compensate
         torch.addcmul(target, number, scale, value=-1, out=error)
         value.addcmul_(number, scale, value=-1)

@@ -82,6 +82,7 @@ class _Sums:
     def begin(self, hooks: int, first: bool, shape: tuple[int, ...]) -> None:
         """Starts a batch of ``shape`` [B, S] with ``hooks`` watched linears."""
         self.shape = shape
+        # an order that held in the first batch holds in the others: layers run the same code
         self._stops = self._once or (not first and (self._stops or self._calls == self._expected))
         self._expected, self._calls = hooks, 0
 
@@ -92,6 +93,7 @@ class _Sums:
             look(inputs[0])
             self.latest = inputs[0]
             self._calls += 1
+            # what runs behind the last watched linear adds nothing to the sums
             if self._stops and self._calls == self._expected:
                 raise Enough
 

@@ -117,6 +117,7 @@ class Walk:
     def embedding_or_head(self, name: str) -> None:
         """Rounds the embedding or the head, which are outside the layers and have no calibrated inputs."""
         module: Any = self.model.get_submodule(name)
+        # without known inputs there is no Hessian: the search on the weights alone is next best
         rounding = RoundingMethod(method="rtn" if self.rounding.method == "rtn" else "mse")
         self.errors.setdefault(linear_kind(name), KindError())
         rounded: dict[str, Encoded] = {}
@@ -155,6 +156,7 @@ class Walk:
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         mask = None
         if not self.sparse.isdisjoint(names):
+            # only where zeros are a mask: elsewhere a zero weight may round to another code
             mask = torch.cat([(own != 0).logical_or_(torch.tensor(name not in self.sparse)) for name, own in zip(names, weights)])
         stack = Stack(weight=weight, mask=mask, moments=None if shared is None else shared.moments)
         result = METHODS[rounding.method].round(stack, spec, rounding)

@@ -81,6 +81,7 @@ class FileShelf:
         materialize_buffers(model, device)
 
     def bring(self, layer: nn.Module) -> None:
+        # from the file at each visit, since the layer was never in memory before
         fill(self._model, self._files, dtype=torch.float32, device=self._device, inside=layer)
 
     def put_away(self, layer: nn.Module, extra: dict[str, Tensor]) -> dict[str, Tensor]:

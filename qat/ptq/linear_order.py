@@ -53,6 +53,7 @@ def steps_of(replay: Replay, index: int, layer: nn.Module, linears: Mapping[str,
     # sorted with repeats: a linear that ran twice, or not at all, has no place in one order
     if sorted(name for name, _, _ in seen.linears) != sorted(linears):
         return None
+    # experts read some tokens only, so their inputs are no rows per token
     if any(token_rows(given, None, shape) is None for _, given, _ in seen.linears):
         return None
     return seen.steps()
@@ -81,6 +82,7 @@ class _Seen:
     def part(self, module: nn.Module, _inputs: Any, output: Any) -> None:
         """Forward hook of all other modules."""
         tensor = _first(output)
+        # the same tensor, unchanged: then the module adds nothing to its linear's output
         if any(tensor is given and tensor._version == self.versions[name] for name, _, given in self.linears):
             self.parts.append((module, output))
 

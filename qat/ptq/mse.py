@@ -50,6 +50,7 @@ def searched_grid(
     """
     width = spec.group_width(weight.shape[1])
     kept = weight.detach().to(torch.float32)
+    # pruned weights must not widen the range of their group
     if mask is not None:
         kept = kept * mask
     low, high = group_range(kept, None, width)
@@ -82,6 +83,7 @@ def _search(
     least.masked_fill_(torch.isnan(least), torch.inf)
     for scale, zero in tried:
         error = _error(pieces, scale, zero, spec, shares)
+        # strictly: of equal errors the earlier candidate stays
         better = error < least
         least, scales, zeros = torch.where(better, error, least), torch.where(better, scale, scales), torch.where(better, zero, zeros)
     return SearchedScales(scales, None if spec.symmetric else zeros)

@@ -101,6 +101,7 @@ class Replay:
         # None before the first layer: the backbone then embeds the tokens itself
         given, result, layer = self._hidden[number], [], self._layers[index]
         batch = self._batches[number]
+        # the first tokens of some rows: an examination of the layer needs no more
         if few is not None:
             rows, tokens = few
             batch = {key: tensor[:rows, :tokens] for key, tensor in batch.items()}

@@ -152,6 +152,7 @@ def _turn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One turn of rounding and fitting: (codes, fitted scales, damped squared error with them: fp64 [out] or [1])."""
     done = gptq_pass(weight, scales, factor, spec, mask, zeros)
+    # the same damping as in the factor, so that error and gain are of one matrix
     damping = factor.damping * float(hessian.diagonal().mean())
     fitted, gain = fitted_scales(done.columns, scales, done.pull(factor), hessian, spec, damping, zeros)
     error = done.energy(factor)

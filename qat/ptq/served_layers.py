@@ -51,6 +51,7 @@ class ServedLayers:
             UserError: a linear or an attention does not run.
             NonFiniteError: an input, key or value is NaN or infinite on the text.
         """
+        # neither inputs nor cache are rounded
         if self._padding is None:
             return
         hooked: list[Rounders] = []

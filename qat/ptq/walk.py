@@ -116,6 +116,7 @@ def round_model(
         shelf.close()
     finally:
         model.train(training)
+    # in the order of ``specs``: embedding and head were rounded first, but stand at their places
     state = QuantState.of(scheme.weights, specs, {name: walk.encoded[name] for name in specs})
     return RoundedModel(state=replace(state, **walk.served.state()), errors=walk.errors, notes=walk.notes)
 
@@ -137,6 +138,7 @@ def _names(chosen: Mapping[str, Target], layers: Sequence[nn.Module], model: "Pr
 
     Names and not modules, because a module keeps its unrounded weight alive.
     """
+    # by identity: without a list of layers the whole model is the one layer, which has them inside
     outside = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     outer = [name for name, target in chosen.items() if id(target.module) in outside]
     inside = [{id(module) for module in layer.modules()} - outside for layer in layers]

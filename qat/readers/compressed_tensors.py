@@ -65,6 +65,7 @@ class PackedFolder(WeightFolder):
         # int-quantized keeps the plain name; the dtype and a scale beside it mark such a weight
         bytewise = (n.removesuffix(".weight") for n in names if n.endswith(".weight") and self._stored.dtype(n) == "I8")
         self._unpacked = frozenset(module for module in bytewise if module + _SCALE in self._stored)
+        # in the order of the files, each module once
         heads = dict.fromkeys(name.removesuffix(_PACKED).removesuffix(".weight") for name in names)
         self.modules = tuple(head for head in heads if head in packed or head in self._unpacked)
         # 2. the tensors that such modules must have; all others are plain
@@ -151,6 +152,7 @@ class PackedFolder(WeightFolder):
         """
         (rows, columns), scheme = self._shape(module), self.scheme_of(module)
         width = scheme.group_size or columns
+        # a last group of fewer columns would shift no code, but its scale would be that of no group
         if columns % width:
             file = self._stored.file(module + _SCALE)
             raise UserError(f"{file}: {module}: group_size {width} does not divide its {columns} columns; export again")
@@ -180,6 +182,7 @@ class PackedFolder(WeightFolder):
         if module in self._unpacked:
             self._stored.expect(name, ("I8",), (rows, groups))
             return self._stored.integers(name).astype(np.int16)
+        # zero points are packed along the outputs
         words = -(-rows * scheme.bits // 32)
         self._stored.expect(name, ("I32",), (words, groups))
         # [words, groups] -> [groups, words], each word's bytes kept together

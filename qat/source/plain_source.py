@@ -96,6 +96,7 @@ def open_plain_source(folder: Path, dtype: torch.dtype) -> PlainSource:
         folder=folder,
         config=read_json(folder / "config.json"),
         record=stored.record(folder),
+        # no modules: exporters of packed weights never get here
         state=QuantState(spec=QuantSpec(), modules=(), codes={}, scales={}),
         structure=structure,
         plain={name: file for name, file in stored.files.items() if name not in structure.tied},

@@ -48,6 +48,7 @@ def open_any_folder(folder: Path, load: Load = load_quant_state) -> PlainWeights
     for dtype in _DTYPES:
         if all(dtype in dtypes for dtypes in held.values()):
             return replace(source, dtype=dtype)
+    # each tensor in the first dtype that holds it, since no single one holds all
     if all(held.values()):
         return replace(source, own={name: dtypes[0] for name, dtypes in held.items()})
     # neither dtype holds everything: the one that changes fewer values

@@ -51,6 +51,7 @@ class ExportSource:
 
     def tensor(self, name: str) -> Tensor:
         """Return an unquantized tensor as stored; UserError if it has NaN or infinite values."""
+        # read anew each time: an export writes each tensor once, and memory holds one
         tensor = read_tensor(self.plain[name], self.names_in_files.get(name, name))
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{self.plain[name]}: {name} holds NaN or infinite values; take an earlier checkpoint")
@@ -87,6 +88,7 @@ def open_source(folder: Path, load: Load = load_quant_state) -> ExportSource:
         more = f" ({len(problems)} differences in all)" if len(problems) > 1 else ""
         raise UserError(f"{folder}: {problems[0]}{more}; weights and config.json are not of one model. Quantize the model again.")
     check_tied(folder, stored, structure)
+    # their weights go out as codes; what is left is stored as it is
     quantized = {f"{name}.weight" for name in state.modules}
     return ExportSource(
         folder=folder,

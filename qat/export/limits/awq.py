@@ -21,6 +21,7 @@ def limits(model: StoredModel) -> Iterator[Refusal]:
     yield from bits(model, BITS)
     yield from fp16_scales(model)
     yield from _one_group_size(model)
+    # codes are packed along the outputs, unlike in the other formats
     odd = [module for module in model.modules if module.spec.kind == "int" and module.rows % PER_WORD]
     if odd:
         reason = f"packs {PER_WORD} outputs in a word, and {odd[0].kind} has {odd[0].rows:,}, no multiple"

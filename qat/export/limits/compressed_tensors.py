@@ -53,6 +53,7 @@ def _inputs(model: StoredModel) -> Iterator[Refusal]:
     inputs, without = model.activations, Without("activations")
     if inputs is None:
         return
+    # kernels for fp8 inputs want fp8 weights, and these formats hold integers
     if inputs.kind != "int8":
         way = Beyond("activations", (("kind", "int8"),))
         yield Refusal(reason=f"takes inputs in int8, not {inputs.kind}", remedies=(way,))
@@ -68,6 +69,7 @@ def _cache(model: StoredModel) -> Iterator[Refusal]:
     """Yield unsupported roundings of keys and values: servers read symmetric fp8 with one stored scale each for a layer's keys and
     values."""
     cache = model.kv_cache
+    # the one rounding that a config can describe and servers read
     if cache is None or (cache.kind, cache.scaling) == ("fp8_e4m3", "static"):
         return
     why = "servers read every 8-bit scheme as fp8" if cache.kind != "fp8_e4m3" else "it cannot describe one scale per token"

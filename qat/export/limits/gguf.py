@@ -29,6 +29,7 @@ def limits(model: StoredModel) -> Iterator[Refusal]:
 
 def narrow_limits(model: StoredModel) -> Iterator[Refusal]:
     """Yield what ``gguf-q2_0`` cannot hold exactly; it also refuses models without a single Q2_0 block."""
+    # without such a block the file would be that of ``gguf``, which older llama.cpp reads too
     if model.modules and not any(is_q2_0(module.spec, module.columns) for module in model.modules):
         reason = f"is for symmetric weights of 2 bits in groups of a multiple of {WIDE_BLOCK}, and there are none"
         yield Refusal(reason=reason, remedies=(OtherFormat("gguf"),))

@@ -33,6 +33,7 @@ def limits_v2(model: StoredModel) -> Iterator[Refusal]:
 def _whole_words(model: StoredModel) -> Iterator[Refusal]:
     """Yield modules that do not fill whole words. A word holds codes of neighbouring inputs (weights) or outputs (zero points)."""
     for spec, modules in integer_schemes(model):
+        # refused by ``bits`` already
         if spec.bits not in PACKED_BITS:
             continue
         unit = 32 // spec.bits

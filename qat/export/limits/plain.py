@@ -14,6 +14,7 @@ FORMATS = (NAME, WIDE_NAME)
 
 def limits(model: StoredModel) -> Iterator[Refusal]:
     """Yield what 16-bit floats cannot hold exactly; with ``allow_inexact`` weights may be rounded."""
+    # whoever allows rounding is told how far it went, not refused
     if not model.allow_inexact:
         for spec, modules in model.schemes():
             if not _fits(spec):

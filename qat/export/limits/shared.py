@@ -27,6 +27,7 @@ def packed(model: StoredModel, *, head: bool, fused: bool = True, embedding: boo
         fused: Readers fuse q, k, v into one matrix, and gate, up into another.
         embedding: Readers support a quantized embedding.
     """
+    # told first: all limits below are about modules
     if not model.modules:
         yield Refusal(reason="packs quantized linears, and the model has none", remedies=(OtherFormat("safetensors"),))
     yield from integers(model)
@@ -119,6 +120,7 @@ def nearest_bits(asked: int, widths: Sequence[int] = (4, 8)) -> int:
 
 def nothing_beyond_weights(model: StoredModel) -> Iterator[Refusal]:
     """Yield rounded inputs, keys and values that the format cannot describe: servers would compute another model."""
+    # the only format whose config describes both
     other = OtherFormat("compressed-tensors")
     if model.kv_cache is not None:
         said = "cannot record that keys and values are rounded (kv_cache), so servers would compute another model"
@@ -140,6 +142,7 @@ def multiples(model: StoredModel, reason: str, odd: Sequence[StoredModule], unit
         others: Further remedies.
     """
     ways: list[Remedy] = []
+    # pruning narrows the FFN alone, so it helps only where all odd sides are the FFN's
     if model.ffn is not None and all(module.kind.startswith("mlp.") for module in odd):
         ways.append(NarrowFfn(multiple_near(model.ffn, unit)))
     ways.append(Skip(tuple(dict.fromkeys(f"*.{module.kind}" if module.kind != module.name else module.name for module in odd))))

@@ -29,6 +29,7 @@ class StoredModule:
     @property
     def kind(self) -> str:
         """Name within a decoder layer, for example ``mlp.down_proj``; the full name for modules outside the layers."""
+        # up to the first number, which is that of the layer
         found = _IN_LAYER.fullmatch(self.name)
         return found[1] if found else self.name
 
