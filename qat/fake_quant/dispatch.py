@@ -35,6 +35,7 @@ def _check_triton(tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
         raise ValueError("backend='triton' needs the triton package; install it or use backend='auto'")
     if tensor.dtype not in dtypes:
         raise ValueError(f"backend='triton' takes float32, bfloat16 or float16, not {tensor.dtype}; use backend='auto'")
+    # imported last, because it loads triton
     from .common_kernel import runs_on
 
     if not runs_on(tensor.device):

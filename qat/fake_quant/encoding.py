@@ -68,6 +68,7 @@ def encode(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, backe
     if spec.kind != "int":
         # nvfp4 stores e4m3 scales and one global scale, and divides by their quotient; for the other kinds ``divides`` equals ``stored``
         divides, stored, whole = float_scales(weight, spec, mask)
+        # a NaN or infinite weight shows in the scale of its group, and codes cannot hold it
         check_groups(divides)
         codes = float_codes(weight, divides, spec, mask)
         return Encoded(codes, stored, global_scale=whole if spec.kind == "nvfp4" else None)

@@ -108,6 +108,7 @@ class GgufFile:
 
     def _raw(self, tensor: GgufTensor) -> NDArray[np.uint8]:
         data = np.fromfile(self.path, np.uint8, tensor.nbytes, offset=tensor.begin)
+        # the file was checked when it was opened, and may have changed since
         if data.nbytes != tensor.nbytes:
             raise UserError(f"{self.path}: {tensor.name} was cut off while the file was read")
         return data
@@ -196,10 +197,12 @@ class _Cursor:
         self.handle, self.size, self.at = handle, size, 0
 
     def take(self, length: int) -> bytes:
+        # the limit on headers bounds the memory for metadata, however large the file is
         if self.at + length > min(self.size, MAX_HEADER_BYTES):
             raise ValueError(f"truncated: {length:,} bytes are needed at byte {self.at:,} of {self.size:,}")
         self.at += length
         data = self.handle.read(length)
+        # the file has become shorter since its size was asked
         if len(data) != length:
             raise ValueError(f"truncated at byte {self.at:,}")
         return data
@@ -231,6 +234,7 @@ class _Cursor:
         kind = self.number("I")
         if kind == _STRING:
             return [self.string(f"{key!r:.200}") for _ in range(self.count("Q", MAX_ITEMS, 8, f"strings in {key!r:.200}"))]
+        # arrays of arrays too: the format has them, no model does
         if kind not in _SCALARS:
             raise ValueError(f"the array {key!r:.200} has elements of the unknown type {kind}")
         width = struct.calcsize("<" + _SCALARS[kind])
@@ -251,6 +255,7 @@ def _tensor_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
         raise ValueError(f"tensor {name!r:.200} has {dimensions:,} dimensions, 1 to 4 are possible")
     # the file lists the contiguous dimension first
     shape = tuple(reversed([cursor.number("Q") for _ in range(dimensions)]))
+    # beyond, a size in bytes would exceed 64 bits
     if not all(shape) or math.prod(shape) >= 1 << 62:
         raise ValueError(f"tensor {name!r:.200} has the impossible shape {shape}")
     return name, shape, cursor.number("I"), cursor.number("Q")
@@ -260,6 +265,7 @@ def _placed(cursor: _Cursor, entries: list[tuple[str, tuple[int, ...], int, int]
     """The tensor table with positions in the file. Checks that the data has no gaps except zeros up to the alignment."""
     # the data begins at the next multiple of the alignment
     start = cursor.at + -cursor.at % alignment
+    # a file of metadata alone may end without padding
     if entries:
         _check_zeros(cursor, cursor.at, start, "the header")
     tensors: dict[str, GgufTensor] = {}
@@ -285,6 +291,7 @@ def _placed(cursor: _Cursor, entries: list[tuple[str, tuple[int, ...], int, int]
             raise ValueError(f"tensor {tensor.name!r:.200} {fault} {before}: it begins at {tensor.begin:,}, expected {position:,}")
         end = tensor.begin + tensor.nbytes
         position, before = end + -end % alignment, f"tensor {tensor.name!r:.200}"
+        # the last tensor may lack its padding
         _check_zeros(cursor, end, min(position, cursor.size), before)
     if cursor.size > position:
         raise ValueError(f"{cursor.size - position:,} bytes after {before} belong to no tensor")

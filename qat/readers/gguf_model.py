@@ -148,6 +148,7 @@ class GgufModel:
         queries, keys = ".self_attn.q_proj." in name, ".self_attn.k_proj." in name
         if self.architecture != "llama" or not (queries or keys):
             return values
+        # without its own entry there are as many heads of keys as of queries
         heads = self.number("attention.head_count" if queries else "attention.head_count_kv") or self.number("attention.head_count")
         rows = values.shape[0]
         if not isinstance(heads, int) or heads < 1 or rows % (2 * heads):

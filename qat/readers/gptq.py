@@ -136,6 +136,7 @@ def _rule(file: Path, key: str, change: Any) -> tuple[re.Pattern[str], dict[str,
     compiled = module_pattern(file, "dynamic", key.removeprefix("+:").removeprefix("-:"))
     if key.startswith("-:"):
         return compiled, None
+    # the defaults stand for what the entry leaves as it is, and pass
     check_fields(file, [("dynamic bits", change.get("bits", 4), BITS), ("dynamic sym", change.get("sym", True), (True, False))])
     check_group(file, change.get("group_size", -1))
     return compiled, change

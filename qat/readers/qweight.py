@@ -51,6 +51,7 @@ class QweightFolder(WeightFolder):
 
         Raises: UserError as ``stored_codes``, or if a plain tensor is not float or not finite.
         """
+        # a packed weight has no tensor of its own name
         return self._stored.floats(name) if name in self._stored else self.stored_codes(name.removesuffix(".weight")).weight()
 
     @abstractmethod

@@ -117,6 +117,7 @@ def _read(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    # a file cut off or of another kind counts as none: then the check has not started
     return found if isinstance(found, dict) else {}
 
 

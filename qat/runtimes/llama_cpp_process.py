@@ -30,6 +30,7 @@ class Server:
 
         parameters: Any = xllamacpp.CommonParams()
         parameters.model.path = model
+        # one text at a time, which has the whole context
         parameters.n_ctx = context
         parameters.n_parallel = 1
         parameters.n_gpu_layers = 0

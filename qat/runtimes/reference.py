@@ -44,6 +44,7 @@ class Reference:
     def too_large(self) -> dict[str, Any] | None:
         """Return the outcome 'skipped' if memory is too small to rebuild the model; None if it suffices or is unknown."""
         needed, free = _BYTES * model_structure(self.folder).parameters, available_bytes()
+        # better skipped than killed by the system when memory runs out
         if free is None or needed <= free:
             return None
         return outcome("skipped", reason=f"rebuilding in fp32 needs about {needed:,} bytes of memory, {free:,} are free")

@@ -52,6 +52,7 @@ def run_transformers(
 def generation_speed(model: Any, prompt: Tensor) -> float:
     """Return tokens per second of generating one text; 0 if the model's context leaves no room."""
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # the prompt takes one position
     count = min(GENERATED, room - 1 if room else GENERATED)
     if count < 1:
         return 0.0

@@ -127,6 +127,7 @@ def _named(scratch: Path) -> Path:
     name."""
     folder = scratch / "named"
     folder.mkdir(exist_ok=True)
+    # where the distribution has that name already, the folder stays empty
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version("vllm")
         return folder
@@ -198,6 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="decoct-vllm-") as scratch:
         started = time.perf_counter()
         _tell(options.result, phase="loading", version=_version())
+        # one more than the text: a token is generated behind it
         context = max(tokens.shape[1], GENERATED) + 1
         try:
             server = Server(options.folder, context, options.threads, Path(scratch), options.dtype)

@@ -65,6 +65,7 @@ def prove(folder: Path, source: "ExportSource") -> Proof:
             scales[module] = _scale_hash(opened, module, packed)
             # GGUF blocks are wider than some codes, so equal weights do not prove codes in range
             problems += code_problems(module, packed, source.state.spec_of(module)) if isinstance(opened, GgufModel) else []
+        # the others are among the problems already
         if name in wanted:
             expected = opened.as_stored(name, source_weight(source, name, quantized.get(name)))
             # equal in every element, without a tolerance: exporters move bits
@@ -122,6 +123,7 @@ def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]
             problem = None if recorded is None or packed is None else _scale_problem(opened, name.removesuffix(".weight"), packed, hashes)
             found = weight_hash(rebuilt)
         except UserError as error:
+            # the other tensors are examined too, so that the report names all damaged ones
             problems.append(str(error))
             continue
         if problem:

@@ -67,6 +67,7 @@ def _number_problems(model: GgufModel, config: Any) -> list[str]:
         for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
             problems += _differing(key, model.number(key), width)
     context = model.number("context_length")
+    # less is sound: an exporter may limit the context to a window
     if not isinstance(context, int) or not 0 < context <= config.max_position_embeddings:
         problems.append(f"{model.architecture}.context_length is {context!r}, config.json has {config.max_position_embeddings} positions")
     return problems
@@ -120,6 +121,7 @@ def _token_problems(model: GgufModel, folder: Path) -> list[str]:
     if not isinstance(tokens, list):
         return ["the tokenizer is missing (tokenizer.ggml.tokens)"]
     rows = next((shape[0] for name, shape in model.shapes().items() if name.endswith(("embed_tokens.weight", "wte.weight"))), 0)
+    # the checks below look up tokens by row
     if len(tokens) != rows:
         return [f"{len(tokens):,} tokens for {rows:,} rows of the embedding"]
     try:
@@ -142,6 +144,7 @@ def _generation_problems(model: GgufModel, folder: Path) -> list[str]:
     problems = []
     for key, name in _SAMPLING.items():
         found, wanted = model.file.metadata.get(f"general.sampling.{key}"), given.get(name)
+        # both in fp32, which is what the file holds
         if found is not None and (wanted is None or np.float32(found) != np.float32(wanted)):
             problems.append(f"general.sampling.{key} is {found!r}, {file.name} has {wanted!r}")
     ends = given.get("eos_token_id", getattr(config, "eos_token_id", None))
@@ -156,6 +159,7 @@ def _generation_problems(model: GgufModel, folder: Path) -> list[str]:
 def _record_problems(model: GgufModel, record: dict[str, Any], codes: bool) -> list[str]:
     quant = record.get("quant")
     if quant is None:
+        # a file of another tool has no record to compare with
         return [f"{name} is packed, but decoct.json records no quantization" for name in model.modules[:1]] if record else []
     try:
         spec, modules = QuantSpec.from_json(quant["spec"]), set(quant["modules"])
@@ -165,6 +169,7 @@ def _record_problems(model: GgufModel, record: dict[str, Any], codes: bool) -> l
         return ["the packed modules are not those that decoct.json lists"]
     # modules with their own scheme are skipped: ``spec`` is the range of the others
     usual = (name for name in model.modules if name not in (quant.get("own_specs") or {})) if codes else ()
+    # one sentence is enough
     return [problem for name in usual for problem in code_problems(name, model.decode(name), spec)][:1]
 
 

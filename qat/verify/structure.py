@@ -42,6 +42,7 @@ def _record_problems(opened: WeightFolder, record: dict[str, Any]) -> list[str]:
         return []
     try:
         modules, own = set(quant["modules"]), quant.get("own_specs") or {}
+        # a module without a scheme of its own has the common one
         specs = {module: QuantSpec.from_json(own.get(module, quant["spec"])) for module in modules}
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         return [f"{RECORD}: the entry 'quant' cannot be read ({error})"]

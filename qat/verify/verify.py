@@ -41,6 +41,7 @@ class VerifyReport:
 
     def note(self, problems: list[str], passed: str) -> None:
         """Record the result of one check."""
+        # two checks may find the same fault
         self.problems += [problem for problem in problems if problem not in self.problems]
         if not problems:
             self.checks.append(passed)
@@ -65,6 +66,7 @@ def verify_folder(
     file = find_gguf(path)
     if file is not None:
         path = file.parent
+        # a file from elsewhere, with nothing beside it that could be compared
         if not any((path / name).exists() for name in ("config.json", RECORD)):
             return _verify_bare_gguf(file, source)
     if not path.is_dir():
@@ -76,6 +78,7 @@ def verify_folder(
     try:
         packed = is_export(path)
     except UserError as error:
+        # without a sound config nobody can say what kind of folder it is
         report.note([str(error)], "")
         return report
     if packed:

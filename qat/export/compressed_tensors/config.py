@@ -25,6 +25,7 @@ def quantization_config(source: ExportSource) -> dict[str, Any]:
     for module in state.modules:
         # specs that differ only in how their scales were found share a group
         scheme.setdefault(_as_stored(state.spec_of(module)), []).append(module)
+    # a single scheme holds for all linears but those of ``ignore``
     targets = {spec: source.also_in_model(modules) if len(scheme) > 1 else ["Linear"] for spec, modules in scheme.items()}
     groups = [_group(spec, source.state.activations, targets[spec]) for spec in scheme]
     formats = {group["format"] for group in groups}

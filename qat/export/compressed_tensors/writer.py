@@ -84,6 +84,7 @@ def _sizes(source: ExportSource) -> dict[str, int]:
         parts = compressed_tensors_parts(rows, columns, source.state.spec_of(module), source.state.activations)
         sizes |= {f"{module}.{part}": stored_bytes(tensor) for part, tensor in parts.items()}
     sizes |= {name: tensor.nbytes for name, tensor in cache_tensors(source).items()}
+    # what is not quantized is stored in bf16
     return sizes | {name: 2 * math.prod(source.structure.shapes[name]) for name in source.plain}
 
 
@@ -91,6 +92,7 @@ def _stored(source: ExportSource, name: str) -> Tensor:
     """Return the tensor stored under ``name``."""
     if name in source.plain:
         return exact_plain(source, name, torch.bfloat16)
+    # their modules are attentions, which have no codes
     if name in (scales := cache_tensors(source)):
         return scales[name]
     module, part = name.rsplit(".", 1)

@@ -66,6 +66,7 @@ def pack_q5_0(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> Bytes:
 
 def pack_q8_0(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> Bytes:
     """Pack symmetric codes of at most 8 bits: uint8 [out, in / 32, 34]; arguments and errors as ``pack_q4_0``, codes in [-128, 127]."""
+    # contiguous, because the view as bytes needs it
     blocks = np.ascontiguousarray(codes).reshape(codes.shape[0], -1, BLOCK)
     return np.concatenate([_halves(codes, scales), blocks.view(np.uint8)], axis=2)
 
@@ -110,6 +111,7 @@ def symmetric_type(spec: QuantSpec, columns: int, *, q2_0: bool) -> TensorType:
 
 def is_q2_0(spec: QuantSpec, columns: int) -> bool:
     """Return whether Q2_0 holds a matrix with ``columns`` inputs: symmetric 2-bit codes, rows and groups of whole blocks."""
+    # "channel" and "tensor" give a row one scale, repeated for its blocks
     group = columns if isinstance(spec.group_size, str) else spec.group_size
     return (spec.kind, spec.bits, spec.symmetric) == ("int", 2, True) and columns % WIDE_BLOCK == 0 and group % WIDE_BLOCK == 0
 
@@ -122,6 +124,7 @@ def minimums(scales: NDArray[np.float32], zero_points: NDArray[np.int8], bits: i
 
 def fits_fp16(values: NDArray[np.float32]) -> bool:
     """Return whether fp16 holds every number exactly."""
+    # what is too large becomes infinite, which equals no number
     with np.errstate(over="ignore"):
         return bool(np.array_equal(values.astype(np.float16).astype(np.float32), values))
 
@@ -156,6 +159,7 @@ def _moved(codes: NDArray[np.int8], offset: int | NDArray[np.int16], width: int)
 
 
 def _check_range(values: NDArray[np.int8] | NDArray[np.int16], least: int, most: int) -> None:
+    # an empty matrix has no extremes
     if values.size and not least <= int(values.min()) <= int(values.max()) <= most:
         raise ValueError(f"codes span {int(values.min())}..{int(values.max())}; the block holds {least}..{most}")
 

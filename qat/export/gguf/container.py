@@ -150,8 +150,10 @@ def _padding(size: int) -> int:
 
 def _write_data(handle: BinaryIO, tensor: TensorPlan) -> None:
     data = np.ascontiguousarray(tensor.make())
+    # the table in front has promised the offsets of all tensors
     if data.nbytes != tensor.nbytes:
         raise ValueError(f"{tensor.name}: {data.nbytes} bytes were made, {tensor.nbytes} planned")
+    # the array's own memory: a copy as bytes would double that of a large tensor
     handle.write(data.reshape(-1).view(np.uint8).data)
     handle.write(bytes(_padding(tensor.nbytes)))
 
@@ -167,6 +169,7 @@ def _value(key: str, value: Value) -> bytes:
         return struct.pack("<I", kind) + body
     items = [_scalar(key, item, element=True) for item in value]
     kinds = {kind for kind, _ in items}
+    # an empty array would have no type of elements
     if len(kinds) > 1 or not items:
         raise ValueError(f"{key}: an array needs elements of one type")
     # array: its own type, the type of its elements, their number

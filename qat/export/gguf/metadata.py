@@ -46,11 +46,13 @@ def model_metadata(config: "PreTrainedConfig", architecture: str) -> dict[str, V
         "rope.dimension_count": head_dim,
         **_rope(c, architecture),
     }
+    # of the architectures here, only Gemma 2 and 3 have windows and soft caps
     if architecture in _PERIODS:
         entries["attention.sliding_window"] = c.sliding_window
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             if getattr(c, key, None) is not None:
                 entries[key] = F32(getattr(c, key))
+    # as llama.cpp's converter writes it
     if architecture == "llama":
         entries["vocab_size"] = c.vocab_size
     return {f"{architecture}.{key}": value for key, value in entries.items()}
@@ -59,6 +61,7 @@ def model_metadata(config: "PreTrainedConfig", architecture: str) -> dict[str, V
 def head_width(config: "PreTrainedConfig") -> int:
     """Return the number of channels per attention head."""
     c: Any = config
+    # not every config has the field, and some leave it empty
     return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
 
 
@@ -145,6 +148,7 @@ def _rope(c: Any, architecture: str) -> dict[str, Value]:
     rope = c.rope_parameters
     entries: dict[str, Value] = {}
     if architecture == "gemma3":
+        # the file has one base and one scaling, which are those of the layers with full attention
         local, rope = rope["sliding_attention"], rope["full_attention"]
         if local["rope_type"] != "default" or local["rope_theta"] != 10000.0:
             raise UserError(f"llama.cpp's gemma3 turns local layers by a base of 10000 without scaling; rope_parameters: {local}")

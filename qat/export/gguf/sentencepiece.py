@@ -54,6 +54,7 @@ def sentencepiece_metadata(
 
 
 def _pairs(content: dict[str, Any]) -> list[tuple[str, str]]:
+    # older files have a pair as one text with a space
     pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in content["model"]["merges"])
     return [(left, right) for left, right in pairs]
 
@@ -75,6 +76,7 @@ def _ranks(folder: Path, content: dict[str, Any], added: set[str]) -> dict[str, 
 def _check_complete(folder: Path, content: dict[str, Any], added: set[str], ranks: Mapping[str, int]) -> None:
     vocabulary, known = content["model"]["vocab"], set(_pairs(content))
     for piece in vocabulary:
+        # added tokens are found before any merge, and byte tokens are never merged
         if piece in added or (piece.startswith("<0x") and piece.endswith(">")):
             continue
         for cut in range(1, len(piece)):

@@ -93,6 +93,7 @@ def _tokens(folder: Path, vocabulary: dict[str, int], added: dict[int, Any], row
 def _type(token: str | None, added: dict[str, Any] | None, content: dict[str, Any]) -> int:
     if token is None:
         return UNUSED
+    # before the added tokens: the unknown token often is one of them
     if token == content["model"].get("unk_token"):
         return UNKNOWN
     if added is not None:
