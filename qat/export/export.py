@@ -228,6 +228,7 @@ def _check_tokenizer(source: Path) -> None:
 def _copy_companions(source: Path, folder: Path) -> None:
     for file in (file for pattern in _COPIED for file in source.glob(pattern) if file.is_file()):
         copy = folder / file.relative_to(source)
+        # some chat templates lie in a folder of their own
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
     # readers of transformers 4 get the export too

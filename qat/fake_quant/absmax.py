@@ -76,6 +76,7 @@ def quantize(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, bac
         raise ValueError(f"codes of kind={spec.kind!r} are not int8; call encode() instead of quantize()")
     if not spec.symmetric:
         raise ValueError("codes of a spec with symmetric=false come with zero points; call encode() instead of quantize()")
+    # one scale for the matrix comes from its range, as in ``fake_quant``
     if spec.group_size == "tensor":
         scale, _ = range_grid(weight, spec, mask, backend)
         check_groups(scale)

@@ -43,5 +43,6 @@ def float_values(codes: Tensor, kind: str) -> Tensor:
     """The fp32 values of codes of ``float_codes``, before scaling."""
     if kind == "fp8_e4m3":
         return codes.to(torch.float32)
+    # the second half of e2m1 has the sign bit set
     table = reference.NF4 if kind == "nf4" else (*reference.E2M1, *(-value for value in reference.E2M1))
     return torch.tensor(table, dtype=torch.float32, device=codes.device)[codes.long()]

@@ -94,6 +94,7 @@ def hold_codes(model: "PreTrainedModel", state: QuantState) -> None:
     for name in state.modules:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
+        # a state is on the CPU, the layer wherever its linear was
         encoded = state.encoded(name).to(linear.weight.device)
         model.set_submodule(name, CodesLinear(encoded, linear.bias, state.spec_of(name)).train(linear.training))
 
@@ -113,6 +114,7 @@ def quantize_model(model: "PreTrainedModel", spec: QuantSpec | QuantScheme, skip
     scheme = QuantScheme.of(spec, skip)
     prepared = _prepared(model)
     if prepared:
+        # a bare spec without patterns says nothing about which modules are meant
         _check_prepared(model, prepared, scheme, asked=bool(skip) or isinstance(spec, QuantScheme))
     plain = {} if prepared else targets(model, scheme)
     specs = {name: one.spec for name, one in (prepared or plain).items()}
@@ -228,6 +230,7 @@ def _plain(linear: nn.Linear | CodesLinear, weight: Tensor) -> nn.Linear:
     # on the meta device: nothing is allocated, no random number is drawn
     plain = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
     device = linear.weight.device if isinstance(linear, nn.Linear) else linear.code.device
+    # codes do not train; the weight that takes their place does, as in a plain model
     plain.weight = nn.Parameter(weight.to(device), requires_grad=not isinstance(linear, nn.Linear) or linear.weight.requires_grad)
     plain.register_parameter("bias", linear.bias)
     return plain.train(linear.training)

@@ -66,6 +66,7 @@ class Walk:
             self._fold(rounded)
         elif linears:
             self._calibrated(index, layer, linears, rounded, last)
+        # in module order: the steps went by the order in which linears run
         ordered = {name: rounded[name] for name in linears}
         # 2. its outputs become those of serving, and the inputs of the next layer
         self.served.layer(index, layer, list(ordered))

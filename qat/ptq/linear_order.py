@@ -75,6 +75,7 @@ class _Seen:
 
         def look(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             self.linears.append((name, inputs[0], output))
+            # read at once: a later module may change the output in place
             self.versions[name] = output._version
 
         return look

@@ -111,6 +111,7 @@ def round_model(
         # first, because the first layer must see the rounded embedding
         for name in outer:
             walk.embedding_or_head(name)
+        # without a list of layers the whole model is one
         for index, layer in enumerate(layers or [model]):
             walk.layer(index, layer, names[index], index + 1 == len(layers))
         shelf.close()

@@ -37,6 +37,7 @@ class PlainSource(ExportSource):
 
     def _in_range(self, name: str, rounded: Tensor) -> Tensor:
         """Return ``rounded``, a weight in the stored dtype; UserError if a value has overflowed."""
+        # a number beyond the range becomes infinite
         if not bool(torch.isfinite(rounded).all()):
             raise UserError(f"{self.plain[name]}: {name} has values beyond the range of {rounded.dtype}; export in another type")
         return rounded

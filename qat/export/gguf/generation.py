@@ -90,6 +90,7 @@ def _generation(folder: Path) -> dict[str, Any]:
 
 
 def _number(folder: Path, name: str, value: Any, *, whole: bool = False) -> float:
+    # true and false are ints in Python
     right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not right or (whole and (value != int(value) or abs(value) >= 2**31)):
         what = "a whole number" if whole else "a number"

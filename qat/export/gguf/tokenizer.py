@@ -111,6 +111,7 @@ def _byte_level(folder: Path, content: dict[str, Any]) -> dict[str, Value]:
         raise UserError(f"{folder}: llama.cpp normalizes no text before byte-level BPE; the tokenizer has {normalizer['type']}")
     if bool(content["model"].get("ignore_merges")) != whole_words:
         raise UserError(f"{folder}: llama.cpp's {name!r} tokenizer has ignore_merges={whole_words}, tokenizer.json has the opposite")
+    # older files have a pair as one text with a space already
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
     if any(pair.count(" ") != 1 for pair in merges):
         raise UserError(f"{folder}: a merge of the tokenizer is not two tokens without spaces, so it is not byte-level BPE")

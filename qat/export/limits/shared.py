@@ -69,6 +69,7 @@ def ends(model: StoredModel, *, head: bool, embedding: bool) -> Iterator[Refusal
 def one_scheme(model: StoredModel) -> Iterator[Refusal]:
     """Yield parts of a matrix that servers fuse, if their quantization schemes differ. Unquantized parts are no limit of the format:
     ``launch/plan/stack_rules.py`` judges how each server reads them."""
+    # the other kinds are refused by ``integers``
     by_name = {module.name: module for module in model.modules if module.spec.kind == "int"}
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in by_name):
         for names in FUSED:
