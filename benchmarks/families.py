@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from family_models import VOCABULARY, architectures, tiny_config, tiny_model
+from transformers.initialization import no_init_weights
 
 from decoct.models.batches import backbone_inputs, keeps_documents_apart
 from decoct.models.capabilities import capabilities, percent
@@ -74,8 +75,7 @@ def look_at(model_type: str) -> Row:
         check_text_model("it", small)
         if text is not small:
             raise UserError(f"not run: transformers takes its text model, {text.model_type}")
-        with torch.device("meta"):
-            large = _made(small)
+        large = _shapes(small)
         if sum(parameter.numel() for parameter in large.parameters()) > LARGEST:
             row.note = f"not run: its tiny form has more than {LARGEST:,} parameters"
         else:
@@ -99,11 +99,10 @@ def look_at(model_type: str) -> Row:
     try:
         from transformers import AutoConfig
 
-        with torch.device("meta"):
-            config = AutoConfig.for_model(model_type)
-            if row.encoder:
-                config.is_decoder = True
-            model = _made(config)
+        config = AutoConfig.for_model(model_type)
+        if row.encoder:
+            config.is_decoder = True
+        model = _shapes(config)
     except Exception as error:
         row.note += ("; " if row.note else "") + f"transformers makes no model of its default config ({_first(error)})"
         if large is None:
@@ -127,6 +126,14 @@ def _made(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(config)
+
+
+def _shapes(config: Any) -> Any:
+    """The model on the meta device, without drawing weights."""
+    with torch.device("meta"), no_init_weights():
+        model = _made(config)
+    model.tie_weights()
+    return model
 
 
 def _measured(model: Any) -> dict[str, str]:

@@ -23,6 +23,7 @@ _SIZES: dict[str, Any] = {
     "head_dim": 16, "swa_head_dim": 16, "linear_head_dim": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "index_head_dim": 16,
     "kv_channels": 16, "dim_head": 16, "d_head": 16, "attention_head_size": 16, "rotary_dim": 8, "query_pre_attn_scalar": 16,
     "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_head_dim": 32,
+    "o_lora_rank": 16,
     # FFN and experts
     "intermediate_size": 128, "ffn_dim": 128, "decoder_ffn_dim": 128, "encoder_ffn_dim": 128, "ffn_hidden_size": 128, "dff": 128,
     "d_inner": 128, "dim_ff": 128, "feed_forward_size": 128, "intermediate_size_mlp": 128, "dense_intermediate_size": 128,

@@ -18,12 +18,16 @@ def meta_model(config: "PreTrainedConfig") -> "PreTrainedModel":
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     check_text_model(config.name_or_path or "the model", config)
     try:
-        # every tensor that is made in this block has a shape and no storage
-        with quiet_transformers(), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+        # every tensor that is made in this block has a shape and no storage; to draw its numbers would take most of the time
+        with quiet_transformers(), torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config)
+        # transformers ties weights where it draws them
+        model.tie_weights()
+        return model
     except Exception as error:
         raise not_loadable(config.model_type, "a causal language model", error) from error
 
