@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import struct
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from .support.warm_children import python_arguments
 from .support.warm_python import WarmPython
 
 # Lightning (through pytest's warning filters) may have imported torch before OMP_NUM_THREADS was set above.
@@ -38,6 +40,18 @@ def warm() -> Iterator[WarmPython]:
     python = WarmPython()
     yield python
     python.close()
+
+
+@pytest.fixture
+def warm_judges(warm: WarmPython, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test's own process runs as ``python -m MODULE`` is warm, as what warm processes start: the judge of transformers."""
+    cold = subprocess.run
+
+    def run(command: Any, **options: Any) -> "subprocess.CompletedProcess[str]":
+        arguments = python_arguments(command)
+        return cold(command, **options) if arguments is None else warm.run(arguments, env=options["env"], timeout=options["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", run)
 
 
 LONGEST = (

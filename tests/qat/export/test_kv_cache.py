@@ -99,6 +99,7 @@ def test_the_package_reads_the_scheme(spec_source: Make, export_source: Export) 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_judges")
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_computes_the_same(spec_source: Make, export_source: Export, case: str) -> None:
     """Through the compressed-tensors package, in a process of its own: it rounds keys and values by the stored scales."""

@@ -172,6 +172,7 @@ def test_a_damaged_quantized_folder_is_refused(quantized_folder: Build, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_judges")
 def test_transformers_computes_the_logits_of_the_rebuilt_model(quantized_folder: Build, tmp_path: Path) -> None:
     exported(quantized_folder(bits=4, group_size=8, change=fit_for_fp16), tmp_path / "export")
     assert check_runtimes(tmp_path / "export")["transformers"]["status"] == "agrees"

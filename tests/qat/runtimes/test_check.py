@@ -48,6 +48,7 @@ def test_tokens_must_fit_the_vocabulary(exported: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_judges")
 @pytest.mark.parametrize(
     ("model_type", "bits", "group_size", "skip", "tied"),
     [
@@ -74,6 +75,7 @@ def test_plain_transformers_computes_the_same_logits(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_judges")
 def test_another_model_differs(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed()
 

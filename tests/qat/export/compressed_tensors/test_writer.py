@@ -102,6 +102,7 @@ def test_the_package_unpacks_the_same_weights(spec_source: Make, export_source: 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_judges")
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_computes_the_logits_of_the_rebuilt_model(spec_source: Make, export_source: Export, case: str) -> None:
     pytest.importorskip("compressed_tensors", reason="the compressed-tensors package is not installed")
