@@ -18,7 +18,7 @@ import distillation
 def recipe(texts, size, whole=distillation.recipe):
     # half a megabyte of text in place of all modules of Python, and a teacher that learns it in seconds
     given = whole(texts, size)
-    given["teacher"]["scratch"] |= dict(hidden=128, heads=2, ffn=256, vocab=512, tokens=65_536)
+    given["teacher"]["scratch"] |= dict(hidden=64, heads=2, ffn=192, vocab=512, tokens=65_536)
     given["data"] = dict(files={texts!r}, seq_length=distillation.SEQ, eval_tokens=8192)
     return given
 
