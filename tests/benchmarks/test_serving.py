@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sys.platform.startswith("
 SMALL = """
 import serving
 import serving_student
-serving.LAYERS["quick"], serving.WIDER["quick"], serving_student.STEPS = 1, 2, 150
+serving.LAYERS["quick"], serving.WIDER["quick"], serving_student.STEPS = 1, 2, 50
 serving.SYSTEMS = {{"transformers": "transformers", "llama.cpp": "no_such_package", "vllm": "nor_this_one"}}
 {more}
 sys.argv = ["serving.py", "--quick", "--json", {file!r}, "--peers", sys.executable, "--threads", "1"]
