@@ -145,6 +145,7 @@ def test_one_other_choice_differs_in_both_half_precisions(exported: Path, stand_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_judges")
 def test_an_export_that_vllm_reads_otherwise_does_not_verify_and_is_not_left_behind(
     quantized_folder: Build, exported: Path, stand_in: Stand
 ) -> None:
@@ -183,6 +184,7 @@ def test_a_server_that_does_not_start_has_refused_and_says_why(exported: Path, s
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_judges")
 @pytest.mark.parametrize("ending", ["last words", "dies"])
 def test_a_sound_export_that_vllm_does_not_serve_verifies_and_is_written(
     quantized_folder: Build, exported: Path, stand_in: Stand, ending: str

@@ -187,6 +187,7 @@ def test_runtimes_are_not_asked_about_a_damaged_export(exported: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_judges")
 def test_verify_reports_what_transformers_computes(exported: Path) -> None:
     pytest.importorskip("compressed_tensors", reason="the compressed-tensors package is not installed")
     report = verify_folder(exported)
