@@ -336,6 +336,11 @@ def main() -> None:
     for option in options:
         key, value = option.split("=")
         case = replace(case, **{key: type(getattr(case, key))(value)})
+    if case.compile:
+        # the compiler has read the environment of the server of warm processes: its helpers would import torch once more for each rank
+        from torch._inductor import config
+
+        config.compile_threads = 1
     Path(work).mkdir(parents=True, exist_ok=True)
     try:
         result, student = run_case(case, Path(work), console=Console(width=200))
