@@ -1,10 +1,11 @@
-"""One real training stage in a fresh process, beside what the plan says of its memory: prints both as JSON.
+"""Real training stages, each in a fresh process, beside what the plan says of their memory: prints both as JSON, a line a stage.
 
-``python memory_case.py KIND [checkpointing] [cuda]``; KIND is distill or qat. On a CPU the rise of anonymous memory over the state after
-imports, on a GPU the allocator's peak.
+``python memory_case.py KIND[+checkpointing][+cuda] ...``; KIND is distill or qat. On a CPU the rise of anonymous memory over the state
+after imports, on a GPU the allocator's peak.
 """
 
 import json
+import os
 import re
 import sys
 import tempfile
@@ -66,8 +67,17 @@ class Peak(threading.Thread):
 
 
 def main() -> None:
+    """Measure each case in a process of its own, which has imported all that it needs."""
+    for case in sys.argv[1:]:
+        if not os.fork():
+            return measure(case)
+        if os.wait()[1]:
+            raise SystemExit(f"{case} has failed")
+
+
+def measure(name: str) -> None:
     """Train two steps and print prediction and measurement."""
-    kind, *options = sys.argv[1:]
+    kind, *options = name.split("+")
     on_gpu = "cuda" in options
     torch.set_num_threads(1)
     plan = TrainingPlan(
@@ -95,7 +105,7 @@ def main() -> None:
         objective = Objective(teacher, LossSettings(), v_eff=VOCAB)
         fit(student, objective, data, plan, work=Path(folder), stage=kind, metrics=MetricsSink(None))
         measured = torch.cuda.max_memory_allocated() if on_gpu else peak.most - peak.base
-    print(json.dumps({"measured": measured, "predicted": roles.total, "roles": asdict(roles)}))
+    print(json.dumps({"case": name, "measured": measured, "predicted": roles.total, "roles": asdict(roles)}))
 
 
 if __name__ == "__main__":
