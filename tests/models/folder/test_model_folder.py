@@ -21,6 +21,8 @@ from decoct.models.folder.loading import load_model, load_tokenizer
 from decoct.models.folder.model_folder import content_hash, read_record, save_model_folder, verify_folder_files
 from decoct.models.tokenizer.scratch_tokenizer import train_tokenizer
 
+from ...support.warm_python import WarmPython
+
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
@@ -248,7 +250,9 @@ def test_a_failure_leaves_nothing(model: Any, tokenizer: PreTrainedTokenizerFast
         save_model_folder(tmp_path / "model", model, tokenizer, {}, dtype=FP32)
 
 
-def test_a_full_disk_leaves_the_folder_before_it_whole(model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_folder_before_it_whole(
+    model: Any, tokenizer: PreTrainedTokenizerFast, warm: WarmPython, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     save_model_folder(tmp_path / "old", model, tokenizer, {}, dtype=FP32)
     code = """
         import resource, sys, torch
@@ -265,9 +269,9 @@ def test_a_full_disk_leaves_the_folder_before_it_whole(model: Any, tokenizer: Pr
             except UserError as error:
                 print(error)
     """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
-    )
+    script = tmp_path_factory.mktemp("script") / "full_disk.py"
+    script.write_text(textwrap.dedent(code))
+    result = warm.run([str(script), str(tmp_path)])
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) == 4, result.stdout

@@ -23,6 +23,8 @@ from decoct.trainer.loop.checkpoint_tensors import load_optimizer, load_student,
 from decoct.trainer.processes.sharding import ParameterViews, local
 from decoct.trainer.processes.world import World
 
+from ...support.warm_python import WarmPython
+
 
 class _Net(nn.Module):
     def __init__(self, width: int = 4) -> None:
@@ -252,8 +254,12 @@ print(found.state.step, damaged, sorted(p.name for p in folder.iterdir()), found
 """
 
 
-def test_a_disk_that_fills_up_during_a_save_costs_nothing(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", _FULL_DISK, str(tmp_path)], capture_output=True, text=True)
+def test_a_disk_that_fills_up_during_a_save_costs_nothing(
+    warm: WarmPython, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    script = tmp_path_factory.mktemp("script") / "full_disk.py"
+    script.write_text(_FULL_DISK)
+    done = warm.run([str(script), str(tmp_path)])
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first.startswith("refused:")
