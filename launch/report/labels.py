@@ -44,7 +44,10 @@ def place_labels(
         made.append(axes.annotate(label, point, xytext=(0, 0), textcoords="offset points", fontsize=fontsize, color=colour))
         made[-1].set_in_layout(False)
     # the constrained layout moves the axes now; positions in pixels are valid only after it
-    figure.draw_without_rendering()
+    if layout := figure.get_layout_engine():
+        layout.execute(figure)
+    else:
+        figure.draw_without_rendering()
     places = [tuple(axes.transData.transform(point)) for point in points]
     markers = [(x - _MARKER * scale, y - _MARKER * scale, x + _MARKER * scale, y + _MARKER * scale) for x, y in places]
     inside = axes.get_window_extent(renderer)
@@ -54,12 +57,15 @@ def place_labels(
         # a little air around the text
         size = (extent.width + 2 * scale, extent.height + 1 * scale)
         others = [other for at, other in enumerate(places) if at != number]
-        candidates = _candidates(place, size, scale)
-        # two for each point of distance, next to which a covered pixel weighs so much that it decides
-        costs = [_cost(box, taken, markers, inside) + _doubt(box, place, others) + 2 * radius for radius, box in candidates]
-        # the order breaks ties, so the same picture comes out each time
-        best = min(range(len(costs)), key=lambda order: (costs[order], order))
-        radius, box = candidates[best]
+        lowest, radius, box = math.inf, 0.0, (0.0, 0.0, 0.0, 0.0)
+        for further, candidate in _candidates(place, size, scale):
+            # the nearest come first, and the distance alone is a cost: two for each point, next to which a covered pixel decides
+            if 2 * further > lowest:
+                break
+            cost = _cost(candidate, taken, markers, inside) + _doubt(candidate, place, others) + 2 * further
+            # of equal costs the first counts, so the same picture comes out each time
+            if cost < lowest:
+                lowest, radius, box = cost, further, candidate
         taken.append(box)
         text.set_position(((box[0] - place[0]) / scale + 1, (box[1] - place[1]) / scale + 1))
         text.set_verticalalignment("bottom")
