@@ -56,18 +56,18 @@ def warm_judges(warm: WarmPython, monkeypatch: pytest.MonkeyPatch) -> None:
 
 LONGEST = (
     "trainer/loop/test_distributed.py",
-    "qat/readers/test_fuzz_targets.py",
     "launch/jobs/test_running.py",
+    "launch/plan/test_memory.py",
+    "trainer/stages/test_zeros.py",
     "launch/run/test_whole_path.py",
-    "trainer/stages/test_quantize.py",
-    "launch/run/test_shipped_tiny.py",
-    "benchmarks/test_quantization.py",
     "benchmarks/test_families.py",
-    "trainer/loop/test_placed_student.py",
-    "losses/linear_divergence/test_interpreter.py",
-    "benchmarks/test_distillation.py",
+    "launch/run/test_qat_starts.py",
+    "qat/fake_quant/test_interpreter.py",
+    "trainer/stages/test_quantize.py",
+    "qat/readers/test_fuzz_targets.py",
+    "launch/plan/test_rounding.py",
 )
-"""The files that take longest, a minute or more each: they start first, so that no core is idle at the end."""
+"""The files that take longest, 40 CPU seconds or more each: they start first, so that no core is idle at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
