@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from decoct.configs import list_recipes, load_recipe, recipe_from_dict, resolved
+from decoct.configs.architectures import architecture
 from decoct.launch.plan.make_plan import plan
-from decoct.launch.plan.shapes import config_of
 
 pytestmark = pytest.mark.slow
 NAMES = [name for name, _, _ in list_recipes() if name != "quickstart"]
@@ -15,12 +15,12 @@ NAMES = [name for name, _, _ in list_recipes() if name != "quickstart"]
 
 def _teacher(folder: Path, published: str, corpus: Path) -> None:
     """A model folder of the published model's family and options, small."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from decoct.models.tokenizer.scratch_tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(iter([file.read_text() for file in sorted(corpus.iterdir())]), 300)
-    config: Any = config_of(published)[0]
+    config: Any = AutoConfig.for_model(**architecture(published))
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 128, 128, 4
     config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 32
     config.vocab_size, config.max_window_layers = len(tokenizer), 4
