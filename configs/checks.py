@@ -73,8 +73,15 @@ def _check_start(draft: Draft, problems: Problems) -> None:
 
 
 def _check_generate(draft: Draft, problems: Problems) -> None:
-    """The model that writes the text has weights before there is any text."""
+    """The model that writes the text has weights before there is any text, and it writes more than is held out."""
     asked = draft.data.generate if draft.data else None
+    held = draft.data.eval_tokens if draft.data else None
+    trains = any(entry and reads_text(entry.settings) for entry in draft.stages)
+    if asked is not None and isinstance(held, int) and asked.tokens <= held and trains:
+        problems.add(
+            ("data", "generate", "tokens"),
+            f"{asked.tokens:,} leaves no text to train on beside data.eval_tokens={held:,}; write more, or hold out less",
+        )
     # with a teacher section that is wrong, nobody knows which model was meant to write
     if asked is None or draft.student is None or not (draft.teacher or draft.lacks_teacher):
         return

@@ -70,6 +70,10 @@ def run_plan(recipe: str, overrides: Sequence[str], asked: Asked, as_json: bool)
     # known only here: without --gpus the plan has looked for GPUs itself
     if asked.price is not None and not made.machine.gpus:
         raise UserError("--price is for one GPU and hour, and this plan is for a CPU; name the GPUs (--gpus 8 --gpu H100)")
+    # both describe the work of a GPU that is named or found
+    for option, value in (("--efficiency", asked.efficiency), ("--link", asked.link)):
+        if value is not None and asked.gpu is None and not made.machine.gpus:
+            raise UserError(f"{option} has no effect on a plan for a CPU; name the GPUs (--gpus 8 --gpu H100)")
     if as_json:
         print(json.dumps(drawing.as_json(made), indent=1))
     else:
@@ -96,12 +100,13 @@ def _speed(asked: Asked, name: str) -> "Speed":
         raise UserError(f"--efficiency={asked.efficiency:g} must be above 0 and at most 1; it is a share of the GPU's peak, such as 0.4")
     if asked.price is not None and not 0 <= asked.price < math.inf:
         raise UserError(f"--price={asked.price:g} must be a number of at least 0, the price of one GPU for an hour")
+    link = None if asked.link is None else _bytes_per_second(asked.link)
     # a run folder tells of the machine that it ran on; for another one it says nothing
     here = asked.gpus is None and asked.nodes == 1 and asked.gpu is None and asked.gpu_memory is None
     return Speed(
         gpu=None if asked.gpu is None else find_gpu(asked.gpu),
         efficiency=EFFICIENCY if asked.efficiency is None else asked.efficiency,
-        link=None if asked.link is None else _bytes_per_second(asked.link),
+        link=link,
         tokens_per_second=None if asked.tokens_per_second is None else _rate(asked.tokens_per_second),
         measured=measured_speeds(asked.out or Path("runs") / name) if here and asked.tokens_per_second is None else {},
         price=asked.price,

@@ -103,7 +103,7 @@ def footprint(
 def plan(
     recipe: Recipe,
     overrides: Overrides = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", help="GPUs per node.", show_default="those found here")] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", help="GPUs per node.", show_default="the recipe's, or those found here")] = None,
     nodes: Annotated[int, typer.Option("--nodes", help="Number of machines.")] = 1,
     gpu_memory: Annotated[
         str | None, typer.Option("--gpu-memory", help="Memory of one GPU, such as 80GB.", show_default="as found here")

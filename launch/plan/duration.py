@@ -23,6 +23,7 @@ EFFICIENCY = 0.4
 """Assumed share of a GPU's peak in matrix products that training reaches (model FLOPs utilization). Published runs: 46 % for PaLM 540B on
 TPU v4 (arXiv 2204.02311, table 3), 38 to 43 % for Llama 3 405B on H100 (arXiv 2407.21783, table 4). Small models and small micro-batches
 reach less."""
+LINK_UNKNOWN = "; without communication between machines, whose speed is not known (--link)"
 NO_SPEED = "no GPU is named (--gpu) and no speed was measured (--tokens-per-second)"
 
 Part = Literal["training", "cache", "rounding", "imported code"]
@@ -131,7 +132,7 @@ def training_duration(step: Step, speed: Speed, *, nodes: int, reference: "Refer
         return Duration(part="training", seconds=step.steps * compute, compute_seconds=step.steps * compute, origin=origin)
     # left out and said, not guessed: nothing is known of the network between machines
     if link is None:
-        origin += "; without communication between machines, whose speed is not known (--link)"
+        origin += LINK_UNKNOWN
         return Duration(part="training", seconds=step.steps * compute, compute_seconds=step.steps * compute, origin=origin)
     communication = step.traffic.sent / link
     # the part of the traffic that is the gradients' all-reduce (as in ``Traffic.sent``)

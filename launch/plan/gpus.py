@@ -50,6 +50,14 @@ GPUS = {
 }
 """Name -> GPU."""
 
+_ALSO = {
+    "A100": ("80gb", "sxm", "sxm4"),
+    "A100-40GB": ("40gbsxm",),
+    "H100": ("80gb", "sxm", "sxm5"),
+    "H200": ("141gb", "sxm"),
+    "B200": ("180gb",),
+}
+"""What may follow a name without meaning another GPU."""
 
 # words of slower or faster models, and of slices, that share a name
 _OTHERS = {"mig", "laptop", "mobile", "max", "d", "ti", "super", "nvl"}
@@ -63,6 +71,8 @@ def find_gpu(name: str) -> Gpu:
     # case, spaces and dashes do not count: 'rtx 4090' is RTX-4090
     wanted = _plain(name)
     known = {_plain(key): gpu for key, gpu in GPUS.items()}
+    # as drivers and clouds call them: the memory or the socket that the plain name stands for
+    known |= {f"{_plain(name)}{suffix}": GPUS[name] for name, suffixes in _ALSO.items() for suffix in suffixes}
     # a 4090 is also asked for without its RTX
     known |= {key.removeprefix("rtx"): gpu for key, gpu in known.items()}
     if wanted not in known:

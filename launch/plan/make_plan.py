@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...trainer.processes.teacher_memory import teacher_bytes
@@ -29,6 +30,7 @@ from .work import cache_work
 
 if TYPE_CHECKING:
     from ...configs.recipe import Recipe, StageEntry
+    from ...trainer.settings_quantization import QuantizeSettings
 
 
 def plan(
@@ -102,8 +104,12 @@ def _stage(
     if isinstance(entry.settings, QatSettings):
         # qat rounds before it trains, and that is the peak of its memory on a small GPU
         rounded = None if shape.continues else entry.settings.start_rounding
+        if shape.continues:
+            kept = "the codes of the stage before it, which has this scheme"
+            values = [replace(value, value="input", origin=kept) if value.key.endswith(".qat.start") else value for value in values]
     if isinstance(rounded, QuantizeSettings):
         seq, memory = recipe.data.seq_length, machine.gpu_memory
+        rounded = _calibrated(rounded, recipe)
         rounding = rounding_plan(rounded, shape, seq, on_gpu=machine.gpus > 0, gpu_memory=memory)
     exports: dict[str, int] = {}
     judged: Sequence[Verdict] = ()
@@ -139,6 +145,14 @@ def _stage(
         not_exported=shape.after.family.refusal("export") or "" if entry.kind in ("qat", "quantize") else "",
     )
     return planned, work
+
+
+def _calibrated(rounding: "QuantizeSettings", recipe: "Recipe") -> "QuantizeSettings":
+    """Return the settings with no more calibration tokens than the model of the recipe writes; other text is not counted by a plan."""
+    asked, held = recipe.data.generate, recipe.data.eval_tokens
+    if asked is None or not isinstance(held, int) or rounding.calibration_tokens is None:
+        return rounding
+    return replace(rounding, calibration_tokens=min(rounding.calibration_tokens, max(1, asked.tokens - held)))
 
 
 def _keys(recipe: "Recipe", export: "StageEntry") -> Keys:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from ...models.common.terminal_text import counted
 from ..terminal.fitting_table import fitting_table
-from .duration import NO_SPEED
+from .duration import LINK_UNKNOWN, NO_SPEED
 from .plan_types import Plan
 from .units import span
 
@@ -64,5 +64,8 @@ def cost_line(plan: Plan) -> str:
     # the price has no currency, and neither has the sum
     if cost.money is not None:
         text += f", {cost.money:,.2f} at {cost.price:g} each"
-    left_out = ["tokenizing", "evaluation", "checkpoints", "exports", *cost.unknown]
+    # the table names them row by row; this line is the one that is quoted
+    unknown_link = any(LINK_UNKNOWN in one.origin for stage in plan.stages for one in stage.durations)
+    between = ["communication between machines"] if unknown_link else []
+    left_out = [*between, "tokenizing", "evaluation", "checkpoints", "exports", *cost.unknown]
     return f"{text}; without {', '.join(left_out[:-1])} and {left_out[-1]}"

@@ -34,6 +34,9 @@ def local_folder(path_or_hub_id: str | Path, *, revision: str | None = None) -> 
             f"{path_or_hub_id} is a file; give a model folder (config.json, *.safetensors, tokenizer), a .gguf file or a hub id"
         )
     name = str(path_or_hub_id)
+    # 'model.gguf' could be a hub id by its letters, and nobody means one
+    if name.lower().endswith((".gguf", ".safetensors", ".bin")):
+        raise UserError(f"no such file: {path_or_hub_id}; give a model folder, a .gguf file or a hub id")
     # the hub's own rules (validate_repo_id)
     if not _HUB_ID.fullmatch(name) or len(name) > 96 or ".." in name or "--" in name:
         raise UserError(f"no such folder: {path_or_hub_id}; give a model folder or a hub id such as HuggingFaceTB/SmolLM2-135M")

@@ -300,6 +300,10 @@ BROKEN |= {
         HEAD.replace("path: a/teacher", "scratch: {}").replace("files: [a.txt]", "generate: {tokens: 1M}") + STAGES,
         "my.yaml:3: data.generate.model: writes the text, and a scratch teacher is trained on it; give teacher.path, or data.files",
     ),
+    "text that is all held out": (
+        HEAD.replace("files: [a.txt]", "generate: {tokens: 32k}, eval_tokens: 32k") + STAGES,
+        "my.yaml:3: data.generate.tokens: 32,000 leaves no text to train on beside data.eval_tokens=32,000; write more, or hold out less",
+    ),
     "text by a student that is yet to be made": (
         HEAD.replace("files: [a.txt]", "generate: {tokens: 1M, model: student}") + STAGES,
         "my.yaml:3: data.generate.model: is 'student', which is made from the teacher; give student.path, or let the teacher write "
@@ -336,6 +340,7 @@ BROKEN |= {
 
 
 SEVERAL_KEYS = {
+    "text that is all held out",
     "a logger twice", "no logger beside one", "no logger at all", "the best weights without evaluations",
     "an early end of a stage without steps",
     "duplicate key", "duplicate section", "stage name given twice", "both tokens and steps",

@@ -50,6 +50,20 @@ def test_a_price_needs_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     run_plan(QWEN, (), Asked(gpus=8, gpu="H100", price=2.0), as_json=True)
 
 
+@pytest.mark.parametrize("options", [{"efficiency": 0.5}, {"link": "50GB"}], ids=str)
+def test_options_about_gpus_need_gpus(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(UserError, match=r"has no effect on a plan for a CPU; name the GPUs \(--gpus 8 --gpu H100\)"):
+        run_plan("quickstart", (), Asked(**options), as_json=True)
+
+
+def test_the_sum_names_the_communication_that_it_leaves_out(capsys: pytest.CaptureFixture[str]) -> None:
+    for link, named in ((None, True), ("50GB", False)):
+        run_plan(QWEN, (), Asked(gpus=8, nodes=2, gpu="H100", link=link), as_json=False)
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("time: about")]
+        assert ("without communication between machines, tokenizing" in line) == named
+
+
 def test_a_gpu_gives_memory_too_and_its_own_option_wins(capsys: pytest.CaptureFixture[str]) -> None:
     assert planned(capsys, gpus=8, gpu="H200")["machine"]["gpu_memory"] == 141 * 10**9
     assert planned(capsys, gpus=8, gpu="H200", gpu_memory="80GB")["machine"]["gpu_memory"] == 80 * 10**9

@@ -17,6 +17,8 @@ GB = 10**9
         ("rtx4090", "RTX-4090"),
         ("3090", "RTX-3090"),
         ("mi300x", "MI300X"),
+        ("A100-80GB", "A100"),
+        ("h100 sxm", "H100"),
     ],
 )
 def test_names_as_users_write_them(text: str, name: str) -> None:

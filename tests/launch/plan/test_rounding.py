@@ -98,11 +98,27 @@ def test_a_quantized_stage_that_starts_with_gptq_says_so(monkeypatch: pytest.Mon
 def test_a_quantized_stage_behind_the_same_rounding_does_not_round_again() -> None:
     gptq, other = {"quantize": {"method": "gptq"}}, {"quantize": {"method": "gptq", "weights": {"bits": 3, "group_size": 128}}}
     pruned = {"prune": {"magnitude": {"keep": 0.5}, "tokens": "1M"}}
-    data, found = {"builtin": "python-stdlib", "seq_length": 2048}, []
+    data, found, starts = {"builtin": "python-stdlib", "seq_length": 2048}, [], []
     for before in ([gptq], [other], [pruned, gptq]):
         recipe = {"name": "x", "student": {"path": "meta-llama/Llama-3.1-8B"}, "data": data, "stages": [*before, {"qat": {"tokens": "1M"}}]}
-        found.append(plan(recipe_from_dict(recipe)).stages[-1].rounding is not None)
-    assert found == [False, True, True]
+        last = plan(recipe_from_dict(recipe)).stages[-1]
+        found.append(last.rounding is not None)
+        starts += [value.value for value in last.values if value.key.endswith(".qat.start")]
+    assert (found, starts) == ([False, True, True], ["input", "gptq", "gptq"])
+
+
+def test_calibration_reads_no_more_than_the_model_writes() -> None:
+    recipe = recipe_from_dict(
+        {
+            "name": "x",
+            "teacher": {"path": "HuggingFaceTB/SmolLM2-135M-Instruct"},
+            "student": {"path": "HuggingFaceTB/SmolLM2-135M-Instruct"},
+            "data": {"generate": {"tokens": "48k"}, "eval_tokens": "12k"},
+            "stages": [{"quantize": {"method": "gptq", "weights": {"bits": 4, "group_size": 64}}}],
+        }
+    )
+    rounding = plan(recipe).stages[0].rounding
+    assert rounding is not None and rounding.tokens == 36_000
 
 
 def test_a_gpu_that_is_too_small_for_a_layer_is_told() -> None:

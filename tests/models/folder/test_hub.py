@@ -181,6 +181,12 @@ def test_a_name_that_only_a_folder_can_have(name: str, tmp_path: Path, monkeypat
             local_folder(name)
 
 
+@pytest.mark.parametrize("name", ["model.gguf", "me/Model-Q4_K_M.GGUF", "pytorch_model.bin"])
+def test_a_file_that_is_not_there_is_no_hub_id(name: str) -> None:
+    with pytest.raises(UserError, match=rf"no such file: {name}; give a model folder, a .gguf file or a hub id"):
+        local_folder(name)
+
+
 def test_code_from_the_hub_needs_a_pinned_revision() -> None:
     with pytest.raises(UserError, match="needs a pinned revision"):
         load_model("nobody/nothing", dtype=torch.float32, trust_remote_code=True)
