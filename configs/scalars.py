@@ -84,7 +84,7 @@ def _read_free(text: str) -> Any:
     if text in ("true", "false"):
         return text == "true"
     # a leading zero is octal in YAML 1.1 and stays text; the bound keeps int() from working on megabytes of digits
-    if re.fullmatch(r"[+-]?(0|[1-9][0-9_]*)", text) and len(text) < 20:
+    if re.fullmatch(r"[+-]?(0|[1-9][0-9]*(?:_[0-9]+)*)", text) and len(text) < 20:
         return int(text)
     # free sections follow YAML, where 1k is a word
     number = parse_number(text) if text[-1:] not in "kMB%" else None

@@ -38,6 +38,7 @@ from decoct.configs.scalars import parse_number, read_scalar
         ("null", str | None, None),
         ("010", Any, "010"),
         ("0.5", Any, 0.5),
+        ("1_000", Any, 1000),
     ],
 )
 def test_text_gets_the_meaning_of_its_key(text: str, annotation: Any, expected: object) -> None:
@@ -69,6 +70,7 @@ def test_text_gets_the_meaning_of_its_key(text: str, annotation: Any, expected: 
                 "\u0663",
             )
         ),
+        *((text, Any) for text in ("1_", "1__0", "-2_", "_1", "1_k")),
         *((text, float) for text in ("nan", "inf", "1e999", "1,5", "--1", "e5", ".", "%")),
         *((text, bool) for text in ("yes", "on", "1", "tRue")),
     ],
