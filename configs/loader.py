@@ -9,7 +9,7 @@ from typing import Any
 
 from .nodes import Node, node_from_python
 from .outlines import forget_parts
-from .overrides import Override, apply_overrides, key_of
+from .overrides import Override, apply_overrides, key_of, place_of_override
 from .own_parts import Tell, load_parts
 from .problems import Problems
 from .reading import read_recipe
@@ -61,8 +61,9 @@ def _read(
     root: Node, problems: Problems, overrides: Sequence[Override], folder: Path, tell: Tell | None, *, default_name: str | None
 ) -> Recipe:
     # the imported files first: the other overrides may address what they register
-    apply_overrides(root, [one for one in overrides if key_of(one) == "import"])
-    parts = load_parts(root, folder, tell)
+    imports = [one for one in overrides if key_of(one) == "import"]
+    apply_overrides(root, imports)
+    parts = load_parts(root, folder, tell, overridden=[place_of_override(one) for one in imports])
     apply_overrides(root, [one for one in overrides if key_of(one) != "import"], parts)
     return read_recipe(root, problems, default_name=default_name, parts=parts)
 

@@ -28,12 +28,17 @@ def key_of(override: Override) -> str:
     return (override.partition("=")[0] if isinstance(override, str) else override[0]).strip()
 
 
+def place_of_override(override: Override) -> str:
+    """Return how messages name an override; every node that it writes has this place."""
+    return f"override '{override if isinstance(override, str) else override[0]}'"
+
+
 def apply_overrides(root: Node, overrides: Sequence[Override], parts: OwnParts = NO_PARTS) -> None:
     """Write overrides into the tree, in order; UserError for one whose key does not exist."""
     kinds = known_kinds(parts)
     for override in overrides:
         keys = [key.strip() for key in key_of(override).split(".")]
-        place = f"override '{override if isinstance(override, str) else override[0]}'"
+        place = place_of_override(override)
         if not all(keys) or (isinstance(override, str) and "=" not in override):
             raise UserError(f"{place}: write key=value, such as trainer.precision=32 or stages.1.tokens=2M")
         # the recipe is no mapping, which reading it reports
@@ -56,13 +61,37 @@ def _value(text: str, place: str) -> Node:
         node, problems = read_yaml_text(text, place, lines=False)
         problems.stop()
         return node
-    # flat lists are enough: no setting has a list of lists
     if text.startswith("[") and text.endswith("]"):
         inner = text[1:-1].strip()
-        return Listing([_value(item.strip(), place) for item in inner.split(",")] if inner else [], place)
+        return Listing([_value(item.strip(), place) for item in _items(inner)] if inner else [], place)
     if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
         return Scalar(text[1:-1], place, plain=False)
     return Scalar(text, place)
+
+
+def _items(text: str) -> list[str]:
+    """Split the inside of a list at the commas that are in no quotes, braces or brackets.
+
+    YAML's flow form is not used for lists, because it takes the pattern in ``skip=[*.o_proj]`` for an alias.
+    """
+    items, item, quote, depth, before = [], "", "", 0, ","
+    for char in text:
+        if quote:
+            quote = "" if char == quote else quote
+        # as in YAML, quotes and brackets count where a value begins: not in it's.txt, and not in a[0].txt
+        elif char in "'\"" and before in ",[{:":
+            quote = char
+        elif char in "[{" and (depth or before == ","):
+            depth += 1
+        elif char in "]}" and depth:
+            depth -= 1
+        elif char == "," and not depth:
+            items.append(item)
+            item, before = "", ","
+            continue
+        item += char
+        before = before if char.isspace() else char
+    return [*items, item]
 
 
 def _write(mapping: Mapping, keys: Sequence[str], node: Node, place: str, above: str) -> None:

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +32,6 @@ _BUILT_IN: dict[Kind, Iterable[str]] = {
     "stage": STAGE_KINDS,
     "callback": (),
 }
-_PLACE_OF_OVERRIDE = "override"
 _USE = 'decorate a function or class with parts.divergence("NAME"), data_source, stage or callback (from decoct import parts)'
 
 
@@ -82,13 +81,14 @@ _loaded: dict[tuple[str, str], PartsFile] = {}
 """(path, sha256) -> a file that ran in this process."""
 
 
-def load_parts(root: Node, folder: Path, tell: Tell | None = None) -> OwnParts:
+def load_parts(root: Node, folder: Path, tell: Tell | None = None, *, overridden: Container[str] = ()) -> OwnParts:
     """Run the files of the recipe's key ``import``.
 
     Args:
-        root: Tree of the recipe. Paths of overrides are relative to the working directory.
+        root: Tree of the recipe.
         folder: The recipe's folder, to which its paths are relative.
         tell: Called before a file runs that this process has not run yet.
+        overridden: Places of overrides, whose paths are relative to the working directory.
 
     Raises:
         UserError: a file is missing, no Python, raises, or registers nothing, a name twice, or a name of decoct's.
@@ -101,9 +101,9 @@ def load_parts(root: Node, folder: Path, tell: Tell | None = None) -> OwnParts:
     for item in items:
         if not isinstance(item, Scalar) or not isinstance(item.value, str) or is_null(item):
             raise UserError(f"{_before(item.place)}import: must be a Python file or a list of them, such as import: my_parts.py")
-        base = Path() if item.place.startswith(_PLACE_OF_OVERRIDE) else folder
+        base, base_words = (Path(), "the working directory") if item.place in overridden else (folder, "the recipe's folder")
         # without "..", so that messages show a short path
-        file = _run_file(Path(os.path.normpath(base / item.value)), item.place, tell)
+        file = _run_file(Path(os.path.normpath(base / item.value)), item.place, tell, base_words)
         # a file that is named twice is one file, and registers its names once
         if file not in files:
             files.append(file)
@@ -115,7 +115,7 @@ def _before(place: str) -> str:
     return f"{place}: " if place else ""
 
 
-def _run_file(path: Path, place: str, tell: Tell | None) -> PartsFile:
+def _run_file(path: Path, place: str, tell: Tell | None, base: str) -> PartsFile:
     at = f"{_before(place)}import: "
     if path.suffix != ".py":
         raise UserError(f"{at}{path} is no Python file; give one whose name ends in .py")
@@ -123,7 +123,6 @@ def _run_file(path: Path, place: str, tell: Tell | None) -> PartsFile:
     try:
         source = path.read_bytes()
     except FileNotFoundError:
-        base = "the working directory" if place.startswith(_PLACE_OF_OVERRIDE) else "the recipe's folder"
         raise UserError(f"{at}there is no file {path}; the path is relative to {base}") from None
     except OSError as error:
         raise UserError(f"{at}{path} cannot be read ({error.strerror}); give a Python file") from None

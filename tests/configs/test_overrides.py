@@ -5,6 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from decoct.configs import Recipe
+from decoct.configs.nodes import Listing, Mapping, Scalar
+from decoct.configs.overrides import apply_overrides
 from decoct.models.common.errors import UserError
 
 TEXT = """\
@@ -123,6 +125,37 @@ def test_several_loggers_are_a_list(load: Callable[..., Recipe]) -> None:
     listed = load(TEXT.replace("logger: wandb", "logger: [wandb, csv]"), ["logger.project=mine"])
     assert (listed.logger.kind, listed.logger.project) == (("wandb", "csv"), "mine")
     assert load(TEXT, ["logger.kind=csv"]).logger.kind == ("csv",)
+
+
+@pytest.mark.parametrize(
+    ("text", "files"),
+    [
+        ("['a,b.txt','c']", ("a,b.txt", "c")),
+        ('[ "a, b.txt" , c.txt]', ("a, b.txt", "c.txt")),
+        ("[*.txt, it's.txt, x[0].txt, y{1.txt]", ("*.txt", "it's.txt", "x[0].txt", "y{1.txt")),
+        ("['[a', b]", ("[a", "b")),
+    ],
+)
+def test_a_list_is_split_at_commas_between_its_items(text: str, files: tuple[str, ...], load: Callable[..., Recipe]) -> None:
+    assert load(TEXT, [f"data.files={text}"]).data.files == files
+
+
+def test_a_list_may_hold_mappings() -> None:
+    root = Mapping("")
+    apply_overrides(root, ["x=[{name: ema, every: 2, of: ['a}, b', [1, 2]]}, plain, [c, d]]"])
+    listed = root.entries["x"].node
+    assert isinstance(listed, Listing)
+    ema, plain, inner = listed.items
+    assert isinstance(ema, Mapping)
+    assert list(ema.entries) == ["name", "every", "of"]
+    of = ema.entries["of"].node
+    assert isinstance(of, Listing)
+    assert isinstance(of.items[0], Scalar)
+    assert of.items[0].value == "a}, b"
+    assert isinstance(plain, Scalar)
+    assert plain.value == "plain"
+    assert isinstance(inner, Listing)
+    assert len(inner.items) == 2
 
 
 def test_a_mapping_is_written_in_braces(load: Callable[..., Recipe]) -> None:

@@ -239,6 +239,25 @@ def test_a_file_that_is_not_there_is_named_with_the_place_that_names_it(message:
     assert message("import: folder.py" + rest) == "my.yaml:1: import: folder.py cannot be read (Is a directory); give a Python file"
 
 
+@pytest.mark.parametrize("place", ["override/my.yaml", "overrides.yaml", "override 'import=my_parts.py'"])
+def test_a_recipe_whose_path_begins_like_an_override_imports_from_its_folder(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = Path(place)
+    recipe.parent.mkdir(exist_ok=True)
+    below = recipe.parent / "below"
+    below.mkdir()
+    write_parts(below, "@parts.stage('audit', makes_model=False)\ndef audit(context): pass\n")
+    recipe.write_text(
+        "import: below/my_parts.py\nname: own\nteacher: {path: a}\nstudent: {path: b}\ndata: {builtin: python-stdlib}\nstages: [audit]\n"
+    )
+    assert load_recipe(recipe).stages[0].kind == "audit"
+    recipe.write_text(recipe.read_text().replace("below/", "none/"))
+    with pytest.raises(UserError, match="relative to the recipe's folder"):
+        load_recipe(recipe)
+
+
 def test_two_files_may_not_register_the_same_name(message: Message, tmp_path: Path) -> None:
     for name in ("one.py", "two.py"):
         write_parts(tmp_path, "@parts.stage('same')\ndef f(c): pass\n", name)
