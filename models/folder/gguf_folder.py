@@ -1,5 +1,6 @@
 """A model folder from a GGUF file: finding the file, opening it as a source, and its place in the cache."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +11,7 @@ from ..common.files import atomic_directory, sha256_json
 from ..common.hash_cache import cached_sha256
 from ..common.locks import waiting_for
 from ..common.quiet import quiet_transformers
+from ..gguf.fields import Fields
 from ..gguf.source import GgufSource
 from ..gguf.tokenizer import tokenizer_of
 from .config_checks import check_depth, check_numbers
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """Raised when the same file gives other numbers than before."""
+_FILES_VERSION = 2
+"""Raised when an import writes other files beside the numbers: what the cache holds is made again, and finished stages stay valid."""
 Part = Literal["config", "tokenizer", "weights"]
 """How much of the model folder is needed; each part includes those before it."""
 _ENDS = (".eos_token_id", ".eot_token_id", ".eom_token_id")
@@ -100,13 +104,18 @@ def cached_folder(file: Path, part: Part) -> Path:
 
 
 def _cached(key: str, file: Path, make: Any) -> Path:
-    target = cache_dir() / "imports" / key[:32]
+    target = cache_dir() / "imports" / sha256_json({"key": key, "files": _FILES_VERSION})[:32]
     if not target.is_dir():
-        with waiting_for(target.with_name(f"{target.name}.lock"), f"imports {file}", lambda line: print(f"decoct: {line}")):
+        with waiting_for(target.with_name(f"{target.name}.lock"), f"imports {file}", _tell):
             # asked again: the process that held the lock may have made it
             if not target.is_dir():
                 make(target)
     return target
+
+
+def _tell(line: str) -> None:
+    # not to stdout, which may be JSON
+    print(f"decoct: {line}", file=sys.stderr, flush=True)
 
 
 def _write_head(opened: GgufSource, target: Path, part: Part) -> None:
@@ -156,15 +165,33 @@ def _write_generation(folder: Path, opened: GgufSource) -> None:
     # dict.fromkeys: the same id under two keys counts once, in order
     ids = [index for index in dict.fromkeys(ends) if index is not None and index < opened.rows]
     found: dict[str, Any] = {name: given[name] for name in ("bos_token_id", "pad_token_id") if given.get(name) is not None}
-    for key, name in _SAMPLING.items():
-        # -1e30: any finite number, since penalties and temperatures may be 0
-        value = fields.number(f"general.sampling.{key}", None, above=-1e30)
-        if value is not None:
-            found[name] = value
-    if any(name in found for name in _SAMPLING.values()):
-        # without it transformers would ignore the sampling settings
-        found["do_sample"] = found.get("temperature") != 0
+    found |= _sampling(fields)
     # transformers' form: a number, a list, or nothing
     eos: Any = ids[0] if len(ids) == 1 else ids or None
     with quiet_transformers():
         GenerationConfig(**found, eos_token_id=eos).save_pretrained(folder)
+
+
+def _sampling(fields: Fields) -> dict[str, Any]:
+    """llama.cpp's sampling defaults as transformers takes them: both accept numbers that the other refuses."""
+    found: dict[str, Any] = {}
+    for key, name in _SAMPLING.items():
+        place = f"general.sampling.{key}"
+        # -1e30: any finite number, since only a penalty has no meaning at or below 0
+        value = fields.number(place, None, above=0.0 if name == "repetition_penalty" else -1e30)
+        if value is None:
+            continue
+        if name == "top_k":
+            if not value.is_integer():
+                raise fields.error(place, value, "a whole number")
+            # llama.cpp: all tokens from 0 down; transformers takes 0 alone for that, and no float
+            value = max(int(value), 0)
+        elif name in ("top_p", "min_p"):
+            # llama.cpp: off beyond these ends
+            value = min(max(value, 0.0), 1.0)
+        found[name] = value
+    if found.get("temperature", 1.0) <= 0:
+        # the likeliest token: transformers stores no settings of a choice that is not made
+        return {"do_sample": False, **{name: value for name, value in found.items() if name == "repetition_penalty"}}
+    # without do_sample transformers would ignore the sampling settings
+    return {**found, "do_sample": True} if found else {}

@@ -96,6 +96,16 @@ def _decoder(fields: Fields, model_type: str, eps: str = "rms_norm_eps", key: st
     }
 
 
+def _derived_head_dim(fields: Fields, found: dict[str, Any]) -> dict[str, Any]:
+    """``found`` without ``head_dim``, for model types that always compute it from the hidden size and the heads."""
+    hidden, heads, width = found["hidden_size"], found["num_attention_heads"], found["head_dim"]
+    # multiplied: a rounded quotient would equal a width that is none
+    if width * heads != hidden:
+        kind = found["model_type"]
+        raise fields.error(".attention.key_length", fields.get(".attention.key_length"), f"hidden size / heads: {kind} has no other width")
+    return {name: value for name, value in found.items() if name != "head_dim"}
+
+
 def _llama(fields: Fields) -> dict[str, Any]:
     experts = expert_count(fields)
     # llama.cpp multiplies by these; 0 and 1 mean none
@@ -126,11 +136,8 @@ def _qwen(model_type: str) -> Callable[[Fields], dict[str, Any]]:
         # newer members of the family have a switch for biases; Qwen2 has them on q, k and v always
         if model_type == "qwen3":
             found["attention_bias"] = _has(fields, "attn_q.bias")
-        elif found.pop("head_dim") != fields.whole(".embedding_length") // fields.whole(".attention.head_count"):
-            raise fields.error(
-                ".attention.key_length", fields.get(".attention.key_length"), "hidden size / heads: qwen2 has no other width"
-            )
-        return found
+            return found
+        return _derived_head_dim(fields, found)
 
     return build
 
@@ -158,7 +165,7 @@ def _qwen_experts(model_type: str) -> Callable[[Fields], dict[str, Any]]:
         }
         if model_type == "qwen2_moe":
             found["shared_expert_intermediate_size"] = fields.whole(".expert_shared_feed_forward_length")
-            found.pop("head_dim")
+            return _derived_head_dim(fields, found)
         return found
 
     return build
@@ -206,8 +213,7 @@ def _gemma_sandwich(model_type: str) -> Callable[[Fields], dict[str, Any]]:
 
 
 def _phi3(fields: Fields) -> dict[str, Any]:
-    found = _decoder(fields, "phi3")
-    found.pop("head_dim")
+    found = _derived_head_dim(fields, _decoder(fields, "phi3"))
     # 0 stands for none
     window = fields.whole(".attention.sliding_window", 0, least=0)
     trained = fields.whole(".rope.scaling.original_context_length", found["max_position_embeddings"])
@@ -215,14 +221,12 @@ def _phi3(fields: Fields) -> dict[str, Any]:
 
 
 def _starcoder2(fields: Fields) -> dict[str, Any]:
-    found = _decoder(fields, "starcoder2", "norm_epsilon", ".attention.layer_norm_epsilon")
-    found.pop("head_dim")
+    found = _derived_head_dim(fields, _decoder(fields, "starcoder2", "norm_epsilon", ".attention.layer_norm_epsilon"))
     return {**found, "hidden_act": "gelu_pytorch_tanh", "use_bias": _has(fields, "attn_q.bias"), "sliding_window": None}
 
 
 def _stablelm(fields: Fields) -> dict[str, Any]:
-    found = _decoder(fields, "stablelm", "layer_norm_eps", ".attention.layer_norm_epsilon")
-    found.pop("head_dim")
+    found = _derived_head_dim(fields, _decoder(fields, "stablelm", "layer_norm_eps", ".attention.layer_norm_epsilon"))
     # without the file's word: a layer with one norm feeds attention and FFN side by side
     parallel = fields.flag(".use_parallel_residual", not _has(fields, "ffn_norm.weight"))
     return {**found, "hidden_act": "silu", "use_qkv_bias": _has(fields, "attn_q.bias"), "use_parallel_residual": parallel}

@@ -164,7 +164,7 @@ def write_gguf(
         if isinstance(value, bool):
             writer.add_bool(name, value)
         elif isinstance(value, int):
-            writer.add_uint32(name, value)
+            (writer.add_int32 if value < 0 else writer.add_uint32)(name, value)
         elif isinstance(value, float):
             writer.add_float32(name, value)
         elif isinstance(value, str):

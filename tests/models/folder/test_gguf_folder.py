@@ -1,6 +1,8 @@
 """GGUF files as models: the weights, logits and tokens that other readers of the same file get, and one message for every bad file."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,18 @@ def test_a_bad_file_is_refused_and_nothing_is_left(case: str, tokenizer: Any, tm
     assert [one.name for one in tmp_path.iterdir() if "cache" not in one.name] == ["model.gguf"]
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen2_moe", "phi3", "starcoder2", "stablelm"])
+def test_a_width_of_heads_that_a_model_type_derives_otherwise_is_named(model_type: str, tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny(model_type)
+    width = model.config.hidden_size // model.config.num_attention_heads
+    changes = {"attention__key_length": width // 2, "attention__value_length": width // 2, "rope__dimension_count": None}
+    file = gguf_of(tmp_path / "model.gguf", model, tokenizer, **changes)
+    with pytest.raises(
+        UserError, match=rf"attention.key_length is {width // 2}; expected hidden size / heads: {model_type} has no other width"
+    ):
+        import_gguf(file, tmp_path / "out")
+
+
 def test_weights_that_are_not_finite_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     model = tiny("llama")
     with torch.no_grad():
@@ -215,6 +229,64 @@ def test_generation_settings_and_templates_come_along(tokenizer: Any, tmp_path: 
     chat = [{"role": "user", "content": "Hello"}]
     assert again.apply_chat_template(chat, tokenize=False) == "Hello"
     assert again.apply_chat_template(chat, tokenize=False, chat_template="tools") == "THello"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"top_k": 40}, {"top_k": 40, "do_sample": True}),
+        ({"top_k": -1, "temp": 0.5}, {"top_k": 0, "temperature": 0.5, "do_sample": True}),
+        ({"top_p": 1.5, "min_p": -0.5}, {"top_p": 1.0, "min_p": 0.0, "do_sample": True}),
+        ({"temp": 0.0, "top_k": 40, "penalty_repeat": 1.5}, {"repetition_penalty": 1.5, "do_sample": False}),
+        ({"temp": -1.0}, {"do_sample": False}),
+        ({}, {}),
+    ],
+    ids=str,
+)
+def test_transformers_generates_with_the_sampling_settings(
+    given: dict[str, Any], expected: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    keys = {f"general__sampling__{key}": value for key, value in given.items()}
+    import_gguf(gguf_of(tmp_path / "model.gguf", tiny("llama"), tokenizer, **keys), tmp_path / "out")
+    stored = json.loads((tmp_path / "out/generation_config.json").read_text())
+    names = {"top_k", "top_p", "min_p", "temperature", "repetition_penalty", "do_sample"}
+    found = {name: value for name, value in stored.items() if name in names}
+    # 20.0 == 20, and transformers takes no float for top_k
+    assert {name: (type(value), value) for name, value in found.items()} == {name: (type(value), value) for name, value in expected.items()}
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert model.generate(IDS, max_new_tokens=2, min_new_tokens=2).shape == (1, 122)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("top_k", 2.5, "general.sampling.top_k is 2.5; expected a whole number"),
+        ("penalty_repeat", 0.0, "penalty_repeat is 0.0; expected a number above 0"),
+    ],
+)
+def test_a_sampling_setting_without_a_meaning_is_refused(key: str, value: float, message: str, tokenizer: Any, tmp_path: Path) -> None:
+    file = gguf_of(tmp_path / "model.gguf", tiny("llama"), tokenizer, **{f"general__sampling__{key}": value})
+    with pytest.raises(UserError, match=message):
+        import_gguf(file, tmp_path / "out")
+
+
+def test_waiting_for_another_import_is_told_on_stderr(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stdout may be the JSON of a verb."""
+    monkeypatch.setenv("DECOCT_CACHE", str(tmp_path / "cache"))
+
+    @contextmanager
+    def waiting(file: Path, doing: str, say: Callable[[str], None]) -> Iterator[None]:
+        say(f"process 7 {doing}; waiting for it")
+        yield
+
+    monkeypatch.setattr(gguf_folder, "waiting_for", waiting)
+    file = gguf_of(tmp_path / "model.gguf", tiny("llama"), tokenizer)
+    cached_folder(file, "config")
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert f"decoct: process 7 imports {file}; waiting for it\n" in told.err
 
 
 def test_transformers_reads_the_same_tokens(tokenizer: Any, tmp_path: Path) -> None:
