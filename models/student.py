@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .common.errors import UserError
 from .families import Family, family_of
-from .folder.config_checks import check_numbers
+from .folder.config_checks import check_numbers, refused_config, unknown_kind
 from .kept_layers import kept_config
 from .kept_layers import kept_layers as kept_layers
 from .tokenizer.vocabulary import check_head_rows, effective_vocab
@@ -90,7 +90,7 @@ def student_from_config(config: dict[str, Any], tokenizer: "PreTrainedTokenizerB
             built = AutoConfig.for_model(config["model_type"], **fields)
             model: PreTrainedModel = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
         except (StrictDataclassError, ValueError, TypeError) as error:
-            raise UserError(f"student.config is refused by transformers: {error}") from error
+            raise UserError(refused_config(error)) from error
     return model.eval()
 
 
@@ -101,7 +101,7 @@ def _checked_fields(config: dict[str, Any], v_eff: int) -> dict[str, Any]:
     kind = config.get("model_type")
     # the class has to be known as a causal model: from_config would otherwise fail with a list of all classes
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"student.config.model_type={kind!r} is not a causal language model of transformers; use llama, qwen2, qwen3, ...")
+        raise UserError(unknown_kind(kind))
     config_class: Any = CONFIG_MAPPING[kind]
     # attribute_map has further names of the same fields, such as hidden_size for GPT-2's n_embd
     known = {*config_class().to_dict(), *config_class.attribute_map, *_FOREIGN_FIELDS}

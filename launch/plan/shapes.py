@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...models.common.errors import UserError
 from ...models.common.light_configs import import_configs_alone
 
 if TYPE_CHECKING:
@@ -119,8 +120,11 @@ def config_of(path: str, revision: str | None = None) -> tuple["PreTrainedConfig
 
 
 def config_from(given: dict[str, Any]) -> "PreTrainedConfig":
-    """Return the transformers config of plain fields, including ``model_type``."""
-    from ...models.folder.config_checks import check_numbers
+    """Return the transformers config of plain fields, including ``model_type``.
+
+    Raises: UserError if a size is impossible, or transformers refuses the model type or a value.
+    """
+    from ...models.folder.config_checks import check_numbers, refused_config, unknown_kind
     from ...models.known_config import known_config
 
     check_numbers(given, "student.config")
@@ -129,9 +133,16 @@ def config_from(given: dict[str, Any]) -> "PreTrainedConfig":
     # transformers has to read it: its config classes without its modelling code
     if config is None:
         import_configs_alone()
-        from transformers import AutoConfig
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import CONFIG_MAPPING, AutoConfig
 
-        config = AutoConfig.for_model(**given)
+        # asked first: transformers' own message lists every model type
+        if given.get("model_type") not in CONFIG_MAPPING:
+            raise UserError(unknown_kind(given.get("model_type")))
+        try:
+            config = AutoConfig.for_model(**given)
+        except (StrictDataclassError, ValueError, TypeError) as error:
+            raise UserError(refused_config(error)) from error
     return config
 
 

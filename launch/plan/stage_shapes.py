@@ -52,7 +52,12 @@ def teacher_shape(recipe: "Recipe") -> ModelShape | None:
 
 
 def student_shape(recipe: "Recipe", teacher: ModelShape | None) -> ModelShape:
-    """Return the student's shape before the first stage; its vocabulary is the teacher's until the tokenizer is read."""
+    """Return the student's shape before the first stage; its vocabulary is the teacher's until the tokenizer is read.
+
+    Raises:
+        ImpossibleStageError: ``student.keep`` or ``student.config`` asks for a model that cannot be made.
+        UserError: the config at ``student.path`` cannot be found.
+    """
     from ...models.kept_layers import kept_config
 
     settings = recipe.student
@@ -60,16 +65,23 @@ def student_shape(recipe: "Recipe", teacher: ModelShape | None) -> ModelShape:
         return shape_of(*config_of(settings.path, settings.revision))
     if settings.keep:
         if teacher is None:
-            raise UserError("student.keep needs a teacher to cut the student from; add one, or use student.path")
+            raise ImpossibleStageError("student.keep needs a teacher to cut the student from; add one, or use student.path")
         if reason := teacher.family.refusal("keep layers"):
             raise ImpossibleStageError(f"student.keep: {reason}; use student.path or student.config (docs/families.md)")
-        config, _ = kept_config(teacher.config, settings.keep.layers)
+        try:
+            config, _ = kept_config(teacher.config, settings.keep.layers)
+        except UserError as error:
+            raise ImpossibleStageError(str(error)) from error
         return shape_of(config, f"{settings.keep.layers} of the teacher's {teacher.layers} layers")
     fields = dict(settings.config or {})
     if teacher is not None:
         # the tokenizer decides the vocabulary; before it is read, the teacher's is the best guess
         fields.setdefault("vocab_size", teacher.vocabulary)
-    return shape_of(config_from(fields), "student.config")
+    try:
+        config = config_from(fields)
+    except UserError as error:
+        raise ImpossibleStageError(str(error)) from error
+    return shape_of(config, "student.config")
 
 
 def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
@@ -155,7 +167,9 @@ def _with_ffn(shape: ModelShape, ffn: int, stage: str) -> ModelShape:
     family = family_of(shape.config)
     width = getattr(shape.config, family.ffn_field)
     if ffn > width:
-        raise UserError(f"{stage}: structured.ffn={ffn} keeps more FFN channels than the student's {width}; give at most {width}")
+        raise ImpossibleStageError(
+            f"{stage}: structured.ffn={ffn} keeps more FFN channels than the student's {width}; give at most {width}"
+        )
     if ffn == width:
         raise ImpossibleStageError(f"{stage}: structured.ffn={ffn} keeps all FFN channels, so that nothing is pruned; give fewer")
     # the input's config stays: every stage has a shape of its own

@@ -44,7 +44,7 @@ def check_numbers(fields: Mapping[str, Any], where: object) -> None:
         where: File or key that the message names.
 
     Raises:
-        UserError: a size is out of range. The message names the field, its value and the largest accepted value.
+        UserError: a size is out of range, or no whole number. The message names the field, its value and the largest accepted value.
     """
     for part in _parts(fields):
         for name, most in MOST.items():
@@ -53,7 +53,8 @@ def check_numbers(fields: Mapping[str, Any], where: object) -> None:
             for value in given if isinstance(given, list) else (given,):
                 # some configs write -1 or 0 for 'none'
                 least = 1 if name in _POSITIVE else -1
-                if isinstance(value, bool) or (isinstance(value, int | float) and not least <= value <= most):
+                # infinity and NaN are out of every range, so that int() is asked for finite numbers only
+                if isinstance(value, bool) or (isinstance(value, int | float) and not (least <= value <= most and value == int(value))):
                     raise UserError(
                         f"{where}: {name} is {value!r:.40}; a whole number up to {most:,} is allowed; mend it, or fetch the model again"
                     )
@@ -105,6 +106,16 @@ def check_size(path: object, config: "PreTrainedConfig", files: Sequence[Path]) 
         raise UserError(
             f"the weights in {path} do not fit its config.json, which asks for {wanted:,} of them; the files hold {held:,}; {_REMEDY}"
         )
+
+
+def unknown_kind(kind: object) -> str:
+    """The refusal of a ``student.config`` whose model type transformers does not have."""
+    return f"student.config.model_type={kind!r} is not a causal language model of transformers; use llama, qwen2, qwen3, ..."
+
+
+def refused_config(error: Exception) -> str:
+    """The refusal of a ``student.config`` with a value that transformers refuses, on one line."""
+    return f"student.config is refused by transformers: {' '.join(str(error).split())}"
 
 
 def _parts(fields: Mapping[str, Any], depth: int = 4) -> Iterator[Mapping[str, Any]]:

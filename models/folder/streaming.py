@@ -162,9 +162,8 @@ def parameter_places(model: nn.Module) -> list[list[Place]]:
 
 def stored_name(places: list[Place], files: WeightFiles) -> str:
     """Name of a parameter in the files."""
-    stored = set(files.names())
     # the first of its names that is in the files: a tied weight is stored once
-    return next(name for _, _, name in places if name in stored)
+    return next(name for _, _, name in places if name in files)
 
 
 def register(places: list[Place], tensor: Tensor) -> None:

@@ -39,6 +39,10 @@ class WeightFiles:
         """Every tensor of the folder, in the order of the files."""
         return list(self._stored)
 
+    def __contains__(self, name: str) -> bool:
+        """Whether ``name`` is one of ``names()``, without a list of them."""
+        return name in self._stored
+
     def call(self, names: Mapping[str, str | None]) -> None:
         """Rename tensors: name in the file -> new name. A tensor keeps its name in the file if the new one is None or taken."""
         # new name -> name in the file

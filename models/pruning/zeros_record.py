@@ -58,7 +58,8 @@ def unlisted_zeros(model: "PreTrainedModel", names: Iterable[str]) -> float:
     """Share of exact zeros in the decoder's linear weights that the record does not list; 0.0 on the meta device."""
     import torch
 
-    weights = [linear.weight for name, linear in decoder_linears(model).items() if name not in set(names)]
+    listed = set(names)
+    weights = [linear.weight for name, linear in decoder_linears(model).items() if name not in listed]
     total = sum(weight.numel() for weight in weights if not weight.is_meta)
     zeros = sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in weights if not weight.is_meta)
     return zeros / total if total else 0.0

@@ -34,8 +34,9 @@ def check_coverage(context: StageContext, *, allow_partial: bool, skip: Iterable
     """
     weights, patterns = input_weights(context), tuple(skip)
     named = [name for name in weights.linears if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    excluded = set(named)
     # what is left after the user's own exclusions; the refusal words these two apart
-    reached = [name for name in weights.linears if name not in set(named)]
+    reached = [name for name in weights.linears if name not in excluded]
     # a stage that reaches no linear at all is refused even with allow_partial
     if reached and allow_partial:
         return

@@ -154,6 +154,39 @@ def test_pruning_to_the_present_width_is_no_stage(tmp_path: Path) -> None:
     assert made.stages[0].coverage == pytest.approx(3 * 64 / (3 * 64 + 4 * 32))
 
 
+_LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def refused(asked: Any, tmp_path: Path) -> str:
+    """What ``decoct run`` says before any work."""
+    with pytest.raises(UserError) as caught:
+        check_before_run(asked, tmp_path / "out", Console(quiet=True))
+    return str(caught.value)
+
+
+def test_a_run_stops_before_work_if_a_stage_keeps_more_channels_than_there_are(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, "llama", {"prune": {"structured": {"ffn": 96}}}, **_LLAMA)
+    assert refused(asked, tmp_path) == "01-prune: structured.ffn=96 keeps more FFN channels than the student's 64; give at most 64"
+
+
+def test_a_run_stops_before_work_if_its_student_cannot_be_made(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, "llama", {"distill": {"steps": 4}}, **_LLAMA)
+    for student, words in (
+        ({"keep": {"layers": 3}}, "student.keep.layers=3 cannot be cut from a teacher of 2 layers; "),
+        ({"config": {"model_type": "lama"}}, "student.config.model_type='lama' is not a causal language model of transformers; use llama"),
+        ({"config": {"model_type": "llama", "hidden_size": "1_"}}, "student.config is refused by transformers: Validation error for field"),
+        ({"config": {"model_type": "llama", "hidden_size": 64.5}}, "student.config: hidden_size is 64.5; a whole number up to "),
+    ):
+        made = recipe_from_dict({"name": "x", "teacher": {"path": asked.teacher.path}, "student": student,
+                                 "data": {"files": ["x"]}, "stages": [{"distill": {"steps": 4}}]}, ())  # fmt: skip
+        told = refused(made, tmp_path)
+        assert told.startswith(words)
+        assert "\n" not in told
+    lost = replace(recipe_from_dict({"name": "x", "teacher": {"path": asked.teacher.path}, "student": {"keep": {"layers": 2}},
+                                     "data": {"files": ["x"]}, "stages": [{"distill": {"steps": 4}}]}, ()), teacher=None)  # fmt: skip
+    assert refused(lost, tmp_path) == "student.keep needs a teacher to cut the student from; add one, or use student.path"
+
+
 def test_what_was_seen_of_a_family_is_refused_with_the_way_around(tmp_path: Path) -> None:
     gptq = {"quantize": {**QUANTIZE["quantize"], "method": "gptq"}}
     wide = {"hidden_size": 256, "num_hidden_layers": 2, "state_size": 4}

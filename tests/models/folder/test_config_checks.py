@@ -26,6 +26,8 @@ ABSURD: list[tuple[str, Any]] = [
     ("num_hidden_layers", -5),
     ("hidden_size", 2**40),
     ("hidden_size", float("inf")),
+    ("hidden_size", float("nan")),
+    ("hidden_size", 64.5),
     ("vocab_size", 2**31),
     ("vocab_size", 2**24),
     ("num_attention_heads", 2**33),
@@ -77,11 +79,18 @@ def test_a_recipe_cannot_ask_for_it_either() -> None:
         student_from_config({"model_type": "llama", "num_hidden_layers": 10_000_000}, tokenizer, 0)
 
 
+@pytest.mark.parametrize("value", [4096.5, float("nan"), float("inf"), [4096, 0.5]])
+def test_a_size_is_a_whole_number(value: Any) -> None:
+    with pytest.raises(UserError, match=r"config\.json: intermediate_size is .*; a whole number up to 16,777,216 is allowed"):
+        check_numbers({"intermediate_size": value}, "config.json")
+
+
 def test_what_published_models_have_is_taken() -> None:
     for fields in (
         {"num_hidden_layers": 126, "hidden_size": 16384, "vocab_size": 262_208, "max_position_embeddings": 10_485_760},
         {"num_hidden_layers": 61, "n_routed_experts": 384, "num_experts_per_tok": 8},
         {"intermediate_size": [16384] * 35, "num_key_value_heads": None, "num_experts": 0, "sliding_window": None},
         {"n_inner": None, "n_layer": 48, "n_embd": 1600, "head_dim": -1},
+        {"sliding_window": 4096.0},
     ):
         check_numbers(fields, "config.json")

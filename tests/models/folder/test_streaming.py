@@ -193,3 +193,16 @@ def test_an_empty_model_has_no_weights_and_real_buffers(saved: Callable[..., Pat
     materialize_buffers(model, "meta")
     assert {b.device.type for b in model.buffers()} == {"meta"}
     assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_filling_lists_the_names_no_more_often_for_more_parameters(saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of all names per parameter would take time that grows with their square."""
+    asked: list[int] = []
+    names = WeightFiles.names
+    monkeypatch.setattr(WeightFiles, "names", lambda files: asked.append(1) or names(files))
+    counts = []
+    for layers in (1, 4):
+        asked.clear()
+        streamed_model(saved(name=f"of {layers}", num_hidden_layers=layers), dtype=torch.float32)
+        counts.append(len(asked))
+    assert counts[0] == counts[1]
