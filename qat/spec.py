@@ -178,6 +178,18 @@ class QuantSpec:
         )
         return f"{codes} {shared}" + ("" if self.symmetric else ", with zero points")
 
+    def as_stored(self) -> "QuantSpec":
+        """What readers of packed integer codes see of the spec: kind, bits, groups and zero points, not how scales were found.
+
+        Formats repeat one scale per matrix for each row.
+        """
+        return QuantSpec(
+            kind=self.kind,
+            bits=self.bits,
+            group_size="channel" if self.group_size == "tensor" else self.group_size,
+            symmetric=self.symmetric,
+        )
+
     def with_bits(self, bits: int) -> "QuantSpec":
         """The same spec with codes of another width."""
         return replace(self, bits=bits)

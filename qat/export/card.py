@@ -44,6 +44,8 @@ class CardFacts:
     """How inputs of quantized modules are rounded; '' if they are not."""
     cache: str = ""
     """How keys and values are rounded when they enter the cache; '' if they are not."""
+    dequantize: bool = False
+    """transformers loads the export only if it dequantizes on loading (``transformers_process.needs_dequantizing``)."""
     format: str = ""
     """Name of the export format; '' if unknown."""
     rounding: str = ""
@@ -56,10 +58,9 @@ class CardFacts:
 
 def _transformers_and_vllm(facts: CardFacts) -> str:
     bits = facts.spec.bits if facts.spec else 16
-    # with rounded inputs the format is int-quantized, which stores zero points unpacked
-    zeros = bool(facts.spec) and not facts.spec.symmetric and not facts.inputs
-    # transformers reads packed zero points as unpacked ones unless it dequantizes on loading
-    names, option = (", CompressedTensorsConfig", ", quantization_config=CompressedTensorsConfig(dequantize=True)") if zeros else ("", "")
+    names, option = ("", "")
+    if facts.dequantize:
+        names, option = ", CompressedTensorsConfig", ", quantization_config=CompressedTensorsConfig(dequantize=True)"
     vllm = "With vLLM" if bits in (4, 8, 16) else f"vLLM reads 4 and 8 bits; whether your version reads {bits} is not known"
     return f"""With transformers (`pip install transformers compressed-tensors`):
 

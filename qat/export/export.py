@@ -23,6 +23,7 @@ from ..export import awq, gptq
 from ..export import plain_safetensors as safetensors_folder
 from ..footprint import folder_bytes
 from ..runtimes.check import check_runtimes
+from ..runtimes.transformers_process import needs_dequantizing
 from ..source.openers import PLAIN_GGUF, SourceFolder
 from ..source.plain_source import CastError, PlainSource
 from ..source.quantized_source import ExportSource
@@ -186,7 +187,8 @@ def export_folder(
         rounding = _rounding(opened, format, allow_inexact)
         # 2. the files
         check_free_space(folder, planned, f"the export {target}")
-        write_json_atomic(folder / "config.json", with_older_fields(exporter.config(opened)))
+        config = exporter.config(opened)
+        write_json_atomic(folder / "config.json", with_older_fields(config))
         exporter.write(folder, opened)
         _copy_companions(source, folder)
         # the proof reads the written files, so it must follow them; the record must follow the proof, whose hashes it stores
@@ -195,7 +197,8 @@ def export_folder(
         proof = _proven(folder, opened, content)
         seen = _checked_runtimes(folder, tokens) if runtimes else {}
         size = folder_bytes(folder)
-        facts = replace(_facts(opened, target.name, size, seen, rounding), format=format)
+        dequantize = needs_dequantizing(config.get("quantization_config") or {})
+        facts = replace(_facts(opened, target.name, size, seen, rounding), format=format, dequantize=dequantize)
         (folder / "README.md").write_text(card_text(facts, exporter.card), encoding="utf-8")
         export = {"format": format, "bytes": size, "weights": proof.weights, "scales": proof.scales, "runtimes": seen}
         export |= {"rounding": asdict(rounding)} if rounding else {}
@@ -261,7 +264,8 @@ def _checked_runtimes(folder: Path, tokens: "Tensor | None") -> dict[str, dict[s
 
 
 def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[str, Any]], rounding: CastError | None) -> CardFacts:
-    scheme = Counter(f"int{s.bits}, {s.group_size}" for s in map(source.state.spec_of, source.state.modules))
+    specs = map(source.state.spec_of, source.state.modules)
+    scheme = Counter(f"int{spec.bits}, {spec.group_size}{'' if spec.symmetric else ', asymmetric'}" for spec in specs)
     return CardFacts(
         # folders are often named after their format; the run's name was chosen by the user
         name=str(source.record.get("run") or name),

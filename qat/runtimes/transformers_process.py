@@ -71,6 +71,14 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def needs_dequantizing(quantization: dict[str, Any]) -> bool:
+    """Return whether a ``quantization_config`` has packed zero points, in any of its groups: transformers reads them as unpacked ones
+    unless it dequantizes on loading."""
+    # int-quantized, the format with rounded inputs, stores zero points unpacked
+    groups = quantization.get("config_groups", {}).values()
+    return any(group.get("format") == "pack-quantized" and not group["weights"]["symmetric"] for group in groups)
+
+
 def loading_options(folder: str) -> dict[str, Any]:
     """Return further arguments of ``from_pretrained``.
 
@@ -86,8 +94,7 @@ def loading_options(folder: str) -> dict[str, Any]:
         return {"quantization_config": transformers.GPTQConfig(bits=quantization["bits"], backend="torch")}
     if method == "awq":
         return {"quantization_config": transformers.AwqConfig(backend=cast(Any, "torch_awq"))}
-    groups = quantization.get("config_groups", {}).values()
-    if any(group.get("format") == "pack-quantized" and not group["weights"]["symmetric"] for group in groups):
+    if needs_dequantizing(quantization):
         return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
     return {}
 

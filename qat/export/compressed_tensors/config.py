@@ -24,7 +24,7 @@ def quantization_config(source: ExportSource) -> dict[str, Any]:
     scheme: dict[QuantSpec, list[str]] = {}
     for module in state.modules:
         # specs that differ only in how their scales were found share a group
-        scheme.setdefault(_as_stored(state.spec_of(module)), []).append(module)
+        scheme.setdefault(state.spec_of(module).as_stored(), []).append(module)
     # a single scheme holds for all linears but those of ``ignore``
     targets = {spec: source.also_in_model(modules) if len(scheme) > 1 else ["Linear"] for spec, modules in scheme.items()}
     groups = [_group(spec, source.state.activations, targets[spec]) for spec in scheme]
@@ -41,13 +41,6 @@ def quantization_config(source: ExportSource) -> dict[str, Any]:
         "ignore": source.also_in_model(source.unquantized_linears),
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
     }
-
-
-def _as_stored(spec: QuantSpec) -> QuantSpec:
-    """Reduce a spec to what a reader needs: the origin of the scales and their grid are dropped."""
-    # one scale for the matrix is repeated for each row (``common.layer``)
-    group_size = "channel" if spec.group_size == "tensor" else spec.group_size
-    return QuantSpec(bits=spec.bits, group_size=group_size, symmetric=spec.symmetric)
 
 
 def _group(spec: QuantSpec, inputs: ActivationSpec | None, targets: list[str]) -> dict[str, Any]:

@@ -67,17 +67,17 @@ def ends(model: StoredModel, *, head: bool, embedding: bool) -> Iterator[Refusal
 
 
 def one_scheme(model: StoredModel) -> Iterator[Refusal]:
-    """Yield parts of a matrix that servers fuse, if their quantization schemes differ. Unquantized parts are no limit of the format:
+    """Yield parts of a matrix that servers fuse, if what is stored of their schemes differs. Unquantized parts are no limit of the format:
     ``launch/plan/stack_rules.py`` judges how each server reads them."""
     # the other kinds are refused by ``integers``
     by_name = {module.name: module for module in model.modules if module.spec.kind == "int"}
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in by_name):
         for names in FUSED:
             own = [by_name[f"{parent}.{name}"] for name in names if f"{parent}.{name}" in by_name]
-            # a fused matrix is one tensor with one width and one group size
-            if len({module.spec for module in own}) > 1:
+            # a fused matrix is one tensor with one width and one group size; its parts' scales may have been found differently
+            if len({module.spec.as_stored() for module in own}) > 1:
                 # one example is enough: every layer usually has the same difference
-                other = next(module for module in own if module.spec != own[0].spec)
+                other = next(module for module in own if module.spec.as_stored() != own[0].spec.as_stored())
                 each = " and ".join(f"{module.name.rpartition('.')[2]} {module.spec.words()}" for module in (own[0], other))
                 reason = f"is read by servers that make one matrix of {', '.join(names)}, and {each} differ"
                 yield Refusal(reason=reason, remedies=(OneScheme(names),), modules=(other,))

@@ -86,6 +86,21 @@ def test_what_the_exporters_would_refuse_after_training_is_said_before() -> None
     assert said("safetensors", kind="mxfp4", group_size=32) == ""
 
 
+def test_parts_of_a_fused_matrix_may_have_scales_that_were_found_differently() -> None:
+    for change in (SpecChange(divisor="qmax"), SpecChange(scale_grid="bf16")):
+        for pattern in ("*.k_proj", "*.up_proj"):
+            assert said("compressed-tensors", other={"overrides": {pattern: change}}) == ""
+    assert said("compressed-tensors", group_size="channel", other={"overrides": {"*.k_proj": SpecChange(group_size="tensor")}}) == ""
+    # what is stored must be one
+    for stored, words in (
+        (SpecChange(symmetric=False), "k_proj 4 bits in groups of 128, with zero points"),
+        (SpecChange(group_size=64), "64"),
+    ):
+        found = said("compressed-tensors", other={"overrides": {"*.k_proj": stored}})
+        assert "make one matrix of q_proj, k_proj, v_proj" in found
+        assert words in found
+
+
 def test_lattices_of_single_modules_are_looked_at_too() -> None:
     found = said("awq", other={"overrides": {"*.down_proj": SpecChange(bits=8)}})
     assert found == "awq packs 4 bits, not 8; use {bits: 4} in overrides for mlp.down_proj"

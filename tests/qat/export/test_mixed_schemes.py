@@ -43,6 +43,14 @@ def test_lattices_by_name_are_exact_together(quantized_folder: Build, tmp_path: 
     exact(quantized_folder("qwen2", scheme=scheme, **WIDE), tmp_path / "export", form)
 
 
+@pytest.mark.parametrize(("form", "grid"), [("compressed-tensors", "bf16"), ("gptq", "fp16"), ("awq", "fp16")])
+def test_parts_of_a_fused_matrix_with_scales_found_differently_are_exact(
+    quantized_folder: Build, tmp_path: Path, form: str, grid: Any
+) -> None:
+    overrides = {"*.k_proj": SpecChange(divisor="qmax"), "*.up_proj": SpecChange(scale_grid=grid)}
+    exact(quantized_folder("llama", scheme=QuantScheme(weights=FOUR, overrides=overrides), **WIDE), tmp_path / "export", form)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("bits", "stored"), [(8, "Q8_0"), (4, "Q4_0")])
 def test_gguf_holds_rounded_embeddings_and_heads(quantized_folder: Build, tmp_path: Path, tied: bool, bits: int, stored: str) -> None:

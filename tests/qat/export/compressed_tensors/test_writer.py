@@ -19,6 +19,7 @@ from decoct.qat.readers.compressed_tensors import Inputs, PackedFolder
 from decoct.qat.rebuild import load_exported_model
 from decoct.qat.rebuild_inputs import like_kernels, like_package
 from decoct.qat.runtimes.check import check_runtimes
+from decoct.qat.runtimes.transformers_process import loading_options
 from decoct.qat.source.quantized_source import ExportSource
 from decoct.qat.spec import ActivationSpec, QuantSpec
 from decoct.qat.verify.verify import verify_folder
@@ -134,6 +135,17 @@ def test_mixed_lattices_name_their_modules_and_never_the_class(spec_source: Make
     assert config["ignore"] == ["model.layers.1.self_attn.o_proj", "lm_head"]
     card = (target / "README.md").read_text()
     assert "2 linears int8, channel" in card
+
+
+@pytest.mark.parametrize("asymmetric", ["common", "own", "none"])
+def test_the_card_loads_as_the_check_does_and_counts_zero_points(asymmetric: str, spec_source: Make, export_source: Export) -> None:
+    spec, own = (QuantSpec(bits=4, group_size=16, symmetric=asymmetric != name) for name in ("common", "own"))
+    target = export_source(spec_source(spec, own={"down_proj": own}), "compressed-tensors")
+    card = (target / "README.md").read_text()
+    assert ("CompressedTensorsConfig(dequantize=True)" in card) == bool(loading_options(str(target))) == (asymmetric != "none")
+    assert ("12 linears int4, 16, asymmetric; 2 linears int4, 16 (" in card) is (asymmetric == "common")
+    assert ("12 linears int4, 16; 2 linears int4, 16, asymmetric (" in card) is (asymmetric == "own")
+    assert ("linears int4" in card) is (asymmetric != "none")
 
 
 def test_formats_that_differ_are_mixed_precision(spec_source: Make, export_source: Export) -> None:
