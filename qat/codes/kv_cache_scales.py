@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,15 @@ class CacheState:
             if name in held
         }
 
+    def renamed(self, names: Mapping[str, str]) -> "CacheState":
+        """Return the state with renamed attention modules; ``names`` has the new names of modules, such as of their linears."""
+        new = {attention: _new_name(attention, names) for attention in self.attentions}
+
+        def of(held: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {new[name.rpartition(".")[0]] + name[name.rindex(".") :]: value for name, value in held.items()}
+
+        return replace(self, attentions=tuple(new.values()), scales=of(self.scales), zeros=of(self.zeros))
+
     def record(self) -> dict[str, Any]:
         """Return the part of the ``quant`` entry of ``decoct.json``."""
         return {"kv_cache": self.spec.to_json(), "attentions": list(self.attentions)}
@@ -69,6 +78,15 @@ class CacheState:
             if dtype == torch.float32 and not (float(tensor) > 0 and bool(torch.isfinite(tensor).all())):
                 return f"kv_cache: {name} is {float(tensor)}, not a positive finite number"
         return None
+
+
+def _new_name(attention: str, names: Mapping[str, str]) -> str:
+    if attention in names:
+        return names[attention]
+    # most attention modules have no weight that a file could name: they are called as the modules inside them
+    inside = ((new, module.removeprefix(attention)) for module, new in names.items() if module.startswith(f"{attention}."))
+    found = {new.removesuffix(rest) for new, rest in inside if new.endswith(rest)}
+    return found.pop() if len(found) == 1 else attention
 
 
 def cache_from_record(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CacheState | None:

@@ -105,7 +105,7 @@ class QuantState:
     def renamed(self, names: Mapping[str, str]) -> "QuantState":
         """Return the state with renamed modules; modules missing from ``names`` keep their name."""
         # the common case: module and file have one name
-        if not any(name in names for name in self.modules):
+        if not names:
             return self
 
         def of(held: dict[str, Any]) -> dict[str, Any]:
@@ -121,6 +121,7 @@ class QuantState:
             own_specs=of(self.own_specs),
             input_scales=of(self.input_scales),
             input_zeros=of(self.input_zeros),
+            cache=self.cache and self.cache.renamed(names),
         )
 
     def _parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:

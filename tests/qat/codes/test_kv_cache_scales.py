@@ -111,3 +111,28 @@ def test_a_state_in_memory_is_checked_too(random_model: Callable[..., Any], quan
     unseen = round_cache(random_model("llama"), STATIC).state()
     with pytest.raises(UserError, match=r"memory: kv_cache: model\.layers\.0\.self_attn\.k_scale is missing"):
         replace(load_quant_state(quantized_folder()), cache=unseen).check("memory")
+
+
+@pytest.mark.parametrize("quantized", [True, False], ids=["linears renamed", "linears of other names"])
+def test_scales_go_by_the_names_of_files_as_the_linears_do(quantized_folder: QuantizedFolder, quantized: bool) -> None:
+    state = replace(load_quant_state(quantized_folder()), cache=cache(ASYMMETRIC))
+    names = {name: f"backbone.{name.removeprefix('model.')}" for name in state.modules}
+    if not quantized:
+        state = replace(state, modules=(), codes={}, scales={})
+    renamed = state.renamed(names)
+    attentions = ("backbone.layers.0.self_attn", "backbone.layers.1.self_attn")
+    assert renamed.cache is not None and renamed.cache.attentions == attentions
+    assert {name.rpartition(".")[0] for name in renamed.cache.tensors()} == set(attentions)
+    assert renamed.cache.problem() is None
+    assert all(name.startswith("backbone.") for name in renamed.tensors())
+    back = renamed.renamed({new: name for name, new in names.items()})
+    assert back.cache is not None and state.cache is not None
+    assert back.cache.tensors().keys() == state.cache.tensors().keys()
+    assert back.hash() == state.hash()
+
+
+def test_attention_stays_where_only_parts_of_it_have_other_names() -> None:
+    state, first = cache(STATIC), ATTENTIONS[0]
+    inner = {f"{first}.gate.f_proj": f"{first}.f_proj", "lm_head": "embed_out", f"{first}_2.q_proj": "other.q_proj"}
+    assert state.renamed(inner).tensors() == state.tensors()
+    assert state.renamed({first: "attention"}).attentions == ("attention", ATTENTIONS[1])
