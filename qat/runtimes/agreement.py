@@ -119,9 +119,8 @@ def compare_predictions(reference: Tensor, seen: dict[str, NDArray[Any]], tokens
     for expected, ids, logprobs, row in zip(reference, torch.from_numpy(seen["ids"]), torch.from_numpy(seen["logprobs"]), tokens):
         wanted = counts.add(expected, ids[:, 0], row)
         logprob_diff = torch.maximum(logprob_diff, (wanted.gather(1, ids) - logprobs).abs().max())
-    return counts.agreement(
-        tokens, max_logprob_diff=float(logprob_diff), perplexity=math.exp(-float(seen["next"].astype(np.float64).mean()))
-    )
+    following = seen["next"].astype(np.float64)
+    return counts.agreement(tokens, max_logprob_diff=float(logprob_diff), perplexity=_perplexity(-float(following.sum()), following.size))
 
 
 class _Counts:

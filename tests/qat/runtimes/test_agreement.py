@@ -134,3 +134,20 @@ def _swapped() -> torch.Tensor:
     other[3, 7, top.indices] = top.values.flip(0)
     assert top.values[0] - top.values[1] > 0.1
     return other
+
+
+def test_a_runtime_that_thinks_the_text_impossible_differs_and_crashes_nothing() -> None:
+    seen = seen_from(SPREAD)
+    seen["next"] = np.full_like(seen["next"], -1000.0)
+    found = compare_predictions(SPREAD, seen, TEXT)
+    assert found.perplexity == pytest.approx(math.exp(700))
+    assert "perplexity" in str(found.problem(0.005))
+
+
+def test_rows_of_one_token_have_no_perplexity() -> None:
+    seen = {name: values[:, :1] for name, values in seen_from(SPREAD).items()}
+    seen["next"] = seen["next"][:, :0]
+    found = compare_predictions(SPREAD[:, :1], seen, TEXT[:, :1])
+    assert math.isnan(found.perplexity)
+    assert math.isnan(found.reference_perplexity)
+    assert found.top1 == 1.0
