@@ -37,9 +37,16 @@ class Reference:
         self._made: tuple[Arithmetic, Tensor] | None = None
 
     @property
+    def positions(self) -> int | None:
+        """Return the length of the model's context; None if it has no limit."""
+        return _positions(plain_config(self.folder).get_text_config())
+
+    @property
     def tokens(self) -> Tensor:
         """Return the tokens, int64 [B, S]; UserError if the given ones do not fit the model's vocabulary."""
-        return chosen_tokens(self.folder, self._given)[:, : self._context]
+        tokens = chosen_tokens(self.folder, self._given)
+        # behind its context a model predicts nothing, or has no position at all
+        return tokens[:, : min(filter(None, (self._context, self.positions)), default=None)]
 
     def too_large(self) -> dict[str, Any] | None:
         """Return the outcome 'skipped' if memory is too small to rebuild the model; None if it suffices or is unknown."""
@@ -73,7 +80,7 @@ def chosen_tokens(folder: Path, tokens: Tensor | None) -> Tensor:
     config = plain_config(folder).get_text_config()
     vocabulary = int(config.vocab_size)
     if tokens is None:
-        length = min(_POSITIONS, int(getattr(config, "max_position_embeddings", None) or _POSITIONS))
+        length = min(_POSITIONS, _positions(config) or _POSITIONS)
         # a fixed seed: the same export is always asked about the same tokens
         return torch.randint(0, vocabulary, (_SEQUENCES, length), generator=torch.Generator().manual_seed(0))
     if tokens.dtype != torch.int64 or tokens.ndim != 2 or not tokens.numel():
@@ -81,6 +88,11 @@ def chosen_tokens(folder: Path, tokens: Tensor | None) -> Tensor:
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
         raise UserError(f"tokens span {int(tokens.min())}..{int(tokens.max())}, but {folder} has a vocabulary of {vocabulary}")
     return tokens
+
+
+def _positions(config: Any) -> int | None:
+    found = getattr(config, "max_position_embeddings", None)
+    return int(found) if found else None
 
 
 def _rounds_inputs(path: Path) -> bool:

@@ -50,19 +50,24 @@ def _dtypes(folder: Path) -> tuple[str, ...]:
 
 
 def _compared(python: str, reference: Reference, dtype: str) -> dict[str, Any]:
-    logits = reference.logits()
-    facts, seen = run_vllm(python, reference.folder, reference.tokens, logits.shape[-1], dtype)
+    logits, tokens, context = reference.logits(), reference.tokens, reference.positions
+    if context is not None:
+        # vLLM generates one token behind the text, which has to be in the context too; earlier logits do not depend on later tokens
+        room = max(1, context - 1)
+        logits, tokens = logits[:, :room], tokens[:, :room]
+    facts, seen = run_vllm(python, reference.folder, tokens, logits.shape[-1], dtype, context)
     if seen is None:
         return facts
-    agreement = compare_predictions(logits, seen, reference.tokens)
+    agreement = compare_predictions(logits, seen, tokens)
     problem = agreement.problem(MAX_PERPLEXITY_SHIFT["vLLM"])
     return verdict(agreement, problem, real_text=reference.real_text, arithmetic=dtype, **facts)
 
 
 def run_vllm(
-    python: str, folder: Path, tokens: Tensor, vocabulary: int, dtype: str
+    python: str, folder: Path, tokens: Tensor, vocabulary: int, dtype: str, context: int | None = None
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]] | None]:
     """Return (version, speed, memory and seconds to start; its predictions), or (an outcome, None) if it did not answer."""
     script = [vllm_process.__file__]
     # vLLM's venv must not see the packages of this one
-    return run_judge(python, script, folder, tokens, {"PYTHONPATH": ""}, dtype=dtype, vocabulary=vocabulary)
+    limit = {} if context is None else {"context": context}
+    return run_judge(python, script, folder, tokens, {"PYTHONPATH": ""}, dtype=dtype, vocabulary=vocabulary, **limit)

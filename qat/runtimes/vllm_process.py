@@ -87,9 +87,9 @@ class Server:
         except urllib.error.HTTPError as error:
             raise RuntimeError(f"vLLM answered {error.code}: {error.read().decode(errors='replace')[:500]}") from error
 
-    def speed(self, prompt: list[int]) -> float:
+    def speed(self, prompt: list[int], context: int) -> float:
         """Return tokens per second of generating for one request, after a warm-up request."""
-        body = {"prompt": prompt, "max_tokens": GENERATED, "ignore_eos": True}
+        body = {"prompt": prompt, "max_tokens": min(GENERATED, context - len(prompt)), "ignore_eos": True}
         self.ask(body)
         started = time.perf_counter()
         made = self.ask(body)["usage"]["completion_tokens"]
@@ -190,6 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", help="export folder")
     parser.add_argument("--tokens", type=Path, required=True)
     parser.add_argument("--vocabulary", type=int, required=True, help="rows of the output head")
+    parser.add_argument("--context", type=int, help="positions of the model; without it, as many as the text needs")
     parser.add_argument("--seen", type=Path, required=True)
     parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
@@ -199,8 +200,8 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="decoct-vllm-") as scratch:
         started = time.perf_counter()
         _tell(options.result, phase="loading", version=_version())
-        # one more than the text: a token is generated behind it
-        context = max(tokens.shape[1], GENERATED) + 1
+        # one more than the text: a token is generated behind it. vLLM refuses to start with more than the model's own context
+        context = min(max(tokens.shape[1], GENERATED) + 1, options.context or sys.maxsize)
         try:
             server = Server(options.folder, context, options.threads, Path(scratch), options.dtype)
         except RuntimeError as error:
@@ -210,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
             _tell(options.result, phase="predicting", version=_version())
             ready = time.perf_counter() - started
             seen = teacher_forced(server, tokens, options.vocabulary)
-            result = {"version": _version(), "tokens_per_second": server.speed(tokens[0, :1].tolist()), "start_seconds": ready}
+            result = {"version": _version(), "tokens_per_second": server.speed(tokens[0, :1].tolist(), context), "start_seconds": ready}
             result["peak_bytes"] = server.peak_bytes()
         finally:
             server.close()

@@ -32,6 +32,10 @@ place = Path(__file__).parents[3]
 options = dict(zip(sys.argv[3::2], sys.argv[4::2]))
 with (place / "asked").open("a") as file:
     file.write(f"{options['--dtype']} {os.getpid()}\\n")
+limit = json.loads((Path(sys.argv[2]) / "config.json").read_text())["max_position_embeddings"]
+if int(options["--max-model-len"]) > limit:
+    print(f"ValueError: User-specified max_model_len is greater than the derived max_model_len ({limit})", flush=True)
+    sys.exit(1)
 if (place / "last words").exists():
     print((place / "last words").read_text(), flush=True)
     sys.exit(1)
@@ -62,7 +66,9 @@ class Answers(BaseHTTPRequestHandler):
         assert body["temperature"] == 0 and body["model"] == "model"
         if "prompt_logprobs" not in body:
             assert body["ignore_eos"]
+            assert len(body["prompt"]) + body["max_tokens"] <= int(options["--max-model-len"])
             return self.reply({"usage": {"completion_tokens": body["max_tokens"]}})
+        assert len(body["prompt"]) + body["max_tokens"] <= int(options["--max-model-len"])
         text, logprobs, count = body["prompt"], rows[tuple(body["prompt"])], body["prompt_logprobs"]
         prompt = [None] + [entries(logprobs[i], count, text[i + 1]) for i in range(len(text) - 1)]
         last = {f"token_id:{t}": e["logprob"] for t, e in entries(logprobs[-1], count).items()}
@@ -74,16 +80,21 @@ ThreadingHTTPServer(("127.0.0.1", int(options["--port"])), Answers).serve_foreve
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stand:
-    """``stand_in(export, change=, last_words=)``: an interpreter with a vLLM that predicts as the rebuilt export, changed; its folder."""
+    """``stand_in(export, change=, last_words=, tokens=)``: an interpreter with a vLLM that predicts as the export, changed. Its folder."""
 
-    def build(export: Path, change: Callable[[torch.Tensor], None] = lambda logits: None, last_words: str | None = None) -> Path:
+    def build(
+        export: Path,
+        change: Callable[[torch.Tensor], None] = lambda logits: None,
+        last_words: str | None = None,
+        tokens: torch.Tensor | None = None,
+    ) -> Path:
         place = tmp_path / "vllm stand-in"
         package = place / "vllm" / "entrypoints" / "cli"
         package.mkdir(parents=True)
         (package / "main.py").write_text(SERVER)
         (place / "vllm-9.8.7.dist-info").mkdir()
         (place / "vllm-9.8.7.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 9.8.7\n")
-        tokens = chosen_tokens(export, None)
+        tokens = chosen_tokens(export, None) if tokens is None else tokens
         with torch.no_grad():
             logits = load_exported_model(export)(tokens).logits.clone()
         change(logits)
@@ -120,6 +131,16 @@ def test_what_vllm_predicts_is_compared_at_every_position(exported: Path, stand_
     assert 10**7 < seen["peak_bytes"] < 10**10
     assert asked(place) == ["float16"]
     assert check_vllm(exported, chosen_tokens(exported, None))["perplexity"] > 1
+
+
+@pytest.mark.parametrize("length", [63, 64, 80])
+def test_a_text_as_long_as_the_context_leaves_room_for_the_token_behind_it(exported: Path, stand_in: Stand, length: int) -> None:
+    tokens = torch.randint(0, 258, (2, length), generator=torch.Generator().manual_seed(3))
+    place = stand_in(exported, tokens=tokens[:, :63])
+    seen = check_vllm(exported, tokens)
+    assert (seen["status"], seen["positions"], seen["top1"]) == ("agrees", 2 * 63, 1.0), seen["reason"]
+    assert asked(place) == ["float16"]
+    assert Reference(exported, tokens).tokens.shape == (2, min(length, 64))
 
 
 def _another_choice(positions: slice) -> Callable[[torch.Tensor], None]:

@@ -98,7 +98,7 @@ def runtimes_that_agree(context: StageContext, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Rule, "absent", ())
     monkeypatch.setattr(transformers_check, "run_judge", transformers)
     monkeypatch.setenv(vllm_check.PYTHON, "python")
-    monkeypatch.setattr(vllm_check, "run_vllm", lambda python, folder, tokens, vocabulary, dtype: server(tokens))
+    monkeypatch.setattr(vllm_check, "run_vllm", lambda python, folder, tokens, vocabulary, dtype, context: server(tokens))
     monkeypatch.setattr(llama_cpp_check, "PACKAGE", "json")
     monkeypatch.setattr(llama_cpp_check, "run_llama_cpp", lambda file, tokens, vocabulary, python: server(tokens))
 
