@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     # transformers imports the package of a format only when it loads such a model
     except ImportError as error:
-        _tell(options.result, phase="loading", not_installed=str(error).strip().splitlines()[0])
+        _tell(options.result, phase="loading", not_installed=(str(error).strip() or type(error).__name__).splitlines()[0])
         return
     np.savez(options.seen, logits=logits.numpy())
     version = ", ".join(f"{name} {number}" for name, number in _versions().items())
