@@ -56,5 +56,5 @@ def load_exported_model(path: Path, *, inputs: Arithmetic = "kernels") -> "PreTr
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     hook_inputs(model, opened, inputs, structure.modules)
-    hook_cache(model, opened)
+    hook_cache(model, opened, structure.modules)
     return model.eval()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .codes.kv_cache_scales import CacheState
 from .fake_quant.activations import fake_quant_activation
 from .layers.kv_cache_hooks import round_cache_as_stored
+from .layers.token_rows import with_input
 from .readers.compressed_tensors import Inputs, PackedFolder
 from .readers.open import ExportReader
 from .spec import ActivationSpec
@@ -37,11 +38,14 @@ def hook_inputs(model: nn.Module, opened: ExportReader, arithmetic: Arithmetic, 
         inputs = opened.inputs(name)
         if inputs is not None:
             rounding = partial(like_kernels if arithmetic == "kernels" else like_package, inputs=inputs)
-            model.get_submodule(modules.get(name, name)).register_forward_pre_hook(partial(_hook, rounding))
+            model.get_submodule(modules.get(name, name)).register_forward_pre_hook(partial(_hook, rounding), with_kwargs=True)
 
 
-def hook_cache(model: "PreTrainedModel", opened: ExportReader) -> None:
-    """Make the model round keys and values as the export specifies; UserError if the scales belong to other modules."""
+def hook_cache(model: "PreTrainedModel", opened: ExportReader, modules: Mapping[str, str]) -> None:
+    """Make the model round keys and values as the export specifies; UserError if the scales belong to other modules.
+
+    ``modules`` maps export names to model names where they differ.
+    """
     scales = opened.cache() if isinstance(opened, PackedFolder) else None
     if scales is None:
         return
@@ -50,11 +54,11 @@ def hook_cache(model: "PreTrainedModel", opened: ExportReader) -> None:
     spec = ActivationSpec(kind="fp8_e4m3", scaling="static")
     # the reader gives Python floats of fp32 numbers, so the tensors have the stored bits
     numbers = {name: torch.tensor(scale) for name, scale in scales.items()}
-    round_cache_as_stored(model, CacheState(spec=spec, attentions=attentions, scales=numbers))
+    round_cache_as_stored(model, CacheState(spec=spec, attentions=attentions, scales=numbers).renamed(modules))
 
 
-def _hook(rounding: Any, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return rounding(arguments[0]), *arguments[1:]
+def _hook(rounding: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return with_input(args, kwargs, rounding)
 
 
 def like_kernels(x: Tensor, inputs: Inputs) -> Tensor:

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from ..spec import ActivationSpec
 from .rounders import Padding, Rounder, Rounders, watch_padding
+from .token_rows import linear_input, with_input
 
 
 class InputRounder(Rounder):
-    """The hook of one module; it rounds the module's first argument."""
+    """The hook of one linear; it rounds the linear's input."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x: Tensor = args[0]
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # before rounding: a range is that of the unrounded inputs
-        self.note(x)
-        return (self.round(x), *args[1:])
+        self.note(linear_input(args, kwargs))
+        return with_input(args, kwargs, self.round)
 
 
 class RoundedInputs(Rounders):
@@ -38,7 +38,7 @@ def round_inputs(model: nn.Module, modules: Iterable[str], spec: ActivationSpec,
     rounders = {name: InputRounder(spec, padding) for name in modules}
     for name, rounder in rounders.items():
         # a pre-hook, so that every class of linear reads rounded inputs, also one that was replaced before
-        model.get_submodule(name).register_forward_pre_hook(rounder)
+        model.get_submodule(name).register_forward_pre_hook(rounder, with_kwargs=True)
     return RoundedInputs(spec, rounders)
 
 

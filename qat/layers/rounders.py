@@ -56,8 +56,12 @@ class Rounder:
     def note(self, x: Tensor) -> None:
         """While observing, extends the range by ``x`` [B, S, ...] without padding."""
         if self.observing:
+            text = self._padding.without(x.detach())
+            # a batch of padding alone has no range
+            if not text.numel():
+                return
+            low, high = text.aminmax()
             # -low, so that one maximum (and one all-reduce over ranks) updates both ends
-            low, high = self._padding.without(x.detach()).aminmax()
             seen = torch.stack([-low, high]).to(torch.float32)
             self.extremes = seen if self.extremes is None else torch.maximum(self.extremes, seen)
 

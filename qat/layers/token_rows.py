@@ -1,8 +1,23 @@
 """Reads tensors with one vector per token in every shape that families use: [B, S, ...] or flattened to [B x S, ...]."""
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
+
+
+def linear_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The tensor that a linear reads, from the arguments that a hook of it gets: the first one, or ``input`` by keyword."""
+    return args[0] if args else kwargs["input"]
+
+
+def with_input(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a linear with another input, as a pre-hook with keywords returns them."""
+    changed = change(linear_input(args, kwargs))
+    return ((changed, *args[1:]), dict(kwargs)) if args else ((), {**kwargs, "input": changed})
 
 
 def token_rows(x: Tensor, text: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:

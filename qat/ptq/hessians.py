@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.common.errors import NonFiniteError, UserError
-from ..layers.token_rows import token_rows
+from ..layers.token_rows import linear_input, token_rows
 from .replay import Advance, Enough, Replay
 
 _BLOCK = 256  # columns of x x^T per product: x x^T is symmetric, so blocks left of the diagonal are copied, not computed
@@ -49,7 +49,9 @@ def shared_inputs(
         # the first batch shows which linears share an input; afterwards one of each group is watched
         watched = dict(linears) if number == 0 else {shared.names[0]: linears[shared.names[0]] for shared in sums.shared}
         sums.begin(len(watched), number == 0, replay.shape(number))
-        handles = [linear.register_forward_pre_hook(sums.adder(name, number == 0, kept)) for name, linear in watched.items()]
+        handles = [
+            linear.register_forward_pre_hook(sums.adder(name, number == 0, kept), with_kwargs=True) for name, linear in watched.items()
+        ]
         try:
             replay.run(index, number)
         finally:
@@ -86,12 +88,12 @@ class _Sums:
         self._stops = self._once or (not first and (self._stops or self._calls == self._expected))
         self._expected, self._calls = hooks, 0
 
-    def adder(self, name: str, first: bool, kept: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def adder(self, name: str, first: bool, kept: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         """Pre-hook that finds the linears with the same input (in the ``first`` batch) and adds the tokens that ``kept`` [B, S] selects."""
 
-        def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            look(inputs[0])
-            self.latest = inputs[0]
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.latest = given = linear_input(args, kwargs)
+            look(given)
             self._calls += 1
             # what runs behind the last watched linear adds nothing to the sums
             if self._stops and self._calls == self._expected:

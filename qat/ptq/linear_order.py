@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.token_rows import token_rows
+from ..layers.token_rows import linear_input, token_rows
 from .replay import Part, Replay
 
 _TOKENS = 16
@@ -38,7 +38,7 @@ def steps_of(replay: Replay, index: int, layer: nn.Module, linears: Mapping[str,
         The steps, or None if the layer does not run each linear exactly once on one vector per token (layers with experts, for example).
     """
     seen = _Seen()
-    hooks = [linear.register_forward_hook(seen.linear(name)) for name, linear in linears.items()]
+    hooks = [linear.register_forward_hook(seen.linear(name), with_kwargs=True) for name, linear in linears.items()]
     # candidates for ``Step.part`` are modules with children: a leaf has no inner linear whose output it could return
     own = {id(linear) for linear in linears.values()} | {id(layer)}
     parts = [module for module in layer.modules() if id(module) not in own and next(module.children(), None) is not None]
@@ -70,11 +70,11 @@ class _Seen:
     parts: list[tuple[nn.Module, Any]] = field(default_factory=list)
     """(module, output) of modules that return the unchanged output of a linear, inner modules before outer ones."""
 
-    def linear(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def linear(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
         """Forward hook of a linear."""
 
-        def look(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            self.linears.append((name, inputs[0], output))
+        def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self.linears.append((name, linear_input(args, kwargs), output))
             # read at once: a later module may change the output in place
             self.versions[name] = output._version
 

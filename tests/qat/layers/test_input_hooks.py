@@ -1,5 +1,7 @@
 """Hooks that round what linears read: dynamic and static, and the ranges behind static scales."""
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from decoct.models.common.errors import UserError
 from decoct.qat.fake_quant import fake_quant_activation, static_scale
 from decoct.qat.layers.input_hooks import round_inputs, round_inputs_as_stored
+from decoct.qat.layers.rounders import Padding, Rounder
 from decoct.qat.spec import ActivationSpec
 
 
@@ -92,3 +95,31 @@ def test_padding_has_no_part_in_the_range() -> None:
     inputs.observe()
     made(x)
     assert float(inputs.extremes()[0, 1]) == 100.0
+
+
+def test_a_batch_of_padding_alone_leaves_the_range_as_it_is() -> None:
+    padding = Padding()
+    rounder = Rounder(ActivationSpec(scaling="static"), padding)
+    rounder.observing = True
+    padding.text = torch.zeros(2, 5, dtype=torch.bool)
+    rounder.note(torch.randn(2, 5, 8))
+    assert rounder.extremes is None
+    padding.text = torch.ones(2, 5, dtype=torch.bool)
+    rounder.note(torch.full((2, 5, 8), 3.0))
+    padding.text = torch.zeros(2, 5, dtype=torch.bool)
+    rounder.note(torch.full((2, 5, 8), 9.0))
+    assert rounder.extremes is not None
+    assert rounder.extremes.tolist() == [-3.0, 3.0]
+
+
+@pytest.mark.parametrize("scaling", ["dynamic", "static"])
+def test_an_input_by_keyword_is_rounded_as_one_by_position(scaling: Literal["dynamic", "static"]) -> None:
+    made, x = model(), torch.randn(3, 8)
+    inputs = round_inputs(made, ["0"], ActivationSpec(scaling=scaling))
+    inputs.observe()
+    first(made)(input=x)
+    assert torch.equal(inputs.extremes(), torch.stack([-x.min(), x.max()])[None])
+    if scaling == "static":
+        inputs.set_ranges(inputs.extremes())
+    assert torch.equal(first(made)(input=x), first(made)(x))
+    assert not torch.equal(first(made)(input=x), plain_first(made, x))

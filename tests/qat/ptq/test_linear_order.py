@@ -1,5 +1,7 @@
 """Linears in the order in which they run, each once: parts that are shortened, and layers where that does not do."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -162,3 +164,24 @@ def test_a_linear_that_reads_windows_in_chunks_is_named(random_model: RandomMode
     model.set_submodule("model.layers.0.mlp", Chunks(model.get_submodule("model.layers.0.mlp")))
     with pytest.raises(UserError, match=r"mlp\.inner\.gate_proj reads 16 of 24 tokens at a time"):
         round_model(model, SPEC, GPTQ, text=text_of(windows()))
+
+
+def test_a_linear_that_is_called_by_keyword_is_rounded_as_by_position(random_model: RandomModel) -> None:
+    class ByKeyword(nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner.down_proj(input=self.inner.act_fn(self.inner.gate_proj(input=x)) * self.inner.up_proj(input=x))
+
+    class ByPosition(ByKeyword):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    found = []
+    for kind in (ByKeyword, ByPosition):
+        model = random_model("llama")
+        model.set_submodule("model.layers.0.mlp", kind(model.get_submodule("model.layers.0.mlp")))
+        found.append(round_model(model, SPEC, GPTQ, text=text_of(windows())).state.hash())
+    assert found[0] == found[1]
