@@ -184,14 +184,16 @@ def _targets(stage: StagePlan, width: int) -> "Table":
 def _values(plan: Plan, width: int) -> "Table":
     headings = ("key", "value", "from")
     rows: list[tuple[str, ...]] = []
-    told: set[str] = set()
-    derived = [value for stage in plan.stages for value in stage.values]
+    derived = [(stage.name, value) for stage in plan.stages for value in stage.values]
     # a key such as trainer.micro_batch is 'auto' in the recipe and a number in each stage: the number is shown
-    overtaken = {value.key for value in derived}
-    for value in [*(v for v in plan.values if v.key not in overtaken), *derived]:
-        if value.key not in told:
-            told.add(value.key)
-            rows.append((value.key, shown_value(value.value), value.origin))
+    overtaken = {value.key for _, value in derived}
+    told: dict[str, tuple[str, str]] = {}
+    for stage, value in [*(("", v) for v in plan.values if v.key not in overtaken), *derived]:
+        shown = shown_value(value.value), value.origin
+        # a value of each stage is shown once, and again with the name of a later stage where that has another one
+        if value.key not in told or told[value.key][0] != shown[0]:
+            rows.append((f"{value.key} ({stage})" if value.key in told else value.key, *shown))
+            told[value.key] = shown
     return fitting_table("values", headings, rows, width, text=headings)
 
 

@@ -1,21 +1,24 @@
 """Plans of the shipped recipes and of a tiny one that is then really run."""
 
+import io
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from decoct.configs import list_recipes, load_recipe, recipe_from_dict
 from decoct.launch.cli.plan_verb import parse_bytes
 from decoct.launch.plan.make_plan import StagePlan, plan
 from decoct.launch.plan.problems import problems
-from decoct.launch.plan.show import as_json, short_form
+from decoct.launch.plan.show import as_json, draw, short_form
 from decoct.models.common.errors import UserError
 
 from ...support.warm_python import WarmPython
@@ -55,6 +58,23 @@ def test_a_plan_is_made_without_the_training_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_later_stage_with_another_value_is_shown() -> None:
+    made = plan(load_recipe("quickstart"))
+    first, second, third, *_ = (stage for stage in made.stages if stage.training)
+    own = [replace(value, value=3) if value.key == "trainer.micro_batch" else value for value in second.values]
+    stages = [replace(stage, values=own) if stage is second else stage for stage in made.stages]
+    # the third stage is shown too: without its line it would seem to be as the second
+    expected = ["", f" ({second.name})", f" ({third.name})"]
+    for shown, names in ((made, expected[:1]), (replace(made, stages=stages), expected)):
+        out = io.StringIO()
+        draw(shown, Console(file=out, width=160))
+        lines = [line for line in out.getvalue().splitlines() if "trainer.micro_batch" in line]
+        assert len(lines) == len(names), lines
+        assert all(f"trainer.micro_batch{name} " in line for name, line in zip(names, lines))
+    assert f"trainer.micro_batch ({first.name})" not in out.getvalue()
+    assert " 3 " in lines[1] and " 3 " not in lines[0] + lines[2]
 
 
 def test_values_say_where_they_come_from() -> None:
