@@ -4,9 +4,9 @@ Peaks are the vendors' figures for matrix products without sparsity, bf16 with f
 figures, which product pages print first, are twice as large. ``link`` is what one GPU can send to others of its machine, in bytes per
 second in one direction, half of the total that vendors print.
 
-Sources: NVIDIA A100 (80 GB and 40 GB, SXM), H100 (SXM, PCIe), H200 (SXM), L4 and L40S data sheets; NVIDIA HGX B200 data sheet; NVIDIA
-Ampere GA102 and Ada GPU architecture white papers (GeForce RTX 3090 and 4090); AMD Instinct MI300X data sheet. PCIe 4.0 x16: 32 GB/s,
-5.0 x16: 64 GB/s.
+Sources: NVIDIA A100 (80 GB and 40 GB, SXM and PCIe), H100 (SXM, PCIe), H200 (SXM), L4 and L40S data sheets; NVIDIA HGX B200 data sheet;
+NVIDIA Ampere GA102 and Ada GPU architecture white papers (GeForce RTX 3090 and 4090); AMD Instinct MI300X data sheet. PCIe 4.0 x16:
+32 GB/s, 5.0 x16: 64 GB/s.
 """
 
 import difflib
@@ -37,6 +37,8 @@ GPUS = {
     for gpu in (
         Gpu("A100", 312 * _TERA, 19.5 * _TERA, 80 * _GB, 300e9),
         Gpu("A100-40GB", 312 * _TERA, 19.5 * _TERA, 40 * _GB, 300e9),
+        Gpu("A100-PCIe", 312 * _TERA, 19.5 * _TERA, 80 * _GB, 32e9),
+        Gpu("A100-PCIe-40GB", 312 * _TERA, 19.5 * _TERA, 40 * _GB, 32e9),
         Gpu("H100", 989 * _TERA, 67 * _TERA, 80 * _GB, 450e9),
         Gpu("H100-PCIe", 756 * _TERA, 51 * _TERA, 80 * _GB, 64e9),
         Gpu("H200", 989 * _TERA, 67 * _TERA, 141 * _GB, 450e9),

@@ -40,6 +40,8 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         ("NVIDIA H100 PCIe", 85.0, "H100-PCIe"),
         ("NVIDIA A100-SXM4-80GB", 85.1, "A100"),
         ("NVIDIA A100-SXM4-40GB", 42.3, "A100-40GB"),
+        ("NVIDIA A100 80GB PCIe", 85.1, "A100-PCIe"),
+        ("NVIDIA A100-PCIE-40GB", 42.3, "A100-PCIe-40GB"),
         ("NVIDIA L40S", 47.7, "L40S"),
         ("NVIDIA L4", 23.6, "L4"),
         ("NVIDIA GeForce RTX 4090", 25.3, "RTX-4090"),
