@@ -91,7 +91,10 @@ def _tensor_parallel(case: StoredShapes) -> Iterable[StackFinding]:
         if size[1] % ranks or (group != "channel" and (size[1] // ranks) % int(group)):
             # whole groups on each GPU, or whole tiles of the kernel where there are no groups
             unit = ranks * (128 if group == "channel" else int(group))
-            reason = f"{name} has {size[1]:,} inputs, and a GPU's share of them is not a multiple of the group size {group}"
+            wrong = f"they cannot be cut evenly over {ranks} GPUs"
+            if group != "channel":
+                wrong = f"a GPU's share of them is not a multiple of the group size {group}"
+            reason = f"{name} has {size[1]:,} inputs, and {wrong}"
             fewer = f"--tensor-parallel {_largest_ranks(case, size[1])}"
             yield StackFinding("no", reason, (case.ffn_fix(unit) if name == "down_proj" else "") or fewer)
 

@@ -75,6 +75,15 @@ def test_what_marlin_and_tensor_parallelism_want(
     assert fix in found[2]
 
 
+def test_whole_rows_have_no_group_to_cut() -> None:
+    outcome, reason, fix = _of(_llama(intermediate_size=8065), ranks=2, bits=8, group_size="channel")
+    assert outcome == "no"
+    assert "down_proj has 8,065 inputs, and they cannot be cut evenly over 2 GPUs" in reason
+    assert "prune.structured.ffn=" in fix
+    grouped = _of(_llama(intermediate_size=8064), ranks=2)[1]
+    assert "down_proj has 8,064 inputs, and a GPU's share of them is not a multiple of the group size 128" in grouped
+
+
 def test_the_named_ffn_really_is_legal() -> None:
     for ffn, ranks in ((8064, 2), (9000, 4), (5000, 1)):
         _, _, fix = _of(_llama(intermediate_size=ffn), ranks=ranks)
