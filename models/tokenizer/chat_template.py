@@ -7,6 +7,7 @@ with limits on time and memory.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from functools import lru_cache
@@ -56,13 +57,20 @@ def _fault(template: str, tokens: str) -> str:
         )
     except subprocess.TimeoutExpired:
         return f"takes more than {_WALL_SECONDS} seconds"
-    if done.returncode < 0:  # by SIGXCPU or SIGKILL: the limit of time; by SIGSEGV or SIGABRT: it broke the interpreter
+    if done.returncode == -signal.SIGXCPU:
         return f"takes more than {SECONDS} seconds of processor time"
+    if done.returncode < 0:
+        return f"ends the process that tries it ({_killed_by(-done.returncode)})"
     try:
         return str(json.loads(done.stdout)["fault"])
     except (ValueError, KeyError):
         said = done.stderr.decode(errors="replace").strip().splitlines()
         return f"ends the process that tries it ({said[-1] if said else done.returncode})"
+
+
+def _killed_by(number: int) -> str:
+    name = signal.Signals(number).name if number in {known.value for known in signal.Signals} else f"signal {number}"
+    return name + (", as the system does when memory runs out" if number == signal.SIGKILL else "")
 
 
 def _conversations() -> list[list[dict[str, str]]]:

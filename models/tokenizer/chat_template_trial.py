@@ -42,7 +42,10 @@ def _limit(seconds: int, memory: int) -> None:
     used = resource.getrusage(resource.RUSAGE_SELF)
     # RLIMIT_CPU counts from the start of the process, and imports have used some of it
     spent = int(used.ru_utime + used.ru_stime) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (spent + seconds, spent + seconds))
+    # SIGXCPU at the limit, which only this limit sends; with an equal hard limit it would be SIGKILL, as for a lack of memory
+    resource.setrlimit(resource.RLIMIT_CPU, (spent + seconds, spent + seconds + 1))
+    # SIGXCPU would also leave a file with the memory of the process
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError, ValueError, IndexError):
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         # address space, because the kernel limits nothing closer to real use

@@ -1,5 +1,8 @@
 """A chat template that does not end, or takes all memory, is found in a process of its own before it meets anybody's rows."""
 
+import signal
+import subprocess
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -43,4 +46,23 @@ def test_usual_templates_and_refusals_of_their_own_pass(tokenizer: PreTrainedTok
     generation = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}{% endfor %}"
     for template in (None, {"default": PLAIN, "tools": refusing}, generation, "{% for %}"):
         tokenizer.chat_template = template
+        check_chat_template(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("number", "fault"),
+    [
+        (signal.SIGXCPU, "takes more than 10 seconds of processor time"),
+        (signal.SIGSEGV, r"ends the process that tries it \(SIGSEGV\)"),
+        (signal.SIGKILL, r"ends the process that tries it \(SIGKILL, as the system does when memory runs out\)"),
+    ],
+)
+def test_a_process_that_is_killed_says_by_what(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, fault: str
+) -> None:
+    killed = subprocess.CompletedProcess([], -number, b"", b"")
+    monkeypatch.setattr(chat_template.subprocess, "run", lambda *_, **__: killed)
+    # a template of its own: faults are remembered
+    tokenizer.chat_template = f"{{# {number.name} #}}"
+    with pytest.raises(UserError, match=f"{fault} to render a short conversation"):
         check_chat_template(tokenizer)
