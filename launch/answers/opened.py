@@ -82,9 +82,11 @@ def _name(path: str) -> str:
     """A short name: the end of a path, with the folder above where that alone says little (model, 03-export/gguf). A hub id stays."""
     if not Path(path).exists():
         return path
-    parts = Path(path).absolute().parts
-    says_little = parts[-1] in ("model", "model.gguf") or re.match(r"\d\d-", parts[-2])
-    return "/".join(parts[-2:]) if says_little else parts[-1]
+    place = Path(path).absolute()
+    # both are '' for the root
+    name, above = place.name, place.parent.name
+    says_little = name in ("model", "model.gguf") or re.match(r"\d\d-", above)
+    return f"{above}/{name}" if says_little and above else name or str(place)
 
 
 def _open_folder(path: str, folder: Path, dtype: torch.dtype) -> "PreTrainedModel":

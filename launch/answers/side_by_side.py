@@ -21,7 +21,7 @@ def beside_each_other(names: Sequence[str], answers: Sequence[Answer], width: in
         answers: Of the two models, in that order.
         width: Of the terminal.
     """
-    titles = [name if name != names[0] else f"{name} ({number})" for number, name in enumerate(names, 1)] if names[0] == names[1] else names
+    titles = [f"{name} ({number})" for number, name in enumerate(names, 1)] if names[0] == names[1] else names
     if width < NARROW:
         rows = [[f"{title}:\n{made.text.strip()}\n({made.words()})"] for title, made in zip(titles, answers)]
         return fitting_table(None, ["answers"], rows, width, text=["answers"])

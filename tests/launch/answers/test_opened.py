@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from decoct.launch.answers.answer import Sampling, answer, prompt_ids
-from decoct.launch.answers.opened import open_for_answers
+from decoct.launch.answers.opened import _name, open_for_answers
 from decoct.models.common.errors import UserError
 from decoct.models.folder.loading import load_model, load_tokenizer
 from decoct.qat import QuantSpec, quantize_model, save_quantized_folder
@@ -98,3 +98,13 @@ def test_folders_that_are_no_model(tmp_path: Path) -> None:
         open_for_answers(str(tmp_path))
     with pytest.raises(UserError, match="no such folder"):
         open_for_answers(str(tmp_path / "nowhere"))
+
+
+def test_a_short_name_of_any_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("03-export/gguf", "run/model", "other/plain"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert [_name(name) for name in ("03-export/gguf", "run/model", "other/plain", "org/name")] == [
+        "03-export/gguf", "run/model", "plain", "org/name",
+    ]  # fmt: skip
+    assert _name("/") == "/"
