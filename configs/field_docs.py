@@ -5,6 +5,7 @@ The JSON Schema of recipes and the reference of recipe keys show them, so each m
 
 import ast
 import inspect
+import textwrap
 from functools import cache
 
 
@@ -15,8 +16,8 @@ def field_docs(settings: type) -> dict[str, str]:
     # base classes first, so that a subclass can describe a field anew
     for base in reversed(settings.__mro__[:-1]):
         # from the source, as Python keeps no docstrings of fields
-        # cleandoc takes off the indent of a class inside a function; the decorator's line keeps a class at the top as it is
-        (definition,) = ast.parse(inspect.cleandoc(inspect.getsource(base))).body
+        # a class inside a function is indented as a whole
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         assert isinstance(definition, ast.ClassDef)
         # each statement with the one below it: the string that follows a field describes it
         for field, below in zip(definition.body, definition.body[1:], strict=False):
