@@ -66,6 +66,9 @@ def _number_problems(model: GgufModel, config: Any) -> list[str]:
     if model.architecture != "gpt2":
         for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
             problems += _differing(key, model.number(key), width)
+    # llama.cpp's other architectures have no window, or a config with one is refused
+    if model.architecture in ("gemma2", "gemma3"):
+        problems += _differing("attention.sliding_window", model.number("attention.sliding_window"), config.sliding_window)
     context = model.number("context_length")
     # less is sound: an exporter may limit the context to a window
     if not isinstance(context, int) or not 0 < context <= config.max_position_embeddings:

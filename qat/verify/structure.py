@@ -6,6 +6,7 @@ from typing import Any
 from ...models.common.errors import UserError
 from ...models.folder.model_folder import RECORD
 from ...models.folder.structure import model_structure
+from ..readers.awq import AwqFolder
 from ..readers.gguf_model import GgufModel, find_gguf
 from ..readers.open import open_folder
 from ..readers.tensors import WeightFolder
@@ -50,8 +51,13 @@ def _record_problems(opened: WeightFolder, record: dict[str, Any]) -> list[str]:
     problems += [] if modules == set(opened.modules) else [f"the packed modules are not those that {RECORD} lists"]
     for module in opened.modules:
         spec, scheme = specs.get(module), opened.scheme_of(module)
+        if spec is None:
+            continue
+        expected = spec.bits, None if isinstance(spec.group_size, str) else spec.group_size
+        # AWQ stores zero points of symmetric weights too, and its config has no field for them
+        alike = scheme.symmetric == spec.symmetric or (isinstance(opened, AwqFolder) and spec.symmetric)
         # one sentence is enough: a wrong group in the config concerns all of its modules
-        if spec and (scheme.bits, scheme.group_size) != (spec.bits, None if isinstance(spec.group_size, str) else spec.group_size):
+        if (scheme.bits, scheme.group_size) != expected or not alike:
             problems.append(f"config.json has {scheme} for {module}; {RECORD} has {spec}")
             break
     return problems

@@ -127,6 +127,19 @@ def test_changed_metadata_is_found(exported: Path, key: str, offset: int, messag
     assert message in problems(exported)
 
 
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
+def test_a_changed_window_of_gemma_is_found(quantized_folder: Build, tmp_path: Path, model_type: str) -> None:
+    source = quantized_folder(model_type, group_size=32, intermediate_size=64, query_pre_attn_scalar=8, sliding_window=16)
+    folder = export_folder(source, tmp_path / "gemma", "gguf", runtimes=False).path
+    assert not problems(folder)
+    key = f"{model_type.removesuffix('_text')}.attention.sliding_window".encode()
+    file = folder / "model.gguf"
+    # the key is followed by the type of its value, 4 bytes for u32
+    flip(file, file.read_bytes().index(key) + len(key) + 4, 1)
+    renew_hashes(folder)
+    assert problems(folder) == "model.gguf: attention.sliding_window is 17, config.json has 16"
+
+
 def test_a_changed_token_is_found(exported: Path) -> None:
     file = exported / "model.gguf"
     flip(file, file.read_bytes().index(b"<|endoftext|>") + 3, 1)

@@ -117,6 +117,20 @@ def test_an_edited_scheme_is_found(exported: Path, change: dict[str, object], me
     assert message in " ".join(verify(exported).problems)
 
 
+@pytest.mark.parametrize("form", ["gptq", "awq"])
+def test_symmetry_is_compared_where_the_config_states_it(quantized_folder: Build, tmp_path: Path, form: str) -> None:
+    target = export_folder(quantized_folder(group_size=32, intermediate_size=64), tmp_path / "export", form, runtimes=False).path
+    assert verify(target).problems == []
+    if form == "awq":
+        return
+    config = json.loads((target / "config.json").read_text())
+    config["quantization_config"]["sym"] = False
+    (target / "config.json").write_text(json.dumps(config))
+    renew_hashes(target)
+    (problem,) = verify(target).problems
+    assert "symmetric=false for model.layers.0" in problem
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
