@@ -61,7 +61,7 @@ def packed_bytes(model: nn.Module, record: Mapping[str, Any]) -> int:
         record: The ``quant`` entry of its ``decoct.json``.
     """
     spec = QuantSpec.from_json(record["spec"])
-    own = {name: QuantSpec.from_json(fields) for name, fields in record.get("own_specs", {}).items()}
+    own = {name: QuantSpec.from_json(fields) for name, fields in (record.get("own_specs") or {}).items()}
     modules = dict(model.named_modules())
     weights = {name: getattr(modules.get(name), "weight", None) for name in record["modules"]}
     # by identity: named modules repeat a tied weight, ``parameters`` yields it once

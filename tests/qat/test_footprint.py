@@ -68,7 +68,9 @@ def test_sparsity_of_a_prepared_model_is_that_of_what_is_stored(random_model: Ra
 @pytest.mark.parametrize("tied", [True, False])
 def test_packed_size_is_that_of_an_export(quantized_folder: Build, tmp_path: Path, tied: bool) -> None:
     folder = quantized_folder(tie_word_embeddings=tied)
-    packed = packed_bytes(load_model(folder, dtype=torch.float32), read_record(folder)["quant"])
+    quant = read_record(folder)["quant"]
+    packed = packed_bytes(load_model(folder, dtype=torch.float32), quant)
+    assert packed_bytes(load_model(folder, dtype=torch.float32), {**quant, "own_specs": None}) == packed
     out = export_folder(folder, tmp_path / "out", "compressed-tensors", runtimes=False).path
     held = sum(info.end - info.begin for file in weight_files(out) for info in read_header(file).tensors.values() if info.dtype != "I64")
     assert packed == held
