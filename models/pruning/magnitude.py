@@ -188,7 +188,7 @@ def _cut(patterns: Callable[[], Iterable[Tensor]], count: int) -> tuple[int, int
     high, above = _bucket(((pattern >> _LOW_BITS)[pattern >= 0] for pattern in patterns()), 1 << (31 - _LOW_BITS), count)
     inside = (pattern[(pattern >> _LOW_BITS) == high] & ((1 << _LOW_BITS) - 1) for pattern in patterns())
     low, above_inside = _bucket(inside, 1 << _LOW_BITS, count - above)
-    # so many of the equal ones that exactly ``count`` are kept (law 4)
+    # so many of the equal ones that exactly ``count`` are kept (law 4, docs/architecture.md)
     return (high << _LOW_BITS) | low, count - above - above_inside
 
 
