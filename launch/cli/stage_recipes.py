@@ -111,12 +111,15 @@ def _slug(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
 
 
-def prune_settings(ffn: int | None, keep: float | str | None, tokens: int | str | None) -> dict[str, Any]:
-    """Return the settings of the ``prune`` stage for ``--ffn`` or ``--keep``."""
+def prune_settings(ffn: int | None, keep: float | str | None, tokens: int | str | None, *, in_python: bool = False) -> dict[str, Any]:
+    """Return the settings of the ``prune`` stage for ``--ffn`` or ``--keep``; ``in_python``: messages speak of the function's arguments."""
+    dashes, distill = ("", "decoct.distill") if in_python else ("--", "`decoct distill`")
     if (ffn is None) == (keep is None):
-        raise UserError("give exactly one of --ffn (channels kept in every layer) and --keep (share of the weights that stays)")
+        raise UserError(
+            f"give exactly one of {dashes}ffn (channels kept in every layer) and {dashes}keep (share of the weights that stays)"
+        )
     if ffn is not None and tokens is not None:
-        raise UserError("--ffn is one shot and takes no --tokens; run `decoct distill` on the result to recover")
+        raise UserError(f"{dashes}ffn is one shot and takes no {dashes}tokens; run {distill} on the result to recover")
     return {"structured": {"ffn": ffn}} if ffn is not None else {"magnitude": {"keep": keep}, "tokens": tokens}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...models.common.errors import DecoctError, GateFailed, UserError
+from .arguments import as_out, as_path
 from .results import RunResult
 
 if TYPE_CHECKING:
@@ -49,8 +50,9 @@ def run(
     elif isinstance(recipe, Mapping):
         loaded = recipe_from_dict(recipe, given)
     else:
-        loaded = load_recipe(os.fspath(recipe), given)
-    return started(loaded, None if out is None else Path(out), quiet=quiet)
+        wanted = "a recipe file, the name of a shipped recipe, a dict or a Recipe"
+        loaded = load_recipe(as_path(recipe, "recipe", wanted), given)
+    return started(loaded, as_out(out), quiet=quiet)
 
 
 def pairs(overrides: Mapping[str, Any]) -> "list[Override]":

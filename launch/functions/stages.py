@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...models.common.errors import UserError
 from ..cli.stage_recipes import TextChoice, evaluation, export_model, prune_settings, qat_settings, quantize_settings, read_verb
+from .arguments import as_files, as_model, as_out, as_path
 from .results import EvaluationResult, ExportedModel, ModelResult, RunResult
 from .run import pairs, started
 
@@ -74,7 +76,7 @@ def prune(
         quiet: Print nothing.
         settings: Settings of the stage or the recipe.
     """
-    return _stage("prune", model, prune_settings(ffn, keep, tokens), data, seq_length, teacher, out, quiet, settings)
+    return _stage("prune", model, prune_settings(ffn, keep, tokens, in_python=True), data, seq_length, teacher, out, quiet, settings)
 
 
 def qat(
@@ -204,8 +206,9 @@ def export(
     Raises:
         UserError: the format cannot hold the weights, or ``out`` exists.
     """
-    made = export_model(Path(model), Path(out), format, allow_inexact, reader_version)
-    return ExportedModel(folder=Path(out), format=format, bytes=made.bytes, exact=made.rounding is None, runtimes=made.runtimes)
+    folder = Path(as_path(out, "out", "a folder"))
+    made = export_model(Path(as_model(model, "model")), folder, format, allow_inexact, reader_version)
+    return ExportedModel(folder=folder, format=format, bytes=made.bytes, exact=made.rounding is None, runtimes=made.runtimes)
 
 
 def _stage(
@@ -222,13 +225,16 @@ def _run(
     kind: str, model: Model, made: dict[str, Any], text: TextChoice, teacher: Model | None, out: Out, quiet: bool,
     settings: Mapping[str, Any],
 ) -> RunResult:  # fmt: skip
-    recipe = read_verb(kind, os.fspath(model), made, text, None if teacher is None else os.fspath(teacher), pairs(settings))
-    return started(recipe, None if out is None else Path(out), quiet=quiet)
+    named = as_model(model, "student" if kind == "distill" else "model")
+    # told here, where it is an argument; the verb speaks of its option
+    if kind == "distill" and not teacher:
+        raise UserError("distill needs a teacher to learn from: decoct.distill(student, teacher, data)")
+    recipe = read_verb(kind, named, made, text, None if teacher is None else as_model(teacher, "teacher"), pairs(settings))
+    return started(recipe, as_out(out), quiet=quiet)
 
 
 def _text(data: Data, seq_length: int, tokens: str | None = None) -> tuple[TextChoice, dict[str, Any]]:
     """The text as a verb takes it, and what a dict says beyond that."""
     if isinstance(data, Mapping):
         return TextChoice(None, None, seq_length, tokens), {"data": data}
-    files = None if data is None else [data] if isinstance(data, str | os.PathLike) else data
-    return TextChoice(None if files is None else [os.fspath(file) for file in files], None, seq_length, tokens), {}
+    return TextChoice(as_files(data), None, seq_length, tokens), {}

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,9 +235,20 @@ class RunFolder:
         write_text_atomic(self.path / "recipe.yaml", recipe_text)
         write_json_atomic(self.path / "versions.json", versions())
 
-    def discard(self) -> None:
-        """Remove the folder of a start that failed before it produced anything."""
+    def highest_missing(self) -> Path | None:
+        """Return the highest folder of the path that creating the run folder would make; None if the run folder exists."""
+        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        return missing[-1] if missing else None
+
+    def discard(self, highest: Path) -> None:
+        """Remove the folder of a start that failed before it produced anything, and its empty parents up to ``highest``, inclusive."""
         shutil.rmtree(self.path, ignore_errors=True)
+        for parent in (self.path, *self.path.parents):
+            # a parent that another run uses meanwhile is not empty, and stays with those above it
+            with suppress(OSError):
+                parent.rmdir()
+            if parent == highest:
+                break
 
     def stage(self, name: str) -> StageFolder:
         """Folder of the stage called ``NN-name``."""

@@ -54,6 +54,8 @@ class Runner:
             self.console.width = max(self.console.width, WIDE)
         self.session = Session(world, run_dir)
         self._lock: Lock | None = None
+        self._made: Path | None = None
+        """The highest folder that this start has made, on rank 0; None if the run folder was there."""
         self._trackers: list[Tracker] = []
 
     def run(self) -> dict[str, Any]:
@@ -122,14 +124,13 @@ class Runner:
         """Make the run folder, train a scratch teacher if there is one, and return what the stages share."""
         import yaml
 
-        new = self.session.on_first(lambda: self._enter(yaml.safe_dump(self.plain, sort_keys=False, allow_unicode=True)))
+        self.session.on_first(lambda: self._enter(yaml.safe_dump(self.plain, sort_keys=False, allow_unicode=True)))
         self._say(f"{self.recipe.name} -> {self.folder.path}", style="bold")
         try:
             inputs = open_origin(self.recipe, self.session)
         except UserError:
             # an input that cannot be opened leaves no folder behind; one that was there before keeps its finished stages
-            if new and self.world.is_first:
-                self.folder.discard()
+            self._discard()
             raise
         self._say(f"text: {inputs.data.description}")
         for reason, count in inputs.data.left_out.items():
@@ -154,13 +155,24 @@ class Runner:
             train_scratch_teacher(self.recipe, inputs.scratch, run, self.session)
         return replace(run, teacher=self._teacher(inputs))
 
-    def _enter(self, recipe_text: str) -> bool:
-        """Create and lock the run folder (rank 0); return whether it is new."""
-        new = not self.folder.path.exists()
+    def _enter(self, recipe_text: str) -> None:
+        """Create and lock the run folder (rank 0)."""
+        made = self.folder.highest_missing()
         self._lock = self.folder.lock(self._say)
-        self.folder.open(recipe_text, {file.copy_name: file.source for file in self.recipe.imports})
+        # from here on the folder is this start's; one that another start made meanwhile was refused
+        self._made = made
+        try:
+            self.folder.open(recipe_text, {file.copy_name: file.source for file in self.recipe.imports})
+        except UserError:
+            self._discard()
+            raise
         forget_run_outcome(self.folder.path)
-        return new
+
+    def _discard(self) -> None:
+        """Remove the folders that this start has made (rank 0)."""
+        if self._made is not None:
+            self.folder.discard(self._made)
+            self._made = None
 
     def _say(self, text: str, style: str = "") -> None:
         print_line(self.console, text, style)

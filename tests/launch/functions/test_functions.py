@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -71,8 +71,10 @@ def test_a_mistake_is_raised_with_the_message_of_the_command_line() -> None:
     wrong: dict[str, Any] = {"stages.0.tokns": 1}
     with pytest.raises(UserError, match=r"override 'stages\.0\.tokns': stages\.0\.distill\.tokns: unknown key, did you mean 'tokens'\?"):
         decoct.run("quickstart", **wrong)
-    with pytest.raises(UserError, match="give exactly one of --ffn"):
+    with pytest.raises(UserError, match=r"give exactly one of ffn \(channels kept in every layer\) and keep"):
         decoct.prune("m")
+    with pytest.raises(UserError, match=r"^ffn is one shot and takes no tokens; run decoct\.distill on the result"):
+        decoct.prune("m", ffn=8, tokens="1M")
     with pytest.raises(UserError, match=r"weights\.bits: 99 is out of range"):
         decoct.quantize("m", bits=99)
     with pytest.raises(UserError, match=r"data\.seq_length: 1 is out of range"):
@@ -81,6 +83,36 @@ def test_a_mistake_is_raised_with_the_message_of_the_command_line() -> None:
         decoct.run("none.yaml")
     with pytest.raises(UserError, match="recipe value seed is a object; give text, numbers, lists and dicts"):
         decoct.run("quickstart", seed=object())
+
+
+WRONG: Any = 3
+MODEL = "a model folder, .gguf file or hub id, or the result of another function"
+SLIPS = {
+    "run": (lambda: decoct.run(WRONG), "recipe=3 is of the type int; give a recipe file, the name of a shipped recipe, a dict or a Recipe"),
+    "a run's folder": (lambda: decoct.run("quickstart", out=WRONG), "out=3 is of the type int; give a folder"),
+    "a model": (lambda: decoct.evaluate(cast(Any, None)), f"model=None is of the type NoneType; give {MODEL}"),
+    "a student": (lambda: decoct.distill(WRONG, "big"), f"student=3 is of the type int; give {MODEL}"),
+    "a teacher": (lambda: decoct.quantize("m", teacher=WRONG), f"teacher=3 is of the type int; give {MODEL}"),
+    "no teacher": (
+        lambda: decoct.distill("m", cast(Any, None)),
+        "distill needs a teacher to learn from: decoct.distill(student, teacher, data)",
+    ),
+    "a text": (
+        lambda: decoct.evaluate("m", WRONG),
+        "data=3 is of the type int; give a file, a glob, a list of them, or a dict as the recipe's section data",
+    ),
+    "a file of a text": (lambda: decoct.evaluate("m", ["a.txt", WRONG]), "data[1]=3 is of the type int; give a file or a glob"),
+    "an export's model": (lambda: decoct.export(WRONG, "x"), f"model=3 is of the type int; give {MODEL}"),
+    "an export's folder": (lambda: decoct.export("m", WRONG), "out=3 is of the type int; give a folder"),
+}
+
+
+@pytest.mark.parametrize("case", SLIPS)
+def test_an_argument_of_the_wrong_type_is_a_mistake_too(case: str) -> None:
+    call, expected = SLIPS[case]
+    with pytest.raises(UserError) as refused:
+        call()
+    assert str(refused.value) == expected
 
 
 SCRIPT = """

@@ -43,7 +43,10 @@ def test_missing_files_empty_and_short_text(tiny: dict[str, Any], run: Any, tmp_
     refused(run({**tiny, "data": {**data, "files": ["empty.txt"]}}), "empty")
     (tmp_path / "short.txt").write_text("kado lota.")
     refused(run({**tiny, "data": {**data, "files": ["short.txt"]}}), "seq_length")
-    assert not (tmp_path / "runs" / "tiny").exists()
+    assert not (tmp_path / "runs").exists(), "the parent that the start made goes too"
+    (tmp_path / "runs").mkdir()
+    refused(run({**tiny, "data": {**data, "files": ["short.txt"]}}), "seq_length")
+    assert list((tmp_path / "runs").iterdir()) == [], "a parent that was there stays"
 
 
 def test_group_size_that_does_not_divide(tiny: dict[str, Any], run: Any, tmp_path: Path) -> None:

@@ -162,3 +162,19 @@ def test_a_remembered_row_that_changed_is_measured_again(tmp_path: Path) -> None
     assert read_figures(file)["row"] == row["row"]
     file.write_text(json.dumps({**whole, "row": {"parameters": 1, "eval": {"perplexity": "two"}}}))
     assert read_figures(file) == {}
+
+
+def test_a_start_that_failed_removes_the_folders_it_made_and_no_others(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    folder = RunFolder(tmp_path / "there/runs/deep/run")
+    highest = folder.highest_missing()
+    assert highest is not None
+    assert highest == tmp_path / "there/runs"
+    folder.open("name: x")
+    assert folder.highest_missing() is None
+    folder.discard(highest)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+    folder.open("name: x")
+    (tmp_path / "there/runs/other").mkdir()
+    folder.discard(highest)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "there", tmp_path / "there/runs", tmp_path / "there/runs/other"]
