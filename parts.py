@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 if TYPE_CHECKING:
     pass
@@ -147,6 +147,11 @@ def callback(name: str, *, settings: type | None = None) -> Callable[[Target], T
 def _register(kind: Kind, name: object, **facts: Any) -> Callable[[Target], Target]:
     # the line of the decorator: two frames up, in the user's file
     line = sys._getframe(2).f_lineno  # pyright: ignore[reportPrivateUsage]
+    if callable(name):
+        # ``@parts.stage`` without parentheses: Python gives the function in place of the name, and asks for no decorator
+        if _collecting:
+            _collecting[-1].append(Registered(kind=kind, name=name, target=name, line=line, **facts))
+        return cast("Callable[[Target], Target]", name)
 
     def keep(target: Target) -> Target:
         if _collecting:

@@ -32,6 +32,8 @@ _BUILT_IN: dict[Kind, Iterable[str]] = {
     "stage": STAGE_KINDS,
     "callback": (),
 }
+NEEDS_IMPORT = "a part of your own needs import: FILE.py"
+"""What a message adds about a name that resembles none of decoct's, in a recipe that imports nothing."""
 _USE = 'decorate a function or class with parts.divergence("NAME"), data_source, stage or callback (from decoct import parts)'
 
 
@@ -191,6 +193,10 @@ def _checked(path: Path, sha256: str, found: Sequence[Registered]) -> tuple[tupl
     # all faults are collected, so that one run of the verb shows them all
     for one in found:
         at = f"{path}:{one.line}"
+        if callable(one.name):
+            decorator, given = f"parts.{one.kind.replace(' ', '_')}", getattr(one.name, "__name__", "NAME")
+            faults.append(f'{at}: {decorator} takes the name: @{decorator}("{given}")')
+            continue
         if not isinstance(one.name, str) or not _NAME.fullmatch(one.name):
             faults.append(f"{at}: {one.name!r} cannot name a {one.kind}; use letters, digits, '_' and '-', a letter first")
             continue

@@ -11,7 +11,7 @@ from ..trainer.stages.registry import STAGE_KINDS
 from .checks import check_draft
 from .draft import Draft
 from .nodes import Entry, KeyPath, Listing, Mapping, Node, Scalar, is_null, place_of
-from .own_parts import OwnParts
+from .own_parts import NEEDS_IMPORT, OwnParts
 from .problems import Problems, did_you_mean, nearest_name
 from .recipe import Recipe, Seed, StageEntry, stage_name
 from .sections import NO_PARTS, read_settings, shown_value, unknown_key
@@ -142,7 +142,9 @@ def _read_stage(node: Node, index: int, problems: Problems, kinds: dict[str, typ
         return None
     kind, body = found
     if kind not in kinds:
-        problems.add(path, f"unknown stage kind '{kind}'{did_you_mean(kind, kinds) or ';'} kinds: {', '.join(kinds)}")
+        guess = did_you_mean(kind, kinds)
+        own = "" if guess or parts.files else f"; {NEEDS_IMPORT}"
+        problems.add(path, f"unknown stage kind '{kind}'{guess or ';'} kinds: {', '.join(kinds)}{own}")
         return None
     # the kind is part of the key path: stages.0.distill.tokens
     path = (*path, kind)

@@ -16,7 +16,7 @@ from ..trainer.settings import DataSettings, LoggerSettings, TrainerSettings, Tr
 from ..trainer.settings_own import CallbackSettings
 from .foreign_names import meant_by
 from .nodes import Entry, KeyPath, Listing, Mapping, Node, Scalar, is_null
-from .own_parts import OwnParts
+from .own_parts import NEEDS_IMPORT, OwnParts
 from .own_settings import SLOTS
 from .problems import Problems, did_you_mean, nearest_name
 from .scalars import LARGEST_INT, described_type, parse_number, read_scalar
@@ -180,6 +180,11 @@ class _Walk:
             listed = f"known: {', '.join(known)}" if known else "the imported files register none"
             # the other keys of the section are not judged: they may be options of the part that is meant
             self._problems.add((*path, key), f"unknown {kind} '{word}'{did_you_mean(word, known) or ';'} {listed}")
+            return None
+        # of a data source or callback the section itself says so
+        if built_in and not self._parts.files and word not in built_in and nearest_name(word, built_in) is None:
+            allowed = described_type(types_of(section)[key])
+            self._problems.add((*path, key), f"must be {allowed}; got {shown_value(entry.node)}; {NEEDS_IMPORT}")
             return None
         return section
 

@@ -177,6 +177,17 @@ def test_without_an_import_a_message_says_what_is_missing(message: Message) -> N
         "my.yaml:4: stages.0.pretrain.callbacks.0.name: name='ema' is no callback that the recipe imports; name the file that registers it "
         "(import: FILE.py)"
     )
+    # with a name like one of decoct's, the slip is likelier: tests/configs/test_messages.py
+    text = "student: {path: a/student}\ndata: {builtin: python-stdlib}\nstages:\n  - shuffle: {strength: 1}\n"
+    assert message(text) == (
+        "my.yaml:4: stages.0: unknown stage kind 'shuffle'; kinds: pretrain, distill, prune, qat, quantize, export, evaluate; "
+        "a part of your own needs import: FILE.py"
+    )
+    text = text.replace("shuffle: {strength: 1}", "distill: {tokens: 1M, teacher: input, loss: {divergence: power, exponent: 2}}")
+    told = message(text)
+    assert told.startswith("my.yaml:4: stages.0.distill.loss.divergence: must be 'forward_kl', 'reverse_kl', ")
+    assert told.endswith("; got 'power'; a part of your own needs import: FILE.py")
+    assert message(text.replace("power, exponent: 2", "revers_kl")).endswith("; got 'revers_kl', did you mean 'reverse_kl'?")
 
 
 FILES = {
@@ -192,6 +203,12 @@ FILES = {
         "my_parts.py:4: ModuleNotFoundError: No module named 'not_there'; the recipe imports this file"),
     "registers nothing": ("x = 1\n", "my_parts.py:1: registers no part; decorate a function or class with "
         'parts.divergence("NAME"), data_source, stage or callback (from decoct import parts)'),
+    "names no stage": ("@parts.stage\ndef f(c): pass\n", 'my_parts.py:4: parts.stage takes the name: @parts.stage("f")'),
+    "names no divergence": ("x = 1\n@parts.divergence\ndef f(s, t): pass\n",
+        'my_parts.py:5: parts.divergence takes the name: @parts.divergence("f")'),
+    "names no data source": ("@parts.data_source\ndef f(): pass\n",
+        'my_parts.py:4: parts.data_source takes the name: @parts.data_source("f")'),
+    "names no callback": ("@parts.callback\nclass Ema: pass\n", 'my_parts.py:4: parts.callback takes the name: @parts.callback("Ema")'),
     "registers a name twice": ("@parts.stage('a')\ndef f(c): pass\n\n@parts.stage('a')\ndef g(c): pass\n",
         "my_parts.py:7: the stage a is registered twice, first at my_parts.py:4; rename one"),
     "takes a name of decoct's": ("@parts.stage('distill')\ndef f(c): pass\n",
