@@ -125,6 +125,9 @@ class _Walk:
         if section in SHORT_FORMS and _item_types(types_of(section)[SHORT_FORMS[section]]):
             # a list of words may stand for a section as one word may
             word = SHORT_FORMS[section]
+            if any(isinstance(item, Mapping) for item in node.items):
+                self._problems.add(path, f"a list has words alone, and options go with them: {_one_section(node, word, path)}")
+                return _WRONG
             return self._section(Mapping(node.place, {word: Entry(node.place, node)}), section, path)
         items = _item_types(annotation)
         # Any takes a list of anything: the free fields of a model's config
@@ -199,6 +202,20 @@ class _Walk:
             named = message.partition("=")[0]
             self._problems.add((*path, named) if named in found else path, message)
             return _WRONG
+
+
+def _one_section(node: Listing, word: str, path: KeyPath) -> str:
+    """Return a list of words and sections as the one section that is meant, in YAML's short form."""
+    words: list[str] = []
+    options: dict[str, str] = {}
+    for item in node.items:
+        named = item.entries[word].node if isinstance(item, Mapping) and word in item.entries else item
+        words += [str(named.value)] if isinstance(named, Scalar) else []
+        for key, entry in item.entries.items() if isinstance(item, Mapping) else ():
+            if key != word:
+                options.setdefault(key, str(entry.node.value) if isinstance(entry.node, Scalar) else "...")
+    listed = ", ".join([f"{word}: [{', '.join(words)}]", *(f"{key}: {value}" for key, value in options.items())])
+    return f"{path[-1]}: {{{listed}}}"
 
 
 def _section_of(annotation: Any) -> Any:

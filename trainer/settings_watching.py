@@ -7,6 +7,14 @@ from .. import Bounds, Count, check_fields
 
 LoggerKind = Literal["wandb", "tensorboard", "mlflow", "csv", "none"]
 
+_READERS: dict[str, tuple[LoggerKind, ...]] = {
+    "project": ("wandb", "mlflow"),
+    "entity": ("wandb",),
+    "group": ("wandb",),
+    "tags": ("wandb",),
+}
+"""Option -> the loggers that read it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStoppingSettings:
@@ -43,10 +51,19 @@ class LoggerSettings:
             # one word is a list of one, as in a recipe
             object.__setattr__(self, "kind", (self.kind,))
         check_fields(self)
+        # the faults are told at 'logger', which a recipe's short forms have in place of 'kind'
         if not self.kind:
-            raise ValueError("kind=[] names no logger; name one or more, or none")
+            raise ValueError("names no logger; name one or more, or none")
         twice = next((name for name in self.kind if self.kind.count(name) > 1), None)
         if twice:
-            raise ValueError(f"kind={list(self.kind)} names {twice} twice")
+            raise ValueError(f"names {twice} twice; leave one out")
         if "none" in self.kind and len(self.kind) > 1:
-            raise ValueError(f"kind={list(self.kind)} names none beside others; leave none out")
+            raise ValueError("names none beside others; leave none out")
+        for option, readers in _READERS.items():
+            value = getattr(self, option)
+            if value and not set(readers) & set(self.kind):
+                shown = list(value) if isinstance(value, tuple) else value
+                chosen = ", ".join(self.kind)
+                raise ValueError(
+                    f"{option}={shown} has no effect: it belongs to {' and '.join(readers)}, and kind is {chosen}; leave it out"
+                )

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from ...models.common.errors import UserError
 
 if TYPE_CHECKING:
+    from ...trainer.settings import LoggerSettings
     from ..plan.duration import Speed
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -74,8 +76,9 @@ def run_plan(recipe: str, overrides: Sequence[str], asked: Asked, as_json: bool)
     for option, value in (("--efficiency", asked.efficiency), ("--link", asked.link)):
         if value is not None and asked.gpu is None and not made.machine.gpus:
             raise UserError(f"{option} has no effect on a plan for a CPU; name the GPUs (--gpus 8 --gpu H100)")
+    found = [*problems(made), *_untracked(loaded.logger, asked)]
     if as_json:
-        print(json.dumps(drawing.as_json(made), indent=1))
+        print(json.dumps({**drawing.as_json(made), "problems": found}, indent=1))
     else:
         console = CleanConsole()
         # a pipe has no width: nothing is left out there
@@ -83,8 +86,44 @@ def run_plan(recipe: str, overrides: Sequence[str], asked: Asked, as_json: bool)
             console.width = max(console.width, WIDE)
         # the plan is printed before the refusal: it shows the numbers behind it
         drawing.draw(made, console)
-    if found := problems(made):
+    if found:
         raise UserError("this recipe cannot work there:\n" + "\n".join(f"  - {problem}" for problem in found))
+
+
+def _is_here(asked: Asked) -> bool:
+    """Return whether the plan is for this machine, by the options."""
+    return asked.gpus is None and asked.nodes == 1 and asked.gpu is None and asked.gpu_memory is None
+
+
+def _untracked(settings: "LoggerSettings", asked: Asked) -> list[str]:
+    """Return why `decoct run` would refuse the recipe's loggers here; [] if it would not. For another machine that is only told."""
+    from ...trainer.trackers.build import check_trackers
+
+    try:
+        check_trackers(settings)
+    except UserError as error:
+        if _is_here(asked):
+            return [str(error)]
+        print(f"decoct: on this machine, {error}", file=sys.stderr)
+    return []
+
+
+def _measured(asked: Asked, name: str) -> dict[str, float]:
+    """Return the speeds of the run folder, if they hold for the machine of the plan; say if a folder that was named has none."""
+    from ..plan.measured_speed import measured_speeds
+
+    # a run folder tells of the machine that it ran on; for another one it says nothing
+    used = _is_here(asked) and asked.tokens_per_second is None
+    found = measured_speeds(asked.out or Path("runs") / name) if used else {}
+    if asked.out is not None and not found:
+        if not asked.out.is_dir():
+            why = "there is no such run folder"
+        elif not used:
+            why = "is not read: the options give another machine or speed than the one that it was measured on"
+        else:
+            why = "has no steps whose speed was measured"
+        print(f"decoct: --out {asked.out}: {why}; the times are not those of a run", file=sys.stderr)
+    return found
 
 
 def _speed(asked: Asked, name: str) -> "Speed":
@@ -94,21 +133,18 @@ def _speed(asked: Asked, name: str) -> "Speed":
     """
     from ..plan.duration import EFFICIENCY, Speed
     from ..plan.gpus import find_gpu
-    from ..plan.measured_speed import measured_speeds
 
     if asked.efficiency is not None and not 0 < asked.efficiency <= 1:
         raise UserError(f"--efficiency={asked.efficiency:g} must be above 0 and at most 1; it is a share of the GPU's peak, such as 0.4")
     if asked.price is not None and not 0 <= asked.price < math.inf:
         raise UserError(f"--price={asked.price:g} must be a number of at least 0, the price of one GPU for an hour")
     link = None if asked.link is None else _bytes_per_second(asked.link)
-    # a run folder tells of the machine that it ran on; for another one it says nothing
-    here = asked.gpus is None and asked.nodes == 1 and asked.gpu is None and asked.gpu_memory is None
     return Speed(
         gpu=None if asked.gpu is None else find_gpu(asked.gpu),
         efficiency=EFFICIENCY if asked.efficiency is None else asked.efficiency,
         link=link,
         tokens_per_second=None if asked.tokens_per_second is None else _rate(asked.tokens_per_second),
-        measured=measured_speeds(asked.out or Path("runs") / name) if here and asked.tokens_per_second is None else {},
+        measured=_measured(asked, name),
         price=asked.price,
     )
 

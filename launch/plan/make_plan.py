@@ -30,6 +30,7 @@ from .work import cache_work
 
 if TYPE_CHECKING:
     from ...configs.recipe import Recipe, StageEntry
+    from ...trainer.plan import TrainingPlan
     from ...trainer.settings_quantization import QuantizeSettings
 
 
@@ -95,9 +96,10 @@ def _stage(
 
     entry, after = shape.entry, shape.after
     values = settings_values(f"stages.{entry.index}.{entry.kind}", entry.settings)
+    notes: list[str] = []
     training, work = None, StageWork(imported=isinstance(entry.settings, OwnStageSettings))
     if trains(entry.settings):
-        training, derived, work = _training(recipe, shape, teacher, machine)
+        training, derived, notes, work = _training(recipe, shape, teacher, machine)
         # a derived value replaces the setting it was derived for (auto, or none)
         values = derived + [value for value in values if value.key not in {other.key for other in derived}]
     rounding, rounded = None, entry.settings
@@ -140,6 +142,7 @@ def _stage(
         exports=exports,
         verdicts=list(judged),
         refusals=refused,
+        notes=notes,
         coverage=coverage(shape),
         # told at the stage that quantizes, not after it at an export that cannot be written
         not_exported=shape.after.family.refusal("export") or "" if entry.kind in ("qat", "quantize") else "",
@@ -183,8 +186,10 @@ def _written(recipe: "Recipe", shape: StageShape) -> int | None:
     return None
 
 
-def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, machine: Machine) -> tuple[Training, list[Value], StageWork]:
-    """Return memory, derived numbers and work of one training stage."""
+def _training(
+    recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, machine: Machine
+) -> tuple[Training, list[Value], list[str], StageWork]:
+    """Return memory, derived numbers, what can never act, and work of one training stage."""
     from ...trainer.processes.strategy import choose_strategy
 
     entry, trainer, seq = shape.entry, recipe.trainer, recipe.data.seq_length
@@ -242,7 +247,16 @@ def _training(recipe: "Recipe", shape: StageShape, teacher: ModelShape | None, m
         cache_bytes=_cache_bytes(recipe, entry, teacher, tokens),
     )
     values = training_values(entry, steps, seq, machine.ranks, shape.before.hidden, trainer)
-    return training, values, StageWork(step=step, cache=filled)
+    return training, values, _idle(entry.settings, steps, trainer.evaluate_every), StageWork(step=step, cache=filled)
+
+
+def _idle(settings: Any, steps: "TrainingPlan", every: Any) -> list[str]:
+    # 0 is refused when the recipe is read
+    if not settings.selects or every == 0:
+        return []
+    from ...trainer.loop.standing import deciding_every, never_acts
+
+    return never_acts(steps, deciding_every(every, steps.total_steps))
 
 
 def _trained_in_qat(settings: Any) -> dict[str, Any]:

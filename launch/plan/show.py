@@ -38,6 +38,7 @@ def short_form(plan: Plan) -> str:
             state = {True: "fits", False: "does NOT fit", None: "memory unknown"}[stage.training.fits]
             where = f"{need} a GPU, {state}" if plan.machine.gpus else f"about {need} of memory a process"
             lines.append(f"  {stage.name}: {amount(stage.training.tokens)} tokens in {stage.training.steps:,} steps, {where}")
+        lines += [f"  {stage.name}: {note}" for note in stage.notes]
         if stage.rounding:
             lines.append(f"  {stage.name}: {'starts with ' if stage.training else ''}{_rounding_line(stage.rounding)}")
         if stage.coverage is not None and stage.kind != "export":
@@ -98,6 +99,9 @@ def draw(plan: Plan, console: "Console", *, values: bool = True) -> None:
             console.print(f"{_safe(stage.name)}: {coverage_line(stage)}", highlight=False, soft_wrap=True)
         if stage.verdicts:
             console.print(_targets(stage, console.width))
+    for stage in plan.stages:
+        for note in stage.notes:
+            console.print(f"{stage.name}: {note}", markup=False, highlight=False, soft_wrap=True)
     if values:
         console.print(_values(plan, console.width))
     cached = sum(stage.training.cache_bytes for stage in plan.stages if stage.training)

@@ -262,15 +262,27 @@ BROKEN = {
     ),
     "a logger twice": (
         HEAD + STAGES + "logger: [csv, csv]\n",
-        "my.yaml:6: logger.kind: kind=['csv', 'csv'] names csv twice",
+        "my.yaml:6: logger: names csv twice; leave one out",
+    ),
+    "options in a list of loggers": (
+        HEAD + STAGES + "logger: [{kind: wandb, project: a, tags: [b]}, csv]\n",
+        "my.yaml:6: logger: a list has words alone, and options go with them: logger: {kind: [wandb, csv], project: a, tags: ...}",
+    ),
+    "an option of another logger": (
+        HEAD + STAGES + "logger:\n  kind: [csv, tensorboard]\n  project: x\n",
+        "my.yaml:8: logger.project: project=x has no effect: it belongs to wandb and mlflow, and kind is csv, tensorboard; leave it out",
+    ),
+    "an option of no logger": (
+        HEAD + STAGES + "logger: {tags: [a]}\n",
+        "my.yaml:6: logger.tags: tags=['a'] has no effect: it belongs to wandb, and kind is none; leave it out",
     ),
     "no logger beside one": (
         HEAD + STAGES + "logger:\n  kind: [none, csv]\n",
-        "my.yaml:7: logger.kind: kind=['none', 'csv'] names none beside others; leave none out",
+        "my.yaml:6: logger: names none beside others; leave none out",
     ),
     "no logger at all": (
         HEAD + STAGES + "logger: []\n",
-        "my.yaml:6: logger.kind: kind=[] names no logger; name one or more, or none",
+        "my.yaml:6: logger: names no logger; name one or more, or none",
     ),
     "the best weights without evaluations": (
         HEAD + "stages:\n  - distill: {tokens: 1M, result: best}\ntrainer: {evaluate_every: 0}\n",
@@ -341,7 +353,8 @@ BROKEN |= {
 
 SEVERAL_KEYS = {
     "text that is all held out",
-    "a logger twice", "no logger beside one", "no logger at all", "the best weights without evaluations",
+    "a logger twice", "an option of another logger", "an option of no logger",
+    "no logger beside one", "no logger at all", "the best weights without evaluations",
     "an early end of a stage without steps",
     "duplicate key", "duplicate section", "stage name given twice", "both tokens and steps",
     "neither tokens nor steps", "distill without a teacher", "a cache for a divergence that needs everything", "a cache that nobody reads",

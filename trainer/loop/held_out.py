@@ -23,9 +23,8 @@ from ..soft_targets.cached import SparseTeacher
 from .module import Objectivelike, TrainingModule
 from .objective import Objective
 from .rng import capture_generators, restore_generators
+from .standing import EVALUATIONS, spread
 
-EVALUATIONS = 8
-"""Approximate number of evaluations in a stage, without the one before its first step."""
 SHARE = 0.04
 """Windows of all evaluations of a stage, as a share of its training windows. Without a backward pass a window costs a third (no teacher)
 to six tenths (a teacher of twice the student) of a training window: about two percent of the stage's time."""
@@ -85,8 +84,7 @@ def derive_watch(
         # one window before the first step and one after the last are the least that shows a difference
         if budget < 2 and not decides:
             return None
-        most = EVALUATIONS if decides else min(EVALUATIONS, budget - 1)
-        every = -(-total_steps // min(most, total_steps))
+        every = spread(total_steps, EVALUATIONS if decides else min(EVALUATIONS, budget - 1))
     evaluations = -(-total_steps // every) + 1
     # at least one, even if that is above the budget, because ``every`` is the user's explicit choice
     least = -(-LEAST_DECIDING // seq_length) if decides else 1

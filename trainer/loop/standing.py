@@ -7,10 +7,13 @@ first rank decides for all.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
+from ...models.common.terminal_text import counted
 from ..plan import TrainingPlan
 
+EVALUATIONS = 8
+"""Approximate number of evaluations in a stage, without the one before its first step."""
 _WORDS = {"kl": "KL", "loss": "loss"}
 
 
@@ -83,6 +86,31 @@ def ends_early(standing: Standing | None, plan: TrainingPlan) -> bool:
     if rule is None or standing is None or standing.last_step >= plan.total_steps:
         return False
     return standing.since >= rule.patience
+
+
+def spread(total_steps: int, most: int) -> int:
+    """Steps between at most ``most`` evaluations of a stage."""
+    return -(-total_steps // min(most, total_steps))
+
+
+def deciding_every(every: int | Literal["auto"], total_steps: int) -> int:
+    """Steps between evaluations that decide what a stage ends with; ``every`` is not 0."""
+    return spread(total_steps, EVALUATIONS) if every == "auto" else every
+
+
+def never_acts(plan: TrainingPlan, every: int) -> list[str]:
+    """What evaluations every ``every`` steps can never decide in a stage of this plan, one sentence each with the remedy."""
+    steps = {*range(every, plan.total_steps, every), plan.total_steps}
+    # those of the warm-up are not judged
+    count = sum(step > plan.warmup_steps for step in steps)
+    has = f"can never act: the stage has {counted(count, 'evaluation')}" + (" after its warm-up" if plan.warmup_steps >= min(steps) else "")
+    remedy = "give it more steps, or lower trainer.evaluate_every"
+    found = [f"result: best {has}; {remedy}"] if plan.result == "best" and count < 2 else []
+    # the first evaluation sets the mark, and the last one comes when the stage ends anyway
+    if plan.early_stopping and plan.early_stopping.patience > (most := max(0, count - 2)):
+        lower = f"lower patience to at most {most}, " if most else ""
+        found.append(f"early_stopping.patience {plan.early_stopping.patience} {has}; {lower}{remedy}")
+    return found
 
 
 def ending_words(standing: Standing, plan: TrainingPlan, rate: float) -> str:

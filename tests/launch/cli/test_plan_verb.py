@@ -118,3 +118,33 @@ def test_a_gpu_that_is_found_is_known_by_its_name(
     assert (found["cost"]["seconds"] is None) is (known is None)
     # a plan for other GPUs does not take the speed of this one
     assert planned(capsys, "smollm2-1.7b-half-int4", gpus=2, gpu_memory="80GB")["cost"]["seconds"] is None
+
+
+def test_a_logger_without_its_package_is_told_as_the_run_would(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("decoct.trainer.trackers.build.importlib.util.find_spec", lambda name: None)
+    needs = "logger: tensorboard needs the package tensorboard, which is not installed here: pip install 'decoct[tensorboard]'"
+    with pytest.raises(UserError, match="this recipe cannot work there:") as refused:
+        run_plan("quickstart", ["logger=tensorboard"], Asked(), as_json=True)
+    assert needs in str(refused.value)
+    assert json.loads(capsys.readouterr().out)["problems"][0].startswith(needs)
+    # another machine may have the package
+    run_plan(QWEN, ["logger=tensorboard"], Asked(gpus=8, gpu="H100"), as_json=True)
+    told = capsys.readouterr()
+    assert json.loads(told.out)["problems"] == []
+    assert told.err.startswith(f"decoct: on this machine, {needs}")
+
+
+def test_a_run_folder_that_tells_no_speed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for out, more, why in (
+        (tmp_path / "none", {}, "there is no such run folder"),
+        (tmp_path, {}, "has no steps whose speed was measured"),
+        (
+            tmp_path,
+            {"tokens_per_second": "12k"},
+            "is not read: the options give another machine or speed than the one that it was measured on",
+        ),
+    ):
+        run_plan("quickstart", (), Asked(out=out, **more), as_json=True)
+        assert capsys.readouterr().err == f"decoct: --out {out}: {why}; the times are not those of a run\n"
+    run_plan("quickstart", (), Asked(), as_json=True)
+    assert capsys.readouterr().err == ""

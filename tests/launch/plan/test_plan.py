@@ -87,6 +87,20 @@ def test_values_say_where_they_come_from() -> None:
     assert values["trainer.precision"].origin == "recipe"
 
 
+def test_settings_that_can_never_act_are_told() -> None:
+    watched = ["stages.0.distill.steps=40", "stages.0.distill.tokens=null", "stages.0.distill.early_stopping.patience=30"]
+    rule = "01-distill: early_stopping.patience 30 can never act: the stage has "
+    assert rule in short_form(plan(load_recipe("quickstart", watched)))
+    rare = [*watched, "stages.0.distill.result=best", "trainer.evaluate_every=41"]
+    told = plan(load_recipe("quickstart", rare)).stages[0].notes
+    assert [note.partition(";")[0] for note in told] == [
+        "result: best can never act: the stage has 1 evaluation",
+        "early_stopping.patience 30 can never act: the stage has 1 evaluation",
+    ]
+    fine = ["stages.0.distill.result=best", "stages.0.distill.early_stopping.patience=3"]
+    assert [stage.notes for stage in plan(load_recipe("quickstart", fine)).stages if stage.notes] == []
+
+
 def test_what_does_not_fit_is_refused_with_the_cheapest_remedy() -> None:
     recipe = load_recipe("smollm2-1.7b-half-int4")
     made = plan(recipe, gpus=1, gpu_memory=24 * 10**9)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from decoct.trainer.loop.standing import Standing, best_words, ending_words, ends_early, facts, figure_of, judged, standing_from
+from decoct.trainer.loop.standing import Standing, best_words, ending_words, ends_early, facts, figure_of, judged, never_acts, standing_from
 from decoct.trainer.plan import BatchPlan, TrainingPlan
 from decoct.trainer.settings_watching import EarlyStoppingSettings
 
@@ -56,6 +56,35 @@ def test_patience_ends_a_stage_before_its_last_step_alone() -> None:
     assert not ends_early(_after(values), _plan(3))
     assert not ends_early(_after(values), _plan())
     assert not ends_early(_after([1.0, *[2.0] * 9]), _plan(2)), "step 100 is the last one anyway"
+
+
+@pytest.mark.parametrize("every", [1, 7, 10, 30, 50, 99, 100, 1000])
+@pytest.mark.parametrize("patience", [1, 2, 3, 8, 9, 10])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5])
+def test_what_can_never_act_is_what_no_figures_make_act(every: int, patience: int, warmup: float) -> None:
+    plan = _plan(patience, result="best", warmup=warmup)
+    standing, ended, counts = None, False, 0
+    for step in range(1, 101):
+        if (step % every == 0 or step == 100) and step > plan.warmup_steps:
+            # figures that only get worse: nothing ends a stage sooner
+            standing, counts = judged(standing, step, "kl", float(step), 0.0), counts + 1
+            ended = ended or ends_early(standing, plan)
+    told = never_acts(plan, every)
+    assert any("early_stopping" in one for one in told) is not ended
+    assert any("result: best" in one for one in told) is (counts < 2)
+    assert all(f"the stage has {counts} evaluation" in one for one in told)
+    assert never_acts(_plan(warmup=warmup), every) == []
+
+
+def test_the_words_of_what_can_never_act() -> None:
+    remedy = "give it more steps, or lower trainer.evaluate_every"
+    assert never_acts(_plan(9, result="best", warmup=0.1), 1000) == [
+        f"result: best can never act: the stage has 1 evaluation; {remedy}",
+        f"early_stopping.patience 9 can never act: the stage has 1 evaluation; {remedy}",
+    ]
+    assert never_acts(_plan(9, warmup=0.1), 10) == [
+        f"early_stopping.patience 9 can never act: the stage has 9 evaluations after its warm-up; lower patience to at most 7, {remedy}"
+    ]
 
 
 def test_a_standing_comes_back_from_json_and_others_do_not() -> None:
