@@ -73,7 +73,7 @@ def verb_overrides(kind: str, overrides: "Sequence[Override]") -> "list[Override
     ``stages.0.steps=9``).
 
     A top-level key of recipes (``teacher.load_in``, ``seed``) keeps its meaning. An unknown key goes where the most similar key is, so that
-    the message can name that key.
+    the message can name that key; one like no other goes to the stage, whose keys the message then lists.
     """
     from ... import types_of
     from ...configs.foreign_names import meant_by
@@ -86,7 +86,7 @@ def verb_overrides(kind: str, overrides: "Sequence[Override]") -> "list[Override
     own = set(types_of(STAGE_KINDS[kind].settings)) - set(KEYS)
 
     def of_the_stage(key: str) -> bool:
-        return key in own or (key not in KEYS and meant_by(key) is None and nearest_name(key, [*KEYS, *own]) in own)
+        return key in own or (key not in KEYS and meant_by(key) is None and nearest_name(key, [*KEYS, *own]) not in KEYS)
 
     def addressed(one: "Override") -> "Override":
         if not of_the_stage(key_of(one).partition(".")[0].strip()):

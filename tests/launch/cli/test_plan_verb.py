@@ -135,7 +135,7 @@ def test_a_logger_without_its_package_is_told_as_the_run_would(monkeypatch: pyte
 
 
 def test_a_run_folder_that_tells_no_speed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for out, more, why in (
+    cases: tuple[tuple[Path, dict[str, Any], str], ...] = (
         (tmp_path / "none", {}, "there is no such run folder"),
         (tmp_path, {}, "has no steps whose speed was measured"),
         (
@@ -143,7 +143,8 @@ def test_a_run_folder_that_tells_no_speed_is_said(tmp_path: Path, capsys: pytest
             {"tokens_per_second": "12k"},
             "is not read: the options give another machine or speed than the one that it was measured on",
         ),
-    ):
+    )
+    for out, more, why in cases:
         run_plan("quickstart", (), Asked(out=out, **more), as_json=True)
         assert capsys.readouterr().err == f"decoct: --out {out}: {why}; the times are not those of a run\n"
     run_plan("quickstart", (), Asked(), as_json=True)

@@ -83,6 +83,8 @@ def test_a_key_of_the_stage_stands_for_itself() -> None:
     assert verb_overrides("distill", ["learning_rat=1", "trainr.precision=32", "lr=1"]) == [
         "stages.0.learning_rat=1", "trainr.precision=32", "lr=1",
     ]  # fmt: skip
+    # like no key at all, or of another kind of stage: the message lists the keys of the stage
+    assert verb_overrides("quantize", ["result=best", "zzz.y=1"]) == ["stages.0.result=best", "stages.0.zzz.y=1"]
     assert verb_overrides("evaluate", ["max_kl=0.1", "tokens=5"]) == ["stages.0.max_kl=0.1", "stages.0.tokens=5"]
 
 
