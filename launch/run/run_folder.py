@@ -18,7 +18,7 @@ from typing import Any
 
 from ...models.common.errors import UserError
 from ...models.common.files import check_writable_folder, clean_leftovers, write_bytes_atomic, write_json_atomic, write_text_atomic
-from ...models.common.locks import Lock, acquire_or_refuse, no_locks
+from ...models.common.locks import Lock, acquire_or_refuse, is_held, no_locks
 from ...models.common.seal import SEAL, seal_is_broken, sealed
 from ...models.folder.model_folder import verify_folder_files
 from .installed import installed_version
@@ -239,6 +239,11 @@ class RunFolder:
         """Return the highest folder of the path that creating the run folder would make; None if the run folder exists."""
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         return missing[-1] if missing else None
+
+    def has_begun(self) -> bool:
+        """Return whether a start has produced anything in the folder, or works in it."""
+        written = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        return is_held(self.path / LOCK) or not written <= {"recipe.yaml", "versions.json", "outcome.json", ".session", PARTS, LOCK}
 
     def discard(self, highest: Path) -> None:
         """Remove the folder of a start that failed before it produced anything, and its empty parents up to ``highest``, inclusive."""

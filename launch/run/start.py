@@ -45,6 +45,10 @@ def start(
     if alone:
         processes = wanted_processes(recipe.trainer.devices)
         if processes > 1:
+            from .run_folder import RunFolder
+
+            folder = RunFolder(where)
+            made = folder.highest_missing()
             os.environ[PLANNED] = "1"  # for the workers alone: the next run of this process is planned too
             try:
                 code = run_under_torchrun(sys.argv[1:] if arguments is None else arguments, Agent(processes=processes))
@@ -52,6 +56,9 @@ def start(
                 del os.environ[PLANNED]
             # the workers have said what happened; only their code is passed on
             if code:
+                # here and not in a worker, where the others still read status files in the folder
+                if made is not None and not folder.has_begun():
+                    folder.discard(made)
                 raise SystemExit(code)
             return
     quiet_libraries()

@@ -172,6 +172,13 @@ def test_a_start_that_failed_removes_the_folders_it_made_and_no_others(tmp_path:
     assert highest == tmp_path / "there/runs"
     folder.open("name: x")
     assert folder.highest_missing() is None
+    (folder.path / ".session/1").mkdir(parents=True)
+    assert not folder.has_begun()
+    lock = folder.lock(print)
+    assert folder.has_begun(), "another start works in it"
+    lock.release()
+    (folder.path / "00-student").mkdir()
+    assert folder.has_begun()
     folder.discard(highest)
     assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
     folder.open("name: x")
