@@ -51,7 +51,8 @@ def _tiny(name: str, folder: Path, corpus: Path) -> dict[str, Any]:
             settings["calibration_tokens"] = 512
         if settings.get("weights"):
             settings["weights"]["group_size"] = 32
-    plain["trainer"].update(global_batch_tokens=512, micro_batch=2, devices=min(2, plain["trainer"]["devices"]))
+    devices = plain["trainer"]["devices"]
+    plain["trainer"].update(global_batch_tokens=512, micro_batch=2, devices=1 if devices == "auto" else min(2, devices))
     plain["logger"] = {"kind": "none"}
     return {key: value for key, value in plain.items() if value is not None}
 
@@ -87,5 +88,6 @@ def _check_sizes(recipe: dict[str, Any], folder: Path) -> None:
             written = sum(file.stat().st_size for file in (folder / stage.name / "model").rglob("*.safetensors"))
             assert stage.model_bytes == pytest.approx(written, rel=0.01), stage.name
         for form, count in stage.exports.items():
-            packed = sum(file.stat().st_size for file in (folder / stage.name / form).glob("*.safetensors"))
+            files = (file for file in (folder / stage.name / form).iterdir() if file.suffix in (".safetensors", ".gguf"))
+            packed = sum(file.stat().st_size for file in files)
             assert count == pytest.approx(packed, rel=0.01), (stage.name, form)

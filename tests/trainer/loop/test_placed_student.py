@@ -141,6 +141,9 @@ def test_only_what_quantized_linears_have_added_is_left_to_a_stages_hooks() -> N
         def names(self) -> list[str]:
             return list(held)
 
+        def __contains__(self, name: str) -> bool:
+            return name in held
+
         def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
             return held[name]
 
