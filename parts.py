@@ -19,10 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
-
-if TYPE_CHECKING:
-    pass
+from typing import Any, Literal, TypeVar, cast
 
 Kind = Literal["divergence", "data source", "stage", "callback"]
 Target = TypeVar("Target", bound=Callable[..., Any])

@@ -53,7 +53,7 @@ def student_by_keeping(teacher_model: "PreTrainedModel", layers: int) -> tuple["
         # a copy: trimming the student's vocabulary must not change the teacher's settings
         student.generation_config = copy.deepcopy(teacher_model.generation_config)
     if device.type != "meta":
-        # a teacher on the meta device has no values: a plan asks for shapes alone
+        # a teacher on the meta device has no values to copy
         student.load_state_dict(_renumbered(teacher_model.state_dict(), family_of(teacher_model), kept))
     return student.eval(), kept
 

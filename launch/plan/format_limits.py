@@ -1,5 +1,6 @@
 """Checks a recipe's model against the exporters' limits of formats, from shapes alone and before training."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...qat.export.limits.formats import refusals
@@ -61,5 +62,7 @@ def format_problems(stored: StoredModel, remedies: "RecipeRemedies") -> list[str
         stored: The model to export.
         remedies: How remedies are written.
     """
-    found = (refusal for form in remedies.formats for refusal in refusals(form, stored))
-    return [sentence(refusal, remedies) for refusal in found][:MOST]
+    found = [refusal for form in remedies.formats for refusal in refusals(form, stored)]
+    # a remedy must be enough alone: one that kept another refused format would fail again
+    words = replace(remedies, refused=frozenset(refusal.format for refusal in found))
+    return [sentence(refusal, words) for refusal in found][:MOST]

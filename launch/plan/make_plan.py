@@ -106,9 +106,6 @@ def _stage(
     if isinstance(entry.settings, QatSettings):
         # qat rounds before it trains, and that is the peak of its memory on a small GPU
         rounded = None if shape.continues else entry.settings.start_rounding
-        if shape.continues:
-            kept = "the codes of the stage before it, which has this scheme"
-            values = [replace(value, value="input", origin=kept) if value.key.endswith(".qat.start") else value for value in values]
     if isinstance(rounded, QuantizeSettings):
         seq, memory = recipe.data.seq_length, machine.gpu_memory
         rounded = _calibrated(rounded, recipe)
@@ -246,7 +243,7 @@ def _training(
         checkpoints=4 if entry.settings.result == "best" else 3,
         cache_bytes=_cache_bytes(recipe, entry, teacher, tokens),
     )
-    values = training_values(entry, steps, seq, machine.ranks, shape.before.hidden, trainer)
+    values = training_values(entry, steps, seq, machine.ranks, shape.before.hidden, trainer, continues=shape.continues)
     return training, values, _idle(entry.settings, steps, trainer.evaluate_every), StageWork(step=step, cache=filled)
 
 

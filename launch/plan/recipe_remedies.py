@@ -50,6 +50,8 @@ class RecipeRemedies:
     formats: tuple[str, ...]
     """The formats that the export writes."""
     keys: Keys = USUAL_KEYS
+    refused: frozenset[str] = frozenset()
+    """Those of ``formats`` that cannot hold the model; a remedy that names another format leaves all of them out."""
 
     def __call__(self, remedy: Remedy, refusal: Refusal) -> Phrase | None:
         """Return (verb, what) of a remedy."""
@@ -110,5 +112,5 @@ class RecipeRemedies:
     def other_format(self, name: str, *, instead_of: str = "") -> str:
         """Return the override that adds a format, or replaces one."""
         # an override replaces the whole list, so the other formats stand in it too
-        kept = [form for form in self.formats if form not in (instead_of, name)]
+        kept = [form for form in self.formats if form not in (instead_of, name, *self.refused)]
         return f"{self.keys.export}formats=[{','.join([*kept, name])}]"

@@ -1,6 +1,5 @@
 """Lists every value that a run uses, with its origin: the recipe, a default, or a rule."""
 
-import math
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,11 +53,14 @@ def settings_values(prefix: str, settings: Any) -> list[Value]:
     return found
 
 
-def training_values(entry: "StageEntry", plan: "TrainingPlan", seq_length: int, ranks: int, hidden: int, wanted: Any) -> list[Value]:
+def training_values(
+    entry: "StageEntry", plan: "TrainingPlan", seq_length: int, ranks: int, hidden: int, wanted: Any, *, continues: bool
+) -> list[Value]:
     """Return the derived numbers of a training stage.
 
     Args:
         wanted: The recipe's ``TrainerSettings``, whose ``auto`` is decided here.
+        continues: Whether a qat stage starts from the codes of the stage before it (``StageShape.continues``).
     """
     settings, batch = entry.settings, plan.batch
     step_tokens = batch.global_windows * seq_length
@@ -73,9 +75,8 @@ def training_values(entry: "StageEntry", plan: "TrainingPlan", seq_length: int, 
         Value(f"{prefix}.tokens", plan.total_steps * step_tokens, f"{plan.total_steps:,} steps x {step_tokens:,}"),
         Value(f"{prefix}.learning_rate", plan.learning_rate, rate if settings.learning_rate is None else "recipe"),
         *_scale_rate(prefix, settings, plan),
-        *_start(prefix, settings),
-        # 1e-9: 0.29 x 100 is 28.999... in binary, and floor would lose a step
-        Value(f"{prefix}.warmup steps", math.floor(plan.warmup * plan.total_steps + 1e-9), _warmup_words(settings, plan)),
+        *_start(prefix, settings, continues=continues),
+        Value(f"{prefix}.warmup steps", plan.warmup_steps, _warmup_words(settings, plan)),
         Value(
             f"{prefix}.checkpoint_every",
             plan.checkpoint_every,
@@ -97,10 +98,12 @@ def training_values(entry: "StageEntry", plan: "TrainingPlan", seq_length: int, 
     ]
 
 
-def _start(prefix: str, settings: Any) -> list[Value]:
+def _start(prefix: str, settings: Any, *, continues: bool) -> list[Value]:
     """Return how a qat stage finds its first scales, if that is derived."""
-    if not isinstance(settings, QatSettings) or settings.start is not None:
+    if not isinstance(settings, QatSettings) or (settings.start is not None and not continues):
         return []
+    if continues:
+        return [Value(f"{prefix}.start", "input", "the codes of the stage before it, which has this scheme")]
     why = "learned scales; weights train from the first step at the final bits" if settings.first == "gptq" else "of these settings"
     return [Value(f"{prefix}.start", settings.first, why)]
 

@@ -4,9 +4,7 @@
 """
 
 import json
-import os
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from training_case import VOCAB, Case, run_case, tiny_model
+from training_case import VOCAB, Case, leave_together, run_case, tiny_model
 
 from decoct.losses.settings import LossSettings
 from decoct.models.teachers.local import LocalTeacher
@@ -90,12 +88,7 @@ def main() -> None:
     Path(work).mkdir(parents=True, exist_ok=True)
     run_case(case, Path(work), **changes)
     print(json.dumps(counted))
-    if dist.is_initialized():
-        dist.barrier()
-        time.sleep(0.5)
-        sys.stdout.flush()
-        # gloo's threads may abort a process whose peers have just closed their connections
-        os._exit(0)
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -350,13 +350,19 @@ def main() -> None:
     print(f"done: {result.steps} steps, resumed from {result.resumed_from}")
     if current_world().is_first:
         save_model(student, str(Path(work) / "student.safetensors"))
-    if dist.is_initialized():
-        # a rank that leaves while another is still talking to it takes that one down
-        dist.barrier()
-        time.sleep(0.5)
-        # gloo's threads may abort a process whose peers have just closed their connections: nothing is left to tidy up here
-        sys.stdout.flush()
-        os._exit(0)
+    leave_together()
+
+
+def leave_together() -> None:
+    """End this process of a group after all others have come here; does nothing without a group."""
+    if not dist.is_initialized():
+        return
+    # a rank that leaves while another is still talking to it takes that one down
+    dist.barrier()
+    time.sleep(0.5)
+    # gloo's threads may abort a process whose peers have just closed their connections: nothing is left to tidy up here
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -209,6 +209,7 @@ class TrainingModule(pl.LightningModule):
         """Clips by the norm that is already known."""
         if gradient_clip_val:
             assert self._norm is not None
+            # not Lightning's clipping: under mixed precision it refuses fused optimizers
             # computing the norm again would read every gradient once more, and if sharded take another collective
             clip_grads_with_norm_([p for group in optimizer.param_groups for p in group["params"]], float(gradient_clip_val), self._norm)
 

@@ -33,6 +33,16 @@ def said(
     return "; ".join(format_problems(planned_model(remedies, **(beside or {}), **(options or {})), remedies))
 
 
+def test_a_remedy_leaves_out_every_format_that_is_refused() -> None:
+    nf4 = [f"stages.qat.weights.{name}" for name in ("kind=nf4", "group_size=64")]
+    both = load_recipe("smollm2-1.7b-half-int4", [*nf4, "stages.export.formats=[compressed-tensors,gguf]"])
+    told = plan(both, gpus=0).stages[-2].refusals
+    assert len(told) == 2
+    assert all(line.endswith("or stages.export.formats=[safetensors-f32]") for line in told)
+    # the remedy works
+    assert not plan(load_recipe("smollm2-1.7b-half-int4", [*nf4, "stages.export.formats=[safetensors-f32]"]), gpus=0).stages[-2].refusals
+
+
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "gptq_v2", "awq", "gguf", "safetensors"])
 def test_one_symmetric_int4_lattice_goes_everywhere(form: str) -> None:
     assert said(form, bits=4, group_size=32) == ""

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from decoct.configs import recipe_from_dict
+from decoct.launch.plan.make_plan import plan
 from decoct.models.folder.import_model import import_model
 from decoct.models.folder.loading import load_model, load_tokenizer
 from decoct.models.folder.record import read_record
@@ -37,6 +39,15 @@ def recipe_of(file: Path, corpus: Path, stages: list[dict[str, Any]], **more: An
         "trainer": {"precision": "32", "global_batch_tokens": 512},
         **more,
     }
+
+
+def test_a_plan_counts_the_exports_of_a_file(file: Path, corpus: Path) -> None:
+    stages = [{"quantize": {"weights": {"bits": 8, "group_size": 32}}}, {"export": {"formats": ["compressed-tensors", "gguf"]}}]
+    sizes = plan(recipe_from_dict(recipe_of(file, corpus, stages))).stages[1].exports
+    assert sizes.keys() == {"compressed-tensors", "gguf"}
+    # the tokenizer of the file is in its export: more than its longest tokens' bytes
+    tokenizer = load_tokenizer(file)
+    assert sizes["gguf"] > sum(len(token) for token in tokenizer.get_vocab())
 
 
 @pytest.mark.slow

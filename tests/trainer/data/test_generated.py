@@ -125,3 +125,16 @@ def test_a_model_that_writes_nothing_is_refused(case: Case) -> None:
 def test_conversations_need_a_template(case: Case) -> None:
     with pytest.raises(UserError, match=r"data.kind is 'chat', and tiny has no chat template to write conversations in; use kind: text"):
         case.documents(kind="chat")
+
+
+def test_progress_shows_inside_a_batch(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    # each look at the clock is five seconds later: a line at about every third step
+    ticks = iter(range(0, 10**6, 5))
+    monkeypatch.setattr("decoct.trainer.data.generated.time.monotonic", lambda: float(next(ticks)))
+    case.documents(tokens=20, batch=2, document_tokens=64)
+    lines = [line for line in case.said if "tokens written" in line]
+    # one batch, and several lines about it; the count never passes what was asked for
+    assert len(case.parts()) == 1 and len(lines) > 1
+    counts = [int(line.split(" of ")[0].replace(",", "")) for line in lines]
+    assert counts == sorted(counts) and counts[-1] <= 20
+    assert all(line.endswith("tokens/s)") and "of 20 tokens" in line for line in lines)
