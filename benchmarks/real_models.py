@@ -183,8 +183,9 @@ def rows_of(case: str, system: str, row: dict[str, Any], cost: dict[str, float],
     found += [
         Row(case, system, f"{task} {part}", score[part], "share")
         for task, score in row.get("tasks", {}).items()
-        for part in ("score", "error")
-        if part in score
+        for part in ("score", "stderr")
+        # an error that is not known is None
+        if score[part] is not None
     ]
     found += [Row(case, system, name, value, "s" if name == "seconds" else "B") for name, value in cost.items()]
     kl = row["eval"].get("kl")

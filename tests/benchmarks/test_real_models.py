@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from decoct.configs import load_recipe
 from decoct.launch.plan.make_plan import plan
+from decoct.trainer.tasks.score import TaskScore
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import real_models  # pyright: ignore[reportMissingImports] - a script, found by sys.path
@@ -48,14 +49,17 @@ def test_every_case_is_a_recipe_that_has_a_plan(given: argparse.Namespace, tmp_p
 
 
 def test_a_row_has_the_share_that_is_recovered(given: argparse.Namespace) -> None:
+    score = TaskScore(
+        task="cloze", metric="exact match", score=0.5, stderr=0.1, items=26, shots=0, limit=None, batch=None, seed=0, source="decoct"
+    )
     row: dict[str, Any] = {
         "eval": {"perplexity": 10.0, "kl": 0.1, "kl_p99": 1.0, "top1": 0.8},
         "packed_bytes": 100,
         "packed_bits_per_weight": 4.25,
-        "tasks": {"cloze": {"score": 0.5, "error": 0.1}},
+        "tasks": {"cloze": score.row()},
     }
     found = {one.metric: one.value for one in real_models.rows_of("w4-g64", "gptq", row, {"seconds": 3.0, "peak_bytes": 9}, 0.4)}
     assert found == {
         "perplexity": 10.0, "kl": 0.1, "kl_p99": 1.0, "top1": 0.8, "packed_bytes": 100, "packed_bits_per_weight": 4.25,
-        "cloze score": 0.5, "cloze error": 0.1, "seconds": 3.0, "peak_bytes": 9, "recovered": pytest.approx(0.75),
+        "cloze score": 0.5, "cloze stderr": 0.1, "seconds": 3.0, "peak_bytes": 9, "recovered": pytest.approx(0.75),
     }  # fmt: skip
