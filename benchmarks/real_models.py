@@ -2,18 +2,20 @@
 
     python benchmarks/real_models.py --text HELD_OUT ... --calibration FILES ... [--model smollm2-135m] [--bits 8 4 3 2]
         [--systems rtn mse gptq qat half] [--qat-tokens 100k 1M] [--llama-quantize TOOL] [--peers PYTHON ...] [--folder .real/benchmark]
-        [--json FILE]
+        [--llama-cpp PYTHON] [--json FILE]
 
-The model comes from the package index (fetch_model.py), as bf16. Each case is a recipe that `decoct run` carries out, or a file of
-llama.cpp's llama-quantize, or a folder that llm-compressor or AutoRound rounded (interpreters of --peers, real_models_peer.py) on as many
-tokens of the same text; one `decoct compare` then measures all of them on --text, which no case has read. A case that is there already
-is not made again, so that a killed benchmark goes on where it was. Without --calibration the model writes that text itself. Sizes are
-those served: packed, with embeddings in 16 bits, as groups of 64 leave them.
+The model comes from the package index (fetch_model.py), as bf16. Each case is a recipe that `decoct run` carries out, a file of llama.cpp's
+llama-quantize, or a folder that llm-compressor or AutoRound rounded (interpreters of --peers, real_models_peer.py) on as many tokens of the
+same text. One `decoct compare` then measures all of them on --text, which no case has read. A case that is there already is not made
+again, so that a killed benchmark goes on where it was. With --llama-cpp (an interpreter that has xllamacpp) llama.cpp then writes 64 tokens
+with bf16, with the export of each GPTQ case and with each of its own types, in turn. Without --calibration the model writes that text
+itself. Sizes are those served: packed, with embeddings in 16 bits, as groups of 64 leave them.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -143,7 +145,7 @@ class Maker:
         return [sys.executable, "-m", "decoct", "run", file, "--out", place]
 
     def _llama(self, case: Case, target: Path) -> list[Any]:
-        return [Path(self.given.llama_quantize).resolve(), self._bf16_gguf(), target, case.llama_type, "2"]
+        return [Path(self.given.llama_quantize).resolve(), self.bf16_gguf(), target, case.llama_type, "2"]
 
     def _peer(self, case: Case, target: Path) -> list[Any]:
         assert case.peer is not None
@@ -174,13 +176,48 @@ class Maker:
             save_file({"input_ids": whole[torch.arange(count) * len(whole) // count].contiguous()}, file)
         return file
 
-    def _bf16_gguf(self) -> Path:
+    def bf16_gguf(self) -> Path:
+        """The teacher as a GGUF file in bf16."""
         from decoct.qat.export.export import export_folder
 
         folder = self.folder / "gguf-bf16"
         if not folder.exists():
             export_folder(self.teacher, folder, "gguf-bf16", runtimes=False)
         return folder / "model.gguf"
+
+
+def decoded(given: argparse.Namespace, maker: Maker, asked: Sequence[Case]) -> list[Row]:
+    """Tokens per second of llama.cpp with bf16, with exports of the GPTQ cases that GGUF can hold, and with its own types, in turn."""
+    import torch
+
+    from decoct.models.common.errors import UserError
+    from decoct.qat.export.export import export_folder
+    from decoct.qat.runtimes.llama_cpp_check import run_llama_cpp
+
+    files = {("bf16", "decoct"): maker.bf16_gguf()}
+    for case in asked:
+        if case.llama_type:
+            files[case.name, case.system] = maker.make(case)
+        if case.system == "gptq":
+            folder = maker.folder / case.key / "gguf"
+            try:
+                if not folder.exists():
+                    export_folder(maker.make(case), folder, "gguf", runtimes=False)
+            except UserError as error:
+                # a width that no block type of GGUF has
+                print(f"{case.key} in GGUF: {error}", file=sys.stderr)
+                continue
+            files[case.name, case.system] = folder / "model.gguf"
+    vocabulary = json.loads((maker.teacher / "config.json").read_text())["vocab_size"]
+    prompt = torch.randint(0, vocabulary, (1, 32), generator=torch.Generator().manual_seed(0))
+    seen: dict[tuple[str, str], list[float]] = {key: [] for key in files}
+    for _ in range(given.turns):
+        for key, file in files.items():
+            result, logits = run_llama_cpp(file, prompt, vocabulary, given.llama_cpp)
+            if logits is None:
+                raise SystemExit(f"llama.cpp with {file}: {result}")
+            seen[key].append(result["tokens_per_second"])
+    return [Row(*key, "llama.cpp decodes", statistics.median(values), "tokens/s") for key, values in seen.items()]
 
 
 def _stage_seconds(place: Path) -> float:
@@ -255,6 +292,8 @@ def main() -> None:
     parser.add_argument("--distill-tokens", default="100k")
     parser.add_argument("--step-tokens", type=int, default=1024)
     parser.add_argument("--llama-quantize", help="llama.cpp's tool; without it there are no rows of llama.cpp")
+    parser.add_argument("--llama-cpp", metavar="PYTHON", help="an interpreter that has xllamacpp")
+    parser.add_argument("--turns", type=int, default=3, help="starts of llama.cpp with each file")
     parser.add_argument("--peers", nargs="+", default=[], metavar="PYTHON", help="interpreters that have llm-compressor or AutoRound")
     parser.add_argument("--auto-round-steps", type=int, default=200, help="AutoRound's steps a layer (its own default is 200)")
     parser.add_argument("--folder", type=Path, default=Path(".real/benchmark"))
@@ -276,6 +315,8 @@ def main() -> None:
     for case in asked:
         cost = json.loads((maker.folder / case.key / "cost.json").read_text())
         rows += rows_of(case.name, case.system, found[case.key], cost, baselines.get(case.name))
+    if given.llama_cpp:
+        rows += decoded(given, maker, asked)
     report(rows, f"{given.model}: what each bit costs", given.json)
 
 

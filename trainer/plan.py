@@ -18,6 +18,10 @@ Schedule = Literal["cosine", "linear", "constant"]
 WARMUP = 0.05
 """Default share of the steps over which the rate rises, for stages with many steps."""
 _LEAST_WARMUP = 8  # steps
+ENOUGH_STEPS = 256
+"""Optimizer steps that the default size of a step aims at."""
+MOST_WINDOWS = 32
+"""Most windows per step by default."""
 MICRO_BATCH_TOKENS = 8192
 """Largest number of tokens per micro-batch when ``trainer.micro_batch`` is auto."""
 
@@ -148,6 +152,21 @@ def derive_batch(global_batch_tokens: int, seq_length: int, world: int, micro_ba
             f"step; use {' or '.join(str(size) for size in sorted(near))}, or auto"
         )
     return BatchPlan(global_windows=share * world, micro_batch=micro_batch, accumulation=share // micro_batch)
+
+
+def default_step_windows(tokens: int, seq_length: int, processes: int) -> int:
+    """Windows per optimizer step of a stage that is given tokens and no size of its steps: so few that it takes 256 steps, at most 32.
+
+    At equal tokens more and smaller steps end nearer to the teacher, down to a window of 512 tokens (docs/lab-book.md): its predictions are
+    no noisy labels that a large batch would have to average out. Beyond 256 steps the gain is small, and full devices are worth more.
+
+    Args:
+        tokens: Tokens of the stage.
+        seq_length: Tokens per window.
+        processes: The result is a multiple of it, as every process takes equally many windows.
+    """
+    wanted = min(MOST_WINDOWS, tokens // (ENOUGH_STEPS * seq_length))
+    return max(processes, wanted // processes * processes)
 
 
 def divisors(number: int) -> list[int]:

@@ -62,8 +62,8 @@ def verb_recipe(
         recipe["data"].pop("builtin", None)
     if teacher:
         recipe["teacher"] = {"path": teacher}
-    # A step of 32 windows, so that a verb can be tried on a short text.
-    recipe["trainer"] = {"global_batch_tokens": text.seq_length * 32}
+    # one window: the size of a step follows from all settings (`read_verb`), and the shortest text has to do here
+    recipe["trainer"] = {"global_batch_tokens": text.seq_length}
     recipe["stages"] = [{kind: {k: v for k, v in settings.items() if v is not None}}]
     return recipe
 
@@ -166,7 +166,22 @@ def read_verb(
     # only where the user gives no length: a stage takes tokens or steps
     if "tokens" in settings and settings["tokens"] is None and kind in DEFAULT_TOKENS and not any(map(_gives_steps, given)):
         settings = {**settings, "tokens": DEFAULT_TOKENS[kind]}
-    return recipe_from_dict(verb_recipe(kind, model, settings, text, teacher, given), given, tell=tell)
+    plain = verb_recipe(kind, model, settings, text, teacher, given)
+    # read once to learn tokens, length of windows and devices, which options, overrides and defaults decide together
+    plain["trainer"] = {"global_batch_tokens": _step_tokens(recipe_from_dict(plain, given))}
+    return recipe_from_dict(plain, given, tell=tell)
+
+
+def _step_tokens(recipe: "Recipe") -> int:
+    """Return the tokens per optimizer step of a verb; an override of the user's goes before it."""
+    from ...trainer.plan import MOST_WINDOWS, default_step_windows
+    from ..run.processes import wanted_processes
+
+    tokens, length = getattr(recipe.stages[0].settings, "tokens", None), recipe.data.seq_length
+    # who gives steps decides their number, so that they need not be small; a stage that trains nothing has none
+    if tokens is None:
+        return length * MOST_WINDOWS
+    return length * default_step_windows(tokens, length, wanted_processes(recipe.trainer.devices))
 
 
 def export_model(model: Path, out: Path, form: str, allow_inexact: bool = False, reader_version: str | None = None) -> "ExportResult":

@@ -3,7 +3,16 @@
 import pytest
 
 from decoct.models.common.errors import UserError
-from decoct.trainer.plan import BatchPlan, Schedule, default_warmup, derive_batch, derive_seed, divisors, learning_rate
+from decoct.trainer.plan import (
+    BatchPlan,
+    Schedule,
+    default_step_windows,
+    default_warmup,
+    derive_batch,
+    derive_seed,
+    divisors,
+    learning_rate,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +44,21 @@ def test_uneven_global_batch_names_the_nearest_values() -> None:
     for tokens in (100, 0, -512):
         with pytest.raises(UserError, match=r"must be a multiple of 512 .*; use 512$"):
             derive_batch(tokens, 512, 1, "auto")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seq_length", "processes", "windows"),
+    [
+        (1_000_000, 512, 1, 7),  # 279 steps
+        (1_000_000, 2048, 1, 1),  # 488 steps of one window
+        (100_000_000, 2048, 1, 32),  # never more than 32
+        (1_000_000, 512, 4, 4),  # a whole number of windows for each process
+        (1_000_000, 512, 64, 64),  # at least one for each
+        (100, 512, 1, 1),
+    ],
+)
+def test_steps_are_small_until_there_are_256(tokens: int, seq_length: int, processes: int, windows: int) -> None:
+    assert default_step_windows(tokens, seq_length, processes) == windows
 
 
 @pytest.mark.parametrize("micro", [5, 0, -1, 100])

@@ -98,6 +98,24 @@ def test_steps_replace_the_default_tokens(given: list[str], tokens: Any, steps: 
 
 
 @pytest.mark.parametrize(
+    ("given", "windows"),
+    [
+        ([], 32),  # 1M tokens of 64 in a window: 488 steps
+        (["tokens=200k"], 12),
+        (["tokens=200k", "trainer.devices=8"], 8),
+        (["steps=7"], 32),
+        (["trainer.global_batch_tokens=128"], 2),
+    ],
+)
+def test_the_size_of_a_step_follows_from_tokens_window_and_devices(given: list[str], windows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr("decoct.launch.run.start.start", lambda recipe, out: started.append(recipe))
+    run_verb("distill", "m", {"tokens": None}, TextChoice(["a.txt"], None, 64), "t", given, None)
+    recipe = started[0]
+    assert recipe.trainer.global_batch_tokens == windows * recipe.data.seq_length
+
+
+@pytest.mark.parametrize(
     ("kind", "settings", "text", "given", "told"),
     [
         ("prune", {"magnitude": {"keep": 0.5}}, None, [], ""),
