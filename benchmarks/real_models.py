@@ -74,7 +74,7 @@ def cases(given: argparse.Namespace, layers: int) -> list[Case]:
             if method in given.systems:
                 found.append(Case(name, method, ({"quantize": {"weights": weights, "method": method, **more}},)))
         for method, package in PEERS.items() if bits < 8 else ():
-            if interpreter_with(package, given.peers):
+            if method in given.peer_methods and interpreter_with(package, given.peers):
                 found.append(Case(name, f"{package} {method}", peer=(method, bits)))
         for tokens in given.qat_tokens if "qat" in given.systems and bits < 8 else ():
             stage = {"weights": weights, "tokens": tokens, "calibration_tokens": given.calibration_tokens}
@@ -295,6 +295,7 @@ def main() -> None:
     parser.add_argument("--llama-cpp", metavar="PYTHON", help="an interpreter that has xllamacpp")
     parser.add_argument("--turns", type=int, default=3, help="starts of llama.cpp with each file")
     parser.add_argument("--peers", nargs="+", default=[], metavar="PYTHON", help="interpreters that have llm-compressor or AutoRound")
+    parser.add_argument("--peer-methods", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--auto-round-steps", type=int, default=200, help="AutoRound's steps a layer (its own default is 200)")
     parser.add_argument("--folder", type=Path, default=Path(".real/benchmark"))
     parser.add_argument("--json", type=Path, default=None)

@@ -1,4 +1,7 @@
-"""Default peak learning rates: by the kind of stage, the width of the model and, for QAT, the bits of its weights."""
+"""Default peak learning rates: by the kind of stage, the width of the model, for QAT the bits of its weights, and for distilling the KL at
+the start."""
+
+import math
 
 from .settings_quantization import QatSettings
 
@@ -10,11 +13,27 @@ LORA_FACTOR = 10
 SCALE_RATE_SHARE = 1 / 30
 """Rate of learned scales as a share of the rate of weights: scales are small numbers, and AdamW steps have the same size for all."""
 BASE_HIDDEN = 192
+FAR_KL = 4.0
+"""KL to the teacher in nats from which on a student learns at the whole default rate."""
+_NEAREST_KL = 1e-4
+"""A student that is its own teacher still learns."""
 
 
 def default_learning_rate(kind: str, hidden: int) -> float:
     """Default peak learning rate of a stage kind for a model with ``hidden`` channels, rounded to two digits."""
     return float(f"{BASE_RATES[kind] * BASE_HIDDEN / hidden:.2g}")
+
+
+def rate_at_start(kl: float) -> float:
+    """Share of the default rate at which a student learns that starts at ``kl`` nats from its teacher: ``sqrt(kl / 4)``, at most 1.
+
+    An AdamW step moves every weight by about the rate, however small its gradient is. The nearer the student is, the less there is to win
+    and the more such a step destroys (docs/lab-book.md).
+    """
+    # a KL that is not finite says nothing about a distance
+    if not math.isfinite(kl):
+        return 1.0
+    return min(1.0, math.sqrt(max(kl, _NEAREST_KL) / FAR_KL))
 
 
 def quantized_rate(settings: QatSettings, hidden: int) -> float:

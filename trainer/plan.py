@@ -96,6 +96,8 @@ class TrainingPlan(StepPlan):
     """Weights that the stage ends with: those of the last step, or of the best evaluation."""
     early_stopping: EarlyStoppingSettings | None = None
     """When evaluations end the stage before ``total_steps``."""
+    rate_from_start: bool = False
+    """Whether the KL of the first step decides which share of ``learning_rate`` is the peak (``learning_rates.rate_at_start``)."""
 
     @property
     def warmup_steps(self) -> int:
@@ -114,6 +116,8 @@ class TrainingPlan(StepPlan):
             del fields["result"]
         if self.early_stopping is None:
             del fields["early_stopping"]
+        if not self.rate_from_start:
+            del fields["rate_from_start"]
         return {**fields, "betas": list(self.betas), "global_windows": self.batch.global_windows}
 
 

@@ -153,7 +153,7 @@ class TrainingBlock:
     steps: Count | None = None
     """Optimizer steps."""
     learning_rate: Rate | None = None
-    """Peak learning rate. Default: derived from the kind of stage and the model, and printed."""
+    """Peak learning rate. Default: derived from the kind of stage, the model and, for distill, the KL at the start; it is printed."""
     warmup: ShareOfSteps | None = None
     """Share of the steps over which the rate rises linearly. Default: 5%, at least 8 steps, at most half of the steps."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -92,6 +92,7 @@ def derive_plan(
         compile=trainer.compile,
         result=settings.result,
         early_stopping=settings.early_stopping,
+        rate_from_start=kind == "distill" and settings.learning_rate is None and settings.loss.hard_weight < 1,
     )
 
 

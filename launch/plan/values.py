@@ -3,7 +3,7 @@
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...trainer.learning_rates import BASE_HIDDEN, BASE_RATES, LORA_FACTOR, SCALE_RATE_SHARE
+from ...trainer.learning_rates import BASE_HIDDEN, BASE_RATES, FAR_KL, LORA_FACTOR, SCALE_RATE_SHARE
 from ...trainer.plan import MICRO_BATCH_TOKENS, WARMUP
 from ...trainer.settings_quantization import QatSettings
 
@@ -69,6 +69,8 @@ def training_values(
     rate = f"{BASE_RATES[entry.kind]:g} x {BASE_HIDDEN} / hidden {hidden:,}"
     if isinstance(settings, QatSettings):
         rate += f" x 2^(3 - bits {settings.weights.bits})" + (f" x {LORA_FACTOR} for adapters" if settings.lora else "")
+    if plan.rate_from_start:
+        rate += f" x sqrt(KL of the first step / {FAR_KL:g}), at most this"
     steps = "recipe" if settings.steps is not None else f"tokens {settings.tokens:,} / {step_tokens:,} a step, rounded up"
     return [
         Value(f"{prefix}.steps", plan.total_steps, steps),

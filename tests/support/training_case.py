@@ -31,6 +31,7 @@ from decoct.trainer.loop.hooks import KeepZeros, MaskHook, StepHook
 from decoct.trainer.loop.metrics import MetricsSink
 from decoct.trainer.loop.objective import Objective
 from decoct.trainer.loop.qat_schedule import QatSchedule
+from decoct.trainer.loop.start_rate import StartRate
 from decoct.trainer.plan import BatchPlan
 from decoct.trainer.processes.world import current_world
 from decoct.trainer.settings_pruning import MagnitudeSettings
@@ -182,6 +183,8 @@ class Case:
     text: int = 9
     """Held-out windows."""
     warmup: float = 0.05
+    start: int = 0
+    """1 = the KL of the first step decides the peak rate."""
 
     def held_out(self, objective: Any) -> HeldOut | None:
         """Windows that are never trained on."""
@@ -216,6 +219,7 @@ class Case:
             optimizer=self.optimizer,  # pyright: ignore[reportArgumentType]
             scale_learning_rate=self.rate / 30 if self.kind in QUANTIZED else None,
             warmup=self.warmup,
+            rate_from_start=bool(self.start),
             result=self.result,  # pyright: ignore[reportArgumentType]
             early_stopping=EarlyStoppingSettings(patience=self.patience, min_change=self.change) if self.patience else None,
         )
@@ -272,6 +276,8 @@ class Case:
     def hooks(self, student: nn.Module) -> list[StepHook]:
         """What acts around each step."""
         hooks: list[StepHook] = [Pause(self.pause)] if self.pause else []
+        if self.start:
+            hooks.append(StartRate(self.plan(), lambda text: None))
         if self.strike:
             hooks.append(Strike(self.strike))
         linears: dict[str, Any] = decoder_linears(student)  # pyright: ignore[reportArgumentType]

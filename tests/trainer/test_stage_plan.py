@@ -63,6 +63,25 @@ def test_a_plan_takes_its_steps_as_they_are_for_any_student() -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "settings", "by_start"),
+    [
+        ("distill", DistillSettings(steps=1), True),
+        ("distill", DistillSettings(steps=1, learning_rate=1e-3), False),
+        ("distill", DistillSettings(steps=1, loss=LossSettings(hard_weight=1.0)), False),  # there is no teacher to be near to
+        ("pretrain", PretrainSettings(steps=1), False),
+        ("qat", QatSettings(weights=QuantSpec(), steps=1), False),  # its rate follows from the bits
+    ],
+)
+def test_the_default_rate_of_distilling_follows_from_the_first_step(kind: str, settings: Any, by_start: bool) -> None:
+    trainer = TrainerSettings(global_batch_tokens=256)
+    steps = derive_steps(settings, trainer, name="01", seq_length=32, ranks=1, seed=7)
+    plan = derive_plan(settings, trainer, steps, kind=kind, hidden=192)
+    assert plan.rate_from_start is by_start
+    # checkpoints of stages that do not use it stay valid
+    assert ("rate_from_start" in plan.identity()) is by_start
+
+
+@pytest.mark.parametrize(
     ("settings", "reads"),
     [
         (DistillSettings(steps=1), True),

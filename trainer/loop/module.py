@@ -23,6 +23,7 @@ from ..processes.world import World, gather_bytes, sum_over_ranks
 from .hooks import StepHook
 from .optimizer import build_optimizer
 from .signals import StopSignals
+from .start_rate import StartRate
 
 INDEX = "index"
 """Key of a batch's window indices, int64 [B]: they identify the windows of a loss that is not finite."""
@@ -199,7 +200,7 @@ class TrainingModule(pl.LightningModule):
             for parameter in parameters:
                 # without a gradient AdamW leaves weights and moments alone; with zeros it would decay both
                 parameter.grad = None
-        rate = self._set_rate(optimizer)
+        rate = self._set_rate(optimizer, sums)
         self._record = self._describe(step, sums, norm, rate)
         self._sums, self._losses, self.steps_done = None, [], step
 
@@ -224,10 +225,17 @@ class TrainingModule(pl.LightningModule):
         record, self._record = self._record, None
         return record
 
-    def _set_rate(self, optimizer: torch.optim.Optimizer) -> float:
-        """Sets the learning rate, a function of the step alone, so that a checkpoint needs no scheduler state."""
+    def _set_rate(self, optimizer: torch.optim.Optimizer, sums: list[float]) -> float:
+        """Sets the learning rate, a function of the step and of the first step's KL, so that a checkpoint needs no scheduler state."""
         plan = self.plan
         rate = learning_rate(self.steps_done, plan.total_steps, plan.learning_rate, plan.warmup, plan.schedule, plan.final_learning_rate)
+        for hook in self.hooks:
+            if isinstance(hook, StartRate):
+                tokens, _, kl, *_ = sums
+                # a first step without a token to predict says nothing, and takes no step
+                if tokens > 0:
+                    hook.see(kl / tokens)
+                rate *= hook.share
         for group in optimizer.param_groups:
             # still inside the closure, so the step that follows uses it
             group["lr"] = rate * group["rate_share"]

@@ -12,6 +12,7 @@ from ..loop.held_out import HeldOut, derive_watch
 from ..loop.hooks import StepHook
 from ..loop.objective import Objective
 from ..loop.own_callbacks import own_callbacks
+from ..loop.start_rate import StartRate
 from ..plan import StepPlan, TrainingPlan
 from ..processes.world import current_world
 from ..settings import TrainingBlock
@@ -86,6 +87,7 @@ def fit_student(
     objective = Objective(teacher, settings.loss, v_eff=run.v_eff)
     held_out = _held_out(context, plan, teacher)
     own = own_callbacks(settings.callbacks)
+    start = [StartRate(plan, context.say)] if plan.rate_from_start else []
     result = fit(
         student.model,
         objective,
@@ -94,7 +96,7 @@ def fit_student(
         work=context.folder,
         stage=context.name,
         # the user's hooks come first, so that zeros stay zero whatever they do to the weights (law 4, docs/architecture.md)
-        hooks=[*own.hooks, *hooks],
+        hooks=[*own.hooks, *hooks, *start],
         callbacks=own.lightning,
         metrics=run.metrics,
         console=run.console,
@@ -109,10 +111,12 @@ def _announce(context: TrainingContext, plan: TrainingPlan, teacher: Teacher | S
     learns = "from the text alone" if teacher is None else f"from {teacher.describe()}"
     # the printed tokens count whole windows, padding included
     length = context.run.data.train.seq_length
+    # the first step says how much of it
+    most = "at most " if plan.rate_from_start else ""
     tokens = plan.total_steps * plan.batch.global_windows * length
     context.say(
         f"  {plan.total_steps} steps of {plan.batch.global_windows} windows x {length} tokens ({tokens:,} in all), "
-        f"micro-batch {plan.batch.micro_batch} x {plan.batch.accumulation}, peak learning rate {plan.learning_rate:g}, {learns}"
+        f"micro-batch {plan.batch.micro_batch} x {plan.batch.accumulation}, peak learning rate {most}{plan.learning_rate:g}, {learns}"
     )
     if options := _options(plan):
         context.say(f"  {options}")

@@ -21,6 +21,8 @@ def start(warm: WarmPython, training_command: list[str]) -> Start:
 
     def begin(work: Path, kind: str, pause: float) -> WarmProcess:
         options = [str(work), kind, f"steps={STEPS}", "every=5", "micro=4", f"pause={pause}"]
+        # the rate of a distill stage follows from its first step, which a resumed run does not see
+        options += ["start=1"] if kind == "distill" else []
         return warm.start([*training_command, *options])
 
     return begin
