@@ -39,8 +39,8 @@ class Findings:
         self.read.update(found.get("read", {}))
         self.encoded.update(json.loads((unit / "progress.json").read_text())["notes"])
         if samples := found.get("samples"):
-            counts = {name: Counter(samples[name]) for name in ("reasons", "notes")}
-            self.samples.add(Samples(samples["read"], samples["bad"], samples["first_bad"], **counts))
+            reasons, notes = (Counter(samples[name]) for name in ("reasons", "notes"))
+            self.samples.add(Samples(samples["read"], samples["bad"], samples["first_bad"], reasons=reasons, notes=notes))
 
 
 def encode_unit(unit: Unit, settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
