@@ -15,12 +15,11 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent))
 from rows import Row, report
 
+from decoct.configs.architectures import architecture
 from decoct.launch.plan.memory import Roles, training_memory
 from decoct.launch.plan.memory_case import StageMemoryCase
-from decoct.launch.plan.shapes import config_of, shape_of
-from decoct.models.folder.loading import meta_model
+from decoct.launch.plan.shapes import config_from, config_of, shape_of
 from decoct.models.settings import LoadIn, Placement
-from decoct.models.student import student_by_keeping
 from decoct.trainer.plan import BatchPlan, TrainingPlan
 
 TEACHERS = {"1.7B": "SmolLM2-1.7B", "8B": "Llama-3.1-8B", "70B": "Llama-3-70B"}
@@ -41,8 +40,7 @@ def memory(name: str, choice: Choice, gpus: int, seq_length: int) -> Roles:
     """Bytes by role on each of ``gpus``."""
     strategy, optimizer, load_in, placement = choice
     teacher = shape_of(*config_of(name))
-    # on the meta device: a 70B model has shapes but no bytes
-    student, _ = student_by_keeping(meta_model(teacher.config), teacher.layers // 2)
+    student = shape_of(config_from({**architecture(name), "num_hidden_layers": teacher.layers // 2}), "")
     plan = TrainingPlan(
         total_steps=1,
         batch=BatchPlan(global_windows=gpus, micro_batch=1, accumulation=1),
@@ -53,7 +51,7 @@ def memory(name: str, choice: Choice, gpus: int, seq_length: int) -> Roles:
         optimizer="adamw-8bit" if optimizer == "adamw-8bit" else "adamw",
     )
     case = StageMemoryCase(plan=plan, seq_length=seq_length, ranks=gpus, on_gpu=True, load_in=load_in, placement=placement)
-    return training_memory(shape_of(student.config, ""), teacher, case)
+    return training_memory(student, teacher, case)
 
 
 def main() -> None:

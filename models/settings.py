@@ -124,6 +124,8 @@ class TeacherSettings:
 
     path: str | None = None
     """Model folder, .gguf file or hub id."""
+    adapter: str | None = None
+    """Folder of a LoRA adapter of peft that is merged into ``path``: in fp32, rounded once to its dtype, as ``decoct import`` does."""
     scratch: ScratchSettings | None = None
     """Train a small teacher on the recipe's own text (no download)."""
     load_in: LoadIn = "bf16"
@@ -144,6 +146,8 @@ class TeacherSettings:
         # equal = both or neither
         if (self.path is None) == (self.scratch is None):
             raise ValueError("a teacher needs exactly one of 'path' (model folder or hub id) and 'scratch'")
+        if self.adapter and not self.path:
+            raise ValueError("adapter= is merged into the model that 'path' names; a scratch teacher has none")
         # a scratch teacher is made by this run, so no server has it
         if self.served and self.scratch:
             raise ValueError("a served teacher is named by 'path' (the model that the server runs), not by 'scratch'")
@@ -176,6 +180,8 @@ class StudentSettings:
 
     path: str | None = None
     """Model folder, .gguf file or hub id."""
+    adapter: str | None = None
+    """Folder of a LoRA adapter of peft that is merged into ``path``: in fp32, rounded once to its dtype, as ``decoct import`` does."""
     keep: KeepSettings | None = None
     """Start from the teacher with fewer layers."""
     config: dict[str, Any] | None = None
@@ -187,3 +193,5 @@ class StudentSettings:
         given = [name for name in self.exactly_one if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"a student needs exactly one of 'keep', 'path' and 'config'; given: {given or 'none'}")
+        if self.adapter and not self.path:
+            raise ValueError(f"adapter= is merged into the model that 'path' names; this student is made by {given[0]!r}")

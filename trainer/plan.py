@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ..models.common.errors import UserError
-from .settings import Optimizer, Precision, Result
+from .settings import ChosenStrategy, Optimizer, Precision, Result
 from .settings_watching import EarlyStoppingSettings
 
 # fields of a plan that change speed, memory or saving, but no number beyond rounding
@@ -82,7 +82,7 @@ class TrainingPlan(StepPlan):
     """Optimizer steps between checkpoints."""
     deterministic: bool = True
     """Use only deterministic algorithms."""
-    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    strategy: ChosenStrategy = "ddp"
     """Distribution of the student over several ranks; a single rank always holds all of it."""
     activation_checkpointing: bool = False
     """Keep only the inputs of decoder layers and recompute the rest in the backward pass."""

@@ -13,7 +13,9 @@ from .settings_watching import LoggerSettings as LoggerSettings
 
 # Literals and bounds are the one source of allowed values: ``check_fields``, the loader's messages and the schema read them.
 Precision = Literal["32", "bf16-mixed"]
-Strategy = Literal["auto", "ddp", "fsdp2"]
+Strategy = Literal["auto", "ddp", "fsdp2", "hsdp"]
+ChosenStrategy = Literal["ddp", "fsdp2", "hsdp"]
+"""A strategy that a stage trains with."""
 Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw-8bit"]
 Share = Annotated[float, Bounds(ge=0, le=1)]
 ShareOfSteps = Annotated[float, Bounds(ge=0, lt=1, why="it is a share of the steps")]
@@ -112,7 +114,8 @@ class TrainerSettings:
     devices: Annotated[int, Bounds(ge=1, le=1024)] | Literal["auto"] = "auto"
     """Processes on this machine. auto = one per GPU, or one process on a CPU."""
     strategy: Strategy = "auto"
-    """How several processes share the work: ddp = each holds the whole student; fsdp2 = each holds a share of it; auto = fsdp2 when ddp
+    """How several processes share the work: ddp = each holds the whole student; fsdp2 = each holds a share of it; hsdp = those of a
+    machine hold it together, so that weights are gathered inside machines alone (on one machine the same as fsdp2); auto = fsdp2 when ddp
     would not fit on the GPUs at hand."""
     activation_checkpointing: bool = False
     """Keep one activation per layer and recompute the rest in the backward pass: less memory, about a third more time."""

@@ -11,7 +11,7 @@ from ..models.common.errors import UserError
 from ..models.settings import LoadIn, Placement, ServedSettings
 from .learning_rates import SCALE_RATE_SHARE, default_learning_rate, quantized_rate
 from .plan import StepPlan, TrainingPlan, default_warmup, derive_batch, derive_seed
-from .settings import PretrainSettings, Strategy, TrainerSettings, TrainingBlock
+from .settings import ChosenStrategy, PretrainSettings, Strategy, TrainerSettings, TrainingBlock
 from .settings_own import OwnStageSettings
 from .settings_pruning import PruneSettings
 from .settings_quantization import QatSettings, QuantizeSettings
@@ -47,7 +47,7 @@ def derive_plan(
     *,
     kind: str,
     hidden: int,
-    strategy: Literal["ddp", "fsdp2"] = "ddp",
+    strategy: ChosenStrategy = "ddp",
     stage_key: str = "",
 ) -> TrainingPlan:
     """All numbers of a training stage.
@@ -186,13 +186,13 @@ def wanted_strategy(settings: Any, trainer: TrainerSettings, *, name: str) -> St
     """Strategy that a stage asks for. A stage with ``train: scales`` is never sharded.
 
     Raises:
-        UserError: the recipe sets fsdp2 and the stage trains only scales.
+        UserError: the recipe sets fsdp2 or hsdp and the stage trains only scales.
     """
     if not isinstance(settings, QatSettings) or settings.train != "scales":
         return trainer.strategy
-    if trainer.strategy == "fsdp2":
+    if trainer.strategy in ("fsdp2", "hsdp"):
         raise UserError(
-            f"{name}: train: scales keeps codes of one byte a weight whole on every rank, and fsdp2 spreads weights; "
+            f"{name}: train: scales keeps codes of one byte a weight whole on every rank, and {trainer.strategy} spreads weights; "
             "set trainer.strategy: ddp (or auto)"
         )
     return "ddp"

@@ -134,9 +134,10 @@ def training_duration(step: Step, speed: Speed, *, nodes: int, reference: "Refer
     if link is None:
         origin += LINK_UNKNOWN
         return Duration(part="training", seconds=step.steps * compute, compute_seconds=step.steps * compute, origin=origin)
-    communication = step.traffic.sent / link
-    # the part of the traffic that is the gradients' all-reduce (as in ``Traffic.sent``)
-    reduced = (step.traffic.ranks - 1) / step.traffic.ranks * 2 * step.traffic.all_reduce / link
+    # what stays in a machine goes at its own speed, where that is known
+    inside = step.traffic.sent_inside
+    communication = (step.traffic.sent - inside) / link + inside / (speed.gpu.link or link)
+    reduced = step.traffic.sent_reduced / link
     # gradients are complete only in the last backward pass; weights are fetched all the time
     waits = max(0.0, reduced - (speed.seconds(step.beside, 1) or 0.0)) + max(0.0, communication - reduced - compute)
     return Duration(

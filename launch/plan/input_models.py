@@ -24,6 +24,14 @@ def check_inputs(recipe: "Recipe") -> None:
     from ...models.folder.refused_inputs import check_files, check_text_model
     from ...models.positions import check_positions
 
+    for key, adapter in (("student.adapter", recipe.student.adapter), ("teacher.adapter", recipe.teacher and recipe.teacher.adapter)):
+        if adapter:
+            from ...models.folder.adapted import check_adapter
+
+            try:
+                check_adapter(adapter, key)
+            except UserError as error:
+                raise ImpossibleStageError(str(error)) from error
     for key, path, revision, trained in _models(recipe):
         # a GGUF file is refused by its own reader, on opening; only the header is read
         if (file := gguf_file(path)) is not None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ...losses.settings_own import OwnLossSettings
 from ...trainer.processes.teacher_memory import teacher_bytes
 from ...trainer.stage_plan import derive_plan, derive_steps, held_teacher, learns_from, trains, wanted_strategy
 from .disk import checkpoint_bytes, model_bytes, quantized_bytes
@@ -215,6 +216,8 @@ def _training(
         plan=steps,
         seq_length=seq,
         ranks=machine.ranks,
+        own_loss=isinstance(getattr(entry.settings, "loss", None), OwnLossSettings),
+        nodes=machine.nodes,
         on_gpu=machine.gpus > 0,
         load_in=load_in,
         placement=placement,

@@ -59,7 +59,7 @@ def training_memory(student: ModelShape, teacher: ModelShape | None, case: Stage
 
 def _share(elements: int, case: StageMemoryCase) -> int:
     # rounded up: the last shard is padded
-    return -(-elements // case.ranks) if case.sharded else elements
+    return -(-elements // case.shares)
 
 
 def added_parameters(student: ModelShape, case: StageMemoryCase) -> int:
@@ -91,12 +91,19 @@ def _student_bytes(student: ModelShape, case: StageMemoryCase) -> int:
         return quantized + 4 * (student.parameters - quantized + added_parameters(student, case))
     own = 4 * _share(student.parameters + added_parameters(student, case), case)
     # gathered: everything outside the layers, the current layer, the prefetched one, and its receive buffer
-    return own + (4 * (student.outside + 3 * student.layer) if case.sharded else 0)
+    return own + (4 * student.outside + 3 * _gathered_layer(student, case) if case.sharded else 0)
+
+
+def _gathered_layer(student: ModelShape, case: StageMemoryCase) -> int:
+    """Return the bytes of a gathered layer."""
+    low = student.linear // max(1, student.layers) if case.gathers_bf16(student.family.model_type) else 0
+    return 4 * student.layer - 2 * low
 
 
 def _gradient_bytes(student: ModelShape, case: StageMemoryCase) -> int:
     own = 4 * _share(_trained(student, case), case)
-    return own + (4 * 2 * student.layer if case.sharded else 0)
+    # of one layer: as the backward pass leaves them, in the dtype of the gathered weights, and in fp32 on their way to other ranks
+    return own + (_gathered_layer(student, case) + 4 * student.layer if case.sharded else 0)
 
 
 def _optimizer_bytes(student: ModelShape, case: StageMemoryCase) -> int:
@@ -128,7 +135,8 @@ def _layer_copies(student: ModelShape, case: StageMemoryCase) -> int:
     # the mean over layers
     linear = student.linear // max(1, student.layers)
     if case.scheme is None:
-        return 2 * linear if case.mixed else 0
+        # what was gathered as bf16 needs no copy
+        return 2 * linear if case.mixed and not case.gathers_bf16(student.family.model_type) else 0
     quantized = _quantized_weights(student, case) // max(1, student.layers)
     plain = 2 * (linear - quantized) if case.mixed else 0
     if case.codes_only:
@@ -175,8 +183,10 @@ def _logit_bytes(student: ModelShape, teacher: ModelShape | None, case: StageMem
     gradients = 4 * vocabulary * student.hidden + 2 * 4 * case.tokens * student.hidden
     if teacher is None:
         return blocks + gradients
-    # the loss computes in fp32, so a head in another dtype is cast as a whole
-    theirs = 0 if case.load_in == "fp32" else 4 * vocabulary * teacher.hidden
+    # Without the fused kernel the loss multiplies in fp32, so a head in another dtype is cast as a whole. The kernel's products take bf16
+    # hidden states and head as they are (``losses/linear_divergence/fused.py``).
+    kept = case.load_in == "fp32" or (case.on_gpu and not case.own_loss)
+    theirs = 0 if kept else 4 * vocabulary * teacher.hidden
     return blocks + gradients + theirs + case.tokens * teacher.hidden * (4 if case.load_in == "fp32" else 2)
 
 

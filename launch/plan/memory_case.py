@@ -30,6 +30,10 @@ class StageMemoryCase:
     """Whether quantized weights are one-byte codes and only scales train."""
     rank: int = 0
     """Rank of the adapters that train instead of the weights; 0: none."""
+    own_loss: bool = False
+    """Whether the divergence is imported code, which no fused kernel computes."""
+    nodes: int = 1
+    """Machines that the ranks are on."""
     rounds_inputs: bool = False
     """Whether quantized linears of the decoder layers read rounded inputs in a qat stage."""
 
@@ -42,7 +46,22 @@ class StageMemoryCase:
     def sharded(self) -> bool:
         """Return whether the student is sharded over ranks."""
         # alone, a process shards nothing
-        return self.plan.strategy == "fsdp2" and self.ranks > 1
+        return self.plan.strategy != "ddp" and self.ranks > 1
+
+    @property
+    def shares(self) -> int:
+        """Return the number of ranks that hold the student together; 1 if each holds it whole."""
+        if not self.sharded:
+            return 1
+        # under hsdp every machine holds all of it
+        return self.ranks // self.nodes if self.plan.strategy == "hsdp" else self.ranks
+
+    def gathers_bf16(self, family: str) -> bool:
+        """Return whether a sharded student of this model type gathers its linears as bf16."""
+        from ...trainer.processes.strategy import gathers_bf16
+
+        plan = self.plan
+        return self.sharded and gathers_bf16(plan.precision, rounded=self.scheme is not None, compiled=plan.compile, family=family)
 
     @property
     def mixed(self) -> bool:

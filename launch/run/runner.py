@@ -19,10 +19,11 @@ from ...trainer.stages.training import fill_cache
 from ...trainer.trackers.build import build_trackers, finish_trackers
 from ...trainer.trackers.tracker import Tracker
 from ..report.tables import WIDE, terminal_table
+from .adapters import with_adapters
 from .changes import learns_from_teacher
 from .kept_split import kept_words, with_split
 from .left_out import left_out_of, left_out_words
-from .origin import imported_of, origin_words
+from .origin import imported_of, origin_words, teacher_adapter_of
 from .outcome import forget_run_outcome, note_outcome
 from .report_rows import ReportRows
 from .run_folder import PARTS, RunFolder, versions
@@ -54,6 +55,8 @@ class Runner:
             self.console.width = max(self.console.width, WIDE)
         self.session = Session(world, run_dir)
         self._lock: Lock | None = None
+        # looked up before the first status file, which makes the folder
+        self._missing = self.folder.highest_missing()
         self._made: Path | None = None
         """The highest folder that this start has made, on rank 0; None if the run folder was there."""
         self._trackers: list[Tracker] = []
@@ -127,11 +130,14 @@ class Runner:
         self.session.on_first(lambda: self._enter(yaml.safe_dump(self.plain, sort_keys=False, allow_unicode=True)))
         self._say(f"{self.recipe.name} -> {self.folder.path}", style="bold")
         try:
+            # all that follows sees plain model folders
+            self.recipe = with_adapters(self.recipe, self.session)
             inputs = open_origin(self.recipe, self.session)
         except UserError:
             # an input that cannot be opened leaves no folder behind; one that was there before keeps its finished stages
             self._discard()
             raise
+        self.session.removes = False
         self._say(f"text: {inputs.data.description}")
         for reason, count in inputs.data.left_out.items():
             # some are left out, others only read in another way: the reason says which
@@ -157,10 +163,10 @@ class Runner:
 
     def _enter(self, recipe_text: str) -> None:
         """Create and lock the run folder (rank 0)."""
-        made = self.folder.highest_missing()
         self._lock = self.folder.lock(self._say)
         # from here on the folder is this start's; one that another start made meanwhile was refused
-        self._made = made
+        self._made = self._missing
+        self.session.removes = self._made is not None
         try:
             self.folder.open(recipe_text, {file.copy_name: file.source for file in self.recipe.imports})
         except UserError:
@@ -171,6 +177,7 @@ class Runner:
     def _discard(self) -> None:
         """Remove the folders that this start has made (rank 0)."""
         if self._made is not None:
+            self.session.wait_for_farewells()
             self.folder.discard(self._made)
             self._made = None
 
@@ -183,6 +190,9 @@ class Runner:
         if imported := self.session.on_first(lambda: imported_of(self.recipe)):
             record["imported"] = imported
             self._say(origin_words(imported))
+        if adapter := self.session.on_first(lambda: teacher_adapter_of(self.asked, self.recipe)):
+            record["teacher_imported"] = adapter
+            self._say(f"teacher: {origin_words(adapter)}")
         if left_out := self.session.on_first(lambda: left_out_of(self.recipe)):
             record["left_out"] = left_out
             self._say(f"{left_out_words(left_out)} (such as heads that predict further tokens; no stage copies them)")

@@ -93,7 +93,9 @@ def quiet_libraries() -> None:
     import logging
     import warnings
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if "TORCHELASTIC_RUN_ID" in os.environ else "true")
+    # under torchrun the threads are on while text is encoded, and off afterwards (``trainer/data/tokens.py``)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.getLogger("lightning").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)

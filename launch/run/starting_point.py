@@ -1,6 +1,7 @@
 """Inputs of a run: tokenizer, prepared text, teacher and student. Rank 0 makes them, and every rank opens them."""
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from ...models.student import student_by_keeping, student_from_config, trim_voca
 from ...models.teachers import TeacherRef
 from ...models.tokenizer.vocabulary import check_same_vocabulary, effective_vocab, embedding_rows, tokens_without_rows
 from ...trainer.data.documents import Documents, read_documents
+from ...trainer.data.encoded_text import Helpers, help_encoding
 from ...trainer.data.generated import WritingModel, generated_documents
 from ...trainer.data.known_ids import check_rows
 from ...trainer.data.prepared_data import PreparedData, open_prepared, prepare_data
@@ -52,7 +54,15 @@ class RunInputs:
 
 def open_origin(recipe: "Recipe", session: "Session") -> RunInputs:
     """Read the text, make or find the tokenizer, and tokenize once; every rank returns the same result."""
-    told = session.on_first(lambda: _prepare(recipe))
+    world = session.world
+
+    def assist(asked: dict[str, Any]) -> None:
+        help_encoding(asked["text"], recipe.data, (asked["tokenizer"], asked["revision"]), world, _LOG.warning)
+
+    told = session.on_first(lambda: _prepare(recipe, session), assist)
+    if world.size > 1:
+        # from here on data loader workers are forked, of which the library warns when its threads are on
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = load_tokenizer(told["tokenizer"], revision=told["revision"])
     scratch = ScratchTeacher(Path(told["scratch"])) if told["scratch"] else None
     v_eff = effective_vocab(tokenizer, *_rows(recipe))
@@ -75,7 +85,7 @@ def _without_rows(tokenizer: "PreTrainedTokenizerBase", v_eff: int) -> str:
     return f"{count} no row in the embedding of {v_eff:,} rows (from id {first:,}, {token!r}); the text has none of them"
 
 
-def _prepare(recipe: "Recipe") -> dict[str, Any]:
+def _prepare(recipe: "Recipe", session: "Session") -> dict[str, Any]:
     for path in (recipe.student.path, recipe.teacher and recipe.teacher.path):
         if path and Path(path).is_dir():
             check_record(Path(path))  # find damage before hours of tokenizing
@@ -89,10 +99,12 @@ def _prepare(recipe: "Recipe") -> dict[str, Any]:
     tokenizer = load_tokenizer(where, revision=revision)
     # before tokenizing, which takes hours for a large text
     _check_vocabularies(recipe, tokenizer)
-    data = prepare_data(recipe.data, tokenizer, cache_dir(), documents=text, train=_learns(recipe))
+    opened = {"tokenizer": where, "revision": revision}
+    helpers = Helpers(session.world, lambda folder: session.ask({"text": folder, **opened})) if session.world.size > 1 else None
+    data = prepare_data(recipe.data, tokenizer, cache_dir(), documents=text, train=_learns(recipe), helpers=helpers)
     # ids beyond the embedding would fail on a GPU as an assertion without a name
     check_rows(data, tokenizer, effective_vocab(tokenizer, *_rows(recipe)))
-    return {"tokenizer": where, "revision": revision, "scratch": str(scratch.folder) if scratch else None, "data": str(data.path)}
+    return {**opened, "scratch": str(scratch.folder) if scratch else None, "data": str(data.path)}
 
 
 def _generated(recipe: "Recipe") -> Documents:

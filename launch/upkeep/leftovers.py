@@ -54,8 +54,9 @@ def cache_leftovers() -> list[Leftover]:
     found = []
     for name, why in _CACHED.items():
         for entry in sorted((cache_folder() / name).glob("*")):
-            # locks inside it and beside it: any of them may be held by a process that makes it
-            making = [entry, *entry.parent.glob(f"{entry.name}.*"), *(entry.rglob("*.lock") if entry.is_dir() else ())]
+            # locks inside it and beside it: any of them may be held by a process that makes it, or the entry of which it is a part
+            whole = entry.name.split(".", 1)[0]
+            making = [entry, *entry.parent.glob(f"{whole}.*"), *(entry.rglob("*.lock") if entry.is_dir() else ())]
             if entry.is_dir() and not any(is_held(file) for file in making if file.is_file()):
                 found.append(Leftover(entry, _size(entry), why))
     return sorted(found, key=lambda one: -one.bytes)

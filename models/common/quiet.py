@@ -1,7 +1,13 @@
 """Silences transformers' load report and progress bars during a call, for which decoct prints its own lines."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+def say_on_stderr(line: str) -> None:
+    """Print a line about work that takes a while; not to stdout, which may be JSON."""
+    print(f"decoct: {line}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """A model folder from a GGUF file: finding the file, opening it as a source, and its place in the cache."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,8 +9,9 @@ from ..common.errors import UserError
 from ..common.files import atomic_directory, sha256_json
 from ..common.hash_cache import cached_sha256
 from ..common.locks import waiting_for
-from ..common.quiet import quiet_transformers
+from ..common.quiet import quiet_transformers, say_on_stderr
 from ..gguf.fields import Fields
+from ..gguf.parts import part_files
 from ..gguf.source import GgufSource
 from ..gguf.tokenizer import tokenizer_of
 from .config_checks import check_depth, check_numbers
@@ -42,12 +42,10 @@ def open_gguf(file: Path, tokenizer: "PreTrainedTokenizerBase | None" = None) ->
         tokenizer: Tokenizer to use in place of the file's own.
 
     Raises:
-        UserError: the file is damaged, of an unknown architecture, in parts, needs a package for its blocks, has weights that do not fit
-            its metadata, or a tokenizer that cannot be rebuilt.
+        UserError: the file is damaged, of an unknown architecture, a part without the others, needs a package for its blocks, has weights
+            that do not fit its metadata, or a tokenizer that cannot be rebuilt.
     """
     opened = GgufSource(file)
-    if (parts := opened.fields.whole("split.count", 1, least=0)) > 1:
-        raise UserError(f"{file} is one of {parts} parts of a model; join them first (llama-gguf-split --merge)")
     config = _config(opened)
     # before a run starts and not in the middle of reading
     opened.check_types()
@@ -75,8 +73,8 @@ def import_gguf(file: Path, target: Path, dtype: Any = None, tokenizer: "PreTrai
         UserError: as ``open_gguf`` and ``write_imported``.
     """
     source = open_gguf(file, tokenizer)
-    # taken only for an import that is kept: the hash reads the whole file
-    facts = GgufSource(file).facts(cached_sha256(file))
+    # taken only for an import that is kept: the hashes read whole files
+    facts = GgufSource(file).facts([cached_sha256(part) for part in part_files(file)])
     source.facts.update(facts)
     write_imported(target, source, dtype)
     return facts
@@ -84,7 +82,9 @@ def import_gguf(file: Path, target: Path, dtype: Any = None, tokenizer: "PreTrai
 
 def gguf_content(file: Path) -> str:
     """Hex sha256 of what the numbers of the imported model depend on: the bytes of the file, and this version of the import."""
-    return sha256_json({"gguf": cached_sha256(file), "import": VERSION})
+    first, *others = map(cached_sha256, part_files(file))
+    # a file alone keeps the hash that it had before parts were read
+    return sha256_json({"gguf": first, **({"parts": others} if others else {}), "import": VERSION})
 
 
 def cached_folder(file: Path, part: Part) -> Path:
@@ -99,23 +99,19 @@ def cached_folder(file: Path, part: Part) -> Path:
         return _cached(gguf_content(file), file, lambda target: import_gguf(file, target))
     opened = GgufSource(file)
     # config and tokenizer depend on the header alone, so the weights need not be hashed
-    key = sha256_json({"header": opened.file.header_sha256, "import": VERSION, "part": part})
+    others = [one.header_sha256 for one in opened.files[1:]]
+    key = sha256_json({"header": opened.file.header_sha256, **({"parts": others} if others else {}), "import": VERSION, "part": part})
     return _cached(key, file, lambda target: _write_head(opened, target, part))
 
 
 def _cached(key: str, file: Path, make: Any) -> Path:
     target = cache_dir() / "imports" / sha256_json({"key": key, "files": _FILES_VERSION})[:32]
     if not target.is_dir():
-        with waiting_for(target.with_name(f"{target.name}.lock"), f"imports {file}", _tell):
+        with waiting_for(target.with_name(f"{target.name}.lock"), f"imports {file}", say_on_stderr):
             # asked again: the process that held the lock may have made it
             if not target.is_dir():
                 make(target)
     return target
-
-
-def _tell(line: str) -> None:
-    # not to stdout, which may be JSON
-    print(f"decoct: {line}", file=sys.stderr, flush=True)
 
 
 def _write_head(opened: GgufSource, target: Path, part: Part) -> None:

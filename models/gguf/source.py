@@ -1,6 +1,7 @@
-"""A GGUF file as the weights of a transformers model: names, shapes and values, one tensor in memory at a time."""
+"""A GGUF file, or a model in several, as the weights of a transformers model: names, shapes and values, one tensor in memory at a time."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from .container import GgufFile, GgufTensor, read_gguf
 from .fields import Fields
 from .hyperparameters import config_fields, expert_count
 from .names import Change, origin_of
+from .parts import part_files
 from .rope import ROPE_TENSORS
 from .unpack import check_installed, known_types, unpack
 
@@ -38,20 +40,56 @@ class GgufWeight:
 
 
 class GgufSource:
-    """An opened GGUF file; its header is checked, no tensor is read yet."""
+    """An opened GGUF file, or the first part of a model; headers are checked, no tensor is read yet."""
 
     def __init__(self, path: Path) -> None:
-        """Raises UserError if the file is damaged, or of an architecture or with tensors that decoct does not know."""
+        """Raises UserError if a file is damaged or missing, or of an architecture or with tensors that decoct does not know."""
         self.file: GgufFile = read_gguf(path)
+        """The file with the metadata."""
         self.fields = Fields(self.file)
+        self.files: list[GgufFile] = self._parts()
+        """All parts, in order."""
+        # the file of each tensor, by the tensor's name
+        self._places = {name: file for file in self.files for name in file.tensors}
         self.config: dict[str, Any] = config_fields(self.fields)
         """Fields of config.json."""
         self.weights: list[GgufWeight] = []
         """Tensors of transformers' files, in the order of the GGUF file."""
-        for tensor in self.file.tensors.values():
+        for tensor in (tensor for file in self.files for tensor in file.tensors.values()):
             # rotary divisors are part of the config, no weights
             if tensor.name not in ROPE_TENSORS:
                 self.weights += self._weights_of(tensor)
+
+    def _parts(self) -> list[GgufFile]:
+        count = self.fields.whole("split.count", 1, least=0)
+        if count <= 1:
+            return [self.file]
+        paths = part_files(self.file.path)
+        if len(paths) != count:
+            raise UserError(
+                f"{self.file.path} is one of {count} parts of a model, which its name does not say; name the parts "
+                f"NAME-00001-of-{count:05d}.gguf and so on, or join them (llama-gguf-split --merge)"
+            )
+        files = [self.file, *map(read_gguf, paths[1:])]
+        for number, file in enumerate(files):
+            told = (file.metadata.get("split.no"), file.metadata.get("split.count"))
+            if told != (number, count):
+                raise UserError(f"{file.path} is not part {number + 1} of {count} of this model, as its name says; fetch the parts again")
+        names = [name for file in files for name in file.tensors]
+        if (wanted := self.fields.whole("split.tensors.count", len(names), least=0)) != len(names) or len(set(names)) != len(names):
+            raise UserError(
+                f"{self.file.path}: its {count} parts have {len(set(names)):,} different tensors in {len(names):,}, where the model has "
+                f"{wanted:,}; the parts are of different models: fetch them again"
+            )
+        return files
+
+    def types(self) -> dict[str, int]:
+        """Name of each storage type -> number of its tensors, in the order of their appearance."""
+        found: dict[str, int] = {}
+        for file in self.files:
+            for name, count in file.types().items():
+                found[name] = found.get(name, 0) + count
+        return found
 
     @property
     def rows(self) -> int:
@@ -61,7 +99,8 @@ class GgufSource:
     def _weights_of(self, tensor: GgufTensor) -> list[GgufWeight]:
         # integers and ggml's types for intermediate results (Q8_1, Q8_K) hold no weights
         if tensor.type.name not in known_types():
-            raise UserError(f"{self.file.path}: {tensor.name} is of type {tensor.type.name}, which holds no weights that can be unpacked")
+            where, kind = self._places[tensor.name].path, tensor.type.name
+            raise UserError(f"{where}: {tensor.name} is of type {kind}, which holds no weights that can be unpacked")
         try:
             origin = origin_of(tensor.name, self.config["model_type"], expert_count(self.fields))
         except UserError as error:
@@ -84,7 +123,7 @@ class GgufSource:
 
     def check_types(self) -> None:
         """Raise UserError if a block type needs a package that is not installed."""
-        for name in self.file.types():
+        for name in self.types():
             check_installed(name)
 
     def read(self, weight: GgufWeight) -> Tensor:
@@ -100,9 +139,8 @@ class GgufSource:
         values = self._values(tensor, first, first + matrix)
         # one check for all: every value passes here on its way to the disk or a GPU
         if not bool(values.isfinite().all()):
-            raise UserError(
-                f"{self.file.path}: {tensor.name} holds NaN or infinite numbers; the file is damaged: fetch or convert it again"
-            )
+            where = self._places[tensor.name].path
+            raise UserError(f"{where}: {tensor.name} holds NaN or infinite numbers; the file is damaged: fetch or convert it again")
         return self._undone(weight, values.reshape(tensor.shape[1:] if weight.change == "experts" else tensor.shape)).to(weight.dtype)
 
     def _values(self, tensor: GgufTensor, begin: int, end: int) -> Tensor:
@@ -113,7 +151,7 @@ class GgufSource:
         step = max(1, _PIECE // columns)
         for at in range(begin, end, step):
             until = min(at + step, end)
-            blocks = self.file.row_blocks(tensor, at, until)
+            blocks = self._places[tensor.name].row_blocks(tensor, at, until)
             if tensor.type.name in FLOATS:
                 # the bits as they are: numpy has no bf16
                 rows = torch.from_numpy(blocks.reshape(-1)).view(out.dtype).reshape(until - at, columns)
@@ -138,15 +176,16 @@ class GgufSource:
             return values.T.contiguous()
         return values.reshape(weight.shape)
 
-    def facts(self, sha256: str) -> dict[str, Any]:
-        """Where the weights come from, for the record: format, file name, sha256 of the file, and its tensors by type."""
+    def facts(self, hashes: Sequence[str]) -> dict[str, Any]:
+        """Where the weights come from, for the record: format, name and sha256 of each file, and the tensors by type."""
         texts = {name: self.fields.text(f"general.{name}", None) for name in ("name", "license")}
         return {
             "format": "gguf",
             "file": self.file.path.name,
-            "sha256": sha256,
-            "bytes": self.file.size,
+            "sha256": hashes[0],
+            **({"parts": {file.path.name: sha256 for file, sha256 in zip(self.files, hashes)}} if len(self.files) > 1 else {}),
+            "bytes": sum(file.size for file in self.files),
             "architecture": self.fields.architecture,
             **{name: text for name, text in texts.items() if text},
-            "types": self.file.types(),
+            "types": self.types(),
         }

@@ -46,6 +46,15 @@ def watch() -> None:
         counting(name, "all_gather", 0, "output_tensor")
     for name in ("reduce_scatter_tensor", "reduce_scatter_single"):
         counting(name, "reduce_scatter", 1, "input")
+    reduce = dist.all_reduce
+
+    def all_reduce(tensor: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        # between machines; sums of losses and norms, and Lightning's own, are over all processes
+        if (group := named.get("group")) is not None and dist.get_world_size(group) < dist.get_world_size():
+            counted["all_reduce"] += _bytes(tensor)
+        return reduce(tensor, *arguments, **named)
+
+    dist.all_reduce = all_reduce
     built = DistributedDataParallel.__init__
 
     def init(self: Any, *arguments: Any, **named: Any) -> None:

@@ -25,6 +25,7 @@ from decoct.models.families import decoder_linears
 from decoct.models.teachers import LocalTeacher
 from decoct.qat.scheme import SpecChange
 from decoct.qat.spec import ActivationSpec, QuantSpec
+from decoct.trainer.loop import placed_student
 from decoct.trainer.loop.fit import FitResult, TrainingPlan, fit
 from decoct.trainer.loop.held_out import HeldOut, derive_watch
 from decoct.trainer.loop.hooks import KeepZeros, MaskHook, StepHook
@@ -185,6 +186,8 @@ class Case:
     warmup: float = 0.05
     start: int = 0
     """1 = the KL of the first step decides the peak rate."""
+    gather: str = ""
+    """fp32 = weights are never gathered as bf16."""
 
     def held_out(self, objective: Any) -> HeldOut | None:
         """Windows that are never trained on."""
@@ -342,6 +345,8 @@ def main() -> None:
     for option in options:
         key, value = option.split("=")
         case = replace(case, **{key: type(getattr(case, key))(value)})
+    if case.gather == "fp32":
+        placed_student.gathers_bf16 = lambda *_, **__: False
     if case.compile:
         # the compiler has read the environment of the server of warm processes: its helpers would import torch once more for each rank
         from torch._inductor import config

@@ -132,9 +132,20 @@ class WarmPython:
         return subprocess.CompletedProcess(list(arguments), process.wait(), out, error)
 
     def run_ranks(
-        self, count: int, arguments: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 300
+        self,
+        count: int,
+        arguments: Sequence[str],
+        *,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 300,
+        nodes: int = 1,
     ) -> list[subprocess.CompletedProcess[str]]:
-        """``run`` in processes that talk to each other, with the variables of torchrun but no agent over them; by rank."""
+        """``run`` in processes that talk to each other, with the variables of torchrun but no agent over them; by rank.
+
+        ``nodes``: the machines that they believe to be on, with equally many on each.
+        """
+        local = count // nodes
         with socket.socket() as probe, tempfile.TemporaryDirectory(prefix="ranks-") as scratch:
             probe.bind(("localhost", 0))
             shared = {
@@ -143,11 +154,13 @@ class WarmPython:
                 "MASTER_ADDR": "localhost",
                 "MASTER_PORT": str(probe.getsockname()[1]),
                 "WORLD_SIZE": str(count),
-                "LOCAL_WORLD_SIZE": str(count),
+                "LOCAL_WORLD_SIZE": str(local),
                 "TMPDIR": scratch,
             }
             probe.close()
-            own = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+            own = [
+                {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank % local), "GROUP_RANK": str(rank // local)} for rank in range(count)
+            ]
             with ThreadPoolExecutor(count) as pool:
                 return list(pool.map(lambda its: self.run(arguments, cwd=cwd, env=its, timeout=timeout), own))
 

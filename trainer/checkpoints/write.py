@@ -17,7 +17,7 @@ from torch import Tensor
 from ...models.common.errors import UserError
 from ...models.common.files import atomic_directory, check_free_space, sha256_file
 from ...models.folder.safetensors_write import write_safetensors
-from ..processes.sharding import Rows, local, row_range
+from ..processes.sharding import Rows, copy_of, local, row_range
 from ..processes.world import World, gather_bytes
 from .read import FORMAT, GROUPS, MANIFEST, PIECES, STATE, Pieces, TrainingState, drop_old, step_folder
 
@@ -88,8 +88,10 @@ def _agree(report: dict[str, Any]) -> list[dict[str, Any]]:
 def _own_part(tensors: Mapping[str, Tensor | Rows], world: World) -> dict[str, Tensor]:
     """The tensors that this rank writes: its rows of sharded ones, and its share of the others, each given to the least loaded rank."""
     # row_range is None for a tensor that every rank holds whole
-    own = {name: local(tensor) for name, tensor in tensors.items() if row_range(tensor) is not None}
-    shared = {name: local(tensor) for name, tensor in tensors.items() if name not in own}
+    sharded = {name for name, tensor in tensors.items() if row_range(tensor) is not None}
+    # under hsdp other ranks hold the same rows; the first of them writes
+    own = {name: local(tensors[name]) for name in tensors if name in sharded and copy_of(tensors[name]) == 0}
+    shared = {name: local(tensor) for name, tensor in tensors.items() if name not in sharded}
     load = [0] * world.size
     # the same order on every rank, so that all ranks compute the same assignment without talking
     for name, tensor in sorted(shared.items(), key=lambda item: (-_bytes(item[1]), item[0])):

@@ -7,70 +7,34 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...models.common.errors import UserError
-from ...models.common.terminal_text import printable_line
-from .conversations import COLUMNS, SHAPES, Conversation, NothingToLearnError, map_strings, read_conversation
+from .conversations import COLUMNS, Conversation, NothingToLearnError, map_strings, read_conversation
 from .encoding import Encoder
 from .file_documents import whole_text
 from .file_rows import Row
 from .file_rows import parquet_rows as rows_of_parquet
 from .file_rows import read_rows as rows_of_jsonl
 from .rendering import Sample, samples_of
-from .tokens import TokenStream
+from .samples import MOST_BAD, Samples
+from .tokens import TokenStream, mapped_tokens
 from .windows import DTYPE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ChatEncoder", "Samples", "encode_chat", "rows_of_jsonl", "rows_of_parquet", "write_chats"]
+__all__ = ["MOST_BAD", "ChatEncoder", "Samples", "encode_chat", "encode_rows", "rows_of_jsonl", "rows_of_parquet", "write_chats"]
 
 FORMAT = 2
 """Version of the encoding; raise it whenever the same rows would give other tokens."""
-MOST_BAD = 0.1
-"""Largest share of bad rows; with more of them all data is refused."""
-# bounds on a summary of faults: every broken row may have a reason of its own
-_MOST_REASONS = 20
-_MOST_CHARACTERS = 300
 # columns of the first version, whose hashes must stay as they are, see _digest
 _FIRST_COLUMNS = ("messages", "prompt", "completion")
-
-
-@dataclass
-class Samples:
-    """Counts of rows read and rows left out because they are invalid, with the reasons, and of changes to the other rows."""
-
-    read: int = 0
-    bad: int = 0
-    first_bad: str = ""
-    reasons: Counter[str] = field(default_factory=Counter)
-    """Rows that were left out, by reason."""
-    notes: Counter[str] = field(default_factory=Counter)
-    """What was cut, replaced or not learned in the other rows."""
-
-    def refuse(self, where: str, why: str) -> None:
-        """Counts a bad row."""
-        # the reason may quote the row, which is foreign text: escaped, so that it cannot control the terminal
-        why = printable_line(why)[:_MOST_CHARACTERS]
-        self.bad += 1
-        self.first_bad = self.first_bad or f"{where}: {why}"
-        self.reasons[why if why in self.reasons or len(self.reasons) < _MOST_REASONS else "other reasons"] += 1
-
-    def check(self) -> None:
-        """Raises UserError if too many rows are bad, or none is good."""
-        # a few bad rows are normal in collected data; a large share means a misread format, and training on the rest would hide it
-        if self.bad > MOST_BAD * self.read or self.bad == self.read:
-            often = "; ".join(f"{count:,} x {why}" for why, count in self.reasons.most_common(3))
-            raise UserError(
-                f"data: {self.bad:,} of {self.read:,} conversations cannot be used; the first: {self.first_bad}. In all: {often}. "
-                f"Rows need {', '.join(SHAPES[:-1])} or {SHAPES[-1]}"
-            )
 
 
 class ChatEncoder:
@@ -93,7 +57,7 @@ class ChatEncoder:
     ) -> None:
         self.tokenizer = tokenizer
         self.notes: Counter[str] = Counter() if notes is None else notes
-        self._mask_prompts, self._control = mask_prompts, control
+        self.mask_prompts, self._control = mask_prompts, control
         self._encoder = Encoder(tokenizer)
 
     def encode(self, row: Mapping[str, Any]) -> list[tuple[list[int], list[bool]]]:
@@ -134,7 +98,7 @@ class ChatEncoder:
                 messages=map_strings(conversation.messages, lambda text: self._encoder.marked(text, mark), ("role", "type")),
                 tools=map_strings(conversation.tools, lambda text: self._encoder.marked(text, mark), ("type",)),
             )
-        return samples_of(conversation, self.tokenizer, self.notes, everything=not self._mask_prompts), mark
+        return samples_of(conversation, self.tokenizer, self.notes, everything=not self.mask_prompts), mark
 
     def _without_template(self, row: Mapping[str, Any]) -> tuple[list[Sample], str]:
         """The sample of a tokenizer without a template: prompt and completion concatenated as they are."""
@@ -149,7 +113,7 @@ class ChatEncoder:
         if mark := self._mark([prompt, completion]):
             prompt, completion = self._encoder.marked(prompt, mark), self._encoder.marked(completion, mark)
         text = prompt + completion + end
-        return [Sample(text, [(len(prompt) if self._mask_prompts else 0, len(text))])], mark
+        return [Sample(text, [(len(prompt) if self.mask_prompts else 0, len(text))])], mark
 
     def _mark(self, strings: list[str]) -> str:
         # '' unless a string spells a control token, so that most conversations need no second tokenizer
@@ -194,46 +158,71 @@ def write_chats(
     Raises:
         UserError: more than ``MOST_BAD`` of the rows are bad, or the tokenizer cannot render or encode any.
     """
-    bounds, hashes, total = array("q", [0]), array("Q"), 0
-    encoder = ChatEncoder(tokenizer, mask_prompts=mask_prompts, control=control, notes=samples.notes)
+    bounds, hashes = array("q", [0]), array("Q")
     with path.open("wb") as file:
-        for where, given in rows:
-            samples.read += 1
-            try:
-                row = _whole_row(given, samples.notes)
-                encoded = encoder.encode(row)
-            except UserError:
-                # one unreadable row is counted; an error about the tokenizer concerns all rows
-                if not isinstance(given, UserError):
-                    raise
-                samples.refuse(where, "a row that cannot be read")
-                continue
-            except NothingToLearnError:
-                samples.notes["conversations of which no turn is to be learned (weight 0)"] += 1
-                continue
-            except ValueError as error:
-                samples.refuse(where, str(error))
-                continue
-            # one hash for all samples of a conversation, so that the split never puts them on different sides
-            digest = _digest(row)
-            if len(encoded) > 1:
-                samples.notes["further samples, of turns that the chat template rewrites later on"] += len(encoded) - 1
-            for ids, learned in encoded:
-                values = np.array(ids, dtype=DTYPE)
-                # without masking every token is learned, so none is stored as negative
-                if mask_prompts:
-                    values = np.where(np.array(learned), values, -1 - values).astype(DTYPE)
-                file.write(values.data)
-                total += len(ids)
-                # each sample is a document of its own in the stream
-                bounds.append(total)
-                hashes.append(digest)
-                if seq_length is not None and len(ids) > seq_length:
-                    samples.notes["samples longer than a window (data.seq_length), which are cut"] += 1
+        encoder = ChatEncoder(tokenizer, mask_prompts=mask_prompts, control=control, notes=samples.notes)
+        encode_rows(rows, encoder, file.write, bounds, hashes, samples=samples, seq_length=seq_length)
     # after the last row, when the share of bad rows is known; the file is temporary until the caller commits it
     samples.check()
-    tokens = np.memmap(path, dtype=DTYPE, mode="r") if total else np.empty(0, dtype=DTYPE)
-    return TokenStream(tokens, np.frombuffer(bounds, dtype=np.int64), np.frombuffer(hashes, dtype=np.uint64))
+    return TokenStream(mapped_tokens(path), np.frombuffer(bounds, dtype=np.int64), np.frombuffer(hashes, dtype=np.uint64))
+
+
+def encode_rows(
+    rows: Iterable[Row],
+    encoder: ChatEncoder,
+    write: Callable[[memoryview], Any],
+    bounds: "array[int]",
+    hashes: "array[int]",
+    *,
+    samples: Samples,
+    seq_length: int | None,
+) -> None:
+    """Encodes conversations, without a look at the share of bad ones.
+
+    Args:
+        rows, samples, seq_length: As for ``write_chats``.
+        encoder: Encodes a row.
+        write: Called with the int32 ids of each sample.
+        bounds: The end of each sample is added; the last number in it is where the first one begins.
+        hashes: The hash of each sample's conversation is added.
+
+    Raises:
+        UserError: the tokenizer cannot render or encode any.
+    """
+    total = bounds[-1]
+    for where, given in rows:
+        samples.read += 1
+        try:
+            row = _whole_row(given, samples.notes)
+            encoded = encoder.encode(row)
+        except UserError:
+            # one unreadable row is counted; an error about the tokenizer concerns all rows
+            if not isinstance(given, UserError):
+                raise
+            samples.refuse(where, "a row that cannot be read")
+            continue
+        except NothingToLearnError:
+            samples.notes["conversations of which no turn is to be learned (weight 0)"] += 1
+            continue
+        except ValueError as error:
+            samples.refuse(where, str(error))
+            continue
+        # one hash for all samples of a conversation, so that the split never puts them on different sides
+        digest = _digest(row)
+        if len(encoded) > 1:
+            samples.notes["further samples, of turns that the chat template rewrites later on"] += len(encoded) - 1
+        for ids, learned in encoded:
+            values = np.array(ids, dtype=DTYPE)
+            # without masking every token is learned, so none is stored as negative
+            if encoder.mask_prompts:
+                values = np.where(np.array(learned), values, -1 - values).astype(DTYPE)
+            write(values.data)
+            total += len(ids)
+            # each sample is a document of its own in the stream
+            bounds.append(total)
+            hashes.append(digest)
+            if seq_length is not None and len(ids) > seq_length:
+                samples.notes["samples longer than a window (data.seq_length), which are cut"] += 1
 
 
 def _whole_row(row: Mapping[str, Any] | UserError, notes: Counter[str]) -> Mapping[str, Any]:

@@ -9,17 +9,20 @@ import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...models.common.errors import UserError
-from ...models.common.files import sha256_file, sha256_json
+from ...models.common.files import sha256_json
+from ...models.common.hash_cache import cached_sha256
 from ...parts import Part, PartError
 from ..settings import DataSettings
 from .conversations import COLUMNS, SHAPES, is_conversation
 from .file_documents import check_text_column, missing_field, read_file
 from .file_rows import Row, read_rows, without_nulls
 from .input_files import PLAIN, ROWS, file_kind, find_files, shown_path, suffix_of
+from .units import Unit, units_of
 
 if TYPE_CHECKING:
     import datasets
@@ -46,15 +49,22 @@ class Documents:
     """Files that were not read as text, by reason."""
     notes: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
     """What the last iteration left out or replaced, by reason."""
+    divide: Callable[[], list[Unit]] | None = field(default=None, repr=False, compare=False)
+    """Cuts the text into units that several processes encode (``units.py``); None = it can only be read as one."""
 
     def __iter__(self) -> Iterator[str]:
         # each iteration counts from zero: the text is read once as a check and once to be tokenized
         self.notes.clear()
-        for text in self.open():
-            if text and not text.isspace():
-                yield text
-            else:
-                self.notes["blank documents"] += 1
+        return without_blank(self.open(), self.notes)
+
+
+def without_blank(texts: Iterable[str], notes: Counter[str]) -> Iterator[str]:
+    """The texts that are not blank; the others are counted in ``notes``."""
+    for text in texts:
+        if text and not text.isspace():
+            yield text
+        else:
+            notes["blank documents"] += 1
 
 
 def read_documents(settings: DataSettings) -> Documents:
@@ -140,7 +150,9 @@ def _file_documents(settings: DataSettings) -> Documents:
         texts = itertools.chain.from_iterable(read_file(file, column, notes) for file in files)
         return itertools.islice(texts, settings.max_documents)
 
-    return Documents(named + _limited(settings), sha256_json(facts), read, passed=passed, notes=notes)
+    # where the first documents alone are read, nobody knows in which file they end before all before it are read
+    divide = None if settings.max_documents else partial(units_of, files, parts=True)
+    return Documents(named + _limited(settings), sha256_json(facts), read, passed=passed, notes=notes, divide=divide)
 
 
 def _file_chats(settings: DataSettings, files: list[Path], named: str, facts: dict[str, Any], passed: Counter[str]) -> Documents:
@@ -151,7 +163,9 @@ def _file_chats(settings: DataSettings, files: list[Path], named: str, facts: di
         rows = itertools.chain.from_iterable(read_rows(file, COLUMNS, name=shown_path(file.name)) for file in files)
         return itertools.islice(rows, settings.max_documents)
 
-    return Documents(named + _limited(settings), sha256_json({"kind": "chat", **facts}), tuple, read, passed)
+    # a conversation that cannot be used is named by its line, which a part of a file does not know
+    divide = None if settings.max_documents else partial(units_of, files, parts=False)
+    return Documents(named + _limited(settings), sha256_json({"kind": "chat", **facts}), tuple, read, passed, divide=divide)
 
 
 def _own_documents(settings: DataSettings, part: Part) -> Documents:
@@ -180,7 +194,8 @@ def _own_documents(settings: DataSettings, part: Part) -> Documents:
 
 def _hash_file(path: Path) -> str:
     try:
-        return sha256_file(path)
+        # of an unchanged file from the cache of hashes: a start must not take longer the more text there is
+        return cached_sha256(path)
     except OSError as error:
         raise UserError(f"data.files: {shown_path(path)} cannot be read ({error.strerror or error}); check its permissions") from error
 

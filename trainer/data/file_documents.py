@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...models.common.errors import UserError
-from .file_rows import read_rows
+from .file_rows import parquet_rows, read_rows
 from .input_files import PLAIN, decode_text, file_kind, opened, shown_path
 
 HALF_PAIRS = "texts with half of a surrogate pair, which became '?'"
@@ -30,14 +30,14 @@ def read_file(path: Path, field: str, notes: Counter[str] | None = None) -> Iter
         with opened(path) as stream:
             yield decode_text(stream.read(), shown_path(path))
     elif file_kind(path) == ".parquet":
-        yield from _parquet_texts(path, field)
+        yield from parquet_texts(path, field)
     else:
         counts: Counter[str] = Counter() if notes is None else notes
         for where, row in read_rows(path):
             # documents stop at the first row that cannot be read; conversations count such rows instead (``chats``)
             if isinstance(row, UserError):
                 raise row
-            yield _text_of_row(row, field, where, counts)
+            yield text_of_row(row, field, where, counts)
 
 
 def missing_field(field: str, there: Iterable[str], where: str) -> UserError:
@@ -50,7 +50,12 @@ def missing_field(field: str, there: Iterable[str], where: str) -> UserError:
     return UserError(f"data.text_field={field!r} is not in {where}; fields there: {', '.join(names) or 'none'}{hint}")
 
 
-def _text_of_row(row: Mapping[str, Any], field: str, where: str, notes: Counter[str]) -> str:
+def text_of_row(row: Mapping[str, Any], field: str, where: str, notes: Counter[str]) -> str:
+    """The text in ``field`` of a row; ``where`` is the row's place for messages, and ``notes`` counts replacements.
+
+    Raises:
+        UserError: the field is missing, or is no text.
+    """
     if field not in row:
         raise missing_field(field, row, where)
     text = row[field]
@@ -72,7 +77,12 @@ def whole_text(text: str, notes: Counter[str]) -> str:
     return text
 
 
-def _parquet_texts(path: Path, field: str) -> Iterator[str]:
+def parquet_texts(path: Path, field: str, part: tuple[float, float] = (0.0, 1.0)) -> Iterator[str]:
+    """Yields the texts in a column of a Parquet file; ``part`` as for ``parquet_rows``.
+
+    Raises:
+        UserError: as ``read_file``.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -88,7 +98,7 @@ def _parquet_texts(path: Path, field: str) -> Iterator[str]:
             raise missing_field(field, names, shown_path(path))
         check_text_column(schema.field(field).type, field, shown_path(path))
     # only this column is read from disk
-    for _, row in read_rows(path, [field]):
+    for _, row in parquet_rows(path, [field], part=part):
         yield row.get(field, "") if isinstance(row, Mapping) else ""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...models.common.errors import UserError
-from .input_files import Expansion, decode_text, encoding_of, file_kind, lines_of, opened, shown_path
+from .input_files import PACKED, Expansion, decode_text, encoding_of, file_kind, lines_of, opened, shown_path
 
 Row = tuple[str, Mapping[str, Any] | UserError]
 """(place of the row for messages, the row or the error that it cannot be read)."""
@@ -52,12 +52,36 @@ def _line_rows(stream: BinaryIO, name: str) -> Iterator[Row]:
         if isinstance(line, UserError):
             yield where, line
         elif line.strip():
-            yield where, _parsed(line.strip(), where)
+            yield where, parsed_line(line, where)
 
 
-def _parsed(text: str, where: str) -> Mapping[str, Any] | UserError:
+def one_line_each(path: Path) -> bool:
+    """Whether a file of JSON lines can be cut between any two of its lines: it is not packed, is UTF-8, and is not one array."""
+    if path.suffix.lower() in PACKED:
+        return False
+    with opened(path) as stream:
+        head = stream.peek(64)[:64] if isinstance(stream, io.BufferedReader) else b""
+        return encoding_of(head) == "utf-8-sig" and not _starts_array(stream)
+
+
+def lines_between(path: Path, begin: int, end: int) -> Iterator[str | UserError]:
+    """Yields the lines that begin at the bytes [begin, end) of a file of ``one_line_each``; a line that is no text gives the error."""
+    with opened(path) as stream:
+        # from the byte before: a line begins at ``begin`` only behind a line end, and another line there is the part's before this one
+        at = stream.seek(max(begin - 1, 0))
+        at += len(stream.readline()) if begin else 0
+        while at < end and (line := stream.readline()):
+            at += len(line)
+            try:
+                yield decode_text(line, shown_path(path))
+            except UserError as error:
+                yield error
+
+
+def parsed_line(line: str, where: str) -> Mapping[str, Any] | UserError:
+    """The object that a line of JSON holds, or the error that it holds none; ``where`` is the line's place for messages."""
     try:
-        row = json.loads(text)
+        row = json.loads(line.strip())
     except (ValueError, RecursionError) as error:
         return UserError(f"data.files: {where} is not a JSON object ({error}); a .jsonl file has one whole object on each line")
     return row if isinstance(row, dict) else UserError(f'data.files: {where} is not a JSON object; write each line as {{"text": "..."}}')
@@ -112,16 +136,22 @@ def _csv_rows(stream: BinaryIO, name: str, delimiter: str) -> Iterator[Row]:
             ) from error
 
 
-def parquet_rows(path: Path, columns: Collection[str] | None = None, *, name: str | None = None) -> Iterator[Row]:
+def parquet_rows(
+    path: Path, columns: Collection[str] | None = None, *, name: str | None = None, part: tuple[float, float] = (0.0, 1.0)
+) -> Iterator[Row]:
     """Yields the rows of a Parquet file, without the nulls that its schema adds for missing keys.
+
+    ``part``: begin and end of the share of its row groups that is read, [begin, end); rows are numbered from the first one read.
 
     Text stays dictionary-encoded until a row is read, so that a small file whose rows repeat one long text takes the memory of one row.
     """
-    for where, row in _parquet_batches(path, columns, name or shown_path(path)):
+    for where, row in _parquet_batches(path, columns, name or shown_path(path), part):
         yield where, without_nulls(row)
 
 
-def _parquet_batches(path: Path, columns: Collection[str] | None, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_batches(
+    path: Path, columns: Collection[str] | None, name: str, part: tuple[float, float]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -134,8 +164,10 @@ def _parquet_batches(path: Path, columns: Collection[str] | None, name: str) -> 
             leaves = [schema.column(i) for i in range(len(plain.schema))]
             texts = [leaf.path for leaf in leaves if leaf.logical_type.type == "STRING" and leaf.path.split(".")[0] in wanted]
         with pq.ParquetFile(path, read_dictionary=texts) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
+            number, count = 0, file.num_row_groups
+            # by number and not by place, so that shares that follow each other hold all groups once and in order
+            groups = [group for group in range(count) if part[0] <= group / count < part[1]]
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups, columns=wanted):
                 # lengths, indices and UTF-8 may be wrong in a damaged file, and reading them unchecked could crash the process
                 batch.validate(full=True)
                 for at in range(batch.num_rows):

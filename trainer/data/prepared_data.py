@@ -2,14 +2,13 @@
 
 A cache entry has ``train.tokens`` and ``evaluation.tokens`` (with ``.starts`` of packed documents, or ``.lengths`` without packing) and
 ``manifest.json`` with the size and sha256 of each. It is written under a temporary name and renamed, so it is complete or absent; an entry
-that is damaged later is made again. Tokenizing that is killed continues at the next start (``unfinished.py``).
+that is damaged later is made again. Tokenizing that is killed continues at the next start (``unfinished.py``, ``shared_text.py``).
 """
 
 import errno
 import json
 import logging
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,12 +23,11 @@ from ...models.common.seal import seal_is_broken, sealed
 from ...models.tokenizer.chat_template import check_chat_template
 from ..settings import DataSettings
 from .chats import FORMAT as CHAT_FORMAT
-from .chats import Samples, write_chats
 from .documents import Documents, read_documents
+from .encoded_text import Helpers, encoded, forget_units
 from .sides import write_sides
 from .split import BLOCKS, WORDS
-from .tokens import TokenStream, tokenizer_hash, write_tokens
-from .unfinished import Unfinished, unfinished
+from .tokens import tokenizer_hash
 from .windows import Windows
 
 if TYPE_CHECKING:
@@ -74,6 +72,7 @@ def prepare_data(
     *,
     documents: Documents | None = None,
     train: bool = True,
+    helpers: Helpers | None = None,
     say: Say = _LOG.warning,
 ) -> PreparedData:
     """Tokenizes the text of ``settings``, or finds it in the cache (on rank 0); waits for another process that makes the same entry.
@@ -84,6 +83,7 @@ def prepare_data(
         cache_dir: The cache folder, from ``cache.cache_dir()``.
         documents: The text, if it is already read.
         train: Whether there is training. If not, no text is kept for it, and ``data.eval_tokens`` tokens, or all, are held out.
+        helpers: Other processes that encode their part of the text; None = none. The entry is the same.
         say: Called with a line about a damaged entry, and every ten seconds about the progress.
 
     Raises:
@@ -126,7 +126,9 @@ def prepare_data(
                 # an entry is never repaired: whatever is wrong with it, it is made from the text again
                 with _readable_errors(target.parent):
                     _clear(target)
-                    _build(settings, tokenizer, documents, target, {"fingerprint": fingerprint, **facts}, train, say)
+                    _build(settings, tokenizer, documents, target, {"fingerprint": fingerprint, **facts}, train, helpers, say)
+    # after the entry has its name: until then they are what a next start continues with
+    forget_units(target)
     return open_prepared(target)
 
 
@@ -205,6 +207,7 @@ def _build(
     target: Path,
     facts: dict[str, Any],
     train: bool,
+    helpers: Helpers | None,
     say: Say,
 ) -> None:
     try:
@@ -212,10 +215,9 @@ def _build(
             # left in reverse order: the stream is closed and removed, disk errors become readable, the folder gets its name
             atomic_directory(target) as folder,
             _readable_errors(target.parent),
-            unfinished(target, folder / "stream") as work,
-        ):
             # phase 1: all tokens in the order of the text
-            stream, samples, left_out = _write_stream(settings, tokenizer, documents, work, say)
+            encoded(settings, tokenizer, documents, target, folder / "stream", helpers, say) as (stream, samples, left_out),
+        ):
             # windows take about as much room as the stream, which is deleted only afterwards
             check_free_space(folder, stream.tokens.nbytes, "the tokenized text (in the cache folder, environment variable DECOCT_CACHE)")
             # phase 2: the windows of both sides, read from the stream
@@ -231,28 +233,3 @@ def _build(
         # the target may exist because another run has finished the same entry in the meantime: then that one is used
         if _damage(target, thorough=False):
             raise
-
-
-def _write_stream(
-    settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", documents: Documents, work: Unfinished, say: Say
-) -> tuple[TokenStream, dict[str, Any] | None, Counter[str]]:
-    """(all tokens, for conversations the numbers of rows read and left out, what is not learned by reason)."""
-    control = settings.reads_control_tokens
-    if documents.chats is None:
-        stream = write_tokens(documents, tokenizer, work, say=say, need_end=settings.packing, control=control)
-        return stream, None, documents.passed + documents.notes + work.notes
-    samples = Samples()
-    stream = write_chats(
-        documents.chats(),
-        tokenizer,
-        work.stream,
-        mask_prompts=settings.mask_prompts,
-        samples=samples,
-        control=control,
-        seq_length=settings.seq_length,
-    )
-    if samples.bad:
-        say(f"{samples.bad:,} of {samples.read:,} conversations were left out; the first: {samples.first_bad}")
-    reasons = Counter({f"conversations: {why}": count for why, count in samples.reasons.items()})
-    counts = {"read": samples.read, "bad": samples.bad, "first_bad": samples.first_bad}
-    return stream, counts, documents.passed + reasons + samples.notes

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from ...models.common.errors import UserError
 from ...models.common.files import sha256_json
 from .encoding import facts_of, spelling, text_only
+from .token_arrays import TokenArray
 from .unfinished import Unfinished
 from .windows import DTYPE
 
@@ -34,7 +36,7 @@ _REPORT_SECONDS = 10.0
 class TokenStream:
     """The concatenated tokens of all documents."""
 
-    tokens: np.ndarray
+    tokens: TokenArray
     """int32 [T], mapped from disk."""
     bounds: np.ndarray
     """int64 [D + 1]; document d is ``tokens[bounds[d]:bounds[d + 1]]``."""
@@ -78,6 +80,27 @@ def write_tokens(
     Raises:
         UserError: ``need_end``, and the tokenizer has none.
     """
+    encode_documents(documents, tokenizer, work, say=say, need_end=need_end, control=control)
+    work.close()
+    return TokenStream(mapped_tokens(work.stream), np.array(work.bounds, dtype=np.int64), np.array(work.hashes, dtype=np.uint64))
+
+
+def mapped_tokens(path: Path) -> np.ndarray:
+    """The token ids in a file, int32 [T], mapped from disk."""
+    # an empty file cannot be mapped
+    return np.memmap(path, dtype=DTYPE, mode="r") if path.stat().st_size else np.empty(0, dtype=DTYPE)
+
+
+def encode_documents(
+    documents: Iterable[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    work: Unfinished,
+    *,
+    say: Callable[[str], None],
+    need_end: bool,
+    control: bool,
+) -> None:
+    """``write_tokens`` without closing the stream; the arguments are the same."""
     if need_end and tokenizer.eos_token_id is None:
         raise UserError(
             "the tokenizer has no end-of-text token (eos_token), which packing puts between documents; name one in its "
@@ -109,9 +132,6 @@ def write_tokens(
             if time.monotonic() - reported > _REPORT_SECONDS:
                 reported = time.monotonic()
                 say(f"tokenized {len(hashes):,} documents, {total:,} tokens")
-    work.close()
-    tokens = np.memmap(work.stream, dtype=DTYPE, mode="r") if total else np.empty(0, dtype=DTYPE)
-    return TokenStream(tokens, np.array(bounds, dtype=np.int64), np.array(hashes, dtype=np.uint64))
 
 
 def outer_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:

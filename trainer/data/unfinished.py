@@ -27,6 +27,8 @@ SAVE_SECONDS = 60.0
 # long enough for a machine that is repaired or a queue that is full, short enough that abandoned streams do not fill the cache
 _KEPT_SECONDS = 7 * 24 * 3600
 _ENDING = ".unfinished"
+UNITS_ENDING = ".units"
+"""Ends the name of a folder of units (``shared_text.py``)."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -76,7 +78,7 @@ class Unfinished:
             self.bounds.extend(ends)
             self.hashes, self._saved, self.notes = hashes, documents, notes
 
-    def write(self, ids: array) -> None:
+    def write(self, ids: "array[int] | memoryview") -> None:
         """Appends token ids (int32)."""
         self._file.write(ids)
 
@@ -119,7 +121,7 @@ def unfinished(target: Path, spare: Path) -> Iterator[Unfinished]:
     folder = target.with_name(target.name + _ENDING)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # here, because a user who starts with a new text may never continue the old one
-    _forget_old(folder)
+    forget_old(folder)
     # flock belongs to the open file, so the kernel releases it when the process dies, however it dies
     with target.with_name(target.name + ".lock").open("w") as lock:
         alone = _locked(lock)
@@ -159,9 +161,13 @@ def _is_full(error: BaseException | None) -> bool:
     return False
 
 
-def _forget_old(own: Path) -> None:
-    """Removes unfinished streams that were not continued for a week."""
+def forget_old(own: Path) -> None:
+    """Removes unfinished streams, and units of shared ones, that were not continued for a week."""
     for folder in own.parent.glob(f"*{_ENDING}"):
         file = folder / "progress.json"
         if folder != own and file.exists() and time.time() - file.stat().st_mtime > _KEPT_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
+    # a folder changes with each unit that is begun in it
+    for folder in own.parent.glob(f"*{UNITS_ENDING}"):
+        if folder != own and time.time() - folder.stat().st_mtime > _KEPT_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)

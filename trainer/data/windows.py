@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...losses.shift import MASKED
+from .token_arrays import TokenArray
 
 DTYPE = np.dtype("<i4")
 STARTS_DTYPE = np.dtype("<i8")
@@ -122,12 +123,12 @@ def _positions(starts: np.ndarray, length: int) -> Tensor:
     return torch.from_numpy(np.arange(length) - np.maximum.accumulate(origin))
 
 
-def write_packed(path: Path, tokens: np.ndarray, documents: np.ndarray, seq_length: int, most: int | None = None) -> int:
+def write_packed(path: Path, tokens: TokenArray, documents: np.ndarray, seq_length: int, most: int | None = None) -> int:
     """Writes the concatenated documents as full windows, at most ``most``; tokens that fill no window are left out.
 
     Args:
         path: Path without suffix of the files to write.
-        tokens: int32 [T].
+        tokens: int32 [T], read by slices.
         documents: int64 [num, 2], begin and end of each document in ``tokens``.
         seq_length: Tokens per window.
         most: Largest number of windows; None = no limit.
@@ -153,7 +154,7 @@ def write_packed(path: Path, tokens: np.ndarray, documents: np.ndarray, seq_leng
 
 
 def write_labelled(
-    path: Path, tokens: np.ndarray, documents: np.ndarray, seq_length: int, most: int | None = None, *, padding: int | None = None
+    path: Path, tokens: TokenArray, documents: np.ndarray, seq_length: int, most: int | None = None, *, padding: int | None = None
 ) -> tuple[int, int]:
     """``write_packed`` for text of which only parts are learned: windows without a token to predict are left out.
 
@@ -193,7 +194,7 @@ def write_labelled(
     return len(lengths), left_out
 
 
-def _windows_of(tokens: np.ndarray, documents: np.ndarray, seq_length: int) -> Iterator[np.ndarray]:
+def _windows_of(tokens: TokenArray, documents: np.ndarray, seq_length: int) -> Iterator[np.ndarray]:
     """Yields the concatenated documents as int32 [seq_length]; the last part may be shorter."""
     pending = np.empty(0, dtype=DTYPE)
     for begin, end in join_neighbours(documents).tolist():
@@ -209,7 +210,7 @@ def _windows_of(tokens: np.ndarray, documents: np.ndarray, seq_length: int) -> I
 
 def write_padded(
     path: Path,
-    tokens: np.ndarray,
+    tokens: TokenArray,
     segments: np.ndarray,
     seq_length: int,
     padding: int,

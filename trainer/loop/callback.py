@@ -58,6 +58,7 @@ class LoopCallback(pl.Callback):
         self.model_step = self.saved_step
         """The step whose weights the student has at the end."""
         self._before: Standing | None = None
+        self._save_due: int | None = None
         self._seconds_before = checkpoint.state.seconds if checkpoint else 0.0
         self._begun = self._step_begun = time.perf_counter()
 
@@ -95,7 +96,7 @@ class LoopCallback(pl.Callback):
             self._step_begun = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After the last micro-batch of a step: runs hooks, writes one metrics line, and a checkpoint if one is due."""
+        """After the last micro-batch of a step: runs hooks, evaluates if it is time, and writes one metrics line."""
         assert isinstance(pl_module, TrainingModule)
         # Lightning calls this after every micro-batch; only the one that ended an optimizer step has left a record
         record = pl_module.take_record()
@@ -115,13 +116,20 @@ class LoopCallback(pl.Callback):
         self._log(pl_module, record, speed, {**seen, **(self._decided() if due else {})})
         self.stopped_by = record.stop
         ends = record.stop is not None or self.ended_early
+        due = record.step == plan.total_steps or record.step % plan.checkpoint_every == 0 or ends or (best and plan.result == "best")
+        self._save_due = record.step if due else None
+
+    def end_step(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        """Writes the checkpoint of a step if one is due, after all callbacks have seen the step."""
+        step, self._save_due = self._save_due, None
+        if step is None:
+            return
         # saving is collective. Every rank comes here: the step is the same everywhere, ``stop`` was summed over ranks with the losses, and
         # the first rank has judged for all
-        if record.step == plan.total_steps or record.step % plan.checkpoint_every == 0 or ends or (best and plan.result == "best"):
-            self._save(pl_module, trainer.optimizers[0], record.step)
-            # the time of a save is no part of the next step's speed
-            self._step_begun = time.perf_counter()
-        if ends:
+        self._save(module, trainer.optimizers[0], step)
+        # the time of a save is no part of the next step's speed
+        self._step_begun = time.perf_counter()
+        if self.stopped_by is not None or self.ended_early:
             # Lightning leaves its loop after this micro-batch, which ended a step: nothing of a half accumulated step is lost
             trainer.should_stop = True
 

@@ -100,7 +100,9 @@ def load_hooks(hooks: Sequence[StepHook], checkpoint: Checkpoint) -> None:
     # Compared by hook and not by tensor: a hook may have saved tensors that it has not made yet after ``on_start``, such as ranges.
     current = hook_tensors(hooks)
     saved = checkpoint.names("hooks")
-    if foreign := sorted({name.split("/", 1)[0] for name in saved} ^ {name.split("/", 1)[0] for name in current}):
+    there = {name.split("/", 1)[0] for name in saved}
+    optional = {hook.name for hook in hooks if getattr(hook, "optional", False)}
+    if foreign := sorted(there ^ {name.split("/", 1)[0] for name in current} - (optional - there)):
         known = sorted(hook.name for hook in hooks)
         raise UserError(f"{checkpoint.path} was written with other hooks than this stage has ({known}): {foreign[0]} differs")
     for hook in hooks:

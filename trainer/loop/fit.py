@@ -32,6 +32,7 @@ from .module import Objectivelike, TrainingModule
 from .optimizer import build_optimizer
 from .placed_student import Placed
 from .resuming import Say, best_checkpoint, open_checkpoints
+from .saving_callback import SavingCallback
 from .signals import StopSignals
 from .standing import best_words, facts, standing_from
 
@@ -90,7 +91,7 @@ def fit(
         stage: Name in metrics and messages.
         metrics: Receives the numbers of each step.
         hooks: Called around each step, in this order.
-        callbacks: Lightning callbacks, called after the loop's own.
+        callbacks: Lightning callbacks, called after the loop's own, and before a checkpoint is written.
         weights: Files with the values of a student on the meta device; each rank reads only what it holds.
         console: Console of rank 0 for messages and progress; None = silent.
         progress: Progress display to use instead of the console's own.
@@ -138,7 +139,7 @@ def fit(
         student, objective, plan, hooks=hooks, world=world, signals=StopSignals(), start_step=start, shard=placed.prepare()
     )
     with quiet(), determinism(plan.deterministic):
-        trainer = lightning_trainer(plan, world, [callback, *callbacks], metrics, work)
+        trainer = lightning_trainer(plan, world, [callback, *callbacks, SavingCallback(callback)], metrics, work)
         try:
             # returns after the last step, or after the step in which a stop signal or an early end was agreed on
             trainer.fit(module, loader(windows, plan, world, start))

@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ...losses.sums import LossSums
 from ...models.common.errors import NonFiniteError
 from ..plan import TrainingPlan, learning_rate
-from ..processes.sharding import ParameterViews
+from ..processes.sharding import ParameterViews, reshard
 from ..processes.world import World, gather_bytes, sum_over_ranks
 from .hooks import StepHook
 from .optimizer import build_optimizer
@@ -150,6 +150,7 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The sum of the micro-batch's token losses."""
+        self._sync_last(batch_idx)
         loss, sums = self._forward()(batch)
         # fp64, and kept on the device: reading the sums here would make the host wait for every micro-batch
         parts = [getattr(sums, name) for name in _SUMS] + [batch["attention_mask"].sum()]
@@ -159,6 +160,13 @@ class TrainingModule(pl.LightningModule):
         # the sum, not the mean: Lightning divides by the accumulation count, DDP and FSDP2 by the ranks; see on_before_optimizer_step
         return loss
 
+    def _sync_last(self, batch_idx: int) -> None:
+        """Under hsdp, sums gradients between machines in the last micro-batch of a step alone; inside machines they are summed in each."""
+        forward: Any = self._forward()
+        # a start has whole steps, so micro-batches count from a step's first one
+        if self.views.copies > 1:
+            forward.set_requires_all_reduce((batch_idx + 1) % self.plan.batch.accumulation == 0)
+
     def evaluation_sums(self, batch: Mapping[str, Tensor], objective: Objectivelike) -> Tensor:
         """fp64 [3]: sums of tokens, KL and cross-entropy of a micro-batch. Call it without gradients; the step's sums do not change."""
         _, sums = self._forward()(batch, objective)
@@ -166,9 +174,7 @@ class TrainingModule(pl.LightningModule):
 
     def reshard(self) -> None:
         """Frees the weights that FSDP2 keeps gathered from a forward to its backward pass, after a forward without a backward."""
-        release = getattr(self._forward(), "reshard", None)
-        if release is not None:
-            release()
+        reshard(self._forward())
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Sums over ranks, scales gradients to the mean over tokens, and raises if loss or gradient norm is not finite."""
@@ -217,8 +223,9 @@ class TrainingModule(pl.LightningModule):
     def _total_norm(self, gradients: list[Tensor]) -> Tensor:
         """Global norm of the gradients; for a sharded student over the rows of all ranks."""
         norm = get_total_norm(gradients)
-        # ranks hold disjoint rows, so squares add up. Under DDP every rank already has the same gradients
-        return sum_over_ranks(norm.square()).sqrt() if self.views.sharded else norm
+        # Ranks hold disjoint rows, so squares add up; under hsdp each row is there once per machine. Under DDP every rank already has the
+        # same gradients
+        return (sum_over_ranks(norm.square()) / self.views.copies).sqrt() if self.views.sharded else norm
 
     def take_record(self) -> StepRecord | None:
         """Returns the record of a finished step once; None between micro-batches."""

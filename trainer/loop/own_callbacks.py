@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from ...parts import Part, PartError
 from ..settings_own import CallbackSettings, OwnCallbackSettings
+from .callback_state import CallbackState
 from .hooks import StepHook
 
 _PRESENT = "present"
@@ -25,7 +26,7 @@ class OwnCallbacks:
     hooks: Sequence[StepHook] = ()
     """In the recipe's order."""
     lightning: Sequence[pl.Callback] = field(default_factory=tuple)
-    """Called after decoct's own Lightning callback: checkpoints of a step are written before they see it."""
+    """Called between decoct's own Lightning callbacks: after the hooks of a step, and before its checkpoint."""
 
 
 class OwnHook:
@@ -91,6 +92,8 @@ def own_callbacks(settings: Sequence[CallbackSettings]) -> OwnCallbacks:
         made = one.part.call(options=one.own_options())
         if isinstance(made, pl.Callback):
             lightning.append(made)
+            if CallbackState.has_state(made):
+                hooks.append(CallbackState(one.part, made))
         elif any(callable(getattr(made, method, None)) for method in _METHODS):
             hooks.append(OwnHook(one.part, made))
         else:

@@ -9,8 +9,8 @@ from ...models.families import decoder_layers
 from ...models.folder.streaming import parameter_places, stored_name
 from ...qat.layers.quant_linear import RoundedWeight
 from ..plan import TrainingPlan
-from ..processes.sharding import allocate, gather_into, local, row_range, shard, skeleton_of
-from ..processes.strategy import shards
+from ..processes.sharding import allocate, gather_into, local, mesh_of_copies, row_range, shard, skeleton_of
+from ..processes.strategy import copies, gathers_bf16, shards
 from ..processes.world import World
 
 if TYPE_CHECKING:
@@ -82,7 +82,12 @@ class Placed:
             allocate(student, torch.device(mesh.device_type))
             self._fill()
 
-        shard(step, student, mesh, materialize if self._weights is not None else None)
+        plan = self._plan
+        if (machines := copies(plan.strategy, self.world)) > 1:
+            mesh = mesh_of_copies(mesh.device_type, machines, self.world.local_size)
+        rounded = any(isinstance(module, RoundedWeight) for module in student.modules())
+        bf16 = gathers_bf16(plan.precision, rounded=rounded, compiled=plan.compile, family=student.config.model_type)
+        shard(step, student, mesh, materialize if self._weights is not None else None, bf16=bf16)
 
     @torch.no_grad()
     def _fill(self) -> None:

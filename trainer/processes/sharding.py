@@ -3,20 +3,27 @@
 Optimizer, hooks and checkpoints work on plain tensors: ``local`` gives a rank's own rows (all of them without sharding), and
 ``ParameterViews`` are parameters on that memory. AdamW is elementwise, so stepping the rows equals stepping the whole.
 
-The all-gather stays fp32, also under bf16-mixed: fake quantization must see the master weights, because the rounding in training must be
-that of the stored weights. Autocast then makes the bf16 copies, as under DDP.
+Under hsdp every machine holds all rows once: the mesh has two dimensions, copies x rows. Weights are gathered inside a machine, and
+gradients are summed between machines once per step.
+
+Where weights are rounded in the forward pass, the all-gather is fp32 also under bf16-mixed: fake quantization must see the master weights,
+because the rounding in training must be that of the stored weights. Elsewhere autocast would make bf16 copies of the linears' gathered
+weights, so these are gathered as bf16, which gives the same numbers up to rounding (``strategy.gathers_bf16``). Everything else stays
+fp32: norms, whose products autocast leaves in fp32, and embedding and head (law 2, docs/architecture.md).
 """
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ...models.families import decoder_layers
+from ...models.families import decoder_layers, is_plain_linear
 from ...models.folder.streaming import parameter_places, register
 
 if TYPE_CHECKING:
@@ -43,6 +50,8 @@ class Rows:
     """Past the last row."""
     shape: torch.Size
     """Shape of the whole tensor."""
+    copy: int = 0
+    """``copy_of`` the parameter."""
 
 
 def row_range(tensor: Tensor | Rows) -> tuple[int, int] | None:
@@ -52,12 +61,22 @@ def row_range(tensor: Tensor | Rows) -> tuple[int, int] | None:
     if not isinstance(tensor, DTensor):
         return None
     rows, mesh = tensor.shape[0], tensor.device_mesh
+    # the last dimension of the mesh; one before it counts copies of the rows
+    at = mesh.ndim - 1
     # torch.chunk: equal shares rounded up, so the last ranks may hold fewer rows or none
-    share = -(-rows // mesh.size())
-    start = min(mesh.get_local_rank() * share, rows)
+    share = -(-rows // mesh.size(at))
+    start = min(mesh.get_local_rank(at) * share, rows)
     stop = min(start + share, rows)
     assert stop - start == local(tensor).shape[0], "FSDP2 shards rows as torch.chunk does"
     return start, stop
+
+
+def copy_of(tensor: Tensor | Rows) -> int:
+    """Which copy of its rows this rank holds, counted from 0; more than one exists under hsdp alone."""
+    if isinstance(tensor, Rows):
+        return tensor.copy
+    mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
+    return mesh.get_local_rank(0) if mesh is not None and mesh.ndim > 1 else 0
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -69,7 +88,7 @@ def whole(tensor: Tensor) -> Tensor:
 def like(rows: Tensor, weight: Tensor) -> Tensor | Rows:
     """``rows``, this rank's part of a tensor with ``weight``'s shape, together with its place in the whole; ``rows`` if not sharded."""
     held = row_range(weight)
-    return rows if held is None else Rows(rows, *held, weight.shape)
+    return rows if held is None else Rows(rows, *held, weight.shape, copy_of(weight))
 
 
 def gathered(rows: Tensor, weight: Tensor) -> Tensor:
@@ -99,7 +118,10 @@ class ParameterViews:
         self.views: dict[str, nn.Parameter] = {
             name: nn.Parameter(local(p)) if isinstance(p, DTensor) else p for name, p in self.owners.items()
         }
-        self.sharded = any(isinstance(p, DTensor) for p in self.owners.values())
+        meshes = [p.device_mesh for p in self.owners.values() if isinstance(p, DTensor)]
+        self.sharded = bool(meshes)
+        self.copies = meshes[0].size(0) if meshes and meshes[0].ndim > 1 else 1
+        """Ranks that hold the same rows of a sharded parameter."""
 
     def receive_gradients(self) -> None:
         """Gives every view its parameter's gradient, in the same memory."""
@@ -125,27 +147,71 @@ def parameter_of(optimizer: torch.optim.Optimizer, weight: Tensor) -> Tensor | N
     return next((p for p in parameters if p is weight or (p.data_ptr() == address and address != 0)), None)
 
 
-def shard(step: nn.Module, student: "PreTrainedModel", mesh: "DeviceMesh", materialize: Callable[[], None] | None = None) -> None:
+@cache
+def mesh_of_copies(device_type: str, copies: int, ranks: int) -> "DeviceMesh":
+    """The mesh of hsdp: ``copies`` machines with ``ranks`` processes each. Every process must call this; made once."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    # torchrun numbers the ranks of a machine one after the other, and so does the last dimension
+    return init_device_mesh(device_type, (copies, ranks), mesh_dim_names=("copies", "rows"))
+
+
+def shard(
+    step: nn.Module,
+    student: "PreTrainedModel",
+    mesh: "DeviceMesh",
+    materialize: Callable[[], None] | None = None,
+    *,
+    bf16: bool = False,
+) -> None:
     """Shards ``student`` over the ranks of ``mesh``, in place: one unit per decoder layer, and one for everything else.
 
     Args:
         step: The module whose forward runs the student; weights are gathered there, so the head may be used outside the backbone.
         student: Whole on every rank, or on the meta device.
-        mesh: Mesh of one dimension with all ranks.
+        mesh: Mesh of one dimension with all ranks, or of two: copies x rows.
         materialize: Allocates and fills the rows of a student on the meta device.
+        bf16: Gather the weights of the layers' linears as bf16. Gradients are summed over ranks in fp32 in any case.
     """
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # layers first: fully_shard leaves out what is already sharded, so the second call gets embedding, final norm and head
-    for layer in decoder_layers(student):
-        # no mixed-precision policy: parameters are gathered in fp32, see above
-        fully_shard(layer, mesh=mesh)
+    # inputs stay as they are: autocast rounds those of products alone, and the stream between the layers is fp32
+    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    layers: list[Any] = decoder_layers(student)
+    # the smallest first: fully_shard leaves out what is already sharded, so the last call gets embedding, final norm and head
+    for layer in layers:
+        # a unit has one dtype, so each module that is no linear becomes a unit of its own, of a few kilobytes, which stays gathered until
+        # its backward pass
+        for module in [m for m in layer.modules() if _is_other(m)] if bf16 else ():
+            fully_shard(module, mesh=mesh, reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh, mp_policy=low if bf16 else MixedPrecisionPolicy())
     fully_shard(step, mesh=mesh)
+    # the next unit of the backward pass is fetched while one computes: with small units in between, that would not be the next layer
+    for before, layer in pairwise(layers if bf16 else ()):
+        layer.set_modules_to_backward_prefetch([before])
     if materialize is not None:
         materialize()
     # FSDP2 pads rows that do not divide evenly at first use, which moves them in memory: do it now, before there are views of them
     state: Any = step._get_fsdp_state()  # pyright: ignore[reportCallIssue] - fully_shard gave the module another class
     state._lazy_init()
+
+
+def reshard(step: nn.Module) -> None:
+    """Frees the weights that stay gathered from a forward to its backward pass, after a forward without a backward.
+
+    Args:
+        step: What ``shard`` was given; nothing happens if it is not sharded.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in step.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _is_other(module: nn.Module) -> bool:
+    """Whether a module has parameters of its own that are not those of a linear."""
+    return next(module.parameters(recurse=False), None) is not None and not is_plain_linear(module)
 
 
 def allocate(student: nn.Module, device: torch.device) -> None:

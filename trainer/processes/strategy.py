@@ -1,12 +1,15 @@
 """How several processes share a student: chosen by ``trainer.strategy``, carried out by Lightning's strategies.
 
-Both strategies give the numbers of a single process: gradients are averaged over ranks and then scaled in the same way, weights are fp32,
-and the optimizer is elementwise. Under DDP every rank holds the whole student, under FSDP2 a share.
+All strategies give the numbers of a single process: gradients are averaged over ranks and then scaled in the same way, weights are fp32,
+and the optimizer is elementwise. Under DDP every rank holds the whole student, under FSDP2 a share, and under HSDP the ranks of one machine
+hold it together.
 """
 
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
+from ...models.common.errors import UserError
+from ...models.families import FAMILIES
 from .. import settings
 
 if TYPE_CHECKING:
@@ -24,7 +27,7 @@ _USABLE = 0.6
 
 def choose_strategy(
     wanted: settings.Strategy, *, ranks: int, parameters: int, optimizer: settings.Optimizer, teacher_bytes: int, device_bytes: int | None
-) -> Literal["ddp", "fsdp2"]:
+) -> settings.ChosenStrategy:
     """The strategy of a training stage.
 
     Args:
@@ -51,12 +54,40 @@ def device_bytes() -> int | None:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if torch.cuda.is_available() else None
 
 
-def shards(chosen: Literal["ddp", "fsdp2"], world: "World") -> bool:
-    """Whether the student is sharded over ranks. A single process holds it whole with both strategies."""
-    return chosen == "fsdp2" and world.size > 1
+def shards(chosen: settings.ChosenStrategy, world: "World") -> bool:
+    """Whether the student is sharded over ranks. A single process holds it whole with every strategy."""
+    return chosen != "ddp" and world.size > 1
 
 
-def lightning_strategy(chosen: Literal["ddp", "fsdp2"], world: "World") -> "Strategy | Literal['auto']":
+def copies(chosen: settings.ChosenStrategy, world: "World") -> int:
+    """Number of machines that each hold all of a sharded student; 1 = all ranks hold it together.
+
+    Raises:
+        UserError: hsdp, and machines have different numbers of processes.
+    """
+    if chosen != "hsdp":
+        return 1
+    if world.size % world.local_size or world.rank % world.local_size != world.local_rank:
+        raise UserError(
+            f"trainer.strategy: hsdp needs the same number of processes on every machine; {world.size} processes, of which this one has "
+            f"{world.local_size} on its machine, are not that. Use fsdp2"
+        )
+    return world.nodes
+
+
+def gathers_bf16(precision: settings.Precision, *, rounded: bool, compiled: bool, family: str) -> bool:
+    """Whether a sharded student's linears are gathered as bf16, which gives the numbers of an fp32 gather up to rounding.
+
+    Args:
+        precision: The trainer's; autocast makes bf16 copies of a linear's weight under bf16-mixed.
+        rounded: Whether weights are rounded in the forward pass, which must see the master weights.
+        compiled: Whether layers are compiled: each further unit in a layer would cut it into parts.
+        family: The model type; other families than those with a map may read a linear's weight outside autocast.
+    """
+    return precision == "bf16-mixed" and not rounded and not compiled and family in FAMILIES
+
+
+def lightning_strategy(chosen: settings.ChosenStrategy, world: "World") -> "Strategy | Literal['auto']":
     """Lightning's strategy object. The process groups are already open (``world.connect``) and stay open."""
     # here and not above: the plan chooses strategies without loading Lightning
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -64,7 +95,7 @@ def lightning_strategy(chosen: Literal["ddp", "fsdp2"], world: "World") -> "Stra
     if world.size == 1:
         return "auto"
     if shards(chosen, world):
-        # its own default puts nodes in the first place and tensor parallelism inside a node
+        # Its own default puts nodes in the first place and tensor parallelism inside a node. The mesh of hsdp is ours (``sharding.shard``).
         # Lightning needs both sizes: one mesh dimension with all ranks, and no tensor parallelism.
         return ModelParallelStrategy(data_parallel_size=world.size, tensor_parallel_size=1, timeout=COLLECTIVE_TIMEOUT)
     # Every parameter gets a gradient in each step (``RoundedWeight`` attaches unused scales), so none is searched for. Buffers need no

@@ -126,6 +126,17 @@ def value_of_first(value: int) -> int:
     return int(box)
 
 
+def bytes_of_first(data: bytes) -> bytes:
+    """The bytes of rank 0, on every rank."""
+    if not dist.is_initialized():
+        return data
+    box = torch.zeros(value_of_first(len(data)), dtype=torch.uint8)
+    if dist.get_rank() == 0 and data:
+        box.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    dist.broadcast(box, src=0)
+    return bytes(box.numpy())
+
+
 def gather_bytes(data: bytes) -> list[bytes]:
     """Each rank's bytes, in rank order, on every rank. Lengths may differ."""
     if not dist.is_initialized():

@@ -1,7 +1,7 @@
 """Opens the student and the teacher of a training stage. A sharded student is opened empty and filled by each rank."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,7 +16,7 @@ from ..plan import StepPlan
 from ..processes.strategy import choose_strategy, device_bytes, shards
 from ..processes.teacher_memory import teacher_bytes, teacher_size
 from ..processes.world import current_world, value_of_first
-from ..settings import TrainingBlock
+from ..settings import ChosenStrategy, TrainingBlock
 from ..soft_targets.cached import SparseTeacher
 from ..soft_targets.fill import CacheRequest, cached_teacher
 from ..soft_targets.served import ServedTeacher
@@ -35,7 +35,7 @@ class OpenStudent:
     """fp32 master weights; on the meta device when ``weights`` is given."""
     weights: WeightFiles | None
     """Files from which each rank reads its own rows; None when the model is loaded whole."""
-    strategy: Literal["ddp", "fsdp2"]
+    strategy: ChosenStrategy
     """How the student is distributed over ranks."""
 
 
@@ -67,7 +67,7 @@ def current_device() -> torch.device:
     return torch.device("cuda", current_world().local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def stage_strategy(settings: TrainingBlock, context: StageContext) -> Literal["ddp", "fsdp2"]:
+def stage_strategy(settings: TrainingBlock, context: StageContext) -> ChosenStrategy:
     """Strategy of this stage: as the recipe sets it, or chosen by memory on rank 0 and the same on every rank."""
     wanted = wanted_strategy(settings, context.run.trainer, name=context.name)
     world, memory = current_world(), device_bytes()

@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_refused_with_the_cheapest_remedy() -> None:
     made = plan(recipe, gpus=1, gpu_memory=24 * 10**9)
     found = problems(made)
     assert [text.split()[0] for text in found] == ["01-distill", "02-qat"]
-    assert "trainer.micro_batch=1 trainer.activation_checkpointing=true" in found[0]
+    assert "the cheapest way: trainer.activation_checkpointing=true (21.8 GB)" in found[0]
     assert "does NOT fit" in short_form(made)
     remedy = made.stages[0].training
     assert remedy is not None

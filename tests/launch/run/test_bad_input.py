@@ -49,6 +49,17 @@ def test_missing_files_empty_and_short_text(tiny: dict[str, Any], run: Any, tmp_
     assert list((tmp_path / "runs").iterdir()) == [], "a parent that was there stays"
 
 
+def test_a_start_that_fails_on_several_ranks_leaves_no_folder(tiny: dict[str, Any], run: Any, tmp_path: Path) -> None:
+    """As under a torchrun of the user's own, where no process of ours is left to tidy up."""
+    (tmp_path / "short.txt").write_text("kado lota.")
+    short = {**tiny, "data": {**tiny["data"], "files": ["short.txt"]}}
+    refused(run(short, ranks=2), "seq_length")
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs/tiny").mkdir(parents=True)
+    refused(run(short, ranks=2), "seq_length")
+    assert (tmp_path / "runs/tiny/recipe.yaml").exists(), "a folder that was there stays"
+
+
 def test_group_size_that_does_not_divide(tiny: dict[str, Any], run: Any, tmp_path: Path) -> None:
     tiny["stages"] = [{"qat": {"steps": 1, "weights": {"group_size": 24}}}]
     refused(run(tiny), "stages.0.qat.weights.group_size: 24 does not divide the student's hidden size (32)", "use 32 or 16")

@@ -1,6 +1,8 @@
 """GGUF files as models: the weights, logits and tokens that other readers of the same file get, and one message for every bad file."""
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,9 +133,59 @@ def test_a_folder_with_several_files_is_asked_about(tokenizer: Any, tmp_path: Pa
     assert gguf_file(tmp_path) is None
 
 
+def split(folder: Path, model: Any, tokenizer: Any, count: int = 3) -> list[Path]:
+    """The model in parts, as llama-gguf-split writes them: metadata in the first, tensors in all."""
+    tensors = list(tensors_of(model).items())
+    keys = {**metadata_of(model), **tokenizer_keys(tokenizer)}
+    files = []
+    for number in range(count):
+        own = {"split.no": number, "split.count": count, "split.tensors.count": len(tensors), **(keys if number == 0 else {})}
+        place = folder / f"m-{number + 1:05d}-of-{count:05d}.gguf"
+        files.append(write_gguf(place, "llama", own, dict(tensors[len(tensors) * number // count : len(tensors) * (number + 1) // count])))
+    return files
+
+
+def test_a_model_in_parts_is_found_by_the_first(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DECOCT_CACHE", str(tmp_path / "cache"))
+    model = tiny("llama")
+    (tmp_path / "m").mkdir()
+    files = split(tmp_path / "m", model, tokenizer)
+    assert gguf_file(tmp_path / "m") == files[0]
+    assert load_config(tmp_path / "m").hidden_size == 64
+    assert torch.equal(logits(load_model(files[0], dtype=torch.float32)), logits(model))
+    facts = import_gguf(files[0], tmp_path / "out")
+    assert facts["parts"] == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    assert facts["bytes"] == sum(file.stat().st_size for file in files)
+    assert sum(facts["types"].values()) == len(tensors_of(model))
+    before = content_hash(files[0])
+    files[2].write_bytes(files[2].read_bytes()[:-1] + bytes([files[2].read_bytes()[-1] ^ 1]))
+    assert content_hash(files[0]) != before, "every part counts"
+
+
+def test_parts_that_are_no_whole_model_are_named(tokenizer: Any, tmp_path: Path) -> None:
+    files = split(tmp_path, tiny("llama"), tokenizer)
+    with pytest.raises(UserError, match=r"m-00002-of-00003.gguf is part 2 of 3 of a model; give the first one, .*m-00001-of-00003.gguf"):
+        import_gguf(files[1], tmp_path / "out")
+    aside = files[1].rename(tmp_path / "aside")
+    with pytest.raises(
+        UserError, match=r"one of 3 parts of a model, of which m-00002-of-00003.gguf is missing; fetch the missing files into"
+    ):
+        load_config(files[0])
+    with pytest.raises(UserError, match=r"of which m-00002-of-00003.gguf is missing"):
+        content_hash(files[0])
+    shutil.copy(files[2], files[1])
+    with pytest.raises(UserError, match=r"m-00002-of-00003.gguf is not part 2 of 3 of this model, as its name says"):
+        import_gguf(files[0], tmp_path / "out")
+    aside.rename(files[1])
+    write_gguf(files[2], "llama", {"split.no": 2, "split.count": 3}, {})
+    with pytest.raises(UserError, match=r"its 3 parts have 14 different tensors in 14, where the model has 21"):
+        import_gguf(files[0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": ({"general__architecture": "mamba9"}, "cannot import the architecture 'mamba9'; it knows llama, smollm3"),
-    "parts": ({"split__count": 3}, "is one of 3 parts of a model; join them first"),
+    "parts": ({"split__count": 3}, "is one of 3 parts of a model, which its name does not say; name the parts NAME-00001-of-00003.gguf"),
     "layers": ({"block_count": 3}, "are not those of the llama it describes; 9 are missing: model.layers.2"),
     "fewer layers": ({"block_count": 1}, "9 are unexpected: model.layers.1"),
     "width": ({"embedding_length": 128}, "have another shape"),

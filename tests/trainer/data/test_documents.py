@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from decoct.models.common import hash_cache
 from decoct.models.common.errors import UserError
 from decoct.trainer.data.documents import STDLIB_BYTES, read_documents, stdlib_files
 from decoct.trainer.settings import DataSettings
@@ -68,6 +69,23 @@ def test_fingerprint_follows_content_and_not_place(tmp_path: Path) -> None:
     second.write_text("same texT")
     assert read_documents(DataSettings(files=(str(second),))).fingerprint != prints[0]
     assert read_documents(DataSettings(files=(str(first),), max_documents=1)).fingerprint != prints[0]
+
+
+def test_an_unchanged_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DECOCT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hash_cache, "SMALL", 10)
+    monkeypatch.setattr(hash_cache, "SETTLED_SECONDS", -1.0)
+    file = tmp_path / "a.txt"
+    file.write_text("a text that is long enough")
+    settings = DataSettings(files=(str(file),))
+    first = read_documents(settings).fingerprint
+    real, hashed = hash_cache.hashlib.file_digest, []
+    monkeypatch.setattr(hash_cache.hashlib, "file_digest", lambda handle, name: hashed.append(handle.name) or real(handle, name))
+    assert read_documents(settings).fingerprint == first
+    assert hashed == []
+    file.write_text("another text, as long as that")
+    assert read_documents(settings).fingerprint != first
+    assert hashed == [str(file)]
 
 
 def test_no_match_names_pattern_and_the_file_that_was_meant(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_conversations_that_spell_some_are_counted(tokenizer: Any) -> None:
 def test_documents_that_spell_some_are_read_as_told_and_counted(tokenizer: Any, control: bool, tmp_path: Any) -> None:
     with unfinished(tmp_path / "entry", tmp_path / "spare") as work:
         stream = write_tokens(TEXTS, tokenizer, work, say=print, need_end=True, control=control)
-        ids = stream.tokens.tolist()
+        ids = stream.tokens[:].tolist()
         assert control_ids(ids, tokenizer).count("<|im_end|>") == control
         assert control_ids(ids, tokenizer).count("<|endoftext|>") == 3
         assert list(work.notes.values()) == [1]

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from decoct.models.common.cache_folder import cache_dir
 from decoct.models.common.errors import UserError
 from decoct.models.common.files import sha256_json
-from decoct.trainer.data import prepared_data as prepare
+from decoct.trainer.data import encoded_text
 from decoct.trainer.data.documents import read_documents
 from decoct.trainer.data.prepared_data import PreparedData, open_prepared, prepare_data
 from decoct.trainer.data.tokens import tokenizer_hash
@@ -82,7 +82,7 @@ def test_second_start_reads_the_cache_and_other_ranks_open_it(
     def never(*given: object, **more: object) -> None:
         raise AssertionError("tokenized again")
 
-    monkeypatch.setattr(prepare, "write_tokens", never)
+    monkeypatch.setattr(encoded_text, "write_tokens", never)
     again, other = prepare_data(settings, tokenizer, cache_dir()), open_prepared(first.path)
     assert files_of(again) == before
     for data in (again, other):
@@ -235,12 +235,12 @@ def test_entry_that_another_run_finished_meanwhile_is_taken(
 ) -> None:
     first = prepare_data(settings, tokenizer, cache_dir())
     finished = first.path.rename(first.path.with_name("aside"))
-    real = prepare.write_tokens
+    real = encoded_text.write_tokens
 
     def slowly(*given: Any, **more: Any) -> Any:
         finished.rename(first.path)
         return real(*given, **more)
 
-    monkeypatch.setattr(prepare, "write_tokens", slowly)
+    monkeypatch.setattr(encoded_text, "write_tokens", slowly)
     assert rows(prepare_data(settings, tokenizer, cache_dir()).train) == rows(first.train)
     assert [path.name for path in first.path.parent.iterdir()] == [first.fingerprint]

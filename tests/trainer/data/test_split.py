@@ -100,9 +100,9 @@ def test_copies_of_a_held_out_block_are_not_trained_on() -> None:
     text = TokenStream(np.concatenate([once, once]), np.array([0, 200, 400]), np.array([9, 9], dtype=np.uint64))
     got = split(text, seq_length=10, eval_tokens=20)
     assert got.rule == "blocks"
-    held = {int(text.tokens[at]) for at in positions(got.evaluation)}
+    held = {int(text.tokens[:][at]) for at in positions(got.evaluation)}
     assert len(held) == 20
-    assert not held & {int(text.tokens[at]) for at in positions(got.train)}
+    assert not held & {int(text.tokens[:][at]) for at in positions(got.train)}
     assert len(positions(got.train)) == 360
 
 

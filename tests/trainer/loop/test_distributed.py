@@ -194,6 +194,54 @@ def test_a_killed_rank_is_restarted_and_ends_in_the_same_bits(torchrun: Start, t
     _same_bits(tmp_path / "straight", tmp_path / "struck")
 
 
+def test_linears_gathered_as_bf16_give_the_curve_of_an_fp32_gather(pair: Start, tmp_path: Path) -> None:
+    """Dropout, a tied table, activation checkpointing and evaluations included. Norms in bf16 would move the loss much farther."""
+    options = ["distill", "steps=6", "micro=2", "ranks=2", "strategy=fsdp2", "precision=bf16-mixed", "watch=3", "checkpointing=1"]
+    pair(tmp_path / "bf16", *options)
+    pair(tmp_path / "fp32", *options, "gather=fp32")
+    for name, limit in (("loss", 1e-6), ("grad_norm", 1e-5), ("held_out_kl", 1e-5)):
+        bf16, fp32 = ([row[name] for row in _rows(tmp_path / work) if row.get(name) is not None] for work in ("bf16", "fp32"))
+        assert bf16, name
+        assert bf16 == pytest.approx(fp32, rel=limit), name
+    one, other = (load_file(tmp_path / work / "student.safetensors") for work in ("bf16", "fp32"))
+    assert all((one[name] - other[name]).abs().median() < 1e-7 for name in one)
+
+
+def test_two_machines_of_two_ranks_give_the_curve_of_one_process(
+    alone: Start, pair: Start, warm: WarmPython, training_command: list[str], tmp_path: Path
+) -> None:
+    """hsdp: each row is written once, a lost checkpoint changes no bit, and two ranks of one machine go on with what four have written."""
+    common = ["prune", "steps=12", "windows=8", "every=4", "dropout=0.0", "watch=4"]
+
+    def machines(work: Path) -> str:
+        options = [*common, "micro=1", "ranks=4", "strategy=hsdp"]
+        done = warm.run_ranks(4, [*training_command, str(work), *options], nodes=2)
+        assert [rank.returncode for rank in done] == [0] * 4, "".join(rank.stdout + rank.stderr for rank in done)
+        return done[0].stdout
+
+    alone(tmp_path / "one", *common, "micro=4")
+    machines(tmp_path / "four")
+    for name in ("loss", "grad_norm"):
+        rows = [[row[name] for row in _rows(tmp_path / work) if row["step"]] for work in ("one", "four")]
+        assert rows[1] == pytest.approx(rows[0], rel=1e-5), name
+    last = tmp_path / "four/stage/checkpoints/step-00000012"
+    for group in ("student", "optimizer", "hooks"):
+        for name, entry in json.loads((last / "pieces.json").read_text())[group].items():
+            rows = [piece[1:] for piece in entry["pieces"]]
+            assert rows == [[None, None]] or [row for first, stop in rows for row in range(first, stop)] == list(
+                range(entry["shape"][0])
+            ), name
+    for again in ("again", "moved"):
+        shutil.copytree(tmp_path / "four", tmp_path / again)
+        (tmp_path / again / "stage/checkpoints/step-00000012/state.json").write_text("{}")
+    assert "continues from the checkpoint of step 8" in machines(tmp_path / "again")
+    _same_bits(tmp_path / "four", tmp_path / "again")
+    out = pair(tmp_path / "moved", *common, "micro=2", "ranks=2", "strategy=fsdp2")
+    assert "continues from the checkpoint of step 8" in out
+    gathered, expected = (load_file(tmp_path / work / "student.safetensors") for work in ("moved", "one"))
+    assert all((gathered[name] - expected[name]).abs().median() < 1e-6 for name in expected)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_another_world_size_goes_on_without_losing_or_repeating_a_window(alone: Start, pair: Start, tmp_path: Path, strategy: str) -> None:
     """2 -> 1 -> 2 ranks, each stopped by a SIGTERM to one rank."""
