@@ -8,7 +8,7 @@ import torch
 
 from decoct.models.pruning.structured import ffn_channel_scores
 from decoct.trainer.settings_pruning import PruneSettings, StructuredSettings
-from decoct.trainer.stages import prune
+from decoct.trainer.stages import prune, prune_structured
 from decoct.trainer.stages.calibration import calibration_text
 from decoct.trainer.stages.context import StageContext
 
@@ -22,7 +22,7 @@ def scored_on(context: StageContext, monkeypatch: pytest.MonkeyPatch, tokens: in
         rows.extend(row for batch in batches for row in batch["input_ids"])
         return ffn_channel_scores(model, batches)
 
-    monkeypatch.setattr(prune, "ffn_channel_scores", scores)
+    monkeypatch.setattr(prune_structured, "ffn_channel_scores", scores)
     prune.finish(PruneSettings(structured=StructuredSettings(ffn=48), calibration_tokens=tokens), context, None)
     windows = context.run.data.train
     place = {tuple(windows[index]["input_ids"].tolist()): index for index in range(len(windows))}
