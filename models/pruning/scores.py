@@ -81,9 +81,9 @@ def scored(
     wanted: list[Axis] = [axis for axis in WIDTHS if axis in asked]
     with eval_mode(model):
         readers = Readers(model, family, wanted if score in ("activation", "weight_activation") else [], influence=influence)
-        if readers.wanted or (wanted and score == "taylor"):
-            _read(model, batches, readers, gradients=bool(wanted) and score == "taylor")
         try:
+            if readers.wanted or (wanted and score == "taylor"):
+                _read(model, batches, readers, gradients=bool(wanted) and score == "taylor")
             raw = _raw(model, family, sizes, wanted, score, readers)
         finally:
             if score == "taylor":

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from decoct.models.families import decoder_linears
 from decoct.models.folder.model_folder import save_model_folder
 from decoct.models.pruning.magnitude import magnitude_masks
-from decoct.models.pruning.selection import select
+from decoct.models.pruning.shape_choice import select
 from decoct.models.pruning.structured import cut
 from decoct.models.tokenizer.scratch_tokenizer import train_tokenizer
 from decoct.qat.codes.state import QuantState

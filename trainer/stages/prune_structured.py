@@ -3,23 +3,27 @@
 import time
 from collections.abc import Mapping
 
+import torch
+
 from ...models.axis_map import Axis, Family, check_map
 from ...models.capabilities import percent
 from ...models.common.errors import UserError
 from ...models.family_map import family_of
 from ...models.folder.loading import load_config
 from ...models.pruning.repair import Repair, cut_and_repair
-from ...models.pruning.selection import select
+from ...models.pruning.shape_choice import select
 from ...models.pruning.structured import cut
 from ...models.pruning.zeros_record import of_kept_layers
 from ...models.shape_advice import alignment_advice, server_advice
 from ...models.sizes import WORDS, Sizes, sizes_of, target_sizes
 from ..settings_pruning import PruneSettings
-from .calibration import Row, batched, calibration_rows, calibration_text
+from .calibration import BATCH_TOKENS, calibration_text
 from .context import StageContext, StageResult
 from .saving import CARRIED, save_student
 from .student_and_teacher import whole_student
 from .zeros import input_zeros
+
+Row = dict[str, torch.Tensor]
 
 
 def prune_structured(settings: PruneSettings, context: StageContext) -> StageResult:
@@ -75,15 +79,25 @@ def _repair_text(settings: PruneSettings, context: StageContext) -> tuple[list[R
     If the training text has no more windows, the last quarter of them judges.
     """
     train, seed, tokens = context.run.data.train, context.run.seed, settings.calibration_tokens
-    fit = calibration_rows(train, tokens, seed)
+    fit = _rows(calibration_text(train, tokens, seed).batches)
     # a larger number of tokens keeps the same windows and adds more
-    held_out = calibration_rows(train, tokens + max(1, tokens // 4), seed)[len(fit) :]
+    held_out = _rows(calibration_text(train, tokens + max(1, tokens // 4), seed).batches)[len(fit) :]
     if not held_out:
         quarter = max(1, len(fit) // 4)
         fit, held_out = fit[:-quarter], fit[-quarter:]
     if not fit:
         raise UserError("prune.structured.repair needs two windows of training text, one to fit on and one to judge by; give more text")
-    return batched(fit, train.seq_length), batched(held_out, train.seq_length)
+    size = max(1, BATCH_TOKENS // train.seq_length)
+    return _batched(fit, size), _batched(held_out, size)
+
+
+def _rows(batches: list[Row]) -> list[Row]:
+    return [{key: values[row] for key, values in batch.items()} for batch in batches for row in range(len(batch["input_ids"]))]
+
+
+def _batched(rows: list[Row], size: int) -> list[Row]:
+    groups = [rows[at : at + size] for at in range(0, len(rows), size)]
+    return [{key: torch.stack([row[key] for row in group]) for key in group[0]} for group in groups]
 
 
 def _tell(context: StageContext, family: Family, kept: Mapping[Axis, int], before: Sizes, after: Sizes) -> None:

@@ -63,7 +63,13 @@ def test_keys_of_before_there_were_other_axes_than_the_ffn_stay() -> None:
     told = stage_key(**{**cut, "settings": PruneSettings(structured=StructuredSettings(ffn=8))})
     # made by the version that cut FFN channels alone
     assert told == "d6f985f2e3596f5e88337d79e0d00cda8e9b43e857fbfabc0c92f3db947bc698"
-    others = ({"ffn": 8, "heads": 2}, {"ffn": 8, "repair": True}, {"ffn": 8, "score": "taylor"}, {"layers": 2}, {"hidden": 8})
+    others: tuple[dict[str, Any], ...] = (
+        {"ffn": 8, "heads": 2},
+        {"ffn": 8, "repair": True},
+        {"ffn": 8, "score": "taylor"},
+        {"layers": 2},
+        {"hidden": 8},
+    )
     keys = {stage_key(**{**cut, "settings": PruneSettings(structured=StructuredSettings(**other))}) for other in others}
     assert len({told, *keys}) == 6
 

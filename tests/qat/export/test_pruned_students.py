@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from decoct.models.families import decoder_linears
 from decoct.models.folder.model_folder import save_model_folder
 from decoct.models.pruning.magnitude import magnitude_masks
-from decoct.models.pruning.selection import select
+from decoct.models.pruning.shape_choice import select
 from decoct.models.pruning.structured import cut
 from decoct.models.student import student_by_keeping
 from decoct.qat.export.export import export_folder

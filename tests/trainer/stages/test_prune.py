@@ -14,7 +14,7 @@ from decoct.models.folder.loading import load_model
 from decoct.models.folder.model_folder import read_record, save_model_folder
 from decoct.models.pruning.repair import cut_and_repair
 from decoct.models.pruning.scores import Scores, scored
-from decoct.models.pruning.selection import select
+from decoct.models.pruning.shape_choice import select
 from decoct.models.pruning.structured import cut
 from decoct.trainer.settings_pruning import PruneSettings, StructuredSettings
 from decoct.trainer.stages import prune, prune_structured
@@ -44,7 +44,7 @@ def scored_on(context: StageContext, monkeypatch: pytest.MonkeyPatch, tokens: in
         rows.extend(row for batch in batches for row in batch["input_ids"])
         return scored(model, batches, *given, **options)
 
-    monkeypatch.setattr("decoct.models.pruning.selection.scored", scores)
+    monkeypatch.setattr("decoct.models.pruning.shape_choice.scored", scores)
     pruned(context, tokens, ffn=48)
     windows = context.run.data.train
     place = {tuple(windows[index]["input_ids"].tolist()): index for index in range(len(windows))}
