@@ -1,7 +1,7 @@
 """Structured half of stage `prune`: channels, heads, hidden width and depth in one shot, on calibration text."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -91,7 +91,7 @@ def _repair_text(settings: PruneSettings, context: StageContext) -> tuple[list[R
     return _batched(fit, size), _batched(held_out, size)
 
 
-def _rows(batches: list[Row]) -> list[Row]:
+def _rows(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[Row]:
     return [{key: values[row] for key, values in batch.items()} for batch in batches for row in range(len(batch["input_ids"]))]
 
 

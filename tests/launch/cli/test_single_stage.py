@@ -23,6 +23,11 @@ def test_verbs_lead_from_a_folder_to_a_verified_export(small_student: Path, verb
     verb("prune", "two/01-prune/model", *small, "--keep", "0.5", "--tokens", "4k", *text, "--out", "three [x] y")
     verb("qat", "three [x] y/01-prune/model", *small, "--group-size", "16", "--tokens", "4k", *text, "--out", "four")
     verb("quantize", "one/01-distill/model", *small, "--bits", "8", "--group-size", "channel", *text, "--out", "five")
+    cut = ["--shape", "ffn=32,heads=1", "structured.score=taylor", "structured.repair=true"]
+    told = verb("prune", "one/01-distill/model", *small, *cut, *text, "--out", "seven").stdout
+    assert "kept 1 of 2 query heads in each of 2 layers" in told
+    assert "refit of the FFN output: KL" in told
+    assert json.loads((tmp_path / "seven/01-prune/model/decoct.json").read_text())["parent_shape"]["heads"] == 2
     assert [row["name"] for row in json.loads((tmp_path / "five/report.json").read_text())["stages"]] == ["input", "01-quantize"]
     assert [row["name"] for row in json.loads((tmp_path / "one/report.json").read_text())["stages"]] == ["teacher", "input", "01-distill"]
     exported = verb("export", "four/01-qat/model", "--out", "served [x] y").stdout
