@@ -24,6 +24,7 @@ from decoct.models.capabilities import capabilities, percent
 from decoct.models.causality import future_reason
 from decoct.models.common.errors import DecoctError, UserError
 from decoct.models.families import backbone_and_head, check_head, decoder_linears, is_plain_linear, text_config
+from decoct.models.family_map import FAMILIES
 from decoct.models.folder.codes_file import CODES
 from decoct.models.folder.model_folder import save_model_folder
 from decoct.models.folder.refused_inputs import check_text_model
@@ -294,7 +295,34 @@ Of {total} architectures {made} were run: {carried} of these can be distilled, a
 {rows}
 
 {notes}
+
+## Axes
+
+What structured pruning can cut of each family that has an axis map (`models/family_map.py`). FFN channels and layers can be cut of all of
+them. *exact* says whether the cut model computes what the whole one does with the removed hidden channels set to zero. *vLLM* says whether
+vLLM reads `head_dim` from the config; if not, it serves a shape only while hidden / heads is `head_dim`.
+
+| family | heads | kv_heads | hidden | exact | vLLM |
+|---|---|---|---|---|---|
+{axes}
 """
+
+
+def axes() -> str:
+    """The rows of the table of axes, from the axis maps."""
+    rows = []
+    for name, family in sorted(FAMILIES.items()):
+        own = family.own_head_dim
+        hidden = "a multiple of the query heads" if family.whole_heads else "yes" if own else "with heads"
+        cells = (
+            "yes" if own else "with hidden: `head_dim` is hidden / heads",
+            "yes" if "kv_heads" in family.fields else "no: each query head has its own",
+            hidden,
+            "no: a LayerNorm's mean changes" if family.layer_norm else "yes",
+            "yes" if own and family.vllm_head_dim else "hidden / heads",
+        )
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
 
 
 def page(rows: list[Row]) -> str:
@@ -330,6 +358,7 @@ def page(rows: list[Row]) -> str:
         rules="---|" * len(COLUMNS),
         rows="\n".join(lines),
         notes="\n".join(f"{number}. {text}" for text, number in notes.items()),
+        axes=axes(),
     ).replace("||\n", "|\n")
 
 

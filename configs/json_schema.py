@@ -1,9 +1,9 @@
 """The JSON Schema (draft 2020-12) of recipes, made from the settings dataclasses: editors complete and check keys with it.
 
 It knows what one key takes: type, choices, bounds, suffix forms ("1M", "5%") as text, and what may be left empty. It also knows the keys of
-which a section needs exactly one (``exactly_one``). In a recipe with ``import`` it takes further kinds of stages, and other names and keys
-where a part may be named; which ones there are, only the loader knows. Other rules about several keys are left to ``decoct plan`` and
-``decoct run``. The package holds it as ``configs/recipe.schema.json``, for ``decoct recipes schema``.
+which a section needs exactly one (``exactly_one``) or one at least (``at_least_one``). In a recipe with ``import`` it takes further kinds
+of stages, and other names and keys where a part may be named; which ones there are, only the loader knows. Other rules about several keys
+are left to ``decoct plan`` and ``decoct run``. The package holds it as ``configs/recipe.schema.json``, for ``decoct recipes schema``.
 """
 
 import json
@@ -169,6 +169,7 @@ def _reference(settings: type, definitions: dict[str, Any], kind: str | None = N
             # left out where empty: an empty ``oneOf`` is no valid schema, and an empty ``required`` says nothing
             **({"required": required} if required else {}),
             **({"oneOf": [_given(key) for key in exactly_one]} if (exactly_one := _exactly_one(settings)) else {}),
+            **({"anyOf": [_given(key) for key in at_least_one]} if (at_least_one := _at_least_one(settings)) else {}),
             # the options of a callback stand beside its name
             "additionalProperties": settings is CallbackSettings,
         }
@@ -180,6 +181,11 @@ def _exactly_one(settings: type) -> tuple[str, ...]:
     return getattr(settings, "exactly_one", ())
 
 
+def _at_least_one(settings: type) -> tuple[str, ...]:
+    """The keys of which a section has one or more."""
+    return getattr(settings, "at_least_one", ())
+
+
 def _given(key: str) -> dict[str, Any]:
     """A key is there and has a value."""
     # null does not count as given: YAML reads a key without a value as null, and the loader skips it
@@ -188,7 +194,7 @@ def _given(key: str) -> dict[str, Any]:
 
 def _needed(settings: type) -> bool:
     """Whether a section cannot be left empty."""
-    return bool(_exactly_one(settings)) or any(map(_required, fields(settings)))
+    return bool(_exactly_one(settings) or _at_least_one(settings)) or any(map(_required, fields(settings)))
 
 
 def _cased(kind: str, section: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Checks of the widths that a recipe is known to have: FFN channels that pruning keeps, and group sizes."""
+"""Checks of the widths that a recipe is known to have: channels and layers that pruning keeps, and group sizes."""
 
 from pathlib import Path
 from typing import Any
 
+from ..models.sizes import WORDS
 from ..qat.spec import USUAL_GROUPS
 from ..trainer.settings_pruning import PruneSettings
 from ..trainer.settings_quantization import QatSettings, QuantizeSettings
@@ -22,28 +23,46 @@ def known_numbers(draft: Draft) -> dict[str, int]:
     if draft.student.keep and draft.teacher:
         if draft.teacher.scratch:
             scratch = draft.teacher.scratch
-            return {"layers": scratch.layers, "hidden": scratch.hidden, "ffn": scratch.ffn}
+            return {
+                "layers": scratch.layers,
+                "hidden": scratch.hidden,
+                "ffn": scratch.ffn,
+                "heads": scratch.heads,
+                "kv_heads": scratch.kv_heads,
+            }
         # a local folder of the same name wins, and its config is not read here
         path = draft.teacher.path or ""
         config = architecture(path) if path in HUB_IDS and not Path(path).exists() else {}
-    named = {"layers": config.get("num_hidden_layers"), "hidden": config.get("hidden_size"), "ffn": config.get("intermediate_size")}
+    named = {
+        "layers": config.get("num_hidden_layers"),
+        "hidden": config.get("hidden_size"),
+        "ffn": config.get("intermediate_size"),
+        "heads": config.get("num_attention_heads"),
+        "kv_heads": config.get("num_key_value_heads"),
+    }
     # whatever the config holds there, only whole numbers are judged; their types are checked when the config is built
     return {name: number for name, number in named.items() if type(number) is int and number > 0}
 
 
 def check_widths(draft: Draft, problems: Problems) -> None:
-    """Check that pruning keeps no more FFN channels than there are, and that group sizes divide the widths at their stage."""
-    widths = {name: number for name, number in known_numbers(draft).items() if name != "layers"}
+    """Check that pruning keeps no more than there is, and that group sizes divide the widths at their stage."""
+    widths = known_numbers(draft)
+    if draft.student and draft.student.keep and "layers" in widths:
+        widths["layers"] = min(widths["layers"], draft.student.keep.layers)
     for entry in draft.stages:
         settings = entry.settings if entry else None
         if entry and isinstance(settings, PruneSettings) and settings.structured:
-            kept = settings.structured.ffn
-            # widths that are not known allow everything; the plan, which opens the model, checks again
-            if kept > widths.get("ffn", kept):
-                problems.add(key_path(entry, "structured", "ffn"), f"keeps {kept} FFN channels of a student that has {widths['ffn']} here")
-            # later stages meet the narrower FFN
-            elif "ffn" in widths:
-                widths["ffn"] = kept
+            for name, kept in settings.structured.kept.items():
+                # widths that are not known allow everything; the plan, which opens the model, checks again
+                if kept > widths.get(name, kept):
+                    has = f"keeps {kept} {WORDS[name]} of a student that has {widths[name]} here"
+                    problems.add(key_path(entry, "structured", name), has)
+                # later stages meet the narrower model
+                elif name in widths:
+                    widths[name] = kept
+                if name == "kv_heads" and "heads" not in settings.structured.kept:
+                    # fewer groups have fewer query heads; how many, the plan knows
+                    widths.pop("heads", None)
         # skipped and overridden modules may be the very ones that do not fit; the plan, which knows the model, checks these recipes
         if entry and isinstance(settings, QatSettings | QuantizeSettings) and not settings.skip and not settings.overrides:
             _check_group(entry, settings.weights.group_size, widths, problems)
@@ -55,6 +74,7 @@ def _check_group(entry: StageEntry, group: int | str, widths: dict[str, int], pr
         # 'channel' and 'tensor' fit every width
         return
     words = {"hidden": "hidden size", "ffn": "FFN channels"}
+    widths = {name: width for name, width in widths.items() if name in words}
     # with one group size for all, each width must be a multiple of it
     broken = [f"{words[name]} ({width:,})" for name, width in widths.items() if width % group]
     if not broken:

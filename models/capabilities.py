@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .common.errors import UserError
 from .common.light_configs import transformers_version
 from .families import FAMILIES, backbone_and_head, decoder_layers, decoder_linears, is_plain_linear, text_config
+from .family_map import no_map
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -87,6 +88,7 @@ def capabilities(model: "PreTrainedModel", measured: Mapping[str, str] | None = 
         special={name.rpartition(".")[2]: type(linear).__name__ for name, linear in _special(model).items()},
         headless=_without_head(model),
         layered=bool(decoder_layers(model)),
+        tensors=[name for name, _ in model.named_parameters()],
         measured=measured,
     )
 
@@ -98,6 +100,7 @@ def answers(
     special: Mapping[str, str],
     headless: str | None,
     layered: bool,
+    tensors: Iterable[str] = (),
     measured: Mapping[str, str] | None = None,
 ) -> Capabilities:
     """The answers for a model of which these facts are known. It imports no torch.
@@ -108,6 +111,7 @@ def answers(
         special: Linears with a forward of their own: last part of the name -> class.
         headless: Why backbone and head cannot be separated; None if they can.
         layered: Whether its decoder layers are found.
+        tensors: Names of its parameters, which the axis map of its family must have; () if they are known to be there.
         measured: As for ``capabilities``.
     """
     kind: str = text_config(config).model_type
@@ -121,10 +125,11 @@ def answers(
     if reason := headless or (future and f"it sees later tokens: {future}"):
         # neither training nor a perplexity means anything for such a model
         reasons |= dict.fromkeys(("measure", "distil"), reason)
-    if config.model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        reasons["keep layers"] = f"keeping layers knows the families {known}"
-        reasons["prune channels"] = f"pruning channels knows the families {known}"
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        reasons |= dict.fromkeys(("keep layers", "prune channels"), no_map(config))
+    elif missing := family.missing(tensors):
+        reasons |= dict.fromkeys(("keep layers", "prune channels"), f"its axis map does not have {', '.join(missing)}")
     if weights.share() < LEAST_COVERED:
         # replaces the reasons above: where little is covered, this is the first problem
         reasons |= dict.fromkeys(_WEIGHT_ACTIONS, _uncovered(weights))

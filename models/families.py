@@ -1,17 +1,17 @@
-"""Model families: the places of decoder layers, FFN projections, head and logit transform.
+"""Any causal language model of transformers: its decoder layers and their linears, backbone and head, logit transform.
 
-Each family has an explicit map; an unknown family is refused by name, never guessed. Only operations that reshape a model need the map;
-``decoder_linears``, ``backbone_and_head`` and ``head_transform`` work on any causal language model of transformers.
+What reshapes a model needs the axis map of its family, which ``family_map`` has.
 """
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .adapters import effective_head, unwrapped
+from .axis_map import Family as Family
 from .common.errors import UserError
 from .eval_mode import eval_mode
+from .family_map import FAMILIES as FAMILIES
+from .family_map import family_of as family_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,72 +33,6 @@ class HeadTransform:
             logits = logits * self.logit_scale
         # the order of transformers' code: scaled first, then capped
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """Names of the parts of one ``model_type``: ``layers_path`` is relative to the model, the others to a decoder layer."""
-
-    name: str
-    """transformers ``model_type``."""
-    layers_path: str = "model.layers"
-    """The ModuleList of decoder layers."""
-    ffn: str = "mlp"
-    """The gated FFN of a layer."""
-    ffn_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    """Linears whose output rows are FFN channels."""
-    ffn_out: str = "mlp.down_proj"
-    """The linear whose input columns are FFN channels."""
-    ffn_field: str = "intermediate_size"
-    """Config field (and attribute of the FFN) with the number of channels."""
-    depth_field: str = "num_hidden_layers"
-    """Config field with the number of decoder layers."""
-
-    def layers(self, model: "nn.Module") -> "nn.ModuleList":
-        """The decoder layers, in order."""
-        from torch import nn
-
-        layers = model.get_submodule(self.layers_path)
-        assert isinstance(layers, nn.ModuleList), f"{self.layers_path} of {self.name} is a {type(layers).__name__}"
-        return layers
-
-    def renumbered(self, name: str, kept: Sequence[int]) -> str | None:
-        """Name of a module or tensor in a student that has the layers ``kept`` of this model; None when its layer was dropped."""
-        # "model.layers.3.mlp.up_proj" -> layer 3 and the rest; names outside the layers stay
-        match = re.fullmatch(re.escape(self.layers_path) + r"\.(\d+)\.(.+)", name)
-        if match is None:
-            return name
-        index = int(match[1])
-        return f"{self.layers_path}.{kept.index(index)}.{match[2]}" if index in kept else None
-
-    def linear(self, layer: "nn.Module", name: str) -> "nn.Linear":
-        """The linear ``name`` of a decoder layer (one of ``ffn_in`` and ``ffn_out``)."""
-        from torch import nn
-
-        module = layer.get_submodule(name)
-        assert isinstance(module, nn.Linear), f"{name} of {self.name} is a {type(module).__name__}"
-        return module
-
-
-FAMILIES: dict[str, Family] = {name: Family(name=name) for name in ("llama", "mistral", "qwen2", "qwen3")}
-
-
-def family_of(config_or_model: "PreTrainedConfig | PreTrainedModel") -> Family:
-    """The family of a transformers config or model.
-
-    Raises:
-        UserError: the family has no map; the message lists those that have one.
-    """
-    given: Any = config_or_model
-    # only a model has modules; isinstance would import torch for a plan
-    config = given.config if hasattr(given, "named_modules") else given
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise UserError(
-            f"model_type {config.model_type!r} cannot be reshaped: pruning channels and keeping layers know the families "
-            f"{', '.join(sorted(FAMILIES))}. Use a model of one of these, or leave out 'prune.structured' and 'student.keep'."
-        )
-    return family
 
 
 def decoder_linears(model: "PreTrainedModel") -> "dict[str, nn.Linear]":

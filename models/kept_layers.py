@@ -1,16 +1,22 @@
-"""Which layers of a teacher a student keeps, and its config. It imports no torch, because plans ask for it."""
+"""Which layers of a teacher a student keeps, and the config of a cut model. It imports no torch, because plans ask for it."""
 
 import copy
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from .axis_map import Family
 from .common.errors import UserError
 from .common.terminal_text import counted
-from .families import Family, family_of
+from .family_map import family_of
 from .settings import allowed_layers
+from .sizes import Sizes, fixed_depth, sizes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+_PER_LAYER = ("layer_types", "no_rope_layers")
+"""Config fields with one entry per layer."""
 
 
 def kept_layers(total: int, keep: int) -> list[int]:
@@ -41,19 +47,37 @@ def kept_config(config: "PreTrainedConfig", layers: int) -> tuple["PreTrainedCon
     """
     family = family_of(config)
     kept = kept_layers(getattr(config, family.depth_field), layers)
-    return _shallow_config(config, family, kept), kept
-
-
-def _shallow_config(source: "PreTrainedConfig", family: Family, kept: list[int]) -> "PreTrainedConfig":
-    """The teacher's config with fewer layers, with consistent depth, ``layer_types`` and ``max_window_layers``."""
-    config: Any = copy.deepcopy(source)
     if getattr(config, "is_heterogeneous", False):
         raise UserError("the teacher's config has per_layer_config (layers of different shapes); student.keep needs equal layers")
-    if getattr(config, "layer_types", None):
-        # full and sliding attention alternate: each kept layer keeps its kind
-        config.layer_types = [config.layer_types[index] for index in kept]
+    if len(kept) < getattr(config, family.depth_field) and (reason := fixed_depth(config)):
+        raise UserError(f"student.keep.layers={layers}: {reason}; use student.path or student.config")
+    return cut_config(config, family, sizes_of(config, family), kept), kept
+
+
+def cut_config(source: "PreTrainedConfig", family: Family, sizes: Sizes, kept: Sequence[int]) -> "PreTrainedConfig":
+    """The config of a model of ``sizes`` with the layers ``kept`` of the model of ``source``, which is not changed.
+
+    Besides the sizes only that changes which follows from them: lists with one entry per layer, ``max_window_layers``, and an explicit
+    ``head_dim`` where a width changes.
+    """
+    config: Any = copy.deepcopy(source)
+    before = sizes_of(source, family)
+    for name in _PER_LAYER:
+        # full and sliding attention alternate, and positions are left out in some layers: each kept layer keeps its kind
+        if (entries := getattr(config, name, None)) is not None and len(entries) == before.layers:
+            setattr(config, name, [entries[index] for index in kept])
     if getattr(config, "max_window_layers", None) is not None:
         # layers from this index on use the sliding window, those below it attend to all tokens
         config.max_window_layers = sum(index < config.max_window_layers for index in kept)
-    setattr(config, family.depth_field, len(kept))
+    for axis, field in family.fields.items():
+        if sizes.of(axis) != before.of(axis):
+            setattr(config, field, sizes.of(axis))
+    if family.own_head_dim and (before.ffn, before.heads, before.hidden) != (sizes.ffn, sizes.heads, sizes.hidden):
+        # explicit, because a config without it derives another number from the new widths without any error
+        config.head_dim = sizes.head_dim
+    if getattr(config, "word_embed_proj_dim", None) == before.hidden:
+        config.word_embed_proj_dim = sizes.hidden
+    if before.hidden != sizes.hidden and family.name == "gpt2" and sizes.ffn == before.ffn:
+        # without n_inner it would follow the hidden size
+        config.n_inner = sizes.ffn
     return config

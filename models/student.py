@@ -1,21 +1,17 @@
-"""Builds students from some layers of a teacher, or with random weights from a config; and drops vocabulary rows without a token.
+"""Builds students from some layers of a teacher, or with random weights from a config; and drops vocabulary rows without a token."""
 
-A student with fewer layers is built from its own config and filled with the teacher's tensors under renumbered names, so that everything
-that a layer derives from its index (cache slot, attention type) is right by construction.
-"""
-
-import copy
 import difflib
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .common.errors import UserError
-from .families import Family, family_of
 from .folder.config_checks import check_numbers, refused_config, unknown_kind
 from .kept_layers import kept_config
 from .kept_layers import kept_layers as kept_layers
+from .pruning.kept import Kept
+from .pruning.structured import cut
 from .tokenizer.vocabulary import check_head_rows, effective_vocab
 
 if TYPE_CHECKING:
@@ -31,7 +27,7 @@ def student_by_keeping(teacher_model: "PreTrainedModel", layers: int) -> tuple["
     """A student made of ``layers`` evenly spread decoder layers of the teacher, embeddings, final norm and head.
 
     Args:
-        teacher_model: Llama, Mistral, Qwen2 or Qwen3; not changed. If it is on the meta device, the student is too.
+        teacher_model: A model of a family with an axis map; not changed. If it is on the meta device, the student is too.
         layers: Number of decoder layers kept, see ``kept_layers``.
 
     Returns:
@@ -40,27 +36,10 @@ def student_by_keeping(teacher_model: "PreTrainedModel", layers: int) -> tuple["
     Raises:
         UserError: the family is unknown, the number of layers impossible, or layers have different shapes.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    config, kept = kept_config(teacher_model.config, layers)
-    device = teacher_model.device
-    # every weight is copied from the teacher below, so drawing random ones would only take time
-    with torch.device(device), no_init_weights():
-        student: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    student.tie_weights()  # part of the initialisation that was left out
-    if teacher_model.generation_config is not None:
-        # a copy: trimming the student's vocabulary must not change the teacher's settings
-        student.generation_config = copy.deepcopy(teacher_model.generation_config)
-    if device.type != "meta":
-        # a teacher on the meta device has no values to copy
-        student.load_state_dict(_renumbered(teacher_model.state_dict(), family_of(teacher_model), kept))
-    return student.eval(), kept
-
-
-def _renumbered(state: dict[str, Tensor], family: Family, kept: list[int]) -> dict[str, Tensor]:
-    """The tensors of the kept layers under their new numbers, and everything outside the layers."""
-    return {renamed: tensor for name, tensor in state.items() if (renamed := family.renumbered(name, kept)) is not None}
+    # its refusals, before anything is built
+    _, kept = kept_config(teacher_model.config, layers)
+    # fp32 whatever the teacher has: these are the student's master weights
+    return cut(teacher_model, Kept(layers=kept), dtype=torch.float32), kept
 
 
 def student_from_config(config: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", seed: int) -> "PreTrainedModel":

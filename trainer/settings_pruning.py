@@ -5,17 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from .. import Bounds, Count, check_fields
 from .settings import ShareOfSteps, TrainingBlock
-
-
-@dataclass(frozen=True, kw_only=True)
-class StructuredSettings:
-    """Remove whole channels, so that the dense model is smaller. Numbers state what is kept."""
-
-    ffn: Count
-    """FFN channels kept in every layer."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
+from .settings_structured import StructuredSettings as StructuredSettings
 
 
 @dataclass(frozen=True, kw_only=True)

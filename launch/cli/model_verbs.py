@@ -27,11 +27,17 @@ def distill(
     run_verb("distill", model, {"tokens": tokens}, TextChoice(text, hub, seq_length), teacher, overrides, out)
 
 
-@app.command(epilog="Example: decoct prune student/ --ffn 384    or: decoct prune student/ --keep 0.7 --teacher big/ --tokens 2M")
+@app.command(
+    epilog="Example: decoct prune student/ --shape ffn=384,layers=8    or: decoct prune student/ --keep 0.7 --teacher big/ --tokens 2M"
+)
 def prune(
     model: Model,
     overrides: StageOverrides = None,
     ffn: Annotated[int | None, typer.Option("--ffn", help="FFN channels kept in every layer (the model gets smaller).")] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option("--shape", help="What is kept along each axis, any of: ffn=6144,heads=24,kv=6,hidden=3072,layers=28."),
+    ] = None,
     keep: Annotated[str | None, typer.Option("--keep", help="Share of the linear weights that is kept, such as 0.7 or 70%.")] = None,
     teacher: Teacher = None,
     text: Text = None,
@@ -40,11 +46,11 @@ def prune(
     seq_length: SeqLength = 512,
     out: Out = None,
 ) -> None:
-    """Remove FFN channels of MODEL (--ffn), or set its smallest weights to zero (--keep; along a schedule with --tokens)."""
+    """Cut MODEL to a smaller shape (--ffn, --shape), or set its smallest weights to zero (--keep; along a schedule with --tokens)."""
     from .single_stage import run_verb
     from .stage_recipes import TextChoice, prune_settings
 
-    run_verb("prune", model, prune_settings(ffn, keep, tokens), TextChoice(text, hub, seq_length), teacher, overrides, out)
+    run_verb("prune", model, prune_settings(ffn, keep, tokens, shape), TextChoice(text, hub, seq_length), teacher, overrides, out)
 
 
 @app.command(epilog="Example: decoct qat student/ --teacher big/ --bits 4 --group-size 64 --tokens 5M")

@@ -1,7 +1,7 @@
 """The recipes of single verbs, one stage on a model folder each: for the verbs, and for the functions of the same names."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,16 +111,42 @@ def _slug(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
 
 
-def prune_settings(ffn: int | None, keep: float | str | None, tokens: int | str | None, *, in_python: bool = False) -> dict[str, Any]:
-    """Return the settings of the ``prune`` stage for ``--ffn`` or ``--keep``; ``in_python``: messages speak of the function's arguments."""
+def prune_settings(
+    ffn: int | None,
+    keep: float | str | None,
+    tokens: int | str | None,
+    shape: str | Mapping[str, int] | None = None,
+    *,
+    in_python: bool = False,
+) -> dict[str, Any]:
+    """Return the settings of the ``prune`` stage for ``--ffn``, ``--shape`` or ``--keep``; ``in_python``: messages speak of arguments."""
     dashes, distill = ("", "decoct.distill") if in_python else ("--", "`decoct distill`")
-    if (ffn is None) == (keep is None):
+    if sum(given is not None for given in (ffn, shape, keep)) != 1:
         raise UserError(
-            f"give exactly one of {dashes}ffn (channels kept in every layer) and {dashes}keep (share of the weights that stays)"
+            f"give exactly one of {dashes}ffn (channels kept in every layer), {dashes}shape (what is kept along each axis) and "
+            f"{dashes}keep (share of the weights that stays)"
         )
-    if ffn is not None and tokens is not None:
-        raise UserError(f"{dashes}ffn is one shot and takes no {dashes}tokens; run {distill} on the result to recover")
-    return {"structured": {"ffn": ffn}} if ffn is not None else {"magnitude": {"keep": keep}, "tokens": tokens}
+    if keep is not None:
+        return {"magnitude": {"keep": keep}, "tokens": tokens}
+    if tokens is not None:
+        what = "ffn" if shape is None else "shape"
+        raise UserError(f"{dashes}{what} is one shot and takes no {dashes}tokens; run {distill} on the result to recover")
+    return {"structured": {"ffn": ffn} if shape is None else _shape(shape, dashes)}
+
+
+def _shape(given: str | Mapping[str, int], dashes: str) -> dict[str, Any]:
+    """Return what is kept along each axis: of 'ffn=6144,heads=24,kv=6', or of a mapping."""
+    from ...models.axis_map import AXES
+
+    pairs = dict(part.partition("=")[::2] for part in given.split(",") if part.strip()) if isinstance(given, str) else dict(given)
+    # kv is short for kv_heads
+    named = {{"kv": "kv_heads"}.get(key.strip(), key.strip()): value for key, value in pairs.items()}
+    wrong = [name for name in named if name not in AXES]
+    if wrong or not named:
+        what = f"{wrong[0]!r} is no axis" if wrong else "nothing is named"
+        raise UserError(f"{dashes}shape {given!r}: {what}; name what is kept along ffn, heads, kv, hidden or layers, such as ffn=6144,kv=4")
+    # the number is read, and its mistakes are told, as in a recipe
+    return {name: value.strip() if isinstance(value, str) else value for name, value in named.items()}
 
 
 def qat_settings(

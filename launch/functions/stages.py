@@ -54,6 +54,7 @@ def prune(
     data: Data = None,
     *,
     ffn: int | None = None,
+    shape: Mapping[str, int] | str | None = None,
     keep: float | str | None = None,
     teacher: Model | None = None,
     tokens: int | str | None = None,
@@ -62,12 +63,13 @@ def prune(
     quiet: bool = False,
     **settings: Any,
 ) -> ModelResult:
-    """Remove FFN channels (``ffn``), or set the smallest weights to zero (``keep``; along a schedule with ``tokens``).
+    """Cut the model to a smaller shape (``ffn``, ``shape``), or set the smallest weights to zero (``keep``; a schedule with ``tokens``).
 
     Args:
         model: The model to prune.
         data: The text; see above.
-        ffn: FFN channels that are kept in every layer. Give exactly one of ``ffn`` and ``keep``.
+        ffn: FFN channels that are kept in every layer. Give exactly one of ``ffn``, ``shape`` and ``keep``.
+        shape: What is kept along each axis, any of ffn, heads, kv_heads, hidden and layers: ``{"heads": 24, "layers": 28}``.
         keep: Share of the linear weights that is kept, such as 0.7 or "70%".
         teacher: The model to learn from along the schedule. Default: ``model`` as it is.
         tokens: Training tokens of the schedule.
@@ -76,7 +78,7 @@ def prune(
         quiet: Print nothing.
         settings: Settings of the stage or the recipe.
     """
-    return _stage("prune", model, prune_settings(ffn, keep, tokens, in_python=True), data, seq_length, teacher, out, quiet, settings)
+    return _stage("prune", model, prune_settings(ffn, keep, tokens, shape, in_python=True), data, seq_length, teacher, out, quiet, settings)
 
 
 def qat(

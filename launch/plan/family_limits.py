@@ -1,10 +1,13 @@
 """Checks before any work that the models' families support the recipe, and computes the share of weights that stages reach."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from math import prod
 from typing import TYPE_CHECKING
 
 from ...models.capabilities import Capabilities, coverage_refusal
+from ...models.family_map import FAMILIES as MAPS
+from ...models.family_map import no_map
 from ...trainer.stage_plan import learns_from, trains
 from .quantized_shapes import quantized_linears
 from .shapes import ModelShape
@@ -12,6 +15,7 @@ from .stage_shapes import ImpossibleStageError, StageShape
 
 if TYPE_CHECKING:
     from ...configs.recipe import Recipe, StageEntry
+    from ...models.axis_map import Axis
     from ...trainer.settings import ExportSettings
 
 _TABLE = "docs/families.md has the table of families"
@@ -32,22 +36,21 @@ def coverage(stage: StageShape) -> float | None:
     from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
     settings, weights = stage.entry.settings, stage.before.family.weights
-    # channels are removed from the FFN alone; magnitude pruning chooses among all linears
+    # magnitude pruning chooses among all linears
     if isinstance(settings, PruneSettings):
-        return weights.share(ffn_linears(stage.before) if settings.structured else None)
+        return cut_share(stage.before, settings.structured.kept) if settings.structured else weights.share()
     # an export packs what its scheme quantizes
     if isinstance(settings, QatSettings | QuantizeSettings | ExportSettings) and stage.scheme is not None:
         return weights.share(quantized_linears(stage.before, stage.scheme))
     return None
 
 
-def ffn_linears(shape: ModelShape) -> list[str]:
-    """Return the linears whose channels structured pruning removes; [] for an unknown family."""
-    from ...models.families import FAMILIES
-
-    family = FAMILIES.get(shape.config.model_type)
-    ends = () if family is None else (*family.ffn_in, family.ffn_out)
-    return [name for name in shape.linears if name.endswith(ends)]
+def cut_share(shape: ModelShape, kept: "Mapping[Axis, int]") -> float:
+    """Return the share of the decoder's weights in matrices that structured pruning makes smaller or removes; 0.0 for an unknown family."""
+    family = MAPS.get(shape.config.model_type)
+    if family is None:
+        return 0.0
+    return family.cut_share({name: prod(sizes) for name, sizes in shape.tensors.items() if len(sizes) > 1}, kept)
 
 
 def _reasons(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, student: ModelShape) -> Iterator[str]:
@@ -73,6 +76,9 @@ def _reasons(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, 
             yield f"{who}, {reason}; set data.packing: false"
     if isinstance(settings, PruneSettings) and settings.structured:
         if reason := family.refusal("prune channels"):
+            if student.config.model_type not in MAPS:
+                # with the tensors of which a map would tell the axes
+                reason = f"model type {student.config.model_type!r}: {no_map(student.config, student.tensors)}"
             # weights can be pruned without knowing where the FFN is, channels cannot
             other = "" if family.refusal("prune weights") else "prune.magnitude, or "
             yield f"{reason}; use {other}a model of one of these ({_TABLE})"

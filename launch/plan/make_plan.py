@@ -23,7 +23,7 @@ from .recipe_remedies import Keys, RecipeRemedies
 from .rounding import rounding_plan
 from .serving_stacks import Verdict, verdicts
 from .shapes import ModelShape
-from .stage_shapes import StageShape, makes_own_model, stage_shapes, student_shape, teacher_shape
+from .stage_shapes import StageShape, makes_own_model, shape_notes, stage_shapes, student_shape, teacher_shape
 from .stage_time import StageWork, timed, training_step
 from .text_disk import tokenized_bytes
 from .values import Value, recipe_values, settings_values, training_values
@@ -93,6 +93,7 @@ def _stage(
 ) -> tuple[StagePlan, StageWork]:
     from ...trainer.settings import ExportSettings
     from ...trainer.settings_own import OwnStageSettings
+    from ...trainer.settings_pruning import PruneSettings
     from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
     entry, after = shape.entry, shape.after
@@ -103,6 +104,8 @@ def _stage(
         training, derived, notes, work = _training(recipe, shape, teacher, machine)
         # a derived value replaces the setting it was derived for (auto, or none)
         values = derived + [value for value in values if value.key not in {other.key for other in derived}]
+    if isinstance(entry.settings, PruneSettings) and entry.settings.structured:
+        notes = shape_notes(after, entry.settings.structured.kept)
     rounding, rounded = None, entry.settings
     if isinstance(entry.settings, QatSettings):
         # qat rounds before it trains, and that is the peak of its memory on a small GPU

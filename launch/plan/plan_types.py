@@ -74,7 +74,7 @@ class StagePlan:
     refusals: list[str] = field(default_factory=list)
     """What the formats of this stage cannot hold, one sentence each with the remedy."""
     notes: list[str] = field(default_factory=list)
-    """Settings that can never act in this stage, one sentence each with the remedy."""
+    """Settings that can never act in this stage, and shapes that servers pad or read otherwise: one sentence each with the remedy."""
     coverage: float | None = None
     """Share of the decoder's weights that the stage prunes, quantizes or packs; None for other stages."""
     not_exported: str = ""

@@ -7,6 +7,7 @@ weights need widths that are multiples of their tiles, tensor parallelism cuts m
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
+from ...models.family_map import FAMILIES as MAPS
 from ...qat.export.gguf.blocks import is_q2_0, symmetric_bits
 from ...qat.export.limits.plain import FORMATS as PLAIN
 from ...qat.export.limits.shared import nearest_bits
@@ -133,17 +134,16 @@ def _fused(case: StoredShapes) -> Iterable[StackFinding]:
 
 
 def _fixed_head_dim(case: StoredShapes) -> Iterable[StackFinding]:
-    config = case.config
-    head_dim = case.model.dimensions.head_dim
-    if config.model_type == "qwen2" and head_dim * config.num_attention_heads != config.hidden_size:
-        reason = f"its Qwen2 requires head_dim = hidden / heads, not {head_dim}"
+    family, sizes = MAPS.get(case.config.model_type), case.model.dimensions
+    if family and not family.vllm_head_dim and sizes.head_dim * sizes.heads != sizes.hidden:
+        reason = f"its {family.name} requires head_dim = hidden / heads, not {sizes.head_dim}"
         yield StackFinding("no", reason, "keep hidden / heads, or serve with --model-impl transformers")
 
 
 def _llama_hidden(case: StoredShapes) -> Iterable[StackFinding]:
-    config = case.config
-    if config.model_type == "llama" and config.hidden_size % config.num_attention_heads:
-        reason = f"its Llama requires a hidden size that is a multiple of the {config.num_attention_heads} heads, not {config.hidden_size}"
+    family, sizes = MAPS.get(case.config.model_type), case.model.dimensions
+    if family and family.whole_heads and sizes.hidden % sizes.heads:
+        reason = f"its {family.name} requires a hidden size that is a multiple of the {sizes.heads} heads, not {sizes.hidden}"
         yield StackFinding("no", reason)
 
 

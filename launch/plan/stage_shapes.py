@@ -1,6 +1,5 @@
 """The shape of every model that a recipe passes through: teacher, student, and what each stage makes of it."""
 
-import copy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -12,9 +11,13 @@ from .quantized_shapes import quantized_linears
 from .shapes import ModelShape, config_from, config_of, shape_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ...configs.recipe import Recipe, StageEntry
+    from ...models.axis_map import Axis
     from ...qat.scheme import QuantScheme
     from ...qat.spec import ActivationSpec
+    from ...trainer.settings_structured import StructuredSettings
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
     for entry in recipe.stages:
         before, settings, continues = shape, entry.settings, False
         if isinstance(settings, PruneSettings) and settings.structured:
-            shape = _with_ffn(shape, settings.structured.ffn, entry.name)
+            shape = _pruned(shape, settings.structured, entry.name)
         if isinstance(settings, QatSettings | QuantizeSettings):
             # the codes of the stage before fit: the same scheme, no pruned weights, and no rounding of inputs or cache beside it
             same = settings.scheme == scheme and not sparse and not any(beside.values())
@@ -161,18 +164,30 @@ def _check_scheme(shape: ModelShape, scheme: "QuantScheme", entry: "StageEntry")
             raise ImpossibleStageError(f"{place}.weights.group_size: module {name}: {error}") from error
 
 
-def _with_ffn(shape: ModelShape, ffn: int, stage: str) -> ModelShape:
-    from ...models.families import family_of
+def _pruned(shape: ModelShape, structured: "StructuredSettings", stage: str) -> ModelShape:
+    """Return the shape that structured pruning leaves."""
+    from ...models.family_map import family_of
+    from ...models.kept_layers import cut_config, kept_layers
+    from ...models.sizes import WORDS, sizes_of, target_sizes
 
     family = family_of(shape.config)
-    width = getattr(shape.config, family.ffn_field)
-    if ffn > width:
-        raise ImpossibleStageError(
-            f"{stage}: structured.ffn={ffn} keeps more FFN channels than the student's {width}; give at most {width}"
-        )
-    if ffn == width:
-        raise ImpossibleStageError(f"{stage}: structured.ffn={ffn} keeps all FFN channels, so that nothing is pruned; give fewer")
-    # the input's config stays: every stage has a shape of its own
-    config = copy.deepcopy(shape.config)
-    setattr(config, family.ffn_field, ffn)
-    return shape_of(config, f"{shape.source}, ffn {ffn:,} of {width:,}")
+    try:
+        after = target_sizes(shape.config, family, structured.kept)
+    except UserError as error:
+        raise ImpossibleStageError(f"{stage}: {error}") from error
+    before = sizes_of(shape.config, family)
+    # which layers stay is decided by scores; their sizes are alike
+    config = cut_config(shape.config, family, after, kept_layers(before.layers, after.layers))
+    told = ", ".join(f"{after.of(axis):,} of {before.of(axis):,} {WORDS[axis]}" for axis in structured.kept)
+    return shape_of(config, f"{shape.source}, {told}")
+
+
+def shape_notes(shape: ModelShape, kept: "Mapping[Axis, int]") -> list[str]:
+    """Return what serving kernels and vLLM will say to the shape that structured pruning leaves, one sentence each."""
+    from ...models.family_map import family_of
+    from ...models.shape_advice import alignment_advice, server_advice
+    from ...models.sizes import sizes_of
+
+    family = family_of(shape.config)
+    sizes = sizes_of(shape.config, family)
+    return [*alignment_advice(sizes, kept), *server_advice(family, sizes)]

@@ -47,6 +47,9 @@ def stage_key(
     if not chosen.get("callbacks", True):
         # stages without callbacks keep the keys of versions that had none
         del chosen["callbacks"]
+    if chosen.get("structured"):
+        # what is not asked for is left out, so that stages of versions that cut the FFN alone keep their keys
+        chosen["structured"] = {axis: value for axis, value in chosen["structured"].items() if value not in (None, False)}
     if "warmup" in chosen and chosen["warmup"] is None:
         # the default's earlier name: keys must not change, so that finished stages stay finished
         chosen["warmup"] = WARMUP

@@ -11,12 +11,13 @@ import torch
 from ...models.common.cache_folder import cache_dir
 from ...models.common.errors import UserError
 from ...models.common.files import sha256_json
-from ...models.families import family_of
+from ...models.family_map import family_of
 from ...models.folder.hub import model_name
 from ...models.folder.loading import load_config, load_model, load_tokenizer
 from ...models.folder.model_folder import content_hash, save_model_folder
 from ...models.folder.record import check_record
 from ...models.pruning.zeros_record import check_sparse, of_kept_layers, sparse_modules
+from ...models.sizes import sizes_of
 from ...models.student import student_by_keeping, student_from_config, trim_vocabulary
 from ...models.teachers import TeacherRef
 from ...models.tokenizer.vocabulary import check_same_vocabulary, effective_vocab, embedding_rows, tokens_without_rows
@@ -209,7 +210,9 @@ def _build_student(recipe: "Recipe", run: RunContext, folder: "StageFolder", rec
         # fp32 whatever the files have: the student's master weights start from the teacher's exact values
         model, kept = student_by_keeping(source, recipe.student.keep.layers)
         check_sparse(sparse, source)
-        facts, zeros = {"kept": {"layers": kept}}, of_kept_layers(sparse, family_of(source), kept)
+        family = family_of(source)
+        facts = {"kept": {"layers": kept}, "parent_shape": sizes_of(source.config, family).record()}
+        zeros = of_kept_layers(sparse, family, kept)
     else:
         model = student_from_config(dict(recipe.student.config or {}), run.tokenizer, recipe.seed)
     trim_vocabulary(model, run.v_eff)

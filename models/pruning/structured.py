@@ -1,167 +1,164 @@
-"""Structured pruning of FFN channels: the dense model becomes smaller, and every server runs it faster.
+"""Structured pruning: the dense model becomes smaller, and every server runs it faster.
 
-A channel c of a gated FFN is one row of the gate projection and of the up projection (with their biases) and one column of the down
-projection. All layers keep the same number of channels, so the result is an ordinary Hugging Face model with a smaller
-``intermediate_size``.
+A student is built from its own config and filled with the parent's tensors, each cut as the family's axis map says. So everything that a
+module derives from the config (numbers of heads, cache slots, kinds of attention) is right by construction.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..batches import backbone_inputs
-from ..common.errors import NonFiniteError, UserError
-from ..eval_mode import eval_mode
-from ..families import Family, family_of
+from ..axis_map import Family, check_map
+from ..common.errors import UserError
+from ..family_map import family_of
+from ..kept_layers import cut_config
+from ..sizes import Sizes, sizes_of
+from ..ties import is_tied
+from .kept import Kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ALIGNMENT = 128
-"""The number of kept channels should be a multiple of this for int4 groups of 128 and packed kernels."""
-
 
 @torch.no_grad()
-def ffn_channel_scores(model: "PreTrainedModel", batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
-    """Importance of every FFN channel: ``S_c = ||W_down[:, c]||_2 * mean_t |a_tc|``, a = the input of the down projection.
+def cut(model: "PreTrainedModel", kept: Kept, *, dtype: torch.dtype | None = None, release: bool = False) -> "PreTrainedModel":
+    """The student that keeps these parts of ``model``.
 
-    The mean is over all unmasked tokens of all batches (fp64 sums), so it does not depend on the batching. The model runs in eval mode and
-    is in its former mode afterwards.
-
-    Args:
-        model: Llama, Mistral, Qwen2 or Qwen3.
-        batches: ``input_ids`` [B, S] and, with padding, ``attention_mask`` [B, S], or ``position_ids`` of packed windows.
-
-    Returns:
-        One fp32 tensor [channels] per decoder layer, on the CPU.
-
-    Raises:
-        UserError: the family is unknown, or there is no token to score on.
-        NonFiniteError: a layer's activations or weights are NaN or infinite.
-    """
-    family = family_of(model)
-    downs = [family.linear(layer, family.ffn_out) for layer in family.layers(model)]
-    # [channels] per layer
-    sums = [torch.zeros(down.in_features, dtype=torch.float64, device=down.weight.device) for down in downs]
-    # a box that the hooks read: the mask of the current batch
-    keep_rows: list[Tensor] = [torch.empty(0)]
-    # the input of the down projection is the activation of the channels, after gate and up projection
-    handles = [down.register_forward_pre_hook(_adder(total, keep_rows)) for down, total in zip(downs, sums)]
-    tokens = 0
-    try:
-        with eval_mode(model):
-            for batch in batches:
-                # packed windows have no padding: every token counts
-                mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).to(model.device)
-                keep_rows[0] = mask.bool()
-                tokens += int(mask.sum())
-                # the backbone alone: scores need no logits
-                model.base_model(**backbone_inputs(batch, model.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if tokens == 0:
-        raise UserError(
-            "prune.structured needs text to score channels on, and the calibration text has no token; raise "
-            "prune.calibration_tokens or give more text"
-        )
-    return [_score(index, down.weight, total / tokens) for index, (down, total) in enumerate(zip(downs, sums))]
-
-
-def _adder(total: Tensor, keep_rows: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    """Pre-hook of a down projection that adds |a| of the unmasked tokens to ``total`` [channels]."""
-
-    def add(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        # [B, S, channels] with a mask [B, S] -> [real tokens, channels] -> [channels]
-        # fp64 sums: independent of how the text is cut into batches
-        total.add_(inputs[0][keep_rows[0]].abs().sum(0, dtype=torch.float64))
-
-    return add
-
-
-def _score(index: int, down: Tensor, mean_activation: Tensor) -> Tensor:
-    # the norm of column c: how far one unit of channel c moves the layer's output
-    score = (down.double().norm(dim=0) * mean_activation).float().cpu()
-    if not bool(torch.isfinite(score).all()):
-        raise NonFiniteError(f"FFN channel scores of layer {index} are not finite: the model's weights or activations overflow")
-    return score
-
-
-@torch.no_grad()
-def prune_ffn(model: "PreTrainedModel", scores: Sequence[Tensor], keep: int) -> dict[str, list[int]]:
-    """Cuts every FFN down to its ``keep`` best channels, in place. Call it before an optimizer is made.
-
-    The result equals setting the activations of the other channels to zero; no other number of the model changes. Of equal scores the first
-    is kept, the order is preserved, and ``keep`` equal to the current number changes nothing.
+    It computes what ``model`` does with the other parts set to zero: FFN activations, outputs of heads, channels of the hidden states;
+    dropped layers hand their input on. RMSNorms whose mean is over fewer channels get the factor sqrt(before / after), which makes that
+    exact but for the norm's epsilon, and so do embeddings that the family's code multiplies by sqrt(hidden). A LayerNorm subtracts a mean
+    of its own over the channels that are left, which no factor undoes.
 
     Args:
-        model: Llama, Mistral, Qwen2 or Qwen3; ``intermediate_size`` of its config is set.
-        scores: One tensor [channels] per decoder layer.
-        keep: Channels kept in every layer.
+        model: A model of a family with an axis map. If it is on the meta device, the student is too.
+        kept: The parts that stay.
+        dtype: Type of the student's weights; None = that of ``model``.
+        release: Free each tensor of ``model`` once it is copied, so that both never are in memory; ``model`` cannot be used afterwards.
 
     Returns:
-        Kept indices, ascending, by FFN name (``model.layers.0.mlp``).
+        The student on the device of ``model``, in eval mode, with its own config.
 
     Raises:
-        UserError: the family is unknown, or ``keep`` is outside 1..channels.
-        ValueError: the scores do not fit the model's layers.
+        UserError: the family has no map, or the model a tensor that the map does not have.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    family = family_of(model)
+    check_map(family, model.state_dict())
+    before = sizes_of(model.config, family)
+    after = kept.sizes(before)
+    config = cut_config(model.config, family, after, kept.layers)
+    device = model.device
+    # every weight is copied below, so drawing random ones would only take time
+    with torch.device(device), no_init_weights():
+        student: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype or model.dtype)
+    student.tie_weights()  # part of the initialisation that was left out
+    if model.generation_config is not None:
+        # a copy: what is changed for the student must not change the parent
+        student.generation_config = copy.deepcopy(model.generation_config)
+    # a parent on the meta device has no values to copy
+    if device.type != "meta":
+        _fill(student, model, family, kept, norm_factors(model, before, after), release)
+    return student.eval()
+
+
+def norm_factors(model: "PreTrainedModel", before: Sizes, after: Sizes) -> dict[str, float]:
+    """Factors that make the sliced model equal the masked one: name of a norm (of the parent) or of the embedding -> factor.
+
+    An RMSNorm over n channels, of which m are left, divides by a mean that is n/m times as large: sqrt(n/m) undoes it.
     """
     family = family_of(model)
-    layers = family.layers(model)
-    channels: int = getattr(model.config, family.ffn_field)
-    if not 1 <= keep <= channels:
-        raise UserError(
-            f"prune.structured.ffn={keep} is outside 1..{channels}: it is the number of FFN channels kept in each layer, and this model "
-            f"has {channels}; give a smaller number, a multiple of {ALIGNMENT} if it will be quantized"
-        )
-    # a fault of the caller, not of a user
-    if [tuple(score.shape) for score in scores] != [(channels,)] * len(layers):
-        raise ValueError(
-            f"scores of shapes {[tuple(score.shape) for score in scores]} do not fit {len(layers)} layers of {channels} channels"
-        )
-    kept: dict[str, list[int]] = {}
-    for index, (layer, score) in enumerate(zip(layers, scores)):
-        # the second sort keeps the order of channels, so that nothing but the selection changes
-        chosen = torch.sort(score, descending=True, stable=True).indices[:keep].sort().values
-        _slice_ffn(family, layer, chosen)
-        kept[f"{family.layers_path}.{index}.{family.ffn}"] = chosen.tolist()
-    # last, when all layers have the same number again
-    setattr(model.config, family.ffn_field, keep)
-    return kept
+    factors: dict[str, float] = {}
+    if family.layer_norm:
+        return factors
+    for index in range(before.layers):
+        for norm in family.rms_norms:
+            # the axis of the norm's weight is the one of its mean: 'hidden', or all heads together (OLMo 2)
+            axis: Any = family.layer[f"{norm}.weight"][0]
+            factors[f"{family.layers_path}.{index}.{norm}"] = math.sqrt(before.of(axis) / after.of(axis))
+    hidden = math.sqrt(before.hidden / after.hidden)
+    factors[family.final_norm] = hidden
+    if family.scaled_embedding:
+        factors[family.embedding] = hidden
+        if is_tied(model):
+            # the head multiplies by the same, larger table
+            factors[family.final_norm] = 1.0
+    return {name: factor for name, factor in factors.items() if factor != 1.0}
 
 
-def _slice_ffn(family: Family, layer: nn.Module, chosen: Tensor) -> None:
-    """Cuts one layer to the chosen rows of the input projections (and biases) and the chosen columns of the output projection."""
-    for name in family.ffn_in:
-        linear = family.linear(layer, name)
-        linear.weight = _selected(linear.weight, 0, chosen)
-        if isinstance(linear.bias, nn.Parameter):
-            linear.bias = _selected(linear.bias, 0, chosen)
-        linear.out_features = len(chosen)
-    down = family.linear(layer, family.ffn_out)
-    down.weight = _selected(down.weight, 1, chosen)
-    down.in_features = len(chosen)
-    # transformers' FFN modules keep the number as an attribute too
-    ffn: Any = layer.get_submodule(family.ffn)
-    if hasattr(ffn, family.ffn_field):
-        setattr(ffn, family.ffn_field, len(chosen))
+def scaled_norm(weight: Tensor, factor: float, offset: float) -> Tensor:
+    """Weight of an RMSNorm that gives ``factor`` times the output; ``offset`` is what the family's code adds to the weight."""
+    return factor * (weight + offset) - offset
 
 
-def _selected(parameter: Tensor, dim: int, chosen: Tensor) -> nn.Parameter:
-    # a copy, so the large matrix can be freed
-    # indices on the parameter's own device: layers may lie on several
-    return nn.Parameter(parameter.index_select(dim, chosen.to(parameter.device)), requires_grad=parameter.requires_grad)
+def _fill(
+    student: "PreTrainedModel", model: "PreTrainedModel", family: Family, kept: Kept, factors: Mapping[str, float], release: bool
+) -> None:
+    """Copies the cut tensors of ``model`` into ``student``."""
+    # of tied tensors this has the first name alone, in the student too
+    source = dict(model.named_parameters())
+    before = sizes_of(model.config, family)
+    for name, target in student.named_parameters():
+        origin = family.source(name, kept.layers)
+        position, _ = family.place(name)
+        value = sliced(source[origin], family, origin, kept, position, before)
+        owner = origin.rpartition(".")[0]
+        if (factor := factors.get(owner)) is not None:
+            value = value * factor if owner == family.embedding else scaled_norm(value, factor, family.norm_offset)
+        target.copy_(value)
+        if release:
+            source[origin].data = source[origin].data.new_empty(0)
 
 
-def alignment_hint(keep: int) -> str | None:
-    """A sentence for the user if ``keep`` channels do not pack well; None if they do."""
-    if keep % ALIGNMENT == 0:
-        return None
-    below = keep - keep % ALIGNMENT
-    near = f"{below} or {below + ALIGNMENT}" if below else str(ALIGNMENT)
-    return (
-        f"prune.structured.ffn={keep} is not a multiple of {ALIGNMENT}: groups of {ALIGNMENT} do not divide the down projection, and "
-        f"packed int4 kernels pad it or fall back; use {near}"
-    )
+def sliced(tensor: Tensor, family: Family, name: str, kept: Kept, position: int | None, before: Sizes) -> Tensor:
+    """A tensor of the parent without what the cut removes.
+
+    Args:
+        tensor: The tensor.
+        family: The model's.
+        name: Its full name in the parent.
+        kept: What stays.
+        position: Number of its layer among the kept ones; None outside the layers.
+        before: Sizes of the parent.
+
+    Raises:
+        UserError: a dimension is not as wide as the map and the config say.
+    """
+    entry = family.entry(name)
+    assert entry is not None, name
+    for dim, axes in enumerate(entry):
+        parts = axes.split("+")
+        chosen = [kept.of(part, position) for part in parts]
+        if all(indices is None for indices in chosen):
+            continue
+        widths = [part_width(part, before) for part in parts]
+        if sum(widths) != tensor.shape[dim]:
+            raise UserError(f"{name} has {tensor.shape[dim]} {axes} where its config says {sum(widths)}; make the model folder again")
+        found: list[int] = []
+        for part, indices, start in zip(parts, chosen, itertools.accumulate(widths, initial=0)):
+            found += [start + index for index in part_rows(part, indices, before)]
+        # indices on the tensor's own device: layers may lie on several
+        tensor = tensor.index_select(dim, torch.tensor(found, device=tensor.device))
+    return tensor
+
+
+def part_width(part: str, sizes: Sizes) -> int:
+    """Rows or columns of one part of a dimension; 0 for a dimension that is never cut."""
+    if part in ("heads", "kv_heads"):
+        return getattr(sizes, part) * sizes.head_dim
+    return getattr(sizes, part) if part else 0
+
+
+def part_rows(part: str, indices: list[int] | None, sizes: Sizes) -> Sequence[int]:
+    """Rows or columns of the kept indices of one part; all of them if nothing is cut."""
+    if indices is None:
+        return range(part_width(part, sizes))
+    if part not in ("heads", "kv_heads"):
+        return indices
+    return [head * sizes.head_dim + channel for head in indices for channel in range(sizes.head_dim)]

@@ -6,6 +6,7 @@ from ...models.common.errors import UserError
 from ...models.families import FAMILIES, text_config
 from ...models.folder.model_folder import read_record
 from ...models.folder.structure import plain_config
+from ...models.sizes import sizes_of
 from ..source.quantized_source import ExportSource
 from ..spec import ActivationSpec
 from .limits.formats import refusals
@@ -69,7 +70,7 @@ def _recorded(source: ExportSource, key: str) -> ActivationSpec | None:
 def _ffn(config: Any) -> int | None:
     # only families that decoct can prune get the remedy of a narrower FFN
     family = FAMILIES.get(config.model_type)
-    return None if family is None else int(getattr(text_config(config), family.ffn_field))
+    return None if family is None else sizes_of(text_config(config), family).ffn
 
 
 def _said(refusal: Refusal) -> str:

@@ -24,7 +24,7 @@ LEAST: dict[type, dict[str, Any]] = {
     StudentSettings: {"path": "a"},
     ServedSettings: {"url": "http://host/v1", "model": "m"},
     KeepSettings: {"layers": 2},
-    StructuredSettings: {"ffn": 8},
+    StructuredSettings: {"ffn": 8, "layers": 2},
     MagnitudeSettings: {"keep": 0.5},
     EarlyStoppingSettings: {"patience": 1},
     PruneSettings: {"structured": StructuredSettings(ffn=8)},

@@ -128,7 +128,27 @@ BROKEN = {
     ),
     "missing key": (
         HEAD + "stages:\n  - prune:\n      structured: {}\n",
-        "my.yaml:6: stages.0.prune.structured: needs the key 'ffn': a whole number (64, 500k, 2M)",
+        "my.yaml:6: stages.0.prune.structured: structured pruning needs at least one of ffn, heads, kv_heads, hidden, layers: the "
+        "number that is kept",
+    ),
+    "an unknown axis": (
+        HEAD + "stages:\n  - prune:\n      structured: {kv_head: 2}\n",
+        "my.yaml:6: stages.0.prune.structured.kv_head: unknown key, did you mean 'kv_heads'? valid here: ffn, heads, kv_heads, "
+        "hidden, layers, score, depth_score, repair",
+    ),
+    "an unknown score": (
+        HEAD + "stages:\n  - prune:\n      structured: {heads: 2, score: tailor}\n",
+        "my.yaml:6: stages.0.prune.structured.score: must be 'weight_activation', 'activation', 'magnitude' or 'taylor'; got 'tailor', did "
+        "you mean 'taylor'?",
+    ),
+    "a score without channels": (
+        HEAD + "stages:\n  - prune:\n      structured: {layers: 2, score: taylor}\n",
+        "my.yaml:6: stages.0.prune.structured: 'score' ranks channels and heads, and none are removed; give one of ffn, heads, kv_heads, "
+        "hidden, or 'depth_score'",
+    ),
+    "a depth score without layers": (
+        HEAD + "stages:\n  - prune:\n      structured: {ffn: 2, depth_score: contiguous}\n",
+        "my.yaml:6: stages.0.prune.structured: 'depth_score' ranks layers, and none are removed; give 'layers'",
     ),
     "a number out of its bounds": (
         HEAD + "stages:\n  - qat:\n      tokens: 1M\n      weights:\n        bits: 9\n",
@@ -221,6 +241,20 @@ BROKEN = {
     "more channels than a scratch teacher has": (
         HEAD.replace("path: a/teacher", "scratch: {ffn: 256}") + "stages:\n  - prune: {structured: {ffn: 384}}\n",
         "my.yaml:5: stages.0.prune.structured.ffn: keeps 384 FFN channels of a student that has 256 here",
+    ),
+    "more heads than a scratch teacher has": (
+        HEAD.replace("path: a/teacher", "scratch: {heads: 3}") + "stages:\n  - prune: {structured: {heads: 4}}\n",
+        "my.yaml:5: stages.0.prune.structured.heads: keeps 4 query heads of a student that has 3 here",
+    ),
+    "more layers than an earlier stage has left": (
+        HEAD.replace("path: a/teacher", "scratch: {layers: 6}")
+        + "stages:\n  - prune: {structured: {layers: 3}}\n  - prune: {name: again, structured: {layers: 4}}\n",
+        "my.yaml:6: stages.1.prune.structured.layers: keeps 4 layers of a student that has 3 here",
+    ),
+    "repair without a width": (
+        HEAD + "stages:\n  - prune:\n      structured: {layers: 2, repair: true}\n",
+        "my.yaml:6: stages.0.prune.structured: 'repair' works on the widths, and none are cut; give one of ffn, heads, kv_heads, hidden, "
+        "or leave 'repair' out",
     ),
     "group size that does not divide what pruning left": (
         HEAD.replace("path: a/teacher", "scratch: {}") + "stages:\n  - prune: {structured: {ffn: 352}}\n"
@@ -360,7 +394,9 @@ SEVERAL_KEYS = {
     "neither tokens nor steps", "distill without a teacher", "a cache for a divergence that needs everything", "a cache that nobody reads",
     "teacher: recipe without one", "student cut from no teacher", "gate without a teacher", "setting that pretrain ignores",
     "batch of broken windows", "micro-batch that does not divide", "more layers than a known teacher has",
-    "more channels than a scratch teacher has", "group size that does not divide what pruning left", "heads that do not divide",
+    "more channels than a scratch teacher has", "more heads than a scratch teacher has", "more layers than an earlier stage has left",
+    "a score without channels", "a depth score without layers", "repair without a width",
+    "group size that does not divide what pruning left", "heads that do not divide",
     "one layer of a teacher of two", "group size that divides neither width", "more steps than can be counted",
     "export of nothing quantized", "export after training undid the codes", "no text left to train on",
     "a key in the address of a served teacher", "text by a scratch teacher", "text by a student that is yet to be made",

@@ -11,13 +11,13 @@ from decoct.models.batches import check_packing
 from decoct.models.causality import future_leak
 from decoct.models.eval_mode import eval_mode
 from decoct.models.families import check_head
-from decoct.models.pruning.structured import ffn_channel_scores
+from decoct.models.pruning.scores import scored
 
 USERS: dict[str, Callable[[Any], object]] = {
     "causality": future_leak,
     "head": check_head,
     "packing": lambda model: check_packing(model, "it"),
-    "channel scores": lambda model: ffn_channel_scores(model, [{"input_ids": torch.arange(8)[None]}]),
+    "channel scores": lambda model: scored(model, [{"input_ids": torch.arange(8)[None]}], ["ffn"]),
 }
 
 

@@ -139,9 +139,20 @@ def test_teacher_on_the_meta_device_gives_a_student_there() -> None:
 
 
 def test_keeping_layers_of_another_family_is_refused() -> None:
-    config = AutoConfig.for_model("gpt2", n_embd=8, n_layer=3, n_head=2, vocab_size=16, n_positions=8, bos_token_id=0, eos_token_id=0)
-    with pytest.raises(UserError, match=r"'gpt2'.*llama, mistral, qwen2, qwen3"):
+    config = AutoConfig.for_model("bloom", hidden_size=8, n_layer=3, n_head=2, vocab_size=16, bos_token_id=0, eos_token_id=0)
+    with pytest.raises(UserError, match=r"'bloom'.*know the families gemma2, .*llama, mistral, olmo2, opt, phi3, qwen2, qwen3, smollm3"):
         student_by_keeping(AutoModelForCausalLM.from_config(config), 2)
+
+
+def test_layers_that_compute_by_their_number_are_all_kept() -> None:
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    config = AutoConfig.for_model(
+        "gpt2", n_embd=8, n_layer=3, n_head=2, vocab_size=16, n_positions=8, scale_attn_by_inverse_layer_idx=True, **ends
+    )
+    teacher = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match=r"student.keep.layers=2: the model divides each layer's attention by the layer's number"):
+        student_by_keeping(teacher, 2)
+    assert student_by_keeping(teacher, 3)[1] == [0, 1, 2]
 
 
 def test_student_from_config_has_one_row_per_token_and_the_tokenizers_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from decoct.models.families import decoder_linears
 from decoct.models.folder.model_folder import save_model_folder
 from decoct.models.pruning.magnitude import magnitude_masks
-from decoct.models.pruning.structured import ffn_channel_scores, prune_ffn
+from decoct.models.pruning.shape_choice import select
+from decoct.models.pruning.structured import cut
 from decoct.models.tokenizer.scratch_tokenizer import train_tokenizer
 from decoct.qat.codes.state import QuantState
 from decoct.qat.layers.input_hooks import round_inputs
@@ -124,7 +125,7 @@ def _fit(model: PreTrainedModel, text: Tensor, steps: int) -> None:
 @torch.no_grad()
 def _prune(model: PreTrainedModel, text: Tensor) -> None:
     """FFN channels from 256 to 192, and three tenths of the remaining weights of each matrix to zero."""
-    prune_ffn(model, ffn_channel_scores(model, [{"input_ids": text[:8]}]), 192)
+    model = cut(model, select(model, [{"input_ids": text[:8]}], {"ffn": 192}))
     weights = {name: module.weight for name, module in decoder_linears(model).items()}
     for name, mask in magnitude_masks(weights, 0.7, "layer").items():
         weights[name].mul_(mask)

@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+CARRIED = "carried"
+"""Fact of a stage that renames matrices: the record of zeros of its input under their new names; never written itself."""
+
+
 def stage_record(context: StageContext, facts: dict[str, Any]) -> dict[str, Any]:
     """Content of decoct.json for a folder of this stage: facts of the run and of the stage, and the record of zeros of its input."""
-    # zeros that an earlier stage made stay a mask in every later folder
-    facts = {**facts, "sparse": joined(input_record(context), facts.get("sparse", []))}
+    # zeros that an earlier stage made stay a mask in every later folder, under the names that the stage gave their matrices
+    carried = facts.pop(CARRIED) if CARRIED in (facts := dict(facts)) else input_record(context)
+    facts["sparse"] = joined(carried, facts.get("sparse", []))
     return {
         **context.record,
         "kind": context.kind,

@@ -54,7 +54,7 @@ SURFACE = {
     },
     "doctor": {"--json"},
     "distill": {"model", "overrides", "--teacher", "--text", "--hub", "--tokens", "--seq-length", "--out"},
-    "prune": {"model", "overrides", "--ffn", "--keep", "--teacher", "--text", "--hub", "--tokens", "--seq-length", "--out"},
+    "prune": {"model", "overrides", "--ffn", "--shape", "--keep", "--teacher", "--text", "--hub", "--tokens", "--seq-length", "--out"},
     "qat": {
         "model",
         "overrides",

@@ -8,7 +8,7 @@ import pytest
 
 from decoct.launch.cli.app import app
 from decoct.launch.cli.single_stage import run_verb
-from decoct.launch.cli.stage_recipes import TextChoice, prune_settings, verb_overrides, verb_recipe
+from decoct.launch.cli.stage_recipes import TextChoice, prune_settings, read_verb, verb_overrides, verb_recipe
 from decoct.models.common.errors import UserError
 
 
@@ -23,6 +23,11 @@ def test_verbs_lead_from_a_folder_to_a_verified_export(small_student: Path, verb
     verb("prune", "two/01-prune/model", *small, "--keep", "0.5", "--tokens", "4k", *text, "--out", "three [x] y")
     verb("qat", "three [x] y/01-prune/model", *small, "--group-size", "16", "--tokens", "4k", *text, "--out", "four")
     verb("quantize", "one/01-distill/model", *small, "--bits", "8", "--group-size", "channel", *text, "--out", "five")
+    cut = ["--shape", "ffn=32,heads=1", "structured.score=taylor", "structured.repair=true"]
+    told = verb("prune", "one/01-distill/model", *small, *cut, *text, "--out", "seven").stdout
+    assert "kept 1 of 2 query heads in each of 2 layers" in told
+    assert "refit of the FFN output: KL" in told
+    assert json.loads((tmp_path / "seven/01-prune/model/decoct.json").read_text())["parent_shape"]["heads"] == 2
     assert [row["name"] for row in json.loads((tmp_path / "five/report.json").read_text())["stages"]] == ["input", "01-quantize"]
     assert [row["name"] for row in json.loads((tmp_path / "one/report.json").read_text())["stages"]] == ["teacher", "input", "01-distill"]
     exported = verb("export", "four/01-qat/model", "--out", "served [x] y").stdout
@@ -147,6 +152,27 @@ def test_options_that_exclude_each_other_are_refused_by_name() -> None:
         prune_settings(None, None, None)
     with pytest.raises(UserError, match="--ffn is one shot"):
         prune_settings(32, None, "1M")
+    with pytest.raises(UserError, match="--shape is one shot"):
+        prune_settings(None, None, "1M", "heads=2")
+    with pytest.raises(UserError, match=r"exactly one of --ffn .*, --shape .* and --keep"):
+        prune_settings(32, None, None, "heads=2")
+
+
+def test_a_shape_is_read_from_text_and_from_a_mapping() -> None:
+    made = prune_settings(None, None, None, "ffn=6144, heads=24,kv=6,hidden=3072,layers=28")
+    assert made == {"structured": {"ffn": "6144", "heads": "24", "kv_heads": "6", "hidden": "3072", "layers": "28"}}
+    assert prune_settings(None, None, None, {"kv_heads": 2}) == {"structured": {"kv_heads": 2}}
+    given = read_verb("prune", "m", prune_settings(None, None, None, "ffn=6k,kv=4"), TextChoice(["a.txt"], None, 64), None, ())
+    assert given.stages[0].settings.structured.kept == {"ffn": 6000, "kv_heads": 4}
+    for wrong, told in (
+        ("fnn=3", "'fnn' is no axis; name what is kept along ffn"),
+        ("", "nothing is named"),
+        ("3072", "'3072' is no axis"),
+    ):
+        with pytest.raises(UserError, match=told):
+            prune_settings(None, None, None, wrong)
+    with pytest.raises(UserError, match=r"structured\.heads: 'two' is not a whole number|structured\.heads: must be a whole number"):
+        read_verb("prune", "m", prune_settings(None, None, None, "heads=two"), TextChoice(["a.txt"], None, 64), None, ())
 
 
 @pytest.mark.parametrize(

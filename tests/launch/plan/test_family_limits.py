@@ -17,6 +17,10 @@ from decoct.launch.plan.shapes import shape_of
 from decoct.launch.plan.show import short_form
 from decoct.launch.plan.stage_shapes import ImpossibleStageError
 from decoct.models.common.errors import UserError
+from decoct.models.pruning.kept import Kept
+from decoct.models.pruning.structured import cut
+
+from ...support.pruned_families import LAYER_NORM, tiny
 
 QUANTIZE = {"quantize": {"weights": {"bits": 4, "group_size": 16}}}
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -105,10 +109,11 @@ def test_what_reaches_no_weight_is_refused_even_when_part_is_agreed_to(tmp_path:
 
 def test_pruning_weights_is_named_as_the_other_way_only_where_it_works(tmp_path: Path) -> None:
     stage = {"prune": {"structured": {"ffn": 16}}}
-    with pytest.raises(ImpossibleStageError, match=r"'bloom': pruning channels knows .*; use prune\.magnitude, or a model"):
+    missing = r"its axis map is missing, .* of .*transformer\.h\.\*\.mlp\.dense_h_to_4h\.weight, "
+    with pytest.raises(ImpossibleStageError, match=rf"'bloom': {missing}.*; pruning channels .*; use prune\.magnitude, or a model"):
         planned(tmp_path, "bloom", stage, **FAMILIES["bloom"])
-    with pytest.raises(ImpossibleStageError, match=r"'gpt2': pruning channels knows .*; use a model of one of these"):
-        planned(tmp_path, "gpt2", stage, **_GPT2)
+    with pytest.raises(ImpossibleStageError, match=r"'mixtral': it is a mixture of experts, .*; use a model of one of these"):
+        planned(tmp_path, "mixtral", stage, **_MIXTRAL)
 
 
 def test_a_part_of_the_weights_is_refused_unless_it_is_agreed_to(tmp_path: Path) -> None:
@@ -129,7 +134,10 @@ def test_what_skip_names_needs_no_further_word(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "words"),
-    [({"prune": {"structured": {"ffn": 32}}}, "pruning channels knows the families llama"), ({"distill": {"steps": 4}}, "is_causal=false")],
+    [
+        ({"prune": {"structured": {"ffn": 32}}}, "'gemma': its axis map is missing"),
+        ({"distill": {"steps": 4}}, "is_causal=false"),
+    ],
 )
 def test_a_run_stops_before_work_with_one_message(tmp_path: Path, stage: dict[str, Any], words: str) -> None:
     fields = {"is_causal": False} if "distill" in stage else {}
@@ -140,9 +148,9 @@ def test_a_run_stops_before_work_with_one_message(tmp_path: Path, stage: dict[st
 
 
 def test_a_student_cannot_be_cut_from_a_family_without_a_map(tmp_path: Path) -> None:
-    AutoConfig.for_model("opt", vocab_size=128, **_OPT).save_pretrained(tmp_path / "opt")
-    plain = {"name": "x", "teacher": {"path": str(tmp_path / "opt")}, "student": {"keep": {"layers": 2}}, "data": {"files": ["x"]}}
-    with pytest.raises(ImpossibleStageError, match=r"student\.keep: model type 'opt'"):
+    AutoConfig.for_model("bloom", vocab_size=128, **FAMILIES["bloom"]).save_pretrained(tmp_path / "bloom")
+    plain = {"name": "x", "teacher": {"path": str(tmp_path / "bloom")}, "student": {"keep": {"layers": 2}}, "data": {"files": ["x"]}}
+    with pytest.raises(ImpossibleStageError, match=r"student\.keep: model type 'bloom'"):
         plan(recipe_from_dict({**plain, "stages": [{"distill": {"steps": 1}}]}, ()))
 
 
@@ -152,6 +160,47 @@ def test_pruning_to_the_present_width_is_no_stage(tmp_path: Path) -> None:
         planned(tmp_path, "llama", {"prune": {"structured": {"ffn": 64}}}, **fields)
     made = planned(tmp_path, "llama", {"prune": {"structured": {"ffn": 32}}}, **fields)
     assert made.stages[0].coverage == pytest.approx(3 * 64 / (3 * 64 + 4 * 32))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "phi3", "opt", "gpt2"])
+def test_later_stages_are_planned_with_the_shape_that_pruning_leaves(tmp_path: Path, kind: str) -> None:
+    own = kind in LAYER_NORM
+    kept = {"ffn": 9, "heads" if own else "kv_heads": 3 if own else 1, "hidden": 12, "layers": 3}
+    folder = tmp_path / kind
+    tiny(kind).config.save_pretrained(folder)
+    data = {"files": ["x/*.txt"], "seq_length": 32, "packing": False}
+    stages = [{"prune": {"structured": kept}}, {"pretrain": {"steps": 4}}]
+    made = plan(recipe_from_dict({"name": kind, "student": {"path": str(folder)}, "data": data, "stages": stages}, ()))
+    indices = list(range(3))
+    lists = {"ffn": [list(range(9))] * 3, "heads": [indices] * 3, "hidden": list(range(12))}
+    student = cut(tiny(kind), Kept(layers=indices, **lists, kv_heads=None if own else [[0]] * 3))
+    real = sum(parameter.numel() for parameter in student.parameters())
+    assert [stage.parameters for stage in made.stages] == [real, real]
+    assert made.stages[0].coverage == 1
+    assert "3 layers, hidden 12" in made.stages[1].shape
+
+
+def test_a_plan_says_which_widths_kernels_pad_and_what_vllm_reads(tmp_path: Path) -> None:
+    wide = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 16, "num_key_value_heads": 4}
+    made = planned(tmp_path, "qwen2", {"prune": {"structured": {"ffn": 1500, "heads": 12, "hidden": 1000}}}, **wide)
+    assert made.stages[0].notes == [
+        "structured.ffn=1500 is not a multiple of 128: groups of 128 do not divide the down projection, and packed int4 kernels pad it or "
+        "fall back; use 1408 or 1536",
+        "structured.hidden=1000 is not a multiple of 128: groups of 128 do not divide the projections that read the hidden states, and "
+        "packed int4 kernels pad it or fall back; use 896 or 1024",
+        "vLLM's own qwen2 takes head_dim as hidden / heads, which is not 64 in this shape; keep hidden = heads x 64, or serve with "
+        "--model-impl transformers",
+    ]
+    assert "01-prune: structured.ffn=1500 is not a multiple of 128" in short_form(made)
+    assert planned(tmp_path, "qwen2", {"prune": {"structured": {"ffn": 1536, "heads": 12, "hidden": 768}}}, **wide).stages[0].notes == []
+
+
+def test_shapes_that_a_family_does_not_take_are_refused_by_the_plan(tmp_path: Path) -> None:
+    with pytest.raises(
+        ImpossibleStageError, match=r"01-prune: structured.heads=2: gpt2 has no head_dim of its own, .*structured.hidden=16"
+    ):
+        planned(tmp_path, "gpt2", {"prune": {"structured": {"heads": 2}}}, **_GPT2)
+    planned(tmp_path, "gpt2", {"prune": {"structured": {"heads": 2, "hidden": 16}}}, **_GPT2)
 
 
 _LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -11,6 +11,7 @@ from decoct.configs.own_parts import load_parts
 from decoct.launch.run.stage_key import stage_key
 from decoct.losses.settings import LossSettings
 from decoct.trainer.settings import DistillSettings, TrainerSettings
+from decoct.trainer.settings_pruning import PruneSettings, StructuredSettings
 from decoct.trainer.settings_quantization import QuantizeSettings
 from decoct.trainer.settings_watching import EarlyStoppingSettings
 
@@ -55,6 +56,22 @@ def test_what_changes_numbers_changes_the_key(change: dict[str, Any]) -> None:
 def test_keys_of_before_there_was_a_choice_of_weights_stay() -> None:
     # made by the version before ``result`` and ``early_stopping``
     assert stage_key(**BASE) == "cf007fc3ca8459013065cd5c9d073af6b8a695ba3c827d946504de336a495bd3"
+
+
+def test_keys_of_before_there_were_other_axes_than_the_ffn_stay() -> None:
+    cut = {**BASE, "name": "01-prune", "kind": "prune", "format_version": 2, "input_hash": "i", "teacher": None}
+    told = stage_key(**{**cut, "settings": PruneSettings(structured=StructuredSettings(ffn=8))})
+    # made by the version that cut FFN channels alone
+    assert told == "d6f985f2e3596f5e88337d79e0d00cda8e9b43e857fbfabc0c92f3db947bc698"
+    others: tuple[dict[str, Any], ...] = (
+        {"ffn": 8, "heads": 2},
+        {"ffn": 8, "repair": True},
+        {"ffn": 8, "score": "taylor"},
+        {"layers": 2},
+        {"hidden": 8},
+    )
+    keys = {stage_key(**{**cut, "settings": PruneSettings(structured=StructuredSettings(**other))}) for other in others}
+    assert len({told, *keys}) == 6
 
 
 def test_when_a_stage_is_evaluated_counts_where_it_decides() -> None:

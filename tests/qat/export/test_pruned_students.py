@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from decoct.models.families import decoder_linears
 from decoct.models.folder.model_folder import save_model_folder
 from decoct.models.pruning.magnitude import magnitude_masks
-from decoct.models.pruning.structured import ffn_channel_scores, prune_ffn
+from decoct.models.pruning.shape_choice import select
+from decoct.models.pruning.structured import cut
 from decoct.models.student import student_by_keeping
 from decoct.qat.export.export import export_folder
 from decoct.qat.layers.quantized_model import fold, quantize_model
@@ -43,18 +44,18 @@ LAYERS, FFN, KEPT = 2, 64, 0.6
 def pruned(random_model: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
     """``pruned(model_type, **config)``: 2 of 3 layers, 64 of 96 FFN channels, six tenths of the remaining weights."""
 
-    def cut(model_type: str, **config: Any) -> PreTrainedModel:
+    def make(model_type: str, **config: Any) -> PreTrainedModel:
         model, layers = student_by_keeping(random_model(model_type, num_hidden_layers=3, intermediate_size=96, **config), LAYERS)
         assert layers == [0, 2]
         text = {"input_ids": torch.randint(0, 258, (2, 32), generator=torch.Generator().manual_seed(0))}
-        prune_ffn(model, ffn_channel_scores(model, [text]), FFN)
+        model = cut(model, select(model, [text], {"ffn": FFN}))
         weights = {name: module.weight for name, module in decoder_linears(model).items()}
         with torch.no_grad():
             for name, mask in magnitude_masks(weights, KEPT, "layer").items():
                 weights[name].mul_(mask)
         return model
 
-    return cut
+    return make
 
 
 @pytest.mark.parametrize("form", FORMS)

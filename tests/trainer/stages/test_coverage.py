@@ -65,7 +65,7 @@ def test_every_stage_says_its_share(make_context: MakeContext) -> None:
     narrow = make_context("02-ffn", kind="prune")
     done = prune.finish(PruneSettings(structured=StructuredSettings(ffn=48), calibration_tokens=256), narrow, None)
     assert done.facts["coverage"]["share"] == pytest.approx(3 * 96 / (3 * 96 + 3 * 48))
-    assert "pruned channels of 66.7% of the decoder's weights" in said(narrow)
+    assert "cut 66.7% of the decoder's weights along FFN channels" in said(narrow)
     skipping = make_context("03-skip")
     done = quantize.finish(QuantizeSettings(weights=SPEC, skip=("*.down_proj",)), skipping, None)
     assert done.facts["coverage"]["share"] == pytest.approx(1 - 96 / (3 * 96 + 3 * 48))

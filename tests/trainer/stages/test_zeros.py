@@ -37,6 +37,10 @@ STAGES: dict[str, tuple[str, Any]] = {
     "magnitude-once": ("prune", PruneSettings(magnitude=MagnitudeSettings(keep=0.5))),
     "magnitude-scheduled": ("prune", PruneSettings(magnitude=MagnitudeSettings(keep=0.6, update_every=1), **STEPS, teacher="input")),
     "structured": ("prune", PruneSettings(structured=StructuredSettings(ffn=48), calibration_tokens=256)),
+    "shape": (
+        "prune",
+        PruneSettings(structured=StructuredSettings(ffn=64, hidden=32, layers=2, score="magnitude"), calibration_tokens=256),
+    ),
     "qat": ("qat", QatSettings(weights=SPEC, **STEPS, teacher="input", start="mse")),
     "qat-gptq": ("qat", QatSettings(weights=SPEC, **STEPS, teacher="input", calibration_tokens=256)),
     "qat-scales": ("qat", QatSettings(weights=SPEC, **STEPS, teacher="input", train="scales", start="rtn")),
@@ -86,6 +90,19 @@ def pruned(trained_folder: Path, words: Any, tmp_path_factory: pytest.TempPathFa
     return save_model_folder(tmp_path_factory.mktemp("pruned") / "model", model, words, {"sparse": names}, dtype=torch.bfloat16)
 
 
+def rows_of(kept: dict[str, Any], name: str, dim: int) -> Any:
+    """Rows or columns of a matrix of Llama that a cut has kept, from its record."""
+    block, _, leaf = name.rpartition(".")
+    rows = "hidden" if (leaf in ("o_proj", "down_proj")) == (dim == 0) else "ffn" if block.endswith("mlp") else "heads"
+    if rows == "heads" and leaf in ("k_proj", "v_proj"):
+        rows = "kv_heads"
+    if rows not in kept:
+        return slice(None)
+    chosen = torch.tensor(kept[rows] if rows == "hidden" else kept[rows][block])
+    # a head has 12 channels
+    return chosen if rows in ("hidden", "ffn") else (chosen[:, None] * 12 + torch.arange(12)).flatten()
+
+
 def check_kept(before: Path, after: Path) -> None:
     """What was a zero of the record is one, as far as it is still there, and the record names every matrix that is left."""
     source, result = load_model(before, dtype=torch.float32), load_model(after, dtype=torch.float32)
@@ -103,8 +120,7 @@ def check_kept(before: Path, after: Path) -> None:
         assert renamed in sparse_modules(after)
         zeros = source.get_parameter(f"{name}.weight") == 0
         if zeros.shape != own[renamed].weight.shape:
-            channels = torch.tensor(kept["ffn"][name.rpartition(".")[0]])
-            zeros = zeros.index_select(1 if name.endswith("down_proj") else 0, channels)
+            zeros = zeros[rows_of(kept, name, 0)][:, rows_of(kept, name, 1)]
         assert not own[renamed].weight[zeros].any(), renamed
         seen += int(zeros.sum())
     assert seen > 1000
@@ -116,18 +132,25 @@ def test_a_stage_keeps_zeros_and_their_record(stage: str, made: Made, pruned: Pa
     check_kept(pruned, made(stage, pruned))
 
 
+def test_zeros_of_the_heads_that_stay_are_kept(make_context: Callable[..., StageContext], pruned: Path) -> None:
+    context = make_context("heads", kind="prune", input=str(pruned))
+    settings = PruneSettings(structured=StructuredSettings(kv_heads=1, score="taylor"), calibration_tokens=256)
+    STAGE_KINDS["prune"].load().finish(settings, context, None)  # pyright: ignore[reportOptionalCall]
+    check_kept(pruned, context.model)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first", STAGES)
 def test_every_stage_after_every_other_keeps_zeros_and_their_record(first: str, made: Made, pruned: Path) -> None:
     between = made(first, pruned)
     for second in STAGES:
-        if second == "structured" and first == "structured":
+        if {first, second} <= {"structured", "shape"}:
             continue  # the channels are that few already
         check_kept(between, made(second, between))
 
 
 @pytest.mark.parametrize("second", ["distill", "qat", "gptq", "magnitude-scheduled"])
-@pytest.mark.parametrize("first", ["structured", "keep-layers"])
+@pytest.mark.parametrize("first", ["structured", "shape", "keep-layers"])
 def test_zeros_of_a_smaller_model_stay(first: str, second: str, made: Made, pruned: Path) -> None:
     between = made(first, pruned)
     check_kept(between, made(second, between))

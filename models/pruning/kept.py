@@ -1,0 +1,59 @@
+"""Indices that a cut keeps along each axis."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..axis_map import Family
+from ..sizes import Sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Kept indices of the parent, ascending. None along an axis keeps all of it."""
+
+    layers: list[int]
+    """Layers of the parent; the lists per layer below are of these, in this order."""
+    ffn: list[list[int]] | None = None
+    """FFN channels, per kept layer."""
+    heads: list[list[int]] | None = None
+    """Query heads, per kept layer."""
+    kv_heads: list[list[int]] | None = None
+    """Key/value heads, per kept layer."""
+    hidden: list[int] | None = None
+    """Channels of the hidden states: one set for the whole model."""
+
+    def of(self, axis: str, position: int | None) -> list[int] | None:
+        """Indices along an axis in the ``position``-th kept layer; outside the layers (None) there is only ``hidden``."""
+        if axis == "hidden":
+            return self.hidden
+        # '' is a dimension that is never cut
+        chosen: list[list[int]] | None = getattr(self, axis) if axis else None
+        return None if chosen is None or position is None else chosen[position]
+
+    def sizes(self, before: Sizes) -> Sizes:
+        """The sizes after the cut."""
+        changed: dict[str, int] = {"layers": len(self.layers)}
+        if self.hidden is not None:
+            changed["hidden"] = len(self.hidden)
+        for axis in ("ffn", "heads", "kv_heads"):
+            if (per_layer := getattr(self, axis)) is not None:
+                changed[axis] = len(per_layer[0])
+        return Sizes(**{**before.record(), **changed})
+
+    def record(self, family: Family, total: int) -> dict[str, Any]:
+        """For decoct.json: axis -> indices of the parent, those inside layers by the parent's module; axes that were cut alone.
+
+        Args:
+            family: The model's.
+            total: Layers of the parent.
+        """
+        owners = {"ffn": family.ffn, "heads": family.attention, "kv_heads": family.attention}
+        found: dict[str, Any] = {}
+        for axis, module in owners.items():
+            if (per_layer := getattr(self, axis)) is not None:
+                found[axis] = {f"{family.layers_path}.{layer}.{module}": kept for layer, kept in zip(self.layers, per_layer)}
+        if self.hidden is not None:
+            found["hidden"] = self.hidden
+        if len(self.layers) < total:
+            found["layers"] = self.layers
+        return found

@@ -1,0 +1,149 @@
+"""Scores of FFN channels, heads, hidden channels and layers, in one pass over calibration text.
+
+Sums are over unmasked tokens alone, in fp64, so they do not depend on how the text is cut into batches; documents of a packed window do not
+see each other. The model runs in eval mode.
+
+==================  ==================================================================================================================
+score               of what is cut together
+==================  ==================================================================================================================
+weight_activation   norm of ||W[:, c]||_2 * mean_t |a_tc| over its channels c; a is what the matrices W read
+activation          norm of sqrt(sum_s (mean_{t in s} |a_tc|)^2) over its channels c, s being the windows (Minitron, arXiv 2407.14679)
+magnitude           norm of all its matrix elements
+taylor              |sum w * dL/dw| over all its parameters, L being the mean loss of the next token (arXiv 1906.10771)
+==================  ==================================================================================================================
+
+The norm over one FFN channel is the channel's number itself. A group of heads has the channels and parameters of its query heads, keys and
+values. A hidden channel is read in many places; the numbers of ``activation`` and ``weight_activation`` add up over these.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..axis_map import WIDTHS, Axis, Family
+from ..batches import backbone_inputs
+from ..common.errors import NonFiniteError, UserError
+from ..eval_mode import eval_mode
+from ..families import backbone_and_head
+from ..family_map import family_of
+from ..sizes import WORDS, ChannelScore, Sizes, sizes_of
+from .activations import Readers
+from .reductions import reduced
+from .text_loss import add_gradients
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Batches = Iterable[Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Scores of one model, fp32 on the CPU, per decoder layer."""
+
+    axes: Mapping[Axis, list[Tensor]]
+    """ffn, heads or kv_heads -> [size of the axis] per layer."""
+    hidden: list[Tensor] = field(default_factory=list)
+    """[hidden] per layer, and last that of what is outside the layers; not yet added up. [] if it was not asked for."""
+    add_hidden: Callable[[Tensor], Tensor] = lambda total: total
+    """What makes a score of the sum over all parts."""
+    influence: Tensor | None = None
+    """[layers]: 1 - mean cosine between input and output; None if it was not asked for."""
+
+    def hidden_of(self, layers: Sequence[int]) -> Tensor:
+        """Scores [hidden] in a model that has these layers."""
+        return self.add_hidden(torch.stack([self.hidden[index] for index in (*layers, -1)]).sum(0))
+
+
+def scored(
+    model: "PreTrainedModel", batches: Batches, axes: Iterable[Axis], *, score: ChannelScore = "weight_activation", influence: bool = False
+) -> Scores:
+    """Scores of all parts along ``axes``.
+
+    Args:
+        model: A model of a family with an axis map, in fp32; not changed.
+        batches: ``input_ids`` [B, S] and, with padding, ``attention_mask`` [B, S], or ``position_ids`` of packed windows. Not read if
+            weights alone are asked for.
+        axes: Any of ffn, heads, kv_heads and hidden.
+        score: How they are scored.
+        influence: Whether layers are scored too.
+
+    Raises:
+        UserError: the family is unknown, or there is no token to score on.
+        NonFiniteError: a score is NaN or infinite.
+    """
+    family = family_of(model)
+    sizes = sizes_of(model.config, family)
+    asked = set(axes)
+    wanted: list[Axis] = [axis for axis in WIDTHS if axis in asked]
+    with eval_mode(model):
+        readers = Readers(model, family, wanted if score in ("activation", "weight_activation") else [], influence=influence)
+        try:
+            if readers.wanted or (wanted and score == "taylor"):
+                _read(model, batches, readers, gradients=bool(wanted) and score == "taylor")
+            raw = _raw(model, family, sizes, wanted, score, readers)
+        finally:
+            if score == "taylor":
+                model.zero_grad(set_to_none=True)
+    finish = torch.abs if score == "taylor" else torch.sqrt
+    found: dict[Axis, list[Tensor]] = {axis: [finish(part).float().cpu() for part in raw[axis]] for axis in wanted if axis != "hidden"}
+    hidden = [part.float().cpu() for part in raw.get("hidden", [])]
+    _check_finite(found, hidden, readers.influence)
+    add = {"taylor": torch.abs, "magnitude": torch.sqrt}.get(score, torch.clone)
+    return Scores(axes=found, hidden=hidden, add_hidden=add, influence=readers.influence)
+
+
+def _read(model: "PreTrainedModel", batches: Batches, readers: Readers, *, gradients: bool) -> None:
+    """Runs the text through the model once, with the hooks of ``readers``, and gradients of the loss where they are asked for."""
+    backbone, _, _ = backbone_and_head(model)
+    tokens = 0
+    with readers:
+        for batch in batches:
+            # packed windows have no padding: every token counts
+            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).to(model.device).bool()
+            count = int(mask.sum())
+            tokens += count
+            if not count:
+                continue
+            readers.mask = mask
+            if gradients:
+                readers.add_final(add_gradients(model, batch))
+            else:
+                with torch.no_grad():
+                    readers.add_final(backbone(**backbone_inputs(batch, model.device)).last_hidden_state)
+    if tokens == 0:
+        raise UserError(
+            "prune.structured needs text to score on, and the calibration text has no token; raise prune.calibration_tokens or give more "
+            "text"
+        )
+
+
+@torch.no_grad()
+def _raw(
+    model: "PreTrainedModel", family: Family, sizes: Sizes, wanted: Sequence[Axis], score: ChannelScore, readers: Readers
+) -> dict[Axis, list[Tensor]]:
+    """Per layer, what becomes a score by a root (or by its absolute value, of gradients); the number itself for hidden channels."""
+    if score in ("activation", "weight_activation"):
+        return readers.raw(score, sizes)
+
+    def elements(parameter: Tensor) -> Tensor:
+        if score == "magnitude":
+            # vectors (norms, biases) are of another scale than matrices
+            return parameter.double().square() if parameter.ndim > 1 else torch.zeros_like(parameter, dtype=torch.float64)
+        return torch.zeros_like(parameter, dtype=torch.float64) if parameter.grad is None else parameter.double() * parameter.grad.double()
+
+    return {axis: reduced(model, family, sizes, axis, elements) for axis in wanted}
+
+
+def _check_finite(axes: Mapping[Axis, list[Tensor]], hidden: Sequence[Tensor], influence: Tensor | None) -> None:
+    named: dict[str, Sequence[Tensor]] = {WORDS[axis]: scores for axis, scores in axes.items()}
+    named["hidden channels"] = hidden
+    named["layers"] = [] if influence is None else list(influence)
+    for words, scores in named.items():
+        for index, part in enumerate(scores):
+            if not bool(torch.isfinite(part).all()):
+                where = f"layer {index}" if words != "hidden channels" or index < len(hidden) - 1 else "embedding, final norm or head"
+                raise NonFiniteError(f"scores of {words} are not finite ({where}): the model's weights or activations overflow")

@@ -1,0 +1,53 @@
+"""Settings of structured pruning: what is kept of each axis of the model."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .. import Count, check_fields
+from ..models.axis_map import AXES, WIDTHS, Axis
+from ..models.sizes import ChannelScore, DepthScore
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredSettings:
+    """Remove channels, heads or layers, so that the dense model is smaller. Numbers state what is kept; give one at least."""
+
+    at_least_one: ClassVar = AXES
+
+    ffn: Count | None = None
+    """FFN channels kept in every layer."""
+    heads: Count | None = None
+    """Query heads kept in every layer: the same number for each key/value head."""
+    kv_heads: Count | None = None
+    """Key/value heads kept in every layer, each with its query heads."""
+    hidden: Count | None = None
+    """Channels of the hidden states that are kept, the same ones in the whole model."""
+    layers: Count | None = None
+    """Decoder layers that are kept, always with the first and the last."""
+    score: ChannelScore | None = None
+    """How channels and heads are ranked: weight_activation = mean activation times the norm of the weights that read it (the default);
+    activation = mean activation of each window, root of the sum of squares over windows; magnitude = norm of all weights that are cut
+    together; taylor = change of the loss to first order, abs(sum of weight x gradient) over all weights that are cut together."""
+    depth_score: DepthScore | None = None
+    """How layers are chosen: block_influence = 1 - mean cosine between a layer's input and output (the default); greedy_loss = one by one
+    the layer without which the loss is lowest, measured again after each; contiguous = the block without which the loss is lowest."""
+    repair: bool = False
+    """Repair the cut model without training: choose the factors of its norms (``hidden``), and refit the output projections of attention
+    (``heads``, ``kv_heads``) and FFN (``ffn``) by least squares. Each is kept only if it lowers the KL divergence from the input of the
+    stage on held-out windows."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.kept:
+            raise ValueError(f"structured pruning needs at least one of {', '.join(AXES)}: the number that is kept")
+        if self.score is not None and not any(axis in self.kept for axis in WIDTHS):
+            raise ValueError(f"'score' ranks channels and heads, and none are removed; give one of {', '.join(WIDTHS)}, or 'depth_score'")
+        if self.repair and not any(axis in self.kept for axis in WIDTHS):
+            raise ValueError(f"'repair' works on the widths, and none are cut; give one of {', '.join(WIDTHS)}, or leave 'repair' out")
+        if self.depth_score is not None and self.layers is None:
+            raise ValueError("'depth_score' ranks layers, and none are removed; give 'layers'")
+
+    @property
+    def kept(self) -> dict[Axis, int]:
+        """Axis -> what is kept of it, of the axes that are cut."""
+        return {axis: number for axis in AXES if (number := getattr(self, axis)) is not None}

@@ -1,0 +1,114 @@
+"""Structured half of stage `prune`: channels, heads, hidden width and depth in one shot, on calibration text."""
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ...models.axis_map import Axis, Family, check_map
+from ...models.capabilities import percent
+from ...models.common.errors import UserError
+from ...models.family_map import family_of
+from ...models.folder.loading import load_config
+from ...models.pruning.repair import Repair, cut_and_repair
+from ...models.pruning.shape_choice import select
+from ...models.pruning.structured import cut
+from ...models.pruning.zeros_record import of_kept_layers
+from ...models.shape_advice import alignment_advice, server_advice
+from ...models.sizes import WORDS, Sizes, sizes_of, target_sizes
+from ..settings_pruning import PruneSettings
+from .calibration import BATCH_TOKENS, calibration_text
+from .context import StageContext, StageResult
+from .saving import CARRIED, save_student
+from .student_and_teacher import whole_student
+from .zeros import input_zeros
+
+Row = dict[str, torch.Tensor]
+
+
+def prune_structured(settings: PruneSettings, context: StageContext) -> StageResult:
+    """Score what can be cut on calibration text, cut the model to the best of it, and write it (rank 0)."""
+    started = time.perf_counter()
+    assert settings.structured is not None
+    # its refusals, before the weights are read
+    config = load_config(context.input, revision=context.input_revision)
+    family = family_of(config)
+    after = target_sizes(config, family, settings.structured.kept)
+    before = sizes_of(config, family)
+    student = whole_student(context)
+    check_map(family, student.state_dict())
+    # only for its check: refuses a record that names something other than linears
+    zeros = input_zeros(context, student)
+    matrices = {name: parameter.numel() for name, parameter in student.named_parameters() if parameter.ndim > 1}
+    touched = family.cut_share(matrices, settings.structured.kept)
+    text = calibration_text(context.run.data.train, settings.calibration_tokens, context.run.seed).batches
+    kept = select(
+        student,
+        text,
+        settings.structured.kept,
+        score=settings.structured.score or "weight_activation",
+        depth_score=settings.structured.depth_score or "block_influence",
+        tell=context.say,
+    )
+    repairs: list[Repair] = []
+    if settings.structured.repair:
+        fit, held_out = _repair_text(settings, context)
+        student, repairs = cut_and_repair(student, kept, fit, held_out, leave=zeros, tell=context.say)
+        refitted = [name for name, cut_along in ((family.ffn_out, kept.ffn), (family.attention_out, kept.heads)) if cut_along is not None]
+        if left := [name for name in zeros if name.endswith(tuple(refitted))]:
+            context.say(f"  {len(left)} output projections have zeros that stay, and are not refitted")
+    else:
+        student = cut(student, kept, release=True)
+    _tell(context, family, settings.structured.kept, before, after)
+    facts = {
+        "kept": kept.record(family, before.layers),
+        "parent_shape": before.record(),
+        "repairs": [repair.record() for repair in repairs],
+        CARRIED: of_kept_layers(zeros, family, kept.layers),
+    }
+    save_student(student, context, facts)
+    context.say(f"  cut {percent(touched)} of the decoder's weights along {_list(settings.structured.kept)}")
+    told = {"repairs": facts["repairs"]} if repairs else {}
+    coverage = {"share": touched, "left": {}}
+    return StageResult(model=context.model, seconds=time.perf_counter() - started, facts={"coverage": coverage, **told})
+
+
+def _repair_text(settings: PruneSettings, context: StageContext) -> tuple[list[Row], list[Row]]:
+    """(batches that repairs are fitted on, batches that judge them): the windows of the scores, and a quarter more.
+
+    If the training text has no more windows, the last quarter of them judges.
+    """
+    train, seed, tokens = context.run.data.train, context.run.seed, settings.calibration_tokens
+    fit = _rows(calibration_text(train, tokens, seed).batches)
+    # a larger number of tokens keeps the same windows and adds more
+    held_out = _rows(calibration_text(train, tokens + max(1, tokens // 4), seed).batches)[len(fit) :]
+    if not held_out:
+        quarter = max(1, len(fit) // 4)
+        fit, held_out = fit[:-quarter], fit[-quarter:]
+    if not fit:
+        raise UserError("prune.structured.repair needs two windows of training text, one to fit on and one to judge by; give more text")
+    size = max(1, BATCH_TOKENS // train.seq_length)
+    return _batched(fit, size), _batched(held_out, size)
+
+
+def _rows(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[Row]:
+    return [{key: values[row] for key, values in batch.items()} for batch in batches for row in range(len(batch["input_ids"]))]
+
+
+def _batched(rows: list[Row], size: int) -> list[Row]:
+    groups = [rows[at : at + size] for at in range(0, len(rows), size)]
+    return [{key: torch.stack([row[key] for row in group]) for key in group[0]} for group in groups]
+
+
+def _tell(context: StageContext, family: Family, kept: Mapping[Axis, int], before: Sizes, after: Sizes) -> None:
+    for axis in ("layers", "hidden", "ffn", "heads", "kv_heads"):
+        if after.of(axis) < before.of(axis):
+            each = "" if axis in ("layers", "hidden") else f" in each of {after.layers} layers"
+            context.say(f"  kept {after.of(axis):,} of {before.of(axis):,} {WORDS[axis]}{each}")
+    for line in (*alignment_advice(after, kept), *server_advice(family, after)):
+        context.say(f"  {line}")
+
+
+def _list(names: Mapping[Axis, int]) -> str:
+    words = [WORDS[axis] for axis in names]
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
