@@ -30,6 +30,8 @@ class StageMemoryCase:
     """Whether quantized weights are one-byte codes and only scales train."""
     rank: int = 0
     """Rank of the adapters that train instead of the weights; 0: none."""
+    scored: bool = False
+    """Whether the weights of the decoder's linears have movement scores."""
     rounds_inputs: bool = False
     """Whether quantized linears of the decoder layers read rounded inputs in a qat stage."""
 
