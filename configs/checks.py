@@ -8,7 +8,7 @@ from ..models.folder.codes_file import codes_file
 from ..models.settings import MOST_TOP_K, allowed_layers
 from ..trainer.settings import EvaluateSettings, TrainingBlock
 from ..trainer.settings_own import OwnStageSettings
-from ..trainer.stage_plan import learns_from, reads_text, trains
+from ..trainer.stage_plan import NOTHING_MOVES, learns_from, moves_nothing, reads_text, trains
 from .draft import Draft, key_path
 from .problems import Problems
 from .recipe import StageEntry
@@ -142,6 +142,8 @@ def _check_stage_teacher(entry: StageEntry, draft: Draft, problems: Problems) ->
             problems.add(
                 key_path(entry, "loss"), "is not used: pretrain always trains on cross-entropy; use a distill stage, or remove the key"
             )
+    elif (draft.teacher or draft.lacks_teacher) and moves_nothing(settings, has_teacher=not draft.lacks_teacher):
+        problems.add(key_path(entry, "movement"), NOTHING_MOVES)
     elif draft.lacks_teacher and learns_from(settings, has_teacher=False) is not None:
         if settings.teacher == "recipe":
             problems.add(key_path(entry, "teacher"), "is 'recipe', but the recipe has no teacher; add one, or set teacher: input")

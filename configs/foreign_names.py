@@ -43,7 +43,8 @@ _BITS = "it is weights.bits of a qat or quantize stage"
 _GROUP = "it is weights.group_size of a qat or quantize stage: a number of inputs, or channel"
 _CALIBRATION = "it is 'calibration_tokens' of the stage"
 _METHOD = "it is 'method' of a quantize stage: rtn, mse or gptq"
-_KEEP = "recipes give the share that is kept: magnitude.keep of a prune stage (0.7 keeps 70 %)"
+_KEEP = "recipes give the share that is kept: magnitude.keep of a prune stage (0.7 keeps 70 %), or wanda.keep or sparsegpt.keep"
+_PATTERN = "it is magnitude.pattern of a prune stage (2:4), or wanda.pattern or sparsegpt.pattern"
 _LORA = "it is 'lora' of a qat stage: the rank of the adapter"
 _SOFT = "it is loss.temperature of a stage that trains"
 _HARD = "it is loss.hard_weight of a stage that trains: the weight of the hard labels (the text itself) in the loss"
@@ -102,6 +103,7 @@ _MEANT: dict[str, tuple[str, ...]] = {
     _CALIBRATION: ("nsamples", "num_samples", "num_calibration_samples", "calibration_samples", "n_samples", "calib_size"),
     _METHOD: ("quant_method", "algorithm", "quantization_method", "scheme"),
     _KEEP: ("sparsity", "target_sparsity", "sparsity_ratio", "pruning_ratio", "prune_ratio", "amount"),
+    _PATTERN: ("mask_structure", "sparsity_type", "prune_pattern", "nm_pattern"),
     _LORA: ("lora_r", "lora_rank", "r", "rank", "lora_alpha", "use_peft"),
     _SOFT: ("temperature", "temp", "kd_temperature"),
     _HARD: ("alpha_ce", "ce_weight", "kd_ratio", "kd_weight", "hard_label_weight", "lambda_ce"),

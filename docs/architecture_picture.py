@@ -137,6 +137,7 @@ MODELS = Hall(
             "folder | model folders: | read, write, prove",
             "gguf | files of llama.cpp | as a source",
             "tokenizer | training, checks, | templates",
+            "calibration | layer by layer | on text",
             "pruning | channels and | single weights",
             "teachers | where they are | held, and how",
             "common | errors, files, | locks, hashes",

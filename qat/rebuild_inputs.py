@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..models.calibration.token_rows import with_input
 from .codes.kv_cache_scales import CacheState
 from .fake_quant.activations import fake_quant_activation
 from .layers.kv_cache_hooks import round_cache_as_stored
-from .layers.token_rows import with_input
 from .readers.compressed_tensors import Inputs, PackedFolder
 from .readers.open import ExportReader
 from .spec import ActivationSpec

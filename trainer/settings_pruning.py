@@ -1,48 +1,68 @@
-"""Settings of the stage that prunes: whole channels in one shot, or single weights along a schedule."""
+"""Settings of the stage that prunes: the shape of the model, or single weights."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar
 
-from .. import Bounds, Count, check_fields
-from .settings import ShareOfSteps, TrainingBlock
+from .. import Count
+from .settings import TrainingBlock
+from .settings_sparsity import CALIBRATION_TOKENS, MovementSettings, SparseGptSettings, WandaSettings, WeightSettings
+from .settings_sparsity import MagnitudeSettings as MagnitudeSettings
 from .settings_structured import StructuredSettings as StructuredSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class MagnitudeSettings:
-    """Set the smallest weights of the decoder's linear layers to zero, along a cubic schedule (Zhu & Gupta 2017)."""
-
-    keep: Annotated[float, Bounds(gt=0, lt=1, why="it is the share of the weights that stays")]
-    """Share of these weights that is kept."""
-    scope: Literal["layer", "global"] = "layer"
-    """layer = choose inside each matrix; global = choose over all matrices, each normalized by its mean magnitude."""
-    update_every: Count = 10
-    """Optimizer steps between mask updates."""
-    heal: ShareOfSteps = 0.25
-    """Share of the steps, at the end, that train with the final mask."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-
-@dataclass(frozen=True, kw_only=True)
 class PruneSettings(TrainingBlock):
-    """Prune by exactly one of ``structured`` (one shot, on calibration text) and ``magnitude`` (trains when tokens or steps are given)."""
+    """Prune by exactly one method: cut the shape (``structured``), or set single weights to zero. ``structured``, ``wanda`` and
+    ``sparsegpt`` are one shot, on calibration text; ``magnitude`` trains when tokens or steps are given, and ``movement`` always does."""
 
-    exactly_one: ClassVar = ("structured", "magnitude")
+    exactly_one: ClassVar = ("structured", "magnitude", "wanda", "sparsegpt", "movement")
 
     structured: StructuredSettings | None = None
-    """Remove FFN channels."""
+    """Cut the shape of the model: FFN channels, heads, hidden channels, layers."""
     magnitude: MagnitudeSettings | None = None
-    """Set single weights to zero."""
-    calibration_tokens: Count = 32_768
-    """structured: tokens of training text that channels are scored on, in windows from all over the text, chosen by the seed."""
+    """Set the smallest weights to zero."""
+    wanda: WandaSettings | None = None
+    """Set to zero the weights that matter least for the outputs of their own row."""
+    sparsegpt: SparseGptSettings | None = None
+    """Set weights to zero and change the others to make up for it."""
+    movement: MovementSettings | None = None
+    """Set to zero the weights that training moves towards zero. Needs tokens or steps."""
+    calibration_tokens: Count | None = None
+    """structured, wanda, sparsegpt: tokens of training text to calibrate on, in windows from all over the text, chosen by the seed.
+    Default: 32,768 for structured; 262,144 for wanda and sparsegpt."""
     allow_partial: bool = False
-    """magnitude: continue when less than 95% of the decoder's weights are in linears. The other weights are all kept."""
+    """Methods that set weights to zero: continue when less than 95% of the decoder's weights are in linears. The other weights are all
+    kept."""
 
     def __post_init__(self) -> None:
         TrainingBlock.__post_init__(self)
-        if (self.structured is None) == (self.magnitude is None):
-            raise ValueError("a prune stage needs exactly one of 'structured' and 'magnitude'")
-        if self.structured is not None and (self.tokens is not None or self.steps is not None):
-            raise ValueError("structured pruning is one shot and takes no 'tokens' or 'steps'; add a distill stage after it")
+        given = [name for name in self.exactly_one if getattr(self, name) is not None]
+        if len(given) != 1:
+            names = ", ".join(f"'{name}'" for name in self.exactly_one[:-1])
+            raise ValueError(f"a prune stage needs exactly one of {names} and '{self.exactly_one[-1]}'; given: {given or 'none'}")
+        trains = self.tokens is not None or self.steps is not None
+        if self.movement is not None and not trains:
+            raise ValueError("movement pruning scores weights by how training moves them; give 'tokens' or 'steps', such as tokens: 10M")
+        if trains and self.calibrates:
+            zeros = "" if self.structured is not None else ", which keeps the zeros"
+            raise ValueError(f"{given[0]} pruning is one shot and takes no 'tokens' or 'steps'; add a distill stage after it{zeros}")
+        if self.calibration_tokens is None:
+            # the dataclass is frozen; the number stands in records and stage keys
+            tokens = CALIBRATION_TOKENS if self.wanda or self.sparsegpt else 32_768
+            object.__setattr__(self, "calibration_tokens", tokens)
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return next(name for name in self.exactly_one if getattr(self, name) is not None)
+
+    @property
+    def weights(self) -> WeightSettings | None:
+        """Settings of a method that sets single weights to zero; None for one that cuts the shape."""
+        found = getattr(self, self.method)
+        return found if isinstance(found, WeightSettings) else None
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the method looks at calibration text."""
+        return self.magnitude is None and self.movement is None

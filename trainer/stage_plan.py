@@ -105,7 +105,7 @@ def trains(settings: Any) -> bool:
 
 def reads_text(settings: Any) -> bool:
     """Whether a stage with these settings needs text besides the held-out text, to train or to calibrate on."""
-    if isinstance(settings, PruneSettings) and settings.structured is not None:
+    if isinstance(settings, PruneSettings) and settings.calibrates:
         return True
     if isinstance(settings, OwnStageSettings):
         return settings.part.reads_text
@@ -127,6 +127,19 @@ def learns_from(settings: Any, *, has_teacher: bool) -> Literal["recipe", "input
         return None
     # without a teacher in the recipe a stage learns from its own input: pruning and rounding then restore what the model could do before
     return settings.teacher or ("recipe" if has_teacher else "input")
+
+
+NOTHING_MOVES = (
+    "movement scores weights by their gradients, and a student that learns from its own input alone has none before its first weight is "
+    "pruned; give the recipe a teacher, or loss: {hard_weight: 0.5}"
+)
+
+
+def moves_nothing(settings: Any, *, has_teacher: bool) -> bool:
+    """Whether a stage prunes by movement while its student agrees with its teacher in everything; the arguments are ``learns_from``'s."""
+    if not isinstance(settings, PruneSettings) or settings.movement is None:
+        return False
+    return settings.loss.hard_weight == 0 and learns_from(settings, has_teacher=has_teacher) == "input"
 
 
 class TeacherWeights(Protocol):

@@ -28,7 +28,7 @@ def distill(
 
 
 @app.command(
-    epilog="Example: decoct prune student/ --shape ffn=384,layers=8    or: decoct prune student/ --keep 0.7 --teacher big/ --tokens 2M"
+    epilog="Example: decoct prune student/ --shape ffn=384,layers=8    or: decoct prune student/ --method wanda --keep 0.5 --text x.txt"
 )
 def prune(
     model: Model,
@@ -39,6 +39,13 @@ def prune(
         typer.Option("--shape", help="What is kept along each axis, any of: ffn=6144,heads=24,kv=6,hidden=3072,layers=28."),
     ] = None,
     keep: Annotated[str | None, typer.Option("--keep", help="Share of the linear weights that is kept, such as 0.7 or 70%.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="With --keep or --pattern: magnitude, wanda, sparsegpt or movement.", show_default="magnitude"),
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option("--pattern", help="N:M: of each M consecutive inputs of a row N weights are kept, such as 2:4.")
+    ] = None,
     teacher: Teacher = None,
     text: Text = None,
     hub: Hub = None,
@@ -46,11 +53,12 @@ def prune(
     seq_length: SeqLength = 512,
     out: Out = None,
 ) -> None:
-    """Cut MODEL to a smaller shape (--ffn, --shape), or set its smallest weights to zero (--keep; along a schedule with --tokens)."""
+    """Cut MODEL to a smaller shape (--ffn, --shape), or set weights to zero (--keep or --pattern; along a schedule with --tokens)."""
     from .single_stage import run_verb
     from .stage_recipes import TextChoice, prune_settings
 
-    run_verb("prune", model, prune_settings(ffn, keep, tokens, shape), TextChoice(text, hub, seq_length), teacher, overrides, out)
+    settings = prune_settings(ffn, keep, tokens, shape, method=method, pattern=pattern)
+    run_verb("prune", model, settings, TextChoice(text, hub, seq_length), teacher, overrides, out)
 
 
 @app.command(epilog="Example: decoct qat student/ --teacher big/ --bits 4 --group-size 64 --tokens 5M")

@@ -19,7 +19,7 @@ def _use_of_text(settings: Any) -> str:
         return ""
     if trains(settings):
         return "learns from"
-    return "scores channels on" if isinstance(settings, PruneSettings) else "calibrates on"
+    return "scores channels on" if isinstance(settings, PruneSettings) and settings.structured else "calibrates on"
 
 
 def run_verb(

@@ -111,27 +111,49 @@ def _slug(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
 
 
+WEIGHT_METHODS = ("magnitude", "wanda", "sparsegpt", "movement")
+"""Methods of the verb ``prune`` that set single weights to zero."""
+
+
 def prune_settings(
     ffn: int | None,
     keep: float | str | None,
     tokens: int | str | None,
     shape: str | Mapping[str, int] | None = None,
     *,
+    method: str | None = None,
+    pattern: str | None = None,
     in_python: bool = False,
 ) -> dict[str, Any]:
-    """Return the settings of the ``prune`` stage for ``--ffn``, ``--shape`` or ``--keep``; ``in_python``: messages speak of arguments."""
+    """Return the settings of the ``prune`` stage for ``--ffn`` or ``--shape``, or for ``--keep`` or ``--pattern`` with a method.
+
+    ``in_python``: messages speak of the function's arguments.
+    """
     dashes, distill = ("", "decoct.distill") if in_python else ("--", "`decoct distill`")
-    if sum(given is not None for given in (ffn, shape, keep)) != 1:
+    weights = keep is not None or pattern is not None
+    if (ffn is not None) + (shape is not None) + weights != 1:
         raise UserError(
             f"give exactly one of {dashes}ffn (channels kept in every layer), {dashes}shape (what is kept along each axis) and "
-            f"{dashes}keep (share of the weights that stays)"
+            f"{dashes}keep (share of the weights that stays) or {dashes}pattern (such as 2:4)"
         )
-    if keep is not None:
-        return {"magnitude": {"keep": keep}, "tokens": tokens}
-    if tokens is not None:
+    if not weights:
         what = "ffn" if shape is None else "shape"
-        raise UserError(f"{dashes}{what} is one shot and takes no {dashes}tokens; run {distill} on the result to recover")
-    return {"structured": {"ffn": ffn} if shape is None else _shape(shape, dashes)}
+        if method is not None:
+            raise UserError(f"{dashes}method chooses single weights and does not go with {dashes}{what}; leave one of them out")
+        if tokens is not None:
+            raise UserError(f"{dashes}{what} is one shot and takes no {dashes}tokens; run {distill} on the result to recover")
+        return {"structured": {"ffn": ffn} if shape is None else _shape(shape, dashes)}
+    method = method or "magnitude"
+    if method not in WEIGHT_METHODS:
+        raise UserError(f"{dashes}method {method}: there is no such method; give one of {', '.join(WEIGHT_METHODS)}")
+    if method in ("wanda", "sparsegpt") and tokens is not None:
+        raise UserError(
+            f"{dashes}method {method} is one shot and takes no {dashes}tokens; run {distill} on the result, which keeps the zeros"
+        )
+    if method == "movement" and tokens is None:
+        raise UserError(f"{dashes}method movement scores weights by how training moves them; give {dashes}tokens, such as 10M")
+    given = {"keep": keep, "pattern": pattern}
+    return {method: {key: value for key, value in given.items() if value is not None}, "tokens": tokens}
 
 
 def _shape(given: str | Mapping[str, int], dashes: str) -> dict[str, Any]:

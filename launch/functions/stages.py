@@ -56,6 +56,8 @@ def prune(
     ffn: int | None = None,
     shape: Mapping[str, int] | str | None = None,
     keep: float | str | None = None,
+    method: str | None = None,
+    pattern: str | None = None,
     teacher: Model | None = None,
     tokens: int | str | None = None,
     seq_length: int = 512,
@@ -63,14 +65,17 @@ def prune(
     quiet: bool = False,
     **settings: Any,
 ) -> ModelResult:
-    """Cut the model to a smaller shape (``ffn``, ``shape``), or set the smallest weights to zero (``keep``; a schedule with ``tokens``).
+    """Cut the model to a smaller shape (``ffn``, ``shape``), or set weights to zero (``keep`` or ``pattern``; a schedule with ``tokens``).
 
     Args:
         model: The model to prune.
         data: The text; see above.
-        ffn: FFN channels that are kept in every layer. Give exactly one of ``ffn``, ``shape`` and ``keep``.
+        ffn: FFN channels that are kept in every layer. Give this, ``shape``, or ``keep`` or ``pattern``.
         shape: What is kept along each axis, any of ffn, heads, kv_heads, hidden and layers: ``{"heads": 24, "layers": 28}``.
         keep: Share of the linear weights that is kept, such as 0.7 or "70%".
+        method: How weights are chosen: "magnitude" (the default), or "wanda" or "sparsegpt" on the text, in one shot, or "movement"
+            while it trains.
+        pattern: N:M, such as "2:4": of each M consecutive inputs of a row N weights are kept.
         teacher: The model to learn from along the schedule. Default: ``model`` as it is.
         tokens: Training tokens of the schedule.
         seq_length: Tokens per window.
@@ -78,7 +83,8 @@ def prune(
         quiet: Print nothing.
         settings: Settings of the stage or the recipe.
     """
-    return _stage("prune", model, prune_settings(ffn, keep, tokens, shape, in_python=True), data, seq_length, teacher, out, quiet, settings)
+    made = prune_settings(ffn, keep, tokens, shape, method=method, pattern=pattern, in_python=True)
+    return _stage("prune", model, made, data, seq_length, teacher, out, quiet, settings)
 
 
 def qat(

@@ -53,6 +53,7 @@ def quantized_bytes(shape: ModelShape, scheme: "QuantScheme") -> tuple[int, int]
     return model_bytes(shape, "F32"), safetensors_bytes(codes)
 
 
-def checkpoint_bytes(shape: ModelShape, *, masks: bool) -> int:
-    """Return the bytes of one checkpoint of a training stage: fp32 weights and moments, and one byte per weight for masks."""
-    return 4 * shape.parameters * (1 + _OPTIMIZER_TENSORS) + (shape.linear if masks else 0)
+def checkpoint_bytes(shape: ModelShape, *, masks: bool, scored: bool = False) -> int:
+    """Return the bytes of one checkpoint of a training stage: fp32 weights and moments, one byte per weight for masks, and movement
+    scores with the weights that they prune, fp32 too."""
+    return 4 * shape.parameters * (1 + _OPTIMIZER_TENSORS) + shape.linear * (masks + 8 * scored)

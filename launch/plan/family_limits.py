@@ -36,7 +36,7 @@ def coverage(stage: StageShape) -> float | None:
     from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
     settings, weights = stage.entry.settings, stage.before.family.weights
-    # magnitude pruning chooses among all linears
+    # single weights are chosen among all linears
     if isinstance(settings, PruneSettings):
         return cut_share(stage.before, settings.structured.kept) if settings.structured else weights.share()
     # an export packs what its scheme quantizes
@@ -71,7 +71,7 @@ def _reasons(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, 
         if one is not family and recipe.teacher and recipe.teacher.load_in == "bf16" and (reason := one.refusal("bf16 teacher")):
             yield f"{who} in bf16, {reason}; set teacher.load_in: fp32"
         # all that runs text through the model meets packed windows, not training alone
-        reads = action == "distil" or getattr(settings, "calibrates", False) or getattr(settings, "structured", None) is not None
+        reads = action == "distil" or getattr(settings, "calibrates", False)
         if reads and recipe.data.packing and (reason := one.refusal("packing")):
             yield f"{who}, {reason}; set data.packing: false"
     if isinstance(settings, PruneSettings) and settings.structured:
@@ -102,7 +102,13 @@ def _of_weights(entry: "StageEntry", student: ModelShape) -> Iterator[str]:
     if not agreed and (reason := coverage_refusal(student.family.weights, reached, named)):
         allowed = f", or allow it by name: stages.{entry.index}.{entry.kind}.allow_partial=true" if student.linears else ""
         yield f"model type {student.family.model_type!r}: {reason}. Use a model of another family ({_TABLE}){allowed}"
-    if named or isinstance(settings, PruneSettings):
+    if isinstance(settings, PruneSettings):
+        # a linear with a forward of its own can be pruned, and its inputs measured: what rounding fails on too is no obstacle here
+        reason = student.family.partial("gptq") if settings.calibrates else None
+        if reason and reason != student.family.partial("rtn"):
+            yield f"{reason}; use prune.magnitude ({_TABLE})"
+        return
+    if named:
         # the families' known failures are of whole models; for a part of one the stage itself decides
         return
     calibrates = isinstance(settings, QuantizeSettings) and settings.calibrates

@@ -225,6 +225,7 @@ def _training(
         load_in=load_in,
         placement=placement,
         scheme=shape.scheme if entry.kind == "qat" else None,
+        scored=entry.kind == "prune" and entry.settings.movement is not None,
         **_trained_in_qat(entry.settings),
     )
     memory = training_memory(shape.before, taught, case)
@@ -236,7 +237,7 @@ def _training(
     step = training_step(entry.name, shape.before, None if cached else taught, case)
     filled = cache_work(taught, seq, load_in) * tokens if cached and taught is not None else None
     # zeros made by a prune stage are kept by every later one, and so its masks are in their checkpoints
-    masks = entry.kind == "prune" or any(e.kind == "prune" and e.settings.magnitude for e in recipe.stages[: entry.index])
+    masks = entry.kind == "prune" or any(e.kind == "prune" and e.settings.weights for e in recipe.stages[: entry.index])
     training = Training(
         steps=steps.total_steps,
         tokens=tokens,
@@ -244,7 +245,7 @@ def _training(
         memory=memory,
         fits=fits,
         remedy=cheapest_fit(shape.before, taught, case, machine.gpu_memory) if fits is False and machine.gpu_memory else None,
-        checkpoint_bytes=checkpoint_bytes(shape.before, masks=masks),
+        checkpoint_bytes=checkpoint_bytes(shape.before, masks=masks, scored=case.scored),
         # two are kept, with result: best also the best one, and one more exists while it is written
         checkpoints=4 if entry.settings.result == "best" else 3,
         cache_bytes=_cache_bytes(recipe, entry, teacher, tokens),

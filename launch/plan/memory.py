@@ -33,7 +33,7 @@ class Roles:
     gradients: int
     """fp32."""
     optimizer: int
-    """Moments."""
+    """Moments, and movement scores with the weights that they prune."""
     activations: int
     """Tensors saved for the backward pass, including copies of weights; and those of the teacher's forward pass."""
     logits: int
@@ -51,7 +51,7 @@ def training_memory(student: ModelShape, teacher: ModelShape | None, case: Stage
         teacher=0 if teacher is None else teacher_bytes(teacher.as_teacher, case.load_in, case.placement, case.ranks),
         student=_student_bytes(student, case),
         gradients=_gradient_bytes(student, case),
-        optimizer=_optimizer_bytes(student, case),
+        optimizer=_optimizer_bytes(student, case) + (8 * _share(student.linear, case) if case.scored else 0),
         activations=_activation_bytes(student, case) + (0 if teacher is None else _teacher_pass(teacher, case)),
         logits=_logit_bytes(student, teacher, case),
     )

@@ -34,6 +34,8 @@ class StageMemoryCase:
     """Whether the divergence is imported code, which no fused kernel computes."""
     nodes: int = 1
     """Machines that the ranks are on."""
+    scored: bool = False
+    """Whether the weights of the decoder's linears have movement scores."""
     rounds_inputs: bool = False
     """Whether quantized linears of the decoder layers read rounded inputs in a qat stage."""
 

@@ -7,8 +7,9 @@ widest weights while they are rounded. Linears are taken to share inputs, and to
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...models.calibration.limits import KEPT_BYTES
 from ...models.fused_linears import FUSED
-from ...qat.ptq_limits import KEPT_BYTES, TWICE_TO
+from ...qat.ptq_limits import TWICE_TO
 from .fitting import usable
 from .quantized_shapes import quantized_linears
 from .shapes import ModelShape

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ...models.axis_map import Axis
     from ...qat.scheme import QuantScheme
     from ...qat.spec import ActivationSpec
+    from ...trainer.settings_pruning import PruneSettings
     from ...trainer.settings_structured import StructuredSettings
 
 
@@ -99,6 +100,8 @@ def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
         before, settings, continues = shape, entry.settings, False
         if isinstance(settings, PruneSettings) and settings.structured:
             shape = _pruned(shape, settings.structured, entry.name)
+        elif isinstance(settings, PruneSettings):
+            _check_weights(shape, settings, entry, recipe.data.seq_length)
         if isinstance(settings, QatSettings | QuantizeSettings):
             # the codes of the stage before fit: the same scheme, no pruned weights, and no rounding of inputs or cache beside it
             same = settings.scheme == scheme and not sparse and not any(beside.values())
@@ -111,7 +114,7 @@ def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
         elif entry.kind in ("pretrain", "distill", "prune") or makes_own_model(settings):
             # training and pruning write plain weights: an earlier quantization is gone
             scheme, beside = None, {}
-            sparse = sparse or (isinstance(settings, PruneSettings) and settings.magnitude is not None)
+            sparse = sparse or (isinstance(settings, PruneSettings) and settings.weights is not None)
         found.append(StageShape(entry, before, shape, scheme, **beside, continues=continues))
     return found
 
@@ -119,6 +122,20 @@ def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
 def makes_own_model(settings: object) -> bool:
     """Return whether an imported stage writes a model. What it makes of the shape is not known; the plan takes the shape as unchanged."""
     return isinstance(settings, OwnStageSettings) and settings.part.makes_model
+
+
+def _check_weights(shape: ModelShape, settings: "PruneSettings", entry: "StageEntry", seq_length: int) -> None:
+    """Raise ImpossibleStageError if a pattern does not divide the inputs of a linear, or SparseGPT gets too few tokens."""
+    assert settings.weights is not None
+    place = f"stages.{entry.index}.{entry.kind}"
+    widths = {name: columns for name, (_, columns) in shape.linears.items()}
+    if settings.weights.nm is not None:
+        try:
+            settings.weights.nm.check_widths(widths)
+        except UserError as error:
+            raise ImpossibleStageError(f"{place}.{settings.method}.{error}") from error
+    if settings.sparsegpt:
+        _check_tokens(settings.calibration_tokens, max(widths.values(), default=0), seq_length, place, "SparseGPT")
 
 
 def _check_calibration(shape: ModelShape, scheme: "QuantScheme", entry: "StageEntry", seq_length: int) -> None:
@@ -129,12 +146,17 @@ def _check_calibration(shape: ModelShape, scheme: "QuantScheme", entry: "StageEn
         return
     # a Hessian of n inputs has full rank only with at least n tokens
     widest = max((one.columns for name, one in quantized_linears(shape, scheme).items() if name in shape.linears), default=0)
+    _check_tokens(given, widest, seq_length, f"stages.{entry.index}.{entry.kind}", "GPTQ")
+
+
+def _check_tokens(given: int | None, widest: int, seq_length: int, place: str, method: str) -> None:
+    """Raise ImpossibleStageError if the calibration tokens, in whole windows, are fewer than the widest matrix has inputs."""
     # calibration reads whole windows
-    tokens = -(-given // seq_length) * seq_length
+    tokens = -(-(given or 0) // seq_length) * seq_length
     if tokens < widest:
         raise ImpossibleStageError(
-            f"stages.{entry.index}.{entry.kind}.calibration_tokens: {tokens:,} tokens are too few for a matrix with {widest:,} inputs; "
-            "GPTQ needs at least as many, and many times that are usual"
+            f"{place}.calibration_tokens: {tokens:,} tokens are too few for a matrix with {widest:,} inputs; "
+            f"{method} needs at least as many, and many times that are usual"
         )
 
 

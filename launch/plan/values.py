@@ -1,6 +1,6 @@
 """Lists every value that a run uses, with its origin: the recipe, a default, or a rule."""
 
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...trainer.learning_rates import BASE_HIDDEN, BASE_RATES, FAR_KL, LORA_FACTOR, SCALE_RATE_SHARE
@@ -49,8 +49,18 @@ def settings_values(prefix: str, settings: Any) -> list[Value]:
             found += [line for index, one in enumerate(value) for line in settings_values(f"{prefix}.{entry.name}.{index}", one)]
         # None is "not set": what is derived in its place is listed with its rule
         elif value is not None:
-            found.append(Value(f"{prefix}.{entry.name}", value, "default" if value == default else "recipe"))
+            filled = default is None and _filled(settings, entry.name)
+            found.append(Value(f"{prefix}.{entry.name}", value, "default" if value == default or filled else "recipe"))
     return found
+
+
+def _filled(settings: Any, name: str) -> bool:
+    """Return whether a settings dataclass itself gives a field the value that it has, where the field's own default is None."""
+    try:
+        return getattr(replace(settings, **{name: None}), name) == getattr(settings, name)
+    except ValueError:
+        # the rest needs this field
+        return False
 
 
 def training_values(

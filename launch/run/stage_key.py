@@ -16,6 +16,8 @@ from ...trainer.settings_own import OwnSettings
 
 # Settings of a stage that do not change what it computes: how often it saves, where weights are kept, and what the user accepts.
 _NOT_NUMBERS = {"checkpoint_every", "stream", "allow_partial"}
+# Keys of pruning that are not in the stage key where they are not given.
+_LATER = ("wanda", "sparsegpt", "movement", "pattern")
 _TRAINER_NUMBERS = ("precision", "global_batch_tokens", "gradient_clip", "save_dtype", "optimizer")
 
 
@@ -53,6 +55,10 @@ def stage_key(
     if "warmup" in chosen and chosen["warmup"] is None:
         # the default's earlier name: keys must not change, so that finished stages stay finished
         chosen["warmup"] = WARMUP
+    # methods and keys that came later: stages without them keep the keys of versions that had none
+    for section in (chosen, chosen.get("magnitude") or {}):
+        for later in [name for name in _LATER if section.get(name, "") is None]:
+            del section[later]
     watched = _watched(chosen, trainer)
     return sha256_json(
         {

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import NonFiniteError
+from .selection import exact_count
 
 _LEAST_KEPT = 0.05
 """Least share kept of each matrix with ``global`` scope (or ``keep``, if that is less): a layer without weights would cut the network."""
@@ -90,7 +91,7 @@ def stream_masks(
             weight, current = fetch(name)
             # one matrix alone: its threshold does not depend on the others
             score = _scores(name, weight, current)
-            yield name, _largest([score], _count(keep, score.numel()))[0].view(weight.shape)
+            yield name, _largest([score], exact_count(keep, score.numel()))[0].view(weight.shape)
         return
 
     # global scope: count the patterns of all matrices, find the threshold, then make one mask after the other
@@ -105,7 +106,7 @@ def stream_masks(
     # the patterns are computed anew in every pass: keeping them would take as much memory as all weights
     sizes = [(pattern.numel(), int((pattern >= 0).sum())) for pattern in patterns()]
     # weights that are pruned already cannot be kept again
-    count = min(_count(keep, sum(size for size, _ in sizes)), sum(present for _, present in sizes))
+    count = min(exact_count(keep, sum(size for size, _ in sizes)), sum(present for _, present in sizes))
     cut = _cut(patterns, count)
     for name, pattern in zip(names, patterns(), strict=True):
         mask, cut = _above(pattern, cut)
@@ -124,11 +125,6 @@ def sparsity(weights: Mapping[str, Tensor]) -> float:
     return zeros / total if total else 0.0
 
 
-def _count(keep: float, total: int) -> int:
-    # at least one weight stays
-    return min(total, max(1, round(keep * total)))
-
-
 def _scores(name: str, weight: Tensor, current: Tensor | None) -> Tensor:
     """|w| as a flat fp32 tensor, ``_MISSING`` where ``current`` prunes."""
     score = weight.detach().float().abs().flatten()
@@ -143,7 +139,7 @@ def _normalised(score: Tensor, keep: float) -> Tensor:
     # tiny: a matrix of zeros has no mean to divide by
     mean = present.mean(dtype=torch.float64).float().clamp(min=torch.finfo(torch.float32).tiny)
     # the largest 5 % of each matrix (or ``keep``, if that is less), which no threshold can remove
-    protected = _largest([score], _count(min(_LEAST_KEPT, keep), score.numel()))[0]
+    protected = _largest([score], exact_count(min(_LEAST_KEPT, keep), score.numel()))[0]
     relative = torch.where(score < 0, score, (score / mean).clamp(max=torch.finfo(torch.float32).max))
     # infinity sorts above all finite scores, and its bit pattern too
     return torch.where(protected, torch.inf, relative)

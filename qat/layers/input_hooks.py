@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...models.calibration.token_rows import linear_input, with_input
 from ..spec import ActivationSpec
 from .rounders import Padding, Rounder, Rounders, watch_padding
-from .token_rows import linear_input, with_input
 
 
 class InputRounder(Rounder):

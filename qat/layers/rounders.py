@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...models.calibration.token_rows import token_rows
 from ...models.common.errors import UserError
 from ..fake_quant import fake_quant_activation, static_scale
 from ..spec import ActivationSpec
-from .token_rows import token_rows
 
 
 class Padding:

@@ -3,7 +3,7 @@
 After ``round_model(model, spec, RoundingMethod(method="gptq"), text=CalibrationText(batches=...))`` the model's weights are codes * scales.
 """
 
-from .calibration_text import CalibrationText as CalibrationText
+from ...models.calibration.calibration_text import CalibrationText as CalibrationText
 from .methods import METHODS as METHODS
 from .methods import MethodName as MethodName
 from .methods import RoundingMethod as RoundingMethod

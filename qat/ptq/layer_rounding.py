@@ -6,18 +6,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ...models.calibration.error_report import KindError, linear_kind
+from ...models.calibration.hessians import SharedInput
+from ...models.calibration.layer_storage import Shelf
+from ...models.calibration.replay import Replay
+from ...models.calibration.running_order import calibrated_inputs
 from ...models.common.errors import UserError
 from ..codes.state import QuantState
 from ..fake_quant import Encoded
 from ..layers.quantized_model import fold
-from ..ptq_limits import KEPT_BYTES
 from ..spec import QuantSpec
-from .error_report import KindError, linear_kind, row_energy, sampled
-from .hessians import SharedInput, shared_inputs
-from .layer_storage import Shelf
-from .linear_order import Step, steps_of
 from .methods import METHODS, RoundingMethod, Stack, round_to_nearest
-from .replay import Replay
 from .served_layers import ServedLayers
 
 if TYPE_CHECKING:
@@ -85,35 +84,17 @@ class Walk:
     ) -> None:  # fmt: skip
         """Rounds the linears of a layer in the order in which they run, each on the outputs of the rounded ones before it."""
         assert self.replay is not None
-        steps = steps_of(self.replay, index, layer, linears)
-        once = steps is not None
-        # without a known order, all linears are one step, calibrated on the unrounded layer
-        steps = steps or [Step(list(linears))]
-        for number, step in enumerate(steps):
-            # all linears of a step read the same tensor, so the first one is enough
-            read = {name: linears[name] for name in (step.names[:1] if once else step.names)}
-            needed = step.part is not None and not (last and number + 1 == len(steps)) and self._keeps(linears[step.names[0]])
-            kept: list[Tensor] | None = [] if needed else None
-            advance = _share(self.advance, number, len(steps))
-            for shared in shared_inputs(self.replay, index, read, self.rounding.needs == "hessian", advance, kept, once):
-                for names in self._alike(step.names if once else shared.names):
-                    self._stack(names, linears, shared, rounded)
-            self._fold({name: rounded[name] for name in step.names})
-            if kept and step.part is not None:
-                # the part's last linear is rounded now, so later passes start from its kept inputs
-                self.replay.shorten(step.part, kept)
+        whole = self.rounding.needs == "hessian"
+        for shared in calibrated_inputs(self.replay, index, layer, linears, whole=whole, last=last, advance=self.advance):
+            for names in self._alike(shared.names):
+                self._stack(names, linears, shared, rounded)
+            self._fold({name: rounded[name] for name in shared.names})
             # the old modules own the unrounded weights: dropping them frees the memory
-            for name in step.names:
+            for name in shared.names:
                 linears[name] = _linear(self.model, name)
         # the passes that follow run with hooks on inputs, keys and values, which a shortened part would leave out
         if self.served.rounds:
             self.replay.forget()
-
-    def _keeps(self, linear: nn.Linear) -> bool:
-        """Whether the inputs of a linear are kept, so that later passes need not compute them again."""
-        assert self.replay is not None
-        # fp32, 4 bytes each; inputs wider than the outputs (down_proj) only within the limit
-        return linear.in_features <= linear.out_features or 4 * linear.in_features * self.replay.positions <= KEPT_BYTES
 
     def embedding_or_head(self, name: str) -> None:
         """Rounds the embedding or the head, which are outside the layers and have no calibrated inputs."""
@@ -165,18 +146,13 @@ class Walk:
             self.notes.append(f"{', '.join(names)}: {result.note}")
         # the yardstick of the report: the error that rounding to nearest would have had
         plain = result if rounding.method == "rtn" else round_to_nearest(stack, spec)
-        differences = (weight, weight - result.values(spec), weight - plain.values(spec))
+        values, nearest = result.values(spec), plain.values(spec)
         begin = 0
         for name, own in zip(names, weights):
             rows = slice(begin, begin + len(own))
             begin += len(own)
             rounded[name] = result.rows(rows)
-            kind = self.errors[linear_kind(name)]
-            kind.linears += 1
-            kind.energy, kind.error, kind.nearest = (
-                before + float(row_energy(difference[rows][sampled(len(own))], stack.moments).sum())
-                for before, difference in zip((kind.energy, kind.error, kind.nearest), differences)
-            )
+            self.errors[linear_kind(name)].add(weight[rows], values[rows], nearest[rows], stack.moments)
 
     def _finite(self, name: str, weight: Tensor) -> Tensor:
         if not bool(torch.isfinite(weight).all()):
@@ -188,11 +164,6 @@ def _stored(tensors: Mapping[str, Tensor], module: str) -> Encoded:
     """Codes and scales of a module from the tensors of ``QuantState.tensors``."""
     codes, scales = tensors[f"{module}.codes"], tensors[f"{module}.scale"]
     return Encoded(codes, scales, tensors.get(f"{module}.zero_point"), tensors.get(f"{module}.global_scale"))
-
-
-def _share(advance: Advance, part: int, parts: int) -> Advance:
-    """Reports one ``parts``-th of the work it is called with. Rounded so that the shares of all parts add up to the whole."""
-    return lambda done: advance(done * (part + 1) // parts - done * part // parts)
 
 
 def take_values(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:

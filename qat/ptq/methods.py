@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ...models.calibration.factor import factorize
 from ..fake_quant import Encoded, decode, encode, quantize_with
 from ..fake_quant.ranges import range_grid
 from ..rounding_method import NEEDS, Needs, RoundingMethod
 from ..rounding_method import MethodName as MethodName
 from ..rounding_method import ScaleChoice as ScaleChoice
 from ..spec import QuantSpec
-from .gptq import factorize, gptq_codes
+from .gptq import gptq_codes
 from .mse import FACTORS, FITTED_FACTORS, SearchedScales, searched_grid
 from .scale_fit import fitted_codes
 

@@ -17,10 +17,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ...models.calibration.factor import Factor
 from ..fake_quant.absmax_reference import group_scales
 from ..ptq_limits import TWICE_TO
 from ..spec import QuantSpec
-from .gptq import Factor, gptq_pass
+from .gptq import gptq_pass
 from .mse import SearchedScales
 
 _HOLD = 0.01

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ...models.calibration.replay import Replay
 from ...models.common.errors import NonFiniteError
 from ..layers.input_hooks import RoundedInputs, round_inputs
 from ..layers.kv_cache_hooks import RoundedCache, cached_attentions, round_attention
 from ..layers.rounders import Rounder, Rounders, watch_padding
 from .methods import RoundingMethod
-from .replay import Replay
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ...models.calibration.calibration_text import CalibrationText
+from ...models.calibration.error_report import KindError
+from ...models.calibration.layer_storage import FileShelf, MemoryShelf, Shelf
+from ...models.calibration.replay import Remedies, Replay
 from ...models.common.errors import UserError
 from ...models.families import decoder_layers, decoder_linears
 from ...models.folder.weights import WeightFiles
@@ -20,15 +24,18 @@ from ..codes.state import QuantState
 from ..layers.targets import Target, targets
 from ..scheme import QuantScheme
 from ..spec import QuantSpec
-from .calibration_text import CalibrationText
-from .error_report import KindError
 from .layer_rounding import Advance, Walk, take_values
-from .layer_storage import FileShelf, MemoryShelf, Shelf
 from .methods import RoundingMethod
-from .replay import Replay
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+REMEDIES = Remedies(
+    linear="add it to skip, or use method rtn, or mse without weighted",
+    layer="use method rtn or mse, which need no run",
+    overflow="Take an earlier checkpoint, or more bits",
+)
 
 
 @dataclass
@@ -103,7 +110,7 @@ def round_model(
         later = inside | {id(model.get_submodule(name).weight) for name in outer}
         take_values([parameter for parameter in model.parameters() if id(parameter) not in later], others)
     # 3. the walk; eval mode, because dropout would make calibration random
-    replay = Replay(model, layers, text.batches, device) if calibrates and text is not None else None
+    replay = Replay(model, layers, text.batches, device, REMEDIES) if calibrates and text is not None else None
     training = model.training
     model.eval()
     walk = Walk(model, specs, rounding, frozenset(sparse), shelf, replay, others, advance)

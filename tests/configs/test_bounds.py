@@ -14,6 +14,7 @@ from decoct.qat.scheme import SpecChange
 from decoct.trainer.settings import DataSettings
 from decoct.trainer.settings_generation import GenerateSettings
 from decoct.trainer.settings_pruning import MagnitudeSettings, PruneSettings, StructuredSettings
+from decoct.trainer.settings_sparsity import MovementSettings, SparseGptSettings, WandaSettings
 from decoct.trainer.settings_watching import EarlyStoppingSettings
 from decoct.trainer.stages.registry import STAGE_KINDS
 
@@ -25,7 +26,7 @@ LEAST: dict[type, dict[str, Any]] = {
     ServedSettings: {"url": "http://host/v1", "model": "m"},
     KeepSettings: {"layers": 2},
     StructuredSettings: {"ffn": 8, "layers": 2},
-    MagnitudeSettings: {"keep": 0.5},
+    **{method: {"keep": 0.5} for method in (MagnitudeSettings, WandaSettings, SparseGptSettings, MovementSettings)},
     EarlyStoppingSettings: {"patience": 1},
     PruneSettings: {"structured": StructuredSettings(ffn=8)},
     SpecChange: {"kind": "int"},

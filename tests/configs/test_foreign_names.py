@@ -12,8 +12,16 @@ from decoct.losses.settings import LossSettings
 from decoct.qat.spec import QuantSpec
 from decoct.trainer.settings_pruning import MagnitudeSettings
 from decoct.trainer.settings_quantization import QatSettings, QuantizeSettings
+from decoct.trainer.settings_sparsity import SparseGptSettings, WandaSettings
 
-HOMES = {**SECTIONS, "loss": LossSettings, "weights": QuantSpec, "magnitude": MagnitudeSettings}
+HOMES = {
+    **SECTIONS,
+    "loss": LossSettings,
+    "weights": QuantSpec,
+    "magnitude": MagnitudeSettings,
+    "wanda": WandaSettings,
+    "sparsegpt": SparseGptSettings,
+}
 SENTENCES = sorted(set(_BY_NAME.values()))
 
 

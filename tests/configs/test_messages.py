@@ -40,7 +40,7 @@ BROKEN = {
     ),
     "mistyped key that is required": (
         HEAD + "stages:\n  - prune:\n      magnitude: {kep: 0.7}\n",
-        "my.yaml:6: stages.0.prune.magnitude.kep: unknown key, did you mean 'keep'? valid here: keep, scope, update_every, heal",
+        "my.yaml:6: stages.0.prune.magnitude.kep: unknown key, did you mean 'keep'? valid here: keep, pattern, scope, update_every, heal",
     ),
     "mistyped key that alone is missing": (
         HEAD.replace("keep:", "kep:") + STAGES,
@@ -327,6 +327,52 @@ BROKEN = {
         HEAD + "stages:\n  - prune: {structured: {ffn: 64}, early_stopping: {patience: 2}}\n",
         "my.yaml:5: stages.0.prune.early_stopping: has no effect on a stage that takes no steps; give tokens or steps, or remove the key",
     ),
+    "a pattern the wrong way round": (
+        HEAD + "stages:\n  - prune: {magnitude: {pattern: '4:2'}}\n",
+        "my.yaml:5: stages.0.prune.magnitude.pattern: pattern='4:2' keeps 4 of 2 weights; the first number is what stays: write 2:4",
+    ),
+    "a pattern of three numbers": (
+        HEAD + "stages:\n  - prune: {wanda: {pattern: '2:3:4'}}\n",
+        "my.yaml:5: stages.0.prune.wanda.pattern: pattern='2:3:4' must be two whole numbers N:M, such as 2:4 (of each 4 consecutive "
+        "inputs, 2 weights stay)",
+    ),
+    "a share that contradicts the pattern": (
+        HEAD + "stages:\n  - prune: {sparsegpt: {keep: 0.3, pattern: '2:4'}}\n",
+        "my.yaml:5: stages.0.prune.sparsegpt.keep: keep=0.3 contradicts pattern=2:4, which keeps 0.5; leave keep out",
+    ),
+    "a share beyond the whole": (
+        HEAD + "stages:\n  - prune: {wanda: {keep: 1.5}}\n",
+        "my.yaml:5: stages.0.prune.wanda.keep: 1.5 is out of range; it must be greater than 0 and less than 1; it is the share of the "
+        "weights that stays",
+    ),
+    "neither a share nor a pattern": (
+        HEAD + "stages:\n  - prune: {wanda: {}}\n",
+        "my.yaml:5: stages.0.prune.wanda: needs 'keep', the share of the weights that stays, or 'pattern', such as 2:4",
+    ),
+    "two methods of pruning": (
+        HEAD + "stages:\n  - prune: {wanda: {keep: 0.5}, sparsegpt: {keep: 0.5}}\n",
+        "my.yaml:5: stages.0.prune: a prune stage needs exactly one of 'structured', 'magnitude', 'wanda', 'sparsegpt' and 'movement'; "
+        "given: ['wanda', 'sparsegpt']",
+    ),
+    "one shot with tokens": (
+        HEAD + "stages:\n  - prune: {wanda: {keep: 0.5}, tokens: 1M}\n",
+        "my.yaml:5: stages.0.prune: wanda pruning is one shot and takes no 'tokens' or 'steps'; add a distill stage after it, which keeps "
+        "the zeros",
+    ),
+    "movement without steps": (
+        HEAD + "stages:\n  - prune: {movement: {keep: 0.5}}\n",
+        "my.yaml:5: stages.0.prune: movement pruning scores weights by how training moves them; give 'tokens' or 'steps', such as "
+        "tokens: 10M",
+    ),
+    "movement without a gradient": (
+        NO_TEACHER + "stages:\n  - prune: {movement: {keep: 0.5}, steps: 9}\n",
+        "my.yaml:4: stages.0.prune.movement: movement scores weights by their gradients, and a student that learns from its own input "
+        "alone has none before its first weight is pruned; give the recipe a teacher, or loss: {hard_weight: 0.5}",
+    ),
+    "a pattern over the whole model": (
+        HEAD + "stages:\n  - prune: {magnitude: {pattern: '2:4', scope: global}}\n",
+        "my.yaml:5: stages.0.prune.magnitude.scope: scope=global has no effect with pattern, which chooses inside each group; leave it out",
+    ),
     "patience of another tool": (
         HEAD + "stages:\n  - distill: {tokens: 1M, early_stopping_patience: 3}\n",
         "my.yaml:5: stages.0.distill.early_stopping_patience: unknown key: it is 'early_stopping' of a stage that trains: {patience: 3, "
@@ -401,6 +447,8 @@ SEVERAL_KEYS = {
     "export of nothing quantized", "export after training undid the codes", "no text left to train on",
     "a key in the address of a served teacher", "text by a scratch teacher", "text by a student that is yet to be made",
     "text by no teacher", "conversations from the beginning of a document",
+    "a pattern the wrong way round", "a pattern of three numbers", "a share that contradicts the pattern", "neither a share nor a pattern",
+    "one shot with tokens", "movement without steps", "movement without a gradient", "a pattern over the whole model",
 }  # fmt: skip
 """What the JSON Schema does not find: most faults between keys, those of YAML itself, and of an address's parts."""
 

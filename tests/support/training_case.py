@@ -30,6 +30,7 @@ from decoct.trainer.loop.fit import FitResult, TrainingPlan, fit
 from decoct.trainer.loop.held_out import HeldOut, derive_watch
 from decoct.trainer.loop.hooks import KeepZeros, MaskHook, StepHook
 from decoct.trainer.loop.metrics import MetricsSink
+from decoct.trainer.loop.movement import MovementHook
 from decoct.trainer.loop.objective import Objective
 from decoct.trainer.loop.qat_schedule import QatSchedule
 from decoct.trainer.loop.start_rate import StartRate
@@ -37,6 +38,7 @@ from decoct.trainer.plan import BatchPlan
 from decoct.trainer.processes.world import current_world
 from decoct.trainer.settings_pruning import MagnitudeSettings
 from decoct.trainer.settings_quantization import QatSettings
+from decoct.trainer.settings_sparsity import MovementSettings
 from decoct.trainer.settings_watching import EarlyStoppingSettings
 
 VOCAB = 96
@@ -155,7 +157,8 @@ class Case:
     """What a test varies."""
 
     kind: str = "distill"
-    """distill, pretrain, prune (scheduled masks), sparse (kept zeros), qat (sparse and quantized) or learned (quantized, own scales)."""
+    """distill, pretrain, prune (scheduled masks), nm (of a pattern), movement (of scores), sparse (kept zeros), qat (sparse and quantized)
+    or learned (quantized, own scales)."""
     steps: int = 24
     windows: int = 8
     micro: int = 4
@@ -286,6 +289,10 @@ class Case:
         linears: dict[str, Any] = decoder_linears(student)  # pyright: ignore[reportArgumentType]
         if self.kind == "prune":
             hooks.append(MaskHook(list(linears), MagnitudeSettings(keep=0.4, update_every=3), self.steps))
+        if self.kind == "nm":
+            hooks.append(MaskHook(list(linears), MagnitudeSettings(pattern="2:4", update_every=3), self.steps))
+        if self.kind == "movement":
+            hooks.append(MovementHook(linears, MovementSettings(keep=0.4, update_every=3), self.steps))
         if self.kind in ("sparse", "qat"):
             hooks.append(KeepZeros(linears))
         if self.kind in QUANTIZED:

@@ -4,6 +4,7 @@ A hook is called once with the student and its optimizer, then before each step 
 after it. Its state is saved in every checkpoint; everything else that it uses must follow from the step number.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 
 from ...models.common.errors import UserError
 from ...models.pruning.magnitude import cubic_keep, stream_masks
+from ...models.pruning.pattern import Pattern
+from ...models.pruning.selection import magnitude_pattern_mask
 from ..checkpoints.optimizer_moments import zero_moments
 from ..processes.sharding import Rows, gathered, like, local, own_rows, parameter_of, whole
-from ..settings_pruning import MagnitudeSettings
+from ..settings_sparsity import MagnitudeSettings
 
 
 class StepHook(Protocol):
@@ -126,11 +129,13 @@ class KeepZeros:
 class MaskHook(KeepZeros):
     """Magnitude pruning on the cubic schedule of Zhu & Gupta 2017; masks only shrink.
 
+    With a pattern N:M the weights kept of each M fall one by one from M to N, as soon as the share of the schedule allows it.
+
     The masks are the whole state: the share follows from the step, and choosing the same share again among kept weights changes nothing.
 
     Args:
         modules: Names of the linear modules to prune.
-        settings: Share kept, scope, update interval and healing time.
+        settings: Share kept or pattern, scope, update interval and healing time.
         total_steps: Optimizer steps of the stage.
         tell: Called with (step, share kept) after each mask update.
     """
@@ -169,10 +174,17 @@ class MaskHook(KeepZeros):
 
     def reached(self, step: int) -> bool:
         """Whether the masks after ``step`` are as small as they get."""
-        return self.keep_at(step) <= self._settings.keep
+        return self.keep_at(step) <= self._settings.share
 
     def _shrink(self, keep: float) -> None:
-        """Chooses new masks on whole matrices, gathering one at a time, so that the choice does not depend on the sharding."""
+        """Chooses new masks, so that the choice does not depend on the sharding: in groups of a row, or on whole matrices, gathering one
+        at a time."""
+        if (final := self._settings.nm) is not None:
+            pattern = pattern_at(final, keep)
+            # a rank holds whole rows, and so whole groups: no communication
+            rows = {name: local(linear.weight) for name, linear in self._linears.items()}
+            self._set_masks({name: magnitude_pattern_mask(name, own, pattern, self.masks[name]) for name, own in rows.items()})
+            return
         # collective: all ranks go through the modules in the same order, and each computes the same masks
         masks = stream_masks(self._whole, self._modules, keep, self._settings.scope)
         self._set_masks({name: own_rows(mask, self._linears[name].weight) for name, mask in masks})
@@ -184,8 +196,14 @@ class MaskHook(KeepZeros):
 
     def keep_at(self, step: int) -> float:
         """Share of weights kept after step ``step``; at the last step it is always the target."""
-        settings = self._settings
-        return settings.keep if step >= self._total else cubic_keep(step, self._total, settings.keep, settings.heal, settings.update_every)
+        settings, share = self._settings, self._settings.share
+        return share if step >= self._total else cubic_keep(step, self._total, share, settings.heal, settings.update_every)
+
+
+def pattern_at(final: Pattern, keep: float) -> Pattern:
+    """The pattern on the way to ``final`` when the schedule keeps the share ``keep``: as many of each group as that, rounded up."""
+    # 1e-9, so that a product that is a whole number but for rounding does not count as one more
+    return Pattern(max(final.kept, math.ceil(keep * final.group - 1e-9)), final.group)
 
 
 def _linear(student: nn.Module, name: str) -> nn.Linear:

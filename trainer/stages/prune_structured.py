@@ -29,7 +29,7 @@ Row = dict[str, torch.Tensor]
 def prune_structured(settings: PruneSettings, context: StageContext) -> StageResult:
     """Score what can be cut on calibration text, cut the model to the best of it, and write it (rank 0)."""
     started = time.perf_counter()
-    assert settings.structured is not None
+    assert settings.structured is not None and settings.calibration_tokens is not None
     # its refusals, before the weights are read
     config = load_config(context.input, revision=context.input_revision)
     family = family_of(config)
@@ -78,6 +78,7 @@ def _repair_text(settings: PruneSettings, context: StageContext) -> tuple[list[R
 
     If the training text has no more windows, the last quarter of them judges.
     """
+    assert settings.calibration_tokens is not None
     train, seed, tokens = context.run.data.train, context.run.seed, settings.calibration_tokens
     fit = _rows(calibration_text(train, tokens, seed).batches)
     # a larger number of tokens keeps the same windows and adds more

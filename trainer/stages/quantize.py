@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...models.batches import check_packing
+from ...models.calibration.error_report import error_lines
 from ...models.common.errors import UserError
 from ...models.common.files import scratch_directory
 from ...models.folder.loading import load_model
@@ -19,13 +19,12 @@ from ...qat.codes.state import QUANT_FILE, QuantState
 from ...qat.layers.save_folder import STORED, round_unquantized
 from ...qat.layers.targets import targets
 from ...qat.ptq import CalibrationText, RoundedModel, amount_of_work, round_model
-from ...qat.ptq.error_report import error_lines
 from ...qat.spec import QuantSpec
 from ..evaluation.figures import exact_products
 from ..progress import token_progress
 from ..rounding_settings import rounding_of, wants_streaming
 from ..settings_quantization import QuantizeSettings, SchemeSettings
-from .calibration import calibration_text
+from .calibration import text_record, told_text
 from .context import StageContext, StageResult
 from .coverage import check_coverage, coverage_facts
 from .saving import stage_record
@@ -68,9 +67,9 @@ def rounding_record(settings: QuantizeSettings, text: CalibrationText | None, ro
     names = ("method", "scale", "damping", "activation_order", "weighted")
     record: dict[str, Any] = {name: value for name in names if (value := getattr(settings, name)) is not None}
     if text is not None:
-        record["calibration"] = {"tokens": text.tokens, "windows": _windows(text), "sha256": text.fingerprint()}
+        record["calibration"] = text_record(text)
     record["relative_error"] = {
-        kind: {"linears": error.linears, "rounded": error.relative, "to_nearest": error.relative_nearest}
+        kind: {"linears": error.linears, "rounded": error.relative, "to_nearest": error.relative_baseline}
         for kind, error in rounded.errors.items()
     }
     return {**record, "notes": rounded.notes}
@@ -112,27 +111,15 @@ def stage_text(settings: QuantizeSettings, context: StageContext, model: "PreTra
         UserError: GPTQ gets fewer tokens than the widest layer has inputs, or packed windows do not suit the model (``check_packing``).
     """
     assert settings.calibration_tokens is not None
-    if context.run.data.packed:
-        # GPTQ would otherwise calibrate on hidden states that mix documents
-        check_packing(model, f"{context.name}: the student")
-    text = calibration_text(context.run.data.train, settings.calibration_tokens, context.run.seed)
     widths = {name: target.module.weight.shape[1] for name, target in targets(model, settings.scheme).items()}
-    widest = max(widths, key=lambda name: widths[name])
-    inputs = widths[widest]
-    # with fewer tokens than inputs the Hessian X^T X is singular
-    if rounding_of(settings).needs == "hessian" and text.tokens < inputs:
-        raise UserError(
-            f"{context.name}: {text.tokens:,} tokens are too few to calibrate on: {widest} has {inputs:,} inputs, and method "
-            f"{settings.method} needs at least as many tokens (calibration_tokens={settings.calibration_tokens:,}, training text "
-            f"{context.run.data.train.tokens:,} tokens); raise calibration_tokens, give more text, or use method mse"
-        )
-    fewer = f", fewer than the {settings.calibration_tokens:,} requested" if text.tokens < settings.calibration_tokens else ""
-    context.say(f"  calibrates on {text.tokens:,} tokens in {_windows(text):,} windows{fewer} (sha256 {text.fingerprint()[:12]})")
-    return text
-
-
-def _windows(text: CalibrationText) -> int:
-    return sum(len(batch["input_ids"]) for batch in text.batches)
+    return told_text(
+        context,
+        model,
+        settings.calibration_tokens,
+        method=settings.method,
+        widths=widths if rounding_of(settings).needs == "hessian" else None,
+        otherwise="use method mse",
+    )
 
 
 def round_and_tell(

@@ -1,5 +1,7 @@
 """Writes the model folder of a stage, with the facts that the next stage and the report need."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,13 +36,22 @@ def stage_record(context: StageContext, facts: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def save_student(model: "PreTrainedModel", context: StageContext, facts: dict[str, Any]) -> None:
-    """Write ``model`` in the save dtype of the recipe (``trainer.save_dtype``)."""
-    run = context.run
-    save_model_folder(context.model, model, run.tokenizer, stage_record(context, facts), dtype=_DTYPES[run.trainer.save_dtype])
+def save_student(
+    model: "PreTrainedModel", context: StageContext, facts: dict[str, Any], check: Callable[[Path], None] | None = None
+) -> None:
+    """Write ``model`` in the save dtype of the recipe (``trainer.save_dtype``).
+
+    Args:
+        model: The model.
+        context: Context of the stage.
+        facts: Entries that the stage adds to decoct.json.
+        check: Called with the written files; if it raises, no folder is left.
+    """
+    run, record = context.run, stage_record(context, facts)
+    save_model_folder(context.model, model, run.tokenizer, record, dtype=_DTYPES[run.trainer.save_dtype], write_extra=check)
 
 
-def save_trained(trained: Trained, context: StageContext) -> StageResult:
-    """Write the student of a training stage as a model folder."""
-    save_student(trained.student, context, trained.facts)
+def save_trained(trained: Trained, context: StageContext, check: Callable[[Path], None] | None = None) -> StageResult:
+    """Write the student of a training stage as a model folder, with ``check`` as in ``save_student``."""
+    save_student(trained.student, context, trained.facts, check)
     return StageResult(model=context.model, tokens=trained.tokens, seconds=trained.seconds, facts=trained.watched())

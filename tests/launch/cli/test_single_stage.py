@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from decoct.configs import recipe_from_dict
 from decoct.launch.cli.app import app
 from decoct.launch.cli.single_stage import run_verb
 from decoct.launch.cli.stage_recipes import TextChoice, prune_settings, read_verb, verb_overrides, verb_recipe
@@ -127,6 +128,7 @@ def test_the_size_of_a_step_follows_from_tokens_window_and_devices(given: list[s
         ("prune", {"magnitude": {"keep": 0.5}, "tokens": "1M"}, None, [], "prune learns from the Python standard library"),
         ("prune", {"magnitude": {"keep": 0.5}}, None, ["steps=3"], "prune learns from the Python standard library"),
         ("prune", {"structured": {"ffn": 8}}, None, [], "prune scores channels on the Python standard library"),
+        ("prune", {"wanda": {"keep": 0.5}}, None, [], "prune calibrates on the Python standard library"),
         ("quantize", {"method": "rtn"}, None, [], ""),
         ("quantize", {"method": "gptq"}, None, [], "quantize calibrates on the Python standard library"),
         ("quantize", {}, None, ["stages.0.method=gptq"], "quantize calibrates on the Python standard library"),
@@ -156,6 +158,16 @@ def test_options_that_exclude_each_other_are_refused_by_name() -> None:
         prune_settings(None, None, "1M", "heads=2")
     with pytest.raises(UserError, match=r"exactly one of --ffn .*, --shape .* and --keep"):
         prune_settings(32, None, None, "heads=2")
+    with pytest.raises(UserError, match=r"exactly one of --ffn .* or --pattern"):
+        prune_settings(32, None, None, pattern="2:4")
+    with pytest.raises(UserError, match="--method chooses single weights and does not go with --ffn"):
+        prune_settings(32, None, None, method="wanda")
+    with pytest.raises(UserError, match="--method obs: there is no such method; give one of magnitude, wanda, sparsegpt, movement"):
+        prune_settings(None, "0.5", None, method="obs")
+    with pytest.raises(UserError, match="--method wanda is one shot and takes no --tokens; run `decoct distill` on the result"):
+        prune_settings(None, "0.5", "1M", method="wanda")
+    with pytest.raises(UserError, match="method movement scores weights by how training moves them; give tokens"):
+        prune_settings(None, "0.5", None, method="movement", in_python=True)
 
 
 def test_a_shape_is_read_from_text_and_from_a_mapping() -> None:
@@ -173,6 +185,23 @@ def test_a_shape_is_read_from_text_and_from_a_mapping() -> None:
             prune_settings(None, None, None, wrong)
     with pytest.raises(UserError, match=r"structured\.heads: 'two' is not a whole number|structured\.heads: must be a whole number"):
         read_verb("prune", "m", prune_settings(None, None, None, "heads=two"), TextChoice(["a.txt"], None, 64), None, ())
+
+
+@pytest.mark.parametrize(
+    ("given", "settings"),
+    [
+        ((None, "0.5", None), {"magnitude": {"keep": "0.5"}, "tokens": None}),
+        ((None, "0.5", None, None, "wanda"), {"wanda": {"keep": "0.5"}, "tokens": None}),
+        ((None, None, None, None, "sparsegpt", "2:4"), {"sparsegpt": {"pattern": "2:4"}, "tokens": None}),
+        ((None, None, "2M", None, None, "2:4"), {"magnitude": {"pattern": "2:4"}, "tokens": "2M"}),
+        ((None, "0.3", "2M", None, "movement"), {"movement": {"keep": "0.3"}, "tokens": "2M"}),
+    ],
+)
+def test_a_method_and_a_share_make_a_section(given: tuple[Any, ...], settings: dict[str, Any]) -> None:
+    rest = dict(zip(("method", "pattern"), given[4:]))
+    assert prune_settings(*given[:4], **rest) == settings
+    verb = verb_recipe("prune", "m", settings, TextChoice(["a.txt"], None, 64), "t")
+    assert recipe_from_dict(verb).stages[0].settings.method == next(iter(settings))
 
 
 @pytest.mark.parametrize(

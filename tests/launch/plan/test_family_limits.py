@@ -203,6 +203,51 @@ def test_shapes_that_a_family_does_not_take_are_refused_by_the_plan(tmp_path: Pa
     planned(tmp_path, "gpt2", {"prune": {"structured": {"heads": 2, "hidden": 16}}}, **_GPT2)
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_a_pattern_that_does_not_divide_is_refused_before_work(tmp_path: Path, method: str) -> None:
+    fields = {**_LLAMA, "intermediate_size": 66}
+    told = (
+        rf"^stages\.0\.prune\.{method}\.pattern 2:4: model\.layers\.0\.mlp\.down_proj has 66 inputs, which groups of 4 do not divide "
+        r"\(2 linears in all\); groups of 2 divide all inputs"
+    )
+    with pytest.raises(ImpossibleStageError, match=told):
+        planned(tmp_path, "llama", {"prune": {method: {"pattern": "2:4"}}}, **fields)
+    made = planned(tmp_path, "llama", {"prune": {method: {"pattern": "1:2"}}}, **fields)
+    assert made.stages[0].coverage == pytest.approx(1)
+
+
+def test_sparsegpt_needs_as_many_tokens_as_inputs(tmp_path: Path) -> None:
+    few = {"prune": {"sparsegpt": {"keep": 0.5}, "calibration_tokens": 33}}
+    told = r"stages\.0\.prune\.calibration_tokens: 64 tokens are too few for a matrix with 96 inputs; SparseGPT needs at least as many"
+    with pytest.raises(ImpossibleStageError, match=told):
+        planned(tmp_path, "llama", few, **{**_LLAMA, "intermediate_size": 96})
+    few["prune"]["wanda"] = few["prune"].pop("sparsegpt")
+    values = {value.key: value for value in planned(tmp_path, "llama", few, **_LLAMA).stages[0].values}
+    assert (values["stages.0.prune.calibration_tokens"].value, values["stages.0.prune.calibration_tokens"].origin) == (33, "recipe")
+    del few["prune"]["calibration_tokens"]
+    values = {value.key: value for value in planned(tmp_path, "llama", few, **_LLAMA).stages[0].values}
+    assert (values["stages.0.prune.calibration_tokens"].value, values["stages.0.prune.calibration_tokens"].origin) == (262_144, "default")
+
+
+def test_families_whose_linears_cannot_be_calibrated_are_pruned_by_magnitude(tmp_path: Path) -> None:
+    wide = {"hidden_size": 256, "num_hidden_layers": 2, "state_size": 4}
+    with pytest.raises(ImpossibleStageError, match=r"model type 'mamba': mixer\.dt_proj .* did not run.*; use prune\.magnitude \("):
+        planned(tmp_path, "mamba", {"prune": {"wanda": {"keep": 0.5}}}, **wide)
+    assert planned(tmp_path, "mamba", {"prune": {"magnitude": {"keep": 0.5}}}, **wide).stages
+
+
+def test_scores_and_what_they_prune_count_in_memory_and_checkpoints(tmp_path: Path) -> None:
+    sizes = []
+    for method in ("magnitude", "movement"):
+        asked = recipe(tmp_path, "llama", {"prune": {method: {"keep": 0.5}, "steps": 4, "loss": {"hard_weight": 0.5}}}, **_LLAMA)
+        training = plan(asked).stages[0].training
+        assert training is not None
+        sizes.append((training.memory.total, training.checkpoint_bytes))
+    # two fp32 numbers for each weight of the linears
+    weights = 2 * (4 * 32 * 32 + 3 * 32 * 64)
+    assert [now - before for before, now in zip(*sizes, strict=True)] == [8 * weights, 8 * weights]
+
+
 _LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 

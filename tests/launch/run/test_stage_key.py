@@ -11,8 +11,9 @@ from decoct.configs.own_parts import load_parts
 from decoct.launch.run.stage_key import stage_key
 from decoct.losses.settings import LossSettings
 from decoct.trainer.settings import DistillSettings, TrainerSettings
-from decoct.trainer.settings_pruning import PruneSettings, StructuredSettings
+from decoct.trainer.settings_pruning import MagnitudeSettings, PruneSettings, StructuredSettings
 from decoct.trainer.settings_quantization import QuantizeSettings
+from decoct.trainer.settings_sparsity import MovementSettings, SparseGptSettings, WandaSettings
 from decoct.trainer.settings_watching import EarlyStoppingSettings
 
 from ...support.own_parts import write_parts
@@ -28,6 +29,12 @@ BASE: dict[str, Any] = {
     "trainer": TrainerSettings(),
     "seed": 0,
 }
+KEYS_OF_BEFORE = [
+    "acb16f6c41290c25cc700acdcd4126e943123a4d5a424501c35f0e5a06cf1bc1",
+    "e5f189a7a1eb738759dafd5a02457c130d169060b7c0319c329909ec0677e28f",
+    "3c0f7c4d0a8b9e715a870aeb4d632325175237bdc0f3e9dcc213f90c15e8c87a",
+]
+"""Keys of prune stages: magnitude along a schedule, magnitude in one shot, channels."""
 
 
 @pytest.mark.parametrize(
@@ -72,6 +79,28 @@ def test_keys_of_before_there_were_other_axes_than_the_ffn_stay() -> None:
     )
     keys = {stage_key(**{**cut, "settings": PruneSettings(structured=StructuredSettings(**other))}) for other in others}
     assert len({told, *keys}) == 6
+
+
+def test_keys_of_before_there_were_other_methods_of_pruning_stay() -> None:
+    # made by the version before ``wanda``, ``sparsegpt``, ``movement`` and ``pattern``
+    base = {**BASE, "kind": "prune"}
+    whole = PruneSettings(magnitude=MagnitudeSettings(keep=0.7, scope="global"), calibration_tokens=512)
+    scheduled = PruneSettings(magnitude=MagnitudeSettings(keep=0.7), tokens=1000)
+    channels = PruneSettings(structured=StructuredSettings(ffn=64))
+    known = [stage_key(**{**base, "settings": settings}) for settings in (scheduled, whole, channels)]
+    assert known == KEYS_OF_BEFORE
+    others = [
+        PruneSettings(magnitude=MagnitudeSettings(pattern="2:4")),
+        PruneSettings(magnitude=MagnitudeSettings(pattern="1:4")),
+        PruneSettings(wanda=WandaSettings(pattern="2:4")),
+        PruneSettings(wanda=WandaSettings(keep=0.5)),
+        PruneSettings(wanda=WandaSettings(keep=0.5), calibration_tokens=512),
+        PruneSettings(sparsegpt=SparseGptSettings(keep=0.5)),
+        PruneSettings(sparsegpt=SparseGptSettings(keep=0.5, damping=0.1)),
+        PruneSettings(movement=MovementSettings(keep=0.5), tokens=1000),
+    ]
+    keys = {stage_key(**{**base, "settings": settings}) for settings in others}
+    assert len(keys | set(known)) == 11
 
 
 def test_when_a_stage_is_evaluated_counts_where_it_decides() -> None:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from decoct.models.calibration.factor import damping_steps, factorize
 from decoct.qat.fake_quant import dequantize, quantize
-from decoct.qat.ptq.gptq import damping_steps, factorize, gptq_codes, gptq_pass
+from decoct.qat.ptq.gptq import gptq_codes, gptq_pass
 from decoct.qat.spec import QuantSpec
 
 

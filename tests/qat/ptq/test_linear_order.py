@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from decoct.models.calibration.hessians import shared_inputs
+from decoct.models.calibration.linear_order import steps_of
+from decoct.models.calibration.replay import Replay
 from decoct.models.common.errors import UserError
 from decoct.models.families import decoder_layers
 from decoct.qat.ptq import round_model
-from decoct.qat.ptq.hessians import shared_inputs
-from decoct.qat.ptq.linear_order import steps_of
-from decoct.qat.ptq.replay import Replay
 
 from .test_walk import GPTQ, SPEC, STEPS, RandomModel, replay_of, text_of, windows
 
@@ -75,7 +75,7 @@ def test_inputs_too_wide_to_keep_are_worked_out_again(random_model: RandomModel,
     kept = round_model(random_model("llama"), SPEC, GPTQ, text=text)
     # of two layers on three batches: finding the order takes every linear once; then q, k, v, o, gate and up, and down of the first
     assert calls == [2 * 7 + 3 * (2 * 6 + 1)]
-    monkeypatch.setattr("decoct.qat.ptq.layer_rounding.KEPT_BYTES", 0)
+    monkeypatch.setattr("decoct.models.calibration.running_order.KEPT_BYTES", 0)
     calls[0] = 0
     assert round_model(random_model("llama"), SPEC, GPTQ, text=text).state.hash() == kept.state.hash()
     assert calls == [2 * 7 + 3 * (2 * 6 + 1 + 2)]  # gate and up of the first once more
@@ -98,7 +98,7 @@ def test_layers_that_do_not_run_every_linear_once_are_calibrated_in_one_pass(ran
         assert steps_of(replay, 0, layer, linears) is None
     rounded = round_model(model, SPEC, GPTQ, text=text)
     assert len(rounded.state.modules) == 14
-    assert all(error.error < error.nearest for error in rounded.errors.values())
+    assert all(error.error < error.baseline for error in rounded.errors.values())
 
 
 class AddsInPlace(nn.Module):

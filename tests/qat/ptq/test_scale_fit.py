@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from decoct.models.calibration.factor import Factor, factorize
 from decoct.qat.fake_quant import dequantize, quantize
 from decoct.qat.ptq import scale_fit as fit
-from decoct.qat.ptq.gptq import Factor, factorize, gptq_codes, gptq_pass
+from decoct.qat.ptq.gptq import gptq_codes, gptq_pass
 from decoct.qat.ptq.mse import FITTED_FACTORS, SearchedScales, searched_grid
 from decoct.qat.ptq.scale_fit import fitted_codes, fitted_scales
 from decoct.qat.spec import QuantSpec

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from decoct.models.calibration.factor import factorize
 from decoct.qat.fake_quant import dequantize, fake_quant
 from decoct.qat.fake_quant.ranges import range_grid
 from decoct.qat.ptq import mse
-from decoct.qat.ptq.gptq import factorize, gptq_codes
+from decoct.qat.ptq.gptq import gptq_codes
 from decoct.qat.ptq.methods import METHODS, Rounded, RoundingMethod, Stack
 from decoct.qat.ptq.mse import FACTORS, SearchedScales, searched_grid
 from decoct.qat.ptq.scale_fit import fitted_scales

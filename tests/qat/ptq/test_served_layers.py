@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from decoct.models.calibration.factor import factorize
 from decoct.models.common.errors import NonFiniteError, UserError
 from decoct.models.families import decoder_layers
 from decoct.models.folder.model_folder import save_model_folder
@@ -19,7 +20,7 @@ from decoct.qat.layers.as_stored import round_as_stored
 from decoct.qat.layers.input_hooks import round_inputs
 from decoct.qat.layers.quantized_model import fold, quantize_model
 from decoct.qat.ptq import CalibrationText, RoundedModel, RoundingMethod, amount_of_work, round_model
-from decoct.qat.ptq.gptq import factorize, gptq_codes
+from decoct.qat.ptq.gptq import gptq_codes
 from decoct.qat.spec import ActivationSpec, QuantSpec
 
 from .test_walk import STEPS

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from decoct.models.batches import backbone_inputs
+from decoct.models.calibration.error_report import SAMPLE, error_lines, linear_kind, sampled
+from decoct.models.calibration.factor import factorize
+from decoct.models.calibration.hessians import shared_inputs
+from decoct.models.calibration.replay import Replay
 from decoct.models.common.errors import NonFiniteError, UserError
 from decoct.models.families import decoder_layers
 from decoct.models.folder.model_folder import save_model_folder
@@ -19,11 +23,9 @@ from decoct.models.folder.streaming import empty_model
 from decoct.qat.fake_quant import dequantize, quantize
 from decoct.qat.layers.quantized_model import quantize_model
 from decoct.qat.ptq import CalibrationText, RoundedModel, RoundingMethod, amount_of_work, round_model
-from decoct.qat.ptq.error_report import SAMPLE, error_lines, linear_kind, sampled
-from decoct.qat.ptq.gptq import factorize, gptq_codes
-from decoct.qat.ptq.hessians import shared_inputs
+from decoct.qat.ptq.gptq import gptq_codes
 from decoct.qat.ptq.mse import searched_grid
-from decoct.qat.ptq.replay import Replay
+from decoct.qat.ptq.walk import REMEDIES
 from decoct.qat.scheme import QuantScheme, SpecChange
 from decoct.qat.spec import ActivationSpec, QuantSpec
 
@@ -116,14 +118,18 @@ def test_gptq_loses_less_than_mse_and_mse_less_than_rtn(random_model: RandomMode
         assert rounded.errors and not rounded.notes
     assert lost[2] < lost[1] < lost[0]
     for error in rounded.errors.values():
-        assert 0 < error.error < error.nearest < error.energy and error.linears == 2
+        assert 0 < error.error < error.baseline < error.energy and error.linears == 2
+    with pytest.warns(DeprecationWarning, match="is called relative_baseline"):
+        assert error.relative_nearest == error.relative_baseline
+    with pytest.warns(DeprecationWarning, match="is called baseline"):
+        assert error.nearest == error.baseline
 
 
 def replay_of(model: PreTrainedModel, text: CalibrationText) -> tuple[Replay, nn.Module, dict[str, nn.Linear]]:
     """Replay, first layer and its linears."""
     layers = decoder_layers(model)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("model.layers.0.")}
-    return Replay(model, layers, text.batches, torch.device("cpu")), layers[0], linears
+    return Replay(model, layers, text.batches, torch.device("cpu"), REMEDIES), layers[0], linears
 
 
 @torch.no_grad()
@@ -140,7 +146,7 @@ def test_linears_with_the_same_input_share_its_moments(random_model: RandomModel
 def test_layers_run_on_what_the_rounded_ones_before_give(random_model: RandomModel) -> None:
     model = random_model("llama")
     layers, batches = decoder_layers(model), text_of(windows(8)).batches
-    replay = Replay(model, layers, batches, torch.device("cpu"))
+    replay = Replay(model, layers, batches, torch.device("cpu"), REMEDIES)
     with torch.no_grad():
         replay.finish(0, lambda tokens: None)
         layers[1].get_submodule("mlp.up_proj").get_parameter("weight").mul_(2)
@@ -235,7 +241,7 @@ def test_mixed_lattices_from_files_are_as_from_memory(random_model: RandomModel,
     # values of 8 bits: GPTQ goes below nearest for linears, and the embedding is rounded before they are calibrated
     assert not torch.equal(expected.state.codes["model.layers.0.self_attn.q_proj"], alone.codes["model.layers.0.self_attn.q_proj"])
     assert expected.state.spec_of("model.layers.0.self_attn.k_proj").bits == 4
-    assert all(error.relative <= error.relative_nearest for error in expected.errors.values())
+    assert all(error.relative <= error.relative_baseline for error in expected.errors.values())
     assert next(iter(expected.errors)) == "model.embed_tokens"
 
 

@@ -128,7 +128,7 @@ def test_two_ranks_decide_as_one_and_resume_to_it(alone: Start, pair: Start, tmp
     _same_bits(two, again)
 
 
-@pytest.mark.parametrize("kind", ["distill", "prune", "qat", "learned", "lattices"])
+@pytest.mark.parametrize("kind", ["distill", "prune", "nm", "movement", "qat", "learned", "lattices"])
 def test_ddp_and_fsdp2_give_the_curve_of_one_process(alone: Start, pair: Start, tmp_path: Path, kind: str) -> None:
     common = [kind, "steps=20", "windows=8", "dropout=0.0", "every=100"]
     alone(tmp_path / "one", *common, "micro=4")
@@ -155,7 +155,7 @@ def test_ddp_and_fsdp2_give_the_curve_of_one_process(alone: Start, pair: Start, 
             # are rounded too, and keys and values to fp8, jumps reach every weight
             limit = {"learned": 5e-5, "lattices": 1e-4}.get(kind, 1e-6)
             assert (tensor - expected_weights[name]).abs().median() < limit, (strategy, name)
-            if kind == "prune":
+            if kind in ("prune", "nm", "movement"):
                 assert (tensor == 0).float().mean() == (expected_weights[name] == 0).float().mean(), (strategy, name)
         if kind == "learned":
             kept, expected = _ranges(work), _ranges(tmp_path / "one")

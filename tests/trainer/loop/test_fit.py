@@ -52,7 +52,7 @@ def test_a_stage_trains_to_its_last_step(training: ModuleType, tmp_path: Path) -
     assert [path.name for path in (tmp_path / "stage").iterdir()] == ["checkpoints"]
 
 
-@pytest.mark.parametrize("kind", ["distill", "prune", "sparse", "qat"])
+@pytest.mark.parametrize("kind", ["distill", "prune", "movement", "sparse", "qat"])
 def test_a_finished_stage_gives_its_result_at_once(training: ModuleType, tmp_path: Path, kind: str) -> None:
     case = training.Case(kind=kind, steps=6)
     first, student = training.run_case(case, tmp_path)

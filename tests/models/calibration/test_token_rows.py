@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from decoct.qat.layers.token_rows import token_rows
+from decoct.models.calibration.token_rows import token_rows
 
 X = torch.arange(2 * 3 * 4, dtype=torch.float32).reshape(2, 3, 4)
 TEXT = torch.tensor([[True, True, False], [True, False, False]])

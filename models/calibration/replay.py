@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...models.batches import backbone_inputs
-from ...models.common.errors import UserError
+from ..batches import backbone_inputs
+from ..common.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,6 +25,18 @@ Advance = Callable[[int], None]
 
 class Enough(Exception):  # noqa: N818 - not an error: it ends a forward pass early
     """Ends a forward pass after the requested layer, or inside it when a hook has seen all inputs it needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedies:
+    """What a user can do where a model cannot be calibrated, as ends of sentences. The method that calibrates knows them."""
+
+    linear: str
+    """A linear has no inputs that could be measured."""
+    layer: str
+    """A decoder layer does not run."""
+    overflow: str
+    """Inputs are not finite."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +67,13 @@ class Replay:
         layers: Its decoder layers, in order.
         batches: As ``backbone_inputs`` takes them, with ``attention_mask`` where there is padding.
         device: Device of the computation.
+        remedies: What to do where that is impossible.
     """
 
-    def __init__(self, model: "PreTrainedModel", layers: Sequence[nn.Module], batches: Sequence[Batch], device: torch.device) -> None:
+    def __init__(
+        self, model: "PreTrainedModel", layers: Sequence[nn.Module], batches: Sequence[Batch], device: torch.device, remedies: Remedies
+    ) -> None:
+        self.remedies = remedies
         self._model, self._backbone = model, model.base_model
         self._layers, self._batches, self._device = layers, batches, device
         self._hidden: list[Tensor | None] = [None] * len(batches)
@@ -131,7 +147,7 @@ class Replay:
         finally:
             for handle in handles:
                 handle.remove()
-        raise UserError(f"decoder layer {index} of {type(self._backbone).__name__} did not run; use method rtn or mse, which need no run")
+        raise UserError(f"decoder layer {index} of {type(self._backbone).__name__} did not run; {self.remedies.layer}")
 
     def _short_forwards(self, number: int) -> list[tuple[nn.Module, Callable[..., Any]]]:
         return [(known.part.module, partial(self._short, known, number)) for known in self._shortened]

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.token_rows import linear_input, token_rows
 from .replay import Part, Replay
+from .token_rows import linear_input, token_rows
 
 _TOKENS = 16
 """Length of the window on which a layer is examined: the order does not depend on it."""

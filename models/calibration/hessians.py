@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...models.common.errors import NonFiniteError, UserError
-from ..layers.token_rows import linear_input, token_rows
-from .replay import Advance, Enough, Replay
+from ..common.errors import NonFiniteError, UserError
+from .replay import Advance, Enough, Remedies, Replay
+from .token_rows import linear_input, token_rows
 
 _BLOCK = 256  # columns of x x^T per product: x x^T is symmetric, so blocks left of the diagonal are copied, not computed
 
@@ -43,7 +43,7 @@ def shared_inputs(
         UserError: a linear does not run, or reads something other than one vector per token.
         NonFiniteError: an input is NaN or infinite.
     """
-    sums = _Sums(whole, once)
+    sums = _Sums(whole, once, replay.remedies)
     tokens = 0
     for number, kept in replay.batches():
         # the first batch shows which linears share an input; afterwards one of each group is watched
@@ -69,8 +69,8 @@ def shared_inputs(
 class _Sums:
     """The sums while batches run. ``whole`` and ``once`` as for ``shared_inputs``."""
 
-    def __init__(self, whole: bool, once: bool) -> None:
-        self.whole, self._once = whole, once
+    def __init__(self, whole: bool, once: bool, remedies: Remedies) -> None:
+        self.whole, self._once, self._remedies = whole, once, remedies
         self.shared: list[SharedInput] = []
         self.seen: list[tuple[Tensor, SharedInput]] = []
         """Inputs of the current batch. They are kept alive because a new tensor could otherwise get the identity of a freed one."""
@@ -120,10 +120,7 @@ class _Sums:
             if rows is None:
                 part = given.ndim == 3 and given.shape[0] == self.shape[0]
                 what = f"{given.shape[1]} of {self.shape[1]} tokens at a time" if part else f"a tensor of shape {tuple(given.shape)}"
-                raise UserError(
-                    f"{name} reads {what}, not one vector per token, and cannot be calibrated; "
-                    "add it to skip, or use method rtn, or mse without weighted"
-                )
+                raise UserError(f"{name} reads {what}, not one vector per token, and cannot be calibrated; {self._remedies.linear}")
             rows = rows.to(torch.float32)
             if self.whole:
                 # only the blocks on and right of the diagonal; ``result`` mirrors them
@@ -140,7 +137,7 @@ class _Sums:
         if idle := [name for name in linears if name not in ran]:
             raise UserError(
                 f"{idle[0]} ({len(idle)} in all) did not run on the calibration text, so nothing is known of its inputs; "
-                "add it to skip, or use method rtn, or mse without weighted"
+                f"{self._remedies.linear}"
             )
         for shared in self.shared:
             # H = 2/N sum x x^T, the Hessian of the mean squared output error
@@ -152,7 +149,7 @@ class _Sums:
             # |x_i x_j| is at most the larger of x_i^2 and x_j^2, so the diagonal overflows first and is enough to check
             if not bool(torch.isfinite(diagonal).all()):
                 raise NonFiniteError(
-                    f"the inputs of {shared.names[0]} are NaN, infinite or too large to square on the calibration text; the model or a "
-                    "layer that is already rounded overflows. Take an earlier checkpoint, or more bits"
+                    f"the inputs of {shared.names[0]} are NaN, infinite or too large to square on the calibration text; the model, or "
+                    f"what was made of a layer before, overflows. {self._remedies.overflow}"
                 )
         return self.shared

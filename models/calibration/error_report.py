@@ -1,5 +1,6 @@
-"""Reports the rounding error by kind of linear, next to that of rounding to nearest, so that a method that gains nothing is visible."""
+"""Reports the output error by kind of linear, next to that of a simple method, so that a method that gains nothing is visible."""
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,8 +21,8 @@ class KindError:
     """Sum of w H w^T over rows w; H is the identity when nothing is known of the inputs."""
     error: float = 0.0
     """The same sum for w - q."""
-    nearest: float = 0.0
-    """The same sum for w - q, with q rounded to nearest with absmax scales."""
+    baseline: float = 0.0
+    """The same sum for the simple method: rounding to nearest with absmax scales, or pruning by magnitude."""
 
     @property
     def relative(self) -> float:
@@ -29,9 +30,29 @@ class KindError:
         return self.error / self.energy if self.energy else 0.0
 
     @property
+    def relative_baseline(self) -> float:
+        """``baseline`` divided by ``energy``."""
+        return self.baseline / self.energy if self.energy else 0.0
+
+    @property
+    def nearest(self) -> float:
+        """The earlier name of ``baseline``."""
+        warnings.warn("KindError.nearest is called baseline", DeprecationWarning, stacklevel=2)
+        return self.baseline
+
+    @property
     def relative_nearest(self) -> float:
-        """``nearest`` divided by ``energy``."""
-        return self.nearest / self.energy if self.energy else 0.0
+        """The earlier name of ``relative_baseline``."""
+        warnings.warn("KindError.relative_nearest is called relative_baseline", DeprecationWarning, stacklevel=2)
+        return self.relative_baseline
+
+    def add(self, weight: Tensor, result: Tensor, baseline: Tensor, moments: Tensor | None) -> None:
+        """Adds one linear: its weight [out, in], what became of it, and what the simple method would have made of it."""
+        rows = sampled(len(weight))
+        self.linears += 1
+        self.energy += float(row_energy(weight[rows], moments).sum())
+        self.error += float(row_energy(weight[rows] - result[rows], moments).sum())
+        self.baseline += float(row_energy(weight[rows] - baseline[rows], moments).sum())
 
 
 def sampled(rows: int) -> slice:
@@ -65,10 +86,10 @@ def linear_kind(module: str) -> str:
     return ".".join(parts[last + 1 :])
 
 
-def error_lines(errors: dict[str, KindError], known_inputs: bool) -> Iterable[str]:
-    """Yields one line per kind: its relative error and that of rounding to nearest."""
+def error_lines(errors: dict[str, KindError], known_inputs: bool, baseline: str = "to nearest") -> Iterable[str]:
+    """Yields one line per kind: its relative error and that of the simple method, which ``baseline`` names."""
     what = "output" if known_inputs else "weight"
     width = max((len(kind) for kind in errors), default=0)
     for kind, error in errors.items():
-        better = f", {error.relative_nearest:.2e} to nearest" if error.nearest != error.error else ""
+        better = f", {error.relative_baseline:.2e} {baseline}" if error.baseline != error.error else ""
         yield f"{kind:<{width}}  squared {what} error {error.relative:.2e} of the whole{better}"

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...models.folder.safetensors_write import write_safetensors
-from ...models.folder.streaming import fill, materialize_buffers, parameter_places, place, register, trim_host
-from ...models.folder.weights import WeightFiles
+from ..folder.safetensors_write import write_safetensors
+from ..folder.streaming import fill, materialize_buffers, parameter_places, place, register, trim_host
+from ..folder.weights import WeightFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
