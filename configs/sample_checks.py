@@ -39,8 +39,8 @@ def check_samples(entry: StageEntry, draft: Draft, problems: Problems) -> None:
     if draft.trainer and draft.trainer.strategy in ("fsdp2", "hsdp"):
         problems.add(
             ("trainer", "strategy"),
-            f"is {draft.trainer.strategy}, and {entry.name} draws samples with the whole student on each rank, each rank its own number of tokens; set it to "
-            "ddp (or auto), or remove samples",
+            f"is {draft.trainer.strategy}, and {entry.name} draws samples with the whole student on each rank, each rank its own "
+            "number of tokens; set it to ddp (or auto), or remove samples",
         )
     if draft.trainer and draft.trainer.compile:
         problems.add(

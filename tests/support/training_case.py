@@ -33,14 +33,14 @@ from decoct.trainer.loop.metrics import MetricsSink
 from decoct.trainer.loop.movement import MovementHook
 from decoct.trainer.loop.objective import Objective
 from decoct.trainer.loop.qat_schedule import QatSchedule
-from decoct.trainer.loop.start_rate import StartRate
 from decoct.trainer.loop.samples import Samples, Writers
+from decoct.trainer.loop.start_rate import StartRate
 from decoct.trainer.plan import BatchPlan
 from decoct.trainer.processes.world import current_world
 from decoct.trainer.settings_pruning import MagnitudeSettings
 from decoct.trainer.settings_quantization import QatSettings
-from decoct.trainer.settings_sparsity import MovementSettings
 from decoct.trainer.settings_samples import SamplesSettings
+from decoct.trainer.settings_sparsity import MovementSettings
 from decoct.trainer.settings_watching import EarlyStoppingSettings
 
 VOCAB = 96

@@ -32,8 +32,8 @@ from .module import Objectivelike, TrainingModule
 from .optimizer import build_optimizer
 from .placed_student import Placed
 from .resuming import Say, best_checkpoint, open_checkpoints
-from .saving_callback import SavingCallback
 from .samples import Samples
+from .saving_callback import SavingCallback
 from .signals import StopSignals
 from .standing import best_words, facts, standing_from
 

@@ -180,59 +180,67 @@ class Samples:
     def _drawn(self, module: TrainingModule, base: int, forward_context: AbstractContextManager[None], world: World) -> dict[str, Any]:
         """Draws the samples of a refresh, each rank its part; the first rank stores them."""
         began = time.perf_counter()
-        rows, left_out = self._own_rows(module, base, forward_context, world)
+        own, again = self._places(base, world)
+        rows, left_out = self._own_rows(module, own, forward_context)
         mine = {"rows": [row.plain() for row in rows], "left_out": left_out, "seconds": time.perf_counter() - began}
         parts = [json.loads(part) for part in gather_bytes(json.dumps(mine).encode())]
+        every = [row_from(plain) for part in parts for plain in part["rows"]]
+        # of all ranks: a window of this rank may have been written on another one, in an earlier epoch or in this refresh
+        known = self._known | {row.window: row.samples for row in every if row.writer == "teacher"}
+        every += [SampleRow(position, window, "teacher", False, known[window]) for position, window in again if window in known]
         content = {
             "step": base,
             "key": self._key,
             "seconds": max(part["seconds"] for part in parts),
-            "left_out": sum(part["left_out"] for part in parts),
-            "rows": sorted(itertools.chain.from_iterable(part["rows"] for part in parts)),
+            "left_out": sum(part["left_out"] for part in parts) + sum(window not in known for _, window in again),
+            "rows": [row.plain() for row in sorted(every, key=lambda row: row.position)],
         }
         if world.is_first:
             write_samples(self._folder, base, content)
             self._drop_old()
         return content
 
+    def _places(self, base: int, world: World) -> tuple[dict[int, tuple[int, str]], list[tuple[int, int]]]:
+        """Where the samples of a refresh stand.
+
+        Returns:
+            (position in the stream -> (window, writer) of those that this rank draws, (position, window) of those that the teacher
+            draws or has drawn at another place, on all ranks).
+        """
+        plan = self._plan
+        whole, end = plan.batch.global_windows, min(base + self.settings.refresh, plan.total_steps)
+        order = StepBatches(
+            self._windows, global_batch=whole, micro_batch=whole, rank=0, world=1, seed=plan.seed, start_step=base, total_steps=end
+        )
+        own: dict[int, tuple[int, str]] = {}
+        again: list[tuple[int, int]] = []
+        seen = set(self._known)
+        for position, window in enumerate(itertools.chain.from_iterable(order), base * whole):
+            writer = self.writer_at(position)
+            if writer == "teacher" and window in seen:
+                again.append((position, window))
+            elif writer is not None and position % whole // (whole // world.size) == world.rank:
+                own[position] = (window, writer)
+            if writer == "teacher":
+                seen.add(window)
+        return own, again
+
     def _own_rows(
-        self, module: TrainingModule, base: int, forward_context: AbstractContextManager[None], world: World
+        self, module: TrainingModule, own: dict[int, tuple[int, str]], forward_context: AbstractContextManager[None]
     ) -> tuple[list[SampleRow], int]:
-        """(this rank's rows of a refresh, windows that stay as they are because they have no prompt)."""
-        prompts: dict[int, list[list[int]]] = {}
-        rows: list[SampleRow] = []
-        left_out = 0
-        chosen = [(position, window, writer) for position, window in self._places(base, world) if (writer := self.writer_at(position))]
-        planned: dict[int, tuple[int, str]] = {}
-        for position, window, writer in chosen:
-            if writer == "teacher" and window in self._known:
-                rows.append(SampleRow(position, window, writer, False, self._known[window]))
-            elif found := self._prompts(window):
-                prompts[position], planned[position] = found, (window, writer)
-            else:
-                left_out += 1
+        """(the rows that this rank draws, windows that stay as they are because they have no prompt)."""
+        found = {position: prompts for position, (window, _) in own.items() if (prompts := self._prompts(window))}
+        planned = {position: own[position] for position in found}
         texts = {
-            **self._written("student", module.student, prompts, planned, forward_context),
-            **self._written("teacher", self._writers.teacher, prompts, planned, None),
+            **self._written("student", module.student, found, planned, forward_context),
+            **self._written("teacher", self._writers.teacher, found, planned, None),
         }
         for hook in module.hooks:
             # ranges of static scales must come from the text of the steps alone, each seen once
             if isinstance(hook, Watcher):
                 hook.forget_seen()
-        for position, (window, writer) in planned.items():
-            rows.append(SampleRow(position, window, writer, True, tuple(texts[position])))
-        return rows, left_out
-
-    def _places(self, base: int, world: World) -> list[tuple[int, int]]:
-        """(position in the stream, window) of all windows that this rank takes in a refresh."""
-        plan = self._plan
-        whole, share = plan.batch.global_windows, plan.batch.global_windows // world.size
-        order = StepBatches(
-            self._windows, global_batch=whole, micro_batch=share, rank=world.rank, world=world.size, seed=plan.seed,
-            start_step=base, total_steps=min(base + self.settings.refresh, plan.total_steps),
-        )  # fmt: skip
-        first = (base * whole + world.rank * share + number * whole for number in itertools.count())
-        return [place for at, windows in zip(first, order) for place in enumerate(windows, at)]
+        rows = [SampleRow(position, window, writer, True, tuple(texts[position])) for position, (window, writer) in planned.items()]
+        return rows, len(own) - len(planned)
 
     def _written(
         self,
