@@ -43,8 +43,8 @@ def test_samples_are_told_with_the_kl_on_the_students_own_text(report: dict[str,
     drawn = {"from": "student", "samples": 4800, "mean_length": 87.4, "cut": 0.4, "own_kl": 0.0412, "given_kl": 0.0398}
     report["stages"][2]["samples"] = drawn
     sentence = (
-        "01-distill trained on 4,800 samples of the student: 87 tokens on average, 40.0% cut at the limit; in the last quarter of the steps "
-        "KL 0.0412 on the student's own text, 0.0398 on other text"
+        "01-distill trained on 4,800 samples of the student: 87 tokens on average, 40.0% cut at the limit; in the last quarter of the "
+        "steps KL 0.0412 on the student's own text, 0.0398 on other text"
     )
     assert sample_sentences(report) == [sentence]
     assert f"- {sentence}.\n" in markdown_report(report)

@@ -128,7 +128,6 @@ def test_two_ranks_decide_as_one_and_resume_to_it(alone: Start, pair: Start, tmp
     _same_bits(two, again)
 
 
-@pytest.mark.parametrize("kind", ["distill", "prune", "nm", "movement", "qat", "learned", "lattices"])
 def test_two_ranks_sample_as_one_and_resume_to_it(alone: Start, pair: Start, tmp_path: Path) -> None:
     """Each rank draws its part. One rank goes on with the samples that two have drawn."""
     common = ["distill", "windows=8", "dropout=0.0", "every=4", "samples=mix", "refresh=3"]
@@ -147,7 +146,7 @@ def test_two_ranks_sample_as_one_and_resume_to_it(alone: Start, pair: Start, tmp
     assert max(_differences(one, two, "own_kl")) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["distill", "prune", "qat", "learned", "lattices"])
+@pytest.mark.parametrize("kind", ["distill", "prune", "nm", "movement", "qat", "learned", "lattices"])
 def test_ddp_and_fsdp2_give_the_curve_of_one_process(alone: Start, pair: Start, tmp_path: Path, kind: str) -> None:
     common = [kind, "steps=20", "windows=8", "dropout=0.0", "every=100"]
     alone(tmp_path / "one", *common, "micro=4")
