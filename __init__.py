@@ -14,6 +14,7 @@ its ``__post_init__``; a rule about several sections or stages belongs in ``conf
 
 import ast
 import importlib
+import keyword
 import sys
 import types
 from collections.abc import Callable
@@ -122,11 +123,21 @@ Count = Annotated[int, Bounds(ge=1)]
 """A number of things."""
 
 
+def recipe_key(field: str) -> str:
+    """The key of a recipe for a field: without the underscore behind a word that Python keeps for itself (``from_``)."""
+    return field.removesuffix("_")
+
+
+def field_of(key: str) -> str:
+    """The field of a settings dataclass for a key of a recipe: the other way round."""
+    return f"{key}_" if keyword.iskeyword(key) else key
+
+
 @cache
 def types_of(settings: type) -> dict[str, Any]:
     """Key -> type of a settings dataclass, metadata included, in the order of its fields."""
     hints = get_type_hints(settings, include_extras=True)
-    return {entry.name: hints[entry.name] for entry in fields(settings)}
+    return {recipe_key(entry.name): hints[entry.name] for entry in fields(settings)}
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
@@ -209,7 +220,7 @@ def check_fields(settings: Any) -> None:
     if "torch" in sys.modules and sys.modules["torch"].compiler.is_compiling():
         return
     for name, rule in _rules(type(settings)).items():
-        value = getattr(settings, name)
+        value = getattr(settings, field_of(name))
         for item in value if rule.many and isinstance(value, tuple) else (value,):
             if fault := rule.fault(item):
                 raise ValueError(f"{name}={item!r} {fault}")

@@ -12,6 +12,7 @@ from ..trainer.stage_plan import NOTHING_MOVES, learns_from, moves_nothing, read
 from .draft import Draft, key_path
 from .problems import Problems
 from .recipe import StageEntry
+from .sample_checks import check_samples
 from .width_checks import check_widths, known_numbers
 
 _QUANTIZERS = ("qat", "quantize")
@@ -27,6 +28,7 @@ def check_draft(draft: Draft, problems: Problems) -> None:
             _check_budget(entry, problems)
             _check_stage_teacher(entry, draft, problems)
             _check_watched(entry, draft, problems)
+            check_samples(entry, draft, problems)
     _check_parts(draft, problems)
     _check_batch(draft, problems)
     check_widths(draft, problems)

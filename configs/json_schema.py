@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, get_args, get_origin
 
-from .. import alternatives, bounds_of, choices, types_of
+from .. import alternatives, bounds_of, choices, recipe_key, types_of
 from ..trainer.settings_own import CallbackSettings
 from ..trainer.stages.registry import STAGE_KINDS
 from .field_docs import class_doc, field_docs
@@ -160,8 +160,8 @@ def _reference(settings: type, definitions: dict[str, Any], kind: str | None = N
                 "pattern": f"^(?![0-9]+$)({NAME_PATTERN})$",
                 "not": {"enum": others},
             }
-        properties |= {entry.name: _property(settings, entry, definitions) for entry in fields(settings)}
-        required = [entry.name for entry in fields(settings) if _required(entry)]
+        properties |= {recipe_key(entry.name): _property(settings, entry, definitions) for entry in fields(settings)}
+        required = [recipe_key(entry.name) for entry in fields(settings) if _required(entry)]
         definitions[name] = {
             "description": class_doc(settings),
             "type": "object",
@@ -211,7 +211,7 @@ def _required(entry: Any) -> bool:
 
 def _property(settings: type, entry: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of one key: its description, what it takes, and its default."""
-    made = _value(types_of(settings)[entry.name], definitions)
+    made = _value(types_of(settings)[recipe_key(entry.name)], definitions)
     if not _required(entry):
         made = _or_null(made)
     # a default of None is left out: the description says what happens without the key

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
-from .. import Bounds
+from .. import Bounds, recipe_key
 from ..models.settings import StudentSettings, TeacherSettings
 from ..trainer.settings import DataSettings, LoggerSettings, TrainerSettings
 from .own_parts import PartsFile
@@ -84,7 +84,12 @@ def resolved(recipe: Recipe, imports: Sequence[str] | None = None) -> dict[str, 
 def _plain_stage(entry: StageEntry) -> dict[str, Any]:
     # the label is not a field of the settings, and is written only where it was given
     name = {} if entry.label == entry.kind else {"name": entry.label}
-    return {entry.kind: {**name, **_plain(asdict(entry.settings))}}
+    return {entry.kind: {**name, **_plain(asdict(entry.settings, dict_factory=_keyed))}}
+
+
+def _keyed(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the fields of a settings dataclass under the keys of recipes."""
+    return {recipe_key(field): value for field, value in pairs}
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 from decimal import Decimal
 from typing import Any, Literal, get_args, get_origin
 
-from .. import alternatives, choices
+from .. import alternatives, choices, recipe_key
 from .nodes import Scalar, is_null
 
 _NUMBER = re.compile(r"([+-]?)([0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]([+-]?[0-9]{1,3}))?([kMB%]?)")
@@ -108,7 +108,7 @@ def _describe(option: Any) -> str:
             return f"a list of {_plural(inner[0])}"
         return f"a list of {len(inner)} {_plural(inner[0])}"
     if is_dataclass(option):
-        return f"a section with keys {', '.join(entry.name for entry in fields(option))}"
+        return f"a section with keys {', '.join(recipe_key(entry.name) for entry in fields(option))}"
     if get_origin(option) is dict:
         return "a section of keys and values"
     simple = {int: "a whole number (64, 500k, 2M)", float: "a number (0.1, 1e-4, 5%)", bool: "true or false", str: "text"}

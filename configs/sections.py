@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_origin
 
-from .. import alternatives, bounds_of, choices, types_of
+from .. import alternatives, bounds_of, choices, field_of, recipe_key, types_of
 from ..models.settings import CacheSettings
 from ..trainer.settings import DataSettings, LoggerSettings, TrainerSettings, TrainingBlock
 from ..trainer.settings_own import CallbackSettings
@@ -158,7 +158,7 @@ class _Walk:
             # a key without a value keeps its default: `- export:` is a stage with default settings
             elif not is_null(entry.node):
                 found[key] = self.value(entry.node, known[key], (*path, key))
-        missing = [entry.name for entry in fields(section) if _required(entry) and entry.name not in found]
+        missing = [key for entry in fields(section) if _required(entry) and (key := recipe_key(entry.name)) not in found]
         for key in missing:
             if not self._problems.excused((*path, key)):
                 self._problems.add(path, f"needs the key '{key}': {described_type(known[key])}")
@@ -195,7 +195,7 @@ class _Walk:
         """Return the dataclass, or report the problem that its own checks find."""
         try:
             # only ValueError: the checks of the dataclasses raise it for what a user gave, anything else is a fault of decoct's
-            return section(**found)
+            return section(**{field_of(key): value for key, value in found.items()})
         except ValueError as error:
             message = str(error)
             # 'group_size=7 does not ...' is reported at the line of group_size

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from decoct import alternatives, bounds_of, choices, types_of
+from decoct import alternatives, bounds_of, choices, recipe_key, types_of
 from decoct.configs.field_docs import class_doc, field_docs
 from decoct.configs.json_schema import schema_text
 from decoct.configs.reading import KEYS, REQUIRED
@@ -113,15 +113,16 @@ def _settings(
     prefix = f"{title}." if inner is None else inner
     below: dict[type, list[str]] = {}
     for entry in shown:
-        if section := _section(types[entry.name]):
+        if section := _section(types[recipe_key(entry.name)]):
             below.setdefault(section, []).append(f"{prefix}{entry.name}" + (".PATTERN" if _type(types[entry.name]) == FREE else ""))
     titles = {section: ", ".join(places) for section, places in below.items()}
     yield f"{level} {title}\n\n{about or class_doc(settings)}\n\n"
     if shown:
         yield HEADER
     for entry in shown:
-        section = _section(types[entry.name])
-        yield _row(entry.name, types[entry.name], entry, docs[entry.name], link=titles[section] if section else "")
+        key = recipe_key(entry.name)
+        section = _section(types[key])
+        yield _row(key, types[key], entry, docs[entry.name], link=titles[section] if section else "")
     yield "\n" if shown else ""
     for section, place in titles.items():
         yield from _settings(place, section, f"{level}#", inner=f"{below[section][0]}.")

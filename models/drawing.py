@@ -40,7 +40,32 @@ def drawn_texts(
     seed: int,
     on_step: Callable[[int], None] = lambda rows: None,
 ) -> list[tuple[list[int], bool]]:
-    """(own ids without the end token, whether the model ended by itself) for each prompt.
+    """(own ids without the end token, whether the model ended by itself) for each prompt; see ``drawn_ids``.
+
+    Args:
+        model, prompts, drawing, on_step: As for ``drawn_ids``.
+        seed: Decides the random numbers of all texts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    # fp64: as fine as the cumulated probabilities; on the CPU, so that the numbers are the same for every device
+    chances = torch.rand(len(prompts), drawing.max_new_tokens, generator=generator, dtype=torch.float64)
+    return [up_to_end(ids, drawing.ends) for ids in drawn_ids(model, prompts, drawing, chances, on_step)]
+
+
+def own_chances(seeds: Sequence[int], count: int) -> Tensor:
+    """fp64 [N, count] in [0, 1): random numbers of which each row depends on its own seed alone, whatever rows are beside it."""
+    rows = [torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
+    return torch.stack(rows) if rows else torch.empty(0, count, dtype=torch.float64)
+
+
+def drawn_ids(
+    model: "PreTrainedModel",
+    prompts: Sequence[Sequence[int]],
+    drawing: Drawing,
+    chances: Tensor,
+    on_step: Callable[[int], None] = lambda rows: None,
+) -> list[list[int]]:
+    """The own ids of each prompt's text: up to its first end token, which is the last of them, or as many as allowed without one.
 
     Every row has random numbers of its own, so its text does not depend on which other rows have ended. transformers prepares the inputs
     and the cache; the loop is here because theirs computes rows that have ended until the last one does.
@@ -49,7 +74,7 @@ def drawn_texts(
         model: In eval mode, on its device.
         prompts: Ids of each prompt, none empty.
         drawing: How to draw.
-        seed: Decides the random numbers; those of the process are left alone.
+        chances: fp64 [N, max_new_tokens] in [0, 1): the random numbers of each text; those of the process are left alone.
         on_step: Called after each step with the number of rows that it wrote a token of.
     """
     from transformers import GenerationConfig
@@ -70,16 +95,13 @@ def drawn_texts(
         pad_token_id=pad,
         use_cache=True,
     )
-    generator = torch.Generator().manual_seed(seed)
-    # fp64: as fine as the cumulated probabilities; on the CPU, so that the numbers are the same for every device
-    chances = torch.rand(len(prompts), drawing.max_new_tokens, generator=generator, dtype=torch.float64).to(model.device)
-    loop = _Loop(chances, drawing, on_step)
+    loop = _Loop(chances.to(model.device), drawing, on_step)
     anything: Any = model
     with only_these_settings(model, config), quiet_transformers(), torch.no_grad():
         anything.generate(
             input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=real_tokens(drawing.v_eff), custom_generate=loop
         )
-    return [up_to_end(row, drawing.ends) for row in loop.texts]
+    return [row[: len(up_to_end(row, drawing.ends)[0]) + 1] for row in loop.texts]
 
 
 class _Loop:

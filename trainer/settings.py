@@ -8,6 +8,7 @@ from ..losses.settings import LossSettings
 from ..parts import Part
 from .settings_generation import GenerateSettings
 from .settings_own import CallbackSettings
+from .settings_samples import SamplesSettings
 from .settings_watching import EarlyStoppingSettings
 from .settings_watching import LoggerSettings as LoggerSettings
 
@@ -179,6 +180,9 @@ class TrainingBlock:
     held-out KL (held-out loss without a teacher), whose checkpoint is kept too."""
     early_stopping: EarlyStoppingSettings | None = None
     """End the stage before its last step when held-out figures no longer get better. Default: never."""
+    samples: SamplesSettings | None = None
+    """Text that the student or the teacher writes while the stage trains, in place of a share of the given text. Default: the given text
+    alone."""
     callbacks: tuple[CallbackSettings, ...] = ()
     """Callbacks that the recipe imports (import), by name or as sections with a name and options."""
 

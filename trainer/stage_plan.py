@@ -196,11 +196,18 @@ def held_teacher(settings: Any, teacher: TeacherWeights | None, *, name: str) ->
 
 
 def wanted_strategy(settings: Any, trainer: TrainerSettings, *, name: str) -> Strategy:
-    """Strategy that a stage asks for. A stage with ``train: scales`` is never sharded.
+    """Strategy that a stage asks for. A stage with ``train: scales`` or ``samples`` is never sharded.
 
     Raises:
-        UserError: the recipe sets fsdp2 or hsdp and the stage trains only scales.
+        UserError: the recipe sets fsdp2 or hsdp and the stage trains only scales, or samples.
     """
+    if isinstance(settings, TrainingBlock) and settings.samples is not None:
+        if trainer.strategy in ("fsdp2", "hsdp"):
+            raise UserError(
+                f"{name}: samples are drawn by the whole student on each rank, each rank its own number of tokens, and {trainer.strategy} "
+                "spreads its weights over ranks that would have to compute in step; set trainer.strategy: ddp (or auto), or remove samples"
+            )
+        return "ddp"
     if not isinstance(settings, QatSettings) or settings.train != "scales":
         return trainer.strategy
     if trainer.strategy in ("fsdp2", "hsdp"):

@@ -26,7 +26,7 @@ reach less."""
 LINK_UNKNOWN = "; without communication between machines, whose speed is not known (--link)"
 NO_SPEED = "no GPU is named (--gpu) and no speed was measured (--tokens-per-second)"
 
-Part = Literal["training", "cache", "rounding", "imported code"]
+Part = Literal["training", "cache", "rounding", "sampling", "imported code"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +188,25 @@ def work_duration(part: Part, work: Work, speed: Speed, gpus: int) -> Duration:
     return Duration(
         part=part, seconds=seconds, compute_seconds=seconds, origin=f"{speed.efficiency:.0%} of the peak of {speed.gpu.name}{shared}"
     )
+
+
+def reading_duration(part: Part, work: Work, read: float, speed: Speed, gpus: int) -> Duration:
+    """Return the time of drawing text, whose every step reads all weights of the model.
+
+    Args:
+        part: Name of the part.
+        work: Operations over all GPUs.
+        read: Bytes that each GPU reads.
+        speed: What is known of speed.
+        gpus: GPUs that share the operations.
+    """
+    seconds = speed.seconds(work, gpus)
+    if seconds is None or speed.gpu is None:
+        return Duration(part=part, seconds=None, origin="no GPU is named (--gpu)")
+    # added up: a step of few texts waits for the weights, one of many for the products
+    seconds += read / (speed.gpu.bandwidth * speed.efficiency)
+    told = f"{speed.efficiency:.0%} of the peak and of the memory bandwidth of {speed.gpu.name}"
+    return Duration(part=part, seconds=seconds, compute_seconds=seconds, origin=told)
 
 
 def run_cost(durations: Mapping[str, list[Duration]], speed: Speed, gpus: int) -> Cost:

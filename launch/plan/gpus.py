@@ -2,7 +2,7 @@
 
 Peaks are the vendors' figures for matrix products without sparsity, bf16 with fp32 sums and plain fp32 (no TF32), in FLOP/s. Sparse
 figures, which product pages print first, are twice as large. ``link`` is what one GPU can send to others of its machine, in bytes per
-second in one direction, half of the total that vendors print.
+second in one direction, half of the total that vendors print. ``bandwidth`` is that of the GPU's own memory.
 
 Sources: NVIDIA A100 (80 GB and 40 GB, SXM and PCIe), H100 (SXM, PCIe), H200 (SXM), L4 and L40S data sheets; NVIDIA HGX B200 data sheet;
 NVIDIA Ampere GA102 and Ada GPU architecture white papers (GeForce RTX 3090 and 4090); AMD Instinct MI300X data sheet. PCIe 4.0 x16:
@@ -29,25 +29,27 @@ class Gpu:
     """Bytes."""
     link: float
     """Bytes per second from one GPU to others of its machine."""
+    bandwidth: float
+    """Bytes per second that it reads from its memory."""
 
 
 _TERA, _GB = 1e12, 10**9
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100", 312 * _TERA, 19.5 * _TERA, 80 * _GB, 300e9),
-        Gpu("A100-40GB", 312 * _TERA, 19.5 * _TERA, 40 * _GB, 300e9),
-        Gpu("A100-PCIe", 312 * _TERA, 19.5 * _TERA, 80 * _GB, 32e9),
-        Gpu("A100-PCIe-40GB", 312 * _TERA, 19.5 * _TERA, 40 * _GB, 32e9),
-        Gpu("H100", 989 * _TERA, 67 * _TERA, 80 * _GB, 450e9),
-        Gpu("H100-PCIe", 756 * _TERA, 51 * _TERA, 80 * _GB, 64e9),
-        Gpu("H200", 989 * _TERA, 67 * _TERA, 141 * _GB, 450e9),
-        Gpu("B200", 2250 * _TERA, 75 * _TERA, 180 * _GB, 900e9),
-        Gpu("L4", 121 * _TERA, 30.3 * _TERA, 24 * _GB, 32e9),
-        Gpu("L40S", 362 * _TERA, 91.6 * _TERA, 48 * _GB, 32e9),
-        Gpu("RTX-3090", 71 * _TERA, 35.6 * _TERA, 24 * _GB, 32e9),
-        Gpu("RTX-4090", 165.2 * _TERA, 82.6 * _TERA, 24 * _GB, 32e9),
-        Gpu("MI300X", 1307 * _TERA, 163.4 * _TERA, 192 * _GB, 448e9),
+        Gpu("A100", 312 * _TERA, 19.5 * _TERA, 80 * _GB, 300e9, 2039 * _GB),
+        Gpu("A100-40GB", 312 * _TERA, 19.5 * _TERA, 40 * _GB, 300e9, 1555 * _GB),
+        Gpu("A100-PCIe", 312 * _TERA, 19.5 * _TERA, 80 * _GB, 32e9, 1935 * _GB),
+        Gpu("A100-PCIe-40GB", 312 * _TERA, 19.5 * _TERA, 40 * _GB, 32e9, 1555 * _GB),
+        Gpu("H100", 989 * _TERA, 67 * _TERA, 80 * _GB, 450e9, 3350 * _GB),
+        Gpu("H100-PCIe", 756 * _TERA, 51 * _TERA, 80 * _GB, 64e9, 2000 * _GB),
+        Gpu("H200", 989 * _TERA, 67 * _TERA, 141 * _GB, 450e9, 4800 * _GB),
+        Gpu("B200", 2250 * _TERA, 75 * _TERA, 180 * _GB, 900e9, 8000 * _GB),
+        Gpu("L4", 121 * _TERA, 30.3 * _TERA, 24 * _GB, 32e9, 300 * _GB),
+        Gpu("L40S", 362 * _TERA, 91.6 * _TERA, 48 * _GB, 32e9, 864 * _GB),
+        Gpu("RTX-3090", 71 * _TERA, 35.6 * _TERA, 24 * _GB, 32e9, 936 * _GB),
+        Gpu("RTX-4090", 165.2 * _TERA, 82.6 * _TERA, 24 * _GB, 32e9, 1008 * _GB),
+        Gpu("MI300X", 1307 * _TERA, 163.4 * _TERA, 192 * _GB, 448e9, 5300 * _GB),
     )
 }
 """Name -> GPU."""

@@ -21,6 +21,7 @@ from .memory_case import StageMemoryCase
 from .plan_types import PRECISIONS, Machine, Plan, StagePlan, Training
 from .recipe_remedies import Keys, RecipeRemedies
 from .rounding import rounding_plan
+from .sampling_cost import SamplingCase, sampling_cost
 from .serving_stacks import Verdict, verdicts
 from .shapes import ModelShape
 from .stage_shapes import StageShape, makes_own_model, shape_notes, stage_shapes, student_shape, teacher_shape
@@ -228,6 +229,14 @@ def _training(
         scored=entry.kind == "prune" and entry.settings.movement is not None,
         **_trained_in_qat(entry.settings),
     )
+    drawing = None
+    if entry.settings.samples is not None:
+        sampled = SamplingCase(
+            settings=entry.settings.samples, plan=steps, seq_length=seq, packed=recipe.data.packing, chat=recipe.data.kind == "chat",
+            ranks=machine.ranks,
+        )  # fmt: skip
+        drawing = sampling_cost(sampled, shape.before, taught, load_in)
+        case = replace(case, drawn=drawing.memory)
     memory = training_memory(shape.before, taught, case)
     fits = None if machine.gpu_memory is None else memory.total <= usable(machine.gpu_memory)
     # steps are whole, so there may be a few more tokens than asked
@@ -249,9 +258,10 @@ def _training(
         # two are kept, with result: best also the best one, and one more exists while it is written
         checkpoints=4 if entry.settings.result == "best" else 3,
         cache_bytes=_cache_bytes(recipe, entry, teacher, tokens),
+        sampling=drawing,
     )
     values = training_values(entry, steps, seq, machine.ranks, shape.before.hidden, trainer, continues=shape.continues)
-    return training, values, _idle(entry.settings, steps, trainer.evaluate_every), StageWork(step=step, cache=filled)
+    return training, values, _idle(entry.settings, steps, trainer.evaluate_every), StageWork(step=step, cache=filled, sampling=drawing)
 
 
 def _idle(settings: Any, steps: "TrainingPlan", every: Any) -> list[str]:

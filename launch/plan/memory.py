@@ -47,13 +47,16 @@ class Roles:
 
 def training_memory(student: ModelShape, teacher: ModelShape | None, case: StageMemoryCase) -> Roles:
     """Return the bytes by role on one device at the peak of a step."""
+    gradients, logits = _gradient_bytes(student, case), _logit_bytes(student, teacher, case)
+    activations = _activation_bytes(student, case) + (0 if teacher is None else _teacher_pass(teacher, case))
     return Roles(
         teacher=0 if teacher is None else teacher_bytes(teacher.as_teacher, case.load_in, case.placement, case.ranks),
         student=_student_bytes(student, case),
-        gradients=_gradient_bytes(student, case),
+        gradients=gradients,
         optimizer=_optimizer_bytes(student, case) + (8 * _share(student.linear, case) if case.scored else 0),
-        activations=_activation_bytes(student, case) + (0 if teacher is None else _teacher_pass(teacher, case)),
-        logits=_logit_bytes(student, teacher, case),
+        # samples are drawn before a step, when there are no gradients and no activations: what is larger is the peak
+        activations=max(activations, case.drawn - gradients - logits),
+        logits=logits,
     )
 
 

@@ -39,6 +39,9 @@ class StageMemoryCase:
     rounds_inputs: bool = False
     """Whether quantized linears of the decoder layers read rounded inputs in a qat stage."""
 
+    drawn: int = 0
+    """Bytes that drawing samples takes beside weights and moments; 0 without samples."""
+
     @property
     def tokens(self) -> int:
         """Return the tokens per micro-batch."""

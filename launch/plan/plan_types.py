@@ -6,6 +6,7 @@ from .duration import Cost, Duration
 from .fitting import Remedy
 from .memory import Roles
 from .rounding import RoundingPlan
+from .sampling_cost import Sampling
 from .serving_stacks import Verdict
 from .values import Value
 
@@ -49,6 +50,8 @@ class Training:
     """Most checkpoints that exist at a time."""
     cache_bytes: int = 0
     """Largest size of the teacher's cache in bytes."""
+    sampling: Sampling | None = None
+    """Samples that it draws; None without any."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from .rounding import RoundingPlan
+    from .sampling_cost import Sampling
 
 _ROLES = ("teacher", "student", "gradients", "optimizer", "activations", "logits")
 
@@ -38,6 +39,8 @@ def short_form(plan: Plan) -> str:
             state = {True: "fits", False: "does NOT fit", None: "memory unknown"}[stage.training.fits]
             where = f"{need} a GPU, {state}" if plan.machine.gpus else f"about {need} of memory a process"
             lines.append(f"  {stage.name}: {amount(stage.training.tokens)} tokens in {stage.training.steps:,} steps, {where}")
+        if stage.training and stage.training.sampling:
+            lines.append(f"  {stage.name}: {sampling_line(stage.training.sampling)}")
         lines += [f"  {stage.name}: {note}" for note in stage.notes]
         if stage.rounding:
             lines.append(f"  {stage.name}: {'starts with ' if stage.training else ''}{_rounding_line(stage.rounding)}")
@@ -69,6 +72,14 @@ def _rounding_line(rounding: "RoundingPlan") -> str:
     return f"{rounding.method}{text}, {gpu}about {size(rounding.host_bytes)} of memory{streamed}"
 
 
+def sampling_line(sampling: "Sampling") -> str:
+    """Describe the samples of a stage: 'draws at most 6.4M tokens, 12,800 steps on each process, 1.2 GB while it draws'."""
+    return (
+        f"draws samples of at most {amount(sampling.tokens)} tokens in {sampling.steps:,} steps on each process, "
+        f"{sampling.work.total:.2g} FLOP, {size(sampling.memory)} of keys, values and logits while it draws"
+    )
+
+
 def as_json(plan: Plan) -> dict[str, Any]:
     """Return the plan as plain data, with the total memory of each stage."""
     found = asdict(plan)
@@ -92,6 +103,8 @@ def draw(plan: Plan, console: "Console", *, values: bool = True) -> None:
         console.print(_memory(plan, console.width))
     draw_times(plan, console)
     for stage in plan.stages:
+        if stage.training and stage.training.sampling:
+            console.print(f"{_safe(stage.name)}: {sampling_line(stage.training.sampling)}", highlight=False, soft_wrap=True)
         if stage.rounding:
             starts = "starts with " if stage.training else ""
             console.print(f"{_safe(stage.name)}: {starts}{_rounding_line(stage.rounding)}", highlight=False, soft_wrap=True)

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .duration import Cost, Duration, Speed, Step, reference_of, run_cost, training_duration, work_duration
+from .duration import Cost, Duration, Speed, Step, reading_duration, reference_of, run_cost, training_duration, work_duration
 from .memory_case import StageMemoryCase
 from .plan_types import Machine, StagePlan
+from .sampling_cost import Sampling
 from .shapes import ModelShape
 from .traffic import step_traffic
 from .work import Work, backward_share, student_work, teacher_work
@@ -19,6 +20,8 @@ class StageWork:
     """A step of its training."""
     cache: Work | None = None
     """All operations of filling the teacher's cache, if it is empty."""
+    sampling: Sampling | None = None
+    """Samples that the stage draws while it trains."""
     imported: bool = False
     """Whether the stage is code that the recipe imports."""
 
@@ -57,6 +60,8 @@ def timed(stages: Sequence[StagePlan], works: Sequence[StageWork], machine: Mach
         if stage.rounding is not None and stage.rounding.flop:
             # rank 0 rounds alone, in fp32
             durations.append(work_duration("rounding", Work(fp32=stage.rounding.flop), speed, 1))
+        if work.sampling is not None:
+            durations.append(reading_duration("sampling", work.sampling.work, work.sampling.read, speed, machine.ranks))
         if work.step is not None:
             durations.append(training_duration(work.step, speed, nodes=machine.nodes, reference=reference))
         found.append(replace(stage, durations=durations))

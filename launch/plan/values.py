@@ -3,6 +3,7 @@
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ... import recipe_key
 from ...trainer.learning_rates import BASE_HIDDEN, BASE_RATES, FAR_KL, LORA_FACTOR, SCALE_RATE_SHARE
 from ...trainer.plan import MICRO_BATCH_TOKENS, WARMUP
 from ...trainer.settings_quantization import QatSettings
@@ -50,7 +51,7 @@ def settings_values(prefix: str, settings: Any) -> list[Value]:
         # None is "not set": what is derived in its place is listed with its rule
         elif value is not None:
             filled = default is None and _filled(settings, entry.name)
-            found.append(Value(f"{prefix}.{entry.name}", value, "default" if value == default or filled else "recipe"))
+            found.append(Value(f"{prefix}.{recipe_key(entry.name)}", value, "default" if value == default or filled else "recipe"))
     return found
 
 

@@ -90,6 +90,26 @@ def held_out_sentences(report: Report) -> list[str]:
     return sentences
 
 
+def sample_sentences(report: Report) -> list[str]:
+    """Return a sentence for each stage that trained on samples: how many, how long, and the KL on them beside that on given text."""
+    sentences = []
+    for row in report["stages"]:
+        seen = row.get("samples")
+        if not seen or not seen["samples"]:
+            continue
+        whose = {"student": "the student", "teacher": "the teacher", "mix": "student and teacher"}[seen["from"]]
+        text = (
+            f"{row['name']} trained on {seen['samples']:,} samples of {whose}: {seen['mean_length']:.0f} tokens on average, "
+            f"{percent(seen['cut'])} cut at the limit"
+        )
+        own, given = seen["own_kl"], seen["given_kl"]
+        if own is not None:
+            text += f"; in the last quarter of the steps KL {own:.4f} on the student's own text"
+            text += f", {given:.4f} on other text" if given is not None else ""
+        sentences.append(text)
+    return sentences
+
+
 def exactness(export: Row) -> str:
     """Describe the weights in the files of a row of ``exports``."""
     if export["exact"]:

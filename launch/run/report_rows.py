@@ -218,6 +218,8 @@ class ReportRows:
                 "seconds": state.get("seconds"),
                 "coverage": state.get("coverage"),
                 "held_out": state.get("held_out"),
+                # only where there are any, so that rows without them are those of earlier versions
+                **({"samples": sampled} if (sampled := state.get("samples")) else {}),
                 **seen,
             }
         )

@@ -59,6 +59,12 @@ def stage_key(
     for section in (chosen, chosen.get("magnitude") or {}):
         for later in [name for name in _LATER if section.get(name, "") is None]:
             del section[later]
+    if chosen.get("samples", True) is None:
+        # stages without samples keep the keys of versions that had none
+        del chosen["samples"]
+    elif "samples" in chosen and isinstance(chosen["samples"], dict):
+        # how many are drawn at a time changes memory and rounding alone
+        del chosen["samples"]["batch"]
     watched = _watched(chosen, trainer)
     return sha256_json(
         {

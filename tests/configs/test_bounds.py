@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 
-from decoct import Bounds, Count, alternatives, bounds_of, check_fields, choices, types_of
+from decoct import Bounds, Count, alternatives, bounds_of, check_fields, choices, field_of, types_of
 from decoct.configs.reading import SECTIONS
 from decoct.models.settings import KeepSettings, ServedSettings, StudentSettings, TeacherSettings
 from decoct.qat.scheme import SpecChange
@@ -64,7 +64,7 @@ def refused() -> Iterator[tuple[type, str, Any]]:
 )
 def test_a_value_outside_is_refused_by_the_dataclass(settings: type, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^{name}=.* (must be |is not one of |is neither a )"):
-        settings(**{**LEAST.get(settings, {}), name: value})
+        settings(**{**LEAST.get(settings, {}), field_of(name): value})
 
 
 def test_every_number_of_a_recipe_has_bounds() -> None:

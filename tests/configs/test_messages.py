@@ -19,7 +19,7 @@ NO_TEACHER = "student: {path: a/student}\ndata: {builtin: python-stdlib}\n"
 STAGES = "stages:\n  - distill: {tokens: 1M}\n"
 STAGE_KEYS = (
     "name, tokens, steps, learning_rate, warmup, schedule, final_learning_rate, weight_decay, betas, loss, teacher, "
-    "checkpoint_every, result, early_stopping, callbacks"
+    "checkpoint_every, result, early_stopping, samples, callbacks"
 )
 TOP_KEYS = "name, seed, import, teacher, student, data, stages, trainer, logger"
 KINDS = "pretrain, distill, prune, qat, quantize, export, evaluate"

@@ -33,11 +33,13 @@ from decoct.trainer.loop.metrics import MetricsSink
 from decoct.trainer.loop.movement import MovementHook
 from decoct.trainer.loop.objective import Objective
 from decoct.trainer.loop.qat_schedule import QatSchedule
+from decoct.trainer.loop.samples import Samples, Writers
 from decoct.trainer.loop.start_rate import StartRate
 from decoct.trainer.plan import BatchPlan
 from decoct.trainer.processes.world import current_world
 from decoct.trainer.settings_pruning import MagnitudeSettings
 from decoct.trainer.settings_quantization import QatSettings
+from decoct.trainer.settings_samples import SamplesSettings
 from decoct.trainer.settings_sparsity import MovementSettings
 from decoct.trainer.settings_watching import EarlyStoppingSettings
 
@@ -191,6 +193,30 @@ class Case:
     """1 = the KL of the first step decides the peak rate."""
     gather: str = ""
     """fp32 = weights are never gathered as bf16."""
+    samples: str = ""
+    """Who writes samples (``from``); '' = nobody."""
+    share: float = 0.5
+    refresh: int = 3
+    draws: int = 64
+    """Completions drawn at a time."""
+    fresh: int = 6
+    """Longest completion."""
+
+    def sampled(self, student: Any, objective: Any, windows: Any, work: Path) -> Samples | None:
+        """Samples of the stage; three ids of the vocabulary end a text."""
+        if not self.samples:
+            return None
+        settings = SamplesSettings(
+            from_=self.samples,  # pyright: ignore[reportArgumentType]
+            share=self.share,
+            prompts=4,
+            max_new_tokens=self.fresh,
+            refresh=self.refresh,
+            batch=self.draws,
+        )
+        ends = [1, 2, 3]
+        writers = Writers(v_eff=VOCAB, student_ends=ends, teacher=objective.teacher.model, teacher_ends=ends)
+        return Samples(settings, windows, self.plan(), writers, chat=False, folder=work / "stage")
 
     def held_out(self, objective: Any) -> HeldOut | None:
         """Windows that are never trained on."""
@@ -303,6 +329,8 @@ class Case:
         """Forward KL to a fixed teacher, or cross-entropy."""
         if self.kind == "pretrain":
             return Objective(None, LossSettings(hard_weight=1.0), v_eff=VOCAB)
+        if self.samples:
+            return Objective(LocalTeacher(tiny_model(2, dropout=0.0), v_eff=VOCAB), LossSettings(), v_eff=VOCAB)
         return Objective(LocalTeacher(tiny_model(2, dropout=0.0), v_eff=VOCAB), LossSettings(hard_weight=0.25), v_eff=VOCAB)
 
 
@@ -338,6 +366,7 @@ def run_case(case: Case, work: Path, *, console: Console | None = None, **change
         objective = Ledger(objective, work)
     changes.setdefault("held_out", case.held_out(getattr(objective, "objective", objective)))
     windows = changes.pop("windows", None) or RandomWindows()
+    changes.setdefault("samples", case.sampled(student, getattr(objective, "objective", objective), windows, work))
     result = fit(student, objective, windows, case.plan(), **{**arguments, **changes})
     return result, result.student  # pyright: ignore[reportReturnType]
 

@@ -23,6 +23,7 @@ from .metrics import MetricsSink
 from .module import StepRecord, TrainingModule
 from .resuming import Say, best_checkpoint
 from .rng import capture_generators, restore_generators, seed_generators
+from .samples import Samples
 from .standing import Standing, ending_words, ends_early, figure_of, judged, standing_from
 
 
@@ -42,6 +43,8 @@ class StageLoop:
     """Evaluates the student during training; None = no evaluation."""
     windows: int = 0
     """Training windows of the text, for the share of it that was seen; 0 = unknown."""
+    samples: Samples | None = None
+    """Replaces windows by samples before they are trained on; None = the given text alone."""
 
 
 class LoopCallback(pl.Callback):
@@ -57,6 +60,7 @@ class LoopCallback(pl.Callback):
         self.standing = standing_from(checkpoint.state.standing) if checkpoint else None
         self.model_step = self.saved_step
         """The step whose weights the student has at the end."""
+        self._drawn: Mapping[str, float | int | None] = {}
         self._before: Standing | None = None
         self._save_due: int | None = None
         self._seconds_before = checkpoint.state.seconds if checkpoint else 0.0
@@ -94,6 +98,22 @@ class LoopCallback(pl.Callback):
             # already
             loop.metrics.write(loop.stage, 0, {"tokens": 0, **self._evaluate(trainer, pl_module, 0)})
             self._step_begun = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Before a micro-batch: draws samples if they are due, and puts them into the batch."""
+        assert isinstance(pl_module, TrainingModule)
+        loop = self.loop
+        if loop.samples is None:
+            return
+        began = time.perf_counter()
+        # each start begins with the first micro-batch of a step, and counts from 0
+        micro = batch_idx % loop.plan.batch.accumulation
+        if micro == 0:
+            context = trainer.precision_plugin.forward_context()
+            self._drawn = loop.samples.prepare(pl_module, pl_module.steps_done, context, loop.world, loop.say)
+            # the speed of training is without that of sampling, which has a figure of its own
+            self._step_begun += time.perf_counter() - began
+        loop.samples.fill(batch, pl_module.steps_done, micro, loop.world)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After the last micro-batch of a step: runs hooks, evaluates if it is time, and writes one metrics line."""
@@ -207,6 +227,7 @@ class LoopCallback(pl.Callback):
         self.last = {
             "tokens": self.tokens,
             **record.values,
+            **self._drawn,
             **held_out,
             "tokens_per_second": speed,
             "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes(),

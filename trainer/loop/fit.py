@@ -32,6 +32,7 @@ from .module import Objectivelike, TrainingModule
 from .optimizer import build_optimizer
 from .placed_student import Placed
 from .resuming import Say, best_checkpoint, open_checkpoints
+from .samples import Samples
 from .saving_callback import SavingCallback
 from .signals import StopSignals
 from .standing import best_words, facts, standing_from
@@ -78,6 +79,7 @@ def fit(
     console: "Console | None" = None,
     progress: Progress | None = None,
     held_out: HeldOut | None = None,
+    samples: Samples | None = None,
 ) -> FitResult:
     """Trains ``student`` on all ranks. Continues from ``work/checkpoints``, and returns at once if the last step is done.
 
@@ -96,6 +98,7 @@ def fit(
         console: Console of rank 0 for messages and progress; None = silent.
         progress: Progress display to use instead of the console's own.
         held_out: Evaluates the student before the first step and at intervals; it changes no number of the training.
+        samples: Replaces windows by text that the student or the teacher writes; not with a sharded student.
 
     Raises:
         NonFiniteError: loss or gradient norm is NaN or infinite; weights and checkpoints are as before that step.
@@ -133,6 +136,7 @@ def fit(
         say=say,
         held_out=held_out,
         windows=len(windows),
+        samples=samples,
     )
     callback = LoopCallback(loop, found)
     module = TrainingModule(

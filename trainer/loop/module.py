@@ -21,6 +21,7 @@ from ..plan import TrainingPlan, learning_rate
 from ..processes.sharding import ParameterViews, reshard
 from ..processes.world import World, gather_bytes, sum_over_ranks
 from .hooks import StepHook
+from .objective import SplitSums
 from .optimizer import build_optimizer
 from .signals import StopSignals
 from .start_rate import StartRate
@@ -61,7 +62,7 @@ class StepRecord:
     """Input tokens without padding."""
     values: dict[str, float | None]
     """Means over unmasked tokens: loss, kl, cross_entropy, teacher_entropy, top1, covered_mass (None if no token was to be predicted, or
-    no teacher is there to measure against); and learning_rate, grad_norm."""
+    no teacher is there to measure against); and learning_rate, grad_norm. With samples also own_kl and given_kl, and own_tokens."""
     stop: int | None
     """Signal number if any rank received one, else None."""
 
@@ -120,6 +121,7 @@ class TrainingModule(pl.LightningModule):
         # of the micro-batches since the last optimizer step: sums of tokens, and (window indices, loss) of each
         self._sums: Tensor | None = None
         self._losses: list[tuple[Tensor, Tensor]] = []
+        self._split = False
         self._norm: Tensor | None = None
         self._record: StepRecord | None = None
 
@@ -154,6 +156,9 @@ class TrainingModule(pl.LightningModule):
         loss, sums = self._forward()(batch)
         # fp64, and kept on the device: reading the sums here would make the host wait for every micro-batch
         parts = [getattr(sums, name) for name in _SUMS] + [batch["attention_mask"].sum()]
+        # every batch of a stage with samples has them, on every rank
+        self._split = isinstance(sums, SplitSums)
+        parts += [sums.own_tokens, sums.own_kl] if isinstance(sums, SplitSums) else []
         vector = torch.stack([part.detach().to(torch.float64) for part in parts])
         self._sums = vector if self._sums is None else self._sums + vector
         self._losses.append((batch[INDEX], sums.loss.detach()))
@@ -249,7 +254,8 @@ class TrainingModule(pl.LightningModule):
         return rate
 
     def _describe(self, step: int, sums: list[float], norm: float, rate: float) -> StepRecord:
-        tokens, loss, kl, cross_entropy, teacher_entropy, top1, covered, inputs, *stops = sums
+        tokens, loss, kl, cross_entropy, teacher_entropy, top1, covered, inputs, *rest = sums
+        own, stops = (rest[:2], rest[2:]) if self._split else ([], rest)
         count = max(tokens, 1.0)
         # a step without a token to predict has no loss: a 0 in the curves would look like a perfect student
         learnt = tokens > 0
@@ -263,6 +269,7 @@ class TrainingModule(pl.LightningModule):
             "covered_mass": covered / count if taught else None,
             "learning_rate": rate,
             "grad_norm": norm,
+            **(_parted(tokens, kl, *own) if own else {}),
         }
         return StepRecord(step, int(inputs), values, self.signals.agreed(stops))
 
@@ -293,3 +300,13 @@ class TrainingModule(pl.LightningModule):
                 "forward_kl, jsd, skew_forward_kl or skew_reverse_kl."
             )
         return "Lower the learning rate, or look at these windows and the teacher's logits."
+
+
+def _parted(tokens: float, kl: float, own_tokens: float, own_kl: float) -> dict[str, float | None]:
+    """KL per token on the student's own text and on all other text, whose difference is the exposure gap; None without such text."""
+    others = tokens - own_tokens
+    return {
+        "own_kl": own_kl / own_tokens if own_tokens else None,
+        "given_kl": (kl - own_kl) / others if others else None,
+        "own_tokens": own_tokens,
+    }

@@ -1,6 +1,7 @@
 """Objective: one micro-batch of student, teacher and loss, as sums over its unmasked tokens (law 1, docs/architecture.md)."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from ...losses.linear_divergence import Backend, linear_divergence
 from ...losses.linear_divergence.inputs import TeacherHidden, TeacherLogitsSource
 from ...losses.settings import LossSettings
-from ...losses.shift import shift_for_next_token
+from ...losses.shift import MASKED, shift_for_next_token
 from ...losses.sums import LossSums
 from ...models.batches import backbone_inputs
 from ...models.common.errors import UserError
@@ -19,6 +20,20 @@ from ..soft_targets.cached import SparseTeacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+OWN = "own"
+"""Key of a batch with samples, int64 [B]: 1 for rows that the student wrote itself."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SplitSums(LossSums):
+    """Sums of a batch with samples, and how much of them is the student's own text."""
+
+    own_tokens: Tensor
+    """Unmasked tokens of rows that the student wrote, int64."""
+    own_kl: Tensor
+    """Their KL(teacher || student) at temperature 1."""
 
 
 class Objective:
@@ -60,7 +75,8 @@ class Objective:
 
         Args:
             student: A causal language model of transformers.
-            batch: input_ids, labels (-100 = no label), attention_mask and, for packed windows, position_ids; each [B, S] int64.
+            batch: input_ids, labels (-100 = no label), attention_mask and, for packed windows, position_ids; each [B, S] int64. With
+                ``OWN``, the sums are ``SplitSums``.
         """
         # the backbone alone: calling the model would make logits [B, S, vocabulary], which are larger than everything else in memory
         backbone, head, bias = backbone_and_head(student)
@@ -68,17 +84,28 @@ class Objective:
         output = backbone(**backbone_inputs(batch))
         hidden, labels = shift_for_next_token(output.last_hidden_state, batch["labels"])
         # hidden [B * (S - 1), H], labels [B * (S - 1)], row by row; the teacher's rows below are in the same order
-        return linear_divergence(
-            hidden,
-            head,
-            self._targets(batch),
-            labels,
-            self.settings,
-            v_eff=self.v_eff,
-            student_bias=bias,
-            student_transform=head_transform(student.config),
-            backend=self.backend,
-        )
+        targets = self._targets(batch)
+
+        def sums(chosen: Tensor) -> LossSums:
+            return linear_divergence(
+                hidden,
+                head,
+                targets,
+                chosen,
+                self.settings,
+                v_eff=self.v_eff,
+                student_bias=bias,
+                student_transform=head_transform(student.config),
+                backend=self.backend,
+            )
+
+        if OWN not in batch:
+            return sums(labels)
+        # in two parts, whose rows the loss picks before it multiplies: as many products as in one
+        mine = batch[OWN].bool()[:, None].expand(batch["labels"][:, 1:].shape).flatten()
+        own, given = sums(labels.masked_fill(~mine, MASKED)), sums(labels.masked_fill(mine, MASKED))
+        whole = {part.name: getattr(own, part.name) + getattr(given, part.name) for part in fields(LossSums)}
+        return SplitSums(**whole, own_tokens=own.tokens, own_kl=own.kl)
 
     def _targets(self, batch: Mapping[str, Tensor]) -> TeacherLogitsSource | None:
         if self.teacher is None:

@@ -93,13 +93,16 @@ class Trained:
     """Facts that the stage adds to decoct.json."""
     held_out: Mapping[str, Any] | None = None
     """What the evaluations during the stage say (``trainer.loop.standing.facts``); None without one that counts."""
+    samples: Mapping[str, Any] | None = None
+    """What was sampled (``sample_facts``); None without samples, and on ranks other than 0."""
     # frozen, so all may share one default
     rounders: StudentRounders = StudentRounders()
     """Hooks whose ranges are stored in the quantized folder."""
 
     def watched(self) -> dict[str, Any]:
-        """``held_out`` as facts of the stage's record; empty where there is none."""
-        return {"held_out": dict(self.held_out)} if self.held_out else {}
+        """``held_out`` and ``samples`` as facts of the stage's record, where there are any."""
+        facts = {"held_out": self.held_out, "samples": self.samples}
+        return {name: dict(fact) for name, fact in facts.items() if fact}
 
 
 @dataclass

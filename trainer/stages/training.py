@@ -19,6 +19,7 @@ from ..settings import TrainingBlock
 from ..soft_targets.cached import SparseTeacher
 from ..stage_plan import derive_plan, derive_steps
 from .context import RunContext, StageContext, StudentRounders, Trained, TrainingContext
+from .sampled_text import open_samples, sample_facts
 from .student_and_teacher import OpenStudent, recipe_teacher, stage_teacher
 
 
@@ -85,6 +86,7 @@ def fit_student(
     run = context.run
     _announce(context, plan, teacher)
     objective = Objective(teacher, settings.loss, v_eff=run.v_eff)
+    samples = open_samples(settings, student, context, plan, teacher)
     held_out = _held_out(context, plan, teacher)
     own = own_callbacks(settings.callbacks)
     start = [StartRate(plan, context.say)] if plan.rate_from_start else []
@@ -102,8 +104,12 @@ def fit_student(
         console=run.console,
         weights=student.weights,
         held_out=held_out,
+        samples=samples,
     )
-    return Trained(student=result.student, tokens=result.tokens, seconds=result.seconds, held_out=result.held_out)
+    sampled = sample_facts(run.metrics.path, context.name, settings.samples)
+    return Trained(
+        student=result.student, tokens=result.tokens, seconds=result.seconds, held_out=result.held_out, samples=sampled
+    )  # fmt: skip
 
 
 def _announce(context: TrainingContext, plan: TrainingPlan, teacher: Teacher | SparseTeacher | None) -> None:

@@ -23,6 +23,8 @@ _NAMES: dict[str, tuple[str, float]] = {
     "evaluations_since_better": ("heldout/evaluations_since_better", 1.0),
     "ended_early": ("heldout/ended_early", 1.0),
     "tokens_per_second": ("speed/tokens_per_second", 1.0),
+    "sampling_tokens_per_second": ("speed/sampling_tokens_per_second", 1.0),
+    "sampling_seconds": ("speed/sampling_seconds", 1.0),
     "seconds": ("speed/stage_seconds", 1.0),
     "peak_memory_bytes": ("memory/peak_gb", 1e-9),
 }

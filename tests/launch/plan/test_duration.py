@@ -19,7 +19,7 @@ from decoct.launch.plan.units import span
 from decoct.launch.plan.work import Work
 
 # round numbers: 1,000 bf16 and 100 fp32 operations a second, 10 bytes a second
-TOY = Gpu("toy", 1000.0, 100.0, 10**9, 10.0)
+TOY = Gpu("toy", 1000.0, 100.0, 10**9, 10.0, 50.0)
 
 
 def step(name: str = "a", *, steps: int = 5, tokens: int = 10, ranks: int = 1, **traffic: Any) -> Step:

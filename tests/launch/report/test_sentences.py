@@ -4,7 +4,7 @@ from typing import Any
 
 from decoct.launch.report.build import markdown_report
 from decoct.launch.report.page import render_page
-from decoct.launch.report.sentences import held_out_sentences
+from decoct.launch.report.sentences import held_out_sentences, sample_sentences
 
 SEEN = {
     "figure": "kl", "best_step": 120, "best": 0.04, "last_step": 240, "last": 0.05, "model_step": 240, "total_steps": 240,
@@ -36,3 +36,20 @@ def test_nothing_is_said_where_the_last_was_the_best_and_of_runs_of_before(repor
     report["stages"][3]["held_out"] = None
     assert "held_out" not in report["stages"][4]
     assert held_out_sentences(report) == []
+
+
+def test_samples_are_told_with_the_kl_on_the_students_own_text(report: dict[str, Any]) -> None:
+    assert sample_sentences(report) == []
+    drawn = {"from": "student", "samples": 4800, "mean_length": 87.4, "cut": 0.4, "own_kl": 0.0412, "given_kl": 0.0398}
+    report["stages"][2]["samples"] = drawn
+    sentence = (
+        "01-distill trained on 4,800 samples of the student: 87 tokens on average, 40.0% cut at the limit; in the last quarter of the "
+        "steps KL 0.0412 on the student's own text, 0.0398 on other text"
+    )
+    assert sample_sentences(report) == [sentence]
+    assert f"- {sentence}.\n" in markdown_report(report)
+    assert sentence.replace("'", "&#39;") in render_page(report, {})
+    report["stages"][2]["samples"] = {**drawn, "from": "teacher", "own_kl": None}
+    assert sample_sentences(report) == [sentence.split(";")[0].replace("the student", "the teacher")]
+    report["stages"][2]["samples"] = {**drawn, "samples": 0}
+    assert sample_sentences(report) == []

@@ -13,6 +13,7 @@ from decoct.losses.settings import LossSettings
 from decoct.trainer.settings import DistillSettings, TrainerSettings
 from decoct.trainer.settings_pruning import MagnitudeSettings, PruneSettings, StructuredSettings
 from decoct.trainer.settings_quantization import QuantizeSettings
+from decoct.trainer.settings_samples import SamplesSettings
 from decoct.trainer.settings_sparsity import MovementSettings, SparseGptSettings, WandaSettings
 from decoct.trainer.settings_watching import EarlyStoppingSettings
 
@@ -101,6 +102,14 @@ def test_keys_of_before_there_were_other_methods_of_pruning_stay() -> None:
     ]
     keys = {stage_key(**{**base, "settings": settings}) for settings in others}
     assert len(keys | set(known)) == 11
+
+
+def test_samples_count_where_a_stage_has_them_and_their_batch_never() -> None:
+    def key(**given: Any) -> str:
+        return stage_key(**{**BASE, "settings": DistillSettings(tokens=1000, samples=SamplesSettings(**given))})
+
+    assert stage_key(**BASE) != key() != key(share=0.25)
+    assert key(from_="mix") != key() == key(batch=8)
 
 
 def test_when_a_stage_is_evaluated_counts_where_it_decides() -> None:

@@ -128,6 +128,24 @@ def test_two_ranks_decide_as_one_and_resume_to_it(alone: Start, pair: Start, tmp
     _same_bits(two, again)
 
 
+def test_two_ranks_sample_as_one_and_resume_to_it(alone: Start, pair: Start, tmp_path: Path) -> None:
+    """Each rank draws its part. One rank goes on with the samples that two have drawn."""
+    common = ["distill", "windows=8", "dropout=0.0", "every=4", "samples=mix", "refresh=3"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone(one, *common, "micro=4", "steps=8")
+    pair(two, *common, "micro=4", "steps=8", "ranks=2")
+    for name in ("loss", "kl", "own_kl", "given_kl", "grad_norm"):
+        assert max(_differences(one, two, name)) < 1e-5, name
+    for name in ("tokens", "own_tokens", "samples", "sample_tokens", "samples_cut"):
+        assert [row.get(name) for row in _rows(one)] == [row.get(name) for row in _rows(two)], name
+    first, second = (json.loads((work / "stage/samples/step-00000003.json").read_text())["rows"] for work in (one, two))
+    assert first == second
+    # step 4 is in the middle of a refresh
+    shutil.rmtree(two / "stage/checkpoints/step-00000008")
+    alone(two, *common, "micro=4", "steps=8")
+    assert max(_differences(one, two, "own_kl")) < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["distill", "prune", "nm", "movement", "qat", "learned", "lattices"])
 def test_ddp_and_fsdp2_give_the_curve_of_one_process(alone: Start, pair: Start, tmp_path: Path, kind: str) -> None:
     common = [kind, "steps=20", "windows=8", "dropout=0.0", "every=100"]
