@@ -91,7 +91,7 @@ def test_samples_are_those_of_the_student_as_it_is_and_of_no_batch(sampled: Call
     assert later != first
     # random numbers belong to the place: the same prompt is continued in another way there
     same = [[3, 4, 5]] * 4
-    places = dict.fromkeys(range(1, 9), (0, "student"))
+    places: dict[int, tuple[int, str]] = dict.fromkeys(range(1, 9), (0, "student"))
     drawn = sampled("five")._written("student", student, dict.fromkeys(places, same), places, nullcontext())
     assert len({tuple(one.own) for texts in drawn.values() for one in texts}) > 16
     lengths = {len(one.own) for row in first.values() for one in row.samples}
