@@ -44,7 +44,7 @@ BROKEN = {
     ),
     "mistyped key that alone is missing": (
         HEAD.replace("keep:", "kep:") + STAGES,
-        "my.yaml:2: student.kep: unknown key, did you mean 'keep'? valid here: path, keep, config, revision",
+        "my.yaml:2: student.kep: unknown key, did you mean 'keep'? valid here: path, adapter, keep, config, revision",
     ),
     "mistyped key of a stage": (
         HEAD + "stages:\n  - distill:\n      tokens: 1M\n      wramup: 0.1\n",
