@@ -160,7 +160,10 @@ def _shape(given: str | Mapping[str, int], dashes: str) -> dict[str, Any]:
     """Return what is kept along each axis: of 'ffn=6144,heads=24,kv=6', or of a mapping."""
     from ...models.axis_map import AXES
 
-    pairs = dict(part.partition("=")[::2] for part in given.split(",") if part.strip()) if isinstance(given, str) else dict(given)
+    pairs: dict[str, Any] = dict(given) if not isinstance(given, str) else {}
+    if isinstance(given, str):
+        parts = [part.partition("=") for part in given.split(",") if part.strip()]
+        pairs = {key: value for key, _, value in parts}
     # kv is short for kv_heads
     named = {{"kv": "kv_heads"}.get(key.strip(), key.strip()): value for key, value in pairs.items()}
     wrong = [name for name in named if name not in AXES]

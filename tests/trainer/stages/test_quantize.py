@@ -28,7 +28,7 @@ from decoct.trainer.data.prepared_data import PreparedData
 from decoct.trainer.evaluation.figures import evaluate_model
 from decoct.trainer.rounding_settings import rounding_of, wants_streaming
 from decoct.trainer.settings_quantization import QuantizeSettings
-from decoct.trainer.stages import quantize
+from decoct.trainer.stages import calibration, quantize
 from decoct.trainer.stages.context import StageContext
 from decoct.trainer.stages.quantize import finish
 
@@ -101,7 +101,7 @@ def test_what_is_not_rounded_is_calibrated_with_as_it_is_stored(make_context: Ma
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 or "embed" in name:
             parameter.data = parameter.data.bfloat16().float()
-    text = quantize.calibration_text(context.run.data.train, 262_144, 0)
+    text = calibration.calibration_text(context.run.data.train, 262_144, 0)
     expected = round_model(model, WEIGHTS, RoundingMethod(method="gptq"), text=text).state
     assert load_quant_state(context.model).hash() == expected.hash()
     streamed = make_context("01-streamed", input=str(uneven))
@@ -138,7 +138,7 @@ def test_what_was_done_is_recorded_and_said(make_context: MakeContext, prepared:
         "activation_order": True,
     }
     assert record["calibration"]["tokens"] == 63 * 32 == 32 * record["calibration"]["windows"]
-    text = quantize.calibration_text(prepared().train, 2000, 0)
+    text = calibration.calibration_text(prepared().train, 2000, 0)
     assert record["calibration"]["sha256"] == text.fingerprint()
     errors = record["relative_error"]
     assert len(errors) == 7
@@ -177,7 +177,7 @@ def test_padding_is_masked(make_context: MakeContext, prepared: Prepared, monkey
     assert padded.train.lengths is not None
     assert int(padded.train.lengths.min()) < 32
     seen: list[CalibrationText] = []
-    choose = quantize.calibration_text
+    choose = calibration.calibration_text
 
     def dirty(*arguments: Any) -> CalibrationText:
         text = choose(*arguments)
@@ -186,7 +186,7 @@ def test_padding_is_masked(make_context: MakeContext, prepared: Prepared, monkey
         seen.append(text)
         return text
 
-    monkeypatch.setattr(quantize, "calibration_text", dirty)
+    monkeypatch.setattr(calibration, "calibration_text", dirty)
     states = []
     for name in ("01-clean", "01-dirty"):
         context = make_context(name, data=padded)

@@ -20,7 +20,7 @@ from decoct.trainer.data.prepared_data import PreparedData
 from decoct.trainer.evaluation.figures import evaluate_model
 from decoct.trainer.evaluation.model_row import measure_teacher, open_for_measuring
 from decoct.trainer.settings_quantization import QuantizeSettings
-from decoct.trainer.stages import quantize
+from decoct.trainer.stages import calibration
 from decoct.trainer.stages.context import StageContext
 from decoct.trainer.stages.quantize import finish
 
@@ -74,7 +74,7 @@ def test_what_needs_no_text_takes_none(make_context: MakeContext) -> None:
 
 
 def test_padding_is_in_no_range(make_context: MakeContext, prepared: Callable[..., PreparedData], monkeypatch: pytest.MonkeyPatch) -> None:
-    padded, choose = prepared(packing=False), quantize.calibration_text
+    padded, choose = prepared(packing=False), calibration.calibration_text
     fillers = iter((0, 7))
 
     def dirty(*arguments: Any) -> CalibrationText:
@@ -83,7 +83,7 @@ def test_padding_is_in_no_range(make_context: MakeContext, prepared: Callable[..
             batch["input_ids"][batch["attention_mask"] == 0] = filler
         return text
 
-    monkeypatch.setattr(quantize, "calibration_text", dirty)
+    monkeypatch.setattr(calibration, "calibration_text", dirty)
     found = []
     for name in ("01-clean", "01-dirty"):
         context = make_context(name, data=padded)
