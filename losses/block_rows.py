@@ -22,7 +22,7 @@ class BlockLimits:
     """Number of rows above which a block does not get faster; None = no limit."""
 
 
-CPU_LIMITS = BlockLimits(2**28, 512)
+CPU_LIMITS = BlockLimits(3 * 2**25, 512)
 """Measured with vocabularies of 4,096 to 262,144 (docs/lab-book.md): fewer rows slow matrix products down, more rows gain nothing."""
 ACCELERATOR_LIMITS = BlockLimits(2**29)
 """Enough rows for fast matrix products, and small compared with the weights of a model."""

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def kept_config(config: "PreTrainedConfig", layers: int) -> tuple["PreTrainedCon
         raise UserError("the teacher's config has per_layer_config (layers of different shapes); student.keep needs equal layers")
     if len(kept) < getattr(config, family.depth_field) and (reason := fixed_depth(config)):
         raise UserError(f"student.keep.layers={layers}: {reason}; use student.path or student.config")
-    return cut_config(config, family, sizes_of(config, family), kept), kept
+    return cut_config(config, family, replace(sizes_of(config, family), layers=len(kept)), kept), kept
 
 
 def cut_config(source: "PreTrainedConfig", family: Family, sizes: Sizes, kept: Sequence[int]) -> "PreTrainedConfig":

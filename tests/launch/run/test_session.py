@@ -85,7 +85,7 @@ def test_a_run_that_is_over_ends_with_its_code_whatever_becomes_of_its_processes
 
 
 SHARING = """
-import copy, sys
+import sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from decoct.launch.run import starting_point
@@ -101,6 +101,12 @@ mine, real = [], shared_text.SharedText._encode
 
 def encode(self, number):
     mine.append(number)
+    # a rank that starts late would find nothing left to do
+    begun = out / "begun"
+    begun.touch() if world.rank else None
+    deadline = time.monotonic() + 60
+    while not begun.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
     real(self, number)
 
 shared_text.SharedText._encode = encode
