@@ -50,7 +50,8 @@ def settings_values(prefix: str, settings: Any) -> list[Value]:
             found += [line for index, one in enumerate(value) for line in settings_values(f"{prefix}.{entry.name}.{index}", one)]
         # None is "not set": what is derived in its place is listed with its rule
         elif value is not None:
-            filled = default is None and _filled(settings, entry.name)
+            # a field that must be given has no default that could be filled in
+            filled = entry.default is None and _filled(settings, entry.name)
             found.append(Value(f"{prefix}.{recipe_key(entry.name)}", value, "default" if value == default or filled else "recipe"))
     return found
 
