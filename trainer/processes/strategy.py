@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
 from ...models.common.errors import UserError
-from ...models.families import FAMILIES
 from .. import settings
 
 if TYPE_CHECKING:
@@ -75,6 +74,10 @@ def copies(chosen: settings.ChosenStrategy, world: "World") -> int:
     return world.nodes
 
 
+_COMPARED = ("llama", "mistral", "qwen2", "qwen3")
+"""Families whose training with bf16 gathers was compared with fp32 gathers."""
+
+
 def gathers_bf16(precision: settings.Precision, *, rounded: bool, compiled: bool, family: str) -> bool:
     """Whether a sharded student's linears are gathered as bf16, which gives the numbers of an fp32 gather up to rounding.
 
@@ -82,9 +85,9 @@ def gathers_bf16(precision: settings.Precision, *, rounded: bool, compiled: bool
         precision: The trainer's; autocast makes bf16 copies of a linear's weight under bf16-mixed.
         rounded: Whether weights are rounded in the forward pass, which must see the master weights.
         compiled: Whether layers are compiled: each further unit in a layer would cut it into parts.
-        family: The model type; other families than those with a map may read a linear's weight outside autocast.
+        family: The model type; other families than those that were compared may read a linear's weight outside autocast.
     """
-    return precision == "bf16-mixed" and not rounded and not compiled and family in FAMILIES
+    return precision == "bf16-mixed" and not rounded and not compiled and family in _COMPARED
 
 
 def lightning_strategy(chosen: settings.ChosenStrategy, world: "World") -> "Strategy | Literal['auto']":
