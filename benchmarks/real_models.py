@@ -186,6 +186,21 @@ class Maker:
         return folder / "model.gguf"
 
 
+def readable(case: Case, file: Path) -> bool:
+    """Whether a case can be measured: forks of llama.cpp fall back to types of their own where 256 does not divide a width."""
+    from decoct.models.common.errors import UserError
+    from decoct.models.gguf.source import GgufSource
+
+    if case.llama_type is None:
+        return True
+    try:
+        GgufSource(file).check_types()
+    except UserError as error:
+        print(f"{case.key} is left out: {error}", file=sys.stderr)
+        return False
+    return True
+
+
 def decoded(given: argparse.Namespace, maker: Maker, asked: Sequence[Case]) -> list[Row]:
     """Tokens per second of llama.cpp with bf16, with exports of the GPTQ cases that GGUF can hold, and with its own types, in turn."""
     import torch
@@ -310,6 +325,7 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "decoct", "import", source, "--out", teacher, "--dtype", "bf16"], check=True)
     asked = cases(given, json.loads((teacher / "config.json").read_text())["num_hidden_layers"])
     maker = Maker(given, teacher)
+    asked = [case for case in asked if readable(case, maker.make(case))]
     found = measured(given, teacher, {case.key: maker.make(case) for case in asked})
     rows = rows_of("bf16", "bf16", found["bf16"], {}, None)
     baselines = {case.name: found[case.key]["eval"]["kl"] for case in asked if case.system == "rtn"}

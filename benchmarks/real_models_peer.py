@@ -31,9 +31,13 @@ def compressed(told: dict[str, Any], model: Any, ids: Any) -> Any:
         data = {"dataset": rows, "num_calibration_samples": len(ids), "max_seq_length": ids.shape[1], "shuffle_calibration_samples": False}
     ignored = {"config_groups": groups, "ignore": ["lm_head"]}
     if told["method"] == "awq":
-        from llmcompressor.modifiers.awq import AWQModifier  # pyright: ignore[reportMissingImports]
+        from llmcompressor.modifiers.transform.awq import AWQModifier  # pyright: ignore[reportMissingImports]
 
-        recipe: Any = [AWQModifier(**ignored)]
+        if not torch.accelerator.is_available():
+            # its cache pins memory, which without a device to copy to is an error and no gain
+            torch.Tensor.pin_memory = lambda self, *_: self  # pyright: ignore[reportAttributeAccessIssue]
+        # its scales are folded into the weights first, which are then rounded
+        recipe: Any = [AWQModifier(), QuantizationModifier(**ignored)]
     else:
         recipe = GPTQModifier(**ignored) if told["method"] == "gptq" else QuantizationModifier(**ignored)
     oneshot(model=model, recipe=recipe, **data)

@@ -162,7 +162,8 @@ def default_step_windows(tokens: int, seq_length: int, processes: int) -> int:
     """Windows per optimizer step of a stage that is given tokens and no size of its steps: so few that it takes 256 steps, at most 32.
 
     At equal tokens more and smaller steps end nearer to the teacher, down to a window of 512 tokens (docs/lab-book.md): its predictions are
-    no noisy labels that a large batch would have to average out. Beyond 256 steps the gain is small, and full devices are worth more.
+    no noisy labels that a large batch would have to average out. On the toy 256 steps gain little over 64. The most windows are a choice,
+    not a measurement.
 
     Args:
         tokens: Tokens of the stage.

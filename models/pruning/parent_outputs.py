@@ -11,13 +11,10 @@ from ..batches import backbone_inputs
 from ..common.errors import NonFiniteError, UserError
 from ..eval_mode import eval_mode
 from ..families import backbone_and_head, head_transform
-from .text_loss import predicted
+from .text_loss import CHUNK, predicted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_CHUNK = 1024
-"""Tokens whose logits are in memory at a time."""
 
 
 class ParentOutputs:
@@ -61,8 +58,8 @@ class ParentOutputs:
                 hidden = backbone(**backbone_inputs(batch, student.device)).last_hidden_state
                 hidden = hidden[predicted(batch).to(hidden.device)]
                 tokens += len(hidden)
-                for start in range(0, len(hidden), _CHUNK):
-                    piece = slice(start, start + _CHUNK)
+                for start in range(0, len(hidden), CHUNK):
+                    piece = slice(start, start + CHUNK)
                     theirs = self._transform.apply(nn.functional.linear(expected[piece], self._weight, self._bias).float()).log_softmax(-1)
                     own = transform.apply(nn.functional.linear(hidden[piece].to(weight.dtype), weight, bias).float()).log_softmax(-1)
                     total += float(nn.functional.kl_div(own, theirs, reduction="sum", log_target=True).double())

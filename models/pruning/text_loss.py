@@ -17,7 +17,7 @@ from ..family_map import family_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_CHUNK = 1024
+CHUNK = 1024
 """Tokens whose logits are in memory at a time."""
 
 
@@ -45,7 +45,7 @@ def mean_loss(model: "PreTrainedModel", batches: Iterable[Mapping[str, Tensor]])
     with eval_mode(model):
         for batch in batches:
             hidden = backbone(**backbone_inputs(batch, model.device)).last_hidden_state
-            total += sum(float(loss.double()) for loss, _ in _losses(model, hidden, batch))
+            total += sum(float(loss.double()) for loss in _losses(model, hidden, batch))
             tokens += int(predicted(batch).sum())
     if tokens == 0:
         raise UserError(
@@ -59,31 +59,31 @@ def mean_loss(model: "PreTrainedModel", batches: Iterable[Mapping[str, Tensor]])
 def add_gradients(model: "PreTrainedModel", batch: Mapping[str, Tensor]) -> Tensor:
     """Adds the gradients of the batch's summed loss to ``parameter.grad``, and returns the output of the backbone [B, S, hidden].
 
-    The logits of ``_CHUNK`` tokens are in memory at a time.
+    The logits of ``CHUNK`` tokens are in memory at a time.
     """
     backbone, _, _ = backbone_and_head(model)
     with torch.enable_grad():
         hidden: Tensor = backbone(**backbone_inputs(batch, model.device)).last_hidden_state
         # the head is differentiated piece by piece up to here, then the backbone once
         leaf = hidden.detach().requires_grad_()
-        for loss, _ in _losses(model, leaf, batch):
+        for loss in _losses(model, leaf, batch):
             loss.backward()
         if leaf.grad is not None:
             hidden.backward(leaf.grad)
     return hidden.detach()
 
 
-def _losses(model: "PreTrainedModel", hidden: Tensor, batch: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, int]]:
-    """(sum of the losses, number of tokens) of the predicted tokens, in pieces."""
+def _losses(model: "PreTrainedModel", hidden: Tensor, batch: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """The summed loss of the predicted tokens, in pieces."""
     _, weight, bias = backbone_and_head(model)
     transform = head_transform(model.config)
     rows, columns = predicted(batch).nonzero(as_tuple=True)
     targets = batch["input_ids"][rows, columns + 1].to(hidden.device)
-    for start in range(0, len(rows), _CHUNK):
-        piece = slice(start, start + _CHUNK)
+    for start in range(0, len(rows), CHUNK):
+        piece = slice(start, start + CHUNK)
         states = hidden[rows[piece], columns[piece]]
         logits = transform.apply(nn.functional.linear(states.to(weight.dtype), weight, bias).float())
-        yield nn.functional.cross_entropy(logits, targets[piece], reduction="sum"), len(targets[piece])
+        yield nn.functional.cross_entropy(logits, targets[piece], reduction="sum")
 
 
 @contextmanager

@@ -64,3 +64,12 @@ def test_a_row_has_the_share_that_is_recovered(given: argparse.Namespace) -> Non
         "perplexity": 10.0, "kl": 0.1, "kl_p99": 1.0, "top1": 0.8, "packed_bytes": 100, "packed_bits_per_weight": 4.25,
         "cloze score": 0.5, "cloze stderr": 0.1, "seconds": 3.0, "peak_bytes": 9, "recovered": pytest.approx(0.75),
     }  # fmt: skip
+
+
+def test_a_file_that_cannot_be_read_is_left_out_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "Q2_K.gguf"
+    file.write_bytes(b"GGUF and nothing that belongs there")
+    assert not real_models.readable(real_models.Case("Q2_K", "llama.cpp", llama_type="Q2_K"), file)
+    assert "Q2_K-llama.cpp is left out: " in capsys.readouterr().err
+    # a folder of a recipe or a peer is no GGUF file
+    assert real_models.readable(real_models.Case("w4-g64", "rtn", stages=({"quantize": {}},)), tmp_path)
