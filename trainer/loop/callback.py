@@ -136,8 +136,9 @@ class LoopCallback(pl.Callback):
         self._log(pl_module, record, speed, {**seen, **(self._decided() if due else {})})
         self.stopped_by = record.stop
         ends = record.stop is not None or self.ended_early
-        due = record.step == plan.total_steps or record.step % plan.checkpoint_every == 0 or ends or (best and plan.result == "best")
-        self._save_due = record.step if due else None
+        last = record.step == plan.total_steps or ends
+        saves = last or record.step % plan.checkpoint_every == 0 or (best and plan.result == "best")
+        self._save_due = record.step if saves else None
 
     def end_step(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         """Writes the checkpoint of a step if one is due, after all callbacks have seen the step."""
