@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from .. import Bounds, Count, check_fields
 from ..qat.scheme import QuantScheme, SpecChange
-from ..qat.spec import ActivationSpec, QuantSpec
+from ..qat.spec import ONE_SCALING, ActivationSpec, QuantSpec
 from .settings import Moment, Rate, Share, ShareOfSteps, TrainingBlock
 
 
@@ -47,9 +47,11 @@ class SchemeSettings:
         return [key for key in ("embedding", "head") if getattr(self, key) is not None]
 
     def _check_inputs(self) -> None:
-        """Refuse embedding or head together with activations, which exist only in decoder layers, and outliers of keys and values."""
+        """Refuse embedding or head together with activations, which exist only in decoder layers, and what keys and values cannot have."""
         if self.kv_cache is not None and self.kv_cache.outliers is not None:
             raise ValueError("kv_cache.outliers has no effect: outliers stay unrounded in activations alone; leave it out")
+        if self.kv_cache is not None and self.kv_cache.kind in ONE_SCALING:
+            raise ValueError(f"kv_cache has no kind={self.kv_cache.kind}, whose groups are those of inputs; use kind: fp8_e4m3")
         for key in self.ends if self.activations is not None else ():
             raise ValueError(f"{key} cannot be rounded together with activations, which are inputs of the decoder layers; leave one out")
 
@@ -178,11 +180,12 @@ class QuantizeSettings(SchemeSettings):
     """
 
     method: Literal["rtn", "mse", "gptq"] = "rtn"
-    """rtn = round to nearest; mse = search scales for the smallest squared error; gptq = round column by column on calibration text, where
-    later columns compensate for the error of earlier ones (arXiv 2210.17323)."""
+    """rtn = round to nearest; mse = search scales for the smallest squared error (nvfp4: four over six); gptq = round column by column on
+    calibration text, where later columns compensate for the error of earlier ones (arXiv 2210.17323)."""
     scale: Literal["absmax", "mse", "fitted"] | None = None
     """gptq: source of the scales. absmax = largest magnitude; mse = searched, with each input weighted by its mean square; fitted =
-    searched, then fitted to the layer's outputs by least squares, in turn with the rounding. Default: fitted."""
+    searched, then fitted to the layer's outputs by least squares, in turn with the rounding. Default: fitted; mse for kinds other than
+    int, which cannot be fitted."""
     damping: Annotated[float, Bounds(ge=0, le=1, why="it is a share of the Hessian's mean diagonal; 0.01 is usual")] | None = None
     """gptq: share of the Hessian's mean diagonal that is added to its diagonal; raised where that is not enough. Default: 0.01."""
     activation_order: bool | None = None
@@ -200,10 +203,12 @@ class QuantizeSettings(SchemeSettings):
     def __post_init__(self) -> None:
         check_fields(self)
         _ = self.scheme
-        if self.weights.kind != "int" and self.method != "rtn":
-            raise ValueError(f"method={self.method} chooses integer codes; kind={self.weights.kind} is rounded to nearest: use method=rtn")
+        if self.weights.kind != "int" and self.scale == "fitted":
+            raise ValueError(
+                f"scale=fitted fits scales of integer codes; kind={self.weights.kind} has few scales to choose from: use scale=mse"
+            )
         # defaults are written into the settings, so that records, stage keys and plans show the numbers that are used
-        self._fill("scale", "fitted", "gptq")
+        self._fill("scale", "fitted" if self.weights.kind == "int" else "mse", "gptq")
         self._fill("damping", 0.01, "gptq")
         self._fill("activation_order", True, "gptq")
         self._fill("weighted", False, "mse")
