@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...models.calibration.limits import KEPT_BYTES
 from ...models.fused_linears import FUSED
 from ...qat.ptq_limits import TWICE_TO
+from ...qat.transforms.limits import SEARCHED
 from .fitting import usable
 from .quantized_shapes import quantized_linears
 from .shapes import ModelShape
@@ -69,13 +70,16 @@ def rounding_plan(
     tokens, fitted = settings.calibration_tokens or 0, settings.scale == "fitted"
     assert shape.scheme is not None
     # what is measured on an input holds for all linears that read it; where nothing is measured, each is rounded alone
-    layers = _stacks(model, shape.scheme, shared=needs != "nothing")
+    layers = _stacks(model, shape.scheme, shared=rounding.needs != "nothing" or rounding.transforms_on_text)
     batch = _batch_bytes(model, seq_length) if tokens else 0
     # one layer is worked on at a time, so the largest decides
     codes = max((sum(stack.outputs * stack.inputs for stack in stacks) for stacks in layers), default=0)
     # embedding, norms and head, and the layer that is being rounded, in fp32
     around = 4 * (model.outside + model.layer) + codes
     work = max((_layer_bytes(stacks, needs, batch, fitted) for stacks in layers), default=0)
+    if searches(rounding):
+        # the second moments of all inputs of a layer at once, with a batch on its way or a stack, its rounding and its error
+        work = max(work, *(_search_bytes(stacks, batch) for stacks in layers))
     streamed = wants_streaming(settings, model.parameters)
     # streamed to a GPU, the host holds only what is around the layers
     host = (4 * model.outside if on_gpu else around) if streamed else memory_in_whole(model.parameters)
@@ -108,6 +112,17 @@ def _stacks(model: ModelShape, scheme: "QuantScheme", *, shared: bool) -> list[l
         before = stacks[together].outputs if together in stacks else 0
         stacks[together] = _Stack(before + rows, columns)
     return [list(stacks.values()) for stacks in layers.values()]
+
+
+def searches(rounding: "RoundingMethod") -> bool:
+    """Return whether the transform searches its scales against second moments."""
+    return rounding.transform is not None and rounding.transform.method == "awq"
+
+
+def _search_bytes(stacks: list[_Stack], batch: int) -> int:
+    """Return the bytes for AWQ's search in one layer, without its weights and codes."""
+    weights = max(stack.outputs * stack.inputs for stack in stacks)
+    return sum(4 * stack.inputs**2 for stack in stacks) + max(batch, 5 * 4 * weights)
 
 
 def _layer_bytes(stacks: list[_Stack], needs: str, batch: int, fitted: bool) -> int:
@@ -159,10 +174,14 @@ def _flop(model: ModelShape, layers: list[list[_Stack]], rounding: "RoundingMeth
     serves = rounding.activations is not None or rounding.kv_cache is not None
     widest = max((stack.inputs for layer in layers for stack in layer), default=0)
     again = rounding.needs == "nothing" or serves or 4 * widest * tokens > KEPT_BYTES
-    passes = 2.0 * tokens * model.linear * ((rounding.needs != "nothing") + rounding.observes + again * (1 - 1 / max(1, model.layers)))
+    stacks = [stack for layer in layers for stack in layer]
+    runs = (rounding.needs != "nothing") + rounding.observes + rounding.transforms_on_text + again * (1 - 1 / max(1, model.layers))
+    passes = 2.0 * tokens * model.linear * runs
+    if searches(rounding):
+        # second moments, and a product with them for each point of the grid and for no scales
+        passes += sum(2.0 * tokens * stack.inputs**2 + SEARCHED * 2.0 * stack.outputs * stack.inputs**2 for stack in stacks)
     if rounding.needs != "hessian":
         return passes
-    stacks = [stack for layer in layers for stack in layer]
     # X^T X of each input; the Cholesky factorization below takes n^3 / 3
     moments = sum(2.0 * tokens * stack.inputs**2 for stack in stacks)
     # products for the codes; a fit adds two more, and repeats them in a second pass
