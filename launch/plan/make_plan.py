@@ -109,7 +109,7 @@ def _stage(
     if isinstance(entry.settings, PruneSettings) and entry.settings.structured:
         notes = shape_notes(after, entry.settings.structured.kept)
     if isinstance(entry.settings, QuantizeSettings) and entry.settings.transform is not None:
-        notes = transform_notes(entry.settings.transform, shape.before.config)
+        notes = transform_notes(entry.settings.transform, shape.before.config, embedding=entry.settings.embedding is not None)
     rounding, rounded = None, entry.settings
     if isinstance(entry.settings, QatSettings):
         # qat rounds before it trains, and that is the peak of its memory on a small GPU

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...models.calibration.limits import KEPT_BYTES
 from ...models.fused_linears import FUSED
 from ...qat.ptq_limits import TWICE_TO
-from ...qat.transforms.limits import SEARCHED
+from ...qat.transforms.limits import ROTATED_AT_ONCE, SEARCHED
 from .fitting import usable
 from .quantized_shapes import quantized_linears
 from .shapes import ModelShape
@@ -19,6 +19,7 @@ from .stage_shapes import StageShape
 if TYPE_CHECKING:
     from ...qat.rounding_method import RoundingMethod
     from ...qat.scheme import QuantScheme
+    from ...qat.transforms.settings import TransformSettings
     from ...trainer.settings_quantization import QuantizeSettings
 
 
@@ -27,6 +28,8 @@ class RoundingPlan:
     """Resources of a quantize stage."""
 
     method: str
+    transform: str | None
+    """What is done to the weights before they are rounded; None = nothing."""
     tokens: int
     """Calibration tokens at most (the text may have fewer); 0 for methods without calibration."""
     flop: float
@@ -65,7 +68,8 @@ def rounding_plan(
     """
     from ...trainer.rounding_settings import memory_in_whole, rounding_of, wants_streaming
 
-    model, rounding = shape.before, rounding_of(settings)
+    # a rotation may untie the head
+    model, rounding = shape.after, rounding_of(settings)
     needs = rounding.needs
     tokens, fitted = settings.calibration_tokens or 0, settings.scale == "fitted"
     assert shape.scheme is not None
@@ -77,15 +81,16 @@ def rounding_plan(
     # embedding, norms and head, and the layer that is being rounded, in fp32
     around = 4 * (model.outside + model.layer) + codes
     work = max((_layer_bytes(stacks, needs, batch, fitted) for stacks in layers), default=0)
-    if searches(rounding):
-        # the second moments of all inputs of a layer at once, with a batch on its way or a stack, its rounding and its error
-        work = max(work, *(_search_bytes(stacks, batch) for stacks in layers))
-    streamed = wants_streaming(settings, model.parameters)
+    if rounding.transform is not None:
+        work = max(work, _transform_bytes(model, layers, rounding.transform, batch))
+    # decided from the files of the input
+    streamed = wants_streaming(settings, shape.before.parameters)
     # streamed to a GPU, the host holds only what is around the layers
     host = (4 * model.outside if on_gpu else around) if streamed else memory_in_whole(model.parameters)
     device = around + work if on_gpu else 0
     return RoundingPlan(
         method=settings.method,
+        transform=None if rounding.transform is None else rounding.transform.method,
         tokens=tokens,
         flop=_flop(model, layers, rounding, tokens, twice=shape.scheme.weights.bits <= TWICE_TO),
         device_bytes=device,
@@ -114,15 +119,27 @@ def _stacks(model: ModelShape, scheme: "QuantScheme", *, shared: bool) -> list[l
     return [list(stacks.values()) for stacks in layers.values()]
 
 
-def searches(rounding: "RoundingMethod") -> bool:
-    """Return whether the transform searches its scales against second moments."""
-    return rounding.transform is not None and rounding.transform.method == "awq"
-
-
-def _search_bytes(stacks: list[_Stack], batch: int) -> int:
-    """Return the bytes for AWQ's search in one layer, without its weights and codes."""
-    weights = max(stack.outputs * stack.inputs for stack in stacks)
-    return sum(4 * stack.inputs**2 for stack in stacks) + max(batch, 5 * 4 * weights)
+def _transform_bytes(model: ModelShape, layers: list[list[_Stack]], transform: "TransformSettings", batch: int) -> int:
+    """Return the bytes of a transform's work, without the weights that it changes."""
+    if transform.method == "rotation":
+        # the result of the largest matrix or table, and a part of it four times in fp64
+        largest = max((stack.outputs * stack.inputs for stacks in layers for stack in stacks), default=0)
+        numbers = max(largest, model.vocabulary * model.hidden if transform.residual else 0)
+        return 4 * numbers + 4 * 8 * min(numbers, ROTATED_AT_ONCE)
+    if transform.method == "smoothquant":
+        return batch
+    # the second moments of all inputs of a layer at once, with a batch on its way, or a stack, its rounding and its error; clipping
+    # has one more copy of the weights, and the moments behind their scales
+    copies, moments = (6, 2) if transform.clip else (5, 0)
+    return max(
+        (
+            sum(4 * stack.inputs**2 for stack in stacks)
+            + max(batch, *(4 * copies * stack.outputs * stack.inputs + 4 * moments * stack.inputs**2 for stack in stacks))
+            for stacks in layers
+            if stacks
+        ),
+        default=0,
+    )
 
 
 def _layer_bytes(stacks: list[_Stack], needs: str, batch: int, fitted: bool) -> int:
@@ -177,7 +194,7 @@ def _flop(model: ModelShape, layers: list[list[_Stack]], rounding: "RoundingMeth
     stacks = [stack for layer in layers for stack in layer]
     runs = (rounding.needs != "nothing") + rounding.observes + rounding.transforms_on_text + again * (1 - 1 / max(1, model.layers))
     passes = 2.0 * tokens * model.linear * runs
-    if searches(rounding):
+    if rounding.transform is not None and rounding.transform.method == "awq":
         # second moments, and a product with them for each point of the grid and for no scales
         passes += sum(2.0 * tokens * stack.inputs**2 + SEARCHED * 2.0 * stack.outputs * stack.inputs**2 for stack in stacks)
     if rounding.needs != "hessian":

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from .hadamard_orders import Order, order_of, paley_field
-
-_CHUNK = 2**22
-"""Numbers that are rotated at a time, in fp64."""
+from .limits import ROTATED_AT_ONCE
 
 
 class Rotation:
@@ -38,7 +36,7 @@ class Rotation:
         moved = tensor.movedim(dim, -1)
         rows = moved.reshape(-1, self.size)
         found = torch.empty_like(rows)
-        step = max(1, _CHUNK // self.size)
+        step = max(1, ROTATED_AT_ONCE // self.size)
         for begin in range(0, len(rows), step):
             found[begin : begin + step] = self._product(rows[begin : begin + step].to(torch.float64)).to(tensor.dtype)
         return found.reshape(moved.shape).movedim(-1, dim).contiguous()

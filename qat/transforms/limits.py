@@ -13,6 +13,8 @@ ALPHAS = tuple(step / 20 for step in range(21))
 """The grid of AWQ's search: 20 steps, as in its code."""
 SEARCHED = 1 + len(ALPHAS)
 """Scales that AWQ compares for each input: none, and the grid."""
+ROTATED_AT_ONCE = 2**22
+"""Numbers that are rotated at a time, in fp64."""
 _LEAVE = "leave 'transform' out"
 
 
@@ -54,8 +56,14 @@ def transform_refusal(settings: TransformSettings, config: Any, *, sparse: bool,
     return None
 
 
-def transform_notes(settings: TransformSettings, config: Any) -> list[str]:
-    """What a transform that can be applied leaves as it is, or adds, one sentence each."""
+def transform_notes(settings: TransformSettings, config: Any, *, embedding: bool) -> list[str]:
+    """What a transform that can be applied leaves as it is, or adds, one sentence each.
+
+    Args:
+        settings: The transform.
+        config: Config of the model.
+        embedding: Whether the embedding is rounded.
+    """
     if settings.method != "rotation":
         left = uncoupled(config)
         if not left:
@@ -68,7 +76,8 @@ def transform_notes(settings: TransformSettings, config: Any) -> list[str]:
     if settings.residual and getattr(config, "tie_word_embeddings", False):
         rows = getattr(config, "vocab_size", 0)
         size = 2 * rows * sizes_of(config, FAMILIES[config.model_type]).hidden
-        return [f"transform rotation: the output head is untied from the embedding, which adds {size:,} bytes in bf16"]
+        left = "; it is not rounded, because 'embedding' no longer applies to it" if embedding else ""
+        return [f"transform rotation: the output head is untied from the embedding, which adds {size:,} bytes in bf16{left}"]
     return []
 
 

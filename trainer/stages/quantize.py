@@ -71,7 +71,7 @@ def _check_transform(settings: QuantizeSettings, context: StageContext) -> None:
     config = load_config(context.input, revision=context.input_revision)
     if reason := transform_refusal(settings.transform, config, sparse=bool(input_record(context))):
         raise UserError(f"{context.name}: transform {settings.transform.method}: {reason}")
-    for note in transform_notes(settings.transform, config):
+    for note in transform_notes(settings.transform, config, embedding=settings.embedding is not None):
         context.say(f"  {note}")
 
 

@@ -111,6 +111,20 @@ def test_an_untied_head_has_its_bytes(folder: Any) -> None:
     assert tied.stages[0].notes == ["transform rotation: the output head is untied from the embedding, which adds 2,304 bytes in bf16"]
     assert without.stages[0].notes == []
     assert planned(folder("llama"), "rotation").stages[0].notes == []
+    rounded = planned(folder("mistral"), "rotation", embedding={"bits": 8})
+    (note,) = rounded.stages[0].notes
+    assert note.endswith("which adds 2,304 bytes in bf16; it is not rounded, because 'embedding' no longer applies to it")
+
+
+def test_the_line_of_a_stage_names_its_transform_and_a_rotation_counts_the_table(folder: Any) -> None:
+    place = folder("llama", vocab_size=4000)
+    rotated, heads, none = (planned(place, one) for one in ("rotation", {"method": "rotation", "residual": False}, None))
+    assert "01-quantize: rotation + rtn, about " in short_form(rotated)
+    assert "01-quantize: rtn, about " in short_form(none)
+    both = (rotated.stages[0].rounding, heads.stages[0].rounding)
+    assert both[0] is not None and both[1] is not None and both[0].transform == "rotation"
+    # the table of the embedding, in fp32 and four times in fp64, instead of the largest linear, which is less than the plain work
+    assert both[0].host_bytes - both[1].host_bytes > 30 * 4000 * 24
 
 
 def test_a_search_takes_work_and_memory() -> None:

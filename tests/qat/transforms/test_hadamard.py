@@ -49,7 +49,7 @@ def test_an_outlier_is_spread_over_all_channels() -> None:
 def test_large_tables_are_rotated_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(37, 24, generator=torch.Generator().manual_seed(0))
     whole = Rotation(24, 0, "x").rotated(x)
-    monkeypatch.setattr("decoct.qat.transforms.hadamard._CHUNK", 100)
+    monkeypatch.setattr("decoct.qat.transforms.hadamard.ROTATED_AT_ONCE", 100)
     torch.testing.assert_close(Rotation(24, 0, "x").rotated(x), whole)
 
 
