@@ -1,9 +1,12 @@
 """A head that gets weights of its own."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from decoct.models.folder.loading import load_model
+from decoct.models.folder.model_folder import save_model_folder
 from decoct.models.ties import is_tied, untie
 
 from ..support.pruned_families import logits, tiny
@@ -23,13 +26,17 @@ def test_an_untied_head_is_the_same_model_and_stays_when_the_table_changes(kind:
     assert torch.equal(model.get_output_embeddings().weight, head)
 
 
-def test_transformers_writes_and_reads_both_tables(tmp_path: object) -> None:
+@pytest.mark.parametrize("by", ["decoct", "transformers"])
+def test_both_tables_are_written_and_read(by: str, tmp_path: Path) -> None:
     model = tiny("llama", dtype=torch.float32, tie_word_embeddings=True)
     untie(model)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(2)
-    model.save_pretrained(tmp_path)
-    again = load_model(str(tmp_path), dtype=torch.float32)
+    if by == "decoct":
+        save_model_folder(tmp_path / "model", model, None, {"kind": "pretrain"}, dtype=None)
+    else:
+        model.save_pretrained(tmp_path / "model")
+    again = load_model(tmp_path / "model", dtype=torch.float32)
     torch.testing.assert_close(logits(again), logits(model))
     assert not is_tied(again)
 
