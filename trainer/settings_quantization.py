@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from .. import Bounds, Count, check_fields
 from ..qat.scheme import QuantScheme, SpecChange
 from ..qat.spec import ONE_SCALING, ActivationSpec, QuantSpec
+from ..qat.transforms.settings import TransformSettings
 from .settings import Moment, Rate, Share, ShareOfSteps, TrainingBlock
 
 
@@ -192,10 +193,13 @@ class QuantizeSettings(SchemeSettings):
     """gptq: round the columns with the largest inputs first; groups remain those of the original columns. Default: true."""
     weighted: bool | None = None
     """mse: weight the error of a weight by the mean square of its input, which needs calibration text. Default: false."""
+    transform: TransformSettings | None = None
+    """What is done to the weights before they are rounded, such as awq or {method: rotation, residual: false}: the unrounded model stays
+    the same, and rounding loses less. Default: nothing."""
     calibration_tokens: Count | None = None
-    """gptq, mse with weighted, static scaling, and outliers: tokens of training text to calibrate on, in windows chosen at random.
-    Default: 262,144, which is the 128 windows of 2,048 tokens of the GPTQ paper (section 4) and several times the inputs of the widest
-    layers; fewer when the text has fewer."""
+    """gptq, mse with weighted, static scaling, outliers, and transform awq or smoothquant: tokens of training text to calibrate on, in
+    windows chosen at random. Default: 262,144, which is the 128 windows of 2,048 tokens of the GPTQ paper (section 4) and several times the
+    inputs of the widest layers; fewer when the text has fewer."""
     stream: Literal["auto", "always", "never"] = "auto"
     """Read, round and write one decoder layer after the other, for models that are larger than memory: the same result with more disk.
     auto = when memory is too small for the whole model in fp32."""
@@ -213,7 +217,10 @@ class QuantizeSettings(SchemeSettings):
         self._fill("activation_order", True, "gptq")
         self._fill("weighted", False, "mse")
         self._check_inputs()
-        if any(spec is not None and spec.observes for spec in (self.activations, self.kv_cache)):
+        if self.transform is not None and self.transform.clip and self.method != "rtn":
+            raise ValueError(f"transform.clip cuts weights for method=rtn; method={self.method} chooses its scales itself: leave clip out")
+        observes = any(spec is not None and spec.observes for spec in (self.activations, self.kv_cache))
+        if observes or (self.transform is not None and self.transform.calibrates):
             self._fill("calibration_tokens", 262_144, self.method)
         elif self.method == "mse" and not self.weighted and self.calibration_tokens is not None:
             raise ValueError(
@@ -224,7 +231,7 @@ class QuantizeSettings(SchemeSettings):
 
     @property
     def calibrates(self) -> bool:
-        """Whether the stage needs calibration text: for the method, for static scales, or to count outliers."""
+        """Whether the stage needs calibration text: for the method, a transform, static scales, or to count outliers."""
         return self.calibration_tokens is not None
 
     def _fill(self, dial: str, default: object, *methods: str) -> None:

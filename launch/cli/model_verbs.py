@@ -99,6 +99,12 @@ def quantize(
     ] = "rtn",
     bits: Bits = 4,
     group_size: GroupSize = "128",
+    transform: Annotated[
+        str | None,
+        typer.Option(
+            "--transform", help="Before rounding: awq, smoothquant or rotation. It leaves the unrounded model's outputs as they are."
+        ),
+    ] = None,
     calibration_tokens: Annotated[
         str | None,
         typer.Option("--calibration-tokens", help="Tokens of the text to calibrate on.", show_default="262,144"),
@@ -109,9 +115,9 @@ def quantize(
     seq_length: SeqLength = 512,
     out: Out = None,
 ) -> None:
-    """Round the weights of MODEL without training; --method gptq calibrates on text, one layer at a time."""
+    """Round the weights of MODEL without training; --method gptq and --transform awq calibrate on text, one layer at a time."""
     from .single_stage import run_verb
     from .stage_recipes import TextChoice, quantize_settings
 
-    settings = quantize_settings(method, bits, group_size, calibration_tokens)
+    settings = quantize_settings(method, bits, group_size, calibration_tokens, transform)
     run_verb("quantize", model, settings, TextChoice(text, hub, seq_length), teacher, overrides, out)

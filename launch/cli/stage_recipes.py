@@ -182,9 +182,12 @@ def qat_settings(
     return {"tokens": tokens, "weights": {"bits": bits, "group_size": group_size}, "train": train, "start": start, "lora": lora}
 
 
-def quantize_settings(method: str, bits: int, group_size: int | str, calibration_tokens: int | str | None) -> dict[str, Any]:
+def quantize_settings(
+    method: str, bits: int, group_size: int | str, calibration_tokens: int | str | None, transform: str | None
+) -> dict[str, Any]:
     """Return the settings of the ``quantize`` stage for the options of its verb."""
-    return {"method": method, "weights": {"bits": bits, "group_size": group_size}, "calibration_tokens": calibration_tokens}
+    weights = {"bits": bits, "group_size": group_size}
+    return {"method": method, "weights": weights, "calibration_tokens": calibration_tokens, "transform": transform}
 
 
 def evaluation(text: TextChoice, gate: float | str | None, tasks: Sequence[str]) -> tuple[TextChoice, dict[str, Any]]:

@@ -131,6 +131,7 @@ def quantize(
     method: str = "rtn",
     bits: int = 4,
     group_size: int | str = 128,
+    transform: str | None = None,
     calibration_tokens: int | str | None = None,
     teacher: Model | None = None,
     seq_length: int = 512,
@@ -146,6 +147,7 @@ def quantize(
         method: "rtn" (to nearest), "mse" (searched scales) or "gptq" (calibrated on text).
         bits: Bits per weight.
         group_size: Input features per scale, or "channel".
+        transform: "awq", "smoothquant" or "rotation", before rounding. Default: none.
         calibration_tokens: Tokens to calibrate on. Default: 262,144.
         teacher: The model to compare with.
         seq_length: Tokens per window.
@@ -153,7 +155,7 @@ def quantize(
         quiet: Print nothing.
         settings: Settings of the stage or the recipe.
     """
-    made = quantize_settings(method, bits, group_size, calibration_tokens)
+    made = quantize_settings(method, bits, group_size, calibration_tokens, transform)
     return _stage("quantize", model, made, data, seq_length, teacher, out, quiet, settings)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...losses.settings_own import OwnLossSettings
+from ...qat.transforms.limits import transform_notes
 from ...trainer.processes.teacher_memory import teacher_bytes
 from ...trainer.stage_plan import derive_plan, derive_steps, held_teacher, learns_from, trains, wanted_strategy
 from .disk import checkpoint_bytes, model_bytes, quantized_bytes
@@ -107,6 +108,8 @@ def _stage(
         values = derived + [value for value in values if value.key not in {other.key for other in derived}]
     if isinstance(entry.settings, PruneSettings) and entry.settings.structured:
         notes = shape_notes(after, entry.settings.structured.kept)
+    if isinstance(entry.settings, QuantizeSettings) and entry.settings.transform is not None:
+        notes = transform_notes(entry.settings.transform, shape.before.config, embedding=entry.settings.embedding is not None)
     rounding, rounded = None, entry.settings
     if isinstance(entry.settings, QatSettings):
         # qat rounds before it trains, and that is the peak of its memory on a small GPU

@@ -1,5 +1,6 @@
 """The shape of every model that a recipe passes through: teacher, student, and what each stage makes of it."""
 
+import copy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ...models.axis_map import Axis
     from ...qat.scheme import QuantScheme
     from ...qat.spec import ActivationSpec
+    from ...qat.transforms.settings import TransformSettings
     from ...trainer.settings_pruning import PruneSettings
     from ...trainer.settings_structured import StructuredSettings
 
@@ -108,6 +110,8 @@ def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
             scheme = settings.scheme
             beside = {"activations": settings.activations, "kv_cache": settings.kv_cache}
             _check_scheme(shape, scheme, entry)
+            if isinstance(settings, QuantizeSettings) and settings.transform is not None:
+                shape = _transformed(recipe, shape, settings.transform, entry, sparse)
             continues = same and isinstance(settings, QatSettings) and settings.first == "gptq" and not any(beside.values())
             if not continues:
                 _check_calibration(shape, scheme, entry, recipe.data.seq_length)
@@ -117,6 +121,27 @@ def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
             sparse = sparse or (isinstance(settings, PruneSettings) and settings.weights is not None)
         found.append(StageShape(entry, before, shape, scheme, **beside, continues=continues))
     return found
+
+
+def _transformed(
+    recipe: "Recipe", shape: ModelShape, transform: "TransformSettings", entry: "StageEntry", sparse: bool
+) -> ModelShape:  # fmt: skip
+    """Return the shape after a transform: a rotation unties the head. Raise ImpossibleStageError if the model cannot be transformed."""
+    from ...models.folder.hub import local_folder
+    from ...models.folder.record import read_record
+    from ...qat.transforms.limits import transform_refusal, unties
+
+    path = recipe.student.path
+    # a folder that is here may have a mask of its own; what earlier stages prune is known from their settings
+    if path and not sparse and (folder := local_folder(path, revision=recipe.student.revision)) is not None and folder.is_dir():
+        sparse = bool(read_record(folder).get("sparse"))
+    if reason := transform_refusal(transform, shape.config, sparse=sparse, tensors=shape.tensors):
+        raise ImpossibleStageError(f"stages.{entry.index}.{entry.kind}.transform: {transform.method}: {reason}")
+    if not unties(transform, shape.config):
+        return shape
+    config = copy.deepcopy(shape.config)
+    config.tie_word_embeddings = False
+    return shape_of(config, f"{shape.source}, with a head of its own")
 
 
 def makes_own_model(settings: object) -> bool:

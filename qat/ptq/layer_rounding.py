@@ -17,6 +17,7 @@ from ..codes.state import QuantState
 from ..fake_quant import Encoded
 from ..layers.quantized_model import fold
 from ..spec import QuantSpec
+from ..transforms.layer_case import LayerTransform
 from .methods import METHODS, RoundingMethod, Stack, round_to_nearest
 from .served_layers import ServedLayers
 
@@ -32,10 +33,11 @@ class Walk:
     def __init__(
         self, model: "PreTrainedModel", specs: Mapping[str, QuantSpec], rounding: RoundingMethod, sparse: frozenset[str], shelf: Shelf,
         replay: Replay | None, others: torch.dtype | None, advance: Advance,
+        transform: LayerTransform | None = None,
     ) -> None:  # fmt: skip
         self.model, self.specs, self.rounding, self.sparse, self.shelf = model, specs, rounding, sparse, shelf
         self.replay, self.others, self._report = replay, others, advance
-        self._reported = 0
+        self._transform, self._reported = transform, 0
         self.served = ServedLayers(model, rounding, replay, self.advance)
         self.encoded: dict[str, Encoded] = {}
         self.errors: dict[str, KindError] = {}
@@ -50,7 +52,9 @@ class Walk:
         """Rounds one layer, and runs it to get the inputs of the next."""
         self._reported = 0
         self.shelf.bring(layer)
-        # 1. the layer is on the device, in fp32
+        # 1. the layer is on the device, in fp32; what follows sees the transformed layer, whose function is the same
+        if self._transform is not None:
+            self._transform.layer(index, layer, self.replay, self.advance)
         linears = {name: _linear(self.model, name) for name in names}
         if self.others is not None:
             # the following layers must see these parameters as they will be stored
@@ -74,7 +78,7 @@ class Walk:
             self.replay.finish(index, self.advance)
         if self.replay is not None:
             # a layer with nothing to round makes fewer passes: report the rest, so that the total is ``amount_of_work``
-            passes = (self.rounding.needs != "nothing") + self.rounding.observes + (not last)
+            passes = self.rounding.transforms_on_text + (self.rounding.needs != "nothing") + self.rounding.observes + (not last)
             self.advance(self.replay.all_tokens * passes - self._reported)
         # 3. out of the device's memory; codes go to the storage with the weights
         stored = self.shelf.put_away(layer, self._parts(ordered).tensors())

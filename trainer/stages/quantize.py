@@ -13,7 +13,7 @@ from ...models.calibration.error_report import error_lines
 from ...models.capabilities import percent
 from ...models.common.errors import UserError
 from ...models.common.files import scratch_directory
-from ...models.folder.loading import load_model
+from ...models.folder.loading import load_config, load_model
 from ...models.folder.model_folder import save_model_folder
 from ...models.folder.streaming import can_stream, empty_model
 from ...qat.codes.state import QUANT_FILE, QuantState
@@ -21,6 +21,7 @@ from ...qat.layers.save_folder import STORED, round_unquantized
 from ...qat.layers.targets import targets
 from ...qat.ptq import CalibrationText, RoundedModel, amount_of_work, round_model
 from ...qat.spec import QuantSpec
+from ...qat.transforms.limits import transform_notes, transform_refusal
 from ..evaluation.figures import exact_products
 from ..progress import token_progress
 from ..rounding_settings import rounding_of, wants_streaming
@@ -30,7 +31,7 @@ from .context import StageContext, StageResult
 from .coverage import check_coverage, coverage_facts
 from .saving import stage_record
 from .student_and_teacher import current_device, stored_parameters
-from .zeros import input_zeros
+from .zeros import input_record, input_zeros
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +54,7 @@ def finish(settings: QuantizeSettings, context: StageContext, trained: None) -> 
     """Round, fold and write the quantized folder (rank 0)."""
     started = time.perf_counter()
     check_coverage(context, allow_partial=settings.allow_partial, skip=settings.skip)
+    _check_transform(settings, context)
     with _opened(settings, context) as source:
         text = stage_text(settings, context, source.model) if settings.calibrates else None
         rounded = round_and_tell(settings, context, source, text)
@@ -63,10 +65,23 @@ def finish(settings: QuantizeSettings, context: StageContext, trained: None) -> 
     return StageResult(model=context.model, seconds=time.perf_counter() - started, facts=facts)
 
 
+def _check_transform(settings: QuantizeSettings, context: StageContext) -> None:
+    """Refuse what the family cannot do before weights are read, and say what a transform leaves as it is."""
+    if settings.transform is None:
+        return
+    config = load_config(context.input, revision=context.input_revision)
+    if reason := transform_refusal(settings.transform, config, sparse=bool(input_record(context))):
+        raise UserError(f"{context.name}: transform {settings.transform.method}: {reason}")
+    for note in transform_notes(settings.transform, config, embedding=settings.embedding is not None):
+        context.say(f"  {note}")
+
+
 def rounding_record(settings: QuantizeSettings, text: CalibrationText | None, rounded: RoundedModel) -> dict[str, Any]:
     """The ``quant.rounding`` entry of decoct.json: how codes and scales were found, and the relative errors."""
     names = ("method", "scale", "damping", "activation_order", "weighted")
     record: dict[str, Any] = {name: value for name in names if (value := getattr(settings, name)) is not None}
+    if rounded.transform:
+        record["transform"] = rounded.transform
     if text is not None:
         record["calibration"] = text_record(text)
     record["relative_error"] = {
@@ -125,13 +140,16 @@ def stage_text(settings: QuantizeSettings, context: StageContext, model: "PreTra
     """
     assert settings.calibration_tokens is not None
     widths = {name: target.module.weight.shape[1] for name, target in targets(model, settings.scheme).items()}
+    # only GPTQ needs as many tokens as a layer has inputs
+    whole = rounding_of(settings).needs == "hessian"
+    transform = None if whole or settings.transform is None else settings.transform.method
     return told_text(
         context,
         model,
         settings.calibration_tokens,
-        method=settings.method,
-        widths=widths if rounding_of(settings).needs == "hessian" else None,
-        otherwise="use method mse",
+        method=transform or settings.method,
+        widths=widths if whole else None,
+        otherwise="leave transform out" if transform else "use method mse",
     )
 
 
@@ -156,9 +174,12 @@ def round_and_tell(
             text=text,
             device=device,
             others=others,
+            seed=context.run.seed,
             advance=advance,
             **source.streaming,
         )
+    for line in transform_words(rounded.transform):
+        context.say(f"  {line}")
     words = [scheme_words(map(rounded.state.spec_of, rounded.state.modules)), f"by {settings.method}", *beside_words(settings)]
     context.say("  " + ", ".join(words))
     for line in error_lines(rounded.errors, rounding.needs != "nothing"):
@@ -180,6 +201,19 @@ def scheme_words(specs: Iterable[QuantSpec]) -> str:
     """Number of modules for each quantization spec, the most common first."""
     counts = Counter(specs)
     return ", ".join(f"{count} modules in {spec.words()}" for spec, count in counts.most_common())
+
+
+def transform_words(record: Mapping[str, Any]) -> Iterator[str]:
+    """What a transform did, a line for each thing; nothing without one."""
+    for producer, told in record.get("scaled", {}).items():
+        least, most = told["scales"]
+        error = f", error of the outputs {told['error']:.2f} of that without" if "error" in told else ""
+        yield f"{record['method']}: {producer}, scales from {least:.3g} to {most:.3g}{error}"
+    for what, words in (("residual", "residual stream"), ("heads", "heads")):
+        if made := record.get(what):
+            yield f"rotated the {words}: Hadamard matrix of order {made['size']} = {made['hadamard']}, seed {record['seed']}"
+    if record.get("untied"):
+        yield "the output head has weights of its own from here on: it was tied to the embedding"
 
 
 def beside_words(settings: SchemeSettings) -> list[str]:
