@@ -74,6 +74,20 @@ def test_estimates_are_near_the_kl_of_the_whole_model(random_model: RandomModel,
     assert bool(((cheap / exact) > 0.4).all() and ((cheap / exact) < 2.5).all())
 
 
+def test_what_modules_cost_together_is_the_kl_of_the_whole_model(random_model: RandomModel) -> None:
+    model, given = random_model("llama"), text((24, 24, 24, 17))
+    groups = groups_of(decoder_linears(model))
+    names = [name for group in groups for name in group]
+    made = Sensitivity(model, groups, dict.fromkeys(names, SPECS), given, method="rtn", vocabulary=258, seed=0)
+    made.measure()
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    # the first group is left alone
+    rounded = names[len(groups[0]) :]
+    found = made.rounded_together({**dict.fromkeys(rounded, SPECS[0]), **dict.fromkeys(groups[0])}, forward_kl)
+    assert found == pytest.approx(whole_model(model, tuple(rounded), SPECS[0], given), rel=1e-3)
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
 def test_padding_changes_nothing(random_model: RandomModel) -> None:
     model = random_model("llama")
     _, short = measured(model, text((24, 24, 24, 24)), exact=False)
