@@ -10,7 +10,7 @@ With dW the change by rounding, x_t the input of a linear at token t, and g_t th
 The first two come from the same passes: one forward, one backward per draw through recomputed layers, and one product per width.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from ...models.calibration.calibration_text import CalibrationText
 from ...models.calibration.output_gradients import OutputGradients, Seen
-from ...models.calibration.replay import Replay
+from ...models.calibration.replay import Advance, Replay
 from ...models.common.errors import NonFiniteError
 from ...models.families import decoder_layers
-from ..bit_assignment import DRAWS as DRAWS
+from ..bit_assignment import DRAWS
 from ..fake_quant import quantize_with
 from ..rounding_method import MethodName, RoundingMethod
 from ..spec import QuantSpec
@@ -38,7 +38,6 @@ Group = tuple[str, ...]
 """Full names of modules that get one width together."""
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """(student logits [N, V], teacher logits [N, V]) -> nats per token [N]."""
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +97,12 @@ class Sensitivity:
         inside = [{id(module) for module in layer.modules()} for layer in self._layers]
         self._places = [next(at for at, own in enumerate(inside) if id(model.get_submodule(group[0])) in own) for group in self._groups]
 
-    def measure(self, exact: Divergence | None = None) -> Losses:
+    def measure(self, exact: Divergence | None = None, rows: MutableMapping[str, list[float]] | None = None) -> Losses:
         """The estimates, and with a divergence also the exact figures.
+
+        Args:
+            exact: Divergence of the exact figures; None = estimates only.
+            rows: First module of a group -> its exact figures. Those of an earlier start are taken, and new ones are put in.
 
         Raises:
             NonFiniteError: a figure is NaN or infinite.
@@ -109,11 +112,11 @@ class Sensitivity:
         try:
             self._gradients.forward(self._advance)
             cheap, second = self._estimates()
-            found = Losses(cheap=cheap, second_order=second, exact=self._exact(exact) if exact else [])
+            found = Losses(cheap=cheap, second_order=second, exact=self._exact(exact, {} if rows is None else rows) if exact else [])
         finally:
             self._model.train(training)
-        for group, losses in zip(self._groups, zip(found.cheap, found.second_order)):
-            if not all(torch.isfinite(torch.tensor(one)).all() for one in losses):
+        for group, *losses in zip(self._groups, found.cheap, found.second_order, found.exact or found.cheap):
+            if not torch.tensor(losses).isfinite().all():
                 raise NonFiniteError(f"the sensitivity of {group[0]} is NaN or infinite on the calibration text. {REMEDIES.overflow}")
         return found
 
@@ -154,7 +157,9 @@ class Sensitivity:
         return cheap, second
 
     @torch.no_grad()
-    def rounded_together(self, specs: Mapping[str, QuantSpec | None], divergence: Divergence) -> float:
+    def rounded_together(
+        self, specs: Mapping[str, QuantSpec | None], divergence: Divergence, advance: Advance = lambda done: None
+    ) -> float:
         """KL in nats per token with all modules rounded at once, after ``measure``: one forward pass, one layer rounded at a time.
 
         Losses of single groups add up only while they are small, and they are not at 2 bits. This is the figure that counts.
@@ -168,14 +173,18 @@ class Sensitivity:
         try:
             for index, names in enumerate(layers):
                 with self._as_rounded({name: specs[name] for name in names}):
-                    hidden = [self._gradients.through(index, number, hidden[number].to(self._device)).cpu() for number in numbers]
+                    for number in numbers:
+                        hidden[number] = self._gradients.through(index, number, hidden[number].to(self._device)).cpu()
+                        advance(self._replay.tokens(number))
         finally:
             self._model.train(training)
         return sum(self._loss(number, hidden[number].to(self._device), divergence) for number in numbers) / self._text.tokens
 
     def _loss(self, number: int, hidden: Tensor, divergence: Divergence) -> float:
         """The sum over tokens of the KL for other outputs of the last layer."""
-        pairs = zip(self._gradients.logits(self._gradients.rows(number, hidden)), self._gradients.logits(self._ends(number)))
+        whole = self._gradients.rows(number, self._gradients.state(len(self._layers), number))
+        # logits of both in parts: all logits of a text with a large vocabulary do not fit
+        pairs = zip(self._gradients.logits(self._gradients.rows(number, hidden)), self._gradients.logits(whole))
         return sum(float(divergence(ours, theirs).sum(dtype=torch.float64)) for ours, theirs in pairs)
 
     @contextmanager
@@ -191,29 +200,25 @@ class Sensitivity:
             for name, weight in before.items():
                 self._weight(name).copy_(weight)
 
-    def _exact(self, divergence: Divergence) -> list[list[float]]:
-        with torch.no_grad():
-            kept = [list(self._gradients.logits(self._ends(number))) for number, _ in self._replay.batches()]
-            return [
-                [
-                    0.0 if all(self._candidates[name][at] is None for name in group) else self._with(group, place, at, kept, divergence)
-                    for at in range(len(self._candidates[group[0]]))
-                ]
-                for group, place in zip(self._groups, self._places)
-            ]
+    @torch.no_grad()
+    def _exact(self, divergence: Divergence, rows: MutableMapping[str, list[float]]) -> list[list[float]]:
+        for group, place in zip(self._groups, self._places):
+            if group[0] in rows:
+                self._advance(sum(spec is not None for spec in self._candidates[group[0]]) * self._text.tokens)
+            else:
+                specs = [{name: self._candidates[name][at] for name in group} for at in range(len(self._candidates[group[0]]))]
+                rows[group[0]] = [self._with(one, place, divergence) if any(one.values()) else 0.0 for one in specs]
+        return [rows[group[0]] for group in self._groups]
 
-    def _ends(self, number: int) -> Tensor:
-        return self._gradients.rows(number, self._gradients.state(len(self._layers), number))
-
-    def _with(self, group: Group, place: int, candidate: int, kept: list[list[Tensor]], divergence: Divergence) -> float:
+    def _with(self, specs: Mapping[str, QuantSpec | None], place: int, divergence: Divergence) -> float:
+        """KL in nats per token with the modules of a group rounded; the model runs from their layer on."""
         total = 0.0
-        with self._as_rounded({name: self._candidates[name][candidate] for name in group}):
+        with self._as_rounded(specs):
             for number, _ in self._replay.batches():
                 hidden = self._gradients.state(place, number)
                 for index in range(place, len(self._layers)):
                     hidden = self._gradients.through(index, number, hidden)
-                ours = self._gradients.logits(self._gradients.rows(number, hidden))
-                total += sum(float(divergence(one, theirs).sum(dtype=torch.float64)) for one, theirs in zip(ours, kept[number]))
+                total += self._loss(number, hidden, divergence)
                 self._advance(self._replay.tokens(number))
         return total / self._text.tokens
 

@@ -32,6 +32,7 @@ from ..rounding_settings import wants_streaming
 from ..settings_quantization import QatSettings, QuantizeSettings
 from .calibration import told_text
 from .context import StageContext
+from .exact_rows import ExactRows
 from .student_and_teacher import current_device, stored_parameters
 from .zeros import input_zeros
 
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 FILE = "bits.json"
 """The choice, in the stage's folder."""
+_EXACT = "bits-exact.json"
+"""Exact figures of the groups so far, until the choice is written."""
 _SHARE_OF_GPU = 0.6
 """Most of the free GPU memory that fp32 weights may take; the rest is for a layer's activations and the logits."""
 Settings = TypeVar("Settings", QatSettings, QuantizeSettings)
@@ -61,6 +64,7 @@ def settle(settings: Settings, context: StageContext) -> Settings:
         record = _choose(settings, settings.auto, context)
         # before any work: a run that is killed later goes on with these widths
         write_json_atomic(context.folder / FILE, record)
+        (context.folder / _EXACT).unlink(missing_ok=True)
     specs = {name: None if fields is None else QuantSpec.from_json(fields) for name, fields in record["modules"].items()}
     shapes: Shapes = {name: tuple(size) for name, size in record["shapes"].items()}
     weights, overrides, left = scheme_fields(specs, shapes)
@@ -158,11 +162,12 @@ def _measured(
 ) -> tuple[Losses, list[_Tried]]:  # fmt: skip
     """The losses of every group at every width, and what assignments within the budget cost together."""
     candidates = {name: [one[name] for one in choice.specs] for choice in problem.free for name in choice.modules}
-    runs = sum(len(choice.specs) for choice in problem.free) if auto.sensitivity == "exact" else 0
-    total = amount_of_work(len(decoder_layers(model)), text.tokens, runs)
-    device = _device(model)
+    runs = len(problem.free) * sum(one is not None for one in auto.candidates) if auto.sensitivity == "exact" else 0
+    layers = len(decoder_layers(model))
+    total = amount_of_work(layers, text.tokens, runs)
+    device, console = _device(model), context.run.console
     model.to(device)  # pyright: ignore[reportArgumentType] - torch's stubs know no device here
-    with token_progress(context.run.console, f"{context.name}: sensitivity", total, "layer tokens") as advance, exact_products(device.type):
+    with token_progress(console, f"{context.name}: sensitivity", total, "layer tokens") as advance, exact_products(device.type):
         sensitivity = Sensitivity(
             model,
             [choice.modules for choice in problem.free],
@@ -176,9 +181,12 @@ def _measured(
             sparse=input_zeros(context, model),
             advance=advance,
         )
-        losses = sensitivity.measure(forward_kl if auto.sensitivity == "exact" else None)
-        named = _assignments(auto, problem, losses)
-        return losses, [_Tried(name, at, sensitivity.rounded_together(problem.specs(at), forward_kl)) for name, at in named.items()]
+        losses = sensitivity.measure(forward_kl if auto.sensitivity == "exact" else None, ExactRows(context.folder / _EXACT, context.key))
+    named = _assignments(auto, problem, losses)
+    total = layers * text.tokens * len(named)
+    with token_progress(console, f"{context.name}: assignments", total, "layer tokens") as advance, exact_products(device.type):
+        tried = [_Tried(name, at, sensitivity.rounded_together(problem.specs(at), forward_kl, advance)) for name, at in named.items()]
+    return losses, tried
 
 
 def _assignments(auto: WeightSettings, problem: Problem, losses: Losses) -> dict[str, list[int]]:

@@ -15,6 +15,7 @@ from decoct.models.teachers import load_teacher
 from decoct.qat.auto_weights import WeightSettings
 from decoct.qat.codes.state import load_quant_state
 from decoct.qat.export.export import export_folder
+from decoct.qat.ptq.sensitivity import Sensitivity
 from decoct.qat.scheme import SpecChange
 from decoct.qat.spec import QuantSpec
 from decoct.trainer.evaluation.figures import evaluate_model
@@ -119,6 +120,31 @@ def test_exact_is_measured_beside_the_estimates(make_context: MakeContext) -> No
     facts = bit_choice.choice_facts(settings, context)["bits"]
     assert set(facts["rank_correlation"]) == {"cheap, second_order", "cheap, exact", "second_order, exact"}
     assert facts["sensitivity"] == "exact" and min(facts["rank_correlation"].values()) > 0.6
+
+
+def test_exact_figures_of_a_killed_start_are_not_measured_again(make_context: MakeContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = QuantizeSettings(weights=auto(3.5, sensitivity="exact", sensitivity_tokens=128, widths=(2, 4)))
+    whole, killed = make_context("01-whole"), make_context("02-killed")
+    expected = bit_choice.settle(settings, whole)
+    measured: list[int] = []
+    one_run = Sensitivity._with
+
+    def dies(self: Sensitivity, *given: Any) -> float:
+        measured.append(1)
+        if len(measured) == 10:
+            raise KeyboardInterrupt
+        return one_run(self, *given)
+
+    # two candidates in each of 12 groups: killed in the fifth group
+    monkeypatch.setattr(Sensitivity, "_with", dies)
+    with pytest.raises(KeyboardInterrupt):
+        bit_choice.settle(settings, killed)
+    assert [file.name for file in killed.folder.iterdir()] == ["bits-exact.json"]
+    measured[:] = [0] * 10
+    assert bit_choice.settle(settings, killed) == expected
+    assert len(measured) - 10 == 2 * 12 - 2 * 4
+    assert [file.name for file in killed.folder.iterdir()] == ["bits.json"]
+    assert (killed.folder / "bits.json").read_bytes() == (whole.folder / "bits.json").read_bytes()
 
 
 @pytest.mark.parametrize(
