@@ -137,8 +137,9 @@ def _check(problem: Problem, auto: WeightSettings, plain: int) -> None:
         takes = (
             f"{problem.bits(problem.least):.4g} bits per weight" if auto.limit.bytes is None else f"{problem.rest + problem.least:,} bytes"
         )
+        where = "everywhere" if len(problem.free) == len(problem.choices) else "where overrides name no width"
         raise BudgetError(
-            f"budget={auto.budget} ({asked}) is below {takes}, which the model takes with {smallest} bits everywhere, scales counted; "
+            f"budget={auto.budget} ({asked}) is below {takes}, which the model takes with {smallest} bits {where}, scales counted; "
             "raise it, or give larger groups or a smaller width"
         )
     if problem.room >= plain:

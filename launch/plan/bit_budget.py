@@ -7,7 +7,8 @@ bit. It meets the budget as the choice will, so sizes of folders and exports are
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ...qat.bit_assignment import Problem, problem_of, scheme_fields
+from ...qat.auto_weights import LEFT_ALONE
+from ...qat.bit_assignment import DRAWS, Problem, problem_of, scheme_fields
 from ...qat.stored_bytes import packed_matrix_bytes
 from .shapes import ModelShape
 from .units import amount, size
@@ -63,13 +64,14 @@ def _words(auto: "WeightSettings", problem: Problem, shape: ModelShape) -> str:
     named = f"{', '.join(map(str, widths[:-1]))} and {widths[-1]}"
     linears = sum(len(choice.modules) for choice in problem.choices)
     tokens = auto.sensitivity_tokens or 0
-    exact = " and once from each of them on at each width" if auto.sensitivity == "exact" else ""
+    exact = ", and from each group on at each width" if auto.sensitivity == "exact" else ""
     budget = f"the budget, {auto.limit.words()}, is {_both(problem, problem.room)}"
     served = f"as served with everything else {size(problem.rest + problem.room)}"
     return (
         f"chooses among {named} bits for {len(problem.free)} groups of {linears} linears: from {_both(problem, problem.least)} to "
         f"{_both(problem, problem.most)}; {budget}, {served}; sensitivity ({auto.sensitivity}) on at most {amount(tokens)} tokens of "
-        f"training text, with the whole model in fp32 ({size(4 * shape.parameters)}), run {_passes(len(widths))} times over{exact}"
+        f"training text, with the whole model in fp32 ({size(4 * shape.parameters)}), in the time of about {_passes(auto)} forward "
+        f"passes{exact}"
     )
 
 
@@ -77,8 +79,8 @@ def _both(problem: Problem, count: int) -> str:
     return f"{size(count)} ({problem.bits(count):.4g} bits per weight)"
 
 
-def _passes(widths: int) -> int:
-    from ...qat.bit_assignment import DRAWS
-
-    # forward, forward again layer by layer, back once per direction, and a product per width
-    return 2 + DRAWS + widths
+def _passes(auto: "WeightSettings") -> int:
+    """Return the forward passes that take as long as the cheaper estimates and the assignments that are tried."""
+    rounded = sum(width != LEFT_ALONE for width in auto.given_widths)
+    # forward, and forward again layer by layer; back once per direction; a product per width; two optima, and each width alone
+    return 2 + DRAWS + rounded + 2 + rounded
