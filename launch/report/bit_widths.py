@@ -49,6 +49,7 @@ def draw_widths(rows: Sequence[dict[str, Any]]) -> "Figure":
     """Draw the width of each kind of linear (down) in each decoder layer (across), one panel per stage."""
     # Figure without pyplot: no global state, no display, safe in any thread
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     tables = [(row["name"], by_kind(row["bits"]["widths"])) for row in rows]
     height = sum(0.9 + 0.28 * len(kinds) for _, kinds in tables)
@@ -64,6 +65,7 @@ def draw_widths(rows: Sequence[dict[str, Any]]) -> "Figure":
             for place, own in enumerate(kinds.values()):
                 for layer, width in own.items():
                     axes.text(layer, place, str(width), ha="center", va="center", fontsize=7, color="white" if width > 5 else "black")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_yticks(range(len(kinds)), list(kinds), fontsize=8)
         axes.set_title(f"{name}: bits per weight", fontsize=9)
         axes.set_xlabel("decoder layer", fontsize=8)

@@ -74,6 +74,7 @@ def test_a_budget_buys_more_than_one_width_does(make_context: MakeContext, train
     assert kl(context, trained_folder) < kl(uniform, trained_folder)
 
 
+@pytest.mark.usefixtures("warm_judges")
 def test_exports_hold_mixed_widths_exactly(make_context: MakeContext, tmp_path: Path) -> None:
     context = make_context("01-quantize")
     quantize.finish(QuantizeSettings(weights=auto("61kB", widths=(2, 4, 8), sensitivity="second_order", group_size=16)), context, None)
@@ -103,14 +104,20 @@ def test_what_is_chosen_once_is_not_chosen_again(make_context: MakeContext, monk
     assert bit_choice.settle(plain, context) is plain and bit_choice.choice_facts(plain, context) == {}
 
 
-def test_qat_starts_from_the_chosen_widths(make_context: MakeContext) -> None:
+@pytest.mark.usefixtures("warm_judges")
+def test_qat_trains_with_the_chosen_widths(make_context: MakeContext, tmp_path: Path) -> None:
     context = make_context("01-qat", kind="qat")
-    settings = QatSettings(weights=auto(4.5, widths=(3, 4, 8)), steps=1, calibration_tokens=512)
+    settings = QatSettings(weights=auto(4.5, widths=(2, 4, 8)), steps=2, calibration_tokens=512)
     qat.start(settings, context)
     started = load_quant_state(context.folder / "start")
-    chosen = bit_choice.choice_facts(settings, context)["bits"]["widths"]
-    assert {name: started.spec_of(name).bits for name in started.modules} == chosen
-    assert len(set(chosen.values())) > 1
+    chosen = bit_choice.choice_facts(settings, context)["bits"]
+    assert {name: started.spec_of(name).bits for name in started.modules} == chosen["widths"]
+    assert len(set(chosen["widths"].values())) > 1
+    result = qat.finish(settings, context, qat.train(settings, context))
+    trained = load_quant_state(context.model)
+    assert {name: trained.spec_of(name) for name in trained.modules} == {name: started.spec_of(name) for name in started.modules}
+    assert result.facts["bits"] == chosen
+    assert export_folder(context.model, tmp_path / "served", "compressed-tensors").rounding is None
 
 
 def test_exact_is_measured_beside_the_estimates(make_context: MakeContext) -> None:
