@@ -31,6 +31,8 @@ def packed(made: Plan) -> float:
 def test_the_export_has_the_size_of_the_budget(budget: float) -> None:
     made = planned({"budget": budget}, "compressed-tensors")
     assert 0.99 * budget * BODY / 8 < packed(made) < 1.001 * budget * BODY / 8
+    # no matrix is left alone so that others get a smaller width
+    assert made.stages[0].coverage == 1
     # bytes of the whole model: the same in another form
     size = (budget * BODY / 8 + REST) / 1e9
     again = planned({"budget": f"{size:.6f} GB"}, "compressed-tensors")
