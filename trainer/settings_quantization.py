@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from .. import Bounds, Count, check_fields
+from .. import Bounds, Count, WrittenAs, check_fields
+from ..qat.auto_weights import WeightSettings
 from ..qat.scheme import QuantScheme, SpecChange
 from ..qat.spec import ONE_SCALING, ActivationSpec, QuantSpec
 from ..qat.transforms.settings import TransformSettings
@@ -14,8 +15,8 @@ from .settings import Moment, Rate, Share, ShareOfSteps, TrainingBlock
 class SchemeSettings:
     """Which modules are quantized, and how."""
 
-    weights: QuantSpec = field(default_factory=QuantSpec)
-    """Quantization of the weights of the decoder layers' linears."""
+    weights: Annotated[QuantSpec, WrittenAs(WeightSettings)] = field(default_factory=QuantSpec)
+    """Quantization of the weights of the decoder layers' linears; with bits auto, a width for each within a budget."""
     skip: tuple[str, ...] = ()
     """Module name patterns (fnmatch) that stay in full precision. A pattern that matches nothing is an error."""
     overrides: dict[str, SpecChange] = field(default_factory=dict)
@@ -40,7 +41,28 @@ class SchemeSettings:
         Raises:
             ValueError: an override does not fit ``weights``.
         """
-        return QuantScheme(weights=self.weights, skip=self.skip, overrides=self.overrides, embedding=self.embedding, head=self.head)
+        assert self.auto is None, "widths are chosen before a scheme is asked for (trainer/stages/bit_choice.py)"
+        return self.scheme_with(self.weights)
+
+    def scheme_with(self, weights: QuantSpec) -> QuantScheme:
+        """The scheme with another spec in place of ``weights``."""
+        return QuantScheme(weights=weights, skip=self.skip, overrides=self.overrides, embedding=self.embedding, head=self.head)
+
+    @property
+    def auto(self) -> WeightSettings | None:
+        """``weights``, if widths are to be chosen within a budget."""
+        return self.weights if isinstance(self.weights, WeightSettings) else None
+
+    def _check_scheme(self) -> None:
+        """Refuse changes that do not fit ``weights``, and ends without a width where widths are chosen."""
+        if self.auto is None:
+            _ = self.scheme
+            return
+        _ = self.scheme_with(self.auto.base)
+        for key in self.ends:
+            change: SpecChange = getattr(self, key)
+            if change.bits is None and change.kind is None:
+                raise ValueError(f"{key}: weights.bits=auto chooses among linears of the decoder layers; give {key}.bits, such as 8")
 
     @property
     def ends(self) -> list[str]:
@@ -93,7 +115,7 @@ class QatSettings(SchemeSettings, TrainingBlock):
 
     def __post_init__(self) -> None:
         TrainingBlock.__post_init__(self)
-        _ = self.scheme
+        self._check_scheme()
         self._check_kind()
         self._check_ends()
         if self.train == "scales" and self.scales != "learned":
@@ -153,6 +175,8 @@ class QatSettings(SchemeSettings, TrainingBlock):
     def _check_schedule(self) -> None:
         if self.anneal_from is None and self.anneal != 0.5:
             raise ValueError(f"anneal={self.anneal:g} has no effect without anneal_from, the number of bits to begin with")
+        if self.anneal_from is not None and self.auto is not None:
+            raise ValueError(f"anneal_from={self.anneal_from} falls to a number of bits, and weights.bits=auto has several; leave one out")
         if self.anneal_from is not None and self.anneal_from <= self.weights.bits:
             raise ValueError(f"anneal_from={self.anneal_from} must be greater than bits={self.weights.bits}")
         # anneal counts only when it is used: its default is half of the steps
@@ -206,7 +230,9 @@ class QuantizeSettings(SchemeSettings):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _ = self.scheme
+        self._check_scheme()
+        if self.auto is not None and self.stream == "always":
+            raise ValueError("stream=always reads one layer at a time, and weights.bits=auto looks at the whole model; use stream=never")
         if self.weights.kind != "int" and self.scale == "fitted":
             raise ValueError(
                 f"scale=fitted fits scales of integer codes; kind={self.weights.kind} has few scales to choose from: use scale=mse"

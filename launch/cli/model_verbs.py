@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Bits, GroupSize, Hub, Model, Out, SeqLength, StageOverrides, Teacher, Text, Tokens, TrainTokens
+from .options import Bits, Budget, GroupSize, Hub, Model, Out, SeqLength, StageOverrides, Teacher, Text, Tokens, TrainTokens
 
 app = typer.Typer()
 
@@ -65,7 +65,8 @@ def prune(
 def qat(
     model: Model,
     overrides: StageOverrides = None,
-    bits: Bits = 4,
+    bits: Bits = "4",
+    budget: Budget = None,
     group_size: GroupSize = "128",
     teacher: Teacher = None,
     text: Text = None,
@@ -86,7 +87,7 @@ def qat(
     from .single_stage import run_verb
     from .stage_recipes import TextChoice, qat_settings
 
-    settings = qat_settings(tokens, bits, group_size, train, start, lora)
+    settings = qat_settings(tokens, bits, group_size, train, start, lora, budget)
     run_verb("qat", model, settings, TextChoice(text, hub, seq_length), teacher, overrides, out)
 
 
@@ -97,7 +98,8 @@ def quantize(
     method: Annotated[
         str, typer.Option("--method", help="rtn (round to nearest), mse (searched scales) or gptq (calibrated on text).")
     ] = "rtn",
-    bits: Bits = 4,
+    bits: Bits = "4",
+    budget: Budget = None,
     group_size: GroupSize = "128",
     transform: Annotated[
         str | None,
@@ -119,5 +121,5 @@ def quantize(
     from .single_stage import run_verb
     from .stage_recipes import TextChoice, quantize_settings
 
-    settings = quantize_settings(method, bits, group_size, calibration_tokens, transform)
+    settings = quantize_settings(method, bits, group_size, calibration_tokens, budget, transform)
     run_verb("quantize", model, settings, TextChoice(text, hub, seq_length), teacher, overrides, out)

@@ -176,18 +176,38 @@ def _shape(given: str | Mapping[str, int], dashes: str) -> dict[str, Any]:
 
 
 def qat_settings(
-    tokens: int | str | None, bits: int, group_size: int | str, train: str, start: str | None, lora: int | None
+    tokens: int | str | None,
+    bits: int | str,
+    group_size: int | str,
+    train: str,
+    start: str | None,
+    lora: int | None,
+    budget: float | str | None = None,
 ) -> dict[str, Any]:
     """Return the settings of the ``qat`` stage for the options of its verb."""
-    return {"tokens": tokens, "weights": {"bits": bits, "group_size": group_size}, "train": train, "start": start, "lora": lora}
+    return {"tokens": tokens, "weights": _weights(bits, group_size, budget), "train": train, "start": start, "lora": lora}
 
 
 def quantize_settings(
-    method: str, bits: int, group_size: int | str, calibration_tokens: int | str | None, transform: str | None
+    method: str,
+    bits: int | str,
+    group_size: int | str,
+    calibration_tokens: int | str | None,
+    budget: float | str | None = None,
+    transform: str | None = None,
 ) -> dict[str, Any]:
     """Return the settings of the ``quantize`` stage for the options of its verb."""
-    weights = {"bits": bits, "group_size": group_size}
-    return {"method": method, "weights": weights, "calibration_tokens": calibration_tokens, "transform": transform}
+    return {
+        "method": method,
+        "weights": _weights(bits, group_size, budget),
+        "calibration_tokens": calibration_tokens,
+        "transform": transform,
+    }
+
+
+def _weights(bits: int | str, group_size: int | str, budget: float | str | None) -> dict[str, Any]:
+    # numbers may be text, as options give them; the recipe reads them
+    return {"bits": bits, "group_size": group_size, **({} if budget is None else {"budget": budget})}
 
 
 def evaluation(text: TextChoice, gate: float | str | None, tasks: Sequence[str]) -> tuple[TextChoice, dict[str, Any]]:

@@ -99,7 +99,8 @@ def _stage(
     from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
     entry, after = shape.entry, shape.after
-    values = settings_values(f"stages.{entry.index}.{entry.kind}", entry.settings)
+    # as the recipe has them: widths that stand in for a choice are no settings
+    values = settings_values(f"stages.{entry.index}.{entry.kind}", shape.asked or entry.settings)
     notes: list[str] = []
     training, work = None, StageWork(imported=isinstance(entry.settings, OwnStageSettings))
     if trains(entry.settings):
@@ -147,7 +148,7 @@ def _stage(
         exports=exports,
         verdicts=list(judged),
         refusals=refused,
-        notes=notes,
+        notes=[*notes, *([shape.note] if shape.note else [])],
         coverage=coverage(shape),
         # told at the stage that quantizes, not after it at an export that cannot be written
         not_exported=shape.after.family.refusal("export") or "" if entry.kind in ("qat", "quantize") else "",
