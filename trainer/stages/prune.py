@@ -5,11 +5,15 @@ from ..stage_plan import trains
 from .context import StageContext, StageResult, Trained
 from .prune_structured import prune_structured
 from .prune_weights import finish_masks, prune_once, train_masks
+from .score_caches import score_together
 
 
 def train(settings: PruneSettings, context: StageContext) -> Trained | None:
     """Prune along a schedule while training; None when the stage prunes in one shot."""
-    return train_masks(settings, context) if trains(settings) else None
+    if trains(settings):
+        return train_masks(settings, context)
+    score_together(settings, context)
+    return None
 
 
 def finish(settings: PruneSettings, context: StageContext, trained: Trained | None) -> StageResult:

@@ -13,7 +13,7 @@ from decoct.models.common.errors import NonFiniteError, UserError
 from decoct.models.folder.loading import load_model
 from decoct.models.folder.model_folder import read_record, save_model_folder
 from decoct.models.pruning.repair import cut_and_repair
-from decoct.models.pruning.scores import Scores, scored
+from decoct.models.pruning.scores import activation_scores
 from decoct.models.pruning.shape_choice import select
 from decoct.models.pruning.structured import cut
 from decoct.trainer.settings_pruning import PruneSettings, StructuredSettings
@@ -39,12 +39,12 @@ def scored_on(context: StageContext, monkeypatch: pytest.MonkeyPatch, tokens: in
     """Indices of the training windows that the stage scores channels on."""
     rows: list[torch.Tensor] = []
 
-    def scores(model: Any, batches: Iterable[Any], *given: Any, **options: Any) -> Scores:
+    def scores(model: Any, batches: Iterable[Any], **options: Any) -> Any:
         batches = list(batches)
         rows.extend(row for batch in batches for row in batch["input_ids"])
-        return scored(model, batches, *given, **options)
+        return activation_scores(model, batches, **options)
 
-    monkeypatch.setattr("decoct.models.pruning.shape_choice.scored", scores)
+    monkeypatch.setattr("decoct.models.pruning.score_cache.activation_scores", scores)
     pruned(context, tokens, ffn=48)
     windows = context.run.data.train
     place = {tuple(windows[index]["input_ids"].tolist()): index for index in range(len(windows))}
@@ -203,3 +203,22 @@ def test_zeros_of_a_mask_are_not_refitted(make_context: MakeContext, words: Any,
     done = pruned(context, ffn=9, repair=True)
     assert "4 output projections have zeros that stay, and are not refitted" in said(context)
     assert "repairs" not in done.facts
+
+
+def test_another_shape_is_cut_by_the_scores_of_the_first(make_context: MakeContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = pruned(make_context("01-prune", kind="prune", seed=7), ffn=64, repair=True)
+    context = make_context("02-prune", kind="prune", seed=8)
+    pruned(context, ffn=40, hidden=40, repair=True)
+    assert "s, and kept for other shapes of this model" in said(context)
+    monkeypatch.setattr("decoct.models.pruning.score_cache.activation_scores", lambda *_, **__: pytest.fail("scored again"))
+    monkeypatch.setattr("decoct.models.pruning.score_cache.summed", lambda *_, **__: pytest.fail("summed again"))
+    again = make_context("03-prune", kind="prune", seed=7)
+    once_more = pruned(again, ffn=64, repair=True)
+    assert "scores: known from an earlier cut" in said(again)
+    assert once_more.facts == alone.facts
+    assert once_more.model is not None and alone.model is not None
+    assert (once_more.model / "model.safetensors").read_bytes() == (alone.model / "model.safetensors").read_bytes()
+    pruned(make_context("04-prune", kind="prune", seed=8), ffn=72, repair=True)
+    with pytest.raises(pytest.fail.Exception, match="scored again"):
+        # other text
+        pruned(make_context("05-prune", kind="prune", seed=9), ffn=72, repair=True)

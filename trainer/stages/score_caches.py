@@ -1,0 +1,75 @@
+"""Where the scores of a model on its calibration text are kept: ``<cache>/scores/<hash of model and text>/``."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...models.axis_map import WIDTHS
+from ...models.calibration.calibration_text import CalibrationText
+from ...models.common.cache_folder import cache_dir
+from ...models.common.files import clean_leftovers, sha256_json
+from ...models.folder.model_folder import content_hash
+from ...models.pruning.ranks import ALONE, Ranks
+from ...models.pruning.score_cache import ScoreCache
+from ...models.pruning.score_store import FORMAT, ScoreStore
+from ..processes.world import connect, current_world, sum_over_ranks
+from ..settings_pruning import PruneSettings
+from .calibration import calibration_text
+from .context import StageContext
+from .student_and_teacher import whole_student
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Batches = Sequence[Mapping[str, torch.Tensor]]
+
+
+def score_cache(context: StageContext, model: "PreTrainedModel", batches: Batches, ranks: Ranks = ALONE) -> ScoreCache:
+    """The scores of the stage's input on a text, as far as any run has computed them.
+
+    Args:
+        context: Context of the stage.
+        model: Its input, in fp32.
+        batches: All of the text.
+        ranks: The processes that score together.
+    """
+    source = content_hash(context.input, context.input_revision)
+    key = sha256_json({"format": FORMAT, "model": source, "text": _text_hash(batches)})
+    folder = cache_dir() / "scores" / key[:32]
+    if ranks.rank == 0:
+        clean_leftovers(folder)
+    return ScoreCache(model, batches, ScoreStore(folder), ranks=ranks, tell=context.say)
+
+
+def tell_scores(cache: ScoreCache, context: StageContext) -> None:
+    """Print whether scores were computed, and how long that took."""
+    how = ("computed in {}, and kept for other shapes of this model" if cache.computed else "known from an earlier cut, read in {}").format
+    context.say(f"  scores: {how(f'{cache.seconds:,.2f} s')}")
+
+
+def score_together(settings: PruneSettings, context: StageContext) -> None:
+    """Score on all processes of the run, each on its share of the windows; one process alone scores when it cuts."""
+    world = current_world()
+    if world.size == 1 or settings.structured is None:
+        return
+    connect(world)
+    assert settings.calibration_tokens is not None
+    text = calibration_text(context.run.data.train, settings.calibration_tokens, context.run.seed).batches
+    ranks = Ranks(world.rank, world.size, sum_over_ranks)
+    cache = score_cache(context, whole_student(context), text, ranks)
+    structured = settings.structured
+    if any(axis in structured.kept for axis in WIDTHS):
+        cache.prepare(structured.score or "weight_activation")
+    if structured.layers is not None:
+        cache.layers(structured.layers, structured.depth_score or "block_influence")
+
+
+def _text_hash(batches: Batches) -> str:
+    """A hash of the windows and of where documents begin in them."""
+    digest = hashlib.sha256(CalibrationText(batches=batches).fingerprint().encode())
+    for batch in batches:
+        if (positions := batch.get("position_ids")) is not None:
+            digest.update(positions.to(torch.int32).cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
