@@ -9,7 +9,9 @@ from ...models.axis_map import WIDTHS, Axis, Family, check_map
 from ...models.capabilities import percent
 from ...models.common.errors import UserError
 from ...models.family_map import family_of
-from ...models.folder.loading import load_config
+from ...models.folder.loading import find_model_folder, load_config
+from ...models.folder.model_folder import read_record
+from ...models.pruning.kept_record import ROOT, root_record
 from ...models.pruning.repair import Repair, cut_and_repair, refitted
 from ...models.pruning.shape_choice import selected
 from ...models.pruning.structured import cut
@@ -66,6 +68,7 @@ def prune_structured(settings: PruneSettings, context: StageContext) -> StageRes
     facts = {
         "kept": kept.record(family, before.layers),
         "parent_shape": before.record(),
+        ROOT: root_record(read_record(find_model_folder(context.input, context.input_revision, weights=False)), family, before, kept),
         "repairs": [repair.record() for repair in repairs],
         CARRIED: of_kept_layers(zeros, family, kept.layers),
     }

@@ -16,7 +16,7 @@ from decoct.models.pruning.repair import cut_and_repair
 from decoct.models.pruning.scores import activation_scores
 from decoct.models.pruning.shape_choice import select
 from decoct.models.pruning.structured import cut
-from decoct.trainer.settings_pruning import PruneSettings, StructuredSettings
+from decoct.trainer.settings_pruning import MagnitudeSettings, PruneSettings, StructuredSettings
 from decoct.trainer.stages import prune, prune_structured
 from decoct.trainer.stages.calibration import calibration_text
 from decoct.trainer.stages.context import StageContext, StageResult
@@ -222,3 +222,43 @@ def test_another_shape_is_cut_by_the_scores_of_the_first(make_context: MakeConte
     with pytest.raises(pytest.fail.Exception, match="scored again"):
         # other text
         pruned(make_context("05-prune", kind="prune", seed=9), ffn=72, repair=True)
+
+
+def test_the_record_has_the_indices_of_the_first_model_through_every_stage(make_context: MakeContext, trained_folder: Path) -> None:
+    from decoct.models.family_map import family_of
+    from decoct.models.pruning.kept_record import root_of
+    from decoct.models.sizes import sizes_of
+
+    first = make_context("01-prune", kind="prune")
+    pruned(first, ffn=80, hidden=44, layers=2)
+    once = read_record(first.model)
+    assert once["root"] == {"shape": once["parent_shape"], "kept": once["kept"]}
+    # a stage between them changes weights alone
+    between = make_context("02-prune", kind="prune", input=str(first.model))
+    prune.finish(PruneSettings(magnitude=MagnitudeSettings(keep=0.9)), between, None)
+    second = make_context("03-prune", kind="prune", input=str(between.model))
+    pruned(second, ffn=64, heads=2, hidden=36)
+    record = read_record(second.model)
+    assert record["parent_shape"]["layers"] == 2
+    assert record["root"]["shape"] == once["parent_shape"]
+    assert record["root"]["kept"]["layers"] == [0, 2]
+    assert record["root"]["kept"]["hidden"] == [once["kept"]["hidden"][index] for index in record["kept"]["hidden"]]
+    own, before = record["kept"]["ffn"], once["kept"]["ffn"]
+    assert record["root"]["kept"]["ffn"] == {
+        name: [before[name][index] for index in own[f"model.layers.{place}.mlp"]]
+        for place, name in enumerate(("model.layers.0.mlp", "model.layers.2.mlp"))
+    }
+    # the indices name the very channels of the first model, whose smallest weights are zero and which is cut, but nothing moved
+    parent: Any = load_model(trained_folder, dtype=torch.float32)
+    cut_twice: Any = load_model(second.model, dtype=torch.float32)
+    family = family_of(parent)
+    found = root_of(record, family, sizes_of(cut_twice.config, family))
+    assert found is not None
+    theirs: Any = cut(parent, found[1])
+    ours = cut_twice.model.layers[1].mlp.up_proj.weight.detach().flatten()
+    wanted = theirs.model.layers[1].mlp.up_proj.weight.detach().flatten()
+    assert ours.shape == wanted.shape
+    assert float(torch.corrcoef(torch.stack([ours, wanted]))[0, 1]) > 0.99
+    # a shape that another tool has changed since ends the chain
+    assert root_of(record, family, sizes_of(parent.config, family)) is None
+    assert root_of({"root": {"shape": {"ffn": 1}, "kept": {}}}, family, sizes_of(parent.config, family)) is None
