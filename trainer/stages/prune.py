@@ -6,6 +6,7 @@ from .context import StageContext, StageResult, Trained
 from .prune_structured import prune_structured
 from .prune_weights import finish_masks, prune_once, train_masks
 from .score_caches import score_together
+from .shape_search import distil_shapes
 
 
 def train(settings: PruneSettings, context: StageContext) -> Trained | None:
@@ -13,6 +14,8 @@ def train(settings: PruneSettings, context: StageContext) -> Trained | None:
     if trains(settings):
         return train_masks(settings, context)
     score_together(settings, context)
+    if settings.structured is not None:
+        distil_shapes(settings, context)
     return None
 
 

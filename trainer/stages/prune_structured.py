@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -22,7 +23,8 @@ from ..settings_pruning import PruneSettings
 from .calibration import BATCH_TOKENS, calibration_text
 from .context import StageContext, StageResult
 from .saving import CARRIED, save_student
-from .score_caches import score_cache, tell_scores
+from .score_caches import score_cache, shape_space, tell_scores
+from .shape_search import find_shape
 from .student_and_teacher import whole_student
 from .zeros import input_zeros
 
@@ -38,7 +40,11 @@ def prune_structured(settings: PruneSettings, context: StageContext) -> StageRes
     family = family_of(config)
     structured, asked = settings.structured, settings.structured.kept
     before = sizes_of(config, family)
-    after = target_sizes(config, family, asked)
+    space = None if structured.budget is None else shape_space(config, structured)
+    if space is None:
+        target_sizes(config, family, asked)
+    else:
+        _ = space.shapes
     student = whole_student(context)
     check_map(family, student.state_dict())
     # only for its check: refuses a record that names something other than linears
@@ -47,6 +53,11 @@ def prune_structured(settings: PruneSettings, context: StageContext) -> StageRes
     text = calibration_text(context.run.data.train, settings.calibration_tokens, context.run.seed).batches
     cache = score_cache(context, student, text)
     score = structured.score or "weight_activation"
+    found: dict[str, Any] = {}
+    if space is not None:
+        searched = find_shape(settings, context, space, cache, text)
+        asked, found = searched.kept, {"search": searched.facts}
+    after = target_sizes(config, family, asked)
     touched = family.cut_share(matrices, asked)
     fit, held_out = _repair_text(settings, context) if structured.repair else ([], [])
     # the repairs are fitted on the text of the scores, unless there is too little: then one pass gives both
@@ -74,7 +85,7 @@ def prune_structured(settings: PruneSettings, context: StageContext) -> StageRes
     }
     save_student(student, context, facts)
     context.say(f"  cut {percent(touched)} of the decoder's weights along {_list(asked)}")
-    told = {"repairs": facts["repairs"]} if repairs else {}
+    told = {**({"repairs": facts["repairs"]} if repairs else {}), **found}
     coverage = {"share": touched, "left": {}}
     return StageResult(model=context.model, seconds=time.perf_counter() - started, facts={"coverage": coverage, **told})
 

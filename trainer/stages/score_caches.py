@@ -6,24 +6,38 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...models.axis_map import WIDTHS
 from ...models.calibration.calibration_text import CalibrationText
 from ...models.common.cache_folder import cache_dir
 from ...models.common.files import clean_leftovers, sha256_json
+from ...models.family_map import family_of
 from ...models.folder.model_folder import content_hash
+from ...models.outline import outline_of
 from ...models.pruning.ranks import ALONE, Ranks
 from ...models.pruning.score_cache import ScoreCache
 from ...models.pruning.score_store import FORMAT, ScoreStore
+from ...models.shape_search import ShapeSpace, parse_budget
 from ..processes.world import connect, current_world, sum_over_ranks
 from ..settings_pruning import PruneSettings
+from ..settings_structured import StructuredSettings
 from .calibration import calibration_text
 from .context import StageContext
 from .student_and_teacher import whole_student
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
+
+
+def shape_space(config: "PreTrainedConfig", structured: StructuredSettings) -> ShapeSpace:
+    """The shapes within the budget of a stage, from the config of its input.
+
+    Raises:
+        UserError: the family has no map, or no aligned shape is within the budget (on ``shapes``).
+    """
+    assert structured.budget is not None
+    tensors = outline_of(config).tensors
+    return ShapeSpace(config, family_of(config), tensors, parse_budget(structured.budget), structured.found_by.grid)
 
 
 def score_cache(context: StageContext, model: "PreTrainedModel", batches: Batches, ranks: Ranks = ALONE) -> ScoreCache:
@@ -60,10 +74,17 @@ def score_together(settings: PruneSettings, context: StageContext) -> None:
     ranks = Ranks(world.rank, world.size, sum_over_ranks)
     cache = score_cache(context, whole_student(context), text, ranks)
     structured = settings.structured
-    if any(axis in structured.kept for axis in WIDTHS):
+    if structured.cuts_widths:
         cache.prepare(structured.score or "weight_activation")
-    if structured.layers is not None:
-        cache.layers(structured.layers, structured.depth_score or "block_influence")
+    depth = structured.depth_score or "block_influence"
+    if structured.budget is not None:
+        shapes = shape_space(cache.model.config, structured).shapes
+        # of a greedy order the smallest number has all others in it
+        depths = {shape.sizes.layers for shape in shapes} if depth == "contiguous" else {min(shape.sizes.layers for shape in shapes)}
+    else:
+        depths = set() if structured.layers is None else {structured.layers}
+    for layers in sorted(depths):
+        cache.layers(layers, depth)
 
 
 def _text_hash(batches: Batches) -> str:
