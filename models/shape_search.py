@@ -182,7 +182,7 @@ class ShapeSpace:
                 if (1 - _NEAR[-1]) * budget.amount <= cost <= budget.amount:
                     found.append(Shape(sizes, cost, self.parameters(sizes)))
         for near in _NEAR:
-            inside = [shape for shape in found if shape.cost >= (1 - near) * budget.amount and self._takes(shape.sizes)]
+            inside = [shape for shape in found if shape.cost >= (1 - near) * budget.amount and self.takes(shape.sizes)]
             if inside:
                 return sorted(inside, key=lambda shape: -shape.cost)
         assert smallest is not None
@@ -191,7 +191,7 @@ class ShapeSpace:
             f"{budget.words(smallest[0])}; raise it, or lower search.least ({self.grid.least:g}) or search.align ({self.grid.align})"
         )
 
-    def _takes(self, sizes: Sizes) -> bool:
+    def takes(self, sizes: Sizes) -> bool:
         """Whether transformers takes a model of the family with these sizes."""
         try:
             target_sizes(self.config, self.family, {axis: sizes.of(axis) for axis in AXES if sizes.of(axis) < self.before.of(axis)})

@@ -44,8 +44,14 @@ class StructuredSettings:
     (``heads``, ``kv_heads``) and FFN (``ffn``) by least squares. Each is kept only if it lowers the KL divergence from the input of the
     stage on held-out windows."""
 
+    rounds: Annotated[float, Bounds(gt=0, lt=1, why="it is a share of the decoder layers' parameters")] | None = None
+    """Cut in rounds, each of which removes at most this share of the decoder layers' parameters (0.3) and then distils on its part of the
+    stage's ``tokens`` or ``steps``. Default: one cut without distillation."""
+
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.rounds is not None and self.budget is not None:
+            raise ValueError(f"rounds={self.rounds} go to a given shape, and 'budget' searches one; give the shape that a search has found")
         if self.budget is not None:
             parse_budget(self.budget)
             if axes := [axis for axis in AXES if getattr(self, axis) is not None]:

@@ -59,7 +59,7 @@ def prune(
     seq_length: SeqLength = 512,
     out: Out = None,
 ) -> None:
-    """Cut MODEL to a smaller shape (--ffn, --shape, --budget), or set weights to zero (--keep, --pattern; on a schedule with --tokens)."""
+    """Cut MODEL to a smaller shape (--ffn, --shape, --budget), or set weights to zero (--keep, --pattern). On a schedule with --tokens."""
     from .single_stage import run_verb
     from .stage_recipes import TextChoice, prune_settings
 

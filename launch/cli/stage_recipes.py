@@ -111,6 +111,8 @@ def _slug(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
 
 
+ROUNDS = 0.3
+"""Share of the decoder layers' parameters that a round removes, where a verb gets tokens for a cut of the shape."""
 WEIGHT_METHODS = ("magnitude", "wanda", "sparsegpt", "movement")
 """Methods of the verb ``prune`` that set single weights to zero."""
 
@@ -142,11 +144,12 @@ def prune_settings(
         what = "budget" if budget is not None else "ffn" if shape is None else "shape"
         if method is not None:
             raise UserError(f"{dashes}method chooses single weights and does not go with {dashes}{what}; leave one of them out")
-        if tokens is not None:
-            raise UserError(f"{dashes}{what} is one shot and takes no {dashes}tokens; run {distill} on the result to recover")
         if budget is not None:
+            if tokens is not None:
+                raise UserError(f"{dashes}budget searches a shape and takes no {dashes}tokens; run {distill} on the result to recover")
             return {"structured": {"budget": budget}}
-        return {"structured": {"ffn": ffn} if shape is None else _shape(shape, dashes)}
+        kept = {"ffn": ffn} if shape is None else _shape(shape, dashes)
+        return {"structured": kept} if tokens is None else {"structured": {**kept, "rounds": ROUNDS}, "tokens": tokens}
     method = method or "magnitude"
     if method not in WEIGHT_METHODS:
         raise UserError(f"{dashes}method {method}: there is no such method; give one of {', '.join(WEIGHT_METHODS)}")

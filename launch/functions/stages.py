@@ -79,8 +79,8 @@ def prune(
         method: How weights are chosen: "magnitude" (the default), or "wanda" or "sparsegpt" on the text, in one shot, or "movement"
             while it trains.
         pattern: N:M, such as "2:4": of each M consecutive inputs of a row N weights are kept.
-        teacher: The model to learn from along the schedule. Default: ``model`` as it is.
-        tokens: Training tokens of the schedule.
+        teacher: The model to learn from while it trains. Default: ``model`` as it is.
+        tokens: Training tokens: of the schedule, or of the rounds of a cut to ``ffn`` or ``shape``, which removes at most 30 % in each.
         seq_length: Tokens per window.
         out: Run folder. Default: ``runs/prune-MODEL``.
         quiet: Print nothing.

@@ -23,7 +23,7 @@ from .recipe_remedies import Keys, RecipeRemedies
 from .rounding import rounding_plan
 from .sampling_cost import SamplingCase, sampling_cost
 from .serving_stacks import Verdict, verdicts
-from .shape_budgets import search_notes
+from .shape_budgets import round_notes, search_notes
 from .shapes import ModelShape
 from .stage_shapes import StageShape, makes_own_model, shape_notes, stage_shapes, student_shape, teacher_shape
 from .stage_time import StageWork, timed, training_step
@@ -108,7 +108,7 @@ def _stage(
         values = derived + [value for value in values if value.key not in {other.key for other in derived}]
     if isinstance(entry.settings, PruneSettings) and entry.settings.structured:
         structured = entry.settings.structured
-        notes = [*search_notes(shape.before, structured), *shape_notes(after, structured.kept)]
+        notes += [*search_notes(shape.before, structured), *round_notes(shape.before, entry.settings), *shape_notes(after, structured.kept)]
     rounding, rounded = None, entry.settings
     if isinstance(entry.settings, QatSettings):
         # qat rounds before it trains, and that is the peak of its memory on a small GPU

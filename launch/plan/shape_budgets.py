@@ -1,9 +1,10 @@
-"""What a plan knows of a shape that is searched within a budget: the shapes that are possible, and what the search will try."""
+"""What a plan knows of a shape that is searched within a budget, or reached in rounds: the shapes, and what the stage will try."""
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ...models.shape_search import ShapeSpace
+    from ...trainer.settings_pruning import PruneSettings
     from ...trainer.settings_structured import StructuredSettings
     from .shapes import ModelShape
 
@@ -36,3 +37,19 @@ def search_notes(shape: "ModelShape", structured: "StructuredSettings") -> list[
         each = ", then ".join(f"{number:,} shapes on {tokens:,} tokens each" for number, tokens in rounds)
         notes.append(f"search: distils {each}: {sum(number * tokens for number, tokens in rounds):,} tokens in all")
     return notes
+
+
+def round_notes(shape: "ModelShape", settings: "PruneSettings") -> list[str]:
+    """The shapes of each round of pruning and distillation, in one sentence; [] without rounds."""
+    from ...models.family_map import family_of
+    from ...models.shape_rounds import rounds_to
+    from ...models.sizes import sizes_of
+
+    structured = settings.structured
+    if structured is None or structured.rounds is None:
+        return []
+    family = family_of(shape.config)
+    before = sizes_of(shape.config, family)
+    rounds = rounds_to(shape.config, family, shape.tensors, structured.kept, structured.rounds)
+    each = "; ".join(f"{one.words(before)} ({one.share:.0%} of the decoder layers' parameters)" for one in rounds)
+    return [f"cuts in {len(rounds)} rounds and distils after each: {each}"]

@@ -76,7 +76,10 @@ class ScoreStore:
         except (OSError, ValueError, RecursionError):
             return {}
         # no other writer: without a seal it is not of this class
-        return found if isinstance(found, dict) and SEAL in found and not seal_is_broken(found) else {}
+        if not isinstance(found, dict) or SEAL not in found or seal_is_broken(found):
+            return {}
+        del found[SEAL]
+        return found
 
     def put_numbers(self, part: str, content: Mapping[str, Any]) -> None:
         """Replaces the plain data of a part in one step; its keys are text."""

@@ -51,7 +51,7 @@ def score_cache(context: StageContext, model: "PreTrainedModel", batches: Batche
     """
     source = content_hash(context.input, context.input_revision)
     key = sha256_json({"format": FORMAT, "model": source, "text": _text_hash(batches)})
-    folder = cache_dir() / "scores" / key[:32]
+    folder = (context.scores or cache_dir() / "scores") / key[:32]
     if ranks.rank == 0:
         clean_leftovers(folder)
     return ScoreCache(model, batches, ScoreStore(folder), ranks=ranks, tell=context.say)
@@ -59,8 +59,9 @@ def score_cache(context: StageContext, model: "PreTrainedModel", batches: Batche
 
 def tell_scores(cache: ScoreCache, context: StageContext) -> None:
     """Print whether scores were computed, and how long that took."""
-    how = ("computed in {}, and kept for other shapes of this model" if cache.computed else "known from an earlier cut, read in {}").format
-    context.say(f"  scores: {how(f'{cache.seconds:,.2f} s')}")
+    kept = "" if context.scores else ", and kept for other shapes of this model"
+    how = f"computed in {cache.seconds:,.2f} s{kept}" if cache.computed else f"known from an earlier cut, read in {cache.seconds:,.2f} s"
+    context.say(f"  scores: {how}")
 
 
 def score_together(settings: PruneSettings, context: StageContext) -> None:

@@ -1,4 +1,4 @@
-"""A plan of a budget says what its search will try, goes on with a shape of that size, and refuses what no shape can meet."""
+"""A plan says what the search of a budget or the rounds of a shape will try, and refuses what no shape can meet."""
 
 from pathlib import Path
 from typing import Any
@@ -51,3 +51,17 @@ def test_widths_that_a_search_will_choose_are_not_judged_by_those_of_the_input(t
     later = {"prune": {"name": "again", "structured": {"ffn": 1024}}}
     with pytest.raises(ImpossibleStageError, match=r"02-again: .*ffn=1024 keeps more FFN channels than the student's \d+"):
         planned(tmp_path, {"budget": 0.3}, later)
+
+
+def test_it_names_the_shapes_of_all_rounds(tmp_path: Path) -> None:
+    AutoConfig.for_model("llama", vocab_size=512, **FIELDS).save_pretrained(tmp_path / "m")
+    stage = {"prune": {"structured": {"ffn": 512, "layers": 4, "rounds": 0.3}, "tokens": "1M"}}
+    made = {"name": "m", "student": {"path": str(tmp_path / "m")}, "data": {"files": ["x"], "seq_length": 32}, "stages": [stage]}
+    (only,) = plan(recipe_from_dict(made, ())).stages
+    (told,) = [note for note in only.notes if "rounds" in note]
+    assert told.startswith("cuts in 3 rounds and distils after each: ")
+    assert told.count("of the decoder layers' parameters") == 3
+    # it trains as a distillation does, on all the tokens
+    assert only.training is not None and only.training.tokens >= 1_000_000
+    rate = next(value for value in only.values if value.key.endswith("learning_rate"))
+    assert "0.0011" in str(rate)
