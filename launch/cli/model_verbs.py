@@ -38,6 +38,12 @@ def prune(
         str | None,
         typer.Option("--shape", help="What is kept along each axis, any of: ffn=6144,heads=24,kv=6,hidden=3072,layers=28."),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget", help="Size of the result, whose shape is searched: 0.6 of the decoder layers, 80M parameters, or 900MB as served."
+        ),
+    ] = None,
     keep: Annotated[str | None, typer.Option("--keep", help="Share of the linear weights that is kept, such as 0.7 or 70%.")] = None,
     method: Annotated[
         str | None,
@@ -53,11 +59,11 @@ def prune(
     seq_length: SeqLength = 512,
     out: Out = None,
 ) -> None:
-    """Cut MODEL to a smaller shape (--ffn, --shape), or set weights to zero (--keep or --pattern; along a schedule with --tokens)."""
+    """Cut MODEL to a smaller shape (--ffn, --shape, --budget), or set weights to zero (--keep, --pattern). On a schedule with --tokens."""
     from .single_stage import run_verb
     from .stage_recipes import TextChoice, prune_settings
 
-    settings = prune_settings(ffn, keep, tokens, shape, method=method, pattern=pattern)
+    settings = prune_settings(ffn, keep, tokens, shape, method=method, pattern=pattern, budget=budget)
     run_verb("prune", model, settings, TextChoice(text, hub, seq_length), teacher, overrides, out)
 
 

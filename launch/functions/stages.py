@@ -55,6 +55,7 @@ def prune(
     *,
     ffn: int | None = None,
     shape: Mapping[str, int] | str | None = None,
+    budget: float | str | None = None,
     keep: float | str | None = None,
     method: str | None = None,
     pattern: str | None = None,
@@ -65,25 +66,27 @@ def prune(
     quiet: bool = False,
     **settings: Any,
 ) -> ModelResult:
-    """Cut the model to a smaller shape (``ffn``, ``shape``), or set weights to zero (``keep`` or ``pattern``; a schedule with ``tokens``).
+    """Cut the model to a smaller shape (``ffn``, ``shape``, ``budget``), or set weights to zero (``keep``, ``pattern``).
 
     Args:
         model: The model to prune.
         data: The text; see above.
-        ffn: FFN channels that are kept in every layer. Give this, ``shape``, or ``keep`` or ``pattern``.
+        ffn: FFN channels that are kept in every layer. Give this, ``shape``, ``budget``, or ``keep`` or ``pattern``.
         shape: What is kept along each axis, any of ffn, heads, kv_heads, hidden and layers: ``{"heads": 24, "layers": 28}``.
+        budget: Size of the result, whose shape is searched: a share of the decoder layers' parameters (0.6), parameters ("80M") or bytes
+            as served ("900MB").
         keep: Share of the linear weights that is kept, such as 0.7 or "70%".
         method: How weights are chosen: "magnitude" (the default), or "wanda" or "sparsegpt" on the text, in one shot, or "movement"
             while it trains.
         pattern: N:M, such as "2:4": of each M consecutive inputs of a row N weights are kept.
-        teacher: The model to learn from along the schedule. Default: ``model`` as it is.
-        tokens: Training tokens of the schedule.
+        teacher: The model to learn from while it trains. Default: ``model`` as it is.
+        tokens: Training tokens: of the schedule, or of the rounds of a cut to ``ffn`` or ``shape``, which removes at most 30 % in each.
         seq_length: Tokens per window.
         out: Run folder. Default: ``runs/prune-MODEL``.
         quiet: Print nothing.
         settings: Settings of the stage or the recipe.
     """
-    made = prune_settings(ffn, keep, tokens, shape, method=method, pattern=pattern, in_python=True)
+    made = prune_settings(ffn, keep, tokens, shape, method=method, pattern=pattern, budget=budget, in_python=True)
     return _stage("prune", model, made, data, seq_length, teacher, out, quiet, settings)
 
 

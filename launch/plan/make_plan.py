@@ -24,6 +24,7 @@ from .recipe_remedies import Keys, RecipeRemedies
 from .rounding import rounding_plan
 from .sampling_cost import SamplingCase, sampling_cost
 from .serving_stacks import Verdict, verdicts
+from .shape_budgets import round_notes, search_notes
 from .shapes import ModelShape
 from .stage_shapes import StageShape, makes_own_model, shape_notes, stage_shapes, student_shape, teacher_shape
 from .stage_time import StageWork, timed, training_step
@@ -108,9 +109,10 @@ def _stage(
         # a derived value replaces the setting it was derived for (auto, or none)
         values = derived + [value for value in values if value.key not in {other.key for other in derived}]
     if isinstance(entry.settings, PruneSettings) and entry.settings.structured:
-        notes = shape_notes(after, entry.settings.structured.kept)
+        structured = entry.settings.structured
+        notes += [*search_notes(shape.before, structured), *round_notes(shape.before, entry.settings), *shape_notes(after, structured.kept)]
     if isinstance(entry.settings, QuantizeSettings) and entry.settings.transform is not None:
-        notes = transform_notes(entry.settings.transform, shape.before.config, embedding=entry.settings.embedding is not None)
+        notes += transform_notes(entry.settings.transform, shape.before.config, embedding=entry.settings.embedding is not None)
     rounding, rounded = None, entry.settings
     if isinstance(entry.settings, QatSettings):
         # qat rounds before it trains, and that is the peak of its memory on a small GPU

@@ -10,6 +10,7 @@ from ...qat.bit_assignment import BudgetError
 from ...qat.scheme import example_of
 from ...trainer.settings_own import OwnStageSettings
 from .quantized_shapes import quantized_linears
+from .shape_budgets import shape_space
 from .shapes import ModelShape, config_from, config_of, shape_of
 
 if TYPE_CHECKING:
@@ -239,15 +240,20 @@ def _pruned(shape: ModelShape, structured: "StructuredSettings", stage: str) -> 
     from ...models.sizes import WORDS, sizes_of, target_sizes
 
     family = family_of(shape.config)
+    before = sizes_of(shape.config, family)
+    about = ""
     try:
-        after = target_sizes(shape.config, family, structured.kept)
+        kept = structured.kept
+        if (space := shape_space(shape, structured)) is not None:
+            # which shape it will be, scores decide; all of them cost about the same
+            kept, about = space.most_even().kept(before), "such as "
+        after = target_sizes(shape.config, family, kept)
     except UserError as error:
         raise ImpossibleStageError(f"{stage}: {error}") from error
-    before = sizes_of(shape.config, family)
     # which layers stay is decided by scores; their sizes are alike
     config = cut_config(shape.config, family, after, kept_layers(before.layers, after.layers))
-    told = ", ".join(f"{after.of(axis):,} of {before.of(axis):,} {WORDS[axis]}" for axis in structured.kept)
-    return shape_of(config, f"{shape.source}, {told}")
+    told = ", ".join(f"{after.of(axis):,} of {before.of(axis):,} {WORDS[axis]}" for axis in kept)
+    return shape_of(config, f"{shape.source}, {about}{told}")
 
 
 def shape_notes(shape: ModelShape, kept: "Mapping[Axis, int]") -> list[str]:

@@ -9,6 +9,7 @@ from ...qat.runtimes.outcome_words import outcome_text
 from .bit_widths import width_sentences, width_tables
 from .curves import read_curves
 from .page import render_page
+from .searches import search_markdown
 from .sentences import coverage_sentences, exactness, held_out_sentences, protocol_lines, sample_sentences
 from .tables import report_markdown
 
@@ -85,6 +86,7 @@ def markdown_report(report: Report) -> str:
     ]
     for name, kinds in width_tables(report):
         lines += ["", f"| {name}: kind | bits of layer 0, 1, ... |", "|---|---|", *(f"| {kind} | {bits} |" for kind, bits in kinds), ""]
+    lines += search_markdown(report)
     lines += [line for note in report["notes"] for line in (f"> **Note:** {note}.", "")]
     for export in report["exports"]:
         lines.append(f"- `{export['format']}` in `{export['path']}`: {exactness(export)}.")

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 from .bit_widths import draw_widths
 from .curves import Curves
 from .labels import place_labels
+from .searches import draw_searches, searches
 from .tables import count, served
 
 _TRAINED, _HELD_OUT = "#1f4e79", "#c0392b"
@@ -26,8 +27,10 @@ _COLOURS = {
 
 
 def draw_all(report: dict[str, Any], curves: Curves) -> dict[str, "Figure"]:
-    """Return every picture for which there is data, by name: size-quality, curves, sparsity, bits."""
+    """Return every picture for which there is data, by name: size-quality, search, curves, sparsity, bits."""
     drawn = {"size-quality": size_against_quality(report)}
+    if found := searches(report):
+        drawn["search"] = draw_searches(report, _figure(5.5 * len(found), 3.6))
     if curves:
         drawn["curves"] = training_curves(curves)
     if any(row.get("layer_sparsity") and max(row["layer_sparsity"]) > 0 for row in report["stages"]):

@@ -221,6 +221,7 @@ class ReportRows:
                 # only where there are any, so that rows without them are those of earlier versions
                 **({"samples": sampled} if (sampled := state.get("samples")) else {}),
                 **({"bits": chosen} if (chosen := state.get("bits")) else {}),
+                **({"search": searched} if (searched := state.get("search")) else {}),
                 **seen,
             }
         )

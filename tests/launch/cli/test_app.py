@@ -59,6 +59,7 @@ SURFACE = {
         "overrides",
         "--ffn",
         "--shape",
+        "--budget",
         "--keep",
         "--method",
         "--pattern",
