@@ -51,6 +51,7 @@ def cut_and_repair(
     held_out: Text,
     *,
     leave: Iterable[str] = (),
+    judge: ParentOutputs | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> tuple["PreTrainedModel", list[Repair]]:
     """``cut`` with release, and then each repair that applies.
@@ -61,6 +62,7 @@ def cut_and_repair(
         fit: Text that repairs are fitted on.
         held_out: Text that decides whether they are kept.
         leave: Matrices of the parent whose zeros are a mask: they are not refitted.
+        judge: The parent's outputs on other text, which decides in place of ``held_out``.
         tell: Gets a line per repair.
 
     Returns:
@@ -69,7 +71,7 @@ def cut_and_repair(
     family = family_of(model)
     before = sizes_of(model.config, family)
     after = kept.sizes(before)
-    judge = ParentOutputs(model, held_out)
+    judge = judge or ParentOutputs(model, held_out)
     # what the choice of factors reads of the parent, while it is there
     norms = None
     if _scales(family, before, after):

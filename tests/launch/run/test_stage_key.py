@@ -11,6 +11,7 @@ from decoct.configs.own_parts import load_parts
 from decoct.launch.run.stage_key import stage_key
 from decoct.losses.settings import LossSettings
 from decoct.trainer.settings import DistillSettings, TrainerSettings
+from decoct.trainer.settings_local import LocalSettings
 from decoct.trainer.settings_pruning import MagnitudeSettings, PruneSettings, StructuredSettings
 from decoct.trainer.settings_quantization import QuantizeSettings
 from decoct.trainer.settings_samples import SamplesSettings
@@ -99,9 +100,11 @@ def test_keys_of_before_there_were_other_methods_of_pruning_stay() -> None:
         PruneSettings(sparsegpt=SparseGptSettings(keep=0.5)),
         PruneSettings(sparsegpt=SparseGptSettings(keep=0.5, damping=0.1)),
         PruneSettings(movement=MovementSettings(keep=0.5), tokens=1000),
+        PruneSettings(structured=StructuredSettings(ffn=64), local=LocalSettings()),
+        PruneSettings(structured=StructuredSettings(ffn=64), local=LocalSettings(epochs=2)),
     ]
     keys = {stage_key(**{**base, "settings": settings}) for settings in others}
-    assert len(keys | set(known)) == 11
+    assert len(keys | set(known)) == 13
 
 
 def test_samples_count_where_a_stage_has_them_and_their_batch_never() -> None:
