@@ -158,7 +158,7 @@ bench: install ## the benchmarks that need no GPU, at their default sizes
 	$(BIN)/python benchmarks/distillation_picture.py benchmarks/results/distillation.json docs/distillation.svg
 	$(BIN)/python benchmarks/quantization.py --json benchmarks/results/quantization.json
 	$(BIN)/python benchmarks/quantization_picture.py benchmarks/results/quantization.json docs/quantization.svg
-	$(BIN)/python benchmarks/pruning.py --quick --local-tokens 32k --distill-tokens 32k --json benchmarks/results/pruning.json
+	$(BIN)/python benchmarks/pruning.py --quick --calibration-tokens 16k --local-tokens 16k --distill-tokens 16k --step-tokens 512 --json benchmarks/results/pruning.json
 	$(BIN)/python benchmarks/pruning_picture.py benchmarks/results/pruning.json docs/pruning.svg docs/pruning.md
 
 bench-gpu: install ## the tests and benchmarks that need a GPU

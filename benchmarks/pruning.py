@@ -11,7 +11,7 @@ that is there is not made again, so that a killed benchmark goes on where it was
 and after a short distillation). Torch-Pruning's interpreter, with the torch of decoct's own:
 
     .venv/bin/python -m venv .venv-pruning && .venv-pruning/bin/pip install --no-deps torch-pruning==1.6.0
-    .venv/bin/python -c 'import site; print(*site.getsitepackages())' > .venv-pruning/lib/python3*/site-packages/torch.pth
+    .venv/bin/python -c 'import site; print(*site.getsitepackages())' > $(echo .venv-pruning/lib/python3*/site-packages)/torch.pth
 """
 
 import argparse

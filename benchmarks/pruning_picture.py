@@ -69,14 +69,14 @@ def draw(values: Values, file: Path) -> None:
 
     # fixed ids: a picture of the same rows is the same file
     plt.rcParams.update({"svg.hashsalt": "decoct", "font.size": 9})
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = plt.subplots(figsize=(8, 4.2))
     shapes = list(dict.fromkeys(case for case, system, metric in values if metric == "kl" and system in LABELS))
     for mark, (system, label) in zip("osD^vP*X", LABELS.items()):
         points = [(place, values[case, system, "kl"]) for place, case in enumerate(shapes) if (case, system, "kl") in values]
         if points:
             axes.plot(*zip(*points), mark, markersize=5, label=label)
     axes.set_yscale("log")
-    axes.set_xticks(range(len(shapes)), shapes)
+    axes.set_xticks(range(len(shapes)), [shape.replace(" ", "\n", 1) for shape in shapes])
     axes.set_xlabel("axis that was cut, share of the decoder layers' parameters that is left")
     axes.set_ylabel("held-out KL(whole || pruned), nats")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

@@ -246,9 +246,9 @@ def decoded(given: argparse.Namespace, maker: Maker, asked: Sequence[Case]) -> l
 
 
 def stage_seconds(place: Path) -> float:
-    """Seconds of a run's stages, without opening models and measuring them."""
+    """Seconds of a run's stages, without opening models and measuring them; a teacher that an earlier run trained does not count."""
     rows = json.loads((place / "report.json").read_text())["stages"]
-    return sum(row.get("seconds") or 0.0 for row in rows)
+    return sum(row.get("seconds") or 0.0 for row in rows if row["kind"] != "teacher")
 
 
 def measured(given: argparse.Namespace, teacher: Path, models: dict[str, Path], sequence: int = SEQUENCE) -> dict[str, dict[str, Any]]:
