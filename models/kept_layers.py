@@ -82,3 +82,20 @@ def cut_config(source: "PreTrainedConfig", family: Family, sizes: Sizes, kept: S
         # without n_inner it would follow the hidden size
         config.n_inner = sizes.ffn
     return config
+
+
+def grown_config(source: "PreTrainedConfig", family: Family, sizes: Sizes, kept: Sequence[int]) -> "PreTrainedConfig":
+    """The config of a model of ``sizes`` of which the model of ``source`` has the layers ``kept``: what ``cut_config`` undoes.
+
+    A layer that ``source`` does not have is of the kind of its first one, because no config says what the kind was.
+    """
+    config: Any = copy.deepcopy(source)
+    for name in _PER_LAYER:
+        if (entries := getattr(config, name, None)) is not None and len(entries) == len(kept):
+            known = dict(zip(kept, entries, strict=True))
+            setattr(config, name, [known.get(index, entries[0]) for index in range(sizes.layers)])
+    for axis, field in family.fields.items():
+        setattr(config, field, sizes.of(axis))
+    if family.own_head_dim:
+        config.head_dim = sizes.head_dim
+    return config

@@ -12,6 +12,7 @@ from decoct.launch.run.stage_key import stage_key
 from decoct.losses.settings import LossSettings
 from decoct.qat.transforms.settings import TransformSettings
 from decoct.trainer.settings import DistillSettings, TrainerSettings
+from decoct.trainer.settings_local import LocalSettings
 from decoct.trainer.settings_pruning import MagnitudeSettings, PruneSettings, StructuredSettings
 from decoct.trainer.settings_quantization import QuantizeSettings
 from decoct.trainer.settings_samples import SamplesSettings
@@ -100,9 +101,11 @@ def test_keys_of_before_there_were_other_methods_of_pruning_stay() -> None:
         PruneSettings(sparsegpt=SparseGptSettings(keep=0.5)),
         PruneSettings(sparsegpt=SparseGptSettings(keep=0.5, damping=0.1)),
         PruneSettings(movement=MovementSettings(keep=0.5), tokens=1000),
+        PruneSettings(structured=StructuredSettings(ffn=64), local=LocalSettings()),
+        PruneSettings(structured=StructuredSettings(ffn=64), local=LocalSettings(epochs=2)),
     ]
     keys = {stage_key(**{**base, "settings": settings}) for settings in others}
-    assert len(keys | set(known)) == 11
+    assert len(keys | set(known)) == 13
 
 
 def test_keys_of_before_there_were_transforms_stay() -> None:
