@@ -10,6 +10,7 @@ from ..trainer.settings import EvaluateSettings, TrainingBlock
 from ..trainer.settings_own import OwnStageSettings
 from ..trainer.stage_plan import NOTHING_MOVES, learns_from, moves_nothing, reads_text, trains
 from .draft import Draft, key_path
+from .feature_checks import check_features
 from .problems import Problems
 from .recipe import StageEntry
 from .sample_checks import check_samples
@@ -29,6 +30,7 @@ def check_draft(draft: Draft, problems: Problems) -> None:
             _check_stage_teacher(entry, draft, problems)
             _check_watched(entry, draft, problems)
             check_samples(entry, draft, problems)
+            check_features(entry, draft, problems)
     _check_parts(draft, problems)
     _check_batch(draft, problems)
     check_widths(draft, problems)

@@ -99,7 +99,7 @@ class _Walk:
             word = SHORT_FORMS[section]
             return self._section(Mapping(node.place, {word: Entry(node.place, node)}), section, path)
         items = _item_types(annotation)
-        if items[-1:] == (Ellipsis,) and not is_null(node):
+        if items[-1:] == (Ellipsis,) and not is_null(node) and not _takes_alone(annotation):
             # one value for a list of any length is a list of one; a problem with a word is that of the key
             found = self.value(node, items[0], path if _section_of(items[0]) is None else (*path, 0))
             return _WRONG if found is _WRONG else (found,)
@@ -226,6 +226,11 @@ def _section_of(annotation: Any) -> Any:
 def _item_types(annotation: Any) -> tuple[Any, ...]:
     """Return the arguments of the tuple type in ``annotation``; () if there is none."""
     return next((get_args(option) for option in alternatives(annotation) if get_origin(option) is tuple), ())
+
+
+def _takes_alone(annotation: Any) -> bool:
+    """Whether a key that takes a list takes a single value as something of its own: a word, or a number beside lists of numbers."""
+    return any(get_origin(option) is not tuple and option is not type(None) for option in alternatives(annotation))
 
 
 def _value_type(annotation: Any) -> Any:

@@ -12,6 +12,7 @@ from .disk import checkpoint_bytes, model_bytes, quantized_bytes
 from .duration import Speed
 from .export_sizes import export_bytes, tokenizer_folder
 from .family_limits import check_families, coverage
+from .feature_memory import feature_case
 from .fitting import cheapest_fit, usable
 from .format_limits import format_problems, planned_model
 from .input_models import check_inputs
@@ -227,6 +228,7 @@ def _training(
         placement=placement,
         scheme=shape.scheme if entry.kind == "qat" else None,
         scored=entry.kind == "prune" and entry.settings.movement is not None,
+        features=None if taught is None else feature_case(entry, shape.before, taught),
         **_trained_in_qat(entry.settings),
     )
     drawing = None

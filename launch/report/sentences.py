@@ -110,6 +110,17 @@ def sample_sentences(report: Report) -> list[str]:
     return sentences
 
 
+def term_sentences(report: Report) -> list[str]:
+    """Return a sentence for each stage whose loss had terms besides that on predictions: the size of each, and its weight."""
+    sentences = []
+    for row in report["stages"]:
+        terms = row.get("terms")
+        if terms:
+            parts = [f"{name} {term['mean']:.4f} (weight {term['weight']:g})" for name, term in terms.items()]
+            sentences.append(f"{row['name']}: terms of the loss in the last quarter of the steps: {', '.join(parts)}")
+    return sentences
+
+
 def exactness(export: Row) -> str:
     """Describe the weights in the files of a row of ``exports``."""
     if export["exact"]:

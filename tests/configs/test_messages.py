@@ -120,7 +120,7 @@ BROKEN = {
     "value where a section belongs": (
         HEAD + "stages:\n  - distill: {tokens: 1M, loss: forward_kl}\n",
         "my.yaml:5: stages.0.distill.loss: must be a section with keys divergence, temperature, t_squared, beta, alpha, balance, "
-        "head_mass, hard_weight; got 'forward_kl'",
+        "head_mass, hard_weight, features; got 'forward_kl'",
     ),
     "short list": (
         HEAD + "stages:\n  - distill: {tokens: 1M, betas: [0.9]}\n",

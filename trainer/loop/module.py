@@ -21,7 +21,7 @@ from ..plan import TrainingPlan, learning_rate
 from ..processes.sharding import ParameterViews, reshard
 from ..processes.world import World, gather_bytes, sum_over_ranks
 from .hooks import StepHook
-from .objective import SplitSums
+from .objective import SplitSums, StepSums
 from .optimizer import build_optimizer
 from .signals import StopSignals
 from .start_rate import StartRate
@@ -62,7 +62,8 @@ class StepRecord:
     """Input tokens without padding."""
     values: dict[str, float | None]
     """Means over unmasked tokens: loss, kl, cross_entropy, teacher_entropy, top1, covered_mass (None if no token was to be predicted, or
-    no teacher is there to measure against); and learning_rate, grad_norm. With samples also own_kl and given_kl, and own_tokens."""
+    no teacher is there to measure against); and learning_rate, grad_norm. With samples also own_kl and given_kl, and own_tokens. With
+    features also the terms of the loss, without their weights: loss_predictions, loss_hidden, loss_relations."""
     stop: int | None
     """Signal number if any rank received one, else None."""
 
@@ -113,6 +114,7 @@ class TrainingModule(pl.LightningModule):
         self._forward: Callable[[], _Forward] = lambda: forward
         self._shard = shard
         self._views: ParameterViews | None = None
+        self._own: set[int] = set()
         self.plan = plan
         self.hooks = tuple(hooks)
         self.world = world
@@ -122,6 +124,7 @@ class TrainingModule(pl.LightningModule):
         self._sums: Tensor | None = None
         self._losses: list[tuple[Tensor, Tensor]] = []
         self._split = False
+        self._terms: tuple[str, ...] = ()
         self._norm: Tensor | None = None
         self._record: StepRecord | None = None
 
@@ -139,6 +142,7 @@ class TrainingModule(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW with the plan's numbers, over this rank's part of the student."""
         self._views = ParameterViews(self.student)
+        self._own = {id(view) for view in self._views.views.values()}
         return build_optimizer(self.student, self.plan, self._views.views)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
@@ -159,6 +163,9 @@ class TrainingModule(pl.LightningModule):
         # every batch of a stage with samples has them, on every rank
         self._split = isinstance(sums, SplitSums)
         parts += [sums.own_tokens, sums.own_kl] if isinstance(sums, SplitSums) else []
+        # the terms of a stage's loss are the same in every batch, too
+        self._terms = tuple(sums.terms) if isinstance(sums, StepSums) else ()
+        parts += [sums.terms[name] for name in self._terms] if isinstance(sums, StepSums) else []
         vector = torch.stack([part.detach().to(torch.float64) for part in parts])
         self._sums = vector if self._sums is None else self._sums + vector
         self._losses.append((batch[INDEX], sums.loss.detach()))
@@ -202,7 +209,7 @@ class TrainingModule(pl.LightningModule):
         # before the norm: hooks drop gradients, of removed weights for example, which must not count in it
         for hook in self.hooks:
             hook.before_step(step)
-        self._norm = total_norm = self._total_norm(gradients)
+        self._norm = total_norm = self._total_norm(parameters)
         # one transfer for all numbers: the only place per step where the host waits for the device
         *sums, norm = torch.cat([totals, total_norm.to(totals)[None]]).tolist()
         self._refuse_non_finite(step, sums, norm)
@@ -225,12 +232,18 @@ class TrainingModule(pl.LightningModule):
             # computing the norm again would read every gradient once more, and if sharded take another collective
             clip_grads_with_norm_([p for group in optimizer.param_groups for p in group["params"]], float(gradient_clip_val), self._norm)
 
-    def _total_norm(self, gradients: list[Tensor]) -> Tensor:
+    def _total_norm(self, parameters: list[Tensor]) -> Tensor:
         """Global norm of the gradients; for a sharded student over the rows of all ranks."""
-        norm = get_total_norm(gradients)
+        found = [(id(parameter), parameter.grad) for parameter in parameters if parameter.grad is not None]
+        # what a hook has added to the optimizer is whole on every rank
+        added = [gradient for key, gradient in found if key not in self._own]
+        norm = get_total_norm([gradient for key, gradient in found if key in self._own] if self.views.sharded else [g for _, g in found])
         # Ranks hold disjoint rows, so squares add up; under hsdp each row is there once per machine. Under DDP every rank already has the
         # same gradients
-        return (sum_over_ranks(norm.square()) / self.views.copies).sqrt() if self.views.sharded else norm
+        if not self.views.sharded:
+            return norm
+        squares = sum_over_ranks(norm.square()) / self.views.copies
+        return (squares + get_total_norm(added).square() if added else squares).sqrt()
 
     def take_record(self) -> StepRecord | None:
         """Returns the record of a finished step once; None between micro-batches."""
@@ -255,7 +268,8 @@ class TrainingModule(pl.LightningModule):
 
     def _describe(self, step: int, sums: list[float], norm: float, rate: float) -> StepRecord:
         tokens, loss, kl, cross_entropy, teacher_entropy, top1, covered, inputs, *rest = sums
-        own, stops = (rest[:2], rest[2:]) if self._split else ([], rest)
+        own, rest = (rest[:2], rest[2:]) if self._split else ([], rest)
+        terms, stops = rest[: len(self._terms)], rest[len(self._terms) :]
         count = max(tokens, 1.0)
         # a step without a token to predict has no loss: a 0 in the curves would look like a perfect student
         learnt = tokens > 0
@@ -270,6 +284,7 @@ class TrainingModule(pl.LightningModule):
             "learning_rate": rate,
             "grad_norm": norm,
             **(_parted(tokens, kl, *own) if own else {}),
+            **{f"loss_{name}": term / count if learnt else None for name, term in zip(self._terms, terms, strict=True)},
         }
         return StepRecord(step, int(inputs), values, self.signals.agreed(stops))
 
