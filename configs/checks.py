@@ -166,11 +166,11 @@ def _check_parts(draft: Draft, problems: Problems) -> None:
     readers = [entry for entry in draft.stages if entry and learns_from(entry.settings, has_teacher=True) == "recipe"]
     for entry in readers:
         loss = entry.settings.loss
-        if loss.divergence != "forward_kl":
+        if loss.divergence != "forward_kl" and not (teacher.cache and teacher.cache.whole):
             problems.add(
                 key_path(entry, "loss", "divergence"),
-                f"{loss.divergence} needs the teacher's whole distribution, and {source} a part of it; use forward_kl, or remove "
-                f"{source.split()[0]}",
+                f"{loss.divergence} needs the teacher's whole distribution, and {source} a part of it; use forward_kl, "
+                + ("teacher.cache.mode: hidden, or remove teacher.cache" if teacher.cache else "or remove teacher.served"),
             )
         if teacher.served and loss.temperature != 1:
             problems.add(

@@ -33,8 +33,10 @@ from .work import cache_work
 
 if TYPE_CHECKING:
     from ...configs.recipe import Recipe, StageEntry
+    from ...models.settings import LoadIn
     from ...trainer.plan import TrainingPlan
     from ...trainer.settings_quantization import QuantizeSettings
+    from ...trainer.soft_targets.row_layout import HiddenLayout, RowLayout
 
 
 def plan(
@@ -249,6 +251,7 @@ def _training(
     filled = cache_work(taught, seq, load_in) * tokens if cached and taught is not None else None
     # zeros made by a prune stage are kept by every later one, and so its masks are in their checkpoints
     masks = entry.kind == "prune" or any(e.kind == "prune" and e.settings.weights for e in recipe.stages[: entry.index])
+    layout = _cache_layout(recipe, entry, teacher)
     training = Training(
         steps=steps.total_steps,
         tokens=tokens,
@@ -259,7 +262,9 @@ def _training(
         checkpoint_bytes=checkpoint_bytes(shape.before, masks=masks, scored=case.scored),
         # two are kept, with result: best also the best one, and one more exists while it is written
         checkpoints=4 if entry.settings.result == "best" else 3,
-        cache_bytes=_cache_bytes(recipe, entry, teacher, tokens),
+        # no token is seen twice at most
+        cache_bytes=0 if layout is None else layout.bytes * tokens,
+        cache=_cache_words(layout, load_in),
         sampling=drawing,
     )
     values = training_values(entry, steps, seq, machine.ranks, shape.before.hidden, trainer, continues=shape.continues)
@@ -284,12 +289,24 @@ def _trained_in_qat(settings: Any) -> dict[str, Any]:
     return {"learned_scales": settings.scales == "learned", "codes_only": settings.train == "scales", "rank": settings.lora or 0, **rounds}
 
 
-def _cache_bytes(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None, tokens: int) -> int:
-    """Return the largest size of the teacher's cache for a stage, assuming that no token is seen twice."""
-    from ...trainer.soft_targets.row_layout import row_layout
+def _cache_layout(recipe: "Recipe", entry: "StageEntry", teacher: ModelShape | None) -> "RowLayout | HiddenLayout | None":
+    """Return the layout of the teacher's cache for a stage; None if it reads none."""
+    from ...trainer.soft_targets.row_layout import cache_layout
 
     if teacher is None or recipe.teacher is None or recipe.teacher.cache is None:
-        return 0
+        return None
     if learns_from(entry.settings, has_teacher=True) != "recipe":
-        return 0
-    return row_layout(recipe.teacher.cache, teacher.vocabulary, entry.settings.loss.temperature or 1.0).bytes * tokens
+        return None
+    return cache_layout(recipe.teacher.cache, teacher.vocabulary, teacher.head_width, entry.settings.loss.temperature or 1.0)
+
+
+def _cache_words(layout: "RowLayout | HiddenLayout | None", load_in: "LoadIn") -> str:
+    """Return what a token takes in the cache, and what follows from it; '' without one."""
+    from ...trainer.soft_targets.row_layout import HiddenLayout
+
+    if layout is None:
+        return ""
+    if not isinstance(layout, HiddenLayout):
+        return f"{layout.top + layout.others} tokens per position, {layout.bytes:,} bytes; forward KL"
+    error = "0" if layout.exact(load_in) else "measured when it is filled"
+    return f"last hidden states in {layout.states}, {layout.bytes:,} bytes per position; every divergence, KL(cache || teacher) {error}"

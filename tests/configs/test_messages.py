@@ -180,7 +180,7 @@ BROKEN = {
         HEAD.replace("teacher: {path: a/teacher}", "teacher: {path: a/teacher, cache: {mode: top_k}}")
         + "stages:\n  - distill: {tokens: 1M, loss: {divergence: jsd}}\n",
         "my.yaml:5: stages.0.distill.loss.divergence: jsd needs the teacher's whole distribution, and teacher.cache keeps a part of it; "
-        "use forward_kl, or remove teacher.cache",
+        "use forward_kl, teacher.cache.mode: hidden, or remove teacher.cache",
     ),
     "a cache that nobody reads": (
         HEAD.replace("teacher: {path: a/teacher}", "teacher: {path: a/teacher, cache: top_k}") + "stages: [quantize]\n",

@@ -1,4 +1,4 @@
-"""Terms of a stage's loss on what is inside the teacher: hidden states and attention relations, as sums over tokens (law 1)."""
+"""Terms of a loss on what is inside the teacher, hidden states and attention relations: sums over tokens (law 1, docs/architecture.md)."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager

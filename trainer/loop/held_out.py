@@ -19,7 +19,7 @@ from ...models.eval_mode import eval_mode
 from ...models.teachers import Teacher
 from ..data.windows import WindowSource
 from ..processes.world import World, sum_over_ranks
-from ..soft_targets.cached import SparseTeacher
+from ..soft_targets.cached import SparseTeacher, knows_given_text_alone
 from .module import Objectivelike, TrainingModule
 from .objective import Objective
 from .rng import capture_generators, restore_generators
@@ -111,7 +111,7 @@ class HeldOut:
         # evenly spread over the text, and the same in every evaluation, so that the figures are comparable
         self._chosen = [index * len(text) // watch.windows for index in range(watch.windows)]
         # hard_weight decides what runs: 1 leaves the teacher out, 0 measures the KL; the cross-entropy is summed in both cases
-        dense = None if isinstance(teacher, SparseTeacher) else teacher
+        dense = None if isinstance(teacher, SparseTeacher) or knows_given_text_alone(teacher) else teacher
         self._objective: Objectivelike = Objective(dense, LossSettings(hard_weight=1.0 if dense is None else 0.0), v_eff=v_eff)
 
     @property
