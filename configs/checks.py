@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from ..losses.settings import LossSettings
-from ..models.common.terminal_text import counted
 from ..models.folder.codes_file import codes_file
-from ..models.settings import MOST_TOP_K, allowed_layers
+from ..models.settings import MOST_TOP_K
 from ..trainer.settings import EvaluateSettings, TrainingBlock
 from ..trainer.settings_own import OwnStageSettings
 from ..trainer.stage_plan import NOTHING_MOVES, learns_from, moves_nothing, reads_text, trains
@@ -14,7 +13,7 @@ from .feature_checks import check_features
 from .problems import Problems
 from .recipe import StageEntry
 from .sample_checks import check_samples
-from .width_checks import check_widths, known_numbers
+from .width_checks import check_kept, check_widths
 
 _QUANTIZERS = ("qat", "quantize")
 _WRITERS = ("pretrain", "distill", "prune", *_QUANTIZERS)
@@ -33,6 +32,7 @@ def check_draft(draft: Draft, problems: Problems) -> None:
             check_features(entry, draft, problems)
     _check_parts(draft, problems)
     _check_batch(draft, problems)
+    check_kept(draft, problems)
     check_widths(draft, problems)
     _check_exports(draft, problems)
 
@@ -52,13 +52,6 @@ def _check_start(draft: Draft, problems: Problems) -> None:
     if draft.data and draft.data.hub_config and not draft.data.hub:
         problems.add(("data", "hub_config"), "configures a hub dataset, and data.hub is not given; remove it, or give data.hub")
     _check_generate(draft, problems)
-    layers, depth = draft.student.keep.layers if draft.student and draft.student.keep else None, known_numbers(draft).get("layers")
-    # at least two layers stay, because the first and the last one are always kept; a model of one layer keeps that one
-    if layers is not None and depth is not None and not min(2, depth) <= layers <= depth:
-        problems.add(
-            ("student", "keep", "layers"),
-            f"{counted(layers, 'layer')} cannot be kept of a teacher that has {depth}; {allowed_layers(depth)}",
-        )
     scratch = draft.teacher.scratch if draft.teacher else None
     # a scratch teacher is trained on the run's text, so it needs some too
     if draft.data and draft.data.eval_tokens == "all" and (scratch or any(entry and reads_text(entry.settings) for entry in draft.stages)):

@@ -185,11 +185,26 @@ def allowed_layers(depth: int) -> str:
 class KeepSettings:
     """The part of the teacher that the student starts from."""
 
-    layers: Count
-    """Decoder layers that are kept: evenly spread, always with the first and the last."""
+    layers: Count | tuple[Annotated[int, Bounds(ge=0, why="layers are counted from 0")], ...]
+    """Decoder layers that are kept: a number, evenly spread and always with the first and the last; or a list of the layers themselves,
+    counted from 0."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if isinstance(self.layers, int):
+            return
+        if not self.layers:
+            raise ValueError("layers=[] keeps no layer; give a number such as 12, or layers such as [0, 2, 5]")
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(
+                f"layers={list(self.layers)} is not in ascending order; give each layer once, in the teacher's order: "
+                f"{sorted(set(self.layers))}"
+            )
+
+    @property
+    def depth(self) -> int:
+        """Number of layers that are kept."""
+        return self.layers if isinstance(self.layers, int) else len(self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -229,6 +229,19 @@ BROKEN = {
         HEAD.replace("a/teacher", "HuggingFaceTB/SmolLM2-1.7B").replace("layers: 4", "layers: 30") + STAGES,
         "my.yaml:2: student.keep.layers: 30 layers cannot be kept of a teacher that has 24; give 2 to 24",
     ),
+    "a layer that a known teacher does not have": (
+        HEAD.replace("a/teacher", "HuggingFaceTB/SmolLM2-1.7B").replace("layers: 4", "layers: [0, 11, 24]") + STAGES,
+        "my.yaml:2: student.keep.layers: layer 24 does not exist in a teacher of 24 layers; they are 0 to 23",
+    ),
+    "layers in another order": (
+        HEAD.replace("layers: 4", "layers: [5, 0, 3]") + STAGES,
+        "my.yaml:2: student.keep.layers: layers=[5, 0, 3] is not in ascending order; give each layer once, in the teacher's order: "
+        "[0, 3, 5]",
+    ),
+    "no layer": (
+        HEAD.replace("layers: 4", "layers: []") + STAGES,
+        "my.yaml:2: student.keep.layers: layers=[] keeps no layer; give a number such as 12, or layers such as [0, 2, 5]",
+    ),
     "one layer of a teacher of two": (
         HEAD.replace("path: a/teacher", "scratch: {layers: 2}").replace("layers: 4", "layers: 1") + STAGES,
         "my.yaml:2: student.keep.layers: 1 layer cannot be kept of a teacher that has 2; give 2, which keeps all",
@@ -432,6 +445,7 @@ BROKEN |= {
 
 
 SEVERAL_KEYS = {
+    "a layer that a known teacher does not have", "layers in another order", "no layer",
     "text that is all held out",
     "a logger twice", "an option of another logger", "an option of no logger",
     "no logger beside one", "no logger at all", "the best weights without evaluations",
