@@ -44,6 +44,9 @@ class DataSettings:
     """Configuration name of the hub dataset."""
     hub_split: str = "train"
     """Split of the hub dataset."""
+    hub_shards: bool = False
+    """Read the hub dataset over the network, shard by shard and each once, and keep only its tokens: for text that the disk cannot hold.
+    All ranks share the shards. Otherwise it is downloaded whole first."""
     generate: GenerateSettings | None = None
     """Text that the recipe's teacher, or the given student, writes itself."""
     source: str | None = None
@@ -87,6 +90,11 @@ class DataSettings:
             raise ValueError("kind=chat needs conversations, and generate.start is 'text'; leave one of the two out")
         if self.generate and self.max_documents is not None:
             raise ValueError(f"max_documents={self.max_documents} is not used with generate, whose size is generate.tokens; leave it out")
+        if self.hub_shards and (not self.hub or self.max_documents is not None):
+            other = (
+                "max_documents, which reads only the first rows anyway" if self.hub else "the other sources, which are read in parts anyway"
+            )
+            raise ValueError(f"hub_shards=true is for a whole dataset of the hub and has no effect on {other}; leave one of the two out")
         if self.kind == "text" and not self.mask_prompts:
             raise ValueError("mask_prompts=false has no effect with kind=text, which has no prompts; set kind: chat, or leave it out")
         if self.kind == "chat" and self.held_out == "blocks":

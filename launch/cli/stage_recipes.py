@@ -54,7 +54,7 @@ def verb_recipe(
         teacher: The teacher, if any.
         overrides: What will be written into it: one that names a text replaces the built-in one.
     """
-    from ...configs.overrides import key_of
+    from ...configs.overrides import key_of, value_of
 
     recipe: dict[str, Any] = {"name": f"{kind}-{_slug(model)}", "student": {"path": model}, "data": text.data()}
     # a section takes exactly one source of text
@@ -63,7 +63,8 @@ def verb_recipe(
     if teacher:
         recipe["teacher"] = {"path": teacher}
     # one window: the size of a step follows from all settings (`read_verb`), and the shortest text has to do here
-    recipe["trainer"] = {"global_batch_tokens": text.seq_length}
+    lengths = [value_of(one) for one in overrides if key_of(one) == "data.seq_length"]
+    recipe["trainer"] = {"global_batch_tokens": lengths[-1] if lengths else text.seq_length}
     recipe["stages"] = [{kind: {k: v for k, v in settings.items() if v is not None}}]
     return recipe
 

@@ -111,6 +111,8 @@ def test_steps_replace_the_default_tokens(given: list[str], tokens: Any, steps: 
         (["tokens=200k", "trainer.devices=8"], 8),
         (["steps=7"], 32),
         (["trainer.global_batch_tokens=128"], 2),
+        # longer windows than the verb's own
+        (["data.seq_length=1k"], 3),
     ],
 )
 def test_the_size_of_a_step_follows_from_tokens_window_and_devices(given: list[str], windows: int, monkeypatch: pytest.MonkeyPatch) -> None:

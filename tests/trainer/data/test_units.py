@@ -13,7 +13,8 @@ import pytest
 from decoct.models.common.errors import UserError
 from decoct.trainer.data import units
 from decoct.trainer.data.file_documents import read_file
-from decoct.trainer.data.units import Piece, plain_units, texts_of, units_from, units_of
+from decoct.trainer.data.pieces import Piece, plain_units, units_from
+from decoct.trainer.data.units import texts_of, units_of
 
 TEXTS = ["one", "", "zwei ☃ drei", "x" * 50, "a\nb", "four 😀", "y"]
 
