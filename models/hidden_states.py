@@ -89,7 +89,8 @@ def check_layers(model: "PreTrainedModel", who: str, layers: Collection[int], ve
     found, kind = decoder_layers(base), str(base.config.model_type)
     if not found:
         raise UserError(f"{who} (model type {kind!r}) has no list of decoder layers, so its hidden states cannot be read; {_REMEDY}")
-    for index, word in vectors:
+    # in a fixed order, so that the same model gets the same message
+    for index, word in sorted(vectors, key=lambda place: (place[0], list(PROJECTIONS).index(place[1]))):
         if _projection(found[index], word) is None:
             raise UserError(
                 f"{who} (model type {kind!r}): layer {index} has no {PROJECTIONS[word]}, so relations of its attention cannot be read; use "
