@@ -14,10 +14,11 @@ from .. import alternatives, bounds_of, choices, field_of, recipe_key, types_of
 from ..models.settings import CacheSettings
 from ..trainer.settings import DataSettings, LoggerSettings, TrainerSettings, TrainingBlock
 from ..trainer.settings_own import CallbackSettings
+from ..trainer.settings_text import BlendPart
 from .foreign_names import meant_by
 from .nodes import Entry, KeyPath, Listing, Mapping, Node, Scalar, is_null
 from .own_parts import NEEDS_IMPORT, OwnParts
-from .own_settings import SLOTS
+from .own_settings import SLOTS, part_of_blend
 from .problems import Problems, did_you_mean, nearest_name
 from .scalars import LARGEST_INT, described_type, parse_number, read_scalar
 
@@ -176,7 +177,7 @@ class _Walk:
             return section
         word, built_in = str(entry.node.value), choices(types_of(section)[key])
         if (made := self._parts.settings(kind, word)) is not None:
-            return made
+            return part_of_blend(made) if section is BlendPart else made
         # where nothing is imported, the section's own message says what is allowed
         if self._parts.files and word not in built_in:
             known = [*built_in, *self._parts.names(kind)]

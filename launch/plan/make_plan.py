@@ -27,7 +27,7 @@ from .serving_stacks import Verdict, verdicts
 from .shapes import ModelShape
 from .stage_shapes import StageShape, makes_own_model, shape_notes, stage_shapes, student_shape, teacher_shape
 from .stage_time import StageWork, timed, training_step
-from .text_disk import tokenized_bytes
+from .text_disk import blend_notes, tokenized_bytes
 from .values import Value, recipe_values, settings_values, training_values
 from .work import cache_work
 
@@ -108,6 +108,7 @@ def _stage(
         training, derived, notes, work = _training(recipe, shape, teacher, machine)
         # a derived value replaces the setting it was derived for (auto, or none)
         values = derived + [value for value in values if value.key not in {other.key for other in derived}]
+        notes = [*blend_notes(recipe.data, training.tokens), *notes]
     if isinstance(entry.settings, PruneSettings) and entry.settings.structured:
         notes = shape_notes(after, entry.settings.structured.kept)
     rounding, rounded = None, entry.settings
@@ -236,7 +237,7 @@ def _training(
     drawing = None
     if entry.settings.samples is not None:
         sampled = SamplingCase(
-            settings=entry.settings.samples, plan=steps, seq_length=seq, packed=recipe.data.packing, chat=recipe.data.kind == "chat",
+            settings=entry.settings.samples, plan=steps, seq_length=seq, packed=recipe.data.packing, chat=recipe.data.has_chats,
             ranks=machine.ranks,
         )  # fmt: skip
         drawing = sampling_cost(sampled, shape.before, taught, load_in)

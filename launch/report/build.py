@@ -8,7 +8,7 @@ from ...models.common.files import write_json_atomic, write_text_atomic
 from ...qat.runtimes.outcome_words import outcome_text
 from .curves import read_curves
 from .page import render_page
-from .sentences import coverage_sentences, exactness, held_out_sentences, protocol_lines, sample_sentences, term_sentences
+from .sentences import exactness, protocol_lines, stage_sentences
 from .tables import report_markdown
 
 Report = dict[str, Any]
@@ -78,7 +78,7 @@ def markdown_report(report: Report) -> str:
     """Return the table, the checks of the exports and the protocol as Markdown."""
     lines = [f"# {report['name']}", "", report_markdown(report), ""]
     lines += [f"- The run ended at a gate: {sentence}." for sentence in report.get("gates", [])]
-    told = (*coverage_sentences(report), *held_out_sentences(report), *sample_sentences(report), *term_sentences(report))
+    told = stage_sentences(report)
     lines += [f"- {sentence}." for sentence in told]
     lines += [line for note in report["notes"] for line in (f"> **Note:** {note}.", "")]
     for export in report["exports"]:

@@ -6,7 +6,7 @@ from typing import Any
 from ...models.common.terminal_text import printable
 from .curves import Curves
 from .pictures import draw_all, render
-from .sentences import coverage_sentences, exactness, held_out_sentences, protocol_lines, sample_sentences, term_sentences
+from .sentences import exactness, protocol_lines, stage_sentences
 from .tables import headings, report_rows
 
 _CAPTIONS = {
@@ -42,7 +42,7 @@ def render_page(report: dict[str, Any], curves: Curves) -> str:
         pictures=pictures,
         protocol=protocol_lines(report),
         exactness=exactness,
-        coverage=[*coverage_sentences(report), *held_out_sentences(report), *sample_sentences(report), *term_sentences(report)],
+        coverage=stage_sentences(report),
         outcome_text=outcome_text,
         samples=_samples(report),
         recipe=yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True),

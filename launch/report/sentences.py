@@ -121,6 +121,32 @@ def term_sentences(report: Report) -> list[str]:
     return sentences
 
 
+def text_sentences(report: Report) -> list[str]:
+    """Return a sentence for each stage that trained on a blend: the held-out figures of each text, and how often it was read."""
+    sentences = []
+    for row in report["stages"]:
+        parts = []
+        for name, seen in (row.get("texts") or {}).items():
+            figures = [f"KL {seen['held_out_kl']:.4f}"] if "held_out_kl" in seen else []
+            figures += [f"perplexity {seen['held_out_perplexity']:.2f}"] if "held_out_perplexity" in seen else []
+            figures += [f"read {seen['data_epochs']:.2f} times"] if "data_epochs" in seen else []
+            parts.append(f"{name} {', '.join(figures)}")
+        if parts:
+            sentences.append(f"{row['name']}: held out, text by text: {'; '.join(parts)}")
+    return sentences
+
+
+def stage_sentences(report: Report) -> list[str]:
+    """Return all that is told of stages in sentences."""
+    return [
+        *coverage_sentences(report),
+        *held_out_sentences(report),
+        *sample_sentences(report),
+        *term_sentences(report),
+        *text_sentences(report),
+    ]
+
+
 def exactness(export: Row) -> str:
     """Describe the weights in the files of a row of ``exports``."""
     if export["exact"]:

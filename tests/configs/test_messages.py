@@ -28,7 +28,8 @@ BROKEN = {
     "mistyped key in a section": (
         HEAD.replace("seq_length", "seq_lenght") + STAGES,
         "my.yaml:3: data.seq_lenght: unknown key, did you mean 'seq_length'? valid here: builtin, files, hub, hub_config, hub_split, "
-        "generate, source, kind, mask_prompts, text_field, special_tokens, seq_length, packing, eval_tokens, held_out, max_documents",
+        "hub_shards, generate, source, kind, mask_prompts, text_field, special_tokens, max_documents, blend, seq_length, packing, "
+        "eval_tokens, held_out",
     ),
     "mistyped key at the top": (
         HEAD + STAGES + "trianer: {precision: 32}\n",
@@ -157,7 +158,8 @@ BROKEN = {
     ),
     "two sources of text": (
         HEAD.replace("seq_length: 256", "builtin: python-stdlib") + STAGES,
-        "my.yaml:3: data: data needs exactly one of 'builtin', 'files', 'hub', 'generate' and 'source'; given: ['builtin', 'files']",
+        "my.yaml:3: data: data needs exactly one of 'builtin', 'files', 'hub', 'generate', 'source' and 'blend'; given: "
+        "['builtin', 'files']",
     ),
     "percent sign forgotten": (
         HEAD + "stages:\n  - distill: {tokens: 1M, warmup: 5}\n",

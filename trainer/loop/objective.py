@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from ...losses.linear_divergence import Backend, linear_divergence
 from ...losses.linear_divergence.inputs import TeacherHidden, TeacherLogitsSource
 from ...losses.settings import LossSettings
-from ...losses.shift import MASKED, shift_for_next_token
+from ...losses.shift import shift_for_next_token
 from ...losses.sums import LossSums
 from ...models.batches import backbone_inputs
 from ...models.common.errors import UserError
@@ -20,31 +20,10 @@ from ...models.hidden_states import Seen
 from ...models.teachers import LocalTeacher, Teacher
 from ..soft_targets.cached import SparseTeacher
 from .features import Features
+from .split_sums import SplitSums, split_sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-OWN = "own"
-"""Key of a batch with samples, int64 [B]: 1 for rows that the student wrote itself."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class StepSums(LossSums):
-    """Sums of a batch, with those of the terms that ``loss`` is made of."""
-
-    terms: Mapping[str, Tensor] = field(default_factory=dict)
-    """Name of a term -> its sum over the unmasked tokens, without its weight; empty if the loss is on predictions alone."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SplitSums(StepSums):
-    """Sums of a batch with samples, and how much of them is the student's own text."""
-
-    own_tokens: Tensor
-    """Unmasked tokens of rows that the student wrote, int64."""
-    own_kl: Tensor
-    """Their KL(teacher || student) at temperature 1."""
 
 
 class Objective:
@@ -99,7 +78,7 @@ class Objective:
         Args:
             student: A causal language model of transformers.
             batch: input_ids, labels (-100 = no label), attention_mask and, for packed windows, position_ids; each [B, S] int64. With
-                ``OWN``, the sums are ``SplitSums``, else ``StepSums`` with ``features``.
+                ``OWN``, ``PART`` or ``features`` the sums are ``SplitSums``.
         """
         # the backbone alone: calling the model would make logits [B, S, vocabulary], which are larger than everything else in memory
         backbone, head, bias = backbone_and_head(student)
@@ -124,30 +103,21 @@ class Objective:
                 backend=self.backend,
             )
 
-        if OWN not in batch:
-            return sums(labels) if self.features is None else self._with_features(sums(labels), {}, ours, theirs, batch)
-        # in two parts, whose rows the loss picks before it multiplies: as many products as in one
-        mine = batch[OWN].bool()[:, None].expand(batch["labels"][:, 1:].shape).flatten()
-        own, given = sums(labels.masked_fill(~mine, MASKED)), sums(labels.masked_fill(mine, MASKED))
-        whole = {part.name: getattr(own, part.name) + getattr(given, part.name) for part in fields(LossSums)}
-        if self.features is None:
-            return SplitSums(**whole, own_tokens=own.tokens, own_kl=own.kl)
-        return self._with_features(LossSums(**whole), {"own_tokens": own.tokens, "own_kl": own.kl}, ours, theirs, batch)
+        found = split_sums(sums, labels, batch)
+        return found if self.features is None else self._with_features(found, ours, theirs, batch)
 
     def _watch(self, model: Any, whose: int) -> Any:
         """Records what ``features`` need of a pass of the student (0) or the teacher (1)."""
         return nullcontext(Seen()) if self.features is None else self.features.watch(model, whose)
 
-    def _with_features(
-        self, sums: LossSums, split: Mapping[str, Tensor], ours: Seen, theirs: Seen, batch: Mapping[str, Tensor]
-    ) -> StepSums:
+    def _with_features(self, sums: LossSums, ours: Seen, theirs: Seen, batch: Mapping[str, Tensor]) -> SplitSums:
         """``sums`` of the loss on predictions with the terms of ``features`` added."""
         assert self.features is not None and isinstance(self.teacher, LocalTeacher)
         found = self.features.terms(ours, theirs, batch)
-        parts = {part.name: getattr(sums, part.name) for part in fields(LossSums)}
+        parts = {part.name: getattr(sums, part.name) for part in fields(sums)}
         parts["loss"] = sums.loss + sum(weight * term for weight, term in found.values())
-        terms = {"predictions": sums.loss.detach(), **{name: term.detach() for name, (_, term) in found.items()}}
-        return SplitSums(**parts, **split, terms=terms) if split else StepSums(**parts, terms=terms)
+        parts["terms"] = {"predictions": sums.loss.detach(), **{name: term.detach() for name, (_, term) in found.items()}}
+        return SplitSums(**parts)
 
     def _targets(self, batch: Mapping[str, Tensor]) -> TeacherLogitsSource | None:
         if self.teacher is None:

@@ -18,7 +18,7 @@ from ...models.families import backbone_and_head, head_transform
 from ...models.folder.loading import load_config, meta_model
 from ...models.settings import CacheSettings
 from ...models.teachers import LocalTeacher, TeacherRef
-from ..data.order import StepBatches
+from ..data.order import WindowOrder
 from ..data.tokens import tokenizer_hash
 from ..plan import StepPlan
 from ..processes.world import current_world, sum_over_ranks, value_of_first
@@ -64,14 +64,7 @@ class CacheRequest:
 
 def stage_windows(steps: StepPlan, windows: "Windows") -> list[int]:
     """Indices of the windows that a stage sees, ascending, each once. A stage with few tokens needs only a small cache."""
-    needed = steps.total_steps * steps.batch.global_windows
-    if needed >= len(windows):
-        return list(range(len(windows)))
-    batches = StepBatches(
-        # one step as large as the stage: the same positions in any batch size
-        windows, global_batch=needed, micro_batch=needed, rank=0, world=1, seed=steps.seed, start_step=0, total_steps=1
-    )  # fmt: skip
-    return sorted(set(batches.positions(0, needed)))
+    return WindowOrder(windows, steps.seed).seen(steps.total_steps * steps.batch.global_windows)
 
 
 def cached_teacher(wanted: CacheRequest, loss: LossSettings, steps: StepPlan) -> CachedTeacher | CachedStates:

@@ -7,6 +7,7 @@ from typing import Any
 from ...models.common.errors import UserError
 from ...models.dimensions import hidden_size
 from ...models.teachers import Teacher
+from ..data.order import blend_of
 from ..loop.fit import fit
 from ..loop.held_out import HeldOut, derive_watch
 from ..loop.hooks import StepHook
@@ -18,6 +19,7 @@ from ..processes.world import current_world
 from ..settings import TrainingBlock
 from ..soft_targets.cached import SparseTeacher
 from ..stage_plan import derive_plan, derive_steps
+from .blended_text import text_facts
 from .context import RunContext, StageContext, StudentRounders, Trained, TrainingContext
 from .features import open_features, term_facts
 from .sampled_text import open_samples, sample_facts
@@ -118,6 +120,7 @@ def fit_student(
         held_out=result.held_out,
         samples=sampled,
         terms=term_facts(run.metrics.path, context.name, settings.loss.features),
+        texts=text_facts(run.metrics.path, context.name, run.data.train),
     )
 
 
@@ -150,6 +153,7 @@ def _held_out(context: TrainingContext, plan: TrainingPlan, teacher: Teacher | S
         available=len(text),
         ranks=current_world().size,
         decides=selects,
+        texts=len(blend.names) if (blend := blend_of(text)) else 1,
     )
     if watch is None:
         if selects:

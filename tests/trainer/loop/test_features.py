@@ -16,7 +16,7 @@ from decoct.losses.settings_features import FeatureSettings, HiddenSettings, Rel
 from decoct.models.common.errors import UserError
 from decoct.models.teachers import LocalTeacher
 from decoct.trainer.loop.features import Features, Wanted
-from decoct.trainer.loop.objective import SplitSums, StepSums
+from decoct.trainer.loop.split_sums import SplitSums
 
 
 def _packed_and_padded() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -101,7 +101,7 @@ def test_packed_documents_give_the_terms_and_gradients_that_they_give_alone(trai
     objective = training.featured(student, torch.float64)
     weights = objective.features.projectors.weights.values()
     results = [objective(student, batch) for batch in _packed_and_padded()]
-    assert all(isinstance(sums, StepSums) for sums in results)
+    assert all(isinstance(sums, SplitSums) for sums in results)
     for name in ("predictions", "hidden", "relations"):
         own, theirs = (float(sums.terms[name]) for sums in results)
         assert own > 0
@@ -119,7 +119,7 @@ def test_a_batch_with_samples_has_the_same_terms(training: ModuleType) -> None:
     objective = training.featured(student)
     _, batch = _packed_and_padded()
     plain, split = objective(student, batch), objective(student, {**batch, "own": torch.tensor([1, 0, 1, 0])})
-    assert isinstance(split, SplitSums) and int(split.own_tokens) == 10
+    assert isinstance(split, SplitSums) and split.own_tokens is not None and int(split.own_tokens) == 10
     for name, value in plain.terms.items():
         torch.testing.assert_close(split.terms[name], value)
     torch.testing.assert_close(split.loss, plain.loss)
