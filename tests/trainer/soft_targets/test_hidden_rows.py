@@ -56,9 +56,9 @@ def test_floats_come_back_as_they_were() -> None:
 
 def test_int8_rows_are_codes_and_one_scale_for_64_channels() -> None:
     """Decoded by hand from the bytes; every number within half a step of its group."""
-    states, form = _states(5, 100), HiddenFormat(96, 100, "int8")
+    states, form = _states(40, 100), HiddenFormat(96, 100, "int8")
     data, decoded = form.encode(states), form.decode(form.encode(states))
-    for row in range(5):
+    for row in range(40):
         raw = bytes(data[row].tolist())
         codes = struct.unpack("<100b", raw[:100])
         # a bf16 is the upper half of an fp32
