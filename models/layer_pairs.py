@@ -6,6 +6,7 @@ from typing import Any
 
 from .common.errors import UserError
 from .common.terminal_text import counted
+from .pruning.kept_record import ROOT
 
 LayerPairs = list[tuple[int, int]]
 """(student's layer, teacher's layer), counted from 0."""
@@ -50,38 +51,16 @@ def layer_pairs(layers: str | Sequence[tuple[int, int]], student: int, teacher: 
     return named
 
 
-ORIGIN = "layers_of"
-"""Entry of decoct.json: {"kept": layers of the model that layers were first cut from, "of": their number there}."""
-
-
 def recorded_layers(record: Mapping[str, Any], student: int, teacher: int) -> list[int] | None:
-    """The teacher's layers that a folder was made of, from its decoct.json; None if that is not known.
+    """The teacher's layers that a folder was made of, through all cuts, from its decoct.json; None if that is not known.
 
-    A folder that records no cut of layers and has as many as the teacher has all of them.
+    A folder of which no layer was cut, and which has as many as the teacher, has all of them.
     """
-    kept, of = _origin(record)
-    if kept is not None:
-        return kept if of == teacher else None
-    return list(range(teacher)) if student == teacher else None
-
-
-def carried_layers(record: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry of decoct.json that goes on from an input's ``record``, of which a stage has cut to ``kept``; {} if none is needed."""
-    before, of = _origin(record)
-    chosen = kept.get("layers")
-    if before is None:
-        # what this stage cuts is recorded in its own folder, under kept
-        return {}
-    if chosen is not None and max(chosen, default=0) >= len(before):
-        return {}
-    return {ORIGIN: {"kept": before if chosen is None else [before[index] for index in chosen], "of": of}}
-
-
-def _origin(record: Mapping[str, Any]) -> tuple[list[int] | None, int | None]:
-    """(layers, number of layers of the model that they are of); None where nothing is recorded."""
-    known = record.get(ORIGIN)
-    kept, of = (known.get("kept"), known.get("of")) if isinstance(known, dict) else (None, None)
-    if kept is None:
-        kept, of = record.get("kept", {}).get("layers"), record.get("parent_shape", {}).get("layers")
-    fits = isinstance(kept, list) and kept and all(isinstance(index, int) for index in kept) and isinstance(of, int)
-    return (kept, of) if fits else (None, None)
+    # folders of versions that recorded the parent alone have no root
+    root = record.get(ROOT) or {"shape": record.get("parent_shape"), "kept": record.get("kept")}
+    try:
+        kept, of = root["kept"]["layers"], root["shape"]["layers"]
+    except (TypeError, KeyError):
+        return list(range(teacher)) if student == teacher else None
+    known = isinstance(kept, list) and kept and all(isinstance(index, int) for index in kept)
+    return kept if known and of == teacher else None

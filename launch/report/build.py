@@ -6,8 +6,10 @@ from typing import Any
 
 from ...models.common.files import write_json_atomic, write_text_atomic
 from ...qat.runtimes.outcome_words import outcome_text
+from .bit_widths import width_tables
 from .curves import read_curves
 from .page import render_page
+from .searches import search_markdown
 from .sentences import exactness, protocol_lines, stage_sentences
 from .tables import report_markdown
 
@@ -80,6 +82,9 @@ def markdown_report(report: Report) -> str:
     lines += [f"- The run ended at a gate: {sentence}." for sentence in report.get("gates", [])]
     told = stage_sentences(report)
     lines += [f"- {sentence}." for sentence in told]
+    for name, kinds in width_tables(report):
+        lines += ["", f"| {name}: kind | bits of layer 0, 1, ... |", "|---|---|", *(f"| {kind} | {bits} |" for kind, bits in kinds), ""]
+    lines += search_markdown(report)
     lines += [line for note in report["notes"] for line in (f"> **Note:** {note}.", "")]
     for export in report["exports"]:
         lines.append(f"- `{export['format']}` in `{export['path']}`: {exactness(export)}.")

@@ -6,6 +6,7 @@ from ...models.capabilities import percent
 from ...qat.source.plain_source import CastError
 from ...trainer.evaluation.spread import CLEAR
 from ...trainer.loop.standing import best_words
+from .bit_widths import width_sentences
 
 Report = dict[str, Any]
 Row = dict[str, Any]
@@ -140,6 +141,7 @@ def stage_sentences(report: Report) -> list[str]:
     """Return all that is told of stages in sentences."""
     return [
         *coverage_sentences(report),
+        *width_sentences(report),
         *held_out_sentences(report),
         *sample_sentences(report),
         *term_sentences(report),

@@ -3,7 +3,7 @@
 import pytest
 
 from decoct.models.common.errors import UserError
-from decoct.models.layer_pairs import carried_layers, layer_pairs, recorded_layers
+from decoct.models.layer_pairs import layer_pairs, recorded_layers
 
 
 @pytest.mark.parametrize(
@@ -40,12 +40,10 @@ def test_what_a_folder_records_of_its_layers() -> None:
     assert recorded_layers({"kept": {"layers": "all"}}, 3, 6) is None
 
 
-def test_layers_are_traced_through_stages_that_cut_again_or_not_at_all() -> None:
-    student = {"kept": {"layers": [0, 2, 5, 7]}, "parent_shape": {"layers": 8}}
-    trained = carried_layers(student, {})
-    assert trained == {"layers_of": {"kept": [0, 2, 5, 7], "of": 8}}
-    pruned = {**carried_layers(trained, {"layers": [0, 3]}), "kept": {"layers": [0, 3]}, "parent_shape": {"layers": 4}}
+def test_layers_are_traced_through_stages_that_cut_again() -> None:
+    root = {"shape": {"layers": 8}, "kept": {"layers": [0, 7], "ffn": {}}}
+    pruned = {"root": root, "kept": {"layers": [0, 3]}, "parent_shape": {"layers": 4}}
     assert recorded_layers(pruned, 2, 8) == [0, 7]
     assert recorded_layers(pruned, 2, 4) is None, "not of the model in between"
-    assert carried_layers({}, {"layers": [0, 3]}) == {}
-    assert carried_layers({"layers_of": "x"}, {}) == {}
+    assert recorded_layers({"root": {"shape": {"layers": 8}, "kept": {"ffn": {}}}}, 8, 8) == list(range(8)), "its FFN alone was cut"
+    assert recorded_layers({"root": "x"}, 3, 8) is None

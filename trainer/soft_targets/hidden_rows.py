@@ -41,9 +41,8 @@ class HiddenFormat(HiddenLayout):
             return states.to(_DTYPES[self.states]).contiguous().view(torch.uint8)
         # [n, groups, GROUP]; zeros fill up the last group, which change no scale
         groups = torch.nn.functional.pad(states.float(), (0, -self.hidden % GROUP)).unflatten(1, (-1, GROUP))
+        # to the nearest bf16: where that is smaller by up to 2^-9, the largest number is 127.25 steps at most, and its code 127
         scale = (groups.abs().amax(2) / 127).to(torch.bfloat16)
-        # rounded up: with a smaller scale the largest number would have no code
-        scale = torch.where(scale.float() * 127 < groups.abs().amax(2), _next(scale), scale)
         codes = (groups / torch.where(scale > 0, scale, 1).float()[:, :, None]).round().clamp(-127, 127).to(torch.int8)
         data = codes.flatten(1)[:, : self.hidden].contiguous().view(torch.uint8)
         return torch.cat([data, scale.contiguous().view(torch.uint8)], 1)
@@ -55,11 +54,6 @@ class HiddenFormat(HiddenLayout):
         codes = data[:, : self.hidden].contiguous().view(torch.int8).float()
         scale = data[:, self.hidden :].contiguous().view(torch.bfloat16).float()
         return codes * scale.repeat_interleave(GROUP, 1)[:, : self.hidden]
-
-
-def _next(scale: Tensor) -> Tensor:
-    """The next larger bf16 number of numbers that are not negative."""
-    return (scale.view(torch.int16) + 1).view(torch.bfloat16)
 
 
 def divergence_of_states(stored: Tensor, states: Tensor, head: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:

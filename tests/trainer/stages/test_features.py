@@ -56,7 +56,7 @@ def test_layers_are_paired_by_what_the_student_was_cut_from(context: Callable[..
     last = next(line for line in reversed(lines) if "loss_hidden" in line)
     assert result.facts["terms"]["hidden"] == {"weight": 0.5, "mean": pytest.approx(last["loss_hidden"])}
     assert result.facts["terms"].keys() == {"predictions", "hidden", "relations"}
-    assert read_record(stage.model)["layers_of"] == {"kept": [0, 2], "of": 3}, "a later stage can ask for it too"
+    assert read_record(stage.model)["root"] == {"shape": {"layers": 3}, "kept": {"layers": [0, 2]}}, "a later stage can ask for it too"
 
 
 def test_projectors_are_in_no_folder(context: Callable[..., StageContext], trained_folder: Path, words: Any, tmp_path: Path) -> None:
