@@ -57,7 +57,7 @@ def recorded_layers(record: Mapping[str, Any], student: int, teacher: int) -> li
     A folder of which no layer was cut, and which has as many as the teacher, has all of them.
     """
     # folders of versions that recorded the parent alone have no root
-    root = record.get(ROOT) or {"shape": record.get("parent_shape"), "kept": record.get("kept")}
+    root: Any = record.get(ROOT) or {"shape": record.get("parent_shape"), "kept": record.get("kept")}
     try:
         kept, of = root["kept"]["layers"], root["shape"]["layers"]
     except (TypeError, KeyError):
