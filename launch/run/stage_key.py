@@ -59,6 +59,9 @@ def stage_key(
     for section in (chosen, chosen.get("magnitude") or {}):
         for later in [name for name in _LATER if section.get(name, "") is None]:
             del section[later]
+    if isinstance(chosen.get("loss"), dict) and chosen["loss"].get("features", True) is None:
+        # a loss on predictions alone keeps the keys of versions that had no other
+        chosen["loss"] = {name: value for name, value in chosen["loss"].items() if name != "features"}
     if chosen.get("samples", True) is None:
         # stages without samples keep the keys of versions that had none
         del chosen["samples"]
