@@ -38,8 +38,8 @@ class RoundingMethod:
 
     @property
     def observes(self) -> bool:
-        """Whether static scales need ranges that are measured on calibration text."""
-        return any(spec is not None and spec.scaling == "static" for spec in (self.activations, self.kv_cache))
+        """Whether static scales need ranges that are measured on calibration text, or outliers are counted on it."""
+        return any(spec is not None and spec.observes for spec in (self.activations, self.kv_cache))
 
     @property
     def transforms_on_text(self) -> bool:

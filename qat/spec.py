@@ -24,6 +24,7 @@ Scaling = Literal["dynamic", "static"]
 ScaleGrid = Literal["bf16_fp16", "bf16", "fp16", "fp32"]
 Bits = Annotated[int, Bounds(ge=2, le=8, why="4 and 8 are what serving stacks read")]
 GroupSize = Annotated[int, Bounds(ge=1, why="use 32, 64 or 128, or 'channel'")] | Literal["channel", "tensor"]
+Outliers = Annotated[float, Bounds(gt=0, why="0 would keep every value, so that nothing is rounded; 6 is usual")]
 USUAL_GROUPS = (128, 64, 32, 16)
 """Group sizes that messages propose, the preferred first."""
 PACKED_BITS = (2, 4, 8)
@@ -223,13 +224,31 @@ class ActivationSpec:
     symmetric: bool = True
     """true = zero is code 0, and there is no zero point; false (kind int8) = scale and zero point, with the range of the values split into
     255 steps."""
+    outliers: Outliers | None = None
+    """int8, dynamic, symmetric: values whose magnitude is at least this stay unrounded, and the scale is that of the others (LLM.int8();
+    its authors use 6). Default: none."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.outliers is not None and (self.kind, self.scaling, self.symmetric) != ("int8", "dynamic", True):
+            raise ValueError(
+                f"outliers={self.outliers:g} stay beside symmetric int8 codes with one scale per token; leave outliers out, or use "
+                "kind='int8', scaling='dynamic' and symmetric=true"
+            )
         if not self.symmetric and self.kind != "int8":
             raise ValueError(f"kind={self.kind!r} has no zero point; leave symmetric out, or use kind='int8'")
         # made here and kept: torch.compile, which traces forward passes, cannot trace the checks of a new spec
-        _ = self.matrix_spec
+        _ = self.matrix_spec, self.of_the_others
+
+    @property
+    def observes(self) -> bool:
+        """Whether rounding after training looks at the values on calibration text: for static scales, or to count outliers."""
+        return self.scaling == "static" or self.outliers is not None
+
+    @cached_property
+    def of_the_others(self) -> "ActivationSpec | None":
+        """The quantization of the values that are no outliers; None if there are none."""
+        return None if self.outliers is None else replace(self, outliers=None)
 
     @cached_property
     def matrix_spec(self) -> QuantSpec:
@@ -242,8 +261,8 @@ class ActivationSpec:
         return QuantSpec(bits=8, group_size=group, symmetric=self.symmetric, divisor=divisor, scale_grid="fp32")
 
     def to_json(self) -> dict[str, Any]:
-        """Stable JSON form (all fields, sorted by name)."""
-        return dict(sorted(asdict(self).items()))
+        """Stable JSON form: fields sorted by name; ``outliers``, which came later, only where it is given."""
+        return {name: value for name, value in sorted(asdict(self).items()) if name != "outliers" or value is not None}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "ActivationSpec":

@@ -48,7 +48,9 @@ class SchemeSettings:
         return [key for key in ("embedding", "head") if getattr(self, key) is not None]
 
     def _check_inputs(self) -> None:
-        """Refuse embedding or head together with activations, which exist only in decoder layers."""
+        """Refuse embedding or head together with activations, which exist only in decoder layers, and outliers of keys and values."""
+        if self.kv_cache is not None and self.kv_cache.outliers is not None:
+            raise ValueError("kv_cache.outliers has no effect: outliers stay unrounded in activations alone; leave it out")
         for key in self.ends if self.activations is not None else ():
             raise ValueError(f"{key} cannot be rounded together with activations, which are inputs of the decoder layers; leave one out")
 
@@ -192,9 +194,9 @@ class QuantizeSettings(SchemeSettings):
     """What is done to the weights before they are rounded, such as awq or {method: rotation, residual: false}: the unrounded model stays
     the same, and rounding loses less. Default: nothing."""
     calibration_tokens: Count | None = None
-    """gptq, mse with weighted, static scaling, and transform awq or smoothquant: tokens of training text to calibrate on, in windows chosen
-    at random. Default: 262,144, which is the 128 windows of 2,048 tokens of the GPTQ paper (section 4) and several times the inputs of the
-    widest layers; fewer when the text has fewer."""
+    """gptq, mse with weighted, static scaling, outliers, and transform awq or smoothquant: tokens of training text to calibrate on, in
+    windows chosen at random. Default: 262,144, which is the 128 windows of 2,048 tokens of the GPTQ paper (section 4) and several times the
+    inputs of the widest layers; fewer when the text has fewer."""
     stream: Literal["auto", "always", "never"] = "auto"
     """Read, round and write one decoder layer after the other, for models that are larger than memory: the same result with more disk.
     auto = when memory is too small for the whole model in fp32."""
@@ -212,8 +214,8 @@ class QuantizeSettings(SchemeSettings):
         self._check_inputs()
         if self.transform is not None and self.transform.clip and self.method != "rtn":
             raise ValueError(f"transform.clip cuts weights for method=rtn; method={self.method} chooses its scales itself: leave clip out")
-        static = any(spec is not None and spec.scaling == "static" for spec in (self.activations, self.kv_cache))
-        if static or (self.transform is not None and self.transform.calibrates):
+        observes = any(spec is not None and spec.observes for spec in (self.activations, self.kv_cache))
+        if observes or (self.transform is not None and self.transform.calibrates):
             self._fill("calibration_tokens", 262_144, self.method)
         elif self.method == "mse" and not self.weighted and self.calibration_tokens is not None:
             raise ValueError(
@@ -224,7 +226,7 @@ class QuantizeSettings(SchemeSettings):
 
     @property
     def calibrates(self) -> bool:
-        """Whether the stage needs calibration text, for the method, a transform or static scales."""
+        """Whether the stage needs calibration text: for the method, a transform, static scales, or to count outliers."""
         return self.calibration_tokens is not None
 
     def _fill(self, dial: str, default: object, *methods: str) -> None:

@@ -281,7 +281,8 @@ def _trained_in_qat(settings: Any) -> dict[str, Any]:
 
     if not isinstance(settings, QatSettings):
         return {}
-    rounds = {"rounds_inputs": settings.activations is not None}
+    inputs = settings.activations
+    rounds = {"rounds_inputs": inputs is not None, "keeps_outliers": inputs is not None and inputs.outliers is not None}
     return {"learned_scales": settings.scales == "learned", "codes_only": settings.train == "scales", "rank": settings.lora or 0, **rounds}
 
 

@@ -214,4 +214,5 @@ def said_of(spec: ActivationSpec | None, stored: str) -> str:
     if spec is None:
         return ""
     scale = "one scale per token, computed at run time" if spec.scaling == "dynamic" else f"one stored scale {stored}"
-    return f"{spec.kind}, {'symmetric' if spec.symmetric else 'asymmetric'}, {scale}"
+    kept = "" if spec.outliers is None else f", values of at least {spec.outliers:g} kept in 16 bits"
+    return f"{spec.kind}, {'symmetric' if spec.symmetric else 'asymmetric'}, {scale}{kept}"

@@ -3,6 +3,7 @@
 The exporters plan their files with these rules, and the plan of a recipe its sizes. GGUF stores blocks instead; see ``gguf/blocks.py``.
 """
 
+import json
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -74,10 +75,34 @@ def awq_parts(rows: int, columns: int, spec: "QuantSpec", activations: "Activati
     }
 
 
+def bitsandbytes_parts(rows: int, columns: int, spec: "QuantSpec", activations: "ActivationSpec | None" = None) -> Parts:
+    """Return the tensors of bitsandbytes, int8 or NF4; arguments as ``compressed_tensors_parts``. Nothing is stored for inputs."""
+    if spec.kind == "int":
+        return {"weight": ("I8", (rows, columns)), "SCB": ("F32", (rows,)), "weight_format": ("U8", ())}
+    count = math.prod(spec.scale_shape(rows, columns))
+    described = len(nf4_description(rows, columns, spec))
+    return {
+        # two codes per byte
+        "weight": ("U8", (rows * columns // 2, 1)),
+        "weight.absmax": ("F32", (count,)),
+        "weight.quant_map": ("F32", (16,)),
+        "weight.quant_state.bitsandbytes__nf4": ("U8", (described,)),
+    }
+
+
+def nf4_description(rows: int, columns: int, spec: "QuantSpec") -> bytes:
+    """Return the JSON that bitsandbytes stores beside NF4 codes.
+
+    Its ``dtype`` is that of the decoded weights: fp32 keeps table times absmax exact, and kernels round it to the dtype of the inputs.
+    """
+    return json.dumps({"quant_type": "nf4", "blocksize": spec.group_size, "dtype": "float32", "shape": [rows, columns]}).encode()
+
+
 PARTS: dict[str, Callable[..., Parts]] = {
     "compressed-tensors": compressed_tensors_parts,
     "gptq": gptq_parts,
     "gptq_v2": gptq_parts,
     "awq": awq_parts,
+    "bitsandbytes": bitsandbytes_parts,
 }
 """Format -> its tensors for one matrix."""

@@ -50,13 +50,24 @@ def fake_quant_activation(
     Raises:
         ValueError: dtype, scale, zero or back end do not fit.
 
-    Source: Dettmers et al., LLM.int8(), arXiv 2208.07339, section 2.1 (per-token absmax); Jacob et al., arXiv 1712.05877, eq. 1.
+    With ``spec.outliers`` values of at least that magnitude pass unrounded, and the scale of a token is that of its other values. For one
+    token that is what bitsandbytes computes; of several at once it leaves whole columns unrounded that hold such a value in any of them.
+
+    Source: Dettmers et al., LLM.int8(), arXiv 2208.07339, section 2.1 (per-token absmax) and 3.2 (outliers); Jacob et al., arXiv
+    1712.05877, eq. 1.
     """
     if x.ndim < 1 or not x.is_floating_point():
         raise ValueError(f"activations must be floating point [..., features], not {x.dtype} of shape {tuple(x.shape)}")
     # [..., features] -> [tokens, features]: a token takes the place of a weight's row
     rows = x.reshape(-1, x.shape[-1])
     own = spec.matrix_spec
+    if spec.outliers is not None and spec.of_the_others is not None:
+        # a threshold for each value, not for each column of a batch: which tokens are computed together must not change any of them
+        # infinity is none, so that it spoils the rounded values of its token as without outliers
+        sizes = rows.detach().abs()
+        large = (sizes >= spec.outliers) & (sizes < torch.inf)
+        rounded = fake_quant_activation(rows.masked_fill(large, 0), spec.of_the_others, scale=scale, zero=zero, backend=backend)
+        return torch.where(large, rows, rounded).view(x.shape)
     if spec.scaling == "dynamic":
         if scale is not None or zero is not None:
             raise ValueError("scaling='dynamic' takes scales from the values; leave scale and zero out, or use scaling='static'")

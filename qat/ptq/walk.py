@@ -46,6 +46,8 @@ class RoundedModel:
     state: QuantState
     errors: dict[str, KindError] = field(default_factory=dict)
     """Rounding errors by kind of linear, in module order."""
+    outliers: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """(columns with an outlier on the calibration text, columns) of each module's input, if outliers stay unrounded."""
     notes: list[str] = field(default_factory=list)
     """What differs from the settings, one sentence each."""
     transform: dict[str, Any] = field(default_factory=dict)
@@ -133,8 +135,19 @@ def round_model(
         model.train(training)
     # in the order of ``specs``: embedding and head were rounded first, but stand at their places
     state = QuantState.of(scheme.weights, specs, {name: walk.encoded[name] for name in specs})
+    outliers = walk.served.outliers()
+    if outliers and all(some == columns for some, columns in outliers.values()):
+        assert rounding.activations is not None
+        raise UserError(
+            f"activations.outliers={rounding.activations.outliers:g} rounds nothing: on the calibration text every input column has values "
+            "of that magnitude; use a larger threshold (6 is usual)"
+        )
     return RoundedModel(
-        state=replace(state, **walk.served.state()), errors=walk.errors, notes=walk.notes, transform=transform.record() if transform else {}
+        state=replace(state, **walk.served.state()),
+        errors=walk.errors,
+        outliers=outliers,
+        notes=walk.notes,
+        transform=transform.record() if transform else {},
     )
 
 
@@ -177,4 +190,5 @@ def _who(rounding: RoundingMethod) -> str:
         return f"method {rounding.method} needs"
     if rounding.transform is not None and rounding.transform.calibrates:
         return f"transform {rounding.transform.method} needs"
-    return "static scales of activations or kv_cache need"
+    static = any(spec is not None and spec.scaling == "static" for spec in (rounding.activations, rounding.kv_cache))
+    return "static scales of activations or kv_cache need" if static else "counting the outliers of activations needs"

@@ -21,7 +21,7 @@ INDEX = "model.safetensors.index.json"
 FLOATS = ("BF16", "F16", "F32")
 """Dtypes of scales and plain tensors."""
 # numpy has no bf16: its bits as uint16
-_KINDS = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "I8": "i1", "I32": "<i4", "I64": "<i8"}
+_KINDS = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "I8": "i1", "U8": "u1", "I32": "<i4", "I64": "<i8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +161,7 @@ class StoredTensors:
         return place.info.shape[0], place.info.shape[1]
 
     def integers(self, name: str) -> NDArray[Any]:
-        """A tensor of I8, I32 or I64 as stored."""
+        """A tensor of I8, U8, I32 or I64 as stored."""
         info = self._places[name].info
         return self._raw(name, np.dtype(_KINDS[info.dtype])).reshape(info.shape)
 

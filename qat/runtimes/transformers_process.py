@@ -40,6 +40,7 @@ def run_transformers(
 
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True, **loading_options(folder)}
     model, info = cast(tuple[Any, dict[str, Any]], AutoModelForCausalLM.from_pretrained(folder, **options))
+    _compute_in(model, dtype)
     model.eval()
     loaded()
     with torch.inference_mode():
@@ -47,6 +48,21 @@ def run_transformers(
         logits = torch.cat([model(input_ids=row[None], use_cache=False).logits for row in tokens])
     names = ("missing_keys", "unexpected_keys", "mismatched_keys")
     return logits.float(), {kind: sorted(map(str, info[kind])) for kind in names if info[kind]}, generation_speed(model, tokens[:1, :1])
+
+
+def _compute_in(model: Any, dtype: torch.dtype) -> None:
+    """Make a model of bitsandbytes compute in ``dtype``: transformers leaves its unquantized parameters in the stored dtype, and its NF4
+    linears multiply in the dtype that the folder names."""
+    if getattr(model, "quantization_method", None) != "bitsandbytes":
+        return
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(getattr(module, "compute_dtype", None), torch.dtype):
+            module.compute_dtype = dtype
+            # a kernel of processors with bf16 rounds inputs and scales to bf16, whatever dtype is asked for
+            module.support_avx512bf16_for_cpu = dtype == torch.bfloat16
 
 
 def generation_speed(model: Any, prompt: Tensor) -> float:
@@ -101,7 +117,7 @@ def loading_options(folder: str) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     found = {}
-    for name in ("transformers", "compressed-tensors", "optimum", "gptqmodel", "torch"):
+    for name in ("transformers", "compressed-tensors", "optimum", "gptqmodel", "bitsandbytes", "torch"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...models.calibration.error_report import error_lines
+from ...models.capabilities import percent
 from ...models.common.errors import UserError
 from ...models.common.files import scratch_directory
 from ...models.folder.loading import load_config, load_model
@@ -87,7 +88,19 @@ def rounding_record(settings: QuantizeSettings, text: CalibrationText | None, ro
         kind: {"linears": error.linears, "rounded": error.relative, "to_nearest": error.relative_baseline}
         for kind, error in rounded.errors.items()
     }
+    if rounded.outliers:
+        record["outlier_columns"] = outlier_shares(rounded.outliers)
     return {**record, "notes": rounded.notes}
+
+
+def outlier_shares(outliers: Mapping[str, tuple[int, int]]) -> dict[str, float]:
+    """Share of the input columns that hold an outlier on the calibration text, by kind of linear ('' = all of them)."""
+    counts: dict[str, list[int]] = {"": [0, 0]}
+    for name, found in outliers.items():
+        for kind in ("", name.rpartition(".")[2]):
+            sums = counts.setdefault(kind, [0, 0])
+            sums[:] = [sums[0] + found[0], sums[1] + found[1]]
+    return {kind: some / whole for kind, (some, whole) in counts.items()}
 
 
 @contextmanager
@@ -171,6 +184,11 @@ def round_and_tell(
     context.say("  " + ", ".join(words))
     for line in error_lines(rounded.errors, rounding.needs != "nothing"):
         context.say(f"    {line}")
+    if rounded.outliers and settings.activations is not None:
+        shares = outlier_shares(rounded.outliers)
+        each = ", ".join(f"{kind} {percent(share)}" for kind, share in shares.items() if kind)
+        large = f"inputs of at least {settings.activations.outliers:g}, which stay in 16 bits"
+        context.say(f"  {large}, are in {percent(shares[''])} of the columns ({each})")
     # a large model can have hundreds of notes; decoct.json has all of them
     for note in rounded.notes[:_NOTES_TOLD]:
         context.say(f"  {note}")

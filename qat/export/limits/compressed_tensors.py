@@ -6,7 +6,7 @@ Source: compressed-tensors ``compressors/pack_quantized``, ``quantization/quant_
 from collections.abc import Iterator
 
 from ...spec import PACKED_BITS
-from .refusal import Beyond, Option, Refusal, Without, weights
+from .refusal import Beyond, Option, OtherFormat, Refusal, Without, weights
 from .shared import FP8_CACHE, integer_schemes, nearest_bits, packed, scale_grid, without_ends
 from .stored_model import StoredModel
 
@@ -57,6 +57,9 @@ def _inputs(model: StoredModel) -> Iterator[Refusal]:
     if inputs.kind != "int8":
         way = Beyond("activations", (("kind", "int8"),))
         yield Refusal(reason=f"takes inputs in int8, not {inputs.kind}", remedies=(way,))
+    if inputs.outliers is not None:
+        way = Beyond("activations", (("outliers", None),))
+        yield Refusal(reason="cannot say which inputs stay unrounded (outliers)", remedies=(way, OtherFormat("bitsandbytes")))
     for spec, modules in integer_schemes(model):
         # a kernel multiplies int8 by int8 along the whole row and applies the scales afterwards, so they cannot change within a row
         if spec.bits != 8 or not isinstance(spec.group_size, str):

@@ -119,7 +119,9 @@ def test_lattices_of_single_modules_are_looked_at_too() -> None:
 FP8 = ActivationSpec(kind="fp8_e4m3", scaling="static")
 
 
-@pytest.mark.parametrize("form", [form for form in EXPORTERS if not form.startswith("gguf-") and form != "compressed-tensors"])
+@pytest.mark.parametrize(
+    "form", [form for form in EXPORTERS if not form.startswith("gguf-") and form not in ("compressed-tensors", "bitsandbytes")]
+)
 def test_only_one_format_says_what_is_rounded_beside_weights(form: str) -> None:
     for key, what, spec in (("kv_cache", "keys and values", FP8), ("activations", "inputs", ActivationSpec())):
         found = said(form, bits=4, group_size=32, beside={key: spec})

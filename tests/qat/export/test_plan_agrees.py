@@ -71,6 +71,7 @@ CASES = {
     "int4 with fp16 scales": Case(f"gptq gptq_v2 awq gguf {F32}", of(replace(FOUR, scale_grid="fp16"))),
     "int8, rounding allowed": Case("safetensors", of(EIGHT), options={"allow_inexact": True}),
     "nf4": Case(F32, of(QuantSpec(kind="nf4", group_size=32))),
+    "nf4 in groups of 64": Case(f"bitsandbytes {F32}", of(QuantSpec(kind="nf4", group_size=64))),
     "mxfp4": Case(f"safetensors {F32}", of(QuantSpec(kind="mxfp4", group_size=32))),
     "an odd FFN": Case(f"compressed-tensors safetensors {F32}", of(replace(FOUR, group_size="channel")), changes={"intermediate_size": 60}),
     "a narrow FFN": Case(
@@ -86,7 +87,8 @@ CASES = {
     "two group sizes": Case(
         f"compressed-tensors gptq gptq_v2 gguf safetensors {F32}", of(FOUR, overrides={"*.down_proj": SpecChange(group_size=64)})
     ),
-    "int8 inputs": Case("compressed-tensors", of(EIGHT), beyond={"activations": ActivationSpec()}),
+    "int8 inputs": Case("compressed-tensors bitsandbytes", of(EIGHT), beyond={"activations": ActivationSpec()}),
+    "int8 inputs with outliers": Case("bitsandbytes", of(EIGHT), beyond={"activations": ActivationSpec(outliers=6.0)}),
     "int8 inputs of int4": Case("", of(FOUR), beyond={"activations": ActivationSpec()}),
     "fp8 inputs": Case("", of(EIGHT), beyond={"activations": ActivationSpec(kind="fp8_e4m3")}),
     "fp8 keys and values": Case("compressed-tensors", of(FOUR), beyond={"kv_cache": FP8}),
