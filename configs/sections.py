@@ -196,7 +196,9 @@ class _Walk:
         """Return the dataclass, or report the problem that its own checks find."""
         try:
             # only ValueError: the checks of the dataclasses raise it for what a user gave, anything else is a fault of decoct's
-            return section(**{field_of(key): value for key, value in found.items()})
+            made = section(**{field_of(key): value for key, value in found.items()})
+            # a form of writing stands for another dataclass (``decoct.WrittenAs``)
+            return made.settled() if hasattr(section, "settled") else made
         except ValueError as error:
             message = str(error)
             # 'group_size=7 does not ...' is reported at the line of group_size

@@ -71,7 +71,7 @@ def _hook(rounding: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[
 
 def like_kernels(x: Tensor, inputs: Inputs) -> Tensor:
     """Round inputs [..., features] as ``fake_quant_activation`` does."""
-    spec = ActivationSpec(scaling="dynamic" if inputs.dynamic else "static", symmetric=inputs.symmetric)
+    spec = ActivationSpec(kind=inputs.kind, scaling="dynamic" if inputs.dynamic else "static", symmetric=inputs.symmetric)  # pyright: ignore[reportArgumentType] - the reader's kinds are those of the spec
     if inputs.scale is None:
         return fake_quant_activation(x, spec)
     # in the shape of the scale, as the fake quantization takes them
@@ -81,6 +81,9 @@ def like_kernels(x: Tensor, inputs: Inputs) -> Tensor:
 
 def like_package(x: Tensor, inputs: Inputs) -> Tensor:
     """Round inputs fp32 [..., features] as compressed-tensors does (``quantization/utils/helpers.py``, ``calculate_qparams``)."""
+    # floats have no spare code at one end, so both divide by the same number
+    if inputs.kind != "int8":
+        return like_kernels(x, inputs)
     if inputs.scale is not None:
         scale, zero = torch.tensor(inputs.scale), torch.tensor(float(inputs.zero))
     else:

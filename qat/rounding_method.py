@@ -22,7 +22,7 @@ class RoundingMethod:
     method: MethodName = "rtn"
     scale: ScaleChoice = "fitted"
     """gptq: source of its scales. absmax = the largest magnitude; mse = a search for the least error of the weights; fitted = that search,
-    then least squares over the outputs in turn with the rounding."""
+    then least squares over the outputs in turn with the rounding. Kinds other than int are searched in place of fitted."""
     damping: float = 0.01
     """gptq: share of the Hessian's mean diagonal added to its diagonal."""
     activation_order: bool = True

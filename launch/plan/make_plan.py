@@ -24,6 +24,7 @@ from .recipe_remedies import Keys, RecipeRemedies
 from .rounding import rounding_plan
 from .sampling_cost import SamplingCase, sampling_cost
 from .serving_stacks import Verdict, verdicts
+from .shape_budgets import round_notes, search_notes
 from .shapes import ModelShape
 from .stage_shapes import StageShape, makes_own_model, shape_notes, stage_shapes, student_shape, teacher_shape
 from .stage_time import StageWork, timed, training_step
@@ -99,7 +100,8 @@ def _stage(
     from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
     entry, after = shape.entry, shape.after
-    values = settings_values(f"stages.{entry.index}.{entry.kind}", entry.settings)
+    # as the recipe has them: widths that stand in for a choice are no settings
+    values = settings_values(f"stages.{entry.index}.{entry.kind}", shape.asked or entry.settings)
     notes: list[str] = []
     training, work = None, StageWork(imported=isinstance(entry.settings, OwnStageSettings))
     if trains(entry.settings):
@@ -107,9 +109,10 @@ def _stage(
         # a derived value replaces the setting it was derived for (auto, or none)
         values = derived + [value for value in values if value.key not in {other.key for other in derived}]
     if isinstance(entry.settings, PruneSettings) and entry.settings.structured:
-        notes = shape_notes(after, entry.settings.structured.kept)
+        structured = entry.settings.structured
+        notes += [*search_notes(shape.before, structured), *round_notes(shape.before, entry.settings), *shape_notes(after, structured.kept)]
     if isinstance(entry.settings, QuantizeSettings) and entry.settings.transform is not None:
-        notes = transform_notes(entry.settings.transform, shape.before.config, embedding=entry.settings.embedding is not None)
+        notes += transform_notes(entry.settings.transform, shape.before.config, embedding=entry.settings.embedding is not None)
     rounding, rounded = None, entry.settings
     if isinstance(entry.settings, QatSettings):
         # qat rounds before it trains, and that is the peak of its memory on a small GPU
@@ -147,7 +150,7 @@ def _stage(
         exports=exports,
         verdicts=list(judged),
         refusals=refused,
-        notes=notes,
+        notes=[*notes, *([shape.note] if shape.note else [])],
         coverage=coverage(shape),
         # told at the stage that quantizes, not after it at an export that cannot be written
         not_exported=shape.after.family.refusal("export") or "" if entry.kind in ("qat", "quantize") else "",

@@ -272,7 +272,10 @@ def _checked_runtimes(folder: Path, tokens: "Tensor | None") -> dict[str, dict[s
 
 def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[str, Any]], rounding: CastError | None) -> CardFacts:
     specs = map(source.state.spec_of, source.state.modules)
-    scheme = Counter(f"int{spec.bits}, {spec.group_size}{'' if spec.symmetric else ', asymmetric'}" for spec in specs)
+    scheme = Counter(
+        f"{f'int{spec.bits}' if spec.kind == 'int' else spec.kind}, {spec.group_size}{'' if spec.symmetric else ', asymmetric'}"
+        for spec in specs
+    )
     return CardFacts(
         # folders are often named after their format; the run's name was chosen by the user
         name=str(source.record.get("run") or name),

@@ -28,7 +28,7 @@ def stored_bytes(tensor: StoredTensor) -> int:
 
 
 def compressed_tensors_parts(rows: int, columns: int, spec: "QuantSpec", activations: "ActivationSpec | None" = None) -> Parts:
-    """Return the tensors of pack-quantized, or of int-quantized where inputs are rounded.
+    """Return the tensors of pack-quantized, or of int-quantized where inputs are rounded; of the formats of floats for such a scheme.
 
     Args:
         rows: Outputs.
@@ -38,6 +38,8 @@ def compressed_tensors_parts(rows: int, columns: int, spec: "QuantSpec", activat
     """
     # one scale for the matrix is stored for each row, so only the number of groups counts
     groups = spec.scale_shape(rows, columns)[1]
+    if spec.kind != "int":
+        return _float_parts(rows, columns, groups, spec.kind, activations)
     scale: Parts = {"weight_scale": ("BF16", (rows, groups))}
     if activations is None:
         # the shape of the unpacked matrix is stored, because the packed width does not give it; zero points are packed along the outputs
@@ -51,6 +53,21 @@ def compressed_tensors_parts(rows: int, columns: int, spec: "QuantSpec", activat
     inputs: Parts = {"input_scale": ("F32", (1,))} if static else {}
     inputs |= {"input_zero_point": ("I8", (1,))} if static and not activations.symmetric else {}
     return {"weight": ("I8", (rows, columns)), **scale, **zeros, **inputs}
+
+
+def _float_parts(rows: int, columns: int, groups: int, kind: str, activations: "ActivationSpec | None") -> Parts:
+    """Return the tensors of float-quantized, mxfp4-pack-quantized or nvfp4-pack-quantized."""
+    # dynamic scales are computed by the server
+    static = activations is not None and activations.scaling == "static"
+    if kind == "fp8_e4m3":
+        inputs: Parts = {"input_scale": ("F32", (1,))} if static else {}
+        return {"weight": ("F8_E4M3", (rows, columns)), "weight_scale": ("BF16", (rows, groups)), **inputs}
+    # two codes of 4 bits in a byte; the bytes of scales are e8m0 (mxfp4) or e4m3 (nvfp4)
+    packed: Parts = {"weight_packed": ("U8", (rows, columns // 2))}
+    if kind == "mxfp4":
+        return {**packed, "weight_scale": ("U8", (rows, groups))}
+    inputs = {"input_global_scale": ("F32", (1,))} if static else {}
+    return {**packed, "weight_scale": ("F8_E4M3", (rows, groups)), "weight_global_scale": ("F32", (1,)), **inputs}
 
 
 def gptq_parts(rows: int, columns: int, spec: "QuantSpec", activations: "ActivationSpec | None" = None) -> Parts:

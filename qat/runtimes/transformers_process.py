@@ -88,18 +88,25 @@ def peak_bytes() -> int:
 
 
 def needs_dequantizing(quantization: dict[str, Any]) -> bool:
-    """Return whether a ``quantization_config`` has packed zero points, in any of its groups: transformers reads them as unpacked ones
-    unless it dequantizes on loading."""
-    # int-quantized, the format with rounded inputs, stores zero points unpacked
+    """Return whether a ``quantization_config`` has packed zero points or 4-bit floats, in any of its groups: unless it dequantizes on
+    loading, transformers reads the first as unpacked ones, and computes with the second in bf16 alone."""
     groups = quantization.get("config_groups", {}).values()
-    return any(group.get("format") == "pack-quantized" and not group["weights"]["symmetric"] for group in groups)
+    return any(_dequantized(group) for group in groups)
+
+
+def _dequantized(group: dict[str, Any]) -> bool:
+    # int-quantized, the format with rounded inputs, stores zero points unpacked
+    if group.get("format") == "pack-quantized":
+        return not group["weights"]["symmetric"]
+    # dequantized modules do not round their inputs
+    return group.get("format") in ("mxfp4-pack-quantized", "nvfp4-pack-quantized") and not group.get("input_activations")
 
 
 def loading_options(folder: str) -> dict[str, Any]:
     """Return further arguments of ``from_pretrained``.
 
     GPTQ and AWQ need the kernel that unpacks weights and multiplies in the inputs' dtype (the fast kernels compute in fewer bits). Packed
-    zero points need dequantizing on loading: otherwise transformers 5.23 with compressed-tensors 0.20 expects them unpacked.
+    zero points and 4-bit floats need dequantizing on loading (``needs_dequantizing``; transformers 5.23 with compressed-tensors 0.20).
     """
     import transformers
 

@@ -26,6 +26,7 @@ from ..evaluation.figures import exact_products
 from ..progress import token_progress
 from ..rounding_settings import rounding_of, wants_streaming
 from ..settings_quantization import QuantizeSettings, SchemeSettings
+from .bit_choice import choice_facts, settle
 from .calibration import text_record, told_text
 from .context import StageContext, StageResult
 from .coverage import check_coverage, coverage_facts
@@ -53,16 +54,17 @@ class RoundingSource:
 def finish(settings: QuantizeSettings, context: StageContext, trained: None) -> StageResult:
     """Round, fold and write the quantized folder (rank 0)."""
     started = time.perf_counter()
-    check_coverage(context, allow_partial=settings.allow_partial, skip=settings.skip)
     _check_transform(settings, context)
+    asked, settings = settings, settle(settings, context)
+    check_coverage(context, allow_partial=settings.allow_partial, skip=settings.skip)
     with _opened(settings, context) as source:
         text = stage_text(settings, context, source.model) if settings.calibrates else None
         rounded = round_and_tell(settings, context, source, text)
-        record = rounding_record(settings, text, rounded)
+        record = rounding_record(settings, text, rounded) | (chosen := choice_facts(asked, context))
         # inside the block: streamed layers are in its scratch folder until they are copied into the output
         save_quantized(source.model, rounded.state, context, {}, rounding=record)
         facts = coverage_facts(context, "quantized", rounded.state.modules)
-    return StageResult(model=context.model, seconds=time.perf_counter() - started, facts=facts)
+    return StageResult(model=context.model, seconds=time.perf_counter() - started, facts={**facts, **chosen})
 
 
 def _check_transform(settings: QuantizeSettings, context: StageContext) -> None:
