@@ -93,6 +93,7 @@ SURFACE = {
         "--bits",
         "--budget",
         "--group-size",
+        "--transform",
         "--calibration-tokens",
         "--teacher",
         "--text",
