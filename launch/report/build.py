@@ -9,7 +9,7 @@ from ...qat.runtimes.outcome_words import outcome_text
 from .curves import read_curves
 from .page import render_page
 from .searches import search_markdown
-from .sentences import coverage_sentences, exactness, held_out_sentences, protocol_lines, sample_sentences
+from .sentences import coverage_sentences, exactness, held_out_sentences, protocol_lines, round_sentences, sample_sentences
 from .tables import report_markdown
 
 Report = dict[str, Any]
@@ -79,7 +79,10 @@ def markdown_report(report: Report) -> str:
     """Return the table, the checks of the exports and the protocol as Markdown."""
     lines = [f"# {report['name']}", "", report_markdown(report), ""]
     lines += [f"- The run ended at a gate: {sentence}." for sentence in report.get("gates", [])]
-    lines += [f"- {sentence}." for sentence in (*coverage_sentences(report), *held_out_sentences(report), *sample_sentences(report))]
+    lines += [
+        f"- {sentence}."
+        for sentence in (*coverage_sentences(report), *held_out_sentences(report), *sample_sentences(report), *round_sentences(report))
+    ]
     lines += search_markdown(report)
     lines += [line for note in report["notes"] for line in (f"> **Note:** {note}.", "")]
     for export in report["exports"]:

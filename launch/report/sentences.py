@@ -110,6 +110,16 @@ def sample_sentences(report: Report) -> list[str]:
     return sentences
 
 
+def round_sentences(report: Report) -> list[str]:
+    """Return a sentence for each stage that cut in rounds."""
+    sentences = []
+    for row in report["stages"]:
+        if seen := row.get("rounds"):
+            each = "; ".join(f"{one['shape']} ({percent(one['share'])} of the decoder layers' parameters left)" for one in seen)
+            sentences.append(f"{row['name']} cut in {len(seen)} rounds and distilled on {seen[0]['tokens']:,} tokens after each: {each}")
+    return sentences
+
+
 def exactness(export: Row) -> str:
     """Describe the weights in the files of a row of ``exports``."""
     if export["exact"]:
