@@ -112,7 +112,7 @@ def reads_text(settings: Any) -> bool:
         return True
     if isinstance(settings, OwnStageSettings):
         return settings.part.reads_text
-    return trains(settings) or (isinstance(settings, QuantizeSettings) and settings.calibrates)
+    return trains(settings) or (isinstance(settings, QuantizeSettings) and (settings.calibrates or settings.auto is not None))
 
 
 def learns_from(settings: Any, *, has_teacher: bool) -> Literal["recipe", "input"] | None:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Bits, GroupSize, Hub, Model, Out, SeqLength, StageOverrides, Teacher, Text, Tokens, TrainTokens
+from .options import Bits, Budget, GroupSize, Hub, Model, Out, SeqLength, StageOverrides, Teacher, Text, Tokens, TrainTokens
 
 app = typer.Typer()
 
@@ -71,7 +71,8 @@ def prune(
 def qat(
     model: Model,
     overrides: StageOverrides = None,
-    bits: Bits = 4,
+    bits: Bits = "4",
+    budget: Budget = None,
     group_size: GroupSize = "128",
     teacher: Teacher = None,
     text: Text = None,
@@ -92,7 +93,7 @@ def qat(
     from .single_stage import run_verb
     from .stage_recipes import TextChoice, qat_settings
 
-    settings = qat_settings(tokens, bits, group_size, train, start, lora)
+    settings = qat_settings(tokens, bits, group_size, train, start, lora, budget)
     run_verb("qat", model, settings, TextChoice(text, hub, seq_length), teacher, overrides, out)
 
 
@@ -103,8 +104,15 @@ def quantize(
     method: Annotated[
         str, typer.Option("--method", help="rtn (round to nearest), mse (searched scales) or gptq (calibrated on text).")
     ] = "rtn",
-    bits: Bits = 4,
+    bits: Bits = "4",
+    budget: Budget = None,
     group_size: GroupSize = "128",
+    transform: Annotated[
+        str | None,
+        typer.Option(
+            "--transform", help="Before rounding: awq, smoothquant or rotation. It leaves the unrounded model's outputs as they are."
+        ),
+    ] = None,
     calibration_tokens: Annotated[
         str | None,
         typer.Option("--calibration-tokens", help="Tokens of the text to calibrate on.", show_default="262,144"),
@@ -115,9 +123,9 @@ def quantize(
     seq_length: SeqLength = 512,
     out: Out = None,
 ) -> None:
-    """Round the weights of MODEL without training; --method gptq calibrates on text, one layer at a time."""
+    """Round the weights of MODEL without training; --method gptq and --transform awq calibrate on text, one layer at a time."""
     from .single_stage import run_verb
     from .stage_recipes import TextChoice, quantize_settings
 
-    settings = quantize_settings(method, bits, group_size, calibration_tokens)
+    settings = quantize_settings(method, bits, group_size, calibration_tokens, budget, transform)
     run_verb("quantize", model, settings, TextChoice(text, hub, seq_length), teacher, overrides, out)

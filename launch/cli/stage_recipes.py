@@ -54,7 +54,7 @@ def verb_recipe(
         teacher: The teacher, if any.
         overrides: What will be written into it: one that names a text replaces the built-in one.
     """
-    from ...configs.overrides import key_of
+    from ...configs.overrides import key_of, value_of
 
     recipe: dict[str, Any] = {"name": f"{kind}-{_slug(model)}", "student": {"path": model}, "data": text.data()}
     # a section takes exactly one source of text
@@ -63,7 +63,8 @@ def verb_recipe(
     if teacher:
         recipe["teacher"] = {"path": teacher}
     # one window: the size of a step follows from all settings (`read_verb`), and the shortest text has to do here
-    recipe["trainer"] = {"global_batch_tokens": text.seq_length}
+    lengths = [value_of(one) for one in overrides if key_of(one) == "data.seq_length"]
+    recipe["trainer"] = {"global_batch_tokens": lengths[-1] if lengths else text.seq_length}
     recipe["stages"] = [{kind: {k: v for k, v in settings.items() if v is not None}}]
     return recipe
 
@@ -182,15 +183,38 @@ def _shape(given: str | Mapping[str, int], dashes: str) -> dict[str, Any]:
 
 
 def qat_settings(
-    tokens: int | str | None, bits: int, group_size: int | str, train: str, start: str | None, lora: int | None
+    tokens: int | str | None,
+    bits: int | str,
+    group_size: int | str,
+    train: str,
+    start: str | None,
+    lora: int | None,
+    budget: float | str | None = None,
 ) -> dict[str, Any]:
     """Return the settings of the ``qat`` stage for the options of its verb."""
-    return {"tokens": tokens, "weights": {"bits": bits, "group_size": group_size}, "train": train, "start": start, "lora": lora}
+    return {"tokens": tokens, "weights": _weights(bits, group_size, budget), "train": train, "start": start, "lora": lora}
 
 
-def quantize_settings(method: str, bits: int, group_size: int | str, calibration_tokens: int | str | None) -> dict[str, Any]:
+def quantize_settings(
+    method: str,
+    bits: int | str,
+    group_size: int | str,
+    calibration_tokens: int | str | None,
+    budget: float | str | None = None,
+    transform: str | None = None,
+) -> dict[str, Any]:
     """Return the settings of the ``quantize`` stage for the options of its verb."""
-    return {"method": method, "weights": {"bits": bits, "group_size": group_size}, "calibration_tokens": calibration_tokens}
+    return {
+        "method": method,
+        "weights": _weights(bits, group_size, budget),
+        "calibration_tokens": calibration_tokens,
+        "transform": transform,
+    }
+
+
+def _weights(bits: int | str, group_size: int | str, budget: float | str | None) -> dict[str, Any]:
+    # numbers may be text, as options give them; the recipe reads them
+    return {"bits": bits, "group_size": group_size, **({} if budget is None else {"budget": budget})}
 
 
 def evaluation(text: TextChoice, gate: float | str | None, tasks: Sequence[str]) -> tuple[TextChoice, dict[str, Any]]:

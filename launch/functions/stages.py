@@ -94,7 +94,8 @@ def qat(
     model: Model,
     data: Data = None,
     *,
-    bits: int = 4,
+    bits: int | str = 4,
+    budget: float | str | None = None,
     group_size: int | str = 128,
     teacher: Model | None = None,
     tokens: int | str | None = None,
@@ -111,7 +112,8 @@ def qat(
     Args:
         model: The model to train.
         data: The text; see above.
-        bits: Bits per weight.
+        bits: Bits per weight; "auto" gives each module a width within ``budget``.
+        budget: With "auto": bits per weight, scales counted, or bytes of the model as served, such as "60MB".
         group_size: Input features per scale, or "channel".
         teacher: The model to learn from.
         tokens: Training tokens. Default: 1M, unless ``steps`` is given.
@@ -123,7 +125,7 @@ def qat(
         quiet: Print nothing.
         settings: Settings of the stage or the recipe.
     """
-    made = qat_settings(tokens, bits, group_size, train, start, lora)
+    made = qat_settings(tokens, bits, group_size, train, start, lora, budget)
     return _stage("qat", model, made, data, seq_length, teacher, out, quiet, settings)
 
 
@@ -132,8 +134,10 @@ def quantize(
     data: Data = None,
     *,
     method: str = "rtn",
-    bits: int = 4,
+    bits: int | str = 4,
+    budget: float | str | None = None,
     group_size: int | str = 128,
+    transform: str | None = None,
     calibration_tokens: int | str | None = None,
     teacher: Model | None = None,
     seq_length: int = 512,
@@ -147,8 +151,10 @@ def quantize(
         model: The model to round.
         data: The text to calibrate and measure on; see above.
         method: "rtn" (to nearest), "mse" (searched scales) or "gptq" (calibrated on text).
-        bits: Bits per weight.
+        bits: Bits per weight; "auto" gives each module a width within ``budget``.
+        budget: With "auto": bits per weight, scales counted, or bytes of the model as served, such as "60MB".
         group_size: Input features per scale, or "channel".
+        transform: "awq", "smoothquant" or "rotation", before rounding. Default: none.
         calibration_tokens: Tokens to calibrate on. Default: 262,144.
         teacher: The model to compare with.
         seq_length: Tokens per window.
@@ -156,7 +162,7 @@ def quantize(
         quiet: Print nothing.
         settings: Settings of the stage or the recipe.
     """
-    made = quantize_settings(method, bits, group_size, calibration_tokens)
+    made = quantize_settings(method, bits, group_size, calibration_tokens, budget, transform)
     return _stage("quantize", model, made, data, seq_length, teacher, out, quiet, settings)
 
 

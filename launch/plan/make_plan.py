@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...losses.settings_own import OwnLossSettings
+from ...qat.transforms.limits import transform_notes
 from ...trainer.processes.teacher_memory import teacher_bytes
 from ...trainer.stage_plan import derive_plan, derive_steps, held_teacher, learns_from, trains, wanted_strategy
 from .disk import checkpoint_bytes, model_bytes, quantized_bytes
@@ -99,7 +100,8 @@ def _stage(
     from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
     entry, after = shape.entry, shape.after
-    values = settings_values(f"stages.{entry.index}.{entry.kind}", entry.settings)
+    # as the recipe has them: widths that stand in for a choice are no settings
+    values = settings_values(f"stages.{entry.index}.{entry.kind}", shape.asked or entry.settings)
     notes: list[str] = []
     training, work = None, StageWork(imported=isinstance(entry.settings, OwnStageSettings))
     if trains(entry.settings):
@@ -109,6 +111,8 @@ def _stage(
     if isinstance(entry.settings, PruneSettings) and entry.settings.structured:
         structured = entry.settings.structured
         notes += [*search_notes(shape.before, structured), *round_notes(shape.before, entry.settings), *shape_notes(after, structured.kept)]
+    if isinstance(entry.settings, QuantizeSettings) and entry.settings.transform is not None:
+        notes += transform_notes(entry.settings.transform, shape.before.config, embedding=entry.settings.embedding is not None)
     rounding, rounded = None, entry.settings
     if isinstance(entry.settings, QatSettings):
         # qat rounds before it trains, and that is the peak of its memory on a small GPU
@@ -146,7 +150,7 @@ def _stage(
         exports=exports,
         verdicts=list(judged),
         refusals=refused,
-        notes=notes,
+        notes=[*notes, *([shape.note] if shape.note else [])],
         coverage=coverage(shape),
         # told at the stage that quantizes, not after it at an export that cannot be written
         not_exported=shape.after.family.refusal("export") or "" if entry.kind in ("qat", "quantize") else "",
@@ -280,7 +284,8 @@ def _trained_in_qat(settings: Any) -> dict[str, Any]:
 
     if not isinstance(settings, QatSettings):
         return {}
-    rounds = {"rounds_inputs": settings.activations is not None}
+    inputs = settings.activations
+    rounds = {"rounds_inputs": inputs is not None, "keeps_outliers": inputs is not None and inputs.outliers is not None}
     return {"learned_scales": settings.scales == "learned", "codes_only": settings.train == "scales", "rank": settings.lora or 0, **rounds}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ...models.common.files import write_json_atomic, write_text_atomic
 from ...qat.runtimes.outcome_words import outcome_text
+from .bit_widths import width_sentences, width_tables
 from .curves import read_curves
 from .page import render_page
 from .searches import search_markdown
@@ -81,8 +82,11 @@ def markdown_report(report: Report) -> str:
     lines += [f"- The run ended at a gate: {sentence}." for sentence in report.get("gates", [])]
     lines += [
         f"- {sentence}."
-        for sentence in (*coverage_sentences(report), *held_out_sentences(report), *sample_sentences(report), *round_sentences(report))
+        for sentences in (coverage_sentences, width_sentences, held_out_sentences, sample_sentences, round_sentences)
+        for sentence in sentences(report)
     ]
+    for name, kinds in width_tables(report):
+        lines += ["", f"| {name}: kind | bits of layer 0, 1, ... |", "|---|---|", *(f"| {kind} | {bits} |" for kind, bits in kinds), ""]
     lines += search_markdown(report)
     lines += [line for note in report["notes"] for line in (f"> **Note:** {note}.", "")]
     for export in report["exports"]:

@@ -4,6 +4,7 @@ from importlib import resources
 from typing import Any
 
 from ...models.common.terminal_text import printable
+from .bit_widths import width_sentences, width_tables
 from .curves import Curves
 from .pictures import draw_all, render
 from .searches import search_table, search_words, searches
@@ -15,6 +16,7 @@ _CAPTIONS = {
     "search": "Shapes that were tried within a budget, and in earlier searches for the same model and text; the chosen one is named.",
     "curves": "Training curves from metrics.jsonl; points are measured on a small part of the held-out text during the stage.",
     "sparsity": "Zeros per decoder layer.",
+    "bits": "Bits per weight that were chosen for each kind of linear in each decoder layer; 16 = left alone.",
 }
 
 
@@ -45,7 +47,14 @@ def render_page(report: dict[str, Any], curves: Curves) -> str:
         protocol=protocol_lines(report),
         searches=[(search_words(stage, search), *search_table(search)) for stage, search in searches(report)],
         exactness=exactness,
-        coverage=[*coverage_sentences(report), *held_out_sentences(report), *sample_sentences(report), *round_sentences(report)],
+        coverage=[
+            *coverage_sentences(report),
+            *width_sentences(report),
+            *held_out_sentences(report),
+            *sample_sentences(report),
+            *round_sentences(report),
+        ],
+        widths=width_tables(report),
         outcome_text=outcome_text,
         samples=_samples(report),
         recipe=yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True),

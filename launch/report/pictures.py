@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+from .bit_widths import draw_widths
 from .curves import Curves
 from .labels import place_labels
 from .searches import draw_searches, searches
@@ -26,7 +27,7 @@ _COLOURS = {
 
 
 def draw_all(report: dict[str, Any], curves: Curves) -> dict[str, "Figure"]:
-    """Return every picture for which there is data, by name: size-quality, search, curves, sparsity."""
+    """Return every picture for which there is data, by name: size-quality, search, curves, sparsity, bits."""
     drawn = {"size-quality": size_against_quality(report)}
     if found := searches(report):
         drawn["search"] = draw_searches(report, _figure(5.5 * len(found), 3.6))
@@ -34,6 +35,8 @@ def draw_all(report: dict[str, Any], curves: Curves) -> dict[str, "Figure"]:
         drawn["curves"] = training_curves(curves)
     if any(row.get("layer_sparsity") and max(row["layer_sparsity"]) > 0 for row in report["stages"]):
         drawn["sparsity"] = draw_layer_sparsity(report)
+    if any(row.get("bits") for row in report["stages"]):
+        drawn["bits"] = draw_widths([row for row in report["stages"] if row.get("bits")])
     return drawn
 
 

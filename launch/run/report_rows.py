@@ -220,7 +220,7 @@ class ReportRows:
                 "held_out": state.get("held_out"),
                 # only where there are any, so that rows without them are those of earlier versions
                 **({"samples": sampled} if (sampled := state.get("samples")) else {}),
-                **{name: state[name] for name in ("search", "rounds") if state.get(name)},
+                **{name: state[name] for name in ("bits", "search", "rounds") if state.get(name)},
                 **seen,
             }
         )

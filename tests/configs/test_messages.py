@@ -28,7 +28,8 @@ BROKEN = {
     "mistyped key in a section": (
         HEAD.replace("seq_length", "seq_lenght") + STAGES,
         "my.yaml:3: data.seq_lenght: unknown key, did you mean 'seq_length'? valid here: builtin, files, hub, hub_config, hub_split, "
-        "generate, source, kind, mask_prompts, text_field, special_tokens, seq_length, packing, eval_tokens, held_out, max_documents",
+        "hub_shards, generate, source, kind, mask_prompts, text_field, special_tokens, seq_length, packing, eval_tokens, "
+        "held_out, max_documents",
     ),
     "mistyped key at the top": (
         HEAD + STAGES + "trianer: {precision: 32}\n",
@@ -305,7 +306,7 @@ BROKEN = {
     "unknown export format": (
         HEAD + "stages:\n  - quantize\n  - export: {formats: [guff]}\n",
         "my.yaml:6: stages.1.export.formats.0: must be 'compressed-tensors', 'gguf', 'gguf-q2_0', 'gptq', 'gptq_v2', 'awq', "
-        "'safetensors' or 'safetensors-f32'; got 'guff', did you mean 'gguf'?",
+        "'bitsandbytes', 'safetensors' or 'safetensors-f32'; got 'guff', did you mean 'gguf'?",
     ),
     "no text left to train on": (
         HEAD.replace("seq_length: 256", "eval_tokens: all") + STAGES,

@@ -68,6 +68,9 @@ def test_quantize_by_gptq_on_text(tiny: dict[str, Any], run: Any, verb: Any, cor
     assert "is done, skipped" in quantize(*gptq, "--calibration-tokens", "4k", "stages.0.quantize.stream=always")
     assert "calibrates on 8,000 tokens" in quantize(*gptq, "--calibration-tokens", "8k")
     assert len(list((tmp_path / "gptq").glob("01-quantize.*"))) == 1, "what other text gave is kept aside"
+    awq = quantize("--bits", "3", "--transform", "awq", "--calibration-tokens", "4k", "--out", "awq")
+    assert "01-quantize: awq + rtn on 4k tokens" in awq and "awq: mlp.up_proj, scales from" in awq
+    assert row("awq")["eval"]["kl"] < row("rtn")["eval"]["kl"]
     refusal = "calibration_tokens=4000 has no effect with method=rtn: it belongs to gptq and mse"
     assert refusal in quantize("--calibration-tokens", "4k", "--out", "no", code=2)
     assert "must be 'rtn', 'mse' or 'gptq'; got 'gptk', did you mean 'gptq'?" in quantize("--method", "gptk", "--out", "no", code=2)
@@ -111,6 +114,8 @@ def test_steps_replace_the_default_tokens(given: list[str], tokens: Any, steps: 
         (["tokens=200k", "trainer.devices=8"], 8),
         (["steps=7"], 32),
         (["trainer.global_batch_tokens=128"], 2),
+        # longer windows than the verb's own
+        (["data.seq_length=1k"], 3),
     ],
 )
 def test_the_size_of_a_step_follows_from_tokens_window_and_devices(given: list[str], windows: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +138,8 @@ def test_the_size_of_a_step_follows_from_tokens_window_and_devices(given: list[s
         ("quantize", {"method": "gptq"}, None, [], "quantize calibrates on the Python standard library"),
         ("quantize", {}, None, ["stages.0.method=gptq"], "quantize calibrates on the Python standard library"),
         ("quantize", {"method": "gptq"}, ["a.txt"], [], ""),
+        ("quantize", {"method": "rtn", "transform": "awq"}, None, [], "quantize calibrates on the Python standard library"),
+        ("quantize", {"method": "rtn", "transform": "rotation"}, None, [], ""),
         ("qat", {"tokens": "1M"}, None, [], "qat learns from the Python standard library"),
         ("qat", {"tokens": "1M"}, None, ["data.builtin=null", "data.files=a.txt"], ""),
         ("evaluate", {}, None, [], ""),
