@@ -4,11 +4,11 @@ from importlib import resources
 from typing import Any
 
 from ...models.common.terminal_text import printable
-from .bit_widths import width_sentences, width_tables
+from .bit_widths import width_tables
 from .curves import Curves
 from .pictures import draw_all, render
 from .searches import search_table, search_words, searches
-from .sentences import coverage_sentences, exactness, held_out_sentences, protocol_lines, round_sentences, sample_sentences
+from .sentences import exactness, protocol_lines, stage_sentences
 from .tables import headings, report_rows
 
 _CAPTIONS = {
@@ -47,13 +47,7 @@ def render_page(report: dict[str, Any], curves: Curves) -> str:
         protocol=protocol_lines(report),
         searches=[(search_words(stage, search), *search_table(search)) for stage, search in searches(report)],
         exactness=exactness,
-        coverage=[
-            *coverage_sentences(report),
-            *width_sentences(report),
-            *held_out_sentences(report),
-            *sample_sentences(report),
-            *round_sentences(report),
-        ],
+        coverage=stage_sentences(report),
         widths=width_tables(report),
         outcome_text=outcome_text,
         samples=_samples(report),
