@@ -131,7 +131,9 @@ class _Progress:
         if now - self._said > _REPORT_SECONDS:
             self._said = now
             done, rate = self._before + self._fresh, self._fresh / (now - self._began)
-            self._say(f"{min(done, self._tokens):,} of {self._tokens:,} tokens written ({rate:,.0f} tokens/s)")
+            # texts of the last batch are written to their ends: a cut text would teach the student to stop there
+            last = ", texts of the last batch are being finished" if done > self._tokens else ""
+            self._say(f"{done:,} of {self._tokens:,} tokens written ({rate:,.0f} tokens/s){last}")
 
 
 def _read(part: Path) -> WrittenBatch | None:
