@@ -170,9 +170,7 @@ def dimension_width(axes: str, sizes: Sizes) -> int:
 
 def part_width(part: str, sizes: Sizes) -> int:
     """Rows or columns of one part of a dimension; 0 for a dimension that is never cut."""
-    if part in ("heads", "kv_heads"):
-        return getattr(sizes, part) * sizes.head_dim
-    return getattr(sizes, part) if part else 0
+    return sizes.width(part)
 
 
 def kept_rows(axes: str, kept: Kept, position: int | None, before: Sizes) -> list[int] | None:

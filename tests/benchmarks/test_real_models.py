@@ -22,8 +22,7 @@ def given(tmp_path: Path) -> argparse.Namespace:
     """The command line with every kind of case."""
     (tmp_path / "text.txt").write_text("words " * 1000)
     return argparse.Namespace(
-        groups=[64], bits=[8, 3],
-        systems=list(real_models.SYSTEMS), calibration_tokens="2k", qat_tokens=["4k"], distill_tokens="4k", step_tokens=1024,
+        bits=[8, 3], groups=[64], systems=list(real_models.SYSTEMS), calibration_tokens="2k", qat_tokens=["4k"], distill_tokens="4k",
         llama_quantize="llama-quantize", peers=[], peer_methods=[], auto_round_steps=1, llama_cpp=None, turns=1,
         calibration=[str(tmp_path / "text.txt")], folder=tmp_path / "work",
     )  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 
 from decoct import Bounds, Count, alternatives, bounds_of, check_fields, choices, field_of, types_of
 from decoct.configs.reading import SECTIONS
+from decoct.losses.settings_features import FeatureSettings, HiddenSettings, RelationSettings
 from decoct.models.settings import KeepSettings, ServedSettings, StudentSettings, TeacherSettings
 from decoct.qat.scheme import SpecChange
 from decoct.trainer.settings import DataSettings
@@ -25,6 +26,9 @@ LEAST: dict[type, dict[str, Any]] = {
     StudentSettings: {"path": "a"},
     ServedSettings: {"url": "http://host/v1", "model": "m"},
     KeepSettings: {"layers": 2},
+    HiddenSettings: {"weight": 1.0},
+    RelationSettings: {"weight": 1.0},
+    FeatureSettings: {"hidden": HiddenSettings(weight=1.0)},
     StructuredSettings: {"ffn": 8, "layers": 2},
     **{method: {"keep": 0.5} for method in (MagnitudeSettings, WandaSettings, SparseGptSettings, MovementSettings)},
     EarlyStoppingSettings: {"patience": 1},
@@ -75,7 +79,8 @@ def test_every_number_of_a_recipe_has_bounds() -> None:
         for name, annotation in types_of(settings).items()
         if {int, float} & set(alternatives(annotation)) and bounds_of(annotation) == Bounds()
     ]
-    assert open_ended == ["DataSettings.eval_tokens"], "eval_tokens is bounded by seq_length"
+    # a number or a text: their classes check both
+    assert open_ended == ["DataSettings.eval_tokens", "WeightSettings.budget"]
 
 
 @dataclass(frozen=True)

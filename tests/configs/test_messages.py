@@ -28,7 +28,8 @@ BROKEN = {
     "mistyped key in a section": (
         HEAD.replace("seq_length", "seq_lenght") + STAGES,
         "my.yaml:3: data.seq_lenght: unknown key, did you mean 'seq_length'? valid here: builtin, files, hub, hub_config, hub_split, "
-        "generate, source, kind, mask_prompts, text_field, special_tokens, seq_length, packing, eval_tokens, held_out, max_documents",
+        "hub_shards, generate, source, kind, mask_prompts, text_field, special_tokens, max_documents, blend, seq_length, packing, "
+        "eval_tokens, held_out",
     ),
     "mistyped key at the top": (
         HEAD + STAGES + "trianer: {precision: 32}\n",
@@ -120,7 +121,7 @@ BROKEN = {
     "value where a section belongs": (
         HEAD + "stages:\n  - distill: {tokens: 1M, loss: forward_kl}\n",
         "my.yaml:5: stages.0.distill.loss: must be a section with keys divergence, temperature, t_squared, beta, alpha, balance, "
-        "head_mass, hard_weight; got 'forward_kl'",
+        "head_mass, hard_weight, features; got 'forward_kl'",
     ),
     "short list": (
         HEAD + "stages:\n  - distill: {tokens: 1M, betas: [0.9]}\n",
@@ -129,12 +130,38 @@ BROKEN = {
     "missing key": (
         HEAD + "stages:\n  - prune:\n      structured: {}\n",
         "my.yaml:6: stages.0.prune.structured: structured pruning needs at least one of ffn, heads, kv_heads, hidden, layers: the "
-        "number that is kept",
+        "number that is kept; or a 'budget'",
+    ),
+    "a shape and a budget": (
+        HEAD + "stages:\n  - prune:\n      structured: {budget: 80M, heads: 2}\n",
+        "my.yaml:6: stages.0.prune.structured.budget: budget=80000000.0 searches the shape, and 'heads' gives it; leave one of them out",
+    ),
+    "a search of nothing": (
+        HEAD + "stages:\n  - prune:\n      structured: {heads: 2, search: {measured: 4}}\n",
+        "my.yaml:6: stages.0.prune.structured: 'search' finds the shape of a budget, and there is none; give 'budget', such as budget: 0.6",
+    ),
+    "rounds without tokens": (
+        HEAD + "stages:\n  - prune: {structured: {heads: 2, rounds: 0.3}}\n",
+        "my.yaml:5: stages.0.prune: 'structured.rounds' distils after each cut; give 'tokens' or 'steps', such as tokens: 30M",
+    ),
+    "rounds to a shape that is not known": (
+        HEAD + "stages:\n  - prune: {structured: {budget: 0.5, rounds: 0.3}, tokens: 30M}\n",
+        "my.yaml:5: stages.0.prune.structured.rounds: rounds=0.3 go to a given shape, and 'budget' searches one; give the shape that a "
+        "search has found",
+    ),
+    "a cut of the shape with tokens": (
+        HEAD + "stages:\n  - prune: {structured: {heads: 2}, tokens: 30M}\n",
+        "my.yaml:5: stages.0.prune: structured pruning is one shot and takes no 'tokens' or 'steps'; add a distill stage after it, or cut "
+        "in rounds with distillation (structured.rounds: 0.3)",
+    ),
+    "rounds that grow": (
+        HEAD + "stages:\n  - prune:\n      structured: {budget: 0.6, search: {tokens: 1M, halving: [4, 16]}}\n",
+        "my.yaml:6: stages.0.prune.structured.search.halving: halving=[4, 16] must fall from round to round, such as [16, 4]",
     ),
     "an unknown axis": (
         HEAD + "stages:\n  - prune:\n      structured: {kv_head: 2}\n",
         "my.yaml:6: stages.0.prune.structured.kv_head: unknown key, did you mean 'kv_heads'? valid here: ffn, heads, kv_heads, "
-        "hidden, layers, score, depth_score, repair",
+        "hidden, layers, budget, search, score, depth_score, repair, rounds",
     ),
     "an unknown score": (
         HEAD + "stages:\n  - prune:\n      structured: {heads: 2, score: tailor}\n",
@@ -157,7 +184,8 @@ BROKEN = {
     ),
     "two sources of text": (
         HEAD.replace("seq_length: 256", "builtin: python-stdlib") + STAGES,
-        "my.yaml:3: data: data needs exactly one of 'builtin', 'files', 'hub', 'generate' and 'source'; given: ['builtin', 'files']",
+        "my.yaml:3: data: data needs exactly one of 'builtin', 'files', 'hub', 'generate', 'source' and 'blend'; given: "
+        "['builtin', 'files']",
     ),
     "percent sign forgotten": (
         HEAD + "stages:\n  - distill: {tokens: 1M, warmup: 5}\n",
@@ -180,7 +208,7 @@ BROKEN = {
         HEAD.replace("teacher: {path: a/teacher}", "teacher: {path: a/teacher, cache: {mode: top_k}}")
         + "stages:\n  - distill: {tokens: 1M, loss: {divergence: jsd}}\n",
         "my.yaml:5: stages.0.distill.loss.divergence: jsd needs the teacher's whole distribution, and teacher.cache keeps a part of it; "
-        "use forward_kl, or remove teacher.cache",
+        "use forward_kl, teacher.cache.mode: hidden, or remove teacher.cache",
     ),
     "a cache that nobody reads": (
         HEAD.replace("teacher: {path: a/teacher}", "teacher: {path: a/teacher, cache: top_k}") + "stages: [quantize]\n",
@@ -228,6 +256,19 @@ BROKEN = {
     "more layers than a known teacher has": (
         HEAD.replace("a/teacher", "HuggingFaceTB/SmolLM2-1.7B").replace("layers: 4", "layers: 30") + STAGES,
         "my.yaml:2: student.keep.layers: 30 layers cannot be kept of a teacher that has 24; give 2 to 24",
+    ),
+    "a layer that a known teacher does not have": (
+        HEAD.replace("a/teacher", "HuggingFaceTB/SmolLM2-1.7B").replace("layers: 4", "layers: [0, 11, 24]") + STAGES,
+        "my.yaml:2: student.keep.layers: layer 24 does not exist in a teacher of 24 layers; they are 0 to 23",
+    ),
+    "layers in another order": (
+        HEAD.replace("layers: 4", "layers: [5, 0, 3]") + STAGES,
+        "my.yaml:2: student.keep.layers: layers=[5, 0, 3] is not in ascending order; give each layer once, in the teacher's order: "
+        "[0, 3, 5]",
+    ),
+    "no layer": (
+        HEAD.replace("layers: 4", "layers: []") + STAGES,
+        "my.yaml:2: student.keep.layers: layers=[] keeps no layer; give a number such as 12, or layers such as [0, 2, 5]",
     ),
     "one layer of a teacher of two": (
         HEAD.replace("path: a/teacher", "scratch: {layers: 2}").replace("layers: 4", "layers: 1") + STAGES,
@@ -279,7 +320,7 @@ BROKEN = {
     "unknown export format": (
         HEAD + "stages:\n  - quantize\n  - export: {formats: [guff]}\n",
         "my.yaml:6: stages.1.export.formats.0: must be 'compressed-tensors', 'gguf', 'gguf-q2_0', 'gptq', 'gptq_v2', 'awq', "
-        "'safetensors' or 'safetensors-f32'; got 'guff', did you mean 'gguf'?",
+        "'bitsandbytes', 'safetensors' or 'safetensors-f32'; got 'guff', did you mean 'gguf'?",
     ),
     "no text left to train on": (
         HEAD.replace("seq_length: 256", "eval_tokens: all") + STAGES,
@@ -432,6 +473,7 @@ BROKEN |= {
 
 
 SEVERAL_KEYS = {
+    "a layer that a known teacher does not have", "layers in another order", "no layer",
     "text that is all held out",
     "a logger twice", "an option of another logger", "an option of no logger",
     "no logger beside one", "no logger at all", "the best weights without evaluations",
@@ -449,6 +491,8 @@ SEVERAL_KEYS = {
     "text by no teacher", "conversations from the beginning of a document",
     "a pattern the wrong way round", "a pattern of three numbers", "a share that contradicts the pattern", "neither a share nor a pattern",
     "one shot with tokens", "movement without steps", "movement without a gradient", "a pattern over the whole model",
+    "a shape and a budget", "a search of nothing", "rounds that grow",
+    "rounds without tokens", "rounds to a shape that is not known", "a cut of the shape with tokens",
 }  # fmt: skip
 """What the JSON Schema does not find: most faults between keys, those of YAML itself, and of an address's parts."""
 

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 def limits(model: StoredModel) -> Iterator[Refusal]:
     """Yield what ``gguf`` cannot hold exactly."""
     yield from plain_limits(model)
+    yield from weight_limits(model)
+
+
+def weight_limits(model: StoredModel) -> Iterator[Refusal]:
+    """Yield what ``gguf`` cannot hold of the quantized weights, whatever the family."""
     yield from packed(model, head=True, fused=False, embedding=True)
     yield from _blocks(model)
     yield from fp16_scales(model)

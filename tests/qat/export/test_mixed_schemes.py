@@ -88,7 +88,7 @@ def test_a_rounded_embedding_is_refused_where_readers_know_none(quantized_folder
     assert not (tmp_path / "export").exists()
 
 
-@pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "gptq_v2", "awq", "gguf"])
+@pytest.mark.parametrize("form", ["gptq", "gptq_v2", "awq", "gguf"])
 @pytest.mark.parametrize(
     "spec",
     [
@@ -103,6 +103,15 @@ def test_other_kinds_are_refused_by_formats_of_integers(quantized_folder: Build,
     with pytest.raises(UserError, match=f"{form} holds integer codes, not kind={spec.kind}"):
         export_folder(source, tmp_path / "export", form, runtimes=False)
     assert not (tmp_path / "export").exists()
+
+
+def test_the_format_of_floats_names_its_nearest_kind(quantized_folder: Build, tmp_path: Path) -> None:
+    source = quantized_folder("llama", spec=QuantSpec(kind="nf4", group_size=32), **WIDE)
+    ways = "quantize with kind='nvfp4', group_size=16, or kind='int', or export to safetensors-f32"
+    held = "compressed-tensors holds integer codes and the floats fp8_e4m3, mxfp4 and nvfp4, not kind=nf4"
+    with pytest.raises(UserError, match=rf"{held} \(.*\); {ways}"):
+        export_folder(source, tmp_path / "export", "compressed-tensors", runtimes=False)
+    exact(quantized_folder("llama", spec=QuantSpec(kind="nvfp4", group_size=16), **WIDE), tmp_path / "nvfp4", "compressed-tensors")
 
 
 def test_other_kinds_are_plain_models_too(quantized_folder: Build, tmp_path: Path) -> None:
