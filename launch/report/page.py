@@ -13,7 +13,7 @@ from .tables import headings, report_rows
 
 _CAPTIONS = {
     "size-quality": "Each point is a model at the size that it is served at; the line follows the stages of the recipe.",
-    "search": "Shapes that were tried within a budget; the chosen one is named.",
+    "search": "Shapes that were tried within a budget, and in earlier searches for the same model and text; the chosen one is named.",
     "curves": "Training curves from metrics.jsonl; points are measured on a small part of the held-out text during the stage.",
     "sparsity": "Zeros per decoder layer.",
     "bits": "Bits per weight that were chosen for each kind of linear in each decoder layer; 16 = left alone.",

@@ -111,6 +111,16 @@ def sample_sentences(report: Report) -> list[str]:
     return sentences
 
 
+def round_sentences(report: Report) -> list[str]:
+    """Return a sentence for each stage that cut in rounds."""
+    sentences = []
+    for row in report["stages"]:
+        if seen := row.get("rounds"):
+            each = "; ".join(f"{one['shape']} ({percent(one['share'])} of the decoder layers' parameters left)" for one in seen)
+            sentences.append(f"{row['name']} cut in {len(seen)} rounds and distilled on {seen[0]['tokens']:,} tokens after each: {each}")
+    return sentences
+
+
 def term_sentences(report: Report) -> list[str]:
     """Return a sentence for each stage whose loss had terms besides that on predictions: the size of each, and its weight."""
     sentences = []
@@ -146,6 +156,7 @@ def stage_sentences(report: Report) -> list[str]:
         *sample_sentences(report),
         *term_sentences(report),
         *text_sentences(report),
+        *round_sentences(report),
     ]
 
 

@@ -219,7 +219,7 @@ class ReportRows:
                 "coverage": state.get("coverage"),
                 "held_out": state.get("held_out"),
                 # only where there are any, so that rows without them are those of earlier versions
-                **{name: found for name in ("samples", "terms", "texts", "bits", "search") if (found := state.get(name))},
+                **{name: found for name in ("samples", "terms", "texts", "bits", "search", "rounds") if (found := state.get(name))},
                 **seen,
             }
         )

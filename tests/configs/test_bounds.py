@@ -12,6 +12,7 @@ from decoct.configs.reading import SECTIONS
 from decoct.losses.settings_features import FeatureSettings, HiddenSettings, RelationSettings
 from decoct.models.settings import KeepSettings, ServedSettings, StudentSettings, TeacherSettings
 from decoct.qat.scheme import SpecChange
+from decoct.qat.transforms.settings import TransformSettings
 from decoct.trainer.settings import DataSettings
 from decoct.trainer.settings_generation import GenerateSettings
 from decoct.trainer.settings_pruning import MagnitudeSettings, PruneSettings, StructuredSettings
@@ -34,6 +35,7 @@ LEAST: dict[type, dict[str, Any]] = {
     EarlyStoppingSettings: {"patience": 1},
     PruneSettings: {"structured": StructuredSettings(ffn=8)},
     SpecChange: {"kind": "int"},
+    TransformSettings: {"method": "smoothquant"},
 }
 """What each dataclass needs to be made at all."""
 

@@ -1,6 +1,6 @@
 """Stage `qat`: train with rounded weights. The result is codes and scales, which exporters only rearrange."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -146,7 +146,7 @@ def _hold_codes(settings: QatSettings, student: OpenStudent, context: StageConte
     return state.modules
 
 
-def _hook(settings: QatSettings, student: OpenStudent, modules: Iterable[str]) -> StudentRounders:
+def _hook(settings: QatSettings, student: OpenStudent, modules: Collection[str]) -> StudentRounders:
     """Attach the hooks that round inputs, keys and values, as far as the settings ask for them."""
     inputs = round_inputs(student.model, modules, settings.activations) if settings.activations else None
     cache = round_cache(student.model, settings.kv_cache) if settings.kv_cache else None
