@@ -94,7 +94,6 @@ SURFACE = {
         "--bits",
         "--budget",
         "--group-size",
-        "--transform",
         "--calibration-tokens",
         "--teacher",
         "--text",
