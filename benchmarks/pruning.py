@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--step-tokens", type=int, default=1024)
     parser.add_argument("--turns", type=int, default=5, help="texts that the whole model and each shape write in turn")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--recover", nargs="+", type=float, choices=SHARES, default=list(SHARES), help="shares of which shapes recover")
     parser.add_argument("--greedy", action="store_true", help="also choose layers one by one by the loss, many passes over the text")
     parser.add_argument("--peers", nargs="+", default=[], metavar="PYTHON", help="interpreters that have torch_pruning")
     parser.add_argument("--folder", type=Path, default=Path(".real/pruning"))

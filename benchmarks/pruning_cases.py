@@ -21,8 +21,8 @@ TORCH_PRUNING = {"ffn": ("magnitude", "taylor"), "hidden": ("magnitude", "taylor
 RECOVER = "recover"
 """Name of the distill stage of a case."""
 
-Budget = tuple[str, str, int]
-"""(case, axis, number kept)."""
+Budget = tuple[str, float, str, int]
+"""(case, share, axis, number kept)."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _budgets(folder: Path) -> Iterator[Budget]:
             if (number := shape_for(folder, axis, share)) is None:
                 print(f"{axis} alone cannot be cut to {share:.0%} of the decoder layers' parameters", file=sys.stderr)
             else:
-                yield f"{axis} {share:.0%}".replace("%", " %"), axis, number
+                yield f"{axis} {share:.0%}".replace("%", " %"), share, axis, number
 
 
 def _peer(name: str, axis: str, number: int) -> Iterator[Case]:
@@ -97,7 +97,7 @@ def _peer(name: str, axis: str, number: int) -> Iterator[Case]:
 
 
 def _shapes(given: argparse.Namespace, budgets: Sequence[Budget]) -> Iterator[Case]:
-    for name, axis, number in budgets:
+    for name, _, axis, number in budgets:
         slow = () if given.greedy else ("greedy_loss",)
         key, scores = ("depth_score", DEPTH_SCORES) if axis == "layers" else ("score", SCORES)
         for score in scores:
@@ -108,7 +108,9 @@ def _shapes(given: argparse.Namespace, budgets: Sequence[Budget]) -> Iterator[Ca
 
 def _recovery(given: argparse.Namespace, budgets: Sequence[Budget]) -> Iterator[Case]:
     distill = {"distill": {"name": RECOVER, "tokens": given.distill_tokens}}
-    for name, axis, number in budgets:
+    for name, share, axis, number in budgets:
+        if share not in given.recover:
+            continue
         # nothing of a shallower model can be repaired without training
         repaired = _cut(given, {axis: number}, **({} if axis == "layers" else {"repair": True}))
         local = {"prune": {**repaired["prune"], "local": {"tokens": given.local_tokens}}}

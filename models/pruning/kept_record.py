@@ -5,7 +5,7 @@ from typing import Any
 
 from ..axis_map import Family
 from ..sizes import Sizes
-from .kept import Kept
+from .kept import Kept, owners
 
 ROOT = "root"
 """Entry of decoct.json: shape of the model that was cut first, and the indices of it that are left. Later stages hand it on."""
@@ -22,11 +22,10 @@ def kept_of(record: Any, family: Family, total: int) -> Kept | None:
     if not isinstance(record, dict):
         return None
     layers = record.get("layers", list(range(total)))
-    owners = {"ffn": family.ffn, "heads": family.attention, "kv_heads": family.attention}
     try:
         chosen: dict[str, Any] = {
             axis: [_indices(record[axis][f"{family.layers_path}.{layer}.{module}"]) for layer in _indices(layers)]
-            for axis, module in owners.items()
+            for axis, module in owners(family).items()
             if axis in record
         }
         hidden = _indices(record["hidden"]) if "hidden" in record else None

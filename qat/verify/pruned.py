@@ -16,6 +16,8 @@ from ...models.common.errors import UserError
 from ...models.family_map import family_of
 from ...models.folder.loading import load_config
 from ...models.folder.model_folder import RECORD
+from ...models.pruning.kept import Kept
+from ...models.pruning.kept_record import kept_of
 from ...models.pruning.pattern import parse_pattern
 from ...models.sizes import WORDS, sizes_of
 from ..readers.open import open_export
@@ -72,6 +74,14 @@ def _lists(family: Family, axis: Axis, entry: Any, layers: list[int]) -> dict[st
     if list(entry) != [f"{family.layers_path}.{layer}.{module}" for layer in layers]:
         return None
     return {f" in {name}": list(indices) for name, indices in entry.items()}
+
+
+def kept_indices(record: Mapping[str, Any], family: Family, layers: int) -> Kept:
+    """What a cut kept of a parent with this many layers; UserError if the record does not have it in its own form."""
+    kept = kept_of(record["kept"], family, layers)
+    if kept is None:
+        raise UserError(f"{RECORD}: the entry 'kept' cannot be read; make the folder again")
+    return kept
 
 
 def stored_weights(path: Path) -> Weights:

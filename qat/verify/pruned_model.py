@@ -12,11 +12,11 @@ from ...models.family_map import family_of
 from ...models.folder.loading import load_model
 from ...models.folder.model_folder import RECORD
 from ...models.pruning.expand import expand, expandable
-from ...models.pruning.kept import Kept
 from ...models.pruning.structured import formula
 from ...models.sizes import Sizes, sizes_of
 from ...models.ties import is_tied
 from ..runtimes.reference import chosen_tokens
+from .pruned import kept_indices
 
 TOLERANCE = 1e-3
 """Largest difference of logits, relative to the largest one if that is above 1: sums of other lengths round otherwise in fp32."""
@@ -33,7 +33,7 @@ def computed(path: Path, record: Mapping[str, Any]) -> Iterator[tuple[list[str],
     tokens = chosen_tokens(path, None)
     family = family_of(model)
     before = Sizes(**record["parent_shape"])
-    kept = Kept.from_record(record["kept"], family, before.layers)
+    kept = kept_indices(record, family, before.layers)
     yield _parameters(model)
     yield _ties(model)
     yield cached(model, tokens[:1])

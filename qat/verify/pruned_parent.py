@@ -17,6 +17,7 @@ from ...models.pruning.structured import cut
 from ...models.sizes import sizes_of
 from ..footprint import weight_files
 from ..readers.open import open_export
+from .pruned import kept_indices
 
 _OF_FILES = ("dtype", "torch_dtype", "transformers_version", "architectures", "_name_or_path", "use_cache", "tie_word_embeddings")
 """Fields of a config that say how a folder was written, or that the weights decide."""
@@ -35,7 +36,7 @@ def parent_problems(path: Path, record: Mapping[str, Any], parent: Path) -> Iter
     if (found := before.record()) != record["parent_shape"]:
         yield [f"{parent} is not the parent: it has {found}, and {RECORD} says {record['parent_shape']}"], ""
         return
-    kept = Kept.from_record(record["kept"], family, before.layers)
+    kept = kept_indices(record, family, before.layers)
     expected = cut_config(config, family, kept.sizes(before), kept.layers).to_dict()
     now = load_config(str(path)).to_dict()
     # a student leaves out rows of the vocabulary that its tokenizer does not have
@@ -50,7 +51,7 @@ def parent_problems(path: Path, record: Mapping[str, Any], parent: Path) -> Iter
 
 
 def _tensors(path: Path, record: Mapping[str, Any], parent: Path, kept: Kept) -> tuple[list[str], str]:
-    """Whether each stored tensor is the parent's cut one, which only a repair or local distillation changes."""
+    """Whether each stored tensor is the parent's cut one, which only repairs and training change."""
     student = cut(load_model(parent, dtype=torch.float32), kept, release=True)
     types = {name: _DTYPES[info.dtype] for file in weight_files(path) for name, info in read_header(file).tensors.items()}
     opened = open_export(path)
@@ -60,9 +61,7 @@ def _tensors(path: Path, record: Mapping[str, Any], parent: Path, kept: Kept) ->
     other = [name for name, dtype in types.items() if not torch.equal(own[name].to(dtype).float(), torch.from_numpy(opened.tensor(name)))]
     if not other:
         return [], f"all {len(types)} tensors are those of {parent}, cut as {RECORD} says"
-    if record.get("repairs") or record.get("local"):
-        return (
-            [],
-            f"{len(types) - len(other)} of {len(types)} tensors are those of {parent}, cut as {RECORD} says; repairs changed the others",
-        )
+    if any(record.get(entry) for entry in ("repairs", "local", "rounds")):
+        alike = f"{len(types) - len(other)} of {len(types)} tensors"
+        return [], f"{alike} are those of {parent}, cut as {RECORD} says; the others were repaired or trained"
     return [f"{name} is not the one of {parent}, cut as {RECORD} says" for name in other], ""

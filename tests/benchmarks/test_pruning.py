@@ -25,7 +25,7 @@ def given(tmp_path: Path) -> argparse.Namespace:
     (tmp_path / "text.txt").write_text("words " * 1000)
     return argparse.Namespace(
         parts=list(pruning.PARTS), calibration_tokens="2k", local_tokens="4k", distill_tokens="4k", step_tokens=1024, greedy=False,
-        peers=["python"], turns=1, tokens="2k", folder=tmp_path / "work", text=[str(tmp_path / "text.txt")],
+        peers=["python"], recover=[0.75, 0.5], turns=1, tokens="2k", folder=tmp_path / "work", text=[str(tmp_path / "text.txt")],
     )  # fmt: skip
 
 
@@ -71,6 +71,13 @@ def test_without_an_interpreter_the_other_tool_and_what_starts_from_it_is_left_o
         case.key for case in asked if "Torch-Pruning" in case.system
     }
     assert "no interpreter of --peers has torch_pruning" in capsys.readouterr().err
+
+
+def test_shapes_of_one_share_alone_recover(given: argparse.Namespace, model: Any, asked: list[Any]) -> None:
+    given.recover = [0.75]
+    left = {case.key for case in asked} - {case.key for case in pruning_cases.cases(given, model.folder)}
+    recovered = {case.key for case in asked if case.system.endswith("distilled") or case.system in ("repaired", "local")}
+    assert left == {key for key in recovered if "-50-" in key}
 
 
 def test_a_second_call_makes_what_is_missing_alone(

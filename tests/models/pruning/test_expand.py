@@ -70,9 +70,3 @@ def test_channels_of_a_layer_norm_cannot_be_put_back() -> None:
     kept = next(kept for kind, name, kept in CASES if (kind, name) == ("gpt2", "all"))
     with pytest.raises(UserError, match="gpt2 cannot be undone"):
         expand(cut(dense, kept), kept, sizes_of(dense.config, family_of(dense)))
-
-
-@pytest.mark.parametrize(("kind", "name", "kept"), CASES, ids=[f"{kind}-{name}" for kind, name, _ in CASES])
-def test_a_record_gives_back_what_was_kept(kind: str, name: str, kept: Kept) -> None:
-    family = family_of(tiny(kind))
-    assert Kept.from_record(kept.record(family, LAYERS), family, LAYERS) == kept

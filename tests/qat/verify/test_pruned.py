@@ -114,7 +114,10 @@ def test_a_changed_config_is_found_beside_the_parent(tmp_path: Path) -> None:
     assert "config.json: rms_norm_eps is 1e-05" in only_problem(folder, tmp_path / "parent")
 
 
-@pytest.mark.parametrize(("facts", "found"), [({}, True), ({"repairs": [{"repair": "ffn"}]}, False), ({"local": [{"layer": 0}]}, False)])
+@pytest.mark.parametrize(
+    ("facts", "found"),
+    [({}, True), ({"repairs": [{"repair": "ffn"}]}, False), ({"local": [{"layer": 0}]}, False), ({"rounds": [{"tokens": 1}]}, False)],
+)
 def test_a_changed_weight_is_found_beside_the_parent_unless_a_repair_may_have_changed_it(
     facts: dict[str, Any], found: bool, tmp_path: Path
 ) -> None:
