@@ -76,6 +76,9 @@ def _stored(shape: torch.Size, spec: QuantSpec | None) -> int:
         return 2 * shape.numel()
     rows, columns = shape
     height, width = spec.scale_shape(rows, columns)
+    # the only format that packs them has whole blocks
+    if spec.super_block:
+        return height * width * spec.super_block.nbytes
     # every row starts a new word; zero points are packed along the outputs (compressed-tensors)
     words = -(-columns * spec.bits // 32)
     zeros = 0 if spec.symmetric else 4 * width * -(-rows * spec.bits // 32)

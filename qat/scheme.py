@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from .. import check_fields
-from .spec import FLOAT_BITS, Bits, Divisor, GroupSize, Kind, QuantSpec, ScaleGrid
+from .spec import FLOAT_BITS, IMPLIED, Bits, Divisor, GroupSize, Kind, QuantSpec, ScaleGrid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class SpecChange:
     def applied(self, spec: QuantSpec) -> QuantSpec:
         """``spec`` with the changes; ValueError if they do not fit together."""
         # a float kind has one width; a change that also gives bits keeps them, and QuantSpec judges the pair
-        fixed = {"bits": FLOAT_BITS[self.kind]} if self.kind in FLOAT_BITS else {}
+        fixed = {"bits": FLOAT_BITS[self.kind], **IMPLIED.get(self.kind, {})} if self.kind in FLOAT_BITS else {}
         return replace(spec, **fixed | self.given)
 
 

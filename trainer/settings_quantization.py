@@ -198,7 +198,7 @@ class QuantizeSettings(SchemeSettings):
     def __post_init__(self) -> None:
         check_fields(self)
         _ = self.scheme
-        if self.weights.kind != "int" and self.method != "rtn":
+        if self.weights.kind != "int" and not self.weights.super_block and self.method != "rtn":
             raise ValueError(f"method={self.method} chooses integer codes; kind={self.weights.kind} is rounded to nearest: use method=rtn")
         # defaults are written into the settings, so that records, stage keys and plans show the numbers that are used
         self._fill("scale", "fitted", "gptq")

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from ...models.common.errors import UserError
 from ...qat.export.gguf.blocks import symmetric_type
 from ...qat.export.gguf.container import ALIGNMENT, BLOCKS, TensorType
+from ...qat.export.gguf.super_blocks import SUPER_TYPES
 from ...qat.export.stored_parts import PARTS, StoredTensor
 from .disk import model_bytes, safetensors_bytes
-from .quantized_shapes import quantized_linears
+from .quantized_shapes import Quantized, quantized_linears
 from .shapes import ModelShape
 
 if TYPE_CHECKING:
@@ -81,9 +82,7 @@ def _gguf_bytes(shape: ModelShape, scheme: "QuantScheme", tokenizer: Path | None
     for name, sizes in shape.tensors.items():
         one = quantized.get(name.removesuffix(".weight"))
         if one is not None:
-            # 4 bits with zero points fit Q4_1 only if fp16 holds every minimum, which only values can tell
-            wide = TensorType.Q4_1 if one.spec.bits <= 3 else TensorType.Q5_1
-            kind = symmetric_type(one.spec, one.columns, q2_0=q2_0) if one.spec.symmetric else wide
+            kind = _block_type(one, q2_0=q2_0)
         else:
             # llama.cpp wants vectors in fp32
             kind = TensorType.F32 if len(sizes) == 1 else TensorType.BF16
@@ -93,6 +92,14 @@ def _gguf_bytes(shape: ModelShape, scheme: "QuantScheme", tokenizer: Path | None
         # 64: the tensor's name, shape and offset in the file's table
         total += 64 + -(-data // ALIGNMENT) * ALIGNMENT
     return total
+
+
+def _block_type(one: Quantized, *, q2_0: bool) -> TensorType:
+    if one.spec.super_block:
+        return SUPER_TYPES[one.spec.kind]
+    # 4 bits with zero points fit Q4_1 only if fp16 holds every minimum, which only values can tell
+    wide = TensorType.Q4_1 if one.spec.bits <= 3 else TensorType.Q5_1
+    return symmetric_type(one.spec, one.columns, q2_0=q2_0) if one.spec.symmetric else wide
 
 
 def _gguf_header_bytes(shape: ModelShape, tokenizer: Path | None) -> int:

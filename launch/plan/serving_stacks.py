@@ -67,7 +67,7 @@ def _of_format(target: str, form: str, stored: StoredModel, cases: Sequence[Stor
         # plain weights have no codes that a kernel could refuse, and no groups that a cut could break
         served = [replace(case, spec=QuantSpec(group_size="channel")) for case in cases]
     else:
-        served = [case for case in cases if case.spec.kind == "int"]
+        served = [case for case in cases if case.spec.kind == "int" or (form == "gguf" and case.spec.super_block)]
     # several schemes may give the same finding, which is told once
     reasons = list(dict.fromkeys(finding for case in served for rule in rules(target, form) for finding in rule(case)))
     if all(finding.outcome != "no" for finding in reasons):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ...models.common.errors import UserError
 from ...qat.scheme import example_of
+from ...qat.super_blocks import no_zero
 from ...trainer.settings_own import OwnStageSettings
 from .quantized_shapes import quantized_linears
 from .shapes import ModelShape, config_from, config_of, shape_of
@@ -108,6 +109,8 @@ def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
             scheme = settings.scheme
             beside = {"activations": settings.activations, "kv_cache": settings.kv_cache}
             _check_scheme(shape, scheme, entry)
+            if sparse:
+                _check_zeros_held(shape, scheme, entry)
             continues = same and isinstance(settings, QatSettings) and settings.first == "gptq" and not any(beside.values())
             if not continues:
                 _check_calibration(shape, scheme, entry, recipe.data.seq_length)
@@ -158,6 +161,13 @@ def _check_tokens(given: int | None, widest: int, seq_length: int, place: str, m
             f"{place}.calibration_tokens: {tokens:,} tokens are too few for a matrix with {widest:,} inputs; "
             f"{method} needs at least as many, and many times that are usual"
         )
+
+
+def _check_zeros_held(shape: ModelShape, scheme: "QuantScheme", entry: "StageEntry") -> None:
+    """Raise ImpossibleStageError if pruned linears have a kind that does not hold 0."""
+    kinds = {one.spec.kind for name, one in quantized_linears(shape, scheme).items() if name in shape.linears and not one.spec.holds_zero}
+    if kinds:
+        raise ImpossibleStageError(f"stages.{entry.index}.{entry.kind}.weights: {no_zero(min(kinds))}")
 
 
 def _check_scheme(shape: ModelShape, scheme: "QuantScheme", entry: "StageEntry") -> None:

@@ -12,6 +12,7 @@ from ...models.families import decoder_linears, is_plain_linear
 from ...models.ties import is_tied
 from ..scheme import QuantScheme, SpecChange, example_of
 from ..spec import QuantSpec
+from ..super_blocks import no_zero
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,6 +47,13 @@ def targets(model: "PreTrainedModel", scheme: QuantScheme) -> dict[str, Target]:
         _check_module(name, target)
     # embedding and head, appended above, move to their places
     return {name: chosen[name] for name, _ in model.named_modules() if name in chosen}
+
+
+def check_zeros_held(specs: Mapping[str, QuantSpec], sparse: Iterable[str]) -> None:
+    """Raises UserError if a pruned module would lose its zeros: some kinds have minimums, and 0 is not among their values."""
+    for name in sparse:
+        if name in specs and not specs[name].holds_zero:
+            raise UserError(f"module {name} is pruned, and {no_zero(specs[name].kind)}")
 
 
 def _embedding_and_head(model: "PreTrainedModel", scheme: QuantScheme) -> dict[str, Target]:

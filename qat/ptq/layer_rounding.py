@@ -12,7 +12,7 @@ from ...models.calibration.layer_storage import Shelf
 from ...models.calibration.replay import Replay
 from ...models.calibration.running_order import calibrated_inputs
 from ...models.common.errors import UserError
-from ..codes.state import QuantState
+from ..codes.state import QuantState, stored_sub_scales
 from ..fake_quant import Encoded
 from ..layers.quantized_model import fold
 from ..spec import QuantSpec
@@ -132,8 +132,8 @@ class Walk:
     ) -> None:  # fmt: skip
         """Rounds modules with the same input and spec as one stacked weight; adds their codes to ``rounded``, their errors to the sums."""
         spec = self.specs[names[0]]
-        # mse and gptq know integer codes only; float formats are rounded to nearest
-        rounding = RoundingMethod() if spec.kind != "int" else rounding or self.rounding
+        # mse and gptq know integer codes and super-blocks; float formats are rounded to nearest
+        rounding = RoundingMethod() if spec.kind != "int" and not spec.super_block else rounding or self.rounding
         weights = [self._finite(name, linears[name].weight.detach()) for name in names]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         mask = None
@@ -163,7 +163,8 @@ class Walk:
 def _stored(tensors: Mapping[str, Tensor], module: str) -> Encoded:
     """Codes and scales of a module from the tensors of ``QuantState.tensors``."""
     codes, scales = tensors[f"{module}.codes"], tensors[f"{module}.scale"]
-    return Encoded(codes, scales, tensors.get(f"{module}.zero_point"), tensors.get(f"{module}.global_scale"))
+    zeros, whole = tensors.get(f"{module}.zero_point"), tensors.get(f"{module}.global_scale")
+    return Encoded(codes, scales, zeros, whole, stored_sub_scales(tensors, module))
 
 
 def take_values(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:

@@ -21,7 +21,7 @@ from ...models.common.errors import UserError
 from ...models.families import decoder_layers, decoder_linears
 from ...models.folder.weights import WeightFiles
 from ..codes.state import QuantState
-from ..layers.targets import Target, targets
+from ..layers.targets import Target, check_zeros_held, targets
 from ..scheme import QuantScheme
 from ..spec import QuantSpec
 from .layer_rounding import Advance, Walk, take_values
@@ -82,7 +82,8 @@ def round_model(
         advance: Called with the work that is done, in the units of ``amount_of_work``.
 
     Raises:
-        UserError: as in ``qat.layers.quantized_model.prepare``; weights are NaN or infinite; text is missing or empty; the inputs of a
+        UserError: as in ``qat.layers.quantized_model.prepare``; a module of ``sparse`` has a kind that does not hold 0; weights are NaN or
+            infinite; text is missing or empty; the inputs of a
             linear cannot be calibrated; as in ``qat.layers.kv_cache_hooks.round_cache``.
         NonFiniteError: inputs of a linear are NaN or infinite.
     """
@@ -91,6 +92,7 @@ def round_model(
     scheme = QuantScheme.of(spec, skip)
     chosen = targets(model, scheme)
     specs = {name: target.spec for name, target in chosen.items()}
+    check_zeros_held(specs, sparse)
     names, outer = _names(chosen, layers or [model], model)
     # it refers to the modules, and so to the unrounded weights, which are freed layer by layer
     del chosen

@@ -39,6 +39,11 @@ class TensorType(IntEnum):
     Q5_0 = 6
     Q5_1 = 7
     Q8_0 = 8
+    Q2_K = 10
+    Q3_K = 11
+    Q4_K = 12
+    Q5_K = 13
+    Q6_K = 14
     BF16 = 30
     Q2_0 = 42
 
@@ -53,6 +58,11 @@ BLOCKS = {
     TensorType.Q5_1: (32, 24),
     TensorType.Q8_0: (32, 34),
     TensorType.Q2_0: (64, 18),
+    TensorType.Q2_K: (256, 84),
+    TensorType.Q3_K: (256, 110),
+    TensorType.Q4_K: (256, 144),
+    TensorType.Q5_K: (256, 176),
+    TensorType.Q6_K: (256, 210),
 }
 """Type -> (elements per block along the row, bytes per block)."""
 
@@ -64,6 +74,12 @@ FILE_TYPES = {
     TensorType.Q8_0: 7,
     TensorType.Q5_0: 8,
     TensorType.Q5_1: 9,
+    # llama.cpp's names of mixtures: Q2_K, Q3_K_S, Q4_K_S, Q5_K_S, Q6_K
+    TensorType.Q2_K: 10,
+    TensorType.Q3_K: 11,
+    TensorType.Q4_K: 14,
+    TensorType.Q5_K: 16,
+    TensorType.Q6_K: 18,
     TensorType.BF16: 32,
     TensorType.Q2_0: 41,
 }

@@ -1,9 +1,9 @@
 """The format "gguf": one file ``model.gguf`` with codes and scales as ggml blocks, read by llama.cpp, Ollama and LM Studio.
 
 Nothing is rounded: symmetric codes of up to 4 bits are Q4_0, of 5 bits Q5_0, wider ones Q8_0; asymmetric ones of up to 3 bits Q4_1, of 4
-bits Q4_1 or else Q5_1, of 5 bits Q5_1 where that is exact; scales are exact in fp16. ``gguf-q2_0`` writes symmetric 2-bit codes as Q2_0,
-which only llama.cpp of July 2026 or later reads. Embedding and head are BF16, norms and biases F32. ``gguf-bf16``, ``gguf-f16`` and
-``gguf-f32`` take a plain model folder.
+bits Q4_1 or else Q5_1, of 5 bits Q5_1 where that is exact; scales are exact in fp16. The kinds q2_k to q6_k are Q2_K to Q6_K.
+``gguf-q2_0`` writes symmetric 2-bit codes as Q2_0, which only llama.cpp of July 2026 or later reads. Embedding and head are BF16 unless
+they are quantized, norms and biases F32. ``gguf-bf16``, ``gguf-f16`` and ``gguf-f32`` take a plain model folder.
 
 Source: as in the other modules of this folder, which define layouts and names.
 """
@@ -28,6 +28,7 @@ from .container import FILE_TYPES, TensorPlan, TensorType, Value, planned_file_b
 from .generation import end_tokens, sampling_metadata
 from .metadata import ROPE_FREQS, model_metadata, rope_frequency_factors
 from .names import Place, architecture_of, changed, gguf_place
+from .super_blocks import SUPER_TYPES, SuperParts, pack_super
 from .tokenizer import tokenizer_metadata
 
 if TYPE_CHECKING:
@@ -64,6 +65,9 @@ def block_type(source: ExportSource, module: str, q2_0: bool = False) -> TensorT
         UserError: fp16 does not hold a scale, or a block's minimum (zero point times scale).
     """
     spec, held = source.state.spec_of(module), layer(source, module)
+    # its fp16 numbers were checked with the codes
+    if spec.super_block:
+        return SUPER_TYPES[spec.kind]
     if not fits_fp16(held.scales.numpy()):
         raise UserError(f"{module}: GGUF stores scales in fp16, which does not hold all of them; quantize with scale_grid='bf16_fp16'")
     if held.zeros is None:
@@ -132,12 +136,23 @@ def _plain_type(source: ExportSource, place: Place, shape: tuple[int, ...]) -> T
 
 
 def _blocks(source: ExportSource, module: str, kind: TensorType, place: Place, config: "PreTrainedConfig") -> NDArray[np.uint8]:
+    spec = source.state.spec_of(module)
+    if spec.super_block:
+        return pack_super(spec.kind, _super_parts(source, module, place, config))
     held = layer(source, module)
     # reordered rows take their scales and zero points along
     codes, scales = (changed(tensor, place.change, config).numpy() for tensor in (held.codes, held.scales))
     if held.zeros is not None:
-        return _ASYMMETRIC[kind](codes, scales, changed(held.zeros, place.change, config).numpy(), source.state.spec_of(module).bits)
+        return _ASYMMETRIC[kind](codes, scales, changed(held.zeros, place.change, config).numpy(), spec.bits)
     return _SYMMETRIC[kind](codes, scales)
+
+
+def _super_parts(source: ExportSource, module: str, place: Place, config: "PreTrainedConfig") -> SuperParts:
+    codes, scales, _, _, sub = source.state.encoded(module)
+    assert sub is not None
+    held = (codes, scales, sub.scales, sub.minimum, sub.minimums)
+    rows = [None if part is None else changed(part, place.change, config).numpy() for part in held]
+    return SuperParts(**dict(zip(("codes", "scales", "sub_scales", "minimum", "sub_minimums"), rows)))  # pyright: ignore[reportArgumentType]
 
 
 def _plain(source: ExportSource, name: str, kind: TensorType, place: Place, config: "PreTrainedConfig") -> NDArray[Any]:

@@ -1,5 +1,5 @@
 """Limits of the GGUF formats: families that llama.cpp computes in the same way, integer codes in blocks of 32 (Q2_0: 64) with one fp16
-scale.
+scale, or in super-blocks of 256 (q2_k to q6_k, whose widths the spec checks).
 
 Source: ggml ``ggml-common.h``, ``ggml-quants.c``; llama.cpp ``llama-model.cpp``.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def limits(model: StoredModel) -> Iterator[Refusal]:
     """Yield what ``gguf`` cannot hold exactly."""
     yield from plain_limits(model)
-    yield from packed(model, head=True, fused=False, embedding=True)
+    yield from packed(model, head=True, fused=False, embedding=True, super_blocks=True)
     yield from _blocks(model)
     yield from fp16_scales(model)
 

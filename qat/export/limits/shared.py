@@ -18,7 +18,7 @@ def integer_schemes(model: StoredModel) -> Iterator[tuple[QuantSpec, Modules]]:
     return ((spec, modules) for spec, modules in model.schemes() if spec.kind == "int")
 
 
-def packed(model: StoredModel, *, head: bool, fused: bool = True, embedding: bool = False) -> Iterator[Refusal]:
+def packed(model: StoredModel, *, head: bool, fused: bool = True, embedding: bool = False, super_blocks: bool = False) -> Iterator[Refusal]:
     """Yield what no format of packed integer codes can hold.
 
     Args:
@@ -26,20 +26,25 @@ def packed(model: StoredModel, *, head: bool, fused: bool = True, embedding: boo
         head: Readers support a quantized head.
         fused: Readers fuse q, k, v into one matrix, and gate, up into another.
         embedding: Readers support a quantized embedding.
+        super_blocks: The format has super-blocks.
     """
     # told first: all limits below are about modules
     if not model.modules:
         yield Refusal(reason="packs quantized linears, and the model has none", remedies=(OtherFormat("safetensors"),))
-    yield from integers(model)
+    yield from integers(model, super_blocks=super_blocks)
     yield from ends(model, head=head, embedding=embedding)
     if fused:
         yield from one_scheme(model)
 
 
-def integers(model: StoredModel) -> Iterator[Refusal]:
-    """Yield schemes whose codes are not integers."""
+def integers(model: StoredModel, *, super_blocks: bool = False) -> Iterator[Refusal]:
+    """Yield schemes whose codes are not integers with one scale each; with ``super_blocks``, those with sub-scales pass."""
     for spec, modules in model.schemes():
-        if spec.kind != "int":
+        if spec.super_block:
+            if not super_blocks:
+                ways = (OtherFormat("gguf"), weights(kind="int", group_size=128), OtherFormat("safetensors-f32"))
+                yield Refusal(reason=f"has no super-blocks, which kind={spec.kind} needs", remedies=ways, modules=modules, spec=spec)
+        elif spec.kind != "int":
             ways = (weights(kind="int"), OtherFormat("safetensors-f32"))
             yield Refusal(reason=f"holds integer codes, not kind={spec.kind}", remedies=ways, modules=modules, spec=spec)
 

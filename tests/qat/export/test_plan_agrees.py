@@ -31,6 +31,7 @@ Build = Callable[..., Path]
 FORMATS: tuple[str, ...] = get_args(get_args(get_type_hints(ExportSettings)["formats"])[0])
 FOUR, EIGHT = QuantSpec(bits=4, group_size=32), QuantSpec(bits=8, group_size="channel")
 WIDE: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 64, "head_dim": 16, "intermediate_size": 64, "vocab_size": 320}
+BLOCKS: dict[str, Any] = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
 FP8 = ActivationSpec(kind="fp8_e4m3", scaling="static")
 
 
@@ -72,6 +73,11 @@ CASES = {
     "int8, rounding allowed": Case("safetensors", of(EIGHT), options={"allow_inexact": True}),
     "nf4": Case(F32, of(QuantSpec(kind="nf4", group_size=32))),
     "mxfp4": Case(f"safetensors {F32}", of(QuantSpec(kind="mxfp4", group_size=32))),
+    "q4_k": Case(f"gguf {F32}", of(QuantSpec(kind="q4_k")), changes=BLOCKS),
+    "q6_k": Case(f"gguf {F32}", of(QuantSpec(kind="q6_k"), embedding=SpecChange(kind="q6_k")), changes=BLOCKS),
+    "q3_k and others": Case(
+        f"gguf {F32}", of(QuantSpec(kind="q3_k"), overrides={"*.v_proj": SpecChange(kind="int", bits=8, group_size=32)}), changes=BLOCKS
+    ),
     "an odd FFN": Case(f"compressed-tensors safetensors {F32}", of(replace(FOUR, group_size="channel")), changes={"intermediate_size": 60}),
     "a narrow FFN": Case(
         f"compressed-tensors gptq gptq_v2 awq safetensors {F32}", of(replace(FOUR, group_size="channel")), changes={"intermediate_size": 56}
