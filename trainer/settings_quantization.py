@@ -187,6 +187,9 @@ class QuantizeSettings(SchemeSettings):
     """gptq: round the columns with the largest inputs first; groups remain those of the original columns. Default: true."""
     weighted: bool | None = None
     """mse: weight the error of a weight by the mean square of its input, which needs calibration text. Default: false."""
+    importance: str | None = None
+    """mse: path of an importance matrix of llama.cpp (.dat or .gguf), whose mean squares weight the errors in place of weighted, without
+    calibration text. Embedding and head have none."""
     calibration_tokens: Count | None = None
     """gptq, mse with weighted, and static scaling: tokens of training text to calibrate on, in windows chosen at random. Default: 262,144,
     which is the 128 windows of 2,048 tokens of the GPTQ paper (section 4) and several times the inputs of the widest layers; fewer when
@@ -205,6 +208,9 @@ class QuantizeSettings(SchemeSettings):
         self._fill("damping", 0.01, "gptq")
         self._fill("activation_order", True, "gptq")
         self._fill("weighted", False, "mse")
+        if self.importance is not None and (self.method != "mse" or self.weighted):
+            reason = "has the mean squares that weighted would measure" if self.weighted else "belongs to method=mse"
+            raise ValueError(f"importance={self.importance!r} {reason}; leave one of them out")
         self._check_inputs()
         if any(spec is not None and spec.scaling == "static" for spec in (self.activations, self.kv_cache)):
             self._fill("calibration_tokens", 262_144, self.method)

@@ -1,6 +1,7 @@
 """Rounds the modules of one decoder layer after the other, and embedding and head before them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,8 +31,9 @@ class Walk:
 
     def __init__(
         self, model: "PreTrainedModel", specs: Mapping[str, QuantSpec], rounding: RoundingMethod, sparse: frozenset[str], shelf: Shelf,
-        replay: Replay | None, others: torch.dtype | None, advance: Advance,
+        replay: Replay | None, others: torch.dtype | None, advance: Advance, importance: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
+        self.importance = importance
         self.model, self.specs, self.rounding, self.sparse, self.shelf = model, specs, rounding, sparse, shelf
         self.replay, self.others, self._report = replay, others, advance
         self._reported = 0
@@ -140,7 +142,11 @@ class Walk:
         if not self.sparse.isdisjoint(names):
             # only where zeros are a mask: elsewhere a zero weight may round to another code
             mask = torch.cat([(own != 0).logical_or_(torch.tensor(name not in self.sparse)) for name, own in zip(names, weights)])
-        stack = Stack(weight=weight, mask=mask, moments=None if shared is None else shared.moments)
+        moments = None if shared is None else shared.moments
+        # given mean squares take the place of measured ones; they are those of one linear, which is rounded alone
+        if moments is None and len(names) == 1 and names[0] in self.importance:
+            moments, rounding = self.importance[names[0]].to(weight.device), replace(rounding, weighted=True)
+        stack = Stack(weight=weight, mask=mask, moments=moments)
         result = METHODS[rounding.method].round(stack, spec, rounding)
         if result.note:
             self.notes.append(f"{', '.join(names)}: {result.note}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...models.calibration.calibration_text import CalibrationText
 from ...models.calibration.error_report import KindError
@@ -62,6 +62,7 @@ def round_model(
     work: Path | None = None,
     device: torch.device | str = "cpu",
     others: torch.dtype | None = None,
+    importance: Mapping[str, Tensor] | None = None,
     advance: Advance = lambda done: None,
 ) -> RoundedModel:
     """Rounds the linears of the decoder layers in place: they become plain linears with weight = codes * scales (fp32).
@@ -79,6 +80,7 @@ def round_model(
         work: With ``files``: an existing folder for the rounded layers, 5 bytes per weight; model and codes are views of its files.
         device: Device of the work, one layer at a time. At the end the model is on the CPU.
         others: Dtype in which unquantized parameters will be stored: they are rounded to its values (and stay fp32) before the model runs.
+        importance: Method mse: the mean square of each input, fp32 [in], by module name; it weights the errors without a text.
         advance: Called with the work that is done, in the units of ``amount_of_work``.
 
     Raises:
@@ -115,7 +117,7 @@ def round_model(
     replay = Replay(model, layers, text.batches, device, REMEDIES) if calibrates and text is not None else None
     training = model.training
     model.eval()
-    walk = Walk(model, specs, rounding, frozenset(sparse), shelf, replay, others, advance)
+    walk = Walk(model, specs, rounding, frozenset(sparse), shelf, replay, others, advance, importance or {})
     try:
         # first, because the first layer must see the rounded embedding
         for name in outer:

@@ -5,17 +5,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...models.calibration.error_report import error_lines
 from ...models.common.errors import UserError
-from ...models.common.files import scratch_directory
+from ...models.common.files import scratch_directory, sha256_file
+from ...models.families import decoder_linears
 from ...models.folder.loading import load_model
 from ...models.folder.model_folder import save_model_folder
 from ...models.folder.streaming import can_stream, empty_model
 from ...qat.codes.state import QUANT_FILE, QuantState
+from ...qat.importance import importance_of
 from ...qat.layers.save_folder import STORED, round_unquantized
 from ...qat.layers.targets import targets
 from ...qat.ptq import CalibrationText, RoundedModel, amount_of_work, round_model
@@ -66,6 +69,9 @@ def rounding_record(settings: QuantizeSettings, text: CalibrationText | None, ro
     """The ``quant.rounding`` entry of decoct.json: how codes and scales were found, and the relative errors."""
     names = ("method", "scale", "damping", "activation_order", "weighted")
     record: dict[str, Any] = {name: value for name in names if (value := getattr(settings, name)) is not None}
+    if settings.importance is not None:
+        file = Path(settings.importance)
+        record["importance"] = {"file": file.name, "sha256": sha256_file(file)}
     if text is not None:
         record["calibration"] = text_record(text)
     record["relative_error"] = {
@@ -143,12 +149,13 @@ def round_and_tell(
             text=text,
             device=device,
             others=others,
+            importance=_importance(settings, source.model),
             advance=advance,
             **source.streaming,
         )
     words = [scheme_words(map(rounded.state.spec_of, rounded.state.modules)), f"by {settings.method}", *beside_words(settings)]
     context.say("  " + ", ".join(words))
-    for line in error_lines(rounded.errors, rounding.needs != "nothing"):
+    for line in error_lines(rounded.errors, rounding.needs != "nothing" or settings.importance is not None):
         context.say(f"    {line}")
     # a large model can have hundreds of notes; decoct.json has all of them
     for note in rounded.notes[:_NOTES_TOLD]:
@@ -156,6 +163,15 @@ def round_and_tell(
     if len(rounded.notes) > _NOTES_TOLD:
         context.say(f"  and {len(rounded.notes) - _NOTES_TOLD} more notes in decoct.json (quant.rounding.notes)")
     return rounded
+
+
+def _importance(settings: QuantizeSettings, model: "PreTrainedModel") -> "dict[str, torch.Tensor]":
+    if settings.importance is None:
+        return {}
+    inputs = {name: linear.in_features for name, linear in decoder_linears(model).items()}
+    found = importance_of(settings.importance, model.config.model_type, inputs)
+    # a copy: torch does not take the read-only memory of a file
+    return {name: torch.from_numpy(values.copy()) for name, values in found.items()}
 
 
 def scheme_words(specs: Iterable[QuantSpec]) -> str:
