@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from .. import Bounds, Count, check_fields
+from ..qat.mixes import MIXES, MixName
 from ..qat.scheme import QuantScheme, SpecChange
 from ..qat.spec import ActivationSpec, QuantSpec
 from .settings import Moment, Rate, Share, ShareOfSteps, TrainingBlock
@@ -15,6 +16,10 @@ class SchemeSettings:
 
     weights: QuantSpec = field(default_factory=QuantSpec)
     """Quantization of the weights of the decoder layers' linears."""
+    mix: MixName | None = None
+    """A mixture of llama.cpp in place of weights, such as q4_k_m: v_proj, down_proj and o_proj get more bits in some layers, embedding and
+    head too, and matrices whose inputs are no multiple of 256 get blocks of 32. overrides, embedding, head and skip change single
+    matrices. Default: none."""
     skip: tuple[str, ...] = ()
     """Module name patterns (fnmatch) that stay in full precision. A pattern that matches nothing is an error."""
     overrides: dict[str, SpecChange] = field(default_factory=dict)
@@ -39,15 +44,32 @@ class SchemeSettings:
         Raises:
             ValueError: an override does not fit ``weights``.
         """
-        return QuantScheme(weights=self.weights, skip=self.skip, overrides=self.overrides, embedding=self.embedding, head=self.head)
+        return QuantScheme(
+            weights=self.weights, skip=self.skip, overrides=self.overrides, embedding=self.embedding, head=self.head, mix=self.mix
+        )
 
     @property
     def ends(self) -> list[str]:
         """The names of embedding and head, as far as they are quantized."""
         return [key for key in ("embedding", "head") if getattr(self, key) is not None]
 
+    def _take_mix(self) -> None:
+        """Set ``weights`` to the kind of most matrices of the mixture; refuse other ones."""
+        if self.mix is None:
+            return
+        most = QuantSpec(kind=MIXES[self.mix].most)
+        if self.weights not in (QuantSpec(), most):
+            raise ValueError(
+                f"weights have no effect with mix={self.mix!r}, which chooses the kind of each matrix; leave weights out, or leave mix out "
+                "and name single matrices in overrides"
+            )
+        # so that records, stage keys and plans show what is used; the dataclass is frozen
+        object.__setattr__(self, "weights", most)
+
     def _check_inputs(self) -> None:
         """Refuse embedding or head together with activations, which exist only in decoder layers."""
+        if self.mix is not None and self.activations is not None:
+            raise ValueError("mix rounds embedding and head, and activations are inputs of the decoder layers; leave one out")
         for key in self.ends if self.activations is not None else ():
             raise ValueError(f"{key} cannot be rounded together with activations, which are inputs of the decoder layers; leave one out")
 
@@ -88,6 +110,7 @@ class QatSettings(SchemeSettings, TrainingBlock):
 
     def __post_init__(self) -> None:
         TrainingBlock.__post_init__(self)
+        self._take_mix()
         _ = self.scheme
         self._check_kind()
         self._check_ends()
@@ -119,7 +142,7 @@ class QatSettings(SchemeSettings, TrainingBlock):
         # the same scheme as training, so that the codes of the start fit its modules
         same = {
             name: getattr(self, name)
-            for name in ("weights", "skip", "overrides", "embedding", "head", "activations", "kv_cache", "allow_partial")
+            for name in ("weights", "mix", "skip", "overrides", "embedding", "head", "activations", "kv_cache", "allow_partial")
         }
         return QuantizeSettings(**same, method="gptq", calibration_tokens=self.calibration_tokens, stream="never")
 
@@ -200,6 +223,7 @@ class QuantizeSettings(SchemeSettings):
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self._take_mix()
         _ = self.scheme
         if self.weights.kind != "int" and not self.weights.super_block and self.method != "rtn":
             raise ValueError(f"method={self.method} chooses integer codes; kind={self.weights.kind} is rounded to nearest: use method=rtn")

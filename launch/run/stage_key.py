@@ -18,7 +18,7 @@ from ...trainer.settings_own import OwnSettings
 # Settings of a stage that do not change what it computes: how often it saves, where weights are kept, and what the user accepts.
 _NOT_NUMBERS = {"checkpoint_every", "stream", "allow_partial"}
 # Keys of pruning and rounding that are not in the stage key where they are not given.
-_LATER = ("wanda", "sparsegpt", "movement", "pattern", "importance")
+_LATER = ("wanda", "sparsegpt", "movement", "pattern", "importance", "mix")
 _TRAINER_NUMBERS = ("precision", "global_batch_tokens", "gradient_clip", "save_dtype", "optimizer")
 
 

@@ -67,7 +67,7 @@ def finish(settings: QuantizeSettings, context: StageContext, trained: None) -> 
 
 def rounding_record(settings: QuantizeSettings, text: CalibrationText | None, rounded: RoundedModel) -> dict[str, Any]:
     """The ``quant.rounding`` entry of decoct.json: how codes and scales were found, and the relative errors."""
-    names = ("method", "scale", "damping", "activation_order", "weighted")
+    names = ("mix", "method", "scale", "damping", "activation_order", "weighted")
     record: dict[str, Any] = {name: value for name in names if (value := getattr(settings, name)) is not None}
     if settings.importance is not None:
         file = Path(settings.importance)

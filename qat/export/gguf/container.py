@@ -84,6 +84,18 @@ FILE_TYPES = {
     TensorType.Q2_0: 41,
 }
 """Type of most weights -> ``general.file_type``."""
+MIX_FILE_TYPES = {
+    "q2_k": 10,
+    "q3_k_s": 11,
+    "q3_k_m": 12,
+    "q3_k_l": 13,
+    "q4_k_s": 14,
+    "q4_k_m": 15,
+    "q5_k_s": 16,
+    "q5_k_m": 17,
+    "q6_k": 18,
+}
+"""Mixture (``qat/mixes.py``) -> ``general.file_type``."""
 
 
 @dataclass(frozen=True)

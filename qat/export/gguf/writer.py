@@ -20,11 +20,12 @@ from torch import Tensor
 
 from ....models.common.errors import UserError
 from ....models.folder.structure import plain_config
+from ...mixes import found_mix
 from ...source.plain_source import PlainSource
 from ...source.quantized_source import ExportSource
 from ..common import layer
 from .blocks import fits_fp16, minimums, pack_q2_0, pack_q4_0, pack_q4_1, pack_q5_0, pack_q5_1, pack_q8_0, symmetric_type
-from .container import FILE_TYPES, TensorPlan, TensorType, Value, planned_file_bytes, write_gguf
+from .container import FILE_TYPES, MIX_FILE_TYPES, TensorPlan, TensorType, Value, planned_file_bytes, write_gguf
 from .generation import end_tokens, sampling_metadata
 from .metadata import ROPE_FREQS, model_metadata, rope_frequency_factors
 from .names import Place, architecture_of, changed, gguf_place
@@ -101,7 +102,7 @@ def _plan(source: ExportSource, q2_0: bool) -> tuple[dict[str, Value], list[Tens
         "general.type": "model",
         "general.name": str(source.record.get("run") or config.model_type),
         "general.size_label": _size_label(source.structure.parameters),
-        "general.file_type": FILE_TYPES[_usual_type(tensors)],
+        "general.file_type": _file_type(source, architecture, tensors),
         # ggml's GGML_QNT_VERSION
         "general.quantization_version": 2,
         "general.alignment": 32,
@@ -171,6 +172,18 @@ def _plain(source: ExportSource, name: str, kind: TensorType, place: Place, conf
 def _raw(tensor: Tensor) -> NDArray[Any]:
     # numpy has no bf16: the same bits as uint16
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def _file_type(source: ExportSource, architecture: str, tensors: list[TensorPlan]) -> int:
+    """Return the number of llama.cpp's mixture, which is recognized by the types of all matrices, or else of the usual type."""
+    shapes = {
+        name: cast(tuple[int, int], source.structure.shapes[f"{name}.weight"])
+        for name in source.structure.linears
+        if gguf_place(f"{name}.weight", architecture).name.startswith("blk.")
+    }
+    specs = {name: source.state.spec_of(name) for name in shapes if name in source.state.codes}
+    mix = found_mix(specs, shapes) if specs else None
+    return FILE_TYPES[_usual_type(tensors)] if mix is None else MIX_FILE_TYPES[mix]
 
 
 def _usual_type(tensors: list[TensorPlan]) -> TensorType:

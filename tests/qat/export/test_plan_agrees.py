@@ -75,6 +75,9 @@ CASES = {
     "mxfp4": Case(f"safetensors {F32}", of(QuantSpec(kind="mxfp4", group_size=32))),
     "q4_k": Case(f"gguf {F32}", of(QuantSpec(kind="q4_k")), changes=BLOCKS),
     "q6_k": Case(f"gguf {F32}", of(QuantSpec(kind="q6_k"), embedding=SpecChange(kind="q6_k")), changes=BLOCKS),
+    "a mixture": Case(
+        f"gguf {F32}", of(QuantSpec(kind="q4_k"), mix="q4_k_m"), changes=BLOCKS | {"num_hidden_layers": 3, "intermediate_size": 288}
+    ),
     "q3_k and others": Case(
         f"gguf {F32}", of(QuantSpec(kind="q3_k"), overrides={"*.v_proj": SpecChange(kind="int", bits=8, group_size=32)}), changes=BLOCKS
     ),

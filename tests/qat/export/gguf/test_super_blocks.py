@@ -129,6 +129,25 @@ def test_an_export_rebuilds_every_weight(quantized_folder: Build, tmp_path: Path
     assert not verify_folder(target, source=source, runtimes=False).problems
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_mixture_has_the_types_and_the_name_of_llama_cpps(quantized_folder: Build, tmp_path: Path, tied: bool) -> None:
+    """With an FFN of 288 channels, for which no super-block exists."""
+    scheme = QuantScheme(weights=QuantSpec(kind="q4_k"), mix="q4_k_m")
+    sizes = WIDE | {"num_hidden_layers": 8, "intermediate_size": 288}
+    source, target = quantized_folder(scheme=scheme, tie_word_embeddings=tied, **sizes), tmp_path / "export"
+    assert export_folder(source, target, "gguf", runtimes=False).exact
+    model, expected = GgufModel(target), load_file(source / "model.safetensors")
+    assert all(np.array_equal(model.tensor(name), tensor.numpy()) for name, tensor in expected.items())
+    for layer, types in ((2, ["Q4_K", "Q5_0"]), (3, ["Q6_K", "Q8_0"]), (7, ["Q6_K", "Q8_0"])):
+        parts = ("self_attn.v_proj", "mlp.down_proj")
+        assert [model.scheme[f"model.layers.{layer}.{part}.weight"] for part in parts] == types
+    assert model.scheme["model.embed_tokens.weight"] == ("Q6_K" if tied else "Q4_K")
+    assert tied or model.scheme["lm_head.weight"] == "Q6_K"
+    # 15 is llama.cpp's number of Q4_K_M
+    assert model.file.metadata["general.file_type"] == 15
+    assert not verify_folder(target, source=source, runtimes=False).problems
+
+
 @pytest.mark.parametrize("kind", ["q4_k", "q6_k"])
 def test_the_folder_holds_codes_and_sub_scales(quantized_folder: Build, kind: str) -> None:
     folder = quantized_folder(scheme=QuantScheme(weights=QuantSpec(kind=kind)), **WIDE)  # pyright: ignore[reportArgumentType]
