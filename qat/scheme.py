@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import check_fields
 from .mixes import HEAD, MIXES, MixName, Shapes, mix_of_linears, mix_spec
-from .spec import FLOAT_BITS, IMPLIED, Bits, Divisor, GroupSize, Kind, QuantSpec, ScaleGrid
+from .spec import FLOAT_BITS, IMPLIED, TERNARY_BITS, Bits, Divisor, GroupSize, Kind, QuantSpec, ScaleGrid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,8 @@ class SpecChange:
     """As in weights."""
     scale_grid: ScaleGrid | None = None
     """As in weights."""
+    ternary: bool | None = None
+    """As in weights. A change of kind, bits or symmetric that ternary codes do not fit makes it false."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -47,6 +49,10 @@ class SpecChange:
         """``spec`` with the changes; ValueError if they do not fit together."""
         # a float kind has one width; a change that also gives bits keeps them, and QuantSpec judges the pair
         fixed = {"bits": FLOAT_BITS[self.kind], **IMPLIED.get(self.kind, {})} if self.kind in FLOAT_BITS else {}
+        if self.ternary:
+            fixed |= {"bits": TERNARY_BITS}
+        elif spec.ternary and (self.kind or "int", self.bits or TERNARY_BITS, self.symmetric is not False) != ("int", TERNARY_BITS, True):
+            fixed |= {"ternary": False}
         return replace(spec, **fixed | self.given)
 
 

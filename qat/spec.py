@@ -2,7 +2,7 @@
 
 Symbols: b bits, q signed code in [-2^(b-1), 2^(b-1)-1], s scale, z zero point, g group size along the input axis.
 
-    int         w ~ (q - z) * s       z = 0 when symmetric
+    int         w ~ (q - z) * s       z = 0 when symmetric; ternary: q in -1, 0, 1
     nf4         w ~ table[q] * s      16 quantiles of a normal distribution in [-1, 1]; s = absmax (QLoRA, arXiv 2305.14314)
     fp8_e4m3    w ~ q * s             q float8 e4m3 without infinities, |q| <= 448; s = absmax / 448
     mxfp4       w ~ q * s             q in 0, .5, 1, 1.5, 2, 3, 4, 6 with a sign; s a power of two (OCP MX v1.0), g = 32
@@ -28,6 +28,8 @@ Bits = Annotated[int, Bounds(ge=2, le=8, why="4 and 8 are what serving stacks re
 GroupSize = Annotated[int, Bounds(ge=1, why="use 32, 64 or 128, or 'channel'")] | Literal["channel", "tensor"]
 USUAL_GROUPS = (128, 64, 32, 16)
 """Group sizes that messages propose, the preferred first."""
+TERNARY_BITS = 2
+"""Width of ternary codes where they are stored as integers."""
 PACKED_BITS = (2, 4, 8)
 """Widths of integer codes that divide a 32-bit word: every version of every packed format lays them out alike."""
 
@@ -77,7 +79,7 @@ FLOAT_BITS = {kind: form.bits for kind, form in _FLOATS.items()}
 """Bits per code of the kinds that are not int."""
 IMPLIED: dict[str, dict[str, int]] = {kind: {"bits": form.bits, "group_size": WIDTH} for kind, form in SUPER_BLOCKS.items()}
 """Fields that a kind implies, so that they need not be given: those of kinds with super-blocks."""
-_NOT_STORED = {"kind": "int"}
+_NOT_STORED = {"kind": "int", "ternary": False}
 """Fields added later, with the values at which the JSON form omits them, so that older records and hashes stay valid."""
 
 
@@ -101,6 +103,9 @@ class QuantSpec:
     full_range = 2^(b-1)."""
     scale_grid: ScaleGrid = "bf16_fp16"
     """Numbers that a scale can take. bf16_fp16 = bf16 clamped to [2^-17, 65280], which is exact in bf16 and in fp16."""
+    ternary: bool = False
+    """true (kind int, symmetric) = a code is -1, 0 or 1, which implies bits 2. GGUF stores groups of a multiple of 256 in 2.06 or 1.69 bits
+    per weight."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -108,6 +113,8 @@ class QuantSpec:
             # the default of another kind stands for a key that was not given
             if getattr(self, name) == getattr(QuantSpec, name):
                 object.__setattr__(self, name, value)
+        if self.ternary and self.bits == QuantSpec.bits:
+            object.__setattr__(self, "bits", TERNARY_BITS)
         if self.kind == "int":
             self._check_int()
         else:
@@ -120,8 +127,14 @@ class QuantSpec:
                 f"divisor={self.divisor!r} has no effect with symmetric=false, which divides max - min by 2^b - 1; leave it out"
             )
 
+        if self.ternary and (self.bits != TERNARY_BITS or not self.symmetric):
+            other = f"bits={self.bits}" if self.symmetric else "symmetric=false"
+            raise ValueError(f"ternary codes are -1, 0 and 1, which {other} does not fit; leave it out, or leave ternary out")
+
     def _check_float(self, form: _Float) -> None:
         """Every field that the kind fixes must have the fixed value or its default."""
+        if self.ternary:
+            raise ValueError(f"ternary=true has no effect with kind={self.kind!r}, which has its own codes; use kind='int'")
         if self.bits != form.bits:
             raise ValueError(f"kind={self.kind!r} has codes of {form.bits} bits, not {self.bits}; use bits={form.bits}")
         if form.group_sizes is not None and self.group_size not in form.group_sizes:
@@ -149,12 +162,19 @@ class QuantSpec:
     @property
     def qmin(self) -> int:
         """Smallest code."""
+        if self.ternary:
+            return -1
         return self.super_block.codes[0] if self.super_block else -(1 << (self.bits - 1))
 
     @property
     def qmax(self) -> int:
         """Largest code."""
         return self.super_block.codes[1] if self.super_block else (1 << (self.bits - 1)) - 1
+
+    @property
+    def code_bits(self) -> int:
+        """Width of the codes as the ops of kind int take it: 1 stands for ternary codes (``fake_quant.absmax_reference.code_limits``)."""
+        return 1 if self.ternary else self.bits
 
     @property
     def divisor_value(self) -> float:
@@ -199,7 +219,7 @@ class QuantSpec:
     def words(self) -> str:
         """The spec in words: '4 bits in groups of 64, with zero points'."""
         # the other kinds have one width, which their name says
-        codes = f"{self.bits} bits" if self.kind == "int" else self.kind
+        codes = self.kind if self.kind != "int" else "ternary codes" if self.ternary else f"{self.bits} bits"
         if self.super_block:
             return codes
         shared = {"channel": "with one scale per row", "tensor": "with one scale"}.get(
@@ -221,7 +241,7 @@ class QuantSpec:
 
     def with_bits(self, bits: int) -> "QuantSpec":
         """The same spec with codes of another width."""
-        return replace(self, bits=bits)
+        return replace(self, bits=bits, ternary=self.ternary and bits == self.bits)
 
     def to_json(self) -> dict[str, Any]:
         """Stable JSON form: fields sorted by name; fields added later are present only if they differ from their default."""

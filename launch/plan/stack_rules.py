@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
 from ...models.family_map import FAMILIES as MAPS
-from ...qat.export.gguf.blocks import is_q2_0, symmetric_bits
+from ...qat.export.gguf.blocks import is_q2_0, is_ternary, symmetric_bits
 from ...qat.export.limits.plain import FORMATS as PLAIN
 from ...qat.export.limits.shared import nearest_bits
 from .stored_shapes import StoredShapes
@@ -151,6 +151,9 @@ def _narrow_codes(case: StoredShapes) -> Iterable[StackFinding]:
     """Blocks hold narrower codes exactly, but save no bytes with them."""
     spec = case.spec
     if spec.kind != "int" or not spec.symmetric or (held := symmetric_bits(spec.bits)) == spec.bits:
+        return
+    # blocks of their own hold ternary codes
+    if all(is_ternary(spec, columns) for _, columns in case.linears.values()):
         return
     narrow = any(is_q2_0(spec, columns) for _, columns in case.linears.values())
     # the recipe also writes the format that has blocks of two bits

@@ -14,7 +14,7 @@ from .super_blocks import fake_quant_super
 def _arguments(weight: Tensor, spec: QuantSpec, mask: Tensor | None) -> tuple[int, int, float, list[float]]:
     """The arguments of the back ends from a spec, after checking weight and mask."""
     check_weight(weight, mask)
-    return spec.bits, spec.group_width(weight.shape[1]), spec.divisor_value, grid_numbers(spec)
+    return spec.code_bits, spec.group_width(weight.shape[1]), spec.divisor_value, grid_numbers(spec)
 
 
 def fake_quant(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, backend: Backend = "auto") -> Tensor:

@@ -45,6 +45,8 @@ class TensorType(IntEnum):
     Q5_K = 13
     Q6_K = 14
     BF16 = 30
+    TQ1_0 = 34
+    TQ2_0 = 35
     Q2_0 = 42
 
 
@@ -58,6 +60,8 @@ BLOCKS = {
     TensorType.Q5_1: (32, 24),
     TensorType.Q8_0: (32, 34),
     TensorType.Q2_0: (64, 18),
+    TensorType.TQ1_0: (256, 54),
+    TensorType.TQ2_0: (256, 66),
     TensorType.Q2_K: (256, 84),
     TensorType.Q3_K: (256, 110),
     TensorType.Q4_K: (256, 144),
@@ -81,6 +85,8 @@ FILE_TYPES = {
     TensorType.Q5_K: 16,
     TensorType.Q6_K: 18,
     TensorType.BF16: 32,
+    TensorType.TQ1_0: 36,
+    TensorType.TQ2_0: 37,
     TensorType.Q2_0: 41,
 }
 """Type of most weights -> ``general.file_type``."""

@@ -2,6 +2,7 @@
 
 Nothing is rounded: symmetric codes of up to 4 bits are Q4_0, of 5 bits Q5_0, wider ones Q8_0; asymmetric ones of up to 3 bits Q4_1, of 4
 bits Q4_1 or else Q5_1, of 5 bits Q5_1 where that is exact; scales are exact in fp16. The kinds q2_k to q6_k are Q2_K to Q6_K.
+Ternary codes in groups of whole blocks of 256 are TQ2_0, with ``gguf-tq1_0`` the smaller TQ1_0.
 ``gguf-q2_0`` writes symmetric 2-bit codes as Q2_0, which only llama.cpp of July 2026 or later reads. Embedding and head are BF16 unless
 they are quantized, norms and biases F32. ``gguf-bf16``, ``gguf-f16`` and ``gguf-f32`` take a plain model folder.
 
@@ -30,23 +31,31 @@ from .generation import end_tokens, sampling_metadata
 from .metadata import ROPE_FREQS, model_metadata, rope_frequency_factors
 from .names import Place, architecture_of, changed, gguf_place
 from .super_blocks import SUPER_TYPES, SuperParts, pack_super
+from .ternary import pack_tq1_0, pack_tq2_0
 from .tokenizer import tokenizer_metadata
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-NAME, NARROW_NAME = "gguf", "gguf-q2_0"
+NAME = "gguf"
 FILE = "model.gguf"
 PLAIN_TYPES = {torch.float32: TensorType.F32, torch.float16: TensorType.F16, torch.bfloat16: TensorType.BF16}
 # llama.cpp names a file's type after the matrices of the layers, not after these two
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
-_SYMMETRIC = {TensorType.Q2_0: pack_q2_0, TensorType.Q4_0: pack_q4_0, TensorType.Q5_0: pack_q5_0, TensorType.Q8_0: pack_q8_0}
+_SYMMETRIC = {
+    TensorType.Q2_0: pack_q2_0,
+    TensorType.TQ1_0: pack_tq1_0,
+    TensorType.TQ2_0: pack_tq2_0,
+    TensorType.Q4_0: pack_q4_0,
+    TensorType.Q5_0: pack_q5_0,
+    TensorType.Q8_0: pack_q8_0,
+}
 _ASYMMETRIC = {TensorType.Q4_1: pack_q4_1, TensorType.Q5_1: pack_q5_1}
 
 
-def planned_bytes(source: ExportSource, q2_0: bool = False) -> int:
+def planned_bytes(source: ExportSource, preferred: TensorType | None = None) -> int:
     """Return the size of ``model.gguf`` in bytes."""
-    return planned_file_bytes(*_plan(source, q2_0))
+    return planned_file_bytes(*_plan(source, preferred))
 
 
 def exported_config(source: ExportSource) -> dict[str, Any]:
@@ -54,13 +63,13 @@ def exported_config(source: ExportSource) -> dict[str, Any]:
     return {key: value for key, value in source.config.items() if key not in ("torch_dtype", "_name_or_path", "auto_map")}
 
 
-def write(folder: Path, source: ExportSource, q2_0: bool = False) -> None:
+def write(folder: Path, source: ExportSource, preferred: TensorType | None = None) -> None:
     """Write ``model.gguf`` into ``folder``."""
-    write_gguf(folder / FILE, *_plan(source, q2_0))
+    write_gguf(folder / FILE, *_plan(source, preferred))
 
 
-def block_type(source: ExportSource, module: str, q2_0: bool = False) -> TensorType:
-    """Return the narrowest block type that holds a module's codes; Q2_0 only if ``q2_0`` is true.
+def block_type(source: ExportSource, module: str, preferred: TensorType | None = None) -> TensorType:
+    """Return the narrowest block type that holds a module's codes; Q2_0 and TQ1_0 only if they are ``preferred``.
 
     Raises:
         UserError: fp16 does not hold a scale, or a block's minimum (zero point times scale).
@@ -72,7 +81,7 @@ def block_type(source: ExportSource, module: str, q2_0: bool = False) -> TensorT
     if not fits_fp16(held.scales.numpy()):
         raise UserError(f"{module}: GGUF stores scales in fp16, which does not hold all of them; quantize with scale_grid='bf16_fp16'")
     if held.zeros is None:
-        return symmetric_type(spec, held.codes.shape[1], q2_0=q2_0)
+        return symmetric_type(spec, held.codes.shape[1], preferred)
     return _asymmetric_type(module, spec.bits, held.scales.numpy(), held.zeros.numpy())
 
 
@@ -87,12 +96,12 @@ def _asymmetric_type(module: str, bits: int, scales: NDArray[np.float32], zeros:
     )
 
 
-def _plan(source: ExportSource, q2_0: bool) -> tuple[dict[str, Value], list[TensorPlan]]:
+def _plan(source: ExportSource, preferred: TensorType | None) -> tuple[dict[str, Value], list[TensorPlan]]:
     """Return metadata and tensors; no weight is read until a tensor is written."""
     config = plain_config(source.folder)
     architecture = architecture_of(config.model_type)
     metadata = model_metadata(config, architecture)
-    tensors = [_tensor(source, name, architecture, config, q2_0) for name in _order(source)]
+    tensors = [_tensor(source, name, architecture, config, preferred) for name in _order(source)]
     if (factors := rope_frequency_factors(config)) is not None:
         tensors.append(TensorPlan(ROPE_FREQS, TensorType.F32, (len(factors),), lambda: np.array(factors, "<f4")))
     # the tokenizer needs a name for every row of the embedding, and that may be padded
@@ -117,10 +126,10 @@ def _order(source: ExportSource) -> list[str]:
     return [name for name in source.structure.shapes if name in source.plain or name.removesuffix(".weight") in source.state.codes]
 
 
-def _tensor(source: ExportSource, name: str, architecture: str, config: "PreTrainedConfig", q2_0: bool) -> TensorPlan:
+def _tensor(source: ExportSource, name: str, architecture: str, config: "PreTrainedConfig", preferred: TensorType | None) -> TensorPlan:
     place, module, shape = gguf_place(name, architecture), name.removesuffix(".weight"), source.structure.shapes[name]
     if module in source.state.codes:
-        kind = block_type(source, module, q2_0)
+        kind = block_type(source, module, preferred)
         return TensorPlan(place.name, kind, shape, partial(_blocks, source, module, kind, place, config))
     # GPT-2's Conv1D stores [in, out]; GGUF stores every matrix as [out, in]
     if place.change == "transpose":

@@ -60,6 +60,12 @@ CASES = {
     "int8 by row": Case(f"compressed-tensors gptq gptq_v2 gguf {F32}", of(EIGHT)),
     "int8 by matrix": Case(f"compressed-tensors gptq gptq_v2 gguf {F32}", of(QuantSpec(bits=8, group_size="tensor"))),
     "int2 in groups of 64": Case(f"compressed-tensors gptq gptq_v2 gguf gguf-q2_0 safetensors {F32}", of(QuantSpec(bits=2, group_size=64))),
+    "ternary": Case(
+        f"compressed-tensors gptq gptq_v2 gguf gguf-q2_0 gguf-tq1_0 safetensors {F32}",
+        of(QuantSpec(ternary=True, group_size=256)),
+        changes=BLOCKS,
+    ),
+    "ternary in groups of 32": Case(f"compressed-tensors gptq gptq_v2 gguf safetensors {F32}", of(QuantSpec(ternary=True, group_size=32))),
     "int3": Case(f"gguf safetensors {F32}", of(QuantSpec(bits=3, group_size=32))),
     "int3, reader named": Case("compressed-tensors", of(QuantSpec(bits=3, group_size=32)), options={"reader_version": "0.18.0"}),
     "int3, old reader": Case("", of(QuantSpec(bits=3, group_size=32)), options={"reader_version": "0.17.1"}),
