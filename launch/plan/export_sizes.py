@@ -97,6 +97,8 @@ def _gguf_bytes(shape: ModelShape, scheme: "QuantScheme", tokenizer: Path | None
 def _block_type(one: Quantized, preferred: TensorType | None) -> TensorType:
     if one.spec.super_block:
         return SUPER_TYPES[one.spec.kind]
+    if one.spec.kind == "mxfp4":
+        return TensorType.MXFP4
     # 4 bits with zero points fit Q4_1 only if fp16 holds every minimum, which only values can tell
     wide = TensorType.Q4_1 if one.spec.bits <= 3 else TensorType.Q5_1
     return symmetric_type(one.spec, one.columns, preferred) if one.spec.symmetric else wide

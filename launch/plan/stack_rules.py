@@ -184,7 +184,14 @@ def _onnx(case: StoredShapes) -> Iterable[StackFinding]:
 
 
 def _openvino(case: StoredShapes) -> Iterable[StackFinding]:
-    if case.spec.bits > 4 or not case.spec.symmetric or case.config.model_type not in ("llama", "qwen2", "qwen3"):
+    spec = case.spec
+    if (
+        spec.kind != "int"
+        or spec.ternary
+        or spec.bits > 4
+        or not spec.symmetric
+        or case.config.model_type not in ("llama", "qwen2", "qwen3")
+    ):
         yield StackFinding("slower", "its reader was tried only with Q4_0 of Llama, Qwen2 and Qwen3")
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...models.common.errors import UserError
+from .gguf_mxfp4 import decode_mxfp4
 from .gguf_super_blocks import SUPER_TYPES, decode_super_blocks
 from .gguf_ternary import TERNARY_TYPES, ternary_fields
 from .tensors import Decoded
@@ -33,7 +34,7 @@ _STRING, _ARRAY = 8, 9
 _TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
     8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 42: ("Q2_0", 64, 18),
+    14: ("Q6_K", 256, 210), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17), 42: ("Q2_0", 64, 18),
 }  # fmt: skip
 _WITH_MINIMUM = ("Q4_1", "Q5_1")
 _REMEDY = "the file is damaged or not GGUF; fetch or export it again"
@@ -45,7 +46,7 @@ class GgufTensor:
 
     name: str
     type: str
-    """F32, F16, BF16, Q2_0, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, TQ1_0 or TQ2_0."""
+    """F32, F16, BF16, Q2_0, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, TQ1_0, TQ2_0 or MXFP4."""
     shape: tuple[int, ...]
     """Row-major: the last dimension is contiguous."""
     begin: int
@@ -67,7 +68,7 @@ class GgufFile:
         """Decodes a tensor of blocks; scales are [out, in / 32], or [out, in / 64] for Q2_0, [out, in / 256] for TQ1_0 and TQ2_0.
 
         Codes of Q4_1 and Q5_1 are shifted like those of Q4_0 and Q5_0, and their minimums are left out. Codes of Q2_0 are -1 to 2.
-        The "scales" of Q2_K to Q6_K are all numbers of the blocks but their codes.
+        The "scales" of Q2_K to Q6_K are all numbers of the blocks but their codes. Codes of MXFP4 are twice the floats.
 
         Raises:
             UserError: a scale or value is not finite, or a scale is zero although the block's codes are not.
@@ -79,6 +80,12 @@ class GgufFile:
             # NaN and infinite scales show in the values: a code that is multiplied with one gives NaN or infinity
             self._check_finite(name, values)
             return Decoded(values.reshape(tensor.shape), codes.reshape(tensor.shape), numbers.reshape(*tensor.shape[:-1], -1))
+        if tensor.type == "MXFP4":
+            codes, scales = decode_mxfp4(blocks)
+            # the exponent 255 is NaN, as are the values
+            values = codes.astype(np.float32) * scales
+            self._check_finite(name, values)
+            return Decoded(values.reshape(tensor.shape), codes.reshape(tensor.shape), scales.reshape(*tensor.shape[:-1], -1))
         if tensor.type in _WITH_MINIMUM:
             # two fp16, d and m, come first
             scales = self._halves(tensor, blocks, 0)

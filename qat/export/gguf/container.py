@@ -47,6 +47,7 @@ class TensorType(IntEnum):
     BF16 = 30
     TQ1_0 = 34
     TQ2_0 = 35
+    MXFP4 = 39
     Q2_0 = 42
 
 
@@ -60,6 +61,7 @@ BLOCKS = {
     TensorType.Q5_1: (32, 24),
     TensorType.Q8_0: (32, 34),
     TensorType.Q2_0: (64, 18),
+    TensorType.MXFP4: (32, 17),
     TensorType.TQ1_0: (256, 54),
     TensorType.TQ2_0: (256, 66),
     TensorType.Q2_K: (256, 84),
@@ -87,6 +89,8 @@ FILE_TYPES = {
     TensorType.BF16: 32,
     TensorType.TQ1_0: 36,
     TensorType.TQ2_0: 37,
+    # llama.cpp has no other number for it than that of its mixture for experts
+    TensorType.MXFP4: 38,
     TensorType.Q2_0: 41,
 }
 """Type of most weights -> ``general.file_type``."""

@@ -2,7 +2,7 @@
 
 Nothing is rounded: symmetric codes of up to 4 bits are Q4_0, of 5 bits Q5_0, wider ones Q8_0; asymmetric ones of up to 3 bits Q4_1, of 4
 bits Q4_1 or else Q5_1, of 5 bits Q5_1 where that is exact; scales are exact in fp16. The kinds q2_k to q6_k are Q2_K to Q6_K.
-Ternary codes in groups of whole blocks of 256 are TQ2_0, with ``gguf-tq1_0`` the smaller TQ1_0.
+mxfp4 is MXFP4. Ternary codes in groups of whole blocks of 256 are TQ2_0, with ``gguf-tq1_0`` the smaller TQ1_0.
 ``gguf-q2_0`` writes symmetric 2-bit codes as Q2_0, which only llama.cpp of July 2026 or later reads. Embedding and head are BF16 unless
 they are quantized, norms and biases F32. ``gguf-bf16``, ``gguf-f16`` and ``gguf-f32`` take a plain model folder.
 
@@ -29,6 +29,7 @@ from .blocks import fits_fp16, minimums, pack_q2_0, pack_q4_0, pack_q4_1, pack_q
 from .container import FILE_TYPES, MIX_FILE_TYPES, TensorPlan, TensorType, Value, planned_file_bytes, write_gguf
 from .generation import end_tokens, sampling_metadata
 from .metadata import ROPE_FREQS, model_metadata, rope_frequency_factors
+from .mxfp4 import pack_mxfp4
 from .names import Place, architecture_of, changed, gguf_place
 from .super_blocks import SUPER_TYPES, SuperParts, pack_super
 from .ternary import pack_tq1_0, pack_tq2_0
@@ -74,10 +75,13 @@ def block_type(source: ExportSource, module: str, preferred: TensorType | None =
     Raises:
         UserError: fp16 does not hold a scale, or a block's minimum (zero point times scale).
     """
-    spec, held = source.state.spec_of(module), layer(source, module)
+    spec = source.state.spec_of(module)
     # its fp16 numbers were checked with the codes
     if spec.super_block:
         return SUPER_TYPES[spec.kind]
+    if spec.kind == "mxfp4":
+        return TensorType.MXFP4
+    held = layer(source, module)
     if not fits_fp16(held.scales.numpy()):
         raise UserError(f"{module}: GGUF stores scales in fp16, which does not hold all of them; quantize with scale_grid='bf16_fp16'")
     if held.zeros is None:
@@ -149,6 +153,9 @@ def _blocks(source: ExportSource, module: str, kind: TensorType, place: Place, c
     spec = source.state.spec_of(module)
     if spec.super_block:
         return pack_super(spec.kind, _super_parts(source, module, place, config))
+    if spec.kind == "mxfp4":
+        codes, scales = (changed(part, place.change, config).numpy() for part in source.state.encoded(module)[:2])
+        return pack_mxfp4(codes, scales)
     held = layer(source, module)
     # reordered rows take their scales and zero points along
     codes, scales = (changed(tensor, place.change, config).numpy() for tensor in (held.codes, held.scales))

@@ -1,5 +1,5 @@
 """Limits of the GGUF formats: families that llama.cpp computes in the same way, integer codes in blocks of 32 (Q2_0: 64, ternary: 256) with
-one fp16 scale, or in super-blocks of 256 (q2_k to q6_k, whose widths the spec checks).
+one fp16 scale, or in super-blocks of 256 (q2_k to q6_k, whose widths the spec checks), mxfp4.
 
 Source: ggml ``ggml-common.h``, ``ggml-quants.c``; llama.cpp ``llama-model.cpp``.
 """
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from ....models.common.errors import UserError
-from ...super_blocks import WIDTH
+from ...super_blocks import SUPER_BLOCKS, WIDTH
 from ..gguf.blocks import ASYMMETRIC_BITS, BLOCK, WIDE_BLOCK, is_q2_0, is_ternary
 from ..gguf.metadata import model_metadata
 from ..gguf.names import architecture_of, gguf_place
@@ -20,10 +20,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+GGUF_FLOATS = ("mxfp4",)
+GGUF_KINDS = (*SUPER_BLOCKS, *GGUF_FLOATS)
+"""Kinds that GGUF holds beside integers."""
+
+
 def limits(model: StoredModel) -> Iterator[Refusal]:
     """Yield what ``gguf`` cannot hold exactly."""
     yield from plain_limits(model)
-    yield from packed(model, head=True, fused=False, embedding=True, super_blocks=True)
+    yield from packed(model, head=True, fused=False, embedding=True, super_blocks=True, floats=GGUF_FLOATS)
     yield from _blocks(model)
     yield from fp16_scales(model)
 

@@ -18,7 +18,9 @@ def integer_schemes(model: StoredModel) -> Iterator[tuple[QuantSpec, Modules]]:
     return ((spec, modules) for spec, modules in model.schemes() if spec.kind == "int")
 
 
-def packed(model: StoredModel, *, head: bool, fused: bool = True, embedding: bool = False, super_blocks: bool = False) -> Iterator[Refusal]:
+def packed(
+    model: StoredModel, *, head: bool, fused: bool = True, embedding: bool = False, super_blocks: bool = False, floats: Sequence[str] = ()
+) -> Iterator[Refusal]:  # fmt: skip
     """Yield what no format of packed integer codes can hold.
 
     Args:
@@ -27,25 +29,27 @@ def packed(model: StoredModel, *, head: bool, fused: bool = True, embedding: boo
         fused: Readers fuse q, k, v into one matrix, and gate, up into another.
         embedding: Readers support a quantized embedding.
         super_blocks: The format has super-blocks.
+        floats: Kinds of floats that the format holds.
     """
     # told first: all limits below are about modules
     if not model.modules:
         yield Refusal(reason="packs quantized linears, and the model has none", remedies=(OtherFormat("safetensors"),))
-    yield from integers(model, super_blocks=super_blocks)
+    yield from integers(model, super_blocks=super_blocks, floats=floats)
     yield from ends(model, head=head, embedding=embedding)
     if fused:
         yield from one_scheme(model)
 
 
-def integers(model: StoredModel, *, super_blocks: bool = False) -> Iterator[Refusal]:
-    """Yield schemes whose codes are not integers with one scale each; with ``super_blocks``, those with sub-scales pass."""
+def integers(model: StoredModel, *, super_blocks: bool = False, floats: Sequence[str] = ()) -> Iterator[Refusal]:
+    """Yield schemes whose codes are not integers with one scale each, nor ``floats``; with ``super_blocks``, those with sub-scales pass."""
     for spec, modules in model.schemes():
         if spec.super_block:
             if not super_blocks:
                 ways = (OtherFormat("gguf"), weights(kind="int", group_size=128), OtherFormat("safetensors-f32"))
                 yield Refusal(reason=f"has no super-blocks, which kind={spec.kind} needs", remedies=ways, modules=modules, spec=spec)
-        elif spec.kind != "int":
-            ways = (weights(kind="int"), OtherFormat("safetensors-f32"))
+        elif spec.kind != "int" and spec.kind not in floats:
+            other = (OtherFormat("gguf"),) if spec.kind == "mxfp4" else ()
+            ways = (weights(kind="int"), *other, OtherFormat("safetensors-f32"))
             yield Refusal(reason=f"holds integer codes, not kind={spec.kind}", remedies=ways, modules=modules, spec=spec)
 
 

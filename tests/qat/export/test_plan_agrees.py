@@ -78,7 +78,7 @@ CASES = {
     "int4 with fp16 scales": Case(f"gptq gptq_v2 awq gguf {F32}", of(replace(FOUR, scale_grid="fp16"))),
     "int8, rounding allowed": Case("safetensors", of(EIGHT), options={"allow_inexact": True}),
     "nf4": Case(F32, of(QuantSpec(kind="nf4", group_size=32))),
-    "mxfp4": Case(f"safetensors {F32}", of(QuantSpec(kind="mxfp4", group_size=32))),
+    "mxfp4": Case(f"gguf safetensors {F32}", of(QuantSpec(kind="mxfp4", group_size=32))),
     "q4_k": Case(f"gguf {F32}", of(QuantSpec(kind="q4_k")), changes=BLOCKS),
     "q6_k": Case(f"gguf {F32}", of(QuantSpec(kind="q6_k"), embedding=SpecChange(kind="q6_k")), changes=BLOCKS),
     "a mixture": Case(
