@@ -154,9 +154,11 @@ bench: install ## the benchmarks that need no GPU, at their default sizes
 	$(BIN)/python benchmarks/fake_quant.py --json benchmarks/results/fake_quant.json
 	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
 	$(BIN)/python benchmarks/distillation.py --json benchmarks/results/distillation.json
+	$(BIN)/python benchmarks/bit_budget.py --json benchmarks/results/bit_budget.json
 	$(BIN)/python benchmarks/serving.py --json benchmarks/results/serving.json
 	$(BIN)/python benchmarks/distillation_picture.py benchmarks/results/distillation.json docs/distillation.svg
 	$(BIN)/python benchmarks/quantization.py --json benchmarks/results/quantization.json
+	$(BIN)/python benchmarks/outliers.py --json benchmarks/results/outliers.json
 	$(BIN)/python benchmarks/quantization_picture.py benchmarks/results/quantization.json docs/quantization.svg
 
 bench-gpu: install ## the tests and benchmarks that need a GPU

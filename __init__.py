@@ -119,6 +119,14 @@ class Bounds:
         return f"must be {self.words()}" + (f"; {self.why}" if self.why else "")
 
 
+@dataclass(frozen=True)
+class WrittenAs:
+    """Metadata of a type: recipes write a value in the form of another dataclass, whose ``settled()`` returns the value."""
+
+    form: type
+    """That dataclass: the reader of recipes, their schema and their reference see it in place of the type."""
+
+
 Count = Annotated[int, Bounds(ge=1)]
 """A number of things."""
 
@@ -146,7 +154,13 @@ def _members(annotation: Any) -> tuple[Any, ...]:
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:
     """The members of a union, or the type itself; without metadata."""
-    return tuple(get_args(option)[0] if get_origin(option) is Annotated else option for option in _members(annotation))
+    return tuple(_bare(option) if get_origin(option) is Annotated else option for option in _members(annotation))
+
+
+def _bare(annotated: Any) -> Any:
+    """The type without its metadata, or the form in which recipes write it."""
+    plain, *extras = get_args(annotated)
+    return next((extra.form for extra in extras if isinstance(extra, WrittenAs)), plain)
 
 
 def bounds_of(annotation: Any) -> Bounds:

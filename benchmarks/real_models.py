@@ -1,6 +1,6 @@
 """What each bit costs on a real language model: decoct's rounding and quantized training beside llama.cpp's own types, and pruned students.
 
-    python benchmarks/real_models.py --text HELD_OUT ... --calibration FILES ... [--model smollm2-135m] [--bits 8 4 3 2]
+    python benchmarks/real_models.py --text HELD_OUT ... --calibration FILES ... [--model smollm2-135m] [--bits 8 4 3 2] [--groups 64]
         [--systems rtn mse gptq qat half] [--qat-tokens 100k 1M] [--llama-quantize TOOL] [--peers PYTHON ...] [--folder .real/benchmark]
         [--llama-cpp PYTHON] [--json FILE]
 
@@ -9,10 +9,11 @@ llama-quantize, or a folder that llm-compressor or AutoRound rounded (interprete
 same text. One `decoct compare` then measures all of them on --text, which no case has read. A case that is there already is not made
 again, so that a killed benchmark goes on where it was. With --llama-cpp (an interpreter that has xllamacpp) llama.cpp then writes 64 tokens
 with bf16, with the export of each GPTQ case and with each of its own types, in turn. Without --calibration the model writes that text
-itself. Sizes are those served: packed, with embeddings in 16 bits, as groups of 64 leave them.
+itself. Sizes are those served: packed, with embeddings in 16 bits.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -35,7 +36,6 @@ PEERS = {"rtn": "llmcompressor", "gptq": "llmcompressor", "awq": "llmcompressor"
 """Methods of other tools, and the package that has each."""
 LLAMA_TYPES = ("Q8_0", "Q4_0", "Q4_K_M", "Q3_K_M", "Q2_K")
 FIGURES = {"perplexity": "", "kl": "nats", "kl_p99": "nats", "top1": "share"}
-GROUP = 64
 SEQUENCE = 512
 SMALL_CHECK = 2048
 """Held-out tokens of each run: its own report is not what is shown."""
@@ -55,8 +55,8 @@ class Case:
     """Layers that a student keeps; None = the whole model."""
     llama_type: str | None = None
     """Type of llama.cpp in place of a recipe."""
-    peer: tuple[str, int] | None = None
-    """(method, bits) of another tool in place of a recipe."""
+    peer: tuple[str, int, int] | None = None
+    """(method, bits, group size) of another tool in place of a recipe."""
 
     @property
     def key(self) -> str:
@@ -67,15 +67,15 @@ class Case:
 def cases(given: argparse.Namespace, layers: int) -> list[Case]:
     """Every case that was asked for."""
     found = []
-    for bits in given.bits:
-        weights, name = {"bits": bits, "group_size": GROUP}, f"w{bits}-g{GROUP}"
+    for bits, group in itertools.product(given.bits, given.groups):
+        weights, name = {"bits": bits, "group_size": group}, f"w{bits}-g{group}"
         for method in ("rtn", "mse", "gptq"):
             more = {"calibration_tokens": given.calibration_tokens} if method == "gptq" else {}
             if method in given.systems:
                 found.append(Case(name, method, ({"quantize": {"weights": weights, "method": method, **more}},)))
         for method, package in PEERS.items() if bits < 8 else ():
             if method in given.peer_methods and interpreter_with(package, given.peers):
-                found.append(Case(name, f"{package} {method}", peer=(method, bits)))
+                found.append(Case(name, f"{package} {method}", peer=(method, bits, group)))
         for tokens in given.qat_tokens if "qat" in given.systems and bits < 8 else ():
             stage = {"weights": weights, "tokens": tokens, "calibration_tokens": given.calibration_tokens}
             found.append(Case(name, f"qat {tokens}", ({"qat": stage},)))
@@ -138,22 +138,32 @@ class Maker:
             "student": student,
             "data": {**text, "seq_length": SEQUENCE, "eval_tokens": SMALL_CHECK},
             "stages": list(case.stages),
-            "trainer": {"precision": "32", "global_batch_tokens": self.given.step_tokens, "evaluate_every": 10**9},
+            "trainer": {"precision": "32", "global_batch_tokens": self._step_tokens(case), "evaluate_every": 10**9},
         }
         file = place / "case.yaml"
         file.write_text(yaml.safe_dump(recipe, sort_keys=False))
         return [sys.executable, "-m", "decoct", "run", file, "--out", place]
+
+    def _step_tokens(self, case: Case) -> int:
+        """Tokens of an optimizer step: as many as the verbs of `decoct` take."""
+        from decoct.configs.scalars import parse_number
+        from decoct.trainer.plan import default_step_windows
+
+        (settings,) = case.stages[-1].values()
+        wanted = parse_number(str(settings.get("tokens", SEQUENCE)))
+        assert wanted is not None, "the recipe refuses it"
+        return SEQUENCE * default_step_windows(int(wanted[0]), SEQUENCE, 1)
 
     def _llama(self, case: Case, target: Path) -> list[Any]:
         return [Path(self.given.llama_quantize).resolve(), self.bf16_gguf(), target, case.llama_type, "2"]
 
     def _peer(self, case: Case, target: Path) -> list[Any]:
         assert case.peer is not None
-        method, bits = case.peer
+        method, bits, group = case.peer
         python = interpreter_with(PEERS[method], self.given.peers)
         told = {
             "model": str(self.teacher), "windows": str(self._windows()), "out": str(target), "method": method, "bits": bits,
-            "group_size": GROUP, "iters": self.given.auto_round_steps,
+            "group_size": group, "iters": self.given.auto_round_steps,
         }  # fmt: skip
         return [python, Path(__file__).with_name("real_models_peer.py"), json.dumps(told)]
 
@@ -301,11 +311,13 @@ def main() -> None:
     parser.add_argument("--tokens", default="16k", help="tokens that are measured")
     parser.add_argument("--tasks", nargs="*", default=[], help="tasks of `decoct compare`, such as cloze")
     parser.add_argument("--bits", nargs="+", type=int, default=[8, 4, 3, 2])
+    parser.add_argument(
+        "--groups", nargs="+", type=int, default=[64], help="group sizes; 128 divides the widths of Gemma 3, not of SmolLM2"
+    )
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=["rtn", "mse", "gptq"])
     parser.add_argument("--calibration-tokens", default="32k")
     parser.add_argument("--qat-tokens", nargs="+", default=["100k"])
     parser.add_argument("--distill-tokens", default="100k")
-    parser.add_argument("--step-tokens", type=int, default=1024)
     parser.add_argument("--llama-quantize", help="llama.cpp's tool; without it there are no rows of llama.cpp")
     parser.add_argument("--llama-cpp", metavar="PYTHON", help="an interpreter that has xllamacpp")
     parser.add_argument("--turns", type=int, default=3, help="starts of llama.cpp with each file")

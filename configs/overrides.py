@@ -28,6 +28,11 @@ def key_of(override: Override) -> str:
     return (override.partition("=")[0] if isinstance(override, str) else override[0]).strip()
 
 
+def value_of(override: Override) -> Any:
+    """Return the value of an override: its text, or the object from Python."""
+    return override.partition("=")[2].strip() if isinstance(override, str) else override[1]
+
+
 def place_of_override(override: Override) -> str:
     """Return how messages name an override; every node that it writes has this place."""
     return f"override '{override if isinstance(override, str) else override[0]}'"

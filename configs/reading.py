@@ -8,6 +8,7 @@ from typing import Any
 from ..models.settings import StudentSettings, TeacherSettings
 from ..trainer.settings import DataSettings, LoggerSettings, TrainerSettings
 from ..trainer.stages.registry import STAGE_KINDS
+from .auto_widths import exportable_widths
 from .checks import check_draft
 from .draft import Draft
 from .nodes import Entry, KeyPath, Listing, Mapping, Node, Scalar, is_null, place_of
@@ -67,7 +68,7 @@ def read_recipe(root: Node, problems: Problems, *, default_name: str | None, par
     # no early return from here on: a reader should get every problem of a file in one message
     name, seed = _read_head(root, problems, default_name)
     sections = {key: _read_section(root, key, problems, parts) for key in SECTIONS}
-    stages = _read_stages(root, problems, parts)
+    stages = exportable_widths(_read_stages(root, problems, parts), problems)
     # a misspelt or broken teacher must not also be reported as a missing one
     untouched = not (problems.touches(("teacher",)) or problems.excused(("teacher",)))
     draft = Draft(**{key: sections[key] for key in ("teacher", "student", "data", "trainer")}, stages=stages, teacher_is_known=untouched)

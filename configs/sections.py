@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 from .. import alternatives, bounds_of, choices, field_of, recipe_key, types_of
 from ..models.settings import CacheSettings
+from ..qat.transforms.settings import TransformSettings
 from ..trainer.settings import DataSettings, LoggerSettings, TrainerSettings, TrainingBlock
 from ..trainer.settings_own import CallbackSettings
 from .foreign_names import meant_by
@@ -23,7 +24,7 @@ from .scalars import LARGEST_INT, described_type, parse_number, read_scalar
 
 Settings = TypeVar("Settings")
 
-SHORT_FORMS: dict[type, str] = {LoggerSettings: "kind", CacheSettings: "mode", CallbackSettings: "name"}
+SHORT_FORMS: dict[type, str] = {LoggerSettings: "kind", CacheSettings: "mode", CallbackSettings: "name", TransformSettings: "method"}
 """Sections that can be written as one word: `logger: wandb` is `logger: {kind: wandb}`, `cache: top_k` is `cache: {mode: top_k}`; or as a
 list of words where the word's key takes one."""
 NO_PARTS = OwnParts()
@@ -195,7 +196,9 @@ class _Walk:
         """Return the dataclass, or report the problem that its own checks find."""
         try:
             # only ValueError: the checks of the dataclasses raise it for what a user gave, anything else is a fault of decoct's
-            return section(**{field_of(key): value for key, value in found.items()})
+            made = section(**{field_of(key): value for key, value in found.items()})
+            # a form of writing stands for another dataclass (``decoct.WrittenAs``)
+            return made.settled() if hasattr(section, "settled") else made
         except ValueError as error:
             message = str(error)
             # 'group_size=7 does not ...' is reported at the line of group_size

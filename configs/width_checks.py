@@ -52,6 +52,9 @@ def check_widths(draft: Draft, problems: Problems) -> None:
     for entry in draft.stages:
         settings = entry.settings if entry else None
         if entry and isinstance(settings, PruneSettings) and settings.structured:
+            if settings.structured.budget is not None:
+                # the search decides; the plan knows what it may find
+                widths.clear()
             for name, kept in settings.structured.kept.items():
                 # widths that are not known allow everything; the plan, which opens the model, checks again
                 if kept > widths.get(name, kept):

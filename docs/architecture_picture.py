@@ -113,6 +113,7 @@ QAT = Hall(
         ),
         (
             "ptq | rounding | without training",
+            "transforms | AWQ, rotations, | before rounding",
             "layers | modules and | hooks in a model",
             "codes | codes and scales | on disk",
             "readers | the oracle: reads | what export wrote",

@@ -7,7 +7,7 @@ other, and '' is a dimension that is never cut. The file imports no torch, becau
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -52,6 +52,17 @@ class Family:
     """The norm before the head."""
     rms_norms: tuple[str, ...]
     """RMSNorms of a layer whose mean is over a cut axis; the final norm is one too, unless ``layer_norm``."""
+    norms_before: Mapping[str, str] = field(default_factory=dict)
+    """Place of ``readers`` -> the norm whose output it reads. Without an entry it reads the residual stream itself."""
+    norms_before_field: str | None = None
+    """Config field that must be true for ``norms_before`` (OPT: some of its models normalise behind each block); None: always."""
+    value: str = "self_attn.v_proj"
+    """The matrix of which the outputs, or their last part, are the values of attention."""
+    ffn_in: str | None = "mlp.up_proj"
+    """The matrix of which the outputs, or their last part, enter ``ffn_out`` as a factor, so that a scale of them passes through; None: a
+    nonlinearity stands between."""
+    ffn_relu: str | None = None
+    """Config field that must be 'relu' for ``ffn_in``: its nonlinearity passes positive scales through; None: there is none."""
     layer_norm: bool = False
     """The norms are LayerNorms: their mean and variance change when channels are removed, and no factor undoes that."""
     norm_offset: float = 0.0

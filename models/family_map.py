@@ -57,6 +57,7 @@ _FIELDS: Mapping[Axis, str] = {
 def _llama(name: str, **different: Any) -> Family:
     """A family with Llama's names."""
     norms = different.setdefault("rms_norms", _TWO_NORMS)
+    different.setdefault("norms_before", {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"})
     extra = different.pop("extra", {})
     layer = {**different.pop("layer", {**_ATTENTION, **_GATED}), **_norms(*(norm for norm in norms if norm not in _AXIS_NORMS)), **extra}
     return Family(name=name, layer=layer, outside=_OUTSIDE, fields=_FIELDS, **different)
@@ -70,7 +71,11 @@ _FUSED: Entries = {
     **_linear("mlp.gate_up_proj", "ffn+ffn", "hidden"),
     **_linear("mlp.down_proj", "hidden", "ffn"),
 }
-_GEMMA: dict[str, Any] = {"rms_norms": _FOUR_NORMS, "norm_offset": 1.0, "scaled_embedding": True, "whole_heads": True}
+_GEMMA: dict[str, Any] = {
+    "rms_norms": _FOUR_NORMS, "norm_offset": 1.0, "scaled_embedding": True, "whole_heads": True,
+    # its other two norms are of a block's outputs
+    "norms_before": {"self_attn": "input_layernorm", "mlp": "pre_feedforward_layernorm"},
+}  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -81,12 +86,14 @@ FAMILIES: dict[str, Family] = {
         _llama("qwen3", extra=_HEAD_NORMS),
         _llama("gemma2", **_GEMMA),
         _llama("gemma3_text", extra=_HEAD_NORMS, **_GEMMA),
-        _llama("phi3", layer=_FUSED),
+        _llama("phi3", layer=_FUSED, value="self_attn.qkv_proj", ffn_in="mlp.gate_up_proj"),
         _llama("smollm3"),
         _llama(
             "olmo2",
             rms_norms=("post_attention_layernorm", "post_feedforward_layernorm", *_AXIS_NORMS),
             extra={f"{norm}.weight": (axis,) for norm, axis in _AXIS_NORMS.items()},
+            # its norms are of the blocks' outputs: the blocks read the residual stream itself
+            norms_before={},
             vllm_head_dim=False,
         ),
         Family(
@@ -112,6 +119,9 @@ FAMILIES: dict[str, Family] = {
             embedding="transformer.wte",
             final_norm="transformer.ln_f",
             rms_norms=(),
+            norms_before={"attn": "ln_1", "mlp": "ln_2"},
+            value="attn.c_attn",
+            ffn_in=None,
             layer_norm=True,
             own_head_dim=False,
         ),
@@ -143,6 +153,10 @@ FAMILIES: dict[str, Family] = {
             embedding="model.decoder.embed_tokens",
             final_norm="model.decoder.final_layer_norm",
             rms_norms=(),
+            norms_before={"self_attn": "self_attn_layer_norm", "fc1": "final_layer_norm"},
+            norms_before_field="do_layer_norm_before",
+            ffn_in="fc1",
+            ffn_relu="activation_function",
             layer_norm=True,
             own_head_dim=False,
         ),

@@ -47,6 +47,12 @@ class Sizes:
         """The size along an axis."""
         return getattr(self, axis)
 
+    def width(self, part: str) -> int:
+        """Rows or columns of one part of a tensor's dimension, as the axis map names it; 0 for a dimension that is never cut."""
+        if part in ("heads", "kv_heads"):
+            return getattr(self, part) * self.head_dim
+        return getattr(self, part) if part else 0
+
     def record(self) -> dict[str, int]:
         """The sizes as plain data, for decoct.json."""
         return {axis: self.of(axis) for axis in AXES} | {"head_dim": self.head_dim}

@@ -18,6 +18,22 @@ def is_tied(model: "PreTrainedModel") -> bool:
     return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", ...)
 
 
+def untie(model: "PreTrainedModel") -> None:
+    """Gives a tied output head a copy of the embedding's table, and says so in the config; does nothing where they are not tied."""
+    from torch import nn
+
+    if not is_tied(model):
+        return
+    head: Any = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    live: Any = model
+    # transformers' own list of what is written once
+    name = next(name for name, module in model.named_modules() if module is head)
+    live.all_tied_weights_keys = {key: source for key, source in live.all_tied_weights_keys.items() if key != f"{name}.weight"}
+    for part in (model.config, model.config.get_text_config()):
+        part.tie_word_embeddings = False
+
+
 def settle_ties(path: str | Path, model: "PreTrainedModel") -> None:
     """Sets ``tie_word_embeddings`` in the config of a loaded model to what is the case in memory.
 

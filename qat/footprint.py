@@ -15,6 +15,7 @@ from ..models.families import decoder_linears
 from ..models.folder.codes_file import OLD_CODES
 from .layers.quantized_model import QuantLinear
 from .spec import QuantSpec
+from .stored_bytes import packed_matrix_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,29 +67,7 @@ def packed_bytes(model: nn.Module, record: Mapping[str, Any]) -> int:
     weights = {name: getattr(modules.get(name), "weight", None) for name in record["modules"]}
     # by identity: named modules repeat a tied weight, ``parameters`` yields it once
     packed = {id(weight): own.get(name, spec) for name, weight in weights.items()}
-    return sum(_stored(p.shape, packed.get(id(p))) for p in model.parameters())
-
-
-def _stored(shape: torch.Size, spec: QuantSpec | None) -> int:
-    """Return the bytes of one tensor."""
-    # what is not quantized is stored in 16 bits
-    if spec is None:
-        return 2 * shape.numel()
-    rows, columns = shape
-    height, width = spec.scale_shape(rows, columns)
-    # the only format that packs them has whole blocks
-    if spec.super_block:
-        return height * width * spec.super_block.nbytes
-    # every row starts a new word; zero points are packed along the outputs (compressed-tensors)
-    words = -(-columns * spec.bits // 32)
-    zeros = 0 if spec.symmetric else 4 * width * -(-rows * spec.bits // 32)
-    # nvfp4 has one fp32 scale for the tensor besides those of its groups
-    return 4 * rows * words + height * width * _scale_bytes(spec) + zeros + (4 if spec.kind == "nvfp4" else 0)
-
-
-def _scale_bytes(spec: QuantSpec) -> int:
-    # e8m0 and e4m3 scales take a byte
-    return 1 if spec.kind in ("mxfp4", "nvfp4") else 4 if spec.scale_grid == "fp32" else 2
+    return sum(packed_matrix_bytes(p.shape, packed.get(id(p))) for p in model.parameters())
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -1,8 +1,8 @@
-"""Rounds inputs, keys and values of a rebuilt model as its export specifies: like serving kernels or like the compressed-tensors package.
+"""Rounds inputs, keys and values of a rebuilt model as its export specifies: like serving kernels, or like the package in transformers.
 
-Kernels divide a token's absmax by 127 (vLLM's int8 kernels, and decoct in training), the package by 127.5, so their logits differ by
-design. A rebuilt model computes like the kernels, or like the package for the comparison with transformers, which uses it. Both round
-keys and values in fp8 in the same way.
+Kernels divide a token's absmax by 127 (vLLM's int8 kernels, and decoct in training), compressed-tensors by 127.5; bitsandbytes rounds
+inputs to fp16 first. So their logits differ by design. A rebuilt model computes like the kernels, or like the package for the comparison
+with transformers, which uses it. Both round keys and values in fp8 in the same way.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from ..models.calibration.token_rows import with_input
 from .codes.kv_cache_scales import CacheState
 from .fake_quant.activations import fake_quant_activation
 from .layers.kv_cache_hooks import round_cache_as_stored
+from .readers.bitsandbytes import BitsandbytesFolder
 from .readers.compressed_tensors import Inputs, PackedFolder
 from .readers.open import ExportReader
 from .spec import ActivationSpec
@@ -23,7 +24,8 @@ from .spec import ActivationSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Arithmetic = Literal["kernels", "compressed-tensors"]
+Arithmetic = Literal["kernels", "package"]
+"""Whose rounding of inputs: of serving kernels, as in training, or of the package that transformers uses for the format."""
 
 
 def hook_inputs(model: nn.Module, opened: ExportReader, arithmetic: Arithmetic, modules: Mapping[str, str]) -> None:
@@ -31,6 +33,12 @@ def hook_inputs(model: nn.Module, opened: ExportReader, arithmetic: Arithmetic, 
 
     ``modules`` maps export names to model names where they differ.
     """
+    if isinstance(opened, BitsandbytesFolder) and not opened.nf4:
+        spec = ActivationSpec(outliers=opened.threshold or None)
+        for name in opened.modules:
+            rounding = partial(fake_quant_activation if arithmetic == "kernels" else like_bitsandbytes, spec=spec)
+            model.get_submodule(modules.get(name, name)).register_forward_pre_hook(partial(_hook, rounding), with_kwargs=True)
+        return
     # the other formats cannot say that inputs are rounded
     if not isinstance(opened, PackedFolder):
         return
@@ -63,7 +71,7 @@ def _hook(rounding: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[
 
 def like_kernels(x: Tensor, inputs: Inputs) -> Tensor:
     """Round inputs [..., features] as ``fake_quant_activation`` does."""
-    spec = ActivationSpec(scaling="dynamic" if inputs.dynamic else "static", symmetric=inputs.symmetric)
+    spec = ActivationSpec(kind=inputs.kind, scaling="dynamic" if inputs.dynamic else "static", symmetric=inputs.symmetric)  # pyright: ignore[reportArgumentType] - the reader's kinds are those of the spec
     if inputs.scale is None:
         return fake_quant_activation(x, spec)
     # in the shape of the scale, as the fake quantization takes them
@@ -73,6 +81,9 @@ def like_kernels(x: Tensor, inputs: Inputs) -> Tensor:
 
 def like_package(x: Tensor, inputs: Inputs) -> Tensor:
     """Round inputs fp32 [..., features] as compressed-tensors does (``quantization/utils/helpers.py``, ``calculate_qparams``)."""
+    # floats have no spare code at one end, so both divide by the same number
+    if inputs.kind != "int8":
+        return like_kernels(x, inputs)
     if inputs.scale is not None:
         scale, zero = torch.tensor(inputs.scale), torch.tensor(float(inputs.zero))
     else:
@@ -84,3 +95,15 @@ def like_package(x: Tensor, inputs: Inputs) -> Tensor:
         zero = torch.zeros(()) if inputs.symmetric else (-128 - low / scale).clamp(-128, 127).round()
     # clamped, then rounded, in the order of the package
     return ((x / scale + zero).clamp(-128, 127).round() - zero) * scale
+
+
+def like_bitsandbytes(x: Tensor, spec: ActivationSpec) -> Tensor:
+    """Round inputs [..., tokens, features] as bitsandbytes does (``backends/default/ops.py``, ``int8_vectorwise_quant``): from fp16, times
+    the inverse of the scale, with every column as it is that holds an outlier in any of the tokens."""
+    rows = x.reshape(-1, x.shape[-1])
+    half = rows.half()
+    large = half.abs() >= (spec.outliers or torch.inf)
+    rest = half.masked_fill(large, 0)
+    absmax = rest.abs().amax(-1, keepdim=True).float()
+    rounded = (rest * (127 / absmax)).round().nan_to_num() * (absmax / 127)
+    return torch.where(large.any(0), rows, rounded.to(x.dtype)).view(x.shape)

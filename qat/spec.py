@@ -21,11 +21,12 @@ from .super_blocks import SUPER_BLOCKS, WIDTH, SuperBlock
 
 Kind = Literal["int", "nf4", "fp8_e4m3", "mxfp4", "nvfp4", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
 Divisor = Literal["half_range", "qmax", "full_range"]
-ActivationKind = Literal["int8", "fp8_e4m3"]
+ActivationKind = Literal["int8", "fp8_e4m3", "mxfp4", "nvfp4"]
 Scaling = Literal["dynamic", "static"]
 ScaleGrid = Literal["bf16_fp16", "bf16", "fp16", "fp32"]
 Bits = Annotated[int, Bounds(ge=2, le=8, why="4 and 8 are what serving stacks read")]
 GroupSize = Annotated[int, Bounds(ge=1, why="use 32, 64 or 128, or 'channel'")] | Literal["channel", "tensor"]
+Outliers = Annotated[float, Bounds(gt=0, why="0 would keep every value, so that nothing is rounded; 6 is usual")]
 USUAL_GROUPS = (128, 64, 32, 16)
 """Group sizes that messages propose, the preferred first."""
 TERNARY_BITS = 2
@@ -79,6 +80,10 @@ FLOAT_BITS = {kind: form.bits for kind, form in _FLOATS.items()}
 """Bits per code of the kinds that are not int."""
 IMPLIED: dict[str, dict[str, int]] = {kind: {"bits": form.bits, "group_size": WIDTH} for kind, form in SUPER_BLOCKS.items()}
 """Fields that a kind implies, so that they need not be given: those of kinds with super-blocks."""
+PACKED_FLOATS = ("fp8_e4m3", "mxfp4", "nvfp4")
+"""Kinds of floats that a packed format holds: compressed-tensors. nf4 has none."""
+ONE_SCALING: dict[str, Scaling] = {"mxfp4": "dynamic", "nvfp4": "static"}
+"""Kinds of inputs with scales per group -> the one scaling that they have."""
 _NOT_STORED = {"kind": "int", "ternary": False}
 """Fields added later, with the values at which the JSON form omits them, so that older records and hashes stay valid."""
 
@@ -262,23 +267,45 @@ class QuantSpec:
 class ActivationSpec:
     """Quantization of activations [..., features], or of keys and values [..., head_dim] on their way into the cache.
 
-    int8 divides absmax by 127, as serving kernels do; fp8_e4m3 by 448. Scales are fp32.
+    int8 divides absmax by 127, as serving kernels do; fp8_e4m3 by 448. Scales are fp32. mxfp4 and nvfp4 have scales per 32 and per 16
+    features, computed in the forward pass; those of nvfp4 are e4m3 numbers under a fixed fp32 scale for all tokens.
     """
 
     kind: ActivationKind = "int8"
-    """Format of a code: int8 = integer, fp8_e4m3 = 8-bit float."""
+    """Format of a code: int8 = integer, fp8_e4m3 = 8-bit float, mxfp4 and nvfp4 = 4-bit floats (inputs of linears only)."""
     scaling: Scaling = "dynamic"
-    """dynamic = one scale per token (row of the last axis), computed in the forward pass; static = one fixed scale for all tokens."""
+    """dynamic = one scale per token (row of the last axis), computed in the forward pass; static = one fixed scale for all tokens. mxfp4 is
+    dynamic, nvfp4 static: it stores the scale above those of its groups."""
     symmetric: bool = True
     """true = zero is code 0, and there is no zero point; false (kind int8) = scale and zero point, with the range of the values split into
     255 steps."""
+    outliers: Outliers | None = None
+    """int8, dynamic, symmetric: values whose magnitude is at least this stay unrounded, and the scale is that of the others (LLM.int8();
+    its authors use 6). Default: none."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.outliers is not None and (self.kind, self.scaling, self.symmetric) != ("int8", "dynamic", True):
+            raise ValueError(
+                f"outliers={self.outliers:g} stay beside symmetric int8 codes with one scale per token; leave outliers out, or use "
+                "kind='int8', scaling='dynamic' and symmetric=true"
+            )
         if not self.symmetric and self.kind != "int8":
             raise ValueError(f"kind={self.kind!r} has no zero point; leave symmetric out, or use kind='int8'")
+        if (only := ONE_SCALING.get(self.kind, self.scaling)) != self.scaling:
+            raise ValueError(f"kind={self.kind!r} has scaling={only!r}, not {self.scaling!r}; write scaling: {only}")
         # made here and kept: torch.compile, which traces forward passes, cannot trace the checks of a new spec
-        _ = self.matrix_spec
+        _ = self.matrix_spec, self.of_the_others
+
+    @property
+    def observes(self) -> bool:
+        """Whether rounding after training looks at the values on calibration text: for static scales, or to count outliers."""
+        return self.scaling == "static" or self.outliers is not None
+
+    @cached_property
+    def of_the_others(self) -> "ActivationSpec | None":
+        """The quantization of the values that are no outliers; None if there are none."""
+        return None if self.outliers is None else replace(self, outliers=None)
 
     @cached_property
     def matrix_spec(self) -> QuantSpec:
@@ -286,13 +313,15 @@ class ActivationSpec:
         group = "channel" if self.scaling == "dynamic" else "tensor"
         if self.kind == "fp8_e4m3":
             return QuantSpec(kind="fp8_e4m3", bits=8, group_size=group, scale_grid="fp32")
+        if self.kind != "int8":
+            return QuantSpec(kind=self.kind, group_size=_FLOATS[self.kind].group_sizes[0])  # pyright: ignore[reportOptionalSubscript, reportArgumentType] - both have one
         # symmetric: 127, as serving kernels divide; asymmetric specs allow no other divisor than half_range
         divisor = "qmax" if self.symmetric else "half_range"
         return QuantSpec(bits=8, group_size=group, symmetric=self.symmetric, divisor=divisor, scale_grid="fp32")
 
     def to_json(self) -> dict[str, Any]:
-        """Stable JSON form (all fields, sorted by name)."""
-        return dict(sorted(asdict(self).items()))
+        """Stable JSON form: fields sorted by name; ``outliers``, which came later, only where it is given."""
+        return {name: value for name, value in sorted(asdict(self).items()) if name != "outliers" or value is not None}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "ActivationSpec":

@@ -20,7 +20,9 @@ def rounding_of(settings: "QuantizeSettings") -> RoundingMethod:
     dials = {name: getattr(settings, name) for name in ("scale", "damping", "activation_order", "weighted")}
     # None means that the method has no such option
     given = {name: value for name, value in dials.items() if value is not None}
-    return RoundingMethod(method=settings.method, activations=settings.activations, kv_cache=settings.kv_cache, **given)
+    return RoundingMethod(
+        method=settings.method, activations=settings.activations, kv_cache=settings.kv_cache, transform=settings.transform, **given
+    )
 
 
 def memory_in_whole(parameters: int) -> int:

@@ -44,6 +44,9 @@ class DataSettings:
     """Configuration name of the hub dataset."""
     hub_split: str = "train"
     """Split of the hub dataset."""
+    hub_shards: bool = False
+    """Read the hub dataset over the network, shard by shard and each once, and keep only its tokens: for text that the disk cannot hold.
+    All ranks share the shards. Otherwise it is downloaded whole first."""
     generate: GenerateSettings | None = None
     """Text that the recipe's teacher, or the given student, writes itself."""
     source: str | None = None
@@ -87,6 +90,11 @@ class DataSettings:
             raise ValueError("kind=chat needs conversations, and generate.start is 'text'; leave one of the two out")
         if self.generate and self.max_documents is not None:
             raise ValueError(f"max_documents={self.max_documents} is not used with generate, whose size is generate.tokens; leave it out")
+        if self.hub_shards and (not self.hub or self.max_documents is not None):
+            other = (
+                "max_documents, which reads only the first rows anyway" if self.hub else "the other sources, which are read in parts anyway"
+            )
+            raise ValueError(f"hub_shards=true is for a whole dataset of the hub and has no effect on {other}; leave one of the two out")
         if self.kind == "text" and not self.mask_prompts:
             raise ValueError("mask_prompts=false has no effect with kind=text, which has no prompts; set kind: chat, or leave it out")
         if self.kind == "chat" and self.held_out == "blocks":
@@ -215,11 +223,24 @@ class ExportSettings:
     """Pack a quantized folder for serving stacks. Export never rounds, except with ``allow_inexact``."""
 
     formats: tuple[
-        Literal["compressed-tensors", "gguf", "gguf-q2_0", "gguf-tq1_0", "gptq", "gptq_v2", "awq", "safetensors", "safetensors-f32"], ...
+        Literal[
+            "compressed-tensors",
+            "gguf",
+            "gguf-q2_0",
+            "gguf-tq1_0",
+            "gptq",
+            "gptq_v2",
+            "awq",
+            "bitsandbytes",
+            "safetensors",
+            "safetensors-f32",
+        ],
+        ...,
     ] = ("compressed-tensors",)
     """Formats to write, each into its own folder: compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp, Ollama), gguf-q2_0
     (2 bits, llama.cpp from July 2026 on), gguf-tq1_0 (ternary codes in the smaller of two forms), gptq (symmetric) or gptq_v2 (asymmetric),
-    awq (4 bits), safetensors (plain 16-bit floats), safetensors-f32 (plain 32-bit floats, always exact)."""
+    awq (4 bits), bitsandbytes (int8 with int8 inputs, or NF4), safetensors (plain 16-bit floats), safetensors-f32 (plain 32-bit floats,
+    always exact)."""
     allow_inexact: bool = False
     """safetensors: round weights that 16-bit floats cannot hold. The error is measured and reported. Nothing else is ever rounded."""
     reader_version: str | None = None

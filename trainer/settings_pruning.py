@@ -13,7 +13,8 @@ from .settings_structured import StructuredSettings as StructuredSettings
 @dataclass(frozen=True, kw_only=True)
 class PruneSettings(TrainingBlock):
     """Prune by exactly one method: cut the shape (``structured``), or set single weights to zero. ``structured``, ``wanda`` and
-    ``sparsegpt`` are one shot, on calibration text; ``magnitude`` trains when tokens or steps are given, and ``movement`` always does."""
+    ``sparsegpt`` are one shot, on calibration text, except that ``structured.rounds`` distils after each cut; ``magnitude`` trains when
+    tokens or steps are given, and ``movement`` always does."""
 
     exactly_one: ClassVar = ("structured", "magnitude", "wanda", "sparsegpt", "movement")
 
@@ -43,9 +44,12 @@ class PruneSettings(TrainingBlock):
         trains = self.tokens is not None or self.steps is not None
         if self.movement is not None and not trains:
             raise ValueError("movement pruning scores weights by how training moves them; give 'tokens' or 'steps', such as tokens: 10M")
-        if trains and self.calibrates:
-            zeros = "" if self.structured is not None else ", which keeps the zeros"
-            raise ValueError(f"{given[0]} pruning is one shot and takes no 'tokens' or 'steps'; add a distill stage after it{zeros}")
+        rounds = self.structured is not None and self.structured.rounds is not None
+        if rounds and not trains:
+            raise ValueError("'structured.rounds' distils after each cut; give 'tokens' or 'steps', such as tokens: 30M")
+        if trains and self.calibrates and not rounds:
+            else_ = ", or cut in rounds with distillation (structured.rounds: 0.3)" if self.structured else ", which keeps the zeros"
+            raise ValueError(f"{given[0]} pruning is one shot and takes no 'tokens' or 'steps'; add a distill stage after it{else_}")
         if self.calibration_tokens is None:
             # the dataclass is frozen; the number stands in records and stage keys
             tokens = CALIBRATION_TOKENS if self.wanda or self.sparsegpt else 32_768

@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from .. import Bounds, Count, check_fields
+from .. import Bounds, Count, WrittenAs, check_fields
+from ..qat.auto_weights import WeightSettings
 from ..qat.mixes import MIXES, MixName
 from ..qat.scheme import QuantScheme, SpecChange
-from ..qat.spec import ActivationSpec, QuantSpec
+from ..qat.spec import ONE_SCALING, ActivationSpec, QuantSpec
+from ..qat.transforms.settings import TransformSettings
 from .settings import Moment, Rate, Share, ShareOfSteps, TrainingBlock
 
 
@@ -14,8 +16,8 @@ from .settings import Moment, Rate, Share, ShareOfSteps, TrainingBlock
 class SchemeSettings:
     """Which modules are quantized, and how."""
 
-    weights: QuantSpec = field(default_factory=QuantSpec)
-    """Quantization of the weights of the decoder layers' linears."""
+    weights: Annotated[QuantSpec, WrittenAs(WeightSettings)] = field(default_factory=QuantSpec)
+    """Quantization of the weights of the decoder layers' linears; with bits auto, a width for each within a budget."""
     mix: MixName | None = None
     """A mixture of llama.cpp in place of weights, such as q4_k_m: v_proj, down_proj and o_proj get more bits in some layers, embedding and
     head too, and matrices whose inputs are no multiple of 256 get blocks of 32. overrides, embedding, head and skip change single
@@ -44,9 +46,30 @@ class SchemeSettings:
         Raises:
             ValueError: an override does not fit ``weights``.
         """
+        assert self.auto is None, "widths are chosen before a scheme is asked for (trainer/stages/bit_choice.py)"
+        return self.scheme_with(self.weights)
+
+    def scheme_with(self, weights: QuantSpec) -> QuantScheme:
+        """The scheme with another spec in place of ``weights``."""
         return QuantScheme(
-            weights=self.weights, skip=self.skip, overrides=self.overrides, embedding=self.embedding, head=self.head, mix=self.mix
+            weights=weights, skip=self.skip, overrides=self.overrides, embedding=self.embedding, head=self.head, mix=self.mix
         )
+
+    @property
+    def auto(self) -> WeightSettings | None:
+        """``weights``, if widths are to be chosen within a budget."""
+        return self.weights if isinstance(self.weights, WeightSettings) else None
+
+    def _check_scheme(self) -> None:
+        """Refuse changes that do not fit ``weights``, and ends without a width where widths are chosen."""
+        if self.auto is None:
+            _ = self.scheme
+            return
+        _ = self.scheme_with(self.auto.base)
+        for key in self.ends:
+            change: SpecChange = getattr(self, key)
+            if change.bits is None and change.kind is None:
+                raise ValueError(f"{key}: weights.bits=auto chooses among linears of the decoder layers; give {key}.bits, such as 8")
 
     @property
     def ends(self) -> list[str]:
@@ -67,9 +90,13 @@ class SchemeSettings:
         object.__setattr__(self, "weights", most)
 
     def _check_inputs(self) -> None:
-        """Refuse embedding or head together with activations, which exist only in decoder layers."""
+        """Refuse embedding or head together with activations, which exist only in decoder layers, and what keys and values cannot have."""
         if self.mix is not None and self.activations is not None:
             raise ValueError("mix rounds embedding and head, and activations are inputs of the decoder layers; leave one out")
+        if self.kv_cache is not None and self.kv_cache.outliers is not None:
+            raise ValueError("kv_cache.outliers has no effect: outliers stay unrounded in activations alone; leave it out")
+        if self.kv_cache is not None and self.kv_cache.kind in ONE_SCALING:
+            raise ValueError(f"kv_cache has no kind={self.kv_cache.kind}, whose groups are those of inputs; use kind: fp8_e4m3")
         for key in self.ends if self.activations is not None else ():
             raise ValueError(f"{key} cannot be rounded together with activations, which are inputs of the decoder layers; leave one out")
 
@@ -111,7 +138,7 @@ class QatSettings(SchemeSettings, TrainingBlock):
     def __post_init__(self) -> None:
         TrainingBlock.__post_init__(self)
         self._take_mix()
-        _ = self.scheme
+        self._check_scheme()
         self._check_kind()
         self._check_ends()
         if self.train == "scales" and self.scales != "learned":
@@ -171,6 +198,8 @@ class QatSettings(SchemeSettings, TrainingBlock):
     def _check_schedule(self) -> None:
         if self.anneal_from is None and self.anneal != 0.5:
             raise ValueError(f"anneal={self.anneal:g} has no effect without anneal_from, the number of bits to begin with")
+        if self.anneal_from is not None and self.auto is not None:
+            raise ValueError(f"anneal_from={self.anneal_from} falls to a number of bits, and weights.bits=auto has several; leave one out")
         if self.anneal_from is not None and self.anneal_from <= self.weights.bits:
             raise ValueError(f"anneal_from={self.anneal_from} must be greater than bits={self.weights.bits}")
         # anneal counts only when it is used: its default is half of the steps
@@ -199,11 +228,12 @@ class QuantizeSettings(SchemeSettings):
     """
 
     method: Literal["rtn", "mse", "gptq"] = "rtn"
-    """rtn = round to nearest; mse = search scales for the smallest squared error; gptq = round column by column on calibration text, where
-    later columns compensate for the error of earlier ones (arXiv 2210.17323)."""
+    """rtn = round to nearest; mse = search scales for the smallest squared error (nvfp4: four over six); gptq = round column by column on
+    calibration text, where later columns compensate for the error of earlier ones (arXiv 2210.17323)."""
     scale: Literal["absmax", "mse", "fitted"] | None = None
     """gptq: source of the scales. absmax = largest magnitude; mse = searched, with each input weighted by its mean square; fitted =
-    searched, then fitted to the layer's outputs by least squares, in turn with the rounding. Default: fitted."""
+    searched, then fitted to the layer's outputs by least squares, in turn with the rounding. Default: fitted; mse for kinds other than
+    int, which cannot be fitted."""
     damping: Annotated[float, Bounds(ge=0, le=1, why="it is a share of the Hessian's mean diagonal; 0.01 is usual")] | None = None
     """gptq: share of the Hessian's mean diagonal that is added to its diagonal; raised where that is not enough. Default: 0.01."""
     activation_order: bool | None = None
@@ -213,10 +243,13 @@ class QuantizeSettings(SchemeSettings):
     importance: str | None = None
     """mse: path of an importance matrix of llama.cpp (.dat or .gguf), whose mean squares weight the errors in place of weighted, without
     calibration text. Embedding and head have none."""
+    transform: TransformSettings | None = None
+    """What is done to the weights before they are rounded, such as awq or {method: rotation, residual: false}: the unrounded model stays
+    the same, and rounding loses less. Default: nothing."""
     calibration_tokens: Count | None = None
-    """gptq, mse with weighted, and static scaling: tokens of training text to calibrate on, in windows chosen at random. Default: 262,144,
-    which is the 128 windows of 2,048 tokens of the GPTQ paper (section 4) and several times the inputs of the widest layers; fewer when
-    the text has fewer."""
+    """gptq, mse with weighted, static scaling, outliers, and transform awq or smoothquant: tokens of training text to calibrate on, in
+    windows chosen at random. Default: 262,144, which is the 128 windows of 2,048 tokens of the GPTQ paper (section 4) and several times the
+    inputs of the widest layers; fewer when the text has fewer."""
     stream: Literal["auto", "always", "never"] = "auto"
     """Read, round and write one decoder layer after the other, for models that are larger than memory: the same result with more disk.
     auto = when memory is too small for the whole model in fp32."""
@@ -224,19 +257,30 @@ class QuantizeSettings(SchemeSettings):
     def __post_init__(self) -> None:
         check_fields(self)
         self._take_mix()
-        _ = self.scheme
-        if self.weights.kind != "int" and not self.weights.super_block and self.method != "rtn":
-            raise ValueError(f"method={self.method} chooses integer codes; kind={self.weights.kind} is rounded to nearest: use method=rtn")
+        self._check_scheme()
+        if self.auto is not None and self.stream == "always":
+            raise ValueError("stream=always reads one layer at a time, and weights.bits=auto looks at the whole model; use stream=never")
+        # the fp16 numbers of super-blocks are fitted as scales of integers are
+        fits = self.weights.kind == "int" or bool(self.weights.super_block)
+        if not fits and self.scale == "fitted":
+            raise ValueError(
+                f"scale=fitted fits scales of integer codes; kind={self.weights.kind} has few scales to choose from: use scale=mse"
+            )
         # defaults are written into the settings, so that records, stage keys and plans show the numbers that are used
-        self._fill("scale", "fitted", "gptq")
+        self._fill("scale", "fitted" if fits else "mse", "gptq")
         self._fill("damping", 0.01, "gptq")
         self._fill("activation_order", True, "gptq")
         self._fill("weighted", False, "mse")
         if self.importance is not None and (self.method != "mse" or self.weighted):
             reason = "has the mean squares that weighted would measure" if self.weighted else "belongs to method=mse"
             raise ValueError(f"importance={self.importance!r} {reason}; leave one of them out")
+        if self.importance is not None and self.transform is not None:
+            raise ValueError(f"importance={self.importance!r} is of the inputs before transform, which changes them; leave one of them out")
         self._check_inputs()
-        if any(spec is not None and spec.scaling == "static" for spec in (self.activations, self.kv_cache)):
+        if self.transform is not None and self.transform.clip and self.method != "rtn":
+            raise ValueError(f"transform.clip cuts weights for method=rtn; method={self.method} chooses its scales itself: leave clip out")
+        observes = any(spec is not None and spec.observes for spec in (self.activations, self.kv_cache))
+        if observes or (self.transform is not None and self.transform.calibrates):
             self._fill("calibration_tokens", 262_144, self.method)
         elif self.method == "mse" and not self.weighted and self.calibration_tokens is not None:
             raise ValueError(
@@ -247,7 +291,7 @@ class QuantizeSettings(SchemeSettings):
 
     @property
     def calibrates(self) -> bool:
-        """Whether the stage needs calibration text, for the method or for static scales."""
+        """Whether the stage needs calibration text: for the method, a transform, static scales, or to count outliers."""
         return self.calibration_tokens is not None
 
     def _fill(self, dial: str, default: object, *methods: str) -> None:

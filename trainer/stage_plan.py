@@ -62,6 +62,9 @@ def derive_plan(
         stage_key: Hash of everything else that decides the numbers, for the checkpoints.
     """
     quantizes = isinstance(settings, QatSettings)
+    if isinstance(settings, PruneSettings) and settings.structured is not None:
+        # after a cut nothing is pruned any more
+        kind = "distill"
     # 0 is no valid rate, so ``or`` means: not given
     rate = settings.learning_rate or (quantized_rate(settings, hidden) if quantizes else default_learning_rate(kind, hidden))
     scale_rate = None
@@ -109,7 +112,7 @@ def reads_text(settings: Any) -> bool:
         return True
     if isinstance(settings, OwnStageSettings):
         return settings.part.reads_text
-    return trains(settings) or (isinstance(settings, QuantizeSettings) and settings.calibrates)
+    return trains(settings) or (isinstance(settings, QuantizeSettings) and (settings.calibrates or settings.auto is not None))
 
 
 def learns_from(settings: Any, *, has_teacher: bool) -> Literal["recipe", "input"] | None:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Bits, GroupSize, Hub, Model, Out, SeqLength, StageOverrides, Teacher, Text, Tokens, TrainTokens
+from .options import Bits, Budget, GroupSize, Hub, Model, Out, SeqLength, StageOverrides, Teacher, Text, Tokens, TrainTokens
 
 app = typer.Typer()
 
@@ -38,6 +38,12 @@ def prune(
         str | None,
         typer.Option("--shape", help="What is kept along each axis, any of: ffn=6144,heads=24,kv=6,hidden=3072,layers=28."),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget", help="Size of the result, whose shape is searched: 0.6 of the decoder layers, 80M parameters, or 900MB as served."
+        ),
+    ] = None,
     keep: Annotated[str | None, typer.Option("--keep", help="Share of the linear weights that is kept, such as 0.7 or 70%.")] = None,
     method: Annotated[
         str | None,
@@ -53,11 +59,11 @@ def prune(
     seq_length: SeqLength = 512,
     out: Out = None,
 ) -> None:
-    """Cut MODEL to a smaller shape (--ffn, --shape), or set weights to zero (--keep or --pattern; along a schedule with --tokens)."""
+    """Cut MODEL to a smaller shape (--ffn, --shape, --budget), or set weights to zero (--keep, --pattern). On a schedule with --tokens."""
     from .single_stage import run_verb
     from .stage_recipes import TextChoice, prune_settings
 
-    settings = prune_settings(ffn, keep, tokens, shape, method=method, pattern=pattern)
+    settings = prune_settings(ffn, keep, tokens, shape, method=method, pattern=pattern, budget=budget)
     run_verb("prune", model, settings, TextChoice(text, hub, seq_length), teacher, overrides, out)
 
 
@@ -65,7 +71,8 @@ def prune(
 def qat(
     model: Model,
     overrides: StageOverrides = None,
-    bits: Bits = 4,
+    bits: Bits = "4",
+    budget: Budget = None,
     group_size: GroupSize = "128",
     teacher: Teacher = None,
     text: Text = None,
@@ -86,7 +93,7 @@ def qat(
     from .single_stage import run_verb
     from .stage_recipes import TextChoice, qat_settings
 
-    settings = qat_settings(tokens, bits, group_size, train, start, lora)
+    settings = qat_settings(tokens, bits, group_size, train, start, lora, budget)
     run_verb("qat", model, settings, TextChoice(text, hub, seq_length), teacher, overrides, out)
 
 
@@ -97,8 +104,15 @@ def quantize(
     method: Annotated[
         str, typer.Option("--method", help="rtn (round to nearest), mse (searched scales) or gptq (calibrated on text).")
     ] = "rtn",
-    bits: Bits = 4,
+    bits: Bits = "4",
+    budget: Budget = None,
     group_size: GroupSize = "128",
+    transform: Annotated[
+        str | None,
+        typer.Option(
+            "--transform", help="Before rounding: awq, smoothquant or rotation. It leaves the unrounded model's outputs as they are."
+        ),
+    ] = None,
     calibration_tokens: Annotated[
         str | None,
         typer.Option("--calibration-tokens", help="Tokens of the text to calibrate on.", show_default="262,144"),
@@ -109,9 +123,9 @@ def quantize(
     seq_length: SeqLength = 512,
     out: Out = None,
 ) -> None:
-    """Round the weights of MODEL without training; --method gptq calibrates on text, one layer at a time."""
+    """Round the weights of MODEL without training; --method gptq and --transform awq calibrate on text, one layer at a time."""
     from .single_stage import run_verb
     from .stage_recipes import TextChoice, quantize_settings
 
-    settings = quantize_settings(method, bits, group_size, calibration_tokens)
+    settings = quantize_settings(method, bits, group_size, calibration_tokens, budget, transform)
     run_verb("quantize", model, settings, TextChoice(text, hub, seq_length), teacher, overrides, out)

@@ -28,7 +28,11 @@ Hub = Annotated[str | None, typer.Option("--hub", help="Hugging Face dataset id,
 Tokens = Annotated[str | None, typer.Option("--tokens", help="Training tokens, such as 500k or 2M.")]
 TrainTokens = Annotated[str | None, typer.Option("--tokens", help="Training tokens, such as 500k or 2M.", show_default="1M")]
 SeqLength = Annotated[int, typer.Option("--seq-length", help="Tokens per window.")]
-Bits = Annotated[int, typer.Option("--bits", help="Bits per weight.")]
+Bits = Annotated[str, typer.Option("--bits", help="Bits per weight; auto = a width for each module within --budget.")]
+Budget = Annotated[
+    str | None,
+    typer.Option("--budget", help="With --bits auto: bits per weight, scales counted (3.5), or bytes of the model as served (60MB)."),
+]
 GroupSize = Annotated[str, typer.Option("--group-size", help="Input features per scale, or 'channel' for one scale per output row.")]
 MeasuredTokens = Annotated[
     str | None, typer.Option("--tokens", help="Tokens to measure on.", show_default="all of --text; 32k of anything else")

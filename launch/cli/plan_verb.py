@@ -2,30 +2,28 @@
 
 import json
 import math
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...models.common.byte_amounts import read_bytes
 from ...models.common.errors import UserError
 
 if TYPE_CHECKING:
     from ...trainer.settings import LoggerSettings
     from ..plan.duration import Speed
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-
 
 def parse_bytes(text: str, option: str) -> int:
     """Parse '80GB', '24 GiB' or '85899345920' into bytes; UserError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in _UNITS or float(match[1]) <= 0:
+    found = read_bytes(text)
+    if found is None:
         raise UserError(f"{option}={text!r} is not an amount of memory; write it as 80GB or 24GiB")
-    amount = int(float(match[1]) * _UNITS[match[2].lower()])
+    amount, unit = found
     # a bare 80 is 80 bytes to a computer and gigabytes to everybody else
-    if not match[2] and amount < 10**6:
+    if not unit and amount < 10**6:
         raise UserError(f"{option}={text} is {amount:,} bytes; write the unit too: {text.strip()}GB")
     return amount
 

@@ -54,7 +54,7 @@ def verb_recipe(
         teacher: The teacher, if any.
         overrides: What will be written into it: one that names a text replaces the built-in one.
     """
-    from ...configs.overrides import key_of
+    from ...configs.overrides import key_of, value_of
 
     recipe: dict[str, Any] = {"name": f"{kind}-{_slug(model)}", "student": {"path": model}, "data": text.data()}
     # a section takes exactly one source of text
@@ -63,7 +63,8 @@ def verb_recipe(
     if teacher:
         recipe["teacher"] = {"path": teacher}
     # one window: the size of a step follows from all settings (`read_verb`), and the shortest text has to do here
-    recipe["trainer"] = {"global_batch_tokens": text.seq_length}
+    lengths = [value_of(one) for one in overrides if key_of(one) == "data.seq_length"]
+    recipe["trainer"] = {"global_batch_tokens": lengths[-1] if lengths else text.seq_length}
     recipe["stages"] = [{kind: {k: v for k, v in settings.items() if v is not None}}]
     return recipe
 
@@ -111,6 +112,8 @@ def _slug(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
 
 
+ROUNDS = 0.3
+"""Share of the decoder layers' parameters that a round removes, where a verb gets tokens for a cut of the shape."""
 WEIGHT_METHODS = ("magnitude", "wanda", "sparsegpt", "movement")
 """Methods of the verb ``prune`` that set single weights to zero."""
 
@@ -123,26 +126,31 @@ def prune_settings(
     *,
     method: str | None = None,
     pattern: str | None = None,
+    budget: float | str | None = None,
     in_python: bool = False,
 ) -> dict[str, Any]:
-    """Return the settings of the ``prune`` stage for ``--ffn`` or ``--shape``, or for ``--keep`` or ``--pattern`` with a method.
+    """Return the settings of the ``prune`` stage for ``--ffn``, ``--shape`` or ``--budget``, or ``--keep`` or ``--pattern`` with a method.
 
     ``in_python``: messages speak of the function's arguments.
     """
     dashes, distill = ("", "decoct.distill") if in_python else ("--", "`decoct distill`")
     weights = keep is not None or pattern is not None
-    if (ffn is not None) + (shape is not None) + weights != 1:
+    if (ffn is not None) + (shape is not None) + (budget is not None) + weights != 1:
         raise UserError(
-            f"give exactly one of {dashes}ffn (channels kept in every layer), {dashes}shape (what is kept along each axis) and "
+            f"give exactly one of {dashes}ffn (channels kept in every layer), {dashes}shape (what is kept along each axis), "
+            f"{dashes}budget (the size, such as 0.6 or 80M) and "
             f"{dashes}keep (share of the weights that stays) or {dashes}pattern (such as 2:4)"
         )
     if not weights:
-        what = "ffn" if shape is None else "shape"
+        what = "budget" if budget is not None else "ffn" if shape is None else "shape"
         if method is not None:
             raise UserError(f"{dashes}method chooses single weights and does not go with {dashes}{what}; leave one of them out")
-        if tokens is not None:
-            raise UserError(f"{dashes}{what} is one shot and takes no {dashes}tokens; run {distill} on the result to recover")
-        return {"structured": {"ffn": ffn} if shape is None else _shape(shape, dashes)}
+        if budget is not None:
+            if tokens is not None:
+                raise UserError(f"{dashes}budget searches a shape and takes no {dashes}tokens; run {distill} on the result to recover")
+            return {"structured": {"budget": budget}}
+        kept = {"ffn": ffn} if shape is None else _shape(shape, dashes)
+        return {"structured": kept} if tokens is None else {"structured": {**kept, "rounds": ROUNDS}, "tokens": tokens}
     method = method or "magnitude"
     if method not in WEIGHT_METHODS:
         raise UserError(f"{dashes}method {method}: there is no such method; give one of {', '.join(WEIGHT_METHODS)}")
@@ -175,15 +183,38 @@ def _shape(given: str | Mapping[str, int], dashes: str) -> dict[str, Any]:
 
 
 def qat_settings(
-    tokens: int | str | None, bits: int, group_size: int | str, train: str, start: str | None, lora: int | None
+    tokens: int | str | None,
+    bits: int | str,
+    group_size: int | str,
+    train: str,
+    start: str | None,
+    lora: int | None,
+    budget: float | str | None = None,
 ) -> dict[str, Any]:
     """Return the settings of the ``qat`` stage for the options of its verb."""
-    return {"tokens": tokens, "weights": {"bits": bits, "group_size": group_size}, "train": train, "start": start, "lora": lora}
+    return {"tokens": tokens, "weights": _weights(bits, group_size, budget), "train": train, "start": start, "lora": lora}
 
 
-def quantize_settings(method: str, bits: int, group_size: int | str, calibration_tokens: int | str | None) -> dict[str, Any]:
+def quantize_settings(
+    method: str,
+    bits: int | str,
+    group_size: int | str,
+    calibration_tokens: int | str | None,
+    budget: float | str | None = None,
+    transform: str | None = None,
+) -> dict[str, Any]:
     """Return the settings of the ``quantize`` stage for the options of its verb."""
-    return {"method": method, "weights": {"bits": bits, "group_size": group_size}, "calibration_tokens": calibration_tokens}
+    return {
+        "method": method,
+        "weights": _weights(bits, group_size, budget),
+        "calibration_tokens": calibration_tokens,
+        "transform": transform,
+    }
+
+
+def _weights(bits: int | str, group_size: int | str, budget: float | str | None) -> dict[str, Any]:
+    # numbers may be text, as options give them; the recipe reads them
+    return {"bits": bits, "group_size": group_size, **({} if budget is None else {"budget": budget})}
 
 
 def evaluation(text: TextChoice, gate: float | str | None, tasks: Sequence[str]) -> tuple[TextChoice, dict[str, Any]]:
@@ -228,7 +259,11 @@ def _step_tokens(recipe: "Recipe") -> int:
     from ...trainer.plan import MOST_WINDOWS, default_step_windows
     from ..run.processes import wanted_processes
 
-    tokens, length = getattr(recipe.stages[0].settings, "tokens", None), recipe.data.seq_length
+    settings, length = recipe.stages[0].settings, recipe.data.seq_length
+    tokens = getattr(settings, "tokens", None)
+    if (structured := getattr(settings, "structured", None)) is not None and structured.budget is not None:
+        # the shapes of a search are trained for a short time
+        tokens = structured.found_by.tokens
     # who gives steps decides their number, so that they need not be small; a stage that trains nothing has none
     if tokens is None:
         return length * MOST_WINDOWS

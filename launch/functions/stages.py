@@ -55,6 +55,7 @@ def prune(
     *,
     ffn: int | None = None,
     shape: Mapping[str, int] | str | None = None,
+    budget: float | str | None = None,
     keep: float | str | None = None,
     method: str | None = None,
     pattern: str | None = None,
@@ -65,25 +66,27 @@ def prune(
     quiet: bool = False,
     **settings: Any,
 ) -> ModelResult:
-    """Cut the model to a smaller shape (``ffn``, ``shape``), or set weights to zero (``keep`` or ``pattern``; a schedule with ``tokens``).
+    """Cut the model to a smaller shape (``ffn``, ``shape``, ``budget``), or set weights to zero (``keep``, ``pattern``).
 
     Args:
         model: The model to prune.
         data: The text; see above.
-        ffn: FFN channels that are kept in every layer. Give this, ``shape``, or ``keep`` or ``pattern``.
+        ffn: FFN channels that are kept in every layer. Give this, ``shape``, ``budget``, or ``keep`` or ``pattern``.
         shape: What is kept along each axis, any of ffn, heads, kv_heads, hidden and layers: ``{"heads": 24, "layers": 28}``.
+        budget: Size of the result, whose shape is searched: a share of the decoder layers' parameters (0.6), parameters ("80M") or bytes
+            as served ("900MB").
         keep: Share of the linear weights that is kept, such as 0.7 or "70%".
         method: How weights are chosen: "magnitude" (the default), or "wanda" or "sparsegpt" on the text, in one shot, or "movement"
             while it trains.
         pattern: N:M, such as "2:4": of each M consecutive inputs of a row N weights are kept.
-        teacher: The model to learn from along the schedule. Default: ``model`` as it is.
-        tokens: Training tokens of the schedule.
+        teacher: The model to learn from while it trains. Default: ``model`` as it is.
+        tokens: Training tokens: of the schedule, or of the rounds of a cut to ``ffn`` or ``shape``, which removes at most 30 % in each.
         seq_length: Tokens per window.
         out: Run folder. Default: ``runs/prune-MODEL``.
         quiet: Print nothing.
         settings: Settings of the stage or the recipe.
     """
-    made = prune_settings(ffn, keep, tokens, shape, method=method, pattern=pattern, in_python=True)
+    made = prune_settings(ffn, keep, tokens, shape, method=method, pattern=pattern, budget=budget, in_python=True)
     return _stage("prune", model, made, data, seq_length, teacher, out, quiet, settings)
 
 
@@ -91,7 +94,8 @@ def qat(
     model: Model,
     data: Data = None,
     *,
-    bits: int = 4,
+    bits: int | str = 4,
+    budget: float | str | None = None,
     group_size: int | str = 128,
     teacher: Model | None = None,
     tokens: int | str | None = None,
@@ -108,7 +112,8 @@ def qat(
     Args:
         model: The model to train.
         data: The text; see above.
-        bits: Bits per weight.
+        bits: Bits per weight; "auto" gives each module a width within ``budget``.
+        budget: With "auto": bits per weight, scales counted, or bytes of the model as served, such as "60MB".
         group_size: Input features per scale, or "channel".
         teacher: The model to learn from.
         tokens: Training tokens. Default: 1M, unless ``steps`` is given.
@@ -120,7 +125,7 @@ def qat(
         quiet: Print nothing.
         settings: Settings of the stage or the recipe.
     """
-    made = qat_settings(tokens, bits, group_size, train, start, lora)
+    made = qat_settings(tokens, bits, group_size, train, start, lora, budget)
     return _stage("qat", model, made, data, seq_length, teacher, out, quiet, settings)
 
 
@@ -129,8 +134,10 @@ def quantize(
     data: Data = None,
     *,
     method: str = "rtn",
-    bits: int = 4,
+    bits: int | str = 4,
+    budget: float | str | None = None,
     group_size: int | str = 128,
+    transform: str | None = None,
     calibration_tokens: int | str | None = None,
     teacher: Model | None = None,
     seq_length: int = 512,
@@ -144,8 +151,10 @@ def quantize(
         model: The model to round.
         data: The text to calibrate and measure on; see above.
         method: "rtn" (to nearest), "mse" (searched scales) or "gptq" (calibrated on text).
-        bits: Bits per weight.
+        bits: Bits per weight; "auto" gives each module a width within ``budget``.
+        budget: With "auto": bits per weight, scales counted, or bytes of the model as served, such as "60MB".
         group_size: Input features per scale, or "channel".
+        transform: "awq", "smoothquant" or "rotation", before rounding. Default: none.
         calibration_tokens: Tokens to calibrate on. Default: 262,144.
         teacher: The model to compare with.
         seq_length: Tokens per window.
@@ -153,7 +162,7 @@ def quantize(
         quiet: Print nothing.
         settings: Settings of the stage or the recipe.
     """
-    made = quantize_settings(method, bits, group_size, calibration_tokens)
+    made = quantize_settings(method, bits, group_size, calibration_tokens, budget, transform)
     return _stage("quantize", model, made, data, seq_length, teacher, out, quiet, settings)
 
 

@@ -1,6 +1,6 @@
 """Checks before any work that the models' families support the recipe, and computes the share of weights that stages reach."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from math import prod
 from typing import TYPE_CHECKING
@@ -38,14 +38,14 @@ def coverage(stage: StageShape) -> float | None:
     settings, weights = stage.entry.settings, stage.before.family.weights
     # single weights are chosen among all linears
     if isinstance(settings, PruneSettings):
-        return cut_share(stage.before, settings.structured.kept) if settings.structured else weights.share()
+        return cut_share(stage.before, settings.structured.axes) if settings.structured else weights.share()
     # an export packs what its scheme quantizes
     if isinstance(settings, QatSettings | QuantizeSettings | ExportSettings) and stage.scheme is not None:
         return weights.share(quantized_linears(stage.before, stage.scheme))
     return None
 
 
-def cut_share(shape: ModelShape, kept: "Mapping[Axis, int]") -> float:
+def cut_share(shape: ModelShape, kept: "Iterable[Axis]") -> float:
     """Return the share of the decoder's weights in matrices that structured pruning makes smaller or removes; 0.0 for an unknown family."""
     family = MAPS.get(shape.config.model_type)
     if family is None:

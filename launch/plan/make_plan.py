@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...losses.settings_own import OwnLossSettings
+from ...qat.transforms.limits import transform_notes
 from ...trainer.processes.teacher_memory import teacher_bytes
 from ...trainer.stage_plan import derive_plan, derive_steps, held_teacher, learns_from, trains, wanted_strategy
 from .disk import checkpoint_bytes, model_bytes, quantized_bytes
@@ -24,6 +25,7 @@ from .recipe_remedies import Keys, RecipeRemedies
 from .rounding import rounding_plan
 from .sampling_cost import SamplingCase, sampling_cost
 from .serving_stacks import Verdict, verdicts
+from .shape_budgets import round_notes, search_notes
 from .shapes import ModelShape
 from .stage_shapes import StageShape, makes_own_model, shape_notes, stage_shapes, student_shape, teacher_shape
 from .stage_time import StageWork, timed, training_step
@@ -99,7 +101,8 @@ def _stage(
     from ...trainer.settings_quantization import QatSettings, QuantizeSettings
 
     entry, after = shape.entry, shape.after
-    values = settings_values(f"stages.{entry.index}.{entry.kind}", entry.settings)
+    # as the recipe has them: widths that stand in for a choice are no settings
+    values = settings_values(f"stages.{entry.index}.{entry.kind}", shape.asked or entry.settings)
     notes: list[str] = []
     training, work = None, StageWork(imported=isinstance(entry.settings, OwnStageSettings))
     if trains(entry.settings):
@@ -110,7 +113,10 @@ def _stage(
         # the mixture decides ``weights``
         values = [value for value in values if ".weights." not in value.key] + mix_values(entry, quantized_linears(after, shape.scheme))
     if isinstance(entry.settings, PruneSettings) and entry.settings.structured:
-        notes = shape_notes(after, entry.settings.structured.kept)
+        structured = entry.settings.structured
+        notes += [*search_notes(shape.before, structured), *round_notes(shape.before, entry.settings), *shape_notes(after, structured.kept)]
+    if isinstance(entry.settings, QuantizeSettings) and entry.settings.transform is not None:
+        notes += transform_notes(entry.settings.transform, shape.before.config, embedding=entry.settings.embedding is not None)
     rounding, rounded = None, entry.settings
     if isinstance(entry.settings, QatSettings):
         # qat rounds before it trains, and that is the peak of its memory on a small GPU
@@ -148,7 +154,7 @@ def _stage(
         exports=exports,
         verdicts=list(judged),
         refusals=refused,
-        notes=notes,
+        notes=[*notes, *([shape.note] if shape.note else [])],
         coverage=coverage(shape),
         # told at the stage that quantizes, not after it at an export that cannot be written
         not_exported=shape.after.family.refusal("export") or "" if entry.kind in ("qat", "quantize") else "",
@@ -282,7 +288,8 @@ def _trained_in_qat(settings: Any) -> dict[str, Any]:
 
     if not isinstance(settings, QatSettings):
         return {}
-    rounds = {"rounds_inputs": settings.activations is not None}
+    inputs = settings.activations
+    rounds = {"rounds_inputs": inputs is not None, "keeps_outliers": inputs is not None and inputs.outliers is not None}
     return {"learned_scales": settings.scales == "learned", "codes_only": settings.train == "scales", "rank": settings.lora or 0, **rounds}
 
 

@@ -38,7 +38,8 @@ class StageMemoryCase:
     """Whether the weights of the decoder's linears have movement scores."""
     rounds_inputs: bool = False
     """Whether quantized linears of the decoder layers read rounded inputs in a qat stage."""
-
+    keeps_outliers: bool = False
+    """Whether outliers of these inputs stay unrounded."""
     drawn: int = 0
     """Bytes that drawing samples takes beside weights and moments; 0 without samples."""
 

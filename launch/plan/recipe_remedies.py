@@ -16,6 +16,7 @@ from ...qat.export.limits.refusal import (
     Skip,
     Weights,
     Without,
+    yaml_word,
 )
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class RecipeRemedies:
                 assert refusal.spec is not None
                 return "use", self.weights(refusal.spec, [module.name for module in refusal.modules], **dict(values))
             case Beyond(key, values):
-                return "use", " ".join(f"{self.keys.quantizer}{key}.{name}={value}" for name, value in values)
+                return "use", " ".join(f"{self.keys.quantizer}{key}.{name}={yaml_word(value)}" for name, value in values)
             case Without(key):
                 # a mixture quantizes embedding and head without a key of their own
                 by_mix = self.scheme.mix and key in ("embedding", "head") and getattr(self.scheme, key) is None
@@ -87,8 +88,7 @@ class RecipeRemedies:
             names: Full names of the modules.
             values: Fields of the QuantSpec.
         """
-        # true and false as YAML writes them
-        text = {name: str(value).lower() if isinstance(value, bool) else value for name, value in values.items()}
+        text = {name: yaml_word(value) for name, value in values.items()}
         kinds = list(dict.fromkeys(self.model.kind_of(name) for name in names))
         ends = {self.model.embedding: "embedding", self.model.head: "head"}
         # modules with the common scheme are changed at ``weights``; embedding and head have keys of their own

@@ -43,6 +43,8 @@ def _bytes(part: str, readers: int, rounding: int, case: "StageMemoryCase") -> i
         return 0
     # one byte per element for each linear that rounds; Triton kernels keep the unrounded input instead
     flags = 0 if case.on_gpu else rounding
+    # which values stay unrounded is kept twice: where they are left out, and where they are put back
+    flags += 2 * rounding if case.keeps_outliers else 0
     if not case.mixed:
         # the unrounded input is freed when nobody needs it for the backward pass: no kernel, no linear that reads it unrounded, no
         # attention

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...models.calibration.limits import KEPT_BYTES
 from ...models.fused_linears import FUSED
 from ...qat.ptq_limits import TWICE_TO
+from ...qat.transforms.limits import ROTATED_AT_ONCE, SEARCHED
 from .fitting import usable
 from .quantized_shapes import quantized_linears
 from .shapes import ModelShape
@@ -18,6 +19,7 @@ from .stage_shapes import StageShape
 if TYPE_CHECKING:
     from ...qat.rounding_method import RoundingMethod
     from ...qat.scheme import QuantScheme
+    from ...qat.transforms.settings import TransformSettings
     from ...trainer.settings_quantization import QuantizeSettings
 
 
@@ -26,6 +28,8 @@ class RoundingPlan:
     """Resources of a quantize stage."""
 
     method: str
+    transform: str | None
+    """What is done to the weights before they are rounded; None = nothing."""
     tokens: int
     """Calibration tokens at most (the text may have fewer); 0 for methods without calibration."""
     flop: float
@@ -64,24 +68,29 @@ def rounding_plan(
     """
     from ...trainer.rounding_settings import memory_in_whole, rounding_of, wants_streaming
 
-    model, rounding = shape.before, rounding_of(settings)
+    # a rotation may untie the head
+    model, rounding = shape.after, rounding_of(settings)
     needs = rounding.needs
     tokens, fitted = settings.calibration_tokens or 0, settings.scale == "fitted"
     assert shape.scheme is not None
     # what is measured on an input holds for all linears that read it; where nothing is measured, each is rounded alone
-    layers = _stacks(model, shape.scheme, shared=needs != "nothing")
+    layers = _stacks(model, shape.scheme, shared=rounding.needs != "nothing" or rounding.transforms_on_text)
     batch = _batch_bytes(model, seq_length) if tokens else 0
     # one layer is worked on at a time, so the largest decides
     codes = max((sum(stack.outputs * stack.inputs for stack in stacks) for stacks in layers), default=0)
     # embedding, norms and head, and the layer that is being rounded, in fp32
     around = 4 * (model.outside + model.layer) + codes
     work = max((_layer_bytes(stacks, needs, batch, fitted) for stacks in layers), default=0)
-    streamed = wants_streaming(settings, model.parameters)
+    if rounding.transform is not None:
+        work = max(work, _transform_bytes(model, layers, rounding.transform, batch))
+    # decided from the files of the input
+    streamed = wants_streaming(settings, shape.before.parameters)
     # streamed to a GPU, the host holds only what is around the layers
     host = (4 * model.outside if on_gpu else around) if streamed else memory_in_whole(model.parameters)
     device = around + work if on_gpu else 0
     return RoundingPlan(
         method=settings.method,
+        transform=None if rounding.transform is None else rounding.transform.method,
         tokens=tokens,
         flop=_flop(model, layers, rounding, tokens, twice=shape.scheme.weights.bits <= TWICE_TO),
         device_bytes=device,
@@ -108,6 +117,29 @@ def _stacks(model: ModelShape, scheme: "QuantScheme", *, shared: bool) -> list[l
         before = stacks[together].outputs if together in stacks else 0
         stacks[together] = _Stack(before + rows, columns)
     return [list(stacks.values()) for stacks in layers.values()]
+
+
+def _transform_bytes(model: ModelShape, layers: list[list[_Stack]], transform: "TransformSettings", batch: int) -> int:
+    """Return the bytes of a transform's work, without the weights that it changes."""
+    if transform.method == "rotation":
+        # the result of the largest matrix or table, and a part of it four times in fp64
+        largest = max((stack.outputs * stack.inputs for stacks in layers for stack in stacks), default=0)
+        numbers = max(largest, model.vocabulary * model.hidden if transform.residual else 0)
+        return 4 * numbers + 4 * 8 * min(numbers, ROTATED_AT_ONCE)
+    if transform.method == "smoothquant":
+        return batch
+    # the second moments of all inputs of a layer at once, with a batch on its way, or a stack, its rounding and its error; clipping
+    # has one more copy of the weights, and the moments behind their scales
+    copies, moments = (6, 2) if transform.clip else (5, 0)
+    return max(
+        (
+            sum(4 * stack.inputs**2 for stack in stacks)
+            + max(batch, *(4 * copies * stack.outputs * stack.inputs + 4 * moments * stack.inputs**2 for stack in stacks))
+            for stacks in layers
+            if stacks
+        ),
+        default=0,
+    )
 
 
 def _layer_bytes(stacks: list[_Stack], needs: str, batch: int, fitted: bool) -> int:
@@ -159,10 +191,14 @@ def _flop(model: ModelShape, layers: list[list[_Stack]], rounding: "RoundingMeth
     serves = rounding.activations is not None or rounding.kv_cache is not None
     widest = max((stack.inputs for layer in layers for stack in layer), default=0)
     again = rounding.needs == "nothing" or serves or 4 * widest * tokens > KEPT_BYTES
-    passes = 2.0 * tokens * model.linear * ((rounding.needs != "nothing") + rounding.observes + again * (1 - 1 / max(1, model.layers)))
+    stacks = [stack for layer in layers for stack in layer]
+    runs = (rounding.needs != "nothing") + rounding.observes + rounding.transforms_on_text + again * (1 - 1 / max(1, model.layers))
+    passes = 2.0 * tokens * model.linear * runs
+    if rounding.transform is not None and rounding.transform.method == "awq":
+        # second moments, and a product with them for each point of the grid and for no scales
+        passes += sum(2.0 * tokens * stack.inputs**2 + SEARCHED * 2.0 * stack.outputs * stack.inputs**2 for stack in stacks)
     if rounding.needs != "hessian":
         return passes
-    stacks = [stack for layer in layers for stack in layer]
     # X^T X of each input; the Cholesky factorization below takes n^3 / 3
     moments = sum(2.0 * tokens * stack.inputs**2 for stack in stacks)
     # products for the codes; a fit adds two more, and repeats them in a second pass

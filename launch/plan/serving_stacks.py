@@ -13,7 +13,7 @@ from ...qat.export.limits.gguf import GGUF_KINDS
 from ...qat.export.limits.plain import FORMATS as PLAIN
 from ...qat.export.limits.refusal import OtherFormat
 from ...qat.export.limits.stored_model import StoredModel
-from ...qat.spec import QuantSpec
+from ...qat.spec import PACKED_FLOATS, QuantSpec
 from .recipe_remedies import RecipeRemedies
 from .stack_rules import Outcome, StackFinding, rules
 from .stored_shapes import StoredShapes, stored_shapes
@@ -68,7 +68,8 @@ def _of_format(target: str, form: str, stored: StoredModel, cases: Sequence[Stor
         # plain weights have no codes that a kernel could refuse, and no groups that a cut could break
         served = [replace(case, spec=QuantSpec(group_size="channel")) for case in cases]
     else:
-        served = [case for case in cases if case.spec.kind == "int" or (form.startswith("gguf") and case.spec.kind in GGUF_KINDS)]
+        held = ("int", *(PACKED_FLOATS if form == "compressed-tensors" else GGUF_KINDS if form.startswith("gguf") else ()))
+        served = [case for case in cases if case.spec.kind in held]
     # several schemes may give the same finding, which is told once
     reasons = list(dict.fromkeys(finding for case in served for rule in rules(target, form) for finding in rule(case)))
     if all(finding.outcome != "no" for finding in reasons):
@@ -94,11 +95,21 @@ def _of_limits(target: str, form: str, stored: StoredModel, remedies: RecipeReme
         yield StackFinding("no", f"{form} {refusal.reason}", fix)
 
 
+def _kernels(case: StoredShapes) -> str:
+    """Return the server's kernels for a scheme, with the GPUs that have them."""
+    spec, kind = case.spec, case.spec.kind
+    if case.activations is None:
+        return f"Marlin, W{spec.bits}A16" + ("" if kind == "int" else f" in {kind}")
+    if kind == "int":
+        return "int8 kernels, W8A8"
+    return f"{kind} kernels, W{spec.bits}A{spec.bits}, on GPUs from compute capability {'8.9' if kind == 'fp8_e4m3' else '10.0'} on"
+
+
 def _fast_path(target: str, form: str, case: StoredShapes) -> str:
     if form in PLAIN:
         return "plain weights, as any model's"
     if target in ("vLLM", "SGLang"):
-        kernels = f"Marlin, W{case.spec.bits}A16" if case.activations is None else "int8 kernels, W8A8"
+        kernels = _kernels(case)
         cache = ", keys and values in fp8" if case.kv_cache else ""
         return kernels + cache + (f", tensor parallel over {case.ranks}" if case.ranks > 1 else "")
     return {

@@ -69,7 +69,8 @@ def _rounding_line(rounding: "RoundingPlan") -> str:
     state = {True: ", fits", False: ", does NOT fit", None: ""}[rounding.fits]
     gpu = f"{size(rounding.device_bytes)} on a GPU{state}, " if rounding.device_bytes else ""
     streamed = f", layer by layer with {size(rounding.work_bytes)} of work files" if rounding.streamed else ""
-    return f"{rounding.method}{text}, {gpu}about {size(rounding.host_bytes)} of memory{streamed}"
+    method = f"{rounding.transform} + {rounding.method}" if rounding.transform else rounding.method
+    return f"{method}{text}, {gpu}about {size(rounding.host_bytes)} of memory{streamed}"
 
 
 def sampling_line(sampling: "Sampling") -> str:

@@ -59,7 +59,8 @@ def _kernel_bits(case: StoredShapes) -> Iterable[StackFinding]:
 
 def _marlin_groups(case: StoredShapes) -> Iterable[StackFinding]:
     group = case.spec.group_size
-    if group != "channel" and group not in GROUPS:
+    # floats in blocks have kernels for their one group size
+    if case.spec.kind == "int" and group != "channel" and group not in GROUPS:
         # of two equally near sizes the larger, which costs fewer scales
         nearest = min(GROUPS, key=lambda size: (abs(size - int(group)), -size))
         reason = f"Marlin takes groups of {', '.join(map(str, GROUPS))} or whole rows, not {group}"
@@ -109,7 +110,7 @@ def _largest_ranks(case: StoredShapes, width: int) -> int:
 def _marlin_widths(case: StoredShapes) -> Iterable[StackFinding]:
     """Marlin tiles: (outputs, inputs) multiples of (64, 128) or (128, 64) on each GPU; others are padded with zeros."""
     if case.activations is not None:
-        return  # int8 inputs use other kernels; the limits of the format cover what those need
+        return  # rounded inputs use other kernels; the limits of the format cover what those need
     for name, (rows, columns) in case.linears.items():
         row_parallel = name.endswith(_SPLIT_INPUTS)
         out = rows if row_parallel else rows // case.ranks

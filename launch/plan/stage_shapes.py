@@ -1,14 +1,17 @@
 """The shape of every model that a recipe passes through: teacher, student, and what each stage makes of it."""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...models.common.errors import UserError
+from ...qat.bit_assignment import BudgetError
 from ...qat.scheme import example_of
 from ...qat.super_blocks import no_zero
 from ...trainer.settings_own import OwnStageSettings
 from .quantized_shapes import quantized_linears
+from .shape_budgets import shape_space
 from .shapes import ModelShape, config_from, config_of, shape_of
 
 if TYPE_CHECKING:
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from ...models.axis_map import Axis
     from ...qat.scheme import QuantScheme
     from ...qat.spec import ActivationSpec
+    from ...qat.transforms.settings import TransformSettings
     from ...trainer.settings_pruning import PruneSettings
     from ...trainer.settings_structured import StructuredSettings
 
@@ -27,6 +31,7 @@ class StageShape:
     """Shapes of a stage's input and output."""
 
     entry: "StageEntry"
+    """Where the stage will choose widths (``weights.bits: auto``), with widths that stand in for its choice (``bit_budget``)."""
     before: ModelShape
     after: ModelShape
     scheme: "QuantScheme | None"
@@ -37,6 +42,10 @@ class StageShape:
     """How keys and values are rounded after the stage."""
     continues: bool = False
     """A stage qat that starts from the codes of the stage before it."""
+    asked: Any = None
+    """The settings as the recipe has them, where ``entry`` has others."""
+    note: str = ""
+    """What the plan says of the choice of widths; '' without one."""
 
 
 class ImpossibleStageError(UserError):
@@ -98,12 +107,15 @@ def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
     # what the stage before has left: the shape, the scheme of its codes, and whether weights were pruned
     shape, scheme, beside, sparse = student, None, {}, False
     for entry in recipe.stages:
-        before, settings, continues = shape, entry.settings, False
+        before, continues, note = shape, False, ""
+        asked = settings = entry.settings
         if isinstance(settings, PruneSettings) and settings.structured:
             shape = _pruned(shape, settings.structured, entry.name)
         elif isinstance(settings, PruneSettings):
             _check_weights(shape, settings, entry, recipe.data.seq_length)
         if isinstance(settings, QatSettings | QuantizeSettings):
+            settings, note = _with_widths(settings, shape, entry)
+            entry = replace(entry, settings=settings)
             # the codes of the stage before fit: the same scheme, no pruned weights, and no rounding of inputs or cache beside it
             same = settings.scheme == scheme and not sparse and not any(beside.values())
             scheme = settings.scheme
@@ -113,6 +125,8 @@ def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
                 _check_importance(shape, settings.importance, entry)
             if sparse:
                 _check_zeros_held(shape, scheme, entry)
+            if isinstance(settings, QuantizeSettings) and settings.transform is not None:
+                shape = _transformed(recipe, shape, settings.transform, entry, sparse)
             continues = same and isinstance(settings, QatSettings) and settings.first == "gptq" and not any(beside.values())
             if not continues:
                 _check_calibration(shape, scheme, entry, recipe.data.seq_length)
@@ -120,8 +134,41 @@ def stage_shapes(recipe: "Recipe", student: ModelShape) -> list[StageShape]:
             # training and pruning write plain weights: an earlier quantization is gone
             scheme, beside = None, {}
             sparse = sparse or (isinstance(settings, PruneSettings) and settings.weights is not None)
-        found.append(StageShape(entry, before, shape, scheme, **beside, continues=continues))
+        found.append(StageShape(entry, before, shape, scheme, **beside, continues=continues, asked=asked if note else None, note=note))
     return found
+
+
+def _transformed(
+    recipe: "Recipe", shape: ModelShape, transform: "TransformSettings", entry: "StageEntry", sparse: bool
+) -> ModelShape:  # fmt: skip
+    """Return the shape after a transform: a rotation unties the head. Raise ImpossibleStageError if the model cannot be transformed."""
+    from ...models.folder.hub import local_folder
+    from ...models.folder.record import read_record
+    from ...qat.transforms.limits import transform_refusal, unties
+
+    path = recipe.student.path
+    # a folder that is here may have a mask of its own; what earlier stages prune is known from their settings
+    if path and not sparse and (folder := local_folder(path, revision=recipe.student.revision)) is not None and folder.is_dir():
+        sparse = bool(read_record(folder).get("sparse"))
+    if reason := transform_refusal(transform, shape.config, sparse=sparse, tensors=shape.tensors):
+        raise ImpossibleStageError(f"stages.{entry.index}.{entry.kind}.transform: {transform.method}: {reason}")
+    if not unties(transform, shape.config):
+        return shape
+    config = copy.deepcopy(shape.config)
+    config.tie_word_embeddings = False
+    return shape_of(config, f"{shape.source}, with a head of its own")
+
+
+def _with_widths(settings: Any, shape: ModelShape, entry: "StageEntry") -> tuple[Any, str]:
+    """Return the settings with a width for every module, and a note if the stage will choose them."""
+    from .bit_budget import stand_in
+
+    try:
+        return stand_in(settings, shape)
+    except BudgetError as error:
+        raise ImpossibleStageError(f"stages.{entry.index}.{entry.kind}.weights.{error}") from error
+    except ValueError as error:
+        raise ImpossibleStageError(f"stages.{entry.index}.{entry.kind}.{error}") from error
 
 
 def makes_own_model(settings: object) -> bool:
@@ -215,15 +262,20 @@ def _pruned(shape: ModelShape, structured: "StructuredSettings", stage: str) -> 
     from ...models.sizes import WORDS, sizes_of, target_sizes
 
     family = family_of(shape.config)
+    before = sizes_of(shape.config, family)
+    about = ""
     try:
-        after = target_sizes(shape.config, family, structured.kept)
+        kept = structured.kept
+        if (space := shape_space(shape, structured)) is not None:
+            # which shape it will be, scores decide; all of them cost about the same
+            kept, about = space.most_even().kept(before), "such as "
+        after = target_sizes(shape.config, family, kept)
     except UserError as error:
         raise ImpossibleStageError(f"{stage}: {error}") from error
-    before = sizes_of(shape.config, family)
     # which layers stay is decided by scores; their sizes are alike
     config = cut_config(shape.config, family, after, kept_layers(before.layers, after.layers))
-    told = ", ".join(f"{after.of(axis):,} of {before.of(axis):,} {WORDS[axis]}" for axis in structured.kept)
-    return shape_of(config, f"{shape.source}, {told}")
+    told = ", ".join(f"{after.of(axis):,} of {before.of(axis):,} {WORDS[axis]}" for axis in kept)
+    return shape_of(config, f"{shape.source}, {about}{told}")
 
 
 def shape_notes(shape: ModelShape, kept: "Mapping[Axis, int]") -> list[str]:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+from .bit_widths import draw_widths
 from .curves import Curves
 from .labels import place_labels
+from .searches import draw_searches, searches
 from .tables import count, served
 
 _TRAINED, _HELD_OUT = "#1f4e79", "#c0392b"
@@ -25,12 +27,16 @@ _COLOURS = {
 
 
 def draw_all(report: dict[str, Any], curves: Curves) -> dict[str, "Figure"]:
-    """Return every picture for which there is data, by name: size-quality, curves, sparsity."""
+    """Return every picture for which there is data, by name: size-quality, search, curves, sparsity, bits."""
     drawn = {"size-quality": size_against_quality(report)}
+    if found := searches(report):
+        drawn["search"] = draw_searches(report, _figure(5.5 * len(found), 3.6))
     if curves:
         drawn["curves"] = training_curves(curves)
     if any(row.get("layer_sparsity") and max(row["layer_sparsity"]) > 0 for row in report["stages"]):
         drawn["sparsity"] = draw_layer_sparsity(report)
+    if any(row.get("bits") for row in report["stages"]):
+        drawn["bits"] = draw_widths([row for row in report["stages"] if row.get("bits")])
     return drawn
 
 

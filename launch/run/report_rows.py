@@ -220,6 +220,8 @@ class ReportRows:
                 "held_out": state.get("held_out"),
                 # only where there are any, so that rows without them are those of earlier versions
                 **({"samples": sampled} if (sampled := state.get("samples")) else {}),
+                **({"bits": chosen} if (chosen := state.get("bits")) else {}),
+                **({"search": searched} if (searched := state.get("search")) else {}),
                 **seen,
             }
         )

@@ -180,13 +180,14 @@ class StageFolder:
         return True
 
     def drop_checkpoints(self, keep: int, step: int | None = None) -> None:
-        """Delete the stage's checkpoints, and its start state, which only an unfinished stage needs.
+        """Delete the stage's checkpoints, its start state and its rounds, which only an unfinished stage needs.
 
         Args:
             keep: number of checkpoints that stay, the newest ones.
             step: the step whose checkpoint comes before the newest ones, because the stage's model is made of it.
         """
-        shutil.rmtree(self.path / "start", ignore_errors=True)
+        for unfinished in ("start", "rounds"):
+            shutil.rmtree(self.path / unfinished, ignore_errors=True)
         # step numbers have leading zeros, so that names sort as numbers
         saves = sorted((self.path / "checkpoints").glob("step-*"), key=lambda save: (save.name == f"step-{step or 0:08d}", save.name))
         for folder in saves[: len(saves) - keep]:

@@ -22,6 +22,7 @@ _STAGE = re.compile(r"\d\d-.+")
 _CACHED = {
     "tokens": "tokenized text, made again when a run needs it",
     "teachers": "a scratch teacher, trained again when a run needs it",
+    "scores": "scores of a model that was cut, computed again when it is cut again",
     "teacher-caches": "a teacher's predictions, computed again when a run needs them",
 }
 

@@ -108,14 +108,20 @@ class Replay:
         """Makes every part of a layer run again."""
         self._shortened.clear()
 
-    def run(self, index: int, number: int, few: tuple[int, int] | None = None) -> Tensor | None:
+    def run(self, index: int, number: int, few: tuple[int, int] | None = None, hidden: Tensor | None = None) -> Tensor | None:
         """Runs layer ``index`` on the stored hidden states of batch ``number``, or on ``few`` of its (rows, first tokens).
+
+        Args:
+            index: Number of the layer.
+            number: Number of the batch.
+            few: (rows, first tokens) of the batch to run on.
+            hidden: [B, S, H] in place of the stored hidden states. It may have an autograd graph, which the output then continues.
 
         Returns:
             The layer's output [B, S, H], or None if a hook raised ``Enough``.
         """
         # None before the first layer: the backbone then embeds the tokens itself
-        given, result, layer = self._hidden[number], [], self._layers[index]
+        given, result, layer = self._hidden[number] if hidden is None else hidden, [], self._layers[index]
         batch = self._batches[number]
         # the first tokens of some rows: an examination of the layer needs no more
         if few is not None:
@@ -148,6 +154,19 @@ class Replay:
             for handle in handles:
                 handle.remove()
         raise UserError(f"decoder layer {index} of {type(self._backbone).__name__} did not run; {self.remedies.layer}")
+
+    def end(self, number: int, hidden: Tensor) -> Tensor:
+        """The backbone's output [B, S, H] for batch ``number``, with ``hidden`` [B, S, H] as the output of its last layer.
+
+        That layer has run before. It runs what follows the layers, such as the last norm, and continues the autograd graph of ``hidden``.
+        """
+        last, nones = self._layers[-1], self._behind[len(self._layers) - 1]
+
+        def forward(*_args: Any, **_kwargs: Any) -> Any:
+            return hidden if nones is None else (hidden, *[None] * nones)
+
+        with _skipped(self._layers[:-1], self._behind), _replaced([(last, forward)]):
+            return self._backbone(**backbone_inputs(self._batches[number], self._device)).last_hidden_state
 
     def _short_forwards(self, number: int) -> list[tuple[nn.Module, Callable[..., Any]]]:
         return [(known.part.module, partial(self._short, known, number)) for known in self._shortened]

@@ -1,4 +1,4 @@
-"""The cache folder, which holds only what decoct can make again: tokenized text, scratch teachers, teachers' predictions, hashes."""
+"""The cache folder, which holds only what decoct can make again: tokenized text, scratch teachers, scores, predictions, hashes."""
 
 import os
 from pathlib import Path

@@ -28,8 +28,8 @@ _WEIGHTS = (".safetensors", ".gguf")
 # a record may have been edited: whatever reads these entries relies on their types
 _TYPES: dict[str, tuple[type, ...]] = {
     "imported": (dict,), "files": (dict,), "sizes": (dict,), "quant": (dict, type(None)), "export": (dict,), "training": (dict,),
-    "metrics": (dict, type(None)), "kept": (dict,), "parent_shape": (dict,), "base_model": (str, type(None)), "run": (str, type(None)),
-    "kind": (str,),
+    "metrics": (dict, type(None)), "kept": (dict,), "parent_shape": (dict,), "root": (dict,), "base_model": (str, type(None)),
+    "run": (str, type(None)), "kind": (str,),
 }  # fmt: skip
 _EXPORT_TYPES: dict[str, tuple[type, ...]] = {
     "weights": (dict, type(None)), "scales": (dict, type(None)), "format": (str, type(None)), "runtimes": (dict, type(None)),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..axis_map import Axis, Family
 from ..sizes import Sizes
+from .ranks import Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +38,12 @@ class _Place:
         self.total += windows.sum(0)
         self.squares += (windows / counts.clamp(min=1)[:, None]).square().sum(0)
         self.tokens += int(counts.sum())
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Adds the sums of all processes."""
+        ranks.sum(self.total)
+        ranks.sum(self.squares)
+        self.tokens = round(ranks.number(self.tokens))
 
     def numbers(self, score: str) -> Tensor:
         """[C] fp64: the score of each channel by itself."""
@@ -92,6 +99,18 @@ class Readers:
             matrices.append(weight if family.layer[f"{name}.weight"][0] == out else weight.T)
         return _Place(matrices)
 
+    def rows(self, values: Tensor) -> Tensor:
+        """The unmasked tokens of [B, S, C] or [B * S, C] of the current batch as [tokens, C]."""
+        return values.detach().reshape(*self.mask.shape, -1)[self.mask]
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Adds the sums of all processes, each of which has read batches of its own."""
+        inside = [place for places in (self._ffn, self._heads, *self._hidden) for place in places]
+        for place in (*inside, *([self._final] if self._final is not None else [])):
+            place.add_up(ranks)
+        ranks.sum(self._cosines)
+        self._tokens = round(ranks.number(self._tokens))
+
     @property
     def wanted(self) -> bool:
         """Whether there is anything to read on text."""
@@ -133,6 +152,7 @@ class Readers:
         cosine = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
         self._cosines[index] += cosine[self.mask].sum(dtype=torch.float64).cpu()
 
+    @torch.no_grad()
     def raw(self, score: str, sizes: Sizes) -> dict[Axis, list[Tensor]]:
         """Axis -> per layer the squares of the scores; for ``hidden`` the scores themselves, with those outside the layers last."""
         found: dict[Axis, list[Tensor]] = {}

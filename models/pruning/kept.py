@@ -40,6 +40,25 @@ class Kept:
                 changed[axis] = len(per_layer[0])
         return Sizes(**{**before.record(), **changed})
 
+    def of_root(self, first: "Kept") -> "Kept":
+        """These indices, of a model that ``first`` was cut to, as indices of the model that ``first`` was cut from."""
+
+        def inside(own: list[list[int]] | None, theirs: list[list[int]] | None) -> list[list[int]] | None:
+            if theirs is None:
+                return own
+            if own is None:
+                return [theirs[layer] for layer in self.layers]
+            return [[theirs[layer][index] for index in indices] for layer, indices in zip(self.layers, own, strict=True)]
+
+        hidden = self.hidden if first.hidden is None else [first.hidden[index] for index in self.hidden or range(len(first.hidden))]
+        return Kept(
+            layers=[first.layers[layer] for layer in self.layers],
+            ffn=inside(self.ffn, first.ffn),
+            heads=inside(self.heads, first.heads),
+            kv_heads=inside(self.kv_heads, first.kv_heads),
+            hidden=hidden,
+        )
+
     def record(self, family: Family, total: int) -> dict[str, Any]:
         """For decoct.json: axis -> indices of the parent, those inside layers by the parent's module; axes that were cut alone.
 

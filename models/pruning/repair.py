@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..axis_map import Family
+from ..axis_map import Axis, Family
 from ..family_map import family_of
 from ..sizes import Sizes, sizes_of
 from .grams import Grams
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 DAMPING = 0.01
 """Share of the mean of the diagonal that is added to it before a Gram matrix is inverted (SparseGPT's value)."""
 Text = Sequence[Mapping[str, Tensor]]
+GramsOf = Callable[[Sequence[str]], Iterable[tuple[str, Tensor]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,7 @@ def cut_and_repair(
     held_out: Text,
     *,
     leave: Iterable[str] = (),
+    grams: GramsOf | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> tuple["PreTrainedModel", list[Repair]]:
     """``cut`` with release, and then each repair that applies.
@@ -61,6 +63,7 @@ def cut_and_repair(
         fit: Text that repairs are fitted on.
         held_out: Text that decides whether they are kept.
         leave: Matrices of the parent whose zeros are a mask: they are not refitted.
+        grams: Gives the Gram matrices of linears of the parent on ``fit``, where they are known; None = they are summed.
         tell: Gets a line per repair.
 
     Returns:
@@ -74,7 +77,8 @@ def cut_and_repair(
     norms = None
     if _scales(family, before, after):
         norms = NormOutputs(model, fit, list(hidden_norms(family, kept)), kept.hidden), ParentOutputs(model, fit)
-    refits = _refits(model, family, fit, kept, before, set(leave))
+    summed: GramsOf = (lambda names: Grams(model, fit, names)) if grams is None else grams
+    refits = _refits(model, family, summed, kept, before, set(leave))
     student = cut(model, kept, release=True)
     done: list[Repair] = []
     start = judge.kl(student)
@@ -112,6 +116,14 @@ def _replace(student: "PreTrainedModel", values: Mapping[str, Tensor]) -> dict[s
         former[name] = parameter.detach().clone()
         parameter.copy_(value)
     return former
+
+
+def refitted(family: Family, axes: Iterable[Axis], layers: int) -> list[str]:
+    """Full names of the projections that the repairs refit after a cut along these axes."""
+    cut_along = set(axes)
+    modules = [family.attention_out] if cut_along & {"heads", "kv_heads"} else []
+    modules += [family.ffn_out] if "ffn" in cut_along else []
+    return [f"{family.layers_path}.{layer}.{module}" for module in modules for layer in range(layers)]
 
 
 def _scales(family: Family, before: Sizes, after: Sizes) -> bool:
@@ -163,7 +175,7 @@ def _put(
 
 
 def _refits(
-    model: "PreTrainedModel", family: Family, fit: Text, kept: Kept, before: Sizes, leave: set[str]
+    model: "PreTrainedModel", family: Family, grams: GramsOf, kept: Kept, before: Sizes, leave: set[str]
 ) -> dict[str, dict[str, Tensor]]:
     """Repair -> new weights of the student's output projections, by the least squares of their outputs in the parent."""
     wanted = {"attention": (family.attention_out, "heads", kept.heads), "ffn": (family.ffn_out, "ffn", kept.ffn)}
@@ -174,7 +186,7 @@ def _refits(
         names = {f"{family.layers_path}.{layer}.{module}": position for position, layer in enumerate(kept.layers)}
         names = {name: position for name, position in names.items() if name not in leave}
         found[repair] = {}
-        for name, gram in Grams(model, fit, list(names)):
+        for name, gram in grams(list(names)):
             position = names[name]
             columns = part_rows(axis, kept.of(axis, position), before)
             rows = part_rows("hidden", kept.hidden, before)

@@ -17,6 +17,7 @@ values. A hidden channel is read in many places; the numbers of ``activation`` a
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,8 @@ from ..families import backbone_and_head
 from ..family_map import family_of
 from ..sizes import WORDS, ChannelScore, Sizes, sizes_of
 from .activations import Readers
+from .grams import GramSums
+from .ranks import ALONE, Ranks
 from .reductions import reduced
 from .text_loss import add_gradients
 
@@ -59,7 +62,13 @@ class Scores:
 
 
 def scored(
-    model: "PreTrainedModel", batches: Batches, axes: Iterable[Axis], *, score: ChannelScore = "weight_activation", influence: bool = False
+    model: "PreTrainedModel",
+    batches: Batches,
+    axes: Iterable[Axis],
+    *,
+    score: ChannelScore = "weight_activation",
+    influence: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Scores:
     """Scores of all parts along ``axes``.
 
@@ -70,6 +79,7 @@ def scored(
         axes: Any of ffn, heads, kv_heads and hidden.
         score: How they are scored.
         influence: Whether layers are scored too.
+        ranks: The processes that score together, each on its own batches.
 
     Raises:
         UserError: the family is unknown, or there is no token to score on.
@@ -83,24 +93,70 @@ def scored(
         readers = Readers(model, family, wanted if score in ("activation", "weight_activation") else [], influence=influence)
         try:
             if readers.wanted or (wanted and score == "taylor"):
-                _read(model, batches, readers, gradients=bool(wanted) and score == "taylor")
+                _read(model, batches, readers, gradients=bool(wanted) and score == "taylor", ranks=ranks)
             raw = _raw(model, family, sizes, wanted, score, readers)
         finally:
             if score == "taylor":
                 model.zero_grad(set_to_none=True)
+    if score == "taylor":
+        # sums of weight x gradient, and the gradients are sums over the text
+        for parts in raw.values():
+            for part in parts:
+                ranks.sum(part)
+    return _finished(score, raw, wanted, readers.influence)
+
+
+def activation_scores(
+    model: "PreTrainedModel", batches: Batches, *, grams: Sequence[str] = (), ranks: Ranks = ALONE
+) -> tuple[dict[ChannelScore, Scores], dict[str, Tensor]]:
+    """All that one pass over the text gives: both scores of activations along every axis with the block influence, and Gram matrices.
+
+    Args:
+        model: As for ``scored``.
+        batches: As for ``scored``.
+        grams: Linears whose Gram matrices are summed in the same pass.
+        ranks: As for ``scored``.
+
+    Returns:
+        (score -> scores, linear -> bands of its Gram matrix (``grams.whole``)).
+    """
+    family = family_of(model)
+    sizes = sizes_of(model.config, family)
+    found: dict[ChannelScore, Scores] = {}
+    with eval_mode(model):
+        readers = Readers(model, family, WIDTHS, influence=True)
+        sums = GramSums(model, grams, readers.rows)
+        _read(model, batches, readers, gradients=False, ranks=ranks, sums=sums)
+        names: tuple[ChannelScore, ...] = ("weight_activation", "activation")
+        for score in names:
+            found[score] = _finished(score, readers.raw(score, sizes), WIDTHS, readers.influence)
+    return found, {name: ranks.sum(value) for name, value in sums.sums.items()}
+
+
+def adding_up(score: ChannelScore) -> Callable[[Tensor], Tensor]:
+    """What makes a score of a hidden channel of the sum over all places (``Scores.add_hidden``)."""
+    return {"taylor": torch.abs, "magnitude": torch.sqrt}.get(score, torch.clone)
+
+
+def _finished(score: ChannelScore, raw: Mapping[Axis, list[Tensor]], wanted: Sequence[Axis], influence: Tensor | None) -> Scores:
+    """The scores, of what was summed."""
     finish = torch.abs if score == "taylor" else torch.sqrt
     found: dict[Axis, list[Tensor]] = {axis: [finish(part).float().cpu() for part in raw[axis]] for axis in wanted if axis != "hidden"}
     hidden = [part.float().cpu() for part in raw.get("hidden", [])]
-    _check_finite(found, hidden, readers.influence)
-    add = {"taylor": torch.abs, "magnitude": torch.sqrt}.get(score, torch.clone)
-    return Scores(axes=found, hidden=hidden, add_hidden=add, influence=readers.influence)
+    _check_finite(found, hidden, influence)
+    return Scores(axes=found, hidden=hidden, add_hidden=adding_up(score), influence=influence)
 
 
-def _read(model: "PreTrainedModel", batches: Batches, readers: Readers, *, gradients: bool) -> None:
+def _read(
+    model: "PreTrainedModel", batches: Batches, readers: Readers, *, gradients: bool, ranks: Ranks, sums: GramSums | None = None
+) -> None:
     """Runs the text through the model once, with the hooks of ``readers``, and gradients of the loss where they are asked for."""
     backbone, _, _ = backbone_and_head(model)
     tokens = 0
-    with readers:
+    with ExitStack() as hooks:
+        hooks.enter_context(readers)
+        if sums is not None:
+            sums.hook(hooks)
         for batch in batches:
             # packed windows have no padding: every token counts
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).to(model.device).bool()
@@ -114,7 +170,8 @@ def _read(model: "PreTrainedModel", batches: Batches, readers: Readers, *, gradi
             else:
                 with torch.no_grad():
                     readers.add_final(backbone(**backbone_inputs(batch, model.device)).last_hidden_state)
-    if tokens == 0:
+    readers.add_up(ranks)
+    if ranks.number(tokens) == 0:
         raise UserError(
             "prune.structured needs text to score on, and the calibration text has no token; raise prune.calibration_tokens or give more "
             "text"

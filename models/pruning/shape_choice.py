@@ -1,7 +1,7 @@
 """What a cut to a given shape keeps, by scores on calibration text."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -9,9 +9,9 @@ from ..axis_map import WIDTHS, Axis
 from ..family_map import family_of
 from ..sizes import ChannelScore, DepthScore, sizes_of, target_sizes
 from .choose import kept_by
-from .depth import layers_by_influence, layers_by_loss
 from .kept import Kept
-from .scores import scored
+from .score_cache import ScoreCache
+from .scores import Scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,18 +40,21 @@ def select(
         UserError: no model of the family has the shape, or there is no token to score on.
         NonFiniteError: a score is NaN or infinite.
     """
-    family = family_of(model)
-    after = target_sizes(model.config, family, keep)
-    before = sizes_of(model.config, family)
-    shallower = after.layers < before.layers
-    axes: set[Axis] = {axis for axis in WIDTHS if after.of(axis) < before.of(axis)}
-    if "heads" in axes:
-        # groups are ranked by all that goes with them, and the heads inside them
-        axes |= {"heads", "kv_heads"}
-    scores = scored(model, batches, axes, score=score, influence=shallower and depth_score == "block_influence")
-    layers = list(range(before.layers))
-    if shallower and scores.influence is not None:
-        layers = layers_by_influence(scores.influence, after.layers)
-    elif shallower:
-        layers = layers_by_loss(model, batches, after.layers, depth_score, tell)
-    return kept_by(scores, layers, before, after)
+    return selected(ScoreCache(model, batches, tell=tell), keep, score=score, depth_score=depth_score)
+
+
+def selected(
+    cache: ScoreCache,
+    keep: Mapping[Axis, int],
+    *,
+    score: ChannelScore = "weight_activation",
+    depth_score: DepthScore = "block_influence",
+) -> Kept:
+    """``select`` with scores that are computed where they are not known yet: one model, one text, any number of shapes."""
+    config: Any = cache.model.config
+    family = family_of(config)
+    after, before = target_sizes(config, family, keep), sizes_of(config, family)
+    # what is not cut needs no scores
+    narrower = any(after.of(axis) < before.of(axis) for axis in WIDTHS)
+    scores = cache.channels(score) if narrower else Scores(axes={})
+    return kept_by(scores, cache.layers(after.layers, depth_score), before, after)

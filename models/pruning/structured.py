@@ -150,9 +150,7 @@ def sliced(tensor: Tensor, family: Family, name: str, kept: Kept, position: int 
 
 def part_width(part: str, sizes: Sizes) -> int:
     """Rows or columns of one part of a dimension; 0 for a dimension that is never cut."""
-    if part in ("heads", "kv_heads"):
-        return getattr(sizes, part) * sizes.head_dim
-    return getattr(sizes, part) if part else 0
+    return sizes.width(part)
 
 
 def part_rows(part: str, indices: list[int] | None, sizes: Sizes) -> Sequence[int]:

@@ -13,6 +13,7 @@ from ..common.errors import NonFiniteError, UserError
 from ..eval_mode import eval_mode
 from ..families import backbone_and_head, head_transform
 from ..family_map import family_of
+from .ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,8 +34,13 @@ def predicted(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def mean_loss(model: "PreTrainedModel", batches: Iterable[Mapping[str, Tensor]]) -> float:
+def mean_loss(model: "PreTrainedModel", batches: Iterable[Mapping[str, Tensor]], ranks: Ranks = ALONE) -> float:
     """Mean cross-entropy of the next token, in nats, over all predicted tokens; fp32 logits over the whole head, eval mode.
+
+    Args:
+        model: The model.
+        batches: The text; of several ``ranks`` each reads its own.
+        ranks: The processes whose sums are added.
 
     Raises:
         UserError: the text has no two tokens in a row.
@@ -47,6 +53,7 @@ def mean_loss(model: "PreTrainedModel", batches: Iterable[Mapping[str, Tensor]])
             hidden = backbone(**backbone_inputs(batch, model.device)).last_hidden_state
             total += sum(float(loss.double()) for loss in _losses(model, hidden, batch))
             tokens += int(predicted(batch).sum())
+    total, tokens = ranks.number(total), round(ranks.number(tokens))
     if tokens == 0:
         raise UserError(
             "the calibration text has no two tokens in a row to measure a loss on; raise prune.calibration_tokens or give more text"

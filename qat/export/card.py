@@ -13,6 +13,18 @@ from ..footprint import bits_per_weight
 from ..spec import ActivationSpec, QuantSpec
 from .format_readers import card_lines
 
+_FLOATS = {
+    "fp8_e4m3": ("fp8", "fp8 (e4m3), one bf16 scale per output row (compressed-tensors, float-quantized)"),
+    "mxfp4": ("mxfp4", "mxfp4, one power of two per group of 32 inputs (compressed-tensors, mxfp4-pack-quantized)"),
+    "nvfp4": ("nvfp4", "nvfp4, one fp8 scale per group of 16 inputs, one fp32 scale per matrix (compressed-tensors, nvfp4-pack-quantized)"),
+}
+"""Kind of floats -> (the hub's tag, description)."""
+_GPUS = {
+    "fp8_e4m3": "compute capability 8.9 for rounded inputs, 7.5 without",
+    "mxfp4": "compute capability 10.0 for rounded inputs, 7.5 without",
+    "nvfp4": "compute capability 10.0 for rounded inputs, 7.5 without",
+}
+"""Kind of floats -> from which NVIDIA GPUs on vLLM has kernels."""
 _ARITHMETIC = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -62,6 +74,8 @@ def _transformers_and_vllm(facts: CardFacts) -> str:
     if facts.dequantize:
         names, option = ", CompressedTensorsConfig", ", quantization_config=CompressedTensorsConfig(dequantize=True)"
     vllm = "With vLLM" if bits in (4, 8, 16) else f"vLLM reads 4 and 8 bits; whether your version reads {bits} is not known"
+    if facts.spec and facts.spec.kind in _GPUS:
+        vllm += f", on a GPU ({_GPUS[facts.spec.kind]})"
     return f"""With transformers (`pip install transformers compressed-tensors`):
 
 ```python
@@ -125,7 +139,7 @@ def _header(facts: CardFacts, form: FormatCard) -> str:
     shown = shown_name(facts.base_model)
     # the hub resolves base_model to a page, so only a hub id may stand there
     base = [f"base_model: {shown}"] if shown and _HUB_ID.fullmatch(shown) else []
-    bits = [f"- int{facts.spec.bits}"] if facts.spec else []
+    bits = [f"- {_FLOATS[facts.spec.kind][0] if facts.spec.kind in _FLOATS else f'int{facts.spec.bits}'}"] if facts.spec else []
     tags = ["- decoct", f"- {form.tag}", *bits, f"- {facts.model_type}"]
     return "\n".join(["---", f"library_name: {form.library}", "pipeline_tag: text-generation", *base, "tags:", *tags, "---", ""])
 
@@ -148,10 +162,11 @@ def _weight_rows(facts: CardFacts, spec: QuantSpec, form: FormatCard) -> list[tu
     per = "output row" if isinstance(spec.group_size, str) else f"group of {spec.group_size} inputs"
     kind = "symmetric" if spec.symmetric else "asymmetric"
     left = f"; in {form.plain}: {', '.join(facts.unquantized)}" if facts.unquantized else ""
+    codes = _FLOATS[spec.kind][1] if spec.kind in _FLOATS else f"int{spec.bits}, {kind}, one {form.scales.format(per=per)}"
     mixed = "; ".join(f"{count} linears {spec}" for spec, count in facts.scheme.items())
     beside = {"Inputs": facts.inputs, "Keys and values": facts.cache}
     return [
-        ("Weights", (mixed and f"{mixed} ({form.tag})") or f"int{spec.bits}, {kind}, one {form.scales.format(per=per)}"),
+        ("Weights", (mixed and f"{mixed} ({form.tag})") or codes),
         *((name, text) for name, text in beside.items() if text),
         ("Quantized", f"{facts.quantized} linear layers; {form.rest}{left}"),
     ]
@@ -214,4 +229,5 @@ def said_of(spec: ActivationSpec | None, stored: str) -> str:
     if spec is None:
         return ""
     scale = "one scale per token, computed at run time" if spec.scaling == "dynamic" else f"one stored scale {stored}"
-    return f"{spec.kind}, {'symmetric' if spec.symmetric else 'asymmetric'}, {scale}"
+    kept = "" if spec.outliers is None else f", values of at least {spec.outliers:g} kept in 16 bits"
+    return f"{spec.kind}, {'symmetric' if spec.symmetric else 'asymmetric'}, {scale}{kept}"

@@ -10,7 +10,21 @@ from ...models.sizes import sizes_of
 from ..source.quantized_source import ExportSource
 from ..spec import ActivationSpec
 from .limits.formats import refusals
-from .limits.refusal import Beyond, NarrowFfn, OneScheme, Option, OtherFormat, Phrase, Refusal, Remedy, Skip, Weights, Without, sentence
+from .limits.refusal import (
+    Beyond,
+    NarrowFfn,
+    OneScheme,
+    Option,
+    OtherFormat,
+    Phrase,
+    Refusal,
+    Remedy,
+    Skip,
+    Weights,
+    Without,
+    sentence,
+    yaml_word,
+)
 from .limits.stored_model import StoredModel, StoredModule
 
 _OPTIONS = {
@@ -85,7 +99,7 @@ def export_words(remedy: Remedy, refusal: Refusal) -> Phrase | None:
         case Weights(values):
             return "quantize with", ", ".join(f"{name}={_plain(value)}" for name, value in values)
         case Beyond(key, values):
-            return "quantize with", f"{key}: {{{', '.join(f'{name}: {value}' for name, value in values)}}}"
+            return "quantize with", f"{key}: {{{', '.join(f'{name}: {yaml_word(value)}' for name, value in values)}}}"
         case Skip(patterns):
             return "quantize with", f"skip: {list(patterns)}"
         case Without(key):

@@ -21,7 +21,7 @@ class Layer:
 
     spec: QuantSpec
     codes: Tensor
-    """int8 [out, in]."""
+    """[out, in]: int8 (kind int), float8 e4m3 (fp8_e4m3), or uint8 in 0..15."""
     scales: Tensor
     """fp32 [out, groups]."""
     zeros: Tensor | None

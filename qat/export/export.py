@@ -19,7 +19,7 @@ from ...models.folder.loading import TOKENIZER_FILES
 from ...models.folder.older_readers import mend_tokenizer_config, with_older_fields
 from ...models.folder.record import check_record, write_record
 from ...models.folder.stored_names import left_out_words
-from ..export import awq, gptq
+from ..export import awq, bitsandbytes, gptq
 from ..export import plain_safetensors as safetensors_folder
 from ..footprint import folder_bytes
 from ..runtimes.check import check_runtimes
@@ -32,7 +32,7 @@ from ..verify.structure import structure_problems
 from .card import CardFacts, FormatCard, card_text, said_of
 from .check_limits import check_limits
 from .compressed_tensors import writer as compressed_tensors
-from .format_cards import AWQ_CARD, GPTQ_CARD, GPTQ_V2_CARD, PLAIN_CARD
+from .format_cards import AWQ_CARD, BITSANDBYTES_CARD, GPTQ_CARD, GPTQ_V2_CARD, PLAIN_CARD
 from .gguf import writer as gguf_files
 from .gguf.blocks import PREFERRED
 from .gguf.card import GGUF_CARD
@@ -101,6 +101,13 @@ EXPORTERS: dict[str, Exporter] = {
         card=GPTQ_V2_CARD,
     ),
     awq.NAME: Exporter(planned_bytes=awq.planned_bytes, config=awq.exported_config, write=awq.write, card=AWQ_CARD),
+    bitsandbytes.NAME: Exporter(
+        check_values=bitsandbytes.check_values,
+        planned_bytes=bitsandbytes.planned_bytes,
+        config=bitsandbytes.exported_config,
+        write=bitsandbytes.write,
+        card=BITSANDBYTES_CARD,
+    ),
     plain.NAME: _PLAIN,
     plain.WIDE_NAME: _PLAIN,
     gguf_files.NAME: _GGUF,
@@ -269,7 +276,10 @@ def _checked_runtimes(folder: Path, tokens: "Tensor | None") -> dict[str, dict[s
 
 def _facts(source: ExportSource, name: str, size: int, runtimes: dict[str, dict[str, Any]], rounding: CastError | None) -> CardFacts:
     specs = map(source.state.spec_of, source.state.modules)
-    scheme = Counter(f"int{spec.bits}, {spec.group_size}{'' if spec.symmetric else ', asymmetric'}" for spec in specs)
+    scheme = Counter(
+        f"{f'int{spec.bits}' if spec.kind == 'int' else spec.kind}, {spec.group_size}{'' if spec.symmetric else ', asymmetric'}"
+        for spec in specs
+    )
     return CardFacts(
         # folders are often named after their format; the run's name was chosen by the user
         name=str(source.record.get("run") or name),

@@ -1,4 +1,4 @@
-"""Loading instructions for the model cards of GPTQ, AWQ and plain safetensors exports."""
+"""Loading instructions for the model cards of GPTQ, AWQ, bitsandbytes and plain safetensors exports."""
 
 from .card import CardFacts, FormatCard
 
@@ -36,6 +36,10 @@ def _awq(facts: CardFacts) -> str:
     return "\n".join([_TRANSFORMERS.format(packages="transformers accelerate gptqmodel"), _SERVERS, _HALF])
 
 
+def _bitsandbytes(facts: CardFacts) -> str:
+    return _TRANSFORMERS.format(packages="transformers accelerate bitsandbytes")
+
+
 def _plain(facts: CardFacts) -> str:
     return "\n".join([_TRANSFORMERS.format(packages="transformers"), _SERVERS])
 
@@ -44,4 +48,7 @@ _REST = "embeddings, norms and biases are 16-bit floats, in the dtype of config.
 GPTQ_CARD = FormatCard(tag="gptq", scales="fp16 scale per {per} (GPTQ, version 1)", plain="16-bit floats", rest=_REST, loading=_gptq)
 GPTQ_V2_CARD = FormatCard(tag="gptq", scales="fp16 scale per {per} (GPTQ, version 2)", plain="16-bit floats", rest=_REST, loading=_gptq_v2)
 AWQ_CARD = FormatCard(tag="awq", scales="fp16 scale per {per} (AWQ, gemm)", plain="16-bit floats", rest=_REST, loading=_awq)
+BITSANDBYTES_CARD = FormatCard(
+    tag="bitsandbytes", scales="fp32 scale per {per} (bitsandbytes)", plain="16-bit floats", rest=_REST, loading=_bitsandbytes
+)
 PLAIN_CARD = FormatCard(tag="safetensors", loading=_plain)

@@ -36,6 +36,7 @@ READERS: Mapping[str, Mapping[str, Reading]] = {
     "gptq": {**_SAFETENSORS, "ONNX Runtime": _ONNX},
     "gptq_v2": {**_SAFETENSORS, "ONNX Runtime": _OFF_BY_ONE},
     "awq": {**_SAFETENSORS, "ONNX Runtime": _ONNX, "mlx-lm": _MLX_AWQ},
+    "bitsandbytes": {"transformers": _PLAIN},
     "safetensors": _SAFETENSORS,
     "safetensors-f32": {**_SAFETENSORS, "vLLM": _FP32, "SGLang": _FP32},
     "gguf": _GGUF,

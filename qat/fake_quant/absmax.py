@@ -17,7 +17,9 @@ def _arguments(weight: Tensor, spec: QuantSpec, mask: Tensor | None) -> tuple[in
     return spec.code_bits, spec.group_width(weight.shape[1]), spec.divisor_value, grid_numbers(spec)
 
 
-def fake_quant(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, backend: Backend = "auto") -> Tensor:
+def fake_quant(
+    weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, whole: Tensor | None = None, backend: Backend = "auto"
+) -> Tensor:  # fmt: skip
     """The weights as codes times scales, differentiable by the straight-through estimator.
 
     y = s * clamp(round(w * mask / s), qmin, qmax) with s = max|w * mask| / divisor per group, rounded to its grid and taken as a constant;
@@ -30,6 +32,7 @@ def fake_quant(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, b
             need not be contiguous.
         spec: The quantization spec; its group size divides ``in``.
         mask: bool [out, in], True where a weight is kept; pruned weights are set to zero before scales are taken. None keeps all.
+        whole: nvfp4: fp32 [1], a global scale that several weights share (``shared_global_scale``); None = that of this weight.
         backend: 'auto' is the Triton kernel on CUDA and the reference elsewhere; both give the same bits.
 
     Returns:
@@ -46,7 +49,7 @@ def fake_quant(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, b
         return fake_quant_super(weight, spec, mask, backend)
     # floats and quantiles: code books and scales of their own
     if spec.kind != "int":
-        scale, _, _ = float_scales(weight, spec, mask)
+        scale, _, _ = float_scales(weight, spec, mask, whole)
         return fake_quant_float(weight, scale, mask, spec.kind, spec.group_width(weight.shape[1]), backend)
     # zero points, or one scale for the matrix: the range is found first, and its scales then act as given ones. They have no gradient,
     # because ``range_grid`` runs under no_grad

@@ -61,11 +61,13 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Te
 
 
 @torch.no_grad()
-def encode(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, backend: Backend = "auto") -> Encoded:
+def encode(
+    weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, whole: Tensor | None = None, backend: Backend = "auto"
+) -> Encoded:  # fmt: skip
     """Encodes weights for every spec; ``decode`` of the result equals ``fake_quant`` of the weights, bit for bit.
 
     Args:
-        weight, spec, mask, backend: As in ``fake_quant``.
+        weight, spec, mask, whole, backend: As in ``fake_quant``.
 
     Raises:
         ValueError: as in ``fake_quant``, or a weight is NaN or infinite (the check waits for the device).
@@ -75,11 +77,11 @@ def encode(weight: Tensor, spec: QuantSpec, *, mask: Tensor | None = None, backe
         return Encoded(codes, scales, sub=sub)
     if spec.kind != "int":
         # nvfp4 stores e4m3 scales and one global scale, and divides by their quotient; for the other kinds ``divides`` equals ``stored``
-        divides, stored, whole = float_scales(weight, spec, mask)
+        divides, stored, used = float_scales(weight, spec, mask, whole)
         # a NaN or infinite weight shows in the scale of its group, and codes cannot hold it
         check_groups(divides)
         codes = float_codes(weight, divides, spec, mask)
-        return Encoded(codes, stored, global_scale=whole if spec.kind == "nvfp4" else None)
+        return Encoded(codes, stored, global_scale=used if spec.kind == "nvfp4" else None)
     if spec.symmetric:
         return Encoded(*quantize(weight, spec, mask=mask, backend=backend))
     scale, zeros = range_grid(weight, spec, mask, backend)

@@ -56,7 +56,7 @@ def nearest_value(value: Tensor, kind: str) -> Tensor:
     return (value / step).round_().mul_(step)
 
 
-def _power_of_two_scales(absmax: Tensor) -> Tensor:
+def power_of_two_scales(absmax: Tensor) -> Tensor:
     """2^(floor(log2 absmax) - 2) from the exponent's bits; 2^-127 is subnormal."""
     # a logarithm in floating point may be off by one at powers of two
     # 2 is the exponent of e2m1's largest number, 6 = 1.5 * 2^2 (OCP MX v1.0, section 6.3)
@@ -68,11 +68,11 @@ def _power_of_two_scales(absmax: Tensor) -> Tensor:
 
 @torch.library.custom_op("decoct::float_scales", mutates_args=())
 def scales(
-    weight: Tensor, mask: Tensor | None, kind: str, width: int, shared: bool, grid: list[float]
+    weight: Tensor, mask: Tensor | None, kind: str, width: int, shared: bool, grid: list[float], whole: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(divisor s fp32, stored scales fp32, both [out, groups], or [1, 1] if shared; G fp32 [1], which is 1 except for nvfp4).
 
-    All devices give the same bits. Groups with NaN or infinite weights have NaN scales.
+    ``whole`` is a given G (nvfp4). All devices give the same bits. Groups with NaN or infinite weights have NaN scales.
     """
     kept = weight.to(torch.float32)
     if mask is not None:
@@ -92,15 +92,26 @@ def scales(
     # NaN for NaN and infinity, else 0: added below, because the casts and clamps would hide them
     bad = absmax * 0.0
     if kind == "mxfp4":
-        stored = (_power_of_two_scales(absmax).masked_fill_(absmax == 0, 1.0) + bad).view(shape)
+        stored = (power_of_two_scales(absmax).masked_fill_(absmax == 0, 1.0) + bad).view(shape)
         return stored, stored.clone(), one
-    # G puts the scale of the largest group at 448, the top of e4m3; clamped, because a tiny absmax would make it infinite
-    whole = (one * (448.0 * 6.0) / tensor_absmax).clamp_(max=torch.finfo(torch.float32).max)
-    whole = whole.masked_fill_(tensor_absmax == 0, 1.0) + tensor_absmax * 0.0
-    # 6 as a tensor: for a Python number CUDA multiplies by the reciprocal, which gives other bits
-    wanted = (absmax / (one * 6.0) * whole).clamp_(_SMALLEST_E4M3, 448.0)
-    stored = wanted.to(torch.float8_e4m3fn).to(torch.float32).masked_fill_(absmax == 0, 1.0) + bad
+    whole = global_scale(tensor_absmax) if whole is None else whole.clone()
+    stored = block_scales(absmax, whole) + bad
     return (stored / whole).view(shape), stored.view(shape), whole
+
+
+def global_scale(largest: Tensor) -> Tensor:
+    """nvfp4: G fp32 of absmax fp32, any shape; 1 for 0, NaN for NaN and infinity."""
+    one = torch.ones_like(largest)
+    # G puts the scale of the largest group at 448, the top of e4m3; clamped, because a tiny absmax would make it infinite
+    whole = (one * (448.0 * 6.0) / largest).clamp_(max=torch.finfo(torch.float32).max)
+    return whole.masked_fill_(largest == 0, 1.0) + largest * 0.0
+
+
+def block_scales(absmax: Tensor, whole: Tensor, limit: float = 6.0) -> Tensor:
+    """nvfp4: fp32 values of e4m3 nearest to absmax / limit * G, positive; 1 for groups of zeros. Callers handle NaN."""
+    # the limit as a tensor: for a Python number CUDA multiplies by the reciprocal, which gives other bits
+    wanted = (absmax / torch.full_like(absmax, limit) * whole).clamp_(_SMALLEST_E4M3, 448.0)
+    return wanted.to(torch.float8_e4m3fn).to(torch.float32).masked_fill_(absmax == 0, 1.0)
 
 
 def _shape(weight: Tensor, width: int, shared: bool) -> tuple[int, int]:
@@ -109,7 +120,7 @@ def _shape(weight: Tensor, width: int, shared: bool) -> tuple[int, int]:
 
 @scales.register_fake
 def _(
-    weight: Tensor, mask: Tensor | None, kind: str, width: int, shared: bool, grid: list[float]
+    weight: Tensor, mask: Tensor | None, kind: str, width: int, shared: bool, grid: list[float], whole: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     made = [weight.new_empty(_shape(weight, width, shared), dtype=torch.float32) for _ in range(2)]
     return made[0], made[1], weight.new_empty(1, dtype=torch.float32)

@@ -5,12 +5,13 @@ inputs = round_inputs(model, modules, ActivationSpec(scaling="static"))     inpu
 inputs.observe(); ...; inputs.set_ranges(inputs.extremes())                 scales from the range seen since ``observe``
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...models.calibration.token_rows import linear_input, with_input
+from ...models.common.errors import UserError
 from ..spec import ActivationSpec
 from .rounders import Padding, Rounder, Rounders, watch_padding
 
@@ -28,11 +29,14 @@ class RoundedInputs(Rounders):
     """The input hooks of a model, by module name, in module order."""
 
 
-def round_inputs(model: nn.Module, modules: Iterable[str], spec: ActivationSpec, padding: Padding | None = None) -> RoundedInputs:
+def round_inputs(model: nn.Module, modules: Collection[str], spec: ActivationSpec, padding: Padding | None = None) -> RoundedInputs:
     """Makes ``modules`` (full names) read rounded inputs from now on; static scaling begins once it has ranges.
 
     Ranges leave out the padding that ``attention_mask`` of transformers' backbone marks. ``padding`` may be a hook that already watches it.
+    UserError names a module whose inputs the groups of the kind (mxfp4, nvfp4) do not divide.
     """
+    for name in modules:
+        _check_width(name, model.get_submodule(name), spec)
     # one hook watches for all: a second one would look at every mask again
     padding = padding or watch_padding(model)
     rounders = {name: InputRounder(spec, padding) for name in modules}
@@ -42,8 +46,16 @@ def round_inputs(model: nn.Module, modules: Iterable[str], spec: ActivationSpec,
     return RoundedInputs(spec, rounders)
 
 
+def _check_width(name: str, module: nn.Module, spec: ActivationSpec) -> None:
+    group, inputs = spec.matrix_spec.group_size, getattr(module, "in_features", 0)
+    if isinstance(group, int) and inputs % group:
+        raise UserError(
+            f"activations: {name} has {inputs} inputs, which groups of {group} ({spec.kind}) do not divide; use kind: fp8_e4m3, or skip it"
+        )
+
+
 def round_inputs_as_stored(
-    model: nn.Module, modules: Iterable[str], spec: ActivationSpec, scales: Mapping[str, Tensor], zeros: Mapping[str, Tensor]
+    model: nn.Module, modules: Collection[str], spec: ActivationSpec, scales: Mapping[str, Tensor], zeros: Mapping[str, Tensor]
 ) -> RoundedInputs:
     """``round_inputs`` with the scales of a quantized folder."""
     inputs = round_inputs(model, modules, spec)

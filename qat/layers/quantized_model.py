@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from ...models.common.errors import UserError
 from ...models.families import decoder_linears
+from ...models.fused_linears import joined
 from ...models.ties import is_tied
 from ..codes.state import QuantState
 from ..fake_quant import Encoded, encode
+from ..fake_quant.floats import shared_global_scale
 from ..scheme import QuantScheme
 from ..spec import QuantSpec
 from .codes_linear import CodesLinear
@@ -71,7 +73,16 @@ def prepare(model: "PreTrainedModel", spec: QuantSpec | QuantScheme, skip: Seque
             model.set_submodule(name, QuantLinear(module, own, replace(extras, rank=0) if head and extras else extras))
         else:
             _replace_embedding(model, name, QuantEmbedding(module, own, replace(extras, rank=0) if extras else None), tied)
+    for names in _sharing({name: target.spec for name, target in chosen.items()}):
+        modules: Any = tuple(model.get_submodule(name) for name in names)
+        for module in modules:
+            module.joined = modules
     return list(chosen)
+
+
+def _sharing(specs: Mapping[str, QuantSpec]) -> list[tuple[str, ...]]:
+    """The modules of kind nvfp4 that share a global scale, because servers join them into one matrix."""
+    return [names for names in joined(name for name, spec in specs.items() if spec.kind == "nvfp4") if len(names) > 1]
 
 
 def _replace_embedding(model: "PreTrainedModel", name: str, embedding: QuantEmbedding, tied: bool) -> None:
@@ -119,9 +130,12 @@ def quantize_model(model: "PreTrainedModel", spec: QuantSpec | QuantScheme, skip
     plain = {} if prepared else targets(model, scheme)
     specs = {name: one.spec for name, one in (prepared or plain).items()}
     encoded = {}
+    # prepared modules know whom they share a global scale with
+    sharing = {} if prepared else {name: names for names in _sharing(specs) for name in names}
     for name, spec_of in specs.items():
+        whole = shared_global_scale([(plain[one].module.weight, None) for one in sharing[name]]) if name in sharing else None
         try:
-            encoded[name] = _encoded(prepared[name] if prepared else plain[name].module, spec_of)
+            encoded[name] = _encoded(prepared[name] if prepared else plain[name].module, spec_of, whole)
         except ValueError as error:
             raise UserError(
                 f"{name}.weight cannot be quantized: {error}. Take an earlier checkpoint or lower the learning rate."
@@ -129,12 +143,12 @@ def quantize_model(model: "PreTrainedModel", spec: QuantSpec | QuantScheme, skip
     return QuantState.of(scheme.weights, specs, encoded)
 
 
-def _encoded(module: nn.Module, spec: QuantSpec) -> Encoded:
+def _encoded(module: nn.Module, spec: QuantSpec, whole: Tensor | None) -> Encoded:
     # a prepared layer knows its scales and its mask; a plain one is rounded to nearest
     if isinstance(module, RoundedWeight | CodesLinear):
         return module.encoded()
     assert isinstance(module, nn.Linear | nn.Embedding)
-    return encode(module.weight, spec)
+    return encode(module.weight, spec, whole=whole)
 
 
 def _check_prepared(model: "PreTrainedModel", prepared: Mapping[str, "_Prepared"], scheme: QuantScheme, asked: bool) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fake_quant import Encoded, encode, fake_quant, fake_quant_learned, quantize_with
+from ..fake_quant.floats import shared_global_scale
 from ..spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class RoundedWeight(_Base):
         self.current_spec = spec
         """The spec in use: with more bits than ``spec`` while bits are annealed."""
         self.register_buffer("mask", None, persistent=False)
+        self.joined: tuple[RoundedWeight, ...] = ()
+        """nvfp4: the modules that servers join into one matrix, this one among them; they share a global scale."""
         extras = extras or Extras()
         # only integer codes have learned scales; the other kinds fix how a scale is found
         own = extras.scale and spec.kind == "int"
@@ -102,13 +105,17 @@ class RoundedWeight(_Base):
         weight, scale = self.merged_weight(), self.scale
         # off, or scales from the weight: a scale parameter is not used
         if self.mode == "off" or scale is None or self.mode == "absmax":
-            rounded = weight if self.mode == "off" else fake_quant(weight, self.current_spec, mask=self.mask)
+            rounded = weight if self.mode == "off" else fake_quant(weight, self.current_spec, mask=self.mask, whole=self._whole())
             # DDP waits for a gradient of every parameter, used or not
             return rounded if scale is None or not scale.requires_grad else _Attached.apply(rounded, scale)
         # learned or fixed: the scale parameter is used
         given = scale if self.mode == "learned" else scale.detach()
         rounded = fake_quant_learned(weight, given, self.current_spec, zeros=self.zero_codes(), mask=self.mask)
         return rounded if self.mode == "learned" or not scale.requires_grad else _Attached.apply(rounded, scale)
+
+    def _whole(self) -> Tensor | None:
+        """fp32 [1]: the global scale that this weight shares with others; None if it shares none."""
+        return shared_global_scale([(one.merged_weight(), one.mask) for one in self.joined]) if self.joined else None
 
     def zero_codes(self) -> Tensor | None:
         """int8 zero points in the shape of ``scale``; None for a symmetric spec."""
@@ -122,7 +129,7 @@ class RoundedWeight(_Base):
             ValueError: weights or scales are NaN or infinite.
         """
         if self.scale is None:
-            return encode(self.merged_weight(), self.spec, mask=self.mask)
+            return encode(self.merged_weight(), self.spec, mask=self.mask, whole=self._whole())
         zeros = self.zero_codes()
         return Encoded(*quantize_with(self.merged_weight(), self.scale, self.spec, zeros=zeros, mask=self.mask), zeros)
 

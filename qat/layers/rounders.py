@@ -52,6 +52,8 @@ class Rounder:
         """int8 [], only for static asymmetric scaling."""
         self.extremes: Tensor | None = None
         """fp32 [2] = (-smallest, largest) value seen while observing."""
+        self.outlier_columns: Tensor | None = None
+        """bool [features]: where a value was an outlier while observing; None = not observed, or the spec keeps no outliers."""
 
     def note(self, x: Tensor) -> None:
         """While observing, extends the range by ``x`` [B, S, ...] without padding."""
@@ -64,6 +66,9 @@ class Rounder:
             # -low, so that one maximum (and one all-reduce over ranks) updates both ends
             seen = torch.stack([-low, high]).to(torch.float32)
             self.extremes = seen if self.extremes is None else torch.maximum(self.extremes, seen)
+            if self.spec.outliers is not None:
+                large = (text.abs() >= self.spec.outliers).reshape(-1, text.shape[-1]).any(0)
+                self.outlier_columns = large if self.outlier_columns is None else self.outlier_columns | large
 
     def round(self, x: Tensor) -> Tensor:
         """``x`` as codes times scales; ``x`` itself while switched off or while a static scale is not known."""

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ...models.calibration.factor import Factor
+from ..fake_quant.float_reference import LIMITS, nearest_value
+from ..fake_quant.floats import codes_of
 from ..spec import QuantSpec
 
 BLOCK = 128
@@ -28,13 +30,13 @@ class Pass:
     """Result of rounding all columns of a weight."""
 
     columns: Tensor
-    """int8 [in, out]: the codes, column by column."""
+    """[in, out]: the codes, column by column; int8, or as ``fake_quant.Encoded`` has those of floats."""
     remains: Tensor
     """fp32 [in, out] in the factor's order: v_k - q_k, the rounding error of each column after compensation for the columns before it."""
 
     @property
     def codes(self) -> Tensor:
-        """int8 [out, in]."""
+        """The codes [out, in]."""
         return self.columns.T.contiguous()
 
     def energy(self, factor: Factor) -> Tensor:
@@ -57,14 +59,15 @@ class Pass:
 def gptq_pass(
     weight: Tensor, scales: Tensor, factor: Factor, spec: QuantSpec, mask: Tensor | None = None, zeros: Tensor | None = None
 ) -> Pass:
-    """Rounds a weight with given scales by the arithmetic of ``fake_quant``: fp32 true division, half to even, clamped.
+    """Rounds a weight with given scales by the arithmetic of ``fake_quant``: fp32 true division, half to even (floats: to the nearest
+    number of the code book), clamped.
 
     Args:
         weight: [out, in], finite; weights with the same inputs may be stacked along out.
-        scales: fp32 [out, groups], or [1, 1] for the whole matrix, on the spec's grid of scales. A group is a range of original columns
-            in every order of rounding, so runtimes need no group index.
+        scales: fp32 [out, groups], or [1, 1] for the whole matrix, on the spec's grid of scales (nvfp4: after division by the global one).
+            A group is a range of original columns in every order of rounding, so runtimes need no group index.
         factor: From ``factorize``.
-        spec: A quantization spec of kind int.
+        spec: A quantization spec.
         mask: bool [out, in], True where a weight is kept. The others become 0 (the code of the zero point), and later columns compensate
             for that.
         zeros: int8 zero points in the shape of ``scales``; None when the spec is symmetric.
@@ -75,7 +78,9 @@ def gptq_pass(
     target = weight.detach().to(torch.float32).T[factor.order]  # [in, out]: a column is contiguous
     kept = None if mask is None else mask.T[factor.order].to(torch.float32)
     errors, remains = torch.empty_like(target), torch.empty_like(target)
-    codes = torch.empty(target.shape, dtype=torch.int8, device=weight.device)
+    # bytes of either kind of code: float8 cannot be put into rows by index
+    codes = torch.empty(target.shape, dtype=torch.uint8, device=weight.device)
+    dtype = torch.int8
     steps = _steps(scales, zeros, spec)
     groups = (factor.order // width).tolist()
     numbers = torch.empty_like(target[:BLOCK])
@@ -96,19 +101,21 @@ def gptq_pass(
                 None if kept is None else kept[first:end],
                 factor.links[first:end, first:end],
                 [steps[g] for g in groups[first:end]],
+                spec.kind,
             )
         found = numbers[: stop - start]
         # until here numbers are q - z, so that a pruned weight is 0 with and without zero points
         if zeros is not None:
             found += zeros.T.to(torch.float32)[groups[start:stop]]
-        codes[factor.order[start:stop]] = found.to(torch.int8)
-    return Pass(codes, remains)
+        own = found.to(torch.int8) if spec.kind == "int" else codes_of(found, spec.kind)
+        codes[factor.order[start:stop]], dtype = own.view(torch.uint8), own.dtype
+    return Pass(codes.view(dtype), remains)
 
 
 def gptq_codes(
     weight: Tensor, scales: Tensor, factor: Factor, spec: QuantSpec, mask: Tensor | None = None, zeros: Tensor | None = None
 ) -> Tensor:
-    """The codes of ``gptq_pass``: int8 [out, in]."""
+    """The codes of ``gptq_pass``: [out, in]."""
     return gptq_pass(weight, scales, factor, spec, mask, zeros).codes
 
 
@@ -118,6 +125,8 @@ _Step = tuple[Tensor, float | Tensor, float | Tensor]  # of a column: its scale 
 def _steps(scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> list[_Step]:
     """One entry per group."""
     by_group = scales.T.contiguous().unbind()
+    if spec.kind != "int":
+        return [(scale, -LIMITS[spec.kind], LIMITS[spec.kind]) for scale in by_group]
     if zeros is None:
         return [(scale, spec.qmin, spec.qmax) for scale in by_group]
     shifts = zeros.T.to(torch.float32)
@@ -137,7 +146,7 @@ class _Columns(NamedTuple):
     """Output: weights minus rounded weights."""
 
 
-def _round_columns(columns: _Columns, kept: Tensor | None, links: Tensor, steps: list[_Step]) -> None:
+def _round_columns(columns: _Columns, kept: Tensor | None, links: Tensor, steps: list[_Step], kind: str) -> None:
     """Rounds the columns one by one; ``kept`` [columns, out] is 0 for pruned weights, ``links`` is [columns, columns]."""
     parts = zip(*(tensor.unbind() for tensor in columns), steps)
     for index, (target, value, number, error, (scale, low, high)) in enumerate(parts):
@@ -145,7 +154,10 @@ def _round_columns(columns: _Columns, kept: Tensor | None, links: Tensor, steps:
         if index:
             value.addmv_(columns.errors[:index].T, links[index, :index])
         torch.div(value, scale, out=number)
-        number.round_().clamp_(low, high)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if kind == "int":
+            number.round_().clamp_(low, high)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        else:
+            number.copy_(nearest_value(number.clamp_(low, high), kind))  # pyright: ignore[reportArgumentType, reportCallIssue]
         if kept is not None:
             number.mul_(kept[index])
         # the error to the original weight is what later columns compensate

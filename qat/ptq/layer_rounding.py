@@ -1,6 +1,6 @@
 """Rounds the modules of one decoder layer after the other, and embedding and head before them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,12 @@ from ...models.calibration.layer_storage import Shelf
 from ...models.calibration.replay import Replay
 from ...models.calibration.running_order import calibrated_inputs
 from ...models.common.errors import UserError
+from ...models.fused_linears import joined
 from ..codes.state import QuantState, stored_sub_scales
 from ..fake_quant import Encoded
 from ..layers.quantized_model import fold
 from ..spec import QuantSpec
+from ..transforms.layer_case import LayerTransform
 from .methods import METHODS, RoundingMethod, Stack, round_to_nearest
 from .served_layers import ServedLayers
 
@@ -32,11 +34,12 @@ class Walk:
     def __init__(
         self, model: "PreTrainedModel", specs: Mapping[str, QuantSpec], rounding: RoundingMethod, sparse: frozenset[str], shelf: Shelf,
         replay: Replay | None, others: torch.dtype | None, advance: Advance, importance: Mapping[str, Tensor],
+        transform: LayerTransform | None = None,
     ) -> None:  # fmt: skip
         self.importance = importance
         self.model, self.specs, self.rounding, self.sparse, self.shelf = model, specs, rounding, sparse, shelf
         self.replay, self.others, self._report = replay, others, advance
-        self._reported = 0
+        self._transform, self._reported = transform, 0
         self.served = ServedLayers(model, rounding, replay, self.advance)
         self.encoded: dict[str, Encoded] = {}
         self.errors: dict[str, KindError] = {}
@@ -51,7 +54,9 @@ class Walk:
         """Rounds one layer, and runs it to get the inputs of the next."""
         self._reported = 0
         self.shelf.bring(layer)
-        # 1. the layer is on the device, in fp32
+        # 1. the layer is on the device, in fp32; what follows sees the transformed layer, whose function is the same
+        if self._transform is not None:
+            self._transform.layer(index, layer, self.replay, self.advance)
         linears = {name: _linear(self.model, name) for name in names}
         if self.others is not None:
             # the following layers must see these parameters as they will be stored
@@ -61,9 +66,9 @@ class Walk:
             self.errors.setdefault(linear_kind(name), KindError())
         rounded: dict[str, Encoded] = {}
         if self.replay is None or self.rounding.needs == "nothing":
-            for name in linears:
-                self._stack([name], linears, None, rounded)
-                self.advance(linears[name].weight.numel() if self.replay is None else 0)
+            for group in self._one_by_one(linears):
+                self._stack(group, linears, None, rounded)
+                self.advance(sum(linears[name].weight.numel() for name in group) if self.replay is None else 0)
             self._fold(rounded)
         elif linears:
             self._calibrated(index, layer, linears, rounded, last)
@@ -75,7 +80,7 @@ class Walk:
             self.replay.finish(index, self.advance)
         if self.replay is not None:
             # a layer with nothing to round makes fewer passes: report the rest, so that the total is ``amount_of_work``
-            passes = (self.rounding.needs != "nothing") + self.rounding.observes + (not last)
+            passes = self.rounding.transforms_on_text + (self.rounding.needs != "nothing") + self.rounding.observes + (not last)
             self.advance(self.replay.all_tokens * passes - self._reported)
         # 3. out of the device's memory; codes go to the storage with the weights
         stored = self.shelf.put_away(layer, self._parts(ordered).tensors())
@@ -112,12 +117,18 @@ class Walk:
     def _alike(self, names: Sequence[str]) -> list[list[str]]:
         """Groups of names with the same spec. A module whose spec has one scale per matrix is a group of its own."""
         groups: dict[Any, list[str]] = {}
-        for name in names:
-            spec = self.specs[name]
-            # stacked matrices would get one scale together
-            alone = spec.group_size == "tensor" or spec.kind == "nvfp4"
-            groups.setdefault((spec, name if alone else ""), []).append(name)
+        for group in joined(names):
+            for name in group:
+                spec = self.specs[name]
+                # stacked matrices get one scale together: right only for the global scale of parts that servers join
+                alone = name if spec.group_size == "tensor" else group if spec.kind == "nvfp4" else ""
+                groups.setdefault((spec, alone), []).append(name)
         return list(groups.values())
+
+    def _one_by_one(self, names: Iterable[str]) -> list[list[str]]:
+        """Each name alone, but together where parts of one matrix share a global scale."""
+        nvfp4 = [name for name in names if self.specs[name].kind == "nvfp4"]
+        return [[name] for name in names if name not in nvfp4] + self._alike(nvfp4)
 
     def _parts(self, encoded: Mapping[str, Encoded]) -> QuantState:
         """The quantization state of rounded modules, on their device."""
@@ -134,8 +145,7 @@ class Walk:
     ) -> None:  # fmt: skip
         """Rounds modules with the same input and spec as one stacked weight; adds their codes to ``rounded``, their errors to the sums."""
         spec = self.specs[names[0]]
-        # mse and gptq know integer codes and super-blocks; float formats are rounded to nearest
-        rounding = RoundingMethod() if spec.kind != "int" and not spec.super_block else rounding or self.rounding
+        rounding = rounding or self.rounding
         weights = [self._finite(name, linears[name].weight.detach()) for name in names]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         mask = None
@@ -143,8 +153,8 @@ class Walk:
             # only where zeros are a mask: elsewhere a zero weight may round to another code
             mask = torch.cat([(own != 0).logical_or_(torch.tensor(name not in self.sparse)) for name, own in zip(names, weights)])
         moments = None if shared is None else shared.moments
-        # given mean squares take the place of measured ones; they are those of one linear, which is rounded alone
-        if moments is None and len(names) == 1 and names[0] in self.importance:
+        # given mean squares take the place of measured ones; modules that are rounded together have the same input
+        if moments is None and names[0] in self.importance:
             moments, rounding = self.importance[names[0]].to(weight.device), replace(rounding, weighted=True)
         stack = Stack(weight=weight, mask=mask, moments=moments)
         result = METHODS[rounding.method].round(stack, spec, rounding)

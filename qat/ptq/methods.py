@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...models.calibration.factor import Factor, factorize
+from ...models.calibration.factor import factorize
 from ..fake_quant import Encoded, decode, encode, quantize_with
+from ..fake_quant.floats import float_codes, float_scales
 from ..fake_quant.ranges import range_grid
 from ..fake_quant.super_blocks import super_codes_with
 from ..fake_quant.super_reference import SubScales, kept_weights, scales_of_weight
@@ -17,6 +18,7 @@ from ..rounding_method import NEEDS, Needs, RoundingMethod
 from ..rounding_method import MethodName as MethodName
 from ..rounding_method import ScaleChoice as ScaleChoice
 from ..spec import QuantSpec
+from .float_scales import FloatScales, searched_floats
 from .gptq import gptq_codes
 from .mse import FACTORS, FITTED_FACTORS, SearchedScales, searched_grid
 from .scale_fit import fitted_codes
@@ -95,15 +97,18 @@ def _searched(stack: Stack, spec: QuantSpec, rounding: RoundingMethod) -> Rounde
     importance = stack.importance if rounding.weighted else None
     if spec.super_block:
         return _super_nearest(stack, searched_super(stack.weight, spec.kind, stack.mask, importance), spec)
-    _check_int(spec, rounding)
+    if spec.kind != "int":
+        scales = searched_floats(stack.weight, spec, stack.mask, importance)
+        return _of_floats(float_codes(stack.weight, scales.divides, spec, stack.mask), scales)
     return _to_nearest(stack, searched_grid(stack.weight, spec, stack.mask, importance), spec)
 
 
 def _gptq(stack: Stack, spec: QuantSpec, rounding: RoundingMethod) -> Rounded:
     if spec.super_block:
         return _super_gptq(stack, spec, rounding)
-    _check_int(spec, rounding)
     assert stack.moments is not None
+    if spec.kind != "int":
+        return _gptq_floats(stack, spec, rounding)
     # scales come first, because GPTQ rounds with given scales; a fit afterwards changes them for the codes that came out
     if rounding.scale == "absmax":
         grid = SearchedScales(*range_grid(stack.weight, spec, stack.mask, "auto"))
@@ -115,22 +120,13 @@ def _gptq(stack: Stack, spec: QuantSpec, rounding: RoundingMethod) -> Rounded:
     # rounding to nearest needs no Hessian; the note reports it
     if factor is None:
         return _to_nearest(stack, grid, spec, note=_NO_FACTOR)
+    note = _raised(factor.damping, rounding)
     scales, zeros = grid
     if rounding.scale == "fitted":
         codes, scales = fitted_codes(stack.weight, grid, stack.moments, factor, spec, stack.mask)
     else:
         codes = gptq_codes(stack.weight, scales, factor, spec, stack.mask, zeros)
-    return Rounded(codes=codes, scales=scales, zeros=zeros, note=_damping_note(factor, rounding))
-
-
-_NO_FACTOR = "rounded to nearest: their Hessian has no Cholesky factor with any damping up to 1"
-
-
-def _damping_note(factor: Factor, rounding: RoundingMethod) -> str | None:
-    # ``factorize`` may have needed more
-    if factor.damping == rounding.damping:
-        return None
-    return f"damping raised to {factor.damping:g}: their Hessian has no Cholesky factor with {rounding.damping:g}"
+    return Rounded(codes=codes, scales=scales, zeros=zeros, note=note)
 
 
 def _super_gptq(stack: Stack, spec: QuantSpec, rounding: RoundingMethod) -> Rounded:
@@ -146,7 +142,7 @@ def _super_gptq(stack: Stack, spec: QuantSpec, rounding: RoundingMethod) -> Roun
         codes, found = fitted_super_codes(stack.weight, found, stack.moments, factor, spec.kind, stack.mask)
     else:
         codes = super_gptq_pass(stack.weight, found, factor, spec.kind, stack.mask).codes
-    return Rounded(codes=codes, scales=found.scales, sub=found.sub, note=_damping_note(factor, rounding))
+    return Rounded(codes=codes, scales=found.scales, sub=found.sub, note=_raised(factor.damping, rounding))
 
 
 def _super_nearest(stack: Stack, found: SuperScales, spec: QuantSpec, note: str | None = None) -> Rounded:
@@ -159,9 +155,33 @@ def _to_nearest(stack: Stack, grid: SearchedScales, spec: QuantSpec, note: str |
     return Rounded(codes=codes, scales=scales, zeros=grid.zeros, note=note)
 
 
-def _check_int(spec: QuantSpec, rounding: RoundingMethod) -> None:
-    if spec.kind != "int":
-        raise ValueError(f"method={rounding.method!r} rounds to integers, not to kind={spec.kind!r}; use method: rtn, or kind: int")
+def _gptq_floats(stack: Stack, spec: QuantSpec, rounding: RoundingMethod) -> Rounded:
+    assert stack.moments is not None
+    if rounding.scale == "absmax":
+        divides, stored, whole = float_scales(stack.weight, spec, stack.mask)
+        scales = FloatScales(divides, stored, whole if spec.kind == "nvfp4" else None)
+    else:
+        # a fit by least squares would leave the few numbers that such scales can be
+        scales = searched_floats(stack.weight, spec, stack.mask, stack.importance)
+    factor = factorize(stack.moments, rounding.damping, rounding.activation_order)
+    if factor is None:
+        return _of_floats(float_codes(stack.weight, scales.divides, spec, stack.mask), scales, _NO_FACTOR)
+    codes = gptq_codes(stack.weight, scales.divides, factor, spec, stack.mask)
+    return _of_floats(codes, scales, _raised(factor.damping, rounding))
+
+
+def _of_floats(codes: Tensor, scales: FloatScales, note: str | None = None) -> Rounded:
+    return Rounded(codes=codes, scales=scales.stored, global_scale=scales.whole, note=note)
+
+
+_NO_FACTOR = "rounded to nearest: their Hessian has no Cholesky factor with any damping up to 1"
+
+
+def _raised(damping: float, rounding: RoundingMethod) -> str | None:
+    """The note on a Hessian that needed more damping than asked for; None if it did not."""
+    if damping == rounding.damping:
+        return None
+    return f"damping raised to {damping:g}: their Hessian has no Cholesky factor with {rounding.damping:g}"
 
 
 METHODS: dict[str, Method] = {

@@ -45,7 +45,7 @@ class ServedLayers:
         return self._padding is not None
 
     def layer(self, index: int, layer: nn.Module, names: Sequence[str]) -> None:
-        """Hooks layer ``index``, whose linears ``names`` hold codes * scales, and finds its static scales.
+        """Hooks layer ``index``, whose linears ``names`` hold codes * scales, finds its static scales, and counts outliers.
 
         Raises:
             UserError: a linear or an attention does not run.
@@ -68,21 +68,29 @@ class ServedLayers:
                     rounders |= round_attention(name, module, self._rounding.kv_cache, self._padding)
             self._cache |= rounders
             hooked.append(RoundedCache(self._rounding.kv_cache, rounders))
-        # dynamic rounders have no ranges to find, and families may have layers without attention
-        self._find_ranges(index, [rounders for rounders in hooked if rounders.spec.scaling == "static" and rounders.rounders])
+        # most dynamic rounders have nothing to find, and families may have layers without attention
+        self._observe(index, [rounders for rounders in hooked if rounders.spec.observes and rounders.rounders])
 
-    def _find_ranges(self, index: int, static: Sequence[Rounders]) -> None:
-        if not static:
+    def outliers(self) -> dict[str, tuple[int, int]]:
+        """(columns with an outlier on the calibration text, columns) of each module's input; {} where the spec keeps none."""
+        seen = {name: rounder.outlier_columns for name, rounder in self._inputs.items()}
+        return {name: (int(columns.sum()), len(columns)) for name, columns in seen.items() if columns is not None}
+
+    def _observe(self, index: int, observed: Sequence[Rounders]) -> None:
+        if not observed:
             return
         assert self._replay is not None, "static scales need calibration text"
-        for rounders in static:
+        for rounders in observed:
             rounders.observe()
         for number, _ in self._replay.batches():
             # static rounders note their ranges and round nothing, because they have no scale yet
             self._replay.run(index, number)
             self._advance(self._replay.tokens(number))
         # rounding of static rounders starts only here, so all of them were measured on unrounded inputs of this layer
-        for rounders in static:
+        for rounders in observed:
+            if rounders.spec.scaling == "dynamic":
+                rounders.observe(False)
+                continue
             found = rounders.extremes()
             for name, extremes in zip(rounders.rounders, found):
                 if not bool(torch.isfinite(extremes).all()):

@@ -1,9 +1,9 @@
-"""An independent reader of compressed-tensors folders with integer weights, in numpy.
+"""An independent reader of compressed-tensors folders, in numpy.
 
 It shares no code with the writer (``packing.py``, ``export/``): it takes bits out of bytes, not words, so that a mistake there is found
 here. It also reads exports by other tools: the formats "pack-quantized" and "int-quantized", symmetric or not, one scale per group or
-per row, one scheme or several. Source of the layout: compressed-tensors ``compressors/pack_quantized/base.py``,
-``compressors/naive_quantized/base.py`` and ``quantization/quant_args.py``.
+per row, one scheme or several, and those of floats (``compressed_tensors_floats.py``). Source of the layout: compressed-tensors
+``compressors/pack_quantized/base.py``, ``compressors/naive_quantized/base.py`` and ``quantization/quant_args.py``.
 
     pack-quantized   P.weight_packed int32 [out, ceil(in b / 32)], P.weight_shape int64 [2]; P.weight_zero_point int32
                      [ceil(out b / 32), groups], packed along the outputs
@@ -21,26 +21,35 @@ from numpy.typing import NDArray
 
 from ...models.common.errors import UserError
 from .compressed_tensors_config import read_packed_scheme
+from .compressed_tensors_floats import FLOAT_FORMATS, GLOBAL, INPUT_GLOBAL, float_shape, read_floats
 from .kv_cache import cache_attentions, cache_scales, is_cache_scale
 from .tensors import StoredCodes, StoredScheme, StoredTensors, WeightFolder, bit_fields, read_config
 
 _PACKED, _SCALE, _SHAPE, _ZERO = ".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point"
 _INPUT_SCALE, _INPUT_ZERO = ".input_scale", ".input_zero_point"
-# Reordered inputs (actorder "group"), and the scales of nvfp4.
-_FOREIGN = (".weight_g_idx", ".weight_global_scale", ".input_global_scale")
+# Reordered inputs (actorder "group").
+_FOREIGN = ".weight_g_idx"
+_PLACES = {
+    "pack-quantized": (_PACKED, "I32"),
+    "int-quantized": (".weight", "I8"),
+    **{form: (".weight", "F8_E4M3") if kind == "fp8_e4m3" else (_PACKED, "U8") for form, kind in FLOAT_FORMATS.items()},
+}
+"""Layout -> the tensor of a module's codes and its dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """How the inputs of a module are quantized to int8."""
+    """How the inputs of a module are quantized."""
 
     dynamic: bool
-    """True: one scale per token, computed at run time. False: one stored scale."""
+    """True: scales of a token, computed at run time. False: one stored scale; of nvfp4 the one by which those of blocks are divided."""
     symmetric: bool
     scale: float | None = None
     """Only for static scaling."""
     zero: int = 0
     """Only for static scaling."""
+    kind: str = "int8"
+    """int8, fp8_e4m3, mxfp4 or nvfp4."""
 
 
 def is_packed(folder: Path) -> bool:
@@ -59,17 +68,17 @@ class PackedFolder(WeightFolder):
         names = self._stored.names
         for name in names:
             if name.endswith(_FOREIGN):
-                raise UserError(f"{self._stored.file(name)}: {name}: this reader does not know reordered groups and global scales")
+                raise UserError(f"{self._stored.file(name)}: {name}: this reader does not know reordered groups")
         # 1. which modules are quantized, by their tensors
         packed = {name.removesuffix(_PACKED) for name in names if name.endswith(_PACKED)}
-        # int-quantized keeps the plain name; the dtype and a scale beside it mark such a weight
-        bytewise = (n.removesuffix(".weight") for n in names if n.endswith(".weight") and self._stored.dtype(n) == "I8")
+        # codes of a byte keep the plain name; the dtype and a scale beside it mark such a weight
+        bytewise = (n.removesuffix(".weight") for n in names if n.endswith(".weight") and self._stored.dtype(n) in ("I8", "F8_E4M3"))
         self._unpacked = frozenset(module for module in bytewise if module + _SCALE in self._stored)
         # in the order of the files, each module once
         heads = dict.fromkeys(name.removesuffix(_PACKED).removesuffix(".weight") for name in names)
         self.modules = tuple(head for head in heads if head in packed or head in self._unpacked)
         # 2. the tensors that such modules must have; all others are plain
-        needed = {module + suffix for module in packed for suffix in (_PACKED, _SCALE, _SHAPE)}
+        needed = {module + suffix for module in packed for suffix in (_PACKED, _SCALE, self._third(module))}
         needed |= {module + suffix for module in self._unpacked for suffix in (".weight", _SCALE)}
         needed |= {module + _ZERO for module in self.modules if not self.scheme_of(module).symmetric}
         needed |= {name for module in self.modules for name in self._input_names(module)}
@@ -78,10 +87,16 @@ class PackedFolder(WeightFolder):
         self._quantized = frozenset(f"{module}.weight" for module in self.modules)
         self._check_names(needed)
 
+    def _third(self, module: str) -> str:
+        """The tensor of a packed module beside codes and scales: the shape that words do not tell, or a global scale."""
+        return {"int": _SHAPE, "mxfp4": _SCALE}.get(self.scheme_of(module).kind, GLOBAL)
+
     def _input_names(self, module: str) -> list[str]:
         inputs = self.scheme.of(module).inputs
         if inputs is None or inputs.dynamic:
             return []
+        if inputs.kind == "nvfp4":
+            return [module + INPUT_GLOBAL]
         return [module + _INPUT_SCALE] + ([] if inputs.symmetric else [module + _INPUT_ZERO])
 
     def _check_names(self, needed: set[str]) -> None:
@@ -90,16 +105,19 @@ class PackedFolder(WeightFolder):
             file = self._stored.file(name)
             if name.endswith((_SCALE, _SHAPE)):
                 raise UserError(f"{file}: {name} belongs to no {_PACKED[1:]}; the export is incomplete")
-            if name.endswith((_ZERO, _INPUT_SCALE, _INPUT_ZERO)):
+            if name.endswith((_ZERO, _INPUT_SCALE, _INPUT_ZERO, GLOBAL, INPUT_GLOBAL)):
                 raise UserError(f"{file}: {name}: config.json does not announce such zero points or scales; export again")
             if name.removesuffix(".weight") + _PACKED in needed:
                 raise UserError(f"{file}: {name} is stored twice, packed and plain; export again")
         for name in sorted(name for name in needed if name not in self._stored):
             raise UserError(f"{self.folder}: {name} is missing; the export is incomplete")
         for module in self.modules:
-            form = "int-quantized" if module in self._unpacked else "pack-quantized"
-            if self.scheme.of(module).format != form:
-                raise UserError(f"{self.folder}: {module} is {form}, but its group in config.json has {self.scheme.of(module).format}")
+            name = f"{module}.weight" if module in self._unpacked else module + _PACKED
+            place, announced = (name.removeprefix(module), self._stored.dtype(name)), self.scheme.of(module).format
+            # another dtype than any layout has is refused where the codes are read
+            form = next((form for form, own in _PLACES.items() if own == place), announced)
+            if _PLACES[announced] != _PLACES[form]:
+                raise UserError(f"{self.folder}: {module} is {form}, but its group in config.json has {announced}")
 
     def scheme_of(self, module: str) -> StoredScheme:
         """Bits, group size and symmetry of a quantized module."""
@@ -113,12 +131,18 @@ class PackedFolder(WeightFolder):
         """
         kind = self.scheme.of(module).inputs
         if kind is None or kind.dynamic:
-            return kind and Inputs(dynamic=True, symmetric=kind.symmetric)
-        scale, zero = float(self._stored.scales(module + _INPUT_SCALE, (1,))[0]), 0
+            return kind and Inputs(dynamic=True, symmetric=kind.symmetric, kind=kind.kind)
+        name = module + (INPUT_GLOBAL if kind.kind == "nvfp4" else _INPUT_SCALE)
+        # one number, which some tools store without a dimension
+        scale, zero = float(self._stored.scales(name, () if self._stored.shape(name) == () else (1,)).reshape(())), 0
         if not kind.symmetric:
             self._stored.expect(module + _INPUT_ZERO, ("I8",), (1,))
             zero = int(self._stored.integers(module + _INPUT_ZERO)[0])
-        return Inputs(dynamic=False, symmetric=kind.symmetric, scale=scale, zero=zero)
+        return Inputs(dynamic=False, symmetric=kind.symmetric, scale=scale, zero=zero, kind=kind.kind)
+
+    def global_scale(self, module: str) -> float | None:
+        """The scale by which those of groups are divided (nvfp4); None for other kinds. UserError if it is not one positive number."""
+        return float(self._stored.scales(module + GLOBAL, (1,))[0]) if self.scheme_of(module).kind == "nvfp4" else None
 
     def cache(self) -> dict[str, float] | None:
         """Scales of keys and values in fp8 by ``<attention module>.k`` and ``.v``; None if they are not quantized.
@@ -151,6 +175,8 @@ class PackedFolder(WeightFolder):
             UserError: shapes or dtypes do not fit, a scale is not finite and positive, or unused bits are set.
         """
         (rows, columns), scheme = self._shape(module), self.scheme_of(module)
+        if scheme.kind != "int":
+            return read_floats(self._stored, module, scheme.kind)
         width = scheme.group_size or columns
         # a last group of fewer columns would shift no code, but its scale would be that of no group
         if columns % width:
@@ -202,6 +228,8 @@ class PackedFolder(WeightFolder):
         return values
 
     def _shape(self, module: str) -> tuple[int, int]:
+        if (kind := self.scheme_of(module).kind) != "int":
+            return float_shape(self._stored, module, kind)
         if module in self._unpacked:
             shape = self._stored.shape(f"{module}.weight")
             if len(shape) != 2 or 0 in shape:

@@ -9,20 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from ...models.common.errors import UserError
+from .compressed_tensors_floats import FLOAT_FORMATS, read_float_weights
 from .fields import BITS, check_fields, check_module_names, module_pattern, read_quantization
 from .kv_cache import read_cache_scheme
 from .tensors import StoredScheme
 
-FORMATS = ("pack-quantized", "int-quantized")
+FORMATS = ("pack-quantized", "int-quantized", *FLOAT_FORMATS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputScheme:
-    """How inputs are quantized to int8."""
+    """How inputs are quantized."""
 
     dynamic: bool
-    """True: one scale per token, computed in the forward pass. False: one stored scale."""
+    """True: scales of a token are computed in the forward pass. False: one stored scale; of nvfp4 the one above those of its blocks."""
     symmetric: bool
+    kind: str = "int8"
+    """int8, or the kind of the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +108,14 @@ def _group(file: Path, name: str, group: Any, whole: str) -> Group:
     if not isinstance(group, dict) or not isinstance(weights, dict):
         raise UserError(f"{file}: quantization_config.config_groups[{name!r:.100}] must be an object with weights")
     form = group.get("format") or whole
+    # a group without a format of its own has that of the file
+    check_fields(file, [("the format of a group", form, FORMATS if whole == "mixed-precision" else (whole,))])
+    check_fields(file, [("output_activations", group.get("output_activations"), (None,))])
+    if form in FLOAT_FORMATS:
+        scheme = read_float_weights(file, form, weights)
+        inputs = _inputs(file, group.get("input_activations"), scheme.kind)
+        return Group(targets=_names(file, "targets", group.get("targets") or ["Linear"]), format=form, weights=scheme, inputs=inputs)
     expected: list[tuple[str, Any, tuple[Any, ...]]] = [
-        # a group without a format of its own has that of the file
-        ("the format of a group", form, FORMATS if whole == "mixed-precision" else (whole,)),
-        ("output_activations", group.get("output_activations"), (None,)),
         # int-quantized stores one byte per code
         ("weights.num_bits", weights.get("num_bits"), (8,) if form == "int-quantized" else BITS),
         ("weights.type", weights.get("type"), ("int",)),
@@ -129,26 +136,31 @@ def _group(file: Path, name: str, group: Any, whole: str) -> Group:
         weights=StoredScheme(
             bits=weights["num_bits"], group_size=size if weights["strategy"] == "group" else None, symmetric=weights["symmetric"]
         ),
-        inputs=_inputs(file, group.get("input_activations")),
+        inputs=_inputs(file, group.get("input_activations"), "int8"),
     )
 
 
-def _inputs(file: Path, inputs: Any) -> InputScheme | None:
+def _inputs(file: Path, inputs: Any, kind: str) -> InputScheme | None:
+    """The scheme of inputs; UserError if it is not of this kind, in which the weights' kernels multiply."""
     if inputs is None:
         return None
     if not isinstance(inputs, dict):
         raise UserError(f"{file}: quantization_config: input_activations must be an object or null")
     dynamic = inputs.get("dynamic")
+    # in blocks: mxfp4 computes all scales at run time, nvfp4 those of the blocks, under a stored one
+    block: dict[str, tuple[Any, str, int]] = {"mxfp4": (True, "group", 32), "nvfp4": ("local", "tensor_group", 16)}
+    allowed, strategy, size = block.get(kind, (None, "", 0))
     expected: list[tuple[str, Any, tuple[Any, ...]]] = [
-        ("input_activations.num_bits", inputs.get("num_bits"), (8,)),
-        ("input_activations.type", inputs.get("type"), ("int",)),
-        ("input_activations.symmetric", inputs.get("symmetric", True), (True, False)),
-        ("input_activations.dynamic", dynamic, (True, False)),
+        ("input_activations.num_bits", inputs.get("num_bits"), (4,) if size else (8,)),
+        ("input_activations.type", inputs.get("type"), ("int",) if kind == "int8" else ("float",)),
+        ("input_activations.symmetric", inputs.get("symmetric", True), (True, False) if kind == "int8" else (True,)),
+        ("input_activations.dynamic", dynamic, (allowed,) if size else (True, False)),
         # one scale per token can only be computed at run time, a stored one can only be for all tokens
-        ("input_activations.strategy", inputs.get("strategy"), ("token",) if dynamic else ("tensor",)),
+        ("input_activations.strategy", inputs.get("strategy"), (strategy,) if size else ("token",) if dynamic else ("tensor",)),
+        *([("input_activations.group_size", inputs.get("group_size"), (size,))] if size else []),
     ]
     check_fields(file, expected)
-    return InputScheme(dynamic=bool(dynamic), symmetric=inputs.get("symmetric", True))
+    return InputScheme(dynamic=dynamic is True, symmetric=inputs.get("symmetric", True), kind=kind)
 
 
 def _names(file: Path, key: str, names: Any) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from ...models.common.errors import UserError
 from ...models.folder.model_folder import read_record
 from .awq import AwqFolder
+from .bitsandbytes import BitsandbytesFolder
 from .compressed_tensors import PackedFolder, is_packed
 from .gguf_model import GgufModel, find_gguf
 from .gptq import GptqFolder
@@ -61,7 +62,7 @@ def open_folder(path: Path) -> WeightFolder:
         return PlainFolder(path)
     quantization = config["quantization_config"]
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    readers = {"compressed-tensors": PackedFolder, "gptq": GptqFolder, "awq": AwqFolder}
+    readers = {"compressed-tensors": PackedFolder, "gptq": GptqFolder, "awq": AwqFolder, "bitsandbytes": BitsandbytesFolder}
     if not isinstance(method, str) or method not in readers:
         raise UserError(f"{path / 'config.json'}: quant_method is {method!r:.100}; decoct reads {', '.join(readers)}")
     return readers[method](path)

@@ -21,7 +21,7 @@ INDEX = "model.safetensors.index.json"
 FLOATS = ("BF16", "F16", "F32")
 """Dtypes of scales and plain tensors."""
 # numpy has no bf16: its bits as uint16
-_KINDS = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "I8": "i1", "I32": "<i4", "I64": "<i8"}
+_KINDS = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "I8": "i1", "U8": "u1", "F8_E4M3": "u1", "I32": "<i4", "I64": "<i8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,12 @@ class StoredScheme:
     group_size: int | None
     """Inputs per scale; None = one scale per row."""
     symmetric: bool = True
+    kind: str = "int"
+    """Format of a code: int, or fp8_e4m3, mxfp4, nvfp4."""
 
     def __str__(self) -> str:
+        if self.kind != "int":
+            return f"kind={self.kind}, group_size={self.group_size or 'channel'}"
         return f"bits={self.bits}, group_size={self.group_size or 'channel'}, symmetric={str(self.symmetric).lower()}"
 
 
@@ -57,13 +61,29 @@ class StoredCodes:
         return (self.centred().astype(np.float32) * self.scales[:, :, None]).reshape(self.codes.shape)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredFloats(StoredCodes):
+    """A stored weight of floats: w = values * scales, or values * (scales / whole)."""
+
+    values: NDArray[np.float32]
+    """[out, in]: what the codes stand for. ``codes`` are their bits, and ``zeros`` are 0."""
+    whole: np.float32 | None = None
+    """The global scale of nvfp4, finite and positive."""
+
+    def weight(self) -> NDArray[np.float32]:
+        """fp32 [out, in]."""
+        # the quotient in fp32 first, as kernels and the fake quantization take it
+        scales = self.scales if self.whole is None else self.scales / self.whole
+        return (self.values.reshape(*scales.shape, -1) * scales[:, :, None]).reshape(self.values.shape)
+
+
 class Decoded(NamedTuple):
     """A quantized module, decoded once: its weight, codes and scales."""
 
     weight: NDArray[np.float32]
     """[out, in]"""
     codes: NDArray[np.int8]
-    """[out, in], signed."""
+    """[out, in], signed; of floats the bits."""
     scales: NDArray[np.float32]
     """[out, groups]; in / groups may be a part of the group that was trained."""
 
@@ -161,7 +181,7 @@ class StoredTensors:
         return place.info.shape[0], place.info.shape[1]
 
     def integers(self, name: str) -> NDArray[Any]:
-        """A tensor of I8, I32 or I64 as stored."""
+        """A tensor of I8, I32 or I64 as stored; U8 and F8_E4M3 as bytes."""
         info = self._places[name].info
         return self._raw(name, np.dtype(_KINDS[info.dtype])).reshape(info.shape)
 

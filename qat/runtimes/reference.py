@@ -9,6 +9,7 @@ from torch import Tensor
 from ...models.common.errors import UserError
 from ...models.common.host_memory import available_bytes
 from ...models.folder.structure import model_structure, plain_config
+from ..readers.bitsandbytes import BitsandbytesFolder
 from ..readers.compressed_tensors import PackedFolder
 from ..readers.open import open_export
 from ..rebuild import load_exported_model
@@ -97,4 +98,6 @@ def _positions(config: Any) -> int | None:
 
 def _rounds_inputs(path: Path) -> bool:
     opened = open_export(path)
+    if isinstance(opened, BitsandbytesFolder):
+        return not opened.nf4
     return isinstance(opened, PackedFolder) and any(group.inputs is not None for group in opened.scheme.groups)

@@ -40,6 +40,7 @@ def run_transformers(
 
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True, **loading_options(folder)}
     model, info = cast(tuple[Any, dict[str, Any]], AutoModelForCausalLM.from_pretrained(folder, **options))
+    _compute_in(model, dtype)
     model.eval()
     loaded()
     with torch.inference_mode():
@@ -47,6 +48,21 @@ def run_transformers(
         logits = torch.cat([model(input_ids=row[None], use_cache=False).logits for row in tokens])
     names = ("missing_keys", "unexpected_keys", "mismatched_keys")
     return logits.float(), {kind: sorted(map(str, info[kind])) for kind in names if info[kind]}, generation_speed(model, tokens[:1, :1])
+
+
+def _compute_in(model: Any, dtype: torch.dtype) -> None:
+    """Make a model of bitsandbytes compute in ``dtype``: transformers leaves its unquantized parameters in the stored dtype, and its NF4
+    linears multiply in the dtype that the folder names."""
+    if getattr(model, "quantization_method", None) != "bitsandbytes":
+        return
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(getattr(module, "compute_dtype", None), torch.dtype):
+            module.compute_dtype = dtype
+            # a kernel of processors with bf16 rounds inputs and scales to bf16, whatever dtype is asked for
+            module.support_avx512bf16_for_cpu = dtype == torch.bfloat16
 
 
 def generation_speed(model: Any, prompt: Tensor) -> float:
@@ -72,18 +88,25 @@ def peak_bytes() -> int:
 
 
 def needs_dequantizing(quantization: dict[str, Any]) -> bool:
-    """Return whether a ``quantization_config`` has packed zero points, in any of its groups: transformers reads them as unpacked ones
-    unless it dequantizes on loading."""
-    # int-quantized, the format with rounded inputs, stores zero points unpacked
+    """Return whether a ``quantization_config`` has packed zero points or 4-bit floats, in any of its groups: unless it dequantizes on
+    loading, transformers reads the first as unpacked ones, and computes with the second in bf16 alone."""
     groups = quantization.get("config_groups", {}).values()
-    return any(group.get("format") == "pack-quantized" and not group["weights"]["symmetric"] for group in groups)
+    return any(_dequantized(group) for group in groups)
+
+
+def _dequantized(group: dict[str, Any]) -> bool:
+    # int-quantized, the format with rounded inputs, stores zero points unpacked
+    if group.get("format") == "pack-quantized":
+        return not group["weights"]["symmetric"]
+    # dequantized modules do not round their inputs
+    return group.get("format") in ("mxfp4-pack-quantized", "nvfp4-pack-quantized") and not group.get("input_activations")
 
 
 def loading_options(folder: str) -> dict[str, Any]:
     """Return further arguments of ``from_pretrained``.
 
     GPTQ and AWQ need the kernel that unpacks weights and multiplies in the inputs' dtype (the fast kernels compute in fewer bits). Packed
-    zero points need dequantizing on loading: otherwise transformers 5.23 with compressed-tensors 0.20 expects them unpacked.
+    zero points and 4-bit floats need dequantizing on loading (``needs_dequantizing``; transformers 5.23 with compressed-tensors 0.20).
     """
     import transformers
 
@@ -101,7 +124,7 @@ def loading_options(folder: str) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     found = {}
-    for name in ("transformers", "compressed-tensors", "optimum", "gptqmodel", "torch"):
+    for name in ("transformers", "compressed-tensors", "optimum", "gptqmodel", "bitsandbytes", "torch"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

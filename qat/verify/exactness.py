@@ -137,12 +137,12 @@ def check_recorded(folder: Path, record: dict[str, Any]) -> tuple[int, list[str]
 
 
 def _scale_hash(opened: ExportReader, name: str, module: Decoded) -> str:
-    """Return the hash of a module's scales, with the scale and zero point of its inputs if they are stored."""
-    inputs = opened.inputs(name) if isinstance(opened, PackedFolder) else None
-    if inputs is None or inputs.scale is None:
-        return weight_hash(module.scales)
+    """Return the hash of a module's scales, with its global scale and the scale and zero point of its inputs if they are stored."""
+    inputs, whole = (opened.inputs(name), opened.global_scale(name)) if isinstance(opened, PackedFolder) else (None, None)
+    beside = [] if whole is None else [whole]
+    beside += [] if inputs is None or inputs.scale is None else [inputs.scale, inputs.zero]
     # one hash for all numbers that a module stores beside its codes
-    return weight_hash(np.append(module.scales.ravel(), np.array([inputs.scale, inputs.zero], np.float32)))
+    return weight_hash(np.append(module.scales.ravel(), np.array(beside, np.float32)) if beside else module.scales)
 
 
 def _scale_problem(opened: ExportReader, name: str, module: Decoded, recorded: dict[str, str] | None) -> str | None:

@@ -57,7 +57,7 @@ def _record_problems(opened: WeightFolder, record: dict[str, Any]) -> list[str]:
         # AWQ stores zero points of symmetric weights too, and its config has no field for them
         alike = scheme.symmetric == spec.symmetric or (isinstance(opened, AwqFolder) and spec.symmetric)
         # one sentence is enough: a wrong group in the config concerns all of its modules
-        if (scheme.bits, scheme.group_size) != expected or not alike:
+        if (scheme.bits, scheme.group_size) != expected or not alike or scheme.kind != spec.kind:
             problems.append(f"config.json has {scheme} for {module}; {RECORD} has {spec}")
             break
     return problems

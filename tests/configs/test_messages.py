@@ -28,7 +28,8 @@ BROKEN = {
     "mistyped key in a section": (
         HEAD.replace("seq_length", "seq_lenght") + STAGES,
         "my.yaml:3: data.seq_lenght: unknown key, did you mean 'seq_length'? valid here: builtin, files, hub, hub_config, hub_split, "
-        "generate, source, kind, mask_prompts, text_field, special_tokens, seq_length, packing, eval_tokens, held_out, max_documents",
+        "hub_shards, generate, source, kind, mask_prompts, text_field, special_tokens, seq_length, packing, eval_tokens, "
+        "held_out, max_documents",
     ),
     "mistyped key at the top": (
         HEAD + STAGES + "trianer: {precision: 32}\n",
@@ -129,12 +130,38 @@ BROKEN = {
     "missing key": (
         HEAD + "stages:\n  - prune:\n      structured: {}\n",
         "my.yaml:6: stages.0.prune.structured: structured pruning needs at least one of ffn, heads, kv_heads, hidden, layers: the "
-        "number that is kept",
+        "number that is kept; or a 'budget'",
+    ),
+    "a shape and a budget": (
+        HEAD + "stages:\n  - prune:\n      structured: {budget: 80M, heads: 2}\n",
+        "my.yaml:6: stages.0.prune.structured.budget: budget=80000000.0 searches the shape, and 'heads' gives it; leave one of them out",
+    ),
+    "a search of nothing": (
+        HEAD + "stages:\n  - prune:\n      structured: {heads: 2, search: {measured: 4}}\n",
+        "my.yaml:6: stages.0.prune.structured: 'search' finds the shape of a budget, and there is none; give 'budget', such as budget: 0.6",
+    ),
+    "rounds without tokens": (
+        HEAD + "stages:\n  - prune: {structured: {heads: 2, rounds: 0.3}}\n",
+        "my.yaml:5: stages.0.prune: 'structured.rounds' distils after each cut; give 'tokens' or 'steps', such as tokens: 30M",
+    ),
+    "rounds to a shape that is not known": (
+        HEAD + "stages:\n  - prune: {structured: {budget: 0.5, rounds: 0.3}, tokens: 30M}\n",
+        "my.yaml:5: stages.0.prune.structured.rounds: rounds=0.3 go to a given shape, and 'budget' searches one; give the shape that a "
+        "search has found",
+    ),
+    "a cut of the shape with tokens": (
+        HEAD + "stages:\n  - prune: {structured: {heads: 2}, tokens: 30M}\n",
+        "my.yaml:5: stages.0.prune: structured pruning is one shot and takes no 'tokens' or 'steps'; add a distill stage after it, or cut "
+        "in rounds with distillation (structured.rounds: 0.3)",
+    ),
+    "rounds that grow": (
+        HEAD + "stages:\n  - prune:\n      structured: {budget: 0.6, search: {tokens: 1M, halving: [4, 16]}}\n",
+        "my.yaml:6: stages.0.prune.structured.search.halving: halving=[4, 16] must fall from round to round, such as [16, 4]",
     ),
     "an unknown axis": (
         HEAD + "stages:\n  - prune:\n      structured: {kv_head: 2}\n",
         "my.yaml:6: stages.0.prune.structured.kv_head: unknown key, did you mean 'kv_heads'? valid here: ffn, heads, kv_heads, "
-        "hidden, layers, score, depth_score, repair",
+        "hidden, layers, budget, search, score, depth_score, repair, rounds",
     ),
     "an unknown score": (
         HEAD + "stages:\n  - prune:\n      structured: {heads: 2, score: tailor}\n",
@@ -279,7 +306,7 @@ BROKEN = {
     "unknown export format": (
         HEAD + "stages:\n  - quantize\n  - export: {formats: [guff]}\n",
         "my.yaml:6: stages.1.export.formats.0: must be 'compressed-tensors', 'gguf', 'gguf-q2_0', 'gguf-tq1_0', 'gptq', 'gptq_v2', "
-        "'awq', 'safetensors' or 'safetensors-f32'; got 'guff', did you mean 'gguf'?",
+        "'awq', 'bitsandbytes', 'safetensors' or 'safetensors-f32'; got 'guff', did you mean 'gguf'?",
     ),
     "no text left to train on": (
         HEAD.replace("seq_length: 256", "eval_tokens: all") + STAGES,
@@ -449,6 +476,8 @@ SEVERAL_KEYS = {
     "text by no teacher", "conversations from the beginning of a document",
     "a pattern the wrong way round", "a pattern of three numbers", "a share that contradicts the pattern", "neither a share nor a pattern",
     "one shot with tokens", "movement without steps", "movement without a gradient", "a pattern over the whole model",
+    "a shape and a budget", "a search of nothing", "rounds that grow",
+    "rounds without tokens", "rounds to a shape that is not known", "a cut of the shape with tokens",
 }  # fmt: skip
 """What the JSON Schema does not find: most faults between keys, those of YAML itself, and of an address's parts."""
 

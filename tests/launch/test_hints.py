@@ -54,7 +54,20 @@ def planned(recipe: str, steps: Sequence[str], ranks: int = 1, **machine: Any) -
         (CUT, "export.formats=[compressed-tensors] qat.kv_cache.kind=int8", "takes keys and values in fp8", 2),
         (CUT, "export.formats=[gguf] qat.kv_cache.kind=fp8_e4m3 qat.kv_cache.scaling=static", "cannot record that keys and values", 2),
         (CUT, "qat.activations.kind=int8", "takes int8 inputs with int8 weights", 2),
-        (CUT, "qat.activations.kind=fp8_e4m3 qat.weights.bits=8 qat.weights.group_size=channel", "takes inputs in int8, not fp8", 1),
+        (
+            CUT,
+            "qat.activations.kind=fp8_e4m3 qat.weights.bits=8 qat.weights.group_size=channel",
+            "takes fp8 inputs with fp8_e4m3 weights",
+            3,
+        ),
+        (CUT, "export.formats=[compressed-tensors] qat.weights.kind=nf4", "not kind=nf4", 3),
+        (CUT, "export.formats=[gptq] qat.weights.kind=mxfp4 qat.weights.group_size=32", "holds integer codes, not kind=mxfp4", 3),
+        (
+            CUT,
+            "export.formats=[compressed-tensors] qat.activations.kind=int8 qat.weights.kind=mxfp4 qat.weights.group_size=32",
+            "takes int8 inputs with int8 weights",
+            3,
+        ),
         (
             PRUNED,
             "export.formats=[gguf] prune.structured.ffn=9200 qat.weights.group_size=channel",

@@ -22,7 +22,9 @@ from decoct.qat.importance import importance_of
 from decoct.qat.ptq import METHODS, RoundingMethod, round_model
 from decoct.qat.ptq.methods import Stack
 from decoct.qat.readers.imatrix import read_imatrix
+from decoct.qat.scheme import SpecChange
 from decoct.qat.spec import QuantSpec
+from decoct.qat.transforms.settings import TransformSettings
 from decoct.trainer.settings import TrainerSettings
 from decoct.trainer.settings_quantization import QuantizeSettings
 
@@ -133,13 +135,14 @@ def test_settings_say_where_it_has_no_effect() -> None:
         ({"method": "gptq"}, "importance='m.dat' belongs to method=mse; leave one of them out"),
         ({}, "belongs to method=mse"),
         ({"method": "mse", "weighted": True}, "has the mean squares that weighted would measure"),
+        ({"method": "mse", "transform": TransformSettings(method="awq")}, "is of the inputs before transform, which changes them"),
     ):
         with pytest.raises(ValueError, match=message):
             QuantizeSettings(importance="m.dat", **given)  # pyright: ignore[reportArgumentType]
     assert not QuantizeSettings(method="mse", importance="m.dat").calibrates
 
 
-def test_the_stage_key_follows_the_content_alone(tmp_path: Path) -> None:
+def test_the_stage_key_follows_the_content_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def key(**more: Any) -> str:
         return stage_key(
             name="quantize", kind="quantize", settings=QuantizeSettings(method="mse", **more), format_version=1, input_hash="a", data="b",
@@ -149,6 +152,11 @@ def test_the_stage_key_follows_the_content_alone(tmp_path: Path) -> None:
     first, same, other = (legacy(tmp_path / name, numbers(layers)) for name, layers in (("a", 2), ("b", 2), ("c", 1)))
     assert key(importance=str(first)) == key(importance=str(same))
     assert len({key(), key(importance=str(first)), key(importance=str(other))}) == 3
+    assert len({key(), key(mix="q4_k_m"), key(weights=QuantSpec(bits=2)), key(weights=QuantSpec(ternary=True))}) == 4
+    # stages that use none of these keep the keys that they had before there were any
+    monkeypatch.setattr("decoct.launch.run.stage_key.sha256_json", str)
+    told = key(embedding=SpecChange(bits=8), overrides={"*.q_proj": SpecChange(bits=8)})
+    assert "'bits': 8" in told and not any(word in told for word in ("importance", "mix", "ternary"))
 
 
 def test_a_plan_refuses_one_of_another_model(tmp_path: Path) -> None:

@@ -120,6 +120,11 @@ def test_default_grid_is_exact_in_bf16_and_fp16() -> None:
         ({"scaling": "ema"}, "scaling='ema' is not one of dynamic, static"),
         ({"symmetric": 0}, "symmetric=0 is not a truth value"),
         ({"kind": "fp8_e4m3", "symmetric": False}, "kind='fp8_e4m3' has no zero point; leave symmetric out"),
+        ({"outliers": 0}, "outliers=0 .*nothing is rounded; 6 is usual"),
+        (
+            {"outliers": 6.0, "scaling": "static"},
+            "outliers=6 stay beside symmetric int8 codes with one scale per token; leave outliers out",
+        ),
     ],
 )
 def test_bad_values_of_activations_are_named(given: dict[str, Any], words: str) -> None:
@@ -133,6 +138,13 @@ def test_activations_have_a_json_form_and_a_lattice() -> None:
     assert ActivationSpec.from_json(spec.to_json()) == spec
     assert spec.matrix_spec == QuantSpec(bits=8, group_size="tensor", symmetric=False, scale_grid="fp32")
     assert ActivationSpec().matrix_spec.divisor_value == 127
+
+
+def test_outliers_are_recorded_only_where_they_are_kept() -> None:
+    spec = ActivationSpec(outliers=6.0)
+    assert "outliers" not in ActivationSpec().to_json()
+    assert ActivationSpec.from_json(spec.to_json()) == spec
+    assert (spec.observes, ActivationSpec().observes, spec.of_the_others) == (True, False, ActivationSpec())
 
 
 def test_a_lattice_has_words() -> None:

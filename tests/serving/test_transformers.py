@@ -27,6 +27,7 @@ STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 INT4 = QuantSpec(bits=4, group_size=64)
 ROWS = QuantSpec(bits=8, group_size="channel")
+FLOAT8 = QuantSpec(kind="fp8_e4m3", bits=8, group_size="channel")
 MIXED = QuantScheme(weights=INT4, overrides={"*.down_proj": SpecChange(bits=8, group_size="channel")})
 STATIC = ActivationSpec(scaling="static")
 FP8 = ActivationSpec(kind="fp8_e4m3", scaling="static")
@@ -39,6 +40,11 @@ SCHEMES: dict[str, tuple[str, QuantSpec | QuantScheme, dict[str, Any]]] = {
     "W8A8 dynamic": ("compressed-tensors", ROWS, {"activations": ActivationSpec()}),
     "W8A8 static, fp8 keys and values": ("compressed-tensors", ROWS, {"activations": STATIC, "kv_cache": FP8}),
     "mixed, fp8 keys and values": ("compressed-tensors", MIXED, {"kv_cache": FP8}),
+    "fp8": ("compressed-tensors", FLOAT8, {}),
+    "fp8 W8A8 dynamic": ("compressed-tensors", FLOAT8, {"activations": ActivationSpec(kind="fp8_e4m3")}),
+    "fp8 W8A8 static": ("compressed-tensors", FLOAT8, {"activations": FP8, "kv_cache": FP8}),
+    "mxfp4": ("compressed-tensors", QuantSpec(kind="mxfp4", group_size=32), {}),
+    "nvfp4": ("compressed-tensors", QuantSpec(kind="nvfp4", group_size=16), {}),
     "plain": ("safetensors", QuantSpec(bits=2, group_size=32), {}),
 }
 
@@ -64,9 +70,10 @@ def test_transformers_computes_what_was_trained(quantized_folder: Build, known_t
     print(student, scheme, seen)
     assert seen["status"] == "agrees", seen
     assert seen["positions"] >= MIN_POSITIONS
-    # zero points are unpacked in bf16; everything else must be equal in fp32
-    assert (seen.get("arithmetic") == "own") is ("asymmetric" in scheme)
-    if "asymmetric" not in scheme:
+    # zero points and nvfp4 are unpacked in bf16; everything else must be equal in fp32
+    rounded = "asymmetric" in scheme or scheme == "nvfp4"
+    assert (seen.get("arithmetic") == "own") is rounded
+    if not rounded:
         assert seen["top1"] == 1.0
 
 

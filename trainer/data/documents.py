@@ -11,18 +11,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ...models.common.errors import UserError
 from ...models.common.files import sha256_json
 from ...models.common.hash_cache import cached_sha256
 from ...parts import Part, PartError
 from ..settings import DataSettings
-from .conversations import COLUMNS, SHAPES, is_conversation
-from .file_documents import check_text_column, missing_field, read_file
-from .file_rows import Row, read_rows, without_nulls
+from .conversations import COLUMNS
+from .file_documents import read_file
+from .file_rows import Row, read_rows
+from .hub import check_columns, load_hub, named, rows_in, texts_in
 from .input_files import PLAIN, ROWS, file_kind, find_files, shown_path, suffix_of
-from .units import Unit, units_of
+from .pieces import Unit
+from .units import shards_of, units_of
 
 if TYPE_CHECKING:
     import datasets
@@ -205,59 +207,16 @@ def _limited(settings: DataSettings) -> str:
 
 
 def _hub_documents(settings: DataSettings) -> Documents:
-    named = f"{settings.hub}" + (f" {settings.hub_config}" if settings.hub_config else "") + f" {settings.hub_split}"
-    dataset, revision = _load_hub(settings)
-    # a streamed dataset may know its columns only after its first row
-    names = dataset.column_names or list(next(iter(dataset), {}))
+    dataset, revision = load_hub(settings)
+    columns = check_columns(dataset, settings)
+    facts: dict[str, Any] = {"hub": [settings.hub, settings.hub_config, settings.hub_split, revision]}
+    # checked by the settings: shards are read whole
+    divide = partial(shards_of, settings, cast("datasets.IterableDataset", dataset).num_shards, revision) if settings.hub_shards else None
+    described = named(settings) + _limited(settings)
     if settings.kind == "chat":
-        return _hub_chats(settings, dataset, revision, named, names)
-    if settings.text_field not in names:
-        raise missing_field(settings.text_field, names, f"data.hub {named}")
-    if dataset.features is not None:
-        check_text_column(dataset.features.arrow_schema.field(settings.text_field).type, settings.text_field, f"data.hub {named}")
-    facts = {
-        "hub": [settings.hub, settings.hub_config, settings.hub_split, revision],
-        "text_field": settings.text_field,
-        "max_documents": settings.max_documents,
-    }
-    column: Any = dataset.select_columns([settings.text_field])
-
-    def read() -> Iterator[str]:
-        texts = (text or "" for batch in column.iter(batch_size=1024) for text in batch[settings.text_field])
-        return itertools.islice(texts, settings.max_documents)
-
-    return Documents(named + _limited(settings), sha256_json(facts), read)
-
-
-def _hub_chats(settings: DataSettings, dataset: Any, revision: str, named: str, names: list[str]) -> Documents:
-    columns = [name for name in COLUMNS if name in names]
-    if not is_conversation(columns):
-        raise UserError(f"data.hub {named} has none of {', '.join(SHAPES)}; it has {', '.join(names)}")
-    facts = {"hub": [settings.hub, settings.hub_config, settings.hub_split, revision], "max_documents": settings.max_documents}
-    rows: Any = dataset.select_columns(columns)
-
-    def read() -> Iterator[Row]:
-        return itertools.islice(((f"row {number}", without_nulls(row)) for number, row in enumerate(rows, 1)), settings.max_documents)
-
-    return Documents(named + _limited(settings), sha256_json({"kind": "chat", **facts}), tuple, read)
-
-
-def _load_hub(settings: DataSettings) -> "tuple[datasets.Dataset | datasets.IterableDataset, str]":
-    """The dataset and its revision. With ``max_documents`` a hub dataset is streamed, so that only the rows read are downloaded."""
-    import datasets
-    from huggingface_hub import HfApi
-
-    name = str(settings.hub)
-    try:
-        # the commit is looked up first: a branch may move between two starts, and what is streamed is never hashed
-        if settings.max_documents and not Path(name).exists():
-            revision = str(HfApi().dataset_info(name).sha)
-            return datasets.load_dataset(name, settings.hub_config, split=settings.hub_split, revision=revision, streaming=True), revision
-        dataset = datasets.load_dataset(name, settings.hub_config, split=settings.hub_split)
-        return dataset, dataset._fingerprint
-    # the hub's client and the readers of all formats raise errors of many libraries; each means that this data cannot be loaded
-    except Exception as error:
-        raise UserError(
-            f"data.hub={name!r} (data.hub_config={settings.hub_config!r}, data.hub_split={settings.hub_split!r}) cannot be loaded: "
-            f"{type(error).__name__}: {error}. Check these keys and the network, or give local text by data.files."
-        ) from error
+        facts |= {"kind": "chat", "max_documents": settings.max_documents}
+        rows = partial(rows_in, dataset, columns)
+        return Documents(described, sha256_json(facts), tuple, lambda: itertools.islice(rows(), settings.max_documents), divide=divide)
+    facts |= {"text_field": settings.text_field, "max_documents": settings.max_documents}
+    texts = partial(texts_in, dataset, settings.text_field)
+    return Documents(described, sha256_json(facts), lambda: itertools.islice(texts(), settings.max_documents), divide=divide)

@@ -53,7 +53,9 @@ def encoded(
         spare: Folder for the stream while another process works on the same entry.
     """
     folder = _units_folder(target)
-    units = documents.divide() if documents.divide is not None and (helpers is not None or folder.exists()) else []
+    # a shard of the hub is fetched once: a process that is killed must not fetch the others again
+    in_parts = helpers is not None or folder.exists() or settings.hub_shards
+    units = documents.divide() if documents.divide is not None and in_parts else []
     # a single unit is one process's work, which continues inside it after a kill
     if len(units) > 1:
         yield _shared(SharedText.begin(folder, units, settings, tokenizer), documents, helpers, say)

@@ -24,11 +24,11 @@ from ...models.common.files import atomic_directory, clean_leftovers, write_text
 from ...models.common.locks import Lock
 from ..processes.world import World
 from ..settings import DataSettings
+from .pieces import Unit, plain_units, units_from
 from .token_arrays import JoinedTokens
 from .tokens import TokenStream, mapped_tokens, tokenizer_hash
 from .unfinished import forget_old
 from .unit_files import Findings, encode_unit, is_whole
-from .units import Unit, plain_units, units_from
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,10 +11,11 @@ from ...models.common.files import write_json_atomic
 from ..settings import DataSettings
 from .chats import ChatEncoder, encode_rows
 from .documents import without_blank
+from .pieces import Unit
 from .samples import Samples
 from .tokens import encode_documents
 from .unfinished import Unfinished
-from .units import Unit, rows_of, texts_of
+from .units import rows_of, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

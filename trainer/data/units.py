@@ -5,49 +5,26 @@ The cut depends on the files alone, never on the number of processes. The units 
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ...models.common.errors import UserError
 from .conversations import COLUMNS
 from .file_documents import parquet_texts, read_file, text_of_row
 from .file_rows import Row, lines_between, one_line_each, parsed_line, read_rows
+from .hub import shard_rows, shard_texts
 from .input_files import shown_path, suffix_of
+from .pieces import HubPiece, Piece, Unit
+
+if TYPE_CHECKING:
+    from ..settings import DataSettings
 
 UNIT_BYTES = 64 * 2**20
 """Bytes of a unit. A killed process loses at most one, and a unit takes a core about a minute."""
 MOST_UNITS = 4096
 """Units grow beyond ``UNIT_BYTES`` where there would be more of them; each is a folder and a memory map."""
 _LINES, _GROUPS = (".jsonl", ".ndjson"), ".parquet"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A file of a unit, or the part of its rows from ``begin`` to ``end``: lines that begin there, or that share of its row groups."""
-
-    path: str
-    begin: int
-    end: int
-    """Bytes; a whole file ends with ``size``."""
-    size: int
-    """Bytes of the file."""
-
-    @property
-    def whole(self) -> bool:
-        """Whether the piece is all of its file."""
-        return self.begin == 0 and self.end == self.size
-
-    def is_here(self) -> bool:
-        """Whether this machine has the file, with the same size."""
-        try:
-            return Path(self.path).stat().st_size == self.size
-        except OSError:
-            return False
-
-
-Unit = tuple[Piece, ...]
 
 
 def units_of(files: Sequence[Path], *, parts: bool) -> list[Unit]:
@@ -80,14 +57,18 @@ def _can_be_cut(file: Path) -> bool:
     return suffix_of(file) == _GROUPS or (suffix_of(file) in _LINES and one_line_each(file))
 
 
-def plain_units(units: Sequence[Unit]) -> list[list[list[Any]]]:
-    """``units`` as data for JSON; ``units_from`` reads it."""
-    return [[list(astuple(piece)) for piece in unit] for unit in units]
+def shards_of(settings: "DataSettings", shards: int, revision: str) -> list[Unit]:
+    """The units of a streamed dataset, in order: its shards (files, or parts of them), several in one where there are many.
 
-
-def units_from(plain: Sequence[Sequence[Sequence[Any]]]) -> list[Unit]:
-    """Inverse of ``plain_units``."""
-    return [tuple(Piece(str(path), int(begin), int(end), int(size)) for path, begin, end, size in unit) for unit in plain]
+    Args:
+        settings: The dataset.
+        shards: Number of its shards.
+        revision: Its revision.
+    """
+    commit = None if Path(str(settings.hub)).exists() else revision
+    pieces = [HubPiece(str(settings.hub), settings.hub_config, settings.hub_split, commit, shard, shards) for shard in range(shards)]
+    together = -(-shards // MOST_UNITS)
+    return [tuple(pieces[begin : begin + together]) for begin in range(0, shards, together)]
 
 
 def texts_of(unit: Unit, field: str, notes: Counter[str]) -> Iterator[str]:
@@ -97,6 +78,9 @@ def texts_of(unit: Unit, field: str, notes: Counter[str]) -> Iterator[str]:
         UserError: as ``read_file``; places in messages are those of the whole file.
     """
     for piece in unit:
+        if isinstance(piece, HubPiece):
+            yield from shard_texts(piece, field, notes)
+            continue
         path = Path(piece.path)
         if piece.whole:
             yield from read_file(path, field, notes)
@@ -131,8 +115,11 @@ def _texts_between(path: Path, piece: Piece, field: str, notes: Counter[str]) ->
 
 
 def rows_of(unit: Unit) -> Iterator[Row]:
-    """Yields the conversations of a unit of whole files."""
+    """Yields the conversations of a unit of whole files or shards."""
     for piece in unit:
+        if isinstance(piece, HubPiece):
+            yield from shard_rows(piece)
+            continue
         path = Path(piece.path)
         assert piece.whole, "conversations are named by their line, so their files are not cut"
         yield from read_rows(path, COLUMNS, name=shown_path(path.name))

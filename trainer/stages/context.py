@@ -67,6 +67,8 @@ class StageContext(TrainingContext):
     input_revision: str | None
     record: dict[str, Any]
     """Facts about the run that go into the decoct.json of each model folder."""
+    scores: Path | None = None
+    """Where scores of the input are kept; None = in the cache, for other cuts of the same model."""
 
     @property
     def model(self) -> Path:

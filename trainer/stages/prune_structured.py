@@ -2,16 +2,19 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-from ...models.axis_map import Axis, Family, check_map
+from ...models.axis_map import WIDTHS, Axis, Family, check_map
 from ...models.capabilities import percent
 from ...models.common.errors import UserError
 from ...models.family_map import family_of
-from ...models.folder.loading import load_config
-from ...models.pruning.repair import Repair, cut_and_repair
-from ...models.pruning.shape_choice import select
+from ...models.folder.loading import find_model_folder, load_config
+from ...models.folder.model_folder import read_record
+from ...models.pruning.kept_record import ROOT, root_record
+from ...models.pruning.repair import Repair, cut_and_repair, refitted
+from ...models.pruning.shape_choice import selected
 from ...models.pruning.structured import cut
 from ...models.pruning.zeros_record import of_kept_layers
 from ...models.shape_advice import alignment_advice, server_advice
@@ -20,6 +23,8 @@ from ..settings_pruning import PruneSettings
 from .calibration import BATCH_TOKENS, calibration_text
 from .context import StageContext, StageResult
 from .saving import CARRIED, save_student
+from .score_caches import score_cache, shape_space, tell_scores
+from .shape_search import find_shape
 from .student_and_teacher import whole_student
 from .zeros import input_zeros
 
@@ -33,42 +38,54 @@ def prune_structured(settings: PruneSettings, context: StageContext) -> StageRes
     # its refusals, before the weights are read
     config = load_config(context.input, revision=context.input_revision)
     family = family_of(config)
-    after = target_sizes(config, family, settings.structured.kept)
+    structured, asked = settings.structured, settings.structured.kept
     before = sizes_of(config, family)
+    space = None if structured.budget is None else shape_space(config, structured)
+    if space is None:
+        target_sizes(config, family, asked)
+    else:
+        _ = space.shapes
     student = whole_student(context)
     check_map(family, student.state_dict())
     # only for its check: refuses a record that names something other than linears
     zeros = input_zeros(context, student)
     matrices = {name: parameter.numel() for name, parameter in student.named_parameters() if parameter.ndim > 1}
-    touched = family.cut_share(matrices, settings.structured.kept)
     text = calibration_text(context.run.data.train, settings.calibration_tokens, context.run.seed).batches
-    kept = select(
-        student,
-        text,
-        settings.structured.kept,
-        score=settings.structured.score or "weight_activation",
-        depth_score=settings.structured.depth_score or "block_influence",
-        tell=context.say,
-    )
+    cache = score_cache(context, student, text)
+    score = structured.score or "weight_activation"
+    found: dict[str, Any] = {}
+    if space is not None:
+        searched = find_shape(settings, context, space, cache, text)
+        asked, found = searched.kept, {"search": searched.facts}
+    after = target_sizes(config, family, asked)
+    touched = family.cut_share(matrices, asked)
+    fit, held_out = _repair_text(settings, context) if structured.repair else ([], [])
+    # the repairs are fitted on the text of the scores, unless there is too little: then one pass gives both
+    same = sum(map(len, (batch["input_ids"] for batch in fit))) == sum(map(len, (batch["input_ids"] for batch in text)))
+    wanted = [name for name in refitted(family, asked, before.layers) if name not in zeros] if structured.repair else []
+    if any(axis in asked for axis in WIDTHS):
+        cache.prepare(score, wanted if same else ())
+    kept = selected(cache, asked, score=score, depth_score=structured.depth_score or "block_influence")
+    tell_scores(cache, context)
     repairs: list[Repair] = []
-    if settings.structured.repair:
-        fit, held_out = _repair_text(settings, context)
-        student, repairs = cut_and_repair(student, kept, fit, held_out, leave=zeros, tell=context.say)
-        refitted = [name for name, cut_along in ((family.ffn_out, kept.ffn), (family.attention_out, kept.heads)) if cut_along is not None]
-        if left := [name for name in zeros if name.endswith(tuple(refitted))]:
+    if structured.repair:
+        grams = (cache if same else score_cache(context, student, fit)).grams
+        student, repairs = cut_and_repair(student, kept, fit, held_out, leave=zeros, grams=grams, tell=context.say)
+        if left := set(refitted(family, asked, before.layers)) & set(zeros):
             context.say(f"  {len(left)} output projections have zeros that stay, and are not refitted")
     else:
         student = cut(student, kept, release=True)
-    _tell(context, family, settings.structured.kept, before, after)
+    _tell(context, family, asked, before, after)
     facts = {
         "kept": kept.record(family, before.layers),
         "parent_shape": before.record(),
+        ROOT: root_record(read_record(find_model_folder(context.input, context.input_revision, weights=False)), family, before, kept),
         "repairs": [repair.record() for repair in repairs],
         CARRIED: of_kept_layers(zeros, family, kept.layers),
     }
     save_student(student, context, facts)
-    context.say(f"  cut {percent(touched)} of the decoder's weights along {_list(settings.structured.kept)}")
-    told = {"repairs": facts["repairs"]} if repairs else {}
+    context.say(f"  cut {percent(touched)} of the decoder's weights along {_list(asked)}")
+    told = {**({"repairs": facts["repairs"]} if repairs else {}), **found}
     coverage = {"share": touched, "left": {}}
     return StageResult(model=context.model, seconds=time.perf_counter() - started, facts={"coverage": coverage, **told})
 

@@ -1,6 +1,6 @@
 """Stage `qat`: train with rounded weights. The result is codes and scales, which exporters only rearrange."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from ...qat.layers.targets import check_zeros_held, targets
 from ...qat.ptq import RoundingMethod, round_model
 from ..loop.qat_schedule import FirstGrid, QatSchedule
 from ..settings_quantization import QatSettings
+from .bit_choice import choice_facts, settle
 from .context import StageContext, StageResult, StudentRounders, Trained
 from .coverage import check_coverage, coverage_facts
 from .quantize import RoundingSource, beside_words, round_and_tell, save_quantized, scheme_words, stage_text
@@ -45,6 +46,8 @@ def start(settings: QatSettings, context: StageContext) -> None:
     If they started as near to the original weights as their codes allow, those that GPTQ moved would lie at the edge of a cell, and the
     first steps would undo its choice.
     """
+    # a width for every module comes first, and the other ranks find it in the folder
+    settings = settle(settings, context)
     check_coverage(context, allow_partial=settings.allow_partial, skip=settings.skip)
     folder = context.folder / _START
     rounding = settings.start_rounding
@@ -85,6 +88,7 @@ def _weights(model: "PreTrainedModel", modules: Iterable[str]) -> dict[str, "Ten
 
 def train(settings: QatSettings, context: StageContext) -> Trained:
     """Train latent weights, or only the scales, through linears that round their weights."""
+    settings = settle(settings, context)
     # all ranks read what rank 0 has written in ``start``
     opened = replace(context, input=str(_first_codes(context)), input_revision=None) if settings.first == "gptq" else context
     student = open_student(settings, opened)
@@ -117,6 +121,7 @@ def train(settings: QatSettings, context: StageContext) -> Trained:
 def finish(settings: QatSettings, context: StageContext, trained: Trained | None) -> StageResult:
     """Derive codes and scales from the trained student, fold them into its weights, and write the quantized folder (rank 0)."""
     assert trained is not None
+    asked, settings = settings, settle(settings, context)
     inputs, cache = trained.rounders.inputs, trained.rounders.cache
     # the codes come from the rounding of the trained forward pass, and nothing rounds after them (law 3, docs/architecture.md)
     state = quantize_model(trained.student, settings.scheme)
@@ -126,8 +131,9 @@ def finish(settings: QatSettings, context: StageContext, trained: Trained | None
         state = replace(state, cache=cache.state())
     # after the state: folding replaces the rounding linears that it is read from
     fold(trained.student, state)
-    save_quantized(trained.student, state, context, trained.facts)
-    covered = coverage_facts(context, "quantized", state.modules)
+    chosen = choice_facts(asked, context)
+    save_quantized(trained.student, state, context, {**trained.facts, **chosen})
+    covered = {**coverage_facts(context, "quantized", state.modules), **chosen}
     return StageResult(model=context.model, tokens=trained.tokens, seconds=trained.seconds, facts={**covered, **trained.watched()})
 
 
@@ -141,7 +147,7 @@ def _hold_codes(settings: QatSettings, student: OpenStudent, context: StageConte
     return state.modules
 
 
-def _hook(settings: QatSettings, student: OpenStudent, modules: Iterable[str]) -> StudentRounders:
+def _hook(settings: QatSettings, student: OpenStudent, modules: Collection[str]) -> StudentRounders:
     """Attach the hooks that round inputs, keys and values, as far as the settings ask for them."""
     inputs = round_inputs(student.model, modules, settings.activations) if settings.activations else None
     cache = round_cache(student.model, settings.kv_cache) if settings.kv_cache else None

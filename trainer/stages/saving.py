@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...models.folder.model_folder import save_model_folder
+from ...models.pruning.kept_record import ROOT
 from ...models.pruning.zeros_record import joined
 from .context import StageContext, StageResult, Trained
-from .zeros import input_record
+from .zeros import input_record, input_root
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +27,9 @@ def stage_record(context: StageContext, facts: dict[str, Any]) -> dict[str, Any]
     # zeros that an earlier stage made stay a mask in every later folder, under the names that the stage gave their matrices
     carried = facts.pop(CARRIED) if CARRIED in (facts := dict(facts)) else input_record(context)
     facts["sparse"] = joined(carried, facts.get("sparse", []))
+    # which indices of the first model are left, also after stages that change weights alone
+    if (root := input_root(context)) is not None:
+        facts.setdefault(ROOT, root)
     return {
         **context.record,
         "kind": context.kind,

@@ -16,6 +16,7 @@ from ..loop.start_rate import StartRate
 from ..plan import StepPlan, TrainingPlan
 from ..processes.world import current_world
 from ..settings import TrainingBlock
+from ..settings_pruning import PruneSettings
 from ..soft_targets.cached import SparseTeacher
 from ..stage_plan import derive_plan, derive_steps
 from .context import RunContext, StageContext, StudentRounders, Trained, TrainingContext
@@ -45,6 +46,9 @@ def training_plan(settings: TrainingBlock, context: TrainingContext, student: Op
 
 def fill_cache(settings: TrainingBlock, run: RunContext, stage: str) -> None:
     """Fill the teacher's cache with everything that the stage called ``stage`` needs, without training (all ranks)."""
+    if isinstance(settings, PruneSettings) and settings.structured is not None:
+        run.say("  cuts in rounds, each of which fills the cache with its own windows when it begins")
+        return
     recipe_teacher(settings, run, stage, training_steps(settings, run, stage))
 
 

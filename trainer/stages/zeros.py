@@ -1,9 +1,10 @@
 """Exact zeros of a stage's input: their record, and the hook that keeps them at zero (law 4, docs/architecture.md)."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...models.folder.loading import find_model_folder
 from ...models.folder.model_folder import read_record
+from ...models.pruning.kept_record import ROOT
 from ...models.pruning.zeros_record import TOLD_FROM, check_sparse, sparse_modules, unlisted_zeros
 from .context import StageContext
 
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
 def input_record(context: StageContext) -> list[str]:
     """Names of the matrices of the stage's input whose exact zeros are a pruning mask."""
     return sparse_modules(context.input, context.input_revision)
+
+
+def input_root(context: StageContext) -> dict[str, Any] | None:
+    """Entry ``root`` of the stage's input: which indices of the first model of a chain of cuts are left; None without one."""
+    found = read_record(find_model_folder(context.input, context.input_revision, weights=False))
+    if ROOT not in found and "kept" in found and "parent_shape" in found:
+        return {"shape": found["parent_shape"], "kept": found["kept"]}
+    return found.get(ROOT)
 
 
 def input_zeros(context: StageContext, model: "PreTrainedModel") -> list[str]:

@@ -1,1 +1,1 @@
-"""The compressed-tensors formats "pack-quantized" and "int-quantized": writer, config, and scales of keys and values."""
+"""The formats of compressed-tensors for integers and floats: writer, config, and scales of keys and values."""

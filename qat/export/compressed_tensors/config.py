@@ -16,6 +16,8 @@ NAME = "compressed-tensors"
 LAYOUT_VERSION = "0.15.0"
 """The oldest package version that transformers 5 loads; 2, 4 and 8-bit layouts have not changed since."""
 PACK_QUANTIZED, INT_QUANTIZED = "pack-quantized", "int-quantized"
+FLOAT_FORMATS = {"fp8_e4m3": "float-quantized", "mxfp4": "mxfp4-pack-quantized", "nvfp4": "nvfp4-pack-quantized"}
+"""Kind of the codes -> the package's name for their layout, with and without rounded inputs."""
 
 
 def quantization_config(source: ExportSource) -> dict[str, Any]:
@@ -43,14 +45,16 @@ def quantization_config(source: ExportSource) -> dict[str, Any]:
     }
 
 
+def format_of(spec: QuantSpec, inputs: ActivationSpec | None) -> str:
+    """Return the package's name for the layout of a module with this scheme."""
+    return FLOAT_FORMATS.get(spec.kind) or (PACK_QUANTIZED if inputs is None else INT_QUANTIZED)
+
+
 def _group(spec: QuantSpec, inputs: ActivationSpec | None, targets: list[str]) -> dict[str, Any]:
     group_size = None if isinstance(spec.group_size, str) else spec.group_size
     weights = {
-        "num_bits": spec.bits,
-        "type": "int",
+        **_numbers(spec.kind, spec.bits, group_size),
         "symmetric": spec.symmetric,
-        "strategy": "channel" if group_size is None else "group",
-        "group_size": group_size,
         "block_structure": None,
         "dynamic": False,
         "actorder": None,
@@ -63,21 +67,34 @@ def _group(spec: QuantSpec, inputs: ActivationSpec | None, targets: list[str]) -
         "input_activations": None if inputs is None else _inputs(inputs),
         "output_activations": None,
         # named in each group: readers would otherwise infer it from weights and inputs
-        "format": PACK_QUANTIZED if inputs is None else INT_QUANTIZED,
+        "format": format_of(spec, inputs),
     }
 
 
+def _numbers(kind: str, bits: int, group_size: int | None) -> dict[str, Any]:
+    """Return the fields of codes and scales: of weights, or of inputs in blocks."""
+    strategy = "channel" if group_size is None else "group"
+    stored = {"num_bits": bits, "type": "int" if kind == "int" else "float", "strategy": strategy, "group_size": group_size}
+    # the dtype of scales tells the package that they are rounded to it, and mxfp4 apart from other floats in groups
+    if kind == "nvfp4":
+        return stored | {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
+    return stored | ({"scale_dtype": "torch.uint8"} if kind == "mxfp4" else {})
+
+
 def _inputs(inputs: ActivationSpec) -> dict[str, Any]:
-    dynamic = inputs.scaling == "dynamic"
+    dynamic: bool | str = inputs.scaling == "dynamic"
+    if isinstance(group := inputs.matrix_spec.group_size, int):
+        # local: scales of groups are computed, under a stored global one
+        numbers, dynamic = _numbers(inputs.kind, 4, group), dynamic or "local"
+    else:
+        numbers = {"num_bits": 8, "type": "int" if inputs.kind == "int8" else "float", "strategy": "token" if dynamic else "tensor"}
+        numbers["group_size"] = None
     return {
-        "num_bits": 8,
-        "type": "int",
+        **numbers,
         "symmetric": inputs.symmetric,
-        "strategy": "token" if dynamic else "tensor",
-        "group_size": None,
         "block_structure": None,
         "dynamic": dynamic,
         "actorder": None,
-        "observer": None if dynamic else "minmax",
+        "observer": None if dynamic is True else "minmax",
         "observer_kwargs": {},
     }

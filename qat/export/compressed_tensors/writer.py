@@ -1,7 +1,8 @@
-"""The compressed-tensors formats "pack-quantized" and "int-quantized", read by transformers, vLLM and SGLang.
+"""The compressed-tensors formats of integers and floats, read by transformers, vLLM and SGLang.
 
 pack-quantized: integer codes in 32-bit words along the inputs, zero points packed along the outputs. int-quantized: unpacked int8
-codes with one scale per row, for modules whose inputs are rounded to int8 too. Each spec gets a group of its own.
+codes with one scale per row, for modules whose inputs are rounded to int8 too. ``floats.py`` has the layouts of floats. Each spec gets a
+group of its own.
 
 The writer rounds nothing: codes and scales are those of training. Scales are on the bf16 grid and are stored as bf16; unquantized tensors
 must be on it too (those of a quantized folder do). Writing does not need the package compressed-tensors.
@@ -25,18 +26,20 @@ from ..common import Layer, exact_plain, exact_scales, layer, unquantized_config
 from ..shards import plan_shards, write_shards
 from ..stored_parts import compressed_tensors_parts, stored_bytes
 from .config import LAYOUT_VERSION, NAME, quantization_config
+from .floats import check_global_scales, e4m3_scales, exponent_bytes, pack_pairs
 from .kv_cache import cache_tensors
 
 __all__ = ["LAYOUT_VERSION", "NAME", "check_values", "exported_config", "planned_bytes", "quantization_config", "write"]
 
 
 def check_values(source: ExportSource) -> None:
-    """Refuse missing or invalid stored scales of inputs, keys and values.
+    """Refuse missing or invalid stored scales of inputs, keys and values, and global scales that servers would mix up.
 
     Raises:
-        UserError: a scale is missing, not finite or not positive; names the module.
+        UserError: a scale is missing, not finite or not positive, or parts of one matrix have different global scales; names the module.
     """
     state = source.state
+    check_global_scales(source)
     if state.activations is not None and state.activations.scaling == "static":
         for module in state.modules:
             _check_inputs(source, module, state.activations)
@@ -100,15 +103,23 @@ def _stored(source: ExportSource, name: str) -> Tensor:
     packed = source.state.activations is None
     # functions, so that only the requested part is computed
     make = {
-        "weight_packed": lambda: pack_bits(it.codes, it.spec.bits),
-        "weight_scale": lambda: exact_scales(it.scales, torch.bfloat16, NAME, module),
+        "weight_packed": lambda: pack_bits(it.codes, it.spec.bits) if it.spec.kind == "int" else pack_pairs(it.codes),
+        "weight_scale": lambda: _scales(it, module),
+        "weight_global_scale": lambda: source.state.global_scales[module].to(torch.float32).reshape(1),
         "weight_shape": lambda: torch.tensor(it.codes.shape, dtype=torch.int64),
         "weight_zero_point": lambda: _zero_points(it, packed),
         "weight": lambda: it.codes.contiguous(),
         "input_scale": lambda: source.state.input_scales[module].to(torch.float32).reshape(1),
+        "input_global_scale": lambda: source.state.input_scales[module].to(torch.float32).reshape(1),
         "input_zero_point": lambda: source.state.input_zeros[module].to(torch.int8).reshape(1),
     }
     return make[part]()
+
+
+def _scales(it: Layer, module: str) -> Tensor:
+    if it.spec.kind in ("mxfp4", "nvfp4"):
+        return exponent_bytes(it.scales) if it.spec.kind == "mxfp4" else e4m3_scales(it.scales)
+    return exact_scales(it.scales, torch.bfloat16, NAME, module)
 
 
 def _zero_points(it: Layer, packed: bool) -> Tensor:

@@ -1,12 +1,12 @@
-"""Limits of the compressed-tensors formats: every integer width, scales of bf16, int8 inputs, fp8 keys and values.
+"""Limits of the compressed-tensors formats: every integer width, three kinds of floats, inputs in the weights' kind, fp8 keys and values.
 
 Source: compressed-tensors ``compressors/pack_quantized``, ``quantization/quant_args.py``; vLLM ``compressed_tensors/schemes``.
 """
 
 from collections.abc import Iterator
 
-from ...spec import PACKED_BITS
-from .refusal import Beyond, Option, Refusal, Without, weights
+from ...spec import ONE_SCALING, PACKED_BITS, PACKED_FLOATS, QuantSpec
+from .refusal import Beyond, Option, OtherFormat, Refusal, Remedy, Without, weights
 from .shared import FP8_CACHE, integer_schemes, nearest_bits, packed, scale_grid, without_ends
 from .stored_model import StoredModel
 
@@ -15,10 +15,10 @@ DENSE_VERSION = (0, 18, 0)
 
 
 def limits(model: StoredModel) -> Iterator[Refusal]:
-    """Yield what the formats "pack-quantized" and "int-quantized" cannot hold exactly."""
-    yield from packed(model, head=True)
+    """Yield what the formats of ``compressed_tensors/config.py`` cannot hold exactly."""
+    yield from packed(model, head=True, floats=PACKED_FLOATS)
     model = without_ends(model, head=True)
-    yield from scale_grid(model, "bf16", ("bf16_fp16", "bf16"), by_values=False)
+    yield from scale_grid(model, "bf16", ("bf16_fp16", "bf16"), by_values=False, held=("int", "fp8_e4m3"))
     yield from _dense(model)
     yield from _inputs(model)
     yield from _cache(model)
@@ -49,20 +49,43 @@ def _is_dense(version: str) -> bool:
 
 
 def _inputs(model: StoredModel) -> Iterator[Refusal]:
-    """Yield schemes that do not fit rounded inputs: kernels for int8 inputs need int8 weights with one scale per row."""
+    """Yield schemes that do not fit rounded inputs: a kernel multiplies inputs and weights of one kind."""
     inputs, without = model.activations, Without("activations")
     if inputs is None:
         return
-    # kernels for fp8 inputs want fp8 weights, and these formats hold integers
-    if inputs.kind != "int8":
-        way = Beyond("activations", (("kind", "int8"),))
-        yield Refusal(reason=f"takes inputs in int8, not {inputs.kind}", remedies=(way,))
-    for spec, modules in integer_schemes(model):
-        # a kernel multiplies int8 by int8 along the whole row and applies the scales afterwards, so they cannot change within a row
-        if spec.bits != 8 or not isinstance(spec.group_size, str):
-            reason = f"takes int8 inputs with int8 weights that have a scale per row, not with {spec.words()}"
-            ways = (weights(bits=8, group_size="channel"), without)
-            yield Refusal(reason=reason, remedies=ways, modules=modules, spec=spec)
+    if inputs.outliers is not None:
+        way = Beyond("activations", (("outliers", None),))
+        yield Refusal(reason="cannot say which inputs stay unrounded (outliers)", remedies=(way, OtherFormat("bitsandbytes")))
+    wanted, said = _PARTNERS[inputs.kind]
+    for spec, modules in model.schemes():
+        # kinds that no format of the package holds are refused already
+        if _fits(spec, inputs.kind) or (spec.kind != "int" and spec.kind not in PACKED_FLOATS):
+            continue
+        reason = f"takes {said}, not with {spec.words()}"
+        ways: list[Remedy] = [weights(**{key: value for key, value in wanted.items() if key != "kind" or value != spec.kind}), without]
+        # another kind of inputs is a way only where all modules fit it
+        other = next((kind for kind in _PARTNERS if all(_fits(each.spec, kind) for each in model.modules)), None)
+        if other is not None and inputs.symmetric:
+            scaling = ONE_SCALING.get(other, inputs.scaling)
+            ways.insert(0, Beyond("activations", (("kind", other), *((("scaling", scaling),) if scaling != inputs.scaling else ()))))
+        yield Refusal(reason=reason, remedies=tuple(ways), modules=modules, spec=spec)
+
+
+_PARTNERS: dict[str, tuple[dict[str, object], str]] = {
+    "int8": ({"kind": "int", "bits": 8, "group_size": "channel"}, "int8 inputs with int8 weights that have a scale per row"),
+    "fp8_e4m3": ({"kind": "fp8_e4m3", "bits": 8, "group_size": "channel"}, "fp8 inputs with fp8_e4m3 weights"),
+    "mxfp4": ({"kind": "mxfp4", "bits": 4, "group_size": 32}, "mxfp4 inputs with mxfp4 weights"),
+    "nvfp4": ({"kind": "nvfp4", "bits": 4, "group_size": 16}, "nvfp4 inputs with nvfp4 weights"),
+}
+"""Kind of the inputs -> (what their weights must be, the same in words)."""
+
+
+def _fits(spec: QuantSpec, inputs: str) -> bool:
+    """Return whether kernels multiply inputs of this kind by such weights."""
+    # int8: along the whole row with the scales applied afterwards, so they cannot change within a row
+    if inputs == "int8":
+        return spec.kind == "int" and spec.bits == 8 and isinstance(spec.group_size, str)
+    return spec.kind == inputs
 
 
 def _cache(model: StoredModel) -> Iterator[Refusal]:

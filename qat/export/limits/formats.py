@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from . import awq, compressed_tensors, gguf, gptq, plain
+from . import awq, bitsandbytes, compressed_tensors, gguf, gptq, plain
 from .refusal import Refusal
 from .stored_model import StoredModel
 
@@ -12,6 +12,7 @@ LIMITS: dict[str, Callable[[StoredModel], Iterable[Refusal]]] = {
     "gptq": gptq.limits_v1,
     "gptq_v2": gptq.limits_v2,
     "awq": awq.limits,
+    "bitsandbytes": bitsandbytes.limits,
     "safetensors": plain.limits,
     "safetensors-f32": plain.wide_limits,
     "gguf": gguf.limits,

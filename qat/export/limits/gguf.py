@@ -28,6 +28,11 @@ GGUF_KINDS = (*SUPER_BLOCKS, *GGUF_FLOATS)
 def limits(model: StoredModel) -> Iterator[Refusal]:
     """Yield what ``gguf`` cannot hold exactly."""
     yield from plain_limits(model)
+    yield from weight_limits(model)
+
+
+def weight_limits(model: StoredModel) -> Iterator[Refusal]:
+    """Yield what ``gguf`` cannot hold of the quantized weights, whatever the family."""
     yield from packed(model, head=True, fused=False, embedding=True, super_blocks=True, floats=GGUF_FLOATS)
     yield from _blocks(model)
     yield from fp16_scales(model)

@@ -70,6 +70,11 @@ class Option:
     value: str
 
 
+def yaml_word(value: object) -> str:
+    """Return a setting's value as a recipe writes it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 Remedy = Weights | Beyond | Without | Skip | NarrowFfn | OneScheme | OtherFormat | Option
 
 

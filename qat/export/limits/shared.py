@@ -4,24 +4,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ....models.fused_linears import FUSED
-from ...spec import QuantSpec
+from ...spec import PACKED_FLOATS, QuantSpec
 from .refusal import Beyond, NarrowFfn, OneScheme, OtherFormat, Refusal, Remedy, Skip, Without, listed, weights
 from .stored_model import StoredModel, StoredModule
 
 Modules = tuple[StoredModule, ...]
+NVFP4_GROUP = 16
+"""The one group size of nvfp4."""
 FP8_CACHE = Beyond("kv_cache", (("kind", "fp8_e4m3"), ("scaling", "static")))
 """The one rounding of keys and values that servers read from an export."""
 
 
 def integer_schemes(model: StoredModel) -> Iterator[tuple[QuantSpec, Modules]]:
-    """Return the schemes with integer codes and their modules; ``integers`` refuses the others."""
+    """Return the schemes with integer codes and their modules; ``kinds`` refuses those that the format does not hold."""
     return ((spec, modules) for spec, modules in model.schemes() if spec.kind == "int")
 
 
 def packed(
     model: StoredModel, *, head: bool, fused: bool = True, embedding: bool = False, super_blocks: bool = False, floats: Sequence[str] = ()
 ) -> Iterator[Refusal]:  # fmt: skip
-    """Yield what no format of packed integer codes can hold.
+    """Yield what no format of packed codes can hold.
 
     Args:
         model: What is to be stored.
@@ -29,28 +31,34 @@ def packed(
         fused: Readers fuse q, k, v into one matrix, and gate, up into another.
         embedding: Readers support a quantized embedding.
         super_blocks: The format has super-blocks.
-        floats: Kinds of floats that the format holds.
+        floats: Kinds that the format holds beside integers.
     """
     # told first: all limits below are about modules
     if not model.modules:
         yield Refusal(reason="packs quantized linears, and the model has none", remedies=(OtherFormat("safetensors"),))
-    yield from integers(model, super_blocks=super_blocks, floats=floats)
+    yield from kinds(model, floats, super_blocks=super_blocks)
     yield from ends(model, head=head, embedding=embedding)
     if fused:
-        yield from one_scheme(model)
+        yield from one_scheme(model, ("int", *floats))
 
 
-def integers(model: StoredModel, *, super_blocks: bool = False, floats: Sequence[str] = ()) -> Iterator[Refusal]:
-    """Yield schemes whose codes are not integers with one scale each, nor ``floats``; with ``super_blocks``, those with sub-scales pass."""
+def kinds(model: StoredModel, floats: Sequence[str] = (), *, super_blocks: bool = False) -> Iterator[Refusal]:
+    """Yield schemes whose codes are neither integers nor among ``floats``; with ``super_blocks``, those with sub-scales pass."""
+    held = f"integer codes and the floats {listed(floats)}" if floats else "integer codes"
     for spec, modules in model.schemes():
-        if spec.super_block:
-            if not super_blocks:
-                ways = (OtherFormat("gguf"), weights(kind="int", group_size=128), OtherFormat("safetensors-f32"))
-                yield Refusal(reason=f"has no super-blocks, which kind={spec.kind} needs", remedies=ways, modules=modules, spec=spec)
-        elif spec.kind != "int" and spec.kind not in floats:
-            other = (OtherFormat("gguf"),) if spec.kind == "mxfp4" else ()
-            ways = (weights(kind="int"), *other, OtherFormat("safetensors-f32"))
-            yield Refusal(reason=f"holds integer codes, not kind={spec.kind}", remedies=ways, modules=modules, spec=spec)
+        if spec.super_block and not super_blocks:
+            others = (OtherFormat("gguf"), weights(kind="int", group_size=128), OtherFormat("safetensors-f32"))
+            yield Refusal(reason=f"has no super-blocks, which kind={spec.kind} needs", remedies=others, modules=modules, spec=spec)
+        if spec.super_block or spec.kind == "int" or spec.kind in floats:
+            continue
+        ways: list[Remedy] = [weights(kind="int")]
+        # the format of floats, or its kind that is nearest to 16 quantiles: 4 bits and the smallest groups
+        if spec.kind in PACKED_FLOATS:
+            ways.append(OtherFormat("compressed-tensors"))
+        elif "nvfp4" in floats and not any(module.columns % NVFP4_GROUP for module in modules):
+            ways.insert(0, weights(kind="nvfp4", group_size=NVFP4_GROUP))
+        ways.append(OtherFormat("safetensors-f32"))
+        yield Refusal(reason=f"holds {held}, not kind={spec.kind}", remedies=tuple(ways), modules=modules, spec=spec)
 
 
 def without_ends(model: StoredModel, *, head: bool) -> StoredModel:
@@ -75,11 +83,11 @@ def ends(model: StoredModel, *, head: bool, embedding: bool) -> Iterator[Refusal
             yield Refusal(reason="has readers that expect an unquantized head", remedies=ways, modules=(module,))
 
 
-def one_scheme(model: StoredModel) -> Iterator[Refusal]:
+def one_scheme(model: StoredModel, held: Sequence[str] = ("int",)) -> Iterator[Refusal]:
     """Yield parts of a matrix that servers fuse, if what is stored of their schemes differs. Unquantized parts are no limit of the format:
     ``launch/plan/stack_rules.py`` judges how each server reads them."""
-    # the other kinds are refused by ``integers``
-    by_name = {module.name: module for module in model.modules if module.spec.kind == "int"}
+    # the other kinds are refused by ``kinds``
+    by_name = {module.name: module for module in model.modules if module.spec.kind in held}
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in by_name):
         for names in FUSED:
             own = [by_name[f"{parent}.{name}"] for name in names if f"{parent}.{name}" in by_name]
@@ -93,7 +101,9 @@ def one_scheme(model: StoredModel) -> Iterator[Refusal]:
                 return
 
 
-def scale_grid(model: StoredModel, stored: str, grids: Sequence[str], *, by_values: bool) -> Iterator[Refusal]:
+def scale_grid(
+    model: StoredModel, stored: str, grids: Sequence[str], *, by_values: bool, held: Sequence[str] = ("int",)
+) -> Iterator[Refusal]:  # fmt: skip
     """Yield schemes whose scales the format's 16-bit float does not hold.
 
     Args:
@@ -101,9 +111,10 @@ def scale_grid(model: StoredModel, stored: str, grids: Sequence[str], *, by_valu
         stored: The format's name for that float.
         grids: Values of ``scale_grid`` whose scales the float holds.
         by_values: As in ``Refusal``.
+        held: Kinds whose scales the format stores in that float.
     """
-    for spec, modules in integer_schemes(model):
-        if spec.scale_grid not in grids:
+    for spec, modules in model.schemes():
+        if spec.kind in held and spec.scale_grid not in grids:
             reason = f"stores scales in {stored}, which does not hold scale_grid={spec.scale_grid}"
             # the grid that every format holds
             way = weights(scale_grid="bf16_fp16")

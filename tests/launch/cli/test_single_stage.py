@@ -68,6 +68,9 @@ def test_quantize_by_gptq_on_text(tiny: dict[str, Any], run: Any, verb: Any, cor
     assert "is done, skipped" in quantize(*gptq, "--calibration-tokens", "4k", "stages.0.quantize.stream=always")
     assert "calibrates on 8,000 tokens" in quantize(*gptq, "--calibration-tokens", "8k")
     assert len(list((tmp_path / "gptq").glob("01-quantize.*"))) == 1, "what other text gave is kept aside"
+    awq = quantize("--bits", "3", "--transform", "awq", "--calibration-tokens", "4k", "--out", "awq")
+    assert "01-quantize: awq + rtn on 4k tokens" in awq and "awq: mlp.up_proj, scales from" in awq
+    assert row("awq")["eval"]["kl"] < row("rtn")["eval"]["kl"]
     refusal = "calibration_tokens=4000 has no effect with method=rtn: it belongs to gptq and mse"
     assert refusal in quantize("--calibration-tokens", "4k", "--out", "no", code=2)
     assert "must be 'rtn', 'mse' or 'gptq'; got 'gptk', did you mean 'gptq'?" in quantize("--method", "gptk", "--out", "no", code=2)
@@ -111,6 +114,8 @@ def test_steps_replace_the_default_tokens(given: list[str], tokens: Any, steps: 
         (["tokens=200k", "trainer.devices=8"], 8),
         (["steps=7"], 32),
         (["trainer.global_batch_tokens=128"], 2),
+        # longer windows than the verb's own
+        (["data.seq_length=1k"], 3),
     ],
 )
 def test_the_size_of_a_step_follows_from_tokens_window_and_devices(given: list[str], windows: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +138,8 @@ def test_the_size_of_a_step_follows_from_tokens_window_and_devices(given: list[s
         ("quantize", {"method": "gptq"}, None, [], "quantize calibrates on the Python standard library"),
         ("quantize", {}, None, ["stages.0.method=gptq"], "quantize calibrates on the Python standard library"),
         ("quantize", {"method": "gptq"}, ["a.txt"], [], ""),
+        ("quantize", {"method": "rtn", "transform": "awq"}, None, [], "quantize calibrates on the Python standard library"),
+        ("quantize", {"method": "rtn", "transform": "rotation"}, None, [], ""),
         ("qat", {"tokens": "1M"}, None, [], "qat learns from the Python standard library"),
         ("qat", {"tokens": "1M"}, None, ["data.builtin=null", "data.files=a.txt"], ""),
         ("evaluate", {}, None, [], ""),
@@ -152,12 +159,12 @@ def test_options_that_exclude_each_other_are_refused_by_name() -> None:
         TextChoice(["a"], "b", 64).data()
     with pytest.raises(UserError, match=r"exactly one of --ffn .* and --keep"):
         prune_settings(None, None, None)
-    with pytest.raises(UserError, match="--ffn is one shot"):
-        prune_settings(32, None, "1M")
-    with pytest.raises(UserError, match="--shape is one shot"):
-        prune_settings(None, None, "1M", "heads=2")
     with pytest.raises(UserError, match=r"exactly one of --ffn .*, --shape .* and --keep"):
         prune_settings(32, None, None, "heads=2")
+    with pytest.raises(UserError, match=r"exactly one of --ffn .*, --budget .* and --keep"):
+        prune_settings(32, None, None, budget="0.6")
+    with pytest.raises(UserError, match="--budget searches a shape and takes no --tokens"):
+        prune_settings(None, None, "1M", budget="0.6")
     with pytest.raises(UserError, match=r"exactly one of --ffn .* or --pattern"):
         prune_settings(32, None, None, pattern="2:4")
     with pytest.raises(UserError, match="--method chooses single weights and does not go with --ffn"):
@@ -168,6 +175,25 @@ def test_options_that_exclude_each_other_are_refused_by_name() -> None:
         prune_settings(None, "0.5", "1M", method="wanda")
     with pytest.raises(UserError, match="method movement scores weights by how training moves them; give tokens"):
         prune_settings(None, "0.5", None, method="movement", in_python=True)
+
+
+def test_a_budget_is_handed_on_and_the_tokens_of_its_search_decide_the_step(tmp_path: Path) -> None:
+    given = prune_settings(None, None, None, budget="0.6")
+    assert given == {"structured": {"budget": "0.6"}}
+    text = TextChoice(["x.txt"], None, 512)
+    steps = []
+    for tokens in (None, "256k"):
+        search = {} if tokens is None else {"search": {"tokens": tokens}}
+        recipe = read_verb("prune", "m", {"structured": {**given["structured"], **search}}, text, None, ())
+        assert recipe.stages[0].settings.structured.budget == 0.6
+        steps.append(recipe.trainer.global_batch_tokens)
+    # nothing is trained; at least 256 steps in the first round
+    assert steps == [512 * 32, 512]
+
+
+def test_a_cut_with_tokens_is_made_in_rounds() -> None:
+    assert prune_settings(32, None, "1M") == {"structured": {"ffn": 32, "rounds": 0.3}, "tokens": "1M"}
+    assert prune_settings(None, None, "1M", "heads=2") == {"structured": {"heads": "2", "rounds": 0.3}, "tokens": "1M"}
 
 
 def test_a_shape_is_read_from_text_and_from_a_mapping() -> None:

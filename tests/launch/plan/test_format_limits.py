@@ -75,7 +75,10 @@ def test_each_limit_is_named_with_the_nearest_setting() -> None:
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "gptq_v2", "awq", "gguf"])
 def test_kinds_and_ends_that_a_format_has_no_place_for_are_named(form: str) -> None:
-    assert said(form, kind="nf4") == f"{form} holds integer codes, not kind=nf4; use weights.kind=int, or export.formats=[safetensors-f32]"
+    held, ways = "integer codes", "use "
+    if form == "compressed-tensors":
+        held, ways = "integer codes and the floats fp8_e4m3, mxfp4 and nvfp4", "use weights.kind=nvfp4 weights.group_size=16, or "
+    assert said(form, kind="nf4") == f"{form} holds {held}, not kind=nf4; {ways}weights.kind=int, or export.formats=[safetensors-f32]"
     embedding = said(form, other={"embedding": SpecChange(bits=4, group_size=32)})
     reason = "has readers that expect an unquantized embedding"
     assert embedding == ("" if form == "gguf" else f"{form} {reason}; leave embedding out, or use export.formats=[gguf]")
@@ -119,7 +122,9 @@ def test_lattices_of_single_modules_are_looked_at_too() -> None:
 FP8 = ActivationSpec(kind="fp8_e4m3", scaling="static")
 
 
-@pytest.mark.parametrize("form", [form for form in EXPORTERS if not form.startswith("gguf-") and form != "compressed-tensors"])
+@pytest.mark.parametrize(
+    "form", [form for form in EXPORTERS if not form.startswith("gguf-") and form not in ("compressed-tensors", "bitsandbytes")]
+)
 def test_only_one_format_says_what_is_rounded_beside_weights(form: str) -> None:
     for key, what, spec in (("kv_cache", "keys and values", FP8), ("activations", "inputs", ActivationSpec())):
         found = said(form, bits=4, group_size=32, beside={key: spec})

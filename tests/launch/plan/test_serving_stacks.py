@@ -112,7 +112,8 @@ def test_every_lattice_of_a_mixed_model_is_judged() -> None:
 
 
 def test_what_no_format_holds_is_said() -> None:
-    assert _of(_llama(), kind="nf4")[::2] == ("no", "weights.kind=int, or export.formats=[safetensors-f32]")
+    ways = "weights.kind=nvfp4 weights.group_size=16, or weights.kind=int, or export.formats=[safetensors-f32]"
+    assert _of(_llama(), kind="nf4")[::2] == ("no", ways)
     assert _of(_llama(), "llama.cpp", formats=("gguf",), kind="nf4")[2] == "weights.kind=int", "it reads no other format"
     assert _of(_llama(), group_size="tensor")[0] == "ok", "it is served as one scale a row"
     embedding = {"embedding": SpecChange(bits=8)}
@@ -189,3 +190,21 @@ def test_plain_weights_are_asked_for_no_kernels() -> None:
         assert _of(_llama(num_attention_heads=30, hidden_size=1920), formats=(form,), ranks=4)[0] == "no", (
             "heads are dealt out all the same"
         )
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"kind": "mxfp4", "group_size": 32}, "Marlin, W4A16 in mxfp4"),
+        ({"kind": "nvfp4", "group_size": 16}, "Marlin, W4A16 in nvfp4"),
+        ({"kind": "fp8_e4m3", "bits": 8, "group_size": "channel"}, "Marlin, W8A16 in fp8_e4m3"),
+    ],
+)
+def test_floats_have_kernels_of_their_own(spec: dict[str, Any], said: str) -> None:
+    assert _of(_llama(), **spec) == ("ok", said, "")
+    assert _of(_llama(), "transformers", **spec)[0] == "ok"
+    outcome, reason, fix = _of(_llama(), formats=("gptq",), **spec)
+    assert outcome == "no"
+    assert "kind=int" in fix
+    assert "compressed-tensors" in fix
+    assert f"holds integer codes, not kind={spec['kind']}" in reason

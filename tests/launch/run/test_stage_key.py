@@ -10,6 +10,7 @@ from decoct.configs.nodes import node_from_python
 from decoct.configs.own_parts import load_parts
 from decoct.launch.run.stage_key import stage_key
 from decoct.losses.settings import LossSettings
+from decoct.qat.transforms.settings import TransformSettings
 from decoct.trainer.settings import DistillSettings, TrainerSettings
 from decoct.trainer.settings_pruning import MagnitudeSettings, PruneSettings, StructuredSettings
 from decoct.trainer.settings_quantization import QuantizeSettings
@@ -102,6 +103,16 @@ def test_keys_of_before_there_were_other_methods_of_pruning_stay() -> None:
     ]
     keys = {stage_key(**{**base, "settings": settings}) for settings in others}
     assert len(keys | set(known)) == 11
+
+
+def test_keys_of_before_there_were_transforms_stay() -> None:
+    def key(**given: Any) -> str:
+        return stage_key(**{**BASE, "kind": "quantize", "settings": QuantizeSettings(**given)})
+
+    # made by the version before ``transform``
+    assert key() == "3086bc188bb2665c542492d7086a0209e3949ef95665bbc10b356438e3191780"
+    transforms = [{"method": "awq"}, {"method": "awq", "clip": True}, {"method": "smoothquant"}, {"method": "rotation", "heads": False}]
+    assert len({key(), *(key(transform=TransformSettings(**one)) for one in transforms)}) == 5
 
 
 def test_samples_count_where_a_stage_has_them_and_their_batch_never() -> None:

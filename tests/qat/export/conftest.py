@@ -47,8 +47,11 @@ def spec_source(quantized_folder: Callable[..., Path]) -> SpecSource:
             weight[3] = 0  # a pruned row, a row whose zero point is the smallest code and one whose zero point is the largest
             weight[4] = weight[4].abs() + 0.01
             weight[5] = -weight[5].abs() - 0.01
-            encoded = encode(weight, its)
+            # one global scale for all, as parts that servers join have to share it
+            encoded = encode(weight, its, whole=torch.tensor([2688.0]))
             made.codes[module], made.scales[module] = encoded.codes, encoded.scales
+            if encoded.global_scale is not None:
+                made.global_scales[module] = encoded.global_scale
             if encoded.zeros is not None:
                 made.zero_points[module] = encoded.zeros
         return dataclasses.replace(opened, state=made)

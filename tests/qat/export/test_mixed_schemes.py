@@ -94,16 +94,25 @@ OTHERS = [
     QuantSpec(kind="mxfp4", group_size=32),
     QuantSpec(kind="nvfp4", group_size=16),
 ]
-INTEGERS = ["compressed-tensors", "gptq", "gptq_v2", "awq", "gguf"]
+INTEGERS = ["gptq", "gptq_v2", "awq", "gguf"]
 
 
 # GGUF has blocks of mxfp4
 @pytest.mark.parametrize(("form", "spec"), [(form, spec) for form in INTEGERS for spec in OTHERS if (form, spec.kind) != ("gguf", "mxfp4")])
 def test_other_kinds_are_refused_by_formats_of_integers(quantized_folder: Build, tmp_path: Path, form: str, spec: QuantSpec) -> None:
     source = quantized_folder("llama", spec=spec, **WIDE)
-    with pytest.raises(UserError, match=f"{form} holds integer codes, not kind={spec.kind}"):
+    with pytest.raises(UserError, match=f"{form} holds integer codes( and the floats mxfp4)?, not kind={spec.kind}"):
         export_folder(source, tmp_path / "export", form, runtimes=False)
     assert not (tmp_path / "export").exists()
+
+
+def test_the_format_of_floats_names_its_nearest_kind(quantized_folder: Build, tmp_path: Path) -> None:
+    source = quantized_folder("llama", spec=QuantSpec(kind="nf4", group_size=32), **WIDE)
+    ways = "quantize with kind='nvfp4', group_size=16, or kind='int', or export to safetensors-f32"
+    held = "compressed-tensors holds integer codes and the floats fp8_e4m3, mxfp4 and nvfp4, not kind=nf4"
+    with pytest.raises(UserError, match=rf"{held} \(.*\); {ways}"):
+        export_folder(source, tmp_path / "export", "compressed-tensors", runtimes=False)
+    exact(quantized_folder("llama", spec=QuantSpec(kind="nvfp4", group_size=16), **WIDE), tmp_path / "nvfp4", "compressed-tensors")
 
 
 def test_other_kinds_are_plain_models_too(quantized_folder: Build, tmp_path: Path) -> None:

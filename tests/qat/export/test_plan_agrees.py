@@ -30,6 +30,7 @@ from decoct.trainer.settings import ExportSettings
 Build = Callable[..., Path]
 FORMATS: tuple[str, ...] = get_args(get_args(get_type_hints(ExportSettings)["formats"])[0])
 FOUR, EIGHT = QuantSpec(bits=4, group_size=32), QuantSpec(bits=8, group_size="channel")
+FLOAT8 = QuantSpec(kind="fp8_e4m3", bits=8, group_size="channel")
 WIDE: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 64, "head_dim": 16, "intermediate_size": 64, "vocab_size": 320}
 BLOCKS: dict[str, Any] = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
 FP8 = ActivationSpec(kind="fp8_e4m3", scaling="static")
@@ -78,7 +79,20 @@ CASES = {
     "int4 with fp16 scales": Case(f"gptq gptq_v2 awq gguf {F32}", of(replace(FOUR, scale_grid="fp16"))),
     "int8, rounding allowed": Case("safetensors", of(EIGHT), options={"allow_inexact": True}),
     "nf4": Case(F32, of(QuantSpec(kind="nf4", group_size=32))),
-    "mxfp4": Case(f"gguf safetensors {F32}", of(QuantSpec(kind="mxfp4", group_size=32))),
+    "nf4 in groups of 64": Case(f"bitsandbytes {F32}", of(QuantSpec(kind="nf4", group_size=64))),
+    "mxfp4": Case(f"compressed-tensors gguf safetensors {F32}", of(QuantSpec(kind="mxfp4", group_size=32))),
+    "nvfp4": Case(f"compressed-tensors {F32}", of(QuantSpec(kind="nvfp4", group_size=16))),
+    "fp8 by row": Case(f"compressed-tensors {F32}", of(FLOAT8)),
+    "fp8 by matrix": Case(f"compressed-tensors {F32}", of(replace(FLOAT8, group_size="tensor"))),
+    "fp8 with fp32 scales": Case(F32, of(replace(FLOAT8, scale_grid="fp32"))),
+    "nvfp4 with an fp8 FFN": Case(
+        f"compressed-tensors {F32}",
+        of(QuantSpec(kind="nvfp4", group_size=16), overrides={"*.mlp.*": SpecChange(kind="fp8_e4m3", group_size="channel")}),
+    ),
+    "mxfp4, q apart": Case(
+        F32,
+        of(QuantSpec(kind="mxfp4", group_size=32), overrides={"*.q_proj": SpecChange(kind="fp8_e4m3", group_size="channel")}),
+    ),
     "q4_k": Case(f"gguf {F32}", of(QuantSpec(kind="q4_k")), changes=BLOCKS),
     "q6_k": Case(f"gguf {F32}", of(QuantSpec(kind="q6_k"), embedding=SpecChange(kind="q6_k")), changes=BLOCKS),
     "a mixture": Case(
@@ -101,9 +115,21 @@ CASES = {
     "two group sizes": Case(
         f"compressed-tensors gptq gptq_v2 gguf safetensors {F32}", of(FOUR, overrides={"*.down_proj": SpecChange(group_size=64)})
     ),
-    "int8 inputs": Case("compressed-tensors", of(EIGHT), beyond={"activations": ActivationSpec()}),
+    "int8 inputs": Case("compressed-tensors bitsandbytes", of(EIGHT), beyond={"activations": ActivationSpec()}),
+    "int8 inputs with outliers": Case("bitsandbytes", of(EIGHT), beyond={"activations": ActivationSpec(outliers=6.0)}),
     "int8 inputs of int4": Case("", of(FOUR), beyond={"activations": ActivationSpec()}),
-    "fp8 inputs": Case("", of(EIGHT), beyond={"activations": ActivationSpec(kind="fp8_e4m3")}),
+    "fp8 inputs of int8": Case("", of(EIGHT), beyond={"activations": ActivationSpec(kind="fp8_e4m3")}),
+    "fp8 inputs": Case("compressed-tensors", of(FLOAT8), beyond={"activations": ActivationSpec(kind="fp8_e4m3")}),
+    "nvfp4 inputs": Case(
+        "compressed-tensors",
+        of(QuantSpec(kind="nvfp4", group_size=16)),
+        beyond={"activations": ActivationSpec(kind="nvfp4", scaling="static")},
+    ),
+    "mxfp4 inputs": Case(
+        "compressed-tensors", of(QuantSpec(kind="mxfp4", group_size=32)), beyond={"activations": ActivationSpec(kind="mxfp4")}
+    ),
+    "int8 inputs of fp8": Case("", of(FLOAT8), beyond={"activations": ActivationSpec()}),
+    "fp8 inputs of nvfp4": Case("", of(QuantSpec(kind="nvfp4", group_size=16)), beyond={"activations": ActivationSpec(kind="fp8_e4m3")}),
     "fp8 keys and values": Case("compressed-tensors", of(FOUR), beyond={"kv_cache": FP8}),
     "int8 keys and values": Case("", of(FOUR), beyond={"kv_cache": ActivationSpec(scaling="static")}),
     "fp8 keys and values by token": Case("", of(FOUR), beyond={"kv_cache": ActivationSpec(kind="fp8_e4m3")}),
@@ -133,7 +159,10 @@ def folder_of(case: Case, build: Build) -> Path:
         attentions = tuple(dict.fromkeys(name.rpartition(".")[0] for name in state.modules if "attn" in name))
         scales = {f"{name}.{part}": torch.tensor(0.5) for name in attentions for part in "kv"} if cache.scaling == "static" else {}
         state = replace(state, cache=CacheState(spec=cache, attentions=attentions, scales=scales))
-    state = replace(state, activations=case.beyond.get("activations"))
+    activations = case.beyond.get("activations")
+    stored = activations is not None and activations.scaling == "static"
+    scales = {name: torch.tensor(0.5) for name in state.modules} if stored else {}
+    state = replace(state, activations=activations, input_scales=scales)
     save_file(state.tensors(), folder / "quant/codes.safetensors")
     record = json.loads((folder / "decoct.json").read_text())
     seal_record(folder, record | {"quant": state.record(), "files": {}})

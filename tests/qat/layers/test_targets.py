@@ -13,8 +13,10 @@ from decoct.models.common.errors import UserError
 from decoct.models.families import backbone_and_head
 from decoct.models.folder.loading import load_model
 from decoct.models.folder.model_folder import save_model_folder
+from decoct.models.fused_linears import joined
 from decoct.qat.codes.state import load_quant_state
 from decoct.qat.fake_quant import fake_quant
+from decoct.qat.fake_quant.floats import shared_global_scale
 from decoct.qat.layers.quant_linear import Extras, QuantEmbedding, TiedHead
 from decoct.qat.layers.quantized_model import fold, prepare, quantize_model
 from decoct.qat.layers.targets import targets
@@ -63,9 +65,15 @@ def logits(model: PreTrainedModel) -> Tensor:
 def test_prepared_quantized_and_folded_are_one_model(name: str, kind: str) -> None:
     scheme, model = LATTICES[name], tiny(kind)
     by_hand = copy.deepcopy(model)
+    # nvfp4: parts that servers join share a global scale
+    whole = {
+        module: shared_global_scale([(model.get_parameter(f"{one}.weight"), None) for one in names])
+        for names in joined(targets(model, scheme))
+        for module in names
+    }
     for module, target in targets(by_hand, scheme).items():
         weight = by_hand.get_parameter(f"{module}.weight")
-        weight.data.copy_(fake_quant(weight.data, target.spec))
+        weight.data.copy_(fake_quant(weight.data, target.spec, whole=whole[module] if target.spec.kind == "nvfp4" else None))
     plain = quantize_model(model, scheme)
     keys = list(model.state_dict())
     names = prepare(model, scheme)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from decoct.models.common.errors import UserError
 from decoct.models.folder.safetensors_read import read_header
+from decoct.qat.fake_quant.float_reference import NF4
 from decoct.qat.readers.compressed_tensors import PackedFolder
 from decoct.qat.readers.open import open_folder
 
@@ -172,10 +173,30 @@ def awq_folder() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return config, {"a.qweight": words(16, 1), "a.qzeros": words(2, 1), "a.scales": torch.ones(2, 8, dtype=torch.float16)}
 
 
+def int8_folder() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    config = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False, "llm_int8_threshold": 6.0}
+    codes = torch.arange(64, dtype=torch.int8).view(4, 16)
+    tensors = {"a.weight": codes, "a.SCB": torch.ones(4), "a.weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return {**config, "llm_int8_skip_modules": ["c"]}, tensors
+
+
+def nf4_folder() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    config = {"quant_method": "bitsandbytes", "load_in_8bit": False, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    told = json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [2, 64]}).encode()
+    tensors = {
+        "a.weight": torch.arange(64, dtype=torch.uint8)[:, None],
+        "a.weight.absmax": torch.ones(2),
+        "a.weight.quant_map": torch.tensor(NF4),
+    }
+    return config, {**tensors, "a.weight.quant_state.bitsandbytes__nf4": torch.frombuffer(bytearray(told), dtype=torch.uint8)}
+
+
 FOLDERS: dict[str, Callable[[], tuple[dict[str, Any], dict[str, torch.Tensor]]]] = {
     "compressed-tensors": compressed_tensors_folder,
     "gptq": gptq_folder,
     "awq": awq_folder,
+    "bitsandbytes int8": int8_folder,
+    "bitsandbytes nf4": nf4_folder,
 }
 
 

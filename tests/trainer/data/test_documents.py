@@ -1,10 +1,8 @@
 """Where documents come from, and what a user is told when they do not."""
 
 import json
-import shutil
 import sysconfig
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -140,71 +138,3 @@ def test_other_encodings_and_torn_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:200])
     with pytest.raises(UserError, match=r"b\.parquet is not a whole Parquet file"):
         read(tmp_path / "b.parquet")
-
-
-@pytest.fixture
-def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A dataset repository as the hub has them, as a local folder, and no network (nor retries to reach it)."""
-    import datasets
-
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets-cache")
-    datasets.disable_progress_bars()
-    folder = tmp_path / "stories"
-    folder.mkdir()
-    pq.write_table(pa.table({"body": [f"story {n}" for n in range(5)], "n": list(range(5))}), folder / "train-0.parquet")
-    return folder
-
-
-def test_hub_dataset_is_read_by_field(hub_folder: Path) -> None:
-    settings = DataSettings(hub=str(hub_folder), text_field="body", max_documents=3)
-    documents = read_documents(settings)
-    assert list(documents) == ["story 0", "story 1", "story 2"]
-    assert documents.fingerprint == read_documents(settings).fingerprint
-    with pytest.raises(UserError, match=r"data\.text_field='text' is not in data\.hub .*fields there: body, n"):
-        read_documents(DataSettings(hub=str(hub_folder)))
-    with pytest.raises(UserError, match=r"data\.text_field='n' holds int64 in data\.hub"):
-        read_documents(DataSettings(hub=str(hub_folder), text_field="n"))
-
-
-def test_conversations_of_the_hub_lose_the_nulls_of_their_schema(hub_folder: Path) -> None:
-    talks = [
-        [{"role": "assistant", "content": "x", "tool_calls": [{"function": {"name": "f", "arguments": {"city": "Oslo"}}}]}],
-        [{"role": "assistant", "content": "y", "tool_calls": [{"function": {"name": "g", "arguments": {"hour": 7}}}]}],
-    ]
-    pq.write_table(pa.Table.from_pylist([{"conversations": talk, "id": 1} for talk in talks]), hub_folder / "train-0.parquet")
-    documents = read_documents(DataSettings(hub=str(hub_folder), kind="chat"))
-    assert documents.chats is not None
-    assert [row for _, row in documents.chats()] == [{"conversations": talk} for talk in talks]
-    pq.write_table(pa.table({"prompt": ["x"], "chosen": ["y"]}), hub_folder / "train-0.parquet")
-    with pytest.raises(UserError, match=r"has none of 'messages', .*; it has prompt, chosen"):
-        read_documents(DataSettings(hub=str(hub_folder), kind="chat"))
-
-
-def test_part_of_a_hub_dataset_is_streamed_at_a_fixed_revision(hub_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a network: the hub's answer is given, and the dataset's files lie in a folder."""
-    import datasets
-    import huggingface_hub
-
-    calls: list[dict[str, object]] = []
-    load = datasets.load_dataset
-
-    def load_from_folder(name: str, config: str | None, *, split: str, **more: object) -> object:
-        calls.append({"name": name, **more})
-        return load(str(hub_folder), config, split=split, streaming=True)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_from_folder)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name: SimpleNamespace(sha="abc123"))
-    documents = read_documents(DataSettings(hub="someone/stories", text_field="body", max_documents=2))
-    assert calls == [{"name": "someone/stories", "revision": "abc123", "streaming": True}]
-    assert list(documents) == list(documents) == ["story 0", "story 1"]
-
-
-def test_hub_errors_name_the_keys(hub_folder: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.hub_split='nope'.*Unknown split"):
-        read_documents(DataSettings(hub=str(hub_folder), hub_split="nope"))
-    shutil.rmtree(hub_folder)
-    for limit in (None, 2):
-        with pytest.raises(UserError, match=r"data\.hub='no-such/set' .*cannot be loaded.*data\.files"):
-            read_documents(DataSettings(hub="no-such/set", max_documents=limit))

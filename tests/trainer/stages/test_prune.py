@@ -13,10 +13,10 @@ from decoct.models.common.errors import NonFiniteError, UserError
 from decoct.models.folder.loading import load_model
 from decoct.models.folder.model_folder import read_record, save_model_folder
 from decoct.models.pruning.repair import cut_and_repair
-from decoct.models.pruning.scores import Scores, scored
+from decoct.models.pruning.scores import activation_scores
 from decoct.models.pruning.shape_choice import select
 from decoct.models.pruning.structured import cut
-from decoct.trainer.settings_pruning import PruneSettings, StructuredSettings
+from decoct.trainer.settings_pruning import MagnitudeSettings, PruneSettings, StructuredSettings
 from decoct.trainer.stages import prune, prune_structured
 from decoct.trainer.stages.calibration import calibration_text
 from decoct.trainer.stages.context import StageContext, StageResult
@@ -39,12 +39,12 @@ def scored_on(context: StageContext, monkeypatch: pytest.MonkeyPatch, tokens: in
     """Indices of the training windows that the stage scores channels on."""
     rows: list[torch.Tensor] = []
 
-    def scores(model: Any, batches: Iterable[Any], *given: Any, **options: Any) -> Scores:
+    def scores(model: Any, batches: Iterable[Any], **options: Any) -> Any:
         batches = list(batches)
         rows.extend(row for batch in batches for row in batch["input_ids"])
-        return scored(model, batches, *given, **options)
+        return activation_scores(model, batches, **options)
 
-    monkeypatch.setattr("decoct.models.pruning.shape_choice.scored", scores)
+    monkeypatch.setattr("decoct.models.pruning.score_cache.activation_scores", scores)
     pruned(context, tokens, ffn=48)
     windows = context.run.data.train
     place = {tuple(windows[index]["input_ids"].tolist()): index for index in range(len(windows))}
@@ -203,3 +203,62 @@ def test_zeros_of_a_mask_are_not_refitted(make_context: MakeContext, words: Any,
     done = pruned(context, ffn=9, repair=True)
     assert "4 output projections have zeros that stay, and are not refitted" in said(context)
     assert "repairs" not in done.facts
+
+
+def test_another_shape_is_cut_by_the_scores_of_the_first(make_context: MakeContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = pruned(make_context("01-prune", kind="prune", seed=7), ffn=64, repair=True)
+    context = make_context("02-prune", kind="prune", seed=8)
+    pruned(context, ffn=40, hidden=40, repair=True)
+    assert "s, and kept for other shapes of this model" in said(context)
+    monkeypatch.setattr("decoct.models.pruning.score_cache.activation_scores", lambda *_, **__: pytest.fail("scored again"))
+    monkeypatch.setattr("decoct.models.pruning.score_cache.summed", lambda *_, **__: pytest.fail("summed again"))
+    again = make_context("03-prune", kind="prune", seed=7)
+    once_more = pruned(again, ffn=64, repair=True)
+    assert "scores: known from an earlier cut" in said(again)
+    assert once_more.facts == alone.facts
+    assert once_more.model is not None and alone.model is not None
+    assert (once_more.model / "model.safetensors").read_bytes() == (alone.model / "model.safetensors").read_bytes()
+    pruned(make_context("04-prune", kind="prune", seed=8), ffn=72, repair=True)
+    with pytest.raises(pytest.fail.Exception, match="scored again"):
+        # other text
+        pruned(make_context("05-prune", kind="prune", seed=9), ffn=72, repair=True)
+
+
+def test_the_record_has_the_indices_of_the_first_model_through_every_stage(make_context: MakeContext, trained_folder: Path) -> None:
+    from decoct.models.family_map import family_of
+    from decoct.models.pruning.kept_record import root_of
+    from decoct.models.sizes import sizes_of
+
+    first = make_context("01-prune", kind="prune")
+    pruned(first, ffn=80, hidden=44, layers=2)
+    once = read_record(first.model)
+    assert once["root"] == {"shape": once["parent_shape"], "kept": once["kept"]}
+    # a stage between them changes weights alone
+    between = make_context("02-prune", kind="prune", input=str(first.model))
+    prune.finish(PruneSettings(magnitude=MagnitudeSettings(keep=0.9)), between, None)
+    second = make_context("03-prune", kind="prune", input=str(between.model))
+    pruned(second, ffn=64, heads=2, hidden=36)
+    record = read_record(second.model)
+    assert record["parent_shape"]["layers"] == 2
+    assert record["root"]["shape"] == once["parent_shape"]
+    assert record["root"]["kept"]["layers"] == [0, 2]
+    assert record["root"]["kept"]["hidden"] == [once["kept"]["hidden"][index] for index in record["kept"]["hidden"]]
+    own, before = record["kept"]["ffn"], once["kept"]["ffn"]
+    assert record["root"]["kept"]["ffn"] == {
+        name: [before[name][index] for index in own[f"model.layers.{place}.mlp"]]
+        for place, name in enumerate(("model.layers.0.mlp", "model.layers.2.mlp"))
+    }
+    # the indices name the very channels of the first model, whose smallest weights are zero and which is cut, but nothing moved
+    parent: Any = load_model(trained_folder, dtype=torch.float32)
+    cut_twice: Any = load_model(second.model, dtype=torch.float32)
+    family = family_of(parent)
+    found = root_of(record, family, sizes_of(cut_twice.config, family))
+    assert found is not None
+    theirs: Any = cut(parent, found[1])
+    ours = cut_twice.model.layers[1].mlp.up_proj.weight.detach().flatten()
+    wanted = theirs.model.layers[1].mlp.up_proj.weight.detach().flatten()
+    assert ours.shape == wanted.shape
+    assert float(torch.corrcoef(torch.stack([ours, wanted]))[0, 1]) > 0.99
+    # a shape that another tool has changed since ends the chain
+    assert root_of(record, family, sizes_of(parent.config, family)) is None
+    assert root_of({"root": {"shape": {"ffn": 1}, "kept": {}}}, family, sizes_of(parent.config, family)) is None

@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from decoct.models.common.errors import UserError
 from decoct.models.folder.loading import load_model
 from decoct.models.folder.model_folder import read_record
 from decoct.qat.codes.state import load_quant_state
@@ -99,6 +100,31 @@ def test_packed_documents_are_calibrated_apart(make_context: MakeContext, prepar
     assert load_quant_state(context.model).cache is not None
 
 
+def test_columns_with_outliers_are_counted_on_the_text_and_told(make_context: MakeContext, trained_folder: Path) -> None:
+    settings = QuantizeSettings(weights=W8A8.weights, activations=ActivationSpec(outliers=2.0), calibration_tokens=4096)
+    whole, streamed = make_context("01-whole"), make_context("01-streamed")
+    finish(replace(settings, stream="never"), whole, None)
+    finish(replace(settings, stream="always"), streamed, None)
+    shares = read_record(whole.model)["quant"]["rounding"]["outlier_columns"]
+    assert read_record(streamed.model)["quant"]["rounding"]["outlier_columns"] == shares
+    assert 0 < shares[""] < 1 and {"q_proj", "down_proj"} < set(shares)
+    assert shares["q_proj"] == shares["k_proj"], "they read the same inputs"
+    assert "inputs of at least 2, which stay in 16 bits, are in " in said(whole)
+    assert load_quant_state(whole.model).activations == settings.activations
+
+
+def test_a_threshold_that_keeps_everything_is_refused(make_context: MakeContext) -> None:
+    context = make_context("01-quantize")
+    with pytest.raises(UserError, match=r"outliers=1e-06 rounds nothing: .*use a larger threshold"):
+        finish(QuantizeSettings(weights=W8A8.weights, activations=ActivationSpec(outliers=1e-6), calibration_tokens=4096), context, None)
+    assert not context.model.exists()
+
+
+def test_keys_and_values_have_no_outliers() -> None:
+    with pytest.raises(ValueError, match=r"kv_cache\.outliers has no effect"):
+        QuantizeSettings(kv_cache=ActivationSpec(outliers=6.0))
+
+
 def test_w8a8_with_an_fp8_cache_is_packed_exactly_without_training(make_context: MakeContext, tmp_path: Path) -> None:
     context = make_context("01-quantize")
     finish(W8A8, context, None)
@@ -120,6 +146,7 @@ def test_w8a8_with_an_fp8_cache_is_packed_exactly_without_training(make_context:
         ({"activations": ActivationSpec()}, None),
         ({"kv_cache": ActivationSpec()}, None),
         ({"activations": STATIC}, 262_144),
+        ({"activations": ActivationSpec(outliers=6.0)}, 262_144),
         ({"kv_cache": FP8, "method": "mse"}, 262_144),
         ({"kv_cache": FP8, "calibration_tokens": 1000}, 1000),
         ({"method": "gptq", "activations": STATIC}, 262_144),

@@ -202,7 +202,12 @@ def test_inputs_that_the_format_has_no_words_for_are_refused(spec_source: Make, 
     cases = [
         (QuantSpec(bits=4, group_size="channel"), ActivationSpec(), "not with 4 bits .*q_proj.*quantize with bits=8, group_size='channel'"),
         (QuantSpec(bits=8, group_size=16), ActivationSpec(), "not with 8 bits in groups of 16"),
-        (W8, ActivationSpec(kind="fp8_e4m3"), "takes inputs in int8, not fp8_e4m3"),
+        (
+            W8,
+            ActivationSpec(kind="fp8_e4m3"),
+            "takes fp8 inputs with fp8_e4m3 weights, not with 8 bits with one scale per row .*quantize with activations: {kind: int8}, or "
+            "kind='fp8_e4m3', bits=8, group_size='channel', or leave 'activations' out",
+        ),
     ]
     for spec, activations, message in cases:
         source = spec_source(spec, activations=activations)
